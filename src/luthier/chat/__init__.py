@@ -1,0 +1,7 @@
+"""Conversations to token ids and labels, exact for every chat template."""
+
+from luthier.chat.encoder import ChatEncoder
+from luthier.chat.errors import ChatError
+from luthier.chat.sequences import IGNORED, ChatBatch, ChatSequence, Segment
+
+__all__ = ["IGNORED", "ChatBatch", "ChatEncoder", "ChatError", "ChatSequence", "Segment"]

@@ -1,0 +1,166 @@
+"""Which tokens a template uses to steer, found by rendering with it, never by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from luthier.chat.conversation import read_conversation
+from luthier.chat.errors import ChatError
+from luthier.chat.template import ChatTemplate
+from luthier.chat.text import Text
+from luthier.chat.tokens import TokenEncoder, control_tokens, spans, token_pattern
+
+_CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lute"}}}
+_ASK = {"role": "user", "content": "What is a lute?"}
+_ANSWER = {"role": "assistant", "content": "An instrument with strings."}
+_CALLING = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+
+
+class Controls:
+    """The control tokens, turn markers and stop tokens of one template with one tokenizer."""
+
+    def __init__(
+        self, template: ChatTemplate, encoder: TokenEncoder, eos_token_ids: Iterable[int]
+    ) -> None:
+        self._template = template
+        self._added = encoder.added
+        self._special = encoder.special
+        self._any = encoder.pattern
+        names = {index: name for name, index in encoder.added.items()}
+        eos = encoder.tokenizer.eos_token_id
+        known = [*([] if eos is None else [eos]), *eos_token_ids]
+        self.tokens = control_tokens(encoder.tokenizer, template.source)
+        self.pattern = token_pattern(self.tokens)
+        self._firsts = {token[0] for token in self.tokens}
+        self._lasts = {token[-1] for token in self.tokens}
+        self._edges = self._firsts | self._lasts
+        self._longest = max(map(len, self.tokens), default=0)
+        self._stops = [names[index] for index in known if index in names]
+        self._known_stops = frozenset(self._stops)
+        written = [self._written_stop(_ANSWER), self._written_stop(_CALLING)]
+        # What ends a plain reply comes first: generation ends there with no setting.
+        self._stops = list(dict.fromkeys([stop for stop in written if stop] + self._stops))
+        self.stop_token_ids = list(
+            dict.fromkeys([encoder.added[stop] for stop in self._stops] + known)
+        )
+        self.markers = self._special_markers() | self._written_markers()
+
+    def find_stop(self, tail: str) -> tuple[int, str] | None:
+        """Where the first stop token in the text behind a reply's last field ends, and which."""
+        last = None
+        for match in self._any.finditer(tail):
+            if match[0] in self._stops:
+                return match.end(), match[0]
+            if match[0] in self._special:
+                last = match
+        if last is None or tail[last.end() :].strip():
+            return None
+        return last.end(), last[0]
+
+    def following_stop(self, tail: Text) -> tuple[Text, str] | None:
+        """The text up to a known end of sequence that comes first behind a turn, and the token."""
+        match = self._any.search(tail)
+        if match is None or match[0] not in self._known_stops or tail[: match.start()].strip():
+            return None
+        return tail[: match.end()], match[0]
+
+    def has_suspects(self, texts: Iterable[str]) -> bool:
+        """Whether a text of the row may hold a control token, or a part of one at its edge."""
+        texts = list(texts)
+        joined = "".join(texts)
+        if not any(edge in joined for edge in self._edges):
+            return False
+        return any(self._is_suspect(text) for text in texts)
+
+    def _is_suspect(self, text: str) -> bool:
+        if self.pattern.search(text):
+            return True
+        head, tail = text[: self._longest], text[-self._longest :]
+        return any(last in head for last in self._lasts) or any(
+            first in tail for first in self._firsts
+        )
+
+    def neutral_spans(self, text: Text) -> list[tuple[int, int]]:
+        """Where control tokens stand in text that messages wrote; they are encoded as text."""
+        if not self.pattern.search(text):
+            return []
+        bounds = [
+            (start, stop, origin)
+            for start, stop, origin in spans(text._runs)
+            if origin is not None
+        ]
+        found = []
+        place = 0
+        for match in self.pattern.finditer(text):
+            while place < len(bounds) and bounds[place][1] <= match.start():
+                place += 1
+            if place == len(bounds):
+                break
+            start, _, origin = bounds[place]
+            own_language = origin.role == "assistant" and match[0] not in self.markers
+            if start < match.end() and not own_language:
+                found.append(match.span())
+        return found
+
+    def _render(self, messages: list[dict[str, Any]], generation: bool) -> Text | None:
+        """A small conversation as the template writes it; None where the template refuses it."""
+        try:
+            return self._template.render(read_conversation(messages).messages, None, generation)
+        except ChatError:
+            return None
+
+    def _written_stop(self, reply: dict[str, Any]) -> str | None:
+        """The token that ends this reply, be it the last message or not.
+
+        Some templates write more behind the very last turn than behind others (an end of text);
+        the turn itself ends with the last control token that stands behind it in both cases.
+        """
+        last = self._render([_ASK, reply], False)
+        if last is None:
+            return None
+        tail = self._tokens(_behind_message(last, 1))
+        followed = self._render([_ASK, reply, _ASK], False)
+        if followed is None:
+            return next((token for token in tail if token in self._stops), tail[-1:] and tail[-1])
+        rest = self._tokens(_behind_message(followed, 1))
+        same = 0
+        while same < min(len(tail), len(rest)) and tail[same] == rest[same]:
+            same += 1
+        shared = tail[:same] or tail
+        return shared[-1] if shared and shared[-1] in self.tokens else None
+
+    def _tokens(self, text: str) -> list[str]:
+        return [match[0] for match in self._any.finditer(text)]
+
+    def _special_markers(self) -> set[str]:
+        """Special tokens, less those that come as a pair of tags for use inside a reply."""
+        return {token for token in self._special if not _is_tag(token, self._special)}
+
+    def _written_markers(self) -> set[str]:
+        """Control tokens that stand around turns, special or not, tags aside."""
+        text = self._render([_ASK, _ANSWER, _ASK], True)
+        if text is None:
+            text = self._render([_ASK], True)
+        written = set(self._tokens(text)) if text is not None else set()
+        plain = set(self._added) - self._special
+        return {token for token in written if not _is_tag(token, plain)} | set(self._stops)
+
+
+def _is_tag(token: str, tokens: set[str]) -> bool:
+    """Whether a token is one of an opening and closing pair, such as `<think>` and `</think>`."""
+    opening = token.replace("/", "", 1) if token[1:2] == "/" else token
+    return opening in tokens and f"{opening[:1]}/{opening[1:]}" in tokens
+
+
+def _behind_message(text: Text, index: int) -> str:
+    """The text behind the last character that a message wrote, up to the next message's."""
+    begin = stop = 0
+    for _, end, origin in spans(text._runs):
+        if origin is not None and origin.message == index:
+            begin = stop = end
+        elif origin is not None and begin:
+            break
+        elif begin:
+            stop = end
+    return str.__str__(text[begin:stop])

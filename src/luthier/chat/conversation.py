@@ -1,0 +1,255 @@
+"""Checking a row and copying it so that every text in it knows its message and field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.chat.errors import ChatError
+from luthier.chat.text import Origin, Text, from_field
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names of the reasoning field; transformers passes a message's reasoning on under two of them."""
+MAX_DEPTH = 64
+MAX_CHARACTERS = 50_000_000
+_LINKS = ("id", "type", "index")
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A checked row: traced messages and tools, and the origins that must reach the text."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    origins: list[Origin] = field(default_factory=list)
+    """Non-empty fields that must not be lost."""
+    texts: list[str] = field(default_factory=list)
+    """Every text of the row."""
+    train: list[bool | None] = field(default_factory=list)
+    """Each message's own `train` flag; None where it has none."""
+    numbers: list[int] = field(default_factory=list)
+    """Each message's number in the row as it was given."""
+
+    def role(self, index: int) -> str:
+        """The role of a message."""
+        return self.messages[index]["role"]
+
+
+def read_conversation(messages: Any, tools: Any = None) -> Conversation:
+    """Copy a row into traced form.
+
+    Raises ChatError for a row that is no conversation: wrong types, missing content, content parts
+    that are not text, text that is no valid Unicode, rows that are cyclic or enormous.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ChatError(
+            "`messages` must be a list of at least one message, each a dict with `role` and "
+            f"`content`; found {_kind(messages)}",
+            reason="no messages",
+        )
+    conversation = Conversation([], None)
+    for index, message in enumerate(messages):
+        conversation.messages.append(_read_message(conversation, index, message))
+    if tools is not None:
+        conversation.tools = _read_tools(conversation, tools)
+    if sum(map(len, conversation.texts)) > MAX_CHARACTERS:
+        raise ChatError(f"the row holds over {MAX_CHARACTERS:,} characters", reason="enormous row")
+    return conversation
+
+
+def _kind(value: Any) -> str:
+    return (
+        "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
+    )
+
+
+def _read_message(conversation: Conversation, index: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ChatError(
+            f"a message must be a dict with `role` and `content`; found {type(message).__name__}",
+            reason="malformed message",
+            message=index,
+        )
+    role = message.get("role")
+    if type(role) is not str or not role:
+        raise ChatError(
+            f"a message needs a role, such as `user` or `assistant`; found {role!r}",
+            reason="malformed message",
+            message=index,
+            field="role",
+        )
+    content = message.get("content")
+    if type(content) is not str:
+        _check_content(index, role, message)
+    elif len(message) == 2:
+        conversation.numbers.append(index)
+        conversation.train.append(None)
+        origin = Origin(index, role, "content", content)
+        return {"role": role, "content": _read_text(conversation, origin, content, True)}
+    train = message.get("train")
+    conversation.numbers.append(index)
+    conversation.train.append(None if train is None else bool(train))
+    copied: dict[str, Any] = {}
+    for key, value in message.items():
+        if key == "role":
+            copied[key] = value
+        elif value is None or key == "train":
+            continue
+        elif key == "content" and type(value) is str:
+            copied[key] = _read_text(conversation, Origin(index, role, key, value), value, True)
+        else:
+            copied[key] = _read_field(conversation, index, role, key, value)
+    return _with_reasoning_names(copied)
+
+
+def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
+    """Give the reasoning under the names that transformers gives it."""
+    for name in REASONING_FIELDS:
+        if name in message:
+            reasoning = message[name]
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
+
+
+def _check_content(index: int, role: str, message: dict) -> None:
+    content = message.get("content")
+    if content is None:
+        has_more = message.get("tool_calls") or any(message.get(name) for name in REASONING_FIELDS)
+        if role in ("system", "developer") or has_more:
+            return
+        raise ChatError(
+            "the message has no content (write an empty string for an empty one)",
+            reason="missing content",
+            message=index,
+            field="content",
+        )
+    parts = content if isinstance(content, list | tuple) else [content]
+    for part in parts:
+        if role == "tool" and isinstance(part, dict | str):
+            continue
+        if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ChatError(
+                f"only text can be trained: content must be a string or a list of "
+                f'{{"type": "text", "text": ...}} parts; found {kind!r}',
+                reason="content is not text",
+                message=index,
+                field="content",
+            )
+
+
+def _read_field(conversation: Conversation, index: int, role: str, key: str, value: Any) -> Any:
+    """Copy one field; every text in it gets an origin of its own."""
+    needed = key in ("content", "tool_calls") or key in REASONING_FIELDS
+    # The name on a tool's result only links it to its call; elsewhere it says who speaks.
+    needed = needed or (key == "name" and role not in ("tool", "function", "ipython"))
+
+    def leaf(text: str, path: tuple) -> Text:
+        linking = key == "tool_calls" and _is_link(path)
+        typing = key == "content" and path and path[-1] == "type"
+        origin = Origin(index, role, key, text)
+        origin.encoded = bool(path) and path[-1] == "arguments"
+        return _read_text(conversation, origin, text, needed and not linking and not typing)
+
+    return _copied(value, leaf, (), index, key)
+
+
+def _is_link(path: tuple) -> bool:
+    """Whether a text of `tool_calls` only links or types a call: its id, `type`, `index`."""
+    return len(path) == 2 and path[1] in _LINKS
+
+
+def _copied(
+    value: Any, leaf: Callable[[str, tuple], Text], path: tuple, index: int | None, key: str
+) -> Any:
+    """A deep copy in plain types, with `leaf(text, path)` in the place of every text."""
+    if isinstance(value, str):
+        return leaf(str.__str__(value), path)
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if len(path) > MAX_DEPTH:
+        raise ChatError(
+            f"the value is nested over {MAX_DEPTH} levels deep, or holds itself",
+            reason="cyclic row",
+            message=index,
+            field=key,
+        )
+    if isinstance(value, dict):
+        # Keys of a call's arguments are text of the row too; keys above them are the format's own.
+        free = "arguments" in path or "parameters" in path
+        return {
+            leaf(name, (*path, name)) if free and isinstance(name, str) else name: _copied(
+                item, leaf, (*path, name), index, key
+            )
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_copied(item, leaf, (*path, place), index, key) for place, item in enumerate(value)]
+    return _copied(_plain_object(value), leaf, (*path, None), index, key)
+
+
+def _plain_object(value: Any) -> Any:
+    """Other objects in plain types, as transformers shows them to templates."""
+    from transformers.utils.chat_template_utils import _plain_template_data
+
+    return _plain_template_data(value)
+
+
+def _read_text(conversation: Conversation, origin: Origin, value: str, needed: bool) -> Text:
+    if not value.isascii():
+        _check_unicode(value, origin)
+    conversation.texts.append(value)
+    if needed and value and not value.isspace():
+        conversation.origins.append(origin)
+    return from_field(origin, value)
+
+
+def _check_unicode(value: str, origin: Origin) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ChatError(
+            f"character {error.start} is half of a surrogate pair, which is no text; "
+            "read the file as UTF-8 or remove the character",
+            reason="invalid unicode",
+            message=origin.message,
+            field=origin.field,
+        ) from None
+
+
+def _read_tools(conversation: Conversation, tools: Any) -> list[Any]:
+    if not isinstance(tools, list | tuple):
+        raise ChatError(
+            f"`tools` must be a list of JSON schemas; found {type(tools).__name__}",
+            reason="malformed tools",
+            field="tools",
+        )
+    shared = Origin(None, None, "tools")
+
+    def leaf(text: str, path: tuple) -> Text:
+        if not text.isascii():
+            _check_unicode(text, shared)
+        conversation.texts.append(text)
+        return from_field(shared, text)
+
+    plain = [_as_schema(tool) for tool in tools]
+    copied = [_copied(tool, leaf, (), None, "tools") for tool in plain]
+    if copied:
+        conversation.origins.append(shared)
+    return copied
+
+
+def _as_schema(tool: Any) -> Any:
+    """A tool as a JSON schema; Python functions are described as transformers describes them."""
+    if isinstance(tool, dict):
+        return tool
+    if callable(tool):
+        from transformers.utils import get_json_schema
+
+        return get_json_schema(tool)
+    raise ChatError(
+        f"a tool must be a JSON schema (a dict); found {type(tool).__name__}",
+        reason="malformed tools",
+        field="tools",
+    )

@@ -1,0 +1,308 @@
+"""A Jinja environment that gives what transformers' own gives, with every character traced.
+
+transformers compiles the template first; its filters, globals, tests and extensions are taken
+over as they stand, so there is nothing here to drift from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from types import BuiltinMethodType
+from typing import Any, cast
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame, optimizeconst
+from jinja2.runtime import Context, LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup, escape
+
+from luthier.chat.text import (
+    Run,
+    SafeText,
+    Text,
+    blurred,
+    escaped,
+    mark,
+    plus,
+    runs_of,
+    safe,
+    texts_in,
+)
+from luthier.chat.watch import Turns, Watches, watched_loop, watched_namespace
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})
+# Filters whose result is not a string, or that pass their strings on as they are.
+_TRANSPARENT = frozenset(
+    {"trim", "length", "count", "list", "items", "default", "d", "first", "last", "map", "select"}
+    | {"selectattr", "reject", "rejectattr", "string", "reverse", "sort", "dictsort", "attr"}
+)
+# Filters that make `Markup`, a string that escapes whatever is added to it.
+ESCAPING = frozenset({"e", "escape", "forceescape", "safe", "urlize", "xmlattr"})
+MAX_STEPS = 10_000_000
+"""Steps that all loops of one rendering may take: no template loops for ever."""
+MAX_TEXT = 200_000_000
+"""Characters that one text of a template may have."""
+_SIZED = (list, tuple, dict, str, range)
+_HOLDERS = re.compile("\ue1a0([0-9]+)\ue1a1")
+
+
+class TracedCode(CodeGenerator):
+    """Compiles `+` and `~` to calls that keep the runs, one call for a whole chain."""
+
+    @optimizeconst
+    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:
+        """Write `environment.plus(a, b, ...)` for `a + b + ...`."""
+        self._call("plus", _operands(node), frame)
+
+    @optimizeconst
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """Write `environment.tilde(a, b, ...)` for `a ~ b ~ ...`."""
+        if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
+            super().visit_Concat(node, frame)
+        else:
+            self._call("tilde", node.nodes, frame)
+
+    def _call(self, name: str, operands: Iterable[nodes.Expr], frame: Frame) -> None:
+        self.write(f"environment.{name}(")
+        for operand in operands:
+            self.visit(operand, frame)
+            self.write(", ")
+        self.write(")")
+
+
+def _operands(node: nodes.Expr) -> list[nodes.Expr]:
+    """The operands of a chain of additions, from left to right."""
+    if isinstance(node, nodes.Add):
+        return [*_operands(node.left), node.right]
+    return [node]
+
+
+# Blocks that collect what is written in them, so that it is not written when it is rendered.
+_BUFFERS = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block)
+
+
+def _follow_loops(node: nodes.Node, at_top: bool) -> None:
+    """Route what every `for` loops over through the environment."""
+    for child in node.iter_child_nodes():
+        if isinstance(child, nodes.For):
+            plain = at_top and not child.recursive and not child.else_
+            follow = nodes.EnvironmentAttribute("loop_over")
+            call = nodes.Call(follow, [child.iter, nodes.Const(plain)], [], None, None)
+            child.iter = call.set_lineno(child.lineno)
+        _follow_loops(child, at_top and not isinstance(child, _BUFFERS))
+
+
+class TracedEnvironment(ImmutableSandboxedEnvironment):
+    """transformers' sandbox, in which no operation that a template can reach loses the runs."""
+
+    code_generator_class = TracedCode
+    intercepted_binops = frozenset({"%", "*", "**"})
+    concat = staticmethod(plus)  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.watches = Watches()
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        _follow_loops(tree, True)
+        return tree
+
+    def compile_traced(self, source: str) -> jinja2.Template:
+        """Compile a template whose `loop` tells the watch when it looks ahead."""
+        template = self.from_string(source)
+        names = template.root_render_func.__globals__
+        names["LoopContext"] = watched_loop(self.watches)
+        return template
+
+    def loop_over(self, iterable: Any, at_top: bool) -> Any:
+        """What a `for` of the template loops over."""
+        if isinstance(iterable, Turns):
+            return iterable.loop() if at_top else iterable
+        self.watches.steps += len(iterable) if isinstance(iterable, _SIZED) else 1
+        if self.watches.steps > MAX_STEPS:
+            raise jinja2.TemplateError(f"its loops take over {MAX_STEPS:,} steps")
+        return iterable
+
+    def plus(self, *operands: Any) -> Any:
+        """The sum of the operands, from left to right."""
+        runs: list[Run] = []
+        for operand in operands:
+            kind = type(operand)
+            if kind is Text:
+                runs += operand._runs
+            elif kind is not str:
+                return functools.reduce(_sum, operands)
+            elif operand:
+                runs.append((len(operand), None, 0))
+        whole = mark("".join(operands), tuple(runs))
+        if len(whole) > MAX_TEXT:
+            raise jinja2.TemplateError(f"it writes a text of over {MAX_TEXT:,} characters")
+        return whole
+
+    def tilde(self, *operands: Any) -> str:
+        """The operands as strings, one behind the other."""
+        return plus(map(str, operands))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute or item, as the sandbox gives it; quick for the common case, a dict."""
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            try:
+                return obj[attribute]
+            except KeyError:
+                return self.undefined(obj=obj, name=attribute)
+        if isinstance(obj, LoopContext) and attribute in _LOOP_ATTRIBUTES:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """`left % right`, keeping the runs of what is formatted in; `*` and `**` within bounds."""
+        if operator != "%" and _is_enormous(operator, left, right):
+            raise jinja2.TemplateError(f"`{operator}` makes a value too large to hold")
+        result = super().call_binop(context, operator, left, right)
+        if operator == "%" and isinstance(left, str) and type(result) is str:
+            return retraced(lambda first, second: first % second, result, (left, right), {})
+        return result
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """Call what the template calls; methods of plain strings keep the runs of arguments."""
+        if isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str:
+            if any(True for _ in texts_in(args)):
+                own = mark(__obj.__self__, runs_of(__obj.__self__))
+                return getattr(own, __obj.__name__)(*args)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` inside the sandbox, keeping the runs of what is formatted in."""
+        bare = super().wrap_str_format(value)
+        if bare is None:
+            return None
+        template = str.__str__(value.__self__)
+        plain = cast(Callable[..., str], super().wrap_str_format(getattr(template, value.__name__)))
+
+        def traced(*args: Any, **kwargs: Any) -> str:
+            return retraced(plain, plain(*args, **kwargs), args, kwargs)
+
+        return functools.update_wrapper(traced, bare)
+
+
+def _is_enormous(operator: str, left: Any, right: Any) -> bool:
+    if operator == "**":
+        return isinstance(left, int) and isinstance(right, int) and abs(right) > 4096
+    size = max((len(side) for side in (left, right) if isinstance(side, _SIZED)), default=0)
+    count = max((side for side in (left, right) if isinstance(side, int)), default=0)
+    return size * count > MAX_TEXT
+
+
+def _sum(left: Any, right: Any) -> Any:
+    """`left + right`, where either may be marked as safe and so escape the other."""
+    marked = isinstance(left, Markup | SafeText) or isinstance(right, Markup | SafeText)
+    if not (marked and isinstance(left, str) and isinstance(right, str)):
+        return left + right
+    whole = plus((escaped(left), escaped(right)))
+    return safe(whole) if isinstance(whole, Text) else Markup(whole)
+
+
+def retraced(function: Callable[..., Any], result: str, args: tuple, kwargs: dict) -> str:
+    """Give back `result = function(*args, **kwargs)` with the runs of the texts in its arguments.
+
+    The function runs a second time with a placeholder for each text. Where that gives the same
+    string with the texts put in the places of the placeholders, the runs are exact; elsewhere the
+    whole result counts as made from all of them.
+    """
+    texts = list(texts_in([args, kwargs]))
+    if not texts:
+        return result
+    try:
+        numbers = itertools.count()
+        trial = function(*_holding(args, numbers), **_holding(kwargs, numbers))
+    except Exception:  # the function may refuse a placeholder for any reason of its own
+        return blurred(result, texts)
+    pieces = _HOLDERS.split(trial) if isinstance(trial, str) else []
+    parts = [texts[int(piece)] if odd % 2 else piece for odd, piece in enumerate(pieces)]
+    whole = plus(parts)
+    return whole if str.__eq__(whole, result) is True else blurred(result, texts)
+
+
+def _holding(value: Any, numbers: Iterable[int]) -> Any:
+    """The same containers, with a numbered placeholder for each traced text."""
+    if type(value) is Text:
+        return f"\ue1a0{next(iter(numbers))}\ue1a1"
+    if isinstance(value, dict):
+        return {_holding(key, numbers): _holding(item, numbers) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_holding(item, numbers) for item in value)
+    return value
+
+
+def _traced_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, keeping the runs of the texts that it is given."""
+
+    @functools.wraps(filter_)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        result = filter_(*args, **kwargs)
+        if (
+            isinstance(result, str)
+            and not isinstance(result, Text)
+            and any(texts_in([args, kwargs]))
+        ):
+            return retraced(filter_, str.__str__(result), args, kwargs)
+        return result
+
+    return traced
+
+
+def _traced_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
+    """JSON of traced values: all of it, brackets too, was made from the fields inside."""
+
+    @functools.wraps(tojson)
+    def traced(value: Any, *args: Any, **kwargs: Any) -> str:
+        value = list(value) if isinstance(value, Turns) else value
+        texts = list(texts_in(value))
+        result = tojson(value, *args, **kwargs)
+        return blurred(result, texts) if texts else result
+
+    return traced
+
+
+def _traced_safe(value: Any) -> Any:
+    return safe(value) if isinstance(value, Text) else Markup(value)
+
+
+def _traced_escape(value: Any) -> Any:
+    if not isinstance(value, Text) or isinstance(value, SafeText):
+        return escape(value)
+    whole = escaped(value)
+    return safe(whole) if isinstance(whole, Text) else Markup(whole)
+
+
+def _own_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
+    if attribute is not None:
+        value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
+    parts = [part for item in value for part in (d, str(item))]
+    return plus(parts[1:])
+
+
+def traced_environment(base: jinja2.Environment) -> TracedEnvironment:
+    """An environment with the settings, filters, globals and tests of transformers' own."""
+    environment = TracedEnvironment(
+        trim_blocks=base.trim_blocks,
+        lstrip_blocks=base.lstrip_blocks,
+        extensions=[type(extension) for extension in base.extensions.values()],
+    )
+    environment.globals.update(base.globals)
+    namespace = cast(type, base.globals["namespace"])
+    environment.globals["namespace"] = watched_namespace(namespace, environment.watches)
+    environment.tests.update(base.tests)
+    for name, filter_ in base.filters.items():
+        wrapped = filter_ if name in _TRANSPARENT else _traced_filter(filter_)
+        environment.filters[name] = _traced_tojson(filter_) if name == "tojson" else wrapped
+    environment.filters["safe"] = _traced_safe
+    environment.filters["escape"] = environment.filters["e"] = _traced_escape
+    environment.filters["join"] = jinja2.pass_context(_own_join)
+    return environment

@@ -1,0 +1,255 @@
+"""Sequences of text -> ids and labels, with a token boundary between each prompt and its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from luthier.chat.control import Controls
+from luthier.chat.segments import segments_of
+from luthier.chat.sequences import IGNORED, ChatSequence
+from luthier.chat.text import Text
+from luthier.chat.tokens import Kind, Piece, TokenEncoder, spans
+from luthier.chat.turns import Sequence, Span
+
+Cuts = list[tuple[int, int]]
+"""Where control tokens stand that messages wrote: they are encoded as text."""
+Around = tuple[str, str, tuple[tuple[int, int], ...]]
+"""The text before a boundary, what matters of the text behind it, and the cuts in both."""
+_NEAR = 6
+_WINDOW = 48
+
+
+@dataclass(slots=True)
+class Draft:
+    """A sequence of text on its way to ids: blocks of pieces, one more than trained replies."""
+
+    plan: Sequence
+    cuts: Cuts
+    blocks: list[list[Piece]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A sequence with its ids and labels."""
+
+    draft: Draft
+    ids: list[int]
+    labels: list[int]
+    tokens: TokenEncoder
+
+    @property
+    def trained(self) -> list[int]:
+        """The messages that train in it."""
+        return [span.message for span in self.draft.plan.trained]
+
+    def sequence(self) -> ChatSequence:
+        """What the caller gets."""
+        return ChatSequence(self.ids, self.labels, self.trained, self._segments)
+
+    def _segments(self) -> list:
+        return segments_of(self.draft.plan, self.draft.blocks, self.labels, self.tokens)
+
+
+class Labeller:
+    """Encodes the sequences of one template."""
+
+    def __init__(
+        self, tokens: TokenEncoder, controls: Controls, boundaries: Literal["served", "segments"]
+    ) -> None:
+        self._tokens = tokens
+        self._controls = controls
+        self._boundaries = boundaries
+        self._known: dict[Around, bool] = {}
+        self._headers: dict[str, int] = {}
+
+    def prompt(self, text: Text) -> list[int]:
+        """The ids of a prompt."""
+        cuts = self._controls.neutral_spans(text)
+        return self._flat(self._pieces(Sequence(text), 0, len(text), cuts))
+
+    def encode(self, plans: list[tuple[Sequence, bool]]) -> list[list[Encoded]]:
+        """Each text's sequences, all encoded in one go; `True` where a message may hold control.
+
+        A text makes one sequence, and one more for each reply whose boundary would change the ids
+        of later prompts.
+        """
+        drafts = [
+            Draft(plan, self._controls.neutral_spans(plan.text) if suspect else [])
+            for plan, suspect in plans
+        ]
+        self._judge(drafts)
+        split = [self._split(draft) for draft in drafts]
+        encoded = iter(self._encoded([draft for group in split for draft in group]))
+        return [[next(encoded) for _ in group] for group in split]
+
+    def _split(self, draft: Draft) -> list[Draft]:
+        """The shared sequence, behind one of its own for each reply that cannot share it."""
+        plan = draft.plan
+        *earlier, last = plan.trained
+        shared = [span for span in earlier if self._is_known_harmless(draft, span)]
+        alone = [span for span in earlier if span not in shared]
+        own = [Draft(Sequence(plan.text[: span.stop], [span]), draft.cuts) for span in alone]
+        return [*own, Draft(Sequence(plan.text, [*shared, last]), draft.cuts)]
+
+    def _encoded(self, drafts: list[Draft]) -> list[Encoded]:
+        for draft in drafts:
+            bounds = [0, *(span.start for span in draft.plan.trained), len(draft.plan.text)]
+            draft.blocks = [
+                self._pieces(draft.plan, start, stop, draft.cuts)
+                for start, stop in zip(bounds, bounds[1:], strict=False)
+            ]
+        pieces = (piece for draft in drafts for block in draft.blocks for piece in block)
+        ids = iter(self._tokens.encode(pieces))
+        return [self._labelled(draft, ids) for draft in drafts]
+
+    def _labelled(self, draft: Draft, encoded: Iterable[list[int]]) -> Encoded:
+        source = iter(encoded)
+        ids: list[int] = []
+        labels: list[int] = []
+        for number, block in enumerate(draft.blocks):
+            new = list(next(source)) if len(block) == 1 else []
+            if len(block) != 1:
+                new = [index for _ in block for index in next(source)]
+            trained = self._trained(draft, draft.plan.trained[number - 1], new) if number else 0
+            ids += new
+            labels += new[:trained]
+            labels += [IGNORED] * (len(new) - trained)
+        return Encoded(draft, ids, labels, self._tokens)
+
+    def _trained(self, draft: Draft, span: Span, ids: list[int]) -> int:
+        """How many of the ids from the start of a reply are the reply: up to its stop token."""
+        plain = draft.plan.plain
+        count = plain.count(span.token, span.start, span.stop)
+        for start, stop in draft.cuts:
+            count -= span.start <= start < span.stop and plain[start:stop] == span.token
+        index = self._tokens.added[span.token]
+        place = -1
+        for _ in range(count):
+            place = ids.index(index, place + 1)
+        return place + 1
+
+    def _pieces(self, plan: Sequence, start: int, stop: int, cuts: Cuts) -> list[Piece]:
+        """A block of text as pieces: whole but for the control tokens that messages wrote."""
+        if self._boundaries == "segments":
+            return self._segment_pieces(plan.text, start, stop, cuts)
+        plain = plan.plain
+        kind: Kind = "reply" if start else "start"
+        if not cuts:
+            return [Piece(plain[start:stop], kind)] if start < stop else []
+        pieces = []
+        position = start
+        for begin, end in [cut for cut in cuts if start <= cut[0] < stop]:
+            if begin > position:
+                pieces.append(Piece(plain[position:begin], kind))
+            pieces.append(Piece(plain[begin:end], "literal"))
+            kind, position = "continuation", end
+        if position < stop:
+            pieces.append(Piece(plain[position:stop], kind))
+        return pieces
+
+    def _segment_pieces(self, text: Text, start: int, stop: int, cuts: Cuts) -> list[Piece]:
+        """Every segment of a block alone."""
+        plain = str.__str__(text)
+        pieces = []
+        for first, last, _ in spans(text._runs):
+            begin, end = max(first, start), min(last, stop)
+            for left, right in [cut for cut in cuts if begin <= cut[0] < end]:
+                pieces += [Piece(plain[begin:left], "start"), Piece(plain[left:right], "literal")]
+                begin = right
+            pieces.append(Piece(plain[begin:end], "start"))
+        return [piece for piece in pieces if piece.text]
+
+    def _judge(self, drafts: list[Draft]) -> None:
+        """Find out which boundaries leave the ids around them alone.
+
+        A server encodes a reply, once it is history, together with the header in front of it; where
+        that gives other ids, the turns behind it need another sequence than the reply.
+        """
+        if self._boundaries == "segments":
+            return
+        asked = {
+            self._around(draft, span): self._sides(draft, span)
+            for draft in drafts
+            for span in draft.plan.trained[:-1]
+            if self._around(draft, span) not in self._known
+        }
+        encoded = iter(
+            self._tokens.encode(p for sides in asked.values() for side in sides for p in side)
+        )
+        for key, sides in asked.items():
+            head, tail, whole = (
+                [index for _ in side for index in next(encoded)] for side in sides
+            )
+            self._known[key] = head + tail == whole
+
+    def _is_known_harmless(self, draft: Draft, span: Span) -> bool:
+        return self._boundaries == "segments" or self._known[self._around(draft, span)]
+
+    def _around(self, draft: Draft, span: Span) -> Around:
+        """The text before a boundary, from the last control token on, and what matters behind it."""
+        plain = draft.plan.plain
+        head = self._header(plain, span.start)
+        tail = self._near(plain, draft.cuts, span)
+        begin, end = span.start - len(head), span.start + len(tail)
+        cuts = [(a - begin, b - begin) for a, b in draft.cuts if begin <= a < end]
+        return head, tail, tuple(cuts)
+
+    def _header(self, plain: str, stop: int) -> str:
+        """The text up to `stop` from the last control token on."""
+        size = _WINDOW
+        while True:
+            window = plain[max(stop - size, 0) : stop]
+            length = self._headers.get(window)
+            if length is None:
+                length = self._header_length(window)
+                if size == _WINDOW:
+                    self._headers[window] = length
+            if length or size >= stop:
+                return window[len(window) - (length or stop) :]
+            size *= 4
+
+    def _header_length(self, text: str) -> int:
+        begin = len(text)
+        for match in self._tokens.pattern.finditer(text):
+            begin = match.start()
+        return len(text) - begin
+
+    def _near(self, plain: str, cuts: Cuts, span: Span) -> str:
+        """So much of a reply as decides whether its boundary is one.
+
+        Where text is first split into words by a pattern that looks no further than a few
+        characters ahead and never back, the first few characters behind the white space decide;
+        with other tokenizers the whole reply is compared.
+        """
+        if not self._tokens.local or (cuts and any(cut[0] < span.stop for cut in cuts)):
+            return plain[span.start : span.stop]
+        near = plain[span.start : min(span.start + _NEAR, span.stop)]
+        if near.isalnum():
+            return near
+        stop = span.start
+        while stop < span.stop and plain[stop].isspace():
+            stop += 1
+        stop = min(stop + _NEAR, span.stop)
+        match = self._tokens.pattern.search(plain, span.start, min(stop + 64, span.stop))
+        if match is not None and match.start() < stop:
+            stop = match.end()
+        return plain[span.start : stop]
+
+    def _sides(self, draft: Draft, span: Span) -> tuple[list[Piece], list[Piece], list[Piece]]:
+        """Header and reply alone, and both together."""
+        head, tail, _ = self._around(draft, span)
+        begin = span.start - len(head)
+        stop = span.start + len(tail)
+        plan, cuts = draft.plan, draft.cuts
+        if not cuts:
+            return [Piece(head, "start")], [Piece(tail, "reply")], [Piece(head + tail, "start")]
+        return (
+            self._pieces(plan, begin, span.start, cuts),
+            self._pieces(plan, span.start, stop, cuts),
+            self._pieces(plan, begin, stop, cuts),
+        )
+
+    def _flat(self, pieces: list[Piece]) -> list[int]:
+        return [index for ids in self._tokens.encode(pieces) for index in ids]

@@ -1,0 +1,113 @@
+"""What the encoder gives: sequences of token ids with labels, and the account of a batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from luthier.chat.errors import ChatError
+
+IGNORED = -100
+"""The label of a token that does not train."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `start` up to `stop` of a sequence that have one origin.
+
+    `message` and `field` are None where the template itself wrote the text; `role` is None there
+    and for the row's tools. A token that spans two origins counts to the first.
+    """
+
+    start: int
+    end: int
+    role: str | None
+    message: int | None
+    field: str | None
+    trained: bool
+
+
+class ChatSequence:
+    """One training sequence: `input_ids` and `labels` of one length.
+
+    `labels[t]` is `input_ids[t]` where the token trains and -100 elsewhere. `segments` says where
+    each token came from; it is worked out when it is first asked for.
+    """
+
+    __slots__ = ("_find_segments", "_segments", "input_ids", "labels", "messages")
+
+    def __init__(
+        self,
+        input_ids: list[int],
+        labels: list[int],
+        messages: list[int],
+        find_segments: Callable[[], list[Segment]],
+    ) -> None:
+        self.input_ids = input_ids
+        self.labels = labels
+        self.messages = messages
+        """The messages that train in this sequence."""
+        self._find_segments: Callable[[], list[Segment]] | None = find_segments
+        self._segments: list[Segment] = []
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The sequence as runs of tokens of one origin, from first to last."""
+        if self._find_segments is not None:
+            self._segments = self._find_segments()
+            self._find_segments = None
+        return self._segments
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __repr__(self) -> str:
+        trained = sum(label != IGNORED for label in self.labels)
+        return f"ChatSequence({len(self)} tokens, {trained} trained, messages {self.messages})"
+
+
+@dataclass(slots=True)
+class ChatBatch:
+    """What became of a batch of rows."""
+
+    rows: list[list[ChatSequence]] = field(default_factory=list)
+    """The sequences of each row, in the order given; empty for a dropped row."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """How many rows were dropped, by reason."""
+    cut_rows: int = 0
+    """Rows from whose front whole turns were removed to fit the length."""
+    cut_turns: int = 0
+    """Trained turns that went with them."""
+    kept_lost: int = 0
+    """Rows kept although the template does not show all of their text (`on_lost="keep"`)."""
+    reports: list[ChatError] = field(default_factory=list)
+    """What is wrong with each dropped or lossy row."""
+
+    def drop(self, error: ChatError) -> None:
+        """Account for a row that makes no sequence."""
+        self.dropped[error.reason] += 1
+        self.reports.append(error)
+        self.rows.append([])
+
+    @property
+    def sequences(self) -> list[ChatSequence]:
+        """All sequences, row after row."""
+        return [sequence for row in self.rows for sequence in row]
+
+    @property
+    def counts(self) -> dict[str, int | dict[str, int]]:
+        """Rows, sequences and tokens, and what was dropped or cut and why."""
+        sequences = self.sequences
+        trained = sum(len(sequence) - sequence.labels.count(IGNORED) for sequence in sequences)
+        return {
+            "rows": len(self.rows),
+            "sequences": len(sequences),
+            "tokens": sum(map(len, sequences)),
+            "trained_tokens": trained,
+            "dropped_rows": sum(self.dropped.values()),
+            "dropped": dict(self.dropped),
+            "cut_rows": self.cut_rows,
+            "cut_turns": self.cut_turns,
+            "lossy_rows": self.kept_lost,
+        }

@@ -1,0 +1,176 @@
+"""A chat template, compiled once and rendered with the origin of every character."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date as Date
+from datetime import datetime
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from luthier.chat.environment import ESCAPING, traced_environment
+from luthier.chat.errors import ChatError
+from luthier.chat.grammar import fixed_end, is_followable
+from luthier.chat.text import Text, plus_all
+from luthier.chat.watch import Turns, Watch
+
+class Rendered:
+    """A whole conversation as the template writes it, and what it writes for its first messages."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.text = plus_all(watch.pieces)
+        self.plain = "".join(watch.pieces)
+        self._watch = watch
+        self._ends = [0, *accumulate(map(len, watch.pieces))]
+
+    def prefix(self, count: int) -> tuple[int, int] | None:
+        """The text of the first `count` messages: this one up to a place, and from a place on.
+
+        None where the template may write it otherwise.
+        """
+        places = self._watch.prefix(count)
+        return places and (self._ends[places[0]], self._ends[places[1]])
+
+
+class ChatTemplate:
+    """One Jinja chat template with its variables and its date."""
+
+    def __init__(self, source: str, variables: dict[str, Any], date: str) -> None:
+        self.source = source
+        self.variables = variables
+        self._clock = _clock(date)
+        self._plain = _compiled(source)
+        self._environment = traced_environment(self._plain.environment)
+        self._environment.globals["strftime_now"] = self._clock
+        self._traced = _parsed(self._environment.compile_traced, source)
+        tree = self._environment.parse(source)
+        # A string marked as safe escapes what is added to it; see that tracing does the same.
+        self._doubtful = any(node.name in ESCAPING for node in tree.find_all(nodes.Filter))
+        self.is_followable = is_followable(tree)
+        """Whether `follow` can tell what the template writes for fewer messages."""
+        self.ends = self._fixed_ends(tree) if self.is_followable else None
+        """What stands behind the messages, without and with the generation prompt, if it is fixed."""
+
+    def _fixed_ends(self, tree: nodes.Template) -> tuple[str, str] | None:
+        behind = fixed_end(tree)
+        if behind is None:
+            return None
+        end = self._environment.from_string(behind)
+        without, with_prompt = (
+            "".join(self._run(end, self._inputs([], None, generation), None))
+            for generation in (False, True)
+        )
+        return without, with_prompt
+
+    def render(self, messages: list, tools: list | None, add_generation_prompt: bool) -> Text:
+        """The rendered text; raises ChatError with the template's own words."""
+        inputs = self._inputs(messages, tools, add_generation_prompt)
+        text = plus_all(self._run(self._traced, inputs, None))
+        if self._doubtful and self._written_plainly(inputs) != text:
+            raise ChatError(
+                "the template escapes the row's text in a way that cannot be traced",
+                reason="untraceable",
+            )
+        return text
+
+    def follow(self, messages: list, tools: list | None, add_generation_prompt: bool) -> Rendered:
+        """The rendered text, and by the way what the template writes for fewer messages."""
+        watch = Watch(len(messages))
+        if self._doubtful or not self.is_followable:
+            watch.counted()
+            watch.pieces.append(self.render(messages, tools, add_generation_prompt))
+            return Rendered(watch)
+        inputs = self._inputs(Turns(messages, watch), tools, add_generation_prompt)
+        self._run(self._traced, inputs, watch)
+        return Rendered(watch)
+
+    def _inputs(self, messages: Any, tools: list | None, generation: bool) -> dict[str, Any]:
+        return {
+            **self.variables,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": generation,
+        }
+
+    def _written_plainly(self, inputs: dict[str, Any]) -> str:
+        return "".join(self._run(self._plain, {**inputs, "strftime_now": self._clock}, None))
+
+    def _run(
+        self, template: jinja2.Template, inputs: dict[str, Any], watch: Watch | None
+    ) -> list[str]:
+        watches = self._environment.watches
+        watches.current, watches.steps = watch, 0
+        pieces = watch.pieces if watch is not None else []
+        try:
+            for piece in template.root_render_func(template.new_context(inputs)):
+                pieces.append(piece)
+            return pieces
+        except jinja2.TemplateError as error:
+            words = error.message or str(error)
+        except RecursionError:
+            words = "it calls itself without end"
+        except MemoryError:
+            words = "it needs more memory than there is"
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            words = f"{type(error).__name__}: {error}"
+        finally:
+            watches.current = None
+        raise ChatError(f"the chat template refuses the row: {words}", reason="template refuses")
+
+
+def template_text(template: str) -> str:
+    """A template given as text or as the path of a file, as text."""
+    if "{" in template or "\n" in template:
+        return template
+    path = Path(template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatError(
+            f"the chat template `{template}` is neither Jinja text nor a file that can be read "
+            f"({error})",
+            reason="no template",
+        ) from None
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> jinja2.Template:
+    """The template as transformers compiles it."""
+    from transformers.utils.chat_template_utils import _cached_compile_jinja_template
+
+    return _parsed(_cached_compile_jinja_template, source)
+
+
+def _parsed(compile_: Callable[[str], jinja2.Template], source: str) -> jinja2.Template:
+    try:
+        return compile_(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatError(
+            f"the chat template does not compile: line {error.lineno}: {error.message}",
+            reason="bad template",
+        ) from None
+    except (ArithmeticError, MemoryError, RecursionError, ValueError) as error:
+        raise ChatError(
+            f"the chat template does not compile: {error}", reason="bad template"
+        ) from None
+
+
+def _clock(date: str) -> Callable[[str], str]:
+    """`strftime_now` for a fixed date."""
+    try:
+        moment = datetime.combine(Date.fromisoformat(date), datetime.min.time())
+    except ValueError:
+        raise ChatError(
+            f"the date `{date}` is no date; write it as YYYY-MM-DD", reason="bad date"
+        ) from None
+
+    def strftime_now(format: str) -> str:
+        return moment.strftime(format)
+
+    return strftime_now

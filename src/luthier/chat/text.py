@@ -1,0 +1,335 @@
+"""Text that knows where each of its characters came from, through every string operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, SupportsIndex
+
+from markupsafe import Markup
+from markupsafe import escape as markupsafe_escape
+
+
+class Origin:
+    """The field of a message (or of the row's tools) that a run of characters was copied from."""
+
+    __slots__ = ("covers", "encoded", "field", "message", "role", "text", "whole")
+
+    def __init__(
+        self, message: int | None, role: str | None, field: str, text: str | None = None
+    ) -> None:
+        self.message = message
+        self.role = role
+        self.field = field
+        self.text = text
+        """The field's text; None where the field has many texts that are not told apart."""
+        self.covers: tuple[Origin, ...] = ()
+        """The origins that this one stands for, if it stands for several."""
+        self.encoded = False
+        """Whether the field is JSON already, so that it must not be encoded once more."""
+        self.whole = False
+        """Whether all of the field has been seen in a sequence of the row."""
+
+    @classmethod
+    def of_many(cls, origins: list[Origin]) -> Origin:
+        """One origin that stands for several: the text was made from all of them."""
+        first = origins[0]
+        if all(origin is first for origin in origins):
+            return first
+        joint = cls(first.message, first.role, first.field)
+        leaves = [leaf for origin in origins for leaf in origin.covers or (origin,)]
+        joint.covers = tuple({id(leaf): leaf for leaf in leaves}.values())
+        return joint
+
+    def __repr__(self) -> str:
+        return f"Origin(message={self.message}, role={self.role!r}, field={self.field!r})"
+
+
+Run = tuple[int, Origin | None, int]
+"""(length, origin, start): so many characters of one origin (None: the template wrote them).
+
+`start` is the place of the first of them in the field; -1 when the field was transformed, so that
+its characters can no longer be told apart.
+"""
+
+
+def runs_of(value: str) -> tuple[Run, ...]:
+    """The runs of any string; a plain `str` was written by the template."""
+    if isinstance(value, Text):
+        return value._runs
+    return ((len(value), None, 0),) if value else ()
+
+
+def mark(value: str, runs: tuple[Run, ...]) -> Text:
+    """Text with the given runs, whose lengths must add up to the length of `value`."""
+    text = str.__new__(Text, value)
+    text._runs = runs
+    return text
+
+
+def from_field(origin: Origin, value: str) -> Text:
+    """Text that is the whole of a field."""
+    text = str.__new__(Text, value)
+    text._runs = ((len(value), origin, 0),) if value else ()
+    return text
+
+
+def plus(parts: Iterable[str]) -> str:
+    """Concatenate strings; the result is a plain `str` when all of them are."""
+    parts = tuple(parts)
+    runs: list[Run] = []
+    traced = False
+    for part in parts:
+        if isinstance(part, Text):
+            traced = True
+            runs += part._runs
+        elif part:
+            runs.append((len(part), None, 0))
+    value = "".join(parts)
+    return mark(value, tuple(runs)) if traced else value
+
+
+def cut(runs: tuple[Run, ...], start: int, stop: int) -> tuple[Run, ...]:
+    """The runs of `text[start:stop]`, for 0 <= start <= stop <= the text's length."""
+    found = []
+    position = 0
+    for length, origin, source in runs:
+        begin, end = max(start, position), min(stop, position + length)
+        if begin < end:
+            place = source + (begin - position) if source >= 0 else -1
+            found.append((end - begin, origin, place))
+        position += length
+        if position >= stop:
+            break
+    return tuple(found)
+
+
+def blurred(value: str, sources: Iterable[Text]) -> Text:
+    """Text that was made from `sources` in a way that hides which character came from which."""
+    origins = [run[1] for source in sources for run in source._runs if run[1] is not None]
+    if not origins or not value:
+        return mark(value, runs_of(str(value)))
+    return mark(value, ((len(value), Origin.of_many(origins), -1),))
+
+
+def texts_in(value: Any, depth: int = 0) -> Iterator[Text]:
+    """Every traced text inside plain containers (and a text itself)."""
+    if isinstance(value, Text):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from texts_in(key, depth + 1)
+            yield from texts_in(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_in(item, depth + 1)
+
+
+def _plain(value: Any) -> Any:
+    return str.__str__(value) if isinstance(value, str) else value
+
+
+class Text(str):
+    """A string whose `_runs` say where its characters came from.
+
+    The operators and methods below give what `str` gives, and keep the runs. Methods that are not
+    here give plain strings; the environment sees to the ones that a template can reach.
+    """
+
+    __slots__ = ("_runs",)
+    _runs: tuple[Run, ...]
+
+    def __str__(self) -> str:
+        return self
+
+    def __add__(self, other: str) -> str:
+        if not isinstance(other, str):
+            return NotImplemented
+        return plus((self, other))
+
+    def __radd__(self, other: str) -> str:
+        if not isinstance(other, str):
+            return NotImplemented
+        return plus((other, self))
+
+    def __mul__(self, count: SupportsIndex) -> Text:
+        value = str.__mul__(self, count)
+        return mark(value, self._runs * count.__index__() if value else ())
+
+    __rmul__ = __mul__
+
+    def __getitem__(self, key: SupportsIndex | slice) -> Text:
+        value = str.__getitem__(self, key)
+        if not isinstance(key, slice):
+            start = key.__index__() % len(self)
+            return mark(value, cut(self._runs, start, start + 1))
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            return plus_all(self[place] for place in range(start, stop, step))
+        return mark(value, cut(self._runs, start, start + len(value)))
+
+    def __iter__(self) -> Iterator[str]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def strip(self, chars: str | None = None, /) -> Text:
+        return self.lstrip(chars).rstrip(chars)
+
+    def lstrip(self, chars: str | None = None, /) -> Text:
+        value = str.lstrip(self, _plain(chars))
+        if len(value) == len(self):
+            return self
+        return mark(value, cut(self._runs, len(self) - len(value), len(self)))
+
+    def rstrip(self, chars: str | None = None, /) -> Text:
+        value = str.rstrip(self, _plain(chars))
+        if len(value) == len(self):
+            return self
+        return mark(value, cut(self._runs, 0, len(value)))
+
+    def removeprefix(self, prefix: str, /) -> Text:
+        return self[len(prefix) :] if prefix and self.startswith(prefix) else self
+
+    def removesuffix(self, suffix: str, /) -> Text:
+        return self[: len(self) - len(suffix)] if suffix and self.endswith(suffix) else self
+
+    def _placed(self, pieces: Iterable[str]) -> list[Text]:
+        """The pieces, which stand in this text in this order, with their runs."""
+        placed = []
+        position = 0
+        for piece in pieces:
+            position = str.find(self, piece, position)
+            placed.append(mark(piece, cut(self._runs, position, position + len(piece))))
+            position += len(piece)
+        return placed
+
+    def _separated(self, pieces: list[str], separator: str) -> list[Text]:
+        placed = []
+        position = 0
+        for piece in pieces:
+            placed.append(mark(piece, cut(self._runs, position, position + len(piece))))
+            position += len(piece) + len(separator)
+        return placed
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+        pieces = str.split(self, _plain(sep), maxsplit)
+        return list(self._placed(pieces) if sep is None else self._separated(pieces, sep))
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+        pieces = str.rsplit(self, _plain(sep), maxsplit)
+        return list(self._placed(pieces) if sep is None else self._separated(pieces, sep))
+
+    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+        lines = str.splitlines(self, keepends=True)
+        placed = self._separated(lines, "")
+        if keepends:
+            return list(placed)
+        bare = str.splitlines(self)
+        return [line[: len(short)] for line, short in zip(placed, bare, strict=True)]
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+        head, middle, tail = self._separated(list(str.partition(self, _plain(sep))), "")
+        return head, middle, tail
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+        head, middle, tail = self._separated(list(str.rpartition(self, _plain(sep))), "")
+        return head, middle, tail
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
+        if not old:
+            return blurred(str.replace(self, old, new, count), [self, *texts_in(new)])
+        if str.find(self, old) < 0:
+            return self
+        return traced_join(new, self.split(old, count))
+
+    def join(self, iterable: Iterable[str], /) -> str:
+        return traced_join(self, iterable)
+
+    def _same_length(self, value: str) -> Text:
+        if len(value) == len(self):
+            return mark(value, self._runs)
+        return blurred(value, [self])
+
+    def upper(self) -> Text:
+        return self._same_length(str.upper(self))
+
+    def lower(self) -> Text:
+        return self._same_length(str.lower(self))
+
+    def title(self) -> Text:
+        return self._same_length(str.title(self))
+
+    def capitalize(self) -> Text:
+        return self._same_length(str.capitalize(self))
+
+    def swapcase(self) -> Text:
+        return self._same_length(str.swapcase(self))
+
+    def casefold(self) -> Text:
+        return self._same_length(str.casefold(self))
+
+
+class SafeText(Text):
+    """Text marked as safe: whatever is added to it is escaped, as with `markupsafe.Markup`."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return self
+
+
+def safe(value: Text) -> SafeText:
+    """The same text, marked as safe."""
+    marked = str.__new__(SafeText, value)
+    marked._runs = value._runs
+    return marked
+
+
+def escaped(value: str) -> str:
+    """The text with `&<>'"` written as HTML writes them, unless it is marked as safe."""
+    if isinstance(value, Markup | SafeText):
+        return value
+    parts = []
+    position = 0
+    for length, origin, start in runs_of(value):
+        piece = str.__getitem__(value, slice(position, position + length))
+        position += length
+        html = str.__str__(markupsafe_escape(piece))
+        parts.append(mark(html, ((len(html), origin, start if html == piece else -1),)))
+    return plus(parts)
+
+
+def plus_all(parts: Iterable[str]) -> Text:
+    """Concatenate strings into a traced text, also when all of them are plain."""
+    whole = plus(parts)
+    return whole if isinstance(whole, Text) else mark(whole, runs_of(whole))
+
+
+def traced_join(separator: str, items: Iterable[str]) -> str:
+    """`separator.join(items)` that keeps the runs of the separator and of every item."""
+    parts: list[str] = []
+    for number, item in enumerate(items):
+        if not isinstance(item, str):
+            kind = type(item).__name__
+            raise TypeError(f"sequence item {number}: expected str instance, {kind} found")
+        if number:
+            parts.append(separator)
+        parts.append(item)
+    return plus(parts)
+
+
+# Methods whose result is not worth following character by character.
+BLURRED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
+
+
+def _blurring(name: str) -> Callable[..., Text]:
+    plain_method = getattr(str, name)
+
+    def method(self: Text, *args: Any) -> Text:
+        return blurred(plain_method(self, *args), [self])
+
+    method.__name__ = name
+    return method
+
+
+for _name in BLURRED_METHODS:
+    setattr(Text, _name, _blurring(_name))

@@ -1,0 +1,116 @@
+"""Replies behind a generation prompt that opens or closes a thought differently from the turn.
+
+Some templates end their prompt in `<think>\\n` but write turns without it, or close the thought in
+the prompt and write turns with one. What the model then generates is put together from the row's
+own reasoning and content, in the form that the tags have.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from luthier.chat.text import Text, plus_all
+
+# `<name>` and `</name>`, `[NAME]` and `[/NAME]`, `<|name>` and `<name|>`.
+_TAG = re.compile(
+    r"<(?P<close1>/?)(?P<name1>[\w:]+)>|\[(?P<close2>/?)(?P<name2>[A-Z_]+)\]"
+    r"|<\|(?P<name3>\w+)>|<(?P<name4>\w+)(?P<close4>\|)>"
+)
+
+
+def reply_behind(prompt: Text, shown: Text, message: dict[str, Any]) -> Text | None:
+    """The reply to a prompt, both from the end of the history; None where none can be written.
+
+    `shown` is how the template writes the turn, header included.
+    """
+    header = _common_header(prompt, shown)
+    opened, body = prompt[header:], shown[header:]
+    if not opened.strip():
+        return body
+    last = _last_tag(prompt)
+    if last is None:
+        return None
+    name, closes, end = last
+    if closes:
+        return _behind_close(prompt[end:], shown, body, name)
+    return _behind_open(prompt[end:], shown, body, name, message)
+
+
+def _common_header(prompt: str, shown: str) -> int:
+    """How far prompt and turn agree, not counting a tag that only one of them has whole."""
+    same = 0
+    while same < min(len(prompt), len(shown)) and prompt[same] == shown[same]:
+        same += 1
+    for text in (prompt, shown):
+        for match in _TAG.finditer(text):
+            if match.start() < same < match.end():
+                same = match.start()
+    return same
+
+
+def _last_tag(prompt: str) -> tuple[str, bool, int] | None:
+    """The name of the last tag in the prompt, whether it closes, and where it ends."""
+    found = None
+    for match in _TAG.finditer(prompt):
+        name = match["name1"] or match["name2"] or match["name3"] or match["name4"]
+        closes = bool(match["close1"] or match["close2"] or match["close4"])
+        found = (name, closes, match.end())
+    return found
+
+
+def _tag(text: str, name: str, closing: bool) -> re.Match[str] | None:
+    tag = re.escape(name)
+    if closing:
+        return re.search(rf"</{tag}>|\[/{tag}\]|<{tag}\|>", text)
+    return re.search(rf"<{tag}>|\[{tag}\]|<\|{tag}>", text)
+
+
+def _behind_close(space: str, shown: Text, body: Text, name: str) -> Text:
+    """The turn without its thought: the prompt has closed it."""
+    close = _tag(shown, name, closing=True)
+    if close is None or not _written_by_template(shown, close):
+        return body
+    return _without(shown[close.end() :], space)
+
+
+def _behind_open(space: str, shown: Text, body: Text, name: str, message: dict) -> Text | None:
+    """The turn from inside the thought that the prompt has opened."""
+    open_ = _tag(shown, name, closing=False)
+    if open_ is not None and _written_by_template(shown, open_):
+        return _without(shown[open_.end() :], space)
+    content = message.get("content")
+    raw = content if isinstance(content, Text) else None
+    close = _tag(raw, name, closing=True) if raw else None
+    if raw is not None and close is not None:
+        return _with_own_thought(space, raw, body, name, close)
+    reasoning = message.get("reasoning_content")
+    thought = reasoning if isinstance(reasoning, str) else ""
+    # The form in which templates that show thoughts write them, an empty one included.
+    return plus_all((thought.rstrip("\n"), f"\n</{name}>\n\n", body))
+
+
+def _with_own_thought(
+    space: str, raw: Text, body: Text, name: str, close: re.Match[str]
+) -> Text | None:
+    """The content's own thought, which the template strips, and then the turn as it stands."""
+    rest = raw[close.end() :]
+    if not body.startswith(rest.strip()) and rest.strip() not in body:
+        return None
+    open_ = _tag(raw, name, closing=False)
+    inside = raw[open_.end() if open_ is not None and open_.end() <= close.start() else 0 :]
+    thought = _without(inside, space)
+    stripped = rest if body.startswith(rest) else rest.strip()
+    return plus_all((thought[: len(thought) - len(rest)], rest, body[len(stripped) :]))
+
+
+def _without(text: Text, space: str) -> Text:
+    """The text behind whitespace that the prompt has already written."""
+    same = 0
+    while same < min(len(space), len(text)) and space[same] == text[same]:
+        same += 1
+    return text[same:]
+
+
+def _written_by_template(text: Text, match: re.Match[str]) -> bool:
+    return all(origin is None for _, origin, _ in text[match.start() : match.end()]._runs)

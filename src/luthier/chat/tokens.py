@@ -1,0 +1,221 @@
+"""Text -> token ids exactly as a server encodes it, with message text kept from becoming control.
+
+The reference is `tokenizer(rendered_text, add_special_tokens=False)`, and transformers'
+`sanitize_control_tokens=True` where message text holds control tokens: such a token is encoded as
+plain text, and the text behind it as a continuation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+
+from luthier.chat.errors import ChatError
+from luthier.chat.text import Origin, Run
+
+_CACHED = 50_000
+Kind = Literal["start", "continuation", "reply", "literal"]
+"""How a piece stands in its sequence: at its start, behind a neutralised token, as a reply behind
+its prompt, or as the neutralised token itself."""
+
+
+# Parts of a pattern whose match depends on what stands before it.
+_LOOKS_BACK = re.compile(r"\(\?<[=!]|\\[bBAGzZ]|(?<!\[)\^|\$")
+
+
+class Piece(NamedTuple):
+    """A stretch of text that is encoded on its own."""
+
+    text: str
+    kind: Kind
+
+
+class TokenEncoder:
+    """Encodes pieces of rendered text in batches."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.backend = tokenizer.backend_tokenizer
+        self.added: dict[str, int] = {
+            token.content: index for index, token in tokenizer.added_tokens_decoder.items()
+        }
+        self.special = {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+        self.pattern = token_pattern(self.added)
+        parts = _parts(self.backend)
+        self.free = all(_is_free(part) for part in parts)
+        """Whether a text's ids are the same at the start of a text and in its middle."""
+        self.local = self.free and _has_model(self.backend, "BPE") and any(map(_splits, parts))
+        """Whether text is split into words by what stands next to it alone."""
+        self._newline = self._plain(["\n"])[0]
+        self._splits = self.free and all(map(_is_plain_token, self.backend.get_added_tokens_decoder().values()))
+        self._splitter = re.compile(f"({self.pattern.pattern})")
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, pieces: Iterable[Piece]) -> list[list[int]]:
+        """The ids of each piece, encoded in one batch."""
+        pieces = list(pieces)
+        if self._splits and all(map(self._is_plain, pieces)):
+            return self._encode_split([piece.text for piece in pieces])
+        found: dict[Piece, list[int]] = {}
+        plain = [piece for piece in pieces if self._is_plain(piece)]
+        self._fill(found, plain, "")
+        continued = [p for p in pieces if not self._is_plain(p) and p.kind != "literal"]
+        self._fill(found, continued, "\n")
+        for piece in pieces:
+            if piece.kind == "literal" and piece not in found:
+                found[piece] = self._literal(piece.text)
+        return [found[piece] for piece in pieces]
+
+    def _encode_split(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts, taken apart at their added tokens as the backend takes them apart.
+
+        What stands between the tokens is encoded once, however often it comes.
+        """
+        split = [self._splitter.split(text) for text in texts]
+        cache, added = self._cache, self.added
+        new = {part: None for parts in split for part in parts[::2] if part not in cache}
+        if len(cache) + len(new) > _CACHED:
+            cache.clear()
+            new = {part: None for parts in split for part in parts[::2]}
+        cache.update(zip(new, self._plain(list(new)), strict=True))
+        found = []
+        for parts in split:
+            ids = list(cache[parts[0]])
+            for place in range(1, len(parts), 2):
+                ids.append(added[parts[place]])
+                ids += cache[parts[place + 1]]
+            found.append(ids)
+        return found
+
+    def _is_plain(self, piece: Piece) -> bool:
+        return piece.kind == "start" or (piece.kind == "reply" and self.free)
+
+    def _fill(self, found: dict[Piece, list[int]], pieces: list[Piece], before: str) -> None:
+        """Encode pieces behind `before`, whose ids are taken off again.
+
+        SentencePiece puts a space before the start of a text; behind a newline it does not. Where
+        the newline merges with the piece, the piece is encoded alone (so does transformers).
+        """
+        new = list(dict.fromkeys(pieces))
+        encoded = self._plain([before + piece.text for piece in new])
+        merged = []
+        for piece, ids in zip(new, encoded, strict=True):
+            if not before:
+                found[piece] = ids
+            elif ids[: len(self._newline)] == self._newline:
+                found[piece] = ids[len(self._newline) :]
+            else:
+                merged.append(piece)
+        for piece, ids in zip(merged, self._plain([p.text for p in merged]), strict=True):
+            found[piece] = ids
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        """The ids of whole texts, added tokens and all."""
+        if not texts:
+            return []
+        backend = self.backend
+        # The backend is the tokenizer's own and others may have left their settings on it.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens:
+            backend.encode_special_tokens = False
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def starts(self, piece: Piece) -> list[int]:
+        """Where each token of a piece starts in it; about, for people to look at."""
+        if piece.kind == "literal":
+            return [0] * len(self._literal(piece.text))
+        before = "" if self._is_plain(piece) else "\n"
+        encoding = self.backend.encode(before + piece.text, add_special_tokens=False)
+        ids, skip = encoding.ids, 0
+        if before and ids[: len(self._newline)] == self._newline:
+            skip = len(self._newline)
+        elif before:
+            return self.starts(Piece(piece.text, "start"))
+        return [max(start - len(before), 0) for start, _ in encoding.offsets[skip:]]
+
+    def _literal(self, text: str) -> list[int]:
+        """The ids of a control token's text as plain text."""
+        encode = self.tokenizer._encode_without_added_tokens
+        ids = encode("\n" + text)
+        ahead = ids[: len(self._newline)] == self._newline
+        ids = ids[len(self._newline) :] if ahead else encode(text)
+        if self.added[text] in ids:
+            raise ChatError(
+                f"{text!r} stands in the row's text, and this tokenizer makes the control token "
+                "of it even as plain text; remove it from the row",
+                reason="cannot be neutralised",
+            )
+        return list(ids)
+
+
+def _is_plain_token(token: Any) -> bool:
+    """Whether an added token is found wherever its text stands, and takes nothing around it."""
+    return not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+
+
+def token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that matches any of the tokens, the longest first."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
+    """The added tokens that message text must not become, for a template.
+
+    These are transformers' own: special tokens, and added tokens that stand in the template's
+    text, or those that the tokenizer lists itself (`chat_control_tokens`).
+    """
+    return frozenset(tokenizer._get_control_tokens(source))
+
+
+def _parts(backend: Any) -> list[dict[str, Any]]:
+    """The steps that a backend takes before its model."""
+    state = json.loads(backend.to_str())
+    return [*_flat(state["normalizer"]), *_flat(state["pre_tokenizer"])]
+
+
+def _has_model(backend: Any, kind: str) -> bool:
+    return type(backend.model).__name__ == kind
+
+
+def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    inner = part.get("normalizers") or part.get("pretokenizers")
+    return [flat for child in inner for flat in _flat(child)] if inner else [part]
+
+
+def _is_free(part: dict[str, Any]) -> bool:
+    if part["type"] == "ByteLevel":
+        return not part.get("add_prefix_space", False)
+    if part["type"] == "Split":
+        return not _LOOKS_BACK.search(part["pattern"].get("Regex", ""))
+    return part["type"] in ("NFC", "NFD", "NFKC", "NFKD", "Digits", "Punctuation")
+
+
+def _splits(part: dict[str, Any]) -> bool:
+    """Whether a step splits text into words."""
+    return part["type"] == "Split" or (part["type"] == "ByteLevel" and part["use_regex"])
+
+
+def spans(runs: Iterable[Run]) -> Iterator[tuple[int, int, Origin | None]]:
+    """Where each stretch of one origin starts and ends, and its origin."""
+    begin = position = 0
+    current: Origin | None = None
+    for length, origin, _ in runs:
+        if origin is not current:
+            if begin < position:
+                yield begin, position, current
+            begin, current = position, origin
+        position += length
+    if begin < position:
+        yield begin, position, current

@@ -1,0 +1,157 @@
+"""The command line of `train.py`: flags, then overrides, then one run."""
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+import luthier
+from luthier import errors
+from luthier.config import folders, sources
+from luthier.config.compose import CONFIG_NAME, compose_config, prepare
+from luthier.config.help import help_text
+from luthier.config.run_config import Loaded, finish, load, report
+from luthier.config.words import nearest
+from luthier.errors import UserError
+
+_FLAGS = ("--help", "--version", "--cfg", "--resolve", "--package", "--info", "--multirun")
+_SHORT = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-i": "--info", "-m": "--multirun"}
+_WITH_VALUE = ("--cfg", "--package", "--info")
+_CFG = ("job", "hydra", "all")
+_INFO = ("searchpath", "defaults", "defaults-tree", "config", "plugins", "all")
+_SWEEP = (
+    "--multirun: a sweep trains one run after the other in one process group, which is wrong under "
+    "`accelerate launch`. Loop in the shell instead:\n"
+    "  for r in 8 16; do python train.py recipe=quickstart lora.r=$r; done"
+)
+
+
+class Arguments(NamedTuple):
+    """The command line taken apart: flags with their values, and the overrides as typed."""
+
+    flags: dict[str, str]
+    overrides: list[str]
+
+
+def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) -> int:
+    """Do what the command line says and return the exit code.
+
+    `task` gets the valid configuration. A user's mistake is printed in words, and the code is 2.
+    """
+    try:
+        arguments = _arguments(sys.argv[1:] if argv is None else argv)
+        if arguments.flags:
+            return _show(arguments)
+        return task(load(arguments.overrides)) or 0
+    except UserError as mistake:
+        return errors.report(mistake)
+
+
+def _arguments(argv: list[str]) -> Arguments:
+    flags: dict[str, str] = {}
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        short, _, value = word.partition("=")
+        name = _SHORT.get(short, short)
+        if name not in _FLAGS:
+            raise UserError(_no_flag(word, name))
+        flags[name] = (value or next(words, "")) if name in _WITH_VALUE else ""
+    return Arguments(flags, overrides)
+
+
+def _no_flag(word: str, name: str) -> str:
+    close = nearest(name, _FLAGS)
+    guess = f"Did you mean {close}? " if close else ""
+    flags = f"Flags: {', '.join(_FLAGS)}; settings are written key=value."
+    return f"{word}: there is no such flag. {guess}{flags}"
+
+
+def _show(arguments: Arguments) -> int:
+    flags = arguments.flags
+    if "--help" in flags:
+        print(help_text())
+    elif "--version" in flags:
+        print(f"luthier {luthier.__version__}")
+    elif "--multirun" in flags:
+        raise UserError(_SWEEP)
+    elif "--info" in flags:
+        _show_info(_one_of("--info", flags["--info"], _INFO), arguments.overrides)
+    elif "--cfg" in flags:
+        return _show_config(_one_of("--cfg", flags["--cfg"], _CFG), arguments)
+    else:
+        raise UserError(f"{', '.join(flags)} is used with --cfg: --cfg job --resolve")
+    return 0
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value in allowed:
+        return value
+    raise UserError(f"{flag} {value}: write {flag} {'|'.join(allowed)}.")
+
+
+def _show_config(what: str, arguments: Arguments) -> int:
+    """Print a configuration; one with mistakes is printed as far as it goes, with the mistakes."""
+    composed = compose_config(arguments.overrides)
+    shown = _part(composed.config, what)
+    mistake = None
+    try:
+        loaded = finish(composed, arguments.overrides)
+        if "--resolve" in arguments.flags and what == "job":
+            shown = OmegaConf.create(loaded.resolved)
+    except UserError as error:
+        mistake = error
+    package = arguments.flags.get("--package", "")
+    print(_yaml(OmegaConf.select(shown, package) if package else shown), end="")
+    return 0 if mistake is None else errors.report(mistake)
+
+
+def _part(config: DictConfig, what: str) -> DictConfig:
+    if what == "hydra":
+        return OmegaConf.create({"hydra": config.get("hydra")})
+    shown = config.copy()
+    OmegaConf.set_struct(shown, False)
+    if what == "job":
+        shown.pop("hydra", None)
+    return shown
+
+
+def _yaml(part: object) -> str:
+    plain = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _show_info(what: str, overrides: list[str]) -> None:
+    if what == "searchpath":
+        print("Config groups are looked for in (the first that has an option wins):")
+        print("\n".join(f"  {folder}" for folder in folders.conf_folders()))
+        print("Recipes (./recipes, $LUTHIER_RECIPES, bundled):")
+        print("\n".join(f"  {folder}" for folder in folders.recipe_folders()))
+        return
+    _hydra_info(what, overrides)
+
+
+def _hydra_info(what: str, overrides: list[str]) -> None:
+    """Let Hydra print what it knows about these overrides."""
+    import hydra
+
+    composed = compose_config(overrides)
+    if composed.mistakes:
+        raise UserError(report(composed.mistakes, composed))
+    typed, chain, *_ = prepare(overrides)
+    conf = str(folders.bundled("conf"))
+    argv, sys.argv = sys.argv, [sys.argv[0], "--info", what, *(one.for_hydra for one in typed)]
+    try:
+        with sources.dropping(chain.dropped):
+            hydra.main(version_base="1.3", config_path=conf, config_name=CONFIG_NAME)(_nothing)()
+    finally:
+        sys.argv = argv
+
+
+def _nothing(_: object) -> None:
+    """Stand in for a task where Hydra only prints."""

@@ -1,0 +1,167 @@
+"""From what was typed to one plain mapping: Hydra composes, OmegaConf resolves, once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from luthier.config import folders, sources
+from luthier.config.checks import EVAL_CHOICES
+from luthier.config.overrides import Typed, parse, run_folder
+from luthier.config.recipes import Chain, options, read_chain, unknown_option, yaml_mistake
+from luthier.config.schema import GROUPS
+from luthier.config.words import Mistake
+
+CONFIG_NAME = "config"
+_CANNOT_COMPOSE = (
+    *(HydraException, OmegaConfBaseException, RecursionError),  # what was typed, or a cycle
+    *(yaml.YAMLError, ValueError, OSError),  # a file
+)
+_PATIENCE = 100
+"""Interpolations that may fail before the rest are left for the next try."""
+
+
+@dataclass
+class Composed:
+    """A composed config with what is wrong so far.
+
+    `unsure` are the groups of which nothing more can be said: their own choice is a mistake.
+    """
+
+    config: DictConfig
+    lines: list[str]
+    chain: Chain
+    mistakes: list[Mistake] = field(default_factory=list)
+    unsure: set[str] = field(default_factory=set)
+
+    @property
+    def keys_typed(self) -> set[str]:
+        """Return the keys of the command line, of readable and unreadable overrides alike."""
+        return {line.lstrip("+~").partition("=")[0] for line in self.lines}
+
+    def files(self) -> list[tuple[str, Path]]:
+        """Return the YAML files behind the config with the key each begins at, last word first."""
+        choices = OmegaConf.select(self.config, "hydra.runtime.choices") or {}
+        found = [("", path) for path in self.chain.files.values()]
+        for group in GROUPS:
+            path = options(group).get(str(choices.get(group)))
+            found += [("" if group == "debug" else group, path)] if path else []
+        return [*found, ("", folders.bundled("conf") / f"{CONFIG_NAME}.yaml")]
+
+
+def prepare(lines: list[str]) -> tuple[list[Typed], Chain, list[Mistake], set[str]]:
+    """Check what Hydra would stumble over: unreadable overrides, unknown options, bad recipes."""
+    typed, mistakes = parse(lines)
+    unsure: set[str] = set()
+    good = []
+    for one in typed:
+        wrong = _wrong_option(one)
+        mistakes += [wrong] if wrong else []
+        unsure |= {one.key} if wrong else set()
+        good += [] if wrong or (one.key == "recipe" and one.value is None) else [one]
+    chain = _chain(good)
+    if chain.mistakes:
+        unsure.add("recipe")
+        good = [one for one in good if not (one.is_group and one.key == "recipe")]
+    return good, chain, mistakes + chain.mistakes, unsure
+
+
+def compose_config(lines: list[str]) -> Composed:
+    """Compose what was typed; mistakes are collected, and what carries them is left out."""
+    typed, chain, mistakes, unsure = prepare(lines)
+    try:
+        config = _compose([one.for_hydra for one in typed], chain)
+    except _CANNOT_COMPOSE as error:
+        mistakes.append(_hydra_mistake(error))
+        return Composed(OmegaConf.create(), lines, chain, mistakes, {*GROUPS, "recipe"})
+    _finish(config, typed, lines)
+    return Composed(config, lines, chain, mistakes, unsure)
+
+
+def _compose(overrides: list[str], chain: Chain) -> DictConfig:
+    sources.register()
+    conf = str(folders.bundled("conf"))
+    with (
+        sources.dropping(chain.dropped),
+        initialize_config_dir(conf, job_name="luthier", version_base="1.3"),
+    ):
+        return compose(CONFIG_NAME, overrides, return_hydra_config=True)
+
+
+def _wrong_option(typed: Typed) -> Mistake | None:
+    if not typed.is_group or typed.is_delete or typed.key.startswith("hydra"):
+        return None
+    group = typed.key
+    if "/" in group or group not in (*GROUPS, "recipe"):
+        return Mistake(typed.line, "there is no such group. Write GROUP=OPTION or key=value.")
+    if not typed.is_plain:
+        return Mistake(typed.line, f"`+` would add a second {group}. Write {group}={typed.value}.")
+    if typed.value is None and group != "recipe":
+        off = "none" if "none" in options(group) else "NAME"
+        return Mistake(group, f"null is not an option. Write {group}={off}.")
+    return None if typed.value is None else unknown_option(group, str(typed.value))
+
+
+def _chain(typed: list[Typed]) -> Chain:
+    groups = frozenset(one.key for one in typed if one.is_group)
+    named = [one.value for one in typed if one.is_group and one.key == "recipe"]
+    if not named or named[-1] is None:
+        return Chain()
+    return read_chain(str(named[-1]), groups - {"recipe", "debug"})
+
+
+def _finish(config: DictConfig, typed: list[Typed], lines: list[str]) -> None:
+    """Fill in the recipe's name and the run's folder, and let what was typed win over files."""
+    with open_dict(config):
+        config.recipe = config.hydra.runtime.choices.get("recipe")
+        if config.get("output_dir") is None:
+            config.output_dir = run_folder(config.recipe, lines)
+    keys = {one.key for one in typed if one.value is not None}
+    ways = {f"dataset.eval.{way}" for way in EVAL_CHOICES}
+    if len(keys & ways) == 1:  # this way of holding out rows replaces the one that a file names
+        for other in ways - keys:
+            OmegaConf.update(config, other, None, force_add=True)
+    lengths = {"trainer.args.num_train_epochs", "trainer.args.max_steps"}
+    if keys & lengths == {"trainer.args.num_train_epochs"}:  # max_steps in a file would win
+        OmegaConf.update(config, "trainer.args.max_steps", -1, force_add=True)
+
+
+def resolve(composed: Composed) -> dict[str, Any]:
+    """Return the config as plain values; an interpolation that fails is noted and left out."""
+    config = composed.config.copy()
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    for _ in range(_PATIENCE):
+        try:
+            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+        except OmegaConfBaseException as error:
+            key = str(error.full_key)
+            composed.mistakes.append(Mistake(key, _interpolation_words(error)))
+            OmegaConf.update(config, key, "???")
+            composed.unsure.add(key)
+        else:
+            assert isinstance(plain, dict)
+            return {str(name): value for name, value in plain.items()}
+    return {}
+
+
+def _interpolation_words(error: OmegaConfBaseException) -> str:
+    first = str(error.msg).strip().splitlines()[0]
+    if isinstance(error, InterpolationResolutionError) and "Environment variable" in first:
+        return f"{first.split(':', 1)[-1].strip()}. Set it, or write ${{oc.env:NAME,default}}."
+    return f"{first}. Correct what stands in ${{...}}."
+
+
+def _hydra_mistake(error: Exception) -> Mistake:
+    if isinstance(error, yaml.MarkedYAMLError):
+        return yaml_mistake(error)
+    if isinstance(error, RecursionError):
+        return Mistake("conf", "an option includes itself in its defaults list. Remove that line.")
+    cause = f" {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    text = f"{error}{cause}".strip().partition("\nConfig search path")[0]
+    return Mistake("Hydra", " ".join(text.split()))

@@ -1,0 +1,169 @@
+"""Recipes: what there is, and what a recipe inherits, checked before Hydra reads it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from luthier.config import folders
+from luthier.config.schema import GROUPS
+from luthier.config.words import Mistake, choice
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """A recipe that can be typed as `recipe=name`, and the first line of its header."""
+
+    name: str
+    path: Path
+    header: str
+
+
+@dataclass
+class Chain:
+    """A recipe with all that it inherits: files (the heir first), chosen options, mistakes."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    dropped: dict[str, frozenset[str]] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+
+def header(path: Path) -> str:
+    """Return the first comment line of a YAML file."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("#") and not line.startswith("# @"):
+            return line.lstrip("# ").rstrip()
+    return ""
+
+
+def recipes() -> list[RecipeInfo]:
+    """Return every recipe that can be named, the user's own first; an earlier folder wins."""
+    found: dict[str, RecipeInfo] = {}
+    for folder in folders.recipe_folders():
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, RecipeInfo(path.stem, path, header(path)))
+    return list(found.values())
+
+
+def options(group: str) -> dict[str, Path]:
+    """Return the options of a config group and their files, sorted; an earlier folder wins."""
+    if group == "recipe":
+        return {recipe.name: recipe.path for recipe in recipes()}
+    found: dict[str, Path] = {}
+    for folder in folders.conf_folders():
+        for path in sorted((folder / group).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def unknown_option(group: str, name: str) -> Mistake | None:
+    """Return the mistake of choosing an option that a group does not have."""
+    known = options(group)
+    if name in known:
+        return None
+    stem = Path(name).stem
+    if stem in known:
+        return Mistake(group, f"{name!r} is a file's name. Write {group}={stem}.")
+    what = "recipe" if group == "recipe" else f"{group} option"
+    return Mistake(group, f"there is no {what} {name!r}. {choice(name, known)}")
+
+
+def load_yaml(path: Path) -> dict[str, Any] | Mistake:
+    """Read a YAML file as a mapping; what is wrong with it comes with file and line."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.MarkedYAMLError as error:
+        return yaml_mistake(error)
+    except (UnicodeDecodeError, OSError, yaml.YAMLError) as error:
+        return Mistake(folders.shown(path), f"cannot be read: {error}.")
+    if not isinstance(content, dict):
+        return Mistake(folders.shown(path), "must be a mapping of keys to values.")
+    return {str(key): value for key, value in content.items()}
+
+
+def yaml_mistake(error: yaml.MarkedYAMLError) -> Mistake:
+    """Return a mistake in a YAML file's grammar with the file and line."""
+    mark = error.problem_mark
+    where = f"{folders.shown(Path(mark.name))}:{mark.line + 1}" if mark else "a YAML file"
+    return Mistake(where, f"not valid YAML: {error.problem}.")
+
+
+def read_chain(name: str, typed_groups: frozenset[str]) -> Chain:
+    """Follow a recipe and what it inherits.
+
+    `typed_groups` were chosen on the command line: what any recipe says about them is dropped,
+    and so is what a parent says about a group that its heir chooses.
+    """
+    chain = Chain()
+    _follow(name, (), typed_groups, chain)
+    return chain
+
+
+def _follow(name: str, trail: tuple[str, ...], dropped: frozenset[str], chain: Chain) -> None:
+    if name in trail:
+        cycle = " -> ".join([*trail[trail.index(name) :], name])
+        chain.mistakes.append(
+            Mistake("recipe", f"a recipe includes itself: {cycle}. Remove one `- ` line of these.")
+        )
+        return
+    if unknown := unknown_option("recipe", name):
+        chain.mistakes.append(_blame(unknown, trail, chain))
+        return
+    path = options("recipe")[name]
+    content = load_yaml(path)
+    if isinstance(content, Mistake):
+        chain.mistakes.append(content)
+        return
+    chain.files[name], chain.dropped[name] = path, dropped
+    _follow_defaults(content.get("defaults") or [], (*trail, name), dropped, chain)
+
+
+def _follow_defaults(
+    defaults: Any, trail: tuple[str, ...], dropped: frozenset[str], chain: Chain
+) -> None:
+    path = chain.files[trail[-1]]
+    if not isinstance(defaults, list):
+        where = folders.shown(path)
+        chain.mistakes.append(Mistake(where, "`defaults` must be a list of `- ` lines."))
+        return
+    chosen: set[str] = set()
+    for entry, line in zip(defaults, default_lines(path), strict=True):
+        if isinstance(entry, Mapping) and entry:
+            text = _check_choice(dict(entry), chosen)
+            chain.mistakes += [Mistake(f"{folders.shown(path)}:{line}", text)] if text else []
+    for parent in [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]:
+        _follow(parent.removeprefix("/recipe/"), trail, dropped | chosen, chain)
+
+
+def default_lines(path: Path) -> list[int]:
+    """Return the line of each entry of a file's defaults list."""
+    node = yaml.compose(path.read_text(encoding="utf-8"))
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            return [entry.start_mark.line + 1 for entry in value.value]
+    return []
+
+
+def _check_choice(entry: dict[Any, Any], chosen: set[str]) -> str | None:
+    """Return what is wrong with `- override /group: option`, and note the group that it chooses."""
+    (key, option), *_ = entry.items()
+    group = str(key).split()[-1].split("@")[0].removeprefix("/")
+    if group == "recipe":
+        return f"`- {key}: {option}` never ends. To inherit, write `- {option}`."
+    if group.startswith("hydra"):
+        return None
+    if group not in GROUPS:
+        return f"there is no group {group!r}. {choice(group, GROUPS)}"
+    if "override" not in str(key).split() or "/" not in str(key):
+        right = f"`- override /{group}: {option}`"
+        return f"`- {key}: {option}` adds a second {group}. Write {right}."
+    chosen.add(group)
+    unknown = unknown_option(group, str(option))
+    return unknown.text if unknown else None
+
+
+def _blame(mistake: Mistake, trail: tuple[str, ...], chain: Chain) -> Mistake:
+    return Mistake(folders.shown(chain.files[trail[-1]]), mistake.text) if trail else mistake

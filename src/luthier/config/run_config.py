@@ -1,0 +1,136 @@
+"""Load a run's configuration: compose, resolve, check everything, and say every mistake at once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from luthier.config import checks, folders, passthrough
+from luthier.config.compose import Composed, compose_config, resolve
+from luthier.config.recipes import options
+from luthier.config.schema import GROUPS, RunConfig
+from luthier.config.validate import document, validate
+from luthier.config.words import Mistake
+from luthier.errors import UserError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid configuration, the same as plain values, and the overrides as they were typed."""
+
+    config: RunConfig
+    resolved: dict[str, Any]
+    overrides: list[str]
+
+
+def load(overrides: Iterable[str]) -> Loaded:
+    """Compose and validate a configuration without importing any of the training libraries.
+
+    `overrides` are the words of the command line, such as `recipe=quickstart` and `lora.r=8`.
+    Raises UserError with all mistakes, each with its key, its place and what to do.
+    """
+    typed = list(overrides)
+    return finish(compose_config(typed), typed)
+
+
+def finish(composed: Composed, overrides: list[str]) -> Loaded:
+    """Check a composed configuration and freeze it; raises UserError with all mistakes."""
+    resolved = resolve(composed)
+    found = passthrough.check(resolved)
+    empty = [Mistake(key, _no_value(key)) for key in _unset(resolved)]
+    config, wrong = validate(resolved)
+    together = [] if composed.unsure else checks.check(resolved)
+    mistakes = [*_grouped(composed, empty + wrong), *found, *together]
+    mistakes = [mistake for mistake in mistakes if not _hidden(mistake, composed.unsure)]
+    mistakes = composed.mistakes + _once(mistakes, {m.key for m in composed.mistakes})
+    if mistakes or config is None:
+        raise UserError(report(mistakes, composed))
+    return Loaded(config, config.model_dump(mode="json"), overrides)
+
+
+def report(mistakes: list[Mistake], composed: Composed) -> str:
+    """Return the message: a line for each mistake, and where it was written."""
+    lines = []
+    for mistake in mistakes:
+        where = origin(mistake.key, composed)
+        lines.append(f"  {mistake.key}: {mistake.text}" + (f"  [{where}]" if where else ""))
+    count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    return "\n".join([f"{count} in the configuration; nothing was run.", *lines])
+
+
+def origin(key: str, composed: Composed) -> str | None:
+    """Return the file and line in which a key was written; None if it was typed or nowhere."""
+    typed = any(key == word or word.startswith(f"{key}.") for word in composed.keys_typed)
+    if typed or key in (*GROUPS, "recipe"):
+        return None
+    for start, path in composed.files():
+        below = key.removeprefix(f"{start}.") if start else key
+        if below != key or not start:
+            line = _line(path.read_text(encoding="utf-8"), below.split("."))
+            if line:
+                return f"{folders.shown(path)}:{line}"
+    return None
+
+
+def _line(text: str, path: list[str]) -> int | None:
+    node, line = yaml.compose(text), None
+    for part in path:
+        if not isinstance(node, yaml.MappingNode):
+            return None
+        found = [(key, below) for key, below in node.value if key.value == part]
+        if not found:
+            return None
+        line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+    return line
+
+
+def _unset(node: Any, key: str = "") -> list[str]:
+    if node == "???":
+        return [key]
+    if not isinstance(node, dict):
+        return []
+    return [
+        found
+        for name, below in node.items()
+        for found in _unset(below, f"{key}.{name}".lstrip("."))
+    ]
+
+
+def _no_value(key: str) -> str:
+    if key in GROUPS:
+        return f"nothing is chosen. Add {key}=NAME: {', '.join(options(key))}."
+    model: Any = RunConfig
+    *path, name = key.split(".")
+    for part in path:
+        model = model.model_fields[part].annotation if part in model.model_fields else RunConfig
+    return f"has no value. Add {key}=VALUE. {document(model, name)}".rstrip()
+
+
+def _grouped(composed: Composed, mistakes: list[Mistake]) -> list[Mistake]:
+    """Say it in one line when neither a recipe nor a model nor a dataset was chosen."""
+    bare = {mistake.key for mistake in mistakes} >= {"model", "dataset"}
+    if not bare or composed.chain.files or "recipe" in composed.unsure:
+        return mistakes
+    kept = [mistake for mistake in mistakes if mistake.key not in ("model", "dataset")]
+    known = ", ".join(options("recipe"))
+    text = f"nothing is chosen. Add recipe=NAME ({known}), or both model=NAME and dataset=NAME."
+    return [Mistake("recipe", text), *kept]
+
+
+def _hidden(mistake: Mistake, unsure: set[str]) -> bool:
+    """Say whether a mistake may only follow from another one that is reported already."""
+    group = mistake.key.split(".")[0]
+    return (
+        group in unsure or mistake.key in unsure or ("recipe" in unsure and _about_choice(mistake))
+    )
+
+
+def _about_choice(mistake: Mistake) -> bool:
+    return mistake.key in (*GROUPS, "recipe") or "no value" in mistake.text
+
+
+def _once(mistakes: list[Mistake], said: set[str]) -> list[Mistake]:
+    """Keep the first mistake of each key."""
+    first = {mistake.key: mistake for mistake in reversed(mistakes) if mistake.key not in said}
+    return [mistake for mistake in mistakes if first.get(mistake.key) is mistake]

@@ -1,0 +1,134 @@
+"""A resolved config against the schema: the mistakes that pydantic finds, in luthier's words."""
+
+import typing
+from collections.abc import Iterator, Sequence
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from luthier.config import fields
+from luthier.config.passthrough import LIBRARIES
+from luthier.config.recipes import options
+from luthier.config.schema import GROUPS, RunConfig
+from luthier.config.words import Mistake, choice, nearest, value
+
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text (put it in quotes)",
+    "list": "a list",
+    "dict": "a mapping of keys to values",
+    "model": "a mapping of keys to values",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def validate(resolved: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
+    """Return the config, or what keeps it from being one."""
+    try:
+        return RunConfig.model_validate(resolved), []
+    except ValidationError as error:
+        return None, list(_mistakes(error.errors(include_url=False)))
+
+
+def _mistakes(errors: Sequence[ErrorDetails]) -> Iterator[Mistake]:
+    seen = set()
+    for error in errors:
+        model, path = _place(error["loc"])
+        key = ".".join(path)
+        if key not in seen:
+            yield Mistake(key, _words(error, model, path))
+        seen.add(key)
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
+    """Return the innermost model on the way, and the key without pydantic's names of unions."""
+    model: type[BaseModel] = RunConfig
+    path = []
+    for part in loc:
+        path.append(str(part))
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            break
+        if not issubclass(field.annotation, BaseModel):
+            break
+        model = field.annotation
+    return model, path
+
+
+def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
+    kind, given = error["type"], value(error["input"])
+    if kind == "missing":
+        return _missing(path, document(model, path[-1]))
+    if kind == "extra_forbidden":
+        return _extra(model, path)
+    if kind == "literal_error":
+        allowed = _allowed(model, path[-1])
+        return f"{given} is not an option. {choice(str(error['input']), allowed)}"
+    if kind in _BOUNDS:
+        bound, than = _BOUNDS[kind]
+        return f"{given} is out of range: it must be {than} {error['ctx'][bound]:g}."
+    wanted = _WANTED.get(kind.split("_")[0])
+    one_of_several = len(error["loc"]) > len(path) and isinstance(error["loc"][len(path)], str)
+    if wanted is None or one_of_several:
+        return f"{given} does not fit. {document(model, path[-1])}"
+    return f"{given} is not {wanted}."
+
+
+def document(model: type[BaseModel], name: str) -> str:
+    """Return what the schema says about a key."""
+    found = fields.docs("luthier", "config/schema.py", model.__name__).get(name, "")
+    return " ".join(found.split())
+
+
+def _missing(path: list[str], text: str) -> str:
+    (group, *rest) = path
+    if not rest and group in GROUPS:
+        return f"nothing is chosen. Add {group}=NAME: {', '.join(options(group))}."
+    return f"has no value. Add {'.'.join(path)}=VALUE. {text}".rstrip()
+
+
+def _extra(model: type[BaseModel], path: list[str]) -> str:
+    name, known = path[-1], list(model.model_fields)
+    if elsewhere := [key for key in _all_keys() if key.split(".")[-1] == name]:
+        return f"there is no such key. Did you mean {elsewhere[0]}?"
+    close = nearest(name, known)
+    prefix = ".".join([*path[:-1], close]) if close else ""
+    hint = f"Did you mean {prefix}?" if close else f"Keys here: {', '.join(known)}."
+    return f"there is no such key. {hint}"
+
+
+def _all_keys() -> Iterator[str]:
+    yield from _keys_below(RunConfig, "")
+    for library in LIBRARIES:
+        yield from (f"{library.key}.{name}" for name in library.fields() or {})
+
+
+def _keys_below(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys_below(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _allowed(model: type[BaseModel], name: str) -> list[str]:
+    field = model.model_fields[name]
+    return [text for text in _literals(field.annotation) if isinstance(text, str)]
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is typing.Literal:
+        yield from get_args(annotation)
+        return
+    for part in get_args(annotation):
+        if part is not NoneType:
+            yield from _literals(part)

@@ -1,0 +1,80 @@
+"""Batched greedy replies: prompts of token ids in, reply ids out, order kept."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from luthier.infer.unpacked import unpacked
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Answer each prompt greedily and return the new ids, without the stop token.
+
+    Prompts are padded on the left to the longest of their batch and sorted by length, so that
+    little is computed on padding. `on_batch` is told how many prompts each batch answered.
+    """
+    import torch
+
+    replies: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    was_training = model.training
+    model.eval()
+    try:
+        # Not inference mode: what a module caches here must still serve a later training step.
+        with torch.no_grad(), unpacked(model):
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                new = _answer(model, [prompts[i] for i in rows], stop_ids, pad_id, max_new_tokens)
+                for row, ids in zip(rows, new, strict=True):
+                    replies[row] = ids
+                if on_batch:
+                    on_batch(len(rows))
+    finally:
+        model.train(was_training)
+    return replies
+
+
+def _answer(
+    model: Any,
+    prompts: list[Sequence[int]],
+    stop_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    import torch
+    from transformers import GenerationConfig
+
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    # A config of our own: the model's would bring sampling settings that greedy decoding warns of.
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=greedy,
+    )
+    return [until_stop(row, stop_ids) for row in out[:, width:].tolist()]
+
+
+def until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """The ids before the first stop token."""
+    stops = set(stop_ids)
+    return ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))]

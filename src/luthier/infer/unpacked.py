@@ -1,0 +1,61 @@
+"""4-bit layers unpacked for the time of a generation: on a CPU, once instead of once per token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Let 4-bit layers on a CPU multiply by weights that are unpacked once, within the block.
+
+    The numbers are those of the layer itself, which unpacks its weights at every call: that is
+    small beside a training step and most of the time of a generated token. It takes two bytes per
+    weight in bfloat16; where less than twice that is free, and on a GPU, nothing changes.
+    """
+    layers = _four_bit_on_cpu(model)
+    if not layers or not _fits(layers):
+        yield
+        return
+    for layer in layers:
+        layer.forward = partial(_forward, layer, _weight(layer))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward(layer: Any, weight: Any, x: Any) -> Any:
+    from torch.nn.functional import linear
+
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def _weight(layer: Any) -> Any:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = layer.weight.quant_state
+    weight = dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype or state.dtype)
+    return weight.reshape(state.shape)
+
+
+def _four_bit_on_cpu(model: Any) -> list[Any]:
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return []
+    from bitsandbytes.nn import Linear4bit
+
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, Linear4bit) and layer.weight.device.type == "cpu"
+    ]
+
+
+def _fits(layers: list[Any]) -> bool:
+    import psutil
+
+    need = sum(2 * layer.in_features * layer.out_features for layer in layers)
+    return need * 2 < psutil.virtual_memory().available

@@ -1,0 +1,5 @@
+"""From a model's name to a tokenizer, weights, quantization and adapters on this machine."""
+
+from luthier.model.source import check_path
+
+__all__ = ["check_path"]

@@ -1,0 +1,77 @@
+"""Folders that are made once, whole or not at all, and shared between processes."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from luthier.errors import UserError
+
+SEAL = "luthier.json"
+"""The file that names every other file of a folder with its SHA-256: written last."""
+
+
+def cache_root() -> Path:
+    """Where luthier keeps what it converted: `$LUTHIER_CACHE`, else `~/.cache/luthier`."""
+    chosen = os.environ.get("LUTHIER_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "luthier"
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file's content, as hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return `folder`, filled by `make(empty_folder)` if it is missing, partial or damaged.
+
+    Of several processes one makes it and the others wait. It appears by a rename, so nobody ever
+    sees half of it. Raises UserError where the cache cannot be written.
+    """
+    if is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not is_whole(folder):
+                _make(folder, make)
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {folder.parent} cannot be used: {error.strerror or error}.\n"
+            "Free some space there, or set LUTHIER_CACHE to a folder that you can write to."
+        ) from error
+    return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file that the folder's seal names is there with the content it had."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text())
+        return all(digest(folder / name) == expected for name, expected in sealed.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    # The lock is ours, so an older temporary folder belongs to a process that was killed.
+    for stale in folder.parent.glob(f"{folder.name}.new-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.new-") as above:
+        new = Path(above) / folder.name
+        new.mkdir()
+        make(new)
+        _seal(new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(file for file in folder.iterdir())
+    content = {file.name: digest(file) for file in files}
+    (folder / SEAL).write_text(json.dumps(content, indent=2) + "\n")

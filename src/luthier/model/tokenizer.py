@@ -1,0 +1,80 @@
+"""The tokenizer of a model, with a padding token that stops no reply from training."""
+
+from typing import TYPE_CHECKING, Any
+
+from luthier.config.schema import ModelConfig
+from luthier.errors import UserError
+from luthier.model import gguf, hub, source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PADDING_NAMES = (
+    "<|finetune_right_pad_id|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|PAD|>",
+    "<|endoftext|>",
+    "<unk>",
+)
+"""Tokens that stand for padding where a tokenizer names none, the most fitting first."""
+
+
+def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
+    """Return the configured tokenizer; it always has a padding token.
+
+    Raises UserError if it cannot be found or fetched, or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    key = "model.path" if config.tokenizer is None else "model.tokenizer"
+    path = config.tokenizer or config.path
+    file = source.gguf_file(path, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path if file is None else gguf.convert_tokenizer(file),
+            revision=config.revision if config.tokenizer is None else None,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=source.needs_hub(path) and hub.is_out_of_reach(),
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        problem = hub.explain(error, path, key)
+        raise problem or UserError(
+            f"{key}={path}: the tokenizer cannot be read: {error}"
+        ) from error
+    add_padding(tokenizer)
+    return tokenizer
+
+
+def add_padding(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Name a padding token where there is none: an existing token, never a new one.
+
+    The vocabulary stays as it is, so the embeddings keep their size. As the last resort it is the
+    end token: labels are masked by length, so the true end of a reply still trains.
+    """
+    if tokenizer.pad_token_id is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    known = [name for name in PADDING_NAMES if name in vocabulary]
+    tokenizer.pad_token = known[0] if known else tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            "The tokenizer has neither a padding token nor an end token, so rows of different "
+            "lengths cannot be put side by side.\n"
+            "Set pad_token in its tokenizer_config.json, or name another: model.tokenizer=..."
+        )
+
+
+def check_fits(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
+    """Raise UserError if the tokenizer can produce ids for which the model has no embedding."""
+    highest = max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise UserError(
+            f"The tokenizer's ids go up to {highest}, but the model has embeddings for {rows} "
+            "tokens only: they do not belong together.\n"
+            "Name the model's own tokenizer (model.tokenizer), or a model made for this one."
+        )

@@ -1,0 +1,114 @@
+"""A model's weights on this machine, quantized if asked for, and safe to train."""
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from luthier.config.schema import ModelConfig
+from luthier.errors import UserError
+from luthier.model import gguf, hub, source
+from luthier.model.machine import Machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+"""Loggers that warn of a kernel which `keep_trainable` turns off, and at every 8-bit product."""
+
+
+def load_model(
+    config: ModelConfig, quantization: dict[str, Any], machine: Machine, full: bool = False
+) -> "PreTrainedModel":
+    """Return the model on `machine`, in evaluation mode, ready to get an adapter or to train.
+
+    `quantization` holds fields of `transformers.BitsAndBytesConfig`; empty for none. With `full`
+    (every weight trains) the weights are float32 whatever the machine computes in: in bfloat16
+    small updates round to nothing. Raises UserError where the model cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    file = source.gguf_file(config.path)
+    place = config.path if file is None else gguf.convert(file)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            place, **_settings(config, quantization, machine, full)
+        )
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise _explain(error, config, machine) from error
+    model.config.use_cache = False
+    keep_trainable(model)
+    return model
+
+
+def keep_trainable(model: Any) -> None:
+    """Keep 4-bit layers on the kernels that have a backward; do it before the first forward.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit layer's weights at the first forward in
+    evaluation mode without gradients, for a kernel without a backward. Training after that gets
+    wrong gradients without an error (docs/model.md has the measurements).
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _settings(
+    config: ModelConfig, quantization: dict[str, Any], machine: Machine, full: bool
+) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained`; `model.kwargs` has the last word."""
+    local = source.needs_hub(config.path) and hub.is_out_of_reach()
+    settings: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": local,
+        # transformers looks for an adapter beside the model, with settings of its own.
+        "adapter_kwargs": {"local_files_only": local},
+        "dtype": "float32" if full else machine.dtype,
+        "attn_implementation": machine.attention,
+    }
+    if not _is_sharded():
+        settings["device_map"] = {"": machine.device}
+    if quantization:
+        settings["quantization_config"] = _quantization(quantization, machine)
+    return settings | config.kwargs
+
+
+def _quantization(quantization: dict[str, Any], machine: Machine) -> Any:
+    """Return the config; 4-bit layers multiply in the machine's number format if none is given."""
+    from transformers import BitsAndBytesConfig
+
+    settings = {"bnb_4bit_compute_dtype": machine.dtype} | quantization
+    make: Any = BitsAndBytesConfig
+    return make(**settings)
+
+
+def _is_sharded() -> bool:
+    """Whether FSDP or DeepSpeed will place the weights: then nobody else may."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(name, "false").lower() == "true" for name in names)
+
+
+def _explain(error: Exception, config: ModelConfig, machine: Machine) -> Exception:
+    """Return the error in the user's words, or as it was if it is none of the user's."""
+    problem = hub.explain(error, config.path, "model.path")
+    if problem is not None:
+        return problem
+    text = str(error)
+    if "out of memory" in text.lower():
+        return UserError(
+            f"model.path={config.path} does not fit into the memory of {machine.device}.\n"
+            "Use quantization=nf4 (about a third of the memory of bfloat16), or a smaller model."
+        )
+    if isinstance(error, RuntimeError):
+        return error
+    if "trust_remote_code" in text:
+        text = (
+            "its repository brings Python code of its own.\n"
+            "Read that code, then allow it: model.trust_remote_code=true"
+        )
+    return UserError(f"model.path={config.path}: the model cannot be loaded: {text}")

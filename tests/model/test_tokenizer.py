@@ -1,0 +1,86 @@
+import json
+import shutil
+
+import pytest
+
+from luthier.config.schema import ModelConfig
+from luthier.errors import UserError
+from luthier.model.machine import Machine
+from luthier.model.tokenizer import check_fits, load_tokenizer
+from luthier.model.weights import load_model
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A copy of the tiny model that a test may spoil."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def settings(folder, **change):
+    """Change tokenizer_config.json; None removes a key."""
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text()) | change
+    kept = {key: value for key, value in content.items() if value is not None}
+    file.write_text(json.dumps(kept))
+    return ModelConfig(path=str(folder))
+
+
+def test_a_folder_gives_its_tokenizer_and_template(tiny_model):
+    tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
+    assert tokenizer.decode(tokenizer("the other").input_ids) == "the other"
+    assert tokenizer.chat_template
+
+
+def test_another_tokenizer_can_be_named(tiny_model, tmp_path):
+    config = ModelConfig(path=str(tmp_path / "nowhere"), tokenizer=str(tiny_model))
+    assert load_tokenizer(config).pad_token == "<|im_end|>"
+
+
+PADDING = {
+    "its own stays": ({"pad_token": "<|im_start|>"}, "<|im_start|>"),
+    "one that is like it": ({"pad_token": None}, "<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize(("change", "padding"), PADDING.values(), ids=PADDING)
+def test_there_is_always_a_padding_token_that_exists(folder, change, padding):
+    config = settings(folder, **change)
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.pad_token == padding
+    assert len(tokenizer) == len(load_tokenizer(ModelConfig(path=str(folder))))
+
+
+def without(folder, token):
+    """Rename a token of the folder's vocabulary."""
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace(token, "<|other|>"))
+
+
+def test_the_end_token_is_the_last_resort(folder):
+    without(folder, "<|endoftext|>")
+    config = settings(folder, pad_token=None, unk_token=None)
+    assert load_tokenizer(config).pad_token == "<|im_end|>"
+
+
+def test_neither_padding_nor_end_is_told(folder):
+    without(folder, "<|endoftext|>")
+    config = settings(folder, pad_token=None, unk_token=None, eos_token=None)
+    with pytest.raises(UserError, match="neither a padding token nor an end token"):
+        load_tokenizer(config)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_told(folder, file):
+    (folder / file).write_text('{"version": ')
+    with pytest.raises(UserError, match=r"model\.path=.*the tokenizer cannot be read"):
+        load_tokenizer(ModelConfig(path=str(folder)))
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_told(tiny_model):
+    config = ModelConfig(path=str(tiny_model))
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, {}, Machine("cpu", "float32", "sdpa"))
+    check_fits(tokenizer, model)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="do not belong together"):
+        check_fits(tokenizer, model)

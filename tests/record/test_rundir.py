@@ -1,0 +1,107 @@
+"""Who may write into a run's directory, and what stands there."""
+
+import json
+
+import pytest
+
+from luthier.errors import UserError
+from luthier.record import rundir
+from luthier.record.files import publish_folder, write_json, write_text
+
+CONFIG = {"seed": 1, "lora": {"r": 8}, "output_dir": "x", "tracker": {"to": []}}
+
+
+def begin(folder, config=CONFIG, status="running"):
+    rundir.prepare(folder, config, ["lora.r=8"])
+    write_json(folder / "run.json", {"status": status})
+
+
+def test_a_new_folder_is_new(tmp_path):
+    assert rundir.claim(tmp_path / "run", CONFIG) == "new"
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [("running", "unfinished"), ("failed", "unfinished"), ("finished", "finished")],
+)
+def test_the_same_config_finds_its_own_run(tmp_path, status, state):
+    begin(tmp_path, status=status)
+    assert rundir.claim(tmp_path, CONFIG) == state
+
+
+@pytest.mark.parametrize("key", ["output_dir", "tracker"])
+def test_what_does_not_change_the_result_is_the_same_run(tmp_path, key):
+    begin(tmp_path)
+    assert rundir.claim(tmp_path, CONFIG | {key: "other"}) == "unfinished"
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
+    begin(tmp_path)
+    with pytest.raises(UserError, match=r"lora\.r: 8 -> 16") as error:
+        rundir.claim(tmp_path, CONFIG | {"lora": {"r": 16}})
+    assert "overwrite=true" in str(error.value)
+    assert rundir.claim(tmp_path, CONFIG | {"lora": {"r": 16}}, overwrite=True) == "new"
+
+
+def test_a_folder_of_somebody_elses_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="no run of luthier"):
+        rundir.claim(tmp_path, CONFIG, overwrite=True)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        rundir.claim(tmp_path / "run", CONFIG)
+
+
+def test_clear_removes_only_what_luthier_writes(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "notes.md").write_text("mine")
+    rundir.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+
+
+def test_secrets_are_not_written(tmp_path):
+    config = {"model": {"kwargs": {"token": "hf_secret"}}, "tokenizer": "kept", "max_new_tokens": 5}
+    rundir.prepare(tmp_path, config, ["model.kwargs.token=hf_secret", "lora.r=8"])
+    text = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "hf_secret" not in text
+    assert "kept" in text
+    assert "lora.r=8" in text
+    assert rundir.claim(tmp_path, config) == "unfinished"
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_text(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_publishing_replaces_the_older_folder(tmp_path):
+    for name, text in (("model", "old"), (".model.tmp", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(text)
+    publish_folder(tmp_path / ".model.tmp", tmp_path / "model")
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_record_says_what_ran(tmp_path, monkeypatch):
+    from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
+    from luthier.record.record import RunRecord
+
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    config = RunConfig(model=ModelConfig(path="m"), dataset=DatasetConfig(path="d"), output_dir="o")
+    record = RunRecord(tmp_path)
+    record.start(config, ["seed=42"])
+    record.end("finished", results={"loss": 1.0})
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["status"] == "finished"
+    assert written["versions"]["torch"]
+    assert written["hardware"]["cores"] >= 1
+    assert written["peak_memory_gib"]["host"] > 0
+    assert "hf_very_secret" not in json.dumps(written)
