@@ -6,3 +6,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+# Threads that wait must not spin: on a shared machine two trainings would starve each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

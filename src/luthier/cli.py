@@ -3,19 +3,52 @@
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
 
 from luthier import __version__
 from luthier.errors import UserError, report
 
-USAGE = """\
-luthier: config-driven fine-tuning
 
-  luthier train recipe=NAME [key=value ...]   train; same as: python train.py recipe=NAME ...
-  luthier recipes                             the recipes that are found, a line each
-  luthier --version
+class Command(NamedTuple):
+    """A command: how it is typed, what it does, and the function that does it."""
+
+    typed: str
+    about: str
+    place: str
+    """`module:function`; imported only when the command is run."""
+
+    def load(self) -> Callable[[list[str]], int]:
+        """The function: it takes the words behind the command and returns the exit code."""
+        module, function = self.place.split(":")
+        return getattr(import_module(module), function)
+
+
+COMMANDS = {
+    "train": Command(
+        "train recipe=NAME [key=value ...]",
+        "train; same as: python train.py recipe=NAME ...",
+        "luthier.cli:train",
+    ),
+    "preview": Command(
+        "preview recipe=NAME [key=value ...]",
+        "rows of the dataset as the tokens that are trained on",
+        "luthier.inspect.preview:run",
+    ),
+    "check": Command(
+        "check recipe=NAME [key=value ...]",
+        "the whole dataset against the rules, before it is trained on",
+        "luthier.inspect.check:run",
+    ),
+    "recipes": Command(
+        "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
+    ),
+}
+_END = """\
 
 Under several processes: accelerate launch train.py recipe=NAME ...
-All settings and groups:  luthier train --help
+More on a command:       luthier COMMAND --help
+All settings and groups: luthier train --help
 """
 
 
@@ -23,16 +56,15 @@ def main() -> None:
     """Run one command; a user's mistake is printed in words and exits with 2."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(usage(), end="")
         sys.exit(0)
     if words[0] == "--version":
         print(f"luthier {__version__}")
         sys.exit(0)
-    command = COMMANDS.get(words[0])
     try:
-        if command is None:
+        if words[0] not in COMMANDS:
             raise UserError(unknown(words[0]))
-        sys.exit(command(words[1:]))
+        sys.exit(COMMANDS[words[0]].load()(words[1:]))
     except UserError as error:
         sys.exit(report(error))
     except BrokenPipeError:
@@ -41,12 +73,20 @@ def main() -> None:
         sys.exit(0)
 
 
+def usage() -> str:
+    """The page that `luthier --help` prints."""
+    width = max(len(command.typed) for command in COMMANDS.values()) + 3
+    rows = [f"  luthier {c.typed:<{width}}{c.about}" for c in COMMANDS.values()]
+    rows.append(f"  luthier {'--version':<{width}}luthier's version")
+    return "\n".join(["luthier: config-driven fine-tuning", "", *rows, _END])
+
+
 def unknown(word: str) -> str:
     """The message for a command that does not exist."""
-    from difflib import get_close_matches
+    from luthier.config.words import nearest
 
-    near = get_close_matches(word, COMMANDS, n=1)
-    hint = f" Did you mean `luthier {near[0]}`?" if near else ""
+    near = nearest(word, COMMANDS)
+    hint = f" Did you mean `luthier {near}`?" if near else ""
     return f"there is no command {word!r}.{hint} There are: {', '.join(COMMANDS)}."
 
 
@@ -57,19 +97,3 @@ def train(words: list[str]) -> int:
 
     sys.argv = ["luthier train", *words]
     return config.main(run)
-
-
-def recipes(words: list[str]) -> int:
-    """List the recipes that are found, with their header lines."""
-    from luthier import config
-
-    if words:
-        raise UserError("`luthier recipes` takes no arguments.")
-    found = config.recipes()
-    width = max(len(recipe.name) for recipe in found)
-    for recipe in found:
-        print(f"{recipe.name:<{width}}  {recipe.header}")
-    return 0
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "recipes": recipes}

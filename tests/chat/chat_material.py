@@ -7,8 +7,16 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Regex
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 ASSETS = Path(os.environ["LUTHIER_ASSETS"]) if os.environ.get("LUTHIER_ASSETS") else None
@@ -27,7 +35,7 @@ LLAMA_3_WORDS = (
 CORPUS = [
     "The lute is a plucked string instrument; a luthier makes lutes, violins and guitars.",
     "user assistant system tool function model\n\nHello there, how are you today?\n I am fine.",
-    '{"name": "look_up", "arguments": {"word": "lute", "n": 12}}\n<b>1 + 2 = 3</b> [[1, 2], [3, 4]]',
+    '{"name": "look_up", "arguments": {"word": "lute", "n": 12}}\n<b>1+2=3</b> [[1, 2], [3, 4]]',
     "Thinking about it: first\nsecond\n\nthird. Naïve café, 琵琶 and ελ.",
 ] * 4
 
@@ -59,7 +67,12 @@ def _sentencepiece():
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=900,
@@ -99,9 +112,7 @@ _TINY = {
     "sentencepiece": _sentencepiece,
     "metaspace": _metaspace,
 }
-ASSET_TOKENIZERS = (
-    ["smollm2", "qwen3", "llama3_1", "llama2", "mistral_tekken_v3", "falcon"] if ASSETS else []
-)
+ASSET_TOKENIZERS = ["smollm2", "qwen3", "llama3_1", "llama2", "mistral_tekken_v3"] if ASSETS else []
 TOKENIZERS = [*_TINY, *ASSET_TOKENIZERS]
 
 
@@ -186,23 +197,17 @@ LOOK_UP = {
 
 def replies(tokenizer, sequences):
     """The trained text of each trained turn, in the order of the messages."""
-    found = []
-    for sequence in sequences:
-        spans = trained_spans(sequence)
-        assert len(spans) == len(sequence.messages)
-        for message, (start, stop) in zip(sequence.messages, spans, strict=True):
-            text = tokenizer.decode(sequence.input_ids[start:stop], skip_special_tokens=False)
-            found.append((message, text))
+    found = [
+        (message, tokenizer.decode(sequence.input_ids[start:stop], skip_special_tokens=False))
+        for sequence in sequences
+        for message, start, stop in sequence.replies
+    ]
     return [text for _, text in sorted(found)]
 
 
-def trained_spans(sequence):
-    """(start, stop) of each run of tokens that trains."""
-    spans, start = [], None
-    for place, label in enumerate([*sequence.labels, -100]):
-        if label != -100 and start is None:
-            start = place
-        elif label == -100 and start is not None:
-            spans.append((start, place))
-            start = None
-    return spans
+def assert_labels(sequence):
+    """Labels are ids in the replies and -100 elsewhere."""
+    expected = [-100] * len(sequence.input_ids)
+    for _, start, stop in sequence.replies:
+        expected[start:stop] = sequence.input_ids[start:stop]
+    assert sequence.labels == expected

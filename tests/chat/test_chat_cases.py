@@ -4,7 +4,19 @@ The expectations are written by hand, from what each template says a turn looks 
 """
 
 import pytest
-from chat_material import CHATML, LOOK_UP, bot, call, pair, replies, system, tool, trl, user
+from chat_material import (
+    CHATML,
+    LOOK_UP,
+    assert_labels,
+    bot,
+    call,
+    pair,
+    replies,
+    system,
+    tool,
+    trl,
+    user,
+)
 
 from luthier.chat import IGNORED, ChatEncoder, ChatError
 
@@ -26,11 +38,19 @@ CALLED = '<tool_call>\n{"name": "look_up", "arguments": {"word": "lute"}}\n</too
 # name: (template, end of turn, messages, tools, settings, expected replies)
 CASES = {
     "qwen3, three plain turns": (
-        "qwen3", "<|im_end|>", THREE, None, {},
+        "qwen3",
+        "<|im_end|>",
+        THREE,
+        None,
+        {},
         [f"{NO_THOUGHT}a1<|im_end|>", f"{NO_THOUGHT}a2<|im_end|>", f"{NO_THOUGHT}a3<|im_end|>"],
     ),
     "qwen3, reasoning in turns 1 and 2": (
-        "qwen3", "<|im_end|>", REASONED, None, {},
+        "qwen3",
+        "<|im_end|>",
+        REASONED,
+        None,
+        {},
         [
             "<think>\nr1\n</think>\n\na1<|im_end|>",
             "<think>\nr2\n</think>\n\na2<|im_end|>",
@@ -38,107 +58,267 @@ CASES = {
         ],
     ),
     "qwen3, reply with thought in its text": (
-        "qwen3", "<|im_end|>", [user("q"), bot("<think>\nhm\n</think>\n\nyes")], None, {},
+        "qwen3",
+        "<|im_end|>",
+        [user("q"), bot("<think>\nhm\n</think>\n\nyes")],
+        None,
+        {},
         ["<think>\nhm\n</think>\n\nyes<|im_end|>"],
     ),
     "qwen3, tool call alone, result, reply": (
-        "qwen3", "<|im_end|>", TOOLED, [LOOK_UP], {},
+        "qwen3",
+        "<|im_end|>",
+        TOOLED,
+        [LOOK_UP],
+        {},
         [f"{NO_THOUGHT}{CALLED}<|im_end|>", f"{NO_THOUGHT}done<|im_end|>"],
     ),
     "qwen3, two parallel calls with content and reasoning": (
-        "qwen3", "<|im_end|>",
-        [user("q"), bot("so", reasoning_content="r", tool_calls=[call(), call()])], [LOOK_UP], {},
+        "qwen3",
+        "<|im_end|>",
+        [user("q"), bot("so", reasoning_content="r", tool_calls=[call(), call()])],
+        [LOOK_UP],
+        {},
         [f"<think>\nr\n</think>\n\nso\n{CALLED}\n{CALLED}<|im_end|>"],
     ),
     "qwen3, content None beside a call": (
-        "qwen3", "<|im_end|>", [user("q"), bot(None, tool_calls=[call()])], [LOOK_UP], {},
+        "qwen3",
+        "<|im_end|>",
+        [user("q"), bot(None, tool_calls=[call()])],
+        [LOOK_UP],
+        {},
         [f"{NO_THOUGHT}{CALLED}<|im_end|>"],
     ),
     "qwen2.5, three plain turns": (
-        "qwen2_5", "<|im_end|>", THREE, None, {}, ["a1<|im_end|>", "a2<|im_end|>", "a3<|im_end|>"],
+        "qwen2_5",
+        "<|im_end|>",
+        THREE,
+        None,
+        {},
+        ["a1<|im_end|>", "a2<|im_end|>", "a3<|im_end|>"],
     ),
     "qwen2.5, tool call alone, result, reply": (
-        "qwen2_5", "<|im_end|>", TOOLED, [LOOK_UP], {},
+        "qwen2_5",
+        "<|im_end|>",
+        TOOLED,
+        [LOOK_UP],
+        {},
         # The newline in front of the call is the generation prompt's.
         [f"{CALLED}<|im_end|>", "done<|im_end|>"],
     ),
-    "reply is a list": ("qwen2_5", "<|im_end|>", [user("q"), bot("[[1, 2], [3, 4]]")], None, {}, ["[[1, 2], [3, 4]]<|im_end|>"]),
-    "reply with brackets": ("qwen2_5", "<|im_end|>", [user("q"), bot("see [[link]]")], None, {}, ["see [[link]]<|im_end|>"]),
-    "reply is the role header": ("qwen2_5", "<|im_end|>", [user("q"), bot("assistant\n")], None, {}, ["assistant\n<|im_end|>"]),
-    "reply is the question": ("qwen2_5", "<|im_end|>", [user("same"), bot("same")], None, {}, ["same<|im_end|>"]),
-    "reply equals the stop token's text": ("qwen2_5", "<|im_end|>", [user("q"), bot("<|im_end|>")], None, {}, ["<|im_end|><|im_end|>"]),
+    "reply is a list": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q"), bot("[[1, 2], [3, 4]]")],
+        None,
+        {},
+        ["[[1, 2], [3, 4]]<|im_end|>"],
+    ),
+    "reply with brackets": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q"), bot("see [[link]]")],
+        None,
+        {},
+        ["see [[link]]<|im_end|>"],
+    ),
+    "reply is the role header": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q"), bot("assistant\n")],
+        None,
+        {},
+        ["assistant\n<|im_end|>"],
+    ),
+    "reply is the question": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user("same"), bot("same")],
+        None,
+        {},
+        ["same<|im_end|>"],
+    ),
+    "reply equals the stop token's text": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q"), bot("<|im_end|>")],
+        None,
+        {},
+        ["<|im_end|><|im_end|>"],
+    ),
     "empty reply, then more": (
-        "qwen2_5", "<|im_end|>", [user("q"), bot(""), user("r"), bot("yes")], None, {},
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q"), bot(""), user("r"), bot("yes")],
+        None,
+        {},
         ["<|im_end|>", "yes<|im_end|>"],
     ),
-    "reply begins with a newline": ("qwen2_5", "<|im_end|>", [user("q"), bot("\nyes")], None, {}, ["\nyes<|im_end|>"]),
-    "reply begins with newlines and ends in spaces": (
-        "qwen2_5", "<|im_end|>", [user("q"), bot("\n\n  yes  \n")], None, {}, ["\n\n  yes  \n<|im_end|>"],
+    "reply begins with a newline": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q"), bot("\nyes")],
+        None,
+        {},
+        ["\nyes<|im_end|>"],
     ),
-    "reply that the template strips": ("llama3", "<|eot_id|>", [user("q"), bot("  yes \n")], None, {}, ["yes<|eot_id|>"]),
+    "reply begins with newlines and ends in spaces": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q"), bot("\n\n  yes  \n")],
+        None,
+        {},
+        ["\n\n  yes  \n<|im_end|>"],
+    ),
+    "reply that the template strips": (
+        "llama3",
+        "<|eot_id|>",
+        [user("q"), bot("  yes \n")],
+        None,
+        {},
+        ["yes<|eot_id|>"],
+    ),
     "one-token reply": ("llama3", "<|eot_id|>", [user("q"), bot("a")], None, {}, ["a<|eot_id|>"]),
     "gemma: the turn ends before the tokenizer's eos": (
-        "gemma3", "<eos>", [user("q"), bot("a1"), user("r"), bot("a2")], None, {},
+        "gemma3",
+        "<eos>",
+        [user("q"), bot("a1"), user("r"), bot("a2")],
+        None,
+        {},
         ["a1<end_of_turn>", "a2<end_of_turn>"],
     ),
     "phi-3: an eos behind the last turn": (
-        "phi3", "<|endoftext|>", [user("q"), bot("a1"), user("r"), bot("a2")], None, {},
+        "phi3",
+        "<|endoftext|>",
+        [user("q"), bot("a1"), user("r"), bot("a2")],
+        None,
+        {},
         ["a1<|end|>", "a2<|end|>"],
     ),
     "gpt-oss: each turn as the last": (
-        "gptoss", "<|return|>", [user("q"), bot("a1", reasoning_content="r1"), user("r"), bot("a2")], None, {},
+        "gptoss",
+        "<|return|>",
+        [user("q"), bot("a1", reasoning_content="r1"), user("r"), bot("a2")],
+        None,
+        {},
         [
             "<|channel|>analysis<|message|>r1<|end|><|start|>assistant<|channel|>final<|message|>a1<|return|>",
             "<|channel|>final<|message|>a2<|return|>",
         ],
     ),
     "gpt-oss: a call ends in its own token": (
-        "gptoss", "<|return|>", TOOLED, [LOOK_UP], {},
+        "gptoss",
+        "<|return|>",
+        TOOLED,
+        [LOOK_UP],
+        {},
         [
             ' to=functions.look_up<|channel|>commentary json<|message|>{"word": "lute"}<|call|>',
             "<|channel|>final<|message|>done<|return|>",
         ],
     ),
     "deepseek-r1: the prompt opens the thought": (
-        "deepseek_r1_distill", "<｜end▁of▁sentence｜>",
-        [user("q"), bot("a1", reasoning_content="r1"), user("r"), bot("<think>\nr2\n</think>\n\na2")], None, {},
+        "deepseek_r1_distill",
+        "<｜end▁of▁sentence｜>",
+        [
+            user("q"),
+            bot("a1", reasoning_content="r1"),
+            user("r"),
+            bot("<think>\nr2\n</think>\n\na2"),
+        ],
+        None,
+        {},
         ["r1\n</think>\n\na1<｜end▁of▁sentence｜>", "r2\n</think>\n\na2<｜end▁of▁sentence｜>"],
     ),
     "qwen3.5: thought opened by the prompt": (
-        "qwen3_5_think", "<|im_end|>", [user("q"), bot("a1", reasoning_content="r1")], None, {"variables": {"enable_thinking": True}},
+        "qwen3_5_think",
+        "<|im_end|>",
+        [user("q"), bot("a1", reasoning_content="r1")],
+        None,
+        {"variables": {"enable_thinking": True}},
         ["r1\n</think>\n\na1<|im_end|>"],
     ),
     "qwen3.5: empty thought behind an opened one": (
-        "qwen3_5_think", "<|im_end|>", [user("q"), bot("a1")], None, {"variables": {"enable_thinking": True}},
+        "qwen3_5_think",
+        "<|im_end|>",
+        [user("q"), bot("a1")],
+        None,
+        {"variables": {"enable_thinking": True}},
         ["\n</think>\n\na1<|im_end|>"],
     ),
     "qwen3.5: thought closed by the prompt": (
-        "qwen3_5_nothink", "<|im_end|>", [user("q"), bot("a1")], None, {}, ["a1<|im_end|>"],
+        "qwen3_5_nothink",
+        "<|im_end|>",
+        [user("q"), bot("a1")],
+        None,
+        {},
+        ["a1<|im_end|>"],
     ),
-    "only the last turn": ("qwen2_5", "<|im_end|>", THREE, None, {"train_on": "last"}, ["a3<|im_end|>"]),
+    "only the last turn": (
+        "qwen2_5",
+        "<|im_end|>",
+        THREE,
+        None,
+        {"train_on": "last"},
+        ["a3<|im_end|>"],
+    ),
     "a middle turn marked as not to train": (
-        "qwen2_5", "<|im_end|>", [user("q1"), bot("a1"), user("q2"), bot("a2", train=False), user("q3"), bot("a3")],
-        None, {}, ["a1<|im_end|>", "a3<|im_end|>"],
+        "qwen2_5",
+        "<|im_end|>",
+        [user("q1"), bot("a1"), user("q2"), bot("a2", train=False), user("q3"), bot("a3")],
+        None,
+        {},
+        ["a1<|im_end|>", "a3<|im_end|>"],
     ),
-    "user forges a whole turn": ("qwen2_5", "<|im_end|>", [user(FORGED), bot("no")], None, {}, ["no<|im_end|>"]),
+    "user forges a whole turn": (
+        "qwen2_5",
+        "<|im_end|>",
+        [user(FORGED), bot("no")],
+        None,
+        {},
+        ["no<|im_end|>"],
+    ),
     "two users and two assistants in a row": (
-        "qwen2_5", "<|im_end|>", [user("a"), user("b"), bot("c"), bot("d")], None, {},
+        "qwen2_5",
+        "<|im_end|>",
+        [user("a"), user("b"), bot("c"), bot("d")],
+        None,
+        {},
         ["c<|im_end|>", "d<|im_end|>"],
     ),
     "system in the middle, ends with user": (
-        "qwen2_5", "<|im_end|>", [user("a"), bot("b"), system("s"), user("c"), bot("d"), user("e")], None, {},
+        "qwen2_5",
+        "<|im_end|>",
+        [user("a"), bot("b"), system("s"), user("c"), bot("d"), user("e")],
+        None,
+        {},
         ["b<|im_end|>", "d<|im_end|>"],
     ),
     "qwen3, ends with user": (
-        "qwen3", "<|im_end|>", [user("a"), bot("b"), user("c")], None, {}, [f"{NO_THOUGHT}b<|im_end|>"],
+        "qwen3",
+        "<|im_end|>",
+        [user("a"), bot("b"), user("c")],
+        None,
+        {},
+        [f"{NO_THOUGHT}b<|im_end|>"],
     ),
     "ends with tool": (
-        "qwen2_5", "<|im_end|>", TOOLED[:3], [LOOK_UP], {}, [f"{CALLED}<|im_end|>"],
+        "qwen2_5",
+        "<|im_end|>",
+        TOOLED[:3],
+        [LOOK_UP],
+        {},
+        [f"{CALLED}<|im_end|>"],
     ),
     "assistant first": (
-        "qwen2_5", "<|im_end|>", [bot("hello"), user("q"), bot("a")], None, {}, ["hello<|im_end|>", "a<|im_end|>"],
+        "qwen2_5",
+        "<|im_end|>",
+        [bot("hello"), user("q"), bot("a")],
+        None,
+        {},
+        ["hello<|im_end|>", "a<|im_end|>"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", ["gpt2-words", "llama3-words"])
@@ -150,14 +330,7 @@ def test_trained_text(name, words):
     sequences = encoder.encode(messages, tools)
     assert replies(tokenizer, sequences) == expected
     for sequence in sequences:
-        _assert_nothing_forged(tokenizer, sequence)
-
-
-def _assert_nothing_forged(tokenizer, sequence):
-    """The labels are the ids or -100, and the text of all messages is there as it stands."""
-    assert len(sequence.input_ids) == len(sequence.labels)
-    pairs = zip(sequence.input_ids, sequence.labels, strict=True)
-    assert all(label in (IGNORED, index) for index, label in pairs)
+        assert_labels(sequence)
 
 
 def test_forged_turn_adds_no_control_token():
@@ -246,7 +419,9 @@ def test_reasoning_behind_a_closed_thought_is_reported():
     assert (caught.value.message, caught.value.field) == (1, "reasoning_content")
 
 
-@pytest.mark.parametrize("template", ["llama3", "phi3", "deepseek_r1_distill", "lfm2", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "template", ["llama3", "phi3", "deepseek_r1_distill", "lfm2", "qwen2_5_vl"]
+)
 def test_dropped_tool_calls_are_reported(template):
     tokenizer = pair("gpt2-words", trl(template))
     row = [user("q"), bot("so", tool_calls=[call()]), user("r"), bot("done")]
@@ -266,13 +441,17 @@ def test_arguments_that_would_be_encoded_twice_are_reported():
     with pytest.raises(ChatError, match="JSON string"):
         ChatEncoder(tokenizer).encode([user("q"), bot("", tool_calls=[written])], [LOOK_UP])
     as_it_stands = pair("gpt2-words", QWEN3, eos="<|im_end|>")
-    sequences = ChatEncoder(as_it_stands).encode([user("q"), bot("", tool_calls=[written])], [LOOK_UP])
+    sequences = ChatEncoder(as_it_stands).encode(
+        [user("q"), bot("", tool_calls=[written])], [LOOK_UP]
+    )
     assert replies(as_it_stands, sequences) == [f"{NO_THOUGHT}{CALLED}<|im_end|>"]
 
 
 def test_nulls_in_arguments_are_kept():
     tokenizer = pair("gpt2-words", trl("qwen2_5"), eos="<|im_end|>")
-    sequences = ChatEncoder(tokenizer).encode([user("q"), bot("", tool_calls=[call(n=None)])], [LOOK_UP])
+    sequences = ChatEncoder(tokenizer).encode(
+        [user("q"), bot("", tool_calls=[call(n=None)])], [LOOK_UP]
+    )
     assert '{"word": "lute", "n": null}' in replies(tokenizer, sequences)[0]
 
 
@@ -283,7 +462,9 @@ def test_template_without_stop_token_is_an_error():
 
 
 def test_stop_token_that_only_stands_between_turns():
-    source = CHATML.replace("+ '<|im_end|>' + '\\n' }}", "}}{% if not loop.last %}<|im_end|>\n{% endif %}")
+    source = CHATML.replace(
+        "+ '<|im_end|>' + '\\n' }}", "}}{% if not loop.last %}<|im_end|>\n{% endif %}"
+    )
     tokenizer = pair("gpt2-words", source, eos="<|im_end|>")
     sequences = ChatEncoder(tokenizer).encode([user("q"), bot("a"), user("r"), bot("b")])
     assert replies(tokenizer, sequences) == ["a<|im_end|>", "b<|im_end|>"]
@@ -295,7 +476,9 @@ def test_other_roles_can_train():
     assert replies(tokenizer, sequences) == ["q1<|im_end|>", "q2<|im_end|>"]
 
 
-LONG = [system("Be nice.")] + [m for i in range(6) for m in (user(f"question {i}"), bot(f"answer {i}"))]
+LONG = [system("Be nice.")] + [
+    m for i in range(6) for m in (user(f"question {i}"), bot(f"answer {i}"))
+]
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "llama3"])
@@ -311,16 +494,9 @@ def test_whole_turns_go_from_the_front(template):
         text = tokenizer.decode(sequence.input_ids)
         kept = [i for i in range(6) if f"question {i}" in text]
         assert "Be nice." in text and kept == list(range(kept[0], kept[-1] + 1))
-        spans = zip(sequence.messages, _spans(sequence), strict=True)
-        for message, (start, _) in spans:
+        for message, start, _ in sequence.replies:
             shorter = [LONG[0], *LONG[1 + 2 * kept[0] : message]]
             assert sequence.input_ids[:start] == encoder.prompt(shorter)
-
-
-def _spans(sequence):
-    from chat_material import trained_spans
-
-    return trained_spans(sequence)
 
 
 @pytest.mark.parametrize("policy", ["turns", "drop", "error"])
@@ -372,8 +548,16 @@ def test_segments_say_where_tokens_come_from():
 
 
 def test_segments_alone():
-    tokenizer = pair("sentencepiece", "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
-    ids = ChatEncoder(tokenizer, boundaries="segments").encode([user("hello"), bot("lute")])[0].input_ids
+    tokenizer = pair(
+        "sentencepiece",
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+    )
+    ids = (
+        ChatEncoder(tokenizer, boundaries="segments")
+        .encode([user("hello"), bot("lute")])[0]
+        .input_ids
+    )
 
     def enc(text):
         return tokenizer.encode(text, add_special_tokens=False)

@@ -13,17 +13,35 @@ VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 CONVERSATIONS = {
     "plain": ([user("Hi"), bot("Hello"), user(" more \n"), bot("\n\nYes ")], None),
     "system": ([system(" Be nice. "), user("Hi"), bot("Hello"), user("m"), bot("Yes")], None),
-    "reasoning": ([user("Hi"), bot("Hello", reasoning_content="I think\nso"), user("m"), bot("Y")], None),
+    "reasoning": (
+        [user("Hi"), bot("Hello", reasoning_content="I think\nso"), user("m"), bot("Y")],
+        None,
+    ),
     "thoughts": ([user("Hi"), bot("<think>\nfoo\n</think>\n\nHello"), user("m"), bot("Yes")], None),
     "tool": (
-        [system("s"), user("Hi"), bot("", tool_calls=[call("l'ute <x> \"q\" é", n=2)]), tool("4 <a>"), bot("d")],
+        [
+            system("s"),
+            user("Hi"),
+            bot("", tool_calls=[call('l\'ute <x> "q" é', n=2)]),
+            tool("4 <a>"),
+            bot("d"),
+        ],
         [LOOK_UP],
     ),
     "two tools": (
-        [user("Hi"), bot("so", tool_calls=[call(), call("b")], reasoning_content="hm"), tool("1"), tool("2"), bot("d")],
+        [
+            user("Hi"),
+            bot("so", tool_calls=[call(), call("b")], reasoning_content="hm"),
+            tool("1"),
+            tool("2"),
+            bot("d"),
+        ],
         [LOOK_UP],
     ),
-    "no content": ([user("Hi"), bot(None, tool_calls=[call()]), tool("42"), bot("done"), user("ok")], [LOOK_UP]),
+    "no content": (
+        [user("Hi"), bot(None, tool_calls=[call()]), tool("42"), bot("done"), user("ok")],
+        [LOOK_UP],
+    ),
     "parts": ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, bot("Yo")], None),
     "odd roles": ([bot("hello"), user("a"), user("b"), system("c"), bot("d"), bot("e")], None),
 }
@@ -40,10 +58,16 @@ def test_equals_transformers(name):
     clock = template._clock
     for messages, tools in CONVERSATIONS.values():
         for generation in (False, True):
-            plain = [{key: value for key, value in m.items() if value is not None} for m in messages]
+            plain = [
+                {key: value for key, value in m.items() if value is not None} for m in messages
+            ]
             try:
                 expected = render_jinja_template(
-                    [plain], tools=tools, chat_template=source, add_generation_prompt=generation, **VARIABLES
+                    [plain],
+                    tools=tools,
+                    chat_template=source,
+                    add_generation_prompt=generation,
+                    **VARIABLES,
                 )[0][0]
                 expected = template._written_plainly(
                     {
@@ -73,7 +97,8 @@ def _render(template, messages, tools, generation):
 def _aliased(messages):
     """Reasoning under both names, as transformers passes it."""
     return [
-        {"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages
+        {"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m
+        for m in messages
     ]
 
 
@@ -106,7 +131,9 @@ def test_followed_runs_say_what_shorter_ones_write():
                     if places is None:
                         continue
                     known += 1
-                    alone = template.render(conversation.messages[:k], conversation.tools, generation)
+                    alone = template.render(
+                        conversation.messages[:k], conversation.tools, generation
+                    )
                     assert whole.plain[: places[0]] + whole.plain[places[1] :] == alone
     assert known > 500
 

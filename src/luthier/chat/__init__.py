@@ -2,6 +2,6 @@
 
 from luthier.chat.encoder import ChatEncoder
 from luthier.chat.errors import ChatError
-from luthier.chat.sequences import IGNORED, ChatBatch, ChatSequence, Segment
+from luthier.chat.sequences import IGNORED, ChatBatch, ChatSequence, Reply, Segment
 
-__all__ = ["IGNORED", "ChatBatch", "ChatEncoder", "ChatError", "ChatSequence", "Segment"]
+__all__ = ["IGNORED", "ChatBatch", "ChatEncoder", "ChatError", "ChatSequence", "Reply", "Segment"]

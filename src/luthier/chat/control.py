@@ -86,9 +86,7 @@ class Controls:
         if not self.pattern.search(text):
             return []
         bounds = [
-            (start, stop, origin)
-            for start, stop, origin in spans(text._runs)
-            if origin is not None
+            (start, stop, origin) for start, stop, origin in spans(text._runs) if origin is not None
         ]
         found = []
         place = 0
@@ -122,7 +120,8 @@ class Controls:
         tail = self._tokens(_behind_message(last, 1))
         followed = self._render([_ASK, reply, _ASK], False)
         if followed is None:
-            return next((token for token in tail if token in self._stops), tail[-1:] and tail[-1])
+            known = (token for token in tail if token in self._stops)
+            return next(known, tail[-1] if tail else None)
         rest = self._tokens(_behind_message(followed, 1))
         same = 0
         while same < min(len(tail), len(rest)) and tail[same] == rest[same]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date as Date
@@ -24,7 +25,7 @@ from luthier.chat.text import Text
 from luthier.chat.tokens import TokenEncoder
 from luthier.chat.turns import Sequence, grouped, own_turn, trained_messages
 
-_CHUNK = 1024
+_CHUNK = 512
 _ANYONE = {"role": "user", "content": "?"}
 
 
@@ -97,12 +98,11 @@ class ChatEncoder:
 
         Raises ChatError for a row that the settings do not allow to drop or keep.
         """
-        batch = self.encode_batch([{"messages": messages, "tools": tools}], _numbered=False)
+        batch = ChatBatch()
+        self._finish([self._planned(None, {"messages": messages, "tools": tools})], batch)
         return batch.rows[0]
 
-    def encode_batch(
-        self, conversations: Iterable[dict[str, Any]], *, _numbered: bool = True
-    ) -> ChatBatch:
+    def encode_batch(self, conversations: Iterable[dict[str, Any]]) -> ChatBatch:
         """The sequences of many rows, with counts of what was dropped or cut, and why.
 
         Each conversation is a dict with `messages` and perhaps `tools`. Raises ChatError, with the
@@ -110,10 +110,19 @@ class ChatEncoder:
         """
         batch = ChatBatch()
         rows = iter(enumerate(conversations))
-        while chunk := list(islice(rows, _CHUNK)):
-            with _no_collection():
-                planned = [self._planned(n if _numbered else None, row) for n, row in chunk]
-                self._finish(planned, batch)
+        waiting: Future[None] | None = None
+        with ThreadPoolExecutor(1) as worker, _no_collection():
+            try:
+                while chunk := list(islice(rows, _CHUNK)):
+                    planned = [self._planned(n, row) for n, row in chunk]
+                    if waiting is not None:
+                        waiting.result()
+                    # While the tokenizer is at work on this chunk, the next one is rendered.
+                    waiting = worker.submit(self._finish, planned, batch)
+            finally:
+                # An error in an earlier chunk comes before one in a later chunk.
+                if waiting is not None:
+                    waiting.result()
         return batch
 
     def _planned(self, number: int | None, row: dict[str, Any]) -> Planned | ChatError:

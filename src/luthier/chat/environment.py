@@ -55,7 +55,7 @@ class TracedCode(CodeGenerator):
     """Compiles `+` and `~` to calls that keep the runs, one call for a whole chain."""
 
     @optimizeconst
-    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
         """Write `environment.plus(a, b, ...)` for `a + b + ...`."""
         self._call("plus", _operands(node), frame)
 
@@ -102,7 +102,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     code_generator_class = TracedCode
     intercepted_binops = frozenset({"%", "*", "**"})
-    concat = staticmethod(plus)  # type: ignore[assignment]
+    concat = staticmethod(plus)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -169,12 +169,12 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
             return retraced(lambda first, second: first % second, result, (left, right), {})
         return result
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what the template calls; methods of plain strings keep the runs of arguments."""
-        if isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str:
-            if any(True for _ in texts_in(args)):
-                own = mark(__obj.__self__, runs_of(__obj.__self__))
-                return getattr(own, __obj.__name__)(*args)
+        plain_method = isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str
+        if plain_method and any(True for _ in texts_in(args)):
+            own = mark(__obj.__self__, runs_of(__obj.__self__))
+            return getattr(own, __obj.__name__)(*args)
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from luthier.chat.control import Controls
 from luthier.chat.segments import segments_of
-from luthier.chat.sequences import IGNORED, ChatSequence
+from luthier.chat.sequences import IGNORED, ChatSequence, Reply
 from luthier.chat.text import Text
 from luthier.chat.tokens import Kind, Piece, TokenEncoder, spans
 from luthier.chat.turns import Sequence, Span
@@ -27,6 +28,8 @@ class Draft:
 
     plan: Sequence
     cuts: Cuts
+    boundaries: list[Around] = field(default_factory=list)
+    """What is around each boundary in front of a reply but the last."""
     blocks: list[list[Piece]] = field(default_factory=list)
 
 
@@ -37,6 +40,7 @@ class Encoded:
     draft: Draft
     ids: list[int]
     labels: list[int]
+    replies: list[Reply]
     tokens: TokenEncoder
 
     @property
@@ -46,7 +50,7 @@ class Encoded:
 
     def sequence(self) -> ChatSequence:
         """What the caller gets."""
-        return ChatSequence(self.ids, self.labels, self.trained, self._segments)
+        return ChatSequence(self.ids, self.labels, self.replies, self._segments)
 
     def _segments(self) -> list:
         return segments_of(self.draft.plan, self.draft.blocks, self.labels, self.tokens)
@@ -88,8 +92,11 @@ class Labeller:
         """The shared sequence, behind one of its own for each reply that cannot share it."""
         plan = draft.plan
         *earlier, last = plan.trained
-        shared = [span for span in earlier if self._is_known_harmless(draft, span)]
-        alone = [span for span in earlier if span not in shared]
+        if self._boundaries == "segments" or all(map(self._known.get, draft.boundaries)):
+            return [draft]
+        kept = [self._known[around] for around in draft.boundaries]
+        shared = [span for span, keep in zip(earlier, kept, strict=True) if keep]
+        alone = [span for span, keep in zip(earlier, kept, strict=True) if not keep]
         own = [Draft(Sequence(plan.text[: span.stop], [span]), draft.cuts) for span in alone]
         return [*own, Draft(Sequence(plan.text, [*shared, last]), draft.cuts)]
 
@@ -98,7 +105,7 @@ class Labeller:
             bounds = [0, *(span.start for span in draft.plan.trained), len(draft.plan.text)]
             draft.blocks = [
                 self._pieces(draft.plan, start, stop, draft.cuts)
-                for start, stop in zip(bounds, bounds[1:], strict=False)
+                for start, stop in pairwise(bounds)
             ]
         pieces = (piece for draft in drafts for block in draft.blocks for piece in block)
         ids = iter(self._tokens.encode(pieces))
@@ -108,15 +115,20 @@ class Labeller:
         source = iter(encoded)
         ids: list[int] = []
         labels: list[int] = []
+        replies: list[Reply] = []
         for number, block in enumerate(draft.blocks):
             new = list(next(source)) if len(block) == 1 else []
             if len(block) != 1:
                 new = [index for _ in block for index in next(source)]
-            trained = self._trained(draft, draft.plan.trained[number - 1], new) if number else 0
+            trained = 0
+            if number:
+                span = draft.plan.trained[number - 1]
+                trained = self._trained(draft, span, new)
+                replies.append(Reply(span.message, len(ids), len(ids) + trained))
             ids += new
             labels += new[:trained]
             labels += [IGNORED] * (len(new) - trained)
-        return Encoded(draft, ids, labels, self._tokens)
+        return Encoded(draft, ids, labels, replies, self._tokens)
 
     def _trained(self, draft: Draft, span: Span, ids: list[int]) -> int:
         """How many of the ids from the start of a reply are the reply: up to its stop token."""
@@ -150,16 +162,15 @@ class Labeller:
         return pieces
 
     def _segment_pieces(self, text: Text, start: int, stop: int, cuts: Cuts) -> list[Piece]:
-        """Every segment of a block alone."""
+        """Every segment of a block alone; text that holds a control token has none of its own."""
         plain = str.__str__(text)
         pieces = []
         for first, last, _ in spans(text._runs):
             begin, end = max(first, start), min(last, stop)
-            for left, right in [cut for cut in cuts if begin <= cut[0] < end]:
-                pieces += [Piece(plain[begin:left], "start"), Piece(plain[left:right], "literal")]
-                begin = right
-            pieces.append(Piece(plain[begin:end], "start"))
-        return [piece for piece in pieces if piece.text]
+            if begin < end:
+                forged = any(begin <= cut[0] < end for cut in cuts)
+                pieces.append(Piece(plain[begin:end], "words" if forged else "start"))
+        return pieces
 
     def _judge(self, drafts: list[Draft]) -> None:
         """Find out which boundaries leave the ids around them alone.
@@ -169,29 +180,27 @@ class Labeller:
         """
         if self._boundaries == "segments":
             return
-        asked = {
-            self._around(draft, span): self._sides(draft, span)
-            for draft in drafts
-            for span in draft.plan.trained[:-1]
-            if self._around(draft, span) not in self._known
-        }
+        asked = {}
+        for draft in drafts:
+            spans_before = draft.plan.trained[:-1]
+            draft.boundaries = [self._around(draft, span) for span in spans_before]
+            for around, span in zip(draft.boundaries, spans_before, strict=True):
+                if around not in self._known and around not in asked:
+                    asked[around] = self._sides(draft, span, around)
         encoded = iter(
             self._tokens.encode(p for sides in asked.values() for side in sides for p in side)
         )
         for key, sides in asked.items():
-            head, tail, whole = (
-                [index for _ in side for index in next(encoded)] for side in sides
-            )
+            head, tail, whole = ([index for _ in side for index in next(encoded)] for side in sides)
             self._known[key] = head + tail == whole
 
-    def _is_known_harmless(self, draft: Draft, span: Span) -> bool:
-        return self._boundaries == "segments" or self._known[self._around(draft, span)]
-
     def _around(self, draft: Draft, span: Span) -> Around:
-        """The text before a boundary, from the last control token on, and what matters behind it."""
+        """The text before a boundary from the last control token on, and what matters behind it."""
         plain = draft.plan.plain
         head = self._header(plain, span.start)
         tail = self._near(plain, draft.cuts, span)
+        if not draft.cuts:
+            return head, tail, ()
         begin, end = span.start - len(head), span.start + len(tail)
         cuts = [(a - begin, b - begin) for a, b in draft.cuts if begin <= a < end]
         return head, tail, tuple(cuts)
@@ -237,9 +246,11 @@ class Labeller:
             stop = match.end()
         return plain[span.start : stop]
 
-    def _sides(self, draft: Draft, span: Span) -> tuple[list[Piece], list[Piece], list[Piece]]:
+    def _sides(
+        self, draft: Draft, span: Span, around: Around
+    ) -> tuple[list[Piece], list[Piece], list[Piece]]:
         """Header and reply alone, and both together."""
-        head, tail, _ = self._around(draft, span)
+        head, tail, _ = around
         begin = span.start - len(head)
         stop = span.start + len(tail)
         plan, cuts = draft.plan, draft.cuts

@@ -28,8 +28,7 @@ def lost_fields(
     return [
         _error(origin)
         for origin in missing
-        if not _is_whole(origin, shown)
-        and not _is_history(origin, trained, conversation, template)
+        if not _is_whole(origin, shown) and not _is_history(origin, trained, conversation, template)
     ]
 
 
@@ -41,7 +40,9 @@ def _see(text: Text) -> None:
         if origin.covers:
             for leaf in origin.covers:
                 leaf.whole = leaf.whole or not leaf.encoded
-        elif (start < 0 and not origin.encoded) or origin.text is None or length == len(origin.text):
+        elif (
+            (start < 0 and not origin.encoded) or origin.text is None or length == len(origin.text)
+        ):
             origin.whole = True
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from luthier.chat.errors import ChatError
 
 IGNORED = -100
 """The label of a token that does not train."""
+
+
+class Reply(NamedTuple):
+    """A trained reply: tokens `start` up to `stop` answer as message `message`."""
+
+    message: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +44,26 @@ class ChatSequence:
     each token came from; it is worked out when it is first asked for.
     """
 
-    __slots__ = ("_find_segments", "_segments", "input_ids", "labels", "messages")
+    __slots__ = ("_find_segments", "_segments", "input_ids", "labels", "replies")
 
     def __init__(
         self,
         input_ids: list[int],
         labels: list[int],
-        messages: list[int],
+        replies: list[Reply],
         find_segments: Callable[[], list[Segment]],
     ) -> None:
         self.input_ids = input_ids
         self.labels = labels
-        self.messages = messages
-        """The messages that train in this sequence."""
+        self.replies = replies
+        """The replies that train in this sequence, from first to last."""
         self._find_segments: Callable[[], list[Segment]] | None = find_segments
         self._segments: list[Segment] = []
+
+    @property
+    def messages(self) -> list[int]:
+        """The messages that train in this sequence."""
+        return [reply.message for reply in self.replies]
 
     @property
     def segments(self) -> list[Segment]:

@@ -19,6 +19,7 @@ from luthier.chat.grammar import fixed_end, is_followable
 from luthier.chat.text import Text, plus_all
 from luthier.chat.watch import Turns, Watch
 
+
 class Rendered:
     """A whole conversation as the template writes it, and what it writes for its first messages."""
 
@@ -54,7 +55,7 @@ class ChatTemplate:
         self.is_followable = is_followable(tree)
         """Whether `follow` can tell what the template writes for fewer messages."""
         self.ends = self._fixed_ends(tree) if self.is_followable else None
-        """What stands behind the messages, without and with the generation prompt, if it is fixed."""
+        """What stands behind the messages without and with the generation prompt, if fixed."""
 
     def _fixed_ends(self, tree: nodes.Template) -> tuple[str, str] | None:
         behind = fixed_end(tree)
@@ -108,7 +109,8 @@ class ChatTemplate:
         watches.current, watches.steps = watch, 0
         pieces = watch.pieces if watch is not None else []
         try:
-            for piece in template.root_render_func(template.new_context(inputs)):
+            context = template.new_context({**template.globals, **inputs}, shared=True)
+            for piece in template.root_render_func(context):
                 pieces.append(piece)
             return pieces
         except jinja2.TemplateError as error:

@@ -1,5 +1,7 @@
 """Text that knows where each of its characters came from, through every string operation."""
 
+# ruff: noqa: D102 (the methods are those of `str`)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -210,15 +212,15 @@ class Text(str):
             position += len(piece) + len(separator)
         return placed
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         pieces = str.split(self, _plain(sep), maxsplit)
         return list(self._placed(pieces) if sep is None else self._separated(pieces, sep))
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         pieces = str.rsplit(self, _plain(sep), maxsplit)
         return list(self._placed(pieces) if sep is None else self._separated(pieces, sep))
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         lines = str.splitlines(self, keepends=True)
         placed = self._separated(lines, "")
         if keepends:
@@ -226,15 +228,15 @@ class Text(str):
         bare = str.splitlines(self)
         return [line[: len(short)] for line, short in zip(placed, bare, strict=True)]
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, tail = self._separated(list(str.partition(self, _plain(sep))), "")
         return head, middle, tail
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, tail = self._separated(list(str.rpartition(self, _plain(sep))), "")
         return head, middle, tail
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if not old:
             return blurred(str.replace(self, old, new, count), [self, *texts_in(new)])
         if str.find(self, old) < 0:

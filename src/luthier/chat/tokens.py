@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
-
 from luthier.chat.errors import ChatError
 from luthier.chat.text import Origin, Run
 
 _CACHED = 50_000
-Kind = Literal["start", "continuation", "reply", "literal"]
+_GROUP = 2000
+Kind = Literal["start", "continuation", "reply", "literal", "words"]
 """How a piece stands in its sequence: at its start, behind a neutralised token, as a reply behind
-its prompt, or as the neutralised token itself."""
+its prompt, as the neutralised token itself, or as text alone in which nothing is a token."""
 
 
 # Parts of a pattern whose match depends on what stands before it.
@@ -52,7 +52,9 @@ class TokenEncoder:
         self.local = self.free and _has_model(self.backend, "BPE") and any(map(_splits, parts))
         """Whether text is split into words by what stands next to it alone."""
         self._newline = self._plain(["\n"])[0]
-        self._splits = self.free and all(map(_is_plain_token, self.backend.get_added_tokens_decoder().values()))
+        self._splits = self.free and all(
+            map(_is_plain_token, self.backend.get_added_tokens_decoder().values())
+        )
         self._splitter = re.compile(f"({self.pattern.pattern})")
         self._cache: dict[str, list[int]] = {}
 
@@ -64,11 +66,11 @@ class TokenEncoder:
         found: dict[Piece, list[int]] = {}
         plain = [piece for piece in pieces if self._is_plain(piece)]
         self._fill(found, plain, "")
-        continued = [p for p in pieces if not self._is_plain(p) and p.kind != "literal"]
+        continued = [p for p in pieces if p.kind in ("continuation", "reply") and p not in found]
         self._fill(found, continued, "\n")
         for piece in pieces:
-            if piece.kind == "literal" and piece not in found:
-                found[piece] = self._literal(piece.text)
+            if piece not in found:
+                found[piece] = self._as_text(piece)
         return [found[piece] for piece in pieces]
 
     def _encode_split(self, texts: list[str]) -> list[list[int]]:
@@ -82,7 +84,7 @@ class TokenEncoder:
         if len(cache) + len(new) > _CACHED:
             cache.clear()
             new = {part: None for parts in split for part in parts[::2]}
-        cache.update(zip(new, self._plain(list(new)), strict=True))
+        cache.update(zip(new, self._joined(list(new)), strict=True))
         found = []
         for parts in split:
             ids = list(cache[parts[0]])
@@ -90,6 +92,30 @@ class TokenEncoder:
                 ids.append(added[parts[place]])
                 ids += cache[parts[place + 1]]
             found.append(ids)
+        return found
+
+    def _joined(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts without added tokens: several go in one, with a token between them."""
+        if not self.added:
+            return self._plain(texts)
+        token, index = next(iter(self.added.items()))
+        groups: list[list[str]] = [[]]
+        size = 0
+        for text in texts:
+            if size > _GROUP:
+                groups.append([])
+                size = 0
+            groups[-1].append(text)
+            size += len(text)
+        found = []
+        for group, ids in zip(groups, self._plain(list(map(token.join, groups))), strict=True):
+            start = 0
+            for _ in group[1:]:
+                stop = ids.index(index, start)
+                found.append(ids[start:stop])
+                start = stop + 1
+            if group:
+                found.append(ids[start:])
         return found
 
     def _is_plain(self, piece: Piece) -> bool:
@@ -131,8 +157,8 @@ class TokenEncoder:
 
     def starts(self, piece: Piece) -> list[int]:
         """Where each token of a piece starts in it; about, for people to look at."""
-        if piece.kind == "literal":
-            return [0] * len(self._literal(piece.text))
+        if piece.kind in ("literal", "words"):
+            return [0] * len(self._as_text(piece))
         before = "" if self._is_plain(piece) else "\n"
         encoding = self.backend.encode(before + piece.text, add_special_tokens=False)
         ids, skip = encoding.ids, 0
@@ -141,6 +167,12 @@ class TokenEncoder:
         elif before:
             return self.starts(Piece(piece.text, "start"))
         return [max(start - len(before), 0) for start, _ in encoding.offsets[skip:]]
+
+    def _as_text(self, piece: Piece) -> list[int]:
+        """The ids of text in which added tokens are no tokens."""
+        if piece.kind == "words":
+            return list(self.tokenizer._encode_without_added_tokens(piece.text))
+        return self._literal(piece.text)
 
     def _literal(self, text: str) -> list[int]:
         """The ids of a control token's text as plain text."""
@@ -179,17 +211,16 @@ def control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
 
 def _parts(backend: Any) -> list[dict[str, Any]]:
     """The steps that a backend takes before its model."""
-    state = json.loads(backend.to_str())
-    return [*_flat(state["normalizer"]), *_flat(state["pre_tokenizer"])]
+    steps = (backend.normalizer, backend.pre_tokenizer)
+    states = [json.loads(step.__getstate__()) for step in steps if step is not None]
+    return [part for state in states for part in _flat(state)]
 
 
 def _has_model(backend: Any, kind: str) -> bool:
     return type(backend.model).__name__ == kind
 
 
-def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if part is None:
-        return []
+def _flat(part: dict[str, Any]) -> list[dict[str, Any]]:
     inner = part.get("normalizers") or part.get("pretokenizers")
     return [flat for child in inner for flat in _flat(child)] if inner else [part]
 

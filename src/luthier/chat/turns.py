@@ -20,13 +20,17 @@ from luthier.chat.thought import reply_behind
 class Render(Protocol):
     """Renders the first `count` messages, with or without the generation prompt."""
 
-    def __call__(self, count: int, generation: bool, /) -> Text: ...
+    def __call__(self, count: int, generation: bool, /) -> Text:
+        """Ask."""
+        ...
 
 
 class FindStop(Protocol):
     """Where the stop token ends in the text behind a reply's last field, and which it is."""
 
-    def __call__(self, tail: str, /) -> tuple[int, str] | None: ...
+    def __call__(self, tail: str, /) -> tuple[int, str] | None:
+        """Ask."""
+        ...
 
 
 @dataclass(slots=True)
@@ -68,7 +72,9 @@ class Sequence:
 class FindFollowing(Protocol):
     """Where the stop token ends in what the template writes behind a turn once more follows."""
 
-    def __call__(self, place: int, shown: Text, /) -> tuple[Text, str] | None: ...
+    def __call__(self, place: int, shown: Text, /) -> tuple[Text, str] | None:
+        """Ask."""
+        ...
 
 
 def own_turn(
@@ -188,7 +194,7 @@ def grouped(turns: list[Turn], whole: Text) -> list[Sequence]:
     if len(served) == len(turns):
         return [_sequence(whole, turns)]
     left = list(turns)
-    sequences = []
+    sequences: list[Sequence] = []
     while left:
         last = left[-1]
         text = plus_all((last.prompt, last.reply))

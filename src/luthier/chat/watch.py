@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from jinja2.runtime import LoopContext
 
-
 Moment = tuple[int, int, int]
 """(pieces written, values set, time), at a place of a run."""
 
@@ -324,7 +323,7 @@ def watched_loop(watches: Watches) -> type[LoopContext]:
 def watched_namespace(base: type, watches: Watches) -> type:
     """The template's `namespace`, telling the watch what is set and read."""
 
-    class WatchedNamespace(base):  # type: ignore[misc]
+    class WatchedNamespace(base):
         def __getattribute__(self, name: str) -> Any:
             value = super().__getattribute__(name)
             if watches.current is not None and name[:1] != "_":

@@ -1,6 +1,7 @@
 """Batched greedy replies: prompts of token ids in, reply ids out, order kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from luthier.infer.unpacked import unpacked
@@ -29,7 +30,7 @@ def generate(
     model.eval()
     try:
         # Not inference mode: what a module caches here must still serve a later training step.
-        with torch.no_grad(), unpacked(model):
+        with torch.no_grad(), unpacked(model), dense_head(model):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 new = _answer(model, [prompts[i] for i in rows], stop_ids, pad_id, max_new_tokens)
@@ -40,6 +41,21 @@ def generate(
     finally:
         model.train(was_training)
     return replies
+
+
+@contextmanager
+def dense_head(model: Any) -> Iterator[None]:
+    """Give the output layer dense inputs within the block.
+
+    Of the prompt only the last position goes through it, as a view with gaps, and for that torch's
+    matmul on a CPU copies the layer's weights once per row: 2.8 GB for 50 rows of a 135M model.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _answer(

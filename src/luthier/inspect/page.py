@@ -1,88 +1,125 @@
 """Tokens as one self-contained HTML page."""
 
-from collections.abc import Sequence
 from html import escape
 
-from luthier.inspect.tokens import Token
+from luthier.inspect.tokens import Shown, Token
+from luthier.inspect.view import View
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fbfaf7; --ink: #23211d; --faint: #8b867c;
-  --line: #e4dfd4; --trained: #bfe8c4; --trained2: #a6dcad; --control: #b4690e; --stop: #6cc479; }
-@media (prefers-color-scheme: dark) { :root { --paper: #1b1a18; --ink: #ece8df; --faint: #8d877b;
-  --line: #35322d; --trained: #285c33; --trained2: #316e3d; --control: #e6a64f; --stop: #3f9950; } }
-body { background: var(--paper); color: var(--ink); max-width: 62rem; margin: 3rem auto;
-  padding: 0 1.5rem; font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem } h2 { font-size: 1rem; margin: 0 }
-p { margin: .2rem 0 } .faint { color: var(--faint) }
-section { border-top: 1px solid var(--line); padding: 1.4rem 0 }
-header.row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .8rem 0 0; font: 14px/1.85
-  ui-monospace, "SF Mono", Menlo, Consolas, monospace }
-i { font-style: normal; border-radius: 3px; padding: 2px 0; color: var(--faint);
-  box-shadow: inset 1px 0 0 var(--line) }
-i.t { background: var(--trained); color: var(--ink) }
-i.t:nth-child(even) { background: var(--trained2) }
-i.c { color: var(--control); font-weight: 600 } i.t.c { background: var(--stop); color: var(--ink) }
-i.p { opacity: .5 } i:hover { outline: 2px solid var(--control); outline-offset: 1px }
-b { font-weight: 400; opacity: .45 } small { color: var(--faint); font-size: .7em; padding: 0 2px }
-.ids small { display: inline } small { display: none }
-.key i { padding: 2px 8px; margin-right: .5rem }
-button { font: inherit; font-size: .85rem; color: inherit; background: none; cursor: pointer;
-  border: 1px solid var(--line); border-radius: 6px; padding: .15rem .7rem }
+:root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #262420;
+  --soft: #6d685f; --faint: #918b80; --line: #e6e1d7; --t1: #cdeed1; --t2: #abdfb2; --c: #a85d06;
+  --stop: #58b163; --on-stop: #0d2b11; --note: #a5470f; --note-bg: #fdf1e6; --lift: #0000000f }
+@media (prefers-color-scheme: dark) { :root { --paper: #171614; --card: #1e1d1a; --ink: #ebe7de;
+  --soft: #a8a296; --faint: #858075; --line: #34312c; --t1: #244d2c; --t2: #2d6137; --c: #e5a954;
+  --stop: #57b262; --on-stop: #0b210e; --note: #f0a56b; --note-bg: #3a2717; --lift: #00000040 } }
+* { box-sizing: border-box }
+body { background: var(--paper); color: var(--ink); margin: 0;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
+h1 { font-size: 1.45rem; letter-spacing: -.01em; margin: 0 } h2 { font-size: .95rem; margin: 0 }
+p { margin: .25rem 0 0; color: var(--soft) }
+nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1.1rem;
+  align-items: center; margin: 1.2rem 0 1.4rem; padding: .6rem 0; background: var(--paper);
+  border-bottom: 1px solid var(--line); font-size: .85rem; color: var(--soft) }
+nav span { display: inline-flex; align-items: center; gap: .45rem }
+nav i { padding: 1px 7px; font-family: var(--mono) }
+nav label { margin-left: auto; cursor: pointer }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: .9rem 1.1rem 1.1rem; margin: 0 0 1.1rem; box-shadow: 0 1px 3px var(--lift) }
+header { display: flex; flex-wrap: wrap; gap: .1rem 1rem; align-items: baseline }
+header span { color: var(--faint); font-size: .85rem } header .counts { margin-left: auto }
+.note { background: var(--note-bg); color: var(--note); border-radius: 6px; padding: .4rem .7rem;
+  margin: .7rem 0 0; overflow-wrap: anywhere }
+:root { --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", Consolas, monospace }
+pre { margin: .7rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft);
+  font: 13.5px/1.95 var(--mono); tab-size: 4 }
+i { font-style: normal; border-radius: 3px; padding: 2px 0; -webkit-box-decoration-break: clone;
+  box-decoration-break: clone }
+pre i { box-shadow: inset 1px 0 0 var(--line) }
+i.t { background: var(--t1); color: var(--ink); box-shadow: none }
+i.t:nth-of-type(even) { background: var(--t2) }
+i.c { color: var(--c); font-weight: 600 }
+i.t.c, i.t.c:nth-of-type(even) { background: var(--stop); color: var(--on-stop) }
+i.p { color: var(--faint); border: 1px dashed var(--line); padding: 1px 6px; box-shadow: none }
+pre i:hover { outline: 2px solid var(--c); outline-offset: 1px }
+b { font-weight: 400; opacity: .4 } small { display: none }
+.ids small { display: inline; font-size: .68em; opacity: .65; margin: 0 3px 0 2px; font-weight: 400;
+  vertical-align: 1px }
+#hint { position: fixed; z-index: 2; pointer-events: none; background: var(--ink);
+  color: var(--paper); font-size: .8rem; padding: .25rem .6rem; border-radius: 6px; display: none;
+  max-width: 90vw }
 """
 
 KEY = (
-    '<p class="key"><i class="t">trained</i><i class="t c">trained control token</i>'
-    '<i>context</i><i class="c">control token</i><i class="p">padding</i>'
-    "<button onclick=\"document.body.classList.toggle('ids')\">ids</button></p>"
+    '<nav><span><i class="t">trained</i>learned</span>'
+    '<span><i class="t c">trained control</i>such as the stop token</span>'
+    '<span><i class="c">control</i>steers, not learned</span>'
+    "<span><i>context</i>read, not learned</span>"
+    '<label><input type="checkbox" id="ids"> ids</label></nav>'
 )
 
+SCRIPT = """
+const hint = document.getElementById('hint'), box = document.getElementById('ids');
+box.onchange = () => document.body.classList.toggle('ids', box.checked);
+box.onchange();
+document.addEventListener('mouseover', event => {
+  const token = event.target.closest('[data-h]');
+  hint.style.display = token ? 'block' : 'none';
+  if (!token) return;
+  hint.textContent = token.dataset.h;
+  const at = token.getClientRects()[0], width = hint.offsetWidth, height = hint.offsetHeight;
+  hint.style.left = Math.max(8, Math.min(at.left, innerWidth - width - 8)) + 'px';
+  hint.style.top = (at.top > height + 12 ? at.top - height - 7 : at.bottom + 7) + 'px';
+});
+"""
 
-def page(title: str, about: str, rows: Sequence[tuple[str, list[Token]]]) -> str:
-    """Return the page: for each row its heading and its tokens, the origin of each as a hint."""
-    sections = "".join(_section(heading, tokens) for heading, tokens in rows)
+
+def page(title: str, found: View, ids: bool = False) -> str:
+    """Return the page: for each sequence its heading and its tokens, each with where it is from."""
+    sections = "\n".join(_section(row, found.pad) for row in found.rows)
+    key = KEY.replace('id="ids"', 'id="ids" checked') if ids else KEY
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f'<h1>{escape(title)}</h1><p class="faint">{escape(about)}</p>{KEY}{sections}'
-        "</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        '</title>\n<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head>\n<body><main><h1>{escape(title)}</h1>"
+        f"<p>{escape(found.about)}</p>{key}\n{sections}</main>"
+        f'<div id="hint"></div><script>{SCRIPT}</script></body></html>\n'
     )
 
 
-def _section(heading: str, tokens: list[Token]) -> str:
-    trained = sum(token.trained for token in tokens)
-    real = [token for token in tokens if token.kind != "padding"]
+def _section(row: Shown, pad: str) -> str:
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in row.notes)
+    tokens = "".join(map(_token, row.tokens))
+    if row.padding:
+        space = "" if row.tokens[-1].text.endswith("\n") else " "
+        tokens += f'{space}<i class="p" data-h="padding">{_text(pad)} × {row.padding}</i>'
+    body = f"<pre>{tokens}</pre>" if row.tokens else ""
     return (
-        f'<section><header class="row"><h2>{escape(heading)}</h2><span class="faint">{len(real)} '
-        f"tokens, {trained} trained, {len(tokens) - len(real)} padding</span></header>"
-        f"<pre>{''.join(map(_token, tokens))}</pre></section>"
+        f"<section><header><h2>{escape(row.heading)}</h2><span>{escape(row.place)}</span>"
+        f'<span class="counts">{escape(row.counts)}</span></header>{notes}{body}</section>'
     )
 
 
 def _token(token: Token) -> str:
-    classes = [
-        name
-        for name, on in (
-            ("t", token.trained),
-            ("c", token.kind == "control"),
-            ("p", token.kind == "padding"),
-        )
-        if on
-    ]
-    attribute = f' class="{" ".join(classes)}"' if classes else ""
-    inner = f"{_text(token.text)}<small>{token.id}</small>"
-    return f'<i{attribute} title="{escape(_hint(token))}">{inner}</i>'
+    names = ["t"] * token.trained + ["c"] * (token.kind == "control")
+    attribute = f' class="{" ".join(names)}"' if names else ""
+    hint = escape(f"{token.id} · {token.origin} · {_part(token)}")
+    # The id stands before the line break, beside its token.
+    shown = _text(token.text)
+    body = shown.removesuffix("\n")
+    inner = f"{body}<small>{token.id}</small>{shown[len(body) :]}"
+    return f'<i{attribute} data-h="{hint}">{inner}</i>'
 
 
-def _hint(token: Token) -> str:
-    if token.kind == "padding":
-        return "padding"
-    origin = "template" if token.field is None else f"message {token.message}, {token.field}"
-    return f"id {token.id}, {token.role or 'no role'}, {origin}, {token.kind}"
+def _part(token: Token) -> str:
+    """What the token is there for, in words."""
+    if token.kind == "control":
+        return "trained control token" if token.trained else "control token"
+    return token.kind
 
 
 def _text(text: str) -> str:
     shown = escape(text)
-    for sign, mark in (("\n", "<b>↵</b>\n"), ("\t", "<b>⇥</b>"), ("\r", "<b>␍</b>")):
+    for sign, mark in (("\n", "<b>↵</b>\n"), ("\t", "<b>⇥</b>\t"), ("\r", "<b>␍</b>")):
         shown = shown.replace(sign, mark)
     return shown

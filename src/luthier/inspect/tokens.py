@@ -1,13 +1,13 @@
 """A sequence as tokens that a person can look at: their text, and what each is there for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from luthier.chat import ChatSequence
+from luthier.chat import IGNORED, ChatSequence
 
-Kind = Literal["trained", "context", "control", "padding"]
+Kind = Literal["trained", "context", "control"]
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,75 @@ class Token:
     message: int | None = None
     field: str | None = None
 
+    @property
+    def origin(self) -> str:
+        """Who wrote the token, in words."""
+        if self.field is None:
+            return "template"
+        if self.message is None:
+            return self.field
+        return f"message {self.message}, {self.role}, {self.field}"
 
-def tokens_of(sequence: ChatSequence, tokenizer: Any) -> list[Token]:
+
+@dataclass(frozen=True)
+class Shown:
+    """A sequence to be shown: its row, its tokens and the padding behind them."""
+
+    row: int
+    place: str
+    part: int
+    """Which sequence of its row it is, from 1."""
+    parts: int
+    """How many sequences the row makes."""
+    tokens: list[Token]
+    notes: list[str]
+    """What is to be known of its row: the reason where it does not train, turns that were cut."""
+    padding: int = 0
+
+    @property
+    def heading(self) -> str:
+        """The row and, where it makes several, which of its sequences."""
+        several = f", sequence {self.part} of {self.parts}" if self.parts > 1 else ""
+        return f"row {self.row}{several}"
+
+    @property
+    def trained(self) -> int:
+        """How many of the tokens train."""
+        return sum(token.trained for token in self.tokens)
+
+    @property
+    def counts(self) -> str:
+        """The numbers of tokens in words."""
+        if not self.tokens:
+            return "no tokens"
+        share = self.trained / len(self.tokens)
+        padding = f", {self.padding} padding" if self.padding else ""
+        return f"{len(self.tokens)} tokens, {self.trained} trained ({share:.0%}){padding}"
+
+
+def tokens_of(
+    sequence: ChatSequence, controls: set[int], text_of: Callable[[int], str]
+) -> list[Token]:
     """Return the tokens of a sequence, each with its part in training and its origin.
 
-    A control token is one that the vocabulary added to plain text; one that also trains, such as
-    the stop token of a reply, is of kind `control` with `trained` set.
+    `controls` are the ids of tokens added to the plain vocabulary. One of them that also trains,
+    such as the stop token of a reply, is of kind `control` with `trained` set.
     """
-    text_of = token_texts(tokenizer)
-    controls = set(tokenizer.added_tokens_decoder)
-    origins = _origins(sequence)
     return [
-        Token(
-            token, text_of(token), _kind(token in controls, label != -100), label != -100, *origin
+        Token(id_, text_of(id_), _kind(id_ in controls, label), label != IGNORED, *origin)
+        for id_, label, origin in zip(
+            sequence.input_ids, sequence.labels, _origins(sequence), strict=True
         )
-        for token, label, origin in zip(sequence.input_ids, sequence.labels, origins, strict=True)
     ]
 
 
-def padded(rows: Sequence[list[Token]], pad_id: int, pad_text: str) -> list[list[Token]]:
-    """Fill the rows up on the right to the longest, as a batch of them is in training."""
-    width = max(map(len, rows))
-    pad = Token(pad_id, pad_text, "padding", trained=False)
-    return [row + [pad] * (width - len(row)) for row in rows]
+def padded(rows: Sequence[Shown]) -> list[Shown]:
+    """The rows as one batch of them: filled up on the right to the longest."""
+    width = max(len(row.tokens) for row in rows)
+    return [replace(row, padding=width - len(row.tokens)) if row.tokens else row for row in rows]
 
 
-def token_texts(tokenizer: Any) -> Any:
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
     """Return a function from a token id to its text as it stands inside a longer text.
 
     A token decoded alone loses the space that SentencePiece writes before a word, so each is
@@ -65,10 +108,10 @@ def token_texts(tokenizer: Any) -> Any:
     return text_of
 
 
-def _kind(control: bool, trained: bool) -> Kind:
+def _kind(control: bool, label: int) -> Kind:
     if control:
         return "control"
-    return "trained" if trained else "context"
+    return "context" if label == IGNORED else "trained"
 
 
 def _origins(sequence: ChatSequence) -> list[tuple[str | None, int | None, str | None]]:

@@ -56,8 +56,9 @@ def set_environment(config: RunConfig) -> None:
     settings: dict[str, Any] = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
-        "BITSANDBYTES_NOWELCOME": "1",
     }
     if config.deterministic:
         settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     os.environ |= settings
+    # Waiting threads that spin would starve every other process on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -3,6 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -53,11 +54,13 @@ def train(loaded: "Loaded", folder: Path) -> int:
         record.start(config, loaded.overrides)
     try:
         with trackers.tracking(config, loaded.resolved, folder, main and not config.dry_run):
-            session = build(config, folder, record, main, machine)
-            if config.dry_run:
-                report.say("dry run: everything up to the first step is right; nothing was written")
-                return 0
-            return fit(session)
+            if not config.dry_run:
+                return fit(build(config, folder, record, main, machine))
+            # The trainer makes its folder when it is built, and a dry run leaves nothing.
+            with TemporaryDirectory() as nowhere:
+                build(config, Path(nowhere), record, main, machine)
+            report.say("dry run: everything up to the first step is right; nothing was written")
+            return 0
     except BaseException as error:
         if main and not config.dry_run:
             interrupted = isinstance(error, KeyboardInterrupt)

@@ -38,6 +38,19 @@ class TokenTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """Tell nobody that someone trains."""
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, also after an evaluation.
+
+        accelerate marks a model that it prepared for evaluation as prepared, and then never wraps
+        it for DDP: each rank would train alone, without a word. So the mark is taken off here.
+        """
+        model: Any = self.model
+        if vars(model).pop("_is_accelerate_prepared", False):
+            original = vars(model).pop("_original_forward", None)
+            if original is not None:
+                model.forward = original
+        return super().train(*args, **kwargs)
+
     def compute_loss(
         self,
         model: Any,

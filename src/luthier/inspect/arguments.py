@@ -1,0 +1,111 @@
+"""The command line of a tool: flags of its own, and all other words are the configuration's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from luthier.config.words import nearest
+from luthier.errors import UserError
+
+_HELP = ("-h", "--help")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag: `value` names what follows it, N for a whole number; None for a switch."""
+
+    name: str
+    value: str | None
+    about: str
+
+    @property
+    def typed(self) -> str:
+        """The flag as it stands in a help page."""
+        return self.name if self.value is None else f"{self.name} {self.value}"
+
+
+@dataclass
+class Given:
+    """What was typed: the overrides in order, and the flags with their values."""
+
+    overrides: list[str] = field(default_factory=list)
+    switches: set[str] = field(default_factory=set)
+    numbers: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The flags of one command, and the text of its help page around them."""
+
+    name: str
+    about: str
+    flags: tuple[Flag, ...] = ()
+    examples: str = ""
+
+    def help(self) -> str:
+        """The page that `--help` prints."""
+        width = max((len(flag.typed) for flag in self.flags), default=0) + 2
+        lines = [self.about.rstrip(), ""]
+        if self.flags:
+            lines += ["Flags", *(f"  {f.typed:<{width}}{f.about}" for f in self.flags), ""]
+        if self.examples:
+            lines += ["Examples", self.examples.rstrip(), ""]
+        return "\n".join(lines)
+
+    def asks_help(self, words: list[str]) -> bool:
+        """Print the help page if the words ask for it, and say whether they did."""
+        if not any(word in _HELP for word in words):
+            return False
+        print(self.help(), end="")
+        return True
+
+    def parse(self, words: list[str]) -> Given:
+        """Take the words apart; raises UserError for an unknown flag or one without its value."""
+        given = Given()
+        left = iter(words)
+        for word in left:
+            if word.startswith("-") and word != "-":
+                self._take(word, left, given)
+            else:
+                given.overrides.append(word)
+        return given
+
+    def refuse_all(self, words: list[str]) -> None:
+        """Raise UserError if there are any words: the command takes none."""
+        if self.parse(words).overrides:
+            raise UserError(f"`luthier {self.name}` takes no arguments.")
+
+    def _take(self, word: str, left: Iterator[str], given: Given) -> None:
+        name, equals, value = word.partition("=")
+        flag = next((flag for flag in self.flags if flag.name == name), None)
+        if flag is None:
+            raise UserError(self._unknown(word, name))
+        if flag.value is None:
+            if equals:
+                raise UserError(f"{word}: {name} takes no value. Write {name}.")
+            given.switches.add(name)
+            return
+        value = value if equals else next(left, "")
+        if flag.value == "N":
+            given.numbers[name] = _number(name, value)
+        elif not value or value.startswith("-"):
+            raise UserError(f"{name} needs a value. Write {flag.typed}.")
+        else:
+            given.texts[name] = value
+
+    def _unknown(self, word: str, name: str) -> str:
+        names = [flag.name for flag in self.flags] + ["--help"]
+        near = nearest(name, names)
+        guess = f" Did you mean {near}?" if near else ""
+        return (
+            f"{word}: luthier {self.name} has no such flag.{guess} Flags: {', '.join(names)}; "
+            "settings are written key=value."
+        )
+
+
+def _number(name: str, value: str) -> int:
+    if not value:
+        raise UserError(f"{name} needs a number. Write {name} 3.")
+    if not (value.isascii() and value.isdigit()) or int(value) < 1:
+        raise UserError(f"{name} {value}: write a whole number of at least 1, such as {name} 3.")
+    return int(value)

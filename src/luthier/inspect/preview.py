@@ -1,0 +1,122 @@
+"""`luthier preview`: rows as the tokens that are trained on."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from luthier.data.prepare import Source
+from luthier.errors import UserError
+from luthier.inspect.arguments import Flag, Given, Grammar
+
+GRAMMAR = Grammar(
+    "preview",
+    "luthier preview recipe=NAME [key=value ...] [flags]\n\n"
+    "Shows rows of the dataset as the tokens that a run trains on: which train, which are\n"
+    "context, which are control tokens, where each token ends. It loads no model weights and\n"
+    "writes nothing but the file of --html.",
+    (
+        Flag("--row", "N", "begin with the Nth row (1 is the first); alone it shows one row"),
+        Flag("--n", "N", "show N rows (3 without --row)"),
+        Flag("--eval", None, "rows that are held out, in place of those that train"),
+        Flag("--ids", None, "the id behind each token"),
+        Flag("--json", None, "one JSON object, for machines"),
+        Flag("--html", "FILE", "write a page that shows the same, with where each token is from"),
+    ),
+    "  luthier preview recipe=quickstart --n 2\n"
+    "  luthier preview recipe=quickstart chat.boundaries=segments --row 7 --ids\n"
+    "  luthier preview model=hub model.path=Qwen/Qwen3-0.6B dataset=jsonl \\\n"
+    "      dataset.path=my.jsonl --html preview.html\n",
+)
+_ROWS = 3
+
+
+def run(words: list[str]) -> int:
+    """Show the rows that were asked for; returns the exit code."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    given = GRAMMAR.parse(words)
+    from luthier.inspect.material import gather
+
+    material = gather(given.overrides)
+    source = material.heldout if "--eval" in given.switches else material.train
+    positions = _positions(given, source)
+    from luthier.inspect.view import view
+
+    found = view(material, positions, "--eval" in given.switches)
+    if file := given.texts.get("--html"):
+        _write(file, found, material.name, "--ids" in given.switches)
+    if "--json" in given.switches:
+        print(json.dumps(_plain(found, material.name, given), ensure_ascii=False))
+    elif not file:
+        _print(found, "--ids" in given.switches)
+    return 0
+
+
+def _positions(given: Given, source: Source) -> range:
+    """Which rows were asked for."""
+    side = "held-out" if "--eval" in given.switches else "training"
+    count = len(source.places)
+    if not count:
+        raise UserError(
+            "preview: no rows are held out. Leave --eval out, or hold rows out: "
+            "dataset.eval.share=0.1, dataset.eval.count=100 or dataset.eval.path=FILE."
+            if side == "held-out"
+            else "preview: all rows are held out, so there is none to train on."
+        )
+    first = given.numbers.get("--row", 1)
+    if first > count:
+        rows = "row" if count == 1 else "rows"
+        raise UserError(f"--row {first}: there are {count:,} {side} {rows}. Write 1 to {count}.")
+    number = given.numbers.get("--n", 1 if "--row" in given.numbers else _ROWS)
+    return range(first - 1, min(first - 1 + number, count))
+
+
+def _print(found: Any, ids: bool) -> None:
+    from rich.console import Console
+
+    from luthier.inspect.terminal import legend, show
+
+    console = Console(highlight=False)
+    legend(console)
+    for row in found.rows:
+        console.print()
+        show(console, row, found.pad, ids)
+
+
+def _write(file: str, found: Any, name: str, ids: bool) -> None:
+    """Write the page, and say where."""
+    import sys
+
+    from luthier.inspect.page import page
+
+    path = Path(file).expanduser()
+    try:
+        path.write_text(page(f"luthier preview: {name}", found, ids), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {file}: cannot be written: {error.strerror}.") from error
+    print(f"written {file}", file=sys.stderr)
+
+
+def _plain(found: Any, name: str, given: Given) -> dict[str, Any]:
+    """The rows as plain values."""
+    return {
+        "name": name,
+        "side": "held_out" if "--eval" in given.switches else "train",
+        "boundaries": found.boundaries,
+        "pad": {"id": found.pad_id, "text": found.pad},
+        "rows": [_plain_row(row) for row in found.rows],
+    }
+
+
+def _plain_row(row: Any) -> dict[str, Any]:
+    return {
+        "row": row.row,
+        "place": row.place,
+        "sequence": row.part,
+        "sequences": row.parts,
+        "notes": row.notes,
+        "trained_tokens": row.trained,
+        "padding": row.padding,
+        "tokens": [asdict(token) for token in row.tokens],
+    }

@@ -1,0 +1,22 @@
+"""`luthier recipes`: what there is to run."""
+
+from luthier import config
+from luthier.inspect.arguments import Grammar
+
+GRAMMAR = Grammar(
+    "recipes",
+    "luthier recipes\n\nLists the recipes that are found (./recipes, $LUTHIER_RECIPES, bundled), a "
+    "line each.",
+)
+
+
+def run(words: list[str]) -> int:
+    """List the recipes that are found, with their header lines."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    GRAMMAR.refuse_all(words)
+    found = config.recipes()
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        print(f"{recipe.name:<{width}}  {recipe.header}")
+    return 0

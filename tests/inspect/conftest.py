@@ -1,0 +1,56 @@
+"""The real command, run on rows that a test writes."""
+
+import json
+import sys
+
+import pytest
+
+from luthier import cli
+from luthier.data.files import forget
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LUTHIER_RECIPES", raising=False)
+    for name in ("FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    forget()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write rows of messages to a file, one object a line."""
+
+    def write(rows, name="rows.jsonl"):
+        lines = [json.dumps(row if isinstance(row, dict) else {"messages": row}) for row in rows]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture
+def luthier(monkeypatch, capsys):
+    """Run the command as typed; gives back exit code, output and errors."""
+
+    def luthier(*words):
+        monkeypatch.setattr(sys, "argv", ["luthier", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return luthier
+
+
+@pytest.fixture
+def on_rows(luthier, write):
+    """Run a command on a file of these rows with the real tokenizer of smollm2_135m."""
+
+    def on_rows(command, rows, *words):
+        write(rows)
+        settings = ["model=smollm2_135m", "dataset=jsonl", "dataset.path=rows.jsonl"]
+        whole = ["dataset.eval.share=null", "trainer.args.eval_strategy=no"]
+        return luthier(command, *settings, *whole, *words)
+
+    return on_rows
