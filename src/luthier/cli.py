@@ -32,12 +32,12 @@ COMMANDS = {
     ),
     "preview": Command(
         "preview recipe=NAME [key=value ...]",
-        "rows of the dataset as the tokens that are trained on",
+        "rows of the dataset as tokens: what trains",
         "luthier.inspect.preview:run",
     ),
     "check": Command(
         "check recipe=NAME [key=value ...]",
-        "the whole dataset against the rules, before it is trained on",
+        "the whole dataset held against the rules",
         "luthier.inspect.check:run",
     ),
     "recipes": Command(

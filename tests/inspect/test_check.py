@@ -100,8 +100,8 @@ def test_the_counts_are_those_of_training(check, monkeypatch):
             "dataset.path=rows.jsonl",
             "dataset.eval.share=null",
             "trainer.args.eval_strategy=no",
+            *words,
         ]
-        + words
     ).config
     encoder = ChatEncoder(load_tokenizer(config.model), **config.chat.model_dump())
     counts = prepare(config.dataset, encoder, config.seed).train_counts
@@ -109,6 +109,20 @@ def test_the_counts_are_those_of_training(check, monkeypatch):
         assert side[name] == getattr(counts, name)
     assert side["dropped"] == sum(counts.dropped.values())
     assert side["lengths"]["max"] == counts.longest
+
+
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize("words", [[], ["chat.date=2025-01-02"]], ids=["today", "pinned"])
+def test_prompts_with_a_date(words, check, tmp_path):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    code, found = check([ROWS["plain"]], "chat.template=dated.jinja", *words)
+    assert code == 0
+    assert (found["prompts"]["turns"], found["prompts"]["differ"]) == (1, 0)
 
 
 def test_limit(check):

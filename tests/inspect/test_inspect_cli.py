@@ -16,6 +16,7 @@ def test_help_lists_the_commands(luthier):
         code, out, _ = luthier(*words)
         assert code == 0
         assert all(f"  luthier {name}" in out for name in COMMANDS)
+        assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,7 +9,7 @@ from luthier.config import load
 from luthier.config.schema import RunConfig
 from luthier.data.files import forget
 from luthier.data.prepare import Source, read_conversations
-from luthier.model.tokenizer import load_tokenizer
+from luthier.model.tokenizer import end_token_ids, load_tokenizer
 from luthier.train.run import set_environment
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ class Material:
 
     config: RunConfig
     tokenizer: "PreTrainedTokenizerBase"
+    end_tokens: list[int]
+    """Those of the model's generation config."""
     train: Source
     heldout: Source
     equal: int
@@ -47,7 +49,8 @@ def gather(overrides: list[str]) -> Material:
     set_environment(config)
     train, heldout, equal = read_conversations(config.dataset, config.seed)
     forget()
-    return Material(config, _quiet_tokenizer(config), train, heldout, equal)
+    tokenizer = _quiet_tokenizer(config)
+    return Material(config, tokenizer, end_token_ids(config.model), train, heldout, equal)
 
 
 def _quiet_tokenizer(config: RunConfig) -> Any:

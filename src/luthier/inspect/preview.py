@@ -1,13 +1,18 @@
 """`luthier preview`: rows as the tokens that are trained on."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.data.prepare import Source
 from luthier.errors import UserError
 from luthier.inspect.arguments import Flag, Given, Grammar
+
+if TYPE_CHECKING:
+    from luthier.inspect.tokens import Shown
+    from luthier.inspect.view import View
 
 GRAMMAR = Grammar(
     "preview",
@@ -72,7 +77,7 @@ def _positions(given: Given, source: Source) -> range:
     return range(first - 1, min(first - 1 + number, count))
 
 
-def _print(found: Any, ids: bool) -> None:
+def _print(found: "View", ids: bool) -> None:
     from rich.console import Console
 
     from luthier.inspect.terminal import legend, show
@@ -84,10 +89,8 @@ def _print(found: Any, ids: bool) -> None:
         show(console, row, found.pad, ids)
 
 
-def _write(file: str, found: Any, name: str, ids: bool) -> None:
+def _write(file: str, found: "View", name: str, ids: bool) -> None:
     """Write the page, and say where."""
-    import sys
-
     from luthier.inspect.page import page
 
     path = Path(file).expanduser()
@@ -98,7 +101,7 @@ def _write(file: str, found: Any, name: str, ids: bool) -> None:
     print(f"written {file}", file=sys.stderr)
 
 
-def _plain(found: Any, name: str, given: Given) -> dict[str, Any]:
+def _plain(found: "View", name: str, given: Given) -> dict[str, Any]:
     """The rows as plain values."""
     return {
         "name": name,
@@ -109,7 +112,7 @@ def _plain(found: Any, name: str, given: Given) -> dict[str, Any]:
     }
 
 
-def _plain_row(row: Any) -> dict[str, Any]:
+def _plain_row(row: "Shown") -> dict[str, Any]:
     return {
         "row": row.row,
         "place": row.place,

@@ -16,8 +16,15 @@ class Reference:
         self._tokenizer = tokenizer
         # None leaves the choice between a tokenizer's templates to transformers.
         self._template = None if template is None else encoder.settings()["template"]
-        day = date.fromisoformat(encoder.date)
-        self._variables = {**encoder.variables, "strftime_now": day.strftime}
+        self._variables = encoder.variables
+        self._encoder = encoder
+        # transformers writes the day it is; a pinned day is compared by way of it.
+        today = {"date": date.today().isoformat()}
+        self._today = (
+            ChatEncoder.from_settings(tokenizer, encoder.settings() | today)
+            if encoder.date != today["date"]
+            else None
+        )
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, added)) or "(?!)")
 
@@ -31,12 +38,16 @@ class Reference:
         before = [_plain(each) for each in row["messages"][:message]]
         if not before:
             return None
+        tools = row.get("tools")
+        if self._today is not None:
+            pinned = self._encoder.prompt(before, tools)
+            if pinned != ids:
+                return pinned
+            ids = self._today.prompt(before, tools)
         said = self._holds_controls(m for m in before if m["role"] == "assistant")
-        asked = self._holds_controls(
-            [*(m for m in before if m["role"] != "assistant"), row.get("tools")]
-        )
+        asked = self._holds_controls([*(m for m in before if m["role"] != "assistant"), tools])
         ways = [asked] if not said else [True] if asked else [False, True]
-        found = [self._prompt(before, row.get("tools"), sanitize) for sanitize in ways]
+        found = [self._prompt(before, tools, sanitize) for sanitize in ways]
         if ids in found or (said and asked):
             return None
         return found[0]

@@ -46,9 +46,9 @@ def words(error: ChatError) -> str:
 class Reader:
     """Encodes rows under the settings of a config, and goes on where training would stop."""
 
-    def __init__(self, tokenizer: Any, settings: ChatSettings) -> None:
+    def __init__(self, tokenizer: Any, settings: ChatSettings, end_tokens: list[int]) -> None:
         self.settings = settings
-        given = settings.model_dump()
+        given = settings.model_dump() | {"eos_token_ids": end_tokens}
         unbound = given | {"max_length": None}
         self._strict = ChatEncoder(tokenizer, **unbound | {"on_lost": "drop"})
         # One day for all, also where the clock passes midnight.

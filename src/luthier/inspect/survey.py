@@ -73,7 +73,7 @@ class Survey:
         self.material = material
         self.limit = limit
         chat = material.config.chat
-        self._reader = Reader(material.tokenizer, chat)
+        self._reader = Reader(material.tokenizer, chat, material.end_tokens)
         self._reference = Reference(material.tokenizer, self._reader.encoder, chat.template)
         self._text_of: Callable[[int], str] = token_texts(material.tokenizer)
         self._rules = SequenceRules(self._reader.encoder, material.tokenizer)

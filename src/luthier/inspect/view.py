@@ -28,7 +28,7 @@ class View:
 def view(material: Material, positions: range, heldout: bool = False) -> View:
     """The rows at these positions of one side, each sequence as tokens."""
     settings = material.config.chat
-    reader = Reader(material.tokenizer, settings)
+    reader = Reader(material.tokenizer, settings, material.end_tokens)
     source = material.heldout if heldout else material.train
     text_of = token_texts(material.tokenizer)
     controls = set(material.tokenizer.added_tokens_decoder)

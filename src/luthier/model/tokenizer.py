@@ -49,6 +49,28 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def end_token_ids(config: ModelConfig) -> list[int]:
+    """Return the end tokens of the model's generation config, where it has one.
+
+    The token that ends a turn is often there and not in the tokenizer (Gemma, GLM, Llama 3).
+    """
+    from transformers import GenerationConfig
+
+    file = source.gguf_file(config.path)
+    if file is not None:
+        return []
+    try:
+        generation = GenerationConfig.from_pretrained(
+            config.path,
+            revision=config.revision,
+            local_files_only=source.needs_hub(config.path) and hub.is_out_of_reach(),
+        )
+    except OSError:
+        return []
+    ids = generation.eos_token_id
+    return ids if isinstance(ids, list) else [ids] if ids is not None else []
+
+
 def add_padding(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Name a padding token where there is none: an existing token, never a new one.
 

@@ -18,6 +18,7 @@ from luthier.data.prepare import Prepared, prepare
 from luthier.infer.score import Question
 from luthier.model.adapters import add_adapter
 from luthier.model.machine import choose
+from luthier.model.encoder import make_encoder
 from luthier.model.tokenizer import check_fits, load_tokenizer
 from luthier.model.weights import load_model
 from luthier.record.record import RunRecord
@@ -79,7 +80,7 @@ def seed_everything(config: RunConfig) -> None:
 def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any) -> Session:
     """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
     tokenizer = load_tokenizer(config.model)
-    encoder = ChatEncoder(tokenizer, **config.chat.model_dump())
+    encoder = make_encoder(config, tokenizer)
     prepared = prepare(config.dataset, encoder, config.seed)
     if main:
         report.show_data({"train": prepared.train_counts, "held out": prepared.eval_counts})
