@@ -38,10 +38,11 @@ def measure(session: "Session", when: str) -> Measure:
 
 def _held_out_loss(trainer: Any) -> float:
     """The loss on the held-out rows, taken from the log where the last step was evaluated."""
-    last = trainer.state.log_history[-1] if trainer.state.log_history else {}
-    if "eval_loss" in last and last["step"] == trainer.state.global_step:
-        return float(last["eval_loss"])
-    return float(trainer.evaluate()["eval_loss"])
+    step = trainer.state.global_step
+    logged = [
+        r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r and r["step"] == step
+    ]
+    return float(logged[-1] if logged else trainer.evaluate()["eval_loss"])
 
 
 def save(session: "Session") -> None:

@@ -17,8 +17,8 @@ from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared, prepare
 from luthier.infer.score import Question
 from luthier.model.adapters import add_adapter
-from luthier.model.machine import choose
 from luthier.model.encoder import make_encoder
+from luthier.model.machine import choose
 from luthier.model.tokenizer import check_fits, load_tokenizer
 from luthier.model.weights import load_model
 from luthier.record.record import RunRecord
