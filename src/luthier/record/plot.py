@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+FEW = 50
+"""Points below which a smoothed line would only lag behind."""
+
 INK, TRAIN, EVAL, FAINT = "#222222", "#2f6db3", "#d1495b", "#9bb8d9"
 
 
@@ -29,9 +32,9 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
     if train:
         _draw_train(axes, train)
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL, ms=4, label="held-out loss")
-        _name_last(axes, held_out, EVAL)
-    _dress(axes, title)
+        label = f"held-out loss, at last {held_out[-1][1]:.3g}"
+        axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL, ms=4, label=label)
+    _dress(axes, title, [loss for _, loss in train + held_out])
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
@@ -41,11 +44,13 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
 
 
 def _draw_train(axes: Any, train: list[tuple[int, float]]) -> None:
+    label = f"training loss, at last {train[-1][1]:.3g}"
+    if len(train) < FEW:
+        axes.plot(*zip(*train, strict=True), color=TRAIN, lw=2, label=label)
+        return
+    axes.plot(*zip(*train, strict=True), color=FAINT, lw=1, label=label)
     smooth = _smooth([loss for _, loss in train])
-    steps = [step for step, _ in train]
-    axes.plot(*zip(*train, strict=True), color=FAINT, lw=1, label="training loss")
-    axes.plot(steps, smooth, color=TRAIN, lw=2, label="training loss, smoothed")
-    _name_last(axes, [(steps[-1], smooth[-1])], TRAIN)
+    axes.plot([step for step, _ in train], smooth, color=TRAIN, lw=2, label="smoothed")
 
 
 def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
@@ -57,23 +62,14 @@ def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def _name_last(axes: Any, points: list[tuple[int, float]], colour: str) -> None:
-    step, loss = points[-1]
-    axes.annotate(
-        f"{loss:.3g}",
-        (step, loss),
-        xytext=(6, 0),
-        textcoords="offset points",
-        color=colour,
-        va="center",
-    )
-
-
-def _dress(axes: Any, title: str) -> None:
+def _dress(axes: Any, title: str, losses: list[float]) -> None:
     axes.set_title(title, loc="left", color=INK)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per trained token (nats)")
-    axes.set_ylim(bottom=0)
+    if 0 < min(losses) < max(losses) / 20:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.margins(x=0.06)
     axes.grid(alpha=0.25)
     for side in ("top", "right"):

@@ -1,18 +1,16 @@
 """What comes out of a run: its measures before and after, the model on disk, the summary."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
 from luthier.record.plot import plot_loss, read_metrics
 from luthier.train import replies, report, trackers
-
-if TYPE_CHECKING:
-    from luthier.train.session import Session
+from luthier.train.session import Session
 
 Measure = dict[str, Any]
 
 
-def before(session: "Session") -> Measure:
+def before(session: Session) -> Measure:
     """The untrained model's measure; a run that goes on finds the one it took at its start."""
     path = session.folder / "before.json"
     measured: Measure | None = read_json(path)
@@ -23,7 +21,7 @@ def before(session: "Session") -> Measure:
     return measured
 
 
-def measure(session: "Session", when: str) -> Measure:
+def measure(session: Session, when: str) -> Measure:
     """The held-out loss and the scored replies of the model as it stands."""
     trainer, config = session.trainer, session.config.trainer.evaluation
     results: dict[str, float] = {}
@@ -45,7 +43,7 @@ def _held_out_loss(trainer: Any) -> float:
     return float(logged[-1] if logged else trainer.evaluate()["eval_loss"])
 
 
-def save(session: "Session") -> None:
+def save(session: Session) -> None:
     """Write the adapter or model, the tokenizer with its template, and the chat settings."""
     trainer, target = session.trainer, session.folder / "model"
     temporary = session.folder / ".model.tmp"
@@ -57,7 +55,7 @@ def save(session: "Session") -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def conclude(session: "Session", before: Measure, after: Measure, training_seconds: float) -> None:
+def conclude(session: Session, before: Measure, after: Measure, training_seconds: float) -> None:
     """Write replies, plot and record, tell the trackers, print the summary."""
     if not session.main:
         return
@@ -77,7 +75,7 @@ def conclude(session: "Session", before: Measure, after: Measure, training_secon
     report.show_results(session.record.entries, folder)
 
 
-def _reply_rows(session: "Session", before: Measure, after: Measure) -> list[dict[str, Any]]:
+def _reply_rows(session: Session, before: Measure, after: Measure) -> list[dict[str, Any]]:
     return [
         {
             "prompt": question.messages[-1]["content"],

@@ -26,7 +26,7 @@ def run(loaded: "Loaded") -> int:
         report.say(f"{folder} holds this run, finished; overwrite=true trains it again.\n")
         report.show_results(RunRecord(folder).entries, folder)
         return 0
-    from luthier.train.session import train
+    from luthier.train.build import train
 
     return train(loaded, folder)
 
