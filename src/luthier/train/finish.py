@@ -50,6 +50,9 @@ def save(session: Session) -> None:
     # Sharded weights are gathered on all ranks, so every rank takes part in the writing.
     trainer.save_model(str(temporary))
     if session.main:
+        # A pickle of this machine's paths, and a model card of blanks to fill in.
+        for name in ("training_args.bin", "README.md"):
+            (temporary / name).unlink(missing_ok=True)
         write_json(temporary / "chat.json", session.encoder.settings())
         publish_folder(temporary, target)
     trainer.accelerator.wait_for_everyone()
