@@ -16,13 +16,13 @@ class Question:
 
 def questions(conversations: Sequence[Any], limit: int) -> list[Question]:
     """The first `limit` conversations that end with a reply in words, without that reply."""
-    found = []
+    found: list[Question] = []
     for conversation in conversations:
+        if len(found) == limit:
+            break
         *context, last = conversation["messages"]
         if last["role"] == "assistant" and context and isinstance(last.get("content"), str):
             found.append(Question(context, conversation.get("tools"), last["content"]))
-        if len(found) == limit:
-            break
     return found
 
 

@@ -82,7 +82,7 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
     facts = launch.check_running(trainer.accelerator, args)
     if main and not config.dry_run:
         record.update(launch=facts, data=data_facts(prepared), chat=encoder.settings())
-    questions = replies.asked(config.trainer.evaluation, prepared.heldout)
+    questions = replies.asked(config.trainer.evaluation, prepared.heldout, facts["sharding"])
     return Session(config, folder, record, main, encoder, trainer, questions)
 
 

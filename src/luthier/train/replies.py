@@ -3,14 +3,27 @@
 from typing import Any
 
 from luthier.config.schema import EvaluationConfig
+from luthier.errors import UserError
 from luthier.infer.generate import generate
 from luthier.infer.score import Question, exact_match, questions
 
 METRICS = {"exact_match": exact_match}
 
 
-def asked(config: EvaluationConfig, heldout: list[Any]) -> list[Question]:
-    """The questions that a run answers: all that are scored, or only those that are shown."""
+def asked(config: EvaluationConfig, heldout: list[Any], sharding: str) -> list[Question]:
+    """The questions that a run answers: all that are scored, or only those that are shown.
+
+    Raises UserError for a score under a sharding that splits the weights themselves: generating
+    there would gather them once per token.
+    """
+    if sharding.startswith("fsdp") or sharding == "zero3":
+        if config.metrics:
+            raise UserError(
+                f"trainer.evaluation.metrics: replies are not generated under {sharding}, where "
+                "each rank holds a part of the weights.\nUse trainer.evaluation.metrics=[] for "
+                "the loss alone, or launch/ddp.yaml or launch/zero2.yaml."
+            )
+        return []
     return questions(heldout, config.rows if config.metrics else config.samples)
 
 
