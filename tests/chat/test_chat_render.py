@@ -148,6 +148,22 @@ def test_followed_runs_say_what_shorter_ones_write():
         ("{{ 'a' * 99999999999 }}", "too large"),
         ("{{ 10 ** 999999 }}", "does not compile"),
         ("{% set n = 9999 %}{{ 10 ** n }}", "too large"),
+        ("{{ messages[0].content.center(2000000000) }}", "`center` makes a value too large"),
+        ("{{ messages[0].content.ljust(2000000000) }}", "`ljust` makes a value too large"),
+        ("{{ 'a'.rjust(2000000000) }}", "`rjust` makes a value too large"),
+        ("{{ 'a'.zfill(2000000000) }}", "`zfill` makes a value too large"),
+        ("{{ '\\t\\t'.expandtabs(190000000) }}", "`expandtabs` makes a value too large"),
+        ("{{ messages[0].content | center(2000000000) }}", "`center` makes a value too large"),
+        ("{% set n = 2000000000 %}{{ 'a' | center(n) }}", "`center` makes a value too large"),
+        ("{{ 'a' | indent(2000000000, true) }}", "`indent` makes a value too large"),
+        ("{{ [1] | batch(2000000000, 0) | list }}", "`batch` makes a value too large"),
+        ("{{ '%2000000000d' % 1 }}", "a format makes a value too large"),
+        ("{{ '%.2000000000f' % 1 }}", "a format makes a value too large"),
+        ("{% set n = 2000000000 %}{{ '%*d' % (n, 1) }}", "a format makes a value too large"),
+        ("{{ '%2000000000s' | format(messages[0].content) }}", "a format makes a value too large"),
+        ("{{ '{:>2000000000}'.format(messages[0].content) }}", "a format makes a value too large"),
+        ("{{ '{:{}}'.format(1, 2000000000) }}", "a format makes a value too large"),
+        ("{{ '{x:2000000000}'.format_map({'x': 1}) }}", "a format makes a value too large"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
         ("{{ messages.append(1) }}", "unsafe|undefined|no attribute|not safely"),
         ("{{ raise_exception('no such role') }}", "no such role"),
@@ -156,3 +172,17 @@ def test_followed_runs_say_what_shorter_ones_write():
 def test_hostile_templates_are_stopped_in_words(source, words):
     with pytest.raises(ChatError, match=words):
         _render(ChatTemplate(source, VARIABLES, "2025-01-02"), [user("Hi")], None, False)
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("{{ messages[0].content.center(6) }}", "  Hi  "),
+        ("{{ messages[0].content | center(6) }}", "  Hi  "),
+        ("{{ '%d %5s' % (20000000000, messages[0].content) }}", "20000000000    Hi"),
+        ("{{ '{} {:>4}'.format(20000000000, messages[0].content) }}", "20000000000   Hi"),
+    ],
+)
+def test_widths_within_bounds_are_left_alone(source, written):
+    template = ChatTemplate(source, VARIABLES, "2025-01-02")
+    assert _render(template, [user("Hi")], None, False) == written

@@ -23,7 +23,7 @@ from luthier.chat.sharing import Shared
 from luthier.chat.template import ChatTemplate, template_text
 from luthier.chat.text import Text
 from luthier.chat.tokens import TokenEncoder
-from luthier.chat.turns import Sequence, grouped, own_turn, trained_messages
+from luthier.chat.turns import Sequence, Turn, grouped, own_turn, trained_messages
 
 _CHUNK = 512
 _ANYONE = {"role": "user", "content": "?"}
@@ -198,6 +198,20 @@ class ChatEncoder:
         template, controls, _ = self._set_for(conversation.tools)
         messages, tools = conversation.messages, conversation.tools
 
+        whole = template.follow(messages, tools, False)
+        asked = None if template.ends else template.follow(messages, tools, True)
+        shared = Shared(whole, asked, template.ends)
+        if all(conversation.role(place) == "assistant" for place in trained):
+            sequence = shared.sequence(conversation, trained, controls.find_stop)
+            if sequence is not None:
+                return [sequence]
+        return grouped(self._own_turns(conversation, trained), whole.text)
+
+    def _own_turns(self, conversation: Conversation, trained: list[int]) -> list[Turn]:
+        """Each trained turn in its own context, rendered for itself."""
+        template, controls, _ = self._set_for(conversation.tools)
+        messages, tools = conversation.messages, conversation.tools
+
         @lru_cache
         def render(count: int, generation: bool) -> Text:
             return template.render(messages[:count], tools, generation)
@@ -207,18 +221,10 @@ class ChatEncoder:
             text = template.render(more, tools, False)
             return controls.following_stop(text[len(shown) :]) if text.startswith(shown) else None
 
-        whole = template.follow(messages, tools, False)
-        asked = None if template.ends else template.follow(messages, tools, True)
-        shared = Shared(whole, asked, template.ends)
-        if all(conversation.role(place) == "assistant" for place in trained):
-            sequence = shared.sequence(conversation, trained, controls.find_stop)
-            if sequence is not None:
-                return [sequence]
-        turns = [
+        return [
             own_turn(render, controls.find_stop, find_following, conversation, place)
             for place in trained
         ]
-        return grouped(turns, whole.text)
 
     def _finish(self, planned: list[Planned | ChatError], batch: ChatBatch) -> None:
         """Encode what was planned, all rows of one template in one go, and keep account."""

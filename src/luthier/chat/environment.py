@@ -7,10 +7,8 @@ over as they stand, so there is nothing here to drift from it.
 from __future__ import annotations
 
 import functools
-import itertools
-import re
 from collections.abc import Callable, Iterable
-from types import BuiltinMethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any, cast
 
 import jinja2
@@ -18,13 +16,31 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame, optimizeconst
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from luthier.chat.bounds import (
+    MAX_STEPS,
+    MAX_TEXT,
+    SIZED,
+    WIDENING_FILTERS,
+    WIDENING_METHODS,
+    is_enormous,
+    refuse_format,
+    refuse_width,
+)
+from luthier.chat.filters import (
+    bounded_filter,
+    retraced,
+    traced_escape,
+    traced_filter,
+    traced_join_filter,
+    traced_safe,
+    traced_tojson,
+)
 from luthier.chat.text import (
     Run,
     SafeText,
     Text,
-    blurred,
     escaped,
     mark,
     plus,
@@ -32,7 +48,8 @@ from luthier.chat.text import (
     safe,
     texts_in,
 )
-from luthier.chat.watch import Turns, Watches, watched_loop, watched_namespace
+from luthier.chat.watch import Watches
+from luthier.chat.watched import Turns, watched_loop, watched_namespace
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})
@@ -43,12 +60,6 @@ _TRANSPARENT = frozenset(
 )
 # Filters that make `Markup`, a string that escapes whatever is added to it.
 ESCAPING = frozenset({"e", "escape", "forceescape", "safe", "urlize", "xmlattr"})
-MAX_STEPS = 10_000_000
-"""Steps that all loops of one rendering may take: no template loops for ever."""
-MAX_TEXT = 200_000_000
-"""Characters that one text of a template may have."""
-_SIZED = (list, tuple, dict, str, range)
-_HOLDERS = re.compile("\ue1a0([0-9]+)\ue1a1")
 
 
 class TracedCode(CodeGenerator):
@@ -124,7 +135,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         """What a `for` of the template loops over."""
         if isinstance(iterable, Turns):
             return iterable.loop() if at_top else iterable
-        self.watches.steps += len(iterable) if isinstance(iterable, _SIZED) else 1
+        self.watches.steps += len(iterable) if isinstance(iterable, SIZED) else 1
         if self.watches.steps > MAX_STEPS:
             raise jinja2.TemplateError(f"its loops take over {MAX_STEPS:,} steps")
         return iterable
@@ -134,12 +145,13 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         runs: list[Run] = []
         for operand in operands:
             kind = type(operand)
-            if kind is Text:
+            if kind is str:
+                if operand:
+                    runs.append((len(operand), None, 0))
+            elif kind is Text:
                 runs += operand._runs
-            elif kind is not str:
+            else:
                 return functools.reduce(_sum, operands)
-            elif operand:
-                runs.append((len(operand), None, 0))
         whole = mark("".join(operands), tuple(runs))
         if len(whole) > MAX_TEXT:
             raise jinja2.TemplateError(f"it writes a text of over {MAX_TEXT:,} characters")
@@ -162,8 +174,10 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """`left % right`, keeping the runs of what is formatted in; `*` and `**` within bounds."""
-        if operator != "%" and _is_enormous(operator, left, right):
+        if operator != "%" and is_enormous(operator, left, right):
             raise jinja2.TemplateError(f"`{operator}` makes a value too large to hold")
+        if operator == "%" and isinstance(left, str):
+            refuse_format(left, _values(right))
         result = super().call_binop(context, operator, left, right)
         if operator == "%" and isinstance(left, str) and type(result) is str:
             return retraced(lambda first, second: first % second, result, (left, right), {})
@@ -171,6 +185,9 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what the template calls; methods of plain strings keep the runs of arguments."""
+        method = isinstance(__obj, BuiltinMethodType | MethodType)
+        if method and isinstance(__obj.__self__, str) and __obj.__name__ in WIDENING_METHODS:
+            refuse_width(__obj.__name__, __obj.__self__, [*args, *kwargs.values()])
         plain_method = isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str
         if plain_method and any(True for _ in texts_in(args)):
             own = mark(__obj.__self__, runs_of(__obj.__self__))
@@ -186,17 +203,17 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         plain = cast(Callable[..., str], super().wrap_str_format(getattr(template, value.__name__)))
 
         def traced(*args: Any, **kwargs: Any) -> str:
+            refuse_format(template, [*_values(args), *_values(kwargs)])
             return retraced(plain, plain(*args, **kwargs), args, kwargs)
 
         return functools.update_wrapper(traced, bare)
 
 
-def _is_enormous(operator: str, left: Any, right: Any) -> bool:
-    if operator == "**":
-        return isinstance(left, int) and isinstance(right, int) and abs(right) > 4096
-    size = max((len(side) for side in (left, right) if isinstance(side, _SIZED)), default=0)
-    count = max((side for side in (left, right) if isinstance(side, int)), default=0)
-    return size * count > MAX_TEXT
+def _values(given: Any) -> list[Any]:
+    """What is formatted in: the items of a container, or the one value."""
+    if isinstance(given, dict):
+        return list(given.values())
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _sum(left: Any, right: Any) -> Any:
@@ -206,86 +223,6 @@ def _sum(left: Any, right: Any) -> Any:
         return left + right
     whole = plus((escaped(left), escaped(right)))
     return safe(whole) if isinstance(whole, Text) else Markup(whole)
-
-
-def retraced(function: Callable[..., Any], result: str, args: tuple, kwargs: dict) -> str:
-    """Give back `result = function(*args, **kwargs)` with the runs of the texts in its arguments.
-
-    The function runs a second time with a placeholder for each text. Where that gives the same
-    string with the texts put in the places of the placeholders, the runs are exact; elsewhere the
-    whole result counts as made from all of them.
-    """
-    texts = list(texts_in([args, kwargs]))
-    if not texts:
-        return result
-    try:
-        numbers = itertools.count()
-        trial = function(*_holding(args, numbers), **_holding(kwargs, numbers))
-    except Exception:  # the function may refuse a placeholder for any reason of its own
-        return blurred(result, texts)
-    pieces = _HOLDERS.split(trial) if isinstance(trial, str) else []
-    parts = [texts[int(piece)] if odd % 2 else piece for odd, piece in enumerate(pieces)]
-    whole = plus(parts)
-    return whole if str.__eq__(whole, result) is True else blurred(result, texts)
-
-
-def _holding(value: Any, numbers: Iterable[int]) -> Any:
-    """The same containers, with a numbered placeholder for each traced text."""
-    if type(value) is Text:
-        return f"\ue1a0{next(iter(numbers))}\ue1a1"
-    if isinstance(value, dict):
-        return {_holding(key, numbers): _holding(item, numbers) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_holding(item, numbers) for item in value)
-    return value
-
-
-def _traced_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, keeping the runs of the texts that it is given."""
-
-    @functools.wraps(filter_)
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        result = filter_(*args, **kwargs)
-        if (
-            isinstance(result, str)
-            and not isinstance(result, Text)
-            and any(texts_in([args, kwargs]))
-        ):
-            return retraced(filter_, str.__str__(result), args, kwargs)
-        return result
-
-    return traced
-
-
-def _traced_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
-    """JSON of traced values: all of it, brackets too, was made from the fields inside."""
-
-    @functools.wraps(tojson)
-    def traced(value: Any, *args: Any, **kwargs: Any) -> str:
-        value = list(value) if isinstance(value, Turns) else value
-        texts = list(texts_in(value))
-        result = tojson(value, *args, **kwargs)
-        return blurred(result, texts) if texts else result
-
-    return traced
-
-
-def _traced_safe(value: Any) -> Any:
-    return safe(value) if isinstance(value, Text) else Markup(value)
-
-
-def _traced_escape(value: Any) -> Any:
-    if not isinstance(value, Text) or isinstance(value, SafeText):
-        return escape(value)
-    whole = escaped(value)
-    return safe(whole) if isinstance(whole, Text) else Markup(whole)
-
-
-def _own_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
-    if attribute is not None:
-        value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
-    parts = [part for item in value for part in (d, str(item))]
-    return plus(parts[1:])
 
 
 def traced_environment(base: jinja2.Environment) -> TracedEnvironment:
@@ -300,9 +237,11 @@ def traced_environment(base: jinja2.Environment) -> TracedEnvironment:
     environment.globals["namespace"] = watched_namespace(namespace, environment.watches)
     environment.tests.update(base.tests)
     for name, filter_ in base.filters.items():
-        wrapped = filter_ if name in _TRANSPARENT else _traced_filter(filter_)
-        environment.filters[name] = _traced_tojson(filter_) if name == "tojson" else wrapped
-    environment.filters["safe"] = _traced_safe
-    environment.filters["escape"] = environment.filters["e"] = _traced_escape
-    environment.filters["join"] = jinja2.pass_context(_own_join)
+        wrapped = filter_ if name in _TRANSPARENT else traced_filter(filter_)
+        environment.filters[name] = traced_tojson(filter_) if name == "tojson" else wrapped
+    for name in (*WIDENING_FILTERS, "format"):
+        environment.filters[name] = bounded_filter(name, environment.filters[name])
+    environment.filters["safe"] = traced_safe
+    environment.filters["escape"] = environment.filters["e"] = traced_escape
+    environment.filters["join"] = jinja2.pass_context(traced_join_filter)
     return environment

@@ -13,19 +13,21 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from luthier.chat.bounds import refuse_constants
 from luthier.chat.environment import ESCAPING, traced_environment
 from luthier.chat.errors import ChatError
 from luthier.chat.grammar import fixed_end, is_followable
-from luthier.chat.text import Text, plus_all
-from luthier.chat.watch import Turns, Watch
+from luthier.chat.text import Text, mark, plus_all, runs_of_all
+from luthier.chat.watch import Watch
+from luthier.chat.watched import Turns
 
 
 class Rendered:
     """A whole conversation as the template writes it, and what it writes for its first messages."""
 
     def __init__(self, watch: Watch) -> None:
-        self.text = plus_all(watch.pieces)
         self.plain = "".join(watch.pieces)
+        self.text = mark(self.plain, runs_of_all(watch.pieces))
         self._watch = watch
         self._ends = [0, *accumulate(map(len, watch.pieces))]
 
@@ -49,6 +51,7 @@ class ChatTemplate:
         self._environment = traced_environment(self._plain.environment)
         self._environment.globals["strftime_now"] = self._clock
         self._traced = _parsed(self._environment.compile_traced, source)
+        self._globals: dict[jinja2.Template, dict[str, Any]] = {}
         tree = self._environment.parse(source)
         # A string marked as safe escapes what is added to it; see that tracing does the same.
         self._doubtful = any(node.name in ESCAPING for node in tree.find_all(nodes.Filter))
@@ -109,7 +112,9 @@ class ChatTemplate:
         watches.current, watches.steps = watch, 0
         pieces = watch.pieces if watch is not None else []
         try:
-            context = template.new_context({**template.globals, **inputs}, shared=True)
+            if template not in self._globals:
+                self._globals[template] = dict(template.globals)
+            context = template.new_context({**self._globals[template], **inputs}, shared=True)
             for piece in template.root_render_func(context):
                 pieces.append(piece)
             return pieces
@@ -146,7 +151,11 @@ def _compiled(source: str) -> jinja2.Template:
     """The template as transformers compiles it."""
     from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
-    return _parsed(_cached_compile_jinja_template, source)
+    def compile_(text: str) -> jinja2.Template:
+        refuse_constants(_cached_compile_jinja_template("").environment.parse(text))
+        return _cached_compile_jinja_template(text)
+
+    return _parsed(compile_, source)
 
 
 def _parsed(compile_: Callable[[str], jinja2.Template], source: str) -> jinja2.Template:
@@ -157,7 +166,9 @@ def _parsed(compile_: Callable[[str], jinja2.Template], source: str) -> jinja2.T
             f"the chat template does not compile: line {error.lineno}: {error.message}",
             reason="bad template",
         ) from None
-    except (ArithmeticError, MemoryError, RecursionError, ValueError) as error:
+    except (
+        ArithmeticError, MemoryError, RecursionError, ValueError, jinja2.TemplateError
+    ) as error:  # fmt: skip
         raise ChatError(
             f"the chat template does not compile: {error}", reason="bad template"
         ) from None

@@ -90,6 +90,17 @@ def plus(parts: Iterable[str]) -> str:
     return mark(value, tuple(runs)) if traced else value
 
 
+def runs_of_all(parts: Iterable[str]) -> tuple[Run, ...]:
+    """The runs of strings that stand one behind the other."""
+    runs: list[Run] = []
+    for part in parts:
+        if isinstance(part, Text):
+            runs += part._runs
+        elif part:
+            runs.append((len(part), None, 0))
+    return tuple(runs)
+
+
 def cut(runs: tuple[Run, ...], start: int, stop: int) -> tuple[Run, ...]:
     """The runs of `text[start:stop]`, for 0 <= start <= stop <= the text's length."""
     found = []

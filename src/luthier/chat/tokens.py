@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from luthier.chat.errors import ChatError
+from luthier.chat.joined import flat_steps, grouped_texts, parted_ids, without_normalizer
 from luthier.chat.text import Origin, Run
 
 _CACHED = 50_000
-_GROUP = 2000
 Kind = Literal["start", "continuation", "reply", "literal", "words"]
 """How a piece stands in its sequence: at its start, behind a neutralised token, as a reply behind
 its prompt, as the neutralised token itself, or as text alone in which nothing is a token."""
@@ -42,6 +42,7 @@ class TokenEncoder:
         self.added: dict[str, int] = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items()
         }
+        self._names = {index: token for token, index in self.added.items()}
         self.special = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
@@ -57,11 +58,12 @@ class TokenEncoder:
         )
         self._splitter = re.compile(f"({self.pattern.pattern})")
         self._cache: dict[str, list[int]] = {}
+        self._quick = without_normalizer(self.backend) if self._splits else None
 
     def encode(self, pieces: Iterable[Piece]) -> list[list[int]]:
         """The ids of each piece, encoded in one batch."""
         pieces = list(pieces)
-        if self._splits and all(map(self._is_plain, pieces)):
+        if self._splits and {piece.kind for piece in pieces} <= {"start", "reply"}:
             return self._encode_split([piece.text for piece in pieces])
         found: dict[Piece, list[int]] = {}
         plain = [piece for piece in pieces if self._is_plain(piece)]
@@ -98,25 +100,17 @@ class TokenEncoder:
         """The ids of texts without added tokens: several go in one, with a token between them."""
         if not self.added:
             return self._plain(texts)
-        token, index = next(iter(self.added.items()))
-        groups: list[list[str]] = [[]]
-        size = 0
-        for text in texts:
-            if size > _GROUP:
-                groups.append([])
-                size = 0
-            groups[-1].append(text)
-            size += len(text)
-        found = []
-        for group, ids in zip(groups, self._plain(list(map(token.join, groups))), strict=True):
-            start = 0
-            for _ in group[1:]:
-                stop = ids.index(index, start)
-                found.append(ids[start:stop])
-                start = stop + 1
-            if group:
-                found.append(ids[start:])
-        return found
+        index = min(self.added.values())
+        token = self._names[index]
+        if self._quick is None:
+            return parted_ids(list(grouped_texts(texts)), token, index, self._plain)
+        # Unicode's normal forms leave ASCII alone, so that step is left out for it.
+        ascii_texts = [text for text in texts if text.isascii()]
+        others = [text for text in texts if not text.isascii()]
+        quick, place = self._quick
+        found = parted_ids(list(grouped_texts(ascii_texts)), token, place, quick)
+        ids = iter(found), iter(parted_ids(list(grouped_texts(others)), token, index, self._plain))
+        return [next(ids[not text.isascii()]) for text in texts]
 
     def _is_plain(self, piece: Piece) -> bool:
         return piece.kind == "start" or (piece.kind == "reply" and self.free)
@@ -213,16 +207,11 @@ def _parts(backend: Any) -> list[dict[str, Any]]:
     """The steps that a backend takes before its model."""
     steps = (backend.normalizer, backend.pre_tokenizer)
     states = [json.loads(step.__getstate__()) for step in steps if step is not None]
-    return [part for state in states for part in _flat(state)]
+    return [part for state in states for part in flat_steps(state)]
 
 
 def _has_model(backend: Any, kind: str) -> bool:
     return type(backend.model).__name__ == kind
-
-
-def _flat(part: dict[str, Any]) -> list[dict[str, Any]]:
-    inner = part.get("normalizers") or part.get("pretokenizers")
-    return [flat for child in inner for flat in _flat(child)] if inner else [part]
 
 
 def _is_free(part: dict[str, Any]) -> bool:
