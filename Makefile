@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-fast lint bench clean
+# Two workers, a file each, with one thread: more would only wait for each other on a small machine.
+FAST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not train" -n 2 --dist loadfile
+
+.PHONY: help quickstart test test-fast lint clean
 
 help:
 	@echo "make quickstart   fine-tune a small real model on this machine (about 5 minutes)"
@@ -18,11 +21,11 @@ quickstart: $(VENV)/.run
 	$(BIN)/python train.py recipe=quickstart
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not train"
+	$(FAST)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m train
 
 test-fast: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not train"
+	$(FAST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

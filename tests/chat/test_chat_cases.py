@@ -565,3 +565,22 @@ def test_segments_alone():
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     expected = [bos, *enc("user:"), *enc("hello"), eos, *enc("assistant:"), *enc("lute"), eos]
     assert ids == expected
+
+
+ASKS_FOR_CONTENT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'x' in m.content %}!{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_call_without_content_has_an_empty_one_where_the_template_asks_for_it():
+    """Qwen3's first template raises on such a row, and it is how tool calls come."""
+    tokenizer = pair("gpt2-words", ASKS_FOR_CONTENT, eos="<|im_end|>")
+    messages = [user("q"), bot(None, tool_calls=[call()]), tool("r"), bot("a")]
+    encoder = ChatEncoder(tokenizer, on_lost="keep")
+    sequences = encoder.encode(messages)
+    assert replies(tokenizer, sequences) == ["look_up<|im_end|>", "a<|im_end|>"]
+    written = [messages[0], {**messages[1], "content": ""}, *messages[2:]]
+    assert encoder.prompt(messages[:3]) == encoder.prompt(written[:3])
+    assert [s.input_ids for s in sequences] == [s.input_ids for s in encoder.encode(written)]

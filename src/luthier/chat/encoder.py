@@ -15,6 +15,7 @@ from typing import Any, Literal
 from luthier.chat.control import Controls
 from luthier.chat.conversation import Conversation, read_conversation
 from luthier.chat.errors import ChatError
+from luthier.chat.filled import filled_where_refused
 from luthier.chat.fitting import front_turns, without_front
 from luthier.chat.labels import Encoded, Labeller
 from luthier.chat.lost import lost_fields
@@ -86,6 +87,9 @@ class ChatEncoder:
 
     def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
         """The ids that generation of the next turn starts from."""
+        return filled_where_refused(lambda given: self._prompt(given, tools), messages)
+
+    def _prompt(self, messages: list[dict[str, Any]], tools: list | None) -> list[int]:
         conversation = read_conversation(messages, tools)
         template, _, labeller = self._set_for(conversation.tools)
         text = template.render(conversation.messages, conversation.tools, True)
@@ -181,7 +185,13 @@ class ChatEncoder:
                 f"a row must be a dict with `messages`; found {type(row).__name__}",
                 reason="malformed row",
             )
-        conversation = read_conversation(row.get("messages"), row.get("tools"))
+        tools = row.get("tools")
+        return filled_where_refused(
+            lambda given: self._plan_given(given, tools), row.get("messages")
+        )
+
+    def _plan_given(self, messages: Any, tools: Any) -> Planned:
+        conversation = read_conversation(messages, tools)
         trained = trained_messages(conversation, self.train_on)
         if not trained:
             raise ChatError("no turn of the row trains", reason="nothing to train")

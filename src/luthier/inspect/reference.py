@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from datetime import date
 from typing import Any
 
+from jinja2 import TemplateError
+
 from luthier.chat import ChatEncoder
+from luthier.chat.filled import with_content
 from luthier.data import Conversation
 
 
@@ -53,6 +56,12 @@ class Reference:
         return found[0]
 
     def _prompt(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
+        try:
+            return self._applied(messages, tools, sanitize)
+        except TemplateError:
+            return self._applied(with_content(messages), tools, sanitize)
+
+    def _applied(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(
             messages,
             tools=tools,
