@@ -162,3 +162,11 @@ def test_a_look_imports_nothing_heavy_and_leaves_nothing(argv, tmp_path):
 
 def test_train_py_fits_on_a_screen():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 40
+
+
+def test_an_interruption_is_said_in_words(capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    assert main(interrupted, ["recipe=quickstart"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err

@@ -43,6 +43,14 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
     assert rundir.claim(tmp_path, CONFIG | {"lora": {"r": 16}}, overwrite=True) == "new"
 
 
+def test_a_run_that_failed_before_training_gives_way(tmp_path):
+    begin(tmp_path, status="failed")
+    assert rundir.claim(tmp_path, CONFIG | {"seed": 2}) == "new"
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="seed: 1 -> 2"):
+        rundir.claim(tmp_path, CONFIG | {"seed": 2})
+
+
 def test_a_folder_of_somebody_elses_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="no run of luthier"):

@@ -16,6 +16,9 @@ from luthier.config.run_config import Loaded, finish, load, report
 from luthier.config.words import nearest
 from luthier.errors import UserError
 
+INTERRUPTED = 130
+"""The exit code of a program that SIGINT ended, as shells have it."""
+
 _FLAGS = ("--help", "--version", "--cfg", "--resolve", "--package", "--info", "--multirun")
 _SHORT = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-i": "--info", "-m": "--multirun"}
 _WITH_VALUE = ("--cfg", "--package", "--info")
@@ -47,6 +50,9 @@ def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) ->
         return task(load(arguments.overrides)) or 0
     except UserError as mistake:
         return errors.report(mistake)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _arguments(argv: list[str]) -> Arguments:

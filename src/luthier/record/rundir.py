@@ -39,6 +39,8 @@ def claim(folder: Path, resolved: dict[str, Any], overwrite: bool = False) -> Cl
         return "new"
     old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     differing = differences(old, resolved)
+    if differing and _failed_before_training(folder):
+        return "new"
     if differing:
         raise UserError(_other_config(folder, differing))
     return "finished" if is_finished(folder) else "unfinished"
@@ -104,6 +106,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         for name, part in value.items()
         for key, leaf in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
     }
+
+
+def _failed_before_training(folder: Path) -> bool:
+    """Whether a run stopped with an error before there was anything to lose."""
+    failed = (read_json(folder / "run.json") or {}).get("status") == "failed"
+    return failed and not (folder / "metrics.jsonl").exists()
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def run(loaded: "Loaded") -> int:
     """Train what the config says; return the exit code. Raises UserError for a user's mistake."""
     config, folder = loaded.config, Path(loaded.config.output_dir)
+    set_environment(config)
     check(config)
     state = claim(loaded, folder)
-    set_environment(config)
     if state == "finished":
         from luthier.train import report
 
