@@ -11,7 +11,7 @@ FAST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not train"
 .PHONY: help quickstart test test-fast lint clean
 
 help:
-	@echo "make quickstart   fine-tune a small real model on this machine (about 5 minutes)"
+	@echo "make quickstart   fine-tune a small real model on this machine (about 6 minutes)"
 	@echo "make test         all checks and tests"
 	@echo "make test-fast    the tests that train nothing"
 	@echo "make lint         ruff and mypy"
