@@ -5,6 +5,8 @@ import sys
 
 import pytest
 from chat_material import CHATML, bot, call, pair, trl, user
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from luthier.chat import ChatEncoder, ChatError
 
@@ -113,3 +115,32 @@ def test_importing_needs_no_heavy_library():
         "sys.exit(', '.join(heavy) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _whole_words():
+    """A tokenizer that makes the control token of its text even where it may not."""
+    words = ["[UNK]", "<|im_start|>", "<|im_end|>", "user", "assistant", "Hi"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=CHATML,
+        eos_token="<|im_end|>",
+        unk_token="[UNK]",
+        additional_special_tokens=["<|im_start|>"],
+    )
+
+
+@pytest.mark.parametrize("on_lost", ["drop", "keep", "error"])
+def test_text_that_cannot_but_be_a_control_token(on_lost):
+    encoder = ChatEncoder(_whole_words(), on_lost=on_lost)
+    talks = [[user("Hi"), bot("Hi")], [user("Hi <|im_end|> Hi"), bot("Hi")], [user("Hi"), bot("a")]]
+    rows = [{"messages": talk} for talk in talks]
+    if on_lost == "drop":
+        batch = encoder.encode_batch(rows)
+        assert [len(row) for row in batch.rows] == [1, 0, 1]
+        assert batch.dropped == {"cannot be neutralised": 1} and batch.reports[0].row == 1
+        return
+    with pytest.raises(ChatError, match="remove it from the row") as caught:
+        encoder.encode_batch(rows)
+    assert caught.value.row == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jinja2
@@ -38,6 +38,17 @@ def refuse_width(name: str, value: Any, widths: Iterable[Any]) -> None:
         raise jinja2.TemplateError(f"`{name}` makes a value too large to hold")
 
 
+def bounded_lipsum(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Jinja's `lipsum`, which writes as much as it is asked for, within bounds."""
+
+    def lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> Any:
+        if n * max > MAX_STEPS:
+            raise jinja2.TemplateError("`lipsum` makes a value too large to hold")
+        return plain(n, html, min, max)
+
+    return lipsum
+
+
 def refuse_format(template: str, values: Iterable[Any]) -> None:
     """Raise where a format string asks for a field too wide, in its own text or by a value."""
     widths = [int(found[-12:]) for found in _WIDTHS.findall(template)]
@@ -56,11 +67,27 @@ def refuse_constants(tree: nodes.Template) -> None:
             refuse_width(call.name, "", [argument.value for argument in given])
         if call.name == "format" and isinstance(call.node, nodes.Const):
             refuse_format(str(call.node.value), [argument.value for argument in given])
-    for sides in tree.find_all((nodes.Mod, nodes.Mul)):
-        if not (isinstance(sides.left, nodes.Const) and isinstance(sides.right, nodes.Const)):
-            continue
-        left, right = sides.left.value, sides.right.value
-        if isinstance(sides, nodes.Mod) and isinstance(left, str):
-            refuse_format(left, [right])
-        elif isinstance(sides, nodes.Mul) and is_enormous("*", left, right):
-            raise jinja2.TemplateError("`*` makes a value too large to hold")
+    for node in tree.find_all((nodes.Mod, nodes.Mul, nodes.Pow)):
+        _constant(node)
+
+
+_NONE = object()
+
+
+def _constant(node: nodes.Node) -> Any:
+    """The value that compiling gives an expression, or `_NONE`; raises where it is too large."""
+    if isinstance(node, nodes.Const):
+        return node.value
+    if not isinstance(node, nodes.Mod | nodes.Mul | nodes.Pow | nodes.Add | nodes.Sub):
+        return _NONE
+    left, right = _constant(node.left), _constant(node.right)
+    if left is _NONE or right is _NONE:
+        return _NONE
+    if isinstance(node, nodes.Mod) and isinstance(left, str):
+        refuse_format(left, [right])
+    elif isinstance(node, nodes.Mul | nodes.Pow) and is_enormous(node.operator, left, right):
+        raise jinja2.TemplateError(f"`{node.operator}` makes a value too large to hold")
+    try:
+        return node.as_const()
+    except nodes.Impossible:
+        return _NONE

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.chat.errors import ChatError
-from luthier.chat.text import Origin, Text, from_field
+from luthier.chat.origin import Origin
+from luthier.chat.text import Text, from_field
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning field; transformers passes a message's reasoning on under two of them."""
@@ -100,10 +101,10 @@ def _read_message(conversation: Conversation, index: int, message: Any) -> dict[
             copied[key] = _read_text(conversation, Origin(index, role, key, value), value, True)
         else:
             copied[key] = _read_field(conversation, index, role, key, value)
-    return _with_reasoning_names(copied)
+    return with_reasoning_names(copied)
 
 
-def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
+def with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
     """Give the reasoning under the names that transformers gives it."""
     for name in REASONING_FIELDS:
         if name in message:

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date as Date
-from functools import lru_cache
-from itertools import islice
+from functools import partial
 from typing import Any, Literal
 
-from luthier.chat.control import Controls
 from luthier.chat.conversation import Conversation, read_conversation
 from luthier.chat.errors import ChatError
 from luthier.chat.filled import filled_where_refused
-from luthier.chat.fitting import front_turns, without_front
-from luthier.chat.labels import Encoded, Labeller
+from luthier.chat.fitting import Fitter
+from luthier.chat.forms import Known
+from luthier.chat.kit import Kit, Kits
+from luthier.chat.labels import Encoded
 from luthier.chat.lost import lost_fields
 from luthier.chat.sequences import ChatBatch, ChatSequence
-from luthier.chat.sharing import Shared
-from luthier.chat.template import ChatTemplate, template_text
-from luthier.chat.text import Text
-from luthier.chat.tokens import TokenEncoder
-from luthier.chat.turns import Sequence, Turn, grouped, own_turn, trained_messages
+from luthier.chat.turns import Sequence, trained_messages
 
-_CHUNK = 512
-_ANYONE = {"role": "user", "content": "?"}
+_CHUNK = 2048
+"""Messages that are rendered while those before them are encoded."""
 
 
 @dataclass(slots=True)
 class Planned:
     """A row as the texts of its sequences."""
 
-    conversation: Conversation
+    kit: Kit
+    conversation: Callable[[], Conversation]
     sequences: list[Sequence]
     suspect: bool
     """Whether a text of the row may hold a control token."""
@@ -80,10 +77,9 @@ class ChatEncoder:
         self.date = date or Date.today().isoformat()
         self.variables = dict(variables or {})
         self.eos_token_ids = list(eos_token_ids)
-        self._sources = _template_sources(tokenizer, template)
-        self._tokens = TokenEncoder(tokenizer)
-        self._sets: dict[str, tuple[ChatTemplate, Controls, Labeller]] = {}
-        self._set_for(None)
+        self._kits = Kits(
+            tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries, train_on
+        )
 
     def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
         """The ids that generation of the next turn starts from."""
@@ -91,9 +87,10 @@ class ChatEncoder:
 
     def _prompt(self, messages: list[dict[str, Any]], tools: list | None) -> list[int]:
         conversation = read_conversation(messages, tools)
-        template, _, labeller = self._set_for(conversation.tools)
-        text = template.render(conversation.messages, conversation.tools, True)
-        return labeller.prompt(text)
+        kit = self._kits.of(conversation.tools)
+        return kit.labeller.prompt(
+            kit.template.render(conversation.messages, conversation.tools, True)
+        )
 
     def encode(
         self, messages: list[dict[str, Any]], tools: list | None = None
@@ -113,11 +110,10 @@ class ChatEncoder:
         row's number, for a row that the settings do not allow to drop or keep.
         """
         batch = ChatBatch()
-        rows = iter(enumerate(conversations))
         waiting: Future[None] | None = None
         with ThreadPoolExecutor(1) as worker, _no_collection():
             try:
-                while chunk := list(islice(rows, _CHUNK)):
+                for chunk in _chunks(enumerate(conversations)):
                     planned = [self._planned(n, row) for n, row in chunk]
                     if waiting is not None:
                         waiting.result()
@@ -129,7 +125,7 @@ class ChatEncoder:
                     waiting.result()
         return batch
 
-    def _planned(self, number: int | None, row: dict[str, Any]) -> Planned | ChatError:
+    def _planned(self, number: int | None, row: dict[str, Any]) -> Known | Planned | ChatError:
         """A row as the texts of its sequences, or what is wrong with it."""
         try:
             return self._plan_row(row)
@@ -141,8 +137,9 @@ class ChatEncoder:
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the ids, the template's text included, for JSON."""
+        sources = self._kits.sources
         return {
-            "template": self._sources if len(self._sources) > 1 else self._sources["default"],
+            "template": sources if len(sources) > 1 else sources["default"],
             "train_on": self.train_on,
             "boundaries": self.boundaries,
             "on_lost": self.on_lost,
@@ -161,30 +158,22 @@ class ChatEncoder:
     @property
     def stop_token_ids(self) -> list[int]:
         """The ids that end a reply: generation stops at any of them."""
-        return list(self._set_for(None)[1].stop_token_ids)
+        return list(self._kits.default.controls.stop_token_ids)
 
     def _stops_at(self, error: ChatError) -> bool:
         if error.reason in ("nothing to train", "too long"):
             return error.reason == "too long" and self.on_long == "error"
         return self.on_lost != "drop"
 
-    def _set_for(self, tools: list | None) -> tuple[ChatTemplate, Controls, Labeller]:
-        """The template for a row with or without tools, and what is known about it."""
-        name = "tool_use" if tools and "tool_use" in self._sources else "default"
-        if name not in self._sets:
-            variables = {**self.tokenizer.special_tokens_map, **self.variables}
-            template = ChatTemplate(self._sources[name], variables, self.date)
-            controls = Controls(template, self._tokens, self.eos_token_ids)
-            labeller = Labeller(self._tokens, controls, self.boundaries)
-            self._sets[name] = (template, controls, labeller)
-        return self._sets[name]
-
-    def _plan_row(self, row: dict[str, Any]) -> Planned:
+    def _plan_row(self, row: dict[str, Any]) -> Known | Planned:
         if not isinstance(row, dict):
             raise ChatError(
                 f"a row must be a dict with `messages`; found {type(row).__name__}",
                 reason="malformed row",
             )
+        known = self._kits.default.forms.known(row)
+        if known is not None:
+            return known
         tools = row.get("tools")
         return filled_where_refused(
             lambda given: self._plan_given(given, tools), row.get("messages")
@@ -195,124 +184,103 @@ class ChatEncoder:
         trained = trained_messages(conversation, self.train_on)
         if not trained:
             raise ChatError("no turn of the row trains", reason="nothing to train")
-        sequences = self._plan(conversation, trained)
-        template, controls, _ = self._set_for(conversation.tools)
-        lost = lost_fields(conversation, sequences, template)
+        kit = self._kits.of(conversation.tools)
+        sequences = kit.planner.plan(conversation, trained)
+        lost = lost_fields(conversation, sequences, kit.template)
         if lost and self.on_lost != "keep":
             raise lost[0]
-        suspect = controls.has_suspects(conversation.texts)
-        return Planned(conversation, sequences, suspect, lost)
+        suspect = kit.controls.has_suspects(conversation.texts)
+        return Planned(kit, lambda: conversation, sequences, suspect, lost)
 
-    def _plan(self, conversation: Conversation, trained: list[int]) -> list[Sequence]:
-        """The texts of the row's sequences and where their replies stand."""
-        template, controls, _ = self._set_for(conversation.tools)
-        messages, tools = conversation.messages, conversation.tools
-
-        whole = template.follow(messages, tools, False)
-        asked = None if template.ends else template.follow(messages, tools, True)
-        shared = Shared(whole, asked, template.ends)
-        if all(conversation.role(place) == "assistant" for place in trained):
-            sequence = shared.sequence(conversation, trained, controls.find_stop)
-            if sequence is not None:
-                return [sequence]
-        return grouped(self._own_turns(conversation, trained), whole.text)
-
-    def _own_turns(self, conversation: Conversation, trained: list[int]) -> list[Turn]:
-        """Each trained turn in its own context, rendered for itself."""
-        template, controls, _ = self._set_for(conversation.tools)
-        messages, tools = conversation.messages, conversation.tools
-
-        @lru_cache
-        def render(count: int, generation: bool) -> Text:
-            return template.render(messages[:count], tools, generation)
-
-        def find_following(place: int, shown: Text) -> tuple[Text, str] | None:
-            more = messages[: place + 2] if place + 1 < len(messages) else [*messages, _ANYONE]
-            text = template.render(more, tools, False)
-            return controls.following_stop(text[len(shown) :]) if text.startswith(shown) else None
-
-        return [
-            own_turn(render, controls.find_stop, find_following, conversation, place)
-            for place in trained
-        ]
-
-    def _finish(self, planned: list[Planned | ChatError], batch: ChatBatch) -> None:
+    def _finish(self, planned: list[Known | Planned | ChatError], batch: ChatBatch) -> None:
         """Encode what was planned, all rows of one template in one go, and keep account."""
-        encoded = self._encoded([row for row in planned if isinstance(row, Planned)])
-        for row in planned:
-            if isinstance(row, ChatError):
+        quick = self._quick([row for row in planned if isinstance(row, Known)])
+        made = [next(quick) if isinstance(row, Known) else row for row in planned]
+        encoded = _encoded([row for row in made if isinstance(row, Planned)])
+        for row in made:
+            if isinstance(row, Planned):
+                self._finish_row(row, next(encoded), batch)
+            elif isinstance(row, ChatError):
                 batch.drop(row)
-                continue
-            number = len(batch.rows)
+            else:
+                batch.rows.append(row)
+
+    def _quick(self, rows: list[Known]) -> Iterator[list[ChatSequence] | Planned]:
+        """The sequences of rows of known form; a plan for those that need a closer look."""
+        kit, limit = self._kits.default, self.max_length
+        for row, sequences in zip(rows, kit.tracks.encode(rows), strict=True):
+            fits = limit is None or all(len(one) <= limit for one in sequences or ())
+            if sequences is not None and fits:
+                yield sequences
+            else:
+                read = partial(read_conversation, row.messages)
+                suspect = kit.controls.has_suspects(row.texts.values())
+                yield Planned(kit, read, row.sequences(), suspect, [])
+
+    def _finish_row(
+        self, row: Planned, encoded: list[Encoded] | ChatError, batch: ChatBatch
+    ) -> None:
+        """Add a row to the batch, cut or dropped as configured."""
+        number = len(batch.rows)
+        if isinstance(encoded, ChatError):
+            if self._stops_at(encoded):
+                raise encoded.in_row(number) from None
+            batch.drop(encoded.in_row(number))
+            return
+        limit = self.max_length
+        if limit is not None and any(len(item.ids) > limit for item in encoded):
+            fitter = Fitter(limit, self.on_long == "turns")
             try:
-                items = self._fitted(row.conversation, next(encoded), batch)
+                encoded, cut_turns = fitter.fitted(row.kit, row.conversation(), encoded)
             except ChatError as error:
                 if self.on_long == "error":
                     raise error.in_row(number) from None
                 batch.drop(error.in_row(number))
-                continue
-            if row.lost:
-                batch.kept_lost += 1
-                batch.reports.append(row.lost[0].in_row(number))
-            batch.rows.append([item.sequence() for item in items])
+                return
+            batch.cut.append(number)
+            batch.cut_turns += cut_turns
+        if row.lost:
+            batch.kept_lost += 1
+            batch.reports.append(row.lost[0].in_row(number))
+        batch.rows.append([item.sequence() for item in encoded])
 
-    def _encoded(self, planned: list[Planned]) -> Iterator[list[Encoded]]:
-        """The sequences of each row, in order."""
-        groups: dict[int, list[Planned]] = {}
-        labellers: dict[int, Labeller] = {}
-        for row in planned:
-            labeller = self._set_for(row.conversation.tools)[2]
-            labellers[id(labeller)] = labeller
-            groups.setdefault(id(labeller), []).append(row)
-        found: dict[int, list[Encoded]] = {id(row): [] for row in planned}
-        for key, rows in groups.items():
-            plans = [(sequence, row.suspect) for row in rows for sequence in row.sequences]
-            owners = [row for row in rows for _ in row.sequences]
-            for owner, items in zip(owners, labellers[key].encode(plans), strict=True):
-                found[id(owner)] += items
-        return iter([found[id(row)] for row in planned])
 
-    def _fitted(
-        self, conversation: Conversation, encoded: list[Encoded], batch: ChatBatch
-    ) -> list[Encoded]:
-        """The sequences, the longer ones cut or refused as configured."""
-        limit = self.max_length
-        if limit is None or all(len(item.ids) <= limit for item in encoded):
-            return encoded
-        longest = max(len(item.ids) for item in encoded)
-        if self.on_long != "turns":
-            raise _too_long(longest, limit)
-        fitted: list[Encoded] = []
-        for item in encoded:
-            fitted += [item] if len(item.ids) <= limit else self._cut(conversation, item, limit)
-        if not fitted:
-            raise _too_long(longest, limit)
-        batch.cut_rows += 1
-        kept = sum(len(item.trained) for item in fitted)
-        batch.cut_turns += sum(len(item.trained) for item in encoded) - kept
-        return fitted
+def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """The rows in parts of about as many messages."""
+    chunk: list[tuple[int, Any]] = []
+    size = 0
+    for number, row in rows:
+        chunk.append((number, row))
+        messages = row.get("messages") if isinstance(row, dict) else None
+        size += len(messages) if isinstance(messages, list | tuple) else 1
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
-    def _cut(self, conversation: Conversation, item: Encoded, limit: int) -> list[Encoded]:
-        """The sequence with as few turns removed from its front as make it fit, or nothing."""
-        wanted = set(item.trained)
-        starts = front_turns(conversation, max(wanted))
-        low, high = 0, len(starts)
-        found: list[Encoded] = []
-        while low < high:
-            middle = (low + high) // 2
-            tried = self._from_turn(conversation, starts[middle], wanted)
-            if all(len(part.ids) <= limit for part in tried):
-                found, high = tried, middle
-            else:
-                low = middle + 1
-        return found
 
-    def _from_turn(self, conversation: Conversation, start: int, wanted: set[int]) -> list[Encoded]:
-        shorter = without_front(conversation, start)
-        trained = [place for place, number in enumerate(shorter.numbers) if number in wanted]
-        plans = self._plan(shorter, trained)
-        encoded = self._set_for(shorter.tools)[2].encode([(plan, True) for plan in plans])
-        return [item for items in encoded for item in items]
+def _encoded(planned: list[Planned]) -> Iterator[list[Encoded] | ChatError]:
+    """The sequences of each row, in order; rows of one template are encoded in one go."""
+    groups: dict[int, list[Planned]] = {}
+    for row in planned:
+        groups.setdefault(id(row.kit), []).append(row)
+    found: dict[int, list[Encoded] | ChatError] = {}
+    for rows in groups.values():
+        found |= zip(map(id, rows), _together(rows), strict=True)
+    return iter([found[id(row)] for row in planned])
+
+
+def _together(rows: list[Planned]) -> list[list[Encoded] | ChatError]:
+    """The sequences of rows of one template, or what is wrong with a row's text."""
+    plans = [(sequence, row.suspect) for row in rows for sequence in row.sequences]
+    try:
+        encoded = iter(rows[0].kit.labeller.encode(plans))
+    except ChatError as error:
+        if len(rows) == 1:
+            return [error]
+        return [made for row in rows for made in _together([row])]
+    return [[item for _ in row.sequences for item in next(encoded)] for row in rows]
 
 
 @contextmanager
@@ -329,27 +297,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _too_long(length: int, limit: int) -> ChatError:
-    return ChatError(
-        f"the row makes {length} tokens, and no whole turns can go to make it fit the {limit} "
-        "of `max_length`",
-        reason="too long",
-    )
-
-
-def _template_sources(tokenizer: Any, template: str | dict[str, str] | None) -> dict[str, str]:
-    """The text of each template by its name; `default` is always there."""
-    if isinstance(template, str):
-        return {"default": template_text(template)}
-    own = template if template is not None else tokenizer.chat_template
-    if own is None:
-        raise ChatError(
-            "the tokenizer has no chat template; give one as Jinja text or a file "
-            "(`chat.template=path/to/template.jinja`)",
-            reason="no template",
-        )
-    if isinstance(own, str):
-        return {"default": own}
-    return {"default": own.get("default", next(iter(own.values()))), **own}

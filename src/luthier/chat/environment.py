@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from types import BuiltinMethodType, MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jinja2
 from jinja2 import nodes
@@ -24,6 +24,7 @@ from luthier.chat.bounds import (
     SIZED,
     WIDENING_FILTERS,
     WIDENING_METHODS,
+    bounded_lipsum,
     is_enormous,
     refuse_format,
     refuse_width,
@@ -37,17 +38,8 @@ from luthier.chat.filters import (
     traced_safe,
     traced_tojson,
 )
-from luthier.chat.text import (
-    Run,
-    SafeText,
-    Text,
-    escaped,
-    mark,
-    plus,
-    runs_of,
-    safe,
-    texts_in,
-)
+from luthier.chat.origin import Run
+from luthier.chat.text import SafeText, Text, escaped, mark, plus, runs_of, safe, texts_in
 from luthier.chat.watch import Watches
 from luthier.chat.watched import Turns, watched_loop, watched_namespace
 
@@ -225,14 +217,18 @@ def _sum(left: Any, right: Any) -> Any:
     return safe(whole) if isinstance(whole, Text) else Markup(whole)
 
 
-def traced_environment(base: jinja2.Environment) -> TracedEnvironment:
+Kind = TypeVar("Kind", bound=TracedEnvironment)
+
+
+def traced_environment(base: jinja2.Environment, kind: type[Kind]) -> Kind:
     """An environment with the settings, filters, globals and tests of transformers' own."""
-    environment = TracedEnvironment(
+    environment = kind(
         trim_blocks=base.trim_blocks,
         lstrip_blocks=base.lstrip_blocks,
         extensions=[type(extension) for extension in base.extensions.values()],
     )
     environment.globals.update(base.globals)
+    environment.globals["lipsum"] = bounded_lipsum(cast(Any, base.globals["lipsum"]))
     namespace = cast(type, base.globals["namespace"])
     environment.globals["namespace"] = watched_namespace(namespace, environment.watches)
     environment.tests.update(base.tests)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier.chat.conversation import Conversation
+from luthier.chat.errors import ChatError
+from luthier.chat.kit import Kit
+from luthier.chat.labels import Encoded
 
 _ABOVE = ("system", "developer")
 
@@ -38,3 +41,61 @@ def _above(conversation: Conversation) -> int:
     while count < len(conversation.messages) and conversation.role(count) in _ABOVE:
         count += 1
     return count
+
+
+class Fitter:
+    """Makes rows fit a length in tokens."""
+
+    def __init__(self, limit: int, drops_turns: bool) -> None:
+        self._limit = limit
+        self._drops_turns = drops_turns
+
+    def fitted(
+        self, kit: Kit, conversation: Conversation, encoded: list[Encoded]
+    ) -> tuple[list[Encoded], int]:
+        """The sequences, the longer ones cut, and how many trained turns went with what was cut.
+
+        Raises ChatError for a row that cannot be made to fit.
+        """
+        longest = max(len(item.ids) for item in encoded)
+        if not self._drops_turns:
+            raise _too_long(longest, self._limit)
+        fitted: list[Encoded] = []
+        for item in encoded:
+            fits = len(item.ids) <= self._limit
+            fitted += [item] if fits else self._cut(kit, conversation, item)
+        if not fitted:
+            raise _too_long(longest, self._limit)
+        before, after = (sum(len(item.trained) for item in items) for items in (encoded, fitted))
+        return fitted, before - after
+
+    def _cut(self, kit: Kit, conversation: Conversation, item: Encoded) -> list[Encoded]:
+        """The sequence with as few turns removed from its front as make it fit, or nothing."""
+        wanted = set(item.trained)
+        starts = front_turns(conversation, max(wanted))
+        low, high = 0, len(starts)
+        found: list[Encoded] = []
+        while low < high:
+            middle = (low + high) // 2
+            tried = _from_turn(kit, conversation, starts[middle], wanted)
+            if all(len(part.ids) <= self._limit for part in tried):
+                found, high = tried, middle
+            else:
+                low = middle + 1
+        return found
+
+
+def _from_turn(kit: Kit, conversation: Conversation, start: int, wanted: set[int]) -> list[Encoded]:
+    shorter = without_front(conversation, start)
+    trained = [place for place, number in enumerate(shorter.numbers) if number in wanted]
+    plans = kit.planner.plan(shorter, trained)
+    encoded = kit.labeller.encode([(plan, True) for plan in plans])
+    return [item for items in encoded for item in items]
+
+
+def _too_long(length: int, limit: int) -> ChatError:
+    return ChatError(
+        f"the row makes {length} tokens, and no whole turns can go to make it fit the {limit} "
+        "of `max_length`",
+        reason="too long",
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -18,6 +18,8 @@ Cuts = list[tuple[int, int]]
 """Where control tokens stand that messages wrote: they are encoded as text."""
 Around = tuple[str, str, tuple[tuple[int, int], ...]]
 """The text before a boundary, what matters of the text behind it, and the cuts in both."""
+Sides = tuple[list[Piece], list[Piece], list[Piece]]
+"""Header and reply alone, and both together."""
 _NEAR = 6
 _WINDOW = 48
 
@@ -67,6 +69,11 @@ class Labeller:
         self._boundaries = boundaries
         self._known: dict[Around, bool] = {}
         self._headers: dict[str, int] = {}
+
+    @property
+    def splits(self) -> bool:
+        """Whether a text's ids are those of its parts, taken apart at its tokens."""
+        return self._boundaries == "served" and self._tokens.splits
 
     def prompt(self, text: Text) -> list[int]:
         """The ids of a prompt."""
@@ -187,6 +194,10 @@ class Labeller:
             for around, span in zip(draft.boundaries, spans_before, strict=True):
                 if around not in self._known and around not in asked:
                     asked[around] = self._sides(draft, span, around)
+        self._learn(asked)
+
+    def _learn(self, asked: dict[Around, Sides]) -> None:
+        """Note for each boundary whether both sides are encoded alone as they are together."""
         encoded = iter(
             self._tokens.encode(p for sides in asked.values() for side in sides for p in side)
         )
@@ -194,11 +205,22 @@ class Labeller:
             head, tail, whole = ([index for _ in side for index in next(encoded)] for side in sides)
             self._known[key] = head + tail == whole
 
+    def around(self, head: str, reply: str) -> Around:
+        """A boundary between a header and a reply, both without control tokens of messages."""
+        return head, self._near(reply, [], 0, len(reply)), ()
+
+    def leaves_alone(self, boundaries: Iterable[Around]) -> Mapping[Around, bool]:
+        """Whether each boundary leaves the ids around it alone."""
+        new = {around for around in boundaries if around not in self._known}
+        if new:
+            self._learn({around: _both(*around[:2]) for around in new})
+        return self._known
+
     def _around(self, draft: Draft, span: Span) -> Around:
         """The text before a boundary from the last control token on, and what matters behind it."""
         plain = draft.plan.plain
         head = self._header(plain, span.start)
-        tail = self._near(plain, draft.cuts, span)
+        tail = self._near(plain, draft.cuts, span.start, span.stop)
         if not draft.cuts:
             return head, tail, ()
         begin, end = span.start - len(head), span.start + len(tail)
@@ -225,37 +247,35 @@ class Labeller:
             begin = match.start()
         return len(text) - begin
 
-    def _near(self, plain: str, cuts: Cuts, span: Span) -> str:
+    def _near(self, plain: str, cuts: Cuts, start: int, stop: int) -> str:
         """So much of a reply as decides whether its boundary is one.
 
         Where text is first split into words by a pattern that looks no further than a few
         characters ahead and never back, the first few characters behind the white space decide;
         with other tokenizers the whole reply is compared.
         """
-        if not self._tokens.local or (cuts and any(cut[0] < span.stop for cut in cuts)):
-            return plain[span.start : span.stop]
-        near = plain[span.start : min(span.start + _NEAR, span.stop)]
+        if not self._tokens.local or (cuts and any(cut[0] < stop for cut in cuts)):
+            return plain[start:stop]
+        near = plain[start : min(start + _NEAR, stop)]
         if near.isalnum():
             return near
-        stop = span.start
-        while stop < span.stop and plain[stop].isspace():
-            stop += 1
-        stop = min(stop + _NEAR, span.stop)
-        match = self._tokens.pattern.search(plain, span.start, min(stop + 64, span.stop))
-        if match is not None and match.start() < stop:
-            stop = match.end()
-        return plain[span.start : stop]
+        end = start
+        while end < stop and plain[end].isspace():
+            end += 1
+        end = min(end + _NEAR, stop)
+        match = self._tokens.pattern.search(plain, start, min(end + 64, stop))
+        if match is not None and match.start() < end:
+            end = match.end()
+        return plain[start:end]
 
-    def _sides(
-        self, draft: Draft, span: Span, around: Around
-    ) -> tuple[list[Piece], list[Piece], list[Piece]]:
+    def _sides(self, draft: Draft, span: Span, around: Around) -> Sides:
         """Header and reply alone, and both together."""
         head, tail, _ = around
         begin = span.start - len(head)
         stop = span.start + len(tail)
         plan, cuts = draft.plan, draft.cuts
         if not cuts:
-            return [Piece(head, "start")], [Piece(tail, "reply")], [Piece(head + tail, "start")]
+            return _both(head, tail)
         return (
             self._pieces(plan, begin, span.start, cuts),
             self._pieces(plan, span.start, stop, cuts),
@@ -264,3 +284,7 @@ class Labeller:
 
     def _flat(self, pieces: list[Piece]) -> list[int]:
         return [index for ids in self._tokens.encode(pieces) for index in ids]
+
+
+def _both(head: str, tail: str) -> Sides:
+    return [Piece(head, "start")], [Piece(tail, "reply")], [Piece(head + tail, "start")]

@@ -6,8 +6,9 @@ import re
 
 from luthier.chat.conversation import REASONING_FIELDS, Conversation
 from luthier.chat.errors import ChatError
+from luthier.chat.origin import Origin
 from luthier.chat.template import ChatTemplate
-from luthier.chat.text import Origin, Text
+from luthier.chat.text import Text
 from luthier.chat.turns import Sequence
 
 # Tags around thoughts: templates that take them off write their own in their place.

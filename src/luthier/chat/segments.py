@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from luthier.chat.origin import Origin
 from luthier.chat.sequences import IGNORED, Segment
-from luthier.chat.text import Origin
 from luthier.chat.tokens import Piece, TokenEncoder
 from luthier.chat.turns import Sequence
 

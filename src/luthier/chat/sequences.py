@@ -89,8 +89,8 @@ class ChatBatch:
     """The sequences of each row, in the order given; empty for a dropped row."""
     dropped: Counter[str] = field(default_factory=Counter)
     """How many rows were dropped, by reason."""
-    cut_rows: int = 0
-    """Rows from whose front whole turns were removed to fit the length."""
+    cut: list[int] = field(default_factory=list)
+    """Numbers of the rows from whose front whole turns were removed to fit the length."""
     cut_turns: int = 0
     """Trained turns that went with them."""
     kept_lost: int = 0
@@ -103,6 +103,11 @@ class ChatBatch:
         self.dropped[error.reason] += 1
         self.reports.append(error)
         self.rows.append([])
+
+    @property
+    def cut_rows(self) -> int:
+        """How many rows were cut."""
+        return len(self.cut)
 
     @property
     def sequences(self) -> list[ChatSequence]:

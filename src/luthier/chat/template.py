@@ -14,7 +14,7 @@ import jinja2
 from jinja2 import nodes
 
 from luthier.chat.bounds import refuse_constants
-from luthier.chat.environment import ESCAPING, traced_environment
+from luthier.chat.environment import ESCAPING, TracedEnvironment, traced_environment
 from luthier.chat.errors import ChatError
 from luthier.chat.grammar import fixed_end, is_followable
 from luthier.chat.text import Text, mark, plus_all, runs_of_all
@@ -43,18 +43,21 @@ class Rendered:
 class ChatTemplate:
     """One Jinja chat template with its variables and its date."""
 
+    environment_class: type[TracedEnvironment] = TracedEnvironment
+
     def __init__(self, source: str, variables: dict[str, Any], date: str) -> None:
         self.source = source
         self.variables = variables
+        self.date = date
         self._clock = _clock(date)
         self._plain = _compiled(source)
-        self._environment = traced_environment(self._plain.environment)
+        self._environment = traced_environment(self._plain.environment, self.environment_class)
         self._environment.globals["strftime_now"] = self._clock
         self._traced = _parsed(self._environment.compile_traced, source)
         self._globals: dict[jinja2.Template, dict[str, Any]] = {}
         tree = self._environment.parse(source)
-        # A string marked as safe escapes what is added to it; see that tracing does the same.
-        self._doubtful = any(node.name in ESCAPING for node in tree.find_all(nodes.Filter))
+        self.is_doubtful = any(node.name in ESCAPING for node in tree.find_all(nodes.Filter))
+        """Whether a string may be marked as safe: it escapes what is added, which is checked."""
         self.is_followable = is_followable(tree)
         """Whether `follow` can tell what the template writes for fewer messages."""
         self.ends = self._fixed_ends(tree) if self.is_followable else None
@@ -75,7 +78,7 @@ class ChatTemplate:
         """The rendered text; raises ChatError with the template's own words."""
         inputs = self._inputs(messages, tools, add_generation_prompt)
         text = plus_all(self._run(self._traced, inputs, None))
-        if self._doubtful and self._written_plainly(inputs) != text:
+        if self.is_doubtful and self._written_plainly(inputs) != text:
             raise ChatError(
                 "the template escapes the row's text in a way that cannot be traced",
                 reason="untraceable",
@@ -85,7 +88,7 @@ class ChatTemplate:
     def follow(self, messages: list, tools: list | None, add_generation_prompt: bool) -> Rendered:
         """The rendered text, and by the way what the template writes for fewer messages."""
         watch = Watch(len(messages))
-        if self._doubtful or not self.is_followable:
+        if self.is_doubtful or not self.is_followable:
             watch.counted()
             watch.pieces.append(self.render(messages, tools, add_generation_prompt))
             return Rendered(watch)

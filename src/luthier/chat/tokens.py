@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from luthier.chat.errors import ChatError
 from luthier.chat.joined import flat_steps, grouped_texts, parted_ids, without_normalizer
-from luthier.chat.text import Origin, Run
+from luthier.chat.origin import Origin, Run
 
 _CACHED = 50_000
 Kind = Literal["start", "continuation", "reply", "literal", "words"]
@@ -53,17 +54,19 @@ class TokenEncoder:
         self.local = self.free and _has_model(self.backend, "BPE") and any(map(_splits, parts))
         """Whether text is split into words by what stands next to it alone."""
         self._newline = self._plain(["\n"])[0]
-        self._splits = self.free and all(
+        self.splits = self.free and all(
             map(_is_plain_token, self.backend.get_added_tokens_decoder().values())
         )
+        """Whether a text's ids are those of its parts, taken apart at its added tokens."""
         self._splitter = re.compile(f"({self.pattern.pattern})")
+        self._firsts = frozenset(token[0] for token in self.added)
         self._cache: dict[str, list[int]] = {}
-        self._quick = without_normalizer(self.backend) if self._splits else None
+        self._quick = without_normalizer(self.backend) if self.splits else None
 
     def encode(self, pieces: Iterable[Piece]) -> list[list[int]]:
         """The ids of each piece, encoded in one batch."""
         pieces = list(pieces)
-        if self._splits and {piece.kind for piece in pieces} <= {"start", "reply"}:
+        if self.splits and {piece.kind for piece in pieces} <= {"start", "reply"}:
             return self._encode_split([piece.text for piece in pieces])
         found: dict[Piece, list[int]] = {}
         plain = [piece for piece in pieces if self._is_plain(piece)]
@@ -81,12 +84,7 @@ class TokenEncoder:
         What stands between the tokens is encoded once, however often it comes.
         """
         split = [self._splitter.split(text) for text in texts]
-        cache, added = self._cache, self.added
-        new = {part: None for parts in split for part in parts[::2] if part not in cache}
-        if len(cache) + len(new) > _CACHED:
-            cache.clear()
-            new = {part: None for parts in split for part in parts[::2]}
-        cache.update(zip(new, self._joined(list(new)), strict=True))
+        cache, added = self.known([part for parts in split for part in parts[::2]]), self.added
         found = []
         for parts in split:
             ids = list(cache[parts[0]])
@@ -95,6 +93,42 @@ class TokenEncoder:
                 ids += cache[parts[place + 1]]
             found.append(ids)
         return found
+
+    def parted(self, text: str) -> list[str]:
+        """The text taken apart at its added tokens: a text, a token, a text, ..., a text."""
+        return self._splitter.split(text)
+
+    def known(self, texts: list[str]) -> Mapping[str, list[int]]:
+        """The ids of texts without added tokens, for a tokenizer that `splits`."""
+        cache = self._cache
+        new = {text: None for text in texts if text not in cache}
+        if len(cache) + len(new) > _CACHED:
+            cache.clear()
+            new = dict.fromkeys(texts)
+        if new:
+            cache.update(zip(new, self._joined(list(new)), strict=True))
+        return cache
+
+    def hold_tokens(self, texts: Iterable[str]) -> bool:
+        """Whether an added token stands in one of the texts."""
+        joined = "\0".join(texts)
+        return any(first in joined for first in self._firsts) and bool(self.pattern.search(joined))
+
+    def may_end_in_token(self, text: str) -> bool:
+        """Whether the text ends as an added token begins."""
+        heads, _ = self._edges
+        return any(text[start:] in heads for start in range(len(text)))
+
+    def may_begin_in_token(self, text: str) -> bool:
+        """Whether the text begins as an added token ends."""
+        _, tails = self._edges
+        return any(text[:stop] in tails for stop in range(1, len(text) + 1))
+
+    @cached_property
+    def _edges(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The beginnings and the ends of added tokens, whole tokens aside."""
+        parts = [(token[:cut], token[cut:]) for token in self.added for cut in range(1, len(token))]
+        return frozenset(head for head, _ in parts), frozenset(tail for _, tail in parts)
 
     def _joined(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts without added tokens: several go in one, with a token between them."""

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from luthier.chat.conversation import Conversation
 from luthier.chat.errors import ChatError
 from luthier.chat.text import Text, plus_all
-from luthier.chat.thought import reply_behind
 
 
 class Render(Protocol):
@@ -69,6 +68,14 @@ class Sequence:
         self.plain = self.plain or str.__str__(self.text)
 
 
+class ReplyBehind(Protocol):
+    """The reply to a prompt that is not how the turn begins, both from the end of the history."""
+
+    def __call__(self, prompt: Text, shown: Text, message: dict[str, Any], /) -> Text | None:
+        """Ask."""
+        ...
+
+
 class FindFollowing(Protocol):
     """Where the stop token ends in what the template writes behind a turn once more follows."""
 
@@ -81,6 +88,7 @@ def own_turn(
     render: Render,
     find_stop: FindStop,
     find_following: FindFollowing,
+    find_reply: ReplyBehind,
     conversation: Conversation,
     place: int,
 ) -> Turn:
@@ -91,7 +99,12 @@ def own_turn(
         prompt = shown[: _first_field(shown, index)]
     else:
         prompt = render(place, True)
-    behind = _behind_prompt(prompt, shown, index, conversation.messages[place])
+    behind = _behind_prompt(prompt, shown, index)
+    if behind is None:
+        before, after = _behind_history(prompt, index), _behind_history(shown, index)
+        behind = find_reply(before, after, conversation.messages[place])
+        if behind is None:
+            raise _no_reply(before, after, index)
     last = _last_field_end(behind, index)
     stop = find_stop(str.__str__(behind[last:]))
     if stop is not None:
@@ -124,23 +137,27 @@ def _first_field(text: Text, index: int) -> int:
     )
 
 
-def _behind_prompt(prompt: Text, shown: Text, index: int, message: dict[str, Any]) -> Text:
-    """What the template writes behind the prompt once the turn is there."""
+def _behind_prompt(prompt: Text, shown: Text, index: int) -> Text | None:
+    """What the template writes behind the prompt once the turn is there, if it writes the prompt.
+
+    None where the turn begins in another way than its prompt ends.
+    """
     if shown.startswith(prompt):
         return shown[len(prompt) :]
     before, after = _behind_history(prompt, index), _behind_history(shown, index)
     if after.startswith(before):
         return after[len(before) :]
     place = _header_end(before, after, index)
-    reply = after[place:] if place else reply_behind(before, after, message)
-    if reply is None:
-        raise ChatError(
-            f"the template's generation prompt ends in {before!r}, which is not how it writes "
-            f"the turn ({after[:80]!r}...), so the reply behind it is not known",
-            reason="no prefix",
-            message=index,
-        )
-    return reply
+    return after[place:] if place else None
+
+
+def _no_reply(before: Text, after: Text, index: int) -> ChatError:
+    return ChatError(
+        f"the template's generation prompt ends in {before!r}, which is not how it writes "
+        f"the turn ({after[:80]!r}...), so the reply behind it is not known",
+        reason="no prefix",
+        message=index,
+    )
 
 
 def _header_end(before: Text, after: Text, index: int) -> int:

@@ -1,0 +1,230 @@
+"""Rows of known form to ids and labels: what the template writes is encoded once for all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+from luthier.chat.forms import Known
+from luthier.chat.labels import Around, Labeller
+from luthier.chat.sequences import IGNORED, ChatSequence, Reply, Segment
+from luthier.chat.skeleton import SequencePlan
+from luthier.chat.tokens import TokenEncoder
+
+Recipe = tuple[str | int, ...]
+"""A stretch of text between two tokens: text of the template, and numbers of fields."""
+
+
+@dataclass(slots=True)
+class TrackReply:
+    """A trained reply of a track."""
+
+    message: int
+    start: int
+    """Items before it."""
+    head: str | None
+    """The text in front of it from the last token on; None where that holds a field."""
+    stop: int = 0
+    """The item behind its last one."""
+    first: Recipe = ()
+    """Its text up to the first token."""
+    token: str | None = None
+    """That token."""
+
+
+@dataclass(slots=True)
+class Track:
+    """A sequence as ids and stretches of text that are still to be encoded."""
+
+    items: list[list[int] | Recipe] = field(default_factory=list)
+    """Ids as they stand, or the recipe of a text."""
+    replies: list[TrackReply] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A row on its way: the texts of its tracks, and what decides where they may be parted."""
+
+    row: Known
+    tracks: list[Track]
+    texts: list[list[str | None]]
+    """For each track, for each item, its text; None for ids."""
+    boundaries: list[Around]
+
+
+class Tracks:
+    """Encodes rows of known form, for one tokenizer and one template."""
+
+    def __init__(self, tokens: TokenEncoder, labeller: Labeller) -> None:
+        self._tokens = tokens
+        self._labeller = labeller
+        self._tracks: dict[int, list[Track] | None] = {}
+
+    def encode(self, rows: list[Known]) -> list[list[ChatSequence] | None]:
+        """The sequences of each row; None for a row that the labeller must see to."""
+        if not self._labeller.splits:
+            return [None] * len(rows)
+        drafts = [self._draft(row) for row in rows]
+        fits = self._labeller.leaves_alone(
+            around for draft in drafts if draft for around in draft.boundaries
+        )
+        kept = [
+            draft if draft and all(map(fits.__getitem__, draft.boundaries)) else None
+            for draft in drafts
+        ]
+        texts = [text for draft in kept if draft for part in draft.texts for text in part if text]
+        ids = self._tokens.known(texts)
+        return [self._sequences(draft, ids) if draft else None for draft in kept]
+
+    def _draft(self, row: Known) -> Draft | None:
+        """The row's texts; None where one may hold a token, or the boundaries cannot be told."""
+        key = id(row.skeleton)
+        if key not in self._tracks:
+            plans = row.skeleton.sequences
+            are_apart = all(self._is_apart(plan.parts) for plan in plans)
+            self._tracks[key] = [self._track(plan) for plan in plans] if are_apart else None
+        tracks = self._tracks[key]
+        if tracks is None or self._tokens.hold_tokens(row.texts.values()):
+            return None
+        draft = Draft(row, tracks, [], [])
+        for track in tracks:
+            texts = [
+                None if isinstance(item, list) else _text(item, row.values) for item in track.items
+            ]
+            draft.texts.append(texts)
+            for reply in track.replies[:-1]:
+                if reply.head is None or reply.token is None:
+                    return None
+                begins = _text(reply.first, row.values) + reply.token
+                draft.boundaries.append(self._labeller.around(reply.head, begins))
+        return draft
+
+    def _sequences(self, draft: Draft, known: Mapping[str, list[int]]) -> list[ChatSequence]:
+        return [
+            self._sequence(draft.row, number, track, texts, known)
+            for number, (track, texts) in enumerate(zip(draft.tracks, draft.texts, strict=True))
+        ]
+
+    def _sequence(
+        self,
+        row: Known,
+        number: int,
+        track: Track,
+        texts: list[str | None],
+        known: Mapping[str, list[int]],
+    ) -> ChatSequence:
+        ids: list[int] = []
+        ends = [0]
+        for item, text in zip(track.items, texts, strict=True):
+            ids += item if text is None else known[text]  # type: ignore[arg-type]
+            ends.append(len(ids))
+        labels = [IGNORED] * len(ids)
+        replies = []
+        for reply in track.replies:
+            start, stop = ends[reply.start], ends[reply.stop]
+            labels[start:stop] = ids[start:stop]
+            replies.append(Reply(reply.message, start, stop))
+        return ChatSequence(ids, labels, replies, partial(self._segments, row, number))
+
+    def _segments(self, row: Known, number: int) -> list[Segment]:
+        (encoded,) = self._labeller.encode([(row.sequences()[number], False)])
+        return encoded[-1].sequence().segments
+
+    def _is_apart(self, parts: list[str | int]) -> bool:
+        """Whether no token can arise where a field meets what stands beside it."""
+        return all(
+            not (isinstance(left, int) and isinstance(right, int))
+            and not (isinstance(left, str) and self._tokens.may_end_in_token(left))
+            and not (isinstance(right, str) and self._tokens.may_begin_in_token(right))
+            for left, right in pairwise(parts)
+        )
+
+    def _track(self, plan: SequencePlan) -> Track:
+        """Take a sequence apart at its tokens and at the ends of its replies."""
+        builder = _Builder(self._tokens)
+        starts = {span.start: span.message for span in plan.spans}
+        stops = {span.stop for span in plan.spans}
+        marks: dict[int, set[int]] = {}
+        for place, at in (*starts, *stops):
+            marks.setdefault(place, set()).add(at)
+        for number, part in enumerate([*plan.parts, ""]):
+            size = len(part) if isinstance(part, str) else 1
+            for begin, end in pairwise([*sorted({0, *marks.get(number, ())}), size]):
+                if (number, begin) in stops:
+                    builder.stop()
+                if (number, begin) in starts:
+                    builder.start(starts[number, begin])
+                builder.add(part[begin:end] if isinstance(part, str) else part)
+        builder.flush()
+        return builder.track
+
+
+class _Builder:
+    """Builds a track from left to right."""
+
+    def __init__(self, tokens: TokenEncoder) -> None:
+        self.track = Track()
+        self._tokens = tokens
+        self._recipe: list[str | int] = []
+        self._since: list[str | int] = []
+        """What came since the last token, the token included."""
+        self._apart = True
+        """Whether ids that follow must not be joined to the item before."""
+
+    def start(self, message: int) -> None:
+        self._cut()
+        plain = [part for part in self._since if isinstance(part, str)]
+        head = "".join(plain) if len(plain) == len(self._since) else None
+        self.track.replies.append(TrackReply(message, len(self.track.items), head))
+
+    def stop(self) -> None:
+        self._cut()
+        self.track.replies[-1].stop = len(self.track.items)
+
+    def add(self, part: str | int) -> None:
+        if isinstance(part, int):
+            self._recipe.append(part)
+            self._since.append(part)
+            return
+        for number, piece in enumerate(self._tokens.parted(part)):
+            if number % 2:
+                self._token(piece)
+            elif piece:
+                self._recipe.append(piece)
+                self._since.append(piece)
+
+    def flush(self) -> None:
+        for reply in self.track.replies[-1:]:
+            if reply.token is None:
+                reply.first = reply.first or tuple(self._recipe)
+        plain = [part for part in self._recipe if isinstance(part, str)]
+        if plain and len(plain) == len(self._recipe):
+            text = "".join(plain)
+            self._ids(self._tokens.known([text])[text])
+        elif self._recipe:
+            self.track.items.append(tuple(self._recipe))
+            self._apart = True
+        self._recipe = []
+
+    def _token(self, token: str) -> None:
+        self.flush()
+        self._ids([self._tokens.added[token]])
+        self._since = [token]
+        for reply in self.track.replies[-1:]:
+            reply.token = token if reply.token is None else reply.token
+
+    def _ids(self, ids: list[int]) -> None:
+        if self._apart:
+            self.track.items.append([])
+        self._apart = False
+        self.track.items[-1] = [*self.track.items[-1], *ids]
+
+    def _cut(self) -> None:
+        self.flush()
+        self._apart = True
+
+
+def _text(recipe: Recipe, values: list[str]) -> str:
+    return "".join([values[part] if isinstance(part, int) else part for part in recipe])
