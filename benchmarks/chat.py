@@ -142,7 +142,7 @@ def main() -> None:
             f"  floor {bare:.2f} s, luthier {taken:.2f} s: {bare / taken:.2f} of the floor's speed"
         )
         costs = {}
-        for turns, count in ((2, 640), (128, 10)):
+        for turns, count in ((2, 4800), (128, 75)):
             seconds, made = ours(tokenizer, template, long_rows(rows, turns, count))
             costs[turns] = seconds / made
         print(f"  128 turns cost {costs[128] / costs[2]:.2f} of 2 turns, per token")

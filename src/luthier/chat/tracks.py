@@ -134,12 +134,13 @@ class Tracks:
 
     def _is_apart(self, parts: list[str | int]) -> bool:
         """Whether no token can arise where a field meets what stands beside it."""
-        return all(
-            not (isinstance(left, int) and isinstance(right, int))
-            and not (isinstance(left, str) and self._tokens.may_end_in_token(left))
-            and not (isinstance(right, str) and self._tokens.may_begin_in_token(right))
-            for left, right in pairwise(parts)
-        )
+        pairs = list(pairwise(parts))
+        if any(isinstance(left, int) and isinstance(right, int) for left, right in pairs):
+            return False
+        before = {left for left, right in pairs if isinstance(left, str)}
+        behind = {right for left, right in pairs if isinstance(right, str)}
+        ends = any(map(self._tokens.may_end_in_token, before))
+        return not (ends or any(map(self._tokens.may_begin_in_token, behind)))
 
     def _track(self, plan: SequencePlan) -> Track:
         """Take a sequence apart at its tokens and at the ends of its replies."""
