@@ -40,6 +40,11 @@ COMMANDS = {
         "the whole dataset held against the rules",
         "luthier.inspect.check:run",
     ),
+    "prepare": Command(
+        "prepare recipe=NAME [key=value ...]",
+        "encode the dataset into the cache, ahead",
+        "luthier.data.ahead:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

@@ -10,7 +10,7 @@ Q = "recipe=quickstart"
 ONE_MISTAKE = {
     # nothing or the wrong thing is chosen
     "nothing": ([], ["recipe: nothing is chosen", "quickstart", "model=NAME and dataset=NAME"]),
-    "no dataset": (["model=smollm2_135m"], ["dataset: nothing is chosen. Add dataset=NAME: hub"]),
+    "no dataset": (["model=smollm2_135m"], ["dataset: nothing is chosen. Add dataset=NAME: files"]),
     "no model": (["dataset=quickstart"], ["model: nothing is chosen. Add model=NAME: hub"]),
     "recipe": (["recipe=quikstart"], ["no recipe 'quikstart'", "Did you mean quickstart?"]),
     "recipe, far off": (["recipe=zzz"], ["no recipe 'zzz'. Options: full_smollm2, lora_qwen"]),
@@ -82,7 +82,7 @@ ONE_MISTAKE = {
     "kept, folder": ([Q, "trainer.args.output_dir=x"], ["is not set here: use output_dir."]),
     "kept, seed": ([Q, "trainer.args.seed=1"], ["is not set here: use seed."]),
     "kept, tracker": ([Q, "trainer.args.report_to=wandb"], ["use tracker=wandb"]),
-    "kept, packing": ([Q, "trainer.args.packing=true"], ["lays out the rows itself"]),
+    "kept, padding": ([Q, "trainer.args.padding_free=true"], ["lays out the rows itself"]),
     "kept, old name": (
         [Q, "trainer.args.gradient_checkpointing=true"],
         ["activation_checkpointing"],

@@ -1,18 +1,15 @@
-"""Files and configs for the data tests."""
+"""Files for the data tests."""
 
 import json
 
 import pytest
 
-from luthier.config.schema import DatasetConfig
-from luthier.data.files import forget
-
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
-    """Relative paths start at the test's own folder, and no test sees another's rows."""
+    """Relative paths start at the test's own folder, and encoded rows are left there."""
     monkeypatch.chdir(tmp_path)
-    forget()
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "luthier"))
 
 
 @pytest.fixture
@@ -28,13 +25,3 @@ def write(tmp_path):
         return name
 
     return write
-
-
-@pytest.fixture
-def config(write):
-    """The config of a dataset with these rows."""
-
-    def config(rows, **settings):
-        return DatasetConfig.model_validate({"path": write("data.jsonl", rows), **settings})
-
-    return config

@@ -2,11 +2,14 @@
 
 import json
 import sys
+from functools import cache
 
 import pytest
 
 from luthier import cli
-from luthier.data.files import forget
+from luthier.config.schema import ModelConfig
+from luthier.inspect import material
+from luthier.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +18,17 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("LUTHIER_RECIPES", raising=False)
     for name in ("FORCE_COLOR", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
-    forget()
+
+
+@cache
+def loaded(config):
+    """The tokenizer that a model config says; half of a command's time goes into loading it."""
+    return load_tokenizer(ModelConfig.model_validate_json(config))
+
+
+@pytest.fixture(autouse=True)
+def tokenizers_are_loaded_once(monkeypatch):
+    monkeypatch.setattr(material, "load_tokenizer", lambda config: loaded(config.model_dump_json()))
 
 
 @pytest.fixture

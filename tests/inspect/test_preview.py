@@ -111,8 +111,70 @@ def test_held_out_rows(luthier):
     assert (code, row["place"].rsplit("/", 1)[-1]) == (0, "reminders.heldout.jsonl:1")
 
 
+MIXED = ["dataset=mixture", "dataset.path=null", "dataset.sources.a.path=a.jsonl"]
+MIXED += ["dataset.sources.b.path=b.jsonl", "dataset.sources.b.train_on=last"]
+MIXED += ["dataset.eval.sets.c.path=c.jsonl"]
+SIDES = {
+    "all": ([], "train", ["a:1", "a:2", "b:1"]),
+    "across sources": (["--row", "2", "--n", "2"], "train", ["a:2", "b:1"]),
+    "one source": (["--source", "b"], "train", ["b:1"]),
+    "a set": (["--set", "c"], "c", ["c:1"]),
+    "held out": (["--eval", "dataset.eval.count=1"], "held_out", 1),
+}
+
+
+@pytest.mark.parametrize("words, side, places", SIDES.values(), ids=SIDES)
+def test_sides_and_sources(words, side, places, luthier, write):
+    turns = ROWS["plain"] + [{"role": "user", "content": "And?"}, ROWS["plain"][-1]]
+    write([turns, [{"role": "user", "content": "b"}, ROWS["plain"][-1]]], "a.jsonl")
+    write([turns[1:]], "b.jsonl")
+    write([ROWS["plain"]], "c.jsonl")
+    base = ["model=smollm2_135m", "dataset.eval.share=null", "trainer.args.eval_strategy=no"]
+    code, out, _ = luthier("preview", "--json", *base, *MIXED, *words)
+    found = json.loads(out)
+    assert (code, found["side"]) == (0, side)
+    shown = [row["place"].replace(".jsonl", "") for row in found["rows"]]
+    assert shown == places if isinstance(places, list) else len(shown) == places
+    for row in found["rows"]:
+        if row["place"] == "b.jsonl:1":
+            trained = {token["message"] for token in row["tokens"] if token["trained"]}
+            assert trained - {None} == {3}
+
+
+def test_held_out_rows_of_one_source(luthier, write):
+    for name in "abc":
+        rows = [{"role": "user", "content": f"{name} {n}"} for n in range(6)]
+        write([[row, ROWS["plain"][-1]] for row in rows], f"{name}.jsonl")
+    words = ["model=smollm2_135m", "dataset.eval.share=null", "dataset.eval.count=5", *MIXED]
+    shown = {
+        source: {
+            row["place"]
+            for row in json.loads(
+                luthier("preview", "--json", "--eval", "--n", "9", "--source", source, *words)[1]
+            )["rows"]
+        }
+        for source in "ab"
+    }
+    assert len(shown["a"]) + len(shown["b"]) == 5
+    assert all(place.startswith(source) for source in "ab" for place in shown[source])
+
+
+def test_texts_are_shown_in_windows(on_rows):
+    words = ["dataset.shape=text", "chat.max_length=6", "dataset.stride=2"]
+    code, out, _ = on_rows("preview", [{"text": "a lute " * 4}], "--json", *words)
+    rows = json.loads(out)["rows"]
+    assert code == 0 and [row["sequence"] for row in rows] == [1, 2, 3][: len(rows)]
+    kept = [token["text"] for token in rows[0]["tokens"][-2:]]
+    later = rows[1]["tokens"]
+    assert [token["text"] for token in later[:2]] == kept
+    assert [token["trained"] for token in later] == [False, False] + [True] * (len(later) - 2)
+    assert {token["field"] for token in later} == {"text"}
+
+
 SAYS = {
-    "no such row": (["--row", "2"], "--row 2: there are 1 training row. Write 1 to 1."),
+    "no such source": (["--source", "x"], "--source x: there is no such source. Options: dataset."),
+    "no such set": (["--set", "x"], "--set x: there is no such evaluation set. Options: none."),
+    "no such row": (["--row", "2"], "--row 2: there is 1 row on the training side. Write 1 to 1."),
     "none held out": (["--eval"], "no rows are held out"),
     "page that cannot be": (["--html", "none/p.html"], "--html none/p.html: cannot be written: No"),
 }

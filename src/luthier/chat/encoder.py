@@ -237,8 +237,7 @@ class ChatEncoder:
                     raise error.in_row(number) from None
                 batch.drop(error.in_row(number))
                 return
-            batch.cut.append(number)
-            batch.cut_turns += cut_turns
+            batch.cut[number] = cut_turns
         if row.lost:
             batch.kept_lost += 1
             batch.reports.append(row.lost[0].in_row(number))

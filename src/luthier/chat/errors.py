@@ -36,7 +36,12 @@ class ChatError(UserError):
             where.append(f"field `{self.field}`")
         return f"{', '.join(where)}: {self.text}" if where else self.text
 
-    def in_row(self, row: int) -> ChatError:
+    @property
+    def words(self) -> str:
+        """The error without the row, for one that says itself which row it is."""
+        return str(self.in_row(None))
+
+    def in_row(self, row: int | None) -> ChatError:
         """The same error with the row's number."""
         return ChatError(
             self.text, reason=self.reason, row=row, message=self.message, field=self.field

@@ -9,7 +9,7 @@ from typing import Literal
 
 from luthier.chat.control import Controls
 from luthier.chat.segments import segments_of
-from luthier.chat.sequences import IGNORED, ChatSequence, Reply
+from luthier.chat.sequences import ChatSequence, Reply
 from luthier.chat.text import Text
 from luthier.chat.tokens import Kind, Piece, TokenEncoder, spans
 from luthier.chat.turns import Sequence, Span
@@ -41,7 +41,6 @@ class Encoded:
 
     draft: Draft
     ids: list[int]
-    labels: list[int]
     replies: list[Reply]
     tokens: TokenEncoder
 
@@ -52,10 +51,11 @@ class Encoded:
 
     def sequence(self) -> ChatSequence:
         """What the caller gets."""
-        return ChatSequence(self.ids, self.labels, self.replies, self._segments)
+        return ChatSequence(self.ids, self.replies, self._segments)
 
     def _segments(self) -> list:
-        return segments_of(self.draft.plan, self.draft.blocks, self.labels, self.tokens)
+        labels = self.sequence().labels
+        return segments_of(self.draft.plan, self.draft.blocks, labels, self.tokens)
 
 
 class Labeller:
@@ -121,21 +121,17 @@ class Labeller:
     def _labelled(self, draft: Draft, encoded: Iterable[list[int]]) -> Encoded:
         source = iter(encoded)
         ids: list[int] = []
-        labels: list[int] = []
         replies: list[Reply] = []
         for number, block in enumerate(draft.blocks):
             new = list(next(source)) if len(block) == 1 else []
             if len(block) != 1:
                 new = [index for _ in block for index in next(source)]
-            trained = 0
             if number:
                 span = draft.plan.trained[number - 1]
                 trained = self._trained(draft, span, new)
                 replies.append(Reply(span.message, len(ids), len(ids) + trained))
             ids += new
-            labels += new[:trained]
-            labels += [IGNORED] * (len(new) - trained)
-        return Encoded(draft, ids, labels, replies, self._tokens)
+        return Encoded(draft, ids, replies, self._tokens)
 
     def _trained(self, draft: Draft, span: Span, ids: list[int]) -> int:
         """How many of the ids from the start of a reply are the reply: up to its stop token."""

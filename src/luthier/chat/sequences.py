@@ -44,21 +44,34 @@ class ChatSequence:
     each token came from; it is worked out when it is first asked for.
     """
 
-    __slots__ = ("_find_segments", "_segments", "input_ids", "labels", "replies")
+    __slots__ = ("_find_segments", "_labels", "_segments", "input_ids", "replies")
 
     def __init__(
         self,
         input_ids: list[int],
-        labels: list[int],
         replies: list[Reply],
         find_segments: Callable[[], list[Segment]],
     ) -> None:
         self.input_ids = input_ids
-        self.labels = labels
+        self._labels: list[int] | None = None
         self.replies = replies
         """The replies that train in this sequence, from first to last."""
         self._find_segments: Callable[[], list[Segment]] | None = find_segments
         self._segments: list[Segment] = []
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids of the replies where they stand, and -100 elsewhere."""
+        if self._labels is None:
+            self._labels = [IGNORED] * len(self.input_ids)
+            for _, start, stop in self.replies:
+                self._labels[start:stop] = self.input_ids[start:stop]
+        return self._labels
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens train."""
+        return sum(stop - start for _, start, stop in self.replies)
 
     @property
     def messages(self) -> list[int]:
@@ -77,7 +90,7 @@ class ChatSequence:
         return len(self.input_ids)
 
     def __repr__(self) -> str:
-        trained = sum(label != IGNORED for label in self.labels)
+        trained = self.trained_tokens
         return f"ChatSequence({len(self)} tokens, {trained} trained, messages {self.messages})"
 
 
@@ -89,10 +102,9 @@ class ChatBatch:
     """The sequences of each row, in the order given; empty for a dropped row."""
     dropped: Counter[str] = field(default_factory=Counter)
     """How many rows were dropped, by reason."""
-    cut: list[int] = field(default_factory=list)
-    """Numbers of the rows from whose front whole turns were removed to fit the length."""
-    cut_turns: int = 0
-    """Trained turns that went with them."""
+    cut: dict[int, int] = field(default_factory=dict)
+    """Rows from whose front turns were removed to fit the length, by number: how many of those that
+    went train."""
     kept_lost: int = 0
     """Rows kept although the template does not show all of their text (`on_lost="keep"`)."""
     reports: list[ChatError] = field(default_factory=list)
@@ -110,6 +122,11 @@ class ChatBatch:
         return len(self.cut)
 
     @property
+    def cut_turns(self) -> int:
+        """How many trained turns went with what was cut."""
+        return sum(self.cut.values())
+
+    @property
     def sequences(self) -> list[ChatSequence]:
         """All sequences, row after row."""
         return [sequence for row in self.rows for sequence in row]
@@ -118,7 +135,7 @@ class ChatBatch:
     def counts(self) -> dict[str, int | dict[str, int]]:
         """Rows, sequences and tokens, and what was dropped or cut and why."""
         sequences = self.sequences
-        trained = sum(len(sequence) - sequence.labels.count(IGNORED) for sequence in sequences)
+        trained = sum(sequence.trained_tokens for sequence in sequences)
         return {
             "rows": len(self.rows),
             "sequences": len(sequences),

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from luthier.chat.forms import Known
 from luthier.chat.labels import Around, Labeller
-from luthier.chat.sequences import IGNORED, ChatSequence, Reply, Segment
+from luthier.chat.sequences import ChatSequence, Reply, Segment
 from luthier.chat.skeleton import SequencePlan
 from luthier.chat.tokens import TokenEncoder
 
@@ -120,13 +120,10 @@ class Tracks:
         for item, text in zip(track.items, texts, strict=True):
             ids += item if text is None else known[text]  # type: ignore[arg-type]
             ends.append(len(ids))
-        labels = [IGNORED] * len(ids)
-        replies = []
-        for reply in track.replies:
-            start, stop = ends[reply.start], ends[reply.stop]
-            labels[start:stop] = ids[start:stop]
-            replies.append(Reply(reply.message, start, stop))
-        return ChatSequence(ids, labels, replies, partial(self._segments, row, number))
+        replies = [
+            Reply(reply.message, ends[reply.start], ends[reply.stop]) for reply in track.replies
+        ]
+        return ChatSequence(ids, replies, partial(self._segments, row, number))
 
     def _segments(self, row: Known, number: int) -> list[Segment]:
         (encoded,) = self._labeller.encode([(row.sequences()[number], False)])

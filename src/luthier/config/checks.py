@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
+from luthier.config import measured, trained
+from luthier.config.methods import METHODS
 from luthier.config.passthrough import settings
 from luthier.config.words import Mistake, value
 
@@ -15,7 +17,6 @@ _AT_LEAST_ONE = {
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
     ),
-    "lora": ("r", "lora_alpha"),
 }
 
 
@@ -24,34 +25,24 @@ def check(resolved: dict[str, Any]) -> list[Mistake]:
 
     The schema complains about shapes, so that every mistake is reported once.
     """
-    parts = (_quantization, _evaluation, _training, _dates, _trackers, _ranges)
+    parts = (
+        trained.check,
+        _evaluation,
+        measured.check,
+        _replies,
+        _streaming,
+        _training,
+        _dates,
+        _trackers,
+        _ranges,
+    )
     return [mistake for part in parts for mistake in part(resolved)]
-
-
-def _quantization(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    given, lora = settings(resolved, "quantization"), settings(resolved, "lora")
-    bits = [name for name in ("load_in_4bit", "load_in_8bit") if given.get(name) is True]
-    if len(bits) > 1:
-        yield Mistake(
-            "quantization", "load_in_4bit and load_in_8bit are both true. Keep one, set one false."
-        )
-    if given and not bits:
-        yield Mistake(
-            "quantization",
-            "neither load_in_4bit nor load_in_8bit is true. Choose quantization=nf4, int8 or none.",
-        )
-    if bits and not lora:
-        yield Mistake(
-            "quantization",
-            f"{bits[0]} with full fine-tuning: quantized weights cannot be trained. "
-            "Add lora=default (QLoRA), or quantization=none to train the weights themselves.",
-        )
 
 
 def _evaluation(resolved: dict[str, Any]) -> Iterator[Mistake]:
     chosen = settings(resolved, "dataset.eval")
     given = [name for name in EVAL_CHOICES if chosen.get(name) is not None]
-    if not given:
+    if not given and not chosen.get("sets"):
         yield from _needs_heldout(resolved)
     if len(given) > 1:
         yield Mistake(
@@ -86,6 +77,27 @@ def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
             "trainer.evaluation.metrics",
             f"need held-out rows, and there are none. {hold}, or set "
             "trainer.evaluation.metrics=[].",
+        )
+
+
+def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    name = settings(resolved, "trainer").get("method", "sft")
+    method = METHODS.get(str(name))
+    if method and not method.replies and settings(resolved, "trainer.evaluation").get("metrics"):
+        yield Mistake(
+            "trainer.evaluation.metrics",
+            f"they score replies, and trainer.method={name} trains a model that writes none. Set "
+            "it to []: what such a model says is measured without them.",
+        )
+
+
+def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    name = settings(resolved, "trainer").get("method", "sft")
+    method = METHODS.get(str(name))
+    if settings(resolved, "dataset").get("streaming") is True and method and not method.streams:
+        yield Mistake(
+            "dataset.streaming",
+            f"true, and trainer.method={name} needs all rows before it begins. Set it to false.",
         )
 
 
@@ -155,6 +167,3 @@ def _ranges(resolved: dict[str, Any]) -> Iterator[Mistake]:
             number = given.get(name)
             if isinstance(number, int | float) and number < 1:
                 yield Mistake(f"{key}.{name}", f"{value(number)} is too small; the least is 1.")
-    dropout = settings(resolved, "lora").get("lora_dropout")
-    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
-        yield Mistake("lora.lora_dropout", f"{value(dropout)} must be at least 0 and less than 1.")

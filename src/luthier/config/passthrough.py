@@ -1,11 +1,13 @@
 """Settings that go to a library as they are: their names and simple types are checked here."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from luthier.config import fields
+from luthier.config.adapters import ADAPTERS, method_of
 from luthier.config.fields import Fields, Kind
+from luthier.config.methods import METHODS
 from luthier.config.words import Mistake, choice, nearest, value
 
 _DESCRIBED = {
@@ -31,6 +33,10 @@ class Library:
     """Settings that luthier decides -> what to do instead."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Texts that a setting allows where the source does not say so."""
+    own: Mapping[str, Kind] = field(default_factory=dict)
+    """Settings of luthier's beside the library's."""
+    also: tuple[str, str, str] | None = None
+    """A further class whose settings are allowed."""
 
     def fields(self) -> Fields | None:
         """Return the settings that may be named here; None if they cannot be known."""
@@ -38,20 +44,31 @@ class Library:
         known = read(*self.source) if self.source else None
         if known is None:
             return None
-        known = known | {key: Kind(frozenset(), texts) for key, texts in self.choices.items()}
+        further: Fields = (read(*self.also) or {}) if self.also else {}
+        known = {**known, **further, **self.own}
+        for key, texts in self.choices.items():
+            # A setting that takes one text may take several in a list.
+            lists = known[key].types & {"list"} if key in known else frozenset()
+            known = known | {key: Kind(frozenset(lists), texts)}
         return {key: kind for key, kind in known.items() if key not in self.kept}
 
 
 _ROWS = "luthier lays out the rows itself"
+_ROUNDS = "TRL would round the weights that train to 16 bits for it"
 _LOGIN = "a secret would end up in the run's record; log in with `hf auth login`"
 _IGNORED = "the trainer does not read it; remove it"
 _DTYPES = ("float32", "bfloat16", "float16")
+_LOSS = "it adds a loss of its own, which luthier's losses leave out; remove it"
+_LORA = ("peft", "tuners/lora/config.py", "LoraConfig")
+_BOOL = Kind(frozenset({"bool"}))
+_TEXT = Kind(frozenset({"str", "none"}))
+_NUMBER = Kind(frozenset({"float", "none"}))
 
 LIBRARIES = (
     Library(
         key="trainer.args",
-        name="trl.SFTConfig",
-        source=("trl", "trainer/sft_config.py", "SFTConfig"),
+        name=METHODS["sft"].config_name,
+        source=METHODS["sft"].config,
         kept={
             "output_dir": "use output_dir",
             "max_length": "use chat.max_length",
@@ -59,11 +76,12 @@ LIBRARIES = (
             "assistant_only_loss": "use chat.train_on",
             "completion_only_loss": "use chat.train_on",
             "chat_template_path": "use chat.template",
+            "chat_template_kwargs": "use chat.variables",
+            "use_transformers_continuous_batching": f"{_ROUNDS}; remove it",
+            "use_transformers_paged": f"{_ROUNDS}; remove it",
+            "reward_weights": "use the weight of each of trainer.rewards",
             "eos_token": "the chat template decides it; see chat.template",
             "pad_token": "luthier pads itself; remove it",
-            "packing": f"{_ROWS}, without packing; remove it",
-            "packing_strategy": f"{_ROWS}, without packing; remove it",
-            "eval_packing": f"{_ROWS}, without packing; remove it",
             "padding_free": f"{_ROWS}; remove it",
             "dataset_kwargs": f"{_ROWS}; use the keys of dataset",
             "dataset_text_field": f"{_ROWS}; use dataset.columns",
@@ -72,6 +90,11 @@ LIBRARIES = (
             "remove_unused_columns": f"{_ROWS}; remove it",
             "label_names": f"{_ROWS}; remove it",
             "length_column_name": f"{_ROWS}; remove it",
+            "predict_with_generate": "use trainer.evaluation.metrics",
+            "generation_max_length": "use trainer.evaluation.max_new_tokens",
+            "generation_num_beams": "held-out rows are answered greedily; remove it",
+            "generation_config": "held-out rows are answered greedily; remove it",
+            "sortish_sampler": "use trainer.args.train_sampling_strategy=group_by_length",
             "model_init_kwargs": "use model.kwargs",
             "trust_remote_code": "use model.trust_remote_code",
             "gradient_checkpointing": "its name is now activation_checkpointing",
@@ -93,15 +116,20 @@ LIBRARIES = (
     Library(
         key="lora",
         name="peft.LoraConfig",
-        source=("peft", "tuners/lora/config.py", "LoraConfig"),
+        source=_LORA,
+        own={"method": _TEXT, "plus_ratio": _NUMBER},
         kept={
-            "task_type": "it is always CAUSAL_LM; remove it",
-            "peft_type": "it is always LORA; remove it",
+            "task_type": "the trainer decides it; remove it",
+            "peft_type": "use lora.method",
             "peft_version": "peft writes it; remove it",
             "auto_mapping": "peft writes it; remove it",
             "base_model_name_or_path": "use model.path",
             "revision": "use model.revision",
             "inference_mode": "a training run decides it; remove it",
+            "arrow_config": "it routes between trained adapters; remove it",
+            "alora_invocation_tokens": "packed rows have no place for it; remove it",
+            "kasa_config": _LOSS,
+            "monteclora_config": _LOSS,
         },
     ),
     Library(
@@ -109,6 +137,7 @@ LIBRARIES = (
         name="transformers.BitsAndBytesConfig",
         source=("transformers", "utils/quantization_config.py", "BitsAndBytesConfig"),
         is_function=True,
+        own={"dequantize": _BOOL},
         choices={
             "bnb_4bit_quant_type": ("nf4", "fp4"),
             "bnb_4bit_compute_dtype": _DTYPES,
@@ -152,7 +181,36 @@ def check(resolved: dict[str, Any]) -> list[Mistake]:
     A number that YAML read as text (`'1e-4'`) becomes a number in place; so does `no` where it
     is an option and YAML read false.
     """
-    return [m for library in LIBRARIES for m in _check(library, settings(resolved, library.key))]
+    libraries = [_of_method(library, resolved) for library in LIBRARIES]
+    return [m for library in libraries for m in _check(library, settings(resolved, library.key))]
+
+
+def _of_method(library: Library, resolved: dict[str, Any]) -> Library:
+    """The arguments of a trainer and the settings of an adapter are those of the chosen method."""
+    if library.key == "lora":
+        return _of_adapter(library, method_of(settings(resolved, "lora")))
+    if library.key != "trainer.args":
+        return library
+    method = METHODS.get(str(settings(resolved, "trainer").get("method", "sft")), METHODS["sft"])
+    return replace(
+        library,
+        name=method.config_name,
+        source=method.config,
+        kept={**library.kept, **method.kept},
+        choices=method.choices,
+    )
+
+
+def _of_adapter(library: Library, method: str) -> Library:
+    """peft keeps each method's config in a file of its own; an unknown method has no settings."""
+    if method not in ADAPTERS:
+        return replace(library, source=None)
+    name = ADAPTERS[method].config
+    of = replace(library, name=f"peft.{name}", source=("peft", f"tuners/{method}/config.py", name))
+    if method != "adalora":
+        return of
+    kept = {**library.kept, "total_step": "the training's own steps are taken; remove it"}
+    return replace(of, also=_LORA, kept=kept)  # it takes LoRA's settings, too
 
 
 def settings(resolved: dict[str, Any], key: str) -> dict[str, Any]:

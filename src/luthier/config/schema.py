@@ -4,12 +4,21 @@ Settings that belong to a library pass through whole (`trainer.args`, `lora`, `q
 `model.kwargs`); `luthier.config.fields` checks their names without importing the library.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+)
 
 GROUPS = ("model", "quantization", "lora", "dataset", "chat", "trainer", "tracker", "debug")
 """The config groups, in the order in which `conf/config.yaml` lists them."""
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -27,6 +36,14 @@ class ModelConfig(Strict):
     """A branch, tag or commit of the hub repository."""
     tokenizer: str | None = None
     """Another tokenizer than the model's own (hub name or folder)."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """Texts that become tokens, each with a row of the embeddings that trains."""
+    add_special_tokens: list[str] = Field(default_factory=list)
+    """The same for control tokens, which replies and templates keep apart from text."""
+    train: list[str] = Field(default_factory=list)
+    """Full fine-tuning of the parameters in whose names one of these patterns is; empty for all."""
+    freeze: list[str] = Field(default_factory=list)
+    """Full fine-tuning without the parameters in whose names one of these patterns is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the machine computes it well, else float32."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -39,39 +56,94 @@ class ModelConfig(Strict):
     """Passed to `from_pretrained`."""
 
 
-class EvalSplitConfig(Strict):
-    """Which rows are held out from training; at most one of path, split, share and count."""
+class SourceConfig(Strict):
+    """Where rows come from and how they are read."""
+
+    path: str | list[str] | None = None
+    """A file, a glob, a folder, several of them, a URL, a hub name, a folder of `save_to_disk`, or
+    `python:package.module.function`."""
+    format: Literal[
+        "auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "saved", "hub", "python"
+    ] = "auto"
+    """What the path holds; `auto` tells it by the path."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the reader of that format takes, such as `{delimiter: ";"}` for CSV."""
+    name: str | None = None
+    """The hub dataset's configuration."""
+    split: str = "train"
+    """The split of a hub dataset or of a saved folder."""
+    revision: str | None = None
+    """A branch, tag or commit of the hub dataset."""
+    shape: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "prompt",
+        "text",
+        "preference",
+        "unpaired",
+        "classification",
+        "tagging",
+        "seq2seq",
+    ] = "auto"
+    """What a row looks like; `auto` finds it from the columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name -> the dataset's name of a column, such as `{prompt: question}`."""
+    system: str | None = None
+    """A system prompt for rows that have none."""
+    train_on: Literal["all", "last"] | list[str] | None = None
+    """Which turns of these rows train, in place of `chat.train_on`."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows."""
+    filter: str | None = None
+    """Use only rows for which this expression over their own columns holds."""
+    weight: Positive | None = None
+    """The share of the mixture, with `mix: interleave`."""
+    repeats: Positive = 1
+    """How many times an epoch sees the rows, with `mix: concatenate`."""
+
+
+class EvalConfig(Strict):
+    """Which rows are held out from training: at most one of path, split, share and count."""
 
     path: str | None = None
     """A file of its own for the held-out rows."""
     split: str | None = None
     """A split of the same hub dataset."""
     share: float | None = Field(default=None, gt=0, lt=1)
-    """This share of the rows, drawn with the run's seed."""
+    """This share of the rows."""
     count: PositiveInt | None = None
-    """This many rows, drawn with the run's seed."""
+    """This many rows."""
+    by: Literal["draw", "hash"] = "draw"
+    """`draw`: exactly so many rows; `hash`: each row by itself, so that added rows move none."""
+    sets: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Further evaluation sets by name, each with its own metrics."""
 
 
-class DatasetConfig(Strict):
-    """Where the rows come from and how they are read."""
+class DatasetConfig(SourceConfig):
+    """The rows to train on, from one source or several, and those held out."""
 
-    path: str
-    """A local JSON or JSONL file, or the name of a hub dataset."""
-    name: str | None = None
-    """The hub dataset's configuration."""
-    split: str = "train"
-    """The hub dataset's split."""
-    revision: str | None = None
-    """A branch, tag or commit of the hub dataset."""
-    shape: Literal["auto", "messages", "prompt_completion"] = "auto"
-    """What a row looks like; `auto` finds it from the columns."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Our name -> the dataset's name of a column, such as `{prompt: question}`."""
-    system: str | None = None
-    """A system prompt for rows that have none."""
-    max_rows: PositiveInt | None = None
-    """Use only the first rows."""
-    eval: EvalSplitConfig = Field(default_factory=EvalSplitConfig)
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Several sources by name, in place of `path`."""
+    mix: Literal["concatenate", "interleave"] = "concatenate"
+    """`concatenate`: all rows of all sources; `interleave`: so much of each as `weight` says."""
+    deduplicate: Literal["none", "exact", "normalised"] = "none"
+    """Leave out equal rows; `normalised`: also those that differ in case and white space only."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be read: stop, or leave it out and list it in `dropped.jsonl`."""
+    workers: PositiveInt | None = None
+    """Processes that encode; null for one."""
+    cache: str | None = None
+    """The folder of the encoded rows; null for `$LUTHIER_CACHE` or `~/.cache/luthier`."""
+    streaming: bool = False
+    """Encode rows while training, for sets larger than the disk; needs `trainer.args.max_steps`."""
+    shuffle_buffer: PositiveInt = 10_000
+    """Rows among which a stream is shuffled."""
+    stride: NonNegativeInt = 0
+    """Tokens by which the windows of a long plain text overlap."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
     """The held-out rows."""
 
 
@@ -99,8 +171,15 @@ class ChatSettings(Strict):
 class EvaluationConfig(Strict):
     """What is generated and scored on held-out rows."""
 
-    metrics: list[Literal["exact_match"]] = Field(default_factory=list)
-    """Metrics of generated replies; empty for the loss alone."""
+    metrics: list[str | dict[str, Any]] = Field(default_factory=list)
+    """Metrics of generated replies, such as `[exact_match, {regex: {pattern: "..."}}]`; empty for
+    the loss alone."""
+    sets: dict[str, list[str | dict[str, Any]]] = Field(default_factory=dict)
+    """Other metrics than these for an evaluation set, by its name in `dataset.eval.sets`."""
+    when: Literal["ends", "evaluations"] = "ends"
+    """Rows are answered before and after training, or also at every evaluation in between."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations without a better `trainer.args.metric_for_best_model`."""
     rows: PositiveInt = 100
     """How many held-out rows are answered."""
     max_new_tokens: PositiveInt = 128
@@ -114,10 +193,27 @@ class EvaluationConfig(Strict):
 class TrainerConfig(Strict):
     """How the model is trained."""
 
-    method: Literal["sft"] = "sft"
+    method: Literal[
+        "sft",
+        "pretrain",
+        "dpo",
+        "kto",
+        "orpo",
+        "cpo",
+        "reward",
+        "classify",
+        "tag",
+        "seq2seq",
+        "grpo",
+        "rloo",
+    ] = "sft"
     """The trainer: `sft` is TRL's SFTTrainer."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Any field of the trainer's config class (`trl.SFTConfig`)."""
+    padding: Literal["longest", "max_length"] = "longest"
+    """Rows of a batch are padded to the longest of them, or all to `chat.max_length`."""
+    rewards: list[str | dict[str, Any]] = Field(default_factory=list)
+    """What GRPO and RLOO reward, such as `[exact_match, {length: {max: 300, weight: 0.2}}]`."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """What is generated and scored on held-out rows."""
 

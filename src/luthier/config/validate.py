@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -53,15 +54,26 @@ def _place(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
     """Return the innermost model on the way, and the key without pydantic's names of unions."""
     model: type[BaseModel] = RunConfig
     path = []
-    for part in loc:
+    parts = iter(loc)
+    for part in parts:
         path.append(str(part))
         field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
+        inner = None if field is None else _inner(field.annotation)
+        if inner is None:
             break
-        if not issubclass(field.annotation, BaseModel):
-            break
-        model = field.annotation
+        model, is_named = inner
+        if is_named:
+            # A mapping of names to groups, such as dataset.sources.
+            path += [str(name) for name in islice(parts, 1)]
     return model, path
+
+
+def _inner(annotation: Any) -> tuple[type[BaseModel], bool] | None:
+    """The group that a field holds, and whether it holds several by name; None for a value."""
+    is_named = get_origin(annotation) is dict
+    kind = get_args(annotation)[1] if is_named else annotation
+    is_group = isinstance(kind, type) and issubclass(kind, BaseModel)
+    return (kind, is_named) if is_group else None
 
 
 def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:

@@ -1,7 +1,9 @@
-"""From the user's files and hub datasets to token rows; see docs/data.md."""
+"""From the user's files and hub datasets to token rows; see docs/data.md.
+
+`luthier.data.prepare` makes the token rows; it needs numpy and pyarrow, so it is imported late.
+"""
 
 from luthier.data.check import check_files
-from luthier.data.formats import Conversation
-from luthier.data.prepare import Counts, Prepared, prepare
+from luthier.data.shapes import Example
 
-__all__ = ["Conversation", "Counts", "Prepared", "check_files", "prepare"]
+__all__ = ["Example", "check_files"]

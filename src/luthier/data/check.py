@@ -1,20 +1,49 @@
 """The cheap check of a dataset, before anything heavy is imported."""
 
-from luthier.config.schema import DatasetConfig
-from luthier.data.files import is_local, read_file
-from luthier.data.prepare import read_conversations
-from luthier.data.sources import check_sources
+from pathlib import Path
+
+from luthier.config.schema import DatasetConfig, SourceConfig
+from luthier.data.compose.filter import compile_filter
+from luthier.data.examples import PEEKED, BadRows, Opened, open_rows
+from luthier.data.parts import eval_sources, key_of_path, train_sources
+from luthier.data.reading import Source, open_source
+from luthier.errors import UserError
 
 
-def check_files(config: DatasetConfig, seed: int = 0) -> None:
-    """Raise UserError for local files that are missing, malformed, of no known shape, or that
-    the held-out rows leave empty; and for a hub dataset that cannot be reached.
+def check_files(config: DatasetConfig) -> None:
+    """Raise UserError for sources that are not there, of no known shape, or bad from the start.
 
-    Imports only the standard library. What it reads is kept for `prepare`, which reads it anew
-    only if a file has changed since.
+    Of each local source the first 1,000 rows are read, with no heavy import unless its format needs
+    one; the others are read when they are encoded, before the model is loaded.
     """
-    check_sources(config)
-    if is_local(config.path):
-        read_conversations(config, seed)
-    elif config.eval.path is not None:
-        read_file(config.eval.path)
+    sources = train_sources(config)
+    keys = {name: f"dataset.sources.{name}" if config.sources else name for name in sources}
+    named = {keys[name]: source for name, source in sources.items()} | eval_sources(config)
+    for key, source in named.items():
+        _check(source, key, config)
+
+
+def _check(config: SourceConfig, key: str, dataset: DatasetConfig) -> None:
+    if config.path is None:
+        raise UserError(f"{key}.path is missing: say where the rows are.")
+    if config.filter is not None:
+        compile_filter(config.filter, f"{key}.filter")
+    source = open_source(config, key_of_path(key), dataset.streaming)
+    if not _is_here(source):
+        return
+    opened = open_rows(config, key)
+    if dataset.on_bad_row == "error":
+        _check_rows(opened)
+
+
+def _is_here(source: Source) -> bool:
+    """Whether the rows are files of this machine: what is elsewhere takes time to read."""
+    return bool(source.files) and all(Path(file).expanduser().exists() for file in source.files)
+
+
+def _check_rows(opened: Opened) -> None:
+    """Raise UserError for bad ones among the first rows."""
+    bad = BadRows()
+    for _ in opened.examples(bad, opened.source.peek(PEEKED)):
+        pass
+    bad.raise_if_any(opened)

@@ -1,194 +1,265 @@
-"""From a dataset's config to token rows: read, shape, hold out, encode, count, hash."""
+"""From a dataset's config to token rows ready for a trainer."""
 
 import hashlib
-import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from luthier.chat.errors import ChatError
-from luthier.chat.sequences import IGNORED, ChatBatch
-from luthier.config.schema import DatasetConfig
-from luthier.data.files import forget
-from luthier.data.formats import Conversation, find_shape, to_conversations
-from luthier.data.rows import Row
-from luthier.data.sources import check_sources, read_heldout, read_rows
-from luthier.data.splits import Split, apart, draw
-from luthier.errors import UserError
+import numpy as np
+from numpy.typing import NDArray
 
-Columns = dict[str, list[list[int]]]
-"""`input_ids` and `labels`, one list of token ids a sequence, for `datasets.Dataset.from_dict`."""
+from luthier.config.schema import DatasetConfig, SourceConfig
+from luthier.data.batches.rows import TokenRows
+from luthier.data.compose.mixture import key_of
+from luthier.data.counts import Counts, counts_of
+from luthier.data.encoded import Encoded, encoded
+from luthier.data.encoders import RowEncoder
+from luthier.data.examples import open_rows
+from luthier.data.joined import JoinedTable
+from luthier.data.making import DROPPED, FINE
+from luthier.data.parts import eval_sources, set_name, train_sources
+from luthier.data.rows import excerpt
+from luthier.data.select import Selection, select, starts_of
+from luthier.data.shapes import Example
+from luthier.data.store import Store, data_folder, tokenizer_digest
+from luthier.data.streaming import Stream, open_stream
 
+Rows = NDArray[np.int64]
+Encoders = Callable[[str, SourceConfig, str], RowEncoder]
+"""The encoder for the examples of a kind from a source; the last is the source's config key.
 
-class Encoder(Protocol):
-    """What turns conversations into token rows, such as `luthier.chat.ChatEncoder`."""
-
-    def encode_batch(self, conversations: Any) -> ChatBatch:
-        """Encode dicts of messages and tools; ChatError for a row that cannot be encoded."""
-        ...
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What became of the rows of one side, in rows, sequences and tokens."""
-
-    rows: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    """Tokens of the longest sequence."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Rows that give no sequence, by reason; `equal to a held-out row` are not in `rows`."""
-    cut_rows: int = 0
-    """Rows that lost turns from their front to fit `chat.max_length`."""
-    cut_turns: int = 0
-    """Trained turns that went with them."""
-    lossy_rows: int = 0
-    """Rows kept although the template does not show all of their text."""
+Raises UserError for a kind that the training method does not take.
+"""
+Part = tuple[Encoded, Rows]
+"""Some rows of a source."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset as token rows, ready for a trainer, and its held-out conversations."""
+    """A dataset as token rows, ready for a trainer, and its held-out examples."""
 
-    train: Columns
-    eval: Columns
-    heldout: list[Conversation]
-    """The held-out rows that were encoded, in order, for generation."""
+    train: TokenRows | Stream
+    """A stream where `dataset.streaming` is set: without counts, and hashed by its settings."""
+    eval: dict[str, TokenRows]
+    """The evaluation sets by name; the main one, which `dataset.eval` holds out, is ``""``."""
+    heldout: dict[str, "Examples"]
+    """The examples of each evaluation set that make a sequence, in order, for generation."""
     train_counts: Counts
-    eval_counts: Counts
+    eval_counts: dict[str, Counts]
     content_hash: str
-    """SHA-256 of all token rows and their labels, training first."""
-    reports: list[str]
-    """What is wrong with each dropped or lossy row, beginning with its place."""
+    """SHA-256 of the hashes of all token rows with their labels, in order, training first."""
+    parts: dict[str, Encoded]
+    """The encoded sources by config key, training first."""
+    reports: list[dict[str, str]]
+    """Each row that could not be read, was dropped or is not whole: `where`, `state`, `problem`
+    and `text`, the start of the row."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Conversations and, for each, the place it came from."""
+def prepare(config: DatasetConfig, encoders: Encoders, tokenizer: Any, seed: int) -> Prepared:
+    """Read and encode all sources, hold rows out, and mix what is left.
 
-    conversations: list[Conversation]
-    places: list[str]
-
-    def pick(self, positions: Iterable[int]) -> "Source":
-        """The conversations at these positions."""
-        chosen = list(positions)
-        return Source([self.conversations[i] for i in chosen], [self.places[i] for i in chosen])
-
-
-def prepare(config: DatasetConfig, encoder: Encoder, seed: int) -> Prepared:
-    """Read the dataset, hold rows out, and encode both sides.
-
-    Raises UserError, with file and line, for rows that cannot be read, and where nothing is left
-    to train or to hold out. The same files, encoder and seed give the same rows in any process.
+    What has been encoded before is found in the cache. The same content, settings and seed give the
+    same rows in any process. Raises UserError, with file and line, for rows that cannot be read or
+    encoded, and where nothing is left to train on or to evaluate on.
     """
-    rows, heldout, equal = read_conversations(config, seed)
-    forget()
-    train, evaluation = _encode(encoder, rows, "train", equal), _encode(encoder, heldout, "eval", 0)
+    if config.streaming:
+        return _streamed(config, encoders, tokenizer)
+    sources = train_sources(config)
+    encode = _encoder(config, encoders, tokenizer)
+    trained = {name: encode(source, key_of(name, sources)) for name, source in sources.items()}
+    evaluated = {key: encode(source, key) for key, source in eval_sources(config).items()}
+    chosen = select(config, sources, trained, evaluated, seed)
+    train = _train_rows(trained, chosen)
+    sides = _sides(trained, evaluated, chosen)
+    rows = {name: _rows_of(side) for name, side in sides.items()}
     return Prepared(
-        train=train.columns,
-        eval=evaluation.columns,
-        heldout=evaluation.kept,
-        train_counts=train.counts,
-        eval_counts=evaluation.counts,
-        content_hash=_hash(train.columns, evaluation.columns),
-        reports=[*train.reports, *evaluation.reports],
+        train=train,
+        eval=rows,
+        heldout={name: Examples(side) for name, side in sides.items()},
+        train_counts=_train_counts(trained, chosen, train),
+        eval_counts=_eval_counts(sides, rows, evaluated),
+        content_hash=_hash(trained, sides, train),
+        parts={key_of(name, sources): part for name, part in trained.items()} | evaluated,
+        reports=[
+            row for part in (*trained.values(), *evaluated.values()) for row in _reports(part)
+        ],
     )
 
 
-def read_conversations(config: DatasetConfig, seed: int) -> tuple[Source, Source, int]:
-    """The conversations to train on, those held out, and how many were equal to one held out."""
-    check_sources(config)
-    source = _source(config, read_rows(config), config.path)
-    separate = read_heldout(config)
-    if separate:
-        name = "eval.path" if config.eval.path else "eval.split"
-        held = _source(config, separate, config.eval.path or f"{config.path}[{config.eval.split}]")
-        split = apart(source.conversations, held.conversations, name)
-        return source.pick(split.train), held, split.equal
-    if config.eval.share is None and config.eval.count is None:
-        split = Split(list(range(len(source.places))), [], 0)
-    else:
-        split = draw(source.conversations, config.eval, seed)
-    return source.pick(split.train), source.pick(split.heldout), split.equal
+class Examples:
+    """The examples of some rows; they are read when they are asked for."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self._parts)
+
+    def __iter__(self) -> Iterator[Example]:
+        for part, rows in self._parts:
+            for row in rows:
+                yield from part.examples([row])
+
+    def with_columns(self) -> Iterator[tuple[Example, dict[str, Any]]]:
+        """Each example with the columns of its row, where they are kept."""
+        for part, rows in self._parts:
+            for row in rows:
+                yield part.examples([row])[0], part.columns([row])[0]
 
 
-def _source(config: DatasetConfig, rows: Sequence[Row], name: str) -> Source:
-    """The rows as conversations."""
-    shape = find_shape(config, rows, name)
-    return Source(to_conversations(rows, shape, name), [row.where for row in rows])
+def _streamed(config: DatasetConfig, encoders: Encoders, tokenizer: Any) -> Prepared:
+    """The training rows as a stream, and the evaluation sets as rows at hand."""
+    stream = open_stream(config, encoders)
+    encode = _encoder(config, encoders, tokenizer)
+    evaluated = {key: encode(source, key) for key, source in eval_sources(config).items()}
+    sides = _eval_sides(evaluated)
+    rows = {name: _rows_of(side) for name, side in sides.items()}
+    settings = [
+        [part.settings(), stream.encoders[key].settings()] for key, part in stream.opened.items()
+    ]
+    return Prepared(
+        train=stream,
+        eval=rows,
+        heldout={name: Examples(side) for name, side in sides.items()},
+        train_counts=Counts(),
+        eval_counts=_eval_counts(sides, rows, evaluated),
+        content_hash=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        parts=evaluated,
+        reports=[row for part in evaluated.values() for row in _reports(part)],
+    )
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One side, encoded."""
+def _encoder(
+    config: DatasetConfig, encoders: Encoders, tokenizer: Any
+) -> Callable[[SourceConfig, str], Encoded]:
+    """What gives the encoded rows of a source."""
+    store, digest = Store(data_folder(config.cache)), tokenizer_digest(tokenizer)
+    workers, drop = config.workers or 1, config.on_bad_row == "drop"
 
-    columns: Columns
-    kept: list[Conversation]
-    counts: Counts
-    reports: list[str]
+    def encode(source: SourceConfig, key: str) -> Encoded:
+        opened = open_rows(source, key)
+        encoder = encoders(opened.shape.kind, source, key)
+        return encoded(opened, encoder, store, digest, workers, drop)
+
+    return encode
 
 
-def _encode(encoder: Encoder, source: Source, name: str, equal: int) -> _Side:
-    """The token rows of one side, the conversations that gave them, and the account of both."""
-    batch = _batch(encoder, source)
-    if source.places and not batch.sequences:
-        raise UserError(
-            f"dataset: none of the {len(source.places)} {name} rows gives anything to train on "
-            f"({_words(batch.dropped)}). The first one is {source.places[0]}."
-        )
-    columns = {
-        "input_ids": [sequence.input_ids for sequence in batch.sequences],
-        "labels": [sequence.labels for sequence in batch.sequences],
+def _train_rows(trained: Mapping[str, Encoded], chosen: Selection) -> TokenRows:
+    """The sequences of an epoch."""
+    table = JoinedTable([part.tokens for part in trained.values()])
+    counts = np.concatenate([part.sequences for part in trained.values()]).astype(np.int64)
+    starts = np.cumsum(counts) - counts
+    return TokenRows(table, expand(starts[chosen.epoch], counts[chosen.epoch]))
+
+
+def expand(starts: Rows, counts: Rows) -> Rows:
+    """The numbers `start`, `start + 1`, ... of each pair, one after the other."""
+    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts, counts) + inside
+
+
+def _sides(
+    trained: Mapping[str, Encoded], evaluated: Mapping[str, Encoded], chosen: Selection
+) -> dict[str, list[Part]]:
+    """The rows of each evaluation set."""
+    sides: dict[str, list[Part]] = {}
+    if len(chosen.heldout):
+        sides[""] = _parted(trained, chosen.heldout)
+    return sides | _eval_sides(evaluated)
+
+
+def _eval_sides(evaluated: Mapping[str, Encoded]) -> dict[str, list[Part]]:
+    """The rows of each evaluation set that has rows of its own."""
+    return {
+        set_name(key): [(part, np.flatnonzero(part.sequences > 0))]
+        for key, part in evaluated.items()
     }
-    kept = [row for row, made in zip(source.conversations, batch.rows, strict=True) if made]
-    reports = [_placed(report, source) for report in batch.reports]
-    return _Side(columns, kept, _count(batch, columns, equal), reports)
 
 
-def _batch(encoder: Encoder, source: Source) -> ChatBatch:
-    """The encoded conversations; an error names the row by its place, not by its number."""
-    try:
-        return encoder.encode_batch(source.conversations)
-    except ChatError as error:
-        raise UserError(_placed(error, source)) from error
+def _parted(trained: Mapping[str, Encoded], rows: Rows) -> list[Part]:
+    """Rows, numbered over all sources, by source."""
+    starts = starts_of(trained)
+    return [
+        (part, rows[(rows >= start) & (rows < start + len(part))] - start)
+        for part, start in zip(trained.values(), starts, strict=False)
+    ]
 
 
-def _placed(error: ChatError, source: Source) -> str:
-    """The encoder's words with the row's place before them; a template's own error has none."""
-    if error.row is None:
-        return str(error)
-    words = ChatError(error.text, reason=error.reason, message=error.message, field=error.field)
-    return f"{source.places[error.row]}: {words}"
+def _rows_of(side: list[Part]) -> TokenRows:
+    table = JoinedTable([part.tokens for part, _ in side])
+    index = [
+        table.start_of(number) + part.sequences_of(rows) for number, (part, rows) in enumerate(side)
+    ]
+    return TokenRows(table, np.concatenate(index))
 
 
-def _count(batch: ChatBatch, columns: Columns, equal: int) -> Counts:
-    """The counts of one side."""
-    lengths = [len(ids) for ids in columns["input_ids"]]
-    return Counts(
-        rows=len(batch.rows),
-        sequences=len(lengths),
-        tokens=sum(lengths),
-        trained_tokens=sum(len(row) - row.count(IGNORED) for row in columns["labels"]),
-        longest=max(lengths, default=0),
-        dropped=dict(batch.dropped) | ({"equal to a held-out row": equal} if equal else {}),
-        cut_rows=batch.cut_rows,
-        cut_turns=batch.cut_turns,
-        lossy_rows=batch.kept_lost,
-    )
+def _train_counts(trained: Mapping[str, Encoded], chosen: Selection, train: TokenRows) -> Counts:
+    """The account of the training side, which the rows that no side has are part of."""
+    other = _unread([*trained.values()]) | chosen.other
+    sources = chosen.sources if len(chosen.sources) > 1 else None
+    parts = [_with_dropped(*part) for part in _parted(trained, chosen.train)]
+    return counts_of(parts, train.lengths, *_tokens(train), other, sources)
 
 
-def _words(dropped: Mapping[str, int]) -> str:
-    """Counts by reason, as words."""
-    return ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "no reason given"
+def _eval_counts(
+    sides: Mapping[str, list[Part]], rows: Mapping[str, TokenRows], evaluated: Mapping[str, Encoded]
+) -> dict[str, Counts]:
+    """The account of each evaluation set; what training rows are dropped is none of theirs."""
+    own = {set_name(key): part for key, part in evaluated.items()}
+    found = {}
+    for name, side in sides.items():
+        parts, other = side, {}
+        if name in own:
+            parts = [_with_dropped(*part) for part in side]
+            other = _unread([own[name]])
+        found[name] = counts_of(parts, rows[name].lengths, *_tokens(rows[name]), other)
+    return found
 
 
-def _hash(*sides: Columns) -> str:
-    """A SHA-256 of token rows, the same on any machine: lengths and ids as little-endian int32."""
+def _with_dropped(part: Encoded, rows: Rows) -> Part:
+    """Rows of a source, and those that make no sequence."""
+    return part, np.union1d(rows, np.flatnonzero(part.rows.column("state") == DROPPED))
+
+
+def _unread(parts: list[Encoded]) -> dict[str, int]:
+    """Rows that never became examples, by reason."""
+    return {
+        "could not be read": sum(len(part.bad) for part in parts),
+        "left out by the filter": sum(part.filtered for part in parts),
+    }
+
+
+def _tokens(rows: TokenRows) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """How many tokens a model reads of each row, and how many of them train."""
+    table = rows.table
+    assert isinstance(table, JoinedTable) and rows.index is not None
+    return table.tokens[rows.index], table.column("trained")[rows.index]
+
+
+def _reports(part: Encoded) -> Iterator[dict[str, str]]:
+    """What is wrong with the rows of a source."""
+    for bad in part.bad:
+        yield _report(bad.where, "could not be read", bad.problem, bad.text)
+    state = part.rows.column("state")
+    wrong = np.flatnonzero(state != FINE)
+    columns = part.places(wrong), part.rows.values("problem", wrong), state[wrong]
+    for row, (where, problem, code) in zip(wrong, zip(*columns, strict=True), strict=True):
+        text = excerpt(part.examples([row])[0])
+        yield _report(where, "dropped" if code == DROPPED else "lossy", problem, text)
+
+
+def _report(where: str, state: str, problem: str, text: str) -> dict[str, str]:
+    return {"where": where, "state": state, "problem": problem, "text": text}
+
+
+def _hash(trained: Mapping[str, Encoded], sides: Mapping[str, list[Part]], train: TokenRows) -> str:
+    """One hash of the sequences' hashes, in order, with the count of each side before them."""
+    assert train.index is not None
+    found = [np.concatenate([part.hashes for part in trained.values()])[train.index]]
+    for side in sides.values():
+        found.append(np.concatenate([part.hashes[part.sequences_of(rows)] for part, rows in side]))
     digest = hashlib.sha256()
-    for columns in sides:
-        digest.update(struct.pack("<q", len(columns["labels"])))
-        for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True):
-            digest.update(struct.pack(f"<i{2 * len(ids)}i", len(ids), *ids, *labels))
+    for hashes in found:
+        digest.update(len(hashes).to_bytes(8, "little") + hashes.tobytes())
     return digest.hexdigest()

@@ -22,6 +22,15 @@ class Row:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A place in a source that is no row: where, why, and the start of what stands there."""
+
+    where: str
+    problem: str
+    text: str
+
+
 class RowError(Exception):
     """A row that cannot be used; the text says why, without saying which row."""
 
@@ -30,7 +39,9 @@ def excerpt(value: Any) -> str:
     """The start of a value as one short line."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(text.split())
-    return text if len(text) <= EXCERPT else text[: EXCERPT - 3] + "..."
+    text = text if len(text) <= EXCERPT else text[: EXCERPT - 3] + "..."
+    # Half of a surrogate pair cannot be printed.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def kind(value: Any) -> str:

@@ -19,8 +19,9 @@ def generate(
 ) -> list[list[int]]:
     """Answer each prompt greedily and return the new ids, without the stop token.
 
-    Prompts are padded on the left to the longest of their batch and sorted by length, so that
-    little is computed on padding. `on_batch` is told how many prompts each batch answered.
+    Prompts are padded to the longest of their batch, on the side away from the reply, and sorted
+    by length, so that little is computed on padding. `on_batch` is told how many prompts each batch
+    answered.
     """
     import torch
 
@@ -71,9 +72,12 @@ def _answer(
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
+    # An encoder counts positions from the left; a decoder goes on at the right.
+    is_encoded = model.config.is_encoder_decoder
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = 1
+        start = 0 if is_encoded else width - len(prompt)
+        ids[row, start : start + len(prompt)] = torch.tensor(list(prompt))
+        mask[row, start : start + len(prompt)] = 1
     # A config of our own: the model's would bring sampling settings that greedy decoding warns of.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -86,8 +90,12 @@ def _answer(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=greedy,
+        # Split weights are whole by now (luthier.train.gathered), so ranks need not keep in step.
+        synced_gpus=False,
     )
-    return [until_stop(row, stop_ids) for row in out[:, width:].tolist()]
+    # A decoder of its own begins with its start token, which may also be the stop token (BART).
+    replies = out[:, 1 if is_encoded else width :]
+    return [until_stop(row, stop_ids) for row in replies.tolist()]
 
 
 def until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

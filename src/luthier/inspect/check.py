@@ -1,28 +1,33 @@
 """`luthier check`: the whole dataset against the rules, before anything is trained on it."""
 
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from luthier.errors import UserError
 from luthier.inspect.arguments import Flag, Grammar
 
 if TYPE_CHECKING:
-    from luthier.inspect.survey import Side, Survey
+    from luthier.inspect.survey import Survey
 
 GRAMMAR = Grammar(
     "check",
     "luthier check recipe=NAME [key=value ...] [flags]\n\n"
-    "Runs the whole dataset through the chat encoder and says what it makes: rows, sequences,\n"
-    "tokens, how long they are, which rows are dropped, cut, split or not shown whole, and if\n"
-    "every rule holds. A row that would stop the training does not stop the check. It loads no\n"
-    "model weights and writes nothing.\n\n"
+    "Runs the whole dataset through the encoder and says what it makes: sources, tokens, how\n"
+    "long sequences are, the mixture, equal and held-out rows, which rows are dropped, cut, split\n"
+    "or not shown whole, how full the batches are, and if every rule holds. A row that would stop\n"
+    "the training does not stop the check. It loads no model weights and writes nothing but the\n"
+    "file of --png.\n\n"
     "Exit code: 0 if every rule holds, 1 if one breaks, 2 for a mistake in what was typed.",
     (
-        Flag("--limit", "N", "only the first N rows of each side"),
+        Flag("--limit", "N", "only the first N rows of each source"),
         Flag("--json", None, "one JSON object, for machines"),
+        Flag("--png", "FILE", "draw the lengths and the mixture as a picture"),
     ),
     "  luthier check recipe=quickstart\n"
     "  luthier check recipe=quickstart chat.max_length=80 --limit 200\n"
+    "  luthier check recipe=quickstart --png lengths.png\n"
     "  luthier check recipe=quickstart --json | jq .rules\n",
 )
 
@@ -35,14 +40,19 @@ def run(words: list[str]) -> int:
     from luthier.inspect.material import gather
     from luthier.inspect.survey import Survey
 
-    survey = Survey(gather(given.overrides), given.numbers.get("--limit"))
+    material = gather(given.overrides, "check", bad_rows=True)
+    survey = Survey(material, given.numbers.get("--limit"))
     _run(survey)
     if "--json" in given.switches:
+        from luthier.inspect.plain import plain
+
         print(json.dumps(plain(survey), ensure_ascii=False))
     else:
         from luthier.inspect.report import show
 
         show(survey)
+    if file := given.texts.get("--png"):
+        _draw(file, survey)
     return 0 if survey.holds else 1
 
 
@@ -57,43 +67,20 @@ def _run(survey: "Survey") -> None:
         survey.run(lambda rows: bar.advance(task, rows))
 
 
-def plain(survey: "Survey") -> dict[str, Any]:
-    """The survey as plain values."""
-    return {
-        "name": survey.material.name,
-        "holds": survey.holds,
-        "limit": survey.limit,
-        "sides": {name.replace(" ", "_"): _plain_side(side) for name, side in survey.sides.items()},
-        "rules": [asdict(rule) for rule in survey.rules],
-        "prompts": {
-            "compared_rows": survey.compared_rows,
-            "one_row_in": survey.every,
-            "turns": survey.prompts.checked,
-            "differ": survey.prompts.broken,
-        },
-        "boundaries": asdict(survey.boundaries),
-    }
+def _draw(file: str, survey: "Survey") -> None:
+    """Draw the training side, and say where the picture is."""
+    from luthier.record.data_plot import DataNumbers, plot_data
 
-
-def _plain_side(side: "Side") -> dict[str, Any]:
-    from luthier.inspect.lengths import histogram, quantiles
-
-    tokens = sum(side.lengths)
-    counts = {
-        name: value
-        for name, value in asdict(side).items()
-        if name not in ("lengths", "findings", "trained_tokens")
-    }
-    return {
-        **counts,
-        "sequences": len(side.lengths),
-        "tokens": tokens,
-        "trained_tokens": side.trained_tokens,
-        "trained_share": round(side.trained_tokens / tokens, 4) if tokens else None,
-        "lengths": quantiles(side.lengths),
-        "histogram": [
-            {"from": start, "below": end, "sequences": count}
-            for start, end, count in histogram(side.lengths)
-        ],
-        "findings": [asdict(finding) for finding in side.findings.values()],
-    }
+    side, mixture = survey.train, survey.whole.mixture
+    numbers = DataNumbers(
+        lengths=side.lengths,
+        trained_tokens=side.trained_tokens,
+        max_length=survey.material.config.chat.max_length,
+        sources={name: share.epoch for name, share in mixture.items()},
+    )
+    try:
+        drawn = plot_data(numbers, survey.material.name, Path(file).expanduser())
+    except OSError as error:
+        raise UserError(f"--png {file}: cannot be written: {error.strerror}.") from error
+    words = f"written {file}" if drawn else f"{file} is not written: nothing trains"
+    print(words, file=sys.stderr)

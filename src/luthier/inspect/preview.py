@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.prepare import Source
+from luthier.config.words import choice
 from luthier.errors import UserError
 from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
+    from luthier.inspect.division import Chosen
+    from luthier.inspect.material import Material
     from luthier.inspect.tokens import Shown
     from luthier.inspect.view import View
 
@@ -23,7 +25,9 @@ GRAMMAR = Grammar(
     (
         Flag("--row", "N", "begin with the Nth row (1 is the first); alone it shows one row"),
         Flag("--n", "N", "show N rows (3 without --row)"),
+        Flag("--source", "NAME", "rows of one of dataset.sources"),
         Flag("--eval", None, "rows that are held out, in place of those that train"),
+        Flag("--set", "NAME", "rows of one of dataset.eval.sets"),
         Flag("--ids", None, "the id behind each token"),
         Flag("--json", None, "one JSON object, for machines"),
         Flag("--html", "FILE", "write a page that shows the same, with where each token is from"),
@@ -34,6 +38,7 @@ GRAMMAR = Grammar(
     "      dataset.path=my.jsonl --html preview.html\n",
 )
 _ROWS = 3
+_SIDES = ("train", "held_out")
 
 
 def run(words: list[str]) -> int:
@@ -43,12 +48,12 @@ def run(words: list[str]) -> int:
     given = GRAMMAR.parse(words)
     from luthier.inspect.material import gather
 
-    material = gather(given.overrides)
-    source = material.heldout if "--eval" in given.switches else material.train
-    positions = _positions(given, source)
+    material = gather(given.overrides, "preview")
+    chosen, side = _chosen(given, material)
+    numbers = _numbers(given, sum(len(positions) for _, positions in chosen), side)
     from luthier.inspect.view import view
 
-    found = view(material, positions, "--eval" in given.switches)
+    found = view(material, chosen, numbers, side)
     if file := given.texts.get("--html"):
         _write(file, found, material.name, "--ids" in given.switches)
     if "--json" in given.switches:
@@ -58,23 +63,57 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _positions(given: Given, source: Source) -> range:
-    """Which rows were asked for."""
-    side = "held-out" if "--eval" in given.switches else "training"
-    count = len(source.places)
+def _chosen(given: Given, material: "Material") -> "tuple[Chosen, str]":
+    """The rows of the side that was asked for, and what they are called."""
+    from luthier.inspect.division import rows_of
+
+    which, side = _side(given, material)
+    source = given.texts.get("--source")
+    if source is None:
+        return rows_of(material, which), side
+    if which in material.evaluated:
+        raise UserError(f"--source {source}: these rows are those of {which}. Leave it out.")
+    if source not in material.trained:
+        options = choice(source, material.trained)
+        raise UserError(f"--source {source}: there is no such source. {options}")
+    opened = material.trained[source]
+    return [part for part in rows_of(material, which) if part[0] is opened], side
+
+
+def _side(given: Given, material: "Material") -> tuple[str, str]:
+    """The side that was asked for, and what its rows are called."""
+    if name := given.texts.get("--set"):
+        sets = material.config.dataset.eval.sets
+        if name not in sets:
+            raise UserError(f"--set {name}: there is no such evaluation set. {choice(name, sets)}")
+        return f"dataset.eval.sets.{name}", name
+    if "--eval" not in given.switches:
+        return "train", "training"
+    own = [key for key in material.evaluated if ".sets." not in key]
+    return own[0] if own else "held out", "held-out"
+
+
+def _numbers(given: Given, count: int, side: str) -> range:
+    """Which of so many rows were asked for, counted from 0."""
     if not count:
-        raise UserError(
-            "preview: no rows are held out. Leave --eval out, or hold rows out: "
-            "dataset.eval.share=0.1, dataset.eval.count=100 or dataset.eval.path=FILE."
-            if side == "held-out"
-            else "preview: all rows are held out, so there is none to train on."
-        )
+        raise UserError(_none(side))
     first = given.numbers.get("--row", 1)
     if first > count:
-        rows = "row" if count == 1 else "rows"
-        raise UserError(f"--row {first}: there are {count:,} {side} {rows}. Write 1 to {count}.")
+        there = "is 1 row" if count == 1 else f"are {count:,} rows"
+        raise UserError(f"--row {first}: there {there} on the {side} side. Write 1 to {count}.")
     number = given.numbers.get("--n", 1 if "--row" in given.numbers else _ROWS)
     return range(first - 1, min(first - 1 + number, count))
+
+
+def _none(side: str) -> str:
+    """The words for a side without rows."""
+    if side != "held-out":
+        return f"preview: there are no {side} rows."
+    return (
+        "preview: no rows are held out. Leave --eval out, or hold rows out: "
+        "dataset.eval.share=0.1, dataset.eval.count=100 or dataset.eval.path=FILE; rows of "
+        "dataset.eval.sets are shown with --set NAME."
+    )
 
 
 def _print(found: "View", ids: bool) -> None:
@@ -105,7 +144,7 @@ def _plain(found: "View", name: str, given: Given) -> dict[str, Any]:
     """The rows as plain values."""
     return {
         "name": name,
-        "side": "held_out" if "--eval" in given.switches else "train",
+        "side": given.texts.get("--set") or _SIDES["--eval" in given.switches],
         "boundaries": found.boundaries,
         "pad": {"id": found.pad_id, "text": found.pad},
         "rows": [_plain_row(row) for row in found.rows],

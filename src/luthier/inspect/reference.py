@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from luthier.chat import ChatEncoder
 from luthier.chat.filled import with_content
-from luthier.data import Conversation
+from luthier.data import Example
 
 
 class Reference:
@@ -22,16 +22,11 @@ class Reference:
         self._variables = encoder.variables
         self._encoder = encoder
         # transformers writes the day it is; a pinned day is compared by way of it.
-        today = {"date": date.today().isoformat()}
-        self._today = (
-            ChatEncoder.from_settings(tokenizer, encoder.settings() | today)
-            if encoder.date != today["date"]
-            else None
-        )
+        self._today = _of_today(tokenizer, encoder)
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, added)) or "(?!)")
 
-    def agrees(self, row: Conversation, message: int, ids: list[int]) -> list[int] | None:
+    def agrees(self, row: Example, message: int, ids: list[int]) -> list[int] | None:
         """The prompt before a message as transformers writes it where it is not `ids`.
 
         None where it agrees, and where transformers has no prompt to compare with: none before the
@@ -76,6 +71,16 @@ class Reference:
     def _holds_controls(self, values: Iterable[Any]) -> bool:
         """Whether text somewhere in the values holds an added token."""
         return any(self._controls.search(text) for value in values for text in _texts(value))
+
+
+def _of_today(tokenizer: Any, encoder: ChatEncoder) -> ChatEncoder | None:
+    """The encoder of this day, where that is not the encoder's and a template asks for it."""
+    settings, today = encoder.settings(), date.today().isoformat()
+    template = settings["template"]
+    texts = [template] if isinstance(template, str) else template.values()
+    if encoder.date == today or not any("strftime_now" in text for text in texts):
+        return None
+    return ChatEncoder.from_settings(tokenizer, settings | {"date": today})
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

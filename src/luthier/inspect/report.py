@@ -1,105 +1,80 @@
 """What the check found, as tables for people."""
 
-from rich import box
+from collections.abc import Iterable
+
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from luthier.inspect.lengths import histogram, quantiles
+from luthier.inspect import report_data, report_tables
+from luthier.inspect.account import Account, Finding
+from luthier.inspect.report_data import rows
 from luthier.inspect.rules import Example, Rule
-from luthier.inspect.survey import Boundaries, Finding, Side, Survey
+from luthier.inspect.survey import Survey
 
-_BAR = 36
+_WIDTH = 4
+"""Sides that stand beside each other in one table."""
 _FATES = {
     "stops": "stops the training",
     "dropped": "dropped",
     "lossy": "trains, but is not shown whole",
     "cut": "cut",
+    "windows": "cut into windows",
     "split": "several sequences",
 }
+_HARMLESS = ("windows", "split")
+"""Fates of which one example is enough."""
 
 
 def show(survey: Survey, console: Console | None = None) -> None:
-    """Print the counts, the lengths, what was found, and the rules."""
+    """Print what the sources are, what they make, what was found, and the rules."""
     console = console or Console(highlight=False)
     title = f"{survey.material.name}: the whole dataset"
     if survey.limit is not None:
-        title = f"{survey.material.name}: the first {survey.limit:,} rows of each side"
+        title = f"{survey.material.name}: the first {survey.limit:,} rows of each source"
     console.print(Text(title, style="bold"))
-    console.print(_counts(survey.sides))
-    _show_lengths(console, survey.sides["train"])
-    for name, side in survey.sides.items():
-        for finding in sorted(side.findings.values(), key=lambda f: list(_FATES).index(f.fate)):
-            _show_finding(console, name, finding)
-    _show_boundaries(console, survey.boundaries)
+    _show_lines(console, "sources", report_data.sources(survey))
+    sides = survey.whole.sides
+    for start in range(0, len(sides), _WIDTH):
+        console.print()
+        console.print(report_tables.counts(sides[start : start + _WIDTH], survey.looks_at_chats))
+    mix, shares = survey.material.config.dataset.mix, survey.whole.mixture
+    if report_tables.is_mixed(shares):
+        console.print(Text(f"\nmixture of an epoch (dataset.mix={mix})", style="bold"))
+        console.print(report_tables.mixture(shares))
+    _show_lines(console, "equal rows", report_data.duplicates(survey))
+    _show_lines(console, "evaluation", report_data.held_out(survey))
+    report_tables.show_lengths(console, survey.train)
+    if survey.batches is not None:
+        lines = report_data.batches(survey.batches)
+        _show_lines(console, "batches of an epoch, on one device", lines)
+    for account in survey.accounts:
+        for finding in sorted(account.findings.values(), key=lambda f: list(_FATES).index(f.fate)):
+            _show_finding(console, account, finding)
+    _show_boundaries(console, survey)
     console.print(Text("\nrules", style="bold"))
     for rule in survey.rules:
         _show_rule(console, rule, _remark(survey, rule))
     _show_end(console, survey)
 
 
-def _counts(sides: dict[str, Side]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("")
-    columns = [_column(side) for side in sides.values()]
-    for name in sides:
-        table.add_column(name, justify="right")
-    for label in columns[0]:
-        cells = [column[label] for column in columns]
-        # Rows of noughts say nothing, but for what one looks for first.
-        if label in ("rows", "sequences", "tokens", "dropped") or any(c != "0" for c in cells):
-            table.add_row(label, *cells)
-    return table
+def _show_lines(console: Console, head: str, lines: Iterable[str]) -> None:
+    """Print a section, if there is anything in it."""
+    for number, line in enumerate(lines):
+        if not number:
+            console.print(Text(f"\n{head}", style="bold"))
+        dim = "dim" if line.startswith("  ") else ""
+        console.print(Text(f"  {line}", style=dim), soft_wrap=True)
 
 
-def _column(side: Side) -> dict[str, str]:
-    tokens = sum(side.lengths)
-    share = f" ({side.trained_tokens / tokens:.0%})" if tokens else ""
-    found = quantiles(side.lengths)
-    lengths = {f"{name} length": f"{value:,}" for name, value in found.items()}
-    if not found:
-        lengths = {f"{name} length": "" for name in ("min", "median", "p90", "p99", "max")}
-    numbers = {
-        "dropped": side.dropped,
-        "stop the training": side.stops,
-        "not shown whole": side.lossy,
-        "cut": side.cut_rows,
-        "turns cut off": side.cut_turns,
-        "several sequences": side.split,
-        "equal to a held-out row": side.equal,
-    }
-    return {
-        "rows": f"{side.rows:,}",
-        "sequences": f"{len(side.lengths):,}",
-        "tokens": f"{tokens:,}",
-        "trained": f"{side.trained_tokens:,}{share}",
-        **lengths,
-        **{name: f"{value:,}" for name, value in numbers.items()},
-    }
-
-
-def _show_lengths(console: Console, side: Side) -> None:
-    rows = histogram(side.lengths)
-    if not rows:
-        return
-    console.print(Text("\nlengths of the train sequences, in tokens", style="bold"))
-    most = max(count for *_, count in rows)
-    names = [f"{start:,}–{end - 1:,}" if end else f"{start:,} or more" for start, end, _ in rows]
-    width = max(map(len, names))
-    for name, (*_, count) in zip(names, rows, strict=True):
-        bar = "█" * max(round(_BAR * count / most), count > 0)
-        line = Text(f"  {name:>{width}}  ").append(f"{bar:<{_BAR}}", style="#4caf57")
-        console.print(line.append(f"  {count:,}"), soft_wrap=True)
-
-
-def _show_finding(console: Console, side: str, finding: Finding) -> None:
-    rows = "row" if finding.rows == 1 else "rows"
-    head = f"\n{_FATES[finding.fate]}: {finding.rows:,} {side} {rows}, {finding.reason}"
+def _show_finding(console: Console, account: Account, finding: Finding) -> None:
+    of = f"{rows(finding.rows)} of {account.opened.key}"
+    head = f"\n{_FATES[finding.fate]}: {of}, {finding.reason}"
     console.print(Text(head, style="bold"), soft_wrap=True)
-    for example in finding.examples:
+    shown = finding.examples[: 1 if finding.fate in _HARMLESS else None]
+    for example in shown:
         _show_example(console, example)
-    if finding.rows > len(finding.examples):
-        console.print(f"  ... and {finding.rows - len(finding.examples):,} more")
+    if finding.rows > len(shown):
+        console.print(f"  ... and {finding.rows - len(shown):,} more")
 
 
 def _show_example(console: Console, example: Example) -> None:
@@ -109,15 +84,19 @@ def _show_example(console: Console, example: Example) -> None:
         console.print(Text(f"    {name:<{width}}  {shown}", style="dim"), soft_wrap=True)
 
 
-def _show_boundaries(console: Console, found: Boundaries) -> None:
+def _show_boundaries(console: Console, survey: Survey) -> None:
+    found, sample = survey.comparison.boundaries, _of_all(survey)
+    if not found.rows:
+        return
     other = "segments" if found.chosen == "served" else "served"
     console.print(Text("\nboundaries", style="bold"))
     if not found.differ:
-        console.print(f"  served and segments give the same tokens in all {found.rows:,} rows")
+        words = f"  served and segments give the same tokens in all {found.rows:,} rows"
+        console.print(f"{words}{sample}", soft_wrap=True)
         return
     console.print(
         f"  chosen: {found.chosen}; {other} gives other tokens in {found.differ:,} of "
-        f"{found.rows:,} rows. The first:",
+        f"{found.rows:,} rows{sample}. The first:",
         soft_wrap=True,
     )
     if found.first is not None:
@@ -137,21 +116,28 @@ def _show_rule(console: Console, rule: Rule, remark: str) -> None:
 
 def _remark(survey: Survey, rule: Rule) -> str:
     """How much of the dataset a rule was held against, where it was not all of it."""
-    if rule is not survey.prompts or survey.every == 1:
-        return ""
-    return f", a sample: one row in {survey.every:,} ({survey.compared_rows:,} rows)"
+    return _of_all(survey) if rule is survey.comparison.prompts else ""
+
+
+def _of_all(survey: Survey) -> str:
+    """The words for a sample; none where all rows were compared."""
+    compared, of = survey.comparison.boundaries.rows, survey.comparison.of
+    return "" if compared == of else f", a sample: {compared:,} of {of:,} rows"
 
 
 def _show_end(console: Console, survey: Survey) -> None:
-    if survey.boundaries.chosen == "segments":
-        prompts = survey.prompts
+    prompts = survey.comparison.prompts
+    if survey.looks_at_chats and survey.comparison.boundaries.chosen == "segments":
         console.print(
             f"\nWith boundaries=segments the model must be served from token ids: "
             f"{prompts.broken:,} of {prompts.checked:,} prompts differ from those of "
             "apply_chat_template.",
             soft_wrap=True,
         )
-    if not survey.sides["train"].lengths:
+    if survey.error is not None:
+        words = f"\nTraining stops: {survey.error}"
+        console.print(Text(words, style="bold red"), soft_wrap=True)
+    if not len(survey.train.lengths):
         console.print("\nThere is nothing to train on.", style="bold red")
         return
     broken = sum(rule.broken > 0 for rule in survey.rules)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import ne
 from typing import Any
 
 from luthier.chat import IGNORED, ChatEncoder, ChatSequence
@@ -64,19 +65,25 @@ class SequenceRules:
 
 def trained_runs(labels: list[int]) -> Iterable[tuple[int, int]]:
     """Where each stretch of trained tokens starts and ends."""
-    start = None
-    for place, label in enumerate([*labels, IGNORED]):
-        if label != IGNORED and start is None:
-            start = place
-        elif label == IGNORED and start is not None:
-            yield start, place
-            start = None
+    trains = bytes(map(IGNORED.__ne__, labels))
+    start = trains.find(1)
+    while start >= 0:
+        stop = trains.find(0, start)
+        stop = len(labels) if stop < 0 else stop
+        yield start, stop
+        start = trains.find(1, stop)
 
 
 def _wrong_labels(ids: list[int], labels: list[int]) -> str | None:
     if len(ids) != len(labels):
         return f"{len(ids)} ids and {len(labels)} labels"
+    ignored = labels.count(IGNORED)
+    if ignored == len(labels):
+        return "nothing in it trains"
+    # No id is negative, so the ignored ones are among those that differ.
+    if sum(map(ne, ids, labels)) == ignored:
+        return None
     for place, (id_, label) in enumerate(zip(ids, labels, strict=True)):
         if label not in (IGNORED, id_):
             return f"token {place} is {id_} and its label {label}"
-    return None if any(label != IGNORED for label in labels) else "nothing in it trains"
+    return None

@@ -1,10 +1,11 @@
 """Rows of a dataset as tokens to be shown, side by side as in a batch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from luthier.inspect.division import Chosen, pick
 from luthier.inspect.material import Material
-from luthier.inspect.rows import Reader, Row
+from luthier.inspect.rows import Row, cut_words
 from luthier.inspect.tokens import Shown, padded, token_texts, tokens_of
 
 _FATES = {
@@ -25,46 +26,43 @@ class View:
     about: str
 
 
-def view(material: Material, positions: range, heldout: bool = False) -> View:
-    """The rows at these positions of one side, each sequence as tokens."""
+def view(material: Material, chosen: Chosen, numbers: range, side: str) -> View:
+    """The rows of these numbers, counted from 0 over the chosen ones, each sequence as tokens.
+
+    `side`: what the rows are called, such as `training`.
+    """
     settings = material.config.chat
-    reader = Reader(material.tokenizer, settings, material.end_tokens)
-    source = material.heldout if heldout else material.train
     text_of = token_texts(material.tokenizer)
     controls = set(material.tokenizer.added_tokens_decoder)
     rows = [
-        Shown(row.number, place(row.place), part, max(len(row.sequences), 1), tokens, _notes(row))
-        for row in reader.rows(source, positions)
+        Shown(number + 1, row.place, part, max(len(row.sequences), 1), tokens, _notes(row))
+        for number, row in zip(numbers, _rows(material, chosen, numbers), strict=True)
         for part, tokens in enumerate(
             [tokens_of(sequence, controls, text_of) for sequence in row.sequences] or [[]], start=1
         )
     ]
     pad: int = material.tokenizer.pad_token_id
-    side = "held-out" if heldout else "training"
+    total = sum(len(positions) for _, positions in chosen)
     about = (
-        f"{_span(positions)} of {len(source.places):,} {side} rows, tokenizer of "
+        f"{_span(numbers)} of {total:,} {side} rows, tokenizer of "
         f"{material.config.model.tokenizer or material.config.model.path}, "
         f"boundaries: {settings.boundaries}"
     )
     return View(padded(rows), text_of(pad), pad, settings.boundaries, about)
 
 
-def place(text: str) -> str:
-    """A row's place as one would type it from here."""
-    return text.removeprefix(f"{Path.cwd()}/")
+def _rows(material: Material, chosen: Chosen, numbers: range) -> Iterator[Row]:
+    """The rows of these numbers, from one source after the other."""
+    start = 0
+    for opened, positions in chosen:
+        inside = range(max(numbers.start - start, 0), min(numbers.stop - start, len(positions)))
+        if inside:
+            yield from material.readers.of(opened).rows(list(pick(opened, positions[inside])))
+        start += len(positions)
 
 
-def cut_words(replies: int) -> str:
-    """What went from a row's front, in words."""
-    if not replies:
-        return "turns went from its front, every reply still trains"
-    return (
-        f"turns went from its front, {replies} {'reply' if replies == 1 else 'replies'} with them"
-    )
-
-
-def _span(positions: range) -> str:
-    first, last = positions[0] + 1, positions[-1] + 1
+def _span(numbers: range) -> str:
+    first, last = numbers[0] + 1, numbers[-1] + 1
     return f"row {first}" if first == last else f"rows {first} to {last}"
 
 

@@ -1,109 +1,120 @@
-"""LoRA adapters in float32 on any base, drawn from a seed."""
+"""Adapters in float32 on any base, drawn from a seed: LoRA and peft's other methods by name."""
 
-import difflib
-import re
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.adapters import ADAPTERS, method_of, problems, splits
 from luthier.errors import UserError
+from luthier.model import adapter_start, token_rows
+from luthier.model.adapter_heads import trained_whole
+from luthier.model.adapter_precision import train_in_float32
+from luthier.model.adapter_targets import ALL_LINEAR, check_names, last_names
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ALL_LINEAR = "all-linear"
+OWN = ("method", "plus_ratio", "loftq_config")
+"""Settings that are none of peft's, or that luthier reads itself."""
 
-DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR}
-"""What a LoRA config gets where it does not say otherwise."""
+_PLANNED = 2**31
+"""AdaLoRA's steps until the training says how many they are (`adapter_training`)."""
 
 
-def add_adapter(model: "PreTrainedModel", lora: dict[str, Any], seed: int) -> "PeftModel":
+def add_adapter(
+    model: "PreTrainedModel",
+    lora: dict[str, Any],
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    unquantized: Callable[[], Any] | None = None,
+) -> "PeftModel":
     """Freeze `model` and wrap it with a fresh adapter: the same seed, the same weights.
 
-    `lora` holds fields of `peft.LoraConfig`. Trained weights are float32; frozen ones keep their
-    number formats. Gradients also reach the embeddings' output: gradient checkpointing needs it.
-    Raises UserError for settings that peft refuses, and for a name that matches no layer.
+    `lora` holds `method` (LoRA if there is none) and fields of that method's config in peft;
+    `task_type` is what the model does, as peft calls it: the head of a classifier (`SEQ_CLS`,
+    `TOKEN_CLS`) trains whole and is saved with the adapter. `tokenizer` is for tokens that are
+    named by their text, and `unquantized` gives the model's weights as they were, for LoftQ.
+    Trained weights are float32; frozen ones keep their number formats. Gradients also reach the
+    embeddings' output: gradient checkpointing needs it. Raises UserError for settings that peft
+    refuses or cannot do on these weights, and for a name that matches no layer.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    settings = DEFAULTS | {name: value for name, value in lora.items() if value is not None}
-    _check_targets(model, settings["target_modules"])
     base: Any = model
+    _check(base, lora)
+    settings = _settings(base, lora, task_type, tokenizer)
     base.requires_grad_(False)
-    try:
-        # peft draws on the CPU, so the CPU's generator is the only one to put back.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            wrapped = get_peft_model(model, LoraConfig(**settings))
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"lora: {error}") from error
-    for parameter in _trained(wrapped):
-        parameter.data = parameter.data.float()
-    _let_copies_fit(wrapped)
+    wrapped = _wrap(base, method_of(lora), settings, seed)
+    train_in_float32(wrapped)
+    token_rows.let_heads_read(base)
+    if lora.get("init_lora_weights") == "loftq":
+        if unquantized is None:
+            raise UserError("lora.init_lora_weights=loftq needs the weights before quantization.")
+        adapter_start.make_up(wrapped, unquantized(), seed)
+    if splits(lora):
+        adapter_start.remember(wrapped)
+    # Its other rows never change; and peft would ask the hub for the base's config at each save.
+    wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
     base.enable_input_require_grads()
     return wrapped
 
 
-def _trained(model: Any) -> list[Any]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def packed_bits(model: Any) -> int | None:
+    """4 or 8 for a model whose layers bitsandbytes packs, None for others."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            return 4
+        if isinstance(layer, Linear8bitLt):
+            return 8
+    return None
 
 
-def _let_copies_fit(model: Any) -> None:
-    """Let trained float32 copies of whole layers (`modules_to_save`) stand in a base of 16 bits.
-
-    Under autocast they would fit by themselves, but replies are generated without it.
-    """
-    from peft.utils import ModulesToSaveWrapper
-
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            outside = next(wrapper.original_module.parameters()).dtype
-            for layer in wrapper.modules_to_save.values():
-                layer.register_forward_pre_hook(_to_float32)
-                layer.register_forward_hook(partial(_to_dtype, outside))
+def _check(model: Any, lora: dict[str, Any]) -> None:
+    for mistake in problems(lora, packed_bits(model)):
+        raise UserError(f"{mistake.key}: {mistake.text}")
 
 
-def _to_float32(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.float() if value.is_floating_point() else value for value in inputs)
+def _settings(
+    model: Any, lora: dict[str, Any], task_type: str, tokenizer: Any | None
+) -> dict[str, Any]:
+    """The fields of peft's config; what is null takes its own default."""
+    facts = ADAPTERS[method_of(lora)]
+    settings: dict[str, Any] = {"target_modules": ALL_LINEAR} if facts.all_linear else {}
+    settings |= {"task_type": task_type}
+    settings |= {name: value for name, value in lora.items() if value is not None}
+    for name in OWN:
+        settings.pop(name, None)
+    if settings.get("init_lora_weights") == "loftq":
+        # A saved adapter that says so would be drawn again where it is loaded.
+        settings["init_lora_weights"] = True
+    if settings.get("layers_to_transform") is not None and settings["target_modules"] == ALL_LINEAR:
+        settings["target_modules"] = last_names(model)  # peft takes numbers with a list alone
+    check_names(model, settings, task_type)
+    settings |= trained_whole(model, settings, facts.config)
+    return token_rows.settle(model, method_of(lora), settings, tokenizer)
 
 
-def _to_dtype(dtype: Any, _layer: Any, _inputs: Any, output: Any) -> Any:
-    return output.to(dtype)
-
-
-def _check_targets(model: Any, targets: str | list[str]) -> None:
-    """Raise UserError for a target that matches no layer: peft leaves one of several out."""
-    if targets == ALL_LINEAR:
-        return
-    names = [name for name, _ in model.named_modules()]
-    for target in [targets] if isinstance(targets, str) else targets:
-        if not any(_matches(name, target, isinstance(targets, str)) for name in names):
-            raise UserError(_no_such_layer(model, targets, target))
-
-
-def _matches(name: str, target: str, is_pattern: bool) -> bool:
-    """Match as peft does: one string is a regular expression, a list holds names' endings."""
-    if is_pattern:
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")
-
-
-def _no_such_layer(model: Any, targets: str | list[str], target: str) -> str:
-    names = sorted({name.rpartition(".")[2] for name in _linear_names(model)})
-    near = difflib.get_close_matches(target, names, n=1)
-    if isinstance(targets, str):
-        text = f"lora.target_modules={target}: as a pattern for whole names this matches no layer."
-        hint = f"\nFor layers by their last name write a list: [{near[0]}]." if near else ""
-    else:
-        text = f"lora.target_modules: no layer is named {target}."
-        hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{text}{hint}\nThe model's linear layers: {', '.join(names)}; or take {ALL_LINEAR}."
-
-
-def _linear_names(model: Any) -> list[str]:
+def _wrap(model: Any, method: str, settings: dict[str, Any], seed: int) -> Any:
+    """Let peft put the adapter in; it draws from `seed`, and nobody else's numbers move."""
     import torch
-    from transformers.pytorch_utils import Conv1D
+    from peft import get_peft_model
 
-    kinds = (torch.nn.Linear, Conv1D)
-    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return get_peft_model(model, _peft_config(method, settings))
+    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"lora: {error}") from error
+
+
+def _peft_config(method: str, settings: dict[str, Any]) -> "PeftConfig":
+    import peft
+    from peft.tuners.adalora import AdaLoraConfig
+
+    if method == "adalora":
+        return AdaLoraConfig(**{"total_step": _PLANNED} | settings)
+    make: Any = getattr(peft, ADAPTERS[method].config)
+    return make(**settings)

@@ -18,29 +18,45 @@ CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 
 
 def load_model(
-    config: ModelConfig, quantization: dict[str, Any], machine: Machine, full: bool = False
+    config: ModelConfig,
+    quantization: dict[str, Any],
+    machine: Machine,
+    full: bool = False,
+    kind: str = "AutoModelForCausalLM",
+    **own: Any,
 ) -> "PreTrainedModel":
     """Return the model on `machine`, in evaluation mode, ready to get an adapter or to train.
 
     `quantization` holds fields of `transformers.BitsAndBytesConfig`; empty for none. With `full`
     (every weight trains) the weights are float32 whatever the machine computes in: in bfloat16
-    small updates round to nothing. Raises UserError where the model cannot be had.
+    small updates round to nothing. Its `new_layers` are those that the checkpoint has no weights
+    for. `kind` is the class of transformers that picks the model's, and
+    `own` holds further arguments of its `from_pretrained`. Raises UserError where the model cannot
+    be had.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     file = source.gguf_file(config.path)
     place = config.path if file is None else gguf.convert(file)
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            place, **_settings(config, quantization, machine, full)
+        settings = _settings(config, quantization, machine, full) | own
+        model, loaded = getattr(transformers, kind).from_pretrained(
+            place, **settings, output_loading_info=True
         )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise _explain(error, config, machine) from error
     model.config.use_cache = False
+    model.new_layers = _new_layers(loaded)
     keep_trainable(model)
     return model
+
+
+def _new_layers(loaded: dict[str, Any]) -> list[str]:
+    """The layers that the checkpoint has no weights for, such as the head of a new task."""
+    new = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    return sorted({name.rpartition(".")[0] for name in new})
 
 
 def keep_trainable(model: Any) -> None:

@@ -5,6 +5,7 @@ overrides.yaml  what was typed
 run.json        status, versions, git, hardware, launch, seeds, data, results
 metrics.jsonl   every logged metric, a step a line
 replies.jsonl   held-out rows answered before and after training
+evaluations.jsonl  held-out rows answered at each evaluation, where that is asked for
 loss.png        the loss over the steps
 model/          the adapter or model, tokenizer, chat template and chat settings
 checkpoints/    the trainer's checkpoints
@@ -64,7 +65,7 @@ def prepare(folder: Path, resolved: dict[str, Any], overrides: list[str]) -> Non
 def clear(folder: Path) -> None:
     """Remove what an earlier run left in `folder`; only files that luthier itself writes."""
     for name in ("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl",
-                 "before.json", "loss.png"):  # fmt: skip
+                 "evaluations.jsonl", "before.json", "loss.png"):  # fmt: skip
         (folder / name).unlink(missing_ok=True)
     for name in ("model", "checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)

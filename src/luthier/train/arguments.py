@@ -1,5 +1,6 @@
 """From a RunConfig to the trainer's own arguments: what the user set, and what luthier must set."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,31 @@ def sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool)
     """
     from trl import SFTConfig
 
+    own = {
+        "max_length": None,
+        # luthier packs itself (luthier.train.batching); TRL would flatten for every attention.
+        "packing": False,
+        "eval_packing": False,
+        "assistant_only_loss": False,
+        "completion_only_loss": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    return trainer_arguments(SFTConfig, config, machine, folder, has_eval, own)
+
+
+def trainer_arguments(
+    make: Callable[..., Any],
+    config: RunConfig,
+    machine: Any,
+    folder: Path,
+    has_eval: bool,
+    own: dict[str, Any],
+) -> Any:
+    """The arguments of a trainer of transformers or TRL, which `make` (their class) makes.
+
+    `own`: what luthier must set for this trainer, whatever the user says. Raises UserError for what
+    the class does not allow.
+    """
     settings: dict[str, Any] = {
         # A NaN must be seen, not averaged away.
         "logging_nan_inf_filter": False,
@@ -32,16 +58,11 @@ def sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool)
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": machine.kind == "cpu",
-        "max_length": None,
-        "packing": False,
-        "assistant_only_loss": False,
-        "completion_only_loss": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "report_to": list(config.tracker.to),
         "run_name": run_name(config, folder),
     }
     try:
-        return SFTConfig(**settings)
+        return make(**settings | own)
     except (ValueError, TypeError) as error:
         raise UserError(f"trainer.args: {error}") from error
 

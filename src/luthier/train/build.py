@@ -7,24 +7,25 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import enable_full_determinism, get_last_checkpoint
 
+from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared, prepare
 from luthier.model.adapters import add_adapter
-from luthier.model.encoder import make_encoder
+from luthier.model.encoder import make_encoder, make_sources
 from luthier.model.machine import choose
 from luthier.model.tokenizer import check_fits, load_tokenizer
-from luthier.model.weights import load_model
+from luthier.record.data_plot import numbers_of, plot_data
 from luthier.record.record import RunRecord
-from luthier.train import finish, launch, replies, report, trackers
-from luthier.train.arguments import sft_arguments
+from luthier.train import evaluating, finish, launch, methods, replies, report, trackers
+from luthier.train.batching import batching_of
+from luthier.train.methods import Ingredients, Method
 from luthier.train.progress import MetricsFile, Progress
+from luthier.train.replies import Answers
 from luthier.train.session import Session
-from luthier.train.sft import TokenTrainer
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
@@ -65,49 +66,59 @@ def seed_everything(config: RunConfig) -> None:
 
 def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any) -> Session:
     """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
+    method, facts = methods.load(config.trainer.method), METHODS[config.trainer.method]
     tokenizer = load_tokenizer(config.model)
-    encoder = make_encoder(config, tokenizer)
-    prepared = prepare(config.dataset, encoder, config.seed)
+    encoder = make_encoder(config, tokenizer) if facts.chats else None
+    prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
     if main:
-        report.show_data({"train": prepared.train_counts, "held out": prepared.eval_counts})
-    args = sft_arguments(config, machine, folder, has_eval=bool(prepared.eval["input_ids"]))
+        report.show_data(prepared, facts.answers)
+        report.show_packing(prepared, batching_of(config))
+        if not config.dry_run:
+            report.write_dropped(prepared, folder)
+            plot_data(
+                numbers_of(prepared, config.chat.max_length), folder.name, folder / "data.png"
+            )
+    args = method.arguments(config, machine, folder, has_eval=bool(prepared.eval))
+    evaluating.choose_best(args, config)
     launch.check_devices(args.distributed_state)
-    model: Any = load_model(config.model, config.quantization, machine, full=not config.lora)
+    model: Any = method.load_model(config, machine, prepared)
     check_fits(tokenizer, model)
     if config.lora:
-        model = add_adapter(model, config.lora, config.seed)
+        model = add_adapter(model, config.lora, config.seed, facts.task)
     if main:
         report.show_model(model, machine, config.quantization)
-    trainer = make_trainer(args, folder, model, tokenizer, prepared)
-    facts = launch.check_running(trainer.accelerator, args)
+    callbacks = [MetricsFile(folder / "metrics.jsonl")]
+    given = Ingredients(config, args, model, tokenizer, prepared, callbacks)
+    trainer = make_trainer(method, given)
+    launched = launch.check_running(trainer.accelerator, args)
     if main and not config.dry_run:
-        record.update(launch=facts, data=data_facts(prepared), chat=encoder.settings())
-    questions = replies.asked(config.trainer.evaluation, prepared.heldout, facts["sharding"])
-    return Session(config, folder, record, main, encoder, trainer, questions)
+        chat = encoder.settings() if encoder else None
+        record.update(launch=launched, data=data_facts(prepared), chat=chat)
+    evaluation = config.trainer.evaluation
+    prompts = make_sources(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
+    heldout = prepared.heldout if facts.replies and prompts is not None else {}
+    rows = {name: examples.with_columns() for name, examples in heldout.items()}
+    asked = replies.asked(evaluation, rows, launched["sharding"])
+    answers = Answers(trainer, prompts, evaluation, asked)
+    during = evaluating.added(trainer, answers, config, folder)
+    return Session(config, folder, record, main, encoder, trainer, answers, during)
 
 
 def data_facts(prepared: Prepared) -> dict[str, Any]:
     """What the record says of the data: a hash of all token rows and labels, and the counts."""
+    heldout = {name or "held_out": asdict(part) for name, part in prepared.eval_counts.items()}
     return {
         "sha256": prepared.content_hash,
+        "sources": {key: part.stored.folder.name for key, part in prepared.parts.items()},
         "train": asdict(prepared.train_counts),
-        "held_out": asdict(prepared.eval_counts),
+        **heldout,
     }
 
 
-def make_trainer(
-    args: Any, folder: Path, model: Any, tokenizer: Any, prepared: Prepared
-) -> TokenTrainer:
-    """The trainer over the token rows, with luthier's own progress and metrics."""
-    trainer = TokenTrainer(
-        model,
-        args=args,
-        train_dataset=Dataset.from_dict(prepared.train),
-        eval_dataset=Dataset.from_dict(prepared.eval) if prepared.eval["input_ids"] else None,
-        processing_class=tokenizer,
-        callbacks=[MetricsFile(folder / "metrics.jsonl")],
-    )
-    if not args.disable_tqdm:
+def make_trainer(method: Method, given: Ingredients) -> Any:
+    """The method's trainer, with luthier's own progress and metrics."""
+    trainer = method.trainer(given)
+    if not given.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer
@@ -124,7 +135,7 @@ def fit(session: Session) -> int:
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - began
-    after = finish.measure(session, "after")
+    after = finish.measure(session, "after training")
     finish.save(session)
     finish.conclude(session, before, after, seconds)
     # The process group must be gone before the process is, or gloo may abort at exit.

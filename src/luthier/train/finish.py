@@ -1,13 +1,17 @@
 """What comes out of a run: its measures before and after, the model on disk, the summary."""
 
+import shutil
 from typing import Any
 
+from luthier.errors import UserError
 from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
 from luthier.record.plot import plot_loss, read_metrics
-from luthier.train import replies, report, trackers
+from luthier.train import report, trackers
+from luthier.train.replies import Asked
 from luthier.train.session import Session
 
 Measure = dict[str, Any]
+"""`results` by name, and for each set of answered rows, by its name, `replies` and `scores`."""
 
 
 def before(session: Session) -> Measure:
@@ -15,7 +19,7 @@ def before(session: Session) -> Measure:
     path = session.folder / "before.json"
     measured: Measure | None = read_json(path)
     if measured is None:
-        measured = measure(session, "before")
+        measured = measure(session, "before training")
         if session.main:
             write_json(path, measured)
     return measured
@@ -23,24 +27,77 @@ def before(session: Session) -> Measure:
 
 def measure(session: Session, when: str) -> Measure:
     """The held-out loss and the scored replies of the model as it stands."""
-    trainer, config = session.trainer, session.config.trainer.evaluation
-    results: dict[str, float] = {}
-    if trainer.eval_dataset is not None:
-        results["held_out_loss"] = _held_out_loss(trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    texts = replies.answer(
-        model, trainer.processing_class, session.encoder, config, session.questions, when
-    ) if session.questions else []  # fmt: skip
-    return {"results": results | replies.score(config, session.questions, texts), "replies": texts}
+    trainer = session.trainer
+    step = weights_step(trainer)
+    evaluated = _evaluated(session, step)
+    results = _held_out(session, evaluated)
+    measured: Measure = {"results": results, "replies": {}, "scores": {}}
+    for asked in session.answers.asked:
+        answered = session.answered(asked, when, step)
+        results |= {f"{asked.label}{name}": value for name, value in answered.results.items()}
+        measured["replies"][asked.name] = answered.texts
+        measured["scores"][asked.name] = answered.scores
+    return measured
 
 
-def _held_out_loss(trainer: Any) -> float:
-    """The loss on the held-out rows, taken from the log where the last step was evaluated."""
-    step = trainer.state.global_step
-    logged = [
-        r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r and r["step"] == step
-    ]
-    return float(logged[-1] if logged else trainer.evaluate()["eval_loss"])
+def weights_step(trainer: Any) -> int:
+    """The optimizer step whose weights the model has: the last one's, or the best checkpoint's."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        return int(state.best_model_checkpoint.rpartition("-")[2])
+    return int(state.global_step)
+
+
+def _evaluated(session: Session, step: int) -> dict[str, float]:
+    """What an evaluation of these weights measured: the one in the log, or one that is made now."""
+    trainer = session.trainer
+    if trainer.eval_dataset is None:
+        return {}
+    logged: dict[str, float] = {}
+    for row in trainer.state.log_history:
+        logged |= row if row["step"] == step else {}
+    if all(f"{_prefix(name)}_runtime" in logged for name in _sets(trainer)):
+        return logged
+    measured: dict[str, float] = trainer.evaluate()
+    _refuse_unknown_best(trainer.args, measured)
+    return measured
+
+
+def _refuse_unknown_best(args: Any, measured: dict[str, float]) -> None:
+    """Stop, before the first step, where the best checkpoint is chosen by what nobody measures."""
+    name = args.metric_for_best_model
+    if name is None or args.eval_strategy == "no":
+        return
+    if f"eval_{name.removeprefix('eval_')}" not in measured:
+        known = ", ".join(sorted(key.removeprefix("eval_") for key in measured))
+        raise UserError(
+            f"trainer.args.metric_for_best_model={name}: no evaluation measures it. "
+            f"Measured are: {known}."
+        )
+
+
+def _sets(trainer: Any) -> list[str]:
+    """The names of the evaluation sets; the only one has none."""
+    sets = trainer.eval_dataset
+    return list(sets) if isinstance(sets, dict) else [""]
+
+
+def _prefix(name: str) -> str:
+    return f"eval_{name}" if name else "eval"
+
+
+def _held_out(session: Session, evaluated: dict[str, float]) -> dict[str, float]:
+    """What the trainer measures of each evaluation set, by name."""
+    trainer = session.trainer
+    measures = [("held_out_loss", "loss")] if trainer.loss_shown else []
+    measures += [(name, name) for name in trainer.shown]
+    sets = _sets(trainer) if evaluated else []
+    return {
+        f"{name}/{ours}" if name else ours: float(evaluated[f"{_prefix(name)}_{theirs}"])
+        for name in sets
+        for ours, theirs in measures
+        if evaluated.get(f"{_prefix(name)}_{theirs}") is not None
+    }
 
 
 def save(session: Session) -> None:
@@ -53,7 +110,10 @@ def save(session: Session) -> None:
         # A pickle of this machine's paths, and a model card of blanks to fill in.
         for name in ("training_args.bin", "README.md"):
             (temporary / name).unlink(missing_ok=True)
-        write_json(temporary / "chat.json", session.encoder.settings())
+        # TRL's copy of the adapter as it was at first, which some losses compare with.
+        shutil.rmtree(temporary / "ref", ignore_errors=True)
+        if session.encoder is not None:
+            write_json(temporary / "chat.json", session.encoder.settings())
         publish_folder(temporary, target)
     trainer.accelerator.wait_for_everyone()
 
@@ -63,7 +123,7 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
     if not session.main:
         return
     folder, config = session.folder, session.config
-    rows = _reply_rows(session, before, after)
+    rows = [row for asked in session.answers.asked for row in _reply_rows(asked, before, after)]
     write_jsonl(folder / "replies.jsonl", rows)
     names = before["results"] | after["results"]
     results = {
@@ -78,16 +138,23 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
     report.show_results(session.record.entries, folder)
 
 
-def _reply_rows(session: Session, before: Measure, after: Measure) -> list[dict[str, Any]]:
+def _reply_rows(asked: Asked, before: Measure, after: Measure) -> list[dict[str, Any]]:
+    """A set's questions with the replies and the scores before and after training."""
+    old, new = (
+        {part: measured[part][asked.name] for part in ("replies", "scores")}
+        for measured in (before, after)
+    )
     return [
         {
+            **({"set": asked.name} if asked.name else {}),
             "prompt": question.messages[-1]["content"],
             "expected": question.expected,
-            "before": old,
-            "after": new,
-            "exact": new.strip() == question.expected.strip(),
+            "before": old["replies"][number],
+            "after": new["replies"][number],
+            "scores": {
+                name: {"before": old["scores"][name][number], "after": scores[number]}
+                for name, scores in new["scores"].items()
+            },
         }
-        for question, old, new in zip(
-            session.questions, before["replies"], after["replies"], strict=True
-        )
+        for number, question in enumerate(asked.questions)
     ]

@@ -7,10 +7,15 @@ from typing import Any
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 SHOWN = {
+    "reward": "reward {:.4f}",
+    "eval_reward": "held-out reward {:.4f}",
     "loss": "loss {:.4f}",
     "eval_loss": "held-out loss {:.4f}",
     "mean_token_accuracy": "accuracy {:.3f}",
     "eval_mean_token_accuracy": "held-out accuracy {:.3f}",
+    "eval_accuracy": "held-out accuracy {:.3f}",
+    "eval_macro_f1": "macro F1 {:.3f}",
+    "eval_entity_f1": "entity F1 {:.3f}",
     "learning_rate": "lr {:.2e}",
     "grad_norm": "grad {:.2f}",
 }

@@ -8,7 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from luthier.data import Counts
+from luthier.data.batches.packing import pack
+from luthier.data.batches.rows import TokenRows
+from luthier.data.counts import Counts
+from luthier.data.prepare import Prepared
+from luthier.data.streaming import Stream
+from luthier.record.files import write_jsonl
+from luthier.train.batching import Batching
 
 console = Console(highlight=False)
 
@@ -29,17 +35,58 @@ def show_model(model: Any, machine: Any, quantization: dict[str, Any]) -> None:
     )
 
 
-def show_data(sides: dict[str, Counts]) -> None:
-    """Say how many rows, tokens and trained tokens there are, and what was dropped."""
-    for name, part in sides.items():
-        dropped = ", ".join(f"{n} dropped: {why}" for why, n in part.dropped.items())
-        share = part.trained_tokens / max(part.tokens, 1)
+def show_data(prepared: Prepared, answers: str = "") -> None:
+    """Say how many rows, tokens and trained tokens there are, and what was dropped.
+
+    `answers`: what trains, where that is not tokens of the rows.
+    """
+    sides = {"train": prepared.train_counts} if isinstance(prepared.train, TokenRows) else {}
+    if isinstance(prepared.train, Stream):
         say(
-            f"{name:<9} {part.rows:,} rows, {part.sequences:,} sequences, "
-            f"longest {part.longest:,}, "
-            f"{part.tokens:,} tokens, {part.trained_tokens:,} trained ({share:.0%})"
-            f"{'; ' + dropped if dropped else ''}"
+            "train     a stream: "
+            + ", ".join(p.source.label for p in prepared.train.opened.values())
         )
+    sides |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
+    for name, part in sides.items():
+        say(f"{name:<9} {_counts(part, answers)}")
+    if prepared.train_counts.sources:
+        shares = prepared.train_counts.sources
+        total = sum(shares.values())
+        say(
+            "mixture   "
+            + ", ".join(f"{name} {n:,} rows ({n / total:.0%})" for name, n in shares.items())
+        )
+
+
+def _counts(part: Counts, answers: str) -> str:
+    """The account of one side in one line."""
+    dropped = ", ".join(f"{n:,} {why}" for why, n in part.dropped.items())
+    trained = answers or f"trained ({part.trained_tokens / max(part.tokens, 1):.0%})"
+    cut = f"; {part.cut_rows:,} cut to chat.max_length" if part.cut_rows else ""
+    lossy = f"; {part.lossy_rows:,} not shown whole by the template" if part.lossy_rows else ""
+    return (
+        f"{part.rows:,} rows, {part.sequences:,} sequences, longest {part.longest:,}, "
+        f"{part.tokens:,} tokens, {part.trained_tokens:,} {trained}"
+        f"{cut}{lossy}{'; left out: ' + dropped if dropped else ''}"
+    )
+
+
+def show_packing(prepared: Prepared, batching: Batching) -> None:
+    """Say how full the rows are that several sequences share."""
+    if not batching.packing or batching.length is None or not isinstance(prepared.train, TokenRows):
+        return
+    packed = pack(prepared.train.lengths, batching.length, None)
+    say(
+        f"packing   {len(prepared.train):,} sequences in {len(packed):,} rows of "
+        f"{batching.length:,} tokens, {packed.efficiency:.1%} full"
+    )
+
+
+def write_dropped(prepared: Prepared, folder: Path) -> None:
+    """Write the rows that were left out or are not whole, with the reasons, beside the run."""
+    if prepared.reports:
+        write_jsonl(folder / "dropped.jsonl", prepared.reports)
+        say(f"          {len(prepared.reports):,} rows with a problem: {folder / 'dropped.jsonl'}")
 
 
 def show_replies(rows: list[dict[str, Any]], limit: int) -> None:

@@ -9,6 +9,7 @@ from luthier.config.schema import RunConfig
 from luthier.record import rundir
 from luthier.record.record import RunRecord
 from luthier.train import launch
+from luthier.train.batching import batching_of
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
@@ -35,6 +36,7 @@ def check(config: RunConfig) -> None:
     """Everything that can be known to be wrong without a heavy import."""
     data.check_files(config.dataset)
     model.check_path(config.model)
+    batching_of(config)
     launch.check_before()
 
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from luthier.chat import ChatEncoder
 from luthier.config.schema import RunConfig
-from luthier.infer.score import Question
 from luthier.record.record import RunRecord
-from luthier.train.sft import TokenTrainer
+from luthier.train.evaluating import RepliesAtEvaluations
+from luthier.train.replies import Answered, Answers, Asked
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,18 @@ class Session:
     folder: Path
     record: RunRecord
     main: bool
-    encoder: ChatEncoder
-    trainer: TokenTrainer
-    questions: list[Question]
+    encoder: ChatEncoder | None
+    """None for a method that reads no conversations."""
+    trainer: Any
+    """The method's; a `transformers.Trainer`."""
+    answers: Answers
+    during: RepliesAtEvaluations | None = None
+    """What answers at every evaluation, where `trainer.evaluation.when` says so."""
+
+    def answered(self, asked: Asked, when: str, step: int | None) -> Answered:
+        """The replies of the model as it stands: those of the last evaluation if it was at `step`.
+
+        `step`: whose weights the model has; None where that is not known.
+        """
+        found = None if self.during is None or step is None else self.during.at(asked.name, step)
+        return found or self.answers.to(asked, when)

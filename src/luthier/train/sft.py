@@ -4,52 +4,138 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
 from trl import SFTTrainer
 
+from luthier.data.batches.collators import flattened_for
+from luthier.data.batches.dataset import SampledRows
 from luthier.errors import UserError
+from luthier.train.batching import Batching
+from luthier.train.batching_isolation import Isolation, check_isolation
+from luthier.train.batching_loaders import collator, eval_sampler, token_rows, train_sampler
+from luthier.train.batching_stream import StreamRows, check_stream, flatten, stream_loader
+from luthier.train.methods.shared import Exact, precision_kept
 
 
-class TokenTrainer(SFTTrainer):
+class TokenTrainer(Exact, SFTTrainer):
     """Trains rows of `input_ids` and `labels`.
 
     Every loss is the mean negative log-likelihood over trained tokens: of the whole step in
     training (all micro-batches and ranks), of the whole set in evaluation. So neither the batch
-    size, nor gradient accumulation, nor the number of processes changes it. Accuracy and entropy
-    are means over the same tokens.
+    size, nor packing, nor gradient accumulation, nor the number of processes changes it. Accuracy
+    and entropy are means over the same tokens.
     """
 
     # compute_loss divides by the step's tokens itself, also where the model class's forward
     # does not take `num_items_in_batch`.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: Any, **kwargs: Any) -> None:
-        # TRL rounds trainable weights of a quantized model to bfloat16, where small updates vanish.
-        exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(model=model, **kwargs)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and parameter.dtype != exact[name].dtype:
-                parameter.data = exact[name].to(parameter.device)
+    def __init__(
+        self,
+        model: Any,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        batching: Batching | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take what SFTTrainer takes, with token rows as datasets.
+
+        A dataset is `TokenRows`, a table of token rows, a `datasets.Dataset` with the columns
+        `input_ids` and `labels`, or, for training, `StreamRows`; evaluation sets may come as a dict
+        by name. Raises UserError where the model cannot train packed rows.
+        """
+        self.batching = batching or Batching()
+        self.isolation: Isolation | None = None
+        """How well the model keeps packed documents apart, once that is shown."""
+        if isinstance(train_dataset, StreamRows):
+            check_stream(kwargs["args"])
+        else:
+            train_dataset = token_rows(train_dataset)
+        self._pad_token_id = _share_pad_token(model, kwargs["processing_class"])
+        self._flat = flattened_for(model.config.get_text_config()._attn_implementation)
+        with precision_kept(model):
+            super().__init__(
+                model=model,
+                # TRL takes no other kind of dataset; of this one it only looks at the columns.
+                train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
+                eval_dataset=_evaluation_rows(eval_dataset),
+                data_collator=self._collator(kwargs["args"], packed=False),
+                **kwargs,
+            )
+        self.train_dataset = train_dataset
         self.model_accepts_loss_kwargs = True
         # Trained tokens, right answers, entropy, input tokens; since the last log.
         self._sums = torch.zeros(4, device=self.args.device)
-        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        self._eval_sums: list[torch.Tensor] = []
         self._tokens_seen = 0
+        self._refuse_split_rows()
+        # Split weights can only compute inside the loop: then the first batch shows it.
+        if self._packs() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._show_isolation(self.model)
 
-    def _send_telemetry(self) -> None:
-        """Tell nobody that someone trains."""
+    def _packs(self) -> bool:
+        return self.batching.packing or self.batching.eval_packing
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, also after an evaluation.
+    def _collator(self, args: Any, packed: bool) -> Any:
+        multiple = args.pad_to_multiple_of
+        return collator(self.batching, packed, self._flat, self._pad_token_id, multiple)
 
-        accelerate marks a model that it prepared for evaluation as prepared, and then never wraps
-        it for DDP: each rank would train alone, without a word. So the mark is taken off here.
-        """
-        model: Any = self.model
-        if vars(model).pop("_is_accelerate_prepared", False):
-            original = vars(model).pop("_original_forward", None)
-            if original is not None:
-                model.forward = original
-        return super().train(*args, **kwargs)
+    def _show_isolation(self, call: Any) -> None:
+        layout = self._collator(self.args, packed=True)
+        with self.accelerator.autocast():
+            self.isolation = check_isolation(self.model, layout, call)
+
+    def _refuse_split_rows(self) -> None:
+        """Stop where rows are split over devices, which breaks what keeps documents apart."""
+        split = self.accelerator.parallelism_config
+        if split is not None and (split.sp_enabled or (split.cp_enabled and self._packs())):
+            raise UserError(
+                "Context and sequence parallelism split rows over devices, and luthier's batches "
+                "are not made for that.\nSet cp_size and sp_size to 1."
+            )
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """Make a loader with luthier's own samplers and layouts."""
+        if isinstance(dataset, StreamRows):
+            return self._stream_loader(dataset, batch_size)
+        rows, plan, args = token_rows(dataset), self.batching, self.args
+        in_step = self._train_batch_size * args.gradient_accumulation_steps
+        processes = self.get_total_train_batch_size(args) // in_step
+        make = train_sampler if is_training else eval_sampler
+        sampler = make(rows, plan, args, batch_size, processes)
+        packed = plan.packing if is_training else plan.eval_packing
+        # Trainer has one collator, and training and evaluation may be laid out differently.
+        self.data_collator = self._collator(args, packed)
+        return super()._get_dataloader(
+            dataset=SampledRows(sampler),
+            description=description,
+            batch_size=batch_size,
+            sampler_fn=lambda rows: sampler,
+            is_training=is_training,
+            dataloader_key=dataloader_key,
+        )
+
+    def _stream_loader(self, rows: StreamRows, batch_size: int) -> Any:
+        # Rows are dealt out to the processes as rows, and flattened behind that.
+        layout = collator(self.batching, self.batching.packing, False, self._pad_token_id,
+                          self.args.pad_to_multiple_of)  # fmt: skip
+        settings = {
+            "collate_fn": layout,
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
+        return stream_loader(rows, self.accelerator, batch_size, settings)
 
     def compute_loss(
         self,
@@ -59,6 +145,8 @@ class TokenTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the summed loss over the step's trained tokens, which all ranks count together."""
+        inputs = self._unpadded(model, dict(inputs))
+        seen = inputs.pop("tokens")
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = -outputs.log_probs
         if self.args.loss_type == "dft":
@@ -72,44 +160,48 @@ class TokenTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             loss = loss + self._router_loss(outputs, num_items_in_batch)
-        self._count(outputs, per_token.detach(), inputs)
+        self._count(outputs, per_token.detach(), seen)
         return (loss, outputs) if return_outputs else loss
+
+    def _unpadded(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Flatten packed rows of a stream, and show once that packed rows stay apart."""
+        if "position_ids" not in inputs:
+            return inputs
+        if self.isolation is None:
+            self._show_isolation(model)
+        return flatten(inputs) if self._flat and "cu_seq_lens_q" not in inputs else inputs
 
     def _router_loss(self, outputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return self.router_aux_loss_coef * outputs.aux_loss / steps
 
-    def _count(self, outputs: Any, per_token: torch.Tensor, inputs: dict[str, Any]) -> None:
+    def _count(self, outputs: Any, per_token: torch.Tensor, seen: torch.Tensor) -> None:
         if self.model.training:
-            parts = (outputs.label_mask, outputs.is_top1, outputs.entropy.detach(), _real(inputs))
+            parts = (outputs.label_mask, outputs.is_top1, outputs.entropy.detach(), seen)
             self._sums += torch.stack([part.sum().float() for part in parts])
             return
         parts = (outputs.label_mask, outputs.is_top1, outputs.entropy, per_token)
-        rows = torch.stack([part.float().sum(dim=1) for part in parts], dim=1)
-        # Row by row, so that rows which only fill up the last batch of a rank do not count twice.
-        self._eval_sums += self.accelerator.gather_for_metrics(rows).double().sum(dim=0).cpu()
+        self._eval_sums.append(torch.stack([part.float().sum(dim=1) for part in parts], dim=1))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as Trainer does, with the loss of the whole set in place of a mean of means."""
-        self._eval_sums.zero_()
+        self._eval_sums.clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        tokens, right, entropy, loss = self._eval_sums.tolist()
+        tokens, right, entropy, loss = self._over_ranks()
         if tokens:
             output.metrics[f"{prefix}_loss"] = loss / tokens
             output.metrics[f"{prefix}_mean_token_accuracy"] = right / tokens
             output.metrics[f"{prefix}_entropy"] = entropy / tokens
         return output
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last log, reduced over the ranks once; stop on a broken loss."""
-        if self.model.training and "loss" in logs:
-            self._add_means(logs)
-            if not math.isfinite(logs["loss"]):
-                raise UserError(_broken_loss(logs["loss"], self.state.global_step, self.args))
-        super().log(logs, start_time)
+    def _over_ranks(self) -> list[float]:
+        """The sums of the evaluation; no row is in them twice, as the samplers repeat none."""
+        own = torch.cat(self._eval_sums).cpu().double().sum(dim=0).tolist()
+        return [math.fsum(parts) for parts in zip(*gather_object([own]), strict=True)]
 
-    def _add_means(self, logs: dict[str, float]) -> None:
+    def add_means(self, logs: dict[str, float]) -> None:
+        """Add the means since the last line of metrics, reduced over the ranks once."""
         sums = self.accelerator.reduce(self._sums, reduction="sum")
         tokens, right, entropy, seen = sums.tolist()
         self._sums.zero_()
@@ -119,16 +211,16 @@ class TokenTrainer(SFTTrainer):
         logs["num_tokens"] = self._tokens_seen
 
 
-def _real(inputs: dict[str, Any]) -> torch.Tensor:
-    """A tensor whose sum is the number of tokens that are no padding."""
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"]
-    return torch.ones_like(inputs["input_ids"])
+def _evaluation_rows(rows: Any) -> Any:
+    """One evaluation set, several by name, or none, as token rows."""
+    if isinstance(rows, dict):
+        return {name: token_rows(part) for name, part in rows.items()}
+    return None if rows is None else token_rows(rows)
 
 
-def _broken_loss(loss: float, step: int, args: Any) -> str:
-    return (
-        f"The loss is {loss} at step {step}, so the run stops; checkpoints up to then are in "
-        f"{args.output_dir}. A smaller trainer.args.learning_rate, more trainer.args.warmup_steps, "
-        "or model.dtype=bfloat16 in place of float16 usually mends it."
-    )
+def _share_pad_token(model: Any, tokenizer: Any) -> int:
+    """The tokenizer's padding token, or its end token, told to the model too as TRL does."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model.config.get_text_config().pad_token_id = pad
+    model.generation_config.pad_token_id = pad
+    return int(pad)

@@ -48,6 +48,22 @@ def log_results(config: RunConfig, results: dict[str, Any], rows: list[dict[str,
     assert wandb.run is not None
     wandb.run.summary.update(results)
     if rows:
-        columns = list(rows[0])
-        table = wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])
-        wandb.log({"replies": table})
+        wandb.log({"replies": _table(rows)})
+
+
+def log_replies(config: RunConfig, name: str, rows: list[dict[str, Any]], step: int) -> None:
+    """Put the replies of one evaluation into a table; `name` is the evaluation set's."""
+    if "wandb" not in config.tracker.to or not rows:
+        return
+    import wandb
+
+    # transformers logs its numbers against this one.
+    key = f"eval/{name}_replies" if name else "eval/replies"
+    wandb.log({key: _table(rows), "train/global_step": step})
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    import wandb
+
+    columns = list(rows[0])
+    return wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])

@@ -1,0 +1,45 @@
+"""`luthier prepare`: read and encode a recipe's dataset into the cache, ahead of training."""
+
+import time
+
+from luthier.inspect.arguments import Grammar
+
+GRAMMAR = Grammar(
+    "prepare",
+    "luthier prepare recipe=NAME [key=value ...]\n\n"
+    "Reads the dataset of a recipe, encodes it and leaves the token rows in the cache, where\n"
+    "every later run with the same content and settings finds them. It loads no weights. Of\n"
+    "several that are started at once one encodes, and the others wait for it.\n\n"
+    "The cache is dataset.cache, else $LUTHIER_CACHE/data, else ~/.cache/luthier/data.",
+    (),
+    "  luthier prepare recipe=quickstart\n"
+    "  luthier prepare recipe=qlora_llama dataset.workers=16\n",
+)
+
+
+def run(words: list[str]) -> int:
+    """Fill the cache; returns 0. Raises UserError as training would."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    given = GRAMMAR.parse(words)
+    from luthier import data, model
+    from luthier.config import load
+    from luthier.train.run import set_environment
+
+    config = load(given.overrides).config
+    data.check_files(config.dataset)
+    model.check_path(config.model)
+    set_environment(config)
+    from luthier.data.prepare import prepare
+    from luthier.model.tokenizer import load_tokenizer
+    from luthier.train import report
+    from luthier.train.methods import encoders
+
+    began = time.monotonic()
+    tokenizer = load_tokenizer(config.model)
+    prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
+    report.show_data(prepared)
+    for key, part in prepared.parts.items():
+        report.say(f"{key}: {part.stored.folder}")
+    report.say(f"ready in {time.monotonic() - began:.1f} s")
+    return 0

@@ -1,0 +1,120 @@
+"""From a config to a source: which kind of path it is, and whether the settings fit it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.reading.contents import FileContent
+from luthier.data.reading.functions import PREFIX, FunctionContent
+from luthier.data.reading.hub import HubContent
+from luthier.data.reading.options import Options, read_options
+from luthier.data.reading.paths import Wanted, find_files, is_local
+from luthier.data.reading.places import File
+from luthier.data.reading.reach import check_hub
+from luthier.data.reading.remote import is_address
+from luthier.data.reading.saved import is_saved, saved_files
+from luthier.data.reading.source import Source
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from luthier.config.schema import SourceConfig
+
+
+def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool = False) -> Source:
+    """The source that a config describes; UserError if it is not there or the settings do not fit.
+
+    Cheap: nothing is read but the names of files, and no library is imported that a local file
+    does not need. `name` is the config's key, for messages. With `streaming` a hub dataset is not
+    downloaded but read from the network; all others are streamed anyway.
+    """
+    if not config.path:
+        raise UserError(f"{name}.path is not set: name a file, a folder or a hub dataset.")
+    kind = _kind(config)
+    if kind == "hub":
+        return _hub(config, name, streaming)
+    if kind == "python":
+        return _function(config, name)
+    if kind == "saved":
+        _refuse(config, name, ("name", "revision"), "a saved dataset")
+        options = read_options("saved", config.options, name)
+        files = saved_files(str(config.path), config.split, name)
+        return _of_files(config, name, files, {"arrow": options})
+    return _files(config, name)
+
+
+def _kind(config: "SourceConfig") -> str:
+    """Whether the path means files, a saved dataset, a function or a hub dataset."""
+    path = config.path
+    if config.format in ("hub", "python", "saved"):
+        if not isinstance(path, str):
+            raise UserError(f"dataset.format={config.format} takes one path, not a list of them.")
+        return config.format
+    if not isinstance(path, str):
+        return "files"
+    if path.startswith(PREFIX):
+        return "python"
+    if config.format == "auto" and is_saved(path):
+        return "saved"
+    is_file = is_address(path) or is_local(path) or config.format != "auto"
+    return "files" if is_file else "hub"
+
+
+def _hub(config: "SourceConfig", name: str, streaming: bool) -> Source:
+    """A hub dataset, if it can be had."""
+    path = str(config.path)
+    options = read_options("hub", config.options, name)
+    check_hub(path, streaming)
+    content = HubContent(config, options, streaming)
+    return Source(name, f"{path}[{config.split}]", (), content, config.max_rows)
+
+
+def _function(config: "SourceConfig", name: str) -> Source:
+    """A function, if it is there."""
+    _refuse(config, name, ("name", "revision", "split"), "a Python function")
+    path = str(config.path)
+    content = FunctionContent(path, config.options, name)
+    return Source(name, path, (), content, config.max_rows)
+
+
+def _files(config: "SourceConfig", name: str) -> Source:
+    """Files, here or behind an address."""
+    _refuse(config, name, ("name", "revision", "split"), "a file")
+    given = dict(config.options)
+    storage = given.pop("storage", {})
+    if not isinstance(storage, dict):
+        raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")
+    files = find_files(_paths(config), Wanted(config.format, storage))
+    formats = sorted({file.format for file in files})
+    options = {kind: read_options(kind, given, name) for kind in formats}
+    return _of_files(config, name, files, options)
+
+
+def _of_files(
+    config: "SourceConfig", name: str, files: Sequence[File], options: dict[str, Options]
+) -> Source:
+    """The source of these files."""
+    labels = tuple(file.label for file in files)
+    label = _label(_paths(config), labels)
+    return Source(name, label, labels, FileContent(files, options), config.max_rows)
+
+
+def _paths(config: "SourceConfig") -> list[str]:
+    """The paths as a list."""
+    return [config.path] if isinstance(config.path, str) else list(config.path or ())
+
+
+def _label(paths: Sequence[str], labels: Sequence[str]) -> str:
+    """What messages call the files together."""
+    if len(labels) == 1:
+        return labels[0]
+    return f"{paths[0] if len(paths) == 1 else f'{paths[0]}, ...'} ({len(labels)} files)"
+
+
+def _refuse(config: "SourceConfig", name: str, keys: Sequence[str], kind: str) -> None:
+    """Refuse settings of hub datasets beside what would not heed them."""
+    for key in keys:
+        value: Any = getattr(config, key)
+        if value is not None and (key, value) != ("split", "train"):
+            raise UserError(
+                f"{name}.{key}={value} is for hub datasets, and {config.path} is {kind}. "
+                f"Remove {name}.{key}."
+            )

@@ -1,0 +1,101 @@
+"""What makes a cache entry whole: a manifest, written last, with the hash of every file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+BLOCK = 64 * 2**20
+"""Bytes that are hashed at once: files are hashed in blocks, so that all cores take part."""
+_CHUNK = 2**20
+
+
+class Damaged(Exception):
+    """An entry that is not as it was written; the text says what is wrong with which file."""
+
+
+def seal(folder: Path, made: dict[str, Any]) -> None:
+    """Write the manifest: size and SHA-256 (of each block of 64 MiB) of every file, and `made`."""
+    files = sorted(folder.iterdir())
+    content = {
+        "files": {
+            file.name: {"size": file.stat().st_size, "sha256": hashes}
+            for file, hashes in zip(files, _hashes(files), strict=True)
+        },
+        "made": made,
+    }
+    text = json.dumps({"seal": _seal_of(content), **content}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def unseal(folder: Path) -> dict[str, Any]:
+    """What was sealed as `made`, after every byte of every file was compared with its hash.
+
+    Raises FileNotFoundError if there is no such folder, and Damaged if a file is not as it was.
+    """
+    content = read_manifest(folder)
+    files = [folder / name for name in content["files"]]
+    _check_sizes(files, content)
+    try:
+        found = list(_hashes(files))
+    except OSError as error:
+        raise Damaged(f"a file cannot be read: {os.strerror(error.errno or 0)}") from error
+    for file, hashes in zip(files, found, strict=True):
+        if hashes != content["files"][file.name]["sha256"]:
+            raise Damaged(f"the content of {file.name} has changed")
+    made: dict[str, Any] = content["made"]
+    return made
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, whose own hash is compared; raises as `unseal` does."""
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    try:
+        content = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        found = content.pop("seal")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read") from error
+    if found != _seal_of(content):
+        raise Damaged(f"the content of {MANIFEST} has changed")
+    return content
+
+
+def _check_sizes(files: list[Path], content: dict[str, Any]) -> None:
+    """Damaged for a file that is missing or too short, before anything is hashed."""
+    for file in files:
+        expected = content["files"][file.name]["size"]
+        if not file.is_file():
+            raise Damaged(f"{file.name} is missing")
+        if file.stat().st_size != expected:
+            raise Damaged(f"{file.name} has {file.stat().st_size} bytes instead of {expected}")
+
+
+def _hashes(files: list[Path]) -> Iterator[list[str]]:
+    """The SHA-256 of each block of each file; an empty file has one, of nothing."""
+    starts = [range(0, max(file.stat().st_size, 1), BLOCK) for file in files]
+    # hashlib lets go of the interpreter's lock, so threads are enough.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        running = [
+            [pool.submit(_hash_block, file, start) for start in blocks]
+            for file, blocks in zip(files, starts, strict=True)
+        ]
+        yield from ([block.result() for block in blocks] for blocks in running)
+
+
+def _hash_block(file: Path, start: int) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        for _ in range(BLOCK // _CHUNK):
+            digest.update(stream.read(_CHUNK))
+    return digest.hexdigest()
+
+
+def _seal_of(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,197 @@
+"""The store: entries that are made once, whole or not at all, and shared between processes."""
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.data.store.disk import size_of, writing_to
+from luthier.data.store.seal import Damaged, read_manifest, seal, unseal
+from luthier.data.store.table import Table
+from luthier.data.store.writer import Writer
+from luthier.model.cache import cache_root
+
+SECONDS_TO_SPEAK = 3.0
+"""How long a process waits for another before it says so."""
+
+Make = Callable[[Writer], dict[str, Any]]
+"""Writes the tables of an entry and returns what is to be known of it, as JSON values."""
+
+
+def data_folder(chosen: str | None = None) -> Path:
+    """Where encoded rows lie: the chosen folder, else `data` in luthier's cache folder."""
+    return Path(chosen).expanduser() if chosen else cache_root() / "data"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole entry; it pickles as its folder and manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    """What the maker returned."""
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 of a table's content, of each 64 MiB one, as the manifest has it."""
+        hashes: list[str] = read_manifest(self.folder)["files"][f"{name}.arrow"]["sha256"]
+        return ",".join(hashes)
+
+    def table(self, name: str) -> Table:
+        """One of the entry's tables, mapped from its file."""
+        return Table(self.folder / f"{name}.arrow")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What lies in a store under a key."""
+
+    key: str
+    size: int
+    """Bytes on disk."""
+
+
+class Store:
+    """A folder of entries, one folder each, named by their keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open_or_make(self, key: str, make: Make) -> Stored:
+        """The entry of this key, made by `make` if it is missing or a byte of it has changed.
+
+        Of several processes one makes it; the others wait, however long it takes, and open the
+        same files. Raises UserError where the folder cannot be written to or is full.
+        """
+        with writing_to(self.folder):
+            self._sweep()
+        while True:
+            with writing_to(self.folder):
+                before = self._state(key)
+                stored, problem = self._look(key)
+            if stored is not None:
+                return stored
+            with self._alone(key):
+                # Another process may have made it meanwhile; its hashes are compared unlocked.
+                if self._state(key) == before:
+                    return self._make(key, make, problem)
+
+    def open(self, key: str) -> Stored | None:
+        """The entry of this key if it is there and whole."""
+        return self._look(key)[0]
+
+    def entries(self) -> list[Entry]:
+        """All entries, whole or not, in the order of their keys."""
+        # Other folders may stand beside them, where dataset.cache names one that is not luthier's.
+        keys = [name for name in self._names() if re.fullmatch("[0-9a-f]{64}", name)]
+        return [Entry(key, size_of(self.folder / key)) for key in keys]
+
+    def remove(self, key: str) -> None:
+        """Remove an entry; processes that have mapped its files keep them until they end."""
+        with self._alone(key), writing_to(self.folder):
+            shutil.rmtree(self.folder / key)
+
+    def _names(self) -> list[str]:
+        """What lies in the folder, if it is there, sorted."""
+        folders = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path.name for path in folders)
+
+    def _look(self, key: str) -> tuple[Stored | None, str | None]:
+        """The entry, or what is wrong with it; neither if there is none."""
+        try:
+            return Stored(self.folder / key, unseal(self.folder / key)), None
+        except FileNotFoundError:
+            return None, None
+        except Damaged as damage:
+            return None, str(damage)
+
+    def _state(self, key: str) -> tuple[int, int] | None:
+        """What changes when an entry is made or removed; None where there is none."""
+        # Listing the folder has a network file system look at it anew.
+        if key not in self._names():
+            return None
+        with suppress(FileNotFoundError):
+            found = (self.folder / key).stat()
+            return found.st_ino, found.st_mtime_ns
+        return None
+
+    def _make(self, key: str, make: Make, problem: str | None) -> Stored:
+        """Make the entry in a folder beside its own, which then takes the name at once."""
+        if problem is not None:
+            _say(f"The encoded rows in {self.folder / key} are damaged: {problem}. Making anew.")
+        self._remove_leftovers(key)
+        new = self.folder / f"{key}.new-{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}"
+        try:
+            self._fill(new, make)
+            with writing_to(self.folder):
+                shutil.rmtree(self.folder / key, ignore_errors=True)
+                new.rename(self.folder / key)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        return Stored(self.folder / key, read_manifest(self.folder / key)["made"])
+
+    def _fill(self, new: Path, make: Make) -> None:
+        with writing_to(self.folder):
+            new.mkdir()
+        writer = Writer(new)
+        try:
+            made = make(writer)
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        with writing_to(self.folder, new):
+            seal(new, made)
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Hold the entry's lock, which the system releases when the holder ends in any way."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / f"{key}.lock")
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=SECONDS_TO_SPEAK)
+            except Timeout:
+                if os.environ.get("RANK", "0") in ("0", "1"):  # one of them waits; two are enough
+                    _say(self._waiting(key))
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _waiting(self, key: str) -> str:
+        """Who is waited for."""
+        names = [path.name for path in self.folder.glob(f"{key}.new-*")]
+        found = re.search(r"\.new-(\d+)-\w+@(.*)", names[0]) if names else None
+        who = f"process {found[1]} on {found[2]}" if found else "another process"
+        return f"Waiting for {who}, which encodes the same rows into {self.folder / key}."
+
+    def _sweep(self) -> None:
+        """Remove what writers of any entry left behind when they were killed."""
+        from filelock import FileLock, Timeout
+
+        for name in self._names():
+            key, new, _ = name.partition(".new-")
+            if not new:
+                continue
+            # A writer holds the lock as long as it lives. What cannot be removed does no harm.
+            with suppress(OSError, Timeout), FileLock(self.folder / f"{key}.lock", blocking=False):
+                self._remove_leftovers(key)
+
+    def _remove_leftovers(self, key: str) -> None:
+        """Remove the folders of dead writers of this entry, whose lock is held."""
+        for leftover in self.folder.glob(f"{key}.new-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)

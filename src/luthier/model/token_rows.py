@@ -1,0 +1,126 @@
+"""Single rows of the embeddings: tokens that train beside an adapter, and new ones.
+
+Where input and output embeddings are one matrix, their rows train as one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from luthier.errors import UserError
+from luthier.model.adapter_targets import name_of
+
+ROWS = {"lora": "trainable_token_indices", "adalora": "trainable_token_indices"}
+"""The setting of each method that trains single rows beside its adapter."""
+
+
+def settle(
+    model: Any, method: str, settings: dict[str, Any], tokenizer: Any | None
+) -> dict[str, Any]:
+    """Return the settings with tokens by their ids, and with tied embeddings that stay tied.
+
+    Raises UserError for a text that is no token, an id beyond the embeddings, and whole embeddings
+    that the method would tear apart.
+    """
+    for key in ("trainable_token_indices", "token_indices"):
+        if settings.get(key) is not None:
+            ids = _ids_of(f"lora.{key}", settings[key], tokenizer, model)
+            settings = settings | {key: ids}
+    if not is_tied(model) or not _names_embeddings(model, settings):
+        return settings
+    if method not in ROWS:
+        raise UserError(
+            "lora.modules_to_save: input and output embeddings are one matrix in this model, and "
+            f"peft would train a copy for one side with lora.method={method}. Use method=lora, or "
+            "leave the embeddings out."
+        )
+    return {"ensure_weight_tying": True} | settings
+
+
+def is_tied(model: Any) -> bool:
+    """Whether input and output embeddings are one matrix."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def with_new_rows(model: Any, lora: dict[str, Any], new: Sequence[int]) -> dict[str, Any]:
+    """Return the settings of an adapter that trains the rows of new tokens, input and output.
+
+    Embeddings that train whole (`modules_to_save`) train their new rows anyway. Raises UserError
+    where the rows would stay as they are.
+    """
+    places = [name for name in _embeddings(model) if not _trains_whole(name, lora)]
+    if not new or not places:
+        return lora
+    key = ROWS.get(str(lora.get("method") or "lora"))
+    if key is None:
+        raise UserError(
+            f"model.add_tokens: the rows of new tokens do not train with lora.method="
+            f"{lora['method']}. Use method=lora, or train the embeddings whole: "
+            f"lora.modules_to_save=[{', '.join(places)}]."
+        )
+    given = lora.get(key) or {}
+    rows = given if isinstance(given, dict) else {places[0]: given}
+    return lora | {key: rows | {name: [*rows.get(name, ()), *new] for name in places}}
+
+
+def let_heads_read(model: Any) -> None:
+    """Let losses that read an output layer's weight and bias find both where rows of it train.
+
+    Raises UserError for an output layer with a bias, which peft leaves out then.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    output = model.get_output_embeddings()
+    if isinstance(output, TrainableTokensWrapper):
+        if output.original_module.bias is not None:
+            raise UserError(
+                "lora.trainable_token_indices: this model's output layer has a bias, which peft "
+                "leaves out where single rows train. Train it whole: lora.modules_to_save."
+            )
+        output.bias = None
+
+
+def _embeddings(model: Any) -> list[str]:
+    """The names of the input embeddings and of output embeddings with a matrix of their own."""
+    output = model.get_output_embeddings()
+    names = [name_of(model, model.get_input_embeddings())]
+    return names if output is None or is_tied(model) else [*names, name_of(model, output)]
+
+
+def _trains_whole(name: str, lora: dict[str, Any]) -> bool:
+    # peft takes every layer whose name ends so.
+    return any(name.endswith(one) for one in lora.get("modules_to_save") or ())
+
+
+def _names_embeddings(model: Any, settings: dict[str, Any]) -> bool:
+    sides = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(_trains_whole(name_of(model, side), settings) for side in sides)
+
+
+def _ids_of(key: str, given: Any, tokenizer: Any | None, model: Any) -> Any:
+    if isinstance(given, dict):
+        return {name: _ids_of(key, tokens, tokenizer, model) for name, tokens in given.items()}
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = sorted({_id_of(key, token, tokenizer) for token in given})
+    for number in ids:
+        if not 0 <= number < rows:
+            raise UserError(f"{key}: {number} is not a token; ids go from 0 to {rows - 1}.")
+    return ids
+
+
+def _id_of(key: str, token: int | str, tokenizer: Any | None) -> int:
+    if isinstance(token, int):
+        return token
+    if tokenizer is None:
+        raise UserError(f"{key}: {token!r} is a text, and there is no tokenizer. Give its id.")
+    known = tokenizer.get_vocab().get(token)
+    if known is not None:
+        return int(known)
+    ids: list[int] = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        pieces = " ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
+        raise UserError(
+            f"{key}: {token!r} is {len(ids)} tokens ({pieces}), not one. To make it one: "
+            f"model.add_tokens=['{token}']."
+        )
+    return ids[0]

@@ -1,0 +1,191 @@
+"""The picture of a run's data: how long its sequences are, and where they are from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.batches.rows import TokenRows
+from luthier.record.plot import INK
+
+if TYPE_CHECKING:
+    from luthier.data.prepare import Prepared
+
+BAR, MARK, LIMIT, SOFT = "#2f6db3", "#222222", "#d1495b", "#777777"
+_BINS = 40
+_SHOWN = 20
+"""Sources with a bar of their own; the smallest of more share the last one."""
+
+
+@dataclass(frozen=True)
+class DataNumbers:
+    """What the picture shows of an epoch."""
+
+    lengths: NDArray[Any]
+    """Tokens of each sequence, shape (sequences,)."""
+    trained_tokens: int
+    max_length: int | None = None
+    """`chat.max_length`."""
+    sources: Mapping[str, int] = field(default_factory=dict)
+    """Rows of an epoch from each of several sources; one source or none gives no bars."""
+
+
+def numbers_of(prepared: "Prepared", max_length: int | None) -> DataNumbers:
+    """The numbers of a run's training rows; of a stream, which is not known ahead, none."""
+    counts = prepared.train_counts
+    rows = prepared.train
+    lengths = rows.lengths if isinstance(rows, TokenRows) else np.empty(0, np.int32)
+    return DataNumbers(lengths, counts.trained_tokens, max_length, counts.sources)
+
+
+def plot_data(numbers: DataNumbers, title: str, path: Path) -> bool:
+    """Draw lengths and mixture as a PNG; False, and no file, where there is no sequence."""
+    if not len(numbers.lengths):
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = _bars(numbers.sources)
+    below = 0.3 * len(bars) + 0.7 if len(bars) > 1 else 0.0
+    figure = pyplot.figure(figsize=(8, 4.5 + below), dpi=130, layout="constrained")
+    heights = [4.5, below] if below else [4.5]
+    axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+    _draw_lengths(axes[0], numbers, title)
+    if below:
+        _draw_sources(axes[1], bars)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+    temporary.replace(path)
+    return True
+
+
+def _draw_lengths(axes: Any, numbers: DataNumbers, title: str) -> None:
+    lengths = numbers.lengths
+    edges, is_log = bin_edges(lengths)
+    counts, _, _ = axes.hist(lengths, bins=edges, color=BAR, rwidth=0.94)
+    if is_log:
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, edges)
+    else:
+        _widen(axes, edges)
+        axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("tokens of a sequence")
+    _scale_counts(axes, counts)
+    _mark(axes, numbers)
+    tokens = int(lengths.sum(dtype=np.int64))
+    axes.set_title(title, loc="left", color=INK)
+    share = f"{numbers.trained_tokens / tokens:.0%} trained"
+    about = f"{len(lengths):,} sequences, {tokens:,} tokens, {share}"
+    axes.set_title(about, loc="right", color=SOFT, fontsize=9)
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
+    _dress(axes, "y")
+
+
+def _scale_counts(axes: Any, counts: NDArray[Any]) -> None:
+    """Choose an even scale, or one of ratios; with room for the legend above the bars."""
+    least, most = counts[counts > 0].min(), counts.max()
+    # A bar that is less than a pixel high cannot be seen on an even scale.
+    if least < most / 200:
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, most * (most / 0.7) ** 0.3)
+        axes.set_ylabel("sequences (log scale)")
+    else:
+        axes.set_ylim(0, most * 1.35)
+        axes.locator_params(axis="y", integer=True)
+        axes.set_ylabel("sequences")
+
+
+def bin_edges(lengths: NDArray[Any]) -> tuple[NDArray[Any], bool]:
+    """The edges of a histogram's bars, and whether they are set by ratio and not by distance."""
+    low, high = int(lengths.min()), int(lengths.max())
+    is_log = high > 20 * max(low, 1)
+    if is_log:
+        edges = np.unique(np.round(np.geomspace(max(low, 1), high + 1, _BINS + 1)))
+        return edges - 0.5, True
+    # Lengths that are all alike are a bar that can be seen behind its mark.
+    step = max(-(-(high + 1 - low) // _BINS), high // 100)
+    return np.arange(low, high + 2 * step, step) - step / 2, False
+
+
+def _widen(axes: Any, edges: NDArray[Any]) -> None:
+    """Leave room beside the bars, so that a single one is no wall."""
+    middle, half = edges.mean(), (edges[-1] - edges[0]) / 2
+    half = max(1.08 * half, 4, 0.05 * edges[-1])
+    axes.set_xlim(middle - half, middle + half)
+
+
+def _mark(axes: Any, numbers: DataNumbers) -> None:
+    """Draw where the middle, the 95th percentile, the longest and `chat.max_length` are."""
+    ranked = np.sort(numbers.lengths)
+    last = len(ranked) - 1
+    marks = {
+        "median": (int(ranked[round(0.5 * last)]), "-"),
+        "95th percentile": (int(ranked[round(0.95 * last)]), "--"),
+        "longest": (int(ranked[-1]), ":"),
+    }
+    for name, (value, style) in marks.items():
+        axes.axvline(value, color=MARK, lw=1.3, ls=style, label=f"{name} {value:,}")
+    limit, right = numbers.max_length, axes.get_xlim()[1]
+    if limit is not None and limit <= right * (4 if axes.get_xscale() == "log" else 1.5):
+        axes.axvline(limit, color=LIMIT, lw=1.8, label=f"chat.max_length {limit:,}")
+        axes.set_xlim(right=max(right, limit * 1.04))
+    elif limit is not None:
+        # Drawn where it is, it would press the bars together at the left.
+        axes.plot([], color=LIMIT, lw=1.8, label=f"chat.max_length {limit:,} (beyond)")
+    axes.legend(
+        ncols=2, fontsize=9, loc="upper left", facecolor="white", edgecolor="none", framealpha=1
+    )
+
+
+def _bars(sources: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The sources from the one with the most rows to the one with the fewest."""
+    ranked = sorted(sources.items(), key=lambda item: -item[1])
+    if len(ranked) <= _SHOWN:
+        return ranked
+    rest = ranked[_SHOWN - 1 :]
+    others = (f"{len(rest)} others", sum(rows for _, rows in rest))
+    return [*ranked[: _SHOWN - 1], others]
+
+
+def _draw_sources(axes: Any, bars: list[tuple[str, int]]) -> None:
+    """Draw the rows of an epoch from each source."""
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name, _ in bars]
+    counts = [rows for _, rows in bars]
+    total = sum(counts)
+    drawn = axes.barh(range(len(bars)), counts, color=BAR, height=0.72)
+    axes.set_yticks(range(len(bars)), names)
+    labels = [f"{rows:,} ({rows / total:.1%})" for rows in counts]
+    axes.bar_label(drawn, labels, padding=4, fontsize=9, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(counts) * 1.22)
+    axes.set_xlabel("rows of an epoch")
+    axes.tick_params(axis="y", length=0)
+    _plain_numbers(axes.xaxis)
+    _dress(axes, "x")
+
+
+def _log_ticks(axis: Any, edges: NDArray[Any]) -> None:
+    """Ticks at round numbers, as many as there is room for."""
+    steps = (1, 2, 5) if edges[-1] < 2000 * edges[0] else (1, 3)
+    ticks = [step * 10**power for power in range(10) for step in steps]
+    axis.set_ticks([tick for tick in ticks if edges[0] <= tick <= edges[-1]])
+    axis.set_ticks([], minor=True)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Write numbers out, such as 20,000."""
+    axis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+
+
+def _dress(axes: Any, grid: str) -> None:
+    axes.grid(axis=grid, alpha=0.25)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,171 @@
+"""The proof, on the model itself and before the first step, that packed documents stay apart.
+
+Many model classes tell packed documents apart by their positions; others read positions and still
+attend across (OPT, Falcon), count positions through, or carry a state along (Mamba and other
+recurrent layers). None of them says so. A few tiny forwards do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from luthier.data.batches.collators import FlatRows, PackedRows, PaddedRows
+from luthier.data.batches.draws import random_bits
+from luthier.data.batches.rows import Document, TrainingRow
+from luthier.errors import UserError
+
+AROUND, SEEN = 12, 9
+"""Tokens of the document that changes, and of the one that must not notice."""
+CONTENT = 1e-5
+"""What is always rounding. Without int8 layers, `content` was 0 to the last bit on every class that
+keeps documents apart, in bfloat16 too, since the same kernels work on the same shapes; the smallest
+leak that was found was 4e-4, of one short convolution in a tiny random model."""
+PLACE = (1e-2, 32)
+"""What is always rounding between places: this much, or so many times the format's epsilon."""
+NOISE = 5
+"""How many times the rounding between rows of one batch is rounding between documents too."""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How far the logits of a packed document are from what they should be.
+
+    Each is the largest over the document's tokens of the distance between two rows of logits, in
+    parts of the length of the second one without its mean.
+    """
+
+    content: float
+    """Beside another document, against beside the first one."""
+    place: float
+    """At the end of a row, against at the beginning of one."""
+    content_noise: float
+    """The same as `content` for rows of an ordinary batch, which is what rounding does."""
+    place_noise: float
+    """The same for a row alone, against in a batch."""
+    epsilon: float
+    """The distance from 1 to the next number, in the format of the logits."""
+
+    @property
+    def content_allowed(self) -> float:
+        """The largest `content` that may be rounding."""
+        return CONTENT + NOISE * self.content_noise
+
+    @property
+    def place_allowed(self) -> float:
+        """The largest `place` that may be rounding."""
+        floor, times = PLACE
+        noise = NOISE * max(self.place_noise, self.content_noise)
+        return max(floor, times * self.epsilon) + noise
+
+    @property
+    def holds(self) -> bool:
+        """Whether documents are apart; never where a number is none."""
+        return self.content <= self.content_allowed and self.place <= self.place_allowed
+
+
+def check_isolation(
+    model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any] | None = None
+) -> Isolation:
+    """Show that a document in a packed row gets the logits that it gets alone.
+
+    Two documents share rows, in either order; then one of them changes, and the logits of the other
+    must not, and must be the same at both places. The bounds come from the same comparison between
+    ordinary padded rows, so any number format and quantization is judged by its own rounding.
+
+    `call` computes in place of the model where that is wrapped, for several devices say. Weights,
+    modes and random states stay as they are. Raises UserError where documents are not apart.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            isolation = _measure(model, collator, call or model)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{_named(model)} cannot train packed rows: {error}\n{_INSTEAD}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not isolation.holds:
+        raise UserError(f"{_named(model)} cannot train packed rows: {_why(isolation)}.\n{_INSTEAD}")
+    return isolation
+
+
+def _measure(model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any]) -> Isolation:
+    device = model.get_input_embeddings().weight.device
+    one, other, seen = _documents(model.config.get_text_config().vocab_size)
+    packed_as = type(collator)(collator.pad_token_id)
+    padded_as = PaddedRows(collator.pad_token_id)
+
+    def logits(layout: Any, *rows: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of the first and of the last tokens of a batch, as many as `seen` has."""
+        found = _logits(call, layout(rows), device).flatten(0, 1)
+        return found[:SEEN], found[-SEEN:]
+
+    packed = logits(packed_as, (seen, one), (one, seen))
+    changed = logits(packed_as, (seen, other), (other, seen))
+    in_batch, _ = logits(padded_as, (seen,), (one,))
+    in_other_batch, _ = logits(padded_as, (seen,), (other,))
+    alone, _ = logits(padded_as, (seen,))
+    return Isolation(
+        content=max(_distance(a, b) for a, b in zip(changed, packed, strict=True)),
+        place=_distance(packed[1], packed[0]),
+        content_noise=_distance(in_other_batch, in_batch),
+        place_noise=_distance(alone, in_batch),
+        epsilon=torch.finfo(alone.dtype).eps,
+    )
+
+
+def _documents(vocabulary: int) -> tuple[Document, Document, Document]:
+    """Two documents of one length that differ in every place, and a third; tokens by chance."""
+    drawn = (random_bits(2 * AROUND + SEEN, 0) % vocabulary).astype(np.int64)
+    drawn[AROUND : 2 * AROUND] = (drawn[:AROUND] + 1 + vocabulary // 3) % vocabulary
+    one, other, seen = np.split(drawn, [AROUND, 2 * AROUND])
+    return Document(one, one), Document(other, other), Document(seen, seen)
+
+
+def _logits(call: Callable[..., Any], batch: dict[str, Any], device: Any) -> torch.Tensor:
+    """The logits of a batch, shape (rows, width, vocabulary)."""
+    inputs = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name not in ("labels", "tokens")
+    }
+    logits: torch.Tensor = call(**inputs, use_cache=False).logits
+    return logits
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.cpu().double(), expected.cpu().double()
+    scale = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    return float(((found - expected).norm(dim=-1) / scale).max())
+
+
+def _named(model: Any) -> str:
+    from peft import PeftModel
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    attention = base.config.get_text_config()._attn_implementation
+    return f"trainer.args.packing: {type(base).__name__} with model.attention={attention}"
+
+
+_INSTEAD = (
+    "Set trainer.args.packing=false and trainer.args.eval_packing=false; "
+    "trainer.args.train_sampling_strategy=group_by_length keeps padding small. "
+    "Another model.attention, or the kernel packages that the model's warnings name, may help too."
+)
+
+
+def _why(isolation: Isolation) -> str:
+    if isolation.content <= isolation.content_allowed:
+        return (
+            "the logits of a document at the end of a row and at its beginning differ by "
+            f"{isolation.place:.2g} ({isolation.place_allowed:.2g} may be rounding), so its "
+            "positions are not its own"
+        )
+    return (
+        f"other words in one document change the logits of another by {isolation.content:.2g} "
+        f"({isolation.content_allowed:.2g} may be rounding), so documents see each other"
+    )

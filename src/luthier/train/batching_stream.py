@@ -1,0 +1,113 @@
+"""A stream of token rows as the dataset of a data loader, for one process and for several."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from luthier.data.batches.rows import TrainingRow
+from luthier.data.batches.stream import Open, packed, passes
+from luthier.errors import UserError
+
+
+class StreamRows(IterableDataset):
+    """An endless stream of training rows: pass after pass over a source, shuffled in a buffer.
+
+    It has no end, because the trainer resumes a run by counting batches from the beginning of an
+    epoch: with one epoch for all passes that is exact in any of them.
+    """
+
+    def __init__(
+        self,
+        open_rows: Open,
+        *,
+        seed: int,
+        shuffle_buffer: int = 10_000,
+        length: int | None = None,
+        pack_rows: int = 128,
+    ) -> None:
+        """`open_rows` begins a pass; `length`: pack into training rows of so many tokens, about
+        `pack_rows` of them at a time; None: one document a row."""
+        super().__init__()
+        self.open_rows = open_rows
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+        self.length = length
+        self.pack_rows = pack_rows
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin with this pass at the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[TrainingRow]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise UserError(_ONE_WORKER)
+        documents = passes(self.open_rows, self.shuffle_buffer, self.seed, self.epoch)
+        if self.length is None:
+            return ((document,) for document in documents)
+        return packed(documents, self.length, self.pack_rows)
+
+
+_ONE_WORKER = (
+    "trainer.args.dataloader_num_workers: a stream is read by one worker, since each would read all"
+    " of it.\nSet it to 1 or 0, and dataset.workers for more processes that encode."
+)
+
+
+def check_stream(args: Any) -> None:
+    """Stop, before the first step, at arguments of the trainer that a stream cannot have."""
+    if args.max_steps <= 0:
+        raise UserError(
+            "dataset.streaming=true: a stream has no known end, so the number of steps must be "
+            "said.\nSet trainer.args.max_steps, such as trainer.args.max_steps=10000."
+        )
+    if args.dataloader_num_workers > 1:
+        raise UserError(_ONE_WORKER)
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"trainer.args.train_sampling_strategy={args.train_sampling_strategy} needs to know all"
+            " rows, and a stream is read as it comes.\nRemove it, or set dataset.streaming=false."
+        )
+
+
+def stream_loader(rows: StreamRows, accelerator: Accelerator, size: int, settings: Any) -> Any:
+    """A loader that reads on the first process and gives each one `size` rows of every batch.
+
+    A batch of all processes is laid out as a whole, so its rows are as wide as each other, and the
+    rows of a step are those of one process with a batch as large as all of them together.
+    """
+    loader: DataLoader = DataLoader(rows, batch_size=size * accelerator.num_processes, **settings)
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        split_batches=True,
+        dispatch_batches=True,
+        put_on_device=True,
+        non_blocking=accelerator.non_blocking,
+    )
+
+
+def flatten(batch: dict[str, Any]) -> dict[str, Any]:
+    """Lay packed rows one behind the other, as `FlatRows` does, on the device they are on.
+
+    Rows of a stream are dealt out to the processes as rows, so they are flattened behind that.
+    """
+    flat = {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")}
+    starts = (flat["position_ids"][0] == 0).nonzero().flatten()
+    ends = torch.cat((starts, starts.new_tensor([flat["input_ids"].numel()]))).int()
+    sizes = ends.diff()
+    numbers = torch.arange(len(sizes), dtype=torch.int32, device=sizes.device)
+    longest = int(sizes.max())
+    return flat | {
+        "seq_idx": torch.repeat_interleave(numbers, sizes)[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "tokens": batch["tokens"].sum()[None],
+    }

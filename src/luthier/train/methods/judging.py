@@ -1,0 +1,237 @@
+"""What the trainers of judged replies share: losses of a whole step, metrics of a whole set."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+
+from luthier.data.batches.judged import JudgedLayout, JudgedRows
+from luthier.data.batches.rows import TokenRows
+from luthier.data.batches.samplers import Sampler
+from luthier.train.batching import Batching
+from luthier.train.batching_loaders import eval_sampler, train_sampler
+from luthier.train.methods.shared import Exact, precision_kept
+
+Scores = dict[str, Tensor]
+"""What a forward pass says of each row of a batch, by name; each has the shape (rows,)."""
+
+
+class Terms(NamedTuple):
+    """What a loss is the sum of; each has the shape (rows,), or is a plain zero."""
+
+    rows: Tensor | float
+    """Numbers of which the loss has the mean over all rows."""
+    tokens: Tensor | float = 0.0
+    """Sums over the tokens of the better replies: the loss has the mean over all such tokens."""
+
+
+class Prepared(Dataset):
+    """Stands in for rows that are tokens already, where TRL wants a dataset to prepare."""
+
+    def map(self, *args: Any, **kwargs: Any) -> "Prepared":
+        """Leave the rows as they are."""
+        return self
+
+
+class Judging(Exact):
+    """Stands before a trainer of TRL: `class Mine(Judging, DPOTrainer)`.
+
+    The loss is a mean over rows (pairs, or replies with a verdict), and where it has a part by
+    token, over tokens: of the whole step in training (all micro-batches and ranks), of the whole
+    set in evaluation. So neither the batch size, nor gradient accumulation, nor the number of
+    processes changes it. Metrics are taken over all rows since the last line of the log, or over
+    the whole set.
+    """
+
+    # compute_loss divides by the step's rows itself.
+    loss_is_scaled_for_ga = True
+    layout: ClassVar[type[JudgedLayout]]
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: Any,
+        train_dataset: TokenRows,
+        eval_dataset: TokenRows | dict[str, TokenRows] | None,
+        batching: Batching,
+        processing_class: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Take what the trainer takes, with rows of a table as datasets."""
+        self.batching = batching
+        self._since_log: list[Scores] = []
+        self._evaluated: list[Scores] = []
+        self._tokens_seen = 0
+        nothing = Prepared.from_dict({name: [""] for name in ("prompt", "chosen", "rejected")})
+        with precision_kept(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=nothing,
+                eval_dataset=None if eval_dataset is None else nothing,
+                data_collator=self.layout(
+                    processing_class.pad_token_id,
+                    batching.length if batching.constant else None,
+                    vars(args).get("pad_to_multiple_of"),
+                ),
+                processing_class=processing_class,
+                **kwargs,
+            )
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.model_accepts_loss_kwargs = True
+
+    def scores(self, model: Any, inputs: dict[str, Any]) -> Scores:
+        """What the model, and the reference if there is one, say of each row of a batch.
+
+        `chosen_tokens` counts the tokens that `Terms.tokens` sums over, `tokens` all that are read.
+        """
+        raise NotImplementedError
+
+    def terms(self, scores: Scores) -> Terms:
+        """The loss of each row."""
+        raise NotImplementedError
+
+    def measures(self, scores: Scores) -> dict[str, float]:
+        """The metrics of all rows."""
+        raise NotImplementedError
+
+    def count(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The rows of a batch, and the tokens that `Terms.tokens` sums over: shape (2,)."""
+        raise NotImplementedError
+
+    def router_loss(self) -> Tensor | float:
+        """What the last forward pass adds to the loss of a step for balanced experts."""
+        return 0.0
+
+    def sampler(self, rows: TokenRows, size: int, processes: int, is_training: bool) -> Sampler:
+        """The order of the rows; `size`: those of a batch of one process."""
+        make = train_sampler if is_training else eval_sampler
+        return make(rows, self.batching, self.args, size, processes)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leave rows as they are: they are tokens."""
+        return dataset
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """Make a loader with luthier's own samplers."""
+        in_step = self._train_batch_size * self.args.gradient_accumulation_steps
+        processes = self.get_total_train_batch_size(self.args) // in_step
+        sampler = self.sampler(dataset, batch_size, processes, is_training)
+        return super()._get_dataloader(
+            dataset=JudgedRows(sampler),
+            description=description,
+            batch_size=batch_size,
+            sampler_fn=lambda rows: sampler,
+            is_training=is_training,
+            dataloader_key=dataloader_key,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
+        """The counts of a step, over all its batches and all processes."""
+        zero = torch.zeros(2, device=device)
+        counts = sum((self.count(batch).to(device) for batch in batch_samples), zero)
+        return self.accelerator.gather(counts[None]).sum(dim=0)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Sum the loss over the rows and tokens of a step, which all ranks count together."""
+        counts = self.count(inputs) if num_items_in_batch is None else num_items_in_batch
+        scores = self.scores(model, dict(inputs)) | {"real": inputs["real"]}
+        loss = _sum(self.terms(scores), scores, counts.clamp(min=1))
+        if num_items_in_batch is not None:
+            # DDP averages gradients over ranks, and the counts are of all of them.
+            loss = loss * self.accelerator.num_processes
+            loss = loss + self.router_loss() / self.current_gradient_accumulation_steps
+        kept = {name: part.detach() for name, part in scores.items()}
+        (self._since_log if self.model.training else self._evaluated).append(kept)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Take the scores of a batch; there are no labels to give back."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Trainer does, with loss and metrics of the whole set."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        scores = self._of_all(self._evaluated)
+        if len(scores["real"]):
+            measured = self.measures(scores)
+            measured["loss"] = _mean(self.terms(scores), scores)
+            output.metrics.update({f"{prefix}_{n}": value for n, value in measured.items()})
+        return output
+
+    def _of_all(self, batches: list[Scores]) -> Scores:
+        """The scores of all real rows of some batches of all ranks; no row is there twice."""
+        real = torch.cat([scores["real"] for scores in batches]).bool()
+        own = {name: torch.cat([s[name] for s in batches])[real] for name in batches[0]}
+        if self.accelerator.num_processes == 1:
+            return own
+        ranks = gather_object([{name: part.cpu() for name, part in own.items()}])
+        return {
+            name: torch.cat([rank[name] for rank in ranks]).to(part.device)
+            for name, part in own.items()
+        }
+
+    def add_means(self, logs: dict[str, float]) -> None:
+        """Add the metrics of the rows since the last line of the log."""
+        if not self._since_log:
+            return
+        scores = self._of_all(self._since_log)
+        self._since_log.clear()
+        self._tokens_seen += int(scores["tokens"].sum())
+        logs |= self.measures(scores) if len(scores["real"]) else {}
+        logs["num_tokens"] = self._tokens_seen
+
+
+def _sum(terms: Terms, scores: Scores, counts: Tensor) -> Tensor:
+    """The loss: sums over real rows by the counts."""
+    real = scores["real"]
+    parts = [
+        torch.where(real, part, 0).sum() / count
+        for part, count in zip(terms, counts, strict=True)
+        if isinstance(part, Tensor)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _mean(terms: Terms, scores: Scores) -> float:
+    """The loss of a whole set, added up in float64."""
+    parts = [mean(terms.rows)] if isinstance(terms.rows, Tensor) else []
+    if isinstance(terms.tokens, Tensor):
+        parts.append(ratio(terms.tokens, scores["chosen_tokens"]))
+    return sum(parts)
+
+
+def mean(part: Tensor, where: Tensor | None = None) -> float:
+    """The mean over all rows, or over those where something holds; 0 if there are none."""
+    part = part if where is None else part[where]
+    return float(part.cpu().double().sum()) / max(len(part), 1)
+
+
+def ratio(sums: Tensor, counts: Tensor) -> float:
+    """A mean over tokens, from the sums and the counts of all rows."""
+    return float(sums.cpu().double().sum()) / max(float(counts.cpu().double().sum()), 1)

@@ -1,0 +1,116 @@
+"""One text from another: `transformers.AutoModelForSeq2SeqLM` in transformers' Seq2SeqTrainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from luthier.config.schema import RunConfig, SourceConfig
+from luthier.data.batches.rows import IGNORED
+from luthier.data.encoders import RowEncoder
+from luthier.data.prepare import Prepared
+from luthier.data.task_encoders import Seq2SeqEncoder
+from luthier.errors import UserError
+from luthier.model.machine import Machine
+from luthier.model.weights import load_model
+from luthier.train.arguments import trainer_arguments
+from luthier.train.methods.heads import check_positions, model_config
+from luthier.train.methods.method import Ingredients
+from luthier.train.methods.tabled import (
+    OWN,
+    Found,
+    Layout,
+    Losses,
+    Row,
+    Tabled,
+    base_of,
+    over_tables,
+    ragged,
+)
+
+MODEL = "AutoModelForSeq2SeqLM"
+
+
+class Seq2Seq:
+    """Trains an encoder-decoder model on sources and targets."""
+
+    def encoder(
+        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+    ) -> RowEncoder:
+        """Sources and targets as the tokenizer gives them."""
+        return Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
+
+    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+        """The `transformers.Seq2SeqTrainingArguments`."""
+        return trainer_arguments(Seq2SeqTrainingArguments, config, machine, folder, has_eval, OWN)
+
+    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+        """An encoder-decoder model."""
+        model_config(config.model, MODEL, "seq2seq", "an encoder-decoder model, such as T5 or BART")
+        model = load_model(
+            config.model, config.quantization, machine, full=not config.lora, kind=MODEL
+        )
+        start = model.generation_config.decoder_start_token_id
+        if start is None and model.config.decoder_start_token_id is None:
+            raise UserError(
+                f"model.path={config.model.path}: its config names no token that a target begins "
+                "with. Set it: model.kwargs.decoder_start_token_id=ID (T5 takes its padding token)."
+            )
+        return model
+
+    def trainer(self, given: Ingredients) -> "TargetTrainer":
+        """transformers' Seq2SeqTrainer over sources and targets."""
+        for column in ("input_ids", "labels"):
+            check_positions(given.model, given.prepared, column)
+        return over_tables(TargetTrainer, given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetLayout(Layout):
+    """Sources side by side with their targets: one answer a token of the target."""
+
+    def answers(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The targets, padded on the right with IGNORED; int64, shape (rows, longest target)."""
+        lengths = np.array([len(row["labels"]) for row in rows])
+        longest = self.width or int(lengths.max())
+        return ragged([row["labels"] for row in rows], longest, IGNORED), lengths
+
+
+class TargetTrainer(Tabled, Seq2SeqTrainer):
+    """Trains targets, token by token: the loss is the mean over all of their tokens."""
+
+    def __init__(self, model: Any, *, args: Any, **kwargs: Any) -> None:
+        self._smoothing = args.label_smoothing_factor
+        batching = kwargs["batching"]
+        layout = TargetLayout(
+            pad_token_id=kwargs["processing_class"].pad_token_id,
+            width=batching.length if batching.constant else None,
+        )
+        super().__init__(model, args=args, data_collator=layout, **kwargs)
+        # Given labels, a model would compute a loss of its own; a few models can only do that.
+        self._shift = getattr(base_of(model), "prepare_decoder_input_ids_from_labels", None)
+
+    def losses(self, model: Any, inputs: dict[str, Any]) -> Losses:
+        """The loss of each target, summed over its tokens, and how many of these it says right."""
+        wanted = inputs["labels"]
+        if self._shift is not None:
+            inputs["decoder_input_ids"] = self._shift(labels=inputs.pop("labels"))
+        logits = model(**inputs).logits.float()
+        smoothing = self._smoothing if self.model.training else 0.0
+        loss = cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=smoothing
+        )
+        sums = loss.view(wanted.shape).sum(dim=1)
+        if self.model.training:
+            return Losses(sums, torch.zeros_like(sums))
+        return Losses(sums, (logits.argmax(dim=-1) == wanted).sum(dim=1))
+
+    def scores(self, rows: Any, found: Sequence[Found]) -> dict[str, float]:
+        """The share of tokens that are right, each behind the right ones before it."""
+        items = sum(one.items for one in found)
+        return {"mean_token_accuracy": sum(one.predicted for one in found) / max(items, 1)}

@@ -1,0 +1,127 @@
+"""What luthier promises of every trainer, on top of TRL's and transformers' own."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object
+
+
+@contextmanager
+def precision_kept(model: Any) -> Iterator[None]:
+    """Put trained weights back into the number formats they had before a trainer was built.
+
+    TRL rounds those of a quantized model to bfloat16, where small updates vanish.
+    """
+    exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in exact and parameter.dtype != exact[name].dtype:
+            parameter.data = exact[name].to(parameter.device)
+
+
+@contextmanager
+def recomputing_paused(model: Any) -> Iterator[None]:
+    """Keep activations within the block, and recompute them behind it as before.
+
+    TRL does that itself where it looks at a model without gradients, but turns it on again with
+    settings that torch does not know (`every_n_layers`, `offload`). It does nothing where it finds
+    it turned off.
+    """
+    parts = [part for part in model.modules() if vars(part).get("gradient_checkpointing")]
+    for part in parts:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
+
+
+class Exact(Base):
+    """Stands before a trainer: `class Mine(Exact, DPOTrainer)`.
+
+    Nobody is told that someone trains, a training that follows an evaluation is whole under DDP,
+    a broken loss stops the run, and the processes end.
+    """
+
+    shown: tuple[str, ...] = ()
+    """Metrics of the held-out rows that a run's results have besides the loss."""
+    loss_shown: bool = True
+    """Whether a run's results have the loss on held-out rows."""
+
+    def _send_telemetry(self) -> None:
+        """Tell nobody that someone trains."""
+
+    def planned_steps(self) -> int:
+        """The optimizer steps that a training from the beginning takes, known before it starts."""
+        values = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return int(values[-1])
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, also after an evaluation.
+
+        accelerate marks a model that it prepared for evaluation as prepared, and then never wraps
+        it for DDP: each rank would train alone, without a word. So the mark is taken off here.
+        """
+        model: Any = self.model
+        if vars(model).pop("_is_accelerate_prepared", False):
+            original = vars(model).pop("_original_forward", None)
+            if original is not None:
+                model.forward = original
+        return super().train(*args, **kwargs)
+
+    def end(self) -> None:
+        """End the process group, after what holds on to it.
+
+        Where DDP's wrapper outlives the group, its destructor waits for a thread of gloo that may
+        wait for Python itself, and the process never ends (torch 2.13).
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        super().end()
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate, each of several sets under its name; the main one, which has none, as `eval`.
+
+        So there is an `eval_loss` to choose a checkpoint by, however many sets there are.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(given, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        for name, rows in given.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            # The trainer's own sets go by name: by that it tells their loaders apart.
+            metrics |= super().evaluate(name if eval_dataset is None else rows, ignore_keys, prefix)
+        return metrics
+
+    def add_means(self, logs: dict[str, float]) -> None:
+        """Add what was measured since the last line of metrics; asked on all ranks."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and stop on a broken loss."""
+        if self.model.training and "loss" in logs:
+            self.add_means(logs)
+            if not math.isfinite(logs["loss"]):
+                raise UserError(_broken_loss(logs["loss"], self.state.global_step, self.args))
+        super().log(logs, start_time)
+
+
+def _broken_loss(loss: float, step: int, args: Any) -> str:
+    return (
+        f"The loss is {loss} at step {step}, so the run stops; checkpoints up to then are in "
+        f"{args.output_dir}. A smaller trainer.args.learning_rate, more trainer.args.warmup_steps, "
+        "or model.dtype=bfloat16 in place of float16 usually mends it."
+    )

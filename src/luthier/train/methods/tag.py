@@ -1,0 +1,126 @@
+"""Tags of words: `transformers.AutoModelForTokenClassification`.
+
+Only the first token of a word says its tag, in training and in evaluation (Devlin et al. 2019,
+BERT, section 5.3); all others are ignored.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from luthier.config.schema import RunConfig, SourceConfig
+from luthier.data.batches.rows import IGNORED
+from luthier.data.encoders import RowEncoder
+from luthier.data.prepare import Prepared
+from luthier.data.task_encoders import TaggingEncoder
+from luthier.metrics.entities import OUTSIDE, are_entity_tags, entity_scores
+from luthier.model.machine import Machine
+from luthier.train.arguments import trainer_arguments
+from luthier.train.methods.heads import Labelled, check_positions, labels_of, load_head
+from luthier.train.methods.labels import Labels, find_tags
+from luthier.train.methods.method import Ingredients
+from luthier.train.methods.tabled import (
+    OWN,
+    Found,
+    Layout,
+    Losses,
+    Row,
+    over_tables,
+    ragged,
+)
+
+ENTITIES = ("entity_precision", "entity_recall", "entity_f1")
+
+
+class Tag:
+    """Trains a head on words with tags."""
+
+    def encoder(
+        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+    ) -> RowEncoder:
+        """Words with one space between them, and their tags."""
+        return TaggingEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
+
+    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+        """The `transformers.TrainingArguments`."""
+        return trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
+
+    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+        """A model whose head has an output for each tag."""
+        return load_head(config, machine, "AutoModelForTokenClassification", find_tags(prepared))
+
+    def trainer(self, given: Ingredients) -> "TagTrainer":
+        """transformers' Trainer over tagged words."""
+        check_positions(given.model, given.prepared)
+        return over_tables(TagTrainer, given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagLayout(Layout):
+    """Words side by side with their tags: one answer a word."""
+
+    labels: Labels
+
+    def answers(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tag numbers at the first token of each word, else IGNORED; int64, shape (rows, width)."""
+        known = self.labels.numbers
+        tags = [[known[str(tag)] for tag in json.loads(row["tags"])] for row in rows]
+        labels = [
+            np.where(row["words"] < 0, IGNORED, np.array(own)[row["words"]])
+            for row, own in zip(rows, tags, strict=True)
+        ]
+        return ragged(labels, width, IGNORED), np.array([row["trained"] for row in rows])
+
+
+class TagTrainer(Labelled, Trainer):
+    """Trains and scores words with tags; the tags are those of the model's config."""
+
+    def __init__(self, model: Any, *, args: Any, **kwargs: Any) -> None:
+        self.labels = labels_of(model.config)
+        self._are_entities = are_entity_tags(self.labels.names)
+        self.shown = ("accuracy", *ENTITIES) if self._are_entities else ("accuracy",)
+        self._smoothing = args.label_smoothing_factor
+        batching = kwargs["batching"]
+        layout = TagLayout(
+            pad_token_id=kwargs["processing_class"].pad_token_id,
+            width=batching.length if batching.constant else None,
+            labels=self.labels,
+        )
+        super().__init__(model, args=args, data_collator=layout, **kwargs)
+
+    def losses(self, model: Any, inputs: dict[str, Any]) -> Losses:
+        """The loss of each row, summed over its words, and the tag that each token says."""
+        wanted = inputs.pop("labels")
+        logits = model(**inputs).logits.float()
+        smoothing = self._smoothing if self.model.training else 0.0
+        loss = cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=smoothing
+        )
+        return Losses(loss.view(wanted.shape).sum(dim=1), logits.argmax(dim=-1))
+
+    def scores(self, rows: Any, found: Sequence[Found]) -> dict[str, float]:
+        """Accuracy over all words, and the scores of entities where tags are of such.
+
+        A word without a token, or one that was cut off, counts as outside of all entities, and as
+        wrong where there are none.
+        """
+        known = self.labels.names
+        wanted, said = [], []
+        for one in found:
+            row = rows.row(one.number)
+            tags = list(map(str, json.loads(row["tags"])))
+            own = [OUTSIDE if self._are_entities else ""] * len(tags)
+            for place in np.flatnonzero(row["words"] >= 0):
+                own[row["words"][place]] = known[one.predicted[place]]
+            wanted.append(tags)
+            said.append(own)
+        pairs = [pair for row in zip(said, wanted, strict=True) for pair in zip(*row, strict=True)]
+        accuracy = sum(one == other for one, other in pairs) / len(pairs)
+        entities = entity_scores(said, wanted) if self._are_entities else {}
+        return {"accuracy": accuracy, **entities}

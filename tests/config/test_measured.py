@@ -1,0 +1,87 @@
+"""Mistakes in metrics and rewards, and in what is done with them, before anything is loaded."""
+
+import pytest
+
+from luthier.config import load
+from luthier.errors import UserError
+
+Q = "recipe=quickstart"
+M = "trainer.evaluation.metrics"
+BEST = "trainer.args.metric_for_best_model"
+RL = (Q, "trainer=grpo", "quantization=none")
+
+MISTAKES = {
+    "metric": ([Q, f"{M}=[exact]"], [f"{M}: there is no metric 'exact'. Did you mean exact_match"]),
+    "setting of a metric": ([Q, f"{M}=[{{length:{{unit:pages}}}}]"], ["'pages' is not an option"]),
+    "all that is wrong": ([Q, f"{M}=[exact,regex]"], ["no metric 'exact'", "regex needs pattern"]),
+    "no metric": ([Q, f"{M}=[5]"], [f"{M}: 5 is not text"]),
+    "no list": ([Q, f"{M}=exact_match"], [f"{M}: 'exact_match' is not a list."]),
+    "metric of a set": (
+        [Q, "+dataset.eval.sets={a:{path:x}}", "trainer.evaluation.sets={a:[exact]}"],
+        ["trainer.evaluation.sets.a: there is no metric 'exact'"],
+    ),
+    "set": (
+        [Q, "+dataset.eval.sets={sums:{path:x}}", "trainer.evaluation.sets={sum:[number]}"],
+        ["trainer.evaluation.sets.sum: there is no evaluation set", "Did you mean sums?"],
+    ),
+    "replies at evaluations": (
+        [Q, "trainer.evaluation.when=evaluations", "trainer.args.eval_strategy=no"],
+        ["trainer.evaluation.when: rows are answered at evaluations, and there are none"],
+    ),
+    "patience": (
+        [Q, "trainer.evaluation.patience=2", "trainer.args.eval_strategy=no"],
+        ["trainer.evaluation.patience: it counts evaluations, and there are none"],
+    ),
+    "best, at the ends only": (
+        [Q, f"{BEST}=exact_match"],
+        [f"{BEST}: exact_match is measured before and after training only"],
+    ),
+    "best, neither good nor bad": (
+        [Q, f"{M}=[length]", f"{BEST}=eval_length", "trainer.evaluation.when=evaluations"],
+        [f"{BEST}: length is neither good nor bad by itself"],
+    ),
+    "no reward": ([*RL], ["trainer.rewards: trainer.method=grpo needs at least one"]),
+    "reward": ([*RL, "trainer.rewards=[nummer]"], ["trainer.rewards: there is no reward 'nummer'"]),
+    "rewards that nothing takes": (
+        [Q, "trainer.rewards=[number]"],
+        ["trainer.method=sft trains without rewards", "trainer=grpo or trainer=rloo"],
+    ),
+    "weights of rewards": (
+        [*RL, "trainer.rewards=[number]", "trainer.args.reward_weights=[1]"],
+        ["trainer.args.reward_weights: is not set here: use the weight of each"],
+    ),
+    "template settings": (
+        [*RL, "trainer.rewards=[number]", "trainer.args.chat_template_kwargs={a:1}"],
+        ["trainer.args.chat_template_kwargs: is not set here: use chat.variables"],
+    ),
+    "a setting of SFT": (
+        [*RL, "trainer.rewards=[number]", "trainer.args.packing=true"],
+        ["trainer.args.packing: is not a setting of trl.GRPOConfig"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "parts"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(typed, parts):
+    with pytest.raises(UserError) as error:
+        load(typed)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+RIGHT = {
+    "a metric with settings": [Q, f"{M}=[exact_match,{{regex:{{pattern:a}}}}]"],
+    "best of replies": [Q, f"{BEST}=exact_match", "trainer.evaluation.when=evaluations"],
+    "best, decided": [
+        Q, f"{M}=[length]", f"{BEST}=length", "trainer.args.greater_is_better=false",
+        "trainer.evaluation.when=evaluations",
+    ],
+    "best loss": [Q, f"{BEST}=loss"],
+    "patience": [Q, "trainer.evaluation.patience=1"],
+    "rewards": [*RL, "trainer.rewards=[number,{length:{max:5,weight:0.2}}]"],
+    "rloo": [Q, "trainer=rloo", "quantization=none", "trainer.rewards=[json_valid]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", RIGHT.values(), ids=RIGHT)
+def test_what_is_right(typed):
+    load(typed)

@@ -1,0 +1,557 @@
+"""Conversations: what each way to write them becomes, and what every mistake says."""
+
+import copy
+import json
+
+import pytest
+
+from luthier.data.rows import Row, RowError
+
+USER = {"role": "user", "content": "Hi"}
+REPLY = {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+BARE_TOOL = {"name": "f", "parameters": {}}
+RESULT = {"role": "tool", "content": "1"}
+HUMAN = {"from": "human", "value": "Hi"}
+GPT = {"from": "gpt", "value": "Hello"}
+QUESTION = {"role": "user", "content": "What is this?\n\nA lute."}
+
+
+def calling(**more):
+    return {"role": "assistant", "tool_calls": [CALL], **more}
+
+
+def shown(value):
+    return value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "messages"),
+    [
+        pytest.param({"messages": [USER, REPLY]}, {}, [USER, REPLY], id="messages"),
+        pytest.param({"conversation": [USER, REPLY]}, {}, [USER, REPLY], id="conversation"),
+        pytest.param({"conversations": [USER, REPLY]}, {}, [USER, REPLY], id="conversations"),
+        pytest.param({"dialogue": [USER, REPLY]}, {}, [USER, REPLY], id="dialogue"),
+        pytest.param(
+            {"chat": [USER, REPLY]},
+            {"columns": {"messages": "chat"}},
+            [USER, REPLY],
+            id="mapped",
+        ),
+        pytest.param(
+            {"data": {"chat": [USER, REPLY]}},
+            {"columns": {"messages": "data.chat"}},
+            [USER, REPLY],
+            id="mapped-to-a-field-of-a-column",
+        ),
+        pytest.param({"messages": json.dumps([USER, REPLY])}, {}, [USER, REPLY], id="csv-cell"),
+        pytest.param(
+            {"messages": [USER, {**REPLY, "tool_calls": None, "name": None, "train": None}]},
+            {},
+            [USER, REPLY],
+            id="nulls-are-absent",
+        ),
+        pytest.param(
+            {"messages": [USER, {**REPLY, "tool_calls": []}]}, {}, [USER, REPLY], id="no-calls"
+        ),
+        pytest.param(
+            {"messages": [USER, calling(content=None), {**RESULT, "tool_call_id": "x"}, REPLY]},
+            {},
+            [USER, calling(), {**RESULT, "tool_call_id": "x"}, REPLY],
+            id="a-call-without-content",
+        ),
+        pytest.param(
+            {"messages": [USER, calling(tool_calls=json.dumps([CALL]))]},
+            {},
+            [USER, calling()],
+            id="calls-as-json",
+        ),
+        pytest.param(
+            {"messages": [USER, calling(tool_calls=[{"id": "1", **CALL["function"]}])]},
+            {},
+            [USER, calling(tool_calls=[{"id": "1", **CALL}])],
+            id="flat-calls-are-wrapped",
+        ),
+        pytest.param(
+            {
+                "messages": [
+                    USER,
+                    calling(
+                        tool_calls=[
+                            {
+                                "id": None,
+                                "index": None,
+                                "type": "function",
+                                "function": {"name": "f"},
+                            }
+                        ]
+                    ),
+                ]
+            },
+            {},
+            [
+                USER,
+                calling(
+                    tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}]
+                ),
+            ],
+            id="filled-nulls-of-a-call-without-arguments",
+        ),
+        pytest.param(
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "function_call": {"name": "f", "arguments": '{"a": 1}'},
+                    },
+                    {"role": "function", "name": "f", "content": "1"},
+                    REPLY,
+                ]
+            },
+            {},
+            [
+                USER,
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+                    ],
+                },
+                {"role": "tool", "name": "f", "content": "1"},
+                REPLY,
+            ],
+            id="openai-function-call",
+        ),
+        pytest.param(
+            {"messages": [USER, {**REPLY, "reasoning_content": "Hm", "train": False}]},
+            {},
+            [USER, {**REPLY, "reasoning_content": "Hm", "train": False}],
+            id="reasoning-and-train",
+        ),
+        pytest.param(
+            {"messages": [USER, {"role": "assistant", "content": None, "thinking": "Hm"}]},
+            {},
+            [USER, {"role": "assistant", "thinking": "Hm"}],
+            id="thinking-without-content",
+        ),
+        pytest.param(
+            {"messages": [USER, {**REPLY, "weight": 0}, USER, {**REPLY, "weight": 1}]},
+            {},
+            [USER, {**REPLY, "train": False}, USER, {**REPLY, "train": True}],
+            id="openai-weight",
+        ),
+        pytest.param(
+            {"messages": [{**USER, "content": [{"type": "text", "text": "Hi"}]}, REPLY]},
+            {},
+            [USER, REPLY],
+            id="one-part-of-text",
+        ),
+        pytest.param(
+            {
+                "messages": [
+                    {
+                        **USER,
+                        "content": [
+                            {"type": "text", "text": "Hi", "image_url": None},
+                            {"type": "text", "value": "you"},
+                        ],
+                    },
+                    REPLY,
+                ]
+            },
+            {},
+            [
+                {
+                    **USER,
+                    "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}],
+                },
+                REPLY,
+            ],
+            id="parts-of-text-stay-parts",
+        ),
+        pytest.param(
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "reasoning", "value": "Hm"},
+                            {"type": "text", "value": "Hello"},
+                            {
+                                "type": "tool_call",
+                                "value": '{"name": "f", "arguments": {"a": null}}',
+                            },
+                        ],
+                    },
+                    {"role": "tool", "content": [{"type": "text", "value": "1"}]},
+                ]
+            },
+            {},
+            [USER, {**REPLY, "reasoning_content": "Hm", "tool_calls": [CALL]}, RESULT],
+            id="llama-factory-parts",
+        ),
+        pytest.param(
+            {"messages": [USER, calling(), {**RESULT, "content": {"n": 1}}]},
+            {},
+            [USER, calling(), {**RESULT, "content": {"n": 1}}],
+            id="a-result-may-be-an-object",
+        ),
+        pytest.param(
+            {"messages": [{"role": "system", "content": None}, USER, REPLY]},
+            {"system": "No."},
+            [{"role": "system"}, USER, REPLY],
+            id="an-empty-system-slot",
+        ),
+        pytest.param({"conversations": [HUMAN, GPT]}, {}, [USER, REPLY], id="sharegpt"),
+        pytest.param({"messages": [HUMAN, GPT]}, {}, [USER, REPLY], id="sharegpt-in-messages"),
+        pytest.param(
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "Prompter", "value": "Hi"},
+                    {"from": "bing", "value": "Hello"},
+                    {"from": "user", "value": "Hi"},
+                    {"from": "model", "value": "Hello"},
+                ]
+            },
+            {},
+            [SYSTEM, USER, REPLY, USER, REPLY],
+            id="sharegpt-roles",
+        ),
+        pytest.param(
+            {"conversations": [HUMAN, {**GPT, "weight": 0.0}, HUMAN, {**GPT, "weight": None}]},
+            {},
+            [USER, {**REPLY, "train": False}, USER, REPLY],
+            id="sharegpt-weight",
+        ),
+        pytest.param(
+            {
+                "conversations": [
+                    HUMAN,
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": null}}'},
+                    {"from": "observation", "value": "1"},
+                    GPT,
+                ],
+                "tools": json.dumps([BARE_TOOL]),
+            },
+            {},
+            [USER, calling(), RESULT, REPLY],
+            id="llama-factory-call",
+        ),
+        pytest.param(
+            {
+                "conversations": [
+                    HUMAN,
+                    {
+                        "from": "function_call",
+                        "value": "<think>\nHm\n</think>\n\n"
+                        '[{"name": "f", "arguments": {"a": null}}, {"name": "g"}]',
+                    },
+                    {"from": "tool_response", "value": "1"},
+                ]
+            },
+            {},
+            [
+                USER,
+                {
+                    "role": "assistant",
+                    "reasoning_content": "Hm",
+                    "tool_calls": [
+                        CALL,
+                        {"type": "function", "function": {"name": "g", "arguments": {}}},
+                    ],
+                },
+                RESULT,
+            ],
+            id="llama-factory-thought-and-two-calls",
+        ),
+        pytest.param(
+            {"conversations": [HUMAN, GPT], "system": "Be brief."},
+            {"system": "No."},
+            [SYSTEM, USER, REPLY],
+            id="system-column-before-the-config's",
+        ),
+        pytest.param(
+            {"conversations": [HUMAN, GPT], "system": ""},
+            {"system": "Be brief."},
+            [SYSTEM, USER, REPLY],
+            id="an-empty-system-column-is-none",
+        ),
+        pytest.param(
+            {"question": "Hi", "response": "Hello", "system_prompt": "Be brief."},
+            {},
+            [SYSTEM, USER, REPLY],
+            id="system-prompt-column",
+        ),
+        pytest.param(
+            {"instruction": "What is this?", "input": "A lute.", "output": "Hello"},
+            {},
+            [QUESTION, REPLY],
+            id="alpaca",
+        ),
+        pytest.param(
+            {"instruction": "Hi", "input": "", "output": "Hello", "text": "Below is ..."},
+            {},
+            [USER, REPLY],
+            id="alpaca-without-input",
+        ),
+        pytest.param(
+            {"instruction": "", "input": "Hi", "output": "Hello"},
+            {},
+            [USER, REPLY],
+            id="alpaca-with-input-alone",
+        ),
+        pytest.param(
+            {
+                "instruction": "Hi",
+                "output": "Hello",
+                "history": [["Hi", "Hello"]],
+                "system": "Be brief.",
+            },
+            {},
+            [SYSTEM, USER, REPLY, USER, REPLY],
+            id="alpaca-history",
+        ),
+        pytest.param(
+            {"instruction": "What is this?", "context": "A lute.", "response": "Hello"},
+            {},
+            [QUESTION, REPLY],
+            id="dolly",
+        ),
+        pytest.param(
+            {"question": "What is this?", "context": "A lute.", "answer": "Hello"},
+            {"columns": {"instruction": "question", "input": "context", "output": "answer"}},
+            [QUESTION, REPLY],
+            id="alpaca-mapped",
+        ),
+        pytest.param({"prompt": "Hi", "completion": "Hello"}, {}, [USER, REPLY], id="prompt"),
+        pytest.param({"question": "Hi", "answer": "Hello", "id": 3}, {}, [USER, REPLY], id="q-a"),
+        pytest.param({"query": "Hi", "response": "Hello"}, {}, [USER, REPLY], id="query"),
+        pytest.param({"input": "Hi", "output": "Hello"}, {}, [USER, REPLY], id="input-output"),
+        pytest.param(
+            {"prompt": "Hi", "response": "Hello"}, {}, [USER, REPLY], id="prompt-response"
+        ),
+        pytest.param(
+            {"q": "Hi", "a": "Hello"},
+            {"columns": {"prompt": "q", "completion": "a"}},
+            [USER, REPLY],
+            id="prompt-mapped",
+        ),
+        pytest.param(
+            {"prompt": [SYSTEM, USER], "completion": [REPLY]},
+            {},
+            [SYSTEM, USER, REPLY],
+            id="lists-of-messages",
+        ),
+        pytest.param(
+            {"prompt": [HUMAN], "completion": GPT}, {}, [USER, REPLY], id="turns-and-one-message"
+        ),
+        pytest.param(
+            {"prompt": [USER], "completion": "Hello"}, {}, [USER, REPLY], id="list-and-text"
+        ),
+        pytest.param(
+            {"prompt": json.dumps([USER]), "completion": json.dumps([REPLY])},
+            {},
+            [USER, REPLY],
+            id="lists-in-csv-cells",
+        ),
+        pytest.param(
+            {"prompt": "[1, 2] Sort it", "completion": '["no", "messages"]'},
+            {},
+            [
+                {"role": "user", "content": "[1, 2] Sort it"},
+                {"role": "assistant", "content": '["no", "messages"]'},
+            ],
+            id="other-lists-are-text",
+        ),
+        pytest.param(
+            {"prompt": [USER, REPLY, USER], "completion": [REPLY]},
+            {},
+            [USER, {"train": False, **REPLY}, USER, REPLY],
+            id="a-reply-in-the-prompt-is-context",
+        ),
+        pytest.param(
+            {"prompt": [USER, {**REPLY, "train": True}, USER], "completion": [REPLY]},
+            {},
+            [USER, {**REPLY, "train": True}, USER, REPLY],
+            id="unless-it-says-so",
+        ),
+        pytest.param(
+            {"messages": [USER, REPLY], "prompt": "a", "completion": "b"},
+            {"shape": "messages"},
+            [USER, REPLY],
+            id="named-shape",
+        ),
+        pytest.param(
+            {"messages": [USER, REPLY]}, {"system": "Be brief."}, [SYSTEM, USER, REPLY], id="system"
+        ),
+        pytest.param(
+            {"messages": [{**SYSTEM, "content": ""}, USER, REPLY]},
+            {"system": "Be brief."},
+            [{**SYSTEM, "content": ""}, USER, REPLY],
+            id="its-own-empty-system-stays",
+        ),
+        pytest.param(
+            {"messages": [{**SYSTEM, "role": "developer"}, USER]},
+            {"system": "No."},
+            [{**SYSTEM, "role": "developer"}, USER],
+            id="developer-is-system",
+        ),
+        pytest.param(
+            {"messages": [SYSTEM, USER], "system": "Be brief."}, {}, [SYSTEM, USER], id="said-twice"
+        ),
+    ],
+)
+def test_a_row_becomes_messages(read, fields, settings, messages):
+    before = copy.deepcopy(fields)
+    assert read(fields, **settings)["messages"] == messages
+    assert fields == before
+
+
+@pytest.mark.parametrize(
+    ("more", "settings", "tools"),
+    [
+        pytest.param({"tools": [TOOL]}, {}, [TOOL], id="tools"),
+        pytest.param({"tools": json.dumps([TOOL])}, {}, [TOOL], id="json"),
+        pytest.param({"tools": [json.dumps(TOOL)]}, {}, [TOOL], id="list-of-json"),
+        pytest.param({"tools": [BARE_TOOL]}, {}, [TOOL], id="bare"),
+        pytest.param(
+            {"tools": [{"type": "function", **BARE_TOOL}]}, {}, [TOOL], id="responses-api"
+        ),
+        pytest.param({"functions": [BARE_TOOL]}, {}, [TOOL], id="functions"),
+        pytest.param({"api": [TOOL]}, {"columns": {"tools": "api"}}, [TOOL], id="mapped"),
+        pytest.param(
+            {"tools": [{"type": "web_search"}]}, {}, [{"type": "web_search"}], id="other-types"
+        ),
+        pytest.param({"tools": None}, {}, None, id="null"),
+        pytest.param({"tools": float("nan")}, {}, None, id="nan-is-absent"),
+        pytest.param({"tools": ""}, {}, None, id="empty-text"),
+        pytest.param({"tools": "[]"}, {}, None, id="empty-json"),
+        pytest.param({"tools": []}, {}, None, id="empty-list"),
+        pytest.param({}, {}, None, id="none"),
+    ],
+)
+def test_the_tools_of_a_row(read, more, settings, tools):
+    assert read({"messages": [USER, REPLY], **more}, **settings).get("tools") == tools
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"messages": "Hi"}, "'messages' is text that is no JSON of a list of messages"),
+        ({"messages": "[{'role': 'user'}]"}, "this is how Python prints it: write it with json"),
+        ({"messages": '{"a": 1}'}, "'messages' is JSON text of an object; expected a list"),
+        ({"messages": None}, "'messages' is null; expected a list"),
+        ({"messages": float("nan")}, "'messages' is NaN; expected a list"),
+        ({"messages": []}, "'messages' is an empty list"),
+        ({"messages": ["Hi"]}, "messages[0]: this is text; expected an object with role"),
+        (
+            {"messages": [USER, {"content": "Hi"}]},
+            "messages[1]: there is no role (it has: content)",
+        ),
+        ({"messages": [USER, HUMAN]}, "messages[1]: there is no role (it has: from, value); from"),
+        ({"messages": [{"role": 3, "content": "Hi"}]}, "the role is a number"),
+        ({"messages": [{"role": "", "content": "Hi"}]}, "expected a name such as user"),
+        ({"messages": [{"role": "user"}]}, "the content of this user message is missing"),
+        ({"messages": [{"role": "user", "content": None}]}, "this user message is null"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "assistant message is null"),
+        ({"messages": [{"role": "user", "content": float("nan")}]}, "the content is NaN"),
+        ({"messages": [{"role": "user", "content": 3}]}, "the content is a number; expected text"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "the content is an object"),
+        ({"messages": [{"role": "tool", "content": 3}]}, "the content is a number; expected text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0]: a content part is 'image_url'; only parts of text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "value": "a.png"}]}]},
+            "a content part is 'image'",
+        ),
+        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "a content part is 'text'"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "text", "value": "Hello"},
+                            {"type": "reasoning", "value": "Hm"},
+                        ],
+                    }
+                ]
+            },
+            "a part of reasoning stands behind other parts",
+        ),
+        ({"messages": [{**REPLY, "tool_calls": "f()"}]}, "tool_calls is text that is no JSON"),
+        ({"messages": [{**REPLY, "tool_calls": [3]}]}, "tool_calls[0] is a number; expected an"),
+        ({"messages": [{**REPLY, "tool_calls": [{"a": 1}]}]}, "names no function (it has: a)"),
+        (
+            {"messages": [{**REPLY, "tool_calls": [{"name": "f", "arguments": [1]}]}]},
+            "the arguments of tool_calls[0] are a list",
+        ),
+        ({"messages": [{**REPLY, "train": "no"}]}, "train is text; expected true or false"),
+        ({"messages": [{**REPLY, "weight": 0.5}]}, "weight is 0.5; a message trains (1)"),
+        ({"messages": [{**REPLY, "reasoning": 1}]}, "reasoning is a number"),
+        ({"messages": [USER], "tools": "[f]"}, "the tools ('tools') is text that is no JSON"),
+        ({"messages": [USER], "tools": {"a": 1}}, "the tools ('tools') are an object"),
+        ({"messages": [USER], "tools": [3]}, "the tools ('tools') hold a number"),
+        ({"messages": [USER], "system": 3}, "'system' is a number; expected text"),
+        ({"messages": [SYSTEM, USER], "system": "No."}, "a system message and another system"),
+        (
+            {"conversations": [HUMAN, {"from": "gtp", "value": "Hello"}]},
+            "conversations[1]: the role 'gtp' is not known (did you mean 'gpt'?); known are human,",
+        ),
+        ({"conversations": [{"from": 3, "value": "Hi"}]}, "from is a number"),
+        ({"conversations": [HUMAN, {"from": "gpt"}]}, "the value of this gpt turn is missing"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "this gpt turn is null"),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, "the value is a number"),
+        ({"conversations": [HUMAN, USER]}, "no from (it has: role, content); role and content"),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": "f(1)"}]},
+            "conversations[1]: the value of this call is text that is no JSON of {",
+        ),
+        ({"instruction": "a", "output": None}, "'output' is null; expected text"),
+        ({"instruction": "a", "output": "b", "input": 3}, "'input' is a number; expected text"),
+        (
+            {"instruction": "a", "output": "b", "history": [["q"]]},
+            "history[0] is a list; expected a question and its answer",
+        ),
+        ({"prompt": "a", "completion": 3}, "'completion' is a number; expected text or a list"),
+        ({"prompt": "a", "completion": None}, "'completion' is null; expected text"),
+        ({"question": "a", "answer": float("nan")}, "'answer' is NaN; expected text"),
+        ({"prompt": [USER], "completion": []}, "'completion' is an empty list"),
+    ],
+    ids=shown,
+)
+def test_bad_rows_in_words(read, fields, problem):
+    with pytest.raises(RowError) as error:
+        read(fields)
+    assert problem in str(error.value)
+
+
+def test_a_row_of_another_shape_says_so(shape):
+    found = shape({"messages": [USER, REPLY]}, {"messages": [USER, REPLY]})
+    with pytest.raises(RowError) as error:
+        found.read(Row({"prompt": "Hi", "completion": "Hello"}, "x.jsonl:9"))
+    assert "there is no 'messages' (it has: prompt, completion)" in str(error.value)
+    assert "the columns of prompt_completion, and the source is read as messages" in str(
+        error.value
+    )
+
+
+def test_a_misspelt_column_of_one_row(shape):
+    found = shape({"prompt": "Hi", "completion": "Hello"})
+    with pytest.raises(RowError, match="did you mean 'completions'") as error:
+        found.read(Row({"prompt": "Hi", "completions": "Hello"}, "x.jsonl:2"))
+    assert "these are the columns" not in str(error.value)
+
+
+def test_optional_columns_that_come_later_are_read(shape):
+    found = shape({"messages": [USER, REPLY]})
+    late = {"messages": [USER, REPLY], "functions": [BARE_TOOL], "system": "Be brief."}
+    assert found.read(Row(late, "x:2")) == {"messages": [SYSTEM, USER, REPLY], "tools": [TOOL]}

@@ -1,0 +1,338 @@
+"""Which shape is found, and what is said where none is, or more than one."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from luthier.config.schema import SourceConfig
+from luthier.data.rows import Row, RowError
+from luthier.data.shapes import find_shape
+from luthier.errors import UserError
+
+USER = {"role": "user", "content": "Hi"}
+REPLY = {"role": "assistant", "content": "Hello"}
+HUMAN = {"from": "human", "value": "Hi"}
+MESSAGES = {"messages": [USER, REPLY]}
+PROMPT = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "parts"),
+    [
+        pytest.param(
+            {"a": 1, "b": "x", "c": "y"},
+            {},
+            [
+                "dataset: the columns of x.jsonl show no shape that luthier reads.",
+                "columns: a, b, c",
+                'first row (x.jsonl:1): {"a": 1, "b": "x", "c": "y"}',
+                "dataset.columns={prompt: ..., completion: ...}",
+            ],
+            id="unknown",
+        ),
+        pytest.param(
+            {"question": "a", "explanation": "b"},
+            {},
+            ["prompt_completion: has question (as prompt), lacks completion (or answer, response"],
+            id="nearest",
+        ),
+        pytest.param(
+            {"id": "a", "question": [[USER]]},
+            {},
+            ["If 'question' is a prompt, it has no reply: there is nothing to train."],
+            id="prompts-alone",
+        ),
+        pytest.param(
+            {"prompt": "a", "complete": "b"},
+            {},
+            ["'complete' looks like 'completion': dataset.columns={completion: complete}"],
+            id="misspelt",
+        ),
+        pytest.param(
+            {"prompt": "a", "completions": ["b"], "labels": [True]},
+            {},
+            ["stepwise supervision", "luthier trains none"],
+            id="stepwise",
+        ),
+        pytest.param(
+            {"translation": {"en": "a", "de": "b"}},
+            {},
+            ["dataset.columns={source: translation.en, target: translation.de}"],
+            id="translation",
+        ),
+        pytest.param(
+            {"conversations": [HUMAN], "messages": [USER]},
+            {},
+            ["dataset.shape=messages or dataset.shape=sharegpt"],
+            id="two-spellings",
+        ),
+        pytest.param({"id": "a", "n": 3}, {}, ["show no shape"], id="an-id-is-no-text"),
+        pytest.param({"prompt": "a"}, {}, ["show no shape"], id="a-prompt-is-no-text"),
+        pytest.param({"image": "a", "caption": "b"}, {}, ["Only text is read"], id="images"),
+        pytest.param(
+            PROMPT,
+            {"shape": "messages"},
+            [
+                "the columns of x.jsonl do not show the shape messages.",
+                "messages: has none of its columns, lacks messages (or conversation",
+            ],
+            id="named-is-absent",
+        ),
+        pytest.param(
+            {**MESSAGES, **PROMPT},
+            {},
+            [
+                "can be read in 2 ways",
+                "columns: messages, prompt, completion",
+                "first row (x.jsonl:1):",
+                "messages would read messages",
+                "prompt_completion would read prompt, completion",
+                "dataset.shape=messages or dataset.shape=prompt_completion",
+            ],
+            id="two-shapes",
+        ),
+        pytest.param(
+            {"question": "a", "answer": "b", "response": "c"},
+            {},
+            [
+                "dataset.columns={prompt: question, completion: answer} or "
+                "dataset.columns={prompt: question, completion: response}"
+            ],
+            id="two-replies",
+        ),
+        pytest.param(
+            {**PROMPT, "label": 1},
+            {},
+            ["dataset.shape=prompt_completion or dataset.shape=unpaired"],
+            id="numbers-that-may-be-verdicts",
+        ),
+        pytest.param(
+            {"question": "a", "context": "b", "answer": "c"},
+            {},
+            [
+                "has 'context' beside 'question' and 'answer'",
+                "dataset.columns={instruction: question, input: context, output: answer}",
+                "To leave it out: dataset.shape=prompt_completion",
+            ],
+            id="a-question-about-a-text",
+        ),
+        pytest.param(
+            {**MESSAGES, "system_prompt": "a", "system_message": "b"},
+            {},
+            ["dataset.columns={system: system_prompt} or dataset.columns={system: system_message}"],
+            id="two-system-prompts",
+        ),
+        pytest.param(
+            {"q": 1},
+            {"columns": {"promt": "q"}},
+            ["dataset.columns has the key 'promt' (did you mean 'prompt'?)", "Its keys are our"],
+            id="mapping-key",
+        ),
+        pytest.param(
+            {"q": 1},
+            {"shape": "text", "columns": {"prompt": "q"}},
+            ["has the key 'prompt'", "our names for the shape text, text;"],
+            id="mapping-key-of-another-shape",
+        ),
+        pytest.param(
+            {"question": 1},
+            {"columns": {"prompt": "questions"}},
+            ["maps prompt to 'questions'", "did you mean 'question'?", "It has: question"],
+            id="mapping-value",
+        ),
+        pytest.param(
+            {"a": 1, "b": 1},
+            {"columns": {"messages": "a", "source": "b"}},
+            ["maps messages and source, and no shape has all of these"],
+            id="mapping-of-two-shapes",
+        ),
+        pytest.param(
+            {"text": "a"}, {"system": "S"}, ["dataset.system is for conversations"], id="system"
+        ),
+    ],
+)
+def test_unclear_columns_in_words(shape, fields, settings, parts):
+    with pytest.raises(UserError) as error:
+        shape(fields, **settings)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "unused"),
+    [
+        ({**MESSAGES, "prompt": "a", "prompt_id": "b"}, "messages", ("prompt", "prompt_id")),
+        ({**MESSAGES, "source": "a", "label": "b"}, "messages", ("source", "label")),
+        ({"instruction": "a", "input": "", "output": "b", "text": "c"}, "alpaca", ("text",)),
+        ({**PROMPT, "label": "maths"}, "prompt_completion", ("label",)),
+        ({**PROMPT, "context": "c"}, "prompt_completion", ("context",)),
+        ({"question": "a", "answer": "b", "context": ""}, "prompt_completion", ("context",)),
+        ({"type": "a", "query": "b", "original_question": "c", "response": "d"},
+         "prompt_completion", ("type", "original_question")),
+        ({"text": "a", "label": 1, "label_text": "b"}, "classification", ("label_text",)),
+        ({"text": "a", "tokens": 3, "tags": ["b"]}, "text", ("tokens", "tags")),
+        ({"prompt": "a", "text": "b"}, "text", ("prompt",)),
+        ({"question": "a", "sentence": "b", "label": 1, "idx": 2}, "classification", ("idx",)),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, "preference", ("score",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_the_shape_that_says_most_is_found(shape, fields, name, unused):
+    found = shape(fields)
+    assert (found.name, found.unused) == (name, unused)
+
+
+def test_the_shape_of_most_rows_is_found(shape):
+    assert shape(PROMPT, MESSAGES, MESSAGES).name == "messages"
+    assert shape(PROMPT, PROMPT, MESSAGES).name == "prompt_completion"
+    assert shape(PROMPT, MESSAGES).name == "prompt_completion"
+
+
+def test_rows_of_one_shape_may_differ_in_their_columns(shape):
+    found = shape(MESSAGES, {**MESSAGES, "tools": []}, {**MESSAGES, "id": 3})
+    assert (found.name, found.unused) == ("messages", ("id",))
+
+
+def test_no_row_is_an_error_in_words():
+    with pytest.raises(UserError, match="has no row that can be read"):
+        find_shape(SourceConfig(path="x"), [], "x")
+
+
+def test_settings_are_named_by_their_place_in_the_config():
+    with pytest.raises(UserError, match=r"dataset\.sources\.mine\.shape=messages"):
+        find_shape(
+            SourceConfig(path="x"),
+            [Row({**MESSAGES, **PROMPT}, "x:1")],
+            "x",
+            "dataset.sources.mine",
+        )
+
+
+def test_the_settings_are_what_decides_the_examples(shape):
+    plain = shape(MESSAGES).settings()
+    assert plain == shape(MESSAGES, shape="messages").settings()
+    assert plain == shape({**MESSAGES, "id": 3}).settings()
+    assert plain != shape(MESSAGES, system="S").settings()
+    mapped = shape({"chat": [USER]}, columns={"messages": "chat"}).settings()
+    assert plain != mapped
+    assert json.loads(json.dumps(mapped)) == mapped
+
+
+def test_a_shape_goes_to_another_process(shape):
+    found = pickle.loads(pickle.dumps(shape(MESSAGES, system="S")))
+    assert found.read(Row(MESSAGES, "x:1"))["messages"][0] == {"role": "system", "content": "S"}
+
+
+CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {}}}
+PART = {"type": "text", "text": "Hi"}
+WHOLE = [
+    {
+        "messages": [
+            {"role": "user", "content": [PART], "name": "N"},
+            {"role": "assistant", "content": "Hello", "tool_calls": [CALL], "reasoning": "Hm"},
+            {"role": "tool", "content": [PART], "tool_call_id": "x"},
+        ],
+        "tools": [{"name": "f"}],
+        "system": "S",
+    },
+    {"conversations": [HUMAN, {"from": "function_call", "value": '{"name": "f"}'}], "tools": "[]"},
+    {"instruction": "a", "input": "b", "output": "c", "history": [["q", "a"]], "system": "S"},
+    PROMPT,
+    {"prompt": [USER], "chosen": [REPLY], "rejected": "b"},
+    {"chosen": [USER, REPLY], "rejected": [USER, {"role": "assistant", "content": "No"}]},
+    {**PROMPT, "label": True},
+    {"text": "a", "label": 1},
+    {"tokens": ["a"], "tags": [1]},
+]
+JUNK = [
+    None, 3, -1, 0.5, float("nan"), True, "", "x", "[", "[{", "{}", [], {}, [[]], [{}], [None],
+    ["a"], {"a": 1}, USER, [HUMAN], [{"from": [1], "value": 2}], [{"role": {}, "content": []}],
+]  # fmt: skip
+
+
+def with_junk(value, junk):
+    """Every copy of a value that has the junk in one place."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in inner if isinstance(value, dict | list) else ():
+        for changed in (
+            [junk, *with_junk(entry, junk)] if isinstance(entry, dict | list) else [junk]
+        ):
+            copied = value.copy()
+            copied[key] = changed
+            yield copied
+
+
+@pytest.mark.parametrize("row", WHOLE, ids=lambda row: "-".join(row))
+def test_whatever_stands_in_a_row_it_is_an_example_or_a_bad_row(shape, row):
+    found = shape(row)
+    results = {True: 0, False: 0}
+    for junk in JUNK:
+        for fields in with_junk(row, junk):
+            try:
+                results[isinstance(found.read(Row(fields, "x:1")), dict)] += 1
+            except RowError as error:
+                results[False] += bool(str(error))
+    assert all(results.values())
+
+
+ASSETS = os.environ.get("LUTHIER_ASSETS")
+FILES = {
+    "alpaca/llamafactory_alpaca_en_demo.json": ("alpaca", 999),
+    "alpaca/llamafactory_alpaca_zh_demo.json": ("alpaca", 600),
+    "alpaca/seed_tasks_alpaca.jsonl": ("alpaca", 175),
+    "classification/banking77_test.jsonl": ("classification", 3080),
+    "classification/banking77_train.jsonl": ("classification", 10003),
+    "messages/mt_bench_questions_reference.jsonl": ("messages", 30),
+    "messages/oasst_en_100_trees_paths.jsonl": ("messages", 400),
+    "messages/openai_cookbook_toy_chat.jsonl": ("messages", 4),
+    "messages/sgd_multi_turn_slice.jsonl": ("messages", 500),
+    "preference/hh_rlhf_harmless_base_test_filtered.jsonl": ("preference", 200),
+    "preference/llamafactory_dpo_en_demo.json": ("preference", 300),
+    "preference/llamafactory_kto_en_demo.json": ("unpaired", 300),
+    "preference/llamafactory_v1_dpo_messages.jsonl": ("preference", 10),
+    "preference/oasst_ranked_pairs.jsonl": ("preference", 212),
+    "prompt_completion/gsm8k_test.jsonl": ("prompt_completion", 1319),
+    "seq2seq/disfl_qa_dev.jsonl": ("seq2seq", 1000),
+    "seq2seq/disfl_qa_train.jsonl": ("seq2seq", 3000),
+    "sharegpt/fastchat_dummy_conversation.json": ("sharegpt", 500),
+    "sharegpt/oasst_en_sharegpt.jsonl": ("sharegpt", 300),
+    "text/llamafactory_c4_demo.jsonl": ("text", 300),
+    "tools/bfcl_v4_multi_turn_base_raw.jsonl": (None, 100),
+    "tools/bfcl_v4_single_turn_messages.jsonl": ("messages", 640),
+    "tools/llamafactory_glaive_toolcall_en_demo.json": ("sharegpt", 300),
+    "tools/llamafactory_reason_tool_use_demo_50.jsonl": ("messages", 50),
+    "tools/sgd_tool_dialogues.jsonl": ("messages", 200),
+}
+"""Every file, its shape and its rows; `bfcl_v4_multi_turn_base_raw` has prompts and no replies."""
+
+
+def rows_of(name):
+    text = Path(ASSETS, "datasets", name).read_text(encoding="utf-8")
+    rows = json.loads(text) if name.endswith(".json") else map(json.loads, text.split("\n")[:-1])
+    return [Row(fields, f"{name}:{line}") for line, fields in enumerate(rows, start=1)]
+
+
+@pytest.mark.skipif(not ASSETS, reason="LUTHIER_ASSETS is not set")
+@pytest.mark.parametrize("name", FILES)
+def test_real_files_load_with_no_setting_but_the_path(name):
+    expected, count = FILES[name]
+    rows = rows_of(name)
+    assert len(rows) == count
+    if expected is None:
+        with pytest.raises(UserError, match="it has no reply: there is nothing to train"):
+            find_shape(SourceConfig(path=name), rows[:1000], name)
+        return
+    found = find_shape(SourceConfig(path=name), rows[:1000], name)
+    assert found.name == expected
+    examples = [found.read(row) for row in rows]
+    assert len(examples) == count
+
+
+@pytest.mark.skipif(not ASSETS, reason="LUTHIER_ASSETS is not set")
+def test_no_file_of_the_assets_is_forgotten():
+    folder = Path(ASSETS, "datasets")
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*.json*")}
+    assert files == set(FILES)
