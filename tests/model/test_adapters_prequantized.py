@@ -86,9 +86,7 @@ WITH_PACKAGES = {
 
 
 @pytest.mark.parametrize(("found", "lora", "said"), WITH_PACKAGES.values(), ids=WITH_PACKAGES)
-def test_with_its_packages_plain_lora_trains(
-    tiny_model, tmp_path, monkeypatch, found, lora, said
-):
+def test_with_its_packages_plain_lora_trains(tiny_model, tmp_path, monkeypatch, found, lora, said):
     for name in ("gptqmodel", "optimum"):
         (tmp_path / f"{name}.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

@@ -119,7 +119,7 @@ def test_losses_that_read_the_output_layers_weight_train_the_rows(folder, way):
 
 
 def test_an_adapter_with_new_rows_is_small(folder, tmp_path):
-    model, tokenizer, _ = grown(folder, "rows")
+    model, _, _ = grown(folder, "rows")
     model.save_pretrained(tmp_path)
     from safetensors.torch import load_file
 
@@ -130,7 +130,7 @@ def test_an_adapter_with_new_rows_is_small(folder, tmp_path):
 
 
 def test_new_rows_start_at_the_mean_and_others_stay(folder):
-    tokenizer, model, plain = load_tokenizer(ModelConfig(path=str(folder))), load(folder), None
+    tokenizer, model = load_tokenizer(ModelConfig(path=str(folder))), load(folder)
     plain = load(folder).get_input_embeddings().weight
     config = ModelConfig(path=str(folder), add_tokens=NEW)
     new_tokens.add_tokens(tokenizer, config)
@@ -146,7 +146,7 @@ def test_new_rows_start_at_the_mean_and_others_stay(folder):
 
 def test_rows_that_are_left_over_are_used(tiny_model, tmp_path):
     folder = remade(tiny_model, tmp_path / "model", vocab_size=300)
-    model, tokenizer, ids = grown(folder, "rows")
+    model, tokenizer, _ = grown(folder, "rows")
     new = tokenizer.convert_tokens_to_ids(NEW)
     rows, plain = rows_of(model, "output"), load(folder).lm_head.weight
     assert rows.shape[0] == 300

@@ -7,7 +7,8 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from luthier.errors import UserError
-from luthier.model.adapter_training import RankAllocation, attach, plus_groups
+from luthier.model.adapter_ranks import RankAllocation
+from luthier.model.adapter_training import attach, plus_groups
 from luthier.model.adapters import add_adapter
 
 ADALORA = {"method": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
@@ -71,7 +72,9 @@ def test_lora_plus_follows_the_schedule_and_goes_on(tiny_model, tmp_path):
         folder = tmp_path / str(len(steps))
         for number, until in enumerate(steps):
             model = add_adapter(load(tiny_model), lora, seed=1)
-            trainer = trainer_of(model, lora, folder, max_steps=6, save_steps=2, save_strategy="steps")
+            trainer = trainer_of(
+                model, lora, folder, max_steps=6, save_steps=2, save_strategy="steps"
+            )
             trainer.add_callback(StopAt(until))
             trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if number else None)
             found = sorted(set(rates(trainer.optimizer, model).values()))
@@ -121,4 +124,3 @@ def test_adaloras_schedule_fits_into_the_training(tiny_model, tmp_path):
     model = add_adapter(load(tiny_model), lora, seed=1)
     with pytest.raises(UserError, match=r"lora\.tinit=4 and lora\.tfinal=4 .* 8 in which"):
         trainer_of(model, lora, tmp_path, max_steps=8).train()
-

@@ -1,4 +1,4 @@
-"""What a config measures and rewards: mistakes that show before anything is loaded."""
+"""What a config measures, rewards and learns from: mistakes known before anything is loaded."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ def check(resolved: dict[str, Any]) -> Iterator[Mistake]:
     wrong = list(_metrics(evaluation, sets))
     yield from wrong
     yield from _rewards(resolved)
+    yield from _teacher(resolved)
     yield from _evaluations(evaluation, args)
     if not wrong and isinstance(args.get("metric_for_best_model"), str):
         yield from _best(evaluation, args, sets)
@@ -88,6 +89,19 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
         )
     else:
         yield from _joined(check_rewards(given))
+
+
+def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    trainer = settings(resolved, "trainer")
+    method, given = str(trainer.get("method", "sft")), trainer.get("teacher")
+    facts = METHODS.get(method)
+    if facts is None or facts.teacher == (given is not None):
+        return
+    if facts.teacher:
+        text = f"trainer.method={method} needs a model to learn from. Add trainer.teacher=PATH."
+    else:
+        text = f"trainer.method={method} has no teacher. Remove it, or take trainer=distill."
+    yield Mistake("trainer.teacher", text)
 
 
 def _joined(mistakes: list[Mistake]) -> Iterator[Mistake]:

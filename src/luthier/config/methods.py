@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from luthier.errors import UserError
+
 
 @dataclass(frozen=True)
 class MethodFacts:
@@ -20,6 +22,8 @@ class MethodFacts:
     """Whether its model writes replies, so that held-out rows can be answered."""
     rewards: bool = False
     """Whether it trains on `trainer.rewards`."""
+    teacher: bool = False
+    """Whether its model learns from `trainer.teacher`."""
     streams: bool = False
     """Whether it can train on rows that are read as they come (`dataset.streaming`)."""
 
@@ -53,6 +57,19 @@ _ROWS_OF_TOKENS = {
     "generate_during_eval": "use trainer.evaluation",
     "is_encoder_decoder": "the model says so itself; remove it",
 }
+_ROUNDS = "TRL would round the weights that train to 16 bits for it; remove it"
+_PROMPTS = {
+    "chat_template_kwargs": "use chat.variables",
+    "reward_weights": "use the weight of each of trainer.rewards",
+    "use_transformers_continuous_batching": _ROUNDS,
+    "use_transformers_paged": _ROUNDS,
+    "max_tool_calling_iterations": "no tools are called; remove it",
+}
+_TEACHER = {
+    "teacher_model_name_or_path": "use trainer.teacher",
+    "teacher_model_init_kwargs": "the teacher is loaded as the model is; remove it",
+}
+_GROUP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 METHODS = {
     "sft": MethodFacts(
@@ -128,11 +145,55 @@ METHODS = {
         "luthier.train.methods.reinforce:GroupRelative",
         ("conversation",),
         rewards=True,
+        answers="completions of prompts",
+        choices={
+            "loss_type": _GROUP_LOSSES,
+            "importance_sampling_level": ("token", "sequence"),
+            "scale_rewards": ("group", "batch", "none"),
+        },
+        kept=_PROMPTS,
     ),
     "rloo": MethodFacts(
         ("trl", "trainer/rloo_config.py", "RLOOConfig"),
         "luthier.train.methods.reinforce:LeaveOneOut",
         ("conversation",),
         rewards=True,
+        answers="completions of prompts",
+        kept=_PROMPTS,
+    ),
+    "distill": MethodFacts(
+        ("trl", "trainer/distillation_config.py", "DistillationConfig"),
+        "luthier.train.methods.distill:Distill",
+        ("conversation",),
+        teacher=True,
+        answers="completions of prompts",
+        kept=_PROMPTS | _TEACHER,
     ),
 }
+
+_KINDS = {
+    "conversation": "conversations",
+    "text": "plain texts",
+    "preference": "pairs of a chosen and a rejected reply",
+    "unpaired": "replies with a verdict",
+    "classification": "texts with a label",
+    "tagging": "words with tags",
+    "seq2seq": "sources with a target",
+}
+
+
+def check_rows(name: str, kind: str, key: str, shape_key: str) -> None:
+    """Raise UserError for rows of a kind that a method does not train on.
+
+    `key` names the source of the rows, `shape_key` the group whose `shape` says what they are.
+    """
+    wanted = METHODS[name].rows
+    if kind in wanted:
+        return
+    others = [other for other, facts in METHODS.items() if kind in facts.rows]
+    fitting = f"trainer={' or trainer='.join(others)} does. " if others else ""
+    raise UserError(
+        f"{key}: its rows are {_KINDS[kind]}, and trainer.method={name} trains on "
+        f"{' and '.join(_KINDS[one] for one in wanted)}. {fitting}If they are something else, say "
+        f"so with {shape_key}.shape."
+    )

@@ -54,7 +54,6 @@ class Library:
 
 
 _ROWS = "luthier lays out the rows itself"
-_ROUNDS = "TRL would round the weights that train to 16 bits for it"
 _LOGIN = "a secret would end up in the run's record; log in with `hf auth login`"
 _IGNORED = "the trainer does not read it; remove it"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -76,10 +75,6 @@ LIBRARIES = (
             "assistant_only_loss": "use chat.train_on",
             "completion_only_loss": "use chat.train_on",
             "chat_template_path": "use chat.template",
-            "chat_template_kwargs": "use chat.variables",
-            "use_transformers_continuous_batching": f"{_ROUNDS}; remove it",
-            "use_transformers_paged": f"{_ROUNDS}; remove it",
-            "reward_weights": "use the weight of each of trainer.rewards",
             "eos_token": "the chat template decides it; see chat.template",
             "pad_token": "luthier pads itself; remove it",
             "padding_free": f"{_ROWS}; remove it",

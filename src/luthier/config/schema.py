@@ -206,6 +206,7 @@ class TrainerConfig(Strict):
         "seq2seq",
         "grpo",
         "rloo",
+        "distill",
     ] = "sft"
     """The trainer: `sft` is TRL's SFTTrainer."""
     args: dict[str, Any] = Field(default_factory=dict)
@@ -214,6 +215,8 @@ class TrainerConfig(Strict):
     """Rows of a batch are padded to the longest of them, or all to `chat.max_length`."""
     rewards: list[str | dict[str, Any]] = Field(default_factory=list)
     """What GRPO and RLOO reward, such as `[exact_match, {length: {max: 300, weight: 0.2}}]`."""
+    teacher: str | None = None
+    """The model that `distill` learns from, named as in `model.path`, with the same vocabulary."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """What is generated and scored on held-out rows."""
 

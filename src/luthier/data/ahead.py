@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     from luthier.train.run import set_environment
 
     config = load(given.overrides).config
-    data.check_files(config.dataset)
+    data.check_files(config.dataset, config.trainer.method)
     model.check_path(config.model)
     set_environment(config)
     from luthier.data.prepare import prepare

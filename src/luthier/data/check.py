@@ -2,28 +2,30 @@
 
 from pathlib import Path
 
+from luthier.config.methods import check_rows
 from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.compose.filter import compile_filter
 from luthier.data.examples import PEEKED, BadRows, Opened, open_rows
-from luthier.data.parts import eval_sources, key_of_path, train_sources
+from luthier.data.parts import eval_sources, key_of_path, key_of_shape, train_sources
 from luthier.data.reading import Source, open_source
 from luthier.errors import UserError
 
 
-def check_files(config: DatasetConfig) -> None:
+def check_files(config: DatasetConfig, method: str | None = None) -> None:
     """Raise UserError for sources that are not there, of no known shape, or bad from the start.
 
-    Of each local source the first 1,000 rows are read, with no heavy import unless its format needs
-    one; the others are read when they are encoded, before the model is loaded.
+    With `method`, that of the trainer, also for rows of a kind that it does not train on. Of each
+    local source the first 1,000 rows are read, with no heavy import unless its format needs one;
+    the others are read when they are encoded, before the model is loaded.
     """
     sources = train_sources(config)
     keys = {name: f"dataset.sources.{name}" if config.sources else name for name in sources}
     named = {keys[name]: source for name, source in sources.items()} | eval_sources(config)
     for key, source in named.items():
-        _check(source, key, config)
+        _check(source, key, config, method)
 
 
-def _check(config: SourceConfig, key: str, dataset: DatasetConfig) -> None:
+def _check(config: SourceConfig, key: str, dataset: DatasetConfig, method: str | None) -> None:
     if config.path is None:
         raise UserError(f"{key}.path is missing: say where the rows are.")
     if config.filter is not None:
@@ -32,6 +34,8 @@ def _check(config: SourceConfig, key: str, dataset: DatasetConfig) -> None:
     if not _is_here(source):
         return
     opened = open_rows(config, key)
+    if method is not None:
+        check_rows(method, opened.shape.kind, key, key_of_shape(key))
     if dataset.on_bad_row == "error":
         _check_rows(opened)
 

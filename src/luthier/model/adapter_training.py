@@ -1,13 +1,11 @@
-"""What some adapters ask of a trainer: LoRA+'s two learning rates, AdaLoRA's changing ranks."""
+"""What some adapters ask of a trainer: LoRA+'s two learning rates, AdaLoRA's ranks."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import TrainerCallback
-
 from luthier.config.adapters import method_of
-from luthier.errors import UserError
+from luthier.model.adapter_ranks import RankAllocation
 
 
 def attach(trainer: Any, lora: dict[str, Any]) -> None:
@@ -19,9 +17,7 @@ def attach(trainer: Any, lora: dict[str, Any]) -> None:
         trainer.add_callback(RankAllocation())
 
 
-def plus_groups(
-    groups: Sequence[dict[str, Any]], model: Any, ratio: float
-) -> list[dict[str, Any]]:
+def plus_groups(groups: Sequence[dict[str, Any]], model: Any, ratio: float) -> list[dict[str, Any]]:
     """Return an optimizer's groups with LoRA's B matrices apart, at `ratio` times the rate.
 
     LoRA+ (Hayou et al., https://arxiv.org/abs/2402.12354). Each group keeps its weight decay and
@@ -46,49 +42,3 @@ def _create(trainer: Any, create: Callable[..., Any], ratio: float, model: Any =
     whole = trainer.model if model is None else model
     optimizer.param_groups[:] = plus_groups(optimizer.param_groups, whole, ratio)
     return optimizer
-
-
-class RankAllocation(TrainerCallback):
-    """AdaLoRA: after each step the least important ranks go, until the budget is reached.
-
-    Its penalty, which keeps the directions apart, is added to the gradients once a step: it is
-    part of no loss that is shown. Zhang et al., https://arxiv.org/abs/2303.10512
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Tell the schedule how many steps there are; UserError where it does not fit into them."""
-        config = given["model"].peft_config["default"]
-        config.total_step = state.max_steps
-        if config.tinit + config.tfinal >= state.max_steps:
-            raise UserError(
-                f"lora.tinit={config.tinit} and lora.tfinal={config.tfinal} leave no step of "
-                f"{state.max_steps} in which ranks could go. Make them smaller, or train longer."
-            )
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Add the gradients of the penalty."""
-        import torch
-
-        model = given["model"]
-        pairs = [(name, p) for name, p in model.named_parameters() if _is_direction(name)]
-        penalty = sum(_overlap(name, p) for name, p in pairs) / len(pairs)
-        penalty = penalty * model.peft_config["default"].orth_reg_weight
-        gradients = torch.autograd.grad(penalty, [p for _, p in pairs])
-        for (_, parameter), gradient in zip(pairs, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Rate the ranks by this step's gradients, and drop those that are due."""
-        given["model"].base_model.update_and_allocate(state.global_step + 1)
-
-
-def _is_direction(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
-
-
-def _overlap(name: str, weight: Any) -> Any:
-    """How far the directions of a matrix are from being orthogonal to each other."""
-    import torch
-
-    products = weight @ weight.T if ".lora_A." in name else weight.T @ weight
-    return torch.linalg.matrix_norm(products - torch.eye(*products.shape, device=weight.device))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
-    from luthier.config.schema import ModelConfig
     from transformers import PreTrainedTokenizerBase
+
+    from luthier.config.schema import ModelConfig
 
 
 def add_tokens(tokenizer: "PreTrainedTokenizerBase", config: "ModelConfig") -> None:

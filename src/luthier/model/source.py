@@ -16,13 +16,14 @@ PACKAGE = "package:"
 GGUF_MAGIC = b"GGUF"
 
 
-def check_path(config: ModelConfig) -> None:
+def check_path(config: ModelConfig, key: str = "model.path") -> None:
     """Raise UserError, with what to do, if the model or its tokenizer is plainly not there.
 
+    `key`: the config's, for the message.
     A hub name that is not in the local cache is looked up on the hub: it may be unknown, gated,
     or out of reach without a network.
     """
-    _check(config.path, "model.path", "config.json", config.revision)
+    _check(config.path, key, "config.json", config.revision)
     if config.tokenizer is not None:
         _check(config.tokenizer, "model.tokenizer", "tokenizer_config.json", None)
 

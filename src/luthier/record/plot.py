@@ -1,4 +1,4 @@
-"""The picture of a run: its loss over the steps."""
+"""The picture of a run: its loss, or its reward, over the steps."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
-    """Draw training and held-out loss against the step as a PNG; False where there is no loss."""
-    train = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
-    held_out = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
+    """Draw training and held-out loss against the step as a PNG; False where there is no loss.
+
+    Of a run that has rewards, these are drawn: its loss says nothing by itself.
+    """
+    name = "reward" if any("reward" in row for row in metrics) else "loss"
+    train = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+    held_out = [
+        (row["step"], row[f"eval_{name}"]) for row in metrics if row.get(f"eval_{name}") is not None
+    ]
     if not train and not held_out:
         return False
     import matplotlib
@@ -30,11 +36,11 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=130)
     if train:
-        _draw_train(axes, train)
+        _draw_train(axes, train, name)
     if held_out:
-        label = f"held-out loss, at last {held_out[-1][1]:.3g}"
+        label = f"held-out {name}, at last {held_out[-1][1]:.3g}"
         axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL, ms=4, label=label)
-    _dress(axes, title, [loss for _, loss in train + held_out])
+    _dress(axes, title, name, [value for _, value in train + held_out])
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
@@ -43,8 +49,8 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
     return True
 
 
-def _draw_train(axes: Any, train: list[tuple[int, float]]) -> None:
-    label = f"training loss, at last {train[-1][1]:.3g}"
+def _draw_train(axes: Any, train: list[tuple[int, float]], name: str) -> None:
+    label = f"training {name}, at last {train[-1][1]:.3g}"
     if len(train) < FEW:
         axes.plot(*zip(*train, strict=True), color=TRAIN, lw=2, label=label)
         return
@@ -62,13 +68,14 @@ def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def _dress(axes: Any, title: str, losses: list[float]) -> None:
+def _dress(axes: Any, title: str, name: str, values: list[float]) -> None:
     axes.set_title(title, loc="left", color=INK)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss per trained token (nats)")
-    if 0 < min(losses) < max(losses) / 20:
+    is_loss = name == "loss"
+    axes.set_ylabel("loss per trained token (nats)" if is_loss else "mean reward of completions")
+    if is_loss and 0 < min(values) < max(values) / 20:
         axes.set_yscale("log")
-    else:
+    elif is_loss:
         axes.set_ylim(bottom=0)
     axes.margins(x=0.06)
     axes.grid(alpha=0.25)

@@ -44,7 +44,9 @@ def unsharded(model: Any, reshards: bool) -> Iterator[None]:
     try:
         with torch.no_grad():
             # One token: a rank without a question takes part in the gathering, too.
-            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            decoder = {"decoder_input_ids": token} if model.config.is_encoder_decoder else {}
+            model.eval()(input_ids=token, **decoder)
         yield
     finally:
         model.train(was_training)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import data, model
-from luthier.config.schema import RunConfig
+from luthier.config.schema import ModelConfig, RunConfig
 from luthier.record import rundir
 from luthier.record.record import RunRecord
 from luthier.train import launch
@@ -34,8 +34,10 @@ def run(loaded: "Loaded") -> int:
 
 def check(config: RunConfig) -> None:
     """Everything that can be known to be wrong without a heavy import."""
-    data.check_files(config.dataset)
+    data.check_files(config.dataset, config.trainer.method)
     model.check_path(config.model)
+    if config.trainer.teacher is not None:
+        model.check_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     batching_of(config)
     launch.check_before()
 

@@ -28,7 +28,7 @@ ARGS = {
 
 def run_config(
     folder, rows=ROWS, method="grpo", rewards=("exact_match",), evaluation=None, dataset=None,
-    chat=None, lora=None, **args,
+    chat=None, lora=None, teacher=None, **args,
 ):  # fmt: skip
     """The config of a run on rows that are written into the folder, as is the tiny model."""
     if not (folder / "model").exists():
@@ -40,13 +40,20 @@ def run_config(
         model={"path": str(folder / "model"), "device": "cpu", "dtype": "float32"},
         dataset={"path": str(path), "cache": str(folder / "cache")} | (dataset or {}),
         trainer={
-            "method": method, "rewards": list(rewards), "args": ARGS | args,
+            "method": method, "rewards": list(rewards), "args": _args(method) | args,
+            "teacher": teacher,
             "evaluation": evaluation or {},
         },
         chat=chat or {},
         lora=lora or {},
         output_dir=str(folder / "run"),
     )  # fmt: skip
+
+
+def _args(method):
+    """What the method's trainer takes of the usual arguments."""
+    groups = method in ("grpo", "rloo")
+    return {name: value for name, value in ARGS.items() if groups or name != "num_generations"}
 
 
 def prepared(config):

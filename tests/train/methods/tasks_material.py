@@ -180,7 +180,7 @@ def run(folder, *words):
     """Run train.py; return its output and the results of its record."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words, "output_dir=run"],
+        [sys.executable, str(ROOT / "train.py"), *words, "output_dir=run", "dataset.cache=cache"],
         cwd=folder, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -308,6 +308,21 @@ def test_layers_that_the_checkpoint_lacks_are_saved_with_the_adapter(tmp_path, m
         )
 
 
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_a_run_that_goes_on_ends_with_the_same_weights(tmp_path, model, order):
+    args = {
+        "per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-3, "save_steps": 3,
+        "train_sampling_strategy": order,
+    }  # fmt: skip
+    whole, _ = made(tmp_path, model, args=args)
+    whole.train()
+    resumed, _ = made(tmp_path, model, args=args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.train
 def test_two_processes_measure_and_train_what_one_does(tmp_path, model):
     rows, held = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"

@@ -276,7 +276,7 @@ def test_every_epoch_has_its_own_order_whatever_came_before(tmp_path):
 
 
 def test_too_few_prompts_for_one_step(tmp_path):
-    with pytest.raises(UserError, match="there are 1 prompts, and completions are drawn for 2"):
+    with pytest.raises(UserError, match="there are 1 prompts, and the model answers 2 at once"):
         trainer(run_config(tmp_path, ROWS[:1], rewards=SHORT), tmp_path)
 
 

@@ -170,19 +170,27 @@ class PairLayout(JudgedLayout):
 
 
 class UnpairedLayout(JudgedLayout):
-    """One reply, and the reply of the row's partner behind the same prompt.
-
-    The latter's columns begin with `KL_`. Gives `label`, too: whether the reply is a good one.
-    """
+    """One reply; `label` says whether it is a good one."""
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
-        own = [_completion(item.row, item.row) for item in items]
-        other = [_completion(item.row, item.partner) for item in items]
-        columns = self._replies(own) | self._columns(items)
-        columns |= {f"KL_{name}": array for name, array in self._replies(other).items()}
+        return _tensors(self._all(items))
+
+    def _all(self, items: Sequence[Item]) -> dict[str, Array]:
+        columns = self._replies([_completion(item.row, item.row) for item in items])
         columns["label"] = np.array([bool(item.row["label"]) for item in items])
-        return _tensors(columns | self._numbers(items, "ref_logps", "ref_KL_logps"))
+        return columns | self._columns(items) | self._numbers(items, "ref_logps", "ref_KL_logps")
+
+
+class PartneredLayout(UnpairedLayout):
+    """One reply, and the reply of the row's partner behind the same prompt.
+
+    The latter's columns begin with `KL_`.
+    """
+
+    def _all(self, items: Sequence[Item]) -> dict[str, Array]:
+        other = self._replies([_completion(item.row, item.partner) for item in items])
+        return super()._all(items) | {f"KL_{name}": array for name, array in other.items()}
 
 
 class WholeLayout(JudgedLayout):

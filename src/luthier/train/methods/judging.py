@@ -1,7 +1,7 @@
 """What the trainers of judged replies share: losses of a whole step, metrics of a whole set."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -48,7 +48,7 @@ class Judging(Exact):
 
     # compute_loss divides by the step's rows itself.
     loss_is_scaled_for_ga = True
-    layout: ClassVar[type[JudgedLayout]]
+    layout: type[JudgedLayout]
 
     def __init__(
         self,

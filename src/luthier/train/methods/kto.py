@@ -10,7 +10,13 @@ from torch import Tensor
 from trl import KTOConfig, KTOTrainer
 
 from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.batches.judged import Partners, UnpairedLayout, WithColumns, fixed_partners
+from luthier.data.batches.judged import (
+    PartneredLayout,
+    Partners,
+    UnpairedLayout,
+    WithColumns,
+    fixed_partners,
+)
 from luthier.data.batches.rows import TokenRows
 from luthier.data.batches.samplers import Sampler
 from luthier.data.encoders import RowEncoder
@@ -40,11 +46,11 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
     and rows may be shuffled. In evaluation it is estimated over the whole set.
     """
 
-    layout = UnpairedLayout
     shown = ("rewards/margins",)
 
     def __init__(self, model: Any, *, args: Any, **kwargs: Any) -> None:
         self.with_kl = args.loss_type != WITHOUT_KL
+        self.layout = PartneredLayout if self.with_kl else UnpairedLayout
         self.references = ("ref_logps", "ref_KL_logps") if self.with_kl else ("ref_logps",)
         with _unpaired_by_trl(args):
             super().__init__(model, args=args, **kwargs)
@@ -54,10 +60,13 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
 
     def sampler(self, rows: TokenRows, size: int, processes: int, is_training: bool) -> Sampler:
         """The order of the rows, each with the row whose reply stands behind its prompt."""
-        order = super().sampler(rows, size, processes, is_training)
+        order, table = super().sampler(rows, size, processes, is_training), rows.table
+        if not self.with_kl:
+            return order
         step = self._rows_in_step() if is_training else max(len(rows), 1)
-        is_fixed = self.with_kl and isinstance(rows.table, WithColumns)
-        return Partners(order, step, rows.table.column(PARTNER) if is_fixed else None)
+        return Partners(
+            order, step, table.column(PARTNER) if isinstance(table, WithColumns) else None
+        )
 
     def _rows_in_step(self) -> int:
         return self.get_total_train_batch_size(self.args)

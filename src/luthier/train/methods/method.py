@@ -7,11 +7,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.config.methods import METHODS
+from luthier.config.methods import METHODS, check_rows
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders import KeepingColumns, RowEncoder
+from luthier.data.parts import key_of_shape
 from luthier.data.prepare import Encoders, Prepared
-from luthier.errors import UserError
 from luthier.model.machine import Machine
 
 
@@ -58,31 +58,13 @@ def load(name: str) -> Method:
     return make()
 
 
-_KINDS = {
-    "conversation": "conversations",
-    "text": "plain texts",
-    "preference": "pairs of a chosen and a rejected reply",
-    "unpaired": "replies with a verdict",
-    "classification": "texts with a label",
-    "tagging": "words with tags",
-    "seq2seq": "sources with a target",
-}
-
-
 def encoders(config: RunConfig, tokenizer: Any) -> Encoders:
     """The encoder for each source of a run; UserError for rows that its method does not take."""
     name = config.trainer.method
-    method, wanted = load(name), METHODS[name].rows
+    method = load(name)
 
     def encoder(kind: str, source: SourceConfig, key: str) -> RowEncoder:
-        if kind not in wanted:
-            others = [other for other, facts in METHODS.items() if kind in facts.rows]
-            fitting = f"trainer={' or trainer='.join(others)} does. " if others else ""
-            raise UserError(
-                f"{key}: its rows are {_KINDS[kind]}, and trainer.method={name} trains on "
-                f"{' and '.join(_KINDS[one] for one in wanted)}. {fitting}If they are something "
-                f"else, say so with {key}.shape."
-            )
+        check_rows(name, kind, key, key_of_shape(key))
         made = method.encoder(config, tokenizer, kind, source)
         return KeepingColumns(made) if _reads_columns(config) else made
 

@@ -14,6 +14,7 @@ from luthier.data.joined import JoinedTable
 from luthier.data.prepare import Prepared
 from luthier.data.prompts import PromptEncoder, parted, reference_of
 from luthier.errors import UserError
+from luthier.model.encoder import make_encoder
 from luthier.model.tokenizer import end_token_ids
 
 RESERVED = frozenset(
@@ -86,6 +87,18 @@ class PromptSampler(RepeatSampler):
 
     epoch = 0
 
+    @classmethod
+    def like(cls, other: RepeatSampler) -> "PromptSampler":
+        """One that repeats prompts as TRL's own does."""
+        return cls(
+            other.data_source,
+            mini_repeat_count=other.mini_repeat_count,
+            batch_size=other.batch_size,
+            repeat_count=other.repeat_count,
+            shuffle=other.shuffle,
+            seed=other.seed,
+        )
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is."""
         self.epoch = epoch
@@ -97,16 +110,19 @@ class PromptSampler(RepeatSampler):
         return super().__iter__()
 
 
-def prompt_encoder(config: RunConfig, tokenizer: Any, limit: int | None) -> PromptEncoder:
-    """The encoder of a run's prompts; raises UserError for a stream.
+def longest_completion(config: RunConfig, make: Any) -> int | None:
+    """The most tokens of a completion, by the config or the trainer's own arguments."""
+    default = make.__dataclass_fields__["max_completion_length"].default
+    longest: int | None = config.trainer.args.get("max_completion_length", default)
+    return longest
 
-    `limit`: the longest completion in tokens, which `chat.max_length` leaves room for.
+
+def prompt_encoder(config: RunConfig, tokenizer: Any, limit: int | None) -> PromptEncoder:
+    """The encoder of a run's prompts.
+
+    `limit`: the longest completion in tokens, which `chat.max_length` has to leave room for: else
+    UserError.
     """
-    if config.dataset.streaming:
-        raise UserError(
-            f"dataset.streaming: trainer.method={config.trainer.method} needs all rows at hand. "
-            "Set it to false."
-        )
     most = config.chat.max_length
     if most is not None and limit is not None:
         if most <= limit:
@@ -117,6 +133,13 @@ def prompt_encoder(config: RunConfig, tokenizer: Any, limit: int | None) -> Prom
         most -= limit
     chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
     return PromptEncoder(tokenizer, chat, most)
+
+
+def stop_ids(config: RunConfig, tokenizer: Any) -> list[int]:
+    """The tokens that end a reply, by the run's chat template."""
+    encoder = make_encoder(config, tokenizer)
+    assert encoder is not None, "the prompts have come from it"
+    return encoder.stop_token_ids
 
 
 def prompt_rows(prepared: Prepared) -> tuple[PromptRows, dict[str, PromptRows]]:

@@ -1,152 +1,44 @@
 """GRPO and RLOO: the model answers prompts, and learns from the rewards of what it answered."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from luthier.chat import ChatEncoder
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders import RowEncoder
 from luthier.data.prepare import Prepared
-from luthier.errors import UserError
-from luthier.infer.generate import dense_head
-from luthier.infer.unpacked import unpacked
 from luthier.metrics.reward import Reward
 from luthier.metrics.rewards import parse_rewards, prepare_rewards, try_rewards
-from luthier.model.encoder import make_encoder
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
 from luthier.train.arguments import trainer_arguments
-from luthier.train.gathered import unsharded
+from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.prompted import PromptRows, PromptSampler, prompt_encoder, prompt_rows
-from luthier.train.methods.shared import Exact, precision_kept, recomputing_paused
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as Base
-else:
-    Base = object
+from luthier.train.methods.prompted import (
+    PromptRows,
+    longest_completion,
+    prompt_encoder,
+    prompt_rows,
+    stop_ids,
+)
 
 TRIED = 2
 """Rows with which the rewards are tried before training."""
 
 
-class Prompted(Exact, Base):
-    """Stands before a trainer of TRL whose model answers prompts.
-
-    The prompts are luthier's own ids, and what ends a completion are the template's stop tokens.
-    Completions are drawn without dropout. Under FSDP2 the weights are gathered once for all tokens.
-    """
+class Rewarded(Prompted):
+    """Stands before a trainer of TRL that rewards answers: its loss says nothing by itself."""
 
     shown = ("reward",)
     loss_shown = False
 
-    def __init__(
-        self,
-        *,
-        model: Any,
-        encoder: ChatEncoder,
-        train_rows: PromptRows,
-        eval_rows: Mapping[str, PromptRows],
-        **kwargs: Any,
-    ) -> None:
-        """Take what TRL's trainer takes, with `PromptRows` as datasets, those of sets by name."""
-        self._prompt_ids: list[list[int]] = []
-        self._set = ""
-        with precision_kept(model):
-            super().__init__(
-                model=model,
-                # TRL takes no other kind of dataset.
-                train_dataset=Dataset.from_dict({"prompt": [""]}),
-                eval_dataset=dict(eval_rows) or None,
-                **kwargs,
-            )
-        self.train_dataset = train_rows
-        self._refuse_too_few()
-        self._stop_at(encoder.stop_token_ids)
 
-    def _refuse_too_few(self) -> None:
-        """Stop where no step could ever be filled."""
-        needed = self.args.generation_batch_size // self.num_generations
-        if len(self.train_dataset) < needed:
-            raise UserError(
-                f"dataset: there are {len(self.train_dataset)} prompts, and completions are drawn "
-                f"for {needed} at once ({self.args.generation_batch_size} completions, "
-                f"{self.num_generations} of each).\nSet a smaller "
-                "trainer.args.per_device_train_batch_size or gradient_accumulation_steps."
-            )
-
-    def _stop_at(self, stop_ids: list[int]) -> None:
-        """Let these tokens, and no others, end a completion."""
-        self.eos_token_ids = stop_ids
-        if self.use_vllm:
-            given = self.vllm_generation.generation_kwargs or {}
-            self.vllm_generation.generation_kwargs = given | {"stop_token_ids": stop_ids}
-            return
-        own = {"eos_token_id": stop_ids, "use_cache": True}
-        self.generation_kwargs |= own
-        self.generation_config.update(**own)
-
-    def _get_train_sampler(self, dataset: Any = None) -> PromptSampler:
-        args, rows = self.args, self.train_dataset if dataset is None else dataset
-        return PromptSampler(
-            rows,
-            mini_repeat_count=self.num_generations,
-            batch_size=args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=args.seed,
-        )
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Answer prompts and score the answers; the prompts' ids go past TRL's own encoding."""
-        self._prompt_ids = [row["prompt_ids"] for row in inputs]
-        rows = [{key: row[key] for key in row if key != "prompt_ids"} for row in inputs]
-        with recomputing_paused(self.model):
-            return super()._generate_and_score_completions(rows)
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """The ids that the chat encoder made; neither images nor other fields."""
-        return self._prompt_ids, None, {}
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        if self.use_vllm:
-            return super()._generate_single_turn(*args, **kwargs)
-        model: Any = self.accelerator.unwrap_model(self.model)
-        was_training = self.model.training
-        with ExitStack() as stack:
-            if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2:
-                reshards = self.accelerator.state.fsdp_plugin.reshard_after_forward
-                stack.enter_context(unsharded(model, reshards))
-            stack.enter_context(unpacked(model))
-            stack.enter_context(dense_head(model))
-            self.model.eval()
-            stack.callback(self.model.train, was_training)
-            return super()._generate_single_turn(*args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one set, whose name the means of the rewards will have."""
-        self._set = kwargs["metric_key_prefix"].removeprefix("eval").removeprefix("_")
-        return super().evaluation_loop(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means of the rewards, too: TRL has one name for them in all evaluation sets."""
-        if not self.model.training and self._set:
-            means = self._metrics["eval"]
-            for name in list(means):
-                means[f"{self._set}_{name}"] = means.pop(name)
-        super().log(logs, start_time)
-
-
-class GroupTrainer(Prompted, GRPOTrainer):
+class GroupTrainer(Rewarded, GRPOTrainer):
     """TRL's GRPOTrainer over prompts of luthier's own."""
 
 
-class LeaveOneOutTrainer(Prompted, RLOOTrainer):
+class LeaveOneOutTrainer(Rewarded, RLOOTrainer):
     """TRL's RLOOTrainer over prompts of luthier's own."""
 
 
@@ -160,7 +52,7 @@ class Reinforce:
         self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
     ) -> RowEncoder:
         """Conversations up to their last reply."""
-        return prompt_encoder(config, tokenizer, _longest_completion(config, self.make_arguments))
+        return prompt_encoder(config, tokenizer, longest_completion(config, self.make_arguments))
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.GRPOConfig` or `trl.RLOOConfig`."""
@@ -188,7 +80,7 @@ class Reinforce:
         _try(rewards, given.tokenizer, train, *sets.values())
         return self.make_trainer(
             model=given.model,
-            encoder=make_encoder(given.config, given.tokenizer),
+            stop_ids=stop_ids(given.config, given.tokenizer),
             train_rows=train,
             eval_rows=sets,
             reward_funcs=rewards,
@@ -210,12 +102,6 @@ class LeaveOneOut(Reinforce):
 
     make_arguments = RLOOConfig
     make_trainer = LeaveOneOutTrainer
-
-
-def _longest_completion(config: RunConfig, make: Any) -> int | None:
-    default = make.__dataclass_fields__["max_completion_length"].default
-    longest: int | None = config.trainer.args.get("max_completion_length", default)
-    return longest
 
 
 def _try(rewards: list[Reward], tokenizer: Any, *sides: PromptRows) -> None:
