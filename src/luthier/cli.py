@@ -40,6 +40,11 @@ COMMANDS = {
         "the whole dataset held against the rules",
         "luthier.inspect.check:run",
     ),
+    "plan": Command(
+        "plan recipe=NAME [key=value ...]",
+        "the memory that a run needs, part by part",
+        "luthier.plan.command:run",
+    ),
     "prepare": Command(
         "prepare recipe=NAME [key=value ...]",
         "encode the dataset into the cache, ahead",

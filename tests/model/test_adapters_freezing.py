@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapters_material import IDS, LORA, config_of, gradients, prepared, remade, trained
+from adapters_material import IDS, config_of, gradients, prepared, remade, trained
 
 from luthier.config.run_config import load as load_config
 from luthier.errors import UserError
@@ -29,13 +29,10 @@ def test_patterns_choose_what_trains(tiny_model, model, count):
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_checkpointing_reaches_layers_above_frozen_ones(tiny_model, reentrant):
-    kwargs = {"use_reentrant": reentrant}
-    args = {"activation_checkpointing_kwargs": kwargs}
-    config = config_of(tiny_model, model={"train": [LAST]}, trainer={"args": args})
-    model, _ = prepared(config)
+    model, _ = prepared(config_of(tiny_model, model={"train": [LAST]}))
     wanted = {name: g.clone() for name, g in gradients(model).items()}
     model.zero_grad()
-    model.activation_checkpointing_enable(kwargs)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert len(wanted) == 9
     for name, weight in trained(model).items():
@@ -76,4 +73,3 @@ def test_what_is_wrong_in_itself_is_told_at_once(overrides, said):
     with pytest.raises(UserError) as raised:
         load_config(["model=smollm2_135m", "dataset=quickstart", *overrides])
     assert said in str(raised.value)
-    assert LORA

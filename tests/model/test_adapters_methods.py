@@ -221,9 +221,8 @@ def test_a_saved_one_gives_the_same_logits_in_plain_peft(case, tmp_path):
 
 
 def test_a_step_at_a_small_rate_moves_each_weight_and_not_the_base(case):
-    frozen = {
-        n: p.detach().clone() for n, p in case.model.named_parameters() if not p.requires_grad
-    }
+    weights = dict(case.model.named_parameters())
+    frozen = {name: p.detach().clone() for name, p in weights.items() if not p.requires_grad}
     before = {name: weight.detach().clone() for name, weight in trained(case.model).items()}
     gradients(case.model)
     torch.optim.AdamW(trained(case.model).values(), lr=1e-5, weight_decay=0).step()

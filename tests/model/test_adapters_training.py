@@ -65,23 +65,52 @@ def test_lora_plus_trains_b_faster(tiny_model, tmp_path, optim):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
 
 
-def test_lora_plus_follows_the_schedule_and_goes_on(tiny_model, tmp_path):
+def test_lora_plus_follows_the_schedule(tiny_model, tmp_path):
     lora = LORA | {"plus_ratio": 4}
+    model = add_adapter(load(tiny_model), lora, seed=1)
+    trainer = trainer_of(model, lora, tmp_path, max_steps=6)
+    trainer.add_callback(StopAt(4))
+    trainer.train()
+    found = sorted(set(rates(trainer.optimizer, model).values()))
+    assert found == pytest.approx([rate * (1 - 4 / 6) for rate in (1e-3, 4e-3)])
+
+
+INTERRUPTED = {
+    "lora plus": LORA | {"plus_ratio": 4},
+    "adalora": ADALORA | {"tfinal": 1},
+    "adalora at its budget": ADALORA | {"tfinal": 3},
+    "pissa": LORA | {"init_lora_weights": "pissa_niter_4"},
+    "rows": LORA | {"trainable_token_indices": [5, 80]},
+    "whole": LORA | {"modules_to_save": ["lm_head"], "bias": "all"},
+    "oft": {"method": "oft", "oft_block_size": 8},
+    "ln_tuning": {"method": "ln_tuning"},
+}
+
+
+LONGER = ("lora plus", "pissa", "rows", "oft", "ln_tuning")
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param(lora, id=name, marks=[pytest.mark.train] if name in LONGER else [])
+        for name, lora in INTERRUPTED.items()
+    ],
+)
+def test_an_interrupted_training_goes_on_as_it_would(tiny_model, tmp_path, lora):
     ends = []
-    for steps in ((4,), (2, 4)):
+    for steps in ((6,), (4, 6)):
         folder = tmp_path / str(len(steps))
         for number, until in enumerate(steps):
             model = add_adapter(load(tiny_model), lora, seed=1)
-            trainer = trainer_of(
-                model, lora, folder, max_steps=6, save_steps=2, save_strategy="steps"
-            )
+            saving = {"save_steps": 2, "save_strategy": "steps"}
+            trainer = trainer_of(model, lora, folder, max_steps=6, learning_rate=1e-2, **saving)
             trainer.add_callback(StopAt(until))
-            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if number else None)
-            found = sorted(set(rates(trainer.optimizer, model).values()))
-            assert found == pytest.approx([rate * (1 - until / 6) for rate in (1e-3, 4e-3)])
-        ends.append(trained(model))
-    for name, weight in ends[0].items():
-        torch.testing.assert_close(ends[1][name], weight)
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if number else None)
+        ends.append(model)
+    for name, weight in trained(ends[0]).items():
+        torch.testing.assert_close(trained(ends[1])[name], weight)
+    torch.testing.assert_close(logits(ends[1]), logits(ends[0]))
 
 
 def test_groups_keep_what_they_have(tiny_model):
@@ -105,6 +134,13 @@ def test_adalora_comes_down_to_its_budget(tiny_model, tmp_path, quantization):
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(tiny_model, quantization), tmp_path / "adapter")
     torch.testing.assert_close(logits(again), wanted, rtol=0, atol=0.02 if quantization else 1e-5)
+
+
+def test_adalora_trains_the_same_weights_on_any_base(tiny_model):
+    bases = [load(tiny_model), load(tiny_model, dtype="bfloat16"), load(tiny_model, NF4)]
+    names = [set(trained(add_adapter(base, ADALORA, seed=1))) for base in bases]
+    assert names[0] == names[1] == names[2]
+    assert len(names[0]) == 2 * 7 * 3
 
 
 def test_adaloras_penalty_is_pefts(tiny_model):

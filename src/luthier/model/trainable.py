@@ -41,9 +41,6 @@ def make_trainable(
     if config.model.train or config.model.freeze:
         freeze(model, config.model.train, config.model.freeze)
         _refuse_frozen_rows(model, new)
-        if _reentrant(config):
-            # Else a checkpointed layer above frozen ones would get no gradient, without a word.
-            model.enable_input_require_grads()
     return model
 
 
@@ -63,8 +60,3 @@ def _refuse_frozen_rows(model: Any, new: list[int]) -> None:
             "model.add_tokens: the embeddings are frozen, so the new tokens would never train. "
             "Leave the embeddings out of model.freeze, or add them to model.train."
         )
-
-
-def _reentrant(config: RunConfig) -> bool:
-    kwargs = config.trainer.args.get("activation_checkpointing_kwargs") or {}
-    return kwargs.get("use_reentrant") is True

@@ -133,6 +133,19 @@ def test_an_evaluation_measures_what_a_step_over_all_rows_measures(tmp_path, nam
     )
 
 
+@pytest.mark.train
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_goes_on_in_a_later_epoch_as_if_it_had_never_stopped(tmp_path, name):
+    args = {"batch": 2, "accumulation": 2, "train_sampling_strategy": "random"}
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    made = build(tmp_path, name, **args, **saved)
+    made.train()
+    again = build(tmp_path / "again", name, **args)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for key, part in weights(again).items():
+        assert torch.equal(part, weights(made)[key]), key
+
+
 def test_rows_are_padded_to_one_width_where_that_is_asked_for(tmp_path):
     made = build(tmp_path, "dpo", batching=Batching(length=80, constant=True))
     widths = {batch["input_ids"].shape[1] for batch in made.get_train_dataloader()}

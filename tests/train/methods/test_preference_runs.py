@@ -100,6 +100,31 @@ def tiny(tmp_path_factory):
     return ("model=hub", f"model.path={folder}", "model.device=cpu", "model.dtype=float32")
 
 
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """The same with a chat template."""
+    folder = tmp_path_factory.mktemp("talking") / "model"
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return ("model=hub", f"model.path={folder}", "model.device=cpu", "model.dtype=float32")
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+def test_all_weights_may_train(tmp_path, talking, method):
+    rows = many(PREFERENCES)
+    finished(tmp_path, *talking, "trainer=" + method, "dataset=files", "chat.max_length=128",
+             write(tmp_path, "rows.jsonl", rows), "dataset.eval.count=4", "output_dir=run",
+             "trainer.args.max_steps=8", "trainer.args.learning_rate=3e-3",
+             "trainer.args.gradient_accumulation_steps=1")  # fmt: skip
+    results = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+    loss = results["held_out_loss"]
+    assert loss["after"] < loss["before"] - 0.01
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    if method == "dpo":
+        assert loss["before"] == pytest.approx(0.693147, abs=1e-5)
+
+
 TEXTS = [
     {"text": f"A lute has {n} strings, and a luthier makes {n * 7} of them."} for n in range(40)
 ]

@@ -1,6 +1,7 @@
 """GRPO and RLOO: prompts token for token, rewards with their columns, gradients by arithmetic."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -233,6 +234,31 @@ def test_means_of_rewards_have_the_name_of_their_evaluation_set(tmp_path):
     measured = trainer(config, tmp_path).evaluate()
     assert {"eval_reward", "eval_more_reward", "eval_loss", "eval_more_loss"} <= set(measured)
     assert "eval_more_rewards/length/mean" in measured
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("batch", [2, 4, 10])
+def test_held_out_rewards_do_not_depend_on_the_batch_size(tmp_path, monkeypatch, method, batch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "level_reward.py").write_text(
+        "def reward(completions, level, **others):\n    return [float(one) for one in level]\n"
+        "def some(completions, level, **others):\n"
+        "    return [None if one < 4 else 6.0 for one in level]\n"
+    )
+    lines = [{"messages": [say("user", str(n))], "level": n} for n in range(5)]
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    own = [{"messages": [say("user", "else")], "level": 9}] * 2
+    config = run_config(
+        tmp_path, own, method,
+        ["python:level_reward.reward", {"python:level_reward.some": {"weight": 2}}],
+        dataset={"eval": {"path": str(held)}}, per_device_eval_batch_size=batch,
+        num_generations_eval=2,
+    )  # fmt: skip
+    measured = trainer(config, tmp_path).evaluate()
+    assert measured["eval_rewards/reward/mean"] == 2
+    assert measured["eval_rewards/some/mean"] == 6
+    assert measured["eval_reward"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 2 * 6) / 5)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,24 @@ def test_sources_and_targets_longer_than_the_model(tmp_path):
     assert sorted((batch["labels"] == END).sum(dim=1).tolist()) == [0, 1]
 
 
+def m2m100(vocabulary, **more):
+    settings = {
+        "vocab_size": vocabulary, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": END,
+        "decoder_start_token_id": PAD, "dropout": 0.0, "attention_dropout": 0.0,
+    }  # fmt: skip
+    return transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**settings | more))
+
+
+def test_a_model_that_shifts_labels_only_by_itself(tmp_path):
+    model = saved(tmp_path / "m2m100", m2m100, unigram())
+    args = {"per_device_eval_batch_size": 3}
+    trainer, _ = made(tmp_path, model, held=HELD, args=args)
+    expected = float(plain_loss(trainer.model, unigram(), HELD))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_models_that_do_not_do_in_words(tmp_path):
     model = saved(tmp_path / "bert", bert, wordpiece())
     with pytest.raises(UserError, match=r"needs an encoder-decoder model.*none of the type bert"):

@@ -28,10 +28,10 @@ class Terms(NamedTuple):
     """Sums over the tokens of the better replies: the loss has the mean over all such tokens."""
 
 
-class Prepared(Dataset):
+class StandIn(Dataset):
     """Stands in for rows that are tokens already, where TRL wants a dataset to prepare."""
 
-    def map(self, *args: Any, **kwargs: Any) -> "Prepared":
+    def map(self, *args: Any, **kwargs: Any) -> "StandIn":
         """Leave the rows as they are."""
         return self
 
@@ -66,7 +66,7 @@ class Judging(Exact):
         self._since_log: list[Scores] = []
         self._evaluated: list[Scores] = []
         self._tokens_seen = 0
-        nothing = Prepared.from_dict({name: [""] for name in ("prompt", "chosen", "rejected")})
+        nothing = StandIn.from_dict({name: [""] for name in ("prompt", "chosen", "rejected")})
         with precision_kept(model):
             super().__init__(
                 model=model,

@@ -16,7 +16,7 @@ from luthier.data.batches.rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
-from luthier.train.methods.judging import Prepared, Scores
+from luthier.train.methods.judging import Scores, StandIn
 
 if TYPE_CHECKING:
     from luthier.train.methods.judging import Judging as Base
@@ -75,7 +75,7 @@ class Referring(Base):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """The rows with what the reference says of each."""
-        if isinstance(dataset, Prepared):
+        if isinstance(dataset, StandIn):
             return dataset
         # A row that an epoch sees twice is asked about once.
         rows = TokenRows(dataset.table, dataset.different)

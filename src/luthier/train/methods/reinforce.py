@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer.utils import nanstd
 
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders import RowEncoder
@@ -28,10 +30,42 @@ TRIED = 2
 
 
 class Rewarded(Prompted):
-    """Stands before a trainer of TRL that rewards answers: its loss says nothing by itself."""
+    """Stands before a trainer of TRL that rewards answers: its loss says nothing by itself.
+
+    The rewards of an evaluation are means over all its completions. TRL's are means of the batches'
+    means, in which a small last batch counts as much as the others, and rows that fill up a batch
+    of several processes count twice.
+    """
 
     shown = ("reward",)
     loss_shown = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Take what `Prompted` takes."""
+        self._rewards: list[torch.Tensor] = []
+        super().__init__(**kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, and put the means over all completions in place of TRL's."""
+        self._rewards.clear()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        completions = len(dataloader.dataset) * self.num_generations_eval
+        rewards = torch.cat(self._rewards)[:completions]
+        weighted = (rewards * self.reward_weights).nansum(dim=1)
+        weighted[rewards.isnan().all(dim=1)] = torch.nan
+        columns = {("reward", "reward_std"): weighted}
+        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
+            columns[f"rewards/{name}/mean", f"rewards/{name}/std"] = column
+        for (mean, spread), column in columns.items():
+            self._metrics["eval"][mean] = [torch.nanmean(column).item()]
+            self._metrics["eval"][spread] = [nanstd(column).item()]
+        return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        if not self.model.training:
+            self._rewards.append(rewards.cpu())
+        return rewards
 
 
 class GroupTrainer(Rewarded, GRPOTrainer):

@@ -1,0 +1,126 @@
+"""`luthier plan`: the memory of a run before it runs."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from luthier.inspect.arguments import Flag, Given, Grammar
+
+if TYPE_CHECKING:
+    from luthier.config.schema import RunConfig
+    from luthier.plan.advice import Advice
+    from luthier.plan.hardware import Hardware
+    from luthier.plan.planning import Plan
+    from luthier.plan.sharding import Sharding
+
+GRAMMAR = Grammar(
+    "plan",
+    "luthier plan recipe=NAME [key=value ...] [flags]\n\n"
+    "Says how much memory each GPU or process of a run needs, part by part, from the\n"
+    "configuration alone, and what to change if it does not fit. It tries one training step with\n"
+    "tensors that have shapes and no content: no weights are loaded, no GPU is needed, and of the\n"
+    "model only its config.json. It writes nothing.\n\n"
+    "Exit code: 0 if the run fits, 1 if it does not, 2 for a mistake in what was typed.",
+    (
+        Flag(
+            "--memory", "SIZE", "plan for GPUs of this size, such as 24GB, which need not be here"
+        ),
+        Flag("--gpus", "N", "for so many GPUs; each way of sharing the work gets a column"),
+        Flag("--launch", "FILE", "for this config file of accelerate, such as launch/fsdp2.yaml"),
+        Flag("--json", None, "one JSON object, for machines"),
+    ),
+    "  luthier plan recipe=quickstart\n"
+    "  luthier plan recipe=qlora_llama --memory 24GB\n"
+    "  luthier plan recipe=full_smollm2 --memory 24GB --gpus 4\n"
+    "  luthier plan recipe=lora_qwen --memory 80GB --launch launch/fsdp2.yaml\n",
+)
+
+
+def run(words: list[str]) -> int:
+    """Plan a run; returns 0 if it fits and 1 if it does not."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    given = GRAMMAR.parse(words)
+    from luthier import model
+    from luthier.config import load
+    from luthier.train.run import set_environment
+
+    hardware = _imagined(given)
+    config = load(given.overrides).config
+    model.check_path(config.model)
+    set_environment(config)
+    found, advice = make(config, hardware, given)
+    if "--json" in given.switches:
+        print(json.dumps(plain(found, advice), ensure_ascii=False))
+    else:
+        from luthier.plan.table import show_plan
+
+        show_plan(found, advice)
+    return 0 if found.fits else 1
+
+
+def make(
+    config: "RunConfig", imagined: "Hardware | None", given: Given
+) -> "tuple[Plan, list[Advice]]":
+    """Plan as the flags say, with a word on the terminal while it lasts."""
+    from rich.console import Console
+
+    from luthier.plan.advice import advise
+    from luthier.plan.planning import plan
+
+    with Console(stderr=True).status("trying a step") as status:
+        shardings = _shardings(given)
+        hardware = imagined or _this_machine(config, shardings, given)
+        found = plan(config, hardware, shardings or _usual(hardware))
+        status.update("trying changes")
+        return found, advise(config, found)
+
+
+def plain(found: "Plan", advice: "list[Advice]") -> dict[str, Any]:
+    """The plan as plain values; sizes are bytes."""
+    values = asdict(found)
+    for estimate, shown in zip(found.estimates, values["estimates"], strict=True):
+        shown |= {"total": estimate.total, "fits": estimate.fits}
+    return values | {"fits": found.fits, "advice": [asdict(each) for each in advice]}
+
+
+def _imagined(given: Given) -> "Hardware | None":
+    """The GPUs that the flags describe; wrong flags are told before anything is imported."""
+    from luthier.plan import hardware, launchers, sizes
+
+    size = given.texts.get("--memory")
+    file = given.texts.get("--launch")
+    number = given.numbers.get("--gpus")
+    if file is not None:
+        number = launchers.read(file, number).processes
+    return hardware.imagine(sizes.parse(size, "--memory"), number or 1) if size else None
+
+
+def _shardings(given: Given) -> "list[Sharding]":
+    from luthier.plan import launchers
+
+    file = given.texts.get("--launch")
+    return [launchers.read(file, given.numbers.get("--gpus"))] if file else []
+
+
+def _this_machine(config: "RunConfig", shardings: "list[Sharding]", given: Given) -> "Hardware":
+    from luthier.errors import UserError
+    from luthier.plan import hardware
+
+    number = given.numbers.get("--gpus")
+    found = hardware.here(config.model, shardings[0].processes if shardings else number)
+    if found.kind != "cuda" and number and not shardings:
+        raise UserError(
+            f"--gpus {number}: this machine has no GPU. To plan for others, say how much memory "
+            f"each has: --gpus {number} --memory 24GB."
+        )
+    return found
+
+
+def _usual(hardware: "Hardware") -> "list[Sharding]":
+    """One GPU by itself, and each way in which several would share the work."""
+    from luthier.plan.sharding import KINDS, Sharding
+
+    if hardware.count == 1 or hardware.kind != "cuda":
+        return [Sharding()]
+    return [Sharding(kind, hardware.count) for kind in KINDS if kind != "none"]

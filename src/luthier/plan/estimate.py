@@ -1,0 +1,146 @@
+"""The plan: what each process holds at the fullest moment of a step, part by part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from luthier.plan import heap, optimizers
+from luthier.plan.hardware import Hardware
+from luthier.plan.ledger import GRADIENTS, WEIGHTS
+from luthier.plan.rehearsal import ACTIVATIONS, BACKWARD, INPUTS, LOGITS, Rehearsal
+from luthier.plan.sharding import Held, Sharding, hold
+from luthier.plan.workload import Workload
+
+_PHASES = {
+    ACTIVATIONS: "activations",
+    INPUTS: "activations",
+    LOGITS: "output layer",
+    BACKWARD: "backward",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row of the plan."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One process under one way of sharing the work."""
+
+    sharding: Sharding
+    parts: tuple[Part, ...]
+    moment: str
+    """When the most is held: `step` (forward and backward) or `update` (of the weights)."""
+    elsewhere: int
+    """Bytes of paged optimizer states: on the GPU while there is room, else in main memory."""
+    room: int
+    """Bytes that the process may fill."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the process has room for it."""
+        return self.total <= self.room
+
+
+def estimate(
+    rehearsal: Rehearsal,
+    workload: Workload,
+    sharding: Sharding,
+    hardware: Hardware,
+    file_dtype: str | None = None,
+    teacher: int = 0,
+) -> Estimate:
+    """Add up what one process of a sharding holds; `rehearsal` must know its gradient share.
+
+    `file_dtype` is the number format of the model's file, `teacher` the bytes of another model.
+    """
+    weights, on_gpu = rehearsal.weights, hardware.kind == "cuda"
+    held = hold(sharding, weights, half=workload.autocast is not None)
+    trained = [weight for weight in weights if weight.trains]
+    optimizer = optimizers.find(workload.optimizer)
+    states, elsewhere = optimizers.kept(optimizer, trained, on_gpu)
+    share = held.optimizer_share
+    always = [
+        *_weights(held, workload, rehearsal),
+        Part("teacher", teacher),
+        Part("master copy float32", held.master),
+        Part("optimizer", int(states * share)),
+        Part("gathered weights", held.gathered),
+        Part("gradient buckets", held.buckets),
+    ]
+    made = int(optimizers.made(optimizer, trained, on_gpu) * share)
+    kept = sharding.gradient_share(workload.full, workload.autocast is not None)
+    moment, passing = _fullest(rehearsal, kept if held.gradients_on_device else 0.0, made)
+    if hardware.kind == "cpu":
+        here = sum(part.bytes for part in passing)
+        lost = heap.overhead(here, workload.checkpointing is not None)
+        passing.append(Part("lost in the heap", lost))
+        passing.append(Part("mapped file", _mapped(rehearsal, file_dtype)))
+    context = "CUDA context" if on_gpu else "libraries"
+    parts = [*always, *passing, Part(context, hardware.overhead)]
+    return Estimate(
+        sharding=sharding,
+        parts=tuple(part for part in parts if part.bytes),
+        moment=moment,
+        elsewhere=int(elsewhere * share),
+        room=hardware.room,
+    )
+
+
+def _weights(held: Held, workload: Workload, rehearsal: Rehearsal) -> list[Part]:
+    """Frozen weights and trained ones, by format."""
+    trained = "trained" if workload.full else "adapters"
+    counted = sum(w.stored for w in rehearsal.weights)
+    parts = [Part(f"weights {form}", size) for form, size in held.weights.items()]
+    if workload.reference:
+        parts.append(Part("reference", sum(w.elements for w in rehearsal.weights) * 4))
+    parts += [Part(f"{trained} {form}", size) for form, size in held.trained.items()]
+    return [*parts, Part("buffers", rehearsal.held - counted)]
+
+
+def _fullest(rehearsal: Rehearsal, share: float, made: int) -> tuple[str, list[Part]]:
+    """The fuller of two moments: within forward and backward, or when the weights are changed."""
+    peak = rehearsal.peaks[share]
+    gradients = int(_gradients(rehearsal) * share)
+    if gradients + made > peak.bytes:
+        return "update", [Part("gradients", gradients), Part("update", made)]
+    return "step", _phases(peak.kinds, share)
+
+
+def _mapped(rehearsal: Rehearsal, file_dtype: str | None) -> int:
+    """Bytes of a file that stay in main memory because some of its weights are used from there.
+
+    They are those of weights that were quantized from it. The system takes them back when memory is
+    short, and until then they count as the process's.
+    """
+    used = any(w.format == file_dtype and not w.trains for w in rehearsal.weights)
+    size = {"float32": 4, "float64": 8}.get(str(file_dtype), 2)
+    return sum(w.elements * size for w in rehearsal.weights if w.is_quantized) if used else 0
+
+
+def _phases(kinds: Mapping[str, int], share: float) -> list[Part]:
+    sizes: dict[str, int] = {"gradients": int(kinds.get(GRADIENTS, 0) * share)}
+    for kind, size in kinds.items():
+        if kind not in (GRADIENTS, WEIGHTS):
+            name = _PHASES[kind]
+            sizes[name] = sizes.get(name, 0) + size
+    return [Part(name, size) for name, size in sizes.items()]
+
+
+def _gradients(rehearsal: Rehearsal) -> int:
+    """Bytes of the gradients of all trained weights, which have the weights' format."""
+    return sum(weight.stored for weight in rehearsal.weights if weight.trains)
+
+
+def shares(shardings: Sequence[Sharding], workload: Workload) -> set[float]:
+    """The gradient shares that a rehearsal must follow for these shardings."""
+    half = workload.autocast is not None
+    return {0.0, *(sharding.gradient_share(workload.full, half) for sharding in shardings)}

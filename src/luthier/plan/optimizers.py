@@ -1,0 +1,108 @@
+"""What optimizers keep for each trained weight, and what a step of theirs makes meanwhile."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier.plan.weights import Weight
+
+BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
+"""bitsandbytes: numbers that share a scale, and the smallest tensor whose states have 8 bits."""
+SMALLEST_PAGED = 100_000
+"""bitsandbytes: states of smaller tensors stay on the GPU."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The states of an optimizer, by what it keeps for one weight."""
+
+    states: int = 2
+    """Numbers for each trained one."""
+    bits: int = 32
+    """Bits of a state; tables of embeddings get 32 from transformers where others get 8."""
+    paged: bool = False
+    """Whether states may move to main memory where a GPU is short of its own."""
+    factored: bool = False
+    """Whether a matrix has a row and a column of states in place of a matrix."""
+    whole: int = 0
+    """Copies of all trained weights that a step on a GPU makes at once."""
+    largest: int = 0
+    """Copies of the largest trained weight that a step makes."""
+    known: bool = True
+    """Whether this is how it works, and not the usual two states for want of better knowledge."""
+
+
+_BNB_STEP = 3
+OPTIMIZERS = {
+    "adamw_torch": Optimizer(whole=1, largest=2),
+    "adamw_torch_fused": Optimizer(),
+    "adafactor": Optimizer(states=1, factored=True, largest=3),
+    "sgd": Optimizer(states=0),
+    "adagrad": Optimizer(states=1, whole=1, largest=2),
+    "rmsprop": Optimizer(states=1, whole=1, largest=2),
+    "adamw_8bit": Optimizer(bits=8, largest=_BNB_STEP),
+    "adamw_bnb_8bit": Optimizer(bits=8, largest=_BNB_STEP),
+    "paged_adamw_32bit": Optimizer(paged=True, largest=_BNB_STEP),
+    "paged_adamw_8bit": Optimizer(bits=8, paged=True, largest=_BNB_STEP),
+    "lion_32bit": Optimizer(states=1, largest=_BNB_STEP),
+    "lion_8bit": Optimizer(states=1, bits=8, largest=_BNB_STEP),
+    "paged_lion_32bit": Optimizer(states=1, paged=True, largest=_BNB_STEP),
+    "paged_lion_8bit": Optimizer(states=1, bits=8, paged=True, largest=_BNB_STEP),
+    "ademamix": Optimizer(states=3, largest=_BNB_STEP),
+    "ademamix_8bit": Optimizer(states=3, bits=8, largest=_BNB_STEP),
+    "paged_ademamix_32bit": Optimizer(states=3, paged=True, largest=_BNB_STEP),
+    "paged_ademamix_8bit": Optimizer(states=3, bits=8, paged=True, largest=_BNB_STEP),
+    "rmsprop_bnb": Optimizer(states=1, largest=_BNB_STEP),
+    "rmsprop_bnb_8bit": Optimizer(states=1, bits=8, largest=_BNB_STEP),
+    "rmsprop_bnb_32bit": Optimizer(states=1, largest=_BNB_STEP),
+    "lomo": Optimizer(states=0),
+    "adalomo": Optimizer(states=1, factored=True),
+    "schedule_free_sgd": Optimizer(states=1),
+    "schedule_free_adamw": Optimizer(),
+    "schedule_free_radam": Optimizer(),
+}
+"""`trainer.args.optim` of transformers. The first twenty are held against the optimizers
+themselves in tests/plan/test_optimizers.py."""
+UNKNOWN = Optimizer(known=False)
+
+
+def find(name: str) -> Optimizer:
+    """Return what is known of an optimizer; two states of 32 bits where nothing is."""
+    return OPTIMIZERS.get(name, UNKNOWN)
+
+
+def kept(optimizer: Optimizer, weights: Sequence[Weight], on_gpu: bool) -> tuple[int, int]:
+    """Return the bytes of states that stay on the device, and of those that may leave it."""
+    stays = leaves = 0
+    for weight in weights:
+        size = _states(optimizer, weight)
+        if optimizer.paged and on_gpu and weight.elements >= SMALLEST_PAGED:
+            leaves += size
+        else:
+            stays += size
+    return stays, leaves
+
+
+def made(optimizer: Optimizer, weights: Sequence[Weight], on_gpu: bool) -> int:
+    """Return the bytes that a step makes and drops again.
+
+    On a CPU torch goes from weight to weight; on a GPU bitsandbytes works in place.
+    """
+    sizes = [weight.elements * 4 for weight in weights]
+    if not sizes:
+        return 0
+    of_bitsandbytes = optimizer.largest == _BNB_STEP and not optimizer.factored
+    if on_gpu and optimizer.whole:
+        return optimizer.whole * sum(sizes)
+    return 0 if on_gpu and of_bitsandbytes else optimizer.largest * max(sizes)
+
+
+def _states(optimizer: Optimizer, weight: Weight) -> int:
+    """Bytes of one weight's states; torch keeps them in the weight's own format."""
+    if optimizer.factored and len(weight.shape) > 1:
+        rows = weight.elements // weight.shape[-1]
+        columns = weight.elements // weight.shape[-2]
+        return (rows + columns) * 4 * optimizer.states
+    if optimizer.bits == 8 and weight.elements >= SMALLEST_8BIT and not weight.embeds:
+        scales = -(-weight.elements // BLOCK_8BIT) * 4
+        return optimizer.states * (weight.elements + scales)
+    return optimizer.states * weight.elements * 4

@@ -1,0 +1,164 @@
+"""From a configuration and a machine to a plan, and the choices that training takes from it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from luthier.config.schema import RunConfig
+from luthier.model.machine import Machine
+from luthier.model.weights import CHATTY
+from luthier.plan import hardware as machines
+from luthier.plan import workload as workloads
+from luthier.plan.estimate import Estimate, estimate, shares
+from luthier.plan.hardware import Hardware
+from luthier.plan.rehearsal import Rehearsal, rehearse
+from luthier.plan.sharding import KINDS, Sharding
+from luthier.plan.skeleton import build, count_teacher, read_config
+from luthier.plan.workload import AUTO, Checkpointing, Workload
+
+USUAL_NUMBERS = (2, 4, 8)
+"""GPUs for which a step is kept in mind, to say what more of them would give."""
+_TRIED: dict[tuple[str, Machine, Workload, str, str], Rehearsal] = {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on a machine, for each way of sharing the work that was asked for."""
+
+    name: str
+    """The recipe, or the model."""
+    model: str
+    parameters: int
+    """Weights of the model, without those of an adapter."""
+    trained: int
+    """Weights that train: of an adapter, or all of them."""
+    hardware: Hardware
+    dtype: str
+    attention: str
+    workload: Workload
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def best(self) -> Estimate:
+        """The first estimate that fits, or the smallest one if none does."""
+        fitting = [estimate for estimate in self.estimates if estimate.fits]
+        return fitting[0] if fitting else min(self.estimates, key=lambda each: each.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether one of the estimates fits."""
+        return self.best.fits
+
+
+def plan(
+    config: RunConfig,
+    hardware: Hardware | None = None,
+    shardings: Sequence[Sharding] = (Sharding(),),
+) -> Plan:
+    """Plan a run's memory from its configuration alone; takes seconds, needs no weights.
+
+    `hardware` is this machine's unless given. `activation_checkpointing: auto` is planned as
+    `choose_checkpointing` decides it. Raises UserError where the model's config.json cannot be had
+    or the plan does not know a part of the run.
+    """
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    hardware = hardware or machines.here(config.model)
+    machine = machines.machine_for(config.model, hardware)
+    workload = workloads.read(config, machine)
+    found = _plan(config, machine, workload, hardware, shardings)
+    if found.fits or config.trainer.args.get("activation_checkpointing") != AUTO:
+        return found
+    return _plan(config, machine, _checkpointed(workload), hardware, shardings)
+
+
+def fits(config: RunConfig, hardware: Hardware | None = None) -> bool:
+    """Tell whether a run fits on one device of a machine (this one unless given)."""
+    return plan(config, hardware).fits
+
+
+def choose_checkpointing(
+    config: RunConfig, hardware: Hardware | None = None, sharding: Sharding | None = None
+) -> bool:
+    """Tell whether activations have to be computed again: True where they do not fit.
+
+    It is what `trainer.args.activation_checkpointing: auto` means: a third of the speed is given
+    up only for memory that is not there. Raises UserError as `plan` does.
+    """
+    args = config.trainer.args | {"activation_checkpointing": AUTO}
+    asked = config.model_copy(update={"trainer": config.trainer.model_copy(update={"args": args})})
+    found = plan(asked, hardware, (sharding or Sharding(),))
+    return found.workload.checkpointing is not None
+
+
+def _checkpointed(workload: Workload) -> Workload:
+    return replace(workload, checkpointing=Checkpointing())
+
+
+def _plan(
+    config: RunConfig,
+    machine: Machine,
+    workload: Workload,
+    hardware: Hardware,
+    shardings: Sequence[Sharding],
+) -> Plan:
+    tried = _rehearsals(config, machine, workload, hardware, shardings)
+    file_dtype = str(read_config(config.model).dtype).removeprefix("torch.")
+    beside = (hardware, file_dtype, count_teacher(config, machine))
+    estimates = [
+        estimate(tried[_has_slices(sharding, workload)], workload, sharding, *beside)
+        for sharding in shardings
+    ]
+    weights = next(iter(tried.values())).weights
+    return Plan(
+        name=config.recipe or config.model.path,
+        model=config.model.path,
+        parameters=sum(w.elements for w in weights if workload.full or not w.trains),
+        trained=sum(weight.elements for weight in weights if weight.trains),
+        hardware=hardware,
+        dtype=machine.dtype,
+        attention=machine.attention,
+        workload=workload,
+        estimates=tuple(estimates),
+    )
+
+
+def _rehearsals(
+    config: RunConfig,
+    machine: Machine,
+    workload: Workload,
+    hardware: Hardware,
+    shardings: Sequence[Sharding],
+) -> dict[bool, Rehearsal]:
+    """Try the step once, and once more for slices of weights that train whole.
+
+    Those are gathered in 16 bits, where copies have autocast make 16-bit weights of float32 ones.
+    """
+    tried = {}
+    for slices in sorted({_has_slices(sharding, workload) for sharding in shardings}):
+        dtype = workload.autocast if slices and workload.autocast else "float32"
+        tried[slices] = _rehearsed(config, machine, workload, hardware, shardings, dtype)
+    return tried
+
+
+def _rehearsed(
+    config: RunConfig,
+    machine: Machine,
+    workload: Workload,
+    hardware: Hardware,
+    shardings: Sequence[Sharding],
+    dtype: str,
+) -> Rehearsal:
+    """Try a step, or remember it: optimizers and numbers of GPUs make no difference to it."""
+    parts = config.model_dump_json(include={"model": True, "quantization": True, "lora": True})
+    usual = [Sharding(kind, number) for kind in KINDS for number in USUAL_NUMBERS]
+    follow = frozenset(shares([*shardings, *usual], workload))
+    step = replace(workload, optimizer="", assumptions=(), reference=False)
+    key = (parts, machine, step, hardware.kind, dtype)
+    if key not in _TRIED or not follow <= set(_TRIED[key].peaks):
+        _TRIED[key] = rehearse(build(config, machine, dtype), workload, hardware.kind, follow)
+    return _TRIED[key]
+
+
+def _has_slices(sharding: Sharding, workload: Workload) -> bool:
+    return sharding.slices and workload.full
