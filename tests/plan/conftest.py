@@ -68,17 +68,29 @@ def shapes(tmp_path_factory):
 def configured():
     """A run's configuration by its parts; `args` are the trainer's."""
 
-    def configured(folder, lora=LORA, quantization=None, max_length=32, dtype="float32", **args):
+    def configured(
+        folder,
+        lora=LORA,
+        quantization=None,
+        max_length=32,
+        dtype="float32",
+        model=None,
+        method="sft",
+        teacher=None,
+        **args,
+    ):
         return RunConfig.model_validate(
             {
-                "model": {"path": str(folder), "dtype": dtype, "device": "cpu"},
+                "model": {"path": str(folder), "dtype": dtype, "device": "cpu"} | (model or {}),
                 "quantization": quantization or {},
                 "lora": lora,
                 "dataset": {"path": "rows.jsonl"},
                 "chat": {"max_length": max_length},
                 "trainer": {
+                    "method": method,
+                    "teacher": teacher,
                     "args": {"per_device_train_batch_size": 2, "activation_checkpointing": False}
-                    | args
+                    | args,
                 },
                 "output_dir": "runs/tried",
             }

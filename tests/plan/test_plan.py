@@ -154,15 +154,84 @@ def test_what_is_no_size_is_refused_in_words(text):
         sizes.parse(text, "--memory")
 
 
-def test_a_model_that_comes_quantized_is_refused(shapes, configured):
+def test_a_model_that_comes_quantized_by_others_is_refused(shapes, configured):
     made = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     with pytest.raises(UserError, match="the model comes quantized"):
         plan(configured(shapes("gptq", TINY | made)), gpu(24))
 
 
+def test_a_model_that_comes_packed_by_bitsandbytes_is_as_if_packed_here(shapes, configured):
+    made = {"quantization_config": {"quant_method": "bitsandbytes"} | NF4}
+    comes = plan(configured(shapes("packed", TINY | made)), gpu(24))
+    here = plan(configured(shapes("whole", TINY), quantization=NF4), gpu(24))
+    assert parts(comes.best) == parts(here.best)
+
+
+def test_a_model_that_comes_quantized_can_be_unpacked(shapes, configured):
+    made = {"quantization_config": {"quant_method": "fp8"}}
+    config = configured(shapes("fp8", TINY | made), quantization={"dequantize": True})
+    whole = plan(configured(shapes("whole", TINY)), gpu(24))
+    assert parts(plan(config, gpu(24)).best) == parts(whole.best)
+
+
 def test_dora_on_quantized_weights_is_refused(wide, configured):
     with pytest.raises(UserError, match="use_dora=true on quantized weights"):
         plan(configured(wide, lora={"use_dora": True}, quantization=NF4), gpu(24))
+
+
+BERT = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+T5 = {"vocab_size": 320, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16}
+BART = {
+    "vocab_size": 320, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+}  # fmt: skip
+METHODS = {
+    "classes of BERT": ("classify", "BertConfig", BERT),
+    "classes of Llama": ("classify", "LlamaConfig", TINY),
+    "tags of BERT": ("tag", "BertConfig", BERT),
+    "targets of T5": ("seq2seq", "T5Config", T5),
+    "targets of BART": ("seq2seq", "BartConfig", BART),
+    "rewards of Llama": ("reward", "LlamaConfig", TINY),
+    "pairs": ("dpo", "LlamaConfig", TINY),
+    "odds of pairs": ("orpo", "LlamaConfig", TINY),
+    "verdicts": ("kto", "LlamaConfig", TINY),
+    "rewarded replies": ("grpo", "LlamaConfig", TINY),
+    "plain texts": ("pretrain", "LlamaConfig", TINY),
+}
+
+
+@pytest.mark.parametrize("lora", [{}, {"r": 4}], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("method, kind, made", METHODS.values(), ids=METHODS)
+def test_each_method_is_planned(method, kind, made, lora, shapes, configured):
+    config = configured(shapes(method, made, kind), lora=lora, method=method)
+    found = plan(config, gpu(24))
+    named = parts(found.best)
+    assert found.workload.rows == (4 if method in ("dpo", "orpo", "reward") else 2)
+    assert named["activations"] > 0
+    assert ("reference" in named) == (not lora and method in ("dpo", "kto"))
+
+
+def test_a_reference_is_a_copy_in_float32(wide, configured):
+    named = parts(plan(configured(wide, lora={}, method="dpo"), gpu(24)).best)
+    assert named["reference"] == named["trained float32"]
+
+
+def test_a_teacher_is_counted_by_its_own_config(wide, shapes, configured):
+    teacher = shapes("teacher", TINY | {"num_hidden_layers": 4, "tie_word_embeddings": False})
+    config = configured(wide, method="distill", teacher=str(teacher), dtype="bfloat16")
+    layer = 64 * (64 + 2 * 32 + 64 + 3 * 128) + 2 * 64
+    assert parts(plan(config, gpu(24)).best)["teacher"] == 2 * (4 * layer + 64 + 2 * 320 * 64)
+
+
+def test_frozen_weights_need_no_optimizer(wide, configured):
+    config = configured(wide, lora={}, model={"freeze": ["embed_tokens", "lm_head"]})
+    found = plan(config, gpu(24))
+    assert found.trained == found.parameters - 2 * 320 * 256
+    assert parts(found.best)["optimizer"] == 8 * found.trained
 
 
 @pytest.mark.parametrize("lora", [{}, {"r": 4}], ids=["all weights", "LoRA"])

@@ -1,7 +1,9 @@
 """From a configuration and a machine to a plan, and the choices that training takes from it."""
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from luthier.config.schema import RunConfig
@@ -61,15 +63,14 @@ def plan(
     `choose_checkpointing` decides it. Raises UserError where the model's config.json cannot be had
     or the plan does not know a part of the run.
     """
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     hardware = hardware or machines.here(config.model)
     machine = machines.machine_for(config.model, hardware)
-    workload = workloads.read(config, machine)
-    found = _plan(config, machine, workload, hardware, shardings)
-    if found.fits or config.trainer.args.get("activation_checkpointing") != AUTO:
-        return found
-    return _plan(config, machine, _checkpointed(workload), hardware, shardings)
+    with _quiet():
+        workload = workloads.read(config, machine)
+        found = _plan(config, machine, workload, hardware, shardings)
+        if found.fits or config.trainer.args.get("activation_checkpointing") != AUTO:
+            return found
+        return _plan(config, machine, _checkpointed(workload), hardware, shardings)
 
 
 def fits(config: RunConfig, hardware: Hardware | None = None) -> bool:
@@ -89,6 +90,16 @@ def choose_checkpointing(
     asked = config.model_copy(update={"trainer": config.trainer.model_copy(update={"args": args})})
     found = plan(asked, hardware, (sharding or Sharding(),))
     return found.workload.checkpointing is not None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries say of their own future and kernels is no matter of a plan."""
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _checkpointed(workload: Workload) -> Workload:

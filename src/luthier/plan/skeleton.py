@@ -1,6 +1,5 @@
 """A model as shapes alone: its layers, quantized and with adapters, without a byte of weights."""
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.methods import METHODS
@@ -37,15 +36,12 @@ def build(config: RunConfig, machine: Machine, full_dtype: str = "float32") -> A
     dtype = machine.dtype if config.lora else full_dtype
     architecture = read_config(config.model)
     packed = _packed(config, architecture)
-    with warnings.catch_warnings():
-        # What libraries say of their own future is no matter of a plan.
-        warnings.simplefilter("ignore")
-        task = METHODS[config.trainer.method].task
-        model = _empty(config.model, architecture, CLASSES[task], dtype, _attention(machine))
-        if packed:
-            _pack(model, packed, machine)
-        if config.lora:
-            return add_adapter(model, _drawn(config.lora), config.seed, task)
+    task = METHODS[config.trainer.method].task
+    model = _empty(config.model, architecture, CLASSES[task], dtype, _attention(machine))
+    if packed:
+        _pack(model, packed, machine)
+    if config.lora:
+        return add_adapter(model, _drawn(config.lora), config.seed, task)
     if config.model.train or config.model.freeze:
         freeze(model, config.model.train, config.model.freeze)
     return model

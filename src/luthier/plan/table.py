@@ -21,8 +21,8 @@ _NAMES = {
     "zero3": "ZeRO-3",
 }
 _ORDER = (
-    "weights", "reference", "teacher", "adapters", "trained", "master", "optimizer", "gathered", "gradients",
-    "gradient", "activations", "output", "backward", "update",
+    "weights", "reference", "teacher", "adapters", "trained", "master", "optimizer", "gathered",
+    "gradients", "gradient", "activations", "output", "backward", "update",
 )  # fmt: skip
 _MOMENTS = {"step": "in forward and backward", "update": "when the weights are changed"}
 

@@ -211,6 +211,35 @@ def test_what_does_not_go_together_is_said(tmp_path, settings, words):
         DPO().arguments(config(**settings), MACHINE, tmp_path, has_eval=True)
 
 
+@pytest.mark.parametrize(
+    ("lora_settings", "args", "words"),
+    [
+        ({"method": "adalora", "total_step": 9}, {}, "supports only 1 trainable adapter"),
+        ({}, {"loss_type": "exo_pair"}, "Label smoothing must be greater than 0"),
+        ({}, {"sync_ref_model": True}, "sync_ref_model=True` while using a PEFT model"),
+    ],
+    ids=["an adapter that cannot be copied", "a loss that needs smoothing", "a synced adapter"],
+)
+def test_what_trl_refuses_is_passed_on(tmp_path, lora_settings, args, words):
+    with pytest.raises(UserError, match=words):
+        build(tmp_path, lora(model(), **lora_settings), **args)
+
+
+@pytest.mark.parametrize("method", ["delora", "oft", "vera", "ln_tuning"])
+def test_other_adapters_have_a_reference_too(tmp_path, method):
+    from luthier.model.adapters import add_adapter
+
+    net = add_adapter(model(), {"method": method}, 1)
+    made = build(tmp_path, net, max_steps=2, learning_rate=0.05)
+    inputs = next(iter(made.get_eval_dataloader()))
+    before = made.reference_scores(inputs)
+    assert made.evaluate()["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+    made.train()
+    assert abs(made.evaluate()["eval_rewards/margins"]) > 0
+    for name, part in made.reference_scores(inputs).items():
+        assert torch.equal(part, before[name])
+
+
 def test_the_arguments_leave_the_rows_alone(tmp_path):
     args = DPO().arguments(config(args={"beta": 0.5}), MACHINE, tmp_path, has_eval=False)
     assert (args.beta, args.max_length, args.loss_type) == (0.5, None, ["sigmoid"])

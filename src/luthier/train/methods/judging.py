@@ -1,6 +1,7 @@
 """What the trainers of judged replies share: losses of a whole step, metrics of a whole set."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from luthier.data.batches.judged import JudgedLayout, JudgedRows
 from luthier.data.batches.rows import TokenRows
 from luthier.data.batches.samplers import Sampler
+from luthier.errors import UserError
 from luthier.train.batching import Batching
 from luthier.train.batching_loaders import eval_sampler, train_sampler
 from luthier.train.methods.shared import Exact, precision_kept
@@ -67,7 +69,7 @@ class Judging(Exact):
         self._evaluated: list[Scores] = []
         self._tokens_seen = 0
         nothing = StandIn.from_dict({name: [""] for name in ("prompt", "chosen", "rejected")})
-        with precision_kept(model):
+        with precision_kept(model), _in_words():
             super().__init__(
                 model=model,
                 args=args,
@@ -205,6 +207,15 @@ class Judging(Exact):
         self._tokens_seen += int(scores["tokens"].sum())
         logs |= self.measures(scores) if len(scores["real"]) else {}
         logs["num_tokens"] = self._tokens_seen
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Pass on what TRL and peft say of settings that do not go together."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"trainer.args and lora, as TRL has them: {error}") from error
 
 
 def _sum(terms: Terms, scores: Scores, counts: Tensor) -> Tensor:
