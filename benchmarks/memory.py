@@ -44,6 +44,7 @@ class Case(NamedTuple):
     rows: int
     length: int
     words: str
+    processes: int = 1
 
     @property
     def overrides(self) -> list[str]:
@@ -70,6 +71,7 @@ CASES = [
     Case("full float32, adafactor", 2, 128, f"{WHOLE} {F32} {OFF} {OPTIM}=adafactor"),
     Case("full float32, adamw_8bit", 2, 128, f"{WHOLE} {F32} {OFF} {OPTIM}=adamw_8bit"),
     Case("full float32, sgd", 2, 128, f"{WHOLE} {F32} {OFF} {OPTIM}=sgd"),
+    Case("full float32, DDP", 2, 128, f"{WHOLE} {F32} {OFF}", 2),
     Case("LoRA float32", 2, 256, f"{PLAIN} {F32} {OFF}"),
     Case("LoRA float32", 4, 256, f"{PLAIN} {F32} {OFF}"),
     Case("LoRA float32, checkpointing", 4, 256, f"{PLAIN} {F32} {ON}"),
@@ -127,13 +129,16 @@ def measure(case: Case, heap: str) -> dict[str, Any]:
     """Plan a case and run it in a process of its own."""
     order = json.dumps(case._asdict())
     environ = os.environ | HEAPS[heap] | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--run", order],
-        env=environ, text=True, capture_output=True,
-    )  # fmt: skip
+    command = [sys.executable, __file__, "--run", order]
+    if case.processes > 1:
+        environ["ACCELERATE_USE_CPU"] = "true"
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(case.processes)]
+        command[1:1] = [*torchrun, "--master_port", "0"]
+    done = subprocess.run(command, env=environ, text=True, capture_output=True)
     if done.returncode:
         raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
-    measured = json.loads(done.stdout.splitlines()[-1])
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"base"')]
+    measured = json.loads(found[0])
     return case._asdict() | {"heap": heap, "plan": planned(case, heap)} | measured
 
 
@@ -142,9 +147,11 @@ def planned(case: Case, name: str) -> int:
     from luthier.config import load
     from luthier.plan import plan
     from luthier.plan.hardware import PROCESS
+    from luthier.plan.sharding import Sharding
 
+    shared = Sharding("ddp", case.processes) if case.processes > 1 else Sharding()
     with patch.dict(os.environ, HEAPS[name]):
-        return plan(load(case.overrides).config).best.total - PROCESS
+        return plan(load(case.overrides).config, shardings=[shared]).best.total - PROCESS
 
 
 def work(order: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ MISTAKES = {
     ),
     "no teacher": (
         [Q, "trainer=distill", "quantization=none"],
-        ["trainer.teacher: trainer.method=distill needs a model to learn from"],
+        ["trainer.teacher: has no value"],
     ),
     "a teacher of nobody": (
         [Q, "trainer.teacher=x"],

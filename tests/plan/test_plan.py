@@ -258,3 +258,13 @@ def test_a_step_that_depends_on_values_is_refused_in_words(shapes, configured, m
 
     with pytest.raises(UserError, match="cannot be tried without its weights"):
         plan(configured(shapes("odd", TINY), lora={}), gpu(24))
+
+
+def test_flash_attention_keeps_no_mask(wide, configured):
+    masked = plan(configured(wide, max_length=256, dtype="bfloat16"), gpu(24))
+    flash = {"attention": "flash_attention_2"}
+    found = plan(configured(wide, max_length=256, dtype="bfloat16", model=flash), gpu(24))
+    assert masked.workload.masked and not found.workload.masked
+    # Each of two layers keeps a mask of (rows, length, length) in 16 bits with torch's own.
+    saved = parts(masked.best)["activations"] - parts(found.best)["activations"]
+    assert saved >= 2 * 2 * 256 * 256 * 2

@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 
 from luthier.chat import ChatError
+from luthier.config.schema import RunConfig
 from luthier.data.encoders import ConversationEncoder, EncodedRows, Problem
 from luthier.data.shapes import Example
 from luthier.data.store import Ragged
+from luthier.errors import UserError
 
-_NO_PROMPT: Problem = ("no prompt", "there is nothing before the reply")
+LONGEST_COMPLETION = 512
+"""TRL's own bound, in tokens, where the config says nothing."""
+NO_PROMPT: Problem = ("no prompt", "there is nothing before the reply")
 
 
 def parted(example: Example) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
@@ -30,6 +34,23 @@ def reference_of(example: Example) -> str | None:
     reply = parted(example)[1] or {}
     content = reply.get("content")
     return content if isinstance(content, str) and not reply.get("tool_calls") else None
+
+
+def longest_prompt(config: RunConfig) -> int | None:
+    """What `chat.max_length` leaves for a prompt beside the longest completion, in tokens.
+
+    None for no bound. Raises UserError where nothing is left.
+    """
+    most = config.chat.max_length
+    longest = config.trainer.args.get("max_completion_length", LONGEST_COMPLETION)
+    if most is None or longest is None:
+        return most
+    if most <= longest:
+        raise UserError(
+            f"chat.max_length={most}: with completions of up to {longest} tokens "
+            "(trainer.args.max_completion_length) there is no room for a prompt. Raise it."
+        )
+    return most - int(longest)
 
 
 class PromptEncoder:
@@ -74,7 +95,7 @@ class PromptEncoder:
         """One example's prompt; none where it is dropped."""
         context = parted(example)[0]
         if not context:
-            made.problems[number] = _NO_PROMPT
+            made.problems[number] = NO_PROMPT
             return []
         try:
             ids, gone, lost = self._prompts.of(context, example.get("tools"))

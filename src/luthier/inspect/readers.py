@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.examples import Opened
 from luthier.inspect.rows import RowReader
@@ -22,12 +23,22 @@ class Readers:
 
     def of(self, opened: Opened) -> RowReader:
         """The reader of a source."""
+        facts = METHODS[self._config.trainer.method]
+        if opened.shape.kind == "conversation" and (facts.rewards or facts.teacher):
+            return self._prompts()
         if opened.shape.kind == "conversation":
             return self.conversations(opened)
         from luthier.inspect.documents import DocumentReader
 
         config = self._config
         return DocumentReader(self._tokenizer, config.chat.max_length, config.dataset.stride)
+
+    def _prompts(self) -> RowReader:
+        from luthier.data.prompts import longest_prompt
+        from luthier.inspect.prompts import PromptReader
+
+        config = self._config
+        return PromptReader(self._tokenizer, config.chat, self._end_tokens, longest_prompt(config))
 
     def conversations(self, opened: Opened) -> "ConversationReader":
         """The reader of a source of conversations, with the turns that the source says train."""

@@ -18,7 +18,7 @@ from luthier.model.weights import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.prompted import longest_completion, prompt_encoder, prompt_rows, stop_ids
+from luthier.train.methods.prompted import prompt_encoder, prompt_rows, stop_ids
 
 
 class StudentTrainer(Prompted, DistillationTrainer):
@@ -32,7 +32,7 @@ class Distill:
         self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
     ) -> RowEncoder:
         """Conversations up to their last reply."""
-        return prompt_encoder(config, tokenizer, longest_completion(config, DistillationConfig))
+        return prompt_encoder(config, tokenizer)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.DistillationConfig`."""

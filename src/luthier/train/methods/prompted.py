@@ -12,8 +12,7 @@ from luthier.data.batches.rows import TokenRows
 from luthier.data.encoded import Encoded
 from luthier.data.joined import JoinedTable
 from luthier.data.prepare import Prepared
-from luthier.data.prompts import PromptEncoder, parted, reference_of
-from luthier.errors import UserError
+from luthier.data.prompts import PromptEncoder, longest_prompt, parted, reference_of
 from luthier.model.encoder import make_encoder
 from luthier.model.tokenizer import end_token_ids
 
@@ -110,29 +109,10 @@ class PromptSampler(RepeatSampler):
         return super().__iter__()
 
 
-def longest_completion(config: RunConfig, make: Any) -> int | None:
-    """The most tokens of a completion, by the config or the trainer's own arguments."""
-    default = make.__dataclass_fields__["max_completion_length"].default
-    longest: int | None = config.trainer.args.get("max_completion_length", default)
-    return longest
-
-
-def prompt_encoder(config: RunConfig, tokenizer: Any, limit: int | None) -> PromptEncoder:
-    """The encoder of a run's prompts.
-
-    `limit`: the longest completion in tokens, which `chat.max_length` has to leave room for: else
-    UserError.
-    """
-    most = config.chat.max_length
-    if most is not None and limit is not None:
-        if most <= limit:
-            raise UserError(
-                f"chat.max_length={most}: with completions of up to {limit} tokens "
-                "(trainer.args.max_completion_length) there is no room for a prompt. Raise it."
-            )
-        most -= limit
+def prompt_encoder(config: RunConfig, tokenizer: Any) -> PromptEncoder:
+    """The encoder of a run's prompts; UserError where completions leave no room for them."""
     chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
-    return PromptEncoder(tokenizer, chat, most)
+    return PromptEncoder(tokenizer, chat, longest_prompt(config))
 
 
 def stop_ids(config: RunConfig, tokenizer: Any) -> list[int]:

@@ -19,7 +19,6 @@ from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients
 from luthier.train.methods.prompted import (
     PromptRows,
-    longest_completion,
     prompt_encoder,
     prompt_rows,
     stop_ids,
@@ -86,7 +85,7 @@ class Reinforce:
         self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
     ) -> RowEncoder:
         """Conversations up to their last reply."""
-        return prompt_encoder(config, tokenizer, longest_completion(config, self.make_arguments))
+        return prompt_encoder(config, tokenizer)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.GRPOConfig` or `trl.RLOOConfig`."""
