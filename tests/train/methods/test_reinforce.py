@@ -355,3 +355,24 @@ def test_a_resumed_training_ends_with_the_same_model(tmp_path, method):
     again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoints/checkpoint-2"))
     for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_adapters_of_a_quantized_model_stay_float32_and_learn_at_small_rates(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    from luthier.model.adapters import add_adapter
+
+    config = run_config(tmp_path, rewards=SHORT, lora={"r": 2}, max_steps=2, optim="adamw_torch",
+                        learning_rate=1e-5, gradient_accumulation_steps=2)  # fmt: skip
+    quantized = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        device_map={"": "cpu"},
+    )
+    net = add_adapter(quantized, {"r": 2, "target_modules": "all-linear"}, seed=0)
+    start = {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
+    trainer(config, tmp_path, net).train()
+    after = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    assert all(not torch.equal(start[n], after[n]) for n in after if "lora_B" in n)
