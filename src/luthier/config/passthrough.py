@@ -62,12 +62,14 @@ _LORA = ("peft", "tuners/lora/config.py", "LoraConfig")
 _BOOL = Kind(frozenset({"bool"}))
 _TEXT = Kind(frozenset({"str", "none"}))
 _NUMBER = Kind(frozenset({"float", "none"}))
+_BY_THE_PLAN = Kind(frozenset({"bool", "none"}), ("auto",))
 
 LIBRARIES = (
     Library(
         key="trainer.args",
         name=METHODS["sft"].config_name,
         source=METHODS["sft"].config,
+        own={"activation_checkpointing": _BY_THE_PLAN},
         kept={
             "output_dir": "use output_dir",
             "max_length": "use chat.max_length",

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,12 @@ class Prepared:
     """Each row that could not be read, was dropped or is not whole: `where`, `state`, `problem`
     and `text`, the start of the row."""
 
+    def places(self, numbers: Sequence[int]) -> list[str]:
+        """Where the rows behind these rows of the training table stand, such as `data.jsonl:7`."""
+        if not isinstance(self.train, TokenRows):
+            return []
+        return list(dict.fromkeys(_places(self.parts.values(), numbers)))
+
 
 def prepare(config: DatasetConfig, encoders: Encoders, tokenizer: Any, seed: int) -> Prepared:
     """Read and encode all sources, hold rows out, and mix what is left.
@@ -85,6 +91,16 @@ def prepare(config: DatasetConfig, encoders: Encoders, tokenizer: Any, seed: int
             row for part in (*trained.values(), *evaluated.values()) for row in _reports(part)
         ],
     )
+
+
+def _places(parts: Iterable[Encoded], numbers: Sequence[int]) -> Iterator[str]:
+    """The place of the row that made each sequence; sequences are numbered over all parts."""
+    left = list(numbers)
+    for part in parts:
+        ends = np.cumsum(part.sequences.astype(np.int64))
+        here = [number for number in left if number < len(part.tokens)]
+        yield from part.places(np.searchsorted(ends, here, side="right").tolist())
+        left = [number - len(part.tokens) for number in left if number >= len(part.tokens)]
 
 
 class Examples:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import gguf, hub, source
+from luthier.model import gguf, hub, new_tokens, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,9 +22,10 @@ PADDING_NAMES = (
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """Return the configured tokenizer; it always has a padding token.
+    """Return the configured tokenizer with the configured new tokens; it always can pad.
 
-    Raises UserError if it cannot be found or fetched, or cannot be read.
+    Raises UserError if it cannot be found or fetched, or cannot be read, and for a new token that
+    is none.
     """
     from transformers import AutoTokenizer
 
@@ -46,6 +47,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
             f"{key}={path}: the tokenizer cannot be read: {error}"
         ) from error
     add_padding(tokenizer)
+    new_tokens.add_tokens(tokenizer, config)
     return tokenizer
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import gguf, hub, source
+from luthier.model import gguf, hub, prequantized, source
 from luthier.model.machine import Machine
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """Return the model on `machine`, in evaluation mode, ready to get an adapter or to train.
 
-    `quantization` holds fields of `transformers.BitsAndBytesConfig`; empty for none. With `full`
+    `quantization` holds fields of `transformers.BitsAndBytesConfig`, or `dequantize` for a model
+    that comes quantized (`prequantized.check` says which can be); empty for none. With `full`
     (every weight trains) the weights are float32 whatever the machine computes in: in bfloat16
     small updates round to nothing. Its `new_layers` are those that the checkpoint has no weights
     for. `kind` is the class of transformers that picks the model's, and
@@ -47,6 +48,8 @@ def load_model(
         )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise _explain(error, config, machine) from error
+    if _unpacks(quantization):
+        model = prequantized.in_one_format(model, settings["dtype"])
     model.config.use_cache = False
     model.new_layers = _new_layers(loaded)
     keep_trainable(model)
@@ -89,9 +92,15 @@ def _settings(
     }
     if not _is_sharded():
         settings["device_map"] = {"": machine.device}
-    if quantization:
+    if _unpacks(quantization):
+        settings["quantization_config"] = prequantized.unpacking(config)
+    elif quantization:
         settings["quantization_config"] = _quantization(quantization, machine)
     return settings | config.kwargs
+
+
+def _unpacks(quantization: dict[str, Any]) -> bool:
+    return quantization.get("dequantize") is True
 
 
 def _quantization(quantization: dict[str, Any], machine: Machine) -> Any:

@@ -14,13 +14,23 @@ from transformers.trainer_utils import enable_full_determinism, get_last_checkpo
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared, prepare
-from luthier.model.adapters import add_adapter
+from luthier.model import adapter_training, prequantized
 from luthier.model.encoder import make_encoder, make_sources
 from luthier.model.machine import choose
-from luthier.model.tokenizer import check_fits, load_tokenizer
+from luthier.model.tokenizer import load_tokenizer
+from luthier.model.trainable import make_trainable
 from luthier.record.data_plot import numbers_of, plot_data
 from luthier.record.record import RunRecord
-from luthier.train import evaluating, finish, launch, methods, replies, report, trackers
+from luthier.train import (
+    evaluating,
+    finish,
+    launch,
+    methods,
+    recomputing,
+    replies,
+    report,
+    trackers,
+)
 from luthier.train.batching import batching_of
 from luthier.train.methods import Ingredients, Method
 from luthier.train.progress import MetricsFile, Progress
@@ -67,6 +77,7 @@ def seed_everything(config: RunConfig) -> None:
 def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any) -> Session:
     """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
     method, facts = methods.load(config.trainer.method), METHODS[config.trainer.method]
+    prequantized.check(config, machine)
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer) if facts.chats else None
     prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
@@ -78,18 +89,18 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
             plot_data(
                 numbers_of(prepared, config.chat.max_length), folder.name, folder / "data.png"
             )
+    config = recomputing.settled(config)
     args = method.arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluating.choose_best(args, config)
     launch.check_devices(args.distributed_state)
     model: Any = method.load_model(config, machine, prepared)
-    check_fits(tokenizer, model)
-    if config.lora:
-        model = add_adapter(model, config.lora, config.seed, facts.task)
+    model = make_trainable(model, config, tokenizer, machine, facts.task)
     if main:
         report.show_model(model, machine, config.quantization)
     callbacks = [MetricsFile(folder / "metrics.jsonl")]
     given = Ingredients(config, args, model, tokenizer, prepared, callbacks)
     trainer = make_trainer(method, given)
+    adapter_training.attach(trainer, config.lora)
     launched = launch.check_running(trainer.accelerator, args)
     if main and not config.dry_run:
         chat = encoder.settings() if encoder else None
@@ -121,6 +132,7 @@ def make_trainer(method: Method, given: Ingredients) -> Any:
     if not given.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
+    trainer.places = given.prepared.places
     return trainer
 
 

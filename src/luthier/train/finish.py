@@ -4,6 +4,7 @@ import shutil
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.model.adapter_start import make_plain
 from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
 from luthier.record.plot import plot_loss, read_metrics
 from luthier.train import report, trackers
@@ -112,6 +113,7 @@ def save(session: Session) -> None:
             (temporary / name).unlink(missing_ok=True)
         # TRL's copy of the adapter as it was at first, which some losses compare with.
         shutil.rmtree(temporary / "ref", ignore_errors=True)
+        make_plain(trainer.model, temporary)
         if session.encoder is not None:
             write_json(temporary / "chat.json", session.encoder.settings())
         publish_folder(temporary, target)

@@ -14,6 +14,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batches.judged import WithColumns
 from luthier.data.batches.rows import TokenRows
 from luthier.errors import UserError
+from luthier.model import new_tokens
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
 from luthier.train.methods.judging import Scores, StandIn
@@ -123,7 +124,9 @@ def reference_of(config: RunConfig, machine: Machine) -> Any:
     """The model as it is before training, for full fine-tuning; None where no copy is needed."""
     if config.lora or config.trainer.args.get("precompute_ref_log_probs"):
         return None
-    return load_model(config.model, config.quantization, machine, full=True)
+    reference = load_model(config.model, config.quantization, machine, full=True)
+    new_tokens.make_rows(reference, new_tokens.ids_of(config.model), config.seed)
+    return reference
 
 
 @contextmanager

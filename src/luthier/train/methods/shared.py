@@ -1,11 +1,12 @@
 """What luthier promises of every trainer, on top of TRL's and transformers' own."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
+from luthier.train import finite
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -55,6 +56,10 @@ class Exact(Base):
     """Metrics of the held-out rows that a run's results have besides the loss."""
     loss_shown: bool = True
     """Whether a run's results have the loss on held-out rows."""
+    places: Callable[[Sequence[int]], list[str]] | None = None
+    """Says where training rows stand, such as `data.jsonl:7`, by their numbers in the table."""
+    _norms: list[tuple[int, Any]]
+    """The step and the norm of its gradient, since they were last looked at."""
 
     def _send_telemetry(self) -> None:
         """Tell nobody that someone trains."""
@@ -75,7 +80,37 @@ class Exact(Base):
             original = vars(model).pop("_original_forward", None)
             if original is not None:
                 model.forward = original
-        return super().train(*args, **kwargs)
+        self._norms = []
+        result = super().train(*args, **kwargs)
+        self._stop_if_broken()
+        return result
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Remember the norm; it is looked at when something is logged or saved, and costs no sync.
+
+        It is the same on all ranks, so all of them stop together. In float16 the scaler leaves out
+        steps that overflow, and goes on.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and norm is not None:
+            self._norms.append((self.state.global_step + 1, norm))
+        return norm
+
+    def _stop_if_broken(self, loss: float = 0.0) -> None:
+        """Raise UserError at a step whose gradient, or a mean loss that, is no finite number."""
+        norms, self._norms = self._norms, []
+        step, what = finite.broken_step(norms), "The gradient is no finite number"
+        if not math.isfinite(loss):
+            step, what = step or self.state.global_step, f"The loss is {loss}"
+        if step is not None:
+            rows = finite.rows_of_step(self, step)
+            places = self.places(rows) if self.places is not None else []
+            raise UserError(finite.words(self, what, step, places))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, but none with weights that are broken."""
+        self._stop_if_broken()
+        super()._save_checkpoint(model, trial)
 
     def end(self) -> None:
         """End the process group, after what holds on to it.
@@ -114,14 +149,5 @@ class Exact(Base):
         """Log, and stop on a broken loss."""
         if self.model.training and "loss" in logs:
             self.add_means(logs)
-            if not math.isfinite(logs["loss"]):
-                raise UserError(_broken_loss(logs["loss"], self.state.global_step, self.args))
+            self._stop_if_broken(logs["loss"])
         super().log(logs, start_time)
-
-
-def _broken_loss(loss: float, step: int, args: Any) -> str:
-    return (
-        f"The loss is {loss} at step {step}, so the run stops; checkpoints up to then are in "
-        f"{args.output_dir}. A smaller trainer.args.learning_rate, more trainer.args.warmup_steps, "
-        "or model.dtype=bfloat16 in place of float16 usually mends it."
-    )

@@ -1,0 +1,54 @@
+"""`trainer.args.activation_checkpointing: auto`: recomputed where activations would not fit."""
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from luthier.config.schema import RunConfig
+from luthier.errors import UserError
+from luthier.plan import choose_checkpointing
+from luthier.plan.hardware import here
+from luthier.plan.sharding import Sharding
+from luthier.train import report
+from luthier.train.asked import Asked, asked
+
+KEY = "activation_checkpointing"
+AUTO = "auto"
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """Return the config with `auto` decided by the memory plan, the same on all ranks.
+
+    The first rank plans, since free memory may differ between ranks. Where a run cannot be
+    planned, activations are computed again, which is slower and always fits best.
+    """
+    if config.trainer.args.get(KEY) != AUTO:
+        return config
+    chosen: list[bool] = [True]
+    if PartialState().is_main_process:
+        chosen = [_decide(config)]
+    broadcast_object_list(chosen)
+    args = config.trainer.args | {KEY: chosen[0]}
+    trainer = config.trainer.model_copy(update={"args": args})
+    return config.model_copy(update={"trainer": trainer})
+
+
+def sharding_of(wish: Asked | None, processes: int) -> Sharding:
+    """How the launched processes share the work, as the plan counts it."""
+    if processes == 1:
+        return Sharding()
+    kinds = {"fsdp": "fsdp2", "deepspeed": f"zero{wish.zero_stage or 2}" if wish else ""}
+    distributed = wish.distributed if wish else None
+    return Sharding(kinds.get(distributed or "", "ddp"), processes)
+
+
+def _decide(config: RunConfig) -> bool:
+    processes = PartialState().num_processes
+    try:
+        hardware = here(config.model, processes)
+        recomputes = choose_checkpointing(config, hardware, sharding_of(asked(), processes))
+    except UserError as error:
+        report.say(f"memory    not planned ({error}); activations are computed again")
+        return True
+    said = "would not fit and are computed again" if recomputes else "fit and are kept"
+    report.say(f"memory    activations {said}")
+    return recomputes
