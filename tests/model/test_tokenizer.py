@@ -84,3 +84,22 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_told(tiny_model):
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(UserError, match="do not belong together"):
         check_fits(tokenizer, model)
+
+
+def test_a_tokenizer_of_another_model_is_told(folder, tiny_model, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    without(other, "<|im_start|>")
+    config = ModelConfig(path=str(folder), tokenizer=str(other))
+    with pytest.raises(UserError, match="belongs to another model") as told:
+        load_tokenizer(config)
+    assert "'<|im_start|>', for the model 1, has the id 266 there" in str(told.value)
+
+
+def test_a_tokenizer_with_more_tokens_is_the_models(folder, tiny_model, tmp_path):
+    other = tmp_path / "other"
+    more = load_tokenizer(ModelConfig(path=str(tiny_model)))
+    more.add_tokens(["<new>"])
+    more.save_pretrained(other)
+    assert (
+        "<new>" in load_tokenizer(ModelConfig(path=str(folder), tokenizer=str(other))).get_vocab()
+    )

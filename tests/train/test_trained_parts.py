@@ -153,3 +153,61 @@ def test_a_broken_loss_names_its_step_and_rows_and_what_is_left(trains, capsys):
     assert "checkpoint-1" in said
     assert not (trains.folder / "checkpoints/checkpoint-2").exists()
     assert json.loads((trains.folder / "run.json").read_text())["status"] == "failed"
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def plain_losses():
+    """The losses of a run without any of the settings below, once it was asked for."""
+    return []
+
+
+SAME = {
+    "8-bit paged AdamW": (["optim=paged_adamw_8bit"], 1e-3),
+    "activations of every second layer": (
+        ["activation_checkpointing=true", "activation_checkpointing_kwargs={every_n_layers:2}"],
+        1e-6,
+    ),
+    "a compiled model": (["torch_compile=true"], 1e-4),
+}
+
+
+@pytest.mark.parametrize(("args", "bound"), SAME.values(), ids=SAME)
+def test_what_saves_memory_or_time_changes_no_loss(trains, plain_losses, args, bound):
+    same = ("lora=none", "trainer.args.learning_rate=1e-3", "trainer.args.warmup_steps=0")
+    if not plain_losses:
+        assert trains(*same) == 0
+        plain_losses.extend(losses(trains.folder))
+    assert trains(*same, "overwrite=true", *(f"trainer.args.{word}" for word in args)) == 0
+    assert losses(trains.folder) == pytest.approx(plain_losses, abs=bound)
+    assert len(set(plain_losses)) == 3
+
+
+def test_noise_in_the_embeddings_is_for_training_alone(trains):
+    held = ("lora=none", "dataset.eval.count=4", "trainer.args.learning_rate=1e-9")
+    assert trains(*held) == 0
+    without = losses(trains.folder)
+    assert trains(*held, "trainer.args.neftune_noise_alpha=100", "overwrite=true") == 0
+    results = json.loads((trains.folder / "run.json").read_text())["results"]
+    assert results["held_out_loss"]["after"] == pytest.approx(
+        results["held_out_loss"]["before"], abs=1e-5
+    )
+    assert losses(trains.folder)[0] != pytest.approx(without[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["activation_checkpointing=true", "activation_checkpointing_kwargs={offload:true}"],
+        ["activation_offloading=true"],
+        ["use_liger_kernel=true"],
+    ],
+    ids=["checkpoints in main memory", "activations in main memory", "Liger's kernels"],
+)
+def test_what_needs_a_gpu_is_told(trains, capsys, words):
+    assert trains("lora=default", *(f"trainer.args.{word}" for word in words)) == 2
+    assert "is for a CUDA GPU, and this run is on cpu. Remove it." in capsys.readouterr().err

@@ -25,17 +25,25 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     """Return the configured tokenizer with the configured new tokens; it always can pad.
 
     Raises UserError if it cannot be found or fetched, or cannot be read, and for a new token that
-    is none.
+    is none. A tokenizer that belongs to another model is refused.
     """
+    key = "model.path" if config.tokenizer is None else "model.tokenizer"
+    tokenizer = _read(config, config.tokenizer or config.path, key)
+    if config.tokenizer is not None:
+        _check_same(tokenizer, config)
+    add_padding(tokenizer)
+    new_tokens.add_tokens(tokenizer, config)
+    return tokenizer
+
+
+def _read(config: ModelConfig, path: str, key: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    key = "model.path" if config.tokenizer is None else "model.tokenizer"
-    path = config.tokenizer or config.path
     file = source.gguf_file(path, key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             path if file is None else gguf.convert_tokenizer(file),
-            revision=config.revision if config.tokenizer is None else None,
+            revision=config.revision if path == config.path else None,
             trust_remote_code=config.trust_remote_code,
             local_files_only=source.needs_hub(path) and hub.is_out_of_reach(),
         )
@@ -46,9 +54,29 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
         raise problem or UserError(
             f"{key}={path}: the tokenizer cannot be read: {error}"
         ) from error
-    add_padding(tokenizer)
-    new_tokens.add_tokens(tokenizer, config)
-    return tokenizer
+
+
+def _check_same(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> None:
+    """Raise UserError where a token of the model's own tokenizer has another id in this one.
+
+    Further tokens are fine. A model that comes without a tokenizer has nothing to compare with.
+    """
+    try:
+        own = _read(config, config.path, "model.path").get_vocab()
+    except UserError:
+        return
+    given = tokenizer.get_vocab()
+    differing = [token for token, number in own.items() if given.get(token) != number]
+    if not differing:
+        return
+    first = min(differing, key=own.__getitem__)
+    there = f"has the id {given[first]}" if first in given else "is unknown"
+    raise UserError(
+        f"model.tokenizer={config.tokenizer} belongs to another model than {config.path}: of its "
+        f"{len(own):,} tokens {len(differing):,} differ. {first!r}, for the model {own[first]}, "
+        f"{there} there.\nLeave model.tokenizer out, or name one that has all tokens of the "
+        "model's own; it may have more."
+    )
 
 
 def end_token_ids(config: ModelConfig) -> list[int]:

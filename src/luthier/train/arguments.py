@@ -1,6 +1,7 @@
 """From a RunConfig to the trainer's own arguments: what the user set, and what luthier must set."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def trainer_arguments(
     `own`: what luthier must set for this trainer, whatever the user says. Raises UserError for what
     the class does not allow.
     """
+    _refuse_what_is_not_here(config.trainer.args, machine)
     settings: dict[str, Any] = {
         # A NaN must be seen, not averaged away.
         "logging_nan_inf_filter": False,
@@ -65,6 +67,24 @@ def trainer_arguments(
         return make(**settings | own)
     except (ValueError, TypeError) as error:
         raise UserError(f"trainer.args: {error}") from error
+
+
+def _refuse_what_is_not_here(args: dict[str, Any], machine: Any) -> None:
+    """Raise UserError for what needs a GPU, or a package that is not installed."""
+    checkpointing = args.get("activation_checkpointing_kwargs") or {}
+    needs_gpu = {
+        "activation_offloading": args.get("activation_offloading"),
+        "activation_checkpointing_kwargs.offload": checkpointing.get("offload"),
+        "use_liger_kernel": args.get("use_liger_kernel"),
+    }
+    wanted = [name for name, value in needs_gpu.items() if value]
+    if wanted and machine.kind != "cuda":
+        raise UserError(
+            f"trainer.args.{wanted[0]} is for a CUDA GPU, and this run is on {machine.kind}. "
+            "Remove it."
+        )
+    if args.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        raise UserError("trainer.args.use_liger_kernel needs: pip install liger-kernel")
 
 
 def run_name(config: RunConfig, folder: Path) -> str:
