@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Two workers, a file each, with one thread: more would only wait for each other on a small machine.
-FAST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not train" -n 2 --dist loadfile
+# Two workers with one thread each: more would only wait for each other on a small machine.
+TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+FAST = $(TESTS) --dist loadfile -m "not train"
 
 .PHONY: help quickstart test test-fast lint clean
 
@@ -22,7 +23,7 @@ quickstart: $(VENV)/.run
 
 test: lint
 	$(FAST)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m train
+	$(TESTS) --dist worksteal -m train
 
 test-fast: $(VENV)/.dev
 	$(FAST)

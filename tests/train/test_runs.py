@@ -157,9 +157,8 @@ def test_two_processes_end_with_the_model_of_one_with_twice_the_batch(tmp_path, 
 
 @pytest.mark.train
 @pytest.mark.parametrize("recipe", ["qlora_llama", "lora_qwen", "full_smollm2"])
-def test_every_recipe_runs_to_its_last_line_with_a_small_model(tmp_path, recipe):
-    small = ("model=smollm2_135m", "dataset=quickstart", "trainer.args.max_steps=2")
-    done = finished(tmp_path, f"recipe={recipe}", *small)
+def test_every_recipe_runs_to_its_last_line_with_a_small_model(tmp_path, tiny, recipe):
+    done = finished(tmp_path, f"recipe={recipe}", *tiny, "trainer.args.max_steps=2")
     assert "written" in done.stdout
     assert json.loads(next(tmp_path.rglob("run.json")).read_text())["status"] == "finished"
 
