@@ -1,6 +1,7 @@
 """The order of a run: everything that can fail cheaply first, then the model, then the training."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,5 +65,7 @@ def set_environment(config: RunConfig) -> None:
     if config.deterministic:
         settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     os.environ |= settings
+    # What the libraries call each other by is nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
     # Waiting threads that spin would starve every other process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
