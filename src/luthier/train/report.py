@@ -111,7 +111,8 @@ def show_results(record: dict[str, Any], folder: Path) -> None:
         table.add_row(
             name.replace("_", " "), *(_number(name, pair.get(k)) for k in ("before", "after"))
         )
-    console.print(table)
+    if record["results"]:
+        console.print(table)
     peak = "  ".join(f"{where} {gib} GiB" for where, gib in record["peak_memory_gib"].items())
     trained = record["training_seconds"]
     say(f"\ntime      {record['seconds']:.0f} s, of which training {trained:.0f} s")

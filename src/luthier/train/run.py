@@ -1,5 +1,6 @@
 """The order of a run: everything that can fail cheaply first, then the model, then the training."""
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
+from luthier.model.weights import CHATTY
 from luthier.record import rundir
 from luthier.record.record import RunRecord
 from luthier.train import launch
@@ -66,6 +68,8 @@ def set_environment(config: RunConfig) -> None:
         settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     os.environ |= settings
     # What the libraries call each other by is nothing that a user could mend.
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
     # Waiting threads that spin would starve every other process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
