@@ -3,6 +3,9 @@
 # Needs: the repository and its virtual environment on a file system that all machines share.
 # Command, in the repository: sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh recipe=lora_qwen
 #
+# Before its time is up the run stops with a checkpoint, and the job is put back into the queue: the
+# same command goes on from there (docs/runs.md).
+#
 # LUTHIER_LAUNCH=launch/zero3.yaml chooses another launch config than fsdp2.yaml, LUTHIER_VENV another
 # virtual environment than .venv. Everything after the script goes to train.py as it stands.
 #
@@ -13,6 +16,8 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
 # Two minutes before the time is up, every training process gets SIGUSR1.
 #SBATCH --signal=USR1@120
 
@@ -41,8 +46,21 @@ launch=(
   --main_process_port "$port"
 )
 
+# accelerate ends with 1 whatever its processes said: the first of them leaves its code here.
+export LUTHIER_EXIT_FILE="$SLURM_SUBMIT_DIR/.luthier-$SLURM_JOB_ID.code"
+rm -f "$LUTHIER_EXIT_FILE"
+trap 'rm -f "$LUTHIER_EXIT_FILE"' EXIT
+
 # SLURM_NODEID is known only on each machine, so a shell there adds it. accelerate would die of
 # SIGUSR1: its shell ignores the signal, which the training processes may still take.
+code=0
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   bash -c 'trap "" USR1; exec "${@:2:$1}" --machine_rank "$SLURM_NODEID" "${@:2+$1}"' \
-  _ "${#launch[@]}" "${launch[@]}" train.py "$@"
+  _ "${#launch[@]}" "${launch[@]}" train.py "$@" || code=$?
+
+# 75: stopped, and the same command goes on.
+if [[ -f "$LUTHIER_EXIT_FILE" && "$(cat "$LUTHIER_EXIT_FILE")" == 75 ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$code"

@@ -50,6 +50,15 @@ COMMANDS = {
         "encode the dataset into the cache, ahead",
         "luthier.data.ahead:run",
     ),
+    "show": Command("show RUN", "what made a run, and what came out", "luthier.record.show:run"),
+    "diff": Command(
+        "diff RUN RUN", "what differs between two runs, group by group", "luthier.record.diff:run"
+    ),
+    "reproduce": Command(
+        "reproduce RUN",
+        "train a run again from its record; is it identical?",
+        "luthier.train.reproduce:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

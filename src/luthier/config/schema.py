@@ -7,24 +7,19 @@ Settings that belong to a library pass through whole (`trainer.args`, `lora`, `q
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
 )
+
+from luthier.config.keeping import CheckpointsConfig, TrackerConfig
+from luthier.config.strict import Strict
 
 GROUPS = ("model", "quantization", "lora", "dataset", "chat", "trainer", "tracker", "debug")
 """The config groups, in the order in which `conf/config.yaml` lists them."""
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    """A group that refuses keys it does not know and never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Strict):
@@ -219,15 +214,8 @@ class TrainerConfig(Strict):
     """The model that `distill` learns from, named as in `model.path`, with the same vocabulary."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """What is generated and scored on held-out rows."""
-
-
-class TrackerConfig(Strict):
-    """Where metrics go besides `metrics.jsonl`."""
-
-    to: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
-    """The trackers; each needs its package (extras `wandb`, `tensorboard`)."""
-    wandb: dict[str, Any] = Field(default_factory=dict)
-    """Passed to `wandb.init`: project, entity, name, group, tags, mode, ..."""
+    checkpoints: CheckpointsConfig = Field(default_factory=CheckpointsConfig)
+    """How many checkpoints are kept."""
 
 
 class RunConfig(Strict):

@@ -8,6 +8,7 @@ from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model import gguf, hub, prequantized, source
 from luthier.model.machine import Machine
+from luthier.model.randomness import random_state_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,8 @@ def load_model(
     import transformers
 
     file = source.gguf_file(config.path)
-    place = config.path if file is None else gguf.convert(file)
+    with random_state_kept():
+        place = config.path if file is None else gguf.convert(file)
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:

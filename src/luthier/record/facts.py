@@ -1,57 +1,32 @@
-"""What made a run besides its config: versions, git state, hardware. Never the environment."""
+"""What made a run besides its config and code: versions, hardware. Never the environment."""
 
 import os
 import platform
-import subprocess
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
+MAIN = (
     *("luthier", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers"),
-    *("safetensors", "bitsandbytes", "hydra-core", "omegaconf", "pydantic", "jinja2", "numpy"),
-    *("wandb", "tensorboard", "deepspeed", "flash-attn"),
+    *("safetensors", "bitsandbytes", "hydra-core", "numpy", "deepspeed", "flash-attn"),
 )
+"""The packages that decide a run's numbers, in the order in which people look for them."""
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each package that takes part in a run and is installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """The version of Python and of every package that is installed, the main ones first."""
+    installed = dict(filter(None, map(_name_and_version, metadata.distributions())))
+    first = {name: installed.pop(name) for name in MAIN if name in installed}
+    return {"python": platform.python_version(), **first, **dict(sorted(installed.items()))}
 
 
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.rstrip("\n") if done.returncode == 0 else None
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that `folder` is checked out at, and the files that differ; None outside git."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no") or ""
-    return {
-        "commit": commit,
-        "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"),
-        "dirty": bool(changed),
-        "changed_files": [line[3:] for line in changed.splitlines()],
-    }
+def _name_and_version(package: metadata.Distribution) -> tuple[str, str] | None:
+    """What stands in the head of a package's metadata, which takes long to parse as a whole."""
+    text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
+    name, version = (re.search(rf"^{key}: (.+)$", text, re.M) for key in ("Name", "Version"))
+    return (name[1].strip().lower(), version[1].strip()) if name and version else None
 
 
 def hardware() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The picture of a run: its loss, or its reward, over the steps."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from luthier.record.journal import read_lines
 
 FEW = 50
 """Points below which a smoothed line would only lag behind."""
@@ -12,9 +13,7 @@ INK, TRAIN, EVAL, FAINT = "#222222", "#2f6db3", "#d1495b", "#9bb8d9"
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, oldest first; none where the file is missing."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return read_lines(path)
 
 
 def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:

@@ -1,5 +1,6 @@
 """`run.json`: what made a run, how it stands and what came out."""
 
+import socket
 import sys
 import time
 from datetime import UTC, datetime
@@ -7,9 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import RunConfig
+from luthier.errors import UserError
 from luthier.record import facts
+from luthier.record.code import git_state
 from luthier.record.files import read_json, write_json
-from luthier.record.rundir import redacted_override
+from luthier.record.secrets import redacted, redacted_override
+
+FORMAT = 2
+"""The form of a run's directory; raise it when an older luthier could not read what is new."""
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record of a run's directory; empty where there is none yet.
+
+    Raises UserError for one that cannot be read, or that a newer luthier wrote.
+    """
+    try:
+        entries: dict[str, Any] = read_json(folder / "run.json") or {}
+    except ValueError as error:
+        raise UserError(f"{folder / 'run.json'} cannot be read as JSON: {error}.") from error
+    form = entries.get("format", 1)
+    if form > FORMAT:
+        wrote = entries.get("versions", {}).get("luthier", "a newer version")
+        raise UserError(
+            f"{folder} was written by luthier {wrote}, in a form (format {form}) that this version "
+            f"does not know: it reads up to format {FORMAT}.\n"
+            "Update luthier, or choose another folder."
+        )
+    return entries
 
 
 class RunRecord:
@@ -17,37 +43,65 @@ class RunRecord:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "run.json"
-        self.entries: dict[str, Any] = read_json(self.path) or {}
+        self.entries: dict[str, Any] = read(folder)
         self._clock = time.monotonic()
 
     def start(self, config: RunConfig, overrides: list[str]) -> None:
         """Say what runs, on what; the results of an earlier part of the same run stay."""
+        began = _now()
+        self.entries.pop("error", None)
+        here = Path(__file__).parent
         self.update(
+            format=FORMAT,
             status="running",
             recipe=config.recipe,
             command=[redacted_override(word) for word in sys.argv],
             overrides=[redacted_override(o) for o in overrides],
+            cwd=str(Path.cwd()),
             seeds={"seed": config.seed, "deterministic": config.deterministic},
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            started=self.entries.get("started", began),
             versions=facts.versions(),
             git={
-                "luthier": facts.git_state(Path(__file__).parent),
-                "here": facts.git_state(Path.cwd()),
+                "luthier": git_state(here, self.path.parent),
+                "here": git_state(Path.cwd(), self.path.parent),
             },
             hardware=facts.hardware(),
+            sessions=[
+                *map(_over, self.entries.get("sessions", [])),
+                {"started": began, "host": socket.gethostname(), "status": "running"},
+            ],
         )
 
     def update(self, **entries: Any) -> None:
-        """Set entries and write the file."""
+        """Set entries and write the file, without secrets."""
         self.entries |= entries
-        write_json(self.path, self.entries)
+        write_json(self.path, redacted(self.entries))
+
+    def note(self, **entries: Any) -> None:
+        """Set entries of the part of the run that is going on."""
+        sessions = self.entries["sessions"]
+        self.update(sessions=[*sessions[:-1], sessions[-1] | entries])
 
     def end(self, status: str, **entries: Any) -> None:
-        """Say how the run ended, after how many seconds and at what peak memory (GiB)."""
+        """Say how the run ended, after how many seconds and at what peak memory (GiB).
+
+        The seconds are those of all its parts together.
+        """
+        ended, seconds = _now(), round(time.monotonic() - self._clock, 1)
+        self.note(status=status, ended=ended, seconds=seconds)
         self.update(
             status=status,
-            ended=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.monotonic() - self._clock, 1),
+            ended=ended,
+            seconds=round(sum(part.get("seconds", 0) for part in self.entries["sessions"]), 1),
             peak_memory_gib=facts.peak_memory_gib(),
             **entries,
         )
+
+
+def _over(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a run that nobody has seen the end of was killed."""
+    return part | {"status": "killed"} if part["status"] == "running" else part
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

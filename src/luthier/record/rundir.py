@@ -3,6 +3,7 @@
 config.yaml     the whole resolved config
 overrides.yaml  what was typed
 run.json        status, versions, git, hardware, launch, seeds, data, results
+code/           what differed from the commits that run.json names
 metrics.jsonl   every logged metric, a step a line
 replies.jsonl   held-out rows answered before and after training
 evaluations.jsonl  held-out rows answered at each evaluation, where that is asked for
@@ -11,7 +12,6 @@ model/          the adapter or model, tokenizer, chat template and chat settings
 checkpoints/    the trainer's checkpoints
 """
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -19,37 +19,56 @@ from typing import Any, Literal
 import yaml
 
 from luthier.errors import UserError
-from luthier.record.files import read_json, write_text
-
-# Keys that change where or whether a run happens, not what it computes.
-NEUTRAL = ("output_dir", "dry_run", "overwrite", "tracker")
-
-HIDDEN = "(hidden)"
-SECRET = re.compile(r"^(hub_|auth_|use_auth_|api_|access_)?(token|key|secret|password)$|_api_key$")
+from luthier.record import checkpoints, lock
+from luthier.record.changes import Change, changes
+from luthier.record.files import write_text
+from luthier.record.journal import read_lines
+from luthier.record.record import FORMAT, read
+from luthier.record.secrets import redacted, redacted_override
 
 Claim = Literal["new", "unfinished", "finished"]
+
+_FILES = (
+    *("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl"),
+    *("evaluations.jsonl", "before.json", "loss.png", "data.png", "dropped.jsonl"),
+)
+_FOLDERS = ("model", "checkpoints", "tensorboard", "code")
+_GIVES_WAY = ("failed", "stopped")
 
 
 def claim(folder: Path, resolved: dict[str, Any], overwrite: bool = False) -> Claim:
     """Say whether `folder` is new, or holds this very run unfinished or finished.
 
-    Raises UserError where another config has used it, with the keys that differ.
+    A run whose config differs in what does not change the training is the same run, and so is one
+    that is to become longer: a finished one is then unfinished. Raises UserError where another
+    config has used the folder, with the keys that differ, or another luthier.
     """
+    refuse_foreign(folder)
     if overwrite or not (folder / "config.yaml").is_file():
-        _refuse_foreign(folder)
         return "new"
-    old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    differing = differences(old, resolved)
-    if differing and _failed_before_training(folder):
-        return "new"
-    if differing:
-        raise UserError(_other_config(folder, differing))
-    return "finished" if is_finished(folder) else "unfinished"
+    record, found = read(folder), changed(folder, resolved)
+    if any(change.kind == "matters" for change in found):
+        if record.get("status") in _GIVES_WAY and not has_something_to_lose(folder):
+            return "new"
+        raise UserError(_other_config(folder, found))
+    if record.get("status") == "finished":
+        return "unfinished" if any(change.kind == "length" for change in found) else "finished"
+    if record.get("format", 1) < FORMAT and has_something_to_lose(folder):
+        raise UserError(_older(folder, record))
+    return "unfinished"
+
+
+def changed(folder: Path, resolved: dict[str, Any]) -> list[Change]:
+    """What differs between the config that `folder` holds, if it holds one, and this one."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    return changes(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether `folder` holds a run that came to its end."""
-    return (read_json(folder / "run.json") or {}).get("status") == "finished"
+    return read(folder).get("status") == "finished"
 
 
 def prepare(folder: Path, resolved: dict[str, Any], overrides: list[str]) -> None:
@@ -64,11 +83,16 @@ def prepare(folder: Path, resolved: dict[str, Any], overrides: list[str]) -> Non
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left in `folder`; only files that luthier itself writes."""
-    for name in ("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl",
-                 "evaluations.jsonl", "before.json", "loss.png"):  # fmt: skip
+    for name in _FILES:
         (folder / name).unlink(missing_ok=True)
-    for name in ("model", "checkpoints", "tensorboard"):
+    for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run was just writing; the directory must be held."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def to_yaml(resolved: dict[str, Any]) -> str:
@@ -76,60 +100,42 @@ def to_yaml(resolved: dict[str, Any]) -> str:
     return yaml.safe_dump(redacted(resolved), sort_keys=False, allow_unicode=True)
 
 
-def redacted(value: Any) -> Any:
-    """A copy of a config in which no secret's value stands."""
-    if isinstance(value, dict):
-        return {k: HIDDEN if SECRET.search(str(k)) and v else redacted(v) for k, v in value.items()}
-    return [redacted(part) for part in value] if isinstance(value, list) else value
+def has_something_to_lose(folder: Path) -> bool:
+    """Whether a run in `folder` took a step, or left a checkpoint or a model."""
+    if checkpoints.numbered(folder / "checkpoints") or (folder / "model").exists():
+        return True
+    return any(row["step"] > 0 for row in read_lines(folder / "metrics.jsonl"))
 
 
-def redacted_override(override: str) -> str:
-    """An override as typed, without the value of a secret."""
-    key, equals, _ = override.partition("=")
-    return f"{key}={HIDDEN}" if equals and SECRET.search(key.split(".")[-1]) else override
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The lines `key: old -> new` in which two resolved configs differ, neutral keys left out."""
-    a, b = _flat(old), _flat(redacted(new))
-    return [
-        f"{key}: {a.get(key, '(absent)')} -> {b.get(key, '(absent)')}"
-        for key in sorted(a.keys() | b.keys())
-        if key.split(".")[0] not in NEUTRAL and a.get(key) != b.get(key)
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, part in value.items()
-        for key, leaf in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def _failed_before_training(folder: Path) -> bool:
-    """Whether a run stopped with an error before there was anything to lose."""
-    failed = (read_json(folder / "run.json") or {}).get("status") == "failed"
-    return failed and not (folder / "metrics.jsonl").exists()
-
-
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Raise UserError where `folder` is a file, or holds files that are no run."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file, not a folder. Choose another output_dir.")
     ours = (folder / "config.yaml").is_file() or (folder / "run.json").is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    if folder.is_dir() and any(p.name != lock.NAME for p in folder.iterdir()) and not ours:
         raise UserError(
             f"output_dir: {folder} holds files that are no run of luthier. "
             "Choose an empty folder, so that nothing of yours is overwritten."
         )
 
 
-def _other_config(folder: Path, differing: list[str]) -> str:
-    shown = "\n".join(f"  {line}" for line in differing[:10])
-    more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
+def _other_config(folder: Path, found: list[Change]) -> str:
+    matter = [str(change) for change in found if change.kind == "matters"]
+    rest = [change.key for change in found if change.kind != "matters"]
+    shown = "\n".join(f"  {line}" for line in matter[:10])
+    more = f"\n  and {len(matter) - 10} more" if len(matter) > 10 else ""
+    fine = f"\nThese would not stand in the way: {', '.join(rest)}." if rest else ""
     return (
-        f"output_dir: {folder} holds a run with another config:\n{shown}{more}\n"
+        f"output_dir: {folder} holds a run with another config:\n{shown}{more}{fine}\n"
         "Choose another output_dir=..., or overwrite=true to replace that run."
+    )
+
+
+def _older(folder: Path, record: dict[str, Any]) -> str:
+    wrote = record.get("versions", {}).get("luthier", "an older version")
+    return (
+        f"output_dir: {folder} holds an unfinished run of luthier {wrote} in an older form (format "
+        f"{record.get('format', 1)}; this version writes {FORMAT}): its checkpoints carry no seal, "
+        "so nobody can say whether they are whole.\n"
+        "Go on with that version, choose another output_dir=..., or overwrite=true to begin anew."
     )

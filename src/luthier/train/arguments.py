@@ -61,6 +61,8 @@ def trainer_arguments(
         "data_seed": config.seed,
         "use_cpu": machine.kind == "cpu",
         "report_to": list(config.tracker.to),
+        "project": config.tracker.trackio.project,
+        "trackio_space_id": config.tracker.trackio.space_id,
         "run_name": run_name(config, folder),
     }
     try:

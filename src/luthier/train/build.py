@@ -1,6 +1,6 @@
 """The heavy part of a run: tokenizer, data, model, trainer, training, results."""
 
-import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import enable_full_determinism, get_last_checkpoint
+from transformers.trainer_utils import enable_full_determinism
 
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
@@ -23,7 +23,7 @@ from luthier.record.data_plot import numbers_of, plot_data
 from luthier.record.record import RunRecord
 from luthier.train import (
     evaluating,
-    finish,
+    going_on,
     launch,
     methods,
     recomputing,
@@ -32,10 +32,13 @@ from luthier.train import (
     trackers,
 )
 from luthier.train.batching import batching_of
+from luthier.train.fitting import fit
+from luthier.train.launched_by import launcher
 from luthier.train.methods import Ingredients, Method
 from luthier.train.progress import MetricsFile, Progress
 from luthier.train.replies import Answers
 from luthier.train.session import Session
+from luthier.train.stopping import Stopped
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
@@ -51,7 +54,8 @@ def train(loaded: "Loaded", folder: Path) -> int:
     if main and not config.dry_run:
         record.start(config, loaded.overrides)
     try:
-        with trackers.tracking(config, loaded.resolved, folder, main and not config.dry_run):
+        kept = record if main and not config.dry_run else None
+        with trackers.tracking(config, loaded.resolved, folder, kept):
             if not config.dry_run:
                 return fit(build(config, folder, record, main, machine))
             # The trainer makes its folder when it is built, and a dry run leaves nothing.
@@ -61,9 +65,19 @@ def train(loaded: "Loaded", folder: Path) -> int:
             return 0
     except BaseException as error:
         if main and not config.dry_run:
+            _end(record, error)
+        raise
+
+
+def _end(record: RunRecord, error: BaseException) -> None:
+    """Record why a run ended before its end; on a full disk that may fail, too."""
+    with suppress(OSError):
+        if isinstance(error, Stopped):
+            record.note(signal=str(error))
+            record.end("stopped")
+        else:
             interrupted = isinstance(error, KeyboardInterrupt)
             record.end("interrupted" if interrupted else "failed", error=str(error))
-        raise
 
 
 def seed_everything(config: RunConfig) -> None:
@@ -81,6 +95,9 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer) if facts.chats else None
     prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
+    made = going_on.identity(config, tokenizer, encoder, prepared) if main else {}
+    if main and not config.dry_run:
+        going_on.refuse_changed(record, made)
     if main:
         report.show_data(prepared, facts.answers)
         report.show_packing(prepared, batching_of(config))
@@ -93,18 +110,23 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
     args = method.arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluating.choose_best(args, config)
     launch.check_devices(args.distributed_state)
+    # What was drawn so far depends on what was found in caches.
+    set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
     if main:
         report.show_model(model, machine, config.quantization)
     callbacks = [MetricsFile(folder / "metrics.jsonl")]
     given = Ingredients(config, args, model, tokenizer, prepared, callbacks)
+    set_seed(config.seed)
     trainer = make_trainer(method, given)
     adapter_training.attach(trainer, config.lora)
     launched = launch.check_running(trainer.accelerator, args)
     if main and not config.dry_run:
         chat = encoder.settings() if encoder else None
-        record.update(launch=launched, data=data_facts(prepared), chat=chat)
+        going_on.refuse_other_launch(record, dict(launched))
+        launch_facts = {**launched, "launcher": launcher()}
+        record.update(**made | {"data": data_facts(prepared)}, launch=launch_facts, chat=chat)
     evaluation = config.trainer.evaluation
     prompts = make_sources(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.replies and prompts is not None else {}
@@ -134,22 +156,3 @@ def make_trainer(method: Method, given: Ingredients) -> Any:
         trainer.add_callback(Progress)
     trainer.places = given.prepared.places
     return trainer
-
-
-def fit(session: Session) -> int:
-    """Answer, train, answer again, and write down what came out."""
-    trainer = session.trainer
-    checkpoints = session.folder / "checkpoints"
-    resume = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    before = finish.before(session)
-    if resume and session.main:
-        report.say(f"goes on from {resume}")
-    began = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume)
-    seconds = time.monotonic() - began
-    after = finish.measure(session, "after training")
-    finish.save(session)
-    finish.conclude(session, before, after, seconds)
-    # The process group must be gone before the process is, or gloo may abort at exit.
-    trainer.end()
-    return 0

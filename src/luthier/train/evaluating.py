@@ -9,7 +9,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from luthier.config.measured import best_metric
 from luthier.config.schema import RunConfig
 from luthier.metrics import greater_is_better
-from luthier.record.files import write_text
 from luthier.train import trackers
 from luthier.train.replies import Answered, Answers, Asked, rows_of
 
@@ -63,13 +62,6 @@ class RepliesAtEvaluations(TrainerCallback):
         """The replies of this step to the questions of a set, if they were the last ones."""
         found = self._last.get(name)
         return found[1] if found is not None and found[0] == step else None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop rows beyond the step from which a resumed run goes on: they will come again."""
-        if state.is_world_process_zero and self._file.is_file():
-            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            write_text(self._file, "".join(kept))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any

@@ -1,10 +1,13 @@
 """What comes out of a run: its measures before and after, the model on disk, the summary."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from luthier.errors import UserError
 from luthier.model.adapter_start import make_plain
+from luthier.record import journal
 from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
 from luthier.record.plot import plot_loss, read_metrics
 from luthier.train import report, trackers
@@ -20,25 +23,41 @@ def before(session: Session) -> Measure:
     path = session.folder / "before.json"
     measured: Measure | None = read_json(path)
     if measured is None:
-        measured = measure(session, "before training")
+        if session.main:
+            # Lines of a start that was killed before its measure was whole.
+            for name in journal.NAMES:
+                (session.folder / name).unlink(missing_ok=True)
+        for part in parts(session, "before training"):
+            measured = part()
         if session.main:
             write_json(path, measured)
+    assert measured is not None
     return measured
 
 
-def measure(session: Session, when: str) -> Measure:
-    """The held-out loss and the scored replies of the model as it stands."""
-    trainer = session.trainer
-    step = weights_step(trainer)
-    evaluated = _evaluated(session, step)
-    results = _held_out(session, evaluated)
-    measured: Measure = {"results": results, "replies": {}, "scores": {}}
-    for asked in session.answers.asked:
+def parts(session: Session, when: str) -> Iterator[Callable[[], Measure]]:
+    """The measure of the model as it stands, part by part; the last one returns it whole.
+
+    The first part is the held-out loss, and each of the others the scored replies to one set.
+    """
+    measured: Measure = {"results": {}, "replies": {}, "scores": {}}
+    step = weights_step(session.trainer)
+
+    def loss() -> Measure:
+        measured["results"] |= _held_out(session, _evaluated(session, step))
+        return measured
+
+    def replies(asked: Asked) -> Measure:
         answered = session.answered(asked, when, step)
-        results |= {f"{asked.label}{name}": value for name, value in answered.results.items()}
+        found = {f"{asked.label}{name}": value for name, value in answered.results.items()}
+        measured["results"] |= found
         measured["replies"][asked.name] = answered.texts
         measured["scores"][asked.name] = answered.scores
-    return measured
+        return measured
+
+    yield loss
+    for asked in session.answers.asked:
+        yield partial(replies, asked)
 
 
 def weights_step(trainer: Any) -> int:
@@ -135,7 +154,9 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
         read_metrics(folder / "metrics.jsonl"), config.recipe or folder.name, folder / "loss.png"
     )
     trackers.log_results(config, after["results"], rows)
-    session.record.end("finished", results=results, training_seconds=round(training_seconds, 1))
+    seconds = round(session.record.entries.get("training_seconds", 0) + training_seconds, 1)
+    session.record.end("finished", results=results, training_seconds=seconds)
+    trackers.log_files(config, folder)
     report.show_replies(rows, config.trainer.evaluation.samples)
     report.show_results(session.record.entries, folder)
 

@@ -2,37 +2,62 @@
 
 import logging
 import os
+import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.model.weights import CHATTY
-from luthier.record import rundir
+from luthier.record import lock, rundir
 from luthier.record.record import RunRecord
-from luthier.train import launch
+from luthier.train import launch, trackers
 from luthier.train.batching import batching_of
+from luthier.train.stopping import SIGNALS, STOPPED, Stopped, leave_code
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
 
 
 def run(loaded: "Loaded") -> int:
-    """Train what the config says; return the exit code. Raises UserError for a user's mistake."""
-    config, folder = loaded.config, Path(loaded.config.output_dir)
-    set_environment(config)
+    """Train what the config says; return the exit code. Raises UserError for a user's mistake.
+
+    The code is `stopping.STOPPED` where a signal ended the run and the same command continues it.
+    """
+    set_environment(loaded.config)
+    with SIGNALS.heard():
+        try:
+            code = _run(loaded, Path(loaded.config.output_dir))
+        except Stopped as stopped:
+            print(f"\nstopped by {stopped}; the same command begins again", file=sys.stderr)
+            code = STOPPED
+    leave_code(code)
+    return code
+
+
+def _run(loaded: "Loaded", folder: Path) -> int:
+    config = loaded.config
     check(config)
-    state = claim(loaded, folder)
-    if state == "finished":
-        from luthier.train import report
+    with _held(folder, config.dry_run):
+        if claim(loaded, folder) == "finished":
+            from luthier.train import report
 
-        report.say(f"{folder} holds this run, finished; overwrite=true trains it again.\n")
-        report.show_results(RunRecord(folder).entries, folder)
-        return 0
-    from luthier.train.build import train
+            report.say(f"{folder} holds this run, finished; overwrite=true trains it again.\n")
+            report.show_results(RunRecord(folder).entries, folder)
+            return 0
+        from luthier.train.build import train
 
-    return train(loaded, folder)
+        return train(loaded, folder)
+
+
+def _held(folder: Path, dry_run: bool) -> AbstractContextManager[None]:
+    """The run's directory to itself, on the first rank; a dry run writes nothing there."""
+    if dry_run or _rank() > 0:
+        return nullcontext()
+    rundir.refuse_foreign(folder)
+    return lock.holding(folder)
 
 
 def check(config: RunConfig) -> None:
@@ -41,27 +66,53 @@ def check(config: RunConfig) -> None:
     model.check_path(config.model)
     if config.trainer.teacher is not None:
         model.check_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
+    trackers.check_installed(config)
     batching_of(config)
     launch.check_before()
 
 
 def claim(loaded: "Loaded", folder: Path) -> rundir.Claim:
     """Take the run's directory, on the first rank; the others only ask whether all is done."""
-    overwrite = loaded.config.overwrite
-    if int(os.environ.get("RANK", "0")) > 0:
-        return "finished" if not overwrite and rundir.is_finished(folder) else "unfinished"
-    state = rundir.claim(folder, loaded.resolved, overwrite)
-    if state == "new" and not loaded.config.dry_run:
+    config = loaded.config
+    if _rank() > 0:
+        is_done = not config.overwrite and rundir.is_finished(folder)
+        longer = is_done and any(
+            c.kind == "length" for c in rundir.changed(folder, loaded.resolved)
+        )
+        return "finished" if is_done and not longer else "unfinished"
+    state = rundir.claim(folder, loaded.resolved, config.overwrite)
+    if config.dry_run:
+        return state
+    if state == "new":
         rundir.clear(folder)
-    if state != "finished" and not loaded.config.dry_run:
+    else:
+        rundir.sweep(folder)
+        _say_changes(folder, loaded.resolved)
+    if state != "finished":
         rundir.prepare(folder, loaded.resolved, loaded.overrides)
     return state
+
+
+def _say_changes(folder: Path, resolved: dict[str, Any]) -> None:
+    """Say with which other settings the run goes on."""
+    if not rundir.changed(folder, resolved):
+        return
+    from luthier.train.going_on import said_changes
+
+    for sentence in said_changes(folder, resolved):
+        print(sentence)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def set_environment(config: RunConfig) -> None:
     """What the libraries read from the environment, set before any of them is imported."""
     settings: dict[str, Any] = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GRADIO_ANALYTICS_ENABLED": "False",
         "TOKENIZERS_PARALLELISM": "true",
     }
     if config.deterministic:

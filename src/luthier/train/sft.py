@@ -200,6 +200,17 @@ class TokenTrainer(Exact, SFTTrainer):
         own = torch.cat(self._eval_sums).cpu().double().sum(dim=0).tolist()
         return [math.fsum(parts) for parts in zip(*gather_object([own]), strict=True)]
 
+    def counted(self) -> dict[str, Any]:
+        """What was counted, with the tokens behind the means."""
+        seen = {"sums": self._sums.tolist(), "tokens_seen": self._tokens_seen}
+        return super().counted() | seen
+
+    def count_on(self, counted: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        super().count_on(counted)
+        self._sums += self._sums.new_tensor(counted["sums"])
+        self._tokens_seen = counted["tokens_seen"]
+
     def add_means(self, logs: dict[str, float]) -> None:
         """Add the means since the last line of metrics, reduced over the ranks once."""
         sums = self.accelerator.reduce(self._sums, reduction="sum")

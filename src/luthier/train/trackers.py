@@ -1,69 +1,80 @@
-"""Trackers besides `metrics.jsonl`: opened before the trainer, told the results, closed after."""
+"""Trackers besides `metrics.jsonl`: opened before the trainer, told the results, closed after.
 
+A run that goes on is the same run in each of them: their ids stand in its record.
+"""
+
+import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
+from luthier.record.record import RunRecord
+from luthier.record.secrets import redacted
+from luthier.train import tracking_mlflow, tracking_wandb
+
+_KEPT = ("run.json", "config.yaml", "overrides.yaml", "metrics.jsonl", "replies.jsonl", "loss.png")
+"""Files of the run's folder that a tracker keeps beside the metrics."""
+
+
+def check_installed(config: RunConfig) -> None:
+    """Raise UserError, before anything heavy is imported, for a tracker that is not installed."""
+    for name in config.tracker.to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"tracker.to: the package {name} is not installed. Install it with\n"
+                f"    pip install 'luthier[{name}]'\nor leave the tracker out: tracker=none"
+            )
 
 
 @contextmanager
 def tracking(
-    config: RunConfig, resolved: dict[str, Any], folder: Path, main: bool
+    config: RunConfig, resolved: dict[str, Any], folder: Path, record: RunRecord | None
 ) -> Iterator[None]:
-    """Keep the configured trackers open, on the main process."""
-    # transformers' callback takes the folder from the environment alone.
+    """Keep the configured trackers open, on the main process; `record` is None on the others."""
+    # transformers' callbacks take these from the environment alone.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    if not main or "wandb" not in config.tracker.to:
+    os.environ["HF_MLFLOW_LOG_ARTIFACTS"] = os.environ["WANDB_LOG_MODEL"] = "false"
+    os.environ["MLFLOW_MAX_LOG_PARAMS"] = "0"
+    if record is None:
         yield
         return
-    import wandb
-
-    settings = {"project": "luthier", "name": f"{config.recipe or 'custom'}/{folder.name}"}
-    try:
-        run = wandb.init(
-            **{**settings, "dir": str(folder), **config.tracker.wandb, "config": resolved}
-        )
-    except (TypeError, wandb.errors.Error) as error:
-        raise UserError(
-            f"tracker.wandb: {error}\nWithout an account or a network: tracker.wandb.mode=offline"
-        ) from error
-    failed = True
-    try:
+    settings = redacted(resolved)
+    name = f"{config.recipe or 'custom'}/{folder.name}"
+    ids = {key: run["id"] for key, run in record.entries.get("trackers", {}).items()}
+    with ExitStack() as open_ones:
+        opened = {}
+        for key, module in (("wandb", tracking_wandb), ("mlflow", tracking_mlflow)):
+            if key in config.tracker.to:
+                run = module.opened(config.tracker, settings, folder, name, ids.get(key))
+                opened[key] = open_ones.enter_context(run)
+        if opened:
+            record.update(trackers=record.entries.get("trackers", {}) | opened)
         yield
-        failed = False
-    finally:
-        run.finish(exit_code=int(failed))
 
 
 def log_results(config: RunConfig, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Put the results and the sample replies where the trackers show them."""
-    if "wandb" not in config.tracker.to:
-        return
-    import wandb
+    if "wandb" in config.tracker.to:
+        tracking_wandb.log_results(results, rows)
+    if "mlflow" in config.tracker.to:
+        tracking_mlflow.log_results(results)
 
-    assert wandb.run is not None
-    wandb.run.summary.update(results)
-    if rows:
-        wandb.log({"replies": _table(rows)})
+
+def log_files(config: RunConfig, folder: Path) -> None:
+    """Give the trackers the run's small files, and with `tracker.artifacts` the model too."""
+    files = [folder / name for name in _KEPT if (folder / name).is_file()]
+    model = folder / "model" if config.tracker.artifacts else None
+    if "wandb" in config.tracker.to:
+        tracking_wandb.log_files(files, model)
+    if "mlflow" in config.tracker.to:
+        tracking_mlflow.log_files(files, model)
 
 
 def log_replies(config: RunConfig, name: str, rows: list[dict[str, Any]], step: int) -> None:
     """Put the replies of one evaluation into a table; `name` is the evaluation set's."""
-    if "wandb" not in config.tracker.to or not rows:
-        return
-    import wandb
-
-    # transformers logs its numbers against this one.
-    key = f"eval/{name}_replies" if name else "eval/replies"
-    wandb.log({key: _table(rows), "train/global_step": step})
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    import wandb
-
-    columns = list(rows[0])
-    return wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])
+    if "wandb" in config.tracker.to and rows:
+        tracking_wandb.log_replies(name, rows, step)

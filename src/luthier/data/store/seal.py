@@ -19,11 +19,14 @@ class Damaged(Exception):
 
 
 def seal(folder: Path, made: dict[str, Any]) -> None:
-    """Write the manifest: size and SHA-256 (of each block of 64 MiB) of every file, and `made`."""
-    files = sorted(folder.iterdir())
+    """Write the manifest: size and SHA-256 (of each block of 64 MiB) of every file, and `made`.
+
+    A file of a folder within goes by its path.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {
         "files": {
-            file.name: {"size": file.stat().st_size, "sha256": hashes}
+            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": hashes}
             for file, hashes in zip(files, _hashes(files), strict=True)
         },
         "made": made,
@@ -38,15 +41,15 @@ def unseal(folder: Path) -> dict[str, Any]:
     Raises FileNotFoundError if there is no such folder, and Damaged if a file is not as it was.
     """
     content = read_manifest(folder)
-    files = [folder / name for name in content["files"]]
+    files = {name: folder / name for name in content["files"]}
     _check_sizes(files, content)
     try:
-        found = list(_hashes(files))
+        found = list(_hashes([*files.values()]))
     except OSError as error:
         raise Damaged(f"a file cannot be read: {os.strerror(error.errno or 0)}") from error
-    for file, hashes in zip(files, found, strict=True):
-        if hashes != content["files"][file.name]["sha256"]:
-            raise Damaged(f"the content of {file.name} has changed")
+    for name, hashes in zip(files, found, strict=True):
+        if hashes != content["files"][name]["sha256"]:
+            raise Damaged(f"the content of {name} has changed")
     made: dict[str, Any] = content["made"]
     return made
 
@@ -65,14 +68,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _check_sizes(files: list[Path], content: dict[str, Any]) -> None:
+def _check_sizes(files: dict[str, Path], content: dict[str, Any]) -> None:
     """Damaged for a file that is missing or too short, before anything is hashed."""
-    for file in files:
-        expected = content["files"][file.name]["size"]
+    for name, file in files.items():
+        expected = content["files"][name]["size"]
         if not file.is_file():
-            raise Damaged(f"{file.name} is missing")
+            raise Damaged(f"{name} is missing")
         if file.stat().st_size != expected:
-            raise Damaged(f"{file.name} has {file.stat().st_size} bytes instead of {expected}")
+            raise Damaged(f"{name} has {file.stat().st_size} bytes instead of {expected}")
 
 
 def _hashes(files: list[Path]) -> Iterator[list[str]]:

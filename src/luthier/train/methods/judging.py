@@ -198,6 +198,27 @@ class Judging(Exact):
             for name, part in own.items()
         }
 
+    def counted(self) -> dict[str, Any]:
+        """What was counted, with the scores of the rows since the last line of the log."""
+        names = self._since_log[0] if self._since_log else ()
+        joined = {name: torch.cat([s[name] for s in self._since_log]) for name in names}
+        scores = {name: [str(part.dtype), part.tolist()] for name, part in joined.items()}
+        return super().counted() | {"scores": scores, "tokens_seen": self._tokens_seen}
+
+    def count_on(self, counted: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        super().count_on(counted)
+        self._tokens_seen = counted["tokens_seen"]
+        scores = {
+            name: torch.tensor(
+                values,
+                dtype=getattr(torch, dtype.removeprefix("torch.")),
+                device=self.args.device,
+            )
+            for name, (dtype, values) in counted["scores"].items()
+        }
+        self._since_log = [scores] if scores else []
+
     def add_means(self, logs: dict[str, float]) -> None:
         """Add the metrics of the rows since the last line of the log."""
         if not self._since_log:

@@ -3,15 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luthier.errors import UserError
+from luthier.model.randomness import random_state_kept
 from luthier.train import finite
-
-if TYPE_CHECKING:
-    from transformers import Trainer as Base
-else:
-    Base = object
+from luthier.train.checkpointed import Checkpointed
 
 
 @contextmanager
@@ -45,11 +42,12 @@ def recomputing_paused(model: Any) -> Iterator[None]:
             part.gradient_checkpointing = True
 
 
-class Exact(Base):
+class Exact(Checkpointed):
     """Stands before a trainer: `class Mine(Exact, DPOTrainer)`.
 
     Nobody is told that someone trains, a training that follows an evaluation is whole under DDP,
-    a broken loss stops the run, and the processes end.
+    an evaluation draws nothing that the training would have drawn, a broken loss stops the run,
+    checkpoints are whole, and the processes end.
     """
 
     shown: tuple[str, ...] = ()
@@ -132,6 +130,12 @@ class Exact(Base):
 
         So there is an `eval_loss` to choose a checkpoint by, however many sets there are.
         """
+        with random_state_kept():
+            return self._evaluate_all(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _evaluate_all(
+        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(given, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -141,6 +145,17 @@ class Exact(Base):
             # The trainer's own sets go by name: by that it tells their loaders apart.
             metrics |= super().evaluate(name if eval_dataset is None else rows, ignore_keys, prefix)
         return metrics
+
+    def counted(self) -> dict[str, Any]:
+        """What was counted, with the measures that TRL takes the mean of at the next line."""
+        measures = vars(self).get("_metrics", {}).get("train", {})
+        return super().counted() | {"measures": {name: list(of) for name, of in measures.items()}}
+
+    def count_on(self, counted: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        super().count_on(counted)
+        for name, values in counted["measures"].items():
+            self._metrics["train"][name].extend(values)
 
     def add_means(self, logs: dict[str, float]) -> None:
         """Add what was measured since the last line of metrics; asked on all ranks."""

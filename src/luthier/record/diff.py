@@ -1,0 +1,127 @@
+"""`luthier diff RUN RUN`: what differs between two runs, group by group."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.inspect.arguments import Grammar
+from luthier.record.changes import NEUTRAL, differing, flat
+from luthier.record.finding import find_run
+from luthier.record.journal import read_lines
+from luthier.record.record import read
+
+GRAMMAR = Grammar(
+    "diff",
+    "luthier diff RUN RUN\n\nSays what differs between two runs: their config, data, versions, "
+    "hardware, launch, code\nand results. Ends with 0 where nothing does, and with 1 where "
+    "something does, as diff has it.",
+    (),
+    "  luthier diff runs/quickstart/default runs/quickstart/lora.r=8\n",
+)
+Lines = list[tuple[str, str, str]]
+"""What differs: its name, and both values."""
+_UNTOLD = ("commit", "dirty", "diff", "changed_files")
+
+
+def run(words: list[str]) -> int:
+    """Print what differs. Raises UserError where a run is not there."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    from luthier.errors import UserError
+
+    typed = GRAMMAR.parse(words).overrides
+    if len(typed) != 2:
+        raise UserError("`luthier diff` needs two runs: luthier diff runs/A/default runs/B/default")
+    a, b = map(find_run, typed)
+    groups = compare(a, b)
+    print_groups(groups, a, b)
+    return int(any(lines for _, lines in groups))
+
+
+def compare(a: Path, b: Path) -> list[tuple[str, Lines]]:
+    """What differs between two runs, in groups; a group without lines is the same in both."""
+    one, other = read(a), read(b)
+
+    def of(*names: str) -> Lines:
+        parts = [{name: record.get(name) for name in names} for record in (one, other)]
+        return _lines(*parts)
+
+    return [
+        ("config", _config(a, b)),
+        ("data and model", of("data", "tokenizer", "model", "teacher")),
+        ("versions", of("versions")),
+        ("hardware", of("hardware")),
+        ("launch", of("launch")),
+        ("code", _code(one, other)),
+        ("results", [*of("results"), *first_step(a, b)]),
+    ]
+
+
+def print_groups(groups: Iterable[tuple[str, Lines]], a: Path, b: Path) -> None:
+    """Print the groups that differ, and name those that do not."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    console.print(f"{escape(str(a))} -> {escape(str(b))}", soft_wrap=True)
+    for heading, lines in groups:
+        if lines:
+            console.print(f"\n[bold]{heading}[/bold]")
+        for name, one, other in lines:
+            console.print(f"  {escape(f'{name}: {one} -> {other}')}", soft_wrap=True)
+    same = [heading for heading, lines in groups if not lines]
+    if same:
+        console.print(f"\nthe same: {', '.join(same)}")
+
+
+def _lines(one: dict[str, Any], other: dict[str, Any]) -> Lines:
+    return [(key.partition(".")[2] or key, str(a), str(b)) for key, a, b in differing(one, other)]
+
+
+def _config(a: Path, b: Path) -> Lines:
+    configs = []
+    for folder in (a, b):
+        path = folder / "config.yaml"
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        configs.append({key: part for key, part in found.items() if key not in NEUTRAL})
+    return [(key, str(one), str(other)) for key, one, other in differing(*configs)]
+
+
+def _code(one: dict[str, Any], other: dict[str, Any]) -> Lines:
+    """The commits, and whether the same was changed on top of them."""
+    states = [flat(record.get("git") or {}) for record in (one, other)]
+    names = sorted({name for state in states for name in state if name.endswith(_UNTOLD)})
+    pairs = ((name, *(str(state.get(name)) for state in states)) for name in names)
+    return [(name, a, b) for name, a, b in pairs if a != b]
+
+
+TIMES = ("_runtime", "_per_second", "_time")
+"""How the names of metrics end that are measured in seconds, and differ each time."""
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, without what is measured in seconds."""
+    return [
+        {k: v for k, v in row.items() if not k.endswith(TIMES) and "/time" not in k}
+        for row in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def first_step(a: Path, b: Path) -> Lines:
+    """The first metric of the first step in which the two differ."""
+    ours, theirs = steps(a), steps(b)
+    for one, other in zip(ours, theirs, strict=False):
+        for key in sorted(one.keys() | other.keys()):
+            if not _same(one.get(key), other.get(key)):
+                where = f"first difference, at step {one['step']}: {key}"
+                return [(where, str(one.get(key)), str(other.get(key)))]
+    if len(ours) != len(theirs):
+        return [("lines of metrics", str(len(ours)), str(len(theirs)))]
+    return []
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, and not a number is equal to itself."""
+    return bool(a == b or (a != a and b != b))

@@ -1,0 +1,186 @@
+"""`luthier show RUN`: what a run's record says, on one page."""
+
+from pathlib import Path
+from typing import Any
+
+from luthier.data.store.disk import in_words
+from luthier.inspect.arguments import Grammar
+from luthier.record import checkpoints
+from luthier.record.facts import MAIN
+from luthier.record.finding import find_run
+from luthier.record.record import read
+
+GRAMMAR = Grammar(
+    "show",
+    "luthier show RUN\n\nPrints what made a run, how it stands and what came out. RUN is its "
+    "folder, or its\nname below runs/.",
+    (),
+    "  luthier show runs/quickstart/default\n  luthier show quickstart/default\n",
+)
+Page = list[tuple[str, list[tuple[str, str]]]]
+"""Headings, each with rows of a name and its value."""
+
+
+def run(words: list[str]) -> int:
+    """Print the page of each run; returns 0. Raises UserError where there is none."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    from luthier.errors import UserError
+
+    typed = GRAMMAR.parse(words).overrides
+    if not typed:
+        raise UserError("`luthier show` needs a run: luthier show runs/RECIPE/NAME")
+    for name in typed:
+        folder = find_run(name)
+        print_page(folder, page(folder))
+    return 0
+
+
+def print_page(folder: Path, sections: Page) -> None:
+    """Print the sections, names in one column."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(str(folder))}[/bold]")
+    width = max(len(name) for _, rows in sections for name, _ in rows)
+    for heading, rows in sections:
+        if not rows:
+            continue
+        console.print(f"\n[bold]{heading}[/bold]")
+        for name, value in rows:
+            console.print(f"  {name:<{width}}  {escape(value)}", soft_wrap=True)
+
+
+def page(folder: Path) -> Page:
+    """What the record of a run says; what an older luthier did not write is left out."""
+    record = read(folder)
+    sections: Page = [
+        ("Run", _run(record)),
+        ("Model and data", _material(record)),
+        ("Machine", _machine(record)),
+        ("Code", _code(record)),
+        ("Versions", _versions(record)),
+        ("Results, before and after", _results(record)),
+        ("Parts", _parts(record)),
+        ("Checkpoints", _checkpoints(folder)),
+    ]
+    return [(heading, [row for row in rows if row[1]]) for heading, rows in sections]
+
+
+def _run(record: dict[str, Any]) -> list[tuple[str, str]]:
+    seeds, seconds = record.get("seeds", {}), record.get("seconds")
+    trained = record.get("training_seconds")
+    peak = record.get("peak_memory_gib", {})
+    took = "" if seconds is None else f"{seconds:,.0f} s"
+    return [
+        ("status", str(record.get("status", ""))),
+        ("error", str(record.get("error", ""))),
+        ("recipe", str(record.get("recipe") or "")),
+        ("overrides", " ".join(record.get("overrides", []))),
+        ("began", str(record.get("started", ""))),
+        ("ended", str(record.get("ended", ""))),
+        ("took", took + (f", of which training {trained:,.0f} s" if trained else "")),
+        ("memory", ", ".join(f"{where} {gib} GiB at the peak" for where, gib in peak.items())),
+        ("seed", _seed(seeds)),
+        *(("extended", _extended(part)) for part in record.get("extended", [])),
+        *(("tracked", f"{name}: {run['id']}") for name, run in record.get("trackers", {}).items()),
+    ]
+
+
+def _seed(seeds: dict[str, Any]) -> str:
+    kind = "deterministic kernels only" if seeds.get("deterministic") else "any kernel"
+    return f"{seeds['seed']}, {kind}" if "seed" in seeds else ""
+
+
+def _extended(part: dict[str, Any]) -> str:
+    return f"at step {part['at_step']}: {', '.join(part['changes'])}"
+
+
+def _material(record: dict[str, Any]) -> list[tuple[str, str]]:
+    model, tokenizer = record.get("model") or {}, record.get("tokenizer") or {}
+    data = record.get("data") or {}
+    train = data.get("train") or {}
+    rows = f"{train['rows']:,} rows, {train['tokens']:,} tokens" if train.get("rows") else ""
+    return [
+        ("model", str(model.get("path", ""))),
+        ("revision", str(model.get("commit") or model.get("revision") or "")),
+        ("weights", _hash(model.get("weights_sha256"))),
+        ("tokenizer", _hash(tokenizer.get("sha256"))),
+        ("template", _hash(tokenizer.get("template_sha256"))),
+        ("training rows", rows),
+        ("data", _hash(data.get("sha256"))),
+    ]
+
+
+def _hash(value: str | None) -> str:
+    return f"SHA-256 {value[:16]}..." if value else ""
+
+
+def _machine(record: dict[str, Any]) -> list[tuple[str, str]]:
+    hardware, launch = record.get("hardware", {}), record.get("launch", {})
+    gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
+    ways = [f"{name} {launch[name]}" for name in ("sharding", "precision") if name in launch]
+    count = launch.get("processes")
+    processes = f"{count} process{'' if count == 1 else 'es'}, " if count else ""
+    return [
+        ("launch", processes + ", ".join(ways)),
+        ("device", f"{launch.get('device', '')} {', '.join(gpus)}".strip()),
+        ("processor", f"{hardware.get('cpu', '')}, {hardware.get('cores', '?')} cores"),
+        ("threads", str(hardware.get("torch_threads", ""))),
+        ("memory", f"{hardware['memory_gib']} GiB" if "memory_gib" in hardware else ""),
+        ("system", str(hardware.get("system", ""))),
+    ]
+
+
+def _code(record: dict[str, Any]) -> list[tuple[str, str]]:
+    git = record.get("git", {})
+    luthier, here = git.get("luthier"), git.get("here")
+    rows = [("luthier", _commit(luthier))]
+    return rows if here == luthier else [*rows, ("here", _commit(here))]
+
+
+def _commit(state: dict[str, Any] | None) -> str:
+    if not state:
+        return ""
+    changed = f", with changes in {len(state['changed_files'])} files" if state["dirty"] else ""
+    kept = f" ({state['diff']})" if state.get("diff") else ""
+    return f"{state['commit'][:12]} on {state['branch']}{changed}{kept}"
+
+
+def _versions(record: dict[str, Any]) -> list[tuple[str, str]]:
+    versions = record.get("versions", {})
+    rows = [(name, versions[name]) for name in ("python", *MAIN) if name in versions]
+    more = len(versions) - len(rows)
+    return rows + ([("others", f"{more} packages, in run.json")] if more else [])
+
+
+def _results(record: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, " -> ".join(_number(pair.get(when)) for when in ("before", "after")))
+        for name, pair in record.get("results", {}).items()
+    ]
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _parts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """The parts of a run that did not come to its end in one go."""
+    parts = record.get("sessions", [])
+    return [] if len(parts) < 2 else [(part["started"], _part(part)) for part in parts]
+
+
+def _part(part: dict[str, Any]) -> str:
+    begin = f"from step {part['from_step']}" if "from_step" in part else "before its first step"
+    end = f" to step {part['to_step']}" if "to_step" in part else ""
+    signal = f" by {part['signal']}" if "signal" in part else ""
+    return f"{part['status']}{signal}, {begin}{end}, on {part['host']}"
+
+
+def _checkpoints(folder: Path) -> list[tuple[str, str]]:
+    return [
+        (path.name, in_words(checkpoints.size_of(path)))
+        for _, path in checkpoints.numbered(folder / "checkpoints")
+    ]

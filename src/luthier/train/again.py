@@ -1,0 +1,41 @@
+"""Train the config that a folder holds: what `luthier reproduce` starts, in each process."""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from luthier import errors
+from luthier.config import Loaded
+from luthier.config.schema import RunConfig
+from luthier.errors import UserError
+
+
+def main(folder: Path) -> int:
+    """Train in this folder by its config.yaml; return the exit code."""
+    from luthier.train.run import run
+
+    try:
+        return run(loaded(folder))
+    except UserError as error:
+        return errors.report(error)
+
+
+def loaded(folder: Path) -> Loaded:
+    """The config of a run's folder, as if it had been typed."""
+    from pydantic import ValidationError
+
+    resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        config = RunConfig.model_validate(resolved)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError(
+            f"{folder / 'config.yaml'} was written by another version of luthier, and this one "
+            "does not understand:\n" + "\n".join(lines)
+        ) from error
+    return Loaded(config, config.model_dump(mode="json"), [])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,67 @@
+"""What a run does at the begin and the end of each step so that it can stop and go on exactly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from luthier.record import journal
+from luthier.train.stopping import agreed
+
+
+class Stopping(TrainerCallback):
+    """Ends the training behind the step in which a signal came, with a checkpoint."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Agree with the other processes whether to stop here."""
+        # An evaluation would decide anew whether there is a checkpoint; the next step comes soon.
+        if args.save_strategy == SaveStrategy.BEST and control.should_evaluate:
+            return
+        self._stop_if_wanted(control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Agree behind an evaluation, too, which may take as long as many steps."""
+        if self._trainer.is_in_train and args.save_strategy != SaveStrategy.BEST:
+            self._stop_if_wanted(control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What comes next is again as the settings say."""
+        self._trainer.planned = True
+
+    def _stop_if_wanted(self, control: Any) -> None:
+        if self._trainer.stopped:
+            return
+        self._trainer.stopped = agreed(self._trainer.accelerator)
+        if self._trainer.stopped:
+            self._trainer.planned = control.should_save
+            control.should_save = control.should_training_stop = True
+
+
+class Journals(TrainerCallback):
+    """Has the files to which lines are added end where the checkpoint was taken.
+
+    What was added after that comes again.
+    """
+
+    def __init__(self, trainer: Any, resumed: Path | None) -> None:
+        self._trainer, self._resumed = trainer, resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut the files, and count on from the checkpoint."""
+        if state.is_world_process_zero:
+            lines = self._lines()
+            for path in self._trainer.journals:
+                journal.cut(path, None if lines is None else lines.get(path.name, 0))
+        self._trainer.resume_counting()
+
+    def _lines(self) -> dict[str, int] | None:
+        if self._resumed is None:
+            return None
+        counted = json.loads((self._resumed / "counted_0.json").read_text(encoding="utf-8"))
+        found: dict[str, int] = counted["lines"]
+        return found

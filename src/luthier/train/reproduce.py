@@ -1,0 +1,183 @@
+"""`luthier reproduce RUN`: the run again, from its record alone, and whether it is the same."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from luthier.errors import UserError
+from luthier.inspect.arguments import Grammar
+from luthier.model.cache import digest
+from luthier.record import diff, rundir
+from luthier.record.finding import find_run
+from luthier.record.journal import read_lines
+from luthier.record.record import read
+from luthier.train.stopping import STOPPED
+
+GRAMMAR = Grammar(
+    "reproduce",
+    "luthier reproduce RUN\n\nTrains a finished run again in a folder beside it (RUN.again), from "
+    "its record alone: with\nits config, whatever the recipe says today, and as many processes. "
+    "Then compares every line\nof metrics and the final weights, bit by bit. Ends with 0 where all "
+    "are identical; else it\nends with 1, and names the first step that differs and what differs "
+    "in the environment.",
+    (),
+    "  luthier reproduce runs/quickstart/default\n",
+)
+AGAIN = ".again"
+_SHARDED = ("none", "ddp")
+
+
+def run(words: list[str]) -> int:
+    """Repeat a run; raises UserError where its record does not say how."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    typed = GRAMMAR.parse(words).overrides
+    if len(typed) != 1:
+        raise UserError("`luthier reproduce` needs one run: luthier reproduce runs/RECIPE/NAME")
+    old = find_run(typed[0]).resolve()
+    record = read(old)
+    check(old, record)
+    new = old.with_name(f"{old.name}{AGAIN}")
+    prepare(old, new)
+    code = train_again(record, new)
+    if code:
+        print(f"the repetition in {new} did not come to its end (exit code {code})")
+        return code
+    return report(old, new)
+
+
+def check(folder: Path, record: dict[str, Any]) -> None:
+    """Raise UserError where a run cannot be repeated from its record."""
+    if record.get("status") != "finished":
+        raise UserError(
+            f"{folder}: the run is not finished (status: {record.get('status', 'unknown')}), so "
+            "there is no end to compare with.\nFinish it first, with the command that began it."
+        )
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: there is no config.yaml, from which the run could be repeated.")
+    sharding = (record.get("launch") or {}).get("sharding", "none")
+    if sharding not in _SHARDED and not _launcher(record).get("config"):
+        raise UserError(
+            f"{folder}: the run was launched with {sharding}, and its record does not say by which "
+            "config file of accelerate.\nLaunch it by hand into another output_dir, and compare "
+            "the two with luthier diff."
+        )
+    if (_launcher(record).get("config") or {}).get("num_machines", 1) > 1:
+        raise UserError(
+            f"{folder}: the run was launched on several machines, which cannot be done from here.\n"
+            "Launch it as before with another output_dir, and compare the two with luthier diff."
+        )
+
+
+def prepare(old: Path, new: Path) -> None:
+    """Make the folder of the repetition: with the config of the run, and without its trackers."""
+    config = yaml.safe_load((old / "config.yaml").read_text(encoding="utf-8"))
+    resolved = config | {
+        "output_dir": str(new), "tracker": {"to": []}, "overwrite": False, "dry_run": False,
+    }  # fmt: skip
+    if rundir.claim(new, resolved) == "finished":
+        rundir.clear(new)
+    rundir.prepare(new, resolved, [])
+
+
+def train_again(record: dict[str, Any], new: Path) -> int:
+    """Train in a process group of its own, launched as the run was; the exit code."""
+    threads = str(record.get("hardware", {}).get("torch_threads", ""))
+    environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
+    precision = (record.get("launch") or {}).get("precision", "no")
+    environment |= {"ACCELERATE_MIXED_PRECISION": precision} if precision != "no" else {}
+    where = Path(record.get("cwd", "."))
+    # A signal that ends this process has the training stop with a checkpoint.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with TemporaryDirectory() as place:
+        code = Path(place) / "code"
+        process = subprocess.Popen(
+            [*_command(record, Path(place)), str(new)],
+            cwd=where if where.is_dir() else None,
+            env=environment | {"LUTHIER_EXIT_FILE": str(code)},
+        )
+        try:
+            ended = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            ended = process.wait()
+        said = code.read_text(encoding="utf-8").strip() if code.is_file() else ""
+        return STOPPED if said == str(STOPPED) else ended
+
+
+def _command(record: dict[str, Any], place: Path) -> list[str]:
+    """How to start the training: plain Python, or accelerate as it was configured."""
+    launch = record.get("launch") or {}
+    module = ["-m", "luthier.train.again"]
+    if launch.get("processes", 1) == 1 and launch.get("sharding", "none") == "none":
+        return [sys.executable, *module]
+    config = _launcher(record).get("config") or {"distributed_type": "MULTI_GPU"}
+    if launch.get("device") == "cpu":
+        config = config | {"use_cpu": True, "gpu_ids": ",".join(["-1"] * launch["processes"])}
+    config = config | {"num_processes": launch["processes"], "num_machines": 1}
+    config = {"main_process_port": 0} | config
+    file = place / "launch.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    start = ["accelerate.commands.launch", "--quiet", "--config_file", str(file)]
+    return [sys.executable, "-m", *start, *module]
+
+
+def _launcher(record: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = (record.get("launch") or {}).get("launcher") or {}
+    return found
+
+
+def report(old: Path, new: Path) -> int:
+    """Say whether two finished runs are the same to the last bit, and if not, what differs."""
+    step, weights = diff.first_step(old, new), differing_weights(old, new)
+    results = next(lines for name, lines in diff.compare(old, new) if name == "results")
+    if not step and not weights and not results:
+        rows = len(diff.steps(old))
+        print(f"identical: {rows} lines of metrics, all results, and the final weights, bit by bit")
+        print(f"  {old}\n  {new}")
+        return 0
+    print(f"not identical: {old}\n               {new}")
+    for name, one, other in step or [("metrics.jsonl", "the same", "the same")]:
+        print(f"  {name}: {one} -> {other}")
+    for line in weights or ["the final weights are the same"]:
+        print(f"  {line}")
+    _print_reasons(old, new)
+    return 1
+
+
+def differing_weights(old: Path, new: Path) -> list[str]:
+    """A sentence for each file of final weights that is not the same."""
+    hashes = [
+        {file.name: digest(file) for file in (run / "model").glob("*.safetensors")}
+        for run in (old, new)
+    ]
+    return [
+        f"model/{name}: SHA-256 {hashes[0].get(name, 'absent')[:16]} -> "
+        f"{hashes[1].get(name, 'absent')[:16]}"
+        for name in sorted(hashes[0].keys() | hashes[1].keys())
+        if hashes[0].get(name) != hashes[1].get(name)
+    ]
+
+
+def _print_reasons(old: Path, new: Path) -> None:
+    """Say what could be the reason: what differs in the environment, and what varies anyway."""
+    groups = [group for group in diff.compare(old, new) if group[0] not in ("config", "results")]
+    record = read(old)
+    if any(lines for _, lines in groups):
+        print("what differs in the environment:")
+    for heading, lines in groups:
+        for name, one, other in lines:
+            print(f"  {heading}, {name}: {one} -> {other}")
+    for part in record.get("extended", []):
+        print(f"the run was made longer at step {part['at_step']}: {', '.join(part['changes'])}")
+    on_cpu = (record.get("launch") or {}).get("device") == "cpu"
+    if not record.get("seeds", {}).get("deterministic") and not on_cpu:
+        print("the run was not deterministic: with deterministic=true, GPU kernels do not vary")
+    if not read_lines(old / "metrics.jsonl"):
+        print("the run left no metrics to compare")
