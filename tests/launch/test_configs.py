@@ -127,6 +127,31 @@ def test_slurm_script_starts_each_machine(cluster):
     assert args.training_script_args == arguments
 
 
+ENDS = [
+    ("stopped by a signal", 75, 1, 0, "scontrol requeue 40001"),
+    ("a mistake", 2, 1, 1, ""),
+    ("finished", 0, 0, 0, ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("left", "launcher", "code", "asked"), [e[1:] for e in ENDS], ids=[e[0] for e in ENDS]
+)
+def test_slurm_puts_a_stopped_job_back_into_the_queue(
+    cluster, tmp_path, left, launcher, code, asked
+):
+    (tmp_path / "accelerate").write_text(
+        f'#!/usr/bin/env bash\necho {left} > "$LUTHIER_EXIT_FILE"\nexit {launcher}\n'
+    )
+    (tmp_path / "scontrol").write_text(
+        '#!/usr/bin/env bash\n[[ $1 == requeue ]] && echo "scontrol $*" >&2\nprintf "node1\\n"\n'
+    )
+    done = sbatch(["recipe=x"], cluster)
+    assert done.returncode == code
+    assert done.stderr.strip() == asked
+    assert not list(tmp_path.glob(".luthier-*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "without", "message"),
     [

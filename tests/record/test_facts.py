@@ -2,7 +2,7 @@
 
 import subprocess
 
-from luthier.record import facts
+from luthier.record import code, facts
 
 
 def git(folder, *words):
@@ -15,15 +15,15 @@ def test_git_state_names_the_changed_files(tmp_path):
         (tmp_path / name).write_text("a")
     git(tmp_path, "add", ".")
     git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
-    assert facts.git_state(tmp_path)["dirty"] is False
+    assert code.git_state(tmp_path)["dirty"] is False
     (tmp_path / "conf.yaml").write_text("b")
-    state = facts.git_state(tmp_path)
+    state = code.git_state(tmp_path)
     assert state["changed_files"] == ["conf.yaml"]
     assert len(state["commit"]) == 40
 
 
 def test_outside_git_there_is_no_state(tmp_path):
-    assert facts.git_state(tmp_path) is None
+    assert code.git_state(tmp_path) is None
 
 
 def test_versions_are_of_what_is_installed():

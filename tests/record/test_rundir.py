@@ -46,7 +46,9 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
 def test_a_run_that_failed_before_training_gives_way(tmp_path):
     begin(tmp_path, status="failed")
     assert rundir.claim(tmp_path, CONFIG | {"seed": 2}) == "new"
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
+    assert rundir.claim(tmp_path, CONFIG | {"seed": 2}) == "new"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
     with pytest.raises(UserError, match="seed: 1 -> 2"):
         rundir.claim(tmp_path, CONFIG | {"seed": 2})
 

@@ -49,14 +49,22 @@ def test_a_broken_file_is_named_with_its_line(capsys, rows, tmp_path, lines, par
 
 def test_a_missing_file_is_named_with_its_neighbour(capsys, rows, tmp_path):
     rows(json.dumps(ROW))
-    text = said(capsys, *SMALL, f"dataset.path={tmp_path / 'row.jsonl'}", "output_dir=x")
+    text = said(
+        capsys, *SMALL, f"dataset.path={tmp_path / 'row.jsonl'}", f"output_dir={tmp_path / 'run'}"
+    )
     assert "row.jsonl" in text
     assert "rows.jsonl" in text
 
 
 def test_no_training_rows_left(capsys, rows, tmp_path):
     path = rows(json.dumps(ROW))
-    text = said(capsys, *SMALL, f"dataset.path={path}", "dataset.eval.count=1", "output_dir=x")
+    text = said(
+        capsys,
+        *SMALL,
+        f"dataset.path={path}",
+        "dataset.eval.count=1",
+        f"output_dir={tmp_path / 'run'}",
+    )
     assert "dataset.eval" in text
 
 

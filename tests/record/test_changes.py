@@ -1,0 +1,116 @@
+"""Which changes of a config stand in the way of going on, and which do not."""
+
+import copy
+
+import pytest
+
+from luthier.record import rundir
+from luthier.record.changes import changes, rates_follow_length
+from luthier.record.files import write_json
+from luthier.record.record import FORMAT, RunRecord
+
+CONFIG = {
+    "seed": 1, "lora": {"r": 8}, "output_dir": "x", "tracker": {"to": []},
+    "dataset": {"path": "a", "workers": None, "max_rows": 5}, "chat": {"max_length": 64},
+    "trainer": {
+        "args": {"max_steps": 10, "learning_rate": 1e-3, "logging_steps": 5, "save_steps": 2,
+                 "eval_steps": 4, "per_device_eval_batch_size": 4, "lr_scheduler_type": "cosine"},
+        "evaluation": {"rows": 10, "patience": None}, "checkpoints": {"budget": None},
+    },
+}  # fmt: skip
+BEST = {"trainer.args.load_best_model_at_end": True}
+KINDS = [
+    ("the learning rate", "trainer.args.learning_rate", 1e-4, {}, "matters"),
+    ("the rank", "lora.r", 16, {}, "matters"),
+    ("the seed", "seed", 2, {}, "matters"),
+    ("the rows", "dataset.path", "b", {}, "matters"),
+    ("the length of rows", "chat.max_length", 32, {}, "matters"),
+    ("a new setting", "trainer.args.weight_decay", 0.1, {}, "matters"),
+    ("more steps", "trainer.args.max_steps", 20, {}, "length"),
+    ("epochs", "trainer.args.num_train_epochs", 3, {}, "length"),
+    ("logging", "trainer.args.logging_steps", 1, {}, "harmless"),
+    ("how often it is saved", "trainer.args.save_steps", 1, {}, "harmless"),
+    ("what saves the best", "trainer.args.save_steps", 1, BEST, "matters"),
+    ("how often it is evaluated", "trainer.args.eval_steps", 1, {}, "harmless"),
+    ("what measures the best", "trainer.args.eval_steps", 1, BEST, "matters"),
+    ("the batches of an evaluation", "trainer.args.per_device_eval_batch_size", 1, {}, "harmless"),
+    ("what is answered", "trainer.evaluation.rows", 3, {}, "harmless"),
+    ("patience", "trainer.evaluation.patience", 3, {}, "matters"),
+    ("the budget", "trainer.checkpoints.budget", "1GB", {}, "harmless"),
+    ("processes that encode", "dataset.workers", 4, {}, "harmless"),
+]  # fmt: skip
+
+
+def changed(config, **settings):
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        *path, name = key.split(".")
+        node = config
+        for part in path:
+            node = node[part]
+        node[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "both", "kind"), [k[1:] for k in KINDS], ids=[k[0] for k in KINDS]
+)
+def test_a_change_is_of_its_kind(key, value, both, kind):
+    old = changed(CONFIG, **both)
+    (change,) = changes(old, changed(old, **{key: value}))
+    assert (change.key, change.kind) == (key, kind)
+
+
+@pytest.mark.parametrize("key", ["output_dir", "tracker.to", "overwrite", "recipe"])
+def test_where_and_whether_a_run_happens_is_no_change(key):
+    assert changes(CONFIG, changed(CONFIG, **{key: "other"})) == []
+
+
+RATES = [
+    ("constant", 0, False), ("constant", 0.1, False), ("constant_with_warmup", 10, False),
+    ("constant_with_warmup", 0.1, True), ("linear", 0, True), ("cosine", 0, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "warmup", "follows"), RATES)
+def test_which_learning_rates_depend_on_the_number_of_steps(kind, warmup, follows):
+    args = {"trainer.args.lr_scheduler_type": kind, "trainer.args.warmup_steps": warmup}
+    assert rates_follow_length(changed(CONFIG, **args)) is follows
+
+
+def finished(folder, status="finished"):
+    rundir.prepare(folder, CONFIG, [])
+    write_json(folder / "run.json", {"status": status, "format": FORMAT})
+    (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+
+
+def test_a_finished_run_that_is_to_be_longer_is_unfinished(tmp_path):
+    finished(tmp_path)
+    assert (
+        rundir.claim(tmp_path, changed(CONFIG, **{"trainer.args.logging_steps": 1})) == "finished"
+    )
+    longer = changed(CONFIG, **{"trainer.args.max_steps": 20})
+    assert rundir.claim(tmp_path, longer) == "unfinished"
+
+
+def test_what_stands_in_the_way_is_told_from_what_does_not(tmp_path):
+    finished(tmp_path, "stopped")
+    new = changed(CONFIG, **{"lora.r": 16, "trainer.args.logging_steps": 1})
+    with pytest.raises(Exception, match=r"lora\.r: 8 -> 16") as error:
+        rundir.claim(tmp_path, new)
+    assert "would not stand in the way: trainer.args.logging_steps" in str(error.value)
+
+
+def test_a_folder_of_a_newer_luthier_is_refused_in_words(tmp_path):
+    write_json(tmp_path / "run.json", {"format": FORMAT + 1, "versions": {"luthier": "9.0"}})
+    with pytest.raises(Exception, match=r"written by luthier 9\.0, in a form \(format 3\)"):
+        RunRecord(tmp_path)
+
+
+def test_an_unfinished_run_of_an_older_form_is_refused_in_words(tmp_path):
+    finished(tmp_path)
+    write_json(tmp_path / "run.json", {"status": "running", "versions": {"luthier": "0.1.0"}})
+    with pytest.raises(Exception, match=r"luthier 0\.1\.0 in an older form.*carry no seal"):
+        rundir.claim(tmp_path, CONFIG)
+    write_json(tmp_path / "run.json", {"status": "finished", "versions": {"luthier": "0.1.0"}})
+    assert rundir.claim(tmp_path, CONFIG) == "finished"

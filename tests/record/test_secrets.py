@@ -1,0 +1,83 @@
+"""No secret gets into a record, wherever it stands."""
+
+import json
+import subprocess
+
+import pytest
+
+from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
+from luthier.record import rundir
+from luthier.record.record import RunRecord
+from luthier.record.secrets import redacted, redacted_override, scrubbed
+
+TOKEN = "hf_" + "AbCdEfGh" * 4
+ENVIRONMENT = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "MY_SECRET": "correct horse battery",
+    "TOKENIZERS_PARALLELISM": "true-and-more",
+    "KEY": "short",
+    "GOOGLE_CREDENTIALS": "/etc/hostname",
+}
+
+TEXTS = [
+    ("a token by its look", f"token is {TOKEN}.", "token is (hidden)."),
+    ("a key by its value", f"key={ENVIRONMENT['WANDB_API_KEY']}", "key=(hidden)"),
+    ("words by their value", "say correct horse battery now", "say (hidden) now"),
+    ("a login in an address", "https://anna:pw@git.example.org/x", "https://(hidden)@git.example.org/x"),
+    ("a token in an address", "https://x0y@git.example.org/x", "https://(hidden)@git.example.org/x"),
+    ("an address without a login", "https://git.example.org/x", "https://git.example.org/x"),
+    ("an e-mail address", "anna@example.org", "anna@example.org"),
+    ("no secret by that name", "true-and-more", "true-and-more"),
+    ("a value too short to be one", "a short word", "a short word"),
+    ("a path to one", "read /etc/hostname", "read /etc/hostname"),
+    ("a commit", "1ab3bf0 0123456789abcdef0123456789abcdef0123456", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "safe"), [t[1:] for t in TEXTS], ids=[t[0] for t in TEXTS])
+def test_a_text_is_scrubbed(text, safe):
+    assert scrubbed(text, ENVIRONMENT) == (text if safe is None else safe)
+
+
+def test_an_override_and_a_config_are_scrubbed(monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "correct horse battery")
+    assert redacted_override("tracker.wandb.api_key=x1") == "tracker.wandb.api_key=(hidden)"
+    assert redacted_override(f"chat.date={TOKEN}") == "chat.date=(hidden)"
+    given = {"a": ["correct horse battery", 3], "hub_token": "t", "tokens": "kept"}
+    assert redacted(given) == {"a": ["(hidden)", 3], "hub_token": "(hidden)", "tokens": "kept"}
+
+
+def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):
+    """The environment, an override, the config, a remote's address and a change of the code."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("WANDB_API_KEY", ENVIRONMENT["WANDB_API_KEY"])
+    code = tmp_path / "code"
+    code.mkdir()
+
+    def git(*words):
+        subprocess.run(["git", "-C", code, *words], check=True, capture_output=True)
+
+    git("init", "-q")
+    git("remote", "add", "origin", "https://anna:s3cret-pw@git.example.org/luthier.git")
+    (code / "train.py").write_text("a = 1\n")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
+    (code / "train.py").write_text(f"a = '{TOKEN}'\n")
+    monkeypatch.chdir(code)
+    run = tmp_path / "run"
+    resolved = {"model": {"kwargs": {"x": TOKEN}}, "tracker": {"wandb": {"api_key": "k" * 9}}}
+    overrides = [f"model.kwargs.x={TOKEN}", f"seed={ENVIRONMENT['WANDB_API_KEY']}"]
+    rundir.prepare(run, resolved, overrides)
+    record = RunRecord(run)
+    model, data = ModelConfig(path="m"), DatasetConfig(path="d")
+    record.start(RunConfig(model=model, dataset=data, output_dir="o"), overrides)
+    record.end("failed", error=f"401 for {TOKEN}")
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    written = "".join(path.read_text() for path in files)
+    for secret in (TOKEN, ENVIRONMENT["WANDB_API_KEY"], "s3cret-pw", "k" * 9):
+        assert secret not in written
+    here = json.loads((run / "run.json").read_text())["git"]["here"]
+    assert here["remote"] == "https://(hidden)@git.example.org/luthier.git"
+    assert here["changed_files"] == ["train.py"]
+    assert "+a = '(hidden)'" in (run / here["diff"]).read_text()
