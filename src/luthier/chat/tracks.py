@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from luthier.chat.forms import Known
 from luthier.chat.labels import Around, Labeller
+from luthier.chat.packed import BYTES
 from luthier.chat.sequences import ChatSequence, Reply, Segment
 from luthier.chat.skeleton import SequencePlan
 from luthier.chat.tokens import TokenEncoder
@@ -38,8 +39,8 @@ class TrackReply:
 class Track:
     """A sequence as ids and stretches of text that are still to be encoded."""
 
-    items: list[list[int] | Recipe] = field(default_factory=list)
-    """Ids as they stand, or the recipe of a text."""
+    items: list[bytes | Recipe] = field(default_factory=list)
+    """Packed ids as they stand, or the recipe of a text."""
     replies: list[TrackReply] = field(default_factory=list)
 
 
@@ -91,7 +92,7 @@ class Tracks:
         draft = Draft(row, tracks, [], [])
         for track in tracks:
             texts = [
-                None if isinstance(item, list) else _text(item, row.values) for item in track.items
+                None if isinstance(item, bytes) else _text(item, row.values) for item in track.items
             ]
             draft.texts.append(texts)
             for reply in track.replies[:-1]:
@@ -101,7 +102,7 @@ class Tracks:
                 draft.boundaries.append(self._labeller.around(reply.head, begins))
         return draft
 
-    def _sequences(self, draft: Draft, known: Mapping[str, list[int]]) -> list[ChatSequence]:
+    def _sequences(self, draft: Draft, known: Mapping[str, bytes]) -> list[ChatSequence]:
         return [
             self._sequence(draft.row, number, track, texts, known)
             for number, (track, texts) in enumerate(zip(draft.tracks, draft.texts, strict=True))
@@ -113,17 +114,18 @@ class Tracks:
         number: int,
         track: Track,
         texts: list[str | None],
-        known: Mapping[str, list[int]],
+        known: Mapping[str, bytes],
     ) -> ChatSequence:
-        ids: list[int] = []
-        ends = [0]
-        for item, text in zip(track.items, texts, strict=True):
-            ids += item if text is None else known[text]  # type: ignore[arg-type]
-            ends.append(len(ids))
-        replies = [
-            Reply(reply.message, ends[reply.start], ends[reply.stop]) for reply in track.replies
+        ids: list[bytes] = [
+            item if text is None else known[text]  # type: ignore[misc]
+            for item, text in zip(track.items, texts, strict=True)
         ]
-        return ChatSequence(ids, replies, partial(self._segments, row, number))
+        ends = [0, *accumulate(map(len, ids))]
+        replies = [
+            Reply(reply.message, ends[reply.start] // BYTES, ends[reply.stop] // BYTES)
+            for reply in track.replies
+        ]
+        return ChatSequence(b"".join(ids), replies, partial(self._segments, row, number))
 
     def _segments(self, row: Known, number: int) -> list[Segment]:
         (encoded,) = self._labeller.encode([(row.sequences()[number], False)])
@@ -208,16 +210,18 @@ class _Builder:
 
     def _token(self, token: str) -> None:
         self.flush()
-        self._ids([self._tokens.added[token]])
+        self._ids(self._tokens.token(token))
         self._since = [token]
         for reply in self.track.replies[-1:]:
             reply.token = token if reply.token is None else reply.token
 
-    def _ids(self, ids: list[int]) -> None:
-        if self._apart:
-            self.track.items.append([])
+    def _ids(self, ids: bytes) -> None:
+        last = self.track.items[-1] if self.track.items and not self._apart else None
+        if isinstance(last, bytes):
+            self.track.items[-1] = last + ids
+        else:
+            self.track.items.append(ids)
         self._apart = False
-        self.track.items[-1] = [*self.track.items[-1], *ids]
 
     def _cut(self) -> None:
         self.flush()

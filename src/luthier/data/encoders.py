@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,20 +80,28 @@ def _bytes_of_rows(column: Column) -> list[memoryview]:
 
 
 def _token_rows(sequences: Sequence[ChatSequence]) -> dict[str, Column]:
-    """The sequences as arrays: that takes half the time of lists."""
+    """The sequences as arrays."""
     offsets = np.cumsum([0, *map(len, sequences)])
-    # Twice as fast as numpy over one long list.
-    packed = b"".join([struct.pack(f"={len(s)}i", *s.input_ids) for s in sequences])
-    ids = np.frombuffer(packed, np.int32)
-    labels = np.full(len(ids), IGNORED, np.int32)
-    for start, sequence in zip(offsets.tolist(), sequences, strict=False):
-        for _, begin, end in sequence.replies:
-            labels[start + begin : start + end] = ids[start + begin : start + end]
+    ids = np.frombuffer(b"".join([sequence.packed for sequence in sequences]), np.int32)
+    replies = [
+        (start + reply.start, start + reply.stop)
+        for start, sequence in zip(offsets.tolist(), sequences, strict=False)
+        for reply in sequence.replies
+    ]
     return {
         "input_ids": Ragged(ids, offsets),
-        "labels": Ragged(labels, offsets),
+        "labels": Ragged(_labels(ids, replies), offsets),
         "trained": np.array([sequence.trained_tokens for sequence in sequences], np.int32),
     }
+
+
+def _labels(ids: NDArray[np.int32], replies: list[tuple[int, int]]) -> NDArray[np.int32]:
+    """The ids inside replies, which share no token, and `IGNORED` outside."""
+    starts, stops = np.array(replies, np.int64).reshape(-1, 2).T
+    steps = np.zeros(len(ids) + 1, np.int8)
+    np.add.at(steps, starts, 1)
+    np.subtract.at(steps, stops, 1)
+    return np.where(np.cumsum(steps[:-1], dtype=np.int8), ids, np.int32(IGNORED))
 
 
 class ConversationEncoder:
