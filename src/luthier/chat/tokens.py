@@ -126,10 +126,9 @@ class TokenEncoder:
         """What encodes ASCII word by word, if that gives what the backend gives."""
         return words_of(self.backend, self._steps)
 
-    def hold_tokens(self, texts: Iterable[str]) -> bool:
-        """Whether an added token stands in one of the texts."""
-        joined = "\0".join(texts)
-        return any(first in joined for first in self._firsts) and bool(self.pattern.search(joined))
+    def holds_token(self, text: str) -> bool:
+        """Whether an added token stands in the text."""
+        return any(first in text for first in self._firsts) and bool(self.pattern.search(text))
 
     def may_end_in_token(self, text: str) -> bool:
         """Whether the text ends as an added token begins."""

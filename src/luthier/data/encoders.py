@@ -83,25 +83,26 @@ def _token_rows(sequences: Sequence[ChatSequence]) -> dict[str, Column]:
     """The sequences as arrays."""
     offsets = np.cumsum([0, *map(len, sequences)])
     ids = np.frombuffer(b"".join([sequence.packed for sequence in sequences]), np.int32)
-    replies = [
+    trains = _inside(len(ids), [
         (start + reply.start, start + reply.stop)
         for start, sequence in zip(offsets.tolist(), sequences, strict=False)
         for reply in sequence.replies
-    ]
+    ])  # fmt: skip
+    trained = np.concatenate([[0], np.cumsum(trains, dtype=np.int32)])[offsets]
     return {
         "input_ids": Ragged(ids, offsets),
-        "labels": Ragged(_labels(ids, replies), offsets),
-        "trained": np.array([sequence.trained_tokens for sequence in sequences], np.int32),
+        "labels": Ragged(np.where(trains, ids, np.int32(IGNORED)), offsets),
+        "trained": np.diff(trained).astype(np.int32),
     }
 
 
-def _labels(ids: NDArray[np.int32], replies: list[tuple[int, int]]) -> NDArray[np.int32]:
-    """The ids inside replies, which share no token, and `IGNORED` outside."""
-    starts, stops = np.array(replies, np.int64).reshape(-1, 2).T
-    steps = np.zeros(len(ids) + 1, np.int8)
+def _inside(size: int, stretches: list[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which of so many tokens are inside one of the stretches, which share no token."""
+    starts, stops = np.array(stretches, np.int64).reshape(-1, 2).T
+    steps = np.zeros(size + 1, np.int8)
     np.add.at(steps, starts, 1)
     np.subtract.at(steps, stops, 1)
-    return np.where(np.cumsum(steps[:-1], dtype=np.int8), ids, np.int32(IGNORED))
+    return np.cumsum(steps[:size], dtype=np.int8).astype(bool)
 
 
 class ConversationEncoder:
