@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from luthier.chat import words
+from luthier.chat import tokens, words
 from luthier.chat.packed import unpacked
 from luthier.chat.tokens import TokenEncoder
 from luthier.chat.words import words_of
@@ -89,3 +89,13 @@ def test_too_many_words_are_forgotten(monkeypatch):
             encoder.backend.encode(text, add_special_tokens=False).ids
         ]
         assert sum(map(len, encoder._words._known)) <= 20
+
+
+def test_too_many_texts_are_forgotten(monkeypatch):
+    monkeypatch.setattr(tokens, "_CACHED", 400)
+    encoder = TokenEncoder(base_tokenizer("gpt2-words"))
+    texts = ["a lute", "naïve", "the luthier makes lutes", "a lute"]
+    for text in texts * 2:
+        ids = encoder.backend.encode(text, add_special_tokens=False).ids
+        assert unpacked(encoder.known([text])[text]) == ids
+        assert len(encoder._cache) <= 2

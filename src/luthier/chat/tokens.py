@@ -19,7 +19,10 @@ from luthier.chat.origin import Origin, Run
 from luthier.chat.packed import packed, unpacked
 from luthier.chat.words import NORMAL_FORMS, Words, words_of
 
-_CACHED = 50_000
+_CACHED = 12_000_000
+"""Bytes, about, of the texts whose ids are kept."""
+_TEXT = 150
+"""Bytes that a kept text takes besides its characters."""
 Kind = Literal["start", "continuation", "reply", "literal", "words"]
 """How a piece stands in its sequence: at its start, behind a neutralised token, as a reply behind
 its prompt, as the neutralised token itself, or as text alone in which nothing is a token."""
@@ -64,6 +67,7 @@ class TokenEncoder:
         self._splitter = re.compile(f"({self.pattern.pattern})")
         self._firsts = frozenset(token[0] for token in self.added)
         self._cache: dict[str, bytes] = {}
+        self._size = 0
 
     def encode(self, pieces: Iterable[Piece]) -> list[list[int]]:
         """The ids of each piece, encoded in one batch."""
@@ -105,9 +109,11 @@ class TokenEncoder:
         """The packed ids of texts without added tokens, for a tokenizer that `splits`."""
         cache = self._cache
         new = {text: None for text in texts if text not in cache}
-        if len(cache) + len(new) > _CACHED:
+        self._size += _size(new)
+        if self._size > _CACHED:
             cache.clear()
             new = dict.fromkeys(texts)
+            self._size = _size(new)
         if new:
             cache.update(self._new(list(new)))
         return cache
@@ -222,6 +228,11 @@ class TokenEncoder:
                 reason="cannot be neutralised",
             )
         return list(ids)
+
+
+def _size(texts: Iterable[str]) -> int:
+    """About the bytes that texts take that are kept."""
+    return sum(len(text) + _TEXT for text in texts)
 
 
 def _is_plain_token(token: Any) -> bool:
