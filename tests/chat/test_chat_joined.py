@@ -1,11 +1,10 @@
-"""Texts encoded together, and ASCII without its normal form, have the ids they have alone."""
+"""Texts encoded together, and word by word, have the ids they have alone."""
 
 import pytest
 from chat_material import CHATML, bot, pair, user
 from tokenizers import normalizers
 
 from luthier.chat import ChatEncoder
-from luthier.chat.joined import without_normalizer
 
 TEXTS = ["naïve cafe\u0301", "plain words, 123\n", "", "ﬁ ½ e\u0301", "\x00 control", "琵琶", " "]
 FORMS = {
@@ -31,12 +30,3 @@ def test_ids_are_those_of_the_whole_text(form):
     for row, (sequence,) in zip(rows, ChatEncoder(tokenizer).encode_batch(rows).rows, strict=True):
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         assert sequence.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize(
-    ("form", "left_out"),
-    [("none", False), ("NFC", True), ("NFKC", True), ("two forms", True), ("lower case", False)],
-)
-def test_only_normal_forms_are_left_out(form, left_out):
-    quick = without_normalizer(with_form(FORMS[form]).backend_tokenizer)
-    assert (quick is not None) == left_out

@@ -214,7 +214,7 @@ class ChatEncoder:
                 yield sequences
             else:
                 read = partial(read_conversation, row.messages)
-                suspect = kit.controls.has_suspects(row.texts.values())
+                suspect = kit.controls.has_suspects(row.texts)
                 yield Planned(kit, read, row.sequences(), suspect, [])
 
     def _finish_row(

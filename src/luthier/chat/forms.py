@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from luthier.chat.control import Controls
@@ -24,6 +26,7 @@ from luthier.chat.template import ChatTemplate
 from luthier.chat.text import mark
 from luthier.chat.turns import Sequence, Span, trained_messages
 
+Strip = Callable[[str], str]
 Key = tuple[Any, ...]
 """A form as it is looked up: a role for a message of role and content alone, else all it has."""
 
@@ -33,12 +36,18 @@ class Known:
     """A row whose skeleton is known."""
 
     messages: list[dict[str, Any]]
-    skeleton: Skeleton
-    form: Form
-    texts: dict[tuple[int, str], str]
-    """The texts of its messages, by message and field."""
+    reading: Reading
+    texts: list[str]
+    """The texts of its messages, one after the other."""
+    joined: str
+    """All of these in one, with a character between them that ends every token."""
     values: list[str]
     """What stands in the skeleton's fields."""
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """What the template makes of rows of its form."""
+        return self.reading.skeleton
 
     def sequences(self) -> list[Sequence]:
         """The sequences as the planner would give them, each character with its origin."""
@@ -66,10 +75,53 @@ class Known:
 
     def _runs(self, number: int) -> Any:
         index, key, _ = self.skeleton.fields[number]
-        whole, value = self.texts[index, key], self.values[number]
+        whole, value = self.messages[index][key], self.values[number]
         start = whole.index(value)
-        origin = Origin(index, self.form[index][0], key, whole)
+        origin = Origin(index, self.messages[index]["role"], key, whole)
         return cut(((len(whole), origin, 0),), start, start + len(value))
+
+
+class Reading:
+    """Reads rows of one form."""
+
+    def __init__(self, form: Form, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._places = [(index, key) for index, (_, keys, _) in enumerate(form) for key in keys]
+        self._fields = [
+            (self._places.index((index, key)), _strip(chain))
+            for index, key, chain in skeleton.fields
+        ]
+        asked = skeleton.conditions
+        found = (asked.starts, asked.ends, asked.equals)
+        self._doubts = asked.contains.union(*(texts for each in found for texts in each.values()))
+
+    def known(self, messages: list[Any]) -> Known | None:
+        """The row, unless one of its texts does not meet the conditions."""
+        texts: list[str] = [messages[index][key] for index, key in self._places]
+        joined = "\0".join(texts)
+        if not _is_text(joined):
+            return None
+        # Whoever starts with a text, ends with it or equals it contains it.
+        if any(doubt in joined for doubt in self._doubts) and not self._are_met(texts, joined):
+            return None
+        values = [strip(texts[place]) if strip else texts[place] for place, strip in self._fields]
+        return Known(messages, self, texts, joined, values)
+
+    def _are_met(self, texts: list[str], joined: str) -> bool:
+        """Whether the conditions hold, each looked at."""
+        asked = self.skeleton.conditions
+        edges = [(str.startswith, asked.starts), (str.endswith, asked.ends)]
+        if any(text in joined for text in asked.contains):
+            return False
+        for is_at, found in edges:
+            for chain, edge in found.items():
+                if any(is_at(_apply(chain, text), tuple(edge)) for text in texts):
+                    return False
+        return not any(
+            _apply(chain, text) in equals
+            for chain, equals in asked.equals.items()
+            for text in texts
+        )
 
 
 class Forms:
@@ -82,7 +134,7 @@ class Forms:
         self._controls = controls
         self._train_on = train_on
         self._opaque: OpaqueTemplate | None = None
-        self._found: dict[Key, tuple[Form, Skeleton] | None] = {}
+        self._found: dict[Key, Reading | None] = {}
 
     def known(self, row: dict[str, Any]) -> Known | None:
         """The row with its skeleton; None where it must be planned for itself."""
@@ -94,14 +146,14 @@ class Forms:
             return None
         if key not in self._found:
             self._found[key] = self._learn(key)
-        found = self._found[key]
-        return None if found is None else _known(messages, *found)
+        reading = self._found[key]
+        return None if reading is None else reading.known(messages)
 
-    def _learn(self, key: Key) -> tuple[Form, Skeleton] | None:
-        """What the template makes of the form; None where that depends on more than the form."""
+    def _learn(self, key: Key) -> Reading | None:
+        """How to read rows of the form; None where the template looks at more than the form."""
         try:
             form = self._form(key)
-            return form, self._skeleton(form)
+            return Reading(form, self._skeleton(form))
         except (Unprovable, ChatError):
             return None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -165,30 +217,9 @@ def _more(role: str, message: dict[str, Any]) -> tuple[str, tuple[str, ...], boo
     return role, tuple(names), None if train is None else bool(train)
 
 
-def _known(messages: list[Any], form: Form, skeleton: Skeleton) -> Known | None:
-    """The row with its texts, unless one does not meet the conditions."""
-    texts = {
-        (index, key): messages[index][key]
-        for index, (_, keys, _) in enumerate(form)
-        for key in keys
-    }
-    if not _is_sound("\0".join(texts.values()), skeleton.conditions):
-        return None
-    stripped: dict[Chain, dict[tuple[int, str], str]] = {(): texts}
-    for _, _, chain in skeleton.fields:
-        if chain not in stripped:
-            stripped[chain] = {place: _apply(chain, text) for place, text in texts.items()}
-    if not all(map(all, (part.values() for part in stripped.values()))):
-        return None
-    if not _meets(stripped, texts, skeleton.conditions):
-        return None
-    values = [stripped[chain][index, key] for index, key, chain in skeleton.fields]
-    return Known(messages, skeleton, form, texts, values)
-
-
-def _is_sound(joined: str, conditions: Conditions) -> bool:
-    """Whether the texts are Unicode of a size that can be held, and lack what they must lack."""
-    if len(joined) > MAX_CHARACTERS or any(text in joined for text in conditions.contains):
+def _is_text(joined: str) -> bool:
+    """Whether the texts are Unicode of a size that can be held."""
+    if len(joined) > MAX_CHARACTERS:
         return False
     if joined.isascii():
         return True
@@ -199,25 +230,13 @@ def _is_sound(joined: str, conditions: Conditions) -> bool:
     return True
 
 
-def _meets(
-    stripped: dict[Chain, dict[tuple[int, str], str]],
-    texts: dict[tuple[int, str], str],
-    conditions: Conditions,
-) -> bool:
-    def of(chain: Chain) -> list[str]:
-        if chain not in stripped:
-            stripped[chain] = {place: _apply(chain, text) for place, text in texts.items()}
-        return list(stripped[chain].values())
-
-    for chain, starts in conditions.starts.items():
-        if any(text.startswith(tuple(starts)) for text in of(chain)):
-            return False
-    for chain, ends in conditions.ends.items():
-        if any(text.endswith(tuple(ends)) for text in of(chain)):
-            return False
-    return not any(
-        text in equals for chain, equals in conditions.equals.items() for text in of(chain)
-    )
+def _strip(chain: Chain) -> Strip | None:
+    """What strips a text so; None for a chain that leaves it as it is."""
+    if not chain:
+        return None
+    if chain == (("lstrip", None), ("rstrip", None)):
+        return str.strip
+    return partial(_apply, chain)
 
 
 def _apply(chain: Chain, text: str) -> str:

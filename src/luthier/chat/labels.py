@@ -201,9 +201,16 @@ class Labeller:
             head, tail, whole = ([index for _ in side for index in next(encoded)] for side in sides)
             self._known[key] = head + tail == whole
 
-    def around(self, head: str, reply: str) -> Around:
-        """A boundary between a header and a reply, both without control tokens of messages."""
-        return head, self._near(reply, [], 0, len(reply)), ()
+    def around(self, head: str, text: str, token: str) -> Around:
+        """A boundary between a header and a reply, both without control tokens of messages.
+
+        `text`: the reply up to its first token.
+        """
+        near = text[:_NEAR]
+        if len(near) < _NEAR or not near.isalnum() or not self._tokens.local:
+            reply = text + token
+            near = self._near(reply, [], 0, len(reply))
+        return head, near, ()
 
     def leaves_alone(self, boundaries: Iterable[Around]) -> Mapping[Around, bool]:
         """Whether each boundary leaves the ids around it alone."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from luthier.chat.errors import ChatError
+from luthier.chat.packed import BYTES, packed, unpacked
 
 IGNORED = -100
 """The label of a token that does not train."""
@@ -44,20 +45,40 @@ class ChatSequence:
     each token came from; it is worked out when it is first asked for.
     """
 
-    __slots__ = ("_find_segments", "_labels", "_segments", "input_ids", "replies")
+    __slots__ = ("_find_segments", "_input_ids", "_labels", "_packed", "_segments", "replies")
 
     def __init__(
         self,
-        input_ids: list[int],
+        input_ids: list[int] | bytes,
         replies: list[Reply],
         find_segments: Callable[[], list[Segment]],
     ) -> None:
-        self.input_ids = input_ids
+        """`input_ids`: a list, or as `packed` gives them."""
+        self._input_ids: list[int] | None = None
+        self._packed: bytes | None = None
+        if isinstance(input_ids, bytes):
+            self._packed = input_ids
+        else:
+            self._input_ids = input_ids
         self._labels: list[int] | None = None
         self.replies = replies
         """The replies that train in this sequence, from first to last."""
         self._find_segments: Callable[[], list[Segment]] | None = find_segments
         self._segments: list[Segment] = []
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The ids of all tokens."""
+        if self._input_ids is None:
+            self._input_ids = unpacked(self.packed)
+        return self._input_ids
+
+    @property
+    def packed(self) -> bytes:
+        """The ids as int32 in the order of this machine, one behind the other."""
+        if self._packed is None:
+            self._packed = packed(self.input_ids)
+        return self._packed
 
     @property
     def labels(self) -> list[int]:
@@ -87,7 +108,7 @@ class ChatSequence:
         return self._segments
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.packed) // BYTES if self._input_ids is None else len(self._input_ids)
 
     def __repr__(self) -> str:
         trained = self.trained_tokens

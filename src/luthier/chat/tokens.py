@@ -14,10 +14,15 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from luthier.chat.errors import ChatError
-from luthier.chat.joined import flat_steps, grouped_texts, parted_ids, without_normalizer
+from luthier.chat.joined import grouped_texts, parted_ids
 from luthier.chat.origin import Origin, Run
+from luthier.chat.packed import packed, unpacked
+from luthier.chat.words import NORMAL_FORMS, Words, words_of
 
-_CACHED = 50_000
+_CACHED = 12_000_000
+"""Bytes, about, of the texts whose ids are kept."""
+_TEXT = 150
+"""Bytes that a kept text takes besides its characters."""
 Kind = Literal["start", "continuation", "reply", "literal", "words"]
 """How a piece stands in its sequence: at its start, behind a neutralised token, as a reply behind
 its prompt, as the neutralised token itself, or as text alone in which nothing is a token."""
@@ -44,14 +49,15 @@ class TokenEncoder:
             token.content: index for index, token in tokenizer.added_tokens_decoder.items()
         }
         self._names = {index: token for token, index in self.added.items()}
+        self._packed = {token: packed([index]) for token, index in self.added.items()}
         self.special = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
         self.pattern = token_pattern(self.added)
-        parts = _parts(self.backend)
-        self.free = all(_is_free(part) for part in parts)
+        self._steps = steps = _steps(self.backend)
+        self.free = all(map(_is_free, steps))
         """Whether a text's ids are the same at the start of a text and in its middle."""
-        self.local = self.free and _has_model(self.backend, "BPE") and any(map(_splits, parts))
+        self.local = self.free and _has_model(self.backend, "BPE") and any(map(_splits, steps))
         """Whether text is split into words by what stands next to it alone."""
         self._newline = self._plain(["\n"])[0]
         self.splits = self.free and all(
@@ -60,8 +66,8 @@ class TokenEncoder:
         """Whether a text's ids are those of its parts, taken apart at its added tokens."""
         self._splitter = re.compile(f"({self.pattern.pattern})")
         self._firsts = frozenset(token[0] for token in self.added)
-        self._cache: dict[str, list[int]] = {}
-        self._quick = without_normalizer(self.backend) if self.splits else None
+        self._cache: dict[str, bytes] = {}
+        self._size = 0
 
     def encode(self, pieces: Iterable[Piece]) -> list[list[int]]:
         """The ids of each piece, encoded in one batch."""
@@ -84,35 +90,51 @@ class TokenEncoder:
         What stands between the tokens is encoded once, however often it comes.
         """
         split = [self._splitter.split(text) for text in texts]
-        cache, added = self.known([part for parts in split for part in parts[::2]]), self.added
-        found = []
-        for parts in split:
-            ids = list(cache[parts[0]])
-            for place in range(1, len(parts), 2):
-                ids.append(added[parts[place]])
-                ids += cache[parts[place + 1]]
-            found.append(ids)
-        return found
+        known = self.known([part for parts in split for part in parts[::2]])
+        ids = [
+            [self.token(part) if place % 2 else known[part] for place, part in enumerate(parts)]
+            for parts in split
+        ]
+        return [unpacked(b"".join(parts)) for parts in ids]
+
+    def token(self, token: str) -> bytes:
+        """The packed id of an added token."""
+        return self._packed[token]
 
     def parted(self, text: str) -> list[str]:
         """The text taken apart at its added tokens: a text, a token, a text, ..., a text."""
         return self._splitter.split(text)
 
-    def known(self, texts: list[str]) -> Mapping[str, list[int]]:
-        """The ids of texts without added tokens, for a tokenizer that `splits`."""
+    def known(self, texts: list[str]) -> Mapping[str, bytes]:
+        """The packed ids of texts without added tokens, for a tokenizer that `splits`."""
         cache = self._cache
         new = {text: None for text in texts if text not in cache}
-        if len(cache) + len(new) > _CACHED:
+        self._size += _size(new)
+        if self._size > _CACHED:
             cache.clear()
             new = dict.fromkeys(texts)
+            self._size = _size(new)
         if new:
-            cache.update(zip(new, self._joined(list(new)), strict=True))
+            cache.update(self._new(list(new)))
         return cache
 
-    def hold_tokens(self, texts: Iterable[str]) -> bool:
-        """Whether an added token stands in one of the texts."""
-        joined = "\0".join(texts)
-        return any(first in joined for first in self._firsts) and bool(self.pattern.search(joined))
+    def _new(self, texts: list[str]) -> Iterator[tuple[str, bytes]]:
+        """Each text with its packed ids."""
+        words = self._words
+        if words is not None:
+            plain = [text for text in texts if text.isascii()]
+            yield from zip(plain, words.encode(plain), strict=True)
+            texts = [text for text in texts if not text.isascii()]
+        yield from zip(texts, map(packed, self._joined(texts)), strict=True)
+
+    @cached_property
+    def _words(self) -> Words | None:
+        """What encodes ASCII word by word, if that gives what the backend gives."""
+        return words_of(self.backend, self._steps)
+
+    def holds_token(self, text: str) -> bool:
+        """Whether an added token stands in the text."""
+        return any(first in text for first in self._firsts) and bool(self.pattern.search(text))
 
     def may_end_in_token(self, text: str) -> bool:
         """Whether the text ends as an added token begins."""
@@ -135,16 +157,7 @@ class TokenEncoder:
         if not self.added:
             return self._plain(texts)
         index = min(self.added.values())
-        token = self._names[index]
-        if self._quick is None:
-            return parted_ids(list(grouped_texts(texts)), token, index, self._plain)
-        # Unicode's normal forms leave ASCII alone, so that step is left out for it.
-        ascii_texts = [text for text in texts if text.isascii()]
-        others = [text for text in texts if not text.isascii()]
-        quick, place = self._quick
-        found = parted_ids(list(grouped_texts(ascii_texts)), token, place, quick)
-        ids = iter(found), iter(parted_ids(list(grouped_texts(others)), token, index, self._plain))
-        return [next(ids[not text.isascii()]) for text in texts]
+        return parted_ids(list(grouped_texts(texts)), self._names[index], index, self._plain)
 
     def _is_plain(self, piece: Piece) -> bool:
         return piece.kind == "start" or (piece.kind == "reply" and self.free)
@@ -217,6 +230,11 @@ class TokenEncoder:
         return list(ids)
 
 
+def _size(texts: Iterable[str]) -> int:
+    """About the bytes that texts take that are kept."""
+    return sum(len(text) + _TEXT for text in texts)
+
+
 def _is_plain_token(token: Any) -> bool:
     """Whether an added token is found wherever its text stands, and takes nothing around it."""
     return not (token.lstrip or token.rstrip or token.single_word or token.normalized)
@@ -237,28 +255,34 @@ def control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
     return frozenset(tokenizer._get_control_tokens(source))
 
 
-def _parts(backend: Any) -> list[dict[str, Any]]:
+def _steps(backend: Any) -> list[dict[str, Any]]:
     """The steps that a backend takes before its model."""
-    steps = (backend.normalizer, backend.pre_tokenizer)
-    states = [json.loads(step.__getstate__()) for step in steps if step is not None]
-    return [part for state in states for part in flat_steps(state)]
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    states = [json.loads(part.__getstate__()) for part in parts if part is not None]
+    return [step for state in states for step in _flat(state)]
+
+
+def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the list of its steps."""
+    inner = step.get("normalizers") or step.get("pretokenizers")
+    return [flat for child in inner for flat in _flat(child)] if inner else [step]
 
 
 def _has_model(backend: Any, kind: str) -> bool:
     return type(backend.model).__name__ == kind
 
 
-def _is_free(part: dict[str, Any]) -> bool:
-    if part["type"] == "ByteLevel":
-        return not part.get("add_prefix_space", False)
-    if part["type"] == "Split":
-        return not _LOOKS_BACK.search(part["pattern"].get("Regex", ""))
-    return part["type"] in ("NFC", "NFD", "NFKC", "NFKD", "Digits", "Punctuation")
+def _is_free(step: dict[str, Any]) -> bool:
+    if step["type"] == "ByteLevel":
+        return not step.get("add_prefix_space", False)
+    if step["type"] == "Split":
+        return not _LOOKS_BACK.search(step["pattern"].get("Regex", ""))
+    return step["type"] in NORMAL_FORMS | {"Digits", "Punctuation"}
 
 
-def _splits(part: dict[str, Any]) -> bool:
+def _splits(step: dict[str, Any]) -> bool:
     """Whether a step splits text into words."""
-    return part["type"] == "Split" or (part["type"] == "ByteLevel" and part["use_regex"])
+    return step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"])
 
 
 def spans(runs: Iterable[Run]) -> Iterator[tuple[int, int, Origin | None]]:

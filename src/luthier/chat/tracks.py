@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from luthier.chat.forms import Known
 from luthier.chat.labels import Around, Labeller
+from luthier.chat.packed import BYTES
 from luthier.chat.sequences import ChatSequence, Reply, Segment
 from luthier.chat.skeleton import SequencePlan
 from luthier.chat.tokens import TokenEncoder
@@ -24,33 +25,41 @@ class TrackReply:
     message: int
     start: int
     """Items before it."""
-    head: str | None
-    """The text in front of it from the last token on; None where that holds a field."""
+    head: str
+    """The text in front of it from the last token on; empty where that holds a field."""
     stop: int = 0
     """The item behind its last one."""
     first: Recipe = ()
     """Its text up to the first token."""
-    token: str | None = None
-    """That token."""
+    token: str = ""
+    """That token, if there is one."""
 
 
 @dataclass(slots=True)
 class Track:
-    """A sequence as ids and stretches of text that are still to be encoded."""
+    """A sequence as ids, and texts that are still to be encoded."""
 
-    items: list[list[int] | Recipe] = field(default_factory=list)
-    """Ids as they stand, or the recipe of a text."""
+    items: list[bytes | int] = field(default_factory=list)
+    """Packed ids as they stand, or the number of a text."""
     replies: list[TrackReply] = field(default_factory=list)
 
 
 @dataclass(slots=True)
+class Layout:
+    """What all rows of one form are made of."""
+
+    recipes: dict[Recipe, int] = field(default_factory=dict)
+    """The recipe of each text, by which it has its number."""
+    tracks: list[Track] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Draft:
-    """A row on its way: the texts of its tracks, and what decides where they may be parted."""
+    """A row on its way: its texts, and what decides where they may be parted."""
 
     row: Known
-    tracks: list[Track]
-    texts: list[list[str | None]]
-    """For each track, for each item, its text; None for ids."""
+    layout: Layout
+    texts: list[str]
     boundaries: list[Around]
 
 
@@ -60,7 +69,7 @@ class Tracks:
     def __init__(self, tokens: TokenEncoder, labeller: Labeller) -> None:
         self._tokens = tokens
         self._labeller = labeller
-        self._tracks: dict[int, list[Track] | None] = {}
+        self._layouts: dict[int, Layout | None] = {}
 
     def encode(self, rows: list[Known]) -> list[list[ChatSequence] | None]:
         """The sequences of each row; None for a row that the labeller must see to."""
@@ -74,56 +83,40 @@ class Tracks:
             draft if draft and all(map(fits.__getitem__, draft.boundaries)) else None
             for draft in drafts
         ]
-        texts = [text for draft in kept if draft for part in draft.texts for text in part if text]
-        ids = self._tokens.known(texts)
+        ids = self._tokens.known([text for draft in kept if draft for text in draft.texts])
         return [self._sequences(draft, ids) if draft else None for draft in kept]
 
     def _draft(self, row: Known) -> Draft | None:
         """The row's texts; None where one may hold a token, or the boundaries cannot be told."""
         key = id(row.skeleton)
-        if key not in self._tracks:
-            plans = row.skeleton.sequences
-            are_apart = all(self._is_apart(plan.parts) for plan in plans)
-            self._tracks[key] = [self._track(plan) for plan in plans] if are_apart else None
-        tracks = self._tracks[key]
-        if tracks is None or self._tokens.hold_tokens(row.texts.values()):
+        if key not in self._layouts:
+            self._layouts[key] = self._layout(row.skeleton.sequences)
+        layout = self._layouts[key]
+        if layout is None or self._tokens.holds_token(row.joined):
             return None
-        draft = Draft(row, tracks, [], [])
-        for track in tracks:
-            texts = [
-                None if isinstance(item, list) else _text(item, row.values) for item in track.items
-            ]
-            draft.texts.append(texts)
-            for reply in track.replies[:-1]:
-                if reply.head is None or reply.token is None:
-                    return None
-                begins = _text(reply.first, row.values) + reply.token
-                draft.boundaries.append(self._labeller.around(reply.head, begins))
-        return draft
+        values = row.values
+        boundaries = [
+            self._labeller.around(reply.head, _text(reply.first, values), reply.token)
+            for track in layout.tracks
+            for reply in track.replies[:-1]
+        ]
+        return Draft(row, layout, [_text(recipe, values) for recipe in layout.recipes], boundaries)
 
-    def _sequences(self, draft: Draft, known: Mapping[str, list[int]]) -> list[ChatSequence]:
+    def _sequences(self, draft: Draft, known: Mapping[str, bytes]) -> list[ChatSequence]:
+        texts = [known[text] for text in draft.texts]
         return [
-            self._sequence(draft.row, number, track, texts, known)
-            for number, (track, texts) in enumerate(zip(draft.tracks, draft.texts, strict=True))
+            self._sequence(draft.row, number, track, texts)
+            for number, track in enumerate(draft.layout.tracks)
         ]
 
-    def _sequence(
-        self,
-        row: Known,
-        number: int,
-        track: Track,
-        texts: list[str | None],
-        known: Mapping[str, list[int]],
-    ) -> ChatSequence:
-        ids: list[int] = []
-        ends = [0]
-        for item, text in zip(track.items, texts, strict=True):
-            ids += item if text is None else known[text]  # type: ignore[arg-type]
-            ends.append(len(ids))
+    def _sequence(self, row: Known, number: int, track: Track, texts: list[bytes]) -> ChatSequence:
+        ids = [item if isinstance(item, bytes) else texts[item] for item in track.items]
+        ends = [0, *accumulate(map(len, ids))]
         replies = [
-            Reply(reply.message, ends[reply.start], ends[reply.stop]) for reply in track.replies
+            Reply(reply.message, ends[reply.start] // BYTES, ends[reply.stop] // BYTES)
+            for reply in track.replies
         ]
-        return ChatSequence(ids, replies, partial(self._segments, row, number))
+        return ChatSequence(b"".join(ids), replies, partial(self._segments, row, number))
 
     def _segments(self, row: Known, number: int) -> list[Segment]:
         (encoded,) = self._labeller.encode([(row.sequences()[number], False)])
@@ -139,9 +132,21 @@ class Tracks:
         ends = any(map(self._tokens.may_end_in_token, before))
         return not (ends or any(map(self._tokens.may_begin_in_token, behind)))
 
-    def _track(self, plan: SequencePlan) -> Track:
+    def _layout(self, plans: list[SequencePlan]) -> Layout | None:
+        """The tracks of sequences; None where it takes the text to tell their parts."""
+        layout = Layout()
+        if not all(self._is_apart(plan.parts) for plan in plans):
+            return None
+        for plan in plans:
+            track = self._track(plan, layout.recipes)
+            if not all(reply.head and reply.token for reply in track.replies[:-1]):
+                return None
+            layout.tracks.append(track)
+        return layout
+
+    def _track(self, plan: SequencePlan, recipes: dict[Recipe, int]) -> Track:
         """Take a sequence apart at its tokens and at the ends of its replies."""
-        builder = _Builder(self._tokens)
+        builder = _Builder(self._tokens, recipes)
         starts = {span.start: span.message for span in plan.spans}
         stops = {span.stop for span in plan.spans}
         marks: dict[int, set[int]] = {}
@@ -162,9 +167,10 @@ class Tracks:
 class _Builder:
     """Builds a track from left to right."""
 
-    def __init__(self, tokens: TokenEncoder) -> None:
+    def __init__(self, tokens: TokenEncoder, recipes: dict[Recipe, int]) -> None:
         self.track = Track()
         self._tokens = tokens
+        self._recipes = recipes
         self._recipe: list[str | int] = []
         self._since: list[str | int] = []
         """What came since the last token, the token included."""
@@ -174,7 +180,7 @@ class _Builder:
     def start(self, message: int) -> None:
         self._cut()
         plain = [part for part in self._since if isinstance(part, str)]
-        head = "".join(plain) if len(plain) == len(self._since) else None
+        head = "".join(plain) if len(plain) == len(self._since) else ""
         self.track.replies.append(TrackReply(message, len(self.track.items), head))
 
     def stop(self) -> None:
@@ -195,29 +201,32 @@ class _Builder:
 
     def flush(self) -> None:
         for reply in self.track.replies[-1:]:
-            if reply.token is None:
+            if not reply.token:
                 reply.first = reply.first or tuple(self._recipe)
         plain = [part for part in self._recipe if isinstance(part, str)]
         if plain and len(plain) == len(self._recipe):
             text = "".join(plain)
             self._ids(self._tokens.known([text])[text])
         elif self._recipe:
-            self.track.items.append(tuple(self._recipe))
+            recipe = tuple(self._recipe)
+            self.track.items.append(self._recipes.setdefault(recipe, len(self._recipes)))
             self._apart = True
         self._recipe = []
 
     def _token(self, token: str) -> None:
         self.flush()
-        self._ids([self._tokens.added[token]])
+        self._ids(self._tokens.token(token))
         self._since = [token]
         for reply in self.track.replies[-1:]:
-            reply.token = token if reply.token is None else reply.token
+            reply.token = reply.token or token
 
-    def _ids(self, ids: list[int]) -> None:
-        if self._apart:
-            self.track.items.append([])
+    def _ids(self, ids: bytes) -> None:
+        last = self.track.items[-1] if self.track.items and not self._apart else None
+        if isinstance(last, bytes):
+            self.track.items[-1] = last + ids
+        else:
+            self.track.items.append(ids)
         self._apart = False
-        self.track.items[-1] = [*self.track.items[-1], *ids]
 
     def _cut(self) -> None:
         self.flush()
@@ -225,4 +234,5 @@ class _Builder:
 
 
 def _text(recipe: Recipe, values: list[str]) -> str:
-    return "".join([values[part] if isinstance(part, int) else part for part in recipe])
+    parts = [values[part] if isinstance(part, int) else part for part in recipe]
+    return parts[0] if len(parts) == 1 else "".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,20 +80,29 @@ def _bytes_of_rows(column: Column) -> list[memoryview]:
 
 
 def _token_rows(sequences: Sequence[ChatSequence]) -> dict[str, Column]:
-    """The sequences as arrays: that takes half the time of lists."""
+    """The sequences as arrays."""
     offsets = np.cumsum([0, *map(len, sequences)])
-    # Twice as fast as numpy over one long list.
-    packed = b"".join([struct.pack(f"={len(s)}i", *s.input_ids) for s in sequences])
-    ids = np.frombuffer(packed, np.int32)
-    labels = np.full(len(ids), IGNORED, np.int32)
-    for start, sequence in zip(offsets.tolist(), sequences, strict=False):
-        for _, begin, end in sequence.replies:
-            labels[start + begin : start + end] = ids[start + begin : start + end]
+    ids = np.frombuffer(b"".join([sequence.packed for sequence in sequences]), np.int32)
+    trains = _inside(len(ids), [
+        (start + reply.start, start + reply.stop)
+        for start, sequence in zip(offsets.tolist(), sequences, strict=False)
+        for reply in sequence.replies
+    ])  # fmt: skip
+    trained = np.concatenate([[0], np.cumsum(trains, dtype=np.int32)])[offsets]
     return {
         "input_ids": Ragged(ids, offsets),
-        "labels": Ragged(labels, offsets),
-        "trained": np.array([sequence.trained_tokens for sequence in sequences], np.int32),
+        "labels": Ragged(np.where(trains, ids, np.int32(IGNORED)), offsets),
+        "trained": np.diff(trained).astype(np.int32),
     }
+
+
+def _inside(size: int, stretches: list[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which of so many tokens are inside one of the stretches, which share no token."""
+    starts, stops = np.array(stretches, np.int64).reshape(-1, 2).T
+    steps = np.zeros(size + 1, np.int8)
+    np.add.at(steps, starts, 1)
+    np.subtract.at(steps, stops, 1)
+    return np.cumsum(steps[:size], dtype=np.int8).astype(bool)
 
 
 class ConversationEncoder:

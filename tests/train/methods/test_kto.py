@@ -25,6 +25,7 @@ from luthier.data.batches.rows import TokenRows
 from luthier.data.judged_encoders import UnpairedEncoder, UnpairingEncoder
 from luthier.errors import UserError
 from luthier.train.methods import kto
+from luthier.train.methods.encoding import verdicts
 from luthier.train.methods.kto import KTO, UnpairedTrainer
 
 EXAMPLES = unpaired()
@@ -172,7 +173,7 @@ def test_a_step_of_one_row_has_nothing_to_estimate_from(tmp_path):
 
 def test_pairs_are_taken_apart():
     kinds = {
-        kind: KTO().encoder(config(), tokenizer(), kind, SourceConfig(path="y"))
+        kind: verdicts(config(), tokenizer(), kind, SourceConfig(path="y"))
         for kind in ("unpaired", "preference")
     }
     assert type(kinds["preference"]) is UnpairingEncoder

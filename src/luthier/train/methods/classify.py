@@ -14,10 +14,8 @@ import numpy as np
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import Trainer, TrainingArguments
 
-from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.encoders import RowEncoder
+from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
-from luthier.data.task_encoders import ClassificationEncoder
 from luthier.errors import UserError
 from luthier.metrics.classes import multi_label, numbers, single_label
 from luthier.model.machine import Machine
@@ -47,12 +45,6 @@ NUMBERS = ("mae", "rmse", "pearson")
 
 class Classify:
     """Trains a head on texts with labels."""
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Texts as the tokenizer gives them, and their labels."""
-        return ClassificationEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `transformers.TrainingArguments`."""

@@ -8,8 +8,7 @@ from typing import Any
 
 from trl import DistillationConfig, DistillationTrainer
 
-from luthier.config.schema import ModelConfig, RunConfig, SourceConfig
-from luthier.data.encoders import RowEncoder
+from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.machine import Machine, choose
@@ -18,7 +17,7 @@ from luthier.model.weights import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.prompted import prompt_encoder, prompt_rows, stop_ids
+from luthier.train.methods.prompted import prompt_rows, stop_ids
 
 
 class StudentTrainer(Prompted, DistillationTrainer):
@@ -27,12 +26,6 @@ class StudentTrainer(Prompted, DistillationTrainer):
 
 class Distill:
     """Trains on the difference between the model's and a teacher's next tokens."""
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Conversations up to their last reply."""
-        return prompt_encoder(config, tokenizer)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.DistillationConfig`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from trl import KTOConfig, KTOTrainer
 
-from luthier.config.schema import RunConfig, SourceConfig
+from luthier.config.schema import RunConfig
 from luthier.data.batches.judged import (
     PartneredLayout,
     Partners,
@@ -19,8 +19,6 @@ from luthier.data.batches.judged import (
 )
 from luthier.data.batches.rows import TokenRows
 from luthier.data.batches.samplers import Sampler
-from luthier.data.encoders import RowEncoder
-from luthier.data.judged_encoders import UnpairedEncoder, UnpairingEncoder
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.machine import Machine
@@ -28,7 +26,7 @@ from luthier.train import report
 from luthier.train.methods.completions import forward, token_sums
 from luthier.train.methods.judging import Judging, Scores, Terms, mean, ratio
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.preferring import PairMethod, chat_settings
+from luthier.train.methods.preferring import PairMethod
 from luthier.train.methods.referring import Referring, check_reference, reference_of
 
 PARTNER = "partner"
@@ -190,13 +188,6 @@ class KTO(PairMethod):
     """Replies with a verdict; of two replies to one prompt, the better one is good."""
 
     make = KTOConfig
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Replies behind the ids that generation starts from."""
-        make = UnpairedEncoder if kind == "unpaired" else UnpairingEncoder
-        return make(tokenizer, chat_settings(config, source))
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.KTOConfig`."""

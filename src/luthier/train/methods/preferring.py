@@ -3,23 +3,14 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.encoders import RowEncoder
-from luthier.data.judged_encoders import PreferenceEncoder
+from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.model.machine import Machine
-from luthier.model.tokenizer import end_token_ids
 from luthier.model.weights import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.batching import batching_of
 from luthier.train.methods.method import Ingredients
 from luthier.train.methods.tabled import evaluation_rows
-
-
-def chat_settings(config: RunConfig, source: SourceConfig) -> dict[str, Any]:
-    """The settings of the chat encoder for a source."""
-    chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
-    return chat if source.train_on is None else chat | {"train_on": source.train_on}
 
 
 class PairMethod:
@@ -29,12 +20,6 @@ class PairMethod:
     """The class of the trainer's arguments."""
     reference: Any = None
     """The model that the trained one is compared with, if it is one of its own."""
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Both replies behind the ids that generation starts from."""
-        return PreferenceEncoder(tokenizer, chat_settings(config, source))
 
     def own(self, config: RunConfig) -> dict[str, Any]:
         """What the arguments must say besides."""

@@ -12,9 +12,8 @@ from luthier.data.batches.rows import TokenRows
 from luthier.data.encoded import Encoded
 from luthier.data.joined import JoinedTable
 from luthier.data.prepare import Prepared
-from luthier.data.prompts import PromptEncoder, longest_prompt, parted, reference_of
+from luthier.data.prompts import parted, reference_of
 from luthier.model.encoder import make_encoder
-from luthier.model.tokenizer import end_token_ids
 
 RESERVED = frozenset(
     ["prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
@@ -107,12 +106,6 @@ class PromptSampler(RepeatSampler):
             state = np.random.SeedSequence([self.seed or 0, self.epoch]).generate_state(1)
             self.generator.manual_seed(int(state[0]))
         return super().__iter__()
-
-
-def prompt_encoder(config: RunConfig, tokenizer: Any) -> PromptEncoder:
-    """The encoder of a run's prompts; UserError where completions leave no room for them."""
-    chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
-    return PromptEncoder(tokenizer, chat, longest_prompt(config))
 
 
 def stop_ids(config: RunConfig, tokenizer: Any) -> list[int]:

@@ -7,8 +7,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import nanstd
 
-from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.encoders import RowEncoder
+from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.metrics.reward import Reward
 from luthier.metrics.rewards import parse_rewards, prepare_rewards, try_rewards
@@ -19,7 +18,6 @@ from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients
 from luthier.train.methods.prompted import (
     PromptRows,
-    prompt_encoder,
     prompt_rows,
     stop_ids,
 )
@@ -80,12 +78,6 @@ class Reinforce:
 
     make_arguments: Any
     make_trainer: Any
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Conversations up to their last reply."""
-        return prompt_encoder(config, tokenizer)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.GRPOConfig` or `trl.RLOOConfig`."""

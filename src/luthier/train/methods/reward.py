@@ -11,11 +11,9 @@ from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from luthier.config.schema import RunConfig, SourceConfig
+from luthier.config.schema import RunConfig
 from luthier.data.batches.judged import WholeLayout
 from luthier.data.batches.rows import TokenRows
-from luthier.data.encoders import RowEncoder
-from luthier.data.judged_encoders import RewardEncoder
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.machine import Machine
@@ -24,7 +22,7 @@ from luthier.model.weights import load_model
 from luthier.train.methods.heads import model_config
 from luthier.train.methods.judging import Judging, Scores, Terms, mean
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.preferring import PairMethod, chat_settings
+from luthier.train.methods.preferring import PairMethod
 
 LOOKED_AT = 1000
 """Rows whose last tokens are looked at, to choose a padding token that is none of them."""
@@ -74,12 +72,6 @@ class Reward(PairMethod):
     """Pairs of whole conversations, and a model with one number as its output."""
 
     make = RewardConfig
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Both conversations as the template writes them."""
-        return RewardEncoder(tokenizer, chat_settings(config, source))
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
         """A model with one number as its output: its own such head, or a new one from the seed."""

@@ -10,11 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from luthier.config.schema import RunConfig, SourceConfig
+from luthier.config.schema import RunConfig
 from luthier.data.batches.rows import IGNORED
-from luthier.data.encoders import RowEncoder
 from luthier.data.prepare import Prepared
-from luthier.data.task_encoders import Seq2SeqEncoder
 from luthier.errors import UserError
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
@@ -38,12 +36,6 @@ MODEL = "AutoModelForSeq2SeqLM"
 
 class Seq2Seq:
     """Trains an encoder-decoder model on sources and targets."""
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Sources and targets as the tokenizer gives them."""
-        return Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `transformers.Seq2SeqTrainingArguments`."""

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from luthier.config.schema import RunConfig, SourceConfig
+from luthier.config.schema import RunConfig
 from luthier.data.batches.rows import TokenRows
-from luthier.data.encoders import ConversationEncoder, RowEncoder, TextEncoder
 from luthier.data.prepare import Prepared
 from luthier.model.machine import Machine
-from luthier.model.tokenizer import end_token_ids
 from luthier.model.weights import load_model
 from luthier.train.arguments import sft_arguments
 from luthier.train.batching import Batching, batching_of
@@ -19,16 +17,6 @@ from luthier.train.sft import TokenTrainer
 
 class Supervised:
     """Trains the replies of conversations, and every token of plain texts."""
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Conversations by the chat encoder, texts in windows."""
-        if kind == "text":
-            return TextEncoder(tokenizer, config.chat.max_length, config.dataset.stride)
-        chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
-        own = {} if source.train_on is None else {"train_on": source.train_on}
-        return ConversationEncoder(tokenizer, chat | own)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.SFTConfig`."""

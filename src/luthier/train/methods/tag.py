@@ -14,11 +14,9 @@ import numpy as np
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
-from luthier.config.schema import RunConfig, SourceConfig
+from luthier.config.schema import RunConfig
 from luthier.data.batches.rows import IGNORED
-from luthier.data.encoders import RowEncoder
 from luthier.data.prepare import Prepared
-from luthier.data.task_encoders import TaggingEncoder
 from luthier.metrics.entities import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.machine import Machine
 from luthier.train.arguments import trainer_arguments
@@ -40,12 +38,6 @@ ENTITIES = ("entity_precision", "entity_recall", "entity_f1")
 
 class Tag:
     """Trains a head on words with tags."""
-
-    def encoder(
-        self, config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-    ) -> RowEncoder:
-        """Words with one space between them, and their tags."""
-        return TaggingEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `transformers.TrainingArguments`."""

@@ -1,0 +1,117 @@
+"""What makes token rows of a source's rows, for each method: known without its trainer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from luthier.config.methods import check_rows
+from luthier.config.schema import RunConfig, SourceConfig
+from luthier.data.encoders import (
+    ConversationEncoder,
+    KeepingColumns,
+    RowEncoder,
+    TextEncoder,
+)
+from luthier.data.judged_encoders import (
+    PreferenceEncoder,
+    RewardEncoder,
+    UnpairedEncoder,
+    UnpairingEncoder,
+)
+from luthier.data.parts import key_of_shape
+from luthier.data.prepare import Encoders
+from luthier.data.prompts import PromptEncoder, longest_prompt
+from luthier.data.task_encoders import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
+from luthier.model.tokenizer import end_token_ids
+
+Make = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]
+"""From a config, its tokenizer, and the kind of a source's rows, which is one of the method's."""
+
+
+def encoders(config: RunConfig, tokenizer: Any) -> Encoders:
+    """The encoder for each source of a run; UserError for rows that its method does not take."""
+    name = config.trainer.method
+
+    def encoder(kind: str, source: SourceConfig, key: str) -> RowEncoder:
+        check_rows(name, kind, key, key_of_shape(key))
+        made = ENCODERS[name](config, tokenizer, kind, source)
+        return KeepingColumns(made) if _reads_columns(config) else made
+
+    return encoder
+
+
+def _reads_columns(config: RunConfig) -> bool:
+    """Whether a reward or a metric of the user's own reads the columns of the rows."""
+    evaluation = config.trainer.evaluation
+    metrics = [*evaluation.metrics, *(one for own in evaluation.sets.values() for one in own)]
+    names = (metric if isinstance(metric, str) else next(iter(metric)) for metric in metrics)
+    return bool(config.trainer.rewards) or any(name.startswith("python:") for name in names)
+
+
+def _chat_settings(config: RunConfig, source: SourceConfig) -> dict[str, Any]:
+    """The settings of the chat encoder for a source."""
+    chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
+    return chat if source.train_on is None else chat | {"train_on": source.train_on}
+
+
+def chats_or_texts(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
+    """Conversations by the chat encoder, texts in windows."""
+    if kind == "text":
+        return TextEncoder(tokenizer, config.chat.max_length, config.dataset.stride)
+    return ConversationEncoder(tokenizer, _chat_settings(config, source))
+
+
+def pairs(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+    """Both replies behind the ids that generation starts from."""
+    return PreferenceEncoder(tokenizer, _chat_settings(config, source))
+
+
+def verdicts(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+    """Replies behind the ids that generation starts from; of a pair, each by itself."""
+    make = UnpairedEncoder if kind == "unpaired" else UnpairingEncoder
+    return make(tokenizer, _chat_settings(config, source))
+
+
+def scored_pairs(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+    """Both conversations as the template writes them."""
+    return RewardEncoder(tokenizer, _chat_settings(config, source))
+
+
+def classes(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+    """Texts as the tokenizer gives them, and their labels."""
+    return ClassificationEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
+
+
+def tags(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+    """Words with one space between them, and their tags."""
+    return TaggingEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
+
+
+def targets(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+    """Sources and targets as the tokenizer gives them."""
+    return Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
+
+
+def prompts(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+    """Conversations up to their last reply; UserError where completions leave them no room."""
+    chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
+    return PromptEncoder(tokenizer, chat, longest_prompt(config))
+
+
+ENCODERS: Mapping[str, Make] = {
+    "sft": chats_or_texts,
+    "pretrain": chats_or_texts,
+    "dpo": pairs,
+    "kto": verdicts,
+    "orpo": pairs,
+    "cpo": pairs,
+    "reward": scored_pairs,
+    "classify": classes,
+    "tag": tags,
+    "seq2seq": targets,
+    "grpo": prompts,
+    "rloo": prompts,
+    "distill": prompts,
+}
+"""By the name of the method."""
