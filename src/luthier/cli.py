@@ -50,6 +50,11 @@ COMMANDS = {
         "encode the dataset into the cache, ahead",
         "luthier.data.ahead:run",
     ),
+    "sweep": Command(
+        "sweep FOLDER",
+        "the trials of a sweep (train.py -m ...), the best first",
+        "luthier.sweep.show:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

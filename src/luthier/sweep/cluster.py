@@ -1,0 +1,178 @@
+"""Trials as jobs of a SLURM cluster through submitit; its local executor runs the same code."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+from luthier.sweep.launching import Launch
+from luthier.sweep.planning import Sweep
+from luthier.sweep.processes import Job
+from luthier.sweep.settings import Submitit
+from luthier.sweep.trials import Folder, Trial
+
+if TYPE_CHECKING:
+    import submitit
+
+_TICK = 0.5
+_KEY = "hydra.launcher.parameters"
+
+
+class Command:
+    """What a job does: it runs a trial, and passes on that its time is over."""
+
+    def __init__(
+        self, words: list[str], folder: str, logs: tuple[Path, Path], grace: float
+    ) -> None:
+        self.words, self.folder, self.logs, self.grace = words, folder, logs, grace
+        self._trial: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        """Run the trial in a process group of its own; returns its exit code."""
+        for log in self.logs:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        signal.signal(signal.SIGTERM, self._cancelled)
+        signal.signal(signal.SIGINT, self._cancelled)
+        with self.logs[0].open("ab") as out, self.logs[1].open("ab") as err:
+            self._trial = subprocess.Popen(
+                self.words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                process_group=0, env=_without_submitit(os.environ),
+            )  # fmt: skip
+            return self._trial.wait()
+
+    def checkpoint(self) -> Any:
+        """Have the trial write its checkpoint when the job's time is over, and submit it again."""
+        import submitit
+
+        self._end()
+        return submitit.helpers.DelayedSubmission(
+            Command(self.words, self.folder, self.logs, self.grace)
+        )
+
+    def _cancelled(self, *_: Any) -> None:
+        """The sweep cancels the job: the trial ends with a checkpoint, and the job with it."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._trial is None:
+            return
+        group = self._trial.pid
+        _send(group, signal.SIGTERM)
+        try:
+            self._trial.wait(self.grace)
+        except subprocess.TimeoutExpired:
+            _send(group, signal.SIGKILL)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_trial": None}
+
+
+def _send(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return
+
+
+def _without_submitit(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in environ.items() if not name.startswith("SUBMITIT_")}
+
+
+class Submitted:
+    """A job of the cluster."""
+
+    def __init__(self, job: "submitit.Job[int]") -> None:
+        self._job = job
+        self._stopped = False
+
+    def code(self) -> int | None:
+        """Its exit code, or None while it waits or runs; 1 where the cluster ended it."""
+        if not self._job.done():
+            return None
+        try:
+            return int(self._job.results()[0])
+        except Exception:  # whatever the cluster did: the trial's record says how far it came
+            return 1
+
+    def stop(self) -> None:
+        """Cancel it; the trial writes its checkpoint first."""
+        if not self._stopped or isinstance(self._job.job_id, str):
+            self._job.cancel(check=False)
+        self._stopped = True
+
+
+class Cluster:
+    """A cluster, as a place for trials."""
+
+    def __init__(self, planned: Sweep, launch: Launch) -> None:
+        settings = planned.launcher
+        assert isinstance(settings, Submitit)
+        self.slots = [f"job {number + 1}" for number in range(settings.slots)]
+        self._settings, self._launch, self._folder = settings, launch, planned.folder
+        self._on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
+        self._executor = executor(settings, self._gpus(), planned.folder)
+
+    def _gpus(self) -> int:
+        each = self._settings.gpus_per_trial
+        if each == "auto":
+            local = self._settings.cluster == "local"
+            return 0 if self._on_cpu or local else self._launch.processes
+        return int(each)
+
+    def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
+        """Submit a trial."""
+        command = Command(
+            self._launch.command(overrides, has_gpus=False),
+            str(Path.cwd()),
+            self._folder.logs(trial),
+            self._settings.grace,
+        )
+        job = self._executor.submit(command)
+        trial.job = str(job.job_id)
+        return Submitted(job)
+
+    def again(self, trial: Trial) -> Job | None:
+        """The job of a trial, where it still waits or runs: a cluster does not end it with us."""
+        if trial.job is None or self._settings.cluster != "slurm":
+            return None
+        import submitit
+
+        job: submitit.Job[int] = submitit.SlurmJob(self._folder.path / "jobs", trial.job)
+        return None if job.done(force_check=True) else Submitted(job)
+
+
+def check(settings: Submitit) -> None:
+    """Refuse what can be known to be wrong before anything is submitted."""
+    if find_spec("submitit") is None:
+        raise UserError(
+            "hydra/launcher: submitit is not installed. Install it: pip install "
+            "'luthier[submitit]'."
+        )
+    nodes = settings.parameters.get("nodes", settings.parameters.get("slurm_nodes", 1))
+    if nodes != 1 or settings.parameters.get("tasks_per_node", 1) != 1:
+        raise UserError(
+            f"{_KEY}: a trial is one task on one machine, whose processes `accelerate launch` "
+            "starts. Remove nodes and tasks_per_node."
+        )
+
+
+def executor(settings: Submitit, gpus: int, folder: Folder) -> "submitit.AutoExecutor":
+    """submitit's executor with the settings of the sweep; raises UserError for what it refuses."""
+    check(settings)
+    import submitit
+
+    try:
+        made = submitit.AutoExecutor(folder.path / "jobs", cluster=settings.cluster)
+        asked = {"gpus_per_node": gpus, "name": folder.path.name[:40], **settings.parameters}
+        made.update_parameters(**asked)
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"hydra/launcher={_name(settings)}: {error}") from error
+    return made
+
+
+def _name(settings: Submitit) -> str:
+    return f"submitit_{settings.cluster}"
