@@ -3,13 +3,14 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.sweep.launching import Launch
+from luthier.sweep.launching import Launch, without_rank
 from luthier.sweep.planning import Sweep
 from luthier.sweep.processes import Job
 from luthier.sweep.settings import Submitit
@@ -18,7 +19,7 @@ from luthier.sweep.trials import Folder, Trial
 if TYPE_CHECKING:
     import submitit
 
-_TICK = 0.5
+_TICK = 0.1
 _KEY = "hydra.launcher.parameters"
 
 
@@ -29,29 +30,32 @@ class Command:
         self, words: list[str], folder: str, logs: tuple[Path, Path], grace: float
     ) -> None:
         self.words, self.folder, self.logs, self.grace = words, folder, logs, grace
-        self._trial: subprocess.Popen[bytes] | None = None
+        self._trial: int | None = None
+        """The number of the trial's process, and of its group."""
+        self._code: int | None = None
 
     def __call__(self) -> int:
         """Run the trial in a process group of its own; returns its exit code."""
         for log in self.logs:
             log.parent.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, self._cancelled)
-        signal.signal(signal.SIGINT, self._cancelled)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._cancelled)
         with self.logs[0].open("ab") as out, self.logs[1].open("ab") as err:
             self._trial = subprocess.Popen(
                 self.words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                process_group=0, env=_without_submitit(os.environ),
-            )  # fmt: skip
-            return self._trial.wait()
+                process_group=0, env=_environment(os.environ),
+            ).pid  # fmt: skip
+        while not self._has_ended():
+            time.sleep(_TICK)
+        return self._code or 0
 
     def checkpoint(self) -> Any:
         """Have the trial write its checkpoint when the job's time is over, and submit it again."""
         import submitit
 
         self._end()
-        return submitit.helpers.DelayedSubmission(
-            Command(self.words, self.folder, self.logs, self.grace)
-        )
+        again = Command(self.words, self.folder, self.logs, self.grace)
+        return submitit.helpers.DelayedSubmission(again)
 
     def _cancelled(self, *_: Any) -> None:
         """The sweep cancels the job: the trial ends with a checkpoint, and the job with it."""
@@ -60,15 +64,25 @@ class Command:
     def _end(self) -> None:
         if self._trial is None:
             return
-        group = self._trial.pid
-        _send(group, signal.SIGTERM)
-        try:
-            self._trial.wait(self.grace)
-        except subprocess.TimeoutExpired:
-            _send(group, signal.SIGKILL)
+        deadline = time.monotonic() + self.grace
+        _send(self._trial, signal.SIGTERM)
+        while not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(_TICK)
+        _send(self._trial, signal.SIGKILL)
+
+    def _has_ended(self) -> bool:
+        """Whether the trial is gone; asked from a signal's handler too, so it waits for no lock."""
+        assert self._trial is not None
+        if self._code is None:
+            try:
+                pid, status = os.waitpid(self._trial, os.WNOHANG)
+            except ChildProcessError:
+                return True
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_trial": None}
+        return self.__dict__ | {"_trial": None, "_code": None}
 
 
 def _send(group: int, number: int) -> None:
@@ -78,8 +92,9 @@ def _send(group: int, number: int) -> None:
         return
 
 
-def _without_submitit(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: text for name, text in environ.items() if not name.startswith("SUBMITIT_")}
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The job's environment as a trial gets it."""
+    return {n: t for n, t in without_rank(environ).items() if not n.startswith("SUBMITIT_")}
 
 
 class Submitted:
@@ -87,7 +102,6 @@ class Submitted:
 
     def __init__(self, job: "submitit.Job[int]") -> None:
         self._job = job
-        self._stopped = False
 
     def code(self) -> int | None:
         """Its exit code, or None while it waits or runs; 1 where the cluster ended it."""
@@ -100,9 +114,7 @@ class Submitted:
 
     def stop(self) -> None:
         """Cancel it; the trial writes its checkpoint first."""
-        if not self._stopped or isinstance(self._job.job_id, str):
-            self._job.cancel(check=False)
-        self._stopped = True
+        self._job.cancel(check=False)
 
 
 class Cluster:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from luthier.sweep import identity, launching, slots
+from luthier.sweep import cluster, identity, launching, slots
 from luthier.sweep.control import RESUME, Controller, Place, orphan_check
 from luthier.sweep.draw import Points, Strategy
 from luthier.sweep.planning import Sweep, plan
@@ -39,20 +39,29 @@ def sweep(words: list[str]) -> int:
     if planned.base.config.dry_run:
         return _dry_run(planned)
     is_orphan = orphan_check(asked.launcher_command() is not None)
-    lock = -1
-    rooms = []
-    if isinstance(planned.launcher, Local):
-        on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
-        rooms = slots.make(planned.launcher, launch.processes, on_cpu, launch.environ)
+    rooms = _rooms(planned, launch)
     lock = identity.take(planned)
-    place: Place
-    if isinstance(planned.launcher, Local):
-        place = Machine(launch, rooms, planned.folder, planned.launcher.grace, lock)
-    else:
-        from luthier.sweep.cluster import Cluster
+    try:
+        return _run(planned, _place(planned, launch, rooms, lock), is_orphan)
+    finally:
+        os.close(lock)
 
-        place = Cluster(planned, launch)
-    return _run(planned, place, is_orphan)
+
+def _rooms(planned: Sweep, launch: launching.Launch) -> list[slots.Slot]:
+    """The slots of this machine; what is wrong with them or a cluster is said before anything."""
+    settings = planned.launcher
+    if isinstance(settings, Local):
+        on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
+        return slots.make(settings, launch.processes, on_cpu, launch.environ)
+    cluster.check(settings)
+    return []
+
+
+def _place(planned: Sweep, launch: launching.Launch, rooms: list[slots.Slot], lock: int) -> Place:
+    settings = planned.launcher
+    if isinstance(settings, Local):
+        return Machine(launch, rooms, planned.folder, settings.grace, lock)
+    return cluster.Cluster(planned, launch)
 
 
 def _run(planned: Sweep, place: Place, is_orphan: Callable[[], bool]) -> int:

@@ -63,11 +63,7 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
         words, folder = started
     if started is not None:
         above = _environment_above() or above
-    above = {
-        name: text
-        for name, text in above.items()
-        if name not in _OF_A_RANK and not name.startswith("TORCHELASTIC_")
-    }
+    above = without_rank(above)
     script = _script()
     if words is None and int(environ.get("WORLD_SIZE", "1")) > 1:
         _refuse_machines(int(environ["WORLD_SIZE"]) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -83,6 +79,15 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
     else:
         count = wish.num_processes
     return Launch(script, tuple(words), count, wish.use_cpu, environ=above)
+
+
+def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what makes a process one of several."""
+    return {
+        name: text
+        for name, text in environ.items()
+        if name not in _OF_A_RANK and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def _refuse_machines(machines: int) -> None:

@@ -1,12 +1,13 @@
 """What trials are compared by: a result, a logged metric or a number of the record, by name."""
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from luthier.config.passthrough import settings
-from luthier.config.words import Mistake, choice, nearest
+from luthier.config.words import Mistake, choice
 from luthier.errors import UserError
 from luthier.sweep.settings import Direction, Optuna, Sweeper
 
@@ -27,6 +28,8 @@ _RESULTS = {
 _WITHOUT_LOSS = ("grpo", "rloo")
 _CLOSED = ("sft", "pretrain", "seq2seq", "classify", "tag")
 """Methods that log nothing else than what is listed here."""
+_A_TYPO = 0.9
+"""How alike an unknown name must be to a known one to be taken for it, where more is logged."""
 _LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "aux_loss")
 _RECORD = ("seconds", "training_seconds", "peak_memory_gib.host", "peak_memory_gib.gpu")
 _LESS = (*_RECORD, "mae", "rmse", "grad_norm", "entropy")
@@ -104,7 +107,7 @@ def _unknown(name: str, resolved: dict[str, Any]) -> str | None:
             "held_out_loss needs held-out rows, and there are none. Hold rows out "
             f"(dataset.eval.share=0.05), or name another objective ({KEY}=loss)."
         )
-    if method in _CLOSED or nearest(name, names) is not None:
+    if method in _CLOSED or difflib.get_close_matches(name, names, 1, _A_TYPO):
         return f"a run of this configuration does not log {name!r}. {choice(name, names)}"
     return None
 

@@ -89,7 +89,8 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
         raise UserError(report(mistakes, composed))
     points = _points(found, sweeper)
     first = {axis.key: axis.ends()[0] for axis in found.axes}
-    base = _load_all(found, [first, *(points or _corners(found, first))], checking)
+    checked = [first, *(points or _corners(found, first))]
+    base = _load_all(found, [p for n, p in enumerate(checked) if p not in checked[:n]], checking)
     objectives, mistakes = objective.read(sweeper, base.resolved)
     watched = None
     if isinstance(sweeper, Optuna):

@@ -20,6 +20,7 @@ from luthier.config.schema import GROUPS
 from luthier.config.words import Mistake, choice, value
 
 KEY = "hydra.sweeper.params"
+_BETWEEN = 0.381
 _RUN = ("output_dir", "overwrite", "dry_run")
 _FORMS = "Write lora.r=8,16,32, range(1,9,2), interval(0.1,0.5) or tag(log,interval(1e-5,1e-3))"
 
@@ -53,8 +54,12 @@ class Axis:
         return not self.values
 
     def ends(self) -> tuple[str, ...]:
-        """The values that stand for all when a configuration is checked: each, or the bounds."""
-        return self.values or (self.number(self.low), self.number(self.high))
+        """The values that stand for all when a configuration is checked.
+
+        Each, or the bounds of an interval and a number between them, which is seldom whole.
+        """
+        between = self.low + _BETWEEN * (self.high - self.low)
+        return self.values or tuple(map(self.number, (self.low, between, self.high)))
 
     def number(self, drawn: float) -> str:
         """A number of this axis as text, without the noise of its last digits."""
@@ -191,7 +196,17 @@ def _values(override: Override) -> tuple[str, ...] | str:
         return "shuffle() draws another order at each start. Take hydra/sweeper=random."
     if isinstance(sweep, RangeSweep) and sweep.step == 0:
         return "a range with step 0 never ends."
-    return tuple(str(one) for one in override.sweep_string_iterator())
+    texts = tuple(str(one) for one in override.sweep_string_iterator())
+    if not isinstance(sweep, RangeSweep):
+        return texts
+    # Hydra counts in floats, and so may count one too far.
+    return tuple(f"{float(one):.12g}" for one in texts if _is_before(float(one), sweep))
+
+
+def _is_before(number: float, sweep: RangeSweep) -> bool:
+    assert sweep.stop is not None
+    near = 1e-9 * abs(sweep.step)
+    return number < sweep.stop - near if sweep.step > 0 else number > sweep.stop + near
 
 
 def _glob(group: str, sweep: Glob) -> tuple[str, ...] | str:

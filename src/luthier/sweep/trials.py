@@ -135,7 +135,7 @@ def shown_value(text: str) -> str:
     try:
         return text if len(text) <= 8 else f"{float(text):.4g}"
     except ValueError:
-        return text.strip("'\"")
+        return text.strip("'\"").replace("\\", "")
 
 
 def shown_params(params: Mapping[str, str]) -> str:
