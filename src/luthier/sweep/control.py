@@ -178,7 +178,8 @@ class Controller:
         trial.state, trial.error = "running", None
         overrides = self._sweep.overrides(trial)
         try:
-            load(overrides)  # a point that Optuna chose is not known to be valid
+            if self._sweep.points is None:
+                load(overrides)  # a point that Optuna chose is not known to be valid
             job = self._place.start(trial, overrides, slot)
         except UserError as error:
             trial.state, trial.error = "failed", str(error)

@@ -1,16 +1,11 @@
 """Data is encoded once for all trials: the first one that needs it does, the others wait for it."""
 
-import json
 from collections.abc import Iterable
-from typing import Any
 
 from luthier.config.run_config import load
 from luthier.errors import UserError
-from luthier.sweep.planning import Sweep
+from luthier.sweep.planning import Sweep, data_key
 from luthier.sweep.trials import Trial, has_data
-
-_OF_THE_MODEL = ("path", "revision", "tokenizer", "add_tokens", "add_special_tokens")
-_OF_THE_MACHINE = ("workers", "cache")
 
 
 class Encoding:
@@ -34,20 +29,12 @@ class Encoding:
 
     def _key(self, trial: Trial) -> str | None:
         """What decides a trial's data; None where its configuration is wrong."""
-        if trial.number not in self._keys:
+        known = self._sweep.data.get(tuple(trial.params.values()))
+        if known is None and trial.number not in self._keys:
             try:
-                loaded = load(self._sweep.choices(trial.params))
+                resolved = load(self._sweep.choices(trial.params)).resolved
             except UserError:
                 self._keys[trial.number] = None
             else:
-                self._keys[trial.number] = data_key(loaded.resolved)
-        return self._keys[trial.number]
-
-
-def data_key(resolved: dict[str, Any]) -> str:
-    """What decides the encoded rows of a configuration: those with the same text share them."""
-    model, dataset = resolved["model"], resolved["dataset"]
-    of_model = {name: model[name] for name in _OF_THE_MODEL}
-    of_data = {name: one for name, one in dataset.items() if name not in _OF_THE_MACHINE}
-    method = resolved["trainer"]["method"]
-    return json.dumps([of_model, of_data, resolved["chat"], method], sort_keys=True)
+                self._keys[trial.number] = data_key(resolved)
+        return known or self._keys[trial.number]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from luthier.config.compose import compose_config
 from luthier.config.overrides import parse, run_name
@@ -25,6 +26,8 @@ _OVERWRITE = (
     "a sweep never overwrites a trial. Choose another output_dir=..., or delete the old folder."
 )
 _SHOWN = 3
+_OF_THE_MODEL = ("path", "revision", "tokenizer", "add_tokens", "add_special_tokens")
+_OF_THE_MACHINE = ("workers", "cache")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Sweep:
     """The configuration with the first value of each axis."""
     points: list[draw.Point] | None
     """All points, where they are known ahead."""
+    data: dict[tuple[str, ...], str]
+    """What decides the data of a point that was checked, by its values."""
 
     @property
     def recipe(self) -> str | None:
@@ -90,7 +95,8 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
     points = _points(found, sweeper)
     first = {axis.key: axis.ends()[0] for axis in found.axes}
     checked = [first, *(points or _corners(found, first))]
-    base = _load_all(found, [p for n, p in enumerate(checked) if p not in checked[:n]], checking)
+    different = [point for n, point in enumerate(checked) if point not in checked[:n]]
+    base, data = _load_all(found, different, checking)
     objectives, mistakes = objective.read(sweeper, base.resolved)
     watched = None
     if isinstance(sweeper, Optuna):
@@ -104,7 +110,7 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
     path = folder or _folder(words, sweeper, base, found)
     return Sweep(
         *(words, found, sweeper, launcher, objectives, watched),
-        *(Folder(path), base, points),
+        *(Folder(path), base, points, data),
     )
 
 
@@ -155,13 +161,19 @@ def _corners(found: Space, first: draw.Point) -> list[draw.Point]:
     return [first | {axis.key: one} for axis in found.axes for one in axis.ends()[1:]]
 
 
-def _load_all(found: Space, points: list[draw.Point], checking: Callable[[int], None]) -> Loaded:
-    """Compose and check every configuration; returns the first. Raises UserError for the bad."""
+def _load_all(
+    found: Space, points: list[draw.Point], checking: Callable[[int], None]
+) -> tuple[Loaded, dict[tuple[str, ...], str]]:
+    """Compose and check every configuration; returns the first, and what decides each one's data.
+
+    Raises UserError with the mistakes of all.
+    """
     from luthier.train.run import check
 
     checking(len(points))
     bad: dict[str, list[draw.Point]] = {}
     seen: set[str] = set()
+    data: dict[tuple[str, ...], str] = {}
     base = None
     for point in points:
         try:
@@ -171,11 +183,21 @@ def _load_all(found: Space, points: list[draw.Point], checking: Callable[[int], 
             if parts not in seen:
                 check(loaded.config)
             seen.add(parts)
+            data[tuple(point.values())] = data_key(loaded.resolved)
         except UserError as error:
             bad.setdefault(str(error), []).append(point)
     if bad or base is None:
         raise UserError(_bad_points(bad, len(points)))
-    return base
+    return base, data
+
+
+def data_key(resolved: dict[str, Any]) -> str:
+    """What decides the encoded rows of a configuration: those with the same text share them."""
+    model, dataset = resolved["model"], resolved["dataset"]
+    of_model = {name: model[name] for name in _OF_THE_MODEL}
+    of_data = {name: one for name, one in dataset.items() if name not in _OF_THE_MACHINE}
+    method = resolved["trainer"]["method"]
+    return json.dumps([of_model, of_data, resolved["chat"], method], sort_keys=True)
 
 
 def _bad_points(bad: dict[str, list[draw.Point]], total: int) -> str:
