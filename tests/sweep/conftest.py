@@ -3,8 +3,15 @@
 import json
 
 import pytest
+from sweep_material import end_all
 
 SAYS = [("where is the key", "under the mat"), ("name a colour", "green"), ("two and two", "four")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="module")

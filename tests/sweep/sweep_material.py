@@ -14,13 +14,28 @@ ROOT = Path(__file__).parents[2]
 ACTING = Path(__file__).with_name("acting.py")
 
 
+STARTED = []
+
+
 def start(folder, *words, act=None, launcher=(sys.executable,), script=ACTING, **more):
     """Start a sweep in a folder, as typed."""
     environ = os.environ | {"ACT": json.dumps(act or {}), "OMP_NUM_THREADS": "1"} | more
-    return subprocess.Popen(
-        [*launcher, str(script), "-m", *words], cwd=folder, env=environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    STARTED.append(
+        subprocess.Popen(
+            [*launcher, str(script), "-m", *words], cwd=folder, env=environ, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )
     )  # fmt: skip
+    return STARTED[-1]
+
+
+def end_all():
+    """End what a failed test has left running; the trials end with their sweep."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def here(monkeypatch, capsys, folder, *words, act=None, code=0, **environ):
@@ -43,7 +58,7 @@ def until(holds, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def stop(process, number=signal.SIGTERM):

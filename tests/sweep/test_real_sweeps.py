@@ -27,7 +27,7 @@ def test_six_trials_one_of_which_fails_killed_in_the_middle_and_continued(tmp_pa
              "hydra.launcher.grace=20")  # fmt: skip
     folder = tmp_path / "o"
     sweep = start(tmp_path, *words, script=TRAIN)
-    until(lambda: "finished" in states(folder) and states(folder)[-1] == "running", 120)
+    until(lambda: "finished" in states(folder) and states(folder)[-1] == "running", 240)
     sweep.kill()
     sweep.wait()
     until(lambda: not alive(tmp_path))
