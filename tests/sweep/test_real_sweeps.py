@@ -1,7 +1,5 @@
 """Sweeps that really train: a tiny random model, one process or two for each trial."""
 
-import json
-import signal
 import sys
 from pathlib import Path
 
