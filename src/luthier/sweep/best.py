@@ -1,58 +1,138 @@
 """The best trial as a recipe: what `train.py recipe=` takes, equal to the trial's configuration."""
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from luthier.config.overrides import parse
+from luthier.config.compose import compose_config, resolve
+from luthier.config.overrides import Typed, parse
+from luthier.config.recipes import options
 from luthier.config.run_config import load
 from luthier.config.schema import GROUPS
+from luthier.errors import UserError
 from luthier.record.files import write_text
-from luthier.record.rundir import HIDDEN, NEUTRAL, redacted
+from luthier.record.rundir import NEUTRAL
 from luthier.sweep.planning import Sweep
 from luthier.sweep.table import shown_number
 from luthier.sweep.trials import Trial
 
 _NOT_OF_A_RECIPE = (*NEUTRAL, "recipe")
+_ABSENT = object()
 
 
 def write_recipe(planned: Sweep, trial: Trial, name: str, count: int) -> Path:
-    """Write `recipes/<name>.yaml` in the sweep's folder for a trial that is one of `count`."""
+    """Write `recipes/<name>.yaml` in the sweep's folder for a trial that is one of `count`.
+
+    It is composed again and held against the trial: what typing means and a recipe does not (such
+    as `debug`) becomes keys. Raises UserError where a recipe cannot say the same.
+    """
+    path = _path(planned, name)
     choices = planned.choices(trial.params)
     typed, _ = parse(choices)
-    groups = {
-        one.key: str(one.value)
-        for one in typed
-        if one.is_group and not one.is_delete and one.key in GROUPS and one.key != "debug"
-    }
-    parent = next((str(one.value) for one in reversed(typed) if one.key == "recipe"), None)
-    start = load_start(parent, groups)
     wanted = load(choices).resolved
-    keys = _differing(start, wanted)
-    for key in trial.params:  # what was searched is said, even where the recipe has it already
-        bare = key.lstrip("+")
-        keys |= {} if bare in groups or bare == "recipe" else {bare: _at(wanted, bare)}
-    path = planned.folder.path / "recipes" / f"{name}.yaml"
-    lines = [
-        *_header(planned, trial, name, count),
-        *_defaults(parent, groups),
-        *_settings(keys, planned, trial),
-    ]
-    write_text(path, "\n".join(lines) + "\n")
-    return path
-
-
-def load_start(parent: str | None, groups: dict[str, str]) -> dict[str, Any]:
-    """The configuration that a recipe with this defaults list alone stands for."""
-    words = [f"recipe={parent}"] if parent else []
-    return load([*words, *(f"{group}={option}" for group, option in groups.items())]).resolved
+    keys = _typed_keys(typed, wanted)
+    for _ in range(2):
+        write_text(path, _text(planned, trial, name, count, typed, keys))
+        with _found_in(path.parent):
+            differing = _compared(name, wanted)
+        if not differing:
+            return path
+        keys |= differing
+    path.unlink()
+    raise UserError(f"a recipe cannot say {', '.join(differing)} as it was typed.")
 
 
 def command(planned: Sweep, name: str) -> str:
     """What to type to train with the recipe."""
     return f"LUTHIER_RECIPES={planned.folder.path / 'recipes'} python train.py recipe={name}"
+
+
+def names(planned: Sweep, leaders: Sequence[Trial]) -> dict[int, str]:
+    """A recipe's name for each of the best trials, by number; none that another recipe has."""
+    stem = f"{planned.recipe or 'custom'}_best"
+    while _is_taken(planned, stem):
+        stem += "_"
+    if len(leaders) == 1:
+        return {leaders[0].number: stem}
+    return {trial.number: f"{stem}_{trial.name}" for trial in leaders}
+
+
+def _path(planned: Sweep, name: str) -> Path:
+    return planned.folder.path / "recipes" / f"{name}.yaml"
+
+
+def _is_taken(planned: Sweep, name: str) -> bool:
+    there = options("recipe").get(name)
+    return there is not None and there.resolve() != _path(planned, name).resolve()
+
+
+@contextmanager
+def _found_in(folder: Path) -> Iterator[None]:
+    """Have the recipes of a folder found, as the command that is printed does."""
+    before = os.environ.get("LUTHIER_RECIPES")
+    os.environ["LUTHIER_RECIPES"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        os.environ.pop("LUTHIER_RECIPES")
+        os.environ |= {"LUTHIER_RECIPES": before} if before else {}
+
+
+def _typed_keys(typed: Sequence[Typed], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The keys that were typed or searched, with the values that they came to have."""
+    keys = {one.key: _at(wanted, one.key) for one in typed if not one.is_group}
+    return {
+        key: value
+        for key, value in keys.items()
+        if value is not _ABSENT and key.split(".")[0] not in _NOT_OF_A_RECIPE
+    }
+
+
+def _at(resolved: dict[str, Any], key: str) -> Any:
+    node: Any = resolved
+    for part in key.split("."):
+        node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+    return node
+
+
+def _compared(name: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The keys in which a recipe differs from what is wanted, with the wanted values."""
+    try:
+        return _differing(load([f"recipe={name}"]).resolved, wanted)
+    except UserError:  # keys that exclude each other: what is wrong with it is among what differs
+        return _differing(resolve(compose_config([f"recipe={name}"])), wanted, is_whole=False)
+
+
+def _differing(found: Any, wanted: Any, prefix: str = "", is_whole: bool = True) -> dict[str, Any]:
+    """The keys in which two configurations differ, with the wanted values; None for none.
+
+    `is_whole`: whether a key that is missing in the first differs.
+    """
+    if not isinstance(wanted, dict) or not isinstance(found, dict):
+        return {} if found == wanted else {prefix: wanted}
+    keys: dict[str, Any] = {}
+    for name in {**wanted, **found} if is_whole else found:
+        key = f"{prefix}.{name}".lstrip(".")
+        if key.split(".")[0] not in _NOT_OF_A_RECIPE:
+            keys |= _differing(found.get(name, _ABSENT), wanted.get(name), key, is_whole)
+    return keys
+
+
+def _text(
+    planned: Sweep,
+    trial: Trial,
+    name: str,
+    count: int,
+    typed: Sequence[Typed],
+    keys: dict[str, Any],
+) -> str:
+    lines = [*_header(planned, trial, name, count), *_defaults(typed)]
+    return "\n".join([*lines, *_settings(keys, {key.lstrip("+") for key in trial.params})]) + "\n"
 
 
 def _header(planned: Sweep, trial: Trial, name: str, count: int) -> list[str]:
@@ -62,75 +142,51 @@ def _header(planned: Sweep, trial: Trial, name: str, count: int) -> list[str]:
     what = f"# The best of {count} trials: {values} (trial {trial.name})."
     if len(planned.objectives) > 1:
         what = f"# One of the trials that none of {count} beats: {values} (trial {trial.name})."
-    needs = f"recipe={planned.recipe} needs" if planned.recipe else "trial needed"
+    needs = f"recipe={planned.recipe} needs" if planned.recipe else "the sweep's trials needed"
     return [what, f"# Needs: what {needs}.", f"# Command: {command(planned, name)}"]
 
 
-def _defaults(parent: str | None, groups: dict[str, str]) -> list[str]:
+def _defaults(typed: Sequence[Typed]) -> list[str]:
+    """What it inherits, and the options that were typed or searched."""
+    chosen = {one.key: one.value for one in typed if one.is_group and not one.is_delete}
+    parent = chosen.get("recipe")
     entries = [f"  - {parent}  # what the sweep was over"] if parent else []
-    entries += [f"  - override /{group}: {option}  # chosen" for group, option in groups.items()]
+    entries += [
+        f"  - override /{group}: {option}  # chosen"
+        for group, option in chosen.items()
+        if group in GROUPS and group != "debug"
+    ]
     return ["defaults:", *entries, ""] if entries else []
 
 
-def _differing(start: Any, wanted: Any, prefix: str = "") -> dict[str, Any]:
-    """The keys in which the trial differs from its recipe, with the trial's values."""
-    if not isinstance(wanted, dict) or not isinstance(start, dict):
-        return {} if start == wanted else {prefix: wanted}
-    found: dict[str, Any] = dict.fromkeys(_missing(start, wanted, prefix))
-    for name, value in wanted.items():
-        key = f"{prefix}.{name}".lstrip(".")
-        if key.split(".")[0] in _NOT_OF_A_RECIPE:
-            continue
-        found |= _differing(start[name], value, key) if name in start else {key: value}
-    return found
-
-
-def _at(resolved: dict[str, Any], key: str) -> Any:
-    node: Any = resolved
-    for part in key.split("."):
-        node = node[part]
-    return node
-
-
-def _missing(start: dict[str, Any], wanted: dict[str, Any], prefix: str) -> list[str]:
-    return [f"{prefix}.{name}".lstrip(".") for name in start if name not in wanted]
-
-
-def _settings(keys: dict[str, Any], planned: Sweep, trial: Trial) -> list[str]:
-    """The keys as YAML, those that were searched with a word about it."""
-    swept = {key.lstrip("+") for key in trial.params}
+def _settings(keys: dict[str, Any], searched: set[str]) -> list[str]:
+    """The keys as YAML, each line with where its value is from."""
     tree: dict[str, Any] = {}
-    for key, value in redacted(keys).items():
-        if value == HIDDEN:
-            continue
-        node = tree
+    for key, value in keys.items():
         *path, name = key.split(".")
+        node = tree
         for part in path:
             node = node.setdefault(part, {})
-        node[name] = value
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) if tree else ""
-    return _commented(text.splitlines(), swept)
+        node[name] = _Leaf(value, "searched" if key in searched else "typed")
+    return _lines(tree, "")
 
 
-def _commented(lines: Sequence[str], swept: set[str]) -> list[str]:
-    """Each line with where its value is from."""
-    trail: list[tuple[int, str]] = []
+class _Leaf(NamedTuple):
+    value: Any
+    origin: str
+
+
+def _lines(tree: dict[str, Any], indent: str) -> list[str]:
     found = []
-    for line in lines:
-        indent = len(line) - len(line.lstrip())
-        name, colon, value = line.strip().partition(":")
-        trail = [one for one in trail if one[0] < indent]
-        key = ".".join([*(part for _, part in trail), name])
-        trail.append((indent, name))
-        is_leaf = bool(colon and value.strip() and not value.strip().startswith(("|", ">")))
-        about = "  # searched" if key in swept else "  # typed"
-        found.append(line + about if is_leaf else line)
+    for name, node in tree.items():
+        if isinstance(node, _Leaf):
+            found.append(f"{indent}{name}: {_flow(node.value)}  # {node.origin}")
+        else:
+            found += [f"{indent}{name}:", *_lines(node, f"{indent}  ")]
     return found
 
 
-def names(planned: Sweep, leaders: Sequence[Trial]) -> dict[int, str]:
-    """A recipe's name for each of the best trials, by number."""
-    stem = planned.recipe or "custom"
-    if len(leaders) == 1:
-        return {leaders[0].number: f"{stem}_best"}
-    return {trial.number: f"{stem}_best_{trial.name}" for trial in leaders}
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
