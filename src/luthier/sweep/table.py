@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from luthier.record.files import write_text
 from luthier.sweep.objective import Objective
@@ -21,6 +21,7 @@ COLOURS = {
     "interrupted": "magenta",
     "waiting": "dim",
 }
+_ON_THE_WAY = ("eval_reward", "eval_loss", "reward", "loss")
 _ORDER = ("finished", "running", "pruned", "interrupted", "waiting", "failed")
 
 
@@ -71,35 +72,31 @@ def table(
     """The trials as a table for the terminal; `where` names the slots of those that run."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     made = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    made.add_column("trial", justify="right")
-    for _, short in short_names(dict.fromkeys(keys)):
-        made.add_column(escape(short), justify="right")
-    for objective in objectives:
-        made.add_column(escape(objective.name), justify="right")
-    for heading in ("step", "time", "state"):
-        made.add_column(heading, justify="left" if heading == "state" else "right")
+    heads = ["trial", *(short for _, short in short_names(dict.fromkeys(keys)))]
+    heads += [*(one.name for one in objectives), "step", "time"]
+    for heading in heads:
+        made.add_column(Text(heading), justify="right")
+    made.add_column("state")
     front = {trial.number for trial in best(trials, objectives)}
     rows = ranked(trials, objectives)
     for trial in rows[:limit]:
         style = "bold" if trial.number in front else None
-        made.add_row(*_cells(trial, keys, objectives, where or {}), style=style)
+        cells = [trial.name, *(shown_value(trial.params.get(key, "")) for key in keys)]
+        cells += [shown_number(trial.values.get(one.name)) for one in objectives]
+        cells += [str(trial.step or ""), shown_time(trial.seconds) if trial.seconds else ""]
+        made.add_row(*map(Text, cells), _state(trial, (where or {}).get(trial.number)), style=style)
     if limit is not None and len(rows) > limit:
-        made.add_row("...", f"{len(rows) - limit} more", style="dim")
+        made.add_row(Text("..."), Text(f"{len(rows) - limit} more"), style="dim")
     return made
 
 
-def _cells(
-    trial: Trial, keys: list[str], objectives: Sequence[Objective], where: dict[int, str]
-) -> list[str]:
-    state = where.get(trial.number) or trial.state
-    return [
-        trial.name,
-        *(escape(shown_value(trial.params.get(key, ""))) for key in keys),
-        *(shown_number(trial.values.get(one.name)) for one in objectives),
-        str(trial.step or ""),
-        shown_time(trial.seconds) if trial.seconds else "",
-        f"[{COLOURS[trial.state]}]{escape(state)}[/]",
-    ]
+def _state(trial: Trial, place: str | None) -> Text:
+    """How a trial stands; of one without a result, what it logged at last."""
+    shown = Text(place or trial.state, style=COLOURS[trial.state])
+    last = next((name for name in _ON_THE_WAY if name in trial.values), None)
+    if last is not None and trial.state in ("running", "pruned", "interrupted"):
+        shown.append(f"  {last} {shown_number(trial.values[last])}", style="dim")
+    return shown
 
 
 def shown_number(value: float | None) -> str:
