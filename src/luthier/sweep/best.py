@@ -36,7 +36,7 @@ def write_recipe(planned: Sweep, trial: Trial, name: str, count: int) -> Path:
     typed, _ = parse(choices)
     wanted = load(choices).resolved
     keys = _typed_keys(typed, wanted)
-    for _ in range(2):
+    for _ in range(3):
         write_text(path, _text(planned, trial, name, count, typed, keys))
         with _found_in(path.parent):
             differing = _compared(name, wanted)

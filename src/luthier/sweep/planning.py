@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from luthier.config.compose import compose_config
+from luthier.config.compose import Composed, compose_config
 from luthier.config.overrides import parse, run_name
 from luthier.config.run_config import Loaded, load, report
 from luthier.config.words import Mistake
@@ -94,9 +94,22 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
         raise UserError(report(mistakes, composed))
     points = _points(found, sweeper)
     first = {axis.key: axis.ends()[0] for axis in found.axes}
-    checked = [first, *(points or _corners(found, first))]
-    different = [point for n, point in enumerate(checked) if point not in checked[:n]]
-    base, data = _load_all(found, different, checking)
+    base, data = _load_all(found, [first], checking)
+    objectives, watched = _goal(sweeper, base, composed)
+    checked = points or _corners(found, first)
+    different = [point for n, point in enumerate(checked) if point not in [first, *checked[:n]]]
+    data |= _load_all(found, different, checking)[1] if different else {}
+    path = folder or _folder(words, sweeper, base, found)
+    return Sweep(
+        *(words, found, sweeper, launcher, objectives, watched),
+        *(Folder(path), base, points, data),
+    )
+
+
+def _goal(
+    sweeper: Sweeper, base: Loaded, composed: Composed
+) -> tuple[tuple[Objective, ...], Watched | None]:
+    """What is compared, and by what bad trials are ended; raises UserError for what is wrong."""
     objectives, mistakes = objective.read(sweeper, base.resolved)
     watched = None
     if isinstance(sweeper, Optuna):
@@ -107,11 +120,7 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
             watched = seen if isinstance(seen, Watched) else None
     if mistakes:
         raise UserError(report(mistakes, composed))
-    path = folder or _folder(words, sweeper, base, found)
-    return Sweep(
-        *(words, found, sweeper, launcher, objectives, watched),
-        *(Folder(path), base, points, data),
-    )
+    return objectives, watched
 
 
 def _in_space(found: Space, sweeper: Sweeper | None, any_wrong: bool) -> list[Mistake]:
