@@ -1,5 +1,6 @@
 """Sweeps that really train: a tiny random model, one process or two for each trial."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -56,3 +57,17 @@ def test_a_sweep_typed_under_accelerate_launch(tmp_path, tiny):
     losses = [run["results"]["held_out_loss"]["after"] for run in runs]
     assert losses[0] != losses[1]
     assert alive(tmp_path) == []
+
+
+@pytest.mark.train
+def test_a_launcher_that_dies_takes_its_sweep_along(tmp_path):
+    """`accelerate launch` with one process dies of SIGTERM and leaves what it started behind."""
+    launcher = (ACCELERATE, "launch", "-q", "--config_file", str(ROOT / "launch" / "cpu.yaml"))
+    words = ("recipe=quickstart", "lora.r=8,16", "output_dir=o")
+    sweep = start(tmp_path, *words, act={"seconds": 0.1, "steps": 600}, launcher=launcher)
+    until(lambda: (tmp_path / "o/trials/000/metrics.jsonl").is_file(), 120)
+    sweep.terminate()
+    assert sweep.wait(60) == -signal.SIGTERM
+    until(lambda: states(tmp_path / "o") == ["interrupted"])
+    until(lambda: alive(tmp_path) == [])
+    assert record(tmp_path / "o", 0)["status"] == "interrupted"

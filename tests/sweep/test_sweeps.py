@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shutil
 import signal
+import subprocess
 
 import psutil
 import pytest
@@ -163,9 +165,21 @@ def test_each_slot_has_its_gpu_and_the_first_trial_encodes_for_all(tmp_path, swe
     assert set(seen) == {"4", "5"}
 
 
-def test_jobs_of_submitit(tmp_path, sweep_here):
+def _has_cluster():
+    return shutil.which("sinfo") and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        "local",
+        pytest.param("slurm", marks=pytest.mark.skipif(not _has_cluster(), reason="no SLURM")),
+    ],
+)
+def test_jobs_of_submitit(tmp_path, sweep_here, cluster):
     pytest.importorskip("submitit")
-    words = (Q, "lora.r=8,16", "hydra/launcher=submitit_local", "hydra.launcher.slots=2",
+    words = (Q, "lora.r=8,16", f"hydra/launcher=submitit_{cluster}", "hydra.launcher.slots=2",
+             "hydra.launcher.parameters.cpus_per_task=1", "model.device=cpu",
              "output_dir=o")  # fmt: skip
     sweep = start(tmp_path, *words, act={"seconds": 0.1, "steps": 600})
     until(lambda: all((tmp_path / f"o/trials/{n:03d}/metrics.jsonl").is_file() for n in (0, 1)))

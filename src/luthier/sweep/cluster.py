@@ -1,5 +1,6 @@
 """Trials as jobs of a SLURM cluster through submitit; its local executor runs the same code."""
 
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import submitit
 
 _TICK = 0.1
+_PATIENCE = 60.0
+"""Seconds beyond its grace that a cluster takes to note the end of a job."""
 _KEY = "hydra.launcher.parameters"
 
 
@@ -100,13 +103,15 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 class Submitted:
     """A job of the cluster."""
 
-    def __init__(self, job: "submitit.Job[int]") -> None:
-        self._job = job
+    def __init__(self, job: "submitit.Job[int]", grace: float) -> None:
+        self._job, self._grace = job, grace
+        self._given_up = math.inf
+        """When a cancelled job is taken for ended, where the cluster keeps no accounts of it."""
 
     def code(self) -> int | None:
         """Its exit code, or None while it waits or runs; 1 where the cluster ended it."""
         if not self._job.done():
-            return None
+            return 1 if time.monotonic() > self._given_up else None
         try:
             return int(self._job.results()[0])
         except Exception:  # whatever the cluster did: the trial's record says how far it came
@@ -115,6 +120,7 @@ class Submitted:
     def stop(self) -> None:
         """Cancel it; the trial writes its checkpoint first."""
         self._job.cancel(check=False)
+        self._given_up = min(self._given_up, time.monotonic() + self._grace + _PATIENCE)
 
 
 class Cluster:
@@ -145,7 +151,7 @@ class Cluster:
         )
         job = self._executor.submit(command)
         trial.job = str(job.job_id)
-        return Submitted(job)
+        return Submitted(job, self._settings.grace)
 
     def again(self, trial: Trial) -> Job | None:
         """The job of a trial, where it still waits or runs: a cluster does not end it with us."""
@@ -154,7 +160,7 @@ class Cluster:
         import submitit
 
         job: submitit.Job[int] = submitit.SlurmJob(self._folder.path / "jobs", trial.job)
-        return None if job.done(force_check=True) else Submitted(job)
+        return None if job.done(force_check=True) else Submitted(job, self._settings.grace)
 
 
 def check(settings: Submitit) -> None:

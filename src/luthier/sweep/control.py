@@ -268,7 +268,9 @@ class Controller:
         self._ending = True
         if not self._running:
             return
-        self._view.say(f"ending {len(self._running)} trials; once more to kill them")
+        count = len(self._running)
+        what = "1 trial" if count == 1 else f"{count} trials"
+        self._view.say(f"ending {what}, with checkpoints; once more to kill")
         self._stop_jobs()
         heard = self._signals
         while self._running:
