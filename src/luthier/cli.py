@@ -52,7 +52,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         "sweep FOLDER",
-        "the trials of a sweep (train.py -m ...), the best first",
+        "the trials of a sweep, the best first",
         "luthier.sweep.show:run",
     ),
     "recipes": Command(
