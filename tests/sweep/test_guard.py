@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from luthier.sweep import guard
+from luthier.sweep.processes import guarded
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = (
@@ -22,19 +22,16 @@ POLITE = (
 )
 
 
-def run(folder, code, grace=5.0, command=None):
+def run(folder, code, grace=5.0, has_launcher=False):
     out, err = folder / "out", folder / "err"
-    words = command or [sys.executable, "-c", code]
-    process = subprocess.Popen(
-        [sys.executable, "-I", guard.__file__, str(grace), str(out), str(err), *words],
-        stdin=subprocess.PIPE,
-    )
+    words = guarded([sys.executable, "-c", code], has_launcher, (out, err), grace)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE)
     return process, out
 
 
-def ready(path):
+def ready(path, lines=1):
     deadline = time.monotonic() + 20
-    while not (path.is_file() and path.read_text()):
+    while not (path.is_file() and path.read_text().count("\n") >= lines):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -88,13 +85,46 @@ def test_what_a_trial_leaves_behind_is_ended(tmp_path):
     assert not psutil.pid_exists(int(out.read_text()))
 
 
+LAUNCHER = """
+import subprocess, sys
+here = [sys.executable, "-c", {!r}]
+workers = [subprocess.Popen(here, start_new_session=True) for _ in range(2)]
+sys.exit(max(worker.wait() for worker in workers))
+"""
+
+
+def test_a_launcher_stays_until_its_processes_have_ended(tmp_path):
+    """torch's starts them in sessions of their own, and holds the store that they share."""
+    process, out = run(tmp_path, LAUNCHER.format(POLITE), has_launcher=True)
+    ready(out, 2)
+    process.stdin.close()
+    assert process.wait(20) == 75
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans are seen on Linux")
-def test_the_code_of_a_trial_whose_launcher_died_first(tmp_path):
-    """`accelerate launch` with one process dies of SIGTERM, and the training goes on."""
-    # One that ends at once may be collected by its dying launcher, and its code is lost with it.
-    trial = POLITE.replace("sys.exit(75)", "(time.sleep(0.5), sys.exit(75))")
-    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {trial!r}]).wait()"
-    process, out = run(tmp_path, launcher)
+def test_processes_in_sessions_of_their_own_are_killed_too(tmp_path):
+    process, out = run(tmp_path, LAUNCHER.format(STUBBORN), grace=0.5, has_launcher=True)
+    ready(out, 2)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) == 3
+    process.stdin.close()
+    assert process.wait(20) == 137
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_workers_of_the_training_hear_nothing(tmp_path):
+    """The death of a process that loads data would be an error to the training."""
+    training = (
+        "import signal, subprocess, sys, time\n"
+        f"worker = subprocess.Popen([sys.executable, '-c', {SLEEP!r}])\n"
+        "stopped = []\n"
+        "signal.signal(15, lambda *_: stopped.append(1))\n"
+        "print(1, flush=True)\n"
+        "while not stopped: time.sleep(0.05)\n"
+        "time.sleep(0.3)\n"
+        "sys.exit(75 if worker.poll() is None else 1)"
+    )
+    process, out = run(tmp_path, training)
     ready(out)
     process.stdin.close()
     assert process.wait(20) == 75

@@ -13,6 +13,9 @@ SHORT = ("trainer.args.save_strategy=steps", "trainer.args.save_steps=1",
          "trainer.args.logging_steps=1", "output_dir=o")  # fmt: skip
 
 
+LUTHIER = str(Path(sys.executable).with_name("luthier"))
+
+
 def ended(process, seconds=280):
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out + err
@@ -25,7 +28,7 @@ def test_six_trials_one_of_which_fails_killed_in_the_middle_and_continued(tmp_pa
     words = (*tiny, *SHORT, "trainer.args.max_steps=4", layers, "hydra.launcher.slots=2",
              "hydra.launcher.grace=20")  # fmt: skip
     folder = tmp_path / "o"
-    sweep = start(tmp_path, *words, script=TRAIN)
+    sweep = start(tmp_path, *words, script="train", launcher=(LUTHIER,))
     until(lambda: "finished" in states(folder) and states(folder)[-1] == "running", 240)
     sweep.kill()
     sweep.wait()
@@ -33,7 +36,7 @@ def test_six_trials_one_of_which_fails_killed_in_the_middle_and_continued(tmp_pa
     before = {n: record(folder, n) for n in range(6)}
     done = [n for n in before if before[n].get("status") == "finished"]
     assert done
-    code, said = ended(start(tmp_path, *words, script=TRAIN))
+    code, said = ended(start(tmp_path, *words, script="train", launcher=(LUTHIER,)))
     assert code == 1, said
     assert states(folder) == ["finished" if number != 2 else "failed" for number in range(6)]
     assert "no layer is named nowhere" in said

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import UserError
 from luthier.sweep.launching import Launch, without_rank
 from luthier.sweep.planning import Sweep
-from luthier.sweep.processes import Job
+from luthier.sweep.processes import Job, guarded
 from luthier.sweep.settings import Submitit
 from luthier.sweep.trials import Folder, Trial
 
@@ -27,27 +27,25 @@ _KEY = "hydra.launcher.parameters"
 
 
 class Command:
-    """What a job does: it runs a trial, and passes on that its time is over."""
+    """What a job does: it runs a guarded trial, and passes on that its time is over."""
 
-    def __init__(
-        self, words: list[str], folder: str, logs: tuple[Path, Path], grace: float
-    ) -> None:
-        self.words, self.folder, self.logs, self.grace = words, folder, logs, grace
-        self._trial: int | None = None
-        """The number of the trial's process, and of its group."""
+    def __init__(self, words: list[str], folder: str, grace: float) -> None:
+        self.words, self.folder, self.grace = words, folder, grace
+        self._guard: int | None = None
+        """The number of the guard's process."""
+        self._pipe = -1
         self._code: int | None = None
 
     def __call__(self) -> int:
-        """Run the trial in a process group of its own; returns its exit code."""
-        for log in self.logs:
-            log.parent.mkdir(parents=True, exist_ok=True)
+        """Run the trial; returns its exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._cancelled)
-        with self.logs[0].open("ab") as out, self.logs[1].open("ab") as err:
-            self._trial = subprocess.Popen(
-                self.words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                process_group=0, env=_environment(os.environ),
-            ).pid  # fmt: skip
+        started = subprocess.Popen(
+            self.words, cwd=self.folder, stdin=subprocess.PIPE, start_new_session=True,
+            env=_environment(os.environ),
+        )  # fmt: skip
+        assert started.stdin is not None
+        self._guard, self._pipe = started.pid, started.stdin.fileno()
         while not self._has_ended():
             time.sleep(_TICK)
         return self._code or 0
@@ -57,7 +55,7 @@ class Command:
         import submitit
 
         self._end()
-        again = Command(self.words, self.folder, self.logs, self.grace)
+        again = Command(self.words, self.folder, self.grace)
         return submitit.helpers.DelayedSubmission(again)
 
     def _cancelled(self, *_: Any) -> None:
@@ -65,34 +63,25 @@ class Command:
         self._end()
 
     def _end(self) -> None:
-        if self._trial is None:
+        if self._guard is None:
             return
-        deadline = time.monotonic() + self.grace
-        _send(self._trial, signal.SIGTERM)
-        while not self._has_ended() and time.monotonic() < deadline:
+        os.write(self._pipe, b"x")
+        while not self._has_ended():
             time.sleep(_TICK)
-        _send(self._trial, signal.SIGKILL)
 
     def _has_ended(self) -> bool:
         """Whether the trial is gone; asked from a signal's handler too, so it waits for no lock."""
-        assert self._trial is not None
+        assert self._guard is not None
         if self._code is None:
             try:
-                pid, status = os.waitpid(self._trial, os.WNOHANG)
+                pid, status = os.waitpid(self._guard, os.WNOHANG)
             except ChildProcessError:
                 return True
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_trial": None, "_code": None}
-
-
-def _send(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
+        return self.__dict__ | {"_guard": None, "_pipe": -1, "_code": None}
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -143,12 +132,11 @@ class Cluster:
 
     def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
         """Submit a trial."""
-        command = Command(
-            self._launch.command(overrides, has_gpus=False),
-            str(Path.cwd()),
-            self._folder.logs(trial),
-            self._settings.grace,
-        )
+        logs = self._folder.logs(trial)
+        logs[0].parent.mkdir(parents=True, exist_ok=True)
+        words = self._launch.command(overrides, has_gpus=False)
+        guard = guarded(words, self._launch.has_launcher, logs, self._settings.grace)
+        command = Command(guard, str(Path.cwd()), self._settings.grace)
         job = self._executor.submit(command)
         trial.job = str(job.job_id)
         return Submitted(job, self._settings.grace)

@@ -34,6 +34,11 @@ class Launch:
     """Whether torchrun starts the processes in place of accelerate."""
     environ: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def has_launcher(self) -> bool:
+        """Whether a trial's first process is a launcher, and not the training itself."""
+        return self.torchrun or self.flags is not None
+
     def command(self, overrides: list[str], has_gpus: bool) -> list[str]:
         """The words that start a trial; a GPU of its slot wins over the launcher's `gpu_ids`."""
         script = [*self.script, *overrides]

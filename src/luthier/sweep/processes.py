@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -23,23 +23,21 @@ class Job(Protocol):
         """Ask it to write a checkpoint and end; a second time, end it at once."""
 
 
+def guarded(
+    command: list[str], has_launcher: bool, logs: tuple[Path, Path], grace: float
+) -> list[str]:
+    """The command that runs another one behind a guard, with its output in files."""
+    words = [sys.executable, "-I", str(Path(guard.__file__)), str(grace), str(int(has_launcher))]
+    return [*words, *(str(log.absolute()) for log in logs), *command]
+
+
 class Process:
     """A trial with its guard, which ends all of its processes when this one is gone."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        environ: Mapping[str, str],
-        logs: tuple[Path, Path],
-        grace: float,
-        lock: int,
-    ) -> None:
-        """Start `command`. `lock` is an open file that the guard holds for as long as it lives."""
-        for log in logs:
-            log.parent.mkdir(parents=True, exist_ok=True)
-        words = [sys.executable, "-I", str(Path(guard.__file__)), str(grace), *map(str, logs)]
+    def __init__(self, command: list[str], environ: Mapping[str, str], lock: int) -> None:
+        """Start a guarded command. `lock`: an open file that the guard holds while it lives."""
         self._guard = subprocess.Popen(
-            [*words, *command],
+            command,
             stdin=subprocess.PIPE,
             env=dict(environ),
             start_new_session=True,
@@ -72,9 +70,11 @@ class Machine:
     def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
         """Start a trial in a slot, with the GPUs of that slot and no others."""
         room = self._room[slot]
+        logs = self._folder.logs(trial)
+        logs[0].parent.mkdir(parents=True, exist_ok=True)
         command = self._launch.command(overrides, bool(room.gpus))
-        environ = {**self._launch.environ, **room.environment()}
-        return Process(command, environ, self._folder.logs(trial), self._grace, self._lock)
+        words = guarded(command, self._launch.has_launcher, logs, self._grace)
+        return Process(words, {**self._launch.environ, **room.environment()}, self._lock)
 
     def again(self, trial: Trial) -> Job | None:
         """Never: its guard has ended it together with the sweep that started it."""
