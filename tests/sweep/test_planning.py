@@ -149,3 +149,14 @@ def test_settings_of_a_sweep_need_a_sweep(capsys):
 
     assert main(lambda loaded: 0, [Q, "hydra/sweeper=optuna"]) == 2
     assert "Add -m" in capsys.readouterr().err
+
+
+def test_values_that_exclude_each_other_are_found_when_they_are_drawn_together():
+    from luthier.sweep.encoding import Encoding
+    from luthier.sweep.trials import Trial
+
+    planned = plan([Q, OPTUNA, "quantization=none,nf4", "lora=default,none", "output_dir=o"])
+    encoding = Encoding(planned)
+    encoding.refuse(Trial(0, {"quantization": "nf4", "lora": "default"}))
+    with pytest.raises(UserError, match="quantization"):
+        encoding.refuse(Trial(1, {"quantization": "nf4", "lora": "none"}))

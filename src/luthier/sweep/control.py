@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from luthier.config.run_config import load
 from luthier.config.words import choice
 from luthier.errors import UserError
 from luthier.sweep import trials as on_disk
@@ -178,8 +177,7 @@ class Controller:
         trial.state, trial.error = "running", None
         overrides = self._sweep.overrides(trial)
         try:
-            if self._sweep.points is None:
-                load(overrides)  # a point that Optuna chose is not known to be valid
+            self._encoding.refuse(trial)
             job = self._place.start(trial, overrides, slot)
         except UserError as error:
             trial.state, trial.error = "failed", str(error)
