@@ -130,6 +130,14 @@ def test_a_recipe_brings_its_search_space(tmp_path, monkeypatch):
     assert "optuna" in found.folder.path.name
 
 
+def test_a_sweeper_of_ones_own(tmp_path):
+    (tmp_path / "conf/hydra/sweeper").mkdir(parents=True)
+    text = "# Mine.\nkind: random\nn_trials: 5\nparams: {lora.r: 'int(interval(4,64))'}\n"
+    (tmp_path / "conf/hydra/sweeper/mine.yaml").write_text(text)
+    found = plan([Q, "hydra/sweeper=mine"])
+    assert (found.sweeper.kind, len(found.points)) == ("random", 5)
+
+
 def test_trials_are_grouped_in_wandb():
     found = plan([Q, R, "tracker=wandb", "output_dir=o"])
     from luthier.sweep.trials import Trial

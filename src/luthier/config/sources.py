@@ -26,7 +26,7 @@ _dropped: ContextVar[Dropped] = ContextVar("dropped")
 class FolderSource(ConfigSource):
     """YAML files of one folder, of which only `self.groups` are visible to Hydra."""
 
-    groups: tuple[str, ...] = GROUPS
+    groups: tuple[str, ...] = (*GROUPS, "hydra")
 
     @staticmethod
     def scheme() -> str:

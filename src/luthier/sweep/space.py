@@ -146,7 +146,7 @@ def _quoted(item: Any) -> str:
 
 def _unreadable(error: HydraException) -> str:
     first = str(error).strip().splitlines()[0]
-    return f"cannot be read ({first}). {_FORMS}."
+    return f"cannot be read ({first}). {_FORMS}; within {{...}} of YAML, in quotes."
 
 
 def _axis(override: Override, text: str) -> Axis | str:
