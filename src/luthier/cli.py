@@ -59,6 +59,11 @@ COMMANDS = {
         "train a run again from its record; is it identical?",
         "luthier.train.reproduce:run",
     ),
+    "sweep": Command(
+        "sweep FOLDER",
+        "the trials of a sweep, the best first",
+        "luthier.sweep.show:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

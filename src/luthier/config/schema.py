@@ -18,6 +18,9 @@ from luthier.config.strict import Strict
 GROUPS = ("model", "quantization", "lora", "dataset", "chat", "trainer", "tracker", "debug")
 """The config groups, in the order in which `conf/config.yaml` lists them."""
 
+SWEEP_GROUPS = ("hydra/sweeper", "hydra/launcher")
+"""The groups that say how a sweep is done."""
+
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
