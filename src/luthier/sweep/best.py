@@ -15,13 +15,13 @@ from luthier.config.recipes import options
 from luthier.config.run_config import load
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
+from luthier.record.changes import NEUTRAL
 from luthier.record.files import write_text
-from luthier.record.rundir import NEUTRAL
 from luthier.sweep.planning import Sweep
 from luthier.sweep.table import shown_number
 from luthier.sweep.trials import Trial
 
-_NOT_OF_A_RECIPE = (*NEUTRAL, "recipe")
+_NOT_OF_A_RECIPE = NEUTRAL
 _ABSENT = object()
 
 

@@ -12,8 +12,10 @@ import yaml
 import luthier
 from luthier.config.overrides import parse
 from luthier.errors import UserError
+from luthier.record.changes import NEUTRAL, changes
 from luthier.record.files import read_json, write_json, write_text
-from luthier.record.rundir import NEUTRAL, differences, redacted_override, to_yaml
+from luthier.record.rundir import to_yaml
+from luthier.record.secrets import redacted_override
 from luthier.sweep.planning import Sweep
 from luthier.sweep.settings import Optuna, Random
 
@@ -120,10 +122,11 @@ def _compare(sweep: Sweep) -> None:
     if old is None:
         return
     new = _identity(sweep)
-    lines = differences(old["identity"], new)
+    lines = [str(change) for change in changes(old["identity"], new)]
     file = sweep.folder.path / "base.yaml"
     if not lines and file.is_file():
-        lines = differences(yaml.safe_load(file.read_text(encoding="utf-8")), sweep.base.resolved)
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        lines = [str(change) for change in changes(before, sweep.base.resolved)]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines[:10])
         raise UserError(
