@@ -234,7 +234,7 @@ class Controller:
             trial.state = "pruned"
         elif self._ending:
             trial.state = "interrupted"
-        elif code == RESUME or status == "interrupted":
+        elif code == RESUME or status in ("interrupted", "stopped"):
             again = trial.attempts <= self._sweep.launcher.restarts
             trial.state = "waiting" if again else "interrupted"
         else:
