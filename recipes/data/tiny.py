@@ -289,8 +289,8 @@ class Kind(NamedTuple):
 
 
 SETS = {
-    "pairs": Kind(_pairs, 160, 12),
-    "verdicts": Kind(_verdicts, 160, 12),
+    "pairs": Kind(_pairs, 160, 8),
+    "verdicts": Kind(_verdicts, 160, 8),
     "questions": Kind(_questions, 64, 8),
     "texts": Kind(_texts, 160, 16),
     "requests": Kind(_requests, 160, 32),

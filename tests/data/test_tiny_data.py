@@ -11,8 +11,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "data"
 SETS = {
-    "pairs": (160, 12, {"prompt", "chosen", "rejected"}),
-    "verdicts": (160, 12, {"prompt", "completion", "label"}),
+    "pairs": (160, 8, {"prompt", "chosen", "rejected"}),
+    "verdicts": (160, 8, {"prompt", "completion", "label"}),
     "questions": (64, 8, {"prompt"}),
     "texts": (160, 16, {"text"}),
     "requests": (160, 32, {"text", "label"}),
@@ -97,7 +97,7 @@ def test_replies_are_judged_by_their_manner():
     assert not friendly & rude
     for row in read("verdicts", "train"):
         assert row["completion"].split()[0] in (friendly if row["label"] else rude)
-    assert sum(row["label"] for row in read("verdicts", "heldout")) == 6
+    assert sum(row["label"] for row in read("verdicts", "heldout")) == 4
 
 
 def test_tags_fit_their_words():
