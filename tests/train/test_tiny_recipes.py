@@ -31,7 +31,7 @@ AIMS = {
     "tiny_dpo": [Aim("rewards/margins", 0.2), Aim("rewards/accuracies", 0.5)],
     "tiny_kto": [Aim("rewards/margins", 0.1)],
     "tiny_orpo": [Aim("rewards/margins", 0.02), Aim("held_out_loss", -0.2)],
-    "tiny_cpo": [Aim("rewards/margins", 0.2), Aim("rewards/accuracies", 0.2)],
+    "tiny_cpo": [Aim("rewards/margins", 0.5), Aim("held_out_loss", -0.1)],
     "tiny_reward": [Aim("accuracy", 0.3), Aim("margin", 0.2)],
     "tiny_grpo": [Aim("reward", 0.1)],
     "tiny_rloo": [Aim("reward", 0.1)],
