@@ -50,6 +50,16 @@ COMMANDS = {
         "encode the dataset into the cache, ahead",
         "luthier.data.ahead:run",
     ),
+    "chat": Command(
+        "chat MODEL [key=value ...]",
+        "talk to a run, an adapter or a model",
+        "luthier.infer.terminal:run",
+    ),
+    "generate": Command(
+        "generate MODEL FILE -o OUT.jsonl [key=value ...]",
+        "answer every row of a file",
+        "luthier.infer.command:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

@@ -200,8 +200,10 @@ def test_a_conversation_remembers(llm):
     chat = llm.chat(system="s")
     first = chat.say("hi", max_new_tokens=5)
     second = "".join(chat.stream("and?", max_new_tokens=5))
+    # fmt: off
     said = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": first}, {"role": "user", "content": "and?"}]  # fmt: skip
+            {"role": "assistant", "content": first}, {"role": "user", "content": "and?"}]
+    # fmt: on
     assert llm.generate([said], max_new_tokens=5) == [second]
     assert chat.messages[:-1] == said
     chat.reset()
@@ -252,7 +254,7 @@ def test_a_wrong_word_is_told_before_anything_loads(run, given, says):
 def test_an_adapter_for_another_base_is_told(run, tmp_path):
     deeper = material.base(tmp_path / "shallow", num_hidden_layers=1)
     with (
-        pytest.raises(UserError, match="is for another base than .*shallow .*it has no layer for"),
+        pytest.raises(UserError, match=r"is for another base than .*shallow .*it has no layer for"),
         LLM(str(run), base=str(deeper)),
     ):
         pass

@@ -1,6 +1,6 @@
 """A conversation with a model: it remembers what was said."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,20 +29,21 @@ class Chat:
         """Say something and return the reply; takes the settings of `LLM.replies`."""
         return "".join(self.stream(text, **given))
 
-    def stream(self, text: str, **given: Any) -> Iterator[str]:
+    def stream(self, text: str, **given: Any) -> Generator[str]:
         """Say something and yield the reply piece by piece.
 
-        A reply that is stopped midway stays in the conversation as far as it came. Where nothing
-        came, or the model could not answer, the conversation is as it was.
+        A reply that is stopped midway stays in the conversation as far as it came. Where it is
+        stopped before that, or the model could not answer, the conversation is as it was.
         """
         self.turns.append({"role": "user", "content": text})
-        reply = ""
+        reply, is_whole = "", False
         try:
             for piece in self._pieces(given):
                 reply += piece
                 yield piece
+            is_whole = True
         finally:
-            if reply:
+            if reply or is_whole:
                 self.turns.append({"role": "assistant", "content": reply})
             else:
                 self.turns.pop()
@@ -50,6 +51,13 @@ class Chat:
     def reset(self) -> None:
         """Forget what was said; the system prompt stays."""
         self.turns.clear()
+
+    def take_back(self, text: str) -> None:
+        """Forget what the user said last, if it was this, and its reply."""
+        if self.turns and self.turns[-1]["role"] == "assistant":
+            self.turns.pop()
+        if self.turns and self.turns[-1] == {"role": "user", "content": text}:
+            self.turns.pop()
 
     def _pieces(self, given: dict[str, Any]) -> Iterator[str]:
         return self._llm.stream({"messages": self.messages, "tools": self._tools}, **given)

@@ -141,7 +141,7 @@ class LLM:
         """
         config = self._config(given)
         ids = self.prompt_ids(prompts, places)
-        size = batch_size or self._batch_size(ids, config)
+        size = batch_size or self._size(ids, config)
         found: list[list[Reply]] = [[] for _ in ids]
         with self._sampling(seed):
             for rows, answers in self._answered(ids, config, size):
@@ -151,10 +151,21 @@ class LLM:
                     on_replies(row, found[row])  # type: ignore[misc]
         return [reply for replies in found for reply in replies]
 
-    def stream(self, prompt: Prompt, *, seed: int | None = None, **given: Any) -> Iterator[str]:
+    def batch_size(self, ids: Sequence[Sequence[int]], **given: Any) -> int:
+        """How many of these prompts, as token ids, the memory holds at once with their replies."""
+        return self._size(ids, self._config(given))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int | None = None,
+        on_end: Callable[[Reply], None] | None = None,
+        **given: Any,
+    ) -> Iterator[str]:
         """Yield the reply to one prompt piece by piece; the pieces are the text of `generate`.
 
-        Closing the iterator stops the model.
+        Closing the iterator stops the model. `on_end` gets the reply that came to its end.
         """
         from luthier.infer.stream import streamed
 
@@ -165,13 +176,16 @@ class LLM:
         (ids,) = self.prompt_ids([prompt])
         if self.context is not None:
             config.max_new_tokens = min(config.max_new_tokens, self.context - len(ids))
-        pieces = Pieces(self.tokenizer)
+        pieces, came = Pieces(self.tokenizer), list[int]()
         with self._sampling(seed):
             for token in streamed(self.model, ids, config, **self._more(config)):
+                came.append(token)
                 if piece := pieces.add(token):
                     yield piece
         if piece := pieces.rest():
             yield piece
+        if on_end is not None:
+            on_end(self._reply(came, len(ids), config))
 
     def chat(self, system: str | None = None, tools: list[dict[str, Any]] | None = None) -> "Chat":
         """A conversation that remembers what was said."""
@@ -194,7 +208,7 @@ class LLM:
         pad: int = self._loaded.pad_id if self.model is not None else 0
         return words.config_of(words.check(given), self.stop_token_ids, pad)
 
-    def _batch_size(self, ids: list[list[int]], config: Any) -> int:
+    def _size(self, ids: Sequence[Sequence[int]], config: Any) -> int:
         from luthier.infer.memory import batch_size
 
         copies = (config.num_beams or 1) * (config.num_return_sequences or 1)
