@@ -60,6 +60,11 @@ COMMANDS = {
         "answer every row of a file",
         "luthier.infer.command:run",
     ),
+    "serve": Command(
+        "serve MODEL [key=value ...]",
+        "an OpenAI-compatible server, as it trained",
+        "luthier.infer.serve:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

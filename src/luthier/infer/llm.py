@@ -12,6 +12,7 @@ from luthier.infer.prompts import Prompt, Prompts
 from luthier.model.artefact import Artefact, find
 
 if TYPE_CHECKING:
+    from luthier.chat import ChatEncoder
     from luthier.infer.chat import Chat
 
 Packing = Literal["trained", "none", "nf4", "int8"] | Mapping[str, Any]
@@ -101,6 +102,20 @@ class LLM:
     def stop_token_ids(self) -> list[int]:
         """The ids that end a reply: those of the training template."""
         return list(self._loaded.stop_ids)
+
+    @property
+    def pad_id(self) -> int:
+        """What prompts of a batch are filled up with."""
+        return self._loaded.pad_id
+
+    @property
+    def encoder(self) -> "ChatEncoder":
+        """What makes prompts of messages; UserError for a model that has no chat template."""
+        from luthier.chat import ChatEncoder
+
+        if not isinstance(self._loaded.prompter, ChatEncoder):
+            raise UserError(f"{self.artefact.word}: there is no chat template.")
+        return self._loaded.prompter
 
     @property
     def has_adapter(self) -> bool:
@@ -205,8 +220,8 @@ class LLM:
             yield
 
     def _config(self, given: Mapping[str, Any]) -> Any:
-        pad: int = self._loaded.pad_id if self.model is not None else 0
-        return words.config_of(words.check(given), self.stop_token_ids, pad)
+        assert self.model is not None
+        return words.config_of(words.check(given), self.stop_token_ids, self.pad_id)
 
     def _size(self, ids: Sequence[Sequence[int]], config: Any) -> int:
         from luthier.infer.memory import batch_size
