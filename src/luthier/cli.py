@@ -60,6 +60,11 @@ COMMANDS = {
         "answer every row of a file",
         "luthier.infer.command:run",
     ),
+    "evaluate": Command(
+        "evaluate MODEL [key=value ...]",
+        "base against tuned, with intervals",
+        "luthier.evaluate.command:run",
+    ),
     "serve": Command(
         "serve MODEL [key=value ...]",
         "an OpenAI-compatible server, as it trained",
