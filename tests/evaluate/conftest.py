@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infer"))
 
 import infer_material as material
+from evaluate_material import ROWS
 
 from luthier import cli
-
-ROWS = [{"prompt": text[:9], "completion": text[::-1][:7]} for text in material.questions(12)]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import infer_material as material
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS
+from evaluate_material import ROWS
 
 from luthier.evaluate import compare, likelihood
 from luthier.evaluate.items import Item, Items
@@ -84,8 +84,8 @@ def test_replies_are_scored_by_the_runs_own_metrics(run, evaluated):
 
 
 def test_a_batch_is_as_likely_as_its_rows_alone(run, monkeypatch):
-    items = [Item(str(n), [([1, 5 + n, 6, *range(7, 7 + n)], [-100, -100, 6, *range(7, 7 + n)])], None)
-             for n in range(6)]  # fmt: skip
+    ids = [[1, 5 + n, 6, *range(7, 7 + n)] for n in range(6)]
+    items = [Item("row", [(each, [-100, -100, *each[2:]])], None) for each in ids]
     with LLM(str(run)) as llm:
         together = likelihood.likelihoods(llm.model, items)
         monkeypatch.setattr(likelihood, "TOKENS", 1)

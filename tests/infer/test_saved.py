@@ -25,7 +25,8 @@ for question in questions:
     )
     config = GenerationConfig.from_pretrained(folder, max_new_tokens=14)
     out = model.generate(**ids, generation_config=config)
-    print(json.dumps(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)))
+    new = out[0, ids["input_ids"].shape[1] :]
+    print(json.dumps(tokenizer.decode(new, skip_special_tokens=True)))
 """
 
 
