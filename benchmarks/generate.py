@@ -12,6 +12,10 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.infer import LLM
 
 DATA = Path(__file__).parents[1] / "recipes" / "data"
 
@@ -23,7 +27,7 @@ def prompts(count: int) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"][:-1] for line in lines[:count]]
 
 
-def measured(llm, asked: list, **given) -> tuple[list, float]:
+def measured(llm: "LLM", asked: list, **given: Any) -> tuple[list, float]:
     """The replies, and tokens a second."""
     began = time.monotonic()
     replies = llm.replies(asked, **given)
