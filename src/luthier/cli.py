@@ -56,7 +56,7 @@ COMMANDS = {
         "luthier.infer.terminal:run",
     ),
     "generate": Command(
-        "generate MODEL FILE -o OUT.jsonl [key=value ...]",
+        "generate MODEL FILE -o OUT [key=value]",
         "answer every row of a file",
         "luthier.infer.command:run",
     ),
