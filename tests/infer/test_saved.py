@@ -41,9 +41,10 @@ def python(*words, folder):
 
 @pytest.mark.train
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
-def test_a_saved_run_answers_alike_everywhere(tmp_path, tiny, luthier, kind):
+def test_a_saved_run_answers_alike_everywhere(tmp_path, tiny, luthier, kind, monkeypatch):
     from luthier.infer import LLM
 
+    monkeypatch.chdir(tmp_path)
     asked = material.questions(24)
     material.jsonl(tmp_path / "rows.jsonl", [{"prompt": q, "completion": q[:4]} for q in asked])
     template = tmp_path / "template.jinja"
@@ -57,8 +58,14 @@ def test_a_saved_run_answers_alike_everywhere(tmp_path, tiny, luthier, kind):
         *(["lora=default"] if kind == "adapter" else []), folder=tmp_path,
     )  # fmt: skip
     run = tmp_path / "run"
-    code, out, _ = luthier("check", run, "--served")
-    assert code == 0, out
+    code, out, err = luthier("check", run, "--served")
+    assert code == 0, out + err
+    code, out, err = luthier("evaluate", run, "--json", "metrics=[]")
+    assert code == 0, err
+    (measured,) = json.loads(out)["sets"]
+    known = json.loads((run / "run.json").read_text())["results"]["held_out_loss"]
+    for when, name in (("before", "base"), ("after", "tuned")):
+        assert measured["numbers"]["loss"][name]["value"] == pytest.approx(known[when], rel=1e-5)
     with LLM(str(run)) as llm:
         expected = llm.generate(asked[:6], max_new_tokens=14)
         if kind == "adapter":
