@@ -13,7 +13,7 @@ pytestmark = [
 ASKED = [
     "Name a colour.",
     [{"role": "system", "content": "Turn the note into JSON."},
-     {"role": "user", "content": "On 7 June, Esteban Ferrari wants to repot the orchids at 09:30."}],
+     {"role": "user", "content": "On 7 June, Esteban Ferrari repots the orchids at 09:30."}],
     "What is a lute? " * 9,
     "2+2=",
     "Write one sentence about 琵琶 and naïve café owners, with a smile 👩‍👩‍👧.",
