@@ -22,7 +22,7 @@ from luthier.errors import UserError
 from luthier.record.files import read_json, write_text
 
 # Keys that change where or whether a run happens, not what it computes.
-NEUTRAL = ("output_dir", "dry_run", "overwrite", "tracker")
+NEUTRAL = ("output_dir", "dry_run", "overwrite", "tracker", "card")
 
 HIDDEN = "(hidden)"
 SECRET = re.compile(r"^(hub_|auth_|use_auth_|api_|access_)?(token|key|secret|password)$|_api_key$")

@@ -4,6 +4,7 @@ import shutil
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.export import writing
 from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
 from luthier.record.plot import plot_loss, read_metrics
 from luthier.train import report, trackers
@@ -134,6 +135,9 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
     )
     trackers.log_results(config, after["results"], rows)
     session.record.end("finished", results=results, training_seconds=round(training_seconds, 1))
+    problem = writing.after_a_run(folder)
+    if problem:
+        report.say(f"card      not written: {problem}")
     report.show_replies(rows, config.trainer.evaluation.samples)
     report.show_results(session.record.entries, folder)
 
