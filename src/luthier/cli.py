@@ -50,6 +50,11 @@ COMMANDS = {
         "encode the dataset into the cache, ahead",
         "luthier.data.ahead:run",
     ),
+    "merge": Command(
+        "merge RUN [--out FOLDER]",
+        "an adapter into its base: a model for any server",
+        "luthier.export.merge:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

@@ -164,6 +164,7 @@ print("RESULT" + json.dumps({{"ids": ids, "reply": reply.tolist()}}))
 """
 
 
+@pytest.mark.train
 def test_the_python_of_a_card_gives_the_adapters_reply_in_a_fresh_process(tmp_path):
     """The base lies in the hub's cache under its name; nothing of the snippet is changed."""
     import json

@@ -10,6 +10,7 @@ from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.errors import UserError
 from luthier.export import licences
 from luthier.export.names import hub_name, last, public, public_values
+from luthier.export.rows import grown
 from luthier.model import gguf, source
 from luthier.model.artefact import Artefact
 from luthier.record.files import read_json, write_json
@@ -112,6 +113,12 @@ def read(folder: Path) -> Story | None:
         ) from error
 
 
+def told(artefact: Artefact) -> Story:
+    """The story that lies beside the weights, or the one that the run's files tell."""
+    saved = None if artefact.folder is None else read(artefact.folder)
+    return saved or of(artefact)
+
+
 def of(artefact: Artefact) -> Story:
     """The story of what `luthier.model.artefact.find` found, from the run's files.
 
@@ -127,6 +134,7 @@ def of(artefact: Artefact) -> Story:
         quantization=public_values(artefact.quantization),
         variables=public_values((artefact.chat or {}).get("variables") or {}),
         date=(artefact.chat or {}).get("date"),
+        rows=grown(artefact),
         has_plot=folder is not None and (folder / "loss.png").is_file(),
     )
     if config is None or artefact.run is None:

@@ -9,11 +9,13 @@ from luthier.export.card import card
 from luthier.export.ollama import translate
 from luthier.export.serving import Spoken, notes
 from luthier.export.story import Story
-from luthier.model.artefact import Artefact, encoder_of, find
+from luthier.model.artefact import Artefact, encoder_of, find, method_of
 
 if TYPE_CHECKING:
     from luthier.chat.template import ChatTemplate
 
+_CHATS = ("dpo", "kto", "orpo", "cpo", "grpo", "rloo", "distill")
+"""Methods whose models cannot be talked to without a template; `sft` may train plain text."""
 CARD, NOTES, PLOT = "README.md", "EXPORT.md", "loss.png"
 
 
@@ -56,6 +58,7 @@ def spoken_of(artefact: Artefact) -> Spoken:
 
     tokenizer: Any = load_tokenizer(artefact.base)
     has_template = artefact.chat is not None or tokenizer.chat_template is not None
+    has_template |= method_of(artefact) in _CHATS
     if artefact.task != "CAUSAL_LM" or artefact.is_reward or not has_template:
         ends = [tokenizer.eos_token_id, *end_token_ids(artefact.base)]
         ids = [number for number in dict.fromkeys(ends) if number is not None]
