@@ -55,6 +55,11 @@ COMMANDS = {
         "an adapter into its base: a model for any server",
         "luthier.export.merge:run",
     ),
+    "push": Command(
+        "push RUN --to USER/NAME",
+        "a run's model with its card to the hub",
+        "luthier.export.push:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),

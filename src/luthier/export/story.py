@@ -132,7 +132,7 @@ def of(artefact: Artefact) -> Story:
         task=artefact.task,
         adapter={} if artefact.adapter is None else _adapter(artefact.adapter),
         quantization=public_values(artefact.quantization),
-        variables=public_values((artefact.chat or {}).get("variables") or {}),
+        variables=(artefact.chat or {}).get("variables") or {},
         date=(artefact.chat or {}).get("date"),
         rows=grown(artefact),
         has_plot=folder is not None and (folder / "loss.png").is_file(),
