@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,8 +49,8 @@ def sharded(request, tmp_path_factory):
     script = folder / "shard.py"
     script.write_text(SHARD)
     subprocess.run(
-        [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2",
-         "--master_port", "0", str(script), str(base), str(checkpoint / "pytorch_model_fsdp_0")],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+         "--standalone", str(script), str(base), str(checkpoint / "pytorch_model_fsdp_0")],
         check=True, capture_output=True,
     )  # fmt: skip
     return base, checkpoint
@@ -63,7 +62,7 @@ def test_shards_of_fsdp_become_one_model(sharded, luthier):
 
     base, checkpoint = sharded
     assert len(list((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
-    code, out, err = luthier("merge", checkpoint)
+    code, _, err = luthier("merge", checkpoint)
     assert code == 0, err
     merged = checkpoint.with_name("checkpoint-7-merged")
     before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
