@@ -15,7 +15,7 @@ from luthier.export.loaded import tuned
 from luthier.export.serving import Spoken
 from luthier.export.verify import Difference
 from luthier.model.artefact import Artefact
-from luthier.record.files import publish_folder
+from luthier.record.files import publish_folder, write_json
 
 Say = Callable[[str], None]
 
@@ -176,6 +176,8 @@ def _carry(order: Order, aside: Path, spoken: Spoken) -> None:
         source = Path(first.base.tokenizer) if first.base.tokenizer else base_folder(first)
     if source is not None:
         carried.carry_speech(source, aside)
+    if first.chat is not None:
+        write_json(aside / "chat.json", first.chat)
     if spoken.template is not None:
         # What was trained, also where the run's config replaced the tokenizer's own.
         (aside / "chat_template.jinja").write_text(spoken.template, encoding="utf-8")
