@@ -50,6 +50,21 @@ COMMANDS = {
         "encode the dataset into the cache, ahead",
         "luthier.data.ahead:run",
     ),
+    "chat": Command(
+        "chat MODEL [key=value ...]",
+        "talk to a run, an adapter or a model",
+        "luthier.infer.terminal:run",
+    ),
+    "generate": Command(
+        "generate MODEL FILE -o OUT.jsonl [key=value ...]",
+        "answer every row of a file",
+        "luthier.infer.command:run",
+    ),
+    "serve": Command(
+        "serve MODEL [key=value ...]",
+        "an OpenAI-compatible server, as it trained",
+        "luthier.infer.serve:run",
+    ),
     "merge": Command(
         "merge RUN [--out FOLDER]",
         "an adapter into its base: a model for any server",

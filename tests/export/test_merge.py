@@ -155,6 +155,8 @@ def test_two_weighted_loras_are_checked_against_peft(base, tmp_path, luthier):
     code, out, _ = luthier("merge", f"{first}:0.25", f"{second}:-0.5", "--out", tmp_path / "both")
     assert code == 0
     assert "e-07 (" in out or "e-08 (" in out
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "Several adapters were added up (first by 0.25, second by -0.5)." in card
 
 
 def test_a_merged_folder_is_whole(base, tmp_path, luthier):

@@ -58,8 +58,8 @@ def _adapter(story: Story) -> str:
 def _quantized(story: Story) -> str:
     packing = story.quantization
     if packing.get("load_in_4bit"):
-        return f"on weights in 4 bits ({packing.get('bnb_4bit_quant_type', 'fp4')})"
-    return "on weights in 8 bits" if packing.get("load_in_8bit") else ""
+        return f"on {packing.get('bnb_4bit_quant_type', 'fp4')} weights"
+    return "on int8 weights" if packing.get("load_in_8bit") else ""
 
 
 def _packing(story: Story) -> str:
@@ -79,6 +79,9 @@ def _merged(story: Story) -> str:
     }
     text = f"The adapter was merged in float32 into {onto[facts['onto']]}, then cast to "
     text += f"{facts['dtype']}."
+    if facts.get("weights"):
+        parts = [f"{name} by {weight:g}" for name, weight in facts["weights"]]
+        text = f"Several adapters were added up ({', '.join(parts)}). {text}"
     if facts.get("difference") is not None:
         text += (
             f" On {facts['prompts']} prompts the largest difference between its logits and those "
@@ -100,8 +103,9 @@ def _results(story: Story) -> str:
         if isinstance(part, dict) and "rows" in part and name != "train"
     )
     if held:
-        lines += ["", f"Measured by luthier before and after training, on {held:,} held-out rows "
-                  "or the first of them."]  # fmt: skip
+        asked = story.settings.get("trainer.evaluation.rows")
+        replies = f"; replies to {min(held, asked):,} of them" if asked else ""
+        lines += ["", f"Measured before and after training on {held:,} held-out rows{replies}."]
     if story.has_plot:
         lines += ["", "![The loss over the steps](loss.png)"]
     return "\n".join(lines)

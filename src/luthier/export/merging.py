@@ -12,6 +12,7 @@ from luthier.export import carried, story, streaming, verify, whole, writing
 from luthier.export.changes import NotPlain
 from luthier.export.layout import Layout, base_folder, layout_of
 from luthier.export.loaded import tuned
+from luthier.export.names import public
 from luthier.export.serving import Spoken
 from luthier.export.verify import Difference
 from luthier.model.artefact import Artefact
@@ -203,12 +204,19 @@ def _checked(order: Order, aside: Path, dtype: str, say: Say) -> Difference:
     return found
 
 
+def _called(artefact: Artefact) -> str:
+    """An adapter's name in the card: its run's folder, or what was typed."""
+    return artefact.run.name if artefact.run is not None else public(artefact.word)
+
+
 def _story(order: Order, dtype: str, difference: Difference | None) -> "story.Story":
     """What the card tells of the merged model."""
     merged: dict[str, Any] = {"dtype": dtype, "onto": order.onto}
     if difference is not None:
         merged |= {"difference": difference.largest, "prompts": difference.prompts}
     if len(order.artefacts) > 1:
-        merged["weights"] = order.weights
+        merged["weights"] = [
+            [_called(one), w] for one, w in zip(order.artefacts, order.weights, strict=True)
+        ]
     found = story.told(order.first)
     return replace(found, kind="model", merged=merged, rows=None)

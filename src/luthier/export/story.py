@@ -228,6 +228,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         "lora": config.lora,
         "quantization": config.quantization,
         "trainer.args": config.trainer.args,
+        "trainer.evaluation": _evaluation(config),
         "chat": {"max_length": config.chat.max_length, "train_on": config.chat.train_on},
         "": {"seed": config.seed, "deterministic": config.deterministic or None},
     }
@@ -238,6 +239,12 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         if value is not None and name not in _SILENT and not name.startswith("hub_")
     }
     return {key: value for key, value in flat.items() if value != HIDDEN}
+
+
+def _evaluation(config: RunConfig) -> dict[str, Any]:
+    """How replies were measured, where they were."""
+    given = config.trainer.evaluation
+    return {"rows": given.rows, "max_new_tokens": given.max_new_tokens} if given.metrics else {}
 
 
 def _hardware(record: Mapping[str, Any]) -> str:

@@ -67,10 +67,10 @@ def check_shapes(word: str, folder: Path, adapter: Mapping[str, Any], base: Base
     layers = {
         name: entry["shape"]
         for file in sorted(place.glob("*.safetensors"))
-        for name, entry in _head(file).items()
+        for name, entry in head_of(file).items()
         if entry.get("dtype") in _FLOATS
     }
-    for name, entry in _head(weights).items():
+    for name, entry in head_of(weights).items():
         layer, _, side = name.removeprefix(_PREFIX).partition(".lora_")
         shape = layers.get(f"{layer}.weight")
         if shape is None or len(shape) != 2 or side not in ("A.weight", "B.weight"):
@@ -132,7 +132,7 @@ def _refuse_other_file(word: str, named: str | None, path: str) -> None:
         )
 
 
-def _head(file: Path) -> dict[str, Any]:
+def head_of(file: Path) -> dict[str, Any]:
     """The names, number formats and shapes in a safetensors file."""
     try:
         with file.open("rb") as stream:
