@@ -10,6 +10,7 @@ from luthier.errors import UserError
 from luthier.export import carried
 from luthier.export.names import hub_name, last
 from luthier.export.story import Story
+from luthier.model import source
 
 GOES = (
     *carried.SPEECH,
@@ -104,6 +105,8 @@ def _place(value: str, story: Story) -> str:
     is_path |= value == story.base.name and story.base.hub is None
     if not is_path:
         return value
+    if story.base.package is not None:
+        return f"{source.PACKAGE}{story.base.package}"
     return hub_name(value) or story.base.hub or last(story.base.name)
 
 

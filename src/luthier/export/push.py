@@ -1,5 +1,6 @@
 """`luthier push`: an adapter or a merged model with its card to the Hugging Face hub."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def run(words: list[str]) -> int:
     hush()
     written = writing.texts(story, writing.spoken_of(artefact), target)
     parcel = pack(artefact.folder, story, written)
-    _add_plot(parcel, artefact)
+    _add_what_the_run_has(parcel, artefact)
     show(parcel, target, "--public" in given.switches)
     if "--dry-run" in given.switches:
         print(f"\n{written[writing.CARD]}\nnothing was sent (--dry-run)")
@@ -185,10 +186,14 @@ def _told(artefact: Artefact, target: str, given: Given) -> Story:
     )
 
 
-def _add_plot(parcel: Parcel, artefact: Artefact) -> None:
+def _add_what_the_run_has(parcel: Parcel, artefact: Artefact) -> None:
+    """The plot, and the chat settings, which a checkpoint does not hold."""
     plot = Path() if artefact.run is None else artefact.run / writing.PLOT
     if plot.is_file():
         parcel.files.setdefault(writing.PLOT, plot)
+    if artefact.chat is not None:
+        text = json.dumps(artefact.chat, indent=2, ensure_ascii=False) + "\n"
+        parcel.texts.setdefault("chat.json", text)
 
 
 def _readable(size: float) -> str:
