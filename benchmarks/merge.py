@@ -2,12 +2,12 @@
 
     python benchmarks/merge.py memory            # peak memory, models of two sizes
     python benchmarks/merge.py logits RUN        # a run on nf4: logits after each kind of merge
-    python benchmarks/merge.py answers RUN       # its held-out rows, answered before and after
+    python benchmarks/merge.py answers RUN ROWS  # exact match with the adapter, and merged
 
 `memory` merges LoRA of rank 16 into random models, each in a process of its own that notes its
 memory when everything is imported and planned, and the highest while it writes. `logits` merges
 the run's adapter onto its 4-bit weights and onto the original ones, and compares with the model
-with its adapter on SmolLM2. `answers` asks the merged model what the run asked its own; greedy.
+with its adapter on SmolLM2. `answers` asks both for the last message of each row (greedy).
 """
 
 from __future__ import annotations
@@ -139,9 +139,10 @@ def logits(run: str) -> None:
             )
 
 
-def answers(run: str, dtype: str) -> None:
-    """The run's replies and those of the merged model, scored by exact match."""
+def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
+    """Replies to held-out conversations, with the adapter and merged, scored by exact match."""
     from luthier.export import merging, verify
+    from luthier.export.loaded import tuned
     from luthier.export.quiet import hush
     from luthier.infer.generate import generate
     from luthier.model.artefact import encoder_of, find
@@ -149,31 +150,31 @@ def answers(run: str, dtype: str) -> None:
     from luthier.record.plot import read_metrics
 
     hush()
-    artefact = find(run)
-    rows = read_metrics(Path(run) / "replies.jsonl")
+    artefact, talks = find(run), read_metrics(Path(rows))
     tokenizer: Any = load_tokenizer(artefact.base)
     encoder = encoder_of(artefact, tokenizer)
+    prompts = [encoder.prompt(talk["messages"][:-1]) for talk in talks]
+    order = merging.Order([artefact], [1.0], Path(), dtype, verify=False)
+
+    def replies(model: Any) -> list[str]:
+        stops, pad = encoder.stop_token_ids, tokenizer.pad_token_id
+        limits = {"max_new_tokens": 64, "batch_size": batch}
+        ids = generate(model, prompts, stop_ids=stops, pad_id=pad, **limits)
+        return [tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+
+    before = replies(tuned(artefact, order.adapters, order.packs))
     with tempfile.TemporaryDirectory() as place:
-        target = Path(place) / "merged"
-        order = merging.Order([artefact], [1.0], target, dtype, verify=False)
-        merging.merge(order, str)
-        model = verify.load_folder(target, artefact.task)
-        replies = generate(
-            model,
-            [encoder.prompt([{"role": "user", "content": row["prompt"]}]) for row in rows],
-            stop_ids=encoder.stop_token_ids,
-            pad_id=tokenizer.pad_token_id,
-            max_new_tokens=96,
-            batch_size=len(rows),
-        )
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in replies]
-    right = [sum(row["after"].strip() == row["expected"].strip() for row in rows)]
-    right.append(sum(t == row["expected"].strip() for t, row in zip(texts, rows, strict=True)))
-    same = sum(t == row["after"].strip() for t, row in zip(texts, rows, strict=True))
-    shares = [f"{number / len(rows):.1%}" for number in right]
+        merging.merge(replace(order, target=Path(place) / "merged"), str)
+        after = replies(verify.load_folder(Path(place) / "merged", artefact.task))
+    wanted = [talk["messages"][-1]["content"].strip() for talk in talks]
+    right = [
+        sum(a == b for a, b in zip(texts, wanted, strict=True)) / len(wanted)
+        for texts in (before, after)
+    ]
+    same = sum(a == b for a, b in zip(before, after, strict=True))
     print(
-        f"{len(rows)} held-out rows, merged in {dtype}: exact match {shares[0]} with the adapter, "
-        f"{shares[1]} merged; {same} replies are the same"
+        f"{len(talks)} rows, merged in {dtype}: exact match {right[0]:.1%} with the adapter, "
+        f"{right[1]:.1%} merged; {same} replies are the same"
     )
 
 
@@ -191,7 +192,7 @@ def main() -> None:
     elif given.what == "logits":
         logits(given.words[0])
     else:
-        answers(given.words[0], given.dtype)
+        answers(given.words[0], given.words[1], given.dtype)
 
 
 if __name__ == "__main__":

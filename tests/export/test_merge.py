@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -216,9 +217,32 @@ def test_a_merged_model_is_packed_for_serving(form, bits, bound, base, tmp_path,
 
     got = logits(AutoModelForCausalLM.from_pretrained(merged, device_map={"": "cpu"}))
     assert (got - with_adapter(base, run)).abs().max() < bound
+    assert read(merged / "generation_config.json")["eos_token_id"] == 2
     card = (merged / "README.md").read_text()
     assert f"with weights in {bits} bits (bitsandbytes)" in card
     assert "pip install torch transformers accelerate bitsandbytes" in card
+
+
+@pytest.mark.train
+@pytest.mark.skipif(
+    not (find_spec("gptqmodel") and find_spec("optimum")), reason="gptqmodel is not installed"
+)
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_a_merged_model_is_packed_by_gptqmodel(form, tmp_path, luthier):
+    from transformers import AutoModelForCausalLM
+
+    wide = make_base(tmp_path / "base", hidden_size=256, intermediate_size=256)
+    said = [{"prompt": f"What is {n}, in words?", "completion": "so " * 9} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, said)))
+    data = {"path": str(tmp_path / "rows.jsonl"), "eval": {"count": 4}}
+    run = make_run(tmp_path / "run", wide, dataset=data, lora=Q)
+    assert luthier("merge", run, "--quantize", form)[0] == 0
+    merged = run / "merged"
+    assert read(merged / "config.json")["quantization_config"]["quant_method"] == form
+    assert str(tmp_path) not in (merged / "config.json").read_text()
+    got = logits(AutoModelForCausalLM.from_pretrained(merged, device_map={"": "cpu"}))
+    wanted = with_adapter(wide, run)
+    assert (got - wanted).abs().mean() < 0.2 * wanted.std()
 
 
 def test_a_whole_model_is_packed_for_serving(base, tmp_path, luthier):
@@ -337,7 +361,7 @@ def test_a_method_that_cannot_be_merged(tmp_path, base, luthier):
         ([], "name a run"),
         (["{run}", "--dtype", "int4"], "--dtype int4: there are float32, bfloat16, float16."),
         (["{run}", "--onto", "air"], "--onto air: there are trained, original."),
-        (["{run}", "--quantize", "gptq"], "this needs the package gptqmodel"),
+        (["{run}", "--quantize", "gptq"], "this needs gptqmodel"),
         (["{run}", "--quantise", "nf4"], "Did you mean --quantize?"),
         (["{base}", "--out", "x"], "is a whole model and no adapter"),
     ],

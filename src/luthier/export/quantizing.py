@@ -1,5 +1,6 @@
 """Weights packed for serving: by bitsandbytes, or by GPTQ and AWQ of gptqmodel."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,22 +11,29 @@ from typing import Any
 from luthier.errors import UserError
 from luthier.export import carried, merging, story, writing
 from luthier.export.layout import CLASSES, base_folder
-from luthier.export.tensors import SHARD_BYTES, files_of
+from luthier.export.tensors import INDEX, SHARD_BYTES, files_of
 from luthier.model.artefact import Artefact
 from luthier.record.files import publish_folder
 
 CALIBRATION = 256
 """Training rows that GPTQ and AWQ look at."""
-_PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel"}
+_PACKAGES = {
+    "nf4": ("bitsandbytes",),
+    "int8": ("bitsandbytes",),
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel", "optimum"),
+}
+_CONFIGS = ("config.json", "quantize_config.json")
 
 
 def check(name: str) -> None:
     """Raise UserError where the library for a format is not installed."""
-    package = _PACKAGES[name]
-    if find_spec(package) is None:
+    missing = [package for package in _PACKAGES[name] if find_spec(package) is None]
+    if missing:
         raise UserError(
-            f"--quantize {name}: this needs the package {package}:\n    pip install {package}\n"
-            "Without it there are nf4 and int8, by bitsandbytes."
+            f"--quantize {name}: this needs {' and '.join(missing)}:\n"
+            f"    pip install {' '.join(missing)}\n"
+            "Without that there are nf4 and int8, by bitsandbytes."
         )
 
 
@@ -38,16 +46,19 @@ def pack(folder: Path, name: str, artefact: Artefact, say: Callable[[str], None]
     target = folder.with_name(f"{folder.name}.packed")
     shutil.rmtree(target, ignore_errors=True)
     before = _size(folder)
-    if _PACKAGES[name] == "bitsandbytes":
+    if "bitsandbytes" in _PACKAGES[name]:
         _by_bitsandbytes(folder, target, name, artefact)
     else:
         _by_gptqmodel(folder, target, name, artefact)
-    for file in [*files_of(folder), folder / carried.GENERATION]:
-        file.unlink(missing_ok=True)
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    for file in files_of(folder):
+        file.unlink()
+    (folder / INDEX).unlink(missing_ok=True)
     for file in target.iterdir():
-        file.replace(folder / file.name)
-    target.rmdir()
+        # The tokenizer and the stop tokens are those that trained, and stay.
+        if file.suffix == ".safetensors" or file.name in (INDEX, *_CONFIGS):
+            file.replace(folder / file.name)
+    shutil.rmtree(target)
+    _forget_places(folder)
     say(f"packed    {name}: {before / 1e9:.2f} GB became {_size(folder) / 1e9:.2f} GB")
     return {"bits": 8 if name == "int8" else 4, "method": _method(name)}
 
@@ -105,10 +116,27 @@ def _device() -> str:
 def _by_gptqmodel(folder: Path, target: Path, name: str, artefact: Artefact) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    own = {"quant_method": "awq", "format": "gemm"} if name == "awq" else {}
-    model = GPTQModel.load(str(folder), QuantizeConfig(bits=4, group_size=128, **own))
-    model.quantize(_rows(artefact))
-    model.save(str(target))
+    rows = _rows(artefact)
+    try:
+        model = GPTQModel.load(str(folder), QuantizeConfig(bits=4, group_size=128, method=name))
+        model.quantize(rows)
+        model.save(str(target))
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"--quantize {name}: gptqmodel cannot pack this model on this machine: {error}\n"
+            "Without it there are nf4 and int8, by bitsandbytes."
+        ) from error
+
+
+def _forget_places(folder: Path) -> None:
+    """Take the folders of this machine out of what gptqmodel wrote."""
+    for file in (folder / name for name in _CONFIGS):
+        if not file.is_file():
+            continue
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        for part in (settings, settings.get("quantization_config") or {}):
+            (part.get("meta") or {}).pop("offload_to_disk_path", None)
+        carried.write_config(file, settings)
 
 
 def _rows(artefact: Artefact) -> list[dict[str, list[int]]]:
