@@ -14,6 +14,7 @@ from luthier.config.schema import DatasetConfig
 from luthier.export import story as stories
 from luthier.export.card import card
 from luthier.export.metadata import metadata
+from luthier.export.snippet import snippet
 from luthier.export.story import BaseModel, Data, Story, data_of
 from luthier.export.writing import after_a_run
 from luthier.model.artefact import find
@@ -25,6 +26,11 @@ def run(tmp_path_factory, base):
     folder = make_run(tmp_path_factory.mktemp("runs") / "default", base)
     assert after_a_run(folder) is None
     return folder
+
+
+def story(**changes):
+    known = {"title": "mine", "kind": "adapter", "base": BaseModel("org/base", "org/base")}
+    return Story(**known | {"method": "sft"} | changes)
 
 
 def head_of(text):
@@ -52,6 +58,65 @@ def test_a_card_tells_what_was_done(run):
         assert part in text
 
 
+def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
+    run = make_run(tmp_path / "default", base, lora={})
+    assert after_a_run(run) is None
+    text = (run / "model" / "README.md").read_text()
+    assert "A fine-tuned tiny-llama, trained with luthier (sft, all weights)" in text
+    assert head_of(text)["library_name"] == "transformers"
+    assert "peft" not in python_of(text)
+    assert 'AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"' in python_of(text)
+
+
+@pytest.mark.parametrize(
+    "told, lines",
+    [
+        (
+            story(quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+            [
+                "packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')",
+                '    BASE, dtype="auto", device_map="auto", quantization_config=packing',
+            ],
+        ),
+        (
+            story(base=BaseModel("x", package="llm_x", file="x.gguf")),
+            [
+                'gguf = importlib.util.find_spec("llm_x").submodule_search_locations[0]',
+                '    gguf, gguf_file="x.gguf",',
+                "base.save_pretrained(BASE)",
+            ],
+        ),
+        (
+            story(base=BaseModel("org/base", "org/base", "v2"), rows=300),
+            ['    BASE, dtype="auto", device_map="auto", revision="v2"',
+             "base.resize_token_embeddings(300)"],
+        ),
+        (
+            story(task="SEQ_CLS", method="classify"),
+            ['labels = json.loads((Path(MODEL) / "labels.json").read_text())',
+             "print(model.config.id2label[logits.argmax().item()])"],
+        ),
+        (
+            story(system="Be brief.", variables={"enable_thinking": False}),
+            ["    {\"role\": \"system\", \"content\": 'Be brief.'},",
+             "    messages, add_generation_prompt=True, return_dict=True, return_tensors=\"pt\", "
+             "enable_thinking=False"],
+        ),
+        (story(kind="model", task="SEQ_2_SEQ_LM"), ["model = AutoModelForSeq2SeqLM.from_pretrained("
+                                                     'MODEL, dtype="auto", device_map="auto")']),
+    ],
+    ids=["4 bits", "a GGUF file of a package", "a revision and new tokens", "a classifier",
+         "a system prompt and a variable", "an encoder-decoder"],
+)  # fmt: skip
+def test_the_python_for(told, lines):
+    import ast
+
+    code = snippet(told, [2], True)
+    ast.parse(code)
+    for line in lines:
+        assert line in code.splitlines()
+
+
 def test_no_path_of_this_machine_is_in_card_notes_or_facts(run, base, tmp_path_factory):
     for name in ("README.md", "EXPORT.md", "card.json"):
         text = (run / "model" / name).read_text()
@@ -67,11 +132,6 @@ def test_the_head_is_read_by_the_hubs_own_library(run):
     assert read_back.data.pipeline_tag == "text-generation"
     found = {one.metric_type: one.metric_value for one in read_back.data.eval_results}
     assert found == {"loss": 0.25, "exact_match": 0.875}
-
-
-def story(**changes):
-    known = {"title": "mine", "kind": "adapter", "base": BaseModel("org/base", "org/base")}
-    return Story(**known | {"method": "sft"} | changes)
 
 
 @pytest.mark.parametrize(
