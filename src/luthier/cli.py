@@ -56,9 +56,14 @@ COMMANDS = {
         "luthier.infer.terminal:run",
     ),
     "generate": Command(
-        "generate MODEL FILE -o OUT.jsonl [key=value ...]",
+        "generate MODEL FILE -o OUT [key=value]",
         "answer every row of a file",
         "luthier.infer.command:run",
+    ),
+    "evaluate": Command(
+        "evaluate MODEL [key=value ...]",
+        "base against tuned, with intervals",
+        "luthier.evaluate.command:run",
     ),
     "serve": Command(
         "serve MODEL [key=value ...]",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import UserError
 from luthier.infer import settings as words
+from luthier.infer.packing import Packing, packing_of
 from luthier.infer.pieces import Pieces
 from luthier.infer.prompts import Prompt, Prompts
 from luthier.model.artefact import Artefact, find
@@ -14,21 +15,6 @@ from luthier.model.artefact import Artefact, find
 if TYPE_CHECKING:
     from luthier.chat import ChatEncoder
     from luthier.infer.chat import Chat
-
-Packing = Literal["trained", "none", "nf4", "int8"] | Mapping[str, Any]
-"""How weights are packed: as the run had them, not at all, in 4 or 8 bits, or as
-`BitsAndBytesConfig` has it."""
-
-_PACKED: dict[str, dict[str, Any] | None] = {
-    "trained": None,
-    "none": {},
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-    },
-    "int8": {"load_in_8bit": True},
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class LLM:
         quantization: Packing = "trained",
     ) -> None:
         self.artefact: Artefact = _writes(find(word, base))
-        self._packing = _packing(quantization)
+        self._packing = packing_of(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
         given = {"device": device, "dtype": dtype, "attention": attention}
         self._given = {name: value for name, value in given.items() if value is not None}
@@ -111,11 +97,17 @@ class LLM:
     @property
     def encoder(self) -> "ChatEncoder":
         """What makes prompts of messages; UserError for a model that has no chat template."""
+        if not self.has_template:
+            raise UserError(f"{self.artefact.word}: there is no chat template.")
+        encoder: Any = self._loaded.prompter
+        return encoder
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it can be asked in messages."""
         from luthier.chat import ChatEncoder
 
-        if not isinstance(self._loaded.prompter, ChatEncoder):
-            raise UserError(f"{self.artefact.word}: there is no chat template.")
-        return self._loaded.prompter
+        return isinstance(self._loaded.prompter, ChatEncoder)
 
     @property
     def has_adapter(self) -> bool:
@@ -285,11 +277,3 @@ def _writes(artefact: Artefact) -> Artefact:
         kind = "a reward model" if artefact.is_reward else kinds[artefact.task]
         raise UserError(f"{artefact.word}: this is {kind}, which writes no replies.")
     return artefact
-
-
-def _packing(given: Packing) -> dict[str, Any] | None:
-    if isinstance(given, Mapping):
-        return dict(given)
-    if given not in _PACKED:
-        raise UserError(f"quantization={given}: there are {', '.join(_PACKED)}.")
-    return _PACKED[given]

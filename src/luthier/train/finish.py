@@ -9,6 +9,7 @@ from luthier.record.files import publish_folder, read_json, write_json, write_js
 from luthier.record.plot import plot_loss, read_metrics
 from luthier.train import report, trackers
 from luthier.train.replies import Asked
+from luthier.train.served import write_served
 from luthier.train.session import Session
 
 Measure = dict[str, Any]
@@ -115,6 +116,7 @@ def save(session: Session) -> None:
         shutil.rmtree(temporary / "ref", ignore_errors=True)
         if session.encoder is not None:
             write_json(temporary / "chat.json", session.encoder.settings())
+            write_served(temporary, trainer, session.encoder)
         publish_folder(temporary, target)
     trainer.accelerator.wait_for_everyone()
 
