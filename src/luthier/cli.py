@@ -72,7 +72,7 @@ COMMANDS = {
     ),
     "merge": Command(
         "merge RUN [--out FOLDER]",
-        "an adapter into its base: a model for any server",
+        "an adapter into its base: one model",
         "luthier.export.merge:run",
     ),
     "push": Command(

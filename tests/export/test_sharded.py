@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -90,6 +91,53 @@ def test_shards_of_another_model_are_refused(sharded, tmp_path, luthier):
     assert not (tmp_path / "out").exists()
 
 
+ZERO = """
+import sys
+import deepspeed
+import deepspeed.comm.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+deepspeed.comm.torch.build_shm_op = lambda: None  # it would be compiled for minutes
+base, target = sys.argv[1:3]
+deepspeed.init_distributed(dist_backend="gloo")
+model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+settings = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+engine.save_checkpoint(target)
+"""
+
+
+@pytest.mark.train
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_shards_of_zero_become_one_model(tmp_path, luthier, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    base = make_base(tmp_path / "base")
+    (tmp_path / "zero.py").write_text(ZERO)
+    checkpoint = tmp_path / "checkpoint-7"
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+         str(tmp_path / "zero.py"), str(base), str(checkpoint)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    words = ("--base", base, "--out", tmp_path / "out", "--dtype", "bfloat16")
+    assert luthier("merge", checkpoint, *words)[0] == 0
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(after) == set(before)
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight.to(torch.bfloat16))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Weights that were trained from base; how is not known here." in card
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_shards_of_zero_need_deepspeed(tmp_path, base, luthier):
     checkpoint = tmp_path / "checkpoint-7"
     (checkpoint / "global_step7").mkdir(parents=True)

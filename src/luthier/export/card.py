@@ -36,6 +36,8 @@ def _sentence(story: Story) -> str:
     if story.base.package:
         base += f" (a GGUF file of the Python package {story.base.package})"
     if story.method is None and not story.adapter:
+        if not story.packed:
+            return f"Weights that were trained from {base}; how is not known here."
         return f"{base}{_packing(story)}."
     how = ", ".join(filter(None, (story.method, _adapter(story), _quantized(story))))
     what = "An adapter for" if story.kind == "adapter" else "A fine-tuned"

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,7 +78,7 @@ def consolidate(
     if kind_of(folder) == "fsdp":
         written = _from_fsdp(folder, target, dtype, say)
     else:
-        written = _from_zero(folder, target, say)
+        written = _from_zero(folder, target, dtype, say)
     missing = [n for n in layout.shapes if n not in written and n not in layout.tied]
     if missing:
         raise UserError(
@@ -108,7 +109,7 @@ def _trained_whole(folder: Path, given: Given) -> Artefact:
             )
         from luthier.model.artefact import find
 
-        return find(base)
+        return replace(find(base), word=str(folder))
     config = read_config(run)
     if config.lora:
         raise UserError(
@@ -165,12 +166,21 @@ def _reader(shards: Path, kept: dict[str, Any], prefix: str) -> "Callable[[str],
     return read
 
 
-def _from_zero(folder: Path, target: Path, say: Callable[[str], None]) -> dict[str, Entry]:
+def _from_zero(
+    folder: Path, target: Path, dtype: str | None, say: Callable[[str], None]
+) -> dict[str, Entry]:
+    """Let DeepSpeed gather the weights in float32, and write them in the format asked for."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    convert_zero_checkpoint_to_fp32_state_dict(str(folder), str(target), safe_serialization=True)
-    from luthier.export.tensors import Checkpoint
-
-    entries = Checkpoint(target).entries
-    say(f"merged    {len(entries)} weights out of ZeRO's shards")
-    return entries
+    gathered = target / "gathered"
+    convert_zero_checkpoint_to_fp32_state_dict(str(folder), str(gathered), safe_serialization=True)
+    found = tensors.Checkpoint(gathered)
+    form = streaming.FORMATS[dtype or "float32"]
+    planned = [
+        Entry(one.name, form if one.dtype in tensors.FLOATS else one.dtype, one.shape)
+        for one in found.entries.values()
+    ]
+    done = {entry.name: entry for entry in write(target, planned, found.read)}
+    shutil.rmtree(gathered)
+    say(f"merged    {len(done)} weights out of ZeRO's shards")
+    return done
