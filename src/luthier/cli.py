@@ -87,6 +87,16 @@ COMMANDS = {
         "an OpenAI-compatible server, as it trained",
         "luthier.infer.serve:run",
     ),
+    "merge": Command(
+        "merge RUN [--out FOLDER]",
+        "an adapter into its base: one model",
+        "luthier.export.merge:run",
+    ),
+    "push": Command(
+        "push RUN --to USER/NAME",
+        "a run's model with its card to the hub",
+        "luthier.export.push:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),
