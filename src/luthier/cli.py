@@ -59,7 +59,7 @@ COMMANDS = {
     ),
     "reproduce": Command(
         "reproduce RUN",
-        "train a run again from its record; is it identical?",
+        "a run again, from its record: is it identical?",
         "luthier.train.reproduce:run",
     ),
     "sweep": Command(

@@ -13,7 +13,10 @@ ONE_MISTAKE = {
     "no dataset": (["model=smollm2_135m"], ["dataset: nothing is chosen. Add dataset=NAME: files"]),
     "no model": (["dataset=quickstart"], ["model: nothing is chosen. Add model=NAME: hub"]),
     "recipe": (["recipe=quikstart"], ["no recipe 'quikstart'", "Did you mean quickstart?"]),
-    "recipe, far off": (["recipe=zzz"], ["no recipe 'zzz'. Options: full_smollm2, lora_qwen"]),
+    "recipe, far off": (
+        ["recipe=zzz"],
+        ["no recipe 'zzz'. Options: classify_modernbert, cpo_qwen"],
+    ),
     "recipe as a file": (["recipe=recipes/quickstart.yaml"], ["Write recipe=quickstart."]),
     "option": ([Q, "lora=smal"], ["lora: there is no lora option 'smal'. Did you mean small?"]),
     "option, its beginning": ([Q, "model=smol"], ["Did you mean smollm2_135m?"]),
