@@ -104,6 +104,14 @@ def status_since(folder: Path, start: float) -> str | None:
     return read_run(folder).get("status") if is_new else None
 
 
+def stamp(folder: Path) -> tuple[int, ...]:
+    """What changes when a run writes its record or its metrics."""
+    files = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
+    return tuple(
+        number for path in files for number in (path.stat().st_mtime_ns, path.stat().st_size)
+    )
+
+
 def has_data(folder: Path) -> bool:
     """Whether a run has its data encoded, so that others find it in the cache."""
     return (folder / "data.png").exists() or "data" in read_run(folder)
