@@ -60,7 +60,8 @@ class Folder:
 
     def logs(self, trial: Trial) -> tuple[Path, Path]:
         """What a trial printed, and its error output."""
-        return tuple(self.path / "logs" / f"{trial.name}.{end}" for end in ("out", "err"))  # type: ignore[return-value]
+        logs = self.path / "logs"
+        return logs / f"{trial.name}.out", logs / f"{trial.name}.err"
 
     @property
     def definition(self) -> Path:
