@@ -20,6 +20,8 @@ from luthier.sweep.trials import Trial
 
 RESUME = 75
 """What a run ends with that wrote a checkpoint and can go on, and so does a stopped sweep."""
+_CAN_GO_ON = ("stopped", "interrupted")
+"""What a run's record says then; a launcher has an exit code of its own."""
 _TICK = 0.1
 _ONE_PRESS = 1.0
 """Seconds within which signals count as one: a terminal and a launcher both pass on Ctrl-C."""
@@ -237,7 +239,7 @@ class Controller:
             trial.state = "pruned"
         elif self._ending:
             trial.state = "interrupted"
-        elif code == RESUME or status == "interrupted":
+        elif code == RESUME or status in _CAN_GO_ON:
             again = trial.attempts <= self._sweep.launcher.restarts
             trial.state = "waiting" if again else "interrupted"
         else:
