@@ -47,7 +47,7 @@ def act(words):
         log(folder, {"step": step, "epoch": 0.1, "eval_loss": final + 1 / step})
         write(state, {"step": step})
         if stopped or (step == play.get("stop_at") and begun == 0):
-            write(folder / "run.json", record | {"status": "interrupted"})
+            write(folder / "run.json", record | {"status": "stopped"})
             return RESUME
     after = {"held_out_loss": final, "exact_match": 1 - final / 9}
     results = {name: {"before": 5.0, "after": value} for name, value in after.items()}

@@ -73,4 +73,4 @@ def test_a_launcher_that_dies_takes_its_sweep_along(tmp_path):
     assert sweep.wait(60) == -signal.SIGTERM
     until(lambda: states(tmp_path / "o") == ["interrupted"])
     until(lambda: alive(tmp_path) == [])
-    assert record(tmp_path / "o", 0)["status"] == "interrupted"
+    assert record(tmp_path / "o", 0)["status"] == "stopped"

@@ -37,7 +37,7 @@ def test_six_trials_one_fails_killed_in_the_middle_and_continued(tmp_path, sweep
     assert set(ended) >= {0, 1, 2}
     killed = {number: record(folder, number) for number in range(6)}
     assert [killed[n]["status"] for n in (0, 1, 2, 3)] == ["finished"] * 2 + ["failed"] * 2
-    assert killed[4]["status"] in ("interrupted", "running")  # as far as its end was noted
+    assert killed[4]["status"] in ("stopped", "running")  # as far as its end was noted
     out = sweep_here(*SIX, act=act, code=1)
     assert states(folder) == ["finished", "finished", "failed", "failed", "finished", "finished"]
     for number in ended:  # nothing that had ended ran again
@@ -185,6 +185,6 @@ def test_jobs_of_submitit(tmp_path, sweep_here, cluster):
     code, _ = stop(sweep)
     assert code == 75
     until(lambda: alive(tmp_path) == [], 15)
-    assert [record(tmp_path / "o", n)["status"] for n in (0, 1)] == ["interrupted"] * 2
+    assert [record(tmp_path / "o", n)["status"] for n in (0, 1)] == ["stopped"] * 2
     sweep_here(*words, act={"steps": 3})
     assert states(tmp_path / "o") == ["finished", "finished"]

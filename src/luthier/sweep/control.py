@@ -20,6 +20,8 @@ from luthier.sweep.trials import Trial
 
 RESUME = 75
 """What a run ends with that wrote a checkpoint and can go on, and so does a stopped sweep."""
+_CAN_GO_ON = ("stopped", "interrupted")
+"""What a run's record says then; a launcher has an exit code of its own."""
 _TICK = 0.1
 _ONE_PRESS = 1.0
 """Seconds within which signals count as one: a terminal and a launcher both pass on Ctrl-C."""
@@ -71,6 +73,8 @@ class Running:
     reported: int = -1
     """The last step that the pruner knows."""
     is_bad: bool = False
+    stamp: tuple[int, ...] = ()
+    """Of the files that it writes, as they were read last."""
 
 
 class Controller:
@@ -192,13 +196,14 @@ class Controller:
         """Read what the running trials have logged, end the bad ones, note those that ended."""
         for slot, one in list(self._running.items()):
             code = one.job.code()
-            rows = self._read(one.trial)
             one.trial.seconds = time.monotonic() - one.began
-            if code is None:
-                self._report(one, rows)
-                continue
-            del self._running[slot]
-            self._settle(one, code)
+            stamp = on_disk.stamp(self._sweep.folder.run(one.trial))
+            if code is not None or stamp != one.stamp:
+                one.stamp = stamp
+                self._report(one, self._read(one.trial), runs=code is None)
+            if code is not None:
+                del self._running[slot]
+                self._settle(one, code)
 
     def _read(self, trial: Trial) -> list[dict[str, Any]]:
         """Take over the numbers that a run has left so far."""
@@ -209,8 +214,8 @@ class Controller:
         trial.values = found or trial.values
         return rows
 
-    def _report(self, one: Running, rows: list[dict[str, Any]]) -> None:
-        """Tell new measures to the pruner, and end the trial if it says so."""
+    def _report(self, one: Running, rows: list[dict[str, Any]], runs: bool) -> None:
+        """Tell new measures to the pruner, and end a trial that still runs if it says so."""
         watched = self._sweep.watched
         if watched is None or one.is_bad:
             return
@@ -219,7 +224,7 @@ class Controller:
             if value is None or step <= one.reported:
                 continue
             one.reported = step
-            if self._strategy.is_bad(one.trial, step, float(value)):
+            if self._strategy.is_bad(one.trial, step, float(value)) and runs:
                 one.is_bad = True
                 one.job.stop()
                 return
@@ -234,7 +239,7 @@ class Controller:
             trial.state = "pruned"
         elif self._ending:
             trial.state = "interrupted"
-        elif code == RESUME or status in ("interrupted", "stopped"):
+        elif code == RESUME or status in _CAN_GO_ON:
             again = trial.attempts <= self._sweep.launcher.restarts
             trial.state = "waiting" if again else "interrupted"
         else:
@@ -268,8 +273,8 @@ class Controller:
             return
         count = len(self._running)
         what = "1 trial" if count == 1 else f"{count} trials"
-        self._view.say(f"ending {what}, with checkpoints; once more to kill")
         self._stop_jobs()
+        self._view.say(f"ending {what}, with checkpoints; once more to kill")
         heard = self._signals
         while self._running:
             if self._signals > heard:

@@ -73,6 +73,7 @@ class Guard:
             elif heard or time.monotonic() >= self._deadline:
                 self._lives()
                 self._send(self._family, signal.SIGKILL)
+        _reap()
         code = self._child.returncode
         return 128 - code if code < 0 else code
 
@@ -86,9 +87,7 @@ class Guard:
     def _lives(self) -> bool:
         """Whether any process lives that the command has started."""
         if self._child.returncode is not None:
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
+            _reap()
         with contextlib.suppress(psutil.Error):
             self._family |= set(psutil.Process().children(recursive=True))
         self._family = {one for one in self._family if _is_alive(one)}
@@ -107,6 +106,13 @@ class Guard:
         byte = os.read(0, 1)
         self._is_alone = byte == b""
         return byte
+
+
+def _reap() -> None:
+    """Collect what has ended of what its parents have left behind."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _is_alive(process: psutil.Process) -> bool:

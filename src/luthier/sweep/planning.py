@@ -96,13 +96,18 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
     first = {axis.key: axis.ends()[0] for axis in found.axes}
     base, data = _load_all(found, [first], checking)
     objectives, watched = _goal(sweeper, base, composed)
-    checked = points or _corners(found, first)
-    different = [point for n, point in enumerate(checked) if point not in [first, *checked[:n]]]
-    data |= _load_all(found, different, checking)[1] if different else {}
-    path = folder or _folder(words, sweeper, base, found)
+    data |= _load_rest(found, first, points or _corners(found, first), checking)
     return Sweep(
-        *(words, found, sweeper, launcher, objectives, watched),
-        *(Folder(path), base, points, data),
+        words=words,
+        space=found,
+        sweeper=sweeper,
+        launcher=launcher,
+        objectives=objectives,
+        watched=watched,
+        folder=Folder(folder or _folder(words, sweeper, base, found)),
+        base=base,
+        points=points,
+        data=data,
     )
 
 
@@ -207,6 +212,14 @@ def data_key(resolved: dict[str, Any]) -> str:
     of_data = {name: one for name, one in dataset.items() if name not in _OF_THE_MACHINE}
     method = resolved["trainer"]["method"]
     return json.dumps([of_model, of_data, resolved["chat"], method], sort_keys=True)
+
+
+def _load_rest(
+    found: Space, first: draw.Point, points: list[draw.Point], checking: Callable[[int], None]
+) -> dict[tuple[str, ...], str]:
+    """Compose and check the points that the first one is not; returns what decides their data."""
+    different = [point for n, point in enumerate(points) if point not in [first, *points[:n]]]
+    return _load_all(found, different, checking)[1] if different else {}
 
 
 def _bad_points(bad: dict[str, list[draw.Point]], total: int) -> str:

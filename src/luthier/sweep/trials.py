@@ -60,7 +60,8 @@ class Folder:
 
     def logs(self, trial: Trial) -> tuple[Path, Path]:
         """What a trial printed, and its error output."""
-        return tuple(self.path / "logs" / f"{trial.name}.{end}" for end in ("out", "err"))  # type: ignore[return-value]
+        logs = self.path / "logs"
+        return logs / f"{trial.name}.out", logs / f"{trial.name}.err"
 
     @property
     def definition(self) -> Path:
@@ -102,6 +103,14 @@ def status_since(folder: Path, start: float) -> str | None:
     path = folder / "run.json"
     is_new = path.is_file() and path.stat().st_mtime >= start
     return read_run(folder).get("status") if is_new else None
+
+
+def stamp(folder: Path) -> tuple[int, ...]:
+    """What changes when a run writes its record or its metrics."""
+    files = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
+    return tuple(
+        number for path in files for number in (path.stat().st_mtime_ns, path.stat().st_size)
+    )
 
 
 def has_data(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """What a person sees while a sweep runs: a live table, or lines where there is no terminal."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from luthier.sweep.objective import Objective
 from luthier.sweep.table import best, complete, shown_number, shown_time, table
 from luthier.sweep.trials import Trial, shown_params
 
+_EVERY = 0.5
+"""Seconds between two drawings."""
 _HEAD = 6
 """Lines that a live table needs besides its rows."""
 
@@ -67,12 +70,16 @@ class Table(Lines):
         super().__init__(objectives, total, console)
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._live.start()
+        self._drawn = 0.0
 
     def started(self, trial: Trial, where: str) -> None:
         """Nothing: the table shows it."""
 
     def show(self, trials: list[Trial], running: dict[int, str]) -> None:
-        """Draw the table, as far as the terminal has room."""
+        """Draw the table, twice a second, as far as the terminal has room."""
+        if time.monotonic() - self._drawn < _EVERY:
+            return
+        self._drawn = time.monotonic()
         room = max(3, self._console.size.height - _HEAD)
         shown = table(trials, self._objectives, running, room)
         self._live.update(Group(shown, Text(), summary(trials, self._objectives, self._total)))
