@@ -42,7 +42,7 @@ def test_a_budget_is_a_size(typed, size):
     assert CheckpointsConfig(budget=typed).bytes == size
 
 
-@pytest.mark.parametrize("typed", ["20", "GB", "-1GB", "20GiB", "much"])
+@pytest.mark.parametrize("typed", ["20", 20, "GB", "-1GB", "20GiB", "much"])
 def test_a_budget_without_a_unit_is_refused(typed):
     with pytest.raises(ValueError, match="20GB"):
         CheckpointsConfig(budget=typed)

@@ -95,8 +95,8 @@ def _run(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _seed(seeds: dict[str, Any]) -> str:
-    kind = "deterministic kernels only" if seeds.get("deterministic") else "any kernel"
-    return f"{seeds['seed']}, {kind}" if "seed" in seeds else ""
+    kernels = ", deterministic kernels only" if seeds.get("deterministic") else ""
+    return f"{seeds['seed']}{kernels}" if "seed" in seeds else ""
 
 
 def _extended(part: dict[str, Any]) -> str:
