@@ -8,6 +8,7 @@ import sqlite3
 import pytest
 from runs_material import record, said, words
 
+from luthier.config import load
 from luthier.config.keeping import CheckpointsConfig
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
 from luthier.errors import UserError
@@ -46,6 +47,11 @@ def test_a_budget_is_a_size(typed, size):
 def test_a_budget_without_a_unit_is_refused(typed):
     with pytest.raises(ValueError, match="20GB"):
         CheckpointsConfig(budget=typed)
+
+
+def test_a_budget_without_a_unit_is_named_with_its_key():
+    with pytest.raises(UserError, match=r"trainer\.checkpoints\.budget: 20 does not fit: .* 20GB"):
+        load(["recipe=quickstart", "trainer.checkpoints.budget=20"])
 
 
 @pytest.mark.train
