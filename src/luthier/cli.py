@@ -24,6 +24,9 @@ class Command(NamedTuple):
         return getattr(import_module(module), function)
 
 
+INTERRUPTED = 130
+"""The exit code of a program that SIGINT ended, as shells have it."""
+
 COMMANDS = {
     "train": Command(
         "train recipe=NAME [key=value ...]",
@@ -59,6 +62,41 @@ COMMANDS = {
         "train a run again from its record; is it identical?",
         "luthier.train.reproduce:run",
     ),
+    "sweep": Command(
+        "sweep FOLDER",
+        "the trials of a sweep, the best first",
+        "luthier.sweep.show:run",
+    ),
+    "chat": Command(
+        "chat MODEL [key=value ...]",
+        "talk to a run, an adapter or a model",
+        "luthier.infer.terminal:run",
+    ),
+    "generate": Command(
+        "generate MODEL FILE -o OUT [key=value]",
+        "answer every row of a file",
+        "luthier.infer.command:run",
+    ),
+    "evaluate": Command(
+        "evaluate MODEL [key=value ...]",
+        "base against tuned, with intervals",
+        "luthier.evaluate.command:run",
+    ),
+    "serve": Command(
+        "serve MODEL [key=value ...]",
+        "an OpenAI-compatible server, as it trained",
+        "luthier.infer.serve:run",
+    ),
+    "merge": Command(
+        "merge RUN [--out FOLDER]",
+        "an adapter into its base: one model",
+        "luthier.export.merge:run",
+    ),
+    "push": Command(
+        "push RUN --to USER/NAME",
+        "a run's model with its card to the hub",
+        "luthier.export.push:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
     ),
@@ -86,6 +124,9 @@ def main() -> None:
         sys.exit(COMMANDS[words[0]].load()(words[1:]))
     except UserError as error:
         sys.exit(report(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe has seen enough; Python must not complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

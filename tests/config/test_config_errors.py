@@ -141,7 +141,7 @@ ONE_MISTAKE = {
     "unreadable": ([Q, "a=b c=["], ["a=b c=[: cannot be read", "quotes"]),
     "several values": (
         [Q, "lora.r=8,16"],
-        ["8,16 is several values", "lora.r=[a,b]", "loop in the"],
+        ["8,16 is several values", "lora.r=[a,b]", "add -m"],
     ),
     "interpolation": ([Q, "model.revision=${nope}"], ["model.revision: Interpolation key 'nope'"]),
     "environment": (

@@ -72,6 +72,7 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, tiny):
         "config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl", "loss.png",
         "model", "tensorboard",
     }  # fmt: skip
+    assert {"README.md", "EXPORT.md", "card.json"} <= {p.name for p in (run / "model").iterdir()}
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["data"]["train"]["rows"] == 40

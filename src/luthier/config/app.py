@@ -24,11 +24,7 @@ _SHORT = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-i": "--info", "-m"
 _WITH_VALUE = ("--cfg", "--package", "--info")
 _CFG = ("job", "hydra", "all")
 _INFO = ("searchpath", "defaults", "defaults-tree", "config", "plugins", "all")
-_SWEEP = (
-    "--multirun: a sweep trains one run after the other in one process group, which is wrong under "
-    "`accelerate launch`. Loop in the shell instead:\n"
-    "  for r in 8 16; do python train.py recipe=quickstart lora.r=$r; done"
-)
+_OF_A_SWEEP = ("hydra/sweeper", "hydra.sweeper", "hydra/launcher", "hydra.launcher")
 
 
 class Arguments(NamedTuple):
@@ -45,8 +41,11 @@ def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) ->
     """
     try:
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
+        if set(arguments.flags) == {"--multirun"}:
+            return _sweep(arguments.overrides)
         if arguments.flags:
             return _show(arguments)
+        _refuse_sweep_settings(arguments.overrides)
         return task(load(arguments.overrides)) or 0
     except UserError as mistake:
         return errors.report(mistake)
@@ -71,6 +70,22 @@ def _arguments(argv: list[str]) -> Arguments:
     return Arguments(flags, overrides)
 
 
+def _sweep(overrides: list[str]) -> int:
+    """Try every point of a sweep; each is a run of its own, with a process group of its own."""
+    from luthier.sweep.command import sweep
+
+    return sweep(overrides)
+
+
+def _refuse_sweep_settings(overrides: list[str]) -> None:
+    for line in overrides:
+        key = line.lstrip("+~").partition("=")[0]
+        if key.startswith(_OF_A_SWEEP):
+            raise UserError(
+                f"{key}: this is a setting of a sweep, and one run was asked for. Add -m."
+            )
+
+
 def _no_flag(word: str, name: str) -> str:
     close = nearest(name, _FLAGS)
     guess = f"Did you mean {close}? " if close else ""
@@ -84,8 +99,6 @@ def _show(arguments: Arguments) -> int:
         print(help_text())
     elif "--version" in flags:
         print(f"luthier {luthier.__version__}")
-    elif "--multirun" in flags:
-        raise UserError(_SWEEP)
     elif "--info" in flags:
         _show_info(_one_of("--info", flags["--info"], _INFO), arguments.overrides)
     elif "--cfg" in flags:

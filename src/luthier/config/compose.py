@@ -14,7 +14,7 @@ from luthier.config import folders, sources
 from luthier.config.checks import EVAL_CHOICES
 from luthier.config.overrides import Typed, parse, run_folder
 from luthier.config.recipes import Chain, options, read_chain, unknown_option, yaml_mistake
-from luthier.config.schema import GROUPS
+from luthier.config.schema import GROUPS, SWEEP_GROUPS
 from luthier.config.words import Mistake
 
 CONFIG_NAME = "config"
@@ -94,6 +94,8 @@ def _compose(overrides: list[str], chain: Chain) -> DictConfig:
 
 
 def _wrong_option(typed: Typed) -> Mistake | None:
+    if typed.is_group and typed.key in SWEEP_GROUPS:
+        return None if typed.is_delete else unknown_option(typed.key, str(typed.value))
     if not typed.is_group or typed.is_delete or typed.key.startswith("hydra"):
         return None
     group = typed.key

@@ -17,6 +17,7 @@ Examples
   python train.py recipe=quickstart lora.r=8 trainer.args.learning_rate=5e-4
   python train.py recipe=qlora_llama dataset=jsonl dataset.path=my.jsonl
   python train.py model=hub model.path=Qwen/Qwen3-0.6B dataset=jsonl dataset.path=my.jsonl
+  python train.py -m recipe=quickstart lora.r=8,16,32    a sweep: every value is a run
 """
 
 _BOTTOM = """\
@@ -24,7 +25,12 @@ Settings of the libraries, by their own names
   trainer.args.NAME   trl.SFTConfig            lora.NAME          peft.LoraConfig
   model.kwargs.NAME   from_pretrained          quantization.NAME  transformers.BitsAndBytesConfig
 
+Sweeps (-m): every combination of values is tried; how it is done
+  hydra/sweeper=NAME  basic, random or optuna      hydra.sweeper.NAME   its settings
+  hydra/launcher=NAME basic or submitit_slurm      hydra.launcher.NAME  its settings
+
 Flags
+  -m, --multirun           a sweep (docs/sweeps.md)
   --cfg job --resolve      print the whole configuration and stop (-p GROUP: a part of it)
   --info searchpath        where config groups and recipes are looked for
   --info defaults-tree     which file includes which

@@ -16,6 +16,9 @@ _LONGEST_NAME = 80
 _SAME_RUN = {"output_dir", "dry_run", "overwrite", "tracker", "recipe", "hydra"}
 """Keys that do not change what is trained, and so not the name of the run."""
 
+_SWEEP_SETTINGS = ("hydra.sweeper.", "hydra.launcher.")
+"""Settings that luthier checks, as it does its own."""
+
 
 @dataclass(frozen=True)
 class Typed:
@@ -55,13 +58,14 @@ def _typed(override: Override, line: str) -> Typed:
     key, value = override.get_key_element().lstrip("+~"), override.value()
     named = key in (*GROUPS, "recipe") or "/" in key or "@" in key
     bare = not (override.is_add() or override.is_force_add() or override.is_delete())
+    known_to_hydra = override.is_hydra_override() and not key.startswith(_SWEEP_SETTINGS)
     return Typed(
         line=line,
         key=key,
         value=value,
         is_group=named and not isinstance(value, dict),
         is_delete=override.is_delete(),
-        is_plain=bare and not override.is_hydra_override(),
+        is_plain=bare and not known_to_hydra,
     )
 
 
@@ -83,7 +87,7 @@ def _sweep(override: Override, line: str) -> Mistake:
     return Mistake(
         key,
         f"{line.partition('=')[2]} is several values, and one run takes one. For a list write "
-        f"{key}=[a,b]; for text with commas {key}='\"a,b\"'; to try each, loop in the shell.",
+        f"{key}=[a,b]; for text with commas {key}='\"a,b\"'; to try each, add -m.",
     )
 
 

@@ -18,6 +18,9 @@ from luthier.config.strict import Strict
 GROUPS = ("model", "quantization", "lora", "dataset", "chat", "trainer", "tracker", "debug")
 """The config groups, in the order in which `conf/config.yaml` lists them."""
 
+SWEEP_GROUPS = ("hydra/sweeper", "hydra/launcher")
+"""The groups that say how a sweep is done."""
+
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -218,6 +221,17 @@ class TrainerConfig(Strict):
     """How many checkpoints are kept."""
 
 
+class CardConfig(Strict):
+    """What the model card says and no run can know."""
+
+    license: str | None = None
+    """The licence of the trained model, such as `apache-2.0`."""
+    language: list[str] = Field(default_factory=list)
+    """The languages of the model, such as `[en, de]`."""
+    data_licenses: dict[str, str] = Field(default_factory=dict)
+    """The licence of the rows, by a source's path or its name in `dataset.sources`."""
+
+
 class RunConfig(Strict):
     """A whole run."""
 
@@ -230,6 +244,7 @@ class RunConfig(Strict):
     chat: ChatSettings = Field(default_factory=ChatSettings)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     tracker: TrackerConfig = Field(default_factory=TrackerConfig)
+    card: CardConfig = Field(default_factory=CardConfig)
     recipe: str | None = None
     """The recipe's name, for the record."""
     output_dir: str

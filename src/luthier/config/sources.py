@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
@@ -25,7 +26,7 @@ _dropped: ContextVar[Dropped] = ContextVar("dropped")
 class FolderSource(ConfigSource):
     """YAML files of one folder, of which only `self.groups` are visible to Hydra."""
 
-    groups: tuple[str, ...] = GROUPS
+    groups: tuple[str, ...] = (*GROUPS, "hydra")
 
     @staticmethod
     def scheme() -> str:
@@ -113,6 +114,9 @@ def register() -> None:
     for plugin in (FolderSource, RecipeSource, LuthierSearchPath):
         Plugins.instance().register(plugin)
     OmegaConf.register_new_resolver("luthier", lambda name: str(folders.bundled(name)))
+    # Hydra holds a YAML file against a class of the same name; these are luthier's own settings.
+    for part in ("launcher", "sweeper"):
+        ConfigStore.instance().repo["hydra"][part].pop("basic.yaml")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from luthier.data.compose.mixture import key_of
 from luthier.data.counts import Counts, counts_of
 from luthier.data.encoded import Encoded, encoded
 from luthier.data.encoders import RowEncoder
-from luthier.data.examples import open_rows
+from luthier.data.examples import Opened, Placed, open_rows
 from luthier.data.joined import JoinedTable
 from luthier.data.making import DROPPED, FINE
 from luthier.data.parts import eval_sources, set_name, train_sources
@@ -122,6 +122,12 @@ class Examples:
         for part, rows in self._parts:
             for row in rows:
                 yield part.examples([row])[0], part.columns([row])[0]
+
+    def by_source(self) -> Iterator[tuple[Opened, list[Placed]]]:
+        """The examples of each source with their places and the columns that are kept."""
+        for part, rows in self._parts:
+            found = zip(part.examples(rows), part.places(rows), part.columns(rows), strict=True)
+            yield part.opened, [Placed(*each) for each in found]
 
 
 def _streamed(config: DatasetConfig, encoders: Encoders, tokenizer: Any) -> Prepared:

@@ -1,9 +1,12 @@
-"""Batched greedy replies: prompts of token ids in, reply ids out, order kept."""
+"""Batched replies: prompts of token ids in, reply ids out, order kept."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from luthier.errors import UserError
+from luthier.infer.settings import config_of, one_by_one, reads_prompt
 from luthier.infer.unpacked import unpacked
 
 
@@ -25,23 +28,67 @@ def generate(
     """
     import torch
 
+    config = config_of({"max_new_tokens": max_new_tokens}, list(stop_ids), pad_id)
     replies: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     was_training = model.training
     model.eval()
     try:
         # Not inference mode: what a module caches here must still serve a later training step.
         with torch.no_grad(), unpacked(model), dense_head(model):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                new = _answer(model, [prompts[i] for i in rows], stop_ids, pad_id, max_new_tokens)
-                for row, ids in zip(rows, new, strict=True):
-                    replies[row] = ids
+            for rows, answers in answered(model, prompts, config, batch_size):
+                for row, ids in zip(rows, answers, strict=True):
+                    replies[row] = until_stop(ids, stop_ids)
                 if on_batch:
                     on_batch(len(rows))
     finally:
         model.train(was_training)
     return replies
+
+
+def answered(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: Any,
+    batch_size: int,
+    context: int | None = None,
+    **more: Any,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Yield the numbers of a batch of prompts with the ids that follow each, the longest first.
+
+    `config`: a `GenerationConfig`; with `num_return_sequences` each number comes as often. A reply
+    is cut where prompt and reply fill `context` tokens. Where the memory runs out, the batch is
+    halved, and stays so. `more` goes to `model.generate`. Raises UserError where not even one
+    prompt fits.
+    """
+    import torch
+
+    equal = reads_prompt(config, model.generation_config)
+    size = 1 if one_by_one(config) else batch_size
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    while order:
+        rows = _batch([len(prompts[i]) for i in order], size, config, context, equal)
+        batch = [prompts[i] for i in order[:rows]]
+        try:
+            found = _answer(model, batch, _within(config, len(batch[0]), context), more)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = _half(rows, len(batch[0]))
+        else:
+            yield [i for i in order[:rows] for _ in range(len(found) // rows)], found
+            order = order[rows:]
+            continue
+        # Outside of the handler: until it ends, the error keeps all tensors of the batch alive.
+        _free()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device, or the machine's, is full."""
+    import torch
+
+    text = str(error).lower()
+    said = "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, torch.OutOfMemoryError) or said
 
 
 @contextmanager
@@ -59,18 +106,66 @@ def dense_head(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _answer(
-    model: Any,
-    prompts: list[Sequence[int]],
-    stop_ids: Sequence[int],
-    pad_id: int,
-    max_new_tokens: int,
-) -> list[list[int]]:
+def _batch(lengths: list[int], size: int, config: Any, context: int | None, equal: bool) -> int:
+    """How many of the first prompts go together.
+
+    Those that may write equally much before the context is full, and where the settings look at
+    the prompt (`equal`), those of one length: padding must not change a reply.
+    """
+
+    def kind(length: int) -> tuple[int, int]:
+        return (length if equal else 0, _room(config.max_new_tokens, length, context))
+
+    rows = 1
+    while rows < min(size, len(lengths)) and kind(lengths[rows]) == kind(lengths[0]):
+        rows += 1
+    return rows
+
+
+def _room(wanted: int, length: int, context: int | None) -> int:
+    return wanted if context is None else min(wanted, context - length)
+
+
+def _within(config: Any, length: int, context: int | None) -> Any:
+    """The config for prompts of at most this length, whose replies must end with the context."""
+    room = _room(config.max_new_tokens, length, context)
+    if room == config.max_new_tokens:
+        return config
+    shorter = copy.copy(config)
+    shorter.max_new_tokens = room
+    return shorter
+
+
+def _half(rows: int, length: int) -> int:
+    if rows == 1:
+        raise UserError(
+            f"A prompt of {length} tokens and its reply do not fit into the memory by themselves.\n"
+            "Use a smaller max_new_tokens, a smaller number format (bfloat16), or the model in 4 "
+            "bits (nf4)."
+        )
+    return rows // 2
+
+
+def _free() -> None:
+    import gc
+
     import torch
-    from transformers import GenerationConfig
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _answer(
+    model: Any, prompts: list[Sequence[int]], config: Any, more: dict[str, Any]
+) -> list[list[int]]:
+    """The ids behind each prompt, whatever a reply's end is filled up with included."""
+    import torch
 
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
+    ids = torch.full((len(prompts), width), config.pad_token_id)
     mask = torch.zeros_like(ids)
     # An encoder counts positions from the left; a decoder goes on at the right.
     is_encoded = model.config.is_encoder_decoder
@@ -78,24 +173,17 @@ def _answer(
         start = 0 if is_encoded else width - len(prompt)
         ids[row, start : start + len(prompt)] = torch.tensor(list(prompt))
         mask[row, start : start + len(prompt)] = 1
-    # A config of our own: the model's would bring sampling settings that greedy decoding warns of.
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        generation_config=greedy,
+        generation_config=config,
         # Split weights are whole by now (luthier.train.gathered), so ranks need not keep in step.
         synced_gpus=False,
+        **more,
     )
     # A decoder of its own begins with its start token, which may also be the stop token (BART).
-    replies = out[:, 1 if is_encoded else width :]
-    return [until_stop(row, stop_ids) for row in replies.tolist()]
+    found: list[list[int]] = out[:, 1 if is_encoded else width :].tolist()
+    return found
 
 
 def until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -13,22 +13,27 @@ if TYPE_CHECKING:
 
 GRAMMAR = Grammar(
     "check",
-    "luthier check recipe=NAME [key=value ...] [flags]\n\n"
+    "luthier check recipe=NAME [key=value ...] [flags]\n"
+    "luthier check RUN --served [--limit N]\n\n"
     "Runs the whole dataset through the encoder and says what it makes: sources, tokens, how\n"
     "long sequences are, the mixture, equal and held-out rows, which rows are dropped, cut, split\n"
     "or not shown whole, how full the batches are, and if every rule holds. A row that would stop\n"
     "the training does not stop the check. It loads no model weights and writes nothing but the\n"
     "file of --png.\n\n"
+    "With --served: whether the tokenizer, template and end tokens that a run saved give, in\n"
+    "others' servers, the prompts and stop tokens of its training, on its own rows.\n\n"
     "Exit code: 0 if every rule holds, 1 if one breaks, 2 for a mistake in what was typed.",
     (
         Flag("--limit", "N", "only the first N rows of each source"),
+        Flag("--served", None, "what a run saved, against what it was trained on"),
         Flag("--json", None, "one JSON object, for machines"),
         Flag("--png", "FILE", "draw the lengths and the mixture as a picture"),
     ),
     "  luthier check recipe=quickstart\n"
     "  luthier check recipe=quickstart chat.max_length=80 --limit 200\n"
     "  luthier check recipe=quickstart --png lengths.png\n"
-    "  luthier check recipe=quickstart --json | jq .rules\n",
+    "  luthier check recipe=quickstart --json | jq .rules\n"
+    "  luthier check runs/quickstart/default --served\n",
 )
 
 
@@ -37,6 +42,10 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
+    if "--served" in given.switches:
+        from luthier.inspect.served_report import run_served
+
+        return run_served(given)
     from luthier.inspect.material import gather
     from luthier.inspect.survey import Survey
 

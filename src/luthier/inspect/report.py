@@ -53,7 +53,7 @@ def show(survey: Survey, console: Console | None = None) -> None:
     _show_boundaries(console, survey)
     console.print(Text("\nrules", style="bold"))
     for rule in survey.rules:
-        _show_rule(console, rule, _remark(survey, rule))
+        show_rule(console, rule, _remark(survey, rule))
     _show_end(console, survey)
 
 
@@ -72,12 +72,13 @@ def _show_finding(console: Console, account: Account, finding: Finding) -> None:
     console.print(Text(head, style="bold"), soft_wrap=True)
     shown = finding.examples[: 1 if finding.fate in _HARMLESS else None]
     for example in shown:
-        _show_example(console, example)
+        show_example(console, example)
     if finding.rows > len(shown):
         console.print(f"  ... and {finding.rows - len(shown):,} more")
 
 
-def _show_example(console: Console, example: Example) -> None:
+def show_example(console: Console, example: Example) -> None:
+    """Print a place, what is to be seen there, and its tokens."""
     console.print(Text(f"  {example.place}: {example.words}"), soft_wrap=True)
     width = max(map(len, example.tokens), default=0)
     for name, shown in example.tokens.items():
@@ -100,10 +101,11 @@ def _show_boundaries(console: Console, survey: Survey) -> None:
         soft_wrap=True,
     )
     if found.first is not None:
-        _show_example(console, found.first)
+        show_example(console, found.first)
 
 
-def _show_rule(console: Console, rule: Rule, remark: str) -> None:
+def show_rule(console: Console, rule: Rule, remark: str) -> None:
+    """Print a rule, how often it was checked, and the first places where it breaks."""
     sign, style = ("✗", "bold red") if rule.broken else ("✓", "green")
     count = f"{rule.checked:,} {rule.unit}"
     if rule.broken:
@@ -111,7 +113,7 @@ def _show_rule(console: Console, rule: Rule, remark: str) -> None:
     line = Text("  ").append(sign, style=style).append(f" {rule.text:<42}  {count}")
     console.print(line.append(remark, style="dim"), soft_wrap=True)
     for example in rule.examples:
-        _show_example(console, example)
+        show_example(console, example)
 
 
 def _remark(survey: Survey, rule: Rule) -> str:

@@ -24,7 +24,7 @@ def convert(file: Path) -> Path:
     The first call takes some 12 s for 135M parameters; later ones check the folder's hashes.
     Raises UserError for a file that cannot be read or an architecture that is not supported.
     """
-    folder = _folder(file, "model")
+    folder = folder_of(file)
     return cache.make_once(folder, lambda new: _write_model(file, new))
 
 
@@ -43,6 +43,11 @@ def read_metadata(file: Path) -> dict[str, Any]:
     """Return the file's metadata, by llama.cpp's key names; raises UserError if it is no GGUF."""
     reader = _open(file)
     return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def folder_of(file: Path) -> Path:
+    """The folder that a file is converted into, there or not yet; its name has the file's hash."""
+    return _folder(file, "model")
 
 
 def _folder(file: Path, part: str) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.record.secrets import HIDDEN, redacted
 
-NEUTRAL = ("output_dir", "dry_run", "overwrite", "tracker", "recipe")
+NEUTRAL = ("output_dir", "dry_run", "overwrite", "tracker", "recipe", "card")
 """Keys that change where, whether or under which name a run happens, not what it computes."""
 
 _HARMLESS = re.compile(

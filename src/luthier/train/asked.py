@@ -61,7 +61,7 @@ def asked() -> Asked | None:
     Looks at the command line of the nearest Python process above this one, if that is `accelerate
     launch`, and at the environment otherwise (torchrun, srun, a notebook, plain python).
     """
-    command = _launcher_command()
+    command = launcher_command()
     if command is None:
         return read_environment(os.environ)
     return read_command(*command, os.environ)
@@ -147,7 +147,7 @@ def unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
     return unknown
 
 
-def _launcher_command() -> tuple[list[str], Path] | None:
+def launcher_command() -> tuple[list[str], Path] | None:
     """Return the launcher's words after `launch` and its folder; None if there is no launcher."""
     try:
         for process in psutil.Process().parents():

@@ -6,12 +6,14 @@ from functools import partial
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.export import writing
 from luthier.model.adapter_start import make_plain
 from luthier.record import journal
 from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
 from luthier.record.plot import plot_loss, read_metrics
 from luthier.train import report, trackers
 from luthier.train.replies import Asked
+from luthier.train.served import write_served
 from luthier.train.session import Session
 
 Measure = dict[str, Any]
@@ -135,6 +137,7 @@ def save(session: Session) -> None:
         make_plain(trainer.model, temporary)
         if session.encoder is not None:
             write_json(temporary / "chat.json", session.encoder.settings())
+            write_served(temporary, trainer, session.encoder)
         publish_folder(temporary, target)
     trainer.accelerator.wait_for_everyone()
 
@@ -156,6 +159,9 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
     trackers.log_results(config, after["results"], rows)
     seconds = round(session.record.entries.get("training_seconds", 0) + training_seconds, 1)
     session.record.end("finished", results=results, training_seconds=seconds)
+    problem = writing.after_a_run(folder)
+    if problem:
+        report.say(f"card      not written: {problem}")
     trackers.log_files(config, folder)
     report.show_replies(rows, config.trainer.evaluation.samples)
     report.show_results(session.record.entries, folder)

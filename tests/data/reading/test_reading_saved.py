@@ -109,3 +109,23 @@ def test_equal_data_has_one_hash_wherever_it_lies(saved, opened, tmp_path):
     assert opened("copy").digest() == opened(str(saved / "one")).digest()
     assert opened("copy").settings() == opened(str(saved / "one")).settings()
     assert opened("copy").digest() != opened(str(saved / "shards")).digest()
+
+
+def test_numbers_of_classes_become_their_names(tmp_path, fields):
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    tags = ClassLabel(names=["O", "B-PER"])
+    kinds = {"words": List(Value("string")), "tags": List(tags), "label": tags, "n": Value("int64")}
+    rows = [
+        {"words": ["Anna", "plays"], "tags": [1, 0], "label": 1, "n": 1},
+        {"words": [], "tags": [], "label": -1, "n": 0},
+    ]
+    made = Dataset.from_list(rows, features=Features(kinds))
+    made.save_to_disk(tmp_path / "folder")
+    made.to_parquet(tmp_path / "rows.parquet")
+    named = [
+        {"words": ["Anna", "plays"], "tags": ["B-PER", "O"], "label": "B-PER", "n": 1},
+        {"words": [], "tags": [], "label": -1, "n": 0},
+    ]
+    assert fields(str(tmp_path / "folder")) == named
+    assert fields(str(tmp_path / "rows.parquet")) == named

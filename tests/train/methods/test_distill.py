@@ -81,6 +81,14 @@ def test_a_teacher_with_another_number_of_outputs_is_refused(tmp_path, teacher):
         student(tmp_path, teacher, per_device_train_batch_size=4)
 
 
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path):
+    model().save_pretrained(tmp_path / "teacher")
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    made = student(tmp_path, str(tmp_path / "teacher"), per_device_train_batch_size=4)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_divergence_falls(tmp_path, teacher):
     rows = [{"messages": [say("user", letter)]} for letter in "abcdefgh"]
     made = student(

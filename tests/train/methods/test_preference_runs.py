@@ -1,4 +1,7 @@
-"""Real runs of train.py with the methods that learn from judged replies, and with plain texts."""
+"""Runs of train.py with the methods that learn from judged replies, and with plain texts.
+
+The small real model learns from judged replies in test_tiny_recipes.py.
+"""
 
 import json
 import os
@@ -9,16 +12,7 @@ from pathlib import Path
 import pytest
 from judged_material import PREFERENCES, model, tokenizer, unpaired
 
-from luthier.config.methods import METHODS
-
 ROOT = Path(__file__).parents[3]
-SMALL = (
-    "model=smollm2_135m", "lora=small", "chat.max_length=96", "dataset.eval.count=4",
-    "trainer.args.max_steps=2", "trainer.args.per_device_train_batch_size=2",
-    "trainer.args.gradient_accumulation_steps=2", "trainer.args.logging_steps=1",
-    "trainer.args.activation_checkpointing=false", "output_dir=run",
-)  # fmt: skip
-ANSWERED = ("trainer.evaluation.samples=1", "trainer.evaluation.max_new_tokens=4")
 
 
 def start(folder, *words):
@@ -55,40 +49,6 @@ def many(examples, times=4):
             prompt = [{"role": "user", "content": f"({number}) {example['prompt'][0]['content']}"}]
             found.append({**example, "prompt": prompt})
     return found
-
-
-@pytest.mark.train
-@pytest.mark.parametrize(
-    ("method", "own", "measured"),
-    [
-        ("dpo", ("trainer.args.loss_type=ipo",), "rewards/accuracies"),
-        ("kto", ("trainer.args.precompute_ref_log_probs=true",), None),
-        ("orpo", (), "rewards/margins"),
-        ("cpo", (), "rewards/margins"),
-        ("reward", (), "accuracy"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_run_on_the_small_model(tmp_path, method, own, measured):
-    rows = unpaired(many(PREFERENCES)) if method == "kto" else many(PREFERENCES)
-    given = (write(tmp_path, "rows.jsonl", rows), "dataset=files", f"trainer={method}")
-    answers = ANSWERED if METHODS[method].replies else ()
-    done = finished(tmp_path, *SMALL, *given, *own, *answers)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "finished"
-    assert "held_out_loss" in record["results"]
-    assert (
-        measured is None
-        or f"held_out_{measured}" in record["results"]
-        or (measured in record["results"])
-    )
-    logged = [
-        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    ]
-    assert [line["step"] for line in logged if "loss" in line] == [1, 2]
-    saved = {path.name for path in (tmp_path / "run" / "model").iterdir()}
-    assert {"adapter_model.safetensors", "tokenizer.json", "chat.json"} <= saved
-    assert ("expected" in done.stdout) == METHODS[method].replies
 
 
 @pytest.fixture(scope="module")

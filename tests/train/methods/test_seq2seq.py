@@ -1,7 +1,6 @@
 """Encoder-decoder models: losses against plain arithmetic, targets that end, generated targets."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from tasks_material import (
     t5,
     unigram,
     wordpiece,
-    written,
 )
 from torch.nn.functional import cross_entropy
 
@@ -200,47 +198,6 @@ def test_settings_that_are_not_for_it_in_words():
     trainer = {"method": "classify", "evaluation": {"metrics": ["exact_match"]}}
     (mistake,) = check({"trainer": trainer, "dataset": {"eval": {"count": 3}}})
     assert "trains a model that writes none" in mistake.text
-
-
-THINGS = ["lute", "card", "violins", "guitars", "instrument"]
-PLACES = ["Paris", "Cremona", "Oslo"]
-
-
-@pytest.mark.train
-def test_a_run_learns_to_answer_and_its_model_generates_plainly(tmp_path):
-    draw = random.Random(0)
-    rows = [
-        {"source": f"{place} has my {thing}", "target": f"my {thing} is in {place}"}
-        for thing in THINGS
-        for place in PLACES
-    ]
-    rows = [row | {"source": row["source"] + " ," * n} for row in rows for n in range(12)]
-    draw.shuffle(rows)
-    texts = [row[side] for row in rows for side in ("source", "target")]
-    model = saved(tmp_path / "t5", t5, unigram(texts, 120), size=64)
-    train = written(tmp_path / "train.jsonl", rows[:-20])
-    held = written(tmp_path / "held.jsonl", rows[-20:])
-    _, results = run(
-        tmp_path, "trainer=seq2seq", "model=hub", f"model.path={model}", "model.device=cpu",
-        "model.dtype=float32", "dataset=files", f"dataset.path={train}", "dataset.eval.share=null",
-        f"dataset.eval.path={held}", "trainer.args.learning_rate=3e-3",
-        "trainer.args.max_steps=120",
-        "trainer.args.per_device_train_batch_size=16", "trainer.evaluation.max_new_tokens=32",
-        "trainer.evaluation.metrics=[rouge1,bleu,chrf,exact_match]",
-    )  # fmt: skip
-    assert set(results) == {"held_out_loss", "rouge1", "bleu", "chrf", "exact_match"}
-    assert results["exact_match"]["before"] == 0
-    assert results["exact_match"]["after"] > 0.8
-    assert results["bleu"]["after"] > 80
-    assert results["rouge1"]["after"] > 0.9
-    lines = (tmp_path / "run" / "replies.jsonl").read_text().splitlines()
-    shown = json.loads(lines[0])
-    assert shown["prompt"] == rows[-20]["source"]
-    net = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    batch = tokenizer(shown["prompt"], return_tensors="pt")
-    out = net.generate(input_ids=batch["input_ids"], max_new_tokens=32)[0]
-    assert tokenizer.decode(out, skip_special_tokens=True) == shown["after"]
 
 
 @pytest.mark.train

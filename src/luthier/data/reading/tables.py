@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from io import FileIO
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.reading.classes import class_names, named
 from luthier.data.reading.json_values import LENIENT
 from luthier.data.reading.places import File, Local
 from luthier.data.reading.streams import BLOCK, content, seekable
@@ -45,13 +46,19 @@ def batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Iterator
 
     Arrow gives every struct of a column the keys of all of them, null where a row had none. Such
     a null cannot be told from one that was meant, so both go; JSON kept as text keeps its own.
+    Numbers that `datasets` says are classes become the names of these.
     """
     number = 0
     for whole in batches:
         for start in range(0, whole.num_rows, _ROWS):
             part = _sound(whole.slice(start, _ROWS), label)
             names = _names(part, label)
-            for cells in zip(*map(_values, part.columns), strict=True):
+            classes = class_names(part.schema)
+            columns = [
+                named(cells, classes[name]) if name in classes else cells
+                for name, cells in zip(names, map(_values, part.columns), strict=True)
+            ]
+            for cells in zip(*columns, strict=True):
                 fields = dict(zip(names, cells, strict=True))
                 yield Row(_without_nulls(fields), f"{label} row {number}")
                 number += 1

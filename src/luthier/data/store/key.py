@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raise it when the same sources, settings and tokenizer give other rows than before."""
 
 

@@ -1,0 +1,199 @@
+"""What a merge costs and what it keeps.
+
+    python benchmarks/merge.py memory            # peak memory, models of two sizes
+    python benchmarks/merge.py logits RUN        # a run on nf4: logits after each kind of merge
+    python benchmarks/merge.py answers RUN ROWS  # exact match with the adapter, and merged
+
+`memory` merges LoRA of rank 16 into random models, each in a process of its own that notes its
+memory when everything is imported and planned, and the highest while it writes. `logits` merges
+the run's adapter onto its 4-bit weights and onto the original ones, and compares with the model
+with its adapter on SmolLM2. `answers` asks both for the last message of each row (greedy).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+MB = 1e6
+
+
+def memory(small: int = 8, large: int = 32) -> None:
+    """Peak memory of merges into models that differ in their number of layers."""
+    print(f"{'layers':>6} {'model':>9} {'above the start':>16} {'of the model':>13} {'time':>7}")
+    for layers in (small, large):
+        with tempfile.TemporaryDirectory() as place:
+            command = [sys.executable, __file__, "one", str(layers), place]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"{layers:>6} {found['model'] / MB:>6.0f} MB {found['peak'] / MB:>13.0f} MB "
+            f"{found['peak'] / found['model']:>12.1%} {found['seconds']:>5.1f} s"
+        )
+
+
+def one(layers: int, place: str) -> None:
+    """One merge, measured from within."""
+    from luthier.export import streaming
+    from luthier.export.layout import layout_of
+    from luthier.model.artefact import find
+
+    folder = Path(place)
+    make(folder / "base", folder / "adapter", layers)
+    artefact = find(str(folder / "adapter"), str(folder / "base"))
+    layout = layout_of(artefact, folder / "base")
+    assert artefact.adapter is not None
+    plan = streaming.plan(folder / "base", layout, [(artefact.adapter, 1.0)], {}, None)
+    (folder / "out").mkdir()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, began = resident("VmRSS"), time.monotonic()
+    for _ in plan.write(folder / "out"):
+        pass
+    found = {"model": plan.size, "peak": resident("VmHWM") - before}
+    print(json.dumps(found | {"seconds": time.monotonic() - began}))
+
+
+def make(base: Path, adapter: Path, layers: int) -> None:
+    """A random Llama in bfloat16, written tensor by tensor, and LoRA on all its linear layers."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from luthier.export.tensors import Entry, write
+
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        shapes = {
+            n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()
+        }
+    base.mkdir()
+    planned = [Entry(name, "BF16", tuple(shape)) for name, shape in shapes.items()]
+    for _ in write(base, planned, lambda name: 0.02 * torch.randn(shapes[name])):
+        pass
+    config.save_pretrained(base)
+    adapter.mkdir()
+    pairs = {}
+    for name, shape in shapes.items():
+        if name.endswith("proj.weight"):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            pairs[f"{key}.lora_A.weight"] = 0.02 * torch.randn(16, shape[1])
+            pairs[f"{key}.lora_B.weight"] = 0.02 * torch.randn(shape[0], 16)
+    save_file(pairs, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
+    settings |= {"base_model_name_or_path": str(base), "target_modules": "all-linear"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def resident(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(name)
+
+
+def logits(run: str) -> None:
+    """The difference after each kind of merge, by the check of luthier merge itself."""
+    from functools import partial
+
+    from luthier.export import merging, verify
+    from luthier.export.loaded import logits as of
+    from luthier.export.loaded import tuned
+    from luthier.export.quiet import hush
+    from luthier.model.artefact import find
+    from luthier.model.tokenizer import load_tokenizer
+
+    hush()
+    artefact = find(run)
+    prompts = verify.prompts_of(artefact, load_tokenizer(artefact.base))
+    print(f"{'onto':>9} {'dtype':>9} {'largest':>9} {'std':>9} {'same token':>11}")
+    for onto in ("trained", "original"):
+        order = merging.Order([artefact], [1.0], Path(), onto=onto)
+        wanted = of(partial(tuned, artefact, order.adapters, order.packs)(), prompts)
+        for dtype in ("float32", "bfloat16"):
+            with tempfile.TemporaryDirectory() as place:
+                target = Path(place) / "merged"
+                merging.merge(replace(order, target=target, dtype=dtype, verify=False), str)
+                found = verify.between(
+                    wanted, of(verify.load_folder(target, artefact.task), prompts)
+                )
+            print(
+                f"{onto:>9} {dtype:>9} {found.largest:>9.2g} {found.relative:>9.2g} "
+                f"{found.agreeing:>10.1%}"
+            )
+
+
+def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
+    """Replies to held-out conversations, with the adapter and merged, scored by exact match."""
+    from luthier.export import merging, verify
+    from luthier.export.loaded import tuned
+    from luthier.export.quiet import hush
+    from luthier.infer.generate import generate
+    from luthier.model.artefact import encoder_of, find
+    from luthier.model.tokenizer import load_tokenizer
+    from luthier.record.plot import read_metrics
+
+    hush()
+    artefact, talks = find(run), read_metrics(Path(rows))
+    tokenizer: Any = load_tokenizer(artefact.base)
+    encoder = encoder_of(artefact, tokenizer)
+    prompts = [encoder.prompt(talk["messages"][:-1]) for talk in talks]
+    order = merging.Order([artefact], [1.0], Path(), dtype, verify=False)
+
+    def replies(model: Any) -> list[str]:
+        stops, pad = encoder.stop_token_ids, tokenizer.pad_token_id
+        limits = {"max_new_tokens": 64, "batch_size": batch}
+        ids = generate(model, prompts, stop_ids=stops, pad_id=pad, **limits)
+        return [tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+
+    before = replies(tuned(artefact, order.adapters, order.packs))
+    with tempfile.TemporaryDirectory() as place:
+        merging.merge(replace(order, target=Path(place) / "merged"), str)
+        after = replies(verify.load_folder(Path(place) / "merged", artefact.task))
+    wanted = [talk["messages"][-1]["content"].strip() for talk in talks]
+    right = [
+        sum(a == b for a, b in zip(texts, wanted, strict=True)) / len(wanted)
+        for texts in (before, after)
+    ]
+    same = sum(a == b for a, b in zip(before, after, strict=True))
+    print(
+        f"{len(talks)} rows, merged in {dtype}: exact match {right[0]:.1%} with the adapter, "
+        f"{right[1]:.1%} merged; {same} replies are the same"
+    )
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["memory", "logits", "answers", "one"])
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--dtype", default="bfloat16")
+    given = parser.parse_args()
+    if given.what == "memory":
+        memory(*map(int, given.words))
+    elif given.what == "one":
+        one(int(given.words[0]), given.words[1])
+    elif given.what == "logits":
+        logits(given.words[0])
+    else:
+        answers(given.words[0], given.words[1], given.dtype)
+
+
+if __name__ == "__main__":
+    main()

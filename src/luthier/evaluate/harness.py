@@ -1,0 +1,134 @@
+"""Benchmarks through lm-evaluation-harness, for a model that luthier loaded."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+from luthier.metrics.bootstrap import interval, paired
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from luthier.infer.llm import LLM
+
+_BATCH = 8
+
+
+def check_installed() -> None:
+    """Raise UserError where the harness is missing; imports nothing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--benchmarks: lm-evaluation-harness is not installed:\n    pip install 'luthier[eval]'"
+        )
+
+
+def run_tasks(
+    llm: "LLM", tasks: Sequence[str], folder: str | None, limit: int | None, batch: int | None
+) -> dict[str, Any]:
+    """Run tasks with the model as it answers now.
+
+    Returns `results`, by task and metric, and `rows`, the scores of single documents in the
+    harness's order. A model with a chat template is asked through it. Raises UserError for a task
+    that does not exist and for data that cannot be had.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=_folder(folder))
+    known = set(manager.all_tasks)
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise UserError(f"--benchmarks: {_no_task(unknown[0], sorted(known))}")
+    # It is placed and packed already: the harness only asks it.
+    model = HFLM(
+        pretrained=llm.model, tokenizer=llm.tokenizer, backend="causal",
+        batch_size=batch or _BATCH, max_length=llm.context,
+    )  # fmt: skip
+    try:
+        found: Any = lm_eval.simple_evaluate(
+            model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True,
+            apply_chat_template=llm.has_template, bootstrap_iters=0,
+        )  # fmt: skip
+    except (OSError, ConnectionError, FileNotFoundError) as error:
+        raise UserError(f"--benchmarks: the data of a task cannot be had: {error}") from error
+    rows = {name: _rows(samples) for name, samples in found["samples"].items()}
+    results = {name: _numbers(each) for name, each in found["results"].items()}
+    return {"results": results, "rows": rows}
+
+
+def compared(benchmarks: Mapping[str, Any], level: float) -> dict[str, Any]:
+    """The numbers of each task with intervals over its documents, and the paired difference."""
+    tuned, base = benchmarks["tuned"], benchmarks.get("base")
+    found: dict[str, Any] = {}
+    for task, numbers in tuned["results"].items():
+        for name, value in numbers.items():
+            rows = tuned["rows"].get(task, {}).get(name)
+            others = base and base["rows"].get(task, {}).get(name)
+            label = f"{task}/{name}"
+            if rows is None:
+                found[label] = {"tuned": {"value": value}}
+                if base:
+                    found[label]["base"] = {"value": base["results"][task][name]}
+            elif others is None:
+                found[label] = {"tuned": asdict(interval(rows, level))}
+            else:
+                pair = paired(others, rows, level)
+                found[label] = {
+                    "base": asdict(pair.first), "tuned": asdict(pair.second),
+                    "difference": asdict(pair.difference),
+                    "higher": pair.higher, "lower": pair.lower,
+                }  # fmt: skip
+    return found
+
+
+def show_tasks(found: Mapping[str, Any], console: "Console") -> None:
+    """Print the numbers of the benchmarks."""
+    from rich.text import Text
+
+    from luthier.evaluate.report import numbers
+
+    console.print(Text("\nbenchmarks", style="bold"))
+    console.print(numbers(dict(found)))
+
+
+def _folder(folder: str | None) -> str | None:
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"--tasks {folder}: there is no such folder.")
+    return folder
+
+
+def _no_task(name: str, known: Sequence[str]) -> str:
+    from luthier.config.words import nearest
+
+    near = nearest(name, known)
+    guess = f" Did you mean {near}?" if near else ""
+    return f"lm-evaluation-harness has no task {name!r}.{guess} `lm-eval ls tasks` lists them."
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a task, less their errors and what is no number."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in results.items()
+        if isinstance(value, int | float) and "," in name and "_stderr" not in name
+    }
+
+
+def _rows(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The scores of the documents by metric, in their order; those that are one number each."""
+    ordered = sorted(samples, key=lambda sample: (str(sample.get("filter")), sample["doc_id"]))
+    filters = {str(sample.get("filter")) for sample in ordered}
+    found: dict[str, list[float]] = {}
+    for sample in ordered:
+        for name in sample.get("metrics", ()):
+            value = sample.get(name)
+            if isinstance(value, int | float):
+                # As the harness calls it in its results.
+                own = "" if sample.get("filter") == "none" else f",{sample.get('filter')}"
+                found.setdefault(f"{name}{own}", []).append(float(value))
+    count = len(ordered) // max(len(filters), 1)
+    return {name: scores for name, scores in found.items() if len(scores) == count}

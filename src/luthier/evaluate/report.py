@@ -1,0 +1,64 @@
+"""What an evaluation found, as tables for people."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from luthier.evaluate.compare import Result
+from luthier.infer.talk import shown
+
+
+def show(result: Result, console: Console) -> None:
+    """Print the numbers of a set, and rows won and lost."""
+    left = ", ".join(f"{count:,} {why}" for why, count in result.left_out.items())
+    head = f"{result.name}: {result.rows:,} rows" + (f"; left out: {left}" if left else "")
+    if result.asked and result.asked != result.rows:
+        head += f"; {result.asked:,} answered"
+    console.print(Text(f"\n{head}", style="bold"))
+    console.print(numbers(result.numbers))
+    for name, rows in (("won", result.wins), ("lost", result.losses)):
+        if rows:
+            console.print(Text(f"\n{name}, by {result.judged_by}", style="bold"))
+            console.print(_examples(rows))
+
+
+def numbers(found: dict[str, dict[str, Any]]) -> Table:
+    """A row for each number, with its interval in brackets."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    is_pair = any("base" in number for number in found.values())
+    table.add_column("", no_wrap=True)
+    for name in ("base", "tuned", "difference", "sure") if is_pair else ("tuned",):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, number in found.items():
+        cells = [cell(number.get(part)) for part in ("base", "tuned", "difference")]
+        sure = max(number["higher"], number["lower"]) if "higher" in number else None
+        certain = "" if sure is None else f"{sure:.1%}"
+        table.add_row(name, *([*cells, certain] if is_pair else [cells[1]]))
+    return table
+
+
+def cell(number: dict[str, Any] | None) -> str:
+    """A value, and below it its interval, such as `[0.20, 0.33]`."""
+    if number is None:
+        return ""
+    if "low" not in number:
+        return f"{number['value']:.4g}"
+    return f"{number['value']:.4g}\n[{number['low']:.4g}, {number['high']:.4g}]"
+
+
+def _examples(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, pad_edge=False)
+    names = [name for name in ("where", "prompt", "base", "tuned", "expected") if name in rows[0]]
+    for name in names:
+        table.add_column(name, overflow="fold", ratio=1)
+    for row in rows:
+        table.add_row(*(Text(_short(row[name])) for name in names))
+    return table
+
+
+def _short(value: Any, limit: int = 160) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else shown(" ".join(str(value).split()))
+    return text if len(text) <= limit else text[:limit] + " ..."

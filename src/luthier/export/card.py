@@ -1,0 +1,187 @@
+"""The model card: what a model is, how it was made, how good it is, how to use it."""
+
+from typing import Any
+
+import yaml
+
+from luthier.export.metadata import metadata
+from luthier.export.snippet import requirements, snippet
+from luthier.export.story import Data, Story
+
+_PACKAGES = ("luthier", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
+
+
+def card(story: Story, stop_ids: list[int], has_template: bool, place: str = ".") -> str:
+    """The text of README.md. `place`: the model's hub name; `.` for the folder it lies in.
+
+    Nothing in it is guessed, and no path of this machine stands in it.
+    """
+    head = yaml.safe_dump(metadata(story), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{head}---\n",
+        f"# {story.title}\n\n{_sentence(story)}",
+        _merged(story),
+        _results(story),
+        _usage(story, stop_ids, has_template, place),
+        _data(story),
+        _training(story),
+        _versions(story),
+        _licence(story),
+    ]
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _sentence(story: Story) -> str:
+    base = _linked(story.base.name, story.base.hub)
+    if story.base.package:
+        base += f" (a GGUF file of the Python package {story.base.package})"
+    if story.method is None and not story.adapter:
+        if not story.packed:
+            return f"Weights that were trained from {base}; how is not known here."
+        return f"{base}{_packing(story)}."
+    how = ", ".join(filter(None, (story.method, _adapter(story), _quantized(story))))
+    what = "An adapter for" if story.kind == "adapter" else "A fine-tuned"
+    recipe = f" from the recipe `{story.recipe}`" if story.recipe else ""
+    return f"{what} {base}, trained with luthier ({how}){recipe}{_packing(story)}."
+
+
+def _linked(name: str, hub: str | None, kind: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{kind}{hub})" if hub else name
+
+
+def _adapter(story: Story) -> str:
+    if not story.adapter:
+        return "" if story.kind == "adapter" else "all weights"
+    name = "DoRA" if story.adapter.get("use_dora") else str(story.adapter.get("peft_type", "LORA"))
+    rank = story.adapter.get("r")
+    return f"{'LoRA' if name == 'LORA' else name}{f' of rank {rank}' if rank else ''}"
+
+
+def _quantized(story: Story) -> str:
+    packing = story.quantization
+    if packing.get("load_in_4bit"):
+        return f"on {packing.get('bnb_4bit_quant_type', 'fp4')} weights"
+    return "on int8 weights" if packing.get("load_in_8bit") else ""
+
+
+def _packing(story: Story) -> str:
+    if not story.packed:
+        return ""
+    return f", with weights in {story.packed['bits']} bits ({story.packed['method']})"
+
+
+def _merged(story: Story) -> str:
+    if not story.merged:
+        return ""
+    facts = story.merged
+    onto = {
+        "trained": "the weights that it was trained on"
+        + (", which are the 4- or 8-bit ones unpacked" if story.quantization else ""),
+        "original": "the weights before quantization, which it was not trained on",
+    }
+    text = f"The adapter was merged in float32 into {onto[facts['onto']]}, then cast to "
+    text += f"{facts['dtype']}."
+    if facts.get("weights"):
+        parts = [f"{name} by {weight:g}" for name, weight in facts["weights"]]
+        text = f"Several adapters were added up ({', '.join(parts)}). {text}"
+    if facts.get("difference") is not None:
+        text += (
+            f" On {facts['prompts']} prompts the largest difference between its logits and those "
+            f"of the model with the adapter is {facts['difference']:.2g}."
+        )
+    return text
+
+
+def _results(story: Story) -> str:
+    if not story.results:
+        return ""
+    lines = ["## Results", "", "| held-out rows | before | after |", "|---|---:|---:|"]
+    for name, pair in story.results.items():
+        cells = " | ".join(_number(name, pair.get(when)) for when in ("before", "after"))
+        lines.append(f"| {name.replace('_', ' ')} | {cells} |")
+    held = sum(
+        part["rows"]
+        for name, part in story.counts.items()
+        if isinstance(part, dict) and "rows" in part and name != "train"
+    )
+    if held:
+        asked = story.settings.get("trainer.evaluation.rows")
+        replies = f"; replies to {min(held, asked):,} of them" if asked else ""
+        lines += ["", f"Measured before and after training on {held:,} held-out rows{replies}."]
+    if story.has_plot:
+        lines += ["", "![The loss over the steps](loss.png)"]
+    return "\n".join(lines)
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1%}" if name.endswith("exact_match") else f"{value:.4g}"
+
+
+def _usage(story: Story, stop_ids: list[int], has_template: bool, place: str) -> str:
+    code = snippet(story, stop_ids, has_template, place)
+    return (
+        f"## How to use it\n\n```sh\n{requirements(story)}\n```\n\n```python\n{code}\n```\n\n"
+        "EXPORT.md says how to serve it with vLLM, TGI and Ollama, with the exact chat template "
+        "and stop tokens."
+    )
+
+
+def _data(story: Story) -> str:
+    if not story.data:
+        return ""
+    lines = ["## Data", "", "| source | licence |", "|---|---|"]
+    lines += [f"| {_source(one)} | {one.licence or 'not stated'} |" for one in story.data]
+    train = story.counts.get("train", {})
+    if train.get("rows"):
+        lines += ["", f"{train['rows']:,} rows, {train['tokens']:,} tokens, of which "
+                  f"{train['trained_tokens']:,} trained."]  # fmt: skip
+    if story.counts.get("sha256"):
+        lines += ["", f"SHA-256 of all token rows and labels: `{story.counts['sha256']}`"]
+    return "\n".join(lines)
+
+
+def _source(data: Data) -> str:
+    name = _linked(data.name, data.name if data.is_hub else None, "datasets/")
+    return f"{name} ({data.part})" if data.part else name
+
+
+def _training(story: Story) -> str:
+    if not story.settings:
+        return ""
+    lines = ["## Training", "", "| setting | value |", "|---|---|"]
+    lines += [f"| `{key}` | {_cell(value)} |" for key, value in story.settings.items()]
+    if story.recipe:
+        words = " ".join(one for one in story.overrides if not one.startswith("output_dir="))
+        lines += ["", f"    luthier train {words}"]
+    if story.seconds is not None and story.hardware:
+        lines += ["", f"Training took {_time(story.seconds)} on {story.hardware}."]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _versions(story: Story) -> str:
+    known = [f"{name} {story.versions[name]}" for name in _PACKAGES if name in story.versions]
+    python = story.versions.get("python")
+    return f"## Versions\n\nPython {python}, {', '.join(known)}." if python else ""
+
+
+def _licence(story: Story) -> str:
+    model = f"This model: {story.licence}." if story.licence else "None is stated for this model."
+    base = (
+        f"Its base, {story.base.name}: {story.base.licence}."
+        if story.base.licence
+        else f"The licence of its base, {story.base.name}, was not found; it holds all the same."
+    )
+    return f"## Licence\n\n{model} {base}"

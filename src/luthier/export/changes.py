@@ -1,0 +1,191 @@
+"""What an adapter changes of each weight of its base: LoRA in all of its kinds.
+
+W + s B A (Hu et al., https://arxiv.org/abs/2106.09685) with s = alpha / r, or alpha / sqrt(r) for
+rsLoRA; DoRA (Liu et al., https://arxiv.org/abs/2402.09353) scales each output to its trained
+length. Layers and rows that train whole take the place of the base's.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.export.layout import Layout
+
+PREFIX = "base_model.model."
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_BY_ITSELF = (
+    *("target_parameters", "layer_replication", "megatron_config", "use_qalora"),
+    *("alora_invocation_tokens", "velora_config", "monteclora_config", "mica"),
+    *("kasa_config", "arrow_config", "use_bdlora"),
+)  # fmt: skip
+"""Settings of LoRA that make something else of it."""
+
+
+class NotPlain(Exception):
+    """This adapter is not one that can be merged tensor by tensor; the text says why."""
+
+
+@dataclass
+class Change:
+    """What becomes of one weight of the base."""
+
+    a: "Tensor | None" = None
+    b: "Tensor | None" = None
+    scale: float = 1.0
+    lengths: "Tensor | None" = None
+    """DoRA's trained length of each output."""
+    whole: "Tensor | None" = None
+    """In place of the base's."""
+    added: "Tensor | None" = None
+    """On top of the base's: a bias of LoRA's B."""
+    rows: list[int] = field(default_factory=list)
+    values: "Tensor | None" = None
+    """In place of these rows of the base's."""
+    transposed: bool = False
+    embeds: bool = False
+
+    def on(self, base: "Tensor") -> "Tensor":
+        """The weight with the change, in float32; `base` is float32 and stays as it is."""
+        import torch
+
+        if self.whole is not None:
+            return self.whole.to(torch.float32)
+        if self.added is not None:
+            return base + self.added
+        if self.values is not None:
+            return base.index_copy(0, torch.tensor(self.rows), self.values)
+        delta = self._delta()
+        merged = base + delta.T if self.transposed or self.embeds else base + delta
+        if self.lengths is None:
+            return merged
+        outputs = 0 if self.transposed else 1
+        factor = self.lengths / torch.linalg.vector_norm(merged, dim=outputs)
+        return merged * (factor[None, :] if self.transposed else factor[:, None])
+
+    def _delta(self) -> "Tensor":
+        assert self.a is not None and self.b is not None
+        return (self.b @ self.a) * self.scale
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The changes of one adapter by the names of the base's weights, and how much they count."""
+
+    folder: Path
+    changes: dict[str, Change]
+    weight: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embeddings that it needs."""
+        wholes = [one.whole.shape[0] for one in self.changes.values() if one.whole is not None]
+        ends = [max(one.rows) + 1 for one in self.changes.values() if one.rows]
+        return max([0, *wholes, *ends])
+
+
+def read_adapter(folder: Path, layout: "Layout", weight: float = 1.0) -> Adapter:
+    """Read an adapter; raises NotPlain for one that is no LoRA of linear and embedding layers."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    _refuse_others(config)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    changes: dict[str, Change] = {}
+    for key, value in tensors.items():
+        _take(changes, key.removeprefix(PREFIX), value.float(), config, layout)
+    for name in changes:
+        if name not in layout.shapes:
+            raise NotPlain(f"the base has no weight {name}")
+    return Adapter(folder, changes, weight)
+
+
+def merged(base: "Tensor", name: str, adapters: list[Adapter]) -> "Tensor":
+    """A weight (float32) with what all adapters change of it, each by its weight."""
+    touching = [one for one in adapters if name in one.changes]
+    if len(touching) == 1 and touching[0].weight == 1.0:
+        return touching[0].changes[name].on(base)
+    total = base.clone()
+    for one in touching:
+        total += one.weight * (one.changes[name].on(base) - base)
+    return total
+
+
+def _refuse_others(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise NotPlain(f"it is of the type {kind}")
+    special = [name for name in _BY_ITSELF if config.get(name)]
+    if special:
+        raise NotPlain(f"it uses {special[0]}")
+
+
+def _take(
+    changes: dict[str, Change],
+    key: str,
+    value: "Tensor",
+    config: Mapping[str, Any],
+    layout: "Layout",
+) -> None:
+    """Put one saved tensor where it belongs."""
+    layer, part = _parted(key)
+    if part == "whole":
+        changes.setdefault(layer, Change()).whole = value
+        return
+    if part == "rows":
+        change = changes.setdefault(f"{layer}.weight", Change())
+        change.values, change.rows = value, _rows_of(layer, config)
+        return
+    if part == "lora_B.bias":
+        scale = _scale(layer, config, None)
+        changes.setdefault(f"{layer}.bias", Change()).added = value * scale
+        return
+    if value.ndim > 2:
+        raise NotPlain(f"{layer} is a convolution")
+    change = changes.setdefault(f"{layer}.weight", Change())
+    change.transposed = layer in layout.transposed
+    if part in ("lora_A.weight", "lora_embedding_A"):
+        change.a, change.scale = value, _scale(layer, config, value.shape[0])
+        change.embeds = part == "lora_embedding_A"
+    elif part in ("lora_B.weight", "lora_embedding_B"):
+        change.b = value
+    else:
+        change.lengths = value
+
+
+def _parted(key: str) -> tuple[str, str]:
+    """A saved tensor's layer, and which part of the adapter it is."""
+    if key.endswith(_ROWS):
+        return key.removesuffix(_ROWS), "rows"
+    for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A",
+                 "lora_embedding_B", "lora_magnitude_vector"):  # fmt: skip
+        if key.endswith(f".{part}"):
+            return key.removesuffix(f".{part}"), part
+    if ".lora_" in key:
+        raise NotPlain(f"it holds {key}")
+    return key.replace(".base_layer.", "."), "whole"
+
+
+def _scale(layer: str, config: Mapping[str, Any], rank: int | None) -> float:
+    """alpha / r of a layer, or alpha / sqrt(r), by peft's own reading of the patterns."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    r = rank or ranks.get(get_pattern_key(ranks, layer), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas, layer), config["lora_alpha"])
+    return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+
+
+def _rows_of(layer: str, config: Mapping[str, Any]) -> list[int]:
+    given = config.get("trainable_token_indices") or []
+    if isinstance(given, list):
+        return list(given)
+    for name, ids in given.items():
+        if f".{layer}".endswith(f".{name}"):
+            return list(ids)
+    raise NotPlain(f"it does not say which rows of {layer} it trained")

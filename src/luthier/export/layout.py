@@ -1,0 +1,135 @@
+"""A model as names and shapes: what a merge needs to know, without a byte of weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import UserError
+from luthier.export.changes import NotPlain
+from luthier.model import gguf, hub, prequantized, source
+from luthier.model.artefact import Artefact
+
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+"""The class of transformers that picks the model's, by what it does."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model that comes out, before any row of its embeddings is added."""
+
+    config: Any
+    """Its `PretrainedConfig`."""
+    architecture: str
+    """The name of its class."""
+    shapes: dict[str, tuple[int, ...]]
+    """Every weight that is saved, by name; of tied ones each name."""
+    tied: dict[str, str]
+    """A second name -> the first name of the same matrix."""
+    transposed: frozenset[str]
+    """Layers that keep their matrix as (inputs, outputs): GPT-2's Conv1D."""
+    packed: frozenset[str]
+    """Layers that the run's quantization packs."""
+    prefix: str
+    """What checkpoints of the headless model leave out of their names."""
+    inputs: str
+    """The weight of the input embeddings."""
+
+
+def base_folder(artefact: Artefact) -> Path:
+    """The folder with the base's weights on this machine; fetched from the hub where it is not.
+
+    Raises UserError where it cannot be had.
+    """
+    model = artefact.base
+    file = source.gguf_file(model.path)
+    if file is not None:
+        return gguf.convert(file)
+    if source.is_local(model.path):
+        return Path(model.path).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model.path,
+                revision=model.revision,
+                local_files_only=hub.is_out_of_reach(),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            )
+        )
+    except Exception as error:  # the HTTP client has its own errors for a network that is down
+        raise UserError(hub.words(error, model.path, "its base")) from error
+
+
+def labels_of(artefact: Artefact) -> dict[str, Any]:
+    """The labels of a classifier's adapter, as arguments of `from_pretrained`."""
+    if artefact.adapter is None or not (artefact.adapter / "labels.json").is_file():
+        return {"num_labels": 1} if artefact.is_reward else {}
+    found: dict[str, Any] = json.loads((artefact.adapter / "labels.json").read_text("utf-8"))
+    return found
+
+
+def layout_of(artefact: Artefact, folder: Path) -> Layout:
+    """Build the model on torch's meta device from the base's config.json and look at it."""
+    config = _config(artefact, folder)
+    empty = _empty(artefact, config)
+    parameters = dict(empty.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in parameters.items():
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    transposed, inputs = _transposed(empty), empty.get_input_embeddings()
+    return Layout(
+        config,
+        type(empty).__name__,
+        {name: tuple(value.shape) for name, value in empty.state_dict().items()},
+        tied,
+        transposed,
+        _packed(empty, artefact.quantization),
+        f"{empty.base_model_prefix}.",
+        next(f"{name}.weight" for name, one in empty.named_modules() if one is inputs),
+    )
+
+
+def _config(artefact: Artefact, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if prequantized.read(artefact.base) is not None:
+        raise NotPlain("its base comes quantized")
+    return AutoConfig.from_pretrained(folder, **labels_of(artefact))
+
+
+def _empty(artefact: Artefact, config: Any) -> Any:
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, CLASSES[artefact.task]).from_config(config)
+
+
+def _transposed(model: Any) -> frozenset[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    return frozenset(name for name, one in model.named_modules() if isinstance(one, Conv1D))
+
+
+def _packed(model: Any, quantization: dict[str, Any]) -> frozenset[str]:
+    """The layers that bitsandbytes would pack while loading: transformers chooses them."""
+    if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        return frozenset()
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    settings = BitsAndBytesConfig.from_dict(dict(quantization))
+    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    kinds = (Linear4bit, Linear8bitLt)
+    return frozenset(name for name, one in model.named_modules() if isinstance(one, kinds))

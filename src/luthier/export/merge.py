@@ -1,0 +1,120 @@
+"""`luthier merge`: adapters become part of their base, for servers that know no adapters."""
+
+import re
+from pathlib import Path
+
+from luthier.errors import UserError
+from luthier.inspect.arguments import Flag, Given, Grammar
+from luthier.model.artefact import Artefact, find
+
+DTYPES = ("float32", "bfloat16", "float16")
+ONTO = ("trained", "original")
+PACKINGS = ("nf4", "int8", "gptq", "awq")
+
+GRAMMAR = Grammar(
+    "merge",
+    "luthier merge RUN [RUN:WEIGHT ...] [flags]\n\n"
+    "Adds a run's adapter to its base in float32, casts, and writes a model that any server\n"
+    "loads, with tokenizer, template, stop tokens and card. RUN is the folder of a run, a\n"
+    "checkpoint or an adapter, or a hub name; several adapters of one base add up, each by its\n"
+    "weight (RUN:0.5 OTHER:0.5). Of LoRA one tensor at a time is in memory; other adapters are\n"
+    "merged by peft, with the model in memory in float32.\n\n"
+    "An adapter that was trained on 4- or 8-bit weights is added to these, unpacked: they are\n"
+    "what it learned on. --onto original adds it to the weights before they were packed.\n\n"
+    "Then the model is loaded with the adapter and once more as merged, and their logits are\n"
+    "compared. A checkpoint that FSDP or ZeRO left in shards is put together instead.",
+    (
+        Flag("--out", "FOLDER", "where the model goes; default: merged/ in the run's folder"),
+        Flag("--dtype", "NAME", "float32, bfloat16 or float16; default: the base's"),
+        Flag("--onto", "WEIGHTS", "trained (default) or original: see above"),
+        Flag("--base", "MODEL", "the adapter's base, where it is no longer at its place"),
+        Flag("--quantize", "FORMAT", "pack the result for serving: nf4, int8, gptq or awq"),
+        Flag("--no-verify", None, "do not compare logits (loading takes 4 bytes a weight)"),
+        Flag("--overwrite", None, "replace what is in the folder"),
+    ),
+    "  luthier merge runs/quickstart/default\n"
+    "  luthier merge runs/quickstart/default --out served --dtype float16\n"
+    "  luthier merge runs/a/default:0.7 runs/b/default:0.3 --out both\n"
+    "  luthier merge runs/quickstart/default --quantize nf4 --out served-4bit\n",
+)
+_WEIGHT = re.compile(r"^(?P<word>.+):(?P<weight>-?\d+(\.\d+)?)$")
+
+
+def run(words: list[str]) -> int:
+    """Merge what was typed."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    given = GRAMMAR.parse(words)
+    _refuse_values(given)
+    if not given.overrides:
+        raise UserError("luthier merge: name a run, such as luthier merge runs/quickstart/default.")
+    from luthier.export import sharded
+
+    if len(given.overrides) == 1 and sharded.kind_of(Path(given.overrides[0])) is not None:
+        return sharded.command(Path(given.overrides[0]), given)
+    parted = [_parted(word) for word in given.overrides]
+    artefacts = [find(word, given.texts.get("--base")) for word, _ in parted]
+    return _merge(artefacts, [weight for _, weight in parted], given)
+
+
+def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
+    from luthier.export import merging, quantizing
+    from luthier.export.loaded import too_large
+    from luthier.export.quiet import hush
+
+    target = target_of(artefacts[0], given)
+    quantize = given.texts.get("--quantize")
+    if quantize is not None:
+        quantizing.check(quantize)
+    order = merging.Order(
+        artefacts,
+        weights,
+        target,
+        given.texts.get("--dtype"),
+        given.texts.get("--onto", "trained"),
+        "--no-verify" not in given.switches,
+        quantize,
+    )
+    overwrite = "--overwrite" in given.switches
+    if quantize is not None and len(artefacts) == 1 and artefacts[0].adapter is None:
+        merging.refuse_target(target, overwrite)
+        hush()
+        quantizing.whole_model(artefacts[0], target, quantize, print)
+        return 0
+    merging.refuse(order, overwrite)
+    hush()
+    try:
+        merging.merge(order, print)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            raise UserError(too_large(artefacts[0])) from error
+        raise
+    return 0
+
+
+def target_of(artefact: Artefact, given: Given) -> Path:
+    """Where the model goes: as typed, or beside what it is made of."""
+    typed = given.texts.get("--out")
+    if typed is not None:
+        return Path(typed).expanduser()
+    if artefact.run is not None:
+        return artefact.run / "merged"
+    if artefact.word == str(artefact.folder):
+        return Path(f"{artefact.word.rstrip('/')}-merged")
+    raise UserError(f"{artefact.word} is not on this machine: say where the model goes, --out.")
+
+
+def _refuse_values(given: Given) -> None:
+    allowed = {"--dtype": DTYPES, "--onto": ONTO, "--quantize": PACKINGS}
+    for flag, values in allowed.items():
+        typed = given.texts.get(flag)
+        if typed is not None and typed not in values:
+            raise UserError(f"{flag} {typed}: there are {', '.join(values)}.")
+
+
+def _parted(word: str) -> tuple[str, float]:
+    """A word and its weight; `package:NAME` and a folder of that very name have none."""
+    found = _WEIGHT.match(word)
+    if found is None or Path(word).exists():
+        return word, 1.0
+    return found["word"], float(found["weight"])

@@ -1,0 +1,216 @@
+"""A chat template as an Ollama Modelfile writes it, where the two can be shown to be equal.
+
+Ollama's TEMPLATE is a template of Go over `.System` and `.Messages`. What stands around each role's
+text is read off renderings of the Jinja template; the result is then rendered and held against the
+Jinja template on conversations that have tripped such translations. Where one differs there is
+none.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.chat.errors import ChatError
+
+Messages = list[dict[str, str]]
+Render = Callable[[Messages, bool], str]
+"""Messages and whether a reply is asked for -> the text."""
+
+_ACTION = re.compile(r"{{(.*?)}}", re.S)
+_ROLES = ("system", "user", "assistant")
+_MARKS = {"system": "\ue000", "user": "\ue001", "assistant": "\ue002", "again": "\ue003"}
+"""Characters for private use stand in for texts: no template looks for them."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What a template writes around the text of each role."""
+
+    around: dict[str, tuple[str, str]]
+    """By role: what stands before and behind its text."""
+    without_system: str
+    """What it writes first where there is no system prompt."""
+    generation: str
+    """What a reply is written behind."""
+
+
+def translate(render: Render, bos: str | None) -> str | None:
+    """The Go template that writes what `render` writes, less the BOS token; None if there is none.
+
+    Ollama puts the BOS token itself, as the model's file says.
+    """
+    try:
+        plain = _without(bos, render)
+        frames = _frames(plain)
+        if frames is None:
+            return None
+        template = _go(frames)
+        return template if all(_agree(template, plain, one) for one in probes()) else None
+    except (ValueError, ChatError):
+        # A role that the template refuses, or writes in more than one way.
+        return None
+
+
+def rendered(template: str, messages: Messages) -> str:
+    """What Ollama writes for alternating messages with the part of Go that `translate` uses."""
+    system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
+    parts = _ACTION.split(template)
+    out, place = [], 0
+    while place < len(parts):
+        action = parts[place].strip() if place % 2 else None
+        if action is None:
+            out.append(parts[place])
+        elif action == "range .Messages":
+            end = _end(parts, place)
+            out += [_message(parts[place + 1 : end], one) for one in messages]
+            place = end
+        elif action == "if not .System":
+            end = _end(parts, place)
+            out += [] if system else [parts[place + 1]]
+            place = end
+        else:
+            raise ValueError(f"not of the part of Go that is known here: {action}")
+        place += 1
+    return "".join(out)
+
+
+def probes() -> list[Messages]:
+    """Conversations that a translation must write as the template does."""
+    texts = [
+        "Hello.",
+        " spaces around ",
+        "\n\nlines around\n",
+        "1. a\n2. b {{ c }} {% d %} <b>&amp;</b>",
+        "<think>\nwell\n</think>\n\nYes.",
+        'Größe: "quoted" \\n \t 漢字 🙂',
+        "",
+    ]
+    turns = [
+        {"role": "user" if number % 2 == 0 else "assistant", "content": text}
+        for text in texts
+        for number in range(2)
+    ]
+    talks = [turns[: length + 1] for length in range(0, len(turns), 2)]
+    talks += [[{"role": "user", "content": text}] for text in texts]
+    talks += [_answered(text) for text in texts]
+    systems = [{"role": "system", "content": text} for text in texts if text]
+    return [*talks, *([system, *talk] for talk in talks for system in systems)]
+
+
+def _answered(text: str) -> Messages:
+    return [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "And?"},
+    ]
+
+
+def _agree(template: str, render: Render, messages: Messages) -> bool:
+    return rendered(template, messages) == render(messages, True)
+
+
+def _without(bos: str | None, render: Render) -> Render:
+    return lambda messages, generation: render(messages, generation).removeprefix(bos or "")
+
+
+def _frames(render: Render) -> Frames | None:
+    def said(*roles: str) -> Messages:
+        names = _named(roles)
+        return [
+            {"role": role, "content": _MARKS[name]} for role, name in zip(roles, names, strict=True)
+        ]
+
+    whole = _cut(render(said("system", "user", "assistant", "user"), True), 5)
+    bare = _cut(render(said("user", "assistant", "user"), True), 4)
+    asked = _cut(render(said("user"), False), 2)
+    told = _cut(render(said("user", "assistant"), False), 3)
+    if not (whole and bare and asked and told):
+        return None
+    behind_user, behind_assistant = asked[-1], told[-1]
+    before_assistant = _less(whole[2], behind_user, start=True)
+    before_user = _less(whole[3], behind_assistant, start=True)
+    return Frames(
+        {
+            "system": (whole[0], _less(whole[1], before_user, start=False)),
+            "user": (before_user, behind_user),
+            "assistant": (before_assistant, behind_assistant),
+        },
+        _less(bare[0], before_user, start=False),
+        _less(whole[4], behind_user, start=True),
+    )
+
+
+def _named(roles: tuple[str, ...]) -> list[str]:
+    return [role if role not in roles[:place] else "again" for place, role in enumerate(roles)]
+
+
+def _cut(text: str, pieces: int) -> list[str] | None:
+    """The text between the marks, if each stands once."""
+    found = re.split("[" + "".join(_MARKS.values()) + "]", text)
+    return found if len(found) == pieces else None
+
+
+def _less(text: str, part: str, start: bool) -> str:
+    """A text without what it begins or ends with; ValueError where it does not."""
+    if start and text.startswith(part):
+        return text[len(part) :]
+    if not start and text.endswith(part):
+        return text[: len(text) - len(part)]
+    raise ValueError("the template writes a role in more than one way")
+
+
+def _go(frames: Frames) -> str:
+    pieces = [frames.without_system, frames.generation]
+    pieces += [text for pair in frames.around.values() for text in pair]
+    if any(sign in piece for piece in pieces for sign in ("{{", "}}", '"""')):
+        raise ValueError("the template writes signs that Go or the Modelfile reads")
+    first = frames.without_system
+    head = "{{ if not .System }}" + first + "{{ end }}" if first else ""
+    body = ""
+    for number, role in enumerate(_ROLES):
+        before, behind = frames.around[role]
+        word = "else if" if number else "if"
+        body += f'{{{{ {word} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{behind}'
+    return f"{head}{{{{ range .Messages }}}}{body}{{{{ end }}}}{{{{ end }}}}{frames.generation}"
+
+
+def _end(parts: list[str], place: int) -> int:
+    """Where the block that begins at `place` ends."""
+    depth = 0
+    for number in range(place, len(parts), 2):
+        word = parts[number].strip()
+        depth += word.startswith(("if ", "range "))
+        depth -= word == "end"
+        if depth == 0:
+            return number
+    raise ValueError("a block without its end")
+
+
+def _message(parts: list[str], message: dict[str, str]) -> str:
+    """One message by the branches over its role."""
+    out, is_its = [], False
+    for number, part in enumerate(parts):
+        action = part.strip()
+        if number % 2 == 0:
+            out += [part] if is_its else []
+        elif " eq .Role " in f" {action} ":
+            is_its = action.endswith(f'"{message["role"]}"')
+        elif action == ".Content":
+            out += [message["content"]] if is_its else []
+        else:
+            is_its = False
+    return "".join(out)
+
+
+def modelfile(template: str | None, place: str, stops: list[str]) -> str:
+    """A Modelfile for a folder of merged weights; without TEMPLATE Ollama finds its own."""
+    lines: list[Any] = [f"FROM {place}"]
+    if template is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(stop: str) -> str:
+    return f'"""{stop}"""' if '"' in stop else f'"{stop}"'

@@ -1,0 +1,164 @@
+"""Weights packed for serving: by bitsandbytes, or by GPTQ and AWQ of gptqmodel."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import UserError
+from luthier.export import carried, merging, story, writing
+from luthier.export.layout import CLASSES, base_folder
+from luthier.export.tensors import INDEX, SHARD_BYTES, files_of
+from luthier.model.artefact import Artefact
+from luthier.record.files import publish_folder
+
+CALIBRATION = 256
+"""Training rows that GPTQ and AWQ look at."""
+_PACKAGES = {
+    "nf4": ("bitsandbytes",),
+    "int8": ("bitsandbytes",),
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel", "optimum"),
+}
+_CONFIGS = ("config.json", "quantize_config.json")
+
+
+def check(name: str) -> None:
+    """Raise UserError where the library for a format is not installed."""
+    missing = [package for package in _PACKAGES[name] if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"--quantize {name}: this needs {' and '.join(missing)}:\n"
+            f"    pip install {' '.join(missing)}\n"
+            "Without that there are nf4 and int8, by bitsandbytes."
+        )
+
+
+def pack(folder: Path, name: str, artefact: Artefact, say: Callable[[str], None]) -> dict[str, Any]:
+    """Pack the weights of a model's folder in place; returns what the card says of it.
+
+    The model is in memory whole, in 2 bytes a weight. Raises UserError where the format does not
+    fit the model, or rows to look at are missing.
+    """
+    target = folder.with_name(f"{folder.name}.packed")
+    shutil.rmtree(target, ignore_errors=True)
+    before = _size(folder)
+    if "bitsandbytes" in _PACKAGES[name]:
+        _by_bitsandbytes(folder, target, name, artefact)
+    else:
+        _by_gptqmodel(folder, target, name, artefact)
+    for file in files_of(folder):
+        file.unlink()
+    (folder / INDEX).unlink(missing_ok=True)
+    for file in target.iterdir():
+        # The tokenizer and the stop tokens are those that trained, and stay.
+        if file.suffix == ".safetensors" or file.name in (INDEX, *_CONFIGS):
+            file.replace(folder / file.name)
+    shutil.rmtree(target)
+    _forget_places(folder)
+    say(f"packed    {name}: {before / 1e9:.2f} GB became {_size(folder) / 1e9:.2f} GB")
+    return {"bits": 8 if name == "int8" else 4, "method": _method(name)}
+
+
+def whole_model(artefact: Artefact, target: Path, name: str, say: Callable[[str], None]) -> None:
+    """Pack a model that has no adapter and write it to `target`."""
+    source = base_folder(artefact)
+    aside = merging.empty_aside(target)
+    for file in [*files_of(source), *source.glob("*.json"), *source.glob("*.jinja")]:
+        if file.name not in ("luthier.json", story.FILE):
+            shutil.copyfile(file, aside / file.name)
+    spoken = writing.spoken_of(artefact)
+    packed = pack(aside, name, artefact, say)
+    told = replace(story.told(artefact), packed=packed)
+    writing.write(
+        aside, told, spoken, None if artefact.run is None else artefact.run / writing.PLOT
+    )
+    publish_folder(aside, target)
+    say(f"written   {target}")
+
+
+def _method(name: str) -> str:
+    return name if name in ("gptq", "awq") else "bitsandbytes"
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _by_bitsandbytes(folder: Path, target: Path, name: str, artefact: Artefact) -> None:
+    import transformers
+
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if name == "nf4":
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
+    make: Any = transformers.BitsAndBytesConfig
+    kind: Any = getattr(transformers, CLASSES[artefact.task])
+    model = kind.from_pretrained(
+        folder, quantization_config=make(**settings), dtype="auto", device_map={"": _device()}
+    )
+    model.save_pretrained(target, max_shard_size=SHARD_BYTES)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _by_gptqmodel(folder: Path, target: Path, name: str, artefact: Artefact) -> None:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    rows = _rows(artefact)
+    try:
+        model = GPTQModel.load(str(folder), QuantizeConfig(bits=4, group_size=128, method=name))
+        model.quantize(rows)
+        model.save(str(target))
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"--quantize {name}: gptqmodel cannot pack this model on this machine: {error}\n"
+            "Without it there are nf4 and int8, by bitsandbytes."
+        ) from error
+
+
+def _forget_places(folder: Path) -> None:
+    """Take the folders of this machine out of what gptqmodel wrote."""
+    for file in (folder / name for name in _CONFIGS):
+        if not file.is_file():
+            continue
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        for part in (settings, settings.get("quantization_config") or {}):
+            (part.get("meta") or {}).pop("offload_to_disk_path", None)
+        carried.write_config(file, settings)
+
+
+def _rows(artefact: Artefact) -> list[dict[str, list[int]]]:
+    """The first training rows as tokens: what the model will be asked is most like them."""
+    if artefact.config is None:
+        raise UserError(
+            f"{artefact.word}: GPTQ and AWQ look at training rows, and this is no run of luthier. "
+            "Name the run's folder, or use --quantize nf4."
+        )
+    from luthier.data.batches.rows import TokenRows
+    from luthier.data.prepare import prepare
+    from luthier.model.tokenizer import load_tokenizer
+    from luthier.train import methods
+
+    config = artefact.config
+    tokenizer = load_tokenizer(artefact.base)
+    prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
+    if not isinstance(prepared.train, TokenRows):
+        raise UserError(
+            f"{artefact.word}: GPTQ and AWQ look at training rows, and this run streams them. Use "
+            "--quantize nf4."
+        )
+    train = prepared.train
+    some = [train.table.row(int(number))["input_ids"] for number in train.different[:CALIBRATION]]
+    return [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in some]

@@ -1,0 +1,186 @@
+"""Checkpoints that FSDP or ZeRO left in shards, put together to one model."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.errors import UserError
+from luthier.export import carried, merging, story, streaming, tensors, writing
+from luthier.export.layout import layout_of
+from luthier.export.tensors import Entry, write
+from luthier.inspect.arguments import Given
+from luthier.model.artefact import Artefact, read_config
+from luthier.record.files import publish_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["fsdp", "zero"]
+_MODEL = "model."
+"""What accelerate puts before the names of a model's weights in such a checkpoint."""
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """Which way of sharding left this checkpoint; None for one that is whole."""
+    if not folder.is_dir():
+        return None
+    if shards_of(folder) is not None:
+        return "fsdp"
+    return "zero" if (folder / "latest").is_file() and any(folder.glob("global_step*")) else None
+
+
+def shards_of(folder: Path) -> Path | None:
+    """The folder with FSDP's shards: the checkpoint itself, or one in it."""
+    places = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
+    return next((place for place in places if (place / ".metadata").is_file()), None)
+
+
+def command(folder: Path, given: Given) -> int:
+    """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
+    from luthier.export.quiet import hush
+
+    artefact = _trained_whole(folder, given)
+    target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
+    merging.refuse_target(target, "--overwrite" in given.switches)
+    if kind_of(folder) == "zero" and find_spec("deepspeed") is None:
+        raise UserError(
+            f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
+            "    pip install deepspeed\n"
+            "Its own script beside them does the same: python zero_to_fp32.py . OUT "
+            "--safe_serialization"
+        )
+    hush()
+    aside = merging.empty_aside(target)
+    try:
+        consolidate(folder, artefact, aside, given.texts.get("--dtype"), print)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    publish_folder(aside, target)
+    print(f"written   {target}")
+    return 0
+
+
+def consolidate(
+    folder: Path, artefact: Artefact, target: Path, dtype: str | None, say: Callable[[str], None]
+) -> None:
+    """Write the model of a sharded checkpoint into `target`, with configuration and tokenizer.
+
+    Raises UserError for weights that are not those of the run's model.
+    """
+    from luthier.export.layout import base_folder
+
+    base = base_folder(artefact)
+    layout = layout_of(artefact, base)
+    if kind_of(folder) == "fsdp":
+        written = _from_fsdp(folder, target, dtype, say)
+    else:
+        written = _from_zero(folder, target, dtype, say)
+    missing = [n for n in layout.shapes if n not in written and n not in layout.tied]
+    if missing:
+        raise UserError(
+            f"{folder}: the checkpoint has no {missing[0]}, which {artefact.base.path} has: it is "
+            "of another model, or holds an adapter alone."
+        )
+    main = streaming.main_format(written.values())
+    name = tensors.DTYPES[main]
+    carried.model_config(layout.config, layout.architecture, name, None, bool(layout.tied))
+    layout.config.save_pretrained(target)
+    spoken = writing.spoken_of(artefact)
+    place = folder if (folder / "tokenizer_config.json").is_file() else base
+    carried.carry_speech(place, target)
+    carried.carry_generation(base, None, target, spoken)
+    writing.write(target, story.of(artefact), spoken)
+
+
+def _trained_whole(folder: Path, given: Given) -> Artefact:
+    """The run that a sharded checkpoint belongs to, as an artefact of its base."""
+    place = folder.resolve()
+    run = next((one for one in place.parents if (one / "config.yaml").is_file()), None)
+    base = given.texts.get("--base")
+    if run is None:
+        if base is None:
+            raise UserError(
+                f"{folder}: shards hold no configuration, and no run is around them.\n"
+                "Name the model that was trained: --base ORGANISATION/MODEL."
+            )
+        from luthier.model.artefact import find
+
+        return replace(find(base), word=str(folder))
+    config = read_config(run)
+    if config.lora:
+        raise UserError(
+            f"{folder}: the shards of a run with adapters. Its adapter is saved whole at the end "
+            f"of the run: luthier merge {run}."
+        )
+    model = config.model.model_copy(update={"path": base} if base else {})
+    return Artefact(str(folder), model, config=config, run=run)
+
+
+def _from_fsdp(
+    folder: Path, target: Path, dtype: str | None, say: Callable[[str], None]
+) -> dict[str, Entry]:
+    """Read tensor by tensor, with torch's own reader of distributed checkpoints."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    shards = shards_of(folder)
+    assert shards is not None
+    kept = FileSystemReader(shards).read_metadata().state_dict_metadata
+    found = {name: one for name, one in kept.items() if isinstance(one, TensorStorageMetadata)}
+    prefix = _MODEL if all(name.startswith(_MODEL) for name in found) else ""
+    if any(".lora_" in name for name in found):
+        raise UserError(f"{folder}: these shards hold an adapter; merge the run's model/ instead.")
+    planned = []
+    for name, one in found.items():
+        own = streaming.FORMATS[str(one.properties.dtype).removeprefix("torch.")]
+        form = streaming.FORMATS[dtype] if dtype and own in tensors.FLOATS else own
+        planned.append(Entry(name.removeprefix(prefix), form, tuple(one.size)))
+    if prefix and not any(name.startswith("model.") for name in _names(planned)):
+        # A headless model's own names begin so: then nothing was put before them.
+        planned = [Entry(prefix + entry.name, entry.dtype, entry.shape) for entry in planned]
+        prefix = ""
+    merging.refuse_full_disk(sum(entry.size for entry in planned), target)
+    done = {entry.name: entry for entry in write(target, planned, _reader(shards, kept, prefix))}
+    say(f"merged    {len(done)} weights out of {shards.name}")
+    return done
+
+
+def _names(planned: list[Entry]) -> list[str]:
+    return [entry.name for entry in planned]
+
+
+def _reader(shards: Path, kept: dict[str, Any], prefix: str) -> "Callable[[str], Tensor]":
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    def read(name: str) -> "Tensor":
+        one = kept[prefix + name]
+        wanted = {prefix + name: torch.empty(one.size, dtype=one.properties.dtype)}
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(shards), no_dist=True)
+        return wanted[prefix + name]
+
+    return read
+
+
+def _from_zero(
+    folder: Path, target: Path, dtype: str | None, say: Callable[[str], None]
+) -> dict[str, Entry]:
+    """Let DeepSpeed gather the weights in float32, and write them in the format asked for."""
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    gathered = target / "gathered"
+    convert_zero_checkpoint_to_fp32_state_dict(str(folder), str(gathered), safe_serialization=True)
+    found = tensors.Checkpoint(gathered)
+    form = streaming.FORMATS[dtype or "float32"]
+    planned = [
+        Entry(one.name, form if one.dtype in tensors.FLOATS else one.dtype, one.shape)
+        for one in found.entries.values()
+    ]
+    done = {entry.name: entry for entry in write(target, planned, found.read)}
+    shutil.rmtree(gathered)
+    say(f"merged    {len(done)} weights out of ZeRO's shards")
+    return done

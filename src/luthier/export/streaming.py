@@ -1,0 +1,188 @@
+"""Adapters into a base, tensor by tensor: the model is never in memory whole."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.export.changes import Adapter, NotPlain, merged, read_adapter
+from luthier.export.layout import Layout
+from luthier.export.packing import as_trained
+from luthier.export.tensors import DTYPES, FLOATS, Checkpoint, Entry, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = {torch: ours for ours, torch in DTYPES.items()}
+"""torch's names of number formats -> those of safetensors."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Adapters, the base they go into, and what comes out."""
+
+    base: Checkpoint
+    layout: Layout
+    adapters: list[Adapter]
+    names: dict[str, str]
+    """A weight's name -> its name in the base's files."""
+    quantization: dict[str, Any]
+    """How the base is packed before the adapters are added; empty for not at all."""
+    planned: list[Entry]
+    rows: int | None
+    """Rows of the embeddings, where they are more than the base's."""
+    untied: bool
+    """Whether input and output embeddings come apart."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights that come out."""
+        return sum(entry.size for entry in self.planned)
+
+    @property
+    def dtype(self) -> str:
+        """The number format of most weights, by torch's name."""
+        return DTYPES[main_format(self.planned)]
+
+    def weight(self, name: str) -> "Tensor":
+        """A weight as it comes out, in float32 where it was merged."""
+        import torch
+
+        source = self.layout.tied.get(name, name) if name not in self.names else name
+        if source not in self.names:
+            change = next(one.changes[name] for one in self.adapters if name in one.changes)
+            return change.on(torch.empty(0))
+        value = self.base.read(self.names[source])
+        if not value.is_floating_point():
+            return value
+        layer = name.removesuffix(".weight")
+        if self.quantization and layer in self.layout.packed:
+            is_turned = layer in self.layout.transposed
+            value = as_trained(value.float(), self.quantization, is_turned)
+        changed = [one for one in self.adapters if name in one.changes]
+        if not changed:
+            return self._grown(value, name)
+        return merged(self._grown(value.float(), name), name, self.adapters)
+
+    def write(self, folder: Path) -> Iterable[Entry]:
+        """Write the weight files; gives each weight when it is written."""
+        return write(folder, self.planned, self.weight)
+
+    def _grown(self, value: "Tensor", name: str) -> "Tensor":
+        """An embedding with empty rows for the new tokens; an adapter fills them."""
+        shape = self.layout.shapes[name]
+        if self.rows is None or value.shape[0] == self.rows or not _is_embedding(name, self.layout):
+            return value
+        new = value.new_zeros((self.rows - shape[0], *value.shape[1:]))
+        import torch
+
+        return torch.cat([value, new])
+
+
+def plan(
+    base: Path,
+    layout: Layout,
+    folders: list[tuple[Path, float]],
+    quantization: dict[str, Any],
+    dtype: str | None,
+) -> Merge:
+    """What a merge will read and write. `folders`: adapters with their weights.
+
+    Raises NotPlain where it cannot be done tensor by tensor, UserError for damaged files.
+    """
+    checkpoint = Checkpoint(base)
+    adapters = [read_adapter(folder, layout, weight) for folder, weight in folders]
+    names = _names(checkpoint, layout)
+    _spread_rows(adapters, layout)
+    untied = _comes_apart(adapters, layout)
+    given = {name for one in adapters for name in one.changes}
+    out = [name for name in layout.shapes if name not in layout.tied or untied]
+    missing = [
+        name for name in out if layout.tied.get(name, name) not in names and name not in given
+    ]
+    if missing:
+        raise NotPlain(f"the base's files have no {missing[0]}")
+    needed = max([0, *(one.rows for one in adapters)])
+    have = layout.shapes[layout.inputs][0]
+    rows = needed if needed > have else None
+    if rows and len(adapters) > 1:
+        raise NotPlain("several adapters with new tokens: their rows cannot be added")
+    main = main_format(checkpoint.entries.values())
+    formats = {name: _format(name, names, layout, checkpoint, main, dtype) for name in out}
+    planned = [Entry(name, formats[name], _shape(name, layout, rows)) for name in out]
+    return Merge(checkpoint, layout, adapters, names, quantization, planned, rows, untied)
+
+
+def main_format(entries: Iterable[Entry]) -> str:
+    """The format of most numbers."""
+    counts: dict[str, int] = {}
+    for entry in entries:
+        if entry.dtype in FLOATS:
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+    return max(counts, key=lambda name: counts[name]) if counts else "F32"
+
+
+def _names(base: Checkpoint, layout: Layout) -> dict[str, str]:
+    """Each weight's name in the files: files of a headless model leave out its prefix."""
+    found = {}
+    for name in layout.shapes:
+        for written in (name, name.removeprefix(layout.prefix)):
+            if written in base.entries:
+                found[name] = written
+                break
+    return found
+
+
+def _format(
+    name: str,
+    names: dict[str, str],
+    layout: Layout,
+    base: Checkpoint,
+    main: str,
+    dtype: str | None,
+) -> str:
+    """The format that a weight is written in: its own, or `dtype` where it has the base's."""
+    source = names.get(name) or names.get(layout.tied.get(name, name))
+    own = main if source is None else base.entries[source].dtype
+    return FORMATS[dtype] if dtype is not None and own == main else own
+
+
+def _shape(name: str, layout: Layout, rows: int | None) -> tuple[int, ...]:
+    shape = layout.shapes[name]
+    if rows is None or not _is_embedding(name, layout):
+        return shape
+    return (rows, *shape[1:])
+
+
+def _is_embedding(name: str, layout: Layout) -> bool:
+    """Whether a weight has a row for each token: the inputs' and an output layer like it."""
+    shape = layout.shapes[name]
+    head = name.endswith(("lm_head.weight", "embed_out.weight", "lm_head.bias"))
+    return name == layout.inputs or (head and shape[0] == layout.shapes[layout.inputs][0])
+
+
+def _spread_rows(adapters: list[Adapter], layout: Layout) -> None:
+    """Single rows of tied embeddings train as one, and are saved for one name."""
+    pairs = {**layout.tied, **{first: name for name, first in layout.tied.items()}}
+    for one in adapters:
+        for name, change in list(one.changes.items()):
+            if change.rows and name in pairs:
+                one.changes.setdefault(pairs[name], change)
+
+
+def _comes_apart(adapters: list[Adapter], layout: Layout) -> bool:
+    """Whether two names of one matrix are changed in different ways."""
+    import torch
+
+    for name, first in layout.tied.items():
+        for one in adapters:
+            pair = one.changes.get(name), one.changes.get(first)
+            if pair[0] is pair[1]:
+                continue
+            if pair[0] is None or pair[1] is None:
+                return True
+            sides = pair[0].whole, pair[1].whole
+            if sides[0] is None or sides[1] is None or not torch.equal(sides[0], sides[1]):
+                return True
+    return False

@@ -1,0 +1,200 @@
+"""Weight files read and written tensor by tensor, so that memory holds one and not a model.
+
+The format is safetensors': https://github.com/huggingface/safetensors#format. Its own library maps
+whole files into memory and writes a file from all of its tensors at once.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+"""The largest weight file that is written; one tensor may be larger."""
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""The format's names of number formats, and torch's."""
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+"""Bytes of a number; one where it is not listed."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as its file describes it."""
+
+    name: str
+    dtype: str
+    """The format's name, such as BF16."""
+    shape: tuple[int, ...]
+    file: Path | None = None
+    start: int = 0
+    """Where its bytes begin in the file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * SIZES.get(self.dtype, 1)
+
+
+class Checkpoint:
+    """The safetensors files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the heads of the files; UserError where there is none or one is damaged."""
+        self.folder = folder
+        self.entries = {entry.name: entry for file in files_of(folder) for entry in head_of(file)}
+
+    def read(self, name: str) -> "Tensor":
+        """One tensor, in its own format, in memory of its own."""
+        import torch
+
+        entry = self.entries[name]
+        if entry.file is None or entry.dtype not in DTYPES:
+            raise UserError(
+                f"{self.folder}: {name} is {entry.dtype}, which is read by no one here."
+            )
+        dtype = getattr(torch, DTYPES[entry.dtype])
+        if entry.size == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        buffer = bytearray(entry.size)
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.start)
+            if stream.readinto(buffer) != entry.size:
+                raise UserError(f"{entry.file}: damaged: it ends within {name}. Fetch it again.")
+        return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The weight files of a model's folder; UserError where there is no safetensors file."""
+    index = folder / INDEX
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder}: there is no {missing[0]}; only safetensors files are read.")
+    return files
+
+
+def head_of(file: Path) -> list[Entry]:
+    """The tensors of a safetensors file in the order of their bytes."""
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            head: dict[str, Any] = json.loads(stream.read(size))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: damaged, or no safetensors file: {error}") from error
+    head.pop("__metadata__", None)
+    entries = [
+        Entry(name, one["dtype"], tuple(one["shape"]), file, 8 + size + one["data_offsets"][0])
+        for name, one in head.items()
+    ]
+    return sorted(entries, key=lambda entry: entry.start)
+
+
+def write(
+    folder: Path,
+    planned: list[Entry],
+    make: Callable[[str], "Tensor"],
+    most: int = SHARD_BYTES,
+) -> Iterator[Entry]:
+    """Write a model's weight files into `folder`, one tensor at a time; gives each when it is done.
+
+    `planned` says name, format and shape of each; `make` gives its values, which are cast.
+    """
+    shards = _shared(planned, most)
+    for number, shard in enumerate(shards):
+        yield from _write_file(folder / _name(number, len(shards)), shard, make)
+    if len(shards) > 1:
+        _write_index(folder, shards)
+
+
+def _shared(planned: list[Entry], most: int) -> list[list[Entry]]:
+    """The tensors by file, in their order."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in planned:
+        if shards[-1] and filled + entry.size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.size
+    return shards
+
+
+def _name(number: int, shards: int) -> str:
+    return (
+        "model.safetensors" if shards == 1 else f"model-{number + 1:05}-of-{shards:05}.safetensors"
+    )
+
+
+def _write_file(
+    file: Path, entries: list[Entry], make: Callable[[str], "Tensor"]
+) -> Iterator[Entry]:
+    # Wider numbers first, so that each lies at a multiple of its size.
+    ranked = sorted(entries, key=lambda entry: -SIZES.get(entry.dtype, 1))
+    with file.open("wb") as stream:
+        stream.write(_head(ranked))
+        for entry in ranked:
+            _put(stream, entry, make(entry.name))
+            yield entry
+
+
+def _head(entries: list[Entry]) -> bytes:
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for entry in entries:
+        ends = [place, place + entry.size]
+        head[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": ends,
+        }
+        place = ends[1]
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _put(stream: Any, entry: Entry, tensor: "Tensor") -> None:
+    import torch
+
+    dtype = getattr(torch, DTYPES[entry.dtype])
+    if tuple(tensor.shape) != entry.shape:
+        raise ValueError(f"{entry.name} is {tuple(tensor.shape)} and was planned as {entry.shape}")
+    cast = tensor.detach().to("cpu", dtype).contiguous()
+    if cast.numel():
+        stream.write(memoryview(cast.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _write_index(folder: Path, shards: list[list[Entry]]) -> None:
+    places = {
+        entry.name: _name(number, len(shards))
+        for number, shard in enumerate(shards)
+        for entry in shard
+    }
+    total = sum(entry.size for shard in shards for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Card, notes and plot beside saved weights."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.export import story as stories
+from luthier.export.card import card
+from luthier.export.ollama import translate
+from luthier.export.serving import Spoken, notes
+from luthier.export.story import Story
+from luthier.model.artefact import Artefact, encoder_of, find, method_of
+
+if TYPE_CHECKING:
+    from luthier.chat.template import ChatTemplate
+
+_CHATS = ("dpo", "kto", "orpo", "cpo", "grpo", "rloo", "distill")
+"""Methods whose models cannot be talked to without a template; `sft` may train plain text."""
+CARD, NOTES, PLOT = "README.md", "EXPORT.md", "loss.png"
+
+
+def after_a_run(run: Path) -> str | None:
+    """Write the card of a finished run into its model/ folder; return what went wrong, or None.
+
+    Weights are saved by then: a card that cannot be written is said and fails nothing.
+    """
+    try:
+        artefact = find(str(run))
+        story = stories.of(artefact)
+        if artefact.folder is not None:
+            write(artefact.folder, story, spoken_of(artefact), plot=run / PLOT)
+    except Exception as error:  # whatever it is, hours of training must not end with it
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write(folder: Path, story: Story, spoken: Spoken, plot: Path | None = None) -> None:
+    """Write README.md, EXPORT.md, card.json and the plot beside the weights in `folder`."""
+    if plot is not None and plot.is_file() and plot.parent != folder:
+        shutil.copyfile(plot, folder / PLOT)
+    story.save(folder)
+    for name, text in texts(story, spoken).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def texts(story: Story, spoken: Spoken, place: str = ".") -> dict[str, str]:
+    """The card and the notes by their files' names, for a model in `place`."""
+    has_template = spoken.template is not None
+    return {
+        CARD: card(story, spoken.stop_ids, has_template, place),
+        NOTES: notes(story, spoken, place),
+    }
+
+
+def spoken_of(artefact: Artefact) -> Spoken:
+    """The template and the stop tokens that an artefact was trained with."""
+    from luthier.model.tokenizer import end_token_ids, load_tokenizer
+
+    tokenizer: Any = load_tokenizer(artefact.base)
+    has_template = artefact.chat is not None or tokenizer.chat_template is not None
+    has_template |= method_of(artefact) in _CHATS
+    if artefact.task != "CAUSAL_LM" or artefact.is_reward or not has_template:
+        ends = [tokenizer.eos_token_id, *end_token_ids(artefact.base)]
+        ids = [number for number in dict.fromkeys(ends) if number is not None]
+        return Spoken(ids, tokenizer.convert_ids_to_tokens(ids), None)
+    encoder = encoder_of(artefact, tokenizer)
+    template = _template(encoder.settings(), tokenizer)
+    bos = _own_bos(tokenizer)
+    ids = encoder.stop_token_ids
+    return Spoken(
+        ids,
+        tokenizer.convert_ids_to_tokens(ids),
+        template.source,
+        translate(lambda said, asks: str(template.render(said, None, asks)), bos),
+        bos if bos and _first(template).startswith(bos) else None,
+        "strftime_now" in template.source,
+    )
+
+
+def _template(settings: dict[str, Any], tokenizer: Any) -> "ChatTemplate":
+    from luthier.chat.template import ChatTemplate
+
+    source = settings["template"]
+    if isinstance(source, dict):
+        source = source["default"]
+    variables = {**tokenizer.special_tokens_map, **settings["variables"]}
+    return ChatTemplate(source, variables, settings["date"])
+
+
+def _own_bos(tokenizer: Any) -> str | None:
+    """The BOS token, where the tokenizer puts it before every text; llama.cpp does the same."""
+    first = tokenizer("a")["input_ids"][0]
+    return tokenizer.bos_token if first == tokenizer.bos_token_id else None
+
+
+def _first(template: "ChatTemplate") -> str:
+    return str(template.render([{"role": "user", "content": "Hi"}], None, True))

@@ -1,0 +1,76 @@
+"""A JSONL file of replies that grows row by row, and goes on where it was left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import UserError
+from luthier.record.files import read_json, write_json
+
+RECORD = ".made.json"
+"""What follows the file's name in that of its record."""
+
+
+class AnswerFile:
+    """A file with one line for each answered row, in the order of the rows.
+
+    Beside it lies a record of what made it, so that only the same command goes on with it.
+    """
+
+    def __init__(self, path: Path, made: dict[str, Any]) -> None:
+        """`made`: all that decides the replies, as JSON. Raises UserError for a file of others."""
+        self.path, self._made = path, json.loads(json.dumps(made))
+        self.record = path.with_name(path.name + RECORD)
+        self.done = self._take()
+        """Rows that are answered already."""
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows, whole lines at once."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # Half of a surrogate pair, which no file holds, may come out of a model.
+        with self.path.open("ab") as file:
+            file.write(lines.encode("utf-8", "backslashreplace"))
+
+    def _take(self) -> int:
+        """Start the file, or find how far it is; the rest of a line that broke off goes away."""
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.record, self._made)
+            self.path.touch()
+            return 0
+        self._check()
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        return whole.count(b"\n")
+
+    def _check(self) -> None:
+        if not self.path.is_file():
+            raise UserError(f"-o {self.path}: this is a folder. Name a file.")
+        if not self.path.stat().st_size:
+            write_json(self.record, self._made)
+            return
+        old = read_json(self.record)
+        if old is None:
+            raise UserError(
+                f"-o {self.path}: this file is there and not made by luthier generate (there is no "
+                f"{self.record.name} beside it). Choose another name; nothing is overwritten."
+            )
+        differing = sorted(
+            key for key in {*old, *self._made} if old.get(key) != self._made.get(key)
+        )
+        if differing:
+            lines = [f"  {key}: {_short(old.get(key))} -> {_short(self._made.get(key))}"
+                     for key in differing]  # fmt: skip
+            raise UserError(
+                f"-o {self.path}: this file was begun with other settings:\n"
+                + "\n".join(lines)
+                + "\nChoose another name, or remove the file to begin anew."
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,121 @@
+"""Rows of a dataset as prompts, with the replies that they know."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.config.schema import DatasetConfig, SourceConfig
+from luthier.data.examples import BadRows, Opened, Placed, open_rows
+from luthier.data.parts import MAIN, train_sources
+from luthier.data.prompts import parted
+from luthier.errors import UserError
+from luthier.infer.prompts import Prompt
+
+_SHOWN = 5
+_LINES = (".jsonl", ".txt", ".json")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A row as a prompt."""
+
+    where: str
+    """The file and line that it is from."""
+    prompt: Prompt
+    expected: str | None
+    """The reply that the row has in words, if it has one."""
+
+
+@dataclass(frozen=True)
+class Asks:
+    """The rows of a dataset that are to be answered, in their order."""
+
+    opened: Opened
+    rows: list[Ask]
+    notes: list[str]
+    """What was left out, in words."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows, for a record."""
+        return {"content": self.opened.source.digest(), **self.opened.settings()}
+
+
+def asks_of(config: DatasetConfig) -> Asks:
+    """Read the rows of a dataset with one source as prompts.
+
+    Raises UserError for a file that is not there, for rows that cannot be read (with their lines,
+    unless they are dropped) and for rows of a kind that ask nothing. Imports nothing large.
+    """
+    (source,) = train_sources(config).values()
+    opened, bad = _opened(source), BadRows()
+    _check_kind(opened)
+    rows = [_ask(placed, opened) for placed in opened.examples(bad)]
+    if config.on_bad_row == "error":
+        bad.raise_if_any(opened)
+    notes = [f"{row.where}: left out: {row.problem}" for row in bad.rows]
+    if bad.filtered:
+        notes.append(f"{bad.filtered:,} rows left out by dataset.filter")
+    return Asks(opened, rows, notes + list(_blank_lines(opened)))
+
+
+def _opened(source: SourceConfig) -> Opened:
+    """The source; one that shows no shape to train on may still hold prompts alone."""
+    try:
+        return open_rows(source, MAIN)
+    except UserError as error:
+        if source.shape != "auto":
+            raise
+        try:
+            return open_rows(source.model_copy(update={"shape": "prompt"}), MAIN)
+        except UserError:
+            raise error from None
+
+
+def _check_kind(opened: Opened) -> None:
+    if opened.shape.kind == "tagging":
+        raise UserError(
+            f"{opened.source.label}: its rows are words with tags, which ask nothing. If a column "
+            "is a question, name it: dataset.shape=prompt dataset.columns.prompt=COLUMN."
+        )
+
+
+def _ask(placed: Placed, opened: Opened) -> Ask:
+    example, kind = placed.example, opened.shape.kind
+    if kind == "conversation":
+        context, reply = parted(example)
+        if not context:
+            raise UserError(f"{placed.where}: there is nothing before the reply.")
+        expected = None if reply is None or reply.get("tool_calls") else reply.get("content")
+        return Ask(placed.where, _messages(context, example.get("tools")), _text(expected))
+    if kind in ("preference", "unpaired"):
+        replies = example.get("chosen") or example.get("completion") or [{}]
+        is_good = example.get("label", True) and len(replies) == 1
+        asked = _messages(example["prompt"], example.get("tools"))
+        return Ask(placed.where, asked, _text(replies[0].get("content")) if is_good else None)
+    if kind == "seq2seq":
+        return Ask(placed.where, example["source"], example["target"])
+    return Ask(placed.where, example["text"], None)
+
+
+def _messages(messages: list[dict[str, Any]], tools: Any) -> Prompt:
+    return {"messages": messages, "tools": tools} if tools else messages
+
+
+def _text(content: Any) -> str | None:
+    return content if isinstance(content, str) else None
+
+
+def _blank_lines(opened: Opened) -> Iterator[str]:
+    """Which lines of a file are empty: nothing comes of them."""
+    for name in opened.source.files:
+        file = Path(name).expanduser()
+        if not file.name.lower().endswith(_LINES) or not file.is_file():
+            continue
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
+        if blank:
+            shown = ", ".join(map(str, blank[:_SHOWN]))
+            more = ", ..." if len(blank) > _SHOWN else ""
+            count = "an empty line" if len(blank) == 1 else f"{len(blank):,} empty lines"
+            yield f"{name}: {count}, passed over: {shown}{more}"

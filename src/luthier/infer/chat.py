@@ -1,0 +1,63 @@
+"""A conversation with a model: it remembers what was said."""
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.infer.llm import LLM
+
+
+class Chat:
+    """A conversation: each message of the user is answered in the light of all before it."""
+
+    def __init__(
+        self, llm: "LLM", system: str | None = None, tools: list[dict[str, Any]] | None = None
+    ) -> None:
+        self._llm, self._tools = llm, tools
+        self.system = system
+        """What stands in front of the conversation; None for nothing."""
+        self.turns: list[dict[str, Any]] = []
+        """The messages of user and assistant so far."""
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation as it stands, system prompt and all."""
+        front = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*front, *self.turns]
+
+    def say(self, text: str, **given: Any) -> str:
+        """Say something and return the reply; takes the settings of `LLM.replies`."""
+        return "".join(self.stream(text, **given))
+
+    def stream(self, text: str, **given: Any) -> Generator[str]:
+        """Say something and yield the reply piece by piece.
+
+        A reply that is stopped midway stays in the conversation as far as it came. Where it is
+        stopped before that, or the model could not answer, the conversation is as it was.
+        """
+        self.turns.append({"role": "user", "content": text})
+        reply, is_whole = "", False
+        try:
+            for piece in self._pieces(given):
+                reply += piece
+                yield piece
+            is_whole = True
+        finally:
+            if reply or is_whole:
+                self.turns.append({"role": "assistant", "content": reply})
+            else:
+                self.turns.pop()
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.turns.clear()
+
+    def take_back(self, text: str) -> None:
+        """Forget what the user said last, if it was this, and its reply."""
+        if self.turns and self.turns[-1]["role"] == "assistant":
+            self.turns.pop()
+        if self.turns and self.turns[-1] == {"role": "user", "content": text}:
+            self.turns.pop()
+
+    def _pieces(self, given: dict[str, Any]) -> Iterator[str]:
+        return self._llm.stream({"messages": self.messages, "tools": self._tools}, **given)

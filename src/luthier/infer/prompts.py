@@ -1,0 +1,81 @@
+"""What a model is asked, in any form, as the token ids that it reads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from luthier.chat import ChatEncoder, ChatError
+from luthier.errors import UserError
+from luthier.infer.sources import Sources
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""A user's message, token ids, the messages of a conversation, or messages and tools."""
+
+
+class Prompts:
+    """Makes prompts as the training did: from the run's own encoder, special tokens once."""
+
+    def __init__(
+        self, tokenizer: Any, encoder: ChatEncoder | Sources | None, context: int | None
+    ) -> None:
+        """`encoder`: None for a model without a chat template, which goes on with plain text.
+
+        `context`: the most tokens of a prompt and its reply together.
+        """
+        self._tokenizer, self._encoder, self._context = tokenizer, encoder, context
+
+    def ids(
+        self, prompts: Sequence[Prompt], places: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """The ids of each prompt; raises UserError with the place of one that makes none.
+
+        `places` say where each prompt comes from; `prompt 1` and so on if there are none.
+        """
+        names = places or [f"prompt {n}" for n in range(1, len(prompts) + 1)]
+        return [self._one(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+
+    def _one(self, prompt: Prompt, name: str) -> list[int]:
+        try:
+            ids = self._of(prompt)
+        except ChatError as error:
+            raise UserError(f"{name}: {error}") from error
+        if not ids:
+            raise UserError(f"{name}: is empty, and this model has no template to begin with.")
+        if self._context is not None and len(ids) >= self._context:
+            raise UserError(
+                f"{name}: has {len(ids):,} tokens, and the model reads {self._context:,} with its "
+                "reply. Shorten it."
+            )
+        return ids
+
+    def _of(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._of_text(prompt)
+        if isinstance(prompt, Mapping):
+            return self._of_messages(prompt.get("messages"), prompt.get("tools"))
+        if isinstance(prompt, Sequence) and prompt and all(isinstance(n, int) for n in prompt):
+            return [n for n in prompt if isinstance(n, int)]
+        return self._of_messages(prompt, None)
+
+    def _of_text(self, text: str) -> list[int]:
+        if self._encoder is None:
+            ids: list[int] = self._tokenizer(text)["input_ids"]
+            return ids
+        return self._encoder.prompt([{"role": "user", "content": text}])
+
+    def _of_messages(self, messages: Any, tools: Any) -> list[int]:
+        if not isinstance(messages, Sequence) or not messages:
+            raise ChatError(
+                "a prompt is a text, or messages; found neither", reason="malformed row"
+            )
+        if self._encoder is None:
+            raise ChatError(
+                "the model has no chat template, so it is asked in plain text and not in messages",
+                reason="no template",
+            )
+        last = messages[-1]
+        if isinstance(last, Mapping) and last.get("role") == "assistant":
+            raise ChatError(
+                "the conversation ends with a reply, so there is nothing to answer; leave it out",
+                reason="malformed row",
+            )
+        return self._encoder.prompt(list(messages), tools=tools)

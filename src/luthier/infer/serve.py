@@ -1,0 +1,198 @@
+"""`luthier serve`: an OpenAI-compatible server with the very tokens that the model trained on.
+
+The server is transformers' own, or vLLM where that is installed.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier.errors import UserError
+from luthier.inspect.arguments import Flag, Given, Grammar
+
+if TYPE_CHECKING:
+    from luthier.infer.words import Words
+    from luthier.model.artefact import Artefact
+
+GRAMMAR = Grammar(
+    "serve",
+    "luthier serve MODEL [key=value ...] [flags]\n\n"
+    "Serves a run, a checkpoint, an adapter or a model through an OpenAI-compatible server:\n"
+    "vLLM's where it is installed and there is a GPU, else transformers' own. Template, its\n"
+    "variables and date, and stop tokens are those of the training.\n\n"
+    "Settings (for transformers): any field of GenerationConfig, as the default of requests;\n"
+    "model.device, .dtype, .attention and .device_map; quantization=none, nf4 or int8.",
+    (
+        Flag("--engine", "NAME", "transformers or vllm"),
+        Flag("--host", "NAME", "the address to listen at (localhost)"),
+        Flag("--port", "N", "the port (8000)"),
+        Flag("--name", "NAME", "what requests call the model; without it the folder's name"),
+        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        Flag("--show", None, "print vLLM's command line and do not run it"),
+    ),
+    "  luthier serve runs/quickstart/default\n"
+    "  luthier serve runs/quickstart/default --port 9000 temperature=0.7\n"
+    "  luthier serve runs/qlora_llama/default --engine vllm --show\n",
+)
+_SERVER = ("fastapi", "uvicorn", "openai")
+_PLAIN_NAMES = ("model", "default")
+"""Folders whose name says nothing: the one above is named too."""
+
+
+def run(words: list[str]) -> int:
+    """Serve until the user ends it; returns the server's exit code."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    given = GRAMMAR.parse(words)
+    from luthier.infer.words import sort
+    from luthier.model.artefact import find
+
+    typed = sort("serve", given.overrides, ("MODEL",))
+    engine = _engine(given)
+    if engine == "vllm":
+        artefact = find(typed.places[0], given.texts.get("--base"))
+        _vllm(artefact, given)
+        return 0
+    return _transformers(typed, given)
+
+
+def name_of(artefact: "Artefact") -> str:
+    """What requests call a model: the names of its folders that tell it from others."""
+    place = artefact.run or artefact.folder
+    if place is None:
+        return artefact.base.path
+    parts = place.resolve().parts
+    kept = parts[-1:] if parts[-1] not in _PLAIN_NAMES else parts[-2:]
+    return "-".join(kept).replace("=", "-")
+
+
+def curl(name: str, host: str, port: int) -> str:
+    """A command that asks the server something."""
+    body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
+    return (
+        f"curl http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'"
+    )
+
+
+def _engine(given: Given) -> str:
+    chosen = given.texts.get("--engine")
+    if chosen is None:
+        return "vllm" if importlib.util.find_spec("vllm") and _has_gpu() else "transformers"
+    if chosen not in ("transformers", "vllm"):
+        raise UserError(f"--engine {chosen}: there are transformers and vllm.")
+    return chosen
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _address(given: Given) -> tuple[str, int]:
+    return given.texts.get("--host", "localhost"), given.numbers.get("--port", 8000)
+
+
+def _transformers(typed: "Words", given: Given) -> int:
+    missing = [name for name in _SERVER if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"luthier serve: {', '.join(missing)} is not installed, which transformers' server "
+            "needs:\n    pip install 'luthier[serve]'"
+        )
+    from luthier.infer.llm import LLM
+
+    host, port = _address(given)
+    _check_free(host, port)
+    llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
+    name = given.texts.get("--name") or name_of(llm.artefact)
+    if llm.artefact.task == "SEQ_2_SEQ_LM":
+        raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
+    from luthier.infer.quiet import quiet
+    from luthier.infer.server import serve
+
+    quiet()
+    with llm:
+        print(f"serving {typed.places[0]} as {name}. Ask it:\n{curl(name, host, port)}", flush=True)
+        serve(llm, name, host, port, typed.generation)
+    return 0
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise UserError, before anything is loaded, where nobody can listen."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: cannot be listened at: {error.strerror or error}. "
+            "Choose another port."
+        ) from error
+
+
+def _vllm(artefact: "Artefact", given: Given) -> None:
+    """Become vLLM's server, or show how it would be started."""
+    name = given.texts.get("--name") or name_of(artefact)
+    command = vllm_command(artefact, name, given)
+    if "--show" in given.switches:
+        print(shlex.join(command))
+        return
+    program = shutil.which("vllm")
+    if program is None:
+        raise UserError("--engine vllm: vllm is not installed. See https://docs.vllm.ai for how.")
+    print(f"Ask it:\n{curl(name, *_address(given))}", flush=True)
+    os.execv(program, command)
+
+
+def vllm_command(artefact: "Artefact", name: str, given: Given) -> list[str]:
+    """The command line with which vLLM serves it as it trained.
+
+    Raises UserError for an adapter that vLLM cannot put on its base.
+    """
+    from luthier.model import gguf, source
+
+    host, port = _address(given)
+    file = source.gguf_file(artefact.base.path)
+    base = artefact.base.path if file is None else str(gguf.convert(file))
+    command = ["vllm", "serve", base, "--host", host, "--port", str(port)]
+    folder = artefact.folder
+    if artefact.base.revision is not None:
+        command += ["--revision", artefact.base.revision]
+    if artefact.adapter is not None:
+        command += ["--served-model-name", f"{name}-base", "--enable-lora"]
+        command += ["--lora-modules", f"{name}={artefact.adapter.resolve()}"]
+        command += ["--max-lora-rank", str(_rank(artefact.adapter))]
+    else:
+        command += ["--served-model-name", name]
+    if artefact.base.tokenizer is not None:
+        command += ["--tokenizer", str(Path(artefact.base.tokenizer).resolve())]
+    if folder is not None and (folder / "generation_config.json").is_file():
+        command += ["--generation-config", str(folder.resolve())]
+    if folder is not None and (folder / "chat_template.jinja").is_file():
+        command += ["--chat-template", str((folder / "chat_template.jinja").resolve())]
+    variables = (artefact.chat or {}).get("variables")
+    if variables:
+        command += ["--default-chat-template-kwargs", json.dumps(variables)]
+    return command
+
+
+def _rank(adapter: Path) -> int:
+    """The smallest of the ranks that vLLM knows which holds the adapter's."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise UserError(
+            f"{adapter}: vLLM takes plain LoRA alone. Merge the adapter into its base first "
+            "(luthier merge), and serve that."
+        )
+    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    known = (8, 16, 32, 64, 128, 256, 320, 512)
+    fitting = [size for size in known if size >= rank]
+    if not fitting:
+        raise UserError(f"{adapter}: its rank {rank} is more than vLLM takes ({known[-1]}).")
+    return fitting[0]

@@ -1,0 +1,133 @@
+"""transformers' own OpenAI server around a model that luthier loaded."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from luthier.chat import ChatEncoder, ChatError
+from luthier.infer import settings
+from luthier.infer.llm import LLM
+
+if TYPE_CHECKING:
+    import uvicorn
+
+_NOT_OF_TEMPLATES = ("load_audio_from_video", "num_frames")
+"""What transformers' server hands on besides, for pictures and sounds."""
+
+
+def serve(llm: LLM, name: str, host: str, port: int, given: Mapping[str, Any]) -> None:
+    """Serve a loaded model until the process is told to end."""
+    server_of(llm, name, host, port, given).run()
+
+
+def server_of(
+    llm: LLM, name: str, host: str, port: int, given: Mapping[str, Any]
+) -> "uvicorn.Server":
+    """The server, ready to run; `given` are settings of generation for requests without any."""
+    import uvicorn
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.systemone import SystemOneHandler
+    from transformers.cli.serving.transcription import TranscriptionHandler
+    from transformers.cli.serving.utils import GenerationState
+
+    manager, state = _manager(llm, name), GenerationState()
+    defaults = settings.config_of(settings.check(given), llm.stop_token_ids, llm.pad_id)
+    llm.model.generation_config = defaults
+    app = build_server(
+        manager,
+        _sampling(ChatCompletionHandler)(manager, state),
+        completion_handler=_sampling(CompletionHandler)(manager, state),
+        response_handler=_sampling(ResponseHandler)(manager, state),
+        transcription_handler=TranscriptionHandler(manager, state),
+        systemone_handler=SystemOneHandler(manager, state),
+        generation_state=state,
+    )
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
+
+
+def _as_trained(llm: LLM) -> Any:
+    """The tokenizer, with prompts from the encoder of the training.
+
+    transformers' own way from messages to ids writes today's date, and takes control tokens in a
+    user's text for control tokens.
+    """
+    served = copy.copy(llm.tokenizer)
+    known = {*inspect.signature(served.apply_chat_template).parameters, *_NOT_OF_TEMPLATES}
+
+    def apply_chat_template(conversation: Any, tools: Any = None, **more: Any) -> Any:
+        variables = {name: value for name, value in more.items() if name not in known}
+        return _prompt(llm, conversation, tools, variables)
+
+    served.apply_chat_template = apply_chat_template
+    return served
+
+
+def _prompt(llm: LLM, messages: Any, tools: Any, variables: dict[str, Any]) -> Any:
+    """The ids of a request's prompt, as a batch of one; what is wrong with it goes to the client.
+
+    `variables`: of the template, over those of the training.
+    """
+    import torch
+    from fastapi import HTTPException
+    from transformers import BatchEncoding
+
+    encoder = llm.encoder
+    try:
+        if variables:
+            settings = encoder.settings()
+            settings["variables"] = settings["variables"] | variables
+            encoder = ChatEncoder.from_settings(llm.tokenizer, settings)
+        ids = encoder.prompt(messages, tools=tools)
+        if llm.context is not None and len(ids) >= llm.context:
+            text = f"the prompt has {len(ids)} tokens, and the model reads {llm.context}"
+            raise HTTPException(400, text)
+    except ChatError as error:
+        raise HTTPException(400, str(error)) from error
+    tensor = torch.tensor([ids])
+    return BatchEncoding({"input_ids": tensor, "attention_mask": torch.ones_like(tensor)})
+
+
+def _sampling(handler: Any) -> Any:
+    """A handler for which a request with a temperature asks for sampling.
+
+    transformers' own keep what the model's generation config says: greedy, whatever is asked.
+    """
+
+    class Sampling(handler):
+        """The handler, with sampling where a temperature is given."""
+
+        def _build_generation_config(self, body: Any, *own: Any, **more: Any) -> Any:
+            config = super()._build_generation_config(body, *own, **more)
+            if body.get("temperature"):
+                config.do_sample = True
+            return config
+
+    return Sampling
+
+
+def _manager(llm: LLM, name: str) -> Any:
+    """What gives the server its model: the one that is loaded, whatever a request calls it."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    tokenizer = _as_trained(llm)
+
+    class Held(ModelManager):
+        """One model, which stays."""
+
+        def __init__(self) -> None:
+            super().__init__(device=llm.machine.device)
+            self.force_model = name
+
+        def load_model_and_processor(self, *_: Any, **__: Any) -> Any:
+            """The model and its tokenizer."""
+            return llm.model, tokenizer
+
+        def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+            """The one model, as the API lists it."""
+            return [{"id": name, "object": "model", "owned_by": "luthier"}]
+
+    return Held()

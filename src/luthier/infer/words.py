@@ -1,0 +1,121 @@
+"""The words behind a command that asks a model: what it is, and settings by their names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from luthier.config.schema import DatasetConfig, ModelConfig
+from luthier.config.words import nearest
+from luthier.errors import UserError
+from luthier.infer import settings
+
+_MODEL = ("device", "dtype", "attention", "device_map")
+
+
+@dataclass
+class Words:
+    """What was typed behind a command."""
+
+    places: list[str]
+    """What stands in front: a model, perhaps a file."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """`model.device`, `model.dtype`, `model.attention` and `model.device_map`."""
+    quantization: str = "trained"
+    dataset: dict[str, Any] = field(default_factory=dict)
+    """The settings `dataset.*`, as the config's group has them."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Fields of `GenerationConfig`."""
+
+    def llm(self) -> dict[str, Any]:
+        """The arguments of `LLM` besides the word."""
+        return {**self.model, "quantization": self.quantization}
+
+
+def sort(command: str, words: list[str], names: tuple[str, ...]) -> Words:
+    """Sort the words of a command, of which `names` come first, without a key.
+
+    Raises UserError for one that is missing, one too many, and a setting that does not exist.
+    """
+    if len(words) < len(names):
+        missing = " and ".join(names[len(words) :])
+        raise UserError(f"luthier {command}: {missing} is missing. {usage(command, names)}")
+    found = Words(words[: len(names)])
+    generation = []
+    for word in words[len(names) :]:
+        key, equals, text = word.partition("=")
+        group, _, name = key.partition(".")
+        if not equals:
+            raise UserError(f"luthier {command}: what is {word!r}? {usage(command, names)}")
+        if group == "quantization" and not name:
+            found.quantization = text
+        elif group == "model" and name:
+            found.model[_known(key, name, _MODEL)] = _value(word, text)
+        elif group == "dataset" and name:
+            _put(found.dataset, name.split("."), _value(word, text))
+        else:
+            generation.append(word)
+    found.generation = settings.parse(generation)
+    _check_model(found.model)
+    return found
+
+
+def usage(command: str, names: tuple[str, ...]) -> str:
+    """How a command is typed."""
+    return f"Write: luthier {command} {' '.join(names)} [key=value ...]"
+
+
+def dataset_of(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> DatasetConfig:
+    """A config's dataset with these settings over it; UserError for one that does not exist."""
+    from pydantic import ValidationError
+
+    try:
+        return DatasetConfig.model_validate(_merged(dict(base or {}), given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["dataset", *map(str, first["loc"])])
+        known = [f"dataset.{name}" for name in DatasetConfig.model_fields]
+        near = nearest(key, known) if first["type"] == "extra_forbidden" else None
+        hint = f" Did you mean {near}?" if near else ""
+        raise UserError(f"{key}: {first['msg'].lower()}.{hint}") from error
+
+
+def _merged(below: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in over.items():
+        old = below.get(name)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        below[name] = _merged(dict(old), value) if both else value  # type: ignore[arg-type]
+    return below
+
+
+def _put(group: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        group = group.setdefault(part, {})
+    group[path[-1]] = value
+
+
+def _value(word: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{word}: the value cannot be read: {error}") from error
+
+
+def _known(key: str, name: str, names: tuple[str, ...]) -> str:
+    if name in names:
+        return name
+    near = nearest(name, names)
+    guess = f"Did you mean model.{near}? " if near else ""
+    raise UserError(f"{key}: {guess}There are {', '.join(f'model.{one}' for one in names)}.")
+
+
+def _check_model(given: Mapping[str, Any]) -> None:
+    from pydantic import ValidationError
+
+    known = {name: value for name, value in given.items() if name != "device_map"}
+    try:
+        ModelConfig(path="", **known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"model.{first['loc'][0]}: {first['msg'].lower()}.") from error

@@ -1,0 +1,216 @@
+"""`luthier check RUN --served`: what was saved, held against the tokens that it was trained on."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from luthier.chat import ChatEncoder, ChatError
+from luthier.config.schema import RunConfig
+from luthier.data.examples import BadRows, Opened, open_rows
+from luthier.data.parts import eval_sources, train_sources
+from luthier.errors import UserError
+from luthier.inspect.difference import parting, stretch
+from luthier.inspect.rows import place
+from luthier.inspect.rules import Rule
+from luthier.inspect.tokens import token_texts
+from luthier.model.artefact import Artefact, find
+
+ROWS = 500
+"""Rows of each source that are compared where nobody says how many."""
+_KINDS = ("conversation", "preference", "unpaired")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt as the training had it, and the reply behind it if that trained."""
+
+    where: str
+    messages: list[dict[str, Any]]
+    tools: list | None
+    prompt: list[int]
+    reply: list[int]
+
+
+class Served:
+    """The rules that hold where a server reads and stops as the training did."""
+
+    def __init__(
+        self, artefact: Artefact, trained: ChatEncoder, saved: Any, ends: list[int]
+    ) -> None:
+        """`trained`: what made the training rows; `saved`: the tokenizer that was saved.
+
+        `ends`: the end tokens of the saved generation config.
+        """
+        self.artefact = artefact
+        self._trained, self._saved, self._ends = trained, saved, ends
+        self._text_of = token_texts(trained.tokenizer)
+        self.prompts = Rule("prompts are those of apply_chat_template, as saved", "turns")
+        self.texts = Rule("replies read the same with the tokenizer that was saved", "replies")
+        self.replies = Rule("replies end with an end token of generation_config.json", "replies")
+        self.stops = Rule("the template's stop tokens are in generation_config.json", "tokens")
+        self.rules = [self.prompts, self.texts, self.replies, self.stops]
+        for token in trained.stop_token_ids:
+            wrong = f"{self._text_of(token)} ({token}) is not an end token there"
+            self.stops.note("generation_config.json", None if token in ends else wrong)
+
+    @property
+    def holds(self) -> bool:
+        """Whether no rule breaks, and there was something to look at."""
+        return bool(self.prompts.checked) and not any(rule.broken for rule in self.rules)
+
+    def check(self, turn: Turn) -> None:
+        """Hold one turn against the rules."""
+        found = self._applied(turn, {})
+        if found == turn.prompt:
+            self.prompts.note(turn.where, None)
+        else:
+            self.prompts.note(turn.where, self._why(turn, found), self._shown(turn.prompt, found))
+        if turn.reply:
+            last = turn.reply[-1]
+            wrong = f"it ends with {self._text_of(last)} ({last})"
+            self.replies.note(turn.where, None if last in self._ends else wrong)
+            read = [each.decode(turn.reply) for each in (self._trained.tokenizer, self._saved)]
+            differs = None if read[0] == read[1] else f"{read[0][:60]!r} reads as {read[1][:60]!r}"
+            self.texts.note(turn.where, differs)
+
+    def _why(self, turn: Turn, found: list[int] | str) -> str:
+        """Why a prompt is another one, as far as it can be told by trying."""
+        if isinstance(found, str):
+            return f"apply_chat_template refuses it: {found}"
+        variables = self._trained.variables
+        if variables and self._applied(turn, variables) == turn.prompt:
+            return (
+                f"requests must set chat_template_kwargs={json.dumps(variables)}, as training did"
+            )
+        if found == self._of_today(turn):
+            return f"the template writes today's date; the training had {self._trained.date}"
+        if self._applied(turn, {**variables, "sanitize_control_tokens": True}) == turn.prompt:
+            return "a control token stands in the text: a server takes it for one"
+        return "the prompt differs"
+
+    @cached_property
+    def _today(self) -> ChatEncoder:
+        """The encoder of the training on this day, without its variables, as a server is."""
+        now = {"date": date.today().isoformat(), "variables": {}}
+        return ChatEncoder.from_settings(self._trained.tokenizer, self._trained.settings() | now)
+
+    def _of_today(self, turn: Turn) -> list[int] | None:
+        try:
+            return self._today.prompt(turn.messages, turn.tools)
+        except ChatError:
+            return None
+
+    def _applied(self, turn: Turn, more: dict[str, Any]) -> list[int] | str:
+        """The prompt as transformers makes it of what was saved, or why it does not."""
+        try:
+            ids: list[int] = self._saved.apply_chat_template(
+                turn.messages, tools=turn.tools, add_generation_prompt=True, return_dict=False,
+                **more,
+            )  # fmt: skip
+        except Exception as error:  # a template may raise anything
+            return str(error)
+        return ids
+
+    def _shown(self, trained: list[int], served: list[int] | str) -> dict[str, str]:
+        if isinstance(served, str):
+            return {}
+        at = parting(trained, served)
+        both = {"trained": trained, "served": served}
+        return {name: stretch(ids, at, self._text_of) for name, ids in both.items()}
+
+
+def check(word: str, limit: int | None = None) -> Served:
+    """Compare what a run saved with its own rows, `limit` of each source.
+
+    Raises UserError for a word that is no run, a run that was not trained on chats, and rows that
+    are no longer there.
+    """
+    artefact = find(word)
+    if artefact.config is None or artefact.folder is None:
+        raise UserError(
+            f"{word}: --served holds a run against its own rows, and this is no run's folder."
+        )
+    sources = [*_opened(artefact.config)]
+    if not sources:
+        raise UserError(f"{word}: it was not trained on chats, so no prompts are served.")
+    served = _served(artefact, artefact.config)
+    for opened in sources:
+        for turn in _turns(opened, served._trained, limit or ROWS):
+            served.check(turn)
+    return served
+
+
+def _served(artefact: Artefact, config: RunConfig) -> Served:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    saved = AutoTokenizer.from_pretrained(artefact.folder)
+    if saved.chat_template is None:
+        raise UserError(f"{artefact.folder}: no chat template was saved with the tokenizer.")
+    return Served(artefact, _trained(artefact, config), saved, _ends(artefact))
+
+
+def _trained(artefact: Artefact, config: RunConfig) -> ChatEncoder:
+    """The encoder of the training, from the base's own tokenizer."""
+    from luthier.model.new_tokens import add_tokens
+    from luthier.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    asked = [*config.model.add_tokens, *config.model.add_special_tokens]
+    if any(text not in tokenizer.get_vocab() for text in asked):
+        add_tokens(tokenizer, config.model)
+    if artefact.chat is None:
+        raise UserError(f"{artefact.word}: there are no chat settings (chat.json) beside it.")
+    whole = artefact.chat | {"max_length": None, "on_lost": "keep"}
+    return ChatEncoder.from_settings(tokenizer, whole)
+
+
+def _ends(artefact: Artefact) -> list[int]:
+    """The end tokens in the saved generation config; none where there is none."""
+    assert artefact.folder is not None
+    file = artefact.folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _opened(config: RunConfig) -> Iterator[Opened]:
+    """The sources of a run whose rows have prompts."""
+    named = {**train_sources(config.dataset), **eval_sources(config.dataset)}
+    for key, source in named.items():
+        opened = open_rows(source, key, config.dataset.streaming)
+        if opened.shape.kind in _KINDS:
+            yield opened
+
+
+def _turns(opened: Opened, encoder: ChatEncoder, limit: int) -> Iterator[Turn]:
+    """The prompts of a source's first rows; rows that train nothing have none."""
+    for placed in islice(opened.examples(BadRows()), limit):
+        example, where = placed.example, place(placed.where)
+        tools = example.get("tools")
+        try:
+            if opened.shape.kind != "conversation":
+                messages = example["prompt"]
+                yield Turn(where, messages, tools, encoder.prompt(messages, tools), [])
+                continue
+            for sequence in encoder.encode(example["messages"], tools):
+                for reply in sequence.replies:
+                    before = [_plain(each) for each in example["messages"][: reply.message]]
+                    ids = sequence.input_ids
+                    if before:
+                        yield Turn(
+                            where, before, tools, ids[: reply.start], ids[reply.start : reply.stop]
+                        )
+        except ChatError:
+            continue  # a row that did not train
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without luthier's own field."""
+    return {key: value for key, value in message.items() if value is not None and key != "train"}

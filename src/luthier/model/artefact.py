@@ -1,0 +1,264 @@
+"""What a word of the user names: a run, an adapter, a checkpoint, a model; known before it loads.
+
+Nothing here imports torch or transformers, so that a wrong word is told within a second.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from luthier.config.methods import METHODS
+from luthier.config.schema import ModelConfig, RunConfig
+from luthier.errors import UserError
+from luthier.model import adapter_base, hub, source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from luthier.chat import ChatEncoder
+
+ADAPTER, MODEL, CHAT = "adapter_config.json", "config.json", "chat.json"
+"""The files that tell what a folder holds."""
+
+_FILES = ("*.json", "*.jinja", "tokenizer.model", "adapter_model.safetensors")
+"""What is fetched of a hub repository to know what it is; a model's weights come later."""
+
+_BELOW = ("*", "*/*", "*/*/*")
+"""Where runs are looked for below a folder that is none."""
+
+_HEADS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A model that can be loaded, with its adapter if it has one, and how it is talked to."""
+
+    word: str
+    """What the user typed."""
+    base: ModelConfig
+    """The weights: the whole model, or what the adapter goes on. Its `tokenizer` is the one that
+    was saved with the adapter or model."""
+    adapter: Path | None = None
+    """The folder of the adapter; None for a whole model."""
+    chat: dict[str, Any] | None = None
+    """The settings of the chat encoder that made the training rows; None where none are known."""
+    run: Path | None = None
+    """The folder of the run that made it."""
+    config: RunConfig | None = None
+    """The run's config, as it was resolved."""
+    task: str = "CAUSAL_LM"
+    """What the model does, as peft calls it: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS."""
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """How the run had the base's weights packed; empty for not at all."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the saved files are; None for a base model by name."""
+        if self.adapter is not None:
+            return self.adapter
+        place = Path(self.base.path).expanduser()
+        return place if place.is_dir() else None
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it scores replies."""
+        return self.config is not None and self.config.trainer.method == "reward"
+
+
+def find(word: str, base: str | None = None) -> Artefact:
+    """Return what `word` names.
+
+    `word`: the folder of a run, its `model/`, a checkpoint, the folder of an adapter or of a whole
+    model, a hub name, or `package:NAME`. `base`: the model that an adapter goes on, where it is no
+    longer at the place that the adapter names. Raises UserError for anything else.
+    """
+    place = Path(word).expanduser()
+    if place.is_dir():
+        return _in_folder(word, place, base)
+    if source.gguf_file(word, "model") is not None or source.is_local(word):
+        _refuse_base(word, base)
+        source.check_path(ModelConfig(path=word), "model")
+        return Artefact(word, ModelConfig(path=word))
+    return _on_hub(word, base)
+
+
+def encoder_of(artefact: Artefact, tokenizer: "PreTrainedTokenizerBase") -> "ChatEncoder":
+    """Return the chat encoder that the training rows were made with.
+
+    For a model that luthier did not train it is the tokenizer's own template. Raises UserError
+    where there is no template.
+    """
+    from luthier.chat import ChatEncoder, ChatError
+    from luthier.model.tokenizer import end_token_ids
+
+    try:
+        if artefact.chat is not None:
+            return ChatEncoder.from_settings(tokenizer, artefact.chat)
+        if tokenizer.chat_template is not None:
+            return ChatEncoder(tokenizer, eos_token_ids=end_token_ids(artefact.base))
+    except ChatError as error:
+        raise UserError(f"{artefact.word}: {error}") from error
+    raise UserError(
+        f"{artefact.word}: there is no chat template, so it cannot be talked to: neither a "
+        "chat.json of luthier nor a template in its tokenizer.\nPut the model's template beside "
+        "the tokenizer, as chat_template.jinja."
+    )
+
+
+def _in_folder(word: str, place: Path, base: str | None) -> Artefact:
+    if (place / "config.yaml").is_file() and not (place / MODEL).is_file():
+        return _saved(word, _model_of(place), place, base)
+    if (place / ADAPTER).is_file() or (place / MODEL).is_file():
+        return _saved(word, place, _run_of(place), base)
+    raise UserError(_nothing(word, place))
+
+
+def _saved(word: str, folder: Path, run: Path | None, base: str | None) -> Artefact:
+    """What a folder with an adapter or a whole model holds."""
+    config = None if run is None else read_config(run)
+    chat = _json(folder / CHAT)
+    if chat is None and run is not None:
+        chat = (_json(run / "run.json") or {}).get("chat")
+    told: dict[str, Any] = {"chat": chat, "run": run, "config": config}
+    given = _plain(config)
+    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    adapter = _json(folder / ADAPTER)
+    if adapter is None:
+        _refuse_base(word, base)
+        model = given | {"path": str(folder), "revision": None, "tokenizer": tokenizer}
+        task = _task(_json(folder / MODEL) or {})
+        return Artefact(word, ModelConfig(**model), task=task, **told)
+    found = adapter_base.find(word, adapter, config, base)
+    model = given | {"path": found.path, "revision": found.revision}
+    model |= {"tokenizer": tokenizer or given["tokenizer"]}
+    adapter_base.check_shapes(word, folder, adapter, found)
+    return Artefact(
+        word,
+        ModelConfig(**model),
+        folder,
+        task=adapter.get("task_type") or "CAUSAL_LM",
+        quantization={} if config is None else config.quantization,
+        **told,
+    )
+
+
+def _on_hub(word: str, base: str | None) -> Artefact:
+    """What a hub repository holds; of a model only its small files are fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                word, allow_patterns=list(_FILES), local_files_only=hub.is_out_of_reach()
+            )
+        )
+    except Exception as error:  # the HTTP client has its own errors for a network that is down
+        raise UserError(hub.words(error, word, "model")) from error
+    if (folder / ADAPTER).is_file():
+        return _saved(word, folder, None, base)
+    _refuse_base(word, base)
+    task = _task(_json(folder / MODEL) or {})
+    return Artefact(word, ModelConfig(path=word), chat=_json(folder / CHAT), task=task)
+
+
+def read_config(run: Path) -> RunConfig:
+    """The config of a run; raises UserError where it cannot be read."""
+    from pydantic import ValidationError
+
+    file = run / "config.yaml"
+    try:
+        return RunConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
+        raise UserError(
+            f"{file}: not a config of this version of luthier; it stumbles over {wrong}.\n"
+            "Name the model/ folder of the run, copied to another place, or use the version that "
+            "made it (run.json has its number)."
+        ) from error
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def _plain(config: RunConfig | None) -> dict[str, Any]:
+    """How the run put its model on the machine, less what concerns training."""
+    if config is None:
+        return ModelConfig(path="").model_dump()
+    return config.model.model_dump() | {
+        "add_tokens": [],
+        "add_special_tokens": [],
+        "train": [],
+        "freeze": [],
+    }
+
+
+def _model_of(run: Path) -> Path:
+    """The model/ folder of a run; UserError where it has none yet."""
+    if (run / "model").is_dir():
+        return run / "model"
+    status = (_json(run / "run.json") or {}).get("status", "not started")
+    checkpoints = sorted(
+        (run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
+    )
+    if checkpoints:
+        way = f"Name a checkpoint, such as {checkpoints[-1]}"
+    else:
+        way = "It has no checkpoints either; train it to its end first"
+    raise UserError(f"{run}: this run has no model/ (its status: {status}). {way}.")
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run that a model/ or checkpoint folder belongs to."""
+    folder = folder.resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    is_inside = folder.name == "model" or folder.parent.name == "checkpoints"
+    return run if is_inside and (run / "config.yaml").is_file() else None
+
+
+def _nothing(word: str, place: Path) -> str:
+    """What to say of a folder that holds no model: the runs below it, if there are any."""
+    below = (path for depth in _BELOW for path in place.glob(f"{depth}/run.json"))
+    runs = sorted(path.parent for path in below)
+    has = "it has no config.yaml, adapter_config.json or config.json"
+    if not runs:
+        return f"{word}: this folder holds no run and no model: {has}."
+    shown = "\n".join(f"  {run}" for run in runs[:10])
+    return f"{word}: this folder is no run ({has}). Runs below it:\n{shown}"
+
+
+def _refuse_base(word: str, base: str | None) -> None:
+    if base is not None:
+        raise UserError(f"{word} is a whole model and no adapter: leave out --base {base}.")
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """What a model does, by the architecture that its config.json names."""
+    if config.get("is_encoder_decoder"):
+        return "SEQ_2_SEQ_LM"
+    names = config.get("architectures") or [""]
+    return next((task for end, task in _HEADS.items() if names[0].endswith(end)), "CAUSAL_LM")
+
+
+def method_of(artefact: Artefact) -> str | None:
+    """The method that trained it (`trainer.method`), where that is known."""
+    if artefact.config is None:
+        return None
+    method = artefact.config.trainer.method
+    return method if method in METHODS else None
+
+
+def _json(file: Path) -> Any:
+    """The value of a JSON file, None where there is none; UserError where it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error

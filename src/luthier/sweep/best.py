@@ -1,0 +1,192 @@
+"""The best trial as a recipe: what `train.py recipe=` takes, equal to the trial's configuration."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from luthier.config.compose import compose_config, resolve
+from luthier.config.overrides import Typed, parse
+from luthier.config.recipes import options
+from luthier.config.run_config import load
+from luthier.config.schema import GROUPS
+from luthier.errors import UserError
+from luthier.record.changes import NEUTRAL
+from luthier.record.files import write_text
+from luthier.sweep.planning import Sweep
+from luthier.sweep.table import shown_number
+from luthier.sweep.trials import Trial
+
+_NOT_OF_A_RECIPE = NEUTRAL
+_ABSENT = object()
+
+
+def write_recipe(planned: Sweep, trial: Trial, name: str, count: int) -> Path:
+    """Write `recipes/<name>.yaml` in the sweep's folder for a trial that is one of `count`.
+
+    It is composed again and held against the trial: what typing means and a recipe does not (such
+    as `debug`) becomes keys. Raises UserError where a recipe cannot say the same.
+    """
+    path = _path(planned, name)
+    choices = planned.choices(trial.params)
+    typed, _ = parse(choices)
+    wanted = load(choices).resolved
+    keys = _typed_keys(typed, wanted)
+    for _ in range(3):
+        write_text(path, _text(planned, trial, name, count, typed, keys))
+        with _found_in(path.parent):
+            differing = _compared(name, wanted)
+        if not differing:
+            return path
+        keys |= differing
+    path.unlink()
+    raise UserError(f"a recipe cannot say {', '.join(differing)} as it was typed.")
+
+
+def command(planned: Sweep, name: str) -> str:
+    """What to type to train with the recipe."""
+    return f"LUTHIER_RECIPES={planned.folder.path / 'recipes'} python train.py recipe={name}"
+
+
+def names(planned: Sweep, leaders: Sequence[Trial]) -> dict[int, str]:
+    """A recipe's name for each of the best trials, by number; none that another recipe has."""
+    stem = f"{planned.recipe or 'custom'}_best"
+    while _is_taken(planned, stem):
+        stem += "_"
+    if len(leaders) == 1:
+        return {leaders[0].number: stem}
+    return {trial.number: f"{stem}_{trial.name}" for trial in leaders}
+
+
+def _path(planned: Sweep, name: str) -> Path:
+    return planned.folder.path / "recipes" / f"{name}.yaml"
+
+
+def _is_taken(planned: Sweep, name: str) -> bool:
+    there = options("recipe").get(name)
+    return there is not None and there.resolve() != _path(planned, name).resolve()
+
+
+@contextmanager
+def _found_in(folder: Path) -> Iterator[None]:
+    """Have the recipes of a folder found, as the command that is printed does."""
+    before = os.environ.get("LUTHIER_RECIPES")
+    os.environ["LUTHIER_RECIPES"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        os.environ.pop("LUTHIER_RECIPES")
+        os.environ |= {"LUTHIER_RECIPES": before} if before else {}
+
+
+def _typed_keys(typed: Sequence[Typed], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The keys that were typed or searched, with the values that they came to have."""
+    keys = {one.key: _at(wanted, one.key) for one in typed if not one.is_group}
+    return {
+        key: value
+        for key, value in keys.items()
+        if value is not _ABSENT and key.split(".")[0] not in _NOT_OF_A_RECIPE
+    }
+
+
+def _at(resolved: dict[str, Any], key: str) -> Any:
+    node: Any = resolved
+    for part in key.split("."):
+        node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+    return node
+
+
+def _compared(name: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The keys in which a recipe differs from what is wanted, with the wanted values."""
+    try:
+        return _differing(load([f"recipe={name}"]).resolved, wanted)
+    except UserError:  # keys that exclude each other: what is wrong with it is among what differs
+        return _differing(resolve(compose_config([f"recipe={name}"])), wanted, is_whole=False)
+
+
+def _differing(found: Any, wanted: Any, prefix: str = "", is_whole: bool = True) -> dict[str, Any]:
+    """The keys in which two configurations differ, with the wanted values; None for none.
+
+    `is_whole`: whether a key that is missing in the first differs.
+    """
+    if not isinstance(wanted, dict) or not isinstance(found, dict):
+        return {} if found == wanted else {prefix: wanted}
+    keys: dict[str, Any] = {}
+    for name in {**wanted, **found} if is_whole else found:
+        key = f"{prefix}.{name}".lstrip(".")
+        if key.split(".")[0] not in _NOT_OF_A_RECIPE:
+            keys |= _differing(found.get(name, _ABSENT), wanted.get(name), key, is_whole)
+    return keys
+
+
+def _text(
+    planned: Sweep,
+    trial: Trial,
+    name: str,
+    count: int,
+    typed: Sequence[Typed],
+    keys: dict[str, Any],
+) -> str:
+    lines = [*_header(planned, trial, name, count), *_defaults(typed)]
+    return "\n".join([*lines, *_settings(keys, {key.lstrip("+") for key in trial.params})]) + "\n"
+
+
+def _header(planned: Sweep, trial: Trial, name: str, count: int) -> list[str]:
+    values = ", ".join(
+        f"{one.name} {shown_number(trial.values.get(one.name))}" for one in planned.objectives
+    )
+    what = f"# The best of {count} trials: {values} (trial {trial.name})."
+    if len(planned.objectives) > 1:
+        what = f"# One of the trials that none of {count} beats: {values} (trial {trial.name})."
+    needs = f"recipe={planned.recipe} needs" if planned.recipe else "the sweep's trials needed"
+    return [what, f"# Needs: what {needs}.", f"# Command: {command(planned, name)}"]
+
+
+def _defaults(typed: Sequence[Typed]) -> list[str]:
+    """What it inherits, and the options that were typed or searched."""
+    chosen = {one.key: one.value for one in typed if one.is_group and not one.is_delete}
+    parent = chosen.get("recipe")
+    entries = [f"  - {parent}  # what the sweep was over"] if parent else []
+    entries += [
+        f"  - override /{group}: {option}  # chosen"
+        for group, option in chosen.items()
+        if group in GROUPS and group != "debug"
+    ]
+    return ["defaults:", *entries, ""] if entries else []
+
+
+def _settings(keys: dict[str, Any], searched: set[str]) -> list[str]:
+    """The keys as YAML, each line with where its value is from."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        *path, name = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = _Leaf(value, "searched" if key in searched else "typed")
+    return _lines(tree, "")
+
+
+class _Leaf(NamedTuple):
+    value: Any
+    origin: str
+
+
+def _lines(tree: dict[str, Any], indent: str) -> list[str]:
+    found = []
+    for name, node in tree.items():
+        if isinstance(node, _Leaf):
+            found.append(f"{indent}{name}: {_flow(node.value)}  # {node.origin}")
+        else:
+            found += [f"{indent}{name}:", *_lines(node, f"{indent}  ")]
+    return found
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("...\n").strip()

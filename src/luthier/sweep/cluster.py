@@ -1,0 +1,184 @@
+"""Trials as jobs of a SLURM cluster through submitit; its local executor runs the same code."""
+
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+from luthier.sweep.launching import Launch, without_rank
+from luthier.sweep.planning import Sweep
+from luthier.sweep.processes import Job, guarded
+from luthier.sweep.settings import Submitit
+from luthier.sweep.trials import Folder, Trial
+
+if TYPE_CHECKING:
+    import submitit
+
+_TICK = 0.1
+_PATIENCE = 60.0
+"""Seconds beyond its grace that a cluster takes to note the end of a job."""
+_KEY = "hydra.launcher.parameters"
+
+
+class Command:
+    """What a job does: it runs a guarded trial, and passes on that its time is over."""
+
+    def __init__(self, words: list[str], folder: str, grace: float) -> None:
+        self.words, self.folder, self.grace = words, folder, grace
+        self._guard: int | None = None
+        """The number of the guard's process."""
+        self._pipe = -1
+        self._code: int | None = None
+
+    def __call__(self) -> int:
+        """Run the trial; returns its exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._cancelled)
+        started = subprocess.Popen(
+            self.words, cwd=self.folder, stdin=subprocess.PIPE, start_new_session=True,
+            env=_environment(os.environ),
+        )  # fmt: skip
+        assert started.stdin is not None
+        self._guard, self._pipe = started.pid, started.stdin.fileno()
+        while not self._has_ended():
+            time.sleep(_TICK)
+        return self._code or 0
+
+    def checkpoint(self) -> Any:
+        """Have the trial write its checkpoint when the job's time is over, and submit it again."""
+        import submitit
+
+        self._end()
+        again = Command(self.words, self.folder, self.grace)
+        return submitit.helpers.DelayedSubmission(again)
+
+    def _cancelled(self, *_: Any) -> None:
+        """The sweep cancels the job: the trial ends with a checkpoint, and the job with it."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._guard is None:
+            return
+        os.write(self._pipe, b"x")
+        while not self._has_ended():
+            time.sleep(_TICK)
+
+    def _has_ended(self) -> bool:
+        """Whether the trial is gone; asked from a signal's handler too, so it waits for no lock."""
+        assert self._guard is not None
+        if self._code is None:
+            try:
+                pid, status = os.waitpid(self._guard, os.WNOHANG)
+            except ChildProcessError:
+                return True
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_guard": None, "_pipe": -1, "_code": None}
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The job's environment as a trial gets it."""
+    return {n: t for n, t in without_rank(environ).items() if not n.startswith("SUBMITIT_")}
+
+
+class Submitted:
+    """A job of the cluster."""
+
+    def __init__(self, job: "submitit.Job[int]", grace: float) -> None:
+        self._job, self._grace = job, grace
+        self._given_up = math.inf
+        """When a cancelled job is taken for ended, where the cluster keeps no accounts of it."""
+
+    def code(self) -> int | None:
+        """Its exit code, or None while it waits or runs; 1 where the cluster ended it."""
+        if not self._job.done():
+            return 1 if time.monotonic() > self._given_up else None
+        try:
+            return int(self._job.results()[0])
+        except Exception:  # whatever the cluster did: the trial's record says how far it came
+            return 1
+
+    def stop(self) -> None:
+        """Cancel it; the trial writes its checkpoint first."""
+        self._job.cancel(check=False)
+        self._given_up = min(self._given_up, time.monotonic() + self._grace + _PATIENCE)
+
+
+class Cluster:
+    """A cluster, as a place for trials."""
+
+    def __init__(self, planned: Sweep, launch: Launch) -> None:
+        settings = planned.launcher
+        assert isinstance(settings, Submitit)
+        self.slots = [f"job {number + 1}" for number in range(settings.slots)]
+        self._settings, self._launch, self._folder = settings, launch, planned.folder
+        self._on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
+        self._executor = executor(settings, self._gpus(), planned.folder)
+
+    def _gpus(self) -> int:
+        each = self._settings.gpus_per_trial
+        if each == "auto":
+            local = self._settings.cluster == "local"
+            return 0 if self._on_cpu or local else self._launch.processes
+        return int(each)
+
+    def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
+        """Submit a trial."""
+        logs = self._folder.logs(trial)
+        logs[0].parent.mkdir(parents=True, exist_ok=True)
+        words = self._launch.command(overrides, has_gpus=False)
+        guard = guarded(words, self._launch.has_launcher, logs, self._settings.grace)
+        command = Command(guard, str(Path.cwd()), self._settings.grace)
+        job = self._executor.submit(command)
+        trial.job = str(job.job_id)
+        return Submitted(job, self._settings.grace)
+
+    def again(self, trial: Trial) -> Job | None:
+        """The job of a trial, where it still waits or runs: a cluster does not end it with us."""
+        if trial.job is None or self._settings.cluster != "slurm":
+            return None
+        import submitit
+
+        job: submitit.Job[int] = submitit.SlurmJob(self._folder.path / "jobs", trial.job)
+        return None if job.done(force_check=True) else Submitted(job, self._settings.grace)
+
+
+def check(settings: Submitit) -> None:
+    """Refuse what can be known to be wrong before anything is submitted."""
+    if find_spec("submitit") is None:
+        raise UserError(
+            "hydra/launcher: submitit is not installed. Install it: pip install "
+            "'luthier[submitit]'."
+        )
+    nodes = settings.parameters.get("nodes", settings.parameters.get("slurm_nodes", 1))
+    if nodes != 1 or settings.parameters.get("tasks_per_node", 1) != 1:
+        raise UserError(
+            f"{_KEY}: a trial is one task on one machine, whose processes `accelerate launch` "
+            "starts. Remove nodes and tasks_per_node."
+        )
+
+
+def executor(settings: Submitit, gpus: int, folder: Folder) -> "submitit.AutoExecutor":
+    """submitit's executor with the settings of the sweep; raises UserError for what it refuses."""
+    check(settings)
+    import submitit
+
+    try:
+        made = submitit.AutoExecutor(folder.path / "jobs", cluster=settings.cluster)
+        asked = {"gpus_per_node": gpus, "name": folder.path.name[:40], **settings.parameters}
+        made.update_parameters(**asked)
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"hydra/launcher={_name(settings)}: {error}") from error
+    return made
+
+
+def _name(settings: Submitit) -> str:
+    return f"submitit_{settings.cluster}"

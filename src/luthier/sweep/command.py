@@ -1,0 +1,116 @@
+"""`train.py -m`: plan a sweep, run it, and say what came out."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from luthier.sweep import cluster, identity, launching, slots
+from luthier.sweep.control import RESUME, Controller, Place, orphan_check
+from luthier.sweep.draw import Points, Strategy
+from luthier.sweep.planning import Sweep, plan
+from luthier.sweep.processes import Machine
+from luthier.sweep.settings import Local, Optuna
+from luthier.sweep.study import Study
+from luthier.sweep.trials import shown_params
+from luthier.sweep.view import view
+from luthier.train import asked
+
+_WIDTH = 160
+"""Columns where there is no terminal that has some."""
+
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=_WIDTH)
+
+
+def sweep(words: list[str]) -> int:
+    """Try every point; returns 0, 1 if a trial failed, or 75 if the same command goes on.
+
+    Typed under `accelerate launch`, the first process steers and the others leave. Raises UserError
+    for a mistake of the user's, before anything runs.
+    """
+    if not launching.is_first_rank():
+        return 0
+    with _checking() as checking:
+        planned = plan(words, checking)
+        launch = launching.find(planned.launcher, os.environ)
+    if planned.base.config.dry_run:
+        return _dry_run(planned)
+    is_orphan = orphan_check(asked.launcher_command() is not None)
+    rooms = _rooms(planned, launch)
+    lock = identity.take(planned)
+    try:
+        return _run(planned, _place(planned, launch, rooms, lock), is_orphan)
+    finally:
+        os.close(lock)
+
+
+def _rooms(planned: Sweep, launch: launching.Launch) -> list[slots.Slot]:
+    """The slots of this machine; what is wrong with them or a cluster is said before anything."""
+    settings = planned.launcher
+    if isinstance(settings, Local):
+        on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
+        return slots.make(settings, launch.processes, on_cpu, launch.environ)
+    cluster.check(settings)
+    return []
+
+
+def _place(planned: Sweep, launch: launching.Launch, rooms: list[slots.Slot], lock: int) -> Place:
+    settings = planned.launcher
+    if isinstance(settings, Local):
+        return Machine(launch, rooms, planned.folder, settings.grace, lock)
+    return cluster.Cluster(planned, launch)
+
+
+def _run(planned: Sweep, place: Place, is_orphan: Callable[[], bool]) -> int:
+    from luthier.sweep.answer import answer, so_far
+
+    strategy = _strategy(planned)
+    console.print(_opening(planned, strategy, place), markup=False, soft_wrap=True)
+    shown = view(planned.objectives, strategy.total, console)
+    controller = Controller(planned, strategy, place, shown)
+    try:
+        code = controller.run(is_orphan)
+    finally:
+        shown.close()
+    if code == RESUME:
+        so_far(planned, controller.trials, console)
+        console.print("\nstopped; the same command goes on with the trials that are left")
+    else:
+        answer(planned, controller.trials, console)
+    return code
+
+
+def _opening(planned: Sweep, strategy: Strategy, place: Place) -> str:
+    goal = ", ".join(f"{one.direction} {one.name}" for one in planned.objectives)
+    count = f"{strategy.total} trials" if strategy.total != 1 else "1 trial"
+    side = f"{len(place.slots)} side by side" if len(place.slots) > 1 else "one at a time"
+    return f"sweep     {count}, {side}: {goal}\nfolder    {planned.folder.path}"
+
+
+def _strategy(planned: Sweep) -> Strategy:
+    if planned.points is not None:
+        return Points(planned.points)
+    assert isinstance(planned.sweeper, Optuna)
+    path = planned.folder.path / "study.log"
+    return Study(path, planned.space, planned.sweeper, planned.objectives, planned.watched)
+
+
+def _dry_run(planned: Sweep) -> int:
+    """Say what would be tried."""
+    points = planned.points or []
+    for number, point in enumerate(points):
+        console.print(f"{number:03d}  {shown_params(point)}", markup=False, soft_wrap=True)
+    known = f"{len(points)} trials" if points else "every value of the search space"
+    console.print(f"dry run: {known} can be composed; nothing was run or written")
+    return 0
+
+
+@contextmanager
+def _checking() -> Iterator[Callable[[int], None]]:
+    """A word in the terminal while many configurations are composed."""
+    status = Console(stderr=True).status("checking the configurations")
+    with status:
+        yield lambda count: status.update(f"checking {count} configurations")

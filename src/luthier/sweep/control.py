@@ -1,0 +1,289 @@
+"""The loop of a sweep: start trials where there is room, watch them, end the bad ones."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from luthier.config.words import choice
+from luthier.errors import UserError
+from luthier.sweep import trials as on_disk
+from luthier.sweep.draw import Strategy
+from luthier.sweep.encoding import Encoding
+from luthier.sweep.objective import KEY, measured
+from luthier.sweep.planning import Sweep
+from luthier.sweep.processes import Job
+from luthier.sweep.trials import Trial
+
+RESUME = 75
+"""What a run ends with that wrote a checkpoint and can go on, and so does a stopped sweep."""
+_TICK = 0.1
+_ONE_PRESS = 1.0
+"""Seconds within which signals count as one: a terminal and a launcher both pass on Ctrl-C."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class View(Protocol):
+    """What a person sees of a sweep."""
+
+    def started(self, trial: Trial, where: str) -> None:
+        """A trial begins."""
+
+    def ended(self, trial: Trial) -> None:
+        """A trial has ended."""
+
+    def show(self, trials: list[Trial], running: dict[int, str]) -> None:
+        """How all trials stand; `running` says where, by number."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class Place(Protocol):
+    """Where trials run: so many at a time."""
+
+    slots: list[str]
+    """The name of each slot."""
+
+    def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
+        """Start a trial in a free slot."""
+
+    def again(self, trial: Trial) -> Job | None:
+        """A trial that an earlier sweep started and that may still run; None if it cannot."""
+
+
+@dataclass
+class Running:
+    """A trial while it runs."""
+
+    trial: Trial
+    job: Job
+    began: float
+    """On the monotonic clock, as if it had never been interrupted."""
+    started: float = 0.0
+    """On the clock of files."""
+    reported: int = -1
+    """The last step that the pruner knows."""
+    is_bad: bool = False
+
+
+class Controller:
+    """A sweep while it runs."""
+
+    def __init__(self, sweep: Sweep, strategy: Strategy, place: Place, view: View) -> None:
+        self.trials = sweep.folder.load()
+        self._sweep, self._strategy, self._place, self._view = sweep, strategy, place, view
+        self._encoding = Encoding(sweep)
+        self._running: dict[int, Running] = {}
+        """By slot."""
+        self._signals = 0
+        self._ending = False
+        self._full = False
+        """Whether no further trial is to start."""
+
+    def run(self, is_orphan: Callable[[], bool]) -> int:
+        """Try everything; returns 0, 1 if a trial failed, or 75 if there is more to do.
+
+        `is_orphan` says when what started this sweep is gone.
+        """
+        with self._signals_heard():
+            try:
+                self._pick_up()
+                while not self._signals and not is_orphan():
+                    self._watch()
+                    self._fill()
+                    self._show()
+                    if not self._running:
+                        break
+                    time.sleep(_TICK)
+            finally:
+                self._end_all()
+        if not self._full and any(not trial.is_ended for trial in self.trials):
+            return RESUME
+        return int(any(trial.state == "failed" for trial in self.trials))
+
+    @contextmanager
+    def _signals_heard(self) -> Iterator[None]:
+        """Count signals in place of dying of them."""
+
+        last = -_ONE_PRESS
+
+        def heard(*_: Any) -> None:
+            nonlocal last
+            now = time.monotonic()
+            self._signals += now - last >= _ONE_PRESS
+            last = now
+
+        before = {number: signal.signal(number, heard) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _show(self) -> None:
+        places = {one.trial.number: self._place.slots[n] for n, one in self._running.items()}
+        self._view.show(self.trials, places)
+
+    def _pick_up(self) -> None:
+        """Find how the trials of an earlier start stand."""
+        for trial in self.trials:
+            if trial.state == "failed" and self._sweep.sweeper.retry_failed:
+                trial.state, trial.error = "waiting", None
+            job = self._place.again(trial) if trial.state == "running" else None
+            free = self._free_slots()
+            if job is not None and free:
+                self._running[free[0]] = Running(trial, job, time.monotonic() - trial.seconds)
+                continue
+            if not trial.is_ended:
+                trial.state, trial.attempts = "waiting", 0
+                if on_disk.read_run(self._sweep.folder.run(trial)).get("status") == "finished":
+                    trial.state = "finished"
+            self._read(trial)
+            self._sweep.folder.save(trial)
+            self._strategy.tell(trial)
+        for trial in self.trials:
+            self._refuse_unlogged(trial)
+
+    def _free_slots(self) -> list[int]:
+        return [slot for slot in range(len(self._place.slots)) if slot not in self._running]
+
+    def _fill(self) -> None:
+        """Start trials while there are free slots."""
+        while not self._full and (free := self._free_slots()):
+            trial = self._next()
+            if trial is None:
+                return
+            self._start(trial, free[0])
+
+    def _next(self) -> Trial | None:
+        """A trial that was begun, else a new one; none that waits for data being encoded."""
+        running = [one.trial for one in self._running.values()]
+        waiting = [trial for trial in self.trials if trial.state == "waiting"]
+        if not waiting and (point := self._strategy.next(self.trials)) is not None:
+            waiting = [Trial(len(self.trials), point)]
+            self.trials += waiting
+        may_start = (one for one in waiting if self._encoding.may_start(one, running))
+        return next(may_start, None)
+
+    def _start(self, trial: Trial, slot: int) -> None:
+        trial.attempts += 1
+        trial.state, trial.error = "running", None
+        overrides = self._sweep.overrides(trial)
+        try:
+            self._encoding.refuse(trial)
+            job = self._place.start(trial, overrides, slot)
+        except UserError as error:
+            trial.state, trial.error = "failed", str(error)
+            self._conclude(trial)
+            return
+        self._sweep.folder.save(trial)
+        began = time.monotonic() - trial.seconds
+        self._running[slot] = Running(trial, job, began, started=time.time())
+        self._view.started(trial, self._place.slots[slot])
+
+    def _watch(self) -> None:
+        """Read what the running trials have logged, end the bad ones, note those that ended."""
+        for slot, one in list(self._running.items()):
+            code = one.job.code()
+            rows = self._read(one.trial)
+            one.trial.seconds = time.monotonic() - one.began
+            if code is None:
+                self._report(one, rows)
+                continue
+            del self._running[slot]
+            self._settle(one, code)
+
+    def _read(self, trial: Trial) -> list[dict[str, Any]]:
+        """Take over the numbers that a run has left so far."""
+        folder = self._sweep.folder.run(trial)
+        rows = on_disk.read_rows(folder)
+        found = measured(on_disk.read_run(folder), rows)
+        trial.step = int(found.pop("step", trial.step))
+        trial.values = found or trial.values
+        return rows
+
+    def _report(self, one: Running, rows: list[dict[str, Any]]) -> None:
+        """Tell new measures to the pruner, and end the trial if it says so."""
+        watched = self._sweep.watched
+        if watched is None or one.is_bad:
+            return
+        for row in rows:
+            step, value = int(row.get("step", 0)), row.get(watched.name)
+            if value is None or step <= one.reported:
+                continue
+            one.reported = step
+            if self._strategy.is_bad(one.trial, step, float(value)):
+                one.is_bad = True
+                one.job.stop()
+                return
+
+    def _settle(self, one: Running, code: int) -> None:
+        """Decide what became of a trial whose processes are gone."""
+        trial, run = one.trial, self._sweep.folder.run(one.trial)
+        status = on_disk.status_since(run, one.started)
+        if status == "finished":
+            trial.state = "finished"
+        elif one.is_bad:
+            trial.state = "pruned"
+        elif self._ending:
+            trial.state = "interrupted"
+        elif code == RESUME or status in ("interrupted", "stopped"):
+            again = trial.attempts <= self._sweep.launcher.restarts
+            trial.state = "waiting" if again else "interrupted"
+        else:
+            trial.state = "failed"
+            trial.error = on_disk.why_failed(run, self._sweep.folder.logs(trial)[1], code)
+        self._conclude(trial)
+
+    def _conclude(self, trial: Trial) -> None:
+        self._sweep.folder.save(trial)
+        self._strategy.tell(trial)
+        self._view.ended(trial)
+        if trial.state == "failed" and self._sweep.sweeper.on_failure == "stop":
+            self._full = True
+        if not self._ending:
+            self._refuse_unlogged(trial)
+
+    def _refuse_unlogged(self, trial: Trial) -> None:
+        """Stop where a finished trial has not logged what the sweep compares by."""
+        for objective in self._sweep.objectives if trial.state == "finished" else ():
+            if objective.name not in trial.values:
+                raise UserError(
+                    f"{KEY}: trial {trial.name} is finished, and its run has not logged "
+                    f"{objective.name!r}. {choice(objective.name, trial.values)}\nThe same command "
+                    "with another objective goes on with the trials that are there."
+                )
+
+    def _end_all(self) -> None:
+        """Ask all trials to end, and wait until they have; a further signal kills them."""
+        self._ending = True
+        if not self._running:
+            return
+        count = len(self._running)
+        what = "1 trial" if count == 1 else f"{count} trials"
+        self._view.say(f"ending {what}, with checkpoints; once more to kill")
+        self._stop_jobs()
+        heard = self._signals
+        while self._running:
+            if self._signals > heard:
+                heard = self._signals
+                self._stop_jobs()
+            self._watch()
+            time.sleep(_TICK)
+
+    def _stop_jobs(self) -> None:
+        for one in self._running.values():
+            one.job.stop()
+
+
+def orphan_check(launched: bool) -> Callable[[], bool]:
+    """Whether the launcher above this process is gone: it may end and leave what it started."""
+    parent = os.getppid()
+    return lambda: launched and os.getppid() != parent

@@ -1,0 +1,230 @@
+"""What trials are compared by: a result, a logged metric or a number of the record, by name."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.config.passthrough import settings
+from luthier.config.words import Mistake, choice
+from luthier.errors import UserError
+from luthier.sweep.settings import Direction, Optuna, Sweeper
+
+KEY = "hydra.sweeper.objective"
+DEFAULT = "held_out_loss"
+_RESULTS = {
+    "dpo": ("rewards/accuracies", "rewards/margins"),
+    "kto": ("rewards/margins",),
+    "orpo": ("rewards/accuracies", "rewards/margins"),
+    "cpo": ("rewards/accuracies", "rewards/margins"),
+    "reward": ("accuracy", "margin"),
+    "grpo": ("reward",),
+    "rloo": ("reward",),
+    "classify": ("accuracy", "macro_f1", "micro_f1", "mae", "rmse", "pearson"),
+    "tag": ("accuracy", "entity_precision", "entity_recall", "entity_f1"),
+}
+"""What each method measures of held-out rows besides the loss."""
+_WITHOUT_LOSS = ("grpo", "rloo")
+_CLOSED = ("sft", "pretrain", "seq2seq", "classify", "tag")
+"""Methods that log nothing else than what is listed here."""
+_A_TYPO = 0.9
+"""How alike an unknown name must be to a known one to be taken for it, where more is logged."""
+_LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "aux_loss")
+_RECORD = ("seconds", "training_seconds", "peak_memory_gib.host", "peak_memory_gib.gpu")
+_LESS = (*_RECORD, "mae", "rmse", "grad_norm", "entropy")
+_MORE = ("mean_token_accuracy", *(name for names in _RESULTS.values() for name in names))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One thing to compare by, and which way is better."""
+
+    name: str
+    maximize: bool
+
+    @property
+    def direction(self) -> Direction:
+        """The direction as Optuna calls it."""
+        return "maximize" if self.maximize else "minimize"
+
+    def key(self, found: float | None) -> float:
+        """What to sort by, the best first; what is missing or no number comes last."""
+        if found is None or not math.isfinite(found):
+            return math.inf
+        return -found if self.maximize else found
+
+
+def read(sweeper: Sweeper, resolved: dict[str, Any]) -> tuple[tuple[Objective, ...], list[Mistake]]:
+    """The objectives of a sweep over this configuration, or what is wrong with them."""
+    given = sweeper.objective
+    wanted = given if isinstance(given, dict) else dict.fromkeys(_names(given))
+    found, mistakes = [], []
+    if not wanted:
+        mistakes.append(Mistake(KEY, "is empty. Write a name, or null for the held-out loss."))
+    for name, direction in wanted.items():
+        wrong = _unknown(name, resolved)
+        try:
+            maximize = _maximize(name, resolved) if direction is None else direction == "maximize"
+        except UserError as error:
+            wrong = wrong or str(error)
+            maximize = False
+        mistakes += [Mistake(KEY, wrong)] if wrong else []
+        found.append(Objective(name, maximize))
+    return tuple(found), mistakes
+
+
+def _names(given: str | list[str] | None) -> list[str]:
+    if given is None:
+        return [DEFAULT]
+    return [given] if isinstance(given, str) else given
+
+
+def known(resolved: dict[str, Any]) -> list[str]:
+    """The names that a run of this configuration is sure to know."""
+    method = str(settings(resolved, "trainer").get("method", "sft"))
+    names = [*_LOGGED, *_RECORD]
+    if _holds_out(resolved):
+        for prefix in _prefixes(resolved):
+            own = [*_RESULTS.get(method, ()), *(one.name for one in _metrics(resolved, prefix))]
+            own += [] if method in _WITHOUT_LOSS else [DEFAULT]
+            names += [f"{prefix}{name}" for name in own]
+            logged = ["loss", "mean_token_accuracy", "entropy", *own]
+            names += [f"eval_{prefix.replace('/', '_')}{name}" for name in logged]
+    return list(dict.fromkeys(names))
+
+
+def _unknown(name: str, resolved: dict[str, Any]) -> str | None:
+    """What is wrong with a name, as far as it can be known before anything runs."""
+    names = known(resolved)
+    bare = name.removeprefix("eval_")
+    parts = [metric.name for prefix in _prefixes(resolved) for metric in _metrics(resolved, prefix)]
+    if name in names or any(part in bare for part in parts):
+        return None
+    method = str(settings(resolved, "trainer").get("method", "sft"))
+    if name == DEFAULT and not _holds_out(resolved):
+        return (
+            "held_out_loss needs held-out rows, and there are none. Hold rows out "
+            f"(dataset.eval.share=0.05), or name another objective ({KEY}=loss)."
+        )
+    if method in _CLOSED or difflib.get_close_matches(name, names, 1, _A_TYPO):
+        return f"a run of this configuration does not log {name!r}. {choice(name, names)}"
+    return None
+
+
+def _maximize(name: str, resolved: dict[str, Any]) -> bool:
+    """Whether more is better; raises UserError where that is not known."""
+    from luthier.metrics import greater_is_better
+
+    bare = name.removeprefix("eval_")
+    for prefix in _prefixes(resolved):
+        inner = bare.removeprefix(prefix).removeprefix(prefix.replace("/", "_"))
+        metrics = _metrics(resolved, prefix)
+        if any(inner == one.name or inner.startswith(f"{one.name}/") for one in metrics):
+            return greater_is_better(metrics, inner, "trainer.evaluation.metrics")
+        bare = inner
+    if bare.endswith("loss") or bare in _LESS:
+        return False
+    if bare in _MORE:
+        return True
+    raise UserError(f"which way is {name} better? Write '{KEY}={{{name}: maximize}}', or minimize.")
+
+
+def _holds_out(resolved: dict[str, Any]) -> bool:
+    held = settings(resolved, "dataset.eval")
+    return any(held.get(way) for way in ("path", "split", "share", "count", "sets"))
+
+
+def _prefixes(resolved: dict[str, Any]) -> list[str]:
+    """What stands before the names of each evaluation set; the main one has nothing."""
+    return ["", *(f"{name}/" for name in settings(resolved, "dataset.eval.sets"))]
+
+
+def _metrics(resolved: dict[str, Any], prefix: str) -> list[Any]:
+    from luthier.metrics import parse_metrics
+
+    evaluation = settings(resolved, "trainer.evaluation")
+    own = settings(evaluation, "sets").get(prefix.rstrip("/"), evaluation.get("metrics"))
+    return list(parse_metrics(own or []))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The metric logged while training by which bad trials are ended early."""
+
+    name: str
+    opposite: bool
+    """Whether the better way of it is the other one than the objective's."""
+
+
+def watched(
+    sweeper: Optuna, objectives: tuple[Objective, ...], resolved: dict[str, Any]
+) -> Watched | Mistake:
+    """What a pruner looks at, or why there is nothing for it to see."""
+    objective = objectives[0]
+    name = sweeper.prune_by or _while_training(objective.name, resolved)
+    key = "hydra.sweeper.pruner"
+    if len(objectives) > 1:
+        return Mistake(
+            key, "Optuna prunes by one objective, and there are several. Set it to none."
+        )
+    if name is None:
+        return Mistake(
+            key,
+            f"{objective.name} is known only at the end. Name a metric that is logged on the way, "
+            "such as hydra.sweeper.prune_by=eval_loss, or set the pruner to none.",
+        )
+    evaluates = settings(resolved, "trainer.args").get("eval_strategy", "no")
+    if name.startswith("eval_") and evaluates in ("no", False, None):
+        return Mistake(
+            key,
+            f"needs {name} while training, and nothing is evaluated on the way. "
+            "Add trainer.args.eval_strategy=steps, or set the pruner to none.",
+        )
+    wrong = _unknown(name, resolved)
+    if wrong:
+        return Mistake("hydra.sweeper.prune_by", wrong)
+    try:
+        opposite = sweeper.prune_by is not None and _maximize(name, resolved) != objective.maximize
+    except UserError:
+        opposite = False
+    return Watched(name, opposite)
+
+
+def _while_training(name: str, resolved: dict[str, Any]) -> str | None:
+    """The name under which an objective is logged at evaluations; None if it is not."""
+    if name in _RECORD:
+        return None
+    if name.startswith("eval_") or name in _LOGGED:
+        return name
+    prefix, _, bare = (
+        name.rpartition("/")
+        if f"{name.rpartition('/')[0]}/" in _prefixes(resolved)
+        else ("", "", name)
+    )
+    label = f"{prefix}_" if prefix else ""
+    if bare == DEFAULT:
+        return f"eval_{label}loss"
+    replies = any(bare.split("/")[0] == one.name for one in _metrics(resolved, ""))
+    if replies and settings(resolved, "trainer.evaluation").get("when") != "evaluations":
+        return None
+    return f"eval_{label}{bare}"
+
+
+def measured(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """All numbers that a run left: its results, its record, and the last of each logged metric."""
+    found: dict[str, float] = {}
+    for row in rows:
+        found |= {name: float(one) for name, one in row.items() if _is_number(one)}
+    for name in ("seconds", "training_seconds"):
+        found |= {name: float(record[name])} if _is_number(record.get(name)) else {}
+    for where, gib in (record.get("peak_memory_gib") or {}).items():
+        found[f"peak_memory_gib.{where}"] = float(gib)
+    for name, pair in (record.get("results") or {}).items():
+        if _is_number(pair.get("after")):
+            found[name] = float(pair["after"])
+    return found
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool)

@@ -1,0 +1,233 @@
+"""From what was typed to a sweep whose every trial is known to be valid, before anything runs."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from luthier.config.compose import Composed, compose_config
+from luthier.config.overrides import parse, run_name
+from luthier.config.run_config import Loaded, load, report
+from luthier.config.words import Mistake
+from luthier.errors import UserError
+from luthier.sweep import draw, objective, settings, space, study
+from luthier.sweep.objective import Objective, Watched
+from luthier.sweep.settings import Local, Optuna, Random, Submitit, Sweeper
+from luthier.sweep.space import Space
+from luthier.sweep.trials import Folder, Trial
+
+_NOTHING = (
+    "nothing varies, so there is nothing to search. Write several values, such as lora.r=8,16,32, "
+    "or name keys with their values under hydra.sweeper.params in a recipe."
+)
+_OVERWRITE = (
+    "a sweep never overwrites a trial. Choose another output_dir=..., or delete the old folder."
+)
+_SHOWN = 3
+_OF_THE_MODEL = ("path", "revision", "tokenizer", "add_tokens", "add_special_tokens")
+_OF_THE_MACHINE = ("workers", "cache")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that is known to be valid."""
+
+    words: list[str]
+    """As typed behind `-m`."""
+    space: Space
+    sweeper: Sweeper
+    launcher: Local | Submitit
+    objectives: tuple[Objective, ...]
+    watched: Watched | None
+    folder: Folder
+    base: Loaded
+    """The configuration with the first value of each axis."""
+    points: list[draw.Point] | None
+    """All points, where they are known ahead."""
+    data: dict[tuple[str, ...], str]
+    """What decides the data of a point that was checked, by its values."""
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe that all trials share."""
+        varied = any(axis.name == "recipe" for axis in self.space.axes)
+        return None if varied else self.base.config.recipe
+
+    def overrides(self, trial: Trial) -> list[str]:
+        """What a trial is started with."""
+        return [
+            *self.choices(trial.params),
+            f"output_dir={_quoted(str(self.folder.run(trial)))}",
+            *self._tracking(),
+        ]
+
+    def choices(self, params: dict[str, str]) -> list[str]:
+        """What makes a trial what it is: the words that hold for all, and its own values."""
+        return [*self.space.fixed, *(f"{key}={text}" for key, text in params.items())]
+
+    def _tracking(self) -> list[str]:
+        """What groups the trials in Weights & Biases, if they are tracked there."""
+        tracker = self.base.config.tracker
+        if "wandb" not in tracker.to or "group" in tracker.wandb:
+            return []
+        group = f"{self.recipe or 'custom'}/{self.folder.path.name}"
+        return [f"tracker.wandb.group={_quoted(group)}"]
+
+
+def plan(words: list[str], checking: Callable[[int], None] = lambda count: None) -> Sweep:
+    """Read and check a sweep; `checking` hears how many configurations are composed for it.
+
+    Raises UserError with what is wrong in the search space, the settings of the sweep, or the
+    configuration of any trial.
+    """
+    composed = compose_config(space.first_point(words))
+    if composed.mistakes:
+        raise UserError(report(composed.mistakes, composed))
+    sweeper, launcher, mistakes = settings.read(composed)
+    found, wrong = space.read(words, sweeper.params if sweeper else {})
+    mistakes += [*wrong, *_in_space(found, sweeper, any_wrong=bool(wrong))]
+    fixed, folder = _own_words(found.fixed, mistakes)
+    found = Space(found.axes, tuple(fixed))
+    if mistakes or sweeper is None or launcher is None:
+        raise UserError(report(mistakes, composed))
+    points = _points(found, sweeper)
+    first = {axis.key: axis.ends()[0] for axis in found.axes}
+    base, data = _load_all(found, [first], checking)
+    objectives, watched = _goal(sweeper, base, composed)
+    checked = points or _corners(found, first)
+    different = [point for n, point in enumerate(checked) if point not in [first, *checked[:n]]]
+    data |= _load_all(found, different, checking)[1] if different else {}
+    path = folder or _folder(words, sweeper, base, found)
+    return Sweep(
+        *(words, found, sweeper, launcher, objectives, watched),
+        *(Folder(path), base, points, data),
+    )
+
+
+def _goal(
+    sweeper: Sweeper, base: Loaded, composed: Composed
+) -> tuple[tuple[Objective, ...], Watched | None]:
+    """What is compared, and by what bad trials are ended; raises UserError for what is wrong."""
+    objectives, mistakes = objective.read(sweeper, base.resolved)
+    watched = None
+    if isinstance(sweeper, Optuna):
+        mistakes += study.check(sweeper)
+        if not mistakes and study.has_pruner(sweeper):
+            seen = objective.watched(sweeper, objectives, base.resolved)
+            mistakes += [seen] if isinstance(seen, Mistake) else []
+            watched = seen if isinstance(seen, Watched) else None
+    if mistakes:
+        raise UserError(report(mistakes, composed))
+    return objectives, watched
+
+
+def _in_space(found: Space, sweeper: Sweeper | None, any_wrong: bool) -> list[Mistake]:
+    if not found.axes and not any_wrong:
+        return [Mistake("--multirun", _NOTHING)]
+    if sweeper is None or sweeper.kind != "basic":
+        return []
+    return [
+        Mistake(
+            axis.name,
+            f"{axis.text} has no end of values, and a grid tries them all. "
+            "Take hydra/sweeper=random or hydra/sweeper=optuna.",
+        )
+        for axis in found.axes
+        if axis.is_interval
+    ]
+
+
+def _own_words(words: Iterable[str], mistakes: list[Mistake]) -> tuple[list[str], Path | None]:
+    """The words that each trial gets, and the sweep's folder where one was typed."""
+    kept: list[str] = []
+    folder: Path | None = None
+    for word in words:
+        typed, _ = parse([word])
+        key, given = (typed[0].key, typed[0].value) if typed else ("", None)
+        if key == "output_dir":
+            folder = Path(str(given))
+        elif key == "overwrite" and given is not False:
+            mistakes.append(Mistake("overwrite", _OVERWRITE))
+        elif key.startswith("hydra.sweep."):
+            mistakes.append(Mistake(key, "the folder of a sweep is output_dir=NAME."))
+        elif not key.startswith(("hydra.", "hydra/")):
+            kept.append(word)
+    return kept, folder
+
+
+def _points(found: Space, sweeper: Sweeper) -> list[draw.Point] | None:
+    if isinstance(sweeper, Optuna):
+        return None
+    if isinstance(sweeper, Random):
+        return draw.at_random(found, sweeper.n_trials, sweeper.seed)
+    return draw.grid(found)
+
+
+def _corners(found: Space, first: draw.Point) -> list[draw.Point]:
+    """Each value and each bound once, the other axes at their first."""
+    return [first | {axis.key: one} for axis in found.axes for one in axis.ends()[1:]]
+
+
+def _load_all(
+    found: Space, points: list[draw.Point], checking: Callable[[int], None]
+) -> tuple[Loaded, dict[tuple[str, ...], str]]:
+    """Compose and check every configuration; returns the first, and what decides each one's data.
+
+    Raises UserError with the mistakes of all.
+    """
+    from luthier.train.run import check
+
+    checking(len(points))
+    bad: dict[str, list[draw.Point]] = {}
+    seen: set[str] = set()
+    data: dict[tuple[str, ...], str] = {}
+    base = None
+    for point in points:
+        try:
+            loaded = load([*found.fixed, *(f"{key}={text}" for key, text in point.items())])
+            base = base or loaded
+            parts = json.dumps([loaded.resolved["model"], loaded.resolved["dataset"]])
+            if parts not in seen:
+                check(loaded.config)
+            seen.add(parts)
+            data[tuple(point.values())] = data_key(loaded.resolved)
+        except UserError as error:
+            bad.setdefault(str(error), []).append(point)
+    if bad or base is None:
+        raise UserError(_bad_points(bad, len(points)))
+    return base, data
+
+
+def data_key(resolved: dict[str, Any]) -> str:
+    """What decides the encoded rows of a configuration: those with the same text share them."""
+    model, dataset = resolved["model"], resolved["dataset"]
+    of_model = {name: model[name] for name in _OF_THE_MODEL}
+    of_data = {name: one for name, one in dataset.items() if name not in _OF_THE_MACHINE}
+    method = resolved["trainer"]["method"]
+    return json.dumps([of_model, of_data, resolved["chat"], method], sort_keys=True)
+
+
+def _bad_points(bad: dict[str, list[draw.Point]], total: int) -> str:
+    """The mistakes of all trials; one that all share is said as in a single run."""
+    texts = []
+    for text, points in islice(bad.items(), _SHOWN):
+        one = " ".join(f"{key}={value}" for key, value in points[0].items())
+        of_all = len(points) == total
+        texts.append(text if of_all else f"{one} ({len(points)} of {total} checked):\n{text}")
+    more = len(bad) - _SHOWN
+    return "\n".join(texts) + (f"\nand {more} further kinds of mistakes" if more > 0 else "")
+
+
+def _folder(words: list[str], sweeper: Sweeper, base: Loaded, found: Space) -> Path:
+    """Where a sweep lies that names no folder: made of its words, so that it is found again."""
+    kind = [] if sweeper.kind == "basic" else [sweeper.kind]
+    varied = any(axis.name == "recipe" for axis in found.axes)
+    recipe = None if varied else base.config.recipe
+    return Path("runs") / (recipe or "custom") / "sweeps" / run_name([*kind, *words])
+
+
+def _quoted(text: str) -> str:
+    """A text as Hydra's grammar takes it, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

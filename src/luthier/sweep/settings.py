@@ -1,0 +1,150 @@
+"""The settings of a sweep: `hydra/sweeper` and `hydra/launcher`, strict, with the nearest name."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import ValidationError as Invalid
+
+from luthier.config.compose import Composed
+from luthier.config.recipes import options
+from luthier.config.words import Mistake, choice, nearest, value
+
+Direction = Literal["minimize", "maximize"]
+Auto = Literal["auto"]
+Slots = Auto | PositiveInt
+Named = str | dict[str, Any]
+"""A name, or a mapping of `name` and settings."""
+
+
+class Settings(BaseModel):
+    """A group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sweeper(Settings):
+    """What every sweeper takes."""
+
+    kind: Literal["basic", "random", "optuna"]
+    params: dict[str, Any] = Field(default_factory=dict)
+    objective: str | list[str] | dict[str, Direction | None] | None = None
+    on_failure: Literal["continue", "stop"] = "continue"
+    retry_failed: bool = False
+
+
+class Random(Sweeper):
+    """Points drawn at random."""
+
+    n_trials: PositiveInt = 20
+    seed: NonNegativeInt = 0
+
+
+class Optuna(Random):
+    """Points that Optuna chooses by what came out so far."""
+
+    retry_failed: Literal[False] = False
+    sampler: Named = "tpe"
+    pruner: Named = "none"
+    prune_by: str | None = None
+
+
+class Launcher(Settings):
+    """What every launcher takes."""
+
+    kind: Literal["basic", "submitit"]
+    accelerate: str | list[str] | None = None
+    gpus_per_trial: Auto | Annotated[float, Field(gt=0)] = "auto"
+    grace: NonNegativeFloat = 60.0
+    restarts: NonNegativeInt = 3
+
+    def launch_words(self) -> list[str] | None:
+        """The flags of `accelerate launch` for each trial; None where it was not asked for."""
+        given = self.accelerate
+        return shlex.split(given) if isinstance(given, str) else given
+
+
+class Local(Launcher):
+    """Trials as processes of this machine."""
+
+    slots: Slots = "auto"
+    gpus: Auto | list[int | str] = "auto"
+
+
+class Submitit(Launcher):
+    """Trials as jobs of a cluster."""
+
+    cluster: Literal["slurm", "local"] = "slurm"
+    slots: PositiveInt = 16
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+_SWEEPERS: dict[str, type[Settings]] = {"basic": Sweeper, "random": Random, "optuna": Optuna}
+_LAUNCHERS: dict[str, type[Settings]] = {"basic": Local, "submitit": Submitit}
+_WORDS = {
+    "slots": "Write how many trials run side by side, at least 1, or auto.",
+    "n_trials": "Write how many trials the sweep has, at least 1.",
+    "gpus_per_trial": "Write a number above 0, or auto.",
+    "gpus": "Write a list such as [0,1], or auto.",
+    "objective": "Write a name, a list of names, or {NAME: minimize, OTHER: maximize}.",
+    "on_failure": "Write continue or stop.",
+    "retry_failed": "Write true or false; Optuna draws other points instead.",
+    "accelerate": "Write flags of `accelerate launch`, such as '--config_file launch/ddp.yaml'.",
+}
+
+
+def read(composed: Composed) -> tuple[Sweeper | None, Local | Submitit | None, list[Mistake]]:
+    """The settings of the sweeper and the launcher that were chosen, or what is wrong."""
+    mistakes: list[Mistake] = []
+    found: dict[str, Any] = {}
+    for part, models in (("sweeper", _SWEEPERS), ("launcher", _LAUNCHERS)):
+        node = OmegaConf.select(composed.config, f"hydra.{part}")
+        given: Any = OmegaConf.to_container(node, resolve=True) if node is not None else {}
+        model = models.get(str(given.get("kind")))
+        if model is None:
+            known = choice(str(given.get("kind")), models)
+            mistakes.append(Mistake(f"hydra/{part}", f"kind {given.get('kind')!r}. {known}"))
+            continue
+        try:
+            found[part] = model.model_validate(given)
+        except Invalid as error:
+            mistakes += _mistakes(error, f"hydra.{part}", given, model)
+    return found.get("sweeper"), found.get("launcher"), mistakes
+
+
+def _mistakes(
+    error: Invalid, place: str, given: Mapping[str, Any], model: type[BaseModel]
+) -> list[Mistake]:
+    wrong: dict[str, Mistake] = {}
+    for one in error.errors(include_url=False):
+        name = str(one["loc"][0])
+        key = f"{place}.{name}"
+        if one["type"] == "extra_forbidden":
+            text = _no_setting(name, place, given, model)
+        else:
+            fits = _WORDS.get(name) or f"{one['msg']}."
+            text = f"{value(given.get(name))} does not fit. {fits}"
+        wrong.setdefault(key, Mistake(key, text))
+    return list(wrong.values())
+
+
+def _no_setting(name: str, place: str, given: Mapping[str, Any], model: type[BaseModel]) -> str:
+    known = [key for key in model.model_fields if key != "kind"]
+    near = nearest(name, known)
+    if near is not None:
+        return f"there is no such setting. Did you mean {place}.{near}?"
+    models = _SWEEPERS if place.endswith("sweeper") else _LAUNCHERS
+    takers = [kind for kind, one in models.items() if name in one.model_fields]
+    if takers:
+        return f"{given['kind']} has no such setting; {' and '.join(takers)} have it."
+    return f"there is no such setting. Settings: {', '.join(known)}."
+
+
+def unknown_choice(group: str, name: object) -> Mistake | None:
+    """The mistake of choosing a sweeper or launcher that does not exist."""
+    known = options(group)
+    if str(name) in known:
+        return None
+    return Mistake(group, f"there is no {name!r}. {choice(str(name), known)}")

@@ -1,0 +1,222 @@
+"""What a sweep varies: Hydra's sweep grammar, typed or in YAML, as axes with values or bounds."""
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+)
+from hydra.errors import HydraException
+
+from luthier.config.recipes import options
+from luthier.config.schema import GROUPS
+from luthier.config.words import Mistake, choice, value
+
+KEY = "hydra.sweeper.params"
+_BETWEEN = 0.381
+_RUN = ("output_dir", "overwrite", "dry_run")
+_FORMS = "Write lora.r=8,16,32, range(1,9,2), interval(0.1,0.5) or tag(log,interval(1e-5,1e-3))"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One key that a sweep varies: over `values`, or between `low` and `high`."""
+
+    key: str
+    """As typed, with `+` where there is one."""
+    text: str
+    """What stands behind the key."""
+    values: tuple[str, ...] = ()
+    """Each as Hydra reads it; none for an interval."""
+    low: float = 0.0
+    high: float = 0.0
+    step: float | None = None
+    """Of values that are a range of numbers."""
+    log: bool = False
+    whole: bool = False
+    """Whether the numbers of an interval or a range are whole."""
+
+    @property
+    def name(self) -> str:
+        """The key as results show it."""
+        return self.key.lstrip("+")
+
+    @property
+    def is_interval(self) -> bool:
+        """Whether every number between two bounds may be taken."""
+        return not self.values
+
+    def ends(self) -> tuple[str, ...]:
+        """The values that stand for all when a configuration is checked.
+
+        Each, or the bounds of an interval and a number between them, which is seldom whole.
+        """
+        between = self.low + _BETWEEN * (self.high - self.low)
+        return self.values or tuple(map(self.number, (self.low, between, self.high)))
+
+    def number(self, drawn: float) -> str:
+        """A number of this axis as text, without the noise of its last digits."""
+        return str(round(drawn)) if self.whole else repr(float(f"{drawn:.12g}"))
+
+
+@dataclass(frozen=True)
+class Space:
+    """The axes, and the words of the command line that hold for every trial."""
+
+    axes: tuple[Axis, ...]
+    fixed: tuple[str, ...]
+
+    @property
+    def size(self) -> float:
+        """How many points there are; infinite with an interval."""
+        count = 1.0
+        for axis in self.axes:
+            count *= len(axis.values) or float("inf")
+        return count
+
+
+def read(lines: Iterable[str], params: Mapping[str, Any]) -> tuple[Space, list[Mistake]]:
+    """Tell axes from fixed words: what is typed, then what YAML adds (`hydra.sweeper.params`).
+
+    A key that is typed wins over the same key in YAML.
+    """
+    parser = OverridesParser.create()
+    axes: dict[str, Axis] = {}
+    fixed, mistakes, typed = [], [], set()
+    entries = [(line, line) for line in lines]
+    entries += [(f"{key}={_text(given)}", f"{KEY}.{key}") for key, given in flat(params)]
+    for line, place in entries:
+        try:
+            override = parser.parse_override(line)
+        except HydraException as error:
+            mistakes += [Mistake(place, _unreadable(error))] if place != line else []
+            fixed += [line] if place == line else []  # the trial's own check says it
+            continue
+        bare = override.get_key_element().lstrip("+~")
+        if place != line and bare in typed:
+            continue
+        typed.add(bare)
+        if not override.is_sweep_override():
+            fixed.append(line)
+            continue
+        found = _axis(override, line.partition("=")[2])
+        if isinstance(found, str):
+            mistakes.append(Mistake(place if place != line else bare, found))
+        else:
+            axes[bare] = found
+    return Space(tuple(axes.values()), tuple(fixed)), mistakes
+
+
+def first_point(lines: Iterable[str]) -> list[str]:
+    """The typed words with the first value of each axis: one configuration of the sweep."""
+    space, _ = read(lines, {})
+    return [*space.fixed, *(f"{axis.key}={axis.ends()[0]}" for axis in space.axes)]
+
+
+def flat(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The entries of a mapping by dotted key, in order."""
+    found: list[tuple[str, Any]] = []
+    for key, given in params.items():
+        name = f"{prefix}{key}"
+        found += flat(given, f"{name}.") if isinstance(given, Mapping) else [(name, given)]
+    return found
+
+
+def _text(given: Any) -> str:
+    """An entry of YAML in Hydra's grammar; a list is the values to try."""
+    if isinstance(given, list):
+        return f"choice({','.join(_quoted(item) for item in given)})"
+    return given if isinstance(given, str) else value(given)
+
+
+def _quoted(item: Any) -> str:
+    if isinstance(item, list):
+        return f"[{','.join(_quoted(part) for part in item)}]"
+    if isinstance(item, str):
+        return "'" + item.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return value(item)
+
+
+def _unreadable(error: HydraException) -> str:
+    first = str(error).strip().splitlines()[0]
+    return f"cannot be read ({first}). {_FORMS}; within {{...}} of YAML, in quotes."
+
+
+def _axis(override: Override, text: str) -> Axis | str:
+    """The axis that an override stands for, or what is wrong with it."""
+    key, sweep = override.get_key_element(), override.value()
+    bare = key.lstrip("+~")
+    if override.is_delete():
+        return "`~` takes a key away, and nothing of it can vary. Remove the values behind it."
+    if bare in _RUN or bare.split(".")[0].split("/")[0] == "hydra":
+        return f"{text} is several values, and a sweep has one {bare}. Write {bare}=VALUE."
+    if isinstance(sweep, IntervalSweep):
+        return _interval(key, text, sweep)
+    values = _glob(bare, sweep) if isinstance(sweep, Glob) else _values(override)
+    if isinstance(values, str):
+        return values
+    if len(set(values)) < len(values):
+        twice = next(one for one in values if values.count(one) > 1)
+        return f"{twice} stands there twice, and would be trained twice. Remove one."
+    if not values:
+        return f"{text} holds no value. {_FORMS}."
+    if isinstance(sweep, RangeSweep) and not sweep.shuffle:
+        low, high = sorted((float(values[0]), float(values[-1])))
+        whole = all(one.lstrip("-").isdigit() for one in values)
+        return Axis(key, text, values, low, high, abs(float(sweep.step)), whole=whole)
+    return Axis(key, text, values)
+
+
+def _interval(key: str, text: str, sweep: IntervalSweep) -> Axis | str:
+    unknown = [tag for tag in sweep.tags if tag != "log"]
+    if unknown:
+        return f"tag {unknown[0]!r} means nothing here. The only tag is log."
+    assert sweep.start is not None and sweep.end is not None
+    if not sweep.start < sweep.end:
+        return f"{text} is empty: its first bound must be less than its second."
+    log = "log" in sweep.tags
+    if log and sweep.start <= 0:
+        return f"{text}: a logarithmic scale begins above 0."
+    whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
+    return Axis(key, text, (), sweep.start, sweep.end, None, log, whole)
+
+
+def _values(override: Override) -> tuple[str, ...] | str:
+    sweep = override.value()
+    if isinstance(sweep, ChoiceSweep) and sweep.shuffle:
+        return "shuffle() draws another order at each start. Take hydra/sweeper=random."
+    if isinstance(sweep, RangeSweep) and sweep.shuffle:
+        return "shuffle() draws another order at each start. Take hydra/sweeper=random."
+    if isinstance(sweep, RangeSweep) and sweep.step == 0:
+        return "a range with step 0 never ends."
+    texts = tuple(str(one) for one in override.sweep_string_iterator())
+    if not isinstance(sweep, RangeSweep):
+        return texts
+    # Hydra counts in floats, and so may count one too far.
+    return tuple(f"{float(one):.12g}" for one in texts if _is_before(float(one), sweep))
+
+
+def _is_before(number: float, sweep: RangeSweep) -> bool:
+    assert sweep.stop is not None
+    near = 1e-9 * abs(sweep.step)
+    return number < sweep.stop - near if sweep.step > 0 else number > sweep.stop + near
+
+
+def _glob(group: str, sweep: Glob) -> tuple[str, ...] | str:
+    """The options of a group whose names fit."""
+    if group not in (*GROUPS, "recipe"):
+        return f"glob() lists the options of a group. {choice(group, (*GROUPS, 'recipe'))}"
+    names = [
+        name
+        for name in options(group)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in sweep.include)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in sweep.exclude)
+    ]
+    return tuple(names) or f"no option of {group} fits. Options: {', '.join(options(group))}."

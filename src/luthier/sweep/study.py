@@ -1,0 +1,204 @@
+"""Optuna's study: which point is next, and which trial is not worth its time; kept on disk."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.config.words import Mistake, choice, nearest
+from luthier.errors import UserError
+from luthier.sweep.draw import Point
+from luthier.sweep.objective import Objective, Watched
+from luthier.sweep.settings import Named, Optuna
+from luthier.sweep.space import Axis, Space
+from luthier.sweep.trials import Trial
+
+if TYPE_CHECKING:
+    import optuna
+
+_SAMPLERS = {
+    "tpe": "TPESampler",
+    "random": "RandomSampler",
+    "nsgaii": "NSGAIISampler",
+    "nsgaiii": "NSGAIIISampler",
+    "cmaes": "CmaEsSampler",
+    "qmc": "QMCSampler",
+    "gp": "GPSampler",
+}
+_PRUNERS = {
+    "none": "NopPruner",
+    "median": "MedianPruner",
+    "percentile": "PercentilePruner",
+    "successive_halving": "SuccessiveHalvingPruner",
+    "hyperband": "HyperbandPruner",
+    "threshold": "ThresholdPruner",
+}
+_PACKAGES = {"cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")}
+
+
+def check(settings: Optuna) -> list[Mistake]:
+    """What is wrong with the sampler and the pruner, or that Optuna is missing."""
+    if find_spec("optuna") is None:
+        text = "optuna is not installed. Install it: pip install 'luthier[sweep]'."
+        return [Mistake("hydra/sweeper", text)]
+    made = [_made("sampler", settings.sampler, _SAMPLERS, {"seed": 0})]
+    made += [_made("pruner", settings.pruner, _PRUNERS, {})]
+    return [one for one in made if isinstance(one, Mistake)]
+
+
+def has_pruner(settings: Optuna) -> bool:
+    """Whether bad trials are to be ended early."""
+    return _taken(settings.pruner)[0] != "none"
+
+
+def _taken(given: Named) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, str):
+        return given, {}
+    rest = {key: one for key, one in given.items() if key != "name"}
+    return str(given.get("name")), rest
+
+
+def _made(kind: str, given: Named, classes: Mapping[str, str], more: dict[str, Any]) -> Any:
+    """The sampler or pruner with its settings, or the mistake in them."""
+    import optuna
+
+    key = f"hydra.sweeper.{kind}"
+    name, rest = _taken(given)
+    if name not in classes:
+        return Mistake(key, f"there is no {kind} {name!r}. {choice(name, classes)}")
+    missing = [one for one in _PACKAGES.get(name, ()) if find_spec(one) is None]
+    if missing:
+        return Mistake(key, f"{name} needs {missing[0]}. Install it: pip install {missing[0]}.")
+    module = optuna.samplers if kind == "sampler" else optuna.pruners
+    made = getattr(module, classes[name])
+    wrong = _wrong_setting(made, rest, key)
+    if wrong:
+        return wrong
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return made(**rest, **more)
+        except (TypeError, ValueError) as error:
+            return Mistake(key, f"{name}: {error}")
+
+
+def _wrong_setting(made: Callable[..., Any], rest: dict[str, Any], key: str) -> Mistake | None:
+    known = [name for name in inspect.signature(made).parameters if name != "seed"]
+    for name in rest:
+        if name == "seed":
+            return Mistake(key, "the seed is hydra.sweeper.seed. Remove it here.")
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"Did you mean {near}?" if near else f"Settings: {', '.join(known)}."
+            return Mistake(key, f"{made.__name__} has no setting {name!r}. {hint}")
+    return None
+
+
+class Study:
+    """A study in a sweep's folder, which goes on where it was."""
+
+    def __init__(
+        self,
+        path: Path,
+        space: Space,
+        settings: Optuna,
+        objectives: tuple[Objective, ...],
+        watched: Watched | None,
+    ) -> None:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        backend = JournalFileBackend(str(path))
+        self._study: optuna.Study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name="sweep",
+            directions=[one.direction for one in objectives],
+            load_if_exists=True,
+        )
+        before = len(self._study.trials)
+        # With the seed of the start it would draw the points of the start again.
+        self._study.sampler = _made(
+            "sampler", settings.sampler, _SAMPLERS, {"seed": settings.seed + before}
+        )
+        self._study.pruner = _made("pruner", settings.pruner, _PRUNERS, {})
+        self._space, self._objectives, self._watched = space, objectives, watched
+        self.total = settings.n_trials
+        self._refuse_other_directions(path)
+
+    def _refuse_other_directions(self, path: Path) -> None:
+        there = [one.name.lower() for one in self._study.directions]
+        if there != [one.direction for one in self._objectives]:
+            raise UserError(
+                f"hydra.sweeper.objective: {path} holds a study that wants to "
+                f"{' and '.join(there)}. Choose another output_dir=..."
+            )
+
+    def next(self, trials: list[Trial]) -> Point | None:
+        """A point that this study was not asked for before."""
+        known = len(self._study.trials)
+        if known > len(trials):  # drawn, and its trial was not written before the sweep ended
+            return self._point(self._study.trials[len(trials)].params)
+        if known >= self.total:
+            return None
+        drawn = self._study.ask({axis.name: _distribution(axis) for axis in self._space.axes})
+        return self._point(drawn.params)
+
+    def _point(self, params: Mapping[str, Any]) -> Point:
+        return {
+            axis.key: axis.number(params[axis.name]) if _is_number(axis) else params[axis.name]
+            for axis in self._space.axes
+        }
+
+    def is_bad(self, trial: Trial, step: int, value: float) -> bool:
+        """Tell the pruner what was measured at a step, and ask it."""
+        if self._watched is None or not math.isfinite(value):
+            return False
+        handle = self._handle(trial)
+        if step in self._study.trials[trial.number].intermediate_values:
+            return False  # a trial that went on from a checkpoint says it again
+        handle.report(-value if self._watched.opposite else value, step)
+        return handle.should_prune()
+
+    def _handle(self, trial: Trial) -> "optuna.Trial":
+        import optuna
+
+        return optuna.Trial(self._study, self._study.trials[trial.number]._trial_id)
+
+    def tell(self, trial: Trial) -> None:
+        """Tell the study what came out, unless it knows."""
+        from optuna.trial import TrialState
+
+        if self._study.trials[trial.number].state.is_finished() or not trial.is_ended:
+            return
+        values = [trial.values.get(one.name, math.nan) for one in self._objectives]
+        if trial.state == "pruned":
+            self._study.tell(trial.number, state=TrialState.PRUNED)
+        elif trial.state == "failed" or not all(map(math.isfinite, values)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            self._study.tell(trial.number, values)
+
+
+def _is_number(axis: Axis) -> bool:
+    return axis.is_interval or axis.step is not None
+
+
+def _distribution(axis: Axis) -> "optuna.distributions.BaseDistribution":
+    """The axis as Optuna knows it; values that are no range are categories."""
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    if not _is_number(axis):
+        return CategoricalDistribution(axis.values)
+    if axis.whole:
+        step = round(axis.step or 1)
+        return IntDistribution(round(axis.low), round(axis.high), log=axis.log, step=step)
+    return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)

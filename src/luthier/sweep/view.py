@@ -1,0 +1,97 @@
+"""What a person sees while a sweep runs: a live table, or lines where there is no terminal."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from luthier.sweep.control import View
+from luthier.sweep.objective import Objective
+from luthier.sweep.table import best, complete, shown_number, shown_time, table
+from luthier.sweep.trials import Trial, shown_params
+
+_HEAD = 6
+"""Lines that a live table needs besides its rows."""
+
+
+def view(objectives: Sequence[Objective], total: int, console: Console) -> "View":
+    """A live table in a terminal, lines elsewhere."""
+    kind = Table if console.is_terminal else Lines
+    return kind(objectives, total, console)
+
+
+class Lines:
+    """A line when a trial begins and when it ends."""
+
+    def __init__(self, objectives: Sequence[Objective], total: int, console: Console) -> None:
+        self._objectives, self._total, self._console = objectives, total, console
+        self._ended: dict[int, Trial] = {}
+
+    def started(self, trial: Trial, where: str) -> None:
+        """Say which point is tried, and where."""
+        again = " again" if trial.attempts > 1 or trial.step else ""
+        self.say(f"{_name(trial)} starts{again} on {where}: {shown_params(trial.params)}")
+
+    def ended(self, trial: Trial) -> None:
+        """Say what came out."""
+        self._ended[trial.number] = trial
+        numbers = "  ".join(
+            f"{one.name} {shown_number(trial.values.get(one.name))}"
+            for one in self._objectives
+            if one.name in trial.values
+        )
+        why = f": {trial.error.splitlines()[-1]}" if trial.error else ""
+        is_best = trial in best(list(self._ended.values()), self._objectives)
+        mark = "  (best so far)" if is_best else ""
+        state = "can go on" if trial.state in ("waiting", "interrupted") else trial.state
+        took = shown_time(trial.seconds)
+        self.say(f"{_name(trial)} {state} after {took}{why}  {numbers}{mark}".rstrip())
+
+    def show(self, trials: list[Trial], running: dict[int, str]) -> None:
+        """Nothing: lines say what changes."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Table(Lines):
+    """A table that changes as the trials do; what is said goes above it."""
+
+    def __init__(self, objectives: Sequence[Objective], total: int, console: Console) -> None:
+        super().__init__(objectives, total, console)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def started(self, trial: Trial, where: str) -> None:
+        """Nothing: the table shows it."""
+
+    def show(self, trials: list[Trial], running: dict[int, str]) -> None:
+        """Draw the table, as far as the terminal has room."""
+        room = max(3, self._console.size.height - _HEAD)
+        shown = table(trials, self._objectives, running, room)
+        self._live.update(Group(shown, Text(), summary(trials, self._objectives, self._total)))
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._live.stop()
+
+
+def summary(trials: Sequence[Trial], objectives: Sequence[Objective], total: int) -> Text:
+    """How many trials stand how, and the best value so far."""
+    counts = Counter(trial.state for trial in trials)
+    counts["waiting"] += max(0, total - len(trials))
+    parts = [f"{count} {state}" for state, count in counts.items() if count]
+    done = complete(trials, objectives)
+    first = objectives[0].name
+    leader = f"; best {first} {shown_number(done[0].values[first])}" if done else ""
+    return Text(f"{total} trials: {', '.join(parts)}{leader}", style="dim")
+
+
+def _name(trial: Trial) -> str:
+    return f"trial {trial.name}"

@@ -1,0 +1,49 @@
+"""A tiny base and a run on it, made once; the real command, run as typed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import infer_material as material
+
+from luthier import cli
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return material.base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, tiny):
+    """A finished run with an adapter; its rows are questions with replies."""
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    rows = [{"prompt": text, "completion": text[::-1]} for text in material.questions(12)]
+    folder.mkdir()
+    return material.run(folder, tiny, material.jsonl(folder / "rows.jsonl", rows))
+
+
+@pytest.fixture(scope="session")
+def llm(run):
+    """The tuned model, loaded once for all tests that only ask it."""
+    from luthier.infer import LLM
+
+    with LLM(str(run)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def luthier(monkeypatch, capsys):
+    """Run the command as typed; gives back exit code, output and errors."""
+
+    def luthier(*words):
+        monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return luthier

@@ -1,0 +1,104 @@
+"""What trials are compared by: names, directions, values."""
+
+import pytest
+
+from luthier.sweep import objective
+from luthier.sweep.objective import Objective
+from luthier.sweep.settings import Optuna, Sweeper
+from luthier.sweep.trials import Trial
+
+HELD = {"eval": {"share": 0.1, "sets": {}}}
+METRICS = {"metrics": ["exact_match", {"length": {"greater_is_better": False}}]}
+
+
+def config(method="sft", dataset=None, **trainer):
+    return {"dataset": dataset or HELD, "trainer": {"method": method, "args": {}, **trainer}}
+
+
+def read(given, resolved, kind=Sweeper):
+    return objective.read(kind(kind="basic", objective=given), resolved)
+
+
+DIRECTIONS = {
+    "the loss by itself": (None, config(), [("held_out_loss", "minimize")]),
+    "a metric of replies": (
+        "exact_match", config(evaluation=METRICS), [("exact_match", "maximize")],
+    ),
+    "a metric that is better when less": (
+        "length", config(evaluation=METRICS), [("length", "minimize")],
+    ),
+    "what a method measures": ("macro_f1", config("classify"), [("macro_f1", "maximize")]),
+    "an error": ("rmse", config("classify"), [("rmse", "minimize")]),
+    "a logged metric": ("eval_loss", config(), [("eval_loss", "minimize")]),
+    "time": ("training_seconds", config(), [("training_seconds", "minimize")]),
+    "a direction given": ({"grad_norm": "maximize"}, config(), [("grad_norm", "maximize")]),
+    "two": (
+        ["held_out_loss", "training_seconds"], config(),
+        [("held_out_loss", "minimize"), ("training_seconds", "minimize")],
+    ),
+    "a set by name": (
+        "hard/held_out_loss", config(dataset={"eval": {"share": 0.1, "sets": {"hard": {}}}}),
+        [("hard/held_out_loss", "minimize")],
+    ),
+    "an open method's own name": (
+        {"rewards/chosen": "maximize"}, config("dpo"), [("rewards/chosen", "maximize")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given, resolved, wanted", DIRECTIONS.values(), ids=DIRECTIONS)
+def test_directions(given, resolved, wanted):
+    found, mistakes = read(given, resolved)
+    assert mistakes == []
+    assert [(one.name, one.direction) for one in found] == wanted
+
+
+WATCHED = {
+    "the held-out loss": (None, {}, "eval_loss"),
+    "a set's loss": ("hard/held_out_loss", {}, "eval_hard_loss"),
+    "a metric at evaluations": (
+        "exact_match", {"evaluation": METRICS | {"when": "evaluations"}}, "eval_exact_match",
+    ),
+    "the training loss": ("loss", {}, "loss"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given, trainer, name", WATCHED.values(), ids=WATCHED)
+def test_what_a_pruner_looks_at(given, trainer, name):
+    resolved = config(dataset={"eval": {"share": 0.1, "sets": {"hard": {}}}}, **trainer)
+    resolved["trainer"]["args"] = {"eval_strategy": "steps"}
+    sweeper = Optuna(kind="optuna", objective=given)
+    found = objective.watched(sweeper, objective.read(sweeper, resolved)[0], resolved)
+    assert found == objective.Watched(name, opposite=False)
+
+
+def test_the_numbers_of_a_run():
+    run = {
+        "results": {
+            "held_out_loss": {"before": 2.0, "after": 0.5},
+            "exact_match": {"before": None},
+        },
+        "training_seconds": 12.5,
+        "peak_memory_gib": {"host": 3.0},
+        "status": "finished",
+    }
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "note": "text", "odd": True}]
+    assert objective.measured(run, rows) == {
+        "step": 2.0, "loss": 2.5, "training_seconds": 12.5, "peak_memory_gib.host": 3.0,
+        "held_out_loss": 0.5,
+    }  # fmt: skip
+
+
+def test_what_is_no_number_comes_last():
+    from luthier.sweep.table import best, ranked
+
+    up = Objective("score", maximize=True)
+    trials = [
+        Trial(0, {}, "finished", {"score": float("nan")}),
+        Trial(1, {}, "finished", {"score": 0.2}),
+        Trial(2, {}, "failed"),
+        Trial(3, {}, "finished", {"score": 0.9}),
+        Trial(4, {}, "pruned", {"score": 1.0}),
+    ]
+    assert [one.number for one in ranked(trials, [up])] == [3, 1, 0, 4, 2]
+    assert [one.number for one in best(trials, [up])] == [3]

@@ -1,0 +1,149 @@
+"""The tiny recipes: each trains the small real model until what it is for gets better.
+
+They run in one process, one after the other: half of what a run costs is to import the libraries.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import transformers
+from safetensors.torch import load_file
+
+from luthier.config import main
+from luthier.config.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+TINY = sorted(path.stem for path in (ROOT / "recipes").glob("tiny_*.yaml"))
+
+
+class Aim(NamedTuple):
+    """A result and by how much it has to change at least."""
+
+    name: str
+    change: float
+
+
+AIMS = {
+    "tiny_pretrain": [Aim("held_out_loss", -0.4)],
+    "tiny_dpo": [Aim("rewards/margins", 0.2), Aim("rewards/accuracies", 0.5)],
+    "tiny_kto": [Aim("rewards/margins", 0.1)],
+    "tiny_orpo": [Aim("rewards/margins", 0.02), Aim("held_out_loss", -0.2)],
+    "tiny_cpo": [Aim("rewards/margins", 0.5), Aim("held_out_loss", -0.1)],
+    "tiny_reward": [Aim("accuracy", 0.3), Aim("margin", 0.2)],
+    "tiny_grpo": [Aim("reward", 0.1)],
+    "tiny_rloo": [Aim("reward", 0.1)],
+    "tiny_distill": [Aim("held_out_loss", -0.02)],
+    "tiny_classify": [Aim("accuracy", 0.2), Aim("macro_f1", 0.2)],
+    "tiny_tag": [Aim("entity_f1", 0.3), Aim("accuracy", 0.5)],
+    "tiny_seq2seq": [Aim("exact_match", 0.7), Aim("rouge1", 0.5)],
+}
+
+
+def trained(folder, name):
+    """Run a recipe; return the record, the logged steps and the folder of the model."""
+    from luthier.train.run import run
+
+    output = folder / name
+    assert main(run, [f"recipe={name}", f"output_dir={output}"]) == 0
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if "loss" in row]
+    return json.loads((output / "run.json").read_text()), steps, output / "model"
+
+
+def test_every_method_has_a_tiny_recipe():
+    methods = {f"tiny_{name}" for name in METHODS} - {"tiny_sft"}  # that is the quickstart
+    assert set(TINY) == set(AIMS) == methods
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_its_header_says_what_was_measured(name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    header = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    measured = header.partition("Measured: ")[2]
+    if measured.startswith("not yet"):
+        pytest.skip("it waits for a quiet machine")
+    for aim in AIMS[name]:
+        pattern = rf"{re.escape(aim.name.replace('_', ' '))} (-?[\d.]+) -> (-?[\d.]+\d)"
+        before, after = map(float, re.search(pattern, measured).groups())
+        assert (after - before) / aim.change >= 1, "the aim of the test is within what is promised"
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", [name for name in TINY if name != "tiny_seq2seq"])
+def test_the_small_model_gets_better(tmp_path, name):
+    record, steps, model = trained(tmp_path, name)
+    _reaches(record, name)
+    method = METHODS[name.removeprefix("tiny_")]
+    saved = {path.name for path in model.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= saved
+    assert ("chat.json" in saved) == ("chat" in record and record["chat"] is not None)
+    assert not saved & {"ref", "training_args.bin", "README.md"}
+    weights = load_file(model / "adapter_model.safetensors")
+    assert {str(weight.dtype) for weight in weights.values()} == {"torch.float32"}
+    assert [row["step"] for row in steps] == list(range(1, steps[-1]["step"] + 1))
+    OWN.get(name, lambda *_: None)(record, steps, model)
+    assert method.task == "CAUSAL_LM" or any("score" in key for key in weights)
+
+
+def _reaches(record, name):
+    """Every result has changed by as much as it has to."""
+    assert record["status"] == "finished"
+    for aim in AIMS[name]:
+        pair = record["results"][aim.name]
+        assert (pair["after"] - pair["before"]) / aim.change >= 1, (aim, pair)
+
+
+def _dpo(record, steps, model):
+    assert record["results"]["held_out_loss"]["before"] == pytest.approx(0.693147, abs=1e-4)
+    assert record["results"]["rewards/margins"]["before"] == pytest.approx(0, abs=1e-3)
+    rows = [json.loads(line) for line in (model.parent / "replies.jsonl").read_text().splitlines()]
+    assert rows and {"prompt", "before", "after", "expected"} <= set(rows[0])
+
+
+def _reward(record, steps, model):
+    assert record["results"]["accuracy"]["after"] > 0.6
+
+
+def _rloo(record, steps, model):
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-3)
+
+
+def _labelled(count):
+    def check(record, steps, model):
+        labels = json.loads((model / "labels.json").read_text())
+        assert labels["num_labels"] == len(labels["label2id"]) == count
+        assert record["chat"] is None
+
+    return check
+
+
+OWN = {
+    "tiny_dpo": _dpo,
+    "tiny_reward": _reward,
+    "tiny_rloo": _rloo,
+    "tiny_classify": _labelled(4),
+    "tiny_tag": _labelled(4),
+}
+
+
+@pytest.mark.train
+def test_a_model_from_nothing_learns_to_answer_and_generates_plainly(tmp_path, monkeypatch):
+    import runpy
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    script = ROOT / "recipes" / "data" / "tiny_t5.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    runpy.run_path(str(script), run_name="__main__")
+    record, _, model = trained(tmp_path, "tiny_seq2seq")
+    _reaches(record, "tiny_seq2seq")
+    assert record["results"]["exact_match"]["before"] == 0
+    shown = json.loads((model.parent / "replies.jsonl").read_text().splitlines()[0])
+    net = transformers.AutoModelForSeq2SeqLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    batch = tokenizer(shown["prompt"], return_tensors="pt")
+    out = net.generate(input_ids=batch["input_ids"], max_new_tokens=16)[0]
+    assert tokenizer.decode(out, skip_special_tokens=True) == shown["after"]
