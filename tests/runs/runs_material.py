@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).parents[2]
 ACCELERATE = str(Path(sys.executable).with_name("accelerate"))
 TWO = (ACCELERATE, "launch", "-q", "--config_file", str(ROOT / "launch" / "cpu_ddp.yaml"))
+ONE = (ACCELERATE, "launch", "-q", "--config_file", str(ROOT / "launch" / "cpu.yaml"))
 SAYS = [("where is the key", "under the mat"), ("name a colour", "green"), ("two and two", "four")]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

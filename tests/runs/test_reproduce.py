@@ -112,6 +112,12 @@ def test_a_run_of_an_older_luthier_is_shown_as_far_as_it_goes(tmp_path, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_run_that_was_killed_is_shown_as_such(tmp_path, capsys):
+    write_json(tmp_path / "run.json", {"status": "running"})
+    show.run([str(tmp_path)])
+    assert "killed: it was running" in capsys.readouterr().out
+
+
 REFUSED = [
     ("a run that is not finished", {"status": "stopped"}, "not finished (status: stopped)"),
     ("shards without a config file", {"launch": {"processes": 2, "sharding": "fsdp2"}}, "fsdp2"),

@@ -8,6 +8,7 @@ import time
 import pytest
 from runs_material import (
     LORA,
+    ONE,
     PACKED,
     TWO,
     WAY,
@@ -83,16 +84,23 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_one_step(forks, tiny):
     assert metrics(tiny / "two") == metrics(tiny / "one-rank")
 
 
-def test_a_launcher_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(tiny, tmp_path):
-    """accelerate passes the signal on to its processes, and ends with 1: the file says 75."""
+@pytest.mark.parametrize("launcher", [TWO, ONE], ids=["of two processes", "of one process"])
+def test_a_launcher_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
+    tiny, tmp_path, launcher
+):
+    """accelerate ends with 1, whatever its processes say: the file says 75.
+
+    Of one process it is not even the parent that passes the signal on: it is gone at once.
+    """
     line = [*words(tiny, max_steps=2000, eval_strategy="no", save_strategy="no", logging_steps=1),
             "dataset.eval.count=null", f"output_dir={tmp_path / 'run'}"]  # fmt: skip
     code = tmp_path / "code"
-    process = start(tmp_path, *line, launcher=TWO, LUTHIER_EXIT_FILE=str(code))
+    process = start(tmp_path, *line, launcher=launcher, LUTHIER_EXIT_FILE=str(code))
     try:
         until(lambda: (tmp_path / "run" / "metrics.jsonl").is_file(), patience=120)
         os.kill(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
+        until(code.is_file)
     finally:
         end(process)
     assert code.read_text() == "75\n"

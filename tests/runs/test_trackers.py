@@ -8,6 +8,7 @@ import sqlite3
 import pytest
 from runs_material import record, said, words
 
+from luthier.config import load
 from luthier.config.keeping import CheckpointsConfig
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
 from luthier.errors import UserError
@@ -42,10 +43,15 @@ def test_a_budget_is_a_size(typed, size):
     assert CheckpointsConfig(budget=typed).bytes == size
 
 
-@pytest.mark.parametrize("typed", ["20", "GB", "-1GB", "20GiB", "much"])
+@pytest.mark.parametrize("typed", ["20", 20, "GB", "-1GB", "20GiB", "much"])
 def test_a_budget_without_a_unit_is_refused(typed):
     with pytest.raises(ValueError, match="20GB"):
         CheckpointsConfig(budget=typed)
+
+
+def test_a_budget_without_a_unit_is_named_with_its_key():
+    with pytest.raises(UserError, match=r"trainer\.checkpoints\.budget: 20 does not fit: .* 20GB"):
+        load(["recipe=quickstart", "trainer.checkpoints.budget=20"])
 
 
 @pytest.mark.train

@@ -17,10 +17,10 @@ class CheckpointsConfig(Strict):
     budget: str | None = None
     """The most that all of them together take, such as `20GB`; the newest and the best stay."""
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _readable(cls, value: str | None) -> str | None:
-        if value is not None and not _SIZE.fullmatch(value):
+    def _readable(cls, value: Any) -> Any:
+        if value is not None and not _SIZE.fullmatch(str(value)):
             raise ValueError("write a size with its unit, such as 500MB, 20GB or 1.5TB")
         return value
 

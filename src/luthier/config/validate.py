@@ -85,6 +85,8 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
     if kind == "literal_error":
         allowed = _allowed(model, path[-1])
         return f"{given} is not an option. {choice(str(error['input']), allowed)}"
+    if kind == "value_error":
+        return f"{given} does not fit: {error['ctx']['error']}."
     if kind in _BOUNDS:
         bound, than = _BOUNDS[kind]
         return f"{given} is out of range: it must be {than} {error['ctx'][bound]:g}."
@@ -97,7 +99,8 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
 
 def document(model: type[BaseModel], name: str) -> str:
     """Return what the schema says about a key."""
-    found = fields.docs("luthier", "config/schema.py", model.__name__).get(name, "")
+    file = f"{model.__module__.removeprefix('luthier.').replace('.', '/')}.py"
+    found = fields.docs("luthier", file, model.__name__).get(name, "")
     return " ".join(found.split())
 
 

@@ -7,6 +7,7 @@ disk and renamed. What has no seal, or other bytes than were sealed, is none. Ne
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def publish(written: Path, target: Path, made: dict[str, Any]) -> None:
     if target.exists():
         target.replace(aside)
     written.replace(target)
-    written.parent.rmdir()
+    with suppress(OSError):  # some network file systems keep what another process has open
+        written.parent.rmdir()
     _sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

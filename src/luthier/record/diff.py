@@ -22,7 +22,8 @@ GRAMMAR = Grammar(
 )
 Lines = list[tuple[str, str, str]]
 """What differs: its name, and both values."""
-_UNTOLD = ("commit", "dirty", "diff", "changed_files")
+_CODE = ("commit", "dirty", "diff")
+_NOTHING = ("(absent)", "None")
 
 
 def run(words: list[str]) -> int:
@@ -77,7 +78,12 @@ def print_groups(groups: Iterable[tuple[str, Lines]], a: Path, b: Path) -> None:
 
 
 def _lines(one: dict[str, Any], other: dict[str, Any]) -> Lines:
-    return [(key.partition(".")[2] or key, str(a), str(b)) for key, a, b in differing(one, other)]
+    found = ((key, str(a), str(b)) for key, a, b in differing(one, other))
+    return [
+        (key.partition(".")[2] or key, a, b)
+        for key, a, b in found
+        if a not in _NOTHING or b not in _NOTHING
+    ]
 
 
 def _config(a: Path, b: Path) -> Lines:
@@ -92,7 +98,7 @@ def _config(a: Path, b: Path) -> Lines:
 def _code(one: dict[str, Any], other: dict[str, Any]) -> Lines:
     """The commits, and whether the same was changed on top of them."""
     states = [flat(record.get("git") or {}) for record in (one, other)]
-    names = sorted({name for state in states for name in state if name.endswith(_UNTOLD)})
+    names = sorted({name for state in states for name in state if name.endswith(_CODE)})
     pairs = ((name, *(str(state.get(name)) for state in states)) for name in names)
     return [(name, a, b) for name, a, b in pairs if a != b]
 

@@ -37,6 +37,22 @@ def holding(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
             folder.rmdir()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a run is going on in a directory."""
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def _taken(folder: Path, until: float) -> int:
     """An open descriptor of the locked file."""
     while True:

@@ -20,11 +20,13 @@ import yaml
 
 from luthier.errors import UserError
 from luthier.record import checkpoints, lock
+from luthier.record.changes import NEUTRAL as NEUTRAL
 from luthier.record.changes import Change, changes
 from luthier.record.files import write_text
 from luthier.record.journal import read_lines
 from luthier.record.record import FORMAT, read
-from luthier.record.secrets import redacted, redacted_override
+from luthier.record.secrets import redacted
+from luthier.record.secrets import redacted_override as redacted_override
 
 Claim = Literal["new", "unfinished", "finished"]
 
@@ -64,6 +66,11 @@ def changed(folder: Path, resolved: dict[str, Any]) -> list[Change]:
     if not path.is_file():
         return []
     return changes(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The lines `key: old -> new` in which two resolved configs differ, neutral keys left out."""
+    return [str(change) for change in changes(old, new)]
 
 
 def is_finished(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from luthier.data.store.disk import in_words
 from luthier.inspect.arguments import Grammar
-from luthier.record import checkpoints
+from luthier.record import checkpoints, lock
 from luthier.record.facts import MAIN
 from luthier.record.finding import find_run
 from luthier.record.record import read
@@ -56,7 +56,7 @@ def page(folder: Path) -> Page:
     """What the record of a run says; what an older luthier did not write is left out."""
     record = read(folder)
     sections: Page = [
-        ("Run", _run(record)),
+        ("Run", [("status", _status(folder, record)), *_run(record)]),
         ("Model and data", _material(record)),
         ("Machine", _machine(record)),
         ("Code", _code(record)),
@@ -68,13 +68,19 @@ def page(folder: Path) -> Page:
     return [(heading, [row for row in rows if row[1]]) for heading, rows in sections]
 
 
+def _status(folder: Path, record: dict[str, Any]) -> str:
+    status = str(record.get("status", ""))
+    if status == "running" and not lock.is_held(folder):
+        return "killed: it was running, and no process holds its folder"
+    return status
+
+
 def _run(record: dict[str, Any]) -> list[tuple[str, str]]:
     seeds, seconds = record.get("seeds", {}), record.get("seconds")
     trained = record.get("training_seconds")
     peak = record.get("peak_memory_gib", {})
     took = "" if seconds is None else f"{seconds:,.0f} s"
     return [
-        ("status", str(record.get("status", ""))),
         ("error", str(record.get("error", ""))),
         ("recipe", str(record.get("recipe") or "")),
         ("overrides", " ".join(record.get("overrides", []))),
@@ -89,8 +95,8 @@ def _run(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _seed(seeds: dict[str, Any]) -> str:
-    kind = "deterministic kernels only" if seeds.get("deterministic") else "any kernel"
-    return f"{seeds['seed']}, {kind}" if "seed" in seeds else ""
+    kernels = ", deterministic kernels only" if seeds.get("deterministic") else ""
+    return f"{seeds['seed']}{kernels}" if "seed" in seeds else ""
 
 
 def _extended(part: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,22 @@ def tracking(
         return
     settings = redacted(resolved)
     name = f"{config.recipe or 'custom'}/{folder.name}"
+    stopped = partial(_is_stopped, record)
     ids = {key: run["id"] for key, run in record.entries.get("trackers", {}).items()}
     with ExitStack() as open_ones:
         opened = {}
         for key, module in (("wandb", tracking_wandb), ("mlflow", tracking_mlflow)):
             if key in config.tracker.to:
-                run = module.opened(config.tracker, settings, folder, name, ids.get(key))
+                run = module.opened(config.tracker, settings, folder, name, ids.get(key), stopped)
                 opened[key] = open_ones.enter_context(run)
         if opened:
             record.update(trackers=record.entries.get("trackers", {}) | opened)
         yield
+
+
+def _is_stopped(record: RunRecord) -> bool:
+    """Whether the run ended by a signal, from which it goes on."""
+    return record.entries.get("status") == "stopped"
 
 
 def log_results(config: RunConfig, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:

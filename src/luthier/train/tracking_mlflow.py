@@ -1,7 +1,7 @@
 """MLflow: one run there for one run here, however often it stops and goes on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from luthier.config.keeping import TrackerConfig
 from luthier.errors import UserError
 from luthier.record.changes import flat
-from luthier.train.stopping import SIGNALS, Stopped
+from luthier.train.stopping import Stopped
 
 _LONGEST = 500
 """Characters of a parameter: MLflow refuses more than 6,000, and shows far fewer."""
@@ -18,9 +18,17 @@ _AT_ONCE = 100
 
 @contextmanager
 def opened(
-    config: TrackerConfig, settings: dict[str, Any], folder: Path, name: str, known: str | None
+    config: TrackerConfig,
+    settings: dict[str, Any],
+    folder: Path,
+    name: str,
+    known: str | None,
+    stopped: Callable[[], bool],
 ) -> Iterator[dict[str, Any]]:
-    """Keep a run open; its id and place. `known`: the id of the run that goes on."""
+    """Keep a run open; its id and place.
+
+    `known`: the id of the run that goes on; `stopped`: asked at the end.
+    """
     import mlflow
 
     given = config.mlflow
@@ -39,7 +47,7 @@ def opened(
     status = "FAILED"
     try:
         yield {"id": run.info.run_id, "uri": mlflow.get_tracking_uri()}
-        status = "KILLED" if SIGNALS.number else "FINISHED"
+        status = "KILLED" if stopped() else "FINISHED"
     except Stopped:
         status = "KILLED"
         raise

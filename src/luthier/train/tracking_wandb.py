@@ -1,20 +1,28 @@
 """Weights & Biases: one run there for one run here, however often it stops and goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from luthier.config.keeping import TrackerConfig
 from luthier.errors import UserError
-from luthier.train.stopping import SIGNALS, STOPPED, Stopped
+from luthier.train.stopping import STOPPED, Stopped
 
 
 @contextmanager
 def opened(
-    config: TrackerConfig, settings: dict[str, Any], folder: Path, name: str, known: str | None
+    config: TrackerConfig,
+    settings: dict[str, Any],
+    folder: Path,
+    name: str,
+    known: str | None,
+    stopped: Callable[[], bool],
 ) -> Iterator[dict[str, Any]]:
-    """Keep a run open; its id and address. `known`: the id of the run that goes on."""
+    """Keep a run open; its id and address.
+
+    `known`: the id of the run that goes on; `stopped`: asked at the end.
+    """
     import wandb
 
     own: dict[str, Any] = {"project": "luthier", "name": name, "dir": str(folder)}
@@ -29,7 +37,7 @@ def opened(
     code = 1
     try:
         yield {"id": run.id, "project": run.project, "url": run.url}
-        code = STOPPED if SIGNALS.number else 0
+        code = STOPPED if stopped() else 0
     except Stopped:
         code = STOPPED
         raise
