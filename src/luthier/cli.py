@@ -24,6 +24,9 @@ class Command(NamedTuple):
         return getattr(import_module(module), function)
 
 
+INTERRUPTED = 130
+"""The exit code of a program that SIGINT ended, as shells have it."""
+
 COMMANDS = {
     "train": Command(
         "train recipe=NAME [key=value ...]",
@@ -107,6 +110,9 @@ def main() -> None:
         sys.exit(COMMANDS[words[0]].load()(words[1:]))
     except UserError as error:
         sys.exit(report(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe has seen enough; Python must not complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -191,8 +191,7 @@ def picked(llm, rows):
         (prompt,) = llm.prompt_ids([row["question"]])
         sums = []
         for choice in row["choices"]:
-            # The harness puts a space between question and answer.
-            ids = llm.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            ids = llm.tokenizer(choice, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 likely = llm.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
             places = range(len(prompt) - 1, len(prompt) + len(ids) - 1)

@@ -61,6 +61,23 @@ def test_rows_are_written_as_soon_as_all_before_them_are_there(tmp_path):
     assert seen == [[], ["0"], ["0", "1", "2"]]
 
 
+def test_ctrl_c_keeps_what_is_done(luthier, run, rows, tmp_path, monkeypatch):
+    from luthier.infer import LLM
+
+    out, replies = tmp_path / "replies.jsonl", LLM.replies
+
+    def interrupted(self, ids, *, on_replies, **given):
+        replies(self, ids[:3], on_replies=on_replies, **given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "replies", interrupted)
+    words = ("generate", run, rows, "-o", out, "--batch", "2", *SETTINGS)
+    code, _, err = luthier(*words)
+    assert code == 130
+    assert f"interrupted: 3 of 9 rows are in {out}; the same command goes on" in err
+    assert len(read(out)) == 3
+
+
 def test_a_file_of_others_is_left_alone(luthier, run, rows, tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text("precious\n")

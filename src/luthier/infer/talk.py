@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,8 @@ class Talk:
 
     def interactive(self) -> None:
         """Read lines from the terminal until the user leaves."""
-        import readline  # noqa: F401 - gives `input` a history and keys to edit a line
-
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - gives `input` a history and keys to edit a line
         self._note(f"{self._about()}\n/help says what there is; Ctrl-D leaves.\n")
         while (line := self._read()) is not None:
             try:

@@ -11,6 +11,8 @@ from luthier.model.artefact import ADAPTER, Artefact
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
 
+WEIGHTS = "adapter_model.safetensors"
+
 _KINDS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -33,6 +35,8 @@ def load_tuned(
     `own`: further arguments of `from_pretrained`. Raises UserError where the adapter does not go on
     its base.
     """
+    if artefact.adapter is not None and not (artefact.adapter / WEIGHTS).is_file():
+        raise UserError(f"{artefact.word}: {artefact.adapter} has no {WEIGHTS}.")
     packed = artefact.quantization if quantization is None else quantization
     model: Any = load_model(artefact.base, dict(packed), machine, kind=_KINDS[artefact.task], **own)
     if artefact.adapter is not None:
@@ -74,9 +78,7 @@ def _check_whole(artefact: Artefact, folder: Path, tuned: Any) -> None:
     """Raise UserError unless the layers in the adapter's file are those that the base has."""
     from peft import get_peft_model_state_dict
 
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{artefact.word}: {folder} has no adapter_model.safetensors.")
+    file = folder / WEIGHTS
     saved = {name for name in adapter_base.head_of(file) if ".lora_" in name}
     have = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     placed = {name for name in have if ".lora_" in name}
