@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 import yaml
-from export_material import make_base, make_run, read
+from adapters_material import NF4
+from export_material import CHATML, make_base, make_run, read
 
 from luthier.config.schema import DatasetConfig
 from luthier.export import story as stories
@@ -115,6 +116,33 @@ def test_the_python_for(told, lines):
     ast.parse(code)
     for line in lines:
         assert line in code.splitlines()
+
+
+def test_the_notes_have_template_stop_tokens_and_commands(run):
+    notes = (run / "model" / "EXPORT.md").read_text()
+    for part in (
+        "- `<|im_end|>`, id 2\n",
+        f"~~~jinja\n{CHATML}\n~~~",
+        "vllm serve path/to/tiny-llama --enable-lora --max-lora-rank 8 \\\n"
+        "        --lora-modules tiny=.",
+        """--override-generation-config '{"eos_token_id": [2]}'""",
+        "text-generation-launcher --model-id merged",
+        'FROM ./merged\nTEMPLATE """{{ range .Messages }}',
+        'PARAMETER stop "<|im_end|>"',
+    ):
+        assert part in notes
+    assert "Merge it first" not in notes
+
+
+def test_the_notes_say_why_an_adapter_must_be_merged_first(tmp_path, base):
+    lora = {"r": 4, "use_dora": True, "trainable_token_indices": [5]}
+    run = make_run(tmp_path / "default", base, lora=lora, quantization=NF4)
+    assert after_a_run(run) is None
+    notes = (run / "model" / "EXPORT.md").read_text()
+    assert (
+        "a merge for the logits that it was trained to: it is a DoRA; it holds whole layers or "
+        "rows of the embeddings; it was trained on quantized weights, which servers do not have."
+    ) in notes
 
 
 def test_no_path_of_this_machine_is_in_card_notes_or_facts(run, base, tmp_path_factory):

@@ -89,7 +89,29 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, groups", CASES.values(), ids=CASES.keys())
+SLOW = {
+    "LoRA that began as a part of the base",
+    "whole embeddings beside LoRA",
+    "single rows",
+    "new tokens",
+    "LoRA on embeddings",
+    "GPT-2 with DoRA",
+    "a bias of LoRA's own",
+    "nf4 with DoRA",
+    "nf4 on GPT-2",
+    "OFT on nf4, by peft",
+    "whole embeddings that are tied",
+    "LoRA with ranks and scales by layer",
+}
+"""Left to the longer check, for time."""
+
+
+def cases():
+    for name, case in CASES.items():
+        yield pytest.param(*case, id=name, marks=[pytest.mark.train] if name in SLOW else [])
+
+
+@pytest.mark.parametrize("kind, groups", cases())
 def test_a_merged_model_says_what_the_adapter_says(kind, groups, bases, tmp_path, luthier):
     run = make_run(tmp_path / "run", bases[kind], **groups)
     code, out, _ = luthier("merge", run)
@@ -119,12 +141,14 @@ def test_a_merged_model_in_16_bits_is_as_near_as_rounding_lets_it(
     assert (logits(loaded(merged)) - with_adapter(base, run)).abs().max() < bound
 
 
+@pytest.mark.train
 def test_8_bits_are_unpacked_and_only_their_rounded_inputs_are_lost(base, tmp_path, luthier):
     run = make_run(tmp_path / "run", base, quantization=INT8, lora=LORA)
     assert luthier("merge", run)[0] == 0
     assert (logits(loaded(run / "merged")) - with_adapter(base, run, INT8)).abs().max() < 0.02
 
 
+@pytest.mark.train
 def test_an_adapter_from_4_bits_goes_onto_the_original_weights_on_request(base, tmp_path, luthier):
     run = make_run(tmp_path / "run", base, quantization=NF4, lora=LORA)
     assert luthier("merge", run, "--onto", "original")[0] == 0
@@ -135,6 +159,7 @@ def test_an_adapter_from_4_bits_goes_onto_the_original_weights_on_request(base, 
     assert "which it was not trained on" in (run / "merged" / "README.md").read_text()
 
 
+@pytest.mark.train
 def test_several_adapters_add_up_by_their_weights(base, tmp_path, luthier):
     first = make_run(tmp_path / "first", base, lora=LORA)
     second = make_run(tmp_path / "second", base, lora=Q | {"modules_to_save": ["lm_head"]}, seed=7)
@@ -206,6 +231,7 @@ def test_a_merged_folder_is_read_by_plain_transformers_in_a_fresh_process(base, 
     assert reply == wanted[0, len(prompt) :].tolist()
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("form, bits, bound", [("nf4", 4, 0.2), ("int8", 8, 0.05)])
 def test_a_merged_model_is_packed_for_serving(form, bits, bound, base, tmp_path, luthier):
     run = make_run(tmp_path / "run", base, lora=LORA)

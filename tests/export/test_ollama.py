@@ -122,15 +122,17 @@ func main() {
 
 
 @pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
-def test_go_itself_writes_the_same(tmp_path):
+def test_go_itself_writes_the_same(tmp_path, assets_templates):
     (tmp_path / "main.go").write_text(GO)
-    jinja = renderer(DEFAULT + CHATML)
-    go = translate(jinja, None)
-    cases = [{"Template": go, "Messages": talk} for talk in probes()]
+    names = ("hub/smollm2", "hub/qwen1_5_qwen2", "llama_cpp_tests/phi_4")
+    real = [(assets_templates / f"{name}.jinja").read_text() for name in names]
+    renderers = [renderer(source) for source in (DEFAULT + CHATML, *real)]
+    templates = [translate(jinja, None) for jinja in renderers]
+    cases = [{"Template": go, "Messages": talk} for go in templates for talk in probes()]
     done = subprocess.run(
         ["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(cases), text=True,
         capture_output=True, check=True,
     )  # fmt: skip
     written = json.loads(done.stdout)
-    assert written == [jinja(talk, True) for talk in probes()]
-    assert written == [rendered(go, talk) for talk in probes()]
+    assert written == [jinja(talk, True) for jinja in renderers for talk in probes()]
+    assert written == [rendered(go, talk) for go in templates for talk in probes()]

@@ -45,11 +45,9 @@ def notes(story: Story, spoken: Spoken, place: str = ".") -> str:
 
 
 def _tokens(story: Story, spoken: Spoken) -> str:
-    lines = ["## Template and stop tokens", "", "| stop token | id |", "|---|---:|"]
-    lines += [
-        f"| `{text}` | {number} |"
-        for text, number in zip(spoken.stops, spoken.stop_ids, strict=True)
-    ]
+    lines = ["## Template and stop tokens", "", "Stop tokens:", ""]
+    pairs = zip(spoken.stops, spoken.stop_ids, strict=True)
+    lines += [f"- `{text}`, id {number}" for text, number in pairs]
     if spoken.template is None:
         return "\n".join([*lines, "", "There is no chat template: prompts are plain text."])
     lines += ["", _HEADING, "", "~~~jinja", spoken.template, "~~~"]
@@ -92,8 +90,9 @@ def _vllm(story: Story, spoken: Spoken, place: str) -> str:
     template = " --chat-template chat_template.jinja" if spoken.template else ""
     if story.kind != "adapter":
         return (
-            f"## vLLM\n\n    vllm serve {place}{template}\n\n"
-            "Its stop tokens come from generation_config.json, which vLLM reads."
+            f"## vLLM\n\n    vllm serve {place}\n\n"
+            "It takes the template from the tokenizer and the stop tokens from "
+            "generation_config.json."
         )
     base = story.base.hub or "path/to/" + story.base.name
     rank = story.adapter.get("r")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
+from luthier.data.reading.opening import kind_of
 from luthier.errors import UserError
 from luthier.export import licences
 from luthier.export.names import hub_name, last, public, public_values
@@ -170,18 +171,11 @@ def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[Data]:
 
 
 def _source(name: str, path: str, part: SourceConfig, given: str | None) -> Data:
-    if not _is_hub_dataset(path, part):
+    if kind_of(part.model_copy(update={"path": path})) != "hub":
         shown = public(path) if "://" in path else last(path)
         return Data(f"{name}: {shown}" if name else shown, licence=given)
     words = ", ".join(filter(None, (part.name, part.split)))
     return Data(path, True, words, given or licences.stated(path, "dataset"))
-
-
-def _is_hub_dataset(path: str, part: SourceConfig) -> bool:
-    if part.format == "hub":
-        return True
-    plain = part.format == "auto" and "." not in path.rpartition("/")[2] and ":" not in path
-    return plain and path.count("/") == 1 and source.needs_hub(path) and not Path(path).exists()
 
 
 def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
     """
     if not config.path:
         raise UserError(f"{name}.path is not set: name a file, a folder or a hub dataset.")
-    kind = _kind(config)
+    kind = kind_of(config)
     if kind == "hub":
         return _hub(config, name, streaming)
     if kind == "python":
@@ -41,7 +41,7 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
     return _files(config, name)
 
 
-def _kind(config: "SourceConfig") -> str:
+def kind_of(config: "SourceConfig") -> str:
     """Whether the path means files, a saved dataset, a function or a hub dataset."""
     path = config.path
     if config.format in ("hub", "python", "saved"):
