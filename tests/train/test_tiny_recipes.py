@@ -35,7 +35,7 @@ AIMS = {
     "tiny_reward": [Aim("accuracy", 0.3), Aim("margin", 0.2)],
     "tiny_grpo": [Aim("reward", 0.1)],
     "tiny_rloo": [Aim("reward", 0.1)],
-    "tiny_distill": [Aim("held_out_loss", -0.02)],
+    "tiny_distill": [Aim("held_out_loss", -0.05)],
     "tiny_classify": [Aim("accuracy", 0.2), Aim("macro_f1", 0.2)],
     "tiny_tag": [Aim("entity_f1", 0.3), Aim("accuracy", 0.5)],
     "tiny_seq2seq": [Aim("exact_match", 0.7), Aim("rouge1", 0.5)],
@@ -63,8 +63,6 @@ def test_its_header_says_what_was_measured(name):
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
     header = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
     measured = header.partition("Measured: ")[2]
-    if measured.startswith("not yet"):
-        pytest.skip("it waits for a quiet machine")
     for aim in AIMS[name]:
         pattern = rf"{re.escape(aim.name.replace('_', ' '))} (-?[\d.]+) -> (-?[\d.]+\d)"
         before, after = map(float, re.search(pattern, measured).groups())

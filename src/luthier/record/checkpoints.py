@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.store.disk import in_words
-from luthier.data.store.seal import Damaged, read_manifest, seal, unseal
+from luthier.disk.seal import Damaged, read_manifest, seal, unseal
+from luthier.disk.sizes import in_words, size_of
 
 NEW = ".new"
 """Where the next checkpoint is written, within the folder of checkpoints."""
@@ -103,11 +103,6 @@ def is_planned(path: Path) -> bool:
         return bool(made_of(path)["planned"])
     except (Damaged, FileNotFoundError):
         return False
-
-
-def size_of(path: Path) -> int:
-    """The bytes of all files of a checkpoint."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def prune(folder: Path, step: int, best: Path | None, bounds: Bounds) -> list[str]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from luthier.data.store.disk import in_words
+from luthier.disk.sizes import in_words, size_of
 from luthier.inspect.arguments import Grammar
 from luthier.record import checkpoints, lock
 from luthier.record.facts import MAIN
@@ -187,6 +187,6 @@ def _part(part: dict[str, Any]) -> str:
 
 def _checkpoints(folder: Path) -> list[tuple[str, str]]:
     return [
-        (path.name, in_words(checkpoints.size_of(path)))
+        (path.name, in_words(size_of(path)))
         for _, path in checkpoints.numbered(folder / "checkpoints")
     ]

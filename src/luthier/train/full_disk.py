@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.data.store.disk import in_words
+from luthier.disk.sizes import in_words
 from luthier.errors import UserError
 from luthier.record import checkpoints
 

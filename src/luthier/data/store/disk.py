@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from luthier.disk.sizes import in_words, size_of
 from luthier.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -28,16 +29,6 @@ def writing_to(cache: Path, entry: Path | None = None) -> Iterator[None]:
             f"dataset: the cache folder {cache} cannot be written to: {reason}.\n"
             "Name another folder: dataset.cache=FOLDER, or the environment variable LUTHIER_CACHE."
         ) from error
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def in_words(count: int) -> str:
-    """A number of bytes with its unit."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _full(cache: Path, entry: Path | None, reason: str) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.store.disk import size_of, writing_to
-from luthier.data.store.seal import Damaged, read_manifest, seal, unseal
+from luthier.data.store.disk import writing_to
 from luthier.data.store.table import Table
 from luthier.data.store.writer import Writer
+from luthier.disk.seal import Damaged, read_manifest, seal, unseal
+from luthier.disk.sizes import size_of
 from luthier.model.cache import cache_root
 
 SECONDS_TO_SPEAK = 3.0

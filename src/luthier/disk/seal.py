@@ -1,4 +1,4 @@
-"""What makes a cache entry whole: a manifest, written last, with the hash of every file."""
+"""What makes a folder whole: a manifest, written last, with the hash of every file."""
 
 import hashlib
 import json
