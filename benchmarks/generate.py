@@ -53,7 +53,7 @@ def main() -> None:
         some = list(range(0, len(asked), max(1, len(asked) // given.alone)))[: given.alone]
         longest = {"max_new_tokens": given.max_new_tokens}
         llm.generate(asked[:1], max_new_tokens=2)  # the first call of all is slow
-        size = given.batch or llm.batch_size(llm.prompt_ids(asked), **longest)
+        size = min(len(asked), given.batch or llm.batch_size(llm.prompt_ids(asked), **longest))
         print(f"{given.model}, {given.dtype}, {llm.machine.device}: {len(asked)} prompts")
         together, fast = measured(llm, asked, batch_size=size, **longest)
         print(f"  {size} at once     {fast:8.1f} tokens/s", flush=True)
