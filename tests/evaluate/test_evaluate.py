@@ -99,7 +99,7 @@ def test_tables_show_intervals_and_rows(luthier, run, tmp_path):
     words = (f"dataset.path={rows}", "metrics=[exact_match,length]", "max_new_tokens=4", CPU)
     code, out, _ = luthier("evaluate", run, *words)
     assert code == 0
-    assert f"{rows}: 5 rows" in " ".join(out.split()).replace("mine.jsonl : 5", "mine.jsonl: 5")
+    assert f"{rows}:5rows" in "".join(out.split())  # a long path is broken into lines
     for word in ("base", "tuned", "difference", "sure", "perplexity", "exact_match", "length"):
         assert word in out
 
