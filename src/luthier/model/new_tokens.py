@@ -42,15 +42,6 @@ def new_ids(tokenizer: "PreTrainedTokenizerBase", config: "ModelConfig") -> list
     return [known[text] for _, texts in _asked(config) for text in texts]
 
 
-def ids_of(config: "ModelConfig") -> list[int]:
-    """The ids of the configured tokens, by a tokenizer loaded for that; none without any."""
-    from luthier.model.tokenizer import load_tokenizer
-
-    if not (config.add_tokens or config.add_special_tokens):
-        return []
-    return new_ids(load_tokenizer(config), config)
-
-
 def make_rows(model: Any, new: Sequence[int], seed: int) -> None:
     """Give new tokens a row of the embeddings, at the mean of the rows that were there.
 

@@ -9,7 +9,7 @@ from luthier.model import new_tokens, token_rows
 from luthier.model.adapters import add_adapter
 from luthier.model.freezing import freeze
 from luthier.model.machine import Machine
-from luthier.model.tokenizer import check_fits
+from luthier.model.tokenizer import check_fits, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +42,13 @@ def make_trainable(
         freeze(model, config.model.train, config.model.freeze)
         _refuse_frozen_rows(model, new)
     return model
+
+
+def give_new_rows(model: "PreTrainedModel", config: RunConfig) -> None:
+    """Give the new tokens their rows in a model that stands beside the one that trains."""
+    if config.model.add_tokens or config.model.add_special_tokens:
+        new = new_tokens.new_ids(load_tokenizer(config.model), config.model)
+        new_tokens.make_rows(model, new, config.seed)
 
 
 def _original(config: RunConfig, machine: Machine, task_type: str) -> Any:

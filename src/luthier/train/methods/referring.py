@@ -14,8 +14,8 @@ from luthier.config.schema import RunConfig
 from luthier.data.batches.judged import WithColumns
 from luthier.data.batches.rows import TokenRows
 from luthier.errors import UserError
-from luthier.model import new_tokens
 from luthier.model.machine import Machine
+from luthier.model.trainable import give_new_rows
 from luthier.model.weights import load_model
 from luthier.train.methods.judging import Scores, StandIn
 
@@ -125,7 +125,7 @@ def reference_of(config: RunConfig, machine: Machine) -> Any:
     if config.lora or config.trainer.args.get("precompute_ref_log_probs"):
         return None
     reference = load_model(config.model, config.quantization, machine, full=True)
-    new_tokens.make_rows(reference, new_tokens.ids_of(config.model), config.seed)
+    give_new_rows(reference, config)
     return reference
 
 
