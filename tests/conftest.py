@@ -1,9 +1,12 @@
 """What all tests share: no network, no telemetry, a cache that the machine keeps."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -27,3 +30,18 @@ def pytest_collection_modifyitems(items):
         if any(place.is_relative_to(part) for part in TRAINING):
             item.add_marker(pytest.mark.train)
     items.sort(key=lambda item: "quickstart_learns" not in item.name)
+
+
+@pytest.fixture
+def luthier(monkeypatch, capsys):
+    """Run the command as typed; gives back exit code, output and errors."""
+    from luthier import cli
+
+    def luthier(*words):
+        monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return luthier

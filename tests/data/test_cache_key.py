@@ -20,11 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from luthier.config.schema import ChatSettings, DatasetConfig, EvalConfig, SourceConfig
 from luthier.data.encoders import ConversationEncoder, TextEncoder
 from luthier.data.prepare import prepare
+from tiny_material import CHATML
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 DATED = "{{ strftime_now('%d %B') }}" + CHATML
 GREETING = "{{ greeting }}" + CHATML
 TALK = [

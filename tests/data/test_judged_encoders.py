@@ -6,8 +6,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.data.judged_encoders import (
@@ -16,31 +14,16 @@ from luthier.data.judged_encoders import (
     UnpairedEncoder,
     UnpairingEncoder,
 )
+from tiny_material import CHAT, CHATML, byte_tokenizer
 
 ASSETS = os.environ.get("LUTHIER_ASSETS")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 # The system line says how many messages there are: what follows a turn changes its prompt.
 COUNTING = "{{ '<|im_start|>' ~ messages|length ~ '\\n' }}" + CHATML
-SETTINGS = {
-    "template": None, "train_on": "all", "boundaries": "served", "on_lost": "error",
-    "max_length": None, "on_long": "turns", "date": "2026-01-01", "variables": {},
-    "eos_token_ids": [],
-}  # fmt: skip
 
 
 def tokenizer(template=CHATML):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<pad>", "<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>", chat_template=template
-    )
+    special = ("<pad>", "<|im_start|>", "<|im_end|>")
+    return byte_tokenizer((), special, pad_token="<pad>", chat_template=template)
 
 
 TOKENIZER = tokenizer()
@@ -73,7 +56,7 @@ def pair(prompt=(HI,), chosen=None, rejected=None, **more):
 
 
 def encode(example, make=PreferenceEncoder, tok=TOKENIZER, **settings):
-    return make(tok, SETTINGS | settings).encode([example])
+    return make(tok, CHAT | settings).encode([example])
 
 
 def row(made, number=0):
@@ -132,7 +115,7 @@ def test_a_reply_whose_first_turn_does_not_train_has_another_prompt():
 def test_a_mistake_names_the_reply_and_the_row():
     broken = pair(rejected=[say("assistant", None)])
     with pytest.raises(ChatError, match=r"rejected: .*no content") as caught:
-        PreferenceEncoder(TOKENIZER, SETTINGS).encode([pair(), broken])
+        PreferenceEncoder(TOKENIZER, CHAT).encode([pair(), broken])
     assert caught.value.row == 1
 
 
@@ -188,13 +171,13 @@ def test_a_reward_model_reads_whole_conversations_to_the_end():
 
 def test_settings_tell_what_decides_the_rows():
     kinds = (PreferenceEncoder, UnpairedEncoder, UnpairingEncoder, RewardEncoder)
-    found = [make(TOKENIZER, SETTINGS | {"max_length": 9}).settings() for make in kinds]
+    found = [make(TOKENIZER, CHAT | {"max_length": 9}).settings() for make in kinds]
     assert len({str(settings) for settings in found}) == 4
     assert all(settings["max_length"] == 9 for settings in found)
 
 
 def test_an_encoder_goes_to_another_process():
-    encoder = pickle.loads(pickle.dumps(PreferenceEncoder(TOKENIZER, SETTINGS)))
+    encoder = pickle.loads(pickle.dumps(PreferenceEncoder(TOKENIZER, CHAT)))
     assert encoder.encode([pair()]).columns == encode(pair()).columns
 
 
@@ -212,7 +195,7 @@ def test_prompts_of_real_rows_are_those_of_transformers(name):
     tok = AutoTokenizer.from_pretrained(f"{ASSETS}/tokenizers/{name}")
     lines = Path(f"{ASSETS}/datasets/preference/oasst_ranked_pairs.jsonl").read_text().splitlines()
     examples = [json.loads(line) for line in lines[:40]]
-    made = PreferenceEncoder(tok, SETTINGS | {"date": "2024-07-26"}).encode(examples)
+    made = PreferenceEncoder(tok, CHAT | {"date": "2024-07-26"}).encode(examples)
     assert made.counts == [1] * 40
     for number, example in enumerate(examples):
         ids = tok.apply_chat_template(

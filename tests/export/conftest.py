@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+for place in ("model", "evaluate", "train/methods"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / place))
 
 
 @pytest.fixture(scope="session")
@@ -16,21 +17,6 @@ def base(tmp_path_factory):
     from export_material import make_base
 
     return make_base(tmp_path_factory.mktemp("base") / "tiny-llama")
-
-
-@pytest.fixture
-def luthier(monkeypatch, capsys):
-    """Run the command as typed; gives back exit code, output and errors."""
-    from luthier import cli
-
-    def luthier(*words):
-        monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return luthier
 
 
 @pytest.fixture(scope="session")

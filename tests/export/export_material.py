@@ -7,19 +7,12 @@ import torch
 import yaml
 from adapters_material import config_of, prepared, stir
 
+import tiny_material
 from luthier.model.adapter_start import make_plain
 from luthier.record.files import write_json
+from tiny_material import CHATML, byte_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CHAT = {
-    "template": CHATML, "train_on": "all", "boundaries": "served", "on_lost": "error",
-    "max_length": None, "on_long": "turns", "date": "2026-01-01", "variables": {},
-    "eos_token_ids": [],
-}  # fmt: skip
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT = tiny_material.CHAT | {"template": CHATML}
 RESULTS = {
     "held_out_loss": {"before": 1.5, "after": 0.25},
     "exact_match": {"before": 0.0, "after": 0.875},
@@ -51,19 +44,9 @@ def make_base(folder, tied=False, kind="llama", **changes):
 
 
 def make_tokenizer():
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
-    inner = Tokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<|im_start|>", eos_token="<|im_end|>",
-        pad_token="<|im_end|>", unk_token="<|endoftext|>", chat_template=CHATML,
-    )  # fmt: skip
+    return byte_tokenizer(
+        bos_token="<|im_start|>", pad_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
 
 
 def make_run(folder, base, name="default", **groups):

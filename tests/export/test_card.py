@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from adapters_material import NF4
-from export_material import CHATML, make_base, make_run, read
+from export_material import make_base, make_run, read
 
 from luthier.config.schema import DatasetConfig
 from luthier.export import story as stories
@@ -19,6 +19,7 @@ from luthier.export.snippet import snippet
 from luthier.export.story import BaseModel, Data, Story, data_of
 from luthier.export.writing import after_a_run
 from luthier.model.artefact import find
+from tiny_material import CHATML
 
 
 @pytest.fixture(scope="module")

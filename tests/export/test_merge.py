@@ -9,10 +9,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from adapters_material import INT8, NF4, load
-from export_material import CHATML, ids_of, make_base, make_run, read
+from export_material import ids_of, make_base, make_run, read
 from safetensors.torch import load_file
 
 from luthier.export.tensors import Checkpoint, Entry, head_of, write
+from tiny_material import CHATML
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 Q = LORA | {"target_modules": ["q_proj"]}

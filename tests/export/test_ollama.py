@@ -8,11 +8,8 @@ import pytest
 
 from luthier.chat.template import ChatTemplate
 from luthier.export.ollama import modelfile, probes, rendered, translate
+from tiny_material import CHATML
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 GO_CHATML = (

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import infer_material as material
 
-from luthier import cli
+from tiny_material import jsonl
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def run(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("runs") / "tuned"
     rows = [{"prompt": text, "completion": text[::-1]} for text in material.questions(12)]
     folder.mkdir()
-    return material.run(folder, tiny, material.jsonl(folder / "rows.jsonl", rows))
+    return material.run(folder, tiny, jsonl(folder / "rows.jsonl", rows))
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +33,3 @@ def llm(run):
 
     with LLM(str(run)) as llm:
         yield llm
-
-
-@pytest.fixture
-def luthier(monkeypatch, capsys):
-    """Run the command as typed; gives back exit code, output and errors."""
-
-    def luthier(*words):
-        monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return luthier

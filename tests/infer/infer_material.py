@@ -6,33 +6,20 @@ from pathlib import Path
 
 import torch
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+import tiny_material
+from tiny_material import CHATML, byte_tokenizer
+
 CONTEXT = 128
-CHAT = {
-    "template": TEMPLATE, "train_on": "all", "boundaries": "served", "on_lost": "error",
-    "max_length": 64, "on_long": "turns", "date": "2026-01-01", "variables": {},
-    "eos_token_ids": [],
-}  # fmt: skip
+CHAT = tiny_material.CHAT | {"template": CHATML, "max_length": 64}
 
 
 def tokenizer():
     """Bytes, and ChatML's control tokens; the padding token is none of a reply's."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>", chat_template=TEMPLATE, model_max_length=CONTEXT,
+    return byte_tokenizer(
+        bos_token="<|im_start|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        model_max_length=CONTEXT,
     )  # fmt: skip
 
 
@@ -86,11 +73,6 @@ def write(folder, files):
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def questions(number, seed=5):

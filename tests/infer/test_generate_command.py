@@ -7,6 +7,7 @@ import pytest
 
 from luthier.infer import answers, asking
 from luthier.infer.words import dataset_of
+from tiny_material import jsonl
 
 SETTINGS = ("max_new_tokens=6", "model.device=cpu")
 
@@ -19,7 +20,7 @@ def read(path):
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": text, "completion": "known"} for text in material.questions(9)]
-    return material.jsonl(path, rows)
+    return jsonl(path, rows)
 
 
 def test_a_file_is_answered_row_by_row_and_a_broken_one_goes_on(luthier, llm, run, rows, tmp_path):
@@ -107,7 +108,7 @@ FORMS = {
 
 @pytest.mark.parametrize(("row", "prompt", "expected"), FORMS.values(), ids=FORMS)
 def test_every_form_of_row_asks_something(tmp_path, row, prompt, expected):
-    path = material.jsonl(tmp_path / "rows.jsonl", [row, row])
+    path = jsonl(tmp_path / "rows.jsonl", [row, row])
     (first, _) = asking.asks_of(dataset_of({"path": str(path)})).rows
     assert (first.prompt, first.expected) == (prompt, expected)
 
@@ -159,6 +160,6 @@ def test_a_mistake_is_said_in_words(luthier, run, rows, tmp_path, monkeypatch, w
 
 
 def test_a_prompt_longer_than_the_context_is_named_by_its_line(luthier, run, tmp_path):
-    path = material.jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "x" * 200}])
+    path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "x" * 200}])
     code, _, err = luthier("generate", run, path, "-o", tmp_path / "o.jsonl", "model.device=cpu")
     assert code == 2 and f"{path}:2: has 219 tokens, and the model reads 128" in err

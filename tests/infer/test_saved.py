@@ -9,6 +9,8 @@ from pathlib import Path
 import infer_material as material
 import pytest
 
+from tiny_material import CHATML, jsonl
+
 ROOT = Path(__file__).parents[2]
 PLAIN = """
 import json, sys
@@ -46,9 +48,9 @@ def test_a_saved_run_answers_alike_everywhere(tmp_path, tiny, luthier, kind, mon
 
     monkeypatch.chdir(tmp_path)
     asked = material.questions(24)
-    material.jsonl(tmp_path / "rows.jsonl", [{"prompt": q, "completion": q[:4]} for q in asked])
+    jsonl(tmp_path / "rows.jsonl", [{"prompt": q, "completion": q[:4]} for q in asked])
     template = tmp_path / "template.jinja"
-    template.write_text("{{ '!' }}" + material.TEMPLATE, encoding="utf-8")
+    template.write_text("{{ '!' }}" + CHATML, encoding="utf-8")
     python(
         str(ROOT / "train.py"), "model=hub", f"model.path={tiny}", "dataset=jsonl",
         "dataset.path=rows.jsonl", "dataset.eval.count=4", "output_dir=run", "chat.max_length=128",

@@ -12,8 +12,9 @@ import pytest
 from luthier.infer import LLM
 from luthier.infer.serve import GRAMMAR, curl, name_of, vllm_command
 from luthier.model.artefact import find
+from tiny_material import CHATML
 
-TODAY = material.TEMPLATE.replace("assistant\n{%", "assistant\n{{ strftime_now('%Y') }}{%")
+TODAY = CHATML.replace("assistant\n{%", "assistant\n{{ strftime_now('%Y') }}{%")
 
 
 @pytest.fixture

@@ -8,14 +8,15 @@ import pytest
 
 from luthier.chat import ChatEncoder
 from luthier.train.served import write_served
+from tiny_material import CHATML, jsonl
 
 ROWS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                   {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
     {"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]},
 ]  # fmt: skip
-DATED = material.TEMPLATE.replace("<|im_start|>{{ m", "{{ strftime_now('%Y') }}<|im_start|>{{ m")
-MOODY = "{% if mood %}{{ mood }}{% endif %}" + material.TEMPLATE
+DATED = CHATML.replace("<|im_start|>{{ m", "{{ strftime_now('%Y') }}<|im_start|>{{ m")
+MOODY = "{% if mood %}{{ mood }}{% endif %}" + CHATML
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def saved(tmp_path, tiny):
         folder = tmp_path / "saved"
         folder.mkdir()
         settings = material.CHAT | chat
-        material.run(folder, tiny, material.jsonl(folder / "rows.jsonl", rows), chat=settings)
+        material.run(folder, tiny, jsonl(folder / "rows.jsonl", rows), chat=settings)
         tokenizer = material.tokenizer()
         encoder = ChatEncoder.from_settings(tokenizer, settings)
         from transformers import AutoModelForCausalLM
@@ -54,7 +55,7 @@ def test_what_a_training_saves_is_served_as_trained(luthier, saved):
 
 
 def test_a_template_of_the_config_is_saved_in_place_of_the_tokenizers(luthier, saved):
-    folder = saved(template="{{ 'x' }}" + material.TEMPLATE)
+    folder = saved(template="{{ 'x' }}" + CHATML)
     code, _ = rules(luthier, folder)
     assert code == 0
     assert (folder / "model/chat_template.jinja").read_text().startswith("{{ 'x' }}")
@@ -85,7 +86,7 @@ def test_why_a_prompt_differs_is_told(luthier, saved, chat, rows, says):
 def test_a_changed_folder_is_told_by_its_first_row(luthier, saved):
     folder = saved()
     template = folder / "model/chat_template.jinja"
-    template.write_text(material.TEMPLATE.replace("assistant\n{%", "assistant \n{%"))
+    template.write_text(CHATML.replace("assistant\n{%", "assistant \n{%"))
     (folder / "model/generation_config.json").write_text('{"eos_token_id": 0}')
     code, out, _ = luthier("check", folder, "--served", "--limit", "1")
     assert code == 1

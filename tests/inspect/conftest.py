@@ -1,12 +1,10 @@
 """The real command, run on rows that a test writes."""
 
 import json
-import sys
 from functools import cache
 
 import pytest
 
-from luthier import cli
 from luthier.config.schema import ModelConfig
 from luthier.inspect import material
 from luthier.model.tokenizer import load_tokenizer
@@ -40,20 +38,6 @@ def write(tmp_path):
         (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     return write
-
-
-@pytest.fixture
-def luthier(monkeypatch, capsys):
-    """Run the command as typed; gives back exit code, output and errors."""
-
-    def luthier(*words):
-        monkeypatch.setattr(sys, "argv", ["luthier", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return luthier
 
 
 @pytest.fixture

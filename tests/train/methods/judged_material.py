@@ -3,35 +3,17 @@
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from luthier.data.batches.rows import TokenRows
 from luthier.train.batching import Batching
+from tiny_material import CHATML, byte_tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-CHAT = {
-    "template": None, "train_on": "all", "boundaries": "served", "on_lost": "error",
-    "max_length": None, "on_long": "turns", "date": "2026-01-01", "variables": {},
-    "eos_token_ids": [],
-}  # fmt: skip
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 
 
 def tokenizer(template=CHATML, pad="<pad>"):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token=pad, chat_template=template
-    )
+    return byte_tokenizer((), SPECIAL, pad_token=pad, chat_template=template)
 
 
 def config(kind=transformers.LlamaConfig, **more):

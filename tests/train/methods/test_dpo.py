@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from judged_material import (
-    CHAT,
     PREFERENCES,
     arguments,
     listed,
@@ -26,6 +25,7 @@ from luthier.data.judged_encoders import PreferenceEncoder
 from luthier.errors import UserError
 from luthier.train.methods.dpo import DPO, PairTrainer
 from luthier.train.methods.pair_losses import AVERAGED, LOSSES, Strengths
+from tiny_material import CHAT
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 BETA = 0.3

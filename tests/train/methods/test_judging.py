@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from judged_material import (
-    CHAT,
     PREFERENCES,
     arguments,
     listed,
@@ -33,6 +32,7 @@ from luthier.train.methods.dpo import PairTrainer
 from luthier.train.methods.kto import UnpairedTrainer
 from luthier.train.methods.odds import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
 from luthier.train.methods.reward import ScoreTrainer
+from tiny_material import CHAT
 
 TOKENIZER = tokenizer()
 ROWS = {

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from judged_material import (
-    CHAT,
     PREFERENCES,
     arguments,
     listed,
@@ -27,6 +26,7 @@ from luthier.errors import UserError
 from luthier.train.methods import kto
 from luthier.train.methods.encoding import verdicts
 from luthier.train.methods.kto import KTO, UnpairedTrainer
+from tiny_material import CHAT
 
 EXAMPLES = unpaired()
 ROWS = listed(UnpairedEncoder(tokenizer(), CHAT).encode(EXAMPLES))

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from judged_material import (
-    CHAT,
     PREFERENCES,
     arguments,
     listed,
@@ -19,6 +18,7 @@ from judged_material import (
 
 from luthier.data.judged_encoders import PreferenceEncoder
 from luthier.train.methods.odds import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
+from tiny_material import CHAT
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 import transformers
 from judged_material import (
-    CHAT,
-    CHATML,
     PREFERENCES,
     arguments,
     listed,
@@ -27,10 +25,11 @@ from luthier.data.judged_encoders import RewardEncoder
 from luthier.errors import UserError
 from luthier.model.machine import Machine
 from luthier.train.methods.reward import Reward, ScoreTrainer, padding
+from tiny_material import CHAT, CHATML
 
 ROWS = listed(RewardEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 # A template that ends with the stop token, and nothing behind it.
-CLOSED = CHATML.replace("'<|im_end|>' + '\\n' }}{% endfor", "'<|im_end|>' }}{% endfor")
+CLOSED = CHATML.replace("<|im_end|>\n", "<|im_end|>")
 
 
 def scorer(**more):
