@@ -7,8 +7,9 @@ import pytest
 import tiny_gguf
 from needs import needs_smollm2
 
+from luthier.disk import cache as cache_room
+from luthier.disk.seal import MANIFEST
 from luthier.errors import UserError
-from luthier.model import cache as cache_room
 from luthier.model import gguf, source
 
 PROMPT = [[5, 80, 81, 100, 12, 7, 9, 33]]
@@ -67,8 +68,8 @@ def test_a_second_conversion_takes_what_is_there(tiny_file, cache):
 DAMAGES = {
     "truncated": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "missing": lambda folder: (folder / "tokenizer.json").unlink(),
-    "unsealed": lambda folder: (folder / cache_room.SEAL).unlink(),
-    "half a seal": lambda folder: (folder / cache_room.SEAL).write_text('{"tok'),
+    "unsealed": lambda folder: (folder / MANIFEST).unlink(),
+    "half a seal": lambda folder: (folder / MANIFEST).write_text('{"tok'),
 }
 
 
@@ -84,7 +85,7 @@ def test_what_a_killed_process_left_is_removed(tiny_file, cache):
     folder = gguf.convert_tokenizer(tiny_file)
     left = folder.parent / f"{folder.name}.new-abc"
     left.mkdir()
-    (folder / cache_room.SEAL).unlink()
+    (folder / MANIFEST).unlink()
     gguf.convert_tokenizer(tiny_file)
     assert not left.exists()
 

@@ -68,6 +68,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def digest(file: Path) -> str:
+    """The SHA-256 of a file's content, as hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _check_sizes(files: dict[str, Path], content: dict[str, Any]) -> None:
     """Damaged for a file that is missing or too short, before anything is hashed."""
     for name, file in files.items():

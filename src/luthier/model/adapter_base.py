@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import ModelConfig, RunConfig
+from luthier.disk import cache
 from luthier.errors import UserError
-from luthier.model import cache, gguf, source
+from luthier.model import gguf, source
 
 _CONVERTED = re.compile(r"^(?P<name>.+)-(?P<hash>[0-9a-f]{16})-v\d+$")
 """The name of a folder that a GGUF file was converted into (`luthier.model.gguf`)."""

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.disk import cache
+from luthier.disk.seal import digest
 from luthier.errors import UserError
-from luthier.model import cache
 
 VERSION = 1
 """Raise it when the conversion's result changes: folders of an older version are not used."""
@@ -51,7 +52,7 @@ def folder_of(file: Path) -> Path:
 
 
 def _folder(file: Path, part: str) -> Path:
-    name = f"{file.stem}-{cache.digest(file)[:16]}-v{VERSION}"
+    name = f"{file.stem}-{digest(file)[:16]}-v{VERSION}"
     return cache.cache_root() / "gguf" / name / part
 
 

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from luthier.disk.cache import cache_root
+from luthier.disk.seal import digest
 from luthier.model import source
-from luthier.model.cache import cache_root
 
 PATTERNS = ("*.safetensors", "*.gguf", "*.bin")
 """Files with weights; of the first pattern that has any."""
@@ -36,10 +37,10 @@ def weight_files(path: str, revision: str | None) -> list[Path]:
 
 def hash_of_files(files: list[Path]) -> str:
     """One SHA-256 of the names and contents of files."""
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{_hash_of(file)}\n".encode())
-    return digest.hexdigest()
+        whole.update(f"{file.name}\0{_hash_of(file)}\n".encode())
+    return whole.hexdigest()
 
 
 def _hash_of(file: Path) -> str:
@@ -55,8 +56,7 @@ def _hash_of(file: Path) -> str:
             return str(noted["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    with real.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = digest(real)
     _note(note, {"file": facts, "sha256": found})
     return found
 

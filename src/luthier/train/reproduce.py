@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from luthier.disk.seal import digest
 from luthier.errors import UserError
 from luthier.inspect.arguments import Grammar
-from luthier.model.cache import digest
 from luthier.record import diff, rundir
 from luthier.record.finding import find_run
 from luthier.record.journal import read_lines

@@ -1,7 +1,5 @@
 """Folders that are made once, whole or not at all, and shared between processes."""
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -10,22 +8,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from luthier.disk.seal import Damaged, seal, unseal
 from luthier.errors import UserError
-
-SEAL = "luthier.json"
-"""The file that names every other file of a folder with its SHA-256: written last."""
 
 
 def cache_root() -> Path:
     """Where luthier keeps what it converted: `$LUTHIER_CACHE`, else `~/.cache/luthier`."""
     chosen = os.environ.get("LUTHIER_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "luthier"
-
-
-def digest(file: Path) -> str:
-    """Return the SHA-256 of a file's content, as hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -50,12 +40,12 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file that the folder's seal names is there with the content it had."""
+    """Whether the folder is there and every byte of it is as it was sealed."""
     try:
-        sealed = json.loads((folder / SEAL).read_text())
-        return all(digest(folder / name) == expected for name, expected in sealed.items())
-    except (OSError, ValueError):
+        unseal(folder)
+    except (Damaged, OSError):
         return False
+    return True
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
@@ -66,12 +56,6 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
         new = Path(above) / folder.name
         new.mkdir()
         make(new)
-        _seal(new)
+        seal(new, {})
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-
-
-def _seal(folder: Path) -> None:
-    files = sorted(file for file in folder.iterdir())
-    content = {file.name: digest(file) for file in files}
-    (folder / SEAL).write_text(json.dumps(content, indent=2) + "\n")
