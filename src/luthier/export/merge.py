@@ -60,7 +60,7 @@ def run(words: list[str]) -> int:
 def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
     from luthier.export import merging, quantizing
     from luthier.export.loaded import too_large
-    from luthier.export.quiet import hush
+    from luthier.model.quiet import hush
 
     target = target_of(artefacts[0], given)
     quantize = given.texts.get("--quantize")

@@ -40,7 +40,7 @@ def shards_of(folder: Path) -> Path | None:
 
 def command(folder: Path, given: Given) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
-    from luthier.export.quiet import hush
+    from luthier.model.quiet import hush
 
     artefact = _trained_whole(folder, given)
     target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()

@@ -102,9 +102,9 @@ def _answer(llm: "LLM", asks: "Asks", file: "AnswerFile", typed: "Words", given:
     """Answer what is left, and say how fast it went."""
     from tqdm import tqdm
 
-    from luthier.infer.quiet import quiet
+    from luthier.model.quiet import hush
 
-    quiet()
+    hush()
     with llm:
         left = asks.rows[file.done :]
         ids = llm.prompt_ids([ask.prompt for ask in left], [ask.where for ask in left])

@@ -114,10 +114,10 @@ def _transformers(typed: "Words", given: Given) -> int:
     name = given.texts.get("--name") or name_of(llm.artefact)
     if llm.artefact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
-    from luthier.infer.quiet import quiet
     from luthier.infer.server import serve
+    from luthier.model.quiet import hush
 
-    quiet()
+    hush()
     with llm:
         print(f"serving {typed.places[0]} as {name}. Ask it:\n{curl(name, host, port)}", flush=True)
         serve(llm, name, host, port, typed.generation)

@@ -44,9 +44,9 @@ def run(words: list[str]) -> int:
     settings: dict[str, Any] = dict(typed.generation)
     if "--seed" in given.numbers:
         settings["seed"] = given.numbers["--seed"]
-    from luthier.infer.quiet import quiet
+    from luthier.model.quiet import hush
 
-    quiet()
+    hush()
     return _talk(llm, other, settings, given.texts.get("--system"))
 
 

@@ -1,6 +1,5 @@
 """A model's weights on this machine, quantized if asked for, and safe to train."""
 
-import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -8,14 +7,11 @@ from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model import gguf, hub, prequantized, source
 from luthier.model.machine import Machine
+from luthier.model.quiet import hush_kernels
 from luthier.model.randomness import random_state_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
-"""Loggers that warn of a kernel which `keep_trainable` turns off, and at every 8-bit product."""
 
 
 def load_model(
@@ -41,8 +37,7 @@ def load_model(
     file = source.gguf_file(config.path)
     with random_state_kept():
         place = config.path if file is None else gguf.convert(file)
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    hush_kernels()
     try:
         settings = _settings(config, quantization, machine, full) | own
         model, loaded = getattr(transformers, kind).from_pretrained(

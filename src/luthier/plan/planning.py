@@ -1,6 +1,5 @@
 """From a configuration and a machine to a plan, and the choices that training takes from it."""
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from luthier.config.schema import RunConfig
 from luthier.model.machine import Machine
-from luthier.model.weights import CHATTY
+from luthier.model.quiet import hush_kernels
 from luthier.plan import hardware as machines
 from luthier.plan import workload as workloads
 from luthier.plan.estimate import Estimate, estimate, shares
@@ -95,8 +94,7 @@ def choose_checkpointing(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What libraries say of their own future and kernels is no matter of a plan."""
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    hush_kernels()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

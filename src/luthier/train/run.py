@@ -1,6 +1,5 @@
 """The order of a run: everything that can fail cheaply first, then the model, then the training."""
 
-import logging
 import os
 import sys
 import warnings
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.model.weights import CHATTY
+from luthier.model.quiet import hush_kernels
 from luthier.record import lock, rundir
 from luthier.record.record import RunRecord
 from luthier.train import launch, trackers
@@ -118,9 +117,7 @@ def set_environment(config: RunConfig) -> None:
     if config.deterministic:
         settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     os.environ |= settings
-    # What the libraries call each other by is nothing that a user could mend.
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    hush_kernels()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
     # Waiting threads that spin would starve every other process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

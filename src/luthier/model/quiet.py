@@ -1,0 +1,31 @@
+"""Libraries that keep to themselves what is nothing that a user could mend."""
+
+import logging
+import os
+import warnings
+
+_CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+"""Loggers that warn of a kernel which `keep_trainable` turns off, and at every 8-bit product."""
+
+
+def hush_kernels() -> None:
+    """Keep bitsandbytes from telling of its kernels; call it before it is imported."""
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def hush() -> None:
+    """For commands that say what they do themselves: no bars and remarks; errors stay.
+
+    Call it before a model is loaded.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # Waiting threads that spin would starve every other process on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    hush_kernels()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    from transformers.utils import logging as transformers
+
+    transformers.set_verbosity_error()
+    transformers.disable_progress_bar()
