@@ -1,6 +1,5 @@
 """A model as names and shapes: what a merge needs to know, without a byte of weights."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,7 @@ from luthier.errors import UserError
 from luthier.export.changes import NotPlain
 from luthier.model import gguf, hub, prequantized, source
 from luthier.model.artefact import Artefact
-
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
-"""The class of transformers that picks the model's, by what it does."""
+from luthier.model.tuned import CLASSES, label_settings
 
 
 @dataclass(frozen=True)
@@ -67,14 +59,6 @@ def base_folder(artefact: Artefact) -> Path:
         raise UserError(hub.words(error, model.path, "its base")) from error
 
 
-def labels_of(artefact: Artefact) -> dict[str, Any]:
-    """The labels of a classifier's adapter, as arguments of `from_pretrained`."""
-    if artefact.adapter is None or not (artefact.adapter / "labels.json").is_file():
-        return {"num_labels": 1} if artefact.is_reward else {}
-    found: dict[str, Any] = json.loads((artefact.adapter / "labels.json").read_text("utf-8"))
-    return found
-
-
 def layout_of(artefact: Artefact, folder: Path) -> Layout:
     """Build the model on torch's meta device from the base's config.json and look at it."""
     config = _config(artefact, folder)
@@ -103,7 +87,7 @@ def _config(artefact: Artefact, folder: Path) -> Any:
 
     if prequantized.read(artefact.base) is not None:
         raise NotPlain("its base comes quantized")
-    return AutoConfig.from_pretrained(folder, **labels_of(artefact))
+    return AutoConfig.from_pretrained(folder, **label_settings(artefact))
 
 
 def _empty(artefact: Artefact, config: Any) -> Any:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.export.layout import CLASSES, labels_of
 from luthier.export.rows import needed
 from luthier.model import prequantized
 from luthier.model.artefact import Artefact
 from luthier.model.machine import Machine
+from luthier.model.tuned import CLASSES, label_settings
 from luthier.model.weights import load_model
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def base_of(artefact: Artefact, quantization: dict[str, Any]) -> Any:
 
     Raises UserError where it cannot be unpacked or does not fit into memory.
     """
-    own = labels_of(artefact)
+    own = label_settings(artefact)
     found = prequantized.read(artefact.base)
     if found is not None and not quantization:
         own["quantization_config"] = _unpacking(artefact, found)

@@ -10,9 +10,10 @@ from typing import Any
 
 from luthier.errors import UserError
 from luthier.export import carried, merging, story, writing
-from luthier.export.layout import CLASSES, base_folder
+from luthier.export.layout import base_folder
 from luthier.export.tensors import INDEX, SHARD_BYTES, files_of
 from luthier.model.artefact import Artefact
+from luthier.model.tuned import CLASSES
 from luthier.record.files import publish_folder
 
 CALIBRATION = 256

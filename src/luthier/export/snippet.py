@@ -3,13 +3,7 @@
 from typing import Any
 
 from luthier.export.story import Story
-
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
+from luthier.model.tuned import CLASSES
 
 
 def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = ".") -> str:
@@ -51,7 +45,7 @@ def _packer(packed: dict[str, Any]) -> str:
 
 
 def _imports(story: Story) -> list[str]:
-    names = [_CLASSES[story.task], "AutoTokenizer"]
+    names = [CLASSES[story.task], "AutoTokenizer"]
     lines = []
     if story.kind == "adapter":
         lines.append("from peft import PeftModel")
@@ -59,13 +53,19 @@ def _imports(story: Story) -> list[str]:
         names += ["GgufConfig"] if story.base.file else []
     lines.append(f"from transformers import {', '.join(sorted(names))}")
     first = ["import torch"] if story.task in ("SEQ_CLS", "TOKEN_CLS") else []
-    if story.kind == "adapter" and story.task in ("SEQ_CLS", "TOKEN_CLS"):
+    if _reads_labels(story):
         first.insert(0, "import json")
         first.insert(1, "from pathlib import Path")
         first.insert(2, "")
     if story.kind == "adapter" and story.base.package:
         first = ["import importlib.util", *first]
     return [*first, *([""] if first else []), *lines]
+
+
+def _reads_labels(story: Story) -> bool:
+    """Whether it is an adapter whose base must be told of its labels."""
+    decides = story.task in ("SEQ_CLS", "TOKEN_CLS") and story.method != "reward"
+    return story.kind == "adapter" and decides
 
 
 def _names(story: Story, place: str) -> list[str]:
@@ -97,7 +97,7 @@ def _unpacking(story: Story) -> list[str]:
 
 
 def _loading(story: Story) -> list[str]:
-    kind = _CLASSES[story.task]
+    kind = CLASSES[story.task]
     if story.kind != "adapter":
         return [
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
@@ -111,9 +111,14 @@ def _loading(story: Story) -> list[str]:
         fields = ", ".join(f"{name}={value!r}" for name, value in story.quantization.items())
         lines.append(f"packing = BitsAndBytesConfig({fields})")
         given.append("quantization_config=packing")
-    if story.task in ("SEQ_CLS", "TOKEN_CLS"):
-        lines.append('labels = json.loads((Path(MODEL) / "labels.json").read_text())')
+    if _reads_labels(story):
+        lines += [
+            'labels = json.loads((Path(MODEL) / "labels.json").read_text())',
+            'labels["id2label"] = {int(n): name for n, name in labels["id2label"].items()}',
+        ]
         given.append("**labels")
+    elif story.method == "reward":
+        given.append("num_labels=1")
     lines.append(f"base = {kind}.from_pretrained(")
     lines += [f"    BASE, {', '.join(given)}", ")"]
     if story.rows:
@@ -170,8 +175,11 @@ def _labelling(story: Story, has_template: bool) -> list[str]:
     else:
         reading = ['inputs = tokenizer("Your text.", return_tensors="pt").to(model.device)']
     lines = [*reading, "with torch.inference_mode():", "    logits = model(**inputs).logits[0]"]
-    if story.method == "reward":
+    if story.method == "reward" or story.problem == "regression":
         return [*lines, "print(logits.item())"]
+    if story.problem == "multi_label_classification":
+        said = "(logits > 0).nonzero().flatten().tolist()"
+        return [*lines, f"print([model.config.id2label[n] for n in {said}])"]
     if story.task == "TOKEN_CLS":
         return [*lines, "print([model.config.id2label[n] for n in logits.argmax(-1).tolist()])"]
     return [*lines, "print(model.config.id2label[logits.argmax().item()])"]

@@ -14,6 +14,7 @@ from luthier.export.names import hub_name, last, public, public_values
 from luthier.export.rows import grown
 from luthier.model import gguf, source
 from luthier.model.artefact import Artefact
+from luthier.model.tuned import LABELS
 from luthier.record.files import read_json, write_json
 from luthier.record.secrets import HIDDEN
 
@@ -65,6 +66,8 @@ class Story:
     base: BaseModel
     method: str | None = None
     task: str = "CAUSAL_LM"
+    problem: str | None = None
+    """What a classifier's labels are, as transformers calls it (`problem_type`)."""
     recipe: str | None = None
     overrides: list[str] = field(default_factory=list)
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +134,7 @@ def of(artefact: Artefact) -> Story:
         kind="model" if artefact.adapter is None else "adapter",
         base=base_of(_trained(artefact), None if config is None else config.model.revision),
         task=artefact.task,
+        problem=_problem(folder),
         adapter={} if artefact.adapter is None else _adapter(artefact.adapter),
         quantization=public_values(artefact.quantization),
         variables=(artefact.chat or {}).get("variables") or {},
@@ -209,6 +213,15 @@ def _trained(artefact: Artefact) -> str:
     if artefact.adapter is None and artefact.config is not None:
         return artefact.config.model.path
     return artefact.base.path
+
+
+def _problem(folder: Path | None) -> str | None:
+    files = [] if folder is None else [folder / LABELS, folder / "config.json"]
+    found: dict[str, Any] = next(
+        (read for file in files if (read := read_json(file)) is not None), {}
+    )
+    problem: str | None = found.get("problem_type")
+    return problem
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

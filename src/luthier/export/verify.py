@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.export.layout import CLASSES
 from luthier.export.loaded import PLACE, logits
 from luthier.model.artefact import Artefact, encoder_of
+from luthier.model.tuned import CLASSES
 from luthier.record.plot import read_metrics
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """An artefact's weights on this machine, with its adapter, ready to answer."""
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from luthier.model.weights import load_model
 
 WEIGHTS = "adapter_model.safetensors"
 
-_KINDS = {
+LABELS = "labels.json"
+"""The file beside a classifier's or tagger's adapter that names its labels."""
+
+CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -38,12 +42,24 @@ def load_tuned(
     if artefact.adapter is not None and not (artefact.adapter / WEIGHTS).is_file():
         raise UserError(f"{artefact.word}: {artefact.adapter} has no {WEIGHTS}.")
     packed = artefact.quantization if quantization is None else quantization
-    model: Any = load_model(artefact.base, dict(packed), machine, kind=_KINDS[artefact.task], **own)
+    own = {**label_settings(artefact), **own}
+    model: Any = load_model(
+        artefact.base, dict(packed), machine, kind=CLASSES[artefact.task], **own
+    )
     if artefact.adapter is not None:
         _grow(model, tokenizer)
         model = with_adapter(model, artefact)
     model.requires_grad_(False)
     return model.eval()
+
+
+def label_settings(artefact: Artefact) -> dict[str, Any]:
+    """What the base of an adapter must be told of its labels, as arguments of `from_pretrained`."""
+    if artefact.adapter is None or not (artefact.adapter / LABELS).is_file():
+        return {"num_labels": 1} if artefact.is_reward else {}
+    found: dict[str, Any] = json.loads((artefact.adapter / LABELS).read_text("utf-8"))
+    # JSON has names for keys, and from_pretrained takes arguments as they are.
+    return found | {"id2label": {int(key): name for key, name in found["id2label"].items()}}
 
 
 def with_adapter(model: Any, artefact: Artefact) -> Any:
@@ -91,8 +107,6 @@ def _check_whole(artefact: Artefact, folder: Path, tuned: Any) -> None:
 
 
 def _other_base(artefact: Artefact, folder: Path, why: str) -> str:
-    import json
-
     adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
     return adapter_base.other_base(artefact.word, adapter, artefact.base.path, why)
 

@@ -20,7 +20,7 @@ from luthier.model.machine import Machine
 from luthier.model.weights import load_model
 from luthier.record.files import write_json
 from luthier.train import report
-from luthier.train.methods.labels import Labels
+from luthier.train.methods.labels import REGRESSION, Labels, Problem
 from luthier.train.methods.tabled import Tabled
 
 _DECIDED = ("num_labels", "id2label", "label2id")
@@ -107,7 +107,9 @@ def _described(labels: Labels, new_layers: list[str]) -> str:
 def labels_of(config: Any) -> Labels:
     """The labels that a model's config names."""
     names = [config.id2label[number] for number in range(config.num_labels)]
-    return Labels(config.problem_type or "single_label_classification", tuple(names))
+    # transformers reads one output without a word as a number.
+    problem: Problem = REGRESSION if len(names) == 1 else "single_label_classification"
+    return Labels(config.problem_type or problem, tuple(names))
 
 
 class Labelled(Tabled):
@@ -118,7 +120,8 @@ class Labelled(Tabled):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does, and beside an adapter the labels, which it has no config for.
 
-        `from_pretrained(folder, **labels)` with the content of labels.json loads the two together.
+        With the content of labels.json as `labels`, and whole numbers as the keys of its
+        `id2label`, `from_pretrained(base, **labels)` makes the base that the adapter goes on.
         """
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
