@@ -7,11 +7,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "infer"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "train" / "methods"))
 
 import infer_material as material
 from evaluate_material import ROWS
 
-from luthier import cli
+from tiny_material import jsonl
 
 
 @pytest.fixture(scope="session")
@@ -24,24 +25,10 @@ def run(tmp_path_factory, tiny):
     """A run with an adapter that held out the last rows of its file's neighbour."""
     folder = tmp_path_factory.mktemp("runs") / "tuned"
     folder.mkdir()
-    material.jsonl(folder / "held.jsonl", ROWS)
+    jsonl(folder / "held.jsonl", ROWS)
     groups = {
         "dataset": {"path": str(folder / "rows.jsonl"),
                     "eval": {"path": str(folder / "held.jsonl")}},
         "trainer": {"evaluation": {"metrics": ["token_f1"], "max_new_tokens": 7}},
     }  # fmt: skip
-    return material.run(folder, tiny, material.jsonl(folder / "rows.jsonl", ROWS), **groups)
-
-
-@pytest.fixture
-def luthier(monkeypatch, capsys):
-    """Run the command as typed; gives back exit code, output and errors."""
-
-    def luthier(*words):
-        monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return luthier
+    return material.run(folder, tiny, jsonl(folder / "rows.jsonl", ROWS), **groups)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from evaluate_material import ROWS
 
-from luthier.evaluate import compare, likelihood
+from luthier.evaluate import batching, compare, likelihood
 from luthier.evaluate.items import Item, Items
-from luthier.evaluate.measure import Outcome
+from luthier.evaluate.outcome import Outcome
 from luthier.infer import LLM
 from luthier.metrics import Measured, parse_metrics
+from tiny_material import jsonl
 
 CPU = "model.device=cpu"
 
@@ -88,14 +89,14 @@ def test_a_batch_is_as_likely_as_its_rows_alone(run, monkeypatch):
     items = [Item("row", [(each, [-100, -100, *each[2:]])], None) for each in ids]
     with LLM(str(run)) as llm:
         together = likelihood.likelihoods(llm.model, items)
-        monkeypatch.setattr(likelihood, "TOKENS", 1)
+        monkeypatch.setattr(batching, "TOKENS", 1)
         alone = likelihood.likelihoods(llm.model, items)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert together[:, 1].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_tables_show_intervals_and_rows(luthier, run, tmp_path):
-    rows = material.jsonl(tmp_path / "mine.jsonl", ROWS[:5])
+    rows = jsonl(tmp_path / "mine.jsonl", ROWS[:5])
     words = (f"dataset.path={rows}", "metrics=[exact_match,length]", "max_new_tokens=4", CPU)
     code, out, _ = luthier("evaluate", run, *words)
     assert code == 0
@@ -105,7 +106,7 @@ def test_tables_show_intervals_and_rows(luthier, run, tmp_path):
 
 
 def test_a_model_alone_has_no_difference(luthier, tiny, tmp_path):
-    rows = material.jsonl(tmp_path / "mine.jsonl", [{"text": "abc"}, {"text": "de f"}])
+    rows = jsonl(tmp_path / "mine.jsonl", [{"text": "abc"}, {"text": "de f"}])
     code, out, _ = luthier("evaluate", tiny, f"dataset.path={rows}", "--json", CPU)
     assert code == 0
     (found,) = json.loads(out)["sets"]
@@ -117,7 +118,7 @@ def test_rows_that_the_run_drew_from_its_training_rows_are_drawn_again(
     luthier, tiny, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    rows = material.jsonl(tmp_path / "rows.jsonl", ROWS)
+    rows = jsonl(tmp_path / "rows.jsonl", ROWS)
     dataset = {"path": str(rows), "eval": {"count": 3}}
     folder = material.run(tmp_path / "run", tiny, rows, dataset=dataset)
     code, out, _ = luthier("evaluate", folder, "--json", CPU)
@@ -137,15 +138,14 @@ def test_rows_are_won_and_lost_by_the_first_metric_that_tells_them_apart():
     rows = [Item(f"r{n}", [], Question([{"content": f"q{n}"}], None, "x")) for n in range(3)]
     base = outcome([[4, 2], [4, 2], [4, 2]], ["a", "b", "c"], [0.0, 1.0, 0.5])
     tuned = outcome([[2, 2], [6, 2], [4, 2]], ["A", "B", "C"], [1.0, 0.0, 0.5])
-    (metric,) = parse_metrics([{"length": {"name": "m", "greater_is_better": True}}])
-    found = compare.result(Items("s", rows), base, tuned, [metric], 0.95)
+    found = compare.result(Items("s", rows), base, tuned, {"m": True}, 0.95)
     assert found.judged_by == "m"
     assert found.wins == [{"where": "r0", "gain": 1.0, "prompt": "q0", "expected": "x",
                            "base": "a", "tuned": "A"}]  # fmt: skip
     assert [row["where"] for row in found.losses] == ["r1"]
     assert found.numbers["loss"]["base"]["value"] == 2.0
     assert found.numbers["m"]["difference"]["value"] == 0.0
-    found = compare.result(Items("s", rows), base, tuned, [], 0.95)
+    found = compare.result(Items("s", rows), base, tuned, {}, 0.95)
     assert found.judged_by == "loss"
     assert [(row["where"], row["gain"]) for row in found.wins] == [("r0", 1.0)]
 
@@ -168,7 +168,7 @@ def test_a_benchmark_of_the_harness_asks_base_and_tuned(luthier, run, tmp_path, 
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"question": f"q{n}", "choices": ["ab", "cd", "ef"], "answer": n % 3} for n in range(9)]
-    path = material.jsonl(tmp_path / "lute.jsonl", rows)
+    path = jsonl(tmp_path / "lute.jsonl", rows)
     (tmp_path / "lute.yaml").write_text(TASK.format(rows=path), encoding="utf-8")
     words = ("--benchmarks", "lute", "--tasks", tmp_path, "--json", CPU)
     code, out, _ = luthier("evaluate", run, *words)
@@ -215,7 +215,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("words", "says"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_said_in_words(luthier, run, tiny, tmp_path, words, says):
-    labels = material.jsonl(tmp_path / "labels.jsonl", [{"text": "a", "label": "x"}] * 2)
+    labels = jsonl(tmp_path / "labels.jsonl", [{"text": "a", "label": "x"}] * 2)
     code, _, err = luthier(
         "evaluate", *(word.format(run=run, tiny=tiny, labels=labels) for word in words)
     )

@@ -171,7 +171,7 @@ METHODS = {
     ),
 }
 
-_KINDS = {
+ROW_KINDS = {
     "conversation": "conversations",
     "text": "plain texts",
     "preference": "pairs of a chosen and a rejected reply",
@@ -193,7 +193,7 @@ def check_rows(name: str, kind: str, key: str, shape_key: str) -> None:
     others = [other for other, facts in METHODS.items() if kind in facts.rows]
     fitting = f"trainer={' or trainer='.join(others)} does. " if others else ""
     raise UserError(
-        f"{key}: its rows are {_KINDS[kind]}, and trainer.method={name} trains on "
-        f"{' and '.join(_KINDS[one] for one in wanted)}. {fitting}If they are something else, say "
-        f"so with {shape_key}.shape."
+        f"{key}: its rows are {ROW_KINDS[kind]}, and trainer.method={name} trains on "
+        f"{' and '.join(ROW_KINDS[one] for one in wanted)}. {fitting}If they are something else, "
+        f"say so with {shape_key}.shape."
     )

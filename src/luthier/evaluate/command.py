@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
     from luthier.evaluate.compare import Result
     from luthier.evaluate.items import Items
-    from luthier.evaluate.measure import Outcome
-    from luthier.infer.llm import LLM
+    from luthier.evaluate.sets import Set
+    from luthier.evaluate.subjects import Subject
     from luthier.infer.words import Words
     from luthier.metrics import Metric
 
@@ -62,11 +61,17 @@ def run(words: list[str]) -> int:
         from luthier.evaluate.harness import check_installed
 
         check_installed()
-    llm, other = _models(typed, given)
-    from luthier.infer.quiet import quiet
+    from luthier.evaluate.subjects import HEADS, subjects
 
-    quiet()
-    found = _evaluated(llm, other, typed, given, metrics)
+    texts = given.texts
+    alone = "--alone" in given.switches
+    model, other = subjects(typed, texts.get("--base"), texts.get("--against"), alone)
+    if model.artefact.task in HEADS:
+        _check_decider(typed, given, metrics)
+    from luthier.model.quiet import hush
+
+    hush()
+    found = _evaluated(model, other, typed, given, metrics)
     if out is not None:
         from luthier.record.files import write_json
 
@@ -100,71 +105,59 @@ def _writable(name: str | None) -> Path | None:
     return path
 
 
-def _models(typed: "Words", given: Given) -> "tuple[LLM, LLM | None]":
-    """The model, and what it is compared with: itself for an adapter's base, None for nothing."""
-    from luthier.infer.llm import LLM
-
-    llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
-    artefact = llm.artefact
-    if artefact.task == "SEQ_2_SEQ_LM":
+def _check_decider(typed: "Words", given: Given, metrics: "list[Metric] | None") -> None:
+    """UserError for words that only a model that writes can follow."""
+    said = [*typed.generation, *(["metrics"] if metrics is not None else [])]
+    said += [flag for flag in ("--benchmarks", "--batch") if flag in given.texts | given.numbers]
+    if said:
         raise UserError(
-            f"{artefact.word}: luthier evaluate measures models that write on, not encoder-decoder "
-            "models; the results of the run are in its run.json."
+            f"{said[0]} is for models that write. A classifier, a tagger or a reward model is "
+            "measured by what it decides of each row; docs/evaluate.md has the numbers."
         )
-    against = given.texts.get("--against")
-    if "--alone" in given.switches:
-        return llm, None
-    if against is not None:
-        return llm, LLM(against, **typed.llm())
-    if llm.has_adapter:
-        return llm, llm
-    if artefact.config is None:
-        return llm, None
-    base = LLM(artefact.config.model.path, **typed.llm())
-    # The base is asked in the words of the training: its own template may be another one.
-    tokenizer = {"tokenizer": artefact.base.tokenizer}
-    base.artefact = replace(
-        base.artefact, chat=artefact.chat, base=artefact.config.model.model_copy(update=tokenizer)
-    )
-    return llm, base
 
 
 def _evaluated(
-    llm: "LLM", other: "LLM | None", typed: "Words", given: Given, metrics: "list[Metric] | None"
+    model: "Subject",
+    other: "Subject | None",
+    typed: "Words",
+    given: Given,
+    metrics: "list[Metric] | None",
 ) -> dict[str, Any]:
     """Measure the one, then the other, and put the numbers together."""
     from rich.console import Console
 
+    from luthier.evaluate.subjects import Writer, check_alike
+
     console = Console(quiet="--json" in given.switches, highlight=False)
     settings = dict(typed.generation)
-    with llm:
-        config = llm.artefact.config
-        sets = [] if _only_benchmarks(typed, given) else _sets(llm, typed, given, metrics, config)
-        asked = _settings(llm, settings, given)
-        tuned = [_measure(llm, items, own, asked) for items, own in sets]
-        benchmarks = {"tuned": _benchmarks(llm, given)}
+    with model:
+        config = model.artefact.config
+        sets = [] if _only_benchmarks(typed, given) else _sets(model, typed, given, metrics, config)
+        asked = _settings(model, settings, given)
+        tuned = [model.measure(each, asked) for each in sets]
+        benchmarks = {"tuned": _benchmarks(model, given)}
         bases = []
-        if other is llm:
-            with llm.as_base():
-                bases = [_measure(llm, items, own, asked) for items, own in sets]
-                benchmarks["base"] = _benchmarks(llm, given)
-        vocabulary = llm.tokenizer.get_vocab()
-    if other is not None and other is not llm:
+        if isinstance(model, Writer) and other is model:
+            with model.as_base():
+                bases = [model.measure(each, asked) for each in sets]
+                benchmarks["base"] = _benchmarks(model, given)
+        alphabet = model.alphabet
+    if other is not None and other is not model:
         with other:
             # In its own words, should it have others: a run is asked as it was trained.
-            theirs = _sets(other, typed, given, metrics, llm.artefact.config) if sets else []
-            bases = [_measure(other, items, own, asked) for items, own in theirs]
+            theirs = _sets(other, typed, given, metrics, model.artefact.config) if sets else []
+            bases = [other.measure(each, asked) for each in theirs]
             benchmarks["base"] = _benchmarks(other, given)
-            _check_alike(other, sets, theirs, vocabulary)
+            check_alike(other, alphabet, sets, theirs)
     from luthier.evaluate.compare import result
     from luthier.evaluate.report import show
 
     results = []
-    for number, (items, own) in enumerate(sets):
+    for number, each in enumerate(sets):
         base = bases[number] if bases else None
-        results.append(result(items, base, tuned[number], own, LEVEL))
+        results.append(result(each.items, base, tuned[number], each.better, LEVEL))
         show(results[-1], console)
-    found = _plain(llm, other, results, asked)
+    found = _plain(model, other, results, asked)
     if given.texts.get("--benchmarks"):
         from luthier.evaluate.harness import compared, show_tasks
 
@@ -173,113 +166,74 @@ def _evaluated(
     return found
 
 
-def _check_alike(other: "LLM", sets: list[Any], theirs: list[Any], vocabulary: Any) -> None:
-    """Raise UserError where numbers of the two models cannot be put beside each other."""
-    if other.tokenizer.get_vocab() != vocabulary:
-        raise UserError(
-            f"{other.artefact.word} reads other tokens, so loss and perplexity say nothing beside "
-            "each other. Measure each with --alone."
-        )
-    for (mine, _), (its, _) in zip(sets, theirs, strict=True):
-        if [item.where for item in mine.rows] != [item.where for item in its.rows]:
-            raise UserError(
-                f"{mine.name}: {len(mine.rows):,} rows make tokens for the one model and "
-                f"{len(its.rows):,} for the other. Measure each with --alone."
-            )
-
-
 def _only_benchmarks(typed: "Words", given: Given) -> bool:
     return "--benchmarks" in given.texts and not typed.dataset
 
 
-def _measure(
-    llm: "LLM", items: "Items", metrics: "list[Metric]", settings: dict[str, Any]
-) -> "Outcome":
-    from luthier.evaluate.measure import measure
-
-    return measure(llm, items, metrics, settings)
-
-
-def _settings(llm: "LLM", given: dict[str, Any], flags: Given) -> dict[str, Any]:
+def _settings(model: "Subject", given: dict[str, Any], flags: Given) -> dict[str, Any]:
     """How replies are generated: as the run did, unless something else is said."""
-    config = llm.artefact.config
+    config = model.artefact.config
     if config is not None:
         given.setdefault("max_new_tokens", config.trainer.evaluation.max_new_tokens)
     return given | ({"batch_size": flags.numbers["--batch"]} if "--batch" in flags.numbers else {})
 
 
 def _sets(
-    llm: "LLM",
+    model: "Subject",
     typed: "Words",
     given: Given,
     metrics: "list[Metric] | None",
     config: "RunConfig | None",
-) -> "list[tuple[Items, list[Metric]]]":
-    """The rows to measure on, each set with its metrics; what these need is imported.
-
-    `config`: that of the run whose rows they are.
-    """
-    from luthier.metrics import prepare_metrics
-
+) -> "list[Set]":
+    """The rows to measure on, each set with its metrics; `config`: that of the run they are of."""
     found = []
-    for items in _items(llm, typed, given, config):
-        own = _metrics_of(config, items.name) if metrics is None else metrics
+    for items in _items(model, typed, given, config):
         if not items.rows:
-            raise UserError(f"{items.name}: there is no row to measure on.")
-        questions = [item.question for item in items.rows if item.question is not None]
-        if own and questions:
-            prepare_metrics(own, [question.expected for question in questions])
-        found.append((items, own if questions else []))
+            left = ", ".join(f"{count:,} {why}" for why, count in items.left_out.items())
+            raise UserError(
+                f"{items.name}: there is no row to measure on" + (f" ({left})." if left else ".")
+            )
+        found.append(model.set_of(items, metrics, config))
     return found
 
 
 def _items(
-    llm: "LLM", typed: "Words", given: Given, config: "RunConfig | None"
+    model: "Subject", typed: "Words", given: Given, config: "RunConfig | None"
 ) -> "Iterator[Items]":
-    from luthier.evaluate.items import Maker, of_dataset, of_run
+    from luthier.evaluate.items import of_dataset, of_run
     from luthier.infer.words import dataset_of
     from luthier.model.tokenizer import load_tokenizer
 
     limit = given.numbers.get("--limit")
-    chat = llm.encoder.settings() if llm.has_template else None
-    maker = Maker(llm.tokenizer, chat, config.dataset.stride if config else 0, llm.context)
     if typed.dataset:
-        return of_dataset(dataset_of(typed.dataset), maker, limit)
+        return of_dataset(dataset_of(typed.dataset), model.maker(config), limit)
     if config is None:
         raise UserError(
-            f"{llm.artefact.word} is no run, so no rows were held out. Name rows to measure on: "
+            f"{model.artefact.word} is no run, so no rows were held out. Name rows to measure on: "
             "dataset.path=FILE."
         )
-    return of_run(config, maker, limit, lambda: load_tokenizer(config.model))
+    return of_run(config, model.maker(config), limit, lambda: load_tokenizer(config.model))
 
 
-def _metrics_of(config: "RunConfig | None", name: str) -> "list[Metric]":
-    """The run's own metrics of an evaluation set; none for a model that is no run's."""
-    from luthier.metrics import parse_metrics
+def _benchmarks(model: "Subject", given: Given) -> dict[str, Any]:
+    from luthier.evaluate.deciding import Decider
 
-    if config is None:
-        return []
-    evaluation = config.trainer.evaluation
-    return parse_metrics(evaluation.sets.get(name, evaluation.metrics))
-
-
-def _benchmarks(llm: "LLM", given: Given) -> dict[str, Any]:
     tasks = given.texts.get("--benchmarks")
-    if tasks is None:
+    if tasks is None or isinstance(model, Decider):
         return {}
     from luthier.evaluate.harness import run_tasks
 
     limit, batch = given.numbers.get("--limit"), given.numbers.get("--batch")
-    return run_tasks(llm, tasks.split(","), given.texts.get("--tasks"), limit, batch)
+    return run_tasks(model, tasks.split(","), given.texts.get("--tasks"), limit, batch)
 
 
 def _plain(
-    llm: "LLM", other: "LLM | None", results: "list[Result]", settings: dict[str, Any]
+    model: "Subject", other: "Subject | None", results: "list[Result]", settings: dict[str, Any]
 ) -> dict[str, Any]:
     from luthier.record.facts import versions
 
     return {
-        "model": llm.artefact.word,
+        "model": model.artefact.word,
         "against": None if other is None else other.artefact.base.path,
         "level": LEVEL,
         "settings": settings,

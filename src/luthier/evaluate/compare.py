@@ -1,12 +1,11 @@
 """Numbers of one model with their intervals, or of two on the same rows; rows won and lost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from luthier.evaluate.items import Items
-from luthier.evaluate.measure import LOSS, PERPLEXITY, Outcome
-from luthier.metrics import Metric
+from luthier.evaluate.outcome import LOSS, Outcome
 from luthier.metrics.bootstrap import interval, paired
 
 EXAMPLES = 3
@@ -29,6 +28,8 @@ class Result:
     """The number by which rows are won or lost."""
     wins: list[dict[str, Any]]
     losses: list[dict[str, Any]]
+    worst: list[dict[str, Any]]
+    """Of one model alone: the rows that it does worst on."""
 
     def plain(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -36,9 +37,17 @@ class Result:
 
 
 def result(
-    items: Items, base: Outcome | None, tuned: Outcome, metrics: Sequence[Metric], level: float
+    items: Items,
+    base: Outcome | None,
+    tuned: Outcome,
+    better: Mapping[str, bool | None],
+    level: float,
 ) -> Result:
-    """Put the numbers of a set together; `level`: of confidence, such as 0.95."""
+    """Put the numbers of a set together.
+
+    `better`: for each metric whether higher is better, None where it is neither; rows are judged by
+    the first that tells the two apart. `level`: of confidence, such as 0.95.
+    """
     samples = tuned.samples()
     numbers: dict[str, dict[str, Any]] = {}
     if base is None:
@@ -53,12 +62,13 @@ def result(
                 "higher": found.higher, "lower": found.lower,
             }  # fmt: skip
     numbers |= _bare(base, tuned, set(numbers))
-    judged_by, rows = _judged(items, base, tuned, metrics) if base else (LOSS, [])
-    ranked = sorted(rows, key=lambda row: -row["gain"])
+    judged_by, rows = _judged(items, base, tuned, better) if base else _ranked(items, tuned, better)
+    ranked = sorted(rows, key=lambda row: -row["gain"]) if base else []
     return Result(
         items.name, len(items.rows), len(tuned.replies), items.left_out, numbers, judged_by,
         wins=[row for row in ranked[:EXAMPLES] if row["gain"] > 0],
         losses=[row for row in ranked[::-1][:EXAMPLES] if row["gain"] < 0],
+        worst=[] if base else rows[:EXAMPLES],
     )  # fmt: skip
 
 
@@ -77,46 +87,60 @@ def _bare(base: Outcome | None, tuned: Outcome, known: set[str]) -> dict[str, di
 
 
 def _judged(
-    items: Items, base: Outcome, tuned: Outcome, metrics: Sequence[Metric]
+    items: Items, base: Outcome, tuned: Outcome, better: Mapping[str, bool | None]
 ) -> tuple[str, list[dict[str, Any]]]:
     """How much better the tuned model is on each row.
 
     By the first metric that tells the two apart, or by the likelihood.
     """
-    for metric in metrics:
-        before, after = (one.scored.rows.get(metric.name) for one in (base, tuned))
-        if before is not None and after is not None and metric.greater_is_better is not None:
-            sign = 1 if metric.greater_is_better else -1
+    for name, is_higher in better.items():
+        before, after = (one.scored.rows.get(name) for one in (base, tuned))
+        if before is not None and after is not None and is_higher is not None:
+            sign = 1 if is_higher else -1
             gains = [sign * (new - old) for old, new in zip(before, after, strict=True)]
             if any(gains):
-                return metric.name, _asked_rows(items, base, tuned, gains)
-    per_token = [one.nats[:, 0] / one.nats[:, 1].clip(min=1) for one in (base, tuned)]
+                return name, _asked_rows(items, {"gain": gains}, base, tuned)
     rows = [
         {"where": item.where, "gain": float(old - new), "base": float(old), "tuned": float(new)}
-        for item, old, new in zip(items.rows, *per_token, strict=True)
+        for item, old, new in zip(items.rows, base.of_rows(), tuned.of_rows(), strict=True)
     ]
     return LOSS, rows
 
 
+def _ranked(
+    items: Items, tuned: Outcome, better: Mapping[str, bool | None]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The rows of one model, the worst first: by the first metric that tells rows apart, or by the
+    likelihood. Rows with the best score of all are left out."""
+    losses = tuned.of_rows().tolist()
+    for name, is_higher in better.items():
+        scores = tuned.scored.rows.get(name)
+        if scores is not None and is_higher is not None and len(set(scores)) > 1:
+            own = [loss for loss, one in zip(losses, items.rows, strict=True) if one.question]
+            rows = _asked_rows(items, {"score": scores, "loss": own}, None, tuned)
+            sign, best = (1, max(scores)) if is_higher else (-1, min(scores))
+            rows = [row for row in rows if row["score"] != best]
+            return name, sorted(rows, key=lambda row: (sign * row["score"], -row["loss"]))
+    rows = [
+        {"where": item.where, "loss": loss} for item, loss in zip(items.rows, losses, strict=True)
+    ]
+    return LOSS, sorted(rows, key=lambda row: -row["loss"])
+
+
 def _asked_rows(
-    items: Items, base: Outcome, tuned: Outcome, gains: list[float]
+    items: Items, numbers: Mapping[str, list[float]], base: Outcome | None, tuned: Outcome
 ) -> list[dict[str, Any]]:
-    asked = [item for item in items.rows if item.question is not None]
-    return [
-        {
-            "where": item.where, "gain": gain, "prompt": item.question.messages[-1]["content"],
-            "expected": item.question.expected, "base": old, "tuned": new,
+    """The rows with a question, each with its numbers and what was answered."""
+    found = []
+    asked = (item for item in items.rows if item.question is not None)
+    for place, (item, reply) in enumerate(zip(asked, tuned.replies, strict=True)):
+        assert item.question is not None
+        row = {"where": item.where, **{name: own[place] for name, own in numbers.items()}}
+        row |= {
+            "prompt": item.question.messages[-1]["content"],
+            "expected": item.question.expected,
         }
-        for item, gain, old, new in zip(asked, gains, base.replies, tuned.replies, strict=True)
-        if item.question is not None
-    ]  # fmt: skip
-
-
-def is_better_low(name: str, metrics: Sequence[Metric]) -> bool | None:
-    """Whether a number is better the lower it is; None for one that is neither good nor bad."""
-    if name in (LOSS, PERPLEXITY):
-        return True
-    for metric in metrics:
-        if name == metric.name or name.startswith(f"{metric.name}/"):
-            return None if metric.greater_is_better is None else not metric.greater_is_better
-    return None
+        if base is not None:
+            row["base"] = base.replies[place]
+        found.append(row | {"tuned": reply})
+    return found

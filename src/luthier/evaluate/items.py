@@ -1,29 +1,20 @@
 """The rows that a model is measured on: their tokens, and the questions in them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
-from luthier.chat import ChatEncoder, ChatError
-from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
-from luthier.data.encoders import ConversationEncoder, RowEncoder, TextEncoder
+from luthier.config.methods import ROW_KINDS
+from luthier.config.schema import DatasetConfig, RunConfig
 from luthier.data.examples import BadRows, Opened, Placed, open_rows
 from luthier.data.parts import eval_sources, key_of_path, set_name, train_sources
-from luthier.data.plain import PlainEncoder
-from luthier.data.prepare import Encoders, prepare
+from luthier.data.prepare import prepare
 from luthier.errors import UserError
-from luthier.infer.score import Question, questions
-from luthier.model.tokenizer import end_token_ids
+from luthier.infer.score import Question
 
 MAIN = "held out"
 """What the evaluation set without a name is called."""
-_SPOKEN = ("conversation", "preference", "unpaired")
-_OTHERS = {
-    "classification": "texts with a label",
-    "tagging": "words with tags",
-    "seq2seq": "sources with a target",
-}
 
 
 @dataclass(frozen=True)
@@ -32,9 +23,12 @@ class Item:
 
     where: str
     sequences: list[tuple[list[int], list[int]]]
-    """Token ids, and labels of the same length: -100 where nothing is measured."""
+    """Token ids, and labels of the same length: -100 where nothing is measured. For an
+    encoder-decoder model the ids of the source, and those of the target."""
     question: Question | None
     """What can be asked of it; None where it has no reply in words."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """For a model with a head: the columns of its token row."""
 
 
 @dataclass
@@ -46,81 +40,22 @@ class Items:
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows that make no tokens, by the reason."""
 
+    def leave_out(self, why: str) -> None:
+        """Count a row that makes no tokens."""
+        self.left_out[why] = self.left_out.get(why, 0) + 1
 
-class Maker:
+
+class Maker(Protocol):
     """Makes items as the training made rows, and leaves out what it would stop at."""
 
-    def __init__(
-        self, tokenizer: Any, chat: Mapping[str, Any] | None, stride: int, context: int | None
-    ) -> None:
-        """`chat`: the settings of the chat encoder; None for a model without a template.
-
-        `context`: the longest sequence that the model reads.
-        """
-        self._tokenizer, self._stride = tokenizer, stride
-        lenient = {"on_lost": "drop"} if chat and chat["on_lost"] == "error" else {}
-        lenient |= {"on_long": "drop"} if chat and chat["on_long"] == "error" else {}
-        longest = None if chat is None else chat["max_length"]
-        bounds: list[int] = [bound for bound in (context, longest) if bound is not None]
-        self._max_length = min(bounds, default=None)
-        self._chat = None if chat is None else {**chat, **lenient, "max_length": self._max_length}
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The kinds of rows that it takes."""
+        ...
 
     def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
-        """Add the items of rows of one source."""
-        kind = opened.shape.kind
-        if kind not in (*_SPOKEN, "text"):
-            raise UserError(
-                f"{opened.source.label}: its rows are {_OTHERS[kind]}, which luthier evaluate does "
-                "not measure; the results of a run on such rows are in its run.json."
-            )
-        if kind == "text":
-            self._add_texts(found, placed)
-        else:
-            self._add_chats(found, placed, opened.config)
-
-    def _add_texts(self, found: Items, placed: Iterable[Placed]) -> None:
-        encoder = PlainEncoder(self._tokenizer, self._max_length, self._stride)
-        for row in placed:
-            (windows,) = encoder.encode_batch([row.example["text"]])
-            sequences = [(list(one.input_ids), list(one.labels)) for one in windows]
-            _add(found, Item(row.where, sequences, None), "the text is empty")
-
-    def _add_chats(self, found: Items, placed: Iterable[Placed], source: SourceConfig) -> None:
-        if self._chat is None:
-            raise UserError(
-                "This model has no chat template, and these rows are chats. Put its template "
-                "beside the tokenizer, as chat_template.jinja."
-            )
-        own = {} if source.train_on is None else {"train_on": source.train_on}
-        encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | own)
-        for row in placed:
-            asked = questions([(row.example, row.columns)], 1)
-            try:
-                made = encoder.encode_batch([_spoken(row.example)])
-            except ChatError as error:
-                found.left_out[error.reason] = found.left_out.get(error.reason, 0) + 1
-                continue
-            sequences = [(one.input_ids, one.labels) for one in made.rows[0]]
-            why = made.reports[0].reason if made.reports else "nothing to measure"
-            _add(found, Item(row.where, sequences, asked[0] if asked else None), why)
-
-
-def _add(found: Items, item: Item, why: str) -> None:
-    if item.sequences:
-        found.rows.append(item)
-    else:
-        found.left_out[why] = found.left_out.get(why, 0) + 1
-
-
-def _spoken(example: Mapping[str, Any]) -> dict[str, Any]:
-    """A conversation; of judged replies, the prompt and the good one."""
-    tools = example.get("tools")
-    if "messages" in example:
-        return {"messages": example["messages"], "tools": tools}
-    if not example.get("label", True):
-        return {"messages": [], "tools": None}
-    reply = example.get("chosen") or example["completion"]
-    return {"messages": [*example["prompt"], *reply], "tools": tools}
+        """Add the items of rows of one source, which are of such a kind."""
+        ...
 
 
 def of_run(
@@ -134,7 +69,7 @@ def of_run(
     named = eval_sources(config.dataset)
     for key, source in named.items():
         found, opened = Items(set_name(key) or MAIN), open_rows(source, key_of_path(key))
-        maker.add(found, opened, _rows(opened, config.dataset, limit))
+        _add(maker, found, opened, _rows(opened, config.dataset, limit))
         yield found
     if config.dataset.eval.share is not None or config.dataset.eval.count is not None:
         yield _drawn(config, maker, limit, tokenizer())
@@ -151,37 +86,32 @@ def of_dataset(config: DatasetConfig, maker: Maker, limit: int | None) -> Iterat
     for name, source in sources.items():
         opened = open_rows(source, "dataset" if len(sources) == 1 else f"dataset.sources.{name}")
         found = Items(opened.source.label if len(sources) == 1 else name)
-        maker.add(found, opened, _rows(opened, config, limit))
+        _add(maker, found, opened, _rows(opened, config, limit))
         yield found
 
 
 def _drawn(config: RunConfig, maker: Maker, limit: int | None, tokenizer: Any) -> Items:
     """The rows that the run drew from its training rows to hold them out."""
+    from luthier.train.methods.encoding import encoders
+
     found = Items(MAIN)
-    sides = prepare(config.dataset, _encoders(config, tokenizer), tokenizer, config.seed).heldout
-    for opened, placed in sides[""].by_source():
+    prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
+    for opened, placed in prepared.heldout[""].by_source():
         left = None if limit is None else limit - len(found.rows)
-        maker.add(found, opened, placed[:left])
+        _add(maker, found, opened, placed[:left])
     return found
 
 
-def _encoders(config: RunConfig, tokenizer: Any) -> Encoders:
-    """The encoders of a supervised training, so that its cache is found."""
-    chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
-
-    def encoder(kind: str, source: SourceConfig, key: str) -> RowEncoder:
-        if kind == "text":
-            return TextEncoder(tokenizer, config.chat.max_length, config.dataset.stride)
-        if kind != "conversation":
-            raise UserError(
-                f"{key}: its rows are no chats and no texts, and which of them the run held out is "
-                "not drawn again here. Name rows to measure on: luthier evaluate RUN "
-                "dataset.path=FILE."
-            )
-        own = {} if source.train_on is None else {"train_on": source.train_on}
-        return ConversationEncoder(tokenizer, chat | own)
-
-    return encoder
+def _add(maker: Maker, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+    """Add rows of one source; UserError for a kind that is not measured of this model."""
+    kind = opened.shape.kind
+    if kind not in maker.kinds:
+        raise UserError(
+            f"{opened.source.label}: its rows are {ROW_KINDS[kind]}, and this model is measured on "
+            f"{', '.join(ROW_KINDS[one] for one in maker.kinds)}. If they are something else, say "
+            "so with dataset.shape."
+        )
+    maker.add(found, opened, placed)
 
 
 def _rows(opened: Opened, config: DatasetConfig, limit: int | None) -> list[Placed]:

@@ -7,10 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import IGNORED
+from luthier.evaluate.batching import by_length
 from luthier.evaluate.items import Item
-
-TOKENS = 2048
-"""Tokens that go through the model at once, padding and all; at least one sequence."""
 
 
 def likelihoods(
@@ -18,52 +16,63 @@ def likelihoods(
 ) -> NDArray[np.float64]:
     """Each row's negative log-likelihood (nats) and its measured tokens: shape (rows, 2).
 
-    A row's sequences are summed. The first token of a sequence has nothing to be predicted from.
-    `on_rows` is told of rows that are done.
+    A row's sequences are summed. The first token of a sequence has nothing to be predicted from,
+    but in an encoder-decoder model, where all tokens of a target count. `on_rows` is told of
+    sequences that are done.
     """
     import torch
 
     numbered = [(row, *one) for row, item in enumerate(items) for one in item.sequences]
-    order = sorted(numbered, key=lambda entry: -len(entry[1]))
+    losses = _of_targets if model.config.is_encoder_decoder else _of_sequences
     sums = np.zeros((len(items), 2))
     with torch.inference_mode():
-        for batch in _batches(order):
-            losses, counts = _losses(model, [entry[1:] for entry in batch])
-            for (row, *_), loss, count in zip(batch, losses, counts, strict=True):
-                sums[row] += loss, count
+        for batch in by_length([max(len(ids), len(labels)) for _, ids, labels in numbered]):
+            rows = [numbered[number] for number in batch]
+            found = losses(model, [ids for _, ids, _ in rows], [labels for *_, labels in rows])
+            for (row, *_), *sum_and_count in zip(rows, *found, strict=True):
+                sums[row] += sum_and_count
             on_rows(len(batch))
     return sums
 
 
-def _batches(order: list[Any]) -> list[list[Any]]:
-    """Sequences of falling length in batches of about as many tokens."""
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, TOKENS // len(order[start][1]))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
-
-
-def _losses(model: Any, rows: list[Any]) -> tuple[list[float], list[int]]:
+def _of_sequences(model: Any, ids: Any, labels: Any) -> tuple[list[float], list[int]]:
     """The summed loss of each sequence and how many tokens are in it."""
+    given = _padded(ids, model.device)
+    logits = model(**given, use_cache=False).logits
+    return _summed(logits[:, :-1], _filled(labels, IGNORED)[:, 1:])
+
+
+def _of_targets(model: Any, sources: Any, targets: Any) -> tuple[list[float], list[int]]:
+    """The same of targets behind their sources."""
+    labels = _filled(targets, IGNORED)
+    logits = model(**_padded(sources, model.device), labels=labels.to(model.device)).logits
+    return _summed(logits, labels)
+
+
+def _summed(logits: Any, labels: Any) -> tuple[list[float], list[int]]:
+    """The cross entropy at each place that is measured, summed over each row."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    width = len(rows[0][0])
-    ids = torch.zeros((len(rows), width), dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for number, (tokens, wanted) in enumerate(rows):
-        ids[number, : len(tokens)] = torch.tensor(tokens)
-        labels[number, : len(tokens)] = torch.tensor(wanted)
-        mask[number, : len(tokens)] = 1
-    device = model.device
-    ids, mask, labels = ids.to(device), mask.to(device), labels.to(device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    targets = labels[:, 1:].to(logits.device)
+    targets = labels.to(logits.device)
     measured = targets != IGNORED
     # Only what is measured becomes float32: over a large vocabulary the rest would not fit.
-    each = cross_entropy(logits[:, :-1][measured].float(), targets[measured], reduction="none")
+    each = cross_entropy(logits[measured].float(), targets[measured], reduction="none")
     spread = torch.zeros(targets.shape, dtype=torch.float64, device=each.device)
     spread[measured] = each.double()
     return spread.sum(dim=1).tolist(), measured.sum(dim=1).tolist()
+
+
+def _padded(rows: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:
+    """Ids side by side, and where they are."""
+    mask = _filled([[1] * len(row) for row in rows], 0)
+    return {"input_ids": _filled(rows, 0).to(device), "attention_mask": mask.to(device)}
+
+
+def _filled(rows: Sequence[Sequence[int]], blank: int) -> Any:
+    import torch
+
+    table = torch.full((len(rows), max(map(len, rows))), blank, dtype=torch.long)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return table

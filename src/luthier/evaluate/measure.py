@@ -1,43 +1,13 @@
-"""One model measured on one set: perplexity, and the metrics of its replies."""
+"""One model that writes, measured on one set: perplexity, and the metrics of its replies."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from luthier.evaluate.items import Items
 from luthier.evaluate.likelihood import likelihoods
+from luthier.evaluate.outcome import Outcome
 from luthier.infer.llm import LLM
 from luthier.metrics import Measured, Metric, Reply, score_replies
-from luthier.metrics.bootstrap import Statistics
-
-LOSS, PERPLEXITY = "loss", "perplexity"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a model makes of a set."""
-
-    nats: NDArray[np.float64]
-    """(rows, 2): negative log-likelihood and measured tokens of each row."""
-    replies: list[str]
-    """Its answers to the rows that ask something, in order."""
-    scored: Measured
-    """The metrics of these."""
-
-    def samples(self) -> dict[str, "Sequence[float] | Statistics"]:
-        """What is resampled for each number, by name; those that have nothing for each row not."""
-        found: dict[str, Sequence[float] | Statistics] = {
-            LOSS: Statistics(self.nats, _mean_loss),
-            PERPLEXITY: Statistics(self.nats, lambda sums: np.exp(_mean_loss(sums))),
-        }
-        for name in self.scored.values:
-            sample = self.scored.sample(name)
-            if sample is not None:
-                found[name] = sample
-        return found
 
 
 def measure(llm: LLM, items: Items, metrics: Sequence[Metric], given: dict[str, Any]) -> Outcome:
@@ -50,10 +20,10 @@ def measure(llm: LLM, items: Items, metrics: Sequence[Metric], given: dict[str, 
 
     total = sum(len(item.sequences) for item in items.rows)
     with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
-        nats = likelihoods(llm.model, items.rows, bar.update)
+        losses = likelihoods(llm.model, items.rows, bar.update)
     asked = [item for item in items.rows if item.question is not None] if metrics else []
     if not asked:
-        return Outcome(nats, [], Measured({}))
+        return Outcome(losses, [], Measured({}))
     questions = [item.question for item in asked if item.question is not None]
     prompts = [{"messages": each.messages, "tools": each.tools} for each in questions]
     with tqdm(total=len(asked), desc="replies", leave=False, disable=None) as bar:
@@ -65,10 +35,4 @@ def measure(llm: LLM, items: Items, metrics: Sequence[Metric], given: dict[str, 
         Reply(text, question.expected, question.row)
         for text, question in zip(texts, questions, strict=True)
     ]
-    return Outcome(nats, texts, score_replies(metrics, replies))
-
-
-def _mean_loss(sums: NDArray[Any]) -> NDArray[Any]:
-    """Nats per token; a draw without a token has none."""
-    mean: NDArray[Any] = sums[:, 0] / np.maximum(sums[:, 1], 1)
-    return mean
+    return Outcome(losses, texts, score_replies(metrics, replies))

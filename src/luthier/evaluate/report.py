@@ -1,5 +1,6 @@
 """What an evaluation found, as tables for people."""
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -19,7 +20,8 @@ def show(result: Result, console: Console) -> None:
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
     console.print(numbers(result.numbers))
-    for name, rows in (("won", result.wins), ("lost", result.losses)):
+    shown = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
+    for name, rows in shown:
         if rows:
             console.print(Text(f"\n{name}, by {result.judged_by}", style="bold"))
             console.print(_examples(rows))
@@ -51,12 +53,24 @@ def cell(number: dict[str, Any] | None) -> str:
 
 def _examples(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, pad_edge=False)
-    names = [name for name in ("where", "prompt", "base", "tuned", "expected") if name in rows[0]]
+    last = "expected" if "expected" in rows[0] else "loss"
+    names = [name for name in ("where", "prompt", "base", "tuned", last) if name in rows[0]]
     for name in names:
         table.add_column(name, overflow="fold", ratio=1)
     for row in rows:
-        table.add_row(*(Text(_short(row[name])) for name in names))
+        texts = (_place(row[name]) if name == "where" else _short(row[name]) for name in names)
+        table.add_row(*map(Text, texts))
     return table
+
+
+def _place(where: str) -> str:
+    """A row's file and line; the file from here on, or by its name alone where it is elsewhere."""
+    file, colon, line = where.rpartition(":")
+    path = Path(file)
+    if not path.is_absolute():
+        return where
+    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
+    return f"{here}{colon}{line}"
 
 
 def _short(value: Any, limit: int = 160) -> str:

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from luthier.chat import ChatEncoder
 from luthier.config.schema import ModelConfig
@@ -50,23 +50,42 @@ class Loaded:
             yield
 
 
+class Opening(NamedTuple):
+    """An artefact with all but its weights."""
+
+    artefact: Artefact
+    """With the config that it is loaded by."""
+    machine: Machine
+    tokenizer: Any
+
+    def model(self, packing: Mapping[str, Any] | None, own: Mapping[str, Any]) -> Any:
+        """Load the weights; `own` goes to `from_pretrained`. UserError where they cannot be had."""
+        model = load_tuned(self.artefact, self.machine, self.tokenizer, packing, **own)
+        check_fits(self.tokenizer, model)
+        return model
+
+
+def opening(artefact: Artefact, given: Mapping[str, Any]) -> Opening:
+    """Choose the machine and load the tokenizer; `given` replaces fields of the artefact's model.
+
+    Raises UserError where they cannot be had.
+    """
+    config = ModelConfig.model_validate(artefact.base.model_dump() | dict(given))
+    found = replace(artefact, base=config)
+    return Opening(found, choose(config), load_tokenizer(config))
+
+
 def load(
     artefact: Artefact,
     given: Mapping[str, Any],
     packing: Mapping[str, Any] | None,
     own: Mapping[str, Any],
 ) -> Loaded:
-    """Load an artefact; `given` replaces fields of its `model`, `own` goes to `from_pretrained`.
-
-    Raises UserError where it cannot be had.
-    """
-    config = ModelConfig.model_validate(artefact.base.model_dump() | dict(given))
-    artefact = replace(artefact, base=config)
-    machine = choose(config)
-    tokenizer = load_tokenizer(config)
+    """Load a model that writes, and what makes its prompts; UserError where it cannot be had."""
+    found = opening(artefact, given)
+    artefact, machine, tokenizer = found
     prompter = _prompter(artefact, tokenizer)
-    model = load_tuned(artefact, machine, tokenizer, packing, **own)
-    check_fits(tokenizer, model)
+    model = found.model(packing, own)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     is_encoded = bool(model.config.is_encoder_decoder)

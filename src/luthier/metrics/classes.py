@@ -57,3 +57,12 @@ def numbers(predicted: Array, right: Array) -> Scores:
         "rmse": float(np.sqrt((error**2).mean())),
         "pearson": float((sides[0] * sides[1]).sum() / spread) if spread else 0.0,
     }
+
+
+def pearson(sums: Array) -> Array:
+    """The correlation from sums of 1, x, y, x², y² and xy: shape (draws, 6) to (draws,)."""
+    count, x, y, xx, yy, xy = sums.T
+    spread = (xx - x * x / count) * (yy - y * y / count)
+    # Of equal numbers rounding leaves a little.
+    varies = spread > 1e-12 * np.maximum(xx * yy, 1e-300)
+    return np.where(varies, (xy - x * y / count) / np.sqrt(np.where(varies, spread, 1)), 0.0)

@@ -47,6 +47,12 @@ def _begins(before: str, tag: str) -> bool:
     return tag[0] in "BS" or before == OUTSIDE or before[0] in "ES" or before[2:] != tag[2:]
 
 
+def entity_counts(predicted: Sequence[str], right: Sequence[str]) -> tuple[int, int, int]:
+    """Of one sentence: right entities, those predicted, and those there are."""
+    said, wanted = set(entities(predicted)), set(entities(right))
+    return len(said & wanted), len(said), len(wanted)
+
+
 def entity_scores(
     predicted: Iterable[Sequence[str]], right: Iterable[Sequence[str]]
 ) -> dict[str, float]:
@@ -56,10 +62,8 @@ def entity_scores(
     """
     hits = found = there = 0
     for one, other in zip(predicted, right, strict=True):
-        said, wanted = set(entities(one)), set(entities(other))
-        hits += len(said & wanted)
-        found += len(said)
-        there += len(wanted)
+        own = entity_counts(one, other)
+        hits, found, there = hits + own[0], found + own[1], there + own[2]
     return {
         "entity_precision": hits / max(found, 1),
         "entity_recall": hits / max(there, 1),

@@ -87,6 +87,22 @@ def target(labels: Labels, label: Any) -> np.ndarray:
     return np.array(known[str(label)], np.int64)
 
 
+def class_losses(labels: Labels, logits: Any, wanted: Any, smoothing: float = 0.0) -> Losses:
+    """The loss of each text, and the class, classes or number that the model says.
+
+    `logits`: shape (rows, classes), or (rows, 1) for numbers; `wanted`: as `target` gives it.
+    """
+    logits = logits.float()
+    if labels.problem == REGRESSION:
+        said = logits.squeeze(-1)
+        return Losses(mse_loss(said, wanted, reduction="none"), said)
+    if labels.problem == "multi_label_classification":
+        loss = binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+        return Losses(loss, logits > 0)
+    loss = cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
+    return Losses(loss, logits.argmax(dim=-1))
+
+
 class ClassTrainer(Labelled, Trainer):
     """Trains and scores texts with labels; the labels are those of the model's config."""
 
@@ -103,7 +119,7 @@ class ClassTrainer(Labelled, Trainer):
         layout = ClassLayout(
             pad_token_id=kwargs["processing_class"].pad_token_id,
             width=batching.length if batching.constant else None,
-            names=columns_for(model, rows),
+            names=columns_for(model, rows.table.row(0)),
             labels=self.labels,
         )
         super().__init__(model, args=args, data_collator=layout, **kwargs)
@@ -111,16 +127,8 @@ class ClassTrainer(Labelled, Trainer):
     def losses(self, model: Any, inputs: dict[str, Any]) -> Losses:
         """The loss of each text, and the class, classes or number that the model says."""
         wanted = inputs.pop("labels")
-        logits = model(**inputs).logits.float()
-        if self.labels.problem == REGRESSION:
-            said = logits.squeeze(-1)
-            return Losses(mse_loss(said, wanted, reduction="none"), said)
-        if self.labels.problem == "multi_label_classification":
-            loss = binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
-            return Losses(loss, logits > 0)
         smoothing = self._smoothing if self.model.training else 0.0
-        loss = cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
-        return Losses(loss, logits.argmax(dim=-1))
+        return class_losses(self.labels, model(**inputs).logits, wanted, smoothing)
 
     def scores(self, rows: Any, found: Sequence[Found]) -> dict[str, float]:
         """Metrics over all texts."""

@@ -215,12 +215,10 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def columns_for(model: Any, rows: TokenRows) -> tuple[str, ...]:
-    """Which columns of token rows a model takes: segment ids only where its forward knows them."""
+def columns_for(model: Any, row: Row) -> tuple[str, ...]:
+    """Which columns of a token row a model takes: segment ids only where its forward knows them."""
     known = signature(base_of(model).forward).parameters
-    return tuple(
-        n for n in ("input_ids", "token_type_ids") if n in rows.table.row(0) and n in known
-    )
+    return tuple(n for n in ("input_ids", "token_type_ids") if n in row and n in known)
 
 
 def over_tables(kind: Callable[..., Made], given: Ingredients) -> Made:

@@ -70,6 +70,31 @@ class TagLayout(Layout):
         return ragged(labels, width, IGNORED), np.array([row["trained"] for row in rows])
 
 
+def tag_losses(logits: Any, wanted: Any, smoothing: float = 0.0) -> Losses:
+    """The loss of each row, summed over its words, and the tag that each token says.
+
+    `logits`: shape (rows, width, tags); `wanted`: tag numbers or IGNORED, shape (rows, width).
+    """
+    logits = logits.float()
+    loss = cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=smoothing
+    )
+    return Losses(loss.view(wanted.shape).sum(dim=1), logits.argmax(dim=-1))
+
+
+def said_tags(labels: Labels, row: Row, predicted: Sequence[int]) -> list[str]:
+    """The tag that the model says for each word of a row; `predicted`: those of its tokens.
+
+    A word without a token, or one that was cut off, counts as outside of all entities, and as
+    wrong where there are none.
+    """
+    blank = OUTSIDE if are_entity_tags(labels.names) else ""
+    said = [blank] * len(json.loads(row["tags"]))
+    for place in np.flatnonzero(row["words"] >= 0):
+        said[row["words"][place]] = labels.names[predicted[place]]
+    return said
+
+
 class TagTrainer(Labelled, Trainer):
     """Trains and scores words with tags; the tags are those of the model's config."""
 
@@ -89,29 +114,16 @@ class TagTrainer(Labelled, Trainer):
     def losses(self, model: Any, inputs: dict[str, Any]) -> Losses:
         """The loss of each row, summed over its words, and the tag that each token says."""
         wanted = inputs.pop("labels")
-        logits = model(**inputs).logits.float()
         smoothing = self._smoothing if self.model.training else 0.0
-        loss = cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=smoothing
-        )
-        return Losses(loss.view(wanted.shape).sum(dim=1), logits.argmax(dim=-1))
+        return tag_losses(model(**inputs).logits, wanted, smoothing)
 
     def scores(self, rows: Any, found: Sequence[Found]) -> dict[str, float]:
-        """Accuracy over all words, and the scores of entities where tags are of such.
-
-        A word without a token, or one that was cut off, counts as outside of all entities, and as
-        wrong where there are none.
-        """
-        known = self.labels.names
+        """Accuracy over all words, and the scores of entities where tags are of such."""
         wanted, said = [], []
         for one in found:
             row = rows.row(one.number)
-            tags = list(map(str, json.loads(row["tags"])))
-            own = [OUTSIDE if self._are_entities else ""] * len(tags)
-            for place in np.flatnonzero(row["words"] >= 0):
-                own[row["words"][place]] = known[one.predicted[place]]
-            wanted.append(tags)
-            said.append(own)
+            wanted.append(list(map(str, json.loads(row["tags"]))))
+            said.append(said_tags(self.labels, row, one.predicted))
         pairs = [pair for row in zip(said, wanted, strict=True) for pair in zip(*row, strict=True)]
         accuracy = sum(one == other for one, other in pairs) / len(pairs)
         entities = entity_scores(said, wanted) if self._are_entities else {}

@@ -1,0 +1,228 @@
+"""What classifiers, taggers and reward models decide, and how well: rows in, numbers out."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from luthier.data.batches import judged
+from luthier.errors import UserError
+from luthier.evaluate.items import Item
+from luthier.infer.score import Question
+from luthier.metrics import Measured, samples
+from luthier.metrics.entities import are_entity_tags
+from luthier.train.methods.classify import ClassLayout, class_losses, target
+from luthier.train.methods.labels import REGRESSION, Labels
+from luthier.train.methods.tabled import Losses, Numbered, columns_for
+from luthier.train.methods.tag import TagLayout, said_tags, tag_losses
+
+Values = Mapping[str, Any]
+_SHOWN = 5
+
+
+class Head(ABC):
+    """What a model with a head decides of a row."""
+
+    kind: ClassVar[str]
+    """The kind of rows that it decides."""
+
+    names: Sequence[str] = ()
+    """The labels that it knows."""
+
+    @property
+    @abstractmethod
+    def better(self) -> dict[str, bool | None]:
+        """For each number whether higher is better; rows are won and lost by the first."""
+
+    @abstractmethod
+    def read(self, where: str, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The example with its labels as the model knows them; UserError for others."""
+
+    @abstractmethod
+    def question(self, example: Mapping[str, Any]) -> Question:
+        """The row as people read it."""
+
+    @abstractmethod
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+        """The loss of each row, summed over its answers, and what the model says of it."""
+
+    def answers(self, row: Values) -> int:
+        """How many answers a row has."""
+        return int(row["trained"])
+
+    def length(self, row: Values) -> int:
+        """The tokens that the model reads of a row."""
+        return len(row["input_ids"])
+
+    @abstractmethod
+    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+        """The numbers over all rows, and what was said of each in words."""
+
+
+class Classes(Head):
+    """Classes of texts, or numbers."""
+
+    kind = "classification"
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels, self.names = labels, labels.names
+
+    @property
+    def better(self) -> dict[str, bool | None]:
+        """Numbers by their errors, classes by their hits."""
+        if self.labels.problem == REGRESSION:
+            return {"mae": False, "rmse": False, "pearson": True}
+        return {"accuracy": True, "macro_f1": True, "micro_f1": True}
+
+    def read(self, where: str, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The example with the names of its classes, or its number."""
+        label = example["label"]
+        if self.labels.problem == REGRESSION:
+            if isinstance(label, bool) or not isinstance(label, int | float):
+                raise UserError(
+                    f"{where}: the label {label!r} is no number, and this model says one."
+                )
+            return {**example}
+        is_list = isinstance(label, list)
+        if is_list != (self.labels.problem == "multi_label_classification"):
+            wanted = "one class" if is_list else "lists of classes"
+            raise UserError(f"{where}: the label is {label!r}, and this model says {wanted}.")
+        named = [_named(self.labels, one, where) for one in (label if is_list else [label])]
+        return {**example, "label": named if is_list else named[0]}
+
+    def question(self, example: Mapping[str, Any]) -> Question:
+        """The text, or both, and the label."""
+        texts = [example[name] for name in ("text", "text_pair") if name in example]
+        label = example["label"]
+        expected = self._words(label if isinstance(label, list) else [label])
+        return _question("\n".join(texts), expected)
+
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+        """As in training."""
+        names = columns_for(model, rows[0])
+        layout = ClassLayout(pad_token_id=pad_token_id, names=names, labels=self.labels)
+        batch = _on(model, layout([Numbered(0, row) for row in rows]))
+        logits = model(**{name: batch[name] for name in (*names, "attention_mask")}).logits
+        return class_losses(self.labels, logits, batch["labels"])
+
+    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+        """Accuracy and F1, or errors."""
+        labels = [json.loads(item.values["label"]) for item in items]
+        wanted = np.stack([target(self.labels, label) for label in labels])
+        predicted = np.array(said)
+        names = np.array(self.labels.names, object)
+        if self.labels.problem == REGRESSION:
+            return samples.numbers(predicted, wanted), [self._words([one]) for one in said]
+        if self.labels.problem == "multi_label_classification":
+            texts = [self._words(names[flags].tolist()) for flags in predicted]
+            return samples.multi_label(predicted, wanted > 0), texts
+        texts = names[predicted].tolist()
+        return samples.single_label(predicted, wanted, len(names)), texts
+
+    def _words(self, labels: Sequence[Any]) -> str:
+        shown = (f"{one:.4g}" if isinstance(one, float) else str(one) for one in labels)
+        return ", ".join(shown) or "(none)"
+
+
+class Tags(Head):
+    """Tags of words."""
+
+    kind = "tagging"
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels, self.names = labels, labels.names
+        self._are_entities = are_entity_tags(labels.names)
+
+    @property
+    def better(self) -> dict[str, bool | None]:
+        """Higher is better."""
+        names = ("entity_precision", "entity_recall", "entity_f1") if self._are_entities else ()
+        return dict.fromkeys(("accuracy", *names), True)
+
+    def read(self, where: str, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The example with the names of its tags."""
+        return {**example, "tags": [_named(self.labels, tag, where) for tag in example["tags"]]}
+
+    def question(self, example: Mapping[str, Any]) -> Question:
+        """The words, and their tags."""
+        return _question(" ".join(example["tokens"]), " ".join(example["tags"]))
+
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+        """As in training."""
+        layout = TagLayout(pad_token_id=pad_token_id, labels=self.labels)
+        batch = _on(model, layout([Numbered(0, row) for row in rows]))
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+        return tag_losses(logits, batch["labels"])
+
+    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+        """Accuracy over words, and the scores of entities."""
+        predicted = [
+            said_tags(self.labels, item.values, one) for item, one in zip(items, said, strict=True)
+        ]
+        wanted = [json.loads(item.values["tags"]) for item in items]
+        return samples.tags(predicted, wanted, self._are_entities), [*map(" ".join, predicted)]
+
+
+class Rewards(Head):
+    """Numbers for conversations: which of two is the better one."""
+
+    kind = "preference"
+
+    @property
+    def better(self) -> dict[str, bool | None]:
+        """The share of pairs in the right order, and by how much."""
+        return {"accuracy": True, "margin": True}
+
+    def read(self, where: str, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The example: there are no labels."""
+        return {**example}
+
+    def question(self, example: Mapping[str, Any]) -> Question:
+        """The last thing that was said before the two replies."""
+        prompt = example.get("prompt") or [{"content": ""}]
+        return _question(str(prompt[-1]["content"]), "chosen above rejected")
+
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+        """As in training: the loss of Bradley and Terry, and both rewards."""
+        import torch
+        from torch.nn.functional import logsigmoid
+
+        layout = judged.WholeLayout(pad_token_id)
+        batch = _on(model, layout([judged.Item(0, row, row, real=True) for row in rows]))
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        rewards = model(**given, use_cache=False).logits.squeeze(-1).float()
+        chosen, rejected = rewards.chunk(2)
+        return Losses(-logsigmoid(chosen - rejected), torch.stack([chosen, rejected], dim=1))
+
+    def length(self, row: Values) -> int:
+        """Both conversations, as long as the longer one."""
+        return 2 * max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+        """Accuracy and margin."""
+        rewards = np.array(said, float)
+        texts = [f"{one:+.3g} chosen, {other:+.3g} rejected" for one, other in rewards]
+        return samples.pairs(rewards[:, 0], rewards[:, 1]), texts
+
+
+def _named(labels: Labels, label: Any, where: str) -> str:
+    """A class by its name; a whole number that is no name is the number of one."""
+    if str(label) in labels.numbers:
+        return str(label)
+    if isinstance(label, int) and 0 <= label < len(labels.names):
+        return labels.names[label]
+    more = ", ..." if len(labels.names) > _SHOWN else ""
+    raise UserError(
+        f"{where}: the label {label!r} is none of this model's: "
+        f"{', '.join(labels.names[:_SHOWN])}{more}. Leave such rows out with dataset.filter."
+    )
+
+
+def _question(text: str, expected: str) -> Question:
+    return Question([{"role": "user", "content": text}], None, expected)
+
+
+def _on(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,0 +1,119 @@
+"""The models that are measured, and what they are compared with."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Union
+
+from luthier.config.schema import RunConfig
+from luthier.errors import UserError
+from luthier.evaluate.items import Items, Maker
+from luthier.evaluate.measure import measure
+from luthier.evaluate.outcome import Outcome
+from luthier.evaluate.sets import Set, metrics_of, of_replies
+from luthier.evaluate.written import SpokenMaker, TargetMaker
+from luthier.infer.llm import LLM
+from luthier.metrics import Metric
+from luthier.model.artefact import find
+
+if TYPE_CHECKING:
+    from luthier.evaluate.deciding import Decider
+    from luthier.infer.words import Words
+
+HEADS = ("SEQ_CLS", "TOKEN_CLS")
+"""What models do that decide, as peft calls it."""
+
+
+class Writer(LLM):
+    """A model that writes."""
+
+    def maker(self, config: RunConfig | None) -> Maker:
+        """What makes the rows of a run, or of a dataset, for it; `config`: that of the run."""
+        if self.artefact.task == "SEQ_2_SEQ_LM":
+            if config is None:
+                return TargetMaker(self.tokenizer, None, "drop")
+            return TargetMaker(self.tokenizer, config.chat.max_length, config.chat.on_long)
+        settings = self.encoder.settings() if self.has_template else None
+        stride = 0 if config is None else config.dataset.stride
+        return SpokenMaker(self.tokenizer, settings, stride, self.context)
+
+    def set_of(self, items: Items, metrics: list[Metric] | None, config: RunConfig | None) -> Set:
+        """The rows with these metrics, or with the run's own."""
+        own = metrics_of(config, items.name) if metrics is None else metrics
+        return of_replies(items, own)
+
+    def measure(self, each: Set, settings: dict[str, Any]) -> Outcome:
+        """Its losses and replies, as it answers now."""
+        return measure(self, each.items, each.metrics, settings)
+
+    @property
+    def alphabet(self) -> Any:
+        """What another model must share for its loss to be of the same: tokens."""
+        return self.tokenizer.get_vocab()
+
+
+Subject = Union[Writer, "Decider"]
+
+
+def subjects(
+    typed: "Words", base: str | None, against: str | None, alone: bool
+) -> tuple[Subject, Subject | None]:
+    """The model that is typed, and what it is compared with, neither loaded yet.
+
+    That is `against`, else what the model began with: itself where that is an adapter's base, None
+    where there is nothing. Raises UserError for words that name no models, and for two of which one
+    does something else.
+    """
+    model = _subject(typed.places[0], typed, base)
+    if alone:
+        return model, None
+    if against is not None:
+        return model, _alike(model, _subject(against, typed, None))
+    artefact = model.artefact
+    if artefact.task in HEADS:
+        return model, None  # a base's head for these labels is a random one
+    if artefact.adapter is not None:
+        return model, model
+    if artefact.config is None:
+        return model, None
+    other = _subject(artefact.config.model.path, typed, None)
+    # The base is asked in the words of the training: its own template may be another one.
+    own = artefact.config.model.model_copy(update={"tokenizer": artefact.base.tokenizer})
+    other.artefact = replace(other.artefact, chat=artefact.chat, base=own, config=artefact.config)
+    return model, other
+
+
+def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) -> None:
+    """Raise UserError where the numbers of two models cannot be put beside each other.
+
+    `theirs` is the alphabet of the other one, whose rows are `its`.
+    """
+    if model.alphabet != theirs:
+        own = "reads other tokens" if isinstance(model, Writer) else "knows other labels"
+        raise UserError(
+            f"{model.artefact.word} {own}, so the losses of the two say nothing beside each other. "
+            "Measure each with --alone."
+        )
+    for one, other in zip(mine, its, strict=True):
+        rows, others = one.items.rows, other.items.rows
+        if [item.where for item in rows] != [item.where for item in others]:
+            raise UserError(
+                f"{one.items.name}: {len(rows):,} rows make tokens for the one model and "
+                f"{len(others):,} for the other. Measure each with --alone."
+            )
+
+
+def _subject(word: str, typed: "Words", base: str | None) -> Subject:
+    if find(word, base).task not in HEADS:
+        return Writer(word, base=base, **typed.llm())
+    from luthier.evaluate.deciding import Decider
+
+    return Decider(word, base=base, **typed.llm())
+
+
+def _alike(model: Subject, other: Subject) -> Subject:
+    """The other one; UserError where the two do different things."""
+    if other.artefact.task != model.artefact.task:
+        raise UserError(
+            f"--against {other.artefact.word}: this model does something else than "
+            f"{model.artefact.word}, so no number of the two can be compared."
+        )
+    return other
