@@ -2,7 +2,8 @@
 
 import sys
 
-from luthier.config import Loaded, main
+from luthier.app import main
+from luthier.config import Loaded
 
 
 def task(loaded: Loaded) -> int | None:

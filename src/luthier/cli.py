@@ -152,8 +152,8 @@ def unknown(word: str) -> str:
 
 def train(words: list[str]) -> int:
     """What train.py does."""
-    from luthier import config
+    from luthier.app import main
     from luthier.train.run import run
 
     sys.argv = ["luthier train", *words]
-    return config.main(run)
+    return main(run)

@@ -54,6 +54,7 @@ def test_one_classifier_against_another(luthier, finished):
     rows = one.parent / "held.jsonl"
     code, out, err = luthier("evaluate", one, "--against", other, f"dataset.path={rows}", "--json")
     assert code == 0, err
+    assert json.loads(out)["against"] == str(other)
     (found,) = json.loads(out)["sets"]
     assert {"base", "tuned", "difference", "higher", "lower"} <= set(found["numbers"]["accuracy"])
 

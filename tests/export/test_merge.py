@@ -12,6 +12,7 @@ from adapters_material import INT8, NF4, load
 from export_material import ids_of, make_base, make_run, read
 from safetensors.torch import load_file
 
+from luthier.disk.seal import MANIFEST, seal
 from luthier.export.tensors import Checkpoint, Entry, head_of, write
 from tiny_material import CHATML
 
@@ -272,9 +273,11 @@ def test_a_merged_model_is_packed_by_gptqmodel(form, tmp_path, luthier):
     assert (got - wanted).abs().mean() < 0.2 * wanted.std()
 
 
-def test_a_whole_model_is_packed_for_serving(base, tmp_path, luthier):
-    out = tmp_path / "packed"
+def test_a_whole_model_is_packed_for_serving(tmp_path, luthier):
+    base, out = make_base(tmp_path / "base"), tmp_path / "packed"
+    seal(base, {})  # as the folder is that a GGUF file was converted into
     assert luthier("merge", base, "--quantize", "nf4", "--out", out)[0] == 0
+    assert not (out / MANIFEST).exists()
     assert read(out / "config.json")["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     sizes = [sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (base, out)]
     assert sizes[1] < 0.6 * sizes[0]

@@ -88,15 +88,15 @@ def test_base_and_tuned_side_by_side_each_with_its_own_past(talk, llm):
 def test_ctrl_c_stops_the_reply_and_not_the_chat(talk, monkeypatch):
     made, take = talk()
     chat = made._chats[0]
-    pieces = chat._pieces
+    answer = chat._answer
 
-    def interrupted(given):
-        for number, piece in enumerate(pieces(given)):
+    def interrupted(prompt, **given):
+        for number, piece in enumerate(answer(prompt, **given)):
             if number == 2:
                 raise KeyboardInterrupt
             yield piece
 
-    monkeypatch.setattr(chat, "_pieces", interrupted)
+    monkeypatch.setattr(chat, "_answer", interrupted)
     assert "stopped" in take("abc")
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.config import main
+from luthier.app import main
 from luthier.train.run import run
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from luthier.config import main
+from luthier.app import main
 from luthier.train.run import run
 from tiny_material import byte_tokenizer
 

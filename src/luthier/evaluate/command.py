@@ -232,9 +232,10 @@ def _plain(
 ) -> dict[str, Any]:
     from luthier.record.facts import versions
 
+    against = None if other is None else other.artefact.word
     return {
         "model": model.artefact.word,
-        "against": None if other is None else other.artefact.base.path,
+        "against": model.artefact.base.path if other is model else against,
         "level": LEVEL,
         "settings": settings,
         "sets": [each.plain() for each in results],

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.export.layout import Layout, NotPlain
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.export.layout import Layout
 
 PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -25,10 +26,6 @@ _BY_ITSELF = (
     *("kasa_config", "arrow_config", "use_bdlora"),
 )  # fmt: skip
 """Settings of LoRA that make something else of it."""
-
-
-class NotPlain(Exception):
-    """This adapter is not one that can be merged tensor by tensor; the text says why."""
 
 
 @dataclass

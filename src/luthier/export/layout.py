@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.export.changes import NotPlain
 from luthier.model import gguf, hub, prequantized, source
 from luthier.model.artefact import Artefact
 from luthier.model.tuned import CLASSES, label_settings
+
+
+class NotPlain(Exception):
+    """This adapter is not one that can be merged tensor by tensor; the text says why."""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def run(words: list[str]) -> int:
 def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
     from luthier.export import merging, quantizing
     from luthier.export.loaded import too_large
+    from luthier.export.target import refuse_target
     from luthier.model.quiet import hush
 
     target = target_of(artefacts[0], given)
@@ -77,7 +78,7 @@ def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int
     )
     overwrite = "--overwrite" in given.switches
     if quantize is not None and len(artefacts) == 1 and artefacts[0].adapter is None:
-        merging.refuse_target(target, overwrite)
+        refuse_target(target, overwrite)
         hush()
         quantizing.whole_model(artefacts[0], target, quantize, print)
         return 0

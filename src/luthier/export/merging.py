@@ -1,6 +1,5 @@
 """The order of a merge: what can be refused, then the weights, then the check, then the rename."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,14 +8,14 @@ from typing import Any
 
 from luthier.errors import UserError
 from luthier.export import carried, story, streaming, verify, whole, writing
-from luthier.export.changes import NotPlain
-from luthier.export.layout import Layout, base_folder, layout_of
+from luthier.export.layout import Layout, NotPlain, base_folder, layout_of
 from luthier.export.loaded import tuned
 from luthier.export.names import public
 from luthier.export.serving import Spoken
+from luthier.export.target import filled, refuse_full_disk, refuse_target
 from luthier.export.verify import Difference
 from luthier.model.artefact import Artefact
-from luthier.record.files import publish_folder, write_json
+from luthier.record.files import write_json
 
 Say = Callable[[str], None]
 
@@ -78,44 +77,14 @@ def refuse(order: Order, overwrite: bool) -> None:
     refuse_target(order.target, overwrite)
 
 
-def refuse_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError for a target that is a file, or a folder with something in it."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--out {target}: this is a file. Name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(
-            f"--out {target}: this folder is not empty. --overwrite replaces it, or name another."
-        )
-    if target.resolve() == Path.cwd().resolve():
-        raise UserError(f"--out {target}: this is the folder that you are in. Name another.")
-
-
 def merge(order: Order, say: Say) -> None:
     """Merge and write the target, which appears by a rename when all is right.
 
     Raises UserError; a model that fails the check is left beside the target.
     """
-    aside = empty_aside(order.target)
-    try:
+    with filled(order.target, keep=verify.NotTheSame) as aside:
         _make(order, aside, say)
-    except verify.NotTheSame:
-        raise
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    publish_folder(aside, order.target)
     say(f"written   {order.target}")
-
-
-def empty_aside(target: Path) -> Path:
-    """An empty folder beside the target, which takes its place by a rename."""
-    aside = target.with_name(f".{target.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {target}: cannot be written: {error.strerror}.") from error
-    return aside
 
 
 def _make(order: Order, aside: Path, say: Say) -> None:
@@ -157,17 +126,6 @@ def _weights(order: Order, aside: Path, say: Say) -> str:
     carried.model_config(layout.config, layout.architecture, merge.dtype, merge.rows, tied)
     layout.config.save_pretrained(aside)
     return merge.dtype
-
-
-def refuse_full_disk(size: int, folder: Path) -> None:
-    """Raise UserError where the weights do not fit on the disk."""
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(
-            f"The model takes {size / 1e9:.2f} GB, and the disk of {folder.parent} has "
-            f"{free / 1e9:.2f} GB left. Name a folder on another disk: --out."
-        )
 
 
 def _carry(order: Order, aside: Path, spoken: Spoken) -> None:

@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from luthier.disk.seal import MANIFEST
 from luthier.errors import UserError
-from luthier.export import carried, merging, story, writing
+from luthier.export import carried, story, writing
 from luthier.export.layout import base_folder
+from luthier.export.target import filled
 from luthier.export.tensors import INDEX, SHARD_BYTES, files_of
 from luthier.model.artefact import Artefact
 from luthier.model.tuned import CLASSES
-from luthier.record.files import publish_folder
 
 CALIBRATION = 256
 """Training rows that GPTQ and AWQ look at."""
@@ -67,17 +68,15 @@ def pack(folder: Path, name: str, artefact: Artefact, say: Callable[[str], None]
 def whole_model(artefact: Artefact, target: Path, name: str, say: Callable[[str], None]) -> None:
     """Pack a model that has no adapter and write it to `target`."""
     source = base_folder(artefact)
-    aside = merging.empty_aside(target)
-    for file in [*files_of(source), *source.glob("*.json"), *source.glob("*.jinja")]:
-        if file.name not in ("luthier.json", story.FILE):
-            shutil.copyfile(file, aside / file.name)
-    spoken = writing.spoken_of(artefact)
-    packed = pack(aside, name, artefact, say)
-    told = replace(story.told(artefact), packed=packed)
-    writing.write(
-        aside, told, spoken, None if artefact.run is None else artefact.run / writing.PLOT
-    )
-    publish_folder(aside, target)
+    with filled(target) as aside:
+        for file in [*files_of(source), *source.glob("*.json"), *source.glob("*.jinja")]:
+            if file.name not in (MANIFEST, story.FILE):
+                shutil.copyfile(file, aside / file.name)
+        spoken = writing.spoken_of(artefact)
+        packed = pack(aside, name, artefact, say)
+        told = replace(story.told(artefact), packed=packed)
+        plot = None if artefact.run is None else artefact.run / writing.PLOT
+        writing.write(aside, told, spoken, plot)
     say(f"written   {target}")
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import UserError
-from luthier.export import carried, merging, story, streaming, tensors, writing
+from luthier.export import carried, story, streaming, tensors, writing
 from luthier.export.layout import layout_of
+from luthier.export.target import filled, refuse_full_disk, refuse_target
 from luthier.export.tensors import Entry, write
 from luthier.inspect.arguments import Given
 from luthier.model.artefact import Artefact, read_config
-from luthier.record.files import publish_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def command(folder: Path, given: Given) -> int:
 
     artefact = _trained_whole(folder, given)
     target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
-    merging.refuse_target(target, "--overwrite" in given.switches)
+    refuse_target(target, "--overwrite" in given.switches)
     if kind_of(folder) == "zero" and find_spec("deepspeed") is None:
         raise UserError(
             f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
@@ -53,13 +53,8 @@ def command(folder: Path, given: Given) -> int:
             "--safe_serialization"
         )
     hush()
-    aside = merging.empty_aside(target)
-    try:
+    with filled(target) as aside:
         consolidate(folder, artefact, aside, given.texts.get("--dtype"), print)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    publish_folder(aside, target)
     print(f"written   {target}")
     return 0
 
@@ -143,7 +138,7 @@ def _from_fsdp(
         # A headless model's own names begin so: then nothing was put before them.
         planned = [Entry(prefix + entry.name, entry.dtype, entry.shape) for entry in planned]
         prefix = ""
-    merging.refuse_full_disk(sum(entry.size for entry in planned), target)
+    refuse_full_disk(sum(entry.size for entry in planned), target)
     done = {entry.name: entry for entry in write(target, planned, _reader(shards, kept, prefix))}
     say(f"merged    {len(done)} weights out of {shards.name}")
     return done

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.export.changes import Adapter, NotPlain, merged, read_adapter
-from luthier.export.layout import Layout
+from luthier.export.changes import Adapter, merged, read_adapter
+from luthier.export.layout import Layout, NotPlain
 from luthier.export.packing import as_trained
 from luthier.export.tensors import DTYPES, FLOATS, Checkpoint, Entry, write
 

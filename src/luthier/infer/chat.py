@@ -1,19 +1,20 @@
 """A conversation with a model: it remembers what was said."""
 
-from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from luthier.infer.llm import LLM
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 
 class Chat:
     """A conversation: each message of the user is answered in the light of all before it."""
 
     def __init__(
-        self, llm: "LLM", system: str | None = None, tools: list[dict[str, Any]] | None = None
+        self,
+        answer: Callable[..., Iterator[str]],
+        system: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> None:
-        self._llm, self._tools = llm, tools
+        """`answer`: `LLM.stream`, or what takes a prompt and settings as it does."""
+        self._answer, self._tools = answer, tools
         self.system = system
         """What stands in front of the conversation; None for nothing."""
         self.turns: list[dict[str, Any]] = []
@@ -38,7 +39,8 @@ class Chat:
         self.turns.append({"role": "user", "content": text})
         reply, is_whole = "", False
         try:
-            for piece in self._pieces(given):
+            prompt = {"messages": self.messages, "tools": self._tools}
+            for piece in self._answer(prompt, **given):
                 reply += piece
                 yield piece
             is_whole = True
@@ -58,6 +60,3 @@ class Chat:
             self.turns.pop()
         if self.turns and self.turns[-1] == {"role": "user", "content": text}:
             self.turns.pop()
-
-    def _pieces(self, given: dict[str, Any]) -> Iterator[str]:
-        return self._llm.stream({"messages": self.messages, "tools": self._tools}, **given)

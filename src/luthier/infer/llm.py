@@ -198,7 +198,7 @@ class LLM:
         """A conversation that remembers what was said."""
         from luthier.infer.chat import Chat
 
-        return Chat(self, system, tools)
+        return Chat(self.stream, system, tools)
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
