@@ -1,4 +1,3 @@
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -93,37 +92,6 @@ def test_what_a_killed_process_left_is_removed(tiny_file, cache):
 def test_another_content_gets_another_folder(tiny_model, tiny_file, cache, tmp_path):
     other = tiny_gguf.write(tiny_model, tmp_path / "tiny.gguf", pre="gpt-2")
     assert gguf.convert_tokenizer(other) != gguf.convert_tokenizer(tiny_file)
-
-
-def _count_a_making(folder: str, log: str) -> None:
-    def make(new: Path) -> None:
-        with Path(log).open("a") as stream:
-            stream.write("made\n")
-        (new / "file").write_text("content")
-
-    cache_room.make_once(Path(folder), make)
-
-
-def test_of_several_processes_one_makes_the_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    arguments = (str(tmp_path / "deep" / "folder"), str(tmp_path / "log"))
-    processes = [context.Process(target=_count_a_making, args=arguments) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert (tmp_path / "log").read_text() == "made\n"
-
-
-def test_a_failed_making_leaves_nothing(tmp_path):
-    def fail(new: Path) -> None:
-        (new / "half").write_text("x")
-        raise UserError("no")
-
-    with pytest.raises(UserError, match=r"^no$"):
-        cache_room.make_once(tmp_path / "folder", fail)
-    assert [file.name for file in tmp_path.iterdir()] == ["folder.lock"]
 
 
 def test_a_cache_that_cannot_be_written_is_told(tiny_file, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -36,6 +37,7 @@ def strings_in(value):
             yield from strings_in(part)
 
 
+@functools.cache
 def texts_of(assets):
     """Texts of all datasets, the hard cases first."""
     found = dict.fromkeys(HARD)
