@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date as Date
 from functools import partial
@@ -21,6 +19,7 @@ from luthier.chat.labels import Encoded
 from luthier.chat.lost import lost_fields
 from luthier.chat.sequences import ChatBatch, ChatSequence
 from luthier.chat.turns import Sequence, trained_messages
+from luthier.collecting import no_collection
 
 _CHUNK = 2048
 """Messages that are rendered while those before them are encoded."""
@@ -111,7 +110,7 @@ class ChatEncoder:
         """
         batch = ChatBatch()
         waiting: Future[None] | None = None
-        with ThreadPoolExecutor(1) as worker, _no_collection():
+        with ThreadPoolExecutor(1) as worker, no_collection():
             try:
                 for chunk in _chunks(enumerate(conversations)):
                     planned = [self._planned(n, row) for n, row in chunk]
@@ -280,19 +279,3 @@ def _together(rows: list[Planned]) -> list[list[Encoded] | ChatError]:
             return [error]
         return [made for row in rows for made in _together([row])]
     return [[item for _ in row.sequences for item in next(encoded)] for row in rows]
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector out for a chunk of rows.
-
-    Rendering makes many small objects and no cycles; a full collection walks all of transformers
-    each time, which takes longer than the rows do.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

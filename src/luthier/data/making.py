@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import ChatError
+from luthier.collecting import no_collection
 from luthier.data.compose.prints import Prints, as_prints, canonical
 from luthier.data.encoders import COLUMNS, EncodedRows, RowEncoder, hashes_of
 from luthier.data.examples import BadRows, Opened, Placed
@@ -53,7 +54,7 @@ def make_rows(
         total=opened.source.size, unit=" rows", desc=f"encode {opened.source.label}", delay=2,
         mininterval=0.5,
     )  # fmt: skip
-    with bar, _executor(encoder, workers) as submit, _no_collection():
+    with bar, _executor(encoder, workers) as submit, no_collection():
         made = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
         for number, (chunk, encoded) in enumerate(made, start=1):
             _write(writer, chunk, *encoded, keeps_columns)
@@ -68,21 +69,6 @@ def make_rows(
         "names": opened.names,
         "shape": opened.shape.name,
     }
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector out: rows are many objects and, but for a user's own, no cycles.
-
-    To walk the rows at hand again and again takes a twentieth of the time.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class _Row(NamedTuple):

@@ -134,7 +134,7 @@ class Decider:
         return positions(base_of(self.model))
 
     def _release(self) -> None:
-        from luthier.infer.loading import release
+        from luthier.infer.memory import release
 
         self.model = None
         release()

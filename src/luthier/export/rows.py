@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from luthier.export.tensors import head_of
+from luthier.disk.tensors import head_of
 from luthier.model import gguf, source
 from luthier.model.artefact import Artefact
 
@@ -16,11 +16,8 @@ def needed(folder: Path) -> int:
     given = config.get("trainable_token_indices") or []
     lists = given.values() if isinstance(given, dict) else [given]
     ends = [max(ids) + 1 for ids in lists if ids]
-    wholes = [
-        entry.shape[0]
-        for entry in head_of(folder / "adapter_model.safetensors")
-        if entry.name.endswith(_EMBEDDINGS)
-    ]
+    tensors = head_of(folder / "adapter_model.safetensors").tensors
+    wholes = [one["shape"][0] for name, one in tensors.items() if name.endswith(_EMBEDDINGS)]
     return max([0, *ends, *wholes])
 
 

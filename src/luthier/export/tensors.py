@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.disk.tensors import head_of
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Read the heads of the files; UserError where there is none or one is damaged."""
         self.folder = folder
-        self.entries = {entry.name: entry for file in files_of(folder) for entry in head_of(file)}
+        self.entries = {
+            entry.name: entry for file in files_of(folder) for entry in entries_of(file)
+        }
 
     def read(self, name: str) -> "Tensor":
         """One tensor, in its own format, in memory of its own."""
@@ -98,18 +101,12 @@ def files_of(folder: Path) -> list[Path]:
     return files
 
 
-def head_of(file: Path) -> list[Entry]:
+def entries_of(file: Path) -> list[Entry]:
     """The tensors of a safetensors file in the order of their bytes."""
-    try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            head: dict[str, Any] = json.loads(stream.read(size))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: damaged, or no safetensors file: {error}") from error
-    head.pop("__metadata__", None)
+    head = head_of(file)
     entries = [
-        Entry(name, one["dtype"], tuple(one["shape"]), file, 8 + size + one["data_offsets"][0])
-        for name, one in head.items()
+        Entry(name, one["dtype"], tuple(one["shape"]), file, head.start + one["data_offsets"][0])
+        for name, one in head.tensors.items()
     ]
     return sorted(entries, key=lambda entry: entry.start)
 

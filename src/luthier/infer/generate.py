@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.infer.memory import release
 from luthier.infer.settings import config_of, one_by_one, reads_prompt
 from luthier.infer.unpacked import unpacked
 
@@ -79,7 +80,7 @@ def answered(
             order = order[rows:]
             continue
         # Outside of the handler: until it ends, the error keeps all tensors of the batch alive.
-        _free()
+        release()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -144,18 +145,6 @@ def _half(rows: int, length: int) -> int:
             "bits (nf4)."
         )
     return rows // 2
-
-
-def _free() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
 
 
 def _answer(

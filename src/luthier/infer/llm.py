@@ -263,7 +263,7 @@ class LLM:
             yield
 
     def _release(self) -> None:
-        from luthier.infer.loading import release
+        from luthier.infer.memory import release
 
         self._model = None
         self._loaded.model = None

@@ -1,6 +1,5 @@
 """What an `LLM` works with: model, tokenizer, prompts and stop tokens, on this machine."""
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -98,17 +97,6 @@ def load(
         None if is_encoded else context,
         context + 1 if is_encoded and context is not None else context,
     )
-
-
-def release() -> None:
-    """Give back the memory of what nobody holds any more."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
 
 
 def _prompter(artefact: Artefact, tokenizer: Any) -> ChatEncoder | Sources | None:

@@ -1,6 +1,5 @@
 """The model that an adapter goes on: found where the adapter says, or where it is now."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.disk import cache
+from luthier.disk.tensors import head_of
 from luthier.errors import UserError
 from luthier.model import gguf, source
 
@@ -68,10 +68,10 @@ def check_shapes(word: str, folder: Path, adapter: Mapping[str, Any], base: Base
     layers = {
         name: entry["shape"]
         for file in sorted(place.glob("*.safetensors"))
-        for name, entry in head_of(file).items()
+        for name, entry in head_of(file).tensors.items()
         if entry.get("dtype") in _FLOATS
     }
-    for name, entry in head_of(weights).items():
+    for name, entry in head_of(weights).tensors.items():
         layer, _, side = name.removeprefix(_PREFIX).partition(".lora_")
         shape = layers.get(f"{layer}.weight")
         if shape is None or len(shape) != 2 or side not in ("A.weight", "B.weight"):
@@ -131,15 +131,3 @@ def _refuse_other_file(word: str, named: str | None, path: str) -> None:
             f"{now['hash']}.\nInstall the version that it was trained on, or name its folder with "
             "--base."
         )
-
-
-def head_of(file: Path) -> dict[str, Any]:
-    """The names, number formats and shapes in a safetensors file."""
-    try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            head: dict[str, Any] = json.loads(stream.read(size))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: damaged, or no safetensors file: {error}") from error
-    head.pop("__metadata__", None)
-    return head

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.disk.tensors import head_of
 from luthier.errors import UserError
 from luthier.model import adapter_base
 from luthier.model.artefact import ADAPTER, Artefact
@@ -95,7 +96,7 @@ def _check_whole(artefact: Artefact, folder: Path, tuned: Any) -> None:
     from peft import get_peft_model_state_dict
 
     file = folder / WEIGHTS
-    saved = {name for name in adapter_base.head_of(file) if ".lora_" in name}
+    saved = {name for name in head_of(file).tensors if ".lora_" in name}
     have = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     placed = {name for name in have if ".lora_" in name}
     if saved - placed:

@@ -1,6 +1,5 @@
 """A training step with tensors that have shapes and no content: what would be kept, and when."""
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from luthier.collecting import no_collection
 from luthier.errors import UserError
 from luthier.plan import kernels, weights
 from luthier.plan.ledger import GRADIENTS, WEIGHTS, Ledger, Peak
@@ -45,7 +45,7 @@ def rehearse(
         with ExitStack() as stack:
             # Checkpoints put the generator back to where it was before a layer.
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(_no_collection())
+            stack.enter_context(no_collection())
             stack.enter_context(kernels.of(kind, workload.flash))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             weights.fill(model)
@@ -202,15 +202,3 @@ def _elsewhere(model: Any) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Tens of thousands of small objects are made: looking for cycles among them takes long."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

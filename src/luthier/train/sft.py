@@ -10,15 +10,17 @@ from trl import SFTTrainer
 
 from luthier.data.batches.collators import flattened_for
 from luthier.data.batches.dataset import SampledRows
+from luthier.data.batches.samplers import Sampler
 from luthier.errors import UserError
 from luthier.train.batching import Batching
 from luthier.train.batching_isolation import Isolation, check_isolation
-from luthier.train.batching_loaders import collator, eval_sampler, token_rows, train_sampler
+from luthier.train.batching_loaders import collator, token_rows
 from luthier.train.batching_stream import StreamRows, check_stream, flatten, stream_loader
-from luthier.train.methods.shared import Exact, precision_kept
+from luthier.train.methods.ordered import Ordered
+from luthier.train.methods.shared import precision_kept
 
 
-class TokenTrainer(Exact, SFTTrainer):
+class TokenTrainer(Ordered, SFTTrainer):
     """Trains rows of `input_ids` and `labels`.
 
     Every loss is the mean negative log-likelihood over trained tokens: of the whole step in
@@ -96,34 +98,23 @@ class TokenTrainer(Exact, SFTTrainer):
                 "are not made for that.\nSet cp_size and sp_size to 1."
             )
 
+    def sampler(self, rows: Any, size: int, processes: int, is_training: bool) -> Sampler:
+        """The order of the rows, which may be those of a dataset."""
+        return super().sampler(token_rows(rows), size, processes, is_training)
+
+    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+        """The rows in this order, and the collator for them: Trainer has one for both."""
+        packed = self.batching.packing if is_training else self.batching.eval_packing
+        self.data_collator = self._collator(self.args, packed)
+        return SampledRows(sampler)
+
     def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
+        self, dataset: Any, description: str, batch_size: int, *more: Any, **own: Any
     ) -> Any:
-        """Make a loader with luthier's own samplers and layouts."""
+        """Make a loader; rows that come as a stream have one of their own."""
         if isinstance(dataset, StreamRows):
             return self._stream_loader(dataset, batch_size)
-        rows, plan, args = token_rows(dataset), self.batching, self.args
-        in_step = self._train_batch_size * args.gradient_accumulation_steps
-        processes = self.get_total_train_batch_size(args) // in_step
-        make = train_sampler if is_training else eval_sampler
-        sampler = make(rows, plan, args, batch_size, processes)
-        packed = plan.packing if is_training else plan.eval_packing
-        # Trainer has one collator, and training and evaluation may be laid out differently.
-        self.data_collator = self._collator(args, packed)
-        return super()._get_dataloader(
-            dataset=SampledRows(sampler),
-            description=description,
-            batch_size=batch_size,
-            sampler_fn=lambda rows: sampler,
-            is_training=is_training,
-            dataloader_key=dataloader_key,
-        )
+        return super()._get_dataloader(dataset, description, batch_size, *more, **own)
 
     def _stream_loader(self, rows: StreamRows, batch_size: int) -> Any:
         # Rows are dealt out to the processes as rows, and flattened behind that.

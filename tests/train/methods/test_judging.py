@@ -172,7 +172,8 @@ def test_every_row_has_a_partner_in_its_own_step():
 
 def two_processes(folder):
     """Run this file in two processes; see `main` below."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    shared = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | shared
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--master_port=29631", __file__, str(folder)]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

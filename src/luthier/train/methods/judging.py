@@ -9,13 +9,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
+from luthier.data.batches.dataset import SampledRows
 from luthier.data.batches.judged import JudgedLayout, JudgedRows
 from luthier.data.batches.rows import TokenRows
 from luthier.data.batches.samplers import Sampler
 from luthier.errors import UserError
 from luthier.train.batching import Batching
-from luthier.train.batching_loaders import eval_sampler, train_sampler
-from luthier.train.methods.shared import Exact, precision_kept
+from luthier.train.methods.ordered import Ordered
+from luthier.train.methods.shared import precision_kept
 
 Scores = dict[str, Tensor]
 """What a forward pass says of each row of a batch, by name; each has the shape (rows,)."""
@@ -38,7 +39,7 @@ class StandIn(Dataset):
         return self
 
 
-class Judging(Exact):
+class Judging(Ordered):
     """Stands before a trainer of TRL: `class Mine(Judging, DPOTrainer)`.
 
     The loss is a mean over rows (pairs, or replies with a verdict), and where it has a part by
@@ -110,36 +111,13 @@ class Judging(Exact):
         """What the last forward pass adds to the loss of a step for balanced experts."""
         return 0.0
 
-    def sampler(self, rows: TokenRows, size: int, processes: int, is_training: bool) -> Sampler:
-        """The order of the rows; `size`: those of a batch of one process."""
-        make = train_sampler if is_training else eval_sampler
-        return make(rows, self.batching, self.args, size, processes)
-
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Leave rows as they are: they are tokens."""
         return dataset
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> Any:
-        """Make a loader with luthier's own samplers."""
-        in_step = self._train_batch_size * self.args.gradient_accumulation_steps
-        processes = self.get_total_train_batch_size(self.args) // in_step
-        sampler = self.sampler(dataset, batch_size, processes, is_training)
-        return super()._get_dataloader(
-            dataset=JudgedRows(sampler),
-            description=description,
-            batch_size=batch_size,
-            sampler_fn=lambda rows: sampler,
-            is_training=is_training,
-            dataloader_key=dataloader_key,
-        )
+    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+        """The rows as they are, each with its partner."""
+        return JudgedRows(sampler)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
         """The counts of a step, over all its batches and all processes."""

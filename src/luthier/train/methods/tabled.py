@@ -15,9 +15,8 @@ from luthier.data.batches.dataset import SampledRows
 from luthier.data.batches.rows import TokenRows
 from luthier.data.batches.samplers import Numbers, Sampler
 from luthier.train.batching import Batching, batching_of
-from luthier.train.batching_loaders import eval_sampler, train_sampler
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.shared import Exact
+from luthier.train.methods.ordered import Ordered
 
 Made = TypeVar("Made")
 NOBODY = -1
@@ -111,7 +110,7 @@ def ragged(rows: Sequence[Any], width: int, blank: int) -> np.ndarray:
     return table
 
 
-class Tabled(Exact):
+class Tabled(Ordered):
     """Stands before a trainer of transformers: `class Mine(Tabled, Trainer)`.
 
     The loss is a mean over all answers (rows, words or tokens): of the whole step in training, of
@@ -139,29 +138,9 @@ class Tabled(Exact):
         """The metrics of an evaluation: `found` has each row of the table `rows` that took part."""
         raise NotImplementedError
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> Any:
-        """Make a loader with luthier's own samplers."""
-        args = self.args
-        in_step = self._train_batch_size * args.gradient_accumulation_steps
-        processes = self.get_total_train_batch_size(args) // in_step
-        make = train_sampler if is_training else eval_sampler
-        sampler: Sampler = make(dataset, self.batching, args, batch_size, processes)
-        return super()._get_dataloader(
-            dataset=NumberedRows(sampler),
-            description=description,
-            batch_size=batch_size,
-            sampler_fn=lambda rows: sampler,
-            is_training=is_training,
-            dataloader_key=dataloader_key,
-        )
+    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+        """The rows as they are, with their numbers."""
+        return NumberedRows(sampler)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """How many answers a step has, over all its batches and all processes."""

@@ -1,0 +1,31 @@
+"""What is in a safetensors file, without its weights."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from luthier.errors import UserError
+
+
+class Head(NamedTuple):
+    """The beginning of a safetensors file."""
+
+    tensors: dict[str, dict[str, Any]]
+    """By name, in the order of their bytes: `dtype`, `shape` and `data_offsets`."""
+    start: int
+    """Where in the file the bytes begin that the offsets count from."""
+
+
+def head_of(file: Path) -> Head:
+    """Read the head of a file (https://github.com/huggingface/safetensors#format).
+
+    Raises UserError for a damaged file, or another one.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            head: dict[str, Any] = json.loads(stream.read(size))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: damaged, or no safetensors file: {error}") from error
+    head.pop("__metadata__", None)
+    return Head(head, 8 + size)
