@@ -11,6 +11,7 @@ from rewarded_material import ROWS, prepared, run_config, trainer
 from luthier.errors import UserError
 from luthier.model.encoder import make_encoder
 from luthier.train.methods.prompted import prompt_rows
+from tiny_material import CHATML
 
 CONTEXTS = [
     ROWS[0]["messages"][:1],
@@ -76,9 +77,9 @@ def test_a_prompt_leaves_room_for_its_completion(tmp_path, chat, prompts):
     ids=["nothing before the reply", "text that the template does not show"],
 )  # fmt: skip
 def test_rows_that_make_no_prompt_are_dropped_with_a_reason(tmp_path, row, reason):
-    shows_all_but_tools = tokenizer().chat_template.replace(
-        "{{ '<|im_start|>'", "{% if message.role != 'tool' %}{{ '<|im_start|>'"
-    ).replace("+ '\\n' }}{% endfor", "+ '\\n' }}{% endif %}{% endfor")  # fmt: skip
+    no_tools = "for m in messages if m.role != 'tool'"
+    shows_all_but_tools = CHATML.replace("for m in messages", no_tools)
+    assert shows_all_but_tools != CHATML
     chat = {"template": shows_all_but_tools, "on_lost": "drop"}
     data = prepared(run_config(tmp_path, [*ROWS, row], chat=chat))
     assert data.train_counts.dropped == {reason: 1}
