@@ -12,7 +12,7 @@ FAST = $(TESTS) --dist loadfile -m "not train"
 .PHONY: help quickstart test test-fast lint clean
 
 help:
-	@echo "make quickstart   fine-tune a small real model on this machine (about 8 minutes)"
+	@echo "make quickstart   fine-tune a small real model on this machine (about 6 minutes)"
 	@echo "make test         all checks and tests"
 	@echo "make test-fast    the tests that train nothing"
 	@echo "make lint         ruff and mypy"
