@@ -52,7 +52,10 @@ def test_one_classifier_against_another(luthier, finished):
     one, _ = finished(*CASES["classes"])
     other, _ = finished("classify", labelled([label for _, label in TEXTS]), {"seed": 5}, "other")
     rows = one.parent / "held.jsonl"
-    code, out, err = luthier("evaluate", one, "--against", other, f"dataset.path={rows}", "--json")
+    words = ("evaluate", one, "--against", other, f"dataset.path={rows}")
+    _, shown, _ = luthier(*words)
+    assert " other " in shown and " base " not in shown
+    code, out, err = luthier(*words, "--json")
     assert code == 0, err
     assert json.loads(out)["against"] == str(other)
     (found,) = json.loads(out)["sets"]

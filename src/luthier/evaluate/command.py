@@ -152,11 +152,11 @@ def _evaluated(
     from luthier.evaluate.compare import result
     from luthier.evaluate.report import show
 
-    results = []
+    results, against = [], "other" if "--against" in given.texts else "base"
     for number, each in enumerate(sets):
         base = bases[number] if bases else None
         results.append(result(each.items, base, tuned[number], each.better, LEVEL))
-        show(results[-1], console)
+        show(results[-1], console, against)
     found = _plain(model, other, results, asked)
     if given.texts.get("--benchmarks"):
         from luthier.evaluate.harness import compared, show_tasks

@@ -12,27 +12,27 @@ from luthier.evaluate.compare import Result
 from luthier.infer.talk import shown
 
 
-def show(result: Result, console: Console) -> None:
-    """Print the numbers of a set, and rows won and lost."""
+def show(result: Result, console: Console, against: str = "base") -> None:
+    """Print the numbers of a set, and rows won and lost; `against`: the other model's name."""
     left = ", ".join(f"{count:,} {why}" for why, count in result.left_out.items())
     head = f"{result.name}: {result.rows:,} rows" + (f"; left out: {left}" if left else "")
     if result.asked and result.asked != result.rows:
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
-    console.print(numbers(result.numbers))
+    console.print(numbers(result.numbers, against))
     shown = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
     for name, rows in shown:
         if rows:
             console.print(Text(f"\n{name}, by {result.judged_by}", style="bold"))
-            console.print(_examples(rows))
+            console.print(_examples(rows, against))
 
 
-def numbers(found: dict[str, dict[str, Any]]) -> Table:
+def numbers(found: dict[str, dict[str, Any]], against: str = "base") -> Table:
     """A row for each number, with its interval in brackets."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     is_pair = any("base" in number for number in found.values())
     table.add_column("", no_wrap=True)
-    for name in ("base", "tuned", "difference", "sure") if is_pair else ("tuned",):
+    for name in (against, "tuned", "difference", "sure") if is_pair else ("tuned",):
         table.add_column(name, justify="right", no_wrap=True)
     for name, number in found.items():
         cells = [cell(number.get(part)) for part in ("base", "tuned", "difference")]
@@ -51,12 +51,12 @@ def cell(number: dict[str, Any] | None) -> str:
     return f"{number['value']:.4g}\n[{number['low']:.4g}, {number['high']:.4g}]"
 
 
-def _examples(rows: list[dict[str, Any]]) -> Table:
+def _examples(rows: list[dict[str, Any]], against: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, pad_edge=False)
     last = "expected" if "expected" in rows[0] else "loss"
     names = [name for name in ("where", "prompt", "base", "tuned", last) if name in rows[0]]
     for name in names:
-        table.add_column(name, overflow="fold", ratio=1)
+        table.add_column(against if name == "base" else name, overflow="fold", ratio=1)
     for row in rows:
         texts = (_place(row[name]) if name == "where" else _short(row[name]) for name in names)
         table.add_row(*map(Text, texts))
