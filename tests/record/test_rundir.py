@@ -1,7 +1,9 @@
 """Who may write into a run's directory, and what stands there."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 
 from luthier.errors import UserError
@@ -98,6 +100,21 @@ def test_publishing_replaces_the_older_folder(tmp_path):
     publish_folder(tmp_path / ".model.tmp", tmp_path / "model")
     assert (tmp_path / "model" / "weights").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_others_may_read_published_weights_as_they_may_new_files(tmp_path, mask):
+    from safetensors.numpy import save_file
+
+    before = os.umask(mask)
+    try:
+        (tmp_path / "new").mkdir()
+        save_file({"a": np.zeros(3)}, tmp_path / "new" / "model.safetensors")
+        publish_folder(tmp_path / "new", tmp_path / "model")
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "model").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_the_record_says_what_ran(tmp_path, monkeypatch):

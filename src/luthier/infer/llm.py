@@ -275,5 +275,8 @@ def _writes(artefact: Artefact) -> Artefact:
     kinds = {"SEQ_CLS": "a classifier", "TOKEN_CLS": "a tagger"}
     if artefact.task in kinds:
         kind = "a reward model" if artefact.is_reward else kinds[artefact.task]
-        raise UserError(f"{artefact.word}: this is {kind}, which writes no replies.")
+        raise UserError(
+            f"{artefact.word}: this is {kind}, which writes no replies. luthier evaluate measures "
+            "it, and the README.md of its model/ has the Python that asks it."
+        )
     return artefact

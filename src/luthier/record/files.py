@@ -34,10 +34,25 @@ def read_json(path: Path) -> Any:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Rename a finished folder to `path`; an older one there is moved aside first, then removed."""
+    """Rename a finished folder to `path`; an older one there is moved aside first, then removed.
+
+    Its files get the mode that new files have here: safetensors leaves weights that their owner
+    alone can read, and others on a cluster are to load them.
+    """
+    _share_as_new(temporary)
     aside = path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
         path.replace(aside)
     temporary.replace(path)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _share_as_new(folder: Path) -> None:
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
