@@ -7,7 +7,7 @@ import json
 
 import pytest
 import tasks_material as tasks
-from heads_material import CASES, SEVERAL, TEXTS, finish, labelled
+from heads_material import CASES, SEVERAL, TEXTS, both, finish, labelled
 
 from luthier.metrics import classes, entities, samples
 
@@ -38,6 +38,18 @@ def test_the_numbers_are_those_of_the_trainer(luthier, finished, method, rows, a
         assert number["value"] == pytest.approx(measured[name], rel=1e-4, abs=1e-5), name
         assert number["low"] <= number["value"] + 1e-9 and number["high"] >= number["value"] - 1e-9
     assert ("perplexity" in found["numbers"]) == (method == "seq2seq")
+
+
+@pytest.mark.parametrize("name", ["classes", "tags", "rewards", "targets"])
+def test_rows_that_were_drawn_from_the_training_rows_are_drawn_again(luthier, finished, name):
+    method, rows, also = CASES[name]
+    twice = [*rows, *both(rows)[1]]  # no label is held out alone
+    run, measured = finished(method, twice, also | {"dataset": {"eval": {"count": 1}}})
+    code, out, err = luthier("evaluate", run, "--alone", "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)["sets"]
+    assert (found["name"], found["rows"]) == ("held out", 1)
+    assert found["numbers"]["loss"]["tuned"]["value"] == pytest.approx(measured["loss"], rel=1e-4)
 
 
 def test_rows_that_it_gets_wrong_are_shown(luthier, finished):
