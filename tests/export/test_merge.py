@@ -13,7 +13,7 @@ from export_material import ids_of, make_base, make_run, read
 from safetensors.torch import load_file
 
 from luthier.disk.seal import MANIFEST, seal
-from luthier.export.tensors import Checkpoint, Entry, head_of, write
+from luthier.export.tensors import Checkpoint, Entry, entries_of, write
 from tiny_material import CHATML
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -136,7 +136,7 @@ def test_a_merged_model_in_16_bits_is_as_near_as_rounding_lets_it(
     run = make_run(tmp_path / "run", base, lora=LORA)
     assert luthier("merge", run, "--dtype", dtype)[0] == 0
     merged = run / "merged"
-    assert {entry.dtype for entry in head_of(merged / "model.safetensors")} == {
+    assert {entry.dtype for entry in entries_of(merged / "model.safetensors")} == {
         {"bfloat16": "BF16", "float16": "F16"}[dtype]
     }
     assert read(merged / "config.json")["dtype"] == dtype
