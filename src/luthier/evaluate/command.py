@@ -24,7 +24,8 @@ GRAMMAR = Grammar(
     "Measures a run, a checkpoint, an adapter or a model beside its base: perplexity over the\n"
     "trained tokens and the metrics of its replies, each with its 95 % interval, and the\n"
     "difference on the same rows (paired bootstrap); rows won and lost are shown. Without\n"
-    "dataset.* the rows are those that the run held out, and the metrics are the run's own.\n\n"
+    "dataset.* the rows are those that the run held out, and the metrics are the run's own.\n"
+    "Classifiers, taggers and reward models are measured by what they decide of each row.\n\n"
     "Settings: metrics=[exact_match, json_f1]; dataset.path=FILE and the other settings of a\n"
     "dataset; any field of GenerationConfig; model.device, .dtype, .attention and .device_map;\n"
     "quantization=none, nf4 or int8.",
