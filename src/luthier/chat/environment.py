@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from types import BuiltinMethodType, MethodType
+from types import BuiltinMethodType, CodeType, MethodType
 from typing import Any, TypeVar, cast
 
 import jinja2
@@ -100,6 +100,12 @@ def _follow_loops(node: nodes.Node, at_top: bool) -> None:
         _follow_loops(child, at_top and not isinstance(child, _BUFFERS))
 
 
+_KEPT = 64
+"""Templates whose code is kept."""
+_CODES: dict[tuple[type, str], CodeType] = {}
+"""By the class of the environment and the source."""
+
+
 class TracedEnvironment(ImmutableSandboxedEnvironment):
     """transformers' sandbox, in which no operation that a template can reach loses the runs."""
 
@@ -117,8 +123,18 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def compile_traced(self, source: str) -> jinja2.Template:
-        """Compile a template whose `loop` tells the watch when it looks ahead."""
-        template = self.from_string(source)
+        """Compile a template whose `loop` tells the watch when it looks ahead.
+
+        The code is kept: it names filters and globals, and takes them from the environment that it
+        runs in.
+        """
+        code = _CODES.get((type(self), source))
+        if code is None:
+            code = self.compile(source)
+            while len(_CODES) >= _KEPT:
+                del _CODES[next(iter(_CODES))]
+            _CODES[type(self), source] = code
+        template = self.template_class.from_code(self, code, self.make_globals(None))
         names = template.root_render_func.__globals__
         names["LoopContext"] = watched_loop(self.watches)
         return template
