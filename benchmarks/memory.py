@@ -98,10 +98,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--heap", choices=list(HEAPS), help="one of the two heaps")
     parser.add_argument("--json", help="write the numbers to this file")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.run:
-        work(json.loads(given.run))
+    if given.case:
+        work(json.loads(given.case))
         return
     heaps = [given.heap] if given.heap else list(HEAPS)
     rows = []
@@ -129,11 +129,11 @@ def measure(case: Case, heap: str) -> dict[str, Any]:
     """Plan a case and run it in a process of its own."""
     order = json.dumps(case._asdict())
     environ = os.environ | HEAPS[heap] | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, __file__, "--run", order]
+    command = [sys.executable, __file__, "--case", order]
     if case.processes > 1:
         environ["ACCELERATE_USE_CPU"] = "true"
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(case.processes)]
-        command[1:1] = [*torchrun, "--master_port", "0"]
+        command[1:1] = [*torchrun, "--standalone"]
     done = subprocess.run(command, env=environ, text=True, capture_output=True)
     if done.returncode:
         raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
