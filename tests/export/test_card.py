@@ -157,7 +157,7 @@ def test_the_head_is_read_by_the_hubs_own_library(run):
     from huggingface_hub import ModelCard
 
     read_back = ModelCard.load(run / "model" / "README.md")
-    assert read_back.data.library_name == "peft"
+    assert read_back.data.to_dict()["library_name"] == "peft"
     assert read_back.data.pipeline_tag == "text-generation"
     found = {one.metric_type: one.metric_value for one in read_back.data.eval_results}
     assert found == {"loss": 0.25, "exact_match": 0.875}

@@ -283,6 +283,19 @@ def test_a_whole_model_is_packed_for_serving(tmp_path, luthier):
     assert sizes[1] < 0.6 * sizes[0]
 
 
+def test_packing_that_fails_leaves_nothing(tmp_path, luthier, monkeypatch):
+    from luthier.errors import UserError
+    from luthier.export import quantizing
+
+    def fails(*_):
+        raise UserError("no")
+
+    base = make_base(tmp_path / "base")
+    monkeypatch.setattr(quantizing, "pack", fails)
+    assert luthier("merge", base, "--quantize", "nf4", "--out", tmp_path / "packed")[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_weight_files_are_those_of_the_format(tmp_path):
     """Written tensor by tensor, read by the format's own library; and the other way round."""
     torch.manual_seed(0)

@@ -90,6 +90,7 @@ class Turns(Sequence):
     def __eq__(self, other: object) -> bool:
         return self._list() == (other._list() if isinstance(other, Turns) else other)
 
+    # As a list, which templates take it for; typeshed lets only `object` have a hash of None.
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:

@@ -62,12 +62,13 @@ def run(words: list[str]) -> int:
         from luthier.evaluate.harness import check_installed
 
         check_installed()
-    from luthier.evaluate.subjects import HEADS, subjects
+    from luthier.evaluate.subjects import subjects
+    from luthier.model.adapter_heads import HEADED
 
     texts = given.texts
     alone = "--alone" in given.switches
     model, other = subjects(typed, texts.get("--base"), texts.get("--against"), alone)
-    if model.artefact.task in HEADS:
+    if model.artefact.task in HEADED:
         _check_decider(typed, given, metrics)
     from luthier.model.quiet import hush
 
@@ -217,13 +218,13 @@ def _items(
 
 
 def _benchmarks(model: "Subject", given: Given) -> dict[str, Any]:
-    from luthier.evaluate.deciding import Decider
-
     tasks = given.texts.get("--benchmarks")
-    if tasks is None or isinstance(model, Decider):
+    if tasks is None:
         return {}
     from luthier.evaluate.harness import run_tasks
+    from luthier.evaluate.subjects import Writer
 
+    assert isinstance(model, Writer)  # others were refused
     limit, batch = given.numbers.get("--limit"), given.numbers.get("--batch")
     return run_tasks(model, tasks.split(","), given.texts.get("--tasks"), limit, batch)
 

@@ -11,14 +11,13 @@ from luthier.data.examples import Opened, Placed
 from luthier.data.frames import OnLong
 from luthier.data.judged_encoders import RewardEncoder
 from luthier.data.task_encoders import ClassificationEncoder, TaggingEncoder
-from luthier.errors import UserError
 from luthier.evaluate.batching import by_length
 from luthier.evaluate.items import Item, Items
 from luthier.evaluate.outcome import Outcome
 from luthier.evaluate.sets import Set
 from luthier.evaluate.written import encoded, lenient, lenient_length
 from luthier.infer.packing import Packing, packing_of
-from luthier.model.artefact import Artefact, encoder_of, find
+from luthier.model.artefact import Artefact, encoder_of
 
 if TYPE_CHECKING:
     from luthier.evaluate.heads import Head
@@ -41,23 +40,18 @@ class DecidedMaker:
 
 
 class Decider:
-    """Says the labels, tags or scores of rows, as `LLM` says replies; takes the same words.
-
-    Raises UserError for a word that names no model with such a head.
-    """
+    """Says the labels, tags or scores of rows, as `LLM` says replies; takes the same settings."""
 
     def __init__(
         self,
-        word: str,
+        artefact: Artefact,
         *,
-        base: str | None = None,
         device_map: str | dict[str, Any] | None = None,
         quantization: Packing = "trained",
         **given: Any,
     ) -> None:
-        self.artefact: Artefact = find(word, base)
-        if self.artefact.task not in ("SEQ_CLS", "TOKEN_CLS"):
-            raise UserError(f"{word}: this model has no head for labels, tags or scores.")
+        """`artefact`: one whose task has a head."""
+        self.artefact = artefact
         self._packing = packing_of(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
         self._given = given

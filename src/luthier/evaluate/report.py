@@ -20,8 +20,8 @@ def show(result: Result, console: Console, against: str = "base") -> None:
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
     console.print(numbers(result.numbers, against))
-    shown = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
-    for name, rows in shown:
+    parts = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
+    for name, rows in parts:
         if rows:
             console.print(Text(f"\n{name}, by {result.judged_by}", style="bold"))
             console.print(_examples(rows, against))

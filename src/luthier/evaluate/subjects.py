@@ -12,14 +12,12 @@ from luthier.evaluate.sets import Set, metrics_of, of_replies
 from luthier.evaluate.written import SpokenMaker, TargetMaker
 from luthier.infer.llm import LLM
 from luthier.metrics import Metric
+from luthier.model.adapter_heads import HEADED
 from luthier.model.artefact import find
 
 if TYPE_CHECKING:
     from luthier.evaluate.deciding import Decider
     from luthier.infer.words import Words
-
-HEADS = ("SEQ_CLS", "TOKEN_CLS")
-"""What models do that decide, as peft calls it."""
 
 
 class Writer(LLM):
@@ -68,7 +66,7 @@ def subjects(
     if against is not None:
         return model, _alike(model, _subject(against, typed, None))
     artefact = model.artefact
-    if artefact.task in HEADS:
+    if artefact.task in HEADED:
         return model, None  # a base's head for these labels is a random one
     if artefact.adapter is not None:
         return model, model
@@ -102,11 +100,12 @@ def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) ->
 
 
 def _subject(word: str, typed: "Words", base: str | None) -> Subject:
-    if find(word, base).task not in HEADS:
-        return Writer(word, base=base, **typed.llm())
+    artefact = find(word, base)
+    if artefact.task not in HEADED:
+        return Writer(artefact, **typed.llm())
     from luthier.evaluate.deciding import Decider
 
-    return Decider(word, base=base, **typed.llm())
+    return Decider(artefact, **typed.llm())
 
 
 def _alike(model: Subject, other: Subject) -> Subject:

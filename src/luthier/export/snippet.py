@@ -3,6 +3,7 @@
 from typing import Any
 
 from luthier.export.story import Story
+from luthier.model.adapter_heads import HEADED
 from luthier.model.tuned import CLASSES
 
 
@@ -16,7 +17,7 @@ def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = 
     if story.kind == "adapter" and story.base.file:
         lines += ["", *_unpacking(story)]
     lines += ["", *_loading(story)]
-    if story.task in ("SEQ_CLS", "TOKEN_CLS"):
+    if story.task in HEADED:
         lines += ["", *_labelling(story, has_template)]
     else:
         lines += ["", *_writing(story, stop_ids, has_template)]
@@ -52,7 +53,7 @@ def _imports(story: Story) -> list[str]:
         names += ["BitsAndBytesConfig"] if story.quantization else []
         names += ["GgufConfig"] if story.base.file else []
     lines.append(f"from transformers import {', '.join(sorted(names))}")
-    first = ["import torch"] if story.task in ("SEQ_CLS", "TOKEN_CLS") else []
+    first = ["import torch"] if story.task in HEADED else []
     if _reads_labels(story):
         first.insert(0, "import json")
         first.insert(1, "from pathlib import Path")
@@ -64,7 +65,7 @@ def _imports(story: Story) -> list[str]:
 
 def _reads_labels(story: Story) -> bool:
     """Whether it is an adapter whose base must be told of its labels."""
-    decides = story.task in ("SEQ_CLS", "TOKEN_CLS") and story.method != "reward"
+    decides = story.task in HEADED and story.method != "reward"
     return story.kind == "adapter" and decides
 
 

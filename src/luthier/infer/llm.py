@@ -37,16 +37,16 @@ class LLM:
             llm.generate(["Lunch with Ana on Friday at noon."])
 
     `word`: the folder of a run, its `model/`, a checkpoint, an adapter or a whole model, a hub
-    name, or `package:NAME`. `base`: where an adapter's base is now. `device`, `dtype` and
-    `attention`: as in a config's `model`; the run's own where they are None. `device_map`: of
-    accelerate, for a model that needs several GPUs (`auto`). `quantization`: how the weights are
-    packed. Nothing is loaded before the block begins; at its end the memory is free again. Raises
-    UserError for a word that names no model that writes.
+    name, or `package:NAME`; or what `luthier.model.artefact.find` found. `base`: where an adapter's
+    base is now. `device`, `dtype` and `attention`: as in a config's `model`; the run's own where
+    they are None. `device_map`: of accelerate, for a model that needs several GPUs (`auto`).
+    `quantization`: how the weights are packed. Nothing is loaded before the block begins; at its
+    end the memory is free again. Raises UserError for a word that names no model that writes.
     """
 
     def __init__(
         self,
-        word: str,
+        word: str | Artefact,
         *,
         base: str | None = None,
         device: str | None = None,
@@ -55,7 +55,7 @@ class LLM:
         device_map: str | dict[str, Any] | None = None,
         quantization: Packing = "trained",
     ) -> None:
-        self.artefact: Artefact = _writes(find(word, base))
+        self.artefact: Artefact = _writes(word if isinstance(word, Artefact) else find(word, base))
         self._packing = packing_of(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
         given = {"device": device, "dtype": dtype, "attention": attention}

@@ -39,6 +39,7 @@ class Item(NamedTuple):
 class JudgedRows(SampledRows):
     """Gives rows of the table as they are; what only fills up a batch is its first row."""
 
+    # Its layouts take these items, where those of SampledRows take training rows.
     def __getitem__(self, numbers: Numbers) -> Item:  # type: ignore[override]
         number, partner = (numbers or (0,))[0], (numbers or (0,))[-1]
         row = self.table.row(number)

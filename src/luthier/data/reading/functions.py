@@ -60,7 +60,7 @@ class FunctionContent:
                 number += 1
         except UserError:
             raise
-        except Exception as error:
+        except Exception as error:  # a user's function fails with whatever it likes
             raise UserError(_failed(self._path, number, error)) from error
 
 
@@ -96,7 +96,7 @@ def _module(path: str, name: str) -> Any:
             f"dataset: {path}: there is no module {error.name} (looked in {Path.cwd()} and among "
             "the installed packages)."
         ) from error
-    except Exception as error:
+    except Exception as error:  # importing runs the user's module
         raise UserError(_failed_import(path, name, error)) from error
 
 

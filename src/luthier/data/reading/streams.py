@@ -102,7 +102,7 @@ def _in_archive(stack: ExitStack, archive: ZipFile, label: str, name: str) -> io
     """The content of one file in an open archive."""
     try:
         return io.BufferedReader(cast(io.RawIOBase, stack.enter_context(archive.open(name))))
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError) as error:  # zipfile: encrypted, or an unknown method
         raise UserError(f"dataset: {label} cannot be unpacked: {error}. Unpack it.") from error
 
 

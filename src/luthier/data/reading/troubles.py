@@ -29,7 +29,7 @@ def in_words(label: str, is_remote: bool = False) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries fail in many ways; what is none of reading goes on
         text = _words(label, error, is_remote)
         if text is None:
             raise
