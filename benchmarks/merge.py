@@ -43,11 +43,11 @@ def one(layers: int, place: str) -> None:
     """One merge, measured from within."""
     from luthier.export import streaming
     from luthier.export.layout import layout_of
-    from luthier.model.artefact import find
+    from luthier.model.artefact import find_artifact
 
     folder = Path(place)
     make(folder / "base", folder / "adapter", layers)
-    artefact = find(str(folder / "adapter"), str(folder / "base"))
+    artefact = find_artifact(str(folder / "adapter"), str(folder / "base"))
     layout = layout_of(artefact, folder / "base")
     assert artefact.adapter is not None
     plan = streaming.plan(folder / "base", layout, [(artefact.adapter, 1.0)], {}, None)
@@ -115,12 +115,12 @@ def logits(run: str) -> None:
     from luthier.export import merging, verify
     from luthier.export.loaded import logits as of
     from luthier.export.loaded import tuned
-    from luthier.model.artefact import find
+    from luthier.model.artefact import find_artifact
     from luthier.model.quiet import hush
     from luthier.model.tokenizer import load_tokenizer
 
     hush()
-    artefact = find(run)
+    artefact = find_artifact(run)
     prompts = verify.prompts_of(artefact, load_tokenizer(artefact.base))
     print(f"{'onto':>9} {'dtype':>9} {'largest':>9} {'std':>9} {'same token':>11}")
     for onto in ("trained", "original"):
@@ -144,13 +144,13 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     from luthier.export import merging, verify
     from luthier.export.loaded import tuned
     from luthier.infer.generate import generate
-    from luthier.model.artefact import encoder_of, find
+    from luthier.model.artefact import encoder_of, find_artifact
     from luthier.model.quiet import hush
     from luthier.model.tokenizer import load_tokenizer
     from luthier.record.plot import read_metrics
 
     hush()
-    artefact, talks = find(run), read_metrics(Path(rows))
+    artefact, talks = find_artifact(run), read_metrics(Path(rows))
     tokenizer: Any = load_tokenizer(artefact.base)
     encoder = encoder_of(artefact, tokenizer)
     prompts = [encoder.prompt(talk["messages"][:-1]) for talk in talks]

@@ -174,3 +174,11 @@ def _hydra_info(what: str, overrides: list[str]) -> None:
 
 def _nothing(_: object) -> None:
     """Stand in for a task where Hydra only prints."""
+
+
+def train(loaded: Loaded) -> int:
+    """Train a valid configuration and write the card of its model; torch is imported here."""
+    from luthier.export.writing import after_a_run
+    from luthier.train.run import run
+
+    return run(loaded, after_a_run)

@@ -152,8 +152,7 @@ def unknown(word: str) -> str:
 
 def train(words: list[str]) -> int:
     """What train.py does."""
-    from luthier.app import main
-    from luthier.train.run import run
+    from luthier.app import main, train
 
     sys.argv = ["luthier train", *words]
-    return main(run)
+    return main(train)

@@ -18,7 +18,7 @@ from luthier.export.metadata import metadata
 from luthier.export.snippet import snippet
 from luthier.export.story import BaseModel, Data, Story, data_of
 from luthier.export.writing import after_a_run
-from luthier.model.artefact import find
+from luthier.model.artefact import find_artifact
 from tiny_material import CHATML
 
 
@@ -235,7 +235,7 @@ def test_a_card_that_cannot_be_written_is_said_and_fails_nothing(tmp_path, base)
 
 
 def test_the_facts_beside_the_weights_make_the_same_card(run):
-    found = find(str(run))
+    found = find_artifact(str(run))
     assert stories.read(run / "model") == stories.of(found)
 
 
@@ -288,7 +288,7 @@ def test_the_python_of_a_card_gives_the_adapters_reply_in_a_fresh_process(tmp_pa
     from luthier.model.artefact import encoder_of
     from luthier.model.tokenizer import load_tokenizer
 
-    found = find(str(run))
+    found = find_artifact(str(run))
     encoder = encoder_of(found, load_tokenizer(found.base))
     assert got["ids"] == encoder.prompt([{"role": "user", "content": "Your question."}])
     assert read(run / "model" / "card.json")["base"]["hub"] == "org/tiny"

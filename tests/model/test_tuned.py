@@ -5,7 +5,7 @@ import torch
 from adapters_material import IDS, LORA, NF4, config_of, logits, prepared, stir
 
 from luthier.errors import UserError
-from luthier.model.artefact import find
+from luthier.model.artefact import find_artifact
 from luthier.model.machine import Machine
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.tuned import load_tuned
@@ -34,7 +34,7 @@ def saved(folder, target, **groups):
 @pytest.mark.parametrize("groups", WAYS.values(), ids=WAYS)
 def test_what_was_saved_is_loaded(tiny_model, tmp_path, groups):
     wanted, vocabulary = saved(tiny_model, tmp_path / "saved", **groups)
-    found = find(str(tmp_path / "saved"))
+    found = find_artifact(str(tmp_path / "saved"))
     tokenizer = load_tokenizer(found.base)
     assert len(tokenizer) == vocabulary
     tuned = load_tuned(found, CPU, tokenizer, groups.get("quantization"))
@@ -53,7 +53,7 @@ def test_weights_of_an_adapter_that_are_missing_are_told(tiny_model, tmp_path):
     weights = load_file(file)
     weights.pop(min(weights))
     save_file(weights, file)
-    found = find(str(tmp_path / "saved"))
+    found = find_artifact(str(tmp_path / "saved"))
     with pytest.raises(UserError, match="the adapter has no weights for"):
         load_tuned(found, CPU, load_tokenizer(found.base))
     file.unlink()

@@ -20,15 +20,15 @@ _AT_LEAST_ONE = {
 }
 
 
-def check(resolved: dict[str, Any]) -> list[Mistake]:
+def check_settings(resolved: dict[str, Any]) -> list[Mistake]:
     """Return what contradicts itself in a resolved config; a part of a wrong shape is passed over.
 
     The schema complains about shapes, so that every mistake is reported once.
     """
     parts = (
-        trained.check,
+        trained.check_trained_parts,
         _evaluation,
-        measured.check,
+        measured.check_measurements,
         _replies,
         _streaming,
         _training,

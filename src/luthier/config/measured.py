@@ -15,7 +15,7 @@ _KEY = "trainer.evaluation.metrics"
 _REWARDS = "trainer.rewards"
 
 
-def check(resolved: dict[str, Any]) -> Iterator[Mistake]:
+def check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What is wrong with metrics, rewards and what is done with them; imports nothing heavy."""
     evaluation = settings(resolved, "trainer.evaluation")
     args = settings(resolved, "trainer.args")

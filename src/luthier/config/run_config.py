@@ -40,7 +40,7 @@ def finish(composed: Composed, overrides: list[str]) -> Loaded:
     found = passthrough.check(resolved)
     empty = [Mistake(key, _no_value(key)) for key in _unset(resolved)]
     config, wrong = validate(resolved)
-    together = [] if composed.unsure else checks.check(resolved)
+    together = [] if composed.unsure else checks.check_settings(resolved)
     mistakes = [*_grouped(composed, empty + wrong), *found, *together]
     mistakes = [mistake for mistake in mistakes if not _hidden(mistake, composed.unsure)]
     mistakes = composed.mistakes + _once(mistakes, {m.key for m in composed.mistakes})

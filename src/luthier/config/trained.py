@@ -11,7 +11,7 @@ from luthier.config.words import Mistake, value
 _BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
 
 
-def check(resolved: dict[str, Any]) -> Iterator[Mistake]:
+def check_trained_parts(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What contradicts itself in the groups `quantization` and `lora`, and in the model's parts."""
     yield from _quantization(resolved)
     yield from _adapter(resolved)

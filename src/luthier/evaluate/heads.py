@@ -114,12 +114,14 @@ class Classes(Head):
         predicted = np.array(said)
         names = np.array(self.labels.names, object)
         if self.labels.problem == REGRESSION:
-            return samples.numbers(predicted, wanted), [self._words([one]) for one in said]
+            return samples.regression_samples(predicted, wanted), [
+                self._words([one]) for one in said
+            ]
         if self.labels.problem == "multi_label_classification":
             texts = [self._words(names[flags].tolist()) for flags in predicted]
-            return samples.multi_label(predicted, wanted > 0), texts
+            return samples.multi_label_samples(predicted, wanted > 0), texts
         texts = names[predicted].tolist()
-        return samples.single_label(predicted, wanted, len(names)), texts
+        return samples.single_label_samples(predicted, wanted, len(names)), texts
 
     def _words(self, labels: Sequence[Any]) -> str:
         shown = (f"{one:.4g}" if isinstance(one, float) else str(one) for one in labels)

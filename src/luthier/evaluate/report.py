@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.evaluate.compare import Result
-from luthier.infer.talk import shown
+from luthier.infer.stream import shown
 
 
 def show(result: Result, console: Console, against: str = "base") -> None:

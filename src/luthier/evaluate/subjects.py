@@ -13,7 +13,7 @@ from luthier.evaluate.written import SpokenMaker, TargetMaker
 from luthier.infer.llm import LLM
 from luthier.metrics import Metric
 from luthier.model.adapter_heads import HEADED
-from luthier.model.artefact import find
+from luthier.model.artefact import find_artifact
 
 if TYPE_CHECKING:
     from luthier.evaluate.deciding import Decider
@@ -100,7 +100,7 @@ def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) ->
 
 
 def _subject(word: str, typed: "Words", base: str | None) -> Subject:
-    artefact = find(word, base)
+    artefact = find_artifact(word, base)
     if artefact.task not in HEADED:
         return Writer(artefact, **typed.llm())
     from luthier.evaluate.deciding import Decider

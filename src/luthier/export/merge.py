@@ -1,11 +1,13 @@
 """`luthier merge`: adapters become part of their base, for servers that know no adapters."""
 
 import re
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from luthier.errors import UserError
 from luthier.inspect.arguments import Flag, Given, Grammar
-from luthier.model.artefact import Artefact, find
+from luthier.model.artefact import Artefact, find_artifact, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")
@@ -51,9 +53,9 @@ def run(words: list[str]) -> int:
     from luthier.export import sharded
 
     if len(given.overrides) == 1 and sharded.kind_of(Path(given.overrides[0])) is not None:
-        return sharded.command(Path(given.overrides[0]), given)
+        return _merge_sharded(Path(given.overrides[0]), given)
     parted = [_parted(word) for word in given.overrides]
-    artefacts = [find(word, given.texts.get("--base")) for word, _ in parted]
+    artefacts = [find_artifact(word, given.texts.get("--base")) for word, _ in parted]
     return _merge(artefacts, [weight for _, weight in parted], given)
 
 
@@ -82,7 +84,7 @@ def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int
         hush()
         quantizing.whole_model(artefacts[0], target, quantize, print)
         return 0
-    merging.refuse(order, overwrite)
+    merging.refuse_merge(order, overwrite)
     hush()
     try:
         merging.merge(order, print)
@@ -119,3 +121,48 @@ def _parted(word: str) -> tuple[str, float]:
     if found is None or Path(word).exists():
         return word, 1.0
     return found["word"], float(found["weight"])
+
+
+def _merge_sharded(folder: Path, given: Given) -> int:
+    """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
+    from luthier.export import sharded
+    from luthier.export.target import filled, refuse_target
+    from luthier.model.quiet import hush
+
+    artefact = _trained_whole(folder, given)
+    target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
+    refuse_target(target, "--overwrite" in given.switches)
+    if sharded.kind_of(folder) == "zero" and find_spec("deepspeed") is None:
+        raise UserError(
+            f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
+            "    pip install deepspeed\n"
+            "Its own script beside them does the same: python zero_to_fp32.py . OUT "
+            "--safe_serialization"
+        )
+    hush()
+    with filled(target) as aside:
+        sharded.consolidate(folder, artefact, aside, given.texts.get("--dtype"), print)
+    print(f"written   {target}")
+    return 0
+
+
+def _trained_whole(folder: Path, given: Given) -> Artefact:
+    """The run that a sharded checkpoint belongs to, as an artefact of its base."""
+    place = folder.resolve()
+    run = next((one for one in place.parents if (one / "config.yaml").is_file()), None)
+    base = given.texts.get("--base")
+    if run is None:
+        if base is None:
+            raise UserError(
+                f"{folder}: shards hold no configuration, and no run is around them.\n"
+                "Name the model that was trained: --base ORGANISATION/MODEL."
+            )
+        return replace(find_artifact(base), word=str(folder))
+    config = read_config(run)
+    if config.lora:
+        raise UserError(
+            f"{folder}: the shards of a run with adapters. Its adapter is saved whole at the end "
+            f"of the run: luthier merge {run}."
+        )
+    model = config.model.model_copy(update={"path": base} if base else {})
+    return Artefact(str(folder), model, config=config, run=run)

@@ -55,7 +55,7 @@ class Order:
         )
 
 
-def refuse(order: Order, overwrite: bool) -> None:
+def refuse_merge(order: Order, overwrite: bool) -> None:
     """Raise UserError for adapters of different bases, and for a target that holds something."""
     first = order.first
     for one in order.artefacts:
@@ -158,7 +158,7 @@ def _checked(order: Order, aside: Path, dtype: str, say: Say) -> Difference:
     bound = verify.BOUNDS[dtype]
     if order.packs and first.quantization.get("load_in_8bit"):
         bound = max(bound, verify.ROUNDED_INPUTS)
-    verify.refuse(found, bound, aside)
+    verify.refuse_unlike_logits(found, bound, aside)
     return found
 
 

@@ -20,7 +20,7 @@ def metadata(story: Story) -> dict[str, Any]:
     """
     from huggingface_hub import ModelCardData
 
-    results = _results(story)
+    results = _model_index(story)
     base: dict[str, Any] = {}
     if story.base.hub:
         base = {"base_model": story.base.hub, "base_model_relation": relation(story)}
@@ -60,7 +60,7 @@ def _tags(story: Story) -> list[str]:
     return tags
 
 
-def _results(story: Story) -> list[Any]:
+def _model_index(story: Story) -> list[Any]:
     from huggingface_hub import EvalResult
 
     names = [one.name for one in story.data if one.is_hub] or ["held-out rows"]

@@ -4,18 +4,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
 from luthier.export import story as stories
 from luthier.export import writing
-from luthier.export.parcel import Parcel, pack
+from luthier.export.parcel import Parcel, pack, send
 from luthier.export.story import Data, Story
 from luthier.inspect.arguments import Flag, Given, Grammar
-from luthier.model.artefact import Artefact, find
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from luthier.model.artefact import Artefact, find_artifact
 
 GRAMMAR = Grammar(
     "push",
@@ -40,8 +36,6 @@ GRAMMAR = Grammar(
     "  luthier push runs/quickstart/default --to ada/reminders-merged --merged --public\n",
 )
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_IGNORED = (".gitattributes",)
-"""What the hub itself puts into an empty repository."""
 
 
 def run(words: list[str]) -> int:
@@ -81,74 +75,6 @@ def show(parcel: Parcel, target: str, public: bool) -> None:
         print(f"  stays here  {name}: {why}")
 
 
-def send(parcel: Parcel, target: str, public: bool, overwrite: bool) -> None:
-    """Upload in one commit. Raises UserError before anything is sent where it cannot be."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi()
-    check_login(api)
-    check_card(parcel.texts[writing.CARD])
-    _check_repository(api, target, public, overwrite)
-    operations = [CommitOperationAdd(name, path) for name, path in parcel.files.items()]
-    operations += [CommitOperationAdd(n, text.encode()) for n, text in parcel.texts.items()]
-    try:
-        api.create_repo(target, private=not public, exist_ok=True)
-        done = api.create_commit(target, operations, commit_message="Model from luthier")
-    except Exception as error:  # the HTTP client has its own errors for a network that is down
-        raise UserError(f"--to {target}: the hub did not take it: {_words(error)}") from error
-    print(f"sent      {done.repo_url if done.repo_url else target}")
-
-
-def check_login(api: "HfApi") -> None:
-    """Raise UserError where there is no valid login, or the hub is out of reach."""
-    from huggingface_hub import errors
-
-    try:
-        api.whoami()
-    except errors.OfflineModeIsEnabled as error:
-        raise UserError("HF_HUB_OFFLINE is set, so that nothing can be sent. Unset it.") from error
-    except OSError as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
-            raise UserError(
-                "You are not logged in to the hub (or the login is no longer valid). Log in with a "
-                "token that may write:\n    hf auth login\n(or set HF_TOKEN). Nothing was sent."
-            ) from error
-        raise UserError(f"The hub cannot be reached: {_words(error)}. Nothing was sent.") from error
-    except Exception as error:  # the HTTP client's own errors
-        raise UserError(f"The hub cannot be reached: {_words(error)}. Nothing was sent.") from error
-
-
-def check_card(text: str) -> None:
-    """Let the hub check the card's metadata; UserError with its words where it refuses."""
-    from huggingface_hub import ModelCard
-
-    try:
-        ModelCard(text).validate()
-    except ValueError as error:
-        raise UserError(f"The hub refuses the card: {error}. Nothing was sent.") from error
-
-
-def _check_repository(api: "HfApi", target: str, public: bool, overwrite: bool) -> None:
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        found = api.repo_info(target)
-    except RepositoryNotFoundError:
-        return
-    if found.private is False and not public:
-        raise UserError(
-            f"--to {target}: this repository exists and is public. --public says that this is "
-            "meant, or name another. Nothing was sent."
-        )
-    names = [one.rfilename for one in found.siblings or [] if one.rfilename not in _IGNORED]
-    if names and not overwrite:
-        raise UserError(
-            f"--to {target}: this repository holds {len(names)} files already ({names[0]}, ...). "
-            "--overwrite replaces those of the same names, or name another. Nothing was sent."
-        )
-
-
 def _target(given: Given) -> str:
     target = given.texts.get("--to", "")
     if not _NAME.fullmatch(target):
@@ -158,7 +84,7 @@ def _target(given: Given) -> str:
 
 
 def _artefact(word: str, given: Given) -> Artefact:
-    artefact = find(word, given.texts.get("--base"))
+    artefact = find_artifact(word, given.texts.get("--base"))
     if "--merged" not in given.switches:
         return artefact
     place = None if artefact.run is None else artefact.run / "merged"
@@ -166,7 +92,7 @@ def _artefact(word: str, given: Given) -> Artefact:
         raise UserError(
             f"{word}: there is no merged model yet. Make it first:\n    luthier merge {word}"
         )
-    return find(str(place))
+    return find_artifact(str(place))
 
 
 def _told(artefact: Artefact, target: str, given: Given) -> Story:
@@ -202,7 +128,3 @@ def _readable(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
-
-
-def _words(error: Any) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -2,18 +2,15 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import UserError
 from luthier.export import carried, story, streaming, tensors, writing
 from luthier.export.layout import layout_of
-from luthier.export.target import filled, refuse_full_disk, refuse_target
+from luthier.export.target import refuse_full_disk
 from luthier.export.tensors import Entry, write
-from luthier.inspect.arguments import Given
-from luthier.model.artefact import Artefact, read_config
+from luthier.model.artefact import Artefact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,27 +33,6 @@ def shards_of(folder: Path) -> Path | None:
     """The folder with FSDP's shards: the checkpoint itself, or one in it."""
     places = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
     return next((place for place in places if (place / ".metadata").is_file()), None)
-
-
-def command(folder: Path, given: Given) -> int:
-    """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
-    from luthier.model.quiet import hush
-
-    artefact = _trained_whole(folder, given)
-    target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
-    refuse_target(target, "--overwrite" in given.switches)
-    if kind_of(folder) == "zero" and find_spec("deepspeed") is None:
-        raise UserError(
-            f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
-            "    pip install deepspeed\n"
-            "Its own script beside them does the same: python zero_to_fp32.py . OUT "
-            "--safe_serialization"
-        )
-    hush()
-    with filled(target) as aside:
-        consolidate(folder, artefact, aside, given.texts.get("--dtype"), print)
-    print(f"written   {target}")
-    return 0
 
 
 def consolidate(
@@ -89,30 +65,6 @@ def consolidate(
     carried.carry_speech(place, target)
     carried.carry_generation(base, None, target, spoken)
     writing.write(target, story.of(artefact), spoken)
-
-
-def _trained_whole(folder: Path, given: Given) -> Artefact:
-    """The run that a sharded checkpoint belongs to, as an artefact of its base."""
-    place = folder.resolve()
-    run = next((one for one in place.parents if (one / "config.yaml").is_file()), None)
-    base = given.texts.get("--base")
-    if run is None:
-        if base is None:
-            raise UserError(
-                f"{folder}: shards hold no configuration, and no run is around them.\n"
-                "Name the model that was trained: --base ORGANISATION/MODEL."
-            )
-        from luthier.model.artefact import find
-
-        return replace(find(base), word=str(folder))
-    config = read_config(run)
-    if config.lora:
-        raise UserError(
-            f"{folder}: the shards of a run with adapters. Its adapter is saved whole at the end "
-            f"of the run: luthier merge {run}."
-        )
-    model = config.model.model_copy(update={"path": base} if base else {})
-    return Artefact(str(folder), model, config=config, run=run)
 
 
 def _from_fsdp(

@@ -90,7 +90,7 @@ def between(before: "list[Tensor]", after: "list[Tensor]") -> Difference:
     return Difference(largest, largest / spread if spread else largest, same / places, len(before))
 
 
-def refuse(difference: Difference, bound: float, aside: Path) -> None:
+def refuse_unlike_logits(difference: Difference, bound: float, aside: Path) -> None:
     """Raise NotTheSame where a difference is more than rounding explains."""
     if difference.relative <= bound:
         return

@@ -9,7 +9,7 @@ from luthier.export.card import card
 from luthier.export.ollama import translate
 from luthier.export.serving import Spoken, notes
 from luthier.export.story import Story
-from luthier.model.artefact import Artefact, encoder_of, find, method_of
+from luthier.model.artefact import Artefact, encoder_of, find_artifact, method_of
 
 if TYPE_CHECKING:
     from luthier.chat.template import ChatTemplate
@@ -25,7 +25,7 @@ def after_a_run(run: Path) -> str | None:
     Weights are saved by then: a card that cannot be written is said and fails nothing.
     """
     try:
-        artefact = find(str(run))
+        artefact = find_artifact(str(run))
         story = stories.of(artefact)
         if artefact.folder is not None:
             write(artefact.folder, story, spoken_of(artefact), plot=run / PLOT)

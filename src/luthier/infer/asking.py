@@ -87,12 +87,14 @@ def _ask(placed: Placed, opened: Opened) -> Ask:
         if not context:
             raise UserError(f"{placed.where}: there is nothing before the reply.")
         expected = None if reply is None or reply.get("tool_calls") else reply.get("content")
-        return Ask(placed.where, _messages(context, example.get("tools")), _text(expected))
+        return Ask(placed.where, _messages(context, example.get("tools")), _prompt_text(expected))
     if kind in ("preference", "unpaired"):
         replies = example.get("chosen") or example.get("completion") or [{}]
         is_good = example.get("label", True) and len(replies) == 1
         asked = _messages(example["prompt"], example.get("tools"))
-        return Ask(placed.where, asked, _text(replies[0].get("content")) if is_good else None)
+        return Ask(
+            placed.where, asked, _prompt_text(replies[0].get("content")) if is_good else None
+        )
     if kind == "seq2seq":
         return Ask(placed.where, example["source"], example["target"])
     return Ask(placed.where, example["text"], None)
@@ -102,7 +104,7 @@ def _messages(messages: list[dict[str, Any]], tools: Any) -> Prompt:
     return {"messages": messages, "tools": tools} if tools else messages
 
 
-def _text(content: Any) -> str | None:
+def _prompt_text(content: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 

@@ -10,7 +10,7 @@ from luthier.infer import settings as words
 from luthier.infer.packing import Packing, packing_of
 from luthier.infer.pieces import Pieces
 from luthier.infer.prompts import Prompt, Prompts
-from luthier.model.artefact import Artefact, find
+from luthier.model.artefact import Artefact, find_artifact
 
 if TYPE_CHECKING:
     from luthier.chat import ChatEncoder
@@ -55,7 +55,9 @@ class LLM:
         device_map: str | dict[str, Any] | None = None,
         quantization: Packing = "trained",
     ) -> None:
-        self.artefact: Artefact = _writes(word if isinstance(word, Artefact) else find(word, base))
+        self.artefact: Artefact = _writes(
+            word if isinstance(word, Artefact) else find_artifact(word, base)
+        )
         self._packing = packing_of(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
         given = {"device": device, "dtype": dtype, "attention": attention}

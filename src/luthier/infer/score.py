@@ -42,14 +42,14 @@ def _parted(example: Mapping[str, Any]) -> tuple[Messages, str | None]:
         return [{"role": "user", "content": example["source"]}], example["target"]
     if "messages" in example:
         *context, last = example["messages"]
-        return context, _text(last)
+        return context, _reply_text(last)
     if not example.get("label", True):
         return [], None
     reply = example.get("chosen", example.get("completion")) or [{}]
-    return example.get("prompt", []), _text(reply[0]) if len(reply) == 1 else None
+    return example.get("prompt", []), _reply_text(reply[0]) if len(reply) == 1 else None
 
 
-def _text(message: Mapping[str, Any]) -> str | None:
+def _reply_text(message: Mapping[str, Any]) -> str | None:
     """What an assistant's message says, if that is all in words."""
     content = message.get("content")
     is_reply = message.get("role") == "assistant" and not message.get("tool_calls")

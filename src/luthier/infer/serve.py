@@ -50,12 +50,12 @@ def run(words: list[str]) -> int:
         return 0
     given = GRAMMAR.parse(words)
     from luthier.infer.words import sort
-    from luthier.model.artefact import find
+    from luthier.model.artefact import find_artifact
 
     typed = sort("serve", given.overrides, ("MODEL",))
     engine = _engine(given)
     if engine == "vllm":
-        artefact = find(typed.places[0], given.texts.get("--base"))
+        artefact = find_artifact(typed.places[0], given.texts.get("--base"))
         _vllm(artefact, given)
         return 0
     return _transformers(typed, given)

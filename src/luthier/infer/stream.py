@@ -84,3 +84,12 @@ class _Tokens:
 
     def end(self) -> None:
         """The model has ended; nothing is left to tell."""
+
+
+_SIGNS = {code: "␦" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
+"""Control characters, which could move the cursor or worse."""
+
+
+def shown(text: str) -> str:
+    """A model's text with signs for control characters."""
+    return text.translate(_SIGNS)

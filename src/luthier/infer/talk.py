@@ -14,6 +14,7 @@ from luthier.errors import UserError
 from luthier.infer import settings as generation
 from luthier.infer.beside import Beside
 from luthier.infer.chat import Chat
+from luthier.infer.stream import shown
 
 if TYPE_CHECKING:
     from luthier.infer.llm import LLM, Reply
@@ -27,9 +28,6 @@ HELP = """\
   /help          this page
   /quit          leave; so does Ctrl-D
   Ctrl-C stops a reply while it is written. A line that ends with \\ goes on in the next."""
-
-_SIGNS = {code: "␦" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which could move the cursor or worse."""
 
 
 class Talk:
@@ -198,8 +196,3 @@ class Talk:
 def chat_of(llm: "LLM", system: str | None) -> Chat:
     """A new conversation."""
     return llm.chat(system)
-
-
-def shown(text: str) -> str:
-    """A model's text with signs for control characters."""
-    return text.translate(_SIGNS)

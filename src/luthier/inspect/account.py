@@ -13,7 +13,7 @@ from luthier.data.compose.prints import Prints, fingerprint, normalised
 from luthier.data.examples import BadRows, Opened
 from luthier.inspect.division import Positions, Seen
 from luthier.inspect.rows import FATES, Fate, Row, cut_words
-from luthier.inspect.rules import EXAMPLES, Example
+from luthier.inspect.rules import EXAMPLES, RuleExample
 
 
 @dataclass
@@ -23,13 +23,13 @@ class Finding:
     fate: str
     reason: str
     rows: int = 0
-    examples: list[Example] = field(default_factory=list)
+    examples: list[RuleExample] = field(default_factory=list)
 
     def note(self, where: str, words: Callable[[], str]) -> None:
         """Count one more; its words are asked for only if it is one of the first."""
         self.rows += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(Example(where, words()))
+            self.examples.append(RuleExample(where, words()))
 
 
 class Account:

@@ -8,7 +8,7 @@ from luthier.inspect.conversations import ConversationReader
 from luthier.inspect.difference import parting, stretch
 from luthier.inspect.reference import Reference
 from luthier.inspect.rows import Row
-from luthier.inspect.rules import Example, Rule
+from luthier.inspect.rules import Rule, RuleExample
 
 TOKENS = 1_000_000
 TURNS = 5_000
@@ -22,7 +22,7 @@ class Boundaries:
     chosen: str
     rows: int = 0
     differ: int = 0
-    first: Example | None = None
+    first: RuleExample | None = None
 
 
 class Sample:
@@ -109,14 +109,14 @@ class Comparison:
 
     def _first_difference(
         self, row: Row, whole: list[ChatSequence], others: list[ChatSequence]
-    ) -> Example:
+    ) -> RuleExample:
         names = ("served", "segments")
         chosen, other = names if self.boundaries.chosen == "served" else names[::-1]
         for one, two in zip(whole, others, strict=False):
             if one.input_ids != two.input_ids:
                 named = {chosen: one.input_ids, other: two.input_ids}
-                return Example(row.place, "the tokens part here", self._shown(named))
-        return Example(
+                return RuleExample(row.place, "the tokens part here", self._shown(named))
+        return RuleExample(
             row.place, f"{chosen}: {len(whole)} sequences, {other}: {len(others)} sequences"
         )
 

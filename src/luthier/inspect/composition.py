@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from luthier.config.schema import EvalConfig
 from luthier.data.compose.prints import Prints
-from luthier.inspect.rules import EXAMPLES, Example
+from luthier.inspect.rules import EXAMPLES, RuleExample
 
 Positions = NDArray[np.int64]
 
@@ -35,7 +35,7 @@ class Equals:
     """Training rows that equal an earlier one, with the first of them."""
 
     rows: int = 0
-    examples: list[Example] = field(default_factory=list)
+    examples: list[RuleExample] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def equals(prints: Prints, places: Sequence[str], known: Prints | None = None) -
         repeated &= _firsts(known) == np.arange(len(known))
     rows = np.flatnonzero(repeated)
     shown = rows[:EXAMPLES].tolist()
-    examples = [Example(places[row], f"equals {places[first[row]]}") for row in shown]
+    examples = [RuleExample(places[row], f"equals {places[first[row]]}") for row in shown]
     return Equals(len(rows), examples)
 
 

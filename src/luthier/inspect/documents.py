@@ -33,12 +33,14 @@ class DocumentReader:
 
 def _row(placed: Placed, windows: list[Window]) -> Row:
     if windows:
-        return Row(place(placed.where), placed.example, [_sequence(window) for window in windows])
+        return Row(
+            place(placed.where), placed.example, [_document_sequence(window) for window in windows]
+        )
     error = ChatError("the text is empty", reason="empty text")
     return Row(place(placed.where), placed.example, error=error, fate="dropped")
 
 
-def _sequence(window: Window) -> ChatSequence:
+def _document_sequence(window: Window) -> ChatSequence:
     """The window as a sequence whose reply is all that trains."""
     size, context = len(window.input_ids), window.labels.count(IGNORED)
     parts = [Segment(0, context, None, None, "text", False)] if context else []

@@ -20,7 +20,7 @@ def plain(survey: Survey) -> dict[str, Any]:
         "holds": survey.holds,
         "error": survey.error,
         "limit": survey.limit,
-        "sources": {account.opened.key: _source(account) for account in survey.accounts},
+        "sources": {account.opened.key: _source_sentence(account) for account in survey.accounts},
         "mixture": _mixture(survey),
         "duplicates": _duplicates(survey),
         "held_out": _held_out(survey),
@@ -38,7 +38,7 @@ def plain(survey: Survey) -> dict[str, Any]:
     }
 
 
-def _source(account: Account) -> dict[str, Any]:
+def _source_sentence(account: Account) -> dict[str, Any]:
     opened = account.opened
     return {
         "label": opened.source.label,

@@ -37,12 +37,12 @@ class PromptReader:
             row.error, row.fate = error, "stops" if self._prompts.stops(error) else "dropped"
             return row
         row.fate = "trains" if row.error is None else "lossy"
-        row.sequences = [_sequence(ids)]
+        row.sequences = [_prompt_sequence(ids)]
         row.cut_turns = 0 if gone else None
         return row
 
 
-def _sequence(ids: list[int]) -> ChatSequence:
+def _prompt_sequence(ids: list[int]) -> ChatSequence:
     """The prompt as a sequence in which nothing trains."""
     part = Segment(0, len(ids), None, None, "prompt", False)
     return ChatSequence(list(ids), [], lambda: [part])

@@ -8,7 +8,7 @@ from rich.text import Text
 from luthier.inspect import report_data, report_tables
 from luthier.inspect.account import Account, Finding
 from luthier.inspect.report_data import rows
-from luthier.inspect.rules import Example, Rule
+from luthier.inspect.rules import Rule, RuleExample
 from luthier.inspect.survey import Survey
 
 _WIDTH = 4
@@ -77,7 +77,7 @@ def _show_finding(console: Console, account: Account, finding: Finding) -> None:
         console.print(f"  ... and {finding.rows - len(shown):,} more")
 
 
-def show_example(console: Console, example: Example) -> None:
+def show_example(console: Console, example: RuleExample) -> None:
     """Print a place, what is to be seen there, and its tokens."""
     console.print(Text(f"  {example.place}: {example.words}"), soft_wrap=True)
     width = max(map(len, example.tokens), default=0)

@@ -25,10 +25,10 @@ def sources(survey: Survey) -> Lines:
     """Where the rows are from, what they look like, and what is not read of them."""
     stops = survey.material.config.dataset.on_bad_row == "error"
     for account in survey.accounts:
-        yield from _source(account, stops)
+        yield from _source_values(account, stops)
 
 
-def _source(account: Account, stops: bool) -> Lines:
+def _source_values(account: Account, stops: bool) -> Lines:
     opened = account.opened
     config, shape = opened.config, opened.shape
     yield f"{opened.key}: {place(opened.source.label)}, shape {shape.name}, {rows(len(account))}"

@@ -12,7 +12,7 @@ EXAMPLES = 3
 
 
 @dataclass
-class Example:
+class RuleExample:
     """A place and what is to be seen there; `tokens` are named stretches of them."""
 
     place: str
@@ -28,7 +28,7 @@ class Rule:
     unit: str
     checked: int = 0
     broken: int = 0
-    examples: list[Example] = field(default_factory=list)
+    examples: list[RuleExample] = field(default_factory=list)
 
     def note(self, place: str, wrong: str | None, tokens: dict[str, str] | None = None) -> None:
         """Count one case; `wrong` says what breaks the rule in it."""
@@ -37,7 +37,7 @@ class Rule:
             return
         self.broken += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(Example(place, wrong, tokens or {}))
+            self.examples.append(RuleExample(place, wrong, tokens or {}))
 
 
 class SequenceRules:

@@ -17,7 +17,7 @@ from luthier.inspect.difference import parting, stretch
 from luthier.inspect.rows import place
 from luthier.inspect.rules import Rule
 from luthier.inspect.tokens import token_texts
-from luthier.model.artefact import Artefact, find
+from luthier.model.artefact import Artefact, find_artifact
 
 ROWS = 500
 """Rows of each source that are compared where nobody says how many."""
@@ -129,7 +129,7 @@ def check(word: str, limit: int | None = None) -> Served:
     Raises UserError for a word that is no run, a run that was not trained on chats, and rows that
     are no longer there.
     """
-    artefact = find(word)
+    artefact = find_artifact(word)
     if artefact.config is None or artefact.folder is None:
         raise UserError(
             f"{word}: --served holds a run against its own rows, and this is no run's folder."

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 Scores = dict[str, float]
 
 
-def single_label(predicted: Array, right: Array, classes: int) -> Scores:
+def single_label_scores(predicted: Array, right: Array, classes: int) -> Scores:
     """Scores of one class a row: class numbers, shape (rows,).
 
     Micro F1 is the same as accuracy here: each miss is one false positive and one false negative.
@@ -27,7 +27,7 @@ def single_label(predicted: Array, right: Array, classes: int) -> Scores:
     return {"accuracy": float(np.mean(predicted == right)), **_f1(hits, either)}
 
 
-def multi_label(predicted: Array, right: Array) -> Scores:
+def multi_label_scores(predicted: Array, right: Array) -> Scores:
     """Scores of several classes a row: truth values, shape (rows, classes).
 
     Accuracy is the share of rows in which all classes are right.
@@ -44,7 +44,7 @@ def _f1(hits: Array, either: Array) -> Scores:
     return {"macro_f1": float(macro), "micro_f1": float(micro)}
 
 
-def numbers(predicted: Array, right: Array) -> Scores:
+def regression_scores(predicted: Array, right: Array) -> Scores:
     """Mean absolute error, root mean square error, and Pearson's correlation; shape (rows,).
 
     The correlation is 0 where one side does not vary, as it is not defined there.

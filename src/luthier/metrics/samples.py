@@ -19,13 +19,13 @@ from luthier.metrics.metric import Measured
 Array = NDArray[Any]
 
 
-def single_label(predicted: Array, right: Array, classes: int) -> Measured:
+def single_label_samples(predicted: Array, right: Array, classes: int) -> Measured:
     """Accuracy, macro and micro F1 of one class a row: class numbers, shape (rows,)."""
     flags = np.eye(classes, dtype=bool)
-    return multi_label(flags[predicted], flags[right])
+    return multi_label_samples(flags[predicted], flags[right])
 
 
-def multi_label(predicted: Array, right: Array) -> Measured:
+def multi_label_samples(predicted: Array, right: Array) -> Measured:
     """The same of several classes a row: truth values, shape (rows, classes)."""
     hits, either = predicted & right, predicted.astype(int) + right
     whole = (predicted == right).all(axis=1).astype(float).tolist()
@@ -37,7 +37,7 @@ def multi_label(predicted: Array, right: Array) -> Measured:
     return _measured({"accuracy": whole}, statistics)
 
 
-def numbers(predicted: Array, right: Array) -> Measured:
+def regression_samples(predicted: Array, right: Array) -> Measured:
     """Mean absolute error, root mean square error and Pearson's correlation; shape (rows,)."""
     one, other = predicted.astype(float), right.astype(float)
     error = one - other

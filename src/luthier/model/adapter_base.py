@@ -28,7 +28,7 @@ class Base:
     revision: str | None = None
 
 
-def find(
+def find_adapter_base(
     word: str, adapter: Mapping[str, Any], config: RunConfig | None, given: str | None
 ) -> Base:
     """Return the base of the adapter that `word` names.

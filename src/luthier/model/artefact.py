@@ -73,7 +73,7 @@ class Artefact:
         return self.config is not None and self.config.trainer.method == "reward"
 
 
-def find(word: str, base: str | None = None) -> Artefact:
+def find_artifact(word: str, base: str | None = None) -> Artefact:
     """Return what `word` names.
 
     `word`: the folder of a run, its `model/`, a checkpoint, the folder of an adapter or of a whole
@@ -136,7 +136,7 @@ def _saved(word: str, folder: Path, run: Path | None, base: str | None) -> Artef
         model = given | {"path": str(folder), "revision": None, "tokenizer": tokenizer}
         task = _task(_json(folder / MODEL) or {})
         return Artefact(word, ModelConfig(**model), task=task, **told)
-    found = adapter_base.find(word, adapter, config, base)
+    found = adapter_base.find_adapter_base(word, adapter, config, base)
     model = given | {"path": found.path, "revision": found.revision}
     model |= {"tokenizer": tokenizer or given["tokenizer"]}
     adapter_base.check_shapes(word, folder, adapter, found)

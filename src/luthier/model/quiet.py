@@ -3,6 +3,11 @@
 import logging
 import os
 import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.config.schema import RunConfig
+
 
 _CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 """Loggers that warn of a kernel which `keep_trainable` turns off, and at every 8-bit product."""
@@ -29,3 +34,20 @@ def hush() -> None:
 
     transformers.set_verbosity_error()
     transformers.disable_progress_bar()
+
+
+def set_environment(config: "RunConfig") -> None:
+    """What the libraries read from the environment, set before any of them is imported."""
+    settings: dict[str, Any] = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    if config.deterministic:
+        settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+    os.environ |= settings
+    hush_kernels()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
+    # Waiting threads that spin would starve every other process on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

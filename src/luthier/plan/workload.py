@@ -1,6 +1,6 @@
 """What one step of a run has to hold, read from its configuration."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -59,10 +59,6 @@ class Workload:
     """Whether layers drop activations."""
     assumptions: tuple[str, ...] = field(default=())
     """What the configuration leaves open, in words."""
-
-    def without_checkpointing(self) -> "Workload":
-        """The same, with all activations kept."""
-        return replace(self, checkpointing=None)
 
 
 def read(config: RunConfig, machine: Machine) -> Workload:

@@ -85,7 +85,7 @@ def _draw_lengths(axes: Any, numbers: DataNumbers, title: str) -> None:
     axes.set_title(about, loc="right", color=SOFT, fontsize=9)
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)
-    _dress(axes, "y")
+    _dress_data_plot(axes, "y")
 
 
 def _scale_counts(axes: Any, counts: NDArray[Any]) -> None:
@@ -168,7 +168,7 @@ def _draw_sources(axes: Any, bars: list[tuple[str, int]]) -> None:
     axes.set_xlabel("rows of an epoch")
     axes.tick_params(axis="y", length=0)
     _plain_numbers(axes.xaxis)
-    _dress(axes, "x")
+    _dress_data_plot(axes, "x")
 
 
 def _log_ticks(axis: Any, edges: NDArray[Any]) -> None:
@@ -184,7 +184,7 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_major_formatter(lambda value, place: f"{value:,.0f}")
 
 
-def _dress(axes: Any, grid: str) -> None:
+def _dress_data_plot(axes: Any, grid: str) -> None:
     axes.grid(axis=grid, alpha=0.25)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

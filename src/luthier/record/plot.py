@@ -39,7 +39,7 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
     if held_out:
         label = f"held-out {name}, at last {held_out[-1][1]:.3g}"
         axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL, ms=4, label=label)
-    _dress(axes, title, name, [value for _, value in train + held_out])
+    _dress_loss_plot(axes, title, name, [value for _, value in train + held_out])
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
@@ -67,7 +67,7 @@ def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def _dress(axes: Any, title: str, name: str, values: list[float]) -> None:
+def _dress_loss_plot(axes: Any, title: str, name: str, values: list[float]) -> None:
     axes.set_title(title, loc="left", color=INK)
     axes.set_xlabel("step")
     is_loss = name == "loss"

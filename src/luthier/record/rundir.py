@@ -68,11 +68,6 @@ def changed(folder: Path, resolved: dict[str, Any]) -> list[Change]:
     return changes(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The lines `key: old -> new` in which two resolved configs differ, neutral keys left out."""
-    return [str(change) for change in changes(old, new)]
-
-
 def is_finished(folder: Path) -> bool:
     """Whether `folder` holds a run that came to its end."""
     return read(folder).get("status") == "finished"

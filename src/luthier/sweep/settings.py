@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from pydantic import ValidationError as Invalid
 
 from luthier.config.compose import Composed
-from luthier.config.recipes import options
 from luthier.config.words import Mistake, choice, nearest, value
 
 Direction = Literal["minimize", "maximize"]
@@ -140,11 +139,3 @@ def _no_setting(name: str, place: str, given: Mapping[str, Any], model: type[Bas
     if takers:
         return f"{given['kind']} has no such setting; {' and '.join(takers)} have it."
     return f"there is no such setting. Settings: {', '.join(known)}."
-
-
-def unknown_choice(group: str, name: object) -> Mistake | None:
-    """The mistake of choosing a sweeper or launcher that does not exist."""
-    known = options(group)
-    if str(name) in known:
-        return None
-    return Mistake(group, f"there is no {name!r}. {choice(str(name), known)}")

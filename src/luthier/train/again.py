@@ -13,10 +13,11 @@ from luthier.errors import UserError
 
 def main(folder: Path) -> int:
     """Train in this folder by its config.yaml; return the exit code."""
+    from luthier.export.writing import after_a_run
     from luthier.train.run import run
 
     try:
-        return run(loaded(folder))
+        return run(loaded(folder), after_a_run)
     except UserError as error:
         return errors.report(error)
 

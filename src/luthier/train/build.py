@@ -1,7 +1,7 @@
 """The heavy part of a run: tokenizer, data, model, trainer, training, results."""
 
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -37,14 +37,14 @@ from luthier.train.launched_by import launcher
 from luthier.train.methods import Ingredients, Method
 from luthier.train.progress import MetricsFile, Progress
 from luthier.train.replies import Answers
-from luthier.train.session import Session
+from luthier.train.session import AfterSave, Session
 from luthier.train.stopping import Stopped
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
 
 
-def train(loaded: "Loaded", folder: Path) -> int:
+def train(loaded: "Loaded", folder: Path, after_save: AfterSave | None = None) -> int:
     """Run the training of a checked config whose directory is taken; return the exit code."""
     config = loaded.config
     seed_everything(config)
@@ -57,7 +57,8 @@ def train(loaded: "Loaded", folder: Path) -> int:
         kept = record if main and not config.dry_run else None
         with trackers.tracking(config, loaded.resolved, folder, kept):
             if not config.dry_run:
-                return fit(build(config, folder, record, main, machine))
+                session = build(config, folder, record, main, machine)
+                return fit(replace(session, after_save=after_save))
             # The trainer makes its folder when it is built, and a dry run leaves nothing.
             with TemporaryDirectory() as nowhere:
                 build(config, Path(nowhere), record, main, machine)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.export import writing
 from luthier.model.adapter_start import make_plain
 from luthier.record import journal
 from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
@@ -159,7 +158,7 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
     trackers.log_results(config, after["results"], rows)
     seconds = round(session.record.entries.get("training_seconds", 0) + training_seconds, 1)
     session.record.end("finished", results=results, training_seconds=seconds)
-    problem = writing.after_a_run(folder)
+    problem = session.after_save(folder) if session.after_save else None
     if problem:
         report.say(f"card      not written: {problem}")
     trackers.log_files(config, folder)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _NAMES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
-# How long a process waits for the first one to say what is wrong; the launcher ends it before.
 
 
 class LaunchFacts(TypedDict):

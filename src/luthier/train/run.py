@@ -2,14 +2,13 @@
 
 import os
 import sys
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.model.quiet import hush_kernels
+from luthier.model.quiet import set_environment
 from luthier.record import lock, rundir
 from luthier.record.record import RunRecord
 from luthier.train import launch, trackers
@@ -18,17 +17,21 @@ from luthier.train.stopping import SIGNALS, STOPPED, Stopped, leave_code
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
+    from luthier.train.session import AfterSave
 
 
-def run(loaded: "Loaded") -> int:
+def run(loaded: "Loaded", after_save: "AfterSave | None" = None) -> int:
     """Train what the config says; return the exit code. Raises UserError for a user's mistake.
+
+    `after_save` is called with the folder of a finished run once its record is closed, to write
+    what describes the result; it returns why it could not, or None.
 
     The code is `stopping.STOPPED` where a signal ended the run and the same command continues it.
     """
     set_environment(loaded.config)
     with SIGNALS.heard():
         try:
-            code = _run(loaded, Path(loaded.config.output_dir))
+            code = _run(loaded, Path(loaded.config.output_dir), after_save)
         except Stopped as stopped:
             print(f"\nstopped by {stopped}; the same command begins again", file=sys.stderr)
             code = STOPPED
@@ -36,7 +39,7 @@ def run(loaded: "Loaded") -> int:
     return code
 
 
-def _run(loaded: "Loaded", folder: Path) -> int:
+def _run(loaded: "Loaded", folder: Path, after_save: "AfterSave | None") -> int:
     config = loaded.config
     check(config)
     with _held(folder, config.dry_run):
@@ -48,7 +51,7 @@ def _run(loaded: "Loaded", folder: Path) -> int:
             return 0
         from luthier.train.build import train
 
-        return train(loaded, folder)
+        return train(loaded, folder, after_save)
 
 
 def _held(folder: Path, dry_run: bool) -> AbstractContextManager[None]:
@@ -104,20 +107,3 @@ def _say_changes(folder: Path, resolved: dict[str, Any]) -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def set_environment(config: RunConfig) -> None:
-    """What the libraries read from the environment, set before any of them is imported."""
-    settings: dict[str, Any] = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "TOKENIZERS_PARALLELISM": "true",
-    }
-    if config.deterministic:
-        settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-    os.environ |= settings
-    hush_kernels()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
-    # Waiting threads that spin would starve every other process on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,5 +1,6 @@
 """What takes part in one training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from luthier.config.schema import RunConfig
 from luthier.record.record import RunRecord
 from luthier.train.evaluating import RepliesAtEvaluations
 from luthier.train.replies import Answered, Answers, Asked
+
+AfterSave = Callable[[Path], str | None]
+"""Takes the folder of a finished run; returns why something could not be written, or None."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Session:
     answers: Answers
     during: RepliesAtEvaluations | None = None
     """What answers at every evaluation, where `trainer.evaluation.when` says so."""
+
+    after_save: AfterSave | None = None
+    """What is called with the folder of the finished run; None calls nothing."""
 
     def answered(self, asked: Asked, when: str, step: int | None) -> Answered:
         """The replies of the model as it stands: those of the last evaluation if it was at `step`.

@@ -66,9 +66,9 @@ def _is_stopped(record: RunRecord) -> bool:
 def log_results(config: RunConfig, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Put the results and the sample replies where the trackers show them."""
     if "wandb" in config.tracker.to:
-        tracking_wandb.log_results(results, rows)
+        tracking_wandb.log_results_to_wandb(results, rows)
     if "mlflow" in config.tracker.to:
-        tracking_mlflow.log_results(results)
+        tracking_mlflow.log_results_to_mlflow(results)
 
 
 def log_files(config: RunConfig, folder: Path) -> None:
@@ -76,12 +76,12 @@ def log_files(config: RunConfig, folder: Path) -> None:
     files = [folder / name for name in _KEPT if (folder / name).is_file()]
     model = folder / "model" if config.tracker.artifacts else None
     if "wandb" in config.tracker.to:
-        tracking_wandb.log_files(files, model)
+        tracking_wandb.log_files_to_wandb(files, model)
     if "mlflow" in config.tracker.to:
-        tracking_mlflow.log_files(files, model)
+        tracking_mlflow.log_files_to_mlflow(files, model)
 
 
 def log_replies(config: RunConfig, name: str, rows: list[dict[str, Any]], step: int) -> None:
     """Put the replies of one evaluation into a table; `name` is the evaluation set's."""
     if "wandb" in config.tracker.to and rows:
-        tracking_wandb.log_replies(name, rows, step)
+        tracking_wandb.log_replies_to_wandb(name, rows, step)

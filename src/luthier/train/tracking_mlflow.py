@@ -17,7 +17,7 @@ _AT_ONCE = 100
 
 
 @contextmanager
-def opened(
+def open_mlflow(
     config: TrackerConfig,
     settings: dict[str, Any],
     folder: Path,
@@ -55,14 +55,14 @@ def opened(
         mlflow.end_run(status)
 
 
-def log_results(results: dict[str, Any]) -> None:
+def log_results_to_mlflow(results: dict[str, Any]) -> None:
     """Put the results beside the metrics."""
     import mlflow
 
     mlflow.log_metrics({f"result/{n}": v for n, v in results.items() if v is not None})
 
 
-def log_files(files: list[Path], model: Path | None) -> None:
+def log_files_to_mlflow(files: list[Path], model: Path | None) -> None:
     """Keep the run's files as artefacts, and the model."""
     import mlflow
 

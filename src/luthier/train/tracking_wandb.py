@@ -11,7 +11,7 @@ from luthier.train.stopping import STOPPED, Stopped
 
 
 @contextmanager
-def opened(
+def open_wandb(
     config: TrackerConfig,
     settings: dict[str, Any],
     folder: Path,
@@ -47,7 +47,7 @@ def opened(
         run.finish(exit_code=code)
 
 
-def log_results(results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def log_results_to_wandb(results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Put the results into the summary, and the replies into a table."""
     import wandb
 
@@ -57,7 +57,7 @@ def log_results(results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         wandb.log({"replies": _table(rows)})
 
 
-def log_replies(name: str, rows: list[dict[str, Any]], step: int) -> None:
+def log_replies_to_wandb(name: str, rows: list[dict[str, Any]], step: int) -> None:
     """Put the replies of one evaluation into a table."""
     import wandb
 
@@ -66,7 +66,7 @@ def log_replies(name: str, rows: list[dict[str, Any]], step: int) -> None:
     wandb.log({key: _table(rows), "train/global_step": step})
 
 
-def log_files(files: list[Path], model: Path | None) -> None:
+def log_files_to_wandb(files: list[Path], model: Path | None) -> None:
     """Keep the run's files as an artefact, and the model as another."""
     import wandb
 

@@ -18,8 +18,8 @@ from tasks_material import (
 )
 from torch.nn.functional import cross_entropy
 
-from luthier.config.checks import check
-from luthier.config.passthrough import check as check_settings
+from luthier.config.checks import check_settings
+from luthier.config.passthrough import check as check_passthrough
 from luthier.errors import UserError
 from luthier.infer.generate import generate
 from luthier.model.adapters import add_adapter
@@ -190,13 +190,13 @@ def test_models_that_do_not_do_in_words(tmp_path):
 def test_settings_that_are_not_for_it_in_words():
     trainer = {"method": "seq2seq", "args": {"predict_with_generate": True}}
     resolved = {"trainer": trainer, "dataset": {"streaming": True, "eval": {"count": 3}}}
-    (mistake,) = check_settings(resolved)
+    (mistake,) = check_passthrough(resolved)
     assert mistake.key == "trainer.args.predict_with_generate"
     assert "use trainer.evaluation.metrics" in mistake.text
-    (mistake,) = check(resolved)
+    (mistake,) = check_settings(resolved)
     assert (mistake.key, "needs all rows" in mistake.text) == ("dataset.streaming", True)
     trainer = {"method": "classify", "evaluation": {"metrics": ["exact_match"]}}
-    (mistake,) = check({"trainer": trainer, "dataset": {"eval": {"count": 3}}})
+    (mistake,) = check_settings({"trainer": trainer, "dataset": {"eval": {"count": 3}}})
     assert "trains a model that writes none" in mistake.text
 
 

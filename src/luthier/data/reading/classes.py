@@ -15,11 +15,11 @@ def class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
     if described is None:
         return {}
     features = json.loads(described).get("info", {}).get("features") or {}
-    found = {column: _names(feature) for column, feature in features.items()}
+    found = {column: _class_names(feature) for column, feature in features.items()}
     return {column: names for column, names in found.items() if names is not None}
 
 
-def _names(feature: Any) -> list[str] | None:
+def _class_names(feature: Any) -> list[str] | None:
     """The names of a column's classes; None for a column of anything else."""
     while isinstance(feature, dict) and "feature" in feature:
         feature = feature["feature"]

@@ -52,7 +52,7 @@ def batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Iterator
     for whole in batches:
         for start in range(0, whole.num_rows, _ROWS):
             part = _sound(whole.slice(start, _ROWS), label)
-            names = _names(part, label)
+            names = _column_names(part, label)
             classes = class_names(part.schema)
             columns = [
                 named(cells, classes[name]) if name in classes else cells
@@ -77,7 +77,7 @@ def _sound(batch: "pyarrow.RecordBatch", label: str) -> "pyarrow.RecordBatch":
     return batch
 
 
-def _names(batch: "pyarrow.RecordBatch", label: str) -> list[str]:
+def _column_names(batch: "pyarrow.RecordBatch", label: str) -> list[str]:
     """The columns' names, which must differ."""
     names = list(batch.schema.names)
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -7,7 +7,7 @@ from luthier.data.rows import RowError, kind
 from luthier.data.shapes.calls import Call, read_call
 
 TEXTS = ("text", "input_text", "output_text", None)
-REASONING = ("reasoning", "thinking")
+REASONING_TYPES = ("reasoning", "thinking")
 CALLS = ("tool_call", "function_call")
 _ORDER = {"reasoning": 0, "text": 1, "call": 2}
 
@@ -58,7 +58,7 @@ def _add(content: Content, part: Any) -> str:
     if isinstance(value, str) and name in CALLS:
         content.calls.append(read_call(value, f"the {name} part"))
         return "call"
-    if isinstance(value, str) and name in REASONING:
+    if isinstance(value, str) and name in REASONING_TYPES:
         content.reasoning.append(value)
         return "reasoning"
     if not isinstance(value, str) or name not in TEXTS:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.metrics.classes import multi_label, numbers, single_label
+from luthier.metrics.classes import multi_label_scores, regression_scores, single_label_scores
 from luthier.model.machine import Machine
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.heads import (
@@ -136,7 +136,7 @@ class ClassTrainer(Labelled, Trainer):
         wanted = np.stack([target(self.labels, label) for label in labels])
         said = np.array([one.predicted for one in found])
         if self.labels.problem == REGRESSION:
-            return numbers(said, wanted)
+            return regression_scores(said, wanted)
         if self.labels.problem == "multi_label_classification":
-            return multi_label(said, wanted > 0)
-        return single_label(said, wanted, len(self.labels.names))
+            return multi_label_scores(said, wanted > 0)
+        return single_label_scores(said, wanted, len(self.labels.names))

@@ -14,7 +14,7 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 """What transformers calls the task of a classifier (`problem_type`)."""
 REGRESSION: Problem = "regression"
 KEY = "model.kwargs.problem_type"
-_SHOWN = 5
+_LABELS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ def _known(classes: Sequence[Any], held: Iterable[Any], prepared: Prepared) -> t
     """The names of the classes; UserError for one that only evaluation rows have."""
     unseen = sorted(set(_flat(held)) - set(classes), key=str)
     if unseen:
-        more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
+        more = f" and {len(unseen) - _LABELS_SHOWN} more" if len(unseen) > _LABELS_SHOWN else ""
         raise UserError(
             f"{_place(prepared, unseen[0])}: no training row has the label "
-            f"{', '.join(map(repr, unseen[:_SHOWN]))}{more}, so it cannot be learned.\n"
+            f"{', '.join(map(repr, unseen[:_LABELS_SHOWN]))}{more}, so it cannot be learned.\n"
             "Hold other rows out, add rows of it to the training data, or leave it out with "
             "dataset.filter."
         )

@@ -33,7 +33,7 @@ class Supervised:
             given.model,
             args=given.args,
             train_dataset=_training_rows(given.config, given.prepared, batching),
-            eval_dataset=_evaluation_rows(given.prepared.eval),
+            eval_dataset=_evaluation_tables(given.prepared.eval),
             batching=batching,
             processing_class=given.tokenizer,
             callbacks=given.callbacks,
@@ -52,6 +52,6 @@ def _training_rows(config: RunConfig, prepared: Prepared, batching: Batching) ->
     )
 
 
-def _evaluation_rows(sets: dict[str, TokenRows]) -> Any:
+def _evaluation_tables(sets: dict[str, TokenRows]) -> Any:
     """The evaluation sets as the trainer takes them: the only one has no name."""
     return next(iter(sets.values())) if len(sets) == 1 else sets or None
