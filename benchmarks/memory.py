@@ -145,13 +145,13 @@ def measure(case: Case, heap: str) -> dict[str, Any]:
 def planned(case: Case, name: str) -> int:
     """The plan's total without what Python and its libraries take."""
     from luthier.config import load
-    from luthier.plan import plan
+    from luthier.plan import plan_memory
     from luthier.plan.hardware import PROCESS
     from luthier.plan.sharding import Sharding
 
     shared = Sharding("ddp", case.processes) if case.processes > 1 else Sharding()
     with patch.dict(os.environ, HEAPS[name]):
-        return plan(load(case.overrides).config, shardings=[shared]).best.total - PROCESS
+        return plan_memory(load(case.overrides).config, shardings=[shared]).best.total - PROCESS
 
 
 def work(order: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from luthier.config import load, recipes
+from luthier.config import list_recipes, load
 from luthier.config.help import help_text
 from luthier.config.schema import GROUPS
 
@@ -132,7 +132,7 @@ def test_config_yaml_lists_the_groups_in_order():
 
 
 def test_recipes_are_listed_with_their_headers():
-    listed = {recipe.name: recipe for recipe in recipes()}
+    listed = {recipe.name: recipe for recipe in list_recipes()}
     assert sorted(listed) == RECIPES
     assert all(recipe.header and recipe.path.is_file() for recipe in listed.values())
 

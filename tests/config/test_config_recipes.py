@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.config import load, recipes
+from luthier.config import list_recipes, load
 from luthier.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def test_the_search_order(workplace, tmp_path, monkeypatch):
     for place in ("recipes/mine.yaml", "named/mine.yaml", "named/quickstart.yaml", "named/n.yaml"):
         workplace(place, f"# {place}\ndefaults: []\n")
     monkeypatch.setenv("LUTHIER_RECIPES", f"{tmp_path / 'named'}{os.pathsep}{tmp_path / 'named'}")
-    found = {recipe.name: recipe.header for recipe in recipes()}
+    found = {recipe.name: recipe.header for recipe in list_recipes()}
     assert found["mine"] == "recipes/mine.yaml"
     assert found["quickstart"] == "named/quickstart.yaml"
     assert found["n"] == "named/n.yaml"
@@ -171,7 +171,7 @@ def test_a_file_that_is_not_text(workplace):
     for override in ("recipe=a", "model=mine"):
         with pytest.raises(UserError, match="1 mistake"):
             load(["recipe=quickstart", override])
-    assert "a" in {recipe.name for recipe in recipes()}
+    assert "a" in {recipe.name for recipe in list_recipes()}
 
 
 def test_the_layout_of_a_wheel(tmp_path):

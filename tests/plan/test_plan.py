@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.errors import UserError
-from luthier.plan import choose_checkpointing, fits, hardware, plan, sizes, workload
+from luthier.plan import choose_checkpointing, fits, hardware, plan_memory, sizes, workload
 from luthier.plan.advice import advise
 from luthier.plan.sharding import Sharding
 
@@ -26,7 +26,7 @@ def gpu(gib, count=1):
 
 
 def test_parts_add_up(wide, configured):
-    found = plan(configured(wide, max_length=256), gpu(24))
+    found = plan_memory(configured(wide, max_length=256), gpu(24))
     named = parts(found.best)
     assert found.best.total == sum(named.values())
     assert named["CUDA context"] == hardware.CUDA_CONTEXT
@@ -36,14 +36,14 @@ def test_parts_add_up(wide, configured):
 
 
 def test_the_process_of_a_cpu_counts_its_libraries(wide, configured):
-    named = parts(plan(configured(wide)).best)
+    named = parts(plan_memory(configured(wide)).best)
     assert named["libraries"] == hardware.PROCESS
     assert "lost in the heap" not in named
 
 
 def test_the_heap_of_a_cpu_keeps_some_where_nothing_else_was_said(wide, configured, monkeypatch):
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
-    named = parts(plan(configured(wide)).best)
+    named = parts(plan_memory(configured(wide)).best)
     passing = named["activations"] + named["output layer"]
     assert named["lost in the heap"] == pytest.approx(0.3 * passing, rel=0.01)
 
@@ -55,7 +55,7 @@ def test_checkpoints_keep_the_inputs_of_layers(shapes, configured):
         folder, lora={"r": 16}, quantization=NF4, max_length=2048, dtype="bfloat16",
         activation_checkpointing=True,
     )  # fmt: skip
-    found = plan(config, gpu(24))
+    found = plan_memory(config, gpu(24))
     named = parts(found.best)
     # Each of four layers keeps its input: 2 rows of 2,048 tokens of 4,096 numbers in 16 bits.
     assert named["activations"] > 4 * 2 * 2048 * 4096 * 2
@@ -65,7 +65,7 @@ def test_checkpoints_keep_the_inputs_of_layers(shapes, configured):
 
 def test_checkpointing_is_chosen_only_where_memory_is_short(wide, configured):
     config = configured(wide, max_length=256, per_device_train_batch_size=16)
-    kept = plan(config, gpu(80)).best.total
+    kept = plan_memory(config, gpu(80)).best.total
     short = (kept / 0.95 - 2**20) / 2**30
     assert choose_checkpointing(config, gpu(short)) is True
     assert choose_checkpointing(config, gpu(short + 0.1)) is False
@@ -73,20 +73,20 @@ def test_checkpointing_is_chosen_only_where_memory_is_short(wide, configured):
     asked = configured(
         wide, max_length=256, per_device_train_batch_size=16, activation_checkpointing="auto"
     )
-    assert plan(asked, gpu(short)).workload.checkpointing is not None
+    assert plan_memory(asked, gpu(short)).workload.checkpointing is not None
     assert fits(asked, gpu(short))
 
 
 def test_advice_names_what_helps_with_its_number(wide, configured):
     config = configured(wide, max_length=256, per_device_train_batch_size=16)
-    found = plan(config, gpu(80))
+    found = plan_memory(config, gpu(80))
     short = gpu((found.best.total / 0.95 - 2**20) / 2**30)
-    given = advise(config, plan(config, short))
+    given = advise(config, plan_memory(config, short))
     on = next(a for a in given if a.change == "trainer.args.activation_checkpointing=true")
     changed = configured(
         wide, max_length=256, per_device_train_batch_size=16, activation_checkpointing=True
     )
-    assert on.fits and on.total == plan(changed, short).best.total
+    assert on.fits and on.total == plan_memory(changed, short).best.total
     assert [a.fits for a in given] == sorted((a.fits for a in given), reverse=True)
     words = " ".join(a.change for a in given)
     assert "per_device_train_batch_size=8 trainer.args.gradient_accumulation_steps=2" in words
@@ -96,7 +96,7 @@ def test_advice_names_what_helps_with_its_number(wide, configured):
 
 def test_advice_takes_all_together_where_one_is_not_enough(wide, configured):
     config = configured(wide, lora={}, max_length=256, per_device_train_batch_size=16)
-    given = advise(config, plan(config, gpu(0.75)))
+    given = advise(config, plan_memory(config, gpu(0.75)))
     assert not any(a.fits for a in given)
     together = [
         a for a in given if "activation_checkpointing=true" in a.change and "optim" in a.change
@@ -106,17 +106,17 @@ def test_advice_takes_all_together_where_one_is_not_enough(wide, configured):
 
 def test_a_run_with_room_is_told_that_it_could_be_faster(wide, configured):
     config = configured(wide, activation_checkpointing=True)
-    assert [a.change for a in advise(config, plan(config, gpu(24)))] == [
+    assert [a.change for a in advise(config, plan_memory(config, gpu(24)))] == [
         "trainer.args.activation_checkpointing=false"
     ]
     config = configured(wide)
-    assert advise(config, plan(config, gpu(24))) == []
+    assert advise(config, plan_memory(config, gpu(24))) == []
 
 
 def test_sharding_leaves_each_process_less(wide, configured):
     config = configured(wide, lora={}, dtype="bfloat16")
     kinds = [Sharding(), Sharding("ddp", 4), Sharding("fsdp2", 4), Sharding("fsdp2", 8)]
-    one, ddp, four, eight = plan(config, gpu(24, 4), kinds).estimates
+    one, ddp, four, eight = plan_memory(config, gpu(24, 4), kinds).estimates
     assert parts(ddp)["gradient buckets"] == parts(one)["trained float32"]
     assert parts(four)["optimizer"] == parts(one)["optimizer"] // 4
     assert one.total < ddp.total
@@ -129,7 +129,7 @@ def test_processes_on_a_cpu_share_its_memory():
 
 
 def test_an_open_length_is_assumed_and_said(wide, configured):
-    found = plan(configured(wide, max_length=None), gpu(24))
+    found = plan_memory(configured(wide, max_length=None), gpu(24))
     assert found.workload.length == workload.ASSUMED_LENGTH
     assert "chat.max_length is null" in found.workload.assumptions[0]
 
@@ -157,26 +157,26 @@ def test_what_is_no_size_is_refused_in_words(text):
 def test_a_model_that_comes_quantized_by_others_is_refused(shapes, configured):
     made = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     with pytest.raises(UserError, match="the model comes quantized"):
-        plan(configured(shapes("gptq", TINY | made)), gpu(24))
+        plan_memory(configured(shapes("gptq", TINY | made)), gpu(24))
 
 
 def test_a_model_that_comes_packed_by_bitsandbytes_is_as_if_packed_here(shapes, configured):
     made = {"quantization_config": {"quant_method": "bitsandbytes"} | NF4}
-    comes = plan(configured(shapes("packed", TINY | made)), gpu(24))
-    here = plan(configured(shapes("whole", TINY), quantization=NF4), gpu(24))
+    comes = plan_memory(configured(shapes("packed", TINY | made)), gpu(24))
+    here = plan_memory(configured(shapes("whole", TINY), quantization=NF4), gpu(24))
     assert parts(comes.best) == parts(here.best)
 
 
 def test_a_model_that_comes_quantized_can_be_unpacked(shapes, configured):
     made = {"quantization_config": {"quant_method": "fp8"}}
     config = configured(shapes("fp8", TINY | made), quantization={"dequantize": True})
-    whole = plan(configured(shapes("whole", TINY)), gpu(24))
-    assert parts(plan(config, gpu(24)).best) == parts(whole.best)
+    whole = plan_memory(configured(shapes("whole", TINY)), gpu(24))
+    assert parts(plan_memory(config, gpu(24)).best) == parts(whole.best)
 
 
 def test_dora_on_quantized_weights_is_refused(wide, configured):
     with pytest.raises(UserError, match="use_dora=true on quantized weights"):
-        plan(configured(wide, lora={"use_dora": True}, quantization=NF4), gpu(24))
+        plan_memory(configured(wide, lora={"use_dora": True}, quantization=NF4), gpu(24))
 
 
 BERT = {
@@ -208,7 +208,7 @@ METHODS = {
 @pytest.mark.parametrize("method, kind, made", METHODS.values(), ids=METHODS)
 def test_each_method_is_planned(method, kind, made, lora, shapes, configured):
     config = configured(shapes(method, made, kind), lora=lora, method=method)
-    found = plan(config, gpu(24))
+    found = plan_memory(config, gpu(24))
     named = parts(found.best)
     assert found.workload.rows == (4 if method in ("dpo", "orpo", "reward") else 2)
     assert named["activations"] > 0
@@ -216,7 +216,7 @@ def test_each_method_is_planned(method, kind, made, lora, shapes, configured):
 
 
 def test_a_reference_is_a_copy_in_float32(wide, configured):
-    named = parts(plan(configured(wide, lora={}, method="dpo"), gpu(24)).best)
+    named = parts(plan_memory(configured(wide, lora={}, method="dpo"), gpu(24)).best)
     assert named["reference"] == named["trained float32"]
 
 
@@ -224,12 +224,14 @@ def test_a_teacher_is_counted_by_its_own_config(wide, shapes, configured):
     teacher = shapes("teacher", TINY | {"num_hidden_layers": 4, "tie_word_embeddings": False})
     config = configured(wide, method="distill", teacher=str(teacher), dtype="bfloat16")
     layer = 64 * (64 + 2 * 32 + 64 + 3 * 128) + 2 * 64
-    assert parts(plan(config, gpu(24)).best)["teacher"] == 2 * (4 * layer + 64 + 2 * 320 * 64)
+    assert parts(plan_memory(config, gpu(24)).best)["teacher"] == 2 * (
+        4 * layer + 64 + 2 * 320 * 64
+    )
 
 
 def test_frozen_weights_need_no_optimizer(wide, configured):
     config = configured(wide, lora={}, model={"freeze": ["embed_tokens", "lm_head"]})
-    found = plan(config, gpu(24))
+    found = plan_memory(config, gpu(24))
     assert found.trained == found.parameters - 2 * 320 * 256
     assert parts(found.best)["optimizer"] == 8 * found.trained
 
@@ -238,7 +240,7 @@ def test_frozen_weights_need_no_optimizer(wide, configured):
 def test_experts_are_planned(lora, shapes, configured):
     experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
     folder = shapes("moe", TINY | experts | {"head_dim": 16}, "Qwen3MoeConfig")
-    found = plan(configured(folder, lora=lora, dtype="bfloat16"), gpu(24))
+    found = plan_memory(configured(folder, lora=lora, dtype="bfloat16"), gpu(24))
     assert found.parameters > 2 * 4 * 3 * 64 * 32
 
 
@@ -257,13 +259,13 @@ def test_a_step_that_depends_on_values_is_refused_in_words(shapes, configured, m
         return lambda *args, **kwargs: depends(model, *args, **kwargs)
 
     with pytest.raises(UserError, match="cannot be tried without its weights"):
-        plan(configured(shapes("odd", TINY), lora={}), gpu(24))
+        plan_memory(configured(shapes("odd", TINY), lora={}), gpu(24))
 
 
 def test_flash_attention_keeps_no_mask(wide, configured):
-    masked = plan(configured(wide, max_length=256, dtype="bfloat16"), gpu(24))
+    masked = plan_memory(configured(wide, max_length=256, dtype="bfloat16"), gpu(24))
     flash = {"attention": "flash_attention_2"}
-    found = plan(configured(wide, max_length=256, dtype="bfloat16", model=flash), gpu(24))
+    found = plan_memory(configured(wide, max_length=256, dtype="bfloat16", model=flash), gpu(24))
     assert masked.workload.masked and not found.workload.masked
     # Each of two layers keeps a mask of (rows, length, length) in 16 bits with torch's own.
     saved = parts(masked.best)["activations"] - parts(found.best)["activations"]

@@ -1,6 +1,6 @@
 """`--help`: what luthier is, what can be chosen, and how it is typed."""
 
-from luthier.config.recipes import header, options, recipes
+from luthier.config.recipes import header, list_recipes, options
 from luthier.config.schema import GROUPS
 
 _WIDTH = 100
@@ -42,7 +42,7 @@ Your own files: ./conf/GROUP/NAME.yaml is group=NAME; ./recipes/NAME.yaml is rec
 def help_text() -> str:
     """Return the page that `--help` prints."""
     lines = [_TOP, "Recipes"]
-    lines += _table({recipe.name: recipe.header for recipe in recipes()})
+    lines += _table({recipe.name: recipe.header for recipe in list_recipes()})
     lines += ["", "Groups and their options"]
     for group in GROUPS:
         found = {f"{group}={name}": header(path) for name, path in options(group).items()}

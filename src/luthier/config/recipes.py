@@ -39,7 +39,7 @@ def header(path: Path) -> str:
     return ""
 
 
-def recipes() -> list[RecipeInfo]:
+def list_recipes() -> list[RecipeInfo]:
     """Return every recipe that can be named, the user's own first; an earlier folder wins."""
     found: dict[str, RecipeInfo] = {}
     for folder in folders.recipe_folders():
@@ -51,7 +51,7 @@ def recipes() -> list[RecipeInfo]:
 def options(group: str) -> dict[str, Path]:
     """Return the options of a config group and their files, sorted; an earlier folder wins."""
     if group == "recipe":
-        return {recipe.name: recipe.path for recipe in recipes()}
+        return {recipe.name: recipe.path for recipe in list_recipes()}
     found: dict[str, Path] = {}
     for folder in folders.conf_folders():
         for path in sorted((folder / group).glob("*.yaml")):

@@ -102,7 +102,7 @@ class Encoded:
         return self._names[before] + where.removeprefix(before)
 
 
-def encoded(
+def encode_source(
     opened: Opened, encoder: RowEncoder, store: Store, tokenizer: str, workers: int, drop: bool
 ) -> Encoded:
     """The source's encoded rows, from the store or made now.

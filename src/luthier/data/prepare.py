@@ -13,7 +13,7 @@ from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.batches.rows import TokenRows
 from luthier.data.compose.mixture import key_of
 from luthier.data.counts import Counts, counts_of
-from luthier.data.encoded import Encoded, encoded
+from luthier.data.encoded import Encoded, encode_source
 from luthier.data.encoders import RowEncoder
 from luthier.data.examples import Opened, Placed, open_rows
 from luthier.data.joined import JoinedTable
@@ -162,7 +162,7 @@ def _encoder(
     def encode(source: SourceConfig, key: str) -> Encoded:
         opened = open_rows(source, key)
         encoder = encoders(opened.shape.kind, source, key)
-        return encoded(opened, encoder, store, digest, workers, drop)
+        return encode_source(opened, encoder, store, digest, workers, drop)
 
     return encode
 

@@ -78,9 +78,9 @@ def _prompt(llm: LLM, messages: Any, tools: Any, variables: dict[str, Any]) -> A
     encoder = llm.encoder
     try:
         if variables:
-            settings = encoder.settings()
-            settings["variables"] = settings["variables"] | variables
-            encoder = ChatEncoder.from_settings(llm.tokenizer, settings)
+            encoder_settings = encoder.settings()
+            encoder_settings["variables"] = encoder_settings["variables"] | variables
+            encoder = ChatEncoder.from_settings(llm.tokenizer, encoder_settings)
         ids = encoder.prompt(messages, tools=tools)
         if llm.context is not None and len(ids) >= llm.context:
             text = f"the prompt has {len(ids)} tokens, and the model reads {llm.context}"

@@ -15,7 +15,7 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     GRAMMAR.refuse_all(words)
-    found = config.recipes()
+    found = config.list_recipes()
     width = max(len(recipe.name) for recipe in found)
     for recipe in found:
         print(f"{recipe.name:<{width}}  {recipe.header}")

@@ -1,6 +1,6 @@
 """The memory of a run before it runs: weights, optimizer, activations, and what to change.
 
-    from luthier.plan import choose_checkpointing, fits, plan
+    from luthier.plan import choose_checkpointing, fits, plan_memory
 
 Everything here imports torch at the first use and not before.
 """
@@ -8,9 +8,9 @@ Everything here imports torch at the first use and not before.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from luthier.plan.planning import Plan, choose_checkpointing, fits, plan
+    from luthier.plan.planning import Plan, choose_checkpointing, fits, plan_memory
 
-__all__ = ["Plan", "choose_checkpointing", "fits", "plan"]
+__all__ = ["Plan", "choose_checkpointing", "fits", "plan_memory"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from luthier.config.schema import RunConfig
 from luthier.plan.optimizers import find
-from luthier.plan.planning import USUAL_NUMBERS, Plan, plan
+from luthier.plan.planning import USUAL_NUMBERS, Plan, plan_memory
 from luthier.plan.sharding import Sharding
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -125,7 +125,7 @@ def _shared(config: RunConfig, found: Plan) -> list[Advice]:
     for number in USUAL_NUMBERS:
         if number <= found.best.sharding.processes:
             continue
-        there = plan(config, replace(hardware, count=number), [Sharding("fsdp2", number)])
+        there = plan_memory(config, replace(hardware, count=number), [Sharding("fsdp2", number)])
         if there.fits or number == USUAL_NUMBERS[-1]:
             words = f"{number} GPUs: --config_file launch/fsdp2.yaml --num_processes {number}"
             return [Advice(words, "GPUs that wait for each other", there.best.total, there.fits)]
@@ -153,7 +153,7 @@ def _try(config: RunConfig, found: Plan, steps: list[_Step]) -> Advice:
     changed = config
     for step in steps:
         changed = _changed(changed, step.groups)
-    best = plan(changed, found.hardware, [each.sharding for each in found.estimates]).best
+    best = plan_memory(changed, found.hardware, [each.sharding for each in found.estimates]).best
     words = " ".join(step.words for step in steps)
     price = "; ".join(step.price for step in steps)
     return Advice(words, price, best.total, best.fits)

@@ -66,12 +66,12 @@ def make(
     from rich.console import Console
 
     from luthier.plan.advice import advise
-    from luthier.plan.planning import plan
+    from luthier.plan.planning import plan_memory
 
     with Console(stderr=True).status("trying a step") as status:
         shardings = _shardings(given)
         hardware = imagined or _this_machine(config, shardings, given)
-        found = plan(config, hardware, shardings or _usual(hardware))
+        found = plan_memory(config, hardware, shardings or _usual(hardware))
         status.update("trying changes")
         return found, advise(config, found)
 

@@ -51,7 +51,7 @@ class Plan:
         return self.best.fits
 
 
-def plan(
+def plan_memory(
     config: RunConfig,
     hardware: Hardware | None = None,
     shardings: Sequence[Sharding] = (Sharding(),),
@@ -74,7 +74,7 @@ def plan(
 
 def fits(config: RunConfig, hardware: Hardware | None = None) -> bool:
     """Tell whether a run fits on one device of a machine (this one unless given)."""
-    return plan(config, hardware).fits
+    return plan_memory(config, hardware).fits
 
 
 def choose_checkpointing(
@@ -87,7 +87,7 @@ def choose_checkpointing(
     """
     args = config.trainer.args | {"activation_checkpointing": AUTO}
     asked = config.model_copy(update={"trainer": config.trainer.model_copy(update={"args": args})})
-    found = plan(asked, hardware, (sharding or Sharding(),))
+    found = plan_memory(asked, hardware, (sharding or Sharding(),))
     return found.workload.checkpointing is not None
 
 

@@ -83,7 +83,7 @@ def count_teacher(config: RunConfig, machine: Machine) -> int:
     return sum(p.numel() * p.itemsize for p in model.parameters())
 
 
-def layers(model: Any) -> dict[str, "torch.nn.Module"]:
+def named_layers(model: Any) -> dict[str, "torch.nn.Module"]:
     """The transformer layers by name: what sharding gathers, one at a time."""
     from peft import PeftModel
 

@@ -68,7 +68,7 @@ def listed(model: Any) -> tuple[Weight, ...]:
     """List the weights of a filled model."""
     import torch
 
-    layers = sorted(skeleton.layers(model), key=len, reverse=True)
+    layers = sorted(skeleton.named_layers(model), key=len, reverse=True)
     scales = {id(module.weight): module.state.SCB for module in _int8_layers(model)}
     tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
     return tuple(

@@ -19,7 +19,7 @@ Measure = dict[str, Any]
 """`results` by name, and for each set of answered rows, by its name, `replies` and `scores`."""
 
 
-def before(session: Session) -> Measure:
+def measure_before(session: Session) -> Measure:
     """The untrained model's measure; a run that goes on finds the one it took at its start."""
     path = session.folder / "before.json"
     measured: Measure | None = read_json(path)
@@ -28,7 +28,7 @@ def before(session: Session) -> Measure:
             # Lines of a start that was killed before its measure was whole.
             for name in journal.NAMES:
                 (session.folder / name).unlink(missing_ok=True)
-        for part in parts(session, "before training"):
+        for part in measure_stepwise(session, "before training"):
             measured = part()
         if session.main:
             write_json(path, measured)
@@ -36,7 +36,7 @@ def before(session: Session) -> Measure:
     return measured
 
 
-def parts(session: Session, when: str) -> Iterator[Callable[[], Measure]]:
+def measure_stepwise(session: Session, when: str) -> Iterator[Callable[[], Measure]]:
     """The measure of the model as it stands, part by part; the last one returns it whole.
 
     The first part is the held-out loss, and each of the others the scored replies to one set.

@@ -13,8 +13,9 @@ from luthier.errors import UserError
 from luthier.model.randomness import random_state_kept
 from luthier.record import checkpoints, journal
 from luthier.record.checkpoints import Bounds
-from luthier.train import finish, full_disk, report
+from luthier.train import finish, report
 from luthier.train.continuing import Journals, Stopping
+from luthier.train.full_disk import disk_full_message, is_disk_full
 from luthier.train.session import Session
 from luthier.train.stopping import SIGNALS, STOPPED, agreed, name_of
 
@@ -31,7 +32,7 @@ def fit(session: Session) -> int:
     with _disk_in_words(session):
         resume = _resumed(session)
         with random_state_kept():
-            before = finish.before(session)
+            before = finish.measure_before(session)
         _prepare(session, resume)
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -51,7 +52,7 @@ def _measured_or_stopped(session: Session, before: finish.Measure, seconds: floa
 
     The trained weights are then in a checkpoint, and the same command measures them.
     """
-    for part in finish.parts(session, "after training"):
+    for part in finish.measure_stepwise(session, "after training"):
         stopped = agreed(session.trainer.accelerator)
         if stopped:
             _checkpoint(session.trainer)
@@ -133,6 +134,6 @@ def _disk_in_words(session: Session) -> Iterator[None]:
         raise
     except Exception as error:
         folder = session.folder / "checkpoints"
-        if not full_disk.is_full(error, folder):
+        if not is_disk_full(error, folder):
             raise
-        raise UserError(full_disk.words(folder, "while the run wrote to its folder")) from error
+        raise UserError(disk_full_message(folder, "while the run wrote to its folder")) from error

@@ -29,10 +29,10 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_full(error, folder):
+        if not is_disk_full(error, folder):
             raise
         shutil.rmtree(folder / checkpoints.NEW, ignore_errors=True)
-        raise UserError(words(folder, f"{in_words(_free(folder))} are free")) from error
+        raise UserError(disk_full_message(folder, f"{in_words(_free(folder))} are free")) from error
 
 
 def refuse_together(accelerator: Any, missing: Callable[[], str | None], folder: Path) -> None:
@@ -43,10 +43,10 @@ def refuse_together(accelerator: Any, missing: Callable[[], str | None], folder:
     if accelerator.num_processes > 1:
         broadcast_object_list(why)
     if why[0] is not None:
-        raise UserError(words(folder, f"the next checkpoint does not fit: {why[0]}"))
+        raise UserError(disk_full_message(folder, f"the next checkpoint does not fit: {why[0]}"))
 
 
-def is_full(error: BaseException | None, folder: Path) -> bool:
+def is_disk_full(error: BaseException | None, folder: Path) -> bool:
     """Whether an error, or what it came from, is that of a full disk."""
     while error is not None:
         text = str(error)
@@ -64,7 +64,7 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
 
 
-def words(folder: Path, why: str) -> str:
+def disk_full_message(folder: Path, why: str) -> str:
     """Say that the disk is full, and from where the run can go on."""
     last = checkpoints.newest(folder).path
     left = f"The last good one is {last}" if last else "There is no good one yet"

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 SHOWN = {
     "reward": "reward {:.4f}",

@@ -49,9 +49,12 @@ def tracking(
     ids = {key: run["id"] for key, run in record.entries.get("trackers", {}).items()}
     with ExitStack() as open_ones:
         opened = {}
-        for key, module in (("wandb", tracking_wandb), ("mlflow", tracking_mlflow)):
+        for key, open_tracker in (
+            ("wandb", tracking_wandb.open_wandb),
+            ("mlflow", tracking_mlflow.open_mlflow),
+        ):
             if key in config.tracker.to:
-                run = module.opened(config.tracker, settings, folder, name, ids.get(key), stopped)
+                run = open_tracker(config.tracker, settings, folder, name, ids.get(key), stopped)
                 opened[key] = open_ones.enter_context(run)
         if opened:
             record.update(trackers=record.entries.get("trackers", {}) | opened)
