@@ -167,7 +167,7 @@ def _called(artefact: Artefact) -> str:
     return artefact.run.name if artefact.run is not None else public(artefact.word)
 
 
-def _story(order: Order, dtype: str, difference: Difference | None) -> "story.Story":
+def _story(order: Order, dtype: str, difference: Difference | None) -> story.Story:
     """What the card tells of the merged model."""
     merged: dict[str, Any] = {"dtype": dtype, "onto": order.onto}
     if difference is not None:
