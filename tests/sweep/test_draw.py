@@ -1,8 +1,6 @@
-"""Points of grids and random searches, and how they lie on a picture's axis."""
+"""Points of grids and random searches."""
 
-import pytest
-
-from luthier.sweep import draw, scales, space
+from luthier.sweep import draw, space
 
 
 def points(seed, count, *lines):
@@ -36,19 +34,3 @@ def test_random_points_never_repeat_and_end_with_the_space():
 def test_whole_bounds_give_whole_numbers():
     drawn = {point["seed"] for point in points(0, 50, "seed=int(interval(1,4))")}
     assert drawn == {"1", "2", "3", "4"}
-
-
-SCALES = {
-    "numbers": (["1", "2", "3"], [0.0, 0.5, 1.0], False),
-    "ratios": (["0.001", "0.0001", "0.00001"], [1.0, 0.5, 0.0], True),
-    "names": (["small", "default", "small"], [1.0, 0.0, 1.0], False),
-    "all alike": (["7", "7"], [0.5, 0.5], False),
-    "names in quotes": (["'b'", "'a'"], [1.0, 0.0], False),
-}
-
-
-@pytest.mark.parametrize("texts, places, is_log", SCALES.values(), ids=SCALES)
-def test_scales(texts, places, is_log):
-    line = scales.scale(texts)
-    assert line.shares.tolist() == pytest.approx(places)
-    assert line.is_log is is_log

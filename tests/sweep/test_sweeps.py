@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -154,6 +155,20 @@ def test_a_failure_can_stop_the_rest_and_be_tried_again(tmp_path, sweep_here):
     assert states(tmp_path / "o") == ["failed"]
     sweep_here(*words, "hydra.sweeper.retry_failed=true")
     assert states(tmp_path / "o") == ["finished", "finished"]
+
+
+def test_a_grid_needs_no_optuna_and_says_what_it_leaves_out(tmp_path, sweep_here, monkeypatch):
+    words = (Q, "lora.r=8,16", "trainer.args.learning_rate=1e-3,1e-4", "output_dir=o")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    out = sweep_here(*words)
+    assert "left out  importance.png needs optuna. Install it: pip install 'luthier[sweep]'" in out
+    folder = tmp_path / "o"
+    assert {path.stem for path in folder.glob("*.png")} == {"parameters", "parallel"}
+    ended = [record(folder, number) for number in range(4)]
+    monkeypatch.delitem(sys.modules, "optuna")
+    assert "left out" not in sweep_here(*words)
+    assert (folder / "importance.png").is_file()
+    assert [record(folder, number) for number in range(4)] == ended  # nothing ran again
 
 
 def test_each_slot_has_its_gpu_and_the_first_trial_encodes_for_all(tmp_path, sweep_here):

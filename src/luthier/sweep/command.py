@@ -65,7 +65,7 @@ def _place(planned: Sweep, launch: launching.Launch, rooms: list[slots.Slot], lo
 
 
 def _run(planned: Sweep, place: Place, is_orphan: Callable[[], bool]) -> int:
-    from luthier.sweep.answer import answer, so_far
+    from luthier.sweep.answer import report_progress, report_results
 
     strategy = _strategy(planned)
     console.print(_opening(planned, strategy, place), markup=False, soft_wrap=True)
@@ -76,10 +76,10 @@ def _run(planned: Sweep, place: Place, is_orphan: Callable[[], bool]) -> int:
     finally:
         shown.close()
     if code == RESUME:
-        so_far(planned, controller.trials, console)
+        report_progress(planned, controller.trials, console)
         console.print("\nstopped; the same command goes on with the trials that are left")
     else:
-        answer(planned, controller.trials, console)
+        report_results(planned, controller.trials, console)
     return code
 
 

@@ -1,4 +1,4 @@
-"""A sweep as one HTML page: its table, its pictures and its best recipe, with nothing to fetch."""
+"""A sweep as one HTML page: its table, its plots and its best recipe, with nothing to fetch."""
 
 import base64
 import html
@@ -28,62 +28,69 @@ th:last-child, td:last-child { text-align: left; } td.error { color: var(--mark)
   white-space: pre-wrap; }
 tr.best td { background: var(--best); font-weight: 600; }
 """
-_TITLES = {
+_HEADINGS = {
     "parameters": "Parameters against the objective",
     "parallel": "Parallel coordinates",
     "importance": "Importance",
     "front": "One objective against the other",
 }
+"""What stands above each plot, by the stem of its file."""
 
 
 def write_page(
     title: str,
     trials: Sequence[Trial],
     objectives: Sequence[Objective],
-    pictures: Sequence[Path],
+    plots: Sequence[Path],
     recipes: Sequence[tuple[str, str]],
     path: Path,
 ) -> None:
-    """Write the page; `recipes` are the best ones, each with its command and its text."""
-    goal = ", ".join(f"{one.direction} {one.name}" for one in objectives)
-    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(goal)}; {_counts(trials)}</p>"]
-    parts.append(f"<h2>Trials, the best first</h2>{_table(trials, objectives)}")
-    for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        heading = _TITLES[picture.stem]
+    """Write the page to `path`, its plots and its style sheet within it.
+
+    `plots` are PNG files of `draw_plots`; `recipes` are the best trials, each as the command that
+    trains it and the text of its recipe.
+    """
+    goal = ", ".join(f"{objective.direction} {objective.name}" for objective in objectives)
+    sections = [f"<h1>{html.escape(title)}</h1><p>{html.escape(goal)}; {_count_states(trials)}</p>"]
+    sections.append(f"<h2>Trials, the best first</h2>{_trial_table(trials, objectives)}")
+    for plot in plots:
+        data = base64.b64encode(plot.read_bytes()).decode()
+        heading = _HEADINGS[plot.stem]
         image = f'<img alt="{heading}" src="data:image/png;base64,{data}">'
-        parts.append(f"<h2>{heading}</h2>{image}")
-    for typed, text in recipes:
-        parts.append(f"<h2>The best as a recipe</h2><p><code>{html.escape(typed)}</code></p>")
-        parts.append(f"<pre>{html.escape(text)}</pre>")
+        sections.append(f"<h2>{heading}</h2>{image}")
+    for command, text in recipes:
+        sections.append(f"<h2>The best as a recipe</h2><p><code>{html.escape(command)}</code></p>")
+        sections.append(f"<pre>{html.escape(text)}</pre>")
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
     )
-    write_text(path, head + "\n".join(parts) + "</body></html>\n")
+    write_text(path, head + "\n".join(sections) + "</body></html>\n")
 
 
-def _counts(trials: Sequence[Trial]) -> str:
+def _count_states(trials: Sequence[Trial]) -> str:
+    """Return how many trials have each state, as in `4 finished, 2 failed`."""
     states = dict.fromkeys(trial.state for trial in trials)
     return ", ".join(f"{sum(t.state == state for t in trials)} {state}" for state in states)
 
 
-def _table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str:
+def _trial_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str:
+    """Return the trials as an HTML table, the best marked, an error below its trial."""
     keys = dict.fromkeys(key for trial in trials for key in trial.params)
-    heads = ["trial", *(short for _, short in short_names(keys))]
-    heads += [*(one.name for one in objectives), "steps", "time", "state"]
-    front = {trial.number for trial in best(trials, objectives)}
+    headings = ["trial", *(short for _, short in short_names(keys))]
+    headings += [*(objective.name for objective in objectives), "steps", "time", "state"]
+    best_numbers = {trial.number for trial in best(trials, objectives)}
     rows = []
     for trial in ranked(trials, objectives):
         cells = [trial.name, *(shown_value(trial.params.get(key, "")) for key in keys)]
-        cells += [shown_number(trial.values.get(one.name)) for one in objectives]
+        cells += [shown_number(trial.values.get(objective.name)) for objective in objectives]
         cells += [str(trial.step or ""), shown_time(trial.seconds), trial.state]
-        style = ' class="best"' if trial.number in front else ""
-        rows.append(f"<tr{style}>{''.join(f'<td>{html.escape(one)}</td>' for one in cells)}</tr>")
+        style = ' class="best"' if trial.number in best_numbers else ""
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr{style}>{row}</tr>")
         if trial.error:
-            span = len(cells)
-            text = html.escape(trial.error)
-            rows.append(f'<tr><td class="error" colspan="{span}">{text}</td></tr>')
-    top = "".join(f"<th>{html.escape(one)}</th>" for one in heads)
-    return f'<div class="wide"><table><tr>{top}</tr>{"".join(rows)}</table></div>'
+            error = html.escape(trial.error)
+            rows.append(f'<tr><td class="error" colspan="{len(cells)}">{error}</td></tr>')
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'

@@ -1,176 +1,362 @@
-"""The pictures of a sweep: parameters against the objective, parallel coordinates, importance."""
+"""The plots of a sweep as PNG files: parameters, parallel coordinates, importance, Pareto front.
 
+They need matplotlib alone; only the numbers of the importance come from Optuna. The plots of
+`optuna.visualization.matplotlib` (Optuna 5.0.0) were rendered beside these and show less: each
+function below says what they lack. They would also take the plots from sweeps without Optuna.
+"""
+
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from luthier.record.plot import EVAL, INK, TRAIN
-from luthier.sweep.importance import importance
-from luthier.sweep.objective import Objective
-from luthier.sweep.scales import Scale, of_numbers, scale, shares
-from luthier.sweep.table import best, complete
-from luthier.sweep.trials import Trial, short_names
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-_COLUMNS = 3
+from luthier.record.plot import EVAL, INK, TRAIN
+from luthier.sweep.objective import Objective
+from luthier.sweep.table import best, complete
+from luthier.sweep.trials import Trial, short_names, shown_value
+
+_LOG_RATIO_OF_PARAMETERS = 8.0
+"""A parameter is drawn on a log scale if its greatest value is so many times its least."""
+_LOG_RATIO_OF_OBJECTIVES = 20.0
+_MOST_DISCRETE_NUMBERS = 6
+"""Up to so many different numbers of a parameter have a tick each."""
+_FEWEST_FOR_IMPORTANCE = 4
+"""Finished trials below which no importance is measured."""
+_IMPORTANCE_PACKAGES = {"optuna": "optuna", "sklearn": "scikit-learn"}
+"""What fANOVA needs: names to import, and names to install."""
+_PANEL_COLUMNS = 3
 _BEHIND_TEXT = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.8}
 
 
-def draw(trials: Sequence[Trial], objectives: Sequence[Objective], folder: Path) -> list[Path]:
-    """Draw all that these trials allow as PNG files; returns them."""
-    done = complete(trials, objectives)
-    if len(done) < 2:
+def draw_plots(
+    trials: Sequence[Trial], objectives: Sequence[Objective], folder: Path
+) -> list[Path]:
+    """Draw every plot that these trials allow into `folder`, and return the paths of the PNG files.
+
+    Only finished trials with a finite value of every objective are drawn: a trial that failed, was
+    pruned or ended in NaN has none. Fewer than two of them give no plot.
+    """
+    finished = complete(trials, objectives)
+    if len(finished) < 2:
         return []
     import matplotlib
 
     matplotlib.use("Agg")
-    drawn = [
-        _parameters(done, objectives, folder / "parameters.png"),
-        _parallel(done, objectives, folder / "parallel.png"),
-        _importance(done, objectives, folder / "importance.png"),
+    paths = [
+        _plot_parameters(finished, objectives, folder / "parameters.png"),
+        _plot_parallel_coordinates(finished, objectives, folder / "parallel.png"),
     ]
+    explained = _objectives_to_explain(finished, objectives)
+    if explained and not _missing_packages():
+        paths.append(_plot_importance(finished, explained, folder / "importance.png"))
     if len(objectives) > 1:
-        drawn.append(_front(done, objectives, folder / "front.png"))
-    return [path for path in drawn if path is not None]
+        paths.append(_plot_pareto_front(finished, objectives, folder / "front.png"))
+    return paths
 
 
-def _names(trials: Sequence[Trial]) -> dict[str, str]:
-    """The keys that vary, with their short names."""
-    keys = dict.fromkeys(key for trial in trials for key in trial.params)
-    return dict(short_names(keys))
+def importance_hint(trials: Sequence[Trial], objectives: Sequence[Objective]) -> str | None:
+    """Return which packages `draw_plots` lacks for the importance, and how they are installed.
+
+    None means that nothing is lacking, or that these trials allow no importance anyway.
+    """
+    missing = _missing_packages()
+    if not missing or not _objectives_to_explain(complete(trials, objectives), objectives):
+        return None
+    them = "it" if len(missing) == 1 else "them"
+    return (
+        f"importance.png needs {' and '.join(missing)}. Install {them}: pip install "
+        "'luthier[sweep]'. The same command then draws it, and trains no finished trial again."
+    )
 
 
-def _parameters(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
-    """Each parameter against each objective."""
-    from matplotlib import pyplot
+def measure_importance(trials: Sequence[Trial], objective: Objective) -> dict[str, float]:
+    """Return the share of each varied parameter in what moves an objective: Optuna's fANOVA.
 
-    names = _names(trials)
-    panels = [(key, objective) for objective in objectives for key in names]
-    columns = min(_COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, grid = pyplot.subplots(
-        *(rows, columns), figsize=(4.2 * columns, 3.2 * rows), dpi=130, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    leaders = best(trials, objectives)
-    for axes, (key, objective) in zip(grid.flat, panels, strict=False):
-        line = scale([trial.params[key] for trial in trials])
+    The shares (Hutter et al. 2014) lie between 0 and 1 and add up to 1; the key of the most
+    important parameter comes first. `trials` are finished ones that have a finite value of the
+    objective; it must not be the same in all of them.
+    """
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+    columns: dict[str, list[float]] = {}
+    for key in _varied_keys(trials):
+        scale = scale_parameter([trial.params[key] for trial in trials])
+        if scale.is_discrete:
+            columns[key] = scale.positions.tolist()
+            distributions[key] = CategoricalDistribution(sorted(set(columns[key])))
+        else:
+            # Optuna 5.0.0 hands fANOVA a log scale as plain numbers (`transform_log=False`): of
+            # 1e-5 to 1e-2, nine tenths of the weight lie above 1e-3. The drawn line weighs evenly.
+            columns[key] = scale.to_fractions(scale.positions).tolist()
+            distributions[key] = FloatDistribution(0.0, 1.0)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    values = np.array([trial.values[objective.name] for trial in trials])
+    # scikit-learn 1.9.1 splits no leaf of a variance below 2e-16: of losses around 1e-9 Optuna then
+    # raises "Encountered zero total variance in all trees". A share has no unit.
+    values = (values - values.min()) / np.ptp(values)
+    for row, value in enumerate(values.tolist()):
+        params = {key: column[row] for key, column in columns.items()}
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=value)
+        )
+    # Not Optuna's default: PED-ANOVA asks for five trials in the best tenth (its docstring), so for
+    # fifty in all, and gives equal shares where an objective is the same in all trials.
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {key: float(share) for key, share in shares.items()}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where the values of the trials lie on an axis, and what the axis says beside them."""
+
+    positions: NDArray[np.float64]
+    """One for each trial, shape (trials,): the number itself, or the rank of a name."""
+    ticks: tuple[float, ...]
+    """Positions that have a label."""
+    labels: tuple[str, ...]
+    is_log: bool = False
+    is_discrete: bool = False
+    """Whether every value has a tick: names, or a few different numbers."""
+
+    def to_fractions(self, positions: ArrayLike) -> NDArray[np.float64]:
+        """Map positions to the drawn line, which runs from 0 at the least to 1 at the greatest.
+
+        Where all trials have the same position, it lies in the middle.
+        """
+        line, ends = self._line(positions), self._line(self.positions)
+        low, high = ends.min(), ends.max()
+        return np.full(len(line), 0.5) if low == high else (line - low) / (high - low)
+
+    def _line(self, positions: ArrayLike) -> NDArray[np.float64]:
+        numbers = np.asarray(positions, dtype=np.float64)
+        return np.log10(numbers) if self.is_log else numbers
+
+
+def scale_parameter(texts: Sequence[str]) -> Scale:
+    """Return the scale of a parameter from its values as typed, one for each trial.
+
+    Finite numbers lie on a line, or on a log scale where they span a factor of eight; if one value
+    is no number, all are names, side by side in alphabetic order.
+    """
+    numbers = [_finite_number(text) for text in texts]
+    if any(number is None for number in numbers):
+        names = sorted(set(texts))
+        ranks = np.array([names.index(text) for text in texts], dtype=np.float64)
+        labels = tuple(shown_value(name) for name in names)
+        return Scale(ranks, tuple(range(len(names))), labels, is_discrete=True)
+    positions = np.array(numbers, dtype=np.float64)
+    ticks = sorted(set(positions.tolist()))
+    low, high = ticks[0], ticks[-1]
+    is_log = low > 0 and high >= _LOG_RATIO_OF_PARAMETERS * low
+    is_discrete = len(ticks) <= _MOST_DISCRETE_NUMBERS
+    if not is_discrete:
+        ticks = [low, math.sqrt(low * high) if is_log else sum(ticks) / len(ticks), high]
+    return Scale(positions, tuple(ticks), tuple(f"{n:.4g}" for n in ticks), is_log, is_discrete)
+
+
+def scale_objective(values: Sequence[float]) -> Scale:
+    """Return the scale of an objective from its values, one finite number for each trial."""
+    positions = np.array(values, dtype=np.float64)
+    low, high = float(positions.min()), float(positions.max())
+    ticks = (low, high) if low < high else (low,)
+    is_log = low > 0 and high >= _LOG_RATIO_OF_OBJECTIVES * low
+    return Scale(positions, ticks, tuple(f"{number:.4g}" for number in ticks), is_log)
+
+
+def _finite_number(text: str) -> float | None:
+    """Return the number that a value is, or None for a name; `inf` and `nan` have no position."""
+    try:
+        number = float(text.strip("'\""))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _missing_packages() -> list[str]:
+    """Return the packages that the importance needs and that are not installed."""
+    return [name for module, name in _IMPORTANCE_PACKAGES.items() if find_spec(module) is None]
+
+
+def _objectives_to_explain(
+    trials: Sequence[Trial], objectives: Sequence[Objective]
+) -> list[Objective]:
+    """Return the objectives that differ between trials, if there is an importance to measure.
+
+    Of fewer than four trials it would be noise, and a parameter that varies alone explains all.
+    """
+    if len(trials) < _FEWEST_FOR_IMPORTANCE or len(_varied_keys(trials)) < 2:
+        return []
+    return [one for one in objectives if len({trial.values[one.name] for trial in trials}) > 1]
+
+
+def _varied_keys(trials: Sequence[Trial]) -> list[str]:
+    """Return the keys of the parameters that differ between these trials."""
+    keys = _parameter_names(trials)
+    return [key for key in keys if len({trial.params[key] for trial in trials}) > 1]
+
+
+def _parameter_names(trials: Sequence[Trial]) -> dict[str, str]:
+    """Return the keys that the sweep varies, each with its short name."""
+    return dict(short_names(dict.fromkeys(key for trial in trials for key in trial.params)))
+
+
+def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
+    """Plot each parameter against each objective, the best trials in red.
+
+    Optuna's `plot_slice` draws one objective, never on a log scale, and does not mark the best
+    trial; all panels stand in one row, where the names of categories overlap.
+    """
+    names = _parameter_names(trials)
+    pairs = [(key, objective) for objective in objectives for key in names]
+    figure, panels = _make_panels(len(pairs))
+    best_trials = best(trials, objectives)
+    for axes, (key, objective) in zip(panels, pairs, strict=True):
+        scale = scale_parameter([trial.params[key] for trial in trials])
         values = [trial.values[objective.name] for trial in trials]
-        axes.scatter(line.places, values, color=TRAIN, s=26, alpha=0.8)
-        for leader in leaders:
-            at = trials.index(leader)
-            axes.scatter(line.places[at], values[at], color=EVAL, s=46, zorder=3)
-        _along(axes, line)
-        if of_numbers(values).is_log:
+        axes.scatter(scale.positions, values, color=TRAIN, s=26, alpha=0.8)
+        for trial in best_trials:
+            row = trials.index(trial)
+            axes.scatter(scale.positions[row], values[row], color=EVAL, s=46, zorder=3)
+        if scale.is_log:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(lambda value, position: "")
+        if len(scale.ticks) <= _MOST_DISCRETE_NUMBERS:
+            axes.set_xticks(scale.ticks, scale.labels)
+            axes.margins(x=0.12)
+        if scale_objective(values).is_log:
             axes.set_yscale("log")
         axes.set_xlabel(names[key])
         axes.set_ylabel(objective.name)
-        _dress(axes)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.set_visible(False)
-    what = "the best trial" if len(leaders) == 1 else "the trials that none beats"
-    figure.suptitle(f"{len(trials)} finished trials; red: {what}", color=INK, fontsize=10)
-    return _save(figure, path)
+        _style_axes(axes)
+    marked = "the best trial" if len(best_trials) == 1 else "the trials that none beats"
+    figure.suptitle(f"{len(trials)} finished trials; red: {marked}", color=INK, fontsize=10)
+    return _save_figure(figure, path)
 
 
-def _along(axes: Any, line: Scale) -> None:
-    """Put the parameter's scale below a panel."""
-    if line.is_log:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(lambda value, place: "")
-    if len(line.ticks) <= 6:
-        axes.set_xticks(line.ticks, line.labels)
-        axes.margins(x=0.12)
+def _plot_parallel_coordinates(
+    trials: list[Trial], objectives: Sequence[Objective], path: Path
+) -> Path:
+    """Plot one line for each trial through its parameters to its objectives.
 
-
-def _parallel(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
-    """One line for each trial through its parameters to what came out."""
+    Optuna's `plot_parallel_coordinate` has a fixed width and draws lines over the labels, so that
+    six parameters cannot be read; it draws the worst trials nearly white, has no log scale for
+    objectives, and calls several of them "Objective 0" and "Objective 1".
+    """
     from matplotlib import colormaps, pyplot
 
-    names = _names(trials)
-    lines = [(names[key], scale([trial.params[key] for trial in trials])) for key in names]
+    names = _parameter_names(trials)
+    scales = [(names[key], scale_parameter([t.params[key] for t in trials])) for key in names]
     for objective in objectives:
-        lines.append((objective.name, of_numbers([t.values[objective.name] for t in trials])))
+        scales.append((objective.name, scale_objective([t.values[objective.name] for t in trials])))
     figure, axes = pyplot.subplots(
-        figsize=(max(5.5, 2.1 * len(lines)), 4.4), dpi=130, layout="constrained"
+        figsize=(max(5.5, 2.1 * len(scales)), 4.4), dpi=130, layout="constrained"
     )
+    heights = np.stack([scale.to_fractions(scale.positions) for _, scale in scales])
     first = objectives[0]
-    goodness = 1 - shares(_comparable(trials, first))
-    columns = [line.shares for _, line in lines]
-    for at in sorted(range(len(trials)), key=lambda n: goodness[n]):
-        colour = colormaps["viridis_r"](0.15 + 0.85 * goodness[at])
-        heights = [column[at] for column in columns]
-        axes.plot(range(len(lines)), heights, color=colour, lw=1 + 1.6 * goodness[at], alpha=0.85)
-    for place, (_, line) in enumerate(lines):
-        axes.axvline(place, color=INK, lw=0.8)
-        for height, label in zip(line.tick_shares, line.labels, strict=True):
+    goodness = heights[len(names)] if first.maximize else 1 - heights[len(names)]
+    for row in np.argsort(goodness, kind="stable"):
+        color = colormaps["viridis_r"](0.15 + 0.85 * goodness[row])
+        width = 1 + 1.6 * goodness[row]
+        axes.plot(range(len(scales)), heights[:, row], color=color, lw=width, alpha=0.85)
+    for column, (_, scale) in enumerate(scales):
+        axes.axvline(column, color=INK, lw=0.8)
+        for height, label in zip(scale.to_fractions(scale.ticks), scale.labels, strict=True):
             axes.annotate(
-                *(label, (place, height), (4, 0)), textcoords="offset points", fontsize=8,
+                *(label, (column, height), (4, 0)), textcoords="offset points", fontsize=8,
                 va="center", color=INK, bbox=_BEHIND_TEXT,
             )  # fmt: skip
-    axes.set_xticks(range(len(lines)), [name for name, _ in lines])
+    axes.set_xticks(range(len(scales)), [name for name, _ in scales])
     axes.set_yticks([])
-    axes.set_xlim(-0.1, len(lines) - 0.6)
-    way = "highest" if first.maximize else "lowest"
-    axes.set_title(f"dark and thick: {way} {first.name}", loc="left", color=INK, fontsize=10)
+    axes.set_xlim(-0.1, len(scales) - 0.6)
+    direction = "highest" if first.maximize else "lowest"
+    axes.set_title(f"dark and thick: {direction} {first.name}", loc="left", color=INK, fontsize=10)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    return _save(figure, path)
+    return _save_figure(figure, path)
 
 
-def _comparable(trials: list[Trial], objective: Objective) -> Any:
-    """What to compare by, less being better, on the scale on which it is drawn."""
-    import numpy as np
+def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
+    """Plot how much each parameter explains of each objective.
 
-    line = of_numbers([trial.values[objective.name] for trial in trials])
-    values = np.log10(line.places) if line.is_log else line.places
-    return -values if objective.maximize else values
-
-
-def _importance(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path | None:
-    """How much each parameter mattered, for each objective."""
-    names = _names(trials)
-    found = [(one, importance(trials, list(names), one)) for one in objectives]
-    known = [(objective, shown) for objective, shown in found if shown is not None]
-    if not known:
-        return None
+    Optuna's `plot_param_importances` names neither the method nor the number of trials. With
+    several objectives it writes the order of the last one beside the bars of all (Optuna 5.0.0),
+    so that the others have wrong names.
+    """
     from matplotlib import pyplot
 
+    names = _parameter_names(trials)
     height = 0.42 * len(names) + 1.1
     figure, grid = pyplot.subplots(
-        len(known), 1, figsize=(7, height * len(known)), dpi=130, squeeze=False,
+        len(objectives), 1, figsize=(7, height * len(objectives)), dpi=130, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for axes, (objective, shown) in zip(grid[:, 0], known, strict=True):
-        ranked = sorted(shown.shares.items(), key=lambda item: item[1])
-        bars = axes.barh([names[key] for key, _ in ranked], [one for _, one in ranked], color=TRAIN)
-        axes.bar_label(bars, [f"{one:.0%}" for _, one in ranked], padding=4, color=INK, fontsize=9)
+    for axes, objective in zip(grid[:, 0], objectives, strict=True):
+        shares = sorted(measure_importance(trials, objective).items(), key=lambda item: item[1])
+        lengths = [share for _, share in shares]
+        bars = axes.barh([names[key] for key, _ in shares], lengths, color=TRAIN)
+        labels = [f"{share:.0%}" for share in lengths]
+        axes.bar_label(bars, labels, padding=4, color=INK, fontsize=9)
         axes.set_xlim(0, 1.08)
-        axes.xaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
-        title = f"importance for {objective.name}: {shown.method}, {len(trials)} trials"
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+        title = f"importance for {objective.name}: fANOVA, {len(trials)} trials"
         axes.set_title(title, loc="left", color=INK, fontsize=10)
-        _dress(axes)
-    return _save(figure, path)
+        _style_axes(axes)
+    return _save_figure(figure, path)
 
 
-def _front(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
-    """The first two objectives against each other, and the trials that no other beats."""
+def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
+    """Plot each pair of objectives against each other, with the trials that no other beats in all.
+
+    Optuna's `plot_pareto_front` does not say which direction is better, draws three objectives as
+    one fixed view of a cube, and refuses four.
+    """
+    pairs = list(combinations(objectives, 2))
+    figure, panels = _make_panels(len(pairs))
+    front = best(trials, objectives)
+    # Only two objectives make a line: with more, a trial of the front may lie anywhere in a panel.
+    marker = "o-" if len(objectives) == 2 else "o"
+    for axes, pair in zip(panels, pairs, strict=True):
+        points = [[trial.values[one.name] for one in pair] for trial in trials]
+        best_points = sorted([trial.values[one.name] for one in pair] for trial in front)
+        axes.scatter(*zip(*points, strict=True), color=TRAIN, s=30, label="finished trials")
+        label = "beaten by no other"
+        axes.plot(*zip(*best_points, strict=True), marker, color=EVAL, label=label)
+        for objective, set_label in zip(pair, (axes.set_xlabel, axes.set_ylabel), strict=True):
+            better = "more" if objective.maximize else "less"
+            set_label(f"{objective.name} ({better} is better)")
+        _style_axes(axes)
+    panels[0].legend(frameon=False)
+    return _save_figure(figure, path)
+
+
+def _make_panels(count: int) -> tuple[Any, list[Any]]:
+    """Return a figure and its axes, `count` of them in rows of up to three."""
     from matplotlib import pyplot
 
-    one, other = objectives[:2]
-    figure, axes = pyplot.subplots(figsize=(6, 4.4), dpi=130, layout="constrained")
-    points = [(trial.values[one.name], trial.values[other.name]) for trial in trials]
-    axes.scatter(*zip(*points, strict=True), color=TRAIN, s=30, label="finished trials")
-    front = sorted((t.values[one.name], t.values[other.name]) for t in best(trials, objectives))
-    axes.plot(*zip(*front, strict=True), "o-", color=EVAL, label="beaten by no other")
-    axes.set_xlabel(f"{one.name} ({'more' if one.maximize else 'less'} is better)")
-    axes.set_ylabel(f"{other.name} ({'more' if other.maximize else 'less'} is better)")
-    axes.legend(frameon=False)
-    _dress(axes)
-    return _save(figure, path)
+    columns = min(_PANEL_COLUMNS, count)
+    rows = -(-count // columns)
+    # A single panel is as large as the other plots.
+    width, height = (6.0, 4.4) if count == 1 else (4.2 * columns, 3.2 * rows)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(width, height), dpi=130, squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:count])
 
 
-def _dress(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
@@ -178,7 +364,8 @@ def _dress(axes: Any) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all, and return its path."""
     from matplotlib import pyplot
 
     temporary = path.with_name(f".{path.name}")

@@ -8,7 +8,7 @@ from luthier.errors import UserError
 from luthier.inspect.arguments import Grammar
 from luthier.record.files import read_json
 from luthier.sweep import trials as on_disk
-from luthier.sweep.answer import say_errors
+from luthier.sweep.answer import print_errors
 from luthier.sweep.identity import is_running
 from luthier.sweep.objective import Objective, measured
 from luthier.sweep.table import table
@@ -51,7 +51,7 @@ def run(words: list[str]) -> int:
     console = Console(highlight=False)
     console.print(table(trials, objectives))
     console.print(summary(trials, objectives, definition["total"]))
-    say_errors(trials, console)
+    print_errors(trials, console)
     left = definition["total"] > len(trials) or any(not trial.is_ended for trial in trials)
     if left and not running:
         typed = " ".join(_shell(word) for word in definition["words"])

@@ -141,10 +141,11 @@ def _last_lines(log: Path) -> list[str]:
 
 def shown_value(text: str) -> str:
     """A parameter as a table shows it: long numbers are cut, quotes are left out."""
+    bare = text.strip("'\"").replace("\\", "")
     try:
-        return text if len(text) <= 8 else f"{float(text):.4g}"
+        return bare if len(bare) <= 8 else f"{float(bare):.4g}"
     except ValueError:
-        return text.strip("'\"").replace("\\", "")
+        return bare
 
 
 def shown_params(params: Mapping[str, str]) -> str:
