@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from luthier.config.schema import SourceConfig
+from luthier.data.compose.filter import SearchTimeoutError, compile_filter
 from luthier.data.parts import key_of_path, key_of_shape
 from luthier.data.reading import Source, open_source
 from luthier.data.rows import BadRow, Mistakes, Row, RowError, excerpt
 from luthier.data.shapes import Example, Shape, find_shape
+from luthier.errors import UserError
 
 PEEKED = 1000
 """Rows that are looked at to find the shape."""
@@ -61,6 +63,8 @@ class Opened:
                     bad.filtered += 1
             except RowError as error:
                 bad.add(row.where, str(error), excerpt(row.fields))
+            except SearchTimeoutError as error:
+                raise UserError(f"{row.where}: {error}") from None
 
 
 @dataclass
@@ -104,8 +108,6 @@ def _no_row(source: Source) -> None:
 
 def _filter(config: SourceConfig, key: str) -> Callable[[Mapping[str, Any]], bool]:
     """The source's filter; without one every row is let through."""
-    from luthier.data.compose.filter import compile_filter
-
     if config.filter is None:
         return lambda fields: True
     return compile_filter(config.filter, f"{key}.filter")

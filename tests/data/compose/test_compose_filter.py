@@ -2,7 +2,8 @@
 
 import pytest
 
-from luthier.data.compose.filter import compile_filter
+from luthier.data.compose import filter as filter_module
+from luthier.data.compose.filter import SearchTimeoutError, compile_filter
 from luthier.data.rows import RowError
 from luthier.errors import UserError
 
@@ -45,6 +46,9 @@ ROW = {
         ("text.casefold().count('l') == 3", True),
         ("matches(text, r'\\bworld$')", True),
         ("matches(text, 'W')", False),
+        ("matches(text, 'o{i}') or matches(text, 'o{e<=1}')", False),
+        ("matches('x_{i}{2', r'^x_{i}{2$') and matches(text, 'l{2}o{,}[{,] w')", True),
+        (r"matches('\\{a}', r'^\\{a\}$')", True),
         ("score * 2 - 1 == 5 and score / 2 == 1.5", True),
         ("score % 2 == 1 and score // 2 == 1 and -score < 0", True),
         ("max(score, 10) == 10 and min([1, 2]) == 1", True),
@@ -64,15 +68,22 @@ def test_it_keeps_the_rows_for_which_it_holds(expression, kept):
         ("score > 1 && lang", "write `and` for `&&`", "&"),
         ("(score > 1) | (score < 0)", "write `or` for `|`", "(score > 1) | (score < 0)"),
         ("!lang", "write `not` for `!`", "!"),
+        ("score > 1 AND lang == 'en'", "write `and` for `AND`", "A"),
+        ("score ORDER 1", "invalid syntax", "O"),
+        ("score >\n  1 and", "something is missing at its end", ""),
         ("len(text", "'(' was never closed", "("),
         ("lang == true", "write `True`", "true"),
         ("lenn(text) > 3", "did you mean `len`?", "lenn"),
         ("text.startwith('a')", "did you mean `startswith`?", "text.startwith"),
-        ("len(text, 3) > 3", "`len` takes 1 arguments, not 2", "len(text, 3)"),
+        ("len(text, 3) > 3", "`len` takes 1 argument, not 2", "len(text, 3)"),
         ("meta.source == 'web'", 'write `["source"]`', "meta.source"),
         ("matches(text, '(a')", "no regular expression: missing )", "'(a'"),
         ("matches(text, lang)", "the pattern is a text in quotes", "lang"),
+        ("matches(text, r'(?:a{999}){999}')", "this pattern is too large", "r'(?:a{999}){999}'"),
+        ("matches(text, ')' + '(')", "the pattern is a text in quotes", "')' + '('"),
         ("row[lang]", "a column's name is a text", "lang"),
+        ("row[1:2]", "a column's name is a text", "1:2"),
+        ("(lambda: 1)()", "only functions and methods can be called", "lambda: 1"),
         ("'é' == naïve.x", 'write `["x"]`', "naïve.x"),
         ("lang, score", "write `and` or `or` between them", "lang, score"),
         ("", "it is empty", ""),
@@ -130,6 +141,8 @@ def test_a_long_expression_is_shown_around_the_place():
         "text.ljust(10)",
         "score; lang",
         "import os",
+        "tags['a':'b', 1]",
+        "[*tags]",
         "-" * 9000 + "1",
         "(" * 5000,
         "not " * 2000 + "score",
@@ -160,8 +173,24 @@ def test_nothing_else_is_reached(expression):
         ("score / 0 > 1", "`score / 0` divides by zero"),
         ("text * 1000000000", r"`text \* 1000000000` does not work on text and a number"),
         ("text % 3", "does not work on text and a number"),
+        ("missing[:5]", r"`missing\[:5\]` does not work on null and a number"),
     ],
 )
 def test_a_row_that_it_does_not_go_with_is_bad(expression, problem):
     with pytest.raises(RowError, match=problem):
         compile_filter(expression)(ROW)
+
+
+def test_an_expression_of_a_hundred_levels_is_computed():
+    assert compile_filter("-" * 98 + "score < 0")(ROW) is False
+
+
+@pytest.mark.parametrize("pattern", ["(a|aa)+$", "(.*?a){25}P"])
+def test_a_search_that_would_take_years_ends(pattern, monkeypatch):
+    monkeypatch.setattr(filter_module, "SEARCH_SECONDS", 0.1)
+    holds = compile_filter(f"matches(text, '{pattern}')", "dataset.sources.a.filter")
+    with pytest.raises(SearchTimeoutError) as caught:
+        holds({"text": "a" * 60 + "b"})
+    assert str(caught.value).startswith(
+        f"dataset.sources.a.filter: `matches(text, '{pattern}')` takes more than 0.1 seconds"
+    )
