@@ -1,16 +1,19 @@
 """The way from sources to the rows of an epoch, with encoders that can be checked by hand."""
 
+import hashlib
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_material import NAMELESS, Letters, pair, prepared, replies, shown
 
+from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, save, shown, texts
 from luthier.config.schema import DatasetConfig
 from luthier.data.counts import Counts
-from luthier.data.encoders import ConversationEncoder
+from luthier.data.encoders import ConversationEncoder, hashes_of
 from luthier.data.prepare import expand, prepare
+from luthier.data.store import Ragged
 from luthier.errors import UserError
 
 
@@ -299,3 +302,156 @@ def test_the_quickstarts_rows_train_on_their_replies(monkeypatch):
         reply = conversation["messages"][-1]["content"]
         assert tokenizer.decode(trained) == f"{reply}<|im_end|>"
         assert len(trained) < 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "held"),
+    [
+        pytest.param({}, [], 0, id="none"),
+        pytest.param({"count": 3}, [""], 3, id="count"),
+        pytest.param({"share": 0.25}, [""], 3, id="share"),
+        pytest.param({"share": 0.25, "by": "hash"}, [""], None, id="hash"),
+        pytest.param({"path": "held.jsonl"}, [""], 2, id="file"),
+        pytest.param({"sets": {"x": {"path": "held.jsonl"}}}, ["x"], 2, id="set"),
+        pytest.param(
+            {"count": 2, "sets": {"x": {"path": "held.jsonl"}, "y": {"path": "held.jsonl"}}},
+            ["", "x", "y"],
+            6,
+            id="count-and-sets",
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["none", "exact", "normalised"])
+def test_equal_rows_never_stand_on_both_sides(write, settings, names, held, mode):
+    letters = [chr(ord("a") + number) for number in range(12)]
+    write("data.jsonl", replies(*letters, *letters[:6], *(letter.upper() for letter in letters)))
+    write("held.jsonl", replies("c", "new"))
+    found = prepared({"path": "data.jsonl", "eval": settings, "deduplicate": mode})
+    assert list(found.eval) == list(found.heldout) == list(found.eval_counts) == names
+    sides = [shown(found.train), *map(shown, found.eval.values())]
+    seen = [{row.lower() if mode == "normalised" else row for row in side} for side in sides]
+    assert not any(seen[0] & other for other in seen[1:])
+    different = {"none": 24, "exact": 24, "normalised": 12}[mode]
+    heldout = sum(map(len, sides[1:]))
+    if held is not None and settings.get("share") is None:
+        assert heldout == held
+    elif "share" in settings and "by" not in settings:
+        assert heldout == round(different / 4)
+    assert 0 < len(seen[0]) <= different
+    out = sum(found.train_counts.dropped.values())
+    drawn = len(sides[1]) if "" in names and "path" not in settings else 0
+    assert len(sides[0]) + drawn + out == 30
+    answers = [[texts(example)[-1] for example in rows] for rows in found.heldout.values()]
+    assert answers == [[row.split(">")[1] for row in side] for side in sides[1:]]
+
+
+def test_a_split_of_a_saved_dataset_is_held_out(tmp_path):
+    save(tmp_path / "saved", train=replies(*"abc"), test=replies(*"bd"))
+    found = prepared({"path": "saved", "eval": {"split": "test"}})
+    assert shown(found.train) == ["q>a", "q>c"]
+    assert shown(found.eval[""]) == ["q>b", "q>d"]
+    assert found.train_counts.dropped == {"equal to a held-out row": 1}
+
+
+def test_the_held_out_file_is_read_as_the_training_rows_are(write):
+    write("data.jsonl", [{"frage": "q", "antwort": letter} for letter in "abcd"])
+    write("held.jsonl", [{"frage": "q", "antwort": letter} for letter in "xyz"])
+    settings = {"columns": {"prompt": "frage", "completion": "antwort"}, "system": "S"}
+    chosen = {"max_rows": 2, "filter": "antwort != 'a'"}
+    found = prepared({"path": "data.jsonl", "eval": {"path": "held.jsonl"}, **settings, **chosen})
+    assert shown(found.train) == ["Sq>b"]
+    assert shown(found.eval[""]) == ["Sq>x", "Sq>y", "Sq>z"]
+
+
+def test_the_accounts_of_both_sides(write):
+    write("data.jsonl", replies("a", "bb", "-", "c", "c", "d"))
+    write("held.jsonl", replies("c", "-", "e|f"))
+    found = prepared({"path": "data.jsonl", "eval": {"path": "held.jsonl"}})
+    dropped = {"nothing to train": 1, "equal to a held-out row": 2}
+    assert found.train_counts == Counts(4, 3, 7, 4, 3, dropped)
+    assert found.eval_counts == {"": Counts(3, 3, 6, 3, 2, {"nothing to train": 1})}
+    assert [row["where"] for row in found.reports] == ["data.jsonl:3", "held.jsonl:2"]
+    assert [texts(example)[-1] for example in found.heldout[""]] == ["c", "e|f"]
+    assert len(found.heldout[""]) == 2
+
+
+def test_a_dropped_training_row_is_no_held_out_one(write):
+    write("data.jsonl", replies("a", "b", "-", "c"))
+    found = prepared({"path": "data.jsonl", "eval": {"count": 1}})
+    assert found.eval_counts[""] == Counts(1, 1, 2, 1, 2)
+    assert found.train_counts == Counts(3, 2, 4, 2, 2, {"nothing to train": 1})
+
+
+def digest(settings, seed=0):
+    return prepared(settings, seed).content_hash
+
+
+def test_the_hash_is_of_all_ids_and_labels_in_order_training_first(write):
+    write("data.jsonl", [pair("a", "b"), pair("c", "d")])
+    write("held.jsonl", [pair("e", "f")])
+
+    def one(*numbers):
+        # The sizes in bytes, then the columns by name: input_ids, labels, trained.
+        return hashlib.blake2b(struct.pack("<3i4iq", 8, 8, 8, *numbers), digest_size=16).digest()
+
+    rows = [one(97, 98, -100, 98, 1), one(99, 100, -100, 100, 1), one(101, 102, -100, 102, 1)]
+    train, held = struct.pack("<q", 2) + rows[0] + rows[1], struct.pack("<q", 1) + rows[2]
+    expected = hashlib.sha256(train + held).hexdigest()
+    assert digest({"path": "data.jsonl", "eval": {"path": "held.jsonl"}}) == expected
+
+
+def test_token_rows_have_one_hash_however_they_come():
+    rows = [[1, 2], [], [3]]
+    flat = Ragged(*map(np.array, ([1, 2, 3], [0, 2, 2, 3])))
+    lists, arrays = hashes_of({"a": rows, "b": [4, 5, 6]}), hashes_of({"b": [4, 5, 6], "a": flat})
+    assert lists.tolist() == arrays.tolist()
+    assert len(set(lists.tolist())) == 3
+    moved = hashes_of({"a": [[1, 2], [3]], "b": [[3], [1, 2]]})
+    assert len({*moved.tolist(), *hashes_of({"a": [[1, 2, 3]], "b": [[]]}).tolist()}) == 3
+    assert hashes_of({"a": [], "b": []}).shape == (0,)
+
+
+ROWS = replies("c", "d", "e", "f")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "is_same"),
+    [
+        pytest.param([{**row, "id": 7} for row in ROWS], {}, True, id="an-id"),
+        pytest.param([*ROWS, pair("q", "-")], {}, True, id="a-row-that-gives-nothing"),
+        pytest.param([*ROWS, ROWS[0]], {"deduplicate": "exact"}, True, id="a-duplicate"),
+        pytest.param([*ROWS, pair("x", "g")], {"filter": "prompt == 'q'"}, True, id="filtered"),
+        pytest.param(ROWS, {"eval": {"count": 1}}, False, id="a-row-held-out"),
+        pytest.param([*ROWS, ROWS[0]], {}, False, id="a-row-twice"),
+        pytest.param(ROWS[::-1], {}, False, id="another-order"),
+        pytest.param(ROWS[:3], {}, False, id="a-row-less"),
+        pytest.param([*ROWS[:3], pair("qf", "")], {}, False, id="other-labels"),
+        pytest.param([*ROWS[:3], pair("q", "g")], {}, False, id="other-tokens"),
+    ],
+)
+def test_the_hash_changes_with_tokens_labels_and_order_and_only_then(
+    write, rows, settings, is_same
+):
+    write("data.jsonl", ROWS)
+    write("other.jsonl", rows)
+    assert (
+        digest({"path": "data.jsonl"}) == digest({"path": "other.jsonl", **settings})
+    ) is is_same
+
+
+def test_the_hash_knows_neither_files_nor_sources(write):
+    write("data.jsonl", ROWS)
+    write("a.jsonl", ROWS[:1])
+    write("b.jsonl", ROWS[1:])
+    parted = {"sources": {name: {"path": f"{name}.jsonl"} for name in "ab"}}
+    assert (
+        digest({"path": "data.jsonl"}) == digest(parted) == digest({"path": ["a.jsonl", "b.jsonl"]})
+    )
+
+
+def test_the_seed_changes_the_hash_where_it_draws(write):
+    write("data.jsonl", ROWS)
+    held = {"path": "data.jsonl", "eval": {"count": 2}}
+    assert digest({"path": "data.jsonl"}, 1) == digest({"path": "data.jsonl"}, 2)
+    assert digest(held, 1) == digest(held, 1)
+    assert len({digest(held, seed) for seed in range(8)}) > 1

@@ -6,9 +6,9 @@ What it finds is what their own trainers find on the same rows.
 import json
 
 import pytest
-import tasks_material as tasks
-from heads_material import CASES, SEVERAL, TEXTS, both, finish, labelled
 
+from helpers import task_models as tasks
+from helpers.head_runs import CASES, SEVERAL, TEXTS, both, finish, labelled
 from luthier.metrics import classes, entities, samples
 
 
@@ -109,9 +109,9 @@ def test_a_mistake_with_a_classifier_is_said_in_words(
     assert code == 2 and says in err
 
 
-def test_two_models_that_do_different_things_are_not_compared(luthier, finished, tiny):
+def test_two_models_that_do_different_things_are_not_compared(luthier, finished, base_model):
     run, _ = finished(*CASES["classes"])
-    code, _, err = luthier("evaluate", run, "--against", tiny)
+    code, _, err = luthier("evaluate", run, "--against", base_model)
     assert code == 2 and "does something else" in err
     other, _ = finished("classify", labelled(SEVERAL), {}, "several")
     rows = run.parent / "held.jsonl"

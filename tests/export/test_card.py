@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 import yaml
-from adapters_material import NF4
-from export_material import make_base, make_run, read
 
+from helpers.adapter_models import NF4
+from helpers.chatml import CHATML
+from helpers.export_runs import make_base, make_run, read
 from luthier.config.schema import DatasetConfig
 from luthier.export import story as stories
 from luthier.export.card import card
@@ -19,7 +20,6 @@ from luthier.export.snippet import snippet
 from luthier.export.story import BaseModel, Data, Story, data_of
 from luthier.export.writing import after_a_run
 from luthier.model.artefact import find_artifact
-from tiny_material import CHATML
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +258,9 @@ def test_the_python_of_a_card_gives_the_adapters_reply_in_a_fresh_process(tmp_pa
     """The base lies in the hub's cache under its name; nothing of the snippet is changed."""
     import json
 
-    from adapters_material import load
     from peft import PeftModel
+
+    from helpers.adapter_models import load
 
     cache = tmp_path / "hub"
     snapshot = cache / "models--org--tiny" / "snapshots" / ("a" * 40)

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
+from helpers.chatml import CHATML
 from luthier.chat.template import ChatTemplate
 from luthier.export.ollama import modelfile, probes, rendered, translate
-from tiny_material import CHATML
 
 DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

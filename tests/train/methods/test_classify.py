@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tasks_material import (
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from helpers.task_models import (
     ASSETS,
     ROOT,
     bert,
@@ -21,8 +23,6 @@ from tasks_material import (
     saved,
     wordpiece,
 )
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-
 from luthier.errors import UserError
 from luthier.model.adapters import add_adapter
 

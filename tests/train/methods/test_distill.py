@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from judged_material import model, say, tokenizer
-from rewarded_material import ROWS, prepared, run_config, trainer
 
+from helpers.online_trainer import ROWS, prepared, run_config, trainer
+from helpers.preference_trainer import model, say, tokenizer
 from luthier.errors import UserError
 from luthier.model.encoder import make_encoder
 

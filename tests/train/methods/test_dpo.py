@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from judged_material import (
+from trl import DPOConfig, DPOTrainer
+
+from helpers.chatml import CHAT
+from helpers.preference_trainer import (
     PREFERENCES,
     arguments,
     listed,
@@ -17,15 +20,12 @@ from judged_material import (
     tokenizer,
     trainer,
 )
-from trl import DPOConfig, DPOTrainer
-
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.judged_encoders import PreferenceEncoder
 from luthier.errors import UserError
 from luthier.train.methods.dpo import DPO, PairTrainer
 from luthier.train.methods.pair_losses import AVERAGED, LOSSES, Strengths
-from tiny_material import CHAT
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 BETA = 0.3

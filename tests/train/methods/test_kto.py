@@ -5,7 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from judged_material import (
+from trl import KTOConfig, KTOTrainer
+
+from helpers.chatml import CHAT
+from helpers.preference_trainer import (
     PREFERENCES,
     arguments,
     listed,
@@ -17,8 +20,6 @@ from judged_material import (
     trainer,
     unpaired,
 )
-from trl import KTOConfig, KTOTrainer
-
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.batches.rows import TokenRows
 from luthier.data.judged_encoders import UnpairedEncoder, UnpairingEncoder
@@ -26,7 +27,6 @@ from luthier.errors import UserError
 from luthier.train.methods import kto
 from luthier.train.methods.encoding import verdicts
 from luthier.train.methods.kto import KTO, UnpairedTrainer
-from tiny_material import CHAT
 
 EXAMPLES = unpaired()
 ROWS = listed(UnpairedEncoder(tokenizer(), CHAT).encode(EXAMPLES))

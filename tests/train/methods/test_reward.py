@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from judged_material import (
+from trl import RewardConfig
+
+from helpers.chatml import CHAT, CHATML
+from helpers.preference_trainer import (
     PREFERENCES,
     arguments,
     listed,
@@ -16,8 +19,6 @@ from judged_material import (
     tokenizer,
     trainer,
 )
-from trl import RewardConfig
-
 from luthier.config.schema import RunConfig
 from luthier.data.batches.judged import WholeLayout
 from luthier.data.batches.rows import TokenRows
@@ -25,7 +26,6 @@ from luthier.data.judged_encoders import RewardEncoder
 from luthier.errors import UserError
 from luthier.model.machine import Machine
 from luthier.train.methods.reward import Reward, ScoreTrainer, padding
-from tiny_material import CHAT, CHATML
 
 ROWS = listed(RewardEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 # A template that ends with the stop token, and nothing behind it.

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 import transformers
-from tasks_material import (
+from torch.nn.functional import cross_entropy
+
+from helpers.task_models import (
     ASSETS,
     bert,
     built,
@@ -16,8 +18,6 @@ from tasks_material import (
     unigram,
     wordpiece,
 )
-from torch.nn.functional import cross_entropy
-
 from luthier.config.checks import check_settings
 from luthier.config.passthrough import check as check_passthrough
 from luthier.errors import UserError

@@ -5,9 +5,19 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
-from tasks_material import bert, built, byte_level, config_of, llama, run, saved, wordpiece, written
 from torch.nn.functional import cross_entropy
 
+from helpers.task_models import (
+    bert,
+    built,
+    byte_level,
+    config_of,
+    llama,
+    run,
+    saved,
+    wordpiece,
+    written,
+)
 from luthier.errors import UserError
 from luthier.metrics.entities import entity_scores
 from luthier.model.adapters import add_adapter

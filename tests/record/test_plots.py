@@ -1,0 +1,100 @@
+"""The picture of the data is a real one for any lengths, and absent where there are none."""
+
+import numpy as np
+import pytest
+
+from luthier.record.data_plot import DataNumbers, bin_edges, plot_data
+from luthier.record.plot import plot_loss
+
+DRAW = np.random.default_rng(0)
+LENGTHS = {
+    "one": np.array([7]),
+    "equal": np.full(500, 2048),
+    "a bell": DRAW.normal(120, 25, 1400).clip(40, 300).astype(int),
+    "skewed": np.concatenate([DRAW.integers(5, 60, 20_000), [300, 4000, 100_000]]),
+    "none short": np.arange(5, dtype=np.int32) + 1,
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_every_length_is_in_a_bar(lengths):
+    edges, _ = bin_edges(lengths)
+    counts, _ = np.histogram(lengths, edges)
+    assert counts.sum() == len(lengths)
+    assert (np.diff(edges) > 0).all() and len(counts) <= 42
+
+
+def test_lengths_of_all_sizes_are_drawn_by_ratio():
+    assert [bin_edges(lengths)[1] for lengths in LENGTHS.values()] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def pixels(path):
+    from matplotlib import image
+
+    return image.imread(path)[..., :3]
+
+
+@pytest.mark.parametrize("name", ["one", "a bell", "skewed"])
+def test_a_picture_is_a_png_with_ink_on_it(name, tmp_path):
+    numbers = DataNumbers(LENGTHS[name], 5, max_length=300)
+    assert plot_data(numbers, name, tmp_path / "data.png")
+    found = pixels(tmp_path / "data.png")
+    assert found.shape[1] > 800 and found.std() > 0.02
+    assert [path.name for path in tmp_path.iterdir()] == ["data.png"]
+
+
+def reds(path):
+    """How many pixels are of the colour of `chat.max_length`."""
+    found = pixels(path)
+    return int(((found[..., 0] > 0.75) & (found[..., 1] < 0.4) & (found[..., 2] < 0.5)).sum())
+
+
+@pytest.mark.parametrize(
+    "max_length, least, most",
+    [(None, 0, 0), (200, 400, 5000), (250, 400, 5000), (30_000, 20, 300)],
+    ids=["none", "inside", "beside", "far off"],
+)
+def test_the_limit_is_marked_where_it_is_near(max_length, least, most, tmp_path):
+    numbers = DataNumbers(LENGTHS["a bell"], 5, max_length)
+    plot_data(numbers, "limit", tmp_path / "data.png")
+    assert least <= reds(tmp_path / "data.png") <= most
+
+
+def test_several_sources_stand_below_each_other(tmp_path):
+    heights = {}
+    for count in (1, 5, 60):
+        sources = {f"source_{n}": n + 1 for n in range(count)}
+        plot_data(DataNumbers(LENGTHS["a bell"], 5, None, sources), "mix", tmp_path / "data.png")
+        heights[count] = len(pixels(tmp_path / "data.png"))
+    assert heights[1] < heights[5] < heights[60] < 3 * heights[1]
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    assert not plot_data(DataNumbers(np.empty(0), 0), "empty", tmp_path / "data.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_is_a_png_with_ink_on_it(tmp_path):
+    from matplotlib import image
+
+    metrics = [{"step": s, "loss": 3 / s} for s in range(1, 30)] + [{"step": 29, "eval_loss": 0.2}]
+    assert plot_loss(metrics, "quickstart", tmp_path / "loss.png")
+    pixels = image.imread(tmp_path / "loss.png")
+    assert pixels.shape[1] > 800
+    assert pixels[..., :3].std() > 0.02
+
+
+def test_no_metrics_no_plot(tmp_path):
+    assert not plot_loss([{"step": 1, "learning_rate": 1.0}], "empty", tmp_path / "loss.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rewards_are_drawn_in_place_of_a_loss_that_says_nothing(tmp_path):
+    metrics = [{"step": s, "loss": 0.0, "reward": -1 / s} for s in range(1, 9)]
+    assert plot_loss([*metrics, {"step": 8, "eval_reward": None}], "grpo", tmp_path / "loss.png")

@@ -1,0 +1,135 @@
+"""Which held-out rows a run answers."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from luthier.config.schema import EvaluationConfig, RunConfig
+from luthier.errors import UserError
+from luthier.infer.score import questions
+from luthier.train.evaluating import Patience, choose_best
+from luthier.train.replies import asked
+
+USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}
+ROW = ({"messages": [USER, REPLY]}, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"metrics": ["exact_match"], "rows": 4}, 4),
+        ({"metrics": ["exact_match"], "rows": 50}, 9),
+        ({"samples": 2}, 2),
+        ({"samples": 0}, 0),
+    ],
+    ids=["as many as are scored", "no more than there are", "those shown", "none"],
+)
+def test_how_many_are_asked(settings, count):
+    sets = asked(EvaluationConfig(**settings), {"": [ROW] * 9}, "ddp")
+    assert sum(len(one.questions) for one in sets) == count
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        ({"messages": [USER, REPLY]}, "a"),
+        ({"messages": [USER]}, None),
+        ({"messages": [REPLY]}, None),
+        ({"messages": [USER, CALL]}, None),
+        ({"messages": [USER, {"role": "assistant", "content": ["a"]}]}, None),
+        ({"text": "a"}, None),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [CALL]}, "a"),
+        ({"prompt": [USER], "chosen": [REPLY, USER, REPLY], "rejected": [REPLY]}, None),
+        ({"prompt": [USER], "completion": [REPLY], "label": True}, "a"),
+        ({"prompt": [USER], "completion": [REPLY], "label": False}, None),
+    ],
+    ids=["a reply", "no reply", "no prompt", "a call", "parts", "a document", "the chosen one",
+         "several messages", "a good one", "a bad one"],
+)  # fmt: skip
+def test_what_is_asked_of_a_row(example, expected):
+    found = [question.expected for question in questions([(example, {})], 5)]
+    assert found == ([] if expected is None else [expected])
+
+
+def test_a_question_knows_its_row():
+    (question,) = questions([({"messages": [USER, REPLY]}, {"level": 3, "messages": "as text"})], 1)
+    assert question.row == {"messages": "as text", "level": 3}
+    assert question.messages == [USER]
+
+
+def test_each_set_has_its_own_metrics_and_names():
+    config = EvaluationConfig(metrics=["exact_match"], sets={"sums": ["number"], "other": []})
+    row = ({"messages": [USER, {"role": "assistant", "content": "7"}]}, {})
+    sets = asked(config, {"": [row], "sums": [row], "other": [row]}, "none")
+    names = [(one.prefix, one.label, [metric.name for metric in one.metrics]) for one in sets]
+    assert names == [("eval", "", ["exact_match"]), ("eval_sums", "sums/", ["number"])]
+
+
+def test_a_reference_that_no_metric_can_compare_with_stops_the_run():
+    with pytest.raises(UserError, match="metric number: 1 of 1 references"):
+        asked(EvaluationConfig(metrics=["number"]), {"": [ROW]}, "none")
+
+
+def test_metrics_need_rows_with_a_reply():
+    config = EvaluationConfig(sets={"texts": ["exact_match"]})
+    with pytest.raises(UserError, match=r"evaluation\.sets\.texts: no row of the evaluation set"):
+        asked(config, {"": [ROW], "texts": [({"text": "a"}, {})]}, "none")
+
+
+def test_fsdp1_answers_nothing():
+    assert asked(EvaluationConfig(), {"": [ROW]}, "fsdp1") == []
+    with pytest.raises(UserError, match="replies are not generated under fsdp1"):
+        asked(EvaluationConfig(metrics=["exact_match"]), {"": [ROW]}, "fsdp1")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_other_sharding_answers(sharding):
+    (one,) = asked(EvaluationConfig(), {"": [ROW]}, sharding)
+    assert len(one.questions) == 1
+
+
+def best(metrics=(), sets=None, patience=None, **args):
+    config = RunConfig(
+        model={"path": "m"}, output_dir="o",
+        dataset={"path": "d", "eval": {"sets": {name: {"path": name} for name in sets or {}}}},
+        trainer={
+            "args": args,
+            "evaluation": {"metrics": list(metrics), "sets": sets or {}, "patience": patience},
+        },
+    )  # fmt: skip
+    args = {"metric_for_best_model": None, "greater_is_better": None} | args
+    found = SimpleNamespace(**args)
+    choose_best(found, config)
+    return found.metric_for_best_model, found.greater_is_better
+
+
+SHORT = {"length": {"greater_is_better": False}}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (best(), (None, None)),
+        (best(patience=2), ("loss", False)),
+        (best(["exact_match"], metric_for_best_model="exact_match"), ("exact_match", True)),
+        (best([SHORT], metric_for_best_model="eval_length"), ("eval_length", False)),
+        (best([SHORT], metric_for_best_model="length", greater_is_better=True), ("length", True)),
+        (best([], {"sums": [SHORT]}, metric_for_best_model="sums_length"), ("sums_length", False)),
+        (best(["json_f1"], metric_for_best_model="json_f1/valid"), ("json_f1/valid", True)),
+    ],
+    ids=["nothing asked", "patience alone", "a metric", "one that falls", "the user knows better",
+         "of another set", "a part of a metric"],
+)  # fmt: skip
+def test_which_way_the_best_checkpoint_lies(found, expected):
+    assert found == expected
+
+
+def test_patience_passes_over_the_measures_of_other_sets():
+    patience, control = Patience(1), SimpleNamespace(should_training_stop=False)
+    args = SimpleNamespace(metric_for_best_model="loss", greater_is_better=False)
+    state = SimpleNamespace(best_metric=1.0)
+    patience.on_evaluate(args, state, control, {"eval_other_loss": 9.0})
+    assert not control.should_training_stop
+    patience.on_evaluate(args, state, control, {"eval_loss": 2.0})
+    assert control.should_training_stop
