@@ -9,8 +9,8 @@ import yaml
 
 from luthier.errors import UserError
 from luthier.record import diff, show
-from luthier.record.files import write_json
 from luthier.record.finding import find_run
+from luthier.storage.atomic import write_json
 from luthier.train import reproduce
 
 RUN = {

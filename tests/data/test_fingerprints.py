@@ -7,13 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from luthier.data.compose.prints import (
-    as_prints,
-    canonical,
-    duplicates,
-    fingerprint,
-    normalised,
-)
+from luthier.data.compose.prints import as_prints, canonical, duplicates, fingerprint, normalised
 
 
 def said(text, **more):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from helpers.adapter_models import INT8, NF4, load
 from helpers.chatml import CHATML
 from helpers.export_runs import ids_of, make_base, make_run, read
-from luthier.disk.seal import MANIFEST, seal
 from luthier.export.tensors import Checkpoint, Entry, entries_of, write
+from luthier.storage.manifest import MANIFEST, seal
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 Q = LORA | {"target_modules": ["q_proj"]}

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from helpers import gguf_files
 from helpers.skip_marks import needs_smollm2
-from luthier.disk import cache as cache_room
-from luthier.disk.seal import MANIFEST
 from luthier.errors import UserError
 from luthier.model import gguf, gguf_tokenizer, source
+from luthier.storage import cache as cache_room
+from luthier.storage.manifest import MANIFEST
 
 PROMPT = [[5, 80, 81, 100, 12, 7, 9, 33]]
 

@@ -6,8 +6,8 @@ import pytest
 
 from luthier.record import rundir
 from luthier.record.changes import changes, rates_follow_length
-from luthier.record.files import write_json
 from luthier.record.record import FORMAT, RunRecord
+from luthier.storage.atomic import write_json
 
 CONFIG = {
     "seed": 1, "lora": {"r": 8}, "output_dir": "x", "tracker": {"to": []},

@@ -8,7 +8,7 @@ import pytest
 
 from luthier.errors import UserError
 from luthier.record import rundir
-from luthier.record.files import publish_folder, write_json, write_text
+from luthier.storage.atomic import publish_folder, write_json, write_text
 
 CONFIG = {"seed": 1, "lora": {"r": 8}, "output_dir": "x", "tracker": {"to": []}}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from luthier.disk import cache
 from luthier.errors import UserError
+from luthier.storage import cache
 
 
 def _count_a_making(folder: str, log: str) -> None:

@@ -75,7 +75,7 @@ def run(words: list[str]) -> int:
     hush()
     found = _evaluated(model, other, typed, given, metrics)
     if out is not None:
-        from luthier.record.files import write_json
+        from luthier.storage.atomic import write_json
 
         write_json(out, found)
         print(f"written {out}", file=sys.stderr)

@@ -62,8 +62,8 @@ def run(words: list[str]) -> int:
 def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
     from luthier.export import merging, quantizing
     from luthier.export.loaded import too_large
-    from luthier.export.target import refuse_target
     from luthier.model.quiet import hush
+    from luthier.storage.atomic import refuse_target
 
     target = target_of(artefacts[0], given)
     quantize = given.texts.get("--quantize")
@@ -126,8 +126,8 @@ def _parted(word: str) -> tuple[str, float]:
 def _merge_sharded(folder: Path, given: Given) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
     from luthier.export import sharded
-    from luthier.export.target import filled, refuse_target
     from luthier.model.quiet import hush
+    from luthier.storage.atomic import filled, refuse_target
 
     artefact = _trained_whole(folder, given)
     target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()

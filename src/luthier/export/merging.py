@@ -12,10 +12,9 @@ from luthier.export.layout import Layout, NotPlain, base_folder, layout_of
 from luthier.export.loaded import tuned
 from luthier.export.names import public
 from luthier.export.serving import Spoken
-from luthier.export.target import filled, refuse_full_disk, refuse_target
 from luthier.export.verify import Difference
 from luthier.model.artefact import Artefact
-from luthier.record.files import write_json
+from luthier.storage.atomic import filled, refuse_full_disk, refuse_target, write_json
 
 Say = Callable[[str], None]
 

@@ -8,14 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luthier.disk.seal import MANIFEST
 from luthier.errors import UserError
 from luthier.export import carried, story, writing
 from luthier.export.layout import base_folder
-from luthier.export.target import filled
 from luthier.export.tensors import INDEX, SHARD_BYTES, files_of
 from luthier.model.artefact import Artefact
 from luthier.model.tuned import CLASSES
+from luthier.storage.atomic import filled
+from luthier.storage.manifest import MANIFEST
 
 CALIBRATION = 256
 """Training rows that GPTQ and AWQ look at."""

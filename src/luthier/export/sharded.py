@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.errors import UserError
 from luthier.export import carried, story, streaming, tensors, writing
 from luthier.export.layout import layout_of
-from luthier.export.target import refuse_full_disk
 from luthier.export.tensors import Entry, write
 from luthier.model.artefact import Artefact
+from luthier.storage.atomic import refuse_full_disk
 
 if TYPE_CHECKING:
     from torch import Tensor

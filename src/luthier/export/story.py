@@ -15,8 +15,8 @@ from luthier.export.rows import grown
 from luthier.model import gguf, source
 from luthier.model.artefact import Artefact
 from luthier.model.tuned import LABELS
-from luthier.record.files import read_json, write_json
 from luthier.record.secrets import HIDDEN
+from luthier.storage.atomic import read_json, write_json
 
 FILE = "card.json"
 """In a folder of saved weights: what its card was written from."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.disk.tensors import head_of
 from luthier.errors import UserError
+from luthier.storage.sizes import head_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.record.files import read_json, write_json
+from luthier.storage.atomic import read_json, write_json
 
 RECORD = ".made.json"
 """What follows the file's name in that of its record."""

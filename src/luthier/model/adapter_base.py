@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.disk import cache
-from luthier.disk.tensors import head_of
 from luthier.errors import UserError
 from luthier.model import gguf, source
+from luthier.storage import cache
+from luthier.storage.sizes import head_of
 
 _CONVERTED = re.compile(r"^(?P<name>.+)-(?P<hash>[0-9a-f]{16})-v\d+$")
 """The name of a folder that a GGUF file was converted into (`luthier.model.gguf`)."""

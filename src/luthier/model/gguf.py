@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.disk import cache
-from luthier.disk.seal import digest
 from luthier.errors import UserError
+from luthier.storage import cache
+from luthier.storage.manifest import digest
 
 VERSION = 1
 """Raise it when the conversion's result changes: folders of an older version are not used."""

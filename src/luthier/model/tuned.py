@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.disk.tensors import head_of
 from luthier.errors import UserError
 from luthier.model import adapter_base
 from luthier.model.artefact import ADAPTER, Artefact
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
+from luthier.storage.sizes import head_of
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from luthier.disk.cache import cache_root
-from luthier.disk.seal import digest
 from luthier.model import source
+from luthier.storage.cache import cache_root
+from luthier.storage.manifest import digest
 
 PATTERNS = ("*.safetensors", "*.gguf", "*.bin")
 """Files with weights; of the first pattern that has any."""
@@ -62,7 +62,7 @@ def _hash_of(file: Path) -> str:
 
 
 def _note(note: Path, content: dict[str, Any]) -> None:
-    from luthier.record.files import write_json
+    from luthier.storage.atomic import write_json
 
     try:
         write_json(note, content)

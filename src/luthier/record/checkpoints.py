@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.disk.seal import Damaged, read_manifest, seal, unseal
-from luthier.disk.sizes import in_words, size_of
+from luthier.storage.manifest import Damaged, read_manifest, seal, unseal
+from luthier.storage.sizes import in_words, size_of
 
 NEW = ".new"
 """Where the next checkpoint is written, within the folder of checkpoints."""

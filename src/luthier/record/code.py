@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from luthier.record.files import write_text
 from luthier.record.secrets import scrubbed
+from luthier.storage.atomic import write_text
 
 FOLDER = "code"
 """Where a run keeps what differed from the commit."""

@@ -22,7 +22,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def cut(path: Path, count: int | None) -> None:
     """Keep the first lines of a file; without a count those of step 0, before the first step."""
-    from luthier.record.files import write_text
+    from luthier.storage.atomic import write_text
 
     if not path.is_file():
         return

@@ -11,8 +11,8 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.record import facts
 from luthier.record.code import git_state
-from luthier.record.files import read_json, write_json
 from luthier.record.secrets import redacted, redacted_override
+from luthier.storage.atomic import read_json, write_json
 
 FORMAT = 2
 """The form of a run's directory; raise it when an older luthier could not read what is new."""

@@ -19,14 +19,15 @@ from typing import Any, Literal
 import yaml
 
 from luthier.errors import UserError
-from luthier.record import checkpoints, lock
+from luthier.record import checkpoints
 from luthier.record.changes import NEUTRAL as NEUTRAL
 from luthier.record.changes import Change, changes
-from luthier.record.files import write_text
 from luthier.record.journal import read_lines
 from luthier.record.record import FORMAT, read
 from luthier.record.secrets import redacted
 from luthier.record.secrets import redacted_override as redacted_override
+from luthier.storage import lock
+from luthier.storage.atomic import write_text
 
 Claim = Literal["new", "unfinished", "finished"]
 

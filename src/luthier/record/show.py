@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from luthier.disk.sizes import in_words, size_of
 from luthier.inspect.arguments import Grammar
-from luthier.record import checkpoints, lock
+from luthier.record import checkpoints
 from luthier.record.facts import MAIN
 from luthier.record.finding import find_run
 from luthier.record.record import read
+from luthier.storage import lock
+from luthier.storage.sizes import in_words, size_of
 
 GRAMMAR = Grammar(
     "show",

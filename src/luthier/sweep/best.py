@@ -16,7 +16,7 @@ from luthier.config.run_config import load
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
 from luthier.record.changes import NEUTRAL
-from luthier.record.files import write_text
+from luthier.storage.atomic import write_text
 from luthier.sweep.planning import Sweep
 from luthier.sweep.table import shown_number
 from luthier.sweep.trials import Trial

@@ -13,9 +13,9 @@ import luthier
 from luthier.config.overrides import parse
 from luthier.errors import UserError
 from luthier.record.changes import NEUTRAL, changes
-from luthier.record.files import read_json, write_json, write_text
 from luthier.record.rundir import to_yaml
 from luthier.record.secrets import redacted_override
+from luthier.storage.atomic import read_json, write_json, write_text
 from luthier.sweep.planning import Sweep
 from luthier.sweep.settings import Optuna, Random
 

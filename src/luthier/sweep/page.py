@@ -5,7 +5,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from luthier.record.files import write_text
+from luthier.storage.atomic import write_text
 from luthier.sweep.objective import Objective
 from luthier.sweep.table import best, ranked, shown_number, shown_time
 from luthier.sweep.trials import Trial, short_names, shown_value

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from luthier.errors import UserError
 from luthier.inspect.arguments import Grammar
-from luthier.record.files import read_json
+from luthier.storage.atomic import read_json
 from luthier.sweep import trials as on_disk
 from luthier.sweep.answer import print_errors
 from luthier.sweep.identity import is_running

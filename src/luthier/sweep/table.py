@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from luthier.record.files import write_text
+from luthier.storage.atomic import write_text
 from luthier.sweep.objective import Objective
 from luthier.sweep.trials import Trial, short_names, shown_value
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from luthier.record.files import read_json, write_json
+from luthier.storage.atomic import read_json, write_json
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "interrupted"]
 ENDED = ("finished", "pruned", "failed")

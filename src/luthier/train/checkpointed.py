@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.record import checkpoints
 from luthier.record.checkpoints import Bounds
-from luthier.record.files import read_json, write_json
+from luthier.storage.atomic import read_json, write_json
 from luthier.train.full_disk import refuse_together, writing_to
 
 if TYPE_CHECKING:

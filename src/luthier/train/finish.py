@@ -8,8 +8,8 @@ from typing import Any
 from luthier.errors import UserError
 from luthier.model.adapter_start import make_plain
 from luthier.record import journal
-from luthier.record.files import publish_folder, read_json, write_json, write_jsonl
 from luthier.record.plot import plot_loss, read_metrics
+from luthier.storage.atomic import publish_folder, read_json, write_json, write_jsonl
 from luthier.train import report, trackers
 from luthier.train.replies import Asked
 from luthier.train.served import write_served

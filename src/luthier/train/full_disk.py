@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.disk.sizes import in_words
 from luthier.errors import UserError
 from luthier.record import checkpoints
+from luthier.storage.sizes import in_words
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TOLD = ("No space left", "os error 28", "Disk quota", "File too large", "os error 27")

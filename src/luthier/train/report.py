@@ -13,7 +13,7 @@ from luthier.data.batches.rows import TokenRows
 from luthier.data.counts import Counts
 from luthier.data.prepare import Prepared
 from luthier.data.streaming import Stream
-from luthier.record.files import write_jsonl
+from luthier.storage.atomic import write_jsonl
 from luthier.train.batching import Batching
 
 console = Console(highlight=False)

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from luthier.disk.seal import digest
 from luthier.errors import UserError
 from luthier.inspect.arguments import Grammar
 from luthier.record import diff, rundir
 from luthier.record.finding import find_run
 from luthier.record.journal import read_lines
 from luthier.record.record import read
+from luthier.storage.manifest import digest
 from luthier.train.stopping import STOPPED
 
 GRAMMAR = Grammar(

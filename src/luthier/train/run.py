@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.model.quiet import set_environment
-from luthier.record import lock, rundir
+from luthier.record import rundir
 from luthier.record.record import RunRecord
+from luthier.storage import lock
 from luthier.train import launch, trackers
 from luthier.train.batching import batching_of
 from luthier.train.stopping import SIGNALS, STOPPED, Stopped, leave_code

@@ -138,8 +138,8 @@ def test_a_damaged_entry_is_made_anew(store, capfd, damage, words):
 
 
 def test_a_changed_block_of_a_large_file_is_found(store, monkeypatch):
-    monkeypatch.setattr("luthier.disk.seal.BLOCK", 1024)
-    monkeypatch.setattr("luthier.disk.seal._CHUNK", 256)
+    monkeypatch.setattr("luthier.storage.manifest.BLOCK", 1024)
+    monkeypatch.setattr("luthier.storage.manifest._CHUNK", 256)
     store.open_or_make(KEY, make)
     manifest = json.loads((store.folder / KEY / "manifest.json").read_text())
     assert len(manifest["files"]["train.arrow"]["sha256"]) > 8

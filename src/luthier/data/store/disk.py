@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from luthier.disk.sizes import in_words, size_of
 from luthier.errors import UserError
+from luthier.storage.sizes import in_words, size_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -15,9 +15,9 @@ from typing import Any
 from luthier.data.store.disk import writing_to
 from luthier.data.store.table import Table
 from luthier.data.store.writer import Writer
-from luthier.disk.cache import cache_root
-from luthier.disk.seal import Damaged, read_manifest, seal, unseal
-from luthier.disk.sizes import size_of
+from luthier.storage.cache import cache_root
+from luthier.storage.manifest import Damaged, read_manifest, seal, unseal
+from luthier.storage.sizes import size_of
 
 SECONDS_TO_SPEAK = 3.0
 """How long a process waits for another before it says so."""

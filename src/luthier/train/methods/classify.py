@@ -29,15 +29,7 @@ from luthier.train.methods.heads import (
 )
 from luthier.train.methods.labels import REGRESSION, Labels, find_labels
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.tabled import (
-    OWN,
-    Found,
-    Layout,
-    Losses,
-    Row,
-    columns_for,
-    over_tables,
-)
+from luthier.train.methods.tabled import OWN, Found, Layout, Losses, Row, columns_for, over_tables
 
 CLASSES = ("accuracy", "macro_f1", "micro_f1")
 NUMBERS = ("mae", "rmse", "pearson")

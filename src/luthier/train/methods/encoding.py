@@ -5,12 +5,7 @@ from typing import Any
 
 from luthier.config.methods import check_rows
 from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.encoders import (
-    ConversationEncoder,
-    KeepingColumns,
-    RowEncoder,
-    TextEncoder,
-)
+from luthier.data.encoders import ConversationEncoder, KeepingColumns, RowEncoder, TextEncoder
 from luthier.data.judged_encoders import (
     PreferenceEncoder,
     RewardEncoder,

@@ -18,7 +18,7 @@ from luthier.errors import UserError
 from luthier.model import gguf, hub, source
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
-from luthier.record.files import write_json
+from luthier.storage.atomic import write_json
 from luthier.train import report
 from luthier.train.methods.labels import REGRESSION, Labels, Problem
 from luthier.train.methods.tabled import Tabled

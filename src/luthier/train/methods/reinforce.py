@@ -16,11 +16,7 @@ from luthier.model.weights import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.prompted import (
-    PromptRows,
-    prompt_rows,
-    stop_ids,
-)
+from luthier.train.methods.prompted import PromptRows, prompt_rows, stop_ids
 
 TRIED = 2
 """Rows with which the rewards are tried before training."""

@@ -23,15 +23,7 @@ from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.heads import Labelled, check_positions, labels_of, load_head
 from luthier.train.methods.labels import Labels, find_tags
 from luthier.train.methods.method import Ingredients
-from luthier.train.methods.tabled import (
-    OWN,
-    Found,
-    Layout,
-    Losses,
-    Row,
-    over_tables,
-    ragged,
-)
+from luthier.train.methods.tabled import OWN, Found, Layout, Losses, Row, over_tables, ragged
 
 ENTITIES = ("entity_precision", "entity_recall", "entity_f1")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from luthier.disk.seal import Damaged, seal, unseal
 from luthier.errors import UserError
+from luthier.storage.manifest import Damaged, seal, unseal
 
 
 def cache_root() -> Path:
