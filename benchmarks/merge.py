@@ -112,11 +112,11 @@ def logits(run: str) -> None:
     """The difference after each kind of merge, by the check of luthier merge itself."""
     from functools import partial
 
+    from luthier.environment import hush
     from luthier.export import merging, verify
     from luthier.export.loaded import logits as of
     from luthier.export.loaded import tuned
     from luthier.model.artefact import find_artifact
-    from luthier.model.quiet import hush
     from luthier.model.tokenizer import load_tokenizer
 
     hush()
@@ -141,11 +141,11 @@ def logits(run: str) -> None:
 
 def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     """Replies to held-out conversations, with the adapter and merged, scored by exact match."""
+    from luthier.environment import hush
     from luthier.export import merging, verify
     from luthier.export.loaded import tuned
     from luthier.infer.generate import generate
     from luthier.model.artefact import encoder_of, find_artifact
-    from luthier.model.quiet import hush
     from luthier.model.tokenizer import load_tokenizer
     from luthier.record.plot import read_metrics
 

@@ -13,8 +13,7 @@ from luthier.config import folders, sources
 from luthier.config.compose import CONFIG_NAME, compose_config, prepare
 from luthier.config.help import help_text
 from luthier.config.run_config import Loaded, finish, load, report
-from luthier.config.words import nearest
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest
 
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended, as shells have it."""

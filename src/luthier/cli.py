@@ -143,7 +143,7 @@ def usage() -> str:
 
 def unknown(word: str) -> str:
     """The message for a command that does not exist."""
-    from luthier.config.words import nearest
+    from luthier.errors import nearest
 
     near = nearest(word, COMMANDS)
     hint = f" Did you mean `luthier {near}`?" if near else ""

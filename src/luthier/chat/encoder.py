@@ -19,7 +19,7 @@ from luthier.chat.labels import Encoded
 from luthier.chat.lost import lost_fields
 from luthier.chat.sequences import ChatBatch, ChatSequence
 from luthier.chat.turns import Sequence, trained_messages
-from luthier.collecting import no_collection
+from luthier.gc_pause import no_collection
 
 _CHUNK = 2048
 """Messages that are rendered while those before them are encoded."""

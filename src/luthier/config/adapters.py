@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.config.words import Mistake, choice, value
+from luthier.errors import Mistake, choice, value
 
 PACKED = (4, 8)
 """The widths, in bits, of weights that bitsandbytes packs."""

@@ -8,7 +8,7 @@ from typing import Any
 from luthier.config import measured, trained
 from luthier.config.methods import METHODS
 from luthier.config.passthrough import settings
-from luthier.config.words import Mistake, value
+from luthier.errors import Mistake, value
 
 EVAL_CHOICES = ("path", "split", "share", "count")
 _AT_LEAST_ONE = {

@@ -15,7 +15,7 @@ from luthier.config.checks import EVAL_CHOICES
 from luthier.config.overrides import Typed, parse, run_folder
 from luthier.config.recipes import Chain, options, read_chain, unknown_option, yaml_mistake
 from luthier.config.schema import GROUPS, SWEEP_GROUPS
-from luthier.config.words import Mistake
+from luthier.errors import Mistake
 
 CONFIG_NAME = "config"
 _CANNOT_COMPOSE = (

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.config.methods import METHODS
 from luthier.config.passthrough import settings
-from luthier.config.words import Mistake, choice
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError, choice
 
 if TYPE_CHECKING:
     from luthier.metrics import Metric

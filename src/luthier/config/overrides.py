@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from luthier.config.schema import GROUPS
-from luthier.config.words import Mistake
+from luthier.errors import Mistake
 
 _LONGEST_NAME = 80
 _SAME_RUN = {"output_dir", "dry_run", "overwrite", "tracker", "recipe", "hydra"}

@@ -8,7 +8,7 @@ from luthier.config import fields
 from luthier.config.adapters import ADAPTERS, method_of
 from luthier.config.fields import Fields, Kind
 from luthier.config.methods import METHODS
-from luthier.config.words import Mistake, choice, nearest, value
+from luthier.errors import Mistake, choice, nearest, value
 
 _DESCRIBED = {
     "int": "a whole number",

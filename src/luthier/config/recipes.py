@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from luthier.config import folders
 from luthier.config.schema import GROUPS
-from luthier.config.words import Mistake, choice
+from luthier.errors import Mistake, choice
 
 
 @dataclass(frozen=True)

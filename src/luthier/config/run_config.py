@@ -11,8 +11,7 @@ from luthier.config.compose import Composed, compose_config, resolve
 from luthier.config.recipes import options
 from luthier.config.schema import GROUPS, RunConfig
 from luthier.config.validate import document, validate
-from luthier.config.words import Mistake
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from luthier.config import adapters
 from luthier.config.passthrough import settings
-from luthier.config.words import Mistake, value
+from luthier.errors import Mistake, value
 
 _BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
 

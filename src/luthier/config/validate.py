@@ -13,7 +13,7 @@ from luthier.config import fields
 from luthier.config.passthrough import LIBRARIES
 from luthier.config.recipes import options
 from luthier.config.schema import GROUPS, RunConfig
-from luthier.config.words import Mistake, choice, nearest, value
+from luthier.errors import Mistake, choice, nearest, value
 
 _WANTED = {
     "int": "a whole number",

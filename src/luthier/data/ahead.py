@@ -24,7 +24,7 @@ def run(words: list[str]) -> int:
     given = GRAMMAR.parse(words)
     from luthier import data, model
     from luthier.config import load
-    from luthier.model.quiet import set_environment
+    from luthier.environment import set_environment
 
     config = load(given.overrides).config
     data.check_files(config.dataset, config.trainer.method)

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import ChatError
-from luthier.collecting import no_collection
 from luthier.data.compose.prints import Prints, as_prints, canonical
 from luthier.data.encoders import COLUMNS, EncodedRows, RowEncoder, hashes_of
 from luthier.data.examples import BadRows, Opened, Placed
 from luthier.data.rows import excerpt
 from luthier.data.store import Table, Writer
 from luthier.errors import UserError
+from luthier.gc_pause import no_collection
 
 CHUNK = 1000
 """Rows that are encoded at once."""

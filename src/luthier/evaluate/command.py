@@ -70,7 +70,7 @@ def run(words: list[str]) -> int:
     model, other = subjects(typed, texts.get("--base"), texts.get("--against"), alone)
     if model.artefact.task in HEADED:
         _check_decider(typed, given, metrics)
-    from luthier.model.quiet import hush
+    from luthier.environment import hush
 
     hush()
     found = _evaluated(model, other, typed, given, metrics)

@@ -102,7 +102,7 @@ def _folder(folder: str | None) -> str | None:
 
 
 def _no_task(name: str, known: Sequence[str]) -> str:
-    from luthier.config.words import nearest
+    from luthier.errors import nearest
 
     near = nearest(name, known)
     guess = f" Did you mean {near}?" if near else ""

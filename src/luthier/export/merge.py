@@ -60,9 +60,9 @@ def run(words: list[str]) -> int:
 
 
 def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
+    from luthier.environment import hush
     from luthier.export import merging, quantizing
     from luthier.export.loaded import too_large
-    from luthier.model.quiet import hush
     from luthier.storage.atomic import refuse_target
 
     target = target_of(artefacts[0], given)
@@ -125,8 +125,8 @@ def _parted(word: str) -> tuple[str, float]:
 
 def _merge_sharded(folder: Path, given: Given) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
+    from luthier.environment import hush
     from luthier.export import sharded
-    from luthier.model.quiet import hush
     from luthier.storage.atomic import filled, refuse_target
 
     artefact = _trained_whole(folder, given)

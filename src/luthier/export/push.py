@@ -50,7 +50,7 @@ def run(words: list[str]) -> int:
     if artefact.folder is None:
         raise UserError(f"{artefact.word}: this model is on the hub already.")
     story = _told(artefact, target, given)
-    from luthier.model.quiet import hush
+    from luthier.environment import hush
 
     hush()
     written = writing.texts(story, writing.spoken_of(artefact), target)

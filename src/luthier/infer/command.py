@@ -102,7 +102,7 @@ def _answer(llm: "LLM", asks: "Asks", file: "AnswerFile", typed: "Words", given:
     """Answer what is left, and say how fast it went."""
     from tqdm import tqdm
 
-    from luthier.model.quiet import hush
+    from luthier.environment import hush
 
     hush()
     with llm:

@@ -114,8 +114,8 @@ def _transformers(typed: "Words", given: Given) -> int:
     name = given.texts.get("--name") or name_of(llm.artefact)
     if llm.artefact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
+    from luthier.environment import hush
     from luthier.infer.server import serve
-    from luthier.model.quiet import hush
 
     hush()
     with llm:

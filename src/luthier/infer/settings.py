@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from luthier.config.words import nearest
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest
 
 MAX_NEW_TOKENS = 512
 """The longest reply where nobody says otherwise, in tokens."""

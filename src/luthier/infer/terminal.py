@@ -44,7 +44,7 @@ def run(words: list[str]) -> int:
     settings: dict[str, Any] = dict(typed.generation)
     if "--seed" in given.numbers:
         settings["seed"] = given.numbers["--seed"]
-    from luthier.model.quiet import hush
+    from luthier.environment import hush
 
     hush()
     return _talk(llm, other, settings, given.texts.get("--system"))

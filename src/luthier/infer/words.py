@@ -7,8 +7,7 @@ from typing import Any
 import yaml
 
 from luthier.config.schema import DatasetConfig, ModelConfig
-from luthier.config.words import nearest
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest
 from luthier.infer import settings
 
 _MODEL = ("device", "dtype", "attention", "device_map")

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from luthier.config.words import nearest
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest
 
 _HELP = ("-h", "--help")
 

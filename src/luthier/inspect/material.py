@@ -10,9 +10,9 @@ from luthier.config.schema import DatasetConfig, RunConfig
 from luthier.data.compose.mixture import key_of
 from luthier.data.examples import Opened, open_rows
 from luthier.data.parts import eval_sources, set_name, train_sources
+from luthier.environment import set_environment
 from luthier.errors import UserError
 from luthier.inspect.readers import Readers
-from luthier.model.quiet import set_environment
 from luthier.model.tokenizer import end_token_ids, load_tokenizer
 from luthier.train.batching import Batching, batching_of
 

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.words import choice
-from luthier.errors import UserError
+from luthier.errors import UserError, choice
 from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:

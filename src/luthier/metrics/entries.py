@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from luthier.config.words import choice, nearest, value
+from luthier.errors import choice, nearest, value
 
 Built = TypeVar("Built", bound=BaseModel)
 

@@ -6,8 +6,7 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeFloat, field_validator, model_validator
 
-from luthier.config.words import choice
-from luthier.errors import UserError
+from luthier.errors import UserError, choice
 from luthier.metrics.metric import RowMetric, excerpt
 from luthier.metrics.text import Ignored, normalise
 

@@ -11,8 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from luthier.config.words import choice
-from luthier.errors import UserError
+from luthier.errors import UserError, choice
 
 PREFIX = "python:"
 

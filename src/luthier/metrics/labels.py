@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.words import choice
-from luthier.errors import UserError
+from luthier.errors import UserError, choice
 from luthier.metrics.metric import Measured, Metric, Reply, excerpt, mean
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from luthier.config.words import value as shown
 from luthier.errors import UserError
+from luthier.errors import value as shown
 from luthier.metrics.functions import described, load
 from luthier.metrics.metric import Measured, Metric, Reply, excerpt, mean
 

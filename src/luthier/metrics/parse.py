@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
-from luthier.config.words import Mistake, choice
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError, choice
 from luthier.metrics.entries import Entry, Wrong, build, entries, unknown
 from luthier.metrics.extract import Number, Regex
 from luthier.metrics.functions import PREFIX, missing

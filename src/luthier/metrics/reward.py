@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from luthier.config.words import choice
-from luthier.config.words import value as shown
-from luthier.errors import UserError
+from luthier.errors import UserError, choice
+from luthier.errors import value as shown
 from luthier.metrics.functions import described, load
 from luthier.metrics.metric import RowMetric
 

@@ -5,8 +5,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.config.words import Mistake
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError
 from luthier.metrics.entries import Entry, Wrong, build, entries, unknown
 from luthier.metrics.functions import PREFIX, load, missing
 from luthier.metrics.metric import RowMetric

@@ -4,10 +4,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.schema import ModelConfig
+from luthier.environment import hush_kernels
 from luthier.errors import UserError
 from luthier.model import gguf, hub, prequantized, source
 from luthier.model.machine import Machine
-from luthier.model.quiet import hush_kernels
 from luthier.model.randomness import random_state_kept
 
 if TYPE_CHECKING:

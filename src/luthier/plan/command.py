@@ -43,7 +43,7 @@ def run(words: list[str]) -> int:
     given = GRAMMAR.parse(words)
     from luthier import model
     from luthier.config import load
-    from luthier.model.quiet import set_environment
+    from luthier.environment import set_environment
 
     hardware = _imagined(given)
     config = load(given.overrides).config

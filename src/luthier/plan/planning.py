@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from luthier.config.schema import RunConfig
+from luthier.environment import hush_kernels
 from luthier.model.machine import Machine
-from luthier.model.quiet import hush_kernels
 from luthier.plan import hardware as machines
 from luthier.plan import workload as workloads
 from luthier.plan.estimate import Estimate, estimate, shares

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from luthier.collecting import no_collection
 from luthier.errors import UserError
+from luthier.gc_pause import no_collection
 from luthier.plan import kernels, weights
 from luthier.plan.ledger import GRADIENTS, WEIGHTS, Ledger, Peak
 from luthier.plan.weights import Weight

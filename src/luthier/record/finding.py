@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from luthier.config.words import nearest
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest
 
 RUNS = Path("runs")
 """Where runs are written that name no other place."""

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from luthier.config.words import choice
-from luthier.errors import UserError
+from luthier.errors import UserError, choice
 from luthier.sweep import trials as on_disk
 from luthier.sweep.draw import Strategy
 from luthier.sweep.encoding import Encoding

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.config.passthrough import settings
-from luthier.config.words import Mistake, choice
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError, choice
 from luthier.sweep.settings import Direction, Optuna, Sweeper
 
 KEY = "hydra.sweeper.objective"

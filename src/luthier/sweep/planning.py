@@ -10,8 +10,7 @@ from typing import Any
 from luthier.config.compose import Composed, compose_config
 from luthier.config.overrides import parse, run_name
 from luthier.config.run_config import Loaded, load, report
-from luthier.config.words import Mistake
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError
 from luthier.sweep import draw, objective, settings, space, study
 from luthier.sweep.objective import Objective, Watched
 from luthier.sweep.settings import Local, Optuna, Random, Submitit, Sweeper

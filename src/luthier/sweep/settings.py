@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from pydantic import ValidationError as Invalid
 
 from luthier.config.compose import Composed
-from luthier.config.words import Mistake, choice, nearest, value
+from luthier.errors import Mistake, choice, nearest, value
 
 Direction = Literal["minimize", "maximize"]
 Auto = Literal["auto"]

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 
 from luthier.config.recipes import options
 from luthier.config.schema import GROUPS
-from luthier.config.words import Mistake, choice, value
+from luthier.errors import Mistake, choice, value
 
 KEY = "hydra.sweeper.params"
 _BETWEEN = 0.381

@@ -8,8 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.words import Mistake, choice, nearest
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError, choice, nearest
 from luthier.sweep.draw import Point
 from luthier.sweep.objective import Objective, Watched
 from luthier.sweep.settings import Named, Optuna

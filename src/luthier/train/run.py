@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.model.quiet import set_environment
+from luthier.environment import set_environment
 from luthier.record import rundir
 from luthier.record.record import RunRecord
 from luthier.storage import lock

@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 
 import simpleeval
 
-from luthier.config.words import nearest
 from luthier.data.rows import RowError, kind
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest
 
 MAX_LENGTH = 10_000
 """Characters of an expression."""

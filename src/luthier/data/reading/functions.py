@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.config.words import choice
 from luthier.data.reading.digests import of_rows
 from luthier.data.rows import BadRow, Row, excerpt, kind
-from luthier.errors import UserError
+from luthier.errors import UserError, choice
 
 PREFIX = "python:"
 

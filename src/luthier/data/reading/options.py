@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.config.words import choice, value
-from luthier.errors import UserError
+from luthier.errors import UserError, choice, value
 
 
 def _codec(name: str) -> str:

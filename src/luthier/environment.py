@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
 
-
 _CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 """Loggers that warn of a kernel which `keep_trainable` turns off, and at every 8-bit product."""
 
