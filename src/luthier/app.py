@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 import luthier
 from luthier import errors
-from luthier.config import folders, sources
+from luthier.config import hydra_plugins, recipes
 from luthier.config.compose import CONFIG_NAME, compose_config, prepare
 from luthier.config.help import help_text
-from luthier.config.run_config import Loaded, finish, load, report
+from luthier.config.load import Loaded, finish, load, report
 from luthier.errors import UserError, nearest
 
 INTERRUPTED = 130
@@ -147,9 +147,9 @@ def _yaml(part: object) -> str:
 def _show_info(what: str, overrides: list[str]) -> None:
     if what == "searchpath":
         print("Config groups are looked for in (the first that has an option wins):")
-        print("\n".join(f"  {folder}" for folder in folders.conf_folders()))
+        print("\n".join(f"  {folder}" for folder in recipes.conf_folders()))
         print("Recipes (./recipes, $LUTHIER_RECIPES, bundled):")
-        print("\n".join(f"  {folder}" for folder in folders.recipe_folders()))
+        print("\n".join(f"  {folder}" for folder in recipes.recipe_folders()))
         return
     _hydra_info(what, overrides)
 
@@ -162,10 +162,10 @@ def _hydra_info(what: str, overrides: list[str]) -> None:
     if composed.mistakes:
         raise UserError(report(composed.mistakes, composed))
     typed, chain, *_ = prepare(overrides)
-    conf = str(folders.bundled("conf"))
+    conf = str(recipes.bundled("conf"))
     argv, sys.argv = sys.argv, [sys.argv[0], "--info", what, *(one.for_hydra for one in typed)]
     try:
-        with sources.dropping(chain.dropped):
+        with hydra_plugins.dropping(chain.dropped):
             hydra.main(version_base="1.3", config_path=conf, config_name=CONFIG_NAME)(_nothing)()
     finally:
         sys.argv = argv

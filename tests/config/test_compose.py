@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.config import load
-from luthier.config.overrides import run_folder, run_name
+from luthier.config.compose import run_folder, run_name
 
 Q = "recipe=quickstart"
 

@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 
-from luthier.config import fields
-from luthier.config.fields import Kind
+from luthier.config import library_fields
+from luthier.config.library_fields import Kind
 from luthier.config.methods import METHODS
 from luthier.config.passthrough import LIBRARIES, fit
 
@@ -22,16 +22,16 @@ def test_the_names_are_those_of_the_real_classes():
 
     for source, real in ((SFT, SFTConfig), (LORA, LoraConfig)):
         named = {field.name for field in dataclasses.fields(real) if field.init}
-        assert set(fields.of_class(*source)) == named
+        assert set(library_fields.of_class(*source)) == named
     parameters = set(inspect.signature(BitsAndBytesConfig.__init__).parameters)
-    assert set(fields.of_function(*BNB)) == parameters - {"self", "kwargs"}
+    assert set(library_fields.of_function(*BNB)) == parameters - {"self", "kwargs"}
 
 
 def test_the_options_are_those_of_the_real_classes():
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    kinds = fields.of_class(*SFT)
+    kinds = library_fields.of_class(*SFT)
     assert set(kinds["optim"].choices) == {member.value for member in OptimizerNames}
     assert set(kinds["lr_scheduler_type"].choices) == {member.value for member in SchedulerType}
 
@@ -40,7 +40,7 @@ def test_the_options_are_those_of_the_real_classes():
 def test_what_luthier_keeps_are_real_settings(library):
     if library.source is None:
         return
-    read = fields.of_function if library.is_function else fields.of_class
+    read = library_fields.of_function if library.is_function else library_fields.of_class
     known = read(*library.source)
     if library.key == "trainer.args":
         # Each method has arguments of its own.
@@ -52,8 +52,8 @@ def test_what_luthier_keeps_are_real_settings(library):
     "source", [("no_such_package", "a.py", "A"), ("trl", "no.py", "A"), (*SFT[:2], "No")]
 )
 def test_a_source_that_is_not_there_is_not_known(source):
-    assert fields.of_class(*source) is None
-    assert fields.of_function(*source) is None
+    assert library_fields.of_class(*source) is None
+    assert library_fields.of_function(*source) is None
 
 
 def kind(*types, choices=()):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier.config import fields
-from luthier.config.adapters import ADAPTERS
-from luthier.config.run_config import load
+from luthier.config import library_fields
+from luthier.config.load import load
+from luthier.config.methods import ADAPTERS
 from luthier.errors import UserError
 
 SMALL = ["model=smollm2_135m", "dataset=quickstart"]
@@ -80,7 +80,7 @@ def test_what_is_wrong(typed, said):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_each_methods_settings_are_known_without_importing_peft(name):
-    found = fields.of_class("peft", f"tuners/{name}/config.py", ADAPTERS[name].config)
+    found = library_fields.of_class("peft", f"tuners/{name}/config.py", ADAPTERS[name].config)
     assert {"task_type", "target_modules"} <= set(found or {}) or name == "adalora"
 
 

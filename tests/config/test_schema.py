@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.config import load
-from luthier.config.keeping import CheckpointsConfig
+from luthier.config.schema import CheckpointsConfig
 from luthier.errors import UserError
 
 SIZES = [("20GB", 20 * 10**9), ("1.5 tb", 15 * 10**11), ("500MB", 5 * 10**8), (None, None)]

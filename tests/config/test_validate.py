@@ -186,8 +186,8 @@ def test_an_unset_environment_is_read_where_it_is_set(monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch):
-    from luthier.config import checks
+    from luthier.config import cross_checks
 
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(cross_checks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"wandb is not installed. .*luthier\[wandb\]"):
         load([Q, "tracker=wandb"])

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-from luthier.config.adapters import ADAPTERS, REFUSED
+from luthier.config.methods import ADAPTERS, REFUSED
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.adapters import add_adapter

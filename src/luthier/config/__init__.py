@@ -1,7 +1,7 @@
 """Find, compose and validate configurations; what is wrong is said in words, all at once."""
 
+from luthier.config.load import Loaded, load
 from luthier.config.recipes import RecipeInfo, list_recipes
-from luthier.config.run_config import Loaded, load
 from luthier.config.schema import RunConfig
 
 __all__ = ["Loaded", "RecipeInfo", "RunConfig", "list_recipes", "load"]

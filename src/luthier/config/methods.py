@@ -1,9 +1,10 @@
 """The training methods by name, as far as a config needs to know them: nothing is imported."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from luthier.errors import UserError
+from luthier.errors import Mistake, UserError, choice, value
 
 
 @dataclass(frozen=True)
@@ -197,3 +198,165 @@ def check_rows(name: str, kind: str, key: str, shape_key: str) -> None:
         f"{' and '.join(ROW_KINDS[one] for one in wanted)}. {fitting}If they are something else, "
         f"say so with {shape_key}.shape."
     )
+
+
+# The adapter methods of peft by name, as far as a config needs to know them: nothing is
+# imported.
+#
+# What is said here of quantized weights is held by `tests/model/test_adapters_methods.py`,
+# against the same weights dequantized.
+
+PACKED = (4, 8)
+"""The widths, in bits, of weights that bitsandbytes packs."""
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What `lora.method` stands for."""
+
+    config: str
+    """The class of peft, in `peft/tuners/NAME/config.py`, whose fields `lora` takes."""
+    all_linear: bool = True
+    """Whether it goes on all linear layers unless `target_modules` says otherwise."""
+    packed: tuple[int, ...] = PACKED
+    """The widths of packed weights on which it is right."""
+
+
+ADAPTERS = {
+    "lora": AdapterFacts("LoraConfig"),
+    "adalora": AdapterFacts("AdaLoraConfig"),
+    "beft": AdapterFacts("BeftConfig", all_linear=False),
+    "boft": AdapterFacts("BOFTConfig"),
+    "c3a": AdapterFacts("C3AConfig"),
+    "deft": AdapterFacts("DeftConfig", packed=()),
+    "delora": AdapterFacts("DeloraConfig", packed=()),
+    "fourierft": AdapterFacts("FourierFTConfig"),
+    "frod": AdapterFacts("FrodConfig", packed=()),
+    "glora": AdapterFacts("GloraConfig", packed=()),
+    "gralora": AdapterFacts("GraloraConfig"),
+    "hira": AdapterFacts("HiraConfig"),
+    "hra": AdapterFacts("HRAConfig", packed=()),
+    "ia3": AdapterFacts("IA3Config", all_linear=False),
+    "lily": AdapterFacts("LilyConfig"),
+    "ln_tuning": AdapterFacts("LNTuningConfig", all_linear=False),
+    "loha": AdapterFacts("LoHaConfig", packed=(8,)),
+    "lokr": AdapterFacts("LoKrConfig", packed=(8,)),
+    "miss": AdapterFacts("MissConfig"),
+    "oft": AdapterFacts("OFTConfig"),
+    "osf": AdapterFacts("OSFConfig", packed=()),
+    "peanut": AdapterFacts("PeanutConfig", packed=()),
+    "psoft": AdapterFacts("PsoftConfig", packed=()),
+    "pvera": AdapterFacts("PveraConfig"),
+    "randlora": AdapterFacts("RandLoraConfig"),
+    "road": AdapterFacts("RoadConfig"),
+    "shira": AdapterFacts("ShiraConfig"),
+    "supertuning": AdapterFacts("SupertuningConfig", packed=()),
+    "tinylora": AdapterFacts("TinyLoraConfig", packed=()),
+    "trainable_tokens": AdapterFacts("TrainableTokensConfig", all_linear=False),
+    "unilora": AdapterFacts("UniLoraConfig", packed=()),
+    "vblora": AdapterFacts("VBLoRAConfig"),
+    "vera": AdapterFacts("VeraConfig"),
+    "waveft": AdapterFacts("WaveFTConfig"),
+}
+
+_VIRTUAL = (
+    "puts tokens of its own before each row, and luthier's labels, packed rows and losses count "
+    "the tokens of the row alone"
+)
+REFUSED = {
+    "adamss": "is not tried: it clusters the weights with scikit-learn when it starts",
+    "adaption_prompt": "changes the attention of Llama alone, and does not compute in 16 bits",
+    "cartridge": _VIRTUAL,
+    "cpt": _VIRTUAL,
+    "multitask_prompt_tuning": _VIRTUAL,
+    "p_tuning": _VIRTUAL,
+    "poly": "asks for the number of a task with each row",
+    "prefix_tuning": _VIRTUAL,
+    "prompt_tuning": _VIRTUAL,
+    "shadow": "does not run with this release of transformers",
+    "xlora": "mixes adapters that are trained already",
+}
+"""Methods of peft that luthier does not train, and why."""
+
+SPLITTING = ("pissa", "olora")
+"""Beginnings of `init_lora_weights` that take the first adapter out of the base's weights."""
+_WHOLE = (*SPLITTING, "orthogonal", "mica")
+"""Beginnings of those that need weights which are not packed."""
+_FROM_DATA = ("eva", "corda", "lora_ga")
+
+
+def method_of(lora: Mapping[str, Any]) -> str:
+    """The name of the adapter method."""
+    return str(lora.get("method") or "lora")
+
+
+def splits(lora: Mapping[str, Any]) -> bool:
+    """Whether the adapter starts as a part of the base's weights, which change for it."""
+    return str(lora.get("init_lora_weights")).startswith(SPLITTING)
+
+
+def problems(lora: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
+    """What does not go together in the settings of an adapter, on weights of so many bits.
+
+    `bits` is 4 or 8 for weights that bitsandbytes packs, None for all others.
+    """
+    method = method_of(lora)
+    if method not in ADAPTERS:
+        yield Mistake("lora.method", _no_method(method))
+        return
+    if bits is not None and bits not in ADAPTERS[method].packed:
+        yield Mistake("lora.method", _not_packed(method, bits))
+    if method != "lora" and lora.get("plus_ratio") is not None:
+        text = f"is for lora.method=lora, and the method is {method}. Remove it."
+        yield Mistake("lora.plus_ratio", text)
+    if lora.get("use_dora") is True and bits == PACKED[1]:
+        text = "DoRA needs the lengths of the weights, which peft cannot take from 8-bit ones. "
+        yield Mistake("lora.use_dora", f"{text}Use quantization=nf4 or none.")
+    yield from _start(lora, bits)
+
+
+def _no_method(method: str) -> str:
+    if method in REFUSED:
+        return f"{method} is not trained by luthier: it {REFUSED[method]}. Use another method."
+    return f"{value(method)} is not an option. {choice(method, ADAPTERS)}"
+
+
+def _not_packed(method: str, bits: int) -> str:
+    fitting = ", ".join(name for name, facts in ADAPTERS.items() if bits in facts.packed)
+    return (
+        f"{method} works on the weights themselves, and {bits}-bit weights are packed. Use "
+        f"quantization=none, or a method that goes on {bits}-bit weights: {fitting}."
+    )
+
+
+def _start(lora: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
+    key, start = "lora.init_lora_weights", lora.get("init_lora_weights")
+    if start == "loftq":
+        yield from _loftq(lora.get("loftq_config") or {}, bits)
+        if lora.get("use_dora") is True:
+            yield Mistake(key, "loftq and DoRA undo each other's start. Use one of them.")
+    elif start in _FROM_DATA:
+        yield Mistake(key, f"{start} needs a pass over the data, which luthier does not make.")
+    elif bits is not None and str(start).startswith(_WHOLE):
+        text = (
+            f"{start} starts from the weights themselves, and {bits}-bit weights are packed. Use "
+            "true or gaussian, loftq on 4-bit weights, or quantization=none."
+        )
+        yield Mistake(key, text)
+
+
+def _loftq(given: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
+    if bits != PACKED[0]:
+        text = (
+            "loftq makes up for the error of 4-bit weights. Use it with quantization=nf4 or fp4, "
+            "or init_lora_weights=true."
+        )
+        yield Mistake("lora.init_lora_weights", text)
+    if given.get("loftq_iter", 1) != 1:
+        text = (
+            "more than one round quantizes the base anew, and a saved adapter would not fit the "
+            "base that others quantize. Set it to 1."
+        )
+        yield Mistake("lora.loftq_config.loftq_iter", text)
+    if given.get("loftq_bits", 4) != PACKED[0]:
+        yield Mistake("lora.loftq_config.loftq_bits", "4 is the only width. Remove it.")

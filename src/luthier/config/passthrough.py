@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from luthier.config import fields
-from luthier.config.adapters import ADAPTERS, method_of
-from luthier.config.fields import Fields, Kind
-from luthier.config.methods import METHODS
+from luthier.config import library_fields
+from luthier.config.library_fields import Fields, Kind
+from luthier.config.methods import ADAPTERS, METHODS, method_of
 from luthier.errors import Mistake, choice, nearest, value
 
 _DESCRIBED = {
@@ -40,7 +39,7 @@ class Library:
 
     def fields(self) -> Fields | None:
         """Return the settings that may be named here; None if they cannot be known."""
-        read = fields.of_function if self.is_function else fields.of_class
+        read = library_fields.of_function if self.is_function else library_fields.of_class
         known = read(*self.source) if self.source else None
         if known is None:
             return None

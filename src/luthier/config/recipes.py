@@ -1,5 +1,6 @@
 """Recipes: what there is, and what a recipe inherits, checked before Hydra reads it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,51 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from luthier.config import folders
 from luthier.config.schema import GROUPS
-from luthier.errors import Mistake, choice
+from luthier.errors import Mistake, UserError, choice
+
+# Where config groups and recipes lie: the user's own folders first, then the bundled ones.
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_CHECKOUT = _PACKAGE.parents[1]
+
+
+def bundled(name: str) -> Path:
+    """Return the folder `conf` or `recipes` that came with luthier.
+
+    A wheel carries it inside the package; a checkout (and so an editable install) beside `src`.
+    """
+    for folder in (_PACKAGE / name, _CHECKOUT / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"luthier's own {name}/ folder is missing next to {_PACKAGE}; reinstall luthier."
+    )
+
+
+def conf_folders() -> list[Path]:
+    """Return the folders with config groups, the first to be searched first."""
+    own, shipped = Path.cwd() / "conf", bundled("conf")
+    return [own, shipped] if own.is_dir() and own.resolve() != shipped.resolve() else [shipped]
+
+
+def recipe_folders() -> list[Path]:
+    """Return ./recipes, the folders of $LUTHIER_RECIPES and the bundled one, without repeats."""
+    named = [Path(part) for part in os.environ.get("LUTHIER_RECIPES", "").split(os.pathsep) if part]
+    for folder in named:
+        if not folder.is_dir():
+            raise UserError(f"LUTHIER_RECIPES names {folder}, which is not a folder. Correct it.")
+    own = [folder for folder in [Path.cwd() / "recipes"] if folder.is_dir()]
+    found = [folder.resolve() for folder in [*own, *named, bundled("recipes")]]
+    return list(dict.fromkeys(found))
+
+
+def shown(path: Path) -> str:
+    """Return a path as the user would type it from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
 
 
 @dataclass(frozen=True)
@@ -42,7 +85,7 @@ def header(path: Path) -> str:
 def list_recipes() -> list[RecipeInfo]:
     """Return every recipe that can be named, the user's own first; an earlier folder wins."""
     found: dict[str, RecipeInfo] = {}
-    for folder in folders.recipe_folders():
+    for folder in recipe_folders():
         for path in sorted(folder.glob("*.yaml")):
             found.setdefault(path.stem, RecipeInfo(path.stem, path, header(path)))
     return list(found.values())
@@ -53,7 +96,7 @@ def options(group: str) -> dict[str, Path]:
     if group == "recipe":
         return {recipe.name: recipe.path for recipe in list_recipes()}
     found: dict[str, Path] = {}
-    for folder in folders.conf_folders():
+    for folder in conf_folders():
         for path in sorted((folder / group).glob("*.yaml")):
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
@@ -78,16 +121,16 @@ def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     except yaml.MarkedYAMLError as error:
         return yaml_mistake(error)
     except (UnicodeDecodeError, OSError, yaml.YAMLError) as error:
-        return Mistake(folders.shown(path), f"cannot be read: {error}.")
+        return Mistake(shown(path), f"cannot be read: {error}.")
     if not isinstance(content, dict):
-        return Mistake(folders.shown(path), "must be a mapping of keys to values.")
+        return Mistake(shown(path), "must be a mapping of keys to values.")
     return {str(key): value for key, value in content.items()}
 
 
 def yaml_mistake(error: yaml.MarkedYAMLError) -> Mistake:
     """Return a mistake in a YAML file's grammar with the file and line."""
     mark = error.problem_mark
-    where = f"{folders.shown(Path(mark.name))}:{mark.line + 1}" if mark else "a YAML file"
+    where = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else "a YAML file"
     return Mistake(where, f"not valid YAML: {error.problem}.")
 
 
@@ -126,14 +169,14 @@ def _follow_defaults(
 ) -> None:
     path = chain.files[trail[-1]]
     if not isinstance(defaults, list):
-        where = folders.shown(path)
+        where = shown(path)
         chain.mistakes.append(Mistake(where, "`defaults` must be a list of `- ` lines."))
         return
     chosen: set[str] = set()
     for entry, line in zip(defaults, default_lines(path), strict=True):
         if isinstance(entry, Mapping) and entry:
             text = _check_choice(dict(entry), chosen)
-            chain.mistakes += [Mistake(f"{folders.shown(path)}:{line}", text)] if text else []
+            chain.mistakes += [Mistake(f"{shown(path)}:{line}", text)] if text else []
     for parent in [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]:
         _follow(parent.removeprefix("/recipe/"), trail, dropped | chosen, chain)
 
@@ -166,4 +209,4 @@ def _check_choice(entry: dict[Any, Any], chosen: set[str]) -> str | None:
 
 
 def _blame(mistake: Mistake, trail: tuple[str, ...], chain: Chain) -> Mistake:
-    return Mistake(folders.shown(chain.files[trail[-1]]), mistake.text) if trail else mistake
+    return Mistake(shown(chain.files[trail[-1]]), mistake.text) if trail else mistake

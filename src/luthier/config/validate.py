@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from luthier.config import fields
+from luthier.config import library_fields
 from luthier.config.passthrough import LIBRARIES
 from luthier.config.recipes import options
 from luthier.config.schema import GROUPS, RunConfig
@@ -100,7 +100,7 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
 def document(model: type[BaseModel], name: str) -> str:
     """Return what the schema says about a key."""
     file = f"{model.__module__.removeprefix('luthier.').replace('.', '/')}.py"
-    found = fields.docs("luthier", file, model.__name__).get(name, "")
+    found = library_fields.docs("luthier", file, model.__name__).get(name, "")
     return " ".join(found.split())
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from luthier.config.adapters import method_of
+from luthier.config.methods import method_of
 from luthier.model.adapter_ranks import RankAllocation
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.adapters import ADAPTERS, method_of, problems, splits
+from luthier.config.methods import ADAPTERS, method_of, problems, splits
 from luthier.errors import UserError
 from luthier.model import adapter_start, token_rows
 from luthier.model.adapter_heads import trained_whole

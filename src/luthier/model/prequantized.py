@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luthier.config.adapters import method_of
+from luthier.config.methods import method_of
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
 from luthier.model import hub, source

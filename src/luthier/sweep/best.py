@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from luthier.config.compose import compose_config, resolve
-from luthier.config.overrides import Typed, parse
+from luthier.config.compose import Typed, compose_config, parse, resolve
+from luthier.config.load import load
 from luthier.config.recipes import options
-from luthier.config.run_config import load
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
 from luthier.record.changes import NEUTRAL

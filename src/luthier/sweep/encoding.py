@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from luthier.config.run_config import load
+from luthier.config.load import load
 from luthier.errors import UserError
 from luthier.sweep.planning import Sweep, data_key
 from luthier.sweep.trials import Trial, has_data

@@ -10,7 +10,7 @@ import psutil
 import yaml
 
 import luthier
-from luthier.config.overrides import parse
+from luthier.config.compose import parse
 from luthier.errors import UserError
 from luthier.record.changes import NEUTRAL, changes
 from luthier.record.rundir import to_yaml

@@ -7,9 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from luthier.config.compose import Composed, compose_config
-from luthier.config.overrides import parse, run_name
-from luthier.config.run_config import Loaded, load, report
+from luthier.config.compose import Composed, compose_config, parse, run_name
+from luthier.config.load import Loaded, load, report
 from luthier.errors import Mistake, UserError
 from luthier.sweep import draw, objective, settings, space, study
 from luthier.sweep.objective import Objective, Watched

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from luthier.config.measured import best_metric
+from luthier.config.cross_checks import best_metric
 from luthier.config.schema import RunConfig
 from luthier.metrics import greater_is_better
 from luthier.train import trackers

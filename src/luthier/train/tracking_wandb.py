@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.config.keeping import TrackerConfig
+from luthier.config.schema import TrackerConfig
 from luthier.errors import UserError
 from luthier.train.stopping import STOPPED, Stopped
 

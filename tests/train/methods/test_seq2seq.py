@@ -18,7 +18,7 @@ from helpers.task_models import (
     unigram,
     wordpiece,
 )
-from luthier.config.checks import check_settings
+from luthier.config.cross_checks import check_settings
 from luthier.config.passthrough import check as check_passthrough
 from luthier.errors import UserError
 from luthier.infer.generate import generate

@@ -14,7 +14,7 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from luthier.config import folders
+from luthier.config import recipes
 from luthier.config.schema import GROUPS
 
 Dropped = Mapping[str, frozenset[str]]
@@ -102,9 +102,9 @@ class LuthierSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add luthier's folders."""
-        for folder in folders.conf_folders()[:-1]:
+        for folder in recipes.conf_folders()[:-1]:
             search_path.prepend("./conf", f"groups://{folder}", anchor="main")
-        for folder in folders.recipe_folders():
+        for folder in recipes.recipe_folders():
             search_path.append("recipes", f"recipes://{folder}")
 
 
@@ -113,7 +113,7 @@ def register() -> None:
     """Make the sources known to Hydra, once per process."""
     for plugin in (FolderSource, RecipeSource, LuthierSearchPath):
         Plugins.instance().register(plugin)
-    OmegaConf.register_new_resolver("luthier", lambda name: str(folders.bundled(name)))
+    OmegaConf.register_new_resolver("luthier", lambda name: str(recipes.bundled(name)))
     # Hydra holds a YAML file against a class of the same name; these are luthier's own settings.
     for part in ("launcher", "sweeper"):
         ConfigStore.instance().repo["hydra"][part].pop("basic.yaml")

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from luthier.config import checks, folders, passthrough
+from luthier.config import cross_checks, passthrough, recipes
 from luthier.config.compose import Composed, compose_config, resolve
 from luthier.config.recipes import options
 from luthier.config.schema import GROUPS, RunConfig
@@ -39,7 +39,7 @@ def finish(composed: Composed, overrides: list[str]) -> Loaded:
     found = passthrough.check(resolved)
     empty = [Mistake(key, _no_value(key)) for key in _unset(resolved)]
     config, wrong = validate(resolved)
-    together = [] if composed.unsure else checks.check_settings(resolved)
+    together = [] if composed.unsure else cross_checks.check_settings(resolved)
     mistakes = [*_grouped(composed, empty + wrong), *found, *together]
     mistakes = [mistake for mistake in mistakes if not _hidden(mistake, composed.unsure)]
     mistakes = composed.mistakes + _once(mistakes, {m.key for m in composed.mistakes})
@@ -68,7 +68,7 @@ def origin(key: str, composed: Composed) -> str | None:
         if below != key or not start:
             line = _line(path.read_text(encoding="utf-8"), below.split("."))
             if line:
-                return f"{folders.shown(path)}:{line}"
+                return f"{recipes.shown(path)}:{line}"
     return None
 
 

@@ -1,0 +1,381 @@
+"""Settings that are fine one by one and wrong together, found before anything is loaded."""
+
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from luthier.config import methods
+from luthier.config.methods import METHODS
+from luthier.config.passthrough import settings
+from luthier.errors import Mistake, UserError, choice, value
+
+if TYPE_CHECKING:
+    from luthier.metrics import Metric
+
+
+# What of a model may train: adapters, quantized weights and frozen parts against each other.
+
+_BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
+
+
+def check_trained_parts(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    """What contradicts itself in the groups `quantization` and `lora`, and in the model's parts."""
+    yield from _quantization(resolved)
+    yield from _adapter(resolved)
+    yield from _patterns(resolved)
+
+
+def _quantization(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    given, lora = settings(resolved, "quantization"), settings(resolved, "lora")
+    bits = [name for name in _BITS if given.get(name) is True]
+    if len(bits) > 1:
+        yield Mistake(
+            "quantization", "load_in_4bit and load_in_8bit are both true. Keep one, set one false."
+        )
+    if given.get("dequantize") is True:
+        if others := [name for name in given if name != "dequantize"]:
+            text = f"whole weights take no {others[0]}. Keep one of the two."
+            yield Mistake("quantization.dequantize", text)
+    elif given and not bits:
+        yield Mistake(
+            "quantization",
+            "neither load_in_4bit nor load_in_8bit is true. Choose quantization=nf4, int8 or none.",
+        )
+    if bits and not lora:
+        yield Mistake(
+            "quantization",
+            f"{bits[0]} with full fine-tuning: quantized weights cannot be trained. "
+            "Add lora=default (QLoRA), or quantization=none to train the weights themselves.",
+        )
+
+
+def _adapter(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    lora, given = settings(resolved, "lora"), settings(resolved, "quantization")
+    if not lora:
+        return
+    bits = [width for name, width in _BITS.items() if given.get(name) is True]
+    yield from methods.problems(lora, bits[0] if len(bits) == 1 else None)
+    ratio = lora.get("plus_ratio")
+    if isinstance(ratio, int | float) and ratio <= 0:
+        yield Mistake("lora.plus_ratio", f"{value(ratio)} is too small; 16 is usual.")
+    # OFT's rank may be 0: then the size of its blocks is given.
+    ranks = ("lora_alpha",) if methods.method_of(lora) == "oft" else ("r", "lora_alpha")
+    for name in ranks:
+        number = lora.get(name)
+        if isinstance(number, int | float) and number < 1:
+            yield Mistake(f"lora.{name}", f"{value(number)} is too small; the least is 1.")
+    dropout = lora.get("lora_dropout")
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        yield Mistake("lora.lora_dropout", f"{value(dropout)} must be at least 0 and less than 1.")
+
+
+def _patterns(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    model, lora = settings(resolved, "model"), settings(resolved, "lora")
+    for name in ("train", "freeze"):
+        given = model.get(name)
+        patterns = given if isinstance(given, list) else []
+        if patterns and lora:
+            text = "is for full fine-tuning (lora=none); beside an adapter all weights are frozen. "
+            yield Mistake(f"model.{name}", f"{text}Whole layers train with lora.modules_to_save.")
+        for pattern in patterns:
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                text = f"{value(pattern)} is not a regular expression: {error}."
+                yield Mistake(f"model.{name}", text)
+
+
+# What a config measures, rewards and learns from: mistakes known before anything is loaded.
+
+_KEY = "trainer.evaluation.metrics"
+_REWARDS = "trainer.rewards"
+
+
+def check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    """What is wrong with metrics, rewards and what is done with them; imports nothing heavy."""
+    evaluation = settings(resolved, "trainer.evaluation")
+    args = settings(resolved, "trainer.args")
+    sets = settings(resolved, "dataset.eval.sets")
+    wrong = list(_metrics(evaluation, sets))
+    yield from wrong
+    yield from _rewards(resolved)
+    yield from _teacher(resolved)
+    yield from _evaluations(evaluation, args)
+    if not wrong and isinstance(args.get("metric_for_best_model"), str):
+        yield from _best(evaluation, args, sets)
+
+
+def best_metric(
+    name: str, evaluation: Mapping[str, Any], sets: Mapping[str, Any]
+) -> tuple[str, "list[Metric]"] | None:
+    """The metric of replies that `metric_for_best_model` names, and those of its evaluation set.
+
+    None where it names something else, such as a loss. `evaluation` is the config's
+    `trainer.evaluation`, `sets` its `dataset.eval.sets`.
+    """
+    from luthier.metrics import parse_metrics
+
+    own = evaluation.get("sets") or {}
+    for label in ("", *sets):
+        metrics = parse_metrics(own.get(label, evaluation.get("metrics") or []))
+        bare = name.removeprefix("eval_").removeprefix(f"{label}_" if label else "")
+        if any(bare == metric.name or bare.startswith(f"{metric.name}/") for metric in metrics):
+            return bare, metrics
+    return None
+
+
+def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mistake]:
+    from luthier.metrics import check_metrics
+
+    own = evaluation.get("sets")
+    named = own if isinstance(own, dict) else {}
+    for name in named:
+        if name not in sets:
+            yield Mistake(
+                f"trainer.evaluation.sets.{name}",
+                f"there is no evaluation set of this name. {choice(str(name), map(str, sets))} "
+                "They are named under dataset.eval.sets.",
+            )
+    lists = {_KEY: evaluation.get("metrics")}
+    lists |= {f"trainer.evaluation.sets.{name}": given for name, given in named.items()}
+    for key, given in lists.items():
+        if isinstance(given, list):
+            yield from _joined(check_metrics(given, key))
+
+
+def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    from luthier.metrics.rewards import check_rewards
+
+    trainer = settings(resolved, "trainer")
+    method, given = str(trainer.get("method", "sft")), trainer.get("rewards") or []
+    facts = METHODS.get(method)
+    if facts is None or not isinstance(given, list):
+        return
+    if facts.rewards and not given:
+        yield Mistake(
+            _REWARDS,
+            f"trainer.method={method} needs at least one, such as 'trainer.rewards=[exact_match]' "
+            "or [{length: {max: 300}}] (docs/metrics.md).",
+        )
+    elif given and not facts.rewards:
+        takers = " or ".join(f"trainer={name}" for name, one in METHODS.items() if one.rewards)
+        yield Mistake(
+            _REWARDS,
+            f"trainer.method={method} trains without rewards. Remove them, or take {takers}.",
+        )
+    else:
+        yield from _joined(check_rewards(given))
+
+
+def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    trainer = settings(resolved, "trainer")
+    method, given = str(trainer.get("method", "sft")), trainer.get("teacher")
+    facts = METHODS.get(method)
+    if facts is None or facts.teacher == (given is not None):
+        return
+    if facts.teacher:
+        text = f"trainer.method={method} needs a model to learn from. Add trainer.teacher=PATH."
+    else:
+        text = f"trainer.method={method} has no teacher. Remove it, or take trainer=distill."
+    yield Mistake("trainer.teacher", text)
+
+
+def _joined(mistakes: list[Mistake]) -> Iterator[Mistake]:
+    """All that is wrong with one list, as one mistake: of each key only the first is shown."""
+    if mistakes:
+        yield Mistake(mistakes[0].key, "\n    ".join(mistake.text for mistake in mistakes))
+
+
+def _evaluations(evaluation: dict[str, Any], args: dict[str, Any]) -> Iterator[Mistake]:
+    if args.get("eval_strategy", "no") not in ("no", False, None):
+        return
+    advice = "and there are none while training. Add trainer.args.eval_strategy=steps (or epoch)."
+    if evaluation.get("when") == "evaluations":
+        yield Mistake("trainer.evaluation.when", f"rows are answered at evaluations, {advice}")
+    if evaluation.get("patience") is not None:
+        yield Mistake("trainer.evaluation.patience", f"it counts evaluations, {advice}")
+
+
+def _best(
+    evaluation: dict[str, Any], args: dict[str, Any], sets: dict[str, Any]
+) -> Iterator[Mistake]:
+    from luthier.metrics import greater_is_better
+
+    name = args["metric_for_best_model"]
+    found = best_metric(name, evaluation, sets)
+    if found is None:
+        return
+    if evaluation.get("when") != "evaluations":
+        yield Mistake(
+            "trainer.args.metric_for_best_model",
+            f"{name} is measured before and after training only. "
+            "Set trainer.evaluation.when=evaluations.",
+        )
+    if args.get("greater_is_better") is None:
+        try:
+            greater_is_better(found[1], found[0])
+        except UserError as error:
+            yield Mistake(
+                "trainer.args.metric_for_best_model", str(error).removeprefix(f"{_KEY}: ")
+            )
+
+
+EVAL_CHOICES = ("path", "split", "share", "count")
+_AT_LEAST_ONE = {
+    "trainer.args": (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    ),
+}
+
+
+def check_settings(resolved: dict[str, Any]) -> list[Mistake]:
+    """Return what contradicts itself in a resolved config; a part of a wrong shape is passed over.
+
+    The schema complains about shapes, so that every mistake is reported once.
+    """
+    parts = (
+        check_trained_parts,
+        _evaluation,
+        check_measurements,
+        _replies,
+        _streaming,
+        _training,
+        _dates,
+        _trackers,
+        _ranges,
+    )
+    return [mistake for part in parts for mistake in part(resolved)]
+
+
+def _evaluation(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    chosen = settings(resolved, "dataset.eval")
+    given = [name for name in EVAL_CHOICES if chosen.get(name) is not None]
+    if not given and not chosen.get("sets"):
+        yield from _needs_heldout(resolved)
+    if len(given) > 1:
+        yield Mistake(
+            "dataset.eval",
+            f"{' and '.join(given)} are given, and only one can be. "
+            f"Set the others to null: {' '.join(f'dataset.eval.{n}=null' for n in given[1:])}.",
+        )
+    elif given in (["path"], ["split"]):
+        yield from _trained_on(given[0], chosen, settings(resolved, "dataset"))
+
+
+def _trained_on(name: str, chosen: dict[str, Any], dataset: dict[str, Any]) -> Iterator[Mistake]:
+    if chosen[name] == dataset.get(name):
+        yield Mistake(
+            f"dataset.eval.{name}",
+            f"{value(chosen[name])} is what the model trains on. Hold out other rows, such as "
+            f"dataset.eval.{name}=null dataset.eval.share=0.05.",
+        )
+
+
+def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    hold = "Hold rows out (dataset.eval.share=0.05)"
+    args = settings(resolved, "trainer.args")
+    if args.get("eval_strategy", "no") not in ("no", False, None):
+        yield Mistake(
+            "trainer.args.eval_strategy",
+            f"{value(args['eval_strategy'])}, but no rows are held out. "
+            f"{hold}, or set trainer.args.eval_strategy=no.",
+        )
+    if settings(resolved, "trainer.evaluation").get("metrics"):
+        yield Mistake(
+            "trainer.evaluation.metrics",
+            f"need held-out rows, and there are none. {hold}, or set "
+            "trainer.evaluation.metrics=[].",
+        )
+
+
+def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    name = settings(resolved, "trainer").get("method", "sft")
+    method = METHODS.get(str(name))
+    if method and not method.replies and settings(resolved, "trainer.evaluation").get("metrics"):
+        yield Mistake(
+            "trainer.evaluation.metrics",
+            f"they score replies, and trainer.method={name} trains a model that writes none. Set "
+            "it to []: what such a model says is measured without them.",
+        )
+
+
+def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    name = settings(resolved, "trainer").get("method", "sft")
+    method = METHODS.get(str(name))
+    if settings(resolved, "dataset").get("streaming") is True and method and not method.streams:
+        yield Mistake(
+            "dataset.streaming",
+            f"true, and trainer.method={name} needs all rows before it begins. Set it to false.",
+        )
+
+
+def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    args = settings(resolved, "trainer.args")
+    if args.get("bf16") is True and args.get("fp16") is True:
+        yield Mistake("trainer.args", "bf16 and fp16 are both true. Keep one.")
+    if args.get("load_best_model_at_end") is True:
+        yield from _best_model("trainer.args.load_best_model_at_end", args)
+
+
+def _best_model(key: str, args: dict[str, Any]) -> Iterator[Mistake]:
+    evaluate, save = args.get("eval_strategy", "no"), args.get("save_strategy", "steps")
+    if evaluate == "no":
+        yield Mistake(key, "needs evaluations. Add trainer.args.eval_strategy=steps (or epoch).")
+    elif save not in (evaluate, "best"):
+        yield Mistake(
+            key,
+            f"needs a checkpoint at each evaluation: save_strategy is {value(save)}, eval_strategy "
+            f"{value(evaluate)}. Set trainer.args.save_strategy={evaluate}.",
+        )
+    elif save == evaluate == "steps":
+        yield from _checkpoint_steps(key, args)
+
+
+def _checkpoint_steps(key: str, args: dict[str, Any]) -> Iterator[Mistake]:
+    evaluate, save = (
+        args.get("eval_steps") or args.get("logging_steps", 10),
+        args.get("save_steps", 500),
+    )
+    whole = [isinstance(steps, int | float) and steps >= 1 for steps in (evaluate, save)]
+    if all(whole) and save % evaluate != 0:
+        yield Mistake(
+            key,
+            f"needs a checkpoint at an evaluation: save_steps ({save}) must be a multiple of "
+            f"eval_steps ({evaluate}). Set trainer.args.save_steps={evaluate}.",
+        )
+
+
+def _dates(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    date = settings(resolved, "chat").get("date")
+    if not isinstance(date, str):
+        return
+    try:
+        right = datetime.date.fromisoformat(date).isoformat() == date
+    except ValueError:
+        right = False
+    if not right:
+        yield Mistake("chat.date", f"{value(date)} is not a date. Write YYYY-MM-DD.")
+
+
+def _trackers(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    trackers = settings(resolved, "tracker").get("to")
+    for name in trackers if isinstance(trackers, list) else []:
+        if name in ("wandb", "tensorboard") and find_spec(name) is None:
+            yield Mistake(
+                "tracker",
+                f"{name} is not installed. Install it (pip install 'luthier[{name}]'), "
+                "or set tracker=none.",
+            )
+
+
+def _ranges(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    for key, names in _AT_LEAST_ONE.items():
+        given = settings(resolved, key)
+        for name in names:
+            number = given.get(name)
+            if isinstance(number, int | float) and number < 1:
+                yield Mistake(f"{key}.{name}", f"{value(number)} is too small; the least is 1.")
