@@ -23,7 +23,7 @@ from helpers.conversations import (
     user,
 )
 from luthier.chat import ChatEncoder, ChatError
-from luthier.chat.sharing import Shared
+from luthier.chat.turns import Shared
 
 TEMPLATES = all_templates()
 QUICK = settings(

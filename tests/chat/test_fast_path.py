@@ -16,8 +16,8 @@ from helpers.conversations import (
     user,
 )
 from luthier.chat import ChatEncoder, ChatError
-from luthier.chat.opaque import Conditions, Field, Opaque, Unprovable, joined
-from luthier.chat.text import from_field, safe
+from luthier.chat.fast_path.symbolic import Conditions, Field, Opaque, Unprovable, joined
+from luthier.chat.provenance import from_field, safe
 
 TEMPLATES = all_templates()
 ODD = st.sampled_from(

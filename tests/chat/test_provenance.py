@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.chat.text import Origin, Text, from_field, plus, runs_of
+from luthier.chat.provenance import Origin, Text, from_field, plus, runs_of
 
 LETTERS = st.text("ab \n<x>é", max_size=12)
 OPERATIONS = {

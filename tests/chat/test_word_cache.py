@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from helpers.conversations import LLAMA_3_WORDS, TOKENIZERS, base_tokenizer
-from luthier.chat import tokens, words
-from luthier.chat.packed import unpacked
+from luthier.chat import tokens, word_cache
 from luthier.chat.tokens import TokenEncoder
-from luthier.chat.words import words_of
+from luthier.chat.types import unpacked
+from luthier.chat.word_cache import words_of
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def test_only_what_is_cut_alike_is_cut_by_words(steps, by_words):
 
 
 def test_too_many_words_are_forgotten(monkeypatch):
-    monkeypatch.setattr(words, "_KEPT", 20)
+    monkeypatch.setattr(word_cache, "_KEPT", 20)
     encoder = TokenEncoder(base_tokenizer("gpt2-words"))
     texts = ["a lute", "the luthier makes lutes", "a lute and a luthier"]
     for text in texts * 2:

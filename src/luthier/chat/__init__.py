@@ -1,7 +1,6 @@
 """Conversations to token ids and labels, exact for every chat template."""
 
 from luthier.chat.encoder import ChatEncoder
-from luthier.chat.errors import ChatError
-from luthier.chat.sequences import IGNORED, ChatBatch, ChatSequence, Reply, Segment
+from luthier.chat.types import IGNORED, ChatBatch, ChatError, ChatSequence, Reply, Segment
 
 __all__ = ["IGNORED", "ChatBatch", "ChatEncoder", "ChatError", "ChatSequence", "Reply", "Segment"]

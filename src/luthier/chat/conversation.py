@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from luthier.chat.errors import ChatError
-from luthier.chat.origin import Origin
-from luthier.chat.text import Text, from_field
+from luthier.chat.provenance import Origin, Text, from_field
+from luthier.chat.types import ChatError
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning field; transformers passes a message's reasoning on under two of them."""
@@ -254,3 +253,35 @@ def _as_schema(tool: Any) -> Any:
         reason="malformed tools",
         field="tools",
     )
+
+
+# Tool calls that come without content, for templates that ask for it.
+
+Result = TypeVar("Result")
+
+
+def filled_where_refused(use: Callable[[Any], Result], messages: Any) -> Result:
+    """Use the messages as they are; where the template refuses them, with empty content.
+
+    APIs send a tool call with `"content": null`, transformers drops the key, and some templates
+    (Qwen3's first one) raise without it. Such a row means an empty content.
+    """
+    try:
+        return use(messages)
+    except ChatError as error:
+        if error.reason != "template refuses":
+            raise
+        filled = with_content(messages)
+        if filled == messages:
+            raise
+        return use(filled)
+
+
+def with_content(messages: Any) -> Any:
+    """Return the messages with an empty content where a tool call has none."""
+    return [
+        {**message, "content": ""}
+        if message.get("tool_calls") and message.get("content") is None
+        else message
+        for message in messages
+    ]

@@ -9,15 +9,47 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from luthier.chat.errors import ChatError
-from luthier.chat.joined import grouped_texts, parted_ids
-from luthier.chat.origin import Origin, Run
-from luthier.chat.packed import packed, unpacked
-from luthier.chat.words import NORMAL_FORMS, Words, words_of
+from luthier.chat.provenance import Origin, Run
+from luthier.chat.types import ChatError, packed, unpacked
+from luthier.chat.word_cache import NORMAL_FORMS, Words, words_of
+
+# Many texts encoded in few calls: a call of the backend has a cost of its own.
+
+_GROUP = 2000
+
+
+def grouped_texts(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in groups of a size that one call of the backend handles well."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size > _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def parted_ids(
+    groups: list[list[str]], token: str, index: int, encode: Callable[[list[str]], list[list[int]]]
+) -> list[list[int]]:
+    """The ids of each text, from those of each group joined by a token of the given index."""
+    found = []
+    for group, ids in zip(groups, encode(list(map(token.join, groups))), strict=True):
+        start = 0
+        for _ in group[1:]:
+            stop = ids.index(index, start)
+            found.append(ids[start:stop])
+            start = stop + 1
+        found.append(ids[start:])
+    return found
+
 
 _CACHED = 12_000_000
 """Bytes, about, of the texts whose ids are kept."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from luthier.chat import ChatError, ChatSequence
 from luthier.chat.conversation import read_conversation
-from luthier.chat.fitting import front_turns, without_front
+from luthier.chat.pipeline import front_turns, without_front
 from luthier.data.encoders import ConversationEncoder, Problem
 from luthier.data.shapes import Example
 

@@ -68,7 +68,7 @@ class PromptEncoder:
 
     @cached_property
     def _prompts(self) -> Any:
-        from luthier.chat.prompts import Prompts
+        from luthier.chat.encoder import Prompts
 
         return Prompts(self._conversations.chat, self._limit)
 

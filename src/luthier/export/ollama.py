@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.chat.errors import ChatError
+from luthier.chat.types import ChatError
 
 Messages = list[dict[str, str]]
 Render = Callable[[Messages, bool], str]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError, ChatSequence, Segment
-from luthier.chat.prompts import Prompts
+from luthier.chat.encoder import Prompts
 from luthier.config.schema import ChatSettings
 from luthier.data.examples import Placed
 from luthier.data.prompts import NO_PROMPT, parted

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from luthier.chat import ChatEncoder
-from luthier.chat.filled import with_content
+from luthier.chat.conversation import with_content
 from luthier.data import Example
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from luthier.chat.conversation import read_conversation
-from luthier.chat.errors import ChatError
+from luthier.chat.provenance import Text
 from luthier.chat.template import ChatTemplate
-from luthier.chat.text import Text
 from luthier.chat.tokens import TokenEncoder, control_tokens, spans, token_pattern
+from luthier.chat.types import ChatError
 
 _CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lute"}}}
 _ASK = {"role": "user", "content": "What is a lute?"}

@@ -1,6 +1,6 @@
 """Replies behind a generation prompt that opens or closes a thought differently from the turn.
 
-Some templates end their prompt in `<think>\\n` but write turns without it, or close the thought in
+Some templates end their prompt in `<think>\n` but write turns without it, or close the thought in
 the prompt and write turns with one. What the model then generates is put together from the row's
 own reasoning and content, in the form that the tags have.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from luthier.chat.text import Text, plus_all
+from luthier.chat.provenance import Text, plus_all
 
 # `<name>` and `</name>`, `[NAME]` and `[/NAME]`, `<|name>` and `<name|>`.
 _TAG = re.compile(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 
 from luthier.chat.conversation import REASONING_FIELDS, Conversation
-from luthier.chat.errors import ChatError
-from luthier.chat.origin import Origin
+from luthier.chat.provenance import Origin, Text
 from luthier.chat.template import ChatTemplate
-from luthier.chat.text import Text
 from luthier.chat.turns import Sequence
+from luthier.chat.types import ChatError
 
 # Tags around thoughts: templates that take them off write their own in their place.
 _TAGS = re.compile(r"</?\w+>|\[/?[A-Z_]+\]|<\|\w+\|>")

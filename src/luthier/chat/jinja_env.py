@@ -7,6 +7,8 @@ over as they stand, so there is nothing here to drift from it.
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from collections.abc import Callable, Iterable
 from types import BuiltinMethodType, CodeType, MethodType
 from typing import Any, TypeVar, cast
@@ -16,32 +18,212 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame, optimizeconst
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from luthier.chat.bounds import (
-    MAX_STEPS,
-    MAX_TEXT,
-    SIZED,
-    WIDENING_FILTERS,
-    WIDENING_METHODS,
-    bounded_lipsum,
-    is_enormous,
-    refuse_format,
-    refuse_width,
+from luthier.chat.prefix_tracking import Turns, Watches, watched_loop, watched_namespace
+from luthier.chat.provenance import (
+    Run,
+    SafeText,
+    Text,
+    blurred,
+    escaped,
+    mark,
+    plus,
+    runs_of,
+    safe,
+    texts_in,
 )
-from luthier.chat.filters import (
-    bounded_filter,
-    retraced,
-    traced_escape,
-    traced_filter,
-    traced_join_filter,
-    traced_safe,
-    traced_tojson,
-)
-from luthier.chat.origin import Run
-from luthier.chat.text import SafeText, Text, escaped, mark, plus, runs_of, safe, texts_in
-from luthier.chat.watch import Watches
-from luthier.chat.watched import Turns, watched_loop, watched_namespace
+
+# What no template may do: loop for ever, or write a text too large to hold.
+
+MAX_STEPS = 10_000_000
+"""Steps that all loops of one rendering may take: no template loops for ever."""
+MAX_TEXT = 200_000_000
+"""Characters that one text of a template may have."""
+SIZED = (list, tuple, dict, str, range)
+WIDENING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+WIDENING_FILTERS = frozenset({"center", "indent", "batch", "slice"})
+# What is repeated as often as the text holds it: a width there multiplies.
+_REPEATED = {"expandtabs": "\t", "indent": "\n"}
+_WIDTHS = re.compile(r"[%:.][^a-zA-Z%{}]*?([0-9]{9,})")
+
+
+def is_enormous(operator: str, left: Any, right: Any) -> bool:
+    """Whether `left * right` or `left ** right` is too large to hold."""
+    if operator == "**":
+        return isinstance(left, int) and isinstance(right, int) and abs(right) > 4096
+    size = max((len(side) for side in (left, right) if isinstance(side, SIZED)), default=0)
+    count = max((side for side in (left, right) if isinstance(side, int)), default=0)
+    return size * count > MAX_TEXT
+
+
+def refuse_width(name: str, value: Any, widths: Iterable[Any]) -> None:
+    """Raise where the method or filter `name` would make a value too wide."""
+    times = 1 + value.count(_REPEATED[name]) if name in _REPEATED else 1
+    numbers = (len(width) if isinstance(width, str) else width for width in widths)
+    if any(isinstance(number, int) and number * times > MAX_TEXT for number in numbers):
+        raise jinja2.TemplateError(f"`{name}` makes a value too large to hold")
+
+
+def bounded_lipsum(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Jinja's `lipsum`, which writes as much as it is asked for, within bounds."""
+
+    def lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> Any:
+        if n * max > MAX_STEPS:
+            raise jinja2.TemplateError("`lipsum` makes a value too large to hold")
+        return plain(n, html, min, max)
+
+    return lipsum
+
+
+def refuse_format(template: str, values: Iterable[Any]) -> None:
+    """Raise where a format string asks for a field too wide, in its own text or by a value."""
+    widths = [int(found[-12:]) for found in _WIDTHS.findall(template)]
+    if "*" in template or re.search(r"[:!][^{}]*\{", template):
+        widths += [value for value in values if isinstance(value, int)]
+    if any(width > MAX_TEXT for width in widths):
+        raise jinja2.TemplateError("a format makes a value too large to hold")
+
+
+def refuse_constants(tree: nodes.Template) -> None:
+    """Raise for what would be too large already when the template is compiled."""
+    for call in tree.find_all(nodes.Filter):
+        given = [argument for argument in call.args if isinstance(argument, nodes.Const)]
+        given += [k.value for k in call.kwargs if isinstance(k.value, nodes.Const)]
+        if call.name in WIDENING_FILTERS:
+            refuse_width(call.name, "", [argument.value for argument in given])
+        if call.name == "format" and isinstance(call.node, nodes.Const):
+            refuse_format(str(call.node.value), [argument.value for argument in given])
+    for node in tree.find_all((nodes.Mod, nodes.Mul, nodes.Pow)):
+        _constant(node)
+
+
+_NONE = object()
+
+
+def _constant(node: nodes.Node) -> Any:
+    """The value that compiling gives an expression, or `_NONE`; raises where it is too large."""
+    if isinstance(node, nodes.Const):
+        return node.value
+    if not isinstance(node, nodes.Mod | nodes.Mul | nodes.Pow | nodes.Add | nodes.Sub):
+        return _NONE
+    left, right = _constant(node.left), _constant(node.right)
+    if left is _NONE or right is _NONE:
+        return _NONE
+    if isinstance(node, nodes.Mod) and isinstance(left, str):
+        refuse_format(left, [right])
+    elif isinstance(node, nodes.Mul | nodes.Pow) and is_enormous(node.operator, left, right):
+        raise jinja2.TemplateError(f"`{node.operator}` makes a value too large to hold")
+    try:
+        return node.as_const()
+    except nodes.Impossible:
+        return _NONE
+
+
+# Filters of a template that keep the origin of every character, and stay within bounds.
+
+_HOLDERS = re.compile("\ue1a0([0-9]+)\ue1a1")
+
+
+def retraced(function: Callable[..., Any], result: str, args: tuple, kwargs: dict) -> str:
+    """Give back `result = function(*args, **kwargs)` with the runs of the texts in its arguments.
+
+    The function runs a second time with a placeholder for each text. Where that gives the same
+    string with the texts put in the places of the placeholders, the runs are exact; elsewhere the
+    whole result counts as made from all of them.
+    """
+    texts = list(texts_in([args, kwargs]))
+    if not texts:
+        return result
+    try:
+        numbers = itertools.count()
+        trial = function(*_holding(args, numbers), **_holding(kwargs, numbers))
+    except Exception:  # the function may refuse a placeholder for any reason of its own
+        return blurred(result, texts)
+    pieces = _HOLDERS.split(trial) if isinstance(trial, str) else []
+    parts = [texts[int(piece)] if odd % 2 else piece for odd, piece in enumerate(pieces)]
+    whole = plus(parts)
+    return whole if str.__eq__(whole, result) is True else blurred(result, texts)
+
+
+def _holding(value: Any, numbers: Iterable[int]) -> Any:
+    """The same containers, with a numbered placeholder for each traced text."""
+    if type(value) is Text:
+        return f"\ue1a0{next(iter(numbers))}\ue1a1"
+    if isinstance(value, dict):
+        return {_holding(key, numbers): _holding(item, numbers) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_holding(item, numbers) for item in value)
+    return value
+
+
+def traced_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, keeping the runs of the texts that it is given."""
+
+    @functools.wraps(filter_)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        result = filter_(*args, **kwargs)
+        if (
+            isinstance(result, str)
+            and not isinstance(result, Text)
+            and any(texts_in([args, kwargs]))
+        ):
+            return retraced(filter_, str.__str__(result), args, kwargs)
+        return result
+
+    return traced
+
+
+def bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, which refuses to make values too large to hold."""
+
+    @functools.wraps(filter_)
+    def bounded(value: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        if name in WIDENING_FILTERS:
+            refuse_width(name, value if isinstance(value, str) else "", given)
+        else:
+            refuse_format(str(value), given)
+        return filter_(value, *args, **kwargs)
+
+    return bounded
+
+
+def traced_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
+    """JSON of traced values: all of it, brackets too, was made from the fields inside."""
+
+    @functools.wraps(tojson)
+    def traced(value: Any, *args: Any, **kwargs: Any) -> str:
+        value = list(value) if isinstance(value, Turns) else value
+        texts = list(texts_in(value))
+        result = tojson(value, *args, **kwargs)
+        return blurred(result, texts) if texts else result
+
+    return traced
+
+
+def traced_safe(value: Any) -> Any:
+    """The value marked as safe, so that nothing escapes it."""
+    return safe(value) if isinstance(value, Text) else Markup(value)
+
+
+def traced_escape(value: Any) -> Any:
+    """The value as HTML writes it, marked as safe."""
+    if not isinstance(value, Text) or isinstance(value, SafeText):
+        return escape(value)
+    whole = escaped(value)
+    return safe(whole) if isinstance(whole, Text) else Markup(whole)
+
+
+def traced_join_filter(
+    context: Any, value: Iterable[Any], d: str = "", attribute: Any = None
+) -> str:
+    """Join what is in an iterable, keeping the runs of every item."""
+    if attribute is not None:
+        value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
+    parts = [part for item in value for part in (d, str(item))]
+    return plus(parts[1:])
+
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-from luthier.chat.packed import packed
+from luthier.chat.types import packed
 
 Cut = Callable[[str], list[str]]
 _KEPT = 2_000_000

@@ -1,0 +1,1 @@
+"""Rows of one form share a plan: same token ids as the plain path, several times as fast."""
