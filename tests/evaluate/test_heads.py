@@ -9,7 +9,7 @@ import pytest
 
 from helpers import task_models as tasks
 from helpers.head_runs import CASES, SEVERAL, TEXTS, both, finish, labelled
-from luthier.metrics import classes, entities, samples
+from luthier.metrics import classification
 
 
 @pytest.fixture
@@ -124,22 +124,22 @@ def test_what_the_bootstrap_draws_from_sums_up_to_the_scores():
 
     draw = np.random.default_rng(0)
     said, right = draw.integers(0, 4, (2, 50))
-    assert samples.single_label_samples(said, right, 5).values == pytest.approx(
-        classes.single_label_scores(said, right, 5)
+    assert classification.single_label_samples(said, right, 5).values == pytest.approx(
+        classification.single_label_scores(said, right, 5)
     )
     said, right = draw.random((2, 50, 4)) > 0.6
-    assert samples.multi_label_samples(said, right).values == pytest.approx(
-        classes.multi_label_scores(said, right)
+    assert classification.multi_label_samples(said, right).values == pytest.approx(
+        classification.multi_label_scores(said, right)
     )
     said, right = draw.normal(size=(2, 50))
-    assert samples.regression_samples(said, right).values == pytest.approx(
-        classes.regression_scores(said, right)
+    assert classification.regression_samples(said, right).values == pytest.approx(
+        classification.regression_scores(said, right)
     )
     flat = np.full(50, 0.1)
-    assert samples.regression_samples(flat, right).values["pearson"] == 0.0
+    assert classification.regression_samples(flat, right).values["pearson"] == 0.0
     names = np.array(["O", "B-A", "I-A", "B-B"])
     said, right = ([row.tolist() for row in names[draw.integers(0, 4, (20, 9))]] for _ in "ab")
-    found = samples.tags(said, right, are_entities=True).values
+    found = classification.tags(said, right, are_entities=True).values
     assert {n: found[n] for n in found if n != "accuracy"} == pytest.approx(
-        entities.entity_scores(said, right)
+        classification.entity_scores(said, right)
     )

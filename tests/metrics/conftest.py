@@ -18,7 +18,7 @@ def module(tmp_path, monkeypatch):
         path.write_text(text, encoding="utf-8")
 
     yield write
-    from luthier.metrics.functions import load
+    from luthier.metrics.custom import load
 
     load.cache_clear()
     for name in set(sys.modules) - before:

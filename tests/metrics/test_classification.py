@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from luthier.metrics.classes import multi_label_scores, regression_scores, single_label_scores
-from luthier.metrics.entities import are_entity_tags, entities, entity_scores
+from luthier.metrics.classification import (
+    are_entity_tags,
+    entities,
+    entity_scores,
+    multi_label_scores,
+    regression_scores,
+    single_label_scores,
+)
 
 
 def test_single_label():

@@ -11,8 +11,8 @@ from luthier.data.batches import judged
 from luthier.errors import UserError
 from luthier.evaluate.items import Item
 from luthier.infer.score import Question
-from luthier.metrics import Measured, samples
-from luthier.metrics.entities import are_entity_tags
+from luthier.metrics import Measured, classification
+from luthier.metrics.classification import are_entity_tags
 from luthier.train.methods.classify import ClassLayout, class_losses, target
 from luthier.train.methods.labels import REGRESSION, Labels
 from luthier.train.methods.tabled import Losses, Numbered, columns_for
@@ -114,14 +114,14 @@ class Classes(Head):
         predicted = np.array(said)
         names = np.array(self.labels.names, object)
         if self.labels.problem == REGRESSION:
-            return samples.regression_samples(predicted, wanted), [
+            return classification.regression_samples(predicted, wanted), [
                 self._words([one]) for one in said
             ]
         if self.labels.problem == "multi_label_classification":
             texts = [self._words(names[flags].tolist()) for flags in predicted]
-            return samples.multi_label_samples(predicted, wanted > 0), texts
+            return classification.multi_label_samples(predicted, wanted > 0), texts
         texts = names[predicted].tolist()
-        return samples.single_label_samples(predicted, wanted, len(names)), texts
+        return classification.single_label_samples(predicted, wanted, len(names)), texts
 
     def _words(self, labels: Sequence[Any]) -> str:
         shown = (f"{one:.4g}" if isinstance(one, float) else str(one) for one in labels)
@@ -164,7 +164,9 @@ class Tags(Head):
             said_tags(self.labels, item.values, one) for item, one in zip(items, said, strict=True)
         ]
         wanted = [json.loads(item.values["tags"]) for item in items]
-        return samples.tags(predicted, wanted, self._are_entities), [*map(" ".join, predicted)]
+        return classification.tags(predicted, wanted, self._are_entities), [
+            *map(" ".join, predicted)
+        ]
 
 
 class Rewards(Head):
@@ -206,7 +208,7 @@ class Rewards(Head):
         """Accuracy and margin."""
         rewards = np.array(said, float)
         texts = [f"{one:+.3g} chosen, {other:+.3g} rejected" for one, other in rewards]
-        return samples.pairs(rewards[:, 0], rewards[:, 1]), texts
+        return classification.pairs(rewards[:, 0], rewards[:, 1]), texts
 
 
 def _named(labels: Labels, label: Any, where: str) -> str:

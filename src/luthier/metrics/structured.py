@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from luthier.errors import UserError
-from luthier.metrics.metric import Measured, Reply, RowMetric, excerpt, mean
+from luthier.metrics.base import Measured, Reply, RowMetric, excerpt, mean
 from luthier.metrics.text import Ignored, normalise
 
 Field = tuple[tuple[str | int, ...], str, Any]

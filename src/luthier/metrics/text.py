@@ -4,10 +4,17 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from luthier.metrics.metric import RowMetric
+from pydantic import NonNegativeFloat, field_validator, model_validator
+
+from luthier.errors import UserError, choice
+from luthier.metrics.base import Measured, Metric, Reply, RowMetric, excerpt, mean
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Ignored = Literal["case", "space", "punctuation", "articles"]
 
@@ -101,3 +108,227 @@ class Length(RowMetric):
     def row(self, prediction: str, reference: str) -> float:
         """The length of the reply."""
         return float(len(prediction.split()) if self.unit == "words" else len(prediction.strip()))
+
+
+# Metrics of a part of the reply: what a pattern finds, or the number that answers.
+
+# A minus counts where it does not stand between two operands; commas only between thousands.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-−–])?\$?"
+    r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?P<exponent>[eE][-+]?\d{1,3}(?!\d))?"
+)
+
+
+class Regex(RowMetric):
+    """The share of replies that match, or that give what the reference gives."""
+
+    pattern: str
+    """A regular expression of Python's `re`, searched for in the reply."""
+    group: int | str | None = None
+    """Compare this group (0 for the whole match); null: only whether the pattern is found."""
+    match: Literal["first", "last"] = "first"
+    """Which match of several."""
+    extract: Literal["both", "reply"] = "both"
+    """`reply`: the reference is compared as it is, without searching it."""
+    ignore: tuple[Ignored, ...] = ()
+    """What makes no difference between the two."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _has_the_group(self) -> Self:
+        compiled = re.compile(self.pattern)
+        known = [*map(str, range(compiled.groups + 1)), *compiled.groupindex]
+        if self.group is not None and str(self.group) not in known:
+            raise ValueError(
+                f"the pattern has no group {self.group!r}. {choice(str(self.group), known)}"
+            )
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Only where a group is compared."""
+        return self.group is not None
+
+    def objection(self, reference: str) -> str | None:
+        """A reference in which there is nothing to compare with."""
+        if not self.needs_reference or self._wanted(reference) is not None:
+            return None
+        return f"has no match of {self.pattern!r}"
+
+    def row(self, prediction: str, reference: str) -> float:
+        """1 if the pattern is found, and with a group, if it is that of the reference."""
+        if self.group is None:
+            return float(re.search(self.pattern, prediction) is not None)
+        wanted = self._wanted(reference)
+        if wanted is None:
+            raise UserError(
+                f"metric {self.name}: the reference {self.objection(reference)}: "
+                f"{excerpt(reference)}"
+            )
+        return float(self._found(prediction) == wanted)
+
+    def _wanted(self, reference: str) -> str | None:
+        if self.extract == "reply":
+            return normalise(reference, self.ignore)
+        return self._found(reference)
+
+    def _found(self, text: str) -> str | None:
+        """What the group holds; None without a match, or where the group took no part in it."""
+        found = [match[_group(self.group)] for match in re.finditer(self.pattern, text)]
+        if not found:
+            return None
+        chosen = found[0 if self.match == "first" else -1]
+        return None if chosen is None else normalise(chosen, self.ignore)
+
+
+def _group(group: int | str | None) -> int | str:
+    """The group as `re` wants it: a number may have come as text."""
+    return int(group) if isinstance(group, str) and group.isdigit() else group or 0
+
+
+class Number(RowMetric):
+    """The share of replies whose answer is the number of the reference.
+
+    It is the first number after the last marker, as in GSM8K (`#### 42`), or where there is no
+    marker with a number after it, the last number. 1,234.50 and 1234.5 are the same.
+    """
+
+    marker: str | None = "####"
+    """What stands before the answer; null: always the last number."""
+    tolerance: NonNegativeFloat = 0
+    """The largest difference that still counts as equal."""
+
+    def objection(self, reference: str) -> str | None:
+        """A reference without a number."""
+        return "has no number" if answer(reference, self.marker) is None else None
+
+    def row(self, prediction: str, reference: str) -> float:
+        """1 if both numbers are equal."""
+        said, wanted = answer(prediction, self.marker), answer(reference, self.marker)
+        if wanted is None:
+            raise UserError(
+                f"metric {self.name}: the reference has no number: {excerpt(reference)}"
+            )
+        if said is None or not self.tolerance:
+            return float(said == wanted)
+        return float(abs(said - wanted) <= Decimal(str(self.tolerance)))
+
+
+def answer(text: str, marker: str | None) -> Decimal | None:
+    """The number after the last marker, or else the last number; None where there is none."""
+    if marker and marker in text:
+        after = _NUMBER.search(text.rpartition(marker)[2])
+        if after:
+            return _decimal(after)
+    found = list(_NUMBER.finditer(text))
+    return _decimal(found[-1]) if found else None
+
+
+def _decimal(match: re.Match[str]) -> Decimal:
+    digits = match["digits"].replace(",", "") + (match["exponent"] or "")
+    return -Decimal(digits) if match[0][0] in "-−–" else Decimal(digits)
+
+
+# Metrics of replies that name a class: accuracy and macro F1.
+
+
+class Accuracy(Metric):
+    """The share of replies that name the label of the reference."""
+
+    labels: tuple[str, ...] = ()
+    """All labels there are; empty: those of the references."""
+    anywhere: bool = False
+    """Also read a reply that names one label among other words; otherwise it is to be the label,
+    but for case, white space and punctuation."""
+
+    def prepare(self, references: Sequence[str]) -> None:
+        """References must be labels, and labels must differ by more than case and punctuation."""
+        self._known(references)
+        super().prepare(references)
+
+    def objection(self, reference: str) -> str | None:
+        """A reference that is none of the labels that were given."""
+        if not self.labels or _plain(reference) in map(_plain, self.labels):
+            return None
+        return f"is not one of the labels ({choice(reference.strip(), self.labels)})"
+
+    def measure(self, replies: Sequence[Reply]) -> Measured:
+        """The share of right labels, and each of them."""
+        rows = [float(said == wanted) for said, wanted in self._read(replies)]
+        return Measured({self.name: mean(rows)}, {self.name: rows})
+
+    def _read(self, replies: Sequence[Reply]) -> list[tuple[str | None, str]]:
+        """The label that each reply names, None where it is none, and the one it should be."""
+        known = self._known([reply.reference for reply in replies])
+        return [
+            (named(reply.prediction, known, self.anywhere), _plain(reply.reference))
+            for reply in replies
+        ]
+
+    def _known(self, references: Sequence[str]) -> tuple[str, ...]:
+        """All labels as they are compared, in a fixed order."""
+        given = self.labels or sorted({text.strip() for text in references})
+        seen: dict[str, str] = {}
+        for label in given:
+            other = seen.setdefault(_plain(label), label)
+            if other != label:
+                raise UserError(
+                    f"metric {self.name}: the labels {excerpt(other)} and {excerpt(label)} differ "
+                    "by case, white space or punctuation only. Make them one."
+                )
+        return tuple(seen)
+
+
+class MacroF1(Accuracy):
+    """The mean of the labels' F1 scores: each label counts the same, however rare it is.
+
+    A reply that names no label is a miss for the label it should have named. A label that stands
+    neither in a reply nor in a reference counts nothing.
+    """
+
+    def measure(self, replies: Sequence[Reply]) -> Measured:
+        """The mean of the F1 scores, and the counts that they are made of."""
+        import numpy as np
+
+        from luthier.metrics.bootstrap import Statistics
+
+        pairs = self._read(replies)
+        labels = self._known([reply.reference for reply in replies])
+        said = np.array([[one == label for label in labels] for one, _ in pairs], dtype=float)
+        wanted = np.array([[one == label for label in labels] for _, one in pairs], dtype=float)
+        counts = Statistics(np.hstack([said * wanted, said + wanted]), macro_f1)
+        return Measured({self.name: counts.whole()}, statistics={self.name: counts})
+
+
+def macro_f1(sums: "NDArray[Any]") -> "NDArray[Any]":
+    """The mean F1 over labels, for each row of: right by label, then said plus wanted by label."""
+    import numpy as np
+
+    right, all_of_it = np.split(sums, 2, axis=1)
+    scores = 2 * right / np.maximum(all_of_it, 1)
+    return scores.sum(axis=1) / np.maximum((all_of_it > 0).sum(axis=1), 1)
+
+
+def named(text: str, labels: Sequence[str], anywhere: bool) -> str | None:
+    """The label that a text is, or with `anywhere` the only one that stands in it."""
+    plain = _plain(text)
+    if plain in labels or not anywhere:
+        return plain if plain in labels else None
+    found = [label for label in labels if f" {label} " in f" {plain} "]
+    # In "card arrival" stands the label "card" too, and is not meant.
+    whole = [x for x in found if not any(f" {x} " in f" {y} " for y in found if y != x)]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _plain(text: str) -> str:
+    """A label as it is compared: words in lower case with one blank between."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())

@@ -19,7 +19,7 @@ from helpers.task_models import (
     written,
 )
 from luthier.errors import UserError
-from luthier.metrics.entities import entity_scores
+from luthier.metrics.classification import entity_scores
 from luthier.model.adapters import add_adapter
 
 ROWS = [

@@ -17,7 +17,11 @@ from transformers import Trainer, TrainingArguments
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.metrics.classes import multi_label_scores, regression_scores, single_label_scores
+from luthier.metrics.classification import (
+    multi_label_scores,
+    regression_scores,
+    single_label_scores,
+)
 from luthier.model.machine import Machine
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.heads import (

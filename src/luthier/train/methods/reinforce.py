@@ -9,8 +9,7 @@ from trl.trainer.utils import nanstd
 
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
-from luthier.metrics.reward import Reward
-from luthier.metrics.rewards import parse_rewards, prepare_rewards, try_rewards
+from luthier.metrics.rewards import Reward, parse_rewards, prepare_rewards, try_rewards
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
 from luthier.train.arguments import trainer_arguments

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from luthier.config.schema import RunConfig
 from luthier.data.batches.rows import IGNORED
 from luthier.data.prepare import Prepared
-from luthier.metrics.entities import OUTSIDE, are_entity_tags, entity_scores
+from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.machine import Machine
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.heads import Labelled, check_positions, labels_of, load_head

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from luthier.metrics.metric import Measured, Metric, Reply, RowMetric
+from luthier.metrics.base import Measured, Metric, Reply, RowMetric
 
 _TOKENIZER_PACKAGES = {
     "ja-mecab": ("MeCab", "ipadic"),
