@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from luthier.config.schema import DatasetConfig, SourceConfig
-from luthier.data.batches.samplers import PackedSampler
-from luthier.data.encoders import ConversationEncoder
+from luthier.data.batching.samplers import PackedSampler
+from luthier.data.encoders.chat import ConversationEncoder
 from luthier.data.prepare import Prepared, prepare
 
 LENGTH = 2048

@@ -26,11 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.batches.collators import PackedRows
-from luthier.data.batches.dataset import SampledRows
-from luthier.data.batches.packing import Fit, pack
-from luthier.data.batches.rows import TokenRows
-from luthier.data.batches.samplers import PackedSampler
+from luthier.data.batching.collators import PackedRows
+from luthier.data.batching.packing import Fit, pack
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import PackedSampler, SampledRows
 
 REPEATS = 3
 BATCH = 8

@@ -209,8 +209,8 @@ class Measured:
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
+        from luthier.data.batching.settings import Batching
         from luthier.model.adapters import add_adapter
-        from luthier.train.batching import Batching
         from luthier.train.sft import TokenTrainer
 
         lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.chatml import CHATML
 from helpers.letter_encoder import pair, save
 from luthier.config.schema import ChatSettings, DatasetConfig, EvalConfig, SourceConfig
-from luthier.data.encoders import ConversationEncoder, TextEncoder
+from luthier.data.encoders.chat import ConversationEncoder, TextEncoder
 from luthier.data.prepare import prepare
 
 DATED = "{{ strftime_now('%d %B') }}" + CHATML
@@ -369,5 +369,5 @@ def test_one_changed_byte_counts(write):
 
 def test_another_encoding_version_counts(monkeypatch):
     before = outcome({})
-    monkeypatch.setattr("luthier.data.store.key.ENCODING_VERSION", 1000)
+    monkeypatch.setattr("luthier.data.store.store.ENCODING_VERSION", 1000)
     assert outcome({}).keys != before.keys

@@ -2,8 +2,8 @@
 
 import pytest
 
-from luthier.data.compose import filter as filter_module
-from luthier.data.compose.filter import SearchTimeoutError, compile_filter
+from luthier.data import filter as filter_module
+from luthier.data.filter import SearchTimeoutError, compile_filter
 from luthier.data.rows import RowError
 from luthier.errors import UserError
 

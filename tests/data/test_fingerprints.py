@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from luthier.data.compose.prints import as_prints, canonical, duplicates, fingerprint, normalised
+from luthier.data.fingerprints import as_prints, canonical, duplicates, fingerprint, normalised
 
 
 def said(text, **more):
@@ -25,7 +25,7 @@ def test_the_canonical_json_gives_the_example_back():
 
 
 def test_the_fingerprint_is_the_same_in_any_process():
-    code = "from luthier.data.compose.prints import *; print(fingerprint({'text': 'a'}).hex())"
+    code = "from luthier.data.fingerprints import *; print(fingerprint({'text': 'a'}).hex())"
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert shown.stdout.strip() == fingerprint({"text": "a"}).hex()
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from luthier.config.schema import SourceConfig
-from luthier.data.compose.chance import shuffled
-from luthier.data.compose.mixture import mixture, spread
+from luthier.data.mixture import mixture, spread
+from luthier.data.seeded_random import shuffled
 from luthier.errors import UserError
 
 
@@ -89,7 +89,7 @@ def test_a_spread_by_hand():
 
 
 def test_the_order_is_the_same_in_any_process():
-    code = "from luthier.data.compose.chance import shuffled; print(shuffled(9, 'a', 1).tolist())"
+    code = "from luthier.data.seeded_random import shuffled; print(shuffled(9, 'a', 1).tolist())"
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert shown.stdout.strip() == str(shuffled(9, "a", 1).tolist())
 

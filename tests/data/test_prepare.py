@@ -10,9 +10,8 @@ import pytest
 
 from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, save, shown, texts
 from luthier.config.schema import DatasetConfig
-from luthier.data.counts import Counts
-from luthier.data.encoders import ConversationEncoder, hashes_of
-from luthier.data.prepare import expand, prepare
+from luthier.data.encoders.chat import ConversationEncoder, hashes_of
+from luthier.data.prepare import Counts, expand, prepare
 from luthier.data.store import Ragged
 from luthier.errors import UserError
 

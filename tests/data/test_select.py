@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from luthier.config.schema import EvalConfig
-from luthier.data.compose.prints import as_prints, duplicates, fingerprint, normalised
-from luthier.data.compose.splits import apart, hold_out
+from luthier.data.fingerprints import as_prints, duplicates, fingerprint, normalised
+from luthier.data.select import apart, hold_out
 from luthier.errors import UserError
 
 
@@ -66,8 +66,8 @@ def test_the_draw_does_not_hang_on_the_files_order():
 
 def test_the_draw_is_the_same_in_any_process():
     code = (
-        "from luthier.data.compose.prints import as_prints, fingerprint\n"
-        "from luthier.data.compose.splits import hold_out\n"
+        "from luthier.data.fingerprints import as_prints, fingerprint\n"
+        "from luthier.data.select import hold_out\n"
         "from luthier.config.schema import EvalConfig\n"
         "prints = as_prints(fingerprint({'text': str(n)}) for n in range(100))\n"
         "print(hold_out(prints, EvalConfig(count=20), 0).heldout.tolist())"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from luthier.config.schema import DatasetConfig
-from luthier.data.encoders import EncodedRows
+from luthier.data.encoders.chat import EncodedRows
 from luthier.data.streaming import open_stream
 from luthier.errors import UserError
 

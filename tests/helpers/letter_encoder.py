@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 
 from luthier.chat import ChatError
 from luthier.config.schema import DatasetConfig
-from luthier.data.encoders import EncodedRows
+from luthier.data.encoders.chat import EncodedRows
 from luthier.data.prepare import prepare
 
 NAMELESS = SimpleNamespace(

@@ -6,8 +6,8 @@ import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from helpers.chatml import CHATML, byte_tokenizer
-from luthier.data.batches.rows import TokenRows
-from luthier.train.batching import Batching
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.settings import Batching
 
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 

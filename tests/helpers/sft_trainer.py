@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from luthier.train.batching import Batching
+from luthier.data.batching.settings import Batching
 from luthier.train.sft import TokenTrainer
 
 VOCABULARY = 64

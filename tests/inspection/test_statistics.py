@@ -158,7 +158,7 @@ COUNTED = {
 
 def encoders(config, tokenizer):
     """Those of supervised training, without its heavy imports."""
-    from luthier.data.encoders import ConversationEncoder, TextEncoder
+    from luthier.data.encoders.chat import ConversationEncoder, TextEncoder
 
     def encoder(kind, source, key):
         if kind == "text":

@@ -5,9 +5,9 @@ import torch
 
 from helpers.sft_trainer import model, packing, plain_loss, rows, trainer
 from luthier.config.schema import RunConfig
-from luthier.data.batches.rows import ListTable, TokenRows
+from luthier.data.batching.rows import ListTable, TokenRows
+from luthier.data.batching.settings import Batching, batching_of
 from luthier.errors import UserError
-from luthier.train.batching import Batching, batching_of
 
 
 def config(args=None, max_length=64, padding="longest"):

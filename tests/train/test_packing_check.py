@@ -9,9 +9,9 @@ import torch
 from transformers import AttentionInterface
 
 from helpers.sft_trainer import model, packing, plain_loss, rows, trainer
-from luthier.data.batches.collators import FlatRows, PackedRows
+from luthier.data.batching.collators import FlatRows, PackedRows
+from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
-from luthier.train.batching import Batching
 from luthier.train.batching_isolation import check_isolation
 
 

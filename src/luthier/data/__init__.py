@@ -3,7 +3,7 @@
 `luthier.data.prepare` makes the token rows; it needs numpy and pyarrow, so it is imported late.
 """
 
-from luthier.data.check import check_files
-from luthier.data.shapes import Example
+from luthier.data.formats import Example
+from luthier.data.quick_check import check_files
 
 __all__ = ["Example", "check_files"]

@@ -10,10 +10,9 @@ import numpy as np
 
 from luthier.chat import ChatError
 from luthier.config.schema import DatasetConfig, SourceConfig
-from luthier.data.compose.mixture import key_of
-from luthier.data.encoders import EncodedRows, RowEncoder
-from luthier.data.examples import BadRows, Opened, Placed, open_rows
-from luthier.data.parts import train_sources
+from luthier.data.encoders.chat import EncodedRows, RowEncoder
+from luthier.data.examples import BadRows, Opened, Placed, open_rows, train_sources
+from luthier.data.mixture import key_of
 from luthier.errors import UserError
 
 CHUNK = 256

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.config.schema import RunConfig
+from luthier.data.encoders.plain_text import OnLong
+from luthier.data.encoders.preference import RewardEncoder
+from luthier.data.encoders.tasks import ClassificationEncoder, TaggingEncoder
 from luthier.data.examples import Opened, Placed
-from luthier.data.frames import OnLong
-from luthier.data.judged_encoders import RewardEncoder
-from luthier.data.task_encoders import ClassificationEncoder, TaggingEncoder
 from luthier.evaluate.batching import by_length
 from luthier.evaluate.items import Item, Items
 from luthier.evaluate.outcome import Outcome

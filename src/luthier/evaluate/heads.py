@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.data.batches import judged
+from luthier.data.batching import preference_collators
 from luthier.errors import UserError
 from luthier.evaluate.items import Item
 from luthier.infer.score import Question
@@ -193,8 +193,10 @@ class Rewards(Head):
         import torch
         from torch.nn.functional import logsigmoid
 
-        layout = judged.WholeLayout(pad_token_id)
-        batch = _on(model, layout([judged.Item(0, row, row, real=True) for row in rows]))
+        layout = preference_collators.WholeLayout(pad_token_id)
+        batch = _on(
+            model, layout([preference_collators.Item(0, row, row, real=True) for row in rows])
+        )
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         rewards = model(**given, use_cache=False).logits.squeeze(-1).float()
         chosen, rejected = rewards.chunk(2)

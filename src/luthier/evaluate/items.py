@@ -7,8 +7,16 @@ from typing import Any, Protocol
 
 from luthier.config.methods import ROW_KINDS
 from luthier.config.schema import DatasetConfig, RunConfig
-from luthier.data.examples import BadRows, Opened, Placed, open_rows
-from luthier.data.parts import eval_sources, key_of_path, set_name, train_sources
+from luthier.data.examples import (
+    BadRows,
+    Opened,
+    Placed,
+    eval_sources,
+    key_of_path,
+    open_rows,
+    set_name,
+    train_sources,
+)
 from luthier.data.prepare import prepare
 from luthier.errors import UserError
 from luthier.infer.score import Question

@@ -5,10 +5,9 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import SourceConfig
+from luthier.data.encoders.plain_text import OnLong, PlainEncoder
+from luthier.data.encoders.tasks import Seq2SeqEncoder
 from luthier.data.examples import Opened, Placed
-from luthier.data.frames import OnLong
-from luthier.data.plain import PlainEncoder
-from luthier.data.task_encoders import Seq2SeqEncoder
 from luthier.errors import UserError
 from luthier.evaluate.items import Item, Items
 from luthier.infer.score import questions

@@ -146,7 +146,7 @@ def _rows(artefact: Artefact) -> list[dict[str, list[int]]]:
             f"{artefact.word}: GPTQ and AWQ look at training rows, and this is no run of luthier. "
             "Name the run's folder, or use --quantize nf4."
         )
-    from luthier.data.batches.rows import TokenRows
+    from luthier.data.batching.rows import TokenRows
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train import methods

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
-from luthier.data.reading.opening import kind_of
+from luthier.data.sources.open import kind_of
 from luthier.errors import UserError
 from luthier.export import licences
 from luthier.export.names import hub_name, last, public, public_values

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import DatasetConfig, SourceConfig
-from luthier.data.examples import BadRows, Opened, Placed, open_rows
-from luthier.data.parts import MAIN, train_sources
-from luthier.data.prompts import parted
+from luthier.data.encoders.prompts import parted
+from luthier.data.examples import MAIN, BadRows, Opened, Placed, open_rows, train_sources
 from luthier.errors import UserError
 from luthier.infer.prompts import Prompt
 

@@ -101,7 +101,7 @@ def load(
 
 def _prompter(artefact: Artefact, tokenizer: Any) -> ChatEncoder | Sources | None:
     if artefact.task == "SEQ_2_SEQ_LM":
-        from luthier.data.task_encoders import Seq2SeqEncoder
+        from luthier.data.encoders.tasks import Seq2SeqEncoder
 
         limit = None if artefact.config is None else artefact.config.chat.max_length
         on_long = "error" if artefact.config is None else artefact.config.chat.on_long

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from luthier.data.task_encoders import Seq2SeqEncoder
+from luthier.data.encoders.tasks import Seq2SeqEncoder
 
 
 class Sources:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import ChatSequence
-from luthier.data.compose.prints import Prints, fingerprint, normalised
 from luthier.data.examples import BadRows, Opened
+from luthier.data.fingerprints import Prints, fingerprint, normalised
 from luthier.inspect.division import Positions, Seen
 from luthier.inspect.rows import FATES, Fate, Row, cut_words
 from luthier.inspect.rules import EXAMPLES, RuleExample

@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.packing import Fit
-from luthier.data.batches.rows import TokenRows
-from luthier.data.batches.samplers import (
+from luthier.data.batching.packing import Fit
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import (
     LengthGroupedSampler,
     Sampler,
     SequentialSampler,
     ShuffledSampler,
 )
-from luthier.train.batching import Batching
+from luthier.data.batching.settings import Batching
 
 Lengths = NDArray[np.int32]
 Widths = NDArray[np.int64]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import EvalConfig
-from luthier.data.compose.prints import Prints
+from luthier.data.fingerprints import Prints
 from luthier.inspect.rules import EXAMPLES, RuleExample
 
 Positions = NDArray[np.int64]

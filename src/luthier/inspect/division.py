@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import DatasetConfig
-from luthier.data.compose.prints import Prints, as_prints, fingerprint, normalised
-from luthier.data.examples import BadRows, Opened, Placed
-from luthier.data.parts import train_sources
+from luthier.data.examples import BadRows, Opened, Placed, train_sources
+from luthier.data.fingerprints import Prints, as_prints, fingerprint, normalised
 from luthier.data.select import Selection, select, starts_of
 from luthier.inspect.material import Material
 

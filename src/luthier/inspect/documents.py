@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier.chat import IGNORED, ChatError, ChatSequence, Reply, Segment
+from luthier.data.encoders.plain_text import PlainEncoder, Window
 from luthier.data.examples import Placed
-from luthier.data.plain import PlainEncoder, Window
 from luthier.inspect.rows import Row, place
 
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 from luthier import data, model
 from luthier.config import load
 from luthier.config.schema import DatasetConfig, RunConfig
-from luthier.data.compose.mixture import key_of
-from luthier.data.examples import Opened, open_rows
-from luthier.data.parts import eval_sources, set_name, train_sources
+from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.examples import Opened, eval_sources, open_rows, set_name, train_sources
+from luthier.data.mixture import key_of
 from luthier.environment import set_environment
 from luthier.errors import UserError
 from luthier.inspect.readers import Readers
 from luthier.model.tokenizer import end_token_ids, load_tokenizer
-from luthier.train.batching import Batching, batching_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ from typing import Any
 from luthier.chat import ChatEncoder, ChatError, ChatSequence, Segment
 from luthier.chat.encoder import Prompts
 from luthier.config.schema import ChatSettings
+from luthier.data.encoders.prompts import NO_PROMPT, parted
 from luthier.data.examples import Placed
-from luthier.data.prompts import NO_PROMPT, parted
 from luthier.inspect.rows import Row, place
 
 

@@ -34,7 +34,7 @@ class Readers:
         return DocumentReader(self._tokenizer, config.chat.max_length, config.dataset.stride)
 
     def _prompts(self) -> RowReader:
-        from luthier.data.prompts import longest_prompt
+        from luthier.data.encoders.prompts import longest_prompt
         from luthier.inspect.prompts import PromptReader
 
         config = self._config

@@ -10,8 +10,7 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import RunConfig
-from luthier.data.examples import BadRows, Opened, open_rows
-from luthier.data.parts import eval_sources, train_sources
+from luthier.data.examples import BadRows, Opened, eval_sources, open_rows, train_sources
 from luthier.errors import UserError
 from luthier.inspect.difference import parting, stretch
 from luthier.inspect.rows import place

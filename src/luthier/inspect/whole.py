@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import RunConfig
-from luthier.data.compose.prints import Prints
+from luthier.data.fingerprints import Prints
 from luthier.data.select import Selection
 from luthier.errors import UserError
 from luthier.inspect.account import Account

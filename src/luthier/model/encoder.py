@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from luthier.chat import ChatEncoder
 from luthier.config.schema import RunConfig
-from luthier.data.task_encoders import Seq2SeqEncoder
+from luthier.data.encoders.tasks import Seq2SeqEncoder
 from luthier.infer.sources import Sources
 from luthier.model.tokenizer import end_token_ids
 

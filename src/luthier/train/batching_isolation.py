@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.data.batches.collators import FlatRows, PackedRows, PaddedRows
-from luthier.data.batches.draws import random_bits
-from luthier.data.batches.rows import Document, TrainingRow
+from luthier.data.batching.collators import FlatRows, PackedRows, PaddedRows
+from luthier.data.batching.rows import Document, TrainingRow
+from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
 
 AROUND, SEEN = 12, 9

@@ -5,16 +5,16 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from luthier.data.batches.collators import FlatRows, PackedRows, PaddedRows
-from luthier.data.batches.rows import ListTable, TokenRows, check_fits
-from luthier.data.batches.samplers import (
+from luthier.data.batching.collators import FlatRows, PackedRows, PaddedRows
+from luthier.data.batching.rows import ListTable, TokenRows, check_fits
+from luthier.data.batching.samplers import (
     LengthGroupedSampler,
     PackedSampler,
     Sampler,
     SequentialSampler,
     ShuffledSampler,
 )
-from luthier.train.batching import Batching
+from luthier.data.batching.settings import Batching
 
 Collator = PaddedRows | PackedRows | FlatRows
 

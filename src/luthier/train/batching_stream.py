@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from luthier.data.batches.rows import TrainingRow
-from luthier.data.batches.stream import Open, packed, passes
+from luthier.data.batching.rows import TrainingRow
+from luthier.data.batching.samplers import Open, packed, passes
 from luthier.errors import UserError
 
 

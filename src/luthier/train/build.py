@@ -13,6 +13,7 @@ from transformers.trainer_utils import enable_full_determinism
 
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
+from luthier.data.batching.settings import batching_of
 from luthier.data.prepare import Prepared, prepare
 from luthier.model import adapter_training, prequantized
 from luthier.model.encoder import make_encoder, make_sources
@@ -31,7 +32,6 @@ from luthier.train import (
     report,
     trackers,
 )
-from luthier.train.batching import batching_of
 from luthier.train.fitting import fit
 from luthier.train.launched_by import launcher
 from luthier.train.methods import Ingredients, Method

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from luthier.data.batches.dataset import SampledRows
+from luthier.data.batching.samplers import SampledRows
 
 SHOWN = 8
 """Rows that a message names."""

@@ -8,13 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from luthier.data.batches.packing import pack
-from luthier.data.batches.rows import TokenRows
-from luthier.data.counts import Counts
-from luthier.data.prepare import Prepared
+from luthier.data.batching.packing import pack
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.settings import Batching
+from luthier.data.prepare import Counts, Prepared
 from luthier.data.streaming import Stream
 from luthier.storage.atomic import write_jsonl
-from luthier.train.batching import Batching
 
 console = Console(highlight=False)
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
+from luthier.data.batching.settings import batching_of
 from luthier.environment import set_environment
 from luthier.record import rundir
 from luthier.record.record import RunRecord
 from luthier.storage import lock
 from luthier.train import launch, trackers
-from luthier.train.batching import batching_of
 from luthier.train.stopping import SIGNALS, STOPPED, Stopped, leave_code
 
 if TYPE_CHECKING:

@@ -8,11 +8,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import SFTTrainer
 
-from luthier.data.batches.collators import flattened_for
-from luthier.data.batches.dataset import SampledRows
-from luthier.data.batches.samplers import Sampler
+from luthier.data.batching.collators import flattened_for
+from luthier.data.batching.samplers import SampledRows, Sampler
+from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
-from luthier.train.batching import Batching
 from luthier.train.batching_isolation import Isolation, check_isolation
 from luthier.train.batching_loaders import collator, token_rows
 from luthier.train.batching_stream import StreamRows, check_stream, flatten, stream_loader

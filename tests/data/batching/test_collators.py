@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.batches.collators import FlatRows, PackedRows, PaddedRows, flattened_for
-from luthier.data.batches.rows import Document
+from luthier.data.batching.collators import FlatRows, PackedRows, PaddedRows, flattened_for
+from luthier.data.batching.rows import Document
 
 X = -100
 PAD = 0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.batches.packing import Fit, pack
+from luthier.data.batching.packing import Fit, pack
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=120).map(np.array)
 SEED = st.none() | st.integers(0, 2**32)
@@ -95,7 +95,7 @@ def test_no_more_bins_than_the_tokens_need_and_one_where_rows_are_short():
 CODE = """
 import hashlib
 import numpy as np
-from luthier.data.batches.packing import pack
+from luthier.data.batching.packing import pack
 lengths = np.arange(5000, dtype=np.int64) * 7919 % 1000 + 1
 packing = pack(lengths, 2048, 42)
 data = packing.rows.astype("<i8").tobytes() + packing.starts.astype("<i8").tobytes()

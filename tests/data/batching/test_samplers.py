@@ -7,11 +7,11 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SkipBatchSampler
 from torch.utils.data import BatchSampler, DataLoader
 
-from luthier.data.batches.dataset import SampledRows
-from luthier.data.batches.rows import ListTable, TokenRows
-from luthier.data.batches.samplers import (
+from luthier.data.batching.rows import ListTable, TokenRows
+from luthier.data.batching.samplers import (
     LengthGroupedSampler,
     PackedSampler,
+    SampledRows,
     SequentialSampler,
     ShuffledSampler,
 )

@@ -5,8 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from luthier.data.batches.rows import Document
-from luthier.data.batches.stream import packed, passes, shuffled
+from luthier.data.batching.rows import Document
+from luthier.data.batching.samplers import packed, passes, shuffled
 from luthier.errors import UserError
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.chat import ChatError
-from luthier.data.plain import PlainEncoder, Window
+from luthier.data.encoders.plain_text import PlainEncoder, Window
 from luthier.errors import UserError
 
 X = -100

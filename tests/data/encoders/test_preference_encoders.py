@@ -9,7 +9,7 @@ import pytest
 
 from helpers.chatml import CHAT, CHATML, byte_tokenizer
 from luthier.chat import ChatEncoder, ChatError
-from luthier.data.judged_encoders import (
+from luthier.data.encoders.preference import (
     PreferenceEncoder,
     RewardEncoder,
     UnpairedEncoder,

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.chat import ChatError
-from luthier.data.encoders import hashes_of
-from luthier.data.task_encoders import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
+from luthier.data.encoders.chat import hashes_of
+from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.errors import UserError
 
 ASSETS = os.environ.get("LUTHIER_ASSETS")

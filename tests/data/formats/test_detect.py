@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from luthier.config.schema import SourceConfig
+from luthier.data.formats import find_shape
 from luthier.data.rows import Row, RowError
-from luthier.data.shapes import find_shape
 from luthier.errors import UserError
 
 USER = {"role": "user", "content": "Hi"}

@@ -3,8 +3,8 @@
 import pytest
 
 from luthier.config.schema import SourceConfig
+from luthier.data.formats import find_shape
 from luthier.data.rows import Row
-from luthier.data.shapes import find_shape
 from luthier.errors import UserError
 
 USER = {"role": "user", "content": "2 + 2?"}

@@ -6,8 +6,8 @@ import pytest
 
 from luthier.config import load
 from luthier.config.methods import METHODS
+from luthier.data.formats import find_shape
 from luthier.data.rows import Row
-from luthier.data.shapes import find_shape
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 ASKED = {"role": "user", "content": "Name a colour."}

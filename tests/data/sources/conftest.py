@@ -5,8 +5,8 @@ import json
 import pytest
 
 from luthier.config.schema import SourceConfig
-from luthier.data.reading import open_source
 from luthier.data.rows import BadRow, Row
+from luthier.data.sources import open_source
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from luthier.data.reading import tables
 from luthier.data.rows import BadRow, Row
+from luthier.data.sources import arrow
 from luthier.errors import UserError
 
 
@@ -52,7 +52,7 @@ class TestEach:
         assert opened(f"a.{suffix}", max_rows=2).size == 2
 
     def test_rows_are_read_a_few_at_a_time(self, opened, fields, suffix, monkeypatch):
-        monkeypatch.setattr(tables, "_ROWS", 7)
+        monkeypatch.setattr(arrow, "_ROWS", 7)
         rows = [{"n": number} for number in range(50)]
         WRITERS[suffix](pa.Table.from_pylist(rows), f"a.{suffix}")
         assert fields(f"a.{suffix}") == rows

@@ -64,7 +64,7 @@ def test_columns_of_json_keep_their_nulls(saved, fields):
 def test_it_takes_no_import_of_datasets(saved):
     code = (
         "import sys; from luthier.config.schema import SourceConfig\n"
-        "from luthier.data.reading import open_source\n"
+        "from luthier.data.sources import open_source\n"
         "assert len(list(open_source(SourceConfig(path=sys.argv[1])).rows())) == 2\n"
         "print({'datasets', 'torch', 'pandas'} & set(sys.modules))"
     )

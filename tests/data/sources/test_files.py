@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.reading.paths import is_local
 from luthier.data.rows import BadRow
+from luthier.data.sources.files import is_local
 from luthier.errors import UserError
 
 LINE = '{"a": 1}\n'
@@ -155,7 +155,7 @@ def test_names_of_one_split_are_no_matter(write, opened, names):
 
 def test_the_key_of_the_source_stands_in_errors(write, opened):
     from luthier.config.schema import SourceConfig
-    from luthier.data.reading import open_source
+    from luthier.data.sources import open_source
 
     with pytest.raises(UserError, match=r"dataset\.sources\.mine\.split=test is for hub"):
         open_source(SourceConfig(path=write("a.jsonl", LINE), split="test"), "dataset.sources.mine")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from luthier.data.reading.reach import _reachable
+from luthier.data.sources.hub import _reachable
 from luthier.errors import UserError
 
 
@@ -79,7 +79,7 @@ def endpoint():
 READ = """
 import json, sys
 from luthier.config.schema import SourceConfig
-from luthier.data.reading import open_source
+from luthier.data.sources import open_source
 from luthier.errors import UserError
 for settings in json.loads(sys.argv[1]):
     streaming = settings.pop("streaming", False)
@@ -164,8 +164,8 @@ def test_a_stream_of_datasets_gives_the_rows_of_its_tables(tmp_path, write, monk
     from datasets import load_dataset
 
     from luthier.config.schema import SourceConfig
-    from luthier.data.reading.hub import HubContent
-    from luthier.data.reading.options import Options
+    from luthier.data.sources.hub import HubContent
+    from luthier.data.sources.options import Options
 
     rows = [{"a": [{"b": number}] if number % 2 else [{"c": "x"}]} for number in range(2500)]
     name = write("a.jsonl", rows)

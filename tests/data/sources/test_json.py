@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from luthier.data.reading import streams
 from luthier.data.rows import BadRow, Row
+from luthier.data.sources import streams
 from luthier.errors import UserError
 
 ROW = {"prompt": "Hi", "completion": "Hello"}
@@ -259,7 +259,7 @@ def test_a_broken_array_is_not_read_to_its_end(write, opened, monkeypatch):
             taken.append(len(block))
             yield block
 
-    monkeypatch.setattr("luthier.data.reading.texts.blocks", counted)
+    monkeypatch.setattr("luthier.data.sources.text.blocks", counted)
     monkeypatch.setattr(streams, "BLOCK", 1000)
     name = write("a.json", f"[{GOOD}, {{oops}}, " + f"{GOOD},\n" * 10_000)
     with pytest.raises(UserError, match=r"a\.json:1: this is not JSON"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.reading import streams
+from luthier.data.sources import streams
 from luthier.errors import UserError
 
 ROWS = [{"n": number, "text": "x" * 40} for number in range(2000)]
@@ -119,7 +119,7 @@ def test_opening_and_reading_imports_nothing_heavy(write, suffix):
     content = b'{"a": "1"}\n{"a": "2"}\n'
     name = write(f"a.{suffix}", gzip.compress(content) if suffix.endswith("gz") else content)
     code = (
-        "import sys\nfrom luthier.data.reading import open_source\n"
+        "import sys\nfrom luthier.data.sources import open_source\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow', 'fsspec', 'pandas'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "from luthier.config.schema import SourceConfig\n"
@@ -135,7 +135,7 @@ def test_opening_and_reading_imports_nothing_heavy(write, suffix):
 MEMORY = """
 import sys
 from luthier.config.schema import SourceConfig
-from luthier.data.reading import open_source
+from luthier.data.sources import open_source
 for path in sys.argv[1:]:
     count = sum(1 for _ in open_source(SourceConfig(path=path)).rows())
     status = dict(line.split(":") for line in open("/proc/self/status"))

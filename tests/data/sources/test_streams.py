@@ -132,7 +132,7 @@ def test_a_format_can_be_named_where_the_name_says_none(write, fields):
 
 def test_a_full_disk_says_what_to_do(write, read, monkeypatch):
     """A real file system without room for the copy that a packed table takes."""
-    monkeypatch.setattr("luthier.data.reading.streams.tempfile.TemporaryFile", FullDisk)
+    monkeypatch.setattr("luthier.data.sources.streams.tempfile.TemporaryFile", FullDisk)
     table = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
     with pytest.raises(UserError, match=r"temporary copy in .*No space left.*Set TMPDIR"):

@@ -214,7 +214,7 @@ TMPFS = "mkdir -p cache && mount -t tmpfs -o size=2m tmpfs cache && exec "
 @pytest.mark.parametrize("batch_bytes", [1, 2**30], ids=["in-the-middle", "at-the-end"])
 def test_a_limit_on_files_in_words(tmp_path, batch_bytes):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
-    batches = f"import luthier.data.store.writer as w; w.BATCH_BYTES = {batch_bytes}\n"
+    batches = f"import luthier.data.store.table as w; w.BATCH_BYTES = {batch_bytes}\n"
     shown = start(limit + batches + FILL, tmp_path).communicate()[0]
     assert "dataset: the cache folder cache is full (File too large): " in shown
     assert "LUTHIER_CACHE" in shown and "dataset.cache" in shown

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from luthier.data.store import cache_key, key, tokenizer_digest
+from luthier.data.store import cache_key, store, tokenizer_digest
 
 PARTS = {"sources": ["ab12"], "settings": {"max_length": 512, "train_on": "all"}}
 
@@ -38,7 +38,7 @@ def test_any_other_part_gives_another_key(other):
 
 def test_another_encoding_version_gives_another_key(monkeypatch):
     before = cache_key(PARTS)
-    monkeypatch.setattr(key, "ENCODING_VERSION", key.ENCODING_VERSION + 1)
+    monkeypatch.setattr(store, "ENCODING_VERSION", store.ENCODING_VERSION + 1)
     assert cache_key(PARTS) != before
 
 

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from luthier.data.store import Ragged, Table, Writer, writer
+from luthier.data.store import Ragged, Table, Writer
+from luthier.data.store import table as writer
 
 
 @pytest.fixture

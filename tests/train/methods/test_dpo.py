@@ -22,7 +22,7 @@ from helpers.preference_trainer import (
 )
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
-from luthier.data.judged_encoders import PreferenceEncoder
+from luthier.data.encoders.preference import PreferenceEncoder
 from luthier.errors import UserError
 from luthier.train.methods.dpo import DPO, PairTrainer
 from luthier.train.methods.pair_losses import AVERAGED, LOSSES, Strengths

@@ -21,8 +21,8 @@ from helpers.preference_trainer import (
     unpaired,
 )
 from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.batches.rows import TokenRows
-from luthier.data.judged_encoders import UnpairedEncoder, UnpairingEncoder
+from luthier.data.batching.rows import TokenRows
+from luthier.data.encoders.preference import UnpairedEncoder, UnpairingEncoder
 from luthier.errors import UserError
 from luthier.train.methods import kto
 from luthier.train.methods.encoding import verdicts

@@ -17,7 +17,7 @@ from helpers.preference_trainer import (
     tokenizer,
     trainer,
 )
-from luthier.data.judged_encoders import PreferenceEncoder
+from luthier.data.encoders.preference import PreferenceEncoder
 from luthier.train.methods.odds import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))

@@ -25,10 +25,10 @@ from helpers.preference_trainer import (
     trainer,
     unpaired,
 )
-from luthier.data.batches.judged import Partners, fixed_partners, rotated
-from luthier.data.batches.samplers import ShuffledSampler
-from luthier.data.judged_encoders import PreferenceEncoder, RewardEncoder, UnpairedEncoder
-from luthier.train.batching import Batching
+from luthier.data.batching.preference_collators import Partners, fixed_partners, rotated
+from luthier.data.batching.samplers import ShuffledSampler
+from luthier.data.batching.settings import Batching
+from luthier.data.encoders.preference import PreferenceEncoder, RewardEncoder, UnpairedEncoder
 from luthier.train.methods.dpo import PairTrainer
 from luthier.train.methods.kto import UnpairedTrainer
 from luthier.train.methods.odds import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig

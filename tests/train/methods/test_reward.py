@@ -20,9 +20,9 @@ from helpers.preference_trainer import (
     trainer,
 )
 from luthier.config.schema import RunConfig
-from luthier.data.batches.judged import WholeLayout
-from luthier.data.batches.rows import TokenRows
-from luthier.data.judged_encoders import RewardEncoder
+from luthier.data.batching.preference_collators import WholeLayout
+from luthier.data.batching.rows import TokenRows
+from luthier.data.encoders.preference import RewardEncoder
 from luthier.errors import UserError
 from luthier.model.machine import Machine
 from luthier.train.methods.reward import Reward, ScoreTrainer, padding

@@ -1,10 +1,15 @@
 """Encoded rows on disk, as Arrow files under a key of all that decides them; see docs/cache.md."""
 
-from luthier.data.store.columns import Ragged
-from luthier.data.store.key import ENCODING_VERSION, cache_key, tokenizer_digest
-from luthier.data.store.store import Entry, Store, Stored, data_folder
-from luthier.data.store.table import Table
-from luthier.data.store.writer import TableWriter, Writer
+from luthier.data.store.store import (
+    ENCODING_VERSION,
+    Entry,
+    Store,
+    Stored,
+    cache_key,
+    data_folder,
+    tokenizer_digest,
+)
+from luthier.data.store.table import Ragged, Table, TableWriter, Writer
 
 __all__ = [
     "ENCODING_VERSION",

@@ -1,13 +1,26 @@
 """A table of encoded rows, mapped from its file: rows are views of the file, not copies."""
 
+import errno
+import os
+import re
+import shutil
+import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from luthier.errors import UserError
+from luthier.storage.sizes import in_words, size_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Reader = Callable[[int], Any]
 """Gives the value of one column at a row of a record batch."""
@@ -120,3 +133,264 @@ def _offsets(array: Any) -> NDArray[np.int32]:
     """Where each token row begins in the flat values, and where the last one ends."""
     offsets: NDArray[np.int32] = array.offsets.to_numpy()
     return offsets
+
+
+# What a column of a table may hold, and how lists of Python become Arrow arrays.
+
+MOST_TOKENS = 2**31 - 1
+"""Tokens of one record batch: Arrow's lists count them in 32 bits."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Token rows laid end to end: row i is `values[offsets[i] : offsets[i + 1]]`."""
+
+    values: NDArray[np.integer]
+    offsets: NDArray[np.integer]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+Column = (
+    Sequence[Sequence[int]] | Sequence[int] | Sequence[str] | Sequence[bytes] | NDArray | Ragged
+)
+"""Token rows, numbers, texts or bytes: one value for each row of the table."""
+
+
+def to_arrow(column: Column) -> "pa.Array":
+    """The column as one Arrow array; TypeError for values that no column holds, such as None.
+
+    Token rows become lists of int32, numbers keep numpy's type (Python's become int64 or float64),
+    texts and bytes become large strings and binaries.
+    """
+    array = _array(column)
+    if array.null_count:
+        raise TypeError("a column holds None")
+    return array
+
+
+def _array(column: Column) -> "pa.Array":
+    import pyarrow as pa
+
+    if isinstance(column, Ragged):
+        return _lists(_int32(column.values), column.offsets)
+    if isinstance(column, np.ndarray):
+        return pa.array(column)
+    if isinstance(column[0], str):
+        return pa.array(column, pa.large_string())
+    if isinstance(column[0], bytes):
+        return pa.array(column, pa.large_binary())
+    if isinstance(column[0], (list, tuple, np.ndarray)):
+        return _lists(*_flat(column))
+    return pa.array(np.asarray(column))
+
+
+def _flat(rows: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Token rows end to end, and where each begins.
+
+    `struct` packs a list of ids in 11 ns an id; numpy and pyarrow take 18.
+    """
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    if isinstance(rows[0], np.ndarray):
+        return _int32(np.concatenate(rows)), offsets
+    try:
+        packed = b"".join([struct.pack(f"={len(row)}i", *row) for row in rows])
+    except struct.error as error:
+        raise TypeError(f"a token row holds what is no 32-bit number: {error}") from error
+    return np.frombuffer(packed, dtype=np.int32), offsets
+
+
+def _int32(values: NDArray) -> NDArray[np.int32]:
+    """The ids as int32; TypeError if one does not fit."""
+    narrow = values.astype(np.int32, copy=False)
+    if narrow.dtype != values.dtype and not np.array_equal(narrow, values):
+        raise TypeError("a token row holds what is no 32-bit number")
+    return narrow
+
+
+def _lists(values: NDArray[np.int32], offsets: NDArray[np.integer]) -> "pa.Array":
+    """A list array over flat values, without a copy of them."""
+    import pyarrow as pa
+
+    if len(values) > MOST_TOKENS:
+        raise ValueError(f"{len(values)} tokens in one append; append fewer rows at a time")
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+# Several tables as one, laid end to end.
+
+
+class JoinedTable:
+    """The token rows of several tables under one numbering."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self.tables = list(tables)
+        self._starts: list[int] = np.cumsum([0, *map(len, self.tables)]).tolist()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each row, shape (rows,)."""
+        parts = [table.lengths for table in self.tables if len(table)]
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """Tokens that a model reads for each row, shape (rows,)."""
+        parts = [table.tokens for table in self.tables if len(table)]
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of numbers of all tables, shape (rows,)."""
+        parts = [table.column(name) for table in self.tables if len(table)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def row(self, number: int, /) -> Mapping[str, Any]:
+        """The columns of one row."""
+        table = bisect_right(self._starts, number) - 1
+        return self.tables[table].row(number - self._starts[table])
+
+    def start_of(self, table: int) -> int:
+        """The number of a table's first row."""
+        return self._starts[table]
+
+
+# The words for a disk that is full or a folder that cannot be written to.
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing_to(cache: Path, entry: Path | None = None) -> Iterator[None]:
+    """Turn an OSError of writing to the cache folder into a UserError that says what to do.
+
+    `entry` is the folder of what was being written, whose size is told when the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _FULL:
+            raise UserError(_full(cache, entry, reason)) from error
+        raise UserError(
+            f"dataset: the cache folder {cache} cannot be written to: {reason}.\n"
+            "Name another folder: dataset.cache=FOLDER, or the environment variable LUTHIER_CACHE."
+        ) from error
+
+
+def _full(cache: Path, entry: Path | None, reason: str) -> str:
+    written = in_words(size_of(entry)) if entry is not None and entry.is_dir() else "none"
+    return (
+        f"dataset: the cache folder {cache} is full ({reason}): {written} of this dataset's "
+        f"encoded rows were written and {in_words(shutil.disk_usage(cache).free)} are free.\n"
+        "What was written is removed. Free some space there, or name another folder: "
+        "dataset.cache=FOLDER, or the environment variable LUTHIER_CACHE."
+    )
+
+
+# Writes the tables of an entry to disk while they are made, in memory that does not grow.
+
+BATCH_BYTES = 8 * 2**20
+"""Bytes that a table holds back before it writes a record batch."""
+
+
+class TableWriter:
+    """Takes the rows of one table; a few hundred at a time is fast."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows = 0
+        """Rows so far."""
+        self._schema: Any = None
+        self._waiting: list[Any] = []
+        self._waiting_bytes = 0
+        self._sink: Any = None
+        self._file: Any = None
+
+    def append(self, columns: Mapping[str, Column]) -> None:
+        """Add rows: one value a row in each column, and the same columns each time.
+
+        Raises ValueError for columns of different lengths, TypeError for values that do not go
+        with those before, and UserError where the disk is full.
+        """
+        import pyarrow as pa
+
+        lengths = {len(column) for column in columns.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"columns of {sorted(lengths)} rows in one append")
+        if lengths == {0}:
+            return
+        arrays = [to_arrow(column) for column in columns.values()]
+        batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
+        self._schema = self._schema or batch.schema
+        if batch.schema != self._schema:
+            raise TypeError(f"columns ({batch.schema}) behind columns ({self._schema})")
+        self._hold(batch)
+
+    def close(self) -> None:
+        """Write what is held back and the file's end; a table without rows has no columns."""
+        import pyarrow as pa
+
+        self._schema = self._schema or pa.schema([])
+        self._write()
+        with self._writing():
+            self._file.close()
+            self._sink.close()
+
+    def abandon(self) -> None:
+        """Let go of the file, which is to be removed."""
+        if self._sink is not None:
+            with suppress(OSError):
+                self._sink.close()
+
+    def _hold(self, batch: Any) -> None:
+        self._waiting.append(batch)
+        self._waiting_bytes += batch.nbytes
+        self.rows += batch.num_rows
+        if self._waiting_bytes >= BATCH_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is held back as one record batch, and begin the file with the first."""
+        import pyarrow as pa
+
+        with self._writing():
+            if self._file is None:
+                self._sink = pa.OSFile(str(self._path), "wb")
+                self._file = pa.ipc.new_file(self._sink, self._schema)
+            if self._waiting:
+                self._file.write_batch(pa.concat_batches(self._waiting))
+        self._waiting, self._waiting_bytes = [], 0
+
+    def _writing(self) -> Any:
+        return writing_to(self._path.parent.parent, self._path.parent)
+
+
+class Writer:
+    """Takes the tables of one entry; each becomes a file in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tables: dict[str, TableWriter] = {}
+
+    def table(self, name: str) -> TableWriter:
+        """The table of this name, begun if it is new; ValueError for what names no file."""
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{name!r} cannot be a file's name")
+        if name not in self._tables:
+            self._tables[name] = TableWriter(self._folder / f"{name}.arrow")
+        return self._tables[name]
+
+    def close(self) -> None:
+        """Finish all tables."""
+        for table in self._tables.values():
+            table.close()
+
+    def abandon(self) -> None:
+        """Let go of all files."""
+        for table in self._tables.values():
+            table.abandon()

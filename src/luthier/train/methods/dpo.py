@@ -9,7 +9,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.judged import PairLayout
+from luthier.data.batching.preference_collators import PairLayout
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.machine import Machine

@@ -5,17 +5,17 @@ from typing import Any
 
 from luthier.config.methods import check_rows
 from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.encoders import ConversationEncoder, KeepingColumns, RowEncoder, TextEncoder
-from luthier.data.judged_encoders import (
+from luthier.data.encoders.chat import ConversationEncoder, KeepingColumns, RowEncoder, TextEncoder
+from luthier.data.encoders.preference import (
     PreferenceEncoder,
     RewardEncoder,
     UnpairedEncoder,
     UnpairingEncoder,
 )
-from luthier.data.parts import key_of_shape
+from luthier.data.encoders.prompts import PromptEncoder, longest_prompt
+from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
+from luthier.data.examples import key_of_shape
 from luthier.data.prepare import Encoders
-from luthier.data.prompts import PromptEncoder, longest_prompt
-from luthier.data.task_encoders import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.model.tokenizer import end_token_ids
 
 Make = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]

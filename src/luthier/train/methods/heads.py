@@ -11,9 +11,9 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.data.batches.rows import TokenRows
-from luthier.data.joined import JoinedTable
+from luthier.data.batching.rows import TokenRows
 from luthier.data.prepare import Prepared
+from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.model import gguf, hub, source
 from luthier.model.machine import Machine

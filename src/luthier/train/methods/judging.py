@@ -9,12 +9,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from luthier.data.batches.dataset import SampledRows
-from luthier.data.batches.judged import JudgedLayout, JudgedRows
-from luthier.data.batches.rows import TokenRows
-from luthier.data.batches.samplers import Sampler
+from luthier.data.batching.preference_collators import JudgedLayout, JudgedRows
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import SampledRows, Sampler
+from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
-from luthier.train.batching import Batching
 from luthier.train.methods.ordered import Ordered
 from luthier.train.methods.shared import precision_kept
 

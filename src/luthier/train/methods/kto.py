@@ -10,15 +10,15 @@ from torch import Tensor
 from trl import KTOConfig, KTOTrainer
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.judged import (
+from luthier.data.batching.preference_collators import (
     PartneredLayout,
     Partners,
     UnpairedLayout,
     WithColumns,
     fixed_partners,
 )
-from luthier.data.batches.rows import TokenRows
-from luthier.data.batches.samplers import Sampler
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import Sampler
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.machine import Machine

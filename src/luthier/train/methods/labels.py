@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from luthier.data.batches.rows import TokenRows
-from luthier.data.joined import JoinedTable
+from luthier.data.batching.rows import TokenRows
 from luthier.data.prepare import Prepared
+from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]

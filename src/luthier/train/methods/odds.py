@@ -8,7 +8,7 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.judged import PairLayout
+from luthier.data.batching.preference_collators import PairLayout
 from luthier.train.methods.completions import OUTPUTS, count_pairs, forward, in_pairs, token_sums
 from luthier.train.methods.dpo import pair_measures
 from luthier.train.methods.judging import Judging, Scores, Terms, mean, ratio

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from luthier.data.batches.dataset import SampledRows
-from luthier.data.batches.rows import TokenRows
-from luthier.data.batches.samplers import Sampler
-from luthier.train.batching import Batching
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import SampledRows, Sampler
+from luthier.data.batching.settings import Batching
 from luthier.train.batching_loaders import eval_sampler, train_sampler
 from luthier.train.methods.shared import Exact
 

@@ -8,11 +8,11 @@ import numpy as np
 from trl.trainer.utils import RepeatSampler
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.rows import TokenRows
-from luthier.data.encoded import Encoded
-from luthier.data.joined import JoinedTable
+from luthier.data.batching.rows import TokenRows
+from luthier.data.encode_source import Encoded
+from luthier.data.encoders.prompts import parted, reference_of
 from luthier.data.prepare import Prepared
-from luthier.data.prompts import parted, reference_of
+from luthier.data.store.table import JoinedTable
 from luthier.model.encoder import make_encoder
 
 RESERVED = frozenset(

@@ -11,8 +11,8 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.judged import WithColumns
-from luthier.data.batches.rows import TokenRows
+from luthier.data.batching.preference_collators import WithColumns
+from luthier.data.batching.rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.machine import Machine
 from luthier.model.trainable import give_new_rows

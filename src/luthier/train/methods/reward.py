@@ -12,8 +12,8 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.judged import WholeLayout
-from luthier.data.batches.rows import TokenRows
+from luthier.data.batching.preference_collators import WholeLayout
+from luthier.data.batching.rows import TokenRows
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.machine import Machine

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.rows import IGNORED
+from luthier.data.batching.rows import IGNORED
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.machine import Machine

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.rows import TokenRows
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.settings import Batching, batching_of
 from luthier.data.prepare import Prepared
 from luthier.model.machine import Machine
 from luthier.model.weights import load_model
 from luthier.train.arguments import sft_arguments
-from luthier.train.batching import Batching, batching_of
 from luthier.train.batching_stream import StreamRows
 from luthier.train.methods.method import Ingredients
 from luthier.train.sft import TokenTrainer

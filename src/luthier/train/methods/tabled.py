@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from luthier.data.batches.dataset import SampledRows
-from luthier.data.batches.rows import TokenRows
-from luthier.data.batches.samplers import Numbers, Sampler
-from luthier.train.batching import Batching, batching_of
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import Numbers, SampledRows, Sampler
+from luthier.data.batching.settings import Batching, batching_of
 from luthier.train.methods.method import Ingredients
 from luthier.train.methods.ordered import Ordered
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from luthier.config.schema import RunConfig
-from luthier.data.batches.rows import IGNORED
+from luthier.data.batching.rows import IGNORED
 from luthier.data.prepare import Prepared
 from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.machine import Machine

@@ -1,0 +1,169 @@
+"""Best-fit packing of rows into bins of a fixed length, over the whole set at once.
+
+Rows are taken from the longest to the shortest, and each goes into the fullest bin that still has
+room for it (best fit decreasing, which never needs more than 11/9 of the fewest bins possible and a
+constant: Johnson, Demers, Ullman, Garey and Graham, 1974). Rows of equal length, and bins with
+equal room, are placed together, so the work grows with the number of different lengths.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from luthier.data.seeded_random import random_order
+
+Array = np.ndarray
+Run = tuple[int, int, int]
+"""First bin, number of bins, rows of one length that each of them gets."""
+
+
+def pack(lengths: Array, length: int, seed: int | None) -> "Packing":
+    """Pack rows of these lengths (in tokens) into bins of at most `length` tokens.
+
+    The seed decides which of equally long rows goes where and in which order the bins come, never
+    how many bins there are; None leaves both as they fall. The same arguments give the same
+    packing in any process. Raises ValueError for a row that is empty or longer than a bin.
+    """
+    return Fit(lengths, length).arranged(*(() if seed is None else (seed,)))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which rows lie in which bin."""
+
+    rows: Array
+    """All row numbers, int64, one bin after the other."""
+    starts: Array
+    """Where each bin begins in `rows`, int64, and where the last one ends."""
+    efficiency: float
+    """The share of all places in the bins that holds a token."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        """The row numbers of each bin."""
+        rows, starts = self.rows.tolist(), self.starts.tolist()
+        return (tuple(rows[start:stop]) for start, stop in pairwise(starts))
+
+
+class Fit:
+    """The bins of a set of lengths, before it is said which of equally long rows goes where."""
+
+    def __init__(self, lengths: Array, length: int) -> None:
+        """See `pack`."""
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        _check(self.lengths, length)
+        runs, self.count = _best_fit(self.lengths, length)
+        self._bins = _bins(runs)
+        self.efficiency = float(self.lengths.sum() / max(self.count * length, 1))
+
+    def __len__(self) -> int:
+        """The number of bins."""
+        return self.count
+
+    def arranged(self, *seed: int) -> Packing:
+        """Give each place to a row; the seed may have several parts, such as an epoch."""
+        bins = self._bins
+        if seed:
+            bins = np.argsort(random_order(self.count, *seed, 0), kind="stable")[bins]
+        order = np.argsort(bins, kind="stable")
+        starts = np.concatenate(([0], np.cumsum(np.bincount(bins, minlength=self.count))))
+        return Packing(self._longest_first(seed)[order], starts, self.efficiency)
+
+    def _longest_first(self, seed: tuple[int, ...]) -> Array:
+        """All rows, the longest first; equally long ones by chance, or by their numbers."""
+        if not seed:
+            return np.argsort(-self.lengths, kind="stable")
+        chance = random_order(len(self.lengths), *seed, 1)
+        return chance[np.argsort(-self.lengths[chance], kind="stable")]
+
+
+def _check(lengths: Array, length: int) -> None:
+    wrong = np.flatnonzero((lengths < 1) | (lengths > length))
+    if len(wrong):
+        raise ValueError(
+            f"row {wrong[0]} has {lengths[wrong[0]]} tokens, and bins hold 1 to {length}"
+        )
+
+
+def _best_fit(lengths: Array, length: int) -> tuple[list[Run], int]:
+    """Place all rows, the longest first; return the runs and the number of bins."""
+    sizes, counts = np.unique(lengths, return_counts=True)
+    room = _Room()
+    runs: list[Run] = []
+    bins = 0
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            free, first, several = room.take(size)
+            if not several:
+                # No bin has room: as many new ones as the rows that are left need.
+                free, first, several = length, bins, -(-count // (length // size))
+                bins += several
+            count -= _fill(runs, room, (free, first, several), size, count)
+    return runs, bins
+
+
+def _fill(
+    runs: list[Run], room: "_Room", group: tuple[int, int, int], size: int, count: int
+) -> int:
+    """Put up to `count` rows of one size into a group of equal bins, one bin after the other."""
+    free, first, several = group
+    each = free // size
+    full = min(several, count // each)
+    if full:
+        runs.append((first, full, each))
+        room.give(free - each * size, first, full)
+    placed, rest = full * each, count - full * each
+    if full < several:
+        if rest:
+            runs.append((first + full, 1, rest))
+            room.give(free - rest * size, first + full, 1)
+            placed, full = count, full + 1
+        room.give(free, first + full, several - full)
+    return placed
+
+
+class _Room:
+    """Groups of bins by the number of tokens that still fit into each."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, list[tuple[int, int]]] = {}
+        self._free: list[int] = []
+
+    def take(self, size: int) -> tuple[int, int, int]:
+        """Take out the fullest bins with room for `size`: their room, first bin, and number."""
+        at = bisect_left(self._free, size)
+        if at == len(self._free):
+            return 0, 0, 0
+        free = self._free[at]
+        groups = self._groups[free]
+        first, several = groups.pop()
+        if not groups:
+            del self._free[at], self._groups[free]
+        return free, first, several
+
+    def give(self, free: int, first: int, several: int) -> None:
+        """Put bins back with what room they have left."""
+        if not several or not free:
+            return
+        groups = self._groups.get(free)
+        if groups is None:
+            self._groups[free] = [(first, several)]
+            insort(self._free, free)
+        else:
+            groups.append((first, several))
+
+
+def _bins(runs: list[Run]) -> Array:
+    """The bin of each place, int64: places in the order of the runs, the longest rows first."""
+    if not runs:
+        return np.zeros(0, dtype=np.int64)
+    first, several, each = np.array(runs, dtype=np.int64).T
+    places = several * each
+    ends = np.cumsum(places)
+    within = np.arange(ends[-1]) - np.repeat(ends - places, places)
+    return np.repeat(first, places) + within // np.repeat(each, places)

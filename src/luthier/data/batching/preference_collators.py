@@ -1,0 +1,217 @@
+"""From rows of judged replies to the tensors of one batch.
+
+Padding stands on the right and is known by its place. Every batch has `input_ids`,
+`attention_mask` and, but for whole conversations, `completion_mask` (1 for tokens that train), all
+int64 of shape (sequences, width); of two replies all better ones come first, then all worse ones.
+`numbers` are those of the rows in their table and `real` is False for rows that only fill up a
+batch, both of shape (rows,).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import Numbers, SampledRows, Sampler
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray
+Row = Mapping[str, Any]
+Batch = dict[str, "torch.Tensor"]
+
+
+class Item(NamedTuple):
+    """A row of the table, and the row whose reply stands behind its prompt for comparison."""
+
+    number: int
+    row: Row
+    partner: Row
+    """The row itself where nothing is compared."""
+    real: bool
+
+
+class JudgedRows(SampledRows):
+    """Gives rows of the table as they are; what only fills up a batch is its first row."""
+
+    # Its layouts take these items, where those of SampledRows take training rows.
+    def __getitem__(self, numbers: Numbers) -> Item:  # type: ignore[override]
+        number, partner = (numbers or (0,))[0], (numbers or (0,))[-1]
+        row = self.table.row(number)
+        other = row if partner == number else self.table.row(partner)
+        return Item(number, row, other, real=bool(numbers))
+
+
+class WithColumns:
+    """A table with further columns of numbers, such as what a reference model said of each row."""
+
+    def __init__(self, table: Any, columns: Mapping[str, Array]) -> None:
+        """Each column has one entry for each row of the table."""
+        self.table = table
+        self.lengths = table.lengths
+        self._columns = dict(columns)
+
+    def row(self, number: int, /) -> Row:
+        """The columns of one row."""
+        own = {name: column[number] for name, column in self._columns.items()}
+        return {**self.table.row(number), **own}
+
+    def column(self, name: str) -> Array:
+        """A column of numbers."""
+        own = self._columns.get(name)
+        return self.table.column(name) if own is None else own
+
+
+class Partners(Sampler):
+    """Gives each row of another sampler a partner: the row before it in the same step.
+
+    The first row of a step gets the last one, so that the partners of a step's rows are those rows.
+    A step of one row takes the row before it in the epoch.
+    """
+
+    def __init__(self, sampler: Sampler, step: int, fixed: Array | None = None) -> None:
+        """`step`: the rows of one step, over all processes and accumulated batches; `fixed`: the
+        partner of each row of the table, in place of those that the order gives."""
+        super().__init__(sampler.rows, sampler.seed, sampler.multiple)
+        self.sampler = sampler
+        self.step = step
+        self.fixed = fixed
+
+    @property
+    def count(self) -> int:
+        """The rows of an epoch."""
+        return self.sampler.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+        super().set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
+
+    def _arrange(self) -> Any:
+        order = np.array([number for (number,) in self.sampler._arrange()], dtype=np.int64)
+        partners = rotated(order, self.step) if self.fixed is None else self.fixed[order]
+        return zip(order.tolist(), partners.tolist(), strict=True)
+
+
+def rotated(order: Array, step: int) -> Array:
+    """The partner of each row of an order, int64: the one before it within its `step` rows."""
+    partners = np.roll(order, 1)
+    starts = np.arange(0, len(order), step)
+    ends = np.minimum(starts + step, len(order)) - 1
+    partners[starts] = order[np.where(starts == ends, np.maximum(starts - 1, 0), ends)]
+    return partners
+
+
+def fixed_partners(rows: TokenRows, step: int) -> Array:
+    """The partner of each row of a table by its number, int64, by the order of those that take
+    part; a row that does not is its own."""
+    order = np.arange(len(rows)) if rows.index is None else np.asarray(rows.index)
+    partners = np.arange(len(rows.table.lengths))
+    partners[order] = rotated(order, step)
+    return partners
+
+
+@dataclass(frozen=True)
+class JudgedLayout:
+    """What the layouts share."""
+
+    pad_token_id: int
+    width: int | None = None
+    """The tokens of each sequence; None for as many as the longest one has."""
+    multiple_of: int | None = None
+    """Widths are rounded up to a multiple of this."""
+
+    def _columns(self, items: Sequence[Item]) -> dict[str, Array]:
+        numbers = np.array([item.number for item in items], np.int64)
+        return {"numbers": numbers, "real": np.array([item.real for item in items])}
+
+    def _numbers(self, items: Sequence[Item], *names: str) -> dict[str, Array]:
+        """Columns of numbers, those of them that the rows have."""
+        here = [name for name in names if name in items[0].row]
+        return {name: np.array([item.row[name] for item in items]) for name in here}
+
+    def _sequences(self, ids: Sequence[Array]) -> dict[str, Array]:
+        """Sequences side by side."""
+        lengths = np.array([len(one) for one in ids])
+        multiple = self.multiple_of or 1
+        width = -(-(self.width or int(lengths.max())) // multiple) * multiple
+        table = np.full((len(ids), width), self.pad_token_id, np.int64)
+        for line, one in enumerate(ids):
+            table[line, : len(one)] = one
+        mask = np.arange(width) < lengths[:, None]
+        return {"input_ids": table, "attention_mask": mask.astype(np.int64)}
+
+    def _replies(self, parts: Sequence[tuple[Array, Array, Array]]) -> dict[str, Array]:
+        """Prompts with their replies, whose trained stretches are the third part of each."""
+        columns = self._sequences([np.concatenate(part[:2]) for part in parts])
+        trained = np.zeros_like(columns["attention_mask"])
+        for line, (prompt, _, spans) in enumerate(parts):
+            for start, stop in list(pairwise(spans.tolist()))[::2]:
+                trained[line, len(prompt) + start : len(prompt) + stop] = 1
+        return columns | {"completion_mask": trained}
+
+
+class PairLayout(JudgedLayout):
+    """Two replies behind one prompt."""
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        """Lay out some rows; the reference's sums come along where the rows have them."""
+        parts = [
+            (item.row["prompt_ids"], item.row[f"{name}_ids"], item.row[f"{name}_spans"])
+            for name in ("chosen", "rejected")
+            for item in items
+        ]
+        known = self._numbers(items, "ref_chosen_logps", "ref_rejected_logps")
+        return _tensors(self._replies(parts) | self._columns(items) | known)
+
+
+class UnpairedLayout(JudgedLayout):
+    """One reply; `label` says whether it is a good one."""
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        """Lay out some rows; the reference's sums come along where the rows have them."""
+        return _tensors(self._all(items))
+
+    def _all(self, items: Sequence[Item]) -> dict[str, Array]:
+        columns = self._replies([_completion(item.row, item.row) for item in items])
+        columns["label"] = np.array([bool(item.row["label"]) for item in items])
+        return columns | self._columns(items) | self._numbers(items, "ref_logps", "ref_KL_logps")
+
+
+class PartneredLayout(UnpairedLayout):
+    """One reply, and the reply of the row's partner behind the same prompt.
+
+    The latter's columns begin with `KL_`.
+    """
+
+    def _all(self, items: Sequence[Item]) -> dict[str, Array]:
+        other = self._replies([_completion(item.row, item.partner) for item in items])
+        return super()._all(items) | {f"KL_{name}": array for name, array in other.items()}
+
+
+class WholeLayout(JudgedLayout):
+    """Two whole conversations, none of which ends with the padding token.
+
+    Models find a sequence's last token as the last one that is no padding token.
+    """
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        """Lay out some rows; ValueError for one that ends with the padding token."""
+        ids = [item.row[f"{name}_ids"] for name in ("chosen", "rejected") for item in items]
+        if any(one[-1] == self.pad_token_id for one in ids):
+            raise ValueError("a row ends with the padding token")
+        return _tensors(self._sequences(ids) | self._columns(items))
+
+
+def _completion(row: Row, replied: Row) -> tuple[Array, Array, Array]:
+    return row["prompt_ids"], replied["completion_ids"], replied["completion_spans"]
+
+
+def _tensors(columns: Mapping[str, Array]) -> Batch:
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in columns.items()}

@@ -1,0 +1,352 @@
+"""The rows of one source on their way to the store: read, encoded beside the reading, written."""
+
+import gc
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+from unicodedata import unidata_version
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.chat import ChatError
+from luthier.data.encoders.chat import COLUMNS, EncodedRows, RowEncoder, hashes_of
+from luthier.data.examples import BadRows, Opened, Placed
+from luthier.data.fingerprints import Prints, as_prints, canonical, normalised
+from luthier.data.rows import BadRow, excerpt
+from luthier.data.store import Store, Stored, Table, Writer, cache_key
+from luthier.errors import UserError
+from luthier.gc_pause import no_collection
+
+CHUNK = 1000
+"""Rows that are encoded at once."""
+FINE, LOSSY, DROPPED = range(3)
+"""What becomes of a row: it is whole, or kept although some text is lost, or makes no sequence."""
+UNCOLLECTED = 100
+"""Chunks behind which garbage is collected, should a function of the user's own make some."""
+LAYOUT = 1
+"""Raise it when other tables or columns are written for the same rows."""
+TABLES = ("rows", "tokens", "hashes")
+"""What is written: one entry a row; one a sequence; the hash of each sequence."""
+
+
+def make_rows(
+    opened: Opened, encoder: RowEncoder, writer: Writer, workers: int, drop: bool
+) -> dict[str, Any]:
+    """Read, encode and write all rows, a few in memory at a time; returns what is to be known.
+
+    Raises UserError as `encoded` does.
+    """
+    from tqdm import tqdm
+
+    for name in TABLES:
+        writer.table(name)
+    bad = BadRows()
+    rows = opened.examples(bad)
+    keeps_columns = bool(encoder.settings().get(COLUMNS))
+    bar = tqdm(
+        total=opened.source.size, unit=" rows", desc=f"encode {opened.source.label}", delay=2,
+        mininterval=0.5,
+    )  # fmt: skip
+    with bar, _executor(encoder, workers) as submit, no_collection():
+        made = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
+        for number, (chunk, encoded) in enumerate(made, start=1):
+            _write(writer, chunk, *encoded, keeps_columns)
+            bar.update(len(chunk))
+            if number % UNCOLLECTED == 0:
+                gc.collect(0)
+    if not drop:
+        bad.raise_if_any(opened)
+    return {
+        "filtered": bad.filtered,
+        "bad": [[row.where, row.problem, row.text] for row in bad.rows],
+        "names": opened.names,
+        "shape": opened.shape.name,
+    }
+
+
+class _Row(NamedTuple):
+    """An example with its canonical JSON and the fingerprint of that."""
+
+    placed: Placed
+    text: bytes
+    print_: bytes
+
+
+class _Made(NamedTuple):
+    """What some examples make, and the hash of each sequence."""
+
+    rows: EncodedRows
+    hashes: Prints
+
+
+class _Refused(NamedTuple):
+    """An example that the encoder neither keeps nor drops."""
+
+    number: int
+    words: str
+
+
+_Submit = Callable[[list[Any]], "Future[_Made | _Refused]"]
+
+
+def _chunks(rows: Iterator[Placed], bad: BadRows, drop: bool) -> Iterator[list[_Row]]:
+    """The rows, many at a time; once a bad one stops the run, the others are only looked at."""
+    while chunk := list(islice(rows, CHUNK)):
+        if drop or not bad.rows:
+            yield list(_canonical(chunk, bad))
+
+
+def _canonical(chunk: list[Placed], bad: BadRows) -> Iterator[_Row]:
+    """The rows with their canonical JSON; a value that JSON has not makes a bad row."""
+    for row in chunk:
+        try:
+            yield _Row(row, *canonical(row.example))
+        except (TypeError, ValueError) as error:  # what a function of the user's own may yield
+            bad.add(row.where, f"a value in it is not JSON: {error}", excerpt(repr(row.example)))
+
+
+def _in_order(
+    submit: _Submit, chunks: Iterable[list[_Row]], ahead: int
+) -> Iterator[tuple[list[_Row], _Made]]:
+    """Each chunk with what it makes, in order, while some more are on their way."""
+    waiting: list[tuple[list[_Row], Future[_Made | _Refused]]] = []
+    for chunk in chunks:
+        waiting.append((chunk, submit([row.placed.example for row in chunk])))
+        if len(waiting) > ahead:
+            yield _done(*waiting.pop(0))
+    for chunk, future in waiting:
+        yield _done(chunk, future)
+
+
+def _done(chunk: list[_Row], future: "Future[_Made | _Refused]") -> tuple[list[_Row], _Made]:
+    """What the chunk makes; UserError for an example that is refused, with its place."""
+    try:
+        made = future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "dataset.workers: a process that encodes rows was ended from outside, perhaps because "
+            "the memory was full. Set fewer workers."
+        ) from error
+    if isinstance(made, _Refused):
+        raise UserError(f"{chunk[made.number].placed.where}: {made.words}")
+    return chunk, made
+
+
+@contextmanager
+def _executor(encoder: RowEncoder, workers: int) -> Iterator[_Submit]:
+    """How to have examples encoded: in a thread beside the reading, or in processes."""
+    pool: Executor
+    if workers == 1:
+        pool = ThreadPoolExecutor(1)
+        encode: Callable[[list[Any]], _Made | _Refused] = partial(_made, encoder)
+    else:
+        # A fork of a process whose threads are at work may hang.
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (pickle.dumps(encoder),))
+        encode = _made_there
+    try:
+        yield lambda examples: pool.submit(encode, examples)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_ENCODER: list[RowEncoder] = []
+"""The encoder of a process that encodes for another one."""
+
+
+def _start(pickled: bytes) -> None:
+    """Begin a process that encodes; one thread, for there are other processes."""
+    import os
+
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    _ENCODER.append(pickle.loads(pickled))
+
+
+def _made_there(examples: list[Any]) -> _Made | _Refused:
+    return _made(_ENCODER[0], examples)
+
+
+def _made(encoder: RowEncoder, examples: list[Any]) -> _Made | _Refused:
+    try:
+        made = encoder.encode(examples)
+    except ChatError as error:
+        # Told as values: the error itself does not come back from another process.
+        if error.row is None:
+            raise UserError(str(error)) from None
+        return _Refused(error.row, error.words)
+    return _Made(made, hashes_of(made.columns))
+
+
+def _write(
+    writer: Writer, chunk: list[_Row], made: EncodedRows, hashes: Prints, keeps_columns: bool
+) -> None:
+    """Write a chunk's rows and their token rows."""
+    states = [
+        FINE if number not in made.problems else LOSSY if count else DROPPED
+        for number, count in enumerate(made.counts)
+    ]
+    nothing = ("", "")
+    writer.table("rows").append(
+        {
+            **halves("print", as_prints(row.print_ for row in chunk)),
+            "where": [row.placed.where for row in chunk],
+            "example": [row.text for row in chunk],
+            "sequences": np.array(made.counts, np.int32),
+            "state": np.array(states, np.int8),
+            "reason": [made.problems.get(number, nothing)[0] for number in range(len(chunk))],
+            "problem": [made.problems.get(number, nothing)[1] for number in range(len(chunk))],
+            # -1 where nothing was cut: a cut may also cost no trained turn.
+            "cut": np.array([made.cut.get(number, -1) for number in range(len(chunk))], np.int32),
+            **({"columns": _columns(chunk)} if keeps_columns else {}),
+        }
+    )
+    writer.table("tokens").append(made.columns)
+    writer.table("hashes").append(halves("hash", hashes))
+
+
+def _columns(chunk: list[_Row]) -> list[bytes]:
+    """Each row's columns as its source has them, as JSON; dates and their like become text."""
+    return [json.dumps(dict(row.placed.columns), default=str).encode() for row in chunk]
+
+
+def halves(name: str, prints: Prints) -> dict[str, NDArray[np.int64]]:
+    """Prints as two columns of numbers, which need no copy when they are read."""
+    words = prints.view(np.int64).reshape(-1, 2)
+    return {f"{name}_{half}": words[:, half].copy() for half in range(2)}
+
+
+def prints_of(table: Table, name: str) -> Prints:
+    """The prints that a table holds as two columns of numbers."""
+    words = np.empty((len(table), 2), np.int64)
+    for half in range(2):
+        words[:, half] = table.column(f"{name}_{half}")
+    return words.view("S16").reshape(-1)
+
+
+# The rows of one source as token rows on disk: made once, found again under a key.
+
+Array = NDArray[Any]
+
+
+class Encoded:
+    """A source's rows, encoded: what each makes, and its token rows."""
+
+    def __init__(self, opened: Opened, stored: Stored) -> None:
+        self.opened = opened
+        self.stored = stored
+        self.rows: Table = stored.table("rows")
+        """One a row: `print_0`, `print_1`, `where`, `example`, `sequences`, `state`, `problem`,
+        `reason`, `cut`; and where the encoder keeps them, `columns`."""
+        self.tokens: Table = stored.table("tokens")
+        """One a sequence: `input_ids`, `labels`, `trained`."""
+        self._hashes: Table = stored.table("hashes")
+        self._names = dict(zip(stored.manifest["names"], opened.names, strict=True))
+        self.filtered: int = stored.manifest["filtered"]
+        """Rows that the filter left out."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def bad(self) -> list[BadRow]:
+        """The rows that could not be read."""
+        found = (BadRow(*row) for row in self.stored.manifest["bad"])
+        return [replace(row, where=self._place(row.where)) for row in found]
+
+    @property
+    def prints(self) -> Prints:
+        """The fingerprint of each row, `S16`."""
+        return prints_of(self.rows, "print")
+
+    @property
+    def normalised_prints(self) -> Prints:
+        """The fingerprint of each row's normalised text, `S16`: made once, kept in the store."""
+        rows = self.stored.folder
+        key = cache_key({"normalised": rows.name, "unicode": unidata_version})
+        stored = Store(rows.parent).open_or_make(key, self._normalise)
+        return prints_of(stored.table("prints"), "print")
+
+    def _normalise(self, writer: Writer) -> dict[str, Any]:
+        table = writer.table("prints")
+        for start in range(0, len(self), CHUNK):
+            examples = self.examples(range(start, min(start + CHUNK, len(self))))
+            table.append(halves("print", as_prints(map(normalised, examples))))
+        return {}
+
+    @property
+    def hashes(self) -> Prints:
+        """The hash of each sequence's token ids and labels, `S16`."""
+        return prints_of(self._hashes, "hash")
+
+    @property
+    def sequences(self) -> Array:
+        """How many sequences each row makes."""
+        return self.rows.column("sequences")
+
+    def sequences_of(self, rows: Array) -> Array:
+        """The numbers of the sequences that these rows make, in the order of the rows."""
+        counts = self.sequences.astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        chosen = counts[rows]
+        inside = np.arange(chosen.sum()) - np.repeat(np.cumsum(chosen) - chosen, chosen)
+        return np.repeat(starts[rows], chosen) + inside
+
+    def examples(self, rows: Iterable[int]) -> list[Any]:
+        """The examples of these rows."""
+        return [json.loads(text) for text in self.rows.values("example", rows)]
+
+    def columns(self, rows: Iterable[int]) -> list[dict[str, Any]]:
+        """The columns of these rows as their source has them; none where they are not kept."""
+        if "columns" not in self.rows.columns:
+            return [{} for _ in rows]
+        return [json.loads(text) for text in self.rows.values("columns", rows)]
+
+    def places(self, rows: Iterable[int]) -> list[str]:
+        """Where these rows stand, such as `data.jsonl:7`."""
+        return [self._place(where) for where in self.rows.values("where", rows)]
+
+    def _place(self, where: str) -> str:
+        """A place in a file that may have had another name when its rows were encoded."""
+        before = max(filter(where.startswith, self._names), key=len)
+        return self._names[before] + where.removeprefix(before)
+
+
+def encode_source(
+    opened: Opened, encoder: RowEncoder, store: Store, tokenizer: str, workers: int, drop: bool
+) -> Encoded:
+    """The source's encoded rows, from the store or made now.
+
+    `tokenizer`: its digest. `drop`: leave bad rows out; else they raise UserError, as do rows that
+    the encoder neither keeps nor drops.
+    """
+    key = key_of(opened, encoder, tokenizer)
+
+    def make(writer: Writer) -> dict[str, Any]:
+        return make_rows(opened, encoder, writer, workers, drop)
+
+    found = Encoded(opened, store.open_or_make(key, make))
+    if not drop:
+        bad = BadRows(found.bad)
+        bad.raise_if_any(opened)
+    return found
+
+
+def key_of(opened: Opened, encoder: RowEncoder, tokenizer: str) -> str:
+    """The key of a source's token rows: of all that decides them, and nothing else."""
+    return cache_key(
+        {
+            "content": opened.source.digest(),
+            **opened.settings(),
+            "encoder": encoder.settings(),
+            "tokenizer": tokenizer,
+            "layout": LAYOUT,
+        }
+    )

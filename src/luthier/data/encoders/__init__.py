@@ -1,0 +1,1 @@
+"""Encoders turn examples of each kind into token rows."""

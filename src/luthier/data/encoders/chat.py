@@ -1,0 +1,200 @@
+"""From examples to token rows: what a training method makes of the rows of one kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.chat import IGNORED, ChatSequence
+from luthier.data.formats import Example
+from luthier.data.store import Ragged
+from luthier.data.store.table import Column, to_arrow
+
+COLUMNS = "columns"
+"""The setting of an encoder that has the columns of each row kept beside its example."""
+Problem = tuple[str, str]
+"""Why a row is dropped or not whole: the reason in a few words, and the encoder's own words."""
+
+
+@dataclass
+class EncodedRows:
+    """What some examples make."""
+
+    columns: dict[str, Column]
+    """The token rows, one entry a sequence in each column; `trained` counts those that train."""
+    counts: list[int]
+    """How many sequences each example makes."""
+    problems: dict[int, Problem] = field(default_factory=dict)
+    """What is wrong with an example, by its number; one that makes no sequence has an entry."""
+    cut: dict[int, int] = field(default_factory=dict)
+    """Trained turns that an example lost to fit the length, by its number."""
+
+
+class RowEncoder(Protocol):
+    """Encodes the examples of one kind; it pickles, for processes that encode side by side."""
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the token rows besides the tokenizer, for JSON."""
+        ...
+
+    def encode(self, examples: Sequence[Example]) -> EncodedRows:
+        """Encode some examples.
+
+        Raises ChatError, with the example's number, for one that is neither dropped nor kept.
+        """
+        ...
+
+
+def hashes_of(columns: Mapping[str, Column]) -> NDArray[np.bytes_]:
+    """The BLAKE2b of each sequence, over all its columns: shape (sequences,), `S16`."""
+    if not any(map(len, columns.values())):
+        return np.empty(0, "S16")
+    parts = [_bytes_of_rows(columns[name]) for name in sorted(columns)]
+    # The sizes tell where one column ends and the next begins.
+    sizes = np.array([[len(row) for row in part] for part in parts], "<i4").T
+    rows = zip(map(bytes, sizes), *parts, strict=True)
+    hashes = [blake2b(b"".join(row), digest_size=16).digest() for row in rows]
+    return np.frombuffer(b"".join(hashes), "S16")
+
+
+def _bytes_of_rows(column: Column) -> list[memoryview]:
+    """A column's numbers or texts, row by row, as bytes that are the same on every machine."""
+    from pyarrow import types
+
+    array: Any = to_arrow(column)
+    if types.is_large_string(array.type):
+        return [memoryview(text.encode()) for text in array.to_pylist()]
+    is_ragged = types.is_list(array.type)
+    numbers = (array.values if is_ragged else array).to_numpy()
+    offsets = array.offsets.to_numpy() if is_ragged else np.arange(len(numbers) + 1)
+    flat = memoryview(numbers.astype(numbers.dtype.newbyteorder("<"), copy=False)).cast("B")
+    places = (offsets * numbers.itemsize).tolist()
+    return [flat[start:stop] for start, stop in pairwise(places)]
+
+
+def _token_rows(sequences: Sequence[ChatSequence]) -> dict[str, Column]:
+    """The sequences as arrays."""
+    offsets = np.cumsum([0, *map(len, sequences)])
+    ids = np.frombuffer(b"".join([sequence.packed for sequence in sequences]), np.int32)
+    trains = _inside(len(ids), [
+        (start + reply.start, start + reply.stop)
+        for start, sequence in zip(offsets.tolist(), sequences, strict=False)
+        for reply in sequence.replies
+    ])  # fmt: skip
+    trained = np.concatenate([[0], np.cumsum(trains, dtype=np.int32)])[offsets]
+    return {
+        "input_ids": Ragged(ids, offsets),
+        "labels": Ragged(np.where(trains, ids, np.int32(IGNORED)), offsets),
+        "trained": np.diff(trained).astype(np.int32),
+    }
+
+
+def _inside(size: int, stretches: list[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which of so many tokens are inside one of the stretches, which share no token."""
+    starts, stops = np.array(stretches, np.int64).reshape(-1, 2).T
+    steps = np.zeros(size + 1, np.int8)
+    np.add.at(steps, starts, 1)
+    np.subtract.at(steps, stops, 1)
+    return np.cumsum(steps[:size], dtype=np.int8).astype(bool)
+
+
+class ConversationEncoder:
+    """Conversations as `input_ids` and `labels`."""
+
+    def __init__(self, tokenizer: Any, settings: dict[str, Any]) -> None:
+        """`settings`: those of `luthier.chat.ChatEncoder`."""
+        self._tokenizer = tokenizer
+        self._settings = settings
+
+    @cached_property
+    def chat(self) -> Any:
+        """The chat encoder."""
+        from luthier.chat import ChatEncoder
+
+        return ChatEncoder.from_settings(self._tokenizer, self._settings)
+
+    def settings(self) -> dict[str, Any]:
+        """The chat encoder's, with the template's text; less what the template does not ask for.
+
+        So a run without a date finds tomorrow what it encoded today.
+        """
+        settings = {"kind": "conversation", **self.chat.settings()}
+        text = str(settings["template"])
+        if "strftime_now" not in text:
+            del settings["date"]
+        settings["variables"] = {k: v for k, v in settings["variables"].items() if k in text}
+        return settings
+
+    def encode(self, examples: Sequence[Example]) -> EncodedRows:
+        """Encode dicts of messages and tools."""
+        batch = self.chat.encode_batch(examples)
+        return EncodedRows(
+            _token_rows(batch.sequences),
+            [len(row) for row in batch.rows],
+            {error.row: (error.reason, error.words) for error in batch.reports},
+            dict(batch.cut),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tokenizer": self._tokenizer, "_settings": self._settings}
+
+
+class KeepingColumns:
+    """An encoder whose rows' own columns are kept, for rewards and metrics that read them."""
+
+    def __init__(self, encoder: RowEncoder) -> None:
+        self._encoder = encoder
+
+    def settings(self) -> dict[str, Any]:
+        """The encoder's, and that columns are kept."""
+        return self._encoder.settings() | {COLUMNS: True}
+
+    def encode(self, examples: Sequence[Example]) -> EncodedRows:
+        """Encode as the encoder does."""
+        return self._encoder.encode(examples)
+
+
+class TextEncoder:
+    """Plain documents as `input_ids` and `labels`, cut into windows."""
+
+    def __init__(self, tokenizer: Any, max_length: int | None, stride: int) -> None:
+        self._given = (tokenizer, max_length, stride)
+
+    @cached_property
+    def _plain(self) -> Any:
+        from luthier.data.encoders.plain_text import PlainEncoder
+
+        return PlainEncoder(*self._given)
+
+    def settings(self) -> dict[str, Any]:
+        """The plain encoder's."""
+        return {"kind": "text", **self._plain.settings()}
+
+    def encode(self, examples: Sequence[Example]) -> EncodedRows:
+        """Encode dicts of a text."""
+        rows = self._plain.encode_batch(example["text"] for example in examples)
+        windows = [window for row in rows for window in row]
+        empty = {
+            number: ("empty text", "the text is empty")
+            for number, row in enumerate(rows)
+            if not row
+        }
+        return EncodedRows(
+            {
+                "input_ids": [window.input_ids for window in windows],
+                "labels": [window.labels for window in windows],
+                "trained": [len(w.labels) - w.labels.count(IGNORED) for w in windows],
+            },
+            [len(row) for row in rows],
+            empty,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_given": self._given}

@@ -1,0 +1,351 @@
+"""Replies that are judged, as token ids behind the ids of their prompt.
+
+Each reply is encoded as a conversation of its own, by the chat encoder: the prompt's ids are those
+that generation starts from, and what trains is what the model would have to write, up to and with
+the stop token. All replies of an example must stand behind the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+from luthier.chat import ChatError, ChatSequence
+from luthier.chat.conversation import read_conversation
+from luthier.chat.pipeline import front_turns, without_front
+from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, Problem
+from luthier.data.formats import Example
+
+Messages = list[dict[str, Any]]
+
+
+class Reply(NamedTuple):
+    """A reply behind its prompt."""
+
+    ids: list[int]
+    """Up to and with its last trained token."""
+    spans: list[int]
+    """Where each trained stretch of `ids` starts and stops, one after the other: a reply of several
+    turns has text between them that is not the model's."""
+    whole: list[int]
+    """The conversation from its first token to its last, as the template writes it."""
+
+    @property
+    def trained(self) -> int:
+        """How many tokens train."""
+        return sum(self.spans[1::2]) - sum(self.spans[::2])
+
+
+@dataclass
+class Judged:
+    """The replies of an example, or why it has none."""
+
+    prompt: list[int] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    problem: Problem | None = None
+    """What is wrong with it, also where it is kept."""
+    is_cut: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.replies)
+
+
+class ReplyEncoder:
+    """Encodes the replies of examples: those that stand under `names`, such as `chosen`."""
+
+    def __init__(
+        self, tokenizer: Any, settings: dict[str, Any], names: Sequence[str], whole: bool = False
+    ) -> None:
+        """`settings`: those of `luthier.chat.ChatEncoder`; `max_length` counts prompt and reply,
+        and with `whole` all that the template writes. Without `whole`, the prompts of the replies
+        must be the same."""
+        self._conversations = ConversationEncoder(tokenizer, settings | {"max_length": None})
+        self._limit: int | None = settings["max_length"]
+        self._on_long: str = settings["on_long"]
+        self._names = tuple(names)
+        self._whole = whole
+
+    @cached_property
+    def _chat(self) -> Any:
+        return self._conversations.chat
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the ids besides the tokenizer, for JSON."""
+        own = {"max_length": self._limit, "on_long": self._on_long, "whole": self._whole}
+        return self._conversations.settings() | own
+
+    def encode(self, examples: Sequence[Example]) -> list[Judged]:
+        """The replies of each example.
+
+        Raises ChatError, with the example's number, for one that the settings do not allow to drop
+        or keep.
+        """
+        found = []
+        for number, (example, judged) in enumerate(
+            zip(examples, self._judged(examples), strict=True)
+        ):
+            if judged and self._is_long(judged):
+                judged = self._fitted(example, judged, number)
+            if not judged and judged.problem and self._stops_at(judged.problem[0]):
+                reason, words = judged.problem
+                raise ChatError(words, reason=reason, row=number)
+            found.append(judged)
+        return found
+
+    def _judged(self, examples: Sequence[Example]) -> Iterator[Judged]:
+        """The replies of each example, however long."""
+        count = len(self._names)
+        train_on = self._chat.train_on
+        roles = {"assistant"} if isinstance(train_on, str) else set(train_on)
+        conversations = [
+            _conversation(example, name, roles) for example in examples for name in self._names
+        ]
+        try:
+            batch = self._chat.encode_batch(conversations)
+        except ChatError as error:
+            number, side = divmod(error.row or 0, count)
+            words = f"{self._names[side]}: {error.words}"
+            raise ChatError(words, reason=error.reason, row=number) from error
+        # The first report of a row is kept: both replies may have the same thing wrong.
+        reports = {error.row: error for error in reversed(batch.reports)}
+        for start in range(0, len(conversations), count):
+            rows = batch.rows[start : start + count]
+            yield self._one(rows, [reports.get(start + side) for side in range(count)])
+
+    def _one(self, rows: list[list[ChatSequence]], reports: Sequence[ChatError | None]) -> Judged:
+        """The replies of one example, whose conversations make these sequences."""
+        problem = None
+        for name, sequences, report in zip(self._names, rows, reports, strict=True):
+            if report is not None:
+                problem = problem or (report.reason, f"{name}: {report.words}")
+            if not sequences:
+                return Judged(problem=problem)
+            if len(sequences) > 1 and not self._whole:
+                return Judged(problem=_rewritten(name))
+        last = [sequences[-1] for sequences in rows]
+        starts = [sequence.replies[0].start for sequence in last]
+        prompts = [sequence.input_ids[:start] for sequence, start in zip(last, starts, strict=True)]
+        if any(prompt != prompts[0] for prompt in prompts) and not self._whole:
+            return Judged(problem=_other_prompts(self._names))
+        return Judged(prompts[0], [*map(_reply, last)], problem)
+
+    def _stops_at(self, reason: str) -> bool:
+        if reason == "too long":
+            return self._on_long == "error"
+        return reason != "nothing to train" and self._chat.on_lost != "drop"
+
+    def _is_long(self, judged: Judged) -> bool:
+        return self._limit is not None and self._length(judged) > self._limit
+
+    def _length(self, judged: Judged) -> int:
+        """Tokens of the longest sequence."""
+        if self._whole:
+            return max(len(reply.whole) for reply in judged.replies)
+        return len(judged.prompt) + max(len(reply.ids) for reply in judged.replies)
+
+    def _fitted(self, example: Example, judged: Judged, number: int) -> Judged:
+        """The example with as few turns less at the front of its prompt as make it fit."""
+        words = f"it makes {self._length(judged)} tokens, and chat.max_length is {self._limit}"
+        if self._on_long != "turns":
+            return Judged(problem=("too long", words))
+        found = Judged(problem=("too long", f"{words}; no whole turns of its prompt can go"))
+        prompts = _shorter(example)
+        low, high = 0, len(prompts)
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                (tried,) = self._judged([{**example, "prompt": prompts[middle]}])
+            except ChatError as error:
+                raise error.in_row(number) from error
+            if tried and not self._is_long(tried):
+                found, high = tried, middle
+                found.is_cut = True
+            else:
+                low = middle + 1
+        return found
+
+
+def _conversation(example: Mapping[str, Any], name: str, roles: set[str]) -> dict[str, Any]:
+    """The conversation with this reply, in which the prompt's turns of these roles do not train."""
+    prompt: Messages = example["prompt"]
+    context = [
+        {**message, "train": False} if message["role"] in roles else message for message in prompt
+    ]
+    return {"messages": [*context, *example[name]], "tools": example.get("tools")}
+
+
+def _reply(sequence: ChatSequence) -> Reply:
+    begin, stop = sequence.replies[0].start, sequence.replies[-1].stop
+    spans = [place - begin for _, *places in sequence.replies for place in places]
+    return Reply(sequence.input_ids[begin:stop], spans, sequence.input_ids)
+
+
+def _shorter(example: Mapping[str, Any]) -> list[Messages]:
+    """The prompt without its first turn, without its first two, ...; a user's turn stays."""
+    prompt: Messages = example["prompt"]
+    conversation = read_conversation(prompt)
+    starts = front_turns(conversation, len(prompt))
+    kept = (without_front(conversation, start).numbers for start in starts)
+    return [[prompt[number] for number in numbers] for numbers in kept]
+
+
+def _rewritten(name: str) -> Problem:
+    words = (
+        f"{name}: the template writes its turns in another way once later ones follow, so they "
+        "have no single prompt. Leave the last turn as the reply, and the others as the prompt"
+    )
+    return "template rewrites the reply", words
+
+
+def _other_prompts(names: Sequence[str]) -> Problem:
+    words = (
+        f"the template writes the prompt of {' and '.join(names)} in different ways, so the "
+        "replies do not answer the same. Where a reply has turns of its own before the one that "
+        "trains, make them part of the prompt"
+    )
+    return "different prompts", words
+
+
+# Token rows of replies that are judged: two of one prompt, or one with a verdict.
+#
+# Every row has the columns `trained` (how many tokens train), `length` (the tokens of its
+# longest sequence) and `tokens` (those of all).
+
+Values = dict[str, Any]
+PAIR = ("chosen", "rejected")
+
+
+class JudgedEncoder:
+    """What the encoders share. It pickles."""
+
+    kind: ClassVar[str]
+    names: ClassVar[Sequence[str]]
+    """Where the replies stand in an example."""
+    whole: ClassVar[bool] = False
+    """Whether rows hold whole conversations."""
+
+    def __init__(self, tokenizer: Any, settings: dict[str, Any]) -> None:
+        """`settings`: those of `luthier.chat.ChatEncoder`."""
+        self._given = (tokenizer, settings)
+        self._replies = ReplyEncoder(tokenizer, settings, self.names, self.whole)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the rows besides the tokenizer, for JSON."""
+        return self._replies.settings() | {"kind": self.kind}
+
+    def encode(self, examples: Sequence[Example]) -> EncodedRows:
+        """Encode some examples.
+
+        Raises ChatError, with the example's number, for one that is neither dropped nor kept.
+        """
+        judged = self._replies.encode(examples)
+        made = [
+            self.rows(example, one) if one else []
+            for example, one in zip(examples, judged, strict=True)
+        ]
+        return EncodedRows(
+            _columns(values for rows in made for values in rows),
+            [*map(len, made)],
+            {number: one.problem for number, one in enumerate(judged) if one.problem},
+            # No turn of a prompt trains, so none is lost.
+            {number: 0 for number, one in enumerate(judged) if one.is_cut},
+        )
+
+    def rows(self, example: Example, judged: Judged) -> list[Values]:
+        """The rows that an example makes: one value for each column."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return type(self), self._given
+
+
+class PreferenceEncoder(JudgedEncoder):
+    """Two replies to one prompt, the better one first.
+
+    Columns: `prompt_ids`, `chosen_ids`, `rejected_ids`, and `chosen_spans` and `rejected_spans`:
+    where the trained stretches of a reply start and stop.
+    """
+
+    kind = "preference"
+    names = PAIR
+
+    def rows(self, example: Example, judged: Judged) -> list[Values]:
+        """One row."""
+        lengths = [len(judged.prompt) + len(reply.ids) for reply in judged.replies]
+        values: Values = {"prompt_ids": judged.prompt}
+        for name, reply in zip(self.names, judged.replies, strict=True):
+            values |= {f"{name}_ids": reply.ids, f"{name}_spans": reply.spans}
+        trained = sum(reply.trained for reply in judged.replies)
+        return [values | _sizes(trained, lengths)]
+
+
+class UnpairedEncoder(JudgedEncoder):
+    """A reply and whether it is a good one.
+
+    Columns: `prompt_ids`, `completion_ids`, `completion_spans` (where its trained stretches start
+    and stop) and `label`, 1 for a good one and 0 for a bad one.
+    """
+
+    kind = "unpaired"
+    names: ClassVar[Sequence[str]] = ("completion",)
+
+    def rows(self, example: Example, judged: Judged) -> list[Values]:
+        """One row for each reply."""
+        return [
+            {
+                "prompt_ids": judged.prompt,
+                "completion_ids": reply.ids,
+                "completion_spans": reply.spans,
+                "label": int(good),
+                **_sizes(reply.trained, [len(judged.prompt) + len(reply.ids)]),
+            }
+            for reply, good in zip(judged.replies, self.verdicts(example), strict=True)
+        ]
+
+    def verdicts(self, example: Example) -> list[bool]:
+        """Whether each reply is a good one."""
+        return [example["label"]]
+
+
+class UnpairingEncoder(UnpairedEncoder):
+    """The rows of `UnpairedEncoder` from two replies to one prompt: a good one and a bad one."""
+
+    kind = "unpaired from preference"
+    names = PAIR
+
+    def verdicts(self, example: Example) -> list[bool]:
+        """The better one is good."""
+        return [True, False]
+
+
+class RewardEncoder(JudgedEncoder):
+    """Two whole conversations, the better one first.
+
+    Columns: `chosen_ids` and `rejected_ids`, as the template writes each from its start to its end;
+    `trained` is 1, for the score of one against that of the other.
+    """
+
+    kind = "reward"
+    names = PAIR
+    whole = True
+
+    def rows(self, example: Example, judged: Judged) -> list[Values]:
+        """One row."""
+        whole = [reply.whole for reply in judged.replies]
+        named = {f"{name}_ids": ids for name, ids in zip(self.names, whole, strict=True)}
+        return [named | _sizes(1, [*map(len, whole)])]
+
+
+def _sizes(trained: int, lengths: list[int]) -> Values:
+    return {"trained": trained, "length": max(lengths), "tokens": sum(lengths)}
+
+
+def _columns(rows: Iterable[Values]) -> dict[str, Any]:
+    """The values of all rows by column."""
+    columns: dict[str, Any] = {"trained": []}
+    for values in rows:
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    return columns

@@ -1,0 +1,278 @@
+"""Rows for tasks with a fixed answer: classes of texts, tags of words, one text from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any, ClassVar, NamedTuple
+
+from luthier.chat import ChatError
+from luthier.data.encoders.chat import EncodedRows, Problem
+from luthier.data.encoders.plain_text import (
+    Bound,
+    Frame,
+    NeutralText,
+    OnLong,
+    TooLong,
+    frame_of,
+    with_end,
+)
+from luthier.data.formats import Example
+
+NOT_FIRST = -1
+"""In the column `words`: a token that does not begin a word."""
+
+Values = dict[str, Any]
+Parts = list[list[int]]
+"""The token ids of each text, or word, of an example."""
+_EMPTY: Problem = ("empty text", "the text is empty")
+
+
+class Built(NamedTuple):
+    """The row of an example, or why it makes none."""
+
+    values: Values
+    """One value for each column."""
+    is_cut: bool = False
+    problem: Problem | None = None
+
+
+@dataclass
+class _Made:
+    """The rows of some examples, made one after the other."""
+
+    columns: dict[str, list[Any]]
+    counts: list[int] = field(default_factory=list)
+    problems: dict[int, Problem] = field(default_factory=dict)
+    cut: dict[int, int] = field(default_factory=dict)
+
+    def add(self, built: Built) -> None:
+        """Take in what the next example makes."""
+        number = len(self.counts)
+        if built.problem is not None:
+            self.problems[number] = built.problem
+        if built.is_cut:
+            self.cut[number] = 0
+        for name, value in built.values.items():
+            self.columns[name].append(value)
+        self.counts.append(1 if built.values else 0)
+
+
+class TaskEncoder:
+    """What the encoders share: texts as `tokenizer(text)` gives them, cut at the end if too long.
+
+    Text never becomes a control token, as in chats. It pickles.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, tokenizer: Any, max_length: int | None, on_long: OnLong) -> None:
+        """`max_length` counts what the tokenizer adds, too; null for no bound."""
+        self._tokenizer = tokenizer
+        self._bound = Bound(max_length, on_long)
+
+    @cached_property
+    def _text(self) -> NeutralText:
+        return NeutralText(self._tokenizer)
+
+    @cached_property
+    def _frame(self) -> Frame:
+        """What stands around a single text."""
+        return self._checked(frame_of(self._tokenizer))
+
+    def _checked(self, frame: Frame) -> Frame:
+        self._bound.check(frame)
+        return frame
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the rows besides the tokenizer's files, for JSON."""
+        return {
+            "kind": self.kind,
+            "max_length": self._bound.max_length,
+            "on_long": self._bound.on_long,
+            "frame": self._frame.settings(),
+            "controls": sorted(self._text.controls),
+        }
+
+    def encode(self, examples: Sequence[Example]) -> EncodedRows:
+        """Encode some examples; each makes one row or none.
+
+        Raises ChatError, with the example's number, for one that is too long where `on_long` is
+        `error`, and for text that this tokenizer makes a control token in any case.
+        """
+        made = _Made({name: [] for name in self._columns()})
+        for number, (example, parts) in enumerate(
+            zip(examples, self._parts(examples), strict=True)
+        ):
+            try:
+                made.add(self._row(example, parts))
+            except TooLong as error:
+                made.add(Built({}, problem=self._too_long(error.tokens, number)))
+        return EncodedRows(dict(made.columns), made.counts, made.problems, made.cut)
+
+    def _columns(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        raise NotImplementedError
+
+    def _texts(self, example: Example) -> list[str]:
+        """The texts of an example."""
+        raise NotImplementedError
+
+    def _row(self, example: Example, parts: Parts) -> Built:
+        """The row of an example, whose texts have these ids; raises TooLong."""
+        raise NotImplementedError
+
+    def _parts(self, examples: Sequence[Example]) -> Iterator[Parts]:
+        """The ids of each example's texts."""
+        texts = [self._texts(example) for example in examples]
+        ids = self._text.encode(chain.from_iterable(texts))
+        for number, row in enumerate(texts):
+            try:
+                yield [next(ids) for _ in row]
+            except ChatError as error:
+                raise error.in_row(number) from None
+
+    def _too_long(self, tokens: int, number: int) -> Problem:
+        reason = "longer than chat.max_length"
+        words = f"the row has {tokens} tokens, and chat.max_length is {self._bound.max_length}"
+        if self._bound.on_long == "error":
+            advice = "Raise it, or set chat.on_long=turns to cut texts at their end, or =drop"
+            raise ChatError(f"{words}. {advice}", reason=reason, row=number)
+        return reason, words
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tokenizer": self._tokenizer, "_bound": self._bound}
+
+
+class ClassificationEncoder(TaskEncoder):
+    """Texts, or pairs of texts, with a label.
+
+    Columns: `input_ids`; `token_type_ids` where the tokenizer has them; `label`, JSON of a class, a
+    number, or a list of classes; `trained`, which is 1.
+    """
+
+    kind = "classification"
+
+    @cached_property
+    def _pair_frame(self) -> Frame:
+        return self._checked(frame_of(self._tokenizer, texts=2))
+
+    def settings(self) -> dict[str, Any]:
+        """Those of all encoders, and what stands around a pair."""
+        return super().settings() | {"pair": self._pair_frame.settings()}
+
+    def _columns(self) -> tuple[str, ...]:
+        types = () if self._frame.types is None else ("token_type_ids",)
+        return ("input_ids", "label", "trained", *types)
+
+    def _texts(self, example: Example) -> list[str]:
+        return [example[name] for name in ("text", "text_pair") if name in example]
+
+    def _row(self, example: Example, parts: Parts) -> Built:
+        if not any(parts):
+            return Built({}, problem=_EMPTY)
+        frame = self._frame if len(parts) == 1 else self._pair_frame
+        kept = self._bound.fit(parts, frame)
+        values: Values = {
+            "input_ids": frame.around(kept),
+            "label": json.dumps(example["label"]),
+            "trained": 1,
+        }
+        if frame.types is not None:
+            values["token_type_ids"] = frame.types_around(kept)
+        return Built(values, is_cut=kept != parts)
+
+
+class TaggingEncoder(TaskEncoder):
+    """Words with a tag each.
+
+    The ids are those of the words with one space between them. Columns: `input_ids`; `words`, the
+    number of the word that a token is the first of, or `NOT_FIRST`; `tags`, JSON of the tags of all
+    words; `trained`, how many words have a token. A row that is too long loses whole words.
+    """
+
+    kind = "tagging"
+
+    def _columns(self) -> tuple[str, ...]:
+        return ("input_ids", "words", "tags", "trained")
+
+    def _parts(self, examples: Sequence[Example]) -> Iterator[Parts]:
+        return self._text.encode_words([example["tokens"] for example in examples])
+
+    def _row(self, example: Example, parts: Parts) -> Built:
+        if not any(parts):
+            return Built({}, problem=_EMPTY)
+        before, behind = (len(part) for part in self._frame.parts)
+        kept = self._kept(parts)
+        words = [
+            NOT_FIRST if place else number
+            for number, ids in enumerate(kept)
+            for place in range(len(ids))
+        ]
+        values: Values = {
+            "input_ids": self._frame.around([list(chain.from_iterable(kept))]),
+            "words": [*[NOT_FIRST] * before, *words, *[NOT_FIRST] * behind],
+            "tags": json.dumps(example["tags"]),
+            "trained": sum(map(bool, kept)),
+        }
+        return Built(values, is_cut=len(kept) < len(parts)) if any(kept) else _no_word(parts)
+
+    def _kept(self, words: Parts) -> Parts:
+        """The words that fit; raises TooLong where a row is not to be cut."""
+        flat = list(chain.from_iterable(words))
+        room = len(self._bound.fit([flat], self._frame)[0])
+        ends = accumulate(map(len, words))
+        return words[: sum(end <= room for end in ends)]
+
+
+def _no_word(words: Parts) -> Built:
+    first = next(ids for ids in words if ids)
+    text = f"its first word alone has {len(first)} tokens, which is more than fit"
+    return Built({}, problem=("longer than chat.max_length", text))
+
+
+class Seq2SeqEncoder(TaskEncoder):
+    """A text, and the text that an encoder-decoder model is to make of it.
+
+    Columns: `input_ids` of the source; `labels` of the target as `tokenizer(text_target=...)` gives
+    them, with one end token; `trained`, how many these are. A target that is too long loses its
+    end, and then has no end token: the model must not learn to stop there.
+    """
+
+    kind = "seq2seq"
+
+    @cached_property
+    def _target_frame(self) -> Frame:
+        return self._checked(with_end(frame_of(self._tokenizer, target=True), self._tokenizer))
+
+    def settings(self) -> dict[str, Any]:
+        """Those of all encoders, and what stands around a target."""
+        return super().settings() | {"target": self._target_frame.settings()}
+
+    def source(self, text: str) -> list[int]:
+        """The ids of a source, as in a row; one that is too long loses its end in any case."""
+        (ids,) = self._text.encode([text])
+        bound = Bound(self._bound.max_length, "turns")
+        return self._frame.around(bound.fit([ids], self._frame))
+
+    def _columns(self) -> tuple[str, ...]:
+        return ("input_ids", "labels", "trained")
+
+    def _texts(self, example: Example) -> list[str]:
+        return [example["source"], example["target"]]
+
+    def _row(self, example: Example, parts: Parts) -> Built:
+        source, target = parts
+        if not source:
+            return Built({}, problem=("empty source", "its source is empty"))
+        (kept,) = self._bound.fit([source], self._frame)
+        labels = self._target_frame.around([target])
+        fits = self._bound.fit([target], self._target_frame) == [target]
+        if not fits:
+            start = self._target_frame.parts[0]
+            labels = [*start, *target][: self._bound.max_length]
+        values = {"input_ids": self._frame.around([kept]), "labels": labels, "trained": len(labels)}
+        return Built(values, is_cut=not fits or kept != source)

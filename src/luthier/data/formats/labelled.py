@@ -1,0 +1,77 @@
+"""Rows that are no conversations: plain text, classes, tags, and one text from another."""
+
+from math import isfinite
+from typing import Any
+
+from luthier.data.formats.columns import Columns, list_in, named, text_in
+from luthier.data.formats.conversations import Example
+from luthier.data.rows import Row, RowError
+
+Label = str | int
+Target = Label | float | list[Label]
+"""What a text is to be classified as: a class, a number to predict, or all classes that apply."""
+
+
+def from_text(row: Row, columns: Columns) -> Example:
+    """A document."""
+    return {"text": _text(row, columns, "text")}
+
+
+def from_classification(row: Row, columns: Columns) -> Example:
+    """A text and its class, its number, or its classes."""
+    label = read_target(columns.take(row, "label"), columns.name("label"))
+    return {"text": _text(row, columns, "text"), "label": label}
+
+
+def from_classified_pair(row: Row, columns: Columns) -> Example:
+    """Two texts and the class of the pair."""
+    return from_classification(row, columns) | {"text_pair": _text(row, columns, "text_pair")}
+
+
+def from_tagging(row: Row, columns: Columns) -> Example:
+    """Words, and a tag for each of them."""
+    names = columns.name("tokens"), columns.name("tags")
+    tokens = list_in(columns.take(row, "tokens"), names[0], "texts")
+    values = list_in(columns.take(row, "tags"), names[1], "tags")
+    wrong = next((token for token in tokens if not isinstance(token, str)), None)
+    if wrong is not None:
+        raise RowError(f"{names[0]!r} holds {named(wrong)}; expected texts")
+    if len(tokens) != len(values) or not tokens:
+        raise RowError(
+            f"{names[0]!r} has {len(tokens)} entries and {names[1]!r} {len(values)}; expected a "
+            "tag for each token, and one token at least"
+        )
+    return {"tokens": tokens, "tags": [read_label(value, names[1]) for value in values]}
+
+
+def from_seq2seq(row: Row, columns: Columns) -> Example:
+    """A text and the text that is to be made of it."""
+    return {"source": _text(row, columns, "source"), "target": _text(row, columns, "target")}
+
+
+def read_target(value: Any, column: str) -> Target:
+    """A class, a list of classes, or a number; whether -1 is one, all rows together say."""
+    if isinstance(value, list):
+        return [read_label(item, column) for item in value]
+    is_number = isinstance(value, int | float) and isfinite(value)
+    if is_number:
+        return int(value) if value == int(value) else float(value)
+    return read_label(value, column)
+
+
+def read_label(value: Any, column: str) -> Label:
+    """A class by its name or number; tables without whole numbers write 1 as 1.0."""
+    if isinstance(value, str) and value.strip():
+        return value
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if is_whole and value >= 0:
+        return int(value)
+    if is_whole:
+        raise RowError(f"{column!r} is {value}, which stands for no label in hub datasets")
+    found = f"{value!r}" if isinstance(value, str | float) and value == value else named(value)
+    raise RowError(f"{column!r} is {found}; expected a class, by name or whole number")
+
+
+def _text(row: Row, columns: Columns, ours: str) -> str:
+    """A column that must be text."""
+    return text_in(columns.take(row, ours), columns.name(ours))

@@ -1,0 +1,409 @@
+"""What a message must have so that a template can render it; unknown fields pass through."""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+from luthier.data.formats.columns import as_list, json_in, list_in, named
+from luthier.data.rows import RowError, kind
+
+# Tools, and calls of them, in the one form that chat templates read: OpenAI's.
+
+Call = dict[str, Any]
+
+
+def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
+    """The tools of a row: a list of objects, or JSON text of one, as exports write it.
+
+    A tool without its `function` wrapper (`functions` of OpenAI, `tools` of LLaMA-Factory) gets it.
+    """
+    if isinstance(value, str):
+        return _parsed_tools(value, column)
+    if not isinstance(value, list):
+        raise RowError(f"the tools ({column!r}) are {kind(value)}; expected a list of objects")
+    return [_tool(tool, column) for tool in value]
+
+
+@lru_cache(maxsize=256)
+def _parsed_tools(text: str, column: str) -> list[dict[str, Any]]:
+    """The tools of JSON text, which is often the same for many rows."""
+    value = json_in(text, f"the tools ({column!r})", "a list of objects")
+    return [] if value is None else read_tools(value, column)
+
+
+def _tool(tool: Any, column: str) -> dict[str, Any]:
+    """One tool, wrapped as `{"type": "function", "function": ...}` where it has only a name."""
+    if isinstance(tool, str):
+        tool = json_in(tool, f"an entry of {column!r}", "an object")
+    if not isinstance(tool, dict):
+        raise RowError(f"the tools ({column!r}) hold {kind(tool)}; expected objects")
+    if "function" in tool or "name" not in tool or tool.get("type", "function") != "function":
+        return tool
+    function = {key: value for key, value in tool.items() if key != "type"}
+    return {"type": "function", "function": function}
+
+
+def read_calls(value: Any) -> list[Call]:
+    """The `tool_calls` of a message, each with its function's name and arguments."""
+    if isinstance(value, str):
+        value = json_in(value, "tool_calls", "a list of calls")
+    if not isinstance(value, list):
+        raise RowError(f"tool_calls is {kind(value)}; expected a list")
+    return [read_call(call, f"tool_calls[{place}]") for place, call in enumerate(value)]
+
+
+def read_call(call: Any, where: str) -> Call:
+    """One call; a flat one (`{"name", "arguments"}`) gets its `function` wrapper.
+
+    Arguments stay as they are, an object or JSON text; a call that has none gives an empty object.
+    """
+    if isinstance(call, str):
+        call = json_in(call, where, 'an object {"name": ..., "arguments": {...}}')
+    if not isinstance(call, dict):
+        raise RowError(f"{where} is {kind(call)}; expected an object")
+    kept = {key: value for key, value in call.items() if value is not None}
+    if "function" in kept:
+        return {**kept, "function": _function(kept["function"], where)}
+    outer = {key: kept.pop(key) for key in ("id", "index") if key in kept}
+    kept.pop("type", None)
+    return {**outer, "type": "function", "function": _function(kept, where)}
+
+
+def _function(function: Any, where: str) -> dict[str, Any]:
+    """The function of a call, with a name and with arguments."""
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        found = f"it has: {', '.join(function)}" if isinstance(function, dict) else kind(function)
+        raise RowError(f"{where} names no function ({found}); expected name and arguments")
+    arguments = function.get("arguments")
+    if arguments is None:
+        return {**function, "arguments": {}}
+    if not isinstance(arguments, dict | str):
+        raise RowError(f"the arguments of {where} are {kind(arguments)}; expected an object")
+    return function
+
+
+# Content that is a list of parts: text, and LLaMA-Factory's parts of reasoning and calls.
+
+TEXTS = ("text", "input_text", "output_text", None)
+REASONING_TYPES = ("reasoning", "thinking")
+CALLS = ("tool_call", "function_call")
+_ORDER = {"reasoning": 0, "text": 1, "call": 2}
+
+
+@dataclass
+class Content:
+    """What the parts of one message say."""
+
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def content(self) -> str | list[dict[str, Any]] | None:
+        """The text: a plain one where one part holds it all, which every template can show.
+
+        Several parts stay parts: servers differ in what they put between them.
+        """
+        if len(self.texts) > 1:
+            return self.texts
+        if not self.texts:
+            return None if self.reasoning or self.calls else ""
+        text: str = self.texts[0]["text"]
+        return text
+
+
+def read_parts(parts: list[Any]) -> Content:
+    """The parts of a message's content; RowError names one that is neither text nor known."""
+    content, reached = Content(), 0
+    for part in parts:
+        group = _add(content, part)
+        if _ORDER[group] < reached:
+            raise RowError(
+                f"a part of {group} stands behind other parts; a message has its reasoning first, "
+                "then its text, then its calls, so split it into several messages"
+            )
+        reached = _ORDER[group]
+    return content
+
+
+def _add(content: Content, part: Any) -> str:
+    """Put one part where it belongs, and say which group it is of."""
+    if not isinstance(part, dict):
+        raise RowError(f"a content part is {kind(part)!r}; only parts of text are read")
+    name = part.get("type")
+    name = name if isinstance(name, str | None) else str(name)
+    value = next((part[key] for key in ("text", "value", name) if part.get(key) is not None), None)
+    if isinstance(value, str) and name in CALLS:
+        content.calls.append(read_call(value, f"the {name} part"))
+        return "call"
+    if isinstance(value, str) and name in REASONING_TYPES:
+        content.reasoning.append(value)
+        return "reasoning"
+    if not isinstance(value, str) or name not in TEXTS:
+        shown = part.get("type", "no type")
+        raise RowError(f"a content part is {shown!r}; only parts of text are read")
+    kept = {key: entry for key, entry in part.items() if entry is not None and key != "value"}
+    content.texts.append({**kept, "type": "text", "text": value})
+    return "text"
+
+
+def are_parts(content: list[Any]) -> bool:
+    """Whether a tool's result is written as parts, and is no list of its own."""
+    return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+
+
+Message = dict[str, Any]
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The names under which templates and servers know a message's reasoning."""
+WEIGHTS = ("weight", "loss_weight")
+"""OpenAI's and LLaMA-Factory's way to say whether a message trains: 0 or 1."""
+_TEXTS = (*REASONING, "tool_call_id", "name")
+
+
+def read_messages(value: Any, column: str) -> list[Message]:
+    """The messages of a column, or RowError for what is not a list of messages.
+
+    Nulls, as exports and Arrow write them, mean that a field is absent. `function_call` and
+    `function` results of OpenAI's older API become tool calls and tool results, `weight` becomes
+    `train`. The messages are the row's own where nothing was to be changed.
+    """
+    messages = value if type(value) is list else list_in(value, column, "messages")
+    if not messages:
+        raise RowError(f"{column!r} is an empty list; expected messages")
+    for message in messages:
+        # Most messages are a role and a text, and rows have many: no call for those.
+        if type(message) is not dict or len(message) != 2:
+            return _each(messages, column)
+        role = message.get("role")
+        if type(role) is not str or not role or type(message.get("content")) is not str:
+            return _each(messages, column)
+    return messages
+
+
+def _each(messages: list[Any], column: str) -> list[Message]:
+    """Every message checked; RowError says which one is wrong."""
+    found = []
+    for index, message in enumerate(messages):
+        try:
+            found.append(read_message(message))
+        except RowError as error:
+            raise RowError(f"{column}[{index}]: {error}") from None
+    if any(isinstance(message, dict) and message.get("function_call") for message in messages):
+        return [m | {"role": "tool"} if m["role"] == "function" else m for m in found]
+    return found
+
+
+def read_message(message: Any) -> Message:
+    """One message without its nulls; RowError for what is not a message."""
+    if not isinstance(message, dict):
+        raise RowError(f"this is {kind(message)}; expected an object with role and content")
+    kept = {key: value for key, value in message.items() if value is not None}
+    role = kept.get("role")
+    if not isinstance(role, str) or not role:
+        raise RowError(_no_role(message))
+    _put_content(kept, role)
+    if len(kept) > 2 or "content" not in kept:
+        _put_calls(kept)
+        _put_train(kept)
+        _check_texts(kept)
+    if "content" not in kept and not _may_lack_content(kept, role):
+        state = "is null" if "content" in message else "is missing"
+        raise RowError(f"the content of this {role} message {state}; expected text")
+    return kept
+
+
+def _no_role(message: dict[str, Any]) -> str:
+    """The words for a message whose role is missing or is no name."""
+    if "role" in message:
+        return f"the role is {named(message['role'])}; expected a name such as user or assistant"
+    known = ""
+    if "from" in message:
+        known = "; from and value are ShareGPT's names, and this source is read as messages"
+    return f"there is no role (it has: {', '.join(message) or 'nothing'}){known}"
+
+
+def _put_content(message: Message, role: str) -> None:
+    """Content as text or parts of text; what else its parts say goes into fields of its own."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return
+    if role == "tool" and (isinstance(content, dict) or not _is_list_of_parts(content)):
+        _check_result(content)
+    elif isinstance(content, list):
+        _put_parts(message, content)
+    else:
+        raise RowError(f"the content is {named(content)}; expected text")
+
+
+def _is_list_of_parts(content: Any) -> bool:
+    return isinstance(content, list) and are_parts(content)
+
+
+def _check_result(content: Any) -> None:
+    """Refuse a tool's result that no template shows: one that is no text, object or list."""
+    entries = content if isinstance(content, list) else [content]
+    if not all(isinstance(entry, dict | str) for entry in entries):
+        raise RowError(f"the content is {named(content)}; expected text")
+
+
+def _put_parts(message: Message, parts: list[Any]) -> None:
+    """Parts of text, reasoning and calls, each in its field."""
+    found = read_parts(parts)
+    if found.content is None:
+        del message["content"]
+    else:
+        message["content"] = found.content
+    if found.reasoning:
+        message["reasoning_content"] = "\n\n".join(found.reasoning)
+    if found.calls:
+        message["tool_calls"] = [*message.get("tool_calls", []), *found.calls]
+
+
+def _put_calls(message: Message) -> None:
+    """Calls in OpenAI's form; `function_call` is what its older API had."""
+    calls = read_calls(message.pop("tool_calls")) if "tool_calls" in message else []
+    if "function_call" in message:
+        calls.append(read_call(message.pop("function_call"), "function_call"))
+    if calls:
+        message["tool_calls"] = calls
+
+
+def _put_train(message: Message) -> None:
+    """Whether the message trains, under one name."""
+    for name in WEIGHTS:
+        weight = message.pop(name, None)
+        if weight is None:
+            continue
+        if weight not in (0, 1) or isinstance(weight, str):
+            raise RowError(f"{name} is {weight!r}; a message trains (1) or does not (0)")
+        message.setdefault("train", bool(weight))
+    if not isinstance(message.get("train", True), bool):
+        raise RowError(f"train is {named(message['train'])}; expected true or false")
+
+
+def _check_texts(message: Message) -> None:
+    """Refuse other values where a text is expected."""
+    for name in _TEXTS:
+        if not isinstance(message.get(name, ""), str):
+            raise RowError(f"{name} is {named(message[name])}; expected text")
+
+
+def _may_lack_content(message: Message, role: str) -> bool:
+    """Whether a message says something without content: a system slot, a call, or reasoning."""
+    if role in ("system", "developer"):
+        return True
+    return bool(message.get("tool_calls") or any(message.get(name) for name in REASONING))
+
+
+# ShareGPT's turns, `from` and `value`, as messages.
+
+_SPEAKERS = {
+    "user": ("human", "user", "prompter", "usr"),
+    "assistant": (
+        "gpt", "assistant", "bot", "chatgpt", "model", "bard", "bing", "claude", "ai", "chatbot",
+        "gpt4", "gpt-4",
+    ),
+    "system": ("system",),
+    "developer": ("developer",),
+    "call": ("function_call", "function-call", "tool_call", "tool_calls"),
+    "tool": (
+        "observation", "tool", "function", "function_response", "function-response",
+        "tool_response", "tool_result", "ipython",
+    ),
+}  # fmt: skip
+"""Our role -> the names that FastChat, OpenAssistant, axolotl, LLaMA-Factory, Hermes and Glaive
+give it; `call` is an assistant's turn that holds calls alone."""
+ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+
+
+def read_turns(value: Any, column: str) -> list[Message]:
+    """The turns of a column as messages, or RowError for what is not a list of turns."""
+    turns = list_in(value, column, "turns")
+    if not turns:
+        raise RowError(f"{column!r} is an empty list; expected turns")
+    messages = []
+    for index, turn in enumerate(turns):
+        try:
+            messages.append(_message(turn))
+        except RowError as error:
+            raise RowError(f"{column}[{index}]: {error}") from None
+    return messages
+
+
+def read_any(value: Any, column: str) -> list[Message]:
+    """Messages of either spelling: role and content, or from and value."""
+    messages = list_in(value, column, "messages")
+    read = read_turns if spelling(messages) == "from" else read_messages
+    return read(messages, column)
+
+
+def spelling(value: Any) -> Literal["role", "from"] | None:
+    """How messages name their speaker; None for what is no message and no list of messages."""
+    first = value if isinstance(value, dict) else next(iter(as_list(value)), None)
+    if not isinstance(first, dict):
+        return None
+    return "role" if "role" in first else "from" if "from" in first else None
+
+
+def written_messages(text: str, column: str) -> list[Message] | None:
+    """The messages of JSON text, as CSV cells hold them; None for any other text."""
+    is_list = text.startswith("[") and spelling(text) is not None
+    return read_any(text, column) if is_list else None
+
+
+def _message(turn: Any) -> Message:
+    """One turn as a message; what it has besides from and value goes with it."""
+    if not isinstance(turn, dict):
+        raise RowError(f"this is {kind(turn)}; expected an object with from and value")
+    speaker, text = turn.get("from"), turn.get("value")
+    role = (ROLES.get(speaker) if type(speaker) is str else None) or _role(turn)
+    if type(text) is str and role != "call" and len(turn) == 2:
+        return {"role": role, "content": text}
+    if text is None:
+        state = "is null" if "value" in turn else "is missing"
+        raise RowError(f"the value of this {speaker} turn {state}; expected text")
+    rest = {key: entry for key, entry in turn.items() if key not in ("from", "value")}
+    if role == "call":
+        return read_message({"role": "assistant", **read_call_turn(text), **rest})
+    if not isinstance(text, str | list | dict):
+        raise RowError(f"the value is {named(text)}; expected text")
+    return read_message({"role": role, "content": text, **rest})
+
+
+def _role(turn: dict[str, Any]) -> str:
+    """The role of a speaker however it is capitalised; RowError names one that is not known."""
+    if "from" not in turn:
+        known = "; role and content are OpenAI's names" if "role" in turn else ""
+        raise RowError(f"there is no from (it has: {', '.join(turn) or 'nothing'}){known}")
+    speaker = turn["from"]
+    if not isinstance(speaker, str):
+        raise RowError(f"from is {named(speaker)}; expected a name such as human or gpt")
+    role = ROLES.get(speaker.strip().lower())
+    if role is None:
+        near = difflib.get_close_matches(speaker.lower(), ROLES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise RowError(f"the role {speaker!r} is not known{hint}; known are {', '.join(ROLES)}")
+    return role
+
+
+def read_call_turn(text: Any) -> Message:
+    """The calls of a turn, and the reasoning in front of them, as LLaMA-Factory writes both.
+
+    The text is JSON of one call (name and arguments) or of a list of them; `<think>...</think>`
+    before it is reasoning.
+    """
+    thought = _THOUGHT.match(text) if isinstance(text, str) else None
+    calls = text[thought.end() :] if thought else text
+    if isinstance(calls, str):
+        calls = json_in(calls, "the value of this call", '{"name": ..., "arguments": {...}}')
+    calls = calls if isinstance(calls, list) else [calls]
+    message: Message = {
+        "tool_calls": [read_call(call, f"call {place}") for place, call in enumerate(calls)]
+    }
+    if thought and thought[1].strip():
+        message["reasoning_content"] = thought[1].strip("\n")
+    return message

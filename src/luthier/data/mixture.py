@@ -1,0 +1,135 @@
+"""Several sources as one epoch: how many rows of each, which, and in which order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.config.schema import SourceConfig
+from luthier.data.seeded_random import shuffled
+from luthier.errors import UserError
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rows of an epoch."""
+
+    order: Positions
+    """Positions in the sources laid end to end, in the order in which they are named; a row that
+    is seen twice stands here twice."""
+    counts: dict[str, int]
+    """Rows of the epoch from each source."""
+
+
+def mixture(
+    sizes: Mapping[str, int],
+    sources: Mapping[str, SourceConfig],
+    mix: Literal["concatenate", "interleave"],
+    seed: int,
+) -> Mixture:
+    """The epoch that sources of these sizes (in rows, by name) give.
+
+    `concatenate`: all rows of one source after the other, each source `repeats` times; 2.5 is all
+    rows twice and a seeded half of them. `interleave`: the shares that `weight` says, spread
+    evenly; no row stands twice, and the source that is scarcest for its weight is seen whole.
+    Raises UserError for settings of the other kind and for a source that gives no row.
+    """
+    _check(sizes, sources, mix)
+    starts = np.cumsum([0, *sizes.values()])[:-1]
+    if mix == "concatenate":
+        parts = [_repeated(size, sources[name].repeats, seed, name) for name, size in sizes.items()]
+    else:
+        parts = _weighed(sizes, sources, seed)
+    counts = {name: len(part) for name, part in zip(sizes, parts, strict=True)}
+    _check_counts(counts, sizes, sources, mix)
+    order = np.concatenate([start + part for start, part in zip(starts, parts, strict=True)])
+    return Mixture(order if mix == "concatenate" else order[spread(list(counts.values()))], counts)
+
+
+def spread(counts: list[int]) -> Positions:
+    """The order in which groups of these sizes, laid end to end, alternate most evenly.
+
+    Item k of a group of n stands at (k + 1/2) / n of the way (Inman and Bulfin, "Sequencing JIT
+    mixed-model assembly lines", Management Science 37, 1991). Where a group has the share p of all
+    and there are m groups, any first rows hold p of that group to within (1 + m p) / 2 rows.
+    """
+    places = [(np.arange(count) + 0.5) / count for count in counts]
+    return np.argsort(np.concatenate(places), kind="stable")
+
+
+def key_of(name: str, sources: Mapping[str, SourceConfig]) -> str:
+    """The config's key of a source: `dataset` itself if it is the only one and has that name."""
+    return "dataset" if [*sources] == ["dataset"] else f"dataset.sources.{name}"
+
+
+def _repeated(size: int, repeats: float, seed: int, name: str) -> Positions:
+    """All rows as many whole times as `repeats` holds, then a seeded part of them, in order."""
+    whole, rest = divmod(round(repeats * size), max(size, 1))
+    part = np.sort(shuffled(size, "repeats", seed, name)[:rest])
+    return np.concatenate([np.tile(np.arange(size), whole), part])
+
+
+def _weighed(
+    sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], seed: int
+) -> list[Positions]:
+    """For each source its share of rows, drawn and put in order by the seed.
+
+    The source with the fewest rows for its weight gives all of them and so sets the others' counts.
+    """
+    weights = {name: sources[name].weight or 1.0 for name in sizes}
+    scarce = min(sizes, key=lambda name: sizes[name] / weights[name])
+    counts = {
+        name: min(size, round(sizes[scarce] * weights[name] / weights[scarce]))
+        for name, size in sizes.items()
+    }
+    return [shuffled(size, "weight", seed, name)[: counts[name]] for name, size in sizes.items()]
+
+
+def _check(sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], mix: str) -> None:
+    """UserError for a source without rows, and for a weight or repeats where they say nothing."""
+    for name, size in sizes.items():
+        key, source = key_of(name, sources), sources[name]
+        if not size:
+            raise UserError(f"{key} has no row left to train on. Take it out, or see its filter.")
+        if mix == "concatenate" and source.weight is not None:
+            raise UserError(
+                f"{key}.weight={source.weight:g} says nothing with dataset.mix=concatenate, which "
+                "takes all rows. Set dataset.mix=interleave, or give repeats instead."
+            )
+        if mix == "interleave" and source.repeats != 1:
+            raise UserError(
+                f"{key}.repeats={source.repeats:g} says nothing with dataset.mix=interleave, which "
+                "shows no row twice. Set dataset.mix=concatenate, or give a weight instead."
+            )
+    _check_weights(sources, mix)
+
+
+def _check_weights(sources: Mapping[str, SourceConfig], mix: str) -> None:
+    """UserError if some sources of an interleaved mixture have a weight and others do not."""
+    without = [name for name, source in sources.items() if source.weight is None]
+    if mix == "interleave" and 0 < len(without) < len(sources):
+        raise UserError(
+            f"{key_of(without[0], sources)} has no weight, and other sources have one. Give each "
+            "source a weight, or none of them for equal shares."
+        )
+
+
+def _check_counts(
+    counts: Mapping[str, int],
+    sizes: Mapping[str, int],
+    sources: Mapping[str, SourceConfig],
+    mix: str,
+) -> None:
+    """UserError for a source whose setting is so small that none of its rows is seen."""
+    setting = "repeats" if mix == "concatenate" else "weight"
+    for name, count in counts.items():
+        if not count:
+            given = getattr(sources[name], setting)
+            raise UserError(
+                f"{key_of(name, sources)}.{setting}={given:g} takes none of its {sizes[name]} "
+                "rows. Give it more, or take the source out."
+            )

@@ -1,6 +1,0 @@
-"""From a row to an example: the shape is found from the columns or named; see docs/shapes.md."""
-
-from luthier.data.shapes.find import find_shape
-from luthier.data.shapes.shape import Example, Shape
-
-__all__ = ["Example", "Shape", "find_shape"]

@@ -1,0 +1,115 @@
+"""The rows of CSV and TSV files: every cell is text, under the name that the header gives it."""
+
+import csv
+from collections.abc import Iterator, Sequence
+
+from luthier.data.rows import BadRow, Row, excerpt
+from luthier.data.sources.options import CsvOptions
+from luthier.data.sources.streams import File
+from luthier.data.sources.text import lines, texts
+from luthier.errors import UserError
+
+_LONGEST_CELL = 2**31 - 1
+_OTHER_DELIMITERS = (";", "\t", ",", "|")
+
+
+def csv_rows(file: File, options: CsvOptions) -> Iterator[Row | BadRow]:
+    """The row of every record, with the line on which it starts."""
+    # Texts are longer than what the module takes for a broken file.
+    csv.field_size_limit(_LONGEST_CELL)
+    records = _records(file, options)
+    header = options.header
+    if header is None:
+        first = next((record for _, record in records), None)
+        if first is None:
+            return
+        if isinstance(first, BadRow):
+            raise UserError(f"dataset: {first.where}: the header: {first.problem}")
+        header = first
+    _check_header(file, header, options)
+    for where, record in records:
+        yield record if isinstance(record, BadRow) else _row(where, header, record, options)
+
+
+def _records(file: File, options: CsvOptions) -> Iterator[tuple[str, list[str] | BadRow]]:
+    """The cells of every record that is not blank, with its place; or what is wrong with it."""
+    kept = _Kept(file, options)
+    reader = csv.reader(
+        kept,
+        delimiter=options.delimiter,
+        quotechar=options.quotechar,
+        quoting=csv.QUOTE_MINIMAL if options.quotechar else csv.QUOTE_NONE,
+        strict=True,
+    )
+    while True:
+        where = f"{file.label}:{reader.line_num + 1}"
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if kept.ended:
+                raise UserError(_unclosed(where, options)) from error
+            yield where, BadRow(where, f"this is not CSV: {error}", excerpt(kept.line))
+            continue
+        if record:
+            yield where, record
+
+
+def _row(where: str, header: Sequence[str], record: list[str], options: CsvOptions) -> Row | BadRow:
+    """The row of one record, which has a cell for each column."""
+    if len(record) == len(header):
+        return Row(dict(zip(header, record, strict=True)), where)
+    cells = f"{len(record)} {'cell' if len(record) == 1 else 'cells'}"
+    text = excerpt(options.delimiter.join(record))
+    return BadRow(where, f"{cells} for {len(header)} columns", text)
+
+
+def _check_header(file: File, header: list[str], options: CsvOptions) -> None:
+    """Refuse a header whose names do not tell the columns apart."""
+    place = "dataset: options.header" if options.header else f"dataset: {file.label}, its header"
+    if "" in (name.strip() for name in header):
+        raise UserError(f"{place}: column {_empty(header)} has no name: {excerpt(header)}")
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{place}: the name {twice[0]!r} stands twice. Rename one column.")
+    other = [mark for mark in _OTHER_DELIMITERS if mark in header[0]]
+    if len(header) == 1 and other and not options.header:
+        mark = {"\t": '"\\t"'}.get(other[0], repr(other[0]))
+        raise UserError(
+            f"{place} is one cell: {excerpt(header[0])}. If another character parts the cells, "
+            f"name it: options.delimiter={mark}."
+        )
+
+
+def _empty(header: list[str]) -> int:
+    """The number of the first column without a name, counted from 1."""
+    return [name.strip() for name in header].index("") + 1
+
+
+def _unclosed(where: str, options: CsvOptions) -> str:
+    """The words for a quote that swallows the rest of the file."""
+    return (
+        f"dataset: {where}: a cell opens with {options.quotechar} here that nothing closes before "
+        "the file ends. Close it, double it if it is meant as text, or, where quotes are plain "
+        "characters, set options.quotechar=null."
+    )
+
+
+class _Kept:
+    """The lines of a file with their ends; keeps the last one, and whether it was the last."""
+
+    def __init__(self, file: File, options: CsvOptions) -> None:
+        self._lines = lines(texts(file, options.encoding))
+        self.line, self.ended = "", False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines, None)
+        if line is None:
+            self.ended = True
+            raise StopIteration
+        self.line = line
+        return f"{line}\n"

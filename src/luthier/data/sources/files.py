@@ -1,0 +1,302 @@
+"""The files that a path means: one, those of a glob, of a folder, of a zip archive."""
+
+import difflib
+import glob
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from luthier.data.sources.hub import offline
+from luthier.data.sources.options import SUFFIXES, format_of, is_file_name
+from luthier.data.sources.streams import File, Local, Place, Remote, Web, in_words, members
+from luthier.errors import UserError
+
+# Which files of a folder or an archive are its data, where nobody has named them one by one.
+
+Found = tuple[str, Place]
+"""A file's name and place."""
+_PAPERS = re.compile(r"(readme|license|licence|notice|changelog|citation)\b", re.IGNORECASE)
+_TRAINING = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)")
+_HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|val|dev|eval|heldout|held-out)([^a-z]|$)")
+
+
+def data_files(folder: str, found: Sequence[Found], format: str) -> list[Found]:
+    """The data files among these, of one format and of no two splits.
+
+    Hidden files, readmes and licences are none; text is data only where nothing else is.
+    """
+    shown = [entry for entry in found if not _is_hidden(entry[0])]
+    if format != "auto":
+        return _of_format(folder, shown, format)
+    known = [(format_of(name), (name, place)) for name, place in shown]
+    formats = Counter(kind for kind, _ in known if kind is not None)
+    if len(formats) > 1:
+        del formats["text"]
+    if len(formats) > 1:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
+        raise UserError(
+            f"dataset: {folder} holds files of several formats ({counts}). Set format to "
+            f"one of them, or name the files: path={folder}/*.SUFFIX."
+        )
+    kept = [entry for kind, entry in known if kind in formats]
+    return _of_one_split(folder, kept or _none(folder))
+
+
+def _of_format(folder: str, found: Sequence[Found], format: str) -> list[Found]:
+    """The files whose names say this format, or all where no name says any."""
+    kinds = [format_of(name) for name, _ in found]
+    if not any(kinds):
+        return _of_one_split(folder, list(found) or _none(folder, format))
+    kept = [entry for kind, entry in zip(kinds, found, strict=True) if kind == format]
+    return _of_one_split(folder, kept or _none(folder, format))
+
+
+def _none(folder: str, format: str = "") -> list[Found]:
+    """Stop at a folder without data."""
+    kind = f"{format} files" if format else "data files"
+    raise UserError(
+        f"dataset: {folder} holds no {kind}. Folders inside it are not looked into unless you say "
+        f"so: path={folder.rstrip('/')}/**/*.jsonl, say."
+    )
+
+
+def _of_one_split(folder: str, found: list[Found]) -> list[Found]:
+    """The files, unless their names say that some of them are to be held out of training."""
+    stems = {name: PurePosixPath(name).name.lower() for name, _ in found}
+    training = [name for name, stem in stems.items() if _TRAINING.search(stem)]
+    held_out = [name for name, stem in stems.items() if _HELD_OUT.search(stem)]
+    if training and held_out:
+        raise UserError(
+            f"dataset: {folder} holds files of several splits by their names, such as "
+            f"{training[0]} and {held_out[0]}. Name those to train on in path (a file, a "
+            "glob or a list) and the others in dataset.eval.path."
+        )
+    return found
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file is hidden or there for people."""
+    last = PurePosixPath(name).name
+    return last.startswith((".", "_")) or bool(_PAPERS.match(last))
+
+
+# Files behind addresses: found through fsspec; the web without it.
+
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "hf": "huggingface_hub",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+"""Protocol -> the package that speaks it."""
+
+
+def is_address(path: str) -> bool:
+    """Whether a path names a protocol."""
+    return "://" in path
+
+
+def local_path(path: str) -> str | None:
+    """The path of this machine that a `file://` address means; None for any other."""
+    return url2pathname(urlsplit(path).path) if path.startswith("file://") else None
+
+
+def find(path: str, storage: dict[str, Any]) -> list[tuple[str, Place]]:
+    """The files at an address (a file, a glob or a folder), each with its own address, sorted."""
+    protocol = path.split("://")[0].split("::")[0]
+    if protocol in ("http", "https"):
+        return [(path, _on_the_web(path, storage))]
+    if protocol == "hf" and offline():
+        raise UserError(f"dataset: {path} needs the network, and HF_HUB_OFFLINE is set.")
+    with in_words(path, is_remote=True):
+        filesystem, root = _filesystem(path, protocol, storage)
+        return _files(filesystem, root, path)
+
+
+def _on_the_web(path: str, storage: dict[str, Any]) -> Web:
+    """A file of a web server, if it answers."""
+    unknown = sorted(set(storage) - {"headers"})
+    if unknown:
+        raise UserError(
+            f"dataset: options.storage.{unknown[0]}: {path.split(':')[0]} takes headers alone, "
+            "such as {headers: {Authorization: Bearer ...}}."
+        )
+    headers = tuple((str(key), str(value)) for key, value in storage.get("headers", {}).items())
+    web = Web(path, headers)
+    with in_words(path, is_remote=True):
+        web.open().close()
+    return web
+
+
+def _filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple[Any, str]:
+    """The file system of an address, and the address as it calls it."""
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(path, **storage)
+    except ImportError as error:
+        package = PACKAGES.get(protocol)
+        cure = f"Install it: pip install {package}" if package else str(error)
+        raise UserError(f"dataset: {path} needs a package that is not installed. {cure}") from error
+    except ValueError as error:
+        raise UserError(
+            f"dataset: {path} cannot be opened: {error}. Known are s3://, gs://, hf://, http://, "
+            "https://, file:// and what else fsspec has a package for."
+        ) from error
+
+
+def _files(filesystem: Any, root: str, path: str) -> list[tuple[str, Place]]:
+    """The files that an address means: itself, those of a folder, or those of a glob."""
+    if filesystem.isfile(root):
+        return [(path, Remote(filesystem, root))]
+    if filesystem.isdir(root):
+        found = [entry["name"] for entry in filesystem.ls(root) if entry["type"] == "file"]
+    else:
+        found = [name for name in filesystem.glob(root) if filesystem.isfile(name)]
+    shown = [name for name in sorted(found) if not name.rsplit("/", 1)[-1].startswith(".")]
+    return [(filesystem.unstrip_protocol(name), Remote(filesystem, name)) for name in shown]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What decides which files a path means and how they are read."""
+
+    format: str
+    storage: dict[str, Any]
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means files of this machine, and no hub name."""
+    looks_local = path.startswith(("/", "./", "../", "~", ".\\", "..\\"))
+    return looks_local or is_file_name(path) or _is_glob(path) or Path(path).exists()
+
+
+def find_files(paths: Sequence[str], wanted: Wanted) -> list[File]:
+    """The files of all paths, in their order, those of one path sorted by name."""
+    files = [file for path in paths for file in _of_path(path, wanted)]
+    seen: dict[tuple[str, str], str] = {}
+    for file in files:
+        key = (file.place.key, file.member)
+        if key in seen:
+            raise UserError(
+                f"dataset: {file.label} stands twice in path (as {seen[key]} too). Name "
+                "it once; repeats shows its rows more often."
+            )
+        seen[key] = file.label
+    return files
+
+
+def _of_path(path: str, wanted: Wanted) -> list[File]:
+    """The files of one path."""
+    local = local_path(path)
+    if is_address(path) and local is None:
+        found = _remote(path, wanted)
+    else:
+        found = _local(local or path, wanted)
+    return [file for label, place in found for file in _unzipped(label, place, wanted)]
+
+
+def _remote(path: str, wanted: Wanted) -> list[Found]:
+    """The files at an address."""
+    found = find(path, wanted.storage)
+    if [label for label, _ in found] == [path]:
+        return found
+    if not found:
+        raise UserError(f"dataset: there are no files at {path}.")
+    return data_files(path, found, wanted.format)
+
+
+def _local(path: str, wanted: Wanted) -> list[Found]:
+    """The files that a path of this machine means."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        entries = sorted(entry for entry in file.iterdir() if entry.is_file())
+        return data_files(path, [(_join(path, entry.name), Local(entry)) for entry in entries],
+                          wanted.format)  # fmt: skip
+    if file.is_file():
+        return [(path, Local(file))]
+    if file.exists():
+        raise UserError(
+            f"dataset: {path} is no regular file (a pipe, say), and cannot be read twice."
+        )
+    if not _is_glob(path):
+        raise UserError(_missing(path, file))
+    # Path.glob would take hidden files and refuse absolute patterns.
+    names = sorted(glob.glob(str(file), recursive=True))  # noqa: PTH207
+    found: list[Found] = [(name, Local(Path(name))) for name in names if Path(name).is_file()]
+    if not found:
+        raise UserError(_unmatched(path, file))
+    return found
+
+
+def _unzipped(label: str, place: Place, wanted: Wanted) -> list[File]:
+    """The file, or the data files of a zip archive, each with its format."""
+    if not label.lower().endswith(".zip"):
+        return [File(label, _format(label, wanted), place)]
+    names = members(place, label)
+    if len(names) == 1:
+        known = wanted.format if wanted.format != "auto" else format_of(names[0])
+        return [File(f"{label}/{names[0]}", known or _format(label, wanted), place, names[0])]
+    kept = data_files(label, [(name, place) for name in names], wanted.format)
+    return [File(f"{label}/{name}", _format(name, wanted), place, name) for name, _ in kept]
+
+
+def _format(label: str, wanted: Wanted) -> str:
+    """The format of a file: the one that is set, else the one its name says."""
+    found = wanted.format if wanted.format != "auto" else format_of(label)
+    if found is None:
+        raise UserError(
+            f"dataset: {label} has none of the suffixes {', '.join(SUFFIXES)} (with .gz, .bz2, "
+            ".xz, .zst or .zip behind them where it is compressed). Set format to what "
+            "it is."
+        )
+    return found
+
+
+def _is_glob(path: str) -> bool:
+    """Whether a path has characters that stand for others."""
+    return any(mark in path for mark in "*?[")
+
+
+def _join(folder: str, name: str) -> str:
+    """The name of a file in a folder, as the user calls the folder."""
+    return f"{folder.rstrip('/')}/{name}" if folder != "." else name
+
+
+def _missing(path: str, file: Path) -> str:
+    """The words for a file that is not there."""
+    folder = file.absolute().parent
+    text = f"dataset: there is no file {path} (looked at {file.absolute()})."
+    if not folder.is_dir():
+        return f"{text} The folder {folder} is missing too; relative paths start at {Path.cwd()}."
+    return text + _neighbours(folder, file.name)
+
+
+def _unmatched(path: str, file: Path) -> str:
+    """The words for a glob that means nothing."""
+    text = f"dataset: no file matches {path} (relative paths start at {Path.cwd()})."
+    folder = file.absolute().parent
+    while _is_glob(folder.name):
+        folder = folder.parent
+    if not folder.is_dir():
+        return f"{text} There is no folder {folder}."
+    return text + _neighbours(folder, file.name)
+
+
+def _neighbours(folder: Path, name: str) -> str:
+    """The data files of a folder, the most similar names first."""
+    names = sorted(entry.name for entry in folder.iterdir() if is_file_name(entry.name))
+    if not names:
+        return f" There are no data files ({', '.join(SUFFIXES)}) in {folder}."
+    close = difflib.get_close_matches(name, names, n=3)
+    return f" In that folder: {', '.join(close or names[:5])}."

@@ -1,0 +1,193 @@
+"""Datasets of the Hugging Face hub, read through `datasets`; every failure in words."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from luthier.data.rows import Row
+from luthier.data.sources.arrow import batch_rows
+from luthier.data.sources.options import Options
+from luthier.data.sources.source import of_places, of_rows
+from luthier.data.sources.streams import Local, in_words
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from luthier.config.schema import SourceConfig
+
+
+# Whether the Hugging Face hub can be had, known before `datasets` is imported.
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PATIENCE = 3.0
+"""Seconds to wait for the hub to answer at all."""
+
+
+def check_hub(path: str, streaming: bool = False) -> None:
+    """Fail early where a hub dataset cannot be had.
+
+    Without a network `datasets` tries six times, for half a minute, before it gives up.
+    """
+    if not _NAME.fullmatch(path):
+        raise UserError(
+            f"dataset: {path!r} is neither a file here (looked at {Path(path).absolute()}) nor a "
+            "hub name, which is written owner/name."
+        )
+    if (streaming or not _is_cached(path)) and (offline() or not _reachable()):
+        raise UserError(no_network(path))
+
+
+def offline() -> bool:
+    """Whether the user forbids the network."""
+    flags = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("HF_DATASETS_OFFLINE", ""))
+    return any(flag.upper() in ("1", "ON", "YES", "TRUE") for flag in flags)
+
+
+def no_network(path: str) -> str:
+    """The words for a hub that does not answer."""
+    why = "HF_HUB_OFFLINE is set" if offline() else f"{_endpoint()} does not answer"
+    return (
+        f"dataset: {path} is a hub dataset that is not on this machine, and {why}. Either "
+        'load it once where there is a network (python -c "import datasets; '
+        f"datasets.load_dataset('{path}')\"), copy its cache (HF_HOME) here and set "
+        "HF_HUB_OFFLINE=1, or set dataset.path to a local file, such as ./my.jsonl."
+    )
+
+
+def _endpoint() -> str:
+    """The hub's address."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+@lru_cache(maxsize=1)
+def _reachable() -> bool:
+    """Whether the hub answers at all; behind a proxy only the proxy could say."""
+    url = urlsplit(_endpoint())
+    if url.scheme in getproxies():
+        return True
+    try:
+        address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+        socket.create_connection(address, timeout=PATIENCE).close()
+    except OSError:
+        return False
+    return True
+
+
+def _is_cached(name: str) -> bool:
+    """Whether the cache from which `datasets` reads without a network holds the dataset."""
+    environ = os.environ
+    base = Path(environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    home = Path(environ.get("HF_HOME", base))
+    cache = Path(environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
+    wanted = _plain(name.replace("/", "___"))
+    return cache.is_dir() and any(_plain(entry.name) == wanted for entry in cache.iterdir())
+
+
+def _plain(name: str) -> str:
+    """A name as `datasets` and the hub both have it: the cache writes CamelCase as camel_case."""
+    return name.replace("_", "").lower()
+
+
+_ROWS = 1000
+"""Rows that are taken from `datasets` at once."""
+
+
+class HubContent:
+    """The rows of one split of a hub dataset; loaded when they are first asked for."""
+
+    advice = ""
+
+    def __init__(self, config: "SourceConfig", options: Options, streaming: bool) -> None:
+        self._config, self._options, self._streaming = config, options, streaming
+        self._label = f"{config.path}[{config.split}]"
+
+    def items(self) -> Iterator[Row]:
+        """The rows, numbered from 0 as the dataset's own."""
+        row = None
+        with in_words(self._label, is_remote=self._streaming):
+            tables = self._dataset.with_format("arrow").iter(_ROWS)
+            batches = chain.from_iterable(table.to_batches() for table in tables)
+            for row in batch_rows(batches, self._label):
+                yield row
+        if row is None:
+            split = self._config.split
+            raise UserError(f"dataset: the split {split!r} of {self._config.path} has no rows.")
+
+    def digest(self) -> str:
+        """The hash of the Arrow files in the cache, or of the rows where there are none."""
+        if not self._streaming and (files := self._dataset.cache_files):
+            return of_places(Local(Path(file["filename"])) for file in files)
+        return of_rows(self.items())
+
+    def settings(self) -> dict[str, Any]:
+        """The split: `train[:10%]` lies in the same files as `train`."""
+        return {"format": "hub", "split": self._config.split}
+
+    def size(self) -> int | None:
+        """How many rows the split has; unknown for a stream."""
+        return None if self._streaming else len(self._dataset)
+
+    @cached_property
+    def _dataset(self) -> Any:
+        """The `datasets.Dataset`, or `IterableDataset` of a stream."""
+        return _load(self._config, self._options, self._streaming)
+
+
+def _load(config: "SourceConfig", options: Options, streaming: bool) -> Any:
+    """The dataset, or what went wrong in words."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from httpx import HTTPError
+
+    path = str(config.path)
+    try:
+        return load_dataset(
+            path,
+            config.name,
+            split=config.split,
+            revision=config.revision,
+            streaming=streaming,
+            **options.model_dump(exclude_none=True),
+        )
+    except DatasetNotFoundError as error:
+        raise UserError(_not_found(path, config.revision, str(error))) from error
+    except ConnectionError as error:
+        raise UserError(no_network(path)) from error
+    except (ValueError, RuntimeError, DatasetsError, OSError, HTTPError) as error:
+        raise UserError(_refused(config, str(error))) from error
+
+
+def _not_found(path: str, revision: str | None, reason: str) -> str:
+    """The words for a dataset that the hub does not give out."""
+    page = f"https://huggingface.co/datasets/{path}"
+    if "gated" in reason:
+        return (
+            f"dataset: {path} is gated. Accept its terms on {page}, then log in: "
+            "hf auth login (or set HF_TOKEN)."
+        )
+    if "Revision" in reason:
+        return f"dataset: {path} has no revision {revision!r}: see {page}/commits."
+    return (
+        f"dataset: the hub has no dataset {path}, or it is private. Check the name on "
+        f"{page}; for a private one log in: hf auth login. A file of your own needs its suffix: "
+        "path=./my.jsonl."
+    )
+
+
+def _refused(config: "SourceConfig", reason: str) -> str:
+    """The words for a wrong split, a wrong configuration, or whatever else `datasets` says."""
+    choices = re.findall(r"\[.*\]", reason)
+    known = f" It has: {choices[-1]}." if choices else ""
+    if "Unknown split" in reason or "Bad split" in reason:
+        return f"dataset: {config.path} has no split {config.split!r}.{known}"
+    if "Config name is missing" in reason or "multiple" in reason:
+        return f"dataset: {config.path} needs dataset.name, its configuration.{known}"
+    if "BuilderConfig" in reason or "for config" in reason:
+        return f"dataset: {config.path} has no configuration {config.name!r}.{known}"
+    return f"dataset: {config.path} (split {config.split!r}) cannot be loaded: {reason}"

@@ -1,0 +1,329 @@
+"""The rows of JSON and JSONL files: one object per line, an array of objects, or objects alone."""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from math import isinf
+from typing import Any
+
+from luthier.data.rows import BadRow, Row, RowError, excerpt, kind
+from luthier.data.sources.options import JsonOptions, LineOptions
+from luthier.data.sources.streams import File
+from luthier.data.sources.text import lines, texts
+from luthier.errors import UserError
+
+# JSON values that nothing was lost of: a key that stands twice, NaN and half characters fail.
+
+LENIENT = json.JSONDecoder()
+"""Reads what the strict one refuses, to find where it ends."""
+
+
+def row(line: str, where: str) -> Row | BadRow:
+    """The row that one line holds, or what is wrong with it."""
+    try:
+        value = sound(STRICT.decode(line), line)
+    except json.JSONDecodeError as error:
+        problem = f"this is not JSON: {error.msg} (column {error.colno})"
+        return BadRow(where, problem, excerpt(line))
+    except (ValueError, RecursionError, RowError) as error:
+        return BadRow(where, f"this is not JSON: {error}", excerpt(line))
+    return of_value(value, where)
+
+
+def of_value(value: Any, where: str) -> Row | BadRow:
+    """The row that a JSON value is, if it is an object."""
+    if isinstance(value, dict):
+        return Row(value, where)
+    return BadRow(where, f"this is {kind(value)}, not a JSON object", excerpt(value))
+
+
+def sound(value: Any, text: str) -> Any:
+    """The value, unless an escape such as \\ud83d in its text stands for half a character."""
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RowError("a \\u escape is half of a character (a lone surrogate)") from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ; the last of equal keys would win without a word."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+    return result
+
+
+def _constant(name: str) -> None:
+    """Refuse NaN and infinities, which Python reads and JSON does not have."""
+    raise RowError(f"{name} is no JSON value")
+
+
+def _float(text: str) -> float:
+    """A number, unless it is so large that Python reads it as infinity."""
+    number = float(text)
+    if isinf(number):
+        raise RowError(f"{excerpt(text)} is too large a number")
+    return number
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+"""Its hook is called for every object, which takes a fifth more time than no check at all."""
+
+
+# A text of JSON values that is read through a window, so that it is never held whole.
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LITERAL = 16
+"""Characters that the longest word or escape of JSON stays under."""
+_SHOWN = 200
+"""Characters of which an error shows the start."""
+
+
+class Window:
+    """The text from the value that is read next, as far as it was needed."""
+
+    def __init__(self, label: str, texts: Iterator[str]) -> None:
+        self._label, self._texts = label, texts
+        self._text, self._at = "", 0
+        self._line, self._counted = 1, 0
+        self._before = 0  # characters of the first line that were let go of
+
+    @property
+    def where(self) -> str:
+        """The file and the line of the next character."""
+        self._line += self._text.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return f"{self._label}:{self._line}"
+
+    def upcoming(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            self._at = space.end() if space else self._at
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def step(self) -> None:
+        """Go past one character."""
+        self._at += 1
+
+    def start(self) -> str:
+        """The text from here on, as much as an error shows."""
+        while len(self._text) - self._at < _SHOWN and self._more():
+            pass
+        return excerpt(self._text[self._at : self._at + _SHOWN]) or "the file ends"
+
+    def row(self) -> Row | BadRow:
+        """The value that begins here, and go past it; UserError where its syntax is broken."""
+        where = self.where
+        try:
+            value, end = self._decode(STRICT)
+            sound(value, self._text[self._at : end])
+        except (RowError, RecursionError) as error:
+            bad = BadRow(where, f"this is not JSON: {error}", self.start())
+            self._at = self._end()
+            return bad
+        self._at = end
+        return of_value(value, where)
+
+    def broken(self, problem: str) -> UserError:
+        """The error for a text that is no JSON from here on."""
+        return UserError(f"dataset: {self.where}: {problem}\n  {self.start()}")
+
+    def _end(self) -> int:
+        """Where the value ends that begins here and is sound in its syntax only."""
+        try:
+            return self._decode(LENIENT)[1]
+        except RecursionError as error:
+            raise self.broken(f"this is not JSON: {error}") from error
+
+    def _decode(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
+        """The value that begins here and its end, with as much more text as that takes."""
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if not (self._is_cut(error) and self._more()):
+                    raise self._wrong(error) from error
+            except ValueError as error:
+                raise self.broken(f"this is not JSON: {error}") from error
+            else:
+                # What a window cuts in a number is a shorter number.
+                if end < len(self._text) or not self._more():
+                    return value, end
+
+    def _is_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text could mend this, so that the rest is not read for nothing."""
+        near_the_end = error.pos >= len(self._text) - _LITERAL
+        return near_the_end or error.msg.startswith("Unterminated string")
+
+    def _more(self) -> bool:
+        """Let go of what was read and take as much text again; whether there was any."""
+        taken, wanted = [], max(1, len(self._text) - self._at)
+        while wanted > 0 and (text := next(self._texts, None)) is not None:
+            taken.append(text)
+            wanted -= len(text)
+        if not any(taken):
+            return False
+        self._line += self._text.count("\n", self._counted, self._at)
+        line_start = self._text.rfind("\n", 0, self._at) + 1
+        self._before = self._at - line_start + (0 if line_start else self._before)
+        self._text = self._text[self._at :] + "".join(taken)
+        self._at = self._counted = 0
+        return True
+
+    def _wrong(self, error: json.JSONDecodeError) -> UserError:
+        """The error for broken syntax, with the place in the file."""
+        line = self._line + self._text.count("\n", self._counted, error.pos)
+        column = error.colno + (self._before if error.lineno == 1 else 0)
+        return self.broken(
+            f"this is not JSON: {error.msg} (line {line}, column {column}), "
+            "and what follows cannot be read"
+        )
+
+
+WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples")
+"""Keys under which a file that is one object commonly holds its rows."""
+_LONG_LINE = 1 << 24
+"""Characters after which a first line is taken to be the whole file."""
+_PART_KEYS = {"role", "from", "content", "value", "function", "parameters"}
+"""Keys of objects that are parts of a row: messages and tools."""
+
+
+def jsonl_rows(file: File, options: LineOptions) -> Iterator[Row | BadRow]:
+    """The row of every line that is not blank; a bad line costs itself alone.
+
+    An array over several lines is read as one: no row begins with a bracket.
+    """
+    head, text = _first_line(texts(file, options.encoding))
+    if head.startswith("[") and not _is_whole(head):
+        return _array(file.label, text)
+    return _by_line(file.label, text)
+
+
+def json_rows(file: File, options: JsonOptions) -> Iterator[Row | BadRow]:
+    """The rows of an array, of one object per line, or of objects one behind another.
+
+    A file that is one object is held whole. UserError where the syntax of anything but a line is
+    broken, because what follows cannot be read.
+    """
+    head, text = _first_line(texts(file, options.encoding))
+    if head.startswith("["):
+        if options.rows not in (None, "auto"):
+            raise _no_object(file.label, options.rows)
+        return _array(file.label, text)
+    spans_lines = head.startswith("{") and not _is_whole(head)
+    found = _objects(file.label, text) if spans_lines else _by_line(file.label, text)
+    return found if options.rows is None else _unwrapped(file.label, found, options.rows)
+
+
+def _first_line(text: Iterator[str]) -> tuple[str, Iterator[str]]:
+    """The first line that is not blank, and the text with it."""
+    head = ""
+    for block in text:
+        head += block
+        if "\n" in head.lstrip() or len(head) > _LONG_LINE:
+            break
+    return head.lstrip().split("\n", 1)[0], chain([head], text)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether the text is one JSON value."""
+    try:
+        LENIENT.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _by_line(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
+    """One row per line."""
+    for number, line in enumerate(lines(text), start=1):
+        if line and not line.isspace():
+            yield row(line, f"{label}:{number}")
+
+
+def _objects(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
+    """Objects one behind another, over as many lines as they take."""
+    window = Window(label, text)
+    while window.upcoming():
+        yield window.row()
+
+
+def _array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
+    """The values of one array that spans the file, each with the line on which it starts."""
+    window = Window(label, text)
+    window.upcoming()
+    window.step()
+    while window.upcoming() != "]":
+        yield window.row()
+        if window.upcoming() == ",":
+            window.step()
+        elif window.upcoming() != "]":
+            raise window.broken("expected ',' or ']' here")
+    window.step()
+    if window.upcoming():
+        raise window.broken("there is text behind the array's end")
+
+
+def _unwrapped(label: str, found: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
+    """The rows that a file of one object holds under a key; else the rows themselves."""
+    first, second = next(found, None), next(found, None)
+    head = [entry for entry in (first, second) if entry is not None]
+    if isinstance(first, Row) and second is None:
+        yield from _of_object(label, first, key)
+    elif key != "auto":
+        raise _no_object(label, key)
+    else:
+        yield from chain(head, found)
+
+
+def _of_object(label: str, whole: Row, key: str) -> Iterator[Row | BadRow]:
+    """The rows of the one object of a file: those under the key, or the object itself."""
+    key = _chosen(label, whole.fields) if key == "auto" else key
+    if not key:
+        yield whole
+        return
+    if not isinstance(whole.fields.get(key), list):
+        raise UserError(
+            f"dataset: options.rows={key}: {label} holds no list under {key!r}. "
+            f"It has the keys {', '.join(whole.fields)}."
+        )
+    for number, value in enumerate(whole.fields[key]):
+        yield of_value(value, f"{label} {key}[{number}]")
+
+
+def _chosen(label: str, fields: dict[str, Any]) -> str:
+    """The key whose list is the file's rows; empty if the object is itself a row."""
+    lists = [key for key, value in fields.items() if _could_be_rows(value)]
+    others = [value for key, value in fields.items() if key not in lists]
+    if not lists:
+        return ""
+    if len(lists) == 1 and lists[0] in WRAPPERS and not any(map(_is_nested, others)):
+        return lists[0]
+    shown = " or ".join(f"options.rows={key}" for key in lists)
+    sizes = ", ".join(f"{key} ({len(fields[key]):,})" for key in lists)
+    raise UserError(
+        f"dataset: {label} is one object that holds lists of objects: {sizes}. If those are the "
+        f"rows, set {shown}; if the object is one row, set options.rows=null."
+    )
+
+
+def _could_be_rows(value: Any) -> bool:
+    """Whether a value is a list with objects that are no messages and no tools."""
+    objects = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    return bool(objects) and not any(_PART_KEYS & item.keys() for item in objects)
+
+
+def _no_object(label: str, key: str) -> UserError:
+    """The error for a key to look under where there is no one object."""
+    return UserError(f"dataset: options.rows={key}: {label} is not one object. Remove it.")
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a value is a list or an object, which metadata beside rows seldom is."""
+    return isinstance(value, list | dict)

@@ -1,0 +1,189 @@
+"""From a config to a source: which kind of path it is, and whether the settings fit it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.rows import BadRow, Row
+from luthier.data.sources.arrow import arrow_rows, is_saved, parquet_rows, saved_files, table_size
+from luthier.data.sources.csv import csv_rows
+from luthier.data.sources.files import Wanted, find_files, is_address, is_local
+from luthier.data.sources.hub import HubContent, check_hub
+from luthier.data.sources.json import json_rows, jsonl_rows
+from luthier.data.sources.options import TABLES, Options, read_options
+from luthier.data.sources.python_function import PREFIX, FunctionContent
+from luthier.data.sources.source import Source, of_places
+from luthier.data.sources.streams import File
+from luthier.data.sources.text import text_rows
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from luthier.config.schema import SourceConfig
+
+
+# The rows of files, one file behind another.
+
+_READERS: dict[str, Callable[[File, Any], Iterator[Row | BadRow]]] = {
+    "jsonl": jsonl_rows,
+    "json": json_rows,
+    "csv": csv_rows,
+    "tsv": csv_rows,
+    "text": text_rows,
+    "parquet": lambda file, options: parquet_rows(file),
+    "arrow": lambda file, options: arrow_rows(file),
+}
+_OBJECTS = (
+    "Each row is to be one JSON object, such as\n"
+    '  {"messages": [{"role": "user", "content": "Hi"}, '
+    '{"role": "assistant", "content": "Hello!"}]}\n'
+    '  {"prompt": "Hi", "completion": "Hello!"}\n'
+    "one per line (JSONL), or all of them in one array (JSON)."
+)
+_RECORDS = (
+    "Each record is to have one cell for each column of the header; a cell that holds the "
+    "delimiter, a quote or a line break stands in quotes, and quotes inside it are doubled. "
+    "Where quotes are plain characters, set options.quotechar=null."
+)
+_ADVICE = {"jsonl": _OBJECTS, "json": _OBJECTS, "csv": _RECORDS, "tsv": _RECORDS}
+
+
+class FileContent:
+    """The rows of files, each of a format and its options."""
+
+    def __init__(self, files: Sequence[File], options: Mapping[str, Options]) -> None:
+        self._files, self._options = files, options
+        self.advice = _ADVICE.get(files[0].format, "")
+
+    def items(self) -> Iterator[Row | BadRow]:
+        """The rows of all files; one without rows is a bad row, or an error if it is alone."""
+        for file in self._files:
+            item = None
+            for item in _READERS[file.format](file, self._options[file.format]):
+                yield item
+            if item is None:
+                yield self._empty(file)
+
+    def _empty(self, file: File) -> BadRow:
+        """What stands for a file without rows."""
+        if len(self._files) > 1:
+            return BadRow(file.label, "the file is empty: it has no rows", "")
+        raise UserError(f"dataset: {file.label} is empty: it has no rows. {self.advice}".rstrip())
+
+    def digest(self) -> str:
+        """The hash of the files as they are stored."""
+        # An archive is one place, however many of its files are read.
+        places = {file.place.key: file.place for file in self._files}
+        return of_places(places.values())
+
+    def settings(self) -> dict[str, Any]:
+        """The formats, in the order of the files where they differ, and their options."""
+        formats = [file.format for file in self._files]
+        kinds = sorted(set(formats))
+        options = {kind: self._options[kind].model_dump() for kind in kinds}
+        return {"format": kinds[0] if len(kinds) == 1 else formats, "options": options}
+
+    def size(self) -> int | None:
+        """How many rows there are, where the files themselves say it."""
+        if any(file.format not in TABLES or file.place.is_remote for file in self._files):
+            return None
+        return sum(map(table_size, self._files))
+
+
+def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool = False) -> Source:
+    """The source that a config describes; UserError if it is not there or the settings do not fit.
+
+    Cheap: nothing is read but the names of files, and no library is imported that a local file
+    does not need. `name` is the config's key, for messages. With `streaming` a hub dataset is not
+    downloaded but read from the network; all others are streamed anyway.
+    """
+    if not config.path:
+        raise UserError(f"{name}.path is not set: name a file, a folder or a hub dataset.")
+    kind = kind_of(config)
+    if kind == "hub":
+        return _hub(config, name, streaming)
+    if kind == "python":
+        return _function(config, name)
+    if kind == "saved":
+        _refuse(config, name, ("name", "revision"), "a saved dataset")
+        options = read_options("saved", config.options, name)
+        files = saved_files(str(config.path), config.split, name)
+        return _of_files(config, name, files, {"arrow": options})
+    return _files(config, name)
+
+
+def kind_of(config: "SourceConfig") -> str:
+    """Whether the path means files, a saved dataset, a function or a hub dataset."""
+    path = config.path
+    if config.format in ("hub", "python", "saved"):
+        if not isinstance(path, str):
+            raise UserError(f"dataset.format={config.format} takes one path, not a list of them.")
+        return config.format
+    if not isinstance(path, str):
+        return "files"
+    if path.startswith(PREFIX):
+        return "python"
+    if config.format == "auto" and is_saved(path):
+        return "saved"
+    is_file = is_address(path) or is_local(path) or config.format != "auto"
+    return "files" if is_file else "hub"
+
+
+def _hub(config: "SourceConfig", name: str, streaming: bool) -> Source:
+    """A hub dataset, if it can be had."""
+    path = str(config.path)
+    options = read_options("hub", config.options, name)
+    check_hub(path, streaming)
+    content = HubContent(config, options, streaming)
+    return Source(name, f"{path}[{config.split}]", (), content, config.max_rows)
+
+
+def _function(config: "SourceConfig", name: str) -> Source:
+    """A function, if it is there."""
+    _refuse(config, name, ("name", "revision", "split"), "a Python function")
+    path = str(config.path)
+    content = FunctionContent(path, config.options, name)
+    return Source(name, path, (), content, config.max_rows)
+
+
+def _files(config: "SourceConfig", name: str) -> Source:
+    """Files, here or behind an address."""
+    _refuse(config, name, ("name", "revision", "split"), "a file")
+    given = dict(config.options)
+    storage = given.pop("storage", {})
+    if not isinstance(storage, dict):
+        raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")
+    files = find_files(_paths(config), Wanted(config.format, storage))
+    formats = sorted({file.format for file in files})
+    options = {kind: read_options(kind, given, name) for kind in formats}
+    return _of_files(config, name, files, options)
+
+
+def _of_files(
+    config: "SourceConfig", name: str, files: Sequence[File], options: dict[str, Options]
+) -> Source:
+    """The source of these files."""
+    labels = tuple(file.label for file in files)
+    label = _label(_paths(config), labels)
+    return Source(name, label, labels, FileContent(files, options), config.max_rows)
+
+
+def _paths(config: "SourceConfig") -> list[str]:
+    """The paths as a list."""
+    return [config.path] if isinstance(config.path, str) else list(config.path or ())
+
+
+def _label(paths: Sequence[str], labels: Sequence[str]) -> str:
+    """What messages call the files together."""
+    if len(labels) == 1:
+        return labels[0]
+    return f"{paths[0] if len(paths) == 1 else f'{paths[0]}, ...'} ({len(labels)} files)"
+
+
+def _refuse(config: "SourceConfig", name: str, keys: Sequence[str], kind: str) -> None:
+    """Refuse settings of hub datasets beside what would not heed them."""
+    for key in keys:
+        value: Any = getattr(config, key)
+        if value is not None and (key, value) != ("split", "train"):
+            raise UserError(
+                f"{name}.{key}={value} is for hub datasets, and {config.path} is {kind}. "
+                f"Remove {name}.{key}."
+            )

@@ -1,0 +1,140 @@
+"""What `dataset.options` may say, by format; a name or value that does not fit in words."""
+
+import codecs
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from luthier.errors import UserError, choice, value
+
+
+def _codec(name: str) -> str:
+    """The one name of an encoding that has many."""
+    try:
+        "a".encode(name)
+        return codecs.lookup(name).name
+    except LookupError as error:
+        raise ValueError("Python knows no such encoding; try utf-8 or windows-1252") from error
+
+
+Character = Annotated[str, Field(min_length=1, max_length=1)]
+Encoding = Annotated[str, AfterValidator(_codec)]
+
+
+class Options(BaseModel):
+    """The options of a format that has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LineOptions(Options):
+    """The options of JSONL."""
+
+    encoding: Encoding = "utf-8"
+
+
+class JsonOptions(LineOptions):
+    """The options of JSON."""
+
+    rows: str | None = "auto"
+    """The key under which a file that is one object holds its rows; null if the object is a row."""
+
+
+class CsvOptions(LineOptions):
+    """The options of CSV and TSV."""
+
+    delimiter: Character = ","
+    quotechar: Character | None = '"'
+    """null for files in which quotes are plain characters."""
+    header: Annotated[list[str], Field(min_length=1)] | None = None
+    """The columns' names, for files whose first line is a row."""
+
+
+class TsvOptions(CsvOptions):
+    """The options of CSV with tabs."""
+
+    delimiter: Character = "\t"
+
+
+class TextOptions(LineOptions):
+    """The options of plain text."""
+
+    by: Literal["line", "paragraph", "file"] = "line"
+    """What one row is."""
+
+
+class HubOptions(Options):
+    """The options of hub datasets."""
+
+    data_dir: str | None = None
+    """The folder of the repository that is read."""
+    data_files: str | list[str] | None = None
+    """The files of the repository that are read."""
+
+
+_MODELS: dict[str, type[Options]] = {
+    "jsonl": LineOptions,
+    "json": JsonOptions,
+    "csv": CsvOptions,
+    "tsv": TsvOptions,
+    "text": TextOptions,
+    "hub": HubOptions,
+}
+
+
+def read_options(format: str, given: dict[str, Any], name: str) -> Options:
+    """The options of a format; UserError names the key, such as `dataset.options.delimiter`."""
+    model = _MODELS.get(format, Options)
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        key = str(found["loc"][0])
+        where = f"{name}.options.{key}"
+        if found["type"] == "extra_forbidden":
+            raise UserError(f"{where}: {_unknown(format, key, model)}") from error
+        problem = found["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}={value(found['input'])} does not fit: {problem}.") from error
+
+
+def _unknown(format: str, key: str, model: type[Options]) -> str:
+    """The words for an option that the format does not have."""
+    if not model.model_fields:
+        return f"{format} has no options. Remove it."
+    return f"{format} has no such option. {choice(key, model.model_fields)}"
+
+
+# Which format a file has, by its name.
+
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "text",
+    ".md": "text",
+}
+"""Suffix -> format; case does not count."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+"""Suffixes that may stand behind the format's own."""
+TABLES = ("parquet", "arrow")
+"""Formats that are read through Arrow and cannot be read front to back alone."""
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file's name says, below any compression; None if it says none."""
+    path = PurePosixPath(name.lower())
+    while path.suffix in COMPRESSED:
+        path = path.with_suffix("")
+    return SUFFIXES.get(path.suffix)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name ends as data files do, so that it is no hub dataset's."""
+    return format_of(name) is not None or name.lower().endswith(COMPRESSED)

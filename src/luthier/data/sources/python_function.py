@@ -1,0 +1,149 @@
+"""Rows that a function of the user's own yields: `python:package.module.function`."""
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.data.rows import BadRow, Row, excerpt, kind
+from luthier.data.sources.source import of_rows
+from luthier.errors import UserError, choice
+
+PREFIX = "python:"
+
+
+class FunctionContent:
+    """What a function yields; called anew, with the same arguments, each time it is read."""
+
+    advice = "Each row that the function yields is to be a dict of columns."
+
+    def __init__(self, path: str, arguments: Mapping[str, Any], name: str) -> None:
+        self._path, self._arguments = path, dict(arguments)
+        self._function = _function(path)
+        _check_arguments(self._function, self._arguments, path, name)
+
+    def items(self) -> Iterator[Row | BadRow]:
+        """The rows, numbered from 0; UserError where the function fails."""
+        number = -1
+        for number, value in enumerate(self._called()):
+            where = f"{self._path} row {number}"
+            if isinstance(value, Mapping):
+                yield Row(dict(value), where)
+            else:
+                yield BadRow(where, f"this is {_kind(value)}, not a dict", excerpt(repr(value)))
+        if number < 0:
+            raise UserError(f"dataset: {self._path} yielded no rows.")
+
+    def digest(self) -> str:
+        """The hash of the rows: the function's text does not say what it reads."""
+        return of_rows(self.items())
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing but what it is: its arguments matter only in the rows that they make."""
+        return {"format": "python"}
+
+    def size(self) -> int | None:
+        """Unknown before the last row."""
+        return None
+
+    def _called(self) -> Iterator[Any]:
+        """What the function yields, its failures in words."""
+        number = 0
+        try:
+            found = self._function(**self._arguments)
+            for value in _iterable(found, self._path):
+                yield value
+                number += 1
+        except UserError:
+            raise
+        except Exception as error:  # a user's function fails with whatever it likes
+            raise UserError(_failed(self._path, number, error)) from error
+
+
+def _function(path: str) -> Callable[..., Any]:
+    """The function of this dotted path."""
+    module_name, _, name = path.removeprefix(PREFIX).rpartition(".")
+    if not module_name:
+        raise UserError(
+            f"dataset: {path!r} names no function. Write python:module.function, or "
+            "python:package.module.function."
+        )
+    module = _module(path, module_name)
+    found = vars(module).get(name)
+    if callable(found):
+        return found
+    known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    raise UserError(
+        f"dataset: {path}: the module {module_name} has no function {name!r}. {choice(name, known)}"
+    )
+
+
+def _module(path: str, name: str) -> Any:
+    """The module, which may lie in the working directory."""
+    # Behind what is installed, so that a file here called json.py replaces nothing.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise UserError(_failed_import(path, name, error)) from error
+        raise UserError(
+            f"dataset: {path}: there is no module {error.name} (looked in {Path.cwd()} and among "
+            "the installed packages)."
+        ) from error
+    except Exception as error:  # importing runs the user's module
+        raise UserError(_failed_import(path, name, error)) from error
+
+
+def _failed_import(path: str, name: str, error: Exception) -> str:
+    """The words for a module that is there and cannot be imported."""
+    return f"dataset: {path}: importing {name} failed: {_described(error)}"
+
+
+def _check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], path: str, name: str
+) -> None:
+    """Refuse arguments that the function does not take, before it is called."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions do not tell
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"{name}.options: {path} takes {signature}, and {error}. The options are its arguments."
+        ) from error
+
+
+def _iterable(found: Any, path: str) -> Iterable[Any]:
+    """What the function returned, if rows can be taken from it."""
+    if isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping):
+        return found
+    raise UserError(
+        f"dataset: {path} returned {_kind(found)}, and rows are needed: let it yield dicts or "
+        "return a list of them."
+    )
+
+
+def _failed(path: str, number: int, error: Exception) -> str:
+    """The words for a function that fails at a row."""
+    return f"dataset: {path} failed at row {number}: {_described(error)}"
+
+
+def _described(error: Exception) -> str:
+    """What an exception says, with the last place of the user's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    place = f" ({last.filename}:{last.lineno})" if last and last.filename != __file__ else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words; beyond JSON by the name of its class."""
+    plain = value is None or isinstance(value, str | bool | int | float | list | dict)
+    return kind(value) if plain else f"a {type(value).__name__}"

@@ -1,0 +1,117 @@
+"""A source of rows, whatever it is: streamed, looked into, hashed."""
+
+import json
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from itertools import islice
+from typing import Any, Protocol
+
+from luthier.data.rows import BadRow, Row
+from luthier.data.sources.streams import Place, stored_blocks
+
+
+class Content(Protocol):
+    """What a source reads."""
+
+    @property
+    def advice(self) -> str:
+        """What rows are to be like, for the end of an error; empty if there is nothing to say."""
+
+    def items(self) -> Iterator[Row | BadRow]:
+        """The rows from the first, in an order that never changes; UserError if there are none."""
+
+    def digest(self) -> str:
+        """The SHA-256 of the content."""
+
+    def settings(self) -> dict[str, Any]:
+        """What besides the content decides the rows, as JSON has it."""
+
+    def size(self) -> int | None:
+        """How many rows there are, where that takes no reading of all."""
+
+
+class Source:
+    """Rows from one place, in the same order on every machine, a few in memory at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        files: tuple[str, ...],
+        content: Content,
+        max_rows: int | None = None,
+    ) -> None:
+        self.name = name
+        """The config key that describes it, such as `dataset`."""
+        self.label = label
+        """What messages call it, such as `my.jsonl` or `data/*.jsonl (3 files)`."""
+        self.files = files
+        """The files as messages call them; none of a hub dataset or a function."""
+        self._content, self._max_rows = content, max_rows
+        self._first: list[Row | BadRow] = []
+        self._is_whole = False
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """The first `max_rows` rows, good and bad; UserError where the source is broken or empty.
+
+        Each call reads anew, except where `peek` has already seen all there is.
+        """
+        if self._is_whole:
+            yield from self._first
+        else:
+            yield from islice(self._content.items(), self._max_rows)
+
+    def peek(self, count: int = 1000) -> list[Row | BadRow]:
+        """The first rows, or all if there are no more than `count`; read once and kept."""
+        if len(self._first) < count and not self._is_whole:
+            # One more than asked for, to know whether that was all.
+            self._first = list(islice(self.rows(), count + 1))
+            self._is_whole = len(self._first) <= count
+        return self._first[:count]
+
+    def digest(self) -> str:
+        """The SHA-256 of the content, in hex: stored bytes, or rows where nothing is stored.
+
+        The order of files counts; their names and times do not. `settings` holds the rest of what
+        decides the rows.
+        """
+        return self._content.digest()
+
+    def settings(self) -> dict[str, Any]:
+        """What besides `digest` decides the rows, as JSON has it: format, options, `max_rows`."""
+        return {**self._content.settings(), "max_rows": self._max_rows}
+
+    @property
+    def size(self) -> int | None:
+        """How many rows there are, where that takes no reading of all: tables and hub datasets."""
+        size = self._content.size()
+        return size if size is None or self._max_rows is None else min(size, self._max_rows)
+
+    @property
+    def advice(self) -> str:
+        """What rows of this source are to be like, for the end of an error about bad ones."""
+        return self._content.advice
+
+
+# Hashes of content: equal where the rows are equal, whatever a file is called and when written.
+
+
+def of_places(places: Iterable[Place]) -> str:
+    """The SHA-256 of the hashes of all files as they are stored; their order counts."""
+    total = sha256()
+    for place in places:
+        one = sha256()
+        for block in stored_blocks(place):
+            one.update(block)
+        total.update(one.digest())
+    return total.hexdigest()
+
+
+def of_rows(rows: Iterable[Row | BadRow]) -> str:
+    """The SHA-256 of the rows themselves, for what has no bytes but those it makes."""
+    total = sha256()
+    for row in rows:
+        value = row.fields if isinstance(row, Row) else [row.problem, row.text]
+        total.update(json.dumps(value, ensure_ascii=False, default=repr).encode(errors="replace"))
+        total.update(b"\n")
+    return total.hexdigest()

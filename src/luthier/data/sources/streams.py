@@ -1,0 +1,304 @@
+"""The content of a file as a stream of bytes: unpacked by what its first bytes say."""
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+from zipfile import ZipExtFile, ZipFile
+
+from luthier.errors import UserError
+
+# Where the bytes of a file lie: on this machine, behind fsspec, on the web.
+
+PATIENCE = 30.0
+"""Seconds to wait for a web server's next answer."""
+
+
+class Place(Protocol):
+    """Something whose bytes can be read, from the start, any number of times."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading it takes a network."""
+
+    @property
+    def key(self) -> str:
+        """What two names of the same place have in common."""
+
+    def open(self) -> io.BufferedReader:
+        """The bytes as they are stored."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """A file of this machine."""
+
+    path: Path
+    is_remote = False
+
+    @property
+    def key(self) -> str:
+        """The path without links."""
+        return str(self.path.resolve())
+
+    def open(self) -> io.BufferedReader:
+        """The bytes as they are stored."""
+        return self.path.open("rb")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file of an fsspec file system."""
+
+    filesystem: Any
+    path: str
+    is_remote = True
+
+    @property
+    def key(self) -> str:
+        """The path with its protocol."""
+        return str(self.filesystem.unstrip_protocol(self.path))
+
+    def open(self) -> io.BufferedReader:
+        """The bytes as they are stored."""
+        return io.BufferedReader(self.filesystem.open(self.path, "rb"))
+
+
+@dataclass(frozen=True)
+class Web:
+    """A file that a web server gives out; needs no package, unlike fsspec's own reader."""
+
+    url: str
+    headers: tuple[tuple[str, str], ...] = ()
+    is_remote = True
+
+    @property
+    def key(self) -> str:
+        """The address."""
+        return self.url
+
+    def open(self) -> io.BufferedReader:
+        """The bytes as the server sends them; they can be read once, front to back."""
+        request = Request(self.url, headers=dict(self.headers))
+        return io.BufferedReader(_Answer(urlopen(request, timeout=PATIENCE)))
+
+
+class _Answer(io.RawIOBase):
+    """A server's answer that fails where the connection ends early: urllib takes it for the end."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._response.readinto(buffer))
+        if not count and self._response.length:
+            raise EOFError(f"the connection ended {self._response.length:,} bytes too early")
+        return count
+
+    def close(self) -> None:
+        self._response.close()
+        super().close()
+
+
+@dataclass(frozen=True)
+class File:
+    """A data file: what the user calls it, its format, and its place."""
+
+    label: str
+    format: str
+    place: Place
+    member: str = ""
+    """The file's name inside a zip archive."""
+
+
+# What goes wrong while bytes are read, in words.
+
+_BROKEN = (
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    # What zipfile raises for headers whose bytes are wrong.
+    NotImplementedError,
+    UnicodeDecodeError,
+    struct.error,
+)
+
+
+@contextmanager
+def in_words(label: str, is_remote: bool = False) -> Iterator[None]:
+    """Turn whatever the block's reading fails with into a UserError about this file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries fail in many ways; what is none of reading goes on
+        text = _words(label, error, is_remote)
+        if text is None:
+            raise
+        raise UserError(f"dataset: {text}") from error
+
+
+def _words(label: str, error: Exception, is_remote: bool) -> str | None:
+    """The words for one failure; None for what is no failure of reading."""
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {label}."
+    if isinstance(error, HTTPError):
+        return f"{label} cannot be read: the server answers {error.code} ({error.reason})."
+    if isinstance(error, URLError | TimeoutError | ConnectionError):
+        return f"{label} cannot be reached: {error}. Is there a network, and is the address right?"
+    if isinstance(error, _BROKEN) or (isinstance(error, OSError) and error.errno is None):
+        return (
+            f"{label} is broken, perhaps cut short: {error}. Copy, download or compress it again."
+        )
+    # The classes of s3fs, gcsfs and others are not to be had without importing them.
+    if is_remote:
+        return _refused(label, error)
+    return f"{label} cannot be read: {error.strerror}." if isinstance(error, OSError) else None
+
+
+def _refused(label: str, error: Exception) -> str:
+    """The words for a remote file system that does not give a file out."""
+    name = type(error).__name__
+    text = f"{label} cannot be read: {name}: {error}."
+    if isinstance(error, PermissionError) or "Credential" in name or "Forbidden" in str(error):
+        return (
+            f"{text} Log in as its file system wants it, or pass what that takes in "
+            "options.storage, such as {anon: true} for a public bucket."
+        )
+    return text
+
+
+BLOCK = 1 << 20
+"""Bytes that are read at once."""
+
+
+@contextmanager
+def content(file: File) -> Iterator[io.BufferedReader]:
+    """The file's content, unpacked; by its first bytes, because names lie about compression."""
+    with ExitStack() as stack:
+        stream = stack.enter_context(file.place.open())
+        if file.member:
+            stream = _member(stack, stream, file.label, file.member)
+        while unpack := _packing(stream.peek(10)):
+            stream = unpack(stack, stream, file.label)
+        yield stream
+
+
+def blocks(file: File) -> Iterator[bytes]:
+    """The file's content, unpacked, a block at a time."""
+    with in_words(file.label, file.place.is_remote), content(file) as stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def stored_blocks(place: Place) -> Iterator[bytes]:
+    """The bytes of a place as they are stored."""
+    with in_words(place.key, place.is_remote), place.open() as stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
+    """The stream, or a temporary copy of it on disk where it cannot be read at will."""
+    if stream.seekable() and not isinstance(stream.raw, _UNPACKED):
+        return stream
+    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+    try:
+        shutil.copyfileobj(stream, copy, BLOCK)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(
+            f"dataset: a temporary copy in {tempfile.gettempdir()} failed: {error.strerror}. "
+            "Set TMPDIR to a folder with more room, or unpack the file yourself."
+        ) from error
+    copy.seek(0)
+    return copy
+
+
+def members(place: Place, label: str) -> list[str]:
+    """The names of the files in a zip archive, sorted; hidden ones left out."""
+    with in_words(label, place.is_remote), ExitStack() as stack:
+        stream = stack.enter_context(place.open())
+        return _names(stack.enter_context(ZipFile(seekable(stack, stream))))
+
+
+def _names(archive: ZipFile) -> list[str]:
+    """The files of an archive that are not hidden (as `__MACOSX` is meant to be)."""
+    return sorted(
+        name
+        for name in archive.namelist()
+        if not name.endswith("/")
+        and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    )
+
+
+def _member(stack: ExitStack, stream: Any, label: str, name: str) -> io.BufferedReader:
+    """The content of one file in a zip archive."""
+    return _in_archive(stack, stack.enter_context(ZipFile(seekable(stack, stream))), label, name)
+
+
+def _only_member(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
+    """The content of an archive whose name does not say so, and which must hold one file."""
+    archive = stack.enter_context(ZipFile(seekable(stack, stream)))
+    names = _names(archive)
+    if len(names) != 1:
+        raise UserError(
+            f"dataset: {label} is a zip archive of {len(names)} files by its first bytes, and its "
+            "name does not say so. Name it .zip, or unpack it."
+        )
+    return _in_archive(stack, archive, label, names[0])
+
+
+def _in_archive(stack: ExitStack, archive: ZipFile, label: str, name: str) -> io.BufferedReader:
+    """The content of one file in an open archive."""
+    try:
+        return io.BufferedReader(cast(io.RawIOBase, stack.enter_context(archive.open(name))))
+    except (RuntimeError, NotImplementedError) as error:  # zipfile: encrypted, or an unknown method
+        raise UserError(f"dataset: {label} cannot be unpacked: {error}. Unpack it.") from error
+
+
+def _zstandard(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
+    """The content of a .zst file; pyarrow brings the library, Python has it from 3.14 on."""
+    import pyarrow
+
+    packed = pyarrow.PythonFile(stream, mode="r")
+    return io.BufferedReader(stack.enter_context(pyarrow.CompressedInputStream(packed, "zstd")))
+
+
+def _of_python(opener: Callable[[Any], Any]) -> Callable[..., io.BufferedReader]:
+    """The way to unpack with one of Python's own file classes."""
+    return lambda stack, stream, label: io.BufferedReader(stack.enter_context(opener(stream)))
+
+
+_PACKINGS: tuple[tuple[bytes, Callable[..., io.BufferedReader]], ...] = (
+    (rb"\x1f\x8b", _of_python(lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"))),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", _of_python(bz2.BZ2File)),
+    (rb"\xfd7zXZ\x00", _of_python(lzma.LZMAFile)),
+    (rb"\x28\xb5\x2f\xfd", _zstandard),
+    (rb"PK\x03\x04", _only_member),
+)
+_UNPACKED = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile, ZipExtFile)
+"""Streams that go back by unpacking from the start again."""
+
+
+def _packing(head: bytes) -> Callable[..., io.BufferedReader] | None:
+    """How to unpack what begins with these bytes; None if it is not packed."""
+    return next((unpack for magic, unpack in _PACKINGS if re.match(magic, head)), None)

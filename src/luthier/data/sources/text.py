@@ -1,0 +1,117 @@
+"""The text of a file, a block or a line at a time; a wrong encoding in words."""
+
+import codecs
+from collections.abc import Iterator
+from itertools import chain
+
+from luthier.data.rows import BadRow, Row
+from luthier.data.sources.options import COMPRESSED, TextOptions
+from luthier.data.sources.streams import File, blocks
+from luthier.errors import UserError
+
+
+def texts(file: File, encoding: str) -> Iterator[str]:
+    """The file's text in blocks, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
+    line = 1
+    try:
+        for number, block in enumerate(blocks(file)):
+            if number == 0 and encoding == "utf-8":
+                _refuse_utf16(file, block)
+            text = decoder.decode(block)
+            yield text
+            line += text.count("\n")
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(_wrong_encoding(file, error, line, encoding)) from error
+
+
+def lines(text: Iterator[str]) -> Iterator[str]:
+    """The lines of a text without their line feeds; a carriage return stays.
+
+    Only a line feed ends a line: JSON text may hold U+2028, and `splitlines` would cut there.
+    """
+    return chain.from_iterable(_several_lines(text))
+
+
+def _several_lines(text: Iterator[str]) -> Iterator[list[str]]:
+    """The lines that end in each block, then the rest."""
+    open_line: list[str] = []
+    for block in text:
+        found = block.split("\n")
+        open_line.append(found[0])
+        if len(found) > 1:
+            found[0] = "".join(open_line)
+            open_line = [found.pop()]
+            yield found
+    if rest := "".join(open_line):
+        yield [rest]
+
+
+def _refuse_utf16(file: File, block: bytes) -> None:
+    """Stop at a text whose characters have two or four bytes each."""
+    if block.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in block[:4]:
+        raise UserError(
+            f"dataset: {file.label} is UTF-16, and UTF-8 is needed. {_cure(file, 'utf-16')}"
+        )
+
+
+def _wrong_encoding(file: File, error: UnicodeDecodeError, line: int, encoding: str) -> str:
+    """The words for a byte that the encoding does not have."""
+    line += error.object.count(b"\n", 0, error.start)
+    byte = f"dataset: {file.label}:{line}: byte 0x{error.object[error.start]:02x} is not"
+    if encoding != "utf-8":
+        return f"{byte} {encoding}, which options.encoding says the file is. Correct it."
+    return f"{byte} UTF-8. Its real encoding may be windows-1252. {_cure(file, 'windows-1252')}"
+
+
+def _cure(file: File, encoding: str) -> str:
+    """What to do about a file in another encoding."""
+    setting = f"et options.encoding={encoding}."
+    if file.place.is_remote or file.label.lower().endswith(COMPRESSED):
+        return f"S{setting}"
+    command = f"iconv -f {encoding.upper()} -t UTF-8 {file.label} > utf8.{file.format}"
+    return f"Convert it: {command}, or s{setting}"
+
+
+# The rows of plain text: a line, a paragraph or a whole file each, as `{"text": ...}`.
+
+
+def text_rows(file: File, options: TextOptions) -> Iterator[Row | BadRow]:
+    """The rows of a text file; blank lines are none and part paragraphs."""
+    text = texts(file, options.encoding)
+    if options.by == "file":
+        return _whole(file.label, text)
+    found = _numbered(text)
+    return _by_line(file.label, found) if options.by == "line" else _paragraphs(file.label, found)
+
+
+def _whole(label: str, text: Iterator[str]) -> Iterator[Row]:
+    """One row, unless the file is blank."""
+    whole = "".join(text)
+    if whole.strip():
+        yield Row({"text": whole}, label)
+
+
+def _numbered(text: Iterator[str]) -> Iterator[tuple[int, str]]:
+    """The lines without their ends, counted from 1."""
+    return ((number, line.removesuffix("\r")) for number, line in enumerate(lines(text), start=1))
+
+
+def _by_line(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    """A row for each line that is not blank."""
+    return (Row({"text": line}, f"{label}:{number}") for number, line in found if line.strip())
+
+
+def _paragraphs(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    """A row for each stretch of lines between blank ones, with the line on which it starts."""
+    start, taken = 0, list[str]()
+    for number, line in found:
+        if line.strip():
+            start = start if taken else number
+            taken.append(line)
+        elif taken:
+            yield Row({"text": "\n".join(taken)}, f"{label}:{start}")
+            taken = []
+    if taken:
+        yield Row({"text": "\n".join(taken)}, f"{label}:{start}")
