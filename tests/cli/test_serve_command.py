@@ -12,7 +12,7 @@ from helpers import adapter_runs as material
 from helpers.chatml import CHATML
 from luthier.infer import LLM
 from luthier.infer.serve import GRAMMAR, curl, name_of, vllm_command
-from luthier.model.artefact import find_artifact
+from luthier.model.artifact import find_artifact
 
 TODAY = CHATML.replace("assistant\n{%", "assistant\n{{ strftime_now('%Y') }}{%")
 

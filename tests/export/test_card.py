@@ -19,7 +19,7 @@ from luthier.export.metadata import metadata
 from luthier.export.snippet import snippet
 from luthier.export.story import BaseModel, Data, Story, data_of
 from luthier.export.writing import after_a_run
-from luthier.model.artefact import find_artifact
+from luthier.model.artifact import find_artifact
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_the_python_of_a_card_gives_the_adapters_reply_in_a_fresh_process(tmp_pa
     )[0, ids.shape[1] :]  # fmt: skip
     assert got["reply"] == wanted.tolist()
     # The prompt is the one that luthier's own encoder starts a reply from.
-    from luthier.model.artefact import encoder_of
+    from luthier.model.artifact import encoder_of
     from luthier.model.tokenizer import load_tokenizer
 
     found = find_artifact(str(run))

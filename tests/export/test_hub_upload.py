@@ -18,7 +18,7 @@ def hub(tmp_path, monkeypatch):
     """A hub that this process talks to, logged in."""
     from huggingface_hub import constants
 
-    from luthier.model.hub import is_out_of_reach
+    from luthier.model.source import is_out_of_reach
 
     server = Hub()
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)

@@ -3,11 +3,11 @@
 import torch
 
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.model.machine import Machine
-from luthier.model.new_tokens import add_tokens
+from luthier.model.device import Machine
+from luthier.model.embeddings import add_tokens
+from luthier.model.load import load_model
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
-from luthier.model.weights import load_model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}

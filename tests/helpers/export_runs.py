@@ -9,7 +9,7 @@ import yaml
 from helpers import chatml
 from helpers.adapter_models import config_of, prepared, stir
 from helpers.chatml import CHATML, byte_tokenizer
-from luthier.model.adapter_start import make_plain
+from luthier.model.adapters import make_plain
 from luthier.storage.atomic import write_json
 
 CHAT = chatml.CHAT | {"template": CHATML}

@@ -7,7 +7,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from helpers.preference_trainer import model, say, tokenizer
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import prepare
-from luthier.model.machine import choose
+from luthier.model.device import choose
 from luthier.train import methods
 from luthier.train.methods import Ingredients
 

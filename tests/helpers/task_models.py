@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import prepare
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.train import methods
 from luthier.train.methods import Ingredients
 

@@ -7,7 +7,7 @@ import torch
 
 from helpers.memory_configs import INT8, LORA, NF4
 from luthier.model.adapters import add_adapter
-from luthier.model.weights import load_model
+from luthier.model.load import load_model
 from luthier.plan import hardware, kernels, rehearsal, skeleton, weights, workload
 from luthier.plan.ledger import GRADIENTS
 

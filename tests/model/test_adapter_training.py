@@ -7,8 +7,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers.adapter_models import IDS, LORA, NF4, load, logits, trained
 from luthier.errors import UserError
-from luthier.model.adapter_ranks import RankAllocation
-from luthier.model.adapter_training import attach, plus_groups
+from luthier.model.adapter_training import RankAllocation, attach, plus_groups
 from luthier.model.adapters import add_adapter
 
 ADALORA = {"method": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from luthier.config.schema import ModelConfig
 from luthier.model.adapters import add_adapter
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 
 SMALL = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,

@@ -20,8 +20,7 @@ from helpers.adapter_models import (
     trained,
 )
 from luthier.errors import UserError
-from luthier.model.adapter_start import make_plain
-from luthier.model.adapters import add_adapter
+from luthier.model.adapters import add_adapter, make_plain
 
 LOFTQ = LORA | {"init_lora_weights": "loftq"}
 

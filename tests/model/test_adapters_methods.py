@@ -15,8 +15,8 @@ from luthier.config.methods import ADAPTERS, REFUSED
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.adapters import add_adapter
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 INT8 = {"load_in_8bit": True, "llm_int8_threshold": 0.0}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from helpers.skip_marks import needs_smollm2
 from luthier.errors import UserError
 from luthier.model import gguf, source
-from luthier.model.artefact import encoder_of, find_artifact
+from luthier.model.artifact import encoder_of, find_artifact
 from luthier.model.tokenizer import load_tokenizer
 
 CHAT = {"template": "{{ messages }}", "date": "2026-01-01"}
@@ -268,6 +268,6 @@ def test_the_encoder_is_that_of_the_training(tiny_model, tmp_path):
 
 
 def test_nothing_large_is_imported():
-    code = "import luthier.model.artefact, sys; print('torch' in sys.modules)"
+    code = "import luthier.model.artifact, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -3,7 +3,7 @@ import torch
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model.machine import Machine, choose
+from luthier.model.device import Machine, choose
 
 HAS_CUDA = torch.cuda.is_available()
 HAS_MPS = torch.backends.mps.is_available()

@@ -20,7 +20,7 @@ from helpers.adapter_models import (
 )
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import new_tokens
+from luthier.model import embeddings
 from luthier.model.adapters import add_adapter
 from luthier.model.tokenizer import load_tokenizer
 
@@ -133,10 +133,10 @@ def test_new_rows_start_at_the_mean_and_others_stay(folder):
     tokenizer, model = load_tokenizer(ModelConfig(path=str(folder))), load(folder)
     plain = load(folder).get_input_embeddings().weight
     config = ModelConfig(path=str(folder), add_tokens=NEW)
-    new_tokens.add_tokens(tokenizer, config)
-    new = new_tokens.new_ids(tokenizer, config)
+    embeddings.add_tokens(tokenizer, config)
+    new = embeddings.new_ids(tokenizer, config)
     state = torch.random.get_rng_state()
-    new_tokens.make_rows(model, new, seed=0)
+    embeddings.make_rows(model, new, seed=0)
     assert torch.equal(torch.random.get_rng_state(), state)
     rows = model.get_input_embeddings().weight
     assert rows.shape[0] == model.config.vocab_size == max(new) + 1
@@ -157,10 +157,10 @@ def test_rows_that_are_left_over_are_used(tiny_model, tmp_path):
 def test_special_tokens_are_special(tiny_model):
     tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model)))
     config = ModelConfig(path=str(tiny_model), add_tokens=NEW, add_special_tokens=["<|end|>"])
-    new_tokens.add_tokens(tokenizer, config)
+    embeddings.add_tokens(tokenizer, config)
     ids = tokenizer.encode("b<think> c<|end|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "b<think> c"
-    assert new_tokens.new_ids(tokenizer, config) == [266, 267, 268]
+    assert embeddings.new_ids(tokenizer, config) == [266, 267, 268]
 
 
 def test_rows_of_known_tokens_train_by_text_and_by_id(tiny_model):

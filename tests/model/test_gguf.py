@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from helpers import gguf_files
 from helpers.skip_marks import needs_smollm2
 from luthier.errors import UserError
-from luthier.model import gguf, gguf_tokenizer, source
+from luthier.model import gguf, source
 from luthier.storage import cache as cache_room
 from luthier.storage.manifest import MANIFEST
 
@@ -198,7 +198,7 @@ def metadata_of(folder, pre):
 def test_every_rule_gives_the_tokens_of_the_models_own_tokenizer(assets, name, pre):
     folder = assets / "tokenizers" / name
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rebuilt = gguf_tokenizer.build(metadata_of(folder, pre))
+    rebuilt = gguf.build(metadata_of(folder, pre))
     texts = texts_of(assets)
     assert len(texts) > 5000
     wanted = own.encode_batch(texts, add_special_tokens=False)
@@ -213,7 +213,7 @@ def test_every_rule_gives_the_tokens_of_the_models_own_tokenizer(assets, name, p
 def test_byte_level_alone_is_wrong_for_smollm(assets):
     folder = assets / "tokenizers" / "smollm2"
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    naive = gguf_tokenizer.build(metadata_of(folder, "gpt-2"))
+    naive = gguf.build(metadata_of(folder, "gpt-2"))
     assert naive.encode("\n\n1.").ids != own.encode("\n\n1.").ids
 
 
@@ -229,12 +229,12 @@ CUTS = [
 
 @pytest.mark.parametrize(("pre", "text", "pieces"), CUTS, ids=[cut[0] for cut in CUTS])
 def test_each_rule_cuts_text_its_own_way(tiny_model, pre, text, pieces):
-    built = gguf_tokenizer.build(metadata_of(tiny_model, pre))
+    built = gguf.build(metadata_of(tiny_model, pre))
     assert [piece for piece, _ in built.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
 def test_every_rule_has_a_case():
-    assert {cut[0] for cut in CUTS} == set(gguf_tokenizer.RULES) == set(RULES_OF_ASSETS.values())
+    assert {cut[0] for cut in CUTS} == set(gguf.RULES) == set(RULES_OF_ASSETS.values())
 
 
 UNKNOWN = [
@@ -247,14 +247,14 @@ UNKNOWN = [
 @pytest.mark.parametrize(("change", "said"), UNKNOWN, ids=[case[1] for case in UNKNOWN])
 def test_an_unknown_kind_is_refused_with_the_way_out(tiny_model, tmp_path, change, said):
     with pytest.raises(UserError, match=r"model\.tokenizer=") as raised:
-        gguf_tokenizer.save(metadata_of(tiny_model, "smollm") | change, tmp_path)
+        gguf.save(metadata_of(tiny_model, "smollm") | change, tmp_path)
     assert said in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_begin_token_is_added_where_the_file_asks_for_it(tiny_model):
     asked = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1}
-    built = gguf_tokenizer.build(metadata_of(tiny_model, "smollm") | asked)
+    built = gguf.build(metadata_of(tiny_model, "smollm") | asked)
     assert built.encode("the").ids[0] == 1
     assert built.encode("the", add_special_tokens=False).ids[0] != 1
 
@@ -266,7 +266,7 @@ def test_the_settings_name_special_tokens_and_the_template(tiny_model, tmp_path)
         "llama.context_length": 77,
         "tokenizer.chat_template": "{{ messages }}\n",
     }
-    gguf_tokenizer.save(described, tmp_path)
+    gguf.save(described, tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["bos_token"] == "<|im_start|>"
     assert settings["eos_token"] == "<|im_end|>"

@@ -6,8 +6,8 @@ import torch
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 
 CPU = Machine("cpu", "float32", "sdpa")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

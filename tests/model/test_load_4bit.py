@@ -12,9 +12,9 @@ from bitsandbytes.nn.modules import Linear4bit
 from helpers.skip_marks import needs_smollm2
 from luthier.config.schema import ModelConfig
 from luthier.model.adapters import add_adapter
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.model.tokenizer import load_tokenizer
-from luthier.model.weights import load_model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}

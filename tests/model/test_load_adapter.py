@@ -5,10 +5,10 @@ import torch
 
 from helpers.adapter_models import IDS, LORA, NF4, config_of, logits, prepared, stir
 from luthier.errors import UserError
-from luthier.model.artefact import find_artifact
-from luthier.model.machine import Machine
+from luthier.model.artifact import find_artifact
+from luthier.model.device import Machine
+from luthier.model.load import load_tuned
 from luthier.model.tokenizer import load_tokenizer
-from luthier.model.tuned import load_tuned
 
 CPU = Machine("cpu", "float32", "sdpa")
 WAYS = {

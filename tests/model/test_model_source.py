@@ -98,9 +98,9 @@ LOAD = """
 import sys
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.model.tokenizer import load_tokenizer
-from luthier.model.weights import load_model
+from luthier.model.load import load_model
 config = ModelConfig(path=sys.argv[1])
 for load in (load_tokenizer, lambda c: load_model(c, {}, Machine("cpu", "float32", "sdpa"))):
     try:

@@ -5,9 +5,9 @@ import pytest
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.model.tokenizer import check_fits, load_tokenizer
-from luthier.model.weights import load_model
 
 
 @pytest.fixture

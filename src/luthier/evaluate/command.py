@@ -63,7 +63,7 @@ def run(words: list[str]) -> int:
 
         check_installed()
     from luthier.evaluate.subjects import subjects
-    from luthier.model.adapter_heads import HEADED
+    from luthier.model.adapters import HEADED
 
     texts = given.texts
     alone = "--alone" in given.switches

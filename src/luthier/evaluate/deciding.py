@@ -17,7 +17,7 @@ from luthier.evaluate.outcome import Outcome
 from luthier.evaluate.sets import Set
 from luthier.evaluate.written import encoded, lenient, lenient_length
 from luthier.infer.packing import Packing, packing_of
-from luthier.model.artefact import Artefact, encoder_of
+from luthier.model.artifact import Artefact, encoder_of
 
 if TYPE_CHECKING:
     from luthier.evaluate.heads import Head

@@ -12,8 +12,8 @@ from luthier.evaluate.sets import Set, metrics_of, of_replies
 from luthier.evaluate.written import SpokenMaker, TargetMaker
 from luthier.infer.llm import LLM
 from luthier.metrics import Metric
-from luthier.model.adapter_heads import HEADED
-from luthier.model.artefact import find_artifact
+from luthier.model.adapters import HEADED
+from luthier.model.artifact import find_artifact
 
 if TYPE_CHECKING:
     from luthier.evaluate.deciding import Decider

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.model import gguf, hub, prequantized, source
-from luthier.model.artefact import Artefact
-from luthier.model.tuned import CLASSES, label_settings
+from luthier.model import gguf, quantized, source
+from luthier.model.artifact import Artefact
+from luthier.model.load import CLASSES, label_settings
 
 
 class NotPlain(Exception):
@@ -54,12 +54,12 @@ def base_folder(artefact: Artefact) -> Path:
             snapshot_download(
                 model.path,
                 revision=model.revision,
-                local_files_only=hub.is_out_of_reach(),
+                local_files_only=source.is_out_of_reach(),
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
         )
     except Exception as error:  # the HTTP client has its own errors for a network that is down
-        raise UserError(hub.words(error, model.path, "its base")) from error
+        raise UserError(source.words(error, model.path, "its base")) from error
 
 
 def layout_of(artefact: Artefact, folder: Path) -> Layout:
@@ -88,7 +88,7 @@ def layout_of(artefact: Artefact, folder: Path) -> Layout:
 def _config(artefact: Artefact, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    if prequantized.read(artefact.base) is not None:
+    if quantized.read(artefact.base) is not None:
         raise NotPlain("its base comes quantized")
     return AutoConfig.from_pretrained(folder, **label_settings(artefact))
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from luthier.model import hub
+from luthier.model import source
 
 
 def stated(name: str, kind: str = "model") -> str | None:
@@ -14,7 +14,7 @@ def stated(name: str, kind: str = "model") -> str | None:
     """
     metadata = _cached(name, kind)
     if metadata is None:
-        metadata = None if hub.is_out_of_reach() else _fetched(name, kind)
+        metadata = None if source.is_out_of_reach() else _fetched(name, kind)
     found = (metadata or {}).get("license")
     if isinstance(found, list):
         found = ", ".join(map(str, found))
@@ -35,7 +35,7 @@ def _fetched(name: str, kind: str) -> dict[str, Any] | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        found = HfApi().repo_info(name, repo_type=kind, timeout=hub.PATIENCE)
+        found = HfApi().repo_info(name, repo_type=kind, timeout=source.PATIENCE)
     except (HfHubHTTPError, OSError):
         return None
     return found.card_data.to_dict() if found.card_data else {}

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
 from luthier.export.rows import needed
-from luthier.model import prequantized
-from luthier.model.artefact import Artefact
-from luthier.model.machine import Machine
-from luthier.model.tuned import CLASSES, label_settings
-from luthier.model.weights import load_model
+from luthier.model import quantized
+from luthier.model.artifact import Artefact
+from luthier.model.device import Machine
+from luthier.model.load import CLASSES, label_settings, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +48,7 @@ def base_of(artefact: Artefact, quantization: dict[str, Any]) -> Any:
     Raises UserError where it cannot be unpacked or does not fit into memory.
     """
     own = label_settings(artefact)
-    found = prequantized.read(artefact.base)
+    found = quantized.read(artefact.base)
     if found is not None and not quantization:
         own["quantization_config"] = _unpacking(artefact, found)
     kind = CLASSES[artefact.task]
@@ -57,18 +56,18 @@ def base_of(artefact: Artefact, quantization: dict[str, Any]) -> Any:
         model = load_model(artefact.base, quantization, PLACE, kind=kind, **own)
     except MemoryError as error:
         raise UserError(too_large(artefact)) from error
-    return model if found is None else prequantized.in_one_format(model, PLACE.dtype)
+    return model if found is None else quantized.in_one_format(model, PLACE.dtype)
 
 
 def _unpacking(artefact: Artefact, found: dict[str, Any]) -> Any:
-    method = prequantized.method_in(found)
-    if method not in prequantized.FORMATS or prequantized.FORMATS[method].whole is None:
+    method = quantized.method_in(found)
+    if method not in quantized.FORMATS or quantized.FORMATS[method].whole is None:
         raise UserError(
             f"{artefact.word}: its base {artefact.base.path} comes quantized ({method}), and such "
             "weights cannot take an adapter in.\nName the model that it was made from: "
             "--base ORGANISATION/MODEL --onto original."
         )
-    return prequantized.unpacking(artefact.base)
+    return quantized.unpacking(artefact.base)
 
 
 def too_large(artefact: Artefact) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from luthier.errors import UserError
 from luthier.inspect.arguments import Flag, Given, Grammar
-from luthier.model.artefact import Artefact, find_artifact, read_config
+from luthier.model.artifact import Artefact, find_artifact, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")

@@ -13,7 +13,7 @@ from luthier.export.loaded import tuned
 from luthier.export.names import public
 from luthier.export.serving import Spoken
 from luthier.export.verify import Difference
-from luthier.model.artefact import Artefact
+from luthier.model.artifact import Artefact
 from luthier.storage.atomic import filled, refuse_full_disk, refuse_target, write_json
 
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ from luthier.export import writing
 from luthier.export.parcel import Parcel, pack, send
 from luthier.export.story import Data, Story
 from luthier.inspect.arguments import Flag, Given, Grammar
-from luthier.model.artefact import Artefact, find_artifact
+from luthier.model.artifact import Artefact, find_artifact
 
 GRAMMAR = Grammar(
     "push",

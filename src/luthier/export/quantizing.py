@@ -12,8 +12,8 @@ from luthier.errors import UserError
 from luthier.export import carried, story, writing
 from luthier.export.layout import base_folder
 from luthier.export.tensors import INDEX, SHARD_BYTES, files_of
-from luthier.model.artefact import Artefact
-from luthier.model.tuned import CLASSES
+from luthier.model.artifact import Artefact
+from luthier.model.load import CLASSES
 from luthier.storage.atomic import filled
 from luthier.storage.manifest import MANIFEST
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from luthier.model import gguf, source
-from luthier.model.artefact import Artefact
+from luthier.model.artifact import Artefact
 from luthier.storage.sizes import head_of
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "word_embeddings.weight")

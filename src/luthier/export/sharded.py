@@ -9,7 +9,7 @@ from luthier.errors import UserError
 from luthier.export import carried, story, streaming, tensors, writing
 from luthier.export.layout import layout_of
 from luthier.export.tensors import Entry, write
-from luthier.model.artefact import Artefact
+from luthier.model.artifact import Artefact
 from luthier.storage.atomic import refuse_full_disk
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from luthier.export.story import Story
-from luthier.model.adapter_heads import HEADED
-from luthier.model.tuned import CLASSES
+from luthier.model.adapters import HEADED
+from luthier.model.load import CLASSES
 
 
 def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = ".") -> str:

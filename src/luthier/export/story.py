@@ -13,8 +13,8 @@ from luthier.export import licences
 from luthier.export.names import hub_name, last, public, public_values
 from luthier.export.rows import grown
 from luthier.model import gguf, source
-from luthier.model.artefact import Artefact
-from luthier.model.tuned import LABELS
+from luthier.model.artifact import Artefact
+from luthier.model.load import LABELS
 from luthier.record.secrets import HIDDEN
 from luthier.storage.atomic import read_json, write_json
 
@@ -124,7 +124,7 @@ def told(artefact: Artefact) -> Story:
 
 
 def of(artefact: Artefact) -> Story:
-    """The story of what `luthier.model.artefact.find` found, from the run's files.
+    """The story of what `luthier.model.artifact.find` found, from the run's files.
 
     Of a model without a run, no more than its base and adapter are known.
     """

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
 from luthier.export.loaded import PLACE, logits
-from luthier.model.artefact import Artefact, encoder_of
-from luthier.model.tuned import CLASSES
+from luthier.model.artifact import Artefact, encoder_of
+from luthier.model.load import CLASSES
 from luthier.record.plot import read_metrics
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from luthier.export.layout import Layout
 from luthier.export.loaded import base_of, grow
 from luthier.export.packing import as_trained
 from luthier.export.tensors import SHARD_BYTES
-from luthier.model.artefact import Artefact
+from luthier.model.artifact import Artefact
 
 
 def merge(

@@ -9,7 +9,7 @@ from luthier.export.card import card
 from luthier.export.ollama import translate
 from luthier.export.serving import Spoken, notes
 from luthier.export.story import Story
-from luthier.model.artefact import Artefact, encoder_of, find_artifact, method_of
+from luthier.model.artifact import Artefact, encoder_of, find_artifact, method_of
 
 if TYPE_CHECKING:
     from luthier.chat.template import ChatTemplate

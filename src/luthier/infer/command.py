@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from luthier.infer.asking import Ask, Asks
     from luthier.infer.llm import LLM, Reply
     from luthier.infer.words import Words
-    from luthier.model.artefact import Artefact
+    from luthier.model.artifact import Artefact
 
 GRAMMAR = Grammar(
     "generate",

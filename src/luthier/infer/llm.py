@@ -10,7 +10,7 @@ from luthier.infer import settings as words
 from luthier.infer.packing import Packing, packing_of
 from luthier.infer.pieces import Pieces
 from luthier.infer.prompts import Prompt, Prompts
-from luthier.model.artefact import Artefact, find_artifact
+from luthier.model.artifact import Artefact, find_artifact
 
 if TYPE_CHECKING:
     from luthier.chat import ChatEncoder
@@ -37,7 +37,7 @@ class LLM:
             llm.generate(["Lunch with Ana on Friday at noon."])
 
     `word`: the folder of a run, its `model/`, a checkpoint, an adapter or a whole model, a hub
-    name, or `package:NAME`; or what `luthier.model.artefact.find` found. `base`: where an adapter's
+    name, or `package:NAME`; or what `luthier.model.artifact.find` found. `base`: where an adapter's
     base is now. `device`, `dtype` and `attention`: as in a config's `model`; the run's own where
     they are None. `device_map`: of accelerate, for a model that needs several GPUs (`auto`).
     `quantization`: how the weights are packed. Nothing is loaded before the block begins; at its

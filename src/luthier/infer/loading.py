@@ -11,10 +11,10 @@ from luthier.errors import UserError
 from luthier.infer.generate import dense_head
 from luthier.infer.sources import Sources
 from luthier.infer.unpacked import unpacked
-from luthier.model.artefact import Artefact, encoder_of
-from luthier.model.machine import Machine, choose
+from luthier.model.artifact import Artefact, encoder_of
+from luthier.model.device import Machine, choose
+from luthier.model.load import load_tuned
 from luthier.model.tokenizer import check_fits, end_token_ids, load_tokenizer
-from luthier.model.tuned import load_tuned
 
 
 @dataclass

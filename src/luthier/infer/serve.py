@@ -17,7 +17,7 @@ from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
     from luthier.infer.words import Words
-    from luthier.model.artefact import Artefact
+    from luthier.model.artifact import Artefact
 
 GRAMMAR = Grammar(
     "serve",
@@ -50,7 +50,7 @@ def run(words: list[str]) -> int:
         return 0
     given = GRAMMAR.parse(words)
     from luthier.infer.words import sort
-    from luthier.model.artefact import find_artifact
+    from luthier.model.artifact import find_artifact
 
     typed = sort("serve", given.overrides, ("MODEL",))
     engine = _engine(given)

@@ -16,7 +16,7 @@ from luthier.inspect.difference import parting, stretch
 from luthier.inspect.rows import place
 from luthier.inspect.rules import Rule
 from luthier.inspect.tokens import token_texts
-from luthier.model.artefact import Artefact, find_artifact
+from luthier.model.artifact import Artefact, find_artifact
 
 ROWS = 500
 """Rows of each source that are compared where nobody says how many."""
@@ -156,7 +156,7 @@ def _served(artefact: Artefact, config: RunConfig) -> Served:
 
 def _trained(artefact: Artefact, config: RunConfig) -> ChatEncoder:
     """The encoder of the training, from the base's own tokenizer."""
-    from luthier.model.new_tokens import add_tokens
+    from luthier.model.embeddings import add_tokens
     from luthier.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)

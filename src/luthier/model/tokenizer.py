@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import gguf, hub, new_tokens, source
+from luthier.model import embeddings, gguf, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     if config.tokenizer is not None:
         _check_same(tokenizer, config)
     add_padding(tokenizer)
-    new_tokens.add_tokens(tokenizer, config)
+    embeddings.add_tokens(tokenizer, config)
     return tokenizer
 
 
@@ -45,12 +45,12 @@ def _read(config: ModelConfig, path: str, key: str) -> "PreTrainedTokenizerBase"
             path if file is None else gguf.convert_tokenizer(file),
             revision=config.revision if path == config.path else None,
             trust_remote_code=config.trust_remote_code,
-            local_files_only=source.needs_hub(path) and hub.is_out_of_reach(),
+            local_files_only=source.needs_hub(path) and source.is_out_of_reach(),
         )
     except UserError:
         raise
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        problem = hub.explain(error, path, key)
+        problem = source.explain(error, path, key)
         raise problem or UserError(
             f"{key}={path}: the tokenizer cannot be read: {error}"
         ) from error
@@ -93,7 +93,7 @@ def end_token_ids(config: ModelConfig) -> list[int]:
         generation = GenerationConfig.from_pretrained(
             config.path,
             revision=config.revision,
-            local_files_only=source.needs_hub(config.path) and hub.is_out_of_reach(),
+            local_files_only=source.needs_hub(config.path) and source.is_out_of_reach(),
         )
     except OSError:
         return []

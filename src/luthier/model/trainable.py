@@ -1,18 +1,75 @@
 """What of a loaded model trains: an adapter, all weights, or some; and rows for new tokens."""
 
+import difflib
+import re
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
-from luthier.model import new_tokens, token_rows
+from luthier.model import embeddings
 from luthier.model.adapters import add_adapter
-from luthier.model.freezing import freeze
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.model.tokenizer import check_fits, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Full fine-tuning with parts frozen, chosen by patterns over the parameters' names.
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_SHOWN = 20
+
+
+def freeze(model: Any, train: Sequence[str], frozen: Sequence[str]) -> None:
+    """Let only weights train that a pattern of `train` finds (all if there is none), less `frozen`.
+
+    Patterns are regular expressions, found anywhere in a name; a matrix with two names (tied
+    embeddings) is found by either. Raises UserError for a pattern that finds nothing and where
+    nothing is left to train.
+    """
+    names: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    wanted = _found("model.train", train, names) if train else set(names)
+    unwanted = _found("model.freeze", frozen, names)
+    kept = {id(names[name]) for name in unwanted}
+    trained = {id(names[name]) for name in wanted} - kept
+    if not trained:
+        raise UserError(
+            f"model.freeze: {', '.join(frozen)} leaves nothing to train. The parameters: "
+            f"{_shown(names)}."
+        )
+    for parameter in names.values():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def _found(key: str, patterns: Sequence[str], names: dict[str, Any]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            hits = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            text = f"{key}: {pattern!r} is not a regular expression: {error}."
+            raise UserError(text) from error
+        if not hits:
+            raise UserError(_nothing(key, pattern, names))
+        found |= hits
+    return found
+
+
+def _nothing(key: str, pattern: str, names: dict[str, Any]) -> str:
+    parts = {part for name in names for part in name.split(".")} | {*names}
+    near = difflib.get_close_matches(pattern, sorted(parts), n=3, cutoff=0.5)
+    hint = f" Near it: {', '.join(near)}." if near else ""
+    return f"{key}: {pattern!r} matches no parameter.{hint} The parameters: {_shown(names)}."
+
+
+def _shown(names: dict[str, Any]) -> str:
+    """All names with layers' numbers as N, the first of them where they are many."""
+    kinds = list(dict.fromkeys(_NUMBER.sub("N", name) for name in names))
+    return ", ".join(kinds[:_SHOWN]) + (", ..." if len(kinds) > _SHOWN else "")
+
 
 _KINDS = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 """Classes of transformers that load the weights before quantization, by task."""
@@ -31,11 +88,11 @@ def make_trainable(
     model does, as peft calls it. Raises UserError where the tokenizer does not belong to the model,
     where names match nothing, and where a new token would not train.
     """
-    new = new_tokens.new_ids(tokenizer, config.model)
-    new_tokens.make_rows(model, new, config.seed)
+    new = embeddings.new_ids(tokenizer, config.model)
+    embeddings.make_rows(model, new, config.seed)
     check_fits(tokenizer, model)
     if config.lora:
-        lora = token_rows.with_new_rows(model, config.lora, new)
+        lora = embeddings.with_new_rows(model, config.lora, new)
         original = partial(_original, config, machine, task_type)
         return add_adapter(model, lora, config.seed, task_type, tokenizer, original)
     if config.model.train or config.model.freeze:
@@ -47,13 +104,13 @@ def make_trainable(
 def give_new_rows(model: "PreTrainedModel", config: RunConfig) -> None:
     """Give the new tokens their rows in a model that stands beside the one that trains."""
     if config.model.add_tokens or config.model.add_special_tokens:
-        new = new_tokens.new_ids(load_tokenizer(config.model), config.model)
-        new_tokens.make_rows(model, new, config.seed)
+        new = embeddings.new_ids(load_tokenizer(config.model), config.model)
+        embeddings.make_rows(model, new, config.seed)
 
 
 def _original(config: RunConfig, machine: Machine, task_type: str) -> Any:
     """The weights before quantization, in main memory."""
-    from luthier.model.weights import load_model
+    from luthier.model.load import load_model
 
     place = Machine("cpu", "float32" if machine.dtype == "float32" else "bfloat16", "sdpa")
     kind = _KINDS.get(task_type, "AutoModelForCausalLM")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model.machine import Machine, choose
+from luthier.model.device import Machine, choose
 from luthier.plan import sizes
 
 CUDA_CONTEXT = 723 * sizes.MIB

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from luthier.config.schema import RunConfig
 from luthier.environment import hush_kernels
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.plan import hardware as machines
 from luthier.plan import workload as workloads
 from luthier.plan.estimate import Estimate, estimate, shares

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.methods import METHODS
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
-from luthier.model import gguf, hub, prequantized, source
+from luthier.model import gguf, quantized, source
 from luthier.model.adapters import add_adapter
-from luthier.model.freezing import freeze
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
+from luthier.model.trainable import freeze
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +60,12 @@ def read_config(model: ModelConfig) -> "PretrainedConfig":
             model.path if file is None else gguf.convert(file),
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            local_files_only=source.needs_hub(model.path) and hub.is_out_of_reach(),
+            local_files_only=source.needs_hub(model.path) and source.is_out_of_reach(),
             return_unused_kwargs=True,
             **model.kwargs,
         )
     except (OSError, ValueError) as error:
-        problem = hub.explain(error, model.path, "model.path")
+        problem = source.explain(error, model.path, "model.path")
         raise problem or UserError(
             f"model.path={model.path}: its config.json cannot be read: {error}"
         ) from error
@@ -121,16 +121,16 @@ def _packed(config: RunConfig, architecture: Any) -> dict[str, Any]:
 
     Takes the mark of a model that comes quantized off its configuration.
     """
-    comes = prequantized.read(config.model)
+    comes = quantized.read(config.model)
     if comes is None:
         return config.quantization
     del architecture.quantization_config
     if config.quantization.get("dequantize"):
         return {}
-    if prequantized.method_in(comes) != "bitsandbytes":
+    if quantized.method_in(comes) != "bitsandbytes":
         raise UserError(
             f"model.path={config.model.path}: the model comes quantized "
-            f"({prequantized.method_in(comes)}), and the plan counts only what bitsandbytes "
+            f"({quantized.method_in(comes)}), and the plan counts only what bitsandbytes "
             "packs. Plan for the model that it was made from, with quantization=nf4 or int8."
         )
     return comes

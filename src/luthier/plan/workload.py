@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 
 ASSUMED_LENGTH = 2048
 """Tokens of a row where `chat.max_length` sets no bound."""

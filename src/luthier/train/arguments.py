@@ -13,7 +13,7 @@ def sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool)
     """The `trl.SFTConfig` of a run.
 
     Rows come as tokens and labels already, so everything in TRL that would touch them is off.
-    `machine` is a `luthier.model.machine.Machine`.
+    `machine` is a `luthier.model.device.Machine`.
     """
     from trl import SFTConfig
 

@@ -15,9 +15,9 @@ from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import batching_of
 from luthier.data.prepare import Prepared, prepare
-from luthier.model import adapter_training, prequantized
+from luthier.model import adapter_training, quantized
+from luthier.model.device import choose
 from luthier.model.encoder import make_encoder, make_sources
-from luthier.model.machine import choose
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
 from luthier.record.data_plot import numbers_of, plot_data
@@ -92,7 +92,7 @@ def seed_everything(config: RunConfig) -> None:
 def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any) -> Session:
     """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
     method, facts = methods.load(config.trainer.method), METHODS[config.trainer.method]
-    prequantized.check(config, machine)
+    quantized.check(config, machine)
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer) if facts.chats else None
     prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.model.adapter_start import make_plain
+from luthier.model.adapters import make_plain
 from luthier.record import journal
 from luthier.record.plot import plot_loss, read_metrics
 from luthier.storage.atomic import publish_folder, read_json, write_json, write_jsonl

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from luthier.errors import UserError
-from luthier.model.randomness import random_state_kept
+from luthier.model.device import random_state_kept
 from luthier.record import checkpoints, journal
 from luthier.record.checkpoints import Bounds
 from luthier.train import finish, report

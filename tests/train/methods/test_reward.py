@@ -24,7 +24,7 @@ from luthier.data.batching.preference_collators import WholeLayout
 from luthier.data.batching.rows import TokenRows
 from luthier.data.encoders.preference import RewardEncoder
 from luthier.errors import UserError
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.train.methods.reward import Reward, ScoreTrainer, padding
 
 ROWS = listed(RewardEncoder(tokenizer(), CHAT).encode(PREFERENCES))

@@ -22,7 +22,7 @@ from luthier.metrics.classification import (
     regression_scores,
     single_label_scores,
 )
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.heads import (
     Labelled,

@@ -11,9 +11,9 @@ from trl import DistillationConfig, DistillationTrainer
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.model.machine import Machine, choose
+from luthier.model.device import Machine, choose
+from luthier.model.load import load_model
 from luthier.model.tokenizer import load_tokenizer
-from luthier.model.weights import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients

@@ -12,7 +12,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import PairLayout
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.train.methods.completions import count_pairs, forward, in_pairs, mask_of, token_sums
 from luthier.train.methods.judging import Judging, Scores, Terms, mean, ratio
 from luthier.train.methods.method import Ingredients

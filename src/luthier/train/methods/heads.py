@@ -15,9 +15,9 @@ from luthier.data.batching.rows import TokenRows
 from luthier.data.prepare import Prepared
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
-from luthier.model import gguf, hub, source
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model import gguf, source
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.storage.atomic import write_json
 from luthier.train import report
 from luthier.train.methods.labels import REGRESSION, Labels, Problem
@@ -40,10 +40,10 @@ def model_config(config: ModelConfig, kind: str, trainer: str, needs: str) -> An
             config.path if file is None else gguf.convert(file),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            local_files_only=source.needs_hub(config.path) and hub.is_out_of_reach(),
+            local_files_only=source.needs_hub(config.path) and source.is_out_of_reach(),
         )
     except (OSError, ValueError) as error:
-        raise hub.explain(error, config.path, "model.path") or UserError(
+        raise source.explain(error, config.path, "model.path") or UserError(
             f"model.path={config.path}: its config.json cannot be read: {error}"
         ) from error
     known = getattr(transformers, kind)._model_mapping.keys()

@@ -21,7 +21,7 @@ from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import Sampler
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.train import report
 from luthier.train.methods.completions import forward, token_sums
 from luthier.train.methods.judging import Judging, Scores, Terms, mean, ratio

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 
 
 @dataclass(frozen=True)

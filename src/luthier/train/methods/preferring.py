@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import batching_of
 from luthier.data.prepare import Prepared
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.method import Ingredients
 from luthier.train.methods.tabled import evaluation_rows

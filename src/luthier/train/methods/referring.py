@@ -14,9 +14,9 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import WithColumns
 from luthier.data.batching.rows import TokenRows
 from luthier.errors import UserError
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.model.trainable import give_new_rows
-from luthier.model.weights import load_model
 from luthier.train.methods.judging import Scores, StandIn
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from trl.trainer.utils import nanstd
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.metrics.rewards import Reward, parse_rewards, prepare_rewards, try_rewards
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.answering import Prompted
 from luthier.train.methods.method import Ingredients

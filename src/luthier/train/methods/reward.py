@@ -16,9 +16,9 @@ from luthier.data.batching.preference_collators import WholeLayout
 from luthier.data.batching.rows import TokenRows
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.model.tokenizer import PADDING_NAMES
-from luthier.model.weights import load_model
 from luthier.train.methods.heads import model_config
 from luthier.train.methods.judging import Judging, Scores, Terms, mean
 from luthier.train.methods.method import Ingredients

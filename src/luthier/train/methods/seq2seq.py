@@ -14,8 +14,8 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.rows import IGNORED
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.heads import check_positions, model_config
 from luthier.train.methods.method import Ingredients

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.model.randomness import random_state_kept
+from luthier.model.device import random_state_kept
 from luthier.train import finite
 from luthier.train.checkpointed import Checkpointed
 

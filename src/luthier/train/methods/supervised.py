@@ -7,8 +7,8 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.settings import Batching, batching_of
 from luthier.data.prepare import Prepared
-from luthier.model.machine import Machine
-from luthier.model.weights import load_model
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 from luthier.train.arguments import sft_arguments
 from luthier.train.batching_stream import StreamRows
 from luthier.train.methods.method import Ingredients

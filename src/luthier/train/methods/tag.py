@@ -18,7 +18,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.rows import IGNORED
 from luthier.data.prepare import Prepared
 from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
-from luthier.model.machine import Machine
+from luthier.model.device import Machine
 from luthier.train.arguments import trainer_arguments
 from luthier.train.methods.heads import Labelled, check_positions, labels_of, load_head
 from luthier.train.methods.labels import Labels, find_tags

@@ -14,8 +14,8 @@ from typing import Any
 from luthier.config.methods import method_of
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
-from luthier.model import hub, source
-from luthier.model.machine import Machine
+from luthier.model import source
+from luthier.model.device import Machine
 
 FP8_CAPABILITY = (8, 9)
 """The first CUDA compute capability that multiplies in fp8."""
@@ -86,7 +86,7 @@ def read(model: ModelConfig) -> dict[str, Any] | None:
     try:
         content = json.loads(_config_file(model).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise hub.explain(error, model.path, "model.path") or UserError(
+        raise source.explain(error, model.path, "model.path") or UserError(
             f"model.path={model.path}: its config.json cannot be read: {error}"
         ) from error
     below = content.get("text_config") or {}
@@ -127,7 +127,7 @@ def _config_file(model: ModelConfig) -> Path:
         return Path(model.path).expanduser() / "config.json"
     from huggingface_hub import hf_hub_download
 
-    local = hub.is_out_of_reach()
+    local = source.is_out_of_reach()
     return Path(
         hf_hub_download(model.path, "config.json", revision=model.revision, local_files_only=local)
     )

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,3 +100,25 @@ def _best_attention(kind: Device, dtype: Dtype) -> str:
 def _numbered(kind: Device) -> str:
     """Give each process of a launch its own GPU."""
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if kind == "cuda" else kind
+
+
+# The random state of a process: kept where something that is no part of the training draws.
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the random state of Python, NumPy and torch back behind the block.
+
+    So that a training draws the same numbers however often it was evaluated before, and whether a
+    model was converted just now or found in the cache.
+    """
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
