@@ -145,9 +145,9 @@ def measure(case: Case, heap: str) -> dict[str, Any]:
 def planned(case: Case, name: str) -> int:
     """The plan's total without what Python and its libraries take."""
     from luthier.config import load
-    from luthier.plan import plan_memory
-    from luthier.plan.hardware import PROCESS
-    from luthier.plan.sharding import Sharding
+    from luthier.memory import plan_memory
+    from luthier.memory.sharding import Sharding
+    from luthier.memory.workload import PROCESS
 
     shared = Sharding("ddp", case.processes) if case.processes > 1 else Sharding()
     with patch.dict(os.environ, HEAPS[name]):

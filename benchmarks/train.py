@@ -270,7 +270,7 @@ class Measured:
         if self.given.model != "smollm2":
             return False
         from luthier.config import load
-        from luthier.plan import choose_checkpointing
+        from luthier.memory import choose_checkpointing
 
         words = ["model=smollm2_135m", "dataset=quickstart", "lora=default"]
         sizes = [

@@ -4,9 +4,9 @@ import pytest
 
 from helpers.memory_configs import LLAMA_8B, NF4, TINY
 from luthier.errors import UserError
-from luthier.plan import choose_checkpointing, fits, hardware, plan_memory, sizes, workload
-from luthier.plan.advice import advise
-from luthier.plan.sharding import Sharding
+from luthier.memory import choose_checkpointing, fits, plan_memory, workload
+from luthier.memory.advice import advise
+from luthier.memory.sharding import Sharding
 
 WIDE = TINY | {"hidden_size": 256, "intermediate_size": 1024}
 
@@ -21,14 +21,14 @@ def parts(estimate):
 
 
 def gpu(gib, count=1):
-    return hardware.imagine(int(gib * 2**30), count)
+    return workload.imagine(int(gib * 2**30), count)
 
 
 def test_parts_add_up(wide, configured):
     found = plan_memory(configured(wide, max_length=256), gpu(24))
     named = parts(found.best)
     assert found.best.total == sum(named.values())
-    assert named["CUDA context"] == hardware.CUDA_CONTEXT
+    assert named["CUDA context"] == workload.CUDA_CONTEXT
     assert named["adapters float32"] == 4 * found.trained
     assert named["optimizer"] == 2 * 4 * found.trained
     assert found.fits and found.best.room == int(24 * 2**30 * 0.95)
@@ -36,7 +36,7 @@ def test_parts_add_up(wide, configured):
 
 def test_the_process_of_a_cpu_counts_its_libraries(wide, configured):
     named = parts(plan_memory(configured(wide)).best)
-    assert named["libraries"] == hardware.PROCESS
+    assert named["libraries"] == workload.PROCESS
     assert "lost in the heap" not in named
 
 
@@ -123,7 +123,7 @@ def test_sharding_leaves_each_process_less(wide, configured):
 
 
 def test_processes_on_a_cpu_share_its_memory():
-    one, four = (hardware.Hardware("cpu", "memory", 2**34, count) for count in (1, 4))
+    one, four = (workload.Hardware("cpu", "memory", 2**34, count) for count in (1, 4))
     assert four.room == one.room // 4
 
 
@@ -144,13 +144,13 @@ SIZES = {
 
 @pytest.mark.parametrize("text", SIZES)
 def test_sizes_are_read(text):
-    assert sizes.parse(text, "--memory") == SIZES[text]
+    assert workload.parse(text, "--memory") == SIZES[text]
 
 
 @pytest.mark.parametrize("text", ["much", "0GB", "-4GB", "24 XB", "100K"])
 def test_what_is_no_size_is_refused_in_words(text):
     with pytest.raises(UserError, match="write the memory of one GPU, such as --memory 24GB"):
-        sizes.parse(text, "--memory")
+        workload.parse(text, "--memory")
 
 
 def test_a_model_that_comes_quantized_by_others_is_refused(shapes, configured):

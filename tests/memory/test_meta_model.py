@@ -4,7 +4,7 @@ import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.memory_configs import INT8, LLAMA_8B, NF4, TINY
-from luthier.plan import hardware, skeleton, weights
+from luthier.memory import meta_model, workload
 
 LAYER_8B = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
 NORM = 4096
@@ -12,11 +12,11 @@ TABLES_8B = 2 * 128256 * 4096
 
 
 def listed(config):
-    machine = hardware.machine_for(config.model, hardware.imagine(2**36, 1))
-    model = skeleton.build(config, machine)
+    machine = workload.machine_for(config.model, workload.imagine(2**36, 1))
+    model = meta_model.build(config, machine)
     with FakeTensorMode():
-        weights.fill(model)
-        return weights.listed(model)
+        meta_model.fill(model)
+        return meta_model.listed(model)
 
 
 def bytes_of(found, form, trains=False):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from luthier.plan import optimizers
-from luthier.plan.weights import Weight
+from luthier.memory import optimizers
+from luthier.memory.meta_model import Weight
 
 SHAPES = {"table": (96, 64), "matrix": (64, 128), "small": (32, 32), "vector": (64,)}
 NAMES = (

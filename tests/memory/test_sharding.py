@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import UserError
-from luthier.plan import launchers
-from luthier.plan.sharding import ZERO_BUCKET, Sharding, hold
-from luthier.plan.weights import Weight
+from luthier.memory import sharding as launchers
+from luthier.memory.meta_model import Weight
+from luthier.memory.sharding import ZERO_BUCKET, Sharding, hold
 
 M = 1_000_000
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from helpers.memory_configs import INT8, LORA, NF4
+from luthier.memory import kernels, meta_model, simulate, workload
+from luthier.memory.simulate import GRADIENTS
 from luthier.model.adapters import add_adapter
 from luthier.model.load import load_model
-from luthier.plan import hardware, kernels, rehearsal, skeleton, weights, workload
-from luthier.plan.ledger import GRADIENTS
 
 CASES = {
     "LoRA": {},
@@ -35,7 +35,7 @@ def real(config, machine):
     model = load_model(config.model, config.quantization, machine, full=not config.lora)
     if config.lora:
         model = add_adapter(model, config.lora, config.seed)
-    for layer in weights._int8_layers(model):
+    for layer in meta_model._int8_layers(model):
         layer.init_8bit_state()
     return model
 
@@ -43,20 +43,20 @@ def real(config, machine):
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_a_step_of_shapes_holds_what_a_real_step_holds(settings, tiny, configured):
     config = configured(tiny, **settings)
-    machine = hardware.machine_for(config.model, hardware.here(config.model))
+    machine = workload.machine_for(config.model, workload.here(config.model))
     work = workload.read(config, machine)
-    planned = rehearsal.rehearse(skeleton.build(config, machine), work, "cpu")
+    planned = simulate.rehearse(meta_model.build(config, machine), work, "cpu")
     torch.manual_seed(0)
-    done = rehearsal._run(real(config, machine), work, "cpu", (1.0,))
+    done = simulate._run(real(config, machine), work, "cpu", (1.0,))
     assert planned.weights == done.weights
     assert planned.held == done.held
     assert planned.peaks[1.0].bytes == done.peaks[1.0].bytes
 
 
 def rehearsed(config, kind="cpu", shares=(1.0,)):
-    machine = hardware.machine_for(config.model, hardware.here(config.model))
+    machine = workload.machine_for(config.model, workload.here(config.model))
     work = workload.read(config, machine)
-    return rehearsal.rehearse(skeleton.build(config, machine), work, kind, shares)
+    return simulate.rehearse(meta_model.build(config, machine), work, kind, shares)
 
 
 def test_nothing_outside_moves(tiny, configured):

@@ -8,10 +8,10 @@ from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
-    from luthier.plan.advice import Advice
-    from luthier.plan.hardware import Hardware
-    from luthier.plan.planning import Plan
-    from luthier.plan.sharding import Sharding
+    from luthier.memory.advice import Advice
+    from luthier.memory.plan import Plan
+    from luthier.memory.sharding import Sharding
+    from luthier.memory.workload import Hardware
 
 GRAMMAR = Grammar(
     "plan",
@@ -53,7 +53,7 @@ def run(words: list[str]) -> int:
     if "--json" in given.switches:
         print(json.dumps(plain(found, advice), ensure_ascii=False))
     else:
-        from luthier.plan.table import show_plan
+        from luthier.memory.report import show_plan
 
         show_plan(found, advice)
     return 0 if found.fits else 1
@@ -65,8 +65,8 @@ def make(
     """Plan as the flags say, with a word on the terminal while it lasts."""
     from rich.console import Console
 
-    from luthier.plan.advice import advise
-    from luthier.plan.planning import plan_memory
+    from luthier.memory.advice import advise
+    from luthier.memory.plan import plan_memory
 
     with Console(stderr=True).status("trying a step") as status:
         shardings = _shardings(given)
@@ -86,29 +86,29 @@ def plain(found: "Plan", advice: "list[Advice]") -> dict[str, Any]:
 
 def _imagined(given: Given) -> "Hardware | None":
     """The GPUs that the flags describe; wrong flags are told before anything is imported."""
-    from luthier.plan import hardware, launchers, sizes
+    from luthier.memory import sharding, workload
 
     size = given.texts.get("--memory")
     file = given.texts.get("--launch")
     number = given.numbers.get("--gpus")
     if file is not None:
-        number = launchers.read(file, number).processes
-    return hardware.imagine(sizes.parse(size, "--memory"), number or 1) if size else None
+        number = sharding.read(file, number).processes
+    return workload.imagine(workload.parse(size, "--memory"), number or 1) if size else None
 
 
 def _shardings(given: Given) -> "list[Sharding]":
-    from luthier.plan import launchers
+    from luthier.memory import sharding
 
     file = given.texts.get("--launch")
-    return [launchers.read(file, given.numbers.get("--gpus"))] if file else []
+    return [sharding.read(file, given.numbers.get("--gpus"))] if file else []
 
 
 def _this_machine(config: "RunConfig", shardings: "list[Sharding]", given: Given) -> "Hardware":
     from luthier.errors import UserError
-    from luthier.plan import hardware
+    from luthier.memory import workload
 
     number = given.numbers.get("--gpus")
-    found = hardware.here(config.model, shardings[0].processes if shardings else number)
+    found = workload.here(config.model, shardings[0].processes if shardings else number)
     if found.kind != "cuda" and number and not shardings:
         raise UserError(
             f"--gpus {number}: this machine has no GPU. To plan for others, say how much memory "
@@ -119,7 +119,7 @@ def _this_machine(config: "RunConfig", shardings: "list[Sharding]", given: Given
 
 def _usual(hardware: "Hardware") -> "list[Sharding]":
     """One GPU by itself, and each way in which several would share the work."""
-    from luthier.plan.sharding import KINDS, Sharding
+    from luthier.memory.sharding import KINDS, Sharding
 
     if hardware.count == 1 or hardware.kind != "cuda":
         return [Sharding()]

@@ -5,9 +5,9 @@ from accelerate.utils import broadcast_object_list
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
-from luthier.plan import choose_checkpointing
-from luthier.plan.hardware import here
-from luthier.plan.sharding import Sharding
+from luthier.memory import choose_checkpointing
+from luthier.memory.sharding import Sharding
+from luthier.memory.workload import here
 from luthier.train import report
 from luthier.train.asked import Asked, asked
 

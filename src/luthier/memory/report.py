@@ -5,13 +5,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.plan import heap, optimizers
-from luthier.plan.advice import Advice
-from luthier.plan.estimate import Estimate
-from luthier.plan.hardware import MARGIN
-from luthier.plan.planning import Plan
-from luthier.plan.sizes import count, show
-from luthier.plan.workload import Workload
+from luthier.memory import estimate as heap
+from luthier.memory import optimizers
+from luthier.memory.advice import Advice
+from luthier.memory.estimate import Estimate
+from luthier.memory.plan import Plan
+from luthier.memory.workload import MARGIN, Workload, count, show
 
 _NAMES = {
     "none": "one process",

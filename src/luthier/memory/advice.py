@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from luthier.config.schema import RunConfig
-from luthier.plan.optimizers import find
-from luthier.plan.planning import USUAL_NUMBERS, Plan, plan_memory
-from luthier.plan.sharding import Sharding
+from luthier.memory.optimizers import find
+from luthier.memory.plan import USUAL_NUMBERS, Plan, plan_memory
+from luthier.memory.sharding import Sharding
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 _LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}

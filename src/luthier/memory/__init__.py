@@ -1,6 +1,6 @@
 """The memory of a run before it runs: weights, optimizer, activations, and what to change.
 
-    from luthier.plan import choose_checkpointing, fits, plan_memory
+    from luthier.memory import choose_checkpointing, fits, plan_memory
 
 Everything here imports torch at the first use and not before.
 """
@@ -8,15 +8,15 @@ Everything here imports torch at the first use and not before.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from luthier.plan.planning import Plan, choose_checkpointing, fits, plan_memory
+    from luthier.memory.plan import Plan, choose_checkpointing, fits, plan_memory
 
 __all__ = ["Plan", "choose_checkpointing", "fits", "plan_memory"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the parts of `luthier.plan.planning` when they are asked for."""
+    """Import the parts of `luthier.memory.plan` when they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from luthier.plan import planning
+    from luthier.memory import plan
 
-    return getattr(planning, name)
+    return getattr(plan, name)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier.plan.weights import Weight
+from luthier.memory.meta_model import Weight
 
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
 """bitsandbytes: numbers that share a scale, and the smallest tensor whose states have 8 bits."""

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 
 from luthier.config.schema import RunConfig
 from luthier.environment import hush_kernels
+from luthier.memory import workload as machines
+from luthier.memory import workload as workloads
+from luthier.memory.estimate import Estimate, estimate, shares
+from luthier.memory.meta_model import build, count_teacher, read_config
+from luthier.memory.sharding import KINDS, Sharding
+from luthier.memory.simulate import Rehearsal, rehearse
+from luthier.memory.workload import AUTO, Checkpointing, Hardware, Workload
 from luthier.model.device import Machine
-from luthier.plan import hardware as machines
-from luthier.plan import workload as workloads
-from luthier.plan.estimate import Estimate, estimate, shares
-from luthier.plan.hardware import Hardware
-from luthier.plan.rehearsal import Rehearsal, rehearse
-from luthier.plan.sharding import KINDS, Sharding
-from luthier.plan.skeleton import build, count_teacher, read_config
-from luthier.plan.workload import AUTO, Checkpointing, Workload
 
 USUAL_NUMBERS = (2, 4, 8)
 """GPUs for which a step is kept in mind, to say what more of them would give."""
