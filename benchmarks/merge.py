@@ -147,7 +147,7 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     from luthier.infer.generate import generate
     from luthier.model.artifact import encoder_of, find_artifact
     from luthier.model.tokenizer import load_tokenizer
-    from luthier.record.plot import read_metrics
+    from luthier.record.plots import read_metrics
 
     hush()
     artefact, talks = find_artifact(run), read_metrics(Path(rows))

@@ -9,7 +9,7 @@ import yaml
 
 from luthier.errors import UserError
 from luthier.record import diff, show
-from luthier.record.finding import find_run
+from luthier.record.run_dir import find_run
 from luthier.storage.atomic import write_json
 from luthier.train import reproduce
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from luthier.record import rundir
-from luthier.record.changes import changes, rates_follow_length
+from luthier.record import run_dir
+from luthier.record.config_diff import changes, rates_follow_length
 from luthier.record.record import FORMAT, RunRecord
 from luthier.storage.atomic import write_json
 
@@ -79,7 +79,7 @@ def test_which_learning_rates_depend_on_the_number_of_steps(kind, warmup, follow
 
 
 def finished(folder, status="finished"):
-    rundir.prepare(folder, CONFIG, [])
+    run_dir.prepare(folder, CONFIG, [])
     write_json(folder / "run.json", {"status": status, "format": FORMAT})
     (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
 
@@ -87,17 +87,17 @@ def finished(folder, status="finished"):
 def test_a_finished_run_that_is_to_be_longer_is_unfinished(tmp_path):
     finished(tmp_path)
     assert (
-        rundir.claim(tmp_path, changed(CONFIG, **{"trainer.args.logging_steps": 1})) == "finished"
+        run_dir.claim(tmp_path, changed(CONFIG, **{"trainer.args.logging_steps": 1})) == "finished"
     )
     longer = changed(CONFIG, **{"trainer.args.max_steps": 20})
-    assert rundir.claim(tmp_path, longer) == "unfinished"
+    assert run_dir.claim(tmp_path, longer) == "unfinished"
 
 
 def test_what_stands_in_the_way_is_told_from_what_does_not(tmp_path):
     finished(tmp_path, "stopped")
     new = changed(CONFIG, **{"lora.r": 16, "trainer.args.logging_steps": 1})
     with pytest.raises(Exception, match=r"lora\.r: 8 -> 16") as error:
-        rundir.claim(tmp_path, new)
+        run_dir.claim(tmp_path, new)
     assert "would not stand in the way: trainer.args.logging_steps" in str(error.value)
 
 
@@ -111,6 +111,6 @@ def test_an_unfinished_run_of_an_older_form_is_refused_in_words(tmp_path):
     finished(tmp_path)
     write_json(tmp_path / "run.json", {"status": "running", "versions": {"luthier": "0.1.0"}})
     with pytest.raises(Exception, match=r"luthier 0\.1\.0 in an older form.*carry no seal"):
-        rundir.claim(tmp_path, CONFIG)
+        run_dir.claim(tmp_path, CONFIG)
     write_json(tmp_path / "run.json", {"status": "finished", "versions": {"luthier": "0.1.0"}})
-    assert rundir.claim(tmp_path, CONFIG) == "finished"
+    assert run_dir.claim(tmp_path, CONFIG) == "finished"

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from luthier.record import code, facts
+from luthier.record import machine_info
 
 
 def git(folder, *words):
@@ -15,17 +15,17 @@ def test_git_state_names_the_changed_files(tmp_path):
         (tmp_path / name).write_text("a")
     git(tmp_path, "add", ".")
     git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
-    assert code.git_state(tmp_path)["dirty"] is False
+    assert machine_info.git_state(tmp_path)["dirty"] is False
     (tmp_path / "conf.yaml").write_text("b")
-    state = code.git_state(tmp_path)
+    state = machine_info.git_state(tmp_path)
     assert state["changed_files"] == ["conf.yaml"]
     assert len(state["commit"]) == 40
 
 
 def test_outside_git_there_is_no_state(tmp_path):
-    assert code.git_state(tmp_path) is None
+    assert machine_info.git_state(tmp_path) is None
 
 
 def test_versions_are_of_what_is_installed():
-    found = facts.versions()
+    found = machine_info.versions()
     assert {"python", "torch", "transformers", "trl"} <= set(found)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from luthier.record.data_plot import DataNumbers, bin_edges, plot_data
-from luthier.record.plot import plot_loss
+from luthier.record.plots import DataNumbers, bin_edges, plot_data, plot_loss
 
 DRAW = np.random.default_rng(0)
 LENGTHS = {

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
-from luthier.record import rundir
+from luthier.record import run_dir
 from luthier.record.record import RunRecord
 from luthier.record.secrets import redacted, redacted_override, scrubbed
 
@@ -67,7 +67,7 @@ def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):
     run = tmp_path / "run"
     resolved = {"model": {"kwargs": {"x": TOKEN}}, "tracker": {"wandb": {"api_key": "k" * 9}}}
     overrides = [f"model.kwargs.x={TOKEN}", f"seed={ENVIRONMENT['WANDB_API_KEY']}"]
-    rundir.prepare(run, resolved, overrides)
+    run_dir.prepare(run, resolved, overrides)
     record = RunRecord(run)
     model, data = ModelConfig(path="m"), DatasetConfig(path="d")
     record.start(RunConfig(model=model, dataset=data, output_dir="o"), overrides)

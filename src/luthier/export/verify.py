@@ -10,7 +10,7 @@ from luthier.errors import UserError
 from luthier.export.loaded import PLACE, logits
 from luthier.model.artifact import Artefact, encoder_of
 from luthier.model.load import CLASSES
-from luthier.record.plot import read_metrics
+from luthier.record.plots import read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor

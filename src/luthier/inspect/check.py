@@ -78,7 +78,7 @@ def _run(survey: "Survey") -> None:
 
 def _draw(file: str, survey: "Survey") -> None:
     """Draw the training side, and say where the picture is."""
-    from luthier.record.data_plot import DataNumbers, plot_data
+    from luthier.record.plots import DataNumbers, plot_data
 
     side, mixture = survey.train, survey.whole.mixture
     numbers = DataNumbers(

@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from luthier.inspect.arguments import Grammar
-from luthier.record.changes import NEUTRAL, differing, flat
-from luthier.record.finding import find_run
-from luthier.record.journal import read_lines
+from luthier.record.checkpoints import read_lines
+from luthier.record.config_diff import NEUTRAL, differing, flat
 from luthier.record.record import read
+from luthier.record.run_dir import find_run
 
 GRAMMAR = Grammar(
     "diff",

@@ -9,8 +9,8 @@ from typing import Any
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
-from luthier.record import facts
-from luthier.record.code import git_state
+from luthier.record import machine_info
+from luthier.record.machine_info import git_state
 from luthier.record.secrets import redacted, redacted_override
 from luthier.storage.atomic import read_json, write_json
 
@@ -60,12 +60,12 @@ class RunRecord:
             cwd=str(Path.cwd()),
             seeds={"seed": config.seed, "deterministic": config.deterministic},
             started=self.entries.get("started", began),
-            versions=facts.versions(),
+            versions=machine_info.versions(),
             git={
                 "luthier": git_state(here, self.path.parent),
                 "here": git_state(Path.cwd(), self.path.parent),
             },
-            hardware=facts.hardware(),
+            hardware=machine_info.hardware(),
             sessions=[
                 *map(_over, self.entries.get("sessions", [])),
                 {"started": began, "host": socket.gethostname(), "status": "running"},
@@ -93,7 +93,7 @@ class RunRecord:
             status=status,
             ended=ended,
             seconds=round(sum(part.get("seconds", 0) for part in self.entries["sessions"]), 1),
-            peak_memory_gib=facts.peak_memory_gib(),
+            peak_memory_gib=machine_info.peak_memory_gib(),
             **entries,
         )
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from luthier.inspect.arguments import Grammar
 from luthier.record import checkpoints
-from luthier.record.facts import MAIN
-from luthier.record.finding import find_run
+from luthier.record.machine_info import MAIN
 from luthier.record.record import read
+from luthier.record.run_dir import find_run
 from luthier.storage import lock
 from luthier.storage.sizes import in_words, size_of
 

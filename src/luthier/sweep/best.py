@@ -14,7 +14,7 @@ from luthier.config.load import load
 from luthier.config.recipes import options
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
-from luthier.record.changes import NEUTRAL
+from luthier.record.config_diff import NEUTRAL
 from luthier.storage.atomic import write_text
 from luthier.sweep.planning import Sweep
 from luthier.sweep.table import shown_number

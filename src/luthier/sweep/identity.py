@@ -12,8 +12,8 @@ import yaml
 import luthier
 from luthier.config.compose import parse
 from luthier.errors import UserError
-from luthier.record.changes import NEUTRAL, changes
-from luthier.record.rundir import to_yaml
+from luthier.record.config_diff import NEUTRAL, changes
+from luthier.record.run_dir import to_yaml
 from luthier.record.secrets import redacted_override
 from luthier.storage.atomic import read_json, write_json, write_text
 from luthier.sweep.planning import Sweep

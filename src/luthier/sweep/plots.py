@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luthier.record.plot import EVAL, INK, TRAIN
+from luthier.record.plots import EVAL, INK, TRAIN
 from luthier.sweep.objective import Objective
 from luthier.sweep.table import best, complete
 from luthier.sweep.trials import Trial, short_names, shown_value

@@ -20,7 +20,7 @@ from luthier.model.device import choose
 from luthier.model.encoder import make_encoder, make_sources
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
-from luthier.record.data_plot import numbers_of, plot_data
+from luthier.record.plots import numbers_of, plot_data
 from luthier.record.record import RunRecord
 from luthier.train import (
     evaluating,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from luthier.record import journal
+from luthier.record import checkpoints
 from luthier.train.stopping import agreed
 
 
@@ -56,7 +56,7 @@ class Journals(TrainerCallback):
         if state.is_world_process_zero:
             lines = self._lines()
             for path in self._trainer.journals:
-                journal.cut(path, None if lines is None else lines.get(path.name, 0))
+                checkpoints.cut(path, None if lines is None else lines.get(path.name, 0))
         self._trainer.resume_counting()
 
     def _lines(self) -> dict[str, int] | None:

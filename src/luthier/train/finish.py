@@ -7,8 +7,8 @@ from typing import Any
 
 from luthier.errors import UserError
 from luthier.model.adapters import make_plain
-from luthier.record import journal
-from luthier.record.plot import plot_loss, read_metrics
+from luthier.record import checkpoints
+from luthier.record.plots import plot_loss, read_metrics
 from luthier.storage.atomic import publish_folder, read_json, write_json, write_jsonl
 from luthier.train import report, trackers
 from luthier.train.replies import Asked
@@ -26,7 +26,7 @@ def measure_before(session: Session) -> Measure:
     if measured is None:
         if session.main:
             # Lines of a start that was killed before its measure was whole.
-            for name in journal.NAMES:
+            for name in checkpoints.NAMES:
                 (session.folder / name).unlink(missing_ok=True)
         for part in measure_stepwise(session, "before training"):
             measured = part()

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from luthier.errors import UserError
 from luthier.model.device import random_state_kept
-from luthier.record import checkpoints, journal
+from luthier.record import checkpoints
 from luthier.record.checkpoints import Bounds
 from luthier.train import finish, report
 from luthier.train.continuing import Journals, Stopping
@@ -108,7 +108,7 @@ def _prepare(session: Session, resume: Path | None) -> None:
     """Give the trainer what it needs to stop and to go on; from here signals are only noted."""
     trainer, config = session.trainer, session.config
     trainer.bounds = Bounds(trainer.args.save_total_limit, config.trainer.checkpoints.bytes)
-    trainer.journals = tuple(session.folder / name for name in journal.NAMES)
+    trainer.journals = tuple(session.folder / name for name in checkpoints.NAMES)
     trainer.add_callback(Journals(trainer, resume))
     trainer.add_callback(Stopping(trainer))
     if session.main:

@@ -11,8 +11,8 @@ from luthier.data.prepare import Prepared
 from luthier.data.store import tokenizer_digest
 from luthier.errors import UserError
 from luthier.model.weights_hash import model_facts
-from luthier.record import checkpoints, rundir
-from luthier.record.changes import Change, rates_follow_length
+from luthier.record import checkpoints, run_dir
+from luthier.record.config_diff import Change, rates_follow_length
 from luthier.record.record import RunRecord
 
 _HELD = {
@@ -37,14 +37,14 @@ def said_changes(folder: Path, resolved: dict[str, Any]) -> list[str]:
     Call it before the new config is written. Raises UserError where a finished run is to become
     longer and has no checkpoint.
     """
-    found = rundir.changed(folder, resolved)
+    found = run_dir.changed(folder, resolved)
     longer = [change for change in found if change.kind == "length"]
     sentences = [f"{change}, which changes nothing of the training" for change in found
                  if change.kind == "harmless"]  # fmt: skip
     if not longer:
         return sentences
     last = checkpoints.newest(folder / "checkpoints").path
-    if rundir.is_finished(folder) and last is None:
+    if run_dir.is_finished(folder) and last is None:
         raise UserError(
             f"output_dir: {folder} holds this run, finished without a checkpoint, so it cannot "
             f"become longer ({longer[0]}).\nChoose another output_dir=..., or overwrite=true, which"

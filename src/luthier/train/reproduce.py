@@ -12,10 +12,10 @@ import yaml
 
 from luthier.errors import UserError
 from luthier.inspect.arguments import Grammar
-from luthier.record import diff, rundir
-from luthier.record.finding import find_run
-from luthier.record.journal import read_lines
+from luthier.record import diff, run_dir
+from luthier.record.checkpoints import read_lines
 from luthier.record.record import read
+from luthier.record.run_dir import find_run
 from luthier.storage.manifest import digest
 from luthier.train.stopping import STOPPED
 
@@ -81,9 +81,9 @@ def prepare(old: Path, new: Path) -> None:
     resolved = config | {
         "output_dir": str(new), "tracker": {"to": []}, "overwrite": False, "dry_run": False,
     }  # fmt: skip
-    if rundir.claim(new, resolved) == "finished":
-        rundir.clear(new)
-    rundir.prepare(new, resolved, [])
+    if run_dir.claim(new, resolved) == "finished":
+        run_dir.clear(new)
+    run_dir.prepare(new, resolved, [])
 
 
 def train_again(record: dict[str, Any], new: Path) -> int:

@@ -10,7 +10,7 @@ from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batching.settings import batching_of
 from luthier.environment import set_environment
-from luthier.record import rundir
+from luthier.record import run_dir
 from luthier.record.record import RunRecord
 from luthier.storage import lock
 from luthier.train import launch, trackers
@@ -59,7 +59,7 @@ def _held(folder: Path, dry_run: bool) -> AbstractContextManager[None]:
     """The run's directory to itself, on the first rank; a dry run writes nothing there."""
     if dry_run or _rank() > 0:
         return nullcontext()
-    rundir.refuse_foreign(folder)
+    run_dir.refuse_foreign(folder)
     return lock.holding(folder)
 
 
@@ -74,31 +74,31 @@ def check(config: RunConfig) -> None:
     launch.check_before()
 
 
-def claim(loaded: "Loaded", folder: Path) -> rundir.Claim:
+def claim(loaded: "Loaded", folder: Path) -> run_dir.Claim:
     """Take the run's directory, on the first rank; the others only ask whether all is done."""
     config = loaded.config
     if _rank() > 0:
-        is_done = not config.overwrite and rundir.is_finished(folder)
+        is_done = not config.overwrite and run_dir.is_finished(folder)
         longer = is_done and any(
-            c.kind == "length" for c in rundir.changed(folder, loaded.resolved)
+            c.kind == "length" for c in run_dir.changed(folder, loaded.resolved)
         )
         return "finished" if is_done and not longer else "unfinished"
-    state = rundir.claim(folder, loaded.resolved, config.overwrite)
+    state = run_dir.claim(folder, loaded.resolved, config.overwrite)
     if config.dry_run:
         return state
     if state == "new":
-        rundir.clear(folder)
+        run_dir.clear(folder)
     else:
-        rundir.sweep(folder)
+        run_dir.sweep(folder)
         _say_changes(folder, loaded.resolved)
     if state != "finished":
-        rundir.prepare(folder, loaded.resolved, loaded.overrides)
+        run_dir.prepare(folder, loaded.resolved, loaded.overrides)
     return state
 
 
 def _say_changes(folder: Path, resolved: dict[str, Any]) -> None:
     """Say with which other settings the run goes on."""
-    if not rundir.changed(folder, resolved):
+    if not run_dir.changed(folder, resolved):
         return
     from luthier.train.going_on import said_changes
 

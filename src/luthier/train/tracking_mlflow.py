@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.config.schema import TrackerConfig
 from luthier.errors import UserError
-from luthier.record.changes import flat
+from luthier.record.config_diff import flat
 from luthier.train.stopping import Stopped
 
 _LONGEST = 500

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import yaml
 
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest
 from luthier.record import checkpoints
-from luthier.record.changes import NEUTRAL as NEUTRAL
-from luthier.record.changes import Change, changes
-from luthier.record.journal import read_lines
+from luthier.record.checkpoints import read_lines
+from luthier.record.config_diff import NEUTRAL as NEUTRAL
+from luthier.record.config_diff import Change, changes
 from luthier.record.record import FORMAT, read
 from luthier.record.secrets import redacted
 from luthier.record.secrets import redacted_override as redacted_override
@@ -141,4 +141,25 @@ def _older(folder: Path, record: dict[str, Any]) -> str:
         f"{record.get('format', 1)}; this version writes {FORMAT}): its checkpoints carry no seal, "
         "so nobody can say whether they are whole.\n"
         "Go on with that version, choose another output_dir=..., or overwrite=true to begin anew."
+    )
+
+
+# A run by what a person types: its folder, or its name below `runs`.
+
+RUNS = Path("runs")
+"""Where runs are written that name no other place."""
+
+
+def find_run(typed: str) -> Path:
+    """The folder of a run; UserError, with the nearest name, where there is none."""
+    for folder in (Path(typed).expanduser(), RUNS / typed):
+        if (folder / "run.json").is_file():
+            return folder
+    within = sorted(str(path.parent) for path in RUNS.glob("*/*/run.json"))
+    below = [name for name in within if Path(name).parent.name == typed]
+    near = nearest(str(RUNS / typed), within) or (below[0] if below else None)
+    hint = f" Did you mean {near}?" if near else ""
+    known = f" There are: {', '.join(within[:8])}{' ...' if len(within) > 8 else ''}."
+    raise UserError(
+        f"{typed}: there is no run (a folder with run.json).{hint or known * bool(within)}"
     )
