@@ -6,7 +6,7 @@ import pytest
 
 from helpers import adapter_runs as material
 from helpers.chatml import jsonl
-from luthier.infer import answers, asking
+from luthier.infer import answer_file, questions
 from luthier.infer.words import dataset_of
 
 SETTINGS = ("max_new_tokens=6", "model.device=cpu")
@@ -54,8 +54,8 @@ def test_rows_are_written_as_soon_as_all_before_them_are_there(tmp_path):
     from luthier.infer.command import _Writer
     from luthier.infer.llm import Reply
 
-    file = answers.AnswerFile(tmp_path / "out.jsonl", {})
-    asks = [asking.Ask(str(n), "q", None) for n in range(3)]
+    file = answer_file.AnswerFile(tmp_path / "out.jsonl", {})
+    asks = [questions.Ask(str(n), "q", None) for n in range(3)]
     writer = _Writer(file, asks, type("Bar", (), {"update": lambda self, n: None})())
     seen = []
     for number in (2, 0, 1):
@@ -90,8 +90,8 @@ def test_a_file_of_others_is_left_alone(luthier, tuned_run, rows, tmp_path):
 
 
 def test_a_file_in_which_nothing_stands_yet_may_begin_anew(tmp_path):
-    assert answers.AnswerFile(tmp_path / "out.jsonl", {"a": 1}).done == 0
-    assert answers.AnswerFile(tmp_path / "out.jsonl", {"a": 2}).done == 0
+    assert answer_file.AnswerFile(tmp_path / "out.jsonl", {"a": 1}).done == 0
+    assert answer_file.AnswerFile(tmp_path / "out.jsonl", {"a": 2}).done == 0
 
 
 FORMS = {
@@ -111,14 +111,14 @@ FORMS = {
 @pytest.mark.parametrize(("row", "prompt", "expected"), FORMS.values(), ids=FORMS)
 def test_every_form_of_row_asks_something(tmp_path, row, prompt, expected):
     path = jsonl(tmp_path / "rows.jsonl", [row, row])
-    (first, _) = asking.asks_of(dataset_of({"path": str(path)})).rows
+    (first, _) = questions.asks_of(dataset_of({"path": str(path)})).rows
     assert (first.prompt, first.expected) == (prompt, expected)
 
 
 def test_empty_lines_are_counted_and_the_others_keep_their_numbers(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text("one\n\n \nfour\n", encoding="utf-8")
-    found = asking.asks_of(dataset_of({"path": str(path)}))
+    found = questions.asks_of(dataset_of({"path": str(path)}))
     assert [row.where for row in found.rows] == [f"{path}:1", f"{path}:4"]
     assert found.notes == [f"{path}: 2 empty lines, passed over: 2, 3"]
 
@@ -128,7 +128,7 @@ def test_malformed_lines_are_named_or_left_out(luthier, tuned_run, tmp_path):
     path.write_text('{"prompt": "a"}\n{"prompt": \n{"prompt": 3}\n', encoding="utf-8")
     code, _, err = luthier("generate", tuned_run, path, "-o", tmp_path / "out.jsonl")
     assert code == 2 and f"{path}:2" in err and f"{path}:3" in err and "has 2 bad rows" in err
-    found = asking.asks_of(dataset_of({"path": str(path), "on_bad_row": "drop"}))
+    found = questions.asks_of(dataset_of({"path": str(path), "on_bad_row": "drop"}))
     assert [row.where for row in found.rows] == [f"{path}:1"]
     assert [note.split(": ")[:2] for note in found.notes] == [
         [f"{path}:2", "left out"], [f"{path}:3", "left out"]

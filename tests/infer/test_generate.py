@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.infer.generate import generate, until_stop
-from luthier.infer.score import questions
+from luthier.infer.questions import questions
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
-from luthier.infer.score import questions
+from luthier.infer.questions import questions
 from luthier.train.evaluating import Patience, choose_best
 from luthier.train.replies import asked
 

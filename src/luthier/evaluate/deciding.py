@@ -16,7 +16,7 @@ from luthier.evaluate.items import Item, Items
 from luthier.evaluate.outcome import Outcome
 from luthier.evaluate.sets import Set
 from luthier.evaluate.written import encoded, lenient, lenient_length
-from luthier.infer.packing import Packing, packing_of
+from luthier.infer.llm import Packing, packing_of
 from luthier.model.artifact import Artefact, encoder_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Decider:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Decider":
-        from luthier.infer.loading import opening
+        from luthier.infer.llm import opening
 
         found = opening(self.artefact, self._given)
         self.artefact, _, self.tokenizer = found
@@ -128,7 +128,7 @@ class Decider:
         return positions(base_of(self.model))
 
     def _release(self) -> None:
-        from luthier.infer.memory import release
+        from luthier.infer.generate import release
 
         self.model = None
         release()

@@ -10,7 +10,7 @@ import numpy as np
 from luthier.data.batching import preference_collators
 from luthier.errors import UserError
 from luthier.evaluate.items import Item
-from luthier.infer.score import Question
+from luthier.infer.questions import Question
 from luthier.metrics import Measured, classification
 from luthier.metrics.classification import are_entity_tags
 from luthier.train.methods.classify import ClassLayout, class_losses, target

@@ -19,7 +19,7 @@ from luthier.data.examples import (
 )
 from luthier.data.prepare import prepare
 from luthier.errors import UserError
-from luthier.infer.score import Question
+from luthier.infer.questions import Question
 
 MAIN = "held out"
 """What the evaluation set without a name is called."""

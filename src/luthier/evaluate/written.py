@@ -10,7 +10,7 @@ from luthier.data.encoders.tasks import Seq2SeqEncoder
 from luthier.data.examples import Opened, Placed
 from luthier.errors import UserError
 from luthier.evaluate.items import Item, Items
-from luthier.infer.score import questions
+from luthier.infer.questions import questions
 
 
 class SpokenMaker:

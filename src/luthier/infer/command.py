@@ -9,9 +9,9 @@ from luthier.errors import UserError
 from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
-    from luthier.infer.answers import AnswerFile
-    from luthier.infer.asking import Ask, Asks
+    from luthier.infer.answer_file import AnswerFile
     from luthier.infer.llm import LLM, Reply
+    from luthier.infer.questions import Ask, Asks
     from luthier.infer.words import Words
     from luthier.model.artifact import Artefact
 
@@ -54,9 +54,9 @@ def run(words: list[str]) -> int:
     typed = sort("generate", given.overrides, _NAMES)
     if "-o" not in given.texts:
         raise UserError("luthier generate: where do the replies go? Add -o replies.jsonl.")
-    from luthier.infer.answers import AnswerFile
-    from luthier.infer.asking import asks_of
+    from luthier.infer.answer_file import AnswerFile
     from luthier.infer.llm import LLM
+    from luthier.infer.questions import asks_of
 
     llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
     limit = {"max_rows": given.numbers["--limit"]} if "--limit" in given.numbers else {}

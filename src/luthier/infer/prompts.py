@@ -5,7 +5,7 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.errors import UserError
-from luthier.infer.sources import Sources
+from luthier.infer.seq2seq_prompts import Sources
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A user's message, token ids, the messages of a conversation, or messages and tools."""

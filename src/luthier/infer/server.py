@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from luthier.chat import ChatEncoder, ChatError
-from luthier.infer import settings
+from luthier.infer import generation_config
 from luthier.infer.llm import LLM
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def server_of(
     from transformers.cli.serving.utils import GenerationState
 
     manager, state = _manager(llm, name), GenerationState()
-    defaults = settings.config_of(settings.check(given), llm.stop_token_ids, llm.pad_id)
+    defaults = generation_config.config_of(
+        generation_config.check(given), llm.stop_token_ids, llm.pad_id
+    )
     llm.model.generation_config = defaults
     app = build_server(
         manager,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from luthier.errors import UserError
-from luthier.infer import settings as generation
+from luthier.infer import generation_config as generation
 from luthier.infer.beside import Beside
 from luthier.infer.chat import Chat
 from luthier.infer.stream import shown

@@ -8,7 +8,7 @@ import yaml
 
 from luthier.config.schema import DatasetConfig, ModelConfig
 from luthier.errors import UserError, nearest
-from luthier.infer import settings
+from luthier.infer import generation_config
 
 _MODEL = ("device", "dtype", "attention", "device_map")
 
@@ -55,7 +55,7 @@ def sort(command: str, words: list[str], names: tuple[str, ...]) -> Words:
             _put(found.dataset, name.split("."), _value(word, text))
         else:
             generation.append(word)
-    found.generation = settings.parse(generation)
+    found.generation = generation_config.parse(generation)
     _check_model(found.model)
     return found
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from luthier.chat import ChatEncoder
 from luthier.config.schema import RunConfig
 from luthier.data.encoders.tasks import Seq2SeqEncoder
-from luthier.infer.sources import Sources
+from luthier.infer.seq2seq_prompts import Sources
 from luthier.model.tokenizer import end_token_ids
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 from luthier.config.schema import EvaluationConfig
 from luthier.errors import UserError
 from luthier.infer.generate import generate
-from luthier.infer.score import Question, Row, questions
+from luthier.infer.questions import Question, Row, questions
 from luthier.metrics import Metric, Reply, parse_metrics, prepare_metrics, score_replies
 from luthier.train.gathered import gathered
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from luthier.errors import UserError
+from luthier.infer.dequantize import unpacked
 from luthier.infer.generate import dense_head
-from luthier.infer.unpacked import unpacked
 from luthier.train.gathered import unsharded
 from luthier.train.methods.prompted import PromptRows, PromptSampler
 from luthier.train.methods.shared import Exact, precision_kept, recomputing_paused
