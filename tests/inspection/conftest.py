@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from luthier.config.schema import ModelConfig
-from luthier.inspect import material
+from luthier.inspection import dataset
 from luthier.model.tokenizer import load_tokenizer
 
 
@@ -25,7 +25,7 @@ def loaded(config):
 
 @pytest.fixture(autouse=True)
 def tokenizers_are_loaded_once(monkeypatch):
-    monkeypatch.setattr(material, "load_tokenizer", lambda config: loaded(config.model_dump_json()))
+    monkeypatch.setattr(dataset, "load_tokenizer", lambda config: loaded(config.model_dump_json()))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from helpers.outcome_rows import ROWS
-from luthier.inspect.terminal import show
-from luthier.inspect.tokens import Shown, Token, padded
+from luthier.inspection.render import show
+from luthier.inspection.tokens import Shown, Token, padded
 
 
 def test_a_row_in_marks(on_rows):

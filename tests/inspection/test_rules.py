@@ -6,9 +6,8 @@ import pytest
 
 from helpers.outcome_rows import LUTE, ROWS, STRINGS
 from luthier.chat import ChatSequence, Reply
-from luthier.inspect.lengths import histogram, quantiles
-from luthier.inspect.reference import Reference
-from luthier.inspect.rules import SequenceRules
+from luthier.inspection.batch_fill import histogram, quantiles
+from luthier.inspection.rules import Reference, SequenceRules
 
 ALL = list(ROWS.values())
 

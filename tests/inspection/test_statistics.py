@@ -296,7 +296,7 @@ def test_a_picture_of_the_data(luthier, write, tmp_path):
 
 
 def test_the_sample_goes_through_to_the_end_and_stays_small():
-    from luthier.inspect.comparison import TURNS, Sample
+    from luthier.inspection.rules import TURNS, Sample
 
     sample = Sample(0.5)
     taken = np.array([row for row in range(200_000) if sample.takes() and not sample.spend(0, 1)])

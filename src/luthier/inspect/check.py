@@ -9,7 +9,7 @@ from luthier.errors import UserError
 from luthier.inspect.arguments import Flag, Grammar
 
 if TYPE_CHECKING:
-    from luthier.inspect.survey import Survey
+    from luthier.inspection.survey import Survey
 
 GRAMMAR = Grammar(
     "check",
@@ -46,18 +46,18 @@ def run(words: list[str]) -> int:
         from luthier.inspect.served_report import run_served
 
         return run_served(given)
-    from luthier.inspect.material import gather
-    from luthier.inspect.survey import Survey
+    from luthier.inspection.dataset import gather
+    from luthier.inspection.survey import Survey
 
     material = gather(given.overrides, "check", bad_rows=True)
     survey = Survey(material, given.numbers.get("--limit"))
     _run(survey)
     if "--json" in given.switches:
-        from luthier.inspect.plain import plain
+        from luthier.inspection.report import plain
 
         print(json.dumps(plain(survey), ensure_ascii=False))
     else:
-        from luthier.inspect.report import show
+        from luthier.inspection.report import show
 
         show(survey)
     if file := given.texts.get("--png"):

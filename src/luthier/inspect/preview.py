@@ -10,10 +10,9 @@ from luthier.errors import UserError, choice
 from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
-    from luthier.inspect.division import Chosen
-    from luthier.inspect.material import Material
-    from luthier.inspect.tokens import Shown
-    from luthier.inspect.view import View
+    from luthier.inspection.dataset import Material
+    from luthier.inspection.statistics import Chosen
+    from luthier.inspection.tokens import Shown, View
 
 GRAMMAR = Grammar(
     "preview",
@@ -45,12 +44,12 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.inspect.material import gather
+    from luthier.inspection.dataset import gather
 
     material = gather(given.overrides, "preview")
     chosen, side = _chosen(given, material)
     numbers = _numbers(given, sum(len(positions) for _, positions in chosen), side)
-    from luthier.inspect.view import view
+    from luthier.inspection.tokens import view
 
     found = view(material, chosen, numbers, side)
     if file := given.texts.get("--html"):
@@ -64,7 +63,7 @@ def run(words: list[str]) -> int:
 
 def _chosen(given: Given, material: "Material") -> "tuple[Chosen, str]":
     """The rows of the side that was asked for, and what they are called."""
-    from luthier.inspect.division import rows_of
+    from luthier.inspection.statistics import rows_of
 
     which, side = _side(given, material)
     source = given.texts.get("--source")
@@ -118,7 +117,7 @@ def _none(side: str) -> str:
 def _print(found: "View", ids: bool) -> None:
     from rich.console import Console
 
-    from luthier.inspect.terminal import legend, show
+    from luthier.inspection.render import legend, show
 
     console = Console(highlight=False)
     legend(console)
@@ -129,7 +128,7 @@ def _print(found: "View", ids: bool) -> None:
 
 def _write(file: str, found: "View", name: str, ids: bool) -> None:
     """Write the page, and say where."""
-    from luthier.inspect.page import page
+    from luthier.inspection.render import page
 
     path = Path(file).expanduser()
     try:

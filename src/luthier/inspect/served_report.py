@@ -8,7 +8,7 @@ from luthier.errors import UserError
 from luthier.inspect.arguments import Given
 
 if TYPE_CHECKING:
-    from luthier.inspect.served import Served
+    from luthier.inspection.served import Served
 
 
 def run_served(given: Given) -> int:
@@ -17,7 +17,7 @@ def run_served(given: Given) -> int:
         raise UserError("luthier check --served takes one run: luthier check RUN --served.")
     if "--png" in given.texts:
         raise UserError("--png: --served draws nothing. Leave it out.")
-    from luthier.inspect.served import check
+    from luthier.inspection.served import check
 
     served = check(given.overrides[0], given.numbers.get("--limit"))
     if "--json" in given.switches:
@@ -33,7 +33,7 @@ def _show(served: "Served") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from luthier.inspect.report import show_rule
+    from luthier.inspection.report import show_rule
 
     console = Console(highlight=False)
     console.print(Text(f"{served.artefact.folder}: as trained?", style="bold"))

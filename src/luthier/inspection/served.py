@@ -12,10 +12,9 @@ from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import RunConfig
 from luthier.data.examples import BadRows, Opened, eval_sources, open_rows, train_sources
 from luthier.errors import UserError
-from luthier.inspect.difference import parting, stretch
-from luthier.inspect.rows import place
-from luthier.inspect.rules import Rule
-from luthier.inspect.tokens import token_texts
+from luthier.inspection.dataset import place
+from luthier.inspection.rules import Rule, parting, stretch
+from luthier.inspection.tokens import token_texts
 from luthier.model.artifact import Artefact, find_artifact
 
 ROWS = 500

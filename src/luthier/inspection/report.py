@@ -1,0 +1,446 @@
+"""What the check found, as tables for people."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from luthier.inspection.batch_fill import Batches, Layout, histogram, quantiles
+from luthier.inspection.dataset import place
+from luthier.inspection.rules import Rule, RuleExample
+from luthier.inspection.statistics import (
+    Account,
+    Equals,
+    Finding,
+    Overlap,
+    Share,
+    Side,
+    how_held_out,
+)
+from luthier.inspection.survey import Survey
+
+# What the check found of sources, mixture, equal rows and batches, in words.
+
+_EQUAL = {
+    "exact": "equal to an earlier one",
+    "normalised": "like an earlier one but for case, space or Unicode form",
+}
+Lines = Iterator[str]
+"""Lines of a section; one that is set in by two more spaces belongs to the line before it."""
+
+
+def rows(count: int, what: str = "row") -> str:
+    """A number of rows in words."""
+    return f"{count:,} {what if count == 1 else what + 's'}"
+
+
+def sources(survey: Survey) -> Lines:
+    """Where the rows are from, what they look like, and what is not read of them."""
+    stops = survey.material.config.dataset.on_bad_row == "error"
+    for account in survey.accounts:
+        yield from _source_values(account, stops)
+
+
+def _source_values(account: Account, stops: bool) -> Lines:
+    opened = account.opened
+    config, shape = opened.config, opened.shape
+    yield f"{opened.key}: {place(opened.source.label)}, shape {shape.name}, {rows(len(account))}"
+    if shape.unused:
+        yield f"  columns that are not read: {', '.join(shape.unused)}"
+    if config.filter is not None:
+        yield f"  filter {config.filter} leaves out {rows(account.bad.filtered)}"
+    if config.train_on is not None:
+        yield f"  train_on {config.train_on}"
+    if account.bad.rows:
+        yield f"  cannot be read, {'stops the training' if stops else 'dropped'}: " + rows(
+            len(account.bad.rows)
+        )
+
+
+def duplicates(survey: Survey) -> Lines:
+    """Training rows that equal an earlier one."""
+    found, setting = survey.whole.equals(), survey.material.config.dataset.deduplicate
+    if not found["exact"].rows and not found["normalised"].rows:
+        yield "no training row equals another one"
+        return
+    left_out = {"none": (), "exact": ("exact",), "normalised": ("exact", "normalised")}[setting]
+    for kind, words in _EQUAL.items():
+        if found[kind].rows:
+            fate = "left out" if kind in left_out else "kept"
+            words = f"{words}: {rows(found[kind].rows)}, {fate} (dataset.deduplicate={setting})"
+            yield from _equals(found[kind], words)
+
+
+def _equals(found: Equals, words: str) -> Lines:
+    yield words
+    for example in found.examples:
+        yield f"  {example.place} {example.words}"
+    if found.rows > len(found.examples):
+        yield f"  ... and {found.rows - len(found.examples):,} more"
+
+
+def held_out(survey: Survey) -> Lines:
+    """How rows are held out, and what training shares with them."""
+    config = survey.material.config
+    if how := how_held_out(config.dataset.eval, config.seed):
+        yield how
+    for name, found in survey.whole.overlaps().items():
+        yield f"{name}: {rows(found.rows)}{_overlap(found)}"
+
+
+def _overlap(found: Overlap) -> str:
+    words = ""
+    if found.equal:
+        words += f"; left out of training, equal to one of them: {rows(found.equal)}"
+    if found.similar:
+        words += (
+            f"; trains, like one of them but for case, space or Unicode form: {found.similar:,}"
+        )
+    return words or "; no training row is like one of them"
+
+
+def batches(found: Batches) -> Lines:
+    """How full the batches of an epoch are on one device: as configured, and the other way."""
+    padded, packed = _padded(found.padded, found.strategy), _packed(found.packed)
+    if found.packing:
+        yield packed
+        yield f"  without trainer.args.packing: {padded}"
+    else:
+        yield padded
+        yield f"  with trainer.args.packing=true: {packed}"
+
+
+def _packed(layout: Layout | None) -> str:
+    if layout is None:
+        return "chat.max_length must say how long a row is"
+    return f"{rows(layout.rows)} of {layout.length:,} tokens, {layout.efficiency:.1%} full"
+
+
+def _padded(layout: Layout, strategy: str) -> str:
+    width = "the longest" if layout.length is None else f"{layout.length:,} tokens"
+    order = ", grouped by length" if strategy == "group_by_length" else ""
+    return (
+        f"{rows(layout.rows)}, {layout.batch_size} in a batch{order}, padded to {width}: "
+        f"{1 - layout.efficiency:.1%} of the places are padding"
+    )
+
+
+# The numbers that the check found, as tables and bars.
+
+_BAR = 36
+_ALWAYS = ("rows", "sequences", "documents", "windows", "tokens", "dropped")
+"""What one looks for first: it is shown even where it is nought."""
+
+
+def _table(columns: Iterable[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def counts(sides: list[Side], has_chats: bool) -> Table:
+    """What each side makes; `has_chats`: not all of it is plain text."""
+    table = _table(side.name for side in sides)
+    columns = [_column(side, has_chats) for side in sides]
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = [column.get(label, "0") for column in columns]
+        if label in _ALWAYS or any(cell != "0" for cell in cells):
+            table.add_row(label, *cells)
+    return table
+
+
+def _column(side: Side, has_chats: bool) -> dict[str, str]:
+    share = f" ({side.trained_tokens / side.tokens:.0%})" if side.tokens else ""
+    found = quantiles(side.lengths.tolist())
+    names = ("min", "median", "p90", "p99", "max")
+    numbers = {
+        "dropped": side.dropped,
+        "stop the training": side.stops,
+        "not shown whole": side.lossy,
+        "cut": side.cut_rows,
+        "turns cut off": side.cut_turns,
+        "several sequences": side.split,
+        "several windows": side.windows,
+        **side.left_out,
+    }
+    return {
+        "rows" if has_chats else "documents": f"{side.rows:,}",
+        "sequences" if has_chats else "windows": f"{len(side.lengths):,}",
+        "tokens": f"{side.tokens:,}",
+        "trained": f"{side.trained_tokens:,}{share}",
+        **{f"{name} length": f"{found[name]:,}" if found else "" for name in names},
+        **{name: f"{value:,}" for name, value in numbers.items()},
+    }
+
+
+def is_mixed(shares: Mapping[str, Share]) -> bool:
+    """Whether an epoch is anything but every row of one source once."""
+    return len(shares) > 1 or any(share.epoch != share.rows for share in shares.values())
+
+
+def mixture(shares: Mapping[str, Share]) -> Table:
+    """What an epoch sees of each source."""
+    table = _table(["rows", "times", "an epoch", "share", "tokens", "share of tokens"])
+    rows = sum(share.rows for share in shares.values())
+    epoch = sum(share.epoch for share in shares.values())
+    tokens = sum(share.tokens for share in shares.values())
+    for name, share in shares.items():
+        of_rows, of_tokens = share.epoch / max(epoch, 1), share.tokens / max(tokens, 1)
+        numbers = (f"{share.rows:,}", f"{share.repeats:.3g}", f"{share.epoch:,}", f"{of_rows:.1%}")
+        table.add_row(name, *numbers, f"{share.tokens:,}", f"{of_tokens:.1%}")
+    table.add_row("all", f"{rows:,}", "", f"{epoch:,}", "", f"{tokens:,}", "")
+    return table
+
+
+def show_lengths(console: Console, side: Side) -> None:
+    """Print how long the sequences of a side are."""
+    bars = histogram(side.lengths.tolist())
+    if not bars:
+        return
+    console.print(Text("\nlengths of the train sequences, in tokens", style="bold"))
+    most = max(count for *_, count in bars)
+    names = [f"{start:,}–{end - 1:,}" if end else f"{start:,} or more" for start, end, _ in bars]
+    width = max(map(len, names))
+    for name, (*_, count) in zip(names, bars, strict=True):
+        bar = "█" * max(round(_BAR * count / most), count > 0)
+        line = Text(f"  {name:>{width}}  ").append(f"{bar:<{_BAR}}", style="#4caf57")
+        console.print(line.append(f"  {count:,}"), soft_wrap=True)
+
+
+_WIDTH = 4
+"""Sides that stand beside each other in one table."""
+_FATES = {
+    "stops": "stops the training",
+    "dropped": "dropped",
+    "lossy": "trains, but is not shown whole",
+    "cut": "cut",
+    "windows": "cut into windows",
+    "split": "several sequences",
+}
+_HARMLESS = ("windows", "split")
+"""Fates of which one example is enough."""
+
+
+def show(survey: Survey, console: Console | None = None) -> None:
+    """Print what the sources are, what they make, what was found, and the rules."""
+    console = console or Console(highlight=False)
+    title = f"{survey.material.name}: the whole dataset"
+    if survey.limit is not None:
+        title = f"{survey.material.name}: the first {survey.limit:,} rows of each source"
+    console.print(Text(title, style="bold"))
+    _show_lines(console, "sources", sources(survey))
+    sides = survey.whole.sides
+    for start in range(0, len(sides), _WIDTH):
+        console.print()
+        console.print(counts(sides[start : start + _WIDTH], survey.looks_at_chats))
+    mix, shares = survey.material.config.dataset.mix, survey.whole.mixture
+    if is_mixed(shares):
+        console.print(Text(f"\nmixture of an epoch (dataset.mix={mix})", style="bold"))
+        console.print(mixture(shares))
+    _show_lines(console, "equal rows", duplicates(survey))
+    _show_lines(console, "evaluation", held_out(survey))
+    show_lengths(console, survey.train)
+    if survey.batches is not None:
+        lines = batches(survey.batches)
+        _show_lines(console, "batches of an epoch, on one device", lines)
+    for account in survey.accounts:
+        for finding in sorted(account.findings.values(), key=lambda f: list(_FATES).index(f.fate)):
+            _show_finding(console, account, finding)
+    _show_boundaries(console, survey)
+    console.print(Text("\nrules", style="bold"))
+    for rule in survey.rules:
+        show_rule(console, rule, _remark(survey, rule))
+    _show_end(console, survey)
+
+
+def _show_lines(console: Console, head: str, lines: Iterable[str]) -> None:
+    """Print a section, if there is anything in it."""
+    for number, line in enumerate(lines):
+        if not number:
+            console.print(Text(f"\n{head}", style="bold"))
+        dim = "dim" if line.startswith("  ") else ""
+        console.print(Text(f"  {line}", style=dim), soft_wrap=True)
+
+
+def _show_finding(console: Console, account: Account, finding: Finding) -> None:
+    of = f"{rows(finding.rows)} of {account.opened.key}"
+    head = f"\n{_FATES[finding.fate]}: {of}, {finding.reason}"
+    console.print(Text(head, style="bold"), soft_wrap=True)
+    shown = finding.examples[: 1 if finding.fate in _HARMLESS else None]
+    for example in shown:
+        show_example(console, example)
+    if finding.rows > len(shown):
+        console.print(f"  ... and {finding.rows - len(shown):,} more")
+
+
+def show_example(console: Console, example: RuleExample) -> None:
+    """Print a place, what is to be seen there, and its tokens."""
+    console.print(Text(f"  {example.place}: {example.words}"), soft_wrap=True)
+    width = max(map(len, example.tokens), default=0)
+    for name, shown in example.tokens.items():
+        console.print(Text(f"    {name:<{width}}  {shown}", style="dim"), soft_wrap=True)
+
+
+def _show_boundaries(console: Console, survey: Survey) -> None:
+    found, sample = survey.comparison.boundaries, _of_all(survey)
+    if not found.rows:
+        return
+    other = "segments" if found.chosen == "served" else "served"
+    console.print(Text("\nboundaries", style="bold"))
+    if not found.differ:
+        words = f"  served and segments give the same tokens in all {found.rows:,} rows"
+        console.print(f"{words}{sample}", soft_wrap=True)
+        return
+    console.print(
+        f"  chosen: {found.chosen}; {other} gives other tokens in {found.differ:,} of "
+        f"{found.rows:,} rows{sample}. The first:",
+        soft_wrap=True,
+    )
+    if found.first is not None:
+        show_example(console, found.first)
+
+
+def show_rule(console: Console, rule: Rule, remark: str) -> None:
+    """Print a rule, how often it was checked, and the first places where it breaks."""
+    sign, style = ("✗", "bold red") if rule.broken else ("✓", "green")
+    count = f"{rule.checked:,} {rule.unit}"
+    if rule.broken:
+        count = f"{rule.broken:,} of {count} break it"
+    line = Text("  ").append(sign, style=style).append(f" {rule.text:<42}  {count}")
+    console.print(line.append(remark, style="dim"), soft_wrap=True)
+    for example in rule.examples:
+        show_example(console, example)
+
+
+def _remark(survey: Survey, rule: Rule) -> str:
+    """How much of the dataset a rule was held against, where it was not all of it."""
+    return _of_all(survey) if rule is survey.comparison.prompts else ""
+
+
+def _of_all(survey: Survey) -> str:
+    """The words for a sample; none where all rows were compared."""
+    compared, of = survey.comparison.boundaries.rows, survey.comparison.of
+    return "" if compared == of else f", a sample: {compared:,} of {of:,} rows"
+
+
+def _show_end(console: Console, survey: Survey) -> None:
+    prompts = survey.comparison.prompts
+    if survey.looks_at_chats and survey.comparison.boundaries.chosen == "segments":
+        console.print(
+            f"\nWith boundaries=segments the model must be served from token ids: "
+            f"{prompts.broken:,} of {prompts.checked:,} prompts differ from those of "
+            "apply_chat_template.",
+            soft_wrap=True,
+        )
+    if survey.error is not None:
+        words = f"\nTraining stops: {survey.error}"
+        console.print(Text(words, style="bold red"), soft_wrap=True)
+    if not len(survey.train.lengths):
+        console.print("\nThere is nothing to train on.", style="bold red")
+        return
+    broken = sum(rule.broken > 0 for rule in survey.rules)
+    words = "every rule holds" if not broken else f"{broken} of {len(survey.rules)} rules break"
+    console.print(Text(f"\n{words}", style="bold red" if broken else "bold green"))
+
+
+# What the check found, as plain values for machines.
+
+
+def plain(survey: Survey) -> dict[str, Any]:
+    """The survey as plain values."""
+    comparison = survey.comparison
+    main = [side for side in survey.whole.sides if side.name in ("train", "held out")]
+    sets = [side for side in survey.whole.sides if side not in main]
+    return {
+        "name": survey.material.name,
+        "holds": survey.holds,
+        "error": survey.error,
+        "limit": survey.limit,
+        "sources": {account.opened.key: _source_sentence(account) for account in survey.accounts},
+        "mixture": _mixture(survey),
+        "duplicates": _duplicates(survey),
+        "held_out": _held_out(survey),
+        "sides": {side.name.replace(" ", "_"): _side(side) for side in main},
+        "sets": {side.name: _side(side) for side in sets},
+        "batches": asdict(survey.batches) if survey.batches is not None else None,
+        "rules": [asdict(rule) for rule in survey.rules],
+        "prompts": {
+            "compared_rows": comparison.boundaries.rows,
+            "of_rows": comparison.of,
+            "turns": comparison.prompts.checked,
+            "differ": comparison.prompts.broken,
+        },
+        "boundaries": asdict(comparison.boundaries),
+    }
+
+
+def _source_sentence(account: Account) -> dict[str, Any]:
+    opened = account.opened
+    return {
+        "label": opened.source.label,
+        "shape": opened.shape.name,
+        "kind": opened.shape.kind,
+        "rows": len(account),
+        "unused_columns": list(opened.shape.unused),
+        "filter": opened.config.filter,
+        "filtered_out": account.bad.filtered,
+        "bad_rows": len(account.bad.rows),
+        "train_on": opened.config.train_on,
+        "findings": [asdict(finding) for finding in account.findings.values()],
+    }
+
+
+def _mixture(survey: Survey) -> dict[str, Any]:
+    shares = survey.whole.mixture
+    total = sum(share.epoch for share in shares.values())
+    return {
+        "mix": survey.material.config.dataset.mix,
+        "rows": total,
+        "sources": {
+            name: {
+                **asdict(share),
+                "repeats": round(share.repeats, 4),
+                "share": round(share.epoch / total, 4) if total else None,
+            }
+            for name, share in shares.items()
+        },
+    }
+
+
+def _duplicates(survey: Survey) -> dict[str, Any]:
+    found = {name: asdict(equal) for name, equal in survey.whole.equals().items()}
+    return {
+        "deduplicate": survey.material.config.dataset.deduplicate,
+        "left_out": survey.train.left_out.get("duplicate", 0),
+        **found,
+    }
+
+
+def _held_out(survey: Survey) -> dict[str, Any]:
+    config = survey.material.config
+    return {
+        "how": how_held_out(config.dataset.eval, config.seed) or None,
+        "sets": {name: asdict(found) for name, found in survey.whole.overlaps().items()},
+    }
+
+
+def _side(side: Side) -> dict[str, Any]:
+    counts = {name: value for name, value in vars(side).items() if name not in ("name", "lengths")}
+    lengths = side.lengths.tolist()
+    return {
+        **counts,
+        "sequences": len(lengths),
+        "tokens": side.tokens,
+        "trained_share": round(side.trained_tokens / side.tokens, 4) if side.tokens else None,
+        "lengths": quantiles(lengths),
+        "histogram": [
+            {"from": start, "below": end, "sequences": count}
+            for start, end, count in histogram(lengths)
+        ],
+    }

@@ -1,0 +1,331 @@
+"""A sample of the conversations held against transformers, and against the other boundaries."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import date
+from operator import ne
+from typing import Any
+
+from jinja2 import TemplateError
+
+from luthier.chat import IGNORED, ChatEncoder, ChatSequence
+from luthier.chat.conversation import with_content
+from luthier.data import Example
+from luthier.inspection.dataset import ConversationReader, Row
+
+# Prompts as transformers writes them, to hold the encoder's own against.
+
+
+class Reference:
+    """`apply_chat_template` under the settings of an encoder."""
+
+    def __init__(self, tokenizer: Any, encoder: ChatEncoder, template: str | None) -> None:
+        self._tokenizer = tokenizer
+        # None leaves the choice between a tokenizer's templates to transformers.
+        self._template = None if template is None else encoder.settings()["template"]
+        self._variables = encoder.variables
+        self._encoder = encoder
+        # transformers writes the day it is; a pinned day is compared by way of it.
+        self._today = _of_today(tokenizer, encoder)
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, added)) or "(?!)")
+
+    def agrees(self, row: Example, message: int, ids: list[int]) -> list[int] | None:
+        """The prompt before a message as transformers writes it where it is not `ids`.
+
+        None where it agrees, and where transformers has no prompt to compare with: none before the
+        first message, and none for control tokens in a user's text beside tags in a reply's, of
+        which it can take only both or neither as text.
+        """
+        before = [_plain(each) for each in row["messages"][:message]]
+        if not before:
+            return None
+        tools = row.get("tools")
+        if self._today is not None:
+            pinned = self._encoder.prompt(before, tools)
+            if pinned != ids:
+                return pinned
+            ids = self._today.prompt(before, tools)
+        said = self._holds_controls(m for m in before if m["role"] == "assistant")
+        asked = self._holds_controls([*(m for m in before if m["role"] != "assistant"), tools])
+        ways = [asked] if not said else [True] if asked else [False, True]
+        found = [self._prompt(before, tools, sanitize) for sanitize in ways]
+        if ids in found or (said and asked):
+            return None
+        return found[0]
+
+    def _prompt(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
+        try:
+            return self._applied(messages, tools, sanitize)
+        except TemplateError:
+            return self._applied(with_content(messages), tools, sanitize)
+
+    def _applied(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=self._template,
+            add_generation_prompt=True,
+            return_dict=False,
+            sanitize_control_tokens=sanitize,
+            **self._variables,
+        )
+        return ids
+
+    def _holds_controls(self, values: Iterable[Any]) -> bool:
+        """Whether text somewhere in the values holds an added token."""
+        return any(self._controls.search(text) for value in values for text in _texts(value))
+
+
+def _of_today(tokenizer: Any, encoder: ChatEncoder) -> ChatEncoder | None:
+    """The encoder of this day, where that is not the encoder's and a template asks for it."""
+    settings, today = encoder.settings(), date.today().isoformat()
+    template = settings["template"]
+    texts = [template] if isinstance(template, str) else template.values()
+    if encoder.date == today or not any("strftime_now" in text for text in texts):
+        return None
+    return ChatEncoder.from_settings(tokenizer, settings | {"date": today})
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without luthier's own field, and without fields that say nothing."""
+    return {key: value for key, value in message.items() if value is not None and key != "train"}
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+# The rules that every sequence must keep, each counted, with the first places where it breaks.
+
+EXAMPLES = 3
+"""How many places each rule and each finding shows."""
+
+
+@dataclass
+class RuleExample:
+    """A place and what is to be seen there; `tokens` are named stretches of them."""
+
+    place: str
+    words: str
+    tokens: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Rule:
+    """A rule in words, how often it was checked, and where it broke."""
+
+    text: str
+    unit: str
+    checked: int = 0
+    broken: int = 0
+    examples: list[RuleExample] = field(default_factory=list)
+
+    def note(self, place: str, wrong: str | None, tokens: dict[str, str] | None = None) -> None:
+        """Count one case; `wrong` says what breaks the rule in it."""
+        self.checked += 1
+        if wrong is None:
+            return
+        self.broken += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(RuleExample(place, wrong, tokens or {}))
+
+
+class SequenceRules:
+    """What can be told from a sequence alone."""
+
+    def __init__(self, encoder: ChatEncoder, tokenizer: Any) -> None:
+        self._stops = set(encoder.stop_token_ids)
+        self._bos = tokenizer.bos_token_id
+        self.labels = Rule("labels are the token ids or -100", "sequences")
+        self.bos = Rule("the sequence begins with one BOS at most", "sequences")
+        self.stops = Rule("trained tokens end with a stop token", "replies")
+        self.all = [self.labels, self.bos, self.stops]
+
+    def apply(self, sequence: ChatSequence, place: str) -> None:
+        """Check one sequence."""
+        ids, labels = sequence.input_ids, sequence.labels
+        self.labels.note(place, _wrong_labels(ids, labels))
+        doubled = self._bos is not None and ids[:2] == [self._bos, self._bos]
+        self.bos.note(place, f"it begins with token {self._bos} twice" if doubled else None)
+        for start, stop in trained_runs(labels):
+            last = ids[stop - 1]
+            wrong = None if last in self._stops else f"tokens {start} to {stop} end with {last}"
+            self.stops.note(place, wrong)
+
+
+def trained_runs(labels: list[int]) -> Iterable[tuple[int, int]]:
+    """Where each stretch of trained tokens starts and ends."""
+    trains = bytes(map(IGNORED.__ne__, labels))
+    start = trains.find(1)
+    while start >= 0:
+        stop = trains.find(0, start)
+        stop = len(labels) if stop < 0 else stop
+        yield start, stop
+        start = trains.find(1, stop)
+
+
+def _wrong_labels(ids: list[int], labels: list[int]) -> str | None:
+    if len(ids) != len(labels):
+        return f"{len(ids)} ids and {len(labels)} labels"
+    ignored = labels.count(IGNORED)
+    if ignored == len(labels):
+        return "nothing in it trains"
+    # No id is negative, so the ignored ones are among those that differ.
+    if sum(map(ne, ids, labels)) == ignored:
+        return None
+    for place, (id_, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (IGNORED, id_):
+            return f"token {place} is {id_} and its label {label}"
+    return None
+
+
+# Where two lists of tokens part, to be looked at.
+
+_BEFORE, _AFTER = 4, 7
+
+
+def parting(first: list[int], second: list[int]) -> int:
+    """The place of the first token that differs."""
+    for place, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(second))
+
+
+def stretch(ids: list[int], place: int, text_of: Callable[[int], str]) -> str:
+    """The tokens around a place, a mark before each, in one line."""
+    begin, end = max(place - _BEFORE, 0), place + _AFTER
+    ahead, behind = "… " if begin else "", " …" if end < len(ids) else ""
+    shown = "|".join(text_of(id_).replace("\n", "↵") for id_ in ids[begin:end])
+    return f"{ahead}{shown}{behind}" if shown else "(ends here)"
+
+
+TOKENS = 1_000_000
+TURNS = 5_000
+"""What is compared of a set before the sample gets thinner: transformers takes seconds for it."""
+
+
+@dataclass
+class Boundaries:
+    """Rows that the other setting of `chat.boundaries` would make other tokens of."""
+
+    chosen: str
+    rows: int = 0
+    differ: int = 0
+    first: RuleExample | None = None
+
+
+class Sample:
+    """Which rows of a source are compared: all, then every second, every fourth, and so on.
+
+    The first rows say little of a long set, and all of them take too long. Once the source's part
+    of what may be compared is reached, and then at each further quarter of it, the distance between
+    two rows doubles. So the sample goes on to the last row of a source of any length, and is the
+    same on every machine.
+    """
+
+    def __init__(self, share: float) -> None:
+        """`share`: the source's part of what may be compared."""
+        self._share = share
+        self._left = share
+        self._every = 1
+        self._rows = 0
+
+    def takes(self) -> bool:
+        """Whether the next row is compared."""
+        self._rows += 1
+        return (self._rows - 1) % self._every == 0
+
+    def spend(self, tokens: int, turns: int) -> None:
+        """Say what a comparison took."""
+        self._left -= max(tokens / TOKENS, turns / TURNS)
+        if self._left <= 0:
+            self._left = self._share / 4
+            self._every *= 2
+
+
+class Comparison:
+    """What differs from transformers' prompts, and from the other boundaries."""
+
+    def __init__(self, chosen: str, text_of: Callable[[int], str]) -> None:
+        """`chosen`: the config's boundaries; `text_of`: the text of a token."""
+        self.prompts = Rule("prompts are those of apply_chat_template", "turns")
+        self.boundaries = Boundaries(chosen)
+        self.of = 0
+        """How many rows make sequences, of which `boundaries.rows` were compared."""
+        self._text_of = text_of
+
+    def compare(
+        self, reader: ConversationReader, reference: Reference, rows: list[Row], sample: Sample
+    ) -> None:
+        """Compare those of the rows that the sample takes, each before anything is cut."""
+        for row in rows:
+            if not row.sequences and (row.error is None or row.error.reason != "too long"):
+                continue
+            self.of += 1
+            if sample.takes():
+                whole = reader.whole(row)
+                self._compare(row, whole, reader.otherwise(row))
+                for sequence in whole:
+                    sample.spend(*self._compare_prompts(reference, row, sequence))
+
+    def _compare_prompts(
+        self, reference: Reference, row: Row, sequence: ChatSequence
+    ) -> tuple[int, int]:
+        """Compare each prompt of a sequence; the tokens and turns that were compared."""
+        for reply in sequence.replies:
+            ids = sequence.input_ids[: reply.start]
+            try:
+                other = reference.agrees(row.example, reply.message, ids)
+            except Exception as error:  # a template may raise anything
+                wrong = f"message {reply.message}: transformers raises: {error}"
+                self.prompts.note(row.place, wrong)
+                continue
+            if other is None:
+                self.prompts.note(row.place, None)
+                continue
+            shown = self._shown({"luthier": ids, "transformers": other})
+            self.prompts.note(row.place, f"the prompt of message {reply.message} differs", shown)
+        return sum(reply.start for reply in sequence.replies), len(sequence.replies)
+
+    def _compare(self, row: Row, whole: list[ChatSequence], others: list[ChatSequence]) -> None:
+        found = self.boundaries
+        found.rows += 1
+        if list(map(_content, whole)) == list(map(_content, others)):
+            return
+        found.differ += 1
+        if found.first is None:
+            found.first = self._first_difference(row, whole, others)
+
+    def _first_difference(
+        self, row: Row, whole: list[ChatSequence], others: list[ChatSequence]
+    ) -> RuleExample:
+        names = ("served", "segments")
+        chosen, other = names if self.boundaries.chosen == "served" else names[::-1]
+        for one, two in zip(whole, others, strict=False):
+            if one.input_ids != two.input_ids:
+                named = {chosen: one.input_ids, other: two.input_ids}
+                return RuleExample(row.place, "the tokens part here", self._shown(named))
+        return RuleExample(
+            row.place, f"{chosen}: {len(whole)} sequences, {other}: {len(others)} sequences"
+        )
+
+    def _shown(self, named: dict[str, list[int]]) -> dict[str, str]:
+        """Both lists of tokens around the place where they part."""
+        at = parting(*named.values())
+        return {name: stretch(ids, at, self._text_of) for name, ids in named.items()}
+
+
+def _content(sequence: ChatSequence) -> tuple[list[int], list]:
+    """What a training sees of a sequence: the ids, and which of them train."""
+    return sequence.input_ids, sequence.replies

@@ -1,0 +1,287 @@
+"""The whole dataset seen row by row: what the rows make, what becomes of them, which rules hold."""
+
+from collections.abc import Callable
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.config.schema import RunConfig
+from luthier.data.examples import Opened
+from luthier.data.fingerprints import Prints
+from luthier.data.select import Selection
+from luthier.errors import UserError
+from luthier.inspection.batch_fill import Batches, batches_of
+from luthier.inspection.dataset import ConversationReader, Material, Row, side_name
+from luthier.inspection.rules import Comparison, Reference, Rule, Sample, SequenceRules
+from luthier.inspection.statistics import (
+    Account,
+    Equals,
+    Overlap,
+    Part,
+    Positions,
+    Share,
+    Side,
+    by_source,
+    divide,
+    equals,
+    side_of,
+)
+from luthier.inspection.tokens import token_texts
+
+# The sources of a dataset put together: sides, mixture, equal rows, what is held out.
+
+
+class Whole:
+    """What the rows of all sources make together."""
+
+    def __init__(
+        self, config: RunConfig, trained: dict[str, Account], evaluated: dict[str, Account]
+    ) -> None:
+        """`trained`: the training sources by name; `evaluated`: the others by config key."""
+        self._config = config
+        self._trained = trained
+        self._evaluated = evaluated
+        self.error: str | None = None
+        """Why training stops before its first step, if it does."""
+        self._usable = _joined(account.sequences > 0 for account in trained.values())
+        self.selection = self._select()
+
+    @property
+    def equality(self) -> str:
+        """How rows are compared: `exact` or `normalised`."""
+        return "normalised" if self._config.dataset.deduplicate == "normalised" else "exact"
+
+    @cached_property
+    def sides(self) -> list[Side]:
+        """The training side, and each evaluation set."""
+        rows = by_source(self._trained, self._with_unusable(self.selection.train))
+        epoch = by_source(self._trained, self.selection.epoch)
+        parts = [Part(self._trained[name], rows[name], epoch[name]) for name in rows]
+        sides = [side_of("train", parts, self.selection.other)]
+        if len(self.selection.heldout):
+            sides.append(self._drawn())
+        for key, account in self._evaluated.items():
+            everything = np.arange(len(account))
+            sides.append(side_of(side_name(key), [Part(account, everything, everything)]))
+        return sides
+
+    @cached_property
+    def mixture(self) -> dict[str, Share]:
+        """What an epoch sees of each source, by name."""
+        rows = by_source(self._trained, self.selection.train)
+        epoch = by_source(self._trained, self.selection.epoch)
+        shares = {}
+        for name, account in self._trained.items():
+            tokens, trained = account.tokens(epoch[name])
+            shares[name] = Share(
+                rows=len(rows[name]),
+                epoch=len(epoch[name]),
+                tokens=int(tokens.sum(dtype=np.int64)),
+                trained_tokens=int(trained.sum(dtype=np.int64)),
+            )
+        return shares
+
+    def equals(self) -> dict[str, Equals]:
+        """Rows that equal an earlier one: `exact`, and `normalised` for those that only look so."""
+        rows = np.flatnonzero(self._usable)
+        places = [place for account in self._trained.values() for place in account.places]
+        places = [places[row] for row in rows.tolist()]
+        exact, normalised = (self._prints(kind)[rows] for kind in ("exact", "normalised"))
+        return {
+            "exact": equals(exact, places),
+            "normalised": equals(normalised, places, exact),
+        }
+
+    def overlaps(self) -> dict[str, Overlap]:
+        """What training shares with each evaluation set, by the set's name."""
+        held = {side_name(key): account for key, account in self._evaluated.items()}
+        found = {name: self._overlap(account) for name, account in held.items()}
+        if len(self.selection.heldout):
+            found = {"held out": self._overlap(None)} | found
+        return found
+
+    def _select(self) -> Selection:
+        """The selection of a training; where that stops, all rows that can train."""
+        rows = np.flatnonzero(self._usable)
+        everything = Selection(rows, rows[:0], rows, {}, {})
+        if not len(rows):
+            return everything
+        empty = [key for key, part in self._evaluated.items() if not (part.sequences > 0).any()]
+        if empty:
+            self.error = f"{empty[0]}: none of its rows gives anything to evaluate on."
+        trained, evaluated = (
+            {key: part.seen() for key, part in parts.items() if key not in empty}
+            for parts in (self._trained, self._evaluated)
+        )
+        try:
+            return divide(self._config.dataset, self._config.seed, trained, evaluated)
+        except UserError as error:
+            self.error = str(error)
+            return everything
+
+    def _with_unusable(self, rows: Positions) -> Positions:
+        """The rows that train, and those that make no sequence, which no side has."""
+        return np.union1d(rows, np.flatnonzero(~self._usable))
+
+    def _drawn(self) -> Side:
+        """The rows that are held out of the training sources."""
+        rows = by_source(self._trained, self.selection.heldout)
+        parts = [Part(self._trained[name], chosen, chosen) for name, chosen in rows.items()]
+        return side_of("held out", parts)
+
+    def _overlap(self, account: Account | None) -> Overlap:
+        """What training shares with a set; None: with the rows held out of its own sources."""
+        held = self.selection.heldout
+        candidates = np.setdiff1d(np.flatnonzero(self._usable), held)
+        rows = len(held) if account is None else int((account.sequences > 0).sum())
+
+        def inside(kind: str) -> NDArray[np.bool_]:
+            own = self._prints(kind)
+            other = own[held] if account is None else account.prints(kind)
+            return np.isin(own[candidates], other)
+
+        equal = inside(self.equality)
+        trains = np.isin(candidates, self.selection.train)
+        similar = inside("normalised") & ~equal & trains
+        return Overlap(rows, int(equal.sum()), int(similar.sum()))
+
+    def _prints(self, kind: str) -> Prints:
+        """The fingerprints of all training rows."""
+        return _joined(account.prints(kind) for account in self._trained.values())
+
+
+def _joined(parts: Any) -> Any:
+    return np.concatenate(list(parts))
+
+
+_CHUNK = 512
+
+
+class Survey:
+    """All that is found in a dataset; `run` fills it."""
+
+    def __init__(self, material: Material, limit: int | None = None) -> None:
+        """`limit`: look at so many rows of each source."""
+        self.material = material
+        self.limit = limit
+        text_of = token_texts(material.tokenizer)
+        self.trained = {name: Account(name, opened) for name, opened in material.trained.items()}
+        """What the training sources make, by name."""
+        self.evaluated = {
+            key: Account(side_name(key), opened) for key, opened in material.evaluated.items()
+        }
+        """What the evaluation sets make that have rows of their own, by config key."""
+        self.comparison = Comparison(material.config.chat.boundaries, text_of)
+        self._policy = Rule("no row stops the training", "rows")
+        conversations = [account.opened for account in self.accounts if _is_chat(account.opened)]
+        self._sample_share = 1 / max(len(conversations), 1)
+        self._chat = _Chat(material, conversations[0]) if conversations else None
+
+    @property
+    def accounts(self) -> list[Account]:
+        """The accounts of all sources, training first."""
+        return [*self.trained.values(), *self.evaluated.values()]
+
+    @property
+    def looks_at_chats(self) -> bool:
+        """Whether there are conversations, to which the rules of the encoder apply."""
+        return self._chat is not None
+
+    @property
+    def rules(self) -> list[Rule]:
+        """All rules, those that break the training first."""
+        if self._chat is None:
+            return [self._policy]
+        # Tokens that are cut at every segment are not a server's; the config chose that.
+        served = self.comparison.boundaries.chosen == "served"
+        return [self._policy, *self._chat.rules.all, *([self.comparison.prompts] * served)]
+
+    @cached_property
+    def whole(self) -> Whole:
+        """The sources put together; for a survey that has run."""
+        return Whole(self.material.config, self.trained, self.evaluated)
+
+    @cached_property
+    def batches(self) -> Batches | None:
+        """How an epoch fills its batches; None where nothing trains."""
+        material = self.material
+        return batches_of(self.train.lengths, material.config, material.batching)
+
+    @property
+    def train(self) -> Side:
+        """The side that trains."""
+        return self.whole.sides[0]
+
+    @property
+    def error(self) -> str | None:
+        """Why training would stop before its first step, apart from single rows."""
+        # Rows that were not looked at may be those that are missed.
+        return self.whole.error if self.limit is None else None
+
+    @property
+    def holds(self) -> bool:
+        """Whether no rule breaks and there is something to train on."""
+        broken = any(rule.broken for rule in self.rules)
+        return not broken and self.error is None and bool(len(self.train.lengths))
+
+    @property
+    def size(self) -> int | None:
+        """How many rows are looked at, where that is known ahead."""
+        sizes = [account.opened.source.size for account in self.accounts]
+        if self.limit is not None:
+            return sum(min(size or self.limit, self.limit) for size in sizes)
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def run(self, advance: Callable[[int], None] = lambda rows: None) -> "Survey":
+        """Look at every row of all sources; `advance` is told of rows that are done."""
+        for account in self.accounts:
+            self._look(account, advance)
+            self._note_bad(account)
+        return self
+
+    def _look(self, account: Account, advance: Callable[[int], None]) -> None:
+        reader = self.material.readers.of(account.opened)
+        sample = Sample(self._sample_share)
+        placed = islice(account.opened.examples(account.bad), self.limit)
+        while chunk := list(islice(placed, _CHUNK)):
+            rows = reader.rows(chunk)
+            for row in rows:
+                account.add(row)
+                self._policy.note(row.place, row.words if row.fate == "stops" else None)
+            if isinstance(reader, ConversationReader) and self._chat is not None:
+                self._chat.check(rows)
+                self.comparison.compare(reader, self._chat.reference, rows, sample)
+            advance(len(rows))
+
+    def _note_bad(self, account: Account) -> None:
+        """Account for rows that could not be read."""
+        stops = self.material.config.dataset.on_bad_row == "error"
+        for row in account.bad.rows:
+            problem = row.problem
+            finding = account.find("stops" if stops else "dropped", "cannot be read")
+            finding.note(row.where, lambda problem=problem: problem)  # type: ignore[misc]
+            self._policy.note(row.where, problem if stops else None)
+
+
+class _Chat:
+    """What is asked of conversations alone."""
+
+    def __init__(self, material: Material, opened: Opened) -> None:
+        """`opened`: one of the sources, for what all of them share."""
+        encoder = material.readers.conversations(opened).encoder
+        self.rules = SequenceRules(encoder, material.tokenizer)
+        template = material.config.chat.template
+        self.reference = Reference(material.tokenizer, encoder, template)
+
+    def check(self, rows: list[Row]) -> None:
+        """Hold the sequences of rows against the rules."""
+        for row in rows:
+            for sequence in row.sequences:
+                self.rules.apply(sequence, row.place)
+
+
+def _is_chat(opened: Opened) -> bool:
+    return opened.shape.kind == "conversation"
