@@ -183,7 +183,7 @@ def prepare(case: Case) -> Any:
     from luthier.model.load import load_model
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train.arguments import sft_arguments
-    from luthier.train.sft import TokenTrainer
+    from luthier.train.methods.sft import TokenTrainer
 
     config = load(case.overrides).config
     machine, tokenizer = choose(config.model), load_tokenizer(config.model)

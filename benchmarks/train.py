@@ -211,7 +211,7 @@ class Measured:
 
         from luthier.data.batching.settings import Batching
         from luthier.model.adapters import add_adapter
-        from luthier.train.sft import TokenTrainer
+        from luthier.train.methods.sft import TokenTrainer
 
         lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
         args = SFTConfig(output_dir=str(folder), **self.arguments())

@@ -42,7 +42,7 @@ def test_the_cache_is_filled_without_a_trainer(tmp_path):
 
 def test_every_method_has_its_encoder():
     script = (
-        "import sys; from luthier.train.methods.encoding import ENCODERS\n"
+        "import sys; from luthier.train.methods.encoders import ENCODERS\n"
         "from luthier.config.methods import METHODS\n"
         "print(ENCODERS.keys() ^ METHODS.keys(), {'torch', 'transformers'} & sys.modules.keys())"
     )

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.letter_encoder import Letters, pair, prepared, replies, shown
 from luthier.errors import UserError
-from luthier.train.report import write_dropped
+from luthier.train.console import write_dropped
 
 GOOD = [json.dumps(row) for row in replies("a", "b", "c")]
 BAD = {

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.train
 
 FAULTS = int(os.environ.get("LUTHIER_FAULTS", "6"))
 SEED = int(os.environ.get("LUTHIER_FAULTS_SEED", time.time_ns() % 10_000))
-TRAINER = "luthier.train.sft:TokenTrainer"
+TRAINER = "luthier.train.methods.sft:TokenTrainer"
 # What is going on -> the function in whose n-th call the process dies, and how often it is called.
 MOMENTS = {
     "a step": [(f"{TRAINER}.training_step", 16)],
     "an evaluation": [(f"{TRAINER}.prediction_step", 3)],
     "a checkpoint write": [("torch:save", 12), ("luthier.record.checkpoints:_sync", 60)],
     "data preparation": [("luthier.data.encode_source:_write", 1), ("luthier.data.store.store:seal", 1)],
-    "the last lines": [("luthier.train.finish:save", 1), ("luthier.train.finish:plot_loss", 1)],
+    "the last lines": [("luthier.train.loop:save", 1), ("luthier.train.loop:plot_loss", 1)],
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from helpers.train_command import (
 
 pytestmark = pytest.mark.train
 
-STEP = "luthier.train.sft:TokenTrainer.training_step"
+STEP = "luthier.train.methods.sft:TokenTrainer.training_step"
 WAYS = {
     "packed rows, full weights": PACKED,
     "rows of like length, over epochs": ("trainer.args.train_sampling_strategy=group_by_length",
@@ -111,7 +111,7 @@ def test_a_launcher_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
 
 def test_a_run_that_waits_for_its_first_step_ends_at_once(forks, tiny):
     """Nothing is lost before it: the evaluation before training is not waited for."""
-    signals = [("luthier.train.sft:TokenTrainer.prediction_step", 1, signal.SIGTERM)]
+    signals = [("luthier.train.methods.sft:TokenTrainer.prediction_step", 1, signal.SIGTERM)]
     began = time.monotonic()
     assert forks.run(tiny, *words(tiny), "output_dir=early", signals=signals) == 75
     assert time.monotonic() - began < 60

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.train_command import record, said, words
 
-STEP = "luthier.train.sft:TokenTrainer.training_step"
+STEP = "luthier.train.methods.sft:TokenTrainer.training_step"
 
 
 @pytest.mark.train

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 PRELOADED = (
-    "luthier.train.build", "luthier.train.methods.supervised", "luthier.train.methods.dpo",
+    "luthier.train.build", "luthier.train.methods.sft", "luthier.train.methods.dpo",
     "trl", "peft", "bitsandbytes", "torch.utils.data", "pyarrow", "matplotlib.pyplot",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip

@@ -1,20 +1,20 @@
-"""What a training script does with luthier.train.launch, and nothing else; one JSON line a rank."""
+"""What a training script does with luthier.train.launch_checks, and nothing else; one JSON line a rank."""
 
 import json
 import sys
 
 from luthier.errors import UserError, report
-from luthier.train import launch
+from luthier.train import launch_checks
 
 
 def probe() -> None:
-    launch.check_before()
+    launch_checks.check_before()
     assert "torch" not in sys.modules, "check_before must not import torch"
     import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    facts = launch.check_running(accelerator)
+    facts = launch_checks.check_running(accelerator)
     ranks = accelerator.reduce(torch.tensor(accelerator.process_index + 1))
     backend = torch.distributed.get_backend() if facts["processes"] > 1 else None
     line = {**facts, "sum": int(ranks), "backend": backend, "gpus": torch.cuda.device_count()}

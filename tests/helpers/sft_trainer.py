@@ -8,7 +8,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from luthier.data.batching.settings import Batching
-from luthier.train.sft import TokenTrainer
+from luthier.train.methods.sft import TokenTrainer
 
 VOCABULARY = 64
 SMALL = {

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.infer.generate import generate
-from luthier.train.gathered import unsharded
+from luthier.train.evaluation import unsharded
 
 PROMPTS = {0: [[5, 6, 7], [8, 9], [3]], 1: []}
 TOKENS = 12

@@ -8,7 +8,7 @@ import pytest
 from helpers import adapter_runs as material
 from helpers.chatml import CHATML, jsonl
 from luthier.chat import ChatEncoder
-from luthier.train.served import write_served
+from luthier.train.loop import write_served
 
 ROWS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.sft_trainer import model, packing, rows, trainer
-from luthier.train.batching_stream import StreamRows
+from luthier.train.dataloaders import StreamRows
 
 WAYS = {
     "packed": (packing(), {}),

@@ -7,8 +7,7 @@ import pytest
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.questions import questions
-from luthier.train.evaluating import Patience, choose_best
-from luthier.train.replies import asked
+from luthier.train.evaluation import Patience, asked, choose_best
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from luthier.errors import UserError, report
-from luthier.train import launch
-from luthier.train.asked import read_command
+from luthier.train import launch_checks
+from luthier.train.launch_request import read_command
 
 FILE = ["--config_file", "asked.yaml"]
 RANK = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", *launch._MPI_SIZES)
+VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", *launch_checks._MPI_SIZES)
 MULTI_CPU = "distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
 MPI = MULTI_CPU + "mpirun_config: {mpirun_hostfile: hosts}\n"
 CPU_DDP = "distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n"
@@ -35,7 +35,7 @@ def ask(monkeypatch, tmp_path):
         if file is not None:
             (tmp_path / "asked.yaml").write_text(file)
         wish = read_command(words, tmp_path, {"HF_HOME": str(tmp_path), **environ})
-        monkeypatch.setattr(launch, "asked", lambda: wish)
+        monkeypatch.setattr(launch_checks, "asked", lambda: wish)
 
     return give
 
@@ -54,7 +54,7 @@ def ask(monkeypatch, tmp_path):
 )
 def test_no_false_alarm(ask, words, file, environ):
     ask(words, file, **environ)
-    launch.check_before()
+    launch_checks.check_before()
 
 
 @pytest.mark.parametrize(
@@ -120,15 +120,15 @@ def test_no_false_alarm(ask, words, file, environ):
 def test_stops_before_torch(ask, words, file, environ, parts):
     ask(words, file, **environ)
     with pytest.raises(UserError) as stopped:
-        launch.check_before()
+        launch_checks.check_before()
     for part in parts:
         assert part in str(stopped.value)
 
 
 def test_use_cpu_is_passed_on(ask):
     ask(FILE, CPU_DDP, **RANK)
-    launch.check_before()
-    assert launch.os.environ["ACCELERATE_USE_CPU"] == "true"
+    launch_checks.check_before()
+    assert launch_checks.os.environ["ACCELERATE_USE_CPU"] == "true"
 
 
 def state(device: str, processes: int) -> SimpleNamespace:
@@ -155,14 +155,16 @@ def state(device: str, processes: int) -> SimpleNamespace:
 def test_devices(ask, words, environ, state, part):
     ask(words, None, **environ)
     if part is None:
-        launch.check_devices(state)
+        launch_checks.check_devices(state)
     else:
         with pytest.raises(UserError, match=part):
-            launch.check_devices(state)
+            launch_checks.check_devices(state)
 
 
 def facts(sharding: str = "none", precision: str = "no", device: str = "cuda"):
-    return launch.LaunchFacts(processes=2, sharding=sharding, precision=precision, device=device)
+    return launch_checks.LaunchFacts(
+        processes=2, sharding=sharding, precision=precision, device=device
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,14 +203,14 @@ def test_running(ask, words, file, facts, part):
     ask(words, file)
     stops = pytest.raises(UserError, match=part) if part is not None else nullcontext()
     with stops:
-        launch._refuse_other_sharding(launch.asked(), facts)
-        launch._refuse_other_precision(launch.asked(), facts)
+        launch_checks._refuse_other_sharding(launch_checks.asked(), facts)
+        launch_checks._refuse_other_precision(launch_checks.asked(), facts)
 
 
 def test_splitting_a_batch_over_gpus_stops():
-    launch._refuse_data_parallel(SimpleNamespace(n_gpu=1))
+    launch_checks._refuse_data_parallel(SimpleNamespace(n_gpu=1))
     with pytest.raises(UserError, match="the 4 GPUs that it sees"):
-        launch._refuse_data_parallel(SimpleNamespace(n_gpu=4))
+        launch_checks._refuse_data_parallel(SimpleNamespace(n_gpu=4))
 
 
 def test_a_mistake_is_left_for_the_launcher(ask, tmp_path, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.train.asked import read_command, unknown_keys
+from luthier.train.launch_request import read_command, unknown_keys
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 CONFIGS = sorted(LAUNCH.glob("*.yaml"))

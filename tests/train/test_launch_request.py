@@ -2,7 +2,13 @@
 
 import pytest
 
-from luthier.train.asked import asked, launcher_words, read_command, read_environment, unknown_keys
+from luthier.train.launch_request import (
+    asked,
+    launcher_words,
+    read_command,
+    read_environment,
+    unknown_keys,
+)
 
 DDP = "distributed_type: MULTI_GPU\nnum_processes: 4\nmixed_precision: bf16\n"
 FSDP = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n"

@@ -12,7 +12,7 @@ from helpers.sft_trainer import model, packing, plain_loss, rows, trainer
 from luthier.data.batching.collators import FlatRows, PackedRows
 from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
-from luthier.train.batching_isolation import check_isolation
+from luthier.train.packing_check import check_isolation
 
 
 @pytest.fixture(autouse=True)

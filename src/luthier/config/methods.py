@@ -75,13 +75,13 @@ _GROUP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "v
 METHODS = {
     "sft": MethodFacts(
         ("trl", "trainer/sft_config.py", "SFTConfig"),
-        "luthier.train.methods.supervised:Supervised",
+        "luthier.train.methods.sft:Supervised",
         ("conversation", "text"),
         streams=True,
     ),
     "pretrain": MethodFacts(
         ("trl", "trainer/sft_config.py", "SFTConfig"),
-        "luthier.train.methods.supervised:Supervised",
+        "luthier.train.methods.sft:Supervised",
         ("text",),
         replies=False,
         streams=True,
@@ -100,13 +100,13 @@ METHODS = {
     ),
     "orpo": MethodFacts(
         ("trl", "experimental/orpo/orpo_config.py", "ORPOConfig"),
-        "luthier.train.methods.odds:ORPO",
+        "luthier.train.methods.orpo_cpo:ORPO",
         ("preference",),
         kept=_ROWS_OF_TOKENS,
     ),
     "cpo": MethodFacts(
         ("trl", "experimental/cpo/cpo_config.py", "CPOConfig"),
-        "luthier.train.methods.odds:CPO",
+        "luthier.train.methods.orpo_cpo:CPO",
         ("preference",),
         choices={"loss_type": ("sigmoid", "hinge", "ipo", "simpo", "alphapo")},
         kept=_ROWS_OF_TOKENS,
@@ -143,7 +143,7 @@ METHODS = {
     ),
     "grpo": MethodFacts(
         ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-        "luthier.train.methods.reinforce:GroupRelative",
+        "luthier.train.methods.grpo_rloo:GroupRelative",
         ("conversation",),
         rewards=True,
         answers="completions of prompts",
@@ -156,7 +156,7 @@ METHODS = {
     ),
     "rloo": MethodFacts(
         ("trl", "trainer/rloo_config.py", "RLOOConfig"),
-        "luthier.train.methods.reinforce:LeaveOneOut",
+        "luthier.train.methods.grpo_rloo:LeaveOneOut",
         ("conversation",),
         rewards=True,
         answers="completions of prompts",

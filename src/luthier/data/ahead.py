@@ -32,14 +32,14 @@ def run(words: list[str]) -> int:
     set_environment(config)
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer
-    from luthier.train import report
+    from luthier.train import console
     from luthier.train.methods import encoders
 
     began = time.monotonic()
     tokenizer = load_tokenizer(config.model)
     prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
-    report.show_data(prepared)
+    console.show_data(prepared)
     for key, part in prepared.parts.items():
-        report.say(f"{key}: {part.stored.folder}")
-    report.say(f"ready in {time.monotonic() - began:.1f} s")
+        console.say(f"{key}: {part.stored.folder}")
+    console.say(f"ready in {time.monotonic() - began:.1f} s")
     return 0

@@ -123,7 +123,7 @@ class Decider:
 
     def _positions(self) -> int | None:
         from luthier.train.methods.heads import positions
-        from luthier.train.methods.tabled import base_of
+        from luthier.train.methods.labelled import base_of
 
         return positions(base_of(self.model))
 

@@ -14,8 +14,8 @@ from luthier.infer.questions import Question
 from luthier.metrics import Measured, classification
 from luthier.metrics.classification import are_entity_tags
 from luthier.train.methods.classify import ClassLayout, class_losses, target
-from luthier.train.methods.labels import REGRESSION, Labels
-from luthier.train.methods.tabled import Losses, Numbered, columns_for
+from luthier.train.methods.heads import REGRESSION, Labels
+from luthier.train.methods.labelled import Losses, Numbered, columns_for
 from luthier.train.methods.tag import TagLayout, said_tags, tag_losses
 
 Values = Mapping[str, Any]

@@ -100,7 +100,7 @@ def of_dataset(config: DatasetConfig, maker: Maker, limit: int | None) -> Iterat
 
 def _drawn(config: RunConfig, maker: Maker, limit: int | None, tokenizer: Any) -> Items:
     """The rows that the run drew from its training rows to hold them out."""
-    from luthier.train.methods.encoding import encoders
+    from luthier.train.methods.encoders import encoders
 
     found = Items(MAIN)
     prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)

@@ -235,7 +235,7 @@ def _answer(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=config,
-        # Split weights are whole by now (luthier.train.gathered), so ranks need not keep in step.
+        # Split weights are whole by now (luthier.train.evaluation), so ranks need not keep in step.
         synced_gpus=False,
         **more,
     )

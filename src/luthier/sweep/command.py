@@ -15,7 +15,7 @@ from luthier.sweep.settings import Local, Optuna
 from luthier.sweep.study import Study
 from luthier.sweep.trials import shown_params
 from luthier.sweep.view import view
-from luthier.train import asked
+from luthier.train import launch_request
 
 _WIDTH = 160
 """Columns where there is no terminal that has some."""
@@ -38,7 +38,7 @@ def sweep(words: list[str]) -> int:
         launch = launching.find(planned.launcher, os.environ)
     if planned.base.config.dry_run:
         return _dry_run(planned)
-    is_orphan = orphan_check(asked.launcher_command() is not None)
+    is_orphan = orphan_check(launch_request.launcher_command() is not None)
     rooms = _rooms(planned, launch)
     lock = identity.take(planned)
     try:

@@ -10,7 +10,7 @@ import psutil
 
 from luthier.errors import UserError
 from luthier.sweep.settings import Launcher
-from luthier.train import asked
+from luthier.train import launch_request
 
 _OF_A_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
@@ -63,7 +63,7 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
     Raises UserError for a launch over several machines, which one sweep cannot share out.
     """
     words, folder, above = launcher.launch_words(), Path.cwd(), dict(environ)
-    started = asked.launcher_command()
+    started = launch_request.launcher_command()
     if words is None and started is not None:
         words, folder = started
     if started is not None:
@@ -73,10 +73,12 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
     if words is None and int(environ.get("WORLD_SIZE", "1")) > 1:
         _refuse_machines(int(environ["WORLD_SIZE"]) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
         count = int(environ["WORLD_SIZE"])
-        return Launch(script, None, count, asked.is_on(environ, "ACCELERATE_USE_CPU"), True, above)
+        return Launch(
+            script, None, count, launch_request.is_on(environ, "ACCELERATE_USE_CPU"), True, above
+        )
     if words is None:
         return Launch(script, environ=above)
-    wish = asked.read_command(words, folder, above)
+    wish = launch_request.read_command(words, folder, above)
     _refuse_machines(wish.num_machines)
     if wish.num_processes is None:
         count = int(environ.get("WORLD_SIZE", "1")) if launcher.accelerate is None else 1

@@ -17,28 +17,28 @@ from luthier.data.batching.settings import batching_of
 from luthier.data.prepare import Prepared, prepare
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose
-from luthier.model.encoder import make_encoder, make_sources
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
 from luthier.record.plots import numbers_of, plot_data
 from luthier.record.record import RunRecord
 from luthier.train import (
-    evaluating,
-    going_on,
-    launch,
+    activation_checkpointing,
+    console,
+    launch_checks,
     methods,
-    recomputing,
-    replies,
-    report,
+    resume,
     trackers,
 )
-from luthier.train.fitting import fit
-from luthier.train.launched_by import launcher
+from luthier.train import evaluation as evaluating
+from luthier.train import evaluation as replies
+from luthier.train.callbacks import MetricsFile, Progress
+from luthier.train.evaluation import Answers
+from luthier.train.launch_request import launcher
+from luthier.train.loop import fit
 from luthier.train.methods import Ingredients, Method
-from luthier.train.progress import MetricsFile, Progress
-from luthier.train.replies import Answers
+from luthier.train.methods.encoders import make_encoder, make_sources
 from luthier.train.session import AfterSave, Session
-from luthier.train.stopping import Stopped
+from luthier.train.signals import Stopped
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
@@ -62,7 +62,7 @@ def train(loaded: "Loaded", folder: Path, after_save: AfterSave | None = None) -
             # The trainer makes its folder when it is built, and a dry run leaves nothing.
             with TemporaryDirectory() as nowhere:
                 build(config, Path(nowhere), record, main, machine)
-            report.say("dry run: everything up to the first step is right; nothing was written")
+            console.say("dry run: everything up to the first step is right; nothing was written")
             return 0
     except BaseException as error:
         if main and not config.dry_run:
@@ -96,36 +96,36 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer) if facts.chats else None
     prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
-    made = going_on.identity(config, tokenizer, encoder, prepared) if main else {}
+    made = resume.identity(config, tokenizer, encoder, prepared) if main else {}
     if main and not config.dry_run:
-        going_on.refuse_changed(record, made)
+        resume.refuse_changed(record, made)
     if main:
-        report.show_data(prepared, facts.answers)
-        report.show_packing(prepared, batching_of(config))
+        console.show_data(prepared, facts.answers)
+        console.show_packing(prepared, batching_of(config))
         if not config.dry_run:
-            report.write_dropped(prepared, folder)
+            console.write_dropped(prepared, folder)
             plot_data(
                 numbers_of(prepared, config.chat.max_length), folder.name, folder / "data.png"
             )
-    config = recomputing.settled(config)
+    config = activation_checkpointing.settled(config)
     args = method.arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluating.choose_best(args, config)
-    launch.check_devices(args.distributed_state)
+    launch_checks.check_devices(args.distributed_state)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
     if main:
-        report.show_model(model, machine, config.quantization)
+        console.show_model(model, machine, config.quantization)
     callbacks = [MetricsFile(folder / "metrics.jsonl")]
     given = Ingredients(config, args, model, tokenizer, prepared, callbacks)
     set_seed(config.seed)
     trainer = make_trainer(method, given)
     adapter_training.attach(trainer, config.lora)
-    launched = launch.check_running(trainer.accelerator, args)
+    launched = launch_checks.check_running(trainer.accelerator, args)
     if main and not config.dry_run:
         chat = encoder.settings() if encoder else None
-        going_on.refuse_other_launch(record, dict(launched))
+        resume.refuse_other_launch(record, dict(launched))
         launch_facts = {**launched, "launcher": launcher()}
         record.update(**made | {"data": data_facts(prepared)}, launch=launch_facts, chat=chat)
     evaluation = config.trainer.evaluation

@@ -17,7 +17,7 @@ from luthier.record.checkpoints import read_lines
 from luthier.record.record import read
 from luthier.record.run_dir import find_run
 from luthier.storage.manifest import digest
-from luthier.train.stopping import STOPPED
+from luthier.train.signals import STOPPED
 
 GRAMMAR = Grammar(
     "reproduce",

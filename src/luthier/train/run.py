@@ -13,8 +13,8 @@ from luthier.environment import set_environment
 from luthier.record import run_dir
 from luthier.record.record import RunRecord
 from luthier.storage import lock
-from luthier.train import launch, trackers
-from luthier.train.stopping import SIGNALS, STOPPED, Stopped, leave_code
+from luthier.train import launch_checks, trackers
+from luthier.train.signals import SIGNALS, STOPPED, Stopped, leave_code
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
@@ -45,10 +45,10 @@ def _run(loaded: "Loaded", folder: Path, after_save: "AfterSave | None") -> int:
     check(config)
     with _held(folder, config.dry_run):
         if claim(loaded, folder) == "finished":
-            from luthier.train import report
+            from luthier.train import console
 
-            report.say(f"{folder} holds this run, finished; overwrite=true trains it again.\n")
-            report.show_results(RunRecord(folder).entries, folder)
+            console.say(f"{folder} holds this run, finished; overwrite=true trains it again.\n")
+            console.show_results(RunRecord(folder).entries, folder)
             return 0
         from luthier.train.build import train
 
@@ -71,7 +71,7 @@ def check(config: RunConfig) -> None:
         model.check_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     trackers.check_installed(config)
     batching_of(config)
-    launch.check_before()
+    launch_checks.check_before()
 
 
 def claim(loaded: "Loaded", folder: Path) -> run_dir.Claim:
@@ -100,7 +100,7 @@ def _say_changes(folder: Path, resolved: dict[str, Any]) -> None:
     """Say with which other settings the run goes on."""
     if not run_dir.changed(folder, resolved):
         return
-    from luthier.train.going_on import said_changes
+    from luthier.train.resume import said_changes
 
     for sentence in said_changes(folder, resolved):
         print(sentence)

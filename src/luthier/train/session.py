@@ -8,8 +8,7 @@ from typing import Any
 from luthier.chat import ChatEncoder
 from luthier.config.schema import RunConfig
 from luthier.record.record import RunRecord
-from luthier.train.evaluating import RepliesAtEvaluations
-from luthier.train.replies import Answered, Answers, Asked
+from luthier.train.evaluation import Answered, Answers, Asked, RepliesAtEvaluations
 
 AfterSave = Callable[[Path], str | None]
 """Takes the folder of a finished run; returns why something could not be written, or None."""

@@ -8,7 +8,7 @@ import torch
 from helpers.online_trainer import ROWS, prepared, run_config, trainer
 from helpers.preference_trainer import model, say, tokenizer
 from luthier.errors import UserError
-from luthier.model.encoder import make_encoder
+from luthier.train.methods.encoders import make_encoder
 
 
 @pytest.fixture

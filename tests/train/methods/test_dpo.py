@@ -24,8 +24,7 @@ from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.encoders.preference import PreferenceEncoder
 from luthier.errors import UserError
-from luthier.train.methods.dpo import DPO, PairTrainer
-from luthier.train.methods.pair_losses import AVERAGED, LOSSES, Strengths
+from luthier.train.methods.dpo import AVERAGED, DPO, LOSSES, PairTrainer, Strengths
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 BETA = 0.3

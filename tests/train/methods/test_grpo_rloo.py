@@ -10,8 +10,8 @@ from helpers.chatml import CHATML
 from helpers.online_trainer import ROWS, prepared, run_config, trainer
 from helpers.preference_trainer import model, say, tokenizer
 from luthier.errors import UserError
-from luthier.model.encoder import make_encoder
-from luthier.train.methods.prompted import prompt_rows
+from luthier.train.methods.encoders import make_encoder
+from luthier.train.methods.online import prompt_rows
 
 CONTEXTS = [
     ROWS[0]["messages"][:1],

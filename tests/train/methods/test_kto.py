@@ -25,7 +25,7 @@ from luthier.data.batching.rows import TokenRows
 from luthier.data.encoders.preference import UnpairedEncoder, UnpairingEncoder
 from luthier.errors import UserError
 from luthier.train.methods import kto
-from luthier.train.methods.encoding import verdicts
+from luthier.train.methods.encoders import verdicts
 from luthier.train.methods.kto import KTO, UnpairedTrainer
 
 EXAMPLES = unpaired()

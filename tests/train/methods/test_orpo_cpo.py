@@ -18,7 +18,7 @@ from helpers.preference_trainer import (
     trainer,
 )
 from luthier.data.encoders.preference import PreferenceEncoder
-from luthier.train.methods.odds import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
+from luthier.train.methods.orpo_cpo import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 

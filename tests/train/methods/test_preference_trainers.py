@@ -31,7 +31,7 @@ from luthier.data.batching.settings import Batching
 from luthier.data.encoders.preference import PreferenceEncoder, RewardEncoder, UnpairedEncoder
 from luthier.train.methods.dpo import PairTrainer
 from luthier.train.methods.kto import UnpairedTrainer
-from luthier.train.methods.odds import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
+from luthier.train.methods.orpo_cpo import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
 from luthier.train.methods.reward import ScoreTrainer
 
 TOKENIZER = tokenizer()

@@ -23,7 +23,7 @@ from luthier.config.passthrough import check as check_passthrough
 from luthier.errors import UserError
 from luthier.infer.generate import generate
 from luthier.model.adapters import add_adapter
-from luthier.model.encoder import make_sources
+from luthier.train.methods.encoders import make_sources
 
 ROWS = [
     {"source": "where is my card", "target": "in Paris"},

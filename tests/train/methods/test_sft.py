@@ -10,7 +10,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from luthier.errors import UserError
-from luthier.train.sft import TokenTrainer
+from luthier.train.methods.sft import TokenTrainer
 
 VOCABULARY = 64
 # Lengths and prompts differ from row to row, so that any mean of means shows.

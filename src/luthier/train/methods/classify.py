@@ -24,16 +24,18 @@ from luthier.metrics.classification import (
 )
 from luthier.model.device import Machine
 from luthier.train.arguments import trainer_arguments
+from luthier.train.methods.base import Ingredients
 from luthier.train.methods.heads import (
+    REGRESSION,
     Labelled,
+    Labels,
     check_positions,
+    find_labels,
     labels_of,
     load_head,
     share_padding,
 )
-from luthier.train.methods.labels import REGRESSION, Labels, find_labels
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.tabled import OWN, Found, Layout, Losses, Row, columns_for, over_tables
+from luthier.train.methods.labelled import OWN, Found, Layout, Losses, Row, columns_for, over_tables
 
 CLASSES = ("accuracy", "macro_f1", "micro_f1")
 NUMBERS = ("mae", "rmse", "pearson")

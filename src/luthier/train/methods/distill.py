@@ -15,9 +15,8 @@ from luthier.model.device import Machine, choose
 from luthier.model.load import load_model
 from luthier.model.tokenizer import load_tokenizer
 from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.answering import Prompted
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.prompted import prompt_rows, stop_ids
+from luthier.train.methods.base import Ingredients
+from luthier.train.methods.online import Prompted, prompt_rows, stop_ids
 
 
 class StudentTrainer(Prompted, DistillationTrainer):

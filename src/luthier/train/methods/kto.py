@@ -22,12 +22,19 @@ from luthier.data.batching.samplers import Sampler
 from luthier.data.prepare import Prepared
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.train import report
-from luthier.train.methods.completions import forward, token_sums
-from luthier.train.methods.judging import Judging, Scores, Terms, mean, ratio
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.preferring import PairMethod
-from luthier.train.methods.referring import Referring, check_reference, reference_of
+from luthier.train import console
+from luthier.train.methods.base import Ingredients
+from luthier.train.methods.preference import (
+    Judging,
+    PairMethod,
+    Scores,
+    Terms,
+    forward,
+    mean,
+    ratio,
+    token_sums,
+)
+from luthier.train.methods.reference_model import Referring, check_reference, reference_of
 
 PARTNER = "partner"
 """The column with the number of a row's partner, where that does not change from step to step."""
@@ -229,7 +236,7 @@ def _advise(given: Ingredients) -> None:
     balance = args.desirable_weight * good / (args.undesirable_weight * bad)
     if not 0.99 <= balance <= 1.34:
         fitting = args.undesirable_weight * bad / good
-        report.say(
+        console.say(
             f"balance   {good:,} good and {bad:,} bad replies; trainer.args.desirable_weight from "
             f"{fitting:.2f} to {fitting * 4 / 3:.2f} would make them count alike"
         )

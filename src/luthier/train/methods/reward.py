@@ -19,10 +19,9 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.model.tokenizer import PADDING_NAMES
+from luthier.train.methods.base import Ingredients
 from luthier.train.methods.heads import model_config
-from luthier.train.methods.judging import Judging, Scores, Terms, mean
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.preferring import PairMethod
+from luthier.train.methods.preference import Judging, PairMethod, Scores, Terms, mean
 
 LOOKED_AT = 1000
 """Rows whose last tokens are looked at, to choose a padding token that is none of them."""

@@ -17,9 +17,9 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.train.arguments import trainer_arguments
+from luthier.train.methods.base import Ingredients
 from luthier.train.methods.heads import check_positions, model_config
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.tabled import (
+from luthier.train.methods.labelled import (
     OWN,
     Found,
     Layout,

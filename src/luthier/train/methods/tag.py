@@ -20,10 +20,16 @@ from luthier.data.prepare import Prepared
 from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.device import Machine
 from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.heads import Labelled, check_positions, labels_of, load_head
-from luthier.train.methods.labels import Labels, find_tags
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.tabled import OWN, Found, Layout, Losses, Row, over_tables, ragged
+from luthier.train.methods.base import Ingredients
+from luthier.train.methods.heads import (
+    Labelled,
+    Labels,
+    check_positions,
+    find_tags,
+    labels_of,
+    load_head,
+)
+from luthier.train.methods.labelled import OWN, Found, Layout, Losses, Row, over_tables, ragged
 
 ENTITIES = ("entity_precision", "entity_recall", "entity_f1")
 

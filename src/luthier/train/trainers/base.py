@@ -1,14 +1,63 @@
 """What luthier promises of every trainer, on top of TRL's and transformers' own."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from itertools import islice
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
+from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.samplers import SampledRows, Sampler
+from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
 from luthier.model.device import random_state_kept
-from luthier.train import finite
-from luthier.train.checkpointed import Checkpointed
+from luthier.train.dataloaders import eval_sampler, train_sampler
+from luthier.train.trainers.checkpoints import Checkpointed
+
+# Losses and gradients that are no numbers: at which step, in which rows, and what is left.
+
+SHOWN = 8
+"""Rows that a message names."""
+
+
+def broken_step(norms: Iterable[tuple[int, Any]]) -> int | None:
+    """The first step whose gradient has no finite norm, of (step, norm) pairs in order."""
+    return next((step for step, norm in norms if not math.isfinite(float(norm))), None)
+
+
+def rows_of_step(trainer: Any, step: int) -> list[int]:
+    """The numbers, in their table, of the rows that all ranks saw in an optimizer step.
+
+    They follow from the order of the epoch; none where the rows come as a stream.
+    """
+    loader = trainer.callback_handler.train_dataloader
+    rows = None if loader is None else loader.dataset
+    if not isinstance(rows, SampledRows):
+        return []
+    sampler, size = copy(rows.sampler), trainer.get_total_train_batch_size(trainer.args)
+    epoch, place = divmod(step - 1, -(-len(sampler) // size))
+    sampler.set_epoch(epoch)
+    seen = islice(sampler, place * size, (place + 1) * size)
+    return list(dict.fromkeys(number for numbers in seen for number in numbers))
+
+
+def words(trainer: Any, what: str, step: int, places: Sequence[str]) -> str:
+    """The message that ends a run: what broke, where, what is left and what may mend it."""
+    shown = ", ".join(places[:SHOWN])
+    more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+    rows = f"Rows of that step: {shown}{more}.\n" if places else ""
+    last = get_last_checkpoint(trainer.args.output_dir)
+    kept = (
+        f"The last checkpoint before it: {last}." if last else "There is no checkpoint before it."
+    )
+    return (
+        f"{what} at step {step}, so the run stops.\n{rows}{kept}\n"
+        "A smaller trainer.args.learning_rate, more trainer.args.warmup_steps, or "
+        "model.dtype=bfloat16 in place of float16 usually mends it; else look at those rows."
+    )
 
 
 @contextmanager
@@ -97,13 +146,13 @@ class Exact(Checkpointed):
     def _stop_if_broken(self, loss: float = 0.0) -> None:
         """Raise UserError at a step whose gradient, or a mean loss that, is no finite number."""
         norms, self._norms = self._norms, []
-        step, what = finite.broken_step(norms), "The gradient is no finite number"
+        step, what = broken_step(norms), "The gradient is no finite number"
         if not math.isfinite(loss):
             step, what = step or self.state.global_step, f"The loss is {loss}"
         if step is not None:
-            rows = finite.rows_of_step(self, step)
+            rows = rows_of_step(self, step)
             places = self.places(rows) if self.places is not None else []
-            raise UserError(finite.words(self, what, step, places))
+            raise UserError(words(self, what, step, places))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, but none with weights that are broken."""
@@ -166,3 +215,43 @@ class Exact(Checkpointed):
             self.add_means(logs)
             self._stop_if_broken(logs["loss"])
         super().log(logs, start_time)
+
+
+# Loaders in luthier's own order, for every trainer over rows of a table.
+
+
+class Ordered(Exact):
+    """Stands before a trainer: `class Mine(Ordered, Trainer)`."""
+
+    batching: Batching
+
+    def sampler(self, rows: TokenRows, size: int, processes: int, is_training: bool) -> Sampler:
+        """The order of the rows; `size`: those of a batch of one process."""
+        make = train_sampler if is_training else eval_sampler
+        return make(rows, self.batching, self.args, size, processes)
+
+    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+        """The rows in this order, as the trainer's collator takes them."""
+        return SampledRows(sampler)
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """Make a loader with luthier's own samplers."""
+        in_step = self._train_batch_size * self.args.gradient_accumulation_steps
+        processes = self.get_total_train_batch_size(self.args) // in_step
+        sampler = self.sampler(dataset, batch_size, processes, is_training)
+        return super()._get_dataloader(
+            dataset=self.arranged(sampler, is_training),
+            description=description,
+            batch_size=batch_size,
+            sampler_fn=lambda rows: sampler,
+            is_training=is_training,
+            dataloader_key=dataloader_key,
+        )

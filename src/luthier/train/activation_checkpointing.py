@@ -8,8 +8,8 @@ from luthier.errors import UserError
 from luthier.memory import choose_checkpointing
 from luthier.memory.sharding import Sharding
 from luthier.memory.workload import here
-from luthier.train import report
-from luthier.train.asked import Asked, asked
+from luthier.train import console
+from luthier.train.launch_request import Asked, asked
 
 KEY = "activation_checkpointing"
 AUTO = "auto"
@@ -47,8 +47,8 @@ def _decide(config: RunConfig) -> bool:
         hardware = here(config.model, processes)
         recomputes = choose_checkpointing(config, hardware, sharding_of(asked(), processes))
     except UserError as error:
-        report.say(f"memory    not planned ({error}); activations are computed again")
+        console.say(f"memory    not planned ({error}); activations are computed again")
         return True
     said = "would not fit and are computed again" if recomputes else "fit and are kept"
-    report.say(f"memory    activations {said}")
+    console.say(f"memory    activations {said}")
     return recomputes

@@ -2,20 +2,27 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
+from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import JudgedLayout, JudgedRows
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import SampledRows, Sampler
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.train.methods.ordered import Ordered
-from luthier.train.methods.shared import precision_kept
+from luthier.model.device import Machine
+from luthier.model.load import load_model
+from luthier.train.arguments import trainer_arguments
+from luthier.train.methods.base import Ingredients
+from luthier.train.methods.labelled import evaluation_rows
+from luthier.train.trainers.base import Ordered, precision_kept
 
 Scores = dict[str, Tensor]
 """What a forward pass says of each row of a batch, by name; each has the shape (rows,)."""
@@ -244,3 +251,105 @@ def mean(part: Tensor, where: Tensor | None = None) -> float:
 def ratio(sums: Tensor, counts: Tensor) -> float:
     """A mean over tokens, from the sums and the counts of all rows."""
     return float(sums.cpu().double().sum()) / max(float(counts.cpu().double().sum()), 1)
+
+
+# What a language model says of the replies in a batch, summed over the tokens that train.
+
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+"""What TRL's fused language-model head is to give for each token."""
+
+
+def forward(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
+    """Run a model with TRL's fused head; the outputs begin with the second token."""
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        labels=labels,
+        use_cache=False,
+        fused_lm_head=True,
+        **more,
+    )
+
+
+def mask_of(inputs: dict[str, Any]) -> Tensor:
+    """The tokens that train, from the second on; bool of shape (sequences, width - 1)."""
+    return inputs["completion_mask"][:, 1:].bool()
+
+
+def token_sums(outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Sums over the trained tokens of each sequence, float32, and how many tokens there are.
+
+    `logps` keeps its gradient. Prompt-learning adapters put positions in front, which are left out.
+    """
+    mask = mask_of(inputs)
+    width = mask.shape[1]
+    given = {
+        "entropy": outputs.entropy,
+        "logits": outputs.mean_logits,
+        "right": outputs.is_top1,
+    }
+    found = {
+        name: torch.where(mask, part[:, -width:].detach(), 0).float().sum(dim=1)
+        for name, part in given.items()
+        if part is not None
+    }
+    return found | {
+        "logps": outputs.log_probs[:, -width:].float().sum(dim=1),
+        "trained": mask.sum(dim=1).float(),
+        "tokens": inputs["attention_mask"].sum(dim=1).float(),
+    }
+
+
+def in_pairs(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of two replies side by side: `chosen_logps` and `rejected_logps`, and so on."""
+    pairs = {}
+    for name, part in sums.items():
+        pairs[f"chosen_{name}"], pairs[f"rejected_{name}"] = part.chunk(2)
+    tokens = pairs.pop("chosen_tokens") + pairs.pop("rejected_tokens")
+    counts = {f"{side}_tokens": pairs.pop(f"{side}_trained") for side in ("chosen", "rejected")}
+    return pairs | counts | {"tokens": tokens}
+
+
+def count_pairs(inputs: Any) -> Tensor:
+    """The real pairs of a batch, and the trained tokens of their better replies: shape (2,)."""
+    real = inputs["real"]
+    trained = inputs["completion_mask"][: len(real), 1:].sum(dim=1)
+    return torch.stack([real.sum(), trained[real].sum()]).float()
+
+
+# What the methods share that train on replies which are judged.
+
+
+class PairMethod:
+    """A method whose rows are two replies to one prompt."""
+
+    make: ClassVar[Any]
+    """The class of the trainer's arguments."""
+    reference: Any = None
+    """The model that the trained one is compared with, if it is one of its own."""
+
+    def own(self, config: RunConfig) -> dict[str, Any]:
+        """What the arguments must say besides."""
+        return {"max_length": None}
+
+    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+        """The trainer's arguments."""
+        own = {"remove_unused_columns": False} | self.own(config)
+        return trainer_arguments(self.make, config, machine, folder, has_eval, own)
+
+    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+        """A causal language model."""
+        return load_model(config.model, config.quantization, machine, full=not config.lora)
+
+    def common(self, given: Ingredients) -> dict[str, Any]:
+        """What every trainer takes."""
+        return {
+            "model": given.model,
+            "args": given.args,
+            "train_dataset": given.prepared.train,
+            "eval_dataset": evaluation_rows(given.prepared.eval),
+            "batching": batching_of(given.config),
+            "processing_class": given.tokenizer,
+            "callbacks": given.callbacks,
+        }

@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import Numbers, SampledRows, Sampler
 from luthier.data.batching.settings import Batching, batching_of
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.ordered import Ordered
+from luthier.train.methods.base import Ingredients
+from luthier.train.trainers.base import Ordered
 
 Made = TypeVar("Made")
 NOBODY = -1

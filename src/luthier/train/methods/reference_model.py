@@ -17,10 +17,10 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.model.trainable import give_new_rows
-from luthier.train.methods.judging import Scores, StandIn
+from luthier.train.methods.preference import Scores, StandIn
 
 if TYPE_CHECKING:
-    from luthier.train.methods.judging import Judging as Base
+    from luthier.train.methods.preference import Judging as Base
 else:
     Base = object
 

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer with exact numbers: float32 adapters, token-weighted losses, few syncs."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,15 +9,27 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import SFTTrainer
 
+from luthier.config.schema import RunConfig
 from luthier.data.batching.collators import flattened_for
+from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import SampledRows, Sampler
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.prepare import Prepared
 from luthier.errors import UserError
-from luthier.train.batching_isolation import Isolation, check_isolation
-from luthier.train.batching_loaders import collator, token_rows
-from luthier.train.batching_stream import StreamRows, check_stream, flatten, stream_loader
-from luthier.train.methods.ordered import Ordered
-from luthier.train.methods.shared import precision_kept
+from luthier.model.device import Machine
+from luthier.model.load import load_model
+from luthier.train.arguments import sft_arguments
+from luthier.train.dataloaders import (
+    StreamRows,
+    check_stream,
+    collator,
+    flatten,
+    stream_loader,
+    token_rows,
+)
+from luthier.train.methods.base import Ingredients
+from luthier.train.packing_check import Isolation, check_isolation
+from luthier.train.trainers.base import Ordered, precision_kept
 
 
 class TokenTrainer(Ordered, SFTTrainer):
@@ -225,3 +238,48 @@ def _share_pad_token(model: Any, tokenizer: Any) -> int:
     model.config.get_text_config().pad_token_id = pad
     model.generation_config.pad_token_id = pad
     return int(pad)
+
+
+# Supervised fine-tuning: conversations and plain texts, through `TokenTrainer`.
+
+
+class Supervised:
+    """Trains the replies of conversations, and every token of plain texts."""
+
+    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+        """The `trl.SFTConfig`."""
+        return sft_arguments(config, machine, folder, has_eval)
+
+    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+        """A causal language model."""
+        return load_model(config.model, config.quantization, machine, full=not config.lora)
+
+    def trainer(self, given: Ingredients) -> TokenTrainer:
+        """TRL's SFTTrainer over token rows."""
+        batching = batching_of(given.config)
+        return TokenTrainer(
+            given.model,
+            args=given.args,
+            train_dataset=_training_rows(given.config, given.prepared, batching),
+            eval_dataset=_evaluation_tables(given.prepared.eval),
+            batching=batching,
+            processing_class=given.tokenizer,
+            callbacks=given.callbacks,
+        )
+
+
+def _training_rows(config: RunConfig, prepared: Prepared, batching: Batching) -> Any:
+    """The rows to train on, as the trainer takes them."""
+    if isinstance(prepared.train, TokenRows):
+        return prepared.train
+    return StreamRows(
+        prepared.train,
+        seed=config.seed,
+        shuffle_buffer=config.dataset.shuffle_buffer,
+        length=batching.length if batching.packing else None,
+    )
+
+
+def _evaluation_tables(sets: dict[str, TokenRows]) -> Any:
+    """The evaluation sets as the trainer takes them: the only one has no name."""
+    return next(iter(sets.values())) if len(sets) == 1 else sets or None

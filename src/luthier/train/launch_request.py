@@ -273,3 +273,15 @@ def _world_size(environ: Mapping[str, str], said: dict[str, str]) -> int | None:
         return None
     said["num_processes"] = f"`WORLD_SIZE={size}` in the environment"
     return int(size)
+
+
+# How a run was launched, as far as it takes to launch it so again.
+
+
+def launcher() -> dict[str, Any] | None:
+    """The content of accelerate's config file, if one had a say; None for plain Python."""
+    wish = asked()
+    if wish is None or wish.config_file is None:
+        return None
+    config = yaml.safe_load(wish.config_file.read_text(encoding="utf-8"))
+    return {"config_file": str(wish.config_file), "config": config}

@@ -13,9 +13,8 @@ from luthier.metrics.rewards import Reward, parse_rewards, prepare_rewards, try_
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.answering import Prompted
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.prompted import PromptRows, prompt_rows, stop_ids
+from luthier.train.methods.base import Ingredients
+from luthier.train.methods.online import Prompted, PromptRows, prompt_rows, stop_ids
 
 TRIED = 2
 """Rows with which the rewards are tried before training."""

@@ -1,19 +1,61 @@
 """What comes out of a run: its measures before and after, the model on disk, the summary."""
 
+import copy
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
+from luthier.chat import ChatEncoder
 from luthier.errors import UserError
 from luthier.model.adapters import make_plain
+from luthier.model.device import random_state_kept
 from luthier.record import checkpoints
+from luthier.record.checkpoints import Bounds
 from luthier.record.plots import plot_loss, read_metrics
 from luthier.storage.atomic import publish_folder, read_json, write_json, write_jsonl
-from luthier.train import report, trackers
-from luthier.train.replies import Asked
-from luthier.train.served import write_served
+from luthier.train import console, trackers
+from luthier.train.callbacks import Journals, Stopping
+from luthier.train.evaluation import Asked
 from luthier.train.session import Session
+from luthier.train.signals import SIGNALS, STOPPED, agreed, name_of
+from luthier.train.trainers.checkpoints import disk_full_message, is_disk_full
+
+# What makes others' servers read and stop as the training did, beside a saved adapter or model.
+
+
+def write_served(folder: Path, trainer: Any, encoder: ChatEncoder) -> None:
+    """Write the training's template with the tokenizer, and its stop tokens.
+
+    A tokenizer keeps its own template where the config names another; and the token that ends a
+    turn is often none of the base's end tokens, or an adapter's folder has no generation config
+    at all.
+    """
+    tokenizer = copy.copy(trainer.processing_class)
+    tokenizer.chat_template = encoder.settings()["template"]
+    tokenizer.save_pretrained(folder)
+    if trainer.model.can_generate():  # a model that scores says nothing
+        _write_stops(folder, trainer.model.generation_config, encoder, tokenizer.pad_token_id)
+
+
+def _write_stops(folder: Path, base: Any, encoder: ChatEncoder, pad: int | None) -> None:
+    """Write a generation config with the base's settings and the training's stop tokens."""
+    config = copy.deepcopy(base)
+    stops = encoder.stop_token_ids
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    more = [end for end in own if end is not None and end not in stops]
+    config.eos_token_id = [*stops, *more]
+    config.pad_token_id = pad
+    # Not `save_pretrained`, which refuses settings that do not go together, the base's own among
+    # them.
+    config.to_json_file(folder / "generation_config.json")
+
 
 Measure = dict[str, Any]
 """`results` by name, and for each set of answered rows, by its name, `replies` and `scores`."""
@@ -160,10 +202,10 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
     session.record.end("finished", results=results, training_seconds=seconds)
     problem = session.after_save(folder) if session.after_save else None
     if problem:
-        report.say(f"card      not written: {problem}")
+        console.say(f"card      not written: {problem}")
     trackers.log_files(config, folder)
-    report.show_replies(rows, config.trainer.evaluation.samples)
-    report.show_results(session.record.entries, folder)
+    console.show_replies(rows, config.trainer.evaluation.samples)
+    console.show_results(session.record.entries, folder)
 
 
 def _reply_rows(asked: Asked, before: Measure, after: Measure) -> list[dict[str, Any]]:
@@ -186,3 +228,125 @@ def _reply_rows(asked: Asked, before: Measure, after: Measure) -> list[dict[str,
         }
         for number, question in enumerate(asked.questions)
     ]
+
+
+# The training of a session: from its newest checkpoint to its results, or to where it stops.
+
+_SECONDS_TO_END = 5.0
+"""How long the other processes wait, so that a launcher does not end the first one too early."""
+
+
+def fit(session: Session) -> int:
+    """Answer, train, answer again, and write down what came out; return the exit code.
+
+    Raises UserError where the disk is full.
+    """
+    trainer = session.trainer
+    with _disk_in_words(session):
+        resume = _resumed(session)
+        with random_state_kept():
+            before = measure_before(session)
+        _prepare(session, resume)
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        seconds = time.monotonic() - began
+        stopped = trainer.stopped or _measured_or_stopped(session, before, seconds)
+        if stopped:
+            _leave(session, stopped)
+    # The process group must be gone before the process is, or gloo may abort at exit.
+    trainer.end()
+    if stopped and not session.main:
+        time.sleep(_SECONDS_TO_END if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+    return STOPPED if stopped else 0
+
+
+def _measured_or_stopped(session: Session, before: Measure, seconds: float) -> int:
+    """Measure, save and conclude; the signal's number where one came before the model was saved.
+
+    The trained weights are then in a checkpoint, and the same command measures them.
+    """
+    for part in measure_stepwise(session, "after training"):
+        stopped = agreed(session.trainer.accelerator)
+        if stopped:
+            _checkpoint(session.trainer)
+            return stopped
+        after = part()
+    save(session)
+    conclude(session, before, after, seconds)
+    return 0
+
+
+def _checkpoint(trainer: Any) -> None:
+    """Take a checkpoint behind the last step, if there is none.
+
+    Not where the best weights are back in place: they are those of another step.
+    """
+    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if not trainer.args.load_best_model_at_end and not last.is_dir():
+        trainer.planned = False
+        trainer._save_checkpoint(trainer.model, None)
+
+
+def _resumed(session: Session) -> Path | None:
+    """The checkpoint to go on from; all processes agree on it."""
+    folder = session.folder / "checkpoints"
+    chosen: list[Path | None] = [None]
+    if session.main:
+        checkpoints.recover(folder)
+        found = checkpoints.newest(folder)
+        for sentence in found.passed_over:
+            console.say(sentence)
+        if found.path is not None:
+            console.say(f"goes on from {found.path}")
+        elif found.passed_over:
+            console.say("there is no whole checkpoint, so the training begins again")
+        chosen = [found.path]
+    if session.trainer.accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    _refuse_shorter(session.trainer, chosen[0])
+    return chosen[0]
+
+
+def _refuse_shorter(trainer: Any, resume: Path | None) -> None:
+    """Stop where the run has taken more steps already than it is to have now."""
+    if resume is not None and checkpoints.step_of(resume) > trainer.planned_steps():
+        raise UserError(
+            f"trainer.args: the run is at step {checkpoints.step_of(resume)} already ({resume}), "
+            f"and {trainer.planned_steps()} steps are asked for.\nAsk for at least as many, choose "
+            "another output_dir=..., or overwrite=true to begin anew."
+        )
+
+
+def _prepare(session: Session, resume: Path | None) -> None:
+    """Give the trainer what it needs to stop and to go on; from here signals are only noted."""
+    trainer, config = session.trainer, session.config
+    trainer.bounds = Bounds(trainer.args.save_total_limit, config.trainer.checkpoints.bytes)
+    trainer.journals = tuple(session.folder / name for name in checkpoints.NAMES)
+    trainer.add_callback(Journals(trainer, resume))
+    trainer.add_callback(Stopping(trainer))
+    if session.main:
+        session.record.note(from_step=checkpoints.step_of(resume) if resume else 0)
+    SIGNALS.waits = True
+
+
+def _leave(session: Session, number: int) -> None:
+    """Say where the run stopped and how it goes on."""
+    step, name = int(session.trainer.state.global_step), name_of(number)
+    if session.main:
+        session.record.note(to_step=step, signal=name)
+        session.record.end("stopped")
+        console.say(f"stopped by {name} behind step {step}; the same command goes on from there")
+
+
+@contextmanager
+def _disk_in_words(session: Session) -> Iterator[None]:
+    """A disk that is full while anything else than a checkpoint is written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        folder = session.folder / "checkpoints"
+        if not is_disk_full(error, folder):
+            raise
+        raise UserError(disk_full_message(folder, "while the run wrote to its folder")) from error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypedDict
 
 from luthier.errors import UserError
-from luthier.train.asked import Asked, asked, is_on, unknown_keys
+from luthier.train.launch_request import Asked, asked, is_on, unknown_keys
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

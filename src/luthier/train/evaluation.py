@@ -1,15 +1,81 @@
 """Held-out rows answered by the model under training, and their score."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from luthier.config.schema import EvaluationConfig
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from luthier.config.cross_checks import best_metric
+from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.generate import generate
 from luthier.infer.questions import Question, Row, questions
-from luthier.metrics import Metric, Reply, parse_metrics, prepare_metrics, score_replies
-from luthier.train.gathered import gathered
+from luthier.metrics import (
+    Metric,
+    Reply,
+    greater_is_better,
+    parse_metrics,
+    prepare_metrics,
+    score_replies,
+)
+from luthier.train import trackers
+
+# Weights that are split over ranks, whole on each of them while replies are generated.
+
+
+@contextmanager
+def gathered(trainer: Any) -> Iterator[Any]:
+    """The trainer's model with all its weights on every rank within the block.
+
+    Under ZeRO-3 and FSDP2 they are gathered once, at its start, and not once a token. All ranks
+    enter it together; within it each may generate as much as it likes. A rank needs memory for the
+    whole weights. Elsewhere the model is as it was.
+    """
+    accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        from trl.models import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
+            yield model
+        return
+    model = accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        with unsharded(model, accelerator.state.fsdp_plugin.reshard_after_forward):
+            yield model
+        return
+    yield model
+
+
+@contextmanager
+def unsharded(model: Any, reshards: bool) -> Iterator[None]:
+    """Keep what the first forward of an FSDP2 model gathers until the end of the block.
+
+    `reshards`: what its `fully_shard` was told as `reshard_after_forward`.
+    """
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    was_training = model.training
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        with torch.no_grad():
+            # One token: a rank without a question takes part in the gathering, too.
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            decoder = {"decoder_input_ids": token} if model.config.is_encoder_decoder else {}
+            model.eval()(input_ids=token, **decoder)
+        yield
+    finally:
+        model.train(was_training)
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(reshards, recurse=False)
+
 
 KEY = "trainer.evaluation.metrics"
 
@@ -188,3 +254,93 @@ def rows_of(asked: Asked, answered: Answered) -> list[dict[str, Any]]:
         }
         for number, (question, text) in enumerate(zip(asked.questions, answered.texts, strict=True))
     ]
+
+
+# Held-out rows answered at every evaluation: metrics that choose a checkpoint or end a run.
+
+FILE = "evaluations.jsonl"
+"""Where the replies of every evaluation are written, a reply a line."""
+
+
+def choose_best(args: Any, config: RunConfig) -> None:
+    """Say in the trainer's arguments which way the best checkpoint lies, if the user did not.
+
+    transformers takes every name that does not end with `loss` for better the greater it is. With
+    `patience` and no metric, the loss on held-out rows counts. Raises UserError for a metric that
+    is neither good nor bad.
+    """
+    evaluation = config.trainer.evaluation
+    if args.metric_for_best_model is None and evaluation.patience is not None:
+        args.metric_for_best_model, args.greater_is_better = "loss", False
+    if args.metric_for_best_model is None or "greater_is_better" in config.trainer.args:
+        return
+    found = best_metric(
+        args.metric_for_best_model, evaluation.model_dump(), config.dataset.eval.sets
+    )
+    if found is not None:
+        name, metrics = found
+        args.greater_is_better = greater_is_better(metrics, name, "trainer.evaluation.metrics")
+
+
+def added(
+    trainer: Trainer, answers: Answers, config: RunConfig, folder: Path
+) -> "RepliesAtEvaluations | None":
+    """Give the trainer what `trainer.evaluation` has it do at its evaluations."""
+    evaluation, during = config.trainer.evaluation, None
+    if evaluation.when == "evaluations":
+        during = RepliesAtEvaluations(trainer, answers, config, folder)
+        trainer.add_callback(during)
+    if evaluation.patience is not None:
+        # Behind the one that adds what it looks at.
+        trainer.add_callback(Patience(evaluation.patience))
+    return during
+
+
+class RepliesAtEvaluations(TrainerCallback):
+    """Answers the rows of the set that was evaluated, and adds the metrics to its measures."""
+
+    def __init__(self, trainer: Trainer, answers: Answers, config: RunConfig, folder: Path) -> None:
+        self._trainer, self._answers, self._config = trainer, answers, config
+        self._file = folder / FILE
+        self._last: dict[str, tuple[int, Answered]] = {}
+
+    def at(self, name: str, step: int) -> Answered | None:
+        """The replies of this step to the questions of a set, if they were the last ones."""
+        found = self._last.get(name)
+        return found[1] if found is not None and found[0] == step else None
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Add the metrics, in place: the trainer chooses the best checkpoint by what is there."""
+        for asked in self._answers.asked:
+            # One evaluation of several sets comes here once for each of them.
+            if f"{asked.prefix}_runtime" in metrics:
+                metrics |= self._answer(asked, state)
+
+    def _answer(self, asked: Asked, state: Any) -> dict[str, float]:
+        answered = self._answers.to(asked, f"at step {state.global_step}")
+        self._last[asked.name] = state.global_step, answered
+        results = {f"{asked.prefix}_{name}": value for name, value in answered.results.items()}
+        # Past the trainer's own way of logging, which adds the means of what it has computed.
+        Trainer.log(self._trainer, dict(results))
+        if state.is_world_process_zero:
+            self._write(asked, rows_of(asked, answered), state.global_step)
+        return results
+
+    def _write(self, asked: Asked, rows: list[dict[str, Any]], step: int) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        trackers.log_replies(self._config, asked.name, rows, step)
+
+
+class Patience(EarlyStoppingCallback):
+    """Stops after evaluations without a better metric, and passes over the other sets' measures."""
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Count an evaluation that measured the metric."""
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)

@@ -1,8 +1,9 @@
 """What makes token rows of a source's rows, for each method: known without its trainer."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from luthier.chat import ChatEncoder
 from luthier.config.methods import check_rows
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders.chat import ConversationEncoder, KeepingColumns, RowEncoder, TextEncoder
@@ -16,7 +17,11 @@ from luthier.data.encoders.prompts import PromptEncoder, longest_prompt
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.data.examples import key_of_shape
 from luthier.data.prepare import Encoders
+from luthier.infer.seq2seq_prompts import Sources
 from luthier.model.tokenizer import end_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Make = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]
 """From a config, its tokenizer, and the kind of a source's rows, which is one of the method's."""
@@ -110,3 +115,25 @@ ENCODERS: Mapping[str, Make] = {
     "distill": prompts,
 }
 """By the name of the method."""
+
+
+# The chat encoder of a run: its settings, the model's tokenizer and the model's end tokens.
+
+
+def make_encoder(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> ChatEncoder | None:
+    """Return the encoder that makes this run's training rows and prompts.
+
+    None where there is no chat template: rows that are no chats need none.
+    """
+    if config.chat.template is None and tokenizer.chat_template is None:
+        return None
+    return ChatEncoder(
+        tokenizer, **config.chat.model_dump(), eos_token_ids=end_token_ids(config.model)
+    )
+
+
+def make_sources(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Sources:
+    """Return what makes the prompts of an encoder-decoder model: the sources as they train."""
+    encoder = Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
+    ends = [tokenizer.eos_token_id, *end_token_ids(config.model)]
+    return Sources(encoder, [end for end in dict.fromkeys(ends) if end is not None])

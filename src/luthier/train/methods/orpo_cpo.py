@@ -5,21 +5,30 @@ from typing import Any, ClassVar
 
 from peft import PeftModel
 from torch import Tensor
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import PairLayout
-from luthier.train.methods.completions import OUTPUTS, count_pairs, forward, in_pairs, token_sums
+from luthier.train.methods.base import Ingredients
 from luthier.train.methods.dpo import pair_measures
-from luthier.train.methods.judging import Judging, Scores, Terms, mean, ratio
-from luthier.train.methods.method import Ingredients
-from luthier.train.methods.preferring import PairMethod
+from luthier.train.methods.preference import (
+    OUTPUTS,
+    Judging,
+    PairMethod,
+    Scores,
+    Terms,
+    count_pairs,
+    forward,
+    in_pairs,
+    mean,
+    ratio,
+    token_sums,
+)
 
 # What is experimental in TRL stays behind luthier's own arguments and tests.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 
 class Alone(Judging):

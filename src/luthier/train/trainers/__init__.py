@@ -1,0 +1,1 @@
+"""What luthier adds to every TRL and transformers trainer."""
