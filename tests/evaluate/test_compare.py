@@ -10,9 +10,9 @@ import torch
 from helpers import adapter_runs as material
 from helpers.chatml import jsonl
 from helpers.evaluation_rows import ROWS
-from luthier.evaluate import batching, compare, likelihood
-from luthier.evaluate.items import Item, Items
-from luthier.evaluate.outcome import Outcome
+from luthier.evaluate import compare, likelihood
+from luthier.evaluate.likelihood import Outcome
+from luthier.evaluate.rows import Item, Items
 from luthier.infer import LLM
 from luthier.metrics import Measured, parse_metrics
 
@@ -89,7 +89,7 @@ def test_a_batch_is_as_likely_as_its_rows_alone(run, monkeypatch):
     items = [Item("row", [(each, [-100, -100, *each[2:]])], None) for each in ids]
     with LLM(str(run)) as llm:
         together = likelihood.likelihoods(llm.model, items)
-        monkeypatch.setattr(batching, "TOKENS", 1)
+        monkeypatch.setattr(likelihood, "TOKENS", 1)
         alone = likelihood.likelihoods(llm.model, items)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert together[:, 1].tolist() == [1, 2, 3, 4, 5, 6]

@@ -102,7 +102,7 @@ MISTAKES = {
 def test_a_mistake_with_a_classifier_is_said_in_words(
     luthier, finished, tmp_path, monkeypatch, rows, words, says
 ):
-    monkeypatch.setattr("luthier.evaluate.harness.check_installed", lambda: None)
+    monkeypatch.setattr("luthier.evaluate.benchmarks.check_installed", lambda: None)
     run, _ = finished(*CASES["classes"])
     given = [f"dataset.path={tasks.written(tmp_path / 'rows.jsonl', rows)}"] if rows else []
     code, _, err = luthier("evaluate", run, *given, *words)

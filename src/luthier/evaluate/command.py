@@ -12,9 +12,8 @@ from luthier.inspect.arguments import Flag, Given, Grammar
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
     from luthier.evaluate.compare import Result
-    from luthier.evaluate.items import Items
-    from luthier.evaluate.sets import Set
-    from luthier.evaluate.subjects import Subject
+    from luthier.evaluate.models import Subject
+    from luthier.evaluate.rows import Items, Set
     from luthier.infer.words import Words
     from luthier.metrics import Metric
 
@@ -59,10 +58,10 @@ def run(words: list[str]) -> int:
     metrics = _metrics_typed(own)
     out = _writable(given.texts.get("-o"))
     if "--benchmarks" in given.texts:
-        from luthier.evaluate.harness import check_installed
+        from luthier.evaluate.benchmarks import check_installed
 
         check_installed()
-    from luthier.evaluate.subjects import subjects
+    from luthier.evaluate.models import subjects
     from luthier.model.adapters import HEADED
 
     texts = given.texts
@@ -128,7 +127,7 @@ def _evaluated(
     """Measure the one, then the other, and put the numbers together."""
     from rich.console import Console
 
-    from luthier.evaluate.subjects import Writer, check_alike
+    from luthier.evaluate.models import Writer, check_alike
 
     console = Console(quiet="--json" in given.switches, highlight=False)
     settings = dict(typed.generation)
@@ -151,8 +150,7 @@ def _evaluated(
             bases = [other.measure(each, asked) for each in theirs]
             benchmarks["base"] = _benchmarks(other, given)
             check_alike(other, alphabet, sets, theirs)
-    from luthier.evaluate.compare import result
-    from luthier.evaluate.report import show
+    from luthier.evaluate.compare import result, show
 
     results, against = [], "other" if "--against" in given.texts else "base"
     for number, each in enumerate(sets):
@@ -161,7 +159,7 @@ def _evaluated(
         show(results[-1], console, against)
     found = _plain(model, other, results, asked)
     if given.texts.get("--benchmarks"):
-        from luthier.evaluate.harness import compared, show_tasks
+        from luthier.evaluate.benchmarks import compared, show_tasks
 
         found["benchmarks"] = compared(benchmarks, LEVEL)
         show_tasks(found["benchmarks"], console)
@@ -202,7 +200,7 @@ def _sets(
 def _items(
     model: "Subject", typed: "Words", given: Given, config: "RunConfig | None"
 ) -> "Iterator[Items]":
-    from luthier.evaluate.items import of_dataset, of_run
+    from luthier.evaluate.rows import of_dataset, of_run
     from luthier.infer.words import dataset_of
     from luthier.model.tokenizer import load_tokenizer
 
@@ -221,8 +219,8 @@ def _benchmarks(model: "Subject", given: Given) -> dict[str, Any]:
     tasks = given.texts.get("--benchmarks")
     if tasks is None:
         return {}
-    from luthier.evaluate.harness import run_tasks
-    from luthier.evaluate.subjects import Writer
+    from luthier.evaluate.benchmarks import run_tasks
+    from luthier.evaluate.models import Writer
 
     assert isinstance(model, Writer)  # others were refused
     limit, batch = given.numbers.get("--limit"), given.numbers.get("--batch")

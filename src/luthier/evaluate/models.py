@@ -1,23 +1,60 @@
 """The models that are measured, and what they are compared with."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
-from luthier.evaluate.items import Items, Maker
-from luthier.evaluate.measure import measure
-from luthier.evaluate.outcome import Outcome
-from luthier.evaluate.sets import Set, metrics_of, of_replies
-from luthier.evaluate.written import SpokenMaker, TargetMaker
+from luthier.evaluate.likelihood import Outcome, likelihoods
+from luthier.evaluate.rows import (
+    Items,
+    Maker,
+    Set,
+    SpokenMaker,
+    TargetMaker,
+    metrics_of,
+    of_replies,
+)
 from luthier.infer.llm import LLM
-from luthier.metrics import Metric
+from luthier.metrics import Measured, Metric, Reply, score_replies
 from luthier.model.adapters import HEADED
 from luthier.model.artifact import find_artifact
 
 if TYPE_CHECKING:
-    from luthier.evaluate.deciding import Decider
+    from luthier.evaluate.heads import Decider
     from luthier.infer.words import Words
+
+
+# One model that writes, measured on one set: perplexity, and the metrics of its replies.
+
+
+def measure(llm: LLM, items: Items, metrics: Sequence[Metric], given: dict[str, Any]) -> Outcome:
+    """Measure a loaded model as it answers now.
+
+    `metrics`: none for the perplexity alone. `given`: settings of generation, and `batch_size`.
+    Raises UserError where a metric fails and for rows that the model cannot read.
+    """
+    from tqdm import tqdm
+
+    total = sum(len(item.sequences) for item in items.rows)
+    with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
+        losses = likelihoods(llm.model, items.rows, bar.update)
+    asked = [item for item in items.rows if item.question is not None] if metrics else []
+    if not asked:
+        return Outcome(losses, [], Measured({}))
+    questions = [item.question for item in asked if item.question is not None]
+    prompts = [{"messages": each.messages, "tools": each.tools} for each in questions]
+    with tqdm(total=len(asked), desc="replies", leave=False, disable=None) as bar:
+        texts = llm.generate(
+            prompts, places=[item.where for item in asked],
+            on_replies=lambda number, replies: bar.update(1), **given,
+        )  # fmt: skip
+    replies = [
+        Reply(text, question.expected, question.row)
+        for text, question in zip(texts, questions, strict=True)
+    ]
+    return Outcome(losses, texts, score_replies(metrics, replies))
 
 
 class Writer(LLM):
@@ -103,7 +140,7 @@ def _subject(word: str, typed: "Words", base: str | None) -> Subject:
     artefact = find_artifact(word, base)
     if artefact.task not in HEADED:
         return Writer(artefact, **typed.llm())
-    from luthier.evaluate.deciding import Decider
+    from luthier.evaluate.heads import Decider
 
     return Decider(artefact, **typed.llm())
 

@@ -89,7 +89,7 @@ def show_tasks(found: Mapping[str, Any], console: "Console") -> None:
     """Print the numbers of the benchmarks."""
     from rich.text import Text
 
-    from luthier.evaluate.report import numbers
+    from luthier.evaluate.compare import numbers
 
     console.print(Text("\nbenchmarks", style="bold"))
     console.print(numbers(dict(found)))

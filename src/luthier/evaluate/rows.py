@@ -1,0 +1,281 @@
+"""Rows for models that write: chats, texts, and sources with targets."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+from luthier.chat import ChatEncoder, ChatError
+from luthier.config.methods import ROW_KINDS
+from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
+from luthier.data.encoders.plain_text import OnLong, PlainEncoder
+from luthier.data.encoders.tasks import Seq2SeqEncoder
+from luthier.data.examples import (
+    BadRows,
+    Opened,
+    Placed,
+    eval_sources,
+    key_of_path,
+    open_rows,
+    set_name,
+    train_sources,
+)
+from luthier.data.prepare import prepare
+from luthier.errors import UserError
+from luthier.infer.questions import Question, questions
+from luthier.metrics import Metric, parse_metrics, prepare_metrics
+
+# The rows that a model is measured on: their tokens, and the questions in them.
+
+MAIN = "held out"
+"""What the evaluation set without a name is called."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row to measure on."""
+
+    where: str
+    sequences: list[tuple[list[int], list[int]]]
+    """Token ids, and labels of the same length: -100 where nothing is measured. For an
+    encoder-decoder model the ids of the source, and those of the target."""
+    question: Question | None
+    """What can be asked of it; None where it has no reply in words."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """For a model with a head: the columns of its token row."""
+
+
+@dataclass
+class Items:
+    """The rows of one evaluation set."""
+
+    name: str
+    rows: list[Item] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows that make no tokens, by the reason."""
+
+    def leave_out(self, why: str) -> None:
+        """Count a row that makes no tokens."""
+        self.left_out[why] = self.left_out.get(why, 0) + 1
+
+
+class Maker(Protocol):
+    """Makes items as the training made rows, and leaves out what it would stop at."""
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The kinds of rows that it takes."""
+        ...
+
+    def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+        """Add the items of rows of one source, which are of such a kind."""
+        ...
+
+
+def of_run(
+    config: RunConfig, maker: Maker, limit: int | None, tokenizer: Callable[[], Any]
+) -> Iterator[Items]:
+    """The evaluation sets of a run, as it held them out.
+
+    `tokenizer` gives the base's own: rows that were drawn from the training rows are drawn again,
+    from the cache of the training where it is still there.
+    """
+    named = eval_sources(config.dataset)
+    for key, source in named.items():
+        found, opened = Items(set_name(key) or MAIN), open_rows(source, key_of_path(key))
+        _add(maker, found, opened, _rows(opened, config.dataset, limit))
+        yield found
+    if config.dataset.eval.share is not None or config.dataset.eval.count is not None:
+        yield _drawn(config, maker, limit, tokenizer())
+    elif not named:
+        raise UserError(
+            "This run held no rows out. Name rows to measure on: luthier evaluate RUN "
+            "dataset.path=FILE."
+        )
+
+
+def of_dataset(config: DatasetConfig, maker: Maker, limit: int | None) -> Iterator[Items]:
+    """All rows of a dataset, a set for each of its sources."""
+    sources = train_sources(config)
+    for name, source in sources.items():
+        opened = open_rows(source, "dataset" if len(sources) == 1 else f"dataset.sources.{name}")
+        found = Items(opened.source.label if len(sources) == 1 else name)
+        _add(maker, found, opened, _rows(opened, config, limit))
+        yield found
+
+
+def _drawn(config: RunConfig, maker: Maker, limit: int | None, tokenizer: Any) -> Items:
+    """The rows that the run drew from its training rows to hold them out."""
+    from luthier.train.methods.encoders import encoders
+
+    found = Items(MAIN)
+    prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
+    for opened, placed in prepared.heldout[""].by_source():
+        left = None if limit is None else limit - len(found.rows)
+        _add(maker, found, opened, placed[:left])
+    return found
+
+
+def _add(maker: Maker, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+    """Add rows of one source; UserError for a kind that is not measured of this model."""
+    kind = opened.shape.kind
+    if kind not in maker.kinds:
+        raise UserError(
+            f"{opened.source.label}: its rows are {ROW_KINDS[kind]}, and this model is measured on "
+            f"{', '.join(ROW_KINDS[one] for one in maker.kinds)}. If they are something else, say "
+            "so with dataset.shape."
+        )
+    maker.add(found, opened, placed)
+
+
+def _rows(opened: Opened, config: DatasetConfig, limit: int | None) -> list[Placed]:
+    """The rows; UserError for bad ones unless they are dropped."""
+    bad = BadRows()
+    rows = list(islice(opened.examples(bad), limit))
+    if config.on_bad_row == "error":
+        bad.raise_if_any(opened)
+    return rows
+
+
+class SpokenMaker:
+    """Makes items of conversations, of judged replies (the good one counts), and of texts."""
+
+    kinds = ("conversation", "text", "preference", "unpaired")
+
+    def __init__(
+        self, tokenizer: Any, chat: Mapping[str, Any] | None, stride: int, context: int | None
+    ) -> None:
+        """`chat`: the settings of the chat encoder; None for a model without a template.
+
+        `context`: the longest sequence that the model reads.
+        """
+        self._tokenizer, self._stride = tokenizer, stride
+        longest = None if chat is None else chat["max_length"]
+        bounds: list[int] = [bound for bound in (context, longest) if bound is not None]
+        self._max_length = min(bounds, default=None)
+        own = {"max_length": self._max_length}
+        self._chat = None if chat is None else lenient(chat) | own
+
+    def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+        """Add the items of rows of one source."""
+        if opened.shape.kind == "text":
+            self._add_texts(found, placed)
+        else:
+            self._add_chats(found, placed, opened.config)
+
+    def _add_texts(self, found: Items, placed: Iterable[Placed]) -> None:
+        encoder = PlainEncoder(self._tokenizer, self._max_length, self._stride)
+        for row in placed:
+            (windows,) = encoder.encode_batch([row.example["text"]])
+            if windows:
+                sequences = [(list(one.input_ids), list(one.labels)) for one in windows]
+                found.rows.append(Item(row.where, sequences, None))
+            else:
+                found.leave_out("the text is empty")
+
+    def _add_chats(self, found: Items, placed: Iterable[Placed], source: SourceConfig) -> None:
+        if self._chat is None:
+            raise UserError(
+                "This model has no chat template, and these rows are chats. Put its template "
+                "beside the tokenizer, as chat_template.jinja."
+            )
+        own = {} if source.train_on is None else {"train_on": source.train_on}
+        encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | own)
+        for row in placed:
+            asked = questions([(row.example, row.columns)], 1)
+            try:
+                made = encoder.encode_batch([_spoken(row.example)])
+            except ChatError as error:
+                found.leave_out(error.reason)
+                continue
+            sequences = [(one.input_ids, one.labels) for one in made.rows[0]]
+            if sequences:
+                found.rows.append(Item(row.where, sequences, asked[0] if asked else None))
+            else:
+                found.leave_out(made.reports[0].reason if made.reports else "nothing to measure")
+
+
+class TargetMaker:
+    """Makes items of sources with a target, for encoder-decoder models."""
+
+    kinds = ("seq2seq",)
+
+    def __init__(self, tokenizer: Any, max_length: int | None, on_long: OnLong) -> None:
+        self._encoder = Seq2SeqEncoder(tokenizer, max_length, lenient_length(on_long))
+
+    def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+        """Add the items of rows of one source."""
+        for row, values in encoded(self._encoder, found, placed):
+            (question,) = questions([(row.example, row.columns)], 1)
+            found.rows.append(Item(row.where, [(values["input_ids"], values["labels"])], question))
+
+
+def lenient_length(on_long: OnLong) -> OnLong:
+    """What becomes of rows that are too long: they are left out where training would stop."""
+    return "drop" if on_long == "error" else on_long
+
+
+def lenient(chat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a chat encoder under which a row is left out where training would stop."""
+    return {**chat} | {name: "drop" for name in ("on_lost", "on_long") if chat[name] == "error"}
+
+
+def encoded(
+    encoder: Any, found: Items, placed: Iterable[Placed]
+) -> "Iterable[tuple[Placed, dict[str, Any]]]":
+    """Each row with the columns of its token row; those that make none are left out and counted."""
+    for row in placed:
+        try:
+            made = encoder.encode([row.example])
+        except ChatError as error:
+            found.leave_out(error.reason)
+            continue
+        if made.counts == [0]:
+            found.leave_out(made.problems[0][0])
+        else:
+            yield row, {name: column[0] for name, column in made.columns.items()}
+
+
+def _spoken(example: Mapping[str, Any]) -> dict[str, Any]:
+    """A conversation; of judged replies, the prompt and the good one."""
+    tools = example.get("tools")
+    if "messages" in example:
+        return {"messages": example["messages"], "tools": tools}
+    if not example.get("label", True):
+        return {"messages": [], "tools": None}
+    reply = example.get("chosen") or example["completion"]
+    return {"messages": [*example["prompt"], *reply], "tools": tools}
+
+
+# Rows to measure on, and how they are scored.
+
+
+@dataclass(frozen=True)
+class Set:
+    """One evaluation set."""
+
+    items: Items
+    metrics: list[Metric]
+    """Those of replies in words."""
+    better: Mapping[str, bool | None]
+    """For each metric whether higher is better; None where it is neither."""
+
+
+def of_replies(items: Items, metrics: list[Metric]) -> Set:
+    """A set whose replies are scored by metrics, if there are any; what these need is imported.
+
+    Raises UserError as `prepare_metrics` does.
+    """
+    questions = [item.question for item in items.rows if item.question is not None]
+    if metrics and questions:
+        prepare_metrics(metrics, [question.expected for question in questions])
+    better = {metric.name: metric.greater_is_better for metric in metrics}
+    return Set(items, metrics if questions else [], better)
+
+
+def metrics_of(config: RunConfig | None, name: str) -> list[Metric]:
+    """A run's own metrics of an evaluation set; none for a model that is no run's."""
+    if config is None:
+        return []
+    evaluation = config.trainer.evaluation
+    return parse_metrics(evaluation.sets.get(name, evaluation.metrics))
