@@ -41,8 +41,8 @@ def memory(small: int = 8, large: int = 32) -> None:
 
 def one(layers: int, place: str) -> None:
     """One merge, measured from within."""
-    from luthier.export import streaming
-    from luthier.export.layout import layout_of
+    from luthier.export import merge_streaming
+    from luthier.export.model_layout import layout_of
     from luthier.model.artifact import find_artifact
 
     folder = Path(place)
@@ -50,7 +50,7 @@ def one(layers: int, place: str) -> None:
     artefact = find_artifact(str(folder / "adapter"), str(folder / "base"))
     layout = layout_of(artefact, folder / "base")
     assert artefact.adapter is not None
-    plan = streaming.plan(folder / "base", layout, [(artefact.adapter, 1.0)], {}, None)
+    plan = merge_streaming.plan(folder / "base", layout, [(artefact.adapter, 1.0)], {}, None)
     (folder / "out").mkdir()
     Path("/proc/self/clear_refs").write_text("5")
     before, began = resident("VmRSS"), time.monotonic()
@@ -66,7 +66,7 @@ def make(base: Path, adapter: Path, layers: int) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from luthier.export.tensors import Entry, write
+    from luthier.export.weight_files import Entry, write
 
     config = LlamaConfig(
         vocab_size=8000,
@@ -113,25 +113,25 @@ def logits(run: str) -> None:
     from functools import partial
 
     from luthier.environment import hush
-    from luthier.export import merging, verify
-    from luthier.export.loaded import logits as of
-    from luthier.export.loaded import tuned
+    from luthier.export import merge_adapter
+    from luthier.export.merge_in_memory import logits as of
+    from luthier.export.merge_in_memory import tuned
     from luthier.model.artifact import find_artifact
     from luthier.model.tokenizer import load_tokenizer
 
     hush()
     artefact = find_artifact(run)
-    prompts = verify.prompts_of(artefact, load_tokenizer(artefact.base))
+    prompts = merge_adapter.prompts_of(artefact, load_tokenizer(artefact.base))
     print(f"{'onto':>9} {'dtype':>9} {'largest':>9} {'std':>9} {'same token':>11}")
     for onto in ("trained", "original"):
-        order = merging.Order([artefact], [1.0], Path(), onto=onto)
+        order = merge_adapter.Order([artefact], [1.0], Path(), onto=onto)
         wanted = of(partial(tuned, artefact, order.adapters, order.packs)(), prompts)
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as place:
                 target = Path(place) / "merged"
-                merging.merge(replace(order, target=target, dtype=dtype, verify=False), str)
-                found = verify.between(
-                    wanted, of(verify.load_folder(target, artefact.task), prompts)
+                merge_adapter.merge(replace(order, target=target, dtype=dtype, verify=False), str)
+                found = merge_adapter.between(
+                    wanted, of(merge_adapter.load_folder(target, artefact.task), prompts)
                 )
             print(
                 f"{onto:>9} {dtype:>9} {found.largest:>9.2g} {found.relative:>9.2g} "
@@ -142,8 +142,8 @@ def logits(run: str) -> None:
 def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     """Replies to held-out conversations, with the adapter and merged, scored by exact match."""
     from luthier.environment import hush
-    from luthier.export import merging, verify
-    from luthier.export.loaded import tuned
+    from luthier.export import merge_adapter
+    from luthier.export.merge_in_memory import tuned
     from luthier.infer.generate import generate
     from luthier.model.artifact import encoder_of, find_artifact
     from luthier.model.tokenizer import load_tokenizer
@@ -154,7 +154,7 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     tokenizer: Any = load_tokenizer(artefact.base)
     encoder = encoder_of(artefact, tokenizer)
     prompts = [encoder.prompt(talk["messages"][:-1]) for talk in talks]
-    order = merging.Order([artefact], [1.0], Path(), dtype, verify=False)
+    order = merge_adapter.Order([artefact], [1.0], Path(), dtype, verify=False)
 
     def replies(model: Any) -> list[str]:
         stops, pad = encoder.stop_token_ids, tokenizer.pad_token_id
@@ -164,8 +164,8 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
 
     before = replies(tuned(artefact, order.adapters, order.packs))
     with tempfile.TemporaryDirectory() as place:
-        merging.merge(replace(order, target=Path(place) / "merged"), str)
-        after = replies(verify.load_folder(Path(place) / "merged", artefact.task))
+        merge_adapter.merge(replace(order, target=Path(place) / "merged"), str)
+        after = replies(merge_adapter.load_folder(Path(place) / "merged", artefact.task))
     wanted = [talk["messages"][-1]["content"].strip() for talk in talks]
     right = [
         sum(a == b for a, b in zip(texts, wanted, strict=True)) / len(wanted)

@@ -177,7 +177,7 @@ def _nothing(_: object) -> None:
 
 def train(loaded: Loaded) -> int:
     """Train a valid configuration and write the card of its model; torch is imported here."""
-    from luthier.export.writing import after_a_run
+    from luthier.export.write_card import after_a_run
     from luthier.train.run import run
 
     return run(loaded, after_a_run)

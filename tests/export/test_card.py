@@ -13,12 +13,11 @@ from helpers.adapter_models import NF4
 from helpers.chatml import CHATML
 from helpers.export_runs import make_base, make_run, read
 from luthier.config.schema import DatasetConfig
-from luthier.export import story as stories
-from luthier.export.card import card
-from luthier.export.metadata import metadata
-from luthier.export.snippet import snippet
-from luthier.export.story import BaseModel, Data, Story, data_of
-from luthier.export.writing import after_a_run
+from luthier.export import model_facts as stories
+from luthier.export.card import card, metadata
+from luthier.export.model_facts import BaseModel, Data, Story, data_of
+from luthier.export.usage_snippets import snippet
+from luthier.export.write_card import after_a_run
 from luthier.model.artifact import find_artifact
 
 
@@ -220,12 +219,12 @@ def test_a_hub_dataset_is_named_with_its_part():
 def test_a_licence_in_the_card_of_a_cached_dataset_is_taken(tmp_path, monkeypatch):
     import huggingface_hub
 
-    from luthier.export import licences
+    from luthier.export import model_facts
 
     file = tmp_path / "README.md"
     file.write_text("---\nlicense: odc-by\n---\n# Rows\n")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(file))
-    assert licences.stated("org/rows", "dataset") == "odc-by"
+    assert model_facts.stated("org/rows", "dataset") == "odc-by"
 
 
 def test_a_card_that_cannot_be_written_is_said_and_fails_nothing(tmp_path, base):

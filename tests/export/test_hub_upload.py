@@ -10,7 +10,7 @@ import yaml
 
 from helpers.export_runs import make_run, read
 from helpers.hub_server import TOKEN, Hub
-from luthier.export.writing import after_a_run
+from luthier.export.write_card import after_a_run
 
 
 @pytest.fixture

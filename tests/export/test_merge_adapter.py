@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from helpers.adapter_models import INT8, NF4, load
 from helpers.chatml import CHATML
 from helpers.export_runs import ids_of, make_base, make_run, read
-from luthier.export.tensors import Checkpoint, Entry, entries_of, write
+from luthier.export.weight_files import Checkpoint, Entry, entries_of, write
 from luthier.storage.manifest import MANIFEST, seal
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -285,13 +285,13 @@ def test_a_whole_model_is_packed_for_serving(tmp_path, luthier):
 
 def test_packing_that_fails_leaves_nothing(tmp_path, luthier, monkeypatch):
     from luthier.errors import UserError
-    from luthier.export import quantizing
+    from luthier.export import quantize
 
     def fails(*_):
         raise UserError("no")
 
     base = make_base(tmp_path / "base")
-    monkeypatch.setattr(quantizing, "pack", fails)
+    monkeypatch.setattr(quantize, "pack", fails)
     assert luthier("merge", base, "--quantize", "nf4", "--out", tmp_path / "packed")[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -381,10 +381,10 @@ def test_a_disk_that_is_full(tmp_path, base, luthier, monkeypatch):
 
 
 def test_a_model_that_does_not_say_the_same_is_not_written(tmp_path, base, luthier, monkeypatch):
-    from luthier.export import verify
+    from luthier.export import merge_adapter
 
     run = make_run(tmp_path / "run", base)
-    monkeypatch.setitem(verify.BOUNDS, "float32", 1e-9)
+    monkeypatch.setitem(merge_adapter.BOUNDS, "float32", 1e-9)
     code, _, err = luthier("merge", run)
     assert code == 2 and "does not say what the model with its adapter says" in err
     assert not (run / "merged").exists() and (run / ".merged.new").is_dir()

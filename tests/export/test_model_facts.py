@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.export.names import hub_name, public, public_values
+from luthier.export.model_facts import hub_name, public, public_values
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.head_runs import CASES, finish
-from luthier.export.writing import after_a_run
+from luthier.export.write_card import after_a_run
 
 WITH_HEADS = {name: case for name, case in CASES.items() if case[0] != "seq2seq"}
 

@@ -50,9 +50,12 @@ def run(words: list[str]) -> int:
     _refuse_values(given)
     if not given.overrides:
         raise UserError("luthier merge: name a run, such as luthier merge runs/quickstart/default.")
-    from luthier.export import sharded
+    from luthier.export import sharded_checkpoint
 
-    if len(given.overrides) == 1 and sharded.kind_of(Path(given.overrides[0])) is not None:
+    if (
+        len(given.overrides) == 1
+        and sharded_checkpoint.kind_of(Path(given.overrides[0])) is not None
+    ):
         return _merge_sharded(Path(given.overrides[0]), given)
     parted = [_parted(word) for word in given.overrides]
     artefacts = [find_artifact(word, given.texts.get("--base")) for word, _ in parted]
@@ -61,15 +64,16 @@ def run(words: list[str]) -> int:
 
 def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
     from luthier.environment import hush
-    from luthier.export import merging, quantizing
-    from luthier.export.loaded import too_large
+    from luthier.export import merge_adapter
+    from luthier.export import quantize as quantizing
+    from luthier.export.merge_in_memory import too_large
     from luthier.storage.atomic import refuse_target
 
     target = target_of(artefacts[0], given)
     quantize = given.texts.get("--quantize")
     if quantize is not None:
         quantizing.check(quantize)
-    order = merging.Order(
+    order = merge_adapter.Order(
         artefacts,
         weights,
         target,
@@ -84,10 +88,10 @@ def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int
         hush()
         quantizing.whole_model(artefacts[0], target, quantize, print)
         return 0
-    merging.refuse_merge(order, overwrite)
+    merge_adapter.refuse_merge(order, overwrite)
     hush()
     try:
-        merging.merge(order, print)
+        merge_adapter.merge(order, print)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise UserError(too_large(artefacts[0])) from error
@@ -126,13 +130,13 @@ def _parted(word: str) -> tuple[str, float]:
 def _merge_sharded(folder: Path, given: Given) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
     from luthier.environment import hush
-    from luthier.export import sharded
+    from luthier.export import sharded_checkpoint
     from luthier.storage.atomic import filled, refuse_target
 
     artefact = _trained_whole(folder, given)
     target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
     refuse_target(target, "--overwrite" in given.switches)
-    if sharded.kind_of(folder) == "zero" and find_spec("deepspeed") is None:
+    if sharded_checkpoint.kind_of(folder) == "zero" and find_spec("deepspeed") is None:
         raise UserError(
             f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
             "    pip install deepspeed\n"
@@ -141,7 +145,7 @@ def _merge_sharded(folder: Path, given: Given) -> int:
         )
     hush()
     with filled(target) as aside:
-        sharded.consolidate(folder, artefact, aside, given.texts.get("--dtype"), print)
+        sharded_checkpoint.consolidate(folder, artefact, aside, given.texts.get("--dtype"), print)
     print(f"written   {target}")
     return 0
 

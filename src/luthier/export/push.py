@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from luthier.errors import UserError
-from luthier.export import story as stories
-from luthier.export import writing
-from luthier.export.parcel import Parcel, pack, send
-from luthier.export.story import Data, Story
+from luthier.export import model_facts as stories
+from luthier.export import write_card
+from luthier.export.hub_upload import Parcel, pack, send
+from luthier.export.model_facts import Data, Story
 from luthier.inspect.arguments import Flag, Given, Grammar
 from luthier.model.artifact import Artefact, find_artifact
 
@@ -53,12 +53,12 @@ def run(words: list[str]) -> int:
     from luthier.environment import hush
 
     hush()
-    written = writing.texts(story, writing.spoken_of(artefact), target)
+    written = write_card.texts(story, write_card.spoken_of(artefact), target)
     parcel = pack(artefact.folder, story, written)
     _add_what_the_run_has(parcel, artefact)
     show(parcel, target, "--public" in given.switches)
     if "--dry-run" in given.switches:
-        print(f"\n{written[writing.CARD]}\nnothing was sent (--dry-run)")
+        print(f"\n{written[write_card.CARD]}\nnothing was sent (--dry-run)")
         return 0
     send(parcel, target, "--public" in given.switches, "--overwrite" in given.switches)
     return 0
@@ -114,9 +114,9 @@ def _told(artefact: Artefact, target: str, given: Given) -> Story:
 
 def _add_what_the_run_has(parcel: Parcel, artefact: Artefact) -> None:
     """The plot, and the chat settings, which a checkpoint does not hold."""
-    plot = Path() if artefact.run is None else artefact.run / writing.PLOT
+    plot = Path() if artefact.run is None else artefact.run / write_card.PLOT
     if plot.is_file():
-        parcel.files.setdefault(writing.PLOT, plot)
+        parcel.files.setdefault(write_card.PLOT, plot)
     if artefact.chat is not None:
         text = json.dumps(artefact.chat, indent=2, ensure_ascii=False) + "\n"
         parcel.texts.setdefault("chat.json", text)

@@ -13,7 +13,7 @@ from luthier.errors import UserError
 
 def main(folder: Path) -> int:
     """Train in this folder by its config.yaml; return the exit code."""
-    from luthier.export.writing import after_a_run
+    from luthier.export.write_card import after_a_run
     from luthier.train.run import run
 
     try:

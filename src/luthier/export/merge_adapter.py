@@ -1,20 +1,116 @@
 """The order of a merge: what can be refused, then the weights, then the check, then the rename."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.export import carried, story, streaming, verify, whole, writing
-from luthier.export.layout import Layout, NotPlain, base_folder, layout_of
-from luthier.export.loaded import tuned
-from luthier.export.names import public
-from luthier.export.serving import Spoken
-from luthier.export.verify import Difference
-from luthier.model.artifact import Artefact
+from luthier.export import merge_in_memory, merge_streaming, model_facts, write_card
+from luthier.export.merge_in_memory import PLACE, logits, tuned
+from luthier.export.model_facts import public
+from luthier.export.model_layout import Layout, NotPlain, base_folder, layout_of
+from luthier.export.usage_snippets import Spoken
+from luthier.model.artifact import Artefact, encoder_of
+from luthier.model.load import CLASSES
+from luthier.record.plots import read_metrics
 from luthier.storage.atomic import filled, refuse_full_disk, refuse_target, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Does a merged model say what the model with its adapter says? Their logits, side by side.
+
+QUESTIONS = (
+    "Hello!",
+    "What is the capital of France, and how many people live there?",
+    "Write a function in Python that reverses a list.",
+    "Berlin, 3. Oktober 1990: was geschah?",
+)
+"""What is asked besides the first held-out rows of the run."""
+_ROWS = 4
+BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-1}
+"""The largest difference that rounding explains, in standard deviations of the logits."""
+ROUNDED_INPUTS = 2e-1
+"""The same where the run's layers round their inputs too: 8-bit ones of bitsandbytes do."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of two models are apart."""
+
+    largest: float
+    """The largest absolute difference."""
+    relative: float
+    """The same in standard deviations of the logits."""
+    agreeing: float
+    """The share of places where both find the same token likeliest."""
+    prompts: int
+
+
+class NotTheSame(UserError):
+    """A merged model that says something else than it should; it is left to be looked at."""
+
+
+def prompts_of(artefact: Artefact, tokenizer: Any) -> list[list[int]]:
+    """Prompts as the model was trained on: of the run's held-out rows, and plain questions."""
+    replies = [] if artefact.run is None else read_metrics(artefact.run / "replies.jsonl")
+    asked = [row["prompt"] for row in replies[:_ROWS] if isinstance(row.get("prompt"), str)]
+    texts = [*asked, *QUESTIONS]
+    has_template = artefact.chat is not None or tokenizer.chat_template is not None
+    if artefact.task != "CAUSAL_LM" or not has_template:
+        return [tokenizer(text)["input_ids"] for text in texts]
+    encoder = encoder_of(artefact, tokenizer)
+    return [encoder.prompt([{"role": "user", "content": text}]) for text in texts]
+
+
+def compare(
+    wanted: "Callable[[], Any]", folder: Path, task: str, prompts: list[list[int]]
+) -> Difference:
+    """The difference of a merged folder's logits from those of the model that `wanted` loads.
+
+    One model is in memory at a time.
+    """
+    model = wanted()
+    before = logits(model, prompts)
+    del model
+    gc.collect()
+    return between(before, logits(load_folder(folder, task), prompts))
+
+
+def load_folder(folder: Path, task: str, **own: Any) -> Any:
+    """A saved model in float32, in main memory."""
+    import transformers
+
+    kind: Any = getattr(transformers, CLASSES[task])
+    return kind.from_pretrained(folder, dtype=PLACE.dtype, local_files_only=True, **own).eval()
+
+
+def between(before: "list[Tensor]", after: "list[Tensor]") -> Difference:
+    """The difference of two lists of logits."""
+    pairs = list(zip(before, after, strict=True))
+    largest = max(float((b - a).abs().max()) for b, a in pairs)
+    spread = max(float(b.std()) for b in before)
+    same = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
+    places = sum(b.argmax(-1).numel() for b in before)
+    return Difference(largest, largest / spread if spread else largest, same / places, len(before))
+
+
+def refuse_unlike_logits(difference: Difference, bound: float, aside: Path) -> None:
+    """Raise NotTheSame where a difference is more than rounding explains."""
+    if difference.relative <= bound:
+        return
+    raise NotTheSame(
+        f"The merged model does not say what the model with its adapter says: on "
+        f"{difference.prompts} prompts its logits differ by up to {difference.largest:.3g} "
+        f"({difference.relative:.3g} standard deviations; rounding explains {bound:g}).\n"
+        f"Nothing was written; it lies in {aside} to be looked at. If this "
+        "is what you want, --no-verify leaves the check out."
+    )
+
 
 Say = Callable[[str], None]
 
@@ -81,25 +177,25 @@ def merge(order: Order, say: Say) -> None:
 
     Raises UserError; a model that fails the check is left beside the target.
     """
-    with filled(order.target, keep=verify.NotTheSame) as aside:
+    with filled(order.target, keep=NotTheSame) as aside:
         _make(order, aside, say)
     say(f"written   {order.target}")
 
 
 def _make(order: Order, aside: Path, say: Say) -> None:
     """Everything that the target holds, checked."""
-    spoken = writing.spoken_of(order.first)
+    spoken = write_card.spoken_of(order.first)
     dtype = _weights(order, aside, say)
     _carry(order, aside, spoken)
     difference = _checked(order, aside, dtype, say) if order.verify else None
     told = _story(order, dtype, difference)
     if order.quantize is not None:
-        from luthier.export import quantizing
+        from luthier.export import quantize as quantizing
 
         packed = quantizing.pack(aside, order.quantize, order.first, say)
         told = replace(told, packed=packed)
-    plot = None if order.first.run is None else order.first.run / writing.PLOT
-    writing.write(aside, told, spoken, plot)
+    plot = None if order.first.run is None else order.first.run / write_card.PLOT
+    write_card.write(aside, told, spoken, plot)
 
 
 def _weights(order: Order, aside: Path, say: Say) -> str:
@@ -110,11 +206,11 @@ def _weights(order: Order, aside: Path, say: Say) -> str:
     try:
         layout = layout_of(first, folder)
         quantization = first.quantization if order.packs else {}
-        merge = streaming.plan(folder, layout, order.adapters, quantization, order.dtype)
+        merge = merge_streaming.plan(folder, layout, order.adapters, quantization, order.dtype)
     except NotPlain as why:
         say(f"whole     the model is merged in memory, in float32: {why}")
         used = layout if order.packs else None
-        return whole.merge(first, order.adapters, used, order.dtype, aside)
+        return merge_in_memory.merge(first, order.adapters, used, order.dtype, aside)
     refuse_full_disk(merge.size, aside)
     done = 0
     for number, entry in enumerate(merge.write(aside), 1):
@@ -122,7 +218,7 @@ def _weights(order: Order, aside: Path, say: Say) -> str:
         if number == len(merge.planned) or number % 50 == 0:
             say(f"merged    {number} of {len(merge.planned)} weights, {done / 1e9:.2f} GB")
     tied = bool(layout.tied) and not merge.untied
-    carried.model_config(layout.config, layout.architecture, merge.dtype, merge.rows, tied)
+    write_card.model_config(layout.config, layout.architecture, merge.dtype, merge.rows, tied)
     layout.config.save_pretrained(aside)
     return merge.dtype
 
@@ -133,31 +229,31 @@ def _carry(order: Order, aside: Path, spoken: Spoken) -> None:
     if source is not None and not (source / "tokenizer_config.json").is_file():
         source = Path(first.base.tokenizer) if first.base.tokenizer else base_folder(first)
     if source is not None:
-        carried.carry_speech(source, aside)
+        write_card.carry_speech(source, aside)
     if first.chat is not None:
         write_json(aside / "chat.json", first.chat)
     if spoken.template is not None:
         # What was trained, also where the run's config replaced the tokenizer's own.
         (aside / "chat_template.jinja").write_text(spoken.template, encoding="utf-8")
-    carried.carry_generation(base_folder(first), first.adapter, aside, spoken)
+    write_card.carry_generation(base_folder(first), first.adapter, aside, spoken)
 
 
 def _checked(order: Order, aside: Path, dtype: str, say: Say) -> Difference:
     from luthier.model.tokenizer import load_tokenizer
 
     first = order.first
-    prompts = verify.prompts_of(first, load_tokenizer(first.base))
+    prompts = prompts_of(first, load_tokenizer(first.base))
     wanted = partial(tuned, first, order.adapters, order.packs)
-    found = verify.compare(wanted, aside, first.task, prompts)
+    found = compare(wanted, aside, first.task, prompts)
     say(
         f"checked   {found.prompts} prompts: logits differ by up to {found.largest:.3g} "
         f"({found.relative:.2g} standard deviations); the likeliest token is the same at "
         f"{found.agreeing:.1%} of the places"
     )
-    bound = verify.BOUNDS[dtype]
+    bound = BOUNDS[dtype]
     if order.packs and first.quantization.get("load_in_8bit"):
-        bound = max(bound, verify.ROUNDED_INPUTS)
-    verify.refuse_unlike_logits(found, bound, aside)
+        bound = max(bound, ROUNDED_INPUTS)
+    refuse_unlike_logits(found, bound, aside)
     return found
 
 
@@ -166,7 +262,7 @@ def _called(artefact: Artefact) -> str:
     return artefact.run.name if artefact.run is not None else public(artefact.word)
 
 
-def _story(order: Order, dtype: str, difference: Difference | None) -> story.Story:
+def _story(order: Order, dtype: str, difference: Difference | None) -> model_facts.Story:
     """What the card tells of the merged model."""
     merged: dict[str, Any] = {"dtype": dtype, "onto": order.onto}
     if difference is not None:
@@ -175,5 +271,5 @@ def _story(order: Order, dtype: str, difference: Difference | None) -> story.Sto
         merged["weights"] = [
             [_called(one), w] for one, w in zip(order.artefacts, order.weights, strict=True)
         ]
-    found = story.told(order.first)
+    found = model_facts.told(order.first)
     return replace(found, kind="model", merged=merged, rows=None)

@@ -1,22 +1,114 @@
 """What may be told of a run in public: plain values that a card is written from."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.data.sources.open import kind_of
 from luthier.errors import UserError
-from luthier.export import licences
-from luthier.export.names import hub_name, last, public, public_values
-from luthier.export.rows import grown
+from luthier.export.model_layout import grown
 from luthier.model import gguf, source
 from luthier.model.artifact import Artefact
 from luthier.model.load import LABELS
 from luthier.record.secrets import HIDDEN
 from luthier.storage.atomic import read_json, write_json
+
+# What things are called in front of others: no path of this machine, no credentials.
+
+_PATH = re.compile(r"(?<![\w:/.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^\s,'\"\]\[{}()=]+")
+"""A path from the root, from home, from here, or of Windows; not the middle of a hub name."""
+_CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+?)--([^/\\]+)(?=[/\\]|$)")
+"""The folder in which the hub's client keeps a repository."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"\]]+")
+
+
+def hub_name(path: str) -> str | None:
+    """The hub name that `model.path` is, or that a folder of the hub's cache stands for."""
+    cached = _CACHED.search(path)
+    if cached:
+        return "/".join(cached.groups())
+    return path if source.needs_hub(path) else None
+
+
+def public(text: str) -> str:
+    """A text with each path of this machine cut to its last part, and addresses to the bare ones.
+
+    An address loses its user, password and query, which is where its keys are.
+    """
+    kept = text
+    for address in _URL.findall(text):
+        kept = kept.replace(address, _bare(address))
+    return "".join(
+        part if _URL.fullmatch(part) else _PATH.sub(lambda found: last(found.group()), part)
+        for part in re.split(f"({_URL.pattern})", kept)
+    )
+
+
+def last(path: str) -> str:
+    """The last part of a path of any system."""
+    name = PureWindowsPath(PurePosixPath(path).name).name
+    return name or "a folder"
+
+
+def public_values(value: Any) -> Any:
+    """A copy of plain values in which every text is public."""
+    if isinstance(value, dict):
+        return {public(str(key)): public_values(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [public_values(part) for part in value]
+    return public(value) if isinstance(value, str) else value
+
+
+def _bare(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme == "file":
+        return last(parts.path)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+# Licences of models and datasets, from their own cards on the hub; never guessed.
+
+
+def stated(name: str, kind: str = "model") -> str | None:
+    """The licence that a hub repository's card states; None where it states none or is not seen.
+
+    `kind`: model or dataset. A card in the local cache needs no network; another one costs one
+    request, and none where the hub is out of reach.
+    """
+    metadata = _cached(name, kind)
+    if metadata is None:
+        metadata = None if source.is_out_of_reach() else _fetched(name, kind)
+    found = (metadata or {}).get("license")
+    if isinstance(found, list):
+        found = ", ".join(map(str, found))
+    if found == "other":
+        return str((metadata or {}).get("license_name") or "other")
+    return str(found) if found else None
+
+
+def _cached(name: str, kind: str) -> dict[str, Any] | None:
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "README.md", repo_type=kind)
+    return (metadata_load(Path(file)) or {}) if isinstance(file, str) else None
+
+
+def _fetched(name: str, kind: str) -> dict[str, Any] | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        found = HfApi().repo_info(name, repo_type=kind, timeout=source.PATIENCE)
+    except (HfHubHTTPError, OSError):
+        return None
+    return found.card_data.to_dict() if found.card_data else {}
+
 
 FILE = "card.json"
 """In a folder of saved weights: what its card was written from."""
@@ -151,7 +243,7 @@ def base_of(path: str, revision: str | None = None) -> BaseModel:
     """What a base model is called, and its licence where it is stated."""
     name = hub_name(path)
     if name is not None:
-        return BaseModel(name, name, revision, licences.stated(name))
+        return BaseModel(name, name, revision, stated(name))
     if not path.startswith(source.PACKAGE) and not path.endswith(".gguf"):
         return BaseModel(last(path))
     package = path.removeprefix(source.PACKAGE) if path.startswith(source.PACKAGE) else None
@@ -179,7 +271,7 @@ def _source(name: str, path: str, part: SourceConfig, given: str | None) -> Data
         shown = public(path) if "://" in path else last(path)
         return Data(f"{name}: {shown}" if name else shown, licence=given)
     words = ", ".join(filter(None, (part.name, part.split)))
-    return Data(path, True, words, given or licences.stated(path, "dataset"))
+    return Data(path, True, words, given or stated(path, "dataset"))
 
 
 def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:

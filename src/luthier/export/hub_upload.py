@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.export import carried, writing
-from luthier.export.names import hub_name, last
-from luthier.export.story import Story
+from luthier.export import write_card
+from luthier.export.model_facts import Story, hub_name, last
 from luthier.model import source
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-
 GOES = (
-    *carried.SPEECH,
+    *write_card.SPEECH,
     *("config.json", "generation_config.json", "adapter_config.json", "labels.json", "loss.png"),
     *("preprocessor_config.json", "processor_config.json", "quantize_config.json"),
     *("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"),
@@ -74,7 +72,7 @@ def pack(folder: Path, story: Story, written: dict[str, str]) -> Parcel:
 
 def _stays(name: str) -> str:
     """Why a file stays here; empty where it goes."""
-    if name in GOES or _SHARD.fullmatch(name) or name.startswith(f"{carried.TEMPLATES}/"):
+    if name in GOES or _SHARD.fullmatch(name) or name.startswith(f"{write_card.TEMPLATES}/"):
         return ""
     if name.endswith(_PICKLES):
         return "a pickle, which can run code: weights go as safetensors"
@@ -144,7 +142,7 @@ def send(parcel: Parcel, target: str, public: bool, overwrite: bool) -> None:
 
     api = HfApi()
     check_login(api)
-    check_card(parcel.texts[writing.CARD])
+    check_card(parcel.texts[write_card.CARD])
     _check_repository(api, target, public, overwrite)
     operations = [CommitOperationAdd(name, path) for name, path in parcel.files.items()]
     operations += [CommitOperationAdd(n, text.encode()) for n, text in parcel.texts.items()]

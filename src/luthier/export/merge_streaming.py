@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.export.changes import Adapter, merged, read_adapter
-from luthier.export.layout import Layout, NotPlain
-from luthier.export.packing import as_trained
-from luthier.export.tensors import DTYPES, FLOATS, Checkpoint, Entry, write
+from luthier.export.adapter_delta import Adapter, as_trained, merged, read_adapter
+from luthier.export.model_layout import Layout, NotPlain
+from luthier.export.weight_files import DTYPES, FLOATS, Checkpoint, Entry, write
 
 if TYPE_CHECKING:
     from torch import Tensor

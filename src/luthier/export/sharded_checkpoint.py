@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import UserError
-from luthier.export import carried, story, streaming, tensors, writing
-from luthier.export.layout import layout_of
-from luthier.export.tensors import Entry, write
+from luthier.export import merge_streaming, model_facts, weight_files, write_card
+from luthier.export.model_layout import layout_of
+from luthier.export.weight_files import Entry, write
 from luthier.model.artifact import Artefact
 from luthier.storage.atomic import refuse_full_disk
 
@@ -42,7 +42,7 @@ def consolidate(
 
     Raises UserError for weights that are not those of the run's model.
     """
-    from luthier.export.layout import base_folder
+    from luthier.export.model_layout import base_folder
 
     base = base_folder(artefact)
     layout = layout_of(artefact, base)
@@ -56,15 +56,15 @@ def consolidate(
             f"{folder}: the checkpoint has no {missing[0]}, which {artefact.base.path} has: it is "
             "of another model, or holds an adapter alone."
         )
-    main = streaming.main_format(written.values())
-    name = tensors.DTYPES[main]
-    carried.model_config(layout.config, layout.architecture, name, None, bool(layout.tied))
+    main = merge_streaming.main_format(written.values())
+    name = weight_files.DTYPES[main]
+    write_card.model_config(layout.config, layout.architecture, name, None, bool(layout.tied))
     layout.config.save_pretrained(target)
-    spoken = writing.spoken_of(artefact)
+    spoken = write_card.spoken_of(artefact)
     place = folder if (folder / "tokenizer_config.json").is_file() else base
-    carried.carry_speech(place, target)
-    carried.carry_generation(base, None, target, spoken)
-    writing.write(target, story.of(artefact), spoken)
+    write_card.carry_speech(place, target)
+    write_card.carry_generation(base, None, target, spoken)
+    write_card.write(target, model_facts.of(artefact), spoken)
 
 
 def _from_fsdp(
@@ -83,8 +83,8 @@ def _from_fsdp(
         raise UserError(f"{folder}: these shards hold an adapter; merge the run's model/ instead.")
     planned = []
     for name, one in found.items():
-        own = streaming.FORMATS[str(one.properties.dtype).removeprefix("torch.")]
-        form = streaming.FORMATS[dtype] if dtype and own in tensors.FLOATS else own
+        own = merge_streaming.FORMATS[str(one.properties.dtype).removeprefix("torch.")]
+        form = merge_streaming.FORMATS[dtype] if dtype and own in weight_files.FLOATS else own
         planned.append(Entry(name.removeprefix(prefix), form, tuple(one.size)))
     if prefix and not any(name.startswith("model.") for name in _names(planned)):
         # A headless model's own names begin so: then nothing was put before them.
@@ -121,10 +121,10 @@ def _from_zero(
 
     gathered = target / "gathered"
     convert_zero_checkpoint_to_fp32_state_dict(str(folder), str(gathered), safe_serialization=True)
-    found = tensors.Checkpoint(gathered)
-    form = streaming.FORMATS[dtype or "float32"]
+    found = weight_files.Checkpoint(gathered)
+    form = merge_streaming.FORMATS[dtype or "float32"]
     planned = [
-        Entry(one.name, form if one.dtype in tensors.FLOATS else one.dtype, one.shape)
+        Entry(one.name, form if one.dtype in weight_files.FLOATS else one.dtype, one.shape)
         for one in found.entries.values()
     ]
     done = {entry.name: entry for entry in write(target, planned, found.read)}

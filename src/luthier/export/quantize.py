@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.export import carried, story, writing
-from luthier.export.layout import base_folder
-from luthier.export.tensors import INDEX, SHARD_BYTES, files_of
+from luthier.export import model_facts, write_card
+from luthier.export.model_layout import base_folder
+from luthier.export.weight_files import INDEX, SHARD_BYTES, files_of
 from luthier.model.artifact import Artefact
 from luthier.model.load import CLASSES
 from luthier.storage.atomic import filled
@@ -70,13 +70,13 @@ def whole_model(artefact: Artefact, target: Path, name: str, say: Callable[[str]
     source = base_folder(artefact)
     with filled(target) as aside:
         for file in [*files_of(source), *source.glob("*.json"), *source.glob("*.jinja")]:
-            if file.name not in (MANIFEST, story.FILE):
+            if file.name not in (MANIFEST, model_facts.FILE):
                 shutil.copyfile(file, aside / file.name)
-        spoken = writing.spoken_of(artefact)
+        spoken = write_card.spoken_of(artefact)
         packed = pack(aside, name, artefact, say)
-        told = replace(story.told(artefact), packed=packed)
-        plot = None if artefact.run is None else artefact.run / writing.PLOT
-        writing.write(aside, told, spoken, plot)
+        told = replace(model_facts.told(artefact), packed=packed)
+        plot = None if artefact.run is None else artefact.run / write_card.PLOT
+        write_card.write(aside, told, spoken, plot)
     say(f"written   {target}")
 
 
@@ -136,7 +136,7 @@ def _forget_places(folder: Path) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         for part in (settings, settings.get("quantization_config") or {}):
             (part.get("meta") or {}).pop("offload_to_disk_path", None)
-        carried.write_config(file, settings)
+        write_card.write_config(file, settings)
 
 
 def _rows(artefact: Artefact) -> list[dict[str, list[int]]]:
