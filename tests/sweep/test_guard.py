@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from luthier.sweep.processes import guarded
+from luthier.sweep.local import guarded
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = (

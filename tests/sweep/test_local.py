@@ -5,15 +5,15 @@ import sys
 import pytest
 
 from luthier.errors import UserError
-from luthier.sweep import launching, slots
-from luthier.sweep.launching import Launch
+from luthier.sweep import local
+from luthier.sweep.local import Launch
 from luthier.sweep.settings import Local
 
 FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
 
 
 def rooms(environ, processes=1, on_cpu=False, **settings):
-    made = slots.make(Local(kind="basic", **settings), processes, on_cpu, environ)
+    made = local.make(Local(kind="basic", **settings), processes, on_cpu, environ)
     return [slot.environment().get("CUDA_VISIBLE_DEVICES") for slot in made]
 
 
@@ -57,11 +57,11 @@ def test_no_slots(environ, settings, said):
 
 def test_trials_that_share_a_cpu_share_its_cores(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    two = slots.make(Local(kind="basic", slots=2), 2, True, {})
+    two = local.make(Local(kind="basic", slots=2), 2, True, {})
     assert [slot.environment() for slot in two] == [{"OMP_NUM_THREADS": "2"}] * 2
-    assert slots.make(Local(kind="basic"), 1, True, {})[0].environment() == {}
+    assert local.make(Local(kind="basic"), 1, True, {})[0].environment() == {}
     own = {"OMP_NUM_THREADS": "3"}
-    assert slots.make(Local(kind="basic", slots=2), 1, True, own)[0].environment() == {}
+    assert local.make(Local(kind="basic", slots=2), 1, True, own)[0].environment() == {}
 
 
 def test_plain_python_is_enough_for_one_process():
@@ -85,23 +85,21 @@ def test_a_launch_keeps_its_flags_and_gets_a_port_and_the_slots_gpus():
 def test_flags_of_the_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.yaml").write_text("num_processes: 2\nuse_cpu: true\n")
-    found = launching.find(Local(kind="basic", accelerate="--config_file two.yaml"), {})
+    found = local.find(Local(kind="basic", accelerate="--config_file two.yaml"), {})
     assert (found.flags, found.processes, found.on_cpu) == (("--config_file", "two.yaml"), 2, True)
-    none = launching.find(
-        Local(kind="basic", accelerate="--mixed_precision bf16"), {"HF_HOME": "x"}
-    )
+    none = local.find(Local(kind="basic", accelerate="--mixed_precision bf16"), {"HF_HOME": "x"})
     assert none.flags == ("--mixed_precision", "bf16", "--num_processes", "1")
 
 
 def test_several_machines_are_refused(tmp_path):
     with pytest.raises(UserError, match="2 machines"):
-        launching.find(Local(kind="basic", accelerate="--num_machines 2 --num_processes 4"), {})
+        local.find(Local(kind="basic", accelerate="--num_machines 2 --num_processes 4"), {})
 
 
 def test_a_sweep_under_torchrun_starts_trials_with_it():
     rank = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
             "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "KEPT": "1"}  # fmt: skip
-    found = launching.find(Local(kind="basic"), rank)
+    found = local.find(Local(kind="basic"), rank)
     assert found.environ == {"KEPT": "1"}
     assert found.command(["recipe=x"], has_gpus=False)[1:6] == [
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

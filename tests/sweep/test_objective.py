@@ -90,7 +90,7 @@ def test_the_numbers_of_a_run():
 
 
 def test_what_is_no_number_comes_last():
-    from luthier.sweep.table import best, ranked
+    from luthier.sweep.trials import best, ranked
 
     up = Objective("score", maximize=True)
     trials = [

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from luthier.config import load
-from luthier.sweep import best
-from luthier.sweep.planning import plan
+from luthier.sweep import results
+from luthier.sweep.plan import plan
 from luthier.sweep.trials import Trial
 
 Q = "recipe=quickstart"
@@ -38,8 +38,8 @@ def test_the_recipe_is_the_trial(tmp_path, monkeypatch, words, params):
     (tmp_path / "recipes" / "other.yaml").write_text("defaults: [quickstart]\nlora: {r: 4}\n")
     planned = plan([*words, "output_dir=o"])
     trial = Trial(3, params, "finished", {"held_out_loss": 0.5})
-    ((_, name),) = best.names(planned, [trial]).items()
-    path = best.write_recipe(planned, trial, name, 6)
+    ((_, name),) = results.names(planned, [trial]).items()
+    path = results.write_recipe(planned, trial, name, 6)
     monkeypatch.setenv("LUTHIER_RECIPES", "o/recipes")
     found, wanted = load([f"recipe={name}"]).resolved, load(planned.choices(params)).resolved
     for resolved in (found, wanted):
@@ -56,13 +56,13 @@ def test_a_name_that_another_recipe_has_is_not_taken(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart_best.yaml").write_text("# Mine.\nseed: 1\n")
     planned = plan([Q, R, "output_dir=o"])
-    assert best.names(planned, [Trial(0, {"lora.r": "8"})]) == {0: "quickstart_best_"}
+    assert results.names(planned, [Trial(0, {"lora.r": "8"})]) == {0: "quickstart_best_"}
 
 
 def test_several_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = plan([Q, R, "output_dir=o"])
     leaders = [Trial(2, {"lora.r": "8"}), Trial(11, {"lora.r": "16"})]
-    assert best.names(planned, leaders) == {2: "quickstart_best_002", 11: "quickstart_best_011"}
-    path = best.write_recipe(planned, leaders[0], "quickstart_best_002", 12)
+    assert results.names(planned, leaders) == {2: "quickstart_best_002", 11: "quickstart_best_011"}
+    path = results.write_recipe(planned, leaders[0], "quickstart_best_002", 12)
     assert yaml.safe_load(path.read_text()) == {"defaults": ["quickstart"], "lora": {"r": 8}}

@@ -3,20 +3,20 @@
 import pytest
 
 from luthier.errors import UserError
-from luthier.sweep import draw, space
+from luthier.sweep import space, strategies
 from luthier.sweep.objective import Objective, Watched
 from luthier.sweep.settings import Optuna
-from luthier.sweep.study import Study
+from luthier.sweep.strategies import Study
 from luthier.sweep.trials import Trial
 
 
 def points(seed, count, *lines):
-    return draw.at_random(space.read(lines, {})[0], count, seed)
+    return strategies.at_random(space.read(lines, {})[0], count, seed)
 
 
 def test_a_grid_is_every_combination_the_last_running_fastest():
     found, _ = space.read(["lora.r=8,16", "seed=1,2"], {})
-    assert [tuple(point.values()) for point in draw.grid(found)] == [
+    assert [tuple(point.values()) for point in strategies.grid(found)] == [
         ("8", "1"), ("8", "2"), ("16", "1"), ("16", "2"),
     ]  # fmt: skip
 

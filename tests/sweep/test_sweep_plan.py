@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.errors import UserError
-from luthier.sweep.planning import plan
+from luthier.sweep.plan import plan
 
 Q = "recipe=quickstart"
 R = "lora.r=8,16"
@@ -160,7 +160,7 @@ def test_settings_of_a_sweep_need_a_sweep(capsys):
 
 
 def test_values_that_exclude_each_other_are_found_when_they_are_drawn_together():
-    from luthier.sweep.encoding import Encoding
+    from luthier.sweep.controller import Encoding
     from luthier.sweep.trials import Trial
 
     planned = plan([Q, OPTUNA, "quantization=none,nf4", "lora=default,none", "output_dir=o"])

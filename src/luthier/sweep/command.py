@@ -6,15 +6,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from luthier.sweep import cluster, identity, launching, slots
-from luthier.sweep.control import RESUME, Controller, Place, orphan_check
-from luthier.sweep.draw import Points, Strategy
-from luthier.sweep.planning import Sweep, plan
-from luthier.sweep.processes import Machine
+from luthier.sweep import local, slurm
+from luthier.sweep import plan as identity
+from luthier.sweep.controller import RESUME, Controller, Place, orphan_check
+from luthier.sweep.local import Machine
+from luthier.sweep.plan import Sweep, plan
+from luthier.sweep.progress import view
 from luthier.sweep.settings import Local, Optuna
-from luthier.sweep.study import Study
+from luthier.sweep.strategies import Points, Strategy, Study
 from luthier.sweep.trials import shown_params
-from luthier.sweep.view import view
 from luthier.train import launch_request
 
 _WIDTH = 160
@@ -31,11 +31,11 @@ def sweep(words: list[str]) -> int:
     Typed under `accelerate launch`, the first process steers and the others leave. Raises UserError
     for a mistake of the user's, before anything runs.
     """
-    if not launching.is_first_rank():
+    if not local.is_first_rank():
         return 0
     with _checking() as checking:
         planned = plan(words, checking)
-        launch = launching.find(planned.launcher, os.environ)
+        launch = local.find(planned.launcher, os.environ)
     if planned.base.config.dry_run:
         return _dry_run(planned)
     is_orphan = orphan_check(launch_request.launcher_command() is not None)
@@ -47,25 +47,25 @@ def sweep(words: list[str]) -> int:
         os.close(lock)
 
 
-def _rooms(planned: Sweep, launch: launching.Launch) -> list[slots.Slot]:
+def _rooms(planned: Sweep, launch: local.Launch) -> list[local.Slot]:
     """The slots of this machine; what is wrong with them or a cluster is said before anything."""
     settings = planned.launcher
     if isinstance(settings, Local):
         on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
-        return slots.make(settings, launch.processes, on_cpu, launch.environ)
-    cluster.check(settings)
+        return local.make(settings, launch.processes, on_cpu, launch.environ)
+    slurm.check(settings)
     return []
 
 
-def _place(planned: Sweep, launch: launching.Launch, rooms: list[slots.Slot], lock: int) -> Place:
+def _place(planned: Sweep, launch: local.Launch, rooms: list[local.Slot], lock: int) -> Place:
     settings = planned.launcher
     if isinstance(settings, Local):
         return Machine(launch, rooms, planned.folder, settings.grace, lock)
-    return cluster.Cluster(planned, launch)
+    return slurm.Cluster(planned, launch)
 
 
 def _run(planned: Sweep, place: Place, is_orphan: Callable[[], bool]) -> int:
-    from luthier.sweep.answer import report_progress, report_results
+    from luthier.sweep.results import report_progress, report_results
 
     strategy = _strategy(planned)
     console.print(_opening(planned, strategy, place), markup=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """Stands between a sweep and one trial: no process of the trial outlives its sweep.
 
-Run as a script of its own by `luthier.sweep.processes`, with psutil and the standard library alone:
+Run as a script of its own by `luthier.sweep.local`, with psutil and the standard library alone:
 
     python -I guard.py GRACE LAUNCHER OUT ERR COMMAND...
 

@@ -7,8 +7,15 @@ from pathlib import Path
 
 from luthier.storage.atomic import write_text
 from luthier.sweep.objective import Objective
-from luthier.sweep.table import best, ranked, shown_number, shown_time
-from luthier.sweep.trials import Trial, short_names, shown_value
+from luthier.sweep.trials import (
+    Trial,
+    best,
+    ranked,
+    short_names,
+    shown_number,
+    shown_time,
+    shown_value,
+)
 
 _STYLE = """\
 :root { --ink: #222; --soft: #777; --line: #e4e4e4; --best: #fdf0f1; --mark: #d1495b; }

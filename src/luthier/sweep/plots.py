@@ -18,8 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from luthier.record.plots import EVAL, INK, TRAIN
 from luthier.sweep.objective import Objective
-from luthier.sweep.table import best, complete
-from luthier.sweep.trials import Trial, short_names, shown_value
+from luthier.sweep.trials import Trial, best, complete, short_names, shown_value
 
 _LOG_RATIO_OF_PARAMETERS = 8.0
 """A parameter is drawn on a log scale if its greatest value is so many times its least."""

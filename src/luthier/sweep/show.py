@@ -8,12 +8,11 @@ from luthier.errors import UserError
 from luthier.inspect.arguments import Grammar
 from luthier.storage.atomic import read_json
 from luthier.sweep import trials as on_disk
-from luthier.sweep.answer import print_errors
-from luthier.sweep.identity import is_running
 from luthier.sweep.objective import Objective, measured
-from luthier.sweep.table import table
-from luthier.sweep.trials import Folder
-from luthier.sweep.view import summary
+from luthier.sweep.plan import is_running
+from luthier.sweep.progress import summary
+from luthier.sweep.results import print_errors
+from luthier.sweep.trials import Folder, table
 
 GRAMMAR = Grammar(
     "sweep",

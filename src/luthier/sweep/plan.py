@@ -1,16 +1,27 @@
 """From what was typed to a sweep whose every trial is known to be valid, before anything runs."""
 
+import fcntl
 import json
+import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
+import yaml
+
+import luthier
 from luthier.config.compose import Composed, compose_config, parse, run_name
 from luthier.config.load import Loaded, load, report
 from luthier.errors import Mistake, UserError
-from luthier.sweep import draw, objective, settings, space, study
+from luthier.record.config_diff import NEUTRAL, changes
+from luthier.record.run_dir import to_yaml
+from luthier.record.secrets import redacted_override
+from luthier.storage.atomic import read_json, write_json, write_text
+from luthier.sweep import objective, settings, space, strategies
 from luthier.sweep.objective import Objective, Watched
 from luthier.sweep.settings import Local, Optuna, Random, Submitit, Sweeper
 from luthier.sweep.space import Space
@@ -42,7 +53,7 @@ class Sweep:
     folder: Folder
     base: Loaded
     """The configuration with the first value of each axis."""
-    points: list[draw.Point] | None
+    points: list[strategies.Point] | None
     """All points, where they are known ahead."""
     data: dict[tuple[str, ...], str]
     """What decides the data of a point that was checked, by its values."""
@@ -116,8 +127,8 @@ def _goal(
     objectives, mistakes = objective.read(sweeper, base.resolved)
     watched = None
     if isinstance(sweeper, Optuna):
-        mistakes += study.check(sweeper)
-        if not mistakes and study.has_pruner(sweeper):
+        mistakes += strategies.check(sweeper)
+        if not mistakes and strategies.has_pruner(sweeper):
             seen = objective.watched(sweeper, objectives, base.resolved)
             mistakes += [seen] if isinstance(seen, Mistake) else []
             watched = seen if isinstance(seen, Watched) else None
@@ -160,21 +171,21 @@ def _own_words(words: Iterable[str], mistakes: list[Mistake]) -> tuple[list[str]
     return kept, folder
 
 
-def _points(found: Space, sweeper: Sweeper) -> list[draw.Point] | None:
+def _points(found: Space, sweeper: Sweeper) -> list[strategies.Point] | None:
     if isinstance(sweeper, Optuna):
         return None
     if isinstance(sweeper, Random):
-        return draw.at_random(found, sweeper.n_trials, sweeper.seed)
-    return draw.grid(found)
+        return strategies.at_random(found, sweeper.n_trials, sweeper.seed)
+    return strategies.grid(found)
 
 
-def _corners(found: Space, first: draw.Point) -> list[draw.Point]:
+def _corners(found: Space, first: strategies.Point) -> list[strategies.Point]:
     """Each value and each bound once, the other axes at their first."""
     return [first | {axis.key: one} for axis in found.axes for one in axis.ends()[1:]]
 
 
 def _load_all(
-    found: Space, points: list[draw.Point], checking: Callable[[int], None]
+    found: Space, points: list[strategies.Point], checking: Callable[[int], None]
 ) -> tuple[Loaded, dict[tuple[str, ...], str]]:
     """Compose and check every configuration; returns the first, and what decides each one's data.
 
@@ -183,7 +194,7 @@ def _load_all(
     from luthier.train.run import check
 
     checking(len(points))
-    bad: dict[str, list[draw.Point]] = {}
+    bad: dict[str, list[strategies.Point]] = {}
     seen: set[str] = set()
     data: dict[tuple[str, ...], str] = {}
     base = None
@@ -213,14 +224,17 @@ def data_key(resolved: dict[str, Any]) -> str:
 
 
 def _load_rest(
-    found: Space, first: draw.Point, points: list[draw.Point], checking: Callable[[int], None]
+    found: Space,
+    first: strategies.Point,
+    points: list[strategies.Point],
+    checking: Callable[[int], None],
 ) -> dict[tuple[str, ...], str]:
     """Compose and check the points that the first one is not; returns what decides their data."""
     different = [point for n, point in enumerate(points) if point not in [first, *points[:n]]]
     return _load_all(found, different, checking)[1] if different else {}
 
 
-def _bad_points(bad: dict[str, list[draw.Point]], total: int) -> str:
+def _bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
     """The mistakes of all trials; one that all share is said as in a single run."""
     texts = []
     for text, points in islice(bad.items(), _SHOWN):
@@ -242,3 +256,121 @@ def _folder(words: list[str], sweeper: Sweeper, base: Loaded, found: Space) -> P
 def _quoted(text: str) -> str:
     """A text as Hydra's grammar takes it, whatever is in it."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+# A sweep's folder: taken by one sweep at a time, and only by the one that made it.
+
+_PATIENCE = 15.0
+"""Seconds beyond their grace in which trials of an ended sweep must be gone."""
+
+
+def take(sweep: Sweep) -> int:
+    """Make or find the sweep's folder and lock it; returns the open lock.
+
+    Raises UserError where another sweep lies there, or this one runs already.
+    """
+    path = sweep.folder.path
+    if path.exists() and not sweep.folder.definition.is_file() and any(path.iterdir()):
+        raise UserError(
+            f"output_dir: {path} holds files that are no sweep. Choose another output_dir=..."
+        )
+    (path / "state").mkdir(parents=True, exist_ok=True)
+    lock = _lock(path, sweep.launcher.grace)
+    _compare(sweep)
+    write_json(sweep.folder.definition, _definition(sweep))
+    write_text(path / "base.yaml", to_yaml(sweep.base.resolved))
+    return lock
+
+
+def is_running(path: Path) -> bool:
+    """Whether a sweep or one of its trials lives in this folder."""
+    file = path / "lock"
+    if not file.is_file():
+        return False
+    with file.open("rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _lock(path: Path, grace: float) -> int:
+    """Take the lock, which every guard of a trial holds too; wait for those of an ended sweep."""
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + grace + _PATIENCE
+    waited = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            owner = os.read(lock, 20).decode().strip()
+            os.lseek(lock, 0, os.SEEK_SET)
+            if owner.isdigit() and psutil.pid_exists(int(owner)):
+                raise UserError(
+                    f"{path} is being swept by process {owner}. `luthier sweep {path}` shows how "
+                    "it stands."
+                ) from None
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: trials of an ended sweep still run. End them.") from None
+            if not waited:
+                print("waiting for the trials of the ended sweep to stop", flush=True)
+            waited = True
+            time.sleep(0.2)
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    return lock
+
+
+def _definition(sweep: Sweep) -> dict[str, Any]:
+    """What is searched, as `sweep.json` has it."""
+    return {
+        "luthier": luthier.__version__,
+        "recipe": sweep.recipe,
+        "words": [redacted_override(word) for word in sweep.words],
+        "identity": _identity(sweep),
+        "objectives": {one.name: one.direction for one in sweep.objectives},
+        "total": len(sweep.points) if sweep.points is not None else _count(sweep),
+    }
+
+
+def _count(sweep: Sweep) -> int:
+    assert isinstance(sweep.sweeper, Random)
+    return sweep.sweeper.n_trials
+
+
+def _identity(sweep: Sweep) -> dict[str, Any]:
+    """What must not change while a sweep goes on."""
+    sweeper = sweep.sweeper
+    typed, _ = parse(sweep.space.fixed)
+    fixed = [one.line for one in typed if one.key.split(".")[0] not in NEUTRAL]
+    found: dict[str, Any] = {
+        "hydra/sweeper": sweeper.kind,
+        "words": sorted(redacted_override(line) for line in fixed),
+        "params": {axis.name: axis.text for axis in sweep.space.axes},
+    }
+    if isinstance(sweeper, Random):
+        found["seed"] = sweeper.seed
+    if isinstance(sweeper, Optuna):
+        found["objective"] = {one.name: one.direction for one in sweep.objectives}
+    return found
+
+
+def _compare(sweep: Sweep) -> None:
+    """Refuse a folder in which something else was searched, or whose recipe has changed."""
+    old = read_json(sweep.folder.definition)
+    if old is None:
+        return
+    new = _identity(sweep)
+    lines = [str(change) for change in changes(old["identity"], new)]
+    file = sweep.folder.path / "base.yaml"
+    if not lines and file.is_file():
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        lines = [str(change) for change in changes(before, sweep.base.resolved)]
+    if lines:
+        shown = "\n".join(f"  {line}" for line in lines[:10])
+        raise UserError(
+            f"output_dir: {sweep.folder.path} holds another sweep:\n{shown}\n"
+            "Choose another output_dir=..., or type what was typed there."
+        )

@@ -8,10 +8,17 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from luthier.sweep.control import View
+from luthier.sweep.controller import View
 from luthier.sweep.objective import Objective
-from luthier.sweep.table import best, complete, shown_number, shown_time, table
-from luthier.sweep.trials import Trial, shown_params
+from luthier.sweep.trials import (
+    Trial,
+    best,
+    complete,
+    shown_number,
+    shown_params,
+    shown_time,
+    table,
+)
 
 _EVERY = 0.5
 """Seconds between two drawings."""

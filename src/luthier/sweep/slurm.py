@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.sweep.launching import Launch, without_rank
-from luthier.sweep.planning import Sweep
-from luthier.sweep.processes import Job, guarded
+from luthier.sweep.local import Job, Launch, guarded, without_rank
+from luthier.sweep.plan import Sweep
 from luthier.sweep.settings import Submitit
 from luthier.sweep.trials import Folder, Trial
 
