@@ -2,7 +2,7 @@
 
 import sys
 
-from luthier.app import main, train
+from luthier.cli.train import main, train
 
 if __name__ == "__main__":
     sys.exit(main(train))

@@ -44,12 +44,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def luthier(monkeypatch, capsys):
     """Run the command as typed; gives back exit code, output and errors."""
-    from luthier import cli
+    from luthier.cli import main
 
     def luthier(*words):
         monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         return ended.value.code, out, err
 

@@ -1,5 +1,5 @@
 """`python -m luthier`: the same as the `luthier` command."""
 
-from luthier.cli import main
+from luthier.cli.main import main
 
 main()

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from helpers import adapter_runs as material
+from luthier.cli.chat import Talk
 from luthier.infer.stream import shown
-from luthier.infer.talk import Talk
 
 
 @pytest.fixture

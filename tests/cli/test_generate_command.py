@@ -6,8 +6,8 @@ import pytest
 
 from helpers import adapter_runs as material
 from helpers.chatml import jsonl
+from luthier.cli.model_arguments import dataset_of
 from luthier.infer import answer_file, questions
-from luthier.infer.words import dataset_of
 
 SETTINGS = ("max_new_tokens=6", "model.device=cpu")
 
@@ -51,7 +51,7 @@ def test_a_file_is_answered_row_by_row_and_a_broken_one_goes_on(
 
 
 def test_rows_are_written_as_soon_as_all_before_them_are_there(tmp_path):
-    from luthier.infer.command import _Writer
+    from luthier.cli.generate import _Writer
     from luthier.infer.llm import Reply
 
     file = answer_file.AnswerFile(tmp_path / "out.jsonl", {})

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import luthier as package
-from luthier.cli import COMMANDS
+from luthier.cli.main import COMMANDS
 
 Q = "recipe=quickstart"
 

@@ -20,8 +20,8 @@ def heap_without_reserve(monkeypatch):
 @pytest.fixture
 def plan_command(capsys):
     """`luthier plan` as typed; gives back exit code, output and errors."""
+    from luthier.cli.plan import run
     from luthier.errors import UserError, report
-    from luthier.plan.command import run
 
     def plan_command(*words):
         try:
@@ -120,7 +120,7 @@ def test_a_mistake_is_said_in_words(words, said, on_shapes):
     assert said in err
 
 
-CALL = "import sys; from luthier.plan.command import run; run(sys.argv[1:])"
+CALL = "import sys; from luthier.cli.plan import run; run(sys.argv[1:])"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ TEMPLATE = (
 )
 RUN = """
 import sys
-from luthier.data.ahead import run
+from luthier.cli.prepare import run
 code = run(["model.path=small", "dataset.path=data.jsonl", "dataset.cache=cache"])
 print(sorted({"trl", "peft"} & sys.modules.keys()))
 sys.exit(code)

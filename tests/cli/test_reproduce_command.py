@@ -7,11 +7,10 @@ import sys
 import pytest
 import yaml
 
+from luthier.cli import diff, reproduce, show
 from luthier.errors import UserError
-from luthier.record import diff, show
 from luthier.record.run_dir import find_run
 from luthier.storage.atomic import write_json
-from luthier.train import reproduce
 
 RUN = {
     "format": 2, "status": "finished", "versions": {"luthier": "0.1.0", "torch": "2.13.0"},
@@ -93,7 +92,7 @@ def test_what_cannot_be_repeated_is_refused_in_words(tmp_path, changed, part):
 
 
 def test_a_config_that_this_version_does_not_understand_is_named(tmp_path):
-    from luthier.train.again import loaded
+    from luthier.cli.rerun import loaded
 
     folder = write(tmp_path / "a", config=CONFIG | {"loraa": 1})
     with pytest.raises(UserError, match=r"written by another version(.|\n)*loraa"):
@@ -116,12 +115,12 @@ def test_a_run_is_found_by_its_folder_or_its_name(tmp_path, monkeypatch):
 
 def test_the_repetition_is_launched_as_the_run_was(tmp_path):
     alone = reproduce._command({"launch": {"processes": 1, "sharding": "none"}}, tmp_path)
-    assert alone == [sys.executable, "-m", "luthier.train.again"]
+    assert alone == [sys.executable, "-m", "luthier.cli.rerun"]
     config = {"distributed_type": "MULTI_GPU", "num_processes": 8, "mixed_precision": "bf16"}
     launch = {"processes": 2, "sharding": "ddp", "device": "cpu", "launcher": {"config": config}}
     command = reproduce._command({"launch": launch}, tmp_path)
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert command[-2:] == ["-m", "luthier.train.again"]
+    assert command[-2:] == ["-m", "luthier.cli.rerun"]
     written = yaml.safe_load((tmp_path / "launch.yaml").read_text())
     assert written == config | {
         "num_processes": 2, "num_machines": 1, "main_process_port": 0, "use_cpu": True,

@@ -10,8 +10,8 @@ import pytest
 
 from helpers import adapter_runs as material
 from helpers.chatml import CHATML
+from luthier.cli.serve import GRAMMAR, curl, name_of, vllm_command
 from luthier.infer import LLM
-from luthier.infer.serve import GRAMMAR, curl, name_of, vllm_command
 from luthier.model.artifact import find_artifact
 
 TODAY = CHATML.replace("assistant\n{%", "assistant\n{{ strftime_now('%Y') }}{%")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import luthier
-from luthier.app import main
+from luthier.cli.train import main
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from luthier.cli.train import help_text
 from luthier.config import list_recipes, load
-from luthier.config.help import help_text
 from luthier.config.schema import GROUPS
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.train_command import environment, record
-from luthier.record import show
-from luthier.train import reproduce
+from luthier.cli import reproduce, show
 
 
 def luthier(folder, *words):

@@ -12,7 +12,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
-from luthier.app import main
+from luthier.cli.train import main
 from luthier.config.methods import METHODS
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers.chatml import byte_tokenizer
-from luthier.app import main
+from luthier.cli.train import main
 from luthier.train.run import run
 
 

@@ -40,13 +40,13 @@ def evaluated(run, tmp_path_factory):
     """What the command wrote for the run and its held-out rows."""
     import sys
 
-    from luthier import cli
+    from luthier.cli import main
 
     out = tmp_path_factory.mktemp("out") / "found.json"
     old, sys.argv = sys.argv, ["luthier", "evaluate", str(run), CPU, "-o", str(out)]
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
     finally:
         sys.argv = old
     assert ended.value.code == 0

@@ -48,7 +48,7 @@ def child(order):
     os.environ.update(order["environment"])
     for place, number, what in order["signals"]:
         send_at(place, number, what)
-    from luthier.app import main
+    from luthier.cli.train import main
     from luthier.train.run import run
 
     sys.argv = ["train.py", *order["words"]]

@@ -40,7 +40,7 @@ def end_all():
 
 def here(monkeypatch, capsys, folder, *words, act=None, code=0, **environ):
     """Run a sweep to its end within this process, its trials as real ones; returns what it said."""
-    from luthier.app import main
+    from luthier.cli.train import main
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [str(ACTING), "-m", *words])

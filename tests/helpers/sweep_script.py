@@ -76,7 +76,7 @@ def seen():
 
 if __name__ == "__main__":
     if {"-m", "--multirun"} & set(sys.argv):
-        from luthier.app import main
+        from luthier.cli.train import main
 
         sys.exit(main(lambda loaded: 0))
     sys.exit(act(sys.argv[1:]))

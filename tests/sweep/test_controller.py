@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from helpers.sweep_processes import alive, here, record, start, states, stop, until
+from luthier.cli import sweep as show
 from luthier.config import load
-from luthier.sweep import show
 
 Q = "recipe=quickstart"
 SIX = (Q, "lora.r=4,8,16", "trainer.args.learning_rate=1e-3,1e-4", "hydra.launcher.slots=2",

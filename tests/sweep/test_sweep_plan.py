@@ -153,7 +153,7 @@ def test_trials_are_grouped_in_wandb():
 
 
 def test_settings_of_a_sweep_need_a_sweep(capsys):
-    from luthier.app import main
+    from luthier.cli.train import main
 
     assert main(lambda loaded: 0, [Q, "hydra/sweeper=optuna"]) == 2
     assert "Add -m" in capsys.readouterr().err

@@ -128,8 +128,16 @@ CHILD = [PYTHON, "train.py", "recipe=x"]
             id="module",
         ),
         pytest.param(
-            [PYTHON, "/v/bin/accelerate", "launch", "--multi_gpu", "-m", "luthier.cli", "train"],
-            [PYTHON, "-u", "-m", "luthier.cli", "train"],
+            [
+                PYTHON,
+                "/v/bin/accelerate",
+                "launch",
+                "--multi_gpu",
+                "-m",
+                "luthier.cli.main",
+                "train",
+            ],
+            [PYTHON, "-u", "-m", "luthier.cli.main", "train"],
             ["--multi_gpu"],
             id="runs-a-module",
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.app import main
+from luthier.cli.train import main
 from luthier.train.run import run
 
 ROOT = Path(__file__).parents[2]

@@ -22,8 +22,8 @@ from luthier.model.adapters import HEADED
 from luthier.model.artifact import find_artifact
 
 if TYPE_CHECKING:
+    from luthier.cli.model_arguments import Words
     from luthier.evaluate.heads import Decider
-    from luthier.infer.words import Words
 
 
 # One model that writes, measured on one set: perplexity, and the metrics of its replies.

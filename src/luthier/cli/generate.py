@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
-from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
+    from luthier.cli.model_arguments import Words
     from luthier.infer.answer_file import AnswerFile
     from luthier.infer.llm import LLM, Reply
     from luthier.infer.questions import Ask, Asks
-    from luthier.infer.words import Words
     from luthier.model.artifact import Artefact
 
 GRAMMAR = Grammar(
@@ -49,7 +49,7 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.infer.words import dataset_of, sort
+    from luthier.cli.model_arguments import dataset_of, sort
 
     typed = sort("generate", given.overrides, _NAMES)
     if "-o" not in given.texts:

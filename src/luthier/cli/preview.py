@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError, choice
-from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
     from luthier.inspection.dataset import Material

@@ -1,7 +1,7 @@
 """`luthier recipes`: what there is to run."""
 
 from luthier import config
-from luthier.inspect.arguments import Grammar
+from luthier.cli.arguments import Grammar
 
 GRAMMAR = Grammar(
     "recipes",

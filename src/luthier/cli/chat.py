@@ -1,23 +1,140 @@
 """What the chat in the terminal does with each line that is typed."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
+from luthier.cli.arguments import Flag, Grammar
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
-from luthier.infer.beside import Beside
 from luthier.infer.chat import Chat
 from luthier.infer.stream import shown
 
 if TYPE_CHECKING:
     from luthier.infer.llm import LLM, Reply
+
+
+# `luthier chat`: a conversation with a model in the terminal.
+
+GRAMMAR = Grammar(
+    "chat",
+    "luthier chat MODEL [key=value ...] [flags]\n\n"
+    "A conversation with a model in the terminal. MODEL is a run's folder, a checkpoint, an\n"
+    "adapter, a model's folder or hub name, or package:NAME. With --compare the base answers\n"
+    "beside the tuned model, each in a conversation of its own; an adapter's base is in memory\n"
+    "only once. Questions may also come through a pipe, a line each.\n\n"
+    "Settings: any field of GenerationConfig, such as temperature=0.7 (greedy without);\n"
+    "model.device, .dtype, .attention and .device_map; quantization=none, nf4 or int8.",
+    (
+        Flag("--compare", None, "base and tuned model side by side"),
+        Flag("--system", "TEXT", "the system prompt"),
+        Flag("--seed", "N", "for sampling"),
+        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+    ),
+    "  luthier chat runs/quickstart/default\n"
+    "  luthier chat runs/quickstart/default --compare --system 'Turn the note into JSON.'\n"
+    "  luthier chat Qwen/Qwen3-0.6B temperature=0.6 top_p=0.95\n",
+)
+
+
+def run(words: list[str]) -> int:
+    """Chat until the user leaves; returns 0."""
+    if GRAMMAR.asks_help(words):
+        return 0
+    given = GRAMMAR.parse(words)
+    from luthier.cli.model_arguments import sort
+    from luthier.infer.llm import LLM
+
+    typed = sort("chat", given.overrides, ("MODEL",))
+    llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
+    other = _base_of(llm, typed.llm()) if "--compare" in given.switches else None
+    settings: dict[str, Any] = dict(typed.generation)
+    if "--seed" in given.numbers:
+        settings["seed"] = given.numbers["--seed"]
+    from luthier.environment import hush
+
+    hush()
+    return _talk(llm, other, settings, given.texts.get("--system"))
+
+
+def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
+    """What answers as the base: the adapter's own, or the model that the run began with."""
+    from luthier.infer.llm import LLM
+
+    if llm.has_adapter:
+        return llm
+    config = llm.artefact.config
+    if config is None:
+        raise UserError(f"--compare: {llm.artefact.word} is not tuned by a run here; it is a base.")
+    return LLM(config.model.path, **settings)
+
+
+def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str | None) -> int:
+    from contextlib import ExitStack
+
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with ExitStack() as stack:
+        with Console(stderr=True).status("loading"):
+            stack.enter_context(llm)
+            if other is not None and other is not llm:
+                stack.enter_context(other)
+        talk = Talk(console, llm, other, settings, system)
+        if sys.stdin.isatty():
+            talk.interactive()
+        else:
+            for line in sys.stdin:
+                if line.strip():
+                    talk.take(line.strip())
+    return 0
+
+
+# Two replies in two columns while they are written.
+
+
+class Beside:
+    """Columns that fill up; at the end they stand in the terminal as a table."""
+
+    def __init__(self, console: Console, names: tuple[str, ...]) -> None:
+        self._console, self._names = console, names
+        self._texts = [""] * len(names)
+        # What is longer than the terminal is cut while it is written, and whole at the end.
+        self._live = Live(console=console, transient=True, refresh_per_second=12)
+
+    def __enter__(self) -> "Beside":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+        if any(self._texts):
+            self._console.print(self._table())
+
+    def add(self, number: int, text: str) -> None:
+        """Write on in a column, counted from 0."""
+        self._texts[number] += text
+        if self._console.is_terminal:
+            self._live.update(self._table())
+
+    def _table(self) -> RenderableType:
+        table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
+        for name in self._names:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*map(Text, self._texts))
+        return table
+
 
 HELP = """\
   /system TEXT   put this in front of the conversation (it begins anew); /system - for nothing

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
-from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
+    from luthier.cli.model_arguments import Words
     from luthier.config.schema import RunConfig
     from luthier.evaluate.compare import Result
     from luthier.evaluate.models import Subject
     from luthier.evaluate.rows import Items, Set
-    from luthier.infer.words import Words
     from luthier.metrics import Metric
 
 GRAMMAR = Grammar(
@@ -51,7 +51,7 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.infer.words import sort
+    from luthier.cli.model_arguments import sort
 
     own = [word for word in given.overrides[1:] if word.startswith("metrics=")]
     typed = sort("evaluate", [w for w in given.overrides if w not in own], ("MODEL",))
@@ -200,8 +200,8 @@ def _sets(
 def _items(
     model: "Subject", typed: "Words", given: Given, config: "RunConfig | None"
 ) -> "Iterator[Items]":
+    from luthier.cli.model_arguments import dataset_of
     from luthier.evaluate.rows import of_dataset, of_run
-    from luthier.infer.words import dataset_of
     from luthier.model.tokenizer import load_tokenizer
 
     limit = given.numbers.get("--limit")

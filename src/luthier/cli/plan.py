@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from luthier.inspect.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig

@@ -5,8 +5,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
-from luthier.inspect.arguments import Flag, Given, Grammar
 from luthier.model.artifact import Artefact, find_artifact, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -31,74 +31,74 @@ COMMANDS = {
     "train": Command(
         "train recipe=NAME [key=value ...]",
         "train; same as: python train.py recipe=NAME ...",
-        "luthier.cli:train",
+        "luthier.cli.main:train",
     ),
     "preview": Command(
         "preview recipe=NAME [key=value ...]",
         "rows of the dataset as tokens: what trains",
-        "luthier.inspect.preview:run",
+        "luthier.cli.preview:run",
     ),
     "check": Command(
         "check recipe=NAME [key=value ...]",
         "the whole dataset held against the rules",
-        "luthier.inspect.check:run",
+        "luthier.cli.check:run",
     ),
     "plan": Command(
         "plan recipe=NAME [key=value ...]",
         "the memory that a run needs, part by part",
-        "luthier.plan.command:run",
+        "luthier.cli.plan:run",
     ),
     "prepare": Command(
         "prepare recipe=NAME [key=value ...]",
         "encode the dataset into the cache, ahead",
-        "luthier.data.ahead:run",
+        "luthier.cli.prepare:run",
     ),
-    "show": Command("show RUN", "what made a run, and what came out", "luthier.record.show:run"),
+    "show": Command("show RUN", "what made a run, and what came out", "luthier.cli.show:run"),
     "diff": Command(
-        "diff RUN RUN", "what differs between two runs, group by group", "luthier.record.diff:run"
+        "diff RUN RUN", "what differs between two runs, group by group", "luthier.cli.diff:run"
     ),
     "reproduce": Command(
         "reproduce RUN",
         "a run again, from its record: is it identical?",
-        "luthier.train.reproduce:run",
+        "luthier.cli.reproduce:run",
     ),
     "sweep": Command(
         "sweep FOLDER",
         "the trials of a sweep, the best first",
-        "luthier.sweep.show:run",
+        "luthier.cli.sweep:run",
     ),
     "chat": Command(
         "chat MODEL [key=value ...]",
         "talk to a run, an adapter or a model",
-        "luthier.infer.terminal:run",
+        "luthier.cli.chat:run",
     ),
     "generate": Command(
         "generate MODEL FILE -o OUT [key=value]",
         "answer every row of a file",
-        "luthier.infer.command:run",
+        "luthier.cli.generate:run",
     ),
     "evaluate": Command(
         "evaluate MODEL [key=value ...]",
         "base against tuned, with intervals",
-        "luthier.evaluate.command:run",
+        "luthier.cli.evaluate:run",
     ),
     "serve": Command(
         "serve MODEL [key=value ...]",
         "an OpenAI-compatible server, as it trained",
-        "luthier.infer.serve:run",
+        "luthier.cli.serve:run",
     ),
     "merge": Command(
         "merge RUN [--out FOLDER]",
         "an adapter into its base: one model",
-        "luthier.export.merge:run",
+        "luthier.cli.merge:run",
     ),
     "push": Command(
         "push RUN --to USER/NAME",
         "a run's model with its card to the hub",
-        "luthier.export.push:run",
+        "luthier.cli.push:run",
     ),
     "recipes": Command(
-        "recipes", "the recipes that are found, a line each", "luthier.inspect.recipes:run"
+        "recipes", "the recipes that are found, a line each", "luthier.cli.recipes:run"
     ),
 }
 _END = """\
@@ -152,7 +152,7 @@ def unknown(word: str) -> str:
 
 def train(words: list[str]) -> int:
     """What train.py does."""
-    from luthier.app import main, train
+    from luthier.cli.train import main, train
 
     sys.argv = ["luthier train", *words]
     return main(train)

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from luthier.cli import diff
+from luthier.cli.arguments import Grammar
 from luthier.errors import UserError
-from luthier.inspect.arguments import Grammar
-from luthier.record import diff, run_dir
+from luthier.record import run_dir
 from luthier.record.checkpoints import read_lines
 from luthier.record.record import read
 from luthier.record.run_dir import find_run
@@ -114,7 +115,7 @@ def train_again(record: dict[str, Any], new: Path) -> int:
 def _command(record: dict[str, Any], place: Path) -> list[str]:
     """How to start the training: plain Python, or accelerate as it was configured."""
     launch = record.get("launch") or {}
-    module = ["-m", "luthier.train.again"]
+    module = ["-m", "luthier.cli.rerun"]
     if launch.get("processes", 1) == 1 and launch.get("sharding", "none") == "none":
         return [sys.executable, *module]
     config = _launcher(record).get("config") or {"distributed_type": "MULTI_GPU"}

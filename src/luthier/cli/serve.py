@@ -12,11 +12,11 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
-from luthier.inspect.arguments import Flag, Given, Grammar
 
 if TYPE_CHECKING:
-    from luthier.infer.words import Words
+    from luthier.cli.model_arguments import Words
     from luthier.model.artifact import Artefact
 
 GRAMMAR = Grammar(
@@ -49,7 +49,7 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.infer.words import sort
+    from luthier.cli.model_arguments import sort
     from luthier.model.artifact import find_artifact
 
     typed = sort("serve", given.overrides, ("MODEL",))

@@ -5,12 +5,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
 from luthier.export import model_facts as stories
 from luthier.export import write_card
 from luthier.export.hub_upload import Parcel, pack, send
 from luthier.export.model_facts import Data, Story
-from luthier.inspect.arguments import Flag, Given, Grammar
 from luthier.model.artifact import Artefact, find_artifact
 
 GRAMMAR = Grammar(

@@ -2,7 +2,7 @@
 
 import time
 
-from luthier.inspect.arguments import Grammar
+from luthier.cli.arguments import Grammar
 
 GRAMMAR = Grammar(
     "prepare",

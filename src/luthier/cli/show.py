@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from luthier.inspect.arguments import Grammar
+from luthier.cli.arguments import Grammar
 from luthier.record import checkpoints
 from luthier.record.machine_info import MAIN
 from luthier.record.record import read

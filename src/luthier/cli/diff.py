@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from luthier.inspect.arguments import Grammar
+from luthier.cli.arguments import Grammar
 from luthier.record.checkpoints import read_lines
 from luthier.record.config_diff import NEUTRAL, differing, flat
 from luthier.record.record import read

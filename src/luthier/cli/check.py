@@ -2,13 +2,15 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
-from luthier.inspect.arguments import Flag, Grammar
 
 if TYPE_CHECKING:
+    from luthier.inspection.served import Served
     from luthier.inspection.survey import Survey
 
 GRAMMAR = Grammar(
@@ -43,8 +45,6 @@ def run(words: list[str]) -> int:
         return 0
     given = GRAMMAR.parse(words)
     if "--served" in given.switches:
-        from luthier.inspect.served_report import run_served
-
         return run_served(given)
     from luthier.inspection.dataset import gather
     from luthier.inspection.survey import Survey
@@ -93,3 +93,41 @@ def _draw(file: str, survey: "Survey") -> None:
         raise UserError(f"--png {file}: cannot be written: {error.strerror}.") from error
     words = f"written {file}" if drawn else f"{file} is not written: nothing trains"
     print(words, file=sys.stderr)
+
+
+# What `luthier check RUN --served` found, for people and for machines.
+
+
+def run_served(given: Given) -> int:
+    """Check what a run saved; returns 0 if every rule holds and 1 if one breaks."""
+    if len(given.overrides) != 1:
+        raise UserError("luthier check --served takes one run: luthier check RUN --served.")
+    if "--png" in given.texts:
+        raise UserError("--png: --served draws nothing. Leave it out.")
+    from luthier.inspection.served import check
+
+    served = check(given.overrides[0], given.numbers.get("--limit"))
+    if "--json" in given.switches:
+        rules = [asdict(rule) for rule in served.rules]
+        found = {"name": given.overrides[0], "holds": served.holds, "rules": rules}
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _show(served)
+    return 0 if served.holds else 1
+
+
+def _show(served: "Served") -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from luthier.inspection.report import show_rule
+
+    console = Console(highlight=False)
+    console.print(Text(f"{served.artefact.folder}: as trained?", style="bold"))
+    for rule in served.rules:
+        show_rule(console, rule, "")
+    if served.holds:
+        end = "\nservers that read this folder get the tokens it was trained on"
+    else:
+        end = "\nservers that read this folder get other tokens than it was trained on"
+    console.print(Text(end, style="bold"))
