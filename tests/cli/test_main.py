@@ -73,7 +73,7 @@ def test_a_mistake_is_said_in_words(words, said, luthier):
     assert said in err
 
 
-CALL = "import luthier.cli; luthier.cli.main()"
+CALL = "from luthier.cli.main import main; main()"
 
 
 @pytest.mark.parametrize("command", ["preview", "check"])

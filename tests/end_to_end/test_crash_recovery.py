@@ -22,7 +22,10 @@ MOMENTS = {
     "a step": [(f"{TRAINER}.training_step", 16)],
     "an evaluation": [(f"{TRAINER}.prediction_step", 3)],
     "a checkpoint write": [("torch:save", 12), ("luthier.record.checkpoints:_sync", 60)],
-    "data preparation": [("luthier.data.encode_source:_write", 1), ("luthier.data.store.store:seal", 1)],
+    "data preparation": [
+        ("luthier.data.encode_source:_write", 1),
+        ("luthier.data.store.store:seal", 1),
+    ],
     "the last lines": [("luthier.train.loop:save", 1), ("luthier.train.loop:plot_loss", 1)],
 }  # fmt: skip
 

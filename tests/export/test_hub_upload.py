@@ -209,7 +209,7 @@ def test_the_command_itself_pushes_by_its_environment(run, tmp_path):
             "HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_XET": "1",
         }  # fmt: skip
-        luthier = "import sys; from luthier.cli import main; sys.argv[0] = 'luthier'; main()"
+        luthier = "import sys; from luthier.cli.main import main; sys.argv[0] = 'luthier'; main()"
         done = subprocess.run(
             [sys.executable, "-c", luthier, "push", str(run), "--to", "ada/reminders"],
             env=environment, capture_output=True, text=True, check=False,

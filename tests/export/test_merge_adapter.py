@@ -422,11 +422,11 @@ LIMITED = """
 import resource, sys
 import torch, transformers, peft, bitsandbytes
 from transformers import AutoModelForCausalLM
-from luthier import cli
+from luthier.cli.main import main
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + int(sys.argv[2]), resource.RLIM_INFINITY))
 sys.argv = ["luthier", "merge", sys.argv[1]]
-cli.main()
+main()
 """
 
 

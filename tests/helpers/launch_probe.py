@@ -1,4 +1,4 @@
-"""What a training script does with luthier.train.launch_checks, and nothing else; one JSON line a rank."""
+"""Only the launch checks of a training script; each rank prints one line of JSON."""
 
 import json
 import sys

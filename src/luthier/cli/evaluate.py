@@ -66,7 +66,9 @@ def run(words: list[str]) -> int:
 
     texts = given.texts
     alone = "--alone" in given.switches
-    model, other = subjects(typed, texts.get("--base"), texts.get("--against"), alone)
+    model, other = subjects(
+        typed.places[0], texts.get("--base"), texts.get("--against"), alone, typed.llm()
+    )
     if model.artefact.task in HEADED:
         _check_decider(typed, given, metrics)
     from luthier.environment import hush

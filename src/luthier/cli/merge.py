@@ -65,14 +65,14 @@ def run(words: list[str]) -> int:
 def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
     from luthier.environment import hush
     from luthier.export import merge_adapter
-    from luthier.export import quantize as quantizing
     from luthier.export.merge_in_memory import too_large
+    from luthier.export.quantize import check_format, quantize_model
     from luthier.storage.atomic import refuse_target
 
     target = target_of(artefacts[0], given)
     quantize = given.texts.get("--quantize")
     if quantize is not None:
-        quantizing.check(quantize)
+        check_format(quantize)
     order = merge_adapter.Order(
         artefacts,
         weights,
@@ -86,7 +86,7 @@ def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int
     if quantize is not None and len(artefacts) == 1 and artefacts[0].adapter is None:
         refuse_target(target, overwrite)
         hush()
-        quantizing.whole_model(artefacts[0], target, quantize, print)
+        quantize_model(artefacts[0], target, quantize, print)
         return 0
     merge_adapter.refuse_merge(order, overwrite)
     hush()

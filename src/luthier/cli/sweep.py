@@ -11,12 +11,11 @@ from luthier.cli.arguments import Grammar
 from luthier.errors import UserError
 from luthier.storage.atomic import read_json
 from luthier.sweep import local, slurm
-from luthier.sweep import plan as identity
 from luthier.sweep import trials as on_disk
 from luthier.sweep.controller import RESUME, Controller, Place, orphan_check
 from luthier.sweep.local import Machine
 from luthier.sweep.objective import Objective, measured
-from luthier.sweep.plan import Sweep, is_running, plan
+from luthier.sweep.plan import Sweep, is_running, plan, take
 from luthier.sweep.progress import summary, view
 from luthier.sweep.results import print_errors
 from luthier.sweep.settings import Local, Optuna
@@ -47,7 +46,7 @@ def sweep(words: list[str]) -> int:
         return _dry_run(planned)
     is_orphan = orphan_check(launch_request.launcher_command() is not None)
     rooms = _rooms(planned, launch)
-    lock = identity.take(planned)
+    lock = take(planned)
     try:
         return _run(planned, _place(planned, launch, rooms, lock), is_orphan)
     finally:

@@ -1,6 +1,6 @@
 """The models that are measured, and what they are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union
 
@@ -22,7 +22,6 @@ from luthier.model.adapters import HEADED
 from luthier.model.artifact import find_artifact
 
 if TYPE_CHECKING:
-    from luthier.cli.model_arguments import Words
     from luthier.evaluate.heads import Decider
 
 
@@ -89,7 +88,11 @@ Subject = Union[Writer, "Decider"]
 
 
 def subjects(
-    typed: "Words", base: str | None, against: str | None, alone: bool
+    word: str,
+    base: str | None,
+    against: str | None,
+    alone: bool,
+    options: Mapping[str, Any],
 ) -> tuple[Subject, Subject | None]:
     """The model that is typed, and what it is compared with, neither loaded yet.
 
@@ -97,11 +100,11 @@ def subjects(
     where there is nothing. Raises UserError for words that name no models, and for two of which one
     does something else.
     """
-    model = _subject(typed.places[0], typed, base)
+    model = _subject(word, options, base)
     if alone:
         return model, None
     if against is not None:
-        return model, _alike(model, _subject(against, typed, None))
+        return model, _alike(model, _subject(against, options, None))
     artefact = model.artefact
     if artefact.task in HEADED:
         return model, None  # a base's head for these labels is a random one
@@ -109,7 +112,7 @@ def subjects(
         return model, model
     if artefact.config is None:
         return model, None
-    other = _subject(artefact.config.model.path, typed, None)
+    other = _subject(artefact.config.model.path, options, None)
     # The base is asked in the words of the training: its own template may be another one.
     own = artefact.config.model.model_copy(update={"tokenizer": artefact.base.tokenizer})
     other.artefact = replace(other.artefact, chat=artefact.chat, base=own, config=artefact.config)
@@ -136,13 +139,13 @@ def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) ->
             )
 
 
-def _subject(word: str, typed: "Words", base: str | None) -> Subject:
+def _subject(word: str, options: Mapping[str, Any], base: str | None) -> Subject:
     artefact = find_artifact(word, base)
     if artefact.task not in HEADED:
-        return Writer(artefact, **typed.llm())
+        return Writer(artefact, **options)
     from luthier.evaluate.heads import Decider
 
-    return Decider(artefact, **typed.llm())
+    return Decider(artefact, **options)
 
 
 def _alike(model: Subject, other: Subject) -> Subject:

@@ -190,9 +190,9 @@ def _make(order: Order, aside: Path, say: Say) -> None:
     difference = _checked(order, aside, dtype, say) if order.verify else None
     told = _story(order, dtype, difference)
     if order.quantize is not None:
-        from luthier.export import quantize as quantizing
+        from luthier.export.quantize import pack
 
-        packed = quantizing.pack(aside, order.quantize, order.first, say)
+        packed = pack(aside, order.quantize, order.first, say)
         told = replace(told, packed=packed)
     plot = None if order.first.run is None else order.first.run / write_card.PLOT
     write_card.write(aside, told, spoken, plot)

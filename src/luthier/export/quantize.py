@@ -28,7 +28,7 @@ _PACKAGES = {
 _CONFIGS = ("config.json", "quantize_config.json")
 
 
-def check(name: str) -> None:
+def check_format(name: str) -> None:
     """Raise UserError where the library for a format is not installed."""
     missing = [package for package in _PACKAGES[name] if find_spec(package) is None]
     if missing:
@@ -65,7 +65,7 @@ def pack(folder: Path, name: str, artefact: Artefact, say: Callable[[str], None]
     return {"bits": 8 if name == "int8" else 4, "method": _method(name)}
 
 
-def whole_model(artefact: Artefact, target: Path, name: str, say: Callable[[str], None]) -> None:
+def quantize_model(artefact: Artefact, target: Path, name: str, say: Callable[[str], None]) -> None:
     """Pack a model that has no adapter and write it to `target`."""
     source = base_folder(artefact)
     with filled(target) as aside:

@@ -5,10 +5,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.memory import estimate as heap
 from luthier.memory import optimizers
 from luthier.memory.advice import Advice
-from luthier.memory.estimate import Estimate
+from luthier.memory.estimate import ADVICE, Estimate, keeps
 from luthier.memory.plan import Plan
 from luthier.memory.workload import MARGIN, Workload, count, show
 
@@ -114,8 +113,8 @@ def _notes(found: Plan) -> list[str]:
         )
     if not optimizers.find(work.optimizer).known:
         notes.append(f"trainer.args.optim={work.optimizer}: two float32 states are assumed.")
-    if found.hardware.kind == "cpu" and heap.keeps():
-        notes.append(f"Nothing is lost in the heap with {heap.ADVICE} before the command.")
+    if found.hardware.kind == "cpu" and keeps():
+        notes.append(f"Nothing is lost in the heap with {ADVICE} before the command.")
     return [*notes, *work.assumptions]
 
 

@@ -1,7 +1,6 @@
 """Scores of classes, numbers and tags with what the bootstrap draws them from.
 
-The numbers are those of `luthier.metrics.classification` and `luthier.metrics.classification`, made of sums over
-rows.
+The samples of a row are sums, so that a bootstrap can draw rows and add them up.
 """
 
 import re

@@ -19,7 +19,7 @@ def sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool)
 
     own = {
         "max_length": None,
-        # luthier packs itself (luthier.data.batching.settings); TRL would flatten for every attention.
+        # luthier packs itself (luthier.data.batching); TRL would flatten for every attention.
         "packing": False,
         "eval_packing": False,
         "assistant_only_loss": False,

@@ -24,13 +24,12 @@ from luthier.record.record import RunRecord
 from luthier.train import (
     activation_checkpointing,
     console,
+    evaluation,
     launch_checks,
     methods,
     resume,
     trackers,
 )
-from luthier.train import evaluation as evaluating
-from luthier.train import evaluation as replies
 from luthier.train.callbacks import MetricsFile, Progress
 from luthier.train.evaluation import Answers
 from luthier.train.launch_request import launcher
@@ -109,7 +108,7 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
             )
     config = activation_checkpointing.settled(config)
     args = method.arguments(config, machine, folder, has_eval=bool(prepared.eval))
-    evaluating.choose_best(args, config)
+    evaluation.choose_best(args, config)
     launch_checks.check_devices(args.distributed_state)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
@@ -128,13 +127,12 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
         resume.refuse_other_launch(record, dict(launched))
         launch_facts = {**launched, "launcher": launcher()}
         record.update(**made | {"data": data_facts(prepared)}, launch=launch_facts, chat=chat)
-    evaluation = config.trainer.evaluation
     prompts = make_sources(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
-    asked = replies.asked(evaluation, rows, launched["sharding"])
-    answers = Answers(trainer, prompts, evaluation, asked)
-    during = evaluating.added(trainer, answers, config, folder)
+    asked = evaluation.asked(config.trainer.evaluation, rows, launched["sharding"])
+    answers = Answers(trainer, prompts, config.trainer.evaluation, asked)
+    during = evaluation.added(trainer, answers, config, folder)
     return Session(config, folder, record, main, encoder, trainer, answers, during)
 
 
