@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.batching.samplers import PackedSampler
 from luthier.data.encoders.chat import ConversationEncoder
-from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import PreparedData, prepare
 
 LENGTH = 2048
 """Tokens of a packed row."""
@@ -85,7 +85,7 @@ def write(path: Path, count: int | None, copies: int = 1) -> str:
     return str(path)
 
 
-def ours(path: str, cache: str, workers: int, tokenizer: Any) -> tuple[Prepared, PackedSampler]:
+def ours(path: str, cache: str, workers: int, tokenizer: Any) -> tuple[PreparedData, PackedSampler]:
     """What luthier makes of a file."""
 
     def encoder(kind: str, source: SourceConfig, key: str) -> ConversationEncoder:

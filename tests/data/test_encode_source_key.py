@@ -240,7 +240,7 @@ def outcome(settings, tokenizer=PLAIN, seed=0):
         return ConversationEncoder(tokenizer, chat | own)
 
     found = prepare(config, encoder, tokenizer, seed)
-    parts = [part for key, part in found.parts.items() if not key.startswith("dataset.eval")]
+    parts = [part for key, part in found.sources.items() if not key.startswith("dataset.eval")]
     return Outcome(
         [part.stored.folder.name for part in parts],
         [[table(part.tokens, name) for name in ("input_ids", "labels")] for part in parts],
@@ -277,7 +277,7 @@ def test_the_key_changes_when_the_rows_do(change, request):
 def test_a_stream_leaves_nothing_to_be_found():
     config = DatasetConfig(path="data.jsonl", streaming=True)
     encoder = ConversationEncoder(PLAIN, {"on_lost": "keep"})
-    assert prepare(config, lambda *given: encoder, PLAIN, 0).parts == {}
+    assert prepare(config, lambda *given: encoder, PLAIN, 0).sources == {}
     assert not Path("luthier/data").exists()
 
 

@@ -7,7 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from luthier.data.fingerprints import as_prints, canonical, duplicates, fingerprint, normalised
+from luthier.data.fingerprints import (
+    canonical_json,
+    fingerprint,
+    is_first_occurrence,
+    normalised_fingerprint,
+    pack_fingerprints,
+)
 
 
 def said(text, **more):
@@ -16,7 +22,7 @@ def said(text, **more):
 
 def test_the_canonical_json_gives_the_example_back():
     example = {**said("Grüße \ud800 \n"), "tools": [{"b": 1.5, "a": None}]}
-    text, print_ = canonical(example)
+    text, print_ = canonical_json(example)
     assert json.loads(text) == example
     assert text.startswith(b'{"messages":[{"content":"Gr\\u00fc')
     assert text.isascii()
@@ -58,36 +64,40 @@ ALIKE = [
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_the_order_of_keys_does_not_count(one, other):
     assert fingerprint(one) == fingerprint(other)
-    assert normalised(one) == normalised(other)
+    assert normalised_fingerprint(one) == normalised_fingerprint(other)
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_all_other_content_counts(one, other):
     assert fingerprint(one) != fingerprint(other)
-    assert normalised(one) != normalised(other)
+    assert normalised_fingerprint(one) != normalised_fingerprint(other)
 
 
 @pytest.mark.parametrize(("one", "other"), ALIKE)
 def test_case_white_space_and_unicode_form_count_for_exact_equality_only(one, other):
     assert fingerprint(one) != fingerprint(other)
-    assert normalised(one) == normalised(other)
+    assert normalised_fingerprint(one) == normalised_fingerprint(other)
 
 
 def test_half_a_surrogate_pair_has_a_fingerprint():
     assert fingerprint(said("\ud800")) != fingerprint(said("\ud801"))
-    assert normalised(said("\ud800")) != normalised(said("\ud801"))
+    assert normalised_fingerprint(said("\ud800")) != normalised_fingerprint(said("\ud801"))
 
 
 def test_the_first_of_equal_rows_stays():
-    prints = as_prints(fingerprint(said(text)) for text in "abacbad")
-    assert duplicates(prints).tolist() == [True, True, False, True, False, False, True]
+    prints = pack_fingerprints(fingerprint(said(text)) for text in "abacbad")
+    assert is_first_occurrence(prints).tolist() == [True, True, False, True, False, False, True]
 
 
 def test_zero_bytes_at_the_end_count():
-    prints = as_prints([b"a" * 15 + b"\0", b"a" * 15 + b"b", b"a" * 14 + b"\0\0", b"\0" * 16])
-    assert duplicates(prints).all()
-    assert duplicates(np.concatenate([prints, prints])).tolist() == [True] * 4 + [False] * 4
+    prints = pack_fingerprints(
+        [b"a" * 15 + b"\0", b"a" * 15 + b"b", b"a" * 14 + b"\0\0", b"\0" * 16]
+    )
+    assert is_first_occurrence(prints).all()
+    assert (
+        is_first_occurrence(np.concatenate([prints, prints])).tolist() == [True] * 4 + [False] * 4
+    )
 
 
 def test_no_rows():
-    assert duplicates(as_prints([])).tolist() == []
+    assert is_first_occurrence(pack_fingerprints([])).tolist() == []

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from luthier.config.schema import SourceConfig
-from luthier.data.mixture import mixture, spread
-from luthier.data.seeded_random import shuffled
+from luthier.data.mixture import interleave_evenly, mix_sources
+from luthier.data.seeded_random import seeded_order
 from luthier.errors import UserError
 
 
 def mixed(sizes, mix="concatenate", seed=0, **settings):
     """A mixture of sources with these settings by name."""
     sources = {name: SourceConfig(path="x", **settings.get(name, {})) for name in sizes}
-    return mixture(sizes, sources, mix, seed)
+    return mix_sources(sizes, sources, mix, seed)
 
 
 def test_concatenate_takes_all_rows_in_order():
@@ -73,7 +73,7 @@ def test_other_sources_change_nothing_in_which_rows_a_source_gives():
     "counts", [[233, 100], [1, 999], [50, 50, 50], [700, 200, 100, 3], [5], [13] * 40]
 )
 def test_any_first_rows_hold_the_right_shares(counts):
-    groups = np.repeat(np.arange(len(counts)), counts)[spread(counts)]
+    groups = np.repeat(np.arange(len(counts)), counts)[interleave_evenly(counts)]
     total = sum(counts)
     for group, count in enumerate(counts):
         share = count / total
@@ -85,17 +85,17 @@ def test_any_first_rows_hold_the_right_shares(counts):
 
 def test_a_spread_by_hand():
     # a stands at 1/8, 3/8, 5/8, 7/8 of the way, b at 1/4 and 3/4.
-    assert spread([4, 2]).tolist() == [0, 4, 1, 2, 5, 3]
+    assert interleave_evenly([4, 2]).tolist() == [0, 4, 1, 2, 5, 3]
 
 
 def test_the_order_is_the_same_in_any_process():
     code = "from luthier.data.seeded_random import shuffled; print(shuffled(9, 'a', 1).tolist())"
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert shown.stdout.strip() == str(shuffled(9, "a", 1).tolist())
+    assert shown.stdout.strip() == str(seeded_order(9, "a", 1).tolist())
 
 
 def test_shuffled_puts_every_row_at_every_place_about_as_often():
-    places = np.array([shuffled(5, seed).tolist() for seed in range(2000)])
+    places = np.array([seeded_order(5, seed).tolist() for seed in range(2000)])
     assert (np.sort(places, axis=1) == np.arange(5)).all()
     for place in range(5):
         times = np.bincount(places[:, place], minlength=5)

@@ -10,8 +10,8 @@ import pytest
 
 from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, save, shown, texts
 from luthier.config.schema import DatasetConfig
-from luthier.data.encoders.chat import ConversationEncoder, hashes_of
-from luthier.data.prepare import Counts, expand, prepare
+from luthier.data.encoders.chat import ConversationEncoder, hash_sequences
+from luthier.data.prepare import SplitCounts, expand_ranges, prepare
 from luthier.data.store import Ragged
 from luthier.errors import UserError
 
@@ -33,16 +33,16 @@ def test_one_file(write):
     assert shown(found.train) == ["ab>cd", "e>f", "e>gh"]
     assert found.train.lengths.tolist() == [4, 2, 3]
     assert (found.eval, found.heldout, found.eval_counts) == ({}, {}, {})
-    assert found.train_counts == Counts(
+    assert found.train_counts == SplitCounts(
         rows=3, sequences=3, tokens=9, trained_tokens=5, longest=4, dropped={"nothing to train": 1}
     )
-    assert list(found.parts) == ["dataset"]
+    assert list(found.sources) == ["dataset"]
 
 
 def test_what_the_encoder_leaves_out_cuts_or_keeps_is_counted(write):
     write("data.jsonl", replies("a", "-", "?b", "<c", "-d", "<"))
     found = prepared({"path": "data.jsonl"})
-    assert found.train_counts == Counts(
+    assert found.train_counts == SplitCounts(
         rows=6, sequences=4, tokens=10, trained_tokens=6, longest=3,
         dropped={"nothing to train": 2}, cut_rows=2, cut_turns=2, lossy_rows=1,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def test_sources_in_one_epoch(files, settings, expected, counts):
     found = prepared(settings)
     assert [row.split(">")[1] for row in shown(found.train)] == expected
     assert found.train_counts.sources == counts
-    assert list(found.parts) == [f"dataset.sources.{name}" for name in settings["sources"]]
+    assert list(found.sources) == [f"dataset.sources.{name}" for name in settings["sources"]]
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def test_nothing_left_in_words(write, rows, settings, parts):
 
 def test_the_numbers_of_what_rows_make():
     starts, counts = np.array([5, 0, 9]), np.array([2, 0, 3])
-    assert expand(starts, counts).tolist() == [5, 6, 9, 10, 11]
-    assert expand(starts[:0], counts[:0]).tolist() == []
+    assert expand_ranges(starts, counts).tolist() == [5, 6, 9, 10, 11]
+    assert expand_ranges(starts[:0], counts[:0]).tolist() == []
 
 
 # Real rows
@@ -367,8 +367,8 @@ def test_the_accounts_of_both_sides(write):
     write("held.jsonl", replies("c", "-", "e|f"))
     found = prepared({"path": "data.jsonl", "eval": {"path": "held.jsonl"}})
     dropped = {"nothing to train": 1, "equal to a held-out row": 2}
-    assert found.train_counts == Counts(4, 3, 7, 4, 3, dropped)
-    assert found.eval_counts == {"": Counts(3, 3, 6, 3, 2, {"nothing to train": 1})}
+    assert found.train_counts == SplitCounts(4, 3, 7, 4, 3, dropped)
+    assert found.eval_counts == {"": SplitCounts(3, 3, 6, 3, 2, {"nothing to train": 1})}
     assert [row["where"] for row in found.reports] == ["data.jsonl:3", "held.jsonl:2"]
     assert [texts(example)[-1] for example in found.heldout[""]] == ["c", "e|f"]
     assert len(found.heldout[""]) == 2
@@ -377,8 +377,8 @@ def test_the_accounts_of_both_sides(write):
 def test_a_dropped_training_row_is_no_held_out_one(write):
     write("data.jsonl", replies("a", "b", "-", "c"))
     found = prepared({"path": "data.jsonl", "eval": {"count": 1}})
-    assert found.eval_counts[""] == Counts(1, 1, 2, 1, 2)
-    assert found.train_counts == Counts(3, 2, 4, 2, 2, {"nothing to train": 1})
+    assert found.eval_counts[""] == SplitCounts(1, 1, 2, 1, 2)
+    assert found.train_counts == SplitCounts(3, 2, 4, 2, 2, {"nothing to train": 1})
 
 
 def digest(settings, seed=0):
@@ -402,12 +402,15 @@ def test_the_hash_is_of_all_ids_and_labels_in_order_training_first(write):
 def test_token_rows_have_one_hash_however_they_come():
     rows = [[1, 2], [], [3]]
     flat = Ragged(*map(np.array, ([1, 2, 3], [0, 2, 2, 3])))
-    lists, arrays = hashes_of({"a": rows, "b": [4, 5, 6]}), hashes_of({"b": [4, 5, 6], "a": flat})
+    lists, arrays = (
+        hash_sequences({"a": rows, "b": [4, 5, 6]}),
+        hash_sequences({"b": [4, 5, 6], "a": flat}),
+    )
     assert lists.tolist() == arrays.tolist()
     assert len(set(lists.tolist())) == 3
-    moved = hashes_of({"a": [[1, 2], [3]], "b": [[3], [1, 2]]})
-    assert len({*moved.tolist(), *hashes_of({"a": [[1, 2, 3]], "b": [[]]}).tolist()}) == 3
-    assert hashes_of({"a": [], "b": []}).shape == (0,)
+    moved = hash_sequences({"a": [[1, 2], [3]], "b": [[3], [1, 2]]})
+    assert len({*moved.tolist(), *hash_sequences({"a": [[1, 2, 3]], "b": [[]]}).tolist()}) == 3
+    assert hash_sequences({"a": [], "b": []}).shape == (0,)
 
 
 ROWS = replies("c", "d", "e", "f")

@@ -11,12 +11,12 @@ import yaml
 
 from helpers.letter_encoder import pair, replies, save
 from luthier.config.schema import DatasetConfig
-from luthier.data import check_files
+from luthier.data import check_sources
 from luthier.errors import UserError
 
 
 def check(**settings):
-    check_files(DatasetConfig.model_validate({"path": "data.jsonl", **settings}))
+    check_sources(DatasetConfig.model_validate({"path": "data.jsonl", **settings}))
 
 
 @pytest.fixture(autouse=True)
@@ -144,9 +144,9 @@ def test_a_row_that_the_filter_leaves_out_may_be_bad(write):
 
 def test_it_imports_nothing_heavy():
     code = (
-        "import sys; from luthier.data import check_files\n"
+        "import sys; from luthier.data import check_sources\n"
         "from luthier.config.schema import DatasetConfig\n"
-        "check_files(DatasetConfig.model_validate({'sources': {'a': {'path': 'data.jsonl', "
+        "check_sources(DatasetConfig.model_validate({'sources': {'a': {'path': 'data.jsonl', "
         "'filter': 'len(prompt) > 0'}, 'b': {'path': 'data.csv', 'options': {'delimiter': ';'}}}, "
         "'eval': {'count': 1, 'sets': {'x': {'path': 'data.jsonl'}}}}))\n"
         "print({'torch', 'transformers', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules))"

@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 
 from luthier.config.schema import EvalConfig
-from luthier.data.fingerprints import as_prints, duplicates, fingerprint, normalised
-from luthier.data.select import apart, hold_out
+from luthier.data.fingerprints import (
+    fingerprint,
+    is_first_occurrence,
+    normalised_fingerprint,
+    pack_fingerprints,
+)
+from luthier.data.select import exclude_held_out, hold_out
 from luthier.errors import UserError
 
 
 def prints_of(texts, print_=fingerprint):
-    return as_prints(print_({"text": str(text)}) for text in texts)
+    return pack_fingerprints(print_({"text": str(text)}) for text in texts)
 
 
 HUNDRED = prints_of(range(100))
@@ -129,11 +134,13 @@ def test_a_split_that_cannot_be_in_words(rows, settings, message):
         split(prints_of(rows), **settings)
 
 
-@pytest.mark.parametrize("print_", [fingerprint, normalised], ids=["exact", "normalised"])
+@pytest.mark.parametrize(
+    "print_", [fingerprint, normalised_fingerprint], ids=["exact", "normalised"]
+)
 def test_nothing_is_on_both_sides_after_deduplication(print_):
     texts = [f"{word} {number % 40}" for word in ("a", "A", "A ") for number in range(80)]
     prints = prints_of(texts, print_)
-    kept = prints[duplicates(prints)]
+    kept = prints[is_first_occurrence(prints)]
     found = split(kept, count=15)
     assert not np.isin(kept[found.train], kept[found.heldout]).any()
     assert len(found.train) + len(found.heldout) == len(kept)
@@ -145,7 +152,7 @@ def test_training_rows_that_are_held_out_elsewhere_are_left_out():
         "dataset.eval.path": prints_of([*range(90, 100), "new"]),
         "dataset.eval.sets.maths": prints_of([1, 95]),
     }
-    found = apart(np.concatenate([HUNDRED, HUNDRED[:2]]), held)
+    found = exclude_held_out(np.concatenate([HUNDRED, HUNDRED[:2]]), held)
     assert found.train.tolist() == [0, *range(2, 90), 100]
     assert found.equal == {"dataset.eval.path": 10, "dataset.eval.sets.maths": 3}
 
@@ -159,4 +166,4 @@ def test_training_rows_that_are_held_out_elsewhere_are_left_out():
 )
 def test_heldout_files_that_hold_all_are_an_error(held, message):
     with pytest.raises(UserError, match=message):
-        apart(HUNDRED, held)
+        exclude_held_out(HUNDRED, held)

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from helpers.outcome_rows import ROWS
-from luthier.inspection.render import show
-from luthier.inspection.tokens import Shown, Token, padded
+from luthier.inspection.render import print_sequence
+from luthier.inspection.tokens import DisplayedSequence, Token, pad_rows
 
 
 def test_a_row_in_marks(on_rows):
@@ -214,9 +214,14 @@ def test_colours_only_where_they_are_wanted(no_color, monkeypatch):
         monkeypatch.delenv("NO_COLOR", raising=False)
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, color_system="truecolor", highlight=False)
-    rows = padded([Shown(1, "a:1", 1, 1, TOKENS, []), Shown(2, "a:2", 1, 1, TOKENS[:2], [])])
+    rows = pad_rows(
+        [
+            DisplayedSequence(1, "a:1", 1, 1, TOKENS, []),
+            DisplayedSequence(2, "a:2", 1, 1, TOKENS[:2], []),
+        ]
+    )
     for row in rows:
-        show(console, row, "<pad>", ids=True)
+        print_sequence(console, row, "<pad>", ids=True)
     out = file.getvalue()
     assert ("«Ho:3|{</s>}:4»" in out) is no_color
     assert ("48;2;165;219;169mHo" in out) is not no_color

@@ -7,7 +7,7 @@ import pytest
 from helpers.outcome_rows import LUTE, ROWS, STRINGS
 from luthier.chat import ChatSequence, Reply
 from luthier.inspection.batch_fill import histogram, quantiles
-from luthier.inspection.rules import Reference, SequenceRules
+from luthier.inspection.rules import SequenceRules, TransformersPrompts
 
 ALL = list(ROWS.values())
 
@@ -191,7 +191,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("messages", PROMPTS.values(), ids=PROMPTS)
 def test_prompts_agree_with_transformers(messages, encoder):
-    reference = Reference(encoder.tokenizer, encoder, None)
+    reference = TransformersPrompts(encoder.tokenizer, encoder, None)
     ids = encoder.prompt(messages)
     row = {"messages": [*messages, STRINGS]}
     assert reference.agrees(row, len(messages), ids) is None

@@ -296,11 +296,11 @@ def test_a_picture_of_the_data(luthier, write, tmp_path):
 
 
 def test_the_sample_goes_through_to_the_end_and_stays_small():
-    from luthier.inspection.rules import TURNS, Sample
+    from luthier.inspection.rules import COMPARED_TURNS, RowSample
 
-    sample = Sample(0.5)
+    sample = RowSample(0.5)
     taken = np.array([row for row in range(200_000) if sample.takes() and not sample.spend(0, 1)])
-    assert taken[: TURNS // 2].tolist() == list(range(TURNS // 2))
-    assert TURNS // 2 < len(taken) < 4 * TURNS
+    assert taken[: COMPARED_TURNS // 2].tolist() == list(range(COMPARED_TURNS // 2))
+    assert COMPARED_TURNS // 2 < len(taken) < 4 * COMPARED_TURNS
     assert taken[-1] > 190_000
     assert (np.diff(np.diff(taken)) >= -1).all()

@@ -10,7 +10,7 @@ from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
-    from luthier.inspection.served import Served
+    from luthier.inspection.served import ServedCheck
     from luthier.inspection.survey import Survey
 
 GRAMMAR = Grammar(
@@ -46,20 +46,20 @@ def run(words: list[str]) -> int:
     given = GRAMMAR.parse(words)
     if "--served" in given.switches:
         return run_served(given)
-    from luthier.inspection.dataset import gather
+    from luthier.inspection.dataset import load_dataset
     from luthier.inspection.survey import Survey
 
-    material = gather(given.overrides, "check", bad_rows=True)
+    material = load_dataset(given.overrides, "check", bad_rows=True)
     survey = Survey(material, given.numbers.get("--limit"))
     _run(survey)
     if "--json" in given.switches:
-        from luthier.inspection.report import plain
+        from luthier.inspection.report import report_as_json
 
-        print(json.dumps(plain(survey), ensure_ascii=False))
+        print(json.dumps(report_as_json(survey), ensure_ascii=False))
     else:
-        from luthier.inspection.report import show
+        from luthier.inspection.report import print_report
 
-        show(survey)
+        print_report(survey)
     if file := given.texts.get("--png"):
         _draw(file, survey)
     return 0 if survey.holds else 1
@@ -104,9 +104,9 @@ def run_served(given: Given) -> int:
         raise UserError("luthier check --served takes one run: luthier check RUN --served.")
     if "--png" in given.texts:
         raise UserError("--png: --served draws nothing. Leave it out.")
-    from luthier.inspection.served import check
+    from luthier.inspection.served import check_served
 
-    served = check(given.overrides[0], given.numbers.get("--limit"))
+    served = check_served(given.overrides[0], given.numbers.get("--limit"))
     if "--json" in given.switches:
         rules = [asdict(rule) for rule in served.rules]
         found = {"name": given.overrides[0], "holds": served.holds, "rules": rules}
@@ -116,16 +116,16 @@ def run_served(given: Given) -> int:
     return 0 if served.holds else 1
 
 
-def _show(served: "Served") -> None:
+def _show(served: "ServedCheck") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from luthier.inspection.report import show_rule
+    from luthier.inspection.report import print_rule
 
     console = Console(highlight=False)
     console.print(Text(f"{served.artefact.folder}: as trained?", style="bold"))
     for rule in served.rules:
-        show_rule(console, rule, "")
+        print_rule(console, rule, "")
     if served.holds:
         end = "\nservers that read this folder get the tokens it was trained on"
     else:

@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     from luthier.environment import set_environment
 
     config = load(given.overrides).config
-    data.check_files(config.dataset, config.trainer.method)
+    data.check_sources(config.dataset, config.trainer.method)
     model.check_path(config.model)
     set_environment(config)
     from luthier.data.prepare import prepare
@@ -39,7 +39,7 @@ def run(words: list[str]) -> int:
     tokenizer = load_tokenizer(config.model)
     prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
     console.show_data(prepared)
-    for key, part in prepared.parts.items():
+    for key, part in prepared.sources.items():
         console.say(f"{key}: {part.stored.folder}")
     console.say(f"ready in {time.monotonic() - began:.1f} s")
     return 0

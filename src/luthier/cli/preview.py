@@ -10,9 +10,9 @@ from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError, choice
 
 if TYPE_CHECKING:
-    from luthier.inspection.dataset import Material
-    from luthier.inspection.statistics import Chosen
-    from luthier.inspection.tokens import Shown, View
+    from luthier.inspection.dataset import LoadedDataset
+    from luthier.inspection.statistics import SelectedRows
+    from luthier.inspection.tokens import DisplayedSequence, TokenView
 
 GRAMMAR = Grammar(
     "preview",
@@ -44,14 +44,14 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.inspection.dataset import gather
+    from luthier.inspection.dataset import load_dataset
 
-    material = gather(given.overrides, "preview")
+    material = load_dataset(given.overrides, "preview")
     chosen, side = _chosen(given, material)
     numbers = _numbers(given, sum(len(positions) for _, positions in chosen), side)
-    from luthier.inspection.tokens import view
+    from luthier.inspection.tokens import view_rows
 
-    found = view(material, chosen, numbers, side)
+    found = view_rows(material, chosen, numbers, side)
     if file := given.texts.get("--html"):
         _write(file, found, material.name, "--ids" in given.switches)
     if "--json" in given.switches:
@@ -61,24 +61,24 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _chosen(given: Given, material: "Material") -> "tuple[Chosen, str]":
+def _chosen(given: Given, material: "LoadedDataset") -> "tuple[SelectedRows, str]":
     """The rows of the side that was asked for, and what they are called."""
-    from luthier.inspection.statistics import rows_of
+    from luthier.inspection.statistics import select_split
 
     which, side = _side(given, material)
     source = given.texts.get("--source")
     if source is None:
-        return rows_of(material, which), side
+        return select_split(material, which), side
     if which in material.evaluated:
         raise UserError(f"--source {source}: these rows are those of {which}. Leave it out.")
     if source not in material.trained:
         options = choice(source, material.trained)
         raise UserError(f"--source {source}: there is no such source. {options}")
     opened = material.trained[source]
-    return [part for part in rows_of(material, which) if part[0] is opened], side
+    return [part for part in select_split(material, which) if part[0] is opened], side
 
 
-def _side(given: Given, material: "Material") -> tuple[str, str]:
+def _side(given: Given, material: "LoadedDataset") -> tuple[str, str]:
     """The side that was asked for, and what its rows are called."""
     if name := given.texts.get("--set"):
         sets = material.config.dataset.eval.sets
@@ -114,31 +114,31 @@ def _none(side: str) -> str:
     )
 
 
-def _print(found: "View", ids: bool) -> None:
+def _print(found: "TokenView", ids: bool) -> None:
     from rich.console import Console
 
-    from luthier.inspection.render import legend, show
+    from luthier.inspection.render import print_legend, print_sequence
 
     console = Console(highlight=False)
-    legend(console)
+    print_legend(console)
     for row in found.rows:
         console.print()
-        show(console, row, found.pad, ids)
+        print_sequence(console, row, found.pad, ids)
 
 
-def _write(file: str, found: "View", name: str, ids: bool) -> None:
+def _write(file: str, found: "TokenView", name: str, ids: bool) -> None:
     """Write the page, and say where."""
-    from luthier.inspection.render import page
+    from luthier.inspection.render import render_html
 
     path = Path(file).expanduser()
     try:
-        path.write_text(page(f"luthier preview: {name}", found, ids), encoding="utf-8")
+        path.write_text(render_html(f"luthier preview: {name}", found, ids), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html {file}: cannot be written: {error.strerror}.") from error
     print(f"written {file}", file=sys.stderr)
 
 
-def _plain(found: "View", name: str, given: Given) -> dict[str, Any]:
+def _plain(found: "TokenView", name: str, given: Given) -> dict[str, Any]:
     """The rows as plain values."""
     return {
         "name": name,
@@ -149,7 +149,7 @@ def _plain(found: "View", name: str, given: Given) -> dict[str, Any]:
     }
 
 
-def _plain_row(row: "Shown") -> dict[str, Any]:
+def _plain_row(row: "DisplayedSequence") -> dict[str, Any]:
     return {
         "row": row.row,
         "place": row.place,

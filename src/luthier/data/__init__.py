@@ -4,6 +4,6 @@
 """
 
 from luthier.data.formats import Example
-from luthier.data.quick_check import check_files
+from luthier.data.quick_check import check_sources
 
-__all__ = ["Example", "check_files"]
+__all__ = ["Example", "check_sources"]

@@ -18,28 +18,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import ChatError
-from luthier.data.encoders.chat import COLUMNS, EncodedRows, RowEncoder, hashes_of
-from luthier.data.examples import BadRows, Opened, Placed
-from luthier.data.fingerprints import Prints, as_prints, canonical, normalised
+from luthier.data.encoders.chat import COLUMNS_SETTING, EncodedRows, RowEncoder, hash_sequences
+from luthier.data.examples import BadRows, LocatedExample, OpenedSource
+from luthier.data.fingerprints import (
+    Fingerprints,
+    canonical_json,
+    normalised_fingerprint,
+    pack_fingerprints,
+)
 from luthier.data.rows import BadRow, excerpt
-from luthier.data.store import Store, Stored, Table, Writer, cache_key
+from luthier.data.store import EntryWriter, Store, StoredEntry, TokenTable, cache_key
 from luthier.errors import UserError
 from luthier.gc_pause import no_collection
 
-CHUNK = 1000
+CHUNK_ROWS = 1000
 """Rows that are encoded at once."""
 FINE, LOSSY, DROPPED = range(3)
 """What becomes of a row: it is whole, or kept although some text is lost, or makes no sequence."""
-UNCOLLECTED = 100
+CHUNKS_PER_COLLECTION = 100
 """Chunks behind which garbage is collected, should a function of the user's own make some."""
-LAYOUT = 1
+TABLE_LAYOUT = 1
 """Raise it when other tables or columns are written for the same rows."""
-TABLES = ("rows", "tokens", "hashes")
+TABLE_NAMES = ("rows", "tokens", "hashes")
 """What is written: one entry a row; one a sequence; the hash of each sequence."""
 
 
-def make_rows(
-    opened: Opened, encoder: RowEncoder, writer: Writer, workers: int, drop: bool
+def encode_rows(
+    opened: OpenedSource, encoder: RowEncoder, writer: EntryWriter, workers: int, drop: bool
 ) -> dict[str, Any]:
     """Read, encode and write all rows, a few in memory at a time; returns what is to be known.
 
@@ -47,11 +52,11 @@ def make_rows(
     """
     from tqdm import tqdm
 
-    for name in TABLES:
+    for name in TABLE_NAMES:
         writer.table(name)
     bad = BadRows()
     rows = opened.examples(bad)
-    keeps_columns = bool(encoder.settings().get(COLUMNS))
+    keeps_columns = bool(encoder.settings().get(COLUMNS_SETTING))
     bar = tqdm(
         total=opened.source.size, unit=" rows", desc=f"encode {opened.source.label}", delay=2,
         mininterval=0.5,
@@ -61,7 +66,7 @@ def make_rows(
         for number, (chunk, encoded) in enumerate(made, start=1):
             _write(writer, chunk, *encoded, keeps_columns)
             bar.update(len(chunk))
-            if number % UNCOLLECTED == 0:
+            if number % CHUNKS_PER_COLLECTION == 0:
                 gc.collect(0)
     if not drop:
         bad.raise_if_any(opened)
@@ -69,14 +74,14 @@ def make_rows(
         "filtered": bad.filtered,
         "bad": [[row.where, row.problem, row.text] for row in bad.rows],
         "names": opened.names,
-        "shape": opened.shape.name,
+        "shape": opened.row_format.name,
     }
 
 
 class _Row(NamedTuple):
     """An example with its canonical JSON and the fingerprint of that."""
 
-    placed: Placed
+    placed: LocatedExample
     text: bytes
     print_: bytes
 
@@ -85,7 +90,7 @@ class _Made(NamedTuple):
     """What some examples make, and the hash of each sequence."""
 
     rows: EncodedRows
-    hashes: Prints
+    hashes: Fingerprints
 
 
 class _Refused(NamedTuple):
@@ -98,18 +103,18 @@ class _Refused(NamedTuple):
 _Submit = Callable[[list[Any]], "Future[_Made | _Refused]"]
 
 
-def _chunks(rows: Iterator[Placed], bad: BadRows, drop: bool) -> Iterator[list[_Row]]:
+def _chunks(rows: Iterator[LocatedExample], bad: BadRows, drop: bool) -> Iterator[list[_Row]]:
     """The rows, many at a time; once a bad one stops the run, the others are only looked at."""
-    while chunk := list(islice(rows, CHUNK)):
+    while chunk := list(islice(rows, CHUNK_ROWS)):
         if drop or not bad.rows:
             yield list(_canonical(chunk, bad))
 
 
-def _canonical(chunk: list[Placed], bad: BadRows) -> Iterator[_Row]:
+def _canonical(chunk: list[LocatedExample], bad: BadRows) -> Iterator[_Row]:
     """The rows with their canonical JSON; a value that JSON has not makes a bad row."""
     for row in chunk:
         try:
-            yield _Row(row, *canonical(row.example))
+            yield _Row(row, *canonical_json(row.example))
         except (TypeError, ValueError) as error:  # what a function of the user's own may yield
             bad.add(row.where, f"a value in it is not JSON: {error}", excerpt(repr(row.example)))
 
@@ -182,11 +187,15 @@ def _made(encoder: RowEncoder, examples: list[Any]) -> _Made | _Refused:
         if error.row is None:
             raise UserError(str(error)) from None
         return _Refused(error.row, error.words)
-    return _Made(made, hashes_of(made.columns))
+    return _Made(made, hash_sequences(made.columns))
 
 
 def _write(
-    writer: Writer, chunk: list[_Row], made: EncodedRows, hashes: Prints, keeps_columns: bool
+    writer: EntryWriter,
+    chunk: list[_Row],
+    made: EncodedRows,
+    hashes: Fingerprints,
+    keeps_columns: bool,
 ) -> None:
     """Write a chunk's rows and their token rows."""
     states = [
@@ -196,7 +205,7 @@ def _write(
     nothing = ("", "")
     writer.table("rows").append(
         {
-            **halves("print", as_prints(row.print_ for row in chunk)),
+            **_split_halves("print", pack_fingerprints(row.print_ for row in chunk)),
             "where": [row.placed.where for row in chunk],
             "example": [row.text for row in chunk],
             "sequences": np.array(made.counts, np.int32),
@@ -209,7 +218,7 @@ def _write(
         }
     )
     writer.table("tokens").append(made.columns)
-    writer.table("hashes").append(halves("hash", hashes))
+    writer.table("hashes").append(_split_halves("hash", hashes))
 
 
 def _columns(chunk: list[_Row]) -> list[bytes]:
@@ -217,13 +226,13 @@ def _columns(chunk: list[_Row]) -> list[bytes]:
     return [json.dumps(dict(row.placed.columns), default=str).encode() for row in chunk]
 
 
-def halves(name: str, prints: Prints) -> dict[str, NDArray[np.int64]]:
+def _split_halves(name: str, prints: Fingerprints) -> dict[str, NDArray[np.int64]]:
     """Prints as two columns of numbers, which need no copy when they are read."""
     words = prints.view(np.int64).reshape(-1, 2)
     return {f"{name}_{half}": words[:, half].copy() for half in range(2)}
 
 
-def prints_of(table: Table, name: str) -> Prints:
+def _join_halves(table: TokenTable, name: str) -> Fingerprints:
     """The prints that a table holds as two columns of numbers."""
     words = np.empty((len(table), 2), np.int64)
     for half in range(2):
@@ -236,18 +245,18 @@ def prints_of(table: Table, name: str) -> Prints:
 Array = NDArray[Any]
 
 
-class Encoded:
+class EncodedSource:
     """A source's rows, encoded: what each makes, and its token rows."""
 
-    def __init__(self, opened: Opened, stored: Stored) -> None:
+    def __init__(self, opened: OpenedSource, stored: StoredEntry) -> None:
         self.opened = opened
         self.stored = stored
-        self.rows: Table = stored.table("rows")
+        self.rows: TokenTable = stored.table("rows")
         """One a row: `print_0`, `print_1`, `where`, `example`, `sequences`, `state`, `problem`,
         `reason`, `cut`; and where the encoder keeps them, `columns`."""
-        self.tokens: Table = stored.table("tokens")
+        self.tokens: TokenTable = stored.table("tokens")
         """One a sequence: `input_ids`, `labels`, `trained`."""
-        self._hashes: Table = stored.table("hashes")
+        self._hashes: TokenTable = stored.table("hashes")
         self._names = dict(zip(stored.manifest["names"], opened.names, strict=True))
         self.filtered: int = stored.manifest["filtered"]
         """Rows that the filter left out."""
@@ -256,35 +265,37 @@ class Encoded:
         return len(self.rows)
 
     @property
-    def bad(self) -> list[BadRow]:
+    def bad_rows(self) -> list[BadRow]:
         """The rows that could not be read."""
         found = (BadRow(*row) for row in self.stored.manifest["bad"])
         return [replace(row, where=self._place(row.where)) for row in found]
 
     @property
-    def prints(self) -> Prints:
+    def prints(self) -> Fingerprints:
         """The fingerprint of each row, `S16`."""
-        return prints_of(self.rows, "print")
+        return _join_halves(self.rows, "print")
 
     @property
-    def normalised_prints(self) -> Prints:
+    def normalised_prints(self) -> Fingerprints:
         """The fingerprint of each row's normalised text, `S16`: made once, kept in the store."""
         rows = self.stored.folder
         key = cache_key({"normalised": rows.name, "unicode": unidata_version})
         stored = Store(rows.parent).open_or_make(key, self._normalise)
-        return prints_of(stored.table("prints"), "print")
+        return _join_halves(stored.table("prints"), "print")
 
-    def _normalise(self, writer: Writer) -> dict[str, Any]:
+    def _normalise(self, writer: EntryWriter) -> dict[str, Any]:
         table = writer.table("prints")
-        for start in range(0, len(self), CHUNK):
-            examples = self.examples(range(start, min(start + CHUNK, len(self))))
-            table.append(halves("print", as_prints(map(normalised, examples))))
+        for start in range(0, len(self), CHUNK_ROWS):
+            examples = self.examples(range(start, min(start + CHUNK_ROWS, len(self))))
+            table.append(
+                _split_halves("print", pack_fingerprints(map(normalised_fingerprint, examples)))
+            )
         return {}
 
     @property
-    def hashes(self) -> Prints:
+    def hashes(self) -> Fingerprints:
         """The hash of each sequence's token ids and labels, `S16`."""
-        return prints_of(self._hashes, "hash")
+        return _join_halves(self._hashes, "hash")
 
     @property
     def sequences(self) -> Array:
@@ -309,7 +320,7 @@ class Encoded:
             return [{} for _ in rows]
         return [json.loads(text) for text in self.rows.values("columns", rows)]
 
-    def places(self, rows: Iterable[int]) -> list[str]:
+    def locations(self, rows: Iterable[int]) -> list[str]:
         """Where these rows stand, such as `data.jsonl:7`."""
         return [self._place(where) for where in self.rows.values("where", rows)]
 
@@ -320,26 +331,31 @@ class Encoded:
 
 
 def encode_source(
-    opened: Opened, encoder: RowEncoder, store: Store, tokenizer: str, workers: int, drop: bool
-) -> Encoded:
+    opened: OpenedSource,
+    encoder: RowEncoder,
+    store: Store,
+    tokenizer: str,
+    workers: int,
+    drop: bool,
+) -> EncodedSource:
     """The source's encoded rows, from the store or made now.
 
     `tokenizer`: its digest. `drop`: leave bad rows out; else they raise UserError, as do rows that
     the encoder neither keeps nor drops.
     """
-    key = key_of(opened, encoder, tokenizer)
+    key = source_cache_key(opened, encoder, tokenizer)
 
-    def make(writer: Writer) -> dict[str, Any]:
-        return make_rows(opened, encoder, writer, workers, drop)
+    def make(writer: EntryWriter) -> dict[str, Any]:
+        return encode_rows(opened, encoder, writer, workers, drop)
 
-    found = Encoded(opened, store.open_or_make(key, make))
+    found = EncodedSource(opened, store.open_or_make(key, make))
     if not drop:
-        bad = BadRows(found.bad)
+        bad = BadRows(found.bad_rows)
         bad.raise_if_any(opened)
     return found
 
 
-def key_of(opened: Opened, encoder: RowEncoder, tokenizer: str) -> str:
+def source_cache_key(opened: OpenedSource, encoder: RowEncoder, tokenizer: str) -> str:
     """The key of a source's token rows: of all that decides them, and nothing else."""
     return cache_key(
         {
@@ -347,6 +363,6 @@ def key_of(opened: Opened, encoder: RowEncoder, tokenizer: str) -> str:
             **opened.settings(),
             "encoder": encoder.settings(),
             "tokenizer": tokenizer,
-            "layout": LAYOUT,
+            "layout": TABLE_LAYOUT,
         }
     )

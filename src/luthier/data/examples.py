@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.filter import SearchTimeoutError, compile_filter
 from luthier.data.formats import Example, Shape, find_shape
-from luthier.data.rows import BadRow, Mistakes, Row, RowError, excerpt
+from luthier.data.rows import BadRow, BadRowReport, Row, RowError, excerpt
 from luthier.data.sources import Source, open_source
 from luthier.errors import UserError
 
 # The sources that a dataset's config names, for training and for evaluation.
 
-MAIN = "dataset"
+MAIN_SOURCE = "dataset"
 """The name of the only source of a dataset that names no sources."""
 _PATH, _SPLIT = "dataset.eval.path", "dataset.eval.split"
 
@@ -27,7 +27,7 @@ def train_sources(config: DatasetConfig) -> dict[str, SourceConfig]:
                 "dataset names no rows. Set dataset.path to a file, a folder or a hub dataset, or "
                 "name several under dataset.sources."
             )
-        return {MAIN: own}
+        return {MAIN_SOURCE: own}
     given = [name for name in SourceConfig.model_fields if name in _said(config, own)]
     if given:
         raise UserError(
@@ -97,26 +97,26 @@ def _like_training(config: DatasetConfig) -> SourceConfig:
     return SourceConfig(**own | {"max_rows": None, "filter": None, "weight": None, "repeats": 1})
 
 
-def key_of_path(key: str) -> str:
+def path_key(key: str) -> str:
     """The config key that a source's path and split stand under, for messages."""
-    return {_PATH: MAIN, _SPLIT: "dataset.eval"}.get(key, key)
+    return {_PATH: MAIN_SOURCE, _SPLIT: "dataset.eval"}.get(key, key)
 
 
-def key_of_shape(key: str) -> str:
+def format_key(key: str) -> str:
     """The config key that a source's shape and columns stand under, for messages."""
-    return MAIN if key in (_PATH, _SPLIT) else key
+    return MAIN_SOURCE if key in (_PATH, _SPLIT) else key
 
 
-def set_name(key: str) -> str:
+def eval_set_name(key: str) -> str:
     """What an evaluation set is called in metrics: its name; the main one has none."""
     return key.removeprefix("dataset.eval.sets.") if ".sets." in key else ""
 
 
-PEEKED = 1000
+PEEKED_ROWS = 1000
 """Rows that are looked at to find the shape."""
 
 
-class Placed(NamedTuple):
+class LocatedExample(NamedTuple):
     """An example, the place it came from, and all columns of its row."""
 
     example: Example
@@ -125,14 +125,14 @@ class Placed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSource:
     """A source whose rows can be read as examples."""
 
     key: str
     """The config key that describes it, such as `dataset` or `dataset.sources.code`."""
     config: SourceConfig
     source: Source
-    shape: Shape
+    row_format: Shape
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,13 +143,13 @@ class Opened:
         """All that decides the examples besides the content, for JSON."""
         return {
             "source": self.source.settings(),
-            "shape": self.shape.settings(),
+            "shape": self.row_format.settings(),
             "filter": self.config.filter,
         }
 
     def examples(
         self, bad: "BadRows", rows: Iterable[Row | BadRow] | None = None
-    ) -> Iterator[Placed]:
+    ) -> Iterator[LocatedExample]:
         """The rows that the filter lets through, of all or of some; bad ones are noted."""
         holds = _filter(self.config, self.key)
         for row in self.source.rows() if rows is None else rows:
@@ -158,7 +158,7 @@ class Opened:
                 continue
             try:
                 if holds(row.fields):
-                    yield Placed(self.shape.read(row), row.where, row.fields)
+                    yield LocatedExample(self.row_format.read(row), row.where, row.fields)
                 else:
                     bad.filtered += 1
             except RowError as error:
@@ -178,9 +178,9 @@ class BadRows:
         """Note one."""
         self.rows.append(BadRow(where, problem, text))
 
-    def raise_if_any(self, opened: Opened) -> None:
+    def raise_if_any(self, opened: OpenedSource) -> None:
         """Raise UserError with the first of them, the count of all, and what to do."""
-        mistakes = Mistakes()
+        mistakes = BadRowReport()
         for row in self.rows:
             mistakes.add(row.where, row.problem, row.text)
         advice = opened.source.advice
@@ -188,19 +188,21 @@ class BadRows:
         mistakes.raise_if_any(opened.source.label, advice)
 
 
-def open_rows(config: SourceConfig, key: str, streaming: bool = False) -> Opened:
+def open_examples(config: SourceConfig, key: str, streaming: bool = False) -> OpenedSource:
     """Open a source and find its shape; UserError where either cannot be done."""
-    source = open_source(config, key_of_path(key), streaming)
-    rows = [row for row in source.peek(PEEKED) if isinstance(row, Row)]
+    source = open_source(config, path_key(key), streaming)
+    rows = [row for row in source.peek(PEEKED_ROWS) if isinstance(row, Row)]
     if not rows:
         _no_row(source)
-    return Opened(key, config, source, find_shape(config, rows, source.label, key_of_shape(key)))
+    return OpenedSource(
+        key, config, source, find_shape(config, rows, source.label, format_key(key))
+    )
 
 
 def _no_row(source: Source) -> None:
     """Raise UserError for a source whose first rows are all bad."""
-    mistakes = Mistakes()
-    for row in source.peek(PEEKED):
+    mistakes = BadRowReport()
+    for row in source.peek(PEEKED_ROWS):
         if isinstance(row, BadRow):
             mistakes.add(row.where, row.problem, row.text)
     mistakes.raise_if_any(source.label, source.advice)

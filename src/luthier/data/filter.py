@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import simpleeval
 
-from luthier.data.rows import RowError, kind
+from luthier.data.rows import RowError, describe_type
 from luthier.errors import UserError, nearest
 
 MAX_LENGTH = 10_000
@@ -145,7 +145,7 @@ def _name_operands(operation: Operation) -> Operation:
         except LookupError:
             raise OperandError("is not there") from None
         except (TypeError, ValueError, ArithmeticError):
-            kinds = " and ".join(kind(value) for value in _written_values(operands))
+            kinds = " and ".join(describe_type(value) for value in _written_values(operands))
             raise OperandError(f"does not work on {kinds}") from None
 
     return apply
@@ -180,7 +180,7 @@ def _text_method(name: str) -> Operation:
 def _search(text: Any, pattern: Any) -> bool:
     """Return whether the compiled pattern is in the text; raise TimeoutError past the limit."""
     if not isinstance(text, str):
-        raise OperandError(f"does not work on {kind(text)}")
+        raise OperandError(f"does not work on {describe_type(text)}")
     start = time.thread_time()
     while True:
         try:

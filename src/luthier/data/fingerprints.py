@@ -13,27 +13,27 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-SIZE = 16
+FINGERPRINT_BYTES = 16
 """Bytes of a fingerprint: among 10 million rows, two share one by chance once in 10^24 runs."""
 
-Prints = NDArray[np.bytes_]
+Fingerprints = NDArray[np.bytes_]
 """Fingerprints as an array of `S16`. Keep it an array: numpy cuts zero bytes off single items."""
 
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
-def canonical(example: Mapping[str, Any]) -> tuple[bytes, bytes]:
+def canonical_json(example: Mapping[str, Any]) -> tuple[bytes, bytes]:
     """The example's canonical JSON and its fingerprint, which is the BLAKE2b of that JSON."""
     text = _encode(example).encode()
-    return text, blake2b(text, digest_size=SIZE).digest()
+    return text, blake2b(text, digest_size=FINGERPRINT_BYTES).digest()
 
 
 def fingerprint(example: Mapping[str, Any]) -> bytes:
     """16 bytes that are the same for equal examples, whatever the order of their keys."""
-    return canonical(example)[1]
+    return canonical_json(example)[1]
 
 
-def normalised(example: Mapping[str, Any]) -> bytes:
+def normalised_fingerprint(example: Mapping[str, Any]) -> bytes:
     """16 bytes that are the same where texts differ in case, white space or Unicode form only.
 
     Texts are compared in Unicode's NFKC form with case folded, white space at their ends removed
@@ -43,15 +43,15 @@ def normalised(example: Mapping[str, Any]) -> bytes:
     _flatten(example, parts)
     text = _plain("\0".join(parts))
     text = " ".join(text.split()).replace(" \0", "\0").replace("\0 ", "\0")
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE).digest()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=FINGERPRINT_BYTES).digest()
 
 
-def as_prints(prints: Iterable[bytes]) -> Prints:
+def pack_fingerprints(prints: Iterable[bytes]) -> Fingerprints:
     """Fingerprints of 16 bytes each as an array."""
-    return np.frombuffer(b"".join(prints), dtype=f"S{SIZE}")
+    return np.frombuffer(b"".join(prints), dtype=f"S{FINGERPRINT_BYTES}")
 
 
-def duplicates(prints: Prints) -> NDArray[np.bool_]:
+def is_first_occurrence(prints: Fingerprints) -> NDArray[np.bool_]:
     """True for the rows to keep: the first of equal ones, wherever the others stand."""
     keep = np.zeros(len(prints), dtype=bool)
     keep[np.unique(prints, return_index=True)[1]] = True

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import SourceConfig
-from luthier.data.seeded_random import shuffled
+from luthier.data.seeded_random import seeded_order
 from luthier.errors import UserError
 
 Positions = NDArray[np.int64]
@@ -25,7 +25,7 @@ class Mixture:
     """Rows of the epoch from each source."""
 
 
-def mixture(
+def mix_sources(
     sizes: Mapping[str, int],
     sources: Mapping[str, SourceConfig],
     mix: Literal["concatenate", "interleave"],
@@ -47,10 +47,12 @@ def mixture(
     counts = {name: len(part) for name, part in zip(sizes, parts, strict=True)}
     _check_counts(counts, sizes, sources, mix)
     order = np.concatenate([start + part for start, part in zip(starts, parts, strict=True)])
-    return Mixture(order if mix == "concatenate" else order[spread(list(counts.values()))], counts)
+    return Mixture(
+        order if mix == "concatenate" else order[interleave_evenly(list(counts.values()))], counts
+    )
 
 
-def spread(counts: list[int]) -> Positions:
+def interleave_evenly(counts: list[int]) -> Positions:
     """The order in which groups of these sizes, laid end to end, alternate most evenly.
 
     Item k of a group of n stands at (k + 1/2) / n of the way (Inman and Bulfin, "Sequencing JIT
@@ -61,7 +63,7 @@ def spread(counts: list[int]) -> Positions:
     return np.argsort(np.concatenate(places), kind="stable")
 
 
-def key_of(name: str, sources: Mapping[str, SourceConfig]) -> str:
+def source_key(name: str, sources: Mapping[str, SourceConfig]) -> str:
     """The config's key of a source: `dataset` itself if it is the only one and has that name."""
     return "dataset" if [*sources] == ["dataset"] else f"dataset.sources.{name}"
 
@@ -69,7 +71,7 @@ def key_of(name: str, sources: Mapping[str, SourceConfig]) -> str:
 def _repeated(size: int, repeats: float, seed: int, name: str) -> Positions:
     """All rows as many whole times as `repeats` holds, then a seeded part of them, in order."""
     whole, rest = divmod(round(repeats * size), max(size, 1))
-    part = np.sort(shuffled(size, "repeats", seed, name)[:rest])
+    part = np.sort(seeded_order(size, "repeats", seed, name)[:rest])
     return np.concatenate([np.tile(np.arange(size), whole), part])
 
 
@@ -86,13 +88,15 @@ def _weighed(
         name: min(size, round(sizes[scarce] * weights[name] / weights[scarce]))
         for name, size in sizes.items()
     }
-    return [shuffled(size, "weight", seed, name)[: counts[name]] for name, size in sizes.items()]
+    return [
+        seeded_order(size, "weight", seed, name)[: counts[name]] for name, size in sizes.items()
+    ]
 
 
 def _check(sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], mix: str) -> None:
     """UserError for a source without rows, and for a weight or repeats where they say nothing."""
     for name, size in sizes.items():
-        key, source = key_of(name, sources), sources[name]
+        key, source = source_key(name, sources), sources[name]
         if not size:
             raise UserError(f"{key} has no row left to train on. Take it out, or see its filter.")
         if mix == "concatenate" and source.weight is not None:
@@ -113,8 +117,8 @@ def _check_weights(sources: Mapping[str, SourceConfig], mix: str) -> None:
     without = [name for name, source in sources.items() if source.weight is None]
     if mix == "interleave" and 0 < len(without) < len(sources):
         raise UserError(
-            f"{key_of(without[0], sources)} has no weight, and other sources have one. Give each "
-            "source a weight, or none of them for equal shares."
+            f"{source_key(without[0], sources)} has no weight, and other sources have one. Give "
+            "each source a weight, or none of them for equal shares."
         )
 
 
@@ -130,6 +134,6 @@ def _check_counts(
         if not count:
             given = getattr(sources[name], setting)
             raise UserError(
-                f"{key_of(name, sources)}.{setting}={given:g} takes none of its {sizes[name]} "
+                f"{source_key(name, sources)}.{setting}={given:g} takes none of its {sizes[name]} "
                 "rows. Give it more, or take the source out."
             )

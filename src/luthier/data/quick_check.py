@@ -5,13 +5,13 @@ from pathlib import Path
 from luthier.config.methods import check_rows
 from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.examples import (
-    PEEKED,
+    PEEKED_ROWS,
     BadRows,
-    Opened,
+    OpenedSource,
     eval_sources,
-    key_of_path,
-    key_of_shape,
-    open_rows,
+    format_key,
+    open_examples,
+    path_key,
     train_sources,
 )
 from luthier.data.filter import compile_filter
@@ -19,7 +19,7 @@ from luthier.data.sources import Source, open_source
 from luthier.errors import UserError
 
 
-def check_files(config: DatasetConfig, method: str | None = None) -> None:
+def check_sources(config: DatasetConfig, method: str | None = None) -> None:
     """Raise UserError for sources that are not there, of no known shape, or bad from the start.
 
     With `method`, that of the trainer, also for rows of a kind that it does not train on. Of each
@@ -38,12 +38,12 @@ def _check(config: SourceConfig, key: str, dataset: DatasetConfig, method: str |
         raise UserError(f"{key}.path is missing: say where the rows are.")
     if config.filter is not None:
         compile_filter(config.filter, f"{key}.filter")
-    source = open_source(config, key_of_path(key), dataset.streaming)
+    source = open_source(config, path_key(key), dataset.streaming)
     if not _is_here(source):
         return
-    opened = open_rows(config, key)
+    opened = open_examples(config, key)
     if method is not None:
-        check_rows(method, opened.shape.kind, key, key_of_shape(key))
+        check_rows(method, opened.row_format.kind, key, format_key(key))
     if dataset.on_bad_row == "error":
         _check_rows(opened)
 
@@ -53,9 +53,9 @@ def _is_here(source: Source) -> bool:
     return bool(source.files) and all(Path(file).expanduser().exists() for file in source.files)
 
 
-def _check_rows(opened: Opened) -> None:
+def _check_rows(opened: OpenedSource) -> None:
     """Raise UserError for bad ones among the first rows."""
     bad = BadRows()
-    for _ in opened.examples(bad, opened.source.peek(PEEKED)):
+    for _ in opened.examples(bad, opened.source.peek(PEEKED_ROWS)):
         pass
     bad.raise_if_any(opened)

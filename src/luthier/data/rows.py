@@ -8,9 +8,9 @@ from typing import Any
 
 from luthier.errors import UserError
 
-SHOWN = 5
+MAX_LISTED = 5
 """Bad rows that an error shows; the others are counted."""
-EXCERPT = 120
+EXCERPT_CHARS = 120
 """Characters of a row that an error shows."""
 
 
@@ -39,12 +39,12 @@ def excerpt(value: Any) -> str:
     """The start of a value as one short line."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(text.split())
-    text = text if len(text) <= EXCERPT else text[: EXCERPT - 3] + "..."
+    text = text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 3] + "..."
     # Half of a surrogate pair cannot be printed.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def kind(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a JSON value is, in words."""
     if value is None:
         return "null"
@@ -53,7 +53,7 @@ def kind(value: Any) -> str:
 
 
 @dataclass
-class Mistakes:
+class BadRowReport:
     """The bad rows found so far: all counted, the first few kept in words."""
 
     count: int = 0
@@ -62,7 +62,7 @@ class Mistakes:
     def add(self, where: str, problem: str, row: Any) -> None:
         """Note one bad row."""
         self.count += 1
-        if self.count <= SHOWN:
+        if self.count <= MAX_LISTED:
             self.lines.append(f"  {where}: {problem}\n    {excerpt(row)}")
 
     @contextmanager
@@ -78,5 +78,5 @@ class Mistakes:
         if not self.count:
             return
         head = f"{source} has {self.count} bad {'row' if self.count == 1 else 'rows'}"
-        more = [f"  ... and {self.count - SHOWN} more"] if self.count > SHOWN else []
+        more = [f"  ... and {self.count - MAX_LISTED} more"] if self.count > MAX_LISTED else []
         raise UserError("\n".join([head + ":", *self.lines, *more, advice]))

@@ -10,10 +10,10 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-Words = NDArray[np.uint64]
+UInt64s = NDArray[np.uint64]
 
 
-def scattered(words: Words, *seed: object) -> Words:
+def scatter(words: UInt64s, *seed: object) -> UInt64s:
     """Evenly spread 64-bit numbers, one for each word; other seeds (numbers, texts) give others."""
     mixed = words ^ _key(seed)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -21,9 +21,9 @@ def scattered(words: Words, *seed: object) -> Words:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def shuffled(count: int, *seed: object) -> NDArray[np.int64]:
+def seeded_order(count: int, *seed: object) -> NDArray[np.int64]:
     """The positions 0 to `count` - 1 in an order that the seed decides."""
-    return np.argsort(scattered(np.arange(count, dtype=np.uint64), *seed), kind="stable")
+    return np.argsort(scatter(np.arange(count, dtype=np.uint64), *seed), kind="stable")
 
 
 def _key(seed: tuple[object, ...]) -> np.uint64:

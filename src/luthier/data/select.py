@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import DatasetConfig, EvalConfig, SourceConfig
-from luthier.data.encode_source import DROPPED, Encoded
-from luthier.data.fingerprints import Prints, duplicates
-from luthier.data.mixture import key_of, mixture
-from luthier.data.seeded_random import Words, scattered
+from luthier.data.encode_source import DROPPED, EncodedSource
+from luthier.data.fingerprints import Fingerprints, is_first_occurrence
+from luthier.data.mixture import mix_sources, source_key
+from luthier.data.seeded_random import UInt64s, scatter
 from luthier.errors import UserError
 
 # Which rows are held out from training; rows of equal content never stand on both sides.
@@ -19,7 +19,7 @@ Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Split:
+class HeldOutSplit:
     """Positions of the training and of the held-out rows, both in the rows' own order."""
 
     train: Positions
@@ -29,7 +29,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Apart:
+class SeparatedRows:
     """Positions of the rows that train beside held-out rows from elsewhere."""
 
     train: Positions
@@ -37,7 +37,7 @@ class Apart:
     """Rows left out of training because a row of that held-out set equals them, by its name."""
 
 
-def hold_out(prints: Prints, config: EvalConfig, seed: int) -> Split:
+def hold_out(prints: Fingerprints, config: EvalConfig, seed: int) -> HeldOutSplit:
     """Hold a share or a count of the different rows out; all others train.
 
     `by: draw` ranks the rows by a hash of their content and the seed and takes the first, so the
@@ -48,17 +48,17 @@ def hold_out(prints: Prints, config: EvalConfig, seed: int) -> Split:
     if config.by == "hash" and config.share is None:
         raise UserError(_hash_needs_a_share(config))
     if config.share is None and config.count is None:
-        return Split(np.arange(len(prints)), np.empty(0, np.int64), 0)
+        return HeldOutSplit(np.arange(len(prints)), np.empty(0, np.int64), 0)
     different, first, group = np.unique(prints, return_index=True, return_inverse=True)
     ranks = _ranks(different, seed)
     held = _in_share(ranks, config) if config.by == "hash" else _drawn(ranks, config)
     train = np.flatnonzero(~held[group])
     heldout = np.sort(first[held])
     _check_both_sides(len(train), len(heldout), len(different), config)
-    return Split(train, heldout, len(prints) - len(train) - len(heldout))
+    return HeldOutSplit(train, heldout, len(prints) - len(train) - len(heldout))
 
 
-def apart(prints: Prints, heldout: Mapping[str, Prints]) -> Apart:
+def exclude_held_out(prints: Fingerprints, heldout: Mapping[str, Fingerprints]) -> SeparatedRows:
     """Train on the rows that equal no held-out row; `heldout` has the config's key of each set.
 
     A row that stands in several sets is counted for each. Raises UserError if none is left.
@@ -72,10 +72,12 @@ def apart(prints: Prints, heldout: Mapping[str, Prints]) -> Apart:
             f"{' and '.join(inside)} {'hold' if len(inside) > 1 else 'holds'} every training row "
             "too, which leaves none to train on. Hold out rows that are not in dataset.path."
         )
-    return Apart(np.flatnonzero(train), {key: int(mask.sum()) for key, mask in inside.items()})
+    return SeparatedRows(
+        np.flatnonzero(train), {key: int(mask.sum()) for key, mask in inside.items()}
+    )
 
 
-def _drawn(ranks: Words, config: EvalConfig) -> NDArray[np.bool_]:
+def _drawn(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
     """The first rows by rank: the count, or the share rounded and at least one."""
     wanted = config.count or max(1, round((config.share or 0) * len(ranks)))
     if wanted >= len(ranks):
@@ -85,15 +87,15 @@ def _drawn(ranks: Words, config: EvalConfig) -> NDArray[np.bool_]:
     return held
 
 
-def _in_share(ranks: Words, config: EvalConfig) -> NDArray[np.bool_]:
+def _in_share(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
     """The rows whose rank, as a part of all 64-bit numbers, is below the share."""
     return ranks < np.uint64(int((config.share or 0) * 2**64))
 
 
-def _ranks(prints: Prints, seed: int) -> Words:
+def _ranks(prints: Fingerprints, seed: int) -> UInt64s:
     """A number for each fingerprint, evenly spread over 64 bits, that hangs on it and the seed."""
     words = prints.view("<u8").reshape(-1, 2)
-    return scattered(scattered(words[:, 0], "held out", seed) ^ words[:, 1], "held out")
+    return scatter(scatter(words[:, 0], "held out", seed) ^ words[:, 1], "held out")
 
 
 def _check_both_sides(train: int, heldout: int, different: int, config: EvalConfig) -> None:
@@ -124,18 +126,18 @@ def _hash_needs_a_share(config: EvalConfig) -> str:
     )
 
 
-Rows = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowSelection:
     """Rows of the training sources, numbered as if the sources were laid end to end."""
 
-    train: Rows
+    train: RowNumbers
     """The different rows that train, in the order of the sources."""
-    heldout: Rows
+    heldout: RowNumbers
     """The rows that are held out of the training sources."""
-    epoch: Rows
+    epoch: RowNumbers
     """The rows of an epoch in their order; a row that is seen twice stands here twice."""
     sources: dict[str, int]
     """Rows of an epoch by source."""
@@ -143,13 +145,13 @@ class Selection:
     """Rows on neither side, by reason."""
 
 
-def select(
+def select_rows(
     config: DatasetConfig,
     sources: Mapping[str, SourceConfig],
-    trained: Mapping[str, Encoded],
-    evaluated: Mapping[str, Encoded],
+    trained: Mapping[str, EncodedSource],
+    evaluated: Mapping[str, EncodedSource],
     seed: int,
-) -> Selection:
+) -> RowSelection:
     """Leave out duplicates, hold rows out, and mix what is left.
 
     Raises UserError where nothing is left to train on or to hold out.
@@ -160,12 +162,12 @@ def select(
     _check_usable(trained, evaluated)
     kept = np.flatnonzero(usable)
     if config.deduplicate != "none":
-        kept = kept[duplicates(whole[kept])]
+        kept = kept[is_first_occurrence(whole[kept])]
     split = hold_out(whole[kept], config.eval, seed)
     train, equal = kept[split.train], split.equal
     if evaluated:
         held = {key: _prints(part, config)[part.sequences > 0] for key, part in evaluated.items()}
-        found = apart(whole[train], held)
+        found = exclude_held_out(whole[train], held)
         equal += len(train) - len(found.train)
         train = train[found.train]
     _check_each(sources, trained, {"give no sequence": np.flatnonzero(usable),
@@ -177,10 +179,10 @@ def select(
         "equal to a held-out row": equal,
         "not in the mixture": len(train) - len(used),
     }
-    return Selection(used, kept[split.heldout], epoch, counts, other)
+    return RowSelection(used, kept[split.heldout], epoch, counts, other)
 
 
-def starts_of(parts: Mapping[str, Encoded]) -> Rows:
+def source_starts(parts: Mapping[str, EncodedSource]) -> RowNumbers:
     """The number of each source's first row, and behind the last one the number of all."""
     return np.cumsum([0, *map(len, parts.values())])
 
@@ -188,25 +190,27 @@ def starts_of(parts: Mapping[str, Encoded]) -> Rows:
 def _mixed(
     config: DatasetConfig,
     sources: Mapping[str, SourceConfig],
-    trained: Mapping[str, Encoded],
-    train: Rows,
+    trained: Mapping[str, EncodedSource],
+    train: RowNumbers,
     seed: int,
-) -> tuple[Rows, dict[str, int]]:
+) -> tuple[RowNumbers, dict[str, int]]:
     """The rows of an epoch, and how many of each source."""
-    bounds = np.searchsorted(train, starts_of(trained))
+    bounds = np.searchsorted(train, source_starts(trained))
     sizes = dict(zip(trained, np.diff(bounds).tolist(), strict=True))
-    mixed = mixture(sizes, sources, config.mix, seed)
+    mixed = mix_sources(sizes, sources, config.mix, seed)
     return train[mixed.order], mixed.counts
 
 
 def _check_each(
-    sources: Mapping[str, SourceConfig], trained: Mapping[str, Encoded], left: Mapping[str, Rows]
+    sources: Mapping[str, SourceConfig],
+    trained: Mapping[str, EncodedSource],
+    left: Mapping[str, RowNumbers],
 ) -> None:
     """UserError for a source of which nothing is left, with what became of its rows.
 
     `left`: the rows that are left behind each step, by what has become of those that went.
     """
-    starts = starts_of(trained)
+    starts = source_starts(trained)
     sizes = [np.diff(starts), *(np.diff(np.searchsorted(rows, starts)) for rows in left.values())]
     for number, name in enumerate(trained):
         counts = [int(size[number]) for size in sizes]
@@ -214,17 +218,19 @@ def _check_each(
         if went and not counts[-1]:
             words = ", ".join(f"{count} {why}" for why, count in went.items())
             raise UserError(
-                f"{key_of(name, sources)} has no row left to train on: of its {counts[0]} rows "
+                f"{source_key(name, sources)} has no row left to train on: of its {counts[0]} rows "
                 f"{words}. Take the source out, or see to its rows."
             )
 
 
-def _prints(part: Encoded, config: DatasetConfig) -> Prints:
+def _prints(part: EncodedSource, config: DatasetConfig) -> Fingerprints:
     """What tells whether two rows are equal, as the config means it."""
     return part.normalised_prints if config.deduplicate == "normalised" else part.prints
 
 
-def _check_usable(trained: Mapping[str, Encoded], evaluated: Mapping[str, Encoded]) -> None:
+def _check_usable(
+    trained: Mapping[str, EncodedSource], evaluated: Mapping[str, EncodedSource]
+) -> None:
     for key, part in evaluated.items():
         if not (part.sequences > 0).any():
             raise UserError(_nothing(key, [part], "to evaluate on"))
@@ -232,7 +238,7 @@ def _check_usable(trained: Mapping[str, Encoded], evaluated: Mapping[str, Encode
         raise UserError(_nothing("dataset", list(trained.values()), "to train on"))
 
 
-def _nothing(key: str, parts: list[Encoded], purpose: str) -> str:
+def _nothing(key: str, parts: list[EncodedSource], purpose: str) -> str:
     """The words for rows none of which makes a sequence."""
     total = sum(map(len, parts))
     if not total:
@@ -246,7 +252,7 @@ def _nothing(key: str, parts: list[Encoded], purpose: str) -> str:
         ):
             reasons[reason] = reasons.get(reason, 0) + 1
     words = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    first = next(part for part in parts if len(part)).places([0])[0]
+    first = next(part for part in parts if len(part)).locations([0])[0]
     return (
         f"{key}: none of the {total} rows gives anything {purpose} ({words}). "
         f"The first one is {first}."

@@ -11,22 +11,28 @@ import numpy as np
 from luthier.chat import ChatError
 from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.encoders.chat import EncodedRows, RowEncoder
-from luthier.data.examples import BadRows, Opened, Placed, open_rows, train_sources
-from luthier.data.mixture import key_of
+from luthier.data.examples import (
+    BadRows,
+    LocatedExample,
+    OpenedSource,
+    open_examples,
+    train_sources,
+)
+from luthier.data.mixture import source_key
 from luthier.errors import UserError
 
-CHUNK = 256
+CHUNK_ROWS = 256
 """Rows that are encoded at once."""
 
-Encoders = Callable[[str, SourceConfig, str], RowEncoder]
+EncoderFactory = Callable[[str, SourceConfig, str], RowEncoder]
 TokenRow = dict[str, Any]
 
 
 @dataclass
-class Stream:
+class TokenRowStream:
     """The training rows of a dataset, read from the first anew at each pass."""
 
-    opened: dict[str, Opened]
+    opened: dict[str, OpenedSource]
     encoders: dict[str, RowEncoder]
     config: DatasetConfig
     on_problem: Callable[[dict[str, str]], None] = lambda row: None
@@ -51,9 +57,9 @@ class Stream:
         opened, encoder, bad = self.opened[key], self.encoders[key], BadRows()
         examples = opened.examples(bad)
         with ThreadPoolExecutor(1) as worker:
-            waiting: tuple[list[Placed], Future[EncodedRows]] | None = None
+            waiting: tuple[list[LocatedExample], Future[EncodedRows]] | None = None
             while True:
-                chunk = list(islice(examples, CHUNK))
+                chunk = list(islice(examples, CHUNK_ROWS))
                 self._tell_bad(opened, bad)
                 made = waiting
                 waiting = None
@@ -64,7 +70,7 @@ class Stream:
                 if waiting is None:
                     return
 
-    def _tell_bad(self, opened: Opened, bad: BadRows) -> None:
+    def _tell_bad(self, opened: OpenedSource, bad: BadRows) -> None:
         if self.config.on_bad_row == "error":
             bad.raise_if_any(opened)
         for row in bad.rows:
@@ -77,7 +83,9 @@ class Stream:
             self._told.add(where)
             self.on_problem({"where": where, "state": state, "problem": problem})
 
-    def _token_rows(self, chunk: list[Placed], future: "Future[EncodedRows]") -> Iterator[TokenRow]:
+    def _token_rows(
+        self, chunk: list[LocatedExample], future: "Future[EncodedRows]"
+    ) -> Iterator[TokenRow]:
         try:
             made = future.result()
         except ChatError as error:
@@ -94,9 +102,9 @@ class Stream:
 
 def open_stream(
     config: DatasetConfig,
-    encoders: Encoders,
+    encoders: EncoderFactory,
     on_problem: Callable[[dict[str, str]], None] = lambda row: None,
-) -> Stream:
+) -> TokenRowStream:
     """Open the training sources as a stream.
 
     Raises UserError for settings that need all rows to be known: duplicates, a share or a count.
@@ -104,11 +112,13 @@ def open_stream(
     _check(config)
     sources = train_sources(config)
     opened = {
-        key_of(name, sources): open_rows(source, key_of(name, sources), streaming=True)
+        source_key(name, sources): open_examples(source, source_key(name, sources), streaming=True)
         for name, source in sources.items()
     }
-    encoding = {key: encoders(part.shape.kind, part.config, key) for key, part in opened.items()}
-    return Stream(opened, encoding, config, on_problem)
+    encoding = {
+        key: encoders(part.row_format.kind, part.config, key) for key, part in opened.items()
+    }
+    return TokenRowStream(opened, encoding, config, on_problem)
 
 
 def _check(config: DatasetConfig) -> None:
@@ -134,7 +144,7 @@ def _check(config: DatasetConfig) -> None:
 
 
 def _repeated(
-    rows: Iterator[TokenRow], opened: Opened, again: Callable[[str], Iterator[TokenRow]]
+    rows: Iterator[TokenRow], opened: OpenedSource, again: Callable[[str], Iterator[TokenRow]]
 ) -> Iterator[TokenRow]:
     """A source as many times as it is to be seen."""
     yield from rows

@@ -13,7 +13,7 @@ from luthier.data.batching import preference_collators
 from luthier.data.encoders.plain_text import OnLong
 from luthier.data.encoders.preference import RewardEncoder
 from luthier.data.encoders.tasks import ClassificationEncoder, TaggingEncoder
-from luthier.data.examples import Opened, Placed
+from luthier.data.examples import LocatedExample, OpenedSource
 from luthier.errors import UserError
 from luthier.evaluate.likelihood import Outcome, by_length
 from luthier.evaluate.rows import Item, Items, Set, encoded, lenient, lenient_length
@@ -254,7 +254,7 @@ class DecidedMaker:
         self.kinds: Sequence[str] = (head.kind,)
         self._head, self._encoder = head, encoder
 
-    def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
         """Add the items of rows of one source; UserError for a label that the model has not."""
         read = (row._replace(example=self._head.read(row.where, row.example)) for row in placed)
         for row, values in encoded(self._encoder, found, read):

@@ -8,16 +8,16 @@ from typing import Any, Protocol
 from luthier.chat import ChatEncoder, ChatError
 from luthier.config.methods import ROW_KINDS
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
-from luthier.data.encoders.plain_text import OnLong, PlainEncoder
+from luthier.data.encoders.plain_text import OnLong, WindowEncoder
 from luthier.data.encoders.tasks import Seq2SeqEncoder
 from luthier.data.examples import (
     BadRows,
-    Opened,
-    Placed,
+    LocatedExample,
+    OpenedSource,
+    eval_set_name,
     eval_sources,
-    key_of_path,
-    open_rows,
-    set_name,
+    open_examples,
+    path_key,
     train_sources,
 )
 from luthier.data.prepare import prepare
@@ -67,7 +67,7 @@ class Maker(Protocol):
         """The kinds of rows that it takes."""
         ...
 
-    def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
         """Add the items of rows of one source, which are of such a kind."""
         ...
 
@@ -82,7 +82,7 @@ def of_run(
     """
     named = eval_sources(config.dataset)
     for key, source in named.items():
-        found, opened = Items(set_name(key) or MAIN), open_rows(source, key_of_path(key))
+        found, opened = Items(eval_set_name(key) or MAIN), open_examples(source, path_key(key))
         _add(maker, found, opened, _rows(opened, config.dataset, limit))
         yield found
     if config.dataset.eval.share is not None or config.dataset.eval.count is not None:
@@ -98,7 +98,9 @@ def of_dataset(config: DatasetConfig, maker: Maker, limit: int | None) -> Iterat
     """All rows of a dataset, a set for each of its sources."""
     sources = train_sources(config)
     for name, source in sources.items():
-        opened = open_rows(source, "dataset" if len(sources) == 1 else f"dataset.sources.{name}")
+        opened = open_examples(
+            source, "dataset" if len(sources) == 1 else f"dataset.sources.{name}"
+        )
         found = Items(opened.source.label if len(sources) == 1 else name)
         _add(maker, found, opened, _rows(opened, config, limit))
         yield found
@@ -116,9 +118,11 @@ def _drawn(config: RunConfig, maker: Maker, limit: int | None, tokenizer: Any) -
     return found
 
 
-def _add(maker: Maker, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+def _add(
+    maker: Maker, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]
+) -> None:
     """Add rows of one source; UserError for a kind that is not measured of this model."""
-    kind = opened.shape.kind
+    kind = opened.row_format.kind
     if kind not in maker.kinds:
         raise UserError(
             f"{opened.source.label}: its rows are {ROW_KINDS[kind]}, and this model is measured on "
@@ -128,7 +132,7 @@ def _add(maker: Maker, found: Items, opened: Opened, placed: Iterable[Placed]) -
     maker.add(found, opened, placed)
 
 
-def _rows(opened: Opened, config: DatasetConfig, limit: int | None) -> list[Placed]:
+def _rows(opened: OpenedSource, config: DatasetConfig, limit: int | None) -> list[LocatedExample]:
     """The rows; UserError for bad ones unless they are dropped."""
     bad = BadRows()
     rows = list(islice(opened.examples(bad), limit))
@@ -156,15 +160,15 @@ class SpokenMaker:
         own = {"max_length": self._max_length}
         self._chat = None if chat is None else lenient(chat) | own
 
-    def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
         """Add the items of rows of one source."""
-        if opened.shape.kind == "text":
+        if opened.row_format.kind == "text":
             self._add_texts(found, placed)
         else:
             self._add_chats(found, placed, opened.config)
 
-    def _add_texts(self, found: Items, placed: Iterable[Placed]) -> None:
-        encoder = PlainEncoder(self._tokenizer, self._max_length, self._stride)
+    def _add_texts(self, found: Items, placed: Iterable[LocatedExample]) -> None:
+        encoder = WindowEncoder(self._tokenizer, self._max_length, self._stride)
         for row in placed:
             (windows,) = encoder.encode_batch([row.example["text"]])
             if windows:
@@ -173,7 +177,9 @@ class SpokenMaker:
             else:
                 found.leave_out("the text is empty")
 
-    def _add_chats(self, found: Items, placed: Iterable[Placed], source: SourceConfig) -> None:
+    def _add_chats(
+        self, found: Items, placed: Iterable[LocatedExample], source: SourceConfig
+    ) -> None:
         if self._chat is None:
             raise UserError(
                 "This model has no chat template, and these rows are chats. Put its template "
@@ -203,7 +209,7 @@ class TargetMaker:
     def __init__(self, tokenizer: Any, max_length: int | None, on_long: OnLong) -> None:
         self._encoder = Seq2SeqEncoder(tokenizer, max_length, lenient_length(on_long))
 
-    def add(self, found: Items, opened: Opened, placed: Iterable[Placed]) -> None:
+    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
         """Add the items of rows of one source."""
         for row, values in encoded(self._encoder, found, placed):
             (question,) = questions([(row.example, row.columns)], 1)
@@ -221,8 +227,8 @@ def lenient(chat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoded(
-    encoder: Any, found: Items, placed: Iterable[Placed]
-) -> "Iterable[tuple[Placed, dict[str, Any]]]":
+    encoder: Any, found: Items, placed: Iterable[LocatedExample]
+) -> "Iterable[tuple[LocatedExample, dict[str, Any]]]":
     """Each row with the columns of its token row; those that make none are left out and counted."""
     for row in placed:
         try:

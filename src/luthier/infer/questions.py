@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config.schema import DatasetConfig, SourceConfig
-from luthier.data.encoders.prompts import parted
-from luthier.data.examples import MAIN, BadRows, Opened, Placed, open_rows, train_sources
+from luthier.data.encoders.prompts import split_prompt_and_reply
+from luthier.data.examples import (
+    MAIN_SOURCE,
+    BadRows,
+    LocatedExample,
+    OpenedSource,
+    open_examples,
+    train_sources,
+)
 from luthier.errors import UserError
 from luthier.infer.prompts import Prompt
 
@@ -30,7 +37,7 @@ class Ask:
 class Asks:
     """The rows of a dataset that are to be answered, in their order."""
 
-    opened: Opened
+    opened: OpenedSource
     rows: list[Ask]
     notes: list[str]
     """What was left out, in words."""
@@ -58,31 +65,31 @@ def asks_of(config: DatasetConfig) -> Asks:
     return Asks(opened, rows, notes + list(_blank_lines(opened)))
 
 
-def _opened(source: SourceConfig) -> Opened:
+def _opened(source: SourceConfig) -> OpenedSource:
     """The source; one that shows no shape to train on may still hold prompts alone."""
     try:
-        return open_rows(source, MAIN)
+        return open_examples(source, MAIN_SOURCE)
     except UserError as error:
         if source.shape != "auto":
             raise
         try:
-            return open_rows(source.model_copy(update={"shape": "prompt"}), MAIN)
+            return open_examples(source.model_copy(update={"shape": "prompt"}), MAIN_SOURCE)
         except UserError:
             raise error from None
 
 
-def _check_kind(opened: Opened) -> None:
-    if opened.shape.kind == "tagging":
+def _check_kind(opened: OpenedSource) -> None:
+    if opened.row_format.kind == "tagging":
         raise UserError(
             f"{opened.source.label}: its rows are words with tags, which ask nothing. If a column "
             "is a question, name it: dataset.shape=prompt dataset.columns.prompt=COLUMN."
         )
 
 
-def _ask(placed: Placed, opened: Opened) -> Ask:
-    example, kind = placed.example, opened.shape.kind
+def _ask(placed: LocatedExample, opened: OpenedSource) -> Ask:
+    example, kind = placed.example, opened.row_format.kind
     if kind == "conversation":
-        context, reply = parted(example)
+        context, reply = split_prompt_and_reply(example)
         if not context:
             raise UserError(f"{placed.where}: there is nothing before the reply.")
         expected = None if reply is None or reply.get("tool_calls") else reply.get("content")
@@ -107,7 +114,7 @@ def _prompt_text(content: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _blank_lines(opened: Opened) -> Iterator[str]:
+def _blank_lines(opened: OpenedSource) -> Iterator[str]:
     """Which lines of a file are empty: nothing comes of them."""
     for name in opened.source.files:
         file = Path(name).expanduser()

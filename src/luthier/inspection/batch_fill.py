@@ -23,7 +23,7 @@ Widths = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """The training rows of an epoch."""
 
     rows: int
@@ -37,15 +37,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Batches:
+class BatchFill:
     """Both ways to lay an epoch out."""
 
     packing: bool
     """What the config chose."""
     strategy: str
     """The order of rows where they are not packed."""
-    padded: Layout
-    packed: Layout | None
+    padded: BatchLayout
+    packed: BatchLayout | None
     """None where `chat.max_length` does not say how long a row may be."""
 
 
@@ -59,14 +59,14 @@ class _Unread:
         raise LookupError(number)
 
 
-def batches_of(lengths: Lengths, config: RunConfig, plan: Batching) -> Batches | None:
+def measure_batch_fill(lengths: Lengths, config: RunConfig, plan: Batching) -> BatchFill | None:
     """Lay out sequences of these lengths (tokens) for one device; None where there is none."""
     if not len(lengths):
         return None
     args = config.trainer.args
     size = int(args.get("per_device_train_batch_size", 8))
     strategy = str(args.get("train_sampling_strategy", "random"))
-    return Batches(
+    return BatchFill(
         packing=plan.packing,
         strategy=strategy,
         padded=_padded(lengths, _sampler(lengths, strategy, size, config), plan, size, args),
@@ -74,16 +74,16 @@ def batches_of(lengths: Lengths, config: RunConfig, plan: Batching) -> Batches |
     )
 
 
-def _packed(lengths: Lengths, length: int | None, size: int) -> Layout | None:
+def _packed(lengths: Lengths, length: int | None, size: int) -> BatchLayout | None:
     if length is None:
         return None
     fit = Fit(lengths, length)
-    return Layout(len(fit), length, size, -(-len(fit) // size), fit.efficiency)
+    return BatchLayout(len(fit), length, size, -(-len(fit) // size), fit.efficiency)
 
 
 def _padded(
     lengths: Lengths, sampler: Sampler, plan: Batching, size: int, args: Mapping[str, Any]
-) -> Layout:
+) -> BatchLayout:
     """The rows of the first epoch, in their order."""
     length = plan.length if plan.constant else None
     ordered = lengths[[number for (number,) in sampler]]
@@ -92,7 +92,7 @@ def _padded(
     rows = np.diff(np.append(starts, len(ordered)))
     places = int((_widths(longest, length, args) * rows).sum())
     efficiency = int(lengths.sum(dtype=np.int64)) / places
-    return Layout(len(lengths), length, size, len(starts), efficiency)
+    return BatchLayout(len(lengths), length, size, len(starts), efficiency)
 
 
 def _widths(longest: Widths, length: int | None, args: Mapping[str, Any]) -> Widths:

@@ -13,10 +13,17 @@ from luthier.config.methods import METHODS
 from luthier.config.schema import ChatSettings, DatasetConfig, RunConfig
 from luthier.data import Example
 from luthier.data.batching.settings import Batching, batching_of
-from luthier.data.encoders.plain_text import PlainEncoder, Window
-from luthier.data.encoders.prompts import NO_PROMPT, parted
-from luthier.data.examples import Opened, Placed, eval_sources, open_rows, set_name, train_sources
-from luthier.data.mixture import key_of
+from luthier.data.encoders.plain_text import TextWindow, WindowEncoder
+from luthier.data.encoders.prompts import NO_PROMPT, split_prompt_and_reply
+from luthier.data.examples import (
+    LocatedExample,
+    OpenedSource,
+    eval_set_name,
+    eval_sources,
+    open_examples,
+    train_sources,
+)
+from luthier.data.mixture import source_key
 from luthier.environment import set_environment
 from luthier.errors import UserError
 from luthier.model.tokenizer import end_token_ids, load_tokenizer
@@ -27,17 +34,17 @@ if TYPE_CHECKING:
 
 # A row with what the encoder makes of it, and what the config makes of that.
 
-Fate = Literal["trains", "lossy", "dropped", "stops"]
+Outcome = Literal["trains", "lossy", "dropped", "stops"]
 """`lossy`: trains, although not all of its text is shown; `stops`: training stops at this row."""
-FATES: tuple[Fate, ...] = ("trains", "lossy", "dropped", "stops")
+OUTCOMES: tuple[Outcome, ...] = ("trains", "lossy", "dropped", "stops")
 
 
-def place(text: str) -> str:
+def shorten_location(text: str) -> str:
     """A row's place as one would type it from here."""
     return text.removeprefix(f"{Path.cwd()}/")
 
 
-def cut_words(replies: int) -> str:
+def describe_cut(replies: int) -> str:
     """What went from a row's front, in words."""
     if not replies:
         return "turns went from its front, every reply still trains"
@@ -47,7 +54,7 @@ def cut_words(replies: int) -> str:
 
 
 @dataclass
-class Row:
+class InspectedRow:
     """One row: where it stands, what it makes, and what is wrong with it."""
 
     place: str
@@ -55,7 +62,7 @@ class Row:
     sequences: list[ChatSequence] = field(default_factory=list)
     """What trains, cut as configured; for a row that is too long to fit, nothing."""
     error: ChatError | None = None
-    fate: Fate = "trains"
+    fate: Outcome = "trains"
     cut_turns: int | None = None
     """Trained turns that were cut off; None for a row that was not cut."""
 
@@ -68,7 +75,7 @@ class Row:
 class RowReader(Protocol):
     """Makes rows of the examples of one kind, and goes on where training would stop."""
 
-    def rows(self, placed: Sequence[Placed]) -> list[Row]:
+    def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """What these examples make."""
         ...
 
@@ -86,24 +93,26 @@ class Readers:
         self._end_tokens = end_tokens
         self._conversations: dict[str, ConversationReader] = {}
 
-    def of(self, opened: Opened) -> RowReader:
+    def of(self, opened: OpenedSource) -> RowReader:
         """The reader of a source."""
         facts = METHODS[self._config.trainer.method]
-        if opened.shape.kind == "conversation" and (facts.rewards or facts.teacher):
+        if opened.row_format.kind == "conversation" and (facts.rewards or facts.teacher):
             return self._prompts()
-        if opened.shape.kind == "conversation":
+        if opened.row_format.kind == "conversation":
             return self.conversations(opened)
 
         config = self._config
         return DocumentReader(self._tokenizer, config.chat.max_length, config.dataset.stride)
 
     def _prompts(self) -> RowReader:
-        from luthier.data.encoders.prompts import longest_prompt
+        from luthier.data.encoders.prompts import max_prompt_tokens
 
         config = self._config
-        return PromptReader(self._tokenizer, config.chat, self._end_tokens, longest_prompt(config))
+        return PromptReader(
+            self._tokenizer, config.chat, self._end_tokens, max_prompt_tokens(config)
+        )
 
-    def conversations(self, opened: Opened) -> "ConversationReader":
+    def conversations(self, opened: OpenedSource) -> "ConversationReader":
         """The reader of a source of conversations, with the turns that the source says train."""
 
         chat, own = self._config.chat, opened.config.train_on
@@ -126,14 +135,14 @@ _OTHERS = {
 
 
 @dataclass(frozen=True)
-class Material:
+class LoadedDataset:
     """A valid configuration with its tokenizer and the opened sources of its dataset."""
 
     config: RunConfig
     tokenizer: "PreTrainedTokenizerBase"
-    trained: dict[str, Opened]
+    trained: dict[str, OpenedSource]
     """The training sources by name; the only one that has none is `dataset`."""
-    evaluated: dict[str, Opened]
+    evaluated: dict[str, OpenedSource]
     """The evaluation sets that have rows of their own, by config key."""
     readers: Readers
     """What makes sequences of their rows."""
@@ -145,7 +154,7 @@ class Material:
         return self.config.recipe or self.config.model.path
 
 
-def gather(overrides: list[str], command: str, bad_rows: bool = False) -> Material:
+def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> LoadedDataset:
     """Open what a run with these overrides would read, less the weights.
 
     `bad_rows`: do not stop at rows that cannot be read. Raises UserError for mistakes in the
@@ -153,7 +162,7 @@ def gather(overrides: list[str], command: str, bad_rows: bool = False) -> Materi
     rows that are neither conversations nor plain text.
     """
     config = load(overrides).config
-    data.check_files(_lenient(config.dataset) if bad_rows else config.dataset)
+    data.check_sources(_lenient(config.dataset) if bad_rows else config.dataset)
     batching = batching_of(config)
     # A folder that holds a tokenizer and nothing else is enough here.
     if not Path(config.model.tokenizer or config.model.path).is_dir():
@@ -162,26 +171,28 @@ def gather(overrides: list[str], command: str, bad_rows: bool = False) -> Materi
     trained, evaluated = _opened(config.dataset, command)
     tokenizer = _quiet_tokenizer(config)
     readers = Readers(tokenizer, config, end_token_ids(config.model))
-    return Material(config, tokenizer, trained, evaluated, readers, batching)
+    return LoadedDataset(config, tokenizer, trained, evaluated, readers, batching)
 
 
-def side_name(key: str) -> str:
+def split_name(key: str) -> str:
     """What an evaluation set is called, by its config key: its name, or `held out`."""
-    return set_name(key) or "held out"
+    return eval_set_name(key) or "held out"
 
 
 def _lenient(config: DatasetConfig) -> DatasetConfig:
     return config.model_copy(update={"on_bad_row": "drop"})
 
 
-def _opened(config: DatasetConfig, command: str) -> tuple[dict[str, Opened], dict[str, Opened]]:
+def _opened(
+    config: DatasetConfig, command: str
+) -> tuple[dict[str, OpenedSource], dict[str, OpenedSource]]:
     sources = train_sources(config)
     trained = {
-        name: open_rows(source, key_of(name, sources), config.streaming)
+        name: open_examples(source, source_key(name, sources), config.streaming)
         for name, source in sources.items()
     }
     evaluated = {
-        key: open_rows(source, key, config.streaming)
+        key: open_examples(source, key, config.streaming)
         for key, source in eval_sources(config).items()
     }
     for opened in (*trained.values(), *evaluated.values()):
@@ -189,11 +200,11 @@ def _opened(config: DatasetConfig, command: str) -> tuple[dict[str, Opened], dic
     return trained, evaluated
 
 
-def _check_kind(opened: Opened, command: str) -> None:
-    shape = opened.shape
-    if shape.kind in _OTHERS:
+def _check_kind(opened: OpenedSource, command: str) -> None:
+    row_format = opened.row_format
+    if row_format.kind in _OTHERS:
         raise UserError(
-            f"{opened.key}: its rows are {_OTHERS[shape.kind]} (shape {shape.name}), and luthier "
+            f"{opened.key}: its rows are {_OTHERS[row_format.kind]} (shape {row_format.name}), and luthier "
             f"{command} looks at conversations and plain texts for now. If they are conversations "
             f"all the same, say so: {opened.key}.shape=messages."
         )
@@ -210,7 +221,7 @@ def _quiet_tokenizer(config: RunConfig) -> Any:
 # Conversations through the encoder, none stopping the others.
 
 
-class Made(NamedTuple):
+class EncodedConversation(NamedTuple):
     """The sequences of a row, what is wrong with it, and trained turns that were cut off."""
 
     sequences: list[ChatSequence]
@@ -237,11 +248,18 @@ class ConversationReader:
         other = "segments" if settings.boundaries == "served" else "served"
         self._other = ChatEncoder(tokenizer, **unbound | {"boundaries": other})
 
-    def rows(self, placed: Sequence[Placed]) -> list[Row]:
+    def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """What these conversations make."""
-        made = encode_all(self._encoder, [row.example for row in placed])
+        made = encode_each(self._encoder, [row.example for row in placed])
         rows = [
-            Row(place(row.where), row.example, one.sequences, one.error, "trains", one.cut_turns)
+            InspectedRow(
+                shorten_location(row.where),
+                row.example,
+                one.sequences,
+                one.error,
+                "trains",
+                one.cut_turns,
+            )
             for row, one in zip(placed, made, strict=True)
         ]
         if self.settings.on_lost == "keep":
@@ -251,24 +269,24 @@ class ConversationReader:
                 row.fate = self._fate(row.error)
         return rows
 
-    def whole(self, row: Row) -> list[ChatSequence]:
+    def whole(self, row: InspectedRow) -> list[ChatSequence]:
         """The sequences of a row before anything is cut."""
         if row.sequences and row.cut_turns is None:
             return row.sequences
         return _sequences(self._unbound, row)
 
-    def otherwise(self, row: Row) -> list[ChatSequence]:
+    def otherwise(self, row: InspectedRow) -> list[ChatSequence]:
         """The same with the boundaries that the config did not choose."""
         return _sequences(self._other, row)
 
-    def _keep(self, rows: list[Row]) -> None:
+    def _keep(self, rows: list[InspectedRow]) -> None:
         """Encode rows that lose text and train all the same."""
-        made = encode_all(self._lenient, [row.example for row in rows])
+        made = encode_each(self._lenient, [row.example for row in rows])
         for row, (sequences, error, cut_turns) in zip(rows, made, strict=True):
             row.error, row.sequences, row.cut_turns = error, sequences, cut_turns
             row.fate = "lossy"
 
-    def _fate(self, error: ChatError) -> Fate:
+    def _fate(self, error: ChatError) -> Outcome:
         """What becomes of a row that makes no sequence."""
         if error.reason == "too long":
             return "stops" if self.settings.on_long == "error" else "dropped"
@@ -277,7 +295,7 @@ class ConversationReader:
         return "stops"
 
 
-def encode_all(encoder: ChatEncoder, conversations: list[Any]) -> list[Made]:
+def encode_each(encoder: ChatEncoder, conversations: list[Any]) -> list[EncodedConversation]:
     """What each row makes; a row that the encoder stops at is a dropped one."""
     try:
         return _made(encoder.encode_batch(conversations))
@@ -285,14 +303,14 @@ def encode_all(encoder: ChatEncoder, conversations: list[Any]) -> list[Made]:
         return [_alone(encoder, conversation) for conversation in conversations]
 
 
-def _alone(encoder: ChatEncoder, conversation: Any) -> Made:
+def _alone(encoder: ChatEncoder, conversation: Any) -> EncodedConversation:
     try:
         return _made(encoder.encode_batch([conversation]))[0]
     except ChatError as error:
-        return Made([], error, None)
+        return EncodedConversation([], error, None)
 
 
-def _sequences(encoder: ChatEncoder, row: Row) -> list[ChatSequence]:
+def _sequences(encoder: ChatEncoder, row: InspectedRow) -> list[ChatSequence]:
     """What a row makes; nothing where the encoder stops at it."""
     try:
         return encoder.encode(row.example["messages"], row.example.get("tools"))
@@ -300,10 +318,10 @@ def _sequences(encoder: ChatEncoder, row: Row) -> list[ChatSequence]:
         return []
 
 
-def _made(batch: ChatBatch) -> list[Made]:
+def _made(batch: ChatBatch) -> list[EncodedConversation]:
     errors = {report.row: report for report in batch.reports}
     return [
-        Made(sequences, errors.get(number), batch.cut.get(number))
+        EncodedConversation(sequences, errors.get(number), batch.cut.get(number))
         for number, sequences in enumerate(batch.rows)
     ]
 
@@ -315,9 +333,9 @@ class DocumentReader:
     """Cuts documents into windows as a config says, and goes on where training would stop."""
 
     def __init__(self, tokenizer: Any, max_length: int | None, stride: int) -> None:
-        self._encoder = PlainEncoder(tokenizer, max_length, stride)
+        self._encoder = WindowEncoder(tokenizer, max_length, stride)
 
-    def rows(self, placed: Sequence[Placed]) -> list[Row]:
+    def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """What these documents make."""
         try:
             made = self._encoder.encode_batch(row.example["text"] for row in placed)
@@ -325,24 +343,31 @@ class DocumentReader:
             return [self._alone(row) for row in placed]
         return [_row(*pair) for pair in zip(placed, made, strict=True)]
 
-    def _alone(self, placed: Placed) -> Row:
+    def _alone(self, placed: LocatedExample) -> InspectedRow:
         try:
             (windows,) = self._encoder.encode_batch([placed.example["text"]])
         except ChatError as error:
-            return Row(place(placed.where), placed.example, error=error.in_row(None), fate="stops")
+            return InspectedRow(
+                shorten_location(placed.where),
+                placed.example,
+                error=error.in_row(None),
+                fate="stops",
+            )
         return _row(placed, windows)
 
 
-def _row(placed: Placed, windows: list[Window]) -> Row:
+def _row(placed: LocatedExample, windows: list[TextWindow]) -> InspectedRow:
     if windows:
-        return Row(
-            place(placed.where), placed.example, [_document_sequence(window) for window in windows]
+        return InspectedRow(
+            shorten_location(placed.where),
+            placed.example,
+            [_document_sequence(window) for window in windows],
         )
     error = ChatError("the text is empty", reason="empty text")
-    return Row(place(placed.where), placed.example, error=error, fate="dropped")
+    return InspectedRow(shorten_location(placed.where), placed.example, error=error, fate="dropped")
 
 
-def _document_sequence(window: Window) -> ChatSequence:
+def _document_sequence(window: TextWindow) -> ChatSequence:
     """The window as a sequence whose reply is all that trains."""
     size, context = len(window.input_ids), window.labels.count(IGNORED)
     parts = [Segment(0, context, None, None, "text", False)] if context else []
@@ -363,13 +388,13 @@ class PromptReader:
         encoder = ChatEncoder(tokenizer, **settings.model_dump(), eos_token_ids=end_tokens)
         self._prompts = Prompts(encoder, limit)
 
-    def rows(self, placed: Sequence[Placed]) -> list[Row]:
+    def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """What these conversations make."""
         return [self._row(row) for row in placed]
 
-    def _row(self, placed: Placed) -> Row:
-        row = Row(place(placed.where), placed.example)
-        context = parted(placed.example)[0]
+    def _row(self, placed: LocatedExample) -> InspectedRow:
+        row = InspectedRow(shorten_location(placed.where), placed.example)
+        context = split_prompt_and_reply(placed.example)[0]
         if not context:
             row.error, row.fate = ChatError(NO_PROMPT[1], reason=NO_PROMPT[0]), "dropped"
             return row

@@ -7,7 +7,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from luthier.inspection.tokens import Shown, Token, View
+from luthier.inspection.tokens import DisplayedSequence, Token, TokenView
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #262420;
@@ -78,7 +78,7 @@ document.addEventListener('mouseover', event => {
 """
 
 
-def page(title: str, found: View, ids: bool = False) -> str:
+def render_html(title: str, found: TokenView, ids: bool = False) -> str:
     """Return the page: for each sequence its heading and its tokens, each with where it is from."""
     sections = "\n".join(_section(row, found.pad) for row in found.rows)
     key = KEY.replace('id="ids"', 'id="ids" checked') if ids else KEY
@@ -91,7 +91,7 @@ def page(title: str, found: View, ids: bool = False) -> str:
     )
 
 
-def _section(row: Shown, pad: str) -> str:
+def _section(row: DisplayedSequence, pad: str) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in row.notes)
     tokens = "".join(map(_token, row.tokens))
     if row.padding:
@@ -148,7 +148,7 @@ def has_colours(console: Console) -> bool:
     return bool(console.color_system) and not console.no_color
 
 
-def legend(console: Console) -> None:
+def print_legend(console: Console) -> None:
     """Say what the colours or marks mean."""
     if not has_colours(console):
         console.print(_MARKS, markup=False, soft_wrap=True)
@@ -159,7 +159,7 @@ def legend(console: Console) -> None:
     console.print(text.append("× padding", style="dim"))
 
 
-def show(console: Console, row: Shown, pad: str, ids: bool = False) -> None:
+def print_sequence(console: Console, row: DisplayedSequence, pad: str, ids: bool = False) -> None:
     """Print one sequence under its heading; with `ids`, each token is followed by its id."""
     bright = Text(row.heading, style="bold").append(f"  {row.place}", style="not bold")
     console.print(bright.append(f"  {row.counts}", style="not bold dim"), soft_wrap=True)
@@ -168,9 +168,9 @@ def show(console: Console, row: Shown, pad: str, ids: bool = False) -> None:
     if not row.tokens:
         return
     coloured = has_colours(console)
-    drawn = _coloured(row.tokens, ids) if coloured else Text(marked(row.tokens, ids))
+    drawn = _coloured(row.tokens, ids) if coloured else Text(mark_tokens(row.tokens, ids))
     if row.padding:
-        drawn.append(f" {visible(pad)} × {row.padding}", SHADES["padding"][0])
+        drawn.append(f" {show_whitespace(pad)} × {row.padding}", SHADES["padding"][0])
     console.print(drawn, soft_wrap=True)
 
 
@@ -178,7 +178,7 @@ def _coloured(tokens: list[Token], ids: bool) -> Text:
     text = Text()
     for n, token in enumerate(tokens):
         name = "trained control" if token.trained and token.kind == "control" else token.kind
-        shown = visible(token.text)
+        shown = show_whitespace(token.text)
         # The id stands before the line break, beside its token.
         body = shown.removesuffix("\n") if ids else shown
         text.append(body, style=SHADES[name][n % 2])
@@ -187,7 +187,7 @@ def _coloured(tokens: list[Token], ids: bool) -> Text:
     return text
 
 
-def marked(tokens: Iterable[Token], ids: bool = False) -> str:
+def mark_tokens(tokens: Iterable[Token], ids: bool = False) -> str:
     """The tokens in plain text with marks for their boundaries and what trains."""
     parts = []
     for trained, run in groupby(tokens, key=lambda token: token.trained):
@@ -197,13 +197,13 @@ def marked(tokens: Iterable[Token], ids: bool = False) -> str:
 
 
 def _mark(token: Token, ids: bool) -> str:
-    shown = visible(token.text)
+    shown = show_whitespace(token.text)
     text = shown.removesuffix("\n")
     body = f"{{{text}}}" if token.kind == "control" else text
     return (f"{body}:{token.id}" if ids else body) + shown[len(text) :]
 
 
-def visible(text: str) -> str:
+def show_whitespace(text: str) -> str:
     """Show line breaks and tabs as signs; a line break also breaks the line."""
     signs = {"\r": "␍", "\t": "⇥", "\x1b": "␛"}
     for sign, mark in signs.items():

@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.inspection.batch_fill import Batches, Layout, histogram, quantiles
-from luthier.inspection.dataset import place
+from luthier.inspection.batch_fill import BatchFill, BatchLayout, histogram, quantiles
+from luthier.inspection.dataset import shorten_location
 from luthier.inspection.rules import Rule, RuleExample
 from luthier.inspection.statistics import (
-    Account,
-    Equals,
+    DuplicateRows,
     Finding,
-    Overlap,
-    Share,
-    Side,
-    how_held_out,
+    HeldOutOverlap,
+    RowOutcomes,
+    SourceShare,
+    SplitStats,
+    describe_hold_out,
 )
 from luthier.inspection.survey import Survey
 
@@ -33,35 +33,35 @@ Lines = Iterator[str]
 """Lines of a section; one that is set in by two more spaces belongs to the line before it."""
 
 
-def rows(count: int, what: str = "row") -> str:
+def count_rows(count: int, what: str = "row") -> str:
     """A number of rows in words."""
     return f"{count:,} {what if count == 1 else what + 's'}"
 
 
-def sources(survey: Survey) -> Lines:
+def source_lines(survey: Survey) -> Lines:
     """Where the rows are from, what they look like, and what is not read of them."""
     stops = survey.material.config.dataset.on_bad_row == "error"
     for account in survey.accounts:
         yield from _source_values(account, stops)
 
 
-def _source_values(account: Account, stops: bool) -> Lines:
+def _source_values(account: RowOutcomes, stops: bool) -> Lines:
     opened = account.opened
-    config, shape = opened.config, opened.shape
-    yield f"{opened.key}: {place(opened.source.label)}, shape {shape.name}, {rows(len(account))}"
-    if shape.unused:
-        yield f"  columns that are not read: {', '.join(shape.unused)}"
+    config, row_format = opened.config, opened.row_format
+    yield f"{opened.key}: {shorten_location(opened.source.label)}, shape {row_format.name}, {count_rows(len(account))}"
+    if row_format.unused:
+        yield f"  columns that are not read: {', '.join(row_format.unused)}"
     if config.filter is not None:
-        yield f"  filter {config.filter} leaves out {rows(account.bad.filtered)}"
+        yield f"  filter {config.filter} leaves out {count_rows(account.bad.filtered)}"
     if config.train_on is not None:
         yield f"  train_on {config.train_on}"
     if account.bad.rows:
-        yield f"  cannot be read, {'stops the training' if stops else 'dropped'}: " + rows(
+        yield f"  cannot be read, {'stops the training' if stops else 'dropped'}: " + count_rows(
             len(account.bad.rows)
         )
 
 
-def duplicates(survey: Survey) -> Lines:
+def duplicate_lines(survey: Survey) -> Lines:
     """Training rows that equal an earlier one."""
     found, setting = survey.whole.equals(), survey.material.config.dataset.deduplicate
     if not found["exact"].rows and not found["normalised"].rows:
@@ -71,11 +71,13 @@ def duplicates(survey: Survey) -> Lines:
     for kind, words in _EQUAL.items():
         if found[kind].rows:
             fate = "left out" if kind in left_out else "kept"
-            words = f"{words}: {rows(found[kind].rows)}, {fate} (dataset.deduplicate={setting})"
+            words = (
+                f"{words}: {count_rows(found[kind].rows)}, {fate} (dataset.deduplicate={setting})"
+            )
             yield from _equals(found[kind], words)
 
 
-def _equals(found: Equals, words: str) -> Lines:
+def _equals(found: DuplicateRows, words: str) -> Lines:
     yield words
     for example in found.examples:
         yield f"  {example.place} {example.words}"
@@ -83,19 +85,19 @@ def _equals(found: Equals, words: str) -> Lines:
         yield f"  ... and {found.rows - len(found.examples):,} more"
 
 
-def held_out(survey: Survey) -> Lines:
+def held_out_lines(survey: Survey) -> Lines:
     """How rows are held out, and what training shares with them."""
     config = survey.material.config
-    if how := how_held_out(config.dataset.eval, config.seed):
+    if how := describe_hold_out(config.dataset.eval, config.seed):
         yield how
     for name, found in survey.whole.overlaps().items():
-        yield f"{name}: {rows(found.rows)}{_overlap(found)}"
+        yield f"{name}: {count_rows(found.rows)}{_overlap(found)}"
 
 
-def _overlap(found: Overlap) -> str:
+def _overlap(found: HeldOutOverlap) -> str:
     words = ""
     if found.equal:
-        words += f"; left out of training, equal to one of them: {rows(found.equal)}"
+        words += f"; left out of training, equal to one of them: {count_rows(found.equal)}"
     if found.similar:
         words += (
             f"; trains, like one of them but for case, space or Unicode form: {found.similar:,}"
@@ -103,7 +105,7 @@ def _overlap(found: Overlap) -> str:
     return words or "; no training row is like one of them"
 
 
-def batches(found: Batches) -> Lines:
+def batch_lines(found: BatchFill) -> Lines:
     """How full the batches of an epoch are on one device: as configured, and the other way."""
     padded, packed = _padded(found.padded, found.strategy), _packed(found.packed)
     if found.packing:
@@ -114,17 +116,17 @@ def batches(found: Batches) -> Lines:
         yield f"  with trainer.args.packing=true: {packed}"
 
 
-def _packed(layout: Layout | None) -> str:
+def _packed(layout: BatchLayout | None) -> str:
     if layout is None:
         return "chat.max_length must say how long a row is"
-    return f"{rows(layout.rows)} of {layout.length:,} tokens, {layout.efficiency:.1%} full"
+    return f"{count_rows(layout.rows)} of {layout.length:,} tokens, {layout.efficiency:.1%} full"
 
 
-def _padded(layout: Layout, strategy: str) -> str:
+def _padded(layout: BatchLayout, strategy: str) -> str:
     width = "the longest" if layout.length is None else f"{layout.length:,} tokens"
     order = ", grouped by length" if strategy == "group_by_length" else ""
     return (
-        f"{rows(layout.rows)}, {layout.batch_size} in a batch{order}, padded to {width}: "
+        f"{count_rows(layout.rows)}, {layout.batch_size} in a batch{order}, padded to {width}: "
         f"{1 - layout.efficiency:.1%} of the places are padding"
     )
 
@@ -144,7 +146,7 @@ def _table(columns: Iterable[str]) -> Table:
     return table
 
 
-def counts(sides: list[Side], has_chats: bool) -> Table:
+def split_table(sides: list[SplitStats], has_chats: bool) -> Table:
     """What each side makes; `has_chats`: not all of it is plain text."""
     table = _table(side.name for side in sides)
     columns = [_column(side, has_chats) for side in sides]
@@ -155,7 +157,7 @@ def counts(sides: list[Side], has_chats: bool) -> Table:
     return table
 
 
-def _column(side: Side, has_chats: bool) -> dict[str, str]:
+def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
     share = f" ({side.trained_tokens / side.tokens:.0%})" if side.tokens else ""
     found = quantiles(side.lengths.tolist())
     names = ("min", "median", "p90", "p99", "max")
@@ -179,12 +181,12 @@ def _column(side: Side, has_chats: bool) -> dict[str, str]:
     }
 
 
-def is_mixed(shares: Mapping[str, Share]) -> bool:
+def is_mixed(shares: Mapping[str, SourceShare]) -> bool:
     """Whether an epoch is anything but every row of one source once."""
     return len(shares) > 1 or any(share.epoch != share.rows for share in shares.values())
 
 
-def mixture(shares: Mapping[str, Share]) -> Table:
+def mixture_table(shares: Mapping[str, SourceShare]) -> Table:
     """What an epoch sees of each source."""
     table = _table(["rows", "times", "an epoch", "share", "tokens", "share of tokens"])
     rows = sum(share.rows for share in shares.values())
@@ -198,7 +200,7 @@ def mixture(shares: Mapping[str, Share]) -> Table:
     return table
 
 
-def show_lengths(console: Console, side: Side) -> None:
+def print_lengths(console: Console, side: SplitStats) -> None:
     """Print how long the sequences of a side are."""
     bars = histogram(side.lengths.tolist())
     if not bars:
@@ -227,27 +229,27 @@ _HARMLESS = ("windows", "split")
 """Fates of which one example is enough."""
 
 
-def show(survey: Survey, console: Console | None = None) -> None:
+def print_report(survey: Survey, console: Console | None = None) -> None:
     """Print what the sources are, what they make, what was found, and the rules."""
     console = console or Console(highlight=False)
     title = f"{survey.material.name}: the whole dataset"
     if survey.limit is not None:
         title = f"{survey.material.name}: the first {survey.limit:,} rows of each source"
     console.print(Text(title, style="bold"))
-    _show_lines(console, "sources", sources(survey))
+    _show_lines(console, "sources", source_lines(survey))
     sides = survey.whole.sides
     for start in range(0, len(sides), _WIDTH):
         console.print()
-        console.print(counts(sides[start : start + _WIDTH], survey.looks_at_chats))
+        console.print(split_table(sides[start : start + _WIDTH], survey.looks_at_chats))
     mix, shares = survey.material.config.dataset.mix, survey.whole.mixture
     if is_mixed(shares):
         console.print(Text(f"\nmixture of an epoch (dataset.mix={mix})", style="bold"))
-        console.print(mixture(shares))
-    _show_lines(console, "equal rows", duplicates(survey))
-    _show_lines(console, "evaluation", held_out(survey))
-    show_lengths(console, survey.train)
+        console.print(mixture_table(shares))
+    _show_lines(console, "equal rows", duplicate_lines(survey))
+    _show_lines(console, "evaluation", held_out_lines(survey))
+    print_lengths(console, survey.train)
     if survey.batches is not None:
-        lines = batches(survey.batches)
+        lines = batch_lines(survey.batches)
         _show_lines(console, "batches of an epoch, on one device", lines)
     for account in survey.accounts:
         for finding in sorted(account.findings.values(), key=lambda f: list(_FATES).index(f.fate)):
@@ -255,7 +257,7 @@ def show(survey: Survey, console: Console | None = None) -> None:
     _show_boundaries(console, survey)
     console.print(Text("\nrules", style="bold"))
     for rule in survey.rules:
-        show_rule(console, rule, _remark(survey, rule))
+        print_rule(console, rule, _remark(survey, rule))
     _show_end(console, survey)
 
 
@@ -268,18 +270,18 @@ def _show_lines(console: Console, head: str, lines: Iterable[str]) -> None:
         console.print(Text(f"  {line}", style=dim), soft_wrap=True)
 
 
-def _show_finding(console: Console, account: Account, finding: Finding) -> None:
-    of = f"{rows(finding.rows)} of {account.opened.key}"
+def _show_finding(console: Console, account: RowOutcomes, finding: Finding) -> None:
+    of = f"{count_rows(finding.rows)} of {account.opened.key}"
     head = f"\n{_FATES[finding.fate]}: {of}, {finding.reason}"
     console.print(Text(head, style="bold"), soft_wrap=True)
     shown = finding.examples[: 1 if finding.fate in _HARMLESS else None]
     for example in shown:
-        show_example(console, example)
+        print_example(console, example)
     if finding.rows > len(shown):
         console.print(f"  ... and {finding.rows - len(shown):,} more")
 
 
-def show_example(console: Console, example: RuleExample) -> None:
+def print_example(console: Console, example: RuleExample) -> None:
     """Print a place, what is to be seen there, and its tokens."""
     console.print(Text(f"  {example.place}: {example.words}"), soft_wrap=True)
     width = max(map(len, example.tokens), default=0)
@@ -303,10 +305,10 @@ def _show_boundaries(console: Console, survey: Survey) -> None:
         soft_wrap=True,
     )
     if found.first is not None:
-        show_example(console, found.first)
+        print_example(console, found.first)
 
 
-def show_rule(console: Console, rule: Rule, remark: str) -> None:
+def print_rule(console: Console, rule: Rule, remark: str) -> None:
     """Print a rule, how often it was checked, and the first places where it breaks."""
     sign, style = ("✗", "bold red") if rule.broken else ("✓", "green")
     count = f"{rule.checked:,} {rule.unit}"
@@ -315,7 +317,7 @@ def show_rule(console: Console, rule: Rule, remark: str) -> None:
     line = Text("  ").append(sign, style=style).append(f" {rule.text:<42}  {count}")
     console.print(line.append(remark, style="dim"), soft_wrap=True)
     for example in rule.examples:
-        show_example(console, example)
+        print_example(console, example)
 
 
 def _remark(survey: Survey, rule: Rule) -> str:
@@ -352,7 +354,7 @@ def _show_end(console: Console, survey: Survey) -> None:
 # What the check found, as plain values for machines.
 
 
-def plain(survey: Survey) -> dict[str, Any]:
+def report_as_json(survey: Survey) -> dict[str, Any]:
     """The survey as plain values."""
     comparison = survey.comparison
     main = [side for side in survey.whole.sides if side.name in ("train", "held out")]
@@ -380,14 +382,14 @@ def plain(survey: Survey) -> dict[str, Any]:
     }
 
 
-def _source_sentence(account: Account) -> dict[str, Any]:
+def _source_sentence(account: RowOutcomes) -> dict[str, Any]:
     opened = account.opened
     return {
         "label": opened.source.label,
-        "shape": opened.shape.name,
-        "kind": opened.shape.kind,
+        "shape": opened.row_format.name,
+        "kind": opened.row_format.kind,
         "rows": len(account),
-        "unused_columns": list(opened.shape.unused),
+        "unused_columns": list(opened.row_format.unused),
         "filter": opened.config.filter,
         "filtered_out": account.bad.filtered,
         "bad_rows": len(account.bad.rows),
@@ -425,12 +427,12 @@ def _duplicates(survey: Survey) -> dict[str, Any]:
 def _held_out(survey: Survey) -> dict[str, Any]:
     config = survey.material.config
     return {
-        "how": how_held_out(config.dataset.eval, config.seed) or None,
+        "how": describe_hold_out(config.dataset.eval, config.seed) or None,
         "sets": {name: asdict(found) for name, found in survey.whole.overlaps().items()},
     }
 
 
-def _side(side: Side) -> dict[str, Any]:
+def _side(side: SplitStats) -> dict[str, Any]:
     counts = {name: value for name, value in vars(side).items() if name not in ("name", "lengths")}
     lengths = side.lengths.tolist()
     return {

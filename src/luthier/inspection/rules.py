@@ -12,12 +12,12 @@ from jinja2 import TemplateError
 from luthier.chat import IGNORED, ChatEncoder, ChatSequence
 from luthier.chat.conversation import with_content
 from luthier.data import Example
-from luthier.inspection.dataset import ConversationReader, Row
+from luthier.inspection.dataset import ConversationReader, InspectedRow
 
 # Prompts as transformers writes them, to hold the encoder's own against.
 
 
-class Reference:
+class TransformersPrompts:
     """`apply_chat_template` under the settings of an encoder."""
 
     def __init__(self, tokenizer: Any, encoder: ChatEncoder, template: str | None) -> None:
@@ -194,7 +194,7 @@ def _wrong_labels(ids: list[int], labels: list[int]) -> str | None:
 _BEFORE, _AFTER = 4, 7
 
 
-def parting(first: list[int], second: list[int]) -> int:
+def first_difference(first: list[int], second: list[int]) -> int:
     """The place of the first token that differs."""
     for place, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
@@ -202,7 +202,7 @@ def parting(first: list[int], second: list[int]) -> int:
     return min(len(first), len(second))
 
 
-def stretch(ids: list[int], place: int, text_of: Callable[[int], str]) -> str:
+def tokens_around(ids: list[int], place: int, text_of: Callable[[int], str]) -> str:
     """The tokens around a place, a mark before each, in one line."""
     begin, end = max(place - _BEFORE, 0), place + _AFTER
     ahead, behind = "… " if begin else "", " …" if end < len(ids) else ""
@@ -210,13 +210,13 @@ def stretch(ids: list[int], place: int, text_of: Callable[[int], str]) -> str:
     return f"{ahead}{shown}{behind}" if shown else "(ends here)"
 
 
-TOKENS = 1_000_000
-TURNS = 5_000
+COMPARED_TOKENS = 1_000_000
+COMPARED_TURNS = 5_000
 """What is compared of a set before the sample gets thinner: transformers takes seconds for it."""
 
 
 @dataclass
-class Boundaries:
+class BoundaryDifferences:
     """Rows that the other setting of `chat.boundaries` would make other tokens of."""
 
     chosen: str
@@ -225,7 +225,7 @@ class Boundaries:
     first: RuleExample | None = None
 
 
-class Sample:
+class RowSample:
     """Which rows of a source are compared: all, then every second, every fourth, and so on.
 
     The first rows say little of a long set, and all of them take too long. Once the source's part
@@ -248,25 +248,29 @@ class Sample:
 
     def spend(self, tokens: int, turns: int) -> None:
         """Say what a comparison took."""
-        self._left -= max(tokens / TOKENS, turns / TURNS)
+        self._left -= max(tokens / COMPARED_TOKENS, turns / COMPARED_TURNS)
         if self._left <= 0:
             self._left = self._share / 4
             self._every *= 2
 
 
-class Comparison:
+class PromptComparison:
     """What differs from transformers' prompts, and from the other boundaries."""
 
     def __init__(self, chosen: str, text_of: Callable[[int], str]) -> None:
         """`chosen`: the config's boundaries; `text_of`: the text of a token."""
         self.prompts = Rule("prompts are those of apply_chat_template", "turns")
-        self.boundaries = Boundaries(chosen)
+        self.boundaries = BoundaryDifferences(chosen)
         self.of = 0
         """How many rows make sequences, of which `boundaries.rows` were compared."""
         self._text_of = text_of
 
     def compare(
-        self, reader: ConversationReader, reference: Reference, rows: list[Row], sample: Sample
+        self,
+        reader: ConversationReader,
+        reference: TransformersPrompts,
+        rows: list[InspectedRow],
+        sample: RowSample,
     ) -> None:
         """Compare those of the rows that the sample takes, each before anything is cut."""
         for row in rows:
@@ -280,7 +284,7 @@ class Comparison:
                     sample.spend(*self._compare_prompts(reference, row, sequence))
 
     def _compare_prompts(
-        self, reference: Reference, row: Row, sequence: ChatSequence
+        self, reference: TransformersPrompts, row: InspectedRow, sequence: ChatSequence
     ) -> tuple[int, int]:
         """Compare each prompt of a sequence; the tokens and turns that were compared."""
         for reply in sequence.replies:
@@ -298,7 +302,9 @@ class Comparison:
             self.prompts.note(row.place, f"the prompt of message {reply.message} differs", shown)
         return sum(reply.start for reply in sequence.replies), len(sequence.replies)
 
-    def _compare(self, row: Row, whole: list[ChatSequence], others: list[ChatSequence]) -> None:
+    def _compare(
+        self, row: InspectedRow, whole: list[ChatSequence], others: list[ChatSequence]
+    ) -> None:
         found = self.boundaries
         found.rows += 1
         if list(map(_content, whole)) == list(map(_content, others)):
@@ -308,7 +314,7 @@ class Comparison:
             found.first = self._first_difference(row, whole, others)
 
     def _first_difference(
-        self, row: Row, whole: list[ChatSequence], others: list[ChatSequence]
+        self, row: InspectedRow, whole: list[ChatSequence], others: list[ChatSequence]
     ) -> RuleExample:
         names = ("served", "segments")
         chosen, other = names if self.boundaries.chosen == "served" else names[::-1]
@@ -322,8 +328,8 @@ class Comparison:
 
     def _shown(self, named: dict[str, list[int]]) -> dict[str, str]:
         """Both lists of tokens around the place where they part."""
-        at = parting(*named.values())
-        return {name: stretch(ids, at, self._text_of) for name, ids in named.items()}
+        at = first_difference(*named.values())
+        return {name: tokens_around(ids, at, self._text_of) for name, ids in named.items()}
 
 
 def _content(sequence: ChatSequence) -> tuple[list[int], list]:

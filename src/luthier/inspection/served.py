@@ -10,20 +10,20 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import RunConfig
-from luthier.data.examples import BadRows, Opened, eval_sources, open_rows, train_sources
+from luthier.data.examples import BadRows, OpenedSource, eval_sources, open_examples, train_sources
 from luthier.errors import UserError
-from luthier.inspection.dataset import place
-from luthier.inspection.rules import Rule, parting, stretch
-from luthier.inspection.tokens import token_texts
+from luthier.inspection.dataset import shorten_location
+from luthier.inspection.rules import Rule, first_difference, tokens_around
+from luthier.inspection.tokens import token_decoder
 from luthier.model.artifact import Artefact, find_artifact
 
-ROWS = 500
+DEFAULT_ROWS = 500
 """Rows of each source that are compared where nobody says how many."""
 _KINDS = ("conversation", "preference", "unpaired")
 
 
 @dataclass(frozen=True)
-class Turn:
+class ServedTurn:
     """A prompt as the training had it, and the reply behind it if that trained."""
 
     where: str
@@ -33,7 +33,7 @@ class Turn:
     reply: list[int]
 
 
-class Served:
+class ServedCheck:
     """The rules that hold where a server reads and stops as the training did."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Served:
         """
         self.artefact = artefact
         self._trained, self._saved, self._ends = trained, saved, ends
-        self._text_of = token_texts(trained.tokenizer)
+        self._text_of = token_decoder(trained.tokenizer)
         self.prompts = Rule("prompts are those of apply_chat_template, as saved", "turns")
         self.texts = Rule("replies read the same with the tokenizer that was saved", "replies")
         self.replies = Rule("replies end with an end token of generation_config.json", "replies")
@@ -60,7 +60,7 @@ class Served:
         """Whether no rule breaks, and there was something to look at."""
         return bool(self.prompts.checked) and not any(rule.broken for rule in self.rules)
 
-    def check(self, turn: Turn) -> None:
+    def check(self, turn: ServedTurn) -> None:
         """Hold one turn against the rules."""
         found = self._applied(turn, {})
         if found == turn.prompt:
@@ -75,7 +75,7 @@ class Served:
             differs = None if read[0] == read[1] else f"{read[0][:60]!r} reads as {read[1][:60]!r}"
             self.texts.note(turn.where, differs)
 
-    def _why(self, turn: Turn, found: list[int] | str) -> str:
+    def _why(self, turn: ServedTurn, found: list[int] | str) -> str:
         """Why a prompt is another one, as far as it can be told by trying."""
         if isinstance(found, str):
             return f"apply_chat_template refuses it: {found}"
@@ -96,13 +96,13 @@ class Served:
         now = {"date": date.today().isoformat(), "variables": {}}
         return ChatEncoder.from_settings(self._trained.tokenizer, self._trained.settings() | now)
 
-    def _of_today(self, turn: Turn) -> list[int] | None:
+    def _of_today(self, turn: ServedTurn) -> list[int] | None:
         try:
             return self._today.prompt(turn.messages, turn.tools)
         except ChatError:
             return None
 
-    def _applied(self, turn: Turn, more: dict[str, Any]) -> list[int] | str:
+    def _applied(self, turn: ServedTurn, more: dict[str, Any]) -> list[int] | str:
         """The prompt as transformers makes it of what was saved, or why it does not."""
         try:
             ids: list[int] = self._saved.apply_chat_template(
@@ -116,12 +116,12 @@ class Served:
     def _shown(self, trained: list[int], served: list[int] | str) -> dict[str, str]:
         if isinstance(served, str):
             return {}
-        at = parting(trained, served)
+        at = first_difference(trained, served)
         both = {"trained": trained, "served": served}
-        return {name: stretch(ids, at, self._text_of) for name, ids in both.items()}
+        return {name: tokens_around(ids, at, self._text_of) for name, ids in both.items()}
 
 
-def check(word: str, limit: int | None = None) -> Served:
+def check_served(word: str, limit: int | None = None) -> ServedCheck:
     """Compare what a run saved with its own rows, `limit` of each source.
 
     Raises UserError for a word that is no run, a run that was not trained on chats, and rows that
@@ -137,12 +137,12 @@ def check(word: str, limit: int | None = None) -> Served:
         raise UserError(f"{word}: it was not trained on chats, so no prompts are served.")
     served = _served(artefact, artefact.config)
     for opened in sources:
-        for turn in _turns(opened, served._trained, limit or ROWS):
+        for turn in _turns(opened, served._trained, limit or DEFAULT_ROWS):
             served.check(turn)
     return served
 
 
-def _served(artefact: Artefact, config: RunConfig) -> Served:
+def _served(artefact: Artefact, config: RunConfig) -> ServedCheck:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -150,7 +150,7 @@ def _served(artefact: Artefact, config: RunConfig) -> Served:
     saved = AutoTokenizer.from_pretrained(artefact.folder)
     if saved.chat_template is None:
         raise UserError(f"{artefact.folder}: no chat template was saved with the tokenizer.")
-    return Served(artefact, _trained(artefact, config), saved, _ends(artefact))
+    return ServedCheck(artefact, _trained(artefact, config), saved, _ends(artefact))
 
 
 def _trained(artefact: Artefact, config: RunConfig) -> ChatEncoder:
@@ -178,31 +178,31 @@ def _ends(artefact: Artefact) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _opened(config: RunConfig) -> Iterator[Opened]:
+def _opened(config: RunConfig) -> Iterator[OpenedSource]:
     """The sources of a run whose rows have prompts."""
     named = {**train_sources(config.dataset), **eval_sources(config.dataset)}
     for key, source in named.items():
-        opened = open_rows(source, key, config.dataset.streaming)
-        if opened.shape.kind in _KINDS:
+        opened = open_examples(source, key, config.dataset.streaming)
+        if opened.row_format.kind in _KINDS:
             yield opened
 
 
-def _turns(opened: Opened, encoder: ChatEncoder, limit: int) -> Iterator[Turn]:
+def _turns(opened: OpenedSource, encoder: ChatEncoder, limit: int) -> Iterator[ServedTurn]:
     """The prompts of a source's first rows; rows that train nothing have none."""
     for placed in islice(opened.examples(BadRows()), limit):
-        example, where = placed.example, place(placed.where)
+        example, where = placed.example, shorten_location(placed.where)
         tools = example.get("tools")
         try:
-            if opened.shape.kind != "conversation":
+            if opened.row_format.kind != "conversation":
                 messages = example["prompt"]
-                yield Turn(where, messages, tools, encoder.prompt(messages, tools), [])
+                yield ServedTurn(where, messages, tools, encoder.prompt(messages, tools), [])
                 continue
             for sequence in encoder.encode(example["messages"], tools):
                 for reply in sequence.replies:
                     before = [_plain(each) for each in example["messages"][: reply.message]]
                     ids = sequence.input_ids
                     if before:
-                        yield Turn(
+                        yield ServedTurn(
                             where, before, tools, ids[: reply.start], ids[reply.start : reply.stop]
                         )
         except ChatError:

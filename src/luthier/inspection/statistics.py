@@ -10,10 +10,15 @@ from numpy.typing import NDArray
 
 from luthier.chat import ChatSequence
 from luthier.config.schema import DatasetConfig, EvalConfig
-from luthier.data.examples import BadRows, Opened, Placed, train_sources
-from luthier.data.fingerprints import Prints, as_prints, fingerprint, normalised
-from luthier.data.select import Selection, select, starts_of
-from luthier.inspection.dataset import FATES, Fate, Material, Row, cut_words
+from luthier.data.examples import BadRows, LocatedExample, OpenedSource, train_sources
+from luthier.data.fingerprints import (
+    Fingerprints,
+    fingerprint,
+    normalised_fingerprint,
+    pack_fingerprints,
+)
+from luthier.data.select import RowSelection, select_rows, source_starts
+from luthier.inspection.dataset import OUTCOMES, InspectedRow, LoadedDataset, Outcome, describe_cut
 from luthier.inspection.rules import EXAMPLES, RuleExample
 
 # How a dataset is put together: the mixture, equal rows, and what is held out.
@@ -22,7 +27,7 @@ Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Share:
+class SourceShare:
     """What an epoch sees of one source."""
 
     rows: int
@@ -39,7 +44,7 @@ class Share:
 
 
 @dataclass
-class Equals:
+class DuplicateRows:
     """Training rows that equal an earlier one, with the first of them."""
 
     rows: int = 0
@@ -47,7 +52,7 @@ class Equals:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class HeldOutOverlap:
     """What training shares with an evaluation set."""
 
     rows: int
@@ -58,7 +63,9 @@ class Overlap:
     """Rows that train and differ from one of the set only in case, space or Unicode form."""
 
 
-def equals(prints: Prints, places: Sequence[str], known: Prints | None = None) -> Equals:
+def find_duplicates(
+    prints: Fingerprints, places: Sequence[str], known: Fingerprints | None = None
+) -> DuplicateRows:
     """Find the rows that equal an earlier one.
 
     `prints` tells which are equal, `places` where each row stands. `known`: other fingerprints;
@@ -71,10 +78,10 @@ def equals(prints: Prints, places: Sequence[str], known: Prints | None = None) -
     rows = np.flatnonzero(repeated)
     shown = rows[:EXAMPLES].tolist()
     examples = [RuleExample(places[row], f"equals {places[first[row]]}") for row in shown]
-    return Equals(len(rows), examples)
+    return DuplicateRows(len(rows), examples)
 
 
-def how_held_out(config: EvalConfig, seed: int) -> str:
+def describe_hold_out(config: EvalConfig, seed: int) -> str:
     """How rows are held out of the training sources, in words; empty where none are."""
     if config.share is None and config.count is None:
         return ""
@@ -84,7 +91,7 @@ def how_held_out(config: EvalConfig, seed: int) -> str:
     return f"{what} of the different rows, drawn with seed {seed}"
 
 
-def _firsts(prints: Prints) -> Positions:
+def _firsts(prints: Fingerprints) -> Positions:
     """For each row the first one that equals it."""
     _, first, group = np.unique(prints, return_index=True, return_inverse=True)
     return first[group]
@@ -92,17 +99,17 @@ def _firsts(prints: Prints) -> Positions:
 
 # Which rows of the sources train and which are held out, as training has it.
 
-Chosen = list[tuple[Opened, Positions]]
+SelectedRows = list[tuple[OpenedSource, Positions]]
 """Rows of several sources, each with where they stand in it."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class SourceSummary:
     """A source as far as the division asks: what its rows equal, and how much they make."""
 
-    prints: Prints
+    prints: Fingerprints
     """What tells whether two rows are equal."""
-    normalised_prints: Prints
+    normalised_prints: Fingerprints
     """The same, but for case, white space and Unicode form."""
     sequences: NDArray[Any]
     """How many sequences each row makes; a row that makes none is on no side."""
@@ -111,31 +118,34 @@ class Seen:
         return len(self.prints)
 
 
-def divide(
-    config: DatasetConfig, seed: int, trained: Mapping[str, Seen], evaluated: Mapping[str, Seen]
-) -> Selection:
+def select_summarised(
+    config: DatasetConfig,
+    seed: int,
+    trained: Mapping[str, SourceSummary],
+    evaluated: Mapping[str, SourceSummary],
+) -> RowSelection:
     """Leave out equal rows, hold rows out and mix the others; rows are numbered over all sources.
 
     Raises UserError as training does where nothing is left on a side.
     """
     # Of an encoded source, `select` takes no more than a `Seen` has.
     parts, sets = cast(Any, trained), cast(Any, evaluated)
-    return select(config, train_sources(config), parts, sets, seed)
+    return select_rows(config, train_sources(config), parts, sets, seed)
 
 
-def by_source(sizes: Mapping[str, Any], rows: Positions) -> dict[str, Positions]:
+def split_by_source(sizes: Mapping[str, Any], rows: Positions) -> dict[str, Positions]:
     """Rows numbered over all sources as the rows of each, in the same order.
 
     `sizes`: the sources by name, each as long as it has rows.
     """
-    starts = starts_of(cast(Any, sizes))
+    starts = source_starts(cast(Any, sizes))
     return {
         name: rows[(rows >= start) & (rows < start + len(part))] - start
         for (name, part), start in zip(sizes.items(), starts, strict=False)
     }
 
 
-def rows_of(material: Material, which: str) -> Chosen:
+def select_split(material: LoadedDataset, which: str) -> SelectedRows:
     """The rows of one side.
 
     `which`: `train`, `held out` for rows held out of the training sources, or the config key of an
@@ -148,12 +158,12 @@ def rows_of(material: Material, which: str) -> Chosen:
         return [(opened, np.arange(len(_seen(opened, config))))]
     trained = {name: _seen(opened, config) for name, opened in material.trained.items()}
     evaluated = {key: _seen(opened, config) for key, opened in material.evaluated.items()}
-    chosen = divide(config, material.config.seed, trained, evaluated)
-    rows = by_source(trained, chosen.train if which == "train" else chosen.heldout)
+    chosen = select_summarised(config, material.config.seed, trained, evaluated)
+    rows = split_by_source(trained, chosen.train if which == "train" else chosen.heldout)
     return [(material.trained[name], positions) for name, positions in rows.items()]
 
 
-def pick(opened: Opened, positions: Positions) -> Iterator[Placed]:
+def read_examples(opened: OpenedSource, positions: Positions) -> Iterator[LocatedExample]:
     """The examples at these positions of a source, in its order; read no further than the last."""
     wanted = set(positions.tolist())
     if not wanted:
@@ -166,15 +176,15 @@ def pick(opened: Opened, positions: Positions) -> Iterator[Placed]:
             return
 
 
-def _seen(opened: Opened, config: DatasetConfig) -> Seen:
+def _seen(opened: OpenedSource, config: DatasetConfig) -> SourceSummary:
     """A source whose rows are only read."""
     bad = BadRows()
     # The division asks for one kind of them.
-    print_of = normalised if config.deduplicate == "normalised" else fingerprint
-    prints = as_prints(print_of(row.example) for row in opened.examples(bad))
+    print_of = normalised_fingerprint if config.deduplicate == "normalised" else fingerprint
+    prints = pack_fingerprints(print_of(row.example) for row in opened.examples(bad))
     if config.on_bad_row == "error":
         bad.raise_if_any(opened)
-    return Seen(prints, prints, np.ones(len(prints), np.int32))
+    return SourceSummary(prints, prints, np.ones(len(prints), np.int32))
 
 
 @dataclass
@@ -193,10 +203,10 @@ class Finding:
             self.examples.append(RuleExample(where, words()))
 
 
-class Account:
+class RowOutcomes:
     """The rows of one source, as they come."""
 
-    def __init__(self, name: str, opened: Opened) -> None:
+    def __init__(self, name: str, opened: OpenedSource) -> None:
         self.name = name
         self.opened = opened
         self.places: list[str] = []
@@ -210,12 +220,12 @@ class Account:
     def __len__(self) -> int:
         return len(self.places)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: InspectedRow) -> None:
         """Note one row."""
         self.places.append(row.place)
         self._prints["exact"] += fingerprint(row.example)
-        self._prints["normalised"] += normalised(row.example)
-        self._fates.append(FATES.index(row.fate))
+        self._prints["normalised"] += normalised_fingerprint(row.example)
+        self._fates.append(OUTCOMES.index(row.fate))
         self._sequences.append(len(row.sequences))
         self._cut.append(-1 if row.cut_turns is None else row.cut_turns)
         for sequence in row.sequences:
@@ -227,13 +237,13 @@ class Account:
         """The finding of this kind."""
         return self.findings.setdefault((fate, reason), Finding(fate, reason))
 
-    def prints(self, kind: str) -> Prints:
+    def prints(self, kind: str) -> Fingerprints:
         """What tells whether rows are equal: `exact` or `normalised`, shape (rows,)."""
         return np.frombuffer(bytes(self._prints[kind]), "S16")
 
-    def seen(self) -> Seen:
+    def seen(self) -> SourceSummary:
         """What the division asks for."""
-        return Seen(self.prints("exact"), self.prints("normalised"), self.sequences)
+        return SourceSummary(self.prints("exact"), self.prints("normalised"), self.sequences)
 
     @property
     def sequences(self) -> NDArray[np.int32]:
@@ -245,9 +255,9 @@ class Account:
         """Trained turns that each row lost, -1 where it was not cut."""
         return _numbers(self._cut)
 
-    def fated(self, fate: Fate) -> NDArray[np.bool_]:
+    def fated(self, fate: Outcome) -> NDArray[np.bool_]:
         """Which rows end this way."""
-        return np.array(self._fates, np.int8) == FATES.index(fate)
+        return np.array(self._fates, np.int8) == OUTCOMES.index(fate)
 
     def tokens(self, rows: Positions) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The tokens and the trained tokens of each sequence of these rows, in their order."""
@@ -257,15 +267,15 @@ class Account:
         numbers = np.repeat(starts, chosen) + inside
         return _numbers(self._lengths)[numbers], _numbers(self._trained)[numbers]
 
-    def _find(self, row: Row) -> None:
+    def _find(self, row: InspectedRow) -> None:
         where = row.place
         if row.fate != "trains" and row.error is not None:
             self.find(row.fate, row.error.reason).note(where, lambda: row.words)
         if row.cut_turns is not None:
             cut = row.cut_turns
-            self.find("cut", "longer than chat.max_length").note(where, lambda: cut_words(cut))
+            self.find("cut", "longer than chat.max_length").note(where, lambda: describe_cut(cut))
         several = len(row.sequences)
-        if several > 1 and self.opened.shape.kind == "text":
+        if several > 1 and self.opened.row_format.kind == "text":
             found = self.find("windows", "longer than chat.max_length")
             found.note(where, lambda: f"{several:,} windows")
         elif several > 1:
@@ -285,10 +295,10 @@ def _numbers(values: "array[int]") -> NDArray[Any]:
 # The sides of a dataset in numbers: what trains in an epoch, and each evaluation set.
 
 
-class Part(NamedTuple):
+class SplitRows(NamedTuple):
     """Rows of one source that are on a side."""
 
-    account: Account
+    account: RowOutcomes
     rows: Positions
     """Its different rows, those that make no sequence included."""
     epoch: Positions
@@ -296,7 +306,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Side:
+class SplitStats:
     """What one side of the dataset makes."""
 
     name: str
@@ -323,11 +333,13 @@ class Side:
         return int(self.lengths.sum(dtype=np.int64))
 
 
-def side_of(name: str, parts: list[Part], left_out: dict[str, int] | None = None) -> Side:
+def summarise_split(
+    name: str, parts: list[SplitRows], left_out: dict[str, int] | None = None
+) -> SplitStats:
     """Count a side: for each source the rows that are on it."""
     tokens = [part.account.tokens(part.epoch) for part in parts]
     none = np.empty(0, np.int32)
-    return Side(
+    return SplitStats(
         name=name,
         rows=sum(len(part.rows) for part in parts),
         lengths=np.concatenate([none, *(lengths for lengths, _ in tokens)]),
@@ -343,12 +355,12 @@ def side_of(name: str, parts: list[Part], left_out: dict[str, int] | None = None
     )
 
 
-def _several(parts: list[Part], kind: str) -> int:
+def _several(parts: list[SplitRows], kind: str) -> int:
     """Rows of this kind that make several sequences."""
     return _count(
         part.account.sequences[part.rows] > 1
         for part in parts
-        if part.account.opened.shape.kind == kind
+        if part.account.opened.row_format.kind == kind
     )
 
 

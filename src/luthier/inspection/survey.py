@@ -9,36 +9,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import RunConfig
-from luthier.data.examples import Opened
-from luthier.data.fingerprints import Prints
-from luthier.data.select import Selection
+from luthier.data.examples import OpenedSource
+from luthier.data.fingerprints import Fingerprints
+from luthier.data.select import RowSelection
 from luthier.errors import UserError
-from luthier.inspection.batch_fill import Batches, batches_of
-from luthier.inspection.dataset import ConversationReader, Material, Row, side_name
-from luthier.inspection.rules import Comparison, Reference, Rule, Sample, SequenceRules
-from luthier.inspection.statistics import (
-    Account,
-    Equals,
-    Overlap,
-    Part,
-    Positions,
-    Share,
-    Side,
-    by_source,
-    divide,
-    equals,
-    side_of,
+from luthier.inspection.batch_fill import BatchFill, measure_batch_fill
+from luthier.inspection.dataset import ConversationReader, InspectedRow, LoadedDataset, split_name
+from luthier.inspection.rules import (
+    PromptComparison,
+    RowSample,
+    Rule,
+    SequenceRules,
+    TransformersPrompts,
 )
-from luthier.inspection.tokens import token_texts
+from luthier.inspection.statistics import (
+    DuplicateRows,
+    HeldOutOverlap,
+    Positions,
+    RowOutcomes,
+    SourceShare,
+    SplitRows,
+    SplitStats,
+    find_duplicates,
+    select_summarised,
+    split_by_source,
+    summarise_split,
+)
+from luthier.inspection.tokens import token_decoder
 
 # The sources of a dataset put together: sides, mixture, equal rows, what is held out.
 
 
-class Whole:
+class DatasetSummary:
     """What the rows of all sources make together."""
 
     def __init__(
-        self, config: RunConfig, trained: dict[str, Account], evaluated: dict[str, Account]
+        self, config: RunConfig, trained: dict[str, RowOutcomes], evaluated: dict[str, RowOutcomes]
     ) -> None:
         """`trained`: the training sources by name; `evaluated`: the others by config key."""
         self._config = config
@@ -55,28 +61,30 @@ class Whole:
         return "normalised" if self._config.dataset.deduplicate == "normalised" else "exact"
 
     @cached_property
-    def sides(self) -> list[Side]:
+    def sides(self) -> list[SplitStats]:
         """The training side, and each evaluation set."""
-        rows = by_source(self._trained, self._with_unusable(self.selection.train))
-        epoch = by_source(self._trained, self.selection.epoch)
-        parts = [Part(self._trained[name], rows[name], epoch[name]) for name in rows]
-        sides = [side_of("train", parts, self.selection.other)]
+        rows = split_by_source(self._trained, self._with_unusable(self.selection.train))
+        epoch = split_by_source(self._trained, self.selection.epoch)
+        parts = [SplitRows(self._trained[name], rows[name], epoch[name]) for name in rows]
+        sides = [summarise_split("train", parts, self.selection.other)]
         if len(self.selection.heldout):
             sides.append(self._drawn())
         for key, account in self._evaluated.items():
             everything = np.arange(len(account))
-            sides.append(side_of(side_name(key), [Part(account, everything, everything)]))
+            sides.append(
+                summarise_split(split_name(key), [SplitRows(account, everything, everything)])
+            )
         return sides
 
     @cached_property
-    def mixture(self) -> dict[str, Share]:
+    def mixture(self) -> dict[str, SourceShare]:
         """What an epoch sees of each source, by name."""
-        rows = by_source(self._trained, self.selection.train)
-        epoch = by_source(self._trained, self.selection.epoch)
+        rows = split_by_source(self._trained, self.selection.train)
+        epoch = split_by_source(self._trained, self.selection.epoch)
         shares = {}
         for name, account in self._trained.items():
             tokens, trained = account.tokens(epoch[name])
-            shares[name] = Share(
+            shares[name] = SourceShare(
                 rows=len(rows[name]),
                 epoch=len(epoch[name]),
                 tokens=int(tokens.sum(dtype=np.int64)),
@@ -84,29 +92,29 @@ class Whole:
             )
         return shares
 
-    def equals(self) -> dict[str, Equals]:
+    def equals(self) -> dict[str, DuplicateRows]:
         """Rows that equal an earlier one: `exact`, and `normalised` for those that only look so."""
         rows = np.flatnonzero(self._usable)
         places = [place for account in self._trained.values() for place in account.places]
         places = [places[row] for row in rows.tolist()]
         exact, normalised = (self._prints(kind)[rows] for kind in ("exact", "normalised"))
         return {
-            "exact": equals(exact, places),
-            "normalised": equals(normalised, places, exact),
+            "exact": find_duplicates(exact, places),
+            "normalised": find_duplicates(normalised, places, exact),
         }
 
-    def overlaps(self) -> dict[str, Overlap]:
+    def overlaps(self) -> dict[str, HeldOutOverlap]:
         """What training shares with each evaluation set, by the set's name."""
-        held = {side_name(key): account for key, account in self._evaluated.items()}
+        held = {split_name(key): account for key, account in self._evaluated.items()}
         found = {name: self._overlap(account) for name, account in held.items()}
         if len(self.selection.heldout):
             found = {"held out": self._overlap(None)} | found
         return found
 
-    def _select(self) -> Selection:
+    def _select(self) -> RowSelection:
         """The selection of a training; where that stops, all rows that can train."""
         rows = np.flatnonzero(self._usable)
-        everything = Selection(rows, rows[:0], rows, {}, {})
+        everything = RowSelection(rows, rows[:0], rows, {}, {})
         if not len(rows):
             return everything
         empty = [key for key, part in self._evaluated.items() if not (part.sequences > 0).any()]
@@ -117,7 +125,7 @@ class Whole:
             for parts in (self._trained, self._evaluated)
         )
         try:
-            return divide(self._config.dataset, self._config.seed, trained, evaluated)
+            return select_summarised(self._config.dataset, self._config.seed, trained, evaluated)
         except UserError as error:
             self.error = str(error)
             return everything
@@ -126,13 +134,13 @@ class Whole:
         """The rows that train, and those that make no sequence, which no side has."""
         return np.union1d(rows, np.flatnonzero(~self._usable))
 
-    def _drawn(self) -> Side:
+    def _drawn(self) -> SplitStats:
         """The rows that are held out of the training sources."""
-        rows = by_source(self._trained, self.selection.heldout)
-        parts = [Part(self._trained[name], chosen, chosen) for name, chosen in rows.items()]
-        return side_of("held out", parts)
+        rows = split_by_source(self._trained, self.selection.heldout)
+        parts = [SplitRows(self._trained[name], chosen, chosen) for name, chosen in rows.items()]
+        return summarise_split("held out", parts)
 
-    def _overlap(self, account: Account | None) -> Overlap:
+    def _overlap(self, account: RowOutcomes | None) -> HeldOutOverlap:
         """What training shares with a set; None: with the rows held out of its own sources."""
         held = self.selection.heldout
         candidates = np.setdiff1d(np.flatnonzero(self._usable), held)
@@ -146,9 +154,9 @@ class Whole:
         equal = inside(self.equality)
         trains = np.isin(candidates, self.selection.train)
         similar = inside("normalised") & ~equal & trains
-        return Overlap(rows, int(equal.sum()), int(similar.sum()))
+        return HeldOutOverlap(rows, int(equal.sum()), int(similar.sum()))
 
-    def _prints(self, kind: str) -> Prints:
+    def _prints(self, kind: str) -> Fingerprints:
         """The fingerprints of all training rows."""
         return _joined(account.prints(kind) for account in self._trained.values())
 
@@ -163,25 +171,27 @@ _CHUNK = 512
 class Survey:
     """All that is found in a dataset; `run` fills it."""
 
-    def __init__(self, material: Material, limit: int | None = None) -> None:
+    def __init__(self, material: LoadedDataset, limit: int | None = None) -> None:
         """`limit`: look at so many rows of each source."""
         self.material = material
         self.limit = limit
-        text_of = token_texts(material.tokenizer)
-        self.trained = {name: Account(name, opened) for name, opened in material.trained.items()}
+        text_of = token_decoder(material.tokenizer)
+        self.trained = {
+            name: RowOutcomes(name, opened) for name, opened in material.trained.items()
+        }
         """What the training sources make, by name."""
         self.evaluated = {
-            key: Account(side_name(key), opened) for key, opened in material.evaluated.items()
+            key: RowOutcomes(split_name(key), opened) for key, opened in material.evaluated.items()
         }
         """What the evaluation sets make that have rows of their own, by config key."""
-        self.comparison = Comparison(material.config.chat.boundaries, text_of)
+        self.comparison = PromptComparison(material.config.chat.boundaries, text_of)
         self._policy = Rule("no row stops the training", "rows")
         conversations = [account.opened for account in self.accounts if _is_chat(account.opened)]
         self._sample_share = 1 / max(len(conversations), 1)
         self._chat = _Chat(material, conversations[0]) if conversations else None
 
     @property
-    def accounts(self) -> list[Account]:
+    def accounts(self) -> list[RowOutcomes]:
         """The accounts of all sources, training first."""
         return [*self.trained.values(), *self.evaluated.values()]
 
@@ -200,18 +210,18 @@ class Survey:
         return [self._policy, *self._chat.rules.all, *([self.comparison.prompts] * served)]
 
     @cached_property
-    def whole(self) -> Whole:
+    def whole(self) -> DatasetSummary:
         """The sources put together; for a survey that has run."""
-        return Whole(self.material.config, self.trained, self.evaluated)
+        return DatasetSummary(self.material.config, self.trained, self.evaluated)
 
     @cached_property
-    def batches(self) -> Batches | None:
+    def batches(self) -> BatchFill | None:
         """How an epoch fills its batches; None where nothing trains."""
         material = self.material
-        return batches_of(self.train.lengths, material.config, material.batching)
+        return measure_batch_fill(self.train.lengths, material.config, material.batching)
 
     @property
-    def train(self) -> Side:
+    def train(self) -> SplitStats:
         """The side that trains."""
         return self.whole.sides[0]
 
@@ -242,9 +252,9 @@ class Survey:
             self._note_bad(account)
         return self
 
-    def _look(self, account: Account, advance: Callable[[int], None]) -> None:
+    def _look(self, account: RowOutcomes, advance: Callable[[int], None]) -> None:
         reader = self.material.readers.of(account.opened)
-        sample = Sample(self._sample_share)
+        sample = RowSample(self._sample_share)
         placed = islice(account.opened.examples(account.bad), self.limit)
         while chunk := list(islice(placed, _CHUNK)):
             rows = reader.rows(chunk)
@@ -256,7 +266,7 @@ class Survey:
                 self.comparison.compare(reader, self._chat.reference, rows, sample)
             advance(len(rows))
 
-    def _note_bad(self, account: Account) -> None:
+    def _note_bad(self, account: RowOutcomes) -> None:
         """Account for rows that could not be read."""
         stops = self.material.config.dataset.on_bad_row == "error"
         for row in account.bad.rows:
@@ -269,19 +279,19 @@ class Survey:
 class _Chat:
     """What is asked of conversations alone."""
 
-    def __init__(self, material: Material, opened: Opened) -> None:
+    def __init__(self, material: LoadedDataset, opened: OpenedSource) -> None:
         """`opened`: one of the sources, for what all of them share."""
         encoder = material.readers.conversations(opened).encoder
         self.rules = SequenceRules(encoder, material.tokenizer)
         template = material.config.chat.template
-        self.reference = Reference(material.tokenizer, encoder, template)
+        self.reference = TransformersPrompts(material.tokenizer, encoder, template)
 
-    def check(self, rows: list[Row]) -> None:
+    def check(self, rows: list[InspectedRow]) -> None:
         """Hold the sequences of rows against the rules."""
         for row in rows:
             for sequence in row.sequences:
                 self.rules.apply(sequence, row.place)
 
 
-def _is_chat(opened: Opened) -> bool:
-    return opened.shape.kind == "conversation"
+def _is_chat(opened: OpenedSource) -> bool:
+    return opened.row_format.kind == "conversation"

@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any, Literal
 
 from luthier.chat import IGNORED, ChatSequence
-from luthier.inspection.dataset import Material, Row, cut_words
-from luthier.inspection.statistics import Chosen, pick
+from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
+from luthier.inspection.statistics import SelectedRows, read_examples
 
-Kind = Literal["trained", "context", "control"]
+TokenKind = Literal["trained", "context", "control"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Token:
 
     id: int
     text: str
-    kind: Kind
+    kind: TokenKind
     trained: bool
     role: str | None = None
     message: int | None = None
@@ -35,7 +35,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Shown:
+class DisplayedSequence:
     """A sequence to be shown: its row, its tokens and the padding behind them."""
 
     row: int
@@ -70,7 +70,7 @@ class Shown:
         return f"{len(self.tokens)} tokens, {self.trained} trained ({share:.0%}){padding}"
 
 
-def tokens_of(
+def describe_tokens(
     sequence: ChatSequence, controls: set[int], text_of: Callable[[int], str]
 ) -> list[Token]:
     """Return the tokens of a sequence, each with its part in training and its origin.
@@ -86,13 +86,13 @@ def tokens_of(
     ]
 
 
-def padded(rows: Sequence[Shown]) -> list[Shown]:
+def pad_rows(rows: Sequence[DisplayedSequence]) -> list[DisplayedSequence]:
     """The rows as one batch of them: filled up on the right to the longest."""
     width = max(len(row.tokens) for row in rows)
     return [replace(row, padding=width - len(row.tokens)) if row.tokens else row for row in rows]
 
 
-def token_texts(tokenizer: Any) -> Callable[[int], str]:
+def token_decoder(tokenizer: Any) -> Callable[[int], str]:
     """Return a function from a token id to its text as it stands inside a longer text.
 
     A token decoded alone loses the space that SentencePiece writes before a word, so each is
@@ -110,7 +110,7 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
     return text_of
 
 
-def _kind(control: bool, label: int) -> Kind:
+def _kind(control: bool, label: int) -> TokenKind:
     if control:
         return "control"
     return "context" if label == IGNORED else "trained"
@@ -135,29 +135,34 @@ _FATES = {
 
 
 @dataclass(frozen=True)
-class View:
+class TokenView:
     """Sequences to be shown, and what fills them up to one length."""
 
-    rows: list[Shown]
+    rows: list[DisplayedSequence]
     pad: str
     pad_id: int
     boundaries: str
     about: str
 
 
-def view(material: Material, chosen: Chosen, numbers: range, side: str) -> View:
+def view_rows(
+    material: LoadedDataset, chosen: SelectedRows, numbers: range, side: str
+) -> TokenView:
     """The rows of these numbers, counted from 0 over the chosen ones, each sequence as tokens.
 
     `side`: what the rows are called, such as `training`.
     """
     settings = material.config.chat
-    text_of = token_texts(material.tokenizer)
+    text_of = token_decoder(material.tokenizer)
     controls = set(material.tokenizer.added_tokens_decoder)
     rows = [
-        Shown(number + 1, row.place, part, max(len(row.sequences), 1), tokens, _notes(row))
+        DisplayedSequence(
+            number + 1, row.place, part, max(len(row.sequences), 1), tokens, _notes(row)
+        )
         for number, row in zip(numbers, _rows(material, chosen, numbers), strict=True)
         for part, tokens in enumerate(
-            [tokens_of(sequence, controls, text_of) for sequence in row.sequences] or [[]], start=1
+            [describe_tokens(sequence, controls, text_of) for sequence in row.sequences] or [[]],
+            start=1,
         )
     ]
     pad: int = material.tokenizer.pad_token_id
@@ -167,16 +172,18 @@ def view(material: Material, chosen: Chosen, numbers: range, side: str) -> View:
         f"{material.config.model.tokenizer or material.config.model.path}, "
         f"boundaries: {settings.boundaries}"
     )
-    return View(padded(rows), text_of(pad), pad, settings.boundaries, about)
+    return TokenView(pad_rows(rows), text_of(pad), pad, settings.boundaries, about)
 
 
-def _rows(material: Material, chosen: Chosen, numbers: range) -> Iterator[Row]:
+def _rows(material: LoadedDataset, chosen: SelectedRows, numbers: range) -> Iterator[InspectedRow]:
     """The rows of these numbers, from one source after the other."""
     start = 0
     for opened, positions in chosen:
         inside = range(max(numbers.start - start, 0), min(numbers.stop - start, len(positions)))
         if inside:
-            yield from material.readers.of(opened).rows(list(pick(opened, positions[inside])))
+            yield from material.readers.of(opened).rows(
+                list(read_examples(opened, positions[inside]))
+            )
         start += len(positions)
 
 
@@ -185,10 +192,10 @@ def _span(numbers: range) -> str:
     return f"row {first}" if first == last else f"rows {first} to {last}"
 
 
-def _notes(row: Row) -> list[str]:
+def _notes(row: InspectedRow) -> list[str]:
     notes = []
     if row.fate != "trains":
         notes.append(f"{_FATES[row.fate]}: {row.words}")
     if row.cut_turns is not None:
-        notes.append(f"cut to fit chat.max_length: {cut_words(row.cut_turns)}")
+        notes.append(f"cut to fit chat.max_length: {describe_cut(row.cut_turns)}")
     return notes

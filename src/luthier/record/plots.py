@@ -12,7 +12,7 @@ from luthier.data.batching.rows import TokenRows
 from luthier.record.checkpoints import read_lines
 
 if TYPE_CHECKING:
-    from luthier.data.prepare import Prepared
+    from luthier.data.prepare import PreparedData
 
 
 # The picture of a run: its loss, or its reward, over the steps.
@@ -114,7 +114,7 @@ class DataNumbers:
     """Rows of an epoch from each of several sources; one source or none gives no bars."""
 
 
-def numbers_of(prepared: "Prepared", max_length: int | None) -> DataNumbers:
+def numbers_of(prepared: "PreparedData", max_length: int | None) -> DataNumbers:
     """The numbers of a run's training rows; of a stream, which is not known ahead, none."""
     counts = prepared.train_counts
     rows = prepared.train

@@ -14,7 +14,7 @@ from transformers.trainer_utils import enable_full_determinism
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import batching_of
-from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import PreparedData, prepare
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose
 from luthier.model.tokenizer import load_tokenizer
@@ -136,12 +136,12 @@ def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machin
     return Session(config, folder, record, main, encoder, trainer, answers, during)
 
 
-def data_facts(prepared: Prepared) -> dict[str, Any]:
+def data_facts(prepared: PreparedData) -> dict[str, Any]:
     """What the record says of the data: a hash of all token rows and labels, and the counts."""
     heldout = {name or "held_out": asdict(part) for name, part in prepared.eval_counts.items()}
     return {
         "sha256": prepared.content_hash,
-        "sources": {key: part.stored.folder.name for key, part in prepared.parts.items()},
+        "sources": {key: part.stored.folder.name for key, part in prepared.sources.items()},
         "train": asdict(prepared.train_counts),
         **heldout,
     }
@@ -153,5 +153,5 @@ def make_trainer(method: Method, given: Ingredients) -> Any:
     if not given.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
-    trainer.places = given.prepared.places
+    trainer.places = given.prepared.locate_rows
     return trainer

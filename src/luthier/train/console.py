@@ -11,8 +11,8 @@ from rich.table import Table
 from luthier.data.batching.packing import pack
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.settings import Batching
-from luthier.data.prepare import Counts, Prepared
-from luthier.data.streaming import Stream
+from luthier.data.prepare import PreparedData, SplitCounts
+from luthier.data.streaming import TokenRowStream
 from luthier.storage.atomic import write_jsonl
 
 console = Console(highlight=False)
@@ -34,13 +34,13 @@ def show_model(model: Any, machine: Any, quantization: dict[str, Any]) -> None:
     )
 
 
-def show_data(prepared: Prepared, answers: str = "") -> None:
+def show_data(prepared: PreparedData, answers: str = "") -> None:
     """Say how many rows, tokens and trained tokens there are, and what was dropped.
 
     `answers`: what trains, where that is not tokens of the rows.
     """
     sides = {"train": prepared.train_counts} if isinstance(prepared.train, TokenRows) else {}
-    if isinstance(prepared.train, Stream):
+    if isinstance(prepared.train, TokenRowStream):
         say(
             "train     a stream: "
             + ", ".join(p.source.label for p in prepared.train.opened.values())
@@ -57,7 +57,7 @@ def show_data(prepared: Prepared, answers: str = "") -> None:
         )
 
 
-def _counts(part: Counts, answers: str) -> str:
+def _counts(part: SplitCounts, answers: str) -> str:
     """The account of one side in one line."""
     dropped = ", ".join(f"{n:,} {why}" for why, n in part.dropped.items())
     trained = answers or f"trained ({part.trained_tokens / max(part.tokens, 1):.0%})"
@@ -70,7 +70,7 @@ def _counts(part: Counts, answers: str) -> str:
     )
 
 
-def show_packing(prepared: Prepared, batching: Batching) -> None:
+def show_packing(prepared: PreparedData, batching: Batching) -> None:
     """Say how full the rows are that several sequences share."""
     if not batching.packing or batching.length is None or not isinstance(prepared.train, TokenRows):
         return
@@ -81,7 +81,7 @@ def show_packing(prepared: Prepared, batching: Batching) -> None:
     )
 
 
-def write_dropped(prepared: Prepared, folder: Path) -> None:
+def write_dropped(prepared: PreparedData, folder: Path) -> None:
     """Write the rows that were left out or are not whole, with the reasons, beside the run."""
     if prepared.reports:
         write_jsonl(folder / "dropped.jsonl", prepared.reports)

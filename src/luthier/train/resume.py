@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from luthier.config.schema import RunConfig
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.data.store import tokenizer_digest
 from luthier.errors import UserError
 from luthier.model.weights_hash import model_facts
@@ -59,7 +59,7 @@ def said_changes(folder: Path, resolved: dict[str, Any]) -> list[str]:
 
 
 def identity(
-    config: RunConfig, tokenizer: Any, encoder: Any, prepared: Prepared
+    config: RunConfig, tokenizer: Any, encoder: Any, prepared: PreparedData
 ) -> dict[str, dict[str, Any]]:
     """What a run is made of, for its record: hashes of the tokenizer, its template, the weights."""
     template = encoder.settings()["template"] if encoder else tokenizer.chat_template

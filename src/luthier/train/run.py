@@ -65,7 +65,7 @@ def _held(folder: Path, dry_run: bool) -> AbstractContextManager[None]:
 
 def check(config: RunConfig) -> None:
     """Everything that can be known to be wrong without a heavy import."""
-    data.check_files(config.dataset, config.trainer.method)
+    data.check_sources(config.dataset, config.trainer.method)
     model.check_path(config.model)
     if config.trainer.teacher is not None:
         model.check_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")

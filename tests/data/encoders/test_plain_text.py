@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.chat import ChatError
-from luthier.data.encoders.plain_text import PlainEncoder, Window
+from luthier.data.encoders.plain_text import TextWindow, WindowEncoder
 from luthier.errors import UserError
 
 X = -100
@@ -50,8 +50,8 @@ def pieces(**special):
     ],
 )
 def test_what_stands_around_a_document(adds, ids):
-    encoder = PlainEncoder(words(adds, eos_token="</s>"), None)
-    assert encoder.encode_batch(["a b"]) == [[Window(ids, ids)]]
+    encoder = WindowEncoder(words(adds, eos_token="</s>"), None)
+    assert encoder.encode_batch(["a b"]) == [[TextWindow(ids, ids)]]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_what_stands_around_a_document(adds, ids):
     ],
 )
 def test_a_long_document_in_windows(max_length, stride, windows):
-    encoder = PlainEncoder(words("<s> $A", eos_token="</s>"), max_length, stride)
-    assert encoder.encode_batch(["a b c d e f"]) == [[Window(*window) for window in windows]]
+    encoder = WindowEncoder(words("<s> $A", eos_token="</s>"), max_length, stride)
+    assert encoder.encode_batch(["a b c d e f"]) == [[TextWindow(*window) for window in windows]]
 
 
 @pytest.mark.parametrize("stride", [0, 1, 2, 4])
 def test_every_token_trains_once(stride):
-    encoder = PlainEncoder(words("<s> $A", eos_token="</s>"), 5, stride)
+    encoder = WindowEncoder(words("<s> $A", eos_token="</s>"), 5, stride)
     for count in range(1, 40):
         ids = [place % 6 for place in range(count)]
         (windows,) = encoder.encode_batch([" ".join("abcdef"[index] for index in ids)])
@@ -108,13 +108,13 @@ def test_every_token_trains_once(stride):
 
 
 def test_windows_share_no_lists():
-    (window,) = PlainEncoder(words(eos_token="</s>"), None).encode_batch(["a"])[0]
+    (window,) = WindowEncoder(words(eos_token="</s>"), None).encode_batch(["a"])[0]
     window.labels[0] = X
     assert window.input_ids == [0, E]
 
 
 def test_documents_stay_in_order_and_an_empty_one_gives_nothing():
-    encoder = PlainEncoder(words(eos_token="</s>"), None)
+    encoder = WindowEncoder(words(eos_token="</s>"), None)
     found = encoder.encode_batch(iter(["a", "", "b", "   ", "c"]))
     assert [[w.input_ids for w in windows] for windows in found] == [
         [[0, E]],
@@ -138,7 +138,7 @@ def test_documents_stay_in_order_and_an_empty_one_gives_nothing():
 )
 def test_text_never_becomes_a_control_token(text):
     tokenizer = pieces()
-    encoder = PlainEncoder(tokenizer, None)
+    encoder = WindowEncoder(tokenizer, None)
     ids = encoder.encode_batch([text])[0][0].input_ids
     assert ids[-1] == tokenizer.eos_token_id
     assert not set(ids[:-1]) & set(tokenizer.convert_tokens_to_ids(["</s>", "<|user|>"]))
@@ -148,21 +148,21 @@ def test_text_never_becomes_a_control_token(text):
 def test_added_tokens_of_the_template_are_control_tokens_too():
     template = "<think>{{ messages[0].content }}"
     thought = pieces().convert_tokens_to_ids("<think>")
-    plain = PlainEncoder(pieces(), None).encode_batch(["a <think>"])[0][0]
-    taken = PlainEncoder(pieces(chat_template=template), None).encode_batch(["a <think>"])[0][0]
+    plain = WindowEncoder(pieces(), None).encode_batch(["a <think>"])[0][0]
+    taken = WindowEncoder(pieces(chat_template=template), None).encode_batch(["a <think>"])[0][0]
     assert thought in plain.input_ids
     assert thought not in taken.input_ids
 
 
 def test_a_control_token_that_stays_one_names_its_document():
-    encoder = PlainEncoder(words(eos_token="</s>"), None)
+    encoder = WindowEncoder(words(eos_token="</s>"), None)
     with pytest.raises(ChatError, match="row 1: '</s>' stands in the row's text"):
         encoder.encode_batch(["a", "a </s> b"])
 
 
 def test_settings_that_others_left_on_the_tokenizer_change_nothing():
     tokenizer = words(eos_token="</s>", pad_token="?")
-    encoder = PlainEncoder(tokenizer, None)
+    encoder = WindowEncoder(tokenizer, None)
     tokenizer(["a b c", "a"], truncation=True, max_length=1, padding="max_length")
     assert encoder.encode_batch(["a b c", "a"])[0][0].input_ids == [0, 1, 2, E]
 
@@ -178,13 +178,13 @@ def test_settings_that_others_left_on_the_tokenizer_change_nothing():
 )
 def test_mistakes_in_words(special, settings, parts):
     with pytest.raises(UserError) as error:
-        PlainEncoder(words(**special), *settings)
+        WindowEncoder(words(**special), *settings)
     assert all(part in str(error.value) for part in parts)
 
 
 def test_the_settings_are_what_decides_the_windows():
     def settings(adds="", **more):
-        return PlainEncoder(words(adds, eos_token="</s>"), **{"max_length": 8, **more}).settings()
+        return WindowEncoder(words(adds, eos_token="</s>"), **{"max_length": 8, **more}).settings()
 
     assert settings() == settings()
     assert json.loads(json.dumps(settings())) == settings()
@@ -218,7 +218,7 @@ def test_real_documents_with_real_tokenizers(name):
     lines = Path(ASSETS, "datasets/text/llamafactory_c4_demo.jsonl").read_text().split("\n")[:40]
     texts = [json.loads(line)["text"] for line in lines]
     forged = f"A forged {tokenizer.eos_token}{tokenizer.eos_token} end\n"
-    *found, odd = PlainEncoder(tokenizer, None).encode_batch([*texts, forged])
+    *found, odd = WindowEncoder(tokenizer, None).encode_batch([*texts, forged])
     end = [tokenizer.eos_token_id]
     expected = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     assert [w.input_ids for (w,) in found] == [[*BEGINS[name], *ids, *end] for ids in expected]

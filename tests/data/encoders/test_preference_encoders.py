@@ -10,10 +10,10 @@ import pytest
 from helpers.chatml import CHAT, CHATML, byte_tokenizer
 from luthier.chat import ChatEncoder, ChatError
 from luthier.data.encoders.preference import (
+    PairSplittingEncoder,
     PreferenceEncoder,
     RewardEncoder,
     UnpairedEncoder,
-    UnpairingEncoder,
 )
 
 ASSETS = os.environ.get("LUTHIER_ASSETS")
@@ -155,7 +155,7 @@ def test_a_reply_with_a_verdict():
 
 
 def test_a_pair_is_two_replies_with_a_verdict():
-    made = encode(pair(), UnpairingEncoder)
+    made = encode(pair(), PairSplittingEncoder)
     assert made.counts == [2]
     found = [(text(row(made, n)["completion_ids"]), row(made, n)["label"]) for n in range(2)]
     assert found == [("Hello.<|im_end|>", 1), ("No<|im_end|>", 0)]
@@ -170,7 +170,7 @@ def test_a_reward_model_reads_whole_conversations_to_the_end():
 
 
 def test_settings_tell_what_decides_the_rows():
-    kinds = (PreferenceEncoder, UnpairedEncoder, UnpairingEncoder, RewardEncoder)
+    kinds = (PreferenceEncoder, UnpairedEncoder, PairSplittingEncoder, RewardEncoder)
     found = [make(TOKENIZER, CHAT | {"max_length": 9}).settings() for make in kinds]
     assert len({str(settings) for settings in found}) == 4
     assert all(settings["max_length"] == 9 for settings in found)

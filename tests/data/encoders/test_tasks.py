@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.chat import ChatError
-from luthier.data.encoders.chat import hashes_of
+from luthier.data.encoders.chat import hash_sequences
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.errors import UserError
 
@@ -196,7 +196,7 @@ def test_settings_are_json_and_the_encoder_travels(kind):
 
 def test_rows_with_other_labels_have_other_hashes():
     made = classified([{"text": "a", "label": label} for label in ("1", 1, 1)])
-    first, second, third = hashes_of(made.columns)
+    first, second, third = hash_sequences(made.columns)
     assert first != second == third
 
 

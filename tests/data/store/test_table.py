@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from luthier.data.store import Ragged, Table, Writer
+from luthier.data.store import EntryWriter, Ragged, TokenTable
 from luthier.data.store import table as writer
 
 
@@ -16,12 +16,12 @@ def table(tmp_path):
     """A table of these appended columns."""
 
     def table(*appended):
-        made = Writer(tmp_path)
+        made = EntryWriter(tmp_path)
         target = made.table("rows")
         for columns in appended:
             target.append(columns)
         made.close()
-        return Table(tmp_path / "rows.arrow")
+        return TokenTable(tmp_path / "rows.arrow")
 
     return table
 
@@ -140,7 +140,7 @@ def test_columns_that_do_not_go_together(table, monkeypatch, batch_bytes, append
 @pytest.mark.parametrize("name", ["", "../a", "a/b", ".hidden"])
 def test_a_name_that_names_no_file(tmp_path, name):
     with pytest.raises(ValueError, match="cannot be a file's name"):
-        Writer(tmp_path).table(name)
+        EntryWriter(tmp_path).table(name)
 
 
 FLAT = """

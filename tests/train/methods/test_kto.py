@@ -22,7 +22,7 @@ from helpers.preference_trainer import (
 )
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.batching.rows import TokenRows
-from luthier.data.encoders.preference import UnpairedEncoder, UnpairingEncoder
+from luthier.data.encoders.preference import PairSplittingEncoder, UnpairedEncoder
 from luthier.errors import UserError
 from luthier.train.methods import kto
 from luthier.train.methods.encoders import verdicts
@@ -176,7 +176,7 @@ def test_pairs_are_taken_apart():
         kind: verdicts(config(), tokenizer(), kind, SourceConfig(path="y"))
         for kind in ("unpaired", "preference")
     }
-    assert type(kinds["preference"]) is UnpairingEncoder
+    assert type(kinds["preference"]) is PairSplittingEncoder
     assert len(kinds["preference"].encode(PREFERENCES).columns["label"]) == 2 * len(PREFERENCES)
 
 

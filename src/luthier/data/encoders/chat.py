@@ -17,9 +17,9 @@ from luthier.data.formats import Example
 from luthier.data.store import Ragged
 from luthier.data.store.table import Column, to_arrow
 
-COLUMNS = "columns"
+COLUMNS_SETTING = "columns"
 """The setting of an encoder that has the columns of each row kept beside its example."""
-Problem = tuple[str, str]
+RowProblem = tuple[str, str]
 """Why a row is dropped or not whole: the reason in a few words, and the encoder's own words."""
 
 
@@ -31,7 +31,7 @@ class EncodedRows:
     """The token rows, one entry a sequence in each column; `trained` counts those that train."""
     counts: list[int]
     """How many sequences each example makes."""
-    problems: dict[int, Problem] = field(default_factory=dict)
+    problems: dict[int, RowProblem] = field(default_factory=dict)
     """What is wrong with an example, by its number; one that makes no sequence has an entry."""
     cut: dict[int, int] = field(default_factory=dict)
     """Trained turns that an example lost to fit the length, by its number."""
@@ -52,7 +52,7 @@ class RowEncoder(Protocol):
         ...
 
 
-def hashes_of(columns: Mapping[str, Column]) -> NDArray[np.bytes_]:
+def hash_sequences(columns: Mapping[str, Column]) -> NDArray[np.bytes_]:
     """The BLAKE2b of each sequence, over all its columns: shape (sequences,), `S16`."""
     if not any(map(len, columns.values())):
         return np.empty(0, "S16")
@@ -146,7 +146,7 @@ class ConversationEncoder:
         return {"_tokenizer": self._tokenizer, "_settings": self._settings}
 
 
-class KeepingColumns:
+class ColumnKeepingEncoder:
     """An encoder whose rows' own columns are kept, for rewards and metrics that read them."""
 
     def __init__(self, encoder: RowEncoder) -> None:
@@ -154,7 +154,7 @@ class KeepingColumns:
 
     def settings(self) -> dict[str, Any]:
         """The encoder's, and that columns are kept."""
-        return self._encoder.settings() | {COLUMNS: True}
+        return self._encoder.settings() | {COLUMNS_SETTING: True}
 
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
         """Encode as the encoder does."""
@@ -169,9 +169,9 @@ class TextEncoder:
 
     @cached_property
     def _plain(self) -> Any:
-        from luthier.data.encoders.plain_text import PlainEncoder
+        from luthier.data.encoders.plain_text import WindowEncoder
 
-        return PlainEncoder(*self._given)
+        return WindowEncoder(*self._given)
 
     def settings(self) -> dict[str, Any]:
         """The plain encoder's."""

@@ -18,7 +18,7 @@ _LETTERS = ("a", "b")
 
 
 @dataclass(frozen=True)
-class Frame:
+class SpecialTokenFrame:
     """The tokens around one text, or around and between two, as the tokenizer adds them."""
 
     parts: tuple[tuple[int, ...], ...]
@@ -48,7 +48,7 @@ class Frame:
         return list(chain(self.types[0], *map(chain, inner, self.types[1:])))
 
 
-def frame_of(tokenizer: Any, texts: int = 1, target: bool = False) -> Frame:
+def measure_frame(tokenizer: Any, texts: int = 1, target: bool = False) -> SpecialTokenFrame:
     """What `tokenizer(text)`, or `tokenizer(text, other)` for two texts, puts around them.
 
     `target`: what it puts around the text that an encoder-decoder model is to write.
@@ -68,8 +68,10 @@ def frame_of(tokenizer: Any, texts: int = 1, target: bool = False) -> Frame:
     parts.append(tuple(ids[position:]))
     kinds = whole.get("token_type_ids")
     if kinds is None:
-        return Frame(tuple(parts), None, (0,) * texts)
-    return Frame(tuple(parts), _split(kinds, parts, spots), tuple(kinds[spot] for spot in spots))
+        return SpecialTokenFrame(tuple(parts), None, (0,) * texts)
+    return SpecialTokenFrame(
+        tuple(parts), _split(kinds, parts, spots), tuple(kinds[spot] for spot in spots)
+    )
 
 
 def _split(
@@ -83,7 +85,7 @@ def _split(
     return (*before, tuple(kinds[len(kinds) - behind :]))
 
 
-def with_end(frame: Frame, tokenizer: Any) -> Frame:
+def add_end_token(frame: SpecialTokenFrame, tokenizer: Any) -> SpecialTokenFrame:
     """The frame with the tokenizer's end token behind the text, once."""
     *before, behind = frame.parts
     end = tokenizer.eos_token_id
@@ -95,10 +97,10 @@ def with_end(frame: Frame, tokenizer: Any) -> Frame:
         )
     if end in behind:
         return frame
-    return Frame((*before, (*behind, end)), None, frame.text_types)
+    return SpecialTokenFrame((*before, (*behind, end)), None, frame.text_types)
 
 
-class TooLong(Exception):
+class RowTooLongError(Exception):
     """A row that is longer than allowed; how long it is, in tokens."""
 
     def __init__(self, tokens: int) -> None:
@@ -107,13 +109,13 @@ class TooLong(Exception):
 
 
 @dataclass(frozen=True)
-class Bound:
+class LengthLimit:
     """The longest row, and what becomes of a longer one."""
 
     max_length: int | None
     on_long: OnLong
 
-    def check(self, frame: Frame) -> None:
+    def check(self, frame: SpecialTokenFrame) -> None:
         """Raise UserError where a frame leaves no room for a text."""
         if self.max_length is not None and frame.size >= self.max_length:
             raise UserError(
@@ -121,19 +123,19 @@ class Bound:
                 f"adds {frame.size} tokens to each row. Set a greater one."
             )
 
-    def fit(self, texts: list[list[int]], frame: Frame) -> list[list[int]]:
+    def fit(self, texts: list[list[int]], frame: SpecialTokenFrame) -> list[list[int]]:
         """The texts, cut at their ends; raises TooLong where a long row is not to be cut."""
         lengths = [len(ids) for ids in texts]
         whole = sum(lengths) + frame.size
         if self.max_length is None or whole <= self.max_length:
             return texts
         if self.on_long != "turns":
-            raise TooLong(whole)
-        kept = cut(lengths, self.max_length - frame.size)
+            raise RowTooLongError(whole)
+        kept = cut_lengths(lengths, self.max_length - frame.size)
         return [ids[:length] for ids, length in zip(texts, kept, strict=True)]
 
 
-def cut(lengths: Sequence[int], room: int) -> list[int]:
+def cut_lengths(lengths: Sequence[int], room: int) -> list[int]:
     """The lengths of one or two texts, cut to so many tokens together.
 
     Of two, the longer one is cut until they are alike, then both: what tokenizers call
@@ -155,7 +157,7 @@ _CHUNK = 2_000_000
 """Characters that go through the tokenizer at once: it needs about 100 bytes for each token."""
 
 
-class NeutralText:
+class PlainTextTokenizer:
     """Encodes texts as a tokenizer does, without what it puts around them.
 
     tokenizer: a fast tokenizer of transformers. Text never becomes a control token, as in chats:
@@ -273,7 +275,7 @@ def _template_text(tokenizer: Any) -> str:
 # Plain documents to token ids and labels, whole or in windows.
 
 
-class Window(NamedTuple):
+class TextWindow(NamedTuple):
     """A stretch of a document: token ids, and labels of the same length."""
 
     input_ids: list[int]
@@ -281,7 +283,7 @@ class Window(NamedTuple):
     """The ids, but `IGNORED` for tokens that the window before trains."""
 
 
-class PlainEncoder:
+class WindowEncoder:
     """Turns documents into windows of token ids, of which every token trains.
 
     tokenizer: a fast tokenizer of transformers. A document begins with what the tokenizer itself
@@ -302,10 +304,10 @@ class PlainEncoder:
             )
         self.max_length = max_length
         self.stride = stride
-        self._text = NeutralText(tokenizer)
+        self._text = PlainTextTokenizer(tokenizer)
         self.start, self.end = _around(tokenizer)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[Window]]:
+    def encode_batch(self, texts: Iterable[str]) -> list[list[TextWindow]]:
         """The windows of each document, in order; none for an empty one.
 
         Raises ChatError, with the document's number, where a control token in its text cannot be
@@ -326,15 +328,15 @@ class PlainEncoder:
             "controls": sorted(self._text.controls),
         }
 
-    def _windows(self, ids: list[int]) -> list[Window]:
+    def _windows(self, ids: list[int]) -> list[TextWindow]:
         """The document, cut where it is longer than a window."""
         limit = self.max_length
         if limit is None or len(ids) <= limit:
-            return [Window(ids, ids.copy())]
-        windows = [Window(ids[:limit], ids[:limit])]
+            return [TextWindow(ids, ids.copy())]
+        windows = [TextWindow(ids[:limit], ids[:limit])]
         for begin in range(limit - self.stride, len(ids) - self.stride, limit - self.stride):
             window = ids[begin : begin + limit]
-            windows.append(Window(window, [IGNORED] * self.stride + window[self.stride :]))
+            windows.append(TextWindow(window, [IGNORED] * self.stride + window[self.stride :]))
         return windows
 
 

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 from luthier.chat import ChatError, ChatSequence
 from luthier.chat.conversation import read_conversation
 from luthier.chat.pipeline import front_turns, without_front
-from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, Problem
+from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem
 from luthier.data.formats import Example
 
 Messages = list[dict[str, Any]]
 
 
-class Reply(NamedTuple):
+class EncodedReply(NamedTuple):
     """A reply behind its prompt."""
 
     ids: list[int]
@@ -39,12 +39,12 @@ class Reply(NamedTuple):
 
 
 @dataclass
-class Judged:
+class ComparedReplies:
     """The replies of an example, or why it has none."""
 
     prompt: list[int] = field(default_factory=list)
-    replies: list[Reply] = field(default_factory=list)
-    problem: Problem | None = None
+    replies: list[EncodedReply] = field(default_factory=list)
+    problem: RowProblem | None = None
     """What is wrong with it, also where it is kept."""
     is_cut: bool = False
 
@@ -76,7 +76,7 @@ class ReplyEncoder:
         own = {"max_length": self._limit, "on_long": self._on_long, "whole": self._whole}
         return self._conversations.settings() | own
 
-    def encode(self, examples: Sequence[Example]) -> list[Judged]:
+    def encode(self, examples: Sequence[Example]) -> list[ComparedReplies]:
         """The replies of each example.
 
         Raises ChatError, with the example's number, for one that the settings do not allow to drop
@@ -94,7 +94,7 @@ class ReplyEncoder:
             found.append(judged)
         return found
 
-    def _judged(self, examples: Sequence[Example]) -> Iterator[Judged]:
+    def _judged(self, examples: Sequence[Example]) -> Iterator[ComparedReplies]:
         """The replies of each example, however long."""
         count = len(self._names)
         train_on = self._chat.train_on
@@ -114,43 +114,47 @@ class ReplyEncoder:
             rows = batch.rows[start : start + count]
             yield self._one(rows, [reports.get(start + side) for side in range(count)])
 
-    def _one(self, rows: list[list[ChatSequence]], reports: Sequence[ChatError | None]) -> Judged:
+    def _one(
+        self, rows: list[list[ChatSequence]], reports: Sequence[ChatError | None]
+    ) -> ComparedReplies:
         """The replies of one example, whose conversations make these sequences."""
         problem = None
         for name, sequences, report in zip(self._names, rows, reports, strict=True):
             if report is not None:
                 problem = problem or (report.reason, f"{name}: {report.words}")
             if not sequences:
-                return Judged(problem=problem)
+                return ComparedReplies(problem=problem)
             if len(sequences) > 1 and not self._whole:
-                return Judged(problem=_rewritten(name))
+                return ComparedReplies(problem=_rewritten(name))
         last = [sequences[-1] for sequences in rows]
         starts = [sequence.replies[0].start for sequence in last]
         prompts = [sequence.input_ids[:start] for sequence, start in zip(last, starts, strict=True)]
         if any(prompt != prompts[0] for prompt in prompts) and not self._whole:
-            return Judged(problem=_other_prompts(self._names))
-        return Judged(prompts[0], [*map(_reply, last)], problem)
+            return ComparedReplies(problem=_other_prompts(self._names))
+        return ComparedReplies(prompts[0], [*map(_reply, last)], problem)
 
     def _stops_at(self, reason: str) -> bool:
         if reason == "too long":
             return self._on_long == "error"
         return reason != "nothing to train" and self._chat.on_lost != "drop"
 
-    def _is_long(self, judged: Judged) -> bool:
+    def _is_long(self, judged: ComparedReplies) -> bool:
         return self._limit is not None and self._length(judged) > self._limit
 
-    def _length(self, judged: Judged) -> int:
+    def _length(self, judged: ComparedReplies) -> int:
         """Tokens of the longest sequence."""
         if self._whole:
             return max(len(reply.whole) for reply in judged.replies)
         return len(judged.prompt) + max(len(reply.ids) for reply in judged.replies)
 
-    def _fitted(self, example: Example, judged: Judged, number: int) -> Judged:
+    def _fitted(self, example: Example, judged: ComparedReplies, number: int) -> ComparedReplies:
         """The example with as few turns less at the front of its prompt as make it fit."""
         words = f"it makes {self._length(judged)} tokens, and chat.max_length is {self._limit}"
         if self._on_long != "turns":
-            return Judged(problem=("too long", words))
-        found = Judged(problem=("too long", f"{words}; no whole turns of its prompt can go"))
+            return ComparedReplies(problem=("too long", words))
+        found = ComparedReplies(
+            problem=("too long", f"{words}; no whole turns of its prompt can go")
+        )
         prompts = _shorter(example)
         low, high = 0, len(prompts)
         while low < high:
@@ -176,10 +180,10 @@ def _conversation(example: Mapping[str, Any], name: str, roles: set[str]) -> dic
     return {"messages": [*context, *example[name]], "tools": example.get("tools")}
 
 
-def _reply(sequence: ChatSequence) -> Reply:
+def _reply(sequence: ChatSequence) -> EncodedReply:
     begin, stop = sequence.replies[0].start, sequence.replies[-1].stop
     spans = [place - begin for _, *places in sequence.replies for place in places]
-    return Reply(sequence.input_ids[begin:stop], spans, sequence.input_ids)
+    return EncodedReply(sequence.input_ids[begin:stop], spans, sequence.input_ids)
 
 
 def _shorter(example: Mapping[str, Any]) -> list[Messages]:
@@ -191,7 +195,7 @@ def _shorter(example: Mapping[str, Any]) -> list[Messages]:
     return [[prompt[number] for number in numbers] for numbers in kept]
 
 
-def _rewritten(name: str) -> Problem:
+def _rewritten(name: str) -> RowProblem:
     words = (
         f"{name}: the template writes its turns in another way once later ones follow, so they "
         "have no single prompt. Leave the last turn as the reply, and the others as the prompt"
@@ -199,7 +203,7 @@ def _rewritten(name: str) -> Problem:
     return "template rewrites the reply", words
 
 
-def _other_prompts(names: Sequence[str]) -> Problem:
+def _other_prompts(names: Sequence[str]) -> RowProblem:
     words = (
         f"the template writes the prompt of {' and '.join(names)} in different ways, so the "
         "replies do not answer the same. Where a reply has turns of its own before the one that "
@@ -214,10 +218,10 @@ def _other_prompts(names: Sequence[str]) -> Problem:
 # longest sequence) and `tokens` (those of all).
 
 Values = dict[str, Any]
-PAIR = ("chosen", "rejected")
+CHOSEN_AND_REJECTED = ("chosen", "rejected")
 
 
-class JudgedEncoder:
+class PreferenceRowEncoder:
     """What the encoders share. It pickles."""
 
     kind: ClassVar[str]
@@ -253,7 +257,7 @@ class JudgedEncoder:
             {number: 0 for number, one in enumerate(judged) if one.is_cut},
         )
 
-    def rows(self, example: Example, judged: Judged) -> list[Values]:
+    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
         """The rows that an example makes: one value for each column."""
         raise NotImplementedError
 
@@ -261,7 +265,7 @@ class JudgedEncoder:
         return type(self), self._given
 
 
-class PreferenceEncoder(JudgedEncoder):
+class PreferenceEncoder(PreferenceRowEncoder):
     """Two replies to one prompt, the better one first.
 
     Columns: `prompt_ids`, `chosen_ids`, `rejected_ids`, and `chosen_spans` and `rejected_spans`:
@@ -269,9 +273,9 @@ class PreferenceEncoder(JudgedEncoder):
     """
 
     kind = "preference"
-    names = PAIR
+    names = CHOSEN_AND_REJECTED
 
-    def rows(self, example: Example, judged: Judged) -> list[Values]:
+    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
         """One row."""
         lengths = [len(judged.prompt) + len(reply.ids) for reply in judged.replies]
         values: Values = {"prompt_ids": judged.prompt}
@@ -281,7 +285,7 @@ class PreferenceEncoder(JudgedEncoder):
         return [values | _sizes(trained, lengths)]
 
 
-class UnpairedEncoder(JudgedEncoder):
+class UnpairedEncoder(PreferenceRowEncoder):
     """A reply and whether it is a good one.
 
     Columns: `prompt_ids`, `completion_ids`, `completion_spans` (where its trained stretches start
@@ -291,7 +295,7 @@ class UnpairedEncoder(JudgedEncoder):
     kind = "unpaired"
     names: ClassVar[Sequence[str]] = ("completion",)
 
-    def rows(self, example: Example, judged: Judged) -> list[Values]:
+    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
         """One row for each reply."""
         return [
             {
@@ -309,18 +313,18 @@ class UnpairedEncoder(JudgedEncoder):
         return [example["label"]]
 
 
-class UnpairingEncoder(UnpairedEncoder):
+class PairSplittingEncoder(UnpairedEncoder):
     """The rows of `UnpairedEncoder` from two replies to one prompt: a good one and a bad one."""
 
     kind = "unpaired from preference"
-    names = PAIR
+    names = CHOSEN_AND_REJECTED
 
     def verdicts(self, example: Example) -> list[bool]:
         """The better one is good."""
         return [True, False]
 
 
-class RewardEncoder(JudgedEncoder):
+class RewardEncoder(PreferenceRowEncoder):
     """Two whole conversations, the better one first.
 
     Columns: `chosen_ids` and `rejected_ids`, as the template writes each from its start to its end;
@@ -328,10 +332,10 @@ class RewardEncoder(JudgedEncoder):
     """
 
     kind = "reward"
-    names = PAIR
+    names = CHOSEN_AND_REJECTED
     whole = True
 
-    def rows(self, example: Example, judged: Judged) -> list[Values]:
+    def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:
         """One row."""
         whole = [reply.whole for reply in judged.replies]
         named = {f"{name}_ids": ids for name, ids in zip(self.names, whole, strict=True)}

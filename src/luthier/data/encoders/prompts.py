@@ -11,17 +11,17 @@ import numpy as np
 
 from luthier.chat import ChatError
 from luthier.config.schema import RunConfig
-from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, Problem
+from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem
 from luthier.data.formats import Example
 from luthier.data.store import Ragged
 from luthier.errors import UserError
 
-LONGEST_COMPLETION = 512
+DEFAULT_COMPLETION_TOKENS = 512
 """TRL's own bound, in tokens, where the config says nothing."""
-NO_PROMPT: Problem = ("no prompt", "there is nothing before the reply")
+NO_PROMPT: RowProblem = ("no prompt", "there is nothing before the reply")
 
 
-def parted(example: Example) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def split_prompt_and_reply(example: Example) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """A conversation's prompt, and the reply it ends with, if it does."""
     *context, last = example["messages"]
     if last["role"] != "assistant":
@@ -29,20 +29,20 @@ def parted(example: Example) -> tuple[list[dict[str, Any]], dict[str, Any] | Non
     return context, last
 
 
-def reference_of(example: Example) -> str | None:
+def reference_text(example: Example) -> str | None:
     """The text of the reply that a conversation ends with; None where there is none in words."""
-    reply = parted(example)[1] or {}
+    reply = split_prompt_and_reply(example)[1] or {}
     content = reply.get("content")
     return content if isinstance(content, str) and not reply.get("tool_calls") else None
 
 
-def longest_prompt(config: RunConfig) -> int | None:
+def max_prompt_tokens(config: RunConfig) -> int | None:
     """What `chat.max_length` leaves for a prompt beside the longest completion, in tokens.
 
     None for no bound. Raises UserError where nothing is left.
     """
     most = config.chat.max_length
-    longest = config.trainer.args.get("max_completion_length", LONGEST_COMPLETION)
+    longest = config.trainer.args.get("max_completion_length", DEFAULT_COMPLETION_TOKENS)
     if most is None or longest is None:
         return most
     if most <= longest:
@@ -93,7 +93,7 @@ class PromptEncoder:
 
     def _encode(self, number: int, example: Example, made: EncodedRows) -> list[int]:
         """One example's prompt; none where it is dropped."""
-        context = parted(example)[0]
+        context = split_prompt_and_reply(example)[0]
         if not context:
             made.problems[number] = NO_PROMPT
             return []

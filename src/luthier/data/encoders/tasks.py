@@ -10,15 +10,15 @@ from itertools import accumulate, chain
 from typing import Any, ClassVar, NamedTuple
 
 from luthier.chat import ChatError
-from luthier.data.encoders.chat import EncodedRows, Problem
+from luthier.data.encoders.chat import EncodedRows, RowProblem
 from luthier.data.encoders.plain_text import (
-    Bound,
-    Frame,
-    NeutralText,
+    LengthLimit,
     OnLong,
-    TooLong,
-    frame_of,
-    with_end,
+    PlainTextTokenizer,
+    RowTooLongError,
+    SpecialTokenFrame,
+    add_end_token,
+    measure_frame,
 )
 from luthier.data.formats import Example
 
@@ -26,18 +26,18 @@ NOT_FIRST = -1
 """In the column `words`: a token that does not begin a word."""
 
 Values = dict[str, Any]
-Parts = list[list[int]]
+TextIds = list[list[int]]
 """The token ids of each text, or word, of an example."""
-_EMPTY: Problem = ("empty text", "the text is empty")
+_EMPTY: RowProblem = ("empty text", "the text is empty")
 
 
-class Built(NamedTuple):
+class TaskRow(NamedTuple):
     """The row of an example, or why it makes none."""
 
     values: Values
     """One value for each column."""
     is_cut: bool = False
-    problem: Problem | None = None
+    problem: RowProblem | None = None
 
 
 @dataclass
@@ -46,10 +46,10 @@ class _Made:
 
     columns: dict[str, list[Any]]
     counts: list[int] = field(default_factory=list)
-    problems: dict[int, Problem] = field(default_factory=dict)
+    problems: dict[int, RowProblem] = field(default_factory=dict)
     cut: dict[int, int] = field(default_factory=dict)
 
-    def add(self, built: Built) -> None:
+    def add(self, built: TaskRow) -> None:
         """Take in what the next example makes."""
         number = len(self.counts)
         if built.problem is not None:
@@ -72,18 +72,18 @@ class TaskEncoder:
     def __init__(self, tokenizer: Any, max_length: int | None, on_long: OnLong) -> None:
         """`max_length` counts what the tokenizer adds, too; null for no bound."""
         self._tokenizer = tokenizer
-        self._bound = Bound(max_length, on_long)
+        self._bound = LengthLimit(max_length, on_long)
 
     @cached_property
-    def _text(self) -> NeutralText:
-        return NeutralText(self._tokenizer)
+    def _text(self) -> PlainTextTokenizer:
+        return PlainTextTokenizer(self._tokenizer)
 
     @cached_property
-    def _frame(self) -> Frame:
+    def _frame(self) -> SpecialTokenFrame:
         """What stands around a single text."""
-        return self._checked(frame_of(self._tokenizer))
+        return self._checked(measure_frame(self._tokenizer))
 
-    def _checked(self, frame: Frame) -> Frame:
+    def _checked(self, frame: SpecialTokenFrame) -> SpecialTokenFrame:
         self._bound.check(frame)
         return frame
 
@@ -109,8 +109,8 @@ class TaskEncoder:
         ):
             try:
                 made.add(self._row(example, parts))
-            except TooLong as error:
-                made.add(Built({}, problem=self._too_long(error.tokens, number)))
+            except RowTooLongError as error:
+                made.add(TaskRow({}, problem=self._too_long(error.tokens, number)))
         return EncodedRows(dict(made.columns), made.counts, made.problems, made.cut)
 
     def _columns(self) -> tuple[str, ...]:
@@ -121,11 +121,11 @@ class TaskEncoder:
         """The texts of an example."""
         raise NotImplementedError
 
-    def _row(self, example: Example, parts: Parts) -> Built:
+    def _row(self, example: Example, parts: TextIds) -> TaskRow:
         """The row of an example, whose texts have these ids; raises TooLong."""
         raise NotImplementedError
 
-    def _parts(self, examples: Sequence[Example]) -> Iterator[Parts]:
+    def _parts(self, examples: Sequence[Example]) -> Iterator[TextIds]:
         """The ids of each example's texts."""
         texts = [self._texts(example) for example in examples]
         ids = self._text.encode(chain.from_iterable(texts))
@@ -135,7 +135,7 @@ class TaskEncoder:
             except ChatError as error:
                 raise error.in_row(number) from None
 
-    def _too_long(self, tokens: int, number: int) -> Problem:
+    def _too_long(self, tokens: int, number: int) -> RowProblem:
         reason = "longer than chat.max_length"
         words = f"the row has {tokens} tokens, and chat.max_length is {self._bound.max_length}"
         if self._bound.on_long == "error":
@@ -157,8 +157,8 @@ class ClassificationEncoder(TaskEncoder):
     kind = "classification"
 
     @cached_property
-    def _pair_frame(self) -> Frame:
-        return self._checked(frame_of(self._tokenizer, texts=2))
+    def _pair_frame(self) -> SpecialTokenFrame:
+        return self._checked(measure_frame(self._tokenizer, texts=2))
 
     def settings(self) -> dict[str, Any]:
         """Those of all encoders, and what stands around a pair."""
@@ -171,9 +171,9 @@ class ClassificationEncoder(TaskEncoder):
     def _texts(self, example: Example) -> list[str]:
         return [example[name] for name in ("text", "text_pair") if name in example]
 
-    def _row(self, example: Example, parts: Parts) -> Built:
+    def _row(self, example: Example, parts: TextIds) -> TaskRow:
         if not any(parts):
-            return Built({}, problem=_EMPTY)
+            return TaskRow({}, problem=_EMPTY)
         frame = self._frame if len(parts) == 1 else self._pair_frame
         kept = self._bound.fit(parts, frame)
         values: Values = {
@@ -183,7 +183,7 @@ class ClassificationEncoder(TaskEncoder):
         }
         if frame.types is not None:
             values["token_type_ids"] = frame.types_around(kept)
-        return Built(values, is_cut=kept != parts)
+        return TaskRow(values, is_cut=kept != parts)
 
 
 class TaggingEncoder(TaskEncoder):
@@ -199,12 +199,12 @@ class TaggingEncoder(TaskEncoder):
     def _columns(self) -> tuple[str, ...]:
         return ("input_ids", "words", "tags", "trained")
 
-    def _parts(self, examples: Sequence[Example]) -> Iterator[Parts]:
+    def _parts(self, examples: Sequence[Example]) -> Iterator[TextIds]:
         return self._text.encode_words([example["tokens"] for example in examples])
 
-    def _row(self, example: Example, parts: Parts) -> Built:
+    def _row(self, example: Example, parts: TextIds) -> TaskRow:
         if not any(parts):
-            return Built({}, problem=_EMPTY)
+            return TaskRow({}, problem=_EMPTY)
         before, behind = (len(part) for part in self._frame.parts)
         kept = self._kept(parts)
         words = [
@@ -218,9 +218,9 @@ class TaggingEncoder(TaskEncoder):
             "tags": json.dumps(example["tags"]),
             "trained": sum(map(bool, kept)),
         }
-        return Built(values, is_cut=len(kept) < len(parts)) if any(kept) else _no_word(parts)
+        return TaskRow(values, is_cut=len(kept) < len(parts)) if any(kept) else _no_word(parts)
 
-    def _kept(self, words: Parts) -> Parts:
+    def _kept(self, words: TextIds) -> TextIds:
         """The words that fit; raises TooLong where a row is not to be cut."""
         flat = list(chain.from_iterable(words))
         room = len(self._bound.fit([flat], self._frame)[0])
@@ -228,10 +228,10 @@ class TaggingEncoder(TaskEncoder):
         return words[: sum(end <= room for end in ends)]
 
 
-def _no_word(words: Parts) -> Built:
+def _no_word(words: TextIds) -> TaskRow:
     first = next(ids for ids in words if ids)
     text = f"its first word alone has {len(first)} tokens, which is more than fit"
-    return Built({}, problem=("longer than chat.max_length", text))
+    return TaskRow({}, problem=("longer than chat.max_length", text))
 
 
 class Seq2SeqEncoder(TaskEncoder):
@@ -245,8 +245,10 @@ class Seq2SeqEncoder(TaskEncoder):
     kind = "seq2seq"
 
     @cached_property
-    def _target_frame(self) -> Frame:
-        return self._checked(with_end(frame_of(self._tokenizer, target=True), self._tokenizer))
+    def _target_frame(self) -> SpecialTokenFrame:
+        return self._checked(
+            add_end_token(measure_frame(self._tokenizer, target=True), self._tokenizer)
+        )
 
     def settings(self) -> dict[str, Any]:
         """Those of all encoders, and what stands around a target."""
@@ -255,7 +257,7 @@ class Seq2SeqEncoder(TaskEncoder):
     def source(self, text: str) -> list[int]:
         """The ids of a source, as in a row; one that is too long loses its end in any case."""
         (ids,) = self._text.encode([text])
-        bound = Bound(self._bound.max_length, "turns")
+        bound = LengthLimit(self._bound.max_length, "turns")
         return self._frame.around(bound.fit([ids], self._frame))
 
     def _columns(self) -> tuple[str, ...]:
@@ -264,10 +266,10 @@ class Seq2SeqEncoder(TaskEncoder):
     def _texts(self, example: Example) -> list[str]:
         return [example["source"], example["target"]]
 
-    def _row(self, example: Example, parts: Parts) -> Built:
+    def _row(self, example: Example, parts: TextIds) -> TaskRow:
         source, target = parts
         if not source:
-            return Built({}, problem=("empty source", "its source is empty"))
+            return TaskRow({}, problem=("empty source", "its source is empty"))
         (kept,) = self._bound.fit([source], self._frame)
         labels = self._target_frame.around([target])
         fits = self._bound.fit([target], self._target_frame) == [target]
@@ -275,4 +277,4 @@ class Seq2SeqEncoder(TaskEncoder):
             start = self._target_frame.parts[0]
             labels = [*start, *target][: self._bound.max_length]
         values = {"input_ids": self._frame.around([kept]), "labels": labels, "trained": len(labels)}
-        return Built(values, is_cut=not fits or kept != source)
+        return TaskRow(values, is_cut=not fits or kept != source)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.data.rows import Row, RowError, excerpt, kind
+from luthier.data.rows import Row, RowError, describe_type, excerpt
 
 
 class MissingColumn(RowError):
@@ -66,7 +66,7 @@ def inside(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
 
 def named(value: Any) -> str:
     """What a value is, in words; NaN, which tables write where nothing stands, by its name."""
-    return "NaN" if value != value else kind(value)
+    return "NaN" if value != value else describe_type(value)
 
 
 def is_absent(value: Any) -> bool:

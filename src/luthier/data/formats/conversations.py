@@ -12,7 +12,7 @@ from luthier.data.formats.messages import (
     read_turns,
     written_messages,
 )
-from luthier.data.rows import Row, RowError, kind
+from luthier.data.rows import Row, RowError, describe_type
 
 Example = dict[str, Any]
 SYSTEM = ("system", "developer")
@@ -76,7 +76,9 @@ def _history(row: Row, columns: Columns) -> list[Message]:
     messages: list[Message] = []
     for place, pair in enumerate(list_in(value, column, "pairs")):
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise RowError(f"{column}[{place}] is {kind(pair)}; expected a question and its answer")
+            raise RowError(
+                f"{column}[{place}] is {describe_type(pair)}; expected a question and its answer"
+            )
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
     return messages

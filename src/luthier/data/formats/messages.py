@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from luthier.data.formats.columns import as_list, json_in, list_in, named
-from luthier.data.rows import RowError, kind
+from luthier.data.rows import RowError, describe_type
 
 # Tools, and calls of them, in the one form that chat templates read: OpenAI's.
 
@@ -22,7 +22,9 @@ def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return _parsed_tools(value, column)
     if not isinstance(value, list):
-        raise RowError(f"the tools ({column!r}) are {kind(value)}; expected a list of objects")
+        raise RowError(
+            f"the tools ({column!r}) are {describe_type(value)}; expected a list of objects"
+        )
     return [_tool(tool, column) for tool in value]
 
 
@@ -38,7 +40,7 @@ def _tool(tool: Any, column: str) -> dict[str, Any]:
     if isinstance(tool, str):
         tool = json_in(tool, f"an entry of {column!r}", "an object")
     if not isinstance(tool, dict):
-        raise RowError(f"the tools ({column!r}) hold {kind(tool)}; expected objects")
+        raise RowError(f"the tools ({column!r}) hold {describe_type(tool)}; expected objects")
     if "function" in tool or "name" not in tool or tool.get("type", "function") != "function":
         return tool
     function = {key: value for key, value in tool.items() if key != "type"}
@@ -50,7 +52,7 @@ def read_calls(value: Any) -> list[Call]:
     if isinstance(value, str):
         value = json_in(value, "tool_calls", "a list of calls")
     if not isinstance(value, list):
-        raise RowError(f"tool_calls is {kind(value)}; expected a list")
+        raise RowError(f"tool_calls is {describe_type(value)}; expected a list")
     return [read_call(call, f"tool_calls[{place}]") for place, call in enumerate(value)]
 
 
@@ -62,7 +64,7 @@ def read_call(call: Any, where: str) -> Call:
     if isinstance(call, str):
         call = json_in(call, where, 'an object {"name": ..., "arguments": {...}}')
     if not isinstance(call, dict):
-        raise RowError(f"{where} is {kind(call)}; expected an object")
+        raise RowError(f"{where} is {describe_type(call)}; expected an object")
     kept = {key: value for key, value in call.items() if value is not None}
     if "function" in kept:
         return {**kept, "function": _function(kept["function"], where)}
@@ -74,13 +76,19 @@ def read_call(call: Any, where: str) -> Call:
 def _function(function: Any, where: str) -> dict[str, Any]:
     """The function of a call, with a name and with arguments."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        found = f"it has: {', '.join(function)}" if isinstance(function, dict) else kind(function)
+        found = (
+            f"it has: {', '.join(function)}"
+            if isinstance(function, dict)
+            else describe_type(function)
+        )
         raise RowError(f"{where} names no function ({found}); expected name and arguments")
     arguments = function.get("arguments")
     if arguments is None:
         return {**function, "arguments": {}}
     if not isinstance(arguments, dict | str):
-        raise RowError(f"the arguments of {where} are {kind(arguments)}; expected an object")
+        raise RowError(
+            f"the arguments of {where} are {describe_type(arguments)}; expected an object"
+        )
     return function
 
 
@@ -131,7 +139,7 @@ def read_parts(parts: list[Any]) -> Content:
 def _add(content: Content, part: Any) -> str:
     """Put one part where it belongs, and say which group it is of."""
     if not isinstance(part, dict):
-        raise RowError(f"a content part is {kind(part)!r}; only parts of text are read")
+        raise RowError(f"a content part is {describe_type(part)!r}; only parts of text are read")
     name = part.get("type")
     name = name if isinstance(name, str | None) else str(name)
     value = next((part[key] for key in ("text", "value", name) if part.get(key) is not None), None)
@@ -199,7 +207,9 @@ def _each(messages: list[Any], column: str) -> list[Message]:
 def read_message(message: Any) -> Message:
     """One message without its nulls; RowError for what is not a message."""
     if not isinstance(message, dict):
-        raise RowError(f"this is {kind(message)}; expected an object with role and content")
+        raise RowError(
+            f"this is {describe_type(message)}; expected an object with role and content"
+        )
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
     if not isinstance(role, str) or not role:
@@ -358,7 +368,7 @@ def written_messages(text: str, column: str) -> list[Message] | None:
 def _message(turn: Any) -> Message:
     """One turn as a message; what it has besides from and value goes with it."""
     if not isinstance(turn, dict):
-        raise RowError(f"this is {kind(turn)}; expected an object with from and value")
+        raise RowError(f"this is {describe_type(turn)}; expected an object with from and value")
     speaker, text = turn.get("from"), turn.get("value")
     role = (ROLES.get(speaker) if type(speaker) is str else None) or _role(turn)
     if type(text) is str and role != "call" and len(turn) == 2:

@@ -7,7 +7,7 @@ from itertools import chain
 from math import isinf
 from typing import Any
 
-from luthier.data.rows import BadRow, Row, RowError, excerpt, kind
+from luthier.data.rows import BadRow, Row, RowError, describe_type, excerpt
 from luthier.data.sources.options import JsonOptions, LineOptions
 from luthier.data.sources.streams import File
 from luthier.data.sources.text import lines, texts
@@ -35,7 +35,7 @@ def of_value(value: Any, where: str) -> Row | BadRow:
     """The row that a JSON value is, if it is an object."""
     if isinstance(value, dict):
         return Row(value, where)
-    return BadRow(where, f"this is {kind(value)}, not a JSON object", excerpt(value))
+    return BadRow(where, f"this is {describe_type(value)}, not a JSON object", excerpt(value))
 
 
 def sound(value: Any, text: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.data.rows import BadRow, Row, excerpt, kind
+from luthier.data.rows import BadRow, Row, describe_type, excerpt
 from luthier.data.sources.source import of_rows
 from luthier.errors import UserError, choice
 
@@ -146,4 +146,4 @@ def _described(error: Exception) -> str:
 def _kind(value: Any) -> str:
     """What a value is, in words; beyond JSON by the name of its class."""
     plain = value is None or isinstance(value, str | bool | int | float | list | dict)
-    return kind(value) if plain else f"a {type(value).__name__}"
+    return describe_type(value) if plain else f"a {type(value).__name__}"

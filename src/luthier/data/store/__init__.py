@@ -2,24 +2,24 @@
 
 from luthier.data.store.store import (
     ENCODING_VERSION,
-    Entry,
+    EntrySize,
     Store,
-    Stored,
+    StoredEntry,
     cache_key,
     data_folder,
     tokenizer_digest,
 )
-from luthier.data.store.table import Ragged, Table, TableWriter, Writer
+from luthier.data.store.table import EntryWriter, Ragged, TableWriter, TokenTable
 
 __all__ = [
     "ENCODING_VERSION",
-    "Entry",
+    "EntrySize",
+    "EntryWriter",
     "Ragged",
     "Store",
-    "Stored",
-    "Table",
+    "StoredEntry",
     "TableWriter",
-    "Writer",
+    "TokenTable",
     "cache_key",
     "data_folder",
     "tokenizer_digest",

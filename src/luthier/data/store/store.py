@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.store.table import Table, Writer, writing_to
+from luthier.data.store.table import EntryWriter, TokenTable, cache_write_errors
 from luthier.storage.cache import cache_root
 from luthier.storage.manifest import Damaged, read_manifest, seal, unseal
 from luthier.storage.sizes import size_of
 
-SECONDS_TO_SPEAK = 3.0
+WAIT_NOTICE_SECONDS = 3.0
 """How long a process waits for another before it says so."""
 
-Make = Callable[[Writer], dict[str, Any]]
+EntryMaker = Callable[[EntryWriter], dict[str, Any]]
 """Writes the tables of an entry and returns what is to be known of it, as JSON values."""
 
 
@@ -32,7 +32,7 @@ def data_folder(chosen: str | None = None) -> Path:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredEntry:
     """A whole entry; it pickles as its folder and manifest."""
 
     folder: Path
@@ -44,13 +44,13 @@ class Stored:
         hashes: list[str] = read_manifest(self.folder)["files"][f"{name}.arrow"]["sha256"]
         return ",".join(hashes)
 
-    def table(self, name: str) -> Table:
+    def table(self, name: str) -> TokenTable:
         """One of the entry's tables, mapped from its file."""
-        return Table(self.folder / f"{name}.arrow")
+        return TokenTable(self.folder / f"{name}.arrow")
 
 
 @dataclass(frozen=True)
-class Entry:
+class EntrySize:
     """What lies in a store under a key."""
 
     key: str
@@ -64,16 +64,16 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open_or_make(self, key: str, make: Make) -> Stored:
+    def open_or_make(self, key: str, make: EntryMaker) -> StoredEntry:
         """The entry of this key, made by `make` if it is missing or a byte of it has changed.
 
         Of several processes one makes it; the others wait, however long it takes, and open the
         same files. Raises UserError where the folder cannot be written to or is full.
         """
-        with writing_to(self.folder):
+        with cache_write_errors(self.folder):
             self._sweep()
         while True:
-            with writing_to(self.folder):
+            with cache_write_errors(self.folder):
                 before = self._state(key)
                 stored, problem = self._look(key)
             if stored is not None:
@@ -83,19 +83,19 @@ class Store:
                 if self._state(key) == before:
                     return self._make(key, make, problem)
 
-    def open(self, key: str) -> Stored | None:
+    def open(self, key: str) -> StoredEntry | None:
         """The entry of this key if it is there and whole."""
         return self._look(key)[0]
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[EntrySize]:
         """All entries, whole or not, in the order of their keys."""
         # Other folders may stand beside them, where dataset.cache names one that is not luthier's.
         keys = [name for name in self._names() if re.fullmatch("[0-9a-f]{64}", name)]
-        return [Entry(key, size_of(self.folder / key)) for key in keys]
+        return [EntrySize(key, size_of(self.folder / key)) for key in keys]
 
     def remove(self, key: str) -> None:
         """Remove an entry; processes that have mapped its files keep them until they end."""
-        with self._alone(key), writing_to(self.folder):
+        with self._alone(key), cache_write_errors(self.folder):
             shutil.rmtree(self.folder / key)
 
     def _names(self) -> list[str]:
@@ -103,10 +103,10 @@ class Store:
         folders = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(path.name for path in folders)
 
-    def _look(self, key: str) -> tuple[Stored | None, str | None]:
+    def _look(self, key: str) -> tuple[StoredEntry | None, str | None]:
         """The entry, or what is wrong with it; neither if there is none."""
         try:
-            return Stored(self.folder / key, unseal(self.folder / key)), None
+            return StoredEntry(self.folder / key, unseal(self.folder / key)), None
         except FileNotFoundError:
             return None, None
         except Damaged as damage:
@@ -122,7 +122,7 @@ class Store:
             return found.st_ino, found.st_mtime_ns
         return None
 
-    def _make(self, key: str, make: Make, problem: str | None) -> Stored:
+    def _make(self, key: str, make: EntryMaker, problem: str | None) -> StoredEntry:
         """Make the entry in a folder beside its own, which then takes the name at once."""
         if problem is not None:
             _say(f"The encoded rows in {self.folder / key} are damaged: {problem}. Making anew.")
@@ -130,24 +130,24 @@ class Store:
         new = self.folder / f"{key}.new-{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}"
         try:
             self._fill(new, make)
-            with writing_to(self.folder):
+            with cache_write_errors(self.folder):
                 shutil.rmtree(self.folder / key, ignore_errors=True)
                 new.rename(self.folder / key)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        return Stored(self.folder / key, read_manifest(self.folder / key)["made"])
+        return StoredEntry(self.folder / key, read_manifest(self.folder / key)["made"])
 
-    def _fill(self, new: Path, make: Make) -> None:
-        with writing_to(self.folder):
+    def _fill(self, new: Path, make: EntryMaker) -> None:
+        with cache_write_errors(self.folder):
             new.mkdir()
-        writer = Writer(new)
+        writer = EntryWriter(new)
         try:
             made = make(writer)
             writer.close()
         except BaseException:
             writer.abandon()
             raise
-        with writing_to(self.folder, new):
+        with cache_write_errors(self.folder, new):
             seal(new, made)
 
     @contextmanager
@@ -156,10 +156,10 @@ class Store:
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.folder / f"{key}.lock")
-        with writing_to(self.folder):
+        with cache_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=SECONDS_TO_SPEAK)
+                lock.acquire(timeout=WAIT_NOTICE_SECONDS)
             except Timeout:
                 if os.environ.get("RANK", "0") in ("0", "1"):  # one of them waits; two are enough
                     _say(self._waiting(key))

@@ -22,11 +22,11 @@ from luthier.storage.sizes import in_words, size_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Reader = Callable[[int], Any]
+ValueReader = Callable[[int], Any]
 """Gives the value of one column at a row of a record batch."""
 
 
-class Table:
+class TokenTable:
     """The rows of one Arrow file.
 
     Opening it reads the file's footer only. It pickles as its path, so worker processes map the
@@ -43,10 +43,10 @@ class Table:
         ]
         sizes = [batch.num_rows for batch in self._batches]
         self._starts: list[int] = np.cumsum([0, *sizes]).tolist()
-        self._readers: list[dict[str, Reader] | None] = [None] * len(sizes)
+        self._readers: list[dict[str, ValueReader] | None] = [None] * len(sizes)
 
-    def __reduce__(self) -> tuple[type["Table"], tuple[Path]]:
-        return Table, (self.path,)
+    def __reduce__(self) -> tuple[type["TokenTable"], tuple[Path]]:
+        return TokenTable, (self.path,)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -106,7 +106,7 @@ class Table:
         number = bisect_right(self._starts, position) - 1
         return number, position - self._starts[number]
 
-    def _readers_of(self, number: int) -> dict[str, Reader]:
+    def _readers_of(self, number: int) -> dict[str, ValueReader]:
         """The readers of one record batch, made when its first row is asked for."""
         readers = self._readers[number]
         if readers is None:
@@ -116,7 +116,7 @@ class Table:
         return readers
 
 
-def _reader(array: Any) -> Reader:
+def _reader(array: Any) -> ValueReader:
     """How a value is taken from an Arrow array."""
     import pyarrow as pa
 
@@ -137,7 +137,7 @@ def _offsets(array: Any) -> NDArray[np.int32]:
 
 # What a column of a table may hold, and how lists of Python become Arrow arrays.
 
-MOST_TOKENS = 2**31 - 1
+MAX_BATCH_TOKENS = 2**31 - 1
 """Tokens of one record batch: Arrow's lists count them in 32 bits."""
 
 
@@ -214,7 +214,7 @@ def _lists(values: NDArray[np.int32], offsets: NDArray[np.integer]) -> "pa.Array
     """A list array over flat values, without a copy of them."""
     import pyarrow as pa
 
-    if len(values) > MOST_TOKENS:
+    if len(values) > MAX_BATCH_TOKENS:
         raise ValueError(f"{len(values)} tokens in one append; append fewer rows at a time")
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
@@ -225,7 +225,7 @@ def _lists(values: NDArray[np.int32], offsets: NDArray[np.integer]) -> "pa.Array
 class JoinedTable:
     """The token rows of several tables under one numbering."""
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[TokenTable]) -> None:
         self.tables = list(tables)
         self._starts: list[int] = np.cumsum([0, *map(len, self.tables)]).tolist()
 
@@ -265,7 +265,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def writing_to(cache: Path, entry: Path | None = None) -> Iterator[None]:
+def cache_write_errors(cache: Path, entry: Path | None = None) -> Iterator[None]:
     """Turn an OSError of writing to the cache folder into a UserError that says what to do.
 
     `entry` is the folder of what was being written, whose size is told when the disk is full.
@@ -367,10 +367,10 @@ class TableWriter:
         self._waiting, self._waiting_bytes = [], 0
 
     def _writing(self) -> Any:
-        return writing_to(self._path.parent.parent, self._path.parent)
+        return cache_write_errors(self._path.parent.parent, self._path.parent)
 
 
-class Writer:
+class EntryWriter:
     """Takes the tables of one entry; each becomes a file in its folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.model.device import Machine
 
 
@@ -22,7 +22,7 @@ class Ingredients:
     model: Any
     """On its machine, with its adapter."""
     tokenizer: Any
-    prepared: Prepared
+    prepared: PreparedData
     callbacks: list[Any]
 
 
@@ -33,7 +33,7 @@ class Method(Protocol):
         """The trainer's own arguments; UserError for what they do not allow."""
         ...
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """The model without an adapter."""
         ...
 

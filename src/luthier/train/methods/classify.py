@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from transformers import Trainer, TrainingArguments
 
 from luthier.config.schema import RunConfig
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.metrics.classification import (
     multi_label_scores,
@@ -48,7 +48,7 @@ class Classify:
         """The `transformers.TrainingArguments`."""
         return trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model whose head has an output for each label."""
         labels = find_labels(prepared, config.model.kwargs.get("problem_type"))
         kind = "AutoModelForSequenceClassification"

@@ -9,7 +9,7 @@ from typing import Any
 from trl import DistillationConfig, DistillationTrainer
 
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine, choose
 from luthier.model.load import load_model
@@ -33,7 +33,7 @@ class Distill:
         own |= {"remove_unused_columns": False}
         return trainer_arguments(DistillationConfig, config, machine, folder, has_eval, own)
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model: the student."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 

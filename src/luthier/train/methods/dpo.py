@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import PairLayout
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.train.methods.base import Ingredients
@@ -347,7 +347,7 @@ class DPO(PairMethod):
             )
         return args
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model, and its reference where that is one of its own."""
         self.reference = reference_of(config, machine)
         return super().load_model(config, machine, prepared)

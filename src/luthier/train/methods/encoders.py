@@ -6,17 +6,22 @@ from typing import TYPE_CHECKING, Any
 from luthier.chat import ChatEncoder
 from luthier.config.methods import check_rows
 from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.encoders.chat import ConversationEncoder, KeepingColumns, RowEncoder, TextEncoder
+from luthier.data.encoders.chat import (
+    ColumnKeepingEncoder,
+    ConversationEncoder,
+    RowEncoder,
+    TextEncoder,
+)
 from luthier.data.encoders.preference import (
+    PairSplittingEncoder,
     PreferenceEncoder,
     RewardEncoder,
     UnpairedEncoder,
-    UnpairingEncoder,
 )
-from luthier.data.encoders.prompts import PromptEncoder, longest_prompt
+from luthier.data.encoders.prompts import PromptEncoder, max_prompt_tokens
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
-from luthier.data.examples import key_of_shape
-from luthier.data.prepare import Encoders
+from luthier.data.examples import format_key
+from luthier.data.prepare import EncoderFactory
 from luthier.infer.seq2seq_prompts import Sources
 from luthier.model.tokenizer import end_token_ids
 
@@ -27,14 +32,14 @@ Make = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]
 """From a config, its tokenizer, and the kind of a source's rows, which is one of the method's."""
 
 
-def encoders(config: RunConfig, tokenizer: Any) -> Encoders:
+def encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
     """The encoder for each source of a run; UserError for rows that its method does not take."""
     name = config.trainer.method
 
     def encoder(kind: str, source: SourceConfig, key: str) -> RowEncoder:
-        check_rows(name, kind, key, key_of_shape(key))
+        check_rows(name, kind, key, format_key(key))
         made = ENCODERS[name](config, tokenizer, kind, source)
-        return KeepingColumns(made) if _reads_columns(config) else made
+        return ColumnKeepingEncoder(made) if _reads_columns(config) else made
 
     return encoder
 
@@ -69,7 +74,7 @@ def pairs(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) ->
 
 def verdicts(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
     """Replies behind the ids that generation starts from; of a pair, each by itself."""
-    make = UnpairedEncoder if kind == "unpaired" else UnpairingEncoder
+    make = UnpairedEncoder if kind == "unpaired" else PairSplittingEncoder
     return make(tokenizer, _chat_settings(config, source))
 
 
@@ -96,7 +101,7 @@ def targets(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) 
 def prompts(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
     """Conversations up to their last reply; UserError where completions leave them no room."""
     chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
-    return PromptEncoder(tokenizer, chat, longest_prompt(config))
+    return PromptEncoder(tokenizer, chat, max_prompt_tokens(config))
 
 
 ENCODERS: Mapping[str, Make] = {

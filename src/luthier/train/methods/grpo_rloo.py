@@ -8,7 +8,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import nanstd
 
 from luthier.config.schema import RunConfig
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.metrics.rewards import Reward, parse_rewards, prepare_rewards, try_rewards
 from luthier.model.device import Machine
 from luthier.model.load import load_model
@@ -88,7 +88,7 @@ class Reinforce:
             own["model_init_kwargs"] = {"revision": revision}
         return trainer_arguments(self.make_arguments, config, machine, folder, has_eval, own)
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 

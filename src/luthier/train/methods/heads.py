@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batching.rows import TokenRows
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.model import gguf, source
@@ -60,7 +60,7 @@ class Labels:
         }
 
 
-def find_labels(prepared: Prepared, problem: str | None) -> Labels:
+def find_labels(prepared: PreparedData, problem: str | None) -> Labels:
     """The labels of texts, from the column `label` of the rows that train.
 
     Numbers with a fraction make a regression, lists a task of several classes a text; `problem` is
@@ -84,7 +84,7 @@ def find_labels(prepared: Prepared, problem: str | None) -> Labels:
     return Labels(kind, _known(classes, held, prepared))
 
 
-def find_tags(prepared: Prepared) -> Labels:
+def find_tags(prepared: PreparedData) -> Labels:
     """The tags of words, from the column `tags`; raises UserError as `find_labels` does."""
     values = values_of(prepared.train, "tags")
     held = [value for rows in prepared.eval.values() for value in values_of(rows, "tags")]
@@ -145,7 +145,7 @@ def _is_negative(value: Any) -> bool:
 
 
 def _refuse(
-    prepared: Prepared, values: Iterable[Any], is_wrong: Callable[[Any], bool], what: str
+    prepared: PreparedData, values: Iterable[Any], is_wrong: Callable[[Any], bool], what: str
 ) -> None:
     """Raise UserError with the first wrong label, its place, and what it is not."""
     wrong = next((value for value in values if is_wrong(value)), None)
@@ -153,7 +153,7 @@ def _refuse(
         raise UserError(f"{_place(prepared, wrong)}: the label {wrong!r} is {what}.")
 
 
-def _sorted(values: Iterable[Any], prepared: Prepared) -> list[Any]:
+def _sorted(values: Iterable[Any], prepared: PreparedData) -> list[Any]:
     """All classes, sorted; UserError for names and numbers at once."""
     classes = set(_flat(values))
     names = [one for one in classes if isinstance(one, str)]
@@ -168,7 +168,7 @@ def _sorted(values: Iterable[Any], prepared: Prepared) -> list[Any]:
     return sorted(classes)
 
 
-def _known(classes: Sequence[Any], held: Iterable[Any], prepared: Prepared) -> tuple[str, ...]:
+def _known(classes: Sequence[Any], held: Iterable[Any], prepared: PreparedData) -> tuple[str, ...]:
     """The names of the classes; UserError for one that only evaluation rows have."""
     unseen = sorted(set(_flat(held)) - set(classes), key=str)
     if unseen:
@@ -187,9 +187,9 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
         yield from value if isinstance(value, list) else [value]
 
 
-def _place(prepared: Prepared, wanted: Any) -> str:
+def _place(prepared: PreparedData, wanted: Any) -> str:
     """Where the first row with this label stands."""
-    for part in prepared.parts.values():
+    for part in prepared.sources.values():
         for number, example in enumerate(part.examples(range(len(part)))):
             label = example["label"] if "label" in example else example["tags"]
             if _same(label, wanted) or any(_same(one, wanted) for one in _flat([label])):
@@ -309,7 +309,7 @@ class Labelled(Tabled):
             write_json(folder / "labels.json", self.labels.settings() | problem)
 
 
-def share_padding(model: Any, tokenizer: Any, prepared: Prepared) -> None:
+def share_padding(model: Any, tokenizer: Any, prepared: PreparedData) -> None:
     """Tell a model the tokenizer's padding token, by which decoders find a row's last token.
 
     Raises UserError where a row ends with that very token: the model would read the one before.
@@ -332,7 +332,7 @@ def _ends_with(rows: Any, token: int) -> int:
     return sum(int(rows.table.row(n)["input_ids"][-1]) == token for n in rows.different)
 
 
-def check_positions(model: Any, prepared: Prepared, column: str = "input_ids") -> None:
+def check_positions(model: Any, prepared: PreparedData, column: str = "input_ids") -> None:
     """Raise UserError for a row, in this column, that is longer than the model has positions."""
     limit = positions(model)
     longest = max(_longest(rows, column) for rows in (prepared.train, *prepared.eval.values()))

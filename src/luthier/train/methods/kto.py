@@ -19,7 +19,7 @@ from luthier.data.batching.preference_collators import (
 )
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import Sampler
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.train import console
@@ -209,7 +209,7 @@ class KTO(PairMethod):
             )
         return args
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model, and its reference where that is one of its own."""
         self.reference = reference_of(config, machine)
         return super().load_model(config, machine, prepared)

@@ -11,9 +11,9 @@ from trl.trainer.utils import RepeatSampler
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.rows import TokenRows
-from luthier.data.encode_source import Encoded
-from luthier.data.encoders.prompts import parted, reference_of
-from luthier.data.prepare import Prepared
+from luthier.data.encode_source import EncodedSource
+from luthier.data.encoders.prompts import reference_text, split_prompt_and_reply
+from luthier.data.prepare import PreparedData
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.infer.dequantize import unpacked
@@ -36,7 +36,7 @@ class PromptRows:
     of this name. Every row has every column, null where its source has none.
     """
 
-    def __init__(self, rows: TokenRows, parts: Iterable[Encoded]) -> None:
+    def __init__(self, rows: TokenRows, parts: Iterable[EncodedSource]) -> None:
         """`parts`: those whose token rows the table joins, in any order."""
         assert isinstance(rows.table, JoinedTable)
         by_table = {id(part.tokens): part for part in parts}
@@ -51,9 +51,9 @@ class PromptRows:
     def __getitem__(self, number: int) -> dict[str, Any]:
         example, own = self._row(int(self._index[number]))
         ids = self._tokens.row(int(self._index[number]))["input_ids"]
-        columns: dict[str, Any] = dict.fromkeys(self.names) | {"reference": reference_of(example)}
+        columns: dict[str, Any] = dict.fromkeys(self.names) | {"reference": reference_text(example)}
         columns |= {name: value for name, value in own.items() if name not in RESERVED}
-        return {"prompt": parted(example)[0], "prompt_ids": ids.tolist(), **columns}
+        return {"prompt": split_prompt_and_reply(example)[0], "prompt_ids": ids.tolist(), **columns}
 
     @cached_property
     def names(self) -> list[str]:
@@ -122,10 +122,10 @@ def stop_ids(config: RunConfig, tokenizer: Any) -> list[int]:
     return encoder.stop_token_ids
 
 
-def prompt_rows(prepared: Prepared) -> tuple[PromptRows, dict[str, PromptRows]]:
+def prompt_rows(prepared: PreparedData) -> tuple[PromptRows, dict[str, PromptRows]]:
     """The prompts to train on, and those of each evaluation set by name; the only one has none."""
     assert isinstance(prepared.train, TokenRows)
-    parts = list(prepared.parts.values())
+    parts = list(prepared.sources.values())
     sets = {name: PromptRows(rows, parts) for name, rows in prepared.eval.items()}
     if len(sets) == 1:
         sets = {"": next(iter(sets.values()))}

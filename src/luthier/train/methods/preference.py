@@ -15,7 +15,7 @@ from luthier.data.batching.preference_collators import JudgedLayout, JudgedRows
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import SampledRows, Sampler
 from luthier.data.batching.settings import Batching, batching_of
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
@@ -338,7 +338,7 @@ class PairMethod:
         own = {"remove_unused_columns": False} | self.own(config)
         return trainer_arguments(self.make, config, machine, folder, has_eval, own)
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 

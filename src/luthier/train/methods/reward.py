@@ -14,7 +14,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import WholeLayout
 from luthier.data.batching.rows import TokenRows
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
@@ -72,7 +72,7 @@ class Reward(PairMethod):
 
     make = RewardConfig
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model with one number as its output: its own such head, or a new one from the seed."""
         kind = "AutoModelForSequenceClassification"
         model_config(config.model, kind, "reward", "a model that can score a text")
@@ -95,7 +95,7 @@ class Reward(PairMethod):
         return ScoreTrainer(**self.common(given))
 
 
-def padding(tokenizer: Any, prepared: Prepared) -> int:
+def padding(tokenizer: Any, prepared: PreparedData) -> int:
     """A token that no row ends with: models read the score at the last token that is not this one.
 
     The tokenizer's own where it will do; UserError if there is none.
@@ -112,7 +112,7 @@ def padding(tokenizer: Any, prepared: Prepared) -> int:
     )
 
 
-def _last_tokens(prepared: Prepared) -> Iterator[int]:
+def _last_tokens(prepared: PreparedData) -> Iterator[int]:
     """The last tokens of some rows."""
     assert isinstance(prepared.train, TokenRows)
     for rows in (prepared.train, *prepared.eval.values()):

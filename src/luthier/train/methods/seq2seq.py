@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.rows import IGNORED
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
@@ -41,7 +41,7 @@ class Seq2Seq:
         """The `transformers.Seq2SeqTrainingArguments`."""
         return trainer_arguments(Seq2SeqTrainingArguments, config, machine, folder, has_eval, OWN)
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """An encoder-decoder model."""
         model_config(config.model, MODEL, "seq2seq", "an encoder-decoder model, such as T5 or BART")
         model = load_model(

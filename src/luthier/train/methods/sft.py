@@ -14,7 +14,7 @@ from luthier.data.batching.collators import flattened_for
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import SampledRows, Sampler
 from luthier.data.batching.settings import Batching, batching_of
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
@@ -250,7 +250,7 @@ class Supervised:
         """The `trl.SFTConfig`."""
         return sft_arguments(config, machine, folder, has_eval)
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
@@ -268,7 +268,7 @@ class Supervised:
         )
 
 
-def _training_rows(config: RunConfig, prepared: Prepared, batching: Batching) -> Any:
+def _training_rows(config: RunConfig, prepared: PreparedData, batching: Batching) -> Any:
     """The rows to train on, as the trainer takes them."""
     if isinstance(prepared.train, TokenRows):
         return prepared.train

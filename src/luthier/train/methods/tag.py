@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.rows import IGNORED
-from luthier.data.prepare import Prepared
+from luthier.data.prepare import PreparedData
 from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.device import Machine
 from luthier.train.arguments import trainer_arguments
@@ -41,7 +41,7 @@ class Tag:
         """The `transformers.TrainingArguments`."""
         return trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
 
-    def load_model(self, config: RunConfig, machine: Machine, prepared: Prepared) -> Any:
+    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model whose head has an output for each tag."""
         return load_head(config, machine, "AutoModelForTokenClassification", find_tags(prepared))
 
