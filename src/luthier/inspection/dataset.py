@@ -204,8 +204,8 @@ def _check_kind(opened: OpenedSource, command: str) -> None:
     row_format = opened.row_format
     if row_format.kind in _OTHERS:
         raise UserError(
-            f"{opened.key}: its rows are {_OTHERS[row_format.kind]} (shape {row_format.name}), and luthier "
-            f"{command} looks at conversations and plain texts for now. If they are conversations "
+            f"{opened.key}: its rows are {_OTHERS[row_format.kind]} (shape {row_format.name}), and "
+            f"luthier {command} looks at conversations and plain texts for now. If they are conversations "
             f"all the same, say so: {opened.key}.shape=messages."
         )
 

@@ -48,7 +48,8 @@ def source_lines(survey: Survey) -> Lines:
 def _source_values(account: RowOutcomes, stops: bool) -> Lines:
     opened = account.opened
     config, row_format = opened.config, opened.row_format
-    yield f"{opened.key}: {shorten_location(opened.source.label)}, shape {row_format.name}, {count_rows(len(account))}"
+    label = shorten_location(opened.source.label)
+    yield f"{opened.key}: {label}, shape {row_format.name}, {count_rows(len(account))}"
     if row_format.unused:
         yield f"  columns that are not read: {', '.join(row_format.unused)}"
     if config.filter is not None:
