@@ -205,8 +205,8 @@ def _check_kind(opened: OpenedSource, command: str) -> None:
     if row_format.kind in _OTHERS:
         raise UserError(
             f"{opened.key}: its rows are {_OTHERS[row_format.kind]} (shape {row_format.name}), and "
-            f"luthier {command} looks at conversations and plain texts for now. If they are conversations "
-            f"all the same, say so: {opened.key}.shape=messages."
+            f"luthier {command} looks at conversations and plain texts for now. If they are "
+            f"conversations all the same, say so: {opened.key}.shape=messages."
         )
 
 
