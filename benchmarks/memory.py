@@ -182,13 +182,13 @@ def prepare(case: Case) -> Any:
     from luthier.model.device import choose
     from luthier.model.load import load_model
     from luthier.model.tokenizer import load_tokenizer
-    from luthier.train.arguments import sft_arguments
+    from luthier.train.arguments import build_sft_arguments
     from luthier.train.methods.sft import TokenTrainer
 
     config = load(case.overrides).config
     machine, tokenizer = choose(config.model), load_tokenizer(config.model)
     folder = Path(config.output_dir)
-    args = sft_arguments(config, machine, folder, has_eval=False)
+    args = build_sft_arguments(config, machine, folder, has_eval=False)
     rows = [list(range(100, 100 + case.length))] * (case.rows * STEPS * 4)
     short = [row[:-1] if n % case.rows == 1 else row for n, row in enumerate(rows)]
 

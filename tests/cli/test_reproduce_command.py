@@ -92,11 +92,11 @@ def test_what_cannot_be_repeated_is_refused_in_words(tmp_path, changed, part):
 
 
 def test_a_config_that_this_version_does_not_understand_is_named(tmp_path):
-    from luthier.cli.rerun import loaded
+    from luthier.cli.rerun import load_run_config
 
     folder = write(tmp_path / "a", config=CONFIG | {"loraa": 1})
     with pytest.raises(UserError, match=r"written by another version(.|\n)*loraa"):
-        loaded(folder)
+        load_run_config(folder)
 
 
 def test_a_run_is_found_by_its_folder_or_its_name(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ MOMENTS = {
         ("luthier.data.encode_source:_write", 1),
         ("luthier.data.store.store:seal", 1),
     ],
-    "the last lines": [("luthier.train.loop:save", 1), ("luthier.train.loop:plot_loss", 1)],
+    "the last lines": [("luthier.train.loop:save_model", 1), ("luthier.train.loop:plot_loss", 1)],
 }  # fmt: skip
 
 

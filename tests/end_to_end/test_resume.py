@@ -17,7 +17,7 @@ def interrupted(folder, whole, name, step=6):
     """A copy of a whole run as it was when it was killed behind a step, and its command."""
     run = folder / name
     shutil.copytree(whole, run)
-    for number, path in checkpoints.numbered(run / "checkpoints"):
+    for number, path in checkpoints.list_checkpoints(run / "checkpoints"):
         if number > step:
             shutil.rmtree(path)
     shutil.rmtree(run / "model")
@@ -160,7 +160,7 @@ def test_a_full_disk_ends_the_run_in_words_and_keeps_the_last_good_one(forks, ti
     assert f"The disk of {run / 'checkpoints'} is full" in text
     assert sentence in text
     assert "Traceback" not in text
-    last = checkpoints.newest(run / "checkpoints")
+    last = checkpoints.find_newest_checkpoint(run / "checkpoints")
     assert last.passed_over == []
     assert (last.path is None) == (when == "in the first one")
     assert record(run)["status"] == "failed"
@@ -168,5 +168,5 @@ def test_a_full_disk_ends_the_run_in_words_and_keeps_the_last_good_one(forks, ti
     # With room it goes on.
     disk(64_000, "remount")
     assert forks.run(tiny, *line) == 0
-    step = checkpoints.step_of(last.path) if last.path else 0
+    step = checkpoints.checkpoint_step(last.path) if last.path else 0
     assert record(run)["sessions"][-1]["from_step"] == step

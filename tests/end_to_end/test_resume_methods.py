@@ -41,7 +41,7 @@ def test_a_method_goes_on_exactly(forks, tiny, method):
     whole, stopped = (line_of(tiny, method, f"{method}-{n}") for n in ("whole", "stopped"))
     assert forks.run(tiny, *whole) == 0, said(tiny)[-3000:]
     # Behind step 3: between two lines of the log.
-    signals = [("luthier.train.callbacks:Stopping.on_step_end", 3, signal.SIGTERM)]
+    signals = [("luthier.train.callbacks:StopCallback.on_step_end", 3, signal.SIGTERM)]
     assert forks.run(tiny, *stopped, signals=signals) == 75, said(tiny)[-3000:]
     assert record(tiny / f"{method}-stopped")["sessions"][-1]["to_step"] == 3
     assert forks.run(tiny, *stopped) == 0, said(tiny)[-3000:]

@@ -8,13 +8,13 @@ from luthier.train import launch_checks
 
 
 def probe() -> None:
-    launch_checks.check_before()
-    assert "torch" not in sys.modules, "check_before must not import torch"
+    launch_checks.check_launch_request()
+    assert "torch" not in sys.modules, "check_launch_request must not import torch"
     import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    facts = launch_checks.check_running(accelerator)
+    facts = launch_checks.check_running_launch(accelerator)
     ranks = accelerator.reduce(torch.tensor(accelerator.process_index + 1))
     backend = torch.distributed.get_backend() if facts["processes"] > 1 else None
     line = {**facts, "sum": int(ranks), "backend": backend, "gpus": torch.cuda.device_count()}

@@ -9,7 +9,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.prepare import prepare
 from luthier.model.device import choose
 from luthier.train import methods
-from luthier.train.methods import Ingredients
+from luthier.train.methods import TrainerInputs
 
 ROWS = [
     {"messages": [say("user", "one and one"), say("assistant", "two")], "level": 1},
@@ -71,7 +71,7 @@ def trainer(config, folder, net=None):
     )
     args = method.arguments(config, machine, folder, has_eval=bool(data.eval))
     net = net if net is not None else method.load_model(config, machine, data)
-    made = method.trainer(Ingredients(config, args, net, tokenizer(), data, []))
+    made = method.trainer(TrainerInputs(config, args, net, tokenizer(), data, []))
     made.remove_callback(PrinterCallback)
     made.remove_callback(ProgressCallback)
     return made

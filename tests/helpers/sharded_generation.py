@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.infer.generate import generate
-from luthier.train.evaluation import unsharded
+from luthier.train.evaluation import unsharded_weights
 
 PROMPTS = {0: [[5, 6, 7], [8, 9], [3]], 1: []}
 TOKENS = 12
@@ -52,7 +52,10 @@ def main():
     for layer in split.model.layers:
         fully_shard(layer, reshard_after_forward=True)
     fully_shard(split, reshard_after_forward=True)
-    with profile(activities=[ProfilerActivity.CPU]) as seen, unsharded(split, reshards=True):
+    with (
+        profile(activities=[ProfilerActivity.CPU]) as seen,
+        unsharded_weights(split, reshards=True),
+    ):
         replies = answered(split, PROMPTS[rank])
     sharded = [p.to_local().numel() < p.numel() for p in split.parameters()]
     found = {

@@ -19,7 +19,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.prepare import prepare
 from luthier.model.device import Machine
 from luthier.train import methods
-from luthier.train.methods import Ingredients
+from luthier.train.methods import TrainerInputs
 
 ROOT = Path(__file__).parents[2]
 ASSETS = Path(os.environ["LUTHIER_ASSETS"]) if os.environ.get("LUTHIER_ASSETS") else None
@@ -170,7 +170,7 @@ def built(config, tokenizer, adapt=None):
     model = method.load_model(config, MACHINE, prepared)
     if adapt:
         model = adapt(model)
-    trainer = method.trainer(Ingredients(config, args, model, tokenizer, prepared, []))
+    trainer = method.trainer(TrainerInputs(config, args, model, tokenizer, prepared, []))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer, prepared

@@ -8,7 +8,7 @@ import pytest
 from helpers import adapter_runs as material
 from helpers.chatml import CHATML, jsonl
 from luthier.chat import ChatEncoder
-from luthier.train.loop import write_served
+from luthier.train.loop import save_serving_files
 
 ROWS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
@@ -34,7 +34,7 @@ def saved(tmp_path, base_model):
 
         model = AutoModelForCausalLM.from_pretrained(base_model)
         trainer = SimpleNamespace(processing_class=tokenizer, model=model)
-        write_served(folder / "model", trainer, encoder)
+        save_serving_files(folder / "model", trainer, encoder)
         return folder
 
     return saved

@@ -5,17 +5,17 @@ import json
 import pytest
 
 from luthier.record import checkpoints
-from luthier.record.checkpoints import Bounds
+from luthier.record.checkpoints import CheckpointLimits
 
 MADE = {"planned": True, "resumable": True}
 
 
 def write(folder, step, size=1000, **made):
-    new = folder / checkpoints.NEW / f"checkpoint-{step}"
+    new = folder / checkpoints.NEW_FOLDER / f"checkpoint-{step}"
     (new / "ref").mkdir(parents=True)
     (new / "model.safetensors").write_bytes(bytes([step]) * size)
     (new / "ref" / "adapter.safetensors").write_bytes(b"x")
-    checkpoints.publish(new, folder / new.name, MADE | made)
+    checkpoints.publish_checkpoint(new, folder / new.name, MADE | made)
     return folder / new.name
 
 
@@ -56,10 +56,10 @@ DAMAGE = {
 def test_a_damaged_newest_one_is_found_and_the_one_before_is_used(tmp_path, damage):
     write(tmp_path, 2)
     newest = write(tmp_path, 3)
-    assert checkpoints.newest(tmp_path).path == newest
+    assert checkpoints.find_newest_checkpoint(tmp_path).path == newest
     break_it, problem = DAMAGE[damage]
     break_it(newest)
-    found = checkpoints.newest(tmp_path)
+    found = checkpoints.find_newest_checkpoint(tmp_path)
     assert found.path == tmp_path / "checkpoint-2"
     (sentence,) = found.passed_over
     assert str(newest) in sentence
@@ -69,19 +69,21 @@ def test_a_damaged_newest_one_is_found_and_the_one_before_is_used(tmp_path, dama
 def test_the_newest_is_that_of_the_highest_step(tmp_path):
     for step in (9, 10, 2):
         write(tmp_path, step)
-    assert checkpoints.newest(tmp_path).path == tmp_path / "checkpoint-10"
+    assert checkpoints.find_newest_checkpoint(tmp_path).path == tmp_path / "checkpoint-10"
 
 
 def test_a_model_alone_is_nothing_to_go_on_from(tmp_path):
     write(tmp_path, 2)
     write(tmp_path, 4, resumable=False)
-    found = checkpoints.newest(tmp_path)
+    found = checkpoints.find_newest_checkpoint(tmp_path)
     assert found.path == tmp_path / "checkpoint-2"
     assert "save_only_model" in found.passed_over[0]
 
 
 def test_without_checkpoints_there_is_none(tmp_path):
-    assert checkpoints.newest(tmp_path / "nowhere") == checkpoints.Found(None, [])
+    assert checkpoints.find_newest_checkpoint(tmp_path / "nowhere") == checkpoints.NewestCheckpoint(
+        None, []
+    )
 
 
 def half_written(folder):
@@ -118,10 +120,10 @@ def test_a_killed_process_leaves_whole_checkpoints_or_none(tmp_path, when):
     write(tmp_path, 4)
     leave, steps = KILLED[when]
     leave(tmp_path)
-    checkpoints.recover(tmp_path)
+    checkpoints.recover_checkpoints(tmp_path)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in steps]
-    assert all(checkpoints.made_of(tmp_path / name) for name in names(tmp_path))
-    assert checkpoints.newest(tmp_path).passed_over == []
+    assert all(checkpoints.read_checkpoint_facts(tmp_path / name) for name in names(tmp_path))
+    assert checkpoints.find_newest_checkpoint(tmp_path).passed_over == []
 
 
 def test_one_takes_the_place_of_another_of_its_step(tmp_path):
@@ -132,12 +134,12 @@ def test_one_takes_the_place_of_another_of_its_step(tmp_path):
 
 
 KEPT = {
-    "all of them": (Bounds(), None, [1, 2, 3, 4]),
-    "the last two": (Bounds(count=2), None, [3, 4]),
-    "the last and the best": (Bounds(count=2), 1, [1, 4]),
-    "the last and the best, of one": (Bounds(count=1), 2, [2, 4]),
-    "what fits the budget": (Bounds(budget=3500), None, [3, 4]),
-    "what fits the budget, with the best": (Bounds(budget=3500), 2, [2, 4]),
+    "all of them": (CheckpointLimits(), None, [1, 2, 3, 4]),
+    "the last two": (CheckpointLimits(count=2), None, [3, 4]),
+    "the last and the best": (CheckpointLimits(count=2), 1, [1, 4]),
+    "the last and the best, of one": (CheckpointLimits(count=1), 2, [2, 4]),
+    "what fits the budget": (CheckpointLimits(budget=3500), None, [3, 4]),
+    "what fits the budget, with the best": (CheckpointLimits(budget=3500), 2, [2, 4]),
 }
 
 
@@ -146,7 +148,9 @@ def test_no_more_are_kept_than_may_be(tmp_path, which):
     bounds, best, steps = KEPT[which]
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
-    said = checkpoints.prune(tmp_path, 4, best and tmp_path / f"checkpoint-{best}", bounds)
+    said = checkpoints.prune_checkpoints(
+        tmp_path, 4, best and tmp_path / f"checkpoint-{best}", bounds
+    )
     assert names(tmp_path) == [f"checkpoint-{step}" for step in steps]
     assert said == []
 
@@ -154,7 +158,9 @@ def test_no_more_are_kept_than_may_be(tmp_path, which):
 def test_the_newest_and_the_best_are_kept_beyond_the_budget_and_it_is_said(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step, size=2 * 2**20)
-    (said,) = checkpoints.prune(tmp_path, 3, tmp_path / "checkpoint-1", Bounds(budget=2**20))
+    (said,) = checkpoints.prune_checkpoints(
+        tmp_path, 3, tmp_path / "checkpoint-1", CheckpointLimits(budget=2**20)
+    )
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
     assert "take 4.0 MiB, more than the 1.0 MiB" in said
 
@@ -163,14 +169,14 @@ def test_what_was_taken_for_a_signal_goes_when_there_is_a_newer_one(tmp_path):
     write(tmp_path, 2)
     write(tmp_path, 3, planned=False)
     write(tmp_path, 4)
-    checkpoints.prune(tmp_path, 4, None, Bounds())
+    checkpoints.prune_checkpoints(tmp_path, 4, None, CheckpointLimits())
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_those_of_a_later_step_are_none_of_this_run_s_business_yet(tmp_path):
     for step in (2, 4, 6):
         write(tmp_path, step)
-    checkpoints.prune(tmp_path, 4, None, Bounds(count=1))
+    checkpoints.prune_checkpoints(tmp_path, 4, None, CheckpointLimits(count=1))
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
 
 

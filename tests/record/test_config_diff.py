@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from luthier.record import run_dir
-from luthier.record.config_diff import changes, rates_follow_length
-from luthier.record.record import FORMAT, RunRecord
+from luthier.record.config_diff import compare_configs, schedule_depends_on_length
+from luthier.record.record import RECORD_FORMAT, RunRecord
 from luthier.storage.atomic import write_json
 
 CONFIG = {
@@ -57,13 +57,13 @@ def changed(config, **settings):
 )
 def test_a_change_is_of_its_kind(key, value, both, kind):
     old = changed(CONFIG, **both)
-    (change,) = changes(old, changed(old, **{key: value}))
+    (change,) = compare_configs(old, changed(old, **{key: value}))
     assert (change.key, change.kind) == (key, kind)
 
 
 @pytest.mark.parametrize("key", ["output_dir", "tracker.to", "overwrite", "recipe"])
 def test_where_and_whether_a_run_happens_is_no_change(key):
-    assert changes(CONFIG, changed(CONFIG, **{key: "other"})) == []
+    assert compare_configs(CONFIG, changed(CONFIG, **{key: "other"})) == []
 
 
 RATES = [
@@ -75,12 +75,12 @@ RATES = [
 @pytest.mark.parametrize(("kind", "warmup", "follows"), RATES)
 def test_which_learning_rates_depend_on_the_number_of_steps(kind, warmup, follows):
     args = {"trainer.args.lr_scheduler_type": kind, "trainer.args.warmup_steps": warmup}
-    assert rates_follow_length(changed(CONFIG, **args)) is follows
+    assert schedule_depends_on_length(changed(CONFIG, **args)) is follows
 
 
 def finished(folder, status="finished"):
     run_dir.prepare(folder, CONFIG, [])
-    write_json(folder / "run.json", {"status": status, "format": FORMAT})
+    write_json(folder / "run.json", {"status": status, "format": RECORD_FORMAT})
     (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
 
 
@@ -102,7 +102,7 @@ def test_what_stands_in_the_way_is_told_from_what_does_not(tmp_path):
 
 
 def test_a_folder_of_a_newer_luthier_is_refused_in_words(tmp_path):
-    write_json(tmp_path / "run.json", {"format": FORMAT + 1, "versions": {"luthier": "9.0"}})
+    write_json(tmp_path / "run.json", {"format": RECORD_FORMAT + 1, "versions": {"luthier": "9.0"}})
     with pytest.raises(Exception, match=r"written by luthier 9\.0, in a form \(format 3\)"):
         RunRecord(tmp_path)
 

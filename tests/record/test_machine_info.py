@@ -27,5 +27,5 @@ def test_outside_git_there_is_no_state(tmp_path):
 
 
 def test_versions_are_of_what_is_installed():
-    found = machine_info.versions()
+    found = machine_info.package_versions()
     assert {"python", "torch", "transformers", "trl"} <= set(found)

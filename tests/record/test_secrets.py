@@ -8,7 +8,7 @@ import pytest
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
 from luthier.record import run_dir
 from luthier.record.record import RunRecord
-from luthier.record.secrets import redacted, redacted_override, scrubbed
+from luthier.record.secrets import redact_override, redact_secrets, scrub_text
 
 TOKEN = "hf_" + "AbCdEfGh" * 4
 ENVIRONMENT = {
@@ -36,15 +36,19 @@ TEXTS = [
 
 @pytest.mark.parametrize(("text", "safe"), [t[1:] for t in TEXTS], ids=[t[0] for t in TEXTS])
 def test_a_text_is_scrubbed(text, safe):
-    assert scrubbed(text, ENVIRONMENT) == (text if safe is None else safe)
+    assert scrub_text(text, ENVIRONMENT) == (text if safe is None else safe)
 
 
 def test_an_override_and_a_config_are_scrubbed(monkeypatch):
     monkeypatch.setenv("MY_SECRET", "correct horse battery")
-    assert redacted_override("tracker.wandb.api_key=x1") == "tracker.wandb.api_key=(hidden)"
-    assert redacted_override(f"chat.date={TOKEN}") == "chat.date=(hidden)"
+    assert redact_override("tracker.wandb.api_key=x1") == "tracker.wandb.api_key=(hidden)"
+    assert redact_override(f"chat.date={TOKEN}") == "chat.date=(hidden)"
     given = {"a": ["correct horse battery", 3], "hub_token": "t", "tokens": "kept"}
-    assert redacted(given) == {"a": ["(hidden)", 3], "hub_token": "(hidden)", "tokens": "kept"}
+    assert redact_secrets(given) == {
+        "a": ["(hidden)", 3],
+        "hub_token": "(hidden)",
+        "tokens": "kept",
+    }
 
 
 def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):

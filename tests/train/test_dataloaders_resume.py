@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.sft_trainer import model, packing, rows, trainer
-from luthier.train.dataloaders import StreamRows
+from luthier.train.dataloaders import StreamDataset
 
 WAYS = {
     "packed": (packing(), {}),
@@ -63,7 +63,9 @@ def stream():
 
 
 def stream_trainer(folder, packed, size=4, **args):
-    made = StreamRows(stream, seed=5, shuffle_buffer=8, length=32 if packed else None, pack_rows=4)
+    made = StreamDataset(
+        stream, seed=5, shuffle_buffer=8, length=32 if packed else None, pack_rows=4
+    )
     return trainer(model(), folder, made, packing() if packed else None, **{
         "max_steps": 9, "per_device_train_batch_size": size, "learning_rate": 0.01,
         "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3, **args,

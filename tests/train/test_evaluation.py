@@ -7,7 +7,7 @@ import pytest
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.questions import questions
-from luthier.train.evaluation import Patience, asked, choose_best
+from luthier.train.evaluation import EarlyStopping, select_eval_prompts, set_best_model_metric
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}
@@ -25,7 +25,7 @@ ROW = ({"messages": [USER, REPLY]}, {})
     ids=["as many as are scored", "no more than there are", "those shown", "none"],
 )
 def test_how_many_are_asked(settings, count):
-    sets = asked(EvaluationConfig(**settings), {"": [ROW] * 9}, "ddp")
+    sets = select_eval_prompts(EvaluationConfig(**settings), {"": [ROW] * 9}, "ddp")
     assert sum(len(one.questions) for one in sets) == count
 
 
@@ -60,31 +60,31 @@ def test_a_question_knows_its_row():
 def test_each_set_has_its_own_metrics_and_names():
     config = EvaluationConfig(metrics=["exact_match"], sets={"sums": ["number"], "other": []})
     row = ({"messages": [USER, {"role": "assistant", "content": "7"}]}, {})
-    sets = asked(config, {"": [row], "sums": [row], "other": [row]}, "none")
+    sets = select_eval_prompts(config, {"": [row], "sums": [row], "other": [row]}, "none")
     names = [(one.prefix, one.label, [metric.name for metric in one.metrics]) for one in sets]
     assert names == [("eval", "", ["exact_match"]), ("eval_sums", "sums/", ["number"])]
 
 
 def test_a_reference_that_no_metric_can_compare_with_stops_the_run():
     with pytest.raises(UserError, match="metric number: 1 of 1 references"):
-        asked(EvaluationConfig(metrics=["number"]), {"": [ROW]}, "none")
+        select_eval_prompts(EvaluationConfig(metrics=["number"]), {"": [ROW]}, "none")
 
 
 def test_metrics_need_rows_with_a_reply():
     config = EvaluationConfig(sets={"texts": ["exact_match"]})
     with pytest.raises(UserError, match=r"evaluation\.sets\.texts: no row of the evaluation set"):
-        asked(config, {"": [ROW], "texts": [({"text": "a"}, {})]}, "none")
+        select_eval_prompts(config, {"": [ROW], "texts": [({"text": "a"}, {})]}, "none")
 
 
 def test_fsdp1_answers_nothing():
-    assert asked(EvaluationConfig(), {"": [ROW]}, "fsdp1") == []
+    assert select_eval_prompts(EvaluationConfig(), {"": [ROW]}, "fsdp1") == []
     with pytest.raises(UserError, match="replies are not generated under fsdp1"):
-        asked(EvaluationConfig(metrics=["exact_match"]), {"": [ROW]}, "fsdp1")
+        select_eval_prompts(EvaluationConfig(metrics=["exact_match"]), {"": [ROW]}, "fsdp1")
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_other_sharding_answers(sharding):
-    (one,) = asked(EvaluationConfig(), {"": [ROW]}, sharding)
+    (one,) = select_eval_prompts(EvaluationConfig(), {"": [ROW]}, sharding)
     assert len(one.questions) == 1
 
 
@@ -99,7 +99,7 @@ def best(metrics=(), sets=None, patience=None, **args):
     )  # fmt: skip
     args = {"metric_for_best_model": None, "greater_is_better": None} | args
     found = SimpleNamespace(**args)
-    choose_best(found, config)
+    set_best_model_metric(found, config)
     return found.metric_for_best_model, found.greater_is_better
 
 
@@ -125,7 +125,7 @@ def test_which_way_the_best_checkpoint_lies(found, expected):
 
 
 def test_patience_passes_over_the_measures_of_other_sets():
-    patience, control = Patience(1), SimpleNamespace(should_training_stop=False)
+    patience, control = EarlyStopping(1), SimpleNamespace(should_training_stop=False)
     args = SimpleNamespace(metric_for_best_model="loss", greater_is_better=False)
     state = SimpleNamespace(best_metric=1.0)
     patience.on_evaluate(args, state, control, {"eval_other_loss": 9.0})

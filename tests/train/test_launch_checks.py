@@ -9,7 +9,7 @@ import torch
 
 from luthier.errors import UserError, report
 from luthier.train import launch_checks
-from luthier.train.launch_request import read_command
+from luthier.train.launch_request import parse_launch_command
 
 FILE = ["--config_file", "asked.yaml"]
 RANK = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -27,15 +27,15 @@ def ask(monkeypatch, tmp_path):
 
     def give(words: list[str], file: str | None = None, **environ: str) -> None:
         for name in (*VARIABLES, "ACCELERATE_USE_CPU", "TORCHELASTIC_ERROR_FILE"):
-            # Set first, so that what check_before sets is undone too.
+            # Set first, so that what check_launch_request sets is undone too.
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         if file is not None:
             (tmp_path / "asked.yaml").write_text(file)
-        wish = read_command(words, tmp_path, {"HF_HOME": str(tmp_path), **environ})
-        monkeypatch.setattr(launch_checks, "asked", lambda: wish)
+        wish = parse_launch_command(words, tmp_path, {"HF_HOME": str(tmp_path), **environ})
+        monkeypatch.setattr(launch_checks, "read_launch_request", lambda: wish)
 
     return give
 
@@ -54,7 +54,7 @@ def ask(monkeypatch, tmp_path):
 )
 def test_no_false_alarm(ask, words, file, environ):
     ask(words, file, **environ)
-    launch_checks.check_before()
+    launch_checks.check_launch_request()
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_no_false_alarm(ask, words, file, environ):
 def test_stops_before_torch(ask, words, file, environ, parts):
     ask(words, file, **environ)
     with pytest.raises(UserError) as stopped:
-        launch_checks.check_before()
+        launch_checks.check_launch_request()
     for part in parts:
         assert part in str(stopped.value)
 
 
 def test_use_cpu_is_passed_on(ask):
     ask(FILE, CPU_DDP, **RANK)
-    launch_checks.check_before()
+    launch_checks.check_launch_request()
     assert launch_checks.os.environ["ACCELERATE_USE_CPU"] == "true"
 
 
@@ -203,8 +203,8 @@ def test_running(ask, words, file, facts, part):
     ask(words, file)
     stops = pytest.raises(UserError, match=part) if part is not None else nullcontext()
     with stops:
-        launch_checks._refuse_other_sharding(launch_checks.asked(), facts)
-        launch_checks._refuse_other_precision(launch_checks.asked(), facts)
+        launch_checks._refuse_other_sharding(launch_checks.read_launch_request(), facts)
+        launch_checks._refuse_other_precision(launch_checks.read_launch_request(), facts)
 
 
 def test_splitting_a_batch_over_gpus_stops():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.train.launch_request import read_command, unknown_keys
+from luthier.train.launch_request import find_unknown_keys, parse_launch_command
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 CONFIGS = sorted(LAUNCH.glob("*.yaml"))
@@ -50,10 +50,10 @@ def test_accelerate_takes_it_as_we_read_it(path):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     load_config_from_file(str(path))  # refuses unknown keys at the top
-    assert unknown_keys(path) == []
+    assert find_unknown_keys(path) == []
     words = ["--config_file", str(path)]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
-    wish = read_command(words, LAUNCH, {})
+    wish = parse_launch_command(words, LAUNCH, {})
     count, distributed, precision, cpu = ASKED[path.stem]
     assert (wish.num_processes, args.num_processes) == (count, count)
     assert (wish.mixed_precision, args.mixed_precision) == (precision, precision)

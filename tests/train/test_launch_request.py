@@ -3,11 +3,11 @@
 import pytest
 
 from luthier.train.launch_request import (
-    asked,
-    launcher_words,
-    read_command,
-    read_environment,
-    unknown_keys,
+    extract_launcher_flags,
+    find_unknown_keys,
+    parse_launch_command,
+    parse_launch_environment,
+    read_launch_request,
 )
 
 DDP = "distributed_type: MULTI_GPU\nnum_processes: 4\nmixed_precision: bf16\n"
@@ -70,7 +70,7 @@ def test_agrees_with_accelerate(flags, file, default, tmp_path, monkeypatch):
         path.parent.mkdir()
         path.write_text(file)
     words = list(flags) if default or file is None else [*flags, "--config_file", str(path)]
-    wish = read_command(words, tmp_path, {"HF_HOME": str(tmp_path)})
+    wish = parse_launch_command(words, tmp_path, {"HF_HOME": str(tmp_path)})
     theirs = as_accelerate_reads_it(words)
     assert (wish.config_file is not None) == theirs["file"]
     assert (wish.num_processes or theirs["num_processes"]) == theirs["num_processes"]
@@ -98,7 +98,7 @@ def test_agrees_with_accelerate(flags, file, default, tmp_path, monkeypatch):
 )
 def test_says_who_asked(flags, said, tmp_path):
     (tmp_path / "my.yaml").write_text(DDP)
-    wish = read_command([*flags, "--config_file", "my.yaml"], tmp_path, {})
+    wish = parse_launch_command([*flags, "--config_file", "my.yaml"], tmp_path, {})
     assert {name: wish.said_by[name] for name in said} == said
 
 
@@ -154,7 +154,7 @@ CHILD = [PYTHON, "train.py", "recipe=x"]
     ],
 )
 def test_finds_the_launchers_own_words(command, child, flags):
-    assert launcher_words(command, child) == flags
+    assert extract_launcher_flags(command, child) == flags
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_finds_the_launchers_own_words(command, child, flags):
     ],
 )
 def test_reads_the_environment(environ, expected):
-    wish = read_environment(environ)
+    wish = parse_launch_environment(environ)
     if expected is None:
         assert wish is None
     else:
@@ -195,8 +195,8 @@ def test_reads_the_environment(environ, expected):
 def test_finds_keys_that_accelerate_ignores(text, unknown, tmp_path):
     path = tmp_path / "asked.yaml"
     path.write_text(text)
-    assert [key for _, key, _ in unknown_keys(path)] == unknown
+    assert [key for _, key, _ in find_unknown_keys(path)] == unknown
 
 
 def test_this_test_run_was_not_launched():
-    assert asked() is None
+    assert read_launch_request() is None

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
 from luthier.errors import UserError
-from luthier.train.trackers import check_installed
+from luthier.train.trackers import check_trackers_installed
 
 
 def config(*trackers):
@@ -19,9 +19,9 @@ def config(*trackers):
 def test_a_tracker_that_is_not_installed_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'luthier\[trackio\]'"):
-        check_installed(config("trackio"))
+        check_trackers_installed(config("trackio"))
 
 
 def test_no_tracker_needs_nothing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_installed(config())
+    check_trackers_installed(config())

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from luthier.cli.arguments import Grammar
-from luthier.record.checkpoints import read_lines
-from luthier.record.config_diff import NEUTRAL, differing, flat
-from luthier.record.record import read
+from luthier.record.checkpoints import read_step_log
+from luthier.record.config_diff import NEUTRAL_KEYS, differing_keys, flatten_config
+from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
 
 GRAMMAR = Grammar(
@@ -43,7 +43,7 @@ def run(words: list[str]) -> int:
 
 def compare(a: Path, b: Path) -> list[tuple[str, Lines]]:
     """What differs between two runs, in groups; a group without lines is the same in both."""
-    one, other = read(a), read(b)
+    one, other = read_record(a), read_record(b)
 
     def of(*names: str) -> Lines:
         parts = [{name: record.get(name) for name in names} for record in (one, other)]
@@ -78,7 +78,7 @@ def print_groups(groups: Iterable[tuple[str, Lines]], a: Path, b: Path) -> None:
 
 
 def _lines(one: dict[str, Any], other: dict[str, Any]) -> Lines:
-    found = ((key, str(a), str(b)) for key, a, b in differing(one, other))
+    found = ((key, str(a), str(b)) for key, a, b in differing_keys(one, other))
     return [
         (key.partition(".")[2] or key, a, b)
         for key, a, b in found
@@ -91,13 +91,13 @@ def _config(a: Path, b: Path) -> Lines:
     for folder in (a, b):
         path = folder / "config.yaml"
         found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        configs.append({key: part for key, part in found.items() if key not in NEUTRAL})
-    return [(key, str(one), str(other)) for key, one, other in differing(*configs)]
+        configs.append({key: part for key, part in found.items() if key not in NEUTRAL_KEYS})
+    return [(key, str(one), str(other)) for key, one, other in differing_keys(*configs)]
 
 
 def _code(one: dict[str, Any], other: dict[str, Any]) -> Lines:
     """The commits, and whether the same was changed on top of them."""
-    states = [flat(record.get("git") or {}) for record in (one, other)]
+    states = [flatten_config(record.get("git") or {}) for record in (one, other)]
     names = sorted({name for state in states for name in state if name.endswith(_CODE)})
     pairs = ((name, *(str(state.get(name)) for state in states)) for name in names)
     return [(name, a, b) for name, a, b in pairs if a != b]
@@ -111,7 +111,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics, without what is measured in seconds."""
     return [
         {k: v for k, v in row.items() if not k.endswith(TIMES) and "/time" not in k}
-        for row in read_lines(folder / "metrics.jsonl")
+        for row in read_step_log(folder / "metrics.jsonl")
     ]
 
 

@@ -232,7 +232,7 @@ def _benchmarks(model: "Subject", given: Given) -> dict[str, Any]:
 def _plain(
     model: "Subject", other: "Subject | None", results: "list[Result]", settings: dict[str, Any]
 ) -> dict[str, Any]:
-    from luthier.record.machine_info import versions
+    from luthier.record.machine_info import package_versions
 
     against = None if other is None else other.artefact.word
     return {
@@ -241,5 +241,5 @@ def _plain(
         "level": LEVEL,
         "settings": settings,
         "sets": [each.plain() for each in results],
-        "versions": versions(),
+        "versions": package_versions(),
     }

@@ -38,8 +38,8 @@ def run(words: list[str]) -> int:
     began = time.monotonic()
     tokenizer = load_tokenizer(config.model)
     prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
-    console.show_data(prepared)
+    console.print_data(prepared)
     for key, part in prepared.sources.items():
-        console.say(f"{key}: {part.stored.folder}")
-    console.say(f"ready in {time.monotonic() - began:.1f} s")
+        console.print_line(f"{key}: {part.stored.folder}")
+    console.print_line(f"ready in {time.monotonic() - began:.1f} s")
     return 0

@@ -14,11 +14,11 @@ from luthier.cli import diff
 from luthier.cli.arguments import Grammar
 from luthier.errors import UserError
 from luthier.record import run_dir
-from luthier.record.checkpoints import read_lines
-from luthier.record.record import read
+from luthier.record.checkpoints import read_step_log
+from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
 from luthier.storage.manifest import digest
-from luthier.train.signals import STOPPED
+from luthier.train.signals import STOPPED_EXIT_CODE
 
 GRAMMAR = Grammar(
     "reproduce",
@@ -42,7 +42,7 @@ def run(words: list[str]) -> int:
     if len(typed) != 1:
         raise UserError("`luthier reproduce` needs one run: luthier reproduce runs/RECIPE/NAME")
     old = find_run(typed[0]).resolve()
-    record = read(old)
+    record = read_record(old)
     check(old, record)
     new = old.with_name(f"{old.name}{AGAIN}")
     prepare(old, new)
@@ -109,7 +109,7 @@ def train_again(record: dict[str, Any], new: Path) -> int:
             process.send_signal(signal.SIGINT)
             ended = process.wait()
         said = code.read_text(encoding="utf-8").strip() if code.is_file() else ""
-        return STOPPED if said == str(STOPPED) else ended
+        return STOPPED_EXIT_CODE if said == str(STOPPED_EXIT_CODE) else ended
 
 
 def _command(record: dict[str, Any], place: Path) -> list[str]:
@@ -169,7 +169,7 @@ def differing_weights(old: Path, new: Path) -> list[str]:
 def _print_reasons(old: Path, new: Path) -> None:
     """Say what could be the reason: what differs in the environment, and what varies anyway."""
     groups = [group for group in diff.compare(old, new) if group[0] not in ("config", "results")]
-    record = read(old)
+    record = read_record(old)
     if any(lines for _, lines in groups):
         print("what differs in the environment:")
     for heading, lines in groups:
@@ -180,5 +180,5 @@ def _print_reasons(old: Path, new: Path) -> None:
     on_cpu = (record.get("launch") or {}).get("device") == "cpu"
     if not record.get("seeds", {}).get("deterministic") and not on_cpu:
         print("the run was not deterministic: with deterministic=true, GPU kernels do not vary")
-    if not read_lines(old / "metrics.jsonl"):
+    if not read_step_log(old / "metrics.jsonl"):
         print("the run left no metrics to compare")

@@ -17,12 +17,12 @@ def main(folder: Path) -> int:
     from luthier.train.run import run
 
     try:
-        return run(loaded(folder), after_a_run)
+        return run(load_run_config(folder), after_a_run)
     except UserError as error:
         return errors.report(error)
 
 
-def loaded(folder: Path) -> Loaded:
+def load_run_config(folder: Path) -> Loaded:
     """The config of a run's folder, as if it had been typed."""
     from pydantic import ValidationError
 

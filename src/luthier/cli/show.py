@@ -5,8 +5,8 @@ from typing import Any
 
 from luthier.cli.arguments import Grammar
 from luthier.record import checkpoints
-from luthier.record.machine_info import MAIN
-from luthier.record.record import read
+from luthier.record.machine_info import MAIN_PACKAGES
+from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
 from luthier.storage import lock
 from luthier.storage.sizes import in_words, size_of
@@ -55,7 +55,7 @@ def print_page(folder: Path, sections: Page) -> None:
 
 def page(folder: Path) -> Page:
     """What the record of a run says; what an older luthier did not write is left out."""
-    record = read(folder)
+    record = read_record(folder)
     sections: Page = [
         ("Run", [("status", _status(folder, record)), *_run(record)]),
         ("Model and data", _material(record)),
@@ -157,7 +157,7 @@ def _commit(state: dict[str, Any] | None) -> str:
 
 def _versions(record: dict[str, Any]) -> list[tuple[str, str]]:
     versions = record.get("versions", {})
-    rows = [(name, versions[name]) for name in ("python", *MAIN) if name in versions]
+    rows = [(name, versions[name]) for name in ("python", *MAIN_PACKAGES) if name in versions]
     more = len(versions) - len(rows)
     return rows + ([("others", f"{more} packages, in run.json")] if more else [])
 
@@ -189,5 +189,5 @@ def _part(part: dict[str, Any]) -> str:
 def _checkpoints(folder: Path) -> list[tuple[str, str]]:
     return [
         (path.name, in_words(size_of(path)))
-        for _, path in checkpoints.numbered(folder / "checkpoints")
+        for _, path in checkpoints.list_checkpoints(folder / "checkpoints")
     ]

@@ -44,7 +44,7 @@ def sweep(words: list[str]) -> int:
         launch = local.find(planned.launcher, os.environ)
     if planned.base.config.dry_run:
         return _dry_run(planned)
-    is_orphan = orphan_check(launch_request.launcher_command() is not None)
+    is_orphan = orphan_check(launch_request.find_launcher_command() is not None)
     rooms = _rooms(planned, launch)
     lock = take(planned)
     try:

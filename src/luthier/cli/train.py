@@ -20,7 +20,7 @@ from luthier.errors import UserError, nearest
 
 _WIDTH = 100
 
-_TOP = """\
+_HELP_TOP = """\
 luthier turns a recipe into a fine-tuned language model.
 
   python train.py recipe=NAME [group=option ...] [key=value ...]
@@ -35,7 +35,7 @@ Examples
   python train.py -m recipe=quickstart lora.r=8,16,32    a sweep: every value is a run
 """
 
-_BOTTOM = """\
+_HELP_BOTTOM = """\
 Settings of the libraries, by their own names
   trainer.args.NAME   trl.SFTConfig            lora.NAME          peft.LoraConfig
   model.kwargs.NAME   from_pretrained          quantization.NAME  transformers.BitsAndBytesConfig
@@ -56,36 +56,42 @@ Your own files: ./conf/GROUP/NAME.yaml is group=NAME; ./recipes/NAME.yaml is rec
 
 def help_text() -> str:
     """Return the page that `--help` prints."""
-    lines = [_TOP, "Recipes"]
-    lines += _table({recipe.name: recipe.header for recipe in list_recipes()})
+    lines = [_HELP_TOP, "Recipes"]
+    lines += _help_table({recipe.name: recipe.header for recipe in list_recipes()})
     lines += ["", "Groups and their options"]
     for group in GROUPS:
         found = {f"{group}={name}": header(path) for name, path in options(group).items()}
-        lines += _table(found)
-    return "\n".join([*lines, "", _BOTTOM])
+        lines += _help_table(found)
+    return "\n".join([*lines, "", _HELP_BOTTOM])
 
 
-def _table(rows: dict[str, str]) -> list[str]:
+def _help_table(rows: dict[str, str]) -> list[str]:
     width = max([29, *(len(name) + 1 for name in rows)])
-    return [f"  {name:<{width}}{_cut(text, _WIDTH - width - 2)}" for name, text in rows.items()]
+    return [f"  {name:<{width}}{_shorten(text, _WIDTH - width - 2)}" for name, text in rows.items()]
 
 
-def _cut(text: str, width: int) -> str:
+def _shorten(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3].rstrip()}..."
 
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 """The exit code of a program that SIGINT ended, as shells have it."""
 
 _FLAGS = ("--help", "--version", "--cfg", "--resolve", "--package", "--info", "--multirun")
-_SHORT = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-i": "--info", "-m": "--multirun"}
-_WITH_VALUE = ("--cfg", "--package", "--info")
-_CFG = ("job", "hydra", "all")
-_INFO = ("searchpath", "defaults", "defaults-tree", "config", "plugins", "all")
-_OF_A_SWEEP = ("hydra/sweeper", "hydra.sweeper", "hydra/launcher", "hydra.launcher")
+_SHORT_FLAGS = {
+    "-h": "--help",
+    "-c": "--cfg",
+    "-p": "--package",
+    "-i": "--info",
+    "-m": "--multirun",
+}
+_FLAGS_WITH_VALUE = ("--cfg", "--package", "--info")
+_CFG_VALUES = ("job", "hydra", "all")
+_INFO_VALUES = ("searchpath", "defaults", "defaults-tree", "config", "plugins", "all")
+_SWEEP_KEYS = ("hydra/sweeper", "hydra.sweeper", "hydra/launcher", "hydra.launcher")
 
 
-class Arguments(NamedTuple):
+class TrainCommandLine(NamedTuple):
     """The command line taken apart: flags with their values, and the overrides as typed."""
 
     flags: dict[str, str]
@@ -98,21 +104,21 @@ def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) ->
     `task` gets the valid configuration. A user's mistake is printed in words, and the code is 2.
     """
     try:
-        arguments = _arguments(sys.argv[1:] if argv is None else argv)
+        arguments = _parse_command_line(sys.argv[1:] if argv is None else argv)
         if set(arguments.flags) == {"--multirun"}:
-            return _sweep(arguments.overrides)
+            return _run_sweep(arguments.overrides)
         if arguments.flags:
-            return _show(arguments)
+            return _print_information(arguments)
         _refuse_sweep_settings(arguments.overrides)
         return task(load(arguments.overrides)) or 0
     except UserError as mistake:
         return errors.report(mistake)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
 
 
-def _arguments(argv: list[str]) -> Arguments:
+def _parse_command_line(argv: list[str]) -> TrainCommandLine:
     flags: dict[str, str] = {}
     overrides: list[str] = []
     words = iter(argv)
@@ -121,14 +127,14 @@ def _arguments(argv: list[str]) -> Arguments:
             overrides.append(word)
             continue
         short, _, value = word.partition("=")
-        name = _SHORT.get(short, short)
+        name = _SHORT_FLAGS.get(short, short)
         if name not in _FLAGS:
-            raise UserError(_no_flag(word, name))
-        flags[name] = (value or next(words, "")) if name in _WITH_VALUE else ""
-    return Arguments(flags, overrides)
+            raise UserError(_unknown_flag_message(word, name))
+        flags[name] = (value or next(words, "")) if name in _FLAGS_WITH_VALUE else ""
+    return TrainCommandLine(flags, overrides)
 
 
-def _sweep(overrides: list[str]) -> int:
+def _run_sweep(overrides: list[str]) -> int:
     """Try every point of a sweep; each is a run of its own, with a process group of its own."""
     from luthier.cli.sweep import sweep
 
@@ -138,44 +144,44 @@ def _sweep(overrides: list[str]) -> int:
 def _refuse_sweep_settings(overrides: list[str]) -> None:
     for line in overrides:
         key = line.lstrip("+~").partition("=")[0]
-        if key.startswith(_OF_A_SWEEP):
+        if key.startswith(_SWEEP_KEYS):
             raise UserError(
                 f"{key}: this is a setting of a sweep, and one run was asked for. Add -m."
             )
 
 
-def _no_flag(word: str, name: str) -> str:
+def _unknown_flag_message(word: str, name: str) -> str:
     close = nearest(name, _FLAGS)
     guess = f"Did you mean {close}? " if close else ""
     flags = f"Flags: {', '.join(_FLAGS)}; settings are written key=value."
     return f"{word}: there is no such flag. {guess}{flags}"
 
 
-def _show(arguments: Arguments) -> int:
+def _print_information(arguments: TrainCommandLine) -> int:
     flags = arguments.flags
     if "--help" in flags:
         print(help_text())
     elif "--version" in flags:
         print(f"luthier {luthier.__version__}")
     elif "--info" in flags:
-        _show_info(_one_of("--info", flags["--info"], _INFO), arguments.overrides)
+        _print_info(_check_choice("--info", flags["--info"], _INFO_VALUES), arguments.overrides)
     elif "--cfg" in flags:
-        return _show_config(_one_of("--cfg", flags["--cfg"], _CFG), arguments)
+        return _print_config(_check_choice("--cfg", flags["--cfg"], _CFG_VALUES), arguments)
     else:
         raise UserError(f"{', '.join(flags)} is used with --cfg: --cfg job --resolve")
     return 0
 
 
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+def _check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> str:
     if value in allowed:
         return value
     raise UserError(f"{flag} {value}: write {flag} {'|'.join(allowed)}.")
 
 
-def _show_config(what: str, arguments: Arguments) -> int:
+def _print_config(what: str, arguments: TrainCommandLine) -> int:
     """Print a configuration; one with mistakes is printed as far as it goes, with the mistakes."""
     composed = compose_config(arguments.overrides)
-    shown = _part(composed.config, what)
+    shown = _select_config(composed.config, what)
     mistake = None
     try:
         loaded = finish(composed, arguments.overrides)
@@ -184,11 +190,11 @@ def _show_config(what: str, arguments: Arguments) -> int:
     except UserError as error:
         mistake = error
     package = arguments.flags.get("--package", "")
-    print(_yaml(OmegaConf.select(shown, package) if package else shown), end="")
+    print(_to_yaml(OmegaConf.select(shown, package) if package else shown), end="")
     return 0 if mistake is None else errors.report(mistake)
 
 
-def _part(config: DictConfig, what: str) -> DictConfig:
+def _select_config(config: DictConfig, what: str) -> DictConfig:
     if what == "hydra":
         return OmegaConf.create({"hydra": config.get("hydra")})
     shown = config.copy()
@@ -198,22 +204,22 @@ def _part(config: DictConfig, what: str) -> DictConfig:
     return shown
 
 
-def _yaml(part: object) -> str:
+def _to_yaml(part: object) -> str:
     plain = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def _show_info(what: str, overrides: list[str]) -> None:
+def _print_info(what: str, overrides: list[str]) -> None:
     if what == "searchpath":
         print("Config groups are looked for in (the first that has an option wins):")
         print("\n".join(f"  {folder}" for folder in recipes.conf_folders()))
         print("Recipes (./recipes, $LUTHIER_RECIPES, bundled):")
         print("\n".join(f"  {folder}" for folder in recipes.recipe_folders()))
         return
-    _hydra_info(what, overrides)
+    _print_hydra_info(what, overrides)
 
 
-def _hydra_info(what: str, overrides: list[str]) -> None:
+def _print_hydra_info(what: str, overrides: list[str]) -> None:
     """Let Hydra print what it knows about these overrides."""
     import hydra
 
@@ -225,12 +231,12 @@ def _hydra_info(what: str, overrides: list[str]) -> None:
     argv, sys.argv = sys.argv, [sys.argv[0], "--info", what, *(one.for_hydra for one in typed)]
     try:
         with hydra_plugins.dropping(chain.dropped):
-            hydra.main(version_base="1.3", config_path=conf, config_name=CONFIG_NAME)(_nothing)()
+            hydra.main(version_base="1.3", config_path=conf, config_name=CONFIG_NAME)(_no_task)()
     finally:
         sys.argv = argv
 
 
-def _nothing(_: object) -> None:
+def _no_task(_: object) -> None:
     """Stand in for a task where Hydra only prints."""
 
 

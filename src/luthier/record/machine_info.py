@@ -10,20 +10,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from luthier.record.secrets import scrubbed
+from luthier.record.secrets import scrub_text
 from luthier.storage.atomic import write_text
 
-MAIN = (
+MAIN_PACKAGES = (
     *("luthier", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers"),
     *("safetensors", "bitsandbytes", "hydra-core", "numpy", "deepspeed", "flash-attn"),
 )
 """The packages that decide a run's numbers, in the order in which people look for them."""
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """The version of Python and of every package that is installed, the main ones first."""
     installed = dict(filter(None, map(_name_and_version, metadata.distributions())))
-    first = {name: installed.pop(name) for name in MAIN if name in installed}
+    first = {name: installed.pop(name) for name in MAIN_PACKAGES if name in installed}
     return {"python": platform.python_version(), **first, **dict(sorted(installed.items()))}
 
 
@@ -34,7 +34,7 @@ def _name_and_version(package: metadata.Distribution) -> tuple[str, str] | None:
     return (name[1].strip().lower(), version[1].strip()) if name and version else None
 
 
-def hardware() -> dict[str, Any]:
+def hardware_facts() -> dict[str, Any]:
     """The machine's processor, memory (GiB) and accelerators. Needs torch."""
     import psutil
     import torch
@@ -83,9 +83,9 @@ def peak_memory_gib() -> dict[str, float]:
 
 # The code that made a run: the commit, where it can be had, and what differs from it.
 
-FOLDER = "code"
+CODE_FOLDER = "code"
 """Where a run keeps what differed from the commit."""
-LONGEST = 1_000_000
+MAX_DIFF_CHARS = 1_000_000
 """Characters of a difference that are kept: more is data, not code."""
 
 
@@ -94,34 +94,34 @@ def git_state(folder: Path, run: Path | None = None) -> dict[str, Any] | None:
 
     `run`: a run's directory, in which the difference itself is then kept.
     """
-    commit = _git(folder, "rev-parse", "HEAD")
+    commit = _git_output(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no") or ""
+    changed = _git_output(folder, "status", "--porcelain", "--untracked-files=no") or ""
     state: dict[str, Any] = {
         "commit": commit,
-        "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"),
-        "remote": scrubbed(_git(folder, "remote", "get-url", "origin") or "") or None,
+        "branch": _git_output(folder, "rev-parse", "--abbrev-ref", "HEAD"),
+        "remote": scrub_text(_git_output(folder, "remote", "get-url", "origin") or "") or None,
         "dirty": bool(changed),
         "changed_files": [line[3:] for line in changed.splitlines()],
     }
-    return state | ({"diff": _kept(folder, run)} if changed and run is not None else {})
+    return state | ({"diff": _save_diff(folder, run)} if changed and run is not None else {})
 
 
-def _kept(folder: Path, run: Path) -> str | None:
+def _save_diff(folder: Path, run: Path) -> str | None:
     """Keep the difference in a file that is named by its content; the name, relative to the run."""
-    diff = _git(folder, "diff", "HEAD", "--no-color", "--no-ext-diff")
+    diff = _git_output(folder, "diff", "HEAD", "--no-color", "--no-ext-diff")
     if not diff:
         return None
-    text = scrubbed(diff)
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]}\n... cut: {len(text):,} characters in all\n"
-    name = f"{FOLDER}/{hashlib.sha256(text.encode()).hexdigest()[:12]}.diff"
+    text = scrub_text(diff)
+    if len(text) > MAX_DIFF_CHARS:
+        text = f"{text[:MAX_DIFF_CHARS]}\n... cut: {len(text):,} characters in all\n"
+    name = f"{CODE_FOLDER}/{hashlib.sha256(text.encode()).hexdigest()[:12]}.diff"
     write_text(run / name, f"{text}\n")
     return name
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git_output(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *words],

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.batching.rows import TokenRows
-from luthier.record.checkpoints import read_lines
+from luthier.record.checkpoints import read_step_log
 
 if TYPE_CHECKING:
     from luthier.data.prepare import PreparedData
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 # The picture of a run: its loss, or its reward, over the steps.
 
-FEW = 50
+MIN_SMOOTHED_POINTS = 50
 """Points below which a smoothed line would only lag behind."""
 
-INK, TRAIN, EVAL, FAINT = "#222222", "#2f6db3", "#d1495b", "#9bb8d9"
+TEXT_COLOR, TRAIN_COLOR, EVAL_COLOR, FAINT_COLOR = "#222222", "#2f6db3", "#d1495b", "#9bb8d9"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, oldest first; none where the file is missing."""
-    return read_lines(path)
+    return read_step_log(path)
 
 
 def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
@@ -50,7 +50,7 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
         _draw_train(axes, train, name)
     if held_out:
         label = f"held-out {name}, at last {held_out[-1][1]:.3g}"
-        axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL, ms=4, label=label)
+        axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL_COLOR, ms=4, label=label)
     _dress_loss_plot(axes, title, name, [value for _, value in train + held_out])
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
@@ -62,12 +62,12 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
 
 def _draw_train(axes: Any, train: list[tuple[int, float]], name: str) -> None:
     label = f"training {name}, at last {train[-1][1]:.3g}"
-    if len(train) < FEW:
-        axes.plot(*zip(*train, strict=True), color=TRAIN, lw=2, label=label)
+    if len(train) < MIN_SMOOTHED_POINTS:
+        axes.plot(*zip(*train, strict=True), color=TRAIN_COLOR, lw=2, label=label)
         return
-    axes.plot(*zip(*train, strict=True), color=FAINT, lw=1, label=label)
+    axes.plot(*zip(*train, strict=True), color=FAINT_COLOR, lw=1, label=label)
     smooth = _smooth([loss for _, loss in train])
-    axes.plot([step for step, _ in train], smooth, color=TRAIN, lw=2, label="smoothed")
+    axes.plot([step for step, _ in train], smooth, color=TRAIN_COLOR, lw=2, label="smoothed")
 
 
 def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
@@ -80,7 +80,7 @@ def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
 
 
 def _dress_loss_plot(axes: Any, title: str, name: str, values: list[float]) -> None:
-    axes.set_title(title, loc="left", color=INK)
+    axes.set_title(title, loc="left", color=TEXT_COLOR)
     axes.set_xlabel("step")
     is_loss = name == "loss"
     axes.set_ylabel("loss per trained token (nats)" if is_loss else "mean reward of completions")
@@ -96,8 +96,8 @@ def _dress_loss_plot(axes: Any, title: str, name: str, values: list[float]) -> N
 
 
 BAR, MARK, LIMIT, SOFT = "#2f6db3", "#222222", "#d1495b", "#777777"
-_BINS = 40
-_SHOWN = 20
+_MAX_BINS = 40
+_MAX_BARS = 20
 """Sources with a bar of their own; the smallest of more share the last one."""
 
 
@@ -114,7 +114,7 @@ class DataNumbers:
     """Rows of an epoch from each of several sources; one source or none gives no bars."""
 
 
-def numbers_of(prepared: "PreparedData", max_length: int | None) -> DataNumbers:
+def collect_data_numbers(prepared: "PreparedData", max_length: int | None) -> DataNumbers:
     """The numbers of a run's training rows; of a stream, which is not known ahead, none."""
     counts = prepared.train_counts
     rows = prepared.train
@@ -131,7 +131,7 @@ def plot_data(numbers: DataNumbers, title: str, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = _bars(numbers.sources)
+    bars = _rank_sources(numbers.sources)
     below = 0.3 * len(bars) + 0.7 if len(bars) > 1 else 0.0
     figure = pyplot.figure(figsize=(8, 4.5 + below), dpi=130, layout="constrained")
     heights = [4.5, below] if below else [4.5]
@@ -154,13 +154,13 @@ def _draw_lengths(axes: Any, numbers: DataNumbers, title: str) -> None:
         axes.set_xscale("log")
         _log_ticks(axes.xaxis, edges)
     else:
-        _widen(axes, edges)
+        _widen_axis(axes, edges)
         axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("tokens of a sequence")
     _scale_counts(axes, counts)
-    _mark(axes, numbers)
+    _draw_marks(axes, numbers)
     tokens = int(lengths.sum(dtype=np.int64))
-    axes.set_title(title, loc="left", color=INK)
+    axes.set_title(title, loc="left", color=TEXT_COLOR)
     share = f"{numbers.trained_tokens / tokens:.0%} trained"
     about = f"{len(lengths):,} sequences, {tokens:,} tokens, {share}"
     axes.set_title(about, loc="right", color=SOFT, fontsize=9)
@@ -188,21 +188,21 @@ def bin_edges(lengths: NDArray[Any]) -> tuple[NDArray[Any], bool]:
     low, high = int(lengths.min()), int(lengths.max())
     is_log = high > 20 * max(low, 1)
     if is_log:
-        edges = np.unique(np.round(np.geomspace(max(low, 1), high + 1, _BINS + 1)))
+        edges = np.unique(np.round(np.geomspace(max(low, 1), high + 1, _MAX_BINS + 1)))
         return edges - 0.5, True
     # Lengths that are all alike are a bar that can be seen behind its mark.
-    step = max(-(-(high + 1 - low) // _BINS), high // 100)
+    step = max(-(-(high + 1 - low) // _MAX_BINS), high // 100)
     return np.arange(low, high + 2 * step, step) - step / 2, False
 
 
-def _widen(axes: Any, edges: NDArray[Any]) -> None:
+def _widen_axis(axes: Any, edges: NDArray[Any]) -> None:
     """Leave room beside the bars, so that a single one is no wall."""
     middle, half = edges.mean(), (edges[-1] - edges[0]) / 2
     half = max(1.08 * half, 4, 0.05 * edges[-1])
     axes.set_xlim(middle - half, middle + half)
 
 
-def _mark(axes: Any, numbers: DataNumbers) -> None:
+def _draw_marks(axes: Any, numbers: DataNumbers) -> None:
     """Draw where the middle, the 95th percentile, the longest and `chat.max_length` are."""
     ranked = np.sort(numbers.lengths)
     last = len(ranked) - 1
@@ -225,14 +225,14 @@ def _mark(axes: Any, numbers: DataNumbers) -> None:
     )
 
 
-def _bars(sources: Mapping[str, int]) -> list[tuple[str, int]]:
+def _rank_sources(sources: Mapping[str, int]) -> list[tuple[str, int]]:
     """The sources from the one with the most rows to the one with the fewest."""
     ranked = sorted(sources.items(), key=lambda item: -item[1])
-    if len(ranked) <= _SHOWN:
+    if len(ranked) <= _MAX_BARS:
         return ranked
-    rest = ranked[_SHOWN - 1 :]
+    rest = ranked[_MAX_BARS - 1 :]
     others = (f"{len(rest)} others", sum(rows for _, rows in rest))
-    return [*ranked[: _SHOWN - 1], others]
+    return [*ranked[: _MAX_BARS - 1], others]
 
 
 def _draw_sources(axes: Any, bars: list[tuple[str, int]]) -> None:
@@ -243,7 +243,7 @@ def _draw_sources(axes: Any, bars: list[tuple[str, int]]) -> None:
     drawn = axes.barh(range(len(bars)), counts, color=BAR, height=0.72)
     axes.set_yticks(range(len(bars)), names)
     labels = [f"{rows:,} ({rows / total:.1%})" for rows in counts]
-    axes.bar_label(drawn, labels, padding=4, fontsize=9, color=INK)
+    axes.bar_label(drawn, labels, padding=4, fontsize=9, color=TEXT_COLOR)
     axes.invert_yaxis()
     axes.set_xlim(0, max(counts) * 1.22)
     axes.set_xlabel("rows of an epoch")

@@ -11,14 +11,14 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.record import machine_info
 from luthier.record.machine_info import git_state
-from luthier.record.secrets import redacted, redacted_override
+from luthier.record.secrets import redact_override, redact_secrets
 from luthier.storage.atomic import read_json, write_json
 
-FORMAT = 2
+RECORD_FORMAT = 2
 """The form of a run's directory; raise it when an older luthier could not read what is new."""
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run's directory; empty where there is none yet.
 
     Raises UserError for one that cannot be read, or that a newer luthier wrote.
@@ -28,11 +28,11 @@ def read(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{folder / 'run.json'} cannot be read as JSON: {error}.") from error
     form = entries.get("format", 1)
-    if form > FORMAT:
+    if form > RECORD_FORMAT:
         wrote = entries.get("versions", {}).get("luthier", "a newer version")
         raise UserError(
             f"{folder} was written by luthier {wrote}, in a form (format {form}) that this version "
-            f"does not know: it reads up to format {FORMAT}.\n"
+            f"does not know: it reads up to format {RECORD_FORMAT}.\n"
             "Update luthier, or choose another folder."
         )
     return entries
@@ -43,7 +43,7 @@ class RunRecord:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "run.json"
-        self.entries: dict[str, Any] = read(folder)
+        self.entries: dict[str, Any] = read_record(folder)
         self._clock = time.monotonic()
 
     def start(self, config: RunConfig, overrides: list[str]) -> None:
@@ -52,22 +52,22 @@ class RunRecord:
         self.entries.pop("error", None)
         here = Path(__file__).parent
         self.update(
-            format=FORMAT,
+            format=RECORD_FORMAT,
             status="running",
             recipe=config.recipe,
-            command=[redacted_override(word) for word in sys.argv],
-            overrides=[redacted_override(o) for o in overrides],
+            command=[redact_override(word) for word in sys.argv],
+            overrides=[redact_override(o) for o in overrides],
             cwd=str(Path.cwd()),
             seeds={"seed": config.seed, "deterministic": config.deterministic},
             started=self.entries.get("started", began),
-            versions=machine_info.versions(),
+            versions=machine_info.package_versions(),
             git={
                 "luthier": git_state(here, self.path.parent),
                 "here": git_state(Path.cwd(), self.path.parent),
             },
-            hardware=machine_info.hardware(),
+            hardware=machine_info.hardware_facts(),
             sessions=[
-                *map(_over, self.entries.get("sessions", [])),
+                *map(_close_session, self.entries.get("sessions", [])),
                 {"started": began, "host": socket.gethostname(), "status": "running"},
             ],
         )
@@ -75,7 +75,7 @@ class RunRecord:
     def update(self, **entries: Any) -> None:
         """Set entries and write the file, without secrets."""
         self.entries |= entries
-        write_json(self.path, redacted(self.entries))
+        write_json(self.path, redact_secrets(self.entries))
 
     def note(self, **entries: Any) -> None:
         """Set entries of the part of the run that is going on."""
@@ -98,7 +98,7 @@ class RunRecord:
         )
 
 
-def _over(part: dict[str, Any]) -> dict[str, Any]:
+def _close_session(part: dict[str, Any]) -> dict[str, Any]:
     """A part of a run that nobody has seen the end of was killed."""
     return part | {"status": "killed"} if part["status"] == "running" else part
 

@@ -20,26 +20,25 @@ import yaml
 
 from luthier.errors import UserError, nearest
 from luthier.record import checkpoints
-from luthier.record.checkpoints import read_lines
-from luthier.record.config_diff import NEUTRAL as NEUTRAL
-from luthier.record.config_diff import Change, changes
-from luthier.record.record import FORMAT, read
-from luthier.record.secrets import redacted
-from luthier.record.secrets import redacted_override as redacted_override
+from luthier.record.checkpoints import read_step_log
+from luthier.record.config_diff import ConfigChange, compare_configs
+from luthier.record.record import RECORD_FORMAT, read_record
+from luthier.record.secrets import redact_override as redacted_override
+from luthier.record.secrets import redact_secrets
 from luthier.storage import lock
 from luthier.storage.atomic import write_text
 
-Claim = Literal["new", "unfinished", "finished"]
+RunState = Literal["new", "unfinished", "finished"]
 
 _FILES = (
     *("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl"),
     *("evaluations.jsonl", "before.json", "loss.png", "data.png", "dropped.jsonl"),
 )
 _FOLDERS = ("model", "checkpoints", "tensorboard", "code")
-_GIVES_WAY = ("failed", "stopped")
+_REPLACEABLE = ("failed", "stopped")
 
 
-def claim(folder: Path, resolved: dict[str, Any], overwrite: bool = False) -> Claim:
+def claim(folder: Path, resolved: dict[str, Any], overwrite: bool = False) -> RunState:
     """Say whether `folder` is new, or holds this very run unfinished or finished.
 
     A run whose config differs in what does not change the training is the same run, and so is one
@@ -49,29 +48,29 @@ def claim(folder: Path, resolved: dict[str, Any], overwrite: bool = False) -> Cl
     refuse_foreign(folder)
     if overwrite or not (folder / "config.yaml").is_file():
         return "new"
-    record, found = read(folder), changed(folder, resolved)
+    record, found = read_record(folder), changed(folder, resolved)
     if any(change.kind == "matters" for change in found):
-        if record.get("status") in _GIVES_WAY and not has_something_to_lose(folder):
+        if record.get("status") in _REPLACEABLE and not has_training_progress(folder):
             return "new"
-        raise UserError(_other_config(folder, found))
+        raise UserError(_other_config_message(folder, found))
     if record.get("status") == "finished":
         return "unfinished" if any(change.kind == "length" for change in found) else "finished"
-    if record.get("format", 1) < FORMAT and has_something_to_lose(folder):
-        raise UserError(_older(folder, record))
+    if record.get("format", 1) < RECORD_FORMAT and has_training_progress(folder):
+        raise UserError(_older_format_message(folder, record))
     return "unfinished"
 
 
-def changed(folder: Path, resolved: dict[str, Any]) -> list[Change]:
+def changed(folder: Path, resolved: dict[str, Any]) -> list[ConfigChange]:
     """What differs between the config that `folder` holds, if it holds one, and this one."""
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    return changes(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
+    return compare_configs(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether `folder` holds a run that came to its end."""
-    return read(folder).get("status") == "finished"
+    return read_record(folder).get("status") == "finished"
 
 
 def prepare(folder: Path, resolved: dict[str, Any], overrides: list[str]) -> None:
@@ -100,14 +99,14 @@ def sweep(folder: Path) -> None:
 
 def to_yaml(resolved: dict[str, Any]) -> str:
     """A resolved config as YAML, in its own order, without the values of secrets."""
-    return yaml.safe_dump(redacted(resolved), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redact_secrets(resolved), sort_keys=False, allow_unicode=True)
 
 
-def has_something_to_lose(folder: Path) -> bool:
+def has_training_progress(folder: Path) -> bool:
     """Whether a run in `folder` took a step, or left a checkpoint or a model."""
-    if checkpoints.numbered(folder / "checkpoints") or (folder / "model").exists():
+    if checkpoints.list_checkpoints(folder / "checkpoints") or (folder / "model").exists():
         return True
-    return any(row["step"] > 0 for row in read_lines(folder / "metrics.jsonl"))
+    return any(row["step"] > 0 for row in read_step_log(folder / "metrics.jsonl"))
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -122,7 +121,7 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def _other_config(folder: Path, found: list[Change]) -> str:
+def _other_config_message(folder: Path, found: list[ConfigChange]) -> str:
     matter = [str(change) for change in found if change.kind == "matters"]
     rest = [change.key for change in found if change.kind != "matters"]
     shown = "\n".join(f"  {line}" for line in matter[:10])
@@ -134,12 +133,12 @@ def _other_config(folder: Path, found: list[Change]) -> str:
     )
 
 
-def _older(folder: Path, record: dict[str, Any]) -> str:
+def _older_format_message(folder: Path, record: dict[str, Any]) -> str:
     wrote = record.get("versions", {}).get("luthier", "an older version")
     return (
         f"output_dir: {folder} holds an unfinished run of luthier {wrote} in an older form (format "
-        f"{record.get('format', 1)}; this version writes {FORMAT}): its checkpoints carry no seal, "
-        "so nobody can say whether they are whole.\n"
+        f"{record.get('format', 1)}; this version writes {RECORD_FORMAT}): its checkpoints carry "
+        "no seal, so nobody can say whether they are whole.\n"
         "Go on with that version, choose another output_dir=..., or overwrite=true to begin anew."
     )
 

@@ -67,7 +67,7 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
     Raises UserError for a launch over several machines, which one sweep cannot share out.
     """
     words, folder, above = launcher.launch_words(), Path.cwd(), dict(environ)
-    started = launch_request.launcher_command()
+    started = launch_request.find_launcher_command()
     if words is None and started is not None:
         words, folder = started
     if started is not None:
@@ -82,7 +82,7 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
         )
     if words is None:
         return Launch(script, environ=above)
-    wish = launch_request.read_command(words, folder, above)
+    wish = launch_request.parse_launch_command(words, folder, above)
     _refuse_machines(wish.num_machines)
     if wish.num_processes is None:
         count = int(environ.get("WORLD_SIZE", "1")) if launcher.accelerate is None else 1

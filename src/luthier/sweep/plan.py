@@ -17,9 +17,9 @@ import luthier
 from luthier.config.compose import Composed, compose_config, parse, run_name
 from luthier.config.load import Loaded, load, report
 from luthier.errors import Mistake, UserError
-from luthier.record.config_diff import NEUTRAL, changes
+from luthier.record.config_diff import NEUTRAL_KEYS, compare_configs
 from luthier.record.run_dir import to_yaml
-from luthier.record.secrets import redacted_override
+from luthier.record.secrets import redact_override
 from luthier.storage.atomic import read_json, write_json, write_text
 from luthier.sweep import objective, settings, space, strategies
 from luthier.sweep.objective import Objective, Watched
@@ -191,7 +191,7 @@ def _load_all(
 
     Raises UserError with the mistakes of all.
     """
-    from luthier.train.run import check
+    from luthier.train.run import check_before_torch
 
     checking(len(points))
     bad: dict[str, list[strategies.Point]] = {}
@@ -204,7 +204,7 @@ def _load_all(
             base = base or loaded
             parts = json.dumps([loaded.resolved["model"], loaded.resolved["dataset"]])
             if parts not in seen:
-                check(loaded.config)
+                check_before_torch(loaded.config)
             seen.add(parts)
             data[tuple(point.values())] = data_key(loaded.resolved)
         except UserError as error:
@@ -328,7 +328,7 @@ def _definition(sweep: Sweep) -> dict[str, Any]:
     return {
         "luthier": luthier.__version__,
         "recipe": sweep.recipe,
-        "words": [redacted_override(word) for word in sweep.words],
+        "words": [redact_override(word) for word in sweep.words],
         "identity": _identity(sweep),
         "objectives": {one.name: one.direction for one in sweep.objectives},
         "total": len(sweep.points) if sweep.points is not None else _count(sweep),
@@ -344,10 +344,10 @@ def _identity(sweep: Sweep) -> dict[str, Any]:
     """What must not change while a sweep goes on."""
     sweeper = sweep.sweeper
     typed, _ = parse(sweep.space.fixed)
-    fixed = [one.line for one in typed if one.key.split(".")[0] not in NEUTRAL]
+    fixed = [one.line for one in typed if one.key.split(".")[0] not in NEUTRAL_KEYS]
     found: dict[str, Any] = {
         "hydra/sweeper": sweeper.kind,
-        "words": sorted(redacted_override(line) for line in fixed),
+        "words": sorted(redact_override(line) for line in fixed),
         "params": {axis.name: axis.text for axis in sweep.space.axes},
     }
     if isinstance(sweeper, Random):
@@ -363,11 +363,11 @@ def _compare(sweep: Sweep) -> None:
     if old is None:
         return
     new = _identity(sweep)
-    lines = [str(change) for change in changes(old["identity"], new)]
+    lines = [str(change) for change in compare_configs(old["identity"], new)]
     file = sweep.folder.path / "base.yaml"
     if not lines and file.is_file():
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        lines = [str(change) for change in changes(before, sweep.base.resolved)]
+        lines = [str(change) for change in compare_configs(before, sweep.base.resolved)]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines[:10])
         raise UserError(

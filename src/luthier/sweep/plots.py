@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luthier.record.plots import EVAL, INK, TRAIN
+from luthier.record.plots import EVAL_COLOR, TEXT_COLOR, TRAIN_COLOR
 from luthier.sweep.objective import Objective
 from luthier.sweep.trials import Trial, best, complete, short_names, shown_value
 
@@ -222,10 +222,10 @@ def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path:
     for axes, (key, objective) in zip(panels, pairs, strict=True):
         scale = scale_parameter([trial.params[key] for trial in trials])
         values = [trial.values[objective.name] for trial in trials]
-        axes.scatter(scale.positions, values, color=TRAIN, s=26, alpha=0.8)
+        axes.scatter(scale.positions, values, color=TRAIN_COLOR, s=26, alpha=0.8)
         for trial in best_trials:
             row = trials.index(trial)
-            axes.scatter(scale.positions[row], values[row], color=EVAL, s=46, zorder=3)
+            axes.scatter(scale.positions[row], values[row], color=EVAL_COLOR, s=46, zorder=3)
         if scale.is_log:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(lambda value, position: "")
@@ -238,7 +238,7 @@ def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path:
         axes.set_ylabel(objective.name)
         _style_axes(axes)
     marked = "the best trial" if len(best_trials) == 1 else "the trials that none beats"
-    figure.suptitle(f"{len(trials)} finished trials; red: {marked}", color=INK, fontsize=10)
+    figure.suptitle(f"{len(trials)} finished trials; red: {marked}", color=TEXT_COLOR, fontsize=10)
     return _save_figure(figure, path)
 
 
@@ -268,17 +268,19 @@ def _plot_parallel_coordinates(
         width = 1 + 1.6 * goodness[row]
         axes.plot(range(len(scales)), heights[:, row], color=color, lw=width, alpha=0.85)
     for column, (_, scale) in enumerate(scales):
-        axes.axvline(column, color=INK, lw=0.8)
+        axes.axvline(column, color=TEXT_COLOR, lw=0.8)
         for height, label in zip(scale.to_fractions(scale.ticks), scale.labels, strict=True):
             axes.annotate(
                 *(label, (column, height), (4, 0)), textcoords="offset points", fontsize=8,
-                va="center", color=INK, bbox=_BEHIND_TEXT,
+                va="center", color=TEXT_COLOR, bbox=_BEHIND_TEXT,
             )  # fmt: skip
     axes.set_xticks(range(len(scales)), [name for name, _ in scales])
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(scales) - 0.6)
     direction = "highest" if first.maximize else "lowest"
-    axes.set_title(f"dark and thick: {direction} {first.name}", loc="left", color=INK, fontsize=10)
+    axes.set_title(
+        f"dark and thick: {direction} {first.name}", loc="left", color=TEXT_COLOR, fontsize=10
+    )
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="x", length=0)
@@ -303,13 +305,13 @@ def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path:
     for axes, objective in zip(grid[:, 0], objectives, strict=True):
         shares = sorted(measure_importance(trials, objective).items(), key=lambda item: item[1])
         lengths = [share for _, share in shares]
-        bars = axes.barh([names[key] for key, _ in shares], lengths, color=TRAIN)
+        bars = axes.barh([names[key] for key, _ in shares], lengths, color=TRAIN_COLOR)
         labels = [f"{share:.0%}" for share in lengths]
-        axes.bar_label(bars, labels, padding=4, color=INK, fontsize=9)
+        axes.bar_label(bars, labels, padding=4, color=TEXT_COLOR, fontsize=9)
         axes.set_xlim(0, 1.08)
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
         title = f"importance for {objective.name}: fANOVA, {len(trials)} trials"
-        axes.set_title(title, loc="left", color=INK, fontsize=10)
+        axes.set_title(title, loc="left", color=TEXT_COLOR, fontsize=10)
         _style_axes(axes)
     return _save_figure(figure, path)
 
@@ -328,9 +330,9 @@ def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], pat
     for axes, pair in zip(panels, pairs, strict=True):
         points = [[trial.values[one.name] for one in pair] for trial in trials]
         best_points = sorted([trial.values[one.name] for one in pair] for trial in front)
-        axes.scatter(*zip(*points, strict=True), color=TRAIN, s=30, label="finished trials")
+        axes.scatter(*zip(*points, strict=True), color=TRAIN_COLOR, s=30, label="finished trials")
         label = "beaten by no other"
-        axes.plot(*zip(*best_points, strict=True), marker, color=EVAL, label=label)
+        axes.plot(*zip(*best_points, strict=True), marker, color=EVAL_COLOR, label=label)
         for objective, set_label in zip(pair, (axes.set_xlabel, axes.set_ylabel), strict=True):
             better = "more" if objective.maximize else "less"
             set_label(f"{objective.name} ({better} is better)")

@@ -15,14 +15,14 @@ from luthier.config.load import load
 from luthier.config.recipes import options
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
-from luthier.record.config_diff import NEUTRAL
+from luthier.record.config_diff import NEUTRAL_KEYS
 from luthier.storage.atomic import write_text
 from luthier.sweep.page import write_page
 from luthier.sweep.plan import Sweep
 from luthier.sweep.plots import draw_plots, importance_hint
 from luthier.sweep.trials import Trial, best, shown_number, table, write_csv
 
-_NOT_OF_A_RECIPE = NEUTRAL
+_NOT_OF_A_RECIPE = NEUTRAL_KEYS
 _ABSENT = object()
 
 

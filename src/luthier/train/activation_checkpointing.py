@@ -9,30 +9,30 @@ from luthier.memory import choose_checkpointing
 from luthier.memory.sharding import Sharding
 from luthier.memory.workload import here
 from luthier.train import console
-from luthier.train.launch_request import Asked, asked
+from luthier.train.launch_request import LaunchRequest, read_launch_request
 
-KEY = "activation_checkpointing"
+CHECKPOINTING_KEY = "activation_checkpointing"
 AUTO = "auto"
 
 
-def settled(config: RunConfig) -> RunConfig:
+def resolve_auto_checkpointing(config: RunConfig) -> RunConfig:
     """Return the config with `auto` decided by the memory plan, the same on all ranks.
 
     The first rank plans, since free memory may differ between ranks. Where a run cannot be
     planned, activations are computed again, which is slower and always fits best.
     """
-    if config.trainer.args.get(KEY) != AUTO:
+    if config.trainer.args.get(CHECKPOINTING_KEY) != AUTO:
         return config
     chosen: list[bool] = [True]
     if PartialState().is_main_process:
-        chosen = [_decide(config)]
+        chosen = [_plan_checkpointing(config)]
     broadcast_object_list(chosen)
-    args = config.trainer.args | {KEY: chosen[0]}
+    args = config.trainer.args | {CHECKPOINTING_KEY: chosen[0]}
     trainer = config.trainer.model_copy(update={"args": args})
     return config.model_copy(update={"trainer": trainer})
 
 
-def sharding_of(wish: Asked | None, processes: int) -> Sharding:
+def planned_sharding(wish: LaunchRequest | None, processes: int) -> Sharding:
     """How the launched processes share the work, as the plan counts it."""
     if processes == 1:
         return Sharding()
@@ -41,14 +41,16 @@ def sharding_of(wish: Asked | None, processes: int) -> Sharding:
     return Sharding(kinds.get(distributed or "", "ddp"), processes)
 
 
-def _decide(config: RunConfig) -> bool:
+def _plan_checkpointing(config: RunConfig) -> bool:
     processes = PartialState().num_processes
     try:
         hardware = here(config.model, processes)
-        recomputes = choose_checkpointing(config, hardware, sharding_of(asked(), processes))
+        recomputes = choose_checkpointing(
+            config, hardware, planned_sharding(read_launch_request(), processes)
+        )
     except UserError as error:
-        console.say(f"memory    not planned ({error}); activations are computed again")
+        console.print_line(f"memory    not planned ({error}); activations are computed again")
         return True
     said = "would not fit and are computed again" if recomputes else "fit and are kept"
-    console.say(f"memory    activations {said}")
+    console.print_line(f"memory    activations {said}")
     return recomputes

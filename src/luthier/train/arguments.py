@@ -9,7 +9,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 
 
-def sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool) -> Any:
+def build_sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool) -> Any:
     """The `trl.SFTConfig` of a run.
 
     Rows come as tokens and labels already, so everything in TRL that would touch them is off.
@@ -26,10 +26,10 @@ def sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool)
         "completion_only_loss": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    return trainer_arguments(SFTConfig, config, machine, folder, has_eval, own)
+    return build_trainer_arguments(SFTConfig, config, machine, folder, has_eval, own)
 
 
-def trainer_arguments(
+def build_trainer_arguments(
     make: Callable[..., Any],
     config: RunConfig,
     machine: Any,
@@ -42,7 +42,7 @@ def trainer_arguments(
     `own`: what luthier must set for this trainer, whatever the user says. Raises UserError for what
     the class does not allow.
     """
-    _refuse_what_is_not_here(config.trainer.args, machine)
+    _refuse_unavailable(config.trainer.args, machine)
     settings: dict[str, Any] = {
         # A NaN must be seen, not averaged away.
         "logging_nan_inf_filter": False,
@@ -71,7 +71,7 @@ def trainer_arguments(
         raise UserError(f"trainer.args: {error}") from error
 
 
-def _refuse_what_is_not_here(args: dict[str, Any], machine: Any) -> None:
+def _refuse_unavailable(args: dict[str, Any], machine: Any) -> None:
     """Raise UserError for what needs a GPU, or a package that is not installed."""
     checkpointing = args.get("activation_checkpointing_kwargs") or {}
     needs_gpu = {

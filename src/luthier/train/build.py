@@ -19,7 +19,7 @@ from luthier.model import adapter_training, quantized
 from luthier.model.device import choose
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
-from luthier.record.plots import numbers_of, plot_data
+from luthier.record.plots import collect_data_numbers, plot_data
 from luthier.record.record import RunRecord
 from luthier.train import (
     activation_checkpointing,
@@ -30,20 +30,20 @@ from luthier.train import (
     resume,
     trackers,
 )
-from luthier.train.callbacks import MetricsFile, Progress
-from luthier.train.evaluation import Answers
-from luthier.train.launch_request import launcher
+from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
+from luthier.train.evaluation import ReplyGenerator
+from luthier.train.launch_request import launched_by
 from luthier.train.loop import fit
-from luthier.train.methods import Ingredients, Method
+from luthier.train.methods import Method, TrainerInputs
 from luthier.train.methods.encoders import make_encoder, make_sources
-from luthier.train.session import AfterSave, Session
-from luthier.train.signals import Stopped
+from luthier.train.session import AfterSave, TrainingSession
+from luthier.train.signals import StoppedBySignal
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
 
 
-def train(loaded: "Loaded", folder: Path, after_save: AfterSave | None = None) -> int:
+def build_and_fit(loaded: "Loaded", folder: Path, after_save: AfterSave | None = None) -> int:
     """Run the training of a checked config whose directory is taken; return the exit code."""
     config = loaded.config
     seed_everything(config)
@@ -54,25 +54,27 @@ def train(loaded: "Loaded", folder: Path, after_save: AfterSave | None = None) -
         record.start(config, loaded.overrides)
     try:
         kept = record if main and not config.dry_run else None
-        with trackers.tracking(config, loaded.resolved, folder, kept):
+        with trackers.open_trackers(config, loaded.resolved, folder, kept):
             if not config.dry_run:
-                session = build(config, folder, record, main, machine)
+                session = build_session(config, folder, record, main, machine)
                 return fit(replace(session, after_save=after_save))
             # The trainer makes its folder when it is built, and a dry run leaves nothing.
             with TemporaryDirectory() as nowhere:
-                build(config, Path(nowhere), record, main, machine)
-            console.say("dry run: everything up to the first step is right; nothing was written")
+                build_session(config, Path(nowhere), record, main, machine)
+            console.print_line(
+                "dry run: everything up to the first step is right; nothing was written"
+            )
             return 0
     except BaseException as error:
         if main and not config.dry_run:
-            _end(record, error)
+            _record_failure(record, error)
         raise
 
 
-def _end(record: RunRecord, error: BaseException) -> None:
+def _record_failure(record: RunRecord, error: BaseException) -> None:
     """Record why a run ended before its end; on a full disk that may fail, too."""
     with suppress(OSError):
-        if isinstance(error, Stopped):
+        if isinstance(error, StoppedBySignal):
             record.note(signal=str(error))
             record.end("stopped")
         else:
@@ -88,52 +90,56 @@ def seed_everything(config: RunConfig) -> None:
         set_seed(config.seed)
 
 
-def build(config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any) -> Session:
+def build_session(
+    config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any
+) -> TrainingSession:
     """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
     method, facts = methods.load(config.trainer.method), METHODS[config.trainer.method]
     quantized.check(config, machine)
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer) if facts.chats else None
     prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
-    made = resume.identity(config, tokenizer, encoder, prepared) if main else {}
+    made = resume.hash_run_inputs(config, tokenizer, encoder, prepared) if main else {}
     if main and not config.dry_run:
-        resume.refuse_changed(record, made)
+        resume.refuse_changed_inputs(record, made)
     if main:
-        console.show_data(prepared, facts.answers)
-        console.show_packing(prepared, batching_of(config))
+        console.print_data(prepared, facts.answers)
+        console.print_packing(prepared, batching_of(config))
         if not config.dry_run:
             console.write_dropped(prepared, folder)
             plot_data(
-                numbers_of(prepared, config.chat.max_length), folder.name, folder / "data.png"
+                collect_data_numbers(prepared, config.chat.max_length),
+                folder.name,
+                folder / "data.png",
             )
-    config = activation_checkpointing.settled(config)
+    config = activation_checkpointing.resolve_auto_checkpointing(config)
     args = method.arguments(config, machine, folder, has_eval=bool(prepared.eval))
-    evaluation.choose_best(args, config)
+    evaluation.set_best_model_metric(args, config)
     launch_checks.check_devices(args.distributed_state)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
     if main:
-        console.show_model(model, machine, config.quantization)
-    callbacks = [MetricsFile(folder / "metrics.jsonl")]
-    given = Ingredients(config, args, model, tokenizer, prepared, callbacks)
+        console.print_model(model, machine, config.quantization)
+    callbacks = [MetricsFileCallback(folder / "metrics.jsonl")]
+    given = TrainerInputs(config, args, model, tokenizer, prepared, callbacks)
     set_seed(config.seed)
-    trainer = make_trainer(method, given)
+    trainer = build_trainer(method, given)
     adapter_training.attach(trainer, config.lora)
-    launched = launch_checks.check_running(trainer.accelerator, args)
+    launched = launch_checks.check_running_launch(trainer.accelerator, args)
     if main and not config.dry_run:
         chat = encoder.settings() if encoder else None
         resume.refuse_other_launch(record, dict(launched))
-        launch_facts = {**launched, "launcher": launcher()}
+        launch_facts = {**launched, "launcher": launched_by()}
         record.update(**made | {"data": data_facts(prepared)}, launch=launch_facts, chat=chat)
     prompts = make_sources(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
-    asked = evaluation.asked(config.trainer.evaluation, rows, launched["sharding"])
-    answers = Answers(trainer, prompts, config.trainer.evaluation, asked)
-    during = evaluation.added(trainer, answers, config, folder)
-    return Session(config, folder, record, main, encoder, trainer, answers, during)
+    asked = evaluation.select_eval_prompts(config.trainer.evaluation, rows, launched["sharding"])
+    answers = ReplyGenerator(trainer, prompts, config.trainer.evaluation, asked)
+    during = evaluation.add_evaluation_callbacks(trainer, answers, config, folder)
+    return TrainingSession(config, folder, record, main, encoder, trainer, answers, during)
 
 
 def data_facts(prepared: PreparedData) -> dict[str, Any]:
@@ -147,11 +153,11 @@ def data_facts(prepared: PreparedData) -> dict[str, Any]:
     }
 
 
-def make_trainer(method: Method, given: Ingredients) -> Any:
+def build_trainer(method: Method, given: TrainerInputs) -> Any:
     """The method's trainer, with luthier's own progress and metrics."""
     trainer = method.trainer(given)
     if not given.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
+        trainer.add_callback(ProgressLineCallback)
     trainer.places = given.prepared.locate_rows
     return trainer

@@ -9,10 +9,10 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from luthier.record import checkpoints
-from luthier.train.signals import agreed
+from luthier.train.signals import agree_on_signal
 
 
-class Stopping(TrainerCallback):
+class StopCallback(TrainerCallback):
     """Ends the training behind the step in which a signal came, with a checkpoint."""
 
     def __init__(self, trainer: Any) -> None:
@@ -37,13 +37,13 @@ class Stopping(TrainerCallback):
     def _stop_if_wanted(self, control: Any) -> None:
         if self._trainer.stopped:
             return
-        self._trainer.stopped = agreed(self._trainer.accelerator)
+        self._trainer.stopped = agree_on_signal(self._trainer.accelerator)
         if self._trainer.stopped:
             self._trainer.planned = control.should_save
             control.should_save = control.should_training_stop = True
 
 
-class Journals(TrainerCallback):
+class TruncateLogsCallback(TrainerCallback):
     """Has the files to which lines are added end where the checkpoint was taken.
 
     What was added after that comes again.
@@ -57,7 +57,9 @@ class Journals(TrainerCallback):
         if state.is_world_process_zero:
             lines = self._lines()
             for path in self._trainer.journals:
-                checkpoints.cut(path, None if lines is None else lines.get(path.name, 0))
+                checkpoints.truncate_step_log(
+                    path, None if lines is None else lines.get(path.name, 0)
+                )
         self._trainer.resume_counting()
 
     def _lines(self) -> dict[str, int] | None:
@@ -70,7 +72,7 @@ class Journals(TrainerCallback):
 
 # What a person sees while a run trains: one bar, one line a log; and the same rows as JSON.
 
-SHOWN = {
+PROGRESS_FORMATS = {
     "reward": "reward {:.4f}",
     "eval_reward": "held-out reward {:.4f}",
     "loss": "loss {:.4f}",
@@ -85,19 +87,19 @@ SHOWN = {
 }
 
 
-class Progress(ProgressCallback):
+class ProgressLineCallback(ProgressCallback):
     """transformers' progress bars, with each log as one line that a person can read."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the line above the bar."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        parts = [form.format(logs[name]) for name, form in SHOWN.items() if name in logs]
+        parts = [form.format(logs[name]) for name, form in PROGRESS_FORMATS.items() if name in logs]
         if parts:
             self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts))
 
 
-class MetricsFile(TrainerCallback):
+class MetricsFileCallback(TrainerCallback):
     """Appends every logged row to `metrics.jsonl`, on the first rank, as soon as it is known."""
 
     def __init__(self, path: Path) -> None:

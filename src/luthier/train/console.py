@@ -18,46 +18,46 @@ from luthier.storage.atomic import write_jsonl
 console = Console(highlight=False)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print one line."""
     console.print(escape(text), soft_wrap=True)
 
 
-def show_model(model: Any, machine: Any, quantization: dict[str, Any]) -> None:
+def print_model(model: Any, machine: Any, quantization: dict[str, Any]) -> None:
     """Say how large the model is and what of it trains."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
-    say(
+    print_line(
         f"model     {type(model).__name__}, {trained / 1e6:.2f} M parameters train, "
         f"on {machine.device} in {machine.dtype}{', quantized' if quantization else ''}, "
         f"attention {machine.attention}"
     )
 
 
-def show_data(prepared: PreparedData, answers: str = "") -> None:
+def print_data(prepared: PreparedData, answers: str = "") -> None:
     """Say how many rows, tokens and trained tokens there are, and what was dropped.
 
     `answers`: what trains, where that is not tokens of the rows.
     """
     sides = {"train": prepared.train_counts} if isinstance(prepared.train, TokenRows) else {}
     if isinstance(prepared.train, TokenRowStream):
-        say(
+        print_line(
             "train     a stream: "
             + ", ".join(p.source.label for p in prepared.train.opened.values())
         )
     sides |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
     for name, part in sides.items():
-        say(f"{name:<9} {_counts(part, answers)}")
+        print_line(f"{name:<9} {_format_counts(part, answers)}")
     if prepared.train_counts.sources:
         shares = prepared.train_counts.sources
         total = sum(shares.values())
-        say(
+        print_line(
             "mixture   "
             + ", ".join(f"{name} {n:,} rows ({n / total:.0%})" for name, n in shares.items())
         )
 
 
-def _counts(part: SplitCounts, answers: str) -> str:
+def _format_counts(part: SplitCounts, answers: str) -> str:
     """The account of one side in one line."""
     dropped = ", ".join(f"{n:,} {why}" for why, n in part.dropped.items())
     trained = answers or f"trained ({part.trained_tokens / max(part.tokens, 1):.0%})"
@@ -70,12 +70,12 @@ def _counts(part: SplitCounts, answers: str) -> str:
     )
 
 
-def show_packing(prepared: PreparedData, batching: Batching) -> None:
+def print_packing(prepared: PreparedData, batching: Batching) -> None:
     """Say how full the rows are that several sequences share."""
     if not batching.packing or batching.length is None or not isinstance(prepared.train, TokenRows):
         return
     packed = pack(prepared.train.lengths, batching.length, None)
-    say(
+    print_line(
         f"packing   {len(prepared.train):,} sequences in {len(packed):,} rows of "
         f"{batching.length:,} tokens, {packed.efficiency:.1%} full"
     )
@@ -85,10 +85,12 @@ def write_dropped(prepared: PreparedData, folder: Path) -> None:
     """Write the rows that were left out or are not whole, with the reasons, beside the run."""
     if prepared.reports:
         write_jsonl(folder / "dropped.jsonl", prepared.reports)
-        say(f"          {len(prepared.reports):,} rows with a problem: {folder / 'dropped.jsonl'}")
+        print_line(
+            f"          {len(prepared.reports):,} rows with a problem: {folder / 'dropped.jsonl'}"
+        )
 
 
-def show_replies(rows: list[dict[str, Any]], limit: int) -> None:
+def print_replies(rows: list[dict[str, Any]], limit: int) -> None:
     """Print replies before and after training side by side with what was expected."""
     if not rows or not limit:
         return
@@ -97,34 +99,37 @@ def show_replies(rows: list[dict[str, Any]], limit: int) -> None:
         table.add_column(heading, overflow="fold", ratio=1)
     for row in rows[:limit]:
         cells = (row["prompt"], row["before"], row["after"], row["expected"])
-        table.add_row(*(escape(_short(str(cell))) for cell in cells))
+        table.add_row(*(escape(_shorten(str(cell))) for cell in cells))
     console.print(table)
 
 
-def show_results(record: dict[str, Any], folder: Path) -> None:
+def print_results(record: dict[str, Any], folder: Path) -> None:
     """Print what came out, and where it lies."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, pair in record["results"].items():
         table.add_row(
-            name.replace("_", " "), *(_number(name, pair.get(k)) for k in ("before", "after"))
+            name.replace("_", " "),
+            *(_format_result(name, pair.get(k)) for k in ("before", "after")),
         )
     if record["results"]:
         console.print(table)
     peak = "  ".join(f"{where} {gib} GiB" for where, gib in record["peak_memory_gib"].items())
     trained = record["training_seconds"]
-    say(f"\ntime      {record['seconds']:.0f} s, of which training {trained:.0f} s")
-    say(f"memory    {peak} at the peak")
-    say(f"written   {folder}: model/ loss.png metrics.jsonl replies.jsonl run.json config.yaml")
+    print_line(f"\ntime      {record['seconds']:.0f} s, of which training {trained:.0f} s")
+    print_line(f"memory    {peak} at the peak")
+    print_line(
+        f"written   {folder}: model/ loss.png metrics.jsonl replies.jsonl run.json config.yaml"
+    )
 
 
-def _number(name: str, value: float | None) -> str:
+def _format_result(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1%}" if name == "exact_match" else f"{value:.4f}"
 
 
-def _short(text: str, limit: int = 160) -> str:
+def _shorten(text: str, limit: int = 160) -> str:
     line = " ".join(text.split())
     return line if len(line) <= limit else line[:limit] + " ..."

@@ -26,7 +26,7 @@ from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
 
 
-class StreamRows(IterableDataset):
+class StreamDataset(IterableDataset):
     """An endless stream of training rows: pass after pass over a source, shuffled in a buffer.
 
     It has no end, because the trainer resumes a run by counting batches from the beginning of an
@@ -59,20 +59,20 @@ class StreamRows(IterableDataset):
     def __iter__(self) -> Iterator[TrainingRow]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
-            raise UserError(_ONE_WORKER)
+            raise UserError(_ONE_WORKER_TEXT)
         documents = passes(self.open_rows, self.shuffle_buffer, self.seed, self.epoch)
         if self.length is None:
             return ((document,) for document in documents)
         return packed(documents, self.length, self.pack_rows)
 
 
-_ONE_WORKER = (
+_ONE_WORKER_TEXT = (
     "trainer.args.dataloader_num_workers: a stream is read by one worker, since each would read all"
     " of it.\nSet it to 1 or 0, and dataset.workers for more processes that encode."
 )
 
 
-def check_stream(args: Any) -> None:
+def check_stream_arguments(args: Any) -> None:
     """Stop, before the first step, at arguments of the trainer that a stream cannot have."""
     if args.max_steps <= 0:
         raise UserError(
@@ -80,7 +80,7 @@ def check_stream(args: Any) -> None:
             "said.\nSet trainer.args.max_steps, such as trainer.args.max_steps=10000."
         )
     if args.dataloader_num_workers > 1:
-        raise UserError(_ONE_WORKER)
+        raise UserError(_ONE_WORKER_TEXT)
     if args.train_sampling_strategy != "random":
         raise UserError(
             f"trainer.args.train_sampling_strategy={args.train_sampling_strategy} needs to know all"
@@ -88,7 +88,9 @@ def check_stream(args: Any) -> None:
         )
 
 
-def stream_loader(rows: StreamRows, accelerator: Accelerator, size: int, settings: Any) -> Any:
+def build_stream_loader(
+    rows: StreamDataset, accelerator: Accelerator, size: int, settings: Any
+) -> Any:
     """A loader that reads on the first process and gives each one `size` rows of every batch.
 
     A batch of all processes is laid out as a whole, so its rows are as wide as each other, and the
@@ -105,7 +107,7 @@ def stream_loader(rows: StreamRows, accelerator: Accelerator, size: int, setting
     )
 
 
-def flatten(batch: dict[str, Any]) -> dict[str, Any]:
+def flatten_packed_batch(batch: dict[str, Any]) -> dict[str, Any]:
     """Lay packed rows one behind the other, as `FlatRows` does, on the device they are on.
 
     Rows of a stream are dealt out to the processes as rows, so they are flattened behind that.
@@ -131,7 +133,7 @@ def flatten(batch: dict[str, Any]) -> dict[str, Any]:
 Collator = PaddedRows | PackedRows | FlatRows
 
 
-def token_rows(rows: Any) -> TokenRows:
+def as_token_rows(rows: Any) -> TokenRows:
     """The rows that take part: `TokenRows`, a table of token rows, or a `datasets.Dataset`."""
     if isinstance(rows, TokenRows):
         return rows
@@ -140,7 +142,9 @@ def token_rows(rows: Any) -> TokenRows:
     return TokenRows(rows)
 
 
-def train_sampler(rows: TokenRows, plan: Batching, args: Any, size: int, processes: int) -> Sampler:
+def build_train_sampler(
+    rows: TokenRows, plan: Batching, args: Any, size: int, processes: int
+) -> Sampler:
     """The order of training: packed, or as `train_sampling_strategy` says.
 
     `size`: rows in a batch of one process; `args`: the trainer's. Raises UserError for rows that
@@ -162,7 +166,9 @@ def train_sampler(rows: TokenRows, plan: Batching, args: Any, size: int, process
     return ShuffledSampler(rows, seed, multiple)
 
 
-def eval_sampler(rows: TokenRows, plan: Batching, args: Any, size: int, processes: int) -> Sampler:
+def build_eval_sampler(
+    rows: TokenRows, plan: Batching, args: Any, size: int, processes: int
+) -> Sampler:
     """The order of an evaluation: always the same, and every row is in it."""
     _check_lengths(rows, plan, plan.eval_packing)
     # Trainer drops an evaluation's last batch, too, if it is small and `drop_last` is set.
@@ -173,7 +179,7 @@ def eval_sampler(rows: TokenRows, plan: Batching, args: Any, size: int, processe
     return SequentialSampler(rows, multiple=multiple)
 
 
-def collator(
+def build_collator(
     plan: Batching, packed: bool, flat: bool, pad_token_id: int, multiple_of: int | None
 ) -> Collator:
     """The layout of batches; `flat`: for attention kernels of variable length."""

@@ -28,7 +28,7 @@ from luthier.train import trackers
 
 
 @contextmanager
-def gathered(trainer: Any) -> Iterator[Any]:
+def gathered_weights(trainer: Any) -> Iterator[Any]:
     """The trainer's model with all its weights on every rank within the block.
 
     Under ZeRO-3 and FSDP2 they are gathered once, at its start, and not once a token. All ranks
@@ -44,14 +44,14 @@ def gathered(trainer: Any) -> Iterator[Any]:
         return
     model = accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled:
-        with unsharded(model, accelerator.state.fsdp_plugin.reshard_after_forward):
+        with unsharded_weights(model, accelerator.state.fsdp_plugin.reshard_after_forward):
             yield model
         return
     yield model
 
 
 @contextmanager
-def unsharded(model: Any, reshards: bool) -> Iterator[None]:
+def unsharded_weights(model: Any, reshards: bool) -> Iterator[None]:
     """Keep what the first forward of an FSDP2 model gathers until the end of the block.
 
     `reshards`: what its `fully_shard` was told as `reshard_after_forward`.
@@ -77,11 +77,11 @@ def unsharded(model: Any, reshards: bool) -> Iterator[None]:
             part.set_reshard_after_forward(reshards, recurse=False)
 
 
-KEY = "trainer.evaluation.metrics"
+METRICS_KEY = "trainer.evaluation.metrics"
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalPrompts:
     """The rows of one evaluation set that are answered, and what measures the replies."""
 
     name: str
@@ -101,7 +101,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answered:
+class EvalReplies:
     """The replies to the questions of one evaluation set."""
 
     texts: list[str] = field(default_factory=list)
@@ -111,9 +111,9 @@ class Answered:
     """Each metric of each reply, where it has such."""
 
 
-def asked(
+def select_eval_prompts(
     config: EvaluationConfig, heldout: Mapping[str, Iterable[Row]], sharding: str
-) -> list[Asked]:
+) -> list[EvalPrompts]:
     """What a run answers of each evaluation set: all that is scored, or only what is shown.
 
     The only set has no name, as in the trainer's logs. A set without metrics is asked nothing, but
@@ -123,27 +123,27 @@ def asked(
     """
     found = []
     for number, (name, rows) in enumerate(heldout.items()):
-        metrics = parse_metrics(config.sets.get(name, config.metrics), _key(config, name))
+        metrics = parse_metrics(config.sets.get(name, config.metrics), _metrics_key(config, name))
         limit = config.rows if metrics else config.samples if number == 0 else 0
-        if not limit or _is_refused(sharding, metrics):
+        if not limit or _is_generation_refused(sharding, metrics):
             continue
         these = questions(rows, limit)
         if metrics and not these:
+            label = f" {name}" if name else ""
             raise UserError(
-                f"{_key(config, name)}: no row of the evaluation set{f' {name}' if name else ''} "
-                "ends with a reply in words that could be compared with.\nUse an empty list for "
-                "the loss alone."
+                f"{_metrics_key(config, name)}: no row of the evaluation set{label} ends with a "
+                "reply in words that could be compared with.\nUse an empty list for the loss alone."
             )
         prepare_metrics(metrics, [question.expected for question in these])
-        found.append(Asked(name if len(heldout) > 1 else "", these, metrics))
+        found.append(EvalPrompts(name if len(heldout) > 1 else "", these, metrics))
     return found
 
 
-def _key(config: EvaluationConfig, name: str) -> str:
-    return f"trainer.evaluation.sets.{name}" if name in config.sets else KEY
+def _metrics_key(config: EvaluationConfig, name: str) -> str:
+    return f"trainer.evaluation.sets.{name}" if name in config.sets else METRICS_KEY
 
 
-def _is_refused(sharding: str, metrics: list[Metric]) -> bool:
+def _is_generation_refused(sharding: str, metrics: list[Metric]) -> bool:
     """Whether nothing is generated under a sharding; UserError where it has to be."""
     if sharding != "fsdp1":
         return False
@@ -156,31 +156,31 @@ def _is_refused(sharding: str, metrics: list[Metric]) -> bool:
     return True
 
 
-class Answers:
+class ReplyGenerator:
     """Answers the held-out rows of a run with its model as it stands."""
 
     def __init__(
-        self, trainer: Any, encoder: Any, config: EvaluationConfig, asked: list[Asked]
+        self, trainer: Any, encoder: Any, config: EvaluationConfig, asked: list[EvalPrompts]
     ) -> None:
         """`encoder`: what makes the prompts, a `luthier.chat.ChatEncoder` or the like."""
         self.asked = asked
         self._trainer, self._encoder, self._config = trainer, encoder, config
 
-    def to(self, asked: Asked, when: str) -> Answered:
+    def to(self, asked: EvalPrompts, when: str) -> EvalReplies:
         """Answer a set's questions, greedily and shared out over the ranks, and score the replies.
 
         `when` is for the progress bar. Every rank gets all replies; UserError where a metric fails.
         """
         if not asked.questions:
-            return Answered()
+            return EvalReplies()
         texts = self._texts(asked, when)
         replies = [
             Reply(text, question.expected, question.row)
             for text, question in zip(texts, asked.questions, strict=True)
         ]
-        return _scored(asked.metrics, replies)
+        return _score_on_first_rank(asked.metrics, replies)
 
-    def _texts(self, asked: Asked, when: str) -> list[str]:
+    def _texts(self, asked: EvalPrompts, when: str) -> list[str]:
         from accelerate import PartialState
         from tqdm import tqdm
 
@@ -195,7 +195,7 @@ class Answers:
                 leave=False,
                 disable=not state.is_main_process or self._trainer.args.disable_tqdm,
             ) as bar,
-            gathered(self._trainer) as model,
+            gathered_weights(self._trainer) as model,
         ):
             ids = generate(
                 model,
@@ -206,10 +206,10 @@ class Answers:
                 batch_size=self._config.batch_size,
                 on_batch=lambda rows: bar.update(rows),
             )
-        return _from_all([tokenizer.decode(reply, skip_special_tokens=True) for reply in ids])
+        return _gather_texts([tokenizer.decode(reply, skip_special_tokens=True) for reply in ids])
 
 
-def _from_all(texts: list[str]) -> list[str]:
+def _gather_texts(texts: list[str]) -> list[str]:
     """The texts of all ranks, in the order of the questions that were dealt out to them."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -222,7 +222,7 @@ def _from_all(texts: list[str]) -> list[str]:
     return [text for _, text in sorted(numbered)]
 
 
-def _scored(metrics: Sequence[Metric], replies: list[Reply]) -> Answered:
+def _score_on_first_rank(metrics: Sequence[Metric], replies: list[Reply]) -> EvalReplies:
     """Score on the first rank alone, so that all ranks act on the same numbers."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -232,17 +232,17 @@ def _scored(metrics: Sequence[Metric], replies: list[Reply]) -> Answered:
     if PartialState().is_main_process:
         try:
             measured = score_replies(metrics, replies)
-            outcome = [Answered(texts, measured.values, measured.rows)]
+            outcome = [EvalReplies(texts, measured.values, measured.rows)]
         except UserError as error:
             outcome = [error]
     (found,) = broadcast_object_list(outcome)
     if isinstance(found, UserError):
         raise found
-    assert isinstance(found, Answered)
+    assert isinstance(found, EvalReplies)
     return found
 
 
-def rows_of(asked: Asked, answered: Answered) -> list[dict[str, Any]]:
+def reply_rows(asked: EvalPrompts, answered: EvalReplies) -> list[dict[str, Any]]:
     """Questions with their replies and scores, for tables and files."""
     return [
         {
@@ -258,11 +258,11 @@ def rows_of(asked: Asked, answered: Answered) -> list[dict[str, Any]]:
 
 # Held-out rows answered at every evaluation: metrics that choose a checkpoint or end a run.
 
-FILE = "evaluations.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 """Where the replies of every evaluation are written, a reply a line."""
 
 
-def choose_best(args: Any, config: RunConfig) -> None:
+def set_best_model_metric(args: Any, config: RunConfig) -> None:
     """Say in the trainer's arguments which way the best checkpoint lies, if the user did not.
 
     transformers takes every name that does not end with `loss` for better the greater it is. With
@@ -282,29 +282,31 @@ def choose_best(args: Any, config: RunConfig) -> None:
         args.greater_is_better = greater_is_better(metrics, name, "trainer.evaluation.metrics")
 
 
-def added(
-    trainer: Trainer, answers: Answers, config: RunConfig, folder: Path
-) -> "RepliesAtEvaluations | None":
+def add_evaluation_callbacks(
+    trainer: Trainer, answers: ReplyGenerator, config: RunConfig, folder: Path
+) -> "EvalRepliesCallback | None":
     """Give the trainer what `trainer.evaluation` has it do at its evaluations."""
     evaluation, during = config.trainer.evaluation, None
     if evaluation.when == "evaluations":
-        during = RepliesAtEvaluations(trainer, answers, config, folder)
+        during = EvalRepliesCallback(trainer, answers, config, folder)
         trainer.add_callback(during)
     if evaluation.patience is not None:
         # Behind the one that adds what it looks at.
-        trainer.add_callback(Patience(evaluation.patience))
+        trainer.add_callback(EarlyStopping(evaluation.patience))
     return during
 
 
-class RepliesAtEvaluations(TrainerCallback):
+class EvalRepliesCallback(TrainerCallback):
     """Answers the rows of the set that was evaluated, and adds the metrics to its measures."""
 
-    def __init__(self, trainer: Trainer, answers: Answers, config: RunConfig, folder: Path) -> None:
+    def __init__(
+        self, trainer: Trainer, answers: ReplyGenerator, config: RunConfig, folder: Path
+    ) -> None:
         self._trainer, self._answers, self._config = trainer, answers, config
-        self._file = folder / FILE
-        self._last: dict[str, tuple[int, Answered]] = {}
+        self._file = folder / EVALUATIONS_FILE
+        self._last: dict[str, tuple[int, EvalReplies]] = {}
 
-    def at(self, name: str, step: int) -> Answered | None:
+    def at(self, name: str, step: int) -> EvalReplies | None:
         """The replies of this step to the questions of a set, if they were the last ones."""
         found = self._last.get(name)
         return found[1] if found is not None and found[0] == step else None
@@ -318,24 +320,24 @@ class RepliesAtEvaluations(TrainerCallback):
             if f"{asked.prefix}_runtime" in metrics:
                 metrics |= self._answer(asked, state)
 
-    def _answer(self, asked: Asked, state: Any) -> dict[str, float]:
+    def _answer(self, asked: EvalPrompts, state: Any) -> dict[str, float]:
         answered = self._answers.to(asked, f"at step {state.global_step}")
         self._last[asked.name] = state.global_step, answered
         results = {f"{asked.prefix}_{name}": value for name, value in answered.results.items()}
         # Past the trainer's own way of logging, which adds the means of what it has computed.
         Trainer.log(self._trainer, dict(results))
         if state.is_world_process_zero:
-            self._write(asked, rows_of(asked, answered), state.global_step)
+            self._write(asked, reply_rows(asked, answered), state.global_step)
         return results
 
-    def _write(self, asked: Asked, rows: list[dict[str, Any]], step: int) -> None:
+    def _write(self, asked: EvalPrompts, rows: list[dict[str, Any]], step: int) -> None:
         with self._file.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         trackers.log_replies(self._config, asked.name, rows, step)
 
 
-class Patience(EarlyStoppingCallback):
+class EarlyStopping(EarlyStoppingCallback):
     """Stops after evaluations without a better metric, and passes over the other sets' measures."""
 
     def on_evaluate(

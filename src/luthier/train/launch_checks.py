@@ -1,7 +1,8 @@
 """What was asked for is what runs: where accelerate gives way in silence, luthier stops in words.
 
-`check_before` needs neither torch nor accelerate, `check_devices` runs before a model is loaded and
-`check_running` before the first step. docs/launch.md lists what each of them catches.
+`check_launch_request` needs neither torch nor accelerate, `check_devices` runs before a model is
+loaded and `check_running_launch` before the first step. docs/launch.md lists what each of them
+catches.
 """
 
 import difflib
@@ -10,14 +11,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypedDict
 
 from luthier.errors import UserError
-from luthier.train.launch_request import Asked, asked, is_on, unknown_keys
+from luthier.train.launch_request import (
+    LaunchRequest,
+    find_unknown_keys,
+    is_on,
+    read_launch_request,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from transformers import TrainingArguments
 
-_NAMES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
+_SHARDING_NAMES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 
@@ -33,13 +39,13 @@ class LaunchFacts(TypedDict):
     """cpu, cuda, mps, ..."""
 
 
-def check_before() -> None:
+def check_launch_request() -> None:
     """Stop, before torch is imported, where fewer processes or other sharding run than were asked.
 
     `use_cpu: true` of a config file, which accelerate forgets when it starts several processes, is
     passed on. Raises UserError with what was asked, by what, what runs, and what to type instead.
     """
-    wish = asked()
+    wish = read_launch_request()
     if wish is None:
         return
     _refuse_unknown_keys(wish)
@@ -54,7 +60,7 @@ def check_devices(state: "PartialState | AcceleratorState") -> None:
 
     `state` is `training_args.distributed_state` or `accelerator.state`. Raises UserError.
     """
-    wish = asked() or Asked()
+    wish = read_launch_request() or LaunchRequest()
     if wish.distributed == "fsdp" and state.device.type in ("cpu", "mps"):
         raise UserError(
             f"FSDP was asked for ({wish.said_by['distributed']}), but there is no GPU here for it, "
@@ -70,16 +76,16 @@ def check_devices(state: "PartialState | AcceleratorState") -> None:
     _refuse_shared_gpus(state)
 
 
-def check_running(
+def check_running_launch(
     accelerator: "Accelerator", training_args: "TrainingArguments | None" = None
 ) -> LaunchFacts:
     """Stop, before the first step, where what runs is not what was asked; return what runs.
 
     Raises UserError for another sharding, mixed precision or number of GPUs than was asked for.
     """
-    wish = asked() or Asked()
+    wish = read_launch_request() or LaunchRequest()
     check_devices(accelerator.state)
-    facts = _facts(accelerator)
+    facts = _read_launch_facts(accelerator)
     _refuse_other_sharding(wish, facts)
     _refuse_other_precision(wish, facts)
     if training_args is not None:
@@ -87,9 +93,9 @@ def check_running(
     return facts
 
 
-def _refuse_unknown_keys(wish: Asked) -> None:
+def _refuse_unknown_keys(wish: LaunchRequest) -> None:
     """Stop at keys within `fsdp_config` and its like that accelerate would ignore."""
-    unknown = unknown_keys(wish.config_file) if wish.config_file is not None else []
+    unknown = find_unknown_keys(wish.config_file) if wish.config_file is not None else []
     if not unknown:
         return
     lines = [f"{wish.config_file}: accelerate does not know, and would ignore:"]
@@ -99,11 +105,11 @@ def _refuse_unknown_keys(wish: Asked) -> None:
     raise UserError("\n".join(lines))
 
 
-def _refuse_sharding_on_cpu(wish: Asked) -> None:
+def _refuse_sharding_on_cpu(wish: LaunchRequest) -> None:
     """Stop where the CPU and a sharding that needs GPUs are asked for together."""
-    if not wish.use_cpu or wish.distributed not in _NAMES:
+    if not wish.use_cpu or wish.distributed not in _SHARDING_NAMES:
         return
-    name = _NAMES[wish.distributed]
+    name = _SHARDING_NAMES[wish.distributed]
     raise UserError(
         f"{name} ({wish.said_by['distributed']}) and the CPU ({wish.said_by['use_cpu']}) were both "
         f"asked for: on the CPU, accelerate would train without {name}.\nInstead: leave the CPU "
@@ -111,25 +117,25 @@ def _refuse_sharding_on_cpu(wish: Asked) -> None:
     )
 
 
-def _refuse_other_count(wish: Asked, environ: Mapping[str, str]) -> None:
+def _refuse_other_count(wish: LaunchRequest, environ: Mapping[str, str]) -> None:
     """Stop where another number of processes was started than was asked for."""
-    running = _started(environ)
+    running = _started_processes(environ)
     if wish.num_processes is None or wish.num_processes == running:
         return
     raise UserError(
-        f"{_processes(wish.num_processes)} asked for ({wish.said_by['num_processes']}), "
-        f"but {running} would train together: {_why_other_count(wish, running)}.\nInstead: "
+        f"{_count_phrase(wish.num_processes)} asked for ({wish.said_by['num_processes']}), "
+        f"but {running} would train together: {_explain_other_count(wish, running)}.\nInstead: "
         f"accelerate launch --config_file launch/cpu_ddp.yaml --num_processes "
         f"{wish.num_processes} ... on CPUs, launch/ddp.yaml on GPUs."
     )
 
 
-def _processes(count: int) -> str:
+def _count_phrase(count: int) -> str:
     """Return a number of processes as the start of a sentence."""
     return "1 process was" if count == 1 else f"{count} processes were"
 
 
-def _why_other_count(wish: Asked, running: int) -> str:
+def _explain_other_count(wish: LaunchRequest, running: int) -> str:
     """Return why accelerate started another number of processes, as the end of a sentence."""
     share = wish.said_by.get("distributed", "")
     if "WORLD_SIZE" in wish.said_by["num_processes"]:
@@ -147,7 +153,7 @@ def _why_other_count(wish: Asked, running: int) -> str:
     )
 
 
-def _started(environ: Mapping[str, str]) -> int:
+def _started_processes(environ: Mapping[str, str]) -> int:
     """Return how many processes will train together, by accelerate's rules for joining them."""
     if "LOCAL_RANK" in environ:
         return int(environ.get("WORLD_SIZE", "1"))
@@ -160,11 +166,11 @@ def _refuse_training_alone(
     state: "PartialState | AcceleratorState", environ: Mapping[str, str]
 ) -> None:
     """Stop where processes were started together but accelerate did not join them."""
-    started = _started(environ)
+    started = _started_processes(environ)
     if started <= state.num_processes:
         return
     raise UserError(
-        f"{_processes(started)} started together, but each would train alone: accelerate joins "
+        f"{_count_phrase(started)} started together, but each would train alone: accelerate joins "
         "processes on a machine without GPU only where the CPU is asked for.\nInstead: accelerate "
         f"launch --config_file launch/cpu_ddp.yaml --num_processes {started} ..., or put "
         "ACCELERATE_USE_CPU=true before the command."
@@ -181,7 +187,7 @@ def _refuse_shared_gpus(state: "PartialState | AcceleratorState") -> None:
     gpus = torch.cuda.device_count()
     if here > gpus:
         raise UserError(
-            f"{_processes(here)} started on this machine, which shows {gpus} GPU(s): accelerate "
+            f"{_count_phrase(here)} started on this machine, which shows {gpus} GPU(s): accelerate "
             f"would put several on one.\nInstead: --num_processes {gpus} (times the machines), or "
             "more GPUs in CUDA_VISIBLE_DEVICES."
         )
@@ -198,7 +204,7 @@ def _refuse_data_parallel(training_args: "TrainingArguments") -> None:
         )
 
 
-def _facts(accelerator: "Accelerator") -> LaunchFacts:
+def _read_launch_facts(accelerator: "Accelerator") -> LaunchFacts:
     """Read what runs from the accelerator."""
     from accelerate.utils import DistributedType
 
@@ -219,7 +225,7 @@ def _facts(accelerator: "Accelerator") -> LaunchFacts:
     )
 
 
-def _refuse_other_sharding(wish: Asked, facts: LaunchFacts) -> None:
+def _refuse_other_sharding(wish: LaunchRequest, facts: LaunchFacts) -> None:
     """Stop where FSDP or DeepSpeed was asked for and something else, or another stage, runs."""
     wanted = {"fsdp": "fsdp", "deepspeed": "zero"}.get(wish.distributed or "")
     if wanted is None:
@@ -235,7 +241,7 @@ def _refuse_other_sharding(wish: Asked, facts: LaunchFacts) -> None:
         )
 
 
-def _refuse_other_precision(wish: Asked, facts: LaunchFacts) -> None:
+def _refuse_other_precision(wish: LaunchRequest, facts: LaunchFacts) -> None:
     """Stop where another mixed precision runs than was asked for, or one that the CPU ignores."""
     if facts["precision"] == "fp16" and facts["device"] == "cpu":
         raise UserError(

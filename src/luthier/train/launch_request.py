@@ -15,29 +15,34 @@ import psutil
 import yaml
 
 # The launcher's flags that decide what runs; all its other flags are left alone.
-_VALUES = {
+_VALUE_FLAGS = {
     "config_file": str,
     "num_processes": int,
     "num_machines": int,
     "mixed_precision": str,
     "zero_stage": int,
 }
-_MODES = {
+_MODE_FLAGS = {
     "use_deepspeed": "deepspeed",
     "use_fsdp": "fsdp",
     "use_megatron_lm": "megatron_lm",
     "multi_gpu": "ddp",
     "tpu": "xla",
 }
-_TYPES = {"FSDP": "fsdp", "DEEPSPEED": "deepspeed", "MEGATRON_LM": "megatron_lm", "XLA": "xla"}
+_DISTRIBUTED_TYPES = {
+    "FSDP": "fsdp",
+    "DEEPSPEED": "deepspeed",
+    "MEGATRON_LM": "megatron_lm",
+    "XLA": "xla",
+}
 _SHARDING_VARIABLES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
-_PREFIXES = {"fsdp_config": "fsdp_", "fp8_config": "fp8_", "dynamo_config": "dynamo_"}
+_KEY_PREFIXES = {"fsdp_config": "fsdp_", "fp8_config": "fp8_", "dynamo_config": "dynamo_"}
 # accelerate reads this one although its parser does not know it.
-_UNLISTED = {"fsdp_ignored_modules"}
+_UNLISTED_KEYS = {"fsdp_ignored_modules"}
 
 
 @dataclass(frozen=True)
-class Asked:
+class LaunchRequest:
     """What the launcher was asked for; None where nobody asked."""
 
     num_processes: int | None = None
@@ -55,19 +60,21 @@ class Asked:
 
 
 @cache
-def asked() -> Asked | None:
+def read_launch_request() -> LaunchRequest | None:
     """Return what the launcher of this process was asked for; None if nobody asked for anything.
 
     Looks at the command line of the nearest Python process above this one, if that is `accelerate
     launch`, and at the environment otherwise (torchrun, srun, a notebook, plain python).
     """
-    command = launcher_command()
+    command = find_launcher_command()
     if command is None:
-        return read_environment(os.environ)
-    return read_command(*command, os.environ)
+        return parse_launch_environment(os.environ)
+    return parse_launch_command(*command, os.environ)
 
 
-def read_command(words: Sequence[str], folder: Path, environ: Mapping[str, str]) -> Asked:
+def parse_launch_command(
+    words: Sequence[str], folder: Path, environ: Mapping[str, str]
+) -> LaunchRequest:
     """Read the words after `accelerate launch` and the config file by accelerate's own precedence.
 
     A relative config file lies in `folder`. The tests hold this against accelerate's parser and
@@ -85,24 +92,24 @@ def read_command(words: Sequence[str], folder: Path, environ: Mapping[str, str])
             said[name] = f"`--{name} {flag}`"
             return flag
         if in_file is not None:
-            said[name] = f"`{name}: {in_file}` in {_shown(path, flags)}"
+            said[name] = f"`{name}: {in_file}` in {_display_path(path, flags)}"
         return in_file
 
     zero_stage = (config.get("deepspeed_config") or {}).get("zero_stage")
-    return Asked(
+    return LaunchRequest(
         num_processes=pick("num_processes", config.get("num_processes"))
         or _world_size(environ, said),
         num_machines=pick("num_machines", config.get("num_machines")) or 1,
-        distributed=_distributed(flags, config, _shown(path, flags), said),
+        distributed=_distributed(flags, config, _display_path(path, flags), said),
         zero_stage=pick("zero_stage", zero_stage),
-        mixed_precision=pick("mixed_precision", _word(config.get("mixed_precision"))),
-        use_cpu=_use_cpu(flags, config, _shown(path, flags), said),
+        mixed_precision=pick("mixed_precision", _setting_text(config.get("mixed_precision"))),
+        use_cpu=_use_cpu(flags, config, _display_path(path, flags), said),
         config_file=path,
         said_by=said,
     )
 
 
-def read_environment(environ: Mapping[str, str]) -> Asked | None:
+def parse_launch_environment(environ: Mapping[str, str]) -> LaunchRequest | None:
     """Read what torchrun, another launcher or the user asked for by environment variables."""
     said: dict[str, str] = {}
     sharding = [name for key, name in _SHARDING_VARIABLES.items() if is_on(environ, key)]
@@ -113,7 +120,7 @@ def read_environment(environ: Mapping[str, str]) -> Asked | None:
         said["mixed_precision"] = f"`ACCELERATE_MIXED_PRECISION={precision}` in the environment"
     if is_on(environ, "ACCELERATE_USE_CPU"):
         said["use_cpu"] = "`ACCELERATE_USE_CPU` in the environment"
-    wish = Asked(
+    wish = LaunchRequest(
         num_processes=_world_size(environ, said),
         distributed=sharding[0] if sharding else None,
         mixed_precision=precision,
@@ -128,7 +135,7 @@ def is_on(environ: Mapping[str, str], variable: str) -> bool:
     return environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
-def unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
+def find_unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
     """Return (group, key, all known keys) for each key of a config file that accelerate ignores.
 
     It refuses unknown keys at the top of the file, but not those within `fsdp_config` and its like.
@@ -136,10 +143,10 @@ def unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
     spec = importlib.util.find_spec("accelerate")
     assert spec is not None and spec.origin is not None
     source = (Path(spec.origin).parent / "commands" / "launch.py").read_text(encoding="utf-8")
-    known = set(re.findall(r'"--([a-z0-9_]+)"', source)) | _UNLISTED
+    known = set(re.findall(r'"--([a-z0-9_]+)"', source)) | _UNLISTED_KEYS
     unknown = []
     for group, keys in _read_config(path).items():
-        prefix = _PREFIXES.get(group, "")
+        prefix = _KEY_PREFIXES.get(group, "")
         for key in keys if isinstance(keys, dict) else ():
             name = key if key.startswith(prefix) else prefix + key
             if name not in known:
@@ -147,13 +154,13 @@ def unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
     return unknown
 
 
-def launcher_command() -> tuple[list[str], Path] | None:
+def find_launcher_command() -> tuple[list[str], Path] | None:
     """Return the launcher's words after `launch` and its folder; None if there is no launcher."""
     try:
         for process in psutil.Process().parents():
             command = process.cmdline()
             if command and Path(command[0]).name.lower().startswith("python"):
-                words = launcher_words(command, sys.orig_argv)
+                words = extract_launcher_flags(command, sys.orig_argv)
                 return None if words is None else (words, Path(process.cwd()))
     except (psutil.Error, OSError):
         # Other users' processes, or a machine that hides them: the environment has to do.
@@ -161,7 +168,7 @@ def launcher_command() -> tuple[list[str], Path] | None:
     return None
 
 
-def launcher_words(command: Sequence[str], child: Sequence[str]) -> list[str] | None:
+def extract_launcher_flags(command: Sequence[str], child: Sequence[str]) -> list[str] | None:
     """Return the flags of `accelerate launch` from its command line; None if it is another command.
 
     `child` is the command line of the training process: what the two end with alike, the script
@@ -197,10 +204,10 @@ def _flags_start(command: Sequence[str]) -> int | None:
 def _read_flags(words: Sequence[str]) -> argparse.Namespace:
     """Read the launcher's flags that decide what runs, written with underscores or hyphens."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, kind in _VALUES.items():
+    for name, kind in _VALUE_FLAGS.items():
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, dest=name, type=kind)
-    for name in (*_MODES, "cpu"):
+    for name in (*_MODE_FLAGS, "cpu"):
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, dest=name, action="store_true")
     return parser.parse_known_args(words)[0]
@@ -218,7 +225,7 @@ def _config_file(
     return default if default.is_file() and not flags.cpu else None
 
 
-def _shown(path: Path | None, flags: argparse.Namespace) -> str:
+def _display_path(path: Path | None, flags: argparse.Namespace) -> str:
     """Return the config file as the user knows it."""
     if flags.config_file is not None:
         return flags.config_file
@@ -233,7 +240,7 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     return config
 
 
-def _word(value: Any) -> str | None:
+def _setting_text(value: Any) -> str | None:
     """Return a setting as text; YAML reads a bare `no` as false."""
     if value is None:
         return None
@@ -244,15 +251,15 @@ def _distributed(
     flags: argparse.Namespace, config: Mapping[str, Any], shown: str, said: dict[str, str]
 ) -> str | None:
     """Return how the work was asked to be shared: a flag wins over the config file."""
-    for flag, name in _MODES.items():
+    for flag, name in _MODE_FLAGS.items():
         if getattr(flags, flag):
             said["distributed"] = f"`--{flag}`"
             return name
-    kind = _word(config.get("distributed_type"))
+    kind = _setting_text(config.get("distributed_type"))
     if kind is None:
         return None
     said["distributed"] = f"`distributed_type: {kind}` in {shown}"
-    return "none" if kind.upper() == "NO" else _TYPES.get(kind, "ddp")
+    return "none" if kind.upper() == "NO" else _DISTRIBUTED_TYPES.get(kind, "ddp")
 
 
 def _use_cpu(
@@ -278,9 +285,9 @@ def _world_size(environ: Mapping[str, str], said: dict[str, str]) -> int | None:
 # How a run was launched, as far as it takes to launch it so again.
 
 
-def launcher() -> dict[str, Any] | None:
+def launched_by() -> dict[str, Any] | None:
     """The content of accelerate's config file, if one had a say; None for plain Python."""
-    wish = asked()
+    wish = read_launch_request()
     if wish is None or wish.config_file is None:
         return None
     config = yaml.safe_load(wish.config_file.read_text(encoding="utf-8"))

@@ -17,20 +17,20 @@ from luthier.errors import UserError
 from luthier.model.adapters import make_plain
 from luthier.model.device import random_state_kept
 from luthier.record import checkpoints
-from luthier.record.checkpoints import Bounds
+from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss, read_metrics
 from luthier.storage.atomic import publish_folder, read_json, write_json, write_jsonl
 from luthier.train import console, trackers
-from luthier.train.callbacks import Journals, Stopping
-from luthier.train.evaluation import Asked
-from luthier.train.session import Session
-from luthier.train.signals import SIGNALS, STOPPED, agreed, name_of
+from luthier.train.callbacks import StopCallback, TruncateLogsCallback
+from luthier.train.evaluation import EvalPrompts
+from luthier.train.session import TrainingSession
+from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, agree_on_signal, signal_name
 from luthier.train.trainers.checkpoints import disk_full_message, is_disk_full
 
 # What makes others' servers read and stop as the training did, beside a saved adapter or model.
 
 
-def write_served(folder: Path, trainer: Any, encoder: ChatEncoder) -> None:
+def save_serving_files(folder: Path, trainer: Any, encoder: ChatEncoder) -> None:
     """Write the training's template with the tokenizer, and its stop tokens.
 
     A tokenizer keeps its own template where the config names another; and the token that ends a
@@ -41,10 +41,12 @@ def write_served(folder: Path, trainer: Any, encoder: ChatEncoder) -> None:
     tokenizer.chat_template = encoder.settings()["template"]
     tokenizer.save_pretrained(folder)
     if trainer.model.can_generate():  # a model that scores says nothing
-        _write_stops(folder, trainer.model.generation_config, encoder, tokenizer.pad_token_id)
+        _save_generation_config(
+            folder, trainer.model.generation_config, encoder, tokenizer.pad_token_id
+        )
 
 
-def _write_stops(folder: Path, base: Any, encoder: ChatEncoder, pad: int | None) -> None:
+def _save_generation_config(folder: Path, base: Any, encoder: ChatEncoder, pad: int | None) -> None:
     """Write a generation config with the base's settings and the training's stop tokens."""
     config = copy.deepcopy(base)
     stops = encoder.stop_token_ids
@@ -57,20 +59,20 @@ def _write_stops(folder: Path, base: Any, encoder: ChatEncoder, pad: int | None)
     config.to_json_file(folder / "generation_config.json")
 
 
-Measure = dict[str, Any]
+Measurement = dict[str, Any]
 """`results` by name, and for each set of answered rows, by its name, `replies` and `scores`."""
 
 
-def measure_before(session: Session) -> Measure:
+def measure_before_training(session: TrainingSession) -> Measurement:
     """The untrained model's measure; a run that goes on finds the one it took at its start."""
     path = session.folder / "before.json"
-    measured: Measure | None = read_json(path)
+    measured: Measurement | None = read_json(path)
     if measured is None:
         if session.main:
             # Lines of a start that was killed before its measure was whole.
-            for name in checkpoints.NAMES:
+            for name in checkpoints.STEP_LOGS:
                 (session.folder / name).unlink(missing_ok=True)
-        for part in measure_stepwise(session, "before training"):
+        for part in measure_in_parts(session, "before training"):
             measured = part()
         if session.main:
             write_json(path, measured)
@@ -78,19 +80,19 @@ def measure_before(session: Session) -> Measure:
     return measured
 
 
-def measure_stepwise(session: Session, when: str) -> Iterator[Callable[[], Measure]]:
+def measure_in_parts(session: TrainingSession, when: str) -> Iterator[Callable[[], Measurement]]:
     """The measure of the model as it stands, part by part; the last one returns it whole.
 
     The first part is the held-out loss, and each of the others the scored replies to one set.
     """
-    measured: Measure = {"results": {}, "replies": {}, "scores": {}}
-    step = weights_step(session.trainer)
+    measured: Measurement = {"results": {}, "replies": {}, "scores": {}}
+    step = loaded_weights_step(session.trainer)
 
-    def loss() -> Measure:
-        measured["results"] |= _held_out(session, _evaluated(session, step))
+    def loss() -> Measurement:
+        measured["results"] |= _held_out_results(session, _evaluate_once(session, step))
         return measured
 
-    def replies(asked: Asked) -> Measure:
+    def replies(asked: EvalPrompts) -> Measurement:
         answered = session.answered(asked, when, step)
         found = {f"{asked.label}{name}": value for name, value in answered.results.items()}
         measured["results"] |= found
@@ -103,7 +105,7 @@ def measure_stepwise(session: Session, when: str) -> Iterator[Callable[[], Measu
         yield partial(replies, asked)
 
 
-def weights_step(trainer: Any) -> int:
+def loaded_weights_step(trainer: Any) -> int:
     """The optimizer step whose weights the model has: the last one's, or the best checkpoint's."""
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -111,7 +113,7 @@ def weights_step(trainer: Any) -> int:
     return int(state.global_step)
 
 
-def _evaluated(session: Session, step: int) -> dict[str, float]:
+def _evaluate_once(session: TrainingSession, step: int) -> dict[str, float]:
     """What an evaluation of these weights measured: the one in the log, or one that is made now."""
     trainer = session.trainer
     if trainer.eval_dataset is None:
@@ -119,14 +121,14 @@ def _evaluated(session: Session, step: int) -> dict[str, float]:
     logged: dict[str, float] = {}
     for row in trainer.state.log_history:
         logged |= row if row["step"] == step else {}
-    if all(f"{_prefix(name)}_runtime" in logged for name in _sets(trainer)):
+    if all(f"{_eval_prefix(name)}_runtime" in logged for name in _eval_set_names(trainer)):
         return logged
     measured: dict[str, float] = trainer.evaluate()
-    _refuse_unknown_best(trainer.args, measured)
+    _refuse_unmeasured_best_metric(trainer.args, measured)
     return measured
 
 
-def _refuse_unknown_best(args: Any, measured: dict[str, float]) -> None:
+def _refuse_unmeasured_best_metric(args: Any, measured: dict[str, float]) -> None:
     """Stop, before the first step, where the best checkpoint is chosen by what nobody measures."""
     name = args.metric_for_best_model
     if name is None or args.eval_strategy == "no":
@@ -139,31 +141,31 @@ def _refuse_unknown_best(args: Any, measured: dict[str, float]) -> None:
         )
 
 
-def _sets(trainer: Any) -> list[str]:
+def _eval_set_names(trainer: Any) -> list[str]:
     """The names of the evaluation sets; the only one has none."""
     sets = trainer.eval_dataset
     return list(sets) if isinstance(sets, dict) else [""]
 
 
-def _prefix(name: str) -> str:
+def _eval_prefix(name: str) -> str:
     return f"eval_{name}" if name else "eval"
 
 
-def _held_out(session: Session, evaluated: dict[str, float]) -> dict[str, float]:
+def _held_out_results(session: TrainingSession, evaluated: dict[str, float]) -> dict[str, float]:
     """What the trainer measures of each evaluation set, by name."""
     trainer = session.trainer
     measures = [("held_out_loss", "loss")] if trainer.loss_shown else []
     measures += [(name, name) for name in trainer.shown]
-    sets = _sets(trainer) if evaluated else []
+    sets = _eval_set_names(trainer) if evaluated else []
     return {
-        f"{name}/{ours}" if name else ours: float(evaluated[f"{_prefix(name)}_{theirs}"])
+        f"{name}/{ours}" if name else ours: float(evaluated[f"{_eval_prefix(name)}_{theirs}"])
         for name in sets
         for ours, theirs in measures
-        if evaluated.get(f"{_prefix(name)}_{theirs}") is not None
+        if evaluated.get(f"{_eval_prefix(name)}_{theirs}") is not None
     }
 
 
-def save(session: Session) -> None:
+def save_model(session: TrainingSession) -> None:
     """Write the adapter or model, the tokenizer with its template, and the chat settings."""
     trainer, target = session.trainer, session.folder / "model"
     temporary = session.folder / ".model.tmp"
@@ -178,17 +180,21 @@ def save(session: Session) -> None:
         make_plain(trainer.model, temporary)
         if session.encoder is not None:
             write_json(temporary / "chat.json", session.encoder.settings())
-            write_served(temporary, trainer, session.encoder)
+            save_serving_files(temporary, trainer, session.encoder)
         publish_folder(temporary, target)
     trainer.accelerator.wait_for_everyone()
 
 
-def conclude(session: Session, before: Measure, after: Measure, training_seconds: float) -> None:
+def report_results(
+    session: TrainingSession, before: Measurement, after: Measurement, training_seconds: float
+) -> None:
     """Write replies, plot and record, tell the trackers, print the summary."""
     if not session.main:
         return
     folder, config = session.folder, session.config
-    rows = [row for asked in session.answers.asked for row in _reply_rows(asked, before, after)]
+    rows = [
+        row for asked in session.answers.asked for row in _before_after_rows(asked, before, after)
+    ]
     write_jsonl(folder / "replies.jsonl", rows)
     names = before["results"] | after["results"]
     results = {
@@ -202,13 +208,15 @@ def conclude(session: Session, before: Measure, after: Measure, training_seconds
     session.record.end("finished", results=results, training_seconds=seconds)
     problem = session.after_save(folder) if session.after_save else None
     if problem:
-        console.say(f"card      not written: {problem}")
+        console.print_line(f"card      not written: {problem}")
     trackers.log_files(config, folder)
-    console.show_replies(rows, config.trainer.evaluation.samples)
-    console.show_results(session.record.entries, folder)
+    console.print_replies(rows, config.trainer.evaluation.samples)
+    console.print_results(session.record.entries, folder)
 
 
-def _reply_rows(asked: Asked, before: Measure, after: Measure) -> list[dict[str, Any]]:
+def _before_after_rows(
+    asked: EvalPrompts, before: Measurement, after: Measurement
+) -> list[dict[str, Any]]:
     """A set's questions with the replies and the scores before and after training."""
     old, new = (
         {part: measured[part][asked.name] for part in ("replies", "scores")}
@@ -232,51 +240,51 @@ def _reply_rows(asked: Asked, before: Measure, after: Measure) -> list[dict[str,
 
 # The training of a session: from its newest checkpoint to its results, or to where it stops.
 
-_SECONDS_TO_END = 5.0
+_EXIT_GRACE_SECONDS = 5.0
 """How long the other processes wait, so that a launcher does not end the first one too early."""
 
 
-def fit(session: Session) -> int:
+def fit(session: TrainingSession) -> int:
     """Answer, train, answer again, and write down what came out; return the exit code.
 
     Raises UserError where the disk is full.
     """
     trainer = session.trainer
-    with _disk_in_words(session):
-        resume = _resumed(session)
+    with _disk_full_as_user_error(session):
+        resume = _choose_checkpoint(session)
         with random_state_kept():
-            before = measure_before(session)
-        _prepare(session, resume)
+            before = measure_before_training(session)
+        _prepare_trainer(session, resume)
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         seconds = time.monotonic() - began
-        stopped = trainer.stopped or _measured_or_stopped(session, before, seconds)
+        stopped = trainer.stopped or _finish(session, before, seconds)
         if stopped:
-            _leave(session, stopped)
+            _report_stop(session, stopped)
     # The process group must be gone before the process is, or gloo may abort at exit.
     trainer.end()
     if stopped and not session.main:
-        time.sleep(_SECONDS_TO_END if "TORCHELASTIC_RUN_ID" in os.environ else 0)
-    return STOPPED if stopped else 0
+        time.sleep(_EXIT_GRACE_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+    return STOPPED_EXIT_CODE if stopped else 0
 
 
-def _measured_or_stopped(session: Session, before: Measure, seconds: float) -> int:
+def _finish(session: TrainingSession, before: Measurement, seconds: float) -> int:
     """Measure, save and conclude; the signal's number where one came before the model was saved.
 
     The trained weights are then in a checkpoint, and the same command measures them.
     """
-    for part in measure_stepwise(session, "after training"):
-        stopped = agreed(session.trainer.accelerator)
+    for part in measure_in_parts(session, "after training"):
+        stopped = agree_on_signal(session.trainer.accelerator)
         if stopped:
-            _checkpoint(session.trainer)
+            _save_last_checkpoint(session.trainer)
             return stopped
         after = part()
-    save(session)
-    conclude(session, before, after, seconds)
+    save_model(session)
+    report_results(session, before, after, seconds)
     return 0
 
 
-def _checkpoint(trainer: Any) -> None:
+def _save_last_checkpoint(trainer: Any) -> None:
     """Take a checkpoint behind the last step, if there is none.
 
     Not where the best weights are back in place: they are those of another step.
@@ -287,59 +295,64 @@ def _checkpoint(trainer: Any) -> None:
         trainer._save_checkpoint(trainer.model, None)
 
 
-def _resumed(session: Session) -> Path | None:
+def _choose_checkpoint(session: TrainingSession) -> Path | None:
     """The checkpoint to go on from; all processes agree on it."""
     folder = session.folder / "checkpoints"
     chosen: list[Path | None] = [None]
     if session.main:
-        checkpoints.recover(folder)
-        found = checkpoints.newest(folder)
+        checkpoints.recover_checkpoints(folder)
+        found = checkpoints.find_newest_checkpoint(folder)
         for sentence in found.passed_over:
-            console.say(sentence)
+            console.print_line(sentence)
         if found.path is not None:
-            console.say(f"goes on from {found.path}")
+            console.print_line(f"goes on from {found.path}")
         elif found.passed_over:
-            console.say("there is no whole checkpoint, so the training begins again")
+            console.print_line("there is no whole checkpoint, so the training begins again")
         chosen = [found.path]
     if session.trainer.accelerator.num_processes > 1:
         broadcast_object_list(chosen)
-    _refuse_shorter(session.trainer, chosen[0])
+    _refuse_fewer_steps(session.trainer, chosen[0])
     return chosen[0]
 
 
-def _refuse_shorter(trainer: Any, resume: Path | None) -> None:
+def _refuse_fewer_steps(trainer: Any, resume: Path | None) -> None:
     """Stop where the run has taken more steps already than it is to have now."""
-    if resume is not None and checkpoints.step_of(resume) > trainer.planned_steps():
+    step = 0 if resume is None else checkpoints.checkpoint_step(resume)
+    if step and step > trainer.planned_steps():
         raise UserError(
-            f"trainer.args: the run is at step {checkpoints.step_of(resume)} already ({resume}), "
+            f"trainer.args: the run is at step {step} already ({resume}), "
             f"and {trainer.planned_steps()} steps are asked for.\nAsk for at least as many, choose "
             "another output_dir=..., or overwrite=true to begin anew."
         )
 
 
-def _prepare(session: Session, resume: Path | None) -> None:
+def _prepare_trainer(session: TrainingSession, resume: Path | None) -> None:
     """Give the trainer what it needs to stop and to go on; from here signals are only noted."""
     trainer, config = session.trainer, session.config
-    trainer.bounds = Bounds(trainer.args.save_total_limit, config.trainer.checkpoints.bytes)
-    trainer.journals = tuple(session.folder / name for name in checkpoints.NAMES)
-    trainer.add_callback(Journals(trainer, resume))
-    trainer.add_callback(Stopping(trainer))
+    trainer.bounds = CheckpointLimits(
+        trainer.args.save_total_limit, config.trainer.checkpoints.bytes
+    )
+    trainer.journals = tuple(session.folder / name for name in checkpoints.STEP_LOGS)
+    trainer.add_callback(TruncateLogsCallback(trainer, resume))
+    trainer.add_callback(StopCallback(trainer))
     if session.main:
-        session.record.note(from_step=checkpoints.step_of(resume) if resume else 0)
+        session.record.note(from_step=checkpoints.checkpoint_step(resume) if resume else 0)
     SIGNALS.waits = True
 
 
-def _leave(session: Session, number: int) -> None:
+def _report_stop(session: TrainingSession, number: int) -> None:
     """Say where the run stopped and how it goes on."""
-    step, name = int(session.trainer.state.global_step), name_of(number)
+    step, name = int(session.trainer.state.global_step), signal_name(number)
     if session.main:
         session.record.note(to_step=step, signal=name)
         session.record.end("stopped")
-        console.say(f"stopped by {name} behind step {step}; the same command goes on from there")
+        console.print_line(
+            f"stopped by {name} behind step {step}; the same command goes on from there"
+        )
 
 
 @contextmanager
-def _disk_in_words(session: Session) -> Iterator[None]:
+def _disk_full_as_user_error(session: TrainingSession) -> Iterator[None]:
     """A disk that is full while anything else than a checkpoint is written."""
     try:
         yield

@@ -17,20 +17,20 @@ from luthier.data.batching.rows import Document, TrainingRow
 from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
 
-AROUND, SEEN = 12, 9
+NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
 """Tokens of the document that changes, and of the one that must not notice."""
-CONTENT = 1e-5
+CONTENT_TOLERANCE = 1e-5
 """What is always rounding. Without int8 layers, `content` was 0 to the last bit on every class that
 keeps documents apart, in bfloat16 too, since the same kernels work on the same shapes; the smallest
 leak that was found was 4e-4, of one short convolution in a tiny random model."""
-PLACE = (1e-2, 32)
+POSITION_TOLERANCE = (1e-2, 32)
 """What is always rounding between places: this much, or so many times the format's epsilon."""
-NOISE = 5
+NOISE_FACTOR = 5
 """How many times the rounding between rows of one batch is rounding between documents too."""
 
 
 @dataclass(frozen=True)
-class Isolation:
+class DocumentIsolation:
     """How far the logits of a packed document are from what they should be.
 
     Each is the largest over the document's tokens of the distance between two rows of logits, in
@@ -51,13 +51,13 @@ class Isolation:
     @property
     def content_allowed(self) -> float:
         """The largest `content` that may be rounding."""
-        return CONTENT + NOISE * self.content_noise
+        return CONTENT_TOLERANCE + NOISE_FACTOR * self.content_noise
 
     @property
     def place_allowed(self) -> float:
         """The largest `place` that may be rounding."""
-        floor, times = PLACE
-        noise = NOISE * max(self.place_noise, self.content_noise)
+        floor, times = POSITION_TOLERANCE
+        noise = NOISE_FACTOR * max(self.place_noise, self.content_noise)
         return max(floor, times * self.epsilon) + noise
 
     @property
@@ -68,7 +68,7 @@ class Isolation:
 
 def check_isolation(
     model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any] | None = None
-) -> Isolation:
+) -> DocumentIsolation:
     """Show that a document in a packed row gets the logits that it gets alone.
 
     Two documents share rows, in either order; then one of them changes, and the logits of the other
@@ -84,16 +84,23 @@ def check_isolation(
         with torch.no_grad():
             isolation = _measure(model, collator, call or model)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{_named(model)} cannot train packed rows: {error}\n{_INSTEAD}") from error
+        raise UserError(
+            f"{_describe_model(model)} cannot train packed rows: {error}\n{_ADVICE}"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training
     if not isolation.holds:
-        raise UserError(f"{_named(model)} cannot train packed rows: {_why(isolation)}.\n{_INSTEAD}")
+        raise UserError(
+            f"{_describe_model(model)} cannot train packed rows: {_describe_leak(isolation)}."
+            f"\n{_ADVICE}"
+        )
     return isolation
 
 
-def _measure(model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any]) -> Isolation:
+def _measure(
+    model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any]
+) -> DocumentIsolation:
     device = model.get_input_embeddings().weight.device
     one, other, seen = _documents(model.config.get_text_config().vocab_size)
     packed_as = type(collator)(collator.pad_token_id)
@@ -102,14 +109,14 @@ def _measure(model: Any, collator: PackedRows | FlatRows, call: Callable[..., An
     def logits(layout: Any, *rows: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of the first and of the last tokens of a batch, as many as `seen` has."""
         found = _logits(call, layout(rows), device).flatten(0, 1)
-        return found[:SEEN], found[-SEEN:]
+        return found[:PROBE_TOKENS], found[-PROBE_TOKENS:]
 
     packed = logits(packed_as, (seen, one), (one, seen))
     changed = logits(packed_as, (seen, other), (other, seen))
     in_batch, _ = logits(padded_as, (seen,), (one,))
     in_other_batch, _ = logits(padded_as, (seen,), (other,))
     alone, _ = logits(padded_as, (seen,))
-    return Isolation(
+    return DocumentIsolation(
         content=max(_distance(a, b) for a, b in zip(changed, packed, strict=True)),
         place=_distance(packed[1], packed[0]),
         content_noise=_distance(in_other_batch, in_batch),
@@ -120,9 +127,11 @@ def _measure(model: Any, collator: PackedRows | FlatRows, call: Callable[..., An
 
 def _documents(vocabulary: int) -> tuple[Document, Document, Document]:
     """Two documents of one length that differ in every place, and a third; tokens by chance."""
-    drawn = (random_bits(2 * AROUND + SEEN, 0) % vocabulary).astype(np.int64)
-    drawn[AROUND : 2 * AROUND] = (drawn[:AROUND] + 1 + vocabulary // 3) % vocabulary
-    one, other, seen = np.split(drawn, [AROUND, 2 * AROUND])
+    drawn = (random_bits(2 * NEIGHBOUR_TOKENS + PROBE_TOKENS, 0) % vocabulary).astype(np.int64)
+    drawn[NEIGHBOUR_TOKENS : 2 * NEIGHBOUR_TOKENS] = (
+        drawn[:NEIGHBOUR_TOKENS] + 1 + vocabulary // 3
+    ) % vocabulary
+    one, other, seen = np.split(drawn, [NEIGHBOUR_TOKENS, 2 * NEIGHBOUR_TOKENS])
     return Document(one, one), Document(other, other), Document(seen, seen)
 
 
@@ -143,7 +152,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / scale).max())
 
 
-def _named(model: Any) -> str:
+def _describe_model(model: Any) -> str:
     from peft import PeftModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -151,14 +160,14 @@ def _named(model: Any) -> str:
     return f"trainer.args.packing: {type(base).__name__} with model.attention={attention}"
 
 
-_INSTEAD = (
+_ADVICE = (
     "Set trainer.args.packing=false and trainer.args.eval_packing=false; "
     "trainer.args.train_sampling_strategy=group_by_length keeps padding small. "
     "Another model.attention, or the kernel packages that the model's warnings name, may help too."
 )
 
 
-def _why(isolation: Isolation) -> str:
+def _describe_leak(isolation: DocumentIsolation) -> str:
     if isolation.content <= isolation.content_allowed:
         return (
             "the logits of a document at the end of a row and at its beginning differ by "

@@ -12,10 +12,10 @@ from luthier.data.store import tokenizer_digest
 from luthier.errors import UserError
 from luthier.model.weights_hash import model_facts
 from luthier.record import checkpoints, run_dir
-from luthier.record.config_diff import Change, rates_follow_length
+from luthier.record.config_diff import ConfigChange, schedule_depends_on_length
 from luthier.record.record import RunRecord
 
-_HELD = {
+_FIXED_INPUTS = {
     "tokenizer.sha256": ("model.tokenizer", "the tokenizer"),
     "tokenizer.template_sha256": ("chat.template", "the chat template"),
     "model.weights_sha256": ("model.path", "the model's weights"),
@@ -24,14 +24,14 @@ _HELD = {
     "data.sha256": ("dataset", "the rows, or what trains in them"),
 }
 """What of a record must stay as it was -> the config's key and the words for it."""
-_LAUNCHED = {
+_FIXED_LAUNCH = {
     "processes": "the number of processes",
     "sharding": "the sharding",
     "precision": "the mixed precision",
 }
 
 
-def said_changes(folder: Path, resolved: dict[str, Any]) -> list[str]:
+def describe_config_changes(folder: Path, resolved: dict[str, Any]) -> list[str]:
     """A sentence for each change of the config with which a run goes on; noted where it matters.
 
     Call it before the new config is written. Raises UserError where a finished run is to become
@@ -43,7 +43,7 @@ def said_changes(folder: Path, resolved: dict[str, Any]) -> list[str]:
                  if change.kind == "harmless"]  # fmt: skip
     if not longer:
         return sentences
-    last = checkpoints.newest(folder / "checkpoints").path
+    last = checkpoints.find_newest_checkpoint(folder / "checkpoints").path
     if run_dir.is_finished(folder) and last is None:
         raise UserError(
             f"output_dir: {folder} holds this run, finished without a checkpoint, so it cannot "
@@ -52,13 +52,15 @@ def said_changes(folder: Path, resolved: dict[str, Any]) -> list[str]:
         )
     if last is None:
         return sentences
-    step = checkpoints.step_of(last)
+    step = checkpoints.checkpoint_step(last)
     _note_length(folder, longer, step)
     old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return sentences + [_longer(change, step, rates_follow_length(old)) for change in longer]
+    return sentences + [
+        _describe_new_length(change, step, schedule_depends_on_length(old)) for change in longer
+    ]
 
 
-def identity(
+def hash_run_inputs(
     config: RunConfig, tokenizer: Any, encoder: Any, prepared: PreparedData
 ) -> dict[str, dict[str, Any]]:
     """What a run is made of, for its record: hashes of the tokenizer, its template, the weights."""
@@ -76,21 +78,21 @@ def identity(
     return made
 
 
-def refuse_changed(record: RunRecord, now: dict[str, dict[str, Any]]) -> None:
+def refuse_changed_inputs(record: RunRecord, now: dict[str, dict[str, Any]]) -> None:
     """Raise UserError where data, template, tokenizer or weights are not those of the run's begin.
 
     Where nothing was trained yet, the run begins again with what there is now.
     """
     folder = record.path.parent
-    changed = [name for name in _HELD if _differs(record.entries, now, name)]
+    changed = [name for name in _FIXED_INPUTS if _is_changed(record.entries, now, name)]
     if not changed:
         return
-    if not checkpoints.numbered(folder / "checkpoints"):
+    if not checkpoints.list_checkpoints(folder / "checkpoints"):
         (folder / "before.json").unlink(missing_ok=True)
         return
-    key, words = _HELD[changed[0]]
-    also = "".join(f", and {_HELD[name][1]}" for name in changed[1:])
-    was, is_now = (_at(entries, changed[0])[:12] for entries in (record.entries, now))
+    key, words = _FIXED_INPUTS[changed[0]]
+    also = "".join(f", and {_FIXED_INPUTS[name][1]}" for name in changed[1:])
+    was, is_now = (_record_value(entries, changed[0])[:12] for entries in (record.entries, now))
     raise UserError(
         f"{key}: {words}{also} changed since the run in {folder} began (SHA-256 {was}... -> "
         f"{is_now}...), so it cannot go on as the run that it was.\nPut back what there was, "
@@ -102,9 +104,9 @@ def refuse_other_launch(record: RunRecord, now: dict[str, Any]) -> None:
     """Raise UserError where a run with checkpoints was launched in another way than now."""
     old = record.entries.get("launch", {})
     folder = record.path.parent
-    if not checkpoints.numbered(folder / "checkpoints"):
+    if not checkpoints.list_checkpoints(folder / "checkpoints"):
         return
-    for name, words in _LAUNCHED.items():
+    for name, words in _FIXED_LAUNCH.items():
         if name in old and old[name] != now[name]:
             raise UserError(
                 f"The run in {folder} was launched with {words} {old[name]}, and now with "
@@ -113,7 +115,7 @@ def refuse_other_launch(record: RunRecord, now: dict[str, Any]) -> None:
             )
 
 
-def _note_length(folder: Path, longer: list[Change], step: int) -> None:
+def _note_length(folder: Path, longer: list[ConfigChange], step: int) -> None:
     """Leave in the record that the steps so far were taken on the way to another end."""
     record = RunRecord(folder)
     lines = [str(change) for change in longer]
@@ -121,7 +123,7 @@ def _note_length(folder: Path, longer: list[Change], step: int) -> None:
     record.update(extended=extended)
 
 
-def _longer(change: Change, step: int, rates_follow: bool) -> str:
+def _describe_new_length(change: ConfigChange, step: int, rates_follow: bool) -> str:
     if not rates_follow:
         return f"{change}: the run goes on from step {step} to its new end"
     return (
@@ -131,12 +133,12 @@ def _longer(change: Change, step: int, rates_follow: bool) -> str:
     )
 
 
-def _differs(old: dict[str, Any], new: dict[str, Any], name: str) -> bool:
-    was, is_now = _at(old, name), _at(new, name)
+def _is_changed(old: dict[str, Any], new: dict[str, Any], name: str) -> bool:
+    was, is_now = _record_value(old, name), _record_value(new, name)
     return bool(was) and bool(is_now) and was != is_now
 
 
-def _at(entries: dict[str, Any], name: str) -> str:
+def _record_value(entries: dict[str, Any], name: str) -> str:
     group, key = name.split(".")
     return str((entries.get(group) or {}).get(key) or "")
 

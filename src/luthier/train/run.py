@@ -14,7 +14,7 @@ from luthier.record import run_dir
 from luthier.record.record import RunRecord
 from luthier.storage import lock
 from luthier.train import launch_checks, trackers
-from luthier.train.signals import SIGNALS, STOPPED, Stopped, leave_code
+from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, write_exit_code
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
@@ -27,32 +27,35 @@ def run(loaded: "Loaded", after_save: "AfterSave | None" = None) -> int:
     `after_save` is called with the folder of a finished run once its record is closed, to write
     what describes the result; it returns why it could not, or None.
 
-    The code is `stopping.STOPPED` where a signal ended the run and the same command continues it.
+    The code is `signals.STOPPED_EXIT_CODE` where a signal ended the run and the same
+    command continues it.
     """
     set_environment(loaded.config)
     with SIGNALS.heard():
         try:
             code = _run(loaded, Path(loaded.config.output_dir), after_save)
-        except Stopped as stopped:
+        except StoppedBySignal as stopped:
             print(f"\nstopped by {stopped}; the same command begins again", file=sys.stderr)
-            code = STOPPED
-    leave_code(code)
+            code = STOPPED_EXIT_CODE
+    write_exit_code(code)
     return code
 
 
 def _run(loaded: "Loaded", folder: Path, after_save: "AfterSave | None") -> int:
     config = loaded.config
-    check(config)
+    check_before_torch(config)
     with _held(folder, config.dry_run):
         if claim(loaded, folder) == "finished":
             from luthier.train import console
 
-            console.say(f"{folder} holds this run, finished; overwrite=true trains it again.\n")
-            console.show_results(RunRecord(folder).entries, folder)
+            console.print_line(
+                f"{folder} holds this run, finished; overwrite=true trains it again.\n"
+            )
+            console.print_results(RunRecord(folder).entries, folder)
             return 0
-        from luthier.train.build import train
+        from luthier.train.build import build_and_fit
 
-        return train(loaded, folder, after_save)
+        return build_and_fit(loaded, folder, after_save)
 
 
 def _held(folder: Path, dry_run: bool) -> AbstractContextManager[None]:
@@ -63,18 +66,18 @@ def _held(folder: Path, dry_run: bool) -> AbstractContextManager[None]:
     return lock.holding(folder)
 
 
-def check(config: RunConfig) -> None:
+def check_before_torch(config: RunConfig) -> None:
     """Everything that can be known to be wrong without a heavy import."""
     data.check_sources(config.dataset, config.trainer.method)
     model.check_path(config.model)
     if config.trainer.teacher is not None:
         model.check_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
-    trackers.check_installed(config)
+    trackers.check_trackers_installed(config)
     batching_of(config)
-    launch_checks.check_before()
+    launch_checks.check_launch_request()
 
 
-def claim(loaded: "Loaded", folder: Path) -> run_dir.Claim:
+def claim(loaded: "Loaded", folder: Path) -> run_dir.RunState:
     """Take the run's directory, on the first rank; the others only ask whether all is done."""
     config = loaded.config
     if _rank() > 0:
@@ -100,9 +103,9 @@ def _say_changes(folder: Path, resolved: dict[str, Any]) -> None:
     """Say with which other settings the run goes on."""
     if not run_dir.changed(folder, resolved):
         return
-    from luthier.train.resume import said_changes
+    from luthier.train.resume import describe_config_changes
 
-    for sentence in said_changes(folder, resolved):
+    for sentence in describe_config_changes(folder, resolved):
         print(sentence)
 
 

@@ -17,24 +17,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-STOPPED = 75
+STOPPED_EXIT_CODE = 75
 """The exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h."""
-EXIT_FILE = "LUTHIER_EXIT_FILE"
+EXIT_CODE_VARIABLE = "LUTHIER_EXIT_FILE"
 """The variable with the file in which the first process leaves its exit code.
 
 `accelerate launch` and torchrun end with 1 whatever their processes said.
 """
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_APART = 1.0
+_REPEAT_SECONDS = 1.0
 """Seconds within which a signal again is the same wish, passed on by a launcher."""
 
 
-class Stopped(KeyboardInterrupt):
+class StoppedBySignal(KeyboardInterrupt):
     """A run was asked to stop where nothing is lost; the text is the signal's name."""
 
 
-class Signals:
+class SignalListener:
     """What this process was asked by signals."""
 
     def __init__(self) -> None:
@@ -71,39 +71,41 @@ class Signals:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            _as_always(number)
-        again = self.number == number and time.monotonic() - self._since > _APART
+            _take_default_action(number)
+        again = self.number == number and time.monotonic() - self._since > _REPEAT_SECONDS
         if number == signal.SIGINT and again:
-            _as_always(number)
+            _take_default_action(number)
         if not self.number:
             self.number, self._since = number, time.monotonic()
             if not self.waits:
-                raise Stopped(name_of(number))
+                raise StoppedBySignal(signal_name(number))
             if os.environ.get("RANK", "0") == "0":
-                os.write(sys.stderr.fileno(), _words(number).encode())
+                os.write(sys.stderr.fileno(), _stop_notice(number).encode())
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     """What a signal is called."""
     return signal.Signals(number).name
 
 
-def _as_always(number: int) -> None:
+def _take_default_action(number: int) -> None:
     """Do what the signal does to a process that does not listen."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
-def _words(number: int) -> str:
+def _stop_notice(number: int) -> str:
     more = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-    return f"\n{name_of(number)}: the run stops with a checkpoint at the end of this step{more}\n"
+    return (
+        f"\n{signal_name(number)}: the run stops with a checkpoint at the end of this step{more}\n"
+    )
 
 
-SIGNALS = Signals()
+SIGNALS = SignalListener()
 """Those of this process."""
 
 
-def agreed(accelerator: Any) -> int:
+def agree_on_signal(accelerator: Any) -> int:
     """The highest signal that any process of the run got, known to all of them; 0 for none.
 
     Exchanged between the processors, so that no accelerator has to wait.
@@ -114,25 +116,25 @@ def agreed(accelerator: Any) -> int:
     import torch
 
     most = torch.tensor([own])
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, _group())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, _gloo_group())
     return int(most.item())
 
 
-_GROUPS: list[Any] = []
+_GLOO_GROUPS: list[Any] = []
 
 
-def _group() -> Any:
+def _gloo_group() -> Any:
     """The processes, over a connection between processors; made when all first ask for it."""
     from torch import distributed
 
-    if not _GROUPS:
+    if not _GLOO_GROUPS:
         is_theirs = distributed.get_backend() == "gloo"
-        _GROUPS.append(None if is_theirs else distributed.new_group(backend="gloo"))
-    return _GROUPS[0]
+        _GLOO_GROUPS.append(None if is_theirs else distributed.new_group(backend="gloo"))
+    return _GLOO_GROUPS[0]
 
 
-def leave_code(code: int) -> None:
+def write_exit_code(code: int) -> None:
     """Leave the exit code where the launcher's caller looks for it, if someone wants it."""
-    path = os.environ.get(EXIT_FILE)
+    path = os.environ.get(EXIT_CODE_VARIABLE)
     if path and os.environ.get("RANK", "0") == "0":
         Path(path).write_text(f"{code}\n", encoding="utf-8")

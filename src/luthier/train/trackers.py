@@ -13,10 +13,10 @@ from typing import Any
 
 from luthier.config.schema import RunConfig, TrackerConfig
 from luthier.errors import UserError
-from luthier.record.config_diff import flat
+from luthier.record.config_diff import flatten_config
 from luthier.record.record import RunRecord
-from luthier.record.secrets import redacted
-from luthier.train.signals import STOPPED, Stopped
+from luthier.record.secrets import redact_secrets
+from luthier.train.signals import STOPPED_EXIT_CODE, StoppedBySignal
 
 # Weights & Biases: one run there for one run here, however often it stops and goes on.
 
@@ -48,12 +48,12 @@ def open_wandb(
     code = 1
     try:
         yield {"id": run.id, "project": run.project, "url": run.url}
-        code = STOPPED if stopped() else 0
-    except Stopped:
-        code = STOPPED
+        code = STOPPED_EXIT_CODE if stopped() else 0
+    except StoppedBySignal:
+        code = STOPPED_EXIT_CODE
         raise
     finally:
-        if code == STOPPED:
+        if code == STOPPED_EXIT_CODE:
             run.mark_preempting()
         run.finish(exit_code=code)
 
@@ -65,7 +65,7 @@ def log_results_to_wandb(results: dict[str, Any], rows: list[dict[str, Any]]) ->
     assert wandb.run is not None
     wandb.run.summary.update(results)
     if rows:
-        wandb.log({"replies": _table(rows)})
+        wandb.log({"replies": _wandb_table(rows)})
 
 
 def log_replies_to_wandb(name: str, rows: list[dict[str, Any]], step: int) -> None:
@@ -74,7 +74,7 @@ def log_replies_to_wandb(name: str, rows: list[dict[str, Any]], step: int) -> No
 
     # transformers logs its numbers against this one.
     key = f"eval/{name}_replies" if name else "eval/replies"
-    wandb.log({key: _table(rows), "train/global_step": step})
+    wandb.log({key: _wandb_table(rows), "train/global_step": step})
 
 
 def log_files_to_wandb(files: list[Path], model: Path | None) -> None:
@@ -92,7 +92,7 @@ def log_files_to_wandb(files: list[Path], model: Path | None) -> None:
         wandb.run.log_artifact(weights)
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def _wandb_table(rows: list[dict[str, Any]]) -> Any:
     import wandb
 
     columns = list(rows[0])
@@ -101,9 +101,9 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 
 # MLflow: one run there for one run here, however often it stops and goes on.
 
-_LONGEST = 500
+_MAX_PARAM_CHARS = 500
 """Characters of a parameter: MLflow refuses more than 6,000, and shows far fewer."""
-_AT_ONCE = 100
+_PARAMS_PER_CALL = 100
 
 
 @contextmanager
@@ -133,12 +133,12 @@ def open_mlflow(
     except mlflow.exceptions.MlflowException as error:
         raise UserError(f"tracker.mlflow: {error}") from error
     if known is None:
-        _log_settings(settings | {}, given.tags)
+        _log_mlflow_params(settings | {}, given.tags)
     status = "FAILED"
     try:
         yield {"id": run.info.run_id, "uri": mlflow.get_tracking_uri()}
         status = "KILLED" if stopped() else "FINISHED"
-    except Stopped:
+    except StoppedBySignal:
         status = "KILLED"
         raise
     finally:
@@ -162,20 +162,31 @@ def log_files_to_mlflow(files: list[Path], model: Path | None) -> None:
         mlflow.log_artifacts(str(model), "model")
 
 
-def _log_settings(settings: dict[str, Any], tags: dict[str, str]) -> None:
+def _log_mlflow_params(settings: dict[str, Any], tags: dict[str, str]) -> None:
     import mlflow
 
-    values = list({key: str(value)[:_LONGEST] for key, value in flat(settings).items()}.items())
-    for start in range(0, len(values), _AT_ONCE):
-        mlflow.log_params(dict(values[start : start + _AT_ONCE]))
+    values = list(
+        {
+            key: str(value)[:_MAX_PARAM_CHARS] for key, value in flatten_config(settings).items()
+        }.items()
+    )
+    for start in range(0, len(values), _PARAMS_PER_CALL):
+        mlflow.log_params(dict(values[start : start + _PARAMS_PER_CALL]))
     mlflow.set_tags(tags)
 
 
-_KEPT = ("run.json", "config.yaml", "overrides.yaml", "metrics.jsonl", "replies.jsonl", "loss.png")
+_TRACKED_FILES = (
+    "run.json",
+    "config.yaml",
+    "overrides.yaml",
+    "metrics.jsonl",
+    "replies.jsonl",
+    "loss.png",
+)
 """Files of the run's folder that a tracker keeps beside the metrics."""
 
 
-def check_installed(config: RunConfig) -> None:
+def check_trackers_installed(config: RunConfig) -> None:
     """Raise UserError, before anything heavy is imported, for a tracker that is not installed."""
     for name in config.tracker.to:
         if importlib.util.find_spec(name) is None:
@@ -186,7 +197,7 @@ def check_installed(config: RunConfig) -> None:
 
 
 @contextmanager
-def tracking(
+def open_trackers(
     config: RunConfig, resolved: dict[str, Any], folder: Path, record: RunRecord | None
 ) -> Iterator[None]:
     """Keep the configured trackers open, on the main process; `record` is None on the others."""
@@ -197,7 +208,7 @@ def tracking(
     if record is None:
         yield
         return
-    settings = redacted(resolved)
+    settings = redact_secrets(resolved)
     name = f"{config.recipe or 'custom'}/{folder.name}"
     stopped = partial(_is_stopped, record)
     ids = {key: run["id"] for key, run in record.entries.get("trackers", {}).items()}
@@ -230,7 +241,7 @@ def log_results(config: RunConfig, results: dict[str, Any], rows: list[dict[str,
 
 def log_files(config: RunConfig, folder: Path) -> None:
     """Give the trackers the run's small files, and with `tracker.artifacts` the model too."""
-    files = [folder / name for name in _KEPT if (folder / name).is_file()]
+    files = [folder / name for name in _TRACKED_FILES if (folder / name).is_file()]
     model = folder / "model" if config.tracker.artifacts else None
     if "wandb" in config.tracker.to:
         log_files_to_wandb(files, model)

@@ -13,7 +13,7 @@ from luthier.model.device import Machine
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class TrainerInputs:
     """All that a trainer is made of."""
 
     config: RunConfig
@@ -37,7 +37,7 @@ class Method(Protocol):
         """The model without an adapter."""
         ...
 
-    def trainer(self, given: Ingredients) -> Any:
+    def trainer(self, given: TrainerInputs) -> Any:
         """The trainer; a `transformers.Trainer`."""
         ...
 

@@ -23,8 +23,8 @@ from luthier.metrics.classification import (
     single_label_scores,
 )
 from luthier.model.device import Machine
-from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.base import Ingredients
+from luthier.train.arguments import build_trainer_arguments
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.heads import (
     REGRESSION,
     Labelled,
@@ -46,7 +46,7 @@ class Classify:
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `transformers.TrainingArguments`."""
-        return trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
+        return build_trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model whose head has an output for each label."""
@@ -54,7 +54,7 @@ class Classify:
         kind = "AutoModelForSequenceClassification"
         return load_head(config, machine, kind, labels, problem_type=labels.problem)
 
-    def trainer(self, given: Ingredients) -> "ClassTrainer":
+    def trainer(self, given: TrainerInputs) -> "ClassTrainer":
         """transformers' Trainer over labelled texts."""
         share_padding(given.model, given.tokenizer, given.prepared)
         check_positions(given.model, given.prepared)

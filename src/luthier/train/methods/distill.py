@@ -14,8 +14,8 @@ from luthier.errors import UserError
 from luthier.model.device import Machine, choose
 from luthier.model.load import load_model
 from luthier.model.tokenizer import load_tokenizer
-from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.base import Ingredients
+from luthier.train.arguments import build_trainer_arguments
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.online import Prompted, prompt_rows, stop_ids
 
 
@@ -31,13 +31,13 @@ class Distill:
         # Without dropout the completions come from the very model that is trained.
         own = {"disable_dropout": config.trainer.args.get("disable_dropout", True)}
         own |= {"remove_unused_columns": False}
-        return trainer_arguments(DistillationConfig, config, machine, folder, has_eval, own)
+        return build_trainer_arguments(DistillationConfig, config, machine, folder, has_eval, own)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model: the student."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
-    def trainer(self, given: Ingredients) -> StudentTrainer:
+    def trainer(self, given: TrainerInputs) -> StudentTrainer:
         """TRL's trainer, with the teacher; UserError for one of another vocabulary."""
         config = given.config
         train, sets = prompt_rows(given.prepared)

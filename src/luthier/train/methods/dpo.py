@@ -16,7 +16,7 @@ from luthier.data.batching.preference_collators import PairLayout
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.train.methods.base import Ingredients
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.preference import (
     Judging,
     PairMethod,
@@ -352,6 +352,6 @@ class DPO(PairMethod):
         self.reference = reference_of(config, machine)
         return super().load_model(config, machine, prepared)
 
-    def trainer(self, given: Ingredients) -> PairTrainer:
+    def trainer(self, given: TrainerInputs) -> PairTrainer:
         """TRL's DPOTrainer over pairs that are tokens."""
         return PairTrainer(ref_model=self.reference, **self.common(given))

@@ -12,8 +12,8 @@ from luthier.data.prepare import PreparedData
 from luthier.metrics.rewards import Reward, parse_rewards, prepare_rewards, try_rewards
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.base import Ingredients
+from luthier.train.arguments import build_trainer_arguments
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.online import Prompted, PromptRows, prompt_rows, stop_ids
 
 TRIED = 2
@@ -86,13 +86,13 @@ class Reinforce:
         if config.trainer.args.get("beta", 1) and not config.lora and revision is not None:
             # TRL loads the model once more, to compare with.
             own["model_init_kwargs"] = {"revision": revision}
-        return trainer_arguments(self.make_arguments, config, machine, folder, has_eval, own)
+        return build_trainer_arguments(self.make_arguments, config, machine, folder, has_eval, own)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
-    def trainer(self, given: Ingredients) -> Any:
+    def trainer(self, given: TrainerInputs) -> Any:
         """TRL's trainer; every reward has been tried on a few rows and seen every reference."""
         rewards = parse_rewards(given.config.trainer.rewards)[0]
         train, sets = prompt_rows(given.prepared)

@@ -259,7 +259,7 @@ def load_head(config: RunConfig, machine: Machine, kind: str, labels: Labels, **
             config.model, config.quantization, machine, full=not config.lora, kind=kind, **own
         )
     if PartialState().is_main_process:
-        console.say(_described(labels, vars(model)["new_layers"]))
+        console.print_line(_described(labels, vars(model)["new_layers"]))
     return model
 
 

@@ -23,7 +23,7 @@ from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.train import console
-from luthier.train.methods.base import Ingredients
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.preference import (
     Judging,
     PairMethod,
@@ -214,13 +214,13 @@ class KTO(PairMethod):
         self.reference = reference_of(config, machine)
         return super().load_model(config, machine, prepared)
 
-    def trainer(self, given: Ingredients) -> UnpairedTrainer:
+    def trainer(self, given: TrainerInputs) -> UnpairedTrainer:
         """TRL's KTOTrainer over replies that are tokens."""
         _advise(given)
         return UnpairedTrainer(ref_model=self.reference, **self.common(given))
 
 
-def _advise(given: Ingredients) -> None:
+def _advise(given: TrainerInputs) -> None:
     """Say so where good and bad replies weigh as differently as the paper says they should not.
 
     Equation 8 of https://huggingface.co/papers/2402.01306: their sums of weights as 1 to 4/3.
@@ -236,7 +236,7 @@ def _advise(given: Ingredients) -> None:
     balance = args.desirable_weight * good / (args.undesirable_weight * bad)
     if not 0.99 <= balance <= 1.34:
         fitting = args.undesirable_weight * bad / good
-        console.say(
+        console.print_line(
             f"balance   {good:,} good and {bad:,} bad replies; trainer.args.desirable_weight from "
             f"{fitting:.2f} to {fitting * 4 / 3:.2f} would make them count alike"
         )

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import Numbers, SampledRows, Sampler
 from luthier.data.batching.settings import Batching, batching_of
-from luthier.train.methods.base import Ingredients
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.trainers.base import Ordered
 
 Made = TypeVar("Made")
@@ -199,7 +199,7 @@ def columns_for(model: Any, row: Row) -> tuple[str, ...]:
     return tuple(n for n in ("input_ids", "token_type_ids") if n in row and n in known)
 
 
-def over_tables(kind: Callable[..., Made], given: Ingredients) -> Made:
+def over_tables(kind: Callable[..., Made], given: TrainerInputs) -> Made:
     """The trainer of this kind for a run, over the tables that were prepared."""
     return kind(
         given.model,

@@ -18,7 +18,7 @@ from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.infer.dequantize import unpacked
 from luthier.infer.generate import dense_head
-from luthier.train.evaluation import unsharded
+from luthier.train.evaluation import unsharded_weights
 from luthier.train.methods.encoders import make_encoder
 from luthier.train.trainers.base import Exact, precision_kept, recomputing_paused
 
@@ -217,7 +217,7 @@ class Prompted(Exact, Base):
         with ExitStack() as stack:
             if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2:
                 reshards = self.accelerator.state.fsdp_plugin.reshard_after_forward
-                stack.enter_context(unsharded(model, reshards))
+                stack.enter_context(unsharded_weights(model, reshards))
             stack.enter_context(unpacked(model))
             stack.enter_context(dense_head(model))
             self.model.eval()

@@ -11,7 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import PairLayout
-from luthier.train.methods.base import Ingredients
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.dpo import pair_measures
 from luthier.train.methods.preference import (
     OUTPUTS,
@@ -141,7 +141,7 @@ class ORPO(AloneMethod):
 
     make = ORPOConfig
 
-    def trainer(self, given: Ingredients) -> OddsTrainer:
+    def trainer(self, given: TrainerInputs) -> OddsTrainer:
         """TRL's ORPOTrainer over pairs that are tokens."""
         return OddsTrainer(**self.common(given))
 
@@ -151,6 +151,6 @@ class CPO(AloneMethod):
 
     make = CPOConfig
 
-    def trainer(self, given: Ingredients) -> ContrastTrainer:
+    def trainer(self, given: TrainerInputs) -> ContrastTrainer:
         """TRL's CPOTrainer over pairs that are tokens."""
         return ContrastTrainer(**self.common(given))

@@ -19,8 +19,8 @@ from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.base import Ingredients
+from luthier.train.arguments import build_trainer_arguments
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.labelled import evaluation_rows
 from luthier.train.trainers.base import Ordered, precision_kept
 
@@ -336,13 +336,13 @@ class PairMethod:
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The trainer's arguments."""
         own = {"remove_unused_columns": False} | self.own(config)
-        return trainer_arguments(self.make, config, machine, folder, has_eval, own)
+        return build_trainer_arguments(self.make, config, machine, folder, has_eval, own)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
-    def common(self, given: Ingredients) -> dict[str, Any]:
+    def common(self, given: TrainerInputs) -> dict[str, Any]:
         """What every trainer takes."""
         return {
             "model": given.model,

@@ -19,7 +19,7 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.model.tokenizer import PADDING_NAMES
-from luthier.train.methods.base import Ingredients
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.heads import model_config
 from luthier.train.methods.preference import Judging, PairMethod, Scores, Terms, mean
 
@@ -87,7 +87,7 @@ class Reward(PairMethod):
                 num_labels=1,
             )
 
-    def trainer(self, given: Ingredients) -> ScoreTrainer:
+    def trainer(self, given: TrainerInputs) -> ScoreTrainer:
         """TRL's RewardTrainer over conversations that are tokens."""
         pad = given.tokenizer.convert_ids_to_tokens(padding(given.tokenizer, given.prepared))
         # It is saved with the model, which finds the end of a conversation by it.

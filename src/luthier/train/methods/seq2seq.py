@@ -16,8 +16,8 @@ from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.base import Ingredients
+from luthier.train.arguments import build_trainer_arguments
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.heads import check_positions, model_config
 from luthier.train.methods.labelled import (
     OWN,
@@ -39,7 +39,9 @@ class Seq2Seq:
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `transformers.Seq2SeqTrainingArguments`."""
-        return trainer_arguments(Seq2SeqTrainingArguments, config, machine, folder, has_eval, OWN)
+        return build_trainer_arguments(
+            Seq2SeqTrainingArguments, config, machine, folder, has_eval, OWN
+        )
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """An encoder-decoder model."""
@@ -55,7 +57,7 @@ class Seq2Seq:
             )
         return model
 
-    def trainer(self, given: Ingredients) -> "TargetTrainer":
+    def trainer(self, given: TrainerInputs) -> "TargetTrainer":
         """transformers' Seq2SeqTrainer over sources and targets."""
         for column in ("input_ids", "labels"):
             check_positions(given.model, given.prepared, column)

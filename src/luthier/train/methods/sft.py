@@ -18,17 +18,17 @@ from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.train.arguments import sft_arguments
+from luthier.train.arguments import build_sft_arguments
 from luthier.train.dataloaders import (
-    StreamRows,
-    check_stream,
-    collator,
-    flatten,
-    stream_loader,
-    token_rows,
+    StreamDataset,
+    as_token_rows,
+    build_collator,
+    build_stream_loader,
+    check_stream_arguments,
+    flatten_packed_batch,
 )
-from luthier.train.methods.base import Ingredients
-from luthier.train.packing_check import Isolation, check_isolation
+from luthier.train.methods.base import TrainerInputs
+from luthier.train.packing_check import DocumentIsolation, check_isolation
 from luthier.train.trainers.base import Ordered, precision_kept
 
 
@@ -57,16 +57,16 @@ class TokenTrainer(Ordered, SFTTrainer):
         """Take what SFTTrainer takes, with token rows as datasets.
 
         A dataset is `TokenRows`, a table of token rows, a `datasets.Dataset` with the columns
-        `input_ids` and `labels`, or, for training, `StreamRows`; evaluation sets may come as a dict
-        by name. Raises UserError where the model cannot train packed rows.
+        `input_ids` and `labels`, or, for training, `StreamDataset`; evaluation sets may come as
+        a dict by name. Raises UserError where the model cannot train packed rows.
         """
         self.batching = batching or Batching()
-        self.isolation: Isolation | None = None
+        self.isolation: DocumentIsolation | None = None
         """How well the model keeps packed documents apart, once that is shown."""
-        if isinstance(train_dataset, StreamRows):
-            check_stream(kwargs["args"])
+        if isinstance(train_dataset, StreamDataset):
+            check_stream_arguments(kwargs["args"])
         else:
-            train_dataset = token_rows(train_dataset)
+            train_dataset = as_token_rows(train_dataset)
         self._pad_token_id = _share_pad_token(model, kwargs["processing_class"])
         self._flat = flattened_for(model.config.get_text_config()._attn_implementation)
         with precision_kept(model):
@@ -94,7 +94,7 @@ class TokenTrainer(Ordered, SFTTrainer):
 
     def _collator(self, args: Any, packed: bool) -> Any:
         multiple = args.pad_to_multiple_of
-        return collator(self.batching, packed, self._flat, self._pad_token_id, multiple)
+        return build_collator(self.batching, packed, self._flat, self._pad_token_id, multiple)
 
     def _show_isolation(self, call: Any) -> None:
         layout = self._collator(self.args, packed=True)
@@ -112,7 +112,7 @@ class TokenTrainer(Ordered, SFTTrainer):
 
     def sampler(self, rows: Any, size: int, processes: int, is_training: bool) -> Sampler:
         """The order of the rows, which may be those of a dataset."""
-        return super().sampler(token_rows(rows), size, processes, is_training)
+        return super().sampler(as_token_rows(rows), size, processes, is_training)
 
     def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
         """The rows in this order, and the collator for them: Trainer has one for both."""
@@ -124,13 +124,13 @@ class TokenTrainer(Ordered, SFTTrainer):
         self, dataset: Any, description: str, batch_size: int, *more: Any, **own: Any
     ) -> Any:
         """Make a loader; rows that come as a stream have one of their own."""
-        if isinstance(dataset, StreamRows):
+        if isinstance(dataset, StreamDataset):
             return self._stream_loader(dataset, batch_size)
         return super()._get_dataloader(dataset, description, batch_size, *more, **own)
 
-    def _stream_loader(self, rows: StreamRows, batch_size: int) -> Any:
+    def _stream_loader(self, rows: StreamDataset, batch_size: int) -> Any:
         # Rows are dealt out to the processes as rows, and flattened behind that.
-        layout = collator(self.batching, self.batching.packing, False, self._pad_token_id,
+        layout = build_collator(self.batching, self.batching.packing, False, self._pad_token_id,
                           self.args.pad_to_multiple_of)  # fmt: skip
         settings = {
             "collate_fn": layout,
@@ -138,7 +138,7 @@ class TokenTrainer(Ordered, SFTTrainer):
             "pin_memory": self.args.dataloader_pin_memory,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
         }
-        return stream_loader(rows, self.accelerator, batch_size, settings)
+        return build_stream_loader(rows, self.accelerator, batch_size, settings)
 
     def compute_loss(
         self,
@@ -172,7 +172,9 @@ class TokenTrainer(Ordered, SFTTrainer):
             return inputs
         if self.isolation is None:
             self._show_isolation(model)
-        return flatten(inputs) if self._flat and "cu_seq_lens_q" not in inputs else inputs
+        return (
+            flatten_packed_batch(inputs) if self._flat and "cu_seq_lens_q" not in inputs else inputs
+        )
 
     def _router_loss(self, outputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
@@ -228,8 +230,8 @@ class TokenTrainer(Ordered, SFTTrainer):
 def _evaluation_rows(rows: Any) -> Any:
     """One evaluation set, several by name, or none, as token rows."""
     if isinstance(rows, dict):
-        return {name: token_rows(part) for name, part in rows.items()}
-    return None if rows is None else token_rows(rows)
+        return {name: as_token_rows(part) for name, part in rows.items()}
+    return None if rows is None else as_token_rows(rows)
 
 
 def _share_pad_token(model: Any, tokenizer: Any) -> int:
@@ -248,13 +250,13 @@ class Supervised:
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `trl.SFTConfig`."""
-        return sft_arguments(config, machine, folder, has_eval)
+        return build_sft_arguments(config, machine, folder, has_eval)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
-    def trainer(self, given: Ingredients) -> TokenTrainer:
+    def trainer(self, given: TrainerInputs) -> TokenTrainer:
         """TRL's SFTTrainer over token rows."""
         batching = batching_of(given.config)
         return TokenTrainer(
@@ -272,7 +274,7 @@ def _training_rows(config: RunConfig, prepared: PreparedData, batching: Batching
     """The rows to train on, as the trainer takes them."""
     if isinstance(prepared.train, TokenRows):
         return prepared.train
-    return StreamRows(
+    return StreamDataset(
         prepared.train,
         seed=config.seed,
         shuffle_buffer=config.dataset.shuffle_buffer,

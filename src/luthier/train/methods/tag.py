@@ -19,8 +19,8 @@ from luthier.data.batching.rows import IGNORED
 from luthier.data.prepare import PreparedData
 from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.device import Machine
-from luthier.train.arguments import trainer_arguments
-from luthier.train.methods.base import Ingredients
+from luthier.train.arguments import build_trainer_arguments
+from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.heads import (
     Labelled,
     Labels,
@@ -39,13 +39,13 @@ class Tag:
 
     def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
         """The `transformers.TrainingArguments`."""
-        return trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
+        return build_trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model whose head has an output for each tag."""
         return load_head(config, machine, "AutoModelForTokenClassification", find_tags(prepared))
 
-    def trainer(self, given: Ingredients) -> "TagTrainer":
+    def trainer(self, given: TrainerInputs) -> "TagTrainer":
         """transformers' Trainer over tagged words."""
         check_positions(given.model, given.prepared)
         return over_tables(TagTrainer, given)

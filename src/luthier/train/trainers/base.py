@@ -14,7 +14,7 @@ from luthier.data.batching.samplers import SampledRows, Sampler
 from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
 from luthier.model.device import random_state_kept
-from luthier.train.dataloaders import eval_sampler, train_sampler
+from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
 from luthier.train.trainers.checkpoints import Checkpointed
 
 # Losses and gradients that are no numbers: at which step, in which rows, and what is left.
@@ -227,7 +227,7 @@ class Ordered(Exact):
 
     def sampler(self, rows: TokenRows, size: int, processes: int, is_training: bool) -> Sampler:
         """The order of the rows; `size`: those of a batch of one process."""
-        make = train_sampler if is_training else eval_sampler
+        make = build_train_sampler if is_training else build_eval_sampler
         return make(rows, self.batching, self.args, size, processes)
 
     def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:

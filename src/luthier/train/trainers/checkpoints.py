@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
 from luthier.record import checkpoints
-from luthier.record.checkpoints import Bounds
+from luthier.record.checkpoints import CheckpointLimits
 from luthier.storage.atomic import read_json, write_json
 from luthier.storage.sizes import in_words
 
@@ -35,7 +35,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error, folder):
             raise
-        shutil.rmtree(folder / checkpoints.NEW, ignore_errors=True)
+        shutil.rmtree(folder / checkpoints.NEW_FOLDER, ignore_errors=True)
         raise UserError(disk_full_message(folder, f"{in_words(_free(folder))} are free")) from error
 
 
@@ -70,7 +70,7 @@ def _free(folder: Path) -> int:
 
 def disk_full_message(folder: Path, why: str) -> str:
     """Say that the disk is full, and from where the run can go on."""
-    last = checkpoints.newest(folder).path
+    last = checkpoints.find_newest_checkpoint(folder).path
     left = f"The last good one is {last}" if last else "There is no good one yet"
     return (
         f"The disk of {folder} is full ({why}), so the run stops.\n"
@@ -91,7 +91,7 @@ COUNTED = "counted_{rank}.json"
 class Checkpointed(Base):
     """Stands before a trainer of transformers or TRL."""
 
-    bounds = Bounds()
+    bounds = CheckpointLimits()
     """How many checkpoints are kept."""
     planned = True
     """Whether the checkpoint that is being written is one that the settings ask for."""
@@ -176,10 +176,12 @@ class Checkpointed(Base):
         Raises UserError where the disk is full; the last good one is then untouched.
         """
         folder, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        refuse_together(self.accelerator, lambda: checkpoints.room_is_missing(folder), folder)
+        refuse_together(
+            self.accelerator, lambda: checkpoints.describe_missing_space(folder), folder
+        )
         best, resumable = self.state.best_model_checkpoint, not self.args.save_only_model
         self.args.save_only_model = not resumable and self.planned
-        self._writing = folder / checkpoints.NEW
+        self._writing = folder / checkpoints.NEW_FOLDER
         try:
             with writing_to(folder):
                 super()._save_checkpoint(model, trial)
@@ -200,12 +202,14 @@ class Checkpointed(Base):
         self.accelerator.wait_for_everyone()
 
     def _publish(self, folder: Path, name: str, made: dict[str, Any]) -> None:
-        written = folder / checkpoints.NEW / name
+        written = folder / checkpoints.NEW_FOLDER / name
         self.state.save_to_json(str(written / "trainer_state.json"))
-        checkpoints.publish(written, folder / name, made)
+        checkpoints.publish_checkpoint(written, folder / name, made)
         best = self.state.best_model_checkpoint
         kept = Path(best) if best else None
-        for sentence in checkpoints.prune(folder, self.state.global_step, kept, self.bounds):
+        for sentence in checkpoints.prune_checkpoints(
+            folder, self.state.global_step, kept, self.bounds
+        ):
             self.too_large(sentence)
 
     def too_large(self, sentence: str) -> None:
@@ -213,7 +217,7 @@ class Checkpointed(Base):
         if not self._has_said:
             from luthier.train import console
 
-            console.say(sentence)
+            console.print_line(sentence)
             self._has_said = True
 
     def _point_to_best(self, folder: Path, this_one: bool = False) -> None:
