@@ -147,7 +147,9 @@ MISTAKES = {
                           "model.devise: Did you mean model.device?"),
     "a device": (["{run}", "{rows}", "-o", "o", "model.device=tpu"], "model.device: input should"),
     "a dataset's setting": (["{run}", "{rows}", "-o", "o", "dataset.shap=text"],
-                            "Did you mean dataset.shape?"),
+                            "Did you mean dataset.type?"),
+    "a dataset's setting, renamed": (["{run}", "{rows}", "-o", "o", "dataset.shape=text"],
+                                     "It is called dataset.type now."),
     "a number": (["{run}", "{rows}", "-o", "o", "--batch", "x"], "--batch x: write a whole number"),
     "packing": (["{run}", "{rows}", "-o", "o", "quantization=nf5"], "quantization=nf5: there are"),
 }  # fmt: skip

@@ -31,6 +31,10 @@ ONE_MISTAKE = {
     "key of no group": ([Q, "modle.path=x"], ["modle: there is no such key. Did you mean model?"]),
     "key, misplaced": ([Q, "max_length=3"], ["max_length: ", "Did you mean chat.max_length?"]),
     "setting, misplaced": ([Q, "learning_rate=1"], ["Did you mean trainer.args.learning_rate?"]),
+    "key, renamed": (
+        [Q, "dataset.shape=text"],
+        ["dataset.shape: this key is called dataset.type now."],
+    ),
     "key, removed": ([Q, "~sed"], ["Could not delete from config. 'sed' does not exist."]),
     "no value": (
         ["model=hub", "dataset=quickstart"],

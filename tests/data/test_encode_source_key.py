@@ -106,8 +106,8 @@ SOURCE = [
     Change("split", ROWS_CHANGE, "train[:1]", "train", HUB),
     # What a revision changes is the content, which counts itself.
     Change("revision", NOTHING, "main", None, HUB),
-    Change("shape", NOTHING, "messages", "auto"),
-    Change("shape", ROWS_CHANGE, "prompt_completion", "messages", {"dataset.path": "both.jsonl"}),
+    Change("type", NOTHING, "messages", "auto"),
+    Change("type", ROWS_CHANGE, "prompt_completion", "messages", {"dataset.path": "both.jsonl"}),
     Change("columns", ROWS_CHANGE, {"prompt": "completion", "completion": "prompt"}, {}, PAIRS),
     Change("columns", NOTHING, {"prompt": "prompt"}, {}, PAIRS),
     Change("system", ROWS_CHANGE, "Be kind."),

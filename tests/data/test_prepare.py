@@ -66,10 +66,8 @@ def test_what_the_encoder_leaves_out_cuts_or_keeps_is_counted(write):
         pytest.param({"filter": "n > 1"}, ["q>c", "q>d"], id="a-filter"),
         pytest.param({"filter": "n > 1", "max_rows": 3}, ["q>c"], id="a-filter-sees-the-first"),
         pytest.param({"system": "S"}, ["Sq>a", "Sq>b", "Sq>c", "Sq>d"], id="a-system-prompt"),
-        pytest.param(
-            {"columns": {"completion": "n"}, "shape": "prompt_completion"}, None, id="int"
-        ),
-        pytest.param({"shape": "text", "columns": {"text": "prompt"}}, [">q"] * 4, id="a-shape"),
+        pytest.param({"columns": {"completion": "n"}, "type": "prompt_completion"}, None, id="int"),
+        pytest.param({"type": "text", "columns": {"text": "prompt"}}, [">q"] * 4, id="a-type"),
         pytest.param({"repeats": 2}, ["q>a", "q>b", "q>c", "q>d"] * 2, id="twice"),
     ],
 )

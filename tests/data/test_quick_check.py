@@ -42,7 +42,7 @@ def some_files(write, tmp_path):
             {"options": {"delimiter": ";"}}, r"dataset\.options\.delimiter: jsonl has", id="options"
         ),
         pytest.param({"columns": {"prompt": "x"}}, r"dataset\.columns", id="columns"),
-        pytest.param({"path": "odd.jsonl"}, r"columns: x, y", id="unknown-shape"),
+        pytest.param({"path": "odd.jsonl"}, r"columns: x, y", id="unknown-format"),
         pytest.param({"path": "bad.jsonl"}, r"bad\.jsonl:2: this is not JSON", id="bad-row"),
         pytest.param(
             {"path": "none.jsonl", "on_bad_row": "drop"}, r"none\.jsonl:1", id="only-bad-rows"
@@ -158,7 +158,7 @@ def test_it_imports_nothing_heavy():
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["data", "mixtures", "shapes", "sources"])
+@pytest.mark.parametrize("page", ["data", "mixtures", "formats", "sources"])
 def test_the_examples_of_the_docs_are_valid(page):
     blocks = re.findall(r"```yaml\n(dataset:.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
     for block in blocks:

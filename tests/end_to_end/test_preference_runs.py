@@ -135,7 +135,7 @@ def test_rows_of_another_kind_are_sent_to_the_method_that_takes_them(
     said = refused(tmp_path, *tiny, f"trainer={method}", "dataset=files", path,
                    "chat.max_length=64")  # fmt: skip
     assert words in said
-    assert "say so with dataset.shape." in said
+    assert "say so with dataset.type." in said
 
 
 @pytest.mark.parametrize(

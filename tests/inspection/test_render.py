@@ -160,7 +160,7 @@ def test_held_out_rows_of_one_source(luthier, write):
 
 
 def test_texts_are_shown_in_windows(on_rows):
-    words = ["dataset.shape=text", "chat.max_length=6", "dataset.stride=2"]
+    words = ["dataset.type=text", "chat.max_length=6", "dataset.stride=2"]
     code, out, _ = on_rows("preview", [{"text": "a lute " * 4}], "--json", *words)
     rows = json.loads(out)["rows"]
     assert code == 0 and [row["sequence"] for row in rows] == [1, 2, 3][: len(rows)]

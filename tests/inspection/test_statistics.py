@@ -50,7 +50,7 @@ def test_what_is_said_of_a_source(check):
     del source["findings"]
     assert source == {
         "label": "a.jsonl",
-        "shape": "messages",
+        "type": "messages",
         "kind": "conversation",
         "rows": 6,
         "unused_columns": ["id", "lang"],
@@ -150,7 +150,7 @@ COUNTED = {
         {"a": [*A, ROWS["nothing trains"]], "b": B, "c": [A[1], TURNS]},
     ),
     "texts": (
-        [*ONE, "dataset.shape=text", "chat.max_length=8", "dataset.stride=2"],
+        [*ONE, "dataset.type=text", "chat.max_length=8", "dataset.stride=2"],
         {"a": [{"text": "a lute " * n} for n in range(12)]},
     ),
 }
@@ -220,7 +220,7 @@ def test_how_full_the_batches_are(check):
 
 def test_texts_are_counted_in_windows(check, luthier):
     texts = [{"text": "a lute " * 12}, {"text": "short"}, {"text": ""}]
-    words = [*ONE, "dataset.shape=text", "chat.max_length=10", "dataset.on_bad_row=drop"]
+    words = [*ONE, "dataset.type=text", "chat.max_length=10", "dataset.on_bad_row=drop"]
     code, found = check({"a": texts}, *words)
     side = found["sides"]["train"]
     assert code == 0 and found["sources"]["dataset"]["kind"] == "text"
@@ -268,7 +268,7 @@ def test_everything_is_said_to_people(luthier, write):
     assert code == 0
     lines = " ".join(out.split())
     for part in (
-        "dataset.sources.a: a.jsonl, shape messages, 11 rows columns that are not read: id",
+        "dataset.sources.a: a.jsonl, type messages, 11 rows columns that are not read: id",
         "filter id == 1 leaves out 0 rows",
         "train_on last",
         "mixture of an epoch (dataset.mix=concatenate)",

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from luthier.cli.arguments import Grammar
+from luthier.config.renamed_settings import read_recorded_config
 from luthier.record.checkpoints import read_step_log
 from luthier.record.config_diff import NEUTRAL_KEYS, differing_keys, flatten_config
 from luthier.record.record import read_record
@@ -90,7 +89,7 @@ def _config(a: Path, b: Path) -> Lines:
     configs = []
     for folder in (a, b):
         path = folder / "config.yaml"
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = read_recorded_config(path) if path.is_file() else {}
         configs.append({key: part for key, part in found.items() if key not in NEUTRAL_KEYS})
     return [(key, str(one), str(other)) for key, one, other in differing_keys(*configs)]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from luthier.config.renamed_settings import new_key
 from luthier.config.schema import DatasetConfig, ModelConfig
 from luthier.errors import UserError, nearest
 from luthier.infer import generation_config
@@ -77,6 +78,8 @@ def dataset_of(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) 
         known = [f"dataset.{name}" for name in DatasetConfig.model_fields]
         near = nearest(key, known) if first["type"] == "extra_forbidden" else None
         hint = f" Did you mean {near}?" if near else ""
+        if new := new_key(key):
+            hint = f" It is called {new} now."
         raise UserError(f"{key}: {first['msg'].lower()}.{hint}") from error
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from luthier.cli import diff
 from luthier.cli.arguments import Grammar
+from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError
 from luthier.record import run_dir
 from luthier.record.checkpoints import read_step_log
@@ -78,7 +79,7 @@ def check(folder: Path, record: dict[str, Any]) -> None:
 
 def prepare(old: Path, new: Path) -> None:
     """Make the folder of the repetition: with the config of the run, and without its trackers."""
-    config = yaml.safe_load((old / "config.yaml").read_text(encoding="utf-8"))
+    config = read_recorded_config(old / "config.yaml")
     resolved = config | {
         "output_dir": str(new), "tracker": {"to": []}, "overwrite": False, "dry_run": False,
     }  # fmt: skip

@@ -3,10 +3,9 @@
 import sys
 from pathlib import Path
 
-import yaml
-
 from luthier import errors
 from luthier.config import Loaded
+from luthier.config.renamed_settings import read_recorded_config
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 
@@ -26,7 +25,7 @@ def load_run_config(folder: Path) -> Loaded:
     """The config of a run's folder, as if it had been typed."""
     from pydantic import ValidationError
 
-    resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    resolved = read_recorded_config(folder / "config.yaml")
     try:
         config = RunConfig.model_validate(resolved)
     except ValidationError as error:

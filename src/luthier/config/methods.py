@@ -183,10 +183,10 @@ ROW_KINDS = {
 }
 
 
-def check_rows(name: str, kind: str, key: str, shape_key: str) -> None:
+def check_rows(name: str, kind: str, key: str, type_key: str) -> None:
     """Raise UserError for rows of a kind that a method does not train on.
 
-    `key` names the source of the rows, `shape_key` the group whose `shape` says what they are.
+    `key` names the source of the rows, `type_key` the group whose `type` says what they are.
     """
     wanted = METHODS[name].rows
     if kind in wanted:
@@ -196,7 +196,7 @@ def check_rows(name: str, kind: str, key: str, shape_key: str) -> None:
     raise UserError(
         f"{key}: its rows are {ROW_KINDS[kind]}, and trainer.method={name} trains on "
         f"{' and '.join(ROW_KINDS[one] for one in wanted)}. {fitting}If they are something else, "
-        f"say so with {shape_key}.shape."
+        f"say so with {type_key}.type."
     )
 
 

@@ -138,7 +138,7 @@ class SourceConfig(Strict):
     """The split of a hub dataset or of a saved folder."""
     revision: str | None = None
     """A branch, tag or commit of the hub dataset."""
-    shape: Literal[
+    type: Literal[
         "auto",
         "messages",
         "sharegpt",
@@ -152,7 +152,7 @@ class SourceConfig(Strict):
         "tagging",
         "seq2seq",
     ] = "auto"
-    """What a row looks like; `auto` finds it from the columns."""
+    """The format of a row; `auto` finds it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our name -> the dataset's name of a column, such as `{prompt: question}`."""
     system: str | None = None

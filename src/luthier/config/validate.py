@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from luthier.config import library_fields
 from luthier.config.passthrough import LIBRARIES
 from luthier.config.recipes import options
+from luthier.config.renamed_settings import new_key, new_value
 from luthier.config.schema import GROUPS, RunConfig
 from luthier.errors import Mistake, choice, nearest, value
 
@@ -83,6 +84,8 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
     if kind == "extra_forbidden":
         return _extra(model, path)
     if kind == "literal_error":
+        if new := new_value(".".join(path), error["input"]):
+            return f"{given} is called {new} now. Write {path[-1]}: {new}."
         allowed = _allowed(model, path[-1])
         return f"{given} is not an option. {choice(str(error['input']), allowed)}"
     if kind == "value_error":
@@ -112,6 +115,8 @@ def _missing(path: list[str], text: str) -> str:
 
 
 def _extra(model: type[BaseModel], path: list[str]) -> str:
+    if new := new_key(".".join(path)):
+        return f"this key is called {new} now."
     name, known = path[-1], list(model.model_fields)
     if elsewhere := [key for key in _all_keys() if key.split(".")[-1] == name]:
         return f"there is no such key. Did you mean {elsewhere[0]}?"

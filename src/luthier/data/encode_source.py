@@ -74,7 +74,7 @@ def encode_rows(
         "filtered": bad.filtered,
         "bad": [[row.where, row.problem, row.text] for row in bad.rows],
         "names": opened.names,
-        "shape": opened.row_format.name,
+        "shape": opened.row_format.type,
     }
 
 

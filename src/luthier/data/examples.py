@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.filter import SearchTimeoutError, compile_filter
-from luthier.data.formats import Example, Shape, find_shape
+from luthier.data.formats import Example, RowFormat, detect_format
 from luthier.data.rows import BadRow, BadRowReport, Row, RowError, excerpt
 from luthier.data.sources import Source, open_source
 from luthier.errors import UserError
@@ -103,7 +103,7 @@ def path_key(key: str) -> str:
 
 
 def format_key(key: str) -> str:
-    """The config key that a source's shape and columns stand under, for messages."""
+    """The config key that a source's type and columns stand under, for messages."""
     return MAIN_SOURCE if key in (_PATH, _SPLIT) else key
 
 
@@ -113,7 +113,7 @@ def eval_set_name(key: str) -> str:
 
 
 PEEKED_ROWS = 1000
-"""Rows that are looked at to find the shape."""
+"""Rows that are looked at to detect the row format."""
 
 
 class LocatedExample(NamedTuple):
@@ -132,7 +132,7 @@ class OpenedSource:
     """The config key that describes it, such as `dataset` or `dataset.sources.code`."""
     config: SourceConfig
     source: Source
-    row_format: Shape
+    row_format: RowFormat
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,6 +143,7 @@ class OpenedSource:
         """All that decides the examples besides the content, for JSON."""
         return {
             "source": self.source.settings(),
+            # This key decides the names of entries in the cache: it keeps its old name.
             "shape": self.row_format.settings(),
             "filter": self.config.filter,
         }
@@ -189,13 +190,13 @@ class BadRows:
 
 
 def open_examples(config: SourceConfig, key: str, streaming: bool = False) -> OpenedSource:
-    """Open a source and find its shape; UserError where either cannot be done."""
+    """Open a source and detect its row format; UserError where either cannot be done."""
     source = open_source(config, path_key(key), streaming)
     rows = [row for row in source.peek(PEEKED_ROWS) if isinstance(row, Row)]
     if not rows:
         _no_row(source)
     return OpenedSource(
-        key, config, source, find_shape(config, rows, source.label, format_key(key))
+        key, config, source, detect_format(config, rows, source.label, format_key(key))
     )
 
 

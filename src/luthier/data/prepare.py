@@ -231,7 +231,7 @@ def _encoder(
 
     def encode(source: SourceConfig, key: str) -> EncodedSource:
         opened = open_examples(source, key)
-        encoder = encoders(opened.row_format.kind, source, key)
+        encoder = encoders(opened.row_format.example_type, source, key)
         return encode_source(opened, encoder, store, digest, workers, drop)
 
     return encode

@@ -20,7 +20,7 @@ from luthier.errors import UserError
 
 
 def check_sources(config: DatasetConfig, method: str | None = None) -> None:
-    """Raise UserError for sources that are not there, of no known shape, or bad from the start.
+    """Raise UserError for sources that are not there, of no known format, or bad from the start.
 
     With `method`, that of the trainer, also for rows of a kind that it does not train on. Of each
     local source the first 1,000 rows are read, with no heavy import unless its format needs one;
@@ -43,7 +43,7 @@ def _check(config: SourceConfig, key: str, dataset: DatasetConfig, method: str |
         return
     opened = open_examples(config, key)
     if method is not None:
-        check_rows(method, opened.row_format.kind, key, format_key(key))
+        check_rows(method, opened.row_format.example_type, key, format_key(key))
     if dataset.on_bad_row == "error":
         _check_rows(opened)
 

@@ -116,7 +116,8 @@ def open_stream(
         for name, source in sources.items()
     }
     encoding = {
-        key: encoders(part.row_format.kind, part.config, key) for key, part in opened.items()
+        key: encoders(part.row_format.example_type, part.config, key)
+        for key, part in opened.items()
     }
     return TokenRowStream(opened, encoding, config, on_problem)
 

@@ -122,12 +122,12 @@ def _add(
     maker: Maker, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]
 ) -> None:
     """Add rows of one source; UserError for a kind that is not measured of this model."""
-    kind = opened.row_format.kind
+    kind = opened.row_format.example_type
     if kind not in maker.kinds:
         raise UserError(
             f"{opened.source.label}: its rows are {ROW_KINDS[kind]}, and this model is measured on "
             f"{', '.join(ROW_KINDS[one] for one in maker.kinds)}. If they are something else, say "
-            "so with dataset.shape."
+            "so with dataset.type."
         )
     maker.add(found, opened, placed)
 
@@ -162,7 +162,7 @@ class SpokenMaker:
 
     def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
         """Add the items of rows of one source."""
-        if opened.row_format.kind == "text":
+        if opened.row_format.example_type == "text":
             self._add_texts(found, placed)
         else:
             self._add_chats(found, placed, opened.config)

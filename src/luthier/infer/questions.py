@@ -66,28 +66,28 @@ def asks_of(config: DatasetConfig) -> Asks:
 
 
 def _opened(source: SourceConfig) -> OpenedSource:
-    """The source; one that shows no shape to train on may still hold prompts alone."""
+    """The source; one whose format trains nothing may still hold prompts alone."""
     try:
         return open_examples(source, MAIN_SOURCE)
     except UserError as error:
-        if source.shape != "auto":
+        if source.type != "auto":
             raise
         try:
-            return open_examples(source.model_copy(update={"shape": "prompt"}), MAIN_SOURCE)
+            return open_examples(source.model_copy(update={"type": "prompt"}), MAIN_SOURCE)
         except UserError:
             raise error from None
 
 
 def _check_kind(opened: OpenedSource) -> None:
-    if opened.row_format.kind == "tagging":
+    if opened.row_format.example_type == "tagging":
         raise UserError(
             f"{opened.source.label}: its rows are words with tags, which ask nothing. If a column "
-            "is a question, name it: dataset.shape=prompt dataset.columns.prompt=COLUMN."
+            "is a question, name it: dataset.type=prompt dataset.columns.prompt=COLUMN."
         )
 
 
 def _ask(placed: LocatedExample, opened: OpenedSource) -> Ask:
-    example, kind = placed.example, opened.row_format.kind
+    example, kind = placed.example, opened.row_format.example_type
     if kind == "conversation":
         context, reply = split_prompt_and_reply(example)
         if not context:

@@ -96,9 +96,9 @@ class Readers:
     def of(self, opened: OpenedSource) -> RowReader:
         """The reader of a source."""
         facts = METHODS[self._config.trainer.method]
-        if opened.row_format.kind == "conversation" and (facts.rewards or facts.teacher):
+        if opened.row_format.example_type == "conversation" and (facts.rewards or facts.teacher):
             return self._prompts()
-        if opened.row_format.kind == "conversation":
+        if opened.row_format.example_type == "conversation":
             return self.conversations(opened)
 
         config = self._config
@@ -202,11 +202,11 @@ def _opened(
 
 def _check_kind(opened: OpenedSource, command: str) -> None:
     row_format = opened.row_format
-    if row_format.kind in _OTHERS:
+    if row_format.example_type in _OTHERS:
         raise UserError(
-            f"{opened.key}: its rows are {_OTHERS[row_format.kind]} (shape {row_format.name}), and "
-            f"luthier {command} looks at conversations and plain texts for now. If they are "
-            f"conversations all the same, say so: {opened.key}.shape=messages."
+            f"{opened.key}: its rows are {_OTHERS[row_format.example_type]} (type "
+            f"{row_format.type}), and luthier {command} looks at conversations and plain texts "
+            f"for now. If they are conversations all the same, say so: {opened.key}.type=messages."
         )
 
 

@@ -49,7 +49,7 @@ def _source_values(account: RowOutcomes, stops: bool) -> Lines:
     opened = account.opened
     config, row_format = opened.config, opened.row_format
     label = shorten_location(opened.source.label)
-    yield f"{opened.key}: {label}, shape {row_format.name}, {count_rows(len(account))}"
+    yield f"{opened.key}: {label}, type {row_format.type}, {count_rows(len(account))}"
     if row_format.unused:
         yield f"  columns that are not read: {', '.join(row_format.unused)}"
     if config.filter is not None:
@@ -387,8 +387,8 @@ def _source_sentence(account: RowOutcomes) -> dict[str, Any]:
     opened = account.opened
     return {
         "label": opened.source.label,
-        "shape": opened.row_format.name,
-        "kind": opened.row_format.kind,
+        "type": opened.row_format.type,
+        "kind": opened.row_format.example_type,
         "rows": len(account),
         "unused_columns": list(opened.row_format.unused),
         "filter": opened.config.filter,

@@ -183,7 +183,7 @@ def _opened(config: RunConfig) -> Iterator[OpenedSource]:
     named = {**train_sources(config.dataset), **eval_sources(config.dataset)}
     for key, source in named.items():
         opened = open_examples(source, key, config.dataset.streaming)
-        if opened.row_format.kind in _KINDS:
+        if opened.row_format.example_type in _KINDS:
             yield opened
 
 
@@ -193,7 +193,7 @@ def _turns(opened: OpenedSource, encoder: ChatEncoder, limit: int) -> Iterator[S
         example, where = placed.example, shorten_location(placed.where)
         tools = example.get("tools")
         try:
-            if opened.row_format.kind != "conversation":
+            if opened.row_format.example_type != "conversation":
                 messages = example["prompt"]
                 yield ServedTurn(where, messages, tools, encoder.prompt(messages, tools), [])
                 continue

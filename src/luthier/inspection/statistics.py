@@ -275,7 +275,7 @@ class RowOutcomes:
             cut = row.cut_turns
             self.find("cut", "longer than chat.max_length").note(where, lambda: describe_cut(cut))
         several = len(row.sequences)
-        if several > 1 and self.opened.row_format.kind == "text":
+        if several > 1 and self.opened.row_format.example_type == "text":
             found = self.find("windows", "longer than chat.max_length")
             found.note(where, lambda: f"{several:,} windows")
         elif several > 1:
@@ -360,7 +360,7 @@ def _several(parts: list[SplitRows], kind: str) -> int:
     return _count(
         part.account.sequences[part.rows] > 1
         for part in parts
-        if part.account.opened.row_format.kind == kind
+        if part.account.opened.row_format.example_type == kind
     )
 
 

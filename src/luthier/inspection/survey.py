@@ -294,4 +294,4 @@ class _Chat:
 
 
 def _is_chat(opened: OpenedSource) -> bool:
-    return opened.row_format.kind == "conversation"
+    return opened.row_format.example_type == "conversation"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from luthier.config.methods import METHODS
+from luthier.config.renamed_settings import read_recorded_config
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
 from luthier.model import gguf, source
@@ -302,7 +303,7 @@ def read_config(run: Path) -> RunConfig:
 
     file = run / "config.yaml"
     try:
-        return RunConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return RunConfig.model_validate(read_recorded_config(file))
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
         raise UserError(

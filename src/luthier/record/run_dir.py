@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError, nearest
 from luthier.record import checkpoints
 from luthier.record.checkpoints import read_step_log
@@ -65,7 +66,7 @@ def changed(folder: Path, resolved: dict[str, Any]) -> list[ConfigChange]:
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    return compare_configs(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
+    return compare_configs(read_recorded_config(path), resolved)
 
 
 def is_finished(folder: Path) -> bool:

@@ -4,8 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from luthier.config.renamed_settings import read_recorded_config
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import PreparedData
 from luthier.data.store import tokenizer_digest
@@ -54,7 +53,7 @@ def describe_config_changes(folder: Path, resolved: dict[str, Any]) -> list[str]
         return sentences
     step = checkpoints.checkpoint_step(last)
     _note_length(folder, longer, step)
-    old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    old = read_recorded_config(folder / "config.yaml")
     return sentences + [
         _describe_new_length(change, step, schedule_depends_on_length(old)) for change in longer
     ]

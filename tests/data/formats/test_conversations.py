@@ -383,9 +383,9 @@ def shown(value):
         ),
         pytest.param(
             {"messages": [USER, REPLY], "prompt": "a", "completion": "b"},
-            {"shape": "messages"},
+            {"type": "messages"},
             [USER, REPLY],
-            id="named-shape",
+            id="named-type",
         ),
         pytest.param(
             {"messages": [USER, REPLY]}, {"system": "Be brief."}, [SYSTEM, USER, REPLY], id="system"
@@ -534,24 +534,24 @@ def test_bad_rows_in_words(read, fields, problem):
     assert problem in str(error.value)
 
 
-def test_a_row_of_another_shape_says_so(shape):
-    found = shape({"messages": [USER, REPLY]}, {"messages": [USER, REPLY]})
+def test_a_row_of_another_format_says_so(detect):
+    row_format = detect({"messages": [USER, REPLY]}, {"messages": [USER, REPLY]})
     with pytest.raises(RowError) as error:
-        found.read(Row({"prompt": "Hi", "completion": "Hello"}, "x.jsonl:9"))
+        row_format.read(Row({"prompt": "Hi", "completion": "Hello"}, "x.jsonl:9"))
     assert "there is no 'messages' (it has: prompt, completion)" in str(error.value)
     assert "the columns of prompt_completion, and the source is read as messages" in str(
         error.value
     )
 
 
-def test_a_misspelt_column_of_one_row(shape):
-    found = shape({"prompt": "Hi", "completion": "Hello"})
+def test_a_misspelt_column_of_one_row(detect):
+    row_format = detect({"prompt": "Hi", "completion": "Hello"})
     with pytest.raises(RowError, match="did you mean 'completions'") as error:
-        found.read(Row({"prompt": "Hi", "completions": "Hello"}, "x.jsonl:2"))
+        row_format.read(Row({"prompt": "Hi", "completions": "Hello"}, "x.jsonl:2"))
     assert "these are the columns" not in str(error.value)
 
 
-def test_optional_columns_that_come_later_are_read(shape):
-    found = shape({"messages": [USER, REPLY]})
+def test_optional_columns_that_come_later_are_read(detect):
+    row_format = detect({"messages": [USER, REPLY]})
     late = {"messages": [USER, REPLY], "functions": [BARE_TOOL], "system": "Be brief."}
-    assert found.read(Row(late, "x:2")) == {"messages": [SYSTEM, USER, REPLY], "tools": [TOOL]}
+    assert row_format.read(Row(late, "x:2")) == {"messages": [SYSTEM, USER, REPLY], "tools": [TOOL]}

@@ -1,4 +1,4 @@
-"""Which shape is found, and what is said where none is, or more than one."""
+"""Which row format is detected, and what is said where none is, or more than one."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from luthier.config.schema import SourceConfig
-from luthier.data.formats import find_shape
+from luthier.data.formats import detect_format
 from luthier.data.rows import Row, RowError
 from luthier.errors import UserError
 
@@ -26,7 +26,7 @@ PROMPT = {"prompt": "a", "completion": "b"}
             {"a": 1, "b": "x", "c": "y"},
             {},
             [
-                "dataset: the columns of x.jsonl show no shape that luthier reads.",
+                "dataset: the columns of x.jsonl show no format that luthier reads.",
                 "columns: a, b, c",
                 'first row (x.jsonl:1): {"a": 1, "b": "x", "c": "y"}',
                 "dataset.columns={prompt: ..., completion: ...}",
@@ -66,17 +66,17 @@ PROMPT = {"prompt": "a", "completion": "b"}
         pytest.param(
             {"conversations": [HUMAN], "messages": [USER]},
             {},
-            ["dataset.shape=messages or dataset.shape=sharegpt"],
+            ["dataset.type=messages or dataset.type=sharegpt"],
             id="two-spellings",
         ),
-        pytest.param({"id": "a", "n": 3}, {}, ["show no shape"], id="an-id-is-no-text"),
-        pytest.param({"prompt": "a"}, {}, ["show no shape"], id="a-prompt-is-no-text"),
+        pytest.param({"id": "a", "n": 3}, {}, ["show no format"], id="an-id-is-no-text"),
+        pytest.param({"prompt": "a"}, {}, ["show no format"], id="a-prompt-is-no-text"),
         pytest.param({"image": "a", "caption": "b"}, {}, ["Only text is read"], id="images"),
         pytest.param(
             PROMPT,
-            {"shape": "messages"},
+            {"type": "messages"},
             [
-                "the columns of x.jsonl do not show the shape messages.",
+                "the columns of x.jsonl do not show the type messages.",
                 "messages: has none of its columns, lacks messages (or conversation",
             ],
             id="named-is-absent",
@@ -90,9 +90,9 @@ PROMPT = {"prompt": "a", "completion": "b"}
                 "first row (x.jsonl:1):",
                 "messages would read messages",
                 "prompt_completion would read prompt, completion",
-                "dataset.shape=messages or dataset.shape=prompt_completion",
+                "dataset.type=messages or dataset.type=prompt_completion",
             ],
-            id="two-shapes",
+            id="two-types",
         ),
         pytest.param(
             {"question": "a", "answer": "b", "response": "c"},
@@ -106,7 +106,7 @@ PROMPT = {"prompt": "a", "completion": "b"}
         pytest.param(
             {**PROMPT, "label": 1},
             {},
-            ["dataset.shape=prompt_completion or dataset.shape=unpaired"],
+            ["dataset.type=prompt_completion or dataset.type=unpaired"],
             id="numbers-that-may-be-verdicts",
         ),
         pytest.param(
@@ -115,7 +115,7 @@ PROMPT = {"prompt": "a", "completion": "b"}
             [
                 "has 'context' beside 'question' and 'answer'",
                 "dataset.columns={instruction: question, input: context, output: answer}",
-                "To leave it out: dataset.shape=prompt_completion",
+                "To leave it out: dataset.type=prompt_completion",
             ],
             id="a-question-about-a-text",
         ),
@@ -133,9 +133,9 @@ PROMPT = {"prompt": "a", "completion": "b"}
         ),
         pytest.param(
             {"q": 1},
-            {"shape": "text", "columns": {"prompt": "q"}},
-            ["has the key 'prompt'", "our names for the shape text, text;"],
-            id="mapping-key-of-another-shape",
+            {"type": "text", "columns": {"prompt": "q"}},
+            ["has the key 'prompt'", "our names for the type text, text;"],
+            id="mapping-key-of-another-type",
         ),
         pytest.param(
             {"question": 1},
@@ -146,17 +146,17 @@ PROMPT = {"prompt": "a", "completion": "b"}
         pytest.param(
             {"a": 1, "b": 1},
             {"columns": {"messages": "a", "source": "b"}},
-            ["maps messages and source, and no shape has all of these"],
-            id="mapping-of-two-shapes",
+            ["maps messages and source, and no type has all of these"],
+            id="mapping-of-two-types",
         ),
         pytest.param(
             {"text": "a"}, {"system": "S"}, ["dataset.system is for conversations"], id="system"
         ),
     ],
 )
-def test_unclear_columns_in_words(shape, fields, settings, parts):
+def test_unclear_columns_in_words(detect, fields, settings, parts):
     with pytest.raises(UserError) as error:
-        shape(fields, **settings)
+        detect(fields, **settings)
     for part in parts:
         assert part in str(error.value)
 
@@ -180,30 +180,30 @@ def test_unclear_columns_in_words(shape, fields, settings, parts):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_the_shape_that_says_most_is_found(shape, fields, name, unused):
-    found = shape(fields)
-    assert (found.name, found.unused) == (name, unused)
+def test_the_format_that_says_most_is_found(detect, fields, name, unused):
+    row_format = detect(fields)
+    assert (row_format.type, row_format.unused) == (name, unused)
 
 
-def test_the_shape_of_most_rows_is_found(shape):
-    assert shape(PROMPT, MESSAGES, MESSAGES).name == "messages"
-    assert shape(PROMPT, PROMPT, MESSAGES).name == "prompt_completion"
-    assert shape(PROMPT, MESSAGES).name == "prompt_completion"
+def test_the_format_of_most_rows_is_detected(detect):
+    assert detect(PROMPT, MESSAGES, MESSAGES).type == "messages"
+    assert detect(PROMPT, PROMPT, MESSAGES).type == "prompt_completion"
+    assert detect(PROMPT, MESSAGES).type == "prompt_completion"
 
 
-def test_rows_of_one_shape_may_differ_in_their_columns(shape):
-    found = shape(MESSAGES, {**MESSAGES, "tools": []}, {**MESSAGES, "id": 3})
-    assert (found.name, found.unused) == ("messages", ("id",))
+def test_rows_of_one_format_may_differ_in_their_columns(detect):
+    row_format = detect(MESSAGES, {**MESSAGES, "tools": []}, {**MESSAGES, "id": 3})
+    assert (row_format.type, row_format.unused) == ("messages", ("id",))
 
 
 def test_no_row_is_an_error_in_words():
     with pytest.raises(UserError, match="has no row that can be read"):
-        find_shape(SourceConfig(path="x"), [], "x")
+        detect_format(SourceConfig(path="x"), [], "x")
 
 
 def test_settings_are_named_by_their_place_in_the_config():
-    with pytest.raises(UserError, match=r"dataset\.sources\.mine\.shape=messages"):
-        find_shape(
+    with pytest.raises(UserError, match=r"dataset\.sources\.mine\.type=messages"):
+        detect_format(
             SourceConfig(path="x"),
             [Row({**MESSAGES, **PROMPT}, "x:1")],
             "x",
@@ -211,19 +211,22 @@ def test_settings_are_named_by_their_place_in_the_config():
         )
 
 
-def test_the_settings_are_what_decides_the_examples(shape):
-    plain = shape(MESSAGES).settings()
-    assert plain == shape(MESSAGES, shape="messages").settings()
-    assert plain == shape({**MESSAGES, "id": 3}).settings()
-    assert plain != shape(MESSAGES, system="S").settings()
-    mapped = shape({"chat": [USER]}, columns={"messages": "chat"}).settings()
+def test_the_settings_are_what_decides_the_examples(detect):
+    plain = detect(MESSAGES).settings()
+    assert plain == detect(MESSAGES, type="messages").settings()
+    assert plain == detect({**MESSAGES, "id": 3}).settings()
+    assert plain != detect(MESSAGES, system="S").settings()
+    mapped = detect({"chat": [USER]}, columns={"messages": "chat"}).settings()
     assert plain != mapped
     assert json.loads(json.dumps(mapped)) == mapped
 
 
-def test_a_shape_goes_to_another_process(shape):
-    found = pickle.loads(pickle.dumps(shape(MESSAGES, system="S")))
-    assert found.read(Row(MESSAGES, "x:1"))["messages"][0] == {"role": "system", "content": "S"}
+def test_a_format_goes_to_another_process(detect):
+    row_format = pickle.loads(pickle.dumps(detect(MESSAGES, system="S")))
+    assert row_format.read(Row(MESSAGES, "x:1"))["messages"][0] == {
+        "role": "system",
+        "content": "S",
+    }
 
 
 CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -266,13 +269,13 @@ def with_junk(value, junk):
 
 
 @pytest.mark.parametrize("row", WHOLE, ids=lambda row: "-".join(row))
-def test_whatever_stands_in_a_row_it_is_an_example_or_a_bad_row(shape, row):
-    found = shape(row)
+def test_whatever_stands_in_a_row_it_is_an_example_or_a_bad_row(detect, row):
+    row_format = detect(row)
     results = {True: 0, False: 0}
     for junk in JUNK:
         for fields in with_junk(row, junk):
             try:
-                results[isinstance(found.read(Row(fields, "x:1")), dict)] += 1
+                results[isinstance(row_format.read(Row(fields, "x:1")), dict)] += 1
             except RowError as error:
                 results[False] += bool(str(error))
     assert all(results.values())
@@ -306,7 +309,7 @@ FILES = {
     "tools/llamafactory_reason_tool_use_demo_50.jsonl": ("messages", 50),
     "tools/sgd_tool_dialogues.jsonl": ("messages", 200),
 }
-"""Every file, its shape and its rows; `bfcl_v4_multi_turn_base_raw` has prompts and no replies."""
+"""Every file, its format and its rows; `bfcl_v4_multi_turn_base_raw` has prompts and no replies."""
 
 
 def rows_of(name):
@@ -323,11 +326,11 @@ def test_real_files_load_with_no_setting_but_the_path(name):
     assert len(rows) == count
     if expected is None:
         with pytest.raises(UserError, match="it has no reply: there is nothing to train"):
-            find_shape(SourceConfig(path=name), rows[:1000], name)
+            detect_format(SourceConfig(path=name), rows[:1000], name)
         return
-    found = find_shape(SourceConfig(path=name), rows[:1000], name)
-    assert found.name == expected
-    examples = [found.read(row) for row in rows]
+    row_format = detect_format(SourceConfig(path=name), rows[:1000], name)
+    assert row_format.type == expected
+    examples = [row_format.read(row) for row in rows]
     assert len(examples) == count
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.config import load
 from luthier.config.methods import METHODS
-from luthier.data.formats import find_shape
+from luthier.data.formats import detect_format
 from luthier.data.rows import Row
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -62,16 +62,16 @@ def on_the_hub():
 def test_a_recipe_reads_the_rows_of_its_dataset(config):
     name = config.dataset.path
     row = Row(ROWS[name], "row 0")
-    shape = find_shape(config.dataset, [row], name)
-    example = shape.read(row)
+    row_format = detect_format(config.dataset, [row], name)
+    example = row_format.read(row)
     assert {key: example[key] for key in READ[name]} == READ[name]
-    assert shape.kind in METHODS[config.trainer.method].rows
+    assert row_format.example_type in METHODS[config.trainer.method].rows
     assert config.dataset.eval.split or config.dataset.eval.count
 
 
 def test_word_problems_have_a_prompt_and_the_answer_to_compare_with():
     config = load(["recipe=grpo_qwen"]).config
     row = Row(ROWS["openai/gsm8k"], "row 0")
-    messages = find_shape(config.dataset, [row], "x").read(row)["messages"]
+    messages = detect_format(config.dataset, [row], "x").read(row)["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert messages[-1]["content"].endswith("#### 4")

@@ -115,8 +115,8 @@ from luthier.data.rows import RowError
         ),
     ],
 )
-def test_a_labelled_row(shape, read, fields, settings, kind, expected):
-    assert shape(fields, **settings).kind == kind
+def test_a_labelled_row(detect, read, fields, settings, kind, expected):
+    assert detect(fields, **settings).example_type == kind
     assert read(fields, **settings) == expected
 
 

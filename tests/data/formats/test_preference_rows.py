@@ -44,7 +44,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
                 "chosen": [USER, GOOD],
                 "rejected": [USER, BAD],
             },
-            {"shape": "preference"},
+            {"type": "preference"},
             PAIR,
             id="ultrafeedback",
         ),
@@ -95,9 +95,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ),
     ],
 )
-def test_a_pair(shape, read, fields, settings, expected):
+def test_a_pair(detect, read, fields, settings, expected):
     before = copy.deepcopy(fields)
-    assert shape(fields, **settings).kind == "preference"
+    assert detect(fields, **settings).example_type == "preference"
     assert read(fields, **settings) == expected
     assert fields == before
 
@@ -164,7 +164,7 @@ JUDGED = {"prompt": [USER], "completion": [GOOD], "label": True}
         ),
         pytest.param(
             {"prompt": "Hi", "completion": "Hello", "label": 0},
-            {"shape": "unpaired"},
+            {"type": "unpaired"},
             JUDGED | {"label": False},
             id="numbers-named",
         ),
@@ -176,8 +176,8 @@ JUDGED = {"prompt": [USER], "completion": [GOOD], "label": True}
         ),
     ],
 )
-def test_a_verdict(shape, read, fields, settings, expected):
-    assert shape(fields, **settings).kind == "unpaired"
+def test_a_verdict(detect, read, fields, settings, expected):
+    assert detect(fields, **settings).example_type == "unpaired"
     assert read(fields, **settings) == expected
 
 
@@ -199,5 +199,5 @@ def test_a_verdict(shape, read, fields, settings, expected):
 )
 def test_bad_verdicts_in_words(read, fields, problem):
     with pytest.raises(RowError) as error:
-        read(fields, shape="unpaired")
+        read(fields, type="unpaired")
     assert problem in str(error.value)

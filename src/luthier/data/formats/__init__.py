@@ -1,6 +1,6 @@
-"""From a row to an example: the shape is found from the columns or named; see docs/shapes.md."""
+"""Row formats: what a row's columns mean, and the example that is made of them."""
 
-from luthier.data.formats.detect import find_shape
-from luthier.data.formats.match import Example, Shape
+from luthier.data.formats.detect import detect_format
+from luthier.data.formats.match import Example, RowFormat
 
-__all__ = ["Example", "Shape", "find_shape"]
+__all__ = ["Example", "RowFormat", "detect_format"]

@@ -10,7 +10,7 @@ from luthier.data.rows import Row, RowError, describe_type, excerpt
 
 
 class MissingColumn(RowError):
-    """A row without a column that its shape needs."""
+    """A row without a column that its format needs."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is said when columns show no shape, or more than one."""
+"""What is said when columns show no row format, or more than one."""
 
 import difflib
 from collections import Counter
@@ -8,18 +8,18 @@ from functools import cached_property
 
 from luthier.config.schema import SourceConfig
 from luthier.data.formats.columns import Columns, is_absent
-from luthier.data.formats.match import Fit, Group, Shape, fits, grouped, strongest
-from luthier.data.formats.registry import COMPLETION, FORMS, PROMPT, Form
+from luthier.data.formats.match import Fit, Group, RowFormat, fits, grouped, strongest
+from luthier.data.formats.registry import COMPLETION, FORMAT_VARIANTS, PROMPT, FormatVariant
 from luthier.data.rows import Row, excerpt
 from luthier.errors import UserError
 
 SHOWN = 3
-"""Nearest shapes that an error shows."""
+"""Nearest types that an error shows."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the shape is looked for in."""
+    """What the row format is looked for in."""
 
     config: SourceConfig
     rows: Sequence[Row]
@@ -46,7 +46,7 @@ _HINTS: tuple[tuple[set[str], str], ...] = (
     (
         {"completions", "labels"},
         "A label for each step of a completion (stepwise supervision) trains a process reward "
-        "model, and luthier trains none, so it does not read this shape.",
+        "model, and luthier trains none, so it does not read this format.",
     ),
     (
         {"translation"},
@@ -57,11 +57,11 @@ _HINTS: tuple[tuple[set[str], str], ...] = (
 NO_TEXT = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 
-def unknown(asked: Asked, forms: Sequence[Form]) -> str:
-    """The words for columns that fit no shape, or not the one that the config names."""
-    wanted = "show no shape that luthier reads"
-    if asked.config.shape != "auto":
-        wanted = f"do not show the shape {asked.config.shape}"
+def unknown(asked: Asked, forms: Sequence[FormatVariant]) -> str:
+    """The words for columns that fit no row format, or not the one that the config names."""
+    wanted = "show no format that luthier reads"
+    if asked.config.type != "auto":
+        wanted = f"do not show the type {asked.config.type}"
     return "\n".join(
         [
             f"dataset: the columns of {asked.source} {wanted}.",
@@ -82,27 +82,27 @@ def _hints(asked: Asked) -> list[str]:
         hints += [
             f"If {prompts[0]!r} is a prompt, it has no reply: there is nothing to train.",
             "A model that learns from its own answers (trainer=grpo, rloo) takes prompts alone: "
-            f"{asked.key}.shape=prompt",
+            f"{asked.key}.type=prompt",
         ]
     if present & NO_TEXT:
         hints.append("Only text is read, no images, video or audio.")
     return hints
 
 
-def _nearest(asked: Asked, forms: Sequence[Form]) -> list[str]:
-    """The shapes of which most is there, and what they lack; a named shape in any case."""
+def _nearest(asked: Asked, forms: Sequence[FormatVariant]) -> list[str]:
+    """The types of which most is there, and what they lack; a named type in any case."""
     lines: dict[str, tuple[float, str]] = {}
     for form in forms:
-        if form.shape == "prompt" != asked.config.shape:
+        if form.type == "prompt" != asked.config.type:
             continue  # it has to be named
         share, line = _lack(asked, form)
-        if (share or asked.config.shape != "auto") and share > lines.get(form.shape, (-1.0,))[0]:
-            lines[form.shape] = (share, line)
+        if (share or asked.config.type != "auto") and share > lines.get(form.type, (-1.0,))[0]:
+            lines[form.type] = (share, line)
     ranked = sorted(lines.values(), key=lambda entry: -entry[0])
     return [line for _, line in ranked[:SHOWN]]
 
 
-def _lack(asked: Asked, form: Form) -> tuple[float, str]:
+def _lack(asked: Asked, form: FormatVariant) -> tuple[float, str]:
     """The share of a form's columns that is there, and the words for what is not."""
     has, lacks = [], []
     for slot in form.needs:
@@ -116,11 +116,11 @@ def _lack(asked: Asked, form: Form) -> tuple[float, str]:
             lacks.append(f"{slot.ours}{known}")
     held = f"has {', '.join(has)}" if has else "has none of its columns"
     lacking = f"lacks {' and '.join(lacks)}" if lacks else "but their values are of another form"
-    return len(has) / len(form.needs), f"  {form.shape}: {held}, {lacking}"
+    return len(has) / len(form.needs), f"  {form.type}: {held}, {lacking}"
 
 
-def _alike(asked: Asked, forms: Sequence[Form]) -> list[str]:
-    """Columns whose names are nearly those of a shape."""
+def _alike(asked: Asked, forms: Sequence[FormatVariant]) -> list[str]:
+    """Columns whose names are nearly those of a row format."""
     slots = [slot for form in forms for slot in form.needs]
     known = {name for slot in slots for name in slot.names}
     lines = []
@@ -137,19 +137,19 @@ def _advice(asked: Asked) -> str:
     """What to do where nothing else can be said."""
     return (
         f"Map its columns, our names first, such as {asked.key}.columns={{prompt: ..., "
-        "completion: ...}; docs/shapes.md has all shapes."
+        "completion: ...}; docs/formats.md has all types."
     )
 
 
 def several(asked: Asked, found: Sequence[Fit]) -> str:
     """The words for columns that fit several readings equally well."""
-    shapes = [fit.form.shape for fit in found]
+    types = [fit.form.type for fit in found]
     lines, settings = [], []
     for fit in found:
-        alone = shapes.count(fit.form.shape) == 1
-        setting = f"shape={fit.form.shape}" if alone else f"columns={_written(fit.names)}"
+        alone = types.count(fit.form.type) == 1
+        setting = f"type={fit.form.type}" if alone else f"columns={_written(fit.names)}"
         settings.append(f"{asked.key}.{setting}")
-        lines.append(f"  {fit.form.shape} would read {', '.join(fit.names.values())}")
+        lines.append(f"  {fit.form.type} would read {', '.join(fit.names.values())}")
     return "\n".join(
         [
             f"dataset: the columns of {asked.source} can be read in {len(found)} ways.",
@@ -182,17 +182,17 @@ def left_out(asked: Asked, fit: Fit, column: str) -> str:
             "only these two would leave it out.",
             *asked.seen,
             f"To put its text below the {prompt}: {asked.key}.columns={joined}",
-            f"To leave it out: {asked.key}.shape={fit.form.shape}",
+            f"To leave it out: {asked.key}.type={fit.form.type}",
         ]
     )
 
 
 def unknown_key(asked: Asked, name: str, ours: Sequence[str]) -> str:
     """The words for a key of `columns` that is none of our names."""
-    of_shape = "" if asked.config.shape == "auto" else f" for the shape {asked.config.shape}"
+    of_type = "" if asked.config.type == "auto" else f" for the type {asked.config.type}"
     return (
         f"{asked.key}.columns has the key {name!r}{_near(name, ours)}. Its keys are our names"
-        f"{of_shape}, {', '.join(ours)}; its values are the dataset's own."
+        f"{of_type}, {', '.join(ours)}; its values are the dataset's own."
     )
 
 
@@ -205,10 +205,10 @@ def unknown_column(asked: Asked, name: str, column: str) -> str:
 
 
 def unfitting_keys(asked: Asked, names: Sequence[str]) -> str:
-    """The words for keys of `columns` that belong to different shapes."""
+    """The words for keys of `columns` that belong to different types."""
     return (
-        f"{asked.key}.columns maps {' and '.join(names)}, and no shape has all of these. "
-        "docs/shapes.md says which shape has which columns."
+        f"{asked.key}.columns maps {' and '.join(names)}, and no type has all of these. "
+        "docs/formats.md says which type has which columns."
     )
 
 
@@ -223,26 +223,26 @@ def _written(mapping: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{ours}: {column}" for ours, column in mapping.items()) + "}"
 
 
-# Finding the shape of a source: named in the config, or shown by the columns of its rows.
+# Finding the row format of a source: named in the config, or shown by the columns of its rows.
 
 BESIDE = ("context", "contexts", "passage", "document", "documents", "choices", "options")
 """Columns that a question cannot be answered without."""
 _SPOKEN = ("conversation", "preference", "unpaired")
 
 
-def find_shape(
+def detect_format(
     config: SourceConfig, rows: Sequence[Row], source: str, key: str = "dataset"
-) -> Shape:
-    """The shape that the config names, or the one that the first rows of a source show.
+) -> RowFormat:
+    """The row format that the config names, or the one that the first rows of a source show.
 
-    Where rows differ, the shape of most of them; the others are bad rows to it. `source` and `key`
+    Where rows differ, the format of most of them; the others are bad rows to it. `source` and `key`
     name the source and its group of the config (`dataset.sources.mine`) in errors. Raises UserError
-    for columns that fit no shape, or several equally well, and for a mapping of unknown names.
+    for columns that fit no format, or several equally well, and for a mapping of unknown names.
     """
     if not rows:
-        raise UserError(f"dataset: {source} has no row that can be read, so it shows no shape.")
+        raise UserError(f"dataset: {source} has no row that can be read, so it shows no format.")
     asked = Asked(config, rows, source, key)
-    forms = [form for form in FORMS if config.shape in ("auto", form.shape)]
+    forms = [form for form in FORMAT_VARIANTS if config.type in ("auto", form.type)]
     _check_mapping(config.columns, forms, asked)
     forms = [form for form in forms if config.columns.keys() <= set(form.ours)]
     found = _voted(grouped(rows), forms, config)
@@ -250,12 +250,14 @@ def find_shape(
         raise UserError(unknown(asked, forms))
     if len(found) > 1:
         raise UserError(several(asked, found))
-    if config.shape == "auto" and not config.columns.keys() & found[0].names.keys():
+    if config.type == "auto" and not config.columns.keys() & found[0].names.keys():
         _check_left_out(found[0], asked)
-    return _shape(found[0], asked)
+    return _row_format(found[0], asked)
 
 
-def _check_mapping(mapping: Mapping[str, str], forms: Sequence[Form], asked: Asked) -> None:
+def _check_mapping(
+    mapping: Mapping[str, str], forms: Sequence[FormatVariant], asked: Asked
+) -> None:
     """Refuse names in `columns` that are neither ours nor the source's."""
     ours = list(dict.fromkeys(name for form in forms for name in form.ours))
     for name, column in mapping.items():
@@ -267,7 +269,9 @@ def _check_mapping(mapping: Mapping[str, str], forms: Sequence[Form], asked: Ask
         raise UserError(unfitting_keys(asked, list(mapping)))
 
 
-def _voted(groups: Sequence[Group], forms: Sequence[Form], config: SourceConfig) -> list[Fit]:
+def _voted(
+    groups: Sequence[Group], forms: Sequence[FormatVariant], config: SourceConfig
+) -> list[Fit]:
     """The reading that fits most rows; several where these rows fit each of them."""
     votes: Counter[tuple[int, tuple[str, ...]]] = Counter()
     found = [_fitting(group, forms, config) for group in groups]
@@ -279,30 +283,30 @@ def _voted(groups: Sequence[Group], forms: Sequence[Form], config: SourceConfig)
     return next(filter(None, winners), [])
 
 
-def _fitting(group: Group, forms: Sequence[Form], config: SourceConfig) -> list[Fit]:
-    """The readings of rows with equal columns; a named shape needs no evidence."""
+def _fitting(group: Group, forms: Sequence[FormatVariant], config: SourceConfig) -> list[Fit]:
+    """The readings of rows with equal columns; a named type needs no evidence."""
     found = fits(group, forms, config.columns)
     best = strongest(found)
-    return best or ([] if config.shape == "auto" else found[:1])
+    return best or ([] if config.type == "auto" else found[:1])
 
 
 def _check_left_out(fit: Fit, asked: Asked) -> None:
     """Refuse to leave out, unasked, what a question is about."""
     aliases = [column for ours, column in fit.names.items() if column != ours]
-    if fit.form.shape != "prompt_completion" or not aliases:
+    if fit.form.type != "prompt_completion" or not aliases:
         return
     for column in BESIDE:
         if any(not is_absent(row.fields.get(column)) for row in asked.rows):
             raise UserError(left_out(asked, fit, column))
 
 
-def _shape(fit: Fit, asked: Asked) -> Shape:
-    """The shape of a reading: its needed columns, and those that may stand beside them."""
+def _row_format(fit: Fit, asked: Asked) -> RowFormat:
+    """The row format of a reading: its needed columns, and those that may stand beside them."""
     config = asked.config
-    if config.system is not None and fit.form.kind not in _SPOKEN:
+    if config.system is not None and fit.form.example_type not in _SPOKEN:
         raise UserError(
             f"{asked.key}.system is for conversations, and {asked.source} is read as "
-            f"{fit.form.shape}. Remove it."
+            f"{fit.form.type}. Remove it."
         )
     names, later = dict(fit.names), {}
     for slot in fit.form.optional:
@@ -316,4 +320,4 @@ def _shape(fit: Fit, asked: Asked) -> Shape:
             later[slot.ours] = slot.names
     used = {column for name in names.values() for column in (name, name.partition(".")[0])}
     unused = tuple(column for column in asked.present if column not in used)
-    return Shape(fit.form, Columns(names, later, config.system), unused)
+    return RowFormat(fit.form, Columns(names, later, config.system), unused)

@@ -8,18 +8,27 @@ from typing import Any
 
 from luthier.data.formats.columns import Columns, MissingColumn, inside
 from luthier.data.formats.conversations import Example
-from luthier.data.formats.registry import FORMS, SEEN, VERSION, Evidence, Form, Kind, Sample, Slot
+from luthier.data.formats.registry import (
+    FORMAT_VARIANTS,
+    SEEN,
+    VERSION,
+    Evidence,
+    ExampleType,
+    FormatVariant,
+    Sample,
+    Slot,
+)
 from luthier.data.rows import Row, RowError
 
-KNOWN = frozenset(name for form in FORMS for slot in form.needs for name in slot.names)
-"""Names that columns of other shapes than plain text have."""
+KNOWN = frozenset(name for form in FORMAT_VARIANTS for slot in form.needs for name in slot.names)
+"""Names that columns of other formats than plain text have."""
 
 
 @dataclass(frozen=True)
 class Fit:
     """A form, the columns that it would read, and how well their values fit."""
 
-    form: Form
+    form: FormatVariant
     names: dict[str, str]
     """Our names of the needed columns -> the source's."""
     evidence: Evidence
@@ -34,7 +43,7 @@ class Fit:
     @property
     def key(self) -> tuple[int, tuple[str, ...]]:
         """What makes two fits the same reading."""
-        return FORMS.index(self.form), tuple(self.names.values())
+        return FORMAT_VARIANTS.index(self.form), tuple(self.names.values())
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ def grouped(rows: Iterable[Row]) -> list[Group]:
     return list(groups.values())
 
 
-def fits(group: Group, forms: Sequence[Form], mapping: Mapping[str, str]) -> list[Fit]:
+def fits(group: Group, forms: Sequence[FormatVariant], mapping: Mapping[str, str]) -> list[Fit]:
     """Every way in which forms could read these rows, with the columns that the user mapped."""
     found = []
     for form in forms:
@@ -67,7 +76,9 @@ def fits(group: Group, forms: Sequence[Form], mapping: Mapping[str, str]) -> lis
     return found
 
 
-def _fit(form: Form, columns: Sequence[str], group: Group, mapping: Mapping[str, str]) -> Fit:
+def _fit(
+    form: FormatVariant, columns: Sequence[str], group: Group, mapping: Mapping[str, str]
+) -> Fit:
     """One form with one choice of columns."""
     names = {slot.ours: column for slot, column in zip(form.needs, columns, strict=True)}
     aliased = frozenset(o for o, column in names.items() if column != o and o not in mapping)
@@ -76,7 +87,9 @@ def _fit(form: Form, columns: Sequence[str], group: Group, mapping: Mapping[str,
     return Fit(form, names, evidence, frozenset(columns) | optional)
 
 
-def _choices(slot: Slot, group: Group, mapping: Mapping[str, str], form: Form) -> Iterator[str]:
+def _choices(
+    slot: Slot, group: Group, mapping: Mapping[str, str], form: FormatVariant
+) -> Iterator[str]:
     """The columns that a slot could mean: the mapped one, else our own name, else others."""
     if slot.ours in mapping:
         column = mapping[slot.ours]
@@ -89,7 +102,7 @@ def _choices(slot: Slot, group: Group, mapping: Mapping[str, str], form: Form) -
         yield slot.ours
     elif named:
         yield from named
-    elif form.shape == "text":
+    elif form.type == "text":
         yield from only_text(group)
 
 
@@ -114,36 +127,36 @@ def _beats(fit: Fit, other: Fit) -> bool:
     """Whether a fit makes another one needless: it reads its columns and more, or any but text."""
     if fit is other or fit.evidence is not Evidence.YES:
         return False
-    if "text" in (fit.form.shape, other.form.shape):
-        return other.form.shape == "text" and fit.form.shape != "text"
+    if "text" in (fit.form.type, other.form.type):
+        return other.form.type == "text" and fit.form.type != "text"
     if fit.needed == other.needed:
-        return FORMS.index(fit.form) < FORMS.index(other.form)
+        return FORMAT_VARIANTS.index(fit.form) < FORMAT_VARIANTS.index(other.form)
     return other.needed <= fit.columns and len(fit.needed) >= len(other.needed)
 
 
-# A shape that was found: it reads rows.
+# A row format that was found: it reads rows.
 
-__all__ = ["Example", "Shape"]
+__all__ = ["Example", "RowFormat"]
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowFormat:
     """How the rows of a source are read."""
 
-    form: Form
+    form: FormatVariant
     columns: Columns
     unused: tuple[str, ...] = ()
     """Columns of the source that are not read."""
 
     @property
-    def name(self) -> str:
-        """What `dataset.shape` calls it, such as `sharegpt`."""
-        return self.form.shape
+    def type(self) -> str:
+        """What `dataset.type` calls it, such as `sharegpt`."""
+        return self.form.type
 
     @property
-    def kind(self) -> Kind:
+    def example_type(self) -> ExampleType:
         """What its examples are, such as `conversation`."""
-        return self.form.kind
+        return self.form.example_type
 
     def read(self, row: Row) -> Example:
         """One row as an example; RowError says what is wrong with it."""
@@ -155,16 +168,17 @@ class Shape:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the examples, for JSON."""
         return {
-            "shape": self.name,
+            # This key decides the names of entries in the cache: it keeps its old name.
+            "shape": self.type,
             "columns": dict(sorted(self.columns.names.items())),
             "system": self.columns.system,
             "version": VERSION,
         }
 
     def _other(self, row: Row) -> str:
-        """The words for a row whose columns are those of another shape."""
-        found = strongest(fits(Group(tuple(row.fields), [row]), FORMS, {}))
-        others = [fit.form.shape for fit in found if fit.form.shape != self.name]
+        """The words for a row whose columns are those of another type."""
+        found = strongest(fits(Group(tuple(row.fields), [row]), FORMAT_VARIANTS, {}))
+        others = [fit.form.type for fit in found if fit.form.type != self.type]
         if not others:
             return ""
-        return f"; these are the columns of {others[0]}, and the source is read as {self.name}"
+        return f"; these are the columns of {others[0]}, and the source is read as {self.type}"

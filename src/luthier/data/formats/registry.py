@@ -34,7 +34,7 @@ from luthier.data.formats.preference import (
 )
 from luthier.data.rows import Row
 
-# What the values of a column say about a row's shape, where its name alone does not.
+# What the values of a column say about a row's format, where its name alone does not.
 
 SEEN = 50
 """Rows whose values are looked at."""
@@ -138,7 +138,7 @@ def lists(sample: Sample) -> Evidence:
     return Evidence.YES if seen and all(map(as_list, seen)) else Evidence.NO
 
 
-Kind = Literal[
+ExampleType = Literal[
     "conversation", "text", "preference", "unpaired", "classification", "tagging", "seq2seq"
 ]
 VERSION = 2
@@ -154,11 +154,11 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Form:
-    """One way to write a shape."""
+class FormatVariant:
+    """One way to write a row format."""
 
-    shape: str
-    kind: Kind
+    type: str
+    example_type: ExampleType
     needs: tuple[Slot, ...]
     optional: tuple[Slot, ...]
     read: Callable[[Row, Columns], Example]
@@ -198,54 +198,54 @@ _TEXT_PAIRS = (
 """How SNLI, GLUE and their like name the two texts of a pair."""
 
 
-def _classified_pair(text: str, text_pair: str) -> Form:
+def _classified_pair(text: str, text_pair: str) -> FormatVariant:
     """The form of two texts with a class, under these names."""
     needs = (Slot("text", (text,)), Slot("text_pair", (text_pair,)), _LABEL)
-    return Form("classification", "classification", needs, (), from_classified_pair)
+    return FormatVariant("classification", "classification", needs, (), from_classified_pair)
 
 
-FORMS: tuple[Form, ...] = (
-    Form("messages", "conversation", (_MESSAGES,), _CHAT, from_messages, messages),
-    Form("sharegpt", "conversation", (_TURNS,), _CHAT, from_sharegpt, turns),
-    Form("alpaca", "conversation", (_INSTRUCTION, _OUTPUT), _ALPACA, from_alpaca),
-    Form(
+FORMAT_VARIANTS: tuple[FormatVariant, ...] = (
+    FormatVariant("messages", "conversation", (_MESSAGES,), _CHAT, from_messages, messages),
+    FormatVariant("sharegpt", "conversation", (_TURNS,), _CHAT, from_sharegpt, turns),
+    FormatVariant("alpaca", "conversation", (_INSTRUCTION, _OUTPUT), _ALPACA, from_alpaca),
+    FormatVariant(
         "prompt_completion", "conversation", (PROMPT, COMPLETION), _CHAT,
         from_prompt_completion, spoken,
     ),
-    Form("prompt", "conversation", (PROMPT,), _CHAT, from_prompt, named_only),
-    Form(
+    FormatVariant("prompt", "conversation", (PROMPT,), _CHAT, from_prompt, named_only),
+    FormatVariant(
         "preference", "preference", (_EITHER, *_PAIR), _CHAT,
         from_messages_pair, open_messages,
     ),
-    Form("preference", "preference", (_INSTRUCTION, *_PAIR), _ALPACA, from_alpaca_pair),
-    Form("preference", "preference", (PROMPT, *_PAIR), _CHAT, from_prompted_pair, spoken),
-    Form("preference", "preference", _PAIR, _CHAT, from_implicit_pair),
-    Form(
+    FormatVariant("preference", "preference", (_INSTRUCTION, *_PAIR), _ALPACA, from_alpaca_pair),
+    FormatVariant("preference", "preference", (PROMPT, *_PAIR), _CHAT, from_prompted_pair, spoken),
+    FormatVariant("preference", "preference", _PAIR, _CHAT, from_implicit_pair),
+    FormatVariant(
         "unpaired", "unpaired", (_EITHER, _VERDICT), _CHAT,
         from_judged_messages, judged_messages,
     ),
-    Form(
+    FormatVariant(
         "unpaired", "unpaired", (_INSTRUCTION, _OUTPUT, _VERDICT), _ALPACA,
         from_judged_alpaca, judged,
     ),
-    Form(
+    FormatVariant(
         "unpaired", "unpaired", (PROMPT, COMPLETION, _VERDICT), _CHAT,
         from_judged_completion, judged,
     ),
     *(_classified_pair(*names) for names in _TEXT_PAIRS),
-    Form(
+    FormatVariant(
         "classification", "classification", (Slot("text", ("text", "sentence")), _LABEL), (),
         from_classification,
     ),
-    Form(
+    FormatVariant(
         "tagging", "tagging",
         (Slot("tokens", ("tokens", "words")), Slot("tags", ("tags", "ner_tags", "labels"))), (),
         from_tagging, lists,
     ),
-    Form(
+    FormatVariant(
         "seq2seq", "seq2seq", (Slot("source", ("source",)), Slot("target", ("target",))), (),
         from_seq2seq,
     ),
-    Form("text", "text", (_TEXT,), (), from_text),
+    FormatVariant("text", "text", (_TEXT,), (), from_text),
 )  # fmt: skip
 """All of them; of two that need the same columns the first is meant."""

@@ -1,0 +1,68 @@
+"""Settings that earlier versions of luthier named otherwise.
+
+In a config the old name is a mistake whose message gives the new one (`luthier.config.validate`).
+In the record of an earlier run it is read as the new one, so that such a run can still be resumed,
+repeated, compared and loaded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_RENAMED_KEYS = {
+    "dataset.shape": "dataset.type",
+    "dataset.sources.*.shape": "dataset.sources.*.type",
+    "dataset.eval.sets.*.shape": "dataset.eval.sets.*.type",
+}
+"""Old key -> new key, which stand in the same group; `*` is any name that the user chose."""
+_RENAMED_VALUES: dict[str, dict[str, str]] = {}
+"""Key (its new name) -> old value -> new value."""
+
+
+def new_key(key: str) -> str | None:
+    """Return what a key such as `dataset.shape` is called now; None if it was never renamed."""
+    pattern = _pattern_of(key, _RENAMED_KEYS)
+    if pattern is None:
+        return None
+    group, _, _ = key.rpartition(".")
+    return f"{group}.{_RENAMED_KEYS[pattern].rpartition('.')[2]}"
+
+
+def new_value(key: str, value: object) -> str | None:
+    """Return what a value of this key is called now; None if it was never renamed."""
+    pattern = _pattern_of(key, _RENAMED_VALUES)
+    return None if pattern is None else _RENAMED_VALUES[pattern].get(str(value))
+
+
+def read_recorded_config(file: Path) -> Any:
+    """Read the `config.yaml` of a run, with the names of this version wherever they differ.
+
+    Raises OSError and yaml.YAMLError where the file cannot be read.
+    """
+    return with_new_names(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def with_new_names(value: Any, key: str = "") -> Any:
+    """Return a resolved config, or what stands under `key` in one, with the names of today."""
+    if not isinstance(value, dict):
+        return new_value(key, value) or value
+    renamed = {}
+    for name, below in value.items():
+        old_key = f"{key}.{name}" if key else str(name)
+        key_now = new_key(old_key)
+        new_name = key_now.rpartition(".")[2] if key_now else name
+        renamed[new_name] = with_new_names(below, key_now or old_key)
+    return renamed
+
+
+def _pattern_of(key: str, table: dict[str, Any]) -> str | None:
+    """Return the key of the table that matches this one, name by name; None if there is none."""
+    names = key.split(".")
+    for pattern in table:
+        patterns = pattern.split(".")
+        if len(patterns) == len(names) and all(
+            ours in ("*", name) for ours, name in zip(patterns, names, strict=True)
+        ):
+            return pattern
+    return None

@@ -1,0 +1,71 @@
+"""Settings with a new name: the old one is a mistake in a config, and is read in a run's record."""
+
+import pytest
+import yaml
+
+from luthier.config import load
+from luthier.config.renamed_settings import read_recorded_config
+from luthier.errors import UserError
+from luthier.record.run_dir import changed
+
+RECIPE = """defaults: [quickstart]
+dataset:
+  path: null
+  shape: auto
+  sources:
+    mine: {path: a.jsonl, shape: text}
+  eval:
+    path: null
+    sets:
+      more:
+        path: b.jsonl
+        shape: messages
+"""
+OLD_CONFIG = {
+    "dataset": {
+        "path": "a.jsonl",
+        "shape": "text",
+        "columns": {"shape": "form"},
+        "sources": {"shape": {"path": "b.jsonl", "shape": "auto"}},
+        "eval": {"sets": {"more": {"shape": "messages", "system": None}}},
+    },
+    "lora": {"shape": 1},
+    "seed": 3,
+}
+NEW_CONFIG = {
+    "dataset": {
+        "path": "a.jsonl",
+        "type": "text",
+        "columns": {"shape": "form"},
+        "sources": {"shape": {"path": "b.jsonl", "type": "auto"}},
+        "eval": {"sets": {"more": {"type": "messages", "system": None}}},
+    },
+    "lora": {"shape": 1},
+    "seed": 3,
+}
+
+
+def test_an_old_key_in_a_recipe_is_a_mistake_with_its_line_and_new_name(workplace):
+    workplace("recipes/mine.yaml", RECIPE)
+    with pytest.raises(UserError) as caught:
+        load(["recipe=mine"])
+    text = str(caught.value)
+    assert text.startswith("3 mistakes in the configuration")
+    for key, line in (
+        ("dataset", 4), ("dataset.sources.mine", 6), ("dataset.eval.sets.more", 11),
+    ):  # fmt: skip
+        says = f"{key}.shape: this key is called {key}.type now.  [recipes/mine.yaml:{line}]"
+        assert says in text
+
+
+def test_an_old_key_in_the_record_of_a_run_is_read_as_the_new_one(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(OLD_CONFIG), encoding="utf-8")
+    assert read_recorded_config(file) == NEW_CONFIG
+    assert changed(tmp_path, NEW_CONFIG) == []
+
+
+def test_a_record_in_new_names_is_read_as_it_is(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(NEW_CONFIG), encoding="utf-8")
+    assert read_recorded_config(file) == NEW_CONFIG
