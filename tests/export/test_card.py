@@ -285,10 +285,10 @@ def test_the_python_of_a_card_gives_the_adapters_reply_in_a_fresh_process(tmp_pa
     )[0, ids.shape[1] :]  # fmt: skip
     assert got["reply"] == wanted.tolist()
     # The prompt is the one that luthier's own encoder starts a reply from.
-    from luthier.model.artifact import encoder_of
+    from luthier.model.artifact import build_chat_encoder
     from luthier.model.tokenizer import load_tokenizer
 
     found = find_artifact(str(run))
-    encoder = encoder_of(found, load_tokenizer(found.base))
+    encoder = build_chat_encoder(found, load_tokenizer(found.base))
     assert got["ids"] == encoder.prompt([{"role": "user", "content": "Your question."}])
     assert read(run / "model" / "card.json")["base"]["hub"] == "org/tiny"

@@ -18,7 +18,7 @@ def hub(tmp_path, monkeypatch):
     """A hub that this process talks to, logged in."""
     from huggingface_hub import constants
 
-    from luthier.model.source import is_out_of_reach
+    from luthier.model.source import is_hub_unreachable
 
     server = Hub()
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
@@ -27,9 +27,9 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    is_out_of_reach.cache_clear()
+    is_hub_unreachable.cache_clear()
     yield server
-    is_out_of_reach.cache_clear()
+    is_hub_unreachable.cache_clear()
     server.close()
 
 

@@ -9,7 +9,7 @@ import yaml
 from helpers import chatml
 from helpers.adapter_models import config_of, prepared, stir
 from helpers.chatml import CHATML, byte_tokenizer
-from luthier.model.adapters import make_plain
+from luthier.model.adapters import convert_to_plain_lora
 from luthier.storage.atomic import write_json
 
 CHAT = chatml.CHAT | {"template": CHATML}
@@ -61,7 +61,7 @@ def make_run(folder, base, name="default", **groups):
     model.save_pretrained(target)
     if config.lora:
         (target / "README.md").unlink(missing_ok=True)
-        make_plain(model, target)
+        convert_to_plain_lora(model, target)
     tokenizer.save_pretrained(target)
     write_json(target / "chat.json", CHAT)
     written = config.model_dump() | {"recipe": "tiny", "output_dir": str(folder)}

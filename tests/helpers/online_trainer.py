@@ -7,7 +7,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from helpers.preference_trainer import model, say, tokenizer
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import prepare
-from luthier.model.device import choose
+from luthier.model.device import choose_machine
 from luthier.train import methods
 from luthier.train.methods import TrainerInputs
 
@@ -66,7 +66,7 @@ def trainer(config, folder, net=None):
     """The run's trainer, with no bars and no words."""
     method, machine, data = (
         methods.load(config.trainer.method),
-        choose(config.model),
+        choose_machine(config.model),
         prepared(config),
     )
     args = method.arguments(config, machine, folder, has_eval=bool(data.eval))

@@ -4,7 +4,7 @@ import pytest
 
 from helpers.memory_configs import LLAMA_8B, NF4, TINY
 from luthier.errors import UserError
-from luthier.memory import choose_checkpointing, fits, plan_memory, workload
+from luthier.memory import choose_checkpointing, fits_in_memory, plan_memory, workload
 from luthier.memory.advice import advise
 from luthier.memory.sharding import Sharding
 
@@ -21,7 +21,7 @@ def parts(estimate):
 
 
 def gpu(gib, count=1):
-    return workload.imagine(int(gib * 2**30), count)
+    return workload.hypothetical_gpus(int(gib * 2**30), count)
 
 
 def test_parts_add_up(wide, configured):
@@ -36,7 +36,7 @@ def test_parts_add_up(wide, configured):
 
 def test_the_process_of_a_cpu_counts_its_libraries(wide, configured):
     named = parts(plan_memory(configured(wide)).best)
-    assert named["libraries"] == workload.PROCESS
+    assert named["libraries"] == workload.PROCESS_OVERHEAD
     assert "lost in the heap" not in named
 
 
@@ -68,12 +68,12 @@ def test_checkpointing_is_chosen_only_where_memory_is_short(wide, configured):
     short = (kept / 0.95 - 2**20) / 2**30
     assert choose_checkpointing(config, gpu(short)) is True
     assert choose_checkpointing(config, gpu(short + 0.1)) is False
-    assert not fits(config, gpu(short))
+    assert not fits_in_memory(config, gpu(short))
     asked = configured(
         wide, max_length=256, per_device_train_batch_size=16, activation_checkpointing="auto"
     )
     assert plan_memory(asked, gpu(short)).workload.checkpointing is not None
-    assert fits(asked, gpu(short))
+    assert fits_in_memory(asked, gpu(short))
 
 
 def test_advice_names_what_helps_with_its_number(wide, configured):
@@ -144,13 +144,13 @@ SIZES = {
 
 @pytest.mark.parametrize("text", SIZES)
 def test_sizes_are_read(text):
-    assert workload.parse(text, "--memory") == SIZES[text]
+    assert workload.parse_size(text, "--memory") == SIZES[text]
 
 
 @pytest.mark.parametrize("text", ["much", "0GB", "-4GB", "24 XB", "100K"])
 def test_what_is_no_size_is_refused_in_words(text):
     with pytest.raises(UserError, match="write the memory of one GPU, such as --memory 24GB"):
-        workload.parse(text, "--memory")
+        workload.parse_size(text, "--memory")
 
 
 def test_a_model_that_comes_quantized_by_others_is_refused(shapes, configured):

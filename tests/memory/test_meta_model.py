@@ -12,11 +12,11 @@ TABLES_8B = 2 * 128256 * 4096
 
 
 def listed(config):
-    machine = workload.machine_for(config.model, workload.imagine(2**36, 1))
-    model = meta_model.build(config, machine)
+    machine = workload.machine_for(config.model, workload.hypothetical_gpus(2**36, 1))
+    model = meta_model.build_meta_model(config, machine)
     with FakeTensorMode():
-        meta_model.fill(model)
-        return meta_model.listed(model)
+        meta_model.fill_fake_weights(model)
+        return meta_model.list_weights(model)
 
 
 def bytes_of(found, form, trains=False):

@@ -71,14 +71,16 @@ def planned_weights():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")
 def test_states_are_those_of_the_optimizer(name, tmp_path):
-    stays, leaves = optimizers.kept(optimizers.find(name), list(planned_weights()), on_gpu=False)
+    stays, leaves = optimizers.state_bytes(
+        optimizers.find_optimizer(name), list(planned_weights()), on_gpu=False
+    )
     assert (stays, leaves) == (real_bytes(name, tmp_path), 0)
 
 
 def test_every_optimizer_of_transformers_is_known_or_said_to_be_unknown():
     from transformers.training_args import OptimizerNames
 
-    unknown = {o.value for o in OptimizerNames if not optimizers.find(o.value).known}
+    unknown = {o.value for o in OptimizerNames if not optimizers.find_optimizer(o.value).known}
     assert unknown == {
         "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision", "adamw_torch_4bit",
         "adamw_torch_8bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
@@ -90,5 +92,7 @@ def test_every_optimizer_of_transformers_is_known_or_said_to_be_unknown():
 def test_paged_states_may_leave_a_gpu():
     large = Weight("w", 200_000, (200_000,), 800_000, "float32", True, "", False)
     small = Weight("v", 99_999, (99_999,), 399_996, "float32", True, "", False)
-    found = optimizers.kept(optimizers.find("paged_adamw_32bit"), [large, small], on_gpu=True)
+    found = optimizers.state_bytes(
+        optimizers.find_optimizer("paged_adamw_32bit"), [large, small], on_gpu=True
+    )
     assert found == (2 * 399_996, 2 * 800_000)

@@ -7,7 +7,7 @@ import pytest
 from luthier.errors import UserError
 from luthier.memory import sharding as launchers
 from luthier.memory.meta_model import Weight
-from luthier.memory.sharding import ZERO_BUCKET, Sharding, hold
+from luthier.memory.sharding import ZERO_BUCKET, Sharding, process_memory
 
 M = 1_000_000
 
@@ -70,7 +70,7 @@ CASES = {
 
 @pytest.mark.parametrize("sharding, given, frozen, trained, more", CASES.values(), ids=CASES)
 def test_what_a_process_holds(sharding, given, frozen, trained, more):
-    found = hold(sharding, given, half=True)
+    found = process_memory(sharding, given, half=True)
     assert (found.weights, found.trained) == (frozen, trained)
     kept = {"master": found.master, "buckets": found.buckets, "gathered": found.gathered}
     assert {name: size for name, size in kept.items() if size} == more
@@ -106,11 +106,11 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_each_launch_file_is_read(name):
     assert {path.name for path in LAUNCH.glob("*.yaml")} == set(FILES)
-    assert launchers.read(str(LAUNCH / name)) == FILES[name]
+    assert launchers.read_sharding(str(LAUNCH / name)) == FILES[name]
 
 
 def test_the_number_of_processes_wins_over_the_file():
-    assert launchers.read(str(LAUNCH / "fsdp2.yaml"), 4) == Sharding("fsdp2", 4)
+    assert launchers.read_sharding(str(LAUNCH / "fsdp2.yaml"), 4) == Sharding("fsdp2", 4)
 
 
 WRONG = {
@@ -129,4 +129,4 @@ def test_other_files_are_refused_in_words(text, said, tmp_path):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=said):
-        launchers.read(str(file))
+        launchers.read_sharding(str(file))

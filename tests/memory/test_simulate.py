@@ -43,9 +43,9 @@ def real(config, machine):
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_a_step_of_shapes_holds_what_a_real_step_holds(settings, tiny, configured):
     config = configured(tiny, **settings)
-    machine = workload.machine_for(config.model, workload.here(config.model))
-    work = workload.read(config, machine)
-    planned = simulate.rehearse(meta_model.build(config, machine), work, "cpu")
+    machine = workload.machine_for(config.model, workload.detect_hardware(config.model))
+    work = workload.read_workload(config, machine)
+    planned = simulate.simulate_step(meta_model.build_meta_model(config, machine), work, "cpu")
     torch.manual_seed(0)
     done = simulate._run(real(config, machine), work, "cpu", (1.0,))
     assert planned.weights == done.weights
@@ -54,9 +54,9 @@ def test_a_step_of_shapes_holds_what_a_real_step_holds(settings, tiny, configure
 
 
 def rehearsed(config, kind="cpu", shares=(1.0,)):
-    machine = workload.machine_for(config.model, workload.here(config.model))
-    work = workload.read(config, machine)
-    return simulate.rehearse(meta_model.build(config, machine), work, kind, shares)
+    machine = workload.machine_for(config.model, workload.detect_hardware(config.model))
+    work = workload.read_workload(config, machine)
+    return simulate.simulate_step(meta_model.build_meta_model(config, machine), work, kind, shares)
 
 
 def test_nothing_outside_moves(tiny, configured):
@@ -119,7 +119,9 @@ def saved(mask, groups=1, dtype=torch.bfloat16):
         query = torch.empty(2, 8, 32, 64, dtype=dtype, requires_grad=True)
         key = torch.empty(2, 8 // groups, 32, 64, dtype=dtype, requires_grad=True)
         given = torch.zeros(2, 1, 32, 32, dtype=torch.bool) if mask else None
-        made = kernels.attention(query, key, key, given, is_causal=not mask, enable_gqa=groups > 1)
+        made = kernels.cuda_attention(
+            query, key, key, given, is_causal=not mask, enable_gqa=groups > 1
+        )
         made.sum().backward()
         assert query.grad.shape == query.shape and key.grad.shape == key.shape
     return sorted({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}.values())

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers.adapter_models import IDS, LORA, NF4, load, logits, trained
 from luthier.errors import UserError
-from luthier.model.adapter_training import RankAllocation, attach, plus_groups
+from luthier.model.adapter_training import RankAllocation, lora_plus_groups, prepare_trainer
 from luthier.model.adapters import add_adapter
 
 ADALORA = {"method": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
@@ -40,7 +40,7 @@ def trainer_of(model, lora, folder, **given):
     )
     rows = [{"input_ids": IDS[0], "labels": IDS[0]} for _ in range(16)]
     trainer = Quiet(model, args, train_dataset=rows)
-    attach(trainer, lora)
+    prepare_trainer(trainer, lora)
     return trainer
 
 
@@ -116,7 +116,7 @@ def test_groups_keep_what_they_have(tiny_model):
     model = add_adapter(load(tiny_model), LORA, seed=1)
     weights = list(trained(model).values())
     groups = [{"params": weights, "lr": 2.0, "weight_decay": 0.3, "betas": (0.1, 0.2)}]
-    slow, fast = plus_groups(groups, model, 8)
+    slow, fast = lora_plus_groups(groups, model, 8)
     assert (slow["lr"], fast["lr"], len(slow["params"])) == (2.0, 16.0, len(weights) // 2)
     assert slow["betas"] == fast["betas"] == (0.1, 0.2)
 

@@ -52,7 +52,7 @@ def test_what_the_checkpoint_lacks_is_saved(tmp_path, name, task, whole):
     make.from_config(CONFIGS[name]()).save_pretrained(tmp_path / "base")
     machine = Machine("cpu", "float32", "eager" if name == "deberta" else "sdpa")
     config = ModelConfig(path=str(tmp_path / "base"))
-    model = load_model(config, {}, machine, kind=TASKS[task], num_labels=3)
+    model = load_model(config, {}, machine, task=task, num_labels=3)
     assert set(model.new_layers) == whole
     adapted = add_adapter(model, {"r": 2}, 0, task)
     adapted.save_pretrained(tmp_path / "adapter")

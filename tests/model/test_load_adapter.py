@@ -7,7 +7,7 @@ from helpers.adapter_models import IDS, LORA, NF4, config_of, logits, prepared, 
 from luthier.errors import UserError
 from luthier.model.artifact import find_artifact
 from luthier.model.device import Machine
-from luthier.model.load import load_tuned
+from luthier.model.load import load_trained
 from luthier.model.tokenizer import load_tokenizer
 
 CPU = Machine("cpu", "float32", "sdpa")
@@ -37,7 +37,7 @@ def test_what_was_saved_is_loaded(tiny_model, tmp_path, groups):
     found = find_artifact(str(tmp_path / "saved"))
     tokenizer = load_tokenizer(found.base)
     assert len(tokenizer) == vocabulary
-    tuned = load_tuned(found, CPU, tokenizer, groups.get("quantization"))
+    tuned = load_trained(found, CPU, tokenizer, groups.get("quantization"))
     torch.testing.assert_close(logits(tuned), wanted, rtol=0, atol=1e-5)
     assert not tuned.training
     assert not any(weight.requires_grad for weight in tuned.parameters())
@@ -55,7 +55,7 @@ def test_weights_of_an_adapter_that_are_missing_are_told(tiny_model, tmp_path):
     save_file(weights, file)
     found = find_artifact(str(tmp_path / "saved"))
     with pytest.raises(UserError, match="the adapter has no weights for"):
-        load_tuned(found, CPU, load_tokenizer(found.base))
+        load_trained(found, CPU, load_tokenizer(found.base))
     file.unlink()
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
-        load_tuned(found, CPU, load_tokenizer(found.base))
+        load_trained(found, CPU, load_tokenizer(found.base))

@@ -8,7 +8,7 @@ import pytest
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import check_path, source
+from luthier.model import check_model_path, source
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["./models/tiny", "models/tiny", "good.gguf"])
 def test_what_is_there_passes(place, path):
-    check_path(ModelConfig(path=path))
+    check_model_path(ModelConfig(path=path))
 
 
 WRONG = {
@@ -53,7 +53,7 @@ WRONG = {
 @pytest.mark.parametrize(("path", "said"), WRONG.values(), ids=WRONG)
 def test_a_wrong_path_is_told_with_the_way_out(place, path, said):
     with pytest.raises(UserError) as raised:
-        check_path(ModelConfig(path=path))
+        check_model_path(ModelConfig(path=path))
     assert str(raised.value).startswith(f"model.path={path.removeprefix('./')}")
     for words in said:
         assert words in str(raised.value)
@@ -61,14 +61,15 @@ def test_a_wrong_path_is_told_with_the_way_out(place, path, said):
 
 def test_a_wrong_tokenizer_is_told_under_its_own_key(place):
     with pytest.raises(UserError, match=r"^model\.tokenizer=empty: .* no tokenizer_config\.json"):
-        check_path(ModelConfig(path="models/tiny", tokenizer="./empty"))
+        check_model_path(ModelConfig(path="models/tiny", tokenizer="./empty"))
 
 
 def test_gguf_without_its_reader_names_the_extra(place):
     program = (
         "import sys; sys.modules['gguf'] = None\n"
-        "from luthier.model import check_path; from luthier.config.schema import ModelConfig\n"
-        "check_path(ModelConfig(path='good.gguf'))"
+        "from luthier.model import check_model_path\n"
+        "from luthier.config.schema import ModelConfig\n"
+        "check_model_path(ModelConfig(path='good.gguf'))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "pip install 'luthier[gguf]'" in done.stderr
@@ -86,9 +87,9 @@ CHECK = """
 import sys
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
-from luthier.model import check_path
+from luthier.model import check_model_path
 try:
-    check_path(ModelConfig(path=sys.argv[1]))
+    check_model_path(ModelConfig(path=sys.argv[1]))
 except UserError as error:
     print(error)
 assert not {"torch", "transformers"} & set(sys.modules)

@@ -71,7 +71,7 @@ REFUSED = {
 def test_what_cannot_be_trained_is_told(tiny_model, tmp_path, found, asked, lora, said):
     folder = marked(tiny_model, tmp_path / "model", found)
     with pytest.raises(UserError) as raised:
-        quantized.check(config_of(folder, quantization=asked, lora=lora), CPU)
+        quantized.check_quantized_model(config_of(folder, quantization=asked, lora=lora), CPU)
     assert str(raised.value).startswith(f"model.path={folder} comes quantized (")
     assert said in str(raised.value)
 
@@ -93,33 +93,33 @@ def test_with_its_packages_plain_lora_trains(tiny_model, tmp_path, monkeypatch, 
     importlib.invalidate_caches()
     config = config_of(marked(tiny_model, tmp_path / "model", found), lora=lora)
     if said is None:
-        quantized.check(config, CPU)
+        quantized.check_quantized_model(config, CPU)
         return
     with pytest.raises(UserError, match=said):
-        quantized.check(config, CPU)
+        quantized.check_quantized_model(config, CPU)
 
 
 def test_whole_models_are_left_alone(tiny_model):
-    quantized.check(config_of(tiny_model, quantization=NF4, lora=LORA), CPU)
+    quantized.check_quantized_model(config_of(tiny_model, quantization=NF4, lora=LORA), CPU)
     with pytest.raises(UserError, match="is not quantized"):
-        quantized.check(config_of(tiny_model, quantization=DEQUANTIZE), CPU)
+        quantized.check_quantized_model(config_of(tiny_model, quantization=DEQUANTIZE), CPU)
 
 
 def test_the_mark_is_found_in_a_text_model_within_another(tiny_model, tmp_path):
     folder = marked(tiny_model, tmp_path / "model", FP8, below="text_config")
-    assert quantized.read(config_of(folder).model) == FP8
+    assert quantized.read_quantization_config(config_of(folder).model) == FP8
 
 
 def test_a_broken_config_is_told(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        quantized.check(config_of(folder), CPU)
+        quantized.check_quantized_model(config_of(folder), CPU)
 
 
 def test_adapters_train_on_a_model_that_bitsandbytes_packed(tiny_model, tmp_path):
     load(tiny_model, NF4).save_pretrained(tmp_path)
-    quantized.check(config_of(tmp_path, lora=LORA), CPU)
+    quantized.check_quantized_model(config_of(tmp_path, lora=LORA), CPU)
     model = add_adapter(load(tmp_path), LORA, seed=1)
     torch.testing.assert_close(logits(model), logits(load(tiny_model, NF4)))
     assert all(g.abs().sum() > 0 for name, g in gradients(model).items() if "lora_B" in name)
@@ -130,11 +130,13 @@ def test_adapters_train_on_a_model_that_bitsandbytes_packed(tiny_model, tmp_path
 def unpacked(config, dtype):
     from transformers import AutoModelForCausalLM
 
-    quantized.check(config, CPU)
+    quantized.check_quantized_model(config, CPU)
     model = AutoModelForCausalLM.from_pretrained(
-        config.model.path, dtype=dtype, quantization_config=quantized.unpacking(config.model)
+        config.model.path,
+        dtype=dtype,
+        quantization_config=quantized.dequantize_config(config.model),
     )
-    model = quantized.in_one_format(model, dtype)
+    model = quantized.cast_to_dtype(model, dtype)
     assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype}"}
     return model
 

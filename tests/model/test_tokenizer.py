@@ -7,7 +7,7 @@ from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.model.tokenizer import check_fits, load_tokenizer
+from luthier.model.tokenizer import check_vocabulary_fits, load_tokenizer
 
 
 @pytest.fixture
@@ -80,10 +80,10 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_told(tiny_model):
     config = ModelConfig(path=str(tiny_model))
     tokenizer = load_tokenizer(config)
     model = load_model(config, {}, Machine("cpu", "float32", "sdpa"))
-    check_fits(tokenizer, model)
+    check_vocabulary_fits(tokenizer, model)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(UserError, match="do not belong together"):
-        check_fits(tokenizer, model)
+        check_vocabulary_fits(tokenizer, model)
 
 
 def test_a_tokenizer_of_another_model_is_told(folder, tiny_model, tmp_path):

@@ -73,9 +73,9 @@ def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
 
     if llm.has_adapter:
         return llm
-    config = llm.artefact.config
+    config = llm.artifact.config
     if config is None:
-        raise UserError(f"--compare: {llm.artefact.word} is not tuned by a run here; it is a base.")
+        raise UserError(f"--compare: {llm.artifact.name} is not tuned by a run here; it is a base.")
     return LLM(config.model.path, **settings)
 
 
@@ -301,9 +301,9 @@ class Talk:
         self._note("Ctrl-C stops a reply while it is written; /quit ends the chat.")
 
     def _about(self) -> str:
-        artefact, machine = self._llm.artefact, self._llm.machine
-        on = f" on {artefact.base.path}" if artefact.adapter else ""
-        return f"{artefact.word}{on}, {machine.device}, {machine.dtype}"
+        artifact, machine = self._llm.artifact, self._llm.machine
+        on = f" on {artifact.base.path}" if artifact.adapter else ""
+        return f"{artifact.name}{on}, {machine.device}, {machine.dtype}"
 
     def _note(self, text: str, style: str = "dim") -> None:
         if text:

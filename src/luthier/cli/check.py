@@ -123,7 +123,7 @@ def _show(served: "ServedCheck") -> None:
     from luthier.inspection.report import print_rule
 
     console = Console(highlight=False)
-    console.print(Text(f"{served.artefact.folder}: as trained?", style="bold"))
+    console.print(Text(f"{served.artifact.folder}: as trained?", style="bold"))
     for rule in served.rules:
         print_rule(console, rule, "")
     if served.holds:

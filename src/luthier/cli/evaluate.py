@@ -62,14 +62,14 @@ def run(words: list[str]) -> int:
 
         check_installed()
     from luthier.evaluate.models import subjects
-    from luthier.model.adapters import HEADED
+    from luthier.model.adapters import HEAD_TASKS
 
     texts = given.texts
     alone = "--alone" in given.switches
     model, other = subjects(
         typed.places[0], texts.get("--base"), texts.get("--against"), alone, typed.llm()
     )
-    if model.artefact.task in HEADED:
+    if model.artifact.task in HEAD_TASKS:
         _check_decider(typed, given, metrics)
     from luthier.environment import hush
 
@@ -134,7 +134,7 @@ def _evaluated(
     console = Console(quiet="--json" in given.switches, highlight=False)
     settings = dict(typed.generation)
     with model:
-        config = model.artefact.config
+        config = model.artifact.config
         sets = [] if _only_benchmarks(typed, given) else _sets(model, typed, given, metrics, config)
         asked = _settings(model, settings, given)
         tuned = [model.measure(each, asked) for each in sets]
@@ -148,7 +148,7 @@ def _evaluated(
     if other is not None and other is not model:
         with other:
             # In its own words, should it have others: a run is asked as it was trained.
-            theirs = _sets(other, typed, given, metrics, model.artefact.config) if sets else []
+            theirs = _sets(other, typed, given, metrics, model.artifact.config) if sets else []
             bases = [other.measure(each, asked) for each in theirs]
             benchmarks["base"] = _benchmarks(other, given)
             check_alike(other, alphabet, sets, theirs)
@@ -174,7 +174,7 @@ def _only_benchmarks(typed: "Words", given: Given) -> bool:
 
 def _settings(model: "Subject", given: dict[str, Any], flags: Given) -> dict[str, Any]:
     """How replies are generated: as the run did, unless something else is said."""
-    config = model.artefact.config
+    config = model.artifact.config
     if config is not None:
         given.setdefault("max_new_tokens", config.trainer.evaluation.max_new_tokens)
     return given | ({"batch_size": flags.numbers["--batch"]} if "--batch" in flags.numbers else {})
@@ -211,7 +211,7 @@ def _items(
         return of_dataset(dataset_of(typed.dataset), model.maker(config), limit)
     if config is None:
         raise UserError(
-            f"{model.artefact.word} is no run, so no rows were held out. Name rows to measure on: "
+            f"{model.artifact.name} is no run, so no rows were held out. Name rows to measure on: "
             "dataset.path=FILE."
         )
     return of_run(config, model.maker(config), limit, lambda: load_tokenizer(config.model))
@@ -234,10 +234,10 @@ def _plain(
 ) -> dict[str, Any]:
     from luthier.record.machine_info import package_versions
 
-    against = None if other is None else other.artefact.word
+    against = None if other is None else other.artifact.name
     return {
-        "model": model.artefact.word,
-        "against": model.artefact.base.path if other is model else against,
+        "model": model.artifact.name,
+        "against": model.artifact.base.path if other is model else against,
         "level": LEVEL,
         "settings": settings,
         "sets": [each.plain() for each in results],

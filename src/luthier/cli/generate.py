@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from luthier.infer.answer_file import AnswerFile
     from luthier.infer.llm import LLM, Reply
     from luthier.infer.questions import Ask, Asks
-    from luthier.model.artifact import Artefact
+    from luthier.model.artifact import Artifact
 
 GRAMMAR = Grammar(
     "generate",
@@ -63,7 +63,7 @@ def run(words: list[str]) -> int:
     asks = asks_of(dataset_of(typed.dataset | {"path": typed.places[1]} | limit))
     for note in asks.notes:
         print(note, file=sys.stderr)
-    file = AnswerFile(Path(given.texts["-o"]).expanduser(), _made(llm.artefact, asks, typed, given))
+    file = AnswerFile(Path(given.texts["-o"]).expanduser(), _made(llm.artifact, asks, typed, given))
     if file.done >= len(asks.rows):
         print(f"{file.path} has all {len(asks.rows):,} replies; nothing is left to do")
         return 0
@@ -78,12 +78,12 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _made(artefact: "Artefact", asks: "Asks", typed: "Words", given: Given) -> dict[str, Any]:
+def _made(artifact: "Artifact", asks: "Asks", typed: "Words", given: Given) -> dict[str, Any]:
     """All that decides the replies."""
     return {
-        "model": str(artefact.folder or artefact.base.path),
-        "weights": weights_of(artefact),
-        "base": artefact.base.path,
+        "model": str(artifact.folder or artifact.base.path),
+        "weights": weights_of(artifact),
+        "base": artifact.base.path,
         "rows": asks.identity(),
         "settings": typed.generation,
         "numbers": {**typed.model, "quantization": typed.quantization},
@@ -91,9 +91,9 @@ def _made(artefact: "Artefact", asks: "Asks", typed: "Words", given: Given) -> d
     }
 
 
-def weights_of(artefact: "Artefact") -> list[list[Any]]:
-    """The files of weights in the artefact's folder, by name, size and time of writing (ns)."""
-    folder = artefact.folder
+def weights_of(artifact: "Artifact") -> list[list[Any]]:
+    """The files of weights in the artifact's folder, by name, size and time of writing (ns)."""
+    folder = artifact.folder
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from luthier.cli.arguments import Flag, Given, Grammar
 from luthier.errors import UserError
-from luthier.model.artifact import Artefact, find_artifact, read_config
+from luthier.model.artifact import Artifact, find_artifact, read_run_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")
@@ -58,23 +58,23 @@ def run(words: list[str]) -> int:
     ):
         return _merge_sharded(Path(given.overrides[0]), given)
     parted = [_parted(word) for word in given.overrides]
-    artefacts = [find_artifact(word, given.texts.get("--base")) for word, _ in parted]
-    return _merge(artefacts, [weight for _, weight in parted], given)
+    artifacts = [find_artifact(word, given.texts.get("--base")) for word, _ in parted]
+    return _merge(artifacts, [weight for _, weight in parted], given)
 
 
-def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int:
+def _merge(artifacts: list[Artifact], weights: list[float], given: Given) -> int:
     from luthier.environment import hush
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import too_large
     from luthier.export.quantize import check_format, quantize_model
     from luthier.storage.atomic import refuse_target
 
-    target = target_of(artefacts[0], given)
+    target = target_of(artifacts[0], given)
     quantize = given.texts.get("--quantize")
     if quantize is not None:
         check_format(quantize)
     order = merge_adapter.Order(
-        artefacts,
+        artifacts,
         weights,
         target,
         given.texts.get("--dtype"),
@@ -83,10 +83,10 @@ def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int
         quantize,
     )
     overwrite = "--overwrite" in given.switches
-    if quantize is not None and len(artefacts) == 1 and artefacts[0].adapter is None:
+    if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
         refuse_target(target, overwrite)
         hush()
-        quantize_model(artefacts[0], target, quantize, print)
+        quantize_model(artifacts[0], target, quantize, print)
         return 0
     merge_adapter.refuse_merge(order, overwrite)
     hush()
@@ -94,21 +94,21 @@ def _merge(artefacts: list[Artefact], weights: list[float], given: Given) -> int
         merge_adapter.merge(order, print)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
-            raise UserError(too_large(artefacts[0])) from error
+            raise UserError(too_large(artifacts[0])) from error
         raise
     return 0
 
 
-def target_of(artefact: Artefact, given: Given) -> Path:
+def target_of(artifact: Artifact, given: Given) -> Path:
     """Where the model goes: as typed, or beside what it is made of."""
     typed = given.texts.get("--out")
     if typed is not None:
         return Path(typed).expanduser()
-    if artefact.run is not None:
-        return artefact.run / "merged"
-    if artefact.word == str(artefact.folder):
-        return Path(f"{artefact.word.rstrip('/')}-merged")
-    raise UserError(f"{artefact.word} is not on this machine: say where the model goes, --out.")
+    if artifact.run is not None:
+        return artifact.run / "merged"
+    if artifact.name == str(artifact.folder):
+        return Path(f"{artifact.name.rstrip('/')}-merged")
+    raise UserError(f"{artifact.name} is not on this machine: say where the model goes, --out.")
 
 
 def _refuse_values(given: Given) -> None:
@@ -133,7 +133,7 @@ def _merge_sharded(folder: Path, given: Given) -> int:
     from luthier.export import sharded_checkpoint
     from luthier.storage.atomic import filled, refuse_target
 
-    artefact = _trained_whole(folder, given)
+    artifact = _trained_whole(folder, given)
     target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
     refuse_target(target, "--overwrite" in given.switches)
     if sharded_checkpoint.kind_of(folder) == "zero" and find_spec("deepspeed") is None:
@@ -145,13 +145,13 @@ def _merge_sharded(folder: Path, given: Given) -> int:
         )
     hush()
     with filled(target) as aside:
-        sharded_checkpoint.consolidate(folder, artefact, aside, given.texts.get("--dtype"), print)
+        sharded_checkpoint.consolidate(folder, artifact, aside, given.texts.get("--dtype"), print)
     print(f"written   {target}")
     return 0
 
 
-def _trained_whole(folder: Path, given: Given) -> Artefact:
-    """The run that a sharded checkpoint belongs to, as an artefact of its base."""
+def _trained_whole(folder: Path, given: Given) -> Artifact:
+    """The run that a sharded checkpoint belongs to, as an artifact of its base."""
     place = folder.resolve()
     run = next((one for one in place.parents if (one / "config.yaml").is_file()), None)
     base = given.texts.get("--base")
@@ -161,12 +161,12 @@ def _trained_whole(folder: Path, given: Given) -> Artefact:
                 f"{folder}: shards hold no configuration, and no run is around them.\n"
                 "Name the model that was trained: --base ORGANISATION/MODEL."
             )
-        return replace(find_artifact(base), word=str(folder))
-    config = read_config(run)
+        return replace(find_artifact(base), name=str(folder))
+    config = read_run_config(run)
     if config.lora:
         raise UserError(
             f"{folder}: the shards of a run with adapters. Its adapter is saved whole at the end "
             f"of the run: luthier merge {run}."
         )
     model = config.model.model_copy(update={"path": base} if base else {})
-    return Artefact(str(folder), model, config=config, run=run)
+    return Artifact(str(folder), model, config=config, run=run)

@@ -9,7 +9,7 @@ from luthier.cli.arguments import Flag, Given, Grammar
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
     from luthier.memory.advice import Advice
-    from luthier.memory.plan import Plan
+    from luthier.memory.plan import MemoryPlan
     from luthier.memory.sharding import Sharding
     from luthier.memory.workload import Hardware
 
@@ -47,21 +47,21 @@ def run(words: list[str]) -> int:
 
     hardware = _imagined(given)
     config = load(given.overrides).config
-    model.check_path(config.model)
+    model.check_model_path(config.model)
     set_environment(config)
     found, advice = make(config, hardware, given)
     if "--json" in given.switches:
         print(json.dumps(plain(found, advice), ensure_ascii=False))
     else:
-        from luthier.memory.report import show_plan
+        from luthier.memory.report import print_plan
 
-        show_plan(found, advice)
+        print_plan(found, advice)
     return 0 if found.fits else 1
 
 
 def make(
     config: "RunConfig", imagined: "Hardware | None", given: Given
-) -> "tuple[Plan, list[Advice]]":
+) -> "tuple[MemoryPlan, list[Advice]]":
     """Plan as the flags say, with a word on the terminal while it lasts."""
     from rich.console import Console
 
@@ -76,7 +76,7 @@ def make(
         return found, advise(config, found)
 
 
-def plain(found: "Plan", advice: "list[Advice]") -> dict[str, Any]:
+def plain(found: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:
     """The plan as plain values; sizes are bytes."""
     values = asdict(found)
     for estimate, shown in zip(found.estimates, values["estimates"], strict=True):
@@ -92,15 +92,19 @@ def _imagined(given: Given) -> "Hardware | None":
     file = given.texts.get("--launch")
     number = given.numbers.get("--gpus")
     if file is not None:
-        number = sharding.read(file, number).processes
-    return workload.imagine(workload.parse(size, "--memory"), number or 1) if size else None
+        number = sharding.read_sharding(file, number).processes
+    return (
+        workload.hypothetical_gpus(workload.parse_size(size, "--memory"), number or 1)
+        if size
+        else None
+    )
 
 
 def _shardings(given: Given) -> "list[Sharding]":
     from luthier.memory import sharding
 
     file = given.texts.get("--launch")
-    return [sharding.read(file, given.numbers.get("--gpus"))] if file else []
+    return [sharding.read_sharding(file, given.numbers.get("--gpus"))] if file else []
 
 
 def _this_machine(config: "RunConfig", shardings: "list[Sharding]", given: Given) -> "Hardware":
@@ -108,7 +112,7 @@ def _this_machine(config: "RunConfig", shardings: "list[Sharding]", given: Given
     from luthier.memory import workload
 
     number = given.numbers.get("--gpus")
-    found = workload.here(config.model, shardings[0].processes if shardings else number)
+    found = workload.detect_hardware(config.model, shardings[0].processes if shardings else number)
     if found.kind != "cuda" and number and not shardings:
         raise UserError(
             f"--gpus {number}: this machine has no GPU. To plan for others, say how much memory "
@@ -119,8 +123,8 @@ def _this_machine(config: "RunConfig", shardings: "list[Sharding]", given: Given
 
 def _usual(hardware: "Hardware") -> "list[Sharding]":
     """One GPU by itself, and each way in which several would share the work."""
-    from luthier.memory.sharding import KINDS, Sharding
+    from luthier.memory.sharding import SHARDING_KINDS, Sharding
 
     if hardware.count == 1 or hardware.kind != "cuda":
         return [Sharding()]
-    return [Sharding(kind, hardware.count) for kind in KINDS if kind != "none"]
+    return [Sharding(kind, hardware.count) for kind in SHARDING_KINDS if kind != "none"]

@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
 
     config = load(given.overrides).config
     data.check_sources(config.dataset, config.trainer.method)
-    model.check_path(config.model)
+    model.check_model_path(config.model)
     set_environment(config)
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from luthier.export import model_facts as stories
 from luthier.export import write_card
 from luthier.export.hub_upload import Parcel, pack, send
 from luthier.export.model_facts import Data, Story
-from luthier.model.artifact import Artefact, find_artifact
+from luthier.model.artifact import Artifact, find_artifact
 
 GRAMMAR = Grammar(
     "push",
@@ -46,16 +46,16 @@ def run(words: list[str]) -> int:
     target = _target(given)
     if len(given.overrides) != 1:
         raise UserError("luthier push: name one run, such as luthier push runs/quickstart/default.")
-    artefact = _artefact(given.overrides[0], given)
-    if artefact.folder is None:
-        raise UserError(f"{artefact.word}: this model is on the hub already.")
-    story = _told(artefact, target, given)
+    artifact = _artifact(given.overrides[0], given)
+    if artifact.folder is None:
+        raise UserError(f"{artifact.name}: this model is on the hub already.")
+    story = _told(artifact, target, given)
     from luthier.environment import hush
 
     hush()
-    written = write_card.texts(story, write_card.spoken_of(artefact), target)
-    parcel = pack(artefact.folder, story, written)
-    _add_what_the_run_has(parcel, artefact)
+    written = write_card.texts(story, write_card.spoken_of(artifact), target)
+    parcel = pack(artifact.folder, story, written)
+    _add_what_the_run_has(parcel, artifact)
     show(parcel, target, "--public" in given.switches)
     if "--dry-run" in given.switches:
         print(f"\n{written[write_card.CARD]}\nnothing was sent (--dry-run)")
@@ -83,11 +83,11 @@ def _target(given: Given) -> str:
     return target
 
 
-def _artefact(word: str, given: Given) -> Artefact:
-    artefact = find_artifact(word, given.texts.get("--base"))
+def _artifact(word: str, given: Given) -> Artifact:
+    artifact = find_artifact(word, given.texts.get("--base"))
     if "--merged" not in given.switches:
-        return artefact
-    place = None if artefact.run is None else artefact.run / "merged"
+        return artifact
+    place = None if artifact.run is None else artifact.run / "merged"
     if place is None or not place.is_dir():
         raise UserError(
             f"{word}: there is no merged model yet. Make it first:\n    luthier merge {word}"
@@ -95,9 +95,9 @@ def _artefact(word: str, given: Given) -> Artefact:
     return find_artifact(str(place))
 
 
-def _told(artefact: Artefact, target: str, given: Given) -> Story:
+def _told(artifact: Artifact, target: str, given: Given) -> Story:
     """The story with what was typed besides."""
-    story = stories.told(artefact)
+    story = stories.told(artifact)
     languages = [one for one in given.texts.get("--language", "").split(",") if one]
     rows = given.texts.get("--data-license")
     data: list[Data] = [
@@ -112,13 +112,13 @@ def _told(artefact: Artefact, target: str, given: Given) -> Story:
     )
 
 
-def _add_what_the_run_has(parcel: Parcel, artefact: Artefact) -> None:
+def _add_what_the_run_has(parcel: Parcel, artifact: Artifact) -> None:
     """The plot, and the chat settings, which a checkpoint does not hold."""
-    plot = Path() if artefact.run is None else artefact.run / write_card.PLOT
+    plot = Path() if artifact.run is None else artifact.run / write_card.PLOT
     if plot.is_file():
         parcel.files.setdefault(write_card.PLOT, plot)
-    if artefact.chat is not None:
-        text = json.dumps(artefact.chat, indent=2, ensure_ascii=False) + "\n"
+    if artifact.chat is not None:
+        text = json.dumps(artifact.chat, indent=2, ensure_ascii=False) + "\n"
         parcel.texts.setdefault("chat.json", text)
 
 

@@ -17,7 +17,7 @@ from luthier.errors import UserError
 
 if TYPE_CHECKING:
     from luthier.cli.model_arguments import Words
-    from luthier.model.artifact import Artefact
+    from luthier.model.artifact import Artifact
 
 GRAMMAR = Grammar(
     "serve",
@@ -55,17 +55,17 @@ def run(words: list[str]) -> int:
     typed = sort("serve", given.overrides, ("MODEL",))
     engine = _engine(given)
     if engine == "vllm":
-        artefact = find_artifact(typed.places[0], given.texts.get("--base"))
-        _vllm(artefact, given)
+        artifact = find_artifact(typed.places[0], given.texts.get("--base"))
+        _vllm(artifact, given)
         return 0
     return _transformers(typed, given)
 
 
-def name_of(artefact: "Artefact") -> str:
+def name_of(artifact: "Artifact") -> str:
     """What requests call a model: the names of its folders that tell it from others."""
-    place = artefact.run or artefact.folder
+    place = artifact.run or artifact.folder
     if place is None:
-        return artefact.base.path
+        return artifact.base.path
     parts = place.resolve().parts
     kept = parts[-1:] if parts[-1] not in _PLAIN_NAMES else parts[-2:]
     return "-".join(kept).replace("=", "-")
@@ -111,8 +111,8 @@ def _transformers(typed: "Words", given: Given) -> int:
     host, port = _address(given)
     _check_free(host, port)
     llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
-    name = given.texts.get("--name") or name_of(llm.artefact)
-    if llm.artefact.task == "SEQ_2_SEQ_LM":
+    name = given.texts.get("--name") or name_of(llm.artifact)
+    if llm.artifact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
     from luthier.environment import hush
     from luthier.infer.server import serve
@@ -136,10 +136,10 @@ def _check_free(host: str, port: int) -> None:
         ) from error
 
 
-def _vllm(artefact: "Artefact", given: Given) -> None:
+def _vllm(artifact: "Artifact", given: Given) -> None:
     """Become vLLM's server, or show how it would be started."""
-    name = given.texts.get("--name") or name_of(artefact)
-    command = vllm_command(artefact, name, given)
+    name = given.texts.get("--name") or name_of(artifact)
+    command = vllm_command(artifact, name, given)
     if "--show" in given.switches:
         print(shlex.join(command))
         return
@@ -150,7 +150,7 @@ def _vllm(artefact: "Artefact", given: Given) -> None:
     os.execv(program, command)
 
 
-def vllm_command(artefact: "Artefact", name: str, given: Given) -> list[str]:
+def vllm_command(artifact: "Artifact", name: str, given: Given) -> list[str]:
     """The command line with which vLLM serves it as it trained.
 
     Raises UserError for an adapter that vLLM cannot put on its base.
@@ -158,25 +158,25 @@ def vllm_command(artefact: "Artefact", name: str, given: Given) -> list[str]:
     from luthier.model import gguf, source
 
     host, port = _address(given)
-    file = source.gguf_file(artefact.base.path)
-    base = artefact.base.path if file is None else str(gguf.convert(file))
+    file = source.find_gguf_file(artifact.base.path)
+    base = artifact.base.path if file is None else str(gguf.convert_model(file))
     command = ["vllm", "serve", base, "--host", host, "--port", str(port)]
-    folder = artefact.folder
-    if artefact.base.revision is not None:
-        command += ["--revision", artefact.base.revision]
-    if artefact.adapter is not None:
+    folder = artifact.folder
+    if artifact.base.revision is not None:
+        command += ["--revision", artifact.base.revision]
+    if artifact.adapter is not None:
         command += ["--served-model-name", f"{name}-base", "--enable-lora"]
-        command += ["--lora-modules", f"{name}={artefact.adapter.resolve()}"]
-        command += ["--max-lora-rank", str(_rank(artefact.adapter))]
+        command += ["--lora-modules", f"{name}={artifact.adapter.resolve()}"]
+        command += ["--max-lora-rank", str(_rank(artifact.adapter))]
     else:
         command += ["--served-model-name", name]
-    if artefact.base.tokenizer is not None:
-        command += ["--tokenizer", str(Path(artefact.base.tokenizer).resolve())]
+    if artifact.base.tokenizer is not None:
+        command += ["--tokenizer", str(Path(artifact.base.tokenizer).resolve())]
     if folder is not None and (folder / "generation_config.json").is_file():
         command += ["--generation-config", str(folder.resolve())]
     if folder is not None and (folder / "chat_template.jinja").is_file():
         command += ["--chat-template", str((folder / "chat_template.jinja").resolve())]
-    variables = (artefact.chat or {}).get("variables")
+    variables = (artifact.chat or {}).get("variables")
     if variables:
         command += ["--default-chat-template-kwargs", json.dumps(variables)]
     return command

@@ -21,7 +21,7 @@ from luthier.infer.llm import Packing, packing_of
 from luthier.infer.questions import Question
 from luthier.metrics import Measured, classification
 from luthier.metrics.classification import are_entity_tags
-from luthier.model.artifact import Artefact, encoder_of
+from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.train.methods.classify import ClassLayout, class_losses, target
 from luthier.train.methods.heads import REGRESSION, Labels
 from luthier.train.methods.labelled import Losses, Numbered, columns_for
@@ -267,14 +267,14 @@ class Decider:
 
     def __init__(
         self,
-        artefact: Artefact,
+        artifact: Artifact,
         *,
         device_map: str | dict[str, Any] | None = None,
         quantization: Packing = "trained",
         **given: Any,
     ) -> None:
-        """`artefact`: one whose task has a head."""
-        self.artefact = artefact
+        """`artifact`: one whose task has a head."""
+        self.artifact = artifact
         self._packing = packing_of(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
         self._given = given
@@ -283,8 +283,8 @@ class Decider:
     def __enter__(self) -> "Decider":
         from luthier.infer.llm import opening
 
-        found = opening(self.artefact, self._given)
-        self.artefact, _, self.tokenizer = found
+        found = opening(self.artifact, self._given)
+        self.artifact, _, self.tokenizer = found
         self.model = found.model(self._packing, self._own)
         self._stack.callback(self._release)
         # By this token models find the end of a row.
@@ -298,7 +298,7 @@ class Decider:
     def maker(self, config: RunConfig | None) -> DecidedMaker:
         """What makes the rows of a run, or of a dataset, for it; `config`: that of the run."""
         if self.head.kind == "preference":
-            chat = lenient(encoder_of(self.artefact, self.tokenizer).settings())
+            chat = lenient(build_chat_encoder(self.artifact, self.tokenizer).settings())
             return DecidedMaker(self.head, RewardEncoder(self.tokenizer, chat))
         own: OnLong = "turns" if config is None else lenient_length(config.chat.on_long)
         bounds = [self._positions(), None if config is None else config.chat.max_length]
@@ -338,10 +338,10 @@ class Decider:
     def _head(self) -> "Head":
         from luthier.train.methods.heads import labels_of
 
-        if self.artefact.is_reward:
+        if self.artifact.is_reward:
             return Rewards()
         labels = labels_of(self.model.config)
-        return Classes(labels) if self.artefact.task == "SEQ_CLS" else Tags(labels)
+        return Classes(labels) if self.artifact.task == "SEQ_CLS" else Tags(labels)
 
     def _positions(self) -> int | None:
         from luthier.train.methods.heads import positions

@@ -18,7 +18,7 @@ from luthier.evaluate.rows import (
 )
 from luthier.infer.llm import LLM
 from luthier.metrics import Measured, Metric, Reply, score_replies
-from luthier.model.adapters import HEADED
+from luthier.model.adapters import HEAD_TASKS
 from luthier.model.artifact import find_artifact
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Writer(LLM):
 
     def maker(self, config: RunConfig | None) -> Maker:
         """What makes the rows of a run, or of a dataset, for it; `config`: that of the run."""
-        if self.artefact.task == "SEQ_2_SEQ_LM":
+        if self.artifact.task == "SEQ_2_SEQ_LM":
             if config is None:
                 return TargetMaker(self.tokenizer, None, "drop")
             return TargetMaker(self.tokenizer, config.chat.max_length, config.chat.on_long)
@@ -105,17 +105,17 @@ def subjects(
         return model, None
     if against is not None:
         return model, _alike(model, _subject(against, options, None))
-    artefact = model.artefact
-    if artefact.task in HEADED:
+    artifact = model.artifact
+    if artifact.task in HEAD_TASKS:
         return model, None  # a base's head for these labels is a random one
-    if artefact.adapter is not None:
+    if artifact.adapter is not None:
         return model, model
-    if artefact.config is None:
+    if artifact.config is None:
         return model, None
-    other = _subject(artefact.config.model.path, options, None)
+    other = _subject(artifact.config.model.path, options, None)
     # The base is asked in the words of the training: its own template may be another one.
-    own = artefact.config.model.model_copy(update={"tokenizer": artefact.base.tokenizer})
-    other.artefact = replace(other.artefact, chat=artefact.chat, base=own, config=artefact.config)
+    own = artifact.config.model.model_copy(update={"tokenizer": artifact.base.tokenizer})
+    other.artifact = replace(other.artifact, chat=artifact.chat, base=own, config=artifact.config)
     return model, other
 
 
@@ -127,7 +127,7 @@ def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) ->
     if model.alphabet != theirs:
         own = "reads other tokens" if isinstance(model, Writer) else "knows other labels"
         raise UserError(
-            f"{model.artefact.word} {own}, so the losses of the two say nothing beside each other. "
+            f"{model.artifact.name} {own}, so the losses of the two say nothing beside each other. "
             "Measure each with --alone."
         )
     for one, other in zip(mine, its, strict=True):
@@ -140,19 +140,19 @@ def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) ->
 
 
 def _subject(word: str, options: Mapping[str, Any], base: str | None) -> Subject:
-    artefact = find_artifact(word, base)
-    if artefact.task not in HEADED:
-        return Writer(artefact, **options)
+    artifact = find_artifact(word, base)
+    if artifact.task not in HEAD_TASKS:
+        return Writer(artifact, **options)
     from luthier.evaluate.heads import Decider
 
-    return Decider(artefact, **options)
+    return Decider(artifact, **options)
 
 
 def _alike(model: Subject, other: Subject) -> Subject:
     """The other one; UserError where the two do different things."""
-    if other.artefact.task != model.artefact.task:
+    if other.artifact.task != model.artifact.task:
         raise UserError(
-            f"--against {other.artefact.word}: this model does something else than "
-            f"{model.artefact.word}, so no number of the two can be compared."
+            f"--against {other.artifact.name}: this model does something else than "
+            f"{model.artifact.name}, so no number of the two can be compared."
         )
     return other

@@ -108,7 +108,7 @@ def _place(value: str, story: Story) -> str:
     if not is_path:
         return value
     if story.base.package is not None:
-        return f"{source.PACKAGE}{story.base.package}"
+        return f"{source.PACKAGE_PREFIX}{story.base.package}"
     return hub_name(value) or story.base.hub or last(story.base.name)
 
 

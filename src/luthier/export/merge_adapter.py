@@ -13,8 +13,8 @@ from luthier.export.merge_in_memory import PLACE, logits, tuned
 from luthier.export.model_facts import public
 from luthier.export.model_layout import Layout, NotPlain, base_folder, layout_of
 from luthier.export.usage_snippets import Spoken
-from luthier.model.artifact import Artefact, encoder_of
-from luthier.model.load import CLASSES
+from luthier.model.artifact import Artifact, build_chat_encoder
+from luthier.model.load import auto_class
 from luthier.record.plots import read_metrics
 from luthier.storage.atomic import filled, refuse_full_disk, refuse_target, write_json
 
@@ -55,15 +55,15 @@ class NotTheSame(UserError):
     """A merged model that says something else than it should; it is left to be looked at."""
 
 
-def prompts_of(artefact: Artefact, tokenizer: Any) -> list[list[int]]:
+def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
     """Prompts as the model was trained on: of the run's held-out rows, and plain questions."""
-    replies = [] if artefact.run is None else read_metrics(artefact.run / "replies.jsonl")
+    replies = [] if artifact.run is None else read_metrics(artifact.run / "replies.jsonl")
     asked = [row["prompt"] for row in replies[:_ROWS] if isinstance(row.get("prompt"), str)]
     texts = [*asked, *QUESTIONS]
-    has_template = artefact.chat is not None or tokenizer.chat_template is not None
-    if artefact.task != "CAUSAL_LM" or not has_template:
+    has_template = artifact.chat is not None or tokenizer.chat_template is not None
+    if artifact.task != "CAUSAL_LM" or not has_template:
         return [tokenizer(text)["input_ids"] for text in texts]
-    encoder = encoder_of(artefact, tokenizer)
+    encoder = build_chat_encoder(artifact, tokenizer)
     return [encoder.prompt([{"role": "user", "content": text}]) for text in texts]
 
 
@@ -83,10 +83,10 @@ def compare(
 
 def load_folder(folder: Path, task: str, **own: Any) -> Any:
     """A saved model in float32, in main memory."""
-    import transformers
-
-    kind: Any = getattr(transformers, CLASSES[task])
-    return kind.from_pretrained(folder, dtype=PLACE.dtype, local_files_only=True, **own).eval()
+    model = auto_class(task).from_pretrained(
+        folder, dtype=PLACE.dtype, local_files_only=True, **own
+    )
+    return model.eval()
 
 
 def between(before: "list[Tensor]", after: "list[Tensor]") -> Difference:
@@ -119,7 +119,7 @@ Say = Callable[[str], None]
 class Order:
     """What is to be merged, and how."""
 
-    artefacts: list[Artefact]
+    artifacts: list[Artifact]
     """The adapters; the first one's tokenizer, template and card are the result's."""
     weights: list[float]
     target: Path
@@ -131,14 +131,14 @@ class Order:
     quantize: str | None = None
 
     @property
-    def first(self) -> Artefact:
+    def first(self) -> Artifact:
         """The one that the result is named after."""
-        return self.artefacts[0]
+        return self.artifacts[0]
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
         """Their folders and weights."""
-        folders = [one.adapter for one in self.artefacts if one.adapter is not None]
+        folders = [one.adapter for one in self.artifacts if one.adapter is not None]
         return list(zip(folders, self.weights, strict=True))
 
     @property
@@ -153,20 +153,20 @@ class Order:
 def refuse_merge(order: Order, overwrite: bool) -> None:
     """Raise UserError for adapters of different bases, and for a target that holds something."""
     first = order.first
-    for one in order.artefacts:
+    for one in order.artifacts:
         if one.adapter is None:
             raise UserError(
-                f"{one.word} is a whole model and no adapter: there is nothing to merge.\n"
+                f"{one.name} is a whole model and no adapter: there is nothing to merge.\n"
                 "To pack its weights for serving: --quantize nf4."
             )
         if one.base.path != first.base.path:
             raise UserError(
-                f"{one.word}: this adapter is for another base, {one.base.path}, than "
-                f"{first.word}, which is for {first.base.path}. Only adapters of one base add up."
+                f"{one.name}: this adapter is for another base, {one.base.path}, than "
+                f"{first.name}, which is for {first.base.path}. Only adapters of one base add up."
             )
         if order.onto == "trained" and one.quantization != first.quantization:
             raise UserError(
-                f"{one.word} and {first.word} were trained on weights that were packed in "
+                f"{one.name} and {first.name} were trained on weights that were packed in "
                 "different ways. --onto original adds both to the weights before that."
             )
     refuse_target(order.target, overwrite)
@@ -257,9 +257,9 @@ def _checked(order: Order, aside: Path, dtype: str, say: Say) -> Difference:
     return found
 
 
-def _called(artefact: Artefact) -> str:
+def _called(artifact: Artifact) -> str:
     """An adapter's name in the card: its run's folder, or what was typed."""
-    return artefact.run.name if artefact.run is not None else public(artefact.word)
+    return artifact.run.name if artifact.run is not None else public(artifact.name)
 
 
 def _story(order: Order, dtype: str, difference: Difference | None) -> model_facts.Story:
@@ -267,9 +267,9 @@ def _story(order: Order, dtype: str, difference: Difference | None) -> model_fac
     merged: dict[str, Any] = {"dtype": dtype, "onto": order.onto}
     if difference is not None:
         merged |= {"difference": difference.largest, "prompts": difference.prompts}
-    if len(order.artefacts) > 1:
+    if len(order.artifacts) > 1:
         merged["weights"] = [
-            [_called(one), w] for one, w in zip(order.artefacts, order.weights, strict=True)
+            [_called(one), w] for one, w in zip(order.artifacts, order.weights, strict=True)
         ]
     found = model_facts.told(order.first)
     return replace(found, kind="model", merged=merged, rows=None)

@@ -8,9 +8,9 @@ from luthier.export.adapter_delta import as_trained
 from luthier.export.model_layout import Layout, needed
 from luthier.export.weight_files import SHARD_BYTES
 from luthier.model import quantized
-from luthier.model.artifact import Artefact
+from luthier.model.artifact import Artifact
 from luthier.model.device import Machine
-from luthier.model.load import CLASSES, label_settings, load_model
+from luthier.model.load import label_settings, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ PLACE = Machine("cpu", "float32", "sdpa")
 """Merging and checking is arithmetic in float32, in main memory."""
 
 
-def tuned(artefact: Artefact, adapters: list[tuple[Path, float]], packed: bool) -> Any:
+def tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: bool) -> Any:
     """The base in float32 with its adapters, each scaled by its weight, in evaluation mode.
 
     `packed`: with the weights packed as in training. Raises UserError where it does not fit into
@@ -27,15 +27,15 @@ def tuned(artefact: Artefact, adapters: list[tuple[Path, float]], packed: bool) 
     """
     from peft import PeftModel
 
-    quantization = _computed_in_float32(artefact.quantization) if packed else {}
-    model = base_of(artefact, quantization)
+    quantization = _computed_in_float32(artifact.quantization) if packed else {}
+    model = base_of(artifact, quantization)
     grow(model, adapters)
     try:
         wrapped = PeftModel.from_pretrained(model, adapters[0][0], adapter_name="a0")
         for number, (folder, _) in enumerate(adapters[1:], 1):
             wrapped.load_adapter(folder, f"a{number}")
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{artefact.word}: the adapter does not go on its base: {error}") from error
+        raise UserError(f"{artifact.name}: the adapter does not go on its base: {error}") from error
     if len(adapters) > 1:
         wrapped.base_model.set_adapter([f"a{number}" for number in range(len(adapters))])
     for number, (_, weight) in enumerate(adapters):
@@ -44,38 +44,40 @@ def tuned(artefact: Artefact, adapters: list[tuple[Path, float]], packed: bool) 
     return wrapped.eval()
 
 
-def base_of(artefact: Artefact, quantization: dict[str, Any]) -> Any:
+def base_of(artifact: Artifact, quantization: dict[str, Any]) -> Any:
     """The base in float32, or packed; one that comes quantized is unpacked.
 
     Raises UserError where it cannot be unpacked or does not fit into memory.
     """
-    own = label_settings(artefact)
-    found = quantized.read(artefact.base)
+    own = label_settings(artifact)
+    found = quantized.read_quantization_config(artifact.base)
     if found is not None and not quantization:
-        own["quantization_config"] = _unpacking(artefact, found)
-    kind = CLASSES[artefact.task]
+        own["quantization_config"] = _unpacking(artifact, found)
     try:
-        model = load_model(artefact.base, quantization, PLACE, kind=kind, **own)
+        model = load_model(artifact.base, quantization, PLACE, task=artifact.task, **own)
     except MemoryError as error:
-        raise UserError(too_large(artefact)) from error
-    return model if found is None else quantized.in_one_format(model, PLACE.dtype)
+        raise UserError(too_large(artifact)) from error
+    return model if found is None else quantized.cast_to_dtype(model, PLACE.dtype)
 
 
-def _unpacking(artefact: Artefact, found: dict[str, Any]) -> Any:
-    method = quantized.method_in(found)
-    if method not in quantized.FORMATS or quantized.FORMATS[method].whole is None:
+def _unpacking(artifact: Artifact, found: dict[str, Any]) -> Any:
+    method = quantized.quantization_method(found)
+    if (
+        method not in quantized.QUANTIZATION_FORMATS
+        or quantized.QUANTIZATION_FORMATS[method].whole is None
+    ):
         raise UserError(
-            f"{artefact.word}: its base {artefact.base.path} comes quantized ({method}), and such "
+            f"{artifact.name}: its base {artifact.base.path} comes quantized ({method}), and such "
             "weights cannot take an adapter in.\nName the model that it was made from: "
             "--base ORGANISATION/MODEL --onto original."
         )
-    return quantized.unpacking(artefact.base)
+    return quantized.dequantize_config(artifact.base)
 
 
-def too_large(artefact: Artefact) -> str:
+def too_large(artifact: Artifact) -> str:
     """What to say where a model does not fit into memory."""
     return (
-        f"{artefact.word}: the model in float32 does not fit into this machine's memory.\n"
+        f"{artifact.name}: the model in float32 does not fit into this machine's memory.\n"
         "Merging LoRA needs one tensor at a time; it is the check that loads the model: "
         "--no-verify leaves it out."
     )
@@ -123,7 +125,7 @@ def _scale(model: Any, name: str, weight: float) -> None:
 
 
 def merge(
-    artefact: Artefact,
+    artifact: Artifact,
     adapters: list[tuple[Path, float]],
     layout: Layout | None,
     dtype: str | None,
@@ -136,13 +138,13 @@ def merge(
     """
     import torch
 
-    model = base_of(artefact, {})
+    model = base_of(artifact, {})
     own = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
     if layout is not None:
-        _pack(model, layout, artefact.quantization)
+        _pack(model, layout, artifact.quantization)
     grow(model, adapters)
-    merged = _merged(model, artefact, adapters)
-    chosen = dtype or (own if artefact.base.dtype == "auto" else artefact.base.dtype)
+    merged = _merged(model, artifact, adapters)
+    chosen = dtype or (own if artifact.base.dtype == "auto" else artifact.base.dtype)
     merged.to(getattr(torch, chosen))
     merged.config.dtype = chosen
     merged.save_pretrained(folder, max_shard_size=SHARD_BYTES)
@@ -157,7 +159,7 @@ def _pack(model: Any, layout: Layout, quantization: dict[str, Any]) -> None:
         weight.data = as_trained(weight.data, quantization, name in layout.transposed)
 
 
-def _merged(model: Any, artefact: Artefact, adapters: list[tuple[Path, float]]) -> Any:
+def _merged(model: Any, artifact: Artifact, adapters: list[tuple[Path, float]]) -> Any:
     from peft import PeftModel
 
     names = [f"a{number}" for number in range(len(adapters))]
@@ -167,12 +169,12 @@ def _merged(model: Any, artefact: Artefact, adapters: list[tuple[Path, float]]) 
             wrapped.load_adapter(folder, name)
         if len(names) > 1 or adapters[0][1] != 1.0:
             raise UserError(
-                f"{artefact.word}: only LoRA of linear layers and embeddings is added up or "
+                f"{artifact.name}: only LoRA of linear layers and embeddings is added up or "
                 "weighted; merge this adapter alone, with weight 1."
             )
         return wrapped.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{artefact.word}: peft cannot merge this adapter into its base: {error}\n"
+            f"{artifact.name}: peft cannot merge this adapter into its base: {error}\n"
             "It is served as an adapter: luthier push RUN."
         ) from error

@@ -13,8 +13,8 @@ from luthier.data.sources.open import kind_of
 from luthier.errors import UserError
 from luthier.export.model_layout import grown
 from luthier.model import gguf, source
-from luthier.model.artifact import Artefact
-from luthier.model.load import LABELS
+from luthier.model.artifact import Artifact
+from luthier.model.load import LABELS_FILE
 from luthier.record.secrets import HIDDEN
 from luthier.storage.atomic import read_json, write_json
 
@@ -83,7 +83,7 @@ def stated(name: str, kind: str = "model") -> str | None:
     """
     metadata = _cached(name, kind)
     if metadata is None:
-        metadata = None if source.is_out_of_reach() else _fetched(name, kind)
+        metadata = None if source.is_hub_unreachable() else _fetched(name, kind)
     found = (metadata or {}).get("license")
     if isinstance(found, list):
         found = ", ".join(map(str, found))
@@ -104,7 +104,7 @@ def _fetched(name: str, kind: str) -> dict[str, Any] | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        found = HfApi().repo_info(name, repo_type=kind, timeout=source.PATIENCE)
+        found = HfApi().repo_info(name, repo_type=kind, timeout=source.HUB_TIMEOUT)
     except (HfHubHTTPError, OSError):
         return None
     return found.card_data.to_dict() if found.card_data else {}
@@ -209,34 +209,34 @@ def read(folder: Path) -> Story | None:
         ) from error
 
 
-def told(artefact: Artefact) -> Story:
+def told(artifact: Artifact) -> Story:
     """The story that lies beside the weights, or the one that the run's files tell."""
-    saved = None if artefact.folder is None else read(artefact.folder)
-    return saved or of(artefact)
+    saved = None if artifact.folder is None else read(artifact.folder)
+    return saved or of(artifact)
 
 
-def of(artefact: Artefact) -> Story:
-    """The story of what `luthier.model.artifact.find` found, from the run's files.
+def of(artifact: Artifact) -> Story:
+    """The story of what `luthier.model.artifact.find_artifact` found, from the run's files.
 
     Of a model without a run, no more than its base and adapter are known.
     """
-    folder, config = artefact.folder, artefact.config
+    folder, config = artifact.folder, artifact.config
     story = Story(
-        title=_title(artefact),
-        kind="model" if artefact.adapter is None else "adapter",
-        base=base_of(_trained(artefact), None if config is None else config.model.revision),
-        task=artefact.task,
+        title=_title(artifact),
+        kind="model" if artifact.adapter is None else "adapter",
+        base=base_of(_trained(artifact), None if config is None else config.model.revision),
+        task=artifact.task,
         problem=_problem(folder),
-        adapter={} if artefact.adapter is None else _adapter(artefact.adapter),
-        quantization=public_values(artefact.quantization),
-        variables=(artefact.chat or {}).get("variables") or {},
-        date=(artefact.chat or {}).get("date"),
-        rows=grown(artefact),
+        adapter={} if artifact.adapter is None else _adapter(artifact.adapter),
+        quantization=public_values(artifact.quantization),
+        variables=(artifact.chat or {}).get("variables") or {},
+        date=(artifact.chat or {}).get("date"),
+        rows=grown(artifact),
         has_plot=folder is not None and (folder / "loss.png").is_file(),
     )
-    if config is None or artefact.run is None:
+    if config is None or artifact.run is None:
         return story
-    return Story(**vars(story) | _told_by_the_run(artefact.run, config))
+    return Story(**vars(story) | _told_by_the_run(artifact.run, config))
 
 
 def base_of(path: str, revision: str | None = None) -> BaseModel:
@@ -244,10 +244,12 @@ def base_of(path: str, revision: str | None = None) -> BaseModel:
     name = hub_name(path)
     if name is not None:
         return BaseModel(name, name, revision, stated(name))
-    if not path.startswith(source.PACKAGE) and not path.endswith(".gguf"):
+    if not path.startswith(source.PACKAGE_PREFIX) and not path.endswith(".gguf"):
         return BaseModel(last(path))
-    package = path.removeprefix(source.PACKAGE) if path.startswith(source.PACKAGE) else None
-    file = source.gguf_file(path)
+    package = (
+        path.removeprefix(source.PACKAGE_PREFIX) if path.startswith(source.PACKAGE_PREFIX) else None
+    )
+    file = source.find_gguf_file(path)
     if file is None or not file.is_file():
         return BaseModel(last(path), package=package, file=None if package else last(path))
     licence = gguf.read_metadata(file).get("general.license")
@@ -294,21 +296,21 @@ def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _title(artefact: Artefact) -> str:
-    if artefact.config is not None and artefact.run is not None:
-        return artefact.config.recipe or artefact.run.name
-    return last(artefact.word)
+def _title(artifact: Artifact) -> str:
+    if artifact.config is not None and artifact.run is not None:
+        return artifact.config.recipe or artifact.run.name
+    return last(artifact.name)
 
 
-def _trained(artefact: Artefact) -> str:
+def _trained(artifact: Artifact) -> str:
     """The path of the model that the training began with."""
-    if artefact.adapter is None and artefact.config is not None:
-        return artefact.config.model.path
-    return artefact.base.path
+    if artifact.adapter is None and artifact.config is not None:
+        return artifact.config.model.path
+    return artifact.base.path
 
 
 def _problem(folder: Path | None) -> str | None:
-    files = [] if folder is None else [folder / LABELS, folder / "config.json"]
+    files = [] if folder is None else [folder / LABELS_FILE, folder / "config.json"]
     found: dict[str, Any] = next(
         (read for file in files if (read := read_json(file)) is not None), {}
     )

@@ -7,8 +7,8 @@ from typing import Any
 
 from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
-from luthier.model.artifact import Artefact
-from luthier.model.load import CLASSES, label_settings
+from luthier.model.artifact import Artifact
+from luthier.model.load import build_empty_model, insert_quantized_layers, label_settings
 from luthier.storage.sizes import head_of
 
 
@@ -38,15 +38,15 @@ class Layout:
     """The weight of the input embeddings."""
 
 
-def base_folder(artefact: Artefact) -> Path:
+def base_folder(artifact: Artifact) -> Path:
     """The folder with the base's weights on this machine; fetched from the hub where it is not.
 
     Raises UserError where it cannot be had.
     """
-    model = artefact.base
-    file = source.gguf_file(model.path)
+    model = artifact.base
+    file = source.find_gguf_file(model.path)
     if file is not None:
-        return gguf.convert(file)
+        return gguf.convert_model(file)
     if source.is_local(model.path):
         return Path(model.path).expanduser()
     from huggingface_hub import snapshot_download
@@ -56,18 +56,18 @@ def base_folder(artefact: Artefact) -> Path:
             snapshot_download(
                 model.path,
                 revision=model.revision,
-                local_files_only=source.is_out_of_reach(),
+                local_files_only=source.is_hub_unreachable(),
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
         )
     except Exception as error:  # the HTTP client has its own errors for a network that is down
-        raise UserError(source.words(error, model.path, "its base")) from error
+        raise UserError(source.hub_error_message(error, model.path, "its base")) from error
 
 
-def layout_of(artefact: Artefact, folder: Path) -> Layout:
+def layout_of(artifact: Artifact, folder: Path) -> Layout:
     """Build the model on torch's meta device from the base's config.json and look at it."""
-    config = _config(artefact, folder)
-    empty = _empty(artefact, config)
+    config = _config(artifact, folder)
+    empty = build_empty_model(config, artifact.task)
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     tied = {}
@@ -81,26 +81,18 @@ def layout_of(artefact: Artefact, folder: Path) -> Layout:
         {name: tuple(value.shape) for name, value in empty.state_dict().items()},
         tied,
         transposed,
-        _packed(empty, artefact.quantization),
+        _packed(empty, artifact.quantization),
         f"{empty.base_model_prefix}.",
         next(f"{name}.weight" for name, one in empty.named_modules() if one is inputs),
     )
 
 
-def _config(artefact: Artefact, folder: Path) -> Any:
+def _config(artifact: Artifact, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    if quantized.read(artefact.base) is not None:
+    if quantized.read_quantization_config(artifact.base) is not None:
         raise NotPlain("its base comes quantized")
-    return AutoConfig.from_pretrained(folder, **label_settings(artefact))
-
-
-def _empty(artefact: Artefact, config: Any) -> Any:
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        return getattr(transformers, CLASSES[artefact.task]).from_config(config)
+    return AutoConfig.from_pretrained(folder, **label_settings(artifact))
 
 
 def _transposed(model: Any) -> frozenset[str]:
@@ -114,12 +106,8 @@ def _packed(model: Any, quantization: dict[str, Any]) -> frozenset[str]:
     if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return frozenset()
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-    from transformers import BitsAndBytesConfig
-    from transformers.quantizers.auto import AutoHfQuantizer
 
-    settings = BitsAndBytesConfig.from_dict(dict(quantization))
-    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    quantizer.preprocess_model(model=model, device_map=None)
+    insert_quantized_layers(model, quantization)
     kinds = (Linear4bit, Linear8bitLt)
     return frozenset(name for name, one in model.named_modules() if isinstance(one, kinds))
 
@@ -140,19 +128,19 @@ def needed(folder: Path) -> int:
     return max([0, *ends, *wholes])
 
 
-def grown(artefact: Artefact) -> int | None:
+def grown(artifact: Artifact) -> int | None:
     """The rows that a base must be given before its adapter goes on; None where it has enough."""
-    if artefact.adapter is None:
+    if artifact.adapter is None:
         return None
-    rows = needed(artefact.adapter)
-    have = _rows_of_base(artefact.base.path)
+    rows = needed(artifact.adapter)
+    have = _rows_of_base(artifact.base.path)
     return rows if have is not None and rows > have else None
 
 
 def _rows_of_base(path: str) -> int | None:
-    file = source.gguf_file(path)
+    file = source.find_gguf_file(path)
     if file is not None:
-        config = gguf.convert(file) / "config.json"
+        config = gguf.convert_model(file) / "config.json"
     elif source.is_local(path):
         config = Path(path).expanduser() / "config.json"
     else:

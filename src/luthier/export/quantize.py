@@ -12,8 +12,8 @@ from luthier.errors import UserError
 from luthier.export import model_facts, write_card
 from luthier.export.model_layout import base_folder
 from luthier.export.weight_files import INDEX, SHARD_BYTES, files_of
-from luthier.model.artifact import Artefact
-from luthier.model.load import CLASSES
+from luthier.model.artifact import Artifact
+from luthier.model.load import auto_class
 from luthier.storage.atomic import filled
 from luthier.storage.manifest import MANIFEST
 
@@ -39,7 +39,7 @@ def check_format(name: str) -> None:
         )
 
 
-def pack(folder: Path, name: str, artefact: Artefact, say: Callable[[str], None]) -> dict[str, Any]:
+def pack(folder: Path, name: str, artifact: Artifact, say: Callable[[str], None]) -> dict[str, Any]:
     """Pack the weights of a model's folder in place; returns what the card says of it.
 
     The model is in memory whole, in 2 bytes a weight. Raises UserError where the format does not
@@ -49,9 +49,9 @@ def pack(folder: Path, name: str, artefact: Artefact, say: Callable[[str], None]
     shutil.rmtree(target, ignore_errors=True)
     before = _size(folder)
     if "bitsandbytes" in _PACKAGES[name]:
-        _by_bitsandbytes(folder, target, name, artefact)
+        _by_bitsandbytes(folder, target, name, artifact)
     else:
-        _by_gptqmodel(folder, target, name, artefact)
+        _by_gptqmodel(folder, target, name, artifact)
     for file in files_of(folder):
         file.unlink()
     (folder / INDEX).unlink(missing_ok=True)
@@ -65,17 +65,17 @@ def pack(folder: Path, name: str, artefact: Artefact, say: Callable[[str], None]
     return {"bits": 8 if name == "int8" else 4, "method": _method(name)}
 
 
-def quantize_model(artefact: Artefact, target: Path, name: str, say: Callable[[str], None]) -> None:
+def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[str], None]) -> None:
     """Pack a model that has no adapter and write it to `target`."""
-    source = base_folder(artefact)
+    source = base_folder(artifact)
     with filled(target) as aside:
         for file in [*files_of(source), *source.glob("*.json"), *source.glob("*.jinja")]:
             if file.name not in (MANIFEST, model_facts.FILE):
                 shutil.copyfile(file, aside / file.name)
-        spoken = write_card.spoken_of(artefact)
-        packed = pack(aside, name, artefact, say)
-        told = replace(model_facts.told(artefact), packed=packed)
-        plot = None if artefact.run is None else artefact.run / write_card.PLOT
+        spoken = write_card.spoken_of(artifact)
+        packed = pack(aside, name, artifact, say)
+        told = replace(model_facts.told(artifact), packed=packed)
+        plot = None if artifact.run is None else artifact.run / write_card.PLOT
         write_card.write(aside, told, spoken, plot)
     say(f"written   {target}")
 
@@ -88,7 +88,7 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _by_bitsandbytes(folder: Path, target: Path, name: str, artefact: Artefact) -> None:
+def _by_bitsandbytes(folder: Path, target: Path, name: str, artifact: Artifact) -> None:
     import transformers
 
     settings: dict[str, Any] = {"load_in_8bit": True}
@@ -100,8 +100,7 @@ def _by_bitsandbytes(folder: Path, target: Path, name: str, artefact: Artefact) 
             "bnb_4bit_compute_dtype": "bfloat16",
         }
     make: Any = transformers.BitsAndBytesConfig
-    kind: Any = getattr(transformers, CLASSES[artefact.task])
-    model = kind.from_pretrained(
+    model = auto_class(artifact.task).from_pretrained(
         folder, quantization_config=make(**settings), dtype="auto", device_map={"": _device()}
     )
     model.save_pretrained(target, max_shard_size=SHARD_BYTES)
@@ -113,10 +112,10 @@ def _device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def _by_gptqmodel(folder: Path, target: Path, name: str, artefact: Artefact) -> None:
+def _by_gptqmodel(folder: Path, target: Path, name: str, artifact: Artifact) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    rows = _rows(artefact)
+    rows = _rows(artifact)
     try:
         model = GPTQModel.load(str(folder), QuantizeConfig(bits=4, group_size=128, method=name))
         model.quantize(rows)
@@ -139,11 +138,11 @@ def _forget_places(folder: Path) -> None:
         write_card.write_config(file, settings)
 
 
-def _rows(artefact: Artefact) -> list[dict[str, list[int]]]:
+def _rows(artifact: Artifact) -> list[dict[str, list[int]]]:
     """The first training rows as tokens: what the model will be asked is most like them."""
-    if artefact.config is None:
+    if artifact.config is None:
         raise UserError(
-            f"{artefact.word}: GPTQ and AWQ look at training rows, and this is no run of luthier. "
+            f"{artifact.name}: GPTQ and AWQ look at training rows, and this is no run of luthier. "
             "Name the run's folder, or use --quantize nf4."
         )
     from luthier.data.batching.rows import TokenRows
@@ -151,12 +150,12 @@ def _rows(artefact: Artefact) -> list[dict[str, list[int]]]:
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train import methods
 
-    config = artefact.config
-    tokenizer = load_tokenizer(artefact.base)
+    config = artifact.config
+    tokenizer = load_tokenizer(artifact.base)
     prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
     if not isinstance(prepared.train, TokenRows):
         raise UserError(
-            f"{artefact.word}: GPTQ and AWQ look at training rows, and this run streams them. Use "
+            f"{artifact.name}: GPTQ and AWQ look at training rows, and this run streams them. Use "
             "--quantize nf4."
         )
     train = prepared.train

@@ -9,7 +9,7 @@ from luthier.errors import UserError
 from luthier.export import merge_streaming, model_facts, weight_files, write_card
 from luthier.export.model_layout import layout_of
 from luthier.export.weight_files import Entry, write
-from luthier.model.artifact import Artefact
+from luthier.model.artifact import Artifact
 from luthier.storage.atomic import refuse_full_disk
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def shards_of(folder: Path) -> Path | None:
 
 
 def consolidate(
-    folder: Path, artefact: Artefact, target: Path, dtype: str | None, say: Callable[[str], None]
+    folder: Path, artifact: Artifact, target: Path, dtype: str | None, say: Callable[[str], None]
 ) -> None:
     """Write the model of a sharded checkpoint into `target`, with configuration and tokenizer.
 
@@ -44,8 +44,8 @@ def consolidate(
     """
     from luthier.export.model_layout import base_folder
 
-    base = base_folder(artefact)
-    layout = layout_of(artefact, base)
+    base = base_folder(artifact)
+    layout = layout_of(artifact, base)
     if kind_of(folder) == "fsdp":
         written = _from_fsdp(folder, target, dtype, say)
     else:
@@ -53,18 +53,18 @@ def consolidate(
     missing = [n for n in layout.shapes if n not in written and n not in layout.tied]
     if missing:
         raise UserError(
-            f"{folder}: the checkpoint has no {missing[0]}, which {artefact.base.path} has: it is "
+            f"{folder}: the checkpoint has no {missing[0]}, which {artifact.base.path} has: it is "
             "of another model, or holds an adapter alone."
         )
     main = merge_streaming.main_format(written.values())
     name = weight_files.DTYPES[main]
     write_card.model_config(layout.config, layout.architecture, name, None, bool(layout.tied))
     layout.config.save_pretrained(target)
-    spoken = write_card.spoken_of(artefact)
+    spoken = write_card.spoken_of(artifact)
     place = folder if (folder / "tokenizer_config.json").is_file() else base
     write_card.carry_speech(place, target)
     write_card.carry_generation(base, None, target, spoken)
-    write_card.write(target, model_facts.of(artefact), spoken)
+    write_card.write(target, model_facts.of(artifact), spoken)
 
 
 def _from_fsdp(

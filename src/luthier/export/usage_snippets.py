@@ -7,8 +7,8 @@ from typing import Any
 
 from luthier.export import ollama
 from luthier.export.model_facts import Story
-from luthier.model.adapters import HEADED
-from luthier.model.load import CLASSES
+from luthier.model.adapters import HEAD_TASKS
+from luthier.model.load import TASK_CLASSES
 
 
 def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = ".") -> str:
@@ -21,7 +21,7 @@ def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = 
     if story.kind == "adapter" and story.base.file:
         lines += ["", *_unpacking(story)]
     lines += ["", *_loading(story)]
-    if story.task in HEADED:
+    if story.task in HEAD_TASKS:
         lines += ["", *_labelling(story, has_template)]
     else:
         lines += ["", *_writing(story, stop_ids, has_template)]
@@ -50,14 +50,14 @@ def _packer(packed: dict[str, Any]) -> str:
 
 
 def _imports(story: Story) -> list[str]:
-    names = [CLASSES[story.task], "AutoTokenizer"]
+    names = [TASK_CLASSES[story.task], "AutoTokenizer"]
     lines = []
     if story.kind == "adapter":
         lines.append("from peft import PeftModel")
         names += ["BitsAndBytesConfig"] if story.quantization else []
         names += ["GgufConfig"] if story.base.file else []
     lines.append(f"from transformers import {', '.join(sorted(names))}")
-    first = ["import torch"] if story.task in HEADED else []
+    first = ["import torch"] if story.task in HEAD_TASKS else []
     if _reads_labels(story):
         first.insert(0, "import json")
         first.insert(1, "from pathlib import Path")
@@ -69,7 +69,7 @@ def _imports(story: Story) -> list[str]:
 
 def _reads_labels(story: Story) -> bool:
     """Whether it is an adapter whose base must be told of its labels."""
-    decides = story.task in HEADED and story.method != "reward"
+    decides = story.task in HEAD_TASKS and story.method != "reward"
     return story.kind == "adapter" and decides
 
 
@@ -102,7 +102,7 @@ def _unpacking(story: Story) -> list[str]:
 
 
 def _loading(story: Story) -> list[str]:
-    kind = CLASSES[story.task]
+    kind = TASK_CLASSES[story.task]
     if story.kind != "adapter":
         return [
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",

@@ -10,7 +10,7 @@ from luthier.export.card import card
 from luthier.export.model_facts import Story
 from luthier.export.ollama import translate
 from luthier.export.usage_snippets import Spoken, notes
-from luthier.model.artifact import Artefact, encoder_of, find_artifact, method_of
+from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact, training_method_of
 
 if TYPE_CHECKING:
     from luthier.chat.template import ChatTemplate
@@ -26,10 +26,10 @@ def after_a_run(run: Path) -> str | None:
     Weights are saved by then: a card that cannot be written is said and fails nothing.
     """
     try:
-        artefact = find_artifact(str(run))
-        story = stories.of(artefact)
-        if artefact.folder is not None:
-            write(artefact.folder, story, spoken_of(artefact), plot=run / PLOT)
+        artifact = find_artifact(str(run))
+        story = stories.of(artifact)
+        if artifact.folder is not None:
+            write(artifact.folder, story, spoken_of(artifact), plot=run / PLOT)
     except Exception as error:  # whatever it is, hours of training must not end with it
         return f"{type(error).__name__}: {error}"
     return None
@@ -53,18 +53,18 @@ def texts(story: Story, spoken: Spoken, place: str = ".") -> dict[str, str]:
     }
 
 
-def spoken_of(artefact: Artefact) -> Spoken:
-    """The template and the stop tokens that an artefact was trained with."""
+def spoken_of(artifact: Artifact) -> Spoken:
+    """The template and the stop tokens that an artifact was trained with."""
     from luthier.model.tokenizer import end_token_ids, load_tokenizer
 
-    tokenizer: Any = load_tokenizer(artefact.base)
-    has_template = artefact.chat is not None or tokenizer.chat_template is not None
-    has_template |= method_of(artefact) in _CHATS
-    if artefact.task != "CAUSAL_LM" or artefact.is_reward or not has_template:
-        ends = [tokenizer.eos_token_id, *end_token_ids(artefact.base)]
+    tokenizer: Any = load_tokenizer(artifact.base)
+    has_template = artifact.chat is not None or tokenizer.chat_template is not None
+    has_template |= training_method_of(artifact) in _CHATS
+    if artifact.task != "CAUSAL_LM" or artifact.is_reward or not has_template:
+        ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
         ids = [number for number in dict.fromkeys(ends) if number is not None]
         return Spoken(ids, tokenizer.convert_ids_to_tokens(ids), None)
-    encoder = encoder_of(artefact, tokenizer)
+    encoder = build_chat_encoder(artifact, tokenizer)
     template = _template(encoder.settings(), tokenizer)
     bos = _own_bos(tokenizer)
     ids = encoder.stop_token_ids

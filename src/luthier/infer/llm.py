@@ -14,10 +14,10 @@ from luthier.infer.generate import dense_head
 from luthier.infer.prompts import Prompt, Prompts
 from luthier.infer.seq2seq_prompts import Sources
 from luthier.infer.stream import Pieces
-from luthier.model.artifact import Artefact, encoder_of, find_artifact
-from luthier.model.device import Machine, choose
-from luthier.model.load import load_tuned
-from luthier.model.tokenizer import check_fits, end_token_ids, load_tokenizer
+from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact
+from luthier.model.device import Machine, choose_machine
+from luthier.model.load import load_trained
+from luthier.model.tokenizer import check_vocabulary_fits, end_token_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from luthier.infer.chat import Chat
@@ -59,40 +59,40 @@ class Loaded:
 
 
 class Opening(NamedTuple):
-    """An artefact with all but its weights."""
+    """An artifact with all but its weights."""
 
-    artefact: Artefact
+    artifact: Artifact
     """With the config that it is loaded by."""
     machine: Machine
     tokenizer: Any
 
     def model(self, packing: Mapping[str, Any] | None, own: Mapping[str, Any]) -> Any:
         """Load the weights; `own` goes to `from_pretrained`. UserError where they cannot be had."""
-        model = load_tuned(self.artefact, self.machine, self.tokenizer, packing, **own)
-        check_fits(self.tokenizer, model)
+        model = load_trained(self.artifact, self.machine, self.tokenizer, packing, **own)
+        check_vocabulary_fits(self.tokenizer, model)
         return model
 
 
-def opening(artefact: Artefact, given: Mapping[str, Any]) -> Opening:
-    """Choose the machine and load the tokenizer; `given` replaces fields of the artefact's model.
+def opening(artifact: Artifact, given: Mapping[str, Any]) -> Opening:
+    """Choose the machine and load the tokenizer; `given` replaces fields of the artifact's model.
 
     Raises UserError where they cannot be had.
     """
-    config = ModelConfig.model_validate(artefact.base.model_dump() | dict(given))
-    found = replace(artefact, base=config)
-    return Opening(found, choose(config), load_tokenizer(config))
+    config = ModelConfig.model_validate(artifact.base.model_dump() | dict(given))
+    found = replace(artifact, base=config)
+    return Opening(found, choose_machine(config), load_tokenizer(config))
 
 
 def load(
-    artefact: Artefact,
+    artifact: Artifact,
     given: Mapping[str, Any],
     packing: Mapping[str, Any] | None,
     own: Mapping[str, Any],
 ) -> Loaded:
     """Load a model that writes, and what makes its prompts; UserError where it cannot be had."""
-    found = opening(artefact, given)
-    artefact, machine, tokenizer = found
-    prompter = _prompter(artefact, tokenizer)
+    found = opening(artifact, given)
+    artifact, machine, tokenizer = found
+    prompter = _prompter(artifact, tokenizer)
     model = found.model(packing, own)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
@@ -102,35 +102,35 @@ def load(
         tokenizer,
         machine,
         prompter,
-        _stops(artefact, tokenizer, prompter),
+        _stops(artifact, tokenizer, prompter),
         None if is_encoded else context,
         context + 1 if is_encoded and context is not None else context,
     )
 
 
-def _prompter(artefact: Artefact, tokenizer: Any) -> ChatEncoder | Sources | None:
-    if artefact.task == "SEQ_2_SEQ_LM":
+def _prompter(artifact: Artifact, tokenizer: Any) -> ChatEncoder | Sources | None:
+    if artifact.task == "SEQ_2_SEQ_LM":
         from luthier.data.encoders.tasks import Seq2SeqEncoder
 
-        limit = None if artefact.config is None else artefact.config.chat.max_length
-        on_long = "error" if artefact.config is None else artefact.config.chat.on_long
-        ends = [tokenizer.eos_token_id, *end_token_ids(artefact.base)]
+        limit = None if artifact.config is None else artifact.config.chat.max_length
+        on_long = "error" if artifact.config is None else artifact.config.chat.on_long
+        ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
         stops = [end for end in dict.fromkeys(ends) if end is not None]
         return Sources(Seq2SeqEncoder(tokenizer, limit, on_long), stops)
-    if artefact.chat is None and tokenizer.chat_template is None:
+    if artifact.chat is None and tokenizer.chat_template is None:
         return None
-    return encoder_of(artefact, tokenizer)
+    return build_chat_encoder(artifact, tokenizer)
 
 
-def _stops(artefact: Artefact, tokenizer: Any, prompter: Any) -> list[int]:
+def _stops(artifact: Artifact, tokenizer: Any, prompter: Any) -> list[int]:
     """Where a reply ends; UserError for a model of which nobody knows it."""
     if prompter is not None and prompter.stop_token_ids:
         return list(prompter.stop_token_ids)
-    ends = [tokenizer.eos_token_id, *end_token_ids(artefact.base)]
+    ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
     found = [end for end in dict.fromkeys(ends) if end is not None]
     if not found:
         raise UserError(
-            f"{artefact.word}: neither its tokenizer nor its generation config has an end token."
+            f"{artifact.name}: neither its tokenizer nor its generation config has an end token."
         )
     return found
 
@@ -182,16 +182,16 @@ class LLM:
             llm.generate(["Lunch with Ana on Friday at noon."])
 
     `word`: the folder of a run, its `model/`, a checkpoint, an adapter or a whole model, a hub
-    name, or `package:NAME`; or what `luthier.model.artifact.find` found. `base`: where an adapter's
-    base is now. `device`, `dtype` and `attention`: as in a config's `model`; the run's own where
-    they are None. `device_map`: of accelerate, for a model that needs several GPUs (`auto`).
+    name, or `package:NAME`; or an `Artifact`. `base`: where an adapter's base is now. `device`,
+    `dtype` and `attention`: as in a config's `model`; the run's own where they are None.
+    `device_map`: of accelerate, for a model that needs several GPUs (`auto`).
     `quantization`: how the weights are packed. Nothing is loaded before the block begins; at its
     end the memory is free again. Raises UserError for a word that names no model that writes.
     """
 
     def __init__(
         self,
-        word: str | Artefact,
+        word: str | Artifact,
         *,
         base: str | None = None,
         device: str | None = None,
@@ -200,8 +200,8 @@ class LLM:
         device_map: str | dict[str, Any] | None = None,
         quantization: Packing = "trained",
     ) -> None:
-        self.artefact: Artefact = _writes(
-            word if isinstance(word, Artefact) else find_artifact(word, base)
+        self.artifact: Artifact = _writes(
+            word if isinstance(word, Artifact) else find_artifact(word, base)
         )
         self._packing = packing_of(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
@@ -212,7 +212,7 @@ class LLM:
 
     def __enter__(self) -> "LLM":
 
-        self._loaded = load(self.artefact, self._given, self._packing, self._own)
+        self._loaded = load(self.artifact, self._given, self._packing, self._own)
         self._model, self.tokenizer = self._loaded.model, self._loaded.tokenizer
         self.machine, self.context = self._loaded.machine, self._loaded.context
         self._prompts = Prompts(self.tokenizer, self._loaded.prompter, self._loaded.longest)
@@ -244,7 +244,7 @@ class LLM:
     def encoder(self) -> "ChatEncoder":
         """What makes prompts of messages; UserError for a model that has no chat template."""
         if not self.has_template:
-            raise UserError(f"{self.artefact.word}: there is no chat template.")
+            raise UserError(f"{self.artifact.name}: there is no chat template.")
         encoder: Any = self._loaded.prompter
         return encoder
 
@@ -258,7 +258,7 @@ class LLM:
     @property
     def has_adapter(self) -> bool:
         """Whether the tuned model is its base with an adapter on it."""
-        return self.artefact.adapter is not None
+        return self.artifact.adapter is not None
 
     def prompt_ids(
         self, prompts: Sequence[Prompt], places: Sequence[str] | None = None
@@ -353,7 +353,7 @@ class LLM:
         Raises UserError for a whole model, whose base is another one.
         """
         if not self.has_adapter:
-            raise UserError(f"{self.artefact.word} is a whole model: it has no base in it.")
+            raise UserError(f"{self.artifact.name} is a whole model: it has no base in it.")
         with self.model.disable_adapter():
             yield
 
@@ -416,13 +416,13 @@ class LLM:
         release()
 
 
-def _writes(artefact: Artefact) -> Artefact:
-    """The artefact, if it writes replies."""
+def _writes(artifact: Artifact) -> Artifact:
+    """The artifact, if it writes replies."""
     kinds = {"SEQ_CLS": "a classifier", "TOKEN_CLS": "a tagger"}
-    if artefact.task in kinds:
-        kind = "a reward model" if artefact.is_reward else kinds[artefact.task]
+    if artifact.task in kinds:
+        kind = "a reward model" if artifact.is_reward else kinds[artifact.task]
         raise UserError(
-            f"{artefact.word}: this is {kind}, which writes no replies. luthier evaluate measures "
+            f"{artifact.name}: this is {kind}, which writes no replies. luthier evaluate measures "
             "it, and the README.md of its model/ has the Python that asks it."
         )
-    return artefact
+    return artifact

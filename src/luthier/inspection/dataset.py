@@ -166,7 +166,7 @@ def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> 
     batching = batching_of(config)
     # A folder that holds a tokenizer and nothing else is enough here.
     if not Path(config.model.tokenizer or config.model.path).is_dir():
-        model.check_path(config.model)
+        model.check_model_path(config.model)
     set_environment(config)
     trained, evaluated = _opened(config.dataset, command)
     tokenizer = _quiet_tokenizer(config)

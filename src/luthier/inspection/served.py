@@ -15,7 +15,7 @@ from luthier.errors import UserError
 from luthier.inspection.dataset import shorten_location
 from luthier.inspection.rules import Rule, first_difference, tokens_around
 from luthier.inspection.tokens import token_decoder
-from luthier.model.artifact import Artefact, find_artifact
+from luthier.model.artifact import Artifact, find_artifact
 
 DEFAULT_ROWS = 500
 """Rows of each source that are compared where nobody says how many."""
@@ -37,13 +37,13 @@ class ServedCheck:
     """The rules that hold where a server reads and stops as the training did."""
 
     def __init__(
-        self, artefact: Artefact, trained: ChatEncoder, saved: Any, ends: list[int]
+        self, artifact: Artifact, trained: ChatEncoder, saved: Any, ends: list[int]
     ) -> None:
         """`trained`: what made the training rows; `saved`: the tokenizer that was saved.
 
         `ends`: the end tokens of the saved generation config.
         """
-        self.artefact = artefact
+        self.artifact = artifact
         self._trained, self._saved, self._ends = trained, saved, ends
         self._text_of = token_decoder(trained.tokenizer)
         self.prompts = Rule("prompts are those of apply_chat_template, as saved", "turns")
@@ -127,33 +127,33 @@ def check_served(word: str, limit: int | None = None) -> ServedCheck:
     Raises UserError for a word that is no run, a run that was not trained on chats, and rows that
     are no longer there.
     """
-    artefact = find_artifact(word)
-    if artefact.config is None or artefact.folder is None:
+    artifact = find_artifact(word)
+    if artifact.config is None or artifact.folder is None:
         raise UserError(
             f"{word}: --served holds a run against its own rows, and this is no run's folder."
         )
-    sources = [*_opened(artefact.config)]
+    sources = [*_opened(artifact.config)]
     if not sources:
         raise UserError(f"{word}: it was not trained on chats, so no prompts are served.")
-    served = _served(artefact, artefact.config)
+    served = _served(artifact, artifact.config)
     for opened in sources:
         for turn in _turns(opened, served._trained, limit or DEFAULT_ROWS):
             served.check(turn)
     return served
 
 
-def _served(artefact: Artefact, config: RunConfig) -> ServedCheck:
+def _served(artifact: Artifact, config: RunConfig) -> ServedCheck:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    saved = AutoTokenizer.from_pretrained(artefact.folder)
+    saved = AutoTokenizer.from_pretrained(artifact.folder)
     if saved.chat_template is None:
-        raise UserError(f"{artefact.folder}: no chat template was saved with the tokenizer.")
-    return ServedCheck(artefact, _trained(artefact, config), saved, _ends(artefact))
+        raise UserError(f"{artifact.folder}: no chat template was saved with the tokenizer.")
+    return ServedCheck(artifact, _trained(artifact, config), saved, _ends(artifact))
 
 
-def _trained(artefact: Artefact, config: RunConfig) -> ChatEncoder:
+def _trained(artifact: Artifact, config: RunConfig) -> ChatEncoder:
     """The encoder of the training, from the base's own tokenizer."""
     from luthier.model.embeddings import add_tokens
     from luthier.model.tokenizer import load_tokenizer
@@ -162,16 +162,16 @@ def _trained(artefact: Artefact, config: RunConfig) -> ChatEncoder:
     asked = [*config.model.add_tokens, *config.model.add_special_tokens]
     if any(text not in tokenizer.get_vocab() for text in asked):
         add_tokens(tokenizer, config.model)
-    if artefact.chat is None:
-        raise UserError(f"{artefact.word}: there are no chat settings (chat.json) beside it.")
-    whole = artefact.chat | {"max_length": None, "on_lost": "keep"}
+    if artifact.chat is None:
+        raise UserError(f"{artifact.name}: there are no chat settings (chat.json) beside it.")
+    whole = artifact.chat | {"max_length": None, "on_lost": "keep"}
     return ChatEncoder.from_settings(tokenizer, whole)
 
 
-def _ends(artefact: Artefact) -> list[int]:
+def _ends(artifact: Artifact) -> list[int]:
     """The end tokens in the saved generation config; none where there is none."""
-    assert artefact.folder is not None
-    file = artefact.folder / "generation_config.json"
+    assert artifact.folder is not None
+    file = artifact.folder / "generation_config.json"
     if not file.is_file():
         return []
     ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")

@@ -8,9 +8,9 @@ Everything here imports torch at the first use and not before.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from luthier.memory.plan import Plan, choose_checkpointing, fits, plan_memory
+    from luthier.memory.plan import MemoryPlan, choose_checkpointing, fits_in_memory, plan_memory
 
-__all__ = ["Plan", "choose_checkpointing", "fits", "plan_memory"]
+__all__ = ["MemoryPlan", "choose_checkpointing", "fits_in_memory", "plan_memory"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from luthier.config.schema import RunConfig
-from luthier.memory.optimizers import find
-from luthier.memory.plan import USUAL_NUMBERS, Plan, plan_memory
+from luthier.memory.optimizers import find_optimizer
+from luthier.memory.plan import USUAL_GPU_COUNTS, MemoryPlan, plan_memory
 from luthier.memory.sharding import Sharding
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -37,7 +37,7 @@ class _Step:
     groups: Changes = field(default_factory=dict)
 
 
-def advise(config: RunConfig, found: Plan) -> list[Advice]:
+def advise(config: RunConfig, found: MemoryPlan) -> list[Advice]:
     """Return what would help a run that does not fit, the cheapest that fits first.
 
     Where no change alone is enough, the last one is all that leave the method as it is, together.
@@ -52,7 +52,7 @@ def advise(config: RunConfig, found: Plan) -> list[Advice]:
     return sorted(given, key=lambda advice: (not advice.fits, 0 if advice.fits else advice.total))
 
 
-def _alone(config: RunConfig, found: Plan) -> Iterator[list[_Step]]:
+def _alone(config: RunConfig, found: MemoryPlan) -> Iterator[list[_Step]]:
     """Single changes, those that cost the least first."""
     yield from ([step] for step in _free(config, found))
     yield from _first_that_fits(config, found, _smaller_batches(config))
@@ -65,13 +65,13 @@ def _alone(config: RunConfig, found: Plan) -> Iterator[list[_Step]]:
     yield from _first_that_fits(config, found, _shorter_rows(found))
 
 
-def _free(config: RunConfig, found: Plan) -> Iterator[_Step]:
+def _free(config: RunConfig, found: MemoryPlan) -> Iterator[_Step]:
     """Changes that leave what is learned as it is, or nearly."""
     if found.attention == "eager":
         yield _Step("model.attention=sdpa", "nothing", {"model": {"attention": "sdpa"}})
     if found.workload.checkpointing is None:
         yield _args("a third of the speed", activation_checkpointing=True)
-    optimizer = find(found.workload.optimizer)
+    optimizer = find_optimizer(found.workload.optimizer)
     whole = not any(each.sharding.slices for each in found.estimates)
     if whole and optimizer.states == 2 and optimizer.bits == 32:
         yield _args("states of the optimizer in 8 bits", optim="adamw_8bit")
@@ -91,7 +91,7 @@ def _smaller_batches(config: RunConfig) -> Iterator[_Step]:
         )
 
 
-def _shorter_rows(found: Plan) -> Iterator[_Step]:
+def _shorter_rows(found: MemoryPlan) -> Iterator[_Step]:
     length = found.workload.length
     while length >= 2 * _SHORTEST:
         length //= 2
@@ -103,7 +103,7 @@ def _shorter_rows(found: Plan) -> Iterator[_Step]:
 
 
 def _first_that_fits(
-    config: RunConfig, found: Plan, steps: Iterator[_Step]
+    config: RunConfig, found: MemoryPlan, steps: Iterator[_Step]
 ) -> Iterator[list[_Step]]:
     """The mildest of these that fits, or the strongest."""
     last = None
@@ -114,7 +114,7 @@ def _first_that_fits(
         yield [last]
 
 
-def _shared(config: RunConfig, found: Plan) -> list[Advice]:
+def _shared(config: RunConfig, found: MemoryPlan) -> list[Advice]:
     """More GPUs of the same kind: the smallest number for which slices fit.
 
     Quantized weights are not sliced.
@@ -122,17 +122,17 @@ def _shared(config: RunConfig, found: Plan) -> list[Advice]:
     hardware = found.hardware
     if hardware.kind != "cuda" or config.quantization:
         return []
-    for number in USUAL_NUMBERS:
+    for number in USUAL_GPU_COUNTS:
         if number <= found.best.sharding.processes:
             continue
         there = plan_memory(config, replace(hardware, count=number), [Sharding("fsdp2", number)])
-        if there.fits or number == USUAL_NUMBERS[-1]:
+        if there.fits or number == USUAL_GPU_COUNTS[-1]:
             words = f"{number} GPUs: --config_file launch/fsdp2.yaml --num_processes {number}"
             return [Advice(words, "GPUs that wait for each other", there.best.total, there.fits)]
     return []
 
 
-def _together(config: RunConfig, found: Plan) -> Advice:
+def _together(config: RunConfig, found: MemoryPlan) -> Advice:
     """Everything that keeps method and rows, at once."""
     steps = [*_free(config, found), *list(_smaller_batches(config))[-1:]]
     if config.lora and not config.quantization:
@@ -140,7 +140,7 @@ def _together(config: RunConfig, found: Plan) -> Advice:
     return _try(config, found, steps)
 
 
-def _faster(config: RunConfig, found: Plan) -> list[Advice]:
+def _faster(config: RunConfig, found: MemoryPlan) -> list[Advice]:
     if found.workload.checkpointing is None:
         return []
     step = _args("nothing: about a third faster", activation_checkpointing=False)
@@ -148,7 +148,7 @@ def _faster(config: RunConfig, found: Plan) -> list[Advice]:
     return [tried] if tried.fits else []
 
 
-def _try(config: RunConfig, found: Plan, steps: list[_Step]) -> Advice:
+def _try(config: RunConfig, found: MemoryPlan, steps: list[_Step]) -> Advice:
     """Plan the changed run on the same machine, shared in the same way."""
     changed = config
     for step in steps:

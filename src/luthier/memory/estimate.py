@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from luthier.memory import optimizers
-from luthier.memory.sharding import Held, Sharding, hold
+from luthier.memory.sharding import ProcessMemory, Sharding, process_memory
 from luthier.memory.simulate import (
     ACTIVATIONS,
     BACKWARD,
@@ -14,7 +14,7 @@ from luthier.memory.simulate import (
     INPUTS,
     LOGITS,
     WEIGHTS,
-    Rehearsal,
+    SimulatedStep,
 )
 from luthier.memory.workload import Hardware, Workload
 
@@ -28,21 +28,21 @@ next tensor; layers that are computed again in the backward make many more of th
 benchmarks/memory.py: 0.14 to 0.47 without checkpointing, 0.6 to 0.7 with it, and up to a tenth of
 the whole more or less from run to run.
 """
-VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 """Either makes glibc give large blocks back when they are freed (man 3 mallopt)."""
-ADVICE = "MALLOC_MMAP_THRESHOLD_=131072"
+RETURN_FREED_BLOCKS = "MALLOC_MMAP_THRESHOLD_=131072"
 """What to put before a command so that nothing is kept; it costs system time."""
 
 
-def keeps() -> bool:
+def keeps_freed_blocks() -> bool:
     """Tell whether this process's C library keeps large blocks: glibc does unless told not to."""
-    return sys.platform == "linux" and not any(name in os.environ for name in VARIABLES)
+    return sys.platform == "linux" and not any(name in os.environ for name in MALLOC_VARIABLES)
 
 
-def overhead(step: int, checkpoints: bool) -> int:
+def heap_overhead(step: int, checkpoints: bool) -> int:
     """Return the bytes that the heap loses while a step holds so many at once."""
     share = FRAGMENTED_BY_CHECKPOINTS if checkpoints else FRAGMENTED
-    return int(step * share) if keeps() else 0
+    return int(step * share) if keeps_freed_blocks() else 0
 
 
 _PHASES = {
@@ -54,7 +54,7 @@ _PHASES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryItem:
     """A row of the plan."""
 
     name: str
@@ -66,7 +66,7 @@ class Estimate:
     """One process under one way of sharing the work."""
 
     sharding: Sharding
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryItem, ...]
     moment: str
     """When the most is held: `step` (forward and backward) or `update` (of the weights)."""
     elsewhere: int
@@ -85,8 +85,8 @@ class Estimate:
         return self.total <= self.room
 
 
-def estimate(
-    rehearsal: Rehearsal,
+def estimate_memory(
+    rehearsal: SimulatedStep,
     workload: Workload,
     sharding: Sharding,
     hardware: Hardware,
@@ -98,29 +98,29 @@ def estimate(
     `file_dtype` is the number format of the model's file, `teacher` the bytes of another model.
     """
     weights, on_gpu = rehearsal.weights, hardware.kind == "cuda"
-    held = hold(sharding, weights, half=workload.autocast is not None)
+    held = process_memory(sharding, weights, half=workload.autocast is not None)
     trained = [weight for weight in weights if weight.trains]
-    optimizer = optimizers.find(workload.optimizer)
-    states, elsewhere = optimizers.kept(optimizer, trained, on_gpu)
+    optimizer = optimizers.find_optimizer(workload.optimizer)
+    states, elsewhere = optimizers.state_bytes(optimizer, trained, on_gpu)
     share = held.optimizer_share
     always = [
         *_weights(held, workload, rehearsal),
-        Part("teacher", teacher),
-        Part("master copy float32", held.master),
-        Part("optimizer", int(states * share)),
-        Part("gathered weights", held.gathered),
-        Part("gradient buckets", held.buckets),
+        MemoryItem("teacher", teacher),
+        MemoryItem("master copy float32", held.master),
+        MemoryItem("optimizer", int(states * share)),
+        MemoryItem("gathered weights", held.gathered),
+        MemoryItem("gradient buckets", held.buckets),
     ]
-    made = int(optimizers.made(optimizer, trained, on_gpu) * share)
+    made = int(optimizers.update_bytes(optimizer, trained, on_gpu) * share)
     kept = sharding.gradient_share(workload.full, workload.autocast is not None)
     moment, passing = _fullest(rehearsal, kept if held.gradients_on_device else 0.0, made)
     if hardware.kind == "cpu":
         here = sum(part.bytes for part in passing)
-        lost = overhead(here, workload.checkpointing is not None)
-        passing.append(Part("lost in the heap", lost))
-        passing.append(Part("mapped file", _mapped(rehearsal, file_dtype)))
+        lost = heap_overhead(here, workload.checkpointing is not None)
+        passing.append(MemoryItem("lost in the heap", lost))
+        passing.append(MemoryItem("mapped file", _mapped(rehearsal, file_dtype)))
     context = "CUDA context" if on_gpu else "libraries"
-    parts = [*always, *passing, Part(context, hardware.overhead)]
+    parts = [*always, *passing, MemoryItem(context, hardware.overhead)]
     return Estimate(
         sharding=sharding,
         parts=tuple(part for part in parts if part.bytes),
@@ -130,27 +130,27 @@ def estimate(
     )
 
 
-def _weights(held: Held, workload: Workload, rehearsal: Rehearsal) -> list[Part]:
+def _weights(held: ProcessMemory, workload: Workload, rehearsal: SimulatedStep) -> list[MemoryItem]:
     """Frozen weights and trained ones, by format."""
     trained = "trained" if workload.full else "adapters"
     counted = sum(w.stored for w in rehearsal.weights)
-    parts = [Part(f"weights {form}", size) for form, size in held.weights.items()]
+    parts = [MemoryItem(f"weights {form}", size) for form, size in held.weights.items()]
     if workload.reference:
-        parts.append(Part("reference", sum(w.elements for w in rehearsal.weights) * 4))
-    parts += [Part(f"{trained} {form}", size) for form, size in held.trained.items()]
-    return [*parts, Part("buffers", rehearsal.held - counted)]
+        parts.append(MemoryItem("reference", sum(w.elements for w in rehearsal.weights) * 4))
+    parts += [MemoryItem(f"{trained} {form}", size) for form, size in held.trained.items()]
+    return [*parts, MemoryItem("buffers", rehearsal.held - counted)]
 
 
-def _fullest(rehearsal: Rehearsal, share: float, made: int) -> tuple[str, list[Part]]:
+def _fullest(rehearsal: SimulatedStep, share: float, made: int) -> tuple[str, list[MemoryItem]]:
     """The fuller of two moments: within forward and backward, or when the weights are changed."""
     peak = rehearsal.peaks[share]
     gradients = int(_gradients(rehearsal) * share)
     if gradients + made > peak.bytes:
-        return "update", [Part("gradients", gradients), Part("update", made)]
+        return "update", [MemoryItem("gradients", gradients), MemoryItem("update", made)]
     return "step", _phases(peak.kinds, share)
 
 
-def _mapped(rehearsal: Rehearsal, file_dtype: str | None) -> int:
+def _mapped(rehearsal: SimulatedStep, file_dtype: str | None) -> int:
     """Bytes of a file that stay in main memory because some of its weights are used from there.
 
     They are those of weights that were quantized from it. The system takes them back when memory is
@@ -161,21 +161,21 @@ def _mapped(rehearsal: Rehearsal, file_dtype: str | None) -> int:
     return sum(w.elements * size for w in rehearsal.weights if w.is_quantized) if used else 0
 
 
-def _phases(kinds: Mapping[str, int], share: float) -> list[Part]:
+def _phases(kinds: Mapping[str, int], share: float) -> list[MemoryItem]:
     sizes: dict[str, int] = {"gradients": int(kinds.get(GRADIENTS, 0) * share)}
     for kind, size in kinds.items():
         if kind not in (GRADIENTS, WEIGHTS):
             name = _PHASES[kind]
             sizes[name] = sizes.get(name, 0) + size
-    return [Part(name, size) for name, size in sizes.items()]
+    return [MemoryItem(name, size) for name, size in sizes.items()]
 
 
-def _gradients(rehearsal: Rehearsal) -> int:
+def _gradients(rehearsal: SimulatedStep) -> int:
     """Bytes of the gradients of all trained weights, which have the weights' format."""
     return sum(weight.stored for weight in rehearsal.weights if weight.trains)
 
 
-def shares(shardings: Sequence[Sharding], workload: Workload) -> set[float]:
+def gradient_shares(shardings: Sequence[Sharding], workload: Workload) -> set[float]:
     """The gradient shares that a rehearsal must follow for these shardings."""
     half = workload.autocast is not None
     return {0.0, *(sharding.gradient_share(workload.full, half) for sharding in shardings)}

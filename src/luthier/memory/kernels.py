@@ -12,13 +12,13 @@ from unittest.mock import patch
 
 import torch
 
-BLOCKS = {"cuda": 512, "cpu": 64, "mps": 256}
+BLOCK_BYTES = {"cuda": 512, "cpu": 64, "mps": 256}
 """Bytes that allocators round up to."""
 _FLASH_ALIGN, _MASK_ALIGN = 32, 16
 
 
 @contextmanager
-def of(kind: str, flash: bool = False) -> Iterator[None]:
+def device_kernels(kind: str, flash: bool = False) -> Iterator[None]:
     """Compute as a device of this kind would: cuda, or else the CPU.
 
     `flash`: attention by flash-attention's own kernels, which need no mask.
@@ -45,11 +45,11 @@ def _on_gpu(stack: ExitStack, flash: bool) -> None:
         stack.enter_context(patch.object(chunked_logprob, name, _none))
     # bitsandbytes: products in 8 bits, for which a CPU unpacks the weights.
     stack.enter_context(patch.object(bnb, "MatMul8bitFp", bnb.MatMul8bitLt))
-    kernel = _without_mask if flash else attention
+    kernel = _without_mask if flash else cuda_attention
     stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", kernel))
 
 
-def attention(
+def cuda_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -80,7 +80,7 @@ def attention(
     return made[0]
 
 
-def scratch(kind: str) -> Any:
+def scratch_counter(kind: str) -> Any:
     """Return what tells the bytes that operators need inside, beyond what they return."""
 
     def needed(func: Any, args: tuple[Any, ...], made: Any) -> int:
@@ -96,7 +96,7 @@ def _none(*_: Any, **__: Any) -> None:
 
 def _without_mask(query: torch.Tensor, *others: Any, **settings: Any) -> torch.Tensor:
     settings |= {"attn_mask": None, "is_causal": True}
-    return attention(query, *others[:2], **settings)
+    return cuda_attention(query, *others[:2], **settings)
 
 
 def _flash(

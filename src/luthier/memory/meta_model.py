@@ -10,24 +10,18 @@ from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
-from luthier.model.trainable import freeze
+from luthier.model.load import build_empty_model, insert_quantized_layers
+from luthier.model.trainable import freeze_parameters
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-"""The class of transformers that picks the model's, by what it does."""
 _KEEP_THE_SAME = ("flash", "flex")
 _BY_WEIGHTS = ("trainable_token_indices", "token_indices", "loftq_config")
 
 
-def build(config: RunConfig, machine: Machine, full_dtype: str = "float32") -> Any:
+def build_meta_model(config: RunConfig, machine: Machine, full_dtype: str = "float32") -> Any:
     """Return the run's model on torch's meta device, as training would get it.
 
     A model that trains whole is in `full_dtype`, others in the machine's format with adapters in
@@ -36,56 +30,59 @@ def build(config: RunConfig, machine: Machine, full_dtype: str = "float32") -> A
     """
     _refuse_unknown(config)
     dtype = machine.dtype if config.lora else full_dtype
-    architecture = read_config(config.model)
+    architecture = read_model_config(config.model)
     packed = _packed(config, architecture)
     task = METHODS[config.trainer.method].task
-    model = _empty(config.model, architecture, CLASSES[task], dtype, _attention(machine))
+    model = _empty(config.model, architecture, task, dtype, _attention(machine))
     if packed:
-        _pack(model, packed, machine)
+        settings = {"bnb_4bit_compute_dtype": machine.dtype} | packed
+        # Columns that int8 keeps in 16 bits depend on values, and are few.
+        settings["llm_int8_threshold"] = 0.0
+        insert_quantized_layers(model, settings).postprocess_model(model)
     if config.lora:
         return add_adapter(model, _drawn(config.lora), config.seed, task)
     if config.model.train or config.model.freeze:
-        freeze(model, config.model.train, config.model.freeze)
+        freeze_parameters(model, config.model.train, config.model.freeze)
     return model
 
 
-def read_config(model: ModelConfig) -> "PretrainedConfig":
+def read_model_config(model: ModelConfig) -> "PretrainedConfig":
     """Return the model's configuration, from this machine where it is there.
 
     Raises UserError if it is not and cannot be fetched.
     """
     from transformers import AutoConfig
 
-    file = source.gguf_file(model.path)
+    file = source.find_gguf_file(model.path)
     try:
         found, _ = AutoConfig.from_pretrained(
-            model.path if file is None else gguf.convert(file),
+            model.path if file is None else gguf.convert_model(file),
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            local_files_only=source.needs_hub(model.path) and source.is_out_of_reach(),
+            local_files_only=source.needs_hub(model.path) and source.is_hub_unreachable(),
             return_unused_kwargs=True,
             **model.kwargs,
         )
     except (OSError, ValueError) as error:
-        problem = source.explain(error, model.path, "model.path")
+        problem = source.explain_hub_error(error, model.path, "model.path")
         raise problem or UserError(
             f"model.path={model.path}: its config.json cannot be read: {error}"
         ) from error
     return found
 
 
-def count_teacher(config: RunConfig, machine: Machine) -> int:
+def teacher_bytes(config: RunConfig, machine: Machine) -> int:
     """Return the bytes of the model that a run learns from; 0 if there is none."""
     if config.trainer.teacher is None:
         return 0
     own = {"path": config.trainer.teacher, "revision": None, "tokenizer": None}
     teacher = config.model.model_copy(update=own)
-    kind = CLASSES["CAUSAL_LM"]
-    model = _empty(teacher, read_config(teacher), kind, machine.dtype, _attention(machine))
+    architecture, attention = read_model_config(teacher), _attention(machine)
+    model = _empty(teacher, architecture, "CAUSAL_LM", machine.dtype, attention)
     return sum(p.numel() * p.itemsize for p in model.parameters())
 
 
-def named_layers(model: Any) -> dict[str, "torch.nn.Module"]:
+def find_transformer_layers(model: Any) -> dict[str, "torch.nn.Module"]:
     """The transformer layers by name: what sharding gathers, one at a time."""
     from peft import PeftModel
 
@@ -94,28 +91,27 @@ def named_layers(model: Any) -> dict[str, "torch.nn.Module"]:
     return {name: part for name, part in model.named_modules() if type(part).__name__ in kinds}
 
 
-def _empty(model: ModelConfig, architecture: Any, kind: str, dtype: str, attention: str) -> Any:
+def _empty(model: ModelConfig, architecture: Any, task: str, dtype: str, attention: str) -> Any:
     """The model on the meta device; UserError where transformers cannot make it."""
     import torch
-    import transformers
 
     if architecture.get_text_config().pad_token_id is None:
         architecture.get_text_config().pad_token_id = 0
     try:
-        with torch.device("meta"):
-            made: Any = getattr(transformers, kind).from_config(
-                architecture,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attention,
-                trust_remote_code=model.trust_remote_code,
-            )
+        empty = build_empty_model(
+            architecture,
+            task,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=model.trust_remote_code,
+        )
     except (ValueError, ImportError, AttributeError) as error:
         raise UserError(
             f"model.path={model.path}: the plan cannot build this model from its config.json: "
             f"{error}"
         ) from error
-    made.config.use_cache = False
-    return made
+    empty.config.use_cache = False
+    return empty
 
 
 def _packed(config: RunConfig, architecture: Any) -> dict[str, Any]:
@@ -123,16 +119,16 @@ def _packed(config: RunConfig, architecture: Any) -> dict[str, Any]:
 
     Takes the mark of a model that comes quantized off its configuration.
     """
-    comes = quantized.read(config.model)
+    comes = quantized.read_quantization_config(config.model)
     if comes is None:
         return config.quantization
     del architecture.quantization_config
     if config.quantization.get("dequantize"):
         return {}
-    if quantized.method_in(comes) != "bitsandbytes":
+    if quantized.quantization_method(comes) != "bitsandbytes":
         raise UserError(
             f"model.path={config.model.path}: the model comes quantized "
-            f"({quantized.method_in(comes)}), and the plan counts only what bitsandbytes "
+            f"({quantized.quantization_method(comes)}), and the plan counts only what bitsandbytes "
             "packs. Plan for the model that it was made from, with quantization=nf4 or int8."
         )
     return comes
@@ -150,20 +146,6 @@ def _attention(machine: Machine) -> str:
     """Flash attention need not be installed here: torch's own keeps the same tensors."""
     kernels = any(name in machine.attention for name in _KEEP_THE_SAME)
     return "sdpa" if kernels else machine.attention
-
-
-def _pack(model: Any, given: dict[str, Any], machine: Machine) -> None:
-    """Put bitsandbytes' layers where loading would put them."""
-    from transformers import BitsAndBytesConfig
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    settings = {"bnb_4bit_compute_dtype": machine.dtype} | given
-    # Columns that int8 keeps in 16 bits depend on values, and are few.
-    settings["llm_int8_threshold"] = 0.0
-    made = BitsAndBytesConfig.from_dict(settings)
-    quantizer: Any = AutoHfQuantizer.from_config(made, pre_quantized=False)
-    quantizer.preprocess_model(model=model, device_map=None)
-    quantizer.postprocess_model(model)
 
 
 def _drawn(lora: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +192,7 @@ class Weight:
         return self.format in ("nf4", "fp4", "int8")
 
 
-def fill(model: Any) -> None:
+def fill_fake_weights(model: Any) -> None:
     """Give a model on the meta device weights within the running FakeTensorMode.
 
     They look like a CPU's, have the real shapes and formats, quantized ones with their scales, and
@@ -234,11 +216,11 @@ def fill(model: Any) -> None:
             _fill_int8(module)
 
 
-def listed(model: Any) -> tuple[Weight, ...]:
+def list_weights(model: Any) -> tuple[Weight, ...]:
     """List the weights of a filled model."""
     import torch
 
-    layers = sorted(named_layers(model), key=len, reverse=True)
+    layers = sorted(find_transformer_layers(model), key=len, reverse=True)
     scales = {id(module.weight): module.state.SCB for module in _int8_layers(model)}
     tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
     return tuple(
@@ -247,7 +229,7 @@ def listed(model: Any) -> tuple[Weight, ...]:
     )
 
 
-def tensors(model: Any) -> Iterator["torch.Tensor"]:
+def iterate_tensors(model: Any) -> Iterator["torch.Tensor"]:
     """All tensors that a filled model keeps: weights, their scales and tables, and buffers."""
     for parameter in model.parameters():
         yield parameter

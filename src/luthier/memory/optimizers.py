@@ -12,7 +12,7 @@ SMALLEST_PAGED = 100_000
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerMemory:
     """The states of an optimizer, by what it keeps for one weight."""
 
     states: int = 2
@@ -33,44 +33,46 @@ class Optimizer:
 
 _BNB_STEP = 3
 OPTIMIZERS = {
-    "adamw_torch": Optimizer(whole=1, largest=2),
-    "adamw_torch_fused": Optimizer(),
-    "adafactor": Optimizer(states=1, factored=True, largest=3),
-    "sgd": Optimizer(states=0),
-    "adagrad": Optimizer(states=1, whole=1, largest=2),
-    "rmsprop": Optimizer(states=1, whole=1, largest=2),
-    "adamw_8bit": Optimizer(bits=8, largest=_BNB_STEP),
-    "adamw_bnb_8bit": Optimizer(bits=8, largest=_BNB_STEP),
-    "paged_adamw_32bit": Optimizer(paged=True, largest=_BNB_STEP),
-    "paged_adamw_8bit": Optimizer(bits=8, paged=True, largest=_BNB_STEP),
-    "lion_32bit": Optimizer(states=1, largest=_BNB_STEP),
-    "lion_8bit": Optimizer(states=1, bits=8, largest=_BNB_STEP),
-    "paged_lion_32bit": Optimizer(states=1, paged=True, largest=_BNB_STEP),
-    "paged_lion_8bit": Optimizer(states=1, bits=8, paged=True, largest=_BNB_STEP),
-    "ademamix": Optimizer(states=3, largest=_BNB_STEP),
-    "ademamix_8bit": Optimizer(states=3, bits=8, largest=_BNB_STEP),
-    "paged_ademamix_32bit": Optimizer(states=3, paged=True, largest=_BNB_STEP),
-    "paged_ademamix_8bit": Optimizer(states=3, bits=8, paged=True, largest=_BNB_STEP),
-    "rmsprop_bnb": Optimizer(states=1, largest=_BNB_STEP),
-    "rmsprop_bnb_8bit": Optimizer(states=1, bits=8, largest=_BNB_STEP),
-    "rmsprop_bnb_32bit": Optimizer(states=1, largest=_BNB_STEP),
-    "lomo": Optimizer(states=0),
-    "adalomo": Optimizer(states=1, factored=True),
-    "schedule_free_sgd": Optimizer(states=1),
-    "schedule_free_adamw": Optimizer(),
-    "schedule_free_radam": Optimizer(),
+    "adamw_torch": OptimizerMemory(whole=1, largest=2),
+    "adamw_torch_fused": OptimizerMemory(),
+    "adafactor": OptimizerMemory(states=1, factored=True, largest=3),
+    "sgd": OptimizerMemory(states=0),
+    "adagrad": OptimizerMemory(states=1, whole=1, largest=2),
+    "rmsprop": OptimizerMemory(states=1, whole=1, largest=2),
+    "adamw_8bit": OptimizerMemory(bits=8, largest=_BNB_STEP),
+    "adamw_bnb_8bit": OptimizerMemory(bits=8, largest=_BNB_STEP),
+    "paged_adamw_32bit": OptimizerMemory(paged=True, largest=_BNB_STEP),
+    "paged_adamw_8bit": OptimizerMemory(bits=8, paged=True, largest=_BNB_STEP),
+    "lion_32bit": OptimizerMemory(states=1, largest=_BNB_STEP),
+    "lion_8bit": OptimizerMemory(states=1, bits=8, largest=_BNB_STEP),
+    "paged_lion_32bit": OptimizerMemory(states=1, paged=True, largest=_BNB_STEP),
+    "paged_lion_8bit": OptimizerMemory(states=1, bits=8, paged=True, largest=_BNB_STEP),
+    "ademamix": OptimizerMemory(states=3, largest=_BNB_STEP),
+    "ademamix_8bit": OptimizerMemory(states=3, bits=8, largest=_BNB_STEP),
+    "paged_ademamix_32bit": OptimizerMemory(states=3, paged=True, largest=_BNB_STEP),
+    "paged_ademamix_8bit": OptimizerMemory(states=3, bits=8, paged=True, largest=_BNB_STEP),
+    "rmsprop_bnb": OptimizerMemory(states=1, largest=_BNB_STEP),
+    "rmsprop_bnb_8bit": OptimizerMemory(states=1, bits=8, largest=_BNB_STEP),
+    "rmsprop_bnb_32bit": OptimizerMemory(states=1, largest=_BNB_STEP),
+    "lomo": OptimizerMemory(states=0),
+    "adalomo": OptimizerMemory(states=1, factored=True),
+    "schedule_free_sgd": OptimizerMemory(states=1),
+    "schedule_free_adamw": OptimizerMemory(),
+    "schedule_free_radam": OptimizerMemory(),
 }
 """`trainer.args.optim` of transformers. The first twenty are held against the optimizers
 themselves in tests/plan/test_optimizers.py."""
-UNKNOWN = Optimizer(known=False)
+UNKNOWN_OPTIMIZER = OptimizerMemory(known=False)
 
 
-def find(name: str) -> Optimizer:
+def find_optimizer(name: str) -> OptimizerMemory:
     """Return what is known of an optimizer; two states of 32 bits where nothing is."""
-    return OPTIMIZERS.get(name, UNKNOWN)
+    return OPTIMIZERS.get(name, UNKNOWN_OPTIMIZER)
 
 
-def kept(optimizer: Optimizer, weights: Sequence[Weight], on_gpu: bool) -> tuple[int, int]:
+def state_bytes(
+    optimizer: OptimizerMemory, weights: Sequence[Weight], on_gpu: bool
+) -> tuple[int, int]:
     """Return the bytes of states that stay on the device, and of those that may leave it."""
     stays = leaves = 0
     for weight in weights:
@@ -82,7 +84,7 @@ def kept(optimizer: Optimizer, weights: Sequence[Weight], on_gpu: bool) -> tuple
     return stays, leaves
 
 
-def made(optimizer: Optimizer, weights: Sequence[Weight], on_gpu: bool) -> int:
+def update_bytes(optimizer: OptimizerMemory, weights: Sequence[Weight], on_gpu: bool) -> int:
     """Return the bytes that a step makes and drops again.
 
     On a CPU torch goes from weight to weight; on a GPU bitsandbytes works in place.
@@ -96,7 +98,7 @@ def made(optimizer: Optimizer, weights: Sequence[Weight], on_gpu: bool) -> int:
     return 0 if on_gpu and of_bitsandbytes else optimizer.largest * max(sizes)
 
 
-def _states(optimizer: Optimizer, weight: Weight) -> int:
+def _states(optimizer: OptimizerMemory, weight: Weight) -> int:
     """Bytes of one weight's states; torch keeps them in the weight's own format."""
     if optimizer.factored and len(weight.shape) > 1:
         rows = weight.elements // weight.shape[-1]

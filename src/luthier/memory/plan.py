@@ -9,20 +9,20 @@ from luthier.config.schema import RunConfig
 from luthier.environment import hush_kernels
 from luthier.memory import workload as machines
 from luthier.memory import workload as workloads
-from luthier.memory.estimate import Estimate, estimate, shares
-from luthier.memory.meta_model import build, count_teacher, read_config
-from luthier.memory.sharding import KINDS, Sharding
-from luthier.memory.simulate import Rehearsal, rehearse
-from luthier.memory.workload import AUTO, Checkpointing, Hardware, Workload
+from luthier.memory.estimate import Estimate, estimate_memory, gradient_shares
+from luthier.memory.meta_model import build_meta_model, read_model_config, teacher_bytes
+from luthier.memory.sharding import SHARDING_KINDS, Sharding
+from luthier.memory.simulate import SimulatedStep, simulate_step
+from luthier.memory.workload import AUTO_CHECKPOINTING, Checkpointing, Hardware, Workload
 from luthier.model.device import Machine
 
-USUAL_NUMBERS = (2, 4, 8)
+USUAL_GPU_COUNTS = (2, 4, 8)
 """GPUs for which a step is kept in mind, to say what more of them would give."""
-_TRIED: dict[tuple[str, Machine, Workload, str, str], Rehearsal] = {}
+_TRIED: dict[tuple[str, Machine, Workload, str, str], SimulatedStep] = {}
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What a run needs on a machine, for each way of sharing the work that was asked for."""
 
     name: str
@@ -54,24 +54,24 @@ def plan_memory(
     config: RunConfig,
     hardware: Hardware | None = None,
     shardings: Sequence[Sharding] = (Sharding(),),
-) -> Plan:
+) -> MemoryPlan:
     """Plan a run's memory from its configuration alone; takes seconds, needs no weights.
 
     `hardware` is this machine's unless given. `activation_checkpointing: auto` is planned as
     `choose_checkpointing` decides it. Raises UserError where the model's config.json cannot be had
     or the plan does not know a part of the run.
     """
-    hardware = hardware or machines.here(config.model)
+    hardware = hardware or machines.detect_hardware(config.model)
     machine = machines.machine_for(config.model, hardware)
     with _quiet():
-        workload = workloads.read(config, machine)
+        workload = workloads.read_workload(config, machine)
         found = _plan(config, machine, workload, hardware, shardings)
-        if found.fits or config.trainer.args.get("activation_checkpointing") != AUTO:
+        if found.fits or config.trainer.args.get("activation_checkpointing") != AUTO_CHECKPOINTING:
             return found
         return _plan(config, machine, _checkpointed(workload), hardware, shardings)
 
 
-def fits(config: RunConfig, hardware: Hardware | None = None) -> bool:
+def fits_in_memory(config: RunConfig, hardware: Hardware | None = None) -> bool:
     """Tell whether a run fits on one device of a machine (this one unless given)."""
     return plan_memory(config, hardware).fits
 
@@ -84,7 +84,7 @@ def choose_checkpointing(
     It is what `trainer.args.activation_checkpointing: auto` means: a third of the speed is given
     up only for memory that is not there. Raises UserError as `plan` does.
     """
-    args = config.trainer.args | {"activation_checkpointing": AUTO}
+    args = config.trainer.args | {"activation_checkpointing": AUTO_CHECKPOINTING}
     asked = config.model_copy(update={"trainer": config.trainer.model_copy(update={"args": args})})
     found = plan_memory(asked, hardware, (sharding or Sharding(),))
     return found.workload.checkpointing is not None
@@ -109,16 +109,16 @@ def _plan(
     workload: Workload,
     hardware: Hardware,
     shardings: Sequence[Sharding],
-) -> Plan:
+) -> MemoryPlan:
     tried = _rehearsals(config, machine, workload, hardware, shardings)
-    file_dtype = str(read_config(config.model).dtype).removeprefix("torch.")
-    beside = (hardware, file_dtype, count_teacher(config, machine))
+    file_dtype = str(read_model_config(config.model).dtype).removeprefix("torch.")
+    beside = (hardware, file_dtype, teacher_bytes(config, machine))
     estimates = [
-        estimate(tried[_has_slices(sharding, workload)], workload, sharding, *beside)
+        estimate_memory(tried[_has_slices(sharding, workload)], workload, sharding, *beside)
         for sharding in shardings
     ]
     weights = next(iter(tried.values())).weights
-    return Plan(
+    return MemoryPlan(
         name=config.recipe or config.model.path,
         model=config.model.path,
         parameters=sum(w.elements for w in weights if workload.full or not w.trains),
@@ -137,7 +137,7 @@ def _rehearsals(
     workload: Workload,
     hardware: Hardware,
     shardings: Sequence[Sharding],
-) -> dict[bool, Rehearsal]:
+) -> dict[bool, SimulatedStep]:
     """Try the step once, and once more for slices of weights that train whole.
 
     Those are gathered in 16 bits, where copies have autocast make 16-bit weights of float32 ones.
@@ -156,15 +156,17 @@ def _rehearsed(
     hardware: Hardware,
     shardings: Sequence[Sharding],
     dtype: str,
-) -> Rehearsal:
+) -> SimulatedStep:
     """Try a step, or remember it: optimizers and numbers of GPUs make no difference to it."""
     parts = config.model_dump_json(include={"model": True, "quantization": True, "lora": True})
-    usual = [Sharding(kind, number) for kind in KINDS for number in USUAL_NUMBERS]
-    follow = frozenset(shares([*shardings, *usual], workload))
+    usual = [Sharding(kind, number) for kind in SHARDING_KINDS for number in USUAL_GPU_COUNTS]
+    follow = frozenset(gradient_shares([*shardings, *usual], workload))
     step = replace(workload, optimizer="", assumptions=(), reference=False)
     key = (parts, machine, step, hardware.kind, dtype)
     if key not in _TRIED or not follow <= set(_TRIED[key].peaks):
-        _TRIED[key] = rehearse(build(config, machine, dtype), workload, hardware.kind, follow)
+        _TRIED[key] = simulate_step(
+            build_meta_model(config, machine, dtype), workload, hardware.kind, follow
+        )
     return _TRIED[key]
 
 

@@ -7,9 +7,9 @@ from rich.text import Text
 
 from luthier.memory import optimizers
 from luthier.memory.advice import Advice
-from luthier.memory.estimate import ADVICE, Estimate, keeps
-from luthier.memory.plan import Plan
-from luthier.memory.workload import MARGIN, Workload, count, show
+from luthier.memory.estimate import RETURN_FREED_BLOCKS, Estimate, keeps_freed_blocks
+from luthier.memory.plan import MemoryPlan
+from luthier.memory.workload import FREE_SHARE, Workload, format_parameter_count, format_size
 
 _NAMES = {
     "none": "one process",
@@ -25,7 +25,7 @@ _ORDER = (
 _MOMENTS = {"step": "in forward and backward", "update": "when the weights are changed"}
 
 
-def show_plan(found: Plan, advice: list[Advice], console: Console | None = None) -> None:
+def print_plan(found: MemoryPlan, advice: list[Advice], console: Console | None = None) -> None:
     """Print what is planned, its parts, whether it fits, and what to change."""
     console = console or Console(highlight=False)
     console.print(Text(f"{found.name}: memory of one training step", style="bold"))
@@ -39,15 +39,15 @@ def show_plan(found: Plan, advice: list[Advice], console: Console | None = None)
     _show_advice(console, found, advice)
 
 
-def _heading(found: Plan) -> dict[str, str]:
+def _heading(found: MemoryPlan) -> dict[str, str]:
     work = found.workload
     precision = f"{work.autocast} autocast" if work.autocast else found.dtype
     kept = _kept(work)
     mask = " with a mask" if work.masked else ""
     machine = found.hardware
-    own = "" if machine.kind == "cuda" else f", {show(machine.memory)} free now"
+    own = "" if machine.kind == "cuda" else f", {format_size(machine.memory)} free now"
     number = f"{machine.count} x " if machine.count > 1 and machine.kind == "cuda" else ""
-    size, trained = count(found.parameters), count(found.trained)
+    size, trained = format_parameter_count(found.parameters), format_parameter_count(found.trained)
     rows = f"{work.rows} rows of {work.length:,} tokens"
     return {
         "model": f"{found.model}, {size} parameters, {trained} train",
@@ -64,20 +64,20 @@ def _kept(work: Workload) -> str:
     return f"activations computed again{some} (checkpointing)"
 
 
-def _parts(found: Plan) -> Table:
+def _parts(found: MemoryPlan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True)
     for estimate in found.estimates:
-        table.add_column(column(estimate), justify="right", no_wrap=True)
+        table.add_column(sharding_label(estimate), justify="right", no_wrap=True)
     sizes = [{part.name: part.bytes for part in each.parts} for each in found.estimates]
     for name in sorted({name for size in sizes for name in size}, key=_place):
-        cells = [show(size[name]) if name in size else "" for size in sizes]
+        cells = [format_size(size[name]) if name in size else "" for size in sizes]
         # A row that is below a MiB everywhere says nothing.
         if any(cell not in ("", "0 MiB") for cell in cells):
             table.add_row(name, *cells)
     table.add_section()
-    table.add_row("together", *(show(each.total) for each in found.estimates), style="bold")
-    table.add_row("room", *(show(each.room) for each in found.estimates))
+    table.add_row("together", *(format_size(each.total) for each in found.estimates), style="bold")
+    table.add_row("room", *(format_size(each.room) for each in found.estimates))
     table.add_row("left", *(_left(each) for each in found.estimates))
     return table
 
@@ -88,7 +88,7 @@ def _place(name: str) -> tuple[int, str]:
     return (_ORDER.index(first) if first in _ORDER else len(_ORDER), name)
 
 
-def column(estimate: Estimate) -> str:
+def sharding_label(estimate: Estimate) -> str:
     """The name of a sharding and its processes."""
     sharding = estimate.sharding
     name = _NAMES[sharding.kind]
@@ -97,35 +97,35 @@ def column(estimate: Estimate) -> str:
 
 def _left(estimate: Estimate) -> Text:
     left = estimate.room - estimate.total
-    return Text(show(left), style="green" if estimate.fits else "bold red")
+    return Text(format_size(left), style="green" if estimate.fits else "bold red")
 
 
-def _notes(found: Plan) -> list[str]:
+def _notes(found: MemoryPlan) -> list[str]:
     best, work = found.best, found.workload
     notes = [
-        f"The most is held {_MOMENTS[best.moment]}; {MARGIN:.0%} of the machine are left free. "
+        f"The most is held {_MOMENTS[best.moment]}; {FREE_SHARE:.0%} of the machine are left free. "
         "Evaluation and generated replies are not counted."
     ]
     if best.elsewhere:
         notes.append(
-            f"{show(best.elsewhere)} of the optimizer are paged: on the GPU while there is room, "
-            "else in main memory."
+            f"{format_size(best.elsewhere)} of the optimizer are paged: on the GPU while there is "
+            "room, else in main memory."
         )
-    if not optimizers.find(work.optimizer).known:
+    if not optimizers.find_optimizer(work.optimizer).known:
         notes.append(f"trainer.args.optim={work.optimizer}: two float32 states are assumed.")
-    if found.hardware.kind == "cpu" and keeps():
-        notes.append(f"Nothing is lost in the heap with {ADVICE} before the command.")
+    if found.hardware.kind == "cpu" and keeps_freed_blocks():
+        notes.append(f"Nothing is lost in the heap with {RETURN_FREED_BLOCKS} before the command.")
     return [*notes, *work.assumptions]
 
 
-def _show_verdict(console: Console, found: Plan) -> None:
+def _show_verdict(console: Console, found: MemoryPlan) -> None:
     if found.fits:
-        console.print(Text(f"\nfits: {column(found.best)}", style="bold green"))
+        console.print(Text(f"\nfits: {sharding_label(found.best)}", style="bold green"))
     else:
         console.print(Text("\ndoes not fit", style="bold red"))
 
 
-def _show_advice(console: Console, found: Plan, advice: list[Advice]) -> None:
+def _show_advice(console: Console, found: MemoryPlan, advice: list[Advice]) -> None:
     if not advice:
         return
     console.print(
@@ -134,6 +134,8 @@ def _show_advice(console: Console, found: Plan, advice: list[Advice]) -> None:
     for each in advice:
         sign, style = ("✓", "green") if each.fits else ("✗", "red")
         line = (
-            Text("  ").append(sign, style=style).append(f" {show(each.total):>10}  {each.change}")
+            Text("  ")
+            .append(sign, style=style)
+            .append(f" {format_size(each.total):>10}  {each.change}")
         )
         console.print(line.append(f"  ({each.price})", style="dim"), soft_wrap=True)

@@ -11,7 +11,7 @@ import yaml
 from luthier.errors import UserError
 from luthier.memory.meta_model import Weight
 
-KINDS = ("none", "ddp", "fsdp2", "zero2", "zero3")
+SHARDING_KINDS = ("none", "ddp", "fsdp2", "zero2", "zero3")
 ZERO_BUCKET = 500_000_000
 """DeepSpeed: numbers of gradients that are reduced at once (`reduce_bucket_size`), whose buffer is
 made whole. https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training"""
@@ -53,7 +53,7 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Held:
+class ProcessMemory:
     """What a process holds through the whole step because of the weights."""
 
     weights: dict[str, int]
@@ -71,21 +71,21 @@ class Held:
     gradients_on_device: bool = True
 
 
-def hold(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
+def process_memory(sharding: Sharding, weights: Sequence[Weight], half: bool) -> ProcessMemory:
     """Return what one process holds; `half`: mixed precision computes in 16 bits."""
     ways = {"fsdp2": _fsdp2, "zero2": _zero2, "zero3": _zero3}
     way = ways.get(sharding.kind, _copies)
     return way(sharding, weights, half)
 
 
-def _copies(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
+def _copies(sharding: Sharding, weights: Sequence[Weight], half: bool) -> ProcessMemory:
     """Everything on each process; DDP sends gradients from buckets of their own."""
     trained = _sum(weights, True)
     buckets = sum(trained.values()) if sharding.kind == "ddp" else 0
-    return Held(_sum(weights, False), trained, 1.0, buckets=buckets)
+    return ProcessMemory(_sum(weights, False), trained, 1.0, buckets=buckets)
 
 
-def _fsdp2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
+def _fsdp2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> ProcessMemory:
     """Slices of all but quantized weights, and two gathered layers, one computed and one fetched.
 
     Slices of what trains are float32.
@@ -103,7 +103,7 @@ def _fsdp2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
     largest = max(layers.values(), default=0)
     gathered = outside + (2 * largest if sharding.reshard else layers.total())
     trained = [w for w in weights if w.trains]
-    return Held(
+    return ProcessMemory(
         _sum(weights, False, share),
         {"float32": int(sum(w.elements for w in trained) * _FULL * share)},
         share,
@@ -113,12 +113,12 @@ def _fsdp2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
     )
 
 
-def _zero2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
+def _zero2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> ProcessMemory:
     """All weights in 16 bits on each process; the optimizer's float32 copy and states in slices."""
     return _zero(sharding, weights, half, slices=1.0, gathered=0)
 
 
-def _zero3(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
+def _zero3(sharding: Sharding, weights: Sequence[Weight], half: bool) -> ProcessMemory:
     """Everything in slices but for quantized weights; gathered ones stay for a while."""
     slices = 0.0 if sharding.offload_weights else 1 / sharding.processes
     floating = sum(w.elements for w in weights if not w.is_quantized)
@@ -128,11 +128,11 @@ def _zero3(sharding: Sharding, weights: Sequence[Weight], half: bool) -> Held:
 
 def _zero(
     sharding: Sharding, weights: Sequence[Weight], half: bool, slices: float, gathered: int
-) -> Held:
+) -> ProcessMemory:
     size, share = (_HALF if half else _FULL), 1 / sharding.processes
     share = 0.0 if sharding.offload_optimizer else share
     trained = sum(w.elements for w in weights if w.trains)
-    return Held(
+    return ProcessMemory(
         _cast(weights, size, slices),
         {_format(size): int(trained * size * slices)},
         share,
@@ -188,7 +188,7 @@ def _format(size: int) -> str:
 _COPIES = ("MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
 
 
-def read(file: str, processes: int | None = None) -> Sharding:
+def read_sharding(file: str, processes: int | None = None) -> Sharding:
     """Return the sharding of an accelerate config such as `launch/fsdp2.yaml`.
 
     `processes` wins over the file's own number, as `--num_processes` does. Raises UserError for a

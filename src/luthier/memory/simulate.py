@@ -34,7 +34,7 @@ class Peak:
     """Bytes by the phase in which the tensors were made, and those of gradients in full."""
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the storages that are alive while it is entered.
 
     Views and tensors changed in place share a storage, which counts once, for as long as anything
@@ -116,7 +116,7 @@ OUTPUTS = ("log_probs", "entropy", "is_top1")
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class SimulatedStep:
     """What one micro-batch takes, besides the weights."""
 
     weights: tuple[Weight, ...]
@@ -126,9 +126,9 @@ class Rehearsal:
     """The highest moment, for each share of the gradients that stays on a process."""
 
 
-def rehearse(
+def simulate_step(
     model: Any, workload: Workload, kind: str, shares: Iterable[float] = (1.0,)
-) -> Rehearsal:
+) -> SimulatedStep:
     """Run forward and backward of one micro-batch on a model of shapes (`skeleton.build`).
 
     `kind` is the device that it would run on: cuda, cpu or mps. The model cannot be used again.
@@ -139,9 +139,9 @@ def rehearse(
             # Checkpoints put the generator back to where it was before a layer.
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(no_collection())
-            stack.enter_context(kernels.of(kind, workload.flash))
+            stack.enter_context(kernels.device_kernels(kind, workload.flash))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            meta_model.fill(model)
+            meta_model.fill_fake_weights(model)
             return _run(model, workload, kind, shares)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
@@ -150,16 +150,16 @@ def rehearse(
         ) from error
 
 
-def _run(model: Any, workload: Workload, kind: str, shares: Iterable[float]) -> Rehearsal:
-    found = meta_model.listed(model)
-    ledger = Ledger(kernels.BLOCKS[kind], shares, kernels.scratch(kind))
-    ledger.add(meta_model.tensors(model), WEIGHTS)
+def _run(model: Any, workload: Workload, kind: str, shares: Iterable[float]) -> SimulatedStep:
+    found = meta_model.list_weights(model)
+    ledger = MemoryTracker(kernels.BLOCK_BYTES[kind], shares, kernels.scratch_counter(kind))
+    ledger.add(meta_model.iterate_tensors(model), WEIGHTS)
     held = ledger.bytes(WEIGHTS)
     _prepare(model, workload)
     with ledger:
         _watch_gradients(model, ledger, kept=workload.accumulation > 1)
         _step(model, workload, ledger)
-    return Rehearsal(found, held, dict(ledger.peaks))
+    return SimulatedStep(found, held, dict(ledger.peaks))
 
 
 def _prepare(model: Any, workload: Workload) -> None:
@@ -180,7 +180,7 @@ def _prepare(model: Any, workload: Workload) -> None:
                 layer.p = 0.0
 
 
-def _watch_gradients(model: Any, ledger: Ledger, kept: bool) -> None:
+def _watch_gradients(model: Any, ledger: MemoryTracker, kept: bool) -> None:
     """Tell the ledger which tensors are gradients; `kept`: those of a batch before are there."""
 
     def tell(parameter: Any) -> None:
@@ -195,7 +195,7 @@ def _watch_gradients(model: Any, ledger: Ledger, kept: bool) -> None:
             parameter.grad = torch.empty_like(parameter)
 
 
-def _step(model: Any, workload: Workload, ledger: Ledger) -> None:
+def _step(model: Any, workload: Workload, ledger: MemoryTracker) -> None:
     """Forward and loss as luthier's trainers have them, and backward."""
     ledger.phase = INPUTS
     batch = _batch(model, workload)
@@ -206,7 +206,7 @@ def _step(model: Any, workload: Workload, ledger: Ledger) -> None:
 
 
 def _loss(
-    model: Any, batch: dict[str, torch.Tensor], workload: Workload, ledger: Ledger
+    model: Any, batch: dict[str, torch.Tensor], workload: Workload, ledger: MemoryTracker
 ) -> torch.Tensor:
     """The loss of a language model in tiles, of all others from their logits."""
     labels = batch.pop("labels")
@@ -250,7 +250,7 @@ def _batch(model: Any, workload: Workload) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _head_phase(ledger: Ledger) -> Iterator[None]:
+def _head_phase(ledger: MemoryTracker) -> Iterator[None]:
     """Name the phases around the output layer, which works between forward and backward."""
     from trl.kernels import ChunkedLogProbFunction as Head
 
@@ -280,7 +280,7 @@ def _is_offloaded(workload: Workload) -> bool:
 @contextmanager
 def _elsewhere(model: Any) -> Iterator[None]:
     """Let activations wait in main memory: what is saved is dropped, and made anew when used."""
-    stays = {tensor.untyped_storage()._cdata for tensor in meta_model.tensors(model)}
+    stays = {tensor.untyped_storage()._cdata for tensor in meta_model.iterate_tensors(model)}
 
     def pack(tensor: torch.Tensor) -> Any:
         size = tensor.numel() * tensor.itemsize

@@ -10,11 +10,11 @@ from typing import Any
 from luthier.config.methods import METHODS
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
-from luthier.model.device import Machine, choose
+from luthier.model.device import Machine, choose_machine
 
 ASSUMED_LENGTH = 2048
 """Tokens of a row where `chat.max_length` sets no bound."""
-AUTO = "auto"
+AUTO_CHECKPOINTING = "auto"
 
 
 _PAIRS = ("dpo", "orpo", "cpo", "reward")
@@ -64,10 +64,10 @@ class Workload:
     """What the configuration leaves open, in words."""
 
 
-def read(config: RunConfig, machine: Machine) -> Workload:
+def read_workload(config: RunConfig, machine: Machine) -> Workload:
     """Return the step of a configuration; `auto` checkpointing counts as off."""
     method = config.trainer.method
-    args = defaults(method) | config.trainer.args
+    args = trainer_defaults(method) | config.trainer.args
     rows = int(args["per_device_train_batch_size"]) * (2 if method in _PAIRS else 1)
     length, assumptions = _length(config)
     packed, flash = bool(args.get("packing")), "flash" in machine.attention
@@ -90,7 +90,7 @@ def read(config: RunConfig, machine: Machine) -> Workload:
 
 
 @cache
-def defaults(method: str = "sft") -> dict[str, Any]:
+def trainer_defaults(method: str = "sft") -> dict[str, Any]:
     """The settings of a method's trainer where the configuration is silent."""
     package, file, name = METHODS[method].config
     module = ".".join([package, *file.removesuffix(".py").split("/")])
@@ -117,7 +117,7 @@ def _checkpointing(args: dict[str, Any]) -> Checkpointing | None:
     wanted = args["activation_checkpointing"]
     if wanted is None:
         wanted = args["gradient_checkpointing"]  # TRL's trainers set the older name
-    if not wanted or wanted == AUTO:
+    if not wanted or wanted == AUTO_CHECKPOINTING:
         return None
     given = args["activation_checkpointing_kwargs"] or {}
     return Checkpointing(int(given.get("every_n_layers", 1)), bool(given.get("offload", False)))
@@ -148,7 +148,7 @@ MIB, GIB = 2**20, 2**30
 _UNITS = {"": 30, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
-def parse(text: str, key: str) -> int:
+def parse_size(text: str, key: str) -> int:
     """Return the bytes of a size such as `24GB`, `24GiB`, `80G` or `512MB`.
 
     GB is read as GiB, as GPUs are sold and as nvidia-smi counts. Raises UserError, naming `key`.
@@ -160,14 +160,14 @@ def parse(text: str, key: str) -> int:
     return size
 
 
-def show(size: float) -> str:
+def format_size(size: float) -> str:
     """Return a size in GiB, or in MiB below one: three or four digits are enough for a plan."""
     if abs(size) < GIB:
         return f"{size / MIB:,.0f} MiB"
     return f"{size / GIB:,.2f} GiB"
 
 
-def count(number: int) -> str:
+def format_parameter_count(number: int) -> str:
     """Return a number of parameters in millions or billions."""
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
@@ -180,12 +180,12 @@ CUDA_CONTEXT = 723 * MIB
 https://discuss.pytorch.org/t/what-is-the-reason-for-pytorchs-gpu-memory-floor/73021 has 723 MiB;
 newer drivers load kernels as they are used, and take less.
 """
-PROCESS = 620 * MIB
+PROCESS_OVERHEAD = 620 * MIB
 """Python with torch, transformers, trl and bitsandbytes, before a model is loaded.
 
 Measured by benchmarks/memory.py as `base`; the trainer's own imports are in it.
 """
-MARGIN = 0.05
+FREE_SHARE = 0.05
 """The share of a device that a plan leaves free: allocators keep more than they hand out."""
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -208,29 +208,29 @@ class Hardware:
     def room(self) -> int:
         """Bytes that one process may fill."""
         shared = 1 if self.kind == "cuda" else self.count
-        return int(self.memory * (1 - MARGIN)) // shared
+        return int(self.memory * (1 - FREE_SHARE)) // shared
 
     @property
     def overhead(self) -> int:
         """Bytes that a process takes before it holds anything."""
-        return CUDA_CONTEXT if self.kind == "cuda" else PROCESS
+        return CUDA_CONTEXT if self.kind == "cuda" else PROCESS_OVERHEAD
 
 
-def here(config: ModelConfig, processes: int | None = None) -> Hardware:
+def detect_hardware(config: ModelConfig, processes: int | None = None) -> Hardware:
     """Return this machine's device as the configuration chooses it.
 
     `processes` defaults to all GPUs, and to one process elsewhere. Raises UserError for a device
     that this machine does not have, or for more GPUs than it has.
     """
-    kind = choose(config).kind
+    kind = choose_machine(config).device_type
     if kind == "cuda":
         return _gpus(processes)
     return Hardware(kind, "this machine's main memory", _free(), processes or 1)
 
 
-def imagine(memory: int, gpus: int) -> Hardware:
+def hypothetical_gpus(memory: int, gpus: int) -> Hardware:
     """Return GPUs of so many bytes each, which need not be here."""
-    return Hardware("cuda", f"GPU of {show(memory)}", memory, gpus, imagined=True)
+    return Hardware("cuda", f"GPU of {format_size(memory)}", memory, gpus, imagined=True)
 
 
 def machine_for(config: ModelConfig, hardware: Hardware) -> Machine:
@@ -239,7 +239,7 @@ def machine_for(config: ModelConfig, hardware: Hardware) -> Machine:
     Of imagined GPUs bfloat16 and torch's own attention are assumed.
     """
     if not hardware.imagined:
-        return choose(config)
+        return choose_machine(config)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     attention = "sdpa" if config.attention == "auto" else config.attention
     return Machine("cuda:0", dtype, attention)
@@ -255,7 +255,7 @@ def _gpus(wanted: int | None) -> Hardware:
             f"each has: --gpus {wanted} --memory 24GB."
         )
     first = torch.cuda.get_device_properties(0)
-    name = f"{first.name} of {show(first.total_memory)}"
+    name = f"{first.name} of {format_size(first.total_memory)}"
     return Hardware("cuda", name, first.total_memory, wanted or there)
 
 

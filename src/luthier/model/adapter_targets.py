@@ -11,7 +11,7 @@ ALL_LINEAR = "all-linear"
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def check_names(model: Any, settings: dict[str, Any], task_type: str) -> None:
+def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) -> None:
     """Raise UserError for a layer, a pattern or a number in `settings` that matches nothing.
 
     `settings` are fields of one of peft's configs, `task_type` is the model's task as peft calls
@@ -19,7 +19,7 @@ def check_names(model: Any, settings: dict[str, Any], task_type: str) -> None:
     the losses read past.
     """
     targets = settings.get("target_modules")
-    chosen = chosen_layers(model, targets) if targets else []
+    chosen = find_target_layers(model, targets) if targets else []
     _check_excluded(model, settings.get("exclude_modules"))
     _check_numbers(settings.get("layers_to_transform"), chosen)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -29,7 +29,7 @@ def check_names(model: Any, settings: dict[str, Any], task_type: str) -> None:
         _refuse_output(model, chosen)
 
 
-def chosen_layers(model: Any, targets: str | list[str]) -> list[str]:
+def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
     """Return the names of the layers that get an adapter; UserError for a target without any."""
     if targets == ALL_LINEAR:
         output = model.get_output_embeddings()
@@ -43,12 +43,12 @@ def chosen_layers(model: Any, targets: str | list[str]) -> list[str]:
     return [name for name in names if any(_matches(name, one, is_pattern) for one in wanted)]
 
 
-def last_names(model: Any) -> list[str]:
+def linear_layer_suffixes(model: Any) -> list[str]:
     """The last parts of the names of the linear layers that `all-linear` means."""
-    return sorted({name.rpartition(".")[2] for name in chosen_layers(model, ALL_LINEAR)})
+    return sorted({name.rpartition(".")[2] for name in find_target_layers(model, ALL_LINEAR)})
 
 
-def name_of(model: Any, layer: Any) -> str:
+def layer_name(model: Any, layer: Any) -> str:
     """The name of a layer within a model."""
     return next(name for name, module in model.named_modules() if module is layer)
 
@@ -112,7 +112,7 @@ def _check_patterns(key: str, patterns: Mapping[str, Any], chosen: Sequence[str]
 def _refuse_output(model: Any, chosen: Sequence[str]) -> None:
     """Stop where an adapter would never train: losses multiply with the output's own weight."""
     output = model.get_output_embeddings()
-    if output is not None and (name := name_of(model, output)) in chosen:
+    if output is not None and (name := layer_name(model, output)) in chosen:
         raise UserError(
             f"lora.target_modules: {name} is the output layer, and the losses are computed with "
             f"its weight alone, so an adapter on it would never train.\nTrain it whole: "

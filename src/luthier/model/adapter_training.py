@@ -12,7 +12,7 @@ from luthier.errors import UserError
 
 # AdaLoRA's changing ranks, and what a checkpoint must hold so that a run goes on as it would.
 
-FILE = "adalora_ranks.safetensors"
+RANKS_FILE = "adalora_ranks.safetensors"
 """In a checkpoint: how much each weight mattered so far, and which ranks are kept."""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
@@ -38,7 +38,7 @@ class RankAllocation(TrainerCallback):
                 f"lora.tinit={config.tinit} and lora.tfinal={config.tfinal} leave no step of "
                 f"{state.max_steps} in which ranks could go. Make them smaller, or train longer."
             )
-        file = _checkpoint(args, state) / FILE
+        file = _checkpoint(args, state) / RANKS_FILE
         if state.global_step and file.is_file():
             self.kept = _restore(model.base_model, file)
 
@@ -67,7 +67,7 @@ class RankAllocation(TrainerCallback):
         """Write what the coming steps need beside the checkpoint's weights."""
         if state.is_world_process_zero:
             allocator = given["model"].base_model.rankallocator
-            _keep(allocator, self.kept, _checkpoint(args, state) / FILE)
+            _keep(allocator, self.kept, _checkpoint(args, state) / RANKS_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be saved with the ranks that are left."""
@@ -119,7 +119,7 @@ def _overlap(name: str, weight: Any) -> Any:
     return torch.linalg.matrix_norm(products - torch.eye(*products.shape, device=weight.device))
 
 
-def attach(trainer: Any, lora: dict[str, Any]) -> None:
+def prepare_trainer(trainer: Any, lora: dict[str, Any]) -> None:
     """Give a `transformers.Trainer` what the configured adapter needs; call it before training."""
     ratio = lora.get("plus_ratio")
     if ratio is not None:
@@ -128,7 +128,9 @@ def attach(trainer: Any, lora: dict[str, Any]) -> None:
         trainer.add_callback(RankAllocation())
 
 
-def plus_groups(groups: Sequence[dict[str, Any]], model: Any, ratio: float) -> list[dict[str, Any]]:
+def lora_plus_groups(
+    groups: Sequence[dict[str, Any]], model: Any, ratio: float
+) -> list[dict[str, Any]]:
     """Return an optimizer's groups with LoRA's B matrices apart, at `ratio` times the rate.
 
     LoRA+ (Hayou et al., https://arxiv.org/abs/2402.12354). Each group keeps its weight decay and
@@ -151,5 +153,5 @@ def _create(trainer: Any, create: Callable[..., Any], ratio: float, model: Any =
         return create(model)
     optimizer = create(model)
     whole = trainer.model if model is None else model
-    optimizer.param_groups[:] = plus_groups(optimizer.param_groups, whole, ratio)
+    optimizer.param_groups[:] = lora_plus_groups(optimizer.param_groups, whole, ratio)
     return optimizer

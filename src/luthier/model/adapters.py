@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.methods import ADAPTERS, method_of, problems, splits
 from luthier.errors import UserError
 from luthier.model import embeddings
-from luthier.model.adapter_targets import ALL_LINEAR, check_names, last_names
+from luthier.model.adapter_targets import ALL_LINEAR, check_adapter_names, linear_layer_suffixes
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -23,7 +23,7 @@ _ITERATIONS, _MORE = 4, 8
 """Power iterations and extra columns of the randomized decomposition."""
 
 
-def make_up(model: Any, original: Any, seed: int) -> None:
+def apply_loftq(model: Any, original: Any, seed: int) -> None:
     """Start each LoRA pair at the best correction of its 4-bit layer's error.
 
     `original` is the model before quantization, by the same names. One round of LoftQ (Li et al.,
@@ -46,7 +46,7 @@ def make_up(model: Any, original: Any, seed: int) -> None:
                 _correct(layer, weights[key].data)
 
 
-def remember(model: Any) -> None:
+def record_initial_adapter(model: Any) -> None:
     """Keep the adapter as it starts, for `make_plain`: peft has taken it out of the base."""
     from peft import get_peft_model_state_dict
 
@@ -58,7 +58,7 @@ def remember(model: Any) -> None:
     }
 
 
-def make_plain(model: Any, folder: Path) -> None:
+def convert_to_plain_lora(model: Any, folder: Path) -> None:
     """Turn a saved adapter that started as a part of the base into one for the base as it was.
 
     What was taken out of the base at the start (A0, B0) goes into the adapter with its sign
@@ -134,7 +134,7 @@ def _write_config(file: Path) -> None:
 # Under autocast mixed formats fit by themselves, but replies are generated without it.
 
 
-def train_in_float32(model: Any) -> None:
+def cast_trained_to_float32(model: Any) -> None:
     """Turn every trained weight of a `PeftModel` into float32 and let it stand in its base.
 
     Raises UserError for a trained bias that no layer can add in float32.
@@ -234,25 +234,25 @@ def _add_bias_outside(layer: Any, given: Any) -> Any:
 
 # Heads of new tasks beside an adapter: they train whole and are saved with it.
 
-HEADED = ("SEQ_CLS", "TOKEN_CLS")
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks whose models have a head of their own, as peft calls them."""
-HEADS = ("classifier", "score")
+HEAD_NAMES = ("classifier", "score")
 """What peft takes for the head of such a model."""
 
 
-def trained_whole(model: Any, settings: Mapping[str, Any], config: str) -> dict[str, Any]:
+def head_settings(model: Any, settings: Mapping[str, Any], config: str) -> dict[str, Any]:
     """The fields of a config of peft's by which a head trains whole, is saved, and gets no adapter.
 
     That is peft's own head, and each layer that the checkpoint has no weights for (the model's
     `new_layers`, from `luthier.model.load.load_model`): a pooler or a head of another name would
     stay random and be lost with the run.
     """
-    if settings["task_type"] not in HEADED:
+    if settings["task_type"] not in HEAD_TASKS:
         return {}
     import peft
 
     asked = settings.get("modules_to_save") or ()
-    whole = {*vars(model).get("new_layers", ()), *HEADS, *asked}
+    whole = {*vars(model).get("new_layers", ()), *HEAD_NAMES, *asked}
     names = [name for name, _ in model.named_modules() if _is_in(name, whole)]
     found = {one for one in whole if any(f".{name}".endswith(f".{one}") for name in names)}
     given: dict[str, Any] = {"modules_to_save": sorted({*found, *asked})}
@@ -268,7 +268,7 @@ def _is_in(name: str, layers: set[str]) -> bool:
     return any(f".{layer}." in f".{name}." for layer in layers)
 
 
-OWN = ("method", "plus_ratio", "loftq_config")
+LUTHIER_SETTINGS = ("method", "plus_ratio", "loftq_config")
 """Settings that are none of peft's, or that luthier reads itself."""
 
 _PLANNED = 2**31
@@ -298,21 +298,21 @@ def add_adapter(
     settings = _settings(base, lora, task_type, tokenizer)
     base.requires_grad_(False)
     wrapped = _wrap(base, method_of(lora), settings, seed)
-    train_in_float32(wrapped)
-    embeddings.let_heads_read(base)
+    cast_trained_to_float32(wrapped)
+    embeddings.share_rows_with_heads(base)
     if lora.get("init_lora_weights") == "loftq":
         if unquantized is None:
             raise UserError("lora.init_lora_weights=loftq needs the weights before quantization.")
-        make_up(wrapped, unquantized(), seed)
+        apply_loftq(wrapped, unquantized(), seed)
     if splits(lora):
-        remember(wrapped)
+        record_initial_adapter(wrapped)
     # Its other rows never change; and peft would ask the hub for the base's config at each save.
     wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
     base.enable_input_require_grads()
     return wrapped
 
 
-def packed_bits(model: Any) -> int | None:
+def quantization_bits(model: Any) -> int | None:
     """4 or 8 for a model whose layers bitsandbytes packs, None for others."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
@@ -325,7 +325,7 @@ def packed_bits(model: Any) -> int | None:
 
 
 def _check(model: Any, lora: dict[str, Any]) -> None:
-    for mistake in problems(lora, packed_bits(model)):
+    for mistake in problems(lora, quantization_bits(model)):
         raise UserError(f"{mistake.key}: {mistake.text}")
 
 
@@ -337,16 +337,18 @@ def _settings(
     settings: dict[str, Any] = {"target_modules": ALL_LINEAR} if facts.all_linear else {}
     settings |= {"task_type": task_type}
     settings |= {name: value for name, value in lora.items() if value is not None}
-    for name in OWN:
+    for name in LUTHIER_SETTINGS:
         settings.pop(name, None)
     if settings.get("init_lora_weights") == "loftq":
         # A saved adapter that says so would be drawn again where it is loaded.
         settings["init_lora_weights"] = True
     if settings.get("layers_to_transform") is not None and settings["target_modules"] == ALL_LINEAR:
-        settings["target_modules"] = last_names(model)  # peft takes numbers with a list alone
-    check_names(model, settings, task_type)
-    settings |= trained_whole(model, settings, facts.config)
-    return embeddings.settle(model, method_of(lora), settings, tokenizer)
+        settings["target_modules"] = linear_layer_suffixes(
+            model
+        )  # peft takes numbers with a list alone
+    check_adapter_names(model, settings, task_type)
+    settings |= head_settings(model, settings, facts.config)
+    return embeddings.unify_token_rows(model, method_of(lora), settings, tokenizer)
 
 
 def _wrap(model: Any, method: str, settings: dict[str, Any], seed: int) -> Any:

@@ -36,7 +36,7 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
-class Base:
+class AdapterBase:
     """Where an adapter's base is."""
 
     path: str
@@ -46,7 +46,7 @@ class Base:
 
 def find_adapter_base(
     word: str, adapter: Mapping[str, Any], config: RunConfig | None, given: str | None
-) -> Base:
+) -> AdapterBase:
     """Return the base of the adapter that `word` names.
 
     `adapter` is its adapter_config.json, `config` its run's, `given` what the user says. Raises
@@ -54,13 +54,13 @@ def find_adapter_base(
     """
     named: str | None = adapter.get("base_model_name_or_path")
     if given is not None:
-        source.check_path(ModelConfig(path=given), "--base")
+        source.check_model_path(ModelConfig(path=given), "--base")
         _refuse_other_file(word, named, given)
-        return Base(given)
+        return AdapterBase(given)
     if config is not None:
         _check(word, config.model.path)
         _refuse_other_file(word, named, config.model.path)
-        return Base(config.model.path, config.model.revision)
+        return AdapterBase(config.model.path, config.model.revision)
     if not named:
         raise UserError(
             f"{word}: adapter_config.json does not say which model the adapter goes on.\n"
@@ -68,10 +68,12 @@ def find_adapter_base(
         )
     found = _in_cache(named) or named
     _check(word, found)
-    return Base(found, adapter.get("revision"))
+    return AdapterBase(found, adapter.get("revision"))
 
 
-def check_shapes(word: str, folder: Path, adapter: Mapping[str, Any], base: Base) -> None:
+def check_lora_shapes(
+    word: str, folder: Path, adapter: Mapping[str, Any], base: AdapterBase
+) -> None:
     """Raise UserError where a layer of the base has another shape than its LoRA matrices want.
 
     Reads the heads of the weight files and loads nothing; a base whose weights are not on this
@@ -94,10 +96,12 @@ def check_shapes(word: str, folder: Path, adapter: Mapping[str, Any], base: Base
             continue
         # The inputs of A and the outputs of B are the layer's; some keep their matrix transposed.
         if entry["shape"][1 if side == "A.weight" else 0] not in shape:
-            raise UserError(other_base(word, adapter, base.path, f"{layer} is {shape} there"))
+            raise UserError(
+                wrong_base_message(word, adapter, base.path, f"{layer} is {shape} there")
+            )
 
 
-def other_base(word: str, adapter: Mapping[str, Any], given: str, why: str) -> str:
+def wrong_base_message(word: str, adapter: Mapping[str, Any], given: str, why: str) -> str:
     """What to say where an adapter does not go on a model."""
     named = adapter.get("base_model_name_or_path")
     if named == given:
@@ -114,7 +118,7 @@ def other_base(word: str, adapter: Mapping[str, Any], given: str, why: str) -> s
 def _check(word: str, path: str) -> None:
     """Raise UserError, naming the adapter, where its base is no longer at `path`."""
     try:
-        source.check_path(ModelConfig(path=path), "its base")
+        source.check_model_path(ModelConfig(path=path), "its base")
     except UserError as error:
         moved = source.is_local(path) and not Path(path).expanduser().exists()
         why = "its base was moved or removed" if moved else "its base cannot be had"
@@ -136,10 +140,10 @@ def _in_cache(named: str) -> str | None:
 def _refuse_other_file(word: str, named: str | None, path: str) -> None:
     """Raise UserError where the GGUF file behind `path` is not the one that was trained on."""
     before = _CONVERTED.match(Path(named or "").parent.name)
-    file = source.gguf_file(path, "its base")
+    file = source.find_gguf_file(path, "its base")
     if before is None or file is None:
         return
-    now = _CONVERTED.match(gguf.folder_of(file).parent.name)
+    now = _CONVERTED.match(gguf.converted_folder(file).parent.name)
     if now is not None and now["hash"] != before["hash"]:
         raise UserError(
             f"{word}: {path} is another file than the one that the adapter was trained on: "
@@ -149,7 +153,11 @@ def _refuse_other_file(word: str, named: str | None, path: str) -> None:
         )
 
 
-ADAPTER, MODEL, CHAT = "adapter_config.json", "config.json", "chat.json"
+ADAPTER_CONFIG_FILE, MODEL_CONFIG_FILE, CHAT_SETTINGS_FILE = (
+    "adapter_config.json",
+    "config.json",
+    "chat.json",
+)
 """The files that tell what a folder holds."""
 
 _FILES = ("*.json", "*.jinja", "tokenizer.model", "adapter_model.safetensors")
@@ -166,10 +174,10 @@ _HEADS = {
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A model that can be loaded, with its adapter if it has one, and how it is talked to."""
 
-    word: str
+    name: str
     """What the user typed."""
     base: ModelConfig
     """The weights: the whole model, or what the adapter goes on. Its `tokenizer` is the one that
@@ -201,7 +209,7 @@ class Artefact:
         return self.config is not None and self.config.trainer.method == "reward"
 
 
-def find_artifact(word: str, base: str | None = None) -> Artefact:
+def find_artifact(word: str, base: str | None = None) -> Artifact:
     """Return what `word` names.
 
     `word`: the folder of a run, its `model/`, a checkpoint, the folder of an adapter or of a whole
@@ -211,14 +219,14 @@ def find_artifact(word: str, base: str | None = None) -> Artefact:
     place = Path(word).expanduser()
     if place.is_dir():
         return _in_folder(word, place, base)
-    if source.gguf_file(word, "model") is not None or source.is_local(word):
+    if source.find_gguf_file(word, "model") is not None or source.is_local(word):
         _refuse_base(word, base)
-        source.check_path(ModelConfig(path=word), "model")
-        return Artefact(word, ModelConfig(path=word))
+        source.check_model_path(ModelConfig(path=word), "model")
+        return Artifact(word, ModelConfig(path=word))
     return _on_hub(word, base)
 
 
-def encoder_of(artefact: Artefact, tokenizer: "PreTrainedTokenizerBase") -> "ChatEncoder":
+def build_chat_encoder(artifact: Artifact, tokenizer: "PreTrainedTokenizerBase") -> "ChatEncoder":
     """Return the chat encoder that the training rows were made with.
 
     For a model that luthier did not train it is the tokenizer's own template. Raises UserError
@@ -228,47 +236,47 @@ def encoder_of(artefact: Artefact, tokenizer: "PreTrainedTokenizerBase") -> "Cha
     from luthier.model.tokenizer import end_token_ids
 
     try:
-        if artefact.chat is not None:
-            return ChatEncoder.from_settings(tokenizer, artefact.chat)
+        if artifact.chat is not None:
+            return ChatEncoder.from_settings(tokenizer, artifact.chat)
         if tokenizer.chat_template is not None:
-            return ChatEncoder(tokenizer, eos_token_ids=end_token_ids(artefact.base))
+            return ChatEncoder(tokenizer, eos_token_ids=end_token_ids(artifact.base))
     except ChatError as error:
-        raise UserError(f"{artefact.word}: {error}") from error
+        raise UserError(f"{artifact.name}: {error}") from error
     raise UserError(
-        f"{artefact.word}: there is no chat template, so it cannot be talked to: neither a "
+        f"{artifact.name}: there is no chat template, so it cannot be talked to: neither a "
         "chat.json of luthier nor a template in its tokenizer.\nPut the model's template beside "
         "the tokenizer, as chat_template.jinja."
     )
 
 
-def _in_folder(word: str, place: Path, base: str | None) -> Artefact:
-    if (place / "config.yaml").is_file() and not (place / MODEL).is_file():
+def _in_folder(word: str, place: Path, base: str | None) -> Artifact:
+    if (place / "config.yaml").is_file() and not (place / MODEL_CONFIG_FILE).is_file():
         return _saved(word, _model_of(place), place, base)
-    if (place / ADAPTER).is_file() or (place / MODEL).is_file():
+    if (place / ADAPTER_CONFIG_FILE).is_file() or (place / MODEL_CONFIG_FILE).is_file():
         return _saved(word, place, _run_of(place), base)
     raise UserError(_nothing(word, place))
 
 
-def _saved(word: str, folder: Path, run: Path | None, base: str | None) -> Artefact:
+def _saved(word: str, folder: Path, run: Path | None, base: str | None) -> Artifact:
     """What a folder with an adapter or a whole model holds."""
-    config = None if run is None else read_config(run)
-    chat = _json(folder / CHAT)
+    config = None if run is None else read_run_config(run)
+    chat = _json(folder / CHAT_SETTINGS_FILE)
     if chat is None and run is not None:
         chat = (_json(run / "run.json") or {}).get("chat")
     told: dict[str, Any] = {"chat": chat, "run": run, "config": config}
     given = _plain(config)
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    adapter = _json(folder / ADAPTER)
+    adapter = _json(folder / ADAPTER_CONFIG_FILE)
     if adapter is None:
         _refuse_base(word, base)
         model = given | {"path": str(folder), "revision": None, "tokenizer": tokenizer}
-        task = _task(_json(folder / MODEL) or {})
-        return Artefact(word, ModelConfig(**model), task=task, **told)
+        task = _task(_json(folder / MODEL_CONFIG_FILE) or {})
+        return Artifact(word, ModelConfig(**model), task=task, **told)
     found = find_adapter_base(word, adapter, config, base)
     model = given | {"path": found.path, "revision": found.revision}
     model |= {"tokenizer": tokenizer or given["tokenizer"]}
-    check_shapes(word, folder, adapter, found)
-    return Artefact(
+    check_lora_shapes(word, folder, adapter, found)
+    return Artifact(
         word,
         ModelConfig(**model),
         folder,
@@ -278,26 +286,28 @@ def _saved(word: str, folder: Path, run: Path | None, base: str | None) -> Artef
     )
 
 
-def _on_hub(word: str, base: str | None) -> Artefact:
+def _on_hub(word: str, base: str | None) -> Artifact:
     """What a hub repository holds; of a model only its small files are fetched."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(
             snapshot_download(
-                word, allow_patterns=list(_FILES), local_files_only=source.is_out_of_reach()
+                word, allow_patterns=list(_FILES), local_files_only=source.is_hub_unreachable()
             )
         )
     except Exception as error:  # the HTTP client has its own errors for a network that is down
-        raise UserError(source.words(error, word, "model")) from error
-    if (folder / ADAPTER).is_file():
+        raise UserError(source.hub_error_message(error, word, "model")) from error
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         return _saved(word, folder, None, base)
     _refuse_base(word, base)
-    task = _task(_json(folder / MODEL) or {})
-    return Artefact(word, ModelConfig(path=word), chat=_json(folder / CHAT), task=task)
+    task = _task(_json(folder / MODEL_CONFIG_FILE) or {})
+    return Artifact(
+        word, ModelConfig(path=word), chat=_json(folder / CHAT_SETTINGS_FILE), task=task
+    )
 
 
-def read_config(run: Path) -> RunConfig:
+def read_run_config(run: Path) -> RunConfig:
     """The config of a run; raises UserError where it cannot be read."""
     from pydantic import ValidationError
 
@@ -374,11 +384,11 @@ def _task(config: Mapping[str, Any]) -> str:
     return next((task for end, task in _HEADS.items() if names[0].endswith(end)), "CAUSAL_LM")
 
 
-def method_of(artefact: Artefact) -> str | None:
+def training_method_of(artifact: Artifact) -> str | None:
     """The method that trained it (`trainer.method`), where that is known."""
-    if artefact.config is None:
+    if artifact.config is None:
         return None
-    method = artefact.config.trainer.method
+    method = artifact.config.trainer.method
     return method if method in METHODS else None
 
 

@@ -30,12 +30,12 @@ class Machine:
     """An attention implementation of transformers."""
 
     @property
-    def kind(self) -> str:
+    def device_type(self) -> str:
         """The device without its number."""
         return self.device.partition(":")[0]
 
 
-def choose(config: ModelConfig) -> Machine:
+def choose_machine(config: ModelConfig) -> Machine:
     """Return the configured device, dtype and attention, with each `auto` decided.
 
     Raises UserError for a device that this machine does not have.
@@ -106,7 +106,7 @@ def _numbered(kind: Device) -> str:
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
+def preserve_random_state() -> Iterator[None]:
     """Put the random state of Python, NumPy and torch back behind the block.
 
     So that a training draws the same numbers however often it was evaluated before, and whether a

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.model.adapter_targets import name_of
+from luthier.model.adapter_targets import layer_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from luthier.config.schema import ModelConfig
 
-ROWS = {"lora": "trainable_token_indices", "adalora": "trainable_token_indices"}
+TOKEN_ROW_SETTINGS = {"lora": "trainable_token_indices", "adalora": "trainable_token_indices"}
 """The setting of each method that trains single rows beside its adapter."""
 
 
-def settle(
+def unify_token_rows(
     model: Any, method: str, settings: dict[str, Any], tokenizer: Any | None
 ) -> dict[str, Any]:
     """Return the settings with tokens by their ids, and with tied embeddings that stay tied.
@@ -30,9 +30,9 @@ def settle(
         if settings.get(key) is not None:
             ids = _ids_of(f"lora.{key}", settings[key], tokenizer, model)
             settings = settings | {key: ids}
-    if not is_tied(model) or not _names_embeddings(model, settings):
+    if not has_tied_embeddings(model) or not _names_embeddings(model, settings):
         return settings
-    if method not in ROWS:
+    if method not in TOKEN_ROW_SETTINGS:
         raise UserError(
             "lora.modules_to_save: input and output embeddings are one matrix in this model, and "
             f"peft would train a copy for one side with lora.method={method}. Use method=lora, or "
@@ -41,13 +41,15 @@ def settle(
     return {"ensure_weight_tying": True} | settings
 
 
-def is_tied(model: Any) -> bool:
+def has_tied_embeddings(model: Any) -> bool:
     """Whether input and output embeddings are one matrix."""
     output = model.get_output_embeddings()
     return output is not None and output.weight is model.get_input_embeddings().weight
 
 
-def with_new_rows(model: Any, lora: dict[str, Any], new: Sequence[int]) -> dict[str, Any]:
+def add_new_rows_to_settings(
+    model: Any, lora: dict[str, Any], new: Sequence[int]
+) -> dict[str, Any]:
     """Return the settings of an adapter that trains the rows of new tokens, input and output.
 
     Embeddings that train whole (`modules_to_save`) train their new rows anyway. Raises UserError
@@ -56,7 +58,7 @@ def with_new_rows(model: Any, lora: dict[str, Any], new: Sequence[int]) -> dict[
     places = [name for name in _embeddings(model) if not _trains_whole(name, lora)]
     if not new or not places:
         return lora
-    key = ROWS.get(str(lora.get("method") or "lora"))
+    key = TOKEN_ROW_SETTINGS.get(str(lora.get("method") or "lora"))
     if key is None:
         raise UserError(
             f"model.add_tokens: the rows of new tokens do not train with lora.method="
@@ -68,7 +70,7 @@ def with_new_rows(model: Any, lora: dict[str, Any], new: Sequence[int]) -> dict[
     return lora | {key: rows | {name: [*rows.get(name, ()), *new] for name in places}}
 
 
-def let_heads_read(model: Any) -> None:
+def share_rows_with_heads(model: Any) -> None:
     """Let losses that read an output layer's weight and bias find both where rows of it train.
 
     Raises UserError for an output layer with a bias, which peft leaves out then.
@@ -88,8 +90,12 @@ def let_heads_read(model: Any) -> None:
 def _embeddings(model: Any) -> list[str]:
     """The names of the input embeddings and of output embeddings with a matrix of their own."""
     output = model.get_output_embeddings()
-    names = [name_of(model, model.get_input_embeddings())]
-    return names if output is None or is_tied(model) else [*names, name_of(model, output)]
+    names = [layer_name(model, model.get_input_embeddings())]
+    return (
+        names
+        if output is None or has_tied_embeddings(model)
+        else [*names, layer_name(model, output)]
+    )
 
 
 def _trains_whole(name: str, lora: dict[str, Any]) -> bool:
@@ -99,7 +105,7 @@ def _trains_whole(name: str, lora: dict[str, Any]) -> bool:
 
 def _names_embeddings(model: Any, settings: dict[str, Any]) -> bool:
     sides = (model.get_input_embeddings(), model.get_output_embeddings())
-    return any(_trains_whole(name_of(model, side), settings) for side in sides)
+    return any(_trains_whole(layer_name(model, side), settings) for side in sides)
 
 
 def _ids_of(key: str, given: Any, tokenizer: Any | None, model: Any) -> Any:
@@ -159,13 +165,13 @@ def add_tokens(tokenizer: "PreTrainedTokenizerBase", config: "ModelConfig") -> N
         tokenizer.add_tokens(new, special_tokens=special)
 
 
-def new_ids(tokenizer: "PreTrainedTokenizerBase", config: "ModelConfig") -> list[int]:
+def new_token_ids(tokenizer: "PreTrainedTokenizerBase", config: "ModelConfig") -> list[int]:
     """The ids of the configured tokens in a tokenizer that has them."""
     known = tokenizer.get_vocab()
     return [known[text] for _, texts in _asked(config) for text in texts]
 
 
-def make_rows(model: Any, new: Sequence[int], seed: int) -> None:
+def initialize_new_rows(model: Any, new: Sequence[int], seed: int) -> None:
     """Give new tokens a row of the embeddings, at the mean of the rows that were there.
 
     The embeddings grow only where they have no row left over; tied ones stay tied. What is drawn

@@ -19,19 +19,19 @@ from luthier.errors import UserError
 from luthier.storage import cache
 from luthier.storage.manifest import digest
 
-VERSION = 1
+CONVERSION_VERSION = 1
 """Raise it when the conversion's result changes: folders of an older version are not used."""
 
-INSTALL = "pip install 'luthier[gguf]'"
+INSTALL_COMMAND = "pip install 'luthier[gguf]'"
 
 
-def convert(file: Path) -> Path:
+def convert_model(file: Path) -> Path:
     """Return the folder with the file's weights, configuration and (where known) tokenizer.
 
     The first call takes some 12 s for 135M parameters; later ones check the folder's hashes.
     Raises UserError for a file that cannot be read or an architecture that is not supported.
     """
-    folder = folder_of(file)
+    folder = converted_folder(file)
     return cache.make_once(folder, lambda new: _write_model(file, new))
 
 
@@ -42,7 +42,7 @@ def convert_tokenizer(file: Path) -> Path:
     """
 
     folder = _folder(file, "tokenizer")
-    return cache.make_once(folder, lambda new: save(read_metadata(file), new))
+    return cache.make_once(folder, lambda new: save_tokenizer(read_metadata(file), new))
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -51,13 +51,13 @@ def read_metadata(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-def folder_of(file: Path) -> Path:
+def converted_folder(file: Path) -> Path:
     """The folder that a file is converted into, there or not yet; its name has the file's hash."""
     return _folder(file, "model")
 
 
 def _folder(file: Path, part: str) -> Path:
-    name = f"{file.stem}-{digest(file)[:16]}-v{VERSION}"
+    name = f"{file.stem}-{digest(file)[:16]}-v{CONVERSION_VERSION}"
     return cache.cache_root() / "gguf" / name / part
 
 
@@ -65,7 +65,7 @@ def _open(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError(f"Reading {file.name} needs the package gguf: {INSTALL}") from error
+        raise UserError(f"Reading {file.name} needs the package gguf: {INSTALL_COMMAND}") from error
     try:
         return GGUFReader(file)
     except (ValueError, IndexError, KeyError) as error:
@@ -80,8 +80,8 @@ def _write_model(file: Path, folder: Path) -> None:
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     _refuse_stretched_rope(file, metadata, {tensor.name for tensor in reader.tensors})
     _unpack(file).save_pretrained(folder)
-    if is_known(metadata):
-        save(metadata, folder)
+    if has_supported_tokenizer(metadata):
+        save_tokenizer(metadata, folder)
 
 
 def _refuse_stretched_rope(file: Path, metadata: Mapping[str, Any], tensors: set[str]) -> None:
@@ -129,7 +129,7 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 @dataclass(frozen=True)
-class Rule:
+class PreTokenizerRule:
     """How one family of byte-level tokenizers cuts text before it merges."""
 
     split: str | None = None
@@ -153,31 +153,31 @@ TEKKEN_SPLIT = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-RULES: Mapping[str, Rule] = {
-    "gpt-2": Rule(),
-    "smollm": Rule(single_digits=True),
-    "starcoder": Rule(single_digits=True),
-    "llama-bpe": Rule(LLAMA_3_SPLIT, whole_words=True),
-    "qwen2": Rule(QWEN_2_SPLIT, nfc=True),
-    "tekken": Rule(TEKKEN_SPLIT, whole_words=True),
+PRE_TOKENIZER_RULES: Mapping[str, PreTokenizerRule] = {
+    "gpt-2": PreTokenizerRule(),
+    "smollm": PreTokenizerRule(single_digits=True),
+    "starcoder": PreTokenizerRule(single_digits=True),
+    "llama-bpe": PreTokenizerRule(LLAMA_3_SPLIT, whole_words=True),
+    "qwen2": PreTokenizerRule(QWEN_2_SPLIT, nfc=True),
+    "tekken": PreTokenizerRule(TEKKEN_SPLIT, whole_words=True),
 }
 """`tokenizer.ggml.pre` -> the rule."""
 
 
-def is_known(metadata: Mapping[str, Any]) -> bool:
+def has_supported_tokenizer(metadata: Mapping[str, Any]) -> bool:
     """Whether the file's tokenizer is of a kind that is converted exactly."""
     kind = metadata.get("tokenizer.ggml.model")
-    return kind == "gpt2" and metadata.get("tokenizer.ggml.pre") in RULES
+    return kind == "gpt2" and metadata.get("tokenizer.ggml.pre") in PRE_TOKENIZER_RULES
 
 
-def save(metadata: Mapping[str, Any], folder: Path) -> None:
+def save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat template that `metadata` describes.
 
     Raises UserError for a kind of tokenizer that is not converted exactly.
     """
-    if not is_known(metadata):
+    if not has_supported_tokenizer(metadata):
         raise UserError(_unknown(metadata))
-    build(metadata).save(str(folder / "tokenizer.json"))
+    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
     settings = json.dumps(_settings(metadata), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
     template = metadata.get("tokenizer.chat_template")
@@ -185,9 +185,9 @@ def save(metadata: Mapping[str, Any], folder: Path) -> None:
         (folder / "chat_template.jinja").write_bytes(template.encode())
 
 
-def build(metadata: Mapping[str, Any]) -> Tokenizer:
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer of a byte-level GGUF vocabulary whose rule is in `RULES`."""
-    rule = RULES[metadata["tokenizer.ggml.pre"]]
+    rule = PRE_TOKENIZER_RULES[metadata["tokenizer.ggml.pre"]]
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     pairs = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -205,7 +205,7 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _pre_tokenizer(rule: Rule) -> PreTokenizer:
+def _pre_tokenizer(rule: PreTokenizerRule) -> PreTokenizer:
     if rule.split:
         pieces = Split(Regex(rule.split), behavior="isolated")
         return Sequence([pieces, ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -245,6 +245,6 @@ def _unknown(metadata: Mapping[str, Any]) -> str:
     rule = metadata.get("tokenizer.ggml.pre")
     return (
         f"The GGUF file's tokenizer (kind {kind!r}, rule {rule!r}) is none that luthier converts "
-        f"exactly: kind 'gpt2' with one of the rules {', '.join(RULES)}.\n"
+        f"exactly: kind 'gpt2' with one of the rules {', '.join(PRE_TOKENIZER_RULES)}.\n"
         "Name the model's own tokenizer: model.tokenizer=ORGANISATION/MODEL."
     )

@@ -10,13 +10,32 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.schema import ModelConfig
 from luthier.environment import hush_kernels
 from luthier.errors import UserError
-from luthier.model import artifact, gguf, quantized, source
-from luthier.model.artifact import ADAPTER, Artefact
-from luthier.model.device import Machine, random_state_kept
+from luthier.model import gguf, quantized, source
+from luthier.model.artifact import ADAPTER_CONFIG_FILE, Artifact, wrong_base_message
+from luthier.model.device import Machine, preserve_random_state
 from luthier.storage.sizes import head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TASK_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+"""What a model does, as peft calls it -> the class of transformers that such models load by."""
+
+
+def auto_class(task: str) -> Any:
+    """Return the class of transformers that picks a model's own class for `task`.
+
+    `task` is a key of `TASK_CLASSES`. Whatever loads or builds a model asks here, so that this
+    function alone decides which class a model gets.
+    """
+    import transformers
+
+    return getattr(transformers, TASK_CLASSES[task])
 
 
 def load_model(
@@ -24,7 +43,7 @@ def load_model(
     quantization: dict[str, Any],
     machine: Machine,
     full: bool = False,
-    kind: str = "AutoModelForCausalLM",
+    task: str = "CAUSAL_LM",
     **own: Any,
 ) -> "PreTrainedModel":
     """Return the model on `machine`, in evaluation mode, ready to get an adapter or to train.
@@ -33,28 +52,25 @@ def load_model(
     that comes quantized (`prequantized.check` says which can be); empty for none. With `full`
     (every weight trains) the weights are float32 whatever the machine computes in: in bfloat16
     small updates round to nothing. Its `new_layers` are those that the checkpoint has no weights
-    for. `kind` is the class of transformers that picks the model's, and
-    `own` holds further arguments of its `from_pretrained`. Raises UserError where the model cannot
-    be had.
+    for. `task` is what the model does, a key of `TASK_CLASSES`, and `own` holds further arguments
+    of `from_pretrained`. Raises UserError where the model cannot be had.
     """
-    import transformers
-
-    file = source.gguf_file(config.path)
-    with random_state_kept():
-        place = config.path if file is None else gguf.convert(file)
+    file = source.find_gguf_file(config.path)
+    with preserve_random_state():
+        place = config.path if file is None else gguf.convert_model(file)
     hush_kernels()
     try:
         settings = _settings(config, quantization, machine, full) | own
-        model, loaded = getattr(transformers, kind).from_pretrained(
+        model, loaded = auto_class(task).from_pretrained(
             place, **settings, output_loading_info=True
         )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise _explain(error, config, machine) from error
     if _unpacks(quantization):
-        model = quantized.in_one_format(model, settings["dtype"])
+        model = quantized.cast_to_dtype(model, settings["dtype"])
     model.config.use_cache = False
     model.new_layers = _new_layers(loaded)
-    keep_trainable(model)
+    keep_backward_kernels(model)
     return model
 
 
@@ -64,7 +80,7 @@ def _new_layers(loaded: dict[str, Any]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in new})
 
 
-def keep_trainable(model: Any) -> None:
+def keep_backward_kernels(model: Any) -> None:
     """Keep 4-bit layers on the kernels that have a backward; do it before the first forward.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit layer's weights at the first forward in
@@ -82,7 +98,7 @@ def _settings(
     config: ModelConfig, quantization: dict[str, Any], machine: Machine, full: bool
 ) -> dict[str, Any]:
     """Return the arguments of `from_pretrained`; `model.kwargs` has the last word."""
-    local = source.needs_hub(config.path) and source.is_out_of_reach()
+    local = source.needs_hub(config.path) and source.is_hub_unreachable()
     settings: dict[str, Any] = {
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
@@ -95,7 +111,7 @@ def _settings(
     if not _is_sharded():
         settings["device_map"] = {"": machine.device}
     if _unpacks(quantization):
-        settings["quantization_config"] = quantized.unpacking(config)
+        settings["quantization_config"] = quantized.dequantize_config(config)
     elif quantization:
         settings["quantization_config"] = _quantization(quantization, machine)
     return settings | config.kwargs
@@ -122,7 +138,7 @@ def _is_sharded() -> bool:
 
 def _explain(error: Exception, config: ModelConfig, machine: Machine) -> Exception:
     """Return the error in the user's words, or as it was if it is none of the user's."""
-    problem = source.explain(error, config.path, "model.path")
+    problem = source.explain_hub_error(error, config.path, "model.path")
     if problem is not None:
         return problem
     text = str(error)
@@ -141,24 +157,16 @@ def _explain(error: Exception, config: ModelConfig, machine: Machine) -> Excepti
     return UserError(f"model.path={config.path}: the model cannot be loaded: {text}")
 
 
-# An artefact's weights on this machine, with its adapter, ready to answer.
+# An artifact's weights on this machine, with its adapter, ready to answer.
 
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 
-LABELS = "labels.json"
+LABELS_FILE = "labels.json"
 """The file beside a classifier's or tagger's adapter that names its labels."""
 
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
-"""The class of transformers that picks the model's, by what it does."""
 
-
-def load_tuned(
-    artefact: Artefact,
+def load_trained(
+    artifact: Artifact,
     machine: Machine,
     tokenizer: Any,
     quantization: Mapping[str, Any] | None = None,
@@ -166,41 +174,39 @@ def load_tuned(
 ) -> Any:
     """Return the model with its adapter, in evaluation mode, none of it training.
 
-    `quantization`: fields of `BitsAndBytesConfig`; None for what the artefact was trained in.
+    `quantization`: fields of `BitsAndBytesConfig`; None for what the artifact was trained in.
     `own`: further arguments of `from_pretrained`. Raises UserError where the adapter does not go on
     its base.
     """
-    if artefact.adapter is not None and not (artefact.adapter / WEIGHTS).is_file():
-        raise UserError(f"{artefact.word}: {artefact.adapter} has no {WEIGHTS}.")
-    packed = artefact.quantization if quantization is None else quantization
-    own = {**label_settings(artefact), **own}
-    model: Any = load_model(
-        artefact.base, dict(packed), machine, kind=CLASSES[artefact.task], **own
-    )
-    if artefact.adapter is not None:
+    if artifact.adapter is not None and not (artifact.adapter / ADAPTER_WEIGHTS_FILE).is_file():
+        raise UserError(f"{artifact.name}: {artifact.adapter} has no {ADAPTER_WEIGHTS_FILE}.")
+    packed = artifact.quantization if quantization is None else quantization
+    own = {**label_settings(artifact), **own}
+    model: Any = load_model(artifact.base, dict(packed), machine, task=artifact.task, **own)
+    if artifact.adapter is not None:
         _grow(model, tokenizer)
-        model = with_adapter(model, artefact)
+        model = attach_adapter(model, artifact)
     model.requires_grad_(False)
     return model.eval()
 
 
-def label_settings(artefact: Artefact) -> dict[str, Any]:
+def label_settings(artifact: Artifact) -> dict[str, Any]:
     """What the base of an adapter must be told of its labels, as arguments of `from_pretrained`."""
-    if artefact.adapter is None or not (artefact.adapter / LABELS).is_file():
-        return {"num_labels": 1} if artefact.is_reward else {}
-    found: dict[str, Any] = json.loads((artefact.adapter / LABELS).read_text("utf-8"))
+    if artifact.adapter is None or not (artifact.adapter / LABELS_FILE).is_file():
+        return {"num_labels": 1} if artifact.is_reward else {}
+    found: dict[str, Any] = json.loads((artifact.adapter / LABELS_FILE).read_text("utf-8"))
     # JSON has names for keys, and from_pretrained takes arguments as they are.
     return found | {"id2label": {int(key): name for key, name in found["id2label"].items()}}
 
 
-def with_adapter(model: Any, artefact: Artefact) -> Any:
-    """Return the base with the artefact's adapter on it, its weights as they were saved.
+def attach_adapter(model: Any, artifact: Artifact) -> Any:
+    """Return the base with the artifact's adapter on it, its weights as they were saved.
 
     Raises UserError where the adapter does not go on this base.
     """
     from peft import PeftModel
 
-    folder = artefact.adapter
+    folder = artifact.adapter
     assert folder is not None
     try:
         with warnings.catch_warnings():
@@ -209,8 +215,8 @@ def with_adapter(model: Any, artefact: Artefact) -> Any:
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             tuned = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(_other_base(artefact, folder, _first_line(error))) from error
-    _check_whole(artefact, folder, tuned)
+        raise UserError(_other_base(artifact, folder, _first_line(error))) from error
+    _check_whole(artifact, folder, tuned)
     return tuned
 
 
@@ -221,28 +227,58 @@ def _grow(model: Any, tokenizer: Any) -> None:
         model.resize_token_embeddings(highest + 1, mean_resizing=False)
 
 
-def _check_whole(artefact: Artefact, folder: Path, tuned: Any) -> None:
+def _check_whole(artifact: Artifact, folder: Path, tuned: Any) -> None:
     """Raise UserError unless the layers in the adapter's file are those that the base has."""
     from peft import get_peft_model_state_dict
 
-    file = folder / WEIGHTS
+    file = folder / ADAPTER_WEIGHTS_FILE
     saved = {name for name in head_of(file).tensors if ".lora_" in name}
     have = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     placed = {name for name in have if ".lora_" in name}
     if saved - placed:
         why = f"it has no layer for {min(saved - placed)}"
-        raise UserError(_other_base(artefact, folder, why))
+        raise UserError(_other_base(artifact, folder, why))
     if placed - saved:
         why = f"the adapter has no weights for {min(placed - saved)}"
-        raise UserError(_other_base(artefact, folder, why))
+        raise UserError(_other_base(artifact, folder, why))
 
 
-def _other_base(artefact: Artefact, folder: Path, why: str) -> str:
-    adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    return artifact.other_base(artefact.word, adapter, artefact.base.path, why)
+def _other_base(artifact: Artifact, folder: Path, why: str) -> str:
+    adapter = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+    return wrong_base_message(artifact.name, adapter, artifact.base.path, why)
 
 
 def _first_line(error: Exception) -> str:
     """The most telling line of an error of torch's or peft's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "size mismatch" in line), lines[0] if lines else "?")
+
+
+# Models without weights: their layers alone, on torch's meta device.
+
+
+def build_empty_model(architecture: Any, task: str, **settings: Any) -> Any:
+    """Return the model of a `PretrainedConfig` on torch's meta device: shapes without weights.
+
+    `task` is a key of `TASK_CLASSES`, `settings` are further arguments of `from_config`. Raises
+    what transformers raises for an architecture that it cannot build.
+    """
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(task).from_config(architecture, **settings)
+
+
+def insert_quantized_layers(model: Any, quantization: Mapping[str, Any]) -> Any:
+    """Put bitsandbytes' layers into an empty model, where loading would put them.
+
+    `quantization` holds fields of `transformers.BitsAndBytesConfig`. Returns the quantizer of
+    transformers, whose `postprocess_model` finishes the model's config.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    settings = BitsAndBytesConfig.from_dict(dict(quantization))
+    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    return quantizer

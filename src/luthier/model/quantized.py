@@ -24,7 +24,7 @@ _STARTS = (None, True, False, "gaussian")
 
 
 @dataclass(frozen=True)
-class Format:
+class QuantizationFormat:
     """A way of quantizing that checkpoints come in."""
 
     name: str
@@ -36,25 +36,25 @@ class Format:
     """The config class of transformers that unpacks it while loading."""
 
 
-FORMATS = {
-    "bitsandbytes": Format("bitsandbytes", ("bitsandbytes",), trains=True),
-    "gptq": Format("GPTQ", ("gptqmodel", "optimum"), trains=True),
-    "awq": Format("AWQ", ("gptqmodel",), trains=True),
-    "fp8": Format("fp8", ("kernels",), trains=True, whole="FineGrainedFP8Config"),
-    "mxfp8": Format("mxfp8", whole="FineGrainedFP8Config"),
-    "mxfp4": Format("mxfp4", whole="Mxfp4Config"),
-    "compressed-tensors": Format(
+QUANTIZATION_FORMATS = {
+    "bitsandbytes": QuantizationFormat("bitsandbytes", ("bitsandbytes",), trains=True),
+    "gptq": QuantizationFormat("GPTQ", ("gptqmodel", "optimum"), trains=True),
+    "awq": QuantizationFormat("AWQ", ("gptqmodel",), trains=True),
+    "fp8": QuantizationFormat("fp8", ("kernels",), trains=True, whole="FineGrainedFP8Config"),
+    "mxfp8": QuantizationFormat("mxfp8", whole="FineGrainedFP8Config"),
+    "mxfp4": QuantizationFormat("mxfp4", whole="Mxfp4Config"),
+    "compressed-tensors": QuantizationFormat(
         "compressed-tensors", ("compressed_tensors",), whole="CompressedTensorsConfig"
     ),
 }
 
 
-def check(config: RunConfig, machine: Machine) -> None:
+def check_quantized_model(config: RunConfig, machine: Machine) -> None:
     """Raise UserError where the model comes quantized in a way that this run cannot train.
 
     Takes a look at config.json; nothing is loaded.
     """
-    found = read(config.model)
+    found = read_quantization_config(config.model)
     dequantize = config.quantization.get("dequantize") is True
     if found is None and not dequantize:
         return
@@ -62,8 +62,8 @@ def check(config: RunConfig, machine: Machine) -> None:
         raise UserError(
             f"quantization.dequantize: {config.model.path} is not quantized. Use quantization=none."
         )
-    method = method_in(found)
-    form = FORMATS.get(method, Format(method))
+    method = quantization_method(found)
+    form = QUANTIZATION_FORMATS.get(method, QuantizationFormat(method))
     problem = (
         _cannot_unpack(form)
         if dequantize
@@ -76,17 +76,17 @@ def check(config: RunConfig, machine: Machine) -> None:
         raise UserError(f"model.path={config.model.path} comes quantized ({form.name}): {problem}")
 
 
-def read(model: ModelConfig) -> dict[str, Any] | None:
+def read_quantization_config(model: ModelConfig) -> dict[str, Any] | None:
     """Return the `quantization_config` in a model's config.json; None if it has none.
 
     Raises UserError where the hub does not give the file.
     """
-    if source.gguf_file(model.path) is not None:
+    if source.find_gguf_file(model.path) is not None:
         return None
     try:
         content = json.loads(_config_file(model).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise source.explain(error, model.path, "model.path") or UserError(
+        raise source.explain_hub_error(error, model.path, "model.path") or UserError(
             f"model.path={model.path}: its config.json cannot be read: {error}"
         ) from error
     below = content.get("text_config") or {}
@@ -96,23 +96,25 @@ def read(model: ModelConfig) -> dict[str, Any] | None:
     return found
 
 
-def method_in(found: Mapping[str, Any]) -> str:
+def quantization_method(found: Mapping[str, Any]) -> str:
     """The way of quantizing that a `quantization_config` names."""
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         return "bitsandbytes"
     return str(found.get("quant_method"))
 
 
-def unpacking(model: ModelConfig) -> Any:
+def dequantize_config(model: ModelConfig) -> Any:
     """Return the `quantization_config` that makes `from_pretrained` give whole weights."""
     import transformers
 
-    found = read(model) or {}
-    make: Callable[..., Any] = getattr(transformers, str(FORMATS[method_in(found)].whole))
+    found = read_quantization_config(model) or {}
+    make: Callable[..., Any] = getattr(
+        transformers, str(QUANTIZATION_FORMATS[quantization_method(found)].whole)
+    )
     return make(dequantize=True)
 
 
-def in_one_format(model: Any, dtype: str) -> Any:
+def cast_to_dtype(model: Any, dtype: str) -> Any:
     """Return an unpacked model with all weights in one number format.
 
     transformers leaves those that were never packed in the checkpoint's.
@@ -127,20 +129,20 @@ def _config_file(model: ModelConfig) -> Path:
         return Path(model.path).expanduser() / "config.json"
     from huggingface_hub import hf_hub_download
 
-    local = source.is_out_of_reach()
+    local = source.is_hub_unreachable()
     return Path(
         hf_hub_download(model.path, "config.json", revision=model.revision, local_files_only=local)
     )
 
 
-def _cannot_unpack(form: Format) -> str | None:
+def _cannot_unpack(form: QuantizationFormat) -> str | None:
     if form.whole is None:
-        able = ", ".join(one.name for one in FORMATS.values() if one.whole)
+        able = ", ".join(one.name for one in QUANTIZATION_FORMATS.values() if one.whole)
         return f"it cannot be unpacked while loading; {able} can. Use quantization=none."
     return _missing(form) if form.name == "compressed-tensors" else None
 
 
-def _twice(form: Format, quantization: Mapping[str, Any]) -> str | None:
+def _twice(form: QuantizationFormat, quantization: Mapping[str, Any]) -> str | None:
     if not quantization:
         return None
     whole = " or =dequantize, which gives whole weights" if form.whole else ""
@@ -150,7 +152,7 @@ def _twice(form: Format, quantization: Mapping[str, Any]) -> str | None:
     )
 
 
-def _no_backward(form: Format) -> str | None:
+def _no_backward(form: QuantizationFormat) -> str | None:
     if form.trains:
         return None
     if form.whole:
@@ -161,7 +163,7 @@ def _no_backward(form: Format) -> str | None:
     return "luthier cannot train on that. Name the model that it was made from."
 
 
-def _no_kernel(form: Format, machine: Machine) -> str | None:
+def _no_kernel(form: QuantizationFormat, machine: Machine) -> str | None:
     if form.name == "fp8" and not _multiplies_fp8(machine):
         return (
             f"{machine.device} does not multiply in fp8. Use quantization=dequantize, which makes "
@@ -173,10 +175,10 @@ def _no_kernel(form: Format, machine: Machine) -> str | None:
 def _multiplies_fp8(machine: Machine) -> bool:
     import torch
 
-    return machine.kind == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY
+    return machine.device_type == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY
 
 
-def _missing(form: Format) -> str | None:
+def _missing(form: QuantizationFormat) -> str | None:
     missing = [name for name in form.packages if find_spec(name) is None]
     if not missing:
         return None
@@ -184,7 +186,7 @@ def _missing(form: Format) -> str | None:
     return f"its layers need {' and '.join(missing)}: pip install {names}"
 
 
-def _wrong_adapter(form: Format, lora: Mapping[str, Any]) -> str | None:
+def _wrong_adapter(form: QuantizationFormat, lora: Mapping[str, Any]) -> str | None:
     if not lora:
         return (
             "quantized weights cannot be trained. Add lora=default, or name the model that it was "

@@ -15,11 +15,11 @@ from luthier.model import gguf
 
 # What can go wrong with a name on the Hugging Face hub, in words with the way out.
 
-PATIENCE = 3.0
+HUB_TIMEOUT = 3.0
 """Seconds that the hub has to answer."""
 
 
-def check(name: str, revision: str | None, key: str, file: str) -> None:
+def check_hub_name(name: str, revision: str | None, key: str, file: str) -> None:
     """Raise UserError if `name` is neither in the local cache nor open to us on the hub.
 
     `file` is a file of the repository that tells whether it was downloaded before. Takes one
@@ -34,12 +34,12 @@ def check(name: str, revision: str | None, key: str, file: str) -> None:
         raise UserError(f"{key}={name}: neither a folder here nor a hub name. {error}") from error
     if isinstance(cached, str):
         return
-    if is_out_of_reach():
-        raise UserError(offline(name, key))
+    if is_hub_unreachable():
+        raise UserError(offline_message(name, key))
     try:
         HfApi().auth_check(name)
     except Exception as error:  # the HTTP client has its own errors for a network that is down
-        raise UserError(words(error, name, key)) from error
+        raise UserError(hub_error_message(error, name, key)) from error
 
 
 def is_offline() -> bool:
@@ -50,7 +50,7 @@ def is_offline() -> bool:
 
 
 @lru_cache
-def is_out_of_reach() -> bool:
+def is_hub_unreachable() -> bool:
     """Whether the hub may not be asked or does not answer; asked once in a process.
 
     The libraries try again and again for most of a minute, even for a model that is in the cache:
@@ -62,23 +62,23 @@ def is_out_of_reach() -> bool:
     if is_offline():
         return True
     try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception:  # the HTTP client's own errors, and those of a proxy's settings
         return True
     return False
 
 
-def explain(error: Exception, name: str, key: str) -> UserError | None:
+def explain_hub_error(error: Exception, name: str, key: str) -> UserError | None:
     """Return the UserError for a failure to fetch `name`, or None if it is of another kind."""
     chain: BaseException | None = error
     while chain is not None:
         if _is_of_the_hub(chain):
-            return UserError(words(chain, name, key))
+            return UserError(hub_error_message(chain, name, key))
         chain = chain.__cause__ or chain.__context__
     return None
 
 
-def words(error: BaseException, name: str, key: str) -> str:
+def hub_error_message(error: BaseException, name: str, key: str) -> str:
     """Say what the hub's error means for the user and what to do."""
     from huggingface_hub import errors
 
@@ -98,10 +98,10 @@ def words(error: BaseException, name: str, key: str) -> str:
         return f"{key}={name}: no such revision; {page}/tree/main lists them (model.revision)."
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{key}={name}: the repository lacks a file that is needed: {error}"
-    return offline(name, key)
+    return offline_message(name, key)
 
 
-def offline(name: str, key: str) -> str:
+def offline_message(name: str, key: str) -> str:
     """Say how to go on when `name` is not on this machine and the hub is out of reach."""
     reason = (
         "HF_HUB_OFFLINE is set" if is_offline() else "the hub (huggingface.co) cannot be reached"
@@ -121,11 +121,11 @@ def _is_of_the_hub(error: BaseException) -> bool:
     return isinstance(error, kinds)
 
 
-PACKAGE = "package:"
+PACKAGE_PREFIX = "package:"
 GGUF_MAGIC = b"GGUF"
 
 
-def check_path(config: ModelConfig, key: str = "model.path") -> None:
+def check_model_path(config: ModelConfig, key: str = "model.path") -> None:
     """Raise UserError, with what to do, if the model or its tokenizer is plainly not there.
 
     `key`: the config's, for the message.
@@ -137,13 +137,13 @@ def check_path(config: ModelConfig, key: str = "model.path") -> None:
         _check(config.tokenizer, "model.tokenizer", "tokenizer_config.json", None)
 
 
-def gguf_file(path: str, key: str = "model.path") -> Path | None:
+def find_gguf_file(path: str, key: str = "model.path") -> Path | None:
     """Return the GGUF file that `package:NAME` or a path ending in .gguf stands for, or None.
 
     Raises UserError, naming the config's `key`, for a package that is missing or carries no model.
     """
-    if path.startswith(PACKAGE):
-        return _packaged(path.removeprefix(PACKAGE), f"{key}={path}")
+    if path.startswith(PACKAGE_PREFIX):
+        return _packaged(path.removeprefix(PACKAGE_PREFIX), f"{key}={path}")
     return Path(path).expanduser() if path.endswith(".gguf") else None
 
 
@@ -155,17 +155,17 @@ def is_local(path: str) -> bool:
 
 def needs_hub(path: str) -> bool:
     """Whether a path is the name of a hub repository."""
-    return not (path.startswith(PACKAGE) or path.endswith(".gguf") or is_local(path))
+    return not (path.startswith(PACKAGE_PREFIX) or path.endswith(".gguf") or is_local(path))
 
 
 def _check(path: str, key: str, needed: str, revision: str | None) -> None:
-    file = gguf_file(path, key)
+    file = find_gguf_file(path, key)
     if file is not None:
         _check_gguf(file, key)
     elif is_local(path):
         _check_folder(Path(path).expanduser(), key, needed)
     else:
-        check(path, revision, key, needed)
+        check_hub_name(path, revision, key, needed)
 
 
 def _packaged(name: str, setting: str) -> Path:
@@ -198,7 +198,7 @@ def _check_gguf(file: Path, key: str) -> None:
             )
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
-            f"{key}={file}: reading a GGUF file needs the package gguf:\n    {gguf.INSTALL}"
+            f"{key}={file}: reading a GGUF file needs the package gguf:\n    {gguf.INSTALL_COMMAND}"
         )
 
 

@@ -31,7 +31,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     tokenizer = _read(config, config.tokenizer or config.path, key)
     if config.tokenizer is not None:
         _check_same(tokenizer, config)
-    add_padding(tokenizer)
+    ensure_padding_token(tokenizer)
     embeddings.add_tokens(tokenizer, config)
     return tokenizer
 
@@ -39,18 +39,18 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
 def _read(config: ModelConfig, path: str, key: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    file = source.gguf_file(path, key)
+    file = source.find_gguf_file(path, key)
     try:
         return AutoTokenizer.from_pretrained(
             path if file is None else gguf.convert_tokenizer(file),
             revision=config.revision if path == config.path else None,
             trust_remote_code=config.trust_remote_code,
-            local_files_only=source.needs_hub(path) and source.is_out_of_reach(),
+            local_files_only=source.needs_hub(path) and source.is_hub_unreachable(),
         )
     except UserError:
         raise
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        problem = source.explain(error, path, key)
+        problem = source.explain_hub_error(error, path, key)
         raise problem or UserError(
             f"{key}={path}: the tokenizer cannot be read: {error}"
         ) from error
@@ -86,14 +86,14 @@ def end_token_ids(config: ModelConfig) -> list[int]:
     """
     from transformers import GenerationConfig
 
-    file = source.gguf_file(config.path)
+    file = source.find_gguf_file(config.path)
     if file is not None:
         return []
     try:
         generation = GenerationConfig.from_pretrained(
             config.path,
             revision=config.revision,
-            local_files_only=source.needs_hub(config.path) and source.is_out_of_reach(),
+            local_files_only=source.needs_hub(config.path) and source.is_hub_unreachable(),
         )
     except OSError:
         return []
@@ -101,7 +101,7 @@ def end_token_ids(config: ModelConfig) -> list[int]:
     return ids if isinstance(ids, list) else [ids] if ids is not None else []
 
 
-def add_padding(tokenizer: "PreTrainedTokenizerBase") -> None:
+def ensure_padding_token(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Name a padding token where there is none: an existing token, never a new one.
 
     The vocabulary stays as it is, so the embeddings keep their size. As the last resort it is the
@@ -120,7 +120,7 @@ def add_padding(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
-def check_fits(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
+def check_vocabulary_fits(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
     """Raise UserError if the tokenizer can produce ids for which the model has no embedding."""
     highest = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().weight.shape[0]

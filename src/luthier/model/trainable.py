@@ -11,7 +11,7 @@ from luthier.errors import UserError
 from luthier.model import embeddings
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
-from luthier.model.tokenizer import check_fits, load_tokenizer
+from luthier.model.tokenizer import check_vocabulary_fits, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SHOWN = 20
 
 
-def freeze(model: Any, train: Sequence[str], frozen: Sequence[str]) -> None:
+def freeze_parameters(model: Any, train: Sequence[str], frozen: Sequence[str]) -> None:
     """Let only weights train that a pattern of `train` finds (all if there is none), less `frozen`.
 
     Patterns are regular expressions, found anywhere in a name; a matrix with two names (tied
@@ -71,10 +71,6 @@ def _shown(names: dict[str, Any]) -> str:
     return ", ".join(kinds[:_SHOWN]) + (", ..." if len(kinds) > _SHOWN else "")
 
 
-_KINDS = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
-"""Classes of transformers that load the weights before quantization, by task."""
-
-
 def make_trainable(
     model: "PreTrainedModel",
     config: RunConfig,
@@ -88,24 +84,24 @@ def make_trainable(
     model does, as peft calls it. Raises UserError where the tokenizer does not belong to the model,
     where names match nothing, and where a new token would not train.
     """
-    new = embeddings.new_ids(tokenizer, config.model)
-    embeddings.make_rows(model, new, config.seed)
-    check_fits(tokenizer, model)
+    new = embeddings.new_token_ids(tokenizer, config.model)
+    embeddings.initialize_new_rows(model, new, config.seed)
+    check_vocabulary_fits(tokenizer, model)
     if config.lora:
-        lora = embeddings.with_new_rows(model, config.lora, new)
+        lora = embeddings.add_new_rows_to_settings(model, config.lora, new)
         original = partial(_original, config, machine, task_type)
         return add_adapter(model, lora, config.seed, task_type, tokenizer, original)
     if config.model.train or config.model.freeze:
-        freeze(model, config.model.train, config.model.freeze)
+        freeze_parameters(model, config.model.train, config.model.freeze)
         _refuse_frozen_rows(model, new)
     return model
 
 
-def give_new_rows(model: "PreTrainedModel", config: RunConfig) -> None:
+def add_new_rows(model: "PreTrainedModel", config: RunConfig) -> None:
     """Give the new tokens their rows in a model that stands beside the one that trains."""
     if config.model.add_tokens or config.model.add_special_tokens:
-        new = embeddings.new_ids(load_tokenizer(config.model), config.model)
-        embeddings.make_rows(model, new, config.seed)
+        new = embeddings.new_token_ids(load_tokenizer(config.model), config.model)
+        embeddings.initialize_new_rows(model, new, config.seed)
 
 
 def _original(config: RunConfig, machine: Machine, task_type: str) -> Any:
@@ -113,8 +109,9 @@ def _original(config: RunConfig, machine: Machine, task_type: str) -> Any:
     from luthier.model.load import load_model
 
     place = Machine("cpu", "float32" if machine.dtype == "float32" else "bfloat16", "sdpa")
-    kind = _KINDS.get(task_type, "AutoModelForCausalLM")
-    return load_model(config.model, {}, place, kind=kind)
+    # The layers below a head bear the same names in a language model, which has no head to draw.
+    task = task_type if task_type == "SEQ_2_SEQ_LM" else "CAUSAL_LM"
+    return load_model(config.model, {}, place, task=task)
 
 
 def _refuse_frozen_rows(model: Any, new: list[int]) -> None:

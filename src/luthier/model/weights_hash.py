@@ -9,33 +9,33 @@ from luthier.model import source
 from luthier.storage.cache import cache_root
 from luthier.storage.manifest import digest
 
-PATTERNS = ("*.safetensors", "*.gguf", "*.bin")
+WEIGHT_PATTERNS = ("*.safetensors", "*.gguf", "*.bin")
 """Files with weights; of the first pattern that has any."""
 
 
-def model_facts(path: str, revision: str | None) -> dict[str, Any]:
+def identify_weights(path: str, revision: str | None) -> dict[str, Any]:
     """What identifies a model's weights: the path, the revision and its commit, and the hash."""
-    files = weight_files(path, revision)
+    files = find_weight_files(path, revision)
     commit = files[0].parent.name if files and source.needs_hub(path) else None
     return {
         "path": path,
         "revision": revision,
         "commit": commit,
-        "weights_sha256": hash_of_files(files) if files else None,
+        "weights_sha256": hash_files(files) if files else None,
         "files": [file.name for file in files],
     }
 
 
-def weight_files(path: str, revision: str | None) -> list[Path]:
+def find_weight_files(path: str, revision: str | None) -> list[Path]:
     """The files with a model's weights on this machine, sorted; none where they are not found."""
-    packaged = source.gguf_file(path)
+    packaged = source.find_gguf_file(path)
     if packaged is not None:
         return [packaged]
     folder = Path(path).expanduser() if source.is_local(path) else _snapshot(path, revision)
-    return next((f for p in PATTERNS if folder and (f := sorted(folder.glob(p)))), [])
+    return next((f for p in WEIGHT_PATTERNS if folder and (f := sorted(folder.glob(p)))), [])
 
 
-def hash_of_files(files: list[Path]) -> str:
+def hash_files(files: list[Path]) -> str:
     """One SHA-256 of the names and contents of files."""
     whole = hashlib.sha256()
     for file in files:

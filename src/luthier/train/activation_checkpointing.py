@@ -7,7 +7,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.memory import choose_checkpointing
 from luthier.memory.sharding import Sharding
-from luthier.memory.workload import here
+from luthier.memory.workload import detect_hardware
 from luthier.train import console
 from luthier.train.launch_request import LaunchRequest, read_launch_request
 
@@ -44,7 +44,7 @@ def planned_sharding(wish: LaunchRequest | None, processes: int) -> Sharding:
 def _plan_checkpointing(config: RunConfig) -> bool:
     processes = PartialState().num_processes
     try:
-        hardware = here(config.model, processes)
+        hardware = detect_hardware(config.model, processes)
         recomputes = choose_checkpointing(
             config, hardware, planned_sharding(read_launch_request(), processes)
         )

@@ -49,7 +49,7 @@ def build_trainer_arguments(
         "bf16": machine.dtype == "bfloat16",
         "fp16": machine.dtype == "float16",
         # Page-locked memory is for copies to a GPU.
-        "dataloader_pin_memory": machine.kind == "cuda",
+        "dataloader_pin_memory": machine.device_type == "cuda",
         "prediction_loss_only": True,
     }
     settings |= config.trainer.args
@@ -59,7 +59,7 @@ def build_trainer_arguments(
         "output_dir": str(folder / "checkpoints"),
         "seed": config.seed,
         "data_seed": config.seed,
-        "use_cpu": machine.kind == "cpu",
+        "use_cpu": machine.device_type == "cpu",
         "report_to": list(config.tracker.to),
         "project": config.tracker.trackio.project,
         "trackio_space_id": config.tracker.trackio.space_id,
@@ -80,10 +80,10 @@ def _refuse_unavailable(args: dict[str, Any], machine: Any) -> None:
         "use_liger_kernel": args.get("use_liger_kernel"),
     }
     wanted = [name for name, value in needs_gpu.items() if value]
-    if wanted and machine.kind != "cuda":
+    if wanted and machine.device_type != "cuda":
         raise UserError(
-            f"trainer.args.{wanted[0]} is for a CUDA GPU, and this run is on {machine.kind}. "
-            "Remove it."
+            f"trainer.args.{wanted[0]} is for a CUDA GPU, and this run is on "
+            f"{machine.device_type}. Remove it."
         )
     if args.get("use_liger_kernel") and find_spec("liger_kernel") is None:
         raise UserError("trainer.args.use_liger_kernel needs: pip install liger-kernel")

@@ -16,7 +16,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import batching_of
 from luthier.data.prepare import PreparedData, prepare
 from luthier.model import adapter_training, quantized
-from luthier.model.device import choose
+from luthier.model.device import choose_machine
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
 from luthier.record.plots import collect_data_numbers, plot_data
@@ -47,8 +47,8 @@ def build_and_fit(loaded: "Loaded", folder: Path, after_save: AfterSave | None =
     """Run the training of a checked config whose directory is taken; return the exit code."""
     config = loaded.config
     seed_everything(config)
-    machine = choose(config.model)
-    main = PartialState(cpu=machine.kind == "cpu").is_main_process
+    machine = choose_machine(config.model)
+    main = PartialState(cpu=machine.device_type == "cpu").is_main_process
     record = RunRecord(folder)
     if main and not config.dry_run:
         record.start(config, loaded.overrides)
@@ -95,7 +95,7 @@ def build_session(
 ) -> TrainingSession:
     """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
     method, facts = methods.load(config.trainer.method), METHODS[config.trainer.method]
-    quantized.check(config, machine)
+    quantized.check_quantized_model(config, machine)
     tokenizer = load_tokenizer(config.model)
     encoder = make_encoder(config, tokenizer) if facts.chats else None
     prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
@@ -126,7 +126,7 @@ def build_session(
     given = TrainerInputs(config, args, model, tokenizer, prepared, callbacks)
     set_seed(config.seed)
     trainer = build_trainer(method, given)
-    adapter_training.attach(trainer, config.lora)
+    adapter_training.prepare_trainer(trainer, config.lora)
     launched = launch_checks.check_running_launch(trainer.accelerator, args)
     if main and not config.dry_run:
         chat = encoder.settings() if encoder else None

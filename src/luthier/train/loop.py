@@ -14,8 +14,8 @@ from accelerate.utils import broadcast_object_list
 
 from luthier.chat import ChatEncoder
 from luthier.errors import UserError
-from luthier.model.adapters import make_plain
-from luthier.model.device import random_state_kept
+from luthier.model.adapters import convert_to_plain_lora
+from luthier.model.device import preserve_random_state
 from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss, read_metrics
@@ -177,7 +177,7 @@ def save_model(session: TrainingSession) -> None:
             (temporary / name).unlink(missing_ok=True)
         # TRL's copy of the adapter as it was at first, which some losses compare with.
         shutil.rmtree(temporary / "ref", ignore_errors=True)
-        make_plain(trainer.model, temporary)
+        convert_to_plain_lora(trainer.model, temporary)
         if session.encoder is not None:
             write_json(temporary / "chat.json", session.encoder.settings())
             save_serving_files(temporary, trainer, session.encoder)
@@ -252,7 +252,7 @@ def fit(session: TrainingSession) -> int:
     trainer = session.trainer
     with _disk_full_as_user_error(session):
         resume = _choose_checkpoint(session)
-        with random_state_kept():
+        with preserve_random_state():
             before = measure_before_training(session)
         _prepare_trainer(session, resume)
         began = time.monotonic()

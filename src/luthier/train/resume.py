@@ -9,7 +9,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.prepare import PreparedData
 from luthier.data.store import tokenizer_digest
 from luthier.errors import UserError
-from luthier.model.weights_hash import model_facts
+from luthier.model.weights_hash import identify_weights
 from luthier.record import checkpoints, run_dir
 from luthier.record.config_diff import ConfigChange, schedule_depends_on_length
 from luthier.record.record import RunRecord
@@ -69,11 +69,11 @@ def hash_run_inputs(
             "sha256": tokenizer_digest(tokenizer) if tokenizer.is_fast else None,
             "template_sha256": _sha256(str(template)) if template else None,
         },
-        "model": model_facts(config.model.path, config.model.revision),
+        "model": identify_weights(config.model.path, config.model.revision),
         "data": {"sha256": prepared.content_hash},
     }
     if config.trainer.teacher:
-        made["teacher"] = model_facts(config.trainer.teacher, None)
+        made["teacher"] = identify_weights(config.trainer.teacher, None)
     return made
 
 

@@ -69,9 +69,9 @@ def _held(folder: Path, dry_run: bool) -> AbstractContextManager[None]:
 def check_before_torch(config: RunConfig) -> None:
     """Everything that can be known to be wrong without a heavy import."""
     data.check_sources(config.dataset, config.trainer.method)
-    model.check_path(config.model)
+    model.check_model_path(config.model)
     if config.trainer.teacher is not None:
-        model.check_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
+        model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     trackers.check_trackers_installed(config)
     batching_of(config)
     launch_checks.check_launch_request()

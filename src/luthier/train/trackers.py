@@ -78,7 +78,7 @@ def log_replies_to_wandb(name: str, rows: list[dict[str, Any]], step: int) -> No
 
 
 def log_files_to_wandb(files: list[Path], model: Path | None) -> None:
-    """Keep the run's files as an artefact, and the model as another."""
+    """Keep the run's files as an artifact, and the model as another."""
     import wandb
 
     assert wandb.run is not None
@@ -153,7 +153,7 @@ def log_results_to_mlflow(results: dict[str, Any]) -> None:
 
 
 def log_files_to_mlflow(files: list[Path], model: Path | None) -> None:
-    """Keep the run's files as artefacts, and the model."""
+    """Keep the run's files as artifacts, and the model."""
     import mlflow
 
     for file in files:

@@ -51,8 +51,7 @@ class Classify:
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model whose head has an output for each label."""
         labels = find_labels(prepared, config.model.kwargs.get("problem_type"))
-        kind = "AutoModelForSequenceClassification"
-        return load_head(config, machine, kind, labels, problem_type=labels.problem)
+        return load_head(config, machine, "SEQ_CLS", labels, problem_type=labels.problem)
 
     def trainer(self, given: TrainerInputs) -> "ClassTrainer":
         """transformers' Trainer over labelled texts."""

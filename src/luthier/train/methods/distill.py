@@ -11,7 +11,7 @@ from trl import DistillationConfig, DistillationTrainer
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
-from luthier.model.device import Machine, choose
+from luthier.model.device import Machine, choose_machine
 from luthier.model.load import load_model
 from luthier.model.tokenizer import load_tokenizer
 from luthier.train.arguments import build_trainer_arguments
@@ -46,7 +46,7 @@ class Distill:
         try:
             return StudentTrainer(
                 model=given.model,
-                teacher_model=load_model(teacher, {}, choose(config.model)),
+                teacher_model=load_model(teacher, {}, choose_machine(config.model)),
                 stop_ids=stop_ids(config, given.tokenizer),
                 train_rows=train,
                 eval_rows=sets,

@@ -19,7 +19,7 @@ from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.model import gguf, source
 from luthier.model.device import Machine
-from luthier.model.load import load_model
+from luthier.model.load import TASK_CLASSES, auto_class, load_model
 from luthier.storage.atomic import write_json
 from luthier.train import console
 from luthier.train.methods.labelled import Tabled
@@ -206,26 +206,26 @@ _DECIDED = ("num_labels", "id2label", "label2id")
 _SHOWN = 8
 
 
-def model_config(config: ModelConfig, kind: str, trainer: str, needs: str) -> Any:
-    """The model's own config; UserError where `kind`, a class of transformers, has no such model.
+def model_config(config: ModelConfig, task: str, trainer: str, needs: str) -> Any:
+    """The model's own config; UserError where transformers has no such model for `task`.
 
     `needs` says in words which models there are for `trainer`.
     """
-    import transformers
+    from transformers import AutoConfig
 
-    file = source.gguf_file(config.path)
+    file = source.find_gguf_file(config.path)
     try:
-        found = transformers.AutoConfig.from_pretrained(
-            config.path if file is None else gguf.convert(file),
+        found = AutoConfig.from_pretrained(
+            config.path if file is None else gguf.convert_model(file),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            local_files_only=source.needs_hub(config.path) and source.is_out_of_reach(),
+            local_files_only=source.needs_hub(config.path) and source.is_hub_unreachable(),
         )
     except (OSError, ValueError) as error:
-        raise source.explain(error, config.path, "model.path") or UserError(
+        raise source.explain_hub_error(error, config.path, "model.path") or UserError(
             f"model.path={config.path}: its config.json cannot be read: {error}"
         ) from error
-    known = getattr(transformers, kind)._model_mapping.keys()
+    known = auto_class(task)._model_mapping.keys()
     if type(found) not in known and not config.trust_remote_code:
         raise UserError(
             f"model.path={config.path}: trainer={trainer} needs {needs}, and transformers has none "
@@ -234,11 +234,11 @@ def model_config(config: ModelConfig, kind: str, trainer: str, needs: str) -> An
     return found
 
 
-def load_head(config: RunConfig, machine: Machine, kind: str, labels: Labels, **more: Any) -> Any:
+def load_head(config: RunConfig, machine: Machine, task: str, labels: Labels, **more: Any) -> Any:
     """The model with a head for these labels: its own where it has one for as many, or a new one.
 
-    `kind`: the class of transformers, such as AutoModelForTokenClassification; `more`: further
-    settings of the model's config. Raises UserError for a model that cannot have such a head.
+    `task`: a key of `luthier.model.load.TASK_CLASSES`; `more`: further settings of the model's
+    config. Raises UserError for a model that cannot have such a head.
     """
     trainer = config.trainer.method
     given = [name for name in _DECIDED if name in config.model.kwargs]
@@ -247,8 +247,9 @@ def load_head(config: RunConfig, machine: Machine, kind: str, labels: Labels, **
             f"model.kwargs.{given[0]} is not set with trainer={trainer}: the labels are those of "
             "the rows. Remove it."
         )
-    base = model_config(config.model, kind, trainer, "a model that can have a head for labels")
-    has_head = any(name.endswith(kind.removeprefix("AutoModel")) for name in base.architectures)
+    base = model_config(config.model, task, trainer, "a model that can have a head for labels")
+    ending = TASK_CLASSES[task].removeprefix("AutoModel")
+    has_head = any(name.endswith(ending) for name in base.architectures)
     is_new = not has_head or base.num_labels != len(labels.names)
     if not is_new:
         labels = labels.in_order_of(base.id2label)
@@ -256,7 +257,7 @@ def load_head(config: RunConfig, machine: Machine, kind: str, labels: Labels, **
     own = labels.settings() | more | {"ignore_mismatched_sizes": has_head and is_new}
     with _quiet("transformers.modeling_utils"):
         model = load_model(
-            config.model, config.quantization, machine, full=not config.lora, kind=kind, **own
+            config.model, config.quantization, machine, full=not config.lora, task=task, **own
         )
     if PartialState().is_main_process:
         console.print_line(_described(labels, vars(model)["new_layers"]))

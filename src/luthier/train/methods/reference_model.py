@@ -16,7 +16,7 @@ from luthier.data.batching.rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.model.trainable import give_new_rows
+from luthier.model.trainable import add_new_rows
 from luthier.train.methods.preference import Scores, StandIn
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def reference_of(config: RunConfig, machine: Machine) -> Any:
     if config.lora or config.trainer.args.get("precompute_ref_log_probs"):
         return None
     reference = load_model(config.model, config.quantization, machine, full=True)
-    give_new_rows(reference, config)
+    add_new_rows(reference, config)
     return reference
 
 

@@ -74,8 +74,7 @@ class Reward(PairMethod):
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model with one number as its output: its own such head, or a new one from the seed."""
-        kind = "AutoModelForSequenceClassification"
-        model_config(config.model, kind, "reward", "a model that can score a text")
+        model_config(config.model, "SEQ_CLS", "reward", "a model that can score a text")
         set_seed(config.seed)
         with suppress_seqcls_warning():
             return load_model(
@@ -83,7 +82,7 @@ class Reward(PairMethod):
                 config.quantization,
                 machine,
                 full=not config.lora,
-                kind=kind,
+                task="SEQ_CLS",
                 num_labels=1,
             )
 

@@ -31,7 +31,7 @@ from luthier.train.methods.labelled import (
     ragged,
 )
 
-MODEL = "AutoModelForSeq2SeqLM"
+TASK = "SEQ_2_SEQ_LM"
 
 
 class Seq2Seq:
@@ -45,9 +45,9 @@ class Seq2Seq:
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """An encoder-decoder model."""
-        model_config(config.model, MODEL, "seq2seq", "an encoder-decoder model, such as T5 or BART")
+        model_config(config.model, TASK, "seq2seq", "an encoder-decoder model, such as T5 or BART")
         model = load_model(
-            config.model, config.quantization, machine, full=not config.lora, kind=MODEL
+            config.model, config.quantization, machine, full=not config.lora, task=TASK
         )
         start = model.generation_config.decoder_start_token_id
         if start is None and model.config.decoder_start_token_id is None:

@@ -43,7 +43,7 @@ class Tag:
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model whose head has an output for each tag."""
-        return load_head(config, machine, "AutoModelForTokenClassification", find_tags(prepared))
+        return load_head(config, machine, "TOKEN_CLS", find_tags(prepared))
 
     def trainer(self, given: TrainerInputs) -> "TagTrainer":
         """transformers' Trainer over tagged words."""

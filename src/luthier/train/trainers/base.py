@@ -13,7 +13,7 @@ from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import SampledRows, Sampler
 from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
-from luthier.model.device import random_state_kept
+from luthier.model.device import preserve_random_state
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
 from luthier.train.trainers.checkpoints import Checkpointed
 
@@ -179,7 +179,7 @@ class Exact(Checkpointed):
 
         So there is an `eval_loss` to choose a checkpoint by, however many sets there are.
         """
-        with random_state_kept():
+        with preserve_random_state():
             return self._evaluate_all(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _evaluate_all(
