@@ -59,19 +59,19 @@ def _args(method):
 def prepared(config):
     """The run's data."""
     words = tokenizer()
-    return prepare(config.dataset, methods.encoders(config, words), words, config.seed)
+    return prepare(config.dataset, methods.make_row_encoders(config, words), words, config.seed)
 
 
 def trainer(config, folder, net=None):
     """The run's trainer, with no bars and no words."""
     method, machine, data = (
-        methods.load(config.trainer.method),
+        methods.load_method(config.trainer.method),
         choose_machine(config.model),
         prepared(config),
     )
-    args = method.arguments(config, machine, folder, has_eval=bool(data.eval))
+    args = method.build_arguments(config, machine, folder, has_eval=bool(data.eval))
     net = net if net is not None else method.load_model(config, machine, data)
-    made = method.trainer(TrainerInputs(config, args, net, tokenizer(), data, []))
+    made = method.build_trainer(TrainerInputs(config, args, net, tokenizer(), data, []))
     made.remove_callback(PrinterCallback)
     made.remove_callback(ProgressCallback)
     return made

@@ -162,15 +162,17 @@ def config_of(method, folder, model, rows, held=None, **also):
 
 def built(config, tokenizer, adapt=None):
     """The trainer of a config and the prepared data, as a run builds them."""
-    method = methods.load(config.trainer.method)
-    prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
-    args = method.arguments(config, MACHINE, Path(config.output_dir), bool(prepared.eval))
+    method = methods.load_method(config.trainer.method)
+    prepared = prepare(
+        config.dataset, methods.make_row_encoders(config, tokenizer), tokenizer, config.seed
+    )
+    args = method.build_arguments(config, MACHINE, Path(config.output_dir), bool(prepared.eval))
     args.disable_tqdm = True
     torch.manual_seed(config.seed)
     model = method.load_model(config, MACHINE, prepared)
     if adapt:
         model = adapt(model)
-    trainer = method.trainer(TrainerInputs(config, args, model, tokenizer, prepared, []))
+    trainer = method.build_trainer(TrainerInputs(config, args, model, tokenizer, prepared, []))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer, prepared

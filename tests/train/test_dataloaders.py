@@ -137,7 +137,7 @@ def test_as_many_steps_run_as_were_foretold(tmp_path, plan, accumulation):
                    per_device_train_batch_size=2, learning_rate=0.01,
                    gradient_accumulation_steps=accumulation)  # fmt: skip
     batches = -(-len(made.get_train_dataloader().dataset) // 2)
-    assert made.planned_steps() == 2 * -(-batches // accumulation)
+    assert made.count_planned_steps() == 2 * -(-batches // accumulation)
     made.train()
     assert made.state.global_step == made.state.max_steps == 2 * -(-batches // accumulation)
     assert made.state.epoch == 2

@@ -33,11 +33,11 @@ def run(words: list[str]) -> int:
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train import console
-    from luthier.train.methods import encoders
+    from luthier.train.methods import make_row_encoders
 
     began = time.monotonic()
     tokenizer = load_tokenizer(config.model)
-    prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
+    prepared = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
     console.print_data(prepared)
     for key, part in prepared.sources.items():
         console.print_line(f"{key}: {part.stored.folder}")

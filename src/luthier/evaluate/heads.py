@@ -22,10 +22,14 @@ from luthier.infer.questions import Question
 from luthier.metrics import Measured, classification
 from luthier.metrics.classification import are_entity_tags
 from luthier.model.artifact import Artifact, build_chat_encoder
-from luthier.train.methods.classify import ClassLayout, class_losses, target
-from luthier.train.methods.heads import REGRESSION, Labels
-from luthier.train.methods.labelled import Losses, Numbered, columns_for
-from luthier.train.methods.tag import TagLayout, said_tags, tag_losses
+from luthier.train.methods.classify import (
+    ClassificationCollator,
+    classification_losses,
+    encode_label,
+)
+from luthier.train.methods.heads import REGRESSION, LabelSet
+from luthier.train.methods.labelled import NumberedRow, RowLosses, model_input_columns
+from luthier.train.methods.tag import TaggingCollator, predict_word_tags, tagging_losses
 
 Values = Mapping[str, Any]
 _SHOWN = 5
@@ -54,7 +58,7 @@ class Head(ABC):
         """The row as people read it."""
 
     @abstractmethod
-    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> RowLosses:
         """The loss of each row, summed over its answers, and what the model says of it."""
 
     def answers(self, row: Values) -> int:
@@ -75,7 +79,7 @@ class Classes(Head):
 
     kind = "classification"
 
-    def __init__(self, labels: Labels) -> None:
+    def __init__(self, labels: LabelSet) -> None:
         self.labels, self.names = labels, labels.names
 
     @property
@@ -108,18 +112,18 @@ class Classes(Head):
         expected = self._words(label if isinstance(label, list) else [label])
         return _question("\n".join(texts), expected)
 
-    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> RowLosses:
         """As in training."""
-        names = columns_for(model, rows[0])
-        layout = ClassLayout(pad_token_id=pad_token_id, names=names, labels=self.labels)
-        batch = _on(model, layout([Numbered(0, row) for row in rows]))
+        names = model_input_columns(model, rows[0])
+        layout = ClassificationCollator(pad_token_id=pad_token_id, names=names, labels=self.labels)
+        batch = _on(model, layout([NumberedRow(0, row) for row in rows]))
         logits = model(**{name: batch[name] for name in (*names, "attention_mask")}).logits
-        return class_losses(self.labels, logits, batch["labels"])
+        return classification_losses(self.labels, logits, batch["labels"])
 
     def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
         """Accuracy and F1, or errors."""
         labels = [json.loads(item.values["label"]) for item in items]
-        wanted = np.stack([target(self.labels, label) for label in labels])
+        wanted = np.stack([encode_label(self.labels, label) for label in labels])
         predicted = np.array(said)
         names = np.array(self.labels.names, object)
         if self.labels.problem == REGRESSION:
@@ -142,7 +146,7 @@ class Tags(Head):
 
     kind = "tagging"
 
-    def __init__(self, labels: Labels) -> None:
+    def __init__(self, labels: LabelSet) -> None:
         self.labels, self.names = labels, labels.names
         self._are_entities = are_entity_tags(labels.names)
 
@@ -160,17 +164,18 @@ class Tags(Head):
         """The words, and their tags."""
         return _question(" ".join(example["tokens"]), " ".join(example["tags"]))
 
-    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> RowLosses:
         """As in training."""
-        layout = TagLayout(pad_token_id=pad_token_id, labels=self.labels)
-        batch = _on(model, layout([Numbered(0, row) for row in rows]))
+        layout = TaggingCollator(pad_token_id=pad_token_id, labels=self.labels)
+        batch = _on(model, layout([NumberedRow(0, row) for row in rows]))
         logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
-        return tag_losses(logits, batch["labels"])
+        return tagging_losses(logits, batch["labels"])
 
     def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
         """Accuracy over words, and the scores of entities."""
         predicted = [
-            said_tags(self.labels, item.values, one) for item, one in zip(items, said, strict=True)
+            predict_word_tags(self.labels, item.values, one)
+            for item, one in zip(items, said, strict=True)
         ]
         wanted = [json.loads(item.values["tags"]) for item in items]
         return classification.tags(predicted, wanted, self._are_entities), [
@@ -197,7 +202,7 @@ class Rewards(Head):
         prompt = example.get("prompt") or [{"content": ""}]
         return _question(str(prompt[-1]["content"]), "chosen above rejected")
 
-    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> Losses:
+    def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> RowLosses:
         """As in training: the loss of Bradley and Terry, and both rewards."""
         import torch
         from torch.nn.functional import logsigmoid
@@ -209,7 +214,7 @@ class Rewards(Head):
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         rewards = model(**given, use_cache=False).logits.squeeze(-1).float()
         chosen, rejected = rewards.chunk(2)
-        return Losses(-logsigmoid(chosen - rejected), torch.stack([chosen, rejected], dim=1))
+        return RowLosses(-logsigmoid(chosen - rejected), torch.stack([chosen, rejected], dim=1))
 
     def length(self, row: Values) -> int:
         """Both conversations, as long as the longer one."""
@@ -222,7 +227,7 @@ class Rewards(Head):
         return classification.pairs(rewards[:, 0], rewards[:, 1]), texts
 
 
-def _named(labels: Labels, label: Any, where: str) -> str:
+def _named(labels: LabelSet, label: Any, where: str) -> str:
     """A class by its name; a whole number that is no name is the number of one."""
     if str(label) in labels.numbers:
         return str(label)
@@ -336,18 +341,18 @@ class Decider:
         return Outcome(losses, texts, scored, has_perplexity=False)
 
     def _head(self) -> "Head":
-        from luthier.train.methods.heads import labels_of
+        from luthier.train.methods.heads import labels_from_config
 
         if self.artifact.is_reward:
             return Rewards()
-        labels = labels_of(self.model.config)
+        labels = labels_from_config(self.model.config)
         return Classes(labels) if self.artifact.task == "SEQ_CLS" else Tags(labels)
 
     def _positions(self) -> int | None:
-        from luthier.train.methods.heads import positions
-        from luthier.train.methods.labelled import base_of
+        from luthier.train.methods.heads import max_positions
+        from luthier.train.methods.labelled import base_model
 
-        return positions(base_of(self.model))
+        return max_positions(base_model(self.model))
 
     def _release(self) -> None:
         from luthier.infer.generate import release

@@ -108,10 +108,10 @@ def of_dataset(config: DatasetConfig, maker: Maker, limit: int | None) -> Iterat
 
 def _drawn(config: RunConfig, maker: Maker, limit: int | None, tokenizer: Any) -> Items:
     """The rows that the run drew from its training rows to hold them out."""
-    from luthier.train.methods.encoders import encoders
+    from luthier.train.methods.encoders import make_row_encoders
 
     found = Items(MAIN)
-    prepared = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
+    prepared = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
     for opened, placed in prepared.heldout[""].by_source():
         left = None if limit is None else limit - len(found.rows)
         _add(maker, found, opened, placed[:left])

@@ -152,7 +152,9 @@ def _rows(artifact: Artifact) -> list[dict[str, list[int]]]:
 
     config = artifact.config
     tokenizer = load_tokenizer(artifact.base)
-    prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
+    prepared = prepare(
+        config.dataset, methods.make_row_encoders(config, tokenizer), tokenizer, config.seed
+    )
     if not isinstance(prepared.train, TokenRows):
         raise UserError(
             f"{artifact.name}: GPTQ and AWQ look at training rows, and this run streams them. Use "

@@ -34,8 +34,8 @@ from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
 from luthier.train.evaluation import ReplyGenerator
 from luthier.train.launch_request import launched_by
 from luthier.train.loop import fit
-from luthier.train.methods import Method, TrainerInputs
-from luthier.train.methods.encoders import make_encoder, make_sources
+from luthier.train.methods import TrainerInputs, TrainingMethod
+from luthier.train.methods.encoders import make_chat_encoder, make_seq2seq_prompts
 from luthier.train.session import AfterSave, TrainingSession
 from luthier.train.signals import StoppedBySignal
 
@@ -94,11 +94,13 @@ def build_session(
     config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any
 ) -> TrainingSession:
     """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
-    method, facts = methods.load(config.trainer.method), METHODS[config.trainer.method]
+    method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
     quantized.check_quantized_model(config, machine)
     tokenizer = load_tokenizer(config.model)
-    encoder = make_encoder(config, tokenizer) if facts.chats else None
-    prepared = prepare(config.dataset, methods.encoders(config, tokenizer), tokenizer, config.seed)
+    encoder = make_chat_encoder(config, tokenizer) if facts.chats else None
+    prepared = prepare(
+        config.dataset, methods.make_row_encoders(config, tokenizer), tokenizer, config.seed
+    )
     made = resume.hash_run_inputs(config, tokenizer, encoder, prepared) if main else {}
     if main and not config.dry_run:
         resume.refuse_changed_inputs(record, made)
@@ -113,7 +115,7 @@ def build_session(
                 folder / "data.png",
             )
     config = activation_checkpointing.resolve_auto_checkpointing(config)
-    args = method.arguments(config, machine, folder, has_eval=bool(prepared.eval))
+    args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
     launch_checks.check_devices(args.distributed_state)
     # What was drawn so far depends on what was found in caches.
@@ -133,7 +135,7 @@ def build_session(
         resume.refuse_other_launch(record, dict(launched))
         launch_facts = {**launched, "launcher": launched_by()}
         record.update(**made | {"data": data_facts(prepared)}, launch=launch_facts, chat=chat)
-    prompts = make_sources(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
+    prompts = make_seq2seq_prompts(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
     asked = evaluation.select_eval_prompts(config.trainer.evaluation, rows, launched["sharding"])
@@ -153,11 +155,11 @@ def data_facts(prepared: PreparedData) -> dict[str, Any]:
     }
 
 
-def build_trainer(method: Method, given: TrainerInputs) -> Any:
+def build_trainer(method: TrainingMethod, given: TrainerInputs) -> Any:
     """The method's trainer, with luthier's own progress and metrics."""
-    trainer = method.trainer(given)
+    trainer = method.build_trainer(given)
     if not given.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressLineCallback)
-    trainer.places = given.prepared.locate_rows
+    trainer.locate_rows = given.prepared.locate_rows
     return trainer

@@ -32,14 +32,14 @@ class StopCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What comes next is again as the settings say."""
-        self._trainer.planned = True
+        self._trainer.is_scheduled_save = True
 
     def _stop_if_wanted(self, control: Any) -> None:
-        if self._trainer.stopped:
+        if self._trainer.stop_signal:
             return
-        self._trainer.stopped = agree_on_signal(self._trainer.accelerator)
-        if self._trainer.stopped:
-            self._trainer.planned = control.should_save
+        self._trainer.stop_signal = agree_on_signal(self._trainer.accelerator)
+        if self._trainer.stop_signal:
+            self._trainer.is_scheduled_save = control.should_save
             control.should_save = control.should_training_stop = True
 
 
@@ -56,11 +56,11 @@ class TruncateLogsCallback(TrainerCallback):
         """Cut the files, and count on from the checkpoint."""
         if state.is_world_process_zero:
             lines = self._lines()
-            for path in self._trainer.journals:
+            for path in self._trainer.log_files:
                 checkpoints.truncate_step_log(
                     path, None if lines is None else lines.get(path.name, 0)
                 )
-        self._trainer.resume_counting()
+        self._trainer.restore_counters()
 
     def _lines(self) -> dict[str, int] | None:
         if self._resumed is None:

@@ -154,8 +154,8 @@ def _eval_prefix(name: str) -> str:
 def _held_out_results(session: TrainingSession, evaluated: dict[str, float]) -> dict[str, float]:
     """What the trainer measures of each evaluation set, by name."""
     trainer = session.trainer
-    measures = [("held_out_loss", "loss")] if trainer.loss_shown else []
-    measures += [(name, name) for name in trainer.shown]
+    measures = [("held_out_loss", "loss")] if trainer.reports_eval_loss else []
+    measures += [(name, name) for name in trainer.result_metrics]
     sets = _eval_set_names(trainer) if evaluated else []
     return {
         f"{name}/{ours}" if name else ours: float(evaluated[f"{_eval_prefix(name)}_{theirs}"])
@@ -258,7 +258,7 @@ def fit(session: TrainingSession) -> int:
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         seconds = time.monotonic() - began
-        stopped = trainer.stopped or _finish(session, before, seconds)
+        stopped = trainer.stop_signal or _finish(session, before, seconds)
         if stopped:
             _report_stop(session, stopped)
     # The process group must be gone before the process is, or gloo may abort at exit.
@@ -291,7 +291,7 @@ def _save_last_checkpoint(trainer: Any) -> None:
     """
     last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if not trainer.args.load_best_model_at_end and not last.is_dir():
-        trainer.planned = False
+        trainer.is_scheduled_save = False
         trainer._save_checkpoint(trainer.model, None)
 
 
@@ -318,21 +318,21 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
 def _refuse_fewer_steps(trainer: Any, resume: Path | None) -> None:
     """Stop where the run has taken more steps already than it is to have now."""
     step = 0 if resume is None else checkpoints.checkpoint_step(resume)
-    if step and step > trainer.planned_steps():
+    if step and step > trainer.count_planned_steps():
         raise UserError(
-            f"trainer.args: the run is at step {step} already ({resume}), "
-            f"and {trainer.planned_steps()} steps are asked for.\nAsk for at least as many, choose "
-            "another output_dir=..., or overwrite=true to begin anew."
+            f"trainer.args: the run is at step {step} already ({resume}), and "
+            f"{trainer.count_planned_steps()} steps are asked for.\nAsk for at least as many, "
+            "choose another output_dir=..., or overwrite=true to begin anew."
         )
 
 
 def _prepare_trainer(session: TrainingSession, resume: Path | None) -> None:
     """Give the trainer what it needs to stop and to go on; from here signals are only noted."""
     trainer, config = session.trainer, session.config
-    trainer.bounds = CheckpointLimits(
+    trainer.checkpoint_limits = CheckpointLimits(
         trainer.args.save_total_limit, config.trainer.checkpoints.bytes
     )
-    trainer.journals = tuple(session.folder / name for name in checkpoints.STEP_LOGS)
+    trainer.log_files = tuple(session.folder / name for name in checkpoints.STEP_LOGS)
     trainer.add_callback(TruncateLogsCallback(trainer, resume))
     trainer.add_callback(StopCallback(trainer))
     if session.main:

@@ -191,7 +191,7 @@ def test_numbers_are_predicted(tmp_path, model):
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(float(((said - wanted) ** 2).mean()), rel=1e-5)
     assert found["eval_mae"] == pytest.approx(float((said - wanted).abs().mean()), rel=1e-5)
-    assert trainer.shown == ("mae", "rmse", "pearson")
+    assert trainer.result_metrics == ("mae", "rmse", "pearson")
 
 
 def test_whole_numbers_are_predicted_where_the_user_says_so(tmp_path, model):

@@ -8,7 +8,7 @@ import torch
 from helpers.online_trainer import ROWS, prepared, run_config, trainer
 from helpers.preference_trainer import model, say, tokenizer
 from luthier.errors import UserError
-from luthier.train.methods.encoders import make_encoder
+from luthier.train.methods.encoders import make_chat_encoder
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_the_step_is_the_reverse_divergence_from_the_teacher(tmp_path, teacher):
 def test_prompts_and_stop_tokens_are_those_of_the_chat_encoder(tmp_path, teacher):
     made = student(tmp_path, teacher, per_device_train_batch_size=4)
     config = run_config(tmp_path, method="distill", rewards=(), teacher=teacher)
-    encoder = make_encoder(config, tokenizer())
+    encoder = make_chat_encoder(config, tokenizer())
     assert made.generation_config.eos_token_id == encoder.stop_token_ids
     seen = made._generate_and_score_completions([made.train_dataset[n] for n in (1, 3)])
     pairs = zip(seen["prompt_ids"], seen["prompt_mask"], strict=True)

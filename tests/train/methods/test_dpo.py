@@ -24,7 +24,13 @@ from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.encoders.preference import PreferenceEncoder
 from luthier.errors import UserError
-from luthier.train.methods.dpo import AVERAGED, DPO, LOSSES, PairTrainer, Strengths
+from luthier.train.methods.dpo import (
+    PAIR_LOSSES,
+    SFT_LOSS,
+    DPOMethod,
+    LuthierDPOTrainer,
+    PairLossSettings,
+)
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 BETA = 0.3
@@ -32,7 +38,9 @@ BETA = 0.3
 
 def build(folder, net=None, **args):
     given = {"per_device_train_batch_size": 7, "beta": BETA, **args}
-    return trainer(PairTrainer, net or lora(model()), arguments(DPOConfig, folder, **given), ROWS)
+    return trainer(
+        LuthierDPOTrainer, net or lora(model()), arguments(DPOConfig, folder, **given), ROWS
+    )
 
 
 def batch_of(made):
@@ -67,8 +75,8 @@ def test_the_loss_of_pairs_by_hand(tmp_path):
 @pytest.mark.parametrize(
     "args",
     [
-        *({"loss_type": name} for name in LOSSES),
-        {"loss_type": AVERAGED},
+        *({"loss_type": name} for name in PAIR_LOSSES),
+        {"loss_type": SFT_LOSS},
         {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
         {"loss_type": "sigmoid", "ld_alpha": 0.3},
         {"loss_type": "ipo", "ld_alpha": 0.0},
@@ -93,7 +101,7 @@ def test_losses_gradients_and_metrics_are_those_of_trl(tmp_path, args):
     for a, b in zip(own, gradients(made), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     logs = {}
-    made.add_means(logs)
+    made.add_log_means(logs)
     expected = {name: values[-1] for name, values in made._metrics["train"].items()}
     expected["num_tokens"] = logs["num_tokens"]
     assert logs == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -101,14 +109,14 @@ def test_losses_gradients_and_metrics_are_those_of_trl(tmp_path, args):
 
 def test_all_losses_of_trl_are_there():
     known = METHODS["dpo"].choices["loss_type"]
-    assert set(known) == {*LOSSES, AVERAGED}
+    assert set(known) == {*PAIR_LOSSES, SFT_LOSS}
     for name in known:
         assert f"`'{name}'`" in DPOConfig.__doc__.replace("\n", "")
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "js_divergence", "alpha_divergence"])
 def test_a_divergence_of_equal_likelihoods_scores_nothing(kind):
-    strengths = Strengths(BETA, 0.0, 0.05, kind, 0.5)
+    strengths = PairLossSettings(BETA, 0.0, 0.05, kind, 0.5)
     assert float(strengths.score(torch.zeros(1))) == pytest.approx(0, abs=1e-6)
 
 
@@ -143,7 +151,7 @@ def test_an_adapter_that_starts_as_a_part_of_the_base_keeps_a_copy(tmp_path):
 def test_full_fine_tuning_has_a_reference_of_its_own(tmp_path):
     net, reference = model(), model()
     args = arguments(DPOConfig, tmp_path, per_device_train_batch_size=7, beta=BETA)
-    made = trainer(PairTrainer, net, args, ROWS, ref_model=reference)
+    made = trainer(LuthierDPOTrainer, net, args, ROWS, ref_model=reference)
     assert made.evaluate()["eval_rewards/margins"] == 0
     kept = copy.deepcopy(reference.state_dict())
     made.train()
@@ -157,8 +165,10 @@ def test_a_reference_that_was_asked_once_says_the_same(tmp_path, full):
     nets = [model() if full else lora(model()) for _ in range(2)]
     given = {"ref_model": model()} if full else {}
     asked = arguments(DPOConfig, tmp_path, **args, precompute_ref_log_probs=True)
-    once = trainer(PairTrainer, nets[0], asked, ROWS)
-    each = trainer(PairTrainer, nets[1], arguments(DPOConfig, tmp_path, **args), ROWS, **given)
+    once = trainer(LuthierDPOTrainer, nets[0], asked, ROWS)
+    each = trainer(
+        LuthierDPOTrainer, nets[1], arguments(DPOConfig, tmp_path, **args), ROWS, **given
+    )
     assert once.ref_model is None
     assert "ref_chosen_logps" in batch_of(once)
     for made in (once, each):
@@ -207,7 +217,7 @@ MACHINE = SimpleNamespace(dtype="float32", kind="cpu")
 )
 def test_what_does_not_go_together_is_said(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
-        DPO().arguments(config(**settings), MACHINE, tmp_path, has_eval=True)
+        DPOMethod().build_arguments(config(**settings), MACHINE, tmp_path, has_eval=True)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +250,8 @@ def test_other_adapters_have_a_reference_too(tmp_path, method):
 
 
 def test_the_arguments_leave_the_rows_alone(tmp_path):
-    args = DPO().arguments(config(args={"beta": 0.5}), MACHINE, tmp_path, has_eval=False)
+    args = DPOMethod().build_arguments(
+        config(args={"beta": 0.5}), MACHINE, tmp_path, has_eval=False
+    )
     assert (args.beta, args.max_length, args.loss_type) == (0.5, None, ["sigmoid"])
     assert args.remove_unused_columns is False

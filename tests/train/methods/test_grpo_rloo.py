@@ -10,8 +10,8 @@ from helpers.chatml import CHATML
 from helpers.online_trainer import ROWS, prepared, run_config, trainer
 from helpers.preference_trainer import model, say, tokenizer
 from luthier.errors import UserError
-from luthier.train.methods.encoders import make_encoder
-from luthier.train.methods.online import prompt_rows
+from luthier.train.methods.encoders import make_chat_encoder
+from luthier.train.methods.online import make_prompt_datasets
 
 CONTEXTS = [
     ROWS[0]["messages"][:1],
@@ -23,8 +23,8 @@ CONTEXTS = [
 
 def test_prompts_are_those_of_the_chat_encoder(tmp_path):
     config = run_config(tmp_path)
-    rows, sets = prompt_rows(prepared(config))
-    encoder = make_encoder(config, tokenizer())
+    rows, sets = make_prompt_datasets(prepared(config))
+    encoder = make_chat_encoder(config, tokenizer())
     assert [row["prompt"] for row in rows] == CONTEXTS
     assert [row["prompt_ids"] for row in rows] == [encoder.prompt(one) for one in CONTEXTS]
     assert sets == {}
@@ -33,7 +33,7 @@ def test_prompts_are_those_of_the_chat_encoder(tmp_path):
 
 
 def test_columns_of_the_rows_and_the_reference_beside_them(tmp_path):
-    rows, _ = prompt_rows(prepared(run_config(tmp_path)))
+    rows, _ = make_prompt_datasets(prepared(run_config(tmp_path)))
     columns = rows.columns()
     assert columns["reference"] == ["two", "red", None, "own"]
     assert columns["level"] == [1, None, 3, None]
@@ -43,7 +43,7 @@ def test_columns_of_the_rows_and_the_reference_beside_them(tmp_path):
 
 def test_an_evaluation_set_has_its_own_rows(tmp_path):
     config = run_config(tmp_path, dataset={"eval": {"count": 1}})
-    train, sets = prompt_rows(prepared(config))
+    train, sets = make_prompt_datasets(prepared(config))
     assert (len(train), len(sets[""])) == (3, 1)
     seen = [row["prompt"] for row in (*train, *sets[""])]
     assert all(one in seen for one in CONTEXTS)
@@ -64,8 +64,8 @@ LONG = [say("user", "x" * 40), say("assistant", "y"), say("user", "z")]
 def test_a_prompt_leaves_room_for_its_completion(tmp_path, chat, prompts):
     rows = [{"messages": [say("user", "short")]}, {"messages": LONG}]
     config = run_config(tmp_path, rows, chat=chat)
-    train, _ = prompt_rows(prepared(config))
-    encoder = make_encoder(config, tokenizer())
+    train, _ = make_prompt_datasets(prepared(config))
+    encoder = make_chat_encoder(config, tokenizer())
     expected = [encoder.prompt(rows[0]["messages"]), *map(encoder.prompt, prompts)]
     assert [row["prompt_ids"] for row in train] == expected
 
@@ -179,7 +179,7 @@ def test_a_step_is_the_same_for_any_split_of_its_completions(tmp_path, method):
 def test_generation_starts_from_the_prompt_and_ends_at_the_stop_tokens(tmp_path, method):
     config = run_config(tmp_path, method=method, beta=0.0)
     made = trainer(config, tmp_path)
-    encoder = make_encoder(config, tokenizer())
+    encoder = make_chat_encoder(config, tokenizer())
     assert made.generation_config.eos_token_id == encoder.stop_token_ids == [258]
     assert made.generation_config.use_cache
     rows = [made.train_dataset[n] for n in (1, 1, 1, 1, 3, 3, 3, 3)]

@@ -25,8 +25,8 @@ from luthier.data.batching.rows import TokenRows
 from luthier.data.encoders.preference import PairSplittingEncoder, UnpairedEncoder
 from luthier.errors import UserError
 from luthier.train.methods import kto
-from luthier.train.methods.encoders import verdicts
-from luthier.train.methods.kto import KTO, UnpairedTrainer
+from luthier.train.methods.encoders import make_kto_encoder
+from luthier.train.methods.kto import KTOMethod, LuthierKTOTrainer
 
 EXAMPLES = unpaired()
 ROWS = listed(UnpairedEncoder(tokenizer(), CHAT).encode(EXAMPLES))
@@ -36,7 +36,7 @@ BETA = 0.3
 def build(folder, net=None, rows=ROWS, **args):
     given = {"per_device_train_batch_size": 13, "beta": BETA, **args}
     settings = arguments(KTOConfig, folder, **given)
-    return trainer(UnpairedTrainer, net or lora(model()), settings, rows)
+    return trainer(LuthierKTOTrainer, net or lora(model()), settings, rows)
 
 
 def sigmoid(value):
@@ -86,7 +86,7 @@ def test_a_divergence_is_never_negative(tmp_path):
         "label": torch.tensor([True, False]), "real": torch.tensor([True, True]),
     }  # fmt: skip
     assert float(made.distance(scores)) == 0
-    assert made.terms(scores).rows.tolist() == [0.5, 0.5]
+    assert made.loss_terms(scores).rows.tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
@@ -110,7 +110,7 @@ def test_losses_gradients_and_metrics_are_those_of_trl(tmp_path, loss):
     for a, b in zip(own, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     logs = {}
-    made.add_means(logs)
+    made.add_log_means(logs)
     expected = {name: values[-1] for name, values in made._metrics["train"].items()}
     if loss != "kto":
         del expected["kl"]
@@ -132,7 +132,7 @@ def test_a_reference_that_was_asked_once_says_the_same(tmp_path, full):
     nets = [model() if full else lora(model()) for _ in range(2)]
     once = build(tmp_path, nets[0], precompute_ref_log_probs=True, **args)
     each = trainer(
-        UnpairedTrainer, nets[1], arguments(KTOConfig, tmp_path, beta=BETA, **args), ROWS,
+        LuthierKTOTrainer, nets[1], arguments(KTOConfig, tmp_path, beta=BETA, **args), ROWS,
         **({"ref_model": model()} if full else {}),
     )  # fmt: skip
     for made in (once, each):
@@ -165,15 +165,17 @@ MACHINE = SimpleNamespace(dtype="float32", kind="cpu")
 def test_a_step_of_one_row_has_nothing_to_estimate_from(tmp_path):
     alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     with pytest.raises(UserError, match="leaves nothing to estimate the KL term from"):
-        KTO().arguments(config(**alone), MACHINE, tmp_path, has_eval=False)
-    KTO().arguments(config(**alone, loss_type=kto.WITHOUT_KL), MACHINE, tmp_path, has_eval=False)
+        KTOMethod().build_arguments(config(**alone), MACHINE, tmp_path, has_eval=False)
+    KTOMethod().build_arguments(
+        config(**alone, loss_type=kto.LOSS_WITHOUT_KL), MACHINE, tmp_path, has_eval=False
+    )
     several = alone | {"gradient_accumulation_steps": 2}
-    KTO().arguments(config(**several), MACHINE, tmp_path, has_eval=False)
+    KTOMethod().build_arguments(config(**several), MACHINE, tmp_path, has_eval=False)
 
 
 def test_pairs_are_taken_apart():
     kinds = {
-        kind: verdicts(config(), tokenizer(), kind, SourceConfig(path="y"))
+        kind: make_kto_encoder(config(), tokenizer(), kind, SourceConfig(path="y"))
         for kind in ("unpaired", "preference")
     }
     assert type(kinds["preference"]) is PairSplittingEncoder

@@ -18,13 +18,18 @@ from helpers.preference_trainer import (
     trainer,
 )
 from luthier.data.encoders.preference import PreferenceEncoder
-from luthier.train.methods.orpo_cpo import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
+from luthier.train.methods.orpo_cpo import (
+    CPOConfig,
+    LuthierCPOTrainer,
+    LuthierORPOTrainer,
+    ORPOConfig,
+)
 
 ROWS = listed(PreferenceEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 
 
 def build(kind, folder, **args):
-    make = ORPOConfig if kind is OddsTrainer else CPOConfig
+    make = ORPOConfig if kind is LuthierORPOTrainer else CPOConfig
     given = {"per_device_train_batch_size": 7, "max_length": 99, **args}
     return trainer(kind, lora(model()), arguments(make, folder, **given), ROWS)
 
@@ -53,7 +58,7 @@ def log_sigmoid(value):
 
 
 def test_orpo_by_hand(tmp_path):
-    made = build(OddsTrainer, tmp_path, beta=0.4)
+    made = build(LuthierORPOTrainer, tmp_path, beta=0.4)
     moved(made.model)
     found = said(made.model)
     ratios = []
@@ -71,7 +76,7 @@ def test_orpo_by_hand(tmp_path):
 
 
 def test_simpo_by_hand(tmp_path):
-    made = build(ContrastTrainer, tmp_path, loss_type="simpo", beta=2.0, simpo_gamma=1.0,
+    made = build(LuthierCPOTrainer, tmp_path, loss_type="simpo", beta=2.0, simpo_gamma=1.0,
                  cpo_alpha=0.0)  # fmt: skip
     moved(made.model)
     found = said(made.model)
@@ -81,7 +86,7 @@ def test_simpo_by_hand(tmp_path):
 
 
 def test_cpo_by_hand(tmp_path):
-    made = build(ContrastTrainer, tmp_path, loss_type="sigmoid", beta=0.3, cpo_alpha=0.7)
+    made = build(LuthierCPOTrainer, tmp_path, loss_type="sigmoid", beta=0.3, cpo_alpha=0.7)
     moved(made.model)
     found = said(made.model)
     apart = [0.3 * (a - b) for (a, _), (b, _) in found]
@@ -114,7 +119,7 @@ def as_trl_has_it(batch):
     ids=lambda args: args["loss_type"],
 )
 def test_contrasts_gradients_and_metrics_are_those_of_trl(tmp_path, args):
-    made = build(ContrastTrainer, tmp_path, **args)
+    made = build(LuthierCPOTrainer, tmp_path, **args)
     moved(made.model, by=0.1)
     made.model.train()
     batch = next(iter(made.get_train_dataloader()))
@@ -129,7 +134,7 @@ def test_contrasts_gradients_and_metrics_are_those_of_trl(tmp_path, args):
     for a, b in zip(own, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     logs = {}
-    made.add_means(logs)
+    made.add_log_means(logs)
     # TRL takes the mean over all positions here, prompts and padding among them.
     same = [key for key in metrics if not key.startswith("logits/")]
     if not made.cpo_alpha:
@@ -139,13 +144,13 @@ def test_contrasts_gradients_and_metrics_are_those_of_trl(tmp_path, args):
 
 
 def test_trl_computes_the_odds_of_orpo(tmp_path):
-    made = build(OddsTrainer, tmp_path, beta=0.4)
+    made = build(LuthierORPOTrainer, tmp_path, beta=0.4)
     moved(made.model)
     made.model.train()
     batch = next(iter(made.get_train_dataloader()))
     made.compute_loss(made.model, batch)
     logs = {}
-    made.add_means(logs)
+    made.add_log_means(logs)
     _, metrics = made.get_batch_loss_metrics(made.model, as_trl_has_it(batch))
     # Its `nll_loss` is of the prompts, too, and they do not train here.
     same = [key for key in metrics if not key.startswith("logits/") and key != "nll_loss"]
@@ -155,7 +160,8 @@ def test_trl_computes_the_odds_of_orpo(tmp_path):
 
 @pytest.mark.train
 @pytest.mark.parametrize(
-    ("kind", "args"), [(OddsTrainer, {}), (ContrastTrainer, {"loss_type": "simpo", "beta": 2.0})]
+    ("kind", "args"),
+    [(LuthierORPOTrainer, {}), (LuthierCPOTrainer, {"loss_type": "simpo", "beta": 2.0})],
 )
 def test_training_tells_the_replies_apart(tmp_path, kind, args):
     made = build(kind, tmp_path, num_train_epochs=12, per_device_train_batch_size=4,

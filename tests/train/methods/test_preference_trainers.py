@@ -29,10 +29,15 @@ from luthier.data.batching.preference_collators import Partners, fixed_partners,
 from luthier.data.batching.samplers import ShuffledSampler
 from luthier.data.batching.settings import Batching
 from luthier.data.encoders.preference import PreferenceEncoder, RewardEncoder, UnpairedEncoder
-from luthier.train.methods.dpo import PairTrainer
-from luthier.train.methods.kto import UnpairedTrainer
-from luthier.train.methods.orpo_cpo import ContrastTrainer, CPOConfig, OddsTrainer, ORPOConfig
-from luthier.train.methods.reward import ScoreTrainer
+from luthier.train.methods.dpo import LuthierDPOTrainer
+from luthier.train.methods.kto import LuthierKTOTrainer
+from luthier.train.methods.orpo_cpo import (
+    CPOConfig,
+    LuthierCPOTrainer,
+    LuthierORPOTrainer,
+    ORPOConfig,
+)
+from luthier.train.methods.reward import LuthierRewardTrainer
 
 TOKENIZER = tokenizer()
 ROWS = {
@@ -46,11 +51,11 @@ ROWS = {
 PAIRS, VERDICTS, WHOLE = ROWS.values()
 SIMPO = {"loss_type": "simpo", "beta": 2.0, "cpo_alpha": 0.5, "max_length": 99}
 KINDS = {
-    "dpo": (PairTrainer, DPOConfig, PAIRS, {"loss_type": ["sigmoid", "sft"], "beta": 0.3}),
-    "kto": (UnpairedTrainer, KTOConfig, VERDICTS, {"beta": 0.3, "desirable_weight": 1.3}),
-    "orpo": (OddsTrainer, ORPOConfig, PAIRS, {"beta": 0.3, "max_length": 99}),
-    "simpo": (ContrastTrainer, CPOConfig, PAIRS, SIMPO),
-    "reward": (ScoreTrainer, RewardConfig, WHOLE, {"center_rewards_coefficient": 0.01}),
+    "dpo": (LuthierDPOTrainer, DPOConfig, PAIRS, {"loss_type": ["sigmoid", "sft"], "beta": 0.3}),
+    "kto": (LuthierKTOTrainer, KTOConfig, VERDICTS, {"beta": 0.3, "desirable_weight": 1.3}),
+    "orpo": (LuthierORPOTrainer, ORPOConfig, PAIRS, {"beta": 0.3, "max_length": 99}),
+    "simpo": (LuthierCPOTrainer, CPOConfig, PAIRS, SIMPO),
+    "reward": (LuthierRewardTrainer, RewardConfig, WHOLE, {"center_rewards_coefficient": 0.01}),
 }
 
 
@@ -112,7 +117,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(tmp_path, name):
         found.append({k: v for k, v in measured.items() if "second" not in k and "time" not in k})
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
-    assert all(f"eval_{shown}" in found[0] for shown in made.shown)
+    assert all(f"eval_{name}" in found[0] for name in made.result_metrics)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -126,7 +131,7 @@ def test_an_evaluation_measures_what_a_step_over_all_rows_measures(tmp_path, nam
     loss = made.compute_loss(made.model, batches[0], num_items_in_batch=counts)
     assert measured["eval_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     logs = {}
-    made.add_means(logs)
+    made.add_log_means(logs)
     assert logs.pop("num_tokens") == int(batches[0]["attention_mask"].sum())
     assert {f"eval_{key}": value for key, value in logs.items()} == pytest.approx(
         {key: measured[key] for key in (f"eval_{name}" for name in logs)}, rel=1e-4, abs=1e-5

@@ -25,7 +25,7 @@ from luthier.data.batching.rows import TokenRows
 from luthier.data.encoders.preference import RewardEncoder
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.train.methods.reward import Reward, ScoreTrainer, padding
+from luthier.train.methods.reward import LuthierRewardTrainer, RewardMethod, choose_padding_token
 
 ROWS = listed(RewardEncoder(tokenizer(), CHAT).encode(PREFERENCES))
 # A template that ends with the stop token, and nothing behind it.
@@ -40,7 +40,10 @@ def scorer(**more):
 def build(folder, **args):
     given = {"per_device_train_batch_size": 7, **args}
     return trainer(
-        ScoreTrainer, lora(scorer(), "SEQ_CLS"), arguments(RewardConfig, folder, **given), ROWS
+        LuthierRewardTrainer,
+        lora(scorer(), "SEQ_CLS"),
+        arguments(RewardConfig, folder, **given),
+        ROWS,
     )
 
 
@@ -107,7 +110,7 @@ def prepared(rows):
 def test_no_conversation_ends_with_the_padding_token(template, pad, expected):
     tok = tokenizer(template, pad)
     rows = listed(RewardEncoder(tok, CHAT).encode(PREFERENCES))
-    assert padding(tok, prepared(rows)) == expected
+    assert choose_padding_token(tok, prepared(rows)) == expected
 
 
 def test_a_row_that_ends_with_the_padding_token_is_not_scored_at_another():
@@ -130,7 +133,7 @@ def test_a_tokenizer_without_a_token_to_pad_with_is_refused():
         lengths=np.array([2, 2]),
     )
     with pytest.raises(UserError, match="Every token that could stand for padding"):
-        padding(tokenizer(), prepared(TokenRows(table)))
+        choose_padding_token(tokenizer(), prepared(TokenRows(table)))
 
 
 @pytest.mark.train
@@ -141,7 +144,7 @@ def test_the_same_seed_makes_the_same_head(tmp_path):
     for seed in (1, 1, 2):
         config = RunConfig(**run, trainer={"method": "reward"}, lora={"r": 4}, seed=seed)
         torch.rand(seed)
-        net = Reward().load_model(config, Machine("cpu", "float32", "sdpa"), prepared(ROWS))
+        net = RewardMethod().load_model(config, Machine("cpu", "float32", "sdpa"), prepared(ROWS))
         assert net.config.num_labels == 1
         heads.append(net.score.weight)
     assert torch.equal(heads[0], heads[1])

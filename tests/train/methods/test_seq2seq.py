@@ -23,7 +23,7 @@ from luthier.config.passthrough import check as check_passthrough
 from luthier.errors import UserError
 from luthier.infer.generate import generate
 from luthier.model.adapters import add_adapter
-from luthier.train.methods.encoders import make_sources
+from luthier.train.methods.encoders import make_seq2seq_prompts
 
 ROWS = [
     {"source": "where is my card", "target": "in Paris"},
@@ -108,7 +108,7 @@ def test_replies_are_the_same_alone_and_side_by_side(tmp_path, model):
     trainer, _ = made(tmp_path, model, args={"max_steps": 30, "learning_rate": 1e-2})
     trainer.train()
     config = config_of("seq2seq", tmp_path, model, ROWS, chat={"max_length": 9})
-    sources = make_sources(config, unigram())
+    sources = make_seq2seq_prompts(config, unigram())
     prompts = [sources.prompt([{"role": "user", "content": row["source"]}]) for row in ROWS]
     assert max(map(len, prompts)) == 9
     assert all(prompt[-1] == END for prompt in prompts)

@@ -82,7 +82,7 @@ def test_only_first_tokens_have_a_label(tmp_path, model):
     assert len(labels) == tokens > 4
     assert [label for label in labels if label != -100] == [0, 1]
     assert batch["items"].tolist() == [2]
-    assert trainer.shown == ("accuracy",)
+    assert trainer.result_metrics == ("accuracy",)
 
 
 @pytest.mark.parametrize(("size", "accumulate"), [(3, 1), (2, 2), (1, 3)])
@@ -121,7 +121,7 @@ def test_tags_by_number_have_no_entities(tmp_path, model):
     rows = [row | {"tags": [len(word) for word in row["tokens"]]} for row in ROWS]
     trainer, _ = made(tmp_path, model, rows)
     assert list(trainer.model.config.id2label.values()) == ["1", "2", "4", "5", "7"]
-    assert trainer.shown == ("accuracy",)
+    assert trainer.result_metrics == ("accuracy",)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The training methods: each in a module of its own, behind one protocol."""
 
-from luthier.train.methods.base import Method, TrainerInputs, load
-from luthier.train.methods.encoders import encoders
+from luthier.train.methods.encoders import make_row_encoders
+from luthier.train.methods.method import TrainerInputs, TrainingMethod, load_method
 
-__all__ = ["Method", "TrainerInputs", "encoders", "load"]
+__all__ = ["TrainerInputs", "TrainingMethod", "load_method", "make_row_encoders"]

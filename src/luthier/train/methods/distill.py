@@ -15,18 +15,20 @@ from luthier.model.device import Machine, choose_machine
 from luthier.model.load import load_model
 from luthier.model.tokenizer import load_tokenizer
 from luthier.train.arguments import build_trainer_arguments
-from luthier.train.methods.base import TrainerInputs
-from luthier.train.methods.online import Prompted, prompt_rows, stop_ids
+from luthier.train.methods.method import TrainerInputs
+from luthier.train.methods.online import OnlineTrainerMixin, make_prompt_datasets, stop_token_ids
 
 
-class StudentTrainer(Prompted, DistillationTrainer):
+class LuthierDistillationTrainer(OnlineTrainerMixin, DistillationTrainer):
     """TRL's DistillationTrainer over prompts of luthier's own."""
 
 
-class Distill:
+class DistillMethod:
     """Trains on the difference between the model's and a teacher's next tokens."""
 
-    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
         """The `trl.DistillationConfig`."""
         # Without dropout the completions come from the very model that is trained.
         own = {"disable_dropout": config.trainer.args.get("disable_dropout", True)}
@@ -37,17 +39,17 @@ class Distill:
         """A causal language model: the student."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
-    def trainer(self, given: TrainerInputs) -> StudentTrainer:
+    def build_trainer(self, given: TrainerInputs) -> LuthierDistillationTrainer:
         """TRL's trainer, with the teacher; UserError for one of another vocabulary."""
         config = given.config
-        train, sets = prompt_rows(given.prepared)
-        teacher = teacher_of(config)
+        train, sets = make_prompt_datasets(given.prepared)
+        teacher = teacher_config(config)
         _check_vocabulary(given.tokenizer, teacher)
         try:
-            return StudentTrainer(
+            return LuthierDistillationTrainer(
                 model=given.model,
                 teacher_model=load_model(teacher, {}, choose_machine(config.model)),
-                stop_ids=stop_ids(config, given.tokenizer),
+                stop_ids=stop_token_ids(config, given.tokenizer),
                 train_rows=train,
                 eval_rows=sets,
                 args=given.args,
@@ -58,7 +60,7 @@ class Distill:
             raise UserError(f"trainer.teacher={teacher.path}: {error}") from error
 
 
-def teacher_of(config: RunConfig) -> ModelConfig:
+def teacher_config(config: RunConfig) -> ModelConfig:
     """Where the teacher is; it is put on this machine as the model is."""
     assert config.trainer.teacher is not None
     revision = config.trainer.args.get("teacher_model_revision")

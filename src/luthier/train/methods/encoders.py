@@ -28,17 +28,17 @@ from luthier.model.tokenizer import end_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Make = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]
+EncoderConstructor = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]
 """From a config, its tokenizer, and the kind of a source's rows, which is one of the method's."""
 
 
-def encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
+def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
     """The encoder for each source of a run; UserError for rows that its method does not take."""
     name = config.trainer.method
 
     def encoder(kind: str, source: SourceConfig, key: str) -> RowEncoder:
         check_rows(name, kind, key, format_key(key))
-        made = ENCODERS[name](config, tokenizer, kind, source)
+        made = ENCODER_FACTORIES[name](config, tokenizer, kind, source)
         return ColumnKeepingEncoder(made) if _reads_columns(config) else made
 
     return encoder
@@ -58,7 +58,7 @@ def _chat_settings(config: RunConfig, source: SourceConfig) -> dict[str, Any]:
     return chat if source.train_on is None else chat | {"train_on": source.train_on}
 
 
-def chats_or_texts(
+def make_sft_encoder(
     config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
 ) -> RowEncoder:
     """Conversations by the chat encoder, texts in windows."""
@@ -67,57 +67,71 @@ def chats_or_texts(
     return ConversationEncoder(tokenizer, _chat_settings(config, source))
 
 
-def pairs(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+def make_pair_encoder(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
     """Both replies behind the ids that generation starts from."""
     return PreferenceEncoder(tokenizer, _chat_settings(config, source))
 
 
-def verdicts(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+def make_kto_encoder(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
     """Replies behind the ids that generation starts from; of a pair, each by itself."""
     make = UnpairedEncoder if kind == "unpaired" else PairSplittingEncoder
     return make(tokenizer, _chat_settings(config, source))
 
 
-def scored_pairs(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+def make_reward_encoder(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
     """Both conversations as the template writes them."""
     return RewardEncoder(tokenizer, _chat_settings(config, source))
 
 
-def classes(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+def make_classification_encoder(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
     """Texts as the tokenizer gives them, and their labels."""
     return ClassificationEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
 
 
-def tags(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+def make_tagging_encoder(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
     """Words with one space between them, and their tags."""
     return TaggingEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
 
 
-def targets(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+def make_seq2seq_encoder(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
     """Sources and targets as the tokenizer gives them."""
     return Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
 
 
-def prompts(config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig) -> RowEncoder:
+def make_prompt_encoder(
+    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+) -> RowEncoder:
     """Conversations up to their last reply; UserError where completions leave them no room."""
     chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
     return PromptEncoder(tokenizer, chat, max_prompt_tokens(config))
 
 
-ENCODERS: Mapping[str, Make] = {
-    "sft": chats_or_texts,
-    "pretrain": chats_or_texts,
-    "dpo": pairs,
-    "kto": verdicts,
-    "orpo": pairs,
-    "cpo": pairs,
-    "reward": scored_pairs,
-    "classify": classes,
-    "tag": tags,
-    "seq2seq": targets,
-    "grpo": prompts,
-    "rloo": prompts,
-    "distill": prompts,
+ENCODER_FACTORIES: Mapping[str, EncoderConstructor] = {
+    "sft": make_sft_encoder,
+    "pretrain": make_sft_encoder,
+    "dpo": make_pair_encoder,
+    "kto": make_kto_encoder,
+    "orpo": make_pair_encoder,
+    "cpo": make_pair_encoder,
+    "reward": make_reward_encoder,
+    "classify": make_classification_encoder,
+    "tag": make_tagging_encoder,
+    "seq2seq": make_seq2seq_encoder,
+    "grpo": make_prompt_encoder,
+    "rloo": make_prompt_encoder,
+    "distill": make_prompt_encoder,
 }
 """By the name of the method."""
 
@@ -125,7 +139,9 @@ ENCODERS: Mapping[str, Make] = {
 # The chat encoder of a run: its settings, the model's tokenizer and the model's end tokens.
 
 
-def make_encoder(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> ChatEncoder | None:
+def make_chat_encoder(
+    config: RunConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> ChatEncoder | None:
     """Return the encoder that makes this run's training rows and prompts.
 
     None where there is no chat template: rows that are no chats need none.
@@ -137,7 +153,7 @@ def make_encoder(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Cha
     )
 
 
-def make_sources(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Sources:
+def make_seq2seq_prompts(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Sources:
     """Return what makes the prompts of an encoder-decoder model: the sources as they train."""
     encoder = Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
     ends = [tokenizer.eos_token_id, *end_token_ids(config.model)]

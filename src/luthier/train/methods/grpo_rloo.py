@@ -13,14 +13,19 @@ from luthier.metrics.rewards import Reward, parse_rewards, prepare_rewards, try_
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.train.arguments import build_trainer_arguments
-from luthier.train.methods.base import TrainerInputs
-from luthier.train.methods.online import Prompted, PromptRows, prompt_rows, stop_ids
+from luthier.train.methods.method import TrainerInputs
+from luthier.train.methods.online import (
+    OnlineTrainerMixin,
+    PromptDataset,
+    make_prompt_datasets,
+    stop_token_ids,
+)
 
-TRIED = 2
+TRIAL_ROWS = 2
 """Rows with which the rewards are tried before training."""
 
 
-class Rewarded(Prompted):
+class RewardedTrainerMixin(OnlineTrainerMixin):
     """Stands before a trainer of TRL that rewards answers: its loss says nothing by itself.
 
     The rewards of an evaluation are means over all its completions. TRL's are means of the batches'
@@ -28,8 +33,8 @@ class Rewarded(Prompted):
     of several processes count twice.
     """
 
-    shown = ("reward",)
-    loss_shown = False
+    result_metrics = ("reward",)
+    reports_eval_loss = False
 
     def __init__(self, **kwargs: Any) -> None:
         """Take what `Prompted` takes."""
@@ -59,21 +64,23 @@ class Rewarded(Prompted):
         return rewards
 
 
-class GroupTrainer(Rewarded, GRPOTrainer):
+class LuthierGRPOTrainer(RewardedTrainerMixin, GRPOTrainer):
     """TRL's GRPOTrainer over prompts of luthier's own."""
 
 
-class LeaveOneOutTrainer(Rewarded, RLOOTrainer):
+class LuthierRLOOTrainer(RewardedTrainerMixin, RLOOTrainer):
     """TRL's RLOOTrainer over prompts of luthier's own."""
 
 
-class Reinforce:
+class RewardedMethod:
     """Trains on the rewards of completions that the model itself writes."""
 
     make_arguments: Any
     make_trainer: Any
 
-    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
         """The `trl.GRPOConfig` or `trl.RLOOConfig`."""
         weights = parse_rewards(config.trainer.rewards)[1]
         own: dict[str, Any] = {
@@ -92,14 +99,14 @@ class Reinforce:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
-    def trainer(self, given: TrainerInputs) -> Any:
+    def build_trainer(self, given: TrainerInputs) -> Any:
         """TRL's trainer; every reward has been tried on a few rows and seen every reference."""
         rewards = parse_rewards(given.config.trainer.rewards)[0]
-        train, sets = prompt_rows(given.prepared)
+        train, sets = make_prompt_datasets(given.prepared)
         _try(rewards, given.tokenizer, train, *sets.values())
         return self.make_trainer(
             model=given.model,
-            stop_ids=stop_ids(given.config, given.tokenizer),
+            stop_ids=stop_token_ids(given.config, given.tokenizer),
             train_rows=train,
             eval_rows=sets,
             reward_funcs=rewards,
@@ -109,25 +116,25 @@ class Reinforce:
         )
 
 
-class GroupRelative(Reinforce):
+class GRPOMethod(RewardedMethod):
     """GRPO, https://arxiv.org/abs/2402.03300: rewards against those of the same prompt's group."""
 
     make_arguments = GRPOConfig
-    make_trainer = GroupTrainer
+    make_trainer = LuthierGRPOTrainer
 
 
-class LeaveOneOut(Reinforce):
+class RLOOMethod(RewardedMethod):
     """RLOO, https://arxiv.org/abs/2402.14740: each reward against the mean of the others."""
 
     make_arguments = RLOOConfig
-    make_trainer = LeaveOneOutTrainer
+    make_trainer = LuthierRLOOTrainer
 
 
-def _try(rewards: list[Reward], tokenizer: Any, *sides: PromptRows) -> None:
+def _try(rewards: list[Reward], tokenizer: Any, *sides: PromptDataset) -> None:
     """Show the rewards every reference, and call them on a few rows with these as completions."""
     for rows in sides:
         prepare_rewards(rewards, rows.columns())
-    first = [sides[0][number] for number in range(min(TRIED, len(sides[0])))]
+    first = [sides[0][number] for number in range(min(TRIAL_ROWS, len(sides[0])))]
     columns = {name: [row[name] for row in first] for name in sides[0].names}
     texts = [row["reference"] if isinstance(row["reference"], str) else "" for row in first]
     columns["completion_ids"] = [

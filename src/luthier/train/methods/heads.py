@@ -22,22 +22,22 @@ from luthier.model.device import Machine
 from luthier.model.load import TASK_CLASSES, auto_class, load_model
 from luthier.storage.atomic import write_json
 from luthier.train import console
-from luthier.train.methods.labelled import Tabled
+from luthier.train.methods.labelled import LabelledTrainerMixin
 
 # The labels of a dataset: which there are, and what they make of the task.
 
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """What transformers calls the task of a classifier (`problem_type`)."""
-REGRESSION: Problem = "regression"
-KEY = "model.kwargs.problem_type"
+REGRESSION: ProblemType = "regression"
+PROBLEM_TYPE_KEY = "model.kwargs.problem_type"
 _LABELS_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelSet:
     """The classes of a dataset in the order of their numbers, and the task they make."""
 
-    problem: Problem
+    problem: ProblemType
     names: tuple[str, ...]
     """The names of the classes; `value` where a number is predicted."""
 
@@ -46,7 +46,7 @@ class Labels:
         """The number of each class."""
         return {name: number for number, name in enumerate(self.names)}
 
-    def in_order_of(self, known: Mapping[int, str]) -> "Labels":
+    def in_order_of(self, known: Mapping[int, str]) -> "LabelSet":
         """The classes in the order of a model's own, if they are the same ones."""
         names = tuple(known[number] for number in sorted(known))
         return replace(self, names=names) if set(names) == set(self.names) else self
@@ -60,7 +60,7 @@ class Labels:
         }
 
 
-def find_labels(prepared: PreparedData, problem: str | None) -> Labels:
+def collect_labels(prepared: PreparedData, problem: str | None) -> LabelSet:
     """The labels of texts, from the column `label` of the rows that train.
 
     Numbers with a fraction make a regression, lists a task of several classes a text; `problem` is
@@ -68,35 +68,35 @@ def find_labels(prepared: PreparedData, problem: str | None) -> Labels:
     UserError for labels that do not go together, for a single class, and for a class of evaluation
     rows that no training row has.
     """
-    values = values_of(prepared.train, "label")
-    held = [value for rows in prepared.eval.values() for value in values_of(rows, "label")]
+    values = distinct_values(prepared.train, "label")
+    held = [value for rows in prepared.eval.values() for value in distinct_values(rows, "label")]
     kind = _problem(values, problem)
     _refuse(prepared, [*values, *held], lambda value: not _fits(value, kind), _NOT[kind])
     if kind == REGRESSION:
-        return Labels(REGRESSION, ("value",))
+        return LabelSet(REGRESSION, ("value",))
     _refuse(prepared, values, _is_negative, _NEGATIVE)
     classes = _sorted(values, prepared)
     if kind == "single_label_classification" and len(classes) < 2:
         raise UserError(
             f"dataset: every training row has the label {classes[0]!r}, so there is nothing to "
-            f"learn. For numbers to predict: {KEY}=regression."
+            f"learn. For numbers to predict: {PROBLEM_TYPE_KEY}=regression."
         )
-    return Labels(kind, _known(classes, held, prepared))
+    return LabelSet(kind, _known(classes, held, prepared))
 
 
-def find_tags(prepared: PreparedData) -> Labels:
+def collect_tags(prepared: PreparedData) -> LabelSet:
     """The tags of words, from the column `tags`; raises UserError as `find_labels` does."""
-    values = values_of(prepared.train, "tags")
-    held = [value for rows in prepared.eval.values() for value in values_of(rows, "tags")]
+    values = distinct_values(prepared.train, "tags")
+    held = [value for rows in prepared.eval.values() for value in distinct_values(rows, "tags")]
     tags = _sorted(values, prepared)
     if len(tags) < 2:
         raise UserError(
             f"dataset: every word has the tag {tags[0]!r}, so there is nothing to learn."
         )
-    return Labels("single_label_classification", _known(tags, held, prepared))
+    return LabelSet("single_label_classification", _known(tags, held, prepared))
 
 
-def values_of(rows: Any, column: str) -> list[Any]:
+def distinct_values(rows: Any, column: str) -> list[Any]:
     """The different values of a column of JSON, over all rows that take part, in a fixed order."""
     assert isinstance(rows, TokenRows) and isinstance(rows.table, JoinedTable)
     table, index = rows.table, rows.different
@@ -107,34 +107,36 @@ def values_of(rows: Any, column: str) -> list[Any]:
     return [json.loads(text) for text in sorted(texts)]
 
 
-def _problem(values: Iterable[Any], problem: str | None) -> Problem:
+def _problem(values: Iterable[Any], problem: str | None) -> ProblemType:
     """What the task is: what the user says, or else the values."""
-    for known in get_args(Problem):
+    for known in get_args(ProblemType):
         if problem == known:
             return known
     if problem is not None:
-        raise UserError(f"{KEY}={problem} is none of {', '.join(get_args(Problem))}.")
+        raise UserError(
+            f"{PROBLEM_TYPE_KEY}={problem} is none of {', '.join(get_args(ProblemType))}."
+        )
     kinds = {type(value) for value in values}
     if list in kinds:
         return "multi_label_classification"
     return REGRESSION if float in kinds else "single_label_classification"
 
 
-_NOT: dict[Problem, str] = {
-    "regression": f"no number, and numbers are to be predicted. To predict classes: {KEY}="
-    "single_label_classification",
+_NOT: dict[ProblemType, str] = {
+    "regression": "no number, and numbers are to be predicted. To predict classes: "
+    f"{PROBLEM_TYPE_KEY}=single_label_classification",
     "multi_label_classification": "no list, and other rows have lists of classes. Write a class "
     "alone as a list, too",
-    "single_label_classification": f"no class, by name or whole number. To predict numbers: {KEY}="
-    "regression; several classes a row: lists in all rows",
+    "single_label_classification": "no class, by name or whole number. To predict numbers: "
+    f"{PROBLEM_TYPE_KEY}=regression; several classes a row: lists in all rows",
 }
 _NEGATIVE = (
     "below zero, which in hub datasets means that a row has no label. Leave such rows out: "
-    f"dataset.filter='label >= 0'; or for numbers to predict: {KEY}=regression"
+    f"dataset.filter='label >= 0'; or for numbers to predict: {PROBLEM_TYPE_KEY}=regression"
 )
 
 
-def _fits(value: Any, problem: Problem) -> bool:
+def _fits(value: Any, problem: ProblemType) -> bool:
     if problem == "multi_label_classification":
         return isinstance(value, list)
     return isinstance(value, int | float if problem == REGRESSION else int | str)
@@ -206,7 +208,7 @@ _DECIDED = ("num_labels", "id2label", "label2id")
 _SHOWN = 8
 
 
-def model_config(config: ModelConfig, task: str, trainer: str, needs: str) -> Any:
+def load_task_config(config: ModelConfig, task: str, trainer: str, needs: str) -> Any:
     """The model's own config; UserError where transformers has no such model for `task`.
 
     `needs` says in words which models there are for `trainer`.
@@ -234,7 +236,9 @@ def model_config(config: ModelConfig, task: str, trainer: str, needs: str) -> An
     return found
 
 
-def load_head(config: RunConfig, machine: Machine, task: str, labels: Labels, **more: Any) -> Any:
+def load_head_model(
+    config: RunConfig, machine: Machine, task: str, labels: LabelSet, **more: Any
+) -> Any:
     """The model with a head for these labels: its own where it has one for as many, or a new one.
 
     `task`: a key of `luthier.model.load.TASK_CLASSES`; `more`: further settings of the model's
@@ -247,7 +251,7 @@ def load_head(config: RunConfig, machine: Machine, task: str, labels: Labels, **
             f"model.kwargs.{given[0]} is not set with trainer={trainer}: the labels are those of "
             "the rows. Remove it."
         )
-    base = model_config(config.model, task, trainer, "a model that can have a head for labels")
+    base = load_task_config(config.model, task, trainer, "a model that can have a head for labels")
     ending = TASK_CLASSES[task].removeprefix("AutoModel")
     has_head = any(name.endswith(ending) for name in base.architectures)
     is_new = not has_head or base.num_labels != len(labels.names)
@@ -276,7 +280,7 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _described(labels: Labels, new_layers: list[str]) -> str:
+def _described(labels: LabelSet, new_layers: list[str]) -> str:
     """The labels in one line."""
     shown = ", ".join(labels.names[:_SHOWN]) + (", ..." if len(labels.names) > _SHOWN else "")
     head = f"new layers: {', '.join(new_layers)}" if new_layers else "the model's own head"
@@ -284,18 +288,18 @@ def _described(labels: Labels, new_layers: list[str]) -> str:
     return f"labels    {len(labels.names):,} ({task}): {shown}; {head}"
 
 
-def labels_of(config: Any) -> Labels:
+def labels_from_config(config: Any) -> LabelSet:
     """The labels that a model's config names."""
     names = [config.id2label[number] for number in range(config.num_labels)]
     # transformers reads one output without a word as a number.
-    problem: Problem = REGRESSION if len(names) == 1 else "single_label_classification"
-    return Labels(config.problem_type or problem, tuple(names))
+    problem: ProblemType = REGRESSION if len(names) == 1 else "single_label_classification"
+    return LabelSet(config.problem_type or problem, tuple(names))
 
 
-class Labelled(Tabled):
+class Labelled(LabelledTrainerMixin):
     """Stands before a trainer of a head: `class Mine(Labelled, Trainer)`."""
 
-    labels: Labels
+    labels: LabelSet
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does, and beside an adapter the labels, which it has no config for.
@@ -310,7 +314,7 @@ class Labelled(Tabled):
             write_json(folder / "labels.json", self.labels.settings() | problem)
 
 
-def share_padding(model: Any, tokenizer: Any, prepared: PreparedData) -> None:
+def set_padding_token(model: Any, tokenizer: Any, prepared: PreparedData) -> None:
     """Tell a model the tokenizer's padding token, by which decoders find a row's last token.
 
     Raises UserError where a row ends with that very token: the model would read the one before.
@@ -333,9 +337,9 @@ def _ends_with(rows: Any, token: int) -> int:
     return sum(int(rows.table.row(n)["input_ids"][-1]) == token for n in rows.different)
 
 
-def check_positions(model: Any, prepared: PreparedData, column: str = "input_ids") -> None:
+def check_row_lengths(model: Any, prepared: PreparedData, column: str = "input_ids") -> None:
     """Raise UserError for a row, in this column, that is longer than the model has positions."""
-    limit = positions(model)
+    limit = max_positions(model)
     longest = max(_longest(rows, column) for rows in (prepared.train, *prepared.eval.values()))
     if limit is not None and longest > limit:
         raise UserError(
@@ -352,7 +356,7 @@ def _longest(rows: Any, column: str) -> int:
     return int(np.concatenate(lengths)[rows.different].max(initial=0))
 
 
-def positions(model: Any) -> int | None:
+def max_positions(model: Any) -> int | None:
     """How many tokens a model reads at most; None where it has no such bound."""
     limit = model.config.get_text_config().to_dict().get("max_position_embeddings")
     for name, layer in model.named_modules():

@@ -23,26 +23,30 @@ from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.train import console
-from luthier.train.methods.base import TrainerInputs
-from luthier.train.methods.preference import (
-    Judging,
-    PairMethod,
-    Scores,
-    Terms,
-    forward,
-    mean,
-    ratio,
-    token_sums,
+from luthier.train.methods.method import TrainerInputs
+from luthier.train.methods.preference_trainer import (
+    LossTerms,
+    PreferenceMethod,
+    PreferenceTrainerMixin,
+    RowScores,
+    forward_fused,
+    mean_over_rows,
+    mean_over_tokens,
+    sum_token_outputs,
 )
-from luthier.train.methods.reference_model import Referring, check_reference, reference_of
+from luthier.train.methods.reference_model import (
+    Referring,
+    check_reference_settings,
+    load_reference_model,
+)
 
-PARTNER = "partner"
+PARTNER_COLUMN = "partner"
 """The column with the number of a row's partner, where that does not change from step to step."""
-WITHOUT_KL = "apo_zero_unpaired"
+LOSS_WITHOUT_KL = "apo_zero_unpaired"
 """The loss that needs no estimate of how far the model has gone from the reference."""
 
 
-class UnpairedTrainer(Referring, Judging, KTOTrainer):
+class LuthierKTOTrainer(Referring, PreferenceTrainerMixin, KTOTrainer):
     """Trains replies with a verdict each.
 
     How far the model has gone from the reference (the KL term) is estimated from replies behind
@@ -51,12 +55,12 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
     and rows may be shuffled. In evaluation it is estimated over the whole set.
     """
 
-    shown = ("rewards/margins",)
+    result_metrics = ("rewards/margins",)
 
     def __init__(self, model: Any, *, args: Any, **kwargs: Any) -> None:
-        self.with_kl = args.loss_type != WITHOUT_KL
-        self.layout = PartneredLayout if self.with_kl else UnpairedLayout
-        self.references = ("ref_logps", "ref_KL_logps") if self.with_kl else ("ref_logps",)
+        self.with_kl = args.loss_type != LOSS_WITHOUT_KL
+        self.collator_class = PartneredLayout if self.with_kl else UnpairedLayout
+        self.reference_columns = ("ref_logps", "ref_KL_logps") if self.with_kl else ("ref_logps",)
         with _unpaired_by_trl(args):
             super().__init__(model, args=args, **kwargs)
         self.loss_type = args.loss_type
@@ -70,7 +74,7 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
             return order
         step = self._rows_in_step() if is_training else max(len(rows), 1)
         return Partners(
-            order, step, table.column(PARTNER) if isinstance(table, WithColumns) else None
+            order, step, table.column(PARTNER_COLUMN) if isinstance(table, WithColumns) else None
         )
 
     def _rows_in_step(self) -> int:
@@ -80,11 +84,11 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
         """The rows with what the reference says of each, and with a partner that never changes."""
         if self.with_kl and isinstance(dataset, TokenRows):
             step = self._rows_in_step() if name == "train" else max(len(dataset), 1)
-            columns = {PARTNER: fixed_partners(dataset, step)}
+            columns = {PARTNER_COLUMN: fixed_partners(dataset, step)}
             dataset = TokenRows(WithColumns(dataset.table, columns), dataset.index)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
-    def count(self, inputs: Any) -> Tensor:
+    def count_items(self, inputs: Any) -> Tensor:
         """The real rows of a batch."""
         real = inputs["real"].sum()
         return torch.stack([real, torch.zeros_like(real)]).float()
@@ -103,12 +107,12 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
             self._kl = (total / counts[0].clamp(min=1)).clamp(min=0)
         return samples, counts
 
-    def scores(self, model: Any, inputs: dict[str, Any]) -> Scores:
+    def score_rows(self, model: Any, inputs: dict[str, Any]) -> RowScores:
         """The log-probabilities of the replies, and the reference's."""
         more = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = forward(model, inputs, **more)
+        outputs = forward_fused(model, inputs, **more)
         self._router = outputs.aux_loss if self.aux_loss_enabled else None
-        sums = token_sums(outputs, inputs)
+        sums = sum_token_outputs(outputs, inputs)
         found = sums | {"label": inputs["label"], "ref_logps": self._reference_of(inputs)}
         if not self.with_kl:
             return found
@@ -117,16 +121,16 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
         with torch.no_grad():
             return found | {"gone": self._gone(model, inputs)}
 
-    def terms(self, scores: Scores) -> Terms:
+    def loss_terms(self, scores: RowScores) -> LossTerms:
         """The loss of each row, by its verdict."""
         moved = scores["logps"] - scores["ref_logps"]
         distance = self.distance(scores) if self.with_kl else 0.0
         good = torch.sigmoid(-self.beta * (moved - distance))
         bad = torch.sigmoid(self.beta * (moved - distance))
         desired, undesired = self.desirable_weight * good, self.undesirable_weight * bad
-        return Terms(torch.where(scores["label"], desired, undesired))
+        return LossTerms(torch.where(scores["label"], desired, undesired))
 
-    def distance(self, scores: Scores) -> Tensor:
+    def distance(self, scores: RowScores) -> Tensor:
         """The estimate of the KL divergence, which is never negative."""
         gone = torch.where(scores["real"], scores["gone"], 0).sum()
         return (gone / scores["real"].sum().clamp(min=1)).clamp(min=0)
@@ -135,25 +139,27 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
         """The router's loss, for models of experts."""
         return 0.0 if self._router is None else self.router_aux_loss_coef * self._router
 
-    def measures(self, scores: Scores) -> dict[str, float]:
+    def aggregate_metrics(self, scores: RowScores) -> dict[str, float]:
         """TRL's metrics, of good and of bad replies."""
         rewards = self.beta * (scores["logps"] - scores["ref_logps"])
-        found = {"entropy": ratio(scores["entropy"], scores["trained"])}
+        found = {"entropy": mean_over_tokens(scores["entropy"], scores["trained"])}
         if self.with_kl:
             found["kl"] = float(self.distance(scores))
         good = scores["label"]
         for name, side in (("chosen", good), ("rejected", ~good)):
             if bool(side.any()):
                 found |= {
-                    f"rewards/{name}": mean(rewards, side),
-                    f"logps/{name}": mean(scores["logps"], side),
-                    f"logits/{name}": ratio(scores["logits"][side], scores["trained"][side]),
+                    f"rewards/{name}": mean_over_rows(rewards, side),
+                    f"logps/{name}": mean_over_rows(scores["logps"], side),
+                    f"logits/{name}": mean_over_tokens(
+                        scores["logits"][side], scores["trained"][side]
+                    ),
                 }
         if bool(good.any()) and not bool(good.all()):
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
 
-    def reference_scores(self, inputs: dict[str, Any]) -> Scores:
+    def reference_scores(self, inputs: dict[str, Any]) -> RowScores:
         """What the reference says of a batch: of the rows' replies, and of their partners'."""
         found = {"ref_logps": self._ask_reference(inputs)}
         if self.with_kl:
@@ -174,7 +180,7 @@ class UnpairedTrainer(Referring, Judging, KTOTrainer):
         other = _other(inputs)
         known = self.precompute_ref_logps
         before = inputs["ref_KL_logps"] if known else self._ask_reference(other)
-        return token_sums(forward(model, other), other)["logps"] - before
+        return sum_token_outputs(forward_fused(model, other), other)["logps"] - before
 
 
 def _other(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -186,38 +192,40 @@ def _other(inputs: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _unpaired_by_trl(args: Any) -> Iterator[None]:
     """Keep TRL from pairing rows, and so from asking for a fixed order and batches of two rows."""
-    asked, args.loss_type = args.loss_type, WITHOUT_KL
+    asked, args.loss_type = args.loss_type, LOSS_WITHOUT_KL
     yield
     args.loss_type = asked
 
 
-class KTO(PairMethod):
+class KTOMethod(PreferenceMethod):
     """Replies with a verdict; of two replies to one prompt, the better one is good."""
 
     make = KTOConfig
 
-    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
         """The `trl.KTOConfig`."""
-        args = super().arguments(config, machine, folder, has_eval)
-        check_reference(config)
+        args = super().build_arguments(config, machine, folder, has_eval)
+        check_reference_settings(config)
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.loss_type != WITHOUT_KL and step < 2:
+        if args.loss_type != LOSS_WITHOUT_KL and step < 2:
             raise UserError(
                 "trainer.args.per_device_train_batch_size=1: a step of one row leaves nothing to "
                 "estimate the KL term from.\nSet trainer.args.gradient_accumulation_steps=8, say, "
-                f"or trainer.args.loss_type={WITHOUT_KL}, which has no such term."
+                f"or trainer.args.loss_type={LOSS_WITHOUT_KL}, which has no such term."
             )
         return args
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model, and its reference where that is one of its own."""
-        self.reference = reference_of(config, machine)
+        self.reference = load_reference_model(config, machine)
         return super().load_model(config, machine, prepared)
 
-    def trainer(self, given: TrainerInputs) -> UnpairedTrainer:
+    def build_trainer(self, given: TrainerInputs) -> LuthierKTOTrainer:
         """TRL's KTOTrainer over replies that are tokens."""
         _advise(given)
-        return UnpairedTrainer(ref_model=self.reference, **self.common(given))
+        return LuthierKTOTrainer(ref_model=self.reference, **self.common(given))
 
 
 def _advise(given: TrainerInputs) -> None:

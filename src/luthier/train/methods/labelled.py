@@ -14,29 +14,29 @@ from accelerate.utils import gather_object
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import Numbers, SampledRows, Sampler
 from luthier.data.batching.settings import Batching, batching_of
-from luthier.train.methods.base import TrainerInputs
-from luthier.train.trainers.base import Ordered
+from luthier.train.methods.method import TrainerInputs
+from luthier.train.trainers.base import LoaderMixin
 
-Made = TypeVar("Made")
-NOBODY = -1
+BuiltTrainer = TypeVar("BuiltTrainer")
+PADDING_ROW = -1
 """The number of a row that only fills up a batch, so that all processes have as many; it counts
 nothing."""
 
 
 Row = Mapping[str, Any]
 """The columns of one row."""
-OWN = {"remove_unused_columns": False, "label_names": ["labels"]}
+LABELLED_ARGUMENTS = {"remove_unused_columns": False, "label_names": ["labels"]}
 """What the arguments of such a trainer must say."""
 
 
-class Numbered(NamedTuple):
+class NumberedRow(NamedTuple):
     """A row of the table and its number there."""
 
     number: int
     row: Row
 
 
-class Losses(NamedTuple):
+class RowLosses(NamedTuple):
     """What a forward pass gives for each row of a batch."""
 
     sums: torch.Tensor
@@ -45,7 +45,7 @@ class Losses(NamedTuple):
     """What the model says, one entry a row."""
 
 
-class Found(NamedTuple):
+class RowPrediction(NamedTuple):
     """What an evaluation found for one row."""
 
     number: int
@@ -57,14 +57,14 @@ class Found(NamedTuple):
 class NumberedRows(SampledRows):
     """Gives rows of the table as they are, one at a time."""
 
-    def __getitem__(self, numbers: Numbers) -> Numbered:  # type: ignore[override]
+    def __getitem__(self, numbers: Numbers) -> NumberedRow:  # type: ignore[override]
         # What fills up a batch is a true row, as models may refuse others.
-        number = numbers[0] if numbers else NOBODY
-        return Numbered(number, self.table.row(max(number, 0)))
+        number = numbers[0] if numbers else PADDING_ROW
+        return NumberedRow(number, self.table.row(max(number, 0)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout(ABC):
+class LabelledCollator(ABC):
     """Rows of token ids side by side, padded on the right, with a mask by length."""
 
     pad_token_id: int
@@ -73,14 +73,14 @@ class Layout(ABC):
     names: tuple[str, ...] = ("input_ids",)
     """The columns of token rows that the model takes; all as long as `input_ids`."""
 
-    def __call__(self, rows: Sequence[Numbered]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[NumberedRow]) -> dict[str, torch.Tensor]:
         """Give the columns and `attention_mask` (int64, shape (rows, width)), and what is to be
         said: `labels`, and `items`, how many answers each row has. `numbers` are those of the rows.
         """
         lengths = np.array([len(row["input_ids"]) for _, row in rows])
         width = self.width or int(lengths.max())
         batch = {
-            name: ragged([row[name] for _, row in rows], width, self._blank(name))
+            name: pad_rows([row[name] for _, row in rows], width, self._blank(name))
             for name in self.names
         }
         labels, items = self.answers([row for _, row in rows], width)
@@ -88,7 +88,7 @@ class Layout(ABC):
         batch |= {
             "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64),
             "labels": labels,
-            "items": np.where(numbers == NOBODY, 0, items),
+            "items": np.where(numbers == PADDING_ROW, 0, items),
             "numbers": numbers,
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -101,7 +101,7 @@ class Layout(ABC):
         return self.pad_token_id if name == "input_ids" else 0
 
 
-def ragged(rows: Sequence[Any], width: int, blank: int) -> np.ndarray:
+def pad_rows(rows: Sequence[Any], width: int, blank: int) -> np.ndarray:
     """Rows of numbers as int64, shape (rows, width), filled up with `blank`."""
     table = np.full((len(rows), width), blank, np.int64)
     for line, row in enumerate(rows):
@@ -109,7 +109,7 @@ def ragged(rows: Sequence[Any], width: int, blank: int) -> np.ndarray:
     return table
 
 
-class Tabled(Ordered):
+class LabelledTrainerMixin(LoaderMixin):
     """Stands before a trainer of transformers: `class Mine(Tabled, Trainer)`.
 
     The loss is a mean over all answers (rows, words or tokens): of the whole step in training, of
@@ -127,17 +127,17 @@ class Tabled(Ordered):
         self.batching = batching
         super().__init__(model=model, train_dataset=train_dataset, **kwargs)
         self.model_accepts_loss_kwargs = True
-        self._found: list[Found] = []
+        self._found: list[RowPrediction] = []
 
-    def losses(self, model: Any, inputs: dict[str, Any]) -> Losses:
+    def row_losses(self, model: Any, inputs: dict[str, Any]) -> RowLosses:
         """The losses of a batch, and what the model says; `inputs` has the labels."""
         raise NotImplementedError
 
-    def scores(self, rows: Any, found: Sequence[Found]) -> dict[str, float]:
+    def aggregate_metrics(self, rows: Any, found: Sequence[RowPrediction]) -> dict[str, float]:
         """The metrics of an evaluation: `found` has each row of the table `rows` that took part."""
         raise NotImplementedError
 
-    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
         """The rows as they are, with their numbers."""
         return NumberedRows(sampler)
 
@@ -158,7 +158,7 @@ class Tabled(Ordered):
         """Return the summed loss over the step's answers, which all ranks count together."""
         inputs = dict(inputs)
         numbers, items = inputs.pop("numbers"), inputs.pop("items")
-        sums, predicted = self.losses(model, inputs)
+        sums, predicted = self.row_losses(model, inputs)
         sums = torch.where(items > 0, sums, 0)
         count = items.sum() if num_items_in_batch is None else num_items_in_batch
         # Clamped, so that a batch of rows that only fill it up is a loss of 0 and not 0 / 0.
@@ -168,8 +168,8 @@ class Tabled(Ordered):
             loss = loss * self.accelerator.num_processes
         if not self.model.training:
             columns = (part.tolist() for part in (numbers, sums, items, predicted))
-            rows = map(Found._make, zip(*columns, strict=True))
-            self._found += [row for row in rows if row.number != NOBODY]
+            rows = map(RowPrediction._make, zip(*columns, strict=True))
+            self._found += [row for row in rows if row.number != PADDING_ROW]
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,26 +180,26 @@ class Tabled(Ordered):
         found = gather_object(self._found) if self.args.world_size > 1 else self._found
         if found:
             items = sum(row.items for row in found)
-            scores = self.scores(dataloader.dataset.table, found)
+            scores = self.aggregate_metrics(dataloader.dataset.table, found)
             scores["loss"] = math.fsum(row.loss for row in found) / max(items, 1)
             output.metrics.update({f"{prefix}_{name}": value for name, value in scores.items()})
         return output
 
 
-def base_of(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The model of transformers below an adapter."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def columns_for(model: Any, row: Row) -> tuple[str, ...]:
+def model_input_columns(model: Any, row: Row) -> tuple[str, ...]:
     """Which columns of a token row a model takes: segment ids only where its forward knows them."""
-    known = signature(base_of(model).forward).parameters
+    known = signature(base_model(model).forward).parameters
     return tuple(n for n in ("input_ids", "token_type_ids") if n in row and n in known)
 
 
-def over_tables(kind: Callable[..., Made], given: TrainerInputs) -> Made:
+def build_labelled_trainer(kind: Callable[..., BuiltTrainer], given: TrainerInputs) -> BuiltTrainer:
     """The trainer of this kind for a run, over the tables that were prepared."""
     return kind(
         given.model,

@@ -19,17 +19,21 @@ from luthier.errors import UserError
 from luthier.infer.dequantize import unpacked
 from luthier.infer.generate import dense_head
 from luthier.train.evaluation import unsharded_weights
-from luthier.train.methods.encoders import make_encoder
-from luthier.train.trainers.base import Exact, precision_kept, recomputing_paused
+from luthier.train.methods.encoders import make_chat_encoder
+from luthier.train.trainers.base import (
+    TrainerMixin,
+    keep_weight_precision,
+    pause_activation_checkpointing,
+)
 
-RESERVED = frozenset(
+RESERVED_COLUMNS = frozenset(
     ["prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
      "trainer_state", "log_extra", "log_metric", "environment", "environments", "image", "images"]
 )  # fmt: skip
 """Names that TRL itself gives to reward functions, or reads from a row."""
 
 
-class PromptRows:
+class PromptDataset:
     """Prompts by number: `prompt` (messages), `prompt_ids`, `reference`, and the row's columns.
 
     `reference` is the text of the reply that the conversation ends with, if the row has no column
@@ -52,7 +56,7 @@ class PromptRows:
         example, own = self._row(int(self._index[number]))
         ids = self._tokens.row(int(self._index[number]))["input_ids"]
         columns: dict[str, Any] = dict.fromkeys(self.names) | {"reference": reference_text(example)}
-        columns |= {name: value for name, value in own.items() if name not in RESERVED}
+        columns |= {name: value for name, value in own.items() if name not in RESERVED_COLUMNS}
         return {"prompt": split_prompt_and_reply(example)[0], "prompt_ids": ids.tolist(), **columns}
 
     @cached_property
@@ -61,7 +65,7 @@ class PromptRows:
         found = dict.fromkeys(["reference"])
         for number in np.unique(self._index):
             found |= dict.fromkeys(self._row(int(number))[1])
-        return [name for name in found if name not in RESERVED]
+        return [name for name in found if name not in RESERVED_COLUMNS]
 
     def columns(self) -> dict[str, list[Any]]:
         """Each column over all different rows."""
@@ -115,21 +119,21 @@ class PromptSampler(RepeatSampler):
         return super().__iter__()
 
 
-def stop_ids(config: RunConfig, tokenizer: Any) -> list[int]:
+def stop_token_ids(config: RunConfig, tokenizer: Any) -> list[int]:
     """The tokens that end a reply, by the run's chat template."""
-    encoder = make_encoder(config, tokenizer)
+    encoder = make_chat_encoder(config, tokenizer)
     assert encoder is not None, "the prompts have come from it"
     return encoder.stop_token_ids
 
 
-def prompt_rows(prepared: PreparedData) -> tuple[PromptRows, dict[str, PromptRows]]:
+def make_prompt_datasets(prepared: PreparedData) -> tuple[PromptDataset, dict[str, PromptDataset]]:
     """The prompts to train on, and those of each evaluation set by name; the only one has none."""
     assert isinstance(prepared.train, TokenRows)
     parts = list(prepared.sources.values())
-    sets = {name: PromptRows(rows, parts) for name, rows in prepared.eval.items()}
+    sets = {name: PromptDataset(rows, parts) for name, rows in prepared.eval.items()}
     if len(sets) == 1:
         sets = {"": next(iter(sets.values()))}
-    return PromptRows(prepared.train, parts), sets
+    return PromptDataset(prepared.train, parts), sets
 
 
 # What TRL's trainers share whose model answers prompts: ids, stop tokens, order, whole weights.
@@ -140,7 +144,7 @@ else:
     Base = object
 
 
-class Prompted(Exact, Base):
+class OnlineTrainerMixin(TrainerMixin, Base):
     """Stands before a trainer of TRL whose model answers prompts.
 
     The prompts are luthier's own ids, and what ends a completion are the template's stop tokens.
@@ -152,8 +156,8 @@ class Prompted(Exact, Base):
         *,
         model: Any,
         stop_ids: list[int],
-        train_rows: PromptRows,
-        eval_rows: Mapping[str, PromptRows],
+        train_rows: PromptDataset,
+        eval_rows: Mapping[str, PromptDataset],
         **kwargs: Any,
     ) -> None:
         """Take what TRL's trainer takes, with `PromptRows` as datasets, those of sets by name.
@@ -162,7 +166,7 @@ class Prompted(Exact, Base):
         """
         self._prompt_ids: list[list[int]] = []
         self._set = ""
-        with precision_kept(model):
+        with keep_weight_precision(model):
             super().__init__(
                 model=model,
                 # TRL takes no other kind of dataset.
@@ -202,7 +206,7 @@ class Prompted(Exact, Base):
         """Answer prompts and score the answers; the prompts' ids go past TRL's own encoding."""
         self._prompt_ids = [row["prompt_ids"] for row in inputs]
         rows = [{key: row[key] for key in row if key != "prompt_ids"} for row in inputs]
-        with recomputing_paused(self.model):
+        with pause_activation_checkpointing(self.model):
             return super()._generate_and_score_completions(rows)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:

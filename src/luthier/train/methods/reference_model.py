@@ -17,25 +17,25 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.model.trainable import add_new_rows
-from luthier.train.methods.preference import Scores, StandIn
+from luthier.train.methods.preference_trainer import PlaceholderDataset, RowScores
 
 if TYPE_CHECKING:
-    from luthier.train.methods.preference import Judging as Base
+    from luthier.train.methods.preference_trainer import PreferenceTrainerMixin as Base
 else:
     Base = object
 
-COPY = "ref"
+ADAPTER_COPY = "ref"
 """TRL's name for its copy of an adapter."""
 
 
 class Referring(Base):
-    """Stands before `Judging` where the loss needs a reference.
+    """Stands before `PreferenceTrainerMixin` where the loss needs a reference.
 
     That is the model with its adapter off, or a model of its own for full fine-tuning. With
     `precompute_ref_log_probs` it is asked once, before training, and then let go of.
     """
 
-    references: Sequence[str]
+    reference_columns: Sequence[str]
     """The columns in which a batch has what the reference says."""
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
@@ -45,14 +45,14 @@ class Referring(Base):
         if self.args.precompute_ref_log_probs:
             self._precompute_all()
 
-    def reference_scores(self, inputs: dict[str, Any]) -> Scores:
+    def reference_scores(self, inputs: dict[str, Any]) -> RowScores:
         """What the reference says of a batch, under the names of `references`."""
         raise NotImplementedError
 
-    def reference(self, inputs: dict[str, Any]) -> Scores:
+    def reference(self, inputs: dict[str, Any]) -> RowScores:
         """What the reference says of a batch, asked now or known already."""
         if self.precompute_ref_logps:
-            return {name: inputs[name] for name in self.references}
+            return {name: inputs[name] for name in self.reference_columns}
         return self.reference_scores(inputs)
 
     def _precompute_all(self) -> None:
@@ -76,12 +76,12 @@ class Referring(Base):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """The rows with what the reference says of each."""
-        if isinstance(dataset, StandIn):
+        if isinstance(dataset, PlaceholderDataset):
             return dataset
         # A row that an epoch sees twice is asked about once.
         rows = TokenRows(dataset.table, dataset.different)
         columns = {column: np.zeros(len(dataset.table.lengths), np.float32) for column in
-                   self.references}  # fmt: skip
+                   self.reference_columns}  # fmt: skip
         for numbers, found in self._asked(rows, name, batch_size):
             for column, values in found.items():
                 columns[column][numbers] = values
@@ -105,13 +105,13 @@ class Referring(Base):
         """Save as Trainer does, without TRL's copy of the adapter, which each start makes anew."""
         model: Any = self.accelerator.unwrap_model(self.model)
         configs = model.peft_config if isinstance(model, PeftModel) else {}
-        copy = configs.pop(COPY, None)
+        copy = configs.pop(ADAPTER_COPY, None)
         super()._save(output_dir, state_dict)
         if copy is not None:
-            configs[COPY] = copy
+            configs[ADAPTER_COPY] = copy
 
 
-def check_reference(config: RunConfig) -> None:
+def check_reference_settings(config: RunConfig) -> None:
     """Raise UserError for settings with which the reference would not be what the model was."""
     if config.lora.get("bias", "none") != "none":
         raise UserError(
@@ -120,7 +120,7 @@ def check_reference(config: RunConfig) -> None:
         )
 
 
-def reference_of(config: RunConfig, machine: Machine) -> Any:
+def load_reference_model(config: RunConfig, machine: Machine) -> Any:
     """The model as it is before training, for full fine-tuning; None where no copy is needed."""
     if config.lora or config.trainer.args.get("precompute_ref_log_probs"):
         return None
@@ -149,7 +149,7 @@ def _drop_copy(model: Any) -> None:
 
     The copy would cost memory at every step.
     """
-    if not isinstance(model, PeftModel) or COPY not in model.peft_config:
+    if not isinstance(model, PeftModel) or ADAPTER_COPY not in model.peft_config:
         return
     outer = [
         parameter
@@ -157,4 +157,4 @@ def _drop_copy(model: Any) -> None:
         if "lora_B.default" in name or "lora_embedding_B.default" in name
     ]
     if outer and not any(bool(torch.any(parameter)) for parameter in outer):
-        model.delete_adapter(COPY)
+        model.delete_adapter(ADAPTER_COPY)

@@ -19,26 +19,32 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.model.tokenizer import PADDING_NAMES
-from luthier.train.methods.base import TrainerInputs
-from luthier.train.methods.heads import model_config
-from luthier.train.methods.preference import Judging, PairMethod, Scores, Terms, mean
+from luthier.train.methods.heads import load_task_config
+from luthier.train.methods.method import TrainerInputs
+from luthier.train.methods.preference_trainer import (
+    LossTerms,
+    PreferenceMethod,
+    PreferenceTrainerMixin,
+    RowScores,
+    mean_over_rows,
+)
 
-LOOKED_AT = 1000
+CHECKED_ROWS = 1000
 """Rows whose last tokens are looked at, to choose a padding token that is none of them."""
 
 
-class ScoreTrainer(Judging, RewardTrainer):
+class LuthierRewardTrainer(PreferenceTrainerMixin, RewardTrainer):
     """Trains a model to give the better of two conversations the higher number."""
 
-    layout = WholeLayout
-    shown = ("accuracy", "margin")
+    collator_class = WholeLayout
+    result_metrics = ("accuracy", "margin")
 
-    def count(self, inputs: Any) -> Tensor:
+    def count_items(self, inputs: Any) -> Tensor:
         """The real pairs of a batch."""
         real = inputs["real"].sum()
         return torch.stack([real, torch.zeros_like(real)]).float()
 
-    def scores(self, model: Any, inputs: dict[str, Any]) -> Scores:
+    def score_rows(self, model: Any, inputs: dict[str, Any]) -> RowScores:
         """The rewards of both conversations."""
         kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         rewards = model(**kept, use_cache=False).logits.squeeze(-1).float()
@@ -46,35 +52,35 @@ class ScoreTrainer(Judging, RewardTrainer):
         read = inputs["attention_mask"].sum(dim=1).float().chunk(2)
         return {"chosen": chosen, "rejected": rejected, "tokens": read[0] + read[1]}
 
-    def terms(self, scores: Scores) -> Terms:
+    def loss_terms(self, scores: RowScores) -> LossTerms:
         """The loss of Bradley and Terry, and rewards around zero if so wished."""
         chosen, rejected = scores["chosen"], scores["rejected"]
         loss = -logsigmoid(chosen - rejected)
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
-        return Terms(loss)
+        return LossTerms(loss)
 
-    def measures(self, scores: Scores) -> dict[str, float]:
+    def aggregate_metrics(self, scores: RowScores) -> dict[str, float]:
         """How many pairs are in the right order, and the rewards."""
         chosen, rejected = scores["chosen"], scores["rejected"]
         rewards = torch.cat([chosen, rejected])
         return {
-            "accuracy": mean((chosen > rejected).float()),
-            "margin": mean(chosen - rejected),
+            "accuracy": mean_over_rows((chosen > rejected).float()),
+            "margin": mean_over_rows(chosen - rejected),
             "min_reward": float(rewards.min()),
-            "mean_reward": mean(rewards),
+            "mean_reward": mean_over_rows(rewards),
             "max_reward": float(rewards.max()),
         }
 
 
-class Reward(PairMethod):
+class RewardMethod(PreferenceMethod):
     """Pairs of whole conversations, and a model with one number as its output."""
 
     make = RewardConfig
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model with one number as its output: its own such head, or a new one from the seed."""
-        model_config(config.model, "SEQ_CLS", "reward", "a model that can score a text")
+        load_task_config(config.model, "SEQ_CLS", "reward", "a model that can score a text")
         set_seed(config.seed)
         with suppress_seqcls_warning():
             return load_model(
@@ -86,15 +92,17 @@ class Reward(PairMethod):
                 num_labels=1,
             )
 
-    def trainer(self, given: TrainerInputs) -> ScoreTrainer:
+    def build_trainer(self, given: TrainerInputs) -> LuthierRewardTrainer:
         """TRL's RewardTrainer over conversations that are tokens."""
-        pad = given.tokenizer.convert_ids_to_tokens(padding(given.tokenizer, given.prepared))
+        pad = given.tokenizer.convert_ids_to_tokens(
+            choose_padding_token(given.tokenizer, given.prepared)
+        )
         # It is saved with the model, which finds the end of a conversation by it.
         given.tokenizer.pad_token = pad
-        return ScoreTrainer(**self.common(given))
+        return LuthierRewardTrainer(**self.common(given))
 
 
-def padding(tokenizer: Any, prepared: PreparedData) -> int:
+def choose_padding_token(tokenizer: Any, prepared: PreparedData) -> int:
     """A token that no row ends with: models read the score at the last token that is not this one.
 
     The tokenizer's own where it will do; UserError if there is none.
@@ -115,6 +123,6 @@ def _last_tokens(prepared: PreparedData) -> Iterator[int]:
     """The last tokens of some rows."""
     assert isinstance(prepared.train, TokenRows)
     for rows in (prepared.train, *prepared.eval.values()):
-        for number in islice(rows.different, LOOKED_AT):
+        for number in islice(rows.different, CHECKED_ROWS):
             row = rows.table.row(int(number))
             yield from (int(row[name][-1]) for name in ("chosen_ids", "rejected_ids"))

@@ -27,12 +27,12 @@ from luthier.train.dataloaders import (
     check_stream_arguments,
     flatten_packed_batch,
 )
-from luthier.train.methods.base import TrainerInputs
+from luthier.train.methods.method import TrainerInputs
 from luthier.train.packing_check import DocumentIsolation, check_isolation
-from luthier.train.trainers.base import Ordered, precision_kept
+from luthier.train.trainers.base import LoaderMixin, keep_weight_precision
 
 
-class TokenTrainer(Ordered, SFTTrainer):
+class TokenTrainer(LoaderMixin, SFTTrainer):
     """Trains rows of `input_ids` and `labels`.
 
     Every loss is the mean negative log-likelihood over trained tokens: of the whole step in
@@ -69,7 +69,7 @@ class TokenTrainer(Ordered, SFTTrainer):
             train_dataset = as_token_rows(train_dataset)
         self._pad_token_id = _share_pad_token(model, kwargs["processing_class"])
         self._flat = flattened_for(model.config.get_text_config()._attn_implementation)
-        with precision_kept(model):
+        with keep_weight_precision(model):
             super().__init__(
                 model=model,
                 # TRL takes no other kind of dataset; of this one it only looks at the columns.
@@ -114,7 +114,7 @@ class TokenTrainer(Ordered, SFTTrainer):
         """The order of the rows, which may be those of a dataset."""
         return super().sampler(as_token_rows(rows), size, processes, is_training)
 
-    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
         """The rows in this order, and the collator for them: Trainer has one for both."""
         packed = self.batching.packing if is_training else self.batching.eval_packing
         self.data_collator = self._collator(self.args, packed)
@@ -205,18 +205,18 @@ class TokenTrainer(Ordered, SFTTrainer):
         own = torch.cat(self._eval_sums).cpu().double().sum(dim=0).tolist()
         return [math.fsum(parts) for parts in zip(*gather_object([own]), strict=True)]
 
-    def counted(self) -> dict[str, Any]:
+    def counter_state(self) -> dict[str, Any]:
         """What was counted, with the tokens behind the means."""
         seen = {"sums": self._sums.tolist(), "tokens_seen": self._tokens_seen}
-        return super().counted() | seen
+        return super().counter_state() | seen
 
-    def count_on(self, counted: dict[str, Any]) -> None:
+    def load_counter_state(self, counted: dict[str, Any]) -> None:
         """Go on counting from there."""
-        super().count_on(counted)
+        super().load_counter_state(counted)
         self._sums += self._sums.new_tensor(counted["sums"])
         self._tokens_seen = counted["tokens_seen"]
 
-    def add_means(self, logs: dict[str, float]) -> None:
+    def add_log_means(self, logs: dict[str, float]) -> None:
         """Add the means since the last line of metrics, reduced over the ranks once."""
         sums = self.accelerator.reduce(self._sums, reduction="sum")
         tokens, right, entropy, seen = sums.tolist()
@@ -245,10 +245,12 @@ def _share_pad_token(model: Any, tokenizer: Any) -> int:
 # Supervised fine-tuning: conversations and plain texts, through `TokenTrainer`.
 
 
-class Supervised:
+class SFTMethod:
     """Trains the replies of conversations, and every token of plain texts."""
 
-    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
         """The `trl.SFTConfig`."""
         return build_sft_arguments(config, machine, folder, has_eval)
 
@@ -256,7 +258,7 @@ class Supervised:
         """A causal language model."""
         return load_model(config.model, config.quantization, machine, full=not config.lora)
 
-    def trainer(self, given: TrainerInputs) -> TokenTrainer:
+    def build_trainer(self, given: TrainerInputs) -> TokenTrainer:
         """TRL's SFTTrainer over token rows."""
         batching = batching_of(given.config)
         return TokenTrainer(

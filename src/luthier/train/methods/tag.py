@@ -20,42 +20,54 @@ from luthier.data.prepare import PreparedData
 from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.device import Machine
 from luthier.train.arguments import build_trainer_arguments
-from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.heads import (
     Labelled,
-    Labels,
-    check_positions,
-    find_tags,
-    labels_of,
-    load_head,
+    LabelSet,
+    check_row_lengths,
+    collect_tags,
+    labels_from_config,
+    load_head_model,
 )
-from luthier.train.methods.labelled import OWN, Found, Layout, Losses, Row, over_tables, ragged
+from luthier.train.methods.labelled import (
+    LABELLED_ARGUMENTS,
+    LabelledCollator,
+    Row,
+    RowLosses,
+    RowPrediction,
+    build_labelled_trainer,
+    pad_rows,
+)
+from luthier.train.methods.method import TrainerInputs
 
-ENTITIES = ("entity_precision", "entity_recall", "entity_f1")
+ENTITY_METRICS = ("entity_precision", "entity_recall", "entity_f1")
 
 
-class Tag:
+class TagMethod:
     """Trains a head on words with tags."""
 
-    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
         """The `transformers.TrainingArguments`."""
-        return build_trainer_arguments(TrainingArguments, config, machine, folder, has_eval, OWN)
+        return build_trainer_arguments(
+            TrainingArguments, config, machine, folder, has_eval, LABELLED_ARGUMENTS
+        )
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A model whose head has an output for each tag."""
-        return load_head(config, machine, "TOKEN_CLS", find_tags(prepared))
+        return load_head_model(config, machine, "TOKEN_CLS", collect_tags(prepared))
 
-    def trainer(self, given: TrainerInputs) -> "TagTrainer":
+    def build_trainer(self, given: TrainerInputs) -> "TaggingTrainer":
         """transformers' Trainer over tagged words."""
-        check_positions(given.model, given.prepared)
-        return over_tables(TagTrainer, given)
+        check_row_lengths(given.model, given.prepared)
+        return build_labelled_trainer(TaggingTrainer, given)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagLayout(Layout):
+class TaggingCollator(LabelledCollator):
     """Words side by side with their tags: one answer a word."""
 
-    labels: Labels
+    labels: LabelSet
 
     def answers(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
         """Tag numbers at the first token of each word, else IGNORED; int64, shape (rows, width)."""
@@ -65,10 +77,10 @@ class TagLayout(Layout):
             np.where(row["words"] < 0, IGNORED, np.array(own)[row["words"]])
             for row, own in zip(rows, tags, strict=True)
         ]
-        return ragged(labels, width, IGNORED), np.array([row["trained"] for row in rows])
+        return pad_rows(labels, width, IGNORED), np.array([row["trained"] for row in rows])
 
 
-def tag_losses(logits: Any, wanted: Any, smoothing: float = 0.0) -> Losses:
+def tagging_losses(logits: Any, wanted: Any, smoothing: float = 0.0) -> RowLosses:
     """The loss of each row, summed over its words, and the tag that each token says.
 
     `logits`: shape (rows, width, tags); `wanted`: tag numbers or IGNORED, shape (rows, width).
@@ -77,10 +89,10 @@ def tag_losses(logits: Any, wanted: Any, smoothing: float = 0.0) -> Losses:
     loss = cross_entropy(
         logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=smoothing
     )
-    return Losses(loss.view(wanted.shape).sum(dim=1), logits.argmax(dim=-1))
+    return RowLosses(loss.view(wanted.shape).sum(dim=1), logits.argmax(dim=-1))
 
 
-def said_tags(labels: Labels, row: Row, predicted: Sequence[int]) -> list[str]:
+def predict_word_tags(labels: LabelSet, row: Row, predicted: Sequence[int]) -> list[str]:
     """The tag that the model says for each word of a row; `predicted`: those of its tokens.
 
     A word without a token, or one that was cut off, counts as outside of all entities, and as
@@ -93,35 +105,35 @@ def said_tags(labels: Labels, row: Row, predicted: Sequence[int]) -> list[str]:
     return said
 
 
-class TagTrainer(Labelled, Trainer):
+class TaggingTrainer(Labelled, Trainer):
     """Trains and scores words with tags; the tags are those of the model's config."""
 
     def __init__(self, model: Any, *, args: Any, **kwargs: Any) -> None:
-        self.labels = labels_of(model.config)
+        self.labels = labels_from_config(model.config)
         self._are_entities = are_entity_tags(self.labels.names)
-        self.shown = ("accuracy", *ENTITIES) if self._are_entities else ("accuracy",)
+        self.result_metrics = ("accuracy", *ENTITY_METRICS) if self._are_entities else ("accuracy",)
         self._smoothing = args.label_smoothing_factor
         batching = kwargs["batching"]
-        layout = TagLayout(
+        layout = TaggingCollator(
             pad_token_id=kwargs["processing_class"].pad_token_id,
             width=batching.length if batching.constant else None,
             labels=self.labels,
         )
         super().__init__(model, args=args, data_collator=layout, **kwargs)
 
-    def losses(self, model: Any, inputs: dict[str, Any]) -> Losses:
+    def row_losses(self, model: Any, inputs: dict[str, Any]) -> RowLosses:
         """The loss of each row, summed over its words, and the tag that each token says."""
         wanted = inputs.pop("labels")
         smoothing = self._smoothing if self.model.training else 0.0
-        return tag_losses(model(**inputs).logits, wanted, smoothing)
+        return tagging_losses(model(**inputs).logits, wanted, smoothing)
 
-    def scores(self, rows: Any, found: Sequence[Found]) -> dict[str, float]:
+    def aggregate_metrics(self, rows: Any, found: Sequence[RowPrediction]) -> dict[str, float]:
         """Accuracy over all words, and the scores of entities where tags are of such."""
         wanted, said = [], []
         for one in found:
             row = rows.row(one.number)
             wanted.append(list(map(str, json.loads(row["tags"]))))
-            said.append(said_tags(self.labels, row, one.predicted))
+            said.append(predict_word_tags(self.labels, row, one.predicted))
         pairs = [pair for row in zip(said, wanted, strict=True) for pair in zip(*row, strict=True)]
         accuracy = sum(one == other for one, other in pairs) / len(pairs)
         entities = entity_scores(said, wanted) if self._are_entities else {}

@@ -15,15 +15,15 @@ from luthier.data.batching.settings import Batching
 from luthier.errors import UserError
 from luthier.model.device import preserve_random_state
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
-from luthier.train.trainers.checkpoints import Checkpointed
+from luthier.train.trainers.checkpoints import CheckpointMixin
 
 # Losses and gradients that are no numbers: at which step, in which rows, and what is left.
 
-SHOWN = 8
+LISTED_ROWS = 8
 """Rows that a message names."""
 
 
-def broken_step(norms: Iterable[tuple[int, Any]]) -> int | None:
+def first_bad_step(norms: Iterable[tuple[int, Any]]) -> int | None:
     """The first step whose gradient has no finite norm, of (step, norm) pairs in order."""
     return next((step for step, norm in norms if not math.isfinite(float(norm))), None)
 
@@ -44,10 +44,10 @@ def rows_of_step(trainer: Any, step: int) -> list[int]:
     return list(dict.fromkeys(number for numbers in seen for number in numbers))
 
 
-def words(trainer: Any, what: str, step: int, places: Sequence[str]) -> str:
+def bad_step_message(trainer: Any, what: str, step: int, places: Sequence[str]) -> str:
     """The message that ends a run: what broke, where, what is left and what may mend it."""
-    shown = ", ".join(places[:SHOWN])
-    more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+    shown = ", ".join(places[:LISTED_ROWS])
+    more = f" and {len(places) - LISTED_ROWS} more" if len(places) > LISTED_ROWS else ""
     rows = f"Rows of that step: {shown}{more}.\n" if places else ""
     last = get_last_checkpoint(trainer.args.output_dir)
     kept = (
@@ -61,7 +61,7 @@ def words(trainer: Any, what: str, step: int, places: Sequence[str]) -> str:
 
 
 @contextmanager
-def precision_kept(model: Any) -> Iterator[None]:
+def keep_weight_precision(model: Any) -> Iterator[None]:
     """Put trained weights back into the number formats they had before a trainer was built.
 
     TRL rounds those of a quantized model to bfloat16, where small updates vanish.
@@ -74,7 +74,7 @@ def precision_kept(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing_paused(model: Any) -> Iterator[None]:
+def pause_activation_checkpointing(model: Any) -> Iterator[None]:
     """Keep activations within the block, and recompute them behind it as before.
 
     TRL does that itself where it looks at a model without gradients, but turns it on again with
@@ -91,7 +91,7 @@ def recomputing_paused(model: Any) -> Iterator[None]:
             part.gradient_checkpointing = True
 
 
-class Exact(Checkpointed):
+class TrainerMixin(CheckpointMixin):
     """Stands before a trainer: `class Mine(Exact, DPOTrainer)`.
 
     Nobody is told that someone trains, a training that follows an evaluation is whole under DDP,
@@ -99,11 +99,11 @@ class Exact(Checkpointed):
     checkpoints are whole, and the processes end.
     """
 
-    shown: tuple[str, ...] = ()
+    result_metrics: tuple[str, ...] = ()
     """Metrics of the held-out rows that a run's results have besides the loss."""
-    loss_shown: bool = True
+    reports_eval_loss: bool = True
     """Whether a run's results have the loss on held-out rows."""
-    places: Callable[[Sequence[int]], list[str]] | None = None
+    locate_rows: Callable[[Sequence[int]], list[str]] | None = None
     """Says where training rows stand, such as `data.jsonl:7`, by their numbers in the table."""
     _norms: list[tuple[int, Any]]
     """The step and the norm of its gradient, since they were last looked at."""
@@ -111,7 +111,7 @@ class Exact(Checkpointed):
     def _send_telemetry(self) -> None:
         """Tell nobody that someone trains."""
 
-    def planned_steps(self) -> int:
+    def count_planned_steps(self) -> int:
         """The optimizer steps that a training from the beginning takes, known before it starts."""
         values = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return int(values[-1])
@@ -146,13 +146,13 @@ class Exact(Checkpointed):
     def _stop_if_broken(self, loss: float = 0.0) -> None:
         """Raise UserError at a step whose gradient, or a mean loss that, is no finite number."""
         norms, self._norms = self._norms, []
-        step, what = broken_step(norms), "The gradient is no finite number"
+        step, what = first_bad_step(norms), "The gradient is no finite number"
         if not math.isfinite(loss):
             step, what = step or self.state.global_step, f"The loss is {loss}"
         if step is not None:
             rows = rows_of_step(self, step)
-            places = self.places(rows) if self.places is not None else []
-            raise UserError(words(self, what, step, places))
+            places = self.locate_rows(rows) if self.locate_rows is not None else []
+            raise UserError(bad_step_message(self, what, step, places))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, but none with weights that are broken."""
@@ -195,24 +195,26 @@ class Exact(Checkpointed):
             metrics |= super().evaluate(name if eval_dataset is None else rows, ignore_keys, prefix)
         return metrics
 
-    def counted(self) -> dict[str, Any]:
+    def counter_state(self) -> dict[str, Any]:
         """What was counted, with the measures that TRL takes the mean of at the next line."""
         measures = vars(self).get("_metrics", {}).get("train", {})
-        return super().counted() | {"measures": {name: list(of) for name, of in measures.items()}}
+        return super().counter_state() | {
+            "measures": {name: list(of) for name, of in measures.items()}
+        }
 
-    def count_on(self, counted: dict[str, Any]) -> None:
+    def load_counter_state(self, counted: dict[str, Any]) -> None:
         """Go on counting from there."""
-        super().count_on(counted)
+        super().load_counter_state(counted)
         for name, values in counted["measures"].items():
             self._metrics["train"][name].extend(values)
 
-    def add_means(self, logs: dict[str, float]) -> None:
+    def add_log_means(self, logs: dict[str, float]) -> None:
         """Add what was measured since the last line of metrics; asked on all ranks."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and stop on a broken loss."""
         if self.model.training and "loss" in logs:
-            self.add_means(logs)
+            self.add_log_means(logs)
             self._stop_if_broken(logs["loss"])
         super().log(logs, start_time)
 
@@ -220,7 +222,7 @@ class Exact(Checkpointed):
 # Loaders in luthier's own order, for every trainer over rows of a table.
 
 
-class Ordered(Exact):
+class LoaderMixin(TrainerMixin):
     """Stands before a trainer: `class Mine(Ordered, Trainer)`."""
 
     batching: Batching
@@ -230,7 +232,7 @@ class Ordered(Exact):
         make = build_train_sampler if is_training else build_eval_sampler
         return make(rows, self.batching, self.args, size, processes)
 
-    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
         """The rows in this order, as the trainer's collator takes them."""
         return SampledRows(sampler)
 
@@ -248,7 +250,7 @@ class Ordered(Exact):
         processes = self.get_total_train_batch_size(self.args) // in_step
         sampler = self.sampler(dataset, batch_size, processes, is_training)
         return super()._get_dataloader(
-            dataset=self.arranged(sampler, is_training),
+            dataset=self.order_rows(sampler, is_training),
             description=description,
             batch_size=batch_size,
             sampler_fn=lambda rows: sampler,

@@ -25,7 +25,7 @@ _NEARLY_NONE = 2**24
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
+def report_full_disk(folder: Path) -> Iterator[None]:
     """Turn the error of a full disk into a UserError, and remove what was half written.
 
     `folder`: the run's checkpoints.
@@ -39,7 +39,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise UserError(disk_full_message(folder, f"{in_words(_free(folder))} are free")) from error
 
 
-def refuse_together(accelerator: Any, missing: Callable[[], str | None], folder: Path) -> None:
+def refuse_full_disk(accelerator: Any, missing: Callable[[], str | None], folder: Path) -> None:
     """Raise UserError in all processes where the first one sees that there is no room."""
     from accelerate.utils import broadcast_object_list
 
@@ -84,26 +84,26 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-COUNTED = "counted_{rank}.json"
+COUNTERS_FILE = "counted_{rank}.json"
 """What a process has counted since the last line of metrics, in a checkpoint."""
 
 
-class Checkpointed(Base):
+class CheckpointMixin(Base):
     """Stands before a trainer of transformers or TRL."""
 
-    bounds = CheckpointLimits()
+    checkpoint_limits = CheckpointLimits()
     """How many checkpoints are kept."""
-    planned = True
+    is_scheduled_save = True
     """Whether the checkpoint that is being written is one that the settings ask for."""
-    stopped = 0
+    stop_signal = 0
     """The signal for which the training ended; 0 if it came to its own end."""
-    journals: tuple[Path, ...] = ()
+    log_files: tuple[Path, ...] = ()
     """Files to which lines are added during the training."""
     _has_said = False
     _writing: Path | None = None
     _resumed: Path | None = None
 
-    def counted(self) -> dict[str, Any]:
+    def counter_state(self) -> dict[str, Any]:
         """What this process has counted since the last line of metrics, for JSON."""
         return {
             "loss": self._tr_loss.item(),
@@ -112,7 +112,7 @@ class Checkpointed(Base):
             "callbacks": {type(c).__name__: c.state()["attributes"] for c in _stateful(self)},
         }
 
-    def count_on(self, counted: dict[str, Any]) -> None:
+    def load_counter_state(self, counted: dict[str, Any]) -> None:
         """Go on counting from there."""
         self._tr_loss += counted["loss"]
         self._total_loss_scalar = counted["losses"]
@@ -120,13 +120,13 @@ class Checkpointed(Base):
         for callback in _stateful(self):
             vars(callback).update(counted["callbacks"].get(type(callback).__name__, {}))
 
-    def resume_counting(self) -> None:
+    def restore_counters(self) -> None:
         """Take up what the checkpoint has that the training goes on from; call it as it begins."""
         if self._resumed is None:
             return
-        file = self._resumed / COUNTED.format(rank=self.args.process_index)
+        file = self._resumed / COUNTERS_FILE.format(rank=self.args.process_index)
         counted = read_json(file)
-        self.count_on(counted)
+        self.load_counter_state(counted)
         # The checkpoint has the intervals of its time, by which Trainer would go on.
         self.state.compute_steps(self.args, self.state.max_steps)
         self._point_to_best(self._resumed.parent)
@@ -148,7 +148,7 @@ class Checkpointed(Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; the mean loss at the end is that of all steps, also before the run went on."""
-        if "train_loss" in logs and self.stopped:
+        if "train_loss" in logs and self.stop_signal:
             return
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
@@ -166,9 +166,9 @@ class Checkpointed(Base):
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what this process has counted beside its random state."""
         super()._save_rng_state(output_dir)
-        lines = {path.name: _lines(path) for path in self.journals}
-        counted = self.counted() | {"lines": lines}
-        write_json(Path(output_dir) / COUNTED.format(rank=self.args.process_index), counted)
+        lines = {path.name: _lines(path) for path in self.log_files}
+        counted = self.counter_state() | {"lines": lines}
+        write_json(Path(output_dir) / COUNTERS_FILE.format(rank=self.args.process_index), counted)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, whole or not at all; all processes take part.
@@ -176,28 +176,28 @@ class Checkpointed(Base):
         Raises UserError where the disk is full; the last good one is then untouched.
         """
         folder, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        refuse_together(
+        refuse_full_disk(
             self.accelerator, lambda: checkpoints.describe_missing_space(folder), folder
         )
         best, resumable = self.state.best_model_checkpoint, not self.args.save_only_model
-        self.args.save_only_model = not resumable and self.planned
+        self.args.save_only_model = not resumable and self.is_scheduled_save
         self._writing = folder / checkpoints.NEW_FOLDER
         try:
-            with writing_to(folder):
+            with report_full_disk(folder):
                 super()._save_checkpoint(model, trial)
         finally:
             self._writing, self.args.save_only_model = None, not resumable
         self.state.best_model_checkpoint = best
         self.accelerator.wait_for_everyone()
-        self._point_to_best(folder, self.planned)
+        self._point_to_best(folder, self.is_scheduled_save)
         if self.args.should_save:
             made = {
                 "step": self.state.global_step,
-                "planned": self.planned,
-                "resumable": resumable or not self.planned,
+                "planned": self.is_scheduled_save,
+                "resumable": resumable or not self.is_scheduled_save,
                 "processes": self.args.world_size,
             }
-            with writing_to(folder):
+            with report_full_disk(folder):
                 self._publish(folder, name, made)
         self.accelerator.wait_for_everyone()
 
@@ -208,7 +208,7 @@ class Checkpointed(Base):
         best = self.state.best_model_checkpoint
         kept = Path(best) if best else None
         for sentence in checkpoints.prune_checkpoints(
-            folder, self.state.global_step, kept, self.bounds
+            folder, self.state.global_step, kept, self.checkpoint_limits
         ):
             self.too_large(sentence)
 

@@ -26,10 +26,12 @@ class TrainerInputs:
     callbacks: list[Any]
 
 
-class Method(Protocol):
+class TrainingMethod(Protocol):
     """One value of `trainer.method`."""
 
-    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
         """The trainer's own arguments; UserError for what they do not allow."""
         ...
 
@@ -37,13 +39,13 @@ class Method(Protocol):
         """The model without an adapter."""
         ...
 
-    def trainer(self, given: TrainerInputs) -> Any:
+    def build_trainer(self, given: TrainerInputs) -> Any:
         """The trainer; a `transformers.Trainer`."""
         ...
 
 
-def load(name: str) -> Method:
+def load_method(name: str) -> TrainingMethod:
     """The method of this name."""
     module, kind = METHODS[name].place.split(":")
-    make: Callable[[], Method] = getattr(import_module(module), kind)
+    make: Callable[[], TrainingMethod] = getattr(import_module(module), kind)
     return make()

@@ -20,15 +20,15 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.train.arguments import build_trainer_arguments
-from luthier.train.methods.base import TrainerInputs
 from luthier.train.methods.labelled import evaluation_rows
-from luthier.train.trainers.base import Ordered, precision_kept
+from luthier.train.methods.method import TrainerInputs
+from luthier.train.trainers.base import LoaderMixin, keep_weight_precision
 
-Scores = dict[str, Tensor]
+RowScores = dict[str, Tensor]
 """What a forward pass says of each row of a batch, by name; each has the shape (rows,)."""
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """What a loss is the sum of; each has the shape (rows,), or is a plain zero."""
 
     rows: Tensor | float
@@ -37,16 +37,16 @@ class Terms(NamedTuple):
     """Sums over the tokens of the better replies: the loss has the mean over all such tokens."""
 
 
-class StandIn(Dataset):
+class PlaceholderDataset(Dataset):
     """Stands in for rows that are tokens already, where TRL wants a dataset to prepare."""
 
-    def map(self, *args: Any, **kwargs: Any) -> "StandIn":
+    def map(self, *args: Any, **kwargs: Any) -> "PlaceholderDataset":
         """Leave the rows as they are."""
         return self
 
 
-class Judging(Ordered):
-    """Stands before a trainer of TRL: `class Mine(Judging, DPOTrainer)`.
+class PreferenceTrainerMixin(LoaderMixin):
+    """Stands before a trainer of TRL: `class Mine(PreferenceTrainerMixin, DPOTrainer)`.
 
     The loss is a mean over rows (pairs, or replies with a verdict), and where it has a part by
     token, over tokens: of the whole step in training (all micro-batches and ranks), of the whole
@@ -57,7 +57,7 @@ class Judging(Ordered):
 
     # compute_loss divides by the step's rows itself.
     loss_is_scaled_for_ga = True
-    layout: type[JudgedLayout]
+    collator_class: type[JudgedLayout]
 
     def __init__(
         self,
@@ -72,17 +72,19 @@ class Judging(Ordered):
     ) -> None:
         """Take what the trainer takes, with rows of a table as datasets."""
         self.batching = batching
-        self._since_log: list[Scores] = []
-        self._evaluated: list[Scores] = []
+        self._since_log: list[RowScores] = []
+        self._evaluated: list[RowScores] = []
         self._tokens_seen = 0
-        nothing = StandIn.from_dict({name: [""] for name in ("prompt", "chosen", "rejected")})
-        with precision_kept(model), _in_words():
+        nothing = PlaceholderDataset.from_dict(
+            {name: [""] for name in ("prompt", "chosen", "rejected")}
+        )
+        with keep_weight_precision(model), _in_words():
             super().__init__(
                 model=model,
                 args=args,
                 train_dataset=nothing,
                 eval_dataset=None if eval_dataset is None else nothing,
-                data_collator=self.layout(
+                data_collator=self.collator_class(
                     processing_class.pad_token_id,
                     batching.length if batching.constant else None,
                     vars(args).get("pad_to_multiple_of"),
@@ -94,22 +96,22 @@ class Judging(Ordered):
         self.eval_dataset = eval_dataset
         self.model_accepts_loss_kwargs = True
 
-    def scores(self, model: Any, inputs: dict[str, Any]) -> Scores:
+    def score_rows(self, model: Any, inputs: dict[str, Any]) -> RowScores:
         """What the model, and the reference if there is one, say of each row of a batch.
 
         `chosen_tokens` counts the tokens that `Terms.tokens` sums over, `tokens` all that are read.
         """
         raise NotImplementedError
 
-    def terms(self, scores: Scores) -> Terms:
+    def loss_terms(self, scores: RowScores) -> LossTerms:
         """The loss of each row."""
         raise NotImplementedError
 
-    def measures(self, scores: Scores) -> dict[str, float]:
+    def aggregate_metrics(self, scores: RowScores) -> dict[str, float]:
         """The metrics of all rows."""
         raise NotImplementedError
 
-    def count(self, inputs: Mapping[str, Any]) -> Tensor:
+    def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """The rows of a batch, and the tokens that `Terms.tokens` sums over: shape (2,)."""
         raise NotImplementedError
 
@@ -121,14 +123,14 @@ class Judging(Ordered):
         """Leave rows as they are: they are tokens."""
         return dataset
 
-    def arranged(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
         """The rows as they are, each with its partner."""
         return JudgedRows(sampler)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
         """The counts of a step, over all its batches and all processes."""
         zero = torch.zeros(2, device=device)
-        counts = sum((self.count(batch).to(device) for batch in batch_samples), zero)
+        counts = sum((self.count_items(batch).to(device) for batch in batch_samples), zero)
         return self.accelerator.gather(counts[None]).sum(dim=0)
 
     def compute_loss(
@@ -139,9 +141,9 @@ class Judging(Ordered):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Sum the loss over the rows and tokens of a step, which all ranks count together."""
-        counts = self.count(inputs) if num_items_in_batch is None else num_items_in_batch
-        scores = self.scores(model, dict(inputs)) | {"real": inputs["real"]}
-        loss = _sum(self.terms(scores), scores, counts.clamp(min=1))
+        counts = self.count_items(inputs) if num_items_in_batch is None else num_items_in_batch
+        scores = self.score_rows(model, dict(inputs)) | {"real": inputs["real"]}
+        loss = _sum(self.loss_terms(scores), scores, counts.clamp(min=1))
         if num_items_in_batch is not None:
             # DDP averages gradients over ranks, and the counts are of all of them.
             loss = loss * self.accelerator.num_processes
@@ -165,12 +167,12 @@ class Judging(Ordered):
         prefix = kwargs.get("metric_key_prefix", "eval")
         scores = self._of_all(self._evaluated)
         if len(scores["real"]):
-            measured = self.measures(scores)
-            measured["loss"] = _mean(self.terms(scores), scores)
+            measured = self.aggregate_metrics(scores)
+            measured["loss"] = _mean(self.loss_terms(scores), scores)
             output.metrics.update({f"{prefix}_{n}": value for n, value in measured.items()})
         return output
 
-    def _of_all(self, batches: list[Scores]) -> Scores:
+    def _of_all(self, batches: list[RowScores]) -> RowScores:
         """The scores of all real rows of some batches of all ranks; no row is there twice."""
         real = torch.cat([scores["real"] for scores in batches]).bool()
         own = {name: torch.cat([s[name] for s in batches])[real] for name in batches[0]}
@@ -182,16 +184,16 @@ class Judging(Ordered):
             for name, part in own.items()
         }
 
-    def counted(self) -> dict[str, Any]:
+    def counter_state(self) -> dict[str, Any]:
         """What was counted, with the scores of the rows since the last line of the log."""
         names = self._since_log[0] if self._since_log else ()
         joined = {name: torch.cat([s[name] for s in self._since_log]) for name in names}
         scores = {name: [str(part.dtype), part.tolist()] for name, part in joined.items()}
-        return super().counted() | {"scores": scores, "tokens_seen": self._tokens_seen}
+        return super().counter_state() | {"scores": scores, "tokens_seen": self._tokens_seen}
 
-    def count_on(self, counted: dict[str, Any]) -> None:
+    def load_counter_state(self, counted: dict[str, Any]) -> None:
         """Go on counting from there."""
-        super().count_on(counted)
+        super().load_counter_state(counted)
         self._tokens_seen = counted["tokens_seen"]
         scores = {
             name: torch.tensor(
@@ -203,14 +205,14 @@ class Judging(Ordered):
         }
         self._since_log = [scores] if scores else []
 
-    def add_means(self, logs: dict[str, float]) -> None:
+    def add_log_means(self, logs: dict[str, float]) -> None:
         """Add the metrics of the rows since the last line of the log."""
         if not self._since_log:
             return
         scores = self._of_all(self._since_log)
         self._since_log.clear()
         self._tokens_seen += int(scores["tokens"].sum())
-        logs |= self.measures(scores) if len(scores["real"]) else {}
+        logs |= self.aggregate_metrics(scores) if len(scores["real"]) else {}
         logs["num_tokens"] = self._tokens_seen
 
 
@@ -223,7 +225,7 @@ def _in_words() -> Iterator[None]:
         raise UserError(f"trainer.args and lora, as TRL has them: {error}") from error
 
 
-def _sum(terms: Terms, scores: Scores, counts: Tensor) -> Tensor:
+def _sum(terms: LossTerms, scores: RowScores, counts: Tensor) -> Tensor:
     """The loss: sums over real rows by the counts."""
     real = scores["real"]
     parts = [
@@ -234,32 +236,32 @@ def _sum(terms: Terms, scores: Scores, counts: Tensor) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _mean(terms: Terms, scores: Scores) -> float:
+def _mean(terms: LossTerms, scores: RowScores) -> float:
     """The loss of a whole set, added up in float64."""
-    parts = [mean(terms.rows)] if isinstance(terms.rows, Tensor) else []
+    parts = [mean_over_rows(terms.rows)] if isinstance(terms.rows, Tensor) else []
     if isinstance(terms.tokens, Tensor):
-        parts.append(ratio(terms.tokens, scores["chosen_tokens"]))
+        parts.append(mean_over_tokens(terms.tokens, scores["chosen_tokens"]))
     return sum(parts)
 
 
-def mean(part: Tensor, where: Tensor | None = None) -> float:
+def mean_over_rows(part: Tensor, where: Tensor | None = None) -> float:
     """The mean over all rows, or over those where something holds; 0 if there are none."""
     part = part if where is None else part[where]
     return float(part.cpu().double().sum()) / max(len(part), 1)
 
 
-def ratio(sums: Tensor, counts: Tensor) -> float:
+def mean_over_tokens(sums: Tensor, counts: Tensor) -> float:
     """A mean over tokens, from the sums and the counts of all rows."""
     return float(sums.cpu().double().sum()) / max(float(counts.cpu().double().sum()), 1)
 
 
 # What a language model says of the replies in a batch, summed over the tokens that train.
 
-OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+FUSED_HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 """What TRL's fused language-model head is to give for each token."""
 
 
-def forward(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
+def forward_fused(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
     """Run a model with TRL's fused head; the outputs begin with the second token."""
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     return model(
@@ -272,17 +274,17 @@ def forward(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
     )
 
 
-def mask_of(inputs: dict[str, Any]) -> Tensor:
+def completion_mask(inputs: dict[str, Any]) -> Tensor:
     """The tokens that train, from the second on; bool of shape (sequences, width - 1)."""
     return inputs["completion_mask"][:, 1:].bool()
 
 
-def token_sums(outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def sum_token_outputs(outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Sums over the trained tokens of each sequence, float32, and how many tokens there are.
 
     `logps` keeps its gradient. Prompt-learning adapters put positions in front, which are left out.
     """
-    mask = mask_of(inputs)
+    mask = completion_mask(inputs)
     width = mask.shape[1]
     given = {
         "entropy": outputs.entropy,
@@ -301,7 +303,7 @@ def token_sums(outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def in_pairs(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def split_pairs(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums of two replies side by side: `chosen_logps` and `rejected_logps`, and so on."""
     pairs = {}
     for name, part in sums.items():
@@ -321,7 +323,7 @@ def count_pairs(inputs: Any) -> Tensor:
 # What the methods share that train on replies which are judged.
 
 
-class PairMethod:
+class PreferenceMethod:
     """A method whose rows are two replies to one prompt."""
 
     make: ClassVar[Any]
@@ -333,7 +335,9 @@ class PairMethod:
         """What the arguments must say besides."""
         return {"max_length": None}
 
-    def arguments(self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool) -> Any:
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
         """The trainer's arguments."""
         own = {"remove_unused_columns": False} | self.own(config)
         return build_trainer_arguments(self.make, config, machine, folder, has_eval, own)
