@@ -196,8 +196,10 @@ def prepare(case: Case) -> Any:
     short = [row[:-1] if n % case.rows == 1 else row for n, row in enumerate(rows)]
 
     def trainer() -> Any:
-        model: Any = load_model(config.model, config.quantization, machine, full=not config.lora)
-        if config.lora:
+        model: Any = load_model(
+            config.model, config.quantization, machine, full=not config.lora.is_enabled
+        )
+        if config.lora.is_enabled:
             model = add_adapter(model, config.lora, config.seed)
         data = Dataset.from_dict({"input_ids": short, "labels": short})
         args.train_sampling_strategy = "sequential"

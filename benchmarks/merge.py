@@ -41,6 +41,7 @@ def memory(small: int = 8, large: int = 32) -> None:
 
 def one(layers: int, place: str) -> None:
     """One merge, measured from within."""
+    from luthier.config.library_settings import QuantizationSettings
     from luthier.export import merge_streaming
     from luthier.export.model_layout import layout_of
     from luthier.model.artifact import find_artifact
@@ -50,7 +51,8 @@ def one(layers: int, place: str) -> None:
     artifact = find_artifact(str(folder / "adapter"), str(folder / "base"))
     layout = layout_of(artifact, folder / "base")
     assert artifact.adapter is not None
-    plan = merge_streaming.plan(folder / "base", layout, [(artifact.adapter, 1.0)], {}, None)
+    adapters = [(artifact.adapter, 1.0)]
+    plan = merge_streaming.plan(folder / "base", layout, adapters, QuantizationSettings(), None)
     (folder / "out").mkdir()
     Path("/proc/self/clear_refs").write_text("5")
     before, began = resident("VmRSS"), time.monotonic()

@@ -30,7 +30,7 @@ def prepared(config, dtype="float32"):
     without = {"add_tokens": [], "add_special_tokens": []}
     tokenizer = load_tokenizer(config.model.model_copy(update=without))
     add_tokens(tokenizer, config.model)
-    model = load_model(config.model, config.quantization, machine, full=not config.lora)
+    model = load_model(config.model, config.quantization, machine, full=not config.lora.is_enabled)
     return make_trainable(model, config, tokenizer, machine), tokenizer
 
 

@@ -55,11 +55,11 @@ def make_run(folder, base, name="default", **groups):
     config = config_of(base, **groups)
     model, tokenizer = prepared(config)
     stir(model)
-    if not config.lora:
+    if not config.lora.is_enabled:
         model.to(torch.float32)
     target = folder / "model"
     model.save_pretrained(target)
-    if config.lora:
+    if config.lora.is_enabled:
         (target / "README.md").unlink(missing_ok=True)
         convert_to_plain_lora(model, target)
     tokenizer.save_pretrained(target)

@@ -85,7 +85,7 @@ def finish(folder, method, rows, also):
     task = "TOKEN_CLS" if method == "tag" else "SEQ_CLS"
 
     def adapt(model):
-        return add_adapter(model, config.lora, 0, task) if config.lora else model
+        return add_adapter(model, config.lora, 0, task) if config.lora.is_enabled else model
 
     trainer, _ = tasks.built(config, tokenizer, adapt)
     for weight in trainer.model.parameters():

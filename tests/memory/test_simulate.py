@@ -32,8 +32,8 @@ CASES = {
 
 def real(config, machine):
     """The model with content, as training gets it."""
-    model = load_model(config.model, config.quantization, machine, full=not config.lora)
-    if config.lora:
+    model = load_model(config.model, config.quantization, machine, full=not config.lora.is_enabled)
+    if config.lora.is_enabled:
         model = add_adapter(model, config.lora, config.seed)
     for layer in meta_model._int8_layers(model):
         layer.init_8bit_state()

@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers.adapter_models import IDS, LORA, NF4, load, logits, trained
+from luthier.config.library_settings import LoraSettings
 from luthier.errors import UserError
 from luthier.model.adapter_training import RankAllocation, lora_plus_groups, prepare_trainer
 from luthier.model.adapters import add_adapter
@@ -40,7 +41,7 @@ def trainer_of(model, lora, folder, **given):
     )
     rows = [{"input_ids": IDS[0], "labels": IDS[0]} for _ in range(16)]
     trainer = Quiet(model, args, train_dataset=rows)
-    prepare_trainer(trainer, lora)
+    prepare_trainer(trainer, LoraSettings(lora))
     return trainer
 
 

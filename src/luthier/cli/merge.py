@@ -163,7 +163,7 @@ def _trained_whole(folder: Path, given: Given) -> Artifact:
             )
         return replace(find_artifact(base), name=str(folder))
     config = read_run_config(run)
-    if config.lora:
+    if config.lora.is_enabled:
         raise UserError(
             f"{folder}: the shards of a run with adapters. Its adapter is saved whole at the end "
             f"of the run: luthier merge {run}."

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from luthier.config import methods
-from luthier.config.methods import METHODS
+from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
+from luthier.config.methods import METHODS, problems
 from luthier.config.passthrough import settings
 from luthier.errors import Mistake, UserError, choice, value
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 # What of a model may train: adapters, quantized weights and frozen parts against each other.
-
-_BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
 
 
 def check_trained_parts(resolved: dict[str, Any]) -> Iterator[Mistake]:
@@ -28,45 +26,44 @@ def check_trained_parts(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _quantization(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    given, lora = settings(resolved, "quantization"), settings(resolved, "lora")
-    bits = [name for name in _BITS if given.get(name) is True]
-    if len(bits) > 1:
+    quantization = QuantizationSettings(settings(resolved, "quantization"))
+    switches = quantization.switches
+    if len(switches) > 1:
         yield Mistake(
             "quantization", "load_in_4bit and load_in_8bit are both true. Keep one, set one false."
         )
-    if given.get("dequantize") is True:
-        if others := [name for name in given if name != "dequantize"]:
+    if quantization.dequantize is True:
+        if others := [name for name in quantization if name != "dequantize"]:
             text = f"whole weights take no {others[0]}. Keep one of the two."
             yield Mistake("quantization.dequantize", text)
-    elif given and not bits:
+    elif quantization.is_enabled and not switches:
         yield Mistake(
             "quantization",
             "neither load_in_4bit nor load_in_8bit is true. Choose quantization=nf4, int8 or none.",
         )
-    if bits and not lora:
+    if switches and not settings(resolved, "lora"):
         yield Mistake(
             "quantization",
-            f"{bits[0]} with full fine-tuning: quantized weights cannot be trained. "
+            f"{switches[0]} with full fine-tuning: quantized weights cannot be trained. "
             "Add lora=default (QLoRA), or quantization=none to train the weights themselves.",
         )
 
 
 def _adapter(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    lora, given = settings(resolved, "lora"), settings(resolved, "quantization")
-    if not lora:
+    lora = LoraSettings(settings(resolved, "lora"))
+    if not lora.is_enabled:
         return
-    bits = [width for name, width in _BITS.items() if given.get(name) is True]
-    yield from methods.problems(lora, bits[0] if len(bits) == 1 else None)
-    ratio = lora.get("plus_ratio")
+    yield from problems(lora, QuantizationSettings(settings(resolved, "quantization")).bits)
+    ratio = lora.plus_ratio
     if isinstance(ratio, int | float) and ratio <= 0:
         yield Mistake("lora.plus_ratio", f"{value(ratio)} is too small; 16 is usual.")
     # OFT's rank may be 0: then the size of its blocks is given.
-    ranks = ("lora_alpha",) if methods.method_of(lora) == "oft" else ("r", "lora_alpha")
+    ranks = ("lora_alpha",) if lora.method == "oft" else ("r", "lora_alpha")
     for name in ranks:
         number = lora.get(name)
         if isinstance(number, int | float) and number < 1:
             yield Mistake(f"lora.{name}", f"{value(number)} is too small; the least is 1.")
-    dropout = lora.get("lora_dropout")
+    dropout = lora.lora_dropout
     if isinstance(dropout, int | float) and not 0 <= dropout < 1:
         yield Mistake("lora.lora_dropout", f"{value(dropout)} must be at least 0 and less than 1.")
 
@@ -96,14 +93,14 @@ _REWARDS = "trainer.rewards"
 def check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What is wrong with metrics, rewards and what is done with them; imports nothing heavy."""
     evaluation = settings(resolved, "trainer.evaluation")
-    args = settings(resolved, "trainer.args")
+    args = TrainerArgs(settings(resolved, "trainer.args"))
     sets = settings(resolved, "dataset.eval.sets")
     wrong = list(_metrics(evaluation, sets))
     yield from wrong
     yield from _rewards(resolved)
     yield from _teacher(resolved)
     yield from _evaluations(evaluation, args)
-    if not wrong and isinstance(args.get("metric_for_best_model"), str):
+    if not wrong and isinstance(args.metric_for_best_model, str):
         yield from _best(evaluation, args, sets)
 
 
@@ -188,8 +185,8 @@ def _joined(mistakes: list[Mistake]) -> Iterator[Mistake]:
         yield Mistake(mistakes[0].key, "\n    ".join(mistake.text for mistake in mistakes))
 
 
-def _evaluations(evaluation: dict[str, Any], args: dict[str, Any]) -> Iterator[Mistake]:
-    if args.get("eval_strategy", "no") not in ("no", False, None):
+def _evaluations(evaluation: dict[str, Any], args: TrainerArgs) -> Iterator[Mistake]:
+    if args.evaluates:
         return
     advice = "and there are none while training. Add trainer.args.eval_strategy=steps (or epoch)."
     if evaluation.get("when") == "evaluations":
@@ -198,12 +195,10 @@ def _evaluations(evaluation: dict[str, Any], args: dict[str, Any]) -> Iterator[M
         yield Mistake("trainer.evaluation.patience", f"it counts evaluations, {advice}")
 
 
-def _best(
-    evaluation: dict[str, Any], args: dict[str, Any], sets: dict[str, Any]
-) -> Iterator[Mistake]:
+def _best(evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any]) -> Iterator[Mistake]:
     from luthier.metrics import greater_is_better
 
-    name = args["metric_for_best_model"]
+    name = str(args.metric_for_best_model)
     found = best_metric(name, evaluation, sets)
     if found is None:
         return
@@ -213,7 +208,7 @@ def _best(
             f"{name} is measured before and after training only. "
             "Set trainer.evaluation.when=evaluations.",
         )
-    if args.get("greater_is_better") is None:
+    if args.greater_is_better is None:
         try:
             greater_is_better(found[1], found[0])
         except UserError as error:
@@ -277,11 +272,11 @@ def _trained_on(name: str, chosen: dict[str, Any], dataset: dict[str, Any]) -> I
 
 def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
     hold = "Hold rows out (dataset.eval.share=0.05)"
-    args = settings(resolved, "trainer.args")
-    if args.get("eval_strategy", "no") not in ("no", False, None):
+    args = TrainerArgs(settings(resolved, "trainer.args"))
+    if args.evaluates:
         yield Mistake(
             "trainer.args.eval_strategy",
-            f"{value(args['eval_strategy'])}, but no rows are held out. "
+            f"{value(args.eval_strategy)}, but no rows are held out. "
             f"{hold}, or set trainer.args.eval_strategy=no.",
         )
     if settings(resolved, "trainer.evaluation").get("metrics"):
@@ -314,15 +309,15 @@ def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    args = settings(resolved, "trainer.args")
-    if args.get("bf16") is True and args.get("fp16") is True:
+    args = TrainerArgs(settings(resolved, "trainer.args"))
+    if args.bf16 is True and args.fp16 is True:
         yield Mistake("trainer.args", "bf16 and fp16 are both true. Keep one.")
-    if args.get("load_best_model_at_end") is True:
+    if args.load_best_model_at_end is True:
         yield from _best_model("trainer.args.load_best_model_at_end", args)
 
 
-def _best_model(key: str, args: dict[str, Any]) -> Iterator[Mistake]:
-    evaluate, save = args.get("eval_strategy", "no"), args.get("save_strategy", "steps")
+def _best_model(key: str, args: TrainerArgs) -> Iterator[Mistake]:
+    evaluate, save = args.eval_strategy, args.save_strategy
     if evaluate == "no":
         yield Mistake(key, "needs evaluations. Add trainer.args.eval_strategy=steps (or epoch).")
     elif save not in (evaluate, "best"):
@@ -335,11 +330,8 @@ def _best_model(key: str, args: dict[str, Any]) -> Iterator[Mistake]:
         yield from _checkpoint_steps(key, args)
 
 
-def _checkpoint_steps(key: str, args: dict[str, Any]) -> Iterator[Mistake]:
-    evaluate, save = (
-        args.get("eval_steps") or args.get("logging_steps", 10),
-        args.get("save_steps", 500),
-    )
+def _checkpoint_steps(key: str, args: TrainerArgs) -> Iterator[Mistake]:
+    evaluate, save = args.eval_steps or args.logging_steps, args.save_steps
     whole = [isinstance(steps, int | float) and steps >= 1 for steps in (evaluate, save)]
     if all(whole) and save % evaluate != 0:
         yield Mistake(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from luthier.config.library_settings import SPLITTING_STARTS, LoraSettings
 from luthier.errors import Mistake, UserError, choice, value
 
 
@@ -278,38 +279,26 @@ REFUSED = {
 }
 """Methods of peft that luthier does not train, and why."""
 
-SPLITTING = ("pissa", "olora")
-"""Beginnings of `init_lora_weights` that take the first adapter out of the base's weights."""
-_WHOLE = (*SPLITTING, "orthogonal", "mica")
+_WHOLE = (*SPLITTING_STARTS, "orthogonal", "mica")
 """Beginnings of those that need weights which are not packed."""
 _FROM_DATA = ("eva", "corda", "lora_ga")
 
 
-def method_of(lora: Mapping[str, Any]) -> str:
-    """The name of the adapter method."""
-    return str(lora.get("method") or "lora")
-
-
-def splits(lora: Mapping[str, Any]) -> bool:
-    """Whether the adapter starts as a part of the base's weights, which change for it."""
-    return str(lora.get("init_lora_weights")).startswith(SPLITTING)
-
-
-def problems(lora: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
+def problems(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
     """What does not go together in the settings of an adapter, on weights of so many bits.
 
     `bits` is 4 or 8 for weights that bitsandbytes packs, None for all others.
     """
-    method = method_of(lora)
+    method = lora.method
     if method not in ADAPTERS:
         yield Mistake("lora.method", _no_method(method))
         return
     if bits is not None and bits not in ADAPTERS[method].packed:
         yield Mistake("lora.method", _not_packed(method, bits))
-    if method != "lora" and lora.get("plus_ratio") is not None:
+    if method != "lora" and lora.plus_ratio is not None:
         text = f"is for lora.method=lora, and the method is {method}. Remove it."
         yield Mistake("lora.plus_ratio", text)
-    if lora.get("use_dora") is True and bits == PACKED[1]:
+    if lora.use_dora is True and bits == PACKED[1]:
         text = "DoRA needs the lengths of the weights, which peft cannot take from 8-bit ones. "
         yield Mistake("lora.use_dora", f"{text}Use quantization=nf4 or none.")
     yield from _start(lora, bits)
@@ -329,11 +318,11 @@ def _not_packed(method: str, bits: int) -> str:
     )
 
 
-def _start(lora: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
-    key, start = "lora.init_lora_weights", lora.get("init_lora_weights")
+def _start(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
+    key, start = "lora.init_lora_weights", lora.init_lora_weights
     if start == "loftq":
-        yield from _loftq(lora.get("loftq_config") or {}, bits)
-        if lora.get("use_dora") is True:
+        yield from _loftq(lora.loftq_config, bits)
+        if lora.use_dora is True:
             yield Mistake(key, "loftq and DoRA undo each other's start. Use one of them.")
     elif start in _FROM_DATA:
         yield Mistake(key, f"{start} needs a pass over the data, which luthier does not make.")

@@ -6,7 +6,8 @@ from typing import Any
 
 from luthier.config import library_fields
 from luthier.config.library_fields import Fields, Kind
-from luthier.config.methods import ADAPTERS, METHODS, method_of
+from luthier.config.library_settings import LoraSettings
+from luthier.config.methods import ADAPTERS, METHODS
 from luthier.errors import Mistake, choice, nearest, value
 
 _DESCRIBED = {
@@ -188,7 +189,7 @@ def check(resolved: dict[str, Any]) -> list[Mistake]:
 def _of_method(library: Library, resolved: dict[str, Any]) -> Library:
     """The arguments of a trainer and the settings of an adapter are those of the chosen method."""
     if library.key == "lora":
-        return _of_adapter(library, method_of(settings(resolved, "lora")))
+        return _of_adapter(library, LoraSettings(settings(resolved, "lora")).method)
     if library.key != "trainer.args":
         return library
     method = METHODS.get(str(settings(resolved, "trainer").get("method", "sft")), METHODS["sft"])

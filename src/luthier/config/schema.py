@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
+from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
+
 # The kind of model that every group of a config is.
 
 
@@ -273,7 +275,7 @@ class TrainerConfig(Strict):
         "distill",
     ] = "sft"
     """The trainer: `sft` is TRL's SFTTrainer."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: TrainerArgs = Field(default_factory=TrainerArgs)
     """Any field of the trainer's config class (`trl.SFTConfig`)."""
     padding: Literal["longest", "max_length"] = "longest"
     """Rows of a batch are padded to the longest of them, or all to `chat.max_length`."""
@@ -302,9 +304,9 @@ class RunConfig(Strict):
     """A whole run."""
 
     model: ModelConfig
-    quantization: dict[str, Any] = Field(default_factory=dict)
+    quantization: QuantizationSettings = Field(default_factory=QuantizationSettings)
     """Fields of `transformers.BitsAndBytesConfig`; empty for none."""
-    lora: dict[str, Any] = Field(default_factory=dict)
+    lora: LoraSettings = Field(default_factory=LoraSettings)
     """Fields of `peft.LoraConfig`; empty for full fine-tuning."""
     dataset: DatasetConfig
     chat: ChatSettings = Field(default_factory=ChatSettings)
@@ -323,3 +325,9 @@ class RunConfig(Strict):
     """Do everything up to the first step, then stop."""
     overwrite: bool = False
     """Replace a finished run that is in `output_dir`."""
+
+    def with_trainer_args(self, **args: Any) -> "RunConfig":
+        """Return the same run with these keys of `trainer.args` set."""
+        trainer_args = TrainerArgs(self.trainer.args | args)
+        trainer = self.trainer.model_copy(update={"args": trainer_args})
+        return self.model_copy(update={"trainer": trainer})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.export.model_layout import Layout, NotPlain
 
 if TYPE_CHECKING:
@@ -190,18 +191,18 @@ def _rows_of(layer: str, config: Mapping[str, Any]) -> list[int]:
 # Weights as an adapter met them in training: packed by bitsandbytes and unpacked again.
 
 
-def as_trained(weight: "Tensor", quantization: dict[str, Any], transposed: bool) -> "Tensor":
+def as_trained(weight: "Tensor", quantization: QuantizationSettings, transposed: bool) -> "Tensor":
     """A layer's weight (float32) as the run's quantization left it.
 
     `transposed`: whether it is (inputs, outputs); bitsandbytes packs (outputs, inputs).
     """
     matrix = weight.T.contiguous() if transposed else weight
-    through = _through_4bit if quantization.get("load_in_4bit") else _through_8bit
+    through = _through_4bit if quantization.bits == 4 else _through_8bit
     found = through(matrix, quantization)
     return found.T if transposed else found
 
 
-def _through_4bit(weight: "Tensor", quantization: dict[str, Any]) -> "Tensor":
+def _through_4bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tensor":
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from transformers import BitsAndBytesConfig
@@ -216,7 +217,7 @@ def _through_4bit(weight: "Tensor", quantization: dict[str, Any]) -> "Tensor":
     return dequantize_4bit(packed, state).to(torch.float32)
 
 
-def _through_8bit(weight: "Tensor", quantization: dict[str, Any]) -> "Tensor":
+def _through_8bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tensor":
     import torch
     from bitsandbytes.functional import int8_vectorwise_quant
 

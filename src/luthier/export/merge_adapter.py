@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
 from luthier.export import merge_in_memory, merge_streaming, model_facts, write_card
 from luthier.export.merge_in_memory import PLACE, logits, tuned
@@ -144,10 +145,7 @@ class Order:
     @property
     def packs(self) -> bool:
         """Whether the base's weights are packed and unpacked first."""
-        given = self.first.quantization
-        return self.onto == "trained" and bool(
-            given.get("load_in_4bit") or given.get("load_in_8bit")
-        )
+        return self.onto == "trained" and self.first.quantization.bits is not None
 
 
 def refuse_merge(order: Order, overwrite: bool) -> None:
@@ -205,7 +203,7 @@ def _weights(order: Order, aside: Path, say: Say) -> str:
     folder = base_folder(first)
     try:
         layout = layout_of(first, folder)
-        quantization = first.quantization if order.packs else {}
+        quantization = first.quantization if order.packs else QuantizationSettings()
         merge = merge_streaming.plan(folder, layout, order.adapters, quantization, order.dtype)
     except NotPlain as why:
         say(f"whole     the model is merged in memory, in float32: {why}")
@@ -251,7 +249,7 @@ def _checked(order: Order, aside: Path, dtype: str, say: Say) -> Difference:
         f"{found.agreeing:.1%} of the places"
     )
     bound = BOUNDS[dtype]
-    if order.packs and first.quantization.get("load_in_8bit"):
+    if order.packs and first.quantization.bits == 8:
         bound = max(bound, ROUNDED_INPUTS)
     refuse_unlike_logits(found, bound, aside)
     return found

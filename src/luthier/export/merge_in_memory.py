@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
 from luthier.export.adapter_delta import as_trained
 from luthier.export.model_layout import Layout, needed
@@ -27,7 +28,7 @@ def tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: bool) 
     """
     from peft import PeftModel
 
-    quantization = _computed_in_float32(artifact.quantization) if packed else {}
+    quantization = _computed_in_float32(artifact.quantization if packed else QuantizationSettings())
     model = base_of(artifact, quantization)
     grow(model, adapters)
     try:
@@ -44,14 +45,14 @@ def tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: bool) 
     return wrapped.eval()
 
 
-def base_of(artifact: Artifact, quantization: dict[str, Any]) -> Any:
+def base_of(artifact: Artifact, quantization: QuantizationSettings) -> Any:
     """The base in float32, or packed; one that comes quantized is unpacked.
 
     Raises UserError where it cannot be unpacked or does not fit into memory.
     """
     own = label_settings(artifact)
     found = quantized.read_quantization_config(artifact.base)
-    if found is not None and not quantization:
+    if found is not None and not quantization.is_enabled:
         own["quantization_config"] = _unpacking(artifact, found)
     try:
         model = load_model(artifact.base, quantization, PLACE, task=artifact.task, **own)
@@ -104,10 +105,10 @@ def logits(model: Any, prompts: list[list[int]]) -> "list[Tensor]":
     return found
 
 
-def _computed_in_float32(quantization: dict[str, Any]) -> dict[str, Any]:
-    if not quantization.get("load_in_4bit"):
+def _computed_in_float32(quantization: QuantizationSettings) -> QuantizationSettings:
+    if quantization.bits != 4:
         return quantization
-    return quantization | {"bnb_4bit_compute_dtype": "float32"}
+    return QuantizationSettings(quantization | {"bnb_4bit_compute_dtype": "float32"})
 
 
 def _scale(model: Any, name: str, weight: float) -> None:
@@ -138,7 +139,7 @@ def merge(
     """
     import torch
 
-    model = base_of(artifact, {})
+    model = base_of(artifact, QuantizationSettings())
     own = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
     if layout is not None:
         _pack(model, layout, artifact.quantization)
@@ -151,7 +152,7 @@ def merge(
     return chosen
 
 
-def _pack(model: Any, layout: Layout, quantization: dict[str, Any]) -> None:
+def _pack(model: Any, layout: Layout, quantization: QuantizationSettings) -> None:
     """Round the weights of the layers that were packed in training as they were."""
     layers = dict(model.named_modules())
     for name in layout.packed:

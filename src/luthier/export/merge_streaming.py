@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.export.adapter_delta import Adapter, as_trained, merged, read_adapter
 from luthier.export.model_layout import Layout, NotPlain
 from luthier.export.weight_files import DTYPES, FLOATS, Checkpoint, Entry, write
@@ -26,7 +27,7 @@ class Merge:
     adapters: list[Adapter]
     names: dict[str, str]
     """A weight's name -> its name in the base's files."""
-    quantization: dict[str, Any]
+    quantization: QuantizationSettings
     """How the base is packed before the adapters are added; empty for not at all."""
     planned: list[Entry]
     rows: int | None
@@ -56,7 +57,7 @@ class Merge:
         if not value.is_floating_point():
             return value
         layer = name.removesuffix(".weight")
-        if self.quantization and layer in self.layout.packed:
+        if self.quantization.is_enabled and layer in self.layout.packed:
             is_turned = layer in self.layout.transposed
             value = as_trained(value.float(), self.quantization, is_turned)
         changed = [one for one in self.adapters if name in one.changes]
@@ -83,7 +84,7 @@ def plan(
     base: Path,
     layout: Layout,
     folders: list[tuple[Path, float]],
-    quantization: dict[str, Any],
+    quantization: QuantizationSettings,
     dtype: str | None,
 ) -> Merge:
     """What a merge will read and write. `folders`: adapters with their weights.

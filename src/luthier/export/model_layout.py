@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
 from luthier.model.artifact import Artifact
@@ -101,9 +102,9 @@ def _transposed(model: Any) -> frozenset[str]:
     return frozenset(name for name, one in model.named_modules() if isinstance(one, Conv1D))
 
 
-def _packed(model: Any, quantization: dict[str, Any]) -> frozenset[str]:
+def _packed(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
     """The layers that bitsandbytes would pack while loading: transformers chooses them."""
-    if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+    if quantization.bits is None:
         return frozenset()
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 

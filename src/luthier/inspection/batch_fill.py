@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.config.schema import RunConfig
 from luthier.data.batching.packing import Fit
 from luthier.data.batching.rows import TokenRows
@@ -64,8 +65,7 @@ def measure_batch_fill(lengths: Lengths, config: RunConfig, plan: Batching) -> B
     if not len(lengths):
         return None
     args = config.trainer.args
-    size = int(args.get("per_device_train_batch_size", 8))
-    strategy = str(args.get("train_sampling_strategy", "random"))
+    size, strategy = args.per_device_train_batch_size, args.train_sampling_strategy
     return BatchFill(
         packing=plan.packing,
         strategy=strategy,
@@ -82,7 +82,7 @@ def _packed(lengths: Lengths, length: int | None, size: int) -> BatchLayout | No
 
 
 def _padded(
-    lengths: Lengths, sampler: Sampler, plan: Batching, size: int, args: Mapping[str, Any]
+    lengths: Lengths, sampler: Sampler, plan: Batching, size: int, args: TrainerArgs
 ) -> BatchLayout:
     """The rows of the first epoch, in their order."""
     length = plan.length if plan.constant else None
@@ -95,9 +95,9 @@ def _padded(
     return BatchLayout(len(lengths), length, size, len(starts), efficiency)
 
 
-def _widths(longest: Widths, length: int | None, args: Mapping[str, Any]) -> Widths:
+def _widths(longest: Widths, length: int | None, args: TrainerArgs) -> Widths:
     """How wide each batch is."""
-    multiple = int(args.get("pad_to_multiple_of") or 1)
+    multiple = args.pad_to_multiple_of
     widths = longest if length is None else np.full_like(longest, length)
     return -(-widths // multiple) * multiple
 
@@ -106,7 +106,7 @@ def _sampler(lengths: Lengths, strategy: str, size: int, config: RunConfig) -> S
     """The order in which a training on one device sees the sequences."""
     rows = TokenRows(_Unread(lengths))
     if strategy == "group_by_length":
-        step = size * int(config.trainer.args.get("gradient_accumulation_steps", 1))
+        step = size * config.trainer.args.gradient_accumulation_steps
         return LengthGroupedSampler(rows, step, config.seed)
     return (SequentialSampler if strategy == "sequential" else ShuffledSampler)(rows, config.seed)
 

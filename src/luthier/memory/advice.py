@@ -56,11 +56,11 @@ def _alone(config: RunConfig, found: MemoryPlan) -> Iterator[list[_Step]]:
     """Single changes, those that cost the least first."""
     yield from ([step] for step in _free(config, found))
     yield from _first_that_fits(config, found, _smaller_batches(config))
-    if config.lora.get("lora_dropout"):
+    if config.lora.lora_dropout:
         yield [_Step("lora.lora_dropout=0", "no dropout", {"lora": {"lora_dropout": 0.0}})]
-    if config.lora and not config.quantization:
+    if config.lora.is_enabled and not config.quantization.is_enabled:
         yield [_QUANTIZE]
-    if not config.lora:
+    if not config.lora.is_enabled:
         yield [_ADAPT]
     yield from _first_that_fits(config, found, _shorter_rows(found))
 
@@ -80,8 +80,8 @@ def _free(config: RunConfig, found: MemoryPlan) -> Iterator[_Step]:
 def _smaller_batches(config: RunConfig) -> Iterator[_Step]:
     """Fewer rows at a time, more often: the optimizer's step sees as many."""
     args = config.trainer.args
-    rows = int(args.get("per_device_train_batch_size", 8))
-    whole = rows * int(args.get("gradient_accumulation_steps", 1))
+    rows = args.per_device_train_batch_size
+    whole = rows * args.gradient_accumulation_steps
     while rows > 1:
         rows //= 2
         yield _args(
@@ -120,7 +120,7 @@ def _shared(config: RunConfig, found: MemoryPlan) -> list[Advice]:
     Quantized weights are not sliced.
     """
     hardware = found.hardware
-    if hardware.kind != "cuda" or config.quantization:
+    if hardware.kind != "cuda" or config.quantization.is_enabled:
         return []
     for number in USUAL_GPU_COUNTS:
         if number <= found.best.sharding.processes:
@@ -135,7 +135,7 @@ def _shared(config: RunConfig, found: MemoryPlan) -> list[Advice]:
 def _together(config: RunConfig, found: MemoryPlan) -> Advice:
     """Everything that keeps method and rows, at once."""
     steps = [*_free(config, found), *list(_smaller_batches(config))[-1:]]
-    if config.lora and not config.quantization:
+    if config.lora.is_enabled and not config.quantization.is_enabled:
         steps.append(_QUANTIZE)
     return _try(config, found, steps)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.library_settings import LoraSettings
 from luthier.config.methods import METHODS
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
@@ -29,7 +30,7 @@ def build_meta_model(config: RunConfig, machine: Machine, full_dtype: str = "flo
     model's config.json cannot be had, or cannot be built from.
     """
     _refuse_unknown(config)
-    dtype = machine.dtype if config.lora else full_dtype
+    dtype = machine.dtype if config.lora.is_enabled else full_dtype
     architecture = read_model_config(config.model)
     packed = _packed(config, architecture)
     task = METHODS[config.trainer.method].task
@@ -39,7 +40,7 @@ def build_meta_model(config: RunConfig, machine: Machine, full_dtype: str = "flo
         # Columns that int8 keeps in 16 bits depend on values, and are few.
         settings["llm_int8_threshold"] = 0.0
         insert_quantized_layers(model, settings).postprocess_model(model)
-    if config.lora:
+    if config.lora.is_enabled:
         return add_adapter(model, _drawn(config.lora), config.seed, task)
     if config.model.train or config.model.freeze:
         freeze_parameters(model, config.model.train, config.model.freeze)
@@ -123,7 +124,7 @@ def _packed(config: RunConfig, architecture: Any) -> dict[str, Any]:
     if comes is None:
         return config.quantization
     del architecture.quantization_config
-    if config.quantization.get("dequantize"):
+    if config.quantization.dequantize:
         return {}
     if quantized.quantization_method(comes) != "bitsandbytes":
         raise UserError(
@@ -135,7 +136,7 @@ def _packed(config: RunConfig, architecture: Any) -> dict[str, Any]:
 
 
 def _refuse_unknown(config: RunConfig) -> None:
-    if config.quantization and config.lora.get("use_dora"):
+    if config.quantization.is_enabled and config.lora.use_dora:
         raise UserError(
             "plan: lora.use_dora=true on quantized weights is not counted: peft needs the weights "
             "themselves for it. Plan with lora.use_dora=false; DoRA needs more than that."
@@ -148,13 +149,13 @@ def _attention(machine: Machine) -> str:
     return "sdpa" if kernels else machine.attention
 
 
-def _drawn(lora: dict[str, Any]) -> dict[str, Any]:
+def _drawn(lora: LoraSettings) -> dict[str, Any]:
     """The same adapter with weights that are drawn: shapes have no values to start from.
 
     Single tokens that train are left out: a few rows.
     """
     kept = {name: value for name, value in lora.items() if name not in _BY_WEIGHTS}
-    if isinstance(lora.get("init_lora_weights"), str):
+    if isinstance(lora.init_lora_weights, str):
         kept["init_lora_weights"] = True
     return kept
 

@@ -66,7 +66,7 @@ def plan_memory(
     with _quiet():
         workload = workloads.read_workload(config, machine)
         found = _plan(config, machine, workload, hardware, shardings)
-        if found.fits or config.trainer.args.get("activation_checkpointing") != AUTO_CHECKPOINTING:
+        if found.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
             return found
         return _plan(config, machine, _checkpointed(workload), hardware, shardings)
 
@@ -84,8 +84,7 @@ def choose_checkpointing(
     It is what `trainer.args.activation_checkpointing: auto` means: a third of the speed is given
     up only for memory that is not there. Raises UserError as `plan` does.
     """
-    args = config.trainer.args | {"activation_checkpointing": AUTO_CHECKPOINTING}
-    asked = config.model_copy(update={"trainer": config.trainer.model_copy(update={"args": args})})
+    asked = config.with_trainer_args(activation_checkpointing=AUTO_CHECKPOINTING)
     found = plan_memory(asked, hardware, (sharding or Sharding(),))
     return found.workload.checkpointing is not None
 

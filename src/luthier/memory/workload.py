@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.config.methods import METHODS
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
@@ -67,24 +68,24 @@ class Workload:
 def read_workload(config: RunConfig, machine: Machine) -> Workload:
     """Return the step of a configuration; `auto` checkpointing counts as off."""
     method = config.trainer.method
-    args = trainer_defaults(method) | config.trainer.args
-    rows = int(args["per_device_train_batch_size"]) * (2 if method in _PAIRS else 1)
+    args = TrainerArgs(trainer_defaults(method) | config.trainer.args)
+    rows = args.per_device_train_batch_size * (2 if method in _PAIRS else 1)
     length, assumptions = _length(config)
-    packed, flash = bool(args.get("packing")), "flash" in machine.attention
+    packed, flash = args.packing, "flash" in machine.attention
     return Workload(
         rows=rows,
         length=length,
-        accumulation=int(args["gradient_accumulation_steps"]),
+        accumulation=args.gradient_accumulation_steps,
         checkpointing=_checkpointing(args),
-        offload=bool(args.get("activation_offloading")),
-        optimizer=str(args["optim"]),
+        offload=args.activation_offloading,
+        optimizer=args.optim,
         autocast=_autocast(config.trainer.args, machine),
         masked=not flash and (packed or rows > 1 or config.trainer.padding == "max_length"),
         flash=flash,
-        full=not config.lora,
-        reference=not config.lora and _has_reference(method, args),
+        full=not config.lora.is_enabled,
+        reference=not config.lora.is_enabled and _has_reference(method, args),
         task=METHODS[method].task,
-        dropout=not args.get("disable_dropout"),
+        dropout=not args.disable_dropout,
         assumptions=(*assumptions, *_unseen(method, args)),
     )
 
@@ -97,10 +98,10 @@ def trainer_defaults(method: str = "sft") -> dict[str, Any]:
     return {f.name: f.default for f in fields(getattr(import_module(module), name))}
 
 
-def _has_reference(method: str, args: dict[str, Any]) -> bool:
-    if method not in _COMPARING or args.get("precompute_ref_log_probs"):
+def _has_reference(method: str, args: TrainerArgs) -> bool:
+    if method not in _COMPARING or args.precompute_ref_log_probs:
         return False
-    return method in ("dpo", "kto") or bool(args.get("beta"))
+    return method in ("dpo", "kto") or bool(args.beta)
 
 
 def _length(config: RunConfig) -> tuple[int, tuple[str, ...]]:
@@ -113,24 +114,25 @@ def _length(config: RunConfig) -> tuple[int, tuple[str, ...]]:
     return ASSUMED_LENGTH, (said,)
 
 
-def _checkpointing(args: dict[str, Any]) -> Checkpointing | None:
-    wanted = args["activation_checkpointing"]
+def _checkpointing(args: TrainerArgs) -> Checkpointing | None:
+    wanted = args.activation_checkpointing
     if wanted is None:
         wanted = args["gradient_checkpointing"]  # TRL's trainers set the older name
     if not wanted or wanted == AUTO_CHECKPOINTING:
         return None
-    given = args["activation_checkpointing_kwargs"] or {}
+    given = args.activation_checkpointing_kwargs
     return Checkpointing(int(given.get("every_n_layers", 1)), bool(given.get("offload", False)))
 
 
-def _autocast(given: dict[str, Any], machine: Machine) -> str | None:
+def _autocast(args: TrainerArgs, machine: Machine) -> str | None:
     """Mixed precision as luthier's training sets it: the machine's format unless it is given."""
-    if given.get("bf16", machine.dtype == "bfloat16"):
+    if machine.dtype == "bfloat16" if args.bf16 is None else args.bf16:
         return "bfloat16"
-    return "float16" if given.get("fp16", machine.dtype == "float16") else None
+    is_float16 = machine.dtype == "float16" if args.fp16 is None else args.fp16
+    return "float16" if is_float16 else None
 
 
-def _unseen(method: str, args: dict[str, Any]) -> tuple[str, ...]:
+def _unseen(method: str, args: TrainerArgs) -> tuple[str, ...]:
     """What changes memory and is not followed, in words."""
     names = {
         "torch_compile": "torch.compile mostly keeps less than what is counted here",

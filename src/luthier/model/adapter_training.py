@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from luthier.config.methods import method_of
+from luthier.config.library_settings import LoraSettings
 from luthier.errors import UserError
 
 # AdaLoRA's changing ranks, and what a checkpoint must hold so that a run goes on as it would.
@@ -119,12 +119,13 @@ def _overlap(name: str, weight: Any) -> Any:
     return torch.linalg.matrix_norm(products - torch.eye(*products.shape, device=weight.device))
 
 
-def prepare_trainer(trainer: Any, lora: dict[str, Any]) -> None:
+def prepare_trainer(trainer: Any, lora: LoraSettings) -> None:
     """Give a `transformers.Trainer` what the configured adapter needs; call it before training."""
-    ratio = lora.get("plus_ratio")
-    if ratio is not None:
-        trainer.create_optimizer = partial(_create, trainer, trainer.create_optimizer, ratio)
-    if lora and method_of(lora) == "adalora":
+    if lora.plus_ratio is not None:
+        trainer.create_optimizer = partial(
+            _create, trainer, trainer.create_optimizer, lora.plus_ratio
+        )
+    if lora.method == "adalora":
         trainer.add_callback(RankAllocation())
 
 

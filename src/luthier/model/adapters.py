@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.methods import ADAPTERS, method_of, problems, splits
+from luthier.config.library_settings import LoraSettings
+from luthier.config.methods import ADAPTERS, problems
 from luthier.errors import UserError
 from luthier.model import embeddings
 from luthier.model.adapter_targets import ALL_LINEAR, check_adapter_names, linear_layer_suffixes
@@ -277,7 +278,7 @@ _PLANNED = 2**31
 
 def add_adapter(
     model: "PreTrainedModel",
-    lora: dict[str, Any],
+    lora: Mapping[str, Any],
     seed: int,
     task_type: str = "CAUSAL_LM",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -294,17 +295,18 @@ def add_adapter(
     refuses or cannot do on these weights, and for a name that matches no layer.
     """
     base: Any = model
+    lora = LoraSettings(lora)
     _check(base, lora)
     settings = _settings(base, lora, task_type, tokenizer)
     base.requires_grad_(False)
-    wrapped = _wrap(base, method_of(lora), settings, seed)
+    wrapped = _wrap(base, lora.method, settings, seed)
     cast_trained_to_float32(wrapped)
     embeddings.share_rows_with_heads(base)
-    if lora.get("init_lora_weights") == "loftq":
+    if lora.init_lora_weights == "loftq":
         if unquantized is None:
             raise UserError("lora.init_lora_weights=loftq needs the weights before quantization.")
         apply_loftq(wrapped, unquantized(), seed)
-    if splits(lora):
+    if lora.splits_base_weights:
         record_initial_adapter(wrapped)
     # Its other rows never change; and peft would ask the hub for the base's config at each save.
     wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
@@ -324,16 +326,16 @@ def quantization_bits(model: Any) -> int | None:
     return None
 
 
-def _check(model: Any, lora: dict[str, Any]) -> None:
+def _check(model: Any, lora: LoraSettings) -> None:
     for mistake in problems(lora, quantization_bits(model)):
         raise UserError(f"{mistake.key}: {mistake.text}")
 
 
 def _settings(
-    model: Any, lora: dict[str, Any], task_type: str, tokenizer: Any | None
+    model: Any, lora: LoraSettings, task_type: str, tokenizer: Any | None
 ) -> dict[str, Any]:
     """The fields of peft's config; what is null takes its own default."""
-    facts = ADAPTERS[method_of(lora)]
+    facts = ADAPTERS[lora.method]
     settings: dict[str, Any] = {"target_modules": ALL_LINEAR} if facts.all_linear else {}
     settings |= {"task_type": task_type}
     settings |= {name: value for name, value in lora.items() if value is not None}
@@ -348,7 +350,7 @@ def _settings(
         )  # peft takes numbers with a list alone
     check_adapter_names(model, settings, task_type)
     settings |= head_settings(model, settings, facts.config)
-    return embeddings.unify_token_rows(model, method_of(lora), settings, tokenizer)
+    return embeddings.unify_token_rows(model, lora.method, settings, tokenizer)
 
 
 def _wrap(model: Any, method: str, settings: dict[str, Any], seed: int) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.config.methods import METHODS
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.config.schema import ModelConfig, RunConfig
@@ -192,7 +193,7 @@ class Artifact:
     """The run's config, as it was resolved."""
     task: str = "CAUSAL_LM"
     """What the model does, as peft calls it: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS."""
-    quantization: dict[str, Any] = field(default_factory=dict)
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     """How the run had the base's weights packed; empty for not at all."""
 
     @property
@@ -281,7 +282,7 @@ def _saved(word: str, folder: Path, run: Path | None, base: str | None) -> Artif
         ModelConfig(**model),
         folder,
         task=adapter.get("task_type") or "CAUSAL_LM",
-        quantization={} if config is None else config.quantization,
+        quantization=QuantizationSettings() if config is None else config.quantization,
         **told,
     )
 

@@ -6,6 +6,7 @@ Where input and output embeddings are one matrix, their rows train as one.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.library_settings import LoraSettings
 from luthier.errors import UserError
 from luthier.model.adapter_targets import layer_name
 
@@ -47,22 +48,20 @@ def has_tied_embeddings(model: Any) -> bool:
     return output is not None and output.weight is model.get_input_embeddings().weight
 
 
-def add_new_rows_to_settings(
-    model: Any, lora: dict[str, Any], new: Sequence[int]
-) -> dict[str, Any]:
+def add_new_rows_to_settings(model: Any, lora: LoraSettings, new: Sequence[int]) -> dict[str, Any]:
     """Return the settings of an adapter that trains the rows of new tokens, input and output.
 
     Embeddings that train whole (`modules_to_save`) train their new rows anyway. Raises UserError
     where the rows would stay as they are.
     """
-    places = [name for name in _embeddings(model) if not _trains_whole(name, lora)]
+    places = [name for name in _embeddings(model) if not _trains_whole(name, lora.modules_to_save)]
     if not new or not places:
         return lora
-    key = TOKEN_ROW_SETTINGS.get(str(lora.get("method") or "lora"))
+    key = TOKEN_ROW_SETTINGS.get(lora.method)
     if key is None:
         raise UserError(
             f"model.add_tokens: the rows of new tokens do not train with lora.method="
-            f"{lora['method']}. Use method=lora, or train the embeddings whole: "
+            f"{lora.method}. Use method=lora, or train the embeddings whole: "
             f"lora.modules_to_save=[{', '.join(places)}]."
         )
     given = lora.get(key) or {}
@@ -98,14 +97,15 @@ def _embeddings(model: Any) -> list[str]:
     )
 
 
-def _trains_whole(name: str, lora: dict[str, Any]) -> bool:
+def _trains_whole(name: str, modules: Sequence[str]) -> bool:
     # peft takes every layer whose name ends so.
-    return any(name.endswith(one) for one in lora.get("modules_to_save") or ())
+    return any(name.endswith(module) for module in modules)
 
 
 def _names_embeddings(model: Any, settings: dict[str, Any]) -> bool:
     sides = (model.get_input_embeddings(), model.get_output_embeddings())
-    return any(_trains_whole(layer_name(model, side), settings) for side in sides)
+    modules = settings.get("modules_to_save") or ()
+    return any(_trains_whole(layer_name(model, side), modules) for side in sides)
 
 
 def _ids_of(key: str, given: Any, tokenizer: Any | None, model: Any) -> Any:

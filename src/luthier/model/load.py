@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.config.schema import ModelConfig
 from luthier.environment import hush_kernels
 from luthier.errors import UserError
@@ -40,7 +41,7 @@ def auto_class(task: str) -> Any:
 
 def load_model(
     config: ModelConfig,
-    quantization: dict[str, Any],
+    quantization: Mapping[str, Any],
     machine: Machine,
     full: bool = False,
     task: str = "CAUSAL_LM",
@@ -55,6 +56,7 @@ def load_model(
     for. `task` is what the model does, a key of `TASK_CLASSES`, and `own` holds further arguments
     of `from_pretrained`. Raises UserError where the model cannot be had.
     """
+    quantization = QuantizationSettings(quantization)
     file = source.find_gguf_file(config.path)
     with preserve_random_state():
         place = config.path if file is None else gguf.convert_model(file)
@@ -66,7 +68,7 @@ def load_model(
         )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise _explain(error, config, machine) from error
-    if _unpacks(quantization):
+    if quantization.dequantize:
         model = quantized.cast_to_dtype(model, settings["dtype"])
     model.config.use_cache = False
     model.new_layers = _new_layers(loaded)
@@ -95,7 +97,7 @@ def keep_backward_kernels(model: Any) -> None:
 
 
 def _settings(
-    config: ModelConfig, quantization: dict[str, Any], machine: Machine, full: bool
+    config: ModelConfig, quantization: QuantizationSettings, machine: Machine, full: bool
 ) -> dict[str, Any]:
     """Return the arguments of `from_pretrained`; `model.kwargs` has the last word."""
     local = source.needs_hub(config.path) and source.is_hub_unreachable()
@@ -110,18 +112,14 @@ def _settings(
     }
     if not _is_sharded():
         settings["device_map"] = {"": machine.device}
-    if _unpacks(quantization):
+    if quantization.dequantize:
         settings["quantization_config"] = quantized.dequantize_config(config)
-    elif quantization:
+    elif quantization.is_enabled:
         settings["quantization_config"] = _quantization(quantization, machine)
     return settings | config.kwargs
 
 
-def _unpacks(quantization: dict[str, Any]) -> bool:
-    return quantization.get("dequantize") is True
-
-
-def _quantization(quantization: dict[str, Any], machine: Machine) -> Any:
+def _quantization(quantization: QuantizationSettings, machine: Machine) -> Any:
     """Return the config; 4-bit layers multiply in the machine's number format if none is given."""
     from transformers import BitsAndBytesConfig
 
@@ -182,7 +180,7 @@ def load_trained(
         raise UserError(f"{artifact.name}: {artifact.adapter} has no {ADAPTER_WEIGHTS_FILE}.")
     packed = artifact.quantization if quantization is None else quantization
     own = {**label_settings(artifact), **own}
-    model: Any = load_model(artifact.base, dict(packed), machine, task=artifact.task, **own)
+    model: Any = load_model(artifact.base, packed, machine, task=artifact.task, **own)
     if artifact.adapter is not None:
         _grow(model, tokenizer)
         model = attach_adapter(model, artifact)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luthier.config.methods import method_of
+from luthier.config.library_settings import LoraSettings, QuantizationSettings
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
 from luthier.model import source
@@ -19,7 +19,7 @@ from luthier.model.device import Machine
 
 FP8_CAPABILITY = (8, 9)
 """The first CUDA compute capability that multiplies in fp8."""
-_STARTS = (None, True, False, "gaussian")
+_STARTS = (True, False, "gaussian")
 """`lora.init_lora_weights` that do not look at the weights."""
 
 
@@ -55,7 +55,7 @@ def check_quantized_model(config: RunConfig, machine: Machine) -> None:
     Takes a look at config.json; nothing is loaded.
     """
     found = read_quantization_config(config.model)
-    dequantize = config.quantization.get("dequantize") is True
+    dequantize = config.quantization.dequantize
     if found is None and not dequantize:
         return
     if found is None:
@@ -142,8 +142,8 @@ def _cannot_unpack(form: QuantizationFormat) -> str | None:
     return _missing(form) if form.name == "compressed-tensors" else None
 
 
-def _twice(form: QuantizationFormat, quantization: Mapping[str, Any]) -> str | None:
-    if not quantization:
+def _twice(form: QuantizationFormat, quantization: QuantizationSettings) -> str | None:
+    if not quantization.is_enabled:
         return None
     whole = " or =dequantize, which gives whole weights" if form.whole else ""
     return (
@@ -186,17 +186,17 @@ def _missing(form: QuantizationFormat) -> str | None:
     return f"its layers need {' and '.join(missing)}: pip install {names}"
 
 
-def _wrong_adapter(form: QuantizationFormat, lora: Mapping[str, Any]) -> str | None:
-    if not lora:
+def _wrong_adapter(form: QuantizationFormat, lora: LoraSettings) -> str | None:
+    if not lora.is_enabled:
         return (
             "quantized weights cannot be trained. Add lora=default, or name the model that it was "
             "made from."
         )
     if form.name == "bitsandbytes":
         return None  # its layers are those of quantization=nf4 and int8
-    if method_of(lora) != "lora" or lora.get("use_dora") is True:
+    if lora.method != "lora" or lora.use_dora:
         return "only plain LoRA trains on it: lora.method=lora and lora.use_dora=false."
-    start = lora.get("init_lora_weights")
-    if start not in _STARTS:
-        return f"lora.init_lora_weights={start} needs the weights themselves. Use true."
+    if lora.init_lora_weights not in _STARTS:
+        start = f"lora.init_lora_weights={lora.init_lora_weights}"
+        return f"{start} needs the weights themselves. Use true."
     return None

@@ -87,7 +87,7 @@ def make_trainable(
     new = embeddings.new_token_ids(tokenizer, config.model)
     embeddings.initialize_new_rows(model, new, config.seed)
     check_vocabulary_fits(tokenizer, model)
-    if config.lora:
+    if config.lora.is_enabled:
         lora = embeddings.add_new_rows_to_settings(model, config.lora, new)
         original = partial(_original, config, machine, task_type)
         return add_adapter(model, lora, config.seed, task_type, tokenizer, original)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.record.secrets import HIDDEN, redact_secrets
 
 NEUTRAL_KEYS = ("output_dir", "dry_run", "overwrite", "tracker", "recipe", "card")
@@ -23,7 +24,6 @@ _EVALUATION_KEYS = re.compile(
 )
 """What is measured: harmless where nothing is decided by it."""
 _LENGTH_KEYS = re.compile(r"trainer\.args\.(max_steps|num_train_epochs)$")
-_DECIDING_KEYS = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 
 ChangeEffect = str
 """`matters`, `harmless`, or `length`: the run is to become longer or shorter."""
@@ -63,8 +63,8 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[s
 
 def schedule_depends_on_length(config: dict[str, Any]) -> bool:
     """Whether the learning rate at a step depends on how many steps there will be."""
-    args = config["trainer"]["args"]
-    kind, warmup = args.get("lr_scheduler_type", "linear"), args.get("warmup_steps") or 0
+    args = TrainerArgs(config["trainer"]["args"])
+    kind, warmup = args.lr_scheduler_type, args.warmup_steps
     return kind != "constant" and not (kind == "constant_with_warmup" and not 0 < warmup < 1)
 
 
@@ -90,8 +90,7 @@ def _change_effect(key: str, decides: bool) -> ChangeEffect:
 def _has_deciding_metrics(config: dict[str, Any]) -> bool:
     """Whether measures choose the final weights or end the training."""
     trainer = config.get("trainer") or {}
-    args, evaluation = trainer.get("args") or {}, trainer.get("evaluation") or {}
-    saves_best = args.get("save_strategy") == "best"
-    return saves_best or bool(
-        evaluation.get("patience") or any(args.get(k) for k in _DECIDING_KEYS)
-    )
+    args, evaluation = TrainerArgs(trainer.get("args") or {}), trainer.get("evaluation") or {}
+    saves_best = args.save_strategy == "best" or args.load_best_model_at_end
+    names_best = args.metric_for_best_model or args.greater_is_better
+    return saves_best or bool(evaluation.get("patience") or names_best)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.config.passthrough import settings
 from luthier.errors import Mistake, UserError, choice
 from luthier.sweep.settings import Direction, Optuna, Sweeper
@@ -173,8 +174,8 @@ def watched(
             f"{objective.name} is known only at the end. Name a metric that is logged on the way, "
             "such as hydra.sweeper.prune_by=eval_loss, or set the pruner to none.",
         )
-    evaluates = settings(resolved, "trainer.args").get("eval_strategy", "no")
-    if name.startswith("eval_") and evaluates in ("no", False, None):
+    args = TrainerArgs(settings(resolved, "trainer.args"))
+    if name.startswith("eval_") and not args.evaluates:
         return Mistake(
             key,
             f"needs {name} while training, and nothing is evaluated on the way. "

@@ -11,7 +11,6 @@ from luthier.memory.workload import detect_hardware
 from luthier.train import console
 from luthier.train.launch_request import LaunchRequest, read_launch_request
 
-CHECKPOINTING_KEY = "activation_checkpointing"
 AUTO = "auto"
 
 
@@ -21,15 +20,13 @@ def resolve_auto_checkpointing(config: RunConfig) -> RunConfig:
     The first rank plans, since free memory may differ between ranks. Where a run cannot be
     planned, activations are computed again, which is slower and always fits best.
     """
-    if config.trainer.args.get(CHECKPOINTING_KEY) != AUTO:
+    if config.trainer.args.activation_checkpointing != AUTO:
         return config
     chosen: list[bool] = [True]
     if PartialState().is_main_process:
         chosen = [_plan_checkpointing(config)]
     broadcast_object_list(chosen)
-    args = config.trainer.args | {CHECKPOINTING_KEY: chosen[0]}
-    trainer = config.trainer.model_copy(update={"args": args})
-    return config.model_copy(update={"trainer": trainer})
+    return config.with_trainer_args(activation_checkpointing=chosen[0])
 
 
 def planned_sharding(wish: LaunchRequest | None, processes: int) -> Sharding:

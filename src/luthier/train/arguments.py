@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 
@@ -71,13 +72,13 @@ def build_trainer_arguments(
         raise UserError(f"trainer.args: {error}") from error
 
 
-def _refuse_unavailable(args: dict[str, Any], machine: Any) -> None:
+def _refuse_unavailable(args: TrainerArgs, machine: Any) -> None:
     """Raise UserError for what needs a GPU, or a package that is not installed."""
-    checkpointing = args.get("activation_checkpointing_kwargs") or {}
+    checkpointing = args.activation_checkpointing_kwargs
     needs_gpu = {
-        "activation_offloading": args.get("activation_offloading"),
+        "activation_offloading": args.activation_offloading,
         "activation_checkpointing_kwargs.offload": checkpointing.get("offload"),
-        "use_liger_kernel": args.get("use_liger_kernel"),
+        "use_liger_kernel": args.use_liger_kernel,
     }
     wanted = [name for name, value in needs_gpu.items() if value]
     if wanted and machine.device_type != "cuda":
@@ -85,7 +86,7 @@ def _refuse_unavailable(args: dict[str, Any], machine: Any) -> None:
             f"trainer.args.{wanted[0]} is for a CUDA GPU, and this run is on "
             f"{machine.device_type}. Remove it."
         )
-    if args.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise UserError("trainer.args.use_liger_kernel needs: pip install liger-kernel")
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from luthier.config.library_settings import QuantizationSettings
 from luthier.data.batching.packing import pack
 from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.settings import Batching
@@ -23,13 +24,14 @@ def print_line(text: str) -> None:
     console.print(escape(text), soft_wrap=True)
 
 
-def print_model(model: Any, machine: Any, quantization: dict[str, Any]) -> None:
+def print_model(model: Any, machine: Any, quantization: QuantizationSettings) -> None:
     """Say how large the model is and what of it trains."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
+    packing = ", quantized" if quantization.is_enabled else ""
     print_line(
         f"model     {type(model).__name__}, {trained / 1e6:.2f} M parameters train, "
-        f"on {machine.device} in {machine.dtype}{', quantized' if quantization else ''}, "
+        f"on {machine.device} in {machine.dtype}{packing}, "
         f"attention {machine.attention}"
     )
 

@@ -272,7 +272,7 @@ def set_best_model_metric(args: Any, config: RunConfig) -> None:
     evaluation = config.trainer.evaluation
     if args.metric_for_best_model is None and evaluation.patience is not None:
         args.metric_for_best_model, args.greater_is_better = "loss", False
-    if args.metric_for_best_model is None or "greater_is_better" in config.trainer.args:
+    if args.metric_for_best_model is None or config.trainer.args.greater_is_better is not None:
         return
     found = best_metric(
         args.metric_for_best_model, evaluation.model_dump(), config.dataset.eval.sets

@@ -1,8 +1,8 @@
 """How token rows become batches, as the config says it. Needs no heavy import."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 
@@ -31,11 +31,9 @@ def batching_of(config: RunConfig) -> Batching:
     """
     args = config.trainer.args
     _refuse_strategies(args)
-    packing = bool(args.get("packing", False))
-    on_evaluation = args.get("eval_packing")
     plan = Batching(
-        packing=packing,
-        eval_packing=packing if on_evaluation is None else bool(on_evaluation),
+        packing=args.packing,
+        eval_packing=args.eval_packing,
         length=config.chat.max_length,
         constant=config.trainer.padding == "max_length",
     )
@@ -48,15 +46,15 @@ def batching_of(config: RunConfig) -> Batching:
     return plan
 
 
-def _refuse_strategies(args: dict[str, Any]) -> None:
+def _refuse_strategies(args: TrainerArgs) -> None:
     """Stop at strategies of TRL and transformers that luthier does not have."""
-    packing = args.get("packing_strategy", "bfd")
+    packing = args.packing_strategy
     if packing != "bfd":
         raise UserError(
             f"trainer.args.packing_strategy={packing}: {_APART}.\n"
             "Remove it; chat.on_long and dataset.stride say what becomes of long rows."
         )
-    sampling = args.get("train_sampling_strategy", "random")
+    sampling = args.train_sampling_strategy
     if sampling not in _STRATEGIES:
         raise UserError(
             f"trainer.args.train_sampling_strategy={sampling} is none of "

@@ -16,8 +16,6 @@ from luthier.data.formats import Example
 from luthier.data.store import Ragged
 from luthier.errors import UserError
 
-DEFAULT_COMPLETION_TOKENS = 512
-"""TRL's own bound, in tokens, where the config says nothing."""
 NO_PROMPT: RowProblem = ("no prompt", "there is nothing before the reply")
 
 
@@ -42,7 +40,7 @@ def max_prompt_tokens(config: RunConfig) -> int | None:
     None for no bound. Raises UserError where nothing is left.
     """
     most = config.chat.max_length
-    longest = config.trainer.args.get("max_completion_length", DEFAULT_COMPLETION_TOKENS)
+    longest = config.trainer.args.max_completion_length
     if most is None or longest is None:
         return most
     if most <= longest:
@@ -50,7 +48,7 @@ def max_prompt_tokens(config: RunConfig) -> int | None:
             f"chat.max_length={most}: with completions of up to {longest} tokens "
             "(trainer.args.max_completion_length) there is no room for a prompt. Raise it."
         )
-    return most - int(longest)
+    return most - longest
 
 
 class PromptEncoder:

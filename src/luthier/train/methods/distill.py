@@ -31,13 +31,15 @@ class DistillMethod:
     ) -> Any:
         """The `trl.DistillationConfig`."""
         # Without dropout the completions come from the very model that is trained.
-        own = {"disable_dropout": config.trainer.args.get("disable_dropout", True)}
+        own = {"disable_dropout": config.trainer.args.disable_dropout is not False}
         own |= {"remove_unused_columns": False}
         return build_trainer_arguments(DistillationConfig, config, machine, folder, has_eval, own)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model: the student."""
-        return load_model(config.model, config.quantization, machine, full=not config.lora)
+        return load_model(
+            config.model, config.quantization, machine, full=not config.lora.is_enabled
+        )
 
     def build_trainer(self, given: TrainerInputs) -> LuthierDistillationTrainer:
         """TRL's trainer, with the teacher; UserError for one of another vocabulary."""
@@ -63,7 +65,7 @@ class DistillMethod:
 def teacher_config(config: RunConfig) -> ModelConfig:
     """Where the teacher is; it is put on this machine as the model is."""
     assert config.trainer.teacher is not None
-    revision = config.trainer.args.get("teacher_model_revision")
+    revision = config.trainer.args.teacher_model_revision
     own = {"path": config.trainer.teacher, "revision": revision, "tokenizer": None}
     return config.model.model_copy(update=own)
 

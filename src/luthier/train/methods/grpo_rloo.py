@@ -87,17 +87,19 @@ class RewardedMethod:
             "reward_weights": weights,
             "remove_unused_columns": False,
             # Dropout would make the log-probabilities of the same text differ from call to call.
-            "disable_dropout": config.trainer.args.get("disable_dropout", True),
+            "disable_dropout": config.trainer.args.disable_dropout is not False,
         }
         revision = config.model.revision
-        if config.trainer.args.get("beta", 1) and not config.lora and revision is not None:
+        if config.trainer.args.beta != 0 and not config.lora.is_enabled and revision is not None:
             # TRL loads the model once more, to compare with.
             own["model_init_kwargs"] = {"revision": revision}
         return build_trainer_arguments(self.make_arguments, config, machine, folder, has_eval, own)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
-        return load_model(config.model, config.quantization, machine, full=not config.lora)
+        return load_model(
+            config.model, config.quantization, machine, full=not config.lora.is_enabled
+        )
 
     def build_trainer(self, given: TrainerInputs) -> Any:
         """TRL's trainer; every reward has been tried on a few rows and seen every reference."""

@@ -261,7 +261,12 @@ def load_head_model(
     own = labels.settings() | more | {"ignore_mismatched_sizes": has_head and is_new}
     with _quiet("transformers.modeling_utils"):
         model = load_model(
-            config.model, config.quantization, machine, full=not config.lora, task=task, **own
+            config.model,
+            config.quantization,
+            machine,
+            full=not config.lora.is_enabled,
+            task=task,
+            **own,
         )
     if PartialState().is_main_process:
         console.print_line(_described(labels, vars(model)["new_layers"]))

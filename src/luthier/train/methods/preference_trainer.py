@@ -344,7 +344,9 @@ class PreferenceMethod:
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
-        return load_model(config.model, config.quantization, machine, full=not config.lora)
+        return load_model(
+            config.model, config.quantization, machine, full=not config.lora.is_enabled
+        )
 
     def common(self, given: TrainerInputs) -> dict[str, Any]:
         """What every trainer takes."""

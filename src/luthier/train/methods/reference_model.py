@@ -113,16 +113,16 @@ class Referring(Base):
 
 def check_reference_settings(config: RunConfig) -> None:
     """Raise UserError for settings with which the reference would not be what the model was."""
-    if config.lora.get("bias", "none") != "none":
+    if config.lora.bias != "none":
         raise UserError(
-            f"lora.bias={config.lora['bias']}: the reference is the model with its adapter off, and"
+            f"lora.bias={config.lora.bias}: the reference is the model with its adapter off, and"
             " trained biases stay on.\nSet lora.bias=none, or lora=none to train all weights."
         )
 
 
 def load_reference_model(config: RunConfig, machine: Machine) -> Any:
     """The model as it is before training, for full fine-tuning; None where no copy is needed."""
-    if config.lora or config.trainer.args.get("precompute_ref_log_probs"):
+    if config.lora.is_enabled or config.trainer.args.precompute_ref_log_probs:
         return None
     reference = load_model(config.model, config.quantization, machine, full=True)
     add_new_rows(reference, config)

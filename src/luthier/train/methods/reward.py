@@ -87,7 +87,7 @@ class RewardMethod(PreferenceMethod):
                 config.model,
                 config.quantization,
                 machine,
-                full=not config.lora,
+                full=not config.lora.is_enabled,
                 task="SEQ_CLS",
                 num_labels=1,
             )

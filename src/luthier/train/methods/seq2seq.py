@@ -51,7 +51,7 @@ class Seq2SeqMethod:
             config.model, TASK, "seq2seq", "an encoder-decoder model, such as T5 or BART"
         )
         model = load_model(
-            config.model, config.quantization, machine, full=not config.lora, task=TASK
+            config.model, config.quantization, machine, full=not config.lora.is_enabled, task=TASK
         )
         start = model.generation_config.decoder_start_token_id
         if start is None and model.config.decoder_start_token_id is None:

@@ -256,7 +256,9 @@ class SFTMethod:
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
         """A causal language model."""
-        return load_model(config.model, config.quantization, machine, full=not config.lora)
+        return load_model(
+            config.model, config.quantization, machine, full=not config.lora.is_enabled
+        )
 
     def build_trainer(self, given: TrainerInputs) -> TokenTrainer:
         """TRL's SFTTrainer over token rows."""
