@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def pause_gc() -> Iterator[None]:
     """Look for no cycles within the block.
 
     A full collection walks all objects of all libraries each time, which takes longer than to make

@@ -23,7 +23,7 @@ from helpers.conversations import (
     user,
 )
 from luthier.chat import ChatEncoder, ChatError
-from luthier.chat.turns import Shared
+from luthier.chat.turns import SharedSequence
 
 TEMPLATES = all_templates()
 QUICK = settings(
@@ -181,14 +181,14 @@ def test_one_render_gives_what_many_give(template, monkeypatch):
     """The proof's shortcut and the way without it agree to the last id."""
     tokenizer = pair("gpt2-words", trl(template))
     encoder = ChatEncoder(tokenizer, on_lost="keep", date="2025-01-02")
-    shared = Shared.sequence
+    shared = SharedSequence.sequence
 
     @settings(QUICK, max_examples=12)
     @given(conversations())
     def check(row):
         found = []
         for method in (shared, lambda *_: None):
-            monkeypatch.setattr(Shared, "sequence", method)
+            monkeypatch.setattr(SharedSequence, "sequence", method)
             try:
                 found.append([(s.input_ids, s.labels) for s in encoder.encode(*row)])
             except ChatError as error:

@@ -16,8 +16,14 @@ from helpers.conversations import (
     user,
 )
 from luthier.chat import ChatEncoder, ChatError
-from luthier.chat.fast_path.symbolic import Conditions, Field, Opaque, Unprovable, joined
-from luthier.chat.provenance import from_field, safe
+from luthier.chat.fast_path.symbolic import (
+    NeedsConcreteText,
+    SymbolicField,
+    SymbolicText,
+    TextConditions,
+    concat_symbolic,
+)
+from luthier.chat.provenance import mark_safe, trace_field
 
 TEMPLATES = all_templates()
 ODD = st.sampled_from(
@@ -167,32 +173,32 @@ def test_other_rows_are_left_to_the_template(messages):
 
 
 def opaque(*parts):
-    return Opaque(parts, Conditions())
+    return SymbolicText(parts, TextConditions())
 
 
-ONE = Field(0, "content")
+ONE = SymbolicField(0, "content")
 
 
 @pytest.mark.parametrize(
     ("question", "answer", "condition"),
     [
-        (lambda t: bool(t), True, Conditions()),
-        (lambda t: t.startswith("<a>"), False, Conditions(starts={(): {"<a>"}})),
-        (lambda t: t.endswith(("a", "b")), False, Conditions(ends={(): {"a", "b"}})),
-        (lambda t: "</a>" in t, False, Conditions(contains={"</a>"})),
-        (lambda t: t == "a", False, Conditions(equals={(): {"a"}})),
-        (lambda t: t != "a", True, Conditions(equals={(): {"a"}})),
-        (lambda t: t in ["a", "b"], False, Conditions(equals={(): {"a", "b"}})),
-        (lambda t: t is None or t == 3, False, Conditions()),
-        (lambda t: len(t.split("</a>")), 1, Conditions(contains={"</a>"})),
-        (lambda t: t.replace("a", "b") is t, True, Conditions(contains={"a"})),
+        (lambda t: bool(t), True, TextConditions()),
+        (lambda t: t.startswith("<a>"), False, TextConditions(starts={(): {"<a>"}})),
+        (lambda t: t.endswith(("a", "b")), False, TextConditions(ends={(): {"a", "b"}})),
+        (lambda t: "</a>" in t, False, TextConditions(contains={"</a>"})),
+        (lambda t: t == "a", False, TextConditions(equals={(): {"a"}})),
+        (lambda t: t != "a", True, TextConditions(equals={(): {"a"}})),
+        (lambda t: t in ["a", "b"], False, TextConditions(equals={(): {"a", "b"}})),
+        (lambda t: t is None or t == 3, False, TextConditions()),
+        (lambda t: len(t.split("</a>")), 1, TextConditions(contains={"</a>"})),
+        (lambda t: t.replace("a", "b") is t, True, TextConditions(contains={"a"})),
         (
             lambda t: t.strip().startswith("a"),
             False,
-            Conditions(starts={(("lstrip", None), ("rstrip", None)): {"a"}}),
+            TextConditions(starts={(("lstrip", None), ("rstrip", None)): {"a"}}),
         ),
-        (lambda t: ("<a>" + t).startswith("<"), True, Conditions()),
-        (lambda t: (t + "b").endswith("c"), False, Conditions()),
+        (lambda t: ("<a>" + t).startswith("<"), True, TextConditions()),
+        (lambda t: (t + "b").endswith("c"), False, TextConditions()),
     ],
 )
 def test_questions_that_most_texts_answer_alike(question, answer, condition):
@@ -222,17 +228,17 @@ def test_questions_that_most_texts_answer_alike(question, answer, condition):
         lambda t: "a" in ("b" + t),
         lambda t: (t + "b").startswith("ab"),
         lambda t: ("<" + t).startswith("<a"),
-        lambda t: t + safe(from_field(None, "&")),
+        lambda t: t + mark_safe(trace_field(None, "&")),
     ],
 )
 def test_questions_that_only_the_text_can_answer(question):
-    with pytest.raises(Unprovable):
+    with pytest.raises(NeedsConcreteText):
         question(opaque(ONE))
 
 
 def test_strips_reach_through_the_templates_own_text():
-    text = joined([" \n", opaque(ONE), "x ", from_field(None, " \n")], Conditions())
+    text = concat_symbolic([" \n", opaque(ONE), "x ", trace_field(None, " \n")], TextConditions())
     assert text.strip().parts == (ONE._replace(chain=(("lstrip", None),)), "x")
-    assert joined([" ", " "], Conditions()).strip().parts == ()
+    assert concat_symbolic([" ", " "], TextConditions()).strip().parts == ()
     both = ("lstrip", None), ("rstrip", None)
     assert opaque(ONE).rstrip().strip().lstrip().parts == (ONE._replace(chain=both),)

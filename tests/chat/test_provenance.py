@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.chat.provenance import Origin, Text, from_field, plus, runs_of
+from luthier.chat.provenance import FieldOrigin, TracedStr, concat_strings, runs_of, trace_field
 
 LETTERS = st.text("ab \n<x>é", max_size=12)
 OPERATIONS = {
@@ -45,8 +45,11 @@ OPERATIONS = {
 @given(LETTERS, LETTERS)
 def test_equals_str(name, first, second):
     operation = OPERATIONS[name]
-    one, two = Origin(0, "user", "content", first), Origin(1, "assistant", "content", second)
-    result = operation(from_field(one, first), from_field(two, second))
+    one, two = (
+        FieldOrigin(0, "user", "content", first),
+        FieldOrigin(1, "assistant", "content", second),
+    )
+    result = operation(trace_field(one, first), trace_field(two, second))
     assert result == operation(first, second)
     position = 0
     for length, origin, start in runs_of(result):
@@ -54,8 +57,8 @@ def test_equals_str(name, first, second):
         position += length
         if origin is not None and start >= 0:
             assert piece.lower() == origin.text[start : start + length].lower()
-    assert position == len(result) or not isinstance(result, Text)
+    assert position == len(result) or not isinstance(result, TracedStr)
 
 
 def test_plain_text_stays_plain():
-    assert type(plus(("a", "b"))) is str
+    assert type(concat_strings(("a", "b"))) is str

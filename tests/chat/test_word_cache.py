@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from helpers.conversations import LLAMA_3_WORDS, TOKENIZERS, base_tokenizer
 from luthier.chat import tokens, word_cache
 from luthier.chat.tokens import TokenEncoder
-from luthier.chat.types import unpacked
-from luthier.chat.word_cache import words_of
+from luthier.chat.types import unpack_ids
+from luthier.chat.word_cache import make_word_encoder
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +44,7 @@ def test_any_ascii(name):
     def holds(texts):
         known = encoder.known(texts)
         plain = encoder.backend.encode_batch(texts, add_special_tokens=False)
-        assert [unpacked(known[text]) for text in texts] == [one.ids for one in plain]
+        assert [unpack_ids(known[text]) for text in texts] == [one.ids for one in plain]
 
     holds()
 
@@ -77,25 +77,25 @@ def test_only_what_is_cut_alike_is_cut_by_words(steps, by_words):
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.normalizer = normalizers.NFC()
     states = [json.loads(step.__getstate__()) for step in steps]
-    assert (words_of(backend, states) is not None) == by_words
+    assert (make_word_encoder(backend, states) is not None) == by_words
 
 
 def test_too_many_words_are_forgotten(monkeypatch):
-    monkeypatch.setattr(word_cache, "_KEPT", 20)
+    monkeypatch.setattr(word_cache, "_MAX_CACHED_CHARS", 20)
     encoder = TokenEncoder(base_tokenizer("gpt2-words"))
     texts = ["a lute", "the luthier makes lutes", "a lute and a luthier"]
     for text in texts * 2:
-        assert [unpacked(ids) for ids in encoder._words.encode([text])] == [
+        assert [unpack_ids(ids) for ids in encoder._words.encode([text])] == [
             encoder.backend.encode(text, add_special_tokens=False).ids
         ]
         assert sum(map(len, encoder._words._known)) <= 20
 
 
 def test_too_many_texts_are_forgotten(monkeypatch):
-    monkeypatch.setattr(tokens, "_CACHED", 400)
+    monkeypatch.setattr(tokens, "_CACHE_BYTES", 400)
     encoder = TokenEncoder(base_tokenizer("gpt2-words"))
     texts = ["a lute", "naïve", "the luthier makes lutes", "a lute"]
     for text in texts * 2:
         ids = encoder.backend.encode(text, add_special_tokens=False).ids
-        assert unpacked(encoder.known([text])[text]) == ids
+        assert unpack_ids(encoder.known([text])[text]) == ids
         assert len(encoder._cache) <= 2

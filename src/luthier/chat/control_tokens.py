@@ -6,18 +6,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from luthier.chat.conversation import read_conversation
-from luthier.chat.provenance import Text
+from luthier.chat.provenance import TracedStr
 from luthier.chat.template import ChatTemplate
-from luthier.chat.tokens import TokenEncoder, control_tokens, spans, token_pattern
+from luthier.chat.tokens import (
+    TokenEncoder,
+    compile_token_pattern,
+    list_control_tokens,
+    origin_spans,
+)
 from luthier.chat.types import ChatError
 
-_CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lute"}}}
-_ASK = {"role": "user", "content": "What is a lute?"}
+_TOOL_CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lute"}}}
+_QUESTION = {"role": "user", "content": "What is a lute?"}
 _ANSWER = {"role": "assistant", "content": "An instrument with strings."}
-_CALLING = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_TOOL_CALL_TURN = {"role": "assistant", "content": "", "tool_calls": [_TOOL_CALL]}
 
 
-class Controls:
+class ControlTokens:
     """The control tokens, turn markers and stop tokens of one template with one tokenizer."""
 
     def __init__(
@@ -30,15 +35,15 @@ class Controls:
         names = {index: name for name, index in encoder.added.items()}
         eos = encoder.tokenizer.eos_token_id
         known = [*([] if eos is None else [eos]), *eos_token_ids]
-        self.tokens = control_tokens(encoder.tokenizer, template.source)
-        self.pattern = token_pattern(self.tokens)
+        self.tokens = list_control_tokens(encoder.tokenizer, template.source)
+        self.pattern = compile_token_pattern(self.tokens)
         self._firsts = {token[0] for token in self.tokens}
         self._lasts = {token[-1] for token in self.tokens}
         self._edges = self._firsts | self._lasts
         self._longest = max(map(len, self.tokens), default=0)
         self._stops = [names[index] for index in known if index in names]
         self._known_stops = frozenset(self._stops)
-        written = [self._written_stop(_ANSWER), self._written_stop(_CALLING)]
+        written = [self._written_stop(_ANSWER), self._written_stop(_TOOL_CALL_TURN)]
         # What ends a plain reply comes first: generation ends there with no setting.
         self._stops = list(dict.fromkeys([stop for stop in written if stop] + self._stops))
         self.stop_token_ids = list(
@@ -58,7 +63,7 @@ class Controls:
             return None
         return last.end(), last[0]
 
-    def following_stop(self, tail: Text) -> tuple[Text, str] | None:
+    def following_stop(self, tail: TracedStr) -> tuple[TracedStr, str] | None:
         """The text up to a known end of sequence that comes first behind a turn, and the token."""
         match = self._any.search(tail)
         if match is None or match[0] not in self._known_stops or tail[: match.start()].strip():
@@ -81,12 +86,14 @@ class Controls:
             first in tail for first in self._firsts
         )
 
-    def neutral_spans(self, text: Text) -> list[tuple[int, int]]:
+    def neutral_spans(self, text: TracedStr) -> list[tuple[int, int]]:
         """Where control tokens stand in text that messages wrote; they are encoded as text."""
         if not self.pattern.search(text):
             return []
         bounds = [
-            (start, stop, origin) for start, stop, origin in spans(text._runs) if origin is not None
+            (start, stop, origin)
+            for start, stop, origin in origin_spans(text._runs)
+            if origin is not None
         ]
         found = []
         place = 0
@@ -101,7 +108,7 @@ class Controls:
                 found.append(match.span())
         return found
 
-    def _render(self, messages: list[dict[str, Any]], generation: bool) -> Text | None:
+    def _render(self, messages: list[dict[str, Any]], generation: bool) -> TracedStr | None:
         """A small conversation as the template writes it; None where the template refuses it."""
         try:
             return self._template.render(read_conversation(messages).messages, None, generation)
@@ -114,15 +121,15 @@ class Controls:
         Some templates write more behind the very last turn than behind others (an end of text);
         the turn itself ends with the last control token that stands behind it in both cases.
         """
-        last = self._render([_ASK, reply], False)
+        last = self._render([_QUESTION, reply], False)
         if last is None:
             return None
-        tail = self._tokens(_behind_message(last, 1))
-        followed = self._render([_ASK, reply, _ASK], False)
+        tail = self._tokens(_text_behind_message(last, 1))
+        followed = self._render([_QUESTION, reply, _QUESTION], False)
         if followed is None:
             known = (token for token in tail if token in self._stops)
             return next(known, tail[-1] if tail else None)
-        rest = self._tokens(_behind_message(followed, 1))
+        rest = self._tokens(_text_behind_message(followed, 1))
         same = 0
         while same < min(len(tail), len(rest)) and tail[same] == rest[same]:
             same += 1
@@ -138,9 +145,9 @@ class Controls:
 
     def _written_markers(self) -> set[str]:
         """Control tokens that stand around turns, special or not, tags aside."""
-        text = self._render([_ASK, _ANSWER, _ASK], True)
+        text = self._render([_QUESTION, _ANSWER, _QUESTION], True)
         if text is None:
-            text = self._render([_ASK], True)
+            text = self._render([_QUESTION], True)
         written = set(self._tokens(text)) if text is not None else set()
         plain = set(self._added) - self._special
         return {token for token in written if not _is_tag(token, plain)} | set(self._stops)
@@ -152,10 +159,10 @@ def _is_tag(token: str, tokens: set[str]) -> bool:
     return opening in tokens and f"{opening[:1]}/{opening[1:]}" in tokens
 
 
-def _behind_message(text: Text, index: int) -> str:
+def _text_behind_message(text: TracedStr, index: int) -> str:
     """The text behind the last character that a message wrote, up to the next message's."""
     begin = stop = 0
-    for _, end, origin in spans(text._runs):
+    for _, end, origin in origin_spans(text._runs):
         if origin is not None and origin.message == index:
             begin = stop = end
         elif origin is not None and begin:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from luthier.chat.provenance import Origin, Text, from_field
+from luthier.chat.provenance import FieldOrigin, TracedStr, trace_field
 from luthier.chat.types import ChatError
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning field; transformers passes a message's reasoning on under two of them."""
 MAX_DEPTH = 64
 MAX_CHARACTERS = 50_000_000
-_LINKS = ("id", "type", "index")
+_LINK_KEYS = ("id", "type", "index")
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    origins: list[Origin] = field(default_factory=list)
+    origins: list[FieldOrigin] = field(default_factory=list)
     """Non-empty fields that must not be lost."""
     texts: list[str] = field(default_factory=list)
     """Every text of the row."""
@@ -45,7 +45,7 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
     if not isinstance(messages, list | tuple) or not messages:
         raise ChatError(
             "`messages` must be a list of at least one message, each a dict with `role` and "
-            f"`content`; found {_kind(messages)}",
+            f"`content`; found {_describe_type(messages)}",
             reason="no messages",
         )
     conversation = Conversation([], None)
@@ -58,7 +58,7 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
     return conversation
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     return (
         "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
     )
@@ -85,7 +85,7 @@ def _read_message(conversation: Conversation, index: int, message: Any) -> dict[
     elif len(message) == 2:
         conversation.numbers.append(index)
         conversation.train.append(None)
-        origin = Origin(index, role, "content", content)
+        origin = FieldOrigin(index, role, "content", content)
         return {"role": role, "content": _read_text(conversation, origin, content, True)}
     train = message.get("train")
     conversation.numbers.append(index)
@@ -97,13 +97,15 @@ def _read_message(conversation: Conversation, index: int, message: Any) -> dict[
         elif value is None or key == "train":
             continue
         elif key == "content" and type(value) is str:
-            copied[key] = _read_text(conversation, Origin(index, role, key, value), value, True)
+            copied[key] = _read_text(
+                conversation, FieldOrigin(index, role, key, value), value, True
+            )
         else:
             copied[key] = _read_field(conversation, index, role, key, value)
-    return with_reasoning_names(copied)
+    return add_reasoning_aliases(copied)
 
 
-def with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
+def add_reasoning_aliases(message: dict[str, Any]) -> dict[str, Any]:
     """Give the reasoning under the names that transformers gives it."""
     for name in REASONING_FIELDS:
         if name in message:
@@ -145,23 +147,23 @@ def _read_field(conversation: Conversation, index: int, role: str, key: str, val
     # The name on a tool's result only links it to its call; elsewhere it says who speaks.
     needed = needed or (key == "name" and role not in ("tool", "function", "ipython"))
 
-    def leaf(text: str, path: tuple) -> Text:
+    def leaf(text: str, path: tuple) -> TracedStr:
         linking = key == "tool_calls" and _is_link(path)
         typing = key == "content" and path and path[-1] == "type"
-        origin = Origin(index, role, key, text)
+        origin = FieldOrigin(index, role, key, text)
         origin.encoded = bool(path) and path[-1] == "arguments"
         return _read_text(conversation, origin, text, needed and not linking and not typing)
 
-    return _copied(value, leaf, (), index, key)
+    return _copy_value(value, leaf, (), index, key)
 
 
 def _is_link(path: tuple) -> bool:
     """Whether a text of `tool_calls` only links or types a call: its id, `type`, `index`."""
-    return len(path) == 2 and path[1] in _LINKS
+    return len(path) == 2 and path[1] in _LINK_KEYS
 
 
-def _copied(
-    value: Any, leaf: Callable[[str, tuple], Text], path: tuple, index: int | None, key: str
+def _copy_value(
+    value: Any, leaf: Callable[[str, tuple], TracedStr], path: tuple, index: int | None, key: str
 ) -> Any:
     """A deep copy in plain types, with `leaf(text, path)` in the place of every text."""
     if isinstance(value, str):
@@ -179,33 +181,37 @@ def _copied(
         # Keys of a call's arguments are text of the row too; keys above them are the format's own.
         free = "arguments" in path or "parameters" in path
         return {
-            leaf(name, (*path, name)) if free and isinstance(name, str) else name: _copied(
+            leaf(name, (*path, name)) if free and isinstance(name, str) else name: _copy_value(
                 item, leaf, (*path, name), index, key
             )
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_copied(item, leaf, (*path, place), index, key) for place, item in enumerate(value)]
-    return _copied(_plain_object(value), leaf, (*path, None), index, key)
+        return [
+            _copy_value(item, leaf, (*path, place), index, key) for place, item in enumerate(value)
+        ]
+    return _copy_value(_to_plain_data(value), leaf, (*path, None), index, key)
 
 
-def _plain_object(value: Any) -> Any:
+def _to_plain_data(value: Any) -> Any:
     """Other objects in plain types, as transformers shows them to templates."""
     from transformers.utils.chat_template_utils import _plain_template_data
 
     return _plain_template_data(value)
 
 
-def _read_text(conversation: Conversation, origin: Origin, value: str, needed: bool) -> Text:
+def _read_text(
+    conversation: Conversation, origin: FieldOrigin, value: str, needed: bool
+) -> TracedStr:
     if not value.isascii():
         _check_unicode(value, origin)
     conversation.texts.append(value)
     if needed and value and not value.isspace():
         conversation.origins.append(origin)
-    return from_field(origin, value)
+    return trace_field(origin, value)
 
 
-def _check_unicode(value: str, origin: Origin) -> None:
+def _check_unicode(value: str, origin: FieldOrigin) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -225,22 +231,22 @@ def _read_tools(conversation: Conversation, tools: Any) -> list[Any]:
             reason="malformed tools",
             field="tools",
         )
-    shared = Origin(None, None, "tools")
+    shared = FieldOrigin(None, None, "tools")
 
-    def leaf(text: str, path: tuple) -> Text:
+    def leaf(text: str, path: tuple) -> TracedStr:
         if not text.isascii():
             _check_unicode(text, shared)
         conversation.texts.append(text)
-        return from_field(shared, text)
+        return trace_field(shared, text)
 
-    plain = [_as_schema(tool) for tool in tools]
-    copied = [_copied(tool, leaf, (), None, "tools") for tool in plain]
+    plain = [_to_schema(tool) for tool in tools]
+    copied = [_copy_value(tool, leaf, (), None, "tools") for tool in plain]
     if copied:
         conversation.origins.append(shared)
     return copied
 
 
-def _as_schema(tool: Any) -> Any:
+def _to_schema(tool: Any) -> Any:
     """A tool as a JSON schema; Python functions are described as transformers describes them."""
     if isinstance(tool, dict):
         return tool
@@ -260,7 +266,7 @@ def _as_schema(tool: Any) -> Any:
 Result = TypeVar("Result")
 
 
-def filled_where_refused(use: Callable[[Any], Result], messages: Any) -> Result:
+def retry_with_empty_content(use: Callable[[Any], Result], messages: Any) -> Result:
     """Use the messages as they are; where the template refuses them, with empty content.
 
     APIs send a tool call with `"content": null`, transformers drops the key, and some templates
@@ -271,13 +277,13 @@ def filled_where_refused(use: Callable[[Any], Result], messages: Any) -> Result:
     except ChatError as error:
         if error.reason != "template refuses":
             raise
-        filled = with_content(messages)
+        filled = fill_empty_content(messages)
         if filled == messages:
             raise
         return use(filled)
 
 
-def with_content(messages: Any) -> Any:
+def fill_empty_content(messages: Any) -> Any:
     """Return the messages with an empty content where a tool call has none."""
     return [
         {**message, "content": ""}

@@ -9,26 +9,32 @@ from datetime import date as Date
 from functools import partial
 from typing import Any, Literal
 
-from luthier.chat.conversation import Conversation, filled_where_refused, read_conversation
-from luthier.chat.fast_path.plans import Known
-from luthier.chat.labels import Encoded
-from luthier.chat.lost_text import lost_fields
-from luthier.chat.pipeline import Fitter, Kit, Kits, front_turns, without_front
-from luthier.chat.turns import Sequence, trained_messages
+from luthier.chat.conversation import Conversation, read_conversation, retry_with_empty_content
+from luthier.chat.fast_path.plans import FastPathRow
+from luthier.chat.labels import EncodedSequence
+from luthier.chat.lost_text import find_lost_fields
+from luthier.chat.pipeline import (
+    TemplatePipeline,
+    TemplatePipelines,
+    Truncator,
+    drop_front,
+    turn_starts,
+)
+from luthier.chat.turns import RenderedSequence, select_trained_messages
 from luthier.chat.types import ChatBatch, ChatError, ChatSequence
-from luthier.gc_pause import no_collection
+from luthier.gc_pause import pause_gc
 
-_CHUNK = 2048
+_CHUNK_MESSAGES = 2048
 """Messages that are rendered while those before them are encoded."""
 
 
 @dataclass(slots=True)
-class Planned:
+class PlannedRow:
     """A row as the texts of its sequences."""
 
-    kit: Kit
+    kit: TemplatePipeline
     conversation: Callable[[], Conversation]
-    sequences: list[Sequence]
+    sequences: list[RenderedSequence]
     suspect: bool
     """Whether a text of the row may hold a control token."""
     lost: list[ChatError]
@@ -73,13 +79,13 @@ class ChatEncoder:
         self.date = date or Date.today().isoformat()
         self.variables = dict(variables or {})
         self.eos_token_ids = list(eos_token_ids)
-        self._kits = Kits(
+        self._kits = TemplatePipelines(
             tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries, train_on
         )
 
     def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
         """The ids that generation of the next turn starts from."""
-        return filled_where_refused(lambda given: self._prompt(given, tools), messages)
+        return retry_with_empty_content(lambda given: self._prompt(given, tools), messages)
 
     def _prompt(self, messages: list[dict[str, Any]], tools: list | None) -> list[int]:
         conversation = read_conversation(messages, tools)
@@ -107,7 +113,7 @@ class ChatEncoder:
         """
         batch = ChatBatch()
         waiting: Future[None] | None = None
-        with ThreadPoolExecutor(1) as worker, no_collection():
+        with ThreadPoolExecutor(1) as worker, pause_gc():
             try:
                 for chunk in _chunks(enumerate(conversations)):
                     planned = [self._planned(n, row) for n, row in chunk]
@@ -121,7 +127,9 @@ class ChatEncoder:
                     waiting.result()
         return batch
 
-    def _planned(self, number: int | None, row: dict[str, Any]) -> Known | Planned | ChatError:
+    def _planned(
+        self, number: int | None, row: dict[str, Any]
+    ) -> FastPathRow | PlannedRow | ChatError:
         """A row as the texts of its sequences, or what is wrong with it."""
         try:
             return self._plan_row(row)
@@ -161,7 +169,7 @@ class ChatEncoder:
             return error.reason == "too long" and self.on_long == "error"
         return self.on_lost != "drop"
 
-    def _plan_row(self, row: dict[str, Any]) -> Known | Planned:
+    def _plan_row(self, row: dict[str, Any]) -> FastPathRow | PlannedRow:
         if not isinstance(row, dict):
             raise ChatError(
                 f"a row must be a dict with `messages`; found {type(row).__name__}",
@@ -171,37 +179,39 @@ class ChatEncoder:
         if known is not None:
             return known
         tools = row.get("tools")
-        return filled_where_refused(
+        return retry_with_empty_content(
             lambda given: self._plan_given(given, tools), row.get("messages")
         )
 
-    def _plan_given(self, messages: Any, tools: Any) -> Planned:
+    def _plan_given(self, messages: Any, tools: Any) -> PlannedRow:
         conversation = read_conversation(messages, tools)
-        trained = trained_messages(conversation, self.train_on)
+        trained = select_trained_messages(conversation, self.train_on)
         if not trained:
             raise ChatError("no turn of the row trains", reason="nothing to train")
         kit = self._kits.of(conversation.tools)
         sequences = kit.planner.plan(conversation, trained)
-        lost = lost_fields(conversation, sequences, kit.template)
+        lost = find_lost_fields(conversation, sequences, kit.template)
         if lost and self.on_lost != "keep":
             raise lost[0]
         suspect = kit.controls.has_suspects(conversation.texts)
-        return Planned(kit, lambda: conversation, sequences, suspect, lost)
+        return PlannedRow(kit, lambda: conversation, sequences, suspect, lost)
 
-    def _finish(self, planned: list[Known | Planned | ChatError], batch: ChatBatch) -> None:
+    def _finish(
+        self, planned: list[FastPathRow | PlannedRow | ChatError], batch: ChatBatch
+    ) -> None:
         """Encode what was planned, all rows of one template in one go, and keep account."""
-        quick = self._quick([row for row in planned if isinstance(row, Known)])
-        made = [next(quick) if isinstance(row, Known) else row for row in planned]
-        encoded = _encoded([row for row in made if isinstance(row, Planned)])
+        quick = self._quick([row for row in planned if isinstance(row, FastPathRow)])
+        made = [next(quick) if isinstance(row, FastPathRow) else row for row in planned]
+        encoded = _encode_rows([row for row in made if isinstance(row, PlannedRow)])
         for row in made:
-            if isinstance(row, Planned):
+            if isinstance(row, PlannedRow):
                 self._finish_row(row, next(encoded), batch)
             elif isinstance(row, ChatError):
                 batch.drop(row)
             else:
                 batch.rows.append(row)
 
-    def _quick(self, rows: list[Known]) -> Iterator[list[ChatSequence] | Planned]:
+    def _quick(self, rows: list[FastPathRow]) -> Iterator[list[ChatSequence] | PlannedRow]:
         """The sequences of rows of known form; a plan for those that need a closer look."""
         kit, limit = self._kits.default, self.max_length
         for row, sequences in zip(rows, kit.tracks.encode(rows), strict=True):
@@ -211,10 +221,10 @@ class ChatEncoder:
             else:
                 read = partial(read_conversation, row.messages)
                 suspect = kit.controls.has_suspects(row.texts)
-                yield Planned(kit, read, row.sequences(), suspect, [])
+                yield PlannedRow(kit, read, row.sequences(), suspect, [])
 
     def _finish_row(
-        self, row: Planned, encoded: list[Encoded] | ChatError, batch: ChatBatch
+        self, row: PlannedRow, encoded: list[EncodedSequence] | ChatError, batch: ChatBatch
     ) -> None:
         """Add a row to the batch, cut or dropped as configured."""
         number = len(batch.rows)
@@ -225,7 +235,7 @@ class ChatEncoder:
             return
         limit = self.max_length
         if limit is not None and any(len(item.ids) > limit for item in encoded):
-            fitter = Fitter(limit, self.on_long == "turns")
+            fitter = Truncator(limit, self.on_long == "turns")
             try:
                 encoded, cut_turns = fitter.fitted(row.kit, row.conversation(), encoded)
             except ChatError as error:
@@ -248,25 +258,25 @@ def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
         chunk.append((number, row))
         messages = row.get("messages") if isinstance(row, dict) else None
         size += len(messages) if isinstance(messages, list | tuple) else 1
-        if size >= _CHUNK:
+        if size >= _CHUNK_MESSAGES:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
 
 
-def _encoded(planned: list[Planned]) -> Iterator[list[Encoded] | ChatError]:
+def _encode_rows(planned: list[PlannedRow]) -> Iterator[list[EncodedSequence] | ChatError]:
     """The sequences of each row, in order; rows of one template are encoded in one go."""
-    groups: dict[int, list[Planned]] = {}
+    groups: dict[int, list[PlannedRow]] = {}
     for row in planned:
         groups.setdefault(id(row.kit), []).append(row)
-    found: dict[int, list[Encoded] | ChatError] = {}
+    found: dict[int, list[EncodedSequence] | ChatError] = {}
     for rows in groups.values():
-        found |= zip(map(id, rows), _together(rows), strict=True)
+        found |= zip(map(id, rows), _encode_together(rows), strict=True)
     return iter([found[id(row)] for row in planned])
 
 
-def _together(rows: list[Planned]) -> list[list[Encoded] | ChatError]:
+def _encode_together(rows: list[PlannedRow]) -> list[list[EncodedSequence] | ChatError]:
     """The sequences of rows of one template, or what is wrong with a row's text."""
     plans = [(sequence, row.suspect) for row in rows for sequence in row.sequences]
     try:
@@ -274,14 +284,14 @@ def _together(rows: list[Planned]) -> list[list[Encoded] | ChatError]:
     except ChatError as error:
         if len(rows) == 1:
             return [error]
-        return [made for row in rows for made in _together([row])]
+        return [made for row in rows for made in _encode_together([row])]
     return [[item for _ in row.sequences for item in next(encoded)] for row in rows]
 
 
 # Conversations that end where the model is to answer: their prompts, checked as rows are.
 
 
-class Prompts:
+class ChatPromptEncoder:
     """Makes the prompts of conversations with an encoder's settings.
 
     A prompt's ids are those of `ChatEncoder.prompt`. What the template does not show, and what is
@@ -293,28 +303,28 @@ class Prompts:
         self._encoder = encoder
         self._limit = limit
 
-    def of(
+    def encode(
         self, messages: list[dict[str, Any]], tools: list | None = None
     ) -> tuple[list[int], int, ChatError | None]:
         """The prompt's ids, how many messages went from its front, and what it does not show.
 
-        Raises ChatError for a row that makes no prompt; `stops` says whether it is to be dropped.
+        Raises ChatError for a row that makes no prompt; `is_fatal` says whether it stops the run.
         """
-        return filled_where_refused(lambda given: self._of(given, tools), messages)
+        return retry_with_empty_content(lambda given: self._encode(given, tools), messages)
 
-    def stops(self, error: ChatError) -> bool:
+    def is_fatal(self, error: ChatError) -> bool:
         """Whether the settings have a row with this error stop the run, rather than drop it."""
         if error.reason == "too long":
             return self._encoder.on_long == "error"
         return self._encoder.on_lost != "drop"
 
-    def _of(
+    def _encode(
         self, messages: list[dict[str, Any]], tools: list | None
     ) -> tuple[list[int], int, ChatError | None]:
         conversation = read_conversation(messages, tools)
         kit = self._encoder._kits.of(conversation.tools)
         text = kit.template.render(conversation.messages, conversation.tools, True)
-        lost = lost_fields(conversation, [Sequence(text)], kit.template)
+        lost = find_lost_fields(conversation, [RenderedSequence(text)], kit.template)
         if lost and self._encoder.on_lost != "keep":
             raise lost[0]
         ids = kit.labeller.prompt(text)
@@ -323,11 +333,13 @@ class Prompts:
             ids, gone = self._cut(kit, conversation, len(ids))
         return ids, gone, lost[0] if lost else None
 
-    def _cut(self, kit: Kit, conversation: Conversation, length: int) -> tuple[list[int], int]:
+    def _cut(
+        self, kit: TemplatePipeline, conversation: Conversation, length: int
+    ) -> tuple[list[int], int]:
         """The prompt without as few turns of its front as make it fit."""
-        starts = front_turns(conversation, max(conversation.numbers) + 1)
+        starts = turn_starts(conversation, max(conversation.numbers) + 1)
         for start in starts if self._encoder.on_long == "turns" else []:
-            shorter = without_front(conversation, start)
+            shorter = drop_front(conversation, start)
             ids = kit.labeller.prompt(kit.template.render(shorter.messages, shorter.tools, True))
             if len(ids) <= (self._limit or 0):
                 return ids, len(conversation.messages) - len(shorter.messages)

@@ -20,18 +20,23 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup, escape
 
-from luthier.chat.prefix_tracking import Turns, Watches, watched_loop, watched_namespace
+from luthier.chat.prefix_tracking import (
+    RenderState,
+    TrackedMessages,
+    tracked_loop_context,
+    tracked_namespace,
+)
 from luthier.chat.provenance import (
-    Run,
-    SafeText,
-    Text,
-    blurred,
-    escaped,
-    mark,
-    plus,
+    OriginRun,
+    SafeTracedStr,
+    TracedStr,
+    concat_strings,
+    escape_html,
+    iter_traced,
+    mark_safe,
     runs_of,
-    safe,
-    texts_in,
+    with_merged_origin,
+    with_runs,
 )
 
 # What no template may do: loop for ever, or write a text too large to hold.
@@ -40,11 +45,11 @@ MAX_STEPS = 10_000_000
 """Steps that all loops of one rendering may take: no template loops for ever."""
 MAX_TEXT = 200_000_000
 """Characters that one text of a template may have."""
-SIZED = (list, tuple, dict, str, range)
+SIZED_TYPES = (list, tuple, dict, str, range)
 WIDENING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 WIDENING_FILTERS = frozenset({"center", "indent", "batch", "slice"})
 # What is repeated as often as the text holds it: a width there multiplies.
-_REPEATED = {"expandtabs": "\t", "indent": "\n"}
+_REPEATED_CHARACTERS = {"expandtabs": "\t", "indent": "\n"}
 _WIDTHS = re.compile(r"[%:.][^a-zA-Z%{}]*?([0-9]{9,})")
 
 
@@ -52,20 +57,20 @@ def is_enormous(operator: str, left: Any, right: Any) -> bool:
     """Whether `left * right` or `left ** right` is too large to hold."""
     if operator == "**":
         return isinstance(left, int) and isinstance(right, int) and abs(right) > 4096
-    size = max((len(side) for side in (left, right) if isinstance(side, SIZED)), default=0)
+    size = max((len(side) for side in (left, right) if isinstance(side, SIZED_TYPES)), default=0)
     count = max((side for side in (left, right) if isinstance(side, int)), default=0)
     return size * count > MAX_TEXT
 
 
 def refuse_width(name: str, value: Any, widths: Iterable[Any]) -> None:
     """Raise where the method or filter `name` would make a value too wide."""
-    times = 1 + value.count(_REPEATED[name]) if name in _REPEATED else 1
+    times = 1 + value.count(_REPEATED_CHARACTERS[name]) if name in _REPEATED_CHARACTERS else 1
     numbers = (len(width) if isinstance(width, str) else width for width in widths)
     if any(isinstance(number, int) and number * times > MAX_TEXT for number in numbers):
         raise jinja2.TemplateError(f"`{name}` makes a value too large to hold")
 
 
-def bounded_lipsum(plain: Callable[..., Any]) -> Callable[..., Any]:
+def bound_lipsum(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Jinja's `lipsum`, which writes as much as it is asked for, within bounds."""
 
     def lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> Any:
@@ -95,21 +100,21 @@ def refuse_constants(tree: nodes.Template) -> None:
         if call.name == "format" and isinstance(call.node, nodes.Const):
             refuse_format(str(call.node.value), [argument.value for argument in given])
     for node in tree.find_all((nodes.Mod, nodes.Mul, nodes.Pow)):
-        _constant(node)
+        _constant_value(node)
 
 
-_NONE = object()
+_NO_CONSTANT = object()
 
 
-def _constant(node: nodes.Node) -> Any:
+def _constant_value(node: nodes.Node) -> Any:
     """The value that compiling gives an expression, or `_NONE`; raises where it is too large."""
     if isinstance(node, nodes.Const):
         return node.value
     if not isinstance(node, nodes.Mod | nodes.Mul | nodes.Pow | nodes.Add | nodes.Sub):
-        return _NONE
-    left, right = _constant(node.left), _constant(node.right)
-    if left is _NONE or right is _NONE:
-        return _NONE
+        return _NO_CONSTANT
+    left, right = _constant_value(node.left), _constant_value(node.right)
+    if left is _NO_CONSTANT or right is _NO_CONSTANT:
+        return _NO_CONSTANT
     if isinstance(node, nodes.Mod) and isinstance(left, str):
         refuse_format(left, [right])
     elif isinstance(node, nodes.Mul | nodes.Pow) and is_enormous(node.operator, left, right):
@@ -117,47 +122,50 @@ def _constant(node: nodes.Node) -> Any:
     try:
         return node.as_const()
     except nodes.Impossible:
-        return _NONE
+        return _NO_CONSTANT
 
 
 # Filters of a template that keep the origin of every character, and stay within bounds.
 
-_HOLDERS = re.compile("\ue1a0([0-9]+)\ue1a1")
+_PLACEHOLDER = re.compile("\ue1a0([0-9]+)\ue1a1")
 
 
-def retraced(function: Callable[..., Any], result: str, args: tuple, kwargs: dict) -> str:
+def retrace(function: Callable[..., Any], result: str, args: tuple, kwargs: dict) -> str:
     """Give back `result = function(*args, **kwargs)` with the runs of the texts in its arguments.
 
     The function runs a second time with a placeholder for each text. Where that gives the same
     string with the texts put in the places of the placeholders, the runs are exact; elsewhere the
     whole result counts as made from all of them.
     """
-    texts = list(texts_in([args, kwargs]))
+    texts = list(iter_traced([args, kwargs]))
     if not texts:
         return result
     try:
         numbers = itertools.count()
-        trial = function(*_holding(args, numbers), **_holding(kwargs, numbers))
+        trial = function(*_with_placeholders(args, numbers), **_with_placeholders(kwargs, numbers))
     except Exception:  # the function may refuse a placeholder for any reason of its own
-        return blurred(result, texts)
-    pieces = _HOLDERS.split(trial) if isinstance(trial, str) else []
+        return with_merged_origin(result, texts)
+    pieces = _PLACEHOLDER.split(trial) if isinstance(trial, str) else []
     parts = [texts[int(piece)] if odd % 2 else piece for odd, piece in enumerate(pieces)]
-    whole = plus(parts)
-    return whole if str.__eq__(whole, result) is True else blurred(result, texts)
+    whole = concat_strings(parts)
+    return whole if str.__eq__(whole, result) is True else with_merged_origin(result, texts)
 
 
-def _holding(value: Any, numbers: Iterable[int]) -> Any:
+def _with_placeholders(value: Any, numbers: Iterable[int]) -> Any:
     """The same containers, with a numbered placeholder for each traced text."""
-    if type(value) is Text:
+    if type(value) is TracedStr:
         return f"\ue1a0{next(iter(numbers))}\ue1a1"
     if isinstance(value, dict):
-        return {_holding(key, numbers): _holding(item, numbers) for key, item in value.items()}
+        return {
+            _with_placeholders(key, numbers): _with_placeholders(item, numbers)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return type(value)(_holding(item, numbers) for item in value)
+        return type(value)(_with_placeholders(item, numbers) for item in value)
     return value
 
 
-def traced_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
+def trace_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
     """The filter, keeping the runs of the texts that it is given."""
 
     @functools.wraps(filter_)
@@ -165,16 +173,16 @@ def traced_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
         result = filter_(*args, **kwargs)
         if (
             isinstance(result, str)
-            and not isinstance(result, Text)
-            and any(texts_in([args, kwargs]))
+            and not isinstance(result, TracedStr)
+            and any(iter_traced([args, kwargs]))
         ):
-            return retraced(filter_, str.__str__(result), args, kwargs)
+            return retrace(filter_, str.__str__(result), args, kwargs)
         return result
 
     return traced
 
 
-def bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+def bound_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     """The filter, which refuses to make values too large to hold."""
 
     @functools.wraps(filter_)
@@ -189,54 +197,52 @@ def bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]
     return bounded
 
 
-def traced_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
+def trace_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
     """JSON of traced values: all of it, brackets too, was made from the fields inside."""
 
     @functools.wraps(tojson)
     def traced(value: Any, *args: Any, **kwargs: Any) -> str:
-        value = list(value) if isinstance(value, Turns) else value
-        texts = list(texts_in(value))
+        value = list(value) if isinstance(value, TrackedMessages) else value
+        texts = list(iter_traced(value))
         result = tojson(value, *args, **kwargs)
-        return blurred(result, texts) if texts else result
+        return with_merged_origin(result, texts) if texts else result
 
     return traced
 
 
-def traced_safe(value: Any) -> Any:
+def _filter_safe(value: Any) -> Any:
     """The value marked as safe, so that nothing escapes it."""
-    return safe(value) if isinstance(value, Text) else Markup(value)
+    return mark_safe(value) if isinstance(value, TracedStr) else Markup(value)
 
 
-def traced_escape(value: Any) -> Any:
+def _filter_escape(value: Any) -> Any:
     """The value as HTML writes it, marked as safe."""
-    if not isinstance(value, Text) or isinstance(value, SafeText):
+    if not isinstance(value, TracedStr) or isinstance(value, SafeTracedStr):
         return escape(value)
-    whole = escaped(value)
-    return safe(whole) if isinstance(whole, Text) else Markup(whole)
+    whole = escape_html(value)
+    return mark_safe(whole) if isinstance(whole, TracedStr) else Markup(whole)
 
 
-def traced_join_filter(
-    context: Any, value: Iterable[Any], d: str = "", attribute: Any = None
-) -> str:
+def _filter_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
     """Join what is in an iterable, keeping the runs of every item."""
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
     parts = [part for item in value for part in (d, str(item))]
-    return plus(parts[1:])
+    return concat_strings(parts[1:])
 
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})
 # Filters whose result is not a string, or that pass their strings on as they are.
-_TRANSPARENT = frozenset(
+_TRACE_KEEPING_FILTERS = frozenset(
     {"trim", "length", "count", "list", "items", "default", "d", "first", "last", "map", "select"}
     | {"selectattr", "reject", "rejectattr", "string", "reverse", "sort", "dictsort", "attr"}
 )
 # Filters that make `Markup`, a string that escapes whatever is added to it.
-ESCAPING = frozenset({"e", "escape", "forceescape", "safe", "urlize", "xmlattr"})
+ESCAPING_FILTERS = frozenset({"e", "escape", "forceescape", "safe", "urlize", "xmlattr"})
 
 
-class TracedCode(CodeGenerator):
+class TracedCodeGenerator(CodeGenerator):
     """Compiles `+` and `~` to calls that keep the runs, one call for a whole chain."""
 
     @optimizeconst
@@ -268,10 +274,16 @@ def _operands(node: nodes.Expr) -> list[nodes.Expr]:
 
 
 # Blocks that collect what is written in them, so that it is not written when it is rendered.
-_BUFFERS = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block)
+_BUFFERING_BLOCKS = (
+    nodes.Macro,
+    nodes.CallBlock,
+    nodes.FilterBlock,
+    nodes.AssignBlock,
+    nodes.Block,
+)
 
 
-def _follow_loops(node: nodes.Node, at_top: bool) -> None:
+def _route_loops(node: nodes.Node, at_top: bool) -> None:
     """Route what every `for` loops over through the environment."""
     for child in node.iter_child_nodes():
         if isinstance(child, nodes.For):
@@ -279,29 +291,29 @@ def _follow_loops(node: nodes.Node, at_top: bool) -> None:
             follow = nodes.EnvironmentAttribute("loop_over")
             call = nodes.Call(follow, [child.iter, nodes.Const(plain)], [], None, None)
             child.iter = call.set_lineno(child.lineno)
-        _follow_loops(child, at_top and not isinstance(child, _BUFFERS))
+        _route_loops(child, at_top and not isinstance(child, _BUFFERING_BLOCKS))
 
 
-_KEPT = 64
+_MAX_CACHED_CODES = 64
 """Templates whose code is kept."""
-_CODES: dict[tuple[type, str], CodeType] = {}
+_compiled_codes: dict[tuple[type, str], CodeType] = {}
 """By the class of the environment and the source."""
 
 
 class TracedEnvironment(ImmutableSandboxedEnvironment):
     """transformers' sandbox, in which no operation that a template can reach loses the runs."""
 
-    code_generator_class = TracedCode
+    code_generator_class = TracedCodeGenerator
     intercepted_binops = frozenset({"%", "*", "**"})
-    concat = staticmethod(plus)
+    concat = staticmethod(concat_strings)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.watches = Watches()
+        self.watches = RenderState()
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        _follow_loops(tree, True)
+        _route_loops(tree, True)
         return tree
 
     def compile_traced(self, source: str) -> jinja2.Template:
@@ -310,46 +322,46 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         The code is kept: it names filters and globals, and takes them from the environment that it
         runs in.
         """
-        code = _CODES.get((type(self), source))
+        code = _compiled_codes.get((type(self), source))
         if code is None:
             code = self.compile(source)
-            while len(_CODES) >= _KEPT:
-                del _CODES[next(iter(_CODES))]
-            _CODES[type(self), source] = code
+            while len(_compiled_codes) >= _MAX_CACHED_CODES:
+                del _compiled_codes[next(iter(_compiled_codes))]
+            _compiled_codes[type(self), source] = code
         template = self.template_class.from_code(self, code, self.make_globals(None))
         names = template.root_render_func.__globals__
-        names["LoopContext"] = watched_loop(self.watches)
+        names["LoopContext"] = tracked_loop_context(self.watches)
         return template
 
     def loop_over(self, iterable: Any, at_top: bool) -> Any:
         """What a `for` of the template loops over."""
-        if isinstance(iterable, Turns):
+        if isinstance(iterable, TrackedMessages):
             return iterable.loop() if at_top else iterable
-        self.watches.steps += len(iterable) if isinstance(iterable, SIZED) else 1
+        self.watches.steps += len(iterable) if isinstance(iterable, SIZED_TYPES) else 1
         if self.watches.steps > MAX_STEPS:
             raise jinja2.TemplateError(f"its loops take over {MAX_STEPS:,} steps")
         return iterable
 
     def plus(self, *operands: Any) -> Any:
         """The sum of the operands, from left to right."""
-        runs: list[Run] = []
+        runs: list[OriginRun] = []
         for operand in operands:
             kind = type(operand)
             if kind is str:
                 if operand:
                     runs.append((len(operand), None, 0))
-            elif kind is Text:
+            elif kind is TracedStr:
                 runs += operand._runs
             else:
-                return functools.reduce(_sum, operands)
-        whole = mark("".join(operands), tuple(runs))
+                return functools.reduce(_add, operands)
+        whole = with_runs("".join(operands), tuple(runs))
         if len(whole) > MAX_TEXT:
             raise jinja2.TemplateError(f"it writes a text of over {MAX_TEXT:,} characters")
         return whole
 
     def tilde(self, *operands: Any) -> str:
         """The operands as strings, one behind the other."""
-        return plus(map(str, operands))
+        return concat_strings(map(str, operands))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """An attribute or item, as the sandbox gives it; quick for the common case, a dict."""
@@ -367,10 +379,10 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         if operator != "%" and is_enormous(operator, left, right):
             raise jinja2.TemplateError(f"`{operator}` makes a value too large to hold")
         if operator == "%" and isinstance(left, str):
-            refuse_format(left, _values(right))
+            refuse_format(left, _format_values(right))
         result = super().call_binop(context, operator, left, right)
         if operator == "%" and isinstance(left, str) and type(result) is str:
-            return retraced(lambda first, second: first % second, result, (left, right), {})
+            return retrace(lambda first, second: first % second, result, (left, right), {})
         return result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -379,8 +391,8 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         if method and isinstance(__obj.__self__, str) and __obj.__name__ in WIDENING_METHODS:
             refuse_width(__obj.__name__, __obj.__self__, [*args, *kwargs.values()])
         plain_method = isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str
-        if plain_method and any(True for _ in texts_in(args)):
-            own = mark(__obj.__self__, runs_of(__obj.__self__))
+        if plain_method and any(True for _ in iter_traced(args)):
+            own = with_runs(__obj.__self__, runs_of(__obj.__self__))
             return getattr(own, __obj.__name__)(*args)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -393,32 +405,34 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         plain = cast(Callable[..., str], super().wrap_str_format(getattr(template, value.__name__)))
 
         def traced(*args: Any, **kwargs: Any) -> str:
-            refuse_format(template, [*_values(args), *_values(kwargs)])
-            return retraced(plain, plain(*args, **kwargs), args, kwargs)
+            refuse_format(template, [*_format_values(args), *_format_values(kwargs)])
+            return retrace(plain, plain(*args, **kwargs), args, kwargs)
 
         return functools.update_wrapper(traced, bare)
 
 
-def _values(given: Any) -> list[Any]:
+def _format_values(given: Any) -> list[Any]:
     """What is formatted in: the items of a container, or the one value."""
     if isinstance(given, dict):
         return list(given.values())
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _sum(left: Any, right: Any) -> Any:
+def _add(left: Any, right: Any) -> Any:
     """`left + right`, where either may be marked as safe and so escape the other."""
-    marked = isinstance(left, Markup | SafeText) or isinstance(right, Markup | SafeText)
+    marked = isinstance(left, Markup | SafeTracedStr) or isinstance(right, Markup | SafeTracedStr)
     if not (marked and isinstance(left, str) and isinstance(right, str)):
         return left + right
-    whole = plus((escaped(left), escaped(right)))
-    return safe(whole) if isinstance(whole, Text) else Markup(whole)
+    whole = concat_strings((escape_html(left), escape_html(right)))
+    return mark_safe(whole) if isinstance(whole, TracedStr) else Markup(whole)
 
 
-Kind = TypeVar("Kind", bound=TracedEnvironment)
+EnvironmentType = TypeVar("EnvironmentType", bound=TracedEnvironment)
 
 
-def traced_environment(base: jinja2.Environment, kind: type[Kind]) -> Kind:
+def make_traced_environment(
+    base: jinja2.Environment, kind: type[EnvironmentType]
+) -> EnvironmentType:
     """An environment with the settings, filters, globals and tests of transformers' own."""
     environment = kind(
         trim_blocks=base.trim_blocks,
@@ -426,16 +440,16 @@ def traced_environment(base: jinja2.Environment, kind: type[Kind]) -> Kind:
         extensions=[type(extension) for extension in base.extensions.values()],
     )
     environment.globals.update(base.globals)
-    environment.globals["lipsum"] = bounded_lipsum(cast(Any, base.globals["lipsum"]))
+    environment.globals["lipsum"] = bound_lipsum(cast(Any, base.globals["lipsum"]))
     namespace = cast(type, base.globals["namespace"])
-    environment.globals["namespace"] = watched_namespace(namespace, environment.watches)
+    environment.globals["namespace"] = tracked_namespace(namespace, environment.watches)
     environment.tests.update(base.tests)
     for name, filter_ in base.filters.items():
-        wrapped = filter_ if name in _TRANSPARENT else traced_filter(filter_)
-        environment.filters[name] = traced_tojson(filter_) if name == "tojson" else wrapped
+        wrapped = filter_ if name in _TRACE_KEEPING_FILTERS else trace_filter(filter_)
+        environment.filters[name] = trace_tojson(filter_) if name == "tojson" else wrapped
     for name in (*WIDENING_FILTERS, "format"):
-        environment.filters[name] = bounded_filter(name, environment.filters[name])
-    environment.filters["safe"] = traced_safe
-    environment.filters["escape"] = environment.filters["e"] = traced_escape
-    environment.filters["join"] = jinja2.pass_context(traced_join_filter)
+        environment.filters[name] = bound_filter(name, environment.filters[name])
+    environment.filters["safe"] = _filter_safe
+    environment.filters["escape"] = environment.filters["e"] = _filter_escape
+    environment.filters["join"] = jinja2.pass_context(_filter_join)
     return environment

@@ -5,34 +5,35 @@ from __future__ import annotations
 import re
 
 from luthier.chat.conversation import REASONING_FIELDS, Conversation
-from luthier.chat.provenance import Origin, Text
+from luthier.chat.provenance import FieldOrigin, TracedStr
 from luthier.chat.template import ChatTemplate
-from luthier.chat.turns import Sequence
+from luthier.chat.turns import RenderedSequence
 from luthier.chat.types import ChatError
 
 # Tags around thoughts: templates that take them off write their own in their place.
 _TAGS = re.compile(r"</?\w+>|\[/?[A-Z_]+\]|<\|\w+\|>")
 
 
-def lost_fields(
-    conversation: Conversation, sequences: list[Sequence], template: ChatTemplate
+def find_lost_fields(
+    conversation: Conversation, sequences: list[RenderedSequence], template: ChatTemplate
 ) -> list[ChatError]:
     """One error for each field that is not in any of the sequences."""
     for sequence in sequences:
-        _see(sequence.text)
+        _mark_complete_fields(sequence.text)
     missing = [origin for origin in conversation.origins if not origin.whole]
     if not missing:
         return []
     shown = [sequence.text for sequence in sequences]
     trained = {span.message for sequence in sequences for span in sequence.trained}
     return [
-        _error(origin)
+        _lost_field_error(origin)
         for origin in missing
-        if not _is_whole(origin, shown) and not _is_history(origin, trained, conversation, template)
+        if not _is_complete(origin, shown)
+        and not _is_history(origin, trained, conversation, template)
     ]
 
 
-def _see(text: Text) -> None:
+def _mark_complete_fields(text: TracedStr) -> None:
     """Note the fields that the text holds in one run."""
     for length, origin, start in text._runs:
         if origin is None:
@@ -46,7 +47,7 @@ def _see(text: Text) -> None:
             origin.whole = True
 
 
-def _is_whole(origin: Origin, shown: list[Text]) -> bool:
+def _is_complete(origin: FieldOrigin, shown: list[TracedStr]) -> bool:
     """Whether the field's text is there, but for space and for tags that mark its parts."""
     if origin.text is None:
         return False
@@ -59,7 +60,7 @@ def _is_whole(origin: Origin, shown: list[Text]) -> bool:
 
 
 def _is_history(
-    origin: Origin, trained: set[int], conversation: Conversation, template: ChatTemplate
+    origin: FieldOrigin, trained: set[int], conversation: Conversation, template: ChatTemplate
 ) -> bool:
     """Whether a template strips this from history only: reasoning of a turn that does not train."""
     if origin.message is None or origin.message in trained or origin.role != "assistant":
@@ -71,11 +72,11 @@ def _is_history(
         own = template.render(conversation.messages[: place + 1], conversation.tools, False)
     except ChatError:
         return False
-    _see(own)
-    return origin.whole or _is_whole(origin, [own])
+    _mark_complete_fields(own)
+    return origin.whole or _is_complete(origin, [own])
 
 
-def _error(origin: Origin) -> ChatError:
+def _lost_field_error(origin: FieldOrigin) -> ChatError:
     if origin.encoded:
         return ChatError(
             "the call's arguments are a JSON string, which this template leaves out or encodes "

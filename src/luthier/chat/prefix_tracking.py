@@ -17,18 +17,18 @@ from jinja2.runtime import LoopContext
 # known from one run, by proof; where the proof fails for a k, `prefix` says None and that
 # prefix is rendered for itself.
 
-Moment = tuple[int, int, int]
+RunPosition = tuple[int, int, int]
 """(pieces written, values set, time), at a place of a run."""
 
 
-class Finish(NamedTuple):
+class LoopExit(NamedTuple):
     """A shorter run's way: out of the loop at `left`, and on behind the loop's end."""
 
-    left: Moment
-    end: Moment
+    left: RunPosition
+    end: RunPosition
 
 
-class Watch:
+class PrefixTracker:
     """Follows one run of a template over `count` messages."""
 
     def __init__(self, count: int) -> None:
@@ -37,8 +37,8 @@ class Watch:
         self.peeking = 0
         self.session: object | None = None
         self._low = 1
-        self._waiting: dict[int, Moment] = {}
-        self._finished: dict[int, Finish] = {}
+        self._waiting: dict[int, RunPosition] = {}
+        self._finished: dict[int, LoopExit] = {}
         self._failed = {0}
         self._values: dict[tuple[int, str], list[tuple[int, Any]]] = {}
         self._kept: list[object] = []
@@ -96,7 +96,7 @@ class Watch:
         if self._finished:
             self._waiting.update((k, now) for k in self._after_a_loop() if k <= place)
 
-    def _wait(self, low: int, high: int, now: Moment) -> None:
+    def _wait(self, low: int, high: int, now: RunPosition) -> None:
         """The runs over so many messages, from low to high, would leave the loop now."""
         for k in range(low, min(high, self.count - 1) + 1):
             if k not in self._failed:
@@ -116,7 +116,7 @@ class Watch:
             elif k in self._finished:
                 self._fail(k)
             else:
-                self._finished[k] = Finish(left, now)
+                self._finished[k] = LoopExit(left, now)
         self._waiting.clear()
 
     def wrote(self, namespace: object, name: str, old: Any, new: Any) -> None:
@@ -137,7 +137,7 @@ class Watch:
         time, value = values[-1]
         for k in self._after_a_loop():
             finish = self._finished[k]
-            if time <= finish.end[2] and not _same(_at(values, finish.left[2]), value):
+            if time <= finish.end[2] and not _is_same(_value_at(values, finish.left[2]), value):
                 self._fail(k)
 
     def _after_a_loop(self) -> list[int]:
@@ -148,34 +148,38 @@ class Watch:
         self._failed.add(k)
         self._finished.pop(k, None)
 
-    def _now(self) -> Moment:
+    def _now(self) -> RunPosition:
         self._time += 1
         return len(self.pieces), self._writes, self._time
 
 
-def _at(values: list[tuple[int, Any]], time: int) -> Any:
+def _value_at(values: list[tuple[int, Any]], time: int) -> Any:
     """The value that was set last before a time."""
     return next(value for moment, value in reversed(values) if moment <= time)
 
 
-def _same(first: Any, second: Any) -> bool:
+def _is_same(first: Any, second: Any) -> bool:
     plain = type(first) in (bool, int, str, type(None))
     return first is second or (plain and type(first) is type(second) and first == second)
 
 
-class Watches(threading.local):
+class RenderState(threading.local):
     """The watch of the run that is under way in this thread."""
 
-    current: Watch | None = None
+    current: PrefixTracker | None = None
     steps = 0
     """Steps that the run's loops have taken."""
 
 
-class Turns(Sequence):
+class TrackedMessages(Sequence):
     """The messages as a template sees them: a list that tells its watch what is asked of it."""
 
     def __init__(
-        self, messages: list[dict[str, Any]], watch: Watch, start: int = 0, stop: int | None = None
+        self,
+        messages: list[dict[str, Any]],
+        watch: PrefixTracker,
+        start: int = 0,
+        stop: int | None = None,
     ) -> None:
         self._messages = messages
         self._watch = watch
@@ -202,7 +206,7 @@ class Turns(Sequence):
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             return self._slice(key)
-        place = key.__index__() if isinstance(key, int) else _not_an_index(key)
+        place = key.__index__() if isinstance(key, int) else _refuse_index(key)
         if place < 0:
             self._watch.counted()
             return self._messages[self._start : self._end()][place]
@@ -221,7 +225,9 @@ class Turns(Sequence):
         ends = [end for end in (self._stop, None if stop is None else self._start + stop) if end]
         if stop == 0:
             return []
-        return Turns(self._messages, self._watch, self._start + start, min(ends) if ends else None)
+        return TrackedMessages(
+            self._messages, self._watch, self._start + start, min(ends) if ends else None
+        )
 
     def __iter__(self) -> Iterator[Any]:
         for place in range(self._start, self._end()):
@@ -238,7 +244,7 @@ class Turns(Sequence):
         return self._messages[self._start : self._end()]
 
     def __add__(self, other: Any) -> list[Any]:
-        return self._list() + (other._list() if isinstance(other, Turns) else other)
+        return self._list() + (other._list() if isinstance(other, TrackedMessages) else other)
 
     def __radd__(self, other: Any) -> list[Any]:
         return other + self._list()
@@ -249,7 +255,7 @@ class Turns(Sequence):
     __rmul__ = __mul__
 
     def __eq__(self, other: object) -> bool:
-        return self._list() == (other._list() if isinstance(other, Turns) else other)
+        return self._list() == (other._list() if isinstance(other, TrackedMessages) else other)
 
     # As a list, which templates take it for; typeshed lets only `object` have a hash of None.
     __hash__ = None  # type: ignore[assignment]
@@ -261,19 +267,19 @@ class Turns(Sequence):
         """A plain list."""
         return self._list()
 
-    def loop(self) -> Loop:
+    def loop(self) -> MessageLoop:
         """The messages for a `for` of the template, whose every step is followed."""
-        return Loop(self)
+        return MessageLoop(self)
 
 
-def _not_an_index(key: Any) -> int:
+def _refuse_index(key: Any) -> int:
     raise TypeError(f"list indices must be integers or slices, not {type(key).__name__}")
 
 
-class Loop:
+class MessageLoop:
     """One `for` over the messages, at the top of the template."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: TrackedMessages) -> None:
         self.turns = turns
 
     def __len__(self) -> int:
@@ -296,7 +302,7 @@ class Loop:
         self.turns._watch.end(self)
 
 
-def watched_loop(watches: Watches) -> type[LoopContext]:
+def tracked_loop_context(watches: RenderState) -> type[LoopContext]:
     """Jinja's `loop`, telling the watch when it looks ahead."""
 
     class WatchedLoop(LoopContext):
@@ -325,14 +331,14 @@ def watched_loop(watches: Watches) -> type[LoopContext]:
             try:
                 return super().__next__()
             except StopIteration:
-                if isinstance(self._iterable, Loop):
+                if isinstance(self._iterable, MessageLoop):
                     self._iterable.end()
                 raise
 
     return WatchedLoop
 
 
-def watched_namespace(base: type, watches: Watches) -> type:
+def tracked_namespace(base: type, watches: RenderState) -> type:
     """The template's `namespace`, telling the watch what is set and read."""
 
     class WatchedNamespace(base):

@@ -11,7 +11,7 @@ from markupsafe import escape as markupsafe_escape
 # Where characters of a rendered text came from, and runs of them.
 
 
-class Origin:
+class FieldOrigin:
     """The field of a message (or of the row's tools) that a run of characters was copied from."""
 
     __slots__ = ("covers", "encoded", "field", "message", "role", "text", "whole")
@@ -24,7 +24,7 @@ class Origin:
         self.field = field
         self.text = text
         """The field's text; None where the field has many texts that are not told apart."""
-        self.covers: tuple[Origin, ...] = ()
+        self.covers: tuple[FieldOrigin, ...] = ()
         """The origins that this one stands for, if it stands for several."""
         self.encoded = False
         """Whether the field is JSON already, so that it must not be encoded once more."""
@@ -32,7 +32,7 @@ class Origin:
         """Whether all of the field has been seen in a sequence of the row."""
 
     @classmethod
-    def of_many(cls, origins: list[Origin]) -> Origin:
+    def of_many(cls, origins: list[FieldOrigin]) -> FieldOrigin:
         """One origin that stands for several: the text was made from all of them."""
         first = origins[0]
         if all(origin is first for origin in origins):
@@ -46,7 +46,7 @@ class Origin:
         return f"Origin(message={self.message}, role={self.role!r}, field={self.field!r})"
 
 
-Run = tuple[int, Origin | None, int]
+OriginRun = tuple[int, FieldOrigin | None, int]
 """(length, origin, start): so many characters of one origin (None: the template wrote them).
 
 `start` is the place of the first of them in the field; -1 when the field was transformed, so that
@@ -54,7 +54,7 @@ its characters can no longer be told apart.
 """
 
 
-def cut(runs: tuple[Run, ...], start: int, stop: int) -> tuple[Run, ...]:
+def slice_runs(runs: tuple[OriginRun, ...], start: int, stop: int) -> tuple[OriginRun, ...]:
     """The runs of `text[start:stop]`, for 0 <= start <= stop <= the text's length."""
     found = []
     position = 0
@@ -72,79 +72,79 @@ def cut(runs: tuple[Run, ...], start: int, stop: int) -> tuple[Run, ...]:
 # ruff: noqa: D102 (the methods are those of `str`)
 
 
-def runs_of(value: str) -> tuple[Run, ...]:
+def runs_of(value: str) -> tuple[OriginRun, ...]:
     """The runs of any string; a plain `str` was written by the template."""
-    if isinstance(value, Text):
+    if isinstance(value, TracedStr):
         return value._runs
     return ((len(value), None, 0),) if value else ()
 
 
-def mark(value: str, runs: tuple[Run, ...]) -> Text:
+def with_runs(value: str, runs: tuple[OriginRun, ...]) -> TracedStr:
     """Text with the given runs, whose lengths must add up to the length of `value`."""
-    text = str.__new__(Text, value)
+    text = str.__new__(TracedStr, value)
     text._runs = runs
     return text
 
 
-def from_field(origin: Origin, value: str) -> Text:
+def trace_field(origin: FieldOrigin, value: str) -> TracedStr:
     """Text that is the whole of a field."""
-    text = str.__new__(Text, value)
+    text = str.__new__(TracedStr, value)
     text._runs = ((len(value), origin, 0),) if value else ()
     return text
 
 
-def plus(parts: Iterable[str]) -> str:
+def concat_strings(parts: Iterable[str]) -> str:
     """Concatenate strings; the result is a plain `str` when all of them are."""
     parts = tuple(parts)
-    runs: list[Run] = []
+    runs: list[OriginRun] = []
     traced = False
     for part in parts:
-        if isinstance(part, Text):
+        if isinstance(part, TracedStr):
             traced = True
             runs += part._runs
         elif part:
             runs.append((len(part), None, 0))
     value = "".join(parts)
-    return mark(value, tuple(runs)) if traced else value
+    return with_runs(value, tuple(runs)) if traced else value
 
 
-def runs_of_all(parts: Iterable[str]) -> tuple[Run, ...]:
+def join_runs(parts: Iterable[str]) -> tuple[OriginRun, ...]:
     """The runs of strings that stand one behind the other."""
-    runs: list[Run] = []
+    runs: list[OriginRun] = []
     for part in parts:
-        if isinstance(part, Text):
+        if isinstance(part, TracedStr):
             runs += part._runs
         elif part:
             runs.append((len(part), None, 0))
     return tuple(runs)
 
 
-def blurred(value: str, sources: Iterable[Text]) -> Text:
+def with_merged_origin(value: str, sources: Iterable[TracedStr]) -> TracedStr:
     """Text that was made from `sources` in a way that hides which character came from which."""
     origins = [run[1] for source in sources for run in source._runs if run[1] is not None]
     if not origins or not value:
-        return mark(value, runs_of(str(value)))
-    return mark(value, ((len(value), Origin.of_many(origins), -1),))
+        return with_runs(value, runs_of(str(value)))
+    return with_runs(value, ((len(value), FieldOrigin.of_many(origins), -1),))
 
 
-def texts_in(value: Any, depth: int = 0) -> Iterator[Text]:
+def iter_traced(value: Any, depth: int = 0) -> Iterator[TracedStr]:
     """Every traced text inside plain containers (and a text itself)."""
-    if isinstance(value, Text):
+    if isinstance(value, TracedStr):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from texts_in(key, depth + 1)
-            yield from texts_in(item, depth + 1)
+            yield from iter_traced(key, depth + 1)
+            yield from iter_traced(item, depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from texts_in(item, depth + 1)
+            yield from iter_traced(item, depth + 1)
 
 
-def _plain(value: Any) -> Any:
+def _as_plain(value: Any) -> Any:
     return str.__str__(value) if isinstance(value, str) else value
 
 
-class Text(str):
+class TracedStr(str):
     """A string whose `_runs` say where its characters came from.
 
     The operators and methods below give what `str` gives, and keep the runs. Methods that are not
@@ -152,7 +152,7 @@ class Text(str):
     """
 
     __slots__ = ("_runs",)
-    _runs: tuple[Run, ...]
+    _runs: tuple[OriginRun, ...]
 
     def __str__(self) -> str:
         return self
@@ -160,78 +160,78 @@ class Text(str):
     def __add__(self, other: str) -> str:
         if not isinstance(other, str):
             return NotImplemented
-        return plus((self, other))
+        return concat_strings((self, other))
 
     def __radd__(self, other: str) -> str:
         if not isinstance(other, str):
             return NotImplemented
-        return plus((other, self))
+        return concat_strings((other, self))
 
-    def __mul__(self, count: SupportsIndex) -> Text:
+    def __mul__(self, count: SupportsIndex) -> TracedStr:
         value = str.__mul__(self, count)
-        return mark(value, self._runs * count.__index__() if value else ())
+        return with_runs(value, self._runs * count.__index__() if value else ())
 
     __rmul__ = __mul__
 
-    def __getitem__(self, key: SupportsIndex | slice) -> Text:
+    def __getitem__(self, key: SupportsIndex | slice) -> TracedStr:
         value = str.__getitem__(self, key)
         if not isinstance(key, slice):
             start = key.__index__() % len(self)
-            return mark(value, cut(self._runs, start, start + 1))
+            return with_runs(value, slice_runs(self._runs, start, start + 1))
         start, stop, step = key.indices(len(self))
         if step != 1:
-            return plus_all(self[place] for place in range(start, stop, step))
-        return mark(value, cut(self._runs, start, start + len(value)))
+            return concat_traced(self[place] for place in range(start, stop, step))
+        return with_runs(value, slice_runs(self._runs, start, start + len(value)))
 
     def __iter__(self) -> Iterator[str]:
         for index in range(len(self)):
             yield self[index]
 
-    def strip(self, chars: str | None = None, /) -> Text:
+    def strip(self, chars: str | None = None, /) -> TracedStr:
         return self.lstrip(chars).rstrip(chars)
 
-    def lstrip(self, chars: str | None = None, /) -> Text:
-        value = str.lstrip(self, _plain(chars))
+    def lstrip(self, chars: str | None = None, /) -> TracedStr:
+        value = str.lstrip(self, _as_plain(chars))
         if len(value) == len(self):
             return self
-        return mark(value, cut(self._runs, len(self) - len(value), len(self)))
+        return with_runs(value, slice_runs(self._runs, len(self) - len(value), len(self)))
 
-    def rstrip(self, chars: str | None = None, /) -> Text:
-        value = str.rstrip(self, _plain(chars))
+    def rstrip(self, chars: str | None = None, /) -> TracedStr:
+        value = str.rstrip(self, _as_plain(chars))
         if len(value) == len(self):
             return self
-        return mark(value, cut(self._runs, 0, len(value)))
+        return with_runs(value, slice_runs(self._runs, 0, len(value)))
 
-    def removeprefix(self, prefix: str, /) -> Text:
+    def removeprefix(self, prefix: str, /) -> TracedStr:
         return self[len(prefix) :] if prefix and self.startswith(prefix) else self
 
-    def removesuffix(self, suffix: str, /) -> Text:
+    def removesuffix(self, suffix: str, /) -> TracedStr:
         return self[: len(self) - len(suffix)] if suffix and self.endswith(suffix) else self
 
-    def _placed(self, pieces: Iterable[str]) -> list[Text]:
+    def _placed(self, pieces: Iterable[str]) -> list[TracedStr]:
         """The pieces, which stand in this text in this order, with their runs."""
         placed = []
         position = 0
         for piece in pieces:
             position = str.find(self, piece, position)
-            placed.append(mark(piece, cut(self._runs, position, position + len(piece))))
+            placed.append(with_runs(piece, slice_runs(self._runs, position, position + len(piece))))
             position += len(piece)
         return placed
 
-    def _separated(self, pieces: list[str], separator: str) -> list[Text]:
+    def _separated(self, pieces: list[str], separator: str) -> list[TracedStr]:
         placed = []
         position = 0
         for piece in pieces:
-            placed.append(mark(piece, cut(self._runs, position, position + len(piece))))
+            placed.append(with_runs(piece, slice_runs(self._runs, position, position + len(piece))))
             position += len(piece) + len(separator)
         return placed
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        pieces = str.split(self, _plain(sep), maxsplit)
+        pieces = str.split(self, _as_plain(sep), maxsplit)
         return list(self._placed(pieces) if sep is None else self._separated(pieces, sep))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        pieces = str.rsplit(self, _plain(sep), maxsplit)
+        pieces = str.rsplit(self, _as_plain(sep), maxsplit)
         return list(self._placed(pieces) if sep is None else self._separated(pieces, sep))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
@@ -243,48 +243,48 @@ class Text(str):
         return [line[: len(short)] for line, short in zip(placed, bare, strict=True)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        head, middle, tail = self._separated(list(str.partition(self, _plain(sep))), "")
+        head, middle, tail = self._separated(list(str.partition(self, _as_plain(sep))), "")
         return head, middle, tail
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
-        head, middle, tail = self._separated(list(str.rpartition(self, _plain(sep))), "")
+        head, middle, tail = self._separated(list(str.rpartition(self, _as_plain(sep))), "")
         return head, middle, tail
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if not old:
-            return blurred(str.replace(self, old, new, count), [self, *texts_in(new)])
+            return with_merged_origin(str.replace(self, old, new, count), [self, *iter_traced(new)])
         if str.find(self, old) < 0:
             return self
-        return traced_join(new, self.split(old, count))
+        return join_traced(new, self.split(old, count))
 
     def join(self, iterable: Iterable[str], /) -> str:
-        return traced_join(self, iterable)
+        return join_traced(self, iterable)
 
-    def _same_length(self, value: str) -> Text:
+    def _same_length(self, value: str) -> TracedStr:
         if len(value) == len(self):
-            return mark(value, self._runs)
-        return blurred(value, [self])
+            return with_runs(value, self._runs)
+        return with_merged_origin(value, [self])
 
-    def upper(self) -> Text:
+    def upper(self) -> TracedStr:
         return self._same_length(str.upper(self))
 
-    def lower(self) -> Text:
+    def lower(self) -> TracedStr:
         return self._same_length(str.lower(self))
 
-    def title(self) -> Text:
+    def title(self) -> TracedStr:
         return self._same_length(str.title(self))
 
-    def capitalize(self) -> Text:
+    def capitalize(self) -> TracedStr:
         return self._same_length(str.capitalize(self))
 
-    def swapcase(self) -> Text:
+    def swapcase(self) -> TracedStr:
         return self._same_length(str.swapcase(self))
 
-    def casefold(self) -> Text:
+    def casefold(self) -> TracedStr:
         return self._same_length(str.casefold(self))
 
 
-class SafeText(Text):
+class SafeTracedStr(TracedStr):
     """Text marked as safe: whatever is added to it is escaped, as with `markupsafe.Markup`."""
 
     __slots__ = ()
@@ -293,16 +293,16 @@ class SafeText(Text):
         return self
 
 
-def safe(value: Text) -> SafeText:
+def mark_safe(value: TracedStr) -> SafeTracedStr:
     """The same text, marked as safe."""
-    marked = str.__new__(SafeText, value)
+    marked = str.__new__(SafeTracedStr, value)
     marked._runs = value._runs
     return marked
 
 
-def escaped(value: str) -> str:
+def escape_html(value: str) -> str:
     """The text with `&<>'"` written as HTML writes them, unless it is marked as safe."""
-    if isinstance(value, Markup | SafeText):
+    if isinstance(value, Markup | SafeTracedStr):
         return value
     parts = []
     position = 0
@@ -310,17 +310,17 @@ def escaped(value: str) -> str:
         piece = str.__getitem__(value, slice(position, position + length))
         position += length
         html = str.__str__(markupsafe_escape(piece))
-        parts.append(mark(html, ((len(html), origin, start if html == piece else -1),)))
-    return plus(parts)
+        parts.append(with_runs(html, ((len(html), origin, start if html == piece else -1),)))
+    return concat_strings(parts)
 
 
-def plus_all(parts: Iterable[str]) -> Text:
+def concat_traced(parts: Iterable[str]) -> TracedStr:
     """Concatenate strings into a traced text, also when all of them are plain."""
-    whole = plus(parts)
-    return whole if isinstance(whole, Text) else mark(whole, runs_of(whole))
+    whole = concat_strings(parts)
+    return whole if isinstance(whole, TracedStr) else with_runs(whole, runs_of(whole))
 
 
-def traced_join(separator: str, items: Iterable[str]) -> str:
+def join_traced(separator: str, items: Iterable[str]) -> str:
     """`separator.join(items)` that keeps the runs of the separator and of every item."""
     parts: list[str] = []
     for number, item in enumerate(items):
@@ -330,22 +330,22 @@ def traced_join(separator: str, items: Iterable[str]) -> str:
         if number:
             parts.append(separator)
         parts.append(item)
-    return plus(parts)
+    return concat_strings(parts)
 
 
 # Methods whose result is not worth following character by character.
-BLURRED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
+_UNTRACED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
 
 
-def _blurring(name: str) -> Callable[..., Text]:
+def _untraced_method(name: str) -> Callable[..., TracedStr]:
     plain_method = getattr(str, name)
 
-    def method(self: Text, *args: Any) -> Text:
-        return blurred(plain_method(self, *args), [self])
+    def method(self: TracedStr, *args: Any) -> TracedStr:
+        return with_merged_origin(plain_method(self, *args), [self])
 
     method.__name__ = name
     return method
 
 
-for _name in BLURRED_METHODS:
-    setattr(Text, _name, _blurring(_name))
+for _name in _UNTRACED_METHODS:
+    setattr(TracedStr, _name, _untraced_method(_name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from luthier.chat.provenance import Text, plus_all
+from luthier.chat.provenance import TracedStr, concat_traced
 
 # `<name>` and `</name>`, `[NAME]` and `[/NAME]`, `<|name>` and `<name|>`.
 _TAG = re.compile(
@@ -19,7 +19,7 @@ _TAG = re.compile(
 )
 
 
-def reply_behind(prompt: Text, shown: Text, message: dict[str, Any]) -> Text | None:
+def write_reply(prompt: TracedStr, shown: TracedStr, message: dict[str, Any]) -> TracedStr | None:
     """The reply to a prompt, both from the end of the history; None where none can be written.
 
     `shown` is how the template writes the turn, header included.
@@ -66,7 +66,7 @@ def _tag(text: str, name: str, closing: bool) -> re.Match[str] | None:
     return re.search(rf"<{tag}>|\[{tag}\]|<\|{tag}>", text)
 
 
-def _behind_close(space: str, shown: Text, body: Text, name: str) -> Text:
+def _behind_close(space: str, shown: TracedStr, body: TracedStr, name: str) -> TracedStr:
     """The turn without its thought: the prompt has closed it."""
     close = _tag(shown, name, closing=True)
     if close is None or not _written_by_template(shown, close):
@@ -74,25 +74,27 @@ def _behind_close(space: str, shown: Text, body: Text, name: str) -> Text:
     return _without(shown[close.end() :], space)
 
 
-def _behind_open(space: str, shown: Text, body: Text, name: str, message: dict) -> Text | None:
+def _behind_open(
+    space: str, shown: TracedStr, body: TracedStr, name: str, message: dict
+) -> TracedStr | None:
     """The turn from inside the thought that the prompt has opened."""
     open_ = _tag(shown, name, closing=False)
     if open_ is not None and _written_by_template(shown, open_):
         return _without(shown[open_.end() :], space)
     content = message.get("content")
-    raw = content if isinstance(content, Text) else None
+    raw = content if isinstance(content, TracedStr) else None
     close = _tag(raw, name, closing=True) if raw else None
     if raw is not None and close is not None:
         return _with_own_thought(space, raw, body, name, close)
     reasoning = message.get("reasoning_content")
     thought = reasoning if isinstance(reasoning, str) else ""
     # The form in which templates that show thoughts write them, an empty one included.
-    return plus_all((thought.rstrip("\n"), f"\n</{name}>\n\n", body))
+    return concat_traced((thought.rstrip("\n"), f"\n</{name}>\n\n", body))
 
 
 def _with_own_thought(
-    space: str, raw: Text, body: Text, name: str, close: re.Match[str]
-) -> Text | None:
+    space: str, raw: TracedStr, body: TracedStr, name: str, close: re.Match[str]
+) -> TracedStr | None:
     """The content's own thought, which the template strips, and then the turn as it stands."""
     rest = raw[close.end() :]
     if not body.startswith(rest.strip()) and rest.strip() not in body:
@@ -101,10 +103,10 @@ def _with_own_thought(
     inside = raw[open_.end() if open_ is not None and open_.end() <= close.start() else 0 :]
     thought = _without(inside, space)
     stripped = rest if body.startswith(rest) else rest.strip()
-    return plus_all((thought[: len(thought) - len(rest)], rest, body[len(stripped) :]))
+    return concat_traced((thought[: len(thought) - len(rest)], rest, body[len(stripped) :]))
 
 
-def _without(text: Text, space: str) -> Text:
+def _without(text: TracedStr, space: str) -> TracedStr:
     """The text behind whitespace that the prompt has already written."""
     same = 0
     while same < min(len(space), len(text)) and space[same] == text[same]:
@@ -112,5 +114,5 @@ def _without(text: Text, space: str) -> Text:
     return text[same:]
 
 
-def _written_by_template(text: Text, match: re.Match[str]) -> bool:
+def _written_by_template(text: TracedStr, match: re.Match[str]) -> bool:
     return all(origin is None for _, origin, _ in text[match.start() : match.end()]._runs)

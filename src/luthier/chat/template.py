@@ -13,9 +13,14 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from luthier.chat.jinja_env import ESCAPING, TracedEnvironment, refuse_constants, traced_environment
-from luthier.chat.prefix_tracking import Turns, Watch
-from luthier.chat.provenance import Text, mark, plus_all, runs_of_all
+from luthier.chat.jinja_env import (
+    ESCAPING_FILTERS,
+    TracedEnvironment,
+    make_traced_environment,
+    refuse_constants,
+)
+from luthier.chat.prefix_tracking import PrefixTracker, TrackedMessages
+from luthier.chat.provenance import TracedStr, concat_traced, join_runs, with_runs
 from luthier.chat.types import ChatError
 
 # What can be told from a template's source alone, before it is run.
@@ -27,7 +32,7 @@ _LAZY = frozenset(
 )
 
 
-def is_followable(tree: nodes.Template) -> bool:
+def can_track_prefixes(tree: nodes.Template) -> bool:
     """Whether all state that outlives a loop of the template can be watched."""
     if any(name.name in _HIDDEN_STATE for name in tree.find_all(nodes.Name)):
         return False
@@ -36,39 +41,45 @@ def is_followable(tree: nodes.Template) -> bool:
     return not any(isinstance(node, nodes.Filter) and node.name in _LAZY for node in kept)
 
 
-def fixed_end(tree: nodes.Template) -> nodes.Template | None:
+def nodes_behind_messages(tree: nodes.Template) -> nodes.Template | None:
     """What stands behind the last loop, if it depends on nothing but the template's variables.
 
     Then the generation prompt, which must be mentioned only there, is one text for all rows.
     """
-    last = max((place for place, node in enumerate(tree.body) if _all(node, nodes.For)), default=-1)
+    last = max(
+        (place for place, node in enumerate(tree.body) if _nodes_of(node, nodes.For)), default=-1
+    )
     if last < 0 or not isinstance(tree.body[last], nodes.For):
         return None
     before, behind = tree.body[: last + 1], tree.body[last + 1 :]
-    if "add_generation_prompt" in _names(before, "load") | _names(before, "store"):
+    if "add_generation_prompt" in _variable_names(before, "load") | _variable_names(
+        before, "store"
+    ):
         return None
-    macros = {macro.name for node in before for macro in _all(node, nodes.Macro)}
-    moving = _names(before, "store") | macros | {"messages", "tools", "documents", "loop"}
-    if _names(behind, "load") & moving:
+    macros = {macro.name for node in before for macro in _nodes_of(node, nodes.Macro)}
+    moving = _variable_names(before, "store") | macros | {"messages", "tools", "documents", "loop"}
+    if _variable_names(behind, "load") & moving:
         return None
     return nodes.Template(behind, lineno=1)
 
 
-def _all(node: nodes.Node, kind: type[nodes.Node]) -> list:
+def _nodes_of(node: nodes.Node, kind: type[nodes.Node]) -> list:
     own = [node] if isinstance(node, kind) else []
     return own + list(node.find_all(kind))
 
 
-def _names(body: list[nodes.Node], context: str) -> set[str]:
-    return {name.name for node in body for name in _all(node, nodes.Name) if name.ctx == context}
+def _variable_names(body: list[nodes.Node], context: str) -> set[str]:
+    return {
+        name.name for node in body for name in _nodes_of(node, nodes.Name) if name.ctx == context
+    }
 
 
-class Rendered:
+class TrackedRendering:
     """A whole conversation as the template writes it, and what it writes for its first messages."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: PrefixTracker) -> None:
         self.plain = "".join(watch.pieces)
-        self.text = mark(self.plain, runs_of_all(watch.pieces))
+        self.text = with_runs(self.plain, join_runs(watch.pieces))
         self._watch = watch
         self._ends = [0, *accumulate(map(len, watch.pieces))]
 
@@ -90,22 +101,24 @@ class ChatTemplate:
         self.source = source
         self.variables = variables
         self.date = date
-        self._clock = _clock(date)
-        self._plain = _compiled(source)
-        self._environment = traced_environment(self._plain.environment, self.environment_class)
+        self._clock = _make_strftime_now(date)
+        self._plain = _compile_plain(source)
+        self._environment = make_traced_environment(self._plain.environment, self.environment_class)
         self._environment.globals["strftime_now"] = self._clock
-        self._traced = _parsed(self._environment.compile_traced, source)
+        self._traced = _compile_or_raise(self._environment.compile_traced, source)
         self._globals: dict[jinja2.Template, dict[str, Any]] = {}
         tree = self._environment.parse(source)
-        self.is_doubtful = any(node.name in ESCAPING for node in tree.find_all(nodes.Filter))
+        self.is_doubtful = any(
+            node.name in ESCAPING_FILTERS for node in tree.find_all(nodes.Filter)
+        )
         """Whether a string may be marked as safe: it escapes what is added, which is checked."""
-        self.is_followable = is_followable(tree)
+        self.is_followable = can_track_prefixes(tree)
         """Whether `follow` can tell what the template writes for fewer messages."""
         self.ends = self._fixed_ends(tree) if self.is_followable else None
         """What stands behind the messages without and with the generation prompt, if fixed."""
 
     def _fixed_ends(self, tree: nodes.Template) -> tuple[str, str] | None:
-        behind = fixed_end(tree)
+        behind = nodes_behind_messages(tree)
         if behind is None:
             return None
         end = self._environment.from_string(behind)
@@ -115,10 +128,10 @@ class ChatTemplate:
         )
         return without, with_prompt
 
-    def render(self, messages: list, tools: list | None, add_generation_prompt: bool) -> Text:
+    def render(self, messages: list, tools: list | None, add_generation_prompt: bool) -> TracedStr:
         """The rendered text; raises ChatError with the template's own words."""
         inputs = self._inputs(messages, tools, add_generation_prompt)
-        text = plus_all(self._run(self._traced, inputs, None))
+        text = concat_traced(self._run(self._traced, inputs, None))
         if self.is_doubtful and self._written_plainly(inputs) != text:
             raise ChatError(
                 "the template escapes the row's text in a way that cannot be traced",
@@ -126,16 +139,18 @@ class ChatTemplate:
             )
         return text
 
-    def follow(self, messages: list, tools: list | None, add_generation_prompt: bool) -> Rendered:
+    def follow(
+        self, messages: list, tools: list | None, add_generation_prompt: bool
+    ) -> TrackedRendering:
         """The rendered text, and by the way what the template writes for fewer messages."""
-        watch = Watch(len(messages))
+        watch = PrefixTracker(len(messages))
         if self.is_doubtful or not self.is_followable:
             watch.counted()
             watch.pieces.append(self.render(messages, tools, add_generation_prompt))
-            return Rendered(watch)
-        inputs = self._inputs(Turns(messages, watch), tools, add_generation_prompt)
+            return TrackedRendering(watch)
+        inputs = self._inputs(TrackedMessages(messages, watch), tools, add_generation_prompt)
         self._run(self._traced, inputs, watch)
-        return Rendered(watch)
+        return TrackedRendering(watch)
 
     def _inputs(self, messages: Any, tools: list | None, generation: bool) -> dict[str, Any]:
         return {
@@ -150,7 +165,7 @@ class ChatTemplate:
         return "".join(self._run(self._plain, {**inputs, "strftime_now": self._clock}, None))
 
     def _run(
-        self, template: jinja2.Template, inputs: dict[str, Any], watch: Watch | None
+        self, template: jinja2.Template, inputs: dict[str, Any], watch: PrefixTracker | None
     ) -> list[str]:
         watches = self._environment.watches
         watches.current, watches.steps = watch, 0
@@ -175,7 +190,7 @@ class ChatTemplate:
         raise ChatError(f"the chat template refuses the row: {words}", reason="template refuses")
 
 
-def template_text(template: str) -> str:
+def read_template(template: str) -> str:
     """A template given as text or as the path of a file, as text."""
     if "{" in template or "\n" in template:
         return template
@@ -191,7 +206,7 @@ def template_text(template: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _compiled(source: str) -> jinja2.Template:
+def _compile_plain(source: str) -> jinja2.Template:
     """The template as transformers compiles it."""
     from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
@@ -199,10 +214,10 @@ def _compiled(source: str) -> jinja2.Template:
         refuse_constants(_cached_compile_jinja_template("").environment.parse(text))
         return _cached_compile_jinja_template(text)
 
-    return _parsed(compile_, source)
+    return _compile_or_raise(compile_, source)
 
 
-def _parsed(compile_: Callable[[str], jinja2.Template], source: str) -> jinja2.Template:
+def _compile_or_raise(compile_: Callable[[str], jinja2.Template], source: str) -> jinja2.Template:
     try:
         return compile_(source)
     except jinja2.TemplateSyntaxError as error:
@@ -218,7 +233,7 @@ def _parsed(compile_: Callable[[str], jinja2.Template], source: str) -> jinja2.T
         ) from None
 
 
-def _clock(date: str) -> Callable[[str], str]:
+def _make_strftime_now(date: str) -> Callable[[str], str]:
     """`strftime_now` for a fixed date."""
     try:
         moment = datetime.combine(Date.fromisoformat(date), datetime.min.time())

@@ -13,30 +13,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from luthier.chat.provenance import Origin, Run
-from luthier.chat.types import ChatError, packed, unpacked
-from luthier.chat.word_cache import NORMAL_FORMS, Words, words_of
+from luthier.chat.provenance import FieldOrigin, OriginRun
+from luthier.chat.types import ChatError, pack_ids, unpack_ids
+from luthier.chat.word_cache import UNICODE_NORMALIZERS, WordEncoder, make_word_encoder
 
 # Many texts encoded in few calls: a call of the backend has a cost of its own.
 
-_GROUP = 2000
+_GROUP_CHARS = 2000
 
 
-def grouped_texts(texts: list[str]) -> Iterator[list[str]]:
+def group_texts(texts: list[str]) -> Iterator[list[str]]:
     """The texts in groups of a size that one call of the backend handles well."""
     group: list[str] = []
     size = 0
     for text in texts:
         group.append(text)
         size += len(text)
-        if size > _GROUP:
+        if size > _GROUP_CHARS:
             yield group
             group, size = [], 0
     if group:
         yield group
 
 
-def parted_ids(
+def encode_groups(
     groups: list[list[str]], token: str, index: int, encode: Callable[[list[str]], list[list[int]]]
 ) -> list[list[int]]:
     """The ids of each text, from those of each group joined by a token of the given index."""
@@ -51,11 +51,11 @@ def parted_ids(
     return found
 
 
-_CACHED = 12_000_000
+_CACHE_BYTES = 12_000_000
 """Bytes, about, of the texts whose ids are kept."""
-_TEXT = 150
+_TEXT_OVERHEAD = 150
 """Bytes that a kept text takes besides its characters."""
-Kind = Literal["start", "continuation", "reply", "literal", "words"]
+PieceKind = Literal["start", "continuation", "reply", "literal", "words"]
 """How a piece stands in its sequence: at its start, behind a neutralised token, as a reply behind
 its prompt, as the neutralised token itself, or as text alone in which nothing is a token."""
 
@@ -64,11 +64,11 @@ its prompt, as the neutralised token itself, or as text alone in which nothing i
 _LOOKS_BACK = re.compile(r"\(\?<[=!]|\\[bBAGzZ]|(?<!\[)\^|\$")
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A stretch of text that is encoded on its own."""
 
     text: str
-    kind: Kind
+    kind: PieceKind
 
 
 class TokenEncoder:
@@ -81,19 +81,21 @@ class TokenEncoder:
             token.content: index for index, token in tokenizer.added_tokens_decoder.items()
         }
         self._names = {index: token for token, index in self.added.items()}
-        self._packed = {token: packed([index]) for token, index in self.added.items()}
+        self._packed = {token: pack_ids([index]) for token, index in self.added.items()}
         self.special = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
-        self.pattern = token_pattern(self.added)
-        self._steps = steps = _steps(self.backend)
-        self.free = all(map(_is_free, steps))
+        self.pattern = compile_token_pattern(self.added)
+        self._steps = steps = _preprocessing_steps(self.backend)
+        self.free = all(map(_is_position_free, steps))
         """Whether a text's ids are the same at the start of a text and in its middle."""
-        self.local = self.free and _has_model(self.backend, "BPE") and any(map(_splits, steps))
+        self.local = (
+            self.free and _has_model(self.backend, "BPE") and any(map(_splits_words, steps))
+        )
         """Whether text is split into words by what stands next to it alone."""
         self._newline = self._plain(["\n"])[0]
         self.splits = self.free and all(
-            map(_is_plain_token, self.backend.get_added_tokens_decoder().values())
+            map(_is_exact_match_token, self.backend.get_added_tokens_decoder().values())
         )
         """Whether a text's ids are those of its parts, taken apart at its added tokens."""
         self._splitter = re.compile(f"({self.pattern.pattern})")
@@ -101,12 +103,12 @@ class TokenEncoder:
         self._cache: dict[str, bytes] = {}
         self._size = 0
 
-    def encode(self, pieces: Iterable[Piece]) -> list[list[int]]:
+    def encode(self, pieces: Iterable[TextPiece]) -> list[list[int]]:
         """The ids of each piece, encoded in one batch."""
         pieces = list(pieces)
         if self.splits and {piece.kind for piece in pieces} <= {"start", "reply"}:
             return self._encode_split([piece.text for piece in pieces])
-        found: dict[Piece, list[int]] = {}
+        found: dict[TextPiece, list[int]] = {}
         plain = [piece for piece in pieces if self._is_plain(piece)]
         self._fill(found, plain, "")
         continued = [p for p in pieces if p.kind in ("continuation", "reply") and p not in found]
@@ -127,7 +129,7 @@ class TokenEncoder:
             [self.token(part) if place % 2 else known[part] for place, part in enumerate(parts)]
             for parts in split
         ]
-        return [unpacked(b"".join(parts)) for parts in ids]
+        return [unpack_ids(b"".join(parts)) for parts in ids]
 
     def token(self, token: str) -> bytes:
         """The packed id of an added token."""
@@ -141,11 +143,11 @@ class TokenEncoder:
         """The packed ids of texts without added tokens, for a tokenizer that `splits`."""
         cache = self._cache
         new = {text: None for text in texts if text not in cache}
-        self._size += _size(new)
-        if self._size > _CACHED:
+        self._size += _cached_bytes(new)
+        if self._size > _CACHE_BYTES:
             cache.clear()
             new = dict.fromkeys(texts)
-            self._size = _size(new)
+            self._size = _cached_bytes(new)
         if new:
             cache.update(self._new(list(new)))
         return cache
@@ -157,12 +159,12 @@ class TokenEncoder:
             plain = [text for text in texts if text.isascii()]
             yield from zip(plain, words.encode(plain), strict=True)
             texts = [text for text in texts if not text.isascii()]
-        yield from zip(texts, map(packed, self._joined(texts)), strict=True)
+        yield from zip(texts, map(pack_ids, self._joined(texts)), strict=True)
 
     @cached_property
-    def _words(self) -> Words | None:
+    def _words(self) -> WordEncoder | None:
         """What encodes ASCII word by word, if that gives what the backend gives."""
-        return words_of(self.backend, self._steps)
+        return make_word_encoder(self.backend, self._steps)
 
     def holds_token(self, text: str) -> bool:
         """Whether an added token stands in the text."""
@@ -189,12 +191,14 @@ class TokenEncoder:
         if not self.added:
             return self._plain(texts)
         index = min(self.added.values())
-        return parted_ids(list(grouped_texts(texts)), self._names[index], index, self._plain)
+        return encode_groups(list(group_texts(texts)), self._names[index], index, self._plain)
 
-    def _is_plain(self, piece: Piece) -> bool:
+    def _is_plain(self, piece: TextPiece) -> bool:
         return piece.kind == "start" or (piece.kind == "reply" and self.free)
 
-    def _fill(self, found: dict[Piece, list[int]], pieces: list[Piece], before: str) -> None:
+    def _fill(
+        self, found: dict[TextPiece, list[int]], pieces: list[TextPiece], before: str
+    ) -> None:
         """Encode pieces behind `before`, whose ids are taken off again.
 
         SentencePiece puts a space before the start of a text; behind a newline it does not. Where
@@ -228,7 +232,7 @@ class TokenEncoder:
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def starts(self, piece: Piece) -> list[int]:
+    def starts(self, piece: TextPiece) -> list[int]:
         """Where each token of a piece starts in it; about, for people to look at."""
         if piece.kind in ("literal", "words"):
             return [0] * len(self._as_text(piece))
@@ -238,10 +242,10 @@ class TokenEncoder:
         if before and ids[: len(self._newline)] == self._newline:
             skip = len(self._newline)
         elif before:
-            return self.starts(Piece(piece.text, "start"))
+            return self.starts(TextPiece(piece.text, "start"))
         return [max(start - len(before), 0) for start, _ in encoding.offsets[skip:]]
 
-    def _as_text(self, piece: Piece) -> list[int]:
+    def _as_text(self, piece: TextPiece) -> list[int]:
         """The ids of text in which added tokens are no tokens."""
         if piece.kind == "words":
             return list(self.tokenizer._encode_without_added_tokens(piece.text))
@@ -262,23 +266,23 @@ class TokenEncoder:
         return list(ids)
 
 
-def _size(texts: Iterable[str]) -> int:
+def _cached_bytes(texts: Iterable[str]) -> int:
     """About the bytes that texts take that are kept."""
-    return sum(len(text) + _TEXT for text in texts)
+    return sum(len(text) + _TEXT_OVERHEAD for text in texts)
 
 
-def _is_plain_token(token: Any) -> bool:
+def _is_exact_match_token(token: Any) -> bool:
     """Whether an added token is found wherever its text stands, and takes nothing around it."""
     return not (token.lstrip or token.rstrip or token.single_word or token.normalized)
 
 
-def token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+def compile_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     """A pattern that matches any of the tokens, the longest first."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
+def list_control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
     """The added tokens that message text must not become, for a template.
 
     These are transformers' own: special tokens, and added tokens that stand in the template's
@@ -287,40 +291,40 @@ def control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
     return frozenset(tokenizer._get_control_tokens(source))
 
 
-def _steps(backend: Any) -> list[dict[str, Any]]:
+def _preprocessing_steps(backend: Any) -> list[dict[str, Any]]:
     """The steps that a backend takes before its model."""
     parts = (backend.normalizer, backend.pre_tokenizer)
     states = [json.loads(part.__getstate__()) for part in parts if part is not None]
-    return [step for state in states for step in _flat(state)]
+    return [step for state in states for step in _flatten_step(state)]
 
 
-def _flat(step: dict[str, Any]) -> list[dict[str, Any]]:
+def _flatten_step(step: dict[str, Any]) -> list[dict[str, Any]]:
     """A normalizer or pre-tokenizer as the list of its steps."""
     inner = step.get("normalizers") or step.get("pretokenizers")
-    return [flat for child in inner for flat in _flat(child)] if inner else [step]
+    return [flat for child in inner for flat in _flatten_step(child)] if inner else [step]
 
 
 def _has_model(backend: Any, kind: str) -> bool:
     return type(backend.model).__name__ == kind
 
 
-def _is_free(step: dict[str, Any]) -> bool:
+def _is_position_free(step: dict[str, Any]) -> bool:
     if step["type"] == "ByteLevel":
         return not step.get("add_prefix_space", False)
     if step["type"] == "Split":
         return not _LOOKS_BACK.search(step["pattern"].get("Regex", ""))
-    return step["type"] in NORMAL_FORMS | {"Digits", "Punctuation"}
+    return step["type"] in UNICODE_NORMALIZERS | {"Digits", "Punctuation"}
 
 
-def _splits(step: dict[str, Any]) -> bool:
+def _splits_words(step: dict[str, Any]) -> bool:
     """Whether a step splits text into words."""
     return step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"])
 
 
-def spans(runs: Iterable[Run]) -> Iterator[tuple[int, int, Origin | None]]:
+def origin_spans(runs: Iterable[OriginRun]) -> Iterator[tuple[int, int, FieldOrigin | None]]:
     """Where each stretch of one origin starts and ends, and its origin."""
     begin = position = 0
-    current: Origin | None = None
+    current: FieldOrigin | None = None
     for length, origin, _ in runs:
         if origin is not current:
             if begin < position:

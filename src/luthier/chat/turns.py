@@ -13,23 +13,23 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
-from luthier.chat.control_tokens import Controls
+from luthier.chat.control_tokens import ControlTokens
 from luthier.chat.conversation import Conversation
-from luthier.chat.provenance import Text, plus_all
-from luthier.chat.reasoning import reply_behind
-from luthier.chat.template import ChatTemplate, Rendered
+from luthier.chat.provenance import TracedStr, concat_traced
+from luthier.chat.reasoning import write_reply
+from luthier.chat.template import ChatTemplate, TrackedRendering
 from luthier.chat.types import ChatError
 
 
 class Render(Protocol):
     """Renders the first `count` messages, with or without the generation prompt."""
 
-    def __call__(self, count: int, generation: bool, /) -> Text:
+    def __call__(self, count: int, generation: bool, /) -> TracedStr:
         """Ask."""
         ...
 
 
-class FindStop(Protocol):
+class StopFinder(Protocol):
     """Where the stop token ends in the text behind a reply's last field, and which it is."""
 
     def __call__(self, tail: str, /) -> tuple[int, str] | None:
@@ -38,19 +38,19 @@ class FindStop(Protocol):
 
 
 @dataclass(slots=True)
-class Turn:
+class TurnInContext:
     """A turn in its own context."""
 
     message: int
-    prompt: Text
-    reply: Text
+    prompt: TracedStr
+    reply: TracedStr
     """Up to and with the stop token."""
     token: str
     """The stop token."""
 
 
 @dataclass(slots=True)
-class Span:
+class TrainedSpan:
     """Where a trained reply stands in a sequence's text."""
 
     message: int
@@ -61,11 +61,11 @@ class Span:
 
 
 @dataclass(slots=True)
-class Sequence:
+class RenderedSequence:
     """The text of one training sequence and the replies that train in it."""
 
-    text: Text
-    trained: list[Span] = field(default_factory=list)
+    text: TracedStr
+    trained: list[TrainedSpan] = field(default_factory=list)
     plain: str = ""
     """The text as a plain string."""
 
@@ -73,10 +73,12 @@ class Sequence:
         self.plain = self.plain or str.__str__(self.text)
 
 
-class ReplyBehind(Protocol):
+class ReplyWriter(Protocol):
     """The reply to a prompt that is not how the turn begins, both from the end of the history."""
 
-    def __call__(self, prompt: Text, shown: Text, message: dict[str, Any], /) -> Text | None:
+    def __call__(
+        self, prompt: TracedStr, shown: TracedStr, message: dict[str, Any], /
+    ) -> TracedStr | None:
         """Ask."""
         ...
 
@@ -84,36 +86,36 @@ class ReplyBehind(Protocol):
 class FindFollowing(Protocol):
     """Where the stop token ends in what the template writes behind a turn once more follows."""
 
-    def __call__(self, place: int, shown: Text, /) -> tuple[Text, str] | None:
+    def __call__(self, place: int, shown: TracedStr, /) -> tuple[TracedStr, str] | None:
         """Ask."""
         ...
 
 
 def own_turn(
     render: Render,
-    find_stop: FindStop,
+    find_stop: StopFinder,
     find_following: FindFollowing,
-    find_reply: ReplyBehind,
+    find_reply: ReplyWriter,
     conversation: Conversation,
     place: int,
-) -> Turn:
+) -> TurnInContext:
     """The turn of the message at `place` in its own context."""
     index = conversation.numbers[place]
     shown = render(place + 1, False)
     if place == 0 or conversation.role(place) != "assistant":
-        prompt = shown[: _first_field(shown, index)]
+        prompt = shown[: _message_start(shown, index)]
     else:
         prompt = render(place, True)
-    behind = _behind_prompt(prompt, shown, index)
+    behind = _reply_text(prompt, shown, index)
     if behind is None:
-        before, after = _behind_history(prompt, index), _behind_history(shown, index)
+        before, after = _without_history(prompt, index), _without_history(shown, index)
         behind = find_reply(before, after, conversation.messages[place])
         if behind is None:
-            raise _no_reply(before, after, index)
-    last = _last_field_end(behind, index)
+            raise _unknown_reply(before, after, index)
+    last = _message_end(behind, index)
     stop = find_stop(str.__str__(behind[last:]))
     if stop is not None:
-        return Turn(index, prompt, behind[: last + stop[0]], stop[1])
+        return TurnInContext(index, prompt, behind[: last + stop[0]], stop[1])
     following = find_following(place, shown)
     if following is None:
         raise ChatError(
@@ -122,10 +124,10 @@ def own_turn(
             reason="no stop token",
             message=index,
         )
-    return Turn(index, prompt, plus_all((behind, following[0])), following[1])
+    return TurnInContext(index, prompt, concat_traced((behind, following[0])), following[1])
 
 
-def _first_field(text: Text, index: int) -> int:
+def _message_start(text: TracedStr, index: int) -> int:
     """Where the first character that message `index` wrote stands: no server writes a prompt here.
 
     That is so for a turn that opens the conversation and for turns of other roles.
@@ -142,21 +144,21 @@ def _first_field(text: Text, index: int) -> int:
     )
 
 
-def _behind_prompt(prompt: Text, shown: Text, index: int) -> Text | None:
+def _reply_text(prompt: TracedStr, shown: TracedStr, index: int) -> TracedStr | None:
     """What the template writes behind the prompt once the turn is there, if it writes the prompt.
 
     None where the turn begins in another way than its prompt ends.
     """
     if shown.startswith(prompt):
         return shown[len(prompt) :]
-    before, after = _behind_history(prompt, index), _behind_history(shown, index)
+    before, after = _without_history(prompt, index), _without_history(shown, index)
     if after.startswith(before):
         return after[len(before) :]
     place = _header_end(before, after, index)
     return after[place:] if place else None
 
 
-def _no_reply(before: Text, after: Text, index: int) -> ChatError:
+def _unknown_reply(before: TracedStr, after: TracedStr, index: int) -> ChatError:
     return ChatError(
         f"the template's generation prompt ends in {before!r}, which is not how it writes "
         f"the turn ({after[:80]!r}...), so the reply behind it is not known",
@@ -165,7 +167,7 @@ def _no_reply(before: Text, after: Text, index: int) -> ChatError:
     )
 
 
-def _header_end(before: Text, after: Text, index: int) -> int:
+def _header_end(before: TracedStr, after: TracedStr, index: int) -> int:
     """Where the turn's header ends, if it is the prompt's last lines and other text is before it.
 
     Some templates close a tool's message, or put a blank line before a header, in only one of both.
@@ -186,7 +188,7 @@ def _header_end(before: Text, after: Text, index: int) -> int:
     return 0
 
 
-def _behind_history(text: Text, index: int) -> Text:
+def _without_history(text: TracedStr, index: int) -> TracedStr:
     """The text behind the last character that an earlier message wrote."""
     position = end = 0
     for length, origin, _ in text._runs:
@@ -198,7 +200,7 @@ def _behind_history(text: Text, index: int) -> Text:
     return text[end:]
 
 
-def _last_field_end(text: Text, index: int) -> int:
+def _message_end(text: TracedStr, index: int) -> int:
     """Where the last character that message `index` wrote ends."""
     position = end = 0
     for length, origin, _ in text._runs:
@@ -208,32 +210,32 @@ def _last_field_end(text: Text, index: int) -> int:
     return end
 
 
-def grouped(turns: list[Turn], whole: Text) -> list[Sequence]:
+def group_turns(turns: list[TurnInContext], whole: TracedStr) -> list[RenderedSequence]:
     """The fewest sequences in which each turn stands behind its own prompt with its own reply."""
     if not turns:
         return []
-    served = [turn for turn in turns if serves(whole, turn)]
+    served = [turn for turn in turns if holds_turn(whole, turn)]
     if len(served) == len(turns):
-        return [_sequence(whole, turns)]
+        return [_make_sequence(whole, turns)]
     left = list(turns)
-    sequences: list[Sequence] = []
+    sequences: list[RenderedSequence] = []
     while left:
         last = left[-1]
-        text = plus_all((last.prompt, last.reply))
+        text = concat_traced((last.prompt, last.reply))
         if not sequences:
-            text = _with_rest(text, last, whole)
-        group = [turn for turn in left if serves(text, turn)]
+            text = _with_context_behind(text, last, whole)
+        group = [turn for turn in left if holds_turn(text, turn)]
         left = [turn for turn in left if turn not in group]
-        sequences.append(_sequence(text, group))
+        sequences.append(_make_sequence(text, group))
     return sequences[::-1]
 
 
-def serves(text: str, turn: Turn) -> bool:
+def holds_turn(text: str, turn: TurnInContext) -> bool:
     """Whether a turn stands in a text behind its own prompt, with its own reply."""
     return text.startswith(turn.prompt) and text.startswith(turn.reply, len(turn.prompt))
 
 
-def _with_rest(text: Text, turn: Turn, whole: Text) -> Text:
+def _with_context_behind(text: TracedStr, turn: TurnInContext, whole: TracedStr) -> TracedStr:
     """The text and what the row holds behind its last trained turn, as context."""
     position = begin = 0
     for length, origin, _ in whole._runs:
@@ -244,18 +246,18 @@ def _with_rest(text: Text, turn: Turn, whole: Text) -> Text:
             begin = position
     else:
         return text
-    return plus_all((text, whole[begin:]))
+    return concat_traced((text, whole[begin:]))
 
 
-def _sequence(text: Text, turns: list[Turn]) -> Sequence:
+def _make_sequence(text: TracedStr, turns: list[TurnInContext]) -> RenderedSequence:
     trained = [
-        Span(turn.message, len(turn.prompt), len(turn.prompt) + len(turn.reply), turn.token)
+        TrainedSpan(turn.message, len(turn.prompt), len(turn.prompt) + len(turn.reply), turn.token)
         for turn in turns
     ]
-    return Sequence(text, trained)
+    return RenderedSequence(text, trained)
 
 
-def trained_messages(conversation: Conversation, train_on: str | list[str]) -> list[int]:
+def select_trained_messages(conversation: Conversation, train_on: str | list[str]) -> list[int]:
     """The messages that train: those of the chosen roles, less those marked `train: false`."""
     roles = {"assistant"} if isinstance(train_on, str) else set(train_on)
     chosen = [
@@ -269,17 +271,17 @@ def trained_messages(conversation: Conversation, train_on: str | list[str]) -> l
 # One sequence that serves all turns of a row, where the template's one render proves it does.
 
 
-class Shared:
+class SharedSequence:
     """The whole row's text, asked turn by turn whether it holds prompt and reply."""
 
     def __init__(
-        self, whole: Rendered, asked: Rendered | None, ends: tuple[str, str] | None
+        self, whole: TrackedRendering, asked: TrackedRendering | None, ends: tuple[str, str] | None
     ) -> None:
         self._whole = whole
         self._asked = asked
         self._ends = ends
         self._plain = whole.plain
-        self._same = len(self._plain) if asked is None else _common(self._plain, asked.plain)
+        self._same = len(self._plain) if asked is None else _common_length(self._plain, asked.plain)
         self._written: list[tuple[int, int]] = []
         position = 0
         for length, origin, _ in whole.text._runs:
@@ -288,8 +290,8 @@ class Shared:
                 self._written.append((position, origin.message))
 
     def sequence(
-        self, conversation: Conversation, trained: list[int], find_stop: FindStop
-    ) -> Sequence | None:
+        self, conversation: Conversation, trained: list[int], find_stop: StopFinder
+    ) -> RenderedSequence | None:
         """The one sequence, or None where some turn needs a context of its own."""
         spans = []
         for place in trained:
@@ -298,9 +300,11 @@ class Shared:
             if span is None:
                 return None
             spans.append(span)
-        return Sequence(self._whole.text, spans, self._plain)
+        return RenderedSequence(self._whole.text, spans, self._plain)
 
-    def _span(self, place: int, number: int, last: bool, find_stop: FindStop) -> Span | None:
+    def _span(
+        self, place: int, number: int, last: bool, find_stop: StopFinder
+    ) -> TrainedSpan | None:
         """Where the reply stands: behind its own prompt, as its own context writes it."""
         start = self._prompt_end(place)
         own = (len(self._plain), len(self._plain)) if last else self._whole.prefix(place + 1)
@@ -310,7 +314,7 @@ class Shared:
         stop = find_stop(self._plain[field : own[0]] + self._plain[own[1] :])
         if stop is None or field + stop[0] > own[0]:
             return None
-        return Span(number, start, field + stop[0], stop[1])
+        return TrainedSpan(number, start, field + stop[0], stop[1])
 
     def _prompt_end(self, place: int) -> int | None:
         """Where the turn's prompt ends in the text, if it is how the text begins."""
@@ -336,7 +340,7 @@ class Shared:
         return start
 
 
-def _common(first: str, plain: str) -> int:
+def _common_length(first: str, plain: str) -> int:
     """How many characters two texts begin with together."""
     low, high = 0, min(len(first), len(plain))
     while low < high:
@@ -350,42 +354,46 @@ def _common(first: str, plain: str) -> int:
 
 # From a conversation to the texts of its training sequences.
 
-_ANYONE = {"role": "user", "content": "?"}
+_NEXT_USER_MESSAGE = {"role": "user", "content": "?"}
 
 
-class Planner:
+class SequencePlanner:
     """Plans the sequences of one template."""
 
     def __init__(
-        self, template: ChatTemplate, controls: Controls, find_reply: ReplyBehind = reply_behind
+        self, template: ChatTemplate, controls: ControlTokens, find_reply: ReplyWriter = write_reply
     ) -> None:
         self._template = template
         self._controls = controls
         self._find_reply = find_reply
 
-    def plan(self, conversation: Conversation, trained: list[int]) -> list[Sequence]:
+    def plan(self, conversation: Conversation, trained: list[int]) -> list[RenderedSequence]:
         """The texts of the row's sequences and where their replies stand."""
         template, messages, tools = self._template, conversation.messages, conversation.tools
         whole = template.follow(messages, tools, False)
         asked = None if template.ends else template.follow(messages, tools, True)
-        shared = Shared(whole, asked, template.ends)
+        shared = SharedSequence(whole, asked, template.ends)
         if all(conversation.role(place) == "assistant" for place in trained):
             sequence = shared.sequence(conversation, trained, self._controls.find_stop)
             if sequence is not None:
                 return [sequence]
-        return grouped(self._own_turns(conversation, trained), whole.text)
+        return group_turns(self._own_turns(conversation, trained), whole.text)
 
-    def _own_turns(self, conversation: Conversation, trained: list[int]) -> list[Turn]:
+    def _own_turns(self, conversation: Conversation, trained: list[int]) -> list[TurnInContext]:
         """Each trained turn in its own context, rendered for itself."""
         template, controls = self._template, self._controls
         messages, tools = conversation.messages, conversation.tools
 
         @lru_cache
-        def render(count: int, generation: bool) -> Text:
+        def render(count: int, generation: bool) -> TracedStr:
             return template.render(messages[:count], tools, generation)
 
-        def find_following(place: int, shown: Text) -> tuple[Text, str] | None:
-            more = messages[: place + 2] if place + 1 < len(messages) else [*messages, _ANYONE]
+        def find_following(place: int, shown: TracedStr) -> tuple[TracedStr, str] | None:
+            more = (
+                messages[: place + 2]
+                if place + 1 < len(messages)
+                else [*messages, _NEXT_USER_MESSAGE]
+            )
             text = template.render(more, tools, False)
             return controls.following_stop(text[len(shown) :]) if text.startswith(shown) else None
 

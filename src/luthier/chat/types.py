@@ -45,7 +45,7 @@ class ChatError(UserError):
         return f"{', '.join(where)}: {self.text}" if where else self.text
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The error without the row, for one that says itself which row it is."""
         return str(self.in_row(None))
 
@@ -58,16 +58,16 @@ class ChatError(UserError):
 
 # Token ids as bytes: a quarter of the memory of a list, and joined without looking at each.
 
-BYTES = 4
+BYTES_PER_ID = 4
 """Bytes of one id: an int32 in the order of this machine."""
 
 
-def packed(ids: Sequence[int]) -> bytes:
+def pack_ids(ids: Sequence[int]) -> bytes:
     """The ids as bytes."""
     return array("i", ids).tobytes()
 
 
-def unpacked(ids: bytes) -> list[int]:
+def unpack_ids(ids: bytes) -> list[int]:
     """The ids of bytes."""
     return memoryview(ids).cast("i").tolist()
 
@@ -132,14 +132,14 @@ class ChatSequence:
     def input_ids(self) -> list[int]:
         """The ids of all tokens."""
         if self._input_ids is None:
-            self._input_ids = unpacked(self.packed)
+            self._input_ids = unpack_ids(self.packed)
         return self._input_ids
 
     @property
     def packed(self) -> bytes:
         """The ids as int32 in the order of this machine, one behind the other."""
         if self._packed is None:
-            self._packed = packed(self.input_ids)
+            self._packed = pack_ids(self.input_ids)
         return self._packed
 
     @property
@@ -170,7 +170,7 @@ class ChatSequence:
         return self._segments
 
     def __len__(self) -> int:
-        return len(self.packed) // BYTES if self._input_ids is None else len(self._input_ids)
+        return len(self.packed) // BYTES_PER_ID if self._input_ids is None else len(self._input_ids)
 
     def __repr__(self) -> str:
         trained = self.trained_tokens

@@ -29,7 +29,7 @@ from luthier.data.fingerprints import (
 from luthier.data.rows import BadRow, excerpt
 from luthier.data.store import EntryWriter, Store, StoredEntry, TokenTable, cache_key
 from luthier.errors import UserError
-from luthier.gc_pause import no_collection
+from luthier.gc_pause import pause_gc
 
 CHUNK_ROWS = 1000
 """Rows that are encoded at once."""
@@ -61,7 +61,7 @@ def encode_rows(
         total=opened.source.size, unit=" rows", desc=f"encode {opened.source.label}", delay=2,
         mininterval=0.5,
     )  # fmt: skip
-    with bar, _executor(encoder, workers) as submit, no_collection():
+    with bar, _executor(encoder, workers) as submit, pause_gc():
         made = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
         for number, (chunk, encoded) in enumerate(made, start=1):
             _write(writer, chunk, *encoded, keeps_columns)
@@ -186,7 +186,7 @@ def _made(encoder: RowEncoder, examples: list[Any]) -> _Made | _Refused:
         # Told as values: the error itself does not come back from another process.
         if error.row is None:
             raise UserError(str(error)) from None
-        return _Refused(error.row, error.words)
+        return _Refused(error.row, error.description)
     return _Made(made, hash_sequences(made.columns))
 
 

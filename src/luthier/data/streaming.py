@@ -91,7 +91,7 @@ class TokenRowStream:
         except ChatError as error:
             if error.row is None:
                 raise
-            raise UserError(f"{chunk[error.row].where}: {error.words}") from error
+            raise UserError(f"{chunk[error.row].where}: {error.description}") from error
         for number, (_, words) in made.problems.items():
             self._tell(chunk[number].where, "lossy" if made.counts[number] else "dropped", words)
         for ids, labels in zip(

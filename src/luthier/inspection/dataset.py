@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from luthier import data, model
 from luthier.chat import IGNORED, ChatBatch, ChatEncoder, ChatError, ChatSequence, Reply, Segment
-from luthier.chat.encoder import Prompts
+from luthier.chat.encoder import ChatPromptEncoder
 from luthier.config import load
 from luthier.config.methods import METHODS
 from luthier.config.schema import ChatSettings, DatasetConfig, RunConfig
@@ -69,7 +69,7 @@ class InspectedRow:
     @property
     def words(self) -> str:
         """What is wrong with the row, with its message and field but without its place."""
-        return self.error.words if self.error else ""
+        return self.error.description if self.error else ""
 
 
 class RowReader(Protocol):
@@ -386,7 +386,7 @@ class PromptReader:
     ) -> None:
         """`limit`: the longest prompt, in tokens."""
         encoder = ChatEncoder(tokenizer, **settings.model_dump(), eos_token_ids=end_tokens)
-        self._prompts = Prompts(encoder, limit)
+        self._prompts = ChatPromptEncoder(encoder, limit)
 
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """What these conversations make."""
@@ -399,9 +399,9 @@ class PromptReader:
             row.error, row.fate = ChatError(NO_PROMPT[1], reason=NO_PROMPT[0]), "dropped"
             return row
         try:
-            ids, gone, row.error = self._prompts.of(context, placed.example.get("tools"))
+            ids, gone, row.error = self._prompts.encode(context, placed.example.get("tools"))
         except ChatError as error:
-            row.error, row.fate = error, "stops" if self._prompts.stops(error) else "dropped"
+            row.error, row.fate = error, "stops" if self._prompts.is_fatal(error) else "dropped"
             return row
         row.fate = "trains" if row.error is None else "lossy"
         row.sequences = [_prompt_sequence(ids)]

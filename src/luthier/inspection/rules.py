@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from luthier.chat import IGNORED, ChatEncoder, ChatSequence
-from luthier.chat.conversation import with_content
+from luthier.chat.conversation import fill_empty_content
 from luthier.data import Example
 from luthier.inspection.dataset import ConversationReader, InspectedRow
 
@@ -59,7 +59,7 @@ class TransformersPrompts:
         try:
             return self._applied(messages, tools, sanitize)
         except TemplateError:
-            return self._applied(with_content(messages), tools, sanitize)
+            return self._applied(fill_empty_content(messages), tools, sanitize)
 
     def _applied(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(

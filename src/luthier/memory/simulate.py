@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from luthier.errors import UserError
-from luthier.gc_pause import no_collection
+from luthier.gc_pause import pause_gc
 from luthier.memory import kernels, meta_model
 from luthier.memory.meta_model import Weight
 from luthier.memory.workload import Workload
@@ -138,7 +138,7 @@ def simulate_step(
         with ExitStack() as stack:
             # Checkpoints put the generator back to where it was before a layer.
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(no_collection())
+            stack.enter_context(pause_gc())
             stack.enter_context(kernels.device_kernels(kind, workload.flash))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             meta_model.fill_fake_weights(model)

@@ -8,39 +8,44 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
-from luthier.chat.control_tokens import Controls
+from luthier.chat.control_tokens import ControlTokens
 from luthier.chat.conversation import MAX_CHARACTERS
 from luthier.chat.fast_path.symbolic import (
-    TEXTS,
-    Chain,
-    Conditions,
-    Form,
-    OpaqueTemplate,
+    TEXT_FIELDS,
+    FormPlan,
+    NeedsConcreteText,
+    RowForm,
     SequencePlan,
-    Skeleton,
-    Unprovable,
-    opaque_conversation,
-    refuse,
-    skeleton_of,
+    StripChain,
+    SymbolicTemplate,
+    TextConditions,
+    make_form_plan,
+    need_concrete_text,
+    symbolic_conversation,
 )
-from luthier.chat.labels import Around, Labeller
-from luthier.chat.provenance import Origin, cut, mark
+from luthier.chat.labels import BoundaryContext, LabelBuilder
+from luthier.chat.provenance import FieldOrigin, slice_runs, with_runs
 from luthier.chat.template import ChatTemplate
 from luthier.chat.tokens import TokenEncoder
-from luthier.chat.turns import Planner, Sequence, Span, trained_messages
-from luthier.chat.types import BYTES, ChatError, ChatSequence, Reply, Segment
+from luthier.chat.turns import (
+    RenderedSequence,
+    SequencePlanner,
+    TrainedSpan,
+    select_trained_messages,
+)
+from luthier.chat.types import BYTES_PER_ID, ChatError, ChatSequence, Reply, Segment
 
-Strip = Callable[[str], str]
-Key = tuple[Any, ...]
+Stripper = Callable[[str], str]
+FormKey = tuple[Any, ...]
 """A form as it is looked up: a role for a message of role and content alone, else all it has."""
 
 
 @dataclass(slots=True)
-class Known:
+class FastPathRow:
     """A row whose skeleton is known."""
 
     messages: list[dict[str, Any]]
-    reading: Reading
+    reading: FormMatcher
     texts: list[str]
     """The texts of its messages, one after the other."""
     joined: str
@@ -49,15 +54,15 @@ class Known:
     """What stands in the skeleton's fields."""
 
     @property
-    def skeleton(self) -> Skeleton:
+    def skeleton(self) -> FormPlan:
         """What the template makes of rows of its form."""
         return self.reading.skeleton
 
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[RenderedSequence]:
         """The sequences as the planner would give them, each character with its origin."""
         return [self._sequence(plan) for plan in self.skeleton.sequences]
 
-    def _sequence(self, plan: SequencePlan) -> Sequence:
+    def _sequence(self, plan: SequencePlan) -> RenderedSequence:
         values = self.values
         parts: list[str] = [values[part] if isinstance(part, int) else part for part in plan.parts]
         starts = [0]
@@ -67,7 +72,7 @@ class Known:
         for part, text in zip(plan.parts, parts, strict=True):
             runs += self._runs(part) if isinstance(part, int) else [(len(text), None, 0)]
         spans = [
-            Span(
+            TrainedSpan(
                 span.message,
                 starts[span.start[0]] + span.start[1],
                 starts[span.stop[0]] + span.stop[1],
@@ -75,41 +80,41 @@ class Known:
             )
             for span in plan.spans
         ]
-        return Sequence(mark("".join(parts), tuple(runs)), spans)
+        return RenderedSequence(with_runs("".join(parts), tuple(runs)), spans)
 
     def _runs(self, number: int) -> Any:
         index, key, _ = self.skeleton.fields[number]
         whole, value = self.messages[index][key], self.values[number]
         start = whole.index(value)
-        origin = Origin(index, self.messages[index]["role"], key, whole)
-        return cut(((len(whole), origin, 0),), start, start + len(value))
+        origin = FieldOrigin(index, self.messages[index]["role"], key, whole)
+        return slice_runs(((len(whole), origin, 0),), start, start + len(value))
 
 
-class Reading:
+class FormMatcher:
     """Reads rows of one form."""
 
-    def __init__(self, form: Form, skeleton: Skeleton) -> None:
+    def __init__(self, form: RowForm, skeleton: FormPlan) -> None:
         self.skeleton = skeleton
         self._places = [(index, key) for index, (_, keys, _) in enumerate(form) for key in keys]
         self._fields = [
-            (self._places.index((index, key)), _strip(chain))
+            (self._places.index((index, key)), _make_stripper(chain))
             for index, key, chain in skeleton.fields
         ]
         asked = skeleton.conditions
         found = (asked.starts, asked.ends, asked.equals)
         self._doubts = asked.contains.union(*(texts for each in found for texts in each.values()))
 
-    def known(self, messages: list[Any]) -> Known | None:
+    def known(self, messages: list[Any]) -> FastPathRow | None:
         """The row, unless one of its texts does not meet the conditions."""
         texts: list[str] = [messages[index][key] for index, key in self._places]
         joined = "\0".join(texts)
-        if not _is_text(joined):
+        if not _is_valid_text(joined):
             return None
         # Whoever starts with a text, ends with it or equals it contains it.
         if any(doubt in joined for doubt in self._doubts) and not self._are_met(texts, joined):
             return None
         values = [strip(texts[place]) if strip else texts[place] for place, strip in self._fields]
-        return Known(messages, self, texts, joined, values)
+        return FastPathRow(messages, self, texts, joined, values)
 
     def _are_met(self, texts: list[str], joined: str) -> bool:
         """Whether the conditions hold, each looked at."""
@@ -119,33 +124,33 @@ class Reading:
             return False
         for is_at, found in edges:
             for chain, edge in found.items():
-                if any(is_at(_apply(chain, text), tuple(edge)) for text in texts):
+                if any(is_at(_apply_strips(chain, text), tuple(edge)) for text in texts):
                     return False
         return not any(
-            _apply(chain, text) in equals
+            _apply_strips(chain, text) in equals
             for chain, equals in asked.equals.items()
             for text in texts
         )
 
 
-class Forms:
+class FormCache:
     """The skeletons of one template, found when a form is first met."""
 
     def __init__(
-        self, template: ChatTemplate, controls: Controls, train_on: str | list[str]
+        self, template: ChatTemplate, controls: ControlTokens, train_on: str | list[str]
     ) -> None:
         self._template = template
         self._controls = controls
         self._train_on = train_on
-        self._opaque: OpaqueTemplate | None = None
-        self._found: dict[Key, Reading | None] = {}
+        self._opaque: SymbolicTemplate | None = None
+        self._found: dict[FormKey, FormMatcher | None] = {}
 
-    def known(self, row: dict[str, Any]) -> Known | None:
+    def known(self, row: dict[str, Any]) -> FastPathRow | None:
         """The row with its skeleton; None where it must be planned for itself."""
         messages = row.get("messages")
         if type(messages) is not list or row.get("tools") is not None:
             return None
-        key = _key(messages)
+        key = _form_key(messages)
         if key is None:
             return None
         if key not in self._found:
@@ -153,40 +158,40 @@ class Forms:
         reading = self._found[key]
         return None if reading is None else reading.known(messages)
 
-    def _learn(self, key: Key) -> Reading | None:
+    def _learn(self, key: FormKey) -> FormMatcher | None:
         """How to read rows of the form; None where the template looks at more than the form."""
         try:
             form = self._form(key)
-            return Reading(form, self._skeleton(form))
-        except (Unprovable, ChatError):
+            return FormMatcher(form, self._skeleton(form))
+        except (NeedsConcreteText, ChatError):
             return None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             # What reads a text otherwise than asked for finds no text there.
             return None
 
-    def _skeleton(self, form: Form) -> Skeleton:
-        template, conditions = self._template, Conditions()
+    def _skeleton(self, form: RowForm) -> FormPlan:
+        template, conditions = self._template, TextConditions()
         if self._opaque is None:
-            self._opaque = OpaqueTemplate(template.source, template.variables, template.date)
+            self._opaque = SymbolicTemplate(template.source, template.variables, template.date)
         self._opaque.places.clear()
         trained = [place for place, (_, _, trains) in enumerate(form) if trains]
         if not trained:
-            raise Unprovable
-        planner = Planner(self._opaque, self._controls, refuse)
-        sequences = planner.plan(opaque_conversation(form, conditions), trained)
-        return skeleton_of(form, sequences, self._opaque.places, conditions)
+            raise NeedsConcreteText
+        planner = SequencePlanner(self._opaque, self._controls, need_concrete_text)
+        sequences = planner.plan(symbolic_conversation(form, conditions), trained)
+        return make_form_plan(form, sequences, self._opaque.places, conditions)
 
-    def _form(self, key: Key) -> Form:
+    def _form(self, key: FormKey) -> RowForm:
         plain = [(part, ("content",), None) if isinstance(part, str) else part for part in key]
-        conversation = opaque_conversation(
-            tuple((role, keys, True) for role, keys, _ in plain), Conditions()
+        conversation = symbolic_conversation(
+            tuple((role, keys, True) for role, keys, _ in plain), TextConditions()
         )
         conversation.train = [train for _, _, train in plain]
-        trained = set(trained_messages(conversation, self._train_on))
+        trained = set(select_trained_messages(conversation, self._train_on))
         return tuple((role, keys, place in trained) for place, (role, keys, _) in enumerate(plain))
 
 
-def _key(messages: list[Any]) -> Key | None:
+def _form_key(messages: list[Any]) -> FormKey | None:
     """The row's form as a key; None for a row that has more than texts, or blank ones."""
     found: list[Any] = []
     for message in messages:
@@ -197,13 +202,15 @@ def _key(messages: list[Any]) -> Key | None:
             return None
         if not content or content.isspace():
             return None
-        found.append(role if len(message) == 2 else _more(role, message))
+        found.append(role if len(message) == 2 else _message_key(role, message))
         if found[-1] is None:
             return None
     return tuple(found) or None
 
 
-def _more(role: str, message: dict[str, Any]) -> tuple[str, tuple[str, ...], bool | None] | None:
+def _message_key(
+    role: str, message: dict[str, Any]
+) -> tuple[str, tuple[str, ...], bool | None] | None:
     """A message's role, its texts in their order, and its own `train` flag."""
     names: list[str] = []
     for name, value in message.items():
@@ -213,7 +220,7 @@ def _more(role: str, message: dict[str, Any]) -> tuple[str, tuple[str, ...], boo
             # Where it is not the first, a template that lists a message's fields sees that.
             if names:
                 return None
-        elif name not in TEXTS or type(value) is not str or not value or value.isspace():
+        elif name not in TEXT_FIELDS or type(value) is not str or not value or value.isspace():
             return None
         else:
             names.append(name)
@@ -221,7 +228,7 @@ def _more(role: str, message: dict[str, Any]) -> tuple[str, tuple[str, ...], boo
     return role, tuple(names), None if train is None else bool(train)
 
 
-def _is_text(joined: str) -> bool:
+def _is_valid_text(joined: str) -> bool:
     """Whether the texts are Unicode of a size that can be held."""
     if len(joined) > MAX_CHARACTERS:
         return False
@@ -234,16 +241,16 @@ def _is_text(joined: str) -> bool:
     return True
 
 
-def _strip(chain: Chain) -> Strip | None:
+def _make_stripper(chain: StripChain) -> Stripper | None:
     """What strips a text so; None for a chain that leaves it as it is."""
     if not chain:
         return None
     if chain == (("lstrip", None), ("rstrip", None)):
         return str.strip
-    return partial(_apply, chain)
+    return partial(_apply_strips, chain)
 
 
-def _apply(chain: Chain, text: str) -> str:
+def _apply_strips(chain: StripChain, text: str) -> str:
     for method, chars in chain:
         text = getattr(text, method)(chars)
     return text
@@ -251,12 +258,12 @@ def _apply(chain: Chain, text: str) -> str:
 
 # Rows of known form to ids and labels: what the template writes is encoded once for all rows.
 
-Recipe = tuple[str | int, ...]
+TextTemplate = tuple[str | int, ...]
 """A stretch of text between two tokens: text of the template, and numbers of fields."""
 
 
 @dataclass(slots=True)
-class TrackReply:
+class ReplySlot:
     """A trained reply of a track."""
 
     message: int
@@ -266,49 +273,49 @@ class TrackReply:
     """The text in front of it from the last token on; empty where that holds a field."""
     stop: int = 0
     """The item behind its last one."""
-    first: Recipe = ()
+    first: TextTemplate = ()
     """Its text up to the first token."""
     token: str = ""
     """That token, if there is one."""
 
 
 @dataclass(slots=True)
-class Track:
+class TokenTemplate:
     """A sequence as ids, and texts that are still to be encoded."""
 
     items: list[bytes | int] = field(default_factory=list)
     """Packed ids as they stand, or the number of a text."""
-    replies: list[TrackReply] = field(default_factory=list)
+    replies: list[ReplySlot] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Layout:
+class FormTokens:
     """What all rows of one form are made of."""
 
-    recipes: dict[Recipe, int] = field(default_factory=dict)
+    recipes: dict[TextTemplate, int] = field(default_factory=dict)
     """The recipe of each text, by which it has its number."""
-    tracks: list[Track] = field(default_factory=list)
+    tracks: list[TokenTemplate] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Draft:
+class FastPathDraft:
     """A row on its way: its texts, and what decides where they may be parted."""
 
-    row: Known
-    layout: Layout
+    row: FastPathRow
+    layout: FormTokens
     texts: list[str]
-    boundaries: list[Around]
+    boundaries: list[BoundaryContext]
 
 
-class Tracks:
+class FastPathEncoder:
     """Encodes rows of known form, for one tokenizer and one template."""
 
-    def __init__(self, tokens: TokenEncoder, labeller: Labeller) -> None:
+    def __init__(self, tokens: TokenEncoder, labeller: LabelBuilder) -> None:
         self._tokens = tokens
         self._labeller = labeller
-        self._layouts: dict[int, Layout | None] = {}
+        self._layouts: dict[int, FormTokens | None] = {}
 
-    def encode(self, rows: list[Known]) -> list[list[ChatSequence] | None]:
+    def encode(self, rows: list[FastPathRow]) -> list[list[ChatSequence] | None]:
         """The sequences of each row; None for a row that the labeller must see to."""
         if not self._labeller.splits:
             return [None] * len(rows)
@@ -323,7 +330,7 @@ class Tracks:
         ids = self._tokens.known([text for draft in kept if draft for text in draft.texts])
         return [self._sequences(draft, ids) if draft else None for draft in kept]
 
-    def _draft(self, row: Known) -> Draft | None:
+    def _draft(self, row: FastPathRow) -> FastPathDraft | None:
         """The row's texts; None where one may hold a token, or the boundaries cannot be told."""
         key = id(row.skeleton)
         if key not in self._layouts:
@@ -333,29 +340,35 @@ class Tracks:
             return None
         values = row.values
         boundaries = [
-            self._labeller.around(reply.head, _text(reply.first, values), reply.token)
+            self._labeller.around(reply.head, _fill_template(reply.first, values), reply.token)
             for track in layout.tracks
             for reply in track.replies[:-1]
         ]
-        return Draft(row, layout, [_text(recipe, values) for recipe in layout.recipes], boundaries)
+        return FastPathDraft(
+            row, layout, [_fill_template(recipe, values) for recipe in layout.recipes], boundaries
+        )
 
-    def _sequences(self, draft: Draft, known: Mapping[str, bytes]) -> list[ChatSequence]:
+    def _sequences(self, draft: FastPathDraft, known: Mapping[str, bytes]) -> list[ChatSequence]:
         texts = [known[text] for text in draft.texts]
         return [
             self._sequence(draft.row, number, track, texts)
             for number, track in enumerate(draft.layout.tracks)
         ]
 
-    def _sequence(self, row: Known, number: int, track: Track, texts: list[bytes]) -> ChatSequence:
+    def _sequence(
+        self, row: FastPathRow, number: int, track: TokenTemplate, texts: list[bytes]
+    ) -> ChatSequence:
         ids = [item if isinstance(item, bytes) else texts[item] for item in track.items]
         ends = [0, *accumulate(map(len, ids))]
         replies = [
-            Reply(reply.message, ends[reply.start] // BYTES, ends[reply.stop] // BYTES)
+            Reply(
+                reply.message, ends[reply.start] // BYTES_PER_ID, ends[reply.stop] // BYTES_PER_ID
+            )
             for reply in track.replies
         ]
         return ChatSequence(b"".join(ids), replies, partial(self._segments, row, number))
 
-    def _segments(self, row: Known, number: int) -> list[Segment]:
+    def _segments(self, row: FastPathRow, number: int) -> list[Segment]:
         (encoded,) = self._labeller.encode([(row.sequences()[number], False)])
         return encoded[-1].sequence().segments
 
@@ -369,9 +382,9 @@ class Tracks:
         ends = any(map(self._tokens.may_end_in_token, before))
         return not (ends or any(map(self._tokens.may_begin_in_token, behind)))
 
-    def _layout(self, plans: list[SequencePlan]) -> Layout | None:
+    def _layout(self, plans: list[SequencePlan]) -> FormTokens | None:
         """The tracks of sequences; None where it takes the text to tell their parts."""
-        layout = Layout()
+        layout = FormTokens()
         if not all(self._is_apart(plan.parts) for plan in plans):
             return None
         for plan in plans:
@@ -381,9 +394,9 @@ class Tracks:
             layout.tracks.append(track)
         return layout
 
-    def _track(self, plan: SequencePlan, recipes: dict[Recipe, int]) -> Track:
+    def _track(self, plan: SequencePlan, recipes: dict[TextTemplate, int]) -> TokenTemplate:
         """Take a sequence apart at its tokens and at the ends of its replies."""
-        builder = _Builder(self._tokens, recipes)
+        builder = _TokenTemplateBuilder(self._tokens, recipes)
         starts = {span.start: span.message for span in plan.spans}
         stops = {span.stop for span in plan.spans}
         marks: dict[int, set[int]] = {}
@@ -401,11 +414,11 @@ class Tracks:
         return builder.track
 
 
-class _Builder:
+class _TokenTemplateBuilder:
     """Builds a track from left to right."""
 
-    def __init__(self, tokens: TokenEncoder, recipes: dict[Recipe, int]) -> None:
-        self.track = Track()
+    def __init__(self, tokens: TokenEncoder, recipes: dict[TextTemplate, int]) -> None:
+        self.track = TokenTemplate()
         self._tokens = tokens
         self._recipes = recipes
         self._recipe: list[str | int] = []
@@ -418,7 +431,7 @@ class _Builder:
         self._cut()
         plain = [part for part in self._since if isinstance(part, str)]
         head = "".join(plain) if len(plain) == len(self._since) else ""
-        self.track.replies.append(TrackReply(message, len(self.track.items), head))
+        self.track.replies.append(ReplySlot(message, len(self.track.items), head))
 
     def stop(self) -> None:
         self._cut()
@@ -470,6 +483,6 @@ class _Builder:
         self._apart = True
 
 
-def _text(recipe: Recipe, values: list[str]) -> str:
+def _fill_template(recipe: TextTemplate, values: list[str]) -> str:
     parts = [values[part] if isinstance(part, int) else part for part in recipe]
     return parts[0] if len(parts) == 1 else "".join(parts)

@@ -16,74 +16,82 @@ from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 
-from luthier.chat.conversation import REASONING_FIELDS, Conversation, with_reasoning_names
+from luthier.chat.conversation import REASONING_FIELDS, Conversation, add_reasoning_aliases
 from luthier.chat.jinja_env import TracedEnvironment
-from luthier.chat.prefix_tracking import Watch
-from luthier.chat.provenance import Origin, Text, from_field, plus, plus_all
+from luthier.chat.prefix_tracking import PrefixTracker
+from luthier.chat.provenance import (
+    FieldOrigin,
+    TracedStr,
+    concat_strings,
+    concat_traced,
+    trace_field,
+)
 from luthier.chat.template import ChatTemplate
-from luthier.chat.turns import Sequence
+from luthier.chat.turns import RenderedSequence
 
 
-class Unprovable(BaseException):
+class NeedsConcreteText(BaseException):
     """The template asks what only the text itself can answer.
 
     No Exception, so that nothing on the way takes it for an answer.
     """
 
 
-Chain = tuple[tuple[str, str | None], ...]
+StripChain = tuple[tuple[str, str | None], ...]
 """Methods of `str` applied one after the other, each with its one argument: strips alone."""
 
 
-class Field(NamedTuple):
+class SymbolicField(NamedTuple):
     """A field of a message, stripped as the template strips it."""
 
     message: int
     key: str
-    chain: Chain = ()
+    chain: StripChain = ()
 
 
 @dataclass(slots=True)
-class Conditions:
+class TextConditions:
     """What must hold for the texts of a row: none of them starts, ends, equals or contains."""
 
-    starts: dict[Chain, set[str]] = field(default_factory=dict)
-    ends: dict[Chain, set[str]] = field(default_factory=dict)
-    equals: dict[Chain, set[str]] = field(default_factory=dict)
+    starts: dict[StripChain, set[str]] = field(default_factory=dict)
+    ends: dict[StripChain, set[str]] = field(default_factory=dict)
+    equals: dict[StripChain, set[str]] = field(default_factory=dict)
     contains: set[str] = field(default_factory=set)
 
 
-class Opaque:
+class SymbolicText:
     """Template text and fields, one behind the other."""
 
     __slots__ = ("conditions", "parts")
 
-    def __init__(self, parts: tuple[str | Field, ...], conditions: Conditions) -> None:
+    def __init__(self, parts: tuple[str | SymbolicField, ...], conditions: TextConditions) -> None:
         self.parts = parts
         self.conditions = conditions
 
-    def __add__(self, other: Any) -> Opaque:
-        return joined((self, other), self.conditions)
+    def __add__(self, other: Any) -> SymbolicText:
+        return concat_symbolic((self, other), self.conditions)
 
-    def __radd__(self, other: Any) -> Opaque:
-        return joined((other, self), self.conditions)
+    def __radd__(self, other: Any) -> SymbolicText:
+        return concat_symbolic((other, self), self.conditions)
 
     def __bool__(self) -> bool:
         # No field is blank: rows with blank texts are left to a run of their own.
         return bool(self.parts)
 
-    def strip(self, chars: Any = None, /) -> Opaque:
+    def strip(self, chars: Any = None, /) -> SymbolicText:
         """Strip both ends."""
         return self.lstrip(chars).rstrip(chars)
 
-    def lstrip(self, chars: Any = None, /) -> Opaque:
+    def lstrip(self, chars: Any = None, /) -> SymbolicText:
         """Strip the parts from the first on, up to the first field."""
-        return Opaque(_stripped(self.parts, "lstrip", _space(chars)), self.conditions)
+        return SymbolicText(
+            _strip_first(self.parts, "lstrip", _whitespace_or_raise(chars)), self.conditions
+        )
 
-    def rstrip(self, chars: Any = None, /) -> Opaque:
+    def rstrip(self, chars: Any = None, /) -> SymbolicText:
         """Strip the parts from the last on, back to the last field."""
-        parts = _stripped(self.parts[::-1], "rstrip", _space(chars))
-        return Opaque(parts[::-1], self.conditions)
+        parts = _strip_first(self.parts[::-1], "rstrip", _whitespace_or_raise(chars))
+        return SymbolicText(parts[::-1], self.conditions)
 
     def startswith(self, prefix: Any, /) -> bool:
         """Whether it starts so: a field does not, on the condition that it does not."""
@@ -94,23 +102,23 @@ class Opaque:
         return self._edge("endswith", suffix, self.parts[-1], self.conditions.ends)
 
     def _edge(
-        self, method: str, text: Any, part: str | Field, asked: dict[Chain, set[str]]
+        self, method: str, text: Any, part: str | SymbolicField, asked: dict[StripChain, set[str]]
     ) -> bool:
         texts = text if isinstance(text, tuple) else (text,)
         if not all(type(one) is str and one for one in texts):
-            raise Unprovable
+            raise NeedsConcreteText
         if isinstance(part, str):
             if any(len(one) > len(part) for one in texts):
-                raise Unprovable
+                raise NeedsConcreteText
             return bool(getattr(part, method)(texts))
         if len(self.parts) > 1 and any(len(one) > 1 for one in texts):
-            raise Unprovable
+            raise NeedsConcreteText
         asked.setdefault(part.chain, set()).update(texts)
         return False
 
     def __contains__(self, text: Any) -> bool:
         if type(text) is not str or not text or len(self.parts) > 1:
-            raise Unprovable
+            raise NeedsConcreteText
         self.conditions.contains.add(text)
         return False
 
@@ -118,76 +126,79 @@ class Opaque:
         if other is None or isinstance(other, bool | int | float):
             return False
         if type(other) is not str or len(self.parts) > 1 or isinstance(self.parts[0], str):
-            raise Unprovable
+            raise NeedsConcreteText
         self.conditions.equals.setdefault(self.parts[0].chain, set()).add(other)
         return False
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def split(self, sep: Any = None, maxsplit: int = -1, /) -> list[Opaque]:
+    def split(self, sep: Any = None, maxsplit: int = -1, /) -> list[SymbolicText]:
         """Itself alone, on the condition that the separator is not in it."""
         return [self] if sep not in self else []
 
     rsplit = split
 
-    def replace(self, old: Any, new: Any, count: int = -1, /) -> Opaque:
+    def replace(self, old: Any, new: Any, count: int = -1, /) -> SymbolicText:
         """Itself, on the condition that there is nothing to replace."""
         if old in self:
-            raise Unprovable
+            raise NeedsConcreteText
         return self
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise Unprovable
+        raise NeedsConcreteText
 
 
-def refuse(*_: Any) -> NoReturn:
+def need_concrete_text(*_: Any) -> NoReturn:
     """Give no answer."""
-    raise Unprovable
+    raise NeedsConcreteText
 
 
 for _name in (
     "str", "repr", "format", "hash", "len", "iter", "getitem", "lt", "le", "gt", "ge", "mod",
     "mul", "rmul", "int", "float", "index",
 ):  # fmt: skip
-    setattr(Opaque, f"__{_name}__", refuse)
+    setattr(SymbolicText, f"__{_name}__", need_concrete_text)
 
 
-def joined(texts: Any, conditions: Conditions) -> Opaque:
+def concat_symbolic(texts: Any, conditions: TextConditions) -> SymbolicText:
     """Texts, one behind the other."""
-    parts: list[str | Field] = []
+    parts: list[str | SymbolicField] = []
     for text in texts:
-        if isinstance(text, Opaque):
+        if isinstance(text, SymbolicText):
             parts += text.parts
-        elif type(text) not in (str, Text):
+        elif type(text) not in (str, TracedStr):
             # No text, or one marked as safe, which would escape what is added to it.
-            raise Unprovable
+            raise NeedsConcreteText
         elif text:
             parts.append(str.__str__(text))
-    return Opaque(tuple(parts), conditions)
+    return SymbolicText(tuple(parts), conditions)
 
 
-def _space(chars: Any) -> str | None:
+def _whitespace_or_raise(chars: Any) -> str | None:
     """The characters to strip, if they are white space: then a field loses nothing that shows."""
     if chars is None or (type(chars) is str and chars and chars.isspace()):
         return chars
-    raise Unprovable
+    raise NeedsConcreteText
 
 
-def _stripped(
-    parts: tuple[str | Field, ...], method: str, chars: str | None
-) -> tuple[str | Field, ...]:
+def _strip_first(
+    parts: tuple[str | SymbolicField, ...], method: str, chars: str | None
+) -> tuple[str | SymbolicField, ...]:
     """The parts with the first ones stripped; a field keeps something, so it ends there."""
     for number, part in enumerate(parts):
-        if isinstance(part, Field):
-            return (part._replace(chain=_longer(part.chain, method, chars)), *parts[number + 1 :])
+        if isinstance(part, SymbolicField):
+            return (
+                part._replace(chain=_add_strip(part.chain, method, chars)),
+                *parts[number + 1 :],
+            )
         left = getattr(part, method)(chars)
         if left:
             return (left, *parts[number + 1 :])
     return ()
 
 
-def _longer(chain: Chain, method: str, chars: str | None) -> Chain:
+def _add_strip(chain: StripChain, method: str, chars: str | None) -> StripChain:
     """The chain with one more strip; those of the left end stand first, for both do not meet."""
     if (method, chars) in [step for step in chain if step[0] == method][-1:]:
         return chain
@@ -196,12 +207,12 @@ def _longer(chain: Chain, method: str, chars: str | None) -> Chain:
 
 # What a template makes of all rows of one form: found once, on texts that it cannot read.
 
-Form = tuple[tuple[str, tuple[str, ...], bool], ...]
+RowForm = tuple[tuple[str, tuple[str, ...], bool], ...]
 """For each message of a row its role, the names of its texts, and whether it trains."""
-TEXTS = frozenset({"content", *REASONING_FIELDS})
+TEXT_FIELDS = frozenset({"content", *REASONING_FIELDS})
 """The fields of a message that a skeleton may leave open."""
-_FIRST = 0xF0000
-_PLACES = re.compile("([\U000f0000-\U000ffffd])")
+_FIRST_PLACEHOLDER = 0xF0000
+_PLACEHOLDERS = re.compile("([\U000f0000-\U000ffffd])")
 
 
 @dataclass(slots=True)
@@ -224,119 +235,128 @@ class SequencePlan:
 
 
 @dataclass(slots=True)
-class Skeleton:
+class FormPlan:
     """The sequences that every row of a form makes, if the conditions hold for its texts."""
 
-    fields: list[Field]
+    fields: list[SymbolicField]
     sequences: list[SequencePlan]
-    conditions: Conditions
+    conditions: TextConditions
 
 
-class OpaqueEnvironment(TracedEnvironment):
+class SymbolicEnvironment(TracedEnvironment):
     """The traced environment, in which texts may be opaque."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.concat = _concat
+        self.concat = _concat_any
 
     def plus(self, *operands: Any) -> Any:
         """The sum of the operands."""
-        found = _first_opaque(operands)
-        return super().plus(*operands) if found is None else joined(operands, found.conditions)
+        found = _first_symbolic(operands)
+        return (
+            super().plus(*operands)
+            if found is None
+            else concat_symbolic(operands, found.conditions)
+        )
 
     def tilde(self, *operands: Any) -> Any:
         """The operands as strings, one behind the other."""
-        return _concat(map(_as_string, operands))
+        return _concat_any(map(_as_string, operands))
 
     def compile_traced(self, source: str) -> jinja2.Template:
         """Compile a template that writes opaque texts as they are."""
-        self.filters["trim"] = _unless_opaque(self.filters["trim"], Opaque.strip)
-        self.filters["safe"] = _unless_opaque(self.filters["safe"], refuse)
-        self.filters["string"] = _unless_opaque(self.filters["string"], _as_string)
+        self.filters["trim"] = _dispatch_symbolic(self.filters["trim"], SymbolicText.strip)
+        self.filters["safe"] = _dispatch_symbolic(self.filters["safe"], need_concrete_text)
+        self.filters["string"] = _dispatch_symbolic(self.filters["string"], _as_string)
         for name in ("string", "iterable", "sequence"):
-            self.tests[name] = _unless_opaque(self.tests[name], lambda text: True)
+            self.tests[name] = _dispatch_symbolic(self.tests[name], lambda text: True)
         template = super().compile_traced(source)
         template.root_render_func.__globals__["str"] = _as_string
         return template
 
 
-def _first_opaque(values: Iterable[Any]) -> Opaque | None:
-    return next((value for value in values if isinstance(value, Opaque)), None)
+def _first_symbolic(values: Iterable[Any]) -> SymbolicText | None:
+    return next((value for value in values if isinstance(value, SymbolicText)), None)
 
 
-def _concat(parts: Iterable[Any]) -> Any:
+def _concat_any(parts: Iterable[Any]) -> Any:
     parts = list(parts)
-    found = _first_opaque(parts)
-    return plus(parts) if found is None else joined(parts, found.conditions)
+    found = _first_symbolic(parts)
+    return concat_strings(parts) if found is None else concat_symbolic(parts, found.conditions)
 
 
 def _as_string(value: Any) -> Any:
-    return value if isinstance(value, Opaque) else str(value)
+    return value if isinstance(value, SymbolicText) else str(value)
 
 
-def _unless_opaque(plain: Any, opaque: Any) -> Any:
+def _dispatch_symbolic(plain: Any, opaque: Any) -> Any:
     def either(value: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(value, Opaque):
+        if not isinstance(value, SymbolicText):
             return plain(value, *args, **kwargs)
         return opaque(value, *args, **kwargs)
 
     return either
 
 
-class OpaqueTemplate(ChatTemplate):
+class SymbolicTemplate(ChatTemplate):
     """A chat template that is run on opaque texts, each written as a character of its own."""
 
-    environment_class = OpaqueEnvironment
+    environment_class = SymbolicEnvironment
 
     def __init__(self, source: str, variables: dict[str, Any], date: str) -> None:
-        self.places: dict[Field, str] = {}
+        self.places: dict[SymbolicField, str] = {}
         super().__init__(source, variables, date)
         # No opaque text can be marked as safe, or escaped.
         self.is_doubtful = False
 
     def _run(
-        self, template: jinja2.Template, inputs: dict[str, Any], watch: Watch | None
+        self, template: jinja2.Template, inputs: dict[str, Any], watch: PrefixTracker | None
     ) -> list[str]:
         pieces = super()._run(template, inputs, watch)
-        pieces[:] = [self._shown(piece) if isinstance(piece, Opaque) else piece for piece in pieces]
+        pieces[:] = [
+            self._shown(piece) if isinstance(piece, SymbolicText) else piece for piece in pieces
+        ]
         return pieces
 
-    def _shown(self, text: Opaque) -> Text:
-        return plus_all(self._part(part) for part in text.parts)
+    def _shown(self, text: SymbolicText) -> TracedStr:
+        return concat_traced(self._part(part) for part in text.parts)
 
-    def _part(self, part: str | Field) -> str:
+    def _part(self, part: str | SymbolicField) -> str:
         if isinstance(part, str):
             return part
-        place = self.places.setdefault(part, chr(_FIRST + len(self.places)))
-        return from_field(Origin(part.message, None, part.key, place), place)
+        place = self.places.setdefault(part, chr(_FIRST_PLACEHOLDER + len(self.places)))
+        return trace_field(FieldOrigin(part.message, None, part.key, place), place)
 
 
-def opaque_conversation(form: Form, conditions: Conditions) -> Conversation:
+def symbolic_conversation(form: RowForm, conditions: TextConditions) -> Conversation:
     """A conversation of the form whose texts cannot be read."""
     conversation = Conversation([], None)
     for index, (role, keys, _) in enumerate(form):
-        texts = {key: Opaque((Field(index, key),), conditions) for key in keys}
-        conversation.messages.append(with_reasoning_names({"role": role, **texts}))
+        texts = {key: SymbolicText((SymbolicField(index, key),), conditions) for key in keys}
+        conversation.messages.append(add_reasoning_aliases({"role": role, **texts}))
         conversation.numbers.append(index)
         conversation.train.append(None)
     return conversation
 
 
-def skeleton_of(
-    form: Form, sequences: list[Sequence], places: dict[Field, str], conditions: Conditions
-) -> Skeleton:
+def make_form_plan(
+    form: RowForm,
+    sequences: list[RenderedSequence],
+    places: dict[SymbolicField, str],
+    conditions: TextConditions,
+) -> FormPlan:
     """The skeleton of planned sequences; Unprovable where they do not show every text."""
     fields = list(places)
     numbers = {place: number for number, place in enumerate(places.values())}
     plans = [_sequence_plan(sequence, numbers) for sequence in sequences]
     shown = {fields[part][:2] for plan in plans for part in plan.parts if isinstance(part, int)}
     if any((index, key) not in shown for index, (_, keys, _) in enumerate(form) for key in keys):
-        raise Unprovable
-    return Skeleton(fields, plans, conditions)
+        raise NeedsConcreteText
+    return FormPlan(fields, plans, conditions)
 
 
-def _sequence_plan(sequence: Sequence, numbers: dict[str, int]) -> SequencePlan:
-    texts = [text for text in _PLACES.split(sequence.plain) if text]
+def _sequence_plan(sequence: RenderedSequence, numbers: dict[str, int]) -> SequencePlan:
+    texts = [text for text in _PLACEHOLDERS.split(sequence.plain) if text]
     ends = [0]
     for text in texts:
         ends.append(ends[-1] + len(text))

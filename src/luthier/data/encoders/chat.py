@@ -138,7 +138,7 @@ class ConversationEncoder:
         return EncodedRows(
             _token_rows(batch.sequences),
             [len(row) for row in batch.rows],
-            {error.row: (error.reason, error.words) for error in batch.reports},
+            {error.row: (error.reason, error.description) for error in batch.reports},
             dict(batch.cut),
         )
 

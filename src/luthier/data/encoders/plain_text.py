@@ -9,7 +9,13 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from luthier.chat import IGNORED, ChatError
-from luthier.chat.tokens import Kind, Piece, TokenEncoder, control_tokens, token_pattern
+from luthier.chat.tokens import (
+    PieceKind,
+    TextPiece,
+    TokenEncoder,
+    compile_token_pattern,
+    list_control_tokens,
+)
 from luthier.errors import UserError
 
 OnLong = Literal["turns", "drop", "error"]
@@ -167,9 +173,9 @@ class PlainTextTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokens = TokenEncoder(tokenizer)
-        self.controls = control_tokens(tokenizer, _template_text(tokenizer))
+        self.controls = list_control_tokens(tokenizer, _template_text(tokenizer))
         """The tokens that text must not become."""
-        self._pattern = token_pattern(self.controls)
+        self._pattern = compile_token_pattern(self.controls)
 
     def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The ids of each text.
@@ -198,7 +204,7 @@ class PlainTextTokenizer:
         for row in pieces:
             yield [list(chain.from_iterable(next(ids) for _ in word)) for word in row]
 
-    def _word(self, word: str, place: int) -> list[Piece]:
+    def _word(self, word: str, place: int) -> list[TextPiece]:
         if not word:
             return []
         return _pieces(f" {word}" if place else word, self._pattern, at_start=not place)
@@ -229,26 +235,26 @@ class PlainTextTokenizer:
         pieces = _pieces(text, self._pattern)
         return list(chain.from_iterable(self._pieces(pieces, number)))
 
-    def _pieces(self, pieces: list[Piece], number: int) -> list[list[int]]:
+    def _pieces(self, pieces: list[TextPiece], number: int) -> list[list[int]]:
         try:
             return self._tokens.encode(pieces)
         except ChatError as error:
             raise error.in_row(number) from None
 
 
-def _pieces(text: str, pattern: re.Pattern[str], at_start: bool = True) -> list[Piece]:
+def _pieces(text: str, pattern: re.Pattern[str], at_start: bool = True) -> list[TextPiece]:
     """A text taken apart at its control tokens; `at_start`: nothing stands before it."""
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     position = 0
     for match in pattern.finditer(text):
         if match.start() > position:
-            kind: Kind = "start" if at_start and not position else "continuation"
-            pieces.append(Piece(text[position : match.start()], kind))
-        pieces.append(Piece(match[0], "literal"))
+            kind: PieceKind = "start" if at_start and not position else "continuation"
+            pieces.append(TextPiece(text[position : match.start()], kind))
+        pieces.append(TextPiece(match[0], "literal"))
         position = match.end()
     if position < len(text):
         kind = "start" if at_start and not position else "continuation"
-        pieces.append(Piece(text[position:], kind))
+        pieces.append(TextPiece(text[position:], kind))
     return pieces
 
 

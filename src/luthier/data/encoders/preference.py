@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from luthier.chat import ChatError, ChatSequence
 from luthier.chat.conversation import read_conversation
-from luthier.chat.pipeline import front_turns, without_front
+from luthier.chat.pipeline import drop_front, turn_starts
 from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem
 from luthier.data.formats import Example
 
@@ -106,7 +106,7 @@ class ReplyEncoder:
             batch = self._chat.encode_batch(conversations)
         except ChatError as error:
             number, side = divmod(error.row or 0, count)
-            words = f"{self._names[side]}: {error.words}"
+            words = f"{self._names[side]}: {error.description}"
             raise ChatError(words, reason=error.reason, row=number) from error
         # The first report of a row is kept: both replies may have the same thing wrong.
         reports = {error.row: error for error in reversed(batch.reports)}
@@ -121,7 +121,7 @@ class ReplyEncoder:
         problem = None
         for name, sequences, report in zip(self._names, rows, reports, strict=True):
             if report is not None:
-                problem = problem or (report.reason, f"{name}: {report.words}")
+                problem = problem or (report.reason, f"{name}: {report.description}")
             if not sequences:
                 return ComparedReplies(problem=problem)
             if len(sequences) > 1 and not self._whole:
@@ -190,8 +190,8 @@ def _shorter(example: Mapping[str, Any]) -> list[Messages]:
     """The prompt without its first turn, without its first two, ...; a user's turn stays."""
     prompt: Messages = example["prompt"]
     conversation = read_conversation(prompt)
-    starts = front_turns(conversation, len(prompt))
-    kept = (without_front(conversation, start).numbers for start in starts)
+    starts = turn_starts(conversation, len(prompt))
+    kept = (drop_front(conversation, start).numbers for start in starts)
     return [[prompt[number] for number in numbers] for numbers in kept]
 
 

@@ -66,9 +66,9 @@ class PromptEncoder:
 
     @cached_property
     def _prompts(self) -> Any:
-        from luthier.chat.encoder import Prompts
+        from luthier.chat.encoder import ChatPromptEncoder
 
-        return Prompts(self._conversations.chat, self._limit)
+        return ChatPromptEncoder(self._conversations.chat, self._limit)
 
     def settings(self) -> dict[str, Any]:
         """The chat encoder's, and the limit."""
@@ -96,16 +96,16 @@ class PromptEncoder:
             made.problems[number] = NO_PROMPT
             return []
         try:
-            ids, gone, lost = self._prompts.of(context, example.get("tools"))
+            ids, gone, lost = self._prompts.encode(context, example.get("tools"))
         except ChatError as error:
-            if self._prompts.stops(error):
+            if self._prompts.is_fatal(error):
                 raise error.in_row(number) from None
-            made.problems[number] = (error.reason, error.words)
+            made.problems[number] = (error.reason, error.description)
             return []
         if gone:
             made.cut[number] = 0  # no turn of a prompt trains
         if lost is not None:
-            made.problems[number] = (lost.reason, lost.words)
+            made.problems[number] = (lost.reason, lost.description)
         return list(ids)
 
     def __getstate__(self) -> dict[str, Any]:
