@@ -4,9 +4,11 @@ import copy
 
 import pytest
 
-from luthier.record import run_dir
+from luthier.errors import UserError
+from luthier.record.checkpoints import publish_checkpoint
 from luthier.record.config_diff import compare_configs, schedule_depends_on_length
-from luthier.record.record import RECORD_FORMAT, RunRecord
+from luthier.record.record import RECORD_FORMAT, RunRecord, read_record
+from luthier.record.run_dir import inspect_run, is_run_finished, open_run
 from luthier.storage.atomic import write_json
 
 CONFIG = {
@@ -19,7 +21,7 @@ CONFIG = {
     },
 }  # fmt: skip
 BEST = {"trainer.args.load_best_model_at_end": True}
-KINDS = [
+EFFECTS = [
     ("the learning rate", "trainer.args.learning_rate", 1e-4, {}, "matters"),
     ("the rank", "lora.r", 16, {}, "matters"),
     ("the seed", "seed", 2, {}, "matters"),
@@ -53,12 +55,12 @@ def changed(config, **settings):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "both", "kind"), [k[1:] for k in KINDS], ids=[k[0] for k in KINDS]
+    ("key", "value", "both", "effect"), [k[1:] for k in EFFECTS], ids=[k[0] for k in EFFECTS]
 )
-def test_a_change_is_of_its_kind(key, value, both, kind):
+def test_what_a_change_means(key, value, both, effect):
     old = changed(CONFIG, **both)
     (change,) = compare_configs(old, changed(old, **{key: value}))
-    assert (change.key, change.kind) == (key, kind)
+    assert (change.key, change.effect) == (key, effect)
 
 
 @pytest.mark.parametrize("key", ["output_dir", "tracker.to", "overwrite", "recipe"])
@@ -79,7 +81,8 @@ def test_which_learning_rates_depend_on_the_number_of_steps(kind, warmup, follow
 
 
 def finished(folder, status="finished"):
-    run_dir.prepare(folder, CONFIG, [])
+    with open_run(folder, CONFIG, []):
+        pass
     write_json(folder / "run.json", {"status": status, "format": RECORD_FORMAT})
     (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
 
@@ -87,17 +90,47 @@ def finished(folder, status="finished"):
 def test_a_finished_run_that_is_to_be_longer_is_unfinished(tmp_path):
     finished(tmp_path)
     assert (
-        run_dir.claim(tmp_path, changed(CONFIG, **{"trainer.args.logging_steps": 1})) == "finished"
+        inspect_run(tmp_path, changed(CONFIG, **{"trainer.args.logging_steps": 1})).state
+        == "finished"
     )
     longer = changed(CONFIG, **{"trainer.args.max_steps": 20})
-    assert run_dir.claim(tmp_path, longer) == "unfinished"
+    assert inspect_run(tmp_path, longer).state == "unfinished"
+
+
+def test_a_run_that_is_to_be_longer_is_not_finished_for_the_other_processes(tmp_path):
+    finished(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / ".new" / "checkpoint-10"
+    checkpoint.mkdir(parents=True)
+    facts = {"step": 10, "planned": True, "resumable": True}
+    publish_checkpoint(checkpoint, tmp_path / "checkpoints" / "checkpoint-10", facts)
+    longer = changed(CONFIG, **{"trainer.args.max_steps": 20})
+    assert is_run_finished(tmp_path, CONFIG)
+    assert not is_run_finished(tmp_path, longer)
+    with open_run(tmp_path, longer, []) as run:
+        assert (run.state, run.extended_from) == ("unfinished", 10)
+    # The new config is written now, and no step of it was taken yet.
+    assert not is_run_finished(tmp_path, longer)
+    assert inspect_run(tmp_path, longer).state == "unfinished"
+    (extension,) = read_record(tmp_path)["extended"]
+    assert extension == {"at_step": 10, "changes": ["trainer.args.max_steps: 10 -> 20"]}
+
+
+def test_a_finished_run_without_a_checkpoint_does_not_become_longer(tmp_path):
+    finished(tmp_path)
+    longer = changed(CONFIG, **{"trainer.args.max_steps": 20})
+    with (
+        pytest.raises(UserError, match="finished without a checkpoint"),
+        open_run(tmp_path, longer, []),
+    ):
+        pass
+    assert is_run_finished(tmp_path, CONFIG)
 
 
 def test_what_stands_in_the_way_is_told_from_what_does_not(tmp_path):
     finished(tmp_path, "stopped")
     new = changed(CONFIG, **{"lora.r": 16, "trainer.args.logging_steps": 1})
     with pytest.raises(Exception, match=r"lora\.r: 8 -> 16") as error:
-        run_dir.claim(tmp_path, new)
+        inspect_run(tmp_path, new)
     assert "would not stand in the way: trainer.args.logging_steps" in str(error.value)
 
 
@@ -111,6 +144,6 @@ def test_an_unfinished_run_of_an_older_form_is_refused_in_words(tmp_path):
     finished(tmp_path)
     write_json(tmp_path / "run.json", {"status": "running", "versions": {"luthier": "0.1.0"}})
     with pytest.raises(Exception, match=r"luthier 0\.1\.0 in an older form.*carry no seal"):
-        run_dir.claim(tmp_path, CONFIG)
+        inspect_run(tmp_path, CONFIG)
     write_json(tmp_path / "run.json", {"status": "finished", "versions": {"luthier": "0.1.0"}})
-    assert run_dir.claim(tmp_path, CONFIG) == "finished"
+    assert inspect_run(tmp_path, CONFIG).state == "finished"

@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 
 from luthier.errors import UserError
-from luthier.record import run_dir
+from luthier.record.run_dir import inspect_run, open_run
 from luthier.storage.atomic import publish_folder, write_json, write_text
 
 CONFIG = {"seed": 1, "lora": {"r": 8}, "output_dir": "x", "tracker": {"to": []}}
 
 
 def begin(folder, config=CONFIG, status="running"):
-    run_dir.prepare(folder, config, ["lora.r=8"])
+    with open_run(folder, config, ["lora.r=8"]):
+        pass
     write_json(folder / "run.json", {"status": status})
 
 
 def test_a_new_folder_is_new(tmp_path):
-    assert run_dir.claim(tmp_path / "run", CONFIG) == "new"
+    assert inspect_run(tmp_path / "run", CONFIG).state == "new"
 
 
 @pytest.mark.parametrize(
@@ -28,60 +29,71 @@ def test_a_new_folder_is_new(tmp_path):
 )
 def test_the_same_config_finds_its_own_run(tmp_path, status, state):
     begin(tmp_path, status=status)
-    assert run_dir.claim(tmp_path, CONFIG) == state
+    assert inspect_run(tmp_path, CONFIG).state == state
 
 
 @pytest.mark.parametrize("key", ["output_dir", "tracker"])
 def test_what_does_not_change_the_result_is_the_same_run(tmp_path, key):
     begin(tmp_path)
-    assert run_dir.claim(tmp_path, CONFIG | {key: "other"}) == "unfinished"
+    assert inspect_run(tmp_path, CONFIG | {key: "other"}).state == "unfinished"
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(tmp_path):
     begin(tmp_path)
     with pytest.raises(UserError, match=r"lora\.r: 8 -> 16") as error:
-        run_dir.claim(tmp_path, CONFIG | {"lora": {"r": 16}})
+        inspect_run(tmp_path, CONFIG | {"lora": {"r": 16}})
     assert "overwrite=true" in str(error.value)
-    assert run_dir.claim(tmp_path, CONFIG | {"lora": {"r": 16}}, overwrite=True) == "new"
+    assert inspect_run(tmp_path, CONFIG | {"lora": {"r": 16}}, overwrite=True).state == "new"
 
 
 def test_a_run_that_failed_before_training_gives_way(tmp_path):
     begin(tmp_path, status="failed")
-    assert run_dir.claim(tmp_path, CONFIG | {"seed": 2}) == "new"
+    assert inspect_run(tmp_path, CONFIG | {"seed": 2}).state == "new"
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n')
-    assert run_dir.claim(tmp_path, CONFIG | {"seed": 2}) == "new"
+    assert inspect_run(tmp_path, CONFIG | {"seed": 2}).state == "new"
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
     with pytest.raises(UserError, match="seed: 1 -> 2"):
-        run_dir.claim(tmp_path, CONFIG | {"seed": 2})
+        inspect_run(tmp_path, CONFIG | {"seed": 2})
 
 
 def test_a_folder_of_somebody_elses_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="no run of luthier"):
-        run_dir.claim(tmp_path, CONFIG, overwrite=True)
+        inspect_run(tmp_path, CONFIG, overwrite=True)
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        run_dir.claim(tmp_path / "run", CONFIG)
+        inspect_run(tmp_path / "run", CONFIG)
 
 
-def test_clear_removes_only_what_luthier_writes(tmp_path):
+def test_overwriting_removes_only_what_luthier_writes(tmp_path):
     begin(tmp_path)
     (tmp_path / "notes.md").write_text("mine")
-    run_dir.clear(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+    with open_run(tmp_path, CONFIG, [], overwrite=True) as run:
+        assert run.state == "new"
+        names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".lock", "config.yaml", "notes.md", "overrides.yaml"]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    begin(tmp_path, status="finished")
+    before = (tmp_path / "config.yaml").read_text()
+    with open_run(tmp_path, CONFIG | {"tracker": "other"}, ["tracker=other"]) as run:
+        assert run.state == "finished"
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_secrets_are_not_written(tmp_path):
     config = {"model": {"kwargs": {"token": "hf_secret"}}, "tokenizer": "kept", "max_new_tokens": 5}
-    run_dir.prepare(tmp_path, config, ["model.kwargs.token=hf_secret", "lora.r=8"])
+    with open_run(tmp_path, config, ["model.kwargs.token=hf_secret", "lora.r=8"]):
+        pass
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "hf_secret" not in text
     assert "kept" in text
     assert "lora.r=8" in text
-    assert run_dir.claim(tmp_path, config) == "unfinished"
+    assert inspect_run(tmp_path, config).state == "unfinished"
 
 
 def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):

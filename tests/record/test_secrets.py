@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
-from luthier.record import run_dir
 from luthier.record.record import RunRecord
+from luthier.record.run_dir import open_run
 from luthier.record.secrets import redact_override, redact_secrets, scrub_text
 
 TOKEN = "hf_" + "AbCdEfGh" * 4
@@ -71,7 +71,8 @@ def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):
     run = tmp_path / "run"
     resolved = {"model": {"kwargs": {"x": TOKEN}}, "tracker": {"wandb": {"api_key": "k" * 9}}}
     overrides = [f"model.kwargs.x={TOKEN}", f"seed={ENVIRONMENT['WANDB_API_KEY']}"]
-    run_dir.prepare(run, resolved, overrides)
+    with open_run(run, resolved, overrides):
+        pass
     record = RunRecord(run)
     model, data = ModelConfig(path="m"), DatasetConfig(path="d")
     record.start(RunConfig(model=model, dataset=data, output_dir="o"), overrides)

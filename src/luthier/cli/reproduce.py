@@ -14,10 +14,9 @@ from luthier.cli import diff
 from luthier.cli.arguments import Grammar
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError
-from luthier.record import run_dir
 from luthier.record.checkpoints import read_step_log
 from luthier.record.record import read_record
-from luthier.record.run_dir import find_run
+from luthier.record.run_dir import find_run, inspect_run, open_run
 from luthier.storage.manifest import digest
 from luthier.train.signals import STOPPED_EXIT_CODE
 
@@ -83,9 +82,10 @@ def prepare(old: Path, new: Path) -> None:
     resolved = config | {
         "output_dir": str(new), "tracker": {"to": []}, "overwrite": False, "dry_run": False,
     }  # fmt: skip
-    if run_dir.claim(new, resolved) == "finished":
-        run_dir.clear(new)
-    run_dir.prepare(new, resolved, [])
+    is_finished = inspect_run(new, resolved).state == "finished"
+    # The process that trains takes the folder for itself: here it is only filled.
+    with open_run(new, resolved, [], overwrite=is_finished):
+        pass
 
 
 def train_again(record: dict[str, Any], new: Path) -> int:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from luthier.config.library_settings import TrainerArgs
 from luthier.record.secrets import HIDDEN, redact_secrets
@@ -11,6 +11,7 @@ from luthier.record.secrets import HIDDEN, redact_secrets
 NEUTRAL_KEYS = ("output_dir", "dry_run", "overwrite", "tracker", "recipe", "card")
 """Keys that change where, whether or under which name a run happens, not what it computes."""
 
+# How the training is logged, stored and fed: it computes the same.
 _HARMLESS_KEYS = re.compile(
     r"trainer\.checkpoints(\.|$)"
     r"|trainer\.args\.(logging_|log_level|disable_tqdm|save_|hub_|push_to_hub|project$|trackio_"
@@ -18,79 +19,113 @@ _HARMLESS_KEYS = re.compile(
     r"|include_num_input_tokens_seen|skip_memory_metrics|include_for_metrics)"
     r"|dataset\.(workers|cache)$"
 )
-"""What is said of the training, and how it is stored and fed: it computes the same."""
+# What is measured: harmless where nothing is decided by it.
 _EVALUATION_KEYS = re.compile(
     r"trainer\.evaluation(\.|$)|trainer\.args\.(eval_|per_device_eval_|batch_eval_metrics)"
 )
-"""What is measured: harmless where nothing is decided by it."""
 _LENGTH_KEYS = re.compile(r"trainer\.args\.(max_steps|num_train_epochs)$")
 
-ChangeEffect = str
-"""`matters`, `harmless`, or `length`: the run is to become longer or shorter."""
+ChangeEffect = Literal["matters", "harmless", "length"]
+"""`length` is a change by which the run becomes longer or shorter."""
 
 
 @dataclass(frozen=True)
 class ConfigChange:
-    """A key in which two configs differ."""
+    """A dotted key in which two configs differ, with both values."""
 
     key: str
     old: Any
     new: Any
-    kind: ChangeEffect
+    effect: ChangeEffect
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new}"
 
 
 def compare_configs(old: dict[str, Any], new: dict[str, Any]) -> list[ConfigChange]:
-    """The keys in which two resolved configs differ, neutral ones left out, sorted."""
-    decides = _has_deciding_metrics(old) or _has_deciding_metrics(new)
+    """Return the keys in which two resolved configs differ, sorted, without the neutral ones."""
+    has_deciding_metrics = any(map(_has_deciding_metrics, (old, new)))
     return [
-        ConfigChange(key, a, b, _change_effect(key, decides))
-        for key, a, b in differing_keys(old, new)
+        ConfigChange(key, old_value, new_value, _change_effect(key, has_deciding_metrics))
+        for key, old_value, new_value in differing_keys(old, new)
         if key.split(".")[0] not in NEUTRAL_KEYS
     ]
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Each key that differs with both values; a value that is hidden is like any other."""
-    a, b = flatten_config(redact_secrets(old)), flatten_config(redact_secrets(new))
-    for key in sorted(a.keys() | b.keys()):
-        one, other = a.get(key, "(absent)"), b.get(key, "(absent)")
-        if one != other and HIDDEN not in f"{one} {other}":
-            yield key, one, other
+    """Yield each dotted key that differs, with its old and new value or "(absent)".
+
+    Secrets are hidden in what is written, so a hidden value equals every other one.
+    """
+    old_values, new_values = (
+        flatten_config(redact_secrets(old)),
+        flatten_config(redact_secrets(new)),
+    )
+    for key in sorted(old_values.keys() | new_values.keys()):
+        before, after = old_values.get(key, "(absent)"), new_values.get(key, "(absent)")
+        if before != after and HIDDEN not in f"{before} {after}":
+            yield key, before, after
+
+
+def describe_config_changes(
+    changes: list[ConfigChange], resolved: dict[str, Any], extended_from: int | None
+) -> list[str]:
+    """Return a sentence for each change of the config with which a run goes on.
+
+    `resolved` is the new config; `extended_from` is the step from which a run of another length
+    goes on, or None for one that has nothing to go on from, whose new length needs no sentence.
+    """
+    sentences = [
+        f"{change}, which changes nothing of the training"
+        for change in changes
+        if change.effect == "harmless"
+    ]
+    if extended_from is None:
+        return sentences
+    if schedule_depends_on_length(resolved):
+        meaning = (
+            f"from step {extended_from} on, the learning rate is that of a run of the new length; "
+            "the steps before were taken at the rates of the old one. For the numbers of a run "
+            "that has this length from its first step, choose another output_dir"
+        )
+    else:
+        meaning = f"the run goes on from step {extended_from} to its new end"
+    return sentences + [f"{change}: {meaning}" for change in changes if change.effect == "length"]
 
 
 def schedule_depends_on_length(config: dict[str, Any]) -> bool:
-    """Whether the learning rate at a step depends on how many steps there will be."""
+    """Return whether the learning rate at a step depends on how many steps there will be."""
     args = TrainerArgs(config["trainer"]["args"])
-    kind, warmup = args.lr_scheduler_type, args.warmup_steps
-    return kind != "constant" and not (kind == "constant_with_warmup" and not 0 < warmup < 1)
+    scheduler, warmup = args.lr_scheduler_type, args.warmup_steps
+    # A warmup between 0 and 1 is a share of all steps.
+    is_constant_behind_warmup = scheduler == "constant_with_warmup" and not 0 < warmup < 1
+    return scheduler != "constant" and not is_constant_behind_warmup
 
 
 def flatten_config(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, under dotted keys."""
+    """Return nested mappings as one, under dotted keys; an empty mapping is a value itself."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    return {
-        key: leaf
-        for name, part in value.items()
-        for key, leaf in flatten_config(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    flat: dict[str, Any] = {}
+    for name, child in value.items():
+        flat |= flatten_config(child, f"{prefix}.{name}" if prefix else str(name))
+    return flat
 
 
-def _change_effect(key: str, decides: bool) -> ChangeEffect:
+def _change_effect(key: str, has_deciding_metrics: bool) -> ChangeEffect:
     if _LENGTH_KEYS.match(key):
         return "length"
-    if decides and (_EVALUATION_KEYS.match(key) or key.startswith("trainer.args.save_")):
+    is_evaluation = bool(_EVALUATION_KEYS.match(key))
+    # The best checkpoint is one of those that are saved, so how often that happens decides too.
+    if has_deciding_metrics and (is_evaluation or key.startswith("trainer.args.save_")):
         return "matters"
-    return "harmless" if _HARMLESS_KEYS.match(key) or _EVALUATION_KEYS.match(key) else "matters"
+    return "harmless" if is_evaluation or _HARMLESS_KEYS.match(key) else "matters"
 
 
 def _has_deciding_metrics(config: dict[str, Any]) -> bool:
-    """Whether measures choose the final weights or end the training."""
+    """Return whether measures choose the final weights or end the training."""
     trainer = config.get("trainer") or {}
     args, evaluation = TrainerArgs(trainer.get("args") or {}), trainer.get("evaluation") or {}
     saves_best = args.save_strategy == "best" or args.load_best_model_at_end
     names_best = args.metric_for_best_model or args.greater_is_better
-    return saves_best or bool(evaluation.get("patience") or names_best)
+    return bool(saves_best or names_best or evaluation.get("patience"))

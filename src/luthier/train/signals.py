@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,14 +21,14 @@ from typing import Any
 STOPPED_EXIT_CODE = 75
 """The exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h."""
 EXIT_CODE_VARIABLE = "LUTHIER_EXIT_FILE"
-"""The variable with the file in which the first process leaves its exit code.
+"""The environment variable that names the file in which the first process leaves its exit code.
 
-`accelerate launch` and torchrun end with 1 whatever their processes said.
+`accelerate launch` and torchrun end with 1 whatever their processes returned.
 """
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _REPEAT_SECONDS = 1.0
-"""Seconds within which a signal again is the same wish, passed on by a launcher."""
+"""Seconds within which a repeated signal is the same one, passed on by a launcher as well."""
 
 
 class StoppedBySignal(KeyboardInterrupt):
@@ -35,56 +36,66 @@ class StoppedBySignal(KeyboardInterrupt):
 
 
 class SignalListener:
-    """What this process was asked by signals."""
+    """The signals that ask this process to stop its run."""
 
     def __init__(self) -> None:
         self.number = 0
         """The signal that came; 0 for none."""
-        self.waits = False
+        self.is_deferred = False
         """Whether a signal is only noted, for the end of a step."""
         self._process = 0
         self._launcher = 0
         self._since = 0.0
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Listen in this process for as long as the block runs."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.number, self.waits, self._process = 0, False, os.getpid()
+        self.number, self.is_deferred, self._process = 0, False, os.getpid()
         # accelerate's own process dies of a signal and leaves this one behind.
-        launched = any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ)
-        self._launcher = os.getppid() if launched else 0
-        before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        is_launched = any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ)
+        self._launcher = os.getppid() if is_launched else 0
+        handlers = {number: signal.signal(number, self._take) for number in _SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def wanted(self) -> int:
-        """The signal that came, if one did; SIGTERM where the launcher is gone."""
+    def requested_signal(self) -> int:
+        """Return the signal that came, 0 for none; SIGTERM where the launcher is gone."""
         if self._launcher and os.getppid() != self._launcher:
             self.number = self.number or signal.SIGTERM
         return self.number
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: end the run at once, or note the signal where steps are taken."""
+        # A process that was forked from this one, such as a data worker, has the handlers too.
         if os.getpid() != self._process:
             _take_default_action(number)
-        again = self.number == number and time.monotonic() - self._since > _REPEAT_SECONDS
-        if number == signal.SIGINT and again:
+        is_repeated = self.number == number and time.monotonic() - self._since > _REPEAT_SECONDS
+        if number == signal.SIGINT and is_repeated:
             _take_default_action(number)
-        if not self.number:
-            self.number, self._since = number, time.monotonic()
-            if not self.waits:
-                raise StoppedBySignal(signal_name(number))
-            if os.environ.get("RANK", "0") == "0":
-                os.write(sys.stderr.fileno(), _stop_notice(number).encode())
+        if self.number:
+            return
+        self.number, self._since = number, time.monotonic()
+        if not self.is_deferred:
+            raise StoppedBySignal(signal_name(number))
+        if os.environ.get("RANK", "0") == "0":
+            more = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+            notice = "the run stops with a checkpoint at the end of this step"
+            # Not print, which a signal handler may interrupt in the middle of itself.
+            os.write(sys.stderr.fileno(), f"\n{signal_name(number)}: {notice}{more}\n".encode())
+
+
+SIGNALS = SignalListener()
+"""The listener of this process."""
 
 
 def signal_name(number: int) -> str:
-    """What a signal is called."""
+    """Return what a signal is called, such as SIGTERM."""
     return signal.Signals(number).name
 
 
@@ -94,47 +105,35 @@ def _take_default_action(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def _stop_notice(number: int) -> str:
-    more = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-    return (
-        f"\n{signal_name(number)}: the run stops with a checkpoint at the end of this step{more}\n"
-    )
-
-
-SIGNALS = SignalListener()
-"""Those of this process."""
-
-
 def agree_on_signal(accelerator: Any) -> int:
-    """The highest signal that any process of the run got, known to all of them; 0 for none.
+    """Return the highest signal that any process of the run got, the same in all; 0 for none.
 
-    Exchanged between the processors, so that no accelerator has to wait.
+    All processes call it together. The numbers are exchanged between the processors, so that no
+    accelerator has to wait.
     """
-    own = SIGNALS.wanted()
+    number = SIGNALS.requested_signal()
     if accelerator.num_processes == 1:
-        return own
+        return number
     import torch
 
-    most = torch.tensor([own])
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, _gloo_group())
-    return int(most.item())
+    highest = torch.tensor([number])
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, _gloo_group())
+    return int(highest.item())
 
 
-_GLOO_GROUPS: list[Any] = []
-
-
+@cache
 def _gloo_group() -> Any:
-    """The processes, over a connection between processors; made when all first ask for it."""
+    """Return the group of all processes over gloo; it is built when all of them first ask for it.
+
+    None is torch's default group, where that is one of gloo already.
+    """
     from torch import distributed
 
-    if not _GLOO_GROUPS:
-        is_theirs = distributed.get_backend() == "gloo"
-        _GLOO_GROUPS.append(None if is_theirs else distributed.new_group(backend="gloo"))
-    return _GLOO_GROUPS[0]
+    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
 
 
 def write_exit_code(code: int) -> None:
-    """Leave the exit code where the launcher's caller looks for it, if someone wants it."""
+    """Leave the exit code where the launcher's caller looks for it, if a file is named for it."""
     path = os.environ.get(EXIT_CODE_VARIABLE)
     if path and os.environ.get("RANK", "0") == "0":
         Path(path).write_text(f"{code}\n", encoding="utf-8")
