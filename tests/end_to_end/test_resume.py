@@ -161,7 +161,7 @@ def test_a_full_disk_ends_the_run_in_words_and_keeps_the_last_good_one(forks, ti
     assert sentence in text
     assert "Traceback" not in text
     last = checkpoints.find_newest_checkpoint(run / "checkpoints")
-    assert last.passed_over == []
+    assert last.skipped == []
     assert (last.path is None) == (when == "in the first one")
     assert record(run)["status"] == "failed"
     assert not (run / "checkpoints" / ".new").exists()

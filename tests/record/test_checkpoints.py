@@ -61,7 +61,7 @@ def test_a_damaged_newest_one_is_found_and_the_one_before_is_used(tmp_path, dama
     break_it(newest)
     found = checkpoints.find_newest_checkpoint(tmp_path)
     assert found.path == tmp_path / "checkpoint-2"
-    (sentence,) = found.passed_over
+    (sentence,) = found.skipped
     assert str(newest) in sentence
     assert problem in sentence
 
@@ -77,7 +77,7 @@ def test_a_model_alone_is_nothing_to_go_on_from(tmp_path):
     write(tmp_path, 4, resumable=False)
     found = checkpoints.find_newest_checkpoint(tmp_path)
     assert found.path == tmp_path / "checkpoint-2"
-    assert "save_only_model" in found.passed_over[0]
+    assert "save_only_model" in found.skipped[0]
 
 
 def test_without_checkpoints_there_is_none(tmp_path):
@@ -123,7 +123,7 @@ def test_a_killed_process_leaves_whole_checkpoints_or_none(tmp_path, when):
     checkpoints.recover_checkpoints(tmp_path)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in steps]
     assert all(checkpoints.read_checkpoint_facts(tmp_path / name) for name in names(tmp_path))
-    assert checkpoints.find_newest_checkpoint(tmp_path).passed_over == []
+    assert checkpoints.find_newest_checkpoint(tmp_path).skipped == []
 
 
 def test_one_takes_the_place_of_another_of_its_step(tmp_path):
@@ -135,11 +135,11 @@ def test_one_takes_the_place_of_another_of_its_step(tmp_path):
 
 KEPT = {
     "all of them": (CheckpointLimits(), None, [1, 2, 3, 4]),
-    "the last two": (CheckpointLimits(count=2), None, [3, 4]),
-    "the last and the best": (CheckpointLimits(count=2), 1, [1, 4]),
-    "the last and the best, of one": (CheckpointLimits(count=1), 2, [2, 4]),
-    "what fits the budget": (CheckpointLimits(budget=3500), None, [3, 4]),
-    "what fits the budget, with the best": (CheckpointLimits(budget=3500), 2, [2, 4]),
+    "the last two": (CheckpointLimits(max_count=2), None, [3, 4]),
+    "the last and the best": (CheckpointLimits(max_count=2), 1, [1, 4]),
+    "the last and the best, of one": (CheckpointLimits(max_count=1), 2, [2, 4]),
+    "what fits the budget": (CheckpointLimits(max_bytes=3500), None, [3, 4]),
+    "what fits the budget, with the best": (CheckpointLimits(max_bytes=3500), 2, [2, 4]),
 }
 
 
@@ -159,7 +159,7 @@ def test_the_newest_and_the_best_are_kept_beyond_the_budget_and_it_is_said(tmp_p
     for step in (1, 2, 3):
         write(tmp_path, step, size=2 * 2**20)
     (said,) = checkpoints.prune_checkpoints(
-        tmp_path, 3, tmp_path / "checkpoint-1", CheckpointLimits(budget=2**20)
+        tmp_path, 3, tmp_path / "checkpoint-1", CheckpointLimits(max_bytes=2**20)
     )
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
     assert "take 4.0 MiB, more than the 1.0 MiB" in said
@@ -176,7 +176,7 @@ def test_what_was_taken_for_a_signal_goes_when_there_is_a_newer_one(tmp_path):
 def test_those_of_a_later_step_are_none_of_this_run_s_business_yet(tmp_path):
     for step in (2, 4, 6):
         write(tmp_path, step)
-    checkpoints.prune_checkpoints(tmp_path, 4, None, CheckpointLimits(count=1))
+    checkpoints.prune_checkpoints(tmp_path, 4, None, CheckpointLimits(max_count=1))
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
 
 

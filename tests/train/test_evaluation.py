@@ -7,7 +7,7 @@ import pytest
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.questions import questions
-from luthier.train.evaluation import EarlyStopping, select_eval_prompts, set_best_model_metric
+from luthier.train.evaluation import Patience, select_eval_prompts, set_best_model_metric
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}
@@ -125,7 +125,7 @@ def test_which_way_the_best_checkpoint_lies(found, expected):
 
 
 def test_patience_passes_over_the_measures_of_other_sets():
-    patience, control = EarlyStopping(1), SimpleNamespace(should_training_stop=False)
+    patience, control = Patience(1), SimpleNamespace(should_training_stop=False)
     args = SimpleNamespace(metric_for_best_model="loss", greater_is_better=False)
     state = SimpleNamespace(best_metric=1.0)
     patience.on_evaluate(args, state, control, {"eval_other_loss": 9.0})

@@ -13,39 +13,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.storage.atomic import write_text
+from luthier.storage.disk_space import free_bytes
 from luthier.storage.manifest import Damaged, read_manifest, seal, unseal
 from luthier.storage.sizes import in_words, size_of
 
 NEW_FOLDER = ".new"
 """Where the next checkpoint is written, within the folder of checkpoints."""
+STEP_LOGS = ("metrics.jsonl", "evaluations.jsonl")
+"""The files of a run's directory to which lines of JSON are added while it trains: every logged
+metric, and the replies of each evaluation."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class CheckpointLimits:
-    """How many checkpoints are kept; the newest and the best always are."""
+    """How many checkpoints are kept; the newest and the best always are. None is no limit."""
 
-    count: int | None = None
-    """The newest so many (`trainer.args.save_total_limit`)."""
-    budget: int | None = None
+    max_count: int | None = None
+    """How many of the newest (`trainer.args.save_total_limit`)."""
+    max_bytes: int | None = None
     """Bytes of all together (`trainer.checkpoints.budget`)."""
 
 
+@dataclass(frozen=True)
+class NewestCheckpoint:
+    """The newest complete checkpoint from which a training can go on, and what was passed over."""
+
+    path: Path | None
+    skipped: list[str]
+    """A sentence for each newer one."""
+
+
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a folder, whole or not, by step, oldest first."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    found = [(match, path) for path in entries if (match := _NAME.fullmatch(path.name))]
-    return sorted((int(match[1]), path) for match, path in found if path.is_dir())
+    """Return the (step, path) of the checkpoints in a folder, complete or not, oldest first."""
+    if not folder.is_dir():
+        return []
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimizer step behind which a checkpoint was taken."""
+    """Return the optimizer step behind which a checkpoint was taken."""
     return int(path.name.rpartition("-")[2])
 
 
-def publish_checkpoint(written: Path, target: Path, made: dict[str, Any]) -> None:
-    """Seal what was written, put it on the disk, and give it its name."""
-    seal(written, made)
+def publish_checkpoint(written: Path, target: Path, facts: dict[str, Any]) -> None:
+    """Seal what was written, put it on the disk, and give it its name.
+
+    `facts` is what the seal keeps of the checkpoint: its step, whether it is planned, and so on.
+    """
+    seal(written, facts)
     for path in (*(file for file in written.rglob("*") if file.is_file()), written):
         _sync(path)
     aside = _aside(target)
@@ -61,45 +79,36 @@ def publish_checkpoint(written: Path, target: Path, made: dict[str, Any]) -> Non
 def recover_checkpoints(folder: Path) -> None:
     """Finish or undo what a killed run was doing in a folder of checkpoints."""
     for _, path in list_checkpoints(folder / NEW_FOLDER):
-        if not (folder / path.name).exists() and _problem(path) is None:
+        if not (folder / path.name).exists() and _find_problem(path) is None:
             path.replace(folder / path.name)
     shutil.rmtree(folder / NEW_FOLDER, ignore_errors=True)
     for aside in folder.glob(".checkpoint-*.old"):
         target = folder / aside.name.removeprefix(".").removesuffix(".old")
-        if target.exists() or _problem(aside):
+        if target.exists() or _find_problem(aside):
             shutil.rmtree(aside)
         else:
             aside.replace(target)
 
 
-@dataclass(frozen=True)
-class NewestCheckpoint:
-    """The newest whole checkpoint from which a training can go on, and what was passed over."""
-
-    path: Path | None
-    passed_over: list[str]
-    """A sentence for each newer one."""
-
-
 def find_newest_checkpoint(folder: Path) -> NewestCheckpoint:
-    """Look for the newest whole checkpoint; every byte of it is compared with its seal."""
-    passed_over: list[str] = []
+    """Find the newest complete checkpoint; every byte of it is compared with its seal."""
+    skipped: list[str] = []
     for _, path in reversed(list_checkpoints(folder)):
-        problem = _problem(path)
+        problem = _find_problem(path)
         if problem is None:
-            return NewestCheckpoint(path, passed_over)
-        passed_over.append(f"{path} is not used: {problem}")
-    return NewestCheckpoint(None, passed_over)
+            return NewestCheckpoint(path, skipped)
+        skipped.append(f"{path} is not used: {problem}")
+    return NewestCheckpoint(None, skipped)
 
 
 def read_checkpoint_facts(path: Path) -> dict[str, Any]:
-    """What is known of a sealed checkpoint; raises Damaged where its seal cannot be read."""
-    made: dict[str, Any] = read_manifest(path)["made"]
-    return made
+    """Return the facts of a sealed checkpoint; raises Damaged where its seal cannot be read."""
+    facts: dict[str, Any] = read_manifest(path)["made"]
+    return facts
 
 
 def is_planned(path: Path) -> bool:
-    """Whether a checkpoint is there and was taken as the settings say, not for a signal."""
+    """Return whether a checkpoint is there and was taken as the settings say, not for a signal."""
     try:
         return bool(read_checkpoint_facts(path)["planned"])
     except (Damaged, FileNotFoundError):
@@ -109,50 +118,55 @@ def is_planned(path: Path) -> bool:
 def prune_checkpoints(
     folder: Path, step: int, best: Path | None, limits: CheckpointLimits
 ) -> list[str]:
-    """Remove checkpoints that are too many, oldest first; a sentence for what is still too large.
+    """Remove checkpoints beyond the limits, oldest first.
 
-    `step`: the newest one's. What was taken for a signal goes as soon as there is a newer one.
+    `step` is the newest one's, and `best` is the best one, or None. What was taken for a signal
+    goes as soon as there is a newer one. Returns a sentence where what must stay is still too
+    large.
     """
-    kept = [path for number, path in list_checkpoints(folder) if number <= step]
+    remaining = [path for number, path in list_checkpoints(folder) if number <= step]
     needed = {folder / f"checkpoint-{step}", *([best] if best else [])}
-    for path in [path for path in kept if path not in needed]:
-        if _is_over_limits(kept, limits) or not is_planned(path):
-            kept.remove(path)
+    for path in [path for path in remaining if path not in needed]:
+        is_over_count = bool(limits.max_count) and len(remaining) > (limits.max_count or 0)
+        if is_over_count or _excess_bytes(remaining, limits) or not is_planned(path):
+            remaining.remove(path)
             _remove(path)
-    total = sum(map(size_of, kept)) if limits.budget else 0
-    if limits.budget and total > limits.budget:
-        return [
-            f"trainer.checkpoints.budget: the newest and the best checkpoint take "
-            f"{in_words(total)}, more than the {in_words(limits.budget)} that they may."
-        ]
-    return []
+    if not _excess_bytes(remaining, limits):
+        return []
+    total, budget = sum(map(size_of, remaining)), limits.max_bytes or 0
+    return [
+        f"trainer.checkpoints.budget: the newest and the best checkpoint take {in_words(total)}, "
+        f"more than the {in_words(budget)} that they may."
+    ]
 
 
 def describe_missing_space(folder: Path) -> str | None:
-    """Why the next checkpoint does not fit on the disk, by the size of the last; None if it may."""
+    """Return why the next checkpoint does not fit on the disk, judged by the size of the last.
+
+    None means that it may fit.
+    """
     sizes = [size_of(path) for _, path in list_checkpoints(folder)[-1:]]
-    free = shutil.disk_usage(folder).free if folder.is_dir() else None
-    if not sizes or free is None or free >= sizes[0]:
+    if not sizes or free_bytes(folder) >= sizes[0]:
         return None
-    return f"the last one took {in_words(sizes[0])}, and {in_words(free)} are free"
+    return f"the last one took {in_words(sizes[0])}, and {in_words(free_bytes(folder))} are free"
 
 
-def _is_over_limits(kept: list[Path], limits: CheckpointLimits) -> bool:
-    if limits.count and len(kept) > limits.count:
-        return True
-    return bool(limits.budget) and sum(map(size_of, kept)) > (limits.budget or 0)
+def _excess_bytes(paths: list[Path], limits: CheckpointLimits) -> int:
+    """Return how many bytes checkpoints take beyond the limit; 0 where there is none."""
+    return max(0, sum(map(size_of, paths)) - limits.max_bytes) if limits.max_bytes else 0
 
 
-def _problem(path: Path) -> str | None:
-    """Why a checkpoint is not whole, or nothing can go on from it."""
+def _find_problem(path: Path) -> str | None:
+    """Return why a checkpoint is not complete, or nothing can go on from it; None where it can."""
     try:
-        made = unseal(path)
+        facts = unseal(path)
     except Damaged as damage:
-        return f"{damage}"
-    return None if made["resumable"] else "it holds the model only (trainer.args.save_only_model)"
+        return str(damage)
+    return None if facts["resumable"] else "it holds the model only (trainer.args.save_only_model)"
 
 
 def _aside(target: Path) -> Path:
+    """Return where a checkpoint lies while it is replaced or removed."""
     return target.with_name(f".{target.name}.old")
 
 
@@ -167,6 +181,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,14 +189,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# Files to which lines of JSON are added while a run trains, and how they are read back.
-
-STEP_LOGS = ("metrics.jsonl", "evaluations.jsonl")
-"""Those of a run's directory: every logged metric, and the replies of each evaluation."""
-
-
 def read_step_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of such a file, oldest first; none where it is missing.
+    """Return the rows of one of the `STEP_LOGS`, oldest first; none where it is missing.
 
     The last line of a process that was killed may be half a line, and is left out.
     """
@@ -193,23 +202,19 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_step_log(path: Path, count: int | None) -> None:
-    """Keep the first lines of a file; without a count those of step 0, before the first step."""
-    from luthier.storage.atomic import write_text
-
+    """Keep the first `count` lines of a file; None keeps those of step 0, before the first step."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = (
-        [line for line in lines if _is_before_first_step(line)] if count is None else lines[:count]
-    )
-    write_text(path, "".join(kept))
-
-
-def _is_before_first_step(line: str) -> bool:
-    return any(row["step"] == 0 for row in _parse_complete_lines([line]))
+    if count is None:
+        lines = [
+            line for line in lines if any(row["step"] == 0 for row in _parse_complete_lines([line]))
+        ]
+    write_text(path, "".join(lines[:count]))
 
 
 def _parse_complete_lines(lines: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of these lines; none of them where a line is cut."""
     try:
         return [json.loads(line) for line in lines]
     except ValueError:

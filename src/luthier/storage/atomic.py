@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.storage.disk_space import free_bytes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,7 +80,7 @@ def refuse_target(target: Path, overwrite: bool) -> None:
 
 def refuse_full_disk(size: int, folder: Path) -> None:
     """Raise UserError where the weights do not fit on the disk."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if size > free:
         raise UserError(
             f"The model takes {size / 1e9:.2f} GB, and the disk of {folder.parent} has "

@@ -1,4 +1,4 @@
-"""The heavy part of a run: tokenizer, data, model, trainer, training, results."""
+"""From a checked config to what trains: tokenizer, data, model, trainer, and the run's record."""
 
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -33,10 +33,9 @@ from luthier.train import (
 from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
 from luthier.train.evaluation import ReplyGenerator
 from luthier.train.launch_request import launched_by
-from luthier.train.loop import fit
-from luthier.train.methods import TrainerInputs, TrainingMethod
+from luthier.train.loop import AfterSave, TrainingSession, fit
+from luthier.train.methods import TrainerInputs
 from luthier.train.methods.encoders import make_chat_encoder, make_seq2seq_prompts
-from luthier.train.session import AfterSave, TrainingSession
 from luthier.train.signals import StoppedBySignal
 
 if TYPE_CHECKING:
@@ -44,42 +43,36 @@ if TYPE_CHECKING:
 
 
 def build_and_fit(loaded: "Loaded", folder: Path, after_save: AfterSave | None = None) -> int:
-    """Run the training of a checked config whose directory is taken; return the exit code."""
+    """Run the training of a checked config whose directory is taken; return the exit code.
+
+    The record and the trackers are open for as long as it runs. A dry run builds everything in a
+    temporary folder and takes no step.
+    """
     config = loaded.config
     seed_everything(config)
     machine = choose_machine(config.model)
-    main = PartialState(cpu=machine.device_type == "cpu").is_main_process
+    is_main_process = PartialState(cpu=machine.device_type == "cpu").is_main_process
     record = RunRecord(folder)
-    if main and not config.dry_run:
+    is_recorded = is_main_process and not config.dry_run
+    if is_recorded:
         record.start(config, loaded.overrides)
     try:
-        kept = record if main and not config.dry_run else None
-        with trackers.open_trackers(config, loaded.resolved, folder, kept):
+        tracked_record = record if is_recorded else None
+        with trackers.open_trackers(config, loaded.resolved, folder, tracked_record):
             if not config.dry_run:
-                session = build_session(config, folder, record, main, machine)
+                session = build_session(config, folder, record, is_main_process, machine)
                 return fit(replace(session, after_save=after_save))
             # The trainer makes its folder when it is built, and a dry run leaves nothing.
-            with TemporaryDirectory() as nowhere:
-                build_session(config, Path(nowhere), record, main, machine)
+            with TemporaryDirectory() as temporary:
+                build_session(config, Path(temporary), record, is_main_process, machine)
             console.print_line(
                 "dry run: everything up to the first step is right; nothing was written"
             )
             return 0
     except BaseException as error:
-        if main and not config.dry_run:
+        if is_recorded:
             _record_failure(record, error)
         raise
-
-
-def _record_failure(record: RunRecord, error: BaseException) -> None:
-    """Record why a run ended before its end; on a full disk that may fail, too."""
-    with suppress(OSError):
-        if isinstance(error, StoppedBySignal):
-            record.note(signal=str(error))
-            record.end("stopped")
-        else:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            record.end("interrupted" if interrupted else "failed", error=str(error))
 
 
 def seed_everything(config: RunConfig) -> None:
@@ -91,29 +84,25 @@ def seed_everything(config: RunConfig) -> None:
 
 
 def build_session(
-    config: RunConfig, folder: Path, record: RunRecord, main: bool, machine: Any
+    config: RunConfig, folder: Path, record: RunRecord, is_main_process: bool, machine: Any
 ) -> TrainingSession:
-    """Everything up to the first step: tokenizer, encoded data, model with adapters, trainer."""
+    """Build and check everything up to the first step: tokenizer, data, model, trainer.
+
+    Raises UserError where anything does not go together, or has changed since the run began.
+    """
+    is_recorded = is_main_process and not config.dry_run
     method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
     quantized.check_quantized_model(config, machine)
     tokenizer = load_tokenizer(config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.chats else None
-    prepared = prepare(
-        config.dataset, methods.make_row_encoders(config, tokenizer), tokenizer, config.seed
-    )
-    made = resume.hash_run_inputs(config, tokenizer, encoder, prepared) if main else {}
-    if main and not config.dry_run:
-        resume.refuse_changed_inputs(record, made)
-    if main:
-        console.print_data(prepared, facts.answers)
-        console.print_packing(prepared, batching_of(config))
-        if not config.dry_run:
-            console.write_dropped(prepared, folder)
-            plot_data(
-                collect_data_numbers(prepared, config.chat.max_length),
-                folder.name,
-                folder / "data.png",
-            )
+    row_encoders = methods.make_row_encoders(config, tokenizer)
+    prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed)
+    # Before the model, which may take minutes to load.
+    inputs = resume.hash_run_inputs(config, tokenizer, encoder, prepared) if is_main_process else {}
+    if is_recorded:
+        resume.refuse_changed_inputs(record, inputs)
+    if is_main_process:
+        _report_data(config, folder, prepared, facts.answers)
     config = activation_checkpointing.resolve_auto_checkpointing(config)
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
@@ -122,44 +111,76 @@ def build_session(
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
-    if main:
+    if is_main_process:
         console.print_model(model, machine, config.quantization)
     callbacks = [MetricsFileCallback(folder / "metrics.jsonl")]
-    given = TrainerInputs(config, args, model, tokenizer, prepared, callbacks)
+    trainer_inputs = TrainerInputs(config, args, model, tokenizer, prepared, callbacks)
+    # New adapter weights were drawn in between.
     set_seed(config.seed)
-    trainer = build_trainer(method, given)
+    trainer = method.build_trainer(trainer_inputs)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressLineCallback)
+    trainer.locate_rows = prepared.locate_rows
     adapter_training.prepare_trainer(trainer, config.lora)
-    launched = launch_checks.check_running_launch(trainer.accelerator, args)
-    if main and not config.dry_run:
-        chat = encoder.settings() if encoder else None
-        resume.refuse_other_launch(record, dict(launched))
-        launch_facts = {**launched, "launcher": launched_by()}
-        record.update(**made | {"data": data_facts(prepared)}, launch=launch_facts, chat=chat)
+    launch = launch_checks.check_running_launch(trainer.accelerator, args)
+    if is_recorded:
+        resume.refuse_other_launch(record, dict(launch))
+        record.update(
+            **inputs | {"data": data_facts(prepared)},
+            launch={**launch, "launcher": launched_by()},
+            chat=encoder.settings() if encoder else None,
+        )
     prompts = make_seq2seq_prompts(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
-    asked = evaluation.select_eval_prompts(config.trainer.evaluation, rows, launched["sharding"])
-    answers = ReplyGenerator(trainer, prompts, config.trainer.evaluation, asked)
-    during = evaluation.add_evaluation_callbacks(trainer, answers, config, folder)
-    return TrainingSession(config, folder, record, main, encoder, trainer, answers, during)
+    settings = config.trainer.evaluation
+    prompt_sets = evaluation.select_eval_prompts(settings, rows, launch["sharding"])
+    reply_generator = ReplyGenerator(trainer, prompts, settings, prompt_sets)
+    return TrainingSession(
+        config=config,
+        folder=folder,
+        record=record,
+        is_main_process=is_main_process,
+        encoder=encoder,
+        trainer=trainer,
+        reply_generator=reply_generator,
+        replies_callback=evaluation.add_evaluation_callbacks(
+            trainer, reply_generator, config, folder
+        ),
+    )
 
 
 def data_facts(prepared: PreparedData) -> dict[str, Any]:
-    """What the record says of the data: a hash of all token rows and labels, and the counts."""
-    heldout = {name or "held_out": asdict(part) for name, part in prepared.eval_counts.items()}
+    """Return what the record says of the data: a hash of all rows and labels, and the counts."""
+    counts = {name or "held_out": asdict(counts) for name, counts in prepared.eval_counts.items()}
     return {
         "sha256": prepared.content_hash,
-        "sources": {key: part.stored.folder.name for key, part in prepared.sources.items()},
+        "sources": {key: source.stored.folder.name for key, source in prepared.sources.items()},
         "train": asdict(prepared.train_counts),
-        **heldout,
+        **counts,
     }
 
 
-def build_trainer(method: TrainingMethod, given: TrainerInputs) -> Any:
-    """The method's trainer, with luthier's own progress and metrics."""
-    trainer = method.build_trainer(given)
-    if not given.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressLineCallback)
-    trainer.locate_rows = given.prepared.locate_rows
-    return trainer
+def _report_data(config: RunConfig, folder: Path, prepared: PreparedData, answers: str) -> None:
+    """Print what the data is, and write the dropped rows and the plot beside the run.
+
+    `answers` says what trains, where that is not tokens of the rows. A dry run writes nothing.
+    """
+    console.print_data(prepared, answers)
+    console.print_packing(prepared, batching_of(config))
+    if not config.dry_run:
+        console.write_dropped(prepared, folder)
+        numbers = collect_data_numbers(prepared, config.chat.max_length)
+        plot_data(numbers, folder.name, folder / "data.png")
+
+
+def _record_failure(record: RunRecord, error: BaseException) -> None:
+    """Record why a run ended before its end; on a full disk that may fail, too."""
+    with suppress(OSError):
+        if isinstance(error, StoppedBySignal):
+            record.update_session(signal=str(error))
+            record.end("stopped")
+        else:
+            is_interrupted = isinstance(error, KeyboardInterrupt)
+            record.end("interrupted" if is_interrupted else "failed", error=str(error))

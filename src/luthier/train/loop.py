@@ -1,121 +1,211 @@
-"""What comes out of a run: its measures before and after, the model on disk, the summary."""
+"""The training of a run: measure, train, measure again, save and report."""
 
 import copy
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate.utils import broadcast_object_list
 
 from luthier.chat import ChatEncoder
+from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.adapters import convert_to_plain_lora
 from luthier.model.device import preserve_random_state
 from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
-from luthier.record.plots import plot_loss, read_metrics
+from luthier.record.plots import plot_loss
+from luthier.record.record import RunRecord
 from luthier.storage.atomic import publish_folder, read_json, write_json, write_jsonl
 from luthier.train import console, trackers
 from luthier.train.callbacks import StopCallback, TruncateLogsCallback
-from luthier.train.evaluation import EvalPrompts
-from luthier.train.session import TrainingSession
+from luthier.train.evaluation import (
+    EvalPrompts,
+    EvalReplies,
+    EvalRepliesCallback,
+    ReplyGenerator,
+)
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, agree_on_signal, signal_name
-from luthier.train.trainers.checkpoints import disk_full_message, is_disk_full
+from luthier.train.trainers.checkpoints import report_full_disk
 
-# What makes others' servers read and stop as the training did, beside a saved adapter or model.
+# torchrun ends all processes as soon as one of them fails, so those that have nothing left to write
+# wait this long for the first one.
+_EXIT_GRACE_SECONDS = 5.0
+
+AfterSave = Callable[[Path], str | None]
+"""Takes the folder of a finished run; returns why something could not be written, or None."""
 
 
-def save_serving_files(folder: Path, trainer: Any, encoder: ChatEncoder) -> None:
-    """Write the training's template with the tokenizer, and its stop tokens.
+@dataclass(frozen=True)
+class TrainingSession:
+    """All that takes part in one training, built and checked, before the first step."""
 
-    A tokenizer keeps its own template where the config names another; and the token that ends a
-    turn is often none of the base's end tokens, or an adapter's folder has no generation config
-    at all.
+    config: RunConfig
+    folder: Path
+    record: RunRecord
+    is_main_process: bool
+    encoder: ChatEncoder | None
+    """None for a method that reads no conversations."""
+    trainer: Any
+    """The method's; a `transformers.Trainer`."""
+    reply_generator: ReplyGenerator
+    replies_callback: EvalRepliesCallback | None = None
+    """What answers at every evaluation, where `trainer.evaluation.when` says so."""
+    after_save: AfterSave | None = None
+    """What is called with the folder of the finished run; None calls nothing."""
+
+
+class Measurement(TypedDict):
+    """How good the model is at one point of a run; `before.json` keeps the first one."""
+
+    results: dict[str, float]
+    """Losses and metrics by name."""
+    replies: dict[str, list[str]]
+    """The replies to each set of evaluation prompts, by the set's name."""
+    scores: dict[str, dict[str, list[float]]]
+    """Each metric of each reply, by the set's name and the metric's."""
+
+
+def fit(session: TrainingSession) -> int:
+    """Measure, train, measure again, save and report; return the exit code.
+
+    A run that was stopped goes on from its newest checkpoint. Raises UserError where the disk is
+    full.
     """
-    tokenizer = copy.copy(trainer.processing_class)
-    tokenizer.chat_template = encoder.settings()["template"]
-    tokenizer.save_pretrained(folder)
-    if trainer.model.can_generate():  # a model that scores says nothing
-        _save_generation_config(
-            folder, trainer.model.generation_config, encoder, tokenizer.pad_token_id
+    trainer = session.trainer
+    with report_full_disk(session.folder / "checkpoints", "while the run wrote to its folder"):
+        checkpoint = _choose_checkpoint(session)
+        with preserve_random_state():
+            before = _measure_before_training(session)
+        _prepare_trainer(session, checkpoint)
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.monotonic() - began
+        after = None if trainer.stop_signal else _measure_after_training(session)
+        if after is None:
+            _report_stop(session)
+        else:
+            save_model(session)
+            _report_results(session, before, after, seconds)
+    # The process group must be gone before the process is, or gloo may abort at exit.
+    trainer.end()
+    if after is not None:
+        return 0
+    if not session.is_main_process and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_EXIT_GRACE_SECONDS)
+    return STOPPED_EXIT_CODE
+
+
+def _choose_checkpoint(session: TrainingSession) -> Path | None:
+    """Return the checkpoint to go on from, None for none; all processes agree on it.
+
+    Raises UserError where the run has taken more steps already than it is to have now.
+    """
+    folder, trainer = session.folder / "checkpoints", session.trainer
+    chosen: list[Path | None] = [None]
+    if session.is_main_process:
+        checkpoints.recover_checkpoints(folder)
+        newest = checkpoints.find_newest_checkpoint(folder)
+        for sentence in newest.skipped:
+            console.print_line(sentence)
+        if newest.path is not None:
+            console.print_line(f"goes on from {newest.path}")
+        elif newest.skipped:
+            console.print_line("there is no whole checkpoint, so the training begins again")
+        chosen = [newest.path]
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    (checkpoint,) = chosen
+    if checkpoint is None:
+        return None
+    step, planned_steps = checkpoints.checkpoint_step(checkpoint), trainer.count_planned_steps()
+    if step > planned_steps:
+        raise UserError(
+            f"trainer.args: the run is at step {step} already ({checkpoint}), and "
+            f"{planned_steps} steps are asked for.\nAsk for at least as many, choose "
+            "another output_dir=..., or overwrite=true to begin anew."
         )
+    return checkpoint
 
 
-def _save_generation_config(folder: Path, base: Any, encoder: ChatEncoder, pad: int | None) -> None:
-    """Write a generation config with the base's settings and the training's stop tokens."""
-    config = copy.deepcopy(base)
-    stops = encoder.stop_token_ids
-    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    more = [end for end in own if end is not None and end not in stops]
-    config.eos_token_id = [*stops, *more]
-    config.pad_token_id = pad
-    # Not `save_pretrained`, which refuses settings that do not go together, the base's own among
-    # them.
-    config.to_json_file(folder / "generation_config.json")
-
-
-Measurement = dict[str, Any]
-"""`results` by name, and for each set of answered rows, by its name, `replies` and `scores`."""
-
-
-def measure_before_training(session: TrainingSession) -> Measurement:
-    """The untrained model's measure; a run that goes on finds the one it took at its start."""
+def _measure_before_training(session: TrainingSession) -> Measurement:
+    """Measure the untrained model; a run that goes on reads what it measured at its start."""
     path = session.folder / "before.json"
-    measured: Measurement | None = read_json(path)
-    if measured is None:
-        if session.main:
-            # Lines of a start that was killed before its measure was whole.
+    measurement: Measurement | None = read_json(path)
+    if measurement is None:
+        if session.is_main_process:
+            # Lines of a start that was killed before its measurement was complete.
             for name in checkpoints.STEP_LOGS:
                 (session.folder / name).unlink(missing_ok=True)
-        for part in measure_in_parts(session, "before training"):
-            measured = part()
-        if session.main:
-            write_json(path, measured)
-    assert measured is not None
-    return measured
+        measurement = _measure(session, "before training", is_interrupted=lambda: False)
+        if session.is_main_process:
+            write_json(path, measurement)
+    assert measurement is not None
+    return measurement
 
 
-def measure_in_parts(session: TrainingSession, when: str) -> Iterator[Callable[[], Measurement]]:
-    """The measure of the model as it stands, part by part; the last one returns it whole.
+def _measure_after_training(session: TrainingSession) -> Measurement | None:
+    """Measure the trained model; None where a signal came before the end.
 
-    The first part is the held-out loss, and each of the others the scored replies to one set.
+    The trainer's `stop_signal` is that signal then, and the trained weights are in a checkpoint, so
+    that the same command measures them.
     """
-    measured: Measurement = {"results": {}, "replies": {}, "scores": {}}
-    step = loaded_weights_step(session.trainer)
+    trainer = session.trainer
 
-    def loss() -> Measurement:
-        measured["results"] |= _held_out_results(session, _evaluate_once(session, step))
-        return measured
+    def is_interrupted() -> bool:
+        number = agree_on_signal(trainer.accelerator)
+        if number:
+            _save_last_checkpoint(trainer)
+            trainer.stop_signal = number
+        return bool(number)
 
-    def replies(asked: EvalPrompts) -> Measurement:
-        answered = session.answered(asked, when, step)
-        found = {f"{asked.label}{name}": value for name, value in answered.results.items()}
-        measured["results"] |= found
-        measured["replies"][asked.name] = answered.texts
-        measured["scores"][asked.name] = answered.scores
-        return measured
-
-    yield loss
-    for asked in session.answers.asked:
-        yield partial(replies, asked)
+    return _measure(session, "after training", is_interrupted)
 
 
-def loaded_weights_step(trainer: Any) -> int:
-    """The optimizer step whose weights the model has: the last one's, or the best checkpoint's."""
+def _measure(
+    session: TrainingSession, when: str, is_interrupted: Callable[[], bool]
+) -> Measurement | None:
+    """Measure the loss on held-out rows and answer the evaluation prompts.
+
+    `when` is for the progress bar. `is_interrupted` is called before the loss and before each set
+    of prompts, on all processes; where it says so, None is returned.
+    """
+    if is_interrupted():
+        return None
+    step = _step_of_weights(session.trainer)
+    evaluation = _evaluate_once(session.trainer, step)
+    results = _held_out_results(session.trainer, evaluation)
+    measurement = Measurement(results=results, replies={}, scores={})
+    for prompts in session.reply_generator.prompt_sets:
+        if is_interrupted():
+            return None
+        replies = _generate_or_reuse(session, prompts, when, step)
+        for name, value in replies.results.items():
+            measurement["results"][f"{prompts.label}{name}"] = value
+        measurement["replies"][prompts.name] = replies.texts
+        measurement["scores"][prompts.name] = replies.scores
+    return measurement
+
+
+def _step_of_weights(trainer: Any) -> int:
+    """Return the optimizer step whose weights the model has: the last or the best checkpoint's."""
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        return int(state.best_model_checkpoint.rpartition("-")[2])
+        return checkpoints.checkpoint_step(Path(state.best_model_checkpoint))
     return int(state.global_step)
 
 
-def _evaluate_once(session: TrainingSession, step: int) -> dict[str, float]:
-    """What an evaluation of these weights measured: the one in the log, or one that is made now."""
-    trainer = session.trainer
+def _evaluate_once(trainer: Any, step: int) -> dict[str, float]:
+    """Return what an evaluation of the weights of this step measured, by the trainer's names.
+
+    It is in the log where the training has just evaluated them, and is made now where not; it is
+    empty without held-out rows. Raises UserError where the best checkpoint is chosen by what nobody
+    measures, before the first step.
+    """
     if trainer.eval_dataset is None:
         return {}
     logged: dict[str, float] = {}
@@ -123,55 +213,93 @@ def _evaluate_once(session: TrainingSession, step: int) -> dict[str, float]:
         logged |= row if row["step"] == step else {}
     if all(f"{_eval_prefix(name)}_runtime" in logged for name in _eval_set_names(trainer)):
         return logged
-    measured: dict[str, float] = trainer.evaluate()
-    _refuse_unmeasured_best_metric(trainer.args, measured)
-    return measured
-
-
-def _refuse_unmeasured_best_metric(args: Any, measured: dict[str, float]) -> None:
-    """Stop, before the first step, where the best checkpoint is chosen by what nobody measures."""
-    name = args.metric_for_best_model
-    if name is None or args.eval_strategy == "no":
-        return
-    if f"eval_{name.removeprefix('eval_')}" not in measured:
-        known = ", ".join(sorted(key.removeprefix("eval_") for key in measured))
+    evaluation: dict[str, float] = trainer.evaluate()
+    best = trainer.args.metric_for_best_model
+    if best is None or trainer.args.eval_strategy == "no":
+        return evaluation
+    if f"eval_{best.removeprefix('eval_')}" not in evaluation:
+        measured = ", ".join(sorted(key.removeprefix("eval_") for key in evaluation))
         raise UserError(
-            f"trainer.args.metric_for_best_model={name}: no evaluation measures it. "
-            f"Measured are: {known}."
+            f"trainer.args.metric_for_best_model={best}: no evaluation measures it. "
+            f"Measured are: {measured}."
         )
+    return evaluation
+
+
+def _held_out_results(trainer: Any, evaluation: dict[str, float]) -> dict[str, float]:
+    """Return what a run's results name of an evaluation: the loss and the method's own metrics."""
+    measures = [("held_out_loss", "loss")] if trainer.reports_eval_loss else []
+    measures += [(name, name) for name in trainer.result_metrics]
+    results = {}
+    for set_name in _eval_set_names(trainer):
+        for name, logged_name in measures:
+            value = evaluation.get(f"{_eval_prefix(set_name)}_{logged_name}")
+            if value is not None:
+                results[f"{set_name}/{name}" if set_name else name] = float(value)
+    return results
 
 
 def _eval_set_names(trainer: Any) -> list[str]:
-    """The names of the evaluation sets; the only one has none."""
-    sets = trainer.eval_dataset
-    return list(sets) if isinstance(sets, dict) else [""]
+    """Return the names of the evaluation sets; the only set has none."""
+    return list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else [""]
 
 
 def _eval_prefix(name: str) -> str:
+    """Return what the trainer puts before the measures of an evaluation set in its logs."""
     return f"eval_{name}" if name else "eval"
 
 
-def _held_out_results(session: TrainingSession, evaluated: dict[str, float]) -> dict[str, float]:
-    """What the trainer measures of each evaluation set, by name."""
+def _generate_or_reuse(
+    session: TrainingSession, prompts: EvalPrompts, when: str, step: int
+) -> EvalReplies:
+    """Return the replies of the last evaluation if it was at `step`, and generate them if not."""
+    callback = session.replies_callback
+    replies = callback.replies_at(prompts.name, step) if callback is not None else None
+    return replies or session.reply_generator.generate_replies(prompts, when)
+
+
+def _save_last_checkpoint(trainer: Any) -> None:
+    """Take a checkpoint behind the last step, if there is none.
+
+    There is none to take where the best weights are back in place: they are of another step.
+    """
+    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if not trainer.args.load_best_model_at_end and not last.is_dir():
+        trainer.is_scheduled_save = False
+        trainer._save_checkpoint(trainer.model, None)
+
+
+def _prepare_trainer(session: TrainingSession, checkpoint: Path | None) -> None:
+    """Give the trainer what it needs to stop and to go on; from here signals are only noted."""
     trainer = session.trainer
-    measures = [("held_out_loss", "loss")] if trainer.reports_eval_loss else []
-    measures += [(name, name) for name in trainer.result_metrics]
-    sets = _eval_set_names(trainer) if evaluated else []
-    return {
-        f"{name}/{ours}" if name else ours: float(evaluated[f"{_eval_prefix(name)}_{theirs}"])
-        for name in sets
-        for ours, theirs in measures
-        if evaluated.get(f"{_eval_prefix(name)}_{theirs}") is not None
-    }
+    trainer.checkpoint_limits = CheckpointLimits(
+        trainer.args.save_total_limit, session.config.trainer.checkpoints.bytes
+    )
+    trainer.log_files = tuple(session.folder / name for name in checkpoints.STEP_LOGS)
+    trainer.add_callback(TruncateLogsCallback(trainer, checkpoint))
+    trainer.add_callback(StopCallback(trainer))
+    if session.is_main_process:
+        step = checkpoints.checkpoint_step(checkpoint) if checkpoint else 0
+        session.record.update_session(from_step=step)
+    SIGNALS.is_deferred = True
+
+
+def _report_stop(session: TrainingSession) -> None:
+    """Write and say where the run stopped and how it goes on."""
+    if not session.is_main_process:
+        return
+    step, name = int(session.trainer.state.global_step), signal_name(session.trainer.stop_signal)
+    session.record.update_session(to_step=step, signal=name)
+    session.record.end("stopped")
+    console.print_line(f"stopped by {name} behind step {step}; the same command goes on from there")
 
 
 def save_model(session: TrainingSession) -> None:
     """Write the adapter or model, the tokenizer with its template, and the chat settings."""
-    trainer, target = session.trainer, session.folder / "model"
-    temporary = session.folder / ".model.tmp"
+    trainer, temporary = session.trainer, session.folder / ".model.tmp"
     # Sharded weights are gathered on all ranks, so every rank takes part in the writing.
     trainer.save_model(str(temporary))
-    if session.main:
+    if session.is_main_process:
         # A pickle of this machine's paths, and a model card of blanks to fill in.
         for name in ("training_args.bin", "README.md"):
             (temporary / name).unlink(missing_ok=True)
@@ -181,185 +309,76 @@ def save_model(session: TrainingSession) -> None:
         if session.encoder is not None:
             write_json(temporary / "chat.json", session.encoder.settings())
             save_serving_files(temporary, trainer, session.encoder)
-        publish_folder(temporary, target)
+        publish_folder(temporary, session.folder / "model")
     trainer.accelerator.wait_for_everyone()
 
 
-def report_results(
+def save_serving_files(folder: Path, trainer: Any, encoder: ChatEncoder) -> None:
+    """Write what makes other servers read and stop as the training did, beside a saved model.
+
+    That is the training's template with the tokenizer, which keeps its own one where the config
+    names another, and the stop tokens in the generation config: the token that ends a turn is often
+    none of the base's end tokens, and an adapter's folder has no generation config at all.
+    """
+    tokenizer = copy.copy(trainer.processing_class)
+    tokenizer.chat_template = encoder.settings()["template"]
+    tokenizer.save_pretrained(folder)
+    if not trainer.model.can_generate():  # a model that scores ends nothing
+        return
+    config = copy.deepcopy(trainer.model.generation_config)
+    stop_ids, end_ids = encoder.stop_token_ids, config.eos_token_id
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    more_ids = [end for end in end_ids if end is not None and end not in stop_ids]
+    config.eos_token_id = [*stop_ids, *more_ids]
+    config.pad_token_id = tokenizer.pad_token_id
+    # Not `save_pretrained`, which refuses settings that do not go together, the base's own among
+    # them.
+    config.to_json_file(folder / "generation_config.json")
+
+
+def _report_results(
     session: TrainingSession, before: Measurement, after: Measurement, training_seconds: float
 ) -> None:
-    """Write replies, plot and record, tell the trackers, print the summary."""
-    if not session.main:
+    """Write replies, plot and record, write the card, tell the trackers, print the summary."""
+    if not session.is_main_process:
         return
-    folder, config = session.folder, session.config
-    rows = [
-        row for asked in session.answers.asked for row in _before_after_rows(asked, before, after)
-    ]
+    folder, config, record = session.folder, session.config, session.record
+    rows: list[dict[str, Any]] = []
+    for prompts in session.reply_generator.prompt_sets:
+        rows += _reply_rows(prompts, before, after)
     write_jsonl(folder / "replies.jsonl", rows)
-    names = before["results"] | after["results"]
-    results = {
-        n: {"before": before["results"].get(n), "after": after["results"].get(n)} for n in names
-    }
-    plot_loss(
-        read_metrics(folder / "metrics.jsonl"), config.recipe or folder.name, folder / "loss.png"
-    )
+    metrics = checkpoints.read_step_log(folder / "metrics.jsonl")
+    plot_loss(metrics, config.recipe or folder.name, folder / "loss.png")
     trackers.log_results(config, after["results"], rows)
-    seconds = round(session.record.entries.get("training_seconds", 0) + training_seconds, 1)
-    session.record.end("finished", results=results, training_seconds=seconds)
+    results = {
+        name: {"before": before["results"].get(name), "after": after["results"].get(name)}
+        for name in before["results"] | after["results"]
+    }
+    seconds = round(record.entries.get("training_seconds", 0) + training_seconds, 1)
+    record.end("finished", results=results, training_seconds=seconds)
     problem = session.after_save(folder) if session.after_save else None
     if problem:
         console.print_line(f"card      not written: {problem}")
     trackers.log_files(config, folder)
     console.print_replies(rows, config.trainer.evaluation.samples)
-    console.print_results(session.record.entries, folder)
+    console.print_results(record.entries, folder)
 
 
-def _before_after_rows(
-    asked: EvalPrompts, before: Measurement, after: Measurement
+def _reply_rows(
+    prompts: EvalPrompts, before: Measurement, after: Measurement
 ) -> list[dict[str, Any]]:
-    """A set's questions with the replies and the scores before and after training."""
-    old, new = (
-        {part: measured[part][asked.name] for part in ("replies", "scores")}
-        for measured in (before, after)
-    )
-    return [
-        {
-            **({"set": asked.name} if asked.name else {}),
+    """Return a set's prompts with the replies and the scores before and after training."""
+    name, rows = prompts.name, []
+    for number, question in enumerate(prompts.questions):
+        row = {
             "prompt": question.messages[-1]["content"],
             "expected": question.expected,
-            "before": old["replies"][number],
-            "after": new["replies"][number],
+            "before": before["replies"][name][number],
+            "after": after["replies"][name][number],
             "scores": {
-                name: {"before": old["scores"][name][number], "after": scores[number]}
-                for name, scores in new["scores"].items()
+                metric: {"before": before["scores"][name][metric][number], "after": scores[number]}
+                for metric, scores in after["scores"][name].items()
             },
         }
-        for number, question in enumerate(asked.questions)
-    ]
-
-
-# The training of a session: from its newest checkpoint to its results, or to where it stops.
-
-_EXIT_GRACE_SECONDS = 5.0
-"""How long the other processes wait, so that a launcher does not end the first one too early."""
-
-
-def fit(session: TrainingSession) -> int:
-    """Answer, train, answer again, and write down what came out; return the exit code.
-
-    Raises UserError where the disk is full.
-    """
-    trainer = session.trainer
-    with _disk_full_as_user_error(session):
-        resume = _choose_checkpoint(session)
-        with preserve_random_state():
-            before = measure_before_training(session)
-        _prepare_trainer(session, resume)
-        began = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        seconds = time.monotonic() - began
-        stopped = trainer.stop_signal or _finish(session, before, seconds)
-        if stopped:
-            _report_stop(session, stopped)
-    # The process group must be gone before the process is, or gloo may abort at exit.
-    trainer.end()
-    if stopped and not session.main:
-        time.sleep(_EXIT_GRACE_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
-    return STOPPED_EXIT_CODE if stopped else 0
-
-
-def _finish(session: TrainingSession, before: Measurement, seconds: float) -> int:
-    """Measure, save and conclude; the signal's number where one came before the model was saved.
-
-    The trained weights are then in a checkpoint, and the same command measures them.
-    """
-    for part in measure_in_parts(session, "after training"):
-        stopped = agree_on_signal(session.trainer.accelerator)
-        if stopped:
-            _save_last_checkpoint(session.trainer)
-            return stopped
-        after = part()
-    save_model(session)
-    report_results(session, before, after, seconds)
-    return 0
-
-
-def _save_last_checkpoint(trainer: Any) -> None:
-    """Take a checkpoint behind the last step, if there is none.
-
-    Not where the best weights are back in place: they are those of another step.
-    """
-    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    if not trainer.args.load_best_model_at_end and not last.is_dir():
-        trainer.is_scheduled_save = False
-        trainer._save_checkpoint(trainer.model, None)
-
-
-def _choose_checkpoint(session: TrainingSession) -> Path | None:
-    """The checkpoint to go on from; all processes agree on it."""
-    folder = session.folder / "checkpoints"
-    chosen: list[Path | None] = [None]
-    if session.main:
-        checkpoints.recover_checkpoints(folder)
-        found = checkpoints.find_newest_checkpoint(folder)
-        for sentence in found.passed_over:
-            console.print_line(sentence)
-        if found.path is not None:
-            console.print_line(f"goes on from {found.path}")
-        elif found.passed_over:
-            console.print_line("there is no whole checkpoint, so the training begins again")
-        chosen = [found.path]
-    if session.trainer.accelerator.num_processes > 1:
-        broadcast_object_list(chosen)
-    _refuse_fewer_steps(session.trainer, chosen[0])
-    return chosen[0]
-
-
-def _refuse_fewer_steps(trainer: Any, resume: Path | None) -> None:
-    """Stop where the run has taken more steps already than it is to have now."""
-    step = 0 if resume is None else checkpoints.checkpoint_step(resume)
-    if step and step > trainer.count_planned_steps():
-        raise UserError(
-            f"trainer.args: the run is at step {step} already ({resume}), and "
-            f"{trainer.count_planned_steps()} steps are asked for.\nAsk for at least as many, "
-            "choose another output_dir=..., or overwrite=true to begin anew."
-        )
-
-
-def _prepare_trainer(session: TrainingSession, resume: Path | None) -> None:
-    """Give the trainer what it needs to stop and to go on; from here signals are only noted."""
-    trainer, config = session.trainer, session.config
-    trainer.checkpoint_limits = CheckpointLimits(
-        trainer.args.save_total_limit, config.trainer.checkpoints.bytes
-    )
-    trainer.log_files = tuple(session.folder / name for name in checkpoints.STEP_LOGS)
-    trainer.add_callback(TruncateLogsCallback(trainer, resume))
-    trainer.add_callback(StopCallback(trainer))
-    if session.main:
-        session.record.note(from_step=checkpoints.checkpoint_step(resume) if resume else 0)
-    SIGNALS.waits = True
-
-
-def _report_stop(session: TrainingSession, number: int) -> None:
-    """Say where the run stopped and how it goes on."""
-    step, name = int(session.trainer.state.global_step), signal_name(number)
-    if session.main:
-        session.record.note(to_step=step, signal=name)
-        session.record.end("stopped")
-        console.print_line(
-            f"stopped by {name} behind step {step}; the same command goes on from there"
-        )
-
-
-@contextmanager
-def _disk_full_as_user_error(session: TrainingSession) -> Iterator[None]:
-    """A disk that is full while anything else than a checkpoint is written."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        folder = session.folder / "checkpoints"
-        if not is_disk_full(error, folder):
-            raise
-        raise UserError(disk_full_message(folder, "while the run wrote to its folder")) from error
+        rows.append({"set": name} | row if name else row)
+    return rows

@@ -18,7 +18,7 @@ from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, w
 
 if TYPE_CHECKING:
     from luthier.config import Loaded
-    from luthier.train.session import AfterSave
+    from luthier.train.loop import AfterSave
 
 
 def run(loaded: "Loaded", after_save: "AfterSave | None" = None) -> int:

@@ -1,6 +1,5 @@
 """A table of encoded rows, mapped from its file: rows are views of the file, not copies."""
 
-import errno
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.errors import UserError
+from luthier.storage.disk_space import is_disk_full
 from luthier.storage.sizes import in_words, size_of
 
 if TYPE_CHECKING:
@@ -261,8 +261,6 @@ class JoinedTable:
 
 # The words for a disk that is full or a folder that cannot be written to.
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 @contextmanager
 def cache_write_errors(cache: Path, entry: Path | None = None) -> Iterator[None]:
@@ -274,7 +272,7 @@ def cache_write_errors(cache: Path, entry: Path | None = None) -> Iterator[None]
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        if error.errno in _FULL:
+        if is_disk_full(error, cache):
             raise UserError(_full(cache, entry, reason)) from error
         raise UserError(
             f"dataset: the cache folder {cache} cannot be written to: {reason}.\n"

@@ -1,6 +1,5 @@
 """A trainer whose checkpoints are whole, and that goes on from one as if it had never stopped."""
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,32 +10,27 @@ from luthier.errors import UserError
 from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.storage.atomic import read_json, write_json
+from luthier.storage.disk_space import free_bytes, is_disk_full
 from luthier.storage.sizes import in_words
-
-# A disk that is full while a run writes to it: said in words, with the last good checkpoint.
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TOLD = ("No space left", "os error 28", "Disk quota", "File too large", "os error 27")
-"""How safetensors and torch pass it on, which raise errors of their own."""
-_UNTOLD = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
-"""How torch says that it could not write, without saying why."""
-_NEARLY_NONE = 2**24
-"""Bytes free when it is the disk: what was half written still takes the rest."""
 
 
 @contextmanager
-def report_full_disk(folder: Path) -> Iterator[None]:
+def report_full_disk(folder: Path, why: str | None = None) -> Iterator[None]:
     """Turn the error of a full disk into a UserError, and remove what was half written.
 
-    `folder`: the run's checkpoints.
+    `folder` holds the run's checkpoints. `why` says in the message when the disk was full; None
+    says how much of it is free.
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         if not is_disk_full(error, folder):
             raise
         shutil.rmtree(folder / checkpoints.NEW_FOLDER, ignore_errors=True)
-        raise UserError(disk_full_message(folder, f"{in_words(_free(folder))} are free")) from error
+        why = why or f"{in_words(free_bytes(folder))} are free"
+        raise UserError(_disk_full_message(folder, why)) from error
 
 
 def refuse_full_disk(accelerator: Any, missing: Callable[[], str | None], folder: Path) -> None:
@@ -47,28 +41,10 @@ def refuse_full_disk(accelerator: Any, missing: Callable[[], str | None], folder
     if accelerator.num_processes > 1:
         broadcast_object_list(why)
     if why[0] is not None:
-        raise UserError(disk_full_message(folder, f"the next checkpoint does not fit: {why[0]}"))
+        raise UserError(_disk_full_message(folder, f"the next checkpoint does not fit: {why[0]}"))
 
 
-def is_disk_full(error: BaseException | None, folder: Path) -> bool:
-    """Whether an error, or what it came from, is that of a full disk."""
-    while error is not None:
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if any(told in text for told in _TOLD):
-            return True
-        if any(untold in text for untold in _UNTOLD) and _free(folder) < _NEARLY_NONE:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
-
-
-def disk_full_message(folder: Path, why: str) -> str:
+def _disk_full_message(folder: Path, why: str) -> str:
     """Say that the disk is full, and from where the run can go on."""
     last = checkpoints.find_newest_checkpoint(folder).path
     left = f"The last good one is {last}" if last else "There is no good one yet"
