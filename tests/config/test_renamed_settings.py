@@ -6,7 +6,7 @@ import yaml
 from luthier.config import load
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError
-from luthier.record.run_dir import changed
+from luthier.record.run_dir import inspect_run
 
 RECIPE = """defaults: [quickstart]
 dataset:
@@ -62,7 +62,7 @@ def test_an_old_key_in_the_record_of_a_run_is_read_as_the_new_one(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(OLD_CONFIG), encoding="utf-8")
     assert read_recorded_config(file) == NEW_CONFIG
-    assert changed(tmp_path, NEW_CONFIG) == []
+    assert inspect_run(tmp_path, NEW_CONFIG).changes == []
 
 
 def test_a_record_in_new_names_is_read_as_it_is(tmp_path):
