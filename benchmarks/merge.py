@@ -52,7 +52,9 @@ def one(layers: int, place: str) -> None:
     layout = layout_of(artifact, folder / "base")
     assert artifact.adapter is not None
     adapters = [(artifact.adapter, 1.0)]
-    plan = merge_streaming.plan(folder / "base", layout, adapters, QuantizationSettings(), None)
+    plan = merge_streaming.plan_merge(
+        folder / "base", layout, adapters, QuantizationSettings(), None
+    )
     (folder / "out").mkdir()
     Path("/proc/self/clear_refs").write_text("5")
     before, began = resident("VmRSS"), time.monotonic()
@@ -68,7 +70,7 @@ def make(base: Path, adapter: Path, layers: int) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from luthier.export.weight_files import Entry, write
+    from luthier.export.weight_files import TensorEntry, write_weights
 
     config = LlamaConfig(
         vocab_size=8000,
@@ -85,8 +87,8 @@ def make(base: Path, adapter: Path, layers: int) -> None:
             n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()
         }
     base.mkdir()
-    planned = [Entry(name, "BF16", tuple(shape)) for name, shape in shapes.items()]
-    for _ in write(base, planned, lambda name: 0.02 * torch.randn(shapes[name])):
+    planned = [TensorEntry(name, "BF16", tuple(shape)) for name, shape in shapes.items()]
+    for _ in write_weights(base, planned, lambda name: 0.02 * torch.randn(shapes[name])):
         pass
     config.save_pretrained(base)
     adapter.mkdir()
@@ -116,8 +118,8 @@ def logits(run: str) -> None:
 
     from luthier.environment import hush
     from luthier.export import merge_adapter
+    from luthier.export.merge_in_memory import load_tuned
     from luthier.export.merge_in_memory import logits as of
-    from luthier.export.merge_in_memory import tuned
     from luthier.model.artifact import find_artifact
     from luthier.model.tokenizer import load_tokenizer
 
@@ -126,13 +128,15 @@ def logits(run: str) -> None:
     prompts = merge_adapter.prompts_of(artifact, load_tokenizer(artifact.base))
     print(f"{'onto':>9} {'dtype':>9} {'largest':>9} {'std':>9} {'same token':>11}")
     for onto in ("trained", "original"):
-        order = merge_adapter.Order([artifact], [1.0], Path(), onto=onto)
-        wanted = of(partial(tuned, artifact, order.adapters, order.packs)(), prompts)
+        order = merge_adapter.MergeOrder([artifact], [1.0], Path(), onto=onto)
+        wanted = of(partial(load_tuned, artifact, order.adapters, order.packs)(), prompts)
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as place:
                 target = Path(place) / "merged"
-                merge_adapter.merge(replace(order, target=target, dtype=dtype, verify=False), str)
-                found = merge_adapter.between(
+                merge_adapter.merge_adapters(
+                    replace(order, target=target, dtype=dtype, verify=False), str
+                )
+                found = merge_adapter.compare_logits(
                     wanted, of(merge_adapter.load_folder(target, artifact.task), prompts)
                 )
             print(
@@ -145,7 +149,7 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     """Replies to held-out conversations, with the adapter and merged, scored by exact match."""
     from luthier.environment import hush
     from luthier.export import merge_adapter
-    from luthier.export.merge_in_memory import tuned
+    from luthier.export.merge_in_memory import load_tuned
     from luthier.infer.generate import generate
     from luthier.model.artifact import build_chat_encoder, find_artifact
     from luthier.model.tokenizer import load_tokenizer
@@ -156,7 +160,7 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     tokenizer: Any = load_tokenizer(artifact.base)
     encoder = build_chat_encoder(artifact, tokenizer)
     prompts = [encoder.prompt(talk["messages"][:-1]) for talk in talks]
-    order = merge_adapter.Order([artifact], [1.0], Path(), dtype, verify=False)
+    order = merge_adapter.MergeOrder([artifact], [1.0], Path(), dtype, verify=False)
 
     def replies(model: Any) -> list[str]:
         stops, pad = encoder.stop_token_ids, tokenizer.pad_token_id
@@ -164,9 +168,9 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
         ids = generate(model, prompts, stop_ids=stops, pad_id=pad, **limits)
         return [tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
 
-    before = replies(tuned(artifact, order.adapters, order.packs))
+    before = replies(load_tuned(artifact, order.adapters, order.packs))
     with tempfile.TemporaryDirectory() as place:
-        merge_adapter.merge(replace(order, target=Path(place) / "merged"), str)
+        merge_adapter.merge_adapters(replace(order, target=Path(place) / "merged"), str)
         after = replies(merge_adapter.load_folder(Path(place) / "merged", artifact.task))
     wanted = [talk["messages"][-1]["content"].strip() for talk in talks]
     right = [

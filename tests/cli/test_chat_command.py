@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from helpers import adapter_runs as material
-from luthier.cli.chat import Talk
-from luthier.infer.stream import shown
+from luthier.cli.chat import ChatRepl
+from luthier.infer.stream import printable
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def talk(tuned_llm):
     console = Console(file=page, width=80)
 
     def start(other=None, **settings):
-        made = Talk(console, tuned_llm, other, {"max_new_tokens": 9} | settings, None)
+        made = ChatRepl(console, tuned_llm, other, {"max_new_tokens": 9} | settings, None)
 
         def take(line):
             page.seek(0)
@@ -32,7 +32,7 @@ def talk(tuned_llm):
 
 
 def text_of(tuned_llm, messages, **settings):
-    return shown(tuned_llm.generate([messages], **{"max_new_tokens": 9} | settings)[0])
+    return printable(tuned_llm.generate([messages], **{"max_new_tokens": 9} | settings)[0])
 
 
 def test_a_reply_is_written_and_remembered(talk, tuned_llm):
@@ -105,7 +105,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(talk, monkeypatch):
 
 
 def test_control_characters_of_a_model_are_signs(luthier):
-    assert shown("a\x1b[2Jb\r\n\tc\x9b") == "a␦[2Jb␦\n\tc␦"
+    assert printable("a\x1b[2Jb\r\n\tc\x9b") == "a␦[2Jb␦\n\tc␦"
 
 
 def test_questions_come_through_a_pipe(luthier, tuned_run, tuned_llm, monkeypatch):

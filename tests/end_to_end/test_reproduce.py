@@ -30,7 +30,7 @@ def test_a_run_is_repeated_bit_by_bit_from_its_record_alone(tiny, whole):
     data[-1] ^= 1
     weights.write_bytes(data)
     assert reproduce.differing_weights(whole, tiny / "whole.again")[0].startswith("model/adapter")
-    assert reproduce.report(whole, tiny / "whole.again") == 1
+    assert reproduce.report_differences(whole, tiny / "whole.again") == 1
 
 
 @pytest.mark.train

@@ -11,8 +11,8 @@ from helpers import adapter_runs as material
 from helpers.chatml import jsonl
 from helpers.evaluation_rows import ROWS
 from luthier.evaluate import compare, likelihood
-from luthier.evaluate.likelihood import Outcome
-from luthier.evaluate.rows import Item, Items
+from luthier.evaluate.likelihood import ModelScores
+from luthier.evaluate.rows import EvaluationRow, EvaluationRows
 from luthier.infer import LLM
 from luthier.metrics import Measured, parse_metrics
 
@@ -86,11 +86,11 @@ def test_replies_are_scored_by_the_runs_own_metrics(run, evaluated):
 
 def test_a_batch_is_as_likely_as_its_rows_alone(run, monkeypatch):
     ids = [[1, 5 + n, 6, *range(7, 7 + n)] for n in range(6)]
-    items = [Item("row", [(each, [-100, -100, *each[2:]])], None) for each in ids]
+    items = [EvaluationRow("row", [(each, [-100, -100, *each[2:]])], None) for each in ids]
     with LLM(str(run)) as llm:
-        together = likelihood.likelihoods(llm.model, items)
+        together = likelihood.compute_losses(llm.model, items)
         monkeypatch.setattr(likelihood, "TOKENS", 1)
-        alone = likelihood.likelihoods(llm.model, items)
+        alone = likelihood.compute_losses(llm.model, items)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert together[:, 1].tolist() == [1, 2, 3, 4, 5, 6]
 
@@ -129,23 +129,25 @@ def test_rows_that_the_run_drew_from_its_training_rows_are_drawn_again(
 
 def outcome(nats, replies, scores):
     scored = Measured({"m": float(np.mean(scores))}, {"m": scores})
-    return Outcome(np.array(nats, float), replies, scored)
+    return ModelScores(np.array(nats, float), replies, scored)
 
 
 def test_rows_are_won_and_lost_by_the_first_metric_that_tells_them_apart():
     from luthier.infer.questions import Question
 
-    rows = [Item(f"r{n}", [], Question([{"content": f"q{n}"}], None, "x")) for n in range(3)]
+    rows = [
+        EvaluationRow(f"r{n}", [], Question([{"content": f"q{n}"}], None, "x")) for n in range(3)
+    ]
     base = outcome([[4, 2], [4, 2], [4, 2]], ["a", "b", "c"], [0.0, 1.0, 0.5])
     tuned = outcome([[2, 2], [6, 2], [4, 2]], ["A", "B", "C"], [1.0, 0.0, 0.5])
-    found = compare.result(Items("s", rows), base, tuned, {"m": True}, 0.95)
+    found = compare.compare_outcomes(EvaluationRows("s", rows), base, tuned, {"m": True}, 0.95)
     assert found.judged_by == "m"
     assert found.wins == [{"where": "r0", "gain": 1.0, "prompt": "q0", "expected": "x",
                            "base": "a", "tuned": "A"}]  # fmt: skip
     assert [row["where"] for row in found.losses] == ["r1"]
     assert found.numbers["loss"]["base"]["value"] == 2.0
     assert found.numbers["m"]["difference"]["value"] == 0.0
-    found = compare.result(Items("s", rows), base, tuned, {}, 0.95)
+    found = compare.compare_outcomes(EvaluationRows("s", rows), base, tuned, {}, 0.95)
     assert found.judged_by == "loss"
     assert [(row["where"], row["gain"]) for row in found.wins] == [("r0", 1.0)]
 

@@ -14,10 +14,10 @@ from helpers.chatml import CHATML
 from helpers.export_runs import make_base, make_run, read
 from luthier.config.schema import DatasetConfig
 from luthier.export import model_facts as stories
-from luthier.export.card import card, metadata
-from luthier.export.model_facts import BaseModel, Data, Story, data_of
-from luthier.export.usage_snippets import snippet
-from luthier.export.write_card import after_a_run
+from luthier.export.card import card_metadata, write_model_card
+from luthier.export.model_facts import BaseModelFacts, DataFacts, ModelFacts, data_of
+from luthier.export.usage_snippets import python_snippet
+from luthier.export.write_card import write_card
 from luthier.model.artifact import find_artifact
 
 
@@ -25,13 +25,13 @@ from luthier.model.artifact import find_artifact
 def run(tmp_path_factory, base):
     """A run of a tiny model, with its card."""
     folder = make_run(tmp_path_factory.mktemp("runs") / "default", base)
-    assert after_a_run(folder) is None
+    assert write_card(folder) is None
     return folder
 
 
 def story(**changes):
-    known = {"title": "mine", "kind": "adapter", "base": BaseModel("org/base", "org/base")}
-    return Story(**known | {"method": "sft"} | changes)
+    known = {"title": "mine", "kind": "adapter", "base": BaseModelFacts("org/base", "org/base")}
+    return ModelFacts(**known | {"method": "sft"} | changes)
 
 
 def head_of(text):
@@ -61,7 +61,7 @@ def test_a_card_tells_what_was_done(run):
 
 def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
     run = make_run(tmp_path / "default", base, lora={})
-    assert after_a_run(run) is None
+    assert write_card(run) is None
     text = (run / "model" / "README.md").read_text()
     assert "A fine-tuned tiny-llama, trained with luthier (sft, all weights)" in text
     assert head_of(text)["library_name"] == "transformers"
@@ -80,7 +80,7 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
             ],
         ),
         (
-            story(base=BaseModel("x", package="llm_x", file="x.gguf")),
+            story(base=BaseModelFacts("x", package="llm_x", file="x.gguf")),
             [
                 'gguf = importlib.util.find_spec("llm_x").submodule_search_locations[0]',
                 '    gguf, gguf_file="x.gguf",',
@@ -88,7 +88,7 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
             ],
         ),
         (
-            story(base=BaseModel("org/base", "org/base", "v2"), rows=300),
+            story(base=BaseModelFacts("org/base", "org/base", "v2"), rows=300),
             ['    BASE, dtype="auto", device_map="auto", revision="v2"',
              "base.resize_token_embeddings(300)"],
         ),
@@ -112,7 +112,7 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
 def test_the_python_for(told, lines):
     import ast
 
-    code = snippet(told, [2], True)
+    code = python_snippet(told, [2], True)
     ast.parse(code)
     for line in lines:
         assert line in code.splitlines()
@@ -137,7 +137,7 @@ def test_the_notes_have_template_stop_tokens_and_commands(run):
 def test_the_notes_say_why_an_adapter_must_be_merged_first(tmp_path, base):
     lora = {"r": 4, "use_dora": True, "trainable_token_indices": [5]}
     run = make_run(tmp_path / "default", base, lora=lora, quantization=NF4)
-    assert after_a_run(run) is None
+    assert write_card(run) is None
     notes = (run / "model" / "EXPORT.md").read_text()
     assert (
         "a merge for the logits that it was trained to: it is a DoRA; it holds whole layers or "
@@ -182,7 +182,7 @@ def test_the_head_is_read_by_the_hubs_own_library(run):
             {"pipeline_tag": "text-classification", "tags": ["luthier", "classify"]},
         ),
         (
-            story(data=[Data("org/rows", True), Data("own.jsonl")], licence="mit"),
+            story(data=[DataFacts("org/rows", True), DataFacts("own.jsonl")], licence="mit"),
             {"datasets": ["org/rows"], "license": "mit"},
         ),
         (story(language=["en", "de"]), {"language": ["en", "de"]}),
@@ -193,14 +193,14 @@ def test_the_head_is_read_by_the_hubs_own_library(run):
     ],
 )  # fmt: skip
 def test_the_head_for(told, head):
-    found = metadata(told)
+    found = card_metadata(told)
     assert {name: found[name] for name in head} == head
 
 
 def test_what_is_not_known_is_not_in_the_head():
-    found = metadata(story(base=BaseModel("tiny")))
+    found = card_metadata(story(base=BaseModelFacts("tiny")))
     assert not {"license", "datasets", "base_model", "base_model_relation"} & set(found)
-    assert head_of(card(story(base=BaseModel("tiny")), [2], True)) == found
+    assert head_of(write_model_card(story(base=BaseModelFacts("tiny")), [2], True)) == found
 
 
 def test_licences_of_data_are_those_of_the_config():
@@ -208,12 +208,12 @@ def test_licences_of_data_are_those_of_the_config():
         {"sources": {"a": {"path": "/data/a.jsonl"}, "b": {"path": "b.csv"}}}
     )
     found = data_of(dataset, {"a": "cc-by-4.0"})
-    assert found == [Data("a: a.jsonl", licence="cc-by-4.0"), Data("b: b.csv")]
+    assert found == [DataFacts("a: a.jsonl", licence="cc-by-4.0"), DataFacts("b: b.csv")]
 
 
 def test_a_hub_dataset_is_named_with_its_part():
     dataset = DatasetConfig(path="org/rows", name="all", split="train_sft")
-    assert data_of(dataset, {}) == [Data("org/rows", True, "all, train_sft")]
+    assert data_of(dataset, {}) == [DataFacts("org/rows", True, "all, train_sft")]
 
 
 def test_a_licence_in_the_card_of_a_cached_dataset_is_taken(tmp_path, monkeypatch):
@@ -224,18 +224,18 @@ def test_a_licence_in_the_card_of_a_cached_dataset_is_taken(tmp_path, monkeypatc
     file = tmp_path / "README.md"
     file.write_text("---\nlicense: odc-by\n---\n# Rows\n")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(file))
-    assert model_facts.stated("org/rows", "dataset") == "odc-by"
+    assert model_facts.stated_licence("org/rows", "dataset") == "odc-by"
 
 
 def test_a_card_that_cannot_be_written_is_said_and_fails_nothing(tmp_path, base):
     run = make_run(tmp_path / "default", base)
     (run / "model" / "README.md").mkdir()
-    assert "README.md" in after_a_run(run)
+    assert "README.md" in write_card(run)
 
 
 def test_the_facts_beside_the_weights_make_the_same_card(run):
     found = find_artifact(str(run))
-    assert stories.read(run / "model") == stories.of(found)
+    assert stories.read_facts(run / "model") == stories.collect_facts(found)
 
 
 def python_of(text):
@@ -267,7 +267,7 @@ def test_the_python_of_a_card_gives_the_adapters_reply_in_a_fresh_process(tmp_pa
     (cache / "models--org--tiny" / "refs").mkdir()
     (cache / "models--org--tiny" / "refs" / "main").write_text("a" * 40)
     run = make_run(tmp_path / "run", snapshot)
-    assert after_a_run(run) is None
+    assert write_card(run) is None
     text = (run / "model" / "README.md").read_text()
     assert head_of(text)["base_model"] == "org/tiny"
     done = subprocess.run(

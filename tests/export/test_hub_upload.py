@@ -10,7 +10,7 @@ import yaml
 
 from helpers.export_runs import make_run, read
 from helpers.hub_server import TOKEN, Hub
-from luthier.export.write_card import after_a_run
+from luthier.export.write_card import write_card
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def hub(tmp_path, monkeypatch):
 def run(tmp_path, base):
     """A run with its card, and with files in model/ that are none of the hub's business."""
     folder = make_run(tmp_path / "runs" / "default", base)
-    assert after_a_run(folder) is None
+    assert write_card(folder) is None
     model = folder / "model"
     (model / "optimizer.pt").write_bytes(b"pickle")
     (model / "training_args.bin").write_bytes(b"pickle")

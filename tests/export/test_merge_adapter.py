@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from helpers.adapter_models import INT8, NF4, load
 from helpers.chatml import CHATML
 from helpers.export_runs import ids_of, make_base, make_run, read
-from luthier.export.weight_files import Checkpoint, Entry, entries_of, write
+from luthier.export.weight_files import TensorEntry, WeightFiles, read_tensor_entries, write_weights
 from luthier.storage.manifest import MANIFEST, seal
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -136,7 +136,7 @@ def test_a_merged_model_in_16_bits_is_as_near_as_rounding_lets_it(
     run = make_run(tmp_path / "run", base, lora=LORA)
     assert luthier("merge", run, "--dtype", dtype)[0] == 0
     merged = run / "merged"
-    assert {entry.dtype for entry in entries_of(merged / "model.safetensors")} == {
+    assert {entry.dtype for entry in read_tensor_entries(merged / "model.safetensors")} == {
         {"bfloat16": "BF16", "float16": "F16"}[dtype]
     }
     assert read(merged / "config.json")["dtype"] == dtype
@@ -291,7 +291,7 @@ def test_packing_that_fails_leaves_nothing(tmp_path, luthier, monkeypatch):
         raise UserError("no")
 
     base = make_base(tmp_path / "base")
-    monkeypatch.setattr(quantize, "pack", fails)
+    monkeypatch.setattr(quantize, "quantize_merged", fails)
     assert luthier("merge", base, "--quantize", "nf4", "--out", tmp_path / "packed")[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -304,23 +304,27 @@ def test_weight_files_are_those_of_the_format(tmp_path):
         "d": torch.randn(2, 2).to(torch.float16), "e": torch.zeros(0, 3), "f": torch.tensor([True]),
     }  # fmt: skip
     names = {"a": "F32", "b": "BF16", "c": "I64", "d": "F16", "e": "F32", "f": "BOOL"}
-    planned = [Entry(name, names[name], tuple(value.shape)) for name, value in tensors.items()]
-    done = [entry.name for entry in write(tmp_path, planned, tensors.__getitem__)]
+    planned = [
+        TensorEntry(name, names[name], tuple(value.shape)) for name, value in tensors.items()
+    ]
+    done = [entry.name for entry in write_weights(tmp_path, planned, tensors.__getitem__)]
     assert set(done) == set(tensors)
     read_back = load_file(tmp_path / "model.safetensors")
-    ours = Checkpoint(tmp_path)
+    ours = WeightFiles(tmp_path)
     for name, value in tensors.items():
         assert torch.equal(read_back[name], value) and torch.equal(ours.read(name), value)
 
 
 def test_large_models_are_written_in_shards_with_an_index(tmp_path):
-    planned = [Entry(name, "F32", (10,)) for name in "abc"]
-    list(write(tmp_path, planned, lambda name: torch.full((10,), float(ord(name))), most=90))
+    planned = [TensorEntry(name, "F32", (10,)) for name in "abc"]
+    list(
+        write_weights(tmp_path, planned, lambda name: torch.full((10,), float(ord(name))), most=90)
+    )
     index = read(tmp_path / "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == 120
     assert index["weight_map"]["a"] == "model-00001-of-00002.safetensors"
     assert index["weight_map"]["c"] == "model-00002-of-00002.safetensors"
-    assert Checkpoint(tmp_path).read("c")[0] == ord("c")
+    assert WeightFiles(tmp_path).read("c")[0] == ord("c")
 
 
 # What cannot be done, in words.

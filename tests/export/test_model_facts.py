@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.export.model_facts import hub_name, public, public_values
+from luthier.export.model_facts import hub_name, public_name, public_values
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from luthier.export.model_facts import hub_name, public, public_values
     ],
 )  # fmt: skip
 def test_a_text_is_told_without_paths_and_keys(text, told):
-    assert public(text) == told
+    assert public_name(text) == told
 
 
 def test_values_are_told_without_paths_at_any_depth():

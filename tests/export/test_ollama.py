@@ -8,7 +8,7 @@ import pytest
 
 from helpers.chatml import CHATML
 from luthier.chat.template import ChatTemplate
-from luthier.export.ollama import modelfile, probes, rendered, translate
+from luthier.export.ollama import modelfile, probe_conversations, render_probe, translate_template
 
 DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -26,16 +26,16 @@ def renderer(source):
 
 
 def test_chatml_is_written_as_go_writes_it():
-    assert translate(renderer(CHATML), None) == GO_CHATML
+    assert translate_template(renderer(CHATML), None) == GO_CHATML
 
 
 def test_a_default_system_prompt_stands_where_there_is_none():
-    go = translate(renderer(DEFAULT + CHATML), None)
+    go = translate_template(renderer(DEFAULT + CHATML), None)
     assert go == "{{ if not .System }}<|im_start|>system\nBe kind.<|im_end|>\n{{ end }}" + GO_CHATML
 
 
 def test_the_bos_token_is_left_to_ollama():
-    assert translate(renderer("{{ bos_token }}" + CHATML), "<s>") == GO_CHATML
+    assert translate_template(renderer("{{ bos_token }}" + CHATML), "<s>") == GO_CHATML
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_the_bos_token_is_left_to_ollama():
     ],
 )  # fmt: skip
 def test_there_is_none_for_a_template_that(source):
-    assert translate(renderer(source), None) is None
+    assert translate_template(renderer(source), None) is None
 
 
 def test_real_templates_are_translated_or_not(assets_templates):
     folder = assets_templates
     found = {
-        name: translate(renderer((folder / f"{name}.jinja").read_text()), None) is not None
+        name: translate_template(renderer((folder / f"{name}.jinja").read_text()), None) is not None
         for name in ("hub/smollm2", "hub/qwen1_5_qwen2", "hub/llama3", "hub/gemma3", "hub/qwen3")
     }
     assert found == {
@@ -124,12 +124,14 @@ def test_go_itself_writes_the_same(tmp_path, assets_templates):
     names = ("hub/smollm2", "hub/qwen1_5_qwen2", "llama_cpp_tests/phi_4")
     real = [(assets_templates / f"{name}.jinja").read_text() for name in names]
     renderers = [renderer(source) for source in (DEFAULT + CHATML, *real)]
-    templates = [translate(jinja, None) for jinja in renderers]
-    cases = [{"Template": go, "Messages": talk} for go in templates for talk in probes()]
+    templates = [translate_template(jinja, None) for jinja in renderers]
+    cases = [
+        {"Template": go, "Messages": talk} for go in templates for talk in probe_conversations()
+    ]
     done = subprocess.run(
         ["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(cases), text=True,
         capture_output=True, check=True,
     )  # fmt: skip
     written = json.loads(done.stdout)
-    assert written == [jinja(talk, True) for jinja in renderers for talk in probes()]
-    assert written == [rendered(go, talk) for go in templates for talk in probes()]
+    assert written == [jinja(talk, True) for jinja in renderers for talk in probe_conversations()]
+    assert written == [render_probe(go, talk) for go in templates for talk in probe_conversations()]

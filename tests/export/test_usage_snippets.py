@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.head_runs import CASES, finish
-from luthier.export.write_card import after_a_run
+from luthier.export.write_card import write_card
 
 WITH_HEADS = {name: case for name, case in CASES.items() if case[0] != "seq2seq"}
 
@@ -15,7 +15,7 @@ WITH_HEADS = {name: case for name, case in CASES.items() if case[0] != "seq2seq"
 @pytest.mark.parametrize(("method", "rows", "also"), WITH_HEADS.values(), ids=WITH_HEADS)
 def test_it_says_a_label_or_a_number(tmp_path, monkeypatch, capsys, method, rows, also):
     run, _ = finish(tmp_path / "tiny", method, rows, also)
-    assert after_a_run(run) is None
+    assert write_card(run) is None
     text = (run / "model" / "README.md").read_text()
     (code,) = re.findall(r"(?:```|~~~)python\n(.*?)\n(?:```|~~~)", text, re.DOTALL)
     # A card does not show where the base is on this machine.

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.infer.generate import generate, until_stop
-from luthier.infer.questions import questions
+from luthier.infer.questions import read_questions
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,6 @@ def test_questions_end_before_a_reply_in_words():
     user, reply = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     call = {"role": "assistant", "tool_calls": []}
     rows = [{"messages": [user, reply]}, {"messages": [user]}, {"messages": [user, call]}] * 2
-    found = questions([(row, {}) for row in rows], 5)
+    found = read_questions([(row, {}) for row in rows], 5)
     assert [q.expected for q in found] == ["a", "a"]
     assert found[0].messages == [user]

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import adapter_runs as material
 from luthier.infer import generate
-from luthier.infer.stream import Pieces
+from luthier.infer.stream import TextStream
 
 ASSETS = Path(os.environ.get("LUTHIER_ASSETS", "none"))
 NAMES = ("smollm2", "qwen3", "llama3_1", "llama2", "mistral_tekken_v3")
@@ -25,7 +25,7 @@ def tokenizer(request):
 
 
 def pieces_of(tokenizer, ids):
-    pieces = Pieces(tokenizer)
+    pieces = TextStream(tokenizer)
     return [*(pieces.add(token) for token in ids), pieces.rest()]
 
 
@@ -46,7 +46,7 @@ def test_a_character_of_several_tokens_comes_in_one_piece(tokenizer):
 
 def test_a_batch_is_as_large_as_the_memory(tuned_llm, monkeypatch):
     # Keys and values 2 * 2 layers * 2 heads * 12 * 4 bytes; 24 * 48 * 4 while the prompt is read.
-    assert generate.row_bytes(tuned_llm.model, 10, 6) == 384 * 16 + 4608 * 10 + 12 * 259
+    assert generate.bytes_per_row(tuned_llm.model, 10, 6) == 384 * 16 + 4608 * 10 + 12 * 259
     for free, size in ((0, 1), (1_000_000, 10), (10**12, 64)):
         monkeypatch.setattr(generate, "free_memory", lambda model, free=free: (free, "cpu"))
-        assert generate.batch_size(tuned_llm.model, 10, 6) == size
+        assert generate.choose_batch_size(tuned_llm.model, 10, 6) == size

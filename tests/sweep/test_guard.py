@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from luthier.sweep.local import guarded
+from luthier.sweep.local import start_guarded
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = (
@@ -24,7 +24,7 @@ POLITE = (
 
 def run(folder, code, grace=5.0, has_launcher=False):
     out, err = folder / "out", folder / "err"
-    words = guarded([sys.executable, "-c", code], has_launcher, (out, err), grace)
+    words = start_guarded([sys.executable, "-c", code], has_launcher, (out, err), grace)
     process = subprocess.Popen(words, stdin=subprocess.PIPE)
     return process, out
 

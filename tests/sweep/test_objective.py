@@ -4,7 +4,7 @@ import pytest
 
 from luthier.sweep import objective
 from luthier.sweep.objective import Objective
-from luthier.sweep.settings import Optuna, Sweeper
+from luthier.sweep.settings import OptunaSettings, SweeperSettings
 from luthier.sweep.trials import Trial
 
 HELD = {"eval": {"share": 0.1, "sets": {}}}
@@ -15,8 +15,8 @@ def config(method="sft", dataset=None, **trainer):
     return {"dataset": dataset or HELD, "trainer": {"method": method, "args": {}, **trainer}}
 
 
-def read(given, resolved, kind=Sweeper):
-    return objective.read(kind(kind="basic", objective=given), resolved)
+def read(given, resolved, kind=SweeperSettings):
+    return objective.read_objectives(kind(kind="basic", objective=given), resolved)
 
 
 DIRECTIONS = {
@@ -67,9 +67,11 @@ WATCHED = {
 def test_what_a_pruner_looks_at(given, trainer, name):
     resolved = config(dataset={"eval": {"share": 0.1, "sets": {"hard": {}}}}, **trainer)
     resolved["trainer"]["args"] = {"eval_strategy": "steps"}
-    sweeper = Optuna(kind="optuna", objective=given)
-    found = objective.watched(sweeper, objective.read(sweeper, resolved)[0], resolved)
-    assert found == objective.Watched(name, opposite=False)
+    sweeper = OptunaSettings(kind="optuna", objective=given)
+    found = objective.pruning_signal(
+        sweeper, objective.read_objectives(sweeper, resolved)[0], resolved
+    )
+    assert found == objective.PruningSignal(name, opposite=False)
 
 
 def test_the_numbers_of_a_run():
@@ -83,14 +85,14 @@ def test_the_numbers_of_a_run():
         "status": "finished",
     }
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "note": "text", "odd": True}]
-    assert objective.measured(run, rows) == {
+    assert objective.measure_objectives(run, rows) == {
         "step": 2.0, "loss": 2.5, "training_seconds": 12.5, "peak_memory_gib.host": 3.0,
         "held_out_loss": 0.5,
     }  # fmt: skip
 
 
 def test_what_is_no_number_comes_last():
-    from luthier.sweep.trials import best, ranked
+    from luthier.sweep.trials import best_trial, rank_trials
 
     up = Objective("score", maximize=True)
     trials = [
@@ -100,5 +102,5 @@ def test_what_is_no_number_comes_last():
         Trial(3, {}, "finished", {"score": 0.9}),
         Trial(4, {}, "pruned", {"score": 1.0}),
     ]
-    assert [one.number for one in ranked(trials, [up])] == [3, 1, 0, 4, 2]
-    assert [one.number for one in best(trials, [up])] == [3]
+    assert [one.number for one in rank_trials(trials, [up])] == [3, 1, 0, 4, 2]
+    assert [one.number for one in best_trial(trials, [up])] == [3]

@@ -5,7 +5,7 @@ import yaml
 
 from luthier.config import load
 from luthier.sweep import results
-from luthier.sweep.plan import plan
+from luthier.sweep.plan import plan_sweep
 from luthier.sweep.trials import Trial
 
 Q = "recipe=quickstart"
@@ -36,9 +36,9 @@ def test_the_recipe_is_the_trial(tmp_path, monkeypatch, words, params):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "other.yaml").write_text("defaults: [quickstart]\nlora: {r: 4}\n")
-    planned = plan([*words, "output_dir=o"])
+    planned = plan_sweep([*words, "output_dir=o"])
     trial = Trial(3, params, "finished", {"held_out_loss": 0.5})
-    ((_, name),) = results.names(planned, [trial]).items()
+    ((_, name),) = results.parameter_names(planned, [trial]).items()
     path = results.write_recipe(planned, trial, name, 6)
     monkeypatch.setenv("LUTHIER_RECIPES", "o/recipes")
     found, wanted = load([f"recipe={name}"]).resolved, load(planned.choices(params)).resolved
@@ -55,14 +55,17 @@ def test_a_name_that_another_recipe_has_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart_best.yaml").write_text("# Mine.\nseed: 1\n")
-    planned = plan([Q, R, "output_dir=o"])
-    assert results.names(planned, [Trial(0, {"lora.r": "8"})]) == {0: "quickstart_best_"}
+    planned = plan_sweep([Q, R, "output_dir=o"])
+    assert results.parameter_names(planned, [Trial(0, {"lora.r": "8"})]) == {0: "quickstart_best_"}
 
 
 def test_several_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    planned = plan([Q, R, "output_dir=o"])
+    planned = plan_sweep([Q, R, "output_dir=o"])
     leaders = [Trial(2, {"lora.r": "8"}), Trial(11, {"lora.r": "16"})]
-    assert results.names(planned, leaders) == {2: "quickstart_best_002", 11: "quickstart_best_011"}
+    assert results.parameter_names(planned, leaders) == {
+        2: "quickstart_best_002",
+        11: "quickstart_best_011",
+    }
     path = results.write_recipe(planned, leaders[0], "quickstart_best_002", 12)
     assert yaml.safe_load(path.read_text()) == {"defaults": ["quickstart"], "lora": {"r": 8}}

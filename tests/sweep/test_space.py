@@ -24,14 +24,14 @@ VALUES = {
 
 @pytest.mark.parametrize("typed, values", VALUES.values(), ids=VALUES)
 def test_values(typed, values):
-    found, mistakes = space.read([Q, typed], {})
+    found, mistakes = space.read_space([Q, typed], {})
     assert mistakes == []
     assert found.fixed == (Q,)
     assert [axis.values for axis in found.axes] == [values]
 
 
 def test_an_interval_has_bounds_and_a_scale():
-    found, _ = space.read(["a=interval(0.1,0.5)", "b=tag(log,int(interval(1,64)))"], {})
+    found, _ = space.read_space(["a=interval(0.1,0.5)", "b=tag(log,int(interval(1,64)))"], {})
     a, b = found.axes
     assert (a.low, a.high, a.log, a.whole, a.is_interval) == (0.1, 0.5, False, False, True)
     assert (b.low, b.high, b.log, b.whole, b.is_interval) == (1, 64, True, True, True)
@@ -46,7 +46,7 @@ def test_yaml_gives_axes_and_what_is_typed_wins():
         "chat.train_on": ["all", "last"],
         "seed": 3,
     }
-    found, mistakes = space.read([Q, "lora.r=32,64"], params)
+    found, mistakes = space.read_space([Q, "lora.r=32,64"], params)
     assert mistakes == []
     assert {axis.key: axis.values for axis in found.axes} == {
         "lora.r": ("32", "64"),
@@ -58,7 +58,7 @@ def test_yaml_gives_axes_and_what_is_typed_wins():
 
 
 def test_a_typed_value_turns_an_axis_of_yaml_off():
-    found, _ = space.read(["lora.r=8"], {"lora.r": [16, 32]})
+    found, _ = space.read_space(["lora.r=8"], {"lora.r": [16, 32]})
     assert found.axes == ()
     assert found.fixed == ("lora.r=8",)
 
@@ -82,11 +82,11 @@ WRONG = {
 
 @pytest.mark.parametrize("lines, params, said", WRONG.values(), ids=WRONG)
 def test_what_is_wrong(lines, params, said):
-    _, mistakes = space.read(lines, params)
+    _, mistakes = space.read_space(lines, params)
     assert len(mistakes) == 1
     assert said in mistakes[0].text
 
 
 def test_a_mistake_in_yaml_names_its_place():
-    _, mistakes = space.read([], {"lora": {"r": "interval(2,1)"}})
+    _, mistakes = space.read_space([], {"lora": {"r": "interval(2,1)"}})
     assert mistakes[0].key == "hydra.sweeper.params.lora.r"

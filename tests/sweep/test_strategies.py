@@ -4,19 +4,19 @@ import pytest
 
 from luthier.errors import UserError
 from luthier.sweep import space, strategies
-from luthier.sweep.objective import Objective, Watched
-from luthier.sweep.settings import Optuna
-from luthier.sweep.strategies import Study
+from luthier.sweep.objective import Objective, PruningSignal
+from luthier.sweep.settings import OptunaSettings
+from luthier.sweep.strategies import OptunaStrategy
 from luthier.sweep.trials import Trial
 
 
 def points(seed, count, *lines):
-    return strategies.at_random(space.read(lines, {})[0], count, seed)
+    return strategies.random_points(space.read_space(lines, {})[0], count, seed)
 
 
 def test_a_grid_is_every_combination_the_last_running_fastest():
-    found, _ = space.read(["lora.r=8,16", "seed=1,2"], {})
-    assert [tuple(point.values()) for point in strategies.grid(found)] == [
+    found, _ = space.read_space(["lora.r=8,16", "seed=1,2"], {})
+    assert [tuple(point.values()) for point in strategies.grid_points(found)] == [
         ("8", "1"), ("8", "2"), ("16", "1"), ("16", "2"),
     ]  # fmt: skip
 
@@ -49,8 +49,10 @@ LINES = ["lora=a,b", "rate=tag(log,interval(1e-5,1e-2))", "rank=int(interval(1,6
 
 
 def study(path, n_trials=4, watched=None, objectives=(LOSS,), **settings):
-    made = Optuna(kind="optuna", n_trials=n_trials, **settings)
-    return Study(path / "study.log", space.read(LINES, {})[0], made, objectives, watched)
+    made = OptunaSettings(kind="optuna", n_trials=n_trials, **settings)
+    return OptunaStrategy(
+        path / "study.log", space.read_space(LINES, {})[0], made, objectives, watched
+    )
 
 
 def drawn(made, trials):
@@ -92,7 +94,7 @@ def test_a_study_with_another_direction_is_refused(tmp_path):
 @pytest.mark.parametrize("opposite", [False, True], ids=["the same way", "the other way"])
 def test_bad_trials_are_seen(tmp_path, opposite):
     pruner = {"name": "median", "n_startup_trials": 2}
-    made = study(tmp_path, 4, Watched("eval_loss", opposite), pruner=pruner)
+    made = study(tmp_path, 4, PruningSignal("eval_loss", opposite), pruner=pruner)
     trials = [Trial(number, made.next([None] * number)) for number in range(3)]
     sign = -1 if opposite else 1
     for trial in trials[:2]:

@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.errors import UserError
-from luthier.sweep.plan import plan
+from luthier.sweep.plan import plan_sweep
 
 Q = "recipe=quickstart"
 R = "lora.r=8,16"
@@ -97,19 +97,21 @@ WRONG = {
 @pytest.mark.parametrize("words, parts", WRONG.values(), ids=WRONG)
 def test_what_is_wrong(words, parts):
     with pytest.raises(UserError) as error:
-        plan(words)
+        plan_sweep(words)
     assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_a_grid():
-    found = plan([Q, R, "trainer.args.learning_rate=1e-3,1e-4", "seed=7"])
+    found = plan_sweep([Q, R, "trainer.args.learning_rate=1e-3,1e-4", "seed=7"])
     assert len(found.points) == 4
     assert found.folder.path.parts[:3] == ("runs", "quickstart", "sweeps")
     assert found.base.config.seed == 7
     assert [(one.name, one.direction) for one in found.objectives] == [
         ("held_out_loss", "minimize")
     ]
-    assert plan([Q, R, "trainer.args.learning_rate=1e-3,1e-4", "seed=7"]).folder == found.folder
+    assert (
+        plan_sweep([Q, R, "trainer.args.learning_rate=1e-3,1e-4", "seed=7"]).folder == found.folder
+    )
 
 
 def test_a_recipe_brings_its_search_space(tmp_path, monkeypatch):
@@ -122,7 +124,7 @@ def test_a_recipe_brings_its_search_space(tmp_path, monkeypatch):
         "    params:\n      lora.r: [8, 16]\n"
         "      trainer.args.learning_rate: tag(log, interval(1e-5, 1e-3))\n"
     )
-    found = plan(["recipe=searched"])
+    found = plan_sweep(["recipe=searched"])
     assert [axis.name for axis in found.space.axes] == ["lora.r", "trainer.args.learning_rate"]
     assert (found.sweeper.kind, found.sweeper.n_trials) == ("optuna", 7)
     assert (found.watched.name, found.watched.opposite) == ("eval_loss", True)
@@ -134,12 +136,12 @@ def test_a_sweeper_of_ones_own(tmp_path):
     (tmp_path / "conf/hydra/sweeper").mkdir(parents=True)
     text = "# Mine.\nkind: random\nn_trials: 5\nparams: {lora.r: 'int(interval(4,64))'}\n"
     (tmp_path / "conf/hydra/sweeper/mine.yaml").write_text(text)
-    found = plan([Q, "hydra/sweeper=mine"])
+    found = plan_sweep([Q, "hydra/sweeper=mine"])
     assert (found.sweeper.kind, len(found.points)) == ("random", 5)
 
 
 def test_trials_are_grouped_in_wandb():
-    found = plan([Q, R, "tracker=wandb", "output_dir=o"])
+    found = plan_sweep([Q, R, "tracker=wandb", "output_dir=o"])
     from luthier.sweep.trials import Trial
 
     words = found.overrides(Trial(3, {"lora.r": "8"}))
@@ -147,7 +149,7 @@ def test_trials_are_grouped_in_wandb():
         Q, "tracker=wandb", "lora.r=8", "output_dir='o/trials/003'",
         "tracker.wandb.group='quickstart/o'",
     ]  # fmt: skip
-    own = plan([Q, R, "tracker=wandb", "tracker.wandb.group=mine"])
+    own = plan_sweep([Q, R, "tracker=wandb", "tracker.wandb.group=mine"])
     assert own.overrides(Trial(0, {}))[2] == "tracker.wandb.group=mine"
     assert sum("tracker.wandb.group" in word for word in own.overrides(Trial(0, {}))) == 1
 
@@ -160,11 +162,11 @@ def test_settings_of_a_sweep_need_a_sweep(capsys):
 
 
 def test_values_that_exclude_each_other_are_found_when_they_are_drawn_together():
-    from luthier.sweep.controller import Encoding
+    from luthier.sweep.controller import DatasetEncoding
     from luthier.sweep.trials import Trial
 
-    planned = plan([Q, OPTUNA, "quantization=none,nf4", "lora=default,none", "output_dir=o"])
-    encoding = Encoding(planned)
+    planned = plan_sweep([Q, OPTUNA, "quantization=none,nf4", "lora=default,none", "output_dir=o"])
+    encoding = DatasetEncoding(planned)
     encoding.refuse(Trial(0, {"quantization": "nf4", "lora": "default"}))
     with pytest.raises(UserError, match="quantization"):
         encoding.refuse(Trial(1, {"quantization": "nf4", "lora": "none"}))

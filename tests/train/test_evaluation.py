@@ -6,7 +6,7 @@ import pytest
 
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
-from luthier.infer.questions import questions
+from luthier.infer.questions import read_questions
 from luthier.train.evaluation import Patience, select_eval_prompts, set_best_model_metric
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -47,12 +47,14 @@ def test_how_many_are_asked(settings, count):
          "several messages", "a good one", "a bad one"],
 )  # fmt: skip
 def test_what_is_asked_of_a_row(example, expected):
-    found = [question.expected for question in questions([(example, {})], 5)]
+    found = [question.expected for question in read_questions([(example, {})], 5)]
     assert found == ([] if expected is None else [expected])
 
 
 def test_a_question_knows_its_row():
-    (question,) = questions([({"messages": [USER, REPLY]}, {"level": 3, "messages": "as text"})], 1)
+    (question,) = read_questions(
+        [({"messages": [USER, REPLY]}, {"level": 3, "messages": "as text"})], 1
+    )
     assert question.row == {"messages": "as text", "level": 3}
     assert question.messages == [USER]
 

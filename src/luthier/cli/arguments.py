@@ -23,7 +23,7 @@ class Flag:
 
 
 @dataclass
-class Given:
+class ParsedArguments:
     """What was typed: the overrides in order, and the flags with their values."""
 
     overrides: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Grammar:
+class CommandLine:
     """The flags of one command, and the text of its help page around them."""
 
     name: str
@@ -58,9 +58,9 @@ class Grammar:
         print(self.help(), end="")
         return True
 
-    def parse(self, words: list[str]) -> Given:
+    def parse(self, words: list[str]) -> ParsedArguments:
         """Take the words apart; raises UserError for an unknown flag or one without its value."""
-        given = Given()
+        given = ParsedArguments()
         left = iter(words)
         for word in left:
             if word.startswith("-") and word != "-":
@@ -74,7 +74,7 @@ class Grammar:
         if self.parse(words).overrides:
             raise UserError(f"`luthier {self.name}` takes no arguments.")
 
-    def _take(self, word: str, left: Iterator[str], given: Given) -> None:
+    def _take(self, word: str, left: Iterator[str], given: ParsedArguments) -> None:
         name, equals, value = word.partition("=")
         flag = next((flag for flag in self.flags if flag.name == name), None)
         if flag is None:

@@ -14,11 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from luthier.cli.arguments import Flag, Grammar
+from luthier.cli.arguments import CommandLine, Flag
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
-from luthier.infer.chat import Chat
-from luthier.infer.stream import shown
+from luthier.infer.chat import ChatSession
+from luthier.infer.stream import printable
 
 if TYPE_CHECKING:
     from luthier.infer.llm import LLM, Reply
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # `luthier chat`: a conversation with a model in the terminal.
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "chat",
     "luthier chat MODEL [key=value ...] [flags]\n\n"
     "A conversation with a model in the terminal. MODEL is a run's folder, a checkpoint, an\n"
@@ -52,10 +52,10 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.cli.model_arguments import sort
+    from luthier.cli.model_arguments import parse_model_arguments
     from luthier.infer.llm import LLM
 
-    typed = sort("chat", given.overrides, ("MODEL",))
+    typed = parse_model_arguments("chat", given.overrides, ("MODEL",))
     llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
     other = _base_of(llm, typed.llm()) if "--compare" in given.switches else None
     settings: dict[str, Any] = dict(typed.generation)
@@ -90,7 +90,7 @@ def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str
             stack.enter_context(llm)
             if other is not None and other is not llm:
                 stack.enter_context(other)
-        talk = Talk(console, llm, other, settings, system)
+        talk = ChatRepl(console, llm, other, settings, system)
         if sys.stdin.isatty():
             talk.interactive()
         else:
@@ -103,7 +103,7 @@ def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str
 # Two replies in two columns while they are written.
 
 
-class Beside:
+class SideBySide:
     """Columns that fill up; at the end they stand in the terminal as a table."""
 
     def __init__(self, console: Console, names: tuple[str, ...]) -> None:
@@ -112,7 +112,7 @@ class Beside:
         # What is longer than the terminal is cut while it is written, and whole at the end.
         self._live = Live(console=console, transient=True, refresh_per_second=12)
 
-    def __enter__(self) -> "Beside":
+    def __enter__(self) -> "SideBySide":
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -147,7 +147,7 @@ HELP = """\
   Ctrl-C stops a reply while it is written. A line that ends with \\ goes on in the next."""
 
 
-class Talk:
+class ChatRepl:
     """A conversation in the terminal, or two side by side."""
 
     def __init__(
@@ -161,7 +161,7 @@ class Talk:
         """`other`: what answers beside the model; the model itself for its base."""
         self._console, self._llm, self._other = console, llm, other
         self._settings = settings
-        self._chats = [chat_of(each, system) for each in (other, llm) if each is not None]
+        self._chats = [open_chat(each, system) for each in (other, llm) if each is not None]
         self._last: str | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "system": self._system, "reset": self._reset, "retry": self._retry, "set": self._set,
@@ -218,14 +218,14 @@ class Talk:
         else:
             self._beside(text)
 
-    def _alone(self, chat: Chat, text: str) -> None:
+    def _alone(self, chat: ChatSession, text: str) -> None:
         """Write the reply as it comes."""
         ended: list[Reply] = []
         began = time.monotonic()
         stream = chat.stream(text, on_end=ended.append, **self._settings)
         try:
             for piece in stream:
-                self._console.print(Text(shown(piece)), end="", soft_wrap=True)
+                self._console.print(Text(printable(piece)), end="", soft_wrap=True)
         except KeyboardInterrupt:
             stream.close()
             self._note("\nstopped")
@@ -235,17 +235,17 @@ class Talk:
 
     def _beside(self, text: str) -> None:
         """Write the base's reply and the tuned model's in two columns, one after the other."""
-        with Beside(self._console, ("base", "tuned")) as columns:
+        with SideBySide(self._console, ("base", "tuned")) as columns:
             for number, chat in enumerate(self._chats):
                 stream = self._stream(number, chat, text)
                 try:
                     for piece in stream:
-                        columns.add(number, shown(piece))
+                        columns.add(number, printable(piece))
                 except KeyboardInterrupt:
                     stream.close()
                     columns.add(number, " (stopped)")
 
-    def _stream(self, number: int, chat: Chat, text: str) -> Generator[str]:
+    def _stream(self, number: int, chat: ChatSession, text: str) -> Generator[str]:
         assert self._other is not None
         is_base = number == 0 and self._other is self._llm
         with self._llm.as_base() if is_base else nullcontext():
@@ -279,7 +279,7 @@ class Talk:
         self._say(self._last)
 
     def _set(self, text: str) -> None:
-        self._settings |= generation.parse(text.split()) if text else {}
+        self._settings |= generation.parse_generation_settings(text.split()) if text else {}
         shown = [f"{name}={value}" for name, value in self._settings.items()]
         self._note(" ".join(shown) or "greedy, and nothing else is set")
 
@@ -310,6 +310,6 @@ class Talk:
             self._console.print(Text(text, style=style), soft_wrap=True)
 
 
-def chat_of(llm: "LLM", system: str | None) -> Chat:
+def open_chat(llm: "LLM", system: str | None) -> ChatSession:
     """A new conversation."""
     return llm.chat(system)

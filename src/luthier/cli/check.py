@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
     from luthier.inspection.served import ServedCheck
     from luthier.inspection.survey import Survey
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "check",
     "luthier check recipe=NAME [key=value ...] [flags]\n"
     "luthier check RUN --served [--limit N]\n\n"
@@ -98,7 +98,7 @@ def _draw(file: str, survey: "Survey") -> None:
 # What `luthier check RUN --served` found, for people and for machines.
 
 
-def run_served(given: Given) -> int:
+def run_served(given: ParsedArguments) -> int:
     """Check what a run saved; returns 0 if every rule holds and 1 if one breaks."""
     if len(given.overrides) != 1:
         raise UserError("luthier check --served takes one run: luthier check RUN --served.")

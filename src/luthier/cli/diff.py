@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from luthier.cli.arguments import Grammar
+from luthier.cli.arguments import CommandLine
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.record.checkpoints import read_step_log
 from luthier.record.config_diff import NEUTRAL_KEYS, differing_keys, flatten_config
 from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "diff",
     "luthier diff RUN RUN\n\nSays what differs between two runs: their config, data, versions, "
     "hardware, launch, code\nand results. Ends with 0 where nothing does, and with 1 where "

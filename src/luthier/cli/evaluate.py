@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
-    from luthier.cli.model_arguments import Words
+    from luthier.cli.model_arguments import ModelArguments
     from luthier.config.schema import RunConfig
-    from luthier.evaluate.compare import Result
-    from luthier.evaluate.models import Subject
-    from luthier.evaluate.rows import Items, Set
+    from luthier.evaluate.compare import Comparison
+    from luthier.evaluate.models import MeasuredModel
+    from luthier.evaluate.rows import EvaluationRows, EvaluationSet
     from luthier.metrics import Metric
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "evaluate",
     "luthier evaluate MODEL [metrics=[...]] [dataset.KEY=VALUE ...] [key=value ...] [flags]\n\n"
     "Measures a run, a checkpoint, an adapter or a model beside its base: perplexity over the\n"
@@ -51,22 +51,24 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.cli.model_arguments import sort
+    from luthier.cli.model_arguments import parse_model_arguments
 
     own = [word for word in given.overrides[1:] if word.startswith("metrics=")]
-    typed = sort("evaluate", [w for w in given.overrides if w not in own], ("MODEL",))
+    typed = parse_model_arguments(
+        "evaluate", [w for w in given.overrides if w not in own], ("MODEL",)
+    )
     metrics = _metrics_typed(own)
     out = _writable(given.texts.get("-o"))
     if "--benchmarks" in given.texts:
         from luthier.evaluate.benchmarks import check_installed
 
         check_installed()
-    from luthier.evaluate.models import subjects
+    from luthier.evaluate.models import find_models
     from luthier.model.adapters import HEAD_TASKS
 
     texts = given.texts
     alone = "--alone" in given.switches
-    model, other = subjects(
+    model, other = find_models(
         typed.places[0], texts.get("--base"), texts.get("--against"), alone, typed.llm()
     )
     if model.artifact.task in HEAD_TASKS:
@@ -108,7 +110,9 @@ def _writable(name: str | None) -> Path | None:
     return path
 
 
-def _check_decider(typed: "Words", given: Given, metrics: "list[Metric] | None") -> None:
+def _check_decider(
+    typed: "ModelArguments", given: ParsedArguments, metrics: "list[Metric] | None"
+) -> None:
     """UserError for words that only a model that writes can follow."""
     said = [*typed.generation, *(["metrics"] if metrics is not None else [])]
     said += [flag for flag in ("--benchmarks", "--batch") if flag in given.texts | given.numbers]
@@ -120,16 +124,16 @@ def _check_decider(typed: "Words", given: Given, metrics: "list[Metric] | None")
 
 
 def _evaluated(
-    model: "Subject",
-    other: "Subject | None",
-    typed: "Words",
-    given: Given,
+    model: "MeasuredModel",
+    other: "MeasuredModel | None",
+    typed: "ModelArguments",
+    given: ParsedArguments,
     metrics: "list[Metric] | None",
 ) -> dict[str, Any]:
     """Measure the one, then the other, and put the numbers together."""
     from rich.console import Console
 
-    from luthier.evaluate.models import Writer, check_alike
+    from luthier.evaluate.models import WritingModel, check_comparable
 
     console = Console(quiet="--json" in given.switches, highlight=False)
     settings = dict(typed.generation)
@@ -140,7 +144,7 @@ def _evaluated(
         tuned = [model.measure(each, asked) for each in sets]
         benchmarks = {"tuned": _benchmarks(model, given)}
         bases = []
-        if isinstance(model, Writer) and other is model:
+        if isinstance(model, WritingModel) and other is model:
             with model.as_base():
                 bases = [model.measure(each, asked) for each in sets]
                 benchmarks["base"] = _benchmarks(model, given)
@@ -151,28 +155,30 @@ def _evaluated(
             theirs = _sets(other, typed, given, metrics, model.artifact.config) if sets else []
             bases = [other.measure(each, asked) for each in theirs]
             benchmarks["base"] = _benchmarks(other, given)
-            check_alike(other, alphabet, sets, theirs)
-    from luthier.evaluate.compare import result, show
+            check_comparable(other, alphabet, sets, theirs)
+    from luthier.evaluate.compare import compare_outcomes, print_comparison
 
     results, against = [], "other" if "--against" in given.texts else "base"
     for number, each in enumerate(sets):
         base = bases[number] if bases else None
-        results.append(result(each.items, base, tuned[number], each.better, LEVEL))
-        show(results[-1], console, against)
+        results.append(compare_outcomes(each.items, base, tuned[number], each.better, LEVEL))
+        print_comparison(results[-1], console, against)
     found = _plain(model, other, results, asked)
     if given.texts.get("--benchmarks"):
-        from luthier.evaluate.benchmarks import compared, show_tasks
+        from luthier.evaluate.benchmarks import compare_benchmarks, print_benchmarks
 
-        found["benchmarks"] = compared(benchmarks, LEVEL)
-        show_tasks(found["benchmarks"], console)
+        found["benchmarks"] = compare_benchmarks(benchmarks, LEVEL)
+        print_benchmarks(found["benchmarks"], console)
     return found
 
 
-def _only_benchmarks(typed: "Words", given: Given) -> bool:
+def _only_benchmarks(typed: "ModelArguments", given: ParsedArguments) -> bool:
     return "--benchmarks" in given.texts and not typed.dataset
 
 
-def _settings(model: "Subject", given: dict[str, Any], flags: Given) -> dict[str, Any]:
+def _settings(
+    model: "MeasuredModel", given: dict[str, Any], flags: ParsedArguments
+) -> dict[str, Any]:
     """How replies are generated: as the run did, unless something else is said."""
     config = model.artifact.config
     if config is not None:
@@ -181,12 +187,12 @@ def _settings(model: "Subject", given: dict[str, Any], flags: Given) -> dict[str
 
 
 def _sets(
-    model: "Subject",
-    typed: "Words",
-    given: Given,
+    model: "MeasuredModel",
+    typed: "ModelArguments",
+    given: ParsedArguments,
     metrics: "list[Metric] | None",
     config: "RunConfig | None",
-) -> "list[Set]":
+) -> "list[EvaluationSet]":
     """The rows to measure on, each set with its metrics; `config`: that of the run they are of."""
     found = []
     for items in _items(model, typed, given, config):
@@ -200,37 +206,43 @@ def _sets(
 
 
 def _items(
-    model: "Subject", typed: "Words", given: Given, config: "RunConfig | None"
-) -> "Iterator[Items]":
-    from luthier.cli.model_arguments import dataset_of
-    from luthier.evaluate.rows import of_dataset, of_run
+    model: "MeasuredModel",
+    typed: "ModelArguments",
+    given: ParsedArguments,
+    config: "RunConfig | None",
+) -> "Iterator[EvaluationRows]":
+    from luthier.cli.model_arguments import make_dataset_config
+    from luthier.evaluate.rows import read_dataset_rows, read_run_rows
     from luthier.model.tokenizer import load_tokenizer
 
     limit = given.numbers.get("--limit")
     if typed.dataset:
-        return of_dataset(dataset_of(typed.dataset), model.maker(config), limit)
+        return read_dataset_rows(make_dataset_config(typed.dataset), model.maker(config), limit)
     if config is None:
         raise UserError(
             f"{model.artifact.name} is no run, so no rows were held out. Name rows to measure on: "
             "dataset.path=FILE."
         )
-    return of_run(config, model.maker(config), limit, lambda: load_tokenizer(config.model))
+    return read_run_rows(config, model.maker(config), limit, lambda: load_tokenizer(config.model))
 
 
-def _benchmarks(model: "Subject", given: Given) -> dict[str, Any]:
+def _benchmarks(model: "MeasuredModel", given: ParsedArguments) -> dict[str, Any]:
     tasks = given.texts.get("--benchmarks")
     if tasks is None:
         return {}
-    from luthier.evaluate.benchmarks import run_tasks
-    from luthier.evaluate.models import Writer
+    from luthier.evaluate.benchmarks import run_benchmarks
+    from luthier.evaluate.models import WritingModel
 
-    assert isinstance(model, Writer)  # others were refused
+    assert isinstance(model, WritingModel)  # others were refused
     limit, batch = given.numbers.get("--limit"), given.numbers.get("--batch")
-    return run_tasks(model, tasks.split(","), given.texts.get("--tasks"), limit, batch)
+    return run_benchmarks(model, tasks.split(","), given.texts.get("--tasks"), limit, batch)
 
 
 def _plain(
-    model: "Subject", other: "Subject | None", results: "list[Result]", settings: dict[str, Any]
+    model: "MeasuredModel",
+    other: "MeasuredModel | None",
+    results: "list[Comparison]",
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     from luthier.record.machine_info import package_versions
 

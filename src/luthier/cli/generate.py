@@ -5,17 +5,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
-    from luthier.cli.model_arguments import Words
+    from luthier.cli.model_arguments import ModelArguments
     from luthier.infer.answer_file import AnswerFile
     from luthier.infer.llm import LLM, Reply
-    from luthier.infer.questions import Ask, Asks
+    from luthier.infer.questions import PromptRow, PromptRows
     from luthier.model.artifact import Artifact
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "generate",
     "luthier generate MODEL FILE -o OUT.jsonl [key=value ...] [flags]\n\n"
     "Answers every row of a file, many at once, and writes a line of JSON for each, in order.\n"
@@ -49,18 +49,18 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.cli.model_arguments import dataset_of, sort
+    from luthier.cli.model_arguments import make_dataset_config, parse_model_arguments
 
-    typed = sort("generate", given.overrides, _NAMES)
+    typed = parse_model_arguments("generate", given.overrides, _NAMES)
     if "-o" not in given.texts:
         raise UserError("luthier generate: where do the replies go? Add -o replies.jsonl.")
     from luthier.infer.answer_file import AnswerFile
     from luthier.infer.llm import LLM
-    from luthier.infer.questions import asks_of
+    from luthier.infer.questions import read_prompt_rows
 
     llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
     limit = {"max_rows": given.numbers["--limit"]} if "--limit" in given.numbers else {}
-    asks = asks_of(dataset_of(typed.dataset | {"path": typed.places[1]} | limit))
+    asks = read_prompt_rows(make_dataset_config(typed.dataset | {"path": typed.places[1]} | limit))
     for note in asks.notes:
         print(note, file=sys.stderr)
     file = AnswerFile(Path(given.texts["-o"]).expanduser(), _made(llm.artifact, asks, typed, given))
@@ -78,11 +78,13 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _made(artifact: "Artifact", asks: "Asks", typed: "Words", given: Given) -> dict[str, Any]:
+def _made(
+    artifact: "Artifact", asks: "PromptRows", typed: "ModelArguments", given: ParsedArguments
+) -> dict[str, Any]:
     """All that decides the replies."""
     return {
         "model": str(artifact.folder or artifact.base.path),
-        "weights": weights_of(artifact),
+        "weights": describe_weights(artifact),
         "base": artifact.base.path,
         "rows": asks.identity(),
         "settings": typed.generation,
@@ -91,14 +93,20 @@ def _made(artifact: "Artifact", asks: "Asks", typed: "Words", given: Given) -> d
     }
 
 
-def weights_of(artifact: "Artifact") -> list[list[Any]]:
+def describe_weights(artifact: "Artifact") -> list[list[Any]]:
     """The files of weights in the artifact's folder, by name, size and time of writing (ns)."""
     folder = artifact.folder
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _answer(llm: "LLM", asks: "Asks", file: "AnswerFile", typed: "Words", given: Given) -> None:
+def _answer(
+    llm: "LLM",
+    asks: "PromptRows",
+    file: "AnswerFile",
+    typed: "ModelArguments",
+    given: ParsedArguments,
+) -> None:
     """Answer what is left, and say how fast it went."""
     from tqdm import tqdm
 
@@ -113,7 +121,7 @@ def _answer(llm: "LLM", asks: "Asks", file: "AnswerFile", typed: "Words", given:
         with tqdm(total=len(asks.rows), initial=file.done, unit="row", disable=None) as bar:
             step = size * _BATCHES
             for start in range(0, len(left), step):
-                writer = _Writer(file, left[start : start + step], bar)
+                writer = _ReplyWriter(file, left[start : start + step], bar)
                 replies = llm.replies(
                     ids[start : start + step], batch_size=size, seed=given.numbers.get("--seed"),
                     on_replies=writer.take, **typed.generation,
@@ -127,10 +135,10 @@ def _answer(llm: "LLM", asks: "Asks", file: "AnswerFile", typed: "Words", given:
     )
 
 
-class _Writer:
+class _ReplyWriter:
     """Writes replies in the order of their rows, each as soon as all before it are there."""
 
-    def __init__(self, file: "AnswerFile", asks: "list[Ask]", bar: Any) -> None:
+    def __init__(self, file: "AnswerFile", asks: "list[PromptRow]", bar: Any) -> None:
         self._file, self._asks, self._bar = file, asks, bar
         self._first = file.done
         self._found: dict[int, list[Reply]] = {}

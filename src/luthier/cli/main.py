@@ -120,7 +120,7 @@ def main() -> None:
         sys.exit(0)
     try:
         if words[0] not in COMMANDS:
-            raise UserError(unknown(words[0]))
+            raise UserError(unknown_command_message(words[0]))
         sys.exit(COMMANDS[words[0]].load()(words[1:]))
     except UserError as error:
         sys.exit(report(error))
@@ -141,7 +141,7 @@ def usage() -> str:
     return "\n".join(["luthier: config-driven fine-tuning", "", *rows, _END])
 
 
-def unknown(word: str) -> str:
+def unknown_command_message(word: str) -> str:
     """The message for a command that does not exist."""
     from luthier.errors import nearest
 

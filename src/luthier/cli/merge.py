@@ -5,7 +5,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.model.artifact import Artifact, find_artifact, read_run_config
 
@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")
 PACKINGS = ("nf4", "int8", "gptq", "awq")
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "merge",
     "luthier merge RUN [RUN:WEIGHT ...] [flags]\n\n"
     "Adds a run's adapter to its base in float32, casts, and writes a model that any server\n"
@@ -54,7 +54,7 @@ def run(words: list[str]) -> int:
 
     if (
         len(given.overrides) == 1
-        and sharded_checkpoint.kind_of(Path(given.overrides[0])) is not None
+        and sharded_checkpoint.sharding_of(Path(given.overrides[0])) is not None
     ):
         return _merge_sharded(Path(given.overrides[0]), given)
     parted = [_parted(word) for word in given.overrides]
@@ -62,18 +62,18 @@ def run(words: list[str]) -> int:
     return _merge(artifacts, [weight for _, weight in parted], given)
 
 
-def _merge(artifacts: list[Artifact], weights: list[float], given: Given) -> int:
+def _merge(artifacts: list[Artifact], weights: list[float], given: ParsedArguments) -> int:
     from luthier.environment import hush
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import too_large
     from luthier.export.quantize import check_format, quantize_model
     from luthier.storage.atomic import refuse_target
 
-    target = target_of(artifacts[0], given)
+    target = choose_target(artifacts[0], given)
     quantize = given.texts.get("--quantize")
     if quantize is not None:
         check_format(quantize)
-    order = merge_adapter.Order(
+    order = merge_adapter.MergeOrder(
         artifacts,
         weights,
         target,
@@ -91,7 +91,7 @@ def _merge(artifacts: list[Artifact], weights: list[float], given: Given) -> int
     merge_adapter.refuse_merge(order, overwrite)
     hush()
     try:
-        merge_adapter.merge(order, print)
+        merge_adapter.merge_adapters(order, print)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise UserError(too_large(artifacts[0])) from error
@@ -99,7 +99,7 @@ def _merge(artifacts: list[Artifact], weights: list[float], given: Given) -> int
     return 0
 
 
-def target_of(artifact: Artifact, given: Given) -> Path:
+def choose_target(artifact: Artifact, given: ParsedArguments) -> Path:
     """Where the model goes: as typed, or beside what it is made of."""
     typed = given.texts.get("--out")
     if typed is not None:
@@ -111,7 +111,7 @@ def target_of(artifact: Artifact, given: Given) -> Path:
     raise UserError(f"{artifact.name} is not on this machine: say where the model goes, --out.")
 
 
-def _refuse_values(given: Given) -> None:
+def _refuse_values(given: ParsedArguments) -> None:
     allowed = {"--dtype": DTYPES, "--onto": ONTO, "--quantize": PACKINGS}
     for flag, values in allowed.items():
         typed = given.texts.get(flag)
@@ -127,7 +127,7 @@ def _parted(word: str) -> tuple[str, float]:
     return found["word"], float(found["weight"])
 
 
-def _merge_sharded(folder: Path, given: Given) -> int:
+def _merge_sharded(folder: Path, given: ParsedArguments) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
     from luthier.environment import hush
     from luthier.export import sharded_checkpoint
@@ -136,7 +136,7 @@ def _merge_sharded(folder: Path, given: Given) -> int:
     artifact = _trained_whole(folder, given)
     target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
     refuse_target(target, "--overwrite" in given.switches)
-    if sharded_checkpoint.kind_of(folder) == "zero" and find_spec("deepspeed") is None:
+    if sharded_checkpoint.sharding_of(folder) == "zero" and find_spec("deepspeed") is None:
         raise UserError(
             f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
             "    pip install deepspeed\n"
@@ -150,7 +150,7 @@ def _merge_sharded(folder: Path, given: Given) -> int:
     return 0
 
 
-def _trained_whole(folder: Path, given: Given) -> Artifact:
+def _trained_whole(folder: Path, given: ParsedArguments) -> Artifact:
     """The run that a sharded checkpoint belongs to, as an artifact of its base."""
     place = folder.resolve()
     run = next((one for one in place.parents if (one / "config.yaml").is_file()), None)

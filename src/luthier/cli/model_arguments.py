@@ -15,7 +15,7 @@ _MODEL = ("device", "dtype", "attention", "device_map")
 
 
 @dataclass
-class Words:
+class ModelArguments:
     """What was typed behind a command."""
 
     places: list[str]
@@ -33,21 +33,21 @@ class Words:
         return {**self.model, "quantization": self.quantization}
 
 
-def sort(command: str, words: list[str], names: tuple[str, ...]) -> Words:
+def parse_model_arguments(command: str, words: list[str], names: tuple[str, ...]) -> ModelArguments:
     """Sort the words of a command, of which `names` come first, without a key.
 
     Raises UserError for one that is missing, one too many, and a setting that does not exist.
     """
     if len(words) < len(names):
         missing = " and ".join(names[len(words) :])
-        raise UserError(f"luthier {command}: {missing} is missing. {usage(command, names)}")
-    found = Words(words[: len(names)])
+        raise UserError(f"luthier {command}: {missing} is missing. {usage_line(command, names)}")
+    found = ModelArguments(words[: len(names)])
     generation = []
     for word in words[len(names) :]:
         key, equals, text = word.partition("=")
         group, _, name = key.partition(".")
         if not equals:
-            raise UserError(f"luthier {command}: what is {word!r}? {usage(command, names)}")
+            raise UserError(f"luthier {command}: what is {word!r}? {usage_line(command, names)}")
         if group == "quantization" and not name:
             found.quantization = text
         elif group == "model" and name:
@@ -56,17 +56,19 @@ def sort(command: str, words: list[str], names: tuple[str, ...]) -> Words:
             _put(found.dataset, name.split("."), _value(word, text))
         else:
             generation.append(word)
-    found.generation = generation_config.parse(generation)
+    found.generation = generation_config.parse_generation_settings(generation)
     _check_model(found.model)
     return found
 
 
-def usage(command: str, names: tuple[str, ...]) -> str:
+def usage_line(command: str, names: tuple[str, ...]) -> str:
     """How a command is typed."""
     return f"Write: luthier {command} {' '.join(names)} [key=value ...]"
 
 
-def dataset_of(given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> DatasetConfig:
+def make_dataset_config(
+    given: Mapping[str, Any], base: Mapping[str, Any] | None = None
+) -> DatasetConfig:
     """A config's dataset with these settings over it; UserError for one that does not exist."""
     from pydantic import ValidationError
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from luthier.memory.sharding import Sharding
     from luthier.memory.workload import Hardware
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "plan",
     "luthier plan recipe=NAME [key=value ...] [flags]\n\n"
     "Says how much memory each GPU or process of a run needs, part by part, from the\n"
@@ -49,9 +49,9 @@ def run(words: list[str]) -> int:
     config = load(given.overrides).config
     model.check_model_path(config.model)
     set_environment(config)
-    found, advice = make(config, hardware, given)
+    found, advice = plan_and_advise(config, hardware, given)
     if "--json" in given.switches:
-        print(json.dumps(plain(found, advice), ensure_ascii=False))
+        print(json.dumps(plan_as_values(found, advice), ensure_ascii=False))
     else:
         from luthier.memory.report import print_plan
 
@@ -59,8 +59,8 @@ def run(words: list[str]) -> int:
     return 0 if found.fits else 1
 
 
-def make(
-    config: "RunConfig", imagined: "Hardware | None", given: Given
+def plan_and_advise(
+    config: "RunConfig", imagined: "Hardware | None", given: ParsedArguments
 ) -> "tuple[MemoryPlan, list[Advice]]":
     """Plan as the flags say, with a word on the terminal while it lasts."""
     from rich.console import Console
@@ -76,7 +76,7 @@ def make(
         return found, advise(config, found)
 
 
-def plain(found: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:
+def plan_as_values(found: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:
     """The plan as plain values; sizes are bytes."""
     values = asdict(found)
     for estimate, shown in zip(found.estimates, values["estimates"], strict=True):
@@ -84,7 +84,7 @@ def plain(found: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:
     return values | {"fits": found.fits, "advice": [asdict(each) for each in advice]}
 
 
-def _imagined(given: Given) -> "Hardware | None":
+def _imagined(given: ParsedArguments) -> "Hardware | None":
     """The GPUs that the flags describe; wrong flags are told before anything is imported."""
     from luthier.memory import sharding, workload
 
@@ -100,14 +100,16 @@ def _imagined(given: Given) -> "Hardware | None":
     )
 
 
-def _shardings(given: Given) -> "list[Sharding]":
+def _shardings(given: ParsedArguments) -> "list[Sharding]":
     from luthier.memory import sharding
 
     file = given.texts.get("--launch")
     return [sharding.read_sharding(file, given.numbers.get("--gpus"))] if file else []
 
 
-def _this_machine(config: "RunConfig", shardings: "list[Sharding]", given: Given) -> "Hardware":
+def _this_machine(
+    config: "RunConfig", shardings: "list[Sharding]", given: ParsedArguments
+) -> "Hardware":
     from luthier.errors import UserError
     from luthier.memory import workload
 

@@ -2,9 +2,9 @@
 
 import time
 
-from luthier.cli.arguments import Grammar
+from luthier.cli.arguments import CommandLine
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "prepare",
     "luthier prepare recipe=NAME [key=value ...]\n\n"
     "Reads the dataset of a recipe, encodes it and leaves the token rows in the cache, where\n"

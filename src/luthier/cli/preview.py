@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError, choice
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from luthier.inspection.statistics import SelectedRows
     from luthier.inspection.tokens import DisplayedSequence, TokenView
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "preview",
     "luthier preview recipe=NAME [key=value ...] [flags]\n\n"
     "Shows rows of the dataset as the tokens that a run trains on: which train, which are\n"
@@ -61,7 +61,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _chosen(given: Given, material: "LoadedDataset") -> "tuple[SelectedRows, str]":
+def _chosen(given: ParsedArguments, material: "LoadedDataset") -> "tuple[SelectedRows, str]":
     """The rows of the side that was asked for, and what they are called."""
     from luthier.inspection.statistics import select_split
 
@@ -78,7 +78,7 @@ def _chosen(given: Given, material: "LoadedDataset") -> "tuple[SelectedRows, str
     return [part for part in select_split(material, which) if part[0] is opened], side
 
 
-def _side(given: Given, material: "LoadedDataset") -> tuple[str, str]:
+def _side(given: ParsedArguments, material: "LoadedDataset") -> tuple[str, str]:
     """The side that was asked for, and what its rows are called."""
     if name := given.texts.get("--set"):
         sets = material.config.dataset.eval.sets
@@ -91,7 +91,7 @@ def _side(given: Given, material: "LoadedDataset") -> tuple[str, str]:
     return own[0] if own else "held out", "held-out"
 
 
-def _numbers(given: Given, count: int, side: str) -> range:
+def _numbers(given: ParsedArguments, count: int, side: str) -> range:
     """Which of so many rows were asked for, counted from 0."""
     if not count:
         raise UserError(_none(side))
@@ -138,7 +138,7 @@ def _write(file: str, found: "TokenView", name: str, ids: bool) -> None:
     print(f"written {file}", file=sys.stderr)
 
 
-def _plain(found: "TokenView", name: str, given: Given) -> dict[str, Any]:
+def _plain(found: "TokenView", name: str, given: ParsedArguments) -> dict[str, Any]:
     """The rows as plain values."""
     return {
         "name": name,

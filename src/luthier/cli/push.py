@@ -5,15 +5,15 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.export import model_facts as stories
 from luthier.export import write_card
-from luthier.export.hub_upload import Parcel, pack, send
-from luthier.export.model_facts import Data, Story
+from luthier.export.hub_upload import UploadPlan, plan_upload, upload
+from luthier.export.model_facts import DataFacts, ModelFacts
 from luthier.model.artifact import Artifact, find_artifact
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "push",
     "luthier push RUN --to USER/NAME [flags]\n\n"
     "Sends a run's adapter (or, with --merged, what luthier merge made of it) with tokenizer,\n"
@@ -53,18 +53,18 @@ def run(words: list[str]) -> int:
     from luthier.environment import hush
 
     hush()
-    written = write_card.texts(story, write_card.spoken_of(artifact), target)
-    parcel = pack(artifact.folder, story, written)
+    written = write_card.description_texts(story, write_card.chat_format_of(artifact), target)
+    parcel = plan_upload(artifact.folder, story, written)
     _add_what_the_run_has(parcel, artifact)
-    show(parcel, target, "--public" in given.switches)
+    print_upload_plan(parcel, target, "--public" in given.switches)
     if "--dry-run" in given.switches:
         print(f"\n{written[write_card.CARD]}\nnothing was sent (--dry-run)")
         return 0
-    send(parcel, target, "--public" in given.switches, "--overwrite" in given.switches)
+    upload(parcel, target, "--public" in given.switches, "--overwrite" in given.switches)
     return 0
 
 
-def show(parcel: Parcel, target: str, public: bool) -> None:
+def print_upload_plan(parcel: UploadPlan, target: str, public: bool) -> None:
     """Print every file with its size, and what stays here."""
     print(f"to        {target}, {'public' if public else 'private'}")
     sizes = parcel.sizes()
@@ -75,7 +75,7 @@ def show(parcel: Parcel, target: str, public: bool) -> None:
         print(f"  stays here  {name}: {why}")
 
 
-def _target(given: Given) -> str:
+def _target(given: ParsedArguments) -> str:
     target = given.texts.get("--to", "")
     if not _NAME.fullmatch(target):
         typed = f"--to {target}: " if target else ""
@@ -83,7 +83,7 @@ def _target(given: Given) -> str:
     return target
 
 
-def _artifact(word: str, given: Given) -> Artifact:
+def _artifact(word: str, given: ParsedArguments) -> Artifact:
     artifact = find_artifact(word, given.texts.get("--base"))
     if "--merged" not in given.switches:
         return artifact
@@ -95,12 +95,12 @@ def _artifact(word: str, given: Given) -> Artifact:
     return find_artifact(str(place))
 
 
-def _told(artifact: Artifact, target: str, given: Given) -> Story:
+def _told(artifact: Artifact, target: str, given: ParsedArguments) -> ModelFacts:
     """The story with what was typed besides."""
-    story = stories.told(artifact)
+    story = stories.load_or_collect_facts(artifact)
     languages = [one for one in given.texts.get("--language", "").split(",") if one]
     rows = given.texts.get("--data-license")
-    data: list[Data] = [
+    data: list[DataFacts] = [
         one if one.licence or rows is None else replace(one, licence=rows) for one in story.data
     ]
     return replace(
@@ -112,7 +112,7 @@ def _told(artifact: Artifact, target: str, given: Given) -> Story:
     )
 
 
-def _add_what_the_run_has(parcel: Parcel, artifact: Artifact) -> None:
+def _add_what_the_run_has(parcel: UploadPlan, artifact: Artifact) -> None:
     """The plot, and the chat settings, which a checkpoint does not hold."""
     plot = Path() if artifact.run is None else artifact.run / write_card.PLOT
     if plot.is_file():

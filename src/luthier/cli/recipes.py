@@ -1,9 +1,9 @@
 """`luthier recipes`: what there is to run."""
 
 from luthier import config
-from luthier.cli.arguments import Grammar
+from luthier.cli.arguments import CommandLine
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "recipes",
     "luthier recipes\n\nLists the recipes that are found (./recipes, $LUTHIER_RECIPES, bundled), a "
     "line each.",

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from luthier.cli import diff
-from luthier.cli.arguments import Grammar
+from luthier.cli.arguments import CommandLine
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError
 from luthier.record.checkpoints import read_step_log
@@ -20,7 +20,7 @@ from luthier.record.run_dir import find_run, inspect_run, open_run
 from luthier.storage.manifest import digest
 from luthier.train.signals import STOPPED_EXIT_CODE
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "reproduce",
     "luthier reproduce RUN\n\nTrains a finished run again in a folder beside it (RUN.again), from "
     "its record alone: with\nits config, whatever the recipe says today, and as many processes. "
@@ -43,17 +43,17 @@ def run(words: list[str]) -> int:
         raise UserError("`luthier reproduce` needs one run: luthier reproduce runs/RECIPE/NAME")
     old = find_run(typed[0]).resolve()
     record = read_record(old)
-    check(old, record)
+    check_reproducible(old, record)
     new = old.with_name(f"{old.name}{AGAIN}")
-    prepare(old, new)
+    prepare_folder(old, new)
     code = train_again(record, new)
     if code:
         print(f"the repetition in {new} did not come to its end (exit code {code})")
         return code
-    return report(old, new)
+    return report_differences(old, new)
 
 
-def check(folder: Path, record: dict[str, Any]) -> None:
+def check_reproducible(folder: Path, record: dict[str, Any]) -> None:
     """Raise UserError where a run cannot be repeated from its record."""
     if record.get("status") != "finished":
         raise UserError(
@@ -76,7 +76,7 @@ def check(folder: Path, record: dict[str, Any]) -> None:
         )
 
 
-def prepare(old: Path, new: Path) -> None:
+def prepare_folder(old: Path, new: Path) -> None:
     """Make the folder of the repetition: with the config of the run, and without its trackers."""
     config = read_recorded_config(old / "config.yaml")
     resolved = config | {
@@ -135,7 +135,7 @@ def _launcher(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def report(old: Path, new: Path) -> int:
+def report_differences(old: Path, new: Path) -> int:
     """Say whether two finished runs are the same to the last bit, and if not, what differs."""
     step, weights = diff.first_step(old, new), differing_weights(old, new)
     results = next(lines for name, lines in diff.compare(old, new) if name == "results")

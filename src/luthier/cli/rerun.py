@@ -12,11 +12,11 @@ from luthier.errors import UserError
 
 def main(folder: Path) -> int:
     """Train in this folder by its config.yaml; return the exit code."""
-    from luthier.export.write_card import after_a_run
+    from luthier.export.write_card import write_card
     from luthier.train.run import run
 
     try:
-        return run(load_run_config(folder), after_a_run)
+        return run(load_run_config(folder), write_card)
     except UserError as error:
         return errors.report(error)
 

@@ -12,14 +12,14 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.arguments import Flag, Given, Grammar
+from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
-    from luthier.cli.model_arguments import Words
+    from luthier.cli.model_arguments import ModelArguments
     from luthier.model.artifact import Artifact
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "serve",
     "luthier serve MODEL [key=value ...] [flags]\n\n"
     "Serves a run, a checkpoint, an adapter or a model through an OpenAI-compatible server:\n"
@@ -49,10 +49,10 @@ def run(words: list[str]) -> int:
     if GRAMMAR.asks_help(words):
         return 0
     given = GRAMMAR.parse(words)
-    from luthier.cli.model_arguments import sort
+    from luthier.cli.model_arguments import parse_model_arguments
     from luthier.model.artifact import find_artifact
 
-    typed = sort("serve", given.overrides, ("MODEL",))
+    typed = parse_model_arguments("serve", given.overrides, ("MODEL",))
     engine = _engine(given)
     if engine == "vllm":
         artifact = find_artifact(typed.places[0], given.texts.get("--base"))
@@ -61,7 +61,7 @@ def run(words: list[str]) -> int:
     return _transformers(typed, given)
 
 
-def name_of(artifact: "Artifact") -> str:
+def served_name(artifact: "Artifact") -> str:
     """What requests call a model: the names of its folders that tell it from others."""
     place = artifact.run or artifact.folder
     if place is None:
@@ -71,7 +71,7 @@ def name_of(artifact: "Artifact") -> str:
     return "-".join(kept).replace("=", "-")
 
 
-def curl(name: str, host: str, port: int) -> str:
+def curl_command(name: str, host: str, port: int) -> str:
     """A command that asks the server something."""
     body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
     return (
@@ -80,7 +80,7 @@ def curl(name: str, host: str, port: int) -> str:
     )
 
 
-def _engine(given: Given) -> str:
+def _engine(given: ParsedArguments) -> str:
     chosen = given.texts.get("--engine")
     if chosen is None:
         return "vllm" if importlib.util.find_spec("vllm") and _has_gpu() else "transformers"
@@ -95,11 +95,11 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _address(given: Given) -> tuple[str, int]:
+def _address(given: ParsedArguments) -> tuple[str, int]:
     return given.texts.get("--host", "localhost"), given.numbers.get("--port", 8000)
 
 
-def _transformers(typed: "Words", given: Given) -> int:
+def _transformers(typed: "ModelArguments", given: ParsedArguments) -> int:
     missing = [name for name in _SERVER if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -111,16 +111,19 @@ def _transformers(typed: "Words", given: Given) -> int:
     host, port = _address(given)
     _check_free(host, port)
     llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
-    name = given.texts.get("--name") or name_of(llm.artifact)
+    name = given.texts.get("--name") or served_name(llm.artifact)
     if llm.artifact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
     from luthier.environment import hush
-    from luthier.infer.server import serve
+    from luthier.infer.server import run_server
 
     hush()
     with llm:
-        print(f"serving {typed.places[0]} as {name}. Ask it:\n{curl(name, host, port)}", flush=True)
-        serve(llm, name, host, port, typed.generation)
+        print(
+            f"serving {typed.places[0]} as {name}. Ask it:\n{curl_command(name, host, port)}",
+            flush=True,
+        )
+        run_server(llm, name, host, port, typed.generation)
     return 0
 
 
@@ -136,9 +139,9 @@ def _check_free(host: str, port: int) -> None:
         ) from error
 
 
-def _vllm(artifact: "Artifact", given: Given) -> None:
+def _vllm(artifact: "Artifact", given: ParsedArguments) -> None:
     """Become vLLM's server, or show how it would be started."""
-    name = given.texts.get("--name") or name_of(artifact)
+    name = given.texts.get("--name") or served_name(artifact)
     command = vllm_command(artifact, name, given)
     if "--show" in given.switches:
         print(shlex.join(command))
@@ -146,11 +149,11 @@ def _vllm(artifact: "Artifact", given: Given) -> None:
     program = shutil.which("vllm")
     if program is None:
         raise UserError("--engine vllm: vllm is not installed. See https://docs.vllm.ai for how.")
-    print(f"Ask it:\n{curl(name, *_address(given))}", flush=True)
+    print(f"Ask it:\n{curl_command(name, *_address(given))}", flush=True)
     os.execv(program, command)
 
 
-def vllm_command(artifact: "Artifact", name: str, given: Given) -> list[str]:
+def vllm_command(artifact: "Artifact", name: str, given: ParsedArguments) -> list[str]:
     """The command line with which vLLM serves it as it trained.
 
     Raises UserError for an adapter that vLLM cannot put on its base.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from luthier.cli.arguments import Grammar
+from luthier.cli.arguments import CommandLine
 from luthier.record import checkpoints
 from luthier.record.machine_info import MAIN_PACKAGES
 from luthier.record.record import read_record
@@ -11,14 +11,14 @@ from luthier.record.run_dir import find_run
 from luthier.storage import lock
 from luthier.storage.sizes import in_words, size_of
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "show",
     "luthier show RUN\n\nPrints what made a run, how it stands and what came out. RUN is its "
     "folder, or its\nname below runs/.",
     (),
     "  luthier show runs/quickstart/default\n  luthier show quickstart/default\n",
 )
-Page = list[tuple[str, list[tuple[str, str]]]]
+RunPage = list[tuple[str, list[tuple[str, str]]]]
 """Headings, each with rows of a name and its value."""
 
 
@@ -33,11 +33,11 @@ def run(words: list[str]) -> int:
         raise UserError("`luthier show` needs a run: luthier show runs/RECIPE/NAME")
     for name in typed:
         folder = find_run(name)
-        print_page(folder, page(folder))
+        print_page(folder, make_page(folder))
     return 0
 
 
-def print_page(folder: Path, sections: Page) -> None:
+def print_page(folder: Path, sections: RunPage) -> None:
     """Print the sections, names in one column."""
     from rich.console import Console
     from rich.markup import escape
@@ -53,10 +53,10 @@ def print_page(folder: Path, sections: Page) -> None:
             console.print(f"  {name:<{width}}  {escape(value)}", soft_wrap=True)
 
 
-def page(folder: Path) -> Page:
+def make_page(folder: Path) -> RunPage:
     """What the record of a run says; what an older luthier did not write is left out."""
     record = read_record(folder)
-    sections: Page = [
+    sections: RunPage = [
         ("Run", [("status", _status(folder, record)), *_run(record)]),
         ("Model and data", _material(record)),
         ("Machine", _machine(record)),

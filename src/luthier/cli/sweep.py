@@ -7,20 +7,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from luthier.cli.arguments import Grammar
+from luthier.cli.arguments import CommandLine
 from luthier.errors import UserError
 from luthier.storage.atomic import read_json
 from luthier.sweep import local, slurm
 from luthier.sweep import trials as on_disk
-from luthier.sweep.controller import RESUME, Controller, Place, orphan_check
-from luthier.sweep.local import Machine
-from luthier.sweep.objective import Objective, measured
-from luthier.sweep.plan import Sweep, is_running, plan, take
-from luthier.sweep.progress import summary, view
+from luthier.sweep.controller import RESUME, Controller, TrialPlace, orphan_check
+from luthier.sweep.local import LocalMachine
+from luthier.sweep.objective import Objective, measure_objectives
+from luthier.sweep.plan import SweepPlan, is_running, lock_sweep, plan_sweep
+from luthier.sweep.progress import make_view, summary_line
 from luthier.sweep.results import print_errors
-from luthier.sweep.settings import Local, Optuna
-from luthier.sweep.strategies import Points, Strategy, Study
-from luthier.sweep.trials import Folder, shown_params, table
+from luthier.sweep.settings import LocalSettings, OptunaSettings
+from luthier.sweep.strategies import OptunaStrategy, PointList, Strategy
+from luthier.sweep.trials import TrialFolder, format_params, trial_table
 from luthier.train import launch_request
 
 _WIDTH = 160
@@ -31,7 +31,7 @@ if not console.is_terminal:
     console = Console(highlight=False, width=_WIDTH)
 
 
-def sweep(words: list[str]) -> int:
+def run_sweep(words: list[str]) -> int:
     """Try every point; returns 0, 1 if a trial failed, or 75 if the same command goes on.
 
     Typed under `accelerate launch`, the first process steers and the others leave. Raises UserError
@@ -40,42 +40,44 @@ def sweep(words: list[str]) -> int:
     if not local.is_first_rank():
         return 0
     with _checking() as checking:
-        planned = plan(words, checking)
-        launch = local.find(planned.launcher, os.environ)
+        planned = plan_sweep(words, checking)
+        launch = local.find_launch_command(planned.launcher, os.environ)
     if planned.base.config.dry_run:
         return _dry_run(planned)
     is_orphan = orphan_check(launch_request.find_launcher_command() is not None)
     rooms = _rooms(planned, launch)
-    lock = take(planned)
+    lock = lock_sweep(planned)
     try:
         return _run(planned, _place(planned, launch, rooms, lock), is_orphan)
     finally:
         os.close(lock)
 
 
-def _rooms(planned: Sweep, launch: local.Launch) -> list[local.Slot]:
+def _rooms(planned: SweepPlan, launch: local.LaunchCommand) -> list[local.Slot]:
     """The slots of this machine; what is wrong with them or a cluster is said before anything."""
     settings = planned.launcher
-    if isinstance(settings, Local):
+    if isinstance(settings, LocalSettings):
         on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
-        return local.make(settings, launch.processes, on_cpu, launch.environ)
-    slurm.check(settings)
+        return local.make_slots(settings, launch.processes, on_cpu, launch.environ)
+    slurm.check_slurm(settings)
     return []
 
 
-def _place(planned: Sweep, launch: local.Launch, rooms: list[local.Slot], lock: int) -> Place:
+def _place(
+    planned: SweepPlan, launch: local.LaunchCommand, rooms: list[local.Slot], lock: int
+) -> TrialPlace:
     settings = planned.launcher
-    if isinstance(settings, Local):
-        return Machine(launch, rooms, planned.folder, settings.grace, lock)
-    return slurm.Cluster(planned, launch)
+    if isinstance(settings, LocalSettings):
+        return LocalMachine(launch, rooms, planned.folder, settings.grace, lock)
+    return slurm.SlurmCluster(planned, launch)
 
 
-def _run(planned: Sweep, place: Place, is_orphan: Callable[[], bool]) -> int:
+def _run(planned: SweepPlan, place: TrialPlace, is_orphan: Callable[[], bool]) -> int:
     from luthier.sweep.results import report_progress, report_results
 
     strategy = _strategy(planned)
     console.print(_opening(planned, strategy, place), markup=False, soft_wrap=True)
-    shown = view(planned.objectives, strategy.total, console)
+    shown = make_view(planned.objectives, strategy.total, console)
     controller = Controller(planned, strategy, place, shown)
     try:
         code = controller.run(is_orphan)
@@ -89,26 +91,26 @@ def _run(planned: Sweep, place: Place, is_orphan: Callable[[], bool]) -> int:
     return code
 
 
-def _opening(planned: Sweep, strategy: Strategy, place: Place) -> str:
+def _opening(planned: SweepPlan, strategy: Strategy, place: TrialPlace) -> str:
     goal = ", ".join(f"{one.direction} {one.name}" for one in planned.objectives)
     count = f"{strategy.total} trials" if strategy.total != 1 else "1 trial"
     side = f"{len(place.slots)} side by side" if len(place.slots) > 1 else "one at a time"
     return f"sweep     {count}, {side}: {goal}\nfolder    {planned.folder.path}"
 
 
-def _strategy(planned: Sweep) -> Strategy:
+def _strategy(planned: SweepPlan) -> Strategy:
     if planned.points is not None:
-        return Points(planned.points)
-    assert isinstance(planned.sweeper, Optuna)
+        return PointList(planned.points)
+    assert isinstance(planned.sweeper, OptunaSettings)
     path = planned.folder.path / "study.log"
-    return Study(path, planned.space, planned.sweeper, planned.objectives, planned.watched)
+    return OptunaStrategy(path, planned.space, planned.sweeper, planned.objectives, planned.watched)
 
 
-def _dry_run(planned: Sweep) -> int:
+def _dry_run(planned: SweepPlan) -> int:
     """Say what would be tried."""
     points = planned.points or []
     for number, point in enumerate(points):
-        console.print(f"{number:03d}  {shown_params(point)}", markup=False, soft_wrap=True)
+        console.print(f"{number:03d}  {format_params(point)}", markup=False, soft_wrap=True)
     known = f"{len(points)} trials" if points else "every value of the search space"
     console.print(f"dry run: {known} can be composed; nothing was run or written")
     return 0
@@ -124,7 +126,7 @@ def _checking() -> Iterator[Callable[[int], None]]:
 
 # `luthier sweep FOLDER`: how a sweep stands, or what came out of it.
 
-GRAMMAR = Grammar(
+GRAMMAR = CommandLine(
     "sweep",
     "luthier sweep FOLDER\n\n"
     "Shows the trials of a sweep, the best first, while it runs or afterwards. FOLDER is what\n"
@@ -141,7 +143,7 @@ def run(words: list[str]) -> int:
     given = GRAMMAR.parse(words).overrides
     if len(given) != 1:
         raise UserError("luthier sweep takes one folder: luthier sweep runs/RECIPE/sweeps/NAME.")
-    folder = Folder(Path(given[0]))
+    folder = TrialFolder(Path(given[0]))
     definition = read_json(folder.definition)
     if definition is None:
         raise UserError(f"{folder.path} holds no sweep.{_near(folder.path)}")
@@ -151,15 +153,15 @@ def run(words: list[str]) -> int:
     running = is_running(folder.path)
     for trial in trials:
         if trial.state == "running":
-            found = measured(
-                on_disk.read_run(folder.run(trial)), on_disk.read_rows(folder.run(trial))
+            found = measure_objectives(
+                on_disk.read_run_record(folder.run(trial)), on_disk.read_rows(folder.run(trial))
             )
             trial.step = int(found.get("step", trial.step))
             trial.values = found
             trial.state = "running" if running else "interrupted"
     console = Console(highlight=False)
-    console.print(table(trials, objectives))
-    console.print(summary(trials, objectives, definition["total"]))
+    console.print(trial_table(trials, objectives))
+    console.print(summary_line(trials, objectives, definition["total"]))
     print_errors(trials, console)
     left = definition["total"] > len(trials) or any(not trial.is_ended for trial in trials)
     if left and not running:

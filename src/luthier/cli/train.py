@@ -136,9 +136,9 @@ def _parse_command_line(argv: list[str]) -> TrainCommandLine:
 
 def _run_sweep(overrides: list[str]) -> int:
     """Try every point of a sweep; each is a run of its own, with a process group of its own."""
-    from luthier.cli.sweep import sweep
+    from luthier.cli.sweep import run_sweep
 
-    return sweep(overrides)
+    return run_sweep(overrides)
 
 
 def _refuse_sweep_settings(overrides: list[str]) -> None:
@@ -242,7 +242,7 @@ def _no_task(_: object) -> None:
 
 def train(loaded: Loaded) -> int:
     """Train a valid configuration and write the card of its model; torch is imported here."""
-    from luthier.export.write_card import after_a_run
+    from luthier.export.write_card import write_card
     from luthier.train.run import run
 
-    return run(loaded, after_a_run)
+    return run(loaded, write_card)

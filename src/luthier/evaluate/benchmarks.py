@@ -25,7 +25,7 @@ def check_installed() -> None:
         )
 
 
-def run_tasks(
+def run_benchmarks(
     llm: "LLM", tasks: Sequence[str], folder: str | None, limit: int | None, batch: int | None
 ) -> dict[str, Any]:
     """Run tasks with the model as it answers now.
@@ -60,7 +60,7 @@ def run_tasks(
     return {"results": results, "rows": rows}
 
 
-def compared(benchmarks: Mapping[str, Any], level: float) -> dict[str, Any]:
+def compare_benchmarks(benchmarks: Mapping[str, Any], level: float) -> dict[str, Any]:
     """The numbers of each task with intervals over its documents, and the paired difference."""
     tuned, base = benchmarks["tuned"], benchmarks.get("base")
     found: dict[str, Any] = {}
@@ -85,14 +85,14 @@ def compared(benchmarks: Mapping[str, Any], level: float) -> dict[str, Any]:
     return found
 
 
-def show_tasks(found: Mapping[str, Any], console: "Console") -> None:
+def print_benchmarks(found: Mapping[str, Any], console: "Console") -> None:
     """Print the numbers of the benchmarks."""
     from rich.text import Text
 
-    from luthier.evaluate.compare import numbers
+    from luthier.evaluate.compare import comparison_values
 
     console.print(Text("\nbenchmarks", style="bold"))
-    console.print(numbers(dict(found)))
+    console.print(comparison_values(dict(found)))
 
 
 def _folder(folder: str | None) -> str | None:

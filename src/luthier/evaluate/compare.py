@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.evaluate.likelihood import LOSS, Outcome
-from luthier.evaluate.rows import Items
-from luthier.infer.stream import shown
+from luthier.evaluate.likelihood import LOSS, ModelScores
+from luthier.evaluate.rows import EvaluationRows
+from luthier.infer.stream import printable
 from luthier.metrics.bootstrap import interval, paired
 
 EXAMPLES = 3
@@ -20,7 +20,7 @@ EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Result:
+class Comparison:
     """What came out of one set."""
 
     name: str
@@ -43,13 +43,13 @@ class Result:
         return asdict(self)
 
 
-def result(
-    items: Items,
-    base: Outcome | None,
-    tuned: Outcome,
+def compare_outcomes(
+    items: EvaluationRows,
+    base: ModelScores | None,
+    tuned: ModelScores,
     better: Mapping[str, bool | None],
     level: float,
-) -> Result:
+) -> Comparison:
     """Put the numbers of a set together.
 
     `better`: for each metric whether higher is better, None where it is neither; rows are judged by
@@ -71,7 +71,7 @@ def result(
     numbers |= _bare(base, tuned, set(numbers))
     judged_by, rows = _judged(items, base, tuned, better) if base else _ranked(items, tuned, better)
     ranked = sorted(rows, key=lambda row: -row["gain"]) if base else []
-    return Result(
+    return Comparison(
         items.name, len(items.rows), len(tuned.replies), items.left_out, numbers, judged_by,
         wins=[row for row in ranked[:EXAMPLES] if row["gain"] > 0],
         losses=[row for row in ranked[::-1][:EXAMPLES] if row["gain"] < 0],
@@ -79,7 +79,9 @@ def result(
     )  # fmt: skip
 
 
-def _bare(base: Outcome | None, tuned: Outcome, known: set[str]) -> dict[str, dict[str, Any]]:
+def _bare(
+    base: ModelScores | None, tuned: ModelScores, known: set[str]
+) -> dict[str, dict[str, Any]]:
     """Numbers of which nothing is known for each row: no interval is drawn."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in tuned.scored.values.items():
@@ -94,7 +96,7 @@ def _bare(base: Outcome | None, tuned: Outcome, known: set[str]) -> dict[str, di
 
 
 def _judged(
-    items: Items, base: Outcome, tuned: Outcome, better: Mapping[str, bool | None]
+    items: EvaluationRows, base: ModelScores, tuned: ModelScores, better: Mapping[str, bool | None]
 ) -> tuple[str, list[dict[str, Any]]]:
     """How much better the tuned model is on each row.
 
@@ -115,7 +117,7 @@ def _judged(
 
 
 def _ranked(
-    items: Items, tuned: Outcome, better: Mapping[str, bool | None]
+    items: EvaluationRows, tuned: ModelScores, better: Mapping[str, bool | None]
 ) -> tuple[str, list[dict[str, Any]]]:
     """The rows of one model, the worst first: by the first metric that tells rows apart, or by the
     likelihood. Rows with the best score of all are left out."""
@@ -135,7 +137,10 @@ def _ranked(
 
 
 def _asked_rows(
-    items: Items, numbers: Mapping[str, list[float]], base: Outcome | None, tuned: Outcome
+    items: EvaluationRows,
+    numbers: Mapping[str, list[float]],
+    base: ModelScores | None,
+    tuned: ModelScores,
 ) -> list[dict[str, Any]]:
     """The rows with a question, each with its numbers and what was answered."""
     found = []
@@ -156,14 +161,14 @@ def _asked_rows(
 # What an evaluation found, as tables for people.
 
 
-def show(result: Result, console: Console, against: str = "base") -> None:
+def print_comparison(result: Comparison, console: Console, against: str = "base") -> None:
     """Print the numbers of a set, and rows won and lost; `against`: the other model's name."""
     left = ", ".join(f"{count:,} {why}" for why, count in result.left_out.items())
     head = f"{result.name}: {result.rows:,} rows" + (f"; left out: {left}" if left else "")
     if result.asked and result.asked != result.rows:
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
-    console.print(numbers(result.numbers, against))
+    console.print(comparison_values(result.numbers, against))
     parts = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
     for name, rows in parts:
         if rows:
@@ -171,7 +176,7 @@ def show(result: Result, console: Console, against: str = "base") -> None:
             console.print(_examples(rows, against))
 
 
-def numbers(found: dict[str, dict[str, Any]], against: str = "base") -> Table:
+def comparison_values(found: dict[str, dict[str, Any]], against: str = "base") -> Table:
     """A row for each number, with its interval in brackets."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     is_pair = any("base" in number for number in found.values())
@@ -179,14 +184,14 @@ def numbers(found: dict[str, dict[str, Any]], against: str = "base") -> Table:
     for name in (against, "tuned", "difference", "sure") if is_pair else ("tuned",):
         table.add_column(name, justify="right", no_wrap=True)
     for name, number in found.items():
-        cells = [cell(number.get(part)) for part in ("base", "tuned", "difference")]
+        cells = [format_interval(number.get(part)) for part in ("base", "tuned", "difference")]
         sure = max(number["higher"], number["lower"]) if "higher" in number else None
         certain = "" if sure is None else f"{sure:.1%}"
         table.add_row(name, *([*cells, certain] if is_pair else [cells[1]]))
     return table
 
 
-def cell(number: dict[str, Any] | None) -> str:
+def format_interval(number: dict[str, Any] | None) -> str:
     """A value, and below it its interval, such as `[0.20, 0.33]`."""
     if number is None:
         return ""
@@ -218,5 +223,5 @@ def _place(where: str) -> str:
 
 
 def _short(value: Any, limit: int = 160) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else shown(" ".join(str(value).split()))
+    text = f"{value:.4g}" if isinstance(value, float) else printable(" ".join(str(value).split()))
     return text if len(text) <= limit else text[:limit] + " ..."

@@ -15,9 +15,16 @@ from luthier.data.encoders.preference import RewardEncoder
 from luthier.data.encoders.tasks import ClassificationEncoder, TaggingEncoder
 from luthier.data.examples import LocatedExample, OpenedSource
 from luthier.errors import UserError
-from luthier.evaluate.likelihood import Outcome, by_length
-from luthier.evaluate.rows import Item, Items, Set, encoded, lenient, lenient_length
-from luthier.infer.llm import Packing, packing_of
+from luthier.evaluate.likelihood import ModelScores, batches_by_length
+from luthier.evaluate.rows import (
+    EvaluationRow,
+    EvaluationRows,
+    EvaluationSet,
+    encode_rows,
+    lenient_length,
+    without_length_limit,
+)
+from luthier.infer.llm import WeightPrecision, parse_weight_precision
 from luthier.infer.questions import Question
 from luthier.metrics import Measured, classification
 from luthier.metrics.classification import are_entity_tags
@@ -35,7 +42,7 @@ Values = Mapping[str, Any]
 _SHOWN = 5
 
 
-class Head(ABC):
+class HeadScorer(ABC):
     """What a model with a head decides of a row."""
 
     kind: ClassVar[str]
@@ -70,11 +77,13 @@ class Head(ABC):
         return len(row["input_ids"])
 
     @abstractmethod
-    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+    def score(
+        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+    ) -> tuple[Measured, list[str]]:
         """The numbers over all rows, and what was said of each in words."""
 
 
-class Classes(Head):
+class ClassScorer(HeadScorer):
     """Classes of texts, or numbers."""
 
     kind = "classification"
@@ -120,7 +129,9 @@ class Classes(Head):
         logits = model(**{name: batch[name] for name in (*names, "attention_mask")}).logits
         return classification_losses(self.labels, logits, batch["labels"])
 
-    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+    def score(
+        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+    ) -> tuple[Measured, list[str]]:
         """Accuracy and F1, or errors."""
         labels = [json.loads(item.values["label"]) for item in items]
         wanted = np.stack([encode_label(self.labels, label) for label in labels])
@@ -141,7 +152,7 @@ class Classes(Head):
         return ", ".join(shown) or "(none)"
 
 
-class Tags(Head):
+class TagScorer(HeadScorer):
     """Tags of words."""
 
     kind = "tagging"
@@ -171,7 +182,9 @@ class Tags(Head):
         logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
         return tagging_losses(logits, batch["labels"])
 
-    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+    def score(
+        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+    ) -> tuple[Measured, list[str]]:
         """Accuracy over words, and the scores of entities."""
         predicted = [
             predict_word_tags(self.labels, item.values, one)
@@ -183,7 +196,7 @@ class Tags(Head):
         ]
 
 
-class Rewards(Head):
+class RewardScorer(HeadScorer):
     """Numbers for conversations: which of two is the better one."""
 
     kind = "preference"
@@ -220,7 +233,9 @@ class Rewards(Head):
         """Both conversations, as long as the longer one."""
         return 2 * max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
-    def score(self, items: Sequence[Item], said: Sequence[Any]) -> tuple[Measured, list[str]]:
+    def score(
+        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+    ) -> tuple[Measured, list[str]]:
         """Accuracy and margin."""
         rewards = np.array(said, float)
         texts = [f"{one:+.3g} chosen, {other:+.3g} rejected" for one, other in rewards]
@@ -251,23 +266,27 @@ def _on(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 # A classifier, a tagger or a reward model, loaded within a `with` block and measured.
 
 
-class DecidedMaker:
+class HeadRowBuilder:
     """Makes items of rows that a head decides."""
 
-    def __init__(self, head: "Head", encoder: Any) -> None:
+    def __init__(self, head: "HeadScorer", encoder: Any) -> None:
         """`encoder`: that of the training's rows."""
         self.kinds: Sequence[str] = (head.kind,)
         self._head, self._encoder = head, encoder
 
-    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
+    def add(
+        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+    ) -> None:
         """Add the items of rows of one source; UserError for a label that the model has not."""
         read = (row._replace(example=self._head.read(row.where, row.example)) for row in placed)
-        for row, values in encoded(self._encoder, found, read):
+        for row, values in encode_rows(self._encoder, found, read):
             columns = {n: np.asarray(v) if isinstance(v, list) else v for n, v in values.items()}
-            found.rows.append(Item(row.where, [], self._head.question(row.example), columns))
+            found.rows.append(
+                EvaluationRow(row.where, [], self._head.question(row.example), columns)
+            )
 
 
-class Decider:
+class HeadModel:
     """Says the labels, tags or scores of rows, as `LLM` says replies; takes the same settings."""
 
     def __init__(
@@ -275,20 +294,20 @@ class Decider:
         artifact: Artifact,
         *,
         device_map: str | dict[str, Any] | None = None,
-        quantization: Packing = "trained",
+        quantization: WeightPrecision = "trained",
         **given: Any,
     ) -> None:
         """`artifact`: one whose task has a head."""
         self.artifact = artifact
-        self._packing = packing_of(quantization)
+        self._packing = parse_weight_precision(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
         self._given = given
         self._stack = ExitStack()
 
-    def __enter__(self) -> "Decider":
-        from luthier.infer.llm import opening
+    def __enter__(self) -> "HeadModel":
+        from luthier.infer.llm import read_load_options
 
-        found = opening(self.artifact, self._given)
+        found = read_load_options(self.artifact, self._given)
         self.artifact, _, self.tokenizer = found
         self.model = found.model(self._packing, self._own)
         self._stack.callback(self._release)
@@ -300,27 +319,31 @@ class Decider:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def maker(self, config: RunConfig | None) -> DecidedMaker:
+    def maker(self, config: RunConfig | None) -> HeadRowBuilder:
         """What makes the rows of a run, or of a dataset, for it; `config`: that of the run."""
         if self.head.kind == "preference":
-            chat = lenient(build_chat_encoder(self.artifact, self.tokenizer).settings())
-            return DecidedMaker(self.head, RewardEncoder(self.tokenizer, chat))
+            chat = without_length_limit(
+                build_chat_encoder(self.artifact, self.tokenizer).settings()
+            )
+            return HeadRowBuilder(self.head, RewardEncoder(self.tokenizer, chat))
         own: OnLong = "turns" if config is None else lenient_length(config.chat.on_long)
         bounds = [self._positions(), None if config is None else config.chat.max_length]
         longest = min((bound for bound in bounds if bound is not None), default=None)
         make = ClassificationEncoder if self.head.kind == "classification" else TaggingEncoder
-        return DecidedMaker(self.head, make(self.tokenizer, longest, own))
+        return HeadRowBuilder(self.head, make(self.tokenizer, longest, own))
 
-    def set_of(self, items: Items, metrics: Any, config: RunConfig | None) -> Set:
+    def set_of(
+        self, items: EvaluationRows, metrics: Any, config: RunConfig | None
+    ) -> EvaluationSet:
         """The rows, scored by what it decides."""
-        return Set(items, [], self.head.better)
+        return EvaluationSet(items, [], self.head.better)
 
     @property
     def alphabet(self) -> Any:
         """What another model must share for its loss to be of the same: labels."""
         return self.head.names
 
-    def measure(self, each: Set, settings: dict[str, Any]) -> Outcome:
+    def measure(self, each: EvaluationSet, settings: dict[str, Any]) -> ModelScores:
         """Decide all rows, the longest first, and score them."""
         import torch
         from tqdm import tqdm
@@ -331,22 +354,22 @@ class Decider:
         pad = int(self.tokenizer.pad_token_id)
         bar = tqdm(total=len(rows), desc="rows", leave=False, disable=None)
         with torch.inference_mode(), bar:
-            for batch in by_length([self.head.length(row) for row in rows]):
+            for batch in batches_by_length([self.head.length(row) for row in rows]):
                 found = self.head.losses(self.model, [rows[n] for n in batch], pad)
                 for number, loss, one in zip(batch, found.sums, found.predicted, strict=True):
                     losses[number] = loss.item(), self.head.answers(rows[number])
                     said[number] = one.tolist()
                 bar.update(len(batch))
         scored, texts = self.head.score(items, said)
-        return Outcome(losses, texts, scored, has_perplexity=False)
+        return ModelScores(losses, texts, scored, has_perplexity=False)
 
-    def _head(self) -> "Head":
+    def _head(self) -> "HeadScorer":
         from luthier.train.methods.heads import labels_from_config
 
         if self.artifact.is_reward:
-            return Rewards()
+            return RewardScorer()
         labels = labels_from_config(self.model.config)
-        return Classes(labels) if self.artifact.task == "SEQ_CLS" else Tags(labels)
+        return ClassScorer(labels) if self.artifact.task == "SEQ_CLS" else TagScorer(labels)
 
     def _positions(self) -> int | None:
         from luthier.train.methods.heads import max_positions
@@ -355,7 +378,7 @@ class Decider:
         return max_positions(base_model(self.model))
 
     def _release(self) -> None:
-        from luthier.infer.generate import release
+        from luthier.infer.generate import release_memory
 
         self.model = None
-        release()
+        release_memory()

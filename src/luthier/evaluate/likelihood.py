@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import IGNORED
-from luthier.evaluate.rows import Item
+from luthier.evaluate.rows import EvaluationRow
 from luthier.metrics import Measured
 from luthier.metrics.bootstrap import Statistics
 
@@ -18,7 +18,7 @@ LOSS, PERPLEXITY = "loss", "perplexity"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ModelScores:
     """The losses and replies of one model."""
 
     losses: NDArray[np.float64]
@@ -58,7 +58,7 @@ TOKENS = 2048
 """Tokens that go through the model at once, padding and all; at least one row."""
 
 
-def by_length(lengths: Sequence[int]) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """The numbers of rows in batches, the longest first, each of about as many tokens."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     batches, start = [], 0
@@ -69,8 +69,8 @@ def by_length(lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def likelihoods(
-    model: Any, items: Sequence[Item], on_rows: Callable[[int], None] = lambda rows: None
+def compute_losses(
+    model: Any, items: Sequence[EvaluationRow], on_rows: Callable[[int], None] = lambda rows: None
 ) -> NDArray[np.float64]:
     """Each row's negative log-likelihood (nats) and its measured tokens: shape (rows, 2).
 
@@ -84,7 +84,7 @@ def likelihoods(
     losses = _of_targets if model.config.is_encoder_decoder else _of_sequences
     sums = np.zeros((len(items), 2))
     with torch.inference_mode():
-        for batch in by_length([max(len(ids), len(labels)) for _, ids, labels in numbered]):
+        for batch in batches_by_length([max(len(ids), len(labels)) for _, ids, labels in numbered]):
             rows = [numbered[number] for number in batch]
             found = losses(model, [ids for _, ids, _ in rows], [labels for *_, labels in rows])
             for (row, *_), *sum_and_count in zip(rows, *found, strict=True):

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any, Union
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
-from luthier.evaluate.likelihood import Outcome, likelihoods
+from luthier.evaluate.likelihood import ModelScores, compute_losses
 from luthier.evaluate.rows import (
-    Items,
-    Maker,
-    Set,
-    SpokenMaker,
-    TargetMaker,
-    metrics_of,
-    of_replies,
+    ChatRowBuilder,
+    EvaluationRows,
+    EvaluationSet,
+    RowBuilder,
+    TargetRowBuilder,
+    metrics_of_run,
+    rows_with_replies,
 )
 from luthier.infer.llm import LLM
 from luthier.metrics import Measured, Metric, Reply, score_replies
@@ -22,13 +22,15 @@ from luthier.model.adapters import HEAD_TASKS
 from luthier.model.artifact import find_artifact
 
 if TYPE_CHECKING:
-    from luthier.evaluate.heads import Decider
+    from luthier.evaluate.heads import HeadModel
 
 
 # One model that writes, measured on one set: perplexity, and the metrics of its replies.
 
 
-def measure(llm: LLM, items: Items, metrics: Sequence[Metric], given: dict[str, Any]) -> Outcome:
+def measure_model(
+    llm: LLM, items: EvaluationRows, metrics: Sequence[Metric], given: dict[str, Any]
+) -> ModelScores:
     """Measure a loaded model as it answers now.
 
     `metrics`: none for the perplexity alone. `given`: settings of generation, and `batch_size`.
@@ -38,10 +40,10 @@ def measure(llm: LLM, items: Items, metrics: Sequence[Metric], given: dict[str, 
 
     total = sum(len(item.sequences) for item in items.rows)
     with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
-        losses = likelihoods(llm.model, items.rows, bar.update)
+        losses = compute_losses(llm.model, items.rows, bar.update)
     asked = [item for item in items.rows if item.question is not None] if metrics else []
     if not asked:
-        return Outcome(losses, [], Measured({}))
+        return ModelScores(losses, [], Measured({}))
     questions = [item.question for item in asked if item.question is not None]
     prompts = [{"messages": each.messages, "tools": each.tools} for each in questions]
     with tqdm(total=len(asked), desc="replies", leave=False, disable=None) as bar:
@@ -53,30 +55,32 @@ def measure(llm: LLM, items: Items, metrics: Sequence[Metric], given: dict[str, 
         Reply(text, question.expected, question.row)
         for text, question in zip(texts, questions, strict=True)
     ]
-    return Outcome(losses, texts, score_replies(metrics, replies))
+    return ModelScores(losses, texts, score_replies(metrics, replies))
 
 
-class Writer(LLM):
+class WritingModel(LLM):
     """A model that writes."""
 
-    def maker(self, config: RunConfig | None) -> Maker:
+    def maker(self, config: RunConfig | None) -> RowBuilder:
         """What makes the rows of a run, or of a dataset, for it; `config`: that of the run."""
         if self.artifact.task == "SEQ_2_SEQ_LM":
             if config is None:
-                return TargetMaker(self.tokenizer, None, "drop")
-            return TargetMaker(self.tokenizer, config.chat.max_length, config.chat.on_long)
+                return TargetRowBuilder(self.tokenizer, None, "drop")
+            return TargetRowBuilder(self.tokenizer, config.chat.max_length, config.chat.on_long)
         settings = self.encoder.settings() if self.has_template else None
         stride = 0 if config is None else config.dataset.stride
-        return SpokenMaker(self.tokenizer, settings, stride, self.context)
+        return ChatRowBuilder(self.tokenizer, settings, stride, self.context)
 
-    def set_of(self, items: Items, metrics: list[Metric] | None, config: RunConfig | None) -> Set:
+    def set_of(
+        self, items: EvaluationRows, metrics: list[Metric] | None, config: RunConfig | None
+    ) -> EvaluationSet:
         """The rows with these metrics, or with the run's own."""
-        own = metrics_of(config, items.name) if metrics is None else metrics
-        return of_replies(items, own)
+        own = metrics_of_run(config, items.name) if metrics is None else metrics
+        return rows_with_replies(items, own)
 
-    def measure(self, each: Set, settings: dict[str, Any]) -> Outcome:
+    def measure(self, each: EvaluationSet, settings: dict[str, Any]) -> ModelScores:
         """Its losses and replies, as it answers now."""
-        return measure(self, each.items, each.metrics, settings)
+        return measure_model(self, each.items, each.metrics, settings)
 
     @property
     def alphabet(self) -> Any:
@@ -84,16 +88,16 @@ class Writer(LLM):
         return self.tokenizer.get_vocab()
 
 
-Subject = Union[Writer, "Decider"]
+MeasuredModel = Union[WritingModel, "HeadModel"]
 
 
-def subjects(
+def find_models(
     word: str,
     base: str | None,
     against: str | None,
     alone: bool,
     options: Mapping[str, Any],
-) -> tuple[Subject, Subject | None]:
+) -> tuple[MeasuredModel, MeasuredModel | None]:
     """The model that is typed, and what it is compared with, neither loaded yet.
 
     That is `against`, else what the model began with: itself where that is an adapter's base, None
@@ -119,13 +123,15 @@ def subjects(
     return model, other
 
 
-def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) -> None:
+def check_comparable(
+    model: MeasuredModel, theirs: Any, mine: list[EvaluationSet], its: list[EvaluationSet]
+) -> None:
     """Raise UserError where the numbers of two models cannot be put beside each other.
 
     `theirs` is the alphabet of the other one, whose rows are `its`.
     """
     if model.alphabet != theirs:
-        own = "reads other tokens" if isinstance(model, Writer) else "knows other labels"
+        own = "reads other tokens" if isinstance(model, WritingModel) else "knows other labels"
         raise UserError(
             f"{model.artifact.name} {own}, so the losses of the two say nothing beside each other. "
             "Measure each with --alone."
@@ -139,16 +145,16 @@ def check_alike(model: Subject, theirs: Any, mine: list[Set], its: list[Set]) ->
             )
 
 
-def _subject(word: str, options: Mapping[str, Any], base: str | None) -> Subject:
+def _subject(word: str, options: Mapping[str, Any], base: str | None) -> MeasuredModel:
     artifact = find_artifact(word, base)
     if artifact.task not in HEAD_TASKS:
-        return Writer(artifact, **options)
-    from luthier.evaluate.heads import Decider
+        return WritingModel(artifact, **options)
+    from luthier.evaluate.heads import HeadModel
 
-    return Decider(artifact, **options)
+    return HeadModel(artifact, **options)
 
 
-def _alike(model: Subject, other: Subject) -> Subject:
+def _alike(model: MeasuredModel, other: MeasuredModel) -> MeasuredModel:
     """The other one; UserError where the two do different things."""
     if other.artifact.task != model.artifact.task:
         raise UserError(

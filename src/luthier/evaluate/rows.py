@@ -22,7 +22,7 @@ from luthier.data.examples import (
 )
 from luthier.data.prepare import prepare
 from luthier.errors import UserError
-from luthier.infer.questions import Question, questions
+from luthier.infer.questions import Question, read_questions
 from luthier.metrics import Metric, parse_metrics, prepare_metrics
 
 # The rows that a model is measured on: their tokens, and the questions in them.
@@ -32,7 +32,7 @@ MAIN = "held out"
 
 
 @dataclass(frozen=True)
-class Item:
+class EvaluationRow:
     """A row to measure on."""
 
     where: str
@@ -46,11 +46,11 @@ class Item:
 
 
 @dataclass
-class Items:
+class EvaluationRows:
     """The rows of one evaluation set."""
 
     name: str
-    rows: list[Item] = field(default_factory=list)
+    rows: list[EvaluationRow] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows that make no tokens, by the reason."""
 
@@ -59,7 +59,7 @@ class Items:
         self.left_out[why] = self.left_out.get(why, 0) + 1
 
 
-class Maker(Protocol):
+class RowBuilder(Protocol):
     """Makes items as the training made rows, and leaves out what it would stop at."""
 
     @property
@@ -67,14 +67,16 @@ class Maker(Protocol):
         """The kinds of rows that it takes."""
         ...
 
-    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
+    def add(
+        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+    ) -> None:
         """Add the items of rows of one source, which are of such a kind."""
         ...
 
 
-def of_run(
-    config: RunConfig, maker: Maker, limit: int | None, tokenizer: Callable[[], Any]
-) -> Iterator[Items]:
+def read_run_rows(
+    config: RunConfig, maker: RowBuilder, limit: int | None, tokenizer: Callable[[], Any]
+) -> Iterator[EvaluationRows]:
     """The evaluation sets of a run, as it held them out.
 
     `tokenizer` gives the base's own: rows that were drawn from the training rows are drawn again,
@@ -82,7 +84,10 @@ def of_run(
     """
     named = eval_sources(config.dataset)
     for key, source in named.items():
-        found, opened = Items(eval_set_name(key) or MAIN), open_examples(source, path_key(key))
+        found, opened = (
+            EvaluationRows(eval_set_name(key) or MAIN),
+            open_examples(source, path_key(key)),
+        )
         _add(maker, found, opened, _rows(opened, config.dataset, limit))
         yield found
     if config.dataset.eval.share is not None or config.dataset.eval.count is not None:
@@ -94,23 +99,27 @@ def of_run(
         )
 
 
-def of_dataset(config: DatasetConfig, maker: Maker, limit: int | None) -> Iterator[Items]:
+def read_dataset_rows(
+    config: DatasetConfig, maker: RowBuilder, limit: int | None
+) -> Iterator[EvaluationRows]:
     """All rows of a dataset, a set for each of its sources."""
     sources = train_sources(config)
     for name, source in sources.items():
         opened = open_examples(
             source, "dataset" if len(sources) == 1 else f"dataset.sources.{name}"
         )
-        found = Items(opened.source.label if len(sources) == 1 else name)
+        found = EvaluationRows(opened.source.label if len(sources) == 1 else name)
         _add(maker, found, opened, _rows(opened, config, limit))
         yield found
 
 
-def _drawn(config: RunConfig, maker: Maker, limit: int | None, tokenizer: Any) -> Items:
+def _drawn(
+    config: RunConfig, maker: RowBuilder, limit: int | None, tokenizer: Any
+) -> EvaluationRows:
     """The rows that the run drew from its training rows to hold them out."""
     from luthier.train.methods.encoders import make_row_encoders
 
-    found = Items(MAIN)
+    found = EvaluationRows(MAIN)
     prepared = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
     for opened, placed in prepared.heldout[""].by_source():
         left = None if limit is None else limit - len(found.rows)
@@ -119,7 +128,7 @@ def _drawn(config: RunConfig, maker: Maker, limit: int | None, tokenizer: Any) -
 
 
 def _add(
-    maker: Maker, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]
+    maker: RowBuilder, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
 ) -> None:
     """Add rows of one source; UserError for a kind that is not measured of this model."""
     kind = opened.row_format.example_type
@@ -141,7 +150,7 @@ def _rows(opened: OpenedSource, config: DatasetConfig, limit: int | None) -> lis
     return rows
 
 
-class SpokenMaker:
+class ChatRowBuilder:
     """Makes items of conversations, of judged replies (the good one counts), and of texts."""
 
     kinds = ("conversation", "text", "preference", "unpaired")
@@ -158,27 +167,29 @@ class SpokenMaker:
         bounds: list[int] = [bound for bound in (context, longest) if bound is not None]
         self._max_length = min(bounds, default=None)
         own = {"max_length": self._max_length}
-        self._chat = None if chat is None else lenient(chat) | own
+        self._chat = None if chat is None else without_length_limit(chat) | own
 
-    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
+    def add(
+        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+    ) -> None:
         """Add the items of rows of one source."""
         if opened.row_format.example_type == "text":
             self._add_texts(found, placed)
         else:
             self._add_chats(found, placed, opened.config)
 
-    def _add_texts(self, found: Items, placed: Iterable[LocatedExample]) -> None:
+    def _add_texts(self, found: EvaluationRows, placed: Iterable[LocatedExample]) -> None:
         encoder = WindowEncoder(self._tokenizer, self._max_length, self._stride)
         for row in placed:
             (windows,) = encoder.encode_batch([row.example["text"]])
             if windows:
                 sequences = [(list(one.input_ids), list(one.labels)) for one in windows]
-                found.rows.append(Item(row.where, sequences, None))
+                found.rows.append(EvaluationRow(row.where, sequences, None))
             else:
                 found.leave_out("the text is empty")
 
     def _add_chats(
-        self, found: Items, placed: Iterable[LocatedExample], source: SourceConfig
+        self, found: EvaluationRows, placed: Iterable[LocatedExample], source: SourceConfig
     ) -> None:
         if self._chat is None:
             raise UserError(
@@ -188,7 +199,7 @@ class SpokenMaker:
         own = {} if source.train_on is None else {"train_on": source.train_on}
         encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | own)
         for row in placed:
-            asked = questions([(row.example, row.columns)], 1)
+            asked = read_questions([(row.example, row.columns)], 1)
             try:
                 made = encoder.encode_batch([_spoken(row.example)])
             except ChatError as error:
@@ -196,12 +207,12 @@ class SpokenMaker:
                 continue
             sequences = [(one.input_ids, one.labels) for one in made.rows[0]]
             if sequences:
-                found.rows.append(Item(row.where, sequences, asked[0] if asked else None))
+                found.rows.append(EvaluationRow(row.where, sequences, asked[0] if asked else None))
             else:
                 found.leave_out(made.reports[0].reason if made.reports else "nothing to measure")
 
 
-class TargetMaker:
+class TargetRowBuilder:
     """Makes items of sources with a target, for encoder-decoder models."""
 
     kinds = ("seq2seq",)
@@ -209,11 +220,15 @@ class TargetMaker:
     def __init__(self, tokenizer: Any, max_length: int | None, on_long: OnLong) -> None:
         self._encoder = Seq2SeqEncoder(tokenizer, max_length, lenient_length(on_long))
 
-    def add(self, found: Items, opened: OpenedSource, placed: Iterable[LocatedExample]) -> None:
+    def add(
+        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+    ) -> None:
         """Add the items of rows of one source."""
-        for row, values in encoded(self._encoder, found, placed):
-            (question,) = questions([(row.example, row.columns)], 1)
-            found.rows.append(Item(row.where, [(values["input_ids"], values["labels"])], question))
+        for row, values in encode_rows(self._encoder, found, placed):
+            (question,) = read_questions([(row.example, row.columns)], 1)
+            found.rows.append(
+                EvaluationRow(row.where, [(values["input_ids"], values["labels"])], question)
+            )
 
 
 def lenient_length(on_long: OnLong) -> OnLong:
@@ -221,13 +236,13 @@ def lenient_length(on_long: OnLong) -> OnLong:
     return "drop" if on_long == "error" else on_long
 
 
-def lenient(chat: Mapping[str, Any]) -> dict[str, Any]:
+def without_length_limit(chat: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a chat encoder under which a row is left out where training would stop."""
     return {**chat} | {name: "drop" for name in ("on_lost", "on_long") if chat[name] == "error"}
 
 
-def encoded(
-    encoder: Any, found: Items, placed: Iterable[LocatedExample]
+def encode_rows(
+    encoder: Any, found: EvaluationRows, placed: Iterable[LocatedExample]
 ) -> "Iterable[tuple[LocatedExample, dict[str, Any]]]":
     """Each row with the columns of its token row; those that make none are left out and counted."""
     for row in placed:
@@ -257,17 +272,17 @@ def _spoken(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Set:
+class EvaluationSet:
     """One evaluation set."""
 
-    items: Items
+    items: EvaluationRows
     metrics: list[Metric]
     """Those of replies in words."""
     better: Mapping[str, bool | None]
     """For each metric whether higher is better; None where it is neither."""
 
 
-def of_replies(items: Items, metrics: list[Metric]) -> Set:
+def rows_with_replies(items: EvaluationRows, metrics: list[Metric]) -> EvaluationSet:
     """A set whose replies are scored by metrics, if there are any; what these need is imported.
 
     Raises UserError as `prepare_metrics` does.
@@ -276,10 +291,10 @@ def of_replies(items: Items, metrics: list[Metric]) -> Set:
     if metrics and questions:
         prepare_metrics(metrics, [question.expected for question in questions])
     better = {metric.name: metric.greater_is_better for metric in metrics}
-    return Set(items, metrics if questions else [], better)
+    return EvaluationSet(items, metrics if questions else [], better)
 
 
-def metrics_of(config: RunConfig | None, name: str) -> list[Metric]:
+def metrics_of_run(config: RunConfig | None, name: str) -> list[Metric]:
     """A run's own metrics of an evaluation set; none for a model that is no run's."""
     if config is None:
         return []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import QuantizationSettings
-from luthier.export.model_layout import Layout, NotPlain
+from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ _BY_ITSELF = (
 
 
 @dataclass
-class Change:
+class AdapterDelta:
     """What becomes of one weight of the base."""
 
     a: "Tensor | None" = None
@@ -71,11 +71,11 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraWeights:
     """The changes of one adapter by the names of the base's weights, and how much they count."""
 
     folder: Path
-    changes: dict[str, Change]
+    changes: dict[str, AdapterDelta]
     weight: float = 1.0
 
     @property
@@ -86,23 +86,23 @@ class Adapter:
         return max([0, *wholes, *ends])
 
 
-def read_adapter(folder: Path, layout: "Layout", weight: float = 1.0) -> Adapter:
+def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> LoraWeights:
     """Read an adapter; raises NotPlain for one that is no LoRA of linear and embedding layers."""
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     _refuse_others(config)
     tensors = load_file(folder / "adapter_model.safetensors")
-    changes: dict[str, Change] = {}
+    changes: dict[str, AdapterDelta] = {}
     for key, value in tensors.items():
         _take(changes, key.removeprefix(PREFIX), value.float(), config, layout)
     for name in changes:
         if name not in layout.shapes:
-            raise NotPlain(f"the base has no weight {name}")
-    return Adapter(folder, changes, weight)
+            raise NeedsMemoryMerge(f"the base has no weight {name}")
+    return LoraWeights(folder, changes, weight)
 
 
-def merged(base: "Tensor", name: str, adapters: list[Adapter]) -> "Tensor":
+def add_deltas(base: "Tensor", name: str, adapters: list[LoraWeights]) -> "Tensor":
     """A weight (float32) with what all adapters change of it, each by its weight."""
     touching = [one for one in adapters if name in one.changes]
     if len(touching) == 1 and touching[0].weight == 1.0:
@@ -116,35 +116,35 @@ def merged(base: "Tensor", name: str, adapters: list[Adapter]) -> "Tensor":
 def _refuse_others(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise NotPlain(f"it is of the type {kind}")
+        raise NeedsMemoryMerge(f"it is of the type {kind}")
     special = [name for name in _BY_ITSELF if config.get(name)]
     if special:
-        raise NotPlain(f"it uses {special[0]}")
+        raise NeedsMemoryMerge(f"it uses {special[0]}")
 
 
 def _take(
-    changes: dict[str, Change],
+    changes: dict[str, AdapterDelta],
     key: str,
     value: "Tensor",
     config: Mapping[str, Any],
-    layout: "Layout",
+    layout: "ModelLayout",
 ) -> None:
     """Put one saved tensor where it belongs."""
     layer, part = _parted(key)
     if part == "whole":
-        changes.setdefault(layer, Change()).whole = value
+        changes.setdefault(layer, AdapterDelta()).whole = value
         return
     if part == "rows":
-        change = changes.setdefault(f"{layer}.weight", Change())
+        change = changes.setdefault(f"{layer}.weight", AdapterDelta())
         change.values, change.rows = value, _rows_of(layer, config)
         return
     if part == "lora_B.bias":
         scale = _scale(layer, config, None)
-        changes.setdefault(f"{layer}.bias", Change()).added = value * scale
+        changes.setdefault(f"{layer}.bias", AdapterDelta()).added = value * scale
         return
     if value.ndim > 2:
-        raise NotPlain(f"{layer} is a convolution")
-    change = changes.setdefault(f"{layer}.weight", Change())
+        raise NeedsMemoryMerge(f"{layer} is a convolution")
+    change = changes.setdefault(f"{layer}.weight", AdapterDelta())
     change.transposed = layer in layout.transposed
     if part in ("lora_A.weight", "lora_embedding_A"):
         change.a, change.scale = value, _scale(layer, config, value.shape[0])
@@ -164,7 +164,7 @@ def _parted(key: str) -> tuple[str, str]:
         if key.endswith(f".{part}"):
             return key.removesuffix(f".{part}"), part
     if ".lora_" in key:
-        raise NotPlain(f"it holds {key}")
+        raise NeedsMemoryMerge(f"it holds {key}")
     return key.replace(".base_layer.", "."), "whole"
 
 
@@ -185,13 +185,15 @@ def _rows_of(layer: str, config: Mapping[str, Any]) -> list[int]:
     for name, ids in given.items():
         if f".{layer}".endswith(f".{name}"):
             return list(ids)
-    raise NotPlain(f"it does not say which rows of {layer} it trained")
+    raise NeedsMemoryMerge(f"it does not say which rows of {layer} it trained")
 
 
 # Weights as an adapter met them in training: packed by bitsandbytes and unpacked again.
 
 
-def as_trained(weight: "Tensor", quantization: QuantizationSettings, transposed: bool) -> "Tensor":
+def dequantized_as_trained(
+    weight: "Tensor", quantization: QuantizationSettings, transposed: bool
+) -> "Tensor":
     """A layer's weight (float32) as the run's quantization left it.
 
     `transposed`: whether it is (inputs, outputs); bitsandbytes packs (outputs, inputs).

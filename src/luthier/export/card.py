@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from luthier.export.model_facts import Data, Story
-from luthier.export.usage_snippets import requirements, snippet
+from luthier.export.model_facts import DataFacts, ModelFacts
+from luthier.export.usage_snippets import python_snippet, requirements
 
 # The YAML block at the head of a model card, as the hub reads it.
 
@@ -18,7 +18,7 @@ TASKS = {
 """Pipeline tags of the hub; an encoder-decoder model has none that says what it does."""
 
 
-def metadata(story: Story) -> dict[str, Any]:
+def card_metadata(story: ModelFacts) -> dict[str, Any]:
     """What the hub is told of a model: only what is known; raises nothing.
 
     `base_model` and `datasets` are hub names, so that bases and rows from elsewhere are left out.
@@ -28,7 +28,7 @@ def metadata(story: Story) -> dict[str, Any]:
     results = _model_index(story)
     base: dict[str, Any] = {}
     if story.base.hub:
-        base = {"base_model": story.base.hub, "base_model_relation": relation(story)}
+        base = {"base_model": story.base.hub, "base_model_relation": base_model_relation(story)}
     data = list(dict.fromkeys(one.name for one in story.data if one.is_hub))
     known = ModelCardData(
         library_name="peft" if story.kind == "adapter" else "transformers",
@@ -45,14 +45,14 @@ def metadata(story: Story) -> dict[str, Any]:
     return found
 
 
-def relation(story: Story) -> str:
+def base_model_relation(story: ModelFacts) -> str:
     """What the model is to its base, in the hub's words."""
     if story.kind == "adapter":
         return "adapter"
     return "quantized" if story.packed and story.method is None else "finetune"
 
 
-def _tags(story: Story) -> list[str]:
+def _tags(story: ModelFacts) -> list[str]:
     tags = ["luthier"]
     if story.method:
         tags.append(story.method)
@@ -65,7 +65,7 @@ def _tags(story: Story) -> list[str]:
     return tags
 
 
-def _model_index(story: Story) -> list[Any]:
+def _model_index(story: ModelFacts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     names = [one.name for one in story.data if one.is_hub] or ["held-out rows"]
@@ -96,12 +96,14 @@ def _set(name: str, data: str) -> str:
 _PACKAGES = ("luthier", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
 
 
-def card(story: Story, stop_ids: list[int], has_template: bool, place: str = ".") -> str:
+def write_model_card(
+    story: ModelFacts, stop_ids: list[int], has_template: bool, place: str = "."
+) -> str:
     """The text of README.md. `place`: the model's hub name; `.` for the folder it lies in.
 
     Nothing in it is guessed, and no path of this machine stands in it.
     """
-    head = yaml.safe_dump(metadata(story), sort_keys=False, allow_unicode=True)
+    head = yaml.safe_dump(card_metadata(story), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{head}---\n",
         f"# {story.title}\n\n{_sentence(story)}",
@@ -116,7 +118,7 @@ def card(story: Story, stop_ids: list[int], has_template: bool, place: str = "."
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def _sentence(story: Story) -> str:
+def _sentence(story: ModelFacts) -> str:
     base = _linked(story.base.name, story.base.hub)
     if story.base.package:
         base += f" (a GGUF file of the Python package {story.base.package})"
@@ -134,7 +136,7 @@ def _linked(name: str, hub: str | None, kind: str = "") -> str:
     return f"[{name}](https://huggingface.co/{kind}{hub})" if hub else name
 
 
-def _adapter(story: Story) -> str:
+def _adapter(story: ModelFacts) -> str:
     if not story.adapter:
         return "" if story.kind == "adapter" else "all weights"
     name = "DoRA" if story.adapter.get("use_dora") else str(story.adapter.get("peft_type", "LORA"))
@@ -142,20 +144,20 @@ def _adapter(story: Story) -> str:
     return f"{'LoRA' if name == 'LORA' else name}{f' of rank {rank}' if rank else ''}"
 
 
-def _quantized(story: Story) -> str:
+def _quantized(story: ModelFacts) -> str:
     packing = story.quantization
     if packing.get("load_in_4bit"):
         return f"on {packing.get('bnb_4bit_quant_type', 'fp4')} weights"
     return "on int8 weights" if packing.get("load_in_8bit") else ""
 
 
-def _packing(story: Story) -> str:
+def _packing(story: ModelFacts) -> str:
     if not story.packed:
         return ""
     return f", with weights in {story.packed['bits']} bits ({story.packed['method']})"
 
 
-def _merged(story: Story) -> str:
+def _merged(story: ModelFacts) -> str:
     if not story.merged:
         return ""
     facts = story.merged
@@ -177,7 +179,7 @@ def _merged(story: Story) -> str:
     return text
 
 
-def _results(story: Story) -> str:
+def _results(story: ModelFacts) -> str:
     if not story.results:
         return ""
     lines = ["## Results", "", "| held-out rows | before | after |", "|---|---:|---:|"]
@@ -204,8 +206,8 @@ def _number(name: str, value: float | None) -> str:
     return f"{value:.1%}" if name.endswith("exact_match") else f"{value:.4g}"
 
 
-def _usage(story: Story, stop_ids: list[int], has_template: bool, place: str) -> str:
-    code = snippet(story, stop_ids, has_template, place)
+def _usage(story: ModelFacts, stop_ids: list[int], has_template: bool, place: str) -> str:
+    code = python_snippet(story, stop_ids, has_template, place)
     return (
         f"## How to use it\n\n```sh\n{requirements(story)}\n```\n\n```python\n{code}\n```\n\n"
         "EXPORT.md says how to serve it with vLLM, TGI and Ollama, with the exact chat template "
@@ -213,7 +215,7 @@ def _usage(story: Story, stop_ids: list[int], has_template: bool, place: str) ->
     )
 
 
-def _data(story: Story) -> str:
+def _data(story: ModelFacts) -> str:
     if not story.data:
         return ""
     lines = ["## Data", "", "| source | licence |", "|---|---|"]
@@ -227,12 +229,12 @@ def _data(story: Story) -> str:
     return "\n".join(lines)
 
 
-def _source(data: Data) -> str:
+def _source(data: DataFacts) -> str:
     name = _linked(data.name, data.name if data.is_hub else None, "datasets/")
     return f"{name} ({data.part})" if data.part else name
 
 
-def _training(story: Story) -> str:
+def _training(story: ModelFacts) -> str:
     if not story.settings:
         return ""
     lines = ["## Training", "", "| setting | value |", "|---|---|"]
@@ -256,13 +258,13 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _versions(story: Story) -> str:
+def _versions(story: ModelFacts) -> str:
     known = [f"{name} {story.versions[name]}" for name in _PACKAGES if name in story.versions]
     python = story.versions.get("python")
     return f"## Versions\n\nPython {python}, {', '.join(known)}." if python else ""
 
 
-def _licence(story: Story) -> str:
+def _licence(story: ModelFacts) -> str:
     model = f"This model: {story.licence}." if story.licence else "None is stated for this model."
     base = (
         f"Its base, {story.base.name}: {story.base.licence}."

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
 from luthier.export import write_card
-from luthier.export.model_facts import Story, hub_name, last
+from luthier.export.model_facts import ModelFacts, hub_name, last_name
 from luthier.model import source
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-GOES = (
-    *write_card.SPEECH,
+UPLOADED_FILES = (
+    *write_card.TOKENIZER_FILES,
     *("config.json", "generation_config.json", "adapter_config.json", "labels.json", "loss.png"),
     *("preprocessor_config.json", "processor_config.json", "quantize_config.json"),
     *("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"),
@@ -30,7 +30,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass
-class Parcel:
+class UploadPlan:
     """What goes to the hub, and what stays here."""
 
     files: dict[str, Path] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class Parcel:
         return dict(sorted(sizes.items()))
 
 
-def pack(folder: Path, story: Story, written: dict[str, str]) -> Parcel:
+def plan_upload(folder: Path, story: ModelFacts, written: dict[str, str]) -> UploadPlan:
     """Gather what of `folder` goes to the hub. `written` are the card and the notes.
 
     Raises UserError where weights are missing, are pickles, or a text holds a key.
     """
-    parcel = Parcel()
+    parcel = UploadPlan()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or name in written:
@@ -72,14 +72,18 @@ def pack(folder: Path, story: Story, written: dict[str, str]) -> Parcel:
 
 def _stays(name: str) -> str:
     """Why a file stays here; empty where it goes."""
-    if name in GOES or _SHARD.fullmatch(name) or name.startswith(f"{write_card.TEMPLATES}/"):
+    if (
+        name in UPLOADED_FILES
+        or _SHARD.fullmatch(name)
+        or name.startswith(f"{write_card.TEMPLATES}/")
+    ):
         return ""
     if name.endswith(_PICKLES):
         return "a pickle, which can run code: weights go as safetensors"
     return "no file of a model"
 
 
-def _without_paths(path: Path, story: Story) -> str:
+def _without_paths(path: Path, story: ModelFacts) -> str:
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
@@ -88,7 +92,7 @@ def _without_paths(path: Path, story: Story) -> str:
     return _dumped(content, text, story)
 
 
-def _dumped(content: Any, text: str, story: Story) -> str:
+def _dumped(content: Any, text: str, story: ModelFacts) -> str:
     """The text with each path of this machine named otherwise; as it was where there is none."""
     if not isinstance(content, dict):
         return text
@@ -102,17 +106,17 @@ def _dumped(content: Any, text: str, story: Story) -> str:
     return json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
 
 
-def _place(value: str, story: Story) -> str:
+def _place(value: str, story: ModelFacts) -> str:
     is_path = value.startswith(("/", ".", "~")) or "\\" in value or value.count("/") > 1
     is_path |= value == story.base.name and story.base.hub is None
     if not is_path:
         return value
     if story.base.package is not None:
         return f"{source.PACKAGE_PREFIX}{story.base.package}"
-    return hub_name(value) or story.base.hub or last(story.base.name)
+    return hub_name(value) or story.base.hub or last_name(story.base.name)
 
 
-def _refuse_missing(folder: Path, parcel: Parcel) -> None:
+def _refuse_missing(folder: Path, parcel: UploadPlan) -> None:
     if any(name.endswith(".safetensors") for name in parcel.files):
         return
     pickles = [name for name in parcel.left if name.endswith(_PICKLES)]
@@ -120,7 +124,7 @@ def _refuse_missing(folder: Path, parcel: Parcel) -> None:
     raise UserError(f"{folder}: there is {has}; what goes to the hub is safetensors.")
 
 
-def _refuse_keys(folder: Path, parcel: Parcel) -> None:
+def _refuse_keys(folder: Path, parcel: UploadPlan) -> None:
     here = {str(folder.resolve()), str(Path.cwd().resolve())} - {"/"}
     for name, text in parcel.texts.items():
         if _KEYS.search(text):
@@ -136,7 +140,7 @@ _IGNORED = (".gitattributes",)
 """What the hub itself puts into an empty repository."""
 
 
-def send(parcel: Parcel, target: str, public: bool, overwrite: bool) -> None:
+def upload(parcel: UploadPlan, target: str, public: bool, overwrite: bool) -> None:
     """Upload in one commit. Raises UserError before anything is sent where it cannot be."""
     from huggingface_hub import CommitOperationAdd, HfApi
 

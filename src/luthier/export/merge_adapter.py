@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
 from luthier.export import merge_in_memory, merge_streaming, model_facts, write_card
-from luthier.export.merge_in_memory import PLACE, logits, tuned
-from luthier.export.model_facts import public
-from luthier.export.model_layout import Layout, NotPlain, base_folder, layout_of
-from luthier.export.usage_snippets import Spoken
+from luthier.export.merge_in_memory import PLACE, load_tuned, logits
+from luthier.export.model_facts import public_name
+from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge, base_folder, layout_of
+from luthier.export.usage_snippets import ChatFormat
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import auto_class
 from luthier.record.plots import read_metrics
@@ -40,7 +40,7 @@ ROUNDED_INPUTS = 2e-1
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """How far the logits of two models are apart."""
 
     largest: float
@@ -52,7 +52,7 @@ class Difference:
     prompts: int
 
 
-class NotTheSame(UserError):
+class LogitsDiffer(UserError):
     """A merged model that says something else than it should; it is left to be looked at."""
 
 
@@ -68,9 +68,9 @@ def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
     return [encoder.prompt([{"role": "user", "content": text}]) for text in texts]
 
 
-def compare(
+def compare_models(
     wanted: "Callable[[], Any]", folder: Path, task: str, prompts: list[list[int]]
-) -> Difference:
+) -> LogitDifference:
     """The difference of a merged folder's logits from those of the model that `wanted` loads.
 
     One model is in memory at a time.
@@ -79,7 +79,7 @@ def compare(
     before = logits(model, prompts)
     del model
     gc.collect()
-    return between(before, logits(load_folder(folder, task), prompts))
+    return compare_logits(before, logits(load_folder(folder, task), prompts))
 
 
 def load_folder(folder: Path, task: str, **own: Any) -> Any:
@@ -90,21 +90,23 @@ def load_folder(folder: Path, task: str, **own: Any) -> Any:
     return model.eval()
 
 
-def between(before: "list[Tensor]", after: "list[Tensor]") -> Difference:
+def compare_logits(before: "list[Tensor]", after: "list[Tensor]") -> LogitDifference:
     """The difference of two lists of logits."""
     pairs = list(zip(before, after, strict=True))
     largest = max(float((b - a).abs().max()) for b, a in pairs)
     spread = max(float(b.std()) for b in before)
     same = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
     places = sum(b.argmax(-1).numel() for b in before)
-    return Difference(largest, largest / spread if spread else largest, same / places, len(before))
+    return LogitDifference(
+        largest, largest / spread if spread else largest, same / places, len(before)
+    )
 
 
-def refuse_unlike_logits(difference: Difference, bound: float, aside: Path) -> None:
+def refuse_unlike_logits(difference: LogitDifference, bound: float, aside: Path) -> None:
     """Raise NotTheSame where a difference is more than rounding explains."""
     if difference.relative <= bound:
         return
-    raise NotTheSame(
+    raise LogitsDiffer(
         f"The merged model does not say what the model with its adapter says: on "
         f"{difference.prompts} prompts its logits differ by up to {difference.largest:.3g} "
         f"({difference.relative:.3g} standard deviations; rounding explains {bound:g}).\n"
@@ -117,7 +119,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Order:
+class MergeOrder:
     """What is to be merged, and how."""
 
     artifacts: list[Artifact]
@@ -148,7 +150,7 @@ class Order:
         return self.onto == "trained" and self.first.quantization.bits is not None
 
 
-def refuse_merge(order: Order, overwrite: bool) -> None:
+def refuse_merge(order: MergeOrder, overwrite: bool) -> None:
     """Raise UserError for adapters of different bases, and for a target that holds something."""
     first = order.first
     for one in order.artifacts:
@@ -170,45 +172,47 @@ def refuse_merge(order: Order, overwrite: bool) -> None:
     refuse_target(order.target, overwrite)
 
 
-def merge(order: Order, say: Say) -> None:
+def merge_adapters(order: MergeOrder, say: Say) -> None:
     """Merge and write the target, which appears by a rename when all is right.
 
     Raises UserError; a model that fails the check is left beside the target.
     """
-    with filled(order.target, keep=NotTheSame) as aside:
+    with filled(order.target, keep=LogitsDiffer) as aside:
         _make(order, aside, say)
     say(f"written   {order.target}")
 
 
-def _make(order: Order, aside: Path, say: Say) -> None:
+def _make(order: MergeOrder, aside: Path, say: Say) -> None:
     """Everything that the target holds, checked."""
-    spoken = write_card.spoken_of(order.first)
+    spoken = write_card.chat_format_of(order.first)
     dtype = _weights(order, aside, say)
     _carry(order, aside, spoken)
     difference = _checked(order, aside, dtype, say) if order.verify else None
     told = _story(order, dtype, difference)
     if order.quantize is not None:
-        from luthier.export.quantize import pack
+        from luthier.export.quantize import quantize_merged
 
-        packed = pack(aside, order.quantize, order.first, say)
+        packed = quantize_merged(aside, order.quantize, order.first, say)
         told = replace(told, packed=packed)
     plot = None if order.first.run is None else order.first.run / write_card.PLOT
-    write_card.write(aside, told, spoken, plot)
+    write_card.write_descriptions(aside, told, spoken, plot)
 
 
-def _weights(order: Order, aside: Path, say: Say) -> str:
+def _weights(order: MergeOrder, aside: Path, say: Say) -> str:
     """Write weights and config.json; returns their number format."""
     first = order.first
-    layout: Layout | None = None
+    layout: ModelLayout | None = None
     folder = base_folder(first)
     try:
         layout = layout_of(first, folder)
         quantization = first.quantization if order.packs else QuantizationSettings()
-        merge = merge_streaming.plan(folder, layout, order.adapters, quantization, order.dtype)
-    except NotPlain as why:
+        merge = merge_streaming.plan_merge(
+            folder, layout, order.adapters, quantization, order.dtype
+        )
+    except NeedsMemoryMerge as why:
         say(f"whole     the model is merged in memory, in float32: {why}")
         used = layout if order.packs else None
-        return merge_in_memory.merge(first, order.adapters, used, order.dtype, aside)
+        return merge_in_memory.merge_in_memory(first, order.adapters, used, order.dtype, aside)
     refuse_full_disk(merge.size, aside)
     done = 0
     for number, entry in enumerate(merge.write(aside), 1):
@@ -221,28 +225,28 @@ def _weights(order: Order, aside: Path, say: Say) -> str:
     return merge.dtype
 
 
-def _carry(order: Order, aside: Path, spoken: Spoken) -> None:
+def _carry(order: MergeOrder, aside: Path, spoken: ChatFormat) -> None:
     first = order.first
     source = first.adapter
     if source is not None and not (source / "tokenizer_config.json").is_file():
         source = Path(first.base.tokenizer) if first.base.tokenizer else base_folder(first)
     if source is not None:
-        write_card.carry_speech(source, aside)
+        write_card.copy_tokenizer_files(source, aside)
     if first.chat is not None:
         write_json(aside / "chat.json", first.chat)
     if spoken.template is not None:
         # What was trained, also where the run's config replaced the tokenizer's own.
         (aside / "chat_template.jinja").write_text(spoken.template, encoding="utf-8")
-    write_card.carry_generation(base_folder(first), first.adapter, aside, spoken)
+    write_card.copy_generation_config(base_folder(first), first.adapter, aside, spoken)
 
 
-def _checked(order: Order, aside: Path, dtype: str, say: Say) -> Difference:
+def _checked(order: MergeOrder, aside: Path, dtype: str, say: Say) -> LogitDifference:
     from luthier.model.tokenizer import load_tokenizer
 
     first = order.first
     prompts = prompts_of(first, load_tokenizer(first.base))
-    wanted = partial(tuned, first, order.adapters, order.packs)
-    found = compare(wanted, aside, first.task, prompts)
+    wanted = partial(load_tuned, first, order.adapters, order.packs)
+    found = compare_models(wanted, aside, first.task, prompts)
     say(
         f"checked   {found.prompts} prompts: logits differ by up to {found.largest:.3g} "
         f"({found.relative:.2g} standard deviations); the likeliest token is the same at "
@@ -257,10 +261,12 @@ def _checked(order: Order, aside: Path, dtype: str, say: Say) -> Difference:
 
 def _called(artifact: Artifact) -> str:
     """An adapter's name in the card: its run's folder, or what was typed."""
-    return artifact.run.name if artifact.run is not None else public(artifact.name)
+    return artifact.run.name if artifact.run is not None else public_name(artifact.name)
 
 
-def _story(order: Order, dtype: str, difference: Difference | None) -> model_facts.Story:
+def _story(
+    order: MergeOrder, dtype: str, difference: LogitDifference | None
+) -> model_facts.ModelFacts:
     """What the card tells of the merged model."""
     merged: dict[str, Any] = {"dtype": dtype, "onto": order.onto}
     if difference is not None:
@@ -269,5 +275,5 @@ def _story(order: Order, dtype: str, difference: Difference | None) -> model_fac
         merged["weights"] = [
             [_called(one), w] for one, w in zip(order.artifacts, order.weights, strict=True)
         ]
-    found = model_facts.told(order.first)
+    found = model_facts.load_or_collect_facts(order.first)
     return replace(found, kind="model", merged=merged, rows=None)

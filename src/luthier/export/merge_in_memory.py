@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
-from luthier.export.adapter_delta import as_trained
-from luthier.export.model_layout import Layout, needed
+from luthier.export.adapter_delta import dequantized_as_trained
+from luthier.export.model_layout import ModelLayout, embedding_rows_needed
 from luthier.export.weight_files import SHARD_BYTES
 from luthier.model import quantized
 from luthier.model.artifact import Artifact
@@ -20,7 +20,7 @@ PLACE = Machine("cpu", "float32", "sdpa")
 """Merging and checking is arithmetic in float32, in main memory."""
 
 
-def tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: bool) -> Any:
+def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: bool) -> Any:
     """The base in float32 with its adapters, each scaled by its weight, in evaluation mode.
 
     `packed`: with the weights packed as in training. Raises UserError where it does not fit into
@@ -30,7 +30,7 @@ def tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: bool) 
 
     quantization = _computed_in_float32(artifact.quantization if packed else QuantizationSettings())
     model = base_of(artifact, quantization)
-    grow(model, adapters)
+    grow_embeddings(model, adapters)
     try:
         wrapped = PeftModel.from_pretrained(model, adapters[0][0], adapter_name="a0")
         for number, (folder, _) in enumerate(adapters[1:], 1):
@@ -84,9 +84,9 @@ def too_large(artifact: Artifact) -> str:
     )
 
 
-def grow(model: Any, adapters: list[tuple[Path, float]]) -> None:
+def grow_embeddings(model: Any, adapters: list[tuple[Path, float]]) -> None:
     """Give the embeddings the rows that the adapters' new tokens need."""
-    rows = max(needed(folder) for folder, _ in adapters)
+    rows = max(embedding_rows_needed(folder) for folder, _ in adapters)
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -125,10 +125,10 @@ def _scale(model: Any, name: str, weight: float) -> None:
 # The whole model is in memory, in float32.
 
 
-def merge(
+def merge_in_memory(
     artifact: Artifact,
     adapters: list[tuple[Path, float]],
-    layout: Layout | None,
+    layout: ModelLayout | None,
     dtype: str | None,
     folder: Path,
 ) -> str:
@@ -143,7 +143,7 @@ def merge(
     own = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
     if layout is not None:
         _pack(model, layout, artifact.quantization)
-    grow(model, adapters)
+    grow_embeddings(model, adapters)
     merged = _merged(model, artifact, adapters)
     chosen = dtype or (own if artifact.base.dtype == "auto" else artifact.base.dtype)
     merged.to(getattr(torch, chosen))
@@ -152,12 +152,12 @@ def merge(
     return chosen
 
 
-def _pack(model: Any, layout: Layout, quantization: QuantizationSettings) -> None:
+def _pack(model: Any, layout: ModelLayout, quantization: QuantizationSettings) -> None:
     """Round the weights of the layers that were packed in training as they were."""
     layers = dict(model.named_modules())
     for name in layout.packed:
         weight = layers[name].weight
-        weight.data = as_trained(weight.data, quantization, name in layout.transposed)
+        weight.data = dequantized_as_trained(weight.data, quantization, name in layout.transposed)
 
 
 def _merged(model: Any, artifact: Artifact, adapters: list[tuple[Path, float]]) -> Any:

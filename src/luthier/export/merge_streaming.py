@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.config.library_settings import QuantizationSettings
-from luthier.export.adapter_delta import Adapter, as_trained, merged, read_adapter
-from luthier.export.model_layout import Layout, NotPlain
-from luthier.export.weight_files import DTYPES, FLOATS, Checkpoint, Entry, write
+from luthier.export.adapter_delta import (
+    LoraWeights,
+    add_deltas,
+    dequantized_as_trained,
+    read_adapter,
+)
+from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge
+from luthier.export.weight_files import DTYPES, FLOATS, TensorEntry, WeightFiles, write_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,17 +24,17 @@ FORMATS = {torch: ours for ours, torch in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergedTensor:
     """Adapters, the base they go into, and what comes out."""
 
-    base: Checkpoint
-    layout: Layout
-    adapters: list[Adapter]
+    base: WeightFiles
+    layout: ModelLayout
+    adapters: list[LoraWeights]
     names: dict[str, str]
     """A weight's name -> its name in the base's files."""
     quantization: QuantizationSettings
     """How the base is packed before the adapters are added; empty for not at all."""
-    planned: list[Entry]
+    planned: list[TensorEntry]
     rows: int | None
     """Rows of the embeddings, where they are more than the base's."""
     untied: bool
@@ -59,15 +64,15 @@ class Merge:
         layer = name.removesuffix(".weight")
         if self.quantization.is_enabled and layer in self.layout.packed:
             is_turned = layer in self.layout.transposed
-            value = as_trained(value.float(), self.quantization, is_turned)
+            value = dequantized_as_trained(value.float(), self.quantization, is_turned)
         changed = [one for one in self.adapters if name in one.changes]
         if not changed:
             return self._grown(value, name)
-        return merged(self._grown(value.float(), name), name, self.adapters)
+        return add_deltas(self._grown(value.float(), name), name, self.adapters)
 
-    def write(self, folder: Path) -> Iterable[Entry]:
+    def write(self, folder: Path) -> Iterable[TensorEntry]:
         """Write the weight files; gives each weight when it is written."""
-        return write(folder, self.planned, self.weight)
+        return write_weights(folder, self.planned, self.weight)
 
     def _grown(self, value: "Tensor", name: str) -> "Tensor":
         """An embedding with empty rows for the new tokens; an adapter fills them."""
@@ -80,18 +85,18 @@ class Merge:
         return torch.cat([value, new])
 
 
-def plan(
+def plan_merge(
     base: Path,
-    layout: Layout,
+    layout: ModelLayout,
     folders: list[tuple[Path, float]],
     quantization: QuantizationSettings,
     dtype: str | None,
-) -> Merge:
+) -> MergedTensor:
     """What a merge will read and write. `folders`: adapters with their weights.
 
     Raises NotPlain where it cannot be done tensor by tensor, UserError for damaged files.
     """
-    checkpoint = Checkpoint(base)
+    checkpoint = WeightFiles(base)
     adapters = [read_adapter(folder, layout, weight) for folder, weight in folders]
     names = _names(checkpoint, layout)
     _spread_rows(adapters, layout)
@@ -102,19 +107,19 @@ def plan(
         name for name in out if layout.tied.get(name, name) not in names and name not in given
     ]
     if missing:
-        raise NotPlain(f"the base's files have no {missing[0]}")
+        raise NeedsMemoryMerge(f"the base's files have no {missing[0]}")
     needed = max([0, *(one.rows for one in adapters)])
     have = layout.shapes[layout.inputs][0]
     rows = needed if needed > have else None
     if rows and len(adapters) > 1:
-        raise NotPlain("several adapters with new tokens: their rows cannot be added")
+        raise NeedsMemoryMerge("several adapters with new tokens: their rows cannot be added")
     main = main_format(checkpoint.entries.values())
     formats = {name: _format(name, names, layout, checkpoint, main, dtype) for name in out}
-    planned = [Entry(name, formats[name], _shape(name, layout, rows)) for name in out]
-    return Merge(checkpoint, layout, adapters, names, quantization, planned, rows, untied)
+    planned = [TensorEntry(name, formats[name], _shape(name, layout, rows)) for name in out]
+    return MergedTensor(checkpoint, layout, adapters, names, quantization, planned, rows, untied)
 
 
-def main_format(entries: Iterable[Entry]) -> str:
+def main_format(entries: Iterable[TensorEntry]) -> str:
     """The format of most numbers."""
     counts: dict[str, int] = {}
     for entry in entries:
@@ -123,7 +128,7 @@ def main_format(entries: Iterable[Entry]) -> str:
     return max(counts, key=lambda name: counts[name]) if counts else "F32"
 
 
-def _names(base: Checkpoint, layout: Layout) -> dict[str, str]:
+def _names(base: WeightFiles, layout: ModelLayout) -> dict[str, str]:
     """Each weight's name in the files: files of a headless model leave out its prefix."""
     found = {}
     for name in layout.shapes:
@@ -137,8 +142,8 @@ def _names(base: Checkpoint, layout: Layout) -> dict[str, str]:
 def _format(
     name: str,
     names: dict[str, str],
-    layout: Layout,
-    base: Checkpoint,
+    layout: ModelLayout,
+    base: WeightFiles,
     main: str,
     dtype: str | None,
 ) -> str:
@@ -148,21 +153,21 @@ def _format(
     return FORMATS[dtype] if dtype is not None and own == main else own
 
 
-def _shape(name: str, layout: Layout, rows: int | None) -> tuple[int, ...]:
+def _shape(name: str, layout: ModelLayout, rows: int | None) -> tuple[int, ...]:
     shape = layout.shapes[name]
     if rows is None or not _is_embedding(name, layout):
         return shape
     return (rows, *shape[1:])
 
 
-def _is_embedding(name: str, layout: Layout) -> bool:
+def _is_embedding(name: str, layout: ModelLayout) -> bool:
     """Whether a weight has a row for each token: the inputs' and an output layer like it."""
     shape = layout.shapes[name]
     head = name.endswith(("lm_head.weight", "embed_out.weight", "lm_head.bias"))
     return name == layout.inputs or (head and shape[0] == layout.shapes[layout.inputs][0])
 
 
-def _spread_rows(adapters: list[Adapter], layout: Layout) -> None:
+def _spread_rows(adapters: list[LoraWeights], layout: ModelLayout) -> None:
     """Single rows of tied embeddings train as one, and are saved for one name."""
     pairs = {**layout.tied, **{first: name for name, first in layout.tied.items()}}
     for one in adapters:
@@ -171,7 +176,7 @@ def _spread_rows(adapters: list[Adapter], layout: Layout) -> None:
                 one.changes.setdefault(pairs[name], change)
 
 
-def _comes_apart(adapters: list[Adapter], layout: Layout) -> bool:
+def _comes_apart(adapters: list[LoraWeights], layout: ModelLayout) -> bool:
     """Whether two names of one matrix are changed in different ways."""
     import torch
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.data.sources.open import kind_of
 from luthier.errors import UserError
-from luthier.export.model_layout import grown
+from luthier.export.model_layout import grown_shapes
 from luthier.model import gguf, source
 from luthier.model.artifact import Artifact
 from luthier.model.load import LABELS_FILE
@@ -35,7 +35,7 @@ def hub_name(path: str) -> str | None:
     return path if source.needs_hub(path) else None
 
 
-def public(text: str) -> str:
+def public_name(text: str) -> str:
     """A text with each path of this machine cut to its last part, and addresses to the bare ones.
 
     An address loses its user, password and query, which is where its keys are.
@@ -44,12 +44,12 @@ def public(text: str) -> str:
     for address in _URL.findall(text):
         kept = kept.replace(address, _bare(address))
     return "".join(
-        part if _URL.fullmatch(part) else _PATH.sub(lambda found: last(found.group()), part)
+        part if _URL.fullmatch(part) else _PATH.sub(lambda found: last_name(found.group()), part)
         for part in re.split(f"({_URL.pattern})", kept)
     )
 
 
-def last(path: str) -> str:
+def last_name(path: str) -> str:
     """The last part of a path of any system."""
     name = PureWindowsPath(PurePosixPath(path).name).name
     return name or "a folder"
@@ -58,16 +58,16 @@ def last(path: str) -> str:
 def public_values(value: Any) -> Any:
     """A copy of plain values in which every text is public."""
     if isinstance(value, dict):
-        return {public(str(key)): public_values(part) for key, part in value.items()}
+        return {public_name(str(key)): public_values(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [public_values(part) for part in value]
-    return public(value) if isinstance(value, str) else value
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _bare(address: str) -> str:
     parts = urlsplit(address)
     if parts.scheme == "file":
-        return last(parts.path)
+        return last_name(parts.path)
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
 
@@ -75,7 +75,7 @@ def _bare(address: str) -> str:
 # Licences of models and datasets, from their own cards on the hub; never guessed.
 
 
-def stated(name: str, kind: str = "model") -> str | None:
+def stated_licence(name: str, kind: str = "model") -> str | None:
     """The licence that a hub repository's card states; None where it states none or is not seen.
 
     `kind`: model or dataset. A card in the local cache needs no network; another one costs one
@@ -123,7 +123,7 @@ _SILENT = ("output_dir", "logging_dir", "report_to", "run_name", "logging_steps"
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class BaseModelFacts:
     """The model that was trained."""
 
     name: str
@@ -138,7 +138,7 @@ class BaseModel:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataFacts:
     """A source of training rows."""
 
     name: str
@@ -149,13 +149,13 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Story:
+class ModelFacts:
     """What is known of a fine-tuned model and may be told."""
 
     title: str
     kind: str
     """`adapter` or `model`."""
-    base: BaseModel
+    base: BaseModelFacts
     method: str | None = None
     task: str = "CAUSAL_LM"
     problem: str | None = None
@@ -169,7 +169,7 @@ class Story:
     packed: dict[str, Any] = field(default_factory=dict)
     """How the weights of this folder are packed; empty for not at all."""
     settings: dict[str, Any] = field(default_factory=dict)
-    data: list[Data] = field(default_factory=list)
+    data: list[DataFacts] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -194,14 +194,14 @@ class Story:
         write_json(folder / FILE, asdict(self))
 
 
-def read(folder: Path) -> Story | None:
+def read_facts(folder: Path) -> ModelFacts | None:
     """The story that was saved beside weights; None where there is none."""
     found = read_json(folder / FILE)
     if found is None:
         return None
     try:
-        plain = found | {"base": BaseModel(**found["base"])}
-        return Story(**plain | {"data": [Data(**one) for one in found["data"]]})
+        plain = found | {"base": BaseModelFacts(**found["base"])}
+        return ModelFacts(**plain | {"data": [DataFacts(**one) for one in found["data"]]})
     except (TypeError, KeyError) as error:
         raise UserError(
             f"{folder / FILE}: not of this version of luthier ({error}). Remove it; the card is "
@@ -209,19 +209,19 @@ def read(folder: Path) -> Story | None:
         ) from error
 
 
-def told(artifact: Artifact) -> Story:
+def load_or_collect_facts(artifact: Artifact) -> ModelFacts:
     """The story that lies beside the weights, or the one that the run's files tell."""
-    saved = None if artifact.folder is None else read(artifact.folder)
-    return saved or of(artifact)
+    saved = None if artifact.folder is None else read_facts(artifact.folder)
+    return saved or collect_facts(artifact)
 
 
-def of(artifact: Artifact) -> Story:
+def collect_facts(artifact: Artifact) -> ModelFacts:
     """The story of what `luthier.model.artifact.find_artifact` found, from the run's files.
 
     Of a model without a run, no more than its base and adapter are known.
     """
     folder, config = artifact.folder, artifact.config
-    story = Story(
+    story = ModelFacts(
         title=_title(artifact),
         kind="model" if artifact.adapter is None else "adapter",
         base=base_of(_trained(artifact), None if config is None else config.model.revision),
@@ -231,32 +231,34 @@ def of(artifact: Artifact) -> Story:
         quantization=public_values(artifact.quantization),
         variables=(artifact.chat or {}).get("variables") or {},
         date=(artifact.chat or {}).get("date"),
-        rows=grown(artifact),
+        rows=grown_shapes(artifact),
         has_plot=folder is not None and (folder / "loss.png").is_file(),
     )
     if config is None or artifact.run is None:
         return story
-    return Story(**vars(story) | _told_by_the_run(artifact.run, config))
+    return ModelFacts(**vars(story) | _told_by_the_run(artifact.run, config))
 
 
-def base_of(path: str, revision: str | None = None) -> BaseModel:
+def base_of(path: str, revision: str | None = None) -> BaseModelFacts:
     """What a base model is called, and its licence where it is stated."""
     name = hub_name(path)
     if name is not None:
-        return BaseModel(name, name, revision, stated(name))
+        return BaseModelFacts(name, name, revision, stated_licence(name))
     if not path.startswith(source.PACKAGE_PREFIX) and not path.endswith(".gguf"):
-        return BaseModel(last(path))
+        return BaseModelFacts(last_name(path))
     package = (
         path.removeprefix(source.PACKAGE_PREFIX) if path.startswith(source.PACKAGE_PREFIX) else None
     )
     file = source.find_gguf_file(path)
     if file is None or not file.is_file():
-        return BaseModel(last(path), package=package, file=None if package else last(path))
+        return BaseModelFacts(
+            last_name(path), package=package, file=None if package else last_name(path)
+        )
     licence = gguf.read_metadata(file).get("general.license")
-    return BaseModel(file.stem, licence=licence, package=package, file=file.name)
+    return BaseModelFacts(file.stem, licence=licence, package=package, file=file.name)
 
 
-def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[Data]:
+def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[DataFacts]:
     """The sources of the training rows; `stated` are licences by the source's name or path."""
     parts: dict[str, SourceConfig] = dataset.sources or {"": dataset}
     found = []
@@ -268,12 +270,12 @@ def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[Data]:
     return found
 
 
-def _source(name: str, path: str, part: SourceConfig, given: str | None) -> Data:
+def _source(name: str, path: str, part: SourceConfig, given: str | None) -> DataFacts:
     if kind_of(part.model_copy(update={"path": path})) != "hub":
-        shown = public(path) if "://" in path else last(path)
-        return Data(f"{name}: {shown}" if name else shown, licence=given)
+        shown = public_name(path) if "://" in path else last_name(path)
+        return DataFacts(f"{name}: {shown}" if name else shown, licence=given)
     words = ", ".join(filter(None, (part.name, part.split)))
-    return Data(path, True, words, given or stated(path, "dataset"))
+    return DataFacts(path, True, words, given or stated_licence(path, "dataset"))
 
 
 def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
@@ -281,7 +283,7 @@ def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
     return {
         "method": config.trainer.method,
         "recipe": config.recipe,
-        "overrides": [public(one) for one in record.get("overrides", [])],
+        "overrides": [public_name(one) for one in record.get("overrides", [])],
         "settings": _settings(config),
         "data": data_of(config.dataset, config.card.data_licenses),
         "counts": public_values(record.get("data", {})),
@@ -299,7 +301,7 @@ def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
 def _title(artifact: Artifact) -> str:
     if artifact.config is not None and artifact.run is not None:
         return artifact.config.recipe or artifact.run.name
-    return last(artifact.name)
+    return last_name(artifact.name)
 
 
 def _trained(artifact: Artifact) -> str:

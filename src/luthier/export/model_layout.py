@@ -13,12 +13,12 @@ from luthier.model.load import build_empty_model, insert_quantized_layers, label
 from luthier.storage.sizes import head_of
 
 
-class NotPlain(Exception):
+class NeedsMemoryMerge(Exception):
     """This adapter is not one that can be merged tensor by tensor; the text says why."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelLayout:
     """The model that comes out, before any row of its embeddings is added."""
 
     config: Any
@@ -65,7 +65,7 @@ def base_folder(artifact: Artifact) -> Path:
         raise UserError(source.hub_error_message(error, model.path, "its base")) from error
 
 
-def layout_of(artifact: Artifact, folder: Path) -> Layout:
+def layout_of(artifact: Artifact, folder: Path) -> ModelLayout:
     """Build the model on torch's meta device from the base's config.json and look at it."""
     config = _config(artifact, folder)
     empty = build_empty_model(config, artifact.task)
@@ -76,7 +76,7 @@ def layout_of(artifact: Artifact, folder: Path) -> Layout:
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     transposed, inputs = _transposed(empty), empty.get_input_embeddings()
-    return Layout(
+    return ModelLayout(
         config,
         type(empty).__name__,
         {name: tuple(value.shape) for name, value in empty.state_dict().items()},
@@ -92,7 +92,7 @@ def _config(artifact: Artifact, folder: Path) -> Any:
     from transformers import AutoConfig
 
     if quantized.read_quantization_config(artifact.base) is not None:
-        raise NotPlain("its base comes quantized")
+        raise NeedsMemoryMerge("its base comes quantized")
     return AutoConfig.from_pretrained(folder, **label_settings(artifact))
 
 
@@ -118,7 +118,7 @@ def _packed(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "word_embeddings.weight")
 
 
-def needed(folder: Path) -> int:
+def embedding_rows_needed(folder: Path) -> int:
     """The rows that an adapter's saved tensors go up to; 0 where it trained none."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     given = config.get("trainable_token_indices") or []
@@ -129,11 +129,11 @@ def needed(folder: Path) -> int:
     return max([0, *ends, *wholes])
 
 
-def grown(artifact: Artifact) -> int | None:
+def grown_shapes(artifact: Artifact) -> int | None:
     """The rows that a base must be given before its adapter goes on; None where it has enough."""
     if artifact.adapter is None:
         return None
-    rows = needed(artifact.adapter)
+    rows = embedding_rows_needed(artifact.adapter)
     have = _rows_of_base(artifact.base.path)
     return rows if have is not None and rows > have else None
 

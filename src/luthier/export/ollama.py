@@ -24,7 +24,7 @@ _MARKS = {"system": "\ue000", "user": "\ue001", "assistant": "\ue002", "again": 
 
 
 @dataclass(frozen=True)
-class Frames:
+class TurnFrames:
     """What a template writes around the text of each role."""
 
     around: dict[str, tuple[str, str]]
@@ -35,7 +35,7 @@ class Frames:
     """What a reply is written behind."""
 
 
-def translate(render: Render, bos: str | None) -> str | None:
+def translate_template(render: Render, bos: str | None) -> str | None:
     """The Go template that writes what `render` writes, less the BOS token; None if there is none.
 
     Ollama puts the BOS token itself, as the model's file says.
@@ -46,13 +46,15 @@ def translate(render: Render, bos: str | None) -> str | None:
         if frames is None:
             return None
         template = _go(frames)
-        return template if all(_agree(template, plain, one) for one in probes()) else None
+        return (
+            template if all(_agree(template, plain, one) for one in probe_conversations()) else None
+        )
     except (ValueError, ChatError):
         # A role that the template refuses, or writes in more than one way.
         return None
 
 
-def rendered(template: str, messages: Messages) -> str:
+def render_probe(template: str, messages: Messages) -> str:
     """What Ollama writes for alternating messages with the part of Go that `translate` uses."""
     system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
     parts = _ACTION.split(template)
@@ -75,7 +77,7 @@ def rendered(template: str, messages: Messages) -> str:
     return "".join(out)
 
 
-def probes() -> list[Messages]:
+def probe_conversations() -> list[Messages]:
     """Conversations that a translation must write as the template does."""
     texts = [
         "Hello.",
@@ -107,14 +109,14 @@ def _answered(text: str) -> Messages:
 
 
 def _agree(template: str, render: Render, messages: Messages) -> bool:
-    return rendered(template, messages) == render(messages, True)
+    return render_probe(template, messages) == render(messages, True)
 
 
 def _without(bos: str | None, render: Render) -> Render:
     return lambda messages, generation: render(messages, generation).removeprefix(bos or "")
 
 
-def _frames(render: Render) -> Frames | None:
+def _frames(render: Render) -> TurnFrames | None:
     def said(*roles: str) -> Messages:
         names = _named(roles)
         return [
@@ -130,7 +132,7 @@ def _frames(render: Render) -> Frames | None:
     behind_user, behind_assistant = asked[-1], told[-1]
     before_assistant = _less(whole[2], behind_user, start=True)
     before_user = _less(whole[3], behind_assistant, start=True)
-    return Frames(
+    return TurnFrames(
         {
             "system": (whole[0], _less(whole[1], before_user, start=False)),
             "user": (before_user, behind_user),
@@ -160,7 +162,7 @@ def _less(text: str, part: str, start: bool) -> str:
     raise ValueError("the template writes a role in more than one way")
 
 
-def _go(frames: Frames) -> str:
+def _go(frames: TurnFrames) -> str:
     pieces = [frames.without_system, frames.generation]
     pieces += [text for pair in frames.around.values() for text in pair]
     if any(sign in piece for piece in pieces for sign in ("{{", "}}", '"""')):

@@ -11,7 +11,7 @@ from typing import Any
 from luthier.errors import UserError
 from luthier.export import model_facts, write_card
 from luthier.export.model_layout import base_folder
-from luthier.export.weight_files import INDEX, SHARD_BYTES, files_of
+from luthier.export.weight_files import INDEX, SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
 from luthier.model.load import auto_class
 from luthier.storage.atomic import filled
@@ -39,7 +39,9 @@ def check_format(name: str) -> None:
         )
 
 
-def pack(folder: Path, name: str, artifact: Artifact, say: Callable[[str], None]) -> dict[str, Any]:
+def quantize_merged(
+    folder: Path, name: str, artifact: Artifact, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Pack the weights of a model's folder in place; returns what the card says of it.
 
     The model is in memory whole, in 2 bytes a weight. Raises UserError where the format does not
@@ -52,7 +54,7 @@ def pack(folder: Path, name: str, artifact: Artifact, say: Callable[[str], None]
         _by_bitsandbytes(folder, target, name, artifact)
     else:
         _by_gptqmodel(folder, target, name, artifact)
-    for file in files_of(folder):
+    for file in list_weight_files(folder):
         file.unlink()
     (folder / INDEX).unlink(missing_ok=True)
     for file in target.iterdir():
@@ -69,14 +71,14 @@ def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[s
     """Pack a model that has no adapter and write it to `target`."""
     source = base_folder(artifact)
     with filled(target) as aside:
-        for file in [*files_of(source), *source.glob("*.json"), *source.glob("*.jinja")]:
+        for file in [*list_weight_files(source), *source.glob("*.json"), *source.glob("*.jinja")]:
             if file.name not in (MANIFEST, model_facts.FILE):
                 shutil.copyfile(file, aside / file.name)
-        spoken = write_card.spoken_of(artifact)
-        packed = pack(aside, name, artifact, say)
-        told = replace(model_facts.told(artifact), packed=packed)
+        spoken = write_card.chat_format_of(artifact)
+        packed = quantize_merged(aside, name, artifact, say)
+        told = replace(model_facts.load_or_collect_facts(artifact), packed=packed)
         plot = None if artifact.run is None else artifact.run / write_card.PLOT
-        write_card.write(aside, told, spoken, plot)
+        write_card.write_descriptions(aside, told, spoken, plot)
     say(f"written   {target}")
 
 

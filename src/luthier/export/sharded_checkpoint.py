@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.errors import UserError
 from luthier.export import merge_streaming, model_facts, weight_files, write_card
 from luthier.export.model_layout import layout_of
-from luthier.export.weight_files import Entry, write
+from luthier.export.weight_files import TensorEntry, write_weights
 from luthier.model.artifact import Artifact
 from luthier.storage.atomic import refuse_full_disk
 
@@ -20,16 +20,16 @@ _MODEL = "model."
 """What accelerate puts before the names of a model's weights in such a checkpoint."""
 
 
-def kind_of(folder: Path) -> Kind | None:
+def sharding_of(folder: Path) -> Kind | None:
     """Which way of sharding left this checkpoint; None for one that is whole."""
     if not folder.is_dir():
         return None
-    if shards_of(folder) is not None:
+    if fsdp_shards(folder) is not None:
         return "fsdp"
     return "zero" if (folder / "latest").is_file() and any(folder.glob("global_step*")) else None
 
 
-def shards_of(folder: Path) -> Path | None:
+def fsdp_shards(folder: Path) -> Path | None:
     """The folder with FSDP's shards: the checkpoint itself, or one in it."""
     places = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
     return next((place for place in places if (place / ".metadata").is_file()), None)
@@ -46,7 +46,7 @@ def consolidate(
 
     base = base_folder(artifact)
     layout = layout_of(artifact, base)
-    if kind_of(folder) == "fsdp":
+    if sharding_of(folder) == "fsdp":
         written = _from_fsdp(folder, target, dtype, say)
     else:
         written = _from_zero(folder, target, dtype, say)
@@ -60,21 +60,21 @@ def consolidate(
     name = weight_files.DTYPES[main]
     write_card.model_config(layout.config, layout.architecture, name, None, bool(layout.tied))
     layout.config.save_pretrained(target)
-    spoken = write_card.spoken_of(artifact)
+    spoken = write_card.chat_format_of(artifact)
     place = folder if (folder / "tokenizer_config.json").is_file() else base
-    write_card.carry_speech(place, target)
-    write_card.carry_generation(base, None, target, spoken)
-    write_card.write(target, model_facts.of(artifact), spoken)
+    write_card.copy_tokenizer_files(place, target)
+    write_card.copy_generation_config(base, None, target, spoken)
+    write_card.write_descriptions(target, model_facts.collect_facts(artifact), spoken)
 
 
 def _from_fsdp(
     folder: Path, target: Path, dtype: str | None, say: Callable[[str], None]
-) -> dict[str, Entry]:
+) -> dict[str, TensorEntry]:
     """Read tensor by tensor, with torch's own reader of distributed checkpoints."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    shards = shards_of(folder)
+    shards = fsdp_shards(folder)
     assert shards is not None
     kept = FileSystemReader(shards).read_metadata().state_dict_metadata
     found = {name: one for name, one in kept.items() if isinstance(one, TensorStorageMetadata)}
@@ -85,18 +85,20 @@ def _from_fsdp(
     for name, one in found.items():
         own = merge_streaming.FORMATS[str(one.properties.dtype).removeprefix("torch.")]
         form = merge_streaming.FORMATS[dtype] if dtype and own in weight_files.FLOATS else own
-        planned.append(Entry(name.removeprefix(prefix), form, tuple(one.size)))
+        planned.append(TensorEntry(name.removeprefix(prefix), form, tuple(one.size)))
     if prefix and not any(name.startswith("model.") for name in _names(planned)):
         # A headless model's own names begin so: then nothing was put before them.
-        planned = [Entry(prefix + entry.name, entry.dtype, entry.shape) for entry in planned]
+        planned = [TensorEntry(prefix + entry.name, entry.dtype, entry.shape) for entry in planned]
         prefix = ""
     refuse_full_disk(sum(entry.size for entry in planned), target)
-    done = {entry.name: entry for entry in write(target, planned, _reader(shards, kept, prefix))}
+    done = {
+        entry.name: entry for entry in write_weights(target, planned, _reader(shards, kept, prefix))
+    }
     say(f"merged    {len(done)} weights out of {shards.name}")
     return done
 
 
-def _names(planned: list[Entry]) -> list[str]:
+def _names(planned: list[TensorEntry]) -> list[str]:
     return [entry.name for entry in planned]
 
 
@@ -115,19 +117,19 @@ def _reader(shards: Path, kept: dict[str, Any], prefix: str) -> "Callable[[str],
 
 def _from_zero(
     folder: Path, target: Path, dtype: str | None, say: Callable[[str], None]
-) -> dict[str, Entry]:
+) -> dict[str, TensorEntry]:
     """Let DeepSpeed gather the weights in float32, and write them in the format asked for."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     gathered = target / "gathered"
     convert_zero_checkpoint_to_fp32_state_dict(str(folder), str(gathered), safe_serialization=True)
-    found = weight_files.Checkpoint(gathered)
+    found = weight_files.WeightFiles(gathered)
     form = merge_streaming.FORMATS[dtype or "float32"]
     planned = [
-        Entry(one.name, form if one.dtype in weight_files.FLOATS else one.dtype, one.shape)
+        TensorEntry(one.name, form if one.dtype in weight_files.FLOATS else one.dtype, one.shape)
         for one in found.entries.values()
     ]
-    done = {entry.name: entry for entry in write(target, planned, found.read)}
+    done = {entry.name: entry for entry in write_weights(target, planned, found.read)}
     shutil.rmtree(gathered)
     say(f"merged    {len(done)} weights out of ZeRO's shards")
     return done

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.export import ollama
-from luthier.export.model_facts import Story
+from luthier.export.model_facts import ModelFacts
 from luthier.model.adapters import HEAD_TASKS
 from luthier.model.load import TASK_CLASSES
 
 
-def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = ".") -> str:
+def python_snippet(
+    story: ModelFacts, stop_ids: list[int], has_template: bool, place: str = "."
+) -> str:
     """Python that loads the model and uses it once.
 
     `stop_ids` end a reply. `place` is where the model is: a hub name, or `.` for the folder that
@@ -28,7 +30,7 @@ def snippet(story: Story, stop_ids: list[int], has_template: bool, place: str = 
     return "\n".join(lines)
 
 
-def requirements(story: Story) -> str:
+def requirements(story: ModelFacts) -> str:
     """The `pip install` line for the snippet."""
     names = ["torch", "transformers", "accelerate"]
     if story.kind == "adapter":
@@ -49,7 +51,7 @@ def _packer(packed: dict[str, Any]) -> str:
     return "gptqmodel" if packed.get("method") in ("gptq", "awq") else "bitsandbytes"
 
 
-def _imports(story: Story) -> list[str]:
+def _imports(story: ModelFacts) -> list[str]:
     names = [TASK_CLASSES[story.task], "AutoTokenizer"]
     lines = []
     if story.kind == "adapter":
@@ -67,13 +69,13 @@ def _imports(story: Story) -> list[str]:
     return [*first, *([""] if first else []), *lines]
 
 
-def _reads_labels(story: Story) -> bool:
+def _reads_labels(story: ModelFacts) -> bool:
     """Whether it is an adapter whose base must be told of its labels."""
     decides = story.task in HEAD_TASKS and story.method != "reward"
     return story.kind == "adapter" and decides
 
 
-def _names(story: Story, place: str) -> list[str]:
+def _names(story: ModelFacts, place: str) -> list[str]:
     comment = "  # the folder that this file is in" if place == "." else ""
     lines = [f'MODEL = "{place}"{comment}']
     if story.kind != "adapter":
@@ -85,7 +87,7 @@ def _names(story: Story, place: str) -> list[str]:
     return [f'BASE = "path/to/{story.base.name}"  # the base model is not on the hub', *lines]
 
 
-def _unpacking(story: Story) -> list[str]:
+def _unpacking(story: ModelFacts) -> list[str]:
     """The base out of its GGUF file, as luthier trains it: bfloat16 in a folder."""
     if story.base.package:
         where = f'importlib.util.find_spec("{story.base.package}").submodule_search_locations[0]'
@@ -101,7 +103,7 @@ def _unpacking(story: Story) -> list[str]:
     ]
 
 
-def _loading(story: Story) -> list[str]:
+def _loading(story: ModelFacts) -> list[str]:
     kind = TASK_CLASSES[story.task]
     if story.kind != "adapter":
         return [
@@ -131,7 +133,7 @@ def _loading(story: Story) -> list[str]:
     return [*lines, "model = PeftModel.from_pretrained(base, MODEL)"]
 
 
-def _writing(story: Story, stop_ids: list[int], has_template: bool) -> list[str]:
+def _writing(story: ModelFacts, stop_ids: list[int], has_template: bool) -> list[str]:
     ends = f"eos_token_id={stop_ids}" if stop_ids else ""
     settings = ", ".join(filter(None, ("max_new_tokens=256", "do_sample=False", ends)))
     if story.task == "SEQ_2_SEQ_LM":
@@ -152,7 +154,7 @@ def _writing(story: Story, stop_ids: list[int], has_template: bool) -> list[str]
     ]
 
 
-def _chatting(story: Story) -> list[str]:
+def _chatting(story: ModelFacts) -> list[str]:
     lines = ["messages = ["]
     if story.system:
         lines.append(f'    {{"role": "system", "content": {story.system!r}}},')
@@ -166,7 +168,7 @@ def _chatting(story: Story) -> list[str]:
     ]
 
 
-def _labelling(story: Story, has_template: bool) -> list[str]:
+def _labelling(story: ModelFacts, has_template: bool) -> list[str]:
     if story.method == "reward" and has_template:
         reading = [
             "messages = [",
@@ -196,7 +198,7 @@ _HEADING = "Use chat_template.jinja of this folder as it is; it is also in the t
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ChatFormat:
     """What a server must know to talk to a model as it was trained."""
 
     stop_ids: list[int]
@@ -210,7 +212,7 @@ class Spoken:
     asks_date: bool = False
 
 
-def notes(story: Story, spoken: Spoken, place: str = ".") -> str:
+def serving_notes(story: ModelFacts, spoken: ChatFormat, place: str = ".") -> str:
     """The text of EXPORT.md for a model in `place` (a hub name, or `.` for this folder)."""
     if story.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return (
@@ -229,7 +231,7 @@ def notes(story: Story, spoken: Spoken, place: str = ".") -> str:
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def _tokens(story: Story, spoken: Spoken) -> str:
+def _tokens(story: ModelFacts, spoken: ChatFormat) -> str:
     lines = ["## Template and stop tokens", "", "Stop tokens:", ""]
     pairs = zip(spoken.stops, spoken.stop_ids, strict=True)
     lines += [f"- `{text}`, id {number}" for text, number in pairs]
@@ -249,7 +251,7 @@ def _tokens(story: Story, spoken: Spoken) -> str:
     return "\n".join(lines)
 
 
-def _merge_first(story: Story) -> str:
+def _merge_first(story: ModelFacts) -> str:
     if story.kind != "adapter":
         return ""
     reasons = []
@@ -270,7 +272,7 @@ def _merge_first(story: Story) -> str:
     )
 
 
-def _vllm(story: Story, spoken: Spoken, place: str) -> str:
+def _vllm(story: ModelFacts, spoken: ChatFormat, place: str) -> str:
     ends = json.dumps({"eos_token_id": spoken.stop_ids})
     template = " --chat-template chat_template.jinja" if spoken.template else ""
     if story.kind != "adapter":
@@ -296,7 +298,7 @@ def _allowed(rank: int) -> int:
     return next((one for one in (8, 16, 32, 64, 128, 256, 320, 512) if one >= rank), rank)
 
 
-def _tgi(story: Story, place: str) -> str:
+def _tgi(story: ModelFacts, place: str) -> str:
     folder = "merged" if story.kind == "adapter" else place
     return (
         f"## TGI\n\n    text-generation-launcher --model-id {folder}\n\n"
@@ -305,7 +307,7 @@ def _tgi(story: Story, place: str) -> str:
     )
 
 
-def _ollama(story: Story, spoken: Spoken) -> str:
+def _ollama(story: ModelFacts, spoken: ChatFormat) -> str:
     folder = "./merged" if story.kind == "adapter" else "."
     if spoken.template is None:
         go: str | None = "{{ .Prompt }}"
@@ -314,8 +316,9 @@ def _ollama(story: Story, spoken: Spoken) -> str:
         go = spoken.go
         words = (
             "TEMPLATE writes what the chat template writes, for alternating messages with or "
-            f"without a system prompt: held equal on {len(ollama.probes())} conversations, empty "
-            "texts, white space at the edges and markup among them. Tools are not part of it."
+            f"without a system prompt: held equal on {len(ollama.probe_conversations())} "
+            "conversations, empty texts, white space at the edges and markup among them. Tools are "
+            "not part of it."
         )
         if spoken.asks_date:
             words += f" The date in it is {story.date}, as in training."

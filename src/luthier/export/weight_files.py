@@ -40,7 +40,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor as its file describes it."""
 
     name: str
@@ -57,14 +57,16 @@ class Entry:
         return math.prod(self.shape) * SIZES.get(self.dtype, 1)
 
 
-class Checkpoint:
+class WeightFiles:
     """The safetensors files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         """Read the heads of the files; UserError where there is none or one is damaged."""
         self.folder = folder
         self.entries = {
-            entry.name: entry for file in files_of(folder) for entry in entries_of(file)
+            entry.name: entry
+            for file in list_weight_files(folder)
+            for entry in read_tensor_entries(file)
         }
 
     def read(self, name: str) -> "Tensor":
@@ -87,7 +89,7 @@ class Checkpoint:
         return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
 
 
-def files_of(folder: Path) -> list[Path]:
+def list_weight_files(folder: Path) -> list[Path]:
     """The weight files of a model's folder; UserError where there is no safetensors file."""
     index = folder / INDEX
     if index.is_file():
@@ -101,22 +103,24 @@ def files_of(folder: Path) -> list[Path]:
     return files
 
 
-def entries_of(file: Path) -> list[Entry]:
+def read_tensor_entries(file: Path) -> list[TensorEntry]:
     """The tensors of a safetensors file in the order of their bytes."""
     head = head_of(file)
     entries = [
-        Entry(name, one["dtype"], tuple(one["shape"]), file, head.start + one["data_offsets"][0])
+        TensorEntry(
+            name, one["dtype"], tuple(one["shape"]), file, head.start + one["data_offsets"][0]
+        )
         for name, one in head.tensors.items()
     ]
     return sorted(entries, key=lambda entry: entry.start)
 
 
-def write(
+def write_weights(
     folder: Path,
-    planned: list[Entry],
+    planned: list[TensorEntry],
     make: Callable[[str], "Tensor"],
     most: int = SHARD_BYTES,
-) -> Iterator[Entry]:
+) -> Iterator[TensorEntry]:
     """Write a model's weight files into `folder`, one tensor at a time; gives each when it is done.
 
     `planned` says name, format and shape of each; `make` gives its values, which are cast.
@@ -128,9 +132,9 @@ def write(
         _write_index(folder, shards)
 
 
-def _shared(planned: list[Entry], most: int) -> list[list[Entry]]:
+def _shared(planned: list[TensorEntry], most: int) -> list[list[TensorEntry]]:
     """The tensors by file, in their order."""
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[TensorEntry]] = [[]]
     filled = 0
     for entry in planned:
         if shards[-1] and filled + entry.size > most:
@@ -148,8 +152,8 @@ def _name(number: int, shards: int) -> str:
 
 
 def _write_file(
-    file: Path, entries: list[Entry], make: Callable[[str], "Tensor"]
-) -> Iterator[Entry]:
+    file: Path, entries: list[TensorEntry], make: Callable[[str], "Tensor"]
+) -> Iterator[TensorEntry]:
     # Wider numbers first, so that each lies at a multiple of its size.
     ranked = sorted(entries, key=lambda entry: -SIZES.get(entry.dtype, 1))
     with file.open("wb") as stream:
@@ -159,7 +163,7 @@ def _write_file(
             yield entry
 
 
-def _head(entries: list[Entry]) -> bytes:
+def _head(entries: list[TensorEntry]) -> bytes:
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for entry in entries:
@@ -175,7 +179,7 @@ def _head(entries: list[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _put(stream: Any, entry: Entry, tensor: "Tensor") -> None:
+def _put(stream: Any, entry: TensorEntry, tensor: "Tensor") -> None:
     import torch
 
     dtype = getattr(torch, DTYPES[entry.dtype])
@@ -186,7 +190,7 @@ def _put(stream: Any, entry: Entry, tensor: "Tensor") -> None:
         stream.write(memoryview(cast.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _write_index(folder: Path, shards: list[list[Entry]]) -> None:
+def _write_index(folder: Path, shards: list[list[TensorEntry]]) -> None:
     places = {
         entry.name: _name(number, len(shards))
         for number, shard in enumerate(shards)

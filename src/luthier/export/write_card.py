@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.export import model_facts as stories
-from luthier.export.card import card
-from luthier.export.model_facts import Story
-from luthier.export.ollama import translate
-from luthier.export.usage_snippets import Spoken, notes
+from luthier.export.card import write_model_card
+from luthier.export.model_facts import ModelFacts
+from luthier.export.ollama import translate_template
+from luthier.export.usage_snippets import ChatFormat, serving_notes
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact, training_method_of
 
 if TYPE_CHECKING:
@@ -20,40 +20,42 @@ _CHATS = ("dpo", "kto", "orpo", "cpo", "grpo", "rloo", "distill")
 CARD, NOTES, PLOT = "README.md", "EXPORT.md", "loss.png"
 
 
-def after_a_run(run: Path) -> str | None:
+def write_card(run: Path) -> str | None:
     """Write the card of a finished run into its model/ folder; return what went wrong, or None.
 
     Weights are saved by then: a card that cannot be written is said and fails nothing.
     """
     try:
         artifact = find_artifact(str(run))
-        story = stories.of(artifact)
+        story = stories.collect_facts(artifact)
         if artifact.folder is not None:
-            write(artifact.folder, story, spoken_of(artifact), plot=run / PLOT)
+            write_descriptions(artifact.folder, story, chat_format_of(artifact), plot=run / PLOT)
     except Exception as error:  # whatever it is, hours of training must not end with it
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def write(folder: Path, story: Story, spoken: Spoken, plot: Path | None = None) -> None:
+def write_descriptions(
+    folder: Path, story: ModelFacts, spoken: ChatFormat, plot: Path | None = None
+) -> None:
     """Write README.md, EXPORT.md, card.json and the plot beside the weights in `folder`."""
     if plot is not None and plot.is_file() and plot.parent != folder:
         shutil.copyfile(plot, folder / PLOT)
     story.save(folder)
-    for name, text in texts(story, spoken).items():
+    for name, text in description_texts(story, spoken).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def texts(story: Story, spoken: Spoken, place: str = ".") -> dict[str, str]:
+def description_texts(story: ModelFacts, spoken: ChatFormat, place: str = ".") -> dict[str, str]:
     """The card and the notes by their files' names, for a model in `place`."""
     has_template = spoken.template is not None
     return {
-        CARD: card(story, spoken.stop_ids, has_template, place),
-        NOTES: notes(story, spoken, place),
+        CARD: write_model_card(story, spoken.stop_ids, has_template, place),
+        NOTES: serving_notes(story, spoken, place),
     }
 
 
-def spoken_of(artifact: Artifact) -> Spoken:
+def chat_format_of(artifact: Artifact) -> ChatFormat:
     """The template and the stop tokens that an artifact was trained with."""
     from luthier.model.tokenizer import end_token_ids, load_tokenizer
 
@@ -63,16 +65,16 @@ def spoken_of(artifact: Artifact) -> Spoken:
     if artifact.task != "CAUSAL_LM" or artifact.is_reward or not has_template:
         ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
         ids = [number for number in dict.fromkeys(ends) if number is not None]
-        return Spoken(ids, tokenizer.convert_ids_to_tokens(ids), None)
+        return ChatFormat(ids, tokenizer.convert_ids_to_tokens(ids), None)
     encoder = build_chat_encoder(artifact, tokenizer)
     template = _template(encoder.settings(), tokenizer)
     bos = _own_bos(tokenizer)
     ids = encoder.stop_token_ids
-    return Spoken(
+    return ChatFormat(
         ids,
         tokenizer.convert_ids_to_tokens(ids),
         template.source,
-        translate(lambda said, asks: str(template.render(said, None, asks)), bos),
+        translate_template(lambda said, asks: str(template.render(said, None, asks)), bos),
         bos if bos and _first(template).startswith(bos) else None,
         "strftime_now" in template.source,
     )
@@ -100,7 +102,7 @@ def _first(template: "ChatTemplate") -> str:
 
 # What a model's folder holds besides weights: tokenizer, template, configuration, stop tokens.
 
-SPEECH = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
     *("merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
     *("chat_template.jinja", "chat.json"),
@@ -110,16 +112,16 @@ TEMPLATES = "additional_chat_templates"
 GENERATION = "generation_config.json"
 
 
-def carry_speech(source: Path, target: Path) -> None:
+def copy_tokenizer_files(source: Path, target: Path) -> None:
     """Copy the tokenizer, its templates and the chat settings."""
-    for name in SPEECH:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
 
 
-def carry_generation(base: Path, own: Path | None, target: Path, spoken: Spoken) -> None:
+def copy_generation_config(base: Path, own: Path | None, target: Path, spoken: ChatFormat) -> None:
     """Write the generation config: the base's (or what was saved), with the stop tokens trained."""
     for folder in (own, base):
         if folder is not None and (folder / GENERATION).is_file():

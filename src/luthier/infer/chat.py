@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 
-class Chat:
+class ChatSession:
     """A conversation: each message of the user is answered in the light of all before it."""
 
     def __init__(

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @contextmanager
-def unpacked(model: Any) -> Iterator[None]:
+def dequantized_layers(model: Any) -> Iterator[None]:
     """Let 4-bit layers on a CPU multiply by weights that are unpacked once, within the block.
 
     The numbers are those of the layer itself, which unpacks its weights at every call: that is

@@ -6,8 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.infer.dequantize import unpacked
-from luthier.infer.generation_config import config_of, one_by_one, reads_prompt
+from luthier.infer.dequantize import dequantized_layers
+from luthier.infer.generation_config import (
+    depends_on_prompt,
+    make_generation_config,
+    needs_single_rows,
+)
 
 # How many prompts are answered side by side: as many as the free memory holds.
 
@@ -19,17 +23,19 @@ _WIDTHS = 24
 """Numbers of the hidden size that a layer holds for each token of a prompt while it is read."""
 
 
-def batch_size(model: Any, longest: int, max_new_tokens: int) -> int:
+def choose_batch_size(model: Any, longest: int, max_new_tokens: int) -> int:
     """The largest batch of prompts of `longest` tokens that should fit into the free memory.
 
     An estimate: keys and values of prompt and reply, the activations of one layer while the prompt
     is read, and the scores of one token over the vocabulary in float32 and twice more for sorting.
     """
     free, kind = free_memory(model)
-    return max(1, min(_MOST[kind], int(_SHARE * free) // row_bytes(model, longest, max_new_tokens)))
+    return max(
+        1, min(_MOST[kind], int(_SHARE * free) // bytes_per_row(model, longest, max_new_tokens))
+    )
 
 
-def row_bytes(model: Any, longest: int, max_new_tokens: int) -> int:
+def bytes_per_row(model: Any, longest: int, max_new_tokens: int) -> int:
     """The bytes that one prompt and its reply take, beside the model."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -67,7 +73,7 @@ def _free_on_gpu(device: Any) -> int:
     return int(free + held)
 
 
-def release() -> None:
+def release_memory() -> None:
     """Give back the memory of what nobody holds any more."""
     import gc
 
@@ -98,14 +104,14 @@ def generate(
     """
     import torch
 
-    config = config_of({"max_new_tokens": max_new_tokens}, list(stop_ids), pad_id)
+    config = make_generation_config({"max_new_tokens": max_new_tokens}, list(stop_ids), pad_id)
     replies: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
         # Not inference mode: what a module caches here must still serve a later training step.
-        with torch.no_grad(), unpacked(model), dense_head(model):
-            for rows, answers in answered(model, prompts, config, batch_size):
+        with torch.no_grad(), dequantized_layers(model), patched_output_layer(model):
+            for rows, answers in generate_in_batches(model, prompts, config, batch_size):
                 for row, ids in zip(rows, answers, strict=True):
                     replies[row] = until_stop(ids, stop_ids)
                 if on_batch:
@@ -115,7 +121,7 @@ def generate(
     return replies
 
 
-def answered(
+def generate_in_batches(
     model: Any,
     prompts: Sequence[Sequence[int]],
     config: Any,
@@ -132,8 +138,8 @@ def answered(
     """
     import torch
 
-    equal = reads_prompt(config, model.generation_config)
-    size = 1 if one_by_one(config) else batch_size
+    equal = depends_on_prompt(config, model.generation_config)
+    size = 1 if needs_single_rows(config) else batch_size
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     while order:
         rows = _batch([len(prompts[i]) for i in order], size, config, context, equal)
@@ -149,7 +155,7 @@ def answered(
             order = order[rows:]
             continue
         # Outside of the handler: until it ends, the error keeps all tensors of the batch alive.
-        release()
+        release_memory()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -162,7 +168,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def dense_head(model: Any) -> Iterator[None]:
+def patched_output_layer(model: Any) -> Iterator[None]:
     """Give the output layer dense inputs within the block.
 
     Of the prompt only the last position goes through it, as a view with gaps, and for that torch's

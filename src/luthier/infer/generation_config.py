@@ -62,7 +62,7 @@ _REFUSED = {
 }
 
 
-def check(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings if each is one of `transformers.GenerationConfig`; imports nothing large.
 
     A setting of sampling turns sampling on, and `temperature=0` off. Raises UserError for a name
@@ -71,8 +71,8 @@ def check(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name in _REFUSED:
             raise UserError(f"{name}: {_REFUSED[name]}.")
-        if name not in names():
-            near = nearest(name, names())
+        if name not in generation_setting_names():
+            near = nearest(name, generation_setting_names())
             guess = f" Did you mean {near}?" if near else ""
             raise UserError(f"{name}: is not a setting of transformers.GenerationConfig.{guess}")
     settings = dict(given)
@@ -87,7 +87,7 @@ def check(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def parse(words: list[str]) -> dict[str, Any]:
+def parse_generation_settings(words: list[str]) -> dict[str, Any]:
     """Return the settings in words such as `temperature=0.7`; raises UserError for others."""
     settings: dict[str, Any] = {}
     for word in words:
@@ -98,11 +98,11 @@ def parse(words: list[str]) -> dict[str, Any]:
             settings[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{word}: the value cannot be read: {error}") from error
-    return check(settings)
+    return check_generation_settings(settings)
 
 
 @cache
-def names() -> frozenset[str]:
+def generation_setting_names() -> frozenset[str]:
     """The fields of `transformers.GenerationConfig`, read from its source: nothing is imported."""
     spec = find_spec("transformers")
     file = Path((spec and spec.origin) or "").parent / "generation" / "configuration_utils.py"
@@ -121,7 +121,7 @@ def _popped(node: ast.AST) -> str | None:
     return name if isinstance(name, str) and not name.startswith("_") else None
 
 
-def config_of(given: Mapping[str, Any], stop_ids: list[int], pad_id: int) -> Any:
+def make_generation_config(given: Mapping[str, Any], stop_ids: list[int], pad_id: int) -> Any:
     """Return the `GenerationConfig` for settings that are checked; greedy where they are open.
 
     With sampling, what is open is the model's own, as its makers recommend it.
@@ -135,7 +135,7 @@ def config_of(given: Mapping[str, Any], stop_ids: list[int], pad_id: int) -> Any
     return GenerationConfig(**settings, pad_token_id=pad_id)
 
 
-def reads_prompt(config: Any, own: Any) -> bool:
+def depends_on_prompt(config: Any, own: Any) -> bool:
     """Whether the settings look at the tokens before the reply, so that padding would change it.
 
     `own` is the model's generation config, which fills what `config` leaves open.
@@ -148,12 +148,12 @@ def reads_prompt(config: Any, own: Any) -> bool:
     return False
 
 
-def one_by_one(config: Any) -> bool:
+def needs_single_rows(config: Any) -> bool:
     """Whether transformers takes only one prompt at a time with these settings."""
     return any(getattr(config, name) for name in _ALONE)
 
 
-def stop_ids_of(config: Any) -> list[int]:
+def stop_token_ids(config: Any) -> list[int]:
     """The ids that end a reply."""
     ids = config.eos_token_id
     return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]

@@ -9,31 +9,31 @@ from luthier.chat import ChatEncoder
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.infer import generation_config as words
-from luthier.infer.dequantize import unpacked
-from luthier.infer.generate import dense_head
+from luthier.infer.dequantize import dequantized_layers
+from luthier.infer.generate import patched_output_layer
 from luthier.infer.prompts import Prompt, Prompts
-from luthier.infer.seq2seq_prompts import Sources
-from luthier.infer.stream import Pieces
+from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
+from luthier.infer.stream import TextStream
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact
 from luthier.model.device import Machine, choose_machine
 from luthier.model.load import load_trained
 from luthier.model.tokenizer import check_vocabulary_fits, end_token_ids, load_tokenizer
 
 if TYPE_CHECKING:
-    from luthier.infer.chat import Chat
+    from luthier.infer.chat import ChatSession
 
 
 # What an `LLM` works with: model, tokenizer, prompts and stop tokens, on this machine.
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A model in memory, and all that it takes to ask it."""
 
     model: Any
     tokenizer: Any
     machine: Machine
-    prompter: ChatEncoder | Sources | None
+    prompter: ChatEncoder | Seq2SeqPrompts | None
     """What makes prompts of messages; None for a model without a chat template."""
     stop_ids: list[int]
     context: int | None
@@ -53,12 +53,12 @@ class Loaded:
 
         with ExitStack() as stack:
             with torch.inference_mode():
-                stack.enter_context(unpacked(self.model))
-            stack.enter_context(dense_head(self.model))
+                stack.enter_context(dequantized_layers(self.model))
+            stack.enter_context(patched_output_layer(self.model))
             yield
 
 
-class Opening(NamedTuple):
+class LoadOptions(NamedTuple):
     """An artifact with all but its weights."""
 
     artifact: Artifact
@@ -73,31 +73,31 @@ class Opening(NamedTuple):
         return model
 
 
-def opening(artifact: Artifact, given: Mapping[str, Any]) -> Opening:
+def read_load_options(artifact: Artifact, given: Mapping[str, Any]) -> LoadOptions:
     """Choose the machine and load the tokenizer; `given` replaces fields of the artifact's model.
 
     Raises UserError where they cannot be had.
     """
     config = ModelConfig.model_validate(artifact.base.model_dump() | dict(given))
     found = replace(artifact, base=config)
-    return Opening(found, choose_machine(config), load_tokenizer(config))
+    return LoadOptions(found, choose_machine(config), load_tokenizer(config))
 
 
-def load(
+def load_for_inference(
     artifact: Artifact,
     given: Mapping[str, Any],
     packing: Mapping[str, Any] | None,
     own: Mapping[str, Any],
-) -> Loaded:
+) -> LoadedModel:
     """Load a model that writes, and what makes its prompts; UserError where it cannot be had."""
-    found = opening(artifact, given)
+    found = read_load_options(artifact, given)
     artifact, machine, tokenizer = found
     prompter = _prompter(artifact, tokenizer)
     model = found.model(packing, own)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     is_encoded = bool(model.config.is_encoder_decoder)
-    return Loaded(
+    return LoadedModel(
         model,
         tokenizer,
         machine,
@@ -108,7 +108,7 @@ def load(
     )
 
 
-def _prompter(artifact: Artifact, tokenizer: Any) -> ChatEncoder | Sources | None:
+def _prompter(artifact: Artifact, tokenizer: Any) -> ChatEncoder | Seq2SeqPrompts | None:
     if artifact.task == "SEQ_2_SEQ_LM":
         from luthier.data.encoders.tasks import Seq2SeqEncoder
 
@@ -116,7 +116,7 @@ def _prompter(artifact: Artifact, tokenizer: Any) -> ChatEncoder | Sources | Non
         on_long = "error" if artifact.config is None else artifact.config.chat.on_long
         ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
         stops = [end for end in dict.fromkeys(ends) if end is not None]
-        return Sources(Seq2SeqEncoder(tokenizer, limit, on_long), stops)
+        return Seq2SeqPrompts(Seq2SeqEncoder(tokenizer, limit, on_long), stops)
     if artifact.chat is None and tokenizer.chat_template is None:
         return None
     return build_chat_encoder(artifact, tokenizer)
@@ -137,7 +137,7 @@ def _stops(artifact: Artifact, tokenizer: Any, prompter: Any) -> list[int]:
 
 # How a model's weights are packed while it answers.
 
-Packing = Literal["trained", "none", "nf4", "int8"] | Mapping[str, Any]
+WeightPrecision = Literal["trained", "none", "nf4", "int8"] | Mapping[str, Any]
 """How weights are packed: as the run had them, not at all, in 4 or 8 bits, or as
 `BitsAndBytesConfig` has it."""
 
@@ -153,7 +153,7 @@ _PACKED: dict[str, dict[str, Any] | None] = {
 }
 
 
-def packing_of(given: Packing) -> dict[str, Any] | None:
+def parse_weight_precision(given: WeightPrecision) -> dict[str, Any] | None:
     """Fields of `BitsAndBytesConfig`; None for the run's own. UserError for an unknown name."""
     if isinstance(given, Mapping):
         return dict(given)
@@ -198,12 +198,12 @@ class LLM:
         dtype: str | None = None,
         attention: str | None = None,
         device_map: str | dict[str, Any] | None = None,
-        quantization: Packing = "trained",
+        quantization: WeightPrecision = "trained",
     ) -> None:
         self.artifact: Artifact = _writes(
             word if isinstance(word, Artifact) else find_artifact(word, base)
         )
-        self._packing = packing_of(quantization)
+        self._packing = parse_weight_precision(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
         given = {"device": device, "dtype": dtype, "attention": attention}
         self._given = {name: value for name, value in given.items() if value is not None}
@@ -212,7 +212,7 @@ class LLM:
 
     def __enter__(self) -> "LLM":
 
-        self._loaded = load(self.artifact, self._given, self._packing, self._own)
+        self._loaded = load_for_inference(self.artifact, self._given, self._packing, self._own)
         self._model, self.tokenizer = self._loaded.model, self._loaded.tokenizer
         self.machine, self.context = self._loaded.machine, self._loaded.context
         self._prompts = Prompts(self.tokenizer, self._loaded.prompter, self._loaded.longest)
@@ -320,7 +320,7 @@ class LLM:
 
         Closing the iterator stops the model. `on_end` gets the reply that came to its end.
         """
-        from luthier.infer.stream import streamed
+        from luthier.infer.stream import stream_tokens
 
         config = self._config(given)
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
@@ -329,9 +329,9 @@ class LLM:
         (ids,) = self.prompt_ids([prompt])
         if self.context is not None:
             config.max_new_tokens = min(config.max_new_tokens, self.context - len(ids))
-        pieces, came = Pieces(self.tokenizer), list[int]()
+        pieces, came = TextStream(self.tokenizer), list[int]()
         with self._sampling(seed):
-            for token in streamed(self.model, ids, config, **self._more(config)):
+            for token in stream_tokens(self.model, ids, config, **self._more(config)):
                 came.append(token)
                 if piece := pieces.add(token):
                     yield piece
@@ -340,11 +340,13 @@ class LLM:
         if on_end is not None:
             on_end(self._reply(came, len(ids), config))
 
-    def chat(self, system: str | None = None, tools: list[dict[str, Any]] | None = None) -> "Chat":
+    def chat(
+        self, system: str | None = None, tools: list[dict[str, Any]] | None = None
+    ) -> "ChatSession":
         """A conversation that remembers what was said."""
-        from luthier.infer.chat import Chat
+        from luthier.infer.chat import ChatSession
 
-        return Chat(self.stream, system, tools)
+        return ChatSession(self.stream, system, tools)
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
@@ -359,24 +361,28 @@ class LLM:
 
     def _config(self, given: Mapping[str, Any]) -> Any:
         assert self.model is not None
-        return words.config_of(words.check(given), self.stop_token_ids, self.pad_id)
+        return words.make_generation_config(
+            words.check_generation_settings(given), self.stop_token_ids, self.pad_id
+        )
 
     def _size(self, ids: Sequence[Sequence[int]], config: Any) -> int:
-        from luthier.infer.generate import batch_size
+        from luthier.infer.generate import choose_batch_size
 
         copies = (config.num_beams or 1) * (config.num_return_sequences or 1)
         longest = max(map(len, ids), default=1)
-        return max(1, batch_size(self.model, longest, config.max_new_tokens) // copies)
+        return max(1, choose_batch_size(self.model, longest, config.max_new_tokens) // copies)
 
     def _answered(
         self, ids: list[list[int]], config: Any, size: int
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         import torch
 
-        from luthier.infer.generate import answered
+        from luthier.infer.generate import generate_in_batches
 
         with torch.inference_mode():
-            yield from answered(self.model, ids, config, size, self.context, **self._more(config))
+            yield from generate_in_batches(
+                self.model, ids, config, size, self.context, **self._more(config)
+            )
 
     def _more(self, config: Any) -> dict[str, Any]:
         """What transformers needs besides to find strings in a reply."""
@@ -385,7 +391,7 @@ class LLM:
     def _reply(self, ids: list[int], prompt_tokens: int, config: Any) -> Reply:
         from luthier.infer.generate import until_stop
 
-        kept = until_stop(ids, words.stop_ids_of(config))
+        kept = until_stop(ids, words.stop_token_ids(config))
         ended = len(kept) < len(ids)
         while not ended and kept and kept[-1] == config.pad_token_id:
             kept = kept[:-1]  # filled up behind a stop string
@@ -409,11 +415,11 @@ class LLM:
             yield
 
     def _release(self) -> None:
-        from luthier.infer.generate import release
+        from luthier.infer.generate import release_memory
 
         self._model = None
         self._loaded.model = None
-        release()
+        release_memory()
 
 
 def _writes(artifact: Artifact) -> Artifact:

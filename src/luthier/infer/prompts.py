@@ -5,7 +5,7 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.errors import UserError
-from luthier.infer.seq2seq_prompts import Sources
+from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A user's message, token ids, the messages of a conversation, or messages and tools."""
@@ -15,7 +15,7 @@ class Prompts:
     """Makes prompts as the training did: from the run's own encoder, special tokens once."""
 
     def __init__(
-        self, tokenizer: Any, encoder: ChatEncoder | Sources | None, context: int | None
+        self, tokenizer: Any, encoder: ChatEncoder | Seq2SeqPrompts | None, context: int | None
     ) -> None:
         """`encoder`: None for a model without a chat template, which goes on with plain text.
 

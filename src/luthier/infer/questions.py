@@ -23,7 +23,7 @@ _LINES = (".jsonl", ".txt", ".json")
 
 
 @dataclass(frozen=True)
-class Ask:
+class PromptRow:
     """A row as a prompt."""
 
     where: str
@@ -34,11 +34,11 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Asks:
+class PromptRows:
     """The rows of a dataset that are to be answered, in their order."""
 
     opened: OpenedSource
-    rows: list[Ask]
+    rows: list[PromptRow]
     notes: list[str]
     """What was left out, in words."""
 
@@ -47,7 +47,7 @@ class Asks:
         return {"content": self.opened.source.digest(), **self.opened.settings()}
 
 
-def asks_of(config: DatasetConfig) -> Asks:
+def read_prompt_rows(config: DatasetConfig) -> PromptRows:
     """Read the rows of a dataset with one source as prompts.
 
     Raises UserError for a file that is not there, for rows that cannot be read (with their lines,
@@ -62,7 +62,7 @@ def asks_of(config: DatasetConfig) -> Asks:
     notes = [f"{row.where}: left out: {row.problem}" for row in bad.rows]
     if bad.filtered:
         notes.append(f"{bad.filtered:,} rows left out by dataset.filter")
-    return Asks(opened, rows, notes + list(_blank_lines(opened)))
+    return PromptRows(opened, rows, notes + list(_blank_lines(opened)))
 
 
 def _opened(source: SourceConfig) -> OpenedSource:
@@ -86,24 +86,26 @@ def _check_kind(opened: OpenedSource) -> None:
         )
 
 
-def _ask(placed: LocatedExample, opened: OpenedSource) -> Ask:
+def _ask(placed: LocatedExample, opened: OpenedSource) -> PromptRow:
     example, kind = placed.example, opened.row_format.example_type
     if kind == "conversation":
         context, reply = split_prompt_and_reply(example)
         if not context:
             raise UserError(f"{placed.where}: there is nothing before the reply.")
         expected = None if reply is None or reply.get("tool_calls") else reply.get("content")
-        return Ask(placed.where, _messages(context, example.get("tools")), _prompt_text(expected))
+        return PromptRow(
+            placed.where, _messages(context, example.get("tools")), _prompt_text(expected)
+        )
     if kind in ("preference", "unpaired"):
         replies = example.get("chosen") or example.get("completion") or [{}]
         is_good = example.get("label", True) and len(replies) == 1
         asked = _messages(example["prompt"], example.get("tools"))
-        return Ask(
+        return PromptRow(
             placed.where, asked, _prompt_text(replies[0].get("content")) if is_good else None
         )
     if kind == "seq2seq":
-        return Ask(placed.where, example["source"], example["target"])
-    return Ask(placed.where, example["text"], None)
+        return PromptRow(placed.where, example["source"], example["target"])
+    return PromptRow(placed.where, example["text"], None)
 
 
 def _messages(messages: list[dict[str, Any]], tools: Any) -> Prompt:
@@ -147,7 +149,7 @@ class Question:
     """The example, and over it the row's own columns."""
 
 
-def questions(rows: Iterable[Row], limit: int) -> list[Question]:
+def read_questions(rows: Iterable[Row], limit: int) -> list[Question]:
     """The first `limit` rows that have a reply in words, without that reply.
 
     Of a pair it is the chosen reply, of judged replies a good one.

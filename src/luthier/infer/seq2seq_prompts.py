@@ -6,7 +6,7 @@ from typing import Any
 from luthier.data.encoders.tasks import Seq2SeqEncoder
 
 
-class Sources:
+class Seq2SeqPrompts:
     """Stands where a chat encoder makes the prompts."""
 
     def __init__(self, encoder: Seq2SeqEncoder, stop_token_ids: Sequence[int]) -> None:

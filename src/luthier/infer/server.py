@@ -16,12 +16,12 @@ _NOT_OF_TEMPLATES = ("load_audio_from_video", "num_frames")
 """What transformers' server hands on besides, for pictures and sounds."""
 
 
-def serve(llm: LLM, name: str, host: str, port: int, given: Mapping[str, Any]) -> None:
+def run_server(llm: LLM, name: str, host: str, port: int, given: Mapping[str, Any]) -> None:
     """Serve a loaded model until the process is told to end."""
-    server_of(llm, name, host, port, given).run()
+    make_server(llm, name, host, port, given).run()
 
 
-def server_of(
+def make_server(
     llm: LLM, name: str, host: str, port: int, given: Mapping[str, Any]
 ) -> "uvicorn.Server":
     """The server, ready to run; `given` are settings of generation for requests without any."""
@@ -35,8 +35,8 @@ def server_of(
     from transformers.cli.serving.utils import GenerationState
 
     manager, state = _manager(llm, name), GenerationState()
-    defaults = generation_config.config_of(
-        generation_config.check(given), llm.stop_token_ids, llm.pad_id
+    defaults = generation_config.make_generation_config(
+        generation_config.check_generation_settings(given), llm.stop_token_ids, llm.pad_id
     )
     llm.model.generation_config = defaults
     app = build_server(

@@ -5,10 +5,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from luthier.infer.generation_config import stop_ids_of
+from luthier.infer.generation_config import stop_token_ids
 
 
-def streamed(model: Any, prompt: Sequence[int], config: Any, **more: Any) -> Iterator[int]:
+def stream_tokens(model: Any, prompt: Sequence[int], config: Any, **more: Any) -> Iterator[int]:
     """Yield the ids of the reply to one prompt as they come, without the stop token.
 
     The model writes in a thread of its own. Where the reader leaves early (`close`, an error,
@@ -19,7 +19,7 @@ def streamed(model: Any, prompt: Sequence[int], config: Any, **more: Any) -> Ite
     work = threading.Thread(
         target=_write, args=(model, prompt, config, more, tokens, stopped), daemon=True
     )
-    stops = set(stop_ids_of(config))
+    stops = set(stop_token_ids(config))
     work.start()
     try:
         while (token := tokens.get()) is not None:
@@ -90,7 +90,7 @@ _SIGNS = {code: "␦" for code in (*range(32), 127, *range(128, 160)) if chr(cod
 """Control characters, which could move the cursor or worse."""
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A model's text with signs for control characters."""
     return text.translate(_SIGNS)
 
@@ -101,7 +101,7 @@ _BROKEN = "�"
 """What a decoder writes for bytes that are no whole character."""
 
 
-class Pieces:
+class TextStream:
     """Decodes a reply as it comes; the pieces together are what decoding it whole gives."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -11,19 +11,19 @@ from typing import Any, Protocol
 from luthier.config.load import load
 from luthier.errors import UserError, choice
 from luthier.sweep import trials as on_disk
-from luthier.sweep.local import Job
-from luthier.sweep.objective import KEY, measured
-from luthier.sweep.plan import Sweep, data_key
+from luthier.sweep.local import GuardedJob
+from luthier.sweep.objective import KEY, measure_objectives
+from luthier.sweep.plan import SweepPlan, data_key
 from luthier.sweep.strategies import Strategy
 from luthier.sweep.trials import Trial, has_data
 
 # Data is encoded once for all trials: the first one that needs it does, the others wait for it.
 
 
-class Encoding:
+class DatasetEncoding:
     """Which trials share their data, and which data is in the cache."""
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: SweepPlan) -> None:
         self._sweep = sweep
         self._keys: dict[int, str | UserError] = {}
         self._ready: set[str] = set()
@@ -67,7 +67,7 @@ _ONE_PRESS = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class View(Protocol):
+class SweepView(Protocol):
     """What a person sees of a sweep."""
 
     def started(self, trial: Trial, where: str) -> None:
@@ -86,25 +86,25 @@ class View(Protocol):
         """Leave the terminal as it was."""
 
 
-class Place(Protocol):
+class TrialPlace(Protocol):
     """Where trials run: so many at a time."""
 
     slots: list[str]
     """The name of each slot."""
 
-    def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
+    def start(self, trial: Trial, overrides: list[str], slot: int) -> GuardedJob:
         """Start a trial in a free slot."""
 
-    def again(self, trial: Trial) -> Job | None:
+    def again(self, trial: Trial) -> GuardedJob | None:
         """A trial that an earlier sweep started and that may still run; None if it cannot."""
 
 
 @dataclass
-class Running:
+class RunningTrial:
     """A trial while it runs."""
 
     trial: Trial
-    job: Job
+    job: GuardedJob
     began: float
     """On the monotonic clock, as if it had never been interrupted."""
     started: float = 0.0
@@ -119,11 +119,13 @@ class Running:
 class Controller:
     """A sweep while it runs."""
 
-    def __init__(self, sweep: Sweep, strategy: Strategy, place: Place, view: View) -> None:
+    def __init__(
+        self, sweep: SweepPlan, strategy: Strategy, place: TrialPlace, view: SweepView
+    ) -> None:
         self.trials = sweep.folder.load()
         self._sweep, self._strategy, self._place, self._view = sweep, strategy, place, view
-        self._encoding = Encoding(sweep)
-        self._running: dict[int, Running] = {}
+        self._encoding = DatasetEncoding(sweep)
+        self._running: dict[int, RunningTrial] = {}
         """By slot."""
         self._signals = 0
         self._ending = False
@@ -182,11 +184,14 @@ class Controller:
             job = self._place.again(trial) if trial.state == "running" else None
             free = self._free_slots()
             if job is not None and free:
-                self._running[free[0]] = Running(trial, job, time.monotonic() - trial.seconds)
+                self._running[free[0]] = RunningTrial(trial, job, time.monotonic() - trial.seconds)
                 continue
             if not trial.is_ended:
                 trial.state, trial.attempts = "waiting", 0
-                if on_disk.read_run(self._sweep.folder.run(trial)).get("status") == "finished":
+                if (
+                    on_disk.read_run_record(self._sweep.folder.run(trial)).get("status")
+                    == "finished"
+                ):
                     trial.state = "finished"
             self._read(trial)
             self._sweep.folder.save(trial)
@@ -228,7 +233,7 @@ class Controller:
             return
         self._sweep.folder.save(trial)
         began = time.monotonic() - trial.seconds
-        self._running[slot] = Running(trial, job, began, started=time.time())
+        self._running[slot] = RunningTrial(trial, job, began, started=time.time())
         self._view.started(trial, self._place.slots[slot])
 
     def _watch(self) -> None:
@@ -236,7 +241,7 @@ class Controller:
         for slot, one in list(self._running.items()):
             code = one.job.code()
             one.trial.seconds = time.monotonic() - one.began
-            stamp = on_disk.stamp(self._sweep.folder.run(one.trial))
+            stamp = on_disk.timestamp(self._sweep.folder.run(one.trial))
             if code is not None or stamp != one.stamp:
                 one.stamp = stamp
                 self._report(one, self._read(one.trial), runs=code is None)
@@ -248,12 +253,12 @@ class Controller:
         """Take over the numbers that a run has left so far."""
         folder = self._sweep.folder.run(trial)
         rows = on_disk.read_rows(folder)
-        found = measured(on_disk.read_run(folder), rows)
+        found = measure_objectives(on_disk.read_run_record(folder), rows)
         trial.step = int(found.pop("step", trial.step))
         trial.values = found or trial.values
         return rows
 
-    def _report(self, one: Running, rows: list[dict[str, Any]], runs: bool) -> None:
+    def _report(self, one: RunningTrial, rows: list[dict[str, Any]], runs: bool) -> None:
         """Tell new measures to the pruner, and end a trial that still runs if it says so."""
         watched = self._sweep.watched
         if watched is None or one.is_bad:
@@ -268,7 +273,7 @@ class Controller:
                 one.job.stop()
                 return
 
-    def _settle(self, one: Running, code: int) -> None:
+    def _settle(self, one: RunningTrial, code: int) -> None:
         """Decide what became of a trial whose processes are gone."""
         trial, run = one.trial, self._sweep.folder.run(one.trial)
         status = on_disk.status_since(run, one.started)
@@ -283,7 +288,7 @@ class Controller:
             trial.state = "waiting" if again else "interrupted"
         else:
             trial.state = "failed"
-            trial.error = on_disk.why_failed(run, self._sweep.folder.logs(trial)[1], code)
+            trial.error = on_disk.failure_reason(run, self._sweep.folder.logs(trial)[1], code)
         self._conclude(trial)
 
     def _conclude(self, trial: Trial) -> None:

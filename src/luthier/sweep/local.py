@@ -12,8 +12,8 @@ import psutil
 
 from luthier.errors import UserError
 from luthier.sweep import guard
-from luthier.sweep.settings import Launcher, Local
-from luthier.sweep.trials import Folder, Trial
+from luthier.sweep.settings import LauncherSettings, LocalSettings
+from luthier.sweep.trials import Trial, TrialFolder
 from luthier.train import launch_request
 
 _OF_A_RANK = (
@@ -24,7 +24,7 @@ _OF_A_RANK = (
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchCommand:
     """How every trial of a sweep is started."""
 
     script: tuple[str, ...]
@@ -61,7 +61,7 @@ class Launch:
         return [sys.executable, *run, *flags, *script]
 
 
-def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
+def find_launch_command(launcher: LauncherSettings, environ: Mapping[str, str]) -> LaunchCommand:
     """How the trials of this sweep are to be started: as the settings say, or as it was itself.
 
     Raises UserError for a launch over several machines, which one sweep cannot share out.
@@ -72,16 +72,16 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
         words, folder = started
     if started is not None:
         above = _environment_above() or above
-    above = without_rank(above)
+    above = environment_without_rank(above)
     script = _script()
     if words is None and int(environ.get("WORLD_SIZE", "1")) > 1:
         _refuse_machines(int(environ["WORLD_SIZE"]) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
         count = int(environ["WORLD_SIZE"])
-        return Launch(
+        return LaunchCommand(
             script, None, count, launch_request.is_on(environ, "ACCELERATE_USE_CPU"), True, above
         )
     if words is None:
-        return Launch(script, environ=above)
+        return LaunchCommand(script, environ=above)
     wish = launch_request.parse_launch_command(words, folder, above)
     _refuse_machines(wish.num_machines)
     if wish.num_processes is None:
@@ -89,10 +89,10 @@ def find(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
         words = [*words, "--num_processes", str(count)]
     else:
         count = wish.num_processes
-    return Launch(script, tuple(words), count, wish.use_cpu, environ=above)
+    return LaunchCommand(script, tuple(words), count, wish.use_cpu, environ=above)
 
 
-def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+def environment_without_rank(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment without what makes a process one of several."""
     return {
         name: text
@@ -163,7 +163,9 @@ class Slot:
         return found | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
 
 
-def make(launcher: Local, processes: int, on_cpu: bool, environ: Mapping[str, str]) -> list[Slot]:
+def make_slots(
+    launcher: LocalSettings, processes: int, on_cpu: bool, environ: Mapping[str, str]
+) -> list[Slot]:
     """The slots of this machine for trials of so many processes; at least one.
 
     Raises UserError where not one trial would fit, or fewer than were asked for.
@@ -204,7 +206,7 @@ def _shared(gpus: list[str], share: float) -> list[tuple[str, ...]]:
 
 
 def _cpu_slots(
-    launcher: Local, processes: int, on_cpu: bool, environ: Mapping[str, str]
+    launcher: LocalSettings, processes: int, on_cpu: bool, environ: Mapping[str, str]
 ) -> list[Slot]:
     if launcher.gpus_per_trial != "auto":
         why = "the CPU was asked for" if on_cpu else "this machine shows none"
@@ -218,7 +220,7 @@ def _cpu_slots(
     return [Slot(number, (), threads) for number in range(count)]
 
 
-def _gpus(launcher: Local, environ: Mapping[str, str]) -> list[str]:
+def _gpus(launcher: LocalSettings, environ: Mapping[str, str]) -> list[str]:
     """The GPUs that may be used, by number or name."""
     if launcher.gpus != "auto":
         return [str(gpu) for gpu in launcher.gpus]
@@ -246,7 +248,7 @@ def installed_gpus() -> list[str]:
 # Trials as processes of this machine, each behind a guard that outlives neither.
 
 
-class Job(Protocol):
+class GuardedJob(Protocol):
     """A trial that was started."""
 
     def code(self) -> int | None:
@@ -256,7 +258,7 @@ class Job(Protocol):
         """Ask it to write a checkpoint and end; a second time, end it at once."""
 
 
-def guarded(
+def start_guarded(
     command: list[str], has_launcher: bool, logs: tuple[Path, Path], grace: float
 ) -> list[str]:
     """The command that runs another one behind a guard, with its output in files."""
@@ -264,7 +266,7 @@ def guarded(
     return [*words, *(str(log.absolute()) for log in logs), *command]
 
 
-class Process:
+class TrialProcess:
     """A trial with its guard, which ends all of its processes when this one is gone."""
 
     def __init__(self, command: list[str], environ: Mapping[str, str], lock: int) -> None:
@@ -290,25 +292,25 @@ class Process:
             return
 
 
-class Machine:
+class LocalMachine:
     """This machine, as a place for trials."""
 
     def __init__(
-        self, launch: Launch, slots: list[Slot], folder: Folder, grace: float, lock: int
+        self, launch: LaunchCommand, slots: list[Slot], folder: TrialFolder, grace: float, lock: int
     ) -> None:
         self.slots = [slot.name for slot in slots]
         self._launch, self._room, self._folder = launch, slots, folder
         self._grace, self._lock = grace, lock
 
-    def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
+    def start(self, trial: Trial, overrides: list[str], slot: int) -> GuardedJob:
         """Start a trial in a slot, with the GPUs of that slot and no others."""
         room = self._room[slot]
         logs = self._folder.logs(trial)
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         command = self._launch.command(overrides, bool(room.gpus))
-        words = guarded(command, self._launch.has_launcher, logs, self._grace)
-        return Process(words, {**self._launch.environ, **room.environment()}, self._lock)
+        words = start_guarded(command, self._launch.has_launcher, logs, self._grace)
+        return TrialProcess(words, {**self._launch.environ, **room.environment()}, self._lock)
 
-    def again(self, trial: Trial) -> Job | None:
+    def again(self, trial: Trial) -> GuardedJob | None:
         """Never: its guard has ended it together with the sweep that started it."""
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from luthier.config.library_settings import TrainerArgs
 from luthier.config.passthrough import settings
 from luthier.errors import Mistake, UserError, choice
-from luthier.sweep.settings import Direction, Optuna, Sweeper
+from luthier.sweep.settings import Direction, OptunaSettings, SweeperSettings
 
 KEY = "hydra.sweeper.objective"
 DEFAULT = "held_out_loss"
@@ -55,7 +55,9 @@ class Objective:
         return -found if self.maximize else found
 
 
-def read(sweeper: Sweeper, resolved: dict[str, Any]) -> tuple[tuple[Objective, ...], list[Mistake]]:
+def read_objectives(
+    sweeper: SweeperSettings, resolved: dict[str, Any]
+) -> tuple[tuple[Objective, ...], list[Mistake]]:
     """The objectives of a sweep over this configuration, or what is wrong with them."""
     given = sweeper.objective
     wanted = given if isinstance(given, dict) else dict.fromkeys(_names(given))
@@ -80,7 +82,7 @@ def _names(given: str | list[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else given
 
 
-def known(resolved: dict[str, Any]) -> list[str]:
+def known_objectives(resolved: dict[str, Any]) -> list[str]:
     """The names that a run of this configuration is sure to know."""
     method = str(settings(resolved, "trainer").get("method", "sft"))
     names = [*_LOGGED, *_RECORD]
@@ -96,7 +98,7 @@ def known(resolved: dict[str, Any]) -> list[str]:
 
 def _unknown(name: str, resolved: dict[str, Any]) -> str | None:
     """What is wrong with a name, as far as it can be known before anything runs."""
-    names = known(resolved)
+    names = known_objectives(resolved)
     bare = name.removeprefix("eval_")
     parts = [metric.name for prefix in _prefixes(resolved) for metric in _metrics(resolved, prefix)]
     if name in names or any(part in bare for part in parts):
@@ -149,7 +151,7 @@ def _metrics(resolved: dict[str, Any], prefix: str) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Watched:
+class PruningSignal:
     """The metric logged while training by which bad trials are ended early."""
 
     name: str
@@ -157,9 +159,9 @@ class Watched:
     """Whether the better way of it is the other one than the objective's."""
 
 
-def watched(
-    sweeper: Optuna, objectives: tuple[Objective, ...], resolved: dict[str, Any]
-) -> Watched | Mistake:
+def pruning_signal(
+    sweeper: OptunaSettings, objectives: tuple[Objective, ...], resolved: dict[str, Any]
+) -> PruningSignal | Mistake:
     """What a pruner looks at, or why there is nothing for it to see."""
     objective = objectives[0]
     name = sweeper.prune_by or _while_training(objective.name, resolved)
@@ -188,7 +190,7 @@ def watched(
         opposite = sweeper.prune_by is not None and _maximize(name, resolved) != objective.maximize
     except UserError:
         opposite = False
-    return Watched(name, opposite)
+    return PruningSignal(name, opposite)
 
 
 def _while_training(name: str, resolved: dict[str, Any]) -> str | None:
@@ -211,7 +213,9 @@ def _while_training(name: str, resolved: dict[str, Any]) -> str | None:
     return f"eval_{label}{bare}"
 
 
-def measured(record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def measure_objectives(
+    record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
     """All numbers that a run left: its results, its record, and the last of each logged metric."""
     found: dict[str, float] = {}
     for row in rows:

@@ -9,12 +9,12 @@ from luthier.storage.atomic import write_text
 from luthier.sweep.objective import Objective
 from luthier.sweep.trials import (
     Trial,
-    best,
-    ranked,
+    best_trial,
+    format_number,
+    format_time,
+    format_value,
+    rank_trials,
     short_names,
-    shown_number,
-    shown_time,
-    shown_value,
 )
 
 _STYLE = """\
@@ -87,12 +87,12 @@ def _trial_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> st
     keys = dict.fromkeys(key for trial in trials for key in trial.params)
     headings = ["trial", *(short for _, short in short_names(keys))]
     headings += [*(objective.name for objective in objectives), "steps", "time", "state"]
-    best_numbers = {trial.number for trial in best(trials, objectives)}
+    best_numbers = {trial.number for trial in best_trial(trials, objectives)}
     rows = []
-    for trial in ranked(trials, objectives):
-        cells = [trial.name, *(shown_value(trial.params.get(key, "")) for key in keys)]
-        cells += [shown_number(trial.values.get(objective.name)) for objective in objectives]
-        cells += [str(trial.step or ""), shown_time(trial.seconds), trial.state]
+    for trial in rank_trials(trials, objectives):
+        cells = [trial.name, *(format_value(trial.params.get(key, "")) for key in keys)]
+        cells += [format_number(trial.values.get(objective.name)) for objective in objectives]
+        cells += [str(trial.step or ""), format_time(trial.seconds), trial.state]
         style = ' class="best"' if trial.number in best_numbers else ""
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         rows.append(f"<tr{style}>{row}</tr>")

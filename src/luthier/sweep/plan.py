@@ -22,10 +22,16 @@ from luthier.record.run_dir import to_yaml
 from luthier.record.secrets import redact_override
 from luthier.storage.atomic import read_json, write_json, write_text
 from luthier.sweep import objective, settings, space, strategies
-from luthier.sweep.objective import Objective, Watched
-from luthier.sweep.settings import Local, Optuna, Random, Submitit, Sweeper
-from luthier.sweep.space import Space
-from luthier.sweep.trials import Folder, Trial
+from luthier.sweep.objective import Objective, PruningSignal
+from luthier.sweep.settings import (
+    LocalSettings,
+    OptunaSettings,
+    RandomSettings,
+    SubmititSettings,
+    SweeperSettings,
+)
+from luthier.sweep.space import SearchSpace
+from luthier.sweep.trials import Trial, TrialFolder
 
 _NOTHING = (
     "nothing varies, so there is nothing to search. Write several values, such as lora.r=8,16,32, "
@@ -40,17 +46,17 @@ _OF_THE_MACHINE = ("workers", "cache")
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepPlan:
     """A sweep that is known to be valid."""
 
     words: list[str]
     """As typed behind `-m`."""
-    space: Space
-    sweeper: Sweeper
-    launcher: Local | Submitit
+    space: SearchSpace
+    sweeper: SweeperSettings
+    launcher: LocalSettings | SubmititSettings
     objectives: tuple[Objective, ...]
-    watched: Watched | None
-    folder: Folder
+    watched: PruningSignal | None
+    folder: TrialFolder
     base: Loaded
     """The configuration with the first value of each axis."""
     points: list[strategies.Point] | None
@@ -85,7 +91,7 @@ class Sweep:
         return [f"tracker.wandb.group={_quoted(group)}"]
 
 
-def plan(words: list[str], checking: Callable[[int], None] = lambda count: None) -> Sweep:
+def plan_sweep(words: list[str], checking: Callable[[int], None] = lambda count: None) -> SweepPlan:
     """Read and check a sweep; `checking` hears how many configurations are composed for it.
 
     Raises UserError with what is wrong in the search space, the settings of the sweep, or the
@@ -94,11 +100,11 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
     composed = compose_config(space.first_point(words))
     if composed.mistakes:
         raise UserError(report(composed.mistakes, composed))
-    sweeper, launcher, mistakes = settings.read(composed)
-    found, wrong = space.read(words, sweeper.params if sweeper else {})
+    sweeper, launcher, mistakes = settings.read_settings(composed)
+    found, wrong = space.read_space(words, sweeper.params if sweeper else {})
     mistakes += [*wrong, *_in_space(found, sweeper, any_wrong=bool(wrong))]
     fixed, folder = _own_words(found.fixed, mistakes)
-    found = Space(found.axes, tuple(fixed))
+    found = SearchSpace(found.axes, tuple(fixed))
     if mistakes or sweeper is None or launcher is None:
         raise UserError(report(mistakes, composed))
     points = _points(found, sweeper)
@@ -106,14 +112,14 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
     base, data = _load_all(found, [first], checking)
     objectives, watched = _goal(sweeper, base, composed)
     data |= _load_rest(found, first, points or _corners(found, first), checking)
-    return Sweep(
+    return SweepPlan(
         words=words,
         space=found,
         sweeper=sweeper,
         launcher=launcher,
         objectives=objectives,
         watched=watched,
-        folder=Folder(folder or _folder(words, sweeper, base, found)),
+        folder=TrialFolder(folder or _folder(words, sweeper, base, found)),
         base=base,
         points=points,
         data=data,
@@ -121,23 +127,25 @@ def plan(words: list[str], checking: Callable[[int], None] = lambda count: None)
 
 
 def _goal(
-    sweeper: Sweeper, base: Loaded, composed: Composed
-) -> tuple[tuple[Objective, ...], Watched | None]:
+    sweeper: SweeperSettings, base: Loaded, composed: Composed
+) -> tuple[tuple[Objective, ...], PruningSignal | None]:
     """What is compared, and by what bad trials are ended; raises UserError for what is wrong."""
-    objectives, mistakes = objective.read(sweeper, base.resolved)
+    objectives, mistakes = objective.read_objectives(sweeper, base.resolved)
     watched = None
-    if isinstance(sweeper, Optuna):
-        mistakes += strategies.check(sweeper)
+    if isinstance(sweeper, OptunaSettings):
+        mistakes += strategies.check_strategy(sweeper)
         if not mistakes and strategies.has_pruner(sweeper):
-            seen = objective.watched(sweeper, objectives, base.resolved)
+            seen = objective.pruning_signal(sweeper, objectives, base.resolved)
             mistakes += [seen] if isinstance(seen, Mistake) else []
-            watched = seen if isinstance(seen, Watched) else None
+            watched = seen if isinstance(seen, PruningSignal) else None
     if mistakes:
         raise UserError(report(mistakes, composed))
     return objectives, watched
 
 
-def _in_space(found: Space, sweeper: Sweeper | None, any_wrong: bool) -> list[Mistake]:
+def _in_space(
+    found: SearchSpace, sweeper: SweeperSettings | None, any_wrong: bool
+) -> list[Mistake]:
     if not found.axes and not any_wrong:
         return [Mistake("--multirun", _NOTHING)]
     if sweeper is None or sweeper.kind != "basic":
@@ -171,21 +179,21 @@ def _own_words(words: Iterable[str], mistakes: list[Mistake]) -> tuple[list[str]
     return kept, folder
 
 
-def _points(found: Space, sweeper: Sweeper) -> list[strategies.Point] | None:
-    if isinstance(sweeper, Optuna):
+def _points(found: SearchSpace, sweeper: SweeperSettings) -> list[strategies.Point] | None:
+    if isinstance(sweeper, OptunaSettings):
         return None
-    if isinstance(sweeper, Random):
-        return strategies.at_random(found, sweeper.n_trials, sweeper.seed)
-    return strategies.grid(found)
+    if isinstance(sweeper, RandomSettings):
+        return strategies.random_points(found, sweeper.n_trials, sweeper.seed)
+    return strategies.grid_points(found)
 
 
-def _corners(found: Space, first: strategies.Point) -> list[strategies.Point]:
+def _corners(found: SearchSpace, first: strategies.Point) -> list[strategies.Point]:
     """Each value and each bound once, the other axes at their first."""
     return [first | {axis.key: one} for axis in found.axes for one in axis.ends()[1:]]
 
 
 def _load_all(
-    found: Space, points: list[strategies.Point], checking: Callable[[int], None]
+    found: SearchSpace, points: list[strategies.Point], checking: Callable[[int], None]
 ) -> tuple[Loaded, dict[tuple[str, ...], str]]:
     """Compose and check every configuration; returns the first, and what decides each one's data.
 
@@ -224,7 +232,7 @@ def data_key(resolved: dict[str, Any]) -> str:
 
 
 def _load_rest(
-    found: Space,
+    found: SearchSpace,
     first: strategies.Point,
     points: list[strategies.Point],
     checking: Callable[[int], None],
@@ -245,7 +253,7 @@ def _bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
     return "\n".join(texts) + (f"\nand {more} further kinds of mistakes" if more > 0 else "")
 
 
-def _folder(words: list[str], sweeper: Sweeper, base: Loaded, found: Space) -> Path:
+def _folder(words: list[str], sweeper: SweeperSettings, base: Loaded, found: SearchSpace) -> Path:
     """Where a sweep lies that names no folder: made of its words, so that it is found again."""
     kind = [] if sweeper.kind == "basic" else [sweeper.kind]
     varied = any(axis.name == "recipe" for axis in found.axes)
@@ -264,7 +272,7 @@ _PATIENCE = 15.0
 """Seconds beyond their grace in which trials of an ended sweep must be gone."""
 
 
-def take(sweep: Sweep) -> int:
+def lock_sweep(sweep: SweepPlan) -> int:
     """Make or find the sweep's folder and lock it; returns the open lock.
 
     Raises UserError where another sweep lies there, or this one runs already.
@@ -323,7 +331,7 @@ def _lock(path: Path, grace: float) -> int:
     return lock
 
 
-def _definition(sweep: Sweep) -> dict[str, Any]:
+def _definition(sweep: SweepPlan) -> dict[str, Any]:
     """What is searched, as `sweep.json` has it."""
     return {
         "luthier": luthier.__version__,
@@ -335,12 +343,12 @@ def _definition(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _count(sweep: Sweep) -> int:
-    assert isinstance(sweep.sweeper, Random)
+def _count(sweep: SweepPlan) -> int:
+    assert isinstance(sweep.sweeper, RandomSettings)
     return sweep.sweeper.n_trials
 
 
-def _identity(sweep: Sweep) -> dict[str, Any]:
+def _identity(sweep: SweepPlan) -> dict[str, Any]:
     """What must not change while a sweep goes on."""
     sweeper = sweep.sweeper
     typed, _ = parse(sweep.space.fixed)
@@ -350,14 +358,14 @@ def _identity(sweep: Sweep) -> dict[str, Any]:
         "words": sorted(redact_override(line) for line in fixed),
         "params": {axis.name: axis.text for axis in sweep.space.axes},
     }
-    if isinstance(sweeper, Random):
+    if isinstance(sweeper, RandomSettings):
         found["seed"] = sweeper.seed
-    if isinstance(sweeper, Optuna):
+    if isinstance(sweeper, OptunaSettings):
         found["objective"] = {one.name: one.direction for one in sweep.objectives}
     return found
 
 
-def _compare(sweep: Sweep) -> None:
+def _compare(sweep: SweepPlan) -> None:
     """Refuse a folder in which something else was searched, or whose recipe has changed."""
     old = read_json(sweep.folder.definition)
     if old is None:

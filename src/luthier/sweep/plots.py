@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from luthier.record.plots import EVAL_COLOR, TEXT_COLOR, TRAIN_COLOR
 from luthier.sweep.objective import Objective
-from luthier.sweep.trials import Trial, best, complete, short_names, shown_value
+from luthier.sweep.trials import Trial, best_trial, completed_trials, format_value, short_names
 
 _LOG_RATIO_OF_PARAMETERS = 8.0
 """A parameter is drawn on a log scale if its greatest value is so many times its least."""
@@ -41,7 +41,7 @@ def draw_plots(
     Only finished trials with a finite value of every objective are drawn: a trial that failed, was
     pruned or ended in NaN has none. Fewer than two of them give no plot.
     """
-    finished = complete(trials, objectives)
+    finished = completed_trials(trials, objectives)
     if len(finished) < 2:
         return []
     import matplotlib
@@ -65,7 +65,7 @@ def importance_hint(trials: Sequence[Trial], objectives: Sequence[Objective]) ->
     None means that nothing is lacking, or that these trials allow no importance anyway.
     """
     missing = _missing_packages()
-    if not missing or not _objectives_to_explain(complete(trials, objectives), objectives):
+    if not missing or not _objectives_to_explain(completed_trials(trials, objectives), objectives):
         return None
     them = "it" if len(missing) == 1 else "them"
     return (
@@ -151,7 +151,7 @@ def scale_parameter(texts: Sequence[str]) -> Scale:
     if any(number is None for number in numbers):
         names = sorted(set(texts))
         ranks = np.array([names.index(text) for text in texts], dtype=np.float64)
-        labels = tuple(shown_value(name) for name in names)
+        labels = tuple(format_value(name) for name in names)
         return Scale(ranks, tuple(range(len(names))), labels, is_discrete=True)
     positions = np.array(numbers, dtype=np.float64)
     ticks = sorted(set(positions.tolist()))
@@ -218,7 +218,7 @@ def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path:
     names = _parameter_names(trials)
     pairs = [(key, objective) for objective in objectives for key in names]
     figure, panels = _make_panels(len(pairs))
-    best_trials = best(trials, objectives)
+    best_trials = best_trial(trials, objectives)
     for axes, (key, objective) in zip(panels, pairs, strict=True):
         scale = scale_parameter([trial.params[key] for trial in trials])
         values = [trial.values[objective.name] for trial in trials]
@@ -324,7 +324,7 @@ def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], pat
     """
     pairs = list(combinations(objectives, 2))
     figure, panels = _make_panels(len(pairs))
-    front = best(trials, objectives)
+    front = best_trial(trials, objectives)
     # Only two objectives make a line: with more, a trial of the front may lie anywhere in a panel.
     marker = "o-" if len(objectives) == 2 else "o"
     for axes, pair in zip(panels, pairs, strict=True):

@@ -8,16 +8,16 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from luthier.sweep.controller import View
+from luthier.sweep.controller import SweepView
 from luthier.sweep.objective import Objective
 from luthier.sweep.trials import (
     Trial,
-    best,
-    complete,
-    shown_number,
-    shown_params,
-    shown_time,
-    table,
+    best_trial,
+    completed_trials,
+    format_number,
+    format_params,
+    format_time,
+    trial_table,
 )
 
 _EVERY = 0.5
@@ -26,13 +26,13 @@ _HEAD = 6
 """Lines that a live table needs besides its rows."""
 
 
-def view(objectives: Sequence[Objective], total: int, console: Console) -> "View":
+def make_view(objectives: Sequence[Objective], total: int, console: Console) -> "SweepView":
     """A live table in a terminal, lines elsewhere."""
-    kind = Table if console.is_terminal else Lines
+    kind = LiveTable if console.is_terminal else PlainProgress
     return kind(objectives, total, console)
 
 
-class Lines:
+class PlainProgress:
     """A line when a trial begins and when it ends."""
 
     def __init__(self, objectives: Sequence[Objective], total: int, console: Console) -> None:
@@ -42,21 +42,21 @@ class Lines:
     def started(self, trial: Trial, where: str) -> None:
         """Say which point is tried, and where."""
         again = " again" if trial.attempts > 1 or trial.step else ""
-        self.say(f"{_name(trial)} starts{again} on {where}: {shown_params(trial.params)}")
+        self.say(f"{_name(trial)} starts{again} on {where}: {format_params(trial.params)}")
 
     def ended(self, trial: Trial) -> None:
         """Say what came out."""
         self._ended[trial.number] = trial
         numbers = "  ".join(
-            f"{one.name} {shown_number(trial.values.get(one.name))}"
+            f"{one.name} {format_number(trial.values.get(one.name))}"
             for one in self._objectives
             if one.name in trial.values
         )
         why = f": {trial.error.splitlines()[-1]}" if trial.error else ""
-        is_best = trial in best(list(self._ended.values()), self._objectives)
+        is_best = trial in best_trial(list(self._ended.values()), self._objectives)
         mark = "  (best so far)" if is_best else ""
         state = "can go on" if trial.state in ("waiting", "interrupted") else trial.state
-        took = shown_time(trial.seconds)
+        took = format_time(trial.seconds)
         self.say(f"{_name(trial)} {state} after {took}{why}  {numbers}{mark}".rstrip())
 
     def show(self, trials: list[Trial], running: dict[int, str]) -> None:
@@ -70,7 +70,7 @@ class Lines:
         """Nothing is open."""
 
 
-class Table(Lines):
+class LiveTable(PlainProgress):
     """A table that changes as the trials do; what is said goes above it."""
 
     def __init__(self, objectives: Sequence[Objective], total: int, console: Console) -> None:
@@ -88,22 +88,22 @@ class Table(Lines):
             return
         self._drawn = time.monotonic()
         room = max(3, self._console.size.height - _HEAD)
-        shown = table(trials, self._objectives, running, room)
-        self._live.update(Group(shown, Text(), summary(trials, self._objectives, self._total)))
+        shown = trial_table(trials, self._objectives, running, room)
+        self._live.update(Group(shown, Text(), summary_line(trials, self._objectives, self._total)))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._live.stop()
 
 
-def summary(trials: Sequence[Trial], objectives: Sequence[Objective], total: int) -> Text:
+def summary_line(trials: Sequence[Trial], objectives: Sequence[Objective], total: int) -> Text:
     """How many trials stand how, and the best value so far."""
     counts = Counter(trial.state for trial in trials)
     counts["waiting"] += max(0, total - len(trials))
     parts = [f"{count} {state}" for state, count in counts.items() if count]
-    done = complete(trials, objectives)
+    done = completed_trials(trials, objectives)
     first = objectives[0].name
-    leader = f"; best {first} {shown_number(done[0].values[first])}" if done else ""
+    leader = f"; best {first} {format_number(done[0].values[first])}" if done else ""
     return Text(f"{total} trials: {', '.join(parts)}{leader}", style="dim")
 
 

@@ -18,15 +18,15 @@ from luthier.errors import UserError
 from luthier.record.config_diff import NEUTRAL_KEYS
 from luthier.storage.atomic import write_text
 from luthier.sweep.page import write_page
-from luthier.sweep.plan import Sweep
+from luthier.sweep.plan import SweepPlan
 from luthier.sweep.plots import draw_plots, importance_hint
-from luthier.sweep.trials import Trial, best, shown_number, table, write_csv
+from luthier.sweep.trials import Trial, best_trial, format_number, trial_table, write_csv
 
 _NOT_OF_A_RECIPE = NEUTRAL_KEYS
 _ABSENT = object()
 
 
-def write_recipe(planned: Sweep, trial: Trial, name: str, count: int) -> Path:
+def write_recipe(planned: SweepPlan, trial: Trial, name: str, count: int) -> Path:
     """Write `recipes/<name>.yaml` in the sweep's folder for a trial that is one of `count`.
 
     It is composed again and held against the trial: what typing means and a recipe does not (such
@@ -48,12 +48,12 @@ def write_recipe(planned: Sweep, trial: Trial, name: str, count: int) -> Path:
     raise UserError(f"a recipe cannot say {', '.join(differing)} as it was typed.")
 
 
-def command(planned: Sweep, name: str) -> str:
+def train_command(planned: SweepPlan, name: str) -> str:
     """What to type to train with the recipe."""
     return f"LUTHIER_RECIPES={planned.folder.path / 'recipes'} python train.py recipe={name}"
 
 
-def names(planned: Sweep, leaders: Sequence[Trial]) -> dict[int, str]:
+def parameter_names(planned: SweepPlan, leaders: Sequence[Trial]) -> dict[int, str]:
     """A recipe's name for each of the best trials, by number; none that another recipe has."""
     stem = f"{planned.recipe or 'custom'}_best"
     while _is_taken(planned, stem):
@@ -63,11 +63,11 @@ def names(planned: Sweep, leaders: Sequence[Trial]) -> dict[int, str]:
     return {trial.number: f"{stem}_{trial.name}" for trial in leaders}
 
 
-def _path(planned: Sweep, name: str) -> Path:
+def _path(planned: SweepPlan, name: str) -> Path:
     return planned.folder.path / "recipes" / f"{name}.yaml"
 
 
-def _is_taken(planned: Sweep, name: str) -> bool:
+def _is_taken(planned: SweepPlan, name: str) -> bool:
     there = options("recipe").get(name)
     return there is not None and there.resolve() != _path(planned, name).resolve()
 
@@ -125,7 +125,7 @@ def _differing(found: Any, wanted: Any, prefix: str = "", is_whole: bool = True)
 
 
 def _text(
-    planned: Sweep,
+    planned: SweepPlan,
     trial: Trial,
     name: str,
     count: int,
@@ -136,15 +136,15 @@ def _text(
     return "\n".join([*lines, *_settings(keys, {key.lstrip("+") for key in trial.params})]) + "\n"
 
 
-def _header(planned: Sweep, trial: Trial, name: str, count: int) -> list[str]:
+def _header(planned: SweepPlan, trial: Trial, name: str, count: int) -> list[str]:
     values = ", ".join(
-        f"{one.name} {shown_number(trial.values.get(one.name))}" for one in planned.objectives
+        f"{one.name} {format_number(trial.values.get(one.name))}" for one in planned.objectives
     )
     what = f"# The best of {count} trials: {values} (trial {trial.name})."
     if len(planned.objectives) > 1:
         what = f"# One of the trials that none of {count} beats: {values} (trial {trial.name})."
     needs = f"recipe={planned.recipe} needs" if planned.recipe else "the sweep's trials needed"
-    return [what, f"# Needs: what {needs}.", f"# Command: {command(planned, name)}"]
+    return [what, f"# Needs: what {needs}.", f"# Command: {train_command(planned, name)}"]
 
 
 def _defaults(typed: Sequence[Typed]) -> list[str]:
@@ -199,15 +199,15 @@ _MOST_RECIPES = 10
 """With several objectives, so many of the trials that none beats become recipes."""
 
 
-def report_progress(planned: Sweep, trials: Sequence[Trial], console: Console) -> None:
+def report_progress(planned: SweepPlan, trials: Sequence[Trial], console: Console) -> None:
     """Write `results.csv`, and print the table and the errors, also of a sweep that was stopped."""
     write_csv(trials, planned.objectives, planned.folder.path / "results.csv")
     console.print()
-    console.print(table(trials, planned.objectives))
+    console.print(trial_table(trials, planned.objectives))
     print_errors(trials, console)
 
 
-def report_results(planned: Sweep, trials: Sequence[Trial], console: Console) -> None:
+def report_results(planned: SweepPlan, trials: Sequence[Trial], console: Console) -> None:
     """Write everything that a sweep leaves when its trials have ended, and print the results."""
     folder = planned.folder.path
     plots = draw_plots(trials, planned.objectives, folder)
@@ -237,19 +237,19 @@ def print_errors(trials: Sequence[Trial], console: Console) -> None:
 
 
 def _write_recipes(
-    planned: Sweep, trials: Sequence[Trial], console: Console
+    planned: SweepPlan, trials: Sequence[Trial], console: Console
 ) -> list[tuple[str, Path]]:
     """Write the best trials as recipes, and return the command that trains each, and its file."""
-    best_trials = best(trials, planned.objectives)[:_MOST_RECIPES]
+    best_trials = best_trial(trials, planned.objectives)[:_MOST_RECIPES]
     written = []
-    for number, name in names(planned, best_trials).items() if best_trials else ():
+    for number, name in parameter_names(planned, best_trials).items() if best_trials else ():
         trial = next(trial for trial in best_trials if trial.number == number)
         try:
             path = write_recipe(planned, trial, name, len(trials))
         except UserError as error:  # the recipe it is made of is gone or has changed
             _print_line(console, f"no recipe of trial {trial.name}: {error}")
             continue
-        written.append((command(planned, name), path))
+        written.append((train_command(planned, name), path))
     return written
 
 

@@ -18,13 +18,13 @@ Named = str | dict[str, Any]
 """A name, or a mapping of `name` and settings."""
 
 
-class Settings(BaseModel):
+class SweepSettings(BaseModel):
     """A group of settings that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Sweeper(Settings):
+class SweeperSettings(SweepSettings):
     """What every sweeper takes."""
 
     kind: Literal["basic", "random", "optuna"]
@@ -34,14 +34,14 @@ class Sweeper(Settings):
     retry_failed: bool = False
 
 
-class Random(Sweeper):
+class RandomSettings(SweeperSettings):
     """Points drawn at random."""
 
     n_trials: PositiveInt = 20
     seed: NonNegativeInt = 0
 
 
-class Optuna(Random):
+class OptunaSettings(RandomSettings):
     """Points that Optuna chooses by what came out so far."""
 
     retry_failed: Literal[False] = False
@@ -50,7 +50,7 @@ class Optuna(Random):
     prune_by: str | None = None
 
 
-class Launcher(Settings):
+class LauncherSettings(SweepSettings):
     """What every launcher takes."""
 
     kind: Literal["basic", "submitit"]
@@ -65,14 +65,14 @@ class Launcher(Settings):
         return shlex.split(given) if isinstance(given, str) else given
 
 
-class Local(Launcher):
+class LocalSettings(LauncherSettings):
     """Trials as processes of this machine."""
 
     slots: Slots = "auto"
     gpus: Auto | list[int | str] = "auto"
 
 
-class Submitit(Launcher):
+class SubmititSettings(LauncherSettings):
     """Trials as jobs of a cluster."""
 
     cluster: Literal["slurm", "local"] = "slurm"
@@ -80,8 +80,12 @@ class Submitit(Launcher):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
-_SWEEPERS: dict[str, type[Settings]] = {"basic": Sweeper, "random": Random, "optuna": Optuna}
-_LAUNCHERS: dict[str, type[Settings]] = {"basic": Local, "submitit": Submitit}
+_SWEEPERS: dict[str, type[SweepSettings]] = {
+    "basic": SweeperSettings,
+    "random": RandomSettings,
+    "optuna": OptunaSettings,
+}
+_LAUNCHERS: dict[str, type[SweepSettings]] = {"basic": LocalSettings, "submitit": SubmititSettings}
 _WORDS = {
     "slots": "Write how many trials run side by side, at least 1, or auto.",
     "n_trials": "Write how many trials the sweep has, at least 1.",
@@ -94,7 +98,9 @@ _WORDS = {
 }
 
 
-def read(composed: Composed) -> tuple[Sweeper | None, Local | Submitit | None, list[Mistake]]:
+def read_settings(
+    composed: Composed,
+) -> tuple[SweeperSettings | None, LocalSettings | SubmititSettings | None, list[Mistake]]:
     """The settings of the sweeper and the launcher that were chosen, or what is wrong."""
     mistakes: list[Mistake] = []
     found: dict[str, Any] = {}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.sweep.local import Job, Launch, guarded, without_rank
-from luthier.sweep.plan import Sweep
-from luthier.sweep.settings import Submitit
-from luthier.sweep.trials import Folder, Trial
+from luthier.sweep.local import GuardedJob, LaunchCommand, environment_without_rank, start_guarded
+from luthier.sweep.plan import SweepPlan
+from luthier.sweep.settings import SubmititSettings
+from luthier.sweep.trials import Trial, TrialFolder
 
 if TYPE_CHECKING:
     import submitit
@@ -25,7 +25,7 @@ _PATIENCE = 60.0
 _KEY = "hydra.launcher.parameters"
 
 
-class Command:
+class TrialCommand:
     """What a job does: it runs a guarded trial, and passes on that its time is over."""
 
     def __init__(self, words: list[str], folder: str, grace: float) -> None:
@@ -54,7 +54,7 @@ class Command:
         import submitit
 
         self._end()
-        again = Command(self.words, self.folder, self.grace)
+        again = TrialCommand(self.words, self.folder, self.grace)
         return submitit.helpers.DelayedSubmission(again)
 
     def _cancelled(self, *_: Any) -> None:
@@ -85,10 +85,12 @@ class Command:
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The job's environment as a trial gets it."""
-    return {n: t for n, t in without_rank(environ).items() if not n.startswith("SUBMITIT_")}
+    return {
+        n: t for n, t in environment_without_rank(environ).items() if not n.startswith("SUBMITIT_")
+    }
 
 
-class Submitted:
+class SubmittedJob:
     """A job of the cluster."""
 
     def __init__(self, job: "submitit.Job[int]", grace: float) -> None:
@@ -111,16 +113,16 @@ class Submitted:
         self._given_up = min(self._given_up, time.monotonic() + self._grace + _PATIENCE)
 
 
-class Cluster:
+class SlurmCluster:
     """A cluster, as a place for trials."""
 
-    def __init__(self, planned: Sweep, launch: Launch) -> None:
+    def __init__(self, planned: SweepPlan, launch: LaunchCommand) -> None:
         settings = planned.launcher
-        assert isinstance(settings, Submitit)
+        assert isinstance(settings, SubmititSettings)
         self.slots = [f"job {number + 1}" for number in range(settings.slots)]
         self._settings, self._launch, self._folder = settings, launch, planned.folder
         self._on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
-        self._executor = executor(settings, self._gpus(), planned.folder)
+        self._executor = make_executor(settings, self._gpus(), planned.folder)
 
     def _gpus(self) -> int:
         each = self._settings.gpus_per_trial
@@ -129,28 +131,28 @@ class Cluster:
             return 0 if self._on_cpu or local else self._launch.processes
         return int(each)
 
-    def start(self, trial: Trial, overrides: list[str], slot: int) -> Job:
+    def start(self, trial: Trial, overrides: list[str], slot: int) -> GuardedJob:
         """Submit a trial."""
         logs = self._folder.logs(trial)
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         words = self._launch.command(overrides, has_gpus=False)
-        guard = guarded(words, self._launch.has_launcher, logs, self._settings.grace)
-        command = Command(guard, str(Path.cwd()), self._settings.grace)
+        guard = start_guarded(words, self._launch.has_launcher, logs, self._settings.grace)
+        command = TrialCommand(guard, str(Path.cwd()), self._settings.grace)
         job = self._executor.submit(command)
         trial.job = str(job.job_id)
-        return Submitted(job, self._settings.grace)
+        return SubmittedJob(job, self._settings.grace)
 
-    def again(self, trial: Trial) -> Job | None:
+    def again(self, trial: Trial) -> GuardedJob | None:
         """The job of a trial, where it still waits or runs: a cluster does not end it with us."""
         if trial.job is None or self._settings.cluster != "slurm":
             return None
         import submitit
 
         job: submitit.Job[int] = submitit.SlurmJob(self._folder.path / "jobs", trial.job)
-        return None if job.done(force_check=True) else Submitted(job, self._settings.grace)
+        return None if job.done(force_check=True) else SubmittedJob(job, self._settings.grace)
 
 
-def check(settings: Submitit) -> None:
+def check_slurm(settings: SubmititSettings) -> None:
     """Refuse what can be known to be wrong before anything is submitted."""
     if find_spec("submitit") is None:
         raise UserError(
@@ -165,9 +167,11 @@ def check(settings: Submitit) -> None:
         )
 
 
-def executor(settings: Submitit, gpus: int, folder: Folder) -> "submitit.AutoExecutor":
+def make_executor(
+    settings: SubmititSettings, gpus: int, folder: TrialFolder
+) -> "submitit.AutoExecutor":
     """submitit's executor with the settings of the sweep; raises UserError for what it refuses."""
-    check(settings)
+    check_slurm(settings)
     import submitit
 
     try:
@@ -179,5 +183,5 @@ def executor(settings: Submitit, gpus: int, folder: Folder) -> "submitit.AutoExe
     return made
 
 
-def _name(settings: Submitit) -> str:
+def _name(settings: SubmititSettings) -> str:
     return f"submitit_{settings.cluster}"

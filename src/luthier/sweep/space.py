@@ -20,7 +20,7 @@ _FORMS = "Write lora.r=8,16,32, range(1,9,2), interval(0.1,0.5) or tag(log,inter
 
 
 @dataclass(frozen=True)
-class Axis:
+class SearchAxis:
     """One key that a sweep varies: over `values`, or between `low` and `high`."""
 
     key: str
@@ -61,10 +61,10 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """The axes, and the words of the command line that hold for every trial."""
 
-    axes: tuple[Axis, ...]
+    axes: tuple[SearchAxis, ...]
     fixed: tuple[str, ...]
 
     @property
@@ -76,16 +76,18 @@ class Space:
         return count
 
 
-def read(lines: Iterable[str], params: Mapping[str, Any]) -> tuple[Space, list[Mistake]]:
+def read_space(
+    lines: Iterable[str], params: Mapping[str, Any]
+) -> tuple[SearchSpace, list[Mistake]]:
     """Tell axes from fixed words: what is typed, then what YAML adds (`hydra.sweeper.params`).
 
     A key that is typed wins over the same key in YAML.
     """
     parser = OverridesParser.create()
-    axes: dict[str, Axis] = {}
+    axes: dict[str, SearchAxis] = {}
     fixed, mistakes, typed = [], [], set()
     entries = [(line, line) for line in lines]
-    entries += [(f"{key}={_text(given)}", f"{KEY}.{key}") for key, given in flat(params)]
+    entries += [(f"{key}={_text(given)}", f"{KEY}.{key}") for key, given in flatten_values(params)]
     for line, place in entries:
         try:
             override = parser.parse_override(line)
@@ -105,21 +107,23 @@ def read(lines: Iterable[str], params: Mapping[str, Any]) -> tuple[Space, list[M
             mistakes.append(Mistake(place if place != line else bare, found))
         else:
             axes[bare] = found
-    return Space(tuple(axes.values()), tuple(fixed)), mistakes
+    return SearchSpace(tuple(axes.values()), tuple(fixed)), mistakes
 
 
 def first_point(lines: Iterable[str]) -> list[str]:
     """The typed words with the first value of each axis: one configuration of the sweep."""
-    space, _ = read(lines, {})
+    space, _ = read_space(lines, {})
     return [*space.fixed, *(f"{axis.key}={axis.ends()[0]}" for axis in space.axes)]
 
 
-def flat(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten_values(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """The entries of a mapping by dotted key, in order."""
     found: list[tuple[str, Any]] = []
     for key, given in params.items():
         name = f"{prefix}{key}"
-        found += flat(given, f"{name}.") if isinstance(given, Mapping) else [(name, given)]
+        found += (
+            flatten_values(given, f"{name}.") if isinstance(given, Mapping) else [(name, given)]
+        )
     return found
 
 
@@ -143,7 +147,7 @@ def _unreadable(error: HydraException) -> str:
     return f"cannot be read ({first}). {_FORMS}; within {{...}} of YAML, in quotes."
 
 
-def _axis(override: Override, text: str) -> Axis | str:
+def _axis(override: Override, text: str) -> SearchAxis | str:
     """The axis that an override stands for, or what is wrong with it."""
     key, sweep = override.get_key_element(), override.value()
     bare = key.lstrip("+~")
@@ -164,11 +168,11 @@ def _axis(override: Override, text: str) -> Axis | str:
     if isinstance(sweep, RangeSweep) and not sweep.shuffle:
         low, high = sorted((float(values[0]), float(values[-1])))
         whole = all(one.lstrip("-").isdigit() for one in values)
-        return Axis(key, text, values, low, high, abs(float(sweep.step)), whole=whole)
-    return Axis(key, text, values)
+        return SearchAxis(key, text, values, low, high, abs(float(sweep.step)), whole=whole)
+    return SearchAxis(key, text, values)
 
 
-def _interval(key: str, text: str, sweep: IntervalSweep) -> Axis | str:
+def _interval(key: str, text: str, sweep: IntervalSweep) -> SearchAxis | str:
     unknown = [tag for tag in sweep.tags if tag != "log"]
     if unknown:
         return f"tag {unknown[0]!r} means nothing here. The only tag is log."
@@ -179,7 +183,7 @@ def _interval(key: str, text: str, sweep: IntervalSweep) -> Axis | str:
     if log and sweep.start <= 0:
         return f"{text}: a logarithmic scale begins above 0."
     whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
-    return Axis(key, text, (), sweep.start, sweep.end, None, log, whole)
+    return SearchAxis(key, text, (), sweep.start, sweep.end, None, log, whole)
 
 
 def _values(override: Override) -> tuple[str, ...] | str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier.errors import Mistake, UserError, choice, nearest
-from luthier.sweep.objective import Objective, Watched
-from luthier.sweep.settings import Named, Optuna
-from luthier.sweep.space import Axis, Space
+from luthier.sweep.objective import Objective, PruningSignal
+from luthier.sweep.settings import Named, OptunaSettings
+from luthier.sweep.space import SearchAxis, SearchSpace
 from luthier.sweep.trials import Trial
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Strategy(Protocol):
         """Hear what came out of a trial."""
 
 
-class Points:
+class PointList:
     """A list that is known ahead."""
 
     def __init__(self, points: list[Point]) -> None:
@@ -62,26 +62,26 @@ class Points:
         """Nothing depends on it."""
 
 
-def grid(space: Space) -> list[Point]:
+def grid_points(space: SearchSpace) -> list[Point]:
     """Every combination, the last axis running fastest."""
     keys = [axis.key for axis in space.axes]
     rows = itertools.product(*(axis.values for axis in space.axes))
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def at_random(space: Space, count: int, seed: int) -> list[Point]:
+def random_points(space: SearchSpace, count: int, seed: int) -> list[Point]:
     """So many different points, fewer where the space has no more; a longer list begins alike."""
     dice = random.Random(seed)
     found: dict[tuple[str, ...], Point] = {}
     repeated = 0
     while len(found) < min(count, space.size) and repeated < _PATIENCE:
-        point = {axis.key: draw(axis, dice) for axis in space.axes}
+        point = {axis.key: draw_points(axis, dice) for axis in space.axes}
         repeated = repeated + 1 if tuple(point.values()) in found else 0
         found.setdefault(tuple(point.values()), point)
     return list(found.values())
 
 
-def draw(axis: Axis, dice: random.Random) -> str:
+def draw_points(axis: SearchAxis, dice: random.Random) -> str:
     """One value of an axis: each as likely as another, on its own scale."""
     if axis.values:
         return dice.choice(axis.values)
@@ -119,7 +119,7 @@ _PRUNERS = {
 _PACKAGES = {"cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")}
 
 
-def check(settings: Optuna) -> list[Mistake]:
+def check_strategy(settings: OptunaSettings) -> list[Mistake]:
     """What is wrong with the sampler and the pruner, or that Optuna is missing."""
     if find_spec("optuna") is None:
         text = "optuna is not installed. Install it: pip install 'luthier[sweep]'."
@@ -129,7 +129,7 @@ def check(settings: Optuna) -> list[Mistake]:
     return [one for one in made if isinstance(one, Mistake)]
 
 
-def has_pruner(settings: Optuna) -> bool:
+def has_pruner(settings: OptunaSettings) -> bool:
     """Whether bad trials are to be ended early."""
     return _taken(settings.pruner)[0] != "none"
 
@@ -177,16 +177,16 @@ def _wrong_setting(made: Callable[..., Any], rest: dict[str, Any], key: str) -> 
     return None
 
 
-class Study:
+class OptunaStrategy:
     """A study in a sweep's folder, which goes on where it was."""
 
     def __init__(
         self,
         path: Path,
-        space: Space,
-        settings: Optuna,
+        space: SearchSpace,
+        settings: OptunaSettings,
         objectives: tuple[Objective, ...],
-        watched: Watched | None,
+        watched: PruningSignal | None,
     ) -> None:
         import optuna
         from optuna.storages.journal import JournalFileBackend
@@ -264,11 +264,11 @@ class Study:
             self._study.tell(trial.number, values)
 
 
-def _is_number(axis: Axis) -> bool:
+def _is_number(axis: SearchAxis) -> bool:
     return axis.is_interval or axis.step is not None
 
 
-def _distribution(axis: Axis) -> "optuna.distributions.BaseDistribution":
+def _distribution(axis: SearchAxis) -> "optuna.distributions.BaseDistribution":
     """The axis as Optuna knows it; values that are no range are categories."""
     from optuna.distributions import (
         CategoricalDistribution,

@@ -52,7 +52,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Folder:
+class TrialFolder:
     """Where everything of a sweep lies."""
 
     path: Path
@@ -85,7 +85,7 @@ class Folder:
         return sorted((Trial(**read_json(file)) for file in files), key=lambda one: one.number)
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run_record(folder: Path) -> dict[str, Any]:
     """The record of a run, or an empty one where it left none."""
     try:
         return read_json(folder / "run.json") or {}
@@ -109,10 +109,10 @@ def status_since(folder: Path, start: float) -> str | None:
     """The status that a run has written since then; what stood there before says nothing."""
     path = folder / "run.json"
     is_new = path.is_file() and path.stat().st_mtime >= start
-    return read_run(folder).get("status") if is_new else None
+    return read_run_record(folder).get("status") if is_new else None
 
 
-def stamp(folder: Path) -> tuple[int, ...]:
+def timestamp(folder: Path) -> tuple[int, ...]:
     """What changes when a run writes its record or its metrics."""
     files = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
     return tuple(
@@ -122,12 +122,12 @@ def stamp(folder: Path) -> tuple[int, ...]:
 
 def has_data(folder: Path) -> bool:
     """Whether a run has its data encoded, so that others find it in the cache."""
-    return (folder / "data.png").exists() or "data" in read_run(folder)
+    return (folder / "data.png").exists() or "data" in read_run_record(folder)
 
 
-def why_failed(folder: Path, log: Path, code: int) -> str:
+def failure_reason(folder: Path, log: Path, code: int) -> str:
     """The error of a trial in its own words: its record's, and the last lines that it printed."""
-    said = read_run(folder).get("error")
+    said = read_run_record(folder).get("error")
     lines = _last_lines(log)
     parts = [str(said).strip()] if said else []
     parts += ["\n".join(lines)] if lines and str(said).strip() not in "\n".join(lines) else []
@@ -146,7 +146,7 @@ def _last_lines(log: Path) -> list[str]:
     return [line for line in lines if line and not re.search(r"\d+%\|", line)][-_LINES:]
 
 
-def shown_value(text: str) -> str:
+def format_value(text: str) -> str:
     """A parameter as a table shows it: long numbers are cut, quotes are left out."""
     bare = text.strip("'\"").replace("\\", "")
     try:
@@ -155,9 +155,9 @@ def shown_value(text: str) -> str:
         return bare
 
 
-def shown_params(params: Mapping[str, str]) -> str:
+def format_params(params: Mapping[str, str]) -> str:
     """Parameters in one line, by the last part of their keys where that is enough."""
-    return " ".join(f"{short}={shown_value(params[key])}" for key, short in short_names(params))
+    return " ".join(f"{short}={format_value(params[key])}" for key, short in short_names(params))
 
 
 def short_names(keys: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -189,7 +189,7 @@ _ON_THE_WAY = ("eval_reward", "eval_loss", "reward", "loss")
 _ORDER = ("finished", "running", "pruned", "interrupted", "waiting", "failed")
 
 
-def ranked(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+def rank_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
     """The finished ones by the first objective, the best first; then the others by their state."""
     first = objectives[0]
 
@@ -200,19 +200,19 @@ def ranked(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Tri
     return sorted(trials, key=place)
 
 
-def complete(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+def completed_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
     """The finished trials that have a number for every objective, the best first."""
     return [
         trial
-        for trial in ranked(trials, objectives)
+        for trial in rank_trials(trials, objectives)
         if trial.state == "finished"
         and all(one.key(trial.values.get(one.name)) < float("inf") for one in objectives)
     ]
 
 
-def best(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+def best_trial(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
     """The best trial; with several objectives all that no other beats: the Pareto front."""
-    done = complete(trials, objectives)
+    done = completed_trials(trials, objectives)
     if len(objectives) == 1:
         return done[:1]
     keys = {one.number: [o.key(one.values.get(o.name)) for o in objectives] for one in done}
@@ -227,7 +227,7 @@ def best(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial
     return [one for one in done if not beaten(one.number)]
 
 
-def table(
+def trial_table(
     trials: Sequence[Trial],
     objectives: Sequence[Objective],
     where: dict[int, str] | None = None,
@@ -241,13 +241,13 @@ def table(
     for heading in heads:
         made.add_column(Text(heading), justify="right")
     made.add_column("state")
-    front = {trial.number for trial in best(trials, objectives)}
-    rows = ranked(trials, objectives)
+    front = {trial.number for trial in best_trial(trials, objectives)}
+    rows = rank_trials(trials, objectives)
     for trial in rows[:limit]:
         style = "bold" if trial.number in front else None
-        cells = [trial.name, *(shown_value(trial.params.get(key, "")) for key in keys)]
-        cells += [shown_number(trial.values.get(one.name)) for one in objectives]
-        cells += [str(trial.step or ""), shown_time(trial.seconds) if trial.seconds else ""]
+        cells = [trial.name, *(format_value(trial.params.get(key, "")) for key in keys)]
+        cells += [format_number(trial.values.get(one.name)) for one in objectives]
+        cells += [str(trial.step or ""), format_time(trial.seconds) if trial.seconds else ""]
         made.add_row(*map(Text, cells), _state(trial, (where or {}).get(trial.number)), style=style)
     if limit is not None and len(rows) > limit:
         made.add_row(Text("..."), Text(f"{len(rows) - limit} more"), style="dim")
@@ -259,16 +259,16 @@ def _state(trial: Trial, place: str | None) -> Text:
     shown = Text(place or trial.state, style=COLOURS[trial.state])
     last = next((name for name in _ON_THE_WAY if name in trial.values), None)
     if last is not None and trial.state in ("running", "pruned", "interrupted"):
-        shown.append(f"  {last} {shown_number(trial.values[last])}", style="dim")
+        shown.append(f"  {last} {format_number(trial.values[last])}", style="dim")
     return shown
 
 
-def shown_number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """A measure as tables show it."""
     return "" if value is None else f"{value:.5g}"
 
 
-def shown_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Seconds as people say them."""
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -285,7 +285,7 @@ def write_csv(trials: Sequence[Trial], objectives: Sequence[Objective], path: Pa
     writer = csv.writer(text, lineterminator="\n")
     heads = [*(key.lstrip("+") for key in keys), *names, *others]
     writer.writerow(["trial", "state", *heads, "steps", "wall_seconds", "error"])
-    for trial in ranked(trials, objectives):
+    for trial in rank_trials(trials, objectives):
         numbers = [trial.values.get(name, "") for name in [*names, *others]]
         params = [trial.params.get(key, "").strip("'\"") for key in keys]
         error = trial.error or ""

@@ -13,7 +13,7 @@ from luthier.config.cross_checks import best_metric
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.generate import generate
-from luthier.infer.questions import Question, Row, questions
+from luthier.infer.questions import Question, Row, read_questions
 from luthier.metrics import (
     Metric,
     Reply,
@@ -77,7 +77,7 @@ def select_eval_prompts(
         limit = config.rows if metrics else config.samples if number == 0 else 0
         if not limit or _is_generation_refused(sharding, metrics):
             continue
-        selected = questions(rows, limit)
+        selected = read_questions(rows, limit)
         if metrics and not selected:
             label = f" {name}" if name else ""
             raise UserError(

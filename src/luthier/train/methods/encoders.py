@@ -22,7 +22,7 @@ from luthier.data.encoders.prompts import PromptEncoder, max_prompt_tokens
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.data.examples import format_key
 from luthier.data.prepare import EncoderFactory
-from luthier.infer.seq2seq_prompts import Sources
+from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 from luthier.model.tokenizer import end_token_ids
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def make_chat_encoder(
     )
 
 
-def make_seq2seq_prompts(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Sources:
+def make_seq2seq_prompts(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Seq2SeqPrompts:
     """Return what makes the prompts of an encoder-decoder model: the sources as they train."""
     encoder = Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
     ends = [tokenizer.eos_token_id, *end_token_ids(config.model)]
-    return Sources(encoder, [end for end in dict.fromkeys(ends) if end is not None])
+    return Seq2SeqPrompts(encoder, [end for end in dict.fromkeys(ends) if end is not None])

@@ -16,8 +16,8 @@ from luthier.data.encoders.prompts import reference_text, split_prompt_and_reply
 from luthier.data.prepare import PreparedData
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
-from luthier.infer.dequantize import unpacked
-from luthier.infer.generate import dense_head
+from luthier.infer.dequantize import dequantized_layers
+from luthier.infer.generate import patched_output_layer
 from luthier.train.evaluation import unsharded_weights
 from luthier.train.methods.encoders import make_chat_encoder
 from luthier.train.trainers.base import (
@@ -222,8 +222,8 @@ class OnlineTrainerMixin(TrainerMixin, Base):
             if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2:
                 reshards = self.accelerator.state.fsdp_plugin.reshard_after_forward
                 stack.enter_context(unsharded_weights(model, reshards))
-            stack.enter_context(unpacked(model))
-            stack.enter_context(dense_head(model))
+            stack.enter_context(dequantized_layers(model))
+            stack.enter_context(patched_output_layer(model))
             self.model.eval()
             stack.callback(self.model.train, was_training)
             return super()._generate_single_turn(*args, **kwargs)
