@@ -34,8 +34,10 @@ def ask(monkeypatch, tmp_path):
             monkeypatch.setenv(name, value)
         if file is not None:
             (tmp_path / "asked.yaml").write_text(file)
-        wish = parse_launch_command(words, tmp_path, {"HF_HOME": str(tmp_path), **environ})
-        monkeypatch.setattr(launch_checks, "read_launch_request", lambda: wish)
+        launch_request = parse_launch_command(
+            words, tmp_path, {"HF_HOME": str(tmp_path), **environ}
+        )
+        monkeypatch.setattr(launch_checks, "read_launch_request", lambda: launch_request)
 
     return give
 

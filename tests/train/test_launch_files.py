@@ -53,12 +53,12 @@ def test_accelerate_takes_it_as_we_read_it(path):
     assert find_unknown_keys(path) == []
     words = ["--config_file", str(path)]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
-    wish = parse_launch_command(words, LAUNCH, {})
+    launch_request = parse_launch_command(words, LAUNCH, {})
     count, distributed, precision, cpu = ASKED[path.stem]
-    assert (wish.num_processes, args.num_processes) == (count, count)
-    assert (wish.mixed_precision, args.mixed_precision) == (precision, precision)
-    assert (wish.use_cpu, args.use_cpu) == (cpu, cpu)
-    assert wish.distributed == distributed
+    assert (launch_request.num_processes, args.num_processes) == (count, count)
+    assert (launch_request.mixed_precision, args.mixed_precision) == (precision, precision)
+    assert (launch_request.use_cpu, args.use_cpu) == (cpu, cpu)
+    assert launch_request.distributed == distributed
     assert args.use_fsdp == (distributed == "fsdp")
     assert args.use_deepspeed == (distributed == "deepspeed")
     assert args.multi_gpu == (distributed == "ddp")

@@ -70,18 +70,18 @@ def test_agrees_with_accelerate(flags, file, default, tmp_path, monkeypatch):
         path.parent.mkdir()
         path.write_text(file)
     words = list(flags) if default or file is None else [*flags, "--config_file", str(path)]
-    wish = parse_launch_command(words, tmp_path, {"HF_HOME": str(tmp_path)})
+    launch_request = parse_launch_command(words, tmp_path, {"HF_HOME": str(tmp_path)})
     theirs = as_accelerate_reads_it(words)
-    assert (wish.config_file is not None) == theirs["file"]
-    assert (wish.num_processes or theirs["num_processes"]) == theirs["num_processes"]
-    assert (None if wish.distributed == "none" else wish.distributed) in (
+    assert (launch_request.config_file is not None) == theirs["file"]
+    assert (launch_request.num_processes or theirs["num_processes"]) == theirs["num_processes"]
+    assert (None if launch_request.distributed == "none" else launch_request.distributed) in (
         theirs["distributed"],
         # accelerate knows no type for processes on CPUs: that is the trap.
         "ddp" if file == MULTI_CPU else theirs["distributed"],
     )
-    assert (wish.mixed_precision or "no") == theirs["mixed_precision"]
-    assert wish.use_cpu == theirs["use_cpu"]
-    assert wish.zero_stage == theirs["zero_stage"]
+    assert (launch_request.mixed_precision or "no") == theirs["mixed_precision"]
+    assert launch_request.use_cpu == theirs["use_cpu"]
+    assert launch_request.zero_stage == theirs["zero_stage"]
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_agrees_with_accelerate(flags, file, default, tmp_path, monkeypatch):
 )
 def test_says_who_asked(flags, said, tmp_path):
     (tmp_path / "my.yaml").write_text(DDP)
-    wish = parse_launch_command([*flags, "--config_file", "my.yaml"], tmp_path, {})
-    assert {name: wish.said_by[name] for name in said} == said
+    launch_request = parse_launch_command([*flags, "--config_file", "my.yaml"], tmp_path, {})
+    assert {name: launch_request.set_by[name] for name in said} == said
 
 
 PYTHON = "/usr/bin/python3"
@@ -173,13 +173,13 @@ def test_finds_the_launchers_own_words(command, child, flags):
     ],
 )
 def test_reads_the_environment(environ, expected):
-    wish = parse_launch_environment(environ)
+    launch_request = parse_launch_environment(environ)
     if expected is None:
-        assert wish is None
+        assert launch_request is None
     else:
-        assert wish is not None
-        assert {name: getattr(wish, name) for name in expected} == expected
-        assert set(wish.said_by) == set(expected)
+        assert launch_request is not None
+        assert {name: getattr(launch_request, name) for name in expected} == expected
+        assert set(launch_request.set_by) == set(expected)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ APART = [*MODELS, ("llama", "flex_attention"), ("gemma3", "flex_attention")]
 def test_models_that_keep_documents_apart_pass_to_the_last_bit(name, attention, dtype):
     shown = check_isolation(model(name, attention, dtype), PackedRows(0))
     assert shown.content == 0
-    assert shown.place < (1e-5 if dtype == torch.float32 else 0.1)
+    assert shown.position < (1e-5 if dtype == torch.float32 else 0.1)
     # Rounding of a layer of experts depends on which rows share its products, on some CPUs.
     assert shown.content_allowed == pytest.approx(1e-5, rel=0.1)
 

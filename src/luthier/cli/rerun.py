@@ -1,4 +1,4 @@
-"""Train the config that a folder holds: what `luthier reproduce` starts, in each process."""
+"""Train the config that a folder holds, once in each process: what `luthier reproduce` starts."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from luthier.errors import UserError
 
 
 def main(folder: Path) -> int:
-    """Train in this folder by its config.yaml; return the exit code."""
+    """Train in `folder` by its config.yaml; return the exit code."""
     from luthier.export.write_card import write_card
     from luthier.train.run import run
 
@@ -22,7 +22,7 @@ def main(folder: Path) -> int:
 
 
 def load_run_config(folder: Path) -> Loaded:
-    """The config of a run's folder, as if it had been typed."""
+    """Return the config of a run's folder, as if it had been typed."""
     from pydantic import ValidationError
 
     resolved = read_recorded_config(folder / "config.yaml")

@@ -16,8 +16,7 @@ from luthier.config.recipes import header, list_recipes, options
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError, nearest
 
-# `--help`: what luthier is, what can be chosen, and how it is typed.
-
+# Columns of what `--help` prints.
 _WIDTH = 100
 
 _HELP_TOP = """\
@@ -60,18 +59,20 @@ def help_text() -> str:
     lines += _help_table({recipe.name: recipe.header for recipe in list_recipes()})
     lines += ["", "Groups and their options"]
     for group in GROUPS:
-        found = {f"{group}={name}": header(path) for name, path in options(group).items()}
-        lines += _help_table(found)
+        headers = {f"{group}={name}": header(path) for name, path in options(group).items()}
+        lines += _help_table(headers)
     return "\n".join([*lines, "", _HELP_BOTTOM])
 
 
-def _help_table(rows: dict[str, str]) -> list[str]:
-    width = max([29, *(len(name) + 1 for name in rows)])
-    return [f"  {name:<{width}}{_shorten(text, _WIDTH - width - 2)}" for name, text in rows.items()]
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 3].rstrip()}..."
+def _help_table(texts: dict[str, str]) -> list[str]:
+    """Return lines with a name and its text, which is cut where the line is full."""
+    width = max([29, *(len(name) + 1 for name in texts)])
+    room = _WIDTH - width - 2
+    lines = []
+    for name, text in texts.items():
+        text = text if len(text) <= room else f"{text[: room - 3].rstrip()}..."
+        lines.append(f"  {name:<{width}}{text}")
+    return lines
 
 
 INTERRUPTED_EXIT_CODE = 130
@@ -106,7 +107,9 @@ def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) ->
     try:
         arguments = _parse_command_line(sys.argv[1:] if argv is None else argv)
         if set(arguments.flags) == {"--multirun"}:
-            return _run_sweep(arguments.overrides)
+            from luthier.cli.sweep import run_sweep
+
+            return run_sweep(arguments.overrides)
         if arguments.flags:
             return _print_information(arguments)
         _refuse_sweep_settings(arguments.overrides)
@@ -119,45 +122,39 @@ def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) ->
 
 
 def _parse_command_line(argv: list[str]) -> TrainCommandLine:
+    """Take the command line apart; UserError for a flag that does not exist."""
     flags: dict[str, str] = {}
     overrides: list[str] = []
-    words = iter(argv)
-    for word in words:
+    arguments = iter(argv)
+    for word in arguments:
         if not word.startswith("-"):
             overrides.append(word)
             continue
         short, _, value = word.partition("=")
         name = _SHORT_FLAGS.get(short, short)
         if name not in _FLAGS:
-            raise UserError(_unknown_flag_message(word, name))
-        flags[name] = (value or next(words, "")) if name in _FLAGS_WITH_VALUE else ""
+            close = nearest(name, _FLAGS)
+            guess = f"Did you mean {close}? " if close else ""
+            raise UserError(
+                f"{word}: there is no such flag. {guess}"
+                f"Flags: {', '.join(_FLAGS)}; settings are written key=value."
+            )
+        flags[name] = (value or next(arguments, "")) if name in _FLAGS_WITH_VALUE else ""
     return TrainCommandLine(flags, overrides)
 
 
-def _run_sweep(overrides: list[str]) -> int:
-    """Try every point of a sweep; each is a run of its own, with a process group of its own."""
-    from luthier.cli.sweep import run_sweep
-
-    return run_sweep(overrides)
-
-
 def _refuse_sweep_settings(overrides: list[str]) -> None:
-    for line in overrides:
-        key = line.lstrip("+~").partition("=")[0]
+    """Raise UserError for settings of a sweep where one run was asked for."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
         if key.startswith(_SWEEP_KEYS):
             raise UserError(
                 f"{key}: this is a setting of a sweep, and one run was asked for. Add -m."
             )
 
 
-def _unknown_flag_message(word: str, name: str) -> str:
-    close = nearest(name, _FLAGS)
-    guess = f"Did you mean {close}? " if close else ""
-    flags = f"Flags: {', '.join(_FLAGS)}; settings are written key=value."
-    return f"{word}: there is no such flag. {guess}{flags}"
-
-
 def _print_information(arguments: TrainCommandLine) -> int:
+    """Print what the flags ask for, instead of training; return the exit code."""
     flags = arguments.flags
     if "--help" in flags:
         print(help_text())
@@ -173,6 +170,7 @@ def _print_information(arguments: TrainCommandLine) -> int:
 
 
 def _check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return the value of a flag; UserError where it is none of the allowed ones."""
     if value in allowed:
         return value
     raise UserError(f"{flag} {value}: write {flag} {'|'.join(allowed)}.")
@@ -181,35 +179,34 @@ def _check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> str:
 def _print_config(what: str, arguments: TrainCommandLine) -> int:
     """Print a configuration; one with mistakes is printed as far as it goes, with the mistakes."""
     composed = compose_config(arguments.overrides)
-    shown = _select_config(composed.config, what)
+    config = _select_config(composed.config, what)
     mistake = None
     try:
         loaded = finish(composed, arguments.overrides)
         if "--resolve" in arguments.flags and what == "job":
-            shown = OmegaConf.create(loaded.resolved)
+            config = OmegaConf.create(loaded.resolved)
     except UserError as error:
         mistake = error
     package = arguments.flags.get("--package", "")
-    print(_to_yaml(OmegaConf.select(shown, package) if package else shown), end="")
+    value = OmegaConf.select(config, package) if package else config
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
     return 0 if mistake is None else errors.report(mistake)
 
 
 def _select_config(config: DictConfig, what: str) -> DictConfig:
+    """Return the part of a composed config that `--cfg job`, `hydra` or `all` prints."""
     if what == "hydra":
         return OmegaConf.create({"hydra": config.get("hydra")})
-    shown = config.copy()
-    OmegaConf.set_struct(shown, False)
+    selected = config.copy()
+    OmegaConf.set_struct(selected, False)
     if what == "job":
-        shown.pop("hydra", None)
-    return shown
-
-
-def _to_yaml(part: object) -> str:
-    plain = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        selected.pop("hydra", None)
+    return selected
 
 
 def _print_info(what: str, overrides: list[str]) -> None:
+    """Print what `--info` asks for: where configs are looked for, or what Hydra knows."""
     if what == "searchpath":
         print("Config groups are looked for in (the first that has an option wins):")
         print("\n".join(f"  {folder}" for folder in recipes.conf_folders()))
@@ -228,7 +225,10 @@ def _print_hydra_info(what: str, overrides: list[str]) -> None:
         raise UserError(report(composed.mistakes, composed))
     typed, chain, *_ = prepare(overrides)
     conf = str(recipes.bundled("conf"))
-    argv, sys.argv = sys.argv, [sys.argv[0], "--info", what, *(one.for_hydra for one in typed)]
+    argv, sys.argv = (
+        sys.argv,
+        [sys.argv[0], "--info", what, *(override.for_hydra for override in typed)],
+    )
     try:
         with hydra_plugins.dropping(chain.dropped):
             hydra.main(version_base="1.3", config_path=conf, config_name=CONFIG_NAME)(_no_task)()

@@ -1,4 +1,4 @@
-"""What made a run besides its config and code: versions, hardware. Never the environment."""
+"""What made a run besides its config: versions, hardware, code. Never the environment."""
 
 import hashlib
 import os
@@ -13,6 +13,10 @@ from typing import Any
 from luthier.record.secrets import scrub_text
 from luthier.storage.atomic import write_text
 
+CODE_FOLDER = "code"
+"""The folder of a run with what differed from the commit of its code."""
+MAX_DIFF_CHARS = 1_000_000
+"""Characters of a difference that are written: more is data, not code."""
 MAIN_PACKAGES = (
     *("luthier", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers"),
     *("safetensors", "bitsandbytes", "hydra-core", "numpy", "deepspeed", "flash-attn"),
@@ -21,21 +25,22 @@ MAIN_PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """The version of Python and of every package that is installed, the main ones first."""
+    """Return the version of Python and of every installed package, the main ones first."""
     installed = dict(filter(None, map(_name_and_version, metadata.distributions())))
     first = {name: installed.pop(name) for name in MAIN_PACKAGES if name in installed}
     return {"python": platform.python_version(), **first, **dict(sorted(installed.items()))}
 
 
 def _name_and_version(package: metadata.Distribution) -> tuple[str, str] | None:
-    """What stands in the head of a package's metadata, which takes long to parse as a whole."""
+    """Return a package's name and version; None where its metadata has none."""
+    # The head alone: to parse the whole metadata takes long.
     text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
     name, version = (re.search(rf"^{key}: (.+)$", text, re.M) for key in ("Name", "Version"))
     return (name[1].strip().lower(), version[1].strip()) if name and version else None
 
 
 def hardware_facts() -> dict[str, Any]:
-    """The machine's processor, memory (GiB) and accelerators. Needs torch."""
+    """Return the machine's processor, memory (GiB) and accelerators. Needs torch."""
     import psutil
     import torch
 
@@ -68,7 +73,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory_gib() -> dict[str, float]:
-    """The most memory this process has held so far, in GiB, on the host and on the GPU."""
+    """Return the most memory this process has held so far, in GiB, on the host and on the GPU."""
     import resource
 
     import torch
@@ -81,18 +86,10 @@ def peak_memory_gib() -> dict[str, float]:
     return peak
 
 
-# The code that made a run: the commit, where it can be had, and what differs from it.
-
-CODE_FOLDER = "code"
-"""Where a run keeps what differed from the commit."""
-MAX_DIFF_CHARS = 1_000_000
-"""Characters of a difference that are kept: more is data, not code."""
-
-
 def git_state(folder: Path, run: Path | None = None) -> dict[str, Any] | None:
-    """The commit that `folder` is checked out at, and the files that differ; None outside git.
+    """Return the commit that `folder` is checked out at, and what differs; None outside git.
 
-    `run`: a run's directory, in which the difference itself is then kept.
+    `run` is a run's directory, in which the difference itself is then written; None writes none.
     """
     commit = _git_output(folder, "rev-parse", "HEAD")
     if commit is None:
@@ -109,7 +106,7 @@ def git_state(folder: Path, run: Path | None = None) -> dict[str, Any] | None:
 
 
 def _save_diff(folder: Path, run: Path) -> str | None:
-    """Keep the difference in a file that is named by its content; the name, relative to the run."""
+    """Write the difference into a file named by its content; return its name within the run."""
     diff = _git_output(folder, "diff", "HEAD", "--no-color", "--no-ext-diff")
     if not diff:
         return None
@@ -121,10 +118,11 @@ def _save_diff(folder: Path, run: Path) -> str | None:
     return name
 
 
-def _git_output(folder: Path, *words: str) -> str | None:
+def _git_output(folder: Path, *arguments: str) -> str | None:
+    """Return what a git command prints; None where it fails or there is no git."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words],
+            ["git", "-C", str(folder), *arguments],
             capture_output=True,
             text=True,
             errors="replace",

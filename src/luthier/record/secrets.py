@@ -1,4 +1,4 @@
-"""Secrets never stand in a record: not by their key, not by their look, not by their value."""
+"""Secrets are hidden in a record, by their key, by their look and by their value."""
 
 import os
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "(hidden)"
-"""What stands in place of a secret."""
+"""What is written in place of a secret."""
 SECRET_KEYS = re.compile(
     r"^(hub_|auth_|use_auth_|api_|access_)?(token|key|secret|password)$|_api_key$"
 )
 """Keys of a config whose values are secrets."""
 
-_SECRET_WORDS = {
+_SECRET_VARIABLE_PARTS = {
     "TOKEN",
     "SECRET",
     "PASSWORD",
@@ -25,7 +25,7 @@ _SECRET_WORDS = {
     "APIKEY",
 }
 _MIN_SECRET_CHARS = 8
-"""Shorter values of such variables are switches or numbers, and hiding them would hide words."""
+"""Shorter values of such variables are switches or numbers, and texts have those too."""
 _TOKEN_PATTERN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}"
     r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{16,})"
@@ -34,7 +34,7 @@ _URL_LOGIN = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>]+@")
 
 
 def redact_secrets(value: Any) -> Any:
-    """A copy of a config in which no secret's value stands."""
+    """Return a copy of a config without the values of secrets."""
     if isinstance(value, dict):
         return {
             k: HIDDEN if SECRET_KEYS.search(str(k)) and v else redact_secrets(v)
@@ -46,7 +46,7 @@ def redact_secrets(value: Any) -> Any:
 
 
 def redact_override(override: str) -> str:
-    """An override as typed, without the value of a secret."""
+    """Return an override as typed, without the value of a secret."""
     key, equals, _ = override.partition("=")
     if equals and SECRET_KEYS.search(key.split(".")[-1]):
         return f"{key}={HIDDEN}"
@@ -54,7 +54,7 @@ def redact_override(override: str) -> str:
 
 
 def scrub_text(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """A text without what looks like a token, a login within an address, or a secret's value.
+    """Return a text without what looks like a token, a login in a URL, or a secret's value.
 
     Secrets are the values of variables of the environment such as `HF_TOKEN` and `WANDB_API_KEY`.
     """
@@ -65,13 +65,13 @@ def scrub_text(text: str, environ: Mapping[str, str] = os.environ) -> str:
 
 @cache
 def _secret_values(environ: tuple[tuple[str, str], ...]) -> list[str]:
-    """The values of the environment's secrets, longest first; a path to one is none."""
-    found = {
+    """Return the values of the environment's secrets, longest first; a path to one is none."""
+    values = {
         value
         for name, value in environ
-        if _SECRET_WORDS & set(name.upper().split("_")) and len(value) >= _MIN_SECRET_CHARS
+        if _SECRET_VARIABLE_PARTS & set(name.upper().split("_")) and len(value) >= _MIN_SECRET_CHARS
     }
-    return sorted((v for v in found if not _is_path(v)), key=len, reverse=True)
+    return sorted((value for value in values if not _is_path(value)), key=len, reverse=True)
 
 
 def _is_path(value: str) -> bool:

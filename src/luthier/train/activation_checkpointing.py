@@ -7,11 +7,9 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.memory import choose_checkpointing
 from luthier.memory.sharding import Sharding
-from luthier.memory.workload import detect_hardware
+from luthier.memory.workload import AUTO_CHECKPOINTING, detect_hardware
 from luthier.train import console
 from luthier.train.launch_request import LaunchRequest, read_launch_request
-
-AUTO = "auto"
 
 
 def resolve_auto_checkpointing(config: RunConfig) -> RunConfig:
@@ -20,7 +18,7 @@ def resolve_auto_checkpointing(config: RunConfig) -> RunConfig:
     The first rank plans, since free memory may differ between ranks. Where a run cannot be
     planned, activations are computed again, which is slower and always fits best.
     """
-    if config.trainer.args.activation_checkpointing != AUTO:
+    if config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
         return config
     chosen: list[bool] = [True]
     if PartialState().is_main_process:
@@ -29,16 +27,20 @@ def resolve_auto_checkpointing(config: RunConfig) -> RunConfig:
     return config.with_trainer_args(activation_checkpointing=chosen[0])
 
 
-def planned_sharding(wish: LaunchRequest | None, processes: int) -> Sharding:
-    """How the launched processes share the work, as the plan counts it."""
+def planned_sharding(request: LaunchRequest | None, processes: int) -> Sharding:
+    """Return how the launched processes share the work, as the memory plan counts it."""
     if processes == 1:
         return Sharding()
-    kinds = {"fsdp": "fsdp2", "deepspeed": f"zero{wish.zero_stage or 2}" if wish else ""}
-    distributed = wish.distributed if wish else None
-    return Sharding(kinds.get(distributed or "", "ddp"), processes)
+    if request is not None and request.distributed == "fsdp":
+        return Sharding("fsdp2", processes)
+    if request is not None and request.distributed == "deepspeed":
+        # accelerate's own stage where nobody names one.
+        return Sharding(f"zero{request.zero_stage or 2}", processes)
+    return Sharding("ddp", processes)
 
 
 def _plan_checkpointing(config: RunConfig) -> bool:
+    """Return whether activations are computed again, and print why."""
     processes = PartialState().num_processes
     try:
         hardware = detect_hardware(config.model, processes)
@@ -48,6 +50,6 @@ def _plan_checkpointing(config: RunConfig) -> bool:
     except UserError as error:
         console.print_line(f"memory    not planned ({error}); activations are computed again")
         return True
-    said = "would not fit and are computed again" if recomputes else "fit and are kept"
-    console.print_line(f"memory    activations {said}")
+    decision = "would not fit and are computed again" if recomputes else "fit and are kept"
+    console.print_line(f"memory    activations {decision}")
     return recomputes

@@ -11,14 +11,14 @@ from luthier.errors import UserError
 
 
 def build_sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool) -> Any:
-    """The `trl.SFTConfig` of a run.
+    """Return the `trl.SFTConfig` of a run.
 
     Rows come as tokens and labels already, so everything in TRL that would touch them is off.
     `machine` is a `luthier.model.device.Machine`.
     """
     from trl import SFTConfig
 
-    own = {
+    required = {
         "max_length": None,
         # luthier packs itself (luthier.data.batching); TRL would flatten for every attention.
         "packing": False,
@@ -27,7 +27,7 @@ def build_sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval:
         "completion_only_loss": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    return build_trainer_arguments(SFTConfig, config, machine, folder, has_eval, own)
+    return build_trainer_arguments(SFTConfig, config, machine, folder, has_eval, required)
 
 
 def build_trainer_arguments(
@@ -36,12 +36,12 @@ def build_trainer_arguments(
     machine: Any,
     folder: Path,
     has_eval: bool,
-    own: dict[str, Any],
+    required: dict[str, Any],
 ) -> Any:
-    """The arguments of a trainer of transformers or TRL, which `make` (their class) makes.
+    """Return the arguments of a trainer of transformers or TRL, as their class `make` makes them.
 
-    `own`: what luthier must set for this trainer, whatever the user says. Raises UserError for what
-    the class does not allow.
+    The user's settings come over luthier's defaults, and `required` over both: what luthier must
+    set for this trainer. Raises UserError for what the class does not allow.
     """
     _refuse_unavailable(config.trainer.args, machine)
     settings: dict[str, Any] = {
@@ -67,7 +67,7 @@ def build_trainer_arguments(
         "run_name": run_name(config, folder),
     }
     try:
-        return make(**settings | own)
+        return make(**settings | required)
     except (ValueError, TypeError) as error:
         raise UserError(f"trainer.args: {error}") from error
 
@@ -80,10 +80,10 @@ def _refuse_unavailable(args: TrainerArgs, machine: Any) -> None:
         "activation_checkpointing_kwargs.offload": checkpointing.get("offload"),
         "use_liger_kernel": args.use_liger_kernel,
     }
-    wanted = [name for name, value in needs_gpu.items() if value]
-    if wanted and machine.device_type != "cuda":
+    gpu_settings = [name for name, value in needs_gpu.items() if value]
+    if gpu_settings and machine.device_type != "cuda":
         raise UserError(
-            f"trainer.args.{wanted[0]} is for a CUDA GPU, and this run is on "
+            f"trainer.args.{gpu_settings[0]} is for a CUDA GPU, and this run is on "
             f"{machine.device_type}. Remove it."
         )
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
@@ -91,5 +91,5 @@ def _refuse_unavailable(args: TrainerArgs, machine: Any) -> None:
 
 
 def run_name(config: RunConfig, folder: Path) -> str:
-    """What trackers call the run."""
+    """Return what trackers call the run."""
     return f"{config.recipe}/{folder.name}" if config.recipe else folder.name

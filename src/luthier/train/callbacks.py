@@ -1,4 +1,4 @@
-"""What a run does at the begin and the end of each step so that it can stop and go on exactly."""
+"""What a run does between the steps: stop on a signal, cut its logs, show and write its metrics."""
 
 import json
 from pathlib import Path
@@ -9,32 +9,37 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from luthier.record import checkpoints
+from luthier.storage.atomic import read_json
 from luthier.train.signals import agree_on_signal
 
 
 class StopCallback(TrainerCallback):
-    """Ends the training behind the step in which a signal came, with a checkpoint."""
+    """Ends the training behind the step in which a signal came, with a checkpoint.
+
+    Where `save_strategy` is `best`, an evaluation decides whether there is a checkpoint, and would
+    take back what is decided here; the run then stops behind the next step that is not evaluated.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Agree with the other processes whether to stop here."""
-        # An evaluation would decide anew whether there is a checkpoint; the next step comes soon.
         if args.save_strategy == SaveStrategy.BEST and control.should_evaluate:
             return
-        self._stop_if_wanted(control)
+        self._stop_on_signal(control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Agree behind an evaluation, too, which may take as long as many steps."""
         if self._trainer.is_in_train and args.save_strategy != SaveStrategy.BEST:
-            self._stop_if_wanted(control)
+            self._stop_on_signal(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What comes next is again as the settings say."""
         self._trainer.is_scheduled_save = True
 
-    def _stop_if_wanted(self, control: Any) -> None:
+    def _stop_on_signal(self, control: Any) -> None:
+        """Agree with the other processes on a signal, and end the training where there is one."""
         if self._trainer.stop_signal:
             return
         self._trainer.stop_signal = agree_on_signal(self._trainer.accelerator)
@@ -44,10 +49,7 @@ class StopCallback(TrainerCallback):
 
 
 class TruncateLogsCallback(TrainerCallback):
-    """Has the files to which lines are added end where the checkpoint was taken.
-
-    What was added after that comes again.
-    """
+    """Cuts the logs of a run to where its checkpoint was taken: later lines come again."""
 
     def __init__(self, trainer: Any, resumed: Path | None) -> None:
         self._trainer, self._resumed = trainer, resumed
@@ -55,23 +57,16 @@ class TruncateLogsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the files, and count on from the checkpoint."""
         if state.is_world_process_zero:
-            lines = self._lines()
+            lines: dict[str, int] | None = None
+            if self._resumed is not None:
+                lines = read_json(self._resumed / "counted_0.json")["lines"]
             for path in self._trainer.log_files:
-                checkpoints.truncate_step_log(
-                    path, None if lines is None else lines.get(path.name, 0)
-                )
+                count = None if lines is None else lines.get(path.name, 0)
+                checkpoints.truncate_step_log(path, count)
         self._trainer.restore_counters()
 
-    def _lines(self) -> dict[str, int] | None:
-        if self._resumed is None:
-            return None
-        counted = json.loads((self._resumed / "counted_0.json").read_text(encoding="utf-8"))
-        found: dict[str, int] = counted["lines"]
-        return found
 
-
-# What a person sees while a run trains: one bar, one line a log; and the same rows as JSON.
-
+# The values of a log that a person sees, in this order; metrics.jsonl has all of them.
 PROGRESS_FORMATS = {
     "reward": "reward {:.4f}",
     "eval_reward": "held-out reward {:.4f}",
@@ -94,9 +89,10 @@ class ProgressLineCallback(ProgressCallback):
         """Write the line above the bar."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        parts = [form.format(logs[name]) for name, form in PROGRESS_FORMATS.items() if name in logs]
-        if parts:
-            self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts))
+        formats = PROGRESS_FORMATS.items()
+        texts = [text.format(logs[name]) for name, text in formats if name in logs]
+        if texts:
+            self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(texts))
 
 
 class MetricsFileCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""What a run says in the terminal: its data before the first step, its results after the last."""
+"""What a run prints: its data before the first step, its results after the last."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def print_line(text: str) -> None:
 
 
 def print_model(model: Any, machine: Any, quantization: QuantizationSettings) -> None:
-    """Say how large the model is and what of it trains."""
+    """Print how large the model is and how many of its parameters train."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
     packing = ", quantized" if quantization.is_enabled else ""
@@ -37,19 +37,19 @@ def print_model(model: Any, machine: Any, quantization: QuantizationSettings) ->
 
 
 def print_data(prepared: PreparedData, answers: str = "") -> None:
-    """Say how many rows, tokens and trained tokens there are, and what was dropped.
+    """Print how many rows, tokens and trained tokens there are, and what was dropped.
 
-    `answers`: what trains, where that is not tokens of the rows.
+    `answers` says what trains, where that is not tokens of the rows.
     """
-    sides = {"train": prepared.train_counts} if isinstance(prepared.train, TokenRows) else {}
+    splits = {"train": prepared.train_counts} if isinstance(prepared.train, TokenRows) else {}
     if isinstance(prepared.train, TokenRowStream):
         print_line(
             "train     a stream: "
             + ", ".join(p.source.label for p in prepared.train.opened.values())
         )
-    sides |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
-    for name, part in sides.items():
-        print_line(f"{name:<9} {_format_counts(part, answers)}")
+    splits |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
+    for name, counts in splits.items():
+        print_line(f"{name:<9} {_format_counts(counts, answers)}")
     if prepared.train_counts.sources:
         shares = prepared.train_counts.sources
         total = sum(shares.values())
@@ -59,21 +59,21 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
         )
 
 
-def _format_counts(part: SplitCounts, answers: str) -> str:
-    """The account of one side in one line."""
-    dropped = ", ".join(f"{n:,} {why}" for why, n in part.dropped.items())
-    trained = answers or f"trained ({part.trained_tokens / max(part.tokens, 1):.0%})"
-    cut = f"; {part.cut_rows:,} cut to chat.max_length" if part.cut_rows else ""
-    lossy = f"; {part.lossy_rows:,} not shown whole by the template" if part.lossy_rows else ""
+def _format_counts(counts: SplitCounts, answers: str) -> str:
+    """Return the counts of one split as one line."""
+    dropped = ", ".join(f"{n:,} {why}" for why, n in counts.dropped.items())
+    trained = answers or f"trained ({counts.trained_tokens / max(counts.tokens, 1):.0%})"
+    cut = f"; {counts.cut_rows:,} cut to chat.max_length" if counts.cut_rows else ""
+    lossy = f"; {counts.lossy_rows:,} not shown whole by the template" if counts.lossy_rows else ""
     return (
-        f"{part.rows:,} rows, {part.sequences:,} sequences, longest {part.longest:,}, "
-        f"{part.tokens:,} tokens, {part.trained_tokens:,} {trained}"
+        f"{counts.rows:,} rows, {counts.sequences:,} sequences, longest {counts.longest:,}, "
+        f"{counts.tokens:,} tokens, {counts.trained_tokens:,} {trained}"
         f"{cut}{lossy}{'; left out: ' + dropped if dropped else ''}"
     )
 
 
 def print_packing(prepared: PreparedData, batching: Batching) -> None:
-    """Say how full the rows are that several sequences share."""
+    """Print how full the rows are that several sequences share."""
     if not batching.packing or batching.length is None or not isinstance(prepared.train, TokenRows):
         return
     packed = pack(prepared.train.lengths, batching.length, None)
@@ -106,7 +106,7 @@ def print_replies(rows: list[dict[str, Any]], limit: int) -> None:
 
 
 def print_results(record: dict[str, Any], folder: Path) -> None:
-    """Print what came out, and where it lies."""
+    """Print the results of a finished run from its record, and where its files are."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -127,11 +127,13 @@ def print_results(record: dict[str, Any], folder: Path) -> None:
 
 
 def _format_result(name: str, value: float | None) -> str:
+    """Return a result as text; an empty one where nothing was measured."""
     if value is None:
         return ""
     return f"{value:.1%}" if name == "exact_match" else f"{value:.4f}"
 
 
 def _shorten(text: str, limit: int = 160) -> str:
+    """Return a text as one line, cut where it is longer than `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[:limit] + " ..."

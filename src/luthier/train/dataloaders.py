@@ -1,4 +1,4 @@
-"""A stream of token rows as the dataset of a data loader, for one process and for several."""
+"""The data loaders of a trainer: samplers and collators for tables of rows, loaders for streams."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -42,8 +42,11 @@ class StreamDataset(IterableDataset):
         length: int | None = None,
         pack_rows: int = 128,
     ) -> None:
-        """`open_rows` begins a pass; `length`: pack into training rows of so many tokens, about
-        `pack_rows` of them at a time; None: one document a row."""
+        """`open_rows` begins a pass over the source.
+
+        With a `length`, documents are packed into training rows of so many tokens, about
+        `pack_rows` of them at a time; None gives each document a row.
+        """
         super().__init__()
         self.open_rows = open_rows
         self.seed = seed
@@ -59,28 +62,28 @@ class StreamDataset(IterableDataset):
     def __iter__(self) -> Iterator[TrainingRow]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
-            raise UserError(_ONE_WORKER_TEXT)
+            raise UserError(_TOO_MANY_WORKERS)
         documents = passes(self.open_rows, self.shuffle_buffer, self.seed, self.epoch)
         if self.length is None:
             return ((document,) for document in documents)
         return packed(documents, self.length, self.pack_rows)
 
 
-_ONE_WORKER_TEXT = (
+_TOO_MANY_WORKERS = (
     "trainer.args.dataloader_num_workers: a stream is read by one worker, since each would read all"
     " of it.\nSet it to 1 or 0, and dataset.workers for more processes that encode."
 )
 
 
 def check_stream_arguments(args: Any) -> None:
-    """Stop, before the first step, at arguments of the trainer that a stream cannot have."""
+    """Raise UserError, before the first step, for trainer arguments that a stream cannot have."""
     if args.max_steps <= 0:
         raise UserError(
             "dataset.streaming=true: a stream has no known end, so the number of steps must be "
             "said.\nSet trainer.args.max_steps, such as trainer.args.max_steps=10000."
         )
     if args.dataloader_num_workers > 1:
-        raise UserError(_ONE_WORKER_TEXT)
+        raise UserError(_TOO_MANY_WORKERS)
     if args.train_sampling_strategy != "random":
         raise UserError(
             f"trainer.args.train_sampling_strategy={args.train_sampling_strategy} needs to know all"
@@ -91,7 +94,7 @@ def check_stream_arguments(args: Any) -> None:
 def build_stream_loader(
     rows: StreamDataset, accelerator: Accelerator, size: int, settings: Any
 ) -> Any:
-    """A loader that reads on the first process and gives each one `size` rows of every batch.
+    """Return a loader that reads on the first process and deals `size` rows of a batch to each.
 
     A batch of all processes is laid out as a whole, so its rows are as wide as each other, and the
     rows of a step are those of one process with a batch as large as all of them together.
@@ -128,13 +131,14 @@ def flatten_packed_batch(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# From token rows and a plan to the sampler and the collator of a data loader.
-
 Collator = PaddedRows | PackedRows | FlatRows
 
 
 def as_token_rows(rows: Any) -> TokenRows:
-    """The rows that take part: `TokenRows`, a table of token rows, or a `datasets.Dataset`."""
+    """Return `TokenRows` from what a trainer is given: those, a table of token rows, or a Dataset.
+
+    A `datasets.Dataset` needs the columns `input_ids` and `labels`.
+    """
     if isinstance(rows, TokenRows):
         return rows
     if isinstance(rows, Dataset):
@@ -145,10 +149,10 @@ def as_token_rows(rows: Any) -> TokenRows:
 def build_train_sampler(
     rows: TokenRows, plan: Batching, args: Any, size: int, processes: int
 ) -> Sampler:
-    """The order of training: packed, or as `train_sampling_strategy` says.
+    """Return the order of training: packed, or as `train_sampling_strategy` says.
 
-    `size`: rows in a batch of one process; `args`: the trainer's. Raises UserError for rows that
-    are longer than the plan's length.
+    `size` is the rows in a batch of one process, and `args` are the trainer's. Raises
+    UserError for rows that are longer than the plan's length.
     """
     _check_lengths(rows, plan, plan.packing)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -169,7 +173,7 @@ def build_train_sampler(
 def build_eval_sampler(
     rows: TokenRows, plan: Batching, args: Any, size: int, processes: int
 ) -> Sampler:
-    """The order of an evaluation: always the same, and every row is in it."""
+    """Return the order of an evaluation: always the same, and every row is in it."""
     _check_lengths(rows, plan, plan.eval_packing)
     # Trainer drops an evaluation's last batch, too, if it is small and `drop_last` is set.
     multiple = size * processes if processes > 1 or args.dataloader_drop_last else 1
@@ -182,11 +186,12 @@ def build_eval_sampler(
 def build_collator(
     plan: Batching, packed: bool, flat: bool, pad_token_id: int, multiple_of: int | None
 ) -> Collator:
-    """The layout of batches; `flat`: for attention kernels of variable length."""
-    kind = (FlatRows if flat else PackedRows) if packed else PaddedRows
-    return kind(pad_token_id, plan.length if plan.constant else None, multiple_of)
+    """Return the layout of batches; `flat` is that of attention kernels of variable length."""
+    collator_class = (FlatRows if flat else PackedRows) if packed else PaddedRows
+    return collator_class(pad_token_id, plan.length if plan.constant else None, multiple_of)
 
 
 def _check_lengths(rows: TokenRows, plan: Batching, packed: bool) -> None:
+    """Raise UserError for rows that are longer than batches of a fixed length allow."""
     if plan.length is not None and (packed or plan.constant):
         check_fits(int(np.max(rows.lengths, initial=0)), plan.length)

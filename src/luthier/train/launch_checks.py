@@ -1,4 +1,4 @@
-"""What was asked for is what runs: where accelerate gives way in silence, luthier stops in words.
+"""What was asked for is what runs: where accelerate gives way in silence, luthier stops.
 
 `check_launch_request` needs neither torch nor accelerate, `check_devices` runs before a model is
 loaded and `check_running_launch` before the first step. docs/launch.md lists what each of them
@@ -45,14 +45,14 @@ def check_launch_request() -> None:
     `use_cpu: true` of a config file, which accelerate forgets when it starts several processes, is
     passed on. Raises UserError with what was asked, by what, what runs, and what to type instead.
     """
-    wish = read_launch_request()
-    if wish is None:
+    request = read_launch_request()
+    if request is None:
         return
-    _refuse_unknown_keys(wish)
-    _refuse_sharding_on_cpu(wish)
-    if wish.use_cpu:
+    _refuse_unknown_keys(request)
+    _refuse_sharding_on_cpu(request)
+    if request.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    _refuse_other_count(wish, os.environ)
+    _refuse_other_count(request, os.environ)
 
 
 def check_devices(state: "PartialState | AcceleratorState") -> None:
@@ -60,16 +60,17 @@ def check_devices(state: "PartialState | AcceleratorState") -> None:
 
     `state` is `training_args.distributed_state` or `accelerator.state`. Raises UserError.
     """
-    wish = read_launch_request() or LaunchRequest()
-    if wish.distributed == "fsdp" and state.device.type in ("cpu", "mps"):
+    request = read_launch_request() or LaunchRequest()
+    if request.distributed == "fsdp" and state.device.type in ("cpu", "mps"):
         raise UserError(
-            f"FSDP was asked for ({wish.said_by['distributed']}), but there is no GPU here for it, "
-            "and accelerate would train without sharding.\nInstead: the same command on a machine "
-            "with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this one."
+            f"FSDP was asked for ({request.set_by['distributed']}), but there is no GPU here for "
+            "it, and accelerate would train without sharding.\nInstead: the same command on "
+            "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
+            "one."
         )
-    if wish.use_cpu and state.device.type != "cpu":
+    if request.use_cpu and state.device.type != "cpu":
         raise UserError(
-            f"The CPU was asked for ({wish.said_by['use_cpu']}), but {state.device} is used.\n"
+            f"The CPU was asked for ({request.set_by['use_cpu']}), but {state.device} is used.\n"
             "Instead: hide the GPUs with CUDA_VISIBLE_DEVICES=-1, or do not ask for the CPU."
         )
     _refuse_training_alone(state, os.environ)
@@ -83,50 +84,50 @@ def check_running_launch(
 
     Raises UserError for another sharding, mixed precision or number of GPUs than was asked for.
     """
-    wish = read_launch_request() or LaunchRequest()
+    request = read_launch_request() or LaunchRequest()
     check_devices(accelerator.state)
     facts = _read_launch_facts(accelerator)
-    _refuse_other_sharding(wish, facts)
-    _refuse_other_precision(wish, facts)
+    _refuse_other_sharding(request, facts)
+    _refuse_other_precision(request, facts)
     if training_args is not None:
         _refuse_data_parallel(training_args)
     return facts
 
 
-def _refuse_unknown_keys(wish: LaunchRequest) -> None:
+def _refuse_unknown_keys(request: LaunchRequest) -> None:
     """Stop at keys within `fsdp_config` and its like that accelerate would ignore."""
-    unknown = find_unknown_keys(wish.config_file) if wish.config_file is not None else []
+    unknown = find_unknown_keys(request.config_file) if request.config_file is not None else []
     if not unknown:
         return
-    lines = [f"{wish.config_file}: accelerate does not know, and would ignore:"]
-    for group, key, known in unknown:
-        near = difflib.get_close_matches(key, known, n=1)
+    lines = [f"{request.config_file}: accelerate does not know, and would ignore:"]
+    for group, key, valid_keys in unknown:
+        near = difflib.get_close_matches(key, valid_keys, n=1)
         lines.append(f"  {group}.{key}" + (f" (did you mean {near[0]}?)" if near else ""))
     raise UserError("\n".join(lines))
 
 
-def _refuse_sharding_on_cpu(wish: LaunchRequest) -> None:
+def _refuse_sharding_on_cpu(request: LaunchRequest) -> None:
     """Stop where the CPU and a sharding that needs GPUs are asked for together."""
-    if not wish.use_cpu or wish.distributed not in _SHARDING_NAMES:
+    if not request.use_cpu or request.distributed not in _SHARDING_NAMES:
         return
-    name = _SHARDING_NAMES[wish.distributed]
+    name = _SHARDING_NAMES[request.distributed]
     raise UserError(
-        f"{name} ({wish.said_by['distributed']}) and the CPU ({wish.said_by['use_cpu']}) were both "
-        f"asked for: on the CPU, accelerate would train without {name}.\nInstead: leave the CPU "
-        "setting out, or use --config_file launch/cpu.yaml or launch/cpu_ddp.yaml."
+        f"{name} ({request.set_by['distributed']}) and the CPU ({request.set_by['use_cpu']}) were "
+        f"both asked for: on the CPU, accelerate would train without {name}.\nInstead: leave the "
+        "CPU setting out, or use --config_file launch/cpu.yaml or launch/cpu_ddp.yaml."
     )
 
 
-def _refuse_other_count(wish: LaunchRequest, environ: Mapping[str, str]) -> None:
+def _refuse_other_count(request: LaunchRequest, environ: Mapping[str, str]) -> None:
     """Stop where another number of processes was started than was asked for."""
     running = _started_processes(environ)
-    if wish.num_processes is None or wish.num_processes == running:
+    if request.num_processes is None or request.num_processes == running:
         return
     raise UserError(
-        f"{_count_phrase(wish.num_processes)} asked for ({wish.said_by['num_processes']}), "
-        f"but {running} would train together: {_explain_other_count(wish, running)}.\nInstead: "
+        f"{_count_phrase(request.num_processes)} asked for ({request.set_by['num_processes']}), "
+        f"but {running} would train together: {_explain_other_count(request, running)}.\nInstead: "
         f"accelerate launch --config_file launch/cpu_ddp.yaml --num_processes "
-        f"{wish.num_processes} ... on CPUs, launch/ddp.yaml on GPUs."
+        f"{request.num_processes} ... on CPUs, launch/ddp.yaml on GPUs."
     )
 
 
@@ -135,16 +136,16 @@ def _count_phrase(count: int) -> str:
     return "1 process was" if count == 1 else f"{count} processes were"
 
 
-def _explain_other_count(wish: LaunchRequest, running: int) -> str:
+def _explain_other_count(request: LaunchRequest, running: int) -> str:
     """Return why accelerate started another number of processes, as the end of a sentence."""
-    share = wish.said_by.get("distributed", "")
-    if "WORLD_SIZE" in wish.said_by["num_processes"]:
+    share = request.set_by.get("distributed", "")
+    if "WORLD_SIZE" in request.set_by["num_processes"]:
         return "without LOCAL_RANK in the environment, each process trains alone"
-    if running > 1 and wish.num_machines > 1:
-        return f"they cannot be shared out evenly over {wish.num_machines} machines"
+    if running > 1 and request.num_machines > 1:
+        return f"they cannot be shared out evenly over {request.num_machines} machines"
     if running > 1:
         return f"the environment was left with WORLD_SIZE={running} by another launcher"
-    if wish.said_by.get("use_cpu") == "`--cpu`":
+    if request.set_by.get("use_cpu") == "`--cpu`":
         return "`--cpu` starts one process, whatever else is asked"
     if "MULTI_CPU" in share:
         return f"accelerate starts the others of {share} only through mpirun"
@@ -208,15 +209,16 @@ def _read_launch_facts(accelerator: "Accelerator") -> LaunchFacts:
     """Read what runs from the accelerator."""
     from accelerate.utils import DistributedType
 
-    kind = accelerator.distributed_type
-    if kind == DistributedType.NO:
+    distributed_type = accelerator.distributed_type
+    if distributed_type == DistributedType.NO:
         sharding = "none"
-    elif kind == DistributedType.FSDP:
+    elif distributed_type == DistributedType.FSDP:
         sharding = f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
-    elif kind == DistributedType.DEEPSPEED:
+    elif distributed_type == DistributedType.DEEPSPEED:
         sharding = f"zero{accelerator.deepspeed_plugin.zero_stage}"
     else:
-        sharding = "ddp" if kind.value.startswith("MULTI_") else kind.value.lower()
+        name = distributed_type.value
+        sharding = "ddp" if name.startswith("MULTI_") else name.lower()
     return LaunchFacts(
         processes=accelerator.num_processes,
         sharding=sharding,
@@ -225,23 +227,23 @@ def _read_launch_facts(accelerator: "Accelerator") -> LaunchFacts:
     )
 
 
-def _refuse_other_sharding(wish: LaunchRequest, facts: LaunchFacts) -> None:
+def _refuse_other_sharding(request: LaunchRequest, facts: LaunchFacts) -> None:
     """Stop where FSDP or DeepSpeed was asked for and something else, or another stage, runs."""
-    wanted = {"fsdp": "fsdp", "deepspeed": "zero"}.get(wish.distributed or "")
-    if wanted is None:
+    sharding = {"fsdp": "fsdp", "deepspeed": "zero"}.get(request.distributed or "")
+    if sharding is None:
         return
-    said = wish.said_by["distributed"]
-    if wanted == "zero" and wish.zero_stage is not None:
-        wanted, said = f"zero{wish.zero_stage}", wish.said_by["zero_stage"]
-    if not facts["sharding"].startswith(wanted):
+    origin = request.set_by["distributed"]
+    if sharding == "zero" and request.zero_stage is not None:
+        sharding, origin = f"zero{request.zero_stage}", request.set_by["zero_stage"]
+    if not facts["sharding"].startswith(sharding):
         raise UserError(
-            f"{wanted} was asked for ({said}), but {facts['sharding']} runs.\n"
+            f"{sharding} was asked for ({origin}), but {facts['sharding']} runs.\n"
             "Instead: --config_file launch/fsdp2.yaml, launch/zero2.yaml or launch/zero3.yaml, "
             "without other settings of the launcher."
         )
 
 
-def _refuse_other_precision(wish: LaunchRequest, facts: LaunchFacts) -> None:
+def _refuse_other_precision(request: LaunchRequest, facts: LaunchFacts) -> None:
     """Stop where another mixed precision runs than was asked for, or one that the CPU ignores."""
     if facts["precision"] == "fp16" and facts["device"] == "cpu":
         raise UserError(
@@ -249,11 +251,11 @@ def _refuse_other_precision(wish: LaunchRequest, facts: LaunchFacts) -> None:
             "and say fp16.\nInstead: bf16 (trainer.args.bf16=true), or no mixed precision."
         )
     # Launchers write `no` wherever nothing was chosen: then the recipe decides.
-    if wish.mixed_precision in (None, "no", facts["precision"]):
+    if request.mixed_precision in (None, "no", facts["precision"]):
         return
     raise UserError(
-        f"Mixed precision {wish.mixed_precision} was asked for "
-        f"({wish.said_by['mixed_precision']}), but {facts['precision']} runs: the recipe's "
+        f"Mixed precision {request.mixed_precision} was asked for "
+        f"({request.set_by['mixed_precision']}), but {facts['precision']} runs: the recipe's "
         "trainer.args.bf16 and fp16 win, and a GPU without fp8 gets fp16.\n"
         "Instead: ask for the same in both, or in the recipe alone."
     )

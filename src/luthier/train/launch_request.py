@@ -1,4 +1,7 @@
-"""What the launcher of this process was asked for: by its flags, its config file or variables."""
+"""What the launcher of this process was asked for: by its flags, its config file or variables.
+
+Nothing here imports torch or accelerate, so that a mistake is told before they are loaded.
+"""
 
 import argparse
 import importlib.util
@@ -43,7 +46,7 @@ _UNLISTED_KEYS = {"fsdp_ignored_modules"}
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """What the launcher was asked for; None where nobody asked."""
+    """What the launcher was asked for; None where nobody asked for anything."""
 
     num_processes: int | None = None
     """Of all machines together."""
@@ -55,8 +58,8 @@ class LaunchRequest:
     """no, fp16, bf16 or fp8."""
     use_cpu: bool = False
     config_file: Path | None = None
-    said_by: Mapping[str, str] = field(default_factory=dict)
-    """Which flag, line of a file or variable said each of the above."""
+    set_by: Mapping[str, str] = field(default_factory=dict)
+    """The flag, line of a file or variable that set each of the above, by its name here."""
 
 
 @cache
@@ -72,62 +75,83 @@ def read_launch_request() -> LaunchRequest | None:
     return parse_launch_command(*command, os.environ)
 
 
-def parse_launch_command(
-    words: Sequence[str], folder: Path, environ: Mapping[str, str]
-) -> LaunchRequest:
-    """Read the words after `accelerate launch` and the config file by accelerate's own precedence.
+def launched_by() -> dict[str, Any] | None:
+    """Return how a run was launched, as far as it takes to launch it so again.
 
-    A relative config file lies in `folder`. The tests hold this against accelerate's parser and
-    loader, which cannot be used here because they import torch.
+    That is the content of accelerate's config file; None where there was none.
     """
-    flags = _read_flags(words)
+    request = read_launch_request()
+    if request is None or request.config_file is None:
+        return None
+    config = yaml.safe_load(request.config_file.read_text(encoding="utf-8"))
+    return {"config_file": str(request.config_file), "config": config}
+
+
+def parse_launch_command(
+    arguments: Sequence[str], folder: Path, environ: Mapping[str, str]
+) -> LaunchRequest:
+    """Return what `accelerate launch` was asked for, by accelerate's own precedence.
+
+    `arguments` are the words after `launch`; they win over the config file. A relative config file
+    lies in `folder`. The tests hold this against accelerate's parser and loader, which cannot be
+    used here because they import torch.
+    """
+    flags = _parse_flags(arguments)
     path = _config_file(flags, folder, environ)
     config = _read_config(path)
-    said: dict[str, str] = {}
+    # The file as the user knows it.
+    file = flags.config_file or f"{path} (accelerate's default config file)"
+    set_by: dict[str, str] = {}
 
-    def pick(name: str, in_file: Any) -> Any:
-        """Return the flag's value, else the file's, and note which of them said it."""
+    def pick(name: str, file_value: Any) -> Any:
+        """Return the flag's value, else the file's, and note which of them it is."""
         flag = getattr(flags, name)
         if flag is not None:
-            said[name] = f"`--{name} {flag}`"
+            set_by[name] = f"`--{name} {flag}`"
             return flag
-        if in_file is not None:
-            said[name] = f"`{name}: {in_file}` in {_display_path(path, flags)}"
-        return in_file
+        if file_value is not None:
+            set_by[name] = f"`{name}: {file_value}` in {file}"
+        return file_value
 
     zero_stage = (config.get("deepspeed_config") or {}).get("zero_stage")
+    use_cpu = flags.cpu or bool(config.get("use_cpu"))
+    if use_cpu:
+        set_by["use_cpu"] = "`--cpu`" if flags.cpu else f"`use_cpu: true` in {file}"
     return LaunchRequest(
         num_processes=pick("num_processes", config.get("num_processes"))
-        or _world_size(environ, said),
+        or _world_size(environ, set_by),
         num_machines=pick("num_machines", config.get("num_machines")) or 1,
-        distributed=_distributed(flags, config, _display_path(path, flags), said),
+        distributed=_distributed(flags, config, file, set_by),
         zero_stage=pick("zero_stage", zero_stage),
         mixed_precision=pick("mixed_precision", _setting_text(config.get("mixed_precision"))),
-        use_cpu=_use_cpu(flags, config, _display_path(path, flags), said),
+        use_cpu=use_cpu,
         config_file=path,
-        said_by=said,
+        set_by=set_by,
     )
 
 
 def parse_launch_environment(environ: Mapping[str, str]) -> LaunchRequest | None:
-    """Read what torchrun, another launcher or the user asked for by environment variables."""
-    said: dict[str, str] = {}
+    """Return what torchrun, another launcher or the user asked for by environment variables.
+
+    None means that they ask for nothing.
+    """
+    set_by: dict[str, str] = {}
     sharding = [name for key, name in _SHARDING_VARIABLES.items() if is_on(environ, key)]
     precision = environ.get("ACCELERATE_MIXED_PRECISION")
     if sharding:
-        said["distributed"] = f"`ACCELERATE_USE_{sharding[0].upper()}` in the environment"
+        set_by["distributed"] = f"`ACCELERATE_USE_{sharding[0].upper()}` in the environment"
     if precision is not None:
-        said["mixed_precision"] = f"`ACCELERATE_MIXED_PRECISION={precision}` in the environment"
+        set_by["mixed_precision"] = f"`ACCELERATE_MIXED_PRECISION={precision}` in the environment"
     if is_on(environ, "ACCELERATE_USE_CPU"):
-        said["use_cpu"] = "`ACCELERATE_USE_CPU` in the environment"
-    wish = LaunchRequest(
-        num_processes=_world_size(environ, said),
+        set_by["use_cpu"] = "`ACCELERATE_USE_CPU` in the environment"
+    request = LaunchRequest(
+        num_processes=_world_size(environ, set_by),
         distributed=sharding[0] if sharding else None,
         mixed_precision=precision,
-        use_cpu="use_cpu" in said,
-        said_by=said,
+        use_cpu="use_cpu" in set_by,
+        set_by=set_by,
     )
-    return wish if said else None
+    return request if set_by else None
 
 
 def is_on(environ: Mapping[str, str], variable: str) -> bool:
@@ -136,32 +160,32 @@ def is_on(environ: Mapping[str, str], variable: str) -> bool:
 
 
 def find_unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
-    """Return (group, key, all known keys) for each key of a config file that accelerate ignores.
+    """Return (group, key, all valid keys) for each key of a config file that accelerate ignores.
 
     It refuses unknown keys at the top of the file, but not those within `fsdp_config` and its like.
     """
     spec = importlib.util.find_spec("accelerate")
     assert spec is not None and spec.origin is not None
     source = (Path(spec.origin).parent / "commands" / "launch.py").read_text(encoding="utf-8")
-    known = set(re.findall(r'"--([a-z0-9_]+)"', source)) | _UNLISTED_KEYS
+    valid_keys = set(re.findall(r'"--([a-z0-9_]+)"', source)) | _UNLISTED_KEYS
     unknown = []
     for group, keys in _read_config(path).items():
         prefix = _KEY_PREFIXES.get(group, "")
         for key in keys if isinstance(keys, dict) else ():
             name = key if key.startswith(prefix) else prefix + key
-            if name not in known:
-                unknown.append((group, key, sorted(known)))
+            if name not in valid_keys:
+                unknown.append((group, key, sorted(valid_keys)))
     return unknown
 
 
 def find_launcher_command() -> tuple[list[str], Path] | None:
-    """Return the launcher's words after `launch` and its folder; None if there is no launcher."""
+    """Return the launcher's flags and its working folder; None if there is no launcher."""
     try:
         for process in psutil.Process().parents():
             command = process.cmdline()
             if command and Path(command[0]).name.lower().startswith("python"):
-                words = extract_launcher_flags(command, sys.orig_argv)
-                return None if words is None else (words, Path(process.cwd()))
+                flags = extract_launcher_flags(command, sys.orig_argv)
+                return None if flags is None else (flags, Path(process.cwd()))
     except (psutil.Error, OSError):
         # Other users' processes, or a machine that hides them: the environment has to do.
         return None
@@ -178,9 +202,8 @@ def extract_launcher_flags(command: Sequence[str], child: Sequence[str]) -> list
     if start is None:
         return None
     end = len(command)
-    alike = zip(reversed(command), reversed(child), strict=False)
-    for parents, own in alike:
-        if parents != own or end <= start:
+    for launcher_word, child_word in zip(reversed(command), reversed(child), strict=False):
+        if launcher_word != child_word or end <= start:
             break
         end -= 1
     return list(command[start:end])
@@ -201,16 +224,16 @@ def _flags_start(command: Sequence[str]) -> int | None:
     return None
 
 
-def _read_flags(words: Sequence[str]) -> argparse.Namespace:
+def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the launcher's flags that decide what runs, written with underscores or hyphens."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, kind in _VALUE_FLAGS.items():
+    for name, value_type in _VALUE_FLAGS.items():
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, dest=name, type=kind)
+        parser.add_argument(*spellings, dest=name, type=value_type)
     for name in (*_MODE_FLAGS, "cpu"):
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, dest=name, action="store_true")
-    return parser.parse_known_args(words)[0]
+    return parser.parse_known_args(arguments)[0]
 
 
 def _config_file(
@@ -223,13 +246,6 @@ def _config_file(
     home = Path(environ.get("HF_HOME", str(caches / "huggingface"))).expanduser()
     default = home / "accelerate" / "default_config.yaml"
     return default if default.is_file() and not flags.cpu else None
-
-
-def _display_path(path: Path | None, flags: argparse.Namespace) -> str:
-    """Return the config file as the user knows it."""
-    if flags.config_file is not None:
-        return flags.config_file
-    return f"{path} (accelerate's default config file)"
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -248,47 +264,26 @@ def _setting_text(value: Any) -> str | None:
 
 
 def _distributed(
-    flags: argparse.Namespace, config: Mapping[str, Any], shown: str, said: dict[str, str]
+    flags: argparse.Namespace, config: Mapping[str, Any], file: str, set_by: dict[str, str]
 ) -> str | None:
     """Return how the work was asked to be shared: a flag wins over the config file."""
     for flag, name in _MODE_FLAGS.items():
         if getattr(flags, flag):
-            said["distributed"] = f"`--{flag}`"
+            set_by["distributed"] = f"`--{flag}`"
             return name
-    kind = _setting_text(config.get("distributed_type"))
-    if kind is None:
+    distributed_type = _setting_text(config.get("distributed_type"))
+    if distributed_type is None:
         return None
-    said["distributed"] = f"`distributed_type: {kind}` in {shown}"
-    return "none" if kind.upper() == "NO" else _DISTRIBUTED_TYPES.get(kind, "ddp")
+    set_by["distributed"] = f"`distributed_type: {distributed_type}` in {file}"
+    if distributed_type.upper() == "NO":
+        return "none"
+    return _DISTRIBUTED_TYPES.get(distributed_type, "ddp")
 
 
-def _use_cpu(
-    flags: argparse.Namespace, config: Mapping[str, Any], shown: str, said: dict[str, str]
-) -> bool:
-    """Tell whether the CPU was asked for, by the flag or by the config file."""
-    if flags.cpu:
-        said["use_cpu"] = "`--cpu`"
-    elif config.get("use_cpu"):
-        said["use_cpu"] = f"`use_cpu: true` in {shown}"
-    return "use_cpu" in said
-
-
-def _world_size(environ: Mapping[str, str], said: dict[str, str]) -> int | None:
+def _world_size(environ: Mapping[str, str], set_by: dict[str, str]) -> int | None:
     """Return the number of processes that `WORLD_SIZE` speaks of."""
     size = environ.get("WORLD_SIZE")
     if size is None:
         return None
-    said["num_processes"] = f"`WORLD_SIZE={size}` in the environment"
+    set_by["num_processes"] = f"`WORLD_SIZE={size}` in the environment"
     return int(size)
-
-
-# How a run was launched, as far as it takes to launch it so again.
-
-
-def launched_by() -> dict[str, Any] | None:
-    """The content of accelerate's config file, if one had a say; None for plain Python."""
-    wish = read_launch_request()
-    if wish is None or wish.config_file is None:
-        return None
-    config = yaml.safe_load(wish.config_file.read_text(encoding="utf-8"))
-    return {"config_file": str(wish.config_file), "config": config}

@@ -18,15 +18,15 @@ from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
 
 NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
-"""Tokens of the document that changes, and of the one that must not notice."""
+"""Tokens of the document that changes, and of the probe, which must not notice."""
+# Rounding between two neighbours. Without int8 layers, `content` was 0 to the last bit on every
+# class that keeps documents apart, in bfloat16 too, since the same kernels work on the same shapes;
+# the smallest leak that was found was 4e-4, of one short convolution in a tiny random model.
 CONTENT_TOLERANCE = 1e-5
-"""What is always rounding. Without int8 layers, `content` was 0 to the last bit on every class that
-keeps documents apart, in bfloat16 too, since the same kernels work on the same shapes; the smallest
-leak that was found was 4e-4, of one short convolution in a tiny random model."""
+# Rounding between two positions: at least this much, or so many times the format's epsilon.
 POSITION_TOLERANCE = (1e-2, 32)
-"""What is always rounding between places: this much, or so many times the format's epsilon."""
+# How many times the rounding between rows of one batch is rounding between documents too.
 NOISE_FACTOR = 5
-"""How many times the rounding between rows of one batch is rounding between documents too."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class DocumentIsolation:
     """
 
     content: float
-    """Beside another document, against beside the first one."""
-    place: float
+    """Beside the changed neighbour, against beside the first one."""
+    position: float
     """At the end of a row, against at the beginning of one."""
     content_noise: float
     """The same as `content` for rows of an ordinary batch, which is what rounding does."""
-    place_noise: float
-    """The same for a row alone, against in a batch."""
+    position_noise: float
+    """The same as `position` for a row alone, against in a batch."""
     epsilon: float
     """The distance from 1 to the next number, in the format of the logits."""
 
@@ -54,16 +54,16 @@ class DocumentIsolation:
         return CONTENT_TOLERANCE + NOISE_FACTOR * self.content_noise
 
     @property
-    def place_allowed(self) -> float:
-        """The largest `place` that may be rounding."""
+    def position_allowed(self) -> float:
+        """The largest `position` that may be rounding."""
         floor, times = POSITION_TOLERANCE
-        noise = NOISE_FACTOR * max(self.place_noise, self.content_noise)
+        noise = NOISE_FACTOR * max(self.position_noise, self.content_noise)
         return max(floor, times * self.epsilon) + noise
 
     @property
     def holds(self) -> bool:
-        """Whether documents are apart; never where a number is none."""
-        return self.content <= self.content_allowed and self.place <= self.place_allowed
+        """Whether documents are apart; a NaN among the numbers means that they are not."""
+        return self.content <= self.content_allowed and self.position <= self.position_allowed
 
 
 def check_isolation(
@@ -101,42 +101,44 @@ def check_isolation(
 def _measure(
     model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any]
 ) -> DocumentIsolation:
+    """Return how far the probe's logits move with its neighbour and its position."""
     device = model.get_input_embeddings().weight.device
-    one, other, seen = _documents(model.config.get_text_config().vocab_size)
+    first, second, probe = _sample_documents(model.config.get_text_config().vocab_size)
     packed_as = type(collator)(collator.pad_token_id)
     padded_as = PaddedRows(collator.pad_token_id)
 
     def logits(layout: Any, *rows: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of the first and of the last tokens of a batch, as many as `seen` has."""
-        found = _logits(call, layout(rows), device).flatten(0, 1)
-        return found[:PROBE_TOKENS], found[-PROBE_TOKENS:]
+        """Return the logits of the first and the last tokens of a batch, as many as the probe's."""
+        flat_logits = _logits(call, layout(rows), device).flatten(0, 1)
+        return flat_logits[:PROBE_TOKENS], flat_logits[-PROBE_TOKENS:]
 
-    packed = logits(packed_as, (seen, one), (one, seen))
-    changed = logits(packed_as, (seen, other), (other, seen))
-    in_batch, _ = logits(padded_as, (seen,), (one,))
-    in_other_batch, _ = logits(padded_as, (seen,), (other,))
-    alone, _ = logits(padded_as, (seen,))
+    packed = logits(packed_as, (probe, first), (first, probe))
+    changed = logits(packed_as, (probe, second), (second, probe))
+    in_batch, _ = logits(padded_as, (probe,), (first,))
+    in_other_batch, _ = logits(padded_as, (probe,), (second,))
+    alone, _ = logits(padded_as, (probe,))
     return DocumentIsolation(
         content=max(_distance(a, b) for a, b in zip(changed, packed, strict=True)),
-        place=_distance(packed[1], packed[0]),
+        position=_distance(packed[1], packed[0]),
         content_noise=_distance(in_other_batch, in_batch),
-        place_noise=_distance(alone, in_batch),
+        position_noise=_distance(alone, in_batch),
         epsilon=torch.finfo(alone.dtype).eps,
     )
 
 
-def _documents(vocabulary: int) -> tuple[Document, Document, Document]:
-    """Two documents of one length that differ in every place, and a third; tokens by chance."""
+def _sample_documents(vocabulary: int) -> tuple[Document, Document, Document]:
+    """Return two neighbours of one length that differ at every position, and a probe.
+
+    Their tokens are drawn by chance, the same each time.
+    """
     drawn = (random_bits(2 * NEIGHBOUR_TOKENS + PROBE_TOKENS, 0) % vocabulary).astype(np.int64)
-    drawn[NEIGHBOUR_TOKENS : 2 * NEIGHBOUR_TOKENS] = (
-        drawn[:NEIGHBOUR_TOKENS] + 1 + vocabulary // 3
-    ) % vocabulary
-    one, other, seen = np.split(drawn, [NEIGHBOUR_TOKENS, 2 * NEIGHBOUR_TOKENS])
-    return Document(one, one), Document(other, other), Document(seen, seen)
+    first, _, probe = np.split(drawn, [NEIGHBOUR_TOKENS, 2 * NEIGHBOUR_TOKENS])
+    second = (first + 1 + vocabulary // 3) % vocabulary
+    return Document(first, first), Document(second, second), Document(probe, probe)
 
 
 def _logits(call: Callable[..., Any], batch: dict[str, Any], device: Any) -> torch.Tensor:
-    """The logits of a batch, shape (rows, width, vocabulary)."""
+    """Return the logits of a batch, shape (rows, width, vocabulary)."""
     inputs = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
@@ -146,10 +148,12 @@ def _logits(call: Callable[..., Any], batch: dict[str, Any], device: Any) -> tor
     return logits
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.cpu().double(), expected.cpu().double()
+def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest distance between two rows of logits, as `DocumentIsolation` has it."""
+    logits, expected = logits.cpu().double(), expected.cpu().double()
+    # Logits mean the same with any number added to all of them, so their mean does not count.
     scale = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
-    return float(((found - expected).norm(dim=-1) / scale).max())
+    return float(((logits - expected).norm(dim=-1) / scale).max())
 
 
 def _describe_model(model: Any) -> str:
@@ -171,7 +175,7 @@ def _describe_leak(isolation: DocumentIsolation) -> str:
     if isolation.content <= isolation.content_allowed:
         return (
             "the logits of a document at the end of a row and at its beginning differ by "
-            f"{isolation.place:.2g} ({isolation.place_allowed:.2g} may be rounding), so its "
+            f"{isolation.position:.2g} ({isolation.position_allowed:.2g} may be rounding), so its "
             "positions are not its own"
         )
     return (
