@@ -36,7 +36,7 @@ def measured(llm: "LLM", asked: list, **given: Any) -> tuple[list, float]:
 
 def main() -> None:
     """Measure both ways and print a row of a table for each."""
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
     from luthier.infer import LLM
 
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,7 +47,7 @@ def main() -> None:
     words.add_argument("--dtype", default="float32")
     words.add_argument("--batch", type=int, default=None)
     given = words.parse_args()
-    hush()
+    quiet_libraries()
     with LLM(given.model, dtype=given.dtype) as llm:
         asked = prompts(given.prompts)
         some = list(range(0, len(asked), max(1, len(asked) // given.alone)))[: given.alone]

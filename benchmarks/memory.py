@@ -144,7 +144,7 @@ def measure(case: Case, heap: str) -> dict[str, Any]:
 
 def planned(case: Case, name: str) -> int:
     """The plan's total without what Python and its libraries take."""
-    from luthier.config import load
+    from luthier.config import load_config
     from luthier.memory import plan_memory
     from luthier.memory.sharding import Sharding
     from luthier.memory.workload import PROCESS_OVERHEAD
@@ -152,7 +152,7 @@ def planned(case: Case, name: str) -> int:
     shared = Sharding("ddp", case.processes) if case.processes > 1 else Sharding()
     with patch.dict(os.environ, HEAPS[name]):
         return (
-            plan_memory(load(case.overrides).config, shardings=[shared]).best.total
+            plan_memory(load_config(case.overrides).config, shardings=[shared]).best.total
             - PROCESS_OVERHEAD
         )
 
@@ -180,7 +180,7 @@ def prepare(case: Case) -> Any:
     import bitsandbytes  # noqa: F401
     from datasets import Dataset
 
-    from luthier.config import load
+    from luthier.config import load_config
     from luthier.model.adapters import add_adapter
     from luthier.model.device import choose_machine
     from luthier.model.load import load_model
@@ -188,7 +188,7 @@ def prepare(case: Case) -> Any:
     from luthier.train.arguments import build_sft_arguments
     from luthier.train.methods.sft import TokenTrainer
 
-    config = load(case.overrides).config
+    config = load_config(case.overrides).config
     machine, tokenizer = choose_machine(config.model), load_tokenizer(config.model)
     folder = Path(config.output_dir)
     args = build_sft_arguments(config, machine, folder, has_eval=False)

@@ -116,14 +116,14 @@ def logits(run: str) -> None:
     """The difference after each kind of merge, by the check of luthier merge itself."""
     from functools import partial
 
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import load_tuned
     from luthier.export.merge_in_memory import logits as of
     from luthier.model.artifact import find_artifact
     from luthier.model.tokenizer import load_tokenizer
 
-    hush()
+    quiet_libraries()
     artifact = find_artifact(run)
     prompts = merge_adapter.prompts_of(artifact, load_tokenizer(artifact.base))
     print(f"{'onto':>9} {'dtype':>9} {'largest':>9} {'std':>9} {'same token':>11}")
@@ -147,7 +147,7 @@ def logits(run: str) -> None:
 
 def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     """Replies to held-out conversations, with the adapter and merged, scored by exact match."""
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import load_tuned
     from luthier.infer.generate import generate
@@ -155,7 +155,7 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     from luthier.model.tokenizer import load_tokenizer
     from luthier.record.plots import read_metrics
 
-    hush()
+    quiet_libraries()
     artifact, talks = find_artifact(run), read_metrics(Path(rows))
     tokenizer: Any = load_tokenizer(artifact.base)
     encoder = build_chat_encoder(artifact, tokenizer)

@@ -270,7 +270,7 @@ class Measured:
         """What `activation_checkpointing: auto` means here."""
         if self.given.model != "smollm2":
             return False
-        from luthier.config import load
+        from luthier.config import load_config
         from luthier.memory import choose_checkpointing
 
         words = ["model=smollm2_135m", "dataset=quickstart", "lora=default"]
@@ -278,7 +278,7 @@ class Measured:
             f"chat.max_length={self.given.length}",
             f"trainer.args.per_device_train_batch_size={self.packed_rows}",
         ]
-        return choose_checkpointing(load([*words, *sizes]).config)
+        return choose_checkpointing(load_config([*words, *sizes]).config)
 
     def watch(self, trainer: Any) -> None:
         """Note what each step takes and trains."""

@@ -12,13 +12,13 @@ _CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 """Loggers that warn of a kernel which `keep_trainable` turns off, and at every 8-bit product."""
 
 
-def hush_kernels() -> None:
+def quiet_bitsandbytes() -> None:
     """Keep bitsandbytes from telling of its kernels; call it before it is imported."""
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
-def hush() -> None:
+def quiet_libraries() -> None:
     """For commands that say what they do themselves: no bars and remarks; errors stay.
 
     Call it before a model is loaded.
@@ -26,7 +26,7 @@ def hush() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # Waiting threads that spin would starve every other process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    hush_kernels()
+    quiet_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     from transformers.utils import logging as transformers
@@ -46,7 +46,7 @@ def set_environment(config: "RunConfig") -> None:
     if config.deterministic:
         settings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     os.environ |= settings
-    hush_kernels()
+    quiet_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|trl\.|peft\.")
     # Waiting threads that spin would starve every other process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -22,7 +22,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-def report(error: UserError) -> int:
+def report_error(error: UserError) -> int:
     """Print a mistake once for all processes of a launch, and return the exit code.
 
     torch's launcher stops all processes when one fails, and closes its own report with the text in
@@ -52,7 +52,7 @@ class Mistake:
     text: str
 
 
-def nearest(word: str, options: Iterable[str]) -> str | None:
+def nearest_option(word: str, options: Iterable[str]) -> str | None:
     """Return the option that looks or begins most like the word; None if none comes close."""
     scored = [(_likeness(word, option), option) for option in sorted(options)]
     score, option = max(scored, default=(0.0, ""), key=lambda pair: pair[0])
@@ -65,17 +65,17 @@ def _likeness(word: str, option: str) -> float:
     return max(whole, start - 0.1)  # a whole that is alike counts more than a beginning
 
 
-def choice(word: str, options: Iterable[str]) -> str:
+def suggest_options(word: str, options: Iterable[str]) -> str:
     """Return the sentences that follow `'word' is not one of them`: the nearest, then the list."""
     options = sorted(options)
-    close = nearest(word, options)
+    close = nearest_option(word, options)
     if close and len(options) > _LONG_LIST:
         return f"Did you mean {close}?"
     guess = f"Did you mean {close}? " if close else ""
     return f"{guess}Options: {', '.join(options) or 'none'}."
 
 
-def value(given: object) -> str:
+def format_value(given: object) -> str:
     """Return a value as YAML would show it, text in quotes."""
     if given is None or isinstance(given, bool):
         return {None: "null", True: "true", False: "false"}[given]

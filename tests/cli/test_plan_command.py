@@ -21,13 +21,13 @@ def heap_without_reserve(monkeypatch):
 def plan_command(capsys):
     """`luthier plan` as typed; gives back exit code, output and errors."""
     from luthier.cli.plan import run
-    from luthier.errors import UserError, report
+    from luthier.errors import UserError, report_error
 
     def plan_command(*words):
         try:
             code = run(list(words))
         except UserError as error:
-            code = report(error)
+            code = report_error(error)
         out, err = capsys.readouterr()
         return code, out, err
 

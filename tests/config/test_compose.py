@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.config import load
+from luthier.config import load_config
 from luthier.config.compose import run_folder, run_name
 
 Q = "recipe=quickstart"
@@ -25,7 +25,7 @@ REACHES = {
 
 @pytest.mark.parametrize("override, name, value", REACHES.values(), ids=REACHES)
 def test_a_setting_reaches_the_trainer(override, name, value):
-    loaded = load([Q, override])
+    loaded = load_config([Q, override])
     assert loaded.config.trainer.args[name] == value
     assert type(loaded.config.trainer.args[name]) is type(value)
     assert loaded.resolved["trainer"]["args"][name] == value
@@ -33,48 +33,48 @@ def test_a_setting_reaches_the_trainer(override, name, value):
 
 
 def test_lora_takes_what_no_file_lists():
-    assert load([Q, "lora.use_rslora=true"]).config.lora["use_rslora"] is True
+    assert load_config([Q, "lora.use_rslora=true"]).config.lora["use_rslora"] is True
 
 
 def test_a_group_as_a_mapping_is_merged():
-    lora = load([Q, "lora={r: 4, use_dora: true}"]).config.lora
+    lora = load_config([Q, "lora={r: 4, use_dora: true}"]).config.lora
     assert (lora["r"], lora["use_dora"], lora["lora_alpha"]) == (4, True, 32)
 
 
 def test_a_key_can_be_removed():
-    assert "lora_dropout" not in load([Q, "~lora.lora_dropout"]).config.lora
+    assert "lora_dropout" not in load_config([Q, "~lora.lora_dropout"]).config.lora
 
 
 def test_resolved_is_whole_and_plain():
-    loaded = load([Q])
+    loaded = load_config([Q])
     assert loaded.resolved["model"]["attention"] == "auto"
     assert loaded.resolved == loaded.config.model_dump(mode="json")
 
 
 def test_a_typed_group_replaces_what_the_recipe_says():
-    assert load([Q]).config.lora["lora_dropout"] == 0.0
-    assert load([Q, "lora=default"]).config.lora["lora_dropout"] == 0.05
-    assert load([Q, "lora=none", "quantization=none"]).config.lora == {}
+    assert load_config([Q]).config.lora["lora_dropout"] == 0.0
+    assert load_config([Q, "lora=default"]).config.lora["lora_dropout"] == 0.05
+    assert load_config([Q, "lora=none", "quantization=none"]).config.lora == {}
 
 
 def test_a_typed_way_of_holding_out_replaces_the_other():
-    chosen = load([Q, "dataset.eval.count=50"]).config.dataset.eval
+    chosen = load_config([Q, "dataset.eval.count=50"]).config.dataset.eval
     assert (chosen.count, chosen.path) == (50, None)
 
 
 def test_typed_epochs_lift_the_steps_of_a_file():
-    args = load([Q, "trainer.args.num_train_epochs=3"]).config.trainer.args
+    args = load_config([Q, "trainer.args.num_train_epochs=3"]).config.trainer.args
     assert (args["num_train_epochs"], args["max_steps"]) == (3, -1)
-    both = load([Q, "trainer.args.num_train_epochs=3", "trainer.args.max_steps=5"]).config
+    both = load_config([Q, "trainer.args.num_train_epochs=3", "trainer.args.max_steps=5"]).config
     assert both.trainer.args["max_steps"] == 5
 
 
 def test_the_last_of_two_wins():
-    assert load([Q, "seed=1", "seed=2"]).config.seed == 2
+    assert load_config([Q, "seed=1", "seed=2"]).config.seed == 2
 
 
 def test_debug_wins_over_the_recipe():
-    config = load([Q, "debug=overfit"]).config
+    config = load_config([Q, "debug=overfit"]).config
     assert (config.trainer.args["max_steps"], config.dataset.eval.path) == (60, None)
 
 
@@ -117,8 +117,8 @@ def test_a_long_name_is_cut():
 def test_the_folder_of_a_run():
     assert run_folder("quickstart", ["lora.r=8"]) == "runs/quickstart/lora.r=8"
     assert run_folder(None, []) == "runs/custom/default"
-    assert load([Q, "lora.r=8"]).config.output_dir == "runs/quickstart/lora.r=8"
-    assert load([Q, "lora.r=8", "output_dir=x"]).config.output_dir == "x"
+    assert load_config([Q, "lora.r=8"]).config.output_dir == "runs/quickstart/lora.r=8"
+    assert load_config([Q, "lora.r=8", "output_dir=x"]).config.output_dir == "x"
 
 
 overrides = st.lists(

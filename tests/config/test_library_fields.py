@@ -6,9 +6,9 @@ import inspect
 import pytest
 
 from luthier.config import library_fields
-from luthier.config.library_fields import Kind
+from luthier.config.library_fields import FieldType
 from luthier.config.methods import METHODS
-from luthier.config.passthrough import LIBRARIES, fit
+from luthier.config.passthrough import PASS_THROUGH_KEYS, fit_value
 
 SFT = ("trl", "trainer/sft_config.py", "SFTConfig")
 LORA = ("peft", "tuners/lora/config.py", "LoraConfig")
@@ -22,25 +22,27 @@ def test_the_names_are_those_of_the_real_classes():
 
     for source, real in ((SFT, SFTConfig), (LORA, LoraConfig)):
         named = {field.name for field in dataclasses.fields(real) if field.init}
-        assert set(library_fields.of_class(*source)) == named
+        assert set(library_fields.read_class_fields(*source)) == named
     parameters = set(inspect.signature(BitsAndBytesConfig.__init__).parameters)
-    assert set(library_fields.of_function(*BNB)) == parameters - {"self", "kwargs"}
+    assert set(library_fields.read_parameters(*BNB)) == parameters - {"self", "kwargs"}
 
 
 def test_the_options_are_those_of_the_real_classes():
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    kinds = library_fields.of_class(*SFT)
+    kinds = library_fields.read_class_fields(*SFT)
     assert set(kinds["optim"].choices) == {member.value for member in OptimizerNames}
     assert set(kinds["lr_scheduler_type"].choices) == {member.value for member in SchedulerType}
 
 
-@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.key)
+@pytest.mark.parametrize("library", PASS_THROUGH_KEYS, ids=lambda library: library.key)
 def test_what_luthier_keeps_are_real_settings(library):
     if library.source is None:
         return
-    read = library_fields.of_function if library.is_function else library_fields.of_class
+    read = (
+        library_fields.read_parameters if library.is_function else library_fields.read_class_fields
+    )
     known = read(*library.source)
     if library.key == "trainer.args":
         # Each method has arguments of its own.
@@ -52,12 +54,12 @@ def test_what_luthier_keeps_are_real_settings(library):
     "source", [("no_such_package", "a.py", "A"), ("trl", "no.py", "A"), (*SFT[:2], "No")]
 )
 def test_a_source_that_is_not_there_is_not_known(source):
-    assert library_fields.of_class(*source) is None
-    assert library_fields.of_function(*source) is None
+    assert library_fields.read_class_fields(*source) is None
+    assert library_fields.read_parameters(*source) is None
 
 
 def kind(*types, choices=()):
-    return Kind(frozenset(types), choices)
+    return FieldType(frozenset(types), choices)
 
 
 FITS = {
@@ -80,7 +82,7 @@ FITS = {
 
 @pytest.mark.parametrize("given, expected, value", FITS.values(), ids=FITS)
 def test_a_value_fits(given, expected, value):
-    got, complaint = fit(given, expected)
+    got, complaint = fit_value(given, expected)
     assert complaint is None
     assert got == value and type(got) is type(value)
 
@@ -103,4 +105,4 @@ DOES_NOT = {
 
 @pytest.mark.parametrize("given, expected, words", DOES_NOT.values(), ids=DOES_NOT)
 def test_a_value_does_not_fit(given, expected, words):
-    assert fit(given, expected)[1].startswith(words)
+    assert fit_value(given, expected)[1].startswith(words)

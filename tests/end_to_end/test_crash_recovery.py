@@ -24,7 +24,7 @@ MOMENTS = {
     "a checkpoint write": [("torch:save", 12), ("luthier.record.checkpoints:_sync", 60)],
     "data preparation": [
         ("luthier.data.encode_source:_write", 1),
-        ("luthier.data.store.store:seal", 1),
+        ("luthier.data.store.store:write_manifest", 1),
     ],
     "the last lines": [("luthier.train.loop:save_model", 1), ("luthier.train.loop:plot_loss", 1)],
 }  # fmt: skip

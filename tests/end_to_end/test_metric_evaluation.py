@@ -5,7 +5,7 @@ import json
 import pytest
 
 from helpers.preference_trainer import model, say, tokenizer
-from luthier.config import load
+from luthier.config import load_config
 from luthier.errors import UserError
 from luthier.train.run import run
 
@@ -44,7 +44,7 @@ def words(tiny, **more):
 
 
 def finished(folder, *given):
-    assert run(load([*given, f"output_dir={folder}"])) == 0
+    assert run(load_config([*given, f"output_dir={folder}"])) == 0
     lines = {
         name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "evaluations.jsonl", "replies.jsonl")

@@ -14,7 +14,7 @@ from luthier.evaluate import compare, likelihood
 from luthier.evaluate.likelihood import ModelScores
 from luthier.evaluate.rows import EvaluationRow, EvaluationRows
 from luthier.infer import LLM
-from luthier.metrics import Measured, parse_metrics
+from luthier.metrics import MetricScores, parse_metrics
 
 CPU = "model.device=cpu"
 
@@ -128,7 +128,7 @@ def test_rows_that_the_run_drew_from_its_training_rows_are_drawn_again(
 
 
 def outcome(nats, replies, scores):
-    scored = Measured({"m": float(np.mean(scores))}, {"m": scores})
+    scored = MetricScores({"m": float(np.mean(scores))}, {"m": scores})
     return ModelScores(np.array(nats, float), replies, scored)
 
 

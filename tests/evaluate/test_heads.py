@@ -139,7 +139,7 @@ def test_what_the_bootstrap_draws_from_sums_up_to_the_scores():
     assert classification.regression_samples(flat, right).values["pearson"] == 0.0
     names = np.array(["O", "B-A", "I-A", "B-B"])
     said, right = ([row.tolist() for row in names[draw.integers(0, 4, (20, 9))]] for _ in "ab")
-    found = classification.tags(said, right, are_entities=True).values
+    found = classification.tag_samples(said, right, are_entities=True).values
     assert {n: found[n] for n in found if n != "accuracy"} == pytest.approx(
         classification.entity_scores(said, right)
     )

@@ -14,7 +14,7 @@ from helpers.adapter_models import INT8, NF4, load
 from helpers.chatml import CHATML
 from helpers.export_runs import ids_of, make_base, make_run, read
 from luthier.export.weight_files import TensorEntry, WeightFiles, read_tensor_entries, write_weights
-from luthier.storage.manifest import MANIFEST, seal
+from luthier.storage.manifest import MANIFEST, write_manifest
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 Q = LORA | {"target_modules": ["q_proj"]}
@@ -275,7 +275,7 @@ def test_a_merged_model_is_packed_by_gptqmodel(form, tmp_path, luthier):
 
 def test_a_whole_model_is_packed_for_serving(tmp_path, luthier):
     base, out = make_base(tmp_path / "base"), tmp_path / "packed"
-    seal(base, {})  # as the folder is that a GGUF file was converted into
+    write_manifest(base, {})  # as the folder is that a GGUF file was converted into
     assert luthier("merge", base, "--quantize", "nf4", "--out", out)[0] == 0
     assert not (out / MANIFEST).exists()
     assert read(out / "config.json")["quantization_config"]["bnb_4bit_quant_type"] == "nf4"

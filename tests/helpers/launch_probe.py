@@ -3,7 +3,7 @@
 import json
 import sys
 
-from luthier.errors import UserError, report
+from luthier.errors import UserError, report_error
 from luthier.train import launch_checks
 
 
@@ -27,4 +27,4 @@ if __name__ == "__main__":
     try:
         probe()
     except UserError as error:
-        sys.exit(report(error))
+        sys.exit(report_error(error))

@@ -174,10 +174,10 @@ def test_a_broken_sequence_is_found(name):
 @pytest.fixture(scope="module")
 def encoder():
     from luthier.chat import ChatEncoder
-    from luthier.config import load
+    from luthier.config import load_config
     from luthier.model.tokenizer import load_tokenizer
 
-    config = load(["model=smollm2_135m", "dataset=jsonl", "dataset.path=x.jsonl"]).config
+    config = load_config(["model=smollm2_135m", "dataset=jsonl", "dataset.path=x.jsonl"]).config
     return ChatEncoder(load_tokenizer(config.model))
 
 

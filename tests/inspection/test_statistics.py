@@ -171,13 +171,13 @@ def encoders(config, tokenizer):
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_counts_are_those_of_training(name, check, tmp_path):
-    from luthier.config import load
+    from luthier.config import load_config
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer
 
     words, files = COUNTED[name]
     found = check(files, *words)[1]
-    config = load([*words, f"dataset.cache={tmp_path / 'cache'}"]).config
+    config = load_config([*words, f"dataset.cache={tmp_path / 'cache'}"]).config
     tokenizer = load_tokenizer(config.model)
     made = prepare(config.dataset, encoders(config, tokenizer), tokenizer, config.seed)
     sides = {"train": made.train_counts}

@@ -5,8 +5,8 @@ import pytest
 
 from luthier.metrics.classification import (
     are_entity_tags,
-    entities,
     entity_scores,
+    find_entities,
     multi_label_scores,
     regression_scores,
     single_label_scores,
@@ -57,7 +57,7 @@ def test_numbers():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_entities_begin_and_end_as_conlleval_has_it(tags, found):
-    assert list(entities(tags.split())) == found
+    assert list(find_entities(tags.split())) == found
 
 
 def test_the_example_of_seqeval():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from luthier.metrics import Reply, parse_metrics, prepare_metrics
-from luthier.metrics.bootstrap import interval
+from luthier.metrics.bootstrap import bootstrap_interval
 
 pytest.importorskip("sacrebleu", reason="needs the extra `metrics`")
 pytest.importorskip("rouge_score", reason="needs the extra `metrics`")
@@ -97,7 +97,9 @@ def test_the_whole_is_sacrebleus_own_and_a_bootstrap_takes_it_of_each_draw(name)
     said, wanted = zip(*pairs, strict=True)
     theirs = getattr(sacrebleu, f"corpus_{name}")(said, [wanted]).score
     assert found.values[name] == pytest.approx(theirs)
-    around = interval(found.sample(name), draws=500)
+    around = bootstrap_interval(found.sample(name), draws=500)
     assert around.low < theirs < around.high
     alone = measured(name, [ONE]).sample(name)
-    assert interval(alone, draws=20).low == pytest.approx(interval(alone, draws=20).high)
+    assert bootstrap_interval(alone, draws=20).low == pytest.approx(
+        bootstrap_interval(alone, draws=20).high
+    )

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-from luthier.config.methods import ADAPTERS, REFUSED
+from luthier.config.methods import ADAPTERS, REFUSED_ADAPTERS
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.adapters import add_adapter
@@ -240,14 +240,14 @@ def test_what_does_not_go_on_packed_weights_is_told(tiny_model, name, base):
     assert "quantization=" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "lorra"])
+@pytest.mark.parametrize("name", [*REFUSED_ADAPTERS, "lorra"])
 def test_other_methods_are_told(tiny_model, name):
     with pytest.raises(UserError, match=r"lora\.method") as raised:
         add_adapter(loaded(tiny_model, "float32"), {"method": name}, seed=1)
-    assert REFUSED.get(name, "Did you mean lora") in str(raised.value)
+    assert REFUSED_ADAPTERS.get(name, "Did you mean lora") in str(raised.value)
 
 
 def test_every_method_is_tried():
     assert set(ADAPTERS) <= set(SETTINGS)
     everything = {kind.value.lower() for kind in peft.PeftType}
-    assert everything <= set(ADAPTERS) | set(REFUSED)
+    assert everything <= set(ADAPTERS) | set(REFUSED_ADAPTERS)

@@ -83,8 +83,8 @@ DAMAGES = {
 def test_a_damaged_folder_is_made_anew(tiny_file, cache, damage):
     folder = gguf.convert_tokenizer(tiny_file)
     damage(folder)
-    assert not cache_room.is_whole(folder)
-    assert cache_room.is_whole(gguf.convert_tokenizer(tiny_file))
+    assert not cache_room.is_intact(folder)
+    assert cache_room.is_intact(gguf.convert_tokenizer(tiny_file))
 
 
 def test_what_a_killed_process_left_is_removed(tiny_file, cache):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.adapter_models import IDS, config_of, gradients, prepared, remade, trained
-from luthier.config.load import load as load_config
+from luthier.config.load import load_config as load_config
 from luthier.errors import UserError
 
 LAST = r"layers\.1\."

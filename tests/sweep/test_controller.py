@@ -13,7 +13,7 @@ import pytest
 
 from helpers.sweep_processes import alive, here, record, start, states, stop, until
 from luthier.cli import sweep as show
-from luthier.config import load
+from luthier.config import load_config
 
 Q = "recipe=quickstart"
 SIX = (Q, "lora.r=4,8,16", "trainer.args.learning_rate=1e-3,1e-4", "hydra.launcher.slots=2",
@@ -67,11 +67,11 @@ def best_is_the_trial(folder, number):
 
     os.environ["LUTHIER_RECIPES"] = str(folder / "recipes")
     try:
-        best = load(["recipe=quickstart_best"]).resolved
+        best = load_config(["recipe=quickstart_best"]).resolved
     finally:
         del os.environ["LUTHIER_RECIPES"]
     words = record(folder, number)["words"]
-    trial = load([word for word in words if not word.startswith("output_dir")]).resolved
+    trial = load_config([word for word in words if not word.startswith("output_dir")]).resolved
     for resolved in (best, trial):
         resolved.pop("recipe"), resolved.pop("output_dir")
     assert best == trial

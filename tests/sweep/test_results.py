@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from luthier.config import load
+from luthier.config import load_config
 from luthier.sweep import results
 from luthier.sweep.plan import plan_sweep
 from luthier.sweep.trials import Trial
@@ -41,7 +41,10 @@ def test_the_recipe_is_the_trial(tmp_path, monkeypatch, words, params):
     ((_, name),) = results.parameter_names(planned, [trial]).items()
     path = results.write_recipe(planned, trial, name, 6)
     monkeypatch.setenv("LUTHIER_RECIPES", "o/recipes")
-    found, wanted = load([f"recipe={name}"]).resolved, load(planned.choices(params)).resolved
+    found, wanted = (
+        load_config([f"recipe={name}"]).resolved,
+        load_config(planned.choices(params)).resolved,
+    )
     for resolved in (found, wanted):
         del resolved["recipe"], resolved["output_dir"]
     assert found == wanted

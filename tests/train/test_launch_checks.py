@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from luthier.errors import UserError, report
+from luthier.errors import UserError, report_error
 from luthier.train import launch_checks
 from luthier.train.launch_request import parse_launch_command
 
@@ -217,7 +217,7 @@ def test_splitting_a_batch_over_gpus_stops():
 
 def test_a_mistake_is_left_for_the_launcher(ask, tmp_path, capsys):
     ask([], None, TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"), RANK="0")
-    assert report(UserError("two lines\nof words")) == 2
+    assert report_error(UserError("two lines\nof words")) == 2
     assert capsys.readouterr().err == "two lines\nof words\n"
     note = json.loads((tmp_path / "error.json").read_text())["message"]
     assert note["message"] == "two lines\nof words"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from luthier.errors import UserError, nearest
+from luthier.errors import UserError, nearest_option
 
 _HELP = ("-h", "--help")
 
@@ -94,7 +94,7 @@ class CommandLine:
 
     def _unknown(self, word: str, name: str) -> str:
         names = [flag.name for flag in self.flags] + ["--help"]
-        near = nearest(name, names)
+        near = nearest_option(name, names)
         guess = f" Did you mean {near}?" if near else ""
         return (
             f"{word}: luthier {self.name} has no such flag.{guess} Flags: {', '.join(names)}; "

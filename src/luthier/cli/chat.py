@@ -61,9 +61,9 @@ def run(words: list[str]) -> int:
     settings: dict[str, Any] = dict(typed.generation)
     if "--seed" in given.numbers:
         settings["seed"] = given.numbers["--seed"]
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
 
-    hush()
+    quiet_libraries()
     return _talk(llm, other, settings, given.texts.get("--system"))
 
 

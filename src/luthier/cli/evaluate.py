@@ -73,9 +73,9 @@ def run(words: list[str]) -> int:
     )
     if model.artifact.task in HEAD_TASKS:
         _check_decider(typed, given, metrics)
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
 
-    hush()
+    quiet_libraries()
     found = _evaluated(model, other, typed, given, metrics)
     if out is not None:
         from luthier.storage.atomic import write_json

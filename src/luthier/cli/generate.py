@@ -110,9 +110,9 @@ def _answer(
     """Answer what is left, and say how fast it went."""
     from tqdm import tqdm
 
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
 
-    hush()
+    quiet_libraries()
     with llm:
         left = asks.rows[file.done :]
         ids = llm.prompt_ids([ask.prompt for ask in left], [ask.where for ask in left])

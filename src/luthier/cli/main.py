@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from luthier import __version__
-from luthier.errors import UserError, report
+from luthier.errors import UserError, report_error
 
 
 class Command(NamedTuple):
@@ -123,7 +123,7 @@ def main() -> None:
             raise UserError(unknown_command_message(words[0]))
         sys.exit(COMMANDS[words[0]].load()(words[1:]))
     except UserError as error:
-        sys.exit(report(error))
+        sys.exit(report_error(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -143,9 +143,9 @@ def usage() -> str:
 
 def unknown_command_message(word: str) -> str:
     """The message for a command that does not exist."""
-    from luthier.errors import nearest
+    from luthier.errors import nearest_option
 
-    near = nearest(word, COMMANDS)
+    near = nearest_option(word, COMMANDS)
     hint = f" Did you mean `luthier {near}`?" if near else ""
     return f"there is no command {word!r}.{hint} There are: {', '.join(COMMANDS)}."
 

@@ -63,11 +63,11 @@ def run(words: list[str]) -> int:
 
 
 def _merge(artifacts: list[Artifact], weights: list[float], given: ParsedArguments) -> int:
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import too_large
     from luthier.export.quantize import check_format, quantize_model
-    from luthier.storage.atomic import refuse_target
+    from luthier.storage.atomic import check_target
 
     target = choose_target(artifacts[0], given)
     quantize = given.texts.get("--quantize")
@@ -84,12 +84,12 @@ def _merge(artifacts: list[Artifact], weights: list[float], given: ParsedArgumen
     )
     overwrite = "--overwrite" in given.switches
     if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
-        refuse_target(target, overwrite)
-        hush()
+        check_target(target, overwrite)
+        quiet_libraries()
         quantize_model(artifacts[0], target, quantize, print)
         return 0
     merge_adapter.refuse_merge(order, overwrite)
-    hush()
+    quiet_libraries()
     try:
         merge_adapter.merge_adapters(order, print)
     except (MemoryError, RuntimeError) as error:
@@ -129,13 +129,13 @@ def _parted(word: str) -> tuple[str, float]:
 
 def _merge_sharded(folder: Path, given: ParsedArguments) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
     from luthier.export import sharded_checkpoint
-    from luthier.storage.atomic import filled, refuse_target
+    from luthier.storage.atomic import check_target, output_folder
 
     artifact = _trained_whole(folder, given)
     target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
-    refuse_target(target, "--overwrite" in given.switches)
+    check_target(target, "--overwrite" in given.switches)
     if sharded_checkpoint.sharding_of(folder) == "zero" and find_spec("deepspeed") is None:
         raise UserError(
             f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
@@ -143,8 +143,8 @@ def _merge_sharded(folder: Path, given: ParsedArguments) -> int:
             "Its own script beside them does the same: python zero_to_fp32.py . OUT "
             "--safe_serialization"
         )
-    hush()
-    with filled(target) as aside:
+    quiet_libraries()
+    with output_folder(target) as aside:
         sharded_checkpoint.consolidate(folder, artifact, aside, given.texts.get("--dtype"), print)
     print(f"written   {target}")
     return 0

@@ -8,7 +8,7 @@ import yaml
 
 from luthier.config.renamed_settings import new_key
 from luthier.config.schema import DatasetConfig, ModelConfig
-from luthier.errors import UserError, nearest
+from luthier.errors import UserError, nearest_option
 from luthier.infer import generation_config
 
 _MODEL = ("device", "dtype", "attention", "device_map")
@@ -78,7 +78,7 @@ def make_dataset_config(
         first = error.errors()[0]
         key = ".".join(["dataset", *map(str, first["loc"])])
         known = [f"dataset.{name}" for name in DatasetConfig.model_fields]
-        near = nearest(key, known) if first["type"] == "extra_forbidden" else None
+        near = nearest_option(key, known) if first["type"] == "extra_forbidden" else None
         hint = f" Did you mean {near}?" if near else ""
         if new := new_key(key):
             hint = f" It is called {new} now."
@@ -109,7 +109,7 @@ def _value(word: str, text: str) -> Any:
 def _known(key: str, name: str, names: tuple[str, ...]) -> str:
     if name in names:
         return name
-    near = nearest(name, names)
+    near = nearest_option(name, names)
     guess = f"Did you mean model.{near}? " if near else ""
     raise UserError(f"{key}: {guess}There are {', '.join(f'model.{one}' for one in names)}.")
 

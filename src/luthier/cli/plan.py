@@ -42,11 +42,11 @@ def run(words: list[str]) -> int:
         return 0
     given = GRAMMAR.parse(words)
     from luthier import model
-    from luthier.config import load
+    from luthier.config import load_config
     from luthier.environment import set_environment
 
     hardware = _imagined(given)
-    config = load(given.overrides).config
+    config = load_config(given.overrides).config
     model.check_model_path(config.model)
     set_environment(config)
     found, advice = plan_and_advise(config, hardware, given)

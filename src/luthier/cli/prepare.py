@@ -23,10 +23,10 @@ def run(words: list[str]) -> int:
         return 0
     given = GRAMMAR.parse(words)
     from luthier import data, model
-    from luthier.config import load
+    from luthier.config import load_config
     from luthier.environment import set_environment
 
-    config = load(given.overrides).config
+    config = load_config(given.overrides).config
     data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)
     set_environment(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
-from luthier.errors import UserError, choice
+from luthier.errors import UserError, suggest_options
 
 if TYPE_CHECKING:
     from luthier.inspection.dataset import LoadedDataset
@@ -72,7 +72,7 @@ def _chosen(given: ParsedArguments, material: "LoadedDataset") -> "tuple[Selecte
     if which in material.evaluated:
         raise UserError(f"--source {source}: these rows are those of {which}. Leave it out.")
     if source not in material.trained:
-        options = choice(source, material.trained)
+        options = suggest_options(source, material.trained)
         raise UserError(f"--source {source}: there is no such source. {options}")
     opened = material.trained[source]
     return [part for part in select_split(material, which) if part[0] is opened], side
@@ -83,7 +83,9 @@ def _side(given: ParsedArguments, material: "LoadedDataset") -> tuple[str, str]:
     if name := given.texts.get("--set"):
         sets = material.config.dataset.eval.sets
         if name not in sets:
-            raise UserError(f"--set {name}: there is no such evaluation set. {choice(name, sets)}")
+            raise UserError(
+                f"--set {name}: there is no such evaluation set. {suggest_options(name, sets)}"
+            )
         return f"dataset.eval.sets.{name}", name
     if "--eval" not in given.switches:
         return "train", "training"

@@ -50,9 +50,9 @@ def run(words: list[str]) -> int:
     if artifact.folder is None:
         raise UserError(f"{artifact.name}: this model is on the hub already.")
     story = _told(artifact, target, given)
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
 
-    hush()
+    quiet_libraries()
     written = write_card.description_texts(story, write_card.chat_format_of(artifact), target)
     parcel = plan_upload(artifact.folder, story, written)
     _add_what_the_run_has(parcel, artifact)

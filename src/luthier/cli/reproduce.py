@@ -17,7 +17,7 @@ from luthier.errors import UserError
 from luthier.record.checkpoints import read_step_log
 from luthier.record.record import read_record
 from luthier.record.run_dir import find_run, inspect_run, open_run
-from luthier.storage.manifest import digest
+from luthier.storage.manifest import hash_file
 from luthier.train.signals import STOPPED_EXIT_CODE
 
 GRAMMAR = CommandLine(
@@ -156,7 +156,7 @@ def report_differences(old: Path, new: Path) -> int:
 def differing_weights(old: Path, new: Path) -> list[str]:
     """A sentence for each file of final weights that is not the same."""
     hashes = [
-        {file.name: digest(file) for file in (run / "model").glob("*.safetensors")}
+        {file.name: hash_file(file) for file in (run / "model").glob("*.safetensors")}
         for run in (old, new)
     ]
     return [

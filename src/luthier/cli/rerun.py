@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from luthier import errors
-from luthier.config import Loaded
+from luthier.config import LoadedConfig
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
@@ -18,10 +18,10 @@ def main(folder: Path) -> int:
     try:
         return run(load_run_config(folder), write_card)
     except UserError as error:
-        return errors.report(error)
+        return errors.report_error(error)
 
 
-def load_run_config(folder: Path) -> Loaded:
+def load_run_config(folder: Path) -> LoadedConfig:
     """Return the config of a run's folder, as if it had been typed."""
     from pydantic import ValidationError
 
@@ -34,7 +34,7 @@ def load_run_config(folder: Path) -> Loaded:
             f"{folder / 'config.yaml'} was written by another version of luthier, and this one "
             "does not understand:\n" + "\n".join(lines)
         ) from error
-    return Loaded(config, config.model_dump(mode="json"), [])
+    return LoadedConfig(config, config.model_dump(mode="json"), [])
 
 
 if __name__ == "__main__":

@@ -114,10 +114,10 @@ def _transformers(typed: "ModelArguments", given: ParsedArguments) -> int:
     name = given.texts.get("--name") or served_name(llm.artifact)
     if llm.artifact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
-    from luthier.environment import hush
+    from luthier.environment import quiet_libraries
     from luthier.infer.server import run_server
 
-    hush()
+    quiet_libraries()
     with llm:
         print(
             f"serving {typed.places[0]} as {name}. Ask it:\n{curl_command(name, host, port)}",

@@ -9,7 +9,7 @@ from luthier.record.machine_info import MAIN_PACKAGES
 from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
 from luthier.storage import lock
-from luthier.storage.sizes import in_words, size_of
+from luthier.storage.sizes import folder_size, format_bytes
 
 GRAMMAR = CommandLine(
     "show",
@@ -71,7 +71,7 @@ def make_page(folder: Path) -> RunPage:
 
 def _status(folder: Path, record: dict[str, Any]) -> str:
     status = str(record.get("status", ""))
-    if status == "running" and not lock.is_held(folder):
+    if status == "running" and not lock.is_locked(folder):
         return "killed: it was running, and no process holds its folder"
     return status
 
@@ -188,6 +188,6 @@ def _part(part: dict[str, Any]) -> str:
 
 def _checkpoints(folder: Path) -> list[tuple[str, str]]:
     return [
-        (path.name, in_words(size_of(path)))
+        (path.name, format_bytes(folder_size(path)))
         for _, path in checkpoints.list_checkpoints(folder / "checkpoints")
     ]

@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 import luthier
 from luthier import errors
 from luthier.config import hydra_plugins, recipes
-from luthier.config.compose import CONFIG_NAME, compose_config, prepare
-from luthier.config.load import Loaded, finish, load, report
-from luthier.config.recipes import header, list_recipes, options
+from luthier.config.compose import CONFIG_NAME, check_overrides, compose_config
+from luthier.config.load import LoadedConfig, check_composed, format_mistakes, load_config
+from luthier.config.recipes import list_options, list_recipes, read_recipe_header
 from luthier.config.schema import GROUPS
-from luthier.errors import UserError, nearest
+from luthier.errors import UserError, nearest_option
 
 # Columns of what `--help` prints.
 _WIDTH = 100
@@ -59,7 +59,10 @@ def help_text() -> str:
     lines += _help_table({recipe.name: recipe.header for recipe in list_recipes()})
     lines += ["", "Groups and their options"]
     for group in GROUPS:
-        headers = {f"{group}={name}": header(path) for name, path in options(group).items()}
+        headers = {
+            f"{group}={name}": read_recipe_header(path)
+            for name, path in list_options(group).items()
+        }
         lines += _help_table(headers)
     return "\n".join([*lines, "", _HELP_BOTTOM])
 
@@ -99,7 +102,7 @@ class TrainCommandLine(NamedTuple):
     overrides: list[str]
 
 
-def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) -> int:
+def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = None) -> int:
     """Do what the command line says and return the exit code.
 
     `task` gets the valid configuration. A user's mistake is printed in words, and the code is 2.
@@ -113,9 +116,9 @@ def main(task: Callable[[Loaded], int | None], argv: list[str] | None = None) ->
         if arguments.flags:
             return _print_information(arguments)
         _refuse_sweep_settings(arguments.overrides)
-        return task(load(arguments.overrides)) or 0
+        return task(load_config(arguments.overrides)) or 0
     except UserError as mistake:
-        return errors.report(mistake)
+        return errors.report_error(mistake)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
@@ -133,7 +136,7 @@ def _parse_command_line(argv: list[str]) -> TrainCommandLine:
         short, _, value = word.partition("=")
         name = _SHORT_FLAGS.get(short, short)
         if name not in _FLAGS:
-            close = nearest(name, _FLAGS)
+            close = nearest_option(name, _FLAGS)
             guess = f"Did you mean {close}? " if close else ""
             raise UserError(
                 f"{word}: there is no such flag. {guess}"
@@ -182,7 +185,7 @@ def _print_config(what: str, arguments: TrainCommandLine) -> int:
     config = _select_config(composed.config, what)
     mistake = None
     try:
-        loaded = finish(composed, arguments.overrides)
+        loaded = check_composed(composed, arguments.overrides)
         if "--resolve" in arguments.flags and what == "job":
             config = OmegaConf.create(loaded.resolved)
     except UserError as error:
@@ -191,7 +194,7 @@ def _print_config(what: str, arguments: TrainCommandLine) -> int:
     value = OmegaConf.select(config, package) if package else config
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
-    return 0 if mistake is None else errors.report(mistake)
+    return 0 if mistake is None else errors.report_error(mistake)
 
 
 def _select_config(config: DictConfig, what: str) -> DictConfig:
@@ -222,15 +225,15 @@ def _print_hydra_info(what: str, overrides: list[str]) -> None:
 
     composed = compose_config(overrides)
     if composed.mistakes:
-        raise UserError(report(composed.mistakes, composed))
-    typed, chain, *_ = prepare(overrides)
-    conf = str(recipes.bundled("conf"))
+        raise UserError(format_mistakes(composed.mistakes, composed))
+    typed, chain, *_ = check_overrides(overrides)
+    conf = str(recipes.bundled_folder("conf"))
     argv, sys.argv = (
         sys.argv,
         [sys.argv[0], "--info", what, *(override.for_hydra for override in typed)],
     )
     try:
-        with hydra_plugins.dropping(chain.dropped):
+        with hydra_plugins.drop_groups(chain.dropped):
             hydra.main(version_base="1.3", config_path=conf, config_name=CONFIG_NAME)(_no_task)()
     finally:
         sys.argv = argv
@@ -240,7 +243,7 @@ def _no_task(_: object) -> None:
     """Stand in for a task where Hydra only prints."""
 
 
-def train(loaded: Loaded) -> int:
+def train(loaded: LoadedConfig) -> int:
     """Train a valid configuration and write the card of its model; torch is imported here."""
     from luthier.export.write_card import write_card
     from luthier.train.run import run

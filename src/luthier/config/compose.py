@@ -16,8 +16,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from luthier.config import hydra_plugins, recipes
-from luthier.config.cross_checks import EVAL_CHOICES
-from luthier.config.recipes import Chain, options, read_chain, unknown_option, yaml_mistake
+from luthier.config.cross_checks import HELD_OUT_KEYS
+from luthier.config.recipes import (
+    RecipeChain,
+    check_option,
+    explain_yaml_error,
+    list_options,
+    read_recipe_chain,
+)
 from luthier.config.schema import GROUPS, SWEEP_GROUPS
 from luthier.errors import Mistake
 
@@ -32,7 +38,7 @@ _SWEEP_SETTINGS = ("hydra.sweeper.", "hydra.launcher.")
 
 
 @dataclass(frozen=True)
-class Typed:
+class TypedOverride:
     """One override as typed: `line` whole, its bare `key`, and what it stands for."""
 
     line: str
@@ -48,7 +54,7 @@ class Typed:
         return f"++{self.line}" if self.is_plain and not self.is_group else self.line
 
 
-def parse(lines: Iterable[str]) -> tuple[list[Typed], list[Mistake]]:
+def parse_overrides(lines: Iterable[str]) -> tuple[list[TypedOverride], list[Mistake]]:
     """Read the command line's overrides; one that cannot be read becomes a mistake."""
     parser = OverridesParser.create()
     typed, mistakes = [], []
@@ -65,12 +71,12 @@ def parse(lines: Iterable[str]) -> tuple[list[Typed], list[Mistake]]:
     return typed, mistakes
 
 
-def _typed(override: Override, line: str) -> Typed:
+def _typed(override: Override, line: str) -> TypedOverride:
     key, value = override.get_key_element().lstrip("+~"), override.value()
     named = key in (*GROUPS, "recipe") or "/" in key or "@" in key
     bare = not (override.is_add() or override.is_force_add() or override.is_delete())
     known_to_hydra = override.is_hydra_override() and not key.startswith(_SWEEP_SETTINGS)
-    return Typed(
+    return TypedOverride(
         line=line,
         key=key,
         value=value,
@@ -138,7 +144,7 @@ _PATIENCE = 100
 
 
 @dataclass
-class Composed:
+class ComposedConfig:
     """A composed config with what is wrong so far.
 
     `unsure` are the groups of which nothing more can be said: their own choice is a mistake.
@@ -146,7 +152,7 @@ class Composed:
 
     config: DictConfig
     lines: list[str]
-    chain: Chain
+    chain: RecipeChain
     mistakes: list[Mistake] = field(default_factory=list)
     unsure: set[str] = field(default_factory=set)
 
@@ -160,14 +166,16 @@ class Composed:
         choices = OmegaConf.select(self.config, "hydra.runtime.choices") or {}
         found = [("", path) for path in self.chain.files.values()]
         for group in GROUPS:
-            path = options(group).get(str(choices.get(group)))
+            path = list_options(group).get(str(choices.get(group)))
             found += [("" if group == "debug" else group, path)] if path else []
-        return [*found, ("", recipes.bundled("conf") / f"{CONFIG_NAME}.yaml")]
+        return [*found, ("", recipes.bundled_folder("conf") / f"{CONFIG_NAME}.yaml")]
 
 
-def prepare(lines: list[str]) -> tuple[list[Typed], Chain, list[Mistake], set[str]]:
+def check_overrides(
+    lines: list[str],
+) -> tuple[list[TypedOverride], RecipeChain, list[Mistake], set[str]]:
     """Check what Hydra would stumble over: unreadable overrides, unknown options, bad recipes."""
-    typed, mistakes = parse(lines)
+    typed, mistakes = parse_overrides(lines)
     unsure: set[str] = set()
     good = []
     for one in typed:
@@ -182,31 +190,31 @@ def prepare(lines: list[str]) -> tuple[list[Typed], Chain, list[Mistake], set[st
     return good, chain, mistakes + chain.mistakes, unsure
 
 
-def compose_config(lines: list[str]) -> Composed:
+def compose_config(lines: list[str]) -> ComposedConfig:
     """Compose what was typed; mistakes are collected, and what carries them is left out."""
-    typed, chain, mistakes, unsure = prepare(lines)
+    typed, chain, mistakes, unsure = check_overrides(lines)
     try:
         config = _compose([one.for_hydra for one in typed], chain)
     except _CANNOT_COMPOSE as error:
         mistakes.append(_hydra_mistake(error))
-        return Composed(OmegaConf.create(), lines, chain, mistakes, {*GROUPS, "recipe"})
+        return ComposedConfig(OmegaConf.create(), lines, chain, mistakes, {*GROUPS, "recipe"})
     _finish(config, typed, lines)
-    return Composed(config, lines, chain, mistakes, unsure)
+    return ComposedConfig(config, lines, chain, mistakes, unsure)
 
 
-def _compose(overrides: list[str], chain: Chain) -> DictConfig:
-    hydra_plugins.register()
-    conf = str(recipes.bundled("conf"))
+def _compose(overrides: list[str], chain: RecipeChain) -> DictConfig:
+    hydra_plugins.register_plugins()
+    conf = str(recipes.bundled_folder("conf"))
     with (
-        hydra_plugins.dropping(chain.dropped),
+        hydra_plugins.drop_groups(chain.dropped),
         initialize_config_dir(conf, job_name="luthier", version_base="1.3"),
     ):
         return compose(CONFIG_NAME, overrides, return_hydra_config=True)
 
 
-def _wrong_option(typed: Typed) -> Mistake | None:
+def _wrong_option(typed: TypedOverride) -> Mistake | None:
     if typed.is_group and typed.key in SWEEP_GROUPS:
-        return None if typed.is_delete else unknown_option(typed.key, str(typed.value))
+        return None if typed.is_delete else check_option(typed.key, str(typed.value))
     if not typed.is_group or typed.is_delete or typed.key.startswith("hydra"):
         return None
     group = typed.key
@@ -215,27 +223,27 @@ def _wrong_option(typed: Typed) -> Mistake | None:
     if not typed.is_plain:
         return Mistake(typed.line, f"`+` would add a second {group}. Write {group}={typed.value}.")
     if typed.value is None and group != "recipe":
-        off = "none" if "none" in options(group) else "NAME"
+        off = "none" if "none" in list_options(group) else "NAME"
         return Mistake(group, f"null is not an option. Write {group}={off}.")
-    return None if typed.value is None else unknown_option(group, str(typed.value))
+    return None if typed.value is None else check_option(group, str(typed.value))
 
 
-def _chain(typed: list[Typed]) -> Chain:
+def _chain(typed: list[TypedOverride]) -> RecipeChain:
     groups = frozenset(one.key for one in typed if one.is_group)
     named = [one.value for one in typed if one.is_group and one.key == "recipe"]
     if not named or named[-1] is None:
-        return Chain()
-    return read_chain(str(named[-1]), groups - {"recipe", "debug"})
+        return RecipeChain()
+    return read_recipe_chain(str(named[-1]), groups - {"recipe", "debug"})
 
 
-def _finish(config: DictConfig, typed: list[Typed], lines: list[str]) -> None:
+def _finish(config: DictConfig, typed: list[TypedOverride], lines: list[str]) -> None:
     """Fill in the recipe's name and the run's folder, and let what was typed win over files."""
     with open_dict(config):
         config.recipe = config.hydra.runtime.choices.get("recipe")
         if config.get("output_dir") is None:
             config.output_dir = run_folder(config.recipe, lines)
     keys = {one.key for one in typed if one.value is not None}
-    ways = {f"dataset.eval.{way}" for way in EVAL_CHOICES}
+    ways = {f"dataset.eval.{way}" for way in HELD_OUT_KEYS}
     if len(keys & ways) == 1:  # this way of holding out rows replaces the one that a file names
         for other in ways - keys:
             OmegaConf.update(config, other, None, force_add=True)
@@ -244,7 +252,7 @@ def _finish(config: DictConfig, typed: list[Typed], lines: list[str]) -> None:
         OmegaConf.update(config, "trainer.args.max_steps", -1, force_add=True)
 
 
-def resolve(composed: Composed) -> dict[str, Any]:
+def resolve_config(composed: ComposedConfig) -> dict[str, Any]:
     """Return the config as plain values; an interpolation that fails is noted and left out."""
     config = composed.config.copy()
     OmegaConf.set_struct(config, False)
@@ -272,7 +280,7 @@ def _interpolation_words(error: OmegaConfBaseException) -> str:
 
 def _hydra_mistake(error: Exception) -> Mistake:
     if isinstance(error, yaml.MarkedYAMLError):
-        return yaml_mistake(error)
+        return explain_yaml_error(error)
     if isinstance(error, RecursionError):
         return Mistake("conf", "an option includes itself in its defaults list. Remove that line.")
     cause = f" {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
-from luthier.config.methods import METHODS, problems
-from luthier.config.passthrough import settings
-from luthier.errors import Mistake, UserError, choice, value
+from luthier.config.methods import METHODS, check_adapter
+from luthier.config.passthrough import mapping_at
+from luthier.errors import Mistake, UserError, format_value, suggest_options
 
 if TYPE_CHECKING:
     from luthier.metrics import Metric
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What of a model may train: adapters, quantized weights and frozen parts against each other.
 
 
-def check_trained_parts(resolved: dict[str, Any]) -> Iterator[Mistake]:
+def _check_trained_weights(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What contradicts itself in the groups `quantization` and `lora`, and in the model's parts."""
     yield from _quantization(resolved)
     yield from _adapter(resolved)
@@ -26,7 +26,7 @@ def check_trained_parts(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _quantization(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    quantization = QuantizationSettings(settings(resolved, "quantization"))
+    quantization = QuantizationSettings(mapping_at(resolved, "quantization"))
     switches = quantization.switches
     if len(switches) > 1:
         yield Mistake(
@@ -41,7 +41,7 @@ def _quantization(resolved: dict[str, Any]) -> Iterator[Mistake]:
             "quantization",
             "neither load_in_4bit nor load_in_8bit is true. Choose quantization=nf4, int8 or none.",
         )
-    if switches and not settings(resolved, "lora"):
+    if switches and not mapping_at(resolved, "lora"):
         yield Mistake(
             "quantization",
             f"{switches[0]} with full fine-tuning: quantized weights cannot be trained. "
@@ -50,26 +50,28 @@ def _quantization(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _adapter(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    lora = LoraSettings(settings(resolved, "lora"))
+    lora = LoraSettings(mapping_at(resolved, "lora"))
     if not lora.is_enabled:
         return
-    yield from problems(lora, QuantizationSettings(settings(resolved, "quantization")).bits)
+    yield from check_adapter(lora, QuantizationSettings(mapping_at(resolved, "quantization")).bits)
     ratio = lora.plus_ratio
     if isinstance(ratio, int | float) and ratio <= 0:
-        yield Mistake("lora.plus_ratio", f"{value(ratio)} is too small; 16 is usual.")
+        yield Mistake("lora.plus_ratio", f"{format_value(ratio)} is too small; 16 is usual.")
     # OFT's rank may be 0: then the size of its blocks is given.
     ranks = ("lora_alpha",) if lora.method == "oft" else ("r", "lora_alpha")
     for name in ranks:
         number = lora.get(name)
         if isinstance(number, int | float) and number < 1:
-            yield Mistake(f"lora.{name}", f"{value(number)} is too small; the least is 1.")
+            yield Mistake(f"lora.{name}", f"{format_value(number)} is too small; the least is 1.")
     dropout = lora.lora_dropout
     if isinstance(dropout, int | float) and not 0 <= dropout < 1:
-        yield Mistake("lora.lora_dropout", f"{value(dropout)} must be at least 0 and less than 1.")
+        yield Mistake(
+            "lora.lora_dropout", f"{format_value(dropout)} must be at least 0 and less than 1."
+        )
 
 
 def _patterns(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    model, lora = settings(resolved, "model"), settings(resolved, "lora")
+    model, lora = mapping_at(resolved, "model"), mapping_at(resolved, "lora")
     for name in ("train", "freeze"):
         given = model.get(name)
         patterns = given if isinstance(given, list) else []
@@ -80,7 +82,7 @@ def _patterns(resolved: dict[str, Any]) -> Iterator[Mistake]:
             try:
                 re.compile(str(pattern))
             except re.error as error:
-                text = f"{value(pattern)} is not a regular expression: {error}."
+                text = f"{format_value(pattern)} is not a regular expression: {error}."
                 yield Mistake(f"model.{name}", text)
 
 
@@ -90,11 +92,11 @@ _KEY = "trainer.evaluation.metrics"
 _REWARDS = "trainer.rewards"
 
 
-def check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
+def _check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What is wrong with metrics, rewards and what is done with them; imports nothing heavy."""
-    evaluation = settings(resolved, "trainer.evaluation")
-    args = TrainerArgs(settings(resolved, "trainer.args"))
-    sets = settings(resolved, "dataset.eval.sets")
+    evaluation = mapping_at(resolved, "trainer.evaluation")
+    args = TrainerArgs(mapping_at(resolved, "trainer.args"))
+    sets = mapping_at(resolved, "dataset.eval.sets")
     wrong = list(_metrics(evaluation, sets))
     yield from wrong
     yield from _rewards(resolved)
@@ -104,7 +106,7 @@ def check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
         yield from _best(evaluation, args, sets)
 
 
-def best_metric(
+def find_best_metric(
     name: str, evaluation: Mapping[str, Any], sets: Mapping[str, Any]
 ) -> tuple[str, "list[Metric]"] | None:
     """The metric of replies that `metric_for_best_model` names, and those of its evaluation set.
@@ -132,8 +134,9 @@ def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mista
         if name not in sets:
             yield Mistake(
                 f"trainer.evaluation.sets.{name}",
-                f"there is no evaluation set of this name. {choice(str(name), map(str, sets))} "
-                "They are named under dataset.eval.sets.",
+                "there is no evaluation set of this name. "
+                f"{suggest_options(str(name), map(str, sets))} They are named under "
+                "dataset.eval.sets.",
             )
     lists = {_KEY: evaluation.get("metrics")}
     lists |= {f"trainer.evaluation.sets.{name}": given for name, given in named.items()}
@@ -145,7 +148,7 @@ def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mista
 def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
     from luthier.metrics.rewards import check_rewards
 
-    trainer = settings(resolved, "trainer")
+    trainer = mapping_at(resolved, "trainer")
     method, given = str(trainer.get("method", "sft")), trainer.get("rewards") or []
     facts = METHODS.get(method)
     if facts is None or not isinstance(given, list):
@@ -167,7 +170,7 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    trainer = settings(resolved, "trainer")
+    trainer = mapping_at(resolved, "trainer")
     method, given = str(trainer.get("method", "sft")), trainer.get("teacher")
     facts = METHODS.get(method)
     if facts is None or facts.teacher == (given is not None):
@@ -199,7 +202,7 @@ def _best(evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any]) -
     from luthier.metrics import greater_is_better
 
     name = str(args.metric_for_best_model)
-    found = best_metric(name, evaluation, sets)
+    found = find_best_metric(name, evaluation, sets)
     if found is None:
         return
     if evaluation.get("when") != "evaluations":
@@ -217,7 +220,7 @@ def _best(evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any]) -
             )
 
 
-EVAL_CHOICES = ("path", "split", "share", "count")
+HELD_OUT_KEYS = ("path", "split", "share", "count")
 _AT_LEAST_ONE = {
     "trainer.args": (
         "per_device_train_batch_size",
@@ -227,15 +230,15 @@ _AT_LEAST_ONE = {
 }
 
 
-def check_settings(resolved: dict[str, Any]) -> list[Mistake]:
+def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
     """Return what contradicts itself in a resolved config; a part of a wrong shape is passed over.
 
     The schema complains about shapes, so that every mistake is reported once.
     """
     parts = (
-        check_trained_parts,
+        _check_trained_weights,
         _evaluation,
-        check_measurements,
+        _check_measurements,
         _replies,
         _streaming,
         _training,
@@ -247,8 +250,8 @@ def check_settings(resolved: dict[str, Any]) -> list[Mistake]:
 
 
 def _evaluation(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    chosen = settings(resolved, "dataset.eval")
-    given = [name for name in EVAL_CHOICES if chosen.get(name) is not None]
+    chosen = mapping_at(resolved, "dataset.eval")
+    given = [name for name in HELD_OUT_KEYS if chosen.get(name) is not None]
     if not given and not chosen.get("sets"):
         yield from _needs_heldout(resolved)
     if len(given) > 1:
@@ -258,28 +261,28 @@ def _evaluation(resolved: dict[str, Any]) -> Iterator[Mistake]:
             f"Set the others to null: {' '.join(f'dataset.eval.{n}=null' for n in given[1:])}.",
         )
     elif given in (["path"], ["split"]):
-        yield from _trained_on(given[0], chosen, settings(resolved, "dataset"))
+        yield from _trained_on(given[0], chosen, mapping_at(resolved, "dataset"))
 
 
 def _trained_on(name: str, chosen: dict[str, Any], dataset: dict[str, Any]) -> Iterator[Mistake]:
     if chosen[name] == dataset.get(name):
         yield Mistake(
             f"dataset.eval.{name}",
-            f"{value(chosen[name])} is what the model trains on. Hold out other rows, such as "
-            f"dataset.eval.{name}=null dataset.eval.share=0.05.",
+            f"{format_value(chosen[name])} is what the model trains on. Hold out other rows, "
+            f"such as dataset.eval.{name}=null dataset.eval.share=0.05.",
         )
 
 
 def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
     hold = "Hold rows out (dataset.eval.share=0.05)"
-    args = TrainerArgs(settings(resolved, "trainer.args"))
+    args = TrainerArgs(mapping_at(resolved, "trainer.args"))
     if args.evaluates:
         yield Mistake(
             "trainer.args.eval_strategy",
-            f"{value(args.eval_strategy)}, but no rows are held out. "
+            f"{format_value(args.eval_strategy)}, but no rows are held out. "
             f"{hold}, or set trainer.args.eval_strategy=no.",
         )
-    if settings(resolved, "trainer.evaluation").get("metrics"):
+    if mapping_at(resolved, "trainer.evaluation").get("metrics"):
         yield Mistake(
             "trainer.evaluation.metrics",
             f"need held-out rows, and there are none. {hold}, or set "
@@ -288,9 +291,9 @@ def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    name = settings(resolved, "trainer").get("method", "sft")
+    name = mapping_at(resolved, "trainer").get("method", "sft")
     method = METHODS.get(str(name))
-    if method and not method.replies and settings(resolved, "trainer.evaluation").get("metrics"):
+    if method and not method.replies and mapping_at(resolved, "trainer.evaluation").get("metrics"):
         yield Mistake(
             "trainer.evaluation.metrics",
             f"they score replies, and trainer.method={name} trains a model that writes none. Set "
@@ -299,9 +302,9 @@ def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    name = settings(resolved, "trainer").get("method", "sft")
+    name = mapping_at(resolved, "trainer").get("method", "sft")
     method = METHODS.get(str(name))
-    if settings(resolved, "dataset").get("streaming") is True and method and not method.streams:
+    if mapping_at(resolved, "dataset").get("streaming") is True and method and not method.streams:
         yield Mistake(
             "dataset.streaming",
             f"true, and trainer.method={name} needs all rows before it begins. Set it to false.",
@@ -309,7 +312,7 @@ def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 
 def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    args = TrainerArgs(settings(resolved, "trainer.args"))
+    args = TrainerArgs(mapping_at(resolved, "trainer.args"))
     if args.bf16 is True and args.fp16 is True:
         yield Mistake("trainer.args", "bf16 and fp16 are both true. Keep one.")
     if args.load_best_model_at_end is True:
@@ -323,8 +326,8 @@ def _best_model(key: str, args: TrainerArgs) -> Iterator[Mistake]:
     elif save not in (evaluate, "best"):
         yield Mistake(
             key,
-            f"needs a checkpoint at each evaluation: save_strategy is {value(save)}, eval_strategy "
-            f"{value(evaluate)}. Set trainer.args.save_strategy={evaluate}.",
+            f"needs a checkpoint at each evaluation: save_strategy is {format_value(save)}, "
+            f"eval_strategy {format_value(evaluate)}. Set trainer.args.save_strategy={evaluate}.",
         )
     elif save == evaluate == "steps":
         yield from _checkpoint_steps(key, args)
@@ -342,7 +345,7 @@ def _checkpoint_steps(key: str, args: TrainerArgs) -> Iterator[Mistake]:
 
 
 def _dates(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    date = settings(resolved, "chat").get("date")
+    date = mapping_at(resolved, "chat").get("date")
     if not isinstance(date, str):
         return
     try:
@@ -350,11 +353,11 @@ def _dates(resolved: dict[str, Any]) -> Iterator[Mistake]:
     except ValueError:
         right = False
     if not right:
-        yield Mistake("chat.date", f"{value(date)} is not a date. Write YYYY-MM-DD.")
+        yield Mistake("chat.date", f"{format_value(date)} is not a date. Write YYYY-MM-DD.")
 
 
 def _trackers(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    trackers = settings(resolved, "tracker").get("to")
+    trackers = mapping_at(resolved, "tracker").get("to")
     for name in trackers if isinstance(trackers, list) else []:
         if name in ("wandb", "tensorboard") and find_spec(name) is None:
             yield Mistake(
@@ -366,8 +369,10 @@ def _trackers(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 def _ranges(resolved: dict[str, Any]) -> Iterator[Mistake]:
     for key, names in _AT_LEAST_ONE.items():
-        given = settings(resolved, key)
+        given = mapping_at(resolved, key)
         for name in names:
             number = given.get(name)
             if isinstance(number, int | float) and number < 1:
-                yield Mistake(f"{key}.{name}", f"{value(number)} is too small; the least is 1.")
+                yield Mistake(
+                    f"{key}.{name}", f"{format_value(number)} is too small; the least is 1."
+                )

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from luthier.config import recipes
 from luthier.config.schema import GROUPS
 
-Dropped = Mapping[str, frozenset[str]]
+DroppedGroups = Mapping[str, frozenset[str]]
 """For each recipe of the chain, the groups whose settings in it do not apply."""
 
-_dropped: ContextVar[Dropped] = ContextVar("dropped")
+_dropped: ContextVar[DroppedGroups] = ContextVar("dropped")
 
 
 class FolderSource(ConfigSource):
@@ -109,18 +109,18 @@ class LuthierSearchPath(SearchPathPlugin):
 
 
 @cache
-def register() -> None:
+def register_plugins() -> None:
     """Make the sources known to Hydra, once per process."""
     for plugin in (FolderSource, RecipeSource, LuthierSearchPath):
         Plugins.instance().register(plugin)
-    OmegaConf.register_new_resolver("luthier", lambda name: str(recipes.bundled(name)))
+    OmegaConf.register_new_resolver("luthier", lambda name: str(recipes.bundled_folder(name)))
     # Hydra holds a YAML file against a class of the same name; these are luthier's own settings.
     for part in ("launcher", "sweeper"):
         ConfigStore.instance().repo["hydra"][part].pop("basic.yaml")
 
 
 @contextmanager
-def dropping(dropped: Dropped) -> Iterator[None]:
+def drop_groups(dropped: DroppedGroups) -> Iterator[None]:
     """Leave these groups out of these recipes while Hydra reads them."""
     token = _dropped.set(dropped)
     try:

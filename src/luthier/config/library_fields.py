@@ -18,36 +18,36 @@ _OTHERS = {"tuple": "list", "Sequence": "list", "Dict": "dict", "List": "list", 
 
 
 @dataclass(frozen=True)
-class Kind:
+class FieldType:
     """What a setting takes: type names (`any` takes everything), and the texts it allows."""
 
     types: frozenset[str]
     choices: tuple[str, ...] = ()
 
-    def __or__(self, other: "Kind") -> "Kind":
+    def __or__(self, other: "FieldType") -> "FieldType":
         """Return what takes the values of both."""
-        return Kind(self.types | other.types, self.choices + other.choices)
+        return FieldType(self.types | other.types, self.choices + other.choices)
 
 
-ANY = Kind(frozenset({"any"}))
-Fields = dict[str, Kind]
+ANY_TYPE = FieldType(frozenset({"any"}))
+FieldTypes = dict[str, FieldType]
 
 
 @cache
-def of_class(package: str, file: str, name: str) -> Fields | None:
+def read_class_fields(package: str, file: str, name: str) -> FieldTypes | None:
     """Return a dataclass's fields with those it inherits; None if the source is not there."""
     tree = _parse(package, file)
     node = _definition(tree, name) if tree else None
     if tree is None or not isinstance(node, ast.ClassDef):
         return None
-    fields: Fields = {}
+    fields: FieldTypes = {}
     for base in reversed(node.bases):
         fields |= _inherited(package, file, tree, base)
     return fields | dict(_declared(package, file, node))
 
 
 @cache
-def of_function(package: str, file: str, name: str) -> Fields | None:
+def read_parameters(package: str, file: str, name: str) -> FieldTypes | None:
     """Return a function's parameters, or a class's `__init__` parameters if `name` is a class."""
     tree = _parse(package, file)
     node = _definition(tree, name) if tree else None
@@ -60,7 +60,7 @@ def of_function(package: str, file: str, name: str) -> Fields | None:
 
 
 @cache
-def docs(package: str, file: str, name: str) -> dict[str, str]:
+def read_field_docs(package: str, file: str, name: str) -> dict[str, str]:
     """Return the string under each field of a class: its documentation."""
     tree = _parse(package, file)
     node = _definition(tree, name) if tree else None
@@ -95,11 +95,11 @@ def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
     return None
 
 
-def _inherited(package: str, file: str, tree: ast.Module, base: ast.expr) -> Fields:
+def _inherited(package: str, file: str, tree: ast.Module, base: ast.expr) -> FieldTypes:
     if not isinstance(base, ast.Name):
         return {}
     where = _home(package, file, tree, base.id)
-    return (of_class(*where, base.id) or {}) if where else {}
+    return (read_class_fields(*where, base.id) or {}) if where else {}
 
 
 def _home(package: str, file: str, tree: ast.Module, name: str) -> tuple[str, str] | None:
@@ -127,7 +127,7 @@ def _file(package: str, dotted: str) -> str:
     return f"{path}.py" if _parse(package, f"{path}.py") else f"{path}/__init__.py"
 
 
-def _declared(package: str, file: str, node: ast.ClassDef) -> Iterator[tuple[str, Kind]]:
+def _declared(package: str, file: str, node: ast.ClassDef) -> Iterator[tuple[str, FieldType]]:
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             name, annotation = field.target.id, field.annotation
@@ -135,7 +135,7 @@ def _declared(package: str, file: str, node: ast.ClassDef) -> Iterator[tuple[str
                 yield name, _kind(package, file, annotation)
 
 
-def _parameters(package: str, file: str, args: ast.arguments) -> Iterator[tuple[str, Kind]]:
+def _parameters(package: str, file: str, args: ast.arguments) -> Iterator[tuple[str, FieldType]]:
     positional = [*args.posonlyargs, *args.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(args.defaults))
     pairs = [*zip(positional, [*defaults, *args.defaults], strict=True)]
@@ -144,53 +144,53 @@ def _parameters(package: str, file: str, args: ast.arguments) -> Iterator[tuple[
             yield arg.arg, _parameter(package, file, arg, default)
 
 
-def _parameter(package: str, file: str, arg: ast.arg, default: ast.expr | None) -> Kind:
+def _parameter(package: str, file: str, arg: ast.arg, default: ast.expr | None) -> FieldType:
     if arg.annotation is not None:
         return _kind(package, file, arg.annotation)
     if isinstance(default, ast.Constant) and type(default.value).__name__ in _SCALARS:
-        return Kind(frozenset({type(default.value).__name__}))
-    return ANY
+        return FieldType(frozenset({type(default.value).__name__}))
+    return ANY_TYPE
 
 
-def _kind(package: str, file: str, node: ast.expr) -> Kind:
+def _kind(package: str, file: str, node: ast.expr) -> FieldType:
     """Read an annotation; what it does not surely say becomes `any`."""
     if isinstance(node, ast.BinOp):
         return _kind(package, file, node.left) | _kind(package, file, node.right)
     if isinstance(node, ast.Constant) and node.value is None:
-        return Kind(frozenset({"none"}))
+        return FieldType(frozenset({"none"}))
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
         return _subscript(package, file, node.value.id, node.slice)
     if isinstance(node, ast.Name):
         return _name(package, file, node.id)
-    return ANY
+    return ANY_TYPE
 
 
-def _subscript(package: str, file: str, name: str, inner: ast.expr) -> Kind:
+def _subscript(package: str, file: str, name: str, inner: ast.expr) -> FieldType:
     parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     if name == "Literal":
         return _literal(parts)
     if name not in ("Optional", "Union"):
         return _name(package, file, name)
-    kind = Kind(frozenset({"none"} if name == "Optional" else ()))
+    kind = FieldType(frozenset({"none"} if name == "Optional" else ()))
     for part in parts:
         kind |= _kind(package, file, part)
     return kind
 
 
-def _literal(parts: list[ast.expr]) -> Kind:
+def _literal(parts: list[ast.expr]) -> FieldType:
     values = [part.value for part in parts if isinstance(part, ast.Constant)]
     types = {"none" if v is None else type(v).__name__ for v in values} - {"str"}
     texts = tuple(value for value in values if isinstance(value, str))
     if any("[" in text for text in texts):  # a pattern such as "pissa_niter_[number of iters]"
-        return Kind(frozenset(types | {"str"}))
-    return Kind(frozenset(types), texts)
+        return FieldType(frozenset(types | {"str"}))
+    return FieldType(frozenset(types), texts)
 
 
-def _name(package: str, file: str, name: str) -> Kind:
+def _name(package: str, file: str, name: str) -> FieldType:
     if name in _SCALARS or name in _OTHERS:
-        return Kind(frozenset({_OTHERS.get(name, name)}))
+        return FieldType(frozenset({_OTHERS.get(name, name)}))
     members = _members(package, file, name)
-    return Kind(frozenset(), members) if members else ANY
+    return FieldType(frozenset(), members) if members else ANY_TYPE
 
 
 def _members(package: str, file: str, name: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 T = TypeVar("T")
 
 
-class Key(Generic[T]):
+class SettingKey(Generic[T]):
     """A key of the mapping as an attribute: its value, or `default` where it is absent or null."""
 
     def __init__(self, default: T) -> None:
@@ -44,16 +44,16 @@ class LibrarySettings(dict[str, Any]):
 class LoraSettings(LibrarySettings):
     """The group `lora`: fields of an adapter's config in peft; empty for full fine-tuning."""
 
-    plus_ratio = Key[float | None](None)
+    plus_ratio = SettingKey[float | None](None)
     """How much faster LoRA's B matrices learn (LoRA+); None for the same rate."""
-    init_lora_weights = Key[bool | str](True)
+    init_lora_weights = SettingKey[bool | str](True)
     """How the adapter starts."""
-    loftq_config = Key[dict[str, Any]]({})
-    use_dora = Key[bool](False)
-    bias = Key[str]("none")
+    loftq_config = SettingKey[dict[str, Any]]({})
+    use_dora = SettingKey[bool](False)
+    bias = SettingKey[str]("none")
     """Which biases train: none, all or lora_only."""
-    lora_dropout = Key[float](0.0)
-    modules_to_save = Key[list[str]]([])
+    lora_dropout = SettingKey[float](0.0)
+    modules_to_save = SettingKey[list[str]]([])
     """Layers that train whole beside the adapter."""
 
     @property
@@ -77,7 +77,7 @@ PACKING_SWITCHES = {"load_in_4bit": 4, "load_in_8bit": 8}
 class QuantizationSettings(LibrarySettings):
     """The group `quantization`: fields of `transformers.BitsAndBytesConfig`; empty for none."""
 
-    dequantize = Key[bool](False)
+    dequantize = SettingKey[bool](False)
     """A model that comes quantized gets whole weights while it loads."""
 
     @property
@@ -97,41 +97,41 @@ class TrainerArgs(LibrarySettings):
     The defaults are those of TRL's classes where luthier reads a key that the config leaves out.
     """
 
-    per_device_train_batch_size = Key[int](8)
-    gradient_accumulation_steps = Key[int](1)
-    train_sampling_strategy = Key[str]("random")
-    packing = Key[bool](False)
-    packing_strategy = Key[str]("bfd")
-    pad_to_multiple_of = Key[int](1)
-    optim = Key[str]("adamw_torch_fused")
+    per_device_train_batch_size = SettingKey[int](8)
+    gradient_accumulation_steps = SettingKey[int](1)
+    train_sampling_strategy = SettingKey[str]("random")
+    packing = SettingKey[bool](False)
+    packing_strategy = SettingKey[str]("bfd")
+    pad_to_multiple_of = SettingKey[int](1)
+    optim = SettingKey[str]("adamw_torch_fused")
     """An `OptimizerNames` of transformers; the default is that with torch 2.8 or newer."""
-    bf16 = Key[bool | None](None)
+    bf16 = SettingKey[bool | None](None)
     """None: the machine's number format decides."""
-    fp16 = Key[bool | None](None)
-    activation_checkpointing = Key[bool | str | None](None)
+    fp16 = SettingKey[bool | None](None)
+    activation_checkpointing = SettingKey[bool | str | None](None)
     """True, False, or `auto` for the memory plan's choice; None: the trainer's own default."""
-    activation_checkpointing_kwargs = Key[dict[str, Any]]({})
-    activation_offloading = Key[bool](False)
-    use_liger_kernel = Key[bool](False)
-    lr_scheduler_type = Key[str]("linear")
-    warmup_steps = Key[float](0)
+    activation_checkpointing_kwargs = SettingKey[dict[str, Any]]({})
+    activation_offloading = SettingKey[bool](False)
+    use_liger_kernel = SettingKey[bool](False)
+    lr_scheduler_type = SettingKey[str]("linear")
+    warmup_steps = SettingKey[float](0)
     """Steps, or below 1 a share of all steps."""
-    eval_strategy = Key[str]("no")
-    eval_steps = Key[float | None](None)
+    eval_strategy = SettingKey[str]("no")
+    eval_steps = SettingKey[float | None](None)
     """None: as often as `logging_steps`."""
-    logging_steps = Key[float](10)
-    save_strategy = Key[str]("steps")
-    save_steps = Key[float](500)
-    load_best_model_at_end = Key[bool](False)
-    metric_for_best_model = Key[str | None](None)
-    greater_is_better = Key[bool | None](None)
+    logging_steps = SettingKey[float](10)
+    save_strategy = SettingKey[str]("steps")
+    save_steps = SettingKey[float](500)
+    load_best_model_at_end = SettingKey[bool](False)
+    metric_for_best_model = SettingKey[str | None](None)
+    greater_is_better = SettingKey[bool | None](None)
     """None: the metric itself says which way is better."""
-    disable_dropout = Key[bool | None](None)
+    disable_dropout = SettingKey[bool | None](None)
     """None: as the method does it."""
-    beta = Key[float | None](None)
+    beta = SettingKey[float | None](None)
     """The weight of the distance from the reference model; None: the method's own."""
-    precompute_ref_log_probs = Key[bool](False)
-    teacher_model_revision = Key[str | None](None)
+    precompute_ref_log_probs = SettingKey[bool](False)
+    teacher_model_revision = SettingKey[str | None](None)
 
     @property
     def evaluates(self) -> bool:

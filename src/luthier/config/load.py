@@ -7,15 +7,15 @@ from typing import Any
 import yaml
 
 from luthier.config import cross_checks, passthrough, recipes
-from luthier.config.compose import Composed, compose_config, resolve
-from luthier.config.recipes import options
+from luthier.config.compose import ComposedConfig, compose_config, resolve_config
+from luthier.config.recipes import list_options
 from luthier.config.schema import GROUPS, RunConfig
-from luthier.config.validate import document, validate
+from luthier.config.validate import describe_key, validate_config
 from luthier.errors import Mistake, UserError
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedConfig:
     """A valid configuration, the same as plain values, and the overrides as they were typed."""
 
     config: RunConfig
@@ -23,42 +23,42 @@ class Loaded:
     overrides: list[str]
 
 
-def load(overrides: Iterable[str]) -> Loaded:
+def load_config(overrides: Iterable[str]) -> LoadedConfig:
     """Compose and validate a configuration without importing any of the training libraries.
 
     `overrides` are the words of the command line, such as `recipe=quickstart` and `lora.r=8`.
     Raises UserError with all mistakes, each with its key, its place and what to do.
     """
     typed = list(overrides)
-    return finish(compose_config(typed), typed)
+    return check_composed(compose_config(typed), typed)
 
 
-def finish(composed: Composed, overrides: list[str]) -> Loaded:
+def check_composed(composed: ComposedConfig, overrides: list[str]) -> LoadedConfig:
     """Check a composed configuration and freeze it; raises UserError with all mistakes."""
-    resolved = resolve(composed)
-    found = passthrough.check(resolved)
+    resolved = resolve_config(composed)
+    found = passthrough.check_pass_through(resolved)
     empty = [Mistake(key, _no_value(key)) for key in _unset(resolved)]
-    config, wrong = validate(resolved)
-    together = [] if composed.unsure else cross_checks.check_settings(resolved)
+    config, wrong = validate_config(resolved)
+    together = [] if composed.unsure else cross_checks.check_combinations(resolved)
     mistakes = [*_grouped(composed, empty + wrong), *found, *together]
     mistakes = [mistake for mistake in mistakes if not _hidden(mistake, composed.unsure)]
     mistakes = composed.mistakes + _once(mistakes, {m.key for m in composed.mistakes})
     if mistakes or config is None:
-        raise UserError(report(mistakes, composed))
-    return Loaded(config, config.model_dump(mode="json"), overrides)
+        raise UserError(format_mistakes(mistakes, composed))
+    return LoadedConfig(config, config.model_dump(mode="json"), overrides)
 
 
-def report(mistakes: list[Mistake], composed: Composed) -> str:
+def format_mistakes(mistakes: list[Mistake], composed: ComposedConfig) -> str:
     """Return the message: a line for each mistake, and where it was written."""
     lines = []
     for mistake in mistakes:
-        where = origin(mistake.key, composed)
+        where = find_origin(mistake.key, composed)
         lines.append(f"  {mistake.key}: {mistake.text}" + (f"  [{where}]" if where else ""))
     count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
     return "\n".join([f"{count} in the configuration; nothing was run.", *lines])
 
 
-def origin(key: str, composed: Composed) -> str | None:
+def find_origin(key: str, composed: ComposedConfig) -> str | None:
     """Return the file and line in which a key was written; None if it was typed or nowhere."""
     typed = any(key == word or word.startswith(f"{key}.") for word in composed.keys_typed)
     if typed or key in (*GROUPS, "recipe"):
@@ -68,7 +68,7 @@ def origin(key: str, composed: Composed) -> str | None:
         if below != key or not start:
             line = _line(path.read_text(encoding="utf-8"), below.split("."))
             if line:
-                return f"{recipes.shown(path)}:{line}"
+                return f"{recipes.format_path(path)}:{line}"
     return None
 
 
@@ -98,21 +98,21 @@ def _unset(node: Any, key: str = "") -> list[str]:
 
 def _no_value(key: str) -> str:
     if key in GROUPS:
-        return f"nothing is chosen. Add {key}=NAME: {', '.join(options(key))}."
+        return f"nothing is chosen. Add {key}=NAME: {', '.join(list_options(key))}."
     model: Any = RunConfig
     *path, name = key.split(".")
     for part in path:
         model = model.model_fields[part].annotation if part in model.model_fields else RunConfig
-    return f"has no value. Add {key}=VALUE. {document(model, name)}".rstrip()
+    return f"has no value. Add {key}=VALUE. {describe_key(model, name)}".rstrip()
 
 
-def _grouped(composed: Composed, mistakes: list[Mistake]) -> list[Mistake]:
+def _grouped(composed: ComposedConfig, mistakes: list[Mistake]) -> list[Mistake]:
     """Say it in one line when neither a recipe nor a model nor a dataset was chosen."""
     bare = {mistake.key for mistake in mistakes} >= {"model", "dataset"}
     if not bare or composed.chain.files or "recipe" in composed.unsure:
         return mistakes
     kept = [mistake for mistake in mistakes if mistake.key not in ("model", "dataset")]
-    known = ", ".join(options("recipe"))
+    known = ", ".join(list_options("recipe"))
     text = f"nothing is chosen. Add recipe=NAME ({known}), or both model=NAME and dataset=NAME."
     return [Mistake("recipe", text), *kept]
 

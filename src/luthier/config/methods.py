@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.config.library_settings import SPLITTING_STARTS, LoraSettings
-from luthier.errors import Mistake, UserError, choice, value
+from luthier.errors import Mistake, UserError, format_value, suggest_options
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ METHODS = {
     ),
 }
 
-ROW_KINDS = {
+EXAMPLE_TYPES = {
     "conversation": "conversations",
     "text": "plain texts",
     "preference": "pairs of a chosen and a rejected reply",
@@ -184,7 +184,7 @@ ROW_KINDS = {
 }
 
 
-def check_rows(name: str, kind: str, key: str, type_key: str) -> None:
+def check_example_type(name: str, kind: str, key: str, type_key: str) -> None:
     """Raise UserError for rows of a kind that a method does not train on.
 
     `key` names the source of the rows, `type_key` the group whose `type` says what they are.
@@ -195,9 +195,9 @@ def check_rows(name: str, kind: str, key: str, type_key: str) -> None:
     others = [other for other, facts in METHODS.items() if kind in facts.rows]
     fitting = f"trainer={' or trainer='.join(others)} does. " if others else ""
     raise UserError(
-        f"{key}: its rows are {ROW_KINDS[kind]}, and trainer.method={name} trains on "
-        f"{' and '.join(ROW_KINDS[one] for one in wanted)}. {fitting}If they are something else, "
-        f"say so with {type_key}.type."
+        f"{key}: its rows are {EXAMPLE_TYPES[kind]}, and trainer.method={name} trains on "
+        f"{' and '.join(EXAMPLE_TYPES[one] for one in wanted)}. {fitting}If they are something "
+        f"else, say so with {type_key}.type."
     )
 
 
@@ -207,7 +207,7 @@ def check_rows(name: str, kind: str, key: str, type_key: str) -> None:
 # What is said here of quantized weights is held by `tests/model/test_adapters_methods.py`,
 # against the same weights dequantized.
 
-PACKED = (4, 8)
+PACKED_BITS = (4, 8)
 """The widths, in bits, of weights that bitsandbytes packs."""
 
 
@@ -219,7 +219,7 @@ class AdapterFacts:
     """The class of peft, in `peft/tuners/NAME/config.py`, whose fields `lora` takes."""
     all_linear: bool = True
     """Whether it goes on all linear layers unless `target_modules` says otherwise."""
-    packed: tuple[int, ...] = PACKED
+    packed: tuple[int, ...] = PACKED_BITS
     """The widths of packed weights on which it is right."""
 
 
@@ -264,7 +264,7 @@ _VIRTUAL = (
     "puts tokens of its own before each row, and luthier's labels, packed rows and losses count "
     "the tokens of the row alone"
 )
-REFUSED = {
+REFUSED_ADAPTERS = {
     "adamss": "is not tried: it clusters the weights with scikit-learn when it starts",
     "adaption_prompt": "changes the attention of Llama alone, and does not compute in 16 bits",
     "cartridge": _VIRTUAL,
@@ -284,7 +284,7 @@ _WHOLE = (*SPLITTING_STARTS, "orthogonal", "mica")
 _FROM_DATA = ("eva", "corda", "lora_ga")
 
 
-def problems(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
+def check_adapter(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
     """What does not go together in the settings of an adapter, on weights of so many bits.
 
     `bits` is 4 or 8 for weights that bitsandbytes packs, None for all others.
@@ -298,16 +298,17 @@ def problems(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
     if method != "lora" and lora.plus_ratio is not None:
         text = f"is for lora.method=lora, and the method is {method}. Remove it."
         yield Mistake("lora.plus_ratio", text)
-    if lora.use_dora is True and bits == PACKED[1]:
+    if lora.use_dora is True and bits == PACKED_BITS[1]:
         text = "DoRA needs the lengths of the weights, which peft cannot take from 8-bit ones. "
         yield Mistake("lora.use_dora", f"{text}Use quantization=nf4 or none.")
     yield from _start(lora, bits)
 
 
 def _no_method(method: str) -> str:
-    if method in REFUSED:
-        return f"{method} is not trained by luthier: it {REFUSED[method]}. Use another method."
-    return f"{value(method)} is not an option. {choice(method, ADAPTERS)}"
+    if method in REFUSED_ADAPTERS:
+        reason = REFUSED_ADAPTERS[method]
+        return f"{method} is not trained by luthier: it {reason}. Use another method."
+    return f"{format_value(method)} is not an option. {suggest_options(method, ADAPTERS)}"
 
 
 def _not_packed(method: str, bits: int) -> str:
@@ -335,7 +336,7 @@ def _start(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
 
 
 def _loftq(given: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
-    if bits != PACKED[0]:
+    if bits != PACKED_BITS[0]:
         text = (
             "loftq makes up for the error of 4-bit weights. Use it with quantization=nf4 or fp4, "
             "or init_lora_weights=true."
@@ -347,5 +348,5 @@ def _loftq(given: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
             "base that others quantize. Set it to 1."
         )
         yield Mistake("lora.loftq_config.loftq_iter", text)
-    if given.get("loftq_bits", 4) != PACKED[0]:
+    if given.get("loftq_bits", 4) != PACKED_BITS[0]:
         yield Mistake("lora.loftq_config.loftq_bits", "4 is the only width. Remove it.")

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from luthier.config import library_fields
-from luthier.config.library_fields import Fields, Kind
+from luthier.config.library_fields import FieldType, FieldTypes
 from luthier.config.library_settings import LoraSettings
 from luthier.config.methods import ADAPTERS, METHODS
-from luthier.errors import Mistake, choice, nearest, value
+from luthier.errors import Mistake, format_value, nearest_option, suggest_options
 
 _DESCRIBED = {
     "int": "a whole number",
@@ -22,7 +22,7 @@ _DESCRIBED = {
 
 
 @dataclass(frozen=True)
-class Library:
+class PassThroughKey:
     """Whose settings a key holds, where their names are written, and which luthier keeps."""
 
     key: str
@@ -33,23 +33,25 @@ class Library:
     """Settings that luthier decides -> what to do instead."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Texts that a setting allows where the source does not say so."""
-    own: Mapping[str, Kind] = field(default_factory=dict)
+    own: Mapping[str, FieldType] = field(default_factory=dict)
     """Settings of luthier's beside the library's."""
     also: tuple[str, str, str] | None = None
     """A further class whose settings are allowed."""
 
-    def fields(self) -> Fields | None:
+    def fields(self) -> FieldTypes | None:
         """Return the settings that may be named here; None if they cannot be known."""
-        read = library_fields.of_function if self.is_function else library_fields.of_class
+        read = (
+            library_fields.read_parameters if self.is_function else library_fields.read_class_fields
+        )
         known = read(*self.source) if self.source else None
         if known is None:
             return None
-        further: Fields = (read(*self.also) or {}) if self.also else {}
+        further: FieldTypes = (read(*self.also) or {}) if self.also else {}
         known = {**known, **further, **self.own}
         for key, texts in self.choices.items():
             # A setting that takes one text may take several in a list.
             lists = known[key].types & {"list"} if key in known else frozenset()
-            known = known | {key: Kind(frozenset(lists), texts)}
+            known = known | {key: FieldType(frozenset(lists), texts)}
         return {key: kind for key, kind in known.items() if key not in self.kept}
 
 
@@ -59,13 +61,13 @@ _IGNORED = "the trainer does not read it; remove it"
 _DTYPES = ("float32", "bfloat16", "float16")
 _LOSS = "it adds a loss of its own, which luthier's losses leave out; remove it"
 _LORA = ("peft", "tuners/lora/config.py", "LoraConfig")
-_BOOL = Kind(frozenset({"bool"}))
-_TEXT = Kind(frozenset({"str", "none"}))
-_NUMBER = Kind(frozenset({"float", "none"}))
-_BY_THE_PLAN = Kind(frozenset({"bool", "none"}), ("auto",))
+_BOOL = FieldType(frozenset({"bool"}))
+_TEXT = FieldType(frozenset({"str", "none"}))
+_NUMBER = FieldType(frozenset({"float", "none"}))
+_BY_THE_PLAN = FieldType(frozenset({"bool", "none"}), ("auto",))
 
-LIBRARIES = (
-    Library(
+PASS_THROUGH_KEYS = (
+    PassThroughKey(
         key="trainer.args",
         name=METHODS["sft"].config_name,
         source=METHODS["sft"].config,
@@ -114,7 +116,7 @@ LIBRARIES = (
             "resume_from_checkpoint": _IGNORED,
         },
     ),
-    Library(
+    PassThroughKey(
         key="lora",
         name="peft.LoraConfig",
         source=_LORA,
@@ -133,7 +135,7 @@ LIBRARIES = (
             "monteclora_config": _LOSS,
         },
     ),
-    Library(
+    PassThroughKey(
         key="quantization",
         name="transformers.BitsAndBytesConfig",
         source=("transformers", "utils/quantization_config.py", "BitsAndBytesConfig"),
@@ -145,7 +147,7 @@ LIBRARIES = (
             "bnb_4bit_quant_storage": (*_DTYPES, "float64", "int8", "uint8"),
         },
     ),
-    Library(
+    PassThroughKey(
         key="model.kwargs",
         name="from_pretrained",
         source=None,
@@ -163,7 +165,7 @@ LIBRARIES = (
             "use_auth_token": _LOGIN,
         },
     ),
-    Library(
+    PassThroughKey(
         key="tracker.wandb",
         name="wandb.init",
         source=("wandb", "sdk/wandb_init.py", "init"),
@@ -176,23 +178,23 @@ LIBRARIES = (
 )
 
 
-def check(resolved: dict[str, Any]) -> list[Mistake]:
+def check_pass_through(resolved: dict[str, Any]) -> list[Mistake]:
     """Check every pass-through mapping of a resolved config, and mend texts that are numbers.
 
     A number that YAML read as text (`'1e-4'`) becomes a number in place; so does `no` where it
     is an option and YAML read false.
     """
-    libraries = [_of_method(library, resolved) for library in LIBRARIES]
-    return [m for library in libraries for m in _check(library, settings(resolved, library.key))]
+    libraries = [_of_method(library, resolved) for library in PASS_THROUGH_KEYS]
+    return [m for library in libraries for m in _check(library, mapping_at(resolved, library.key))]
 
 
-def _of_method(library: Library, resolved: dict[str, Any]) -> Library:
+def _of_method(library: PassThroughKey, resolved: dict[str, Any]) -> PassThroughKey:
     """The arguments of a trainer and the settings of an adapter are those of the chosen method."""
     if library.key == "lora":
-        return _of_adapter(library, LoraSettings(settings(resolved, "lora")).method)
+        return _of_adapter(library, LoraSettings(mapping_at(resolved, "lora")).method)
     if library.key != "trainer.args":
         return library
-    method = METHODS.get(str(settings(resolved, "trainer").get("method", "sft")), METHODS["sft"])
+    method = METHODS.get(str(mapping_at(resolved, "trainer").get("method", "sft")), METHODS["sft"])
     return replace(
         library,
         name=method.config_name,
@@ -202,7 +204,7 @@ def _of_method(library: Library, resolved: dict[str, Any]) -> Library:
     )
 
 
-def _of_adapter(library: Library, method: str) -> Library:
+def _of_adapter(library: PassThroughKey, method: str) -> PassThroughKey:
     """peft keeps each method's config in a file of its own; an unknown method has no settings."""
     if method not in ADAPTERS:
         return replace(library, source=None)
@@ -214,7 +216,7 @@ def _of_adapter(library: Library, method: str) -> Library:
     return replace(of, also=_LORA, kept=kept)  # it takes LoRA's settings, too
 
 
-def settings(resolved: dict[str, Any], key: str) -> dict[str, Any]:
+def mapping_at(resolved: dict[str, Any], key: str) -> dict[str, Any]:
     """Return the mapping at a dotted key; an empty one if there is none."""
     node: Any = resolved
     for part in key.split("."):
@@ -222,7 +224,7 @@ def settings(resolved: dict[str, Any], key: str) -> dict[str, Any]:
     return node if isinstance(node, dict) else {}
 
 
-def _check(library: Library, given: dict[str, Any]) -> Iterator[Mistake]:
+def _check(library: PassThroughKey, given: dict[str, Any]) -> Iterator[Mistake]:
     known = library.fields() if set(given) - set(library.kept) else None
     for name in list(given):
         key = f"{library.key}.{name}"
@@ -231,18 +233,18 @@ def _check(library: Library, given: dict[str, Any]) -> Iterator[Mistake]:
         elif known is not None and name not in known:
             yield Mistake(key, _unknown(library, name, known))
         elif known is not None and given[name] != "???":
-            given[name], complaint = fit(given[name], known[name])
+            given[name], complaint = fit_value(given[name], known[name])
             if complaint:
                 yield Mistake(key, complaint)
 
 
-def _unknown(library: Library, name: str, known: Fields) -> str:
-    close = nearest(str(name), known)
+def _unknown(library: PassThroughKey, name: str, known: FieldTypes) -> str:
+    close = nearest_option(str(name), known)
     hint = f"Did you mean {library.key}.{close}?" if close else "Look its name up there."
     return f"is not a setting of {library.name}. {hint}"
 
 
-def fit(given: Any, kind: Kind) -> tuple[Any, str | None]:
+def fit_value(given: Any, kind: FieldType) -> tuple[Any, str | None]:
     """Return the value as the setting takes it, and a complaint if it does not."""
     if "any" in kind.types:
         return given, None
@@ -254,27 +256,30 @@ def fit(given: Any, kind: Kind) -> tuple[Any, str | None]:
         return int(given), None
     name = "none" if given is None else type(given).__name__
     fits = name in kind.types or (name == "int" and "float" in kind.types)
-    return given, None if fits else f"{value(given)} is not {_describe(kind)}."
+    return given, None if fits else f"{format_value(given)} is not {_describe(kind)}."
 
 
-def _only_int(kind: Kind) -> bool:
+def _only_int(kind: FieldType) -> bool:
     return "int" in kind.types and "float" not in kind.types
 
 
-def _fit_text(given: str, kind: Kind) -> tuple[Any, str | None]:
+def _fit_text(given: str, kind: FieldType) -> tuple[Any, str | None]:
     if given in kind.choices or ("str" in kind.types and not kind.choices):
         return given, None
     if kind.types & {"int", "float"}:
         try:
-            return fit(float(given), kind)
+            return fit_value(float(given), kind)
         except ValueError:
             pass
     if kind.choices:
-        return given, f"{value(given)} is not an option. {choice(given, kind.choices)}"
-    return given, f"{value(given)} is not {_describe(kind)}."
+        return (
+            given,
+            f"{format_value(given)} is not an option. {suggest_options(given, kind.choices)}",
+        )
+    return given, f"{format_value(given)} is not {_describe(kind)}."
 
 
-def _describe(kind: Kind) -> str:
+def _describe(kind: FieldType) -> str:
     names = [name for name in _DESCRIBED if name in kind.types]
     if "float" in names and "int" in names:
         names.remove("int")

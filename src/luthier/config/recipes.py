@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from luthier.config.schema import GROUPS
-from luthier.errors import Mistake, UserError, choice
+from luthier.errors import Mistake, UserError, suggest_options
 
 # Where config groups and recipes lie: the user's own folders first, then the bundled ones.
 
@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parents[1]
 
 
-def bundled(name: str) -> Path:
+def bundled_folder(name: str) -> Path:
     """Return the folder `conf` or `recipes` that came with luthier.
 
     A wheel carries it inside the package; a checkout (and so an editable install) beside `src`.
@@ -33,7 +33,7 @@ def bundled(name: str) -> Path:
 
 def conf_folders() -> list[Path]:
     """Return the folders with config groups, the first to be searched first."""
-    own, shipped = Path.cwd() / "conf", bundled("conf")
+    own, shipped = Path.cwd() / "conf", bundled_folder("conf")
     return [own, shipped] if own.is_dir() and own.resolve() != shipped.resolve() else [shipped]
 
 
@@ -44,11 +44,11 @@ def recipe_folders() -> list[Path]:
         if not folder.is_dir():
             raise UserError(f"LUTHIER_RECIPES names {folder}, which is not a folder. Correct it.")
     own = [folder for folder in [Path.cwd() / "recipes"] if folder.is_dir()]
-    found = [folder.resolve() for folder in [*own, *named, bundled("recipes")]]
+    found = [folder.resolve() for folder in [*own, *named, bundled_folder("recipes")]]
     return list(dict.fromkeys(found))
 
 
-def shown(path: Path) -> str:
+def format_path(path: Path) -> str:
     """Return a path as the user would type it from here."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
@@ -66,7 +66,7 @@ class RecipeInfo:
 
 
 @dataclass
-class Chain:
+class RecipeChain:
     """A recipe with all that it inherits: files (the heir first), chosen options, mistakes."""
 
     files: dict[str, Path] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Chain:
     mistakes: list[Mistake] = field(default_factory=list)
 
 
-def header(path: Path) -> str:
+def read_recipe_header(path: Path) -> str:
     """Return the first comment line of a YAML file."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("#") and not line.startswith("# @"):
@@ -87,11 +87,11 @@ def list_recipes() -> list[RecipeInfo]:
     found: dict[str, RecipeInfo] = {}
     for folder in recipe_folders():
         for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, RecipeInfo(path.stem, path, header(path)))
+            found.setdefault(path.stem, RecipeInfo(path.stem, path, read_recipe_header(path)))
     return list(found.values())
 
 
-def options(group: str) -> dict[str, Path]:
+def list_options(group: str) -> dict[str, Path]:
     """Return the options of a config group and their files, sorted; an earlier folder wins."""
     if group == "recipe":
         return {recipe.name: recipe.path for recipe in list_recipes()}
@@ -102,16 +102,16 @@ def options(group: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def unknown_option(group: str, name: str) -> Mistake | None:
+def check_option(group: str, name: str) -> Mistake | None:
     """Return the mistake of choosing an option that a group does not have."""
-    known = options(group)
+    known = list_options(group)
     if name in known:
         return None
     stem = Path(name).stem
     if stem in known:
         return Mistake(group, f"{name!r} is a file's name. Write {group}={stem}.")
     what = "recipe" if group == "recipe" else f"{group} option"
-    return Mistake(group, f"there is no {what} {name!r}. {choice(name, known)}")
+    return Mistake(group, f"there is no {what} {name!r}. {suggest_options(name, known)}")
 
 
 def load_yaml(path: Path) -> dict[str, Any] | Mistake:
@@ -119,43 +119,43 @@ def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except yaml.MarkedYAMLError as error:
-        return yaml_mistake(error)
+        return explain_yaml_error(error)
     except (UnicodeDecodeError, OSError, yaml.YAMLError) as error:
-        return Mistake(shown(path), f"cannot be read: {error}.")
+        return Mistake(format_path(path), f"cannot be read: {error}.")
     if not isinstance(content, dict):
-        return Mistake(shown(path), "must be a mapping of keys to values.")
+        return Mistake(format_path(path), "must be a mapping of keys to values.")
     return {str(key): value for key, value in content.items()}
 
 
-def yaml_mistake(error: yaml.MarkedYAMLError) -> Mistake:
+def explain_yaml_error(error: yaml.MarkedYAMLError) -> Mistake:
     """Return a mistake in a YAML file's grammar with the file and line."""
     mark = error.problem_mark
-    where = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else "a YAML file"
+    where = f"{format_path(Path(mark.name))}:{mark.line + 1}" if mark else "a YAML file"
     return Mistake(where, f"not valid YAML: {error.problem}.")
 
 
-def read_chain(name: str, typed_groups: frozenset[str]) -> Chain:
+def read_recipe_chain(name: str, typed_groups: frozenset[str]) -> RecipeChain:
     """Follow a recipe and what it inherits.
 
     `typed_groups` were chosen on the command line: what any recipe says about them is dropped,
     and so is what a parent says about a group that its heir chooses.
     """
-    chain = Chain()
+    chain = RecipeChain()
     _follow(name, (), typed_groups, chain)
     return chain
 
 
-def _follow(name: str, trail: tuple[str, ...], dropped: frozenset[str], chain: Chain) -> None:
+def _follow(name: str, trail: tuple[str, ...], dropped: frozenset[str], chain: RecipeChain) -> None:
     if name in trail:
         cycle = " -> ".join([*trail[trail.index(name) :], name])
         chain.mistakes.append(
             Mistake("recipe", f"a recipe includes itself: {cycle}. Remove one `- ` line of these.")
         )
         return
-    if unknown := unknown_option("recipe", name):
+    if unknown := check_option("recipe", name):
         chain.mistakes.append(_blame(unknown, trail, chain))
         return
-    path = options("recipe")[name]
+    path = list_options("recipe")[name]
     content = load_yaml(path)
     if isinstance(content, Mistake):
         chain.mistakes.append(content)
@@ -165,18 +165,18 @@ def _follow(name: str, trail: tuple[str, ...], dropped: frozenset[str], chain: C
 
 
 def _follow_defaults(
-    defaults: Any, trail: tuple[str, ...], dropped: frozenset[str], chain: Chain
+    defaults: Any, trail: tuple[str, ...], dropped: frozenset[str], chain: RecipeChain
 ) -> None:
     path = chain.files[trail[-1]]
     if not isinstance(defaults, list):
-        where = shown(path)
+        where = format_path(path)
         chain.mistakes.append(Mistake(where, "`defaults` must be a list of `- ` lines."))
         return
     chosen: set[str] = set()
     for entry, line in zip(defaults, default_lines(path), strict=True):
         if isinstance(entry, Mapping) and entry:
             text = _check_choice(dict(entry), chosen)
-            chain.mistakes += [Mistake(f"{shown(path)}:{line}", text)] if text else []
+            chain.mistakes += [Mistake(f"{format_path(path)}:{line}", text)] if text else []
     for parent in [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]:
         _follow(parent.removeprefix("/recipe/"), trail, dropped | chosen, chain)
 
@@ -199,14 +199,14 @@ def _check_choice(entry: dict[Any, Any], chosen: set[str]) -> str | None:
     if group.startswith("hydra"):
         return None
     if group not in GROUPS:
-        return f"there is no group {group!r}. {choice(group, GROUPS)}"
+        return f"there is no group {group!r}. {suggest_options(group, GROUPS)}"
     if "override" not in str(key).split() or "/" not in str(key):
         right = f"`- override /{group}: {option}`"
         return f"`- {key}: {option}` adds a second {group}. Write {right}."
     chosen.add(group)
-    unknown = unknown_option(group, str(option))
+    unknown = check_option(group, str(option))
     return unknown.text if unknown else None
 
 
-def _blame(mistake: Mistake, trail: tuple[str, ...], chain: Chain) -> Mistake:
-    return Mistake(shown(chain.files[trail[-1]]), mistake.text) if trail else mistake
+def _blame(mistake: Mistake, trail: tuple[str, ...], chain: RecipeChain) -> Mistake:
+    return Mistake(format_path(chain.files[trail[-1]]), mistake.text) if trail else mistake

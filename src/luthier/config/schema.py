@@ -14,7 +14,7 @@ from luthier.config.library_settings import LoraSettings, QuantizationSettings, 
 # The kind of model that every group of a config is.
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """A group that refuses keys it does not know and never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,7 +26,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?b)", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class CheckpointsConfig(Strict):
+class CheckpointsConfig(StrictModel):
     """How many checkpoints are kept, besides what `trainer.args.save_total_limit` says."""
 
     budget: str | None = None
@@ -46,7 +46,7 @@ class CheckpointsConfig(Strict):
         return int(float(found[1]) * _UNITS[found[2].upper()]) if found else None
 
 
-class MlflowConfig(Strict):
+class MlflowConfig(StrictModel):
     """Where MLflow keeps a run."""
 
     uri: str | None = None
@@ -59,7 +59,7 @@ class MlflowConfig(Strict):
     """Tags of the run."""
 
 
-class TrackioConfig(Strict):
+class TrackioConfig(StrictModel):
     """Where Trackio keeps a run."""
 
     project: str = "luthier"
@@ -68,7 +68,7 @@ class TrackioConfig(Strict):
     """A space of the hub to which the run is sent; null for this machine alone."""
 
 
-class TrackerConfig(Strict):
+class TrackerConfig(StrictModel):
     """Where metrics go besides `metrics.jsonl`."""
 
     to: list[Literal["wandb", "tensorboard", "mlflow", "trackio"]] = Field(default_factory=list)
@@ -90,10 +90,10 @@ SWEEP_GROUPS = ("hydra/sweeper", "hydra/launcher")
 """The groups that say how a sweep is done."""
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class ModelConfig(Strict):
+class ModelConfig(StrictModel):
     """Which model, and how it is put on this machine."""
 
     path: str
@@ -122,7 +122,7 @@ class ModelConfig(Strict):
     """Passed to `from_pretrained`."""
 
 
-class SourceConfig(Strict):
+class SourceConfig(StrictModel):
     """Where rows come from and how they are read."""
 
     path: str | list[str] | None = None
@@ -165,13 +165,13 @@ class SourceConfig(Strict):
     """Use only the first rows."""
     filter: str | None = None
     """Use only rows for which this expression over their own columns holds."""
-    weight: Positive | None = None
+    weight: PositiveNumber | None = None
     """The share of the mixture, with `mix: interleave`."""
-    repeats: Positive = 1
+    repeats: PositiveNumber = 1
     """How many times an epoch sees the rows, with `mix: concatenate`."""
 
 
-class EvalConfig(Strict):
+class EvalConfig(StrictModel):
     """Which rows are held out from training: at most one of path, split, share and count."""
 
     path: str | None = None
@@ -213,7 +213,7 @@ class DatasetConfig(SourceConfig):
     """The held-out rows."""
 
 
-class ChatSettings(Strict):
+class ChatSettings(StrictModel):
     """How conversations become tokens and labels: the settings of `luthier.chat.ChatEncoder`."""
 
     template: str | None = None
@@ -234,7 +234,7 @@ class ChatSettings(Strict):
     """Further variables for the template, such as `enable_thinking`."""
 
 
-class EvaluationConfig(Strict):
+class EvaluationConfig(StrictModel):
     """What is generated and scored on held-out rows."""
 
     metrics: list[str | dict[str, Any]] = Field(default_factory=list)
@@ -256,7 +256,7 @@ class EvaluationConfig(Strict):
     """How many replies are shown side by side, before and after."""
 
 
-class TrainerConfig(Strict):
+class TrainerConfig(StrictModel):
     """How the model is trained."""
 
     method: Literal[
@@ -289,7 +289,7 @@ class TrainerConfig(Strict):
     """How many checkpoints are kept."""
 
 
-class CardConfig(Strict):
+class CardConfig(StrictModel):
     """What the model card says and no run can know."""
 
     license: str | None = None
@@ -300,7 +300,7 @@ class CardConfig(Strict):
     """The licence of the rows, by a source's path or its name in `dataset.sources`."""
 
 
-class RunConfig(Strict):
+class RunConfig(StrictModel):
     """A whole run."""
 
     model: ModelConfig

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from luthier.config import library_fields
-from luthier.config.passthrough import LIBRARIES
-from luthier.config.recipes import options
+from luthier.config.passthrough import PASS_THROUGH_KEYS
+from luthier.config.recipes import list_options
 from luthier.config.renamed_settings import new_key, new_value
 from luthier.config.schema import GROUPS, RunConfig
-from luthier.errors import Mistake, choice, nearest, value
+from luthier.errors import Mistake, format_value, nearest_option, suggest_options
 
 _WANTED = {
     "int": "a whole number",
@@ -33,7 +33,7 @@ _BOUNDS = {
 }
 
 
-def validate(resolved: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
+def validate_config(resolved: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
     """Return the config, or what keeps it from being one."""
     try:
         return RunConfig.model_validate(resolved), []
@@ -78,16 +78,16 @@ def _inner(annotation: Any) -> tuple[type[BaseModel], bool] | None:
 
 
 def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
-    kind, given = error["type"], value(error["input"])
+    kind, given = error["type"], format_value(error["input"])
     if kind == "missing":
-        return _missing(path, document(model, path[-1]))
+        return _missing(path, describe_key(model, path[-1]))
     if kind == "extra_forbidden":
         return _extra(model, path)
     if kind == "literal_error":
         if new := new_value(".".join(path), error["input"]):
             return f"{given} is called {new} now. Write {path[-1]}: {new}."
         allowed = _allowed(model, path[-1])
-        return f"{given} is not an option. {choice(str(error['input']), allowed)}"
+        return f"{given} is not an option. {suggest_options(str(error['input']), allowed)}"
     if kind == "value_error":
         return f"{given} does not fit: {error['ctx']['error']}."
     if kind in _BOUNDS:
@@ -96,21 +96,21 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
     wanted = _WANTED.get(kind.split("_")[0])
     one_of_several = len(error["loc"]) > len(path) and isinstance(error["loc"][len(path)], str)
     if wanted is None or one_of_several:
-        return f"{given} does not fit. {document(model, path[-1])}"
+        return f"{given} does not fit. {describe_key(model, path[-1])}"
     return f"{given} is not {wanted}."
 
 
-def document(model: type[BaseModel], name: str) -> str:
+def describe_key(model: type[BaseModel], name: str) -> str:
     """Return what the schema says about a key."""
     file = f"{model.__module__.removeprefix('luthier.').replace('.', '/')}.py"
-    found = library_fields.docs("luthier", file, model.__name__).get(name, "")
+    found = library_fields.read_field_docs("luthier", file, model.__name__).get(name, "")
     return " ".join(found.split())
 
 
 def _missing(path: list[str], text: str) -> str:
     (group, *rest) = path
     if not rest and group in GROUPS:
-        return f"nothing is chosen. Add {group}=NAME: {', '.join(options(group))}."
+        return f"nothing is chosen. Add {group}=NAME: {', '.join(list_options(group))}."
     return f"has no value. Add {'.'.join(path)}=VALUE. {text}".rstrip()
 
 
@@ -120,7 +120,7 @@ def _extra(model: type[BaseModel], path: list[str]) -> str:
     name, known = path[-1], list(model.model_fields)
     if elsewhere := [key for key in _all_keys() if key.split(".")[-1] == name]:
         return f"there is no such key. Did you mean {elsewhere[0]}?"
-    close = nearest(name, known)
+    close = nearest_option(name, known)
     prefix = ".".join([*path[:-1], close]) if close else ""
     hint = f"Did you mean {prefix}?" if close else f"Keys here: {', '.join(known)}."
     return f"there is no such key. {hint}"
@@ -128,7 +128,7 @@ def _extra(model: type[BaseModel], path: list[str]) -> str:
 
 def _all_keys() -> Iterator[str]:
     yield from _keys_below(RunConfig, "")
-    for library in LIBRARIES:
+    for library in PASS_THROUGH_KEYS:
         yield from (f"{library.key}.{name}" for name in library.fields() or {})
 
 

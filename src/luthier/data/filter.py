@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import simpleeval
 
 from luthier.data.rows import RowError, describe_type
-from luthier.errors import UserError, nearest
+from luthier.errors import UserError, nearest_option
 
 MAX_LENGTH = 10_000
 """Characters of an expression."""
@@ -336,7 +336,7 @@ class _Checker(ast.NodeTransformer):
     ) -> None:
         """Refuse a name that the table does not have, and a wrong number of arguments."""
         if name not in table:
-            near = nearest(name, table)
+            near = nearest_option(name, table)
             guess = f" (did you mean `{near}`?)" if near else ""
             names = ", ".join(sorted(table))
             self._refuse(node.func, f"`{name}` is none of its {what}{guess}, which are {names}")
@@ -428,7 +428,7 @@ class _RowEvaluator(simpleeval.EvalWithCompoundTypes):
         try:
             return self.names[name]
         except KeyError:
-            near = nearest(name, self.names)
+            near = nearest_option(name, self.names)
             hint = f"; did you mean {near!r}?" if near else ""
             columns = ", ".join(self.names)
             raise RowError(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from luthier.config.methods import check_rows
+from luthier.config.methods import check_example_type
 from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data.examples import (
     PEEKED_ROWS,
@@ -43,7 +43,7 @@ def _check(config: SourceConfig, key: str, dataset: DatasetConfig, method: str |
         return
     opened = open_examples(config, key)
     if method is not None:
-        check_rows(method, opened.row_format.example_type, key, format_key(key))
+        check_example_type(method, opened.row_format.example_type, key, format_key(key))
     if dataset.on_bad_row == "error":
         _check_rows(opened)
 

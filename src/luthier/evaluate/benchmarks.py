@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.metrics.bootstrap import interval, paired
+from luthier.metrics.bootstrap import bootstrap_interval, compare_paired
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,9 +74,9 @@ def compare_benchmarks(benchmarks: Mapping[str, Any], level: float) -> dict[str,
                 if base:
                     found[label]["base"] = {"value": base["results"][task][name]}
             elif others is None:
-                found[label] = {"tuned": asdict(interval(rows, level))}
+                found[label] = {"tuned": asdict(bootstrap_interval(rows, level))}
             else:
-                pair = paired(others, rows, level)
+                pair = compare_paired(others, rows, level)
                 found[label] = {
                     "base": asdict(pair.first), "tuned": asdict(pair.second),
                     "difference": asdict(pair.difference),
@@ -102,9 +102,9 @@ def _folder(folder: str | None) -> str | None:
 
 
 def _no_task(name: str, known: Sequence[str]) -> str:
-    from luthier.errors import nearest
+    from luthier.errors import nearest_option
 
-    near = nearest(name, known)
+    near = nearest_option(name, known)
     guess = f" Did you mean {near}?" if near else ""
     return f"lm-evaluation-harness has no task {name!r}.{guess} `lm-eval ls tasks` lists them."
 

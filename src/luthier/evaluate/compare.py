@@ -13,7 +13,7 @@ from rich.text import Text
 from luthier.evaluate.likelihood import LOSS, ModelScores
 from luthier.evaluate.rows import EvaluationRows
 from luthier.infer.stream import printable
-from luthier.metrics.bootstrap import interval, paired
+from luthier.metrics.bootstrap import bootstrap_interval, compare_paired
 
 EXAMPLES = 3
 """Rows won, and rows lost, that are shown."""
@@ -58,11 +58,14 @@ def compare_outcomes(
     samples = tuned.samples()
     numbers: dict[str, dict[str, Any]] = {}
     if base is None:
-        numbers = {name: {"tuned": asdict(interval(each, level))} for name, each in samples.items()}
+        numbers = {
+            name: {"tuned": asdict(bootstrap_interval(each, level))}
+            for name, each in samples.items()
+        }
     else:
         others = base.samples()
         for name, sample in samples.items():
-            found = paired(others[name], sample, level)
+            found = compare_paired(others[name], sample, level)
             numbers[name] = {
                 "base": asdict(found.first), "tuned": asdict(found.second),
                 "difference": asdict(found.difference),

@@ -26,7 +26,7 @@ from luthier.evaluate.rows import (
 )
 from luthier.infer.llm import WeightPrecision, parse_weight_precision
 from luthier.infer.questions import Question
-from luthier.metrics import Measured, classification
+from luthier.metrics import MetricScores, classification
 from luthier.metrics.classification import are_entity_tags
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.train.methods.classify import (
@@ -79,7 +79,7 @@ class HeadScorer(ABC):
     @abstractmethod
     def score(
         self, items: Sequence[EvaluationRow], said: Sequence[Any]
-    ) -> tuple[Measured, list[str]]:
+    ) -> tuple[MetricScores, list[str]]:
         """The numbers over all rows, and what was said of each in words."""
 
 
@@ -131,7 +131,7 @@ class ClassScorer(HeadScorer):
 
     def score(
         self, items: Sequence[EvaluationRow], said: Sequence[Any]
-    ) -> tuple[Measured, list[str]]:
+    ) -> tuple[MetricScores, list[str]]:
         """Accuracy and F1, or errors."""
         labels = [json.loads(item.values["label"]) for item in items]
         wanted = np.stack([encode_label(self.labels, label) for label in labels])
@@ -184,14 +184,14 @@ class TagScorer(HeadScorer):
 
     def score(
         self, items: Sequence[EvaluationRow], said: Sequence[Any]
-    ) -> tuple[Measured, list[str]]:
+    ) -> tuple[MetricScores, list[str]]:
         """Accuracy over words, and the scores of entities."""
         predicted = [
             predict_word_tags(self.labels, item.values, one)
             for item, one in zip(items, said, strict=True)
         ]
         wanted = [json.loads(item.values["tags"]) for item in items]
-        return classification.tags(predicted, wanted, self._are_entities), [
+        return classification.tag_samples(predicted, wanted, self._are_entities), [
             *map(" ".join, predicted)
         ]
 
@@ -235,11 +235,11 @@ class RewardScorer(HeadScorer):
 
     def score(
         self, items: Sequence[EvaluationRow], said: Sequence[Any]
-    ) -> tuple[Measured, list[str]]:
+    ) -> tuple[MetricScores, list[str]]:
         """Accuracy and margin."""
         rewards = np.array(said, float)
         texts = [f"{one:+.3g} chosen, {other:+.3g} rejected" for one, other in rewards]
-        return classification.pairs(rewards[:, 0], rewards[:, 1]), texts
+        return classification.preference_samples(rewards[:, 0], rewards[:, 1]), texts
 
 
 def _named(labels: LabelSet, label: Any, where: str) -> str:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from luthier.chat import IGNORED
 from luthier.evaluate.rows import EvaluationRow
-from luthier.metrics import Measured
-from luthier.metrics.bootstrap import Statistics
+from luthier.metrics import MetricScores
+from luthier.metrics.bootstrap import SumStatistics
 
 # What a model makes of a set of rows.
 
@@ -25,16 +25,18 @@ class ModelScores:
     """(rows, 2): the summed loss of each row, and over how many tokens, words or labels."""
     replies: list[str]
     """Its answers to the rows that ask something, in order."""
-    scored: Measured
+    scored: MetricScores
     """The metrics of these."""
     has_perplexity: bool = True
     """Whether the loss is a negative log-likelihood of tokens."""
 
-    def samples(self) -> dict[str, "Sequence[float] | Statistics"]:
+    def samples(self) -> dict[str, "Sequence[float] | SumStatistics"]:
         """What is resampled for each number, by name; those that have nothing for each row not."""
-        found: dict[str, Sequence[float] | Statistics] = {LOSS: Statistics(self.losses, _mean)}
+        found: dict[str, Sequence[float] | SumStatistics] = {
+            LOSS: SumStatistics(self.losses, _mean)
+        }
         if self.has_perplexity:
-            found[PERPLEXITY] = Statistics(self.losses, lambda sums: np.exp(_mean(sums)))
+            found[PERPLEXITY] = SumStatistics(self.losses, lambda sums: np.exp(_mean(sums)))
         for name in self.scored.values:
             sample = self.scored.sample(name)
             if sample is not None:

@@ -17,7 +17,7 @@ from luthier.evaluate.rows import (
     rows_with_replies,
 )
 from luthier.infer.llm import LLM
-from luthier.metrics import Measured, Metric, Reply, score_replies
+from luthier.metrics import Metric, MetricScores, Reply, score_replies
 from luthier.model.adapters import HEAD_TASKS
 from luthier.model.artifact import find_artifact
 
@@ -43,7 +43,7 @@ def measure_model(
         losses = compute_losses(llm.model, items.rows, bar.update)
     asked = [item for item in items.rows if item.question is not None] if metrics else []
     if not asked:
-        return ModelScores(losses, [], Measured({}))
+        return ModelScores(losses, [], MetricScores({}))
     questions = [item.question for item in asked if item.question is not None]
     prompts = [{"messages": each.messages, "tools": each.tools} for each in questions]
     with tqdm(total=len(asked), desc="replies", leave=False, disable=None) as bar:

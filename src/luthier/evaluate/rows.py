@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from luthier.chat import ChatEncoder, ChatError
-from luthier.config.methods import ROW_KINDS
+from luthier.config.methods import EXAMPLE_TYPES
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.data.encoders.plain_text import OnLong, WindowEncoder
 from luthier.data.encoders.tasks import Seq2SeqEncoder
@@ -134,9 +134,9 @@ def _add(
     kind = opened.row_format.example_type
     if kind not in maker.kinds:
         raise UserError(
-            f"{opened.source.label}: its rows are {ROW_KINDS[kind]}, and this model is measured on "
-            f"{', '.join(ROW_KINDS[one] for one in maker.kinds)}. If they are something else, say "
-            "so with dataset.type."
+            f"{opened.source.label}: its rows are {EXAMPLE_TYPES[kind]}, and this model "
+            f"is measured on {', '.join(EXAMPLE_TYPES[one] for one in maker.kinds)}. If they "
+            "are something else, say so with dataset.type."
         )
     maker.add(found, opened, placed)
 

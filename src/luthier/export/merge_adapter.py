@@ -17,7 +17,7 @@ from luthier.export.usage_snippets import ChatFormat
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import auto_class
 from luthier.record.plots import read_metrics
-from luthier.storage.atomic import filled, refuse_full_disk, refuse_target, write_json
+from luthier.storage.atomic import check_free_space, check_target, output_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +169,7 @@ def refuse_merge(order: MergeOrder, overwrite: bool) -> None:
                 f"{one.name} and {first.name} were trained on weights that were packed in "
                 "different ways. --onto original adds both to the weights before that."
             )
-    refuse_target(order.target, overwrite)
+    check_target(order.target, overwrite)
 
 
 def merge_adapters(order: MergeOrder, say: Say) -> None:
@@ -177,7 +177,7 @@ def merge_adapters(order: MergeOrder, say: Say) -> None:
 
     Raises UserError; a model that fails the check is left beside the target.
     """
-    with filled(order.target, keep=LogitsDiffer) as aside:
+    with output_folder(order.target, keep=LogitsDiffer) as aside:
         _make(order, aside, say)
     say(f"written   {order.target}")
 
@@ -213,7 +213,7 @@ def _weights(order: MergeOrder, aside: Path, say: Say) -> str:
         say(f"whole     the model is merged in memory, in float32: {why}")
         used = layout if order.packs else None
         return merge_in_memory.merge_in_memory(first, order.adapters, used, order.dtype, aside)
-    refuse_full_disk(merge.size, aside)
+    check_free_space(merge.size, aside)
     done = 0
     for number, entry in enumerate(merge.write(aside), 1):
         done += entry.size

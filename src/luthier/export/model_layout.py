@@ -10,7 +10,7 @@ from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
 from luthier.model.artifact import Artifact
 from luthier.model.load import build_empty_model, insert_quantized_layers, label_settings
-from luthier.storage.sizes import head_of
+from luthier.storage.sizes import read_safetensors_header
 
 
 class NeedsMemoryMerge(Exception):
@@ -124,7 +124,7 @@ def embedding_rows_needed(folder: Path) -> int:
     given = config.get("trainable_token_indices") or []
     lists = given.values() if isinstance(given, dict) else [given]
     ends = [max(ids) + 1 for ids in lists if ids]
-    tensors = head_of(folder / "adapter_model.safetensors").tensors
+    tensors = read_safetensors_header(folder / "adapter_model.safetensors").tensors
     wholes = [one["shape"][0] for name, one in tensors.items() if name.endswith(_EMBEDDINGS)]
     return max([0, *ends, *wholes])
 

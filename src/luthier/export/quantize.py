@@ -14,7 +14,7 @@ from luthier.export.model_layout import base_folder
 from luthier.export.weight_files import INDEX, SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
 from luthier.model.load import auto_class
-from luthier.storage.atomic import filled
+from luthier.storage.atomic import output_folder
 from luthier.storage.manifest import MANIFEST
 
 CALIBRATION = 256
@@ -70,7 +70,7 @@ def quantize_merged(
 def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[str], None]) -> None:
     """Pack a model that has no adapter and write it to `target`."""
     source = base_folder(artifact)
-    with filled(target) as aside:
+    with output_folder(target) as aside:
         for file in [*list_weight_files(source), *source.glob("*.json"), *source.glob("*.jinja")]:
             if file.name not in (MANIFEST, model_facts.FILE):
                 shutil.copyfile(file, aside / file.name)

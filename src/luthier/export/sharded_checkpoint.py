@@ -10,7 +10,7 @@ from luthier.export import merge_streaming, model_facts, weight_files, write_car
 from luthier.export.model_layout import layout_of
 from luthier.export.weight_files import TensorEntry, write_weights
 from luthier.model.artifact import Artifact
-from luthier.storage.atomic import refuse_full_disk
+from luthier.storage.atomic import check_free_space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ def _from_fsdp(
         # A headless model's own names begin so: then nothing was put before them.
         planned = [TensorEntry(prefix + entry.name, entry.dtype, entry.shape) for entry in planned]
         prefix = ""
-    refuse_full_disk(sum(entry.size for entry in planned), target)
+    check_free_space(sum(entry.size for entry in planned), target)
     done = {
         entry.name: entry for entry in write_weights(target, planned, _reader(shards, kept, prefix))
     }

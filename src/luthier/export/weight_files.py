@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
-from luthier.storage.sizes import head_of
+from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 def read_tensor_entries(file: Path) -> list[TensorEntry]:
     """The tensors of a safetensors file in the order of their bytes."""
-    head = head_of(file)
+    head = read_safetensors_header(file)
     entries = [
         TensorEntry(
             name, one["dtype"], tuple(one["shape"]), file, head.start + one["data_offsets"][0]

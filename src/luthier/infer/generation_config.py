@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from luthier.errors import UserError, nearest
+from luthier.errors import UserError, nearest_option
 
 MAX_NEW_TOKENS = 512
 """The longest reply where nobody says otherwise, in tokens."""
@@ -72,7 +72,7 @@ def check_generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in _REFUSED:
             raise UserError(f"{name}: {_REFUSED[name]}.")
         if name not in generation_setting_names():
-            near = nearest(name, generation_setting_names())
+            near = nearest_option(name, generation_setting_names())
             guess = f" Did you mean {near}?" if near else ""
             raise UserError(f"{name}: is not a setting of transformers.GenerationConfig.{guess}")
     settings = dict(given)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from luthier import data, model
 from luthier.chat import IGNORED, ChatBatch, ChatEncoder, ChatError, ChatSequence, Reply, Segment
 from luthier.chat.encoder import ChatPromptEncoder
-from luthier.config import load
+from luthier.config import load_config
 from luthier.config.methods import METHODS
 from luthier.config.schema import ChatSettings, DatasetConfig, RunConfig
 from luthier.data import Example
@@ -161,7 +161,7 @@ def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> 
     configuration or the files, before anything large is imported where it can be known, and for
     rows that are neither conversations nor plain text.
     """
-    config = load(overrides).config
+    config = load_config(overrides).config
     data.check_sources(_lenient(config.dataset) if bad_rows else config.dataset)
     batching = batching_of(config)
     # A folder that holds a tokenizer and nothing else is enough here.

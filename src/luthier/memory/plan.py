@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from luthier.config.schema import RunConfig
-from luthier.environment import hush_kernels
+from luthier.environment import quiet_bitsandbytes
 from luthier.memory import workload as machines
 from luthier.memory import workload as workloads
 from luthier.memory.estimate import Estimate, estimate_memory, gradient_shares
@@ -92,7 +92,7 @@ def choose_checkpointing(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What libraries say of their own future and kernels is no matter of a plan."""
-    hush_kernels()
+    quiet_bitsandbytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,11 +1,11 @@
 """Task metrics of generated replies, their confidence, and rewards: nothing heavy until used."""
 
-from luthier.metrics.base import Measured, Metric, Reply, prepare_metrics, score_replies
+from luthier.metrics.metric import Metric, MetricScores, Reply, prepare_metrics, score_replies
 from luthier.metrics.parse import check_metrics, greater_is_better, parse_metrics
 
 __all__ = [
-    "Measured",
     "Metric",
+    "MetricScores",
     "Reply",
     "check_metrics",
     "greater_is_better",

@@ -21,7 +21,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Statistics:
+class SumStatistics:
     """A number that is made of sums over rows, such as BLEU of its n-gram counts."""
 
     rows: NDArray[Any]
@@ -45,7 +45,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Two systems on the same rows: the difference second minus first, and how sure its sign is."""
 
     first: Interval
@@ -57,8 +57,8 @@ class Paired:
     """The share of draws in which it is lower."""
 
 
-def interval(
-    sample: Sequence[float] | Statistics,
+def bootstrap_interval(
+    sample: Sequence[float] | SumStatistics,
     level: float = 0.95,
     draws: int = 10_000,
     seed: int = 0,
@@ -72,13 +72,13 @@ def interval(
     return _interval(statistics.whole(), statistics.value(sums), level)
 
 
-def paired(
-    first: Sequence[float] | Statistics,
-    second: Sequence[float] | Statistics,
+def compare_paired(
+    first: Sequence[float] | SumStatistics,
+    second: Sequence[float] | SumStatistics,
     level: float = 0.95,
     draws: int = 10_000,
     seed: int = 0,
-) -> Paired:
+) -> PairedComparison:
     """Compare two systems that answered the same rows, in the same order.
 
     Raises ValueError if they have not equally many rows.
@@ -89,7 +89,7 @@ def paired(
     sums = _resampled([one.rows, two.rows], draws, seed)
     before, after = one.value(sums[0]), two.value(sums[1])
     difference = after - before
-    return Paired(
+    return PairedComparison(
         first=_interval(one.whole(), before, level),
         second=_interval(two.whole(), after, level),
         difference=_interval(two.whole() - one.whole(), difference, level),
@@ -98,12 +98,12 @@ def paired(
     )
 
 
-def _statistics(sample: Sequence[float] | Statistics) -> Statistics:
+def _statistics(sample: Sequence[float] | SumStatistics) -> SumStatistics:
     """Row scores as sums: the mean is their sum over as many rows."""
-    if isinstance(sample, Statistics):
+    if isinstance(sample, SumStatistics):
         return sample
     rows = np.asarray(sample, dtype=float).reshape(-1, 1)
-    return Statistics(rows, lambda sums: sums[:, 0] / len(rows))
+    return SumStatistics(rows, lambda sums: sums[:, 0] / len(rows))
 
 
 def _resampled(tables: list[NDArray[Any]], draws: int, seed: int) -> list[NDArray[Any]]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.metrics.base import Measured
-from luthier.metrics.bootstrap import Statistics
+from luthier.metrics.bootstrap import SumStatistics
+from luthier.metrics.metric import MetricScores
 from luthier.metrics.text import macro_f1
 
 # Scores of predicted classes and numbers, over all rows at once.
@@ -96,7 +96,7 @@ def are_entity_tags(tags: Iterable[str]) -> bool:
     return bool(others) and all(map(_TAG.fullmatch, others))
 
 
-def entities(tags: Sequence[str]) -> Iterator[Entity]:
+def find_entities(tags: Sequence[str]) -> Iterator[Entity]:
     """The entities of one sentence, in order."""
     begin = 0
     around = [OUTSIDE, *tags, OUTSIDE]
@@ -123,7 +123,7 @@ def _begins(before: str, tag: str) -> bool:
 
 def entity_counts(predicted: Sequence[str], right: Sequence[str]) -> tuple[int, int, int]:
     """Of one sentence: right entities, those predicted, and those there are."""
-    said, wanted = set(entities(predicted)), set(entities(right))
+    said, wanted = set(find_entities(predicted)), set(find_entities(right))
     return len(said & wanted), len(said), len(wanted)
 
 
@@ -145,55 +145,55 @@ def entity_scores(
     }
 
 
-def single_label_samples(predicted: Array, right: Array, classes: int) -> Measured:
+def single_label_samples(predicted: Array, right: Array, classes: int) -> MetricScores:
     """Accuracy, macro and micro F1 of one class a row: class numbers, shape (rows,)."""
     flags = np.eye(classes, dtype=bool)
     return multi_label_samples(flags[predicted], flags[right])
 
 
-def multi_label_samples(predicted: Array, right: Array) -> Measured:
+def multi_label_samples(predicted: Array, right: Array) -> MetricScores:
     """The same of several classes a row: truth values, shape (rows, classes)."""
     hits, either = predicted & right, predicted.astype(int) + right
     whole = (predicted == right).all(axis=1).astype(float).tolist()
     micro = np.stack([hits.sum(axis=1), either.sum(axis=1)], axis=1)
     statistics = {
-        "macro_f1": Statistics(np.hstack([hits, either]), macro_f1),
-        "micro_f1": Statistics(micro, lambda sums: 2 * sums[:, 0] / np.maximum(sums[:, 1], 1)),
+        "macro_f1": SumStatistics(np.hstack([hits, either]), macro_f1),
+        "micro_f1": SumStatistics(micro, lambda sums: 2 * sums[:, 0] / np.maximum(sums[:, 1], 1)),
     }
     return _measured({"accuracy": whole}, statistics)
 
 
-def regression_samples(predicted: Array, right: Array) -> Measured:
+def regression_samples(predicted: Array, right: Array) -> MetricScores:
     """Mean absolute error, root mean square error and Pearson's correlation; shape (rows,)."""
     one, other = predicted.astype(float), right.astype(float)
     error = one - other
     moments = np.stack([np.ones_like(one), one, other, one**2, other**2, one * other], axis=1)
     statistics = {
-        "rmse": Statistics(
+        "rmse": SumStatistics(
             np.stack([error**2, np.ones_like(error)], axis=1),
             lambda sums: np.sqrt(sums[:, 0] / sums[:, 1]),
         ),
-        "pearson": Statistics(moments, pearson),
+        "pearson": SumStatistics(moments, pearson),
     }
     return _measured({"mae": np.abs(error).tolist()}, statistics)
 
 
-def tags(
+def tag_samples(
     predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]], are_entities: bool
-) -> Measured:
+) -> MetricScores:
     """Accuracy over all words, and where tags are of entities, their precision, recall and F1."""
     hits = [
         sum(a == b for a, b in zip(said, wanted, strict=True))
         for said, wanted in zip(predicted, right, strict=True)
     ]
     words = np.array([[hit, len(wanted)] for hit, wanted in zip(hits, right, strict=True)])
-    statistics = {"accuracy": Statistics(words, lambda sums: sums[:, 0] / sums[:, 1])}
+    statistics = {"accuracy": SumStatistics(words, lambda sums: sums[:, 0] / sums[:, 1])}
     if are_entities:
         counts = np.array([entity_counts(*pair) for pair in zip(predicted, right, strict=True)])
         statistics |= {
-            "entity_precision": Statistics(counts, lambda s: s[:, 0] / np.maximum(s[:, 1], 1)),
-            "entity_recall": Statistics(counts, lambda s: s[:, 0] / np.maximum(s[:, 2], 1)),
-            "entity_f1": Statistics(
+            "entity_precision": SumStatistics(counts, lambda s: s[:, 0] / np.maximum(s[:, 1], 1)),
+            "entity_recall": SumStatistics(counts, lambda s: s[:, 0] / np.maximum(s[:, 2], 1)),
+            "entity_f1": SumStatistics(
                 counts, lambda s: 2 * s[:, 0] / np.maximum(s[:, 1] + s[:, 2], 1)
             ),
         }
@@ -201,7 +201,7 @@ def tags(
     return _measured(rows, statistics)
 
 
-def pairs(chosen: Array, rejected: Array) -> Measured:
+def preference_samples(chosen: Array, rejected: Array) -> MetricScores:
     """The share of pairs in the right order, and the mean margin; rewards of shape (rows,)."""
     margin = chosen - rejected
     return _measured(
@@ -209,7 +209,9 @@ def pairs(chosen: Array, rejected: Array) -> Measured:
     )
 
 
-def _measured(rows: Mapping[str, list[float]], statistics: Mapping[str, Statistics]) -> Measured:
+def _measured(
+    rows: Mapping[str, list[float]], statistics: Mapping[str, SumStatistics]
+) -> MetricScores:
     means = {name: float(np.mean(own)) for name, own in rows.items()}
     whole = {name: one.whole() for name, one in statistics.items()}
-    return Measured(means | whole, dict(rows), dict(statistics))
+    return MetricScores(means | whole, dict(rows), dict(statistics))

@@ -21,16 +21,16 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from luthier.errors import UserError, choice
-from luthier.errors import value as shown
-from luthier.metrics.base import Measured, Metric, Reply, excerpt, mean
+from luthier.errors import UserError, suggest_options
+from luthier.errors import format_value as shown
+from luthier.metrics.metric import Metric, MetricScores, Reply, excerpt, mean
 
 # A user's own function by its dotted path: looked for without running it, then loaded once.
 
-PREFIX = "python:"
+FUNCTION_PREFIX = "python:"
 
 
-def missing(path: str) -> str | None:
+def check_function_path(path: str) -> str | None:
     """What is wrong with `python:module.function`, as far as can be told without importing it.
 
     Modules are found among what is installed and in the working directory.
@@ -46,11 +46,11 @@ def missing(path: str) -> str | None:
         return f"{path}: there is no module {module} (looked in {_searched()})."
     if known is None or name in known:
         return None
-    return f"{path}: the module {module} has no function {name!r}. {choice(name, known)}"
+    return f"{path}: the module {module} has no function {name!r}. {suggest_options(name, known)}"
 
 
 @cache
-def load(path: str) -> Callable[..., Any]:
+def load_function(path: str) -> Callable[..., Any]:
     """The function of `python:module.function`; raises UserError where there is none."""
     module_name, name = _split(path)
     # Behind what is installed, so that a file here called json.py replaces nothing.
@@ -59,17 +59,20 @@ def load(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise UserError(f"{path}: importing {module_name} failed: {described(error)}") from error
+        raise UserError(
+            f"{path}: importing {module_name} failed: {describe_exception(error)}"
+        ) from error
     found = vars(module).get(name)
     if not callable(found):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(
-            f"{path}: the module {module_name} has no function {name!r}. {choice(name, known)}"
+            f"{path}: the module {module_name} has no function {name!r}. "
+            f"{suggest_options(name, known)}"
         )
     return found
 
 
-def described(error: Exception) -> str:
+def describe_exception(error: Exception) -> str:
     """What an exception says, with the last place of the user's own code."""
     outside = [
         frame
@@ -81,7 +84,7 @@ def described(error: Exception) -> str:
 
 
 def _split(path: str) -> tuple[str, str]:
-    module, _, name = path.removeprefix(PREFIX).rpartition(".")
+    module, _, name = path.removeprefix(FUNCTION_PREFIX).rpartition(".")
     return module, name
 
 
@@ -136,7 +139,7 @@ def _given(node: ast.stmt) -> set[str] | None:
     return set() if isinstance(node, ast.Expr | ast.Pass) else None
 
 
-class OwnMetric(Metric):
+class FunctionMetric(Metric):
     """`python:module.function`, called with predictions, references and rows."""
 
     path: str
@@ -146,7 +149,7 @@ class OwnMetric(Metric):
 
     def prepare(self, references: Sequence[str]) -> None:
         """Load the function and see that it takes what it will get."""
-        function = load(self.path)
+        function = load_function(self.path)
         try:
             inspect.signature(function).bind([], [], [], **self.arguments)
         except ValueError:  # some built-in functions do not tell
@@ -157,10 +160,10 @@ class OwnMetric(Metric):
                 f"called with predictions, references, rows and the metric's settings: {error}."
             ) from error
 
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """What the function returns."""
         try:
-            returned = load(self.path)(
+            returned = load_function(self.path)(
                 [reply.prediction for reply in replies],
                 [reply.reference for reply in replies],
                 [dict(reply.row) for reply in replies],
@@ -169,8 +172,10 @@ class OwnMetric(Metric):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"metric {self.name}: it failed: {described(error)}") from error
-        return read(returned, self.name, len(replies))
+            raise UserError(
+                f"metric {self.name}: it failed: {describe_exception(error)}"
+            ) from error
+        return read_returned_scores(returned, self.name, len(replies))
 
 
 class HubMetric(Metric):
@@ -187,7 +192,7 @@ class HubMetric(Metric):
         """Fetch the metric."""
         _evaluate(self.path)
 
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """What `compute` returns; what is no number there, such as a version, is left out."""
         try:
             returned = _evaluate(self.path).compute(
@@ -197,9 +202,9 @@ class HubMetric(Metric):
             )
         except Exception as error:
             raise UserError(
-                f"metric {self.name}: {self.path} of evaluate failed: {described(error)}"
+                f"metric {self.name}: {self.path} of evaluate failed: {describe_exception(error)}"
             ) from error
-        return read(_numbers(returned, len(replies)), self.name, len(replies))
+        return read_returned_scores(_numbers(returned, len(replies)), self.name, len(replies))
 
 
 @cache
@@ -230,7 +235,7 @@ def _numbers(returned: Any, count: int) -> Any:
     }
 
 
-def read(returned: Any, name: str, count: int) -> Measured:
+def read_returned_scores(returned: Any, name: str, count: int) -> MetricScores:
     """The numbers in what a function returned for so many replies; raises UserError for others.
 
     Of a mapping, the key that is called as the metric is its main number; the others are called
@@ -246,12 +251,12 @@ def read(returned: Any, name: str, count: int) -> Measured:
         found = _one(value, name if key == name else f"{name}/{key}", name, count)
         values |= found.values
         rows |= found.rows
-    return Measured(values, rows)
+    return MetricScores(values, rows)
 
 
-def _one(value: Any, key: str, name: str, count: int) -> Measured:
+def _one(value: Any, key: str, name: str, count: int) -> MetricScores:
     if isinstance(value, Real):
-        return Measured({key: _finite(value, key, name)})
+        return MetricScores({key: _finite(value, key, name)})
     if not _is_rows(value):
         raise UserError(
             f"metric {name}: {key} is {shown(value)} ({type(value).__name__}). Return a "
@@ -260,7 +265,7 @@ def _one(value: Any, key: str, name: str, count: int) -> Measured:
     if len(value) != count:
         raise UserError(f"metric {name}: {key} has {len(value)} numbers for {count} replies.")
     rows = [_finite(item, key, name) for item in value]
-    return Measured({key: mean(rows)}, {key: rows})
+    return MetricScores({key: mean(rows)}, {key: rows})
 
 
 def _is_rows(value: Any) -> bool:

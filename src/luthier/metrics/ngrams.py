@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from luthier.metrics.base import Measured, Metric, Reply, RowMetric
+from luthier.metrics.metric import Metric, MetricScores, Reply, RowMetric
 
 _TOKENIZER_PACKAGES = {
     "ja-mecab": ("MeCab", "ipadic"),
@@ -16,7 +16,7 @@ _TOKENIZER_PACKAGES = {
 }
 
 
-class Rouge(RowMetric):
+class Rouge1(RowMetric):
     """The mean F of ROUGE-1: shared words (Lin 2004, by rouge-score), from 0 to 1."""
 
     packages: ClassVar[tuple[str, ...]] = ("rouge_score",)
@@ -42,19 +42,19 @@ class Rouge(RowMetric):
         return float(scores[self.kind].fmeasure)
 
 
-class Rouge2(Rouge):
+class Rouge2(Rouge1):
     """The mean F of ROUGE-2: shared pairs of words."""
 
     kind: ClassVar[str] = "rouge2"
 
 
-class RougeL(Rouge):
+class RougeL(Rouge1):
     """The mean F of ROUGE-L: the longest common subsequence of words."""
 
     kind: ClassVar[str] = "rougeL"
 
 
-class RougeLsum(Rouge):
+class RougeLsum(Rouge1):
     """The mean F of ROUGE-L for summaries: sentences are lines."""
 
     kind: ClassVar[str] = "rougeLsum"
@@ -67,7 +67,7 @@ def _rouge(kind: str, stemmer: bool) -> Any:
     return RougeScorer([kind], use_stemmer=stemmer)
 
 
-class Corpus(Metric):
+class CorpusMetric(Metric):
     """A metric of sacrebleu: counts are added up over all replies, so it is no mean of rows."""
 
     packages: ClassVar[tuple[str, ...]] = ("sacrebleu",)
@@ -80,21 +80,21 @@ class Corpus(Metric):
         self._scorer(for_rows=False)
         super().prepare(references)
 
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """The corpus score, that of each reply by itself, and the counts of both."""
         import numpy as np
 
-        from luthier.metrics.bootstrap import Statistics
+        from luthier.metrics.bootstrap import SumStatistics
 
         whole, single = self._scorer(for_rows=False), self._scorer(for_rows=True)
         counts = whole._extract_corpus_statistics(
             [reply.prediction for reply in replies], [[reply.reference for reply in replies]]
         )
-        made = Statistics(
+        made = SumStatistics(
             np.array(counts, dtype=float), lambda sums: np.array([_score(whole, s) for s in sums])
         )
         rows = [_score(single, row) for row in counts]
-        return Measured({self.name: made.whole()}, {self.name: rows}, {self.name: made})
+        return MetricScores({self.name: made.whole()}, {self.name: rows}, {self.name: made})
 
     @abstractmethod
     def _scorer(self, for_rows: bool) -> Any:
@@ -105,7 +105,7 @@ def _score(scorer: Any, sums: Any) -> float:
     return float(scorer._compute_score_from_stats([int(count) for count in sums]).score)
 
 
-class Bleu(Corpus):
+class Bleu(CorpusMetric):
     """BLEU of the corpus (Papineni et al. 2002, by sacrebleu), from 0 to 100."""
 
     tokenize: Literal["13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab"] = "13a"
@@ -125,7 +125,7 @@ class Bleu(Corpus):
         )
 
 
-class Chrf(Corpus):
+class Chrf(CorpusMetric):
     """chrF of the corpus (Popović 2015, by sacrebleu), from 0 to 100, for any script."""
 
     char_order: PositiveInt = 6

@@ -8,10 +8,10 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from luthier.errors import Mistake, UserError, choice, nearest, value
-from luthier.metrics.base import Metric
-from luthier.metrics.custom import PREFIX, HubMetric, OwnMetric, missing
-from luthier.metrics.ngrams import Bleu, Chrf, Rouge, Rouge2, RougeL, RougeLsum
+from luthier.errors import Mistake, UserError, format_value, nearest_option, suggest_options
+from luthier.metrics.custom import FUNCTION_PREFIX, FunctionMetric, HubMetric, check_function_path
+from luthier.metrics.metric import Metric
+from luthier.metrics.ngrams import Bleu, Chrf, Rouge1, Rouge2, RougeL, RougeLsum
 from luthier.metrics.structured import JsonF1, JsonValid
 from luthier.metrics.text import (
     Accuracy,
@@ -30,58 +30,64 @@ from luthier.metrics.text import (
 Built = TypeVar("Built", bound=BaseModel)
 
 
-class Wrong(Exception):
+class MetricEntryError(Exception):
     """Something wrong with one entry, in words."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class MetricEntry:
     """One metric or reward as it was written."""
 
     name: str
     settings: dict[str, Any]
 
 
-def entries(given: object) -> Iterator[Entry | Wrong]:
+def parse_entries(given: object) -> Iterator[MetricEntry | MetricEntryError]:
     """What a list says, one by one; what is no entry, as the words for it."""
     if not isinstance(given, Sequence) or isinstance(given, str):
-        yield Wrong(f"{value(given)} is not a list. Write [{given}].")
+        yield MetricEntryError(f"{format_value(given)} is not a list. Write [{given}].")
         return
     for item in given:
         try:
             yield _entry(item)
-        except Wrong as wrong:
+        except MetricEntryError as wrong:
             yield wrong
 
 
-def _entry(item: object) -> Entry:
+def _entry(item: object) -> MetricEntry:
     if isinstance(item, str) and item.strip():
-        return Entry(item.strip(), {})
+        return MetricEntry(item.strip(), {})
     if not isinstance(item, Mapping) or not item:
-        raise Wrong(
-            f"{value(item)} is not a name, or a name with its settings: {{name: {{key: value}}}}."
+        raise MetricEntryError(
+            f"{format_value(item)} is not a name, or a name with its settings: "
+            "{name: {key: value}}."
         )
     (name, settings), *more = item.items()
     if more:
-        raise Wrong(
-            f"{value(dict(item))} has several keys. One entry is {{{name}: {{key: value}}}}: in "
-            f"a block, settings stand below `- {name}:`, four spaces further than its dash."
+        raise MetricEntryError(
+            f"{format_value(dict(item))} has several keys. One entry is "
+            f"{{{name}: {{key: value}}}}: in a block, settings stand below `- {name}:`, four "
+            "spaces further than its dash."
         )
     if not isinstance(settings, Mapping | None):
-        raise Wrong(f"{name}: {value(settings)} is not a mapping of settings to values.")
-    return Entry(str(name), {str(key): setting for key, setting in (settings or {}).items()})
+        raise MetricEntryError(
+            f"{name}: {format_value(settings)} is not a mapping of settings to values."
+        )
+    return MetricEntry(str(name), {str(key): setting for key, setting in (settings or {}).items()})
 
 
-def unknown(name: str, known: Sequence[str], what: str, others: str) -> Wrong:
+def unknown_name_error(name: str, known: Sequence[str], what: str, others: str) -> MetricEntryError:
     """The words for a name that is none of these; `others` are what may be written besides."""
-    close = nearest(name, known)
+    close = nearest_option(name, known)
     guess = f" Did you mean {close}?" if close else ""
-    return Wrong(
+    return MetricEntryError(
         f"there is no {what} {name!r}.{guess} Built in: {', '.join(known)}. Others: {others}."
     )
 
 
-def build(cls: type[Built], entry: Entry, fields: Mapping[str, Any], known: Sequence[str]) -> Built:
+def build_from_entry(
+    cls: type[Built], entry: MetricEntry, fields: Mapping[str, Any], known: Sequence[str]
+) -> Built:
     """An entry as the model of its settings; raises Wrong, in words.
 
     `fields` are what the model takes of them, `known` all settings that may be written.
@@ -90,19 +96,21 @@ def build(cls: type[Built], entry: Entry, fields: Mapping[str, Any], known: Sequ
         return cls.model_validate(dict(fields))
     except ValidationError as error:
         words = [_words(found, entry.name, cls, known) for found in error.errors(include_url=False)]
-        raise Wrong(" ".join(words)) from error
+        raise MetricEntryError(" ".join(words)) from error
 
 
 def _words(error: ErrorDetails, name: str, cls: type[BaseModel], known: Sequence[str]) -> str:
-    setting, given = str(error["loc"][0]) if error["loc"] else "", value(error["input"])
+    setting, given = str(error["loc"][0]) if error["loc"] else "", format_value(error["input"])
     if error["type"] == "missing":
         return f"{name} needs {setting}: write {{{name}: {{{setting}: ...}}}}."
     if error["type"] == "extra_forbidden":
-        return f"{name} has no setting {setting!r}. {choice(setting, set(known))}"
+        return f"{name} has no setting {setting!r}. {suggest_options(setting, set(known))}"
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
     if error["type"] == "literal_error":
-        options = choice(str(error["input"]), _options(cls.model_fields[setting].annotation))
+        options = suggest_options(
+            str(error["input"]), _options(cls.model_fields[setting].annotation)
+        )
         return f"{name}.{setting}: {given} is not an option. {options}"
     return f"{name}.{setting}: {given} does not fit: {error['msg'].replace('Input ', 'it ')}."
 
@@ -116,7 +124,7 @@ def _options(annotation: Any) -> Iterator[str]:
             yield from _options(part)
 
 
-METRICS: dict[str, type[Metric]] = {
+BUILT_IN_METRICS: dict[str, type[Metric]] = {
     "exact_match": ExactMatch,
     "normalised_match": NormalisedMatch,
     "contains": Contains,
@@ -127,7 +135,7 @@ METRICS: dict[str, type[Metric]] = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
     "token_f1": TokenF1,
-    "rouge1": Rouge,
+    "rouge1": Rouge1,
     "rouge2": Rouge2,
     "rougeL": RougeL,
     "rougeLsum": RougeLsum,
@@ -137,7 +145,7 @@ METRICS: dict[str, type[Metric]] = {
 }
 """The metrics that are built in."""
 
-KEY = "trainer.evaluation.metrics"
+METRICS_KEY = "trainer.evaluation.metrics"
 
 _HUB = "evaluate:"
 _OTHERS = "python:module.function, evaluate:NAME"
@@ -158,7 +166,7 @@ _TAKEN = frozenset(
 """Names under which the trainer already logs something."""
 
 
-def parse_metrics(given: object, key: str = KEY) -> list[Metric]:
+def parse_metrics(given: object, key: str = METRICS_KEY) -> list[Metric]:
     """The metrics of a config's list, such as `[exact_match, {regex: {pattern: "#### (.+)"}}]`.
 
     Raises UserError with all mistakes; `key` is where the list stands.
@@ -169,12 +177,12 @@ def parse_metrics(given: object, key: str = KEY) -> list[Metric]:
     return metrics
 
 
-def check_metrics(given: object, key: str = KEY) -> list[Mistake]:
+def check_metrics(given: object, key: str = METRICS_KEY) -> list[Mistake]:
     """What is wrong with a config's list of metrics, missing packages included; imports none."""
     return [Mistake(key, text) for text in _read(given)[1]]
 
 
-def greater_is_better(metrics: Sequence[Metric], name: str, key: str = KEY) -> bool:
+def greater_is_better(metrics: Sequence[Metric], name: str, key: str = METRICS_KEY) -> bool:
     """Whether the best checkpoint has the greatest value of this number (`json_f1/valid`, say).
 
     Raises UserError if no metric gives it, or if neither way is better.
@@ -188,21 +196,23 @@ def greater_is_better(metrics: Sequence[Metric], name: str, key: str = KEY) -> b
                 )
             return metric.greater_is_better
     raise UserError(
-        f"{key}: no metric {name!r} is measured. {choice(name, [m.name for m in metrics])}"
+        f"{key}: no metric {name!r} is measured. {suggest_options(name, [m.name for m in metrics])}"
     )
 
 
-def build_metric(entry: Entry, also: Sequence[str] = ()) -> Metric:
+def build_metric(entry: MetricEntry, also: Sequence[str] = ()) -> Metric:
     """The metric of one entry; raises Wrong. `also` are settings that someone else reads."""
-    if entry.name.startswith((PREFIX, _HUB)):
+    if entry.name.startswith((FUNCTION_PREFIX, _HUB)):
         return _foreign(entry)
-    cls = METRICS.get(entry.name)
+    cls = BUILT_IN_METRICS.get(entry.name)
     if cls is None:
-        raise unknown(entry.name, list(METRICS), "metric", _OTHERS)
-    return build(cls, entry, {"name": entry.name, **entry.settings}, [*cls.model_fields, *also])
+        raise unknown_name_error(entry.name, list(BUILT_IN_METRICS), "metric", _OTHERS)
+    return build_from_entry(
+        cls, entry, {"name": entry.name, **entry.settings}, [*cls.model_fields, *also]
+    )
 
 
-def absent(packages: Sequence[str]) -> str | None:
+def explain_missing_package(packages: Sequence[str]) -> str | None:
     """The words for the first of these packages that is not installed."""
     for package in packages:
         if find_spec(package) is None:
@@ -210,7 +220,7 @@ def absent(packages: Sequence[str]) -> str | None:
     return None
 
 
-def repeated(names: Sequence[str]) -> Iterator[str]:
+def check_names(names: Sequence[str]) -> Iterator[str]:
     """The words for names that stand twice, or are taken."""
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
@@ -225,37 +235,37 @@ def repeated(names: Sequence[str]) -> Iterator[str]:
 def _read(given: object) -> tuple[list[Metric], list[str]]:
     metrics: list[Metric] = []
     wrong: list[str] = []
-    for entry in entries(given):
+    for entry in parse_entries(given):
         try:
-            if isinstance(entry, Wrong):
+            if isinstance(entry, MetricEntryError):
                 raise entry
             metrics.append(_checked(build_metric(entry), entry))
-        except Wrong as found:
+        except MetricEntryError as found:
             wrong.append(str(found))
-    return metrics, wrong + list(repeated([metric.name for metric in metrics]))
+    return metrics, wrong + list(check_names([metric.name for metric in metrics]))
 
 
-def _checked(metric: Metric, entry: Entry) -> Metric:
+def _checked(metric: Metric, entry: MetricEntry) -> Metric:
     """The metric, if all that it needs is there."""
-    without = absent(metric.needed())
+    without = explain_missing_package(metric.needed())
     if without:
-        raise Wrong(f"{entry.name}: {without}")
-    if isinstance(metric, OwnMetric) and (problem := missing(metric.path)):
-        raise Wrong(problem)
+        raise MetricEntryError(f"{entry.name}: {without}")
+    if isinstance(metric, FunctionMetric) and (problem := check_function_path(metric.path)):
+        raise MetricEntryError(problem)
     return metric
 
 
-def _foreign(entry: Entry) -> Metric:
+def _foreign(entry: MetricEntry) -> Metric:
     """A function of the user's own or a metric of `evaluate`: their settings are arguments."""
     shared = {key: entry.settings[key] for key in _SHARED if key in entry.settings}
     rest = {key: given for key, given in entry.settings.items() if key not in _SHARED}
-    if entry.name.startswith(PREFIX):
+    if entry.name.startswith(FUNCTION_PREFIX):
         name, path = entry.name.rpartition(".")[2], entry.name
-        return build(
-            OwnMetric, entry, {"name": name, "path": path, "arguments": rest} | shared, _SHARED
+        return build_from_entry(
+            FunctionMetric, entry, {"name": name, "path": path, "arguments": rest} | shared, _SHARED
         )
     path = entry.name.removeprefix(_HUB)
     name = path.rstrip("/").rpartition("/")[2]
-    return build(
+    return build_from_entry(
         HubMetric, entry, {"name": name, "path": path, "arguments": rest} | shared, _SHARED
     )

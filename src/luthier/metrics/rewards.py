@@ -12,19 +12,24 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
 
-from luthier.errors import Mistake, UserError, choice
-from luthier.errors import value as shown
-from luthier.metrics.base import RowMetric
-from luthier.metrics.custom import PREFIX, described, load, missing
+from luthier.errors import Mistake, UserError, suggest_options
+from luthier.errors import format_value as shown
+from luthier.metrics.custom import (
+    FUNCTION_PREFIX,
+    check_function_path,
+    describe_exception,
+    load_function,
+)
+from luthier.metrics.metric import RowMetric
 from luthier.metrics.parse import (
-    Entry,
-    Wrong,
-    absent,
-    build,
+    MetricEntry,
+    MetricEntryError,
+    build_from_entry,
     build_metric,
-    entries,
-    repeated,
-    unknown,
+    check_names,
+    explain_missing_package,
+    parse_entries,
+    unknown_name_error,
 )
 
 # What a reward is: TRL's reward function with a name, a weight, and its mistakes in words.
@@ -58,7 +63,7 @@ class TextReward(Reward):
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Rewards:
         """The reward of each text."""
-        return [self.of(text_of(completion)) for completion in completions]
+        return [self.of(completion_text(completion)) for completion in completions]
 
     @abstractmethod
     def of(self, text: str) -> float:
@@ -75,7 +80,7 @@ class MetricReward(Reward):
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Rewards:
         """The metric of each completion; None where the row's reference is null."""
-        texts = [text_of(completion) for completion in completions]
+        texts = [completion_text(completion) for completion in completions]
         if not self.metric.needs_reference:
             return [self.metric.row(text, "") for text in texts]
         wanted = self.wanted(columns)
@@ -92,11 +97,11 @@ class MetricReward(Reward):
         known = [key for key, value in columns.items() if isinstance(value, list)]
         raise UserError(
             f"reward {self.name}: the rows have no column {self.reference!r} to compare with. "
-            f"{choice(self.reference, known)} Name it: {{...: {{reference: COLUMN}}}}."
+            f"{suggest_options(self.reference, known)} Name it: {{...: {{reference: COLUMN}}}}."
         )
 
 
-class OwnReward(Reward):
+class FunctionReward(Reward):
     """`python:module.function`, called as TRL calls reward functions."""
 
     path: str
@@ -107,22 +112,22 @@ class OwnReward(Reward):
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Rewards:
         """What the function returns, checked: one finite number or None for each completion."""
         try:
-            returned = load(self.path)(**self._taken(prompts, completions, columns))
+            returned = load_function(self.path)(**self._taken(prompts, completions, columns))
         except UserError:
             raise
         except Exception as error:
             raise self._failed(error) from error
-        return checked(returned, self.name, len(completions))
+        return read_returned_rewards(returned, self.name, len(completions))
 
     def _failed(self, error: Exception) -> UserError:
-        return UserError(f"reward {self.name}: {self.path} failed: {described(error)}")
+        return UserError(f"reward {self.name}: {self.path} failed: {describe_exception(error)}")
 
     def _taken(
         self, prompts: list[Any], completions: list[Any], columns: Mapping[str, Any]
     ) -> dict[str, Any]:
         """What the function takes of all that is there; raises UserError for what it lacks."""
         there = {"prompts": prompts, "completions": completions, **columns, **self.arguments}
-        parameters = inspect.signature(load(self.path)).parameters.values()
+        parameters = inspect.signature(load_function(self.path)).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             there = {p.name: there[p.name] for p in parameters if p.name in there}
         lacking = [p.name for p in parameters if _is_required(p) and p.name not in there]
@@ -135,7 +140,7 @@ class OwnReward(Reward):
         return there
 
 
-class AsyncReward(OwnReward):
+class AsyncFunctionReward(FunctionReward):
     """An `async def` of the user's own: TRL awaits several of them side by side."""
 
     async def __call__(  # type: ignore[override]
@@ -143,15 +148,15 @@ class AsyncReward(OwnReward):
     ) -> Rewards:
         """What the function returns, checked as above."""
         try:
-            returned = await load(self.path)(**self._taken(prompts, completions, columns))
+            returned = await load_function(self.path)(**self._taken(prompts, completions, columns))
         except UserError:
             raise
         except Exception as error:
             raise self._failed(error) from error
-        return checked(returned, self.name, len(completions))
+        return read_returned_rewards(returned, self.name, len(completions))
 
 
-def checked(returned: Any, name: str, count: int) -> Rewards:
+def read_returned_rewards(returned: Any, name: str, count: int) -> Rewards:
     """Rewards as plain numbers; raises UserError for too few, too many, NaN and no numbers."""
     if isinstance(returned, str | Mapping) or not isinstance(returned, Iterable):
         raise UserError(
@@ -166,7 +171,7 @@ def checked(returned: Any, name: str, count: int) -> Rewards:
     return rewards
 
 
-def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
+def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """The text of a completion: itself, or the content of its last message by the assistant."""
     if isinstance(completion, str):
         return completion
@@ -236,9 +241,9 @@ class LengthReward(Reward):
 
     def _lengths(self, completions: list[Any], columns: dict[str, Any]) -> list[int]:
         if self.unit == "words":
-            return [len(text_of(completion).split()) for completion in completions]
+            return [len(completion_text(completion).split()) for completion in completions]
         if self.unit == "characters":
-            return [len(text_of(completion)) for completion in completions]
+            return [len(completion_text(completion)) for completion in completions]
         ids = columns.get("completion_ids")
         if ids is None:
             raise UserError(
@@ -277,10 +282,10 @@ def _format(tags: Sequence[str], rest: bool) -> re.Pattern[str]:
     return re.compile(space + space.join(parts) + (inside if rest else space), re.DOTALL)
 
 
-OF_TEXT: dict[str, type[Reward]] = {"length": LengthReward, "format": FormatReward}
+TEXT_REWARDS: dict[str, type[Reward]] = {"length": LengthReward, "format": FormatReward}
 """The rewards that compare with nothing."""
 
-OF_METRICS = (
+METRIC_REWARDS = (
     "exact_match",
     "normalised_match",
     "contains",
@@ -295,12 +300,12 @@ OF_METRICS = (
 )
 """The metrics that are rewards too: those of single replies, from 0 to 1."""
 
-KEY = "trainer.rewards"
+REWARDS_KEY = "trainer.rewards"
 
 _OURS = ("name", "weight", "reference")
 
 
-def parse_rewards(given: object, key: str = KEY) -> tuple[list[Reward], list[float]]:
+def parse_rewards(given: object, key: str = REWARDS_KEY) -> tuple[list[Reward], list[float]]:
     """The reward functions of a config's list and their weights, as TRL takes them.
 
     `[{number: {reference: answer}}, {length: {max: 300, weight: 0.2}}, python:my.rewards.polite]`.
@@ -313,7 +318,7 @@ def parse_rewards(given: object, key: str = KEY) -> tuple[list[Reward], list[flo
     return [_loaded(reward) for reward in rewards], [reward.weight for reward in rewards]
 
 
-def check_rewards(given: object, key: str = KEY) -> list[Mistake]:
+def check_rewards(given: object, key: str = REWARDS_KEY) -> list[Mistake]:
     """What is wrong with a config's list of rewards; imports nothing."""
     return [Mistake(key, text) for text in _read(given)[1]]
 
@@ -357,51 +362,57 @@ def _ignore(*_: Any) -> None:
 def _read(given: object) -> tuple[list[Reward], list[str]]:
     rewards: list[Reward] = []
     wrong: list[str] = []
-    for entry in entries(given):
+    for entry in parse_entries(given):
         try:
-            if isinstance(entry, Wrong):
+            if isinstance(entry, MetricEntryError):
                 raise entry
             rewards.append(_reward(entry))
-        except Wrong as found:
+        except MetricEntryError as found:
             wrong.append(str(found))
-    return rewards, wrong + list(repeated([reward.name for reward in rewards]))
+    return rewards, wrong + list(check_names([reward.name for reward in rewards]))
 
 
-def _reward(entry: Entry) -> Reward:
-    if entry.name.startswith(PREFIX):
+def _reward(entry: MetricEntry) -> Reward:
+    if entry.name.startswith(FUNCTION_PREFIX):
         return _own(entry)
-    cls = OF_TEXT.get(entry.name)
+    cls = TEXT_REWARDS.get(entry.name)
     if cls is not None:
         known = list(cls.model_fields)
-        return build(cls, entry, {"name": entry.name, **entry.settings}, known)
-    if entry.name in OF_METRICS:
+        return build_from_entry(cls, entry, {"name": entry.name, **entry.settings}, known)
+    if entry.name in METRIC_REWARDS:
         return _of_metric(entry)
-    raise unknown(entry.name, [*OF_METRICS, *OF_TEXT], "reward", "python:module.function")
+    raise unknown_name_error(
+        entry.name, [*METRIC_REWARDS, *TEXT_REWARDS], "reward", "python:module.function"
+    )
 
 
-def _of_metric(entry: Entry) -> MetricReward:
+def _of_metric(entry: MetricEntry) -> MetricReward:
     """A metric's settings and the reward's own stand in one mapping."""
     ours = {key: entry.settings[key] for key in _OURS if key in entry.settings}
     theirs = {key: given for key, given in entry.settings.items() if key not in _OURS}
-    metric = build_metric(Entry(entry.name, theirs), also=_OURS)
-    if without := absent(metric.needed()):
-        raise Wrong(f"{entry.name}: {without}")
+    metric = build_metric(MetricEntry(entry.name, theirs), also=_OURS)
+    if without := explain_missing_package(metric.needed()):
+        raise MetricEntryError(f"{entry.name}: {without}")
     assert isinstance(metric, RowMetric)
-    return build(MetricReward, entry, {"name": entry.name, "metric": metric} | ours, _OURS)
+    return build_from_entry(
+        MetricReward, entry, {"name": entry.name, "metric": metric} | ours, _OURS
+    )
 
 
-def _own(entry: Entry) -> OwnReward:
-    if problem := missing(entry.name):
-        raise Wrong(problem)
+def _own(entry: MetricEntry) -> FunctionReward:
+    if problem := check_function_path(entry.name):
+        raise MetricEntryError(problem)
     ours = {key: entry.settings[key] for key in ("name", "weight") if key in entry.settings}
     rest = {key: given for key, given in entry.settings.items() if key not in ours}
     name = entry.name.rpartition(".")[2]
     fields = {"name": name, "path": entry.name, "arguments": rest} | ours
-    return build(OwnReward, entry, fields, ("name", "weight"))
+    return build_from_entry(FunctionReward, entry, fields, ("name", "weight"))
 
 
 def _loaded(reward: Reward) -> Reward:
     """A function of the user's own, as what it turns out to be."""
-    if isinstance(reward, OwnReward) and inspect.iscoroutinefunction(load(reward.path)):
-        return AsyncReward(**dict(reward))
+    if isinstance(reward, FunctionReward) and inspect.iscoroutinefunction(
+        load_function(reward.path)
+    ):
+        return AsyncFunctionReward(**dict(reward))
     return reward

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from luthier.errors import UserError
-from luthier.metrics.base import Measured, Reply, RowMetric, excerpt, mean
-from luthier.metrics.text import Ignored, normalise
+from luthier.metrics.metric import MetricScores, Reply, RowMetric, excerpt, mean
+from luthier.metrics.text import IgnoredDifference, normalise
 
-Field = tuple[tuple[str | int, ...], str, Any]
+JsonField = tuple[tuple[str | int, ...], str, Any]
 """Where a value stands, what kind it is (1 is not true), and the value."""
 
 
@@ -26,7 +26,7 @@ class JsonValid(RowMetric):
 
     def row(self, prediction: str, reference: str) -> float:
         """1 if the reply can be parsed."""
-        return float(parsed(prediction, self.fences) is not None)
+        return float(parse_json(prediction, self.fences) is not None)
 
 
 class JsonF1(RowMetric):
@@ -40,38 +40,38 @@ class JsonF1(RowMetric):
     """`unordered`: the place of an item in its list makes no difference."""
     fences: bool = False
     """Take off a Markdown code fence around the whole reply."""
-    ignore: tuple[Ignored, ...] = ()
+    ignore: tuple[IgnoredDifference, ...] = ()
     """What makes no difference between two texts."""
 
     def objection(self, reference: str) -> str | None:
         """A reference that is no JSON itself."""
-        return "is no JSON object or list" if parsed(reference, self.fences) is None else None
+        return "is no JSON object or list" if parse_json(reference, self.fences) is None else None
 
     def row(self, prediction: str, reference: str) -> float:
         """Twice the shared fields over all fields."""
-        wanted = parsed(reference, self.fences)
+        wanted = parse_json(reference, self.fences)
         if wanted is None:
             raise UserError(
                 f"metric {self.name}: the reference is no JSON object or list: {excerpt(reference)}"
             )
-        said = parsed(prediction, self.fences)
+        said = parse_json(prediction, self.fences)
         if said is None:
             return 0.0
         ours, theirs = self._fields(said), self._fields(wanted)
         return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
 
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """The mean F1 and the share of valid JSON, and both for each reply."""
         scored = super().measure(replies)
-        valid = [float(parsed(r.prediction, self.fences) is not None) for r in replies]
+        valid = [float(parse_json(r.prediction, self.fences) is not None) for r in replies]
         name = f"{self.name}/valid"
-        return Measured(scored.values | {name: mean(valid)}, scored.rows | {name: valid})
+        return MetricScores(scored.values | {name: mean(valid)}, scored.rows | {name: valid})
 
-    def _fields(self, value: Any) -> Counter[Field]:
-        return Counter(fields(value, self.lists == "ordered", self.ignore))
+    def _fields(self, value: Any) -> Counter[JsonField]:
+        return Counter(flatten_json(value, self.lists == "ordered", self.ignore))
 
 
-def parsed(text: str, fences: bool) -> dict[str, Any] | list[Any] | None:
+def parse_json(text: str, fences: bool) -> dict[str, Any] | list[Any] | None:
     """The JSON object or list that the text is; None if it is neither.
 
     What only Python's parser takes (NaN, Infinity) is no JSON.
@@ -97,7 +97,9 @@ def _unfenced(text: str) -> str:
     return rest.removesuffix("```")
 
 
-def fields(value: Any, ordered: bool, ignore: Collection[Ignored]) -> Iterator[Field]:
+def flatten_json(
+    value: Any, ordered: bool, ignore: Collection[IgnoredDifference]
+) -> Iterator[JsonField]:
     """The leaves of a JSON value, each with its path."""
     rest: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while rest:
@@ -110,7 +112,7 @@ def fields(value: Any, ordered: bool, ignore: Collection[Ignored]) -> Iterator[F
             yield (path, *_leaf(value, ignore))
 
 
-def _leaf(value: Any, ignore: Collection[Ignored]) -> tuple[str, Any]:
+def _leaf(value: Any, ignore: Collection[IgnoredDifference]) -> tuple[str, Any]:
     """The kind and the value of a leaf, so that equal ones are equal and true is not 1."""
     if isinstance(value, dict | list):
         return type(value).__name__, None

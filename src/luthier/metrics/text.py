@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import NonNegativeFloat, field_validator, model_validator
 
-from luthier.errors import UserError, choice
-from luthier.metrics.base import Measured, Metric, Reply, RowMetric, excerpt, mean
+from luthier.errors import UserError, suggest_options
+from luthier.metrics.metric import Metric, MetricScores, Reply, RowMetric, excerpt, mean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Ignored = Literal["case", "space", "punctuation", "articles"]
+IgnoredDifference = Literal["case", "space", "punctuation", "articles"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 
 
-def normalise(text: str, ignore: Collection[Ignored]) -> str:
+def normalise(text: str, ignore: Collection[IgnoredDifference]) -> str:
     """The text without what is to be ignored; white space around it always is.
 
     `case` folds upper into lower, `punctuation` removes it, `articles` removes a, an and the,
@@ -44,7 +44,7 @@ def _is_punctuation(character: str) -> bool:
 class ExactMatch(RowMetric):
     """The share of replies equal to the reference, but for surrounding white space."""
 
-    ignore: tuple[Ignored, ...] = ()
+    ignore: tuple[IgnoredDifference, ...] = ()
     """What else makes no difference."""
 
     def row(self, prediction: str, reference: str) -> float:
@@ -55,13 +55,13 @@ class ExactMatch(RowMetric):
 class NormalisedMatch(ExactMatch):
     """The share of replies equal to the reference but for case, white space and punctuation."""
 
-    ignore: tuple[Ignored, ...] = ("case", "space", "punctuation")
+    ignore: tuple[IgnoredDifference, ...] = ("case", "space", "punctuation")
 
 
 class Contains(RowMetric):
     """The share of replies in which the reference stands."""
 
-    ignore: tuple[Ignored, ...] = ()
+    ignore: tuple[IgnoredDifference, ...] = ()
     """What makes no difference."""
 
     def objection(self, reference: str) -> str | None:
@@ -131,7 +131,7 @@ class Regex(RowMetric):
     """Which match of several."""
     extract: Literal["both", "reply"] = "both"
     """`reply`: the reference is compared as it is, without searching it."""
-    ignore: tuple[Ignored, ...] = ()
+    ignore: tuple[IgnoredDifference, ...] = ()
     """What makes no difference between the two."""
 
     @field_validator("pattern")
@@ -149,7 +149,8 @@ class Regex(RowMetric):
         known = [*map(str, range(compiled.groups + 1)), *compiled.groupindex]
         if self.group is not None and str(self.group) not in known:
             raise ValueError(
-                f"the pattern has no group {self.group!r}. {choice(str(self.group), known)}"
+                f"the pattern has no group {self.group!r}. "
+                f"{suggest_options(str(self.group), known)}"
             )
         return self
 
@@ -209,11 +210,11 @@ class Number(RowMetric):
 
     def objection(self, reference: str) -> str | None:
         """A reference without a number."""
-        return "has no number" if answer(reference, self.marker) is None else None
+        return "has no number" if find_number(reference, self.marker) is None else None
 
     def row(self, prediction: str, reference: str) -> float:
         """1 if both numbers are equal."""
-        said, wanted = answer(prediction, self.marker), answer(reference, self.marker)
+        said, wanted = find_number(prediction, self.marker), find_number(reference, self.marker)
         if wanted is None:
             raise UserError(
                 f"metric {self.name}: the reference has no number: {excerpt(reference)}"
@@ -223,7 +224,7 @@ class Number(RowMetric):
         return float(abs(said - wanted) <= Decimal(str(self.tolerance)))
 
 
-def answer(text: str, marker: str | None) -> Decimal | None:
+def find_number(text: str, marker: str | None) -> Decimal | None:
     """The number after the last marker, or else the last number; None where there is none."""
     if marker and marker in text:
         after = _NUMBER.search(text.rpartition(marker)[2])
@@ -259,18 +260,18 @@ class Accuracy(Metric):
         """A reference that is none of the labels that were given."""
         if not self.labels or _plain(reference) in map(_plain, self.labels):
             return None
-        return f"is not one of the labels ({choice(reference.strip(), self.labels)})"
+        return f"is not one of the labels ({suggest_options(reference.strip(), self.labels)})"
 
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """The share of right labels, and each of them."""
         rows = [float(said == wanted) for said, wanted in self._read(replies)]
-        return Measured({self.name: mean(rows)}, {self.name: rows})
+        return MetricScores({self.name: mean(rows)}, {self.name: rows})
 
     def _read(self, replies: Sequence[Reply]) -> list[tuple[str | None, str]]:
         """The label that each reply names, None where it is none, and the one it should be."""
         known = self._known([reply.reference for reply in replies])
         return [
-            (named(reply.prediction, known, self.anywhere), _plain(reply.reference))
+            (find_label(reply.prediction, known, self.anywhere), _plain(reply.reference))
             for reply in replies
         ]
 
@@ -295,18 +296,18 @@ class MacroF1(Accuracy):
     neither in a reply nor in a reference counts nothing.
     """
 
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """The mean of the F1 scores, and the counts that they are made of."""
         import numpy as np
 
-        from luthier.metrics.bootstrap import Statistics
+        from luthier.metrics.bootstrap import SumStatistics
 
         pairs = self._read(replies)
         labels = self._known([reply.reference for reply in replies])
         said = np.array([[one == label for label in labels] for one, _ in pairs], dtype=float)
         wanted = np.array([[one == label for label in labels] for _, one in pairs], dtype=float)
-        counts = Statistics(np.hstack([said * wanted, said + wanted]), macro_f1)
-        return Measured({self.name: counts.whole()}, statistics={self.name: counts})
+        counts = SumStatistics(np.hstack([said * wanted, said + wanted]), macro_f1)
+        return MetricScores({self.name: counts.whole()}, statistics={self.name: counts})
 
 
 def macro_f1(sums: "NDArray[Any]") -> "NDArray[Any]":
@@ -318,7 +319,7 @@ def macro_f1(sums: "NDArray[Any]") -> "NDArray[Any]":
     return scores.sum(axis=1) / np.maximum((all_of_it > 0).sum(axis=1), 1)
 
 
-def named(text: str, labels: Sequence[str], anywhere: bool) -> str | None:
+def find_label(text: str, labels: Sequence[str], anywhere: bool) -> str | None:
     """The label that a text is, or with `anywhere` the only one that stands in it."""
     plain = _plain(text)
     if plain in labels or not anywhere:

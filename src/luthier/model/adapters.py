@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import LoraSettings
-from luthier.config.methods import ADAPTERS, problems
+from luthier.config.methods import ADAPTERS, check_adapter
 from luthier.errors import UserError
 from luthier.model import embeddings
 from luthier.model.adapter_targets import ALL_LINEAR, check_adapter_names, linear_layer_suffixes
@@ -327,7 +327,7 @@ def quantization_bits(model: Any) -> int | None:
 
 
 def _check(model: Any, lora: LoraSettings) -> None:
-    for mistake in problems(lora, quantization_bits(model)):
+    for mistake in check_adapter(lora, quantization_bits(model)):
         raise UserError(f"{mistake.key}: {mistake.text}")
 
 

@@ -19,7 +19,7 @@ from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
 from luthier.model import gguf, source
 from luthier.storage import cache
-from luthier.storage.sizes import head_of
+from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,10 +87,10 @@ def check_lora_shapes(
     layers = {
         name: entry["shape"]
         for file in sorted(place.glob("*.safetensors"))
-        for name, entry in head_of(file).tensors.items()
+        for name, entry in read_safetensors_header(file).tensors.items()
         if entry.get("dtype") in _FLOATS
     }
-    for name, entry in head_of(weights).tensors.items():
+    for name, entry in read_safetensors_header(weights).tensors.items():
         layer, _, side = name.removeprefix(_PREFIX).partition(".lora_")
         shape = layers.get(f"{layer}.weight")
         if shape is None or len(shape) != 2 or side not in ("A.weight", "B.weight"):

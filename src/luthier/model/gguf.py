@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence,
 
 from luthier.errors import UserError
 from luthier.storage import cache
-from luthier.storage.manifest import digest
+from luthier.storage.manifest import hash_file
 
 CONVERSION_VERSION = 1
 """Raise it when the conversion's result changes: folders of an older version are not used."""
@@ -57,7 +57,7 @@ def converted_folder(file: Path) -> Path:
 
 
 def _folder(file: Path, part: str) -> Path:
-    name = f"{file.stem}-{digest(file)[:16]}-v{CONVERSION_VERSION}"
+    name = f"{file.stem}-{hash_file(file)[:16]}-v{CONVERSION_VERSION}"
     return cache.cache_root() / "gguf" / name / part
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import QuantizationSettings
 from luthier.config.schema import ModelConfig
-from luthier.environment import hush_kernels
+from luthier.environment import quiet_bitsandbytes
 from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
 from luthier.model.artifact import ADAPTER_CONFIG_FILE, Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
-from luthier.storage.sizes import head_of
+from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ def load_model(
     file = source.find_gguf_file(config.path)
     with preserve_random_state():
         place = config.path if file is None else gguf.convert_model(file)
-    hush_kernels()
+    quiet_bitsandbytes()
     try:
         settings = _settings(config, quantization, machine, full) | own
         model, loaded = auto_class(task).from_pretrained(
@@ -230,7 +230,7 @@ def _check_whole(artifact: Artifact, folder: Path, tuned: Any) -> None:
     from peft import get_peft_model_state_dict
 
     file = folder / ADAPTER_WEIGHTS_FILE
-    saved = {name for name in head_of(file).tensors if ".lora_" in name}
+    saved = {name for name in read_safetensors_header(file).tensors if ".lora_" in name}
     have = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     placed = {name for name in have if ".lora_" in name}
     if saved - placed:

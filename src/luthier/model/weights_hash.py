@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.model import source
 from luthier.storage.cache import cache_root
-from luthier.storage.manifest import digest
+from luthier.storage.manifest import hash_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.gguf", "*.bin")
 """Files with weights; of the first pattern that has any."""
@@ -56,7 +56,7 @@ def _hash_of(file: Path) -> str:
             return str(noted["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = digest(real)
+    found = hash_file(real)
     _note(note, {"file": facts, "sha256": found})
     return found
 

@@ -15,8 +15,13 @@ from typing import Any
 
 from luthier.storage.atomic import write_text
 from luthier.storage.disk_space import free_bytes
-from luthier.storage.manifest import Damaged, read_manifest, seal, unseal
-from luthier.storage.sizes import in_words, size_of
+from luthier.storage.manifest import (
+    DamagedFolderError,
+    read_manifest,
+    verify_manifest,
+    write_manifest,
+)
+from luthier.storage.sizes import folder_size, format_bytes
 
 NEW_FOLDER = ".new"
 """Where the next checkpoint is written, within the folder of checkpoints."""
@@ -63,7 +68,7 @@ def publish_checkpoint(written: Path, target: Path, facts: dict[str, Any]) -> No
 
     `facts` is what the seal keeps of the checkpoint: its step, whether it is planned, and so on.
     """
-    seal(written, facts)
+    write_manifest(written, facts)
     for path in (*(file for file in written.rglob("*") if file.is_file()), written):
         _sync(path)
     aside = _aside(target)
@@ -111,7 +116,7 @@ def is_planned(path: Path) -> bool:
     """Return whether a checkpoint is there and was taken as the settings say, not for a signal."""
     try:
         return bool(read_checkpoint_facts(path)["planned"])
-    except (Damaged, FileNotFoundError):
+    except (DamagedFolderError, FileNotFoundError):
         return False
 
 
@@ -133,10 +138,10 @@ def prune_checkpoints(
             _remove(path)
     if not _excess_bytes(remaining, limits):
         return []
-    total, budget = sum(map(size_of, remaining)), limits.max_bytes or 0
+    total, budget = sum(map(folder_size, remaining)), limits.max_bytes or 0
     return [
-        f"trainer.checkpoints.budget: the newest and the best checkpoint take {in_words(total)}, "
-        f"more than the {in_words(budget)} that they may."
+        f"trainer.checkpoints.budget: the newest and the best checkpoint take "
+        f"{format_bytes(total)}, more than the {format_bytes(budget)} that they may."
     ]
 
 
@@ -145,22 +150,23 @@ def describe_missing_space(folder: Path) -> str | None:
 
     None means that it may fit.
     """
-    sizes = [size_of(path) for _, path in list_checkpoints(folder)[-1:]]
+    sizes = [folder_size(path) for _, path in list_checkpoints(folder)[-1:]]
     if not sizes or free_bytes(folder) >= sizes[0]:
         return None
-    return f"the last one took {in_words(sizes[0])}, and {in_words(free_bytes(folder))} are free"
+    free = format_bytes(free_bytes(folder))
+    return f"the last one took {format_bytes(sizes[0])}, and {free} are free"
 
 
 def _excess_bytes(paths: list[Path], limits: CheckpointLimits) -> int:
     """Return how many bytes checkpoints take beyond the limit; 0 where there is none."""
-    return max(0, sum(map(size_of, paths)) - limits.max_bytes) if limits.max_bytes else 0
+    return max(0, sum(map(folder_size, paths)) - limits.max_bytes) if limits.max_bytes else 0
 
 
 def _find_problem(path: Path) -> str | None:
     """Return why a checkpoint is not complete, or nothing can go on from it; None where it can."""
     try:
-        facts = unseal(path)
-    except Damaged as damage:
+        facts = verify_manifest(path)
+    except DamagedFolderError as damage:
         return str(damage)
     return None if facts["resumable"] else "it holds the model only (trainer.args.save_only_model)"
 

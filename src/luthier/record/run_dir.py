@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from luthier.config.renamed_settings import read_recorded_config
-from luthier.errors import UserError, nearest
+from luthier.errors import UserError, nearest_option
 from luthier.record import checkpoints
 from luthier.record.config_diff import ConfigChange, compare_configs
 from luthier.record.record import RECORD_FORMAT, RunRecord, read_record
@@ -70,7 +70,7 @@ def open_run(
     finished run is to become longer and has no checkpoint.
     """
     _refuse_foreign_folder(folder)
-    with lock.holding(folder):
+    with lock.hold_lock(folder):
         run = inspect_run(folder, resolved, overwrite)
         if run.state == "new":
             _remove_run_files(folder)
@@ -143,7 +143,7 @@ def find_run(typed: str) -> Path:
             return folder
     runs = sorted(str(path.parent) for path in RUNS.glob("*/*/run.json"))
     same_name = [run for run in runs if Path(run).name == typed]
-    near = nearest(str(RUNS / typed), runs) or (same_name[0] if same_name else None)
+    near = nearest_option(str(RUNS / typed), runs) or (same_name[0] if same_name else None)
     if near:
         hint = f" Did you mean {near}?"
     else:
@@ -158,7 +158,7 @@ def _refuse_foreign_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file, not a folder. Choose another output_dir.")
     is_run = (folder / "config.yaml").is_file() or (folder / "run.json").is_file()
-    if folder.is_dir() and any(p.name != lock.NAME for p in folder.iterdir()) and not is_run:
+    if folder.is_dir() and any(p.name != lock.LOCK_FILE for p in folder.iterdir()) and not is_run:
         raise UserError(
             f"output_dir: {folder} holds files that are no run of luthier. "
             "Choose an empty folder, so that nothing of yours is overwritten."

@@ -66,7 +66,7 @@ def _share_as_new(folder: Path) -> None:
 # The folder that a command writes: whole or absent.
 
 
-def refuse_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Raise UserError for a target that is a file, or a folder with something in it."""
     if target.exists() and not target.is_dir():
         raise UserError(f"--out {target}: this is a file. Name a folder.")
@@ -78,7 +78,7 @@ def refuse_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"--out {target}: this is the folder that you are in. Name another.")
 
 
-def refuse_full_disk(size: int, folder: Path) -> None:
+def check_free_space(size: int, folder: Path) -> None:
     """Raise UserError where the weights do not fit on the disk."""
     free = free_bytes(folder)
     if size > free:
@@ -89,7 +89,7 @@ def refuse_full_disk(size: int, folder: Path) -> None:
 
 
 @contextmanager
-def filled(
+def output_folder(
     target: Path, keep: type[BaseException] | tuple[type[BaseException], ...] = ()
 ) -> Iterator[Path]:
     """Give an empty folder beside the target, which takes its place when the block ends.

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from luthier.errors import UserError
-from luthier.storage.manifest import Damaged, seal, unseal
+from luthier.storage.manifest import DamagedFolderError, verify_manifest, write_manifest
 
 
 def cache_root() -> Path:
@@ -24,12 +24,12 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     Of several processes one makes it and the others wait. It appears by a rename, so nobody ever
     sees half of it. Raises UserError where the cache cannot be written.
     """
-    if is_whole(folder):
+    if is_intact(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not is_whole(folder):
+            if not is_intact(folder):
                 _make(folder, make)
     except OSError as error:
         raise UserError(
@@ -39,11 +39,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def is_whole(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether the folder is there and every byte of it is as it was sealed."""
     try:
-        unseal(folder)
-    except (Damaged, OSError):
+        verify_manifest(folder)
+    except (DamagedFolderError, OSError):
         return False
     return True
 
@@ -56,6 +56,6 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
         new = Path(above) / folder.name
         new.mkdir()
         make(new)
-        seal(new, {})
+        write_manifest(new, {})
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)

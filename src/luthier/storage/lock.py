@@ -12,13 +12,13 @@ from pathlib import Path
 
 from luthier.errors import UserError
 
-NAME = ".lock"
+LOCK_FILE = ".lock"
 PATIENCE = 5.0
 """Seconds in which a run that is just ending lets go of its directory."""
 
 
 @contextmanager
-def holding(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+def hold_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Hold a run's directory, which is made if it is not there.
 
     The lock belongs to the process (POSIX record locks): children that it forks do not hold it,
@@ -31,16 +31,16 @@ def holding(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         os.write(descriptor, json.dumps(_holder()).encode())
         yield
     finally:
-        (folder / NAME).unlink(missing_ok=True)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
         os.close(descriptor)
         if not was_there and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def is_held(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a run is going on in a directory."""
     try:
-        descriptor = os.open(folder / NAME, os.O_RDWR)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR)
     except OSError:
         return False
     try:
@@ -57,11 +57,11 @@ def _taken(folder: Path, until: float) -> int:
     """An open descriptor of the locked file."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last holder may have removed the file between our opening and our locking it.
-            if (folder / NAME).stat().st_ino == os.fstat(descriptor).st_ino:
+            if (folder / LOCK_FILE).stat().st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         except FileNotFoundError:
             pass
@@ -79,7 +79,7 @@ def _holder() -> dict[str, object]:
 
 def _in_use(folder: Path) -> str:
     try:
-        holder = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
         who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError):
         who = "another process"

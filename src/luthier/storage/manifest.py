@@ -14,11 +14,11 @@ BLOCK = 64 * 2**20
 _CHUNK = 2**20
 
 
-class Damaged(Exception):
+class DamagedFolderError(Exception):
     """An entry that is not as it was written; the text says what is wrong with which file."""
 
 
-def seal(folder: Path, made: dict[str, Any]) -> None:
+def write_manifest(folder: Path, made: dict[str, Any]) -> None:
     """Write the manifest: size and SHA-256 (of each block of 64 MiB) of every file, and `made`.
 
     A file of a folder within goes by its path.
@@ -35,10 +35,11 @@ def seal(folder: Path, made: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def unseal(folder: Path) -> dict[str, Any]:
+def verify_manifest(folder: Path) -> dict[str, Any]:
     """What was sealed as `made`, after every byte of every file was compared with its hash.
 
-    Raises FileNotFoundError if there is no such folder, and Damaged if a file is not as it was.
+    Raises FileNotFoundError if there is no such folder, and DamagedFolderError if a file is not as
+    it was.
     """
     content = read_manifest(folder)
     files = {name: folder / name for name in content["files"]}
@@ -46,42 +47,46 @@ def unseal(folder: Path) -> dict[str, Any]:
     try:
         found = list(_hashes([*files.values()]))
     except OSError as error:
-        raise Damaged(f"a file cannot be read: {os.strerror(error.errno or 0)}") from error
+        raise DamagedFolderError(
+            f"a file cannot be read: {os.strerror(error.errno or 0)}"
+        ) from error
     for name, hashes in zip(files, found, strict=True):
         if hashes != content["files"][name]["sha256"]:
-            raise Damaged(f"the content of {name} has changed")
+            raise DamagedFolderError(f"the content of {name} has changed")
     made: dict[str, Any] = content["made"]
     return made
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, whose own hash is compared; raises as `unseal` does."""
+    """The manifest, whose own hash is compared; raises as `verify_manifest` does."""
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
         content = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         found = content.pop("seal")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read") from error
+        raise DamagedFolderError(f"{MANIFEST} cannot be read") from error
     if found != _seal_of(content):
-        raise Damaged(f"the content of {MANIFEST} has changed")
+        raise DamagedFolderError(f"the content of {MANIFEST} has changed")
     return content
 
 
-def digest(file: Path) -> str:
+def hash_file(file: Path) -> str:
     """The SHA-256 of a file's content, as hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_sizes(files: dict[str, Path], content: dict[str, Any]) -> None:
-    """Damaged for a file that is missing or too short, before anything is hashed."""
+    """Raise DamagedFolderError for a missing or too short file, before anything is hashed."""
     for name, file in files.items():
         expected = content["files"][name]["size"]
         if not file.is_file():
-            raise Damaged(f"{name} is missing")
+            raise DamagedFolderError(f"{name} is missing")
         if file.stat().st_size != expected:
-            raise Damaged(f"{name} has {file.stat().st_size} bytes instead of {expected}")
+            raise DamagedFolderError(
+                f"{name} has {file.stat().st_size} bytes instead of {expected}"
+            )
 
 
 def _hashes(files: list[Path]) -> Iterator[list[str]]:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from luthier.errors import UserError
 
 
-def size_of(folder: Path) -> int:
+def folder_size(folder: Path) -> int:
     """Bytes of all files in a folder and below it."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def in_words(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes with its unit."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
@@ -20,7 +20,7 @@ def in_words(count: int) -> str:
 # What is in a safetensors file, without its weights.
 
 
-class Head(NamedTuple):
+class SafetensorsHeader(NamedTuple):
     """The beginning of a safetensors file."""
 
     tensors: dict[str, dict[str, Any]]
@@ -29,7 +29,7 @@ class Head(NamedTuple):
     """Where in the file the bytes begin that the offsets count from."""
 
 
-def head_of(file: Path) -> Head:
+def read_safetensors_header(file: Path) -> SafetensorsHeader:
     """Read the head of a file (https://github.com/huggingface/safetensors#format).
 
     Raises UserError for a damaged file, or another one.
@@ -41,4 +41,4 @@ def head_of(file: Path) -> Head:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: damaged, or no safetensors file: {error}") from error
     head.pop("__metadata__", None)
-    return Head(head, 8 + size)
+    return SafetensorsHeader(head, 8 + size)

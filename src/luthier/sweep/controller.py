@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from luthier.config.load import load
-from luthier.errors import UserError, choice
+from luthier.config.load import load_config
+from luthier.errors import UserError, suggest_options
 from luthier.sweep import trials as on_disk
 from luthier.sweep.local import GuardedJob
 from luthier.sweep.objective import KEY, measure_objectives
@@ -50,7 +50,7 @@ class DatasetEncoding:
         known = self._sweep.data.get(tuple(trial.params.values()))
         if known is None and trial.number not in self._keys:
             try:
-                resolved = load(self._sweep.choices(trial.params)).resolved
+                resolved = load_config(self._sweep.choices(trial.params)).resolved
                 self._keys[trial.number] = data_key(resolved)
             except UserError as error:
                 self._keys[trial.number] = error
@@ -306,8 +306,8 @@ class Controller:
             if objective.name not in trial.values:
                 raise UserError(
                     f"{KEY}: trial {trial.name} is finished, and its run has not logged "
-                    f"{objective.name!r}. {choice(objective.name, trial.values)}\nThe same command "
-                    "with another objective goes on with the trials that are there."
+                    f"{objective.name!r}. {suggest_options(objective.name, trial.values)}\nThe "
+                    "same command with another objective goes on with the trials that are there."
                 )
 
     def _end_all(self) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.config.library_settings import TrainerArgs
-from luthier.config.passthrough import settings
-from luthier.errors import Mistake, UserError, choice
+from luthier.config.passthrough import mapping_at
+from luthier.errors import Mistake, UserError, suggest_options
 from luthier.sweep.settings import Direction, OptunaSettings, SweeperSettings
 
 KEY = "hydra.sweeper.objective"
@@ -84,7 +84,7 @@ def _names(given: str | list[str] | None) -> list[str]:
 
 def known_objectives(resolved: dict[str, Any]) -> list[str]:
     """The names that a run of this configuration is sure to know."""
-    method = str(settings(resolved, "trainer").get("method", "sft"))
+    method = str(mapping_at(resolved, "trainer").get("method", "sft"))
     names = [*_LOGGED, *_RECORD]
     if _holds_out(resolved):
         for prefix in _prefixes(resolved):
@@ -103,14 +103,14 @@ def _unknown(name: str, resolved: dict[str, Any]) -> str | None:
     parts = [metric.name for prefix in _prefixes(resolved) for metric in _metrics(resolved, prefix)]
     if name in names or any(part in bare for part in parts):
         return None
-    method = str(settings(resolved, "trainer").get("method", "sft"))
+    method = str(mapping_at(resolved, "trainer").get("method", "sft"))
     if name == DEFAULT and not _holds_out(resolved):
         return (
             "held_out_loss needs held-out rows, and there are none. Hold rows out "
             f"(dataset.eval.share=0.05), or name another objective ({KEY}=loss)."
         )
     if method in _CLOSED or difflib.get_close_matches(name, names, 1, _A_TYPO):
-        return f"a run of this configuration does not log {name!r}. {choice(name, names)}"
+        return f"a run of this configuration does not log {name!r}. {suggest_options(name, names)}"
     return None
 
 
@@ -133,20 +133,20 @@ def _maximize(name: str, resolved: dict[str, Any]) -> bool:
 
 
 def _holds_out(resolved: dict[str, Any]) -> bool:
-    held = settings(resolved, "dataset.eval")
+    held = mapping_at(resolved, "dataset.eval")
     return any(held.get(way) for way in ("path", "split", "share", "count", "sets"))
 
 
 def _prefixes(resolved: dict[str, Any]) -> list[str]:
     """What stands before the names of each evaluation set; the main one has nothing."""
-    return ["", *(f"{name}/" for name in settings(resolved, "dataset.eval.sets"))]
+    return ["", *(f"{name}/" for name in mapping_at(resolved, "dataset.eval.sets"))]
 
 
 def _metrics(resolved: dict[str, Any], prefix: str) -> list[Any]:
     from luthier.metrics import parse_metrics
 
-    evaluation = settings(resolved, "trainer.evaluation")
-    own = settings(evaluation, "sets").get(prefix.rstrip("/"), evaluation.get("metrics"))
+    evaluation = mapping_at(resolved, "trainer.evaluation")
+    own = mapping_at(evaluation, "sets").get(prefix.rstrip("/"), evaluation.get("metrics"))
     return list(parse_metrics(own or []))
 
 
@@ -176,7 +176,7 @@ def pruning_signal(
             f"{objective.name} is known only at the end. Name a metric that is logged on the way, "
             "such as hydra.sweeper.prune_by=eval_loss, or set the pruner to none.",
         )
-    args = TrainerArgs(settings(resolved, "trainer.args"))
+    args = TrainerArgs(mapping_at(resolved, "trainer.args"))
     if name.startswith("eval_") and not args.evaluates:
         return Mistake(
             key,
@@ -208,7 +208,7 @@ def _while_training(name: str, resolved: dict[str, Any]) -> str | None:
     if bare == DEFAULT:
         return f"eval_{label}loss"
     replies = any(bare.split("/")[0] == one.name for one in _metrics(resolved, ""))
-    if replies and settings(resolved, "trainer.evaluation").get("when") != "evaluations":
+    if replies and mapping_at(resolved, "trainer.evaluation").get("when") != "evaluations":
         return None
     return f"eval_{label}{bare}"
 

@@ -14,8 +14,8 @@ import psutil
 import yaml
 
 import luthier
-from luthier.config.compose import Composed, compose_config, parse, run_name
-from luthier.config.load import Loaded, load, report
+from luthier.config.compose import ComposedConfig, compose_config, parse_overrides, run_name
+from luthier.config.load import LoadedConfig, format_mistakes, load_config
 from luthier.errors import Mistake, UserError
 from luthier.record.config_diff import NEUTRAL_KEYS, compare_configs
 from luthier.record.run_dir import to_yaml
@@ -57,7 +57,7 @@ class SweepPlan:
     objectives: tuple[Objective, ...]
     watched: PruningSignal | None
     folder: TrialFolder
-    base: Loaded
+    base: LoadedConfig
     """The configuration with the first value of each axis."""
     points: list[strategies.Point] | None
     """All points, where they are known ahead."""
@@ -99,14 +99,14 @@ def plan_sweep(words: list[str], checking: Callable[[int], None] = lambda count:
     """
     composed = compose_config(space.first_point(words))
     if composed.mistakes:
-        raise UserError(report(composed.mistakes, composed))
+        raise UserError(format_mistakes(composed.mistakes, composed))
     sweeper, launcher, mistakes = settings.read_settings(composed)
     found, wrong = space.read_space(words, sweeper.params if sweeper else {})
     mistakes += [*wrong, *_in_space(found, sweeper, any_wrong=bool(wrong))]
     fixed, folder = _own_words(found.fixed, mistakes)
     found = SearchSpace(found.axes, tuple(fixed))
     if mistakes or sweeper is None or launcher is None:
-        raise UserError(report(mistakes, composed))
+        raise UserError(format_mistakes(mistakes, composed))
     points = _points(found, sweeper)
     first = {axis.key: axis.ends()[0] for axis in found.axes}
     base, data = _load_all(found, [first], checking)
@@ -127,7 +127,7 @@ def plan_sweep(words: list[str], checking: Callable[[int], None] = lambda count:
 
 
 def _goal(
-    sweeper: SweeperSettings, base: Loaded, composed: Composed
+    sweeper: SweeperSettings, base: LoadedConfig, composed: ComposedConfig
 ) -> tuple[tuple[Objective, ...], PruningSignal | None]:
     """What is compared, and by what bad trials are ended; raises UserError for what is wrong."""
     objectives, mistakes = objective.read_objectives(sweeper, base.resolved)
@@ -139,7 +139,7 @@ def _goal(
             mistakes += [seen] if isinstance(seen, Mistake) else []
             watched = seen if isinstance(seen, PruningSignal) else None
     if mistakes:
-        raise UserError(report(mistakes, composed))
+        raise UserError(format_mistakes(mistakes, composed))
     return objectives, watched
 
 
@@ -166,7 +166,7 @@ def _own_words(words: Iterable[str], mistakes: list[Mistake]) -> tuple[list[str]
     kept: list[str] = []
     folder: Path | None = None
     for word in words:
-        typed, _ = parse([word])
+        typed, _ = parse_overrides([word])
         key, given = (typed[0].key, typed[0].value) if typed else ("", None)
         if key == "output_dir":
             folder = Path(str(given))
@@ -194,7 +194,7 @@ def _corners(found: SearchSpace, first: strategies.Point) -> list[strategies.Poi
 
 def _load_all(
     found: SearchSpace, points: list[strategies.Point], checking: Callable[[int], None]
-) -> tuple[Loaded, dict[tuple[str, ...], str]]:
+) -> tuple[LoadedConfig, dict[tuple[str, ...], str]]:
     """Compose and check every configuration; returns the first, and what decides each one's data.
 
     Raises UserError with the mistakes of all.
@@ -208,7 +208,7 @@ def _load_all(
     base = None
     for point in points:
         try:
-            loaded = load([*found.fixed, *(f"{key}={text}" for key, text in point.items())])
+            loaded = load_config([*found.fixed, *(f"{key}={text}" for key, text in point.items())])
             base = base or loaded
             parts = json.dumps([loaded.resolved["model"], loaded.resolved["dataset"]])
             if parts not in seen:
@@ -253,7 +253,9 @@ def _bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
     return "\n".join(texts) + (f"\nand {more} further kinds of mistakes" if more > 0 else "")
 
 
-def _folder(words: list[str], sweeper: SweeperSettings, base: Loaded, found: SearchSpace) -> Path:
+def _folder(
+    words: list[str], sweeper: SweeperSettings, base: LoadedConfig, found: SearchSpace
+) -> Path:
     """Where a sweep lies that names no folder: made of its words, so that it is found again."""
     kind = [] if sweeper.kind == "basic" else [sweeper.kind]
     varied = any(axis.name == "recipe" for axis in found.axes)
@@ -351,7 +353,7 @@ def _count(sweep: SweepPlan) -> int:
 def _identity(sweep: SweepPlan) -> dict[str, Any]:
     """What must not change while a sweep goes on."""
     sweeper = sweep.sweeper
-    typed, _ = parse(sweep.space.fixed)
+    typed, _ = parse_overrides(sweep.space.fixed)
     fixed = [one.line for one in typed if one.key.split(".")[0] not in NEUTRAL_KEYS]
     found: dict[str, Any] = {
         "hydra/sweeper": sweeper.kind,

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
-from luthier.config.compose import Typed, compose_config, parse, resolve
-from luthier.config.load import load
-from luthier.config.recipes import options
+from luthier.config.compose import TypedOverride, compose_config, parse_overrides, resolve_config
+from luthier.config.load import load_config
+from luthier.config.recipes import list_options
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
 from luthier.record.config_diff import NEUTRAL_KEYS
@@ -34,8 +34,8 @@ def write_recipe(planned: SweepPlan, trial: Trial, name: str, count: int) -> Pat
     """
     path = _path(planned, name)
     choices = planned.choices(trial.params)
-    typed, _ = parse(choices)
-    wanted = load(choices).resolved
+    typed, _ = parse_overrides(choices)
+    wanted = load_config(choices).resolved
     keys = _typed_keys(typed, wanted)
     for _ in range(3):
         write_text(path, _text(planned, trial, name, count, typed, keys))
@@ -68,7 +68,7 @@ def _path(planned: SweepPlan, name: str) -> Path:
 
 
 def _is_taken(planned: SweepPlan, name: str) -> bool:
-    there = options("recipe").get(name)
+    there = list_options("recipe").get(name)
     return there is not None and there.resolve() != _path(planned, name).resolve()
 
 
@@ -84,7 +84,7 @@ def _found_in(folder: Path) -> Iterator[None]:
         os.environ |= {"LUTHIER_RECIPES": before} if before else {}
 
 
-def _typed_keys(typed: Sequence[Typed], wanted: dict[str, Any]) -> dict[str, Any]:
+def _typed_keys(typed: Sequence[TypedOverride], wanted: dict[str, Any]) -> dict[str, Any]:
     """The keys that were typed or searched, with the values that they came to have."""
     keys = {one.key: _at(wanted, one.key) for one in typed if not one.is_group}
     return {
@@ -104,9 +104,11 @@ def _at(resolved: dict[str, Any], key: str) -> Any:
 def _compared(name: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """The keys in which a recipe differs from what is wanted, with the wanted values."""
     try:
-        return _differing(load([f"recipe={name}"]).resolved, wanted)
+        return _differing(load_config([f"recipe={name}"]).resolved, wanted)
     except UserError:  # keys that exclude each other: what is wrong with it is among what differs
-        return _differing(resolve(compose_config([f"recipe={name}"])), wanted, is_whole=False)
+        return _differing(
+            resolve_config(compose_config([f"recipe={name}"])), wanted, is_whole=False
+        )
 
 
 def _differing(found: Any, wanted: Any, prefix: str = "", is_whole: bool = True) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def _text(
     trial: Trial,
     name: str,
     count: int,
-    typed: Sequence[Typed],
+    typed: Sequence[TypedOverride],
     keys: dict[str, Any],
 ) -> str:
     lines = [*_header(planned, trial, name, count), *_defaults(typed)]
@@ -147,7 +149,7 @@ def _header(planned: SweepPlan, trial: Trial, name: str, count: int) -> list[str
     return [what, f"# Needs: what {needs}.", f"# Command: {train_command(planned, name)}"]
 
 
-def _defaults(typed: Sequence[Typed]) -> list[str]:
+def _defaults(typed: Sequence[TypedOverride]) -> list[str]:
     """What it inherits, and the options that were typed or searched."""
     chosen = {one.key: one.value for one in typed if one.is_group and not one.is_delete}
     parent = chosen.get("recipe")

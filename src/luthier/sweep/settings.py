@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic import ValidationError as Invalid
 
-from luthier.config.compose import Composed
-from luthier.errors import Mistake, choice, nearest, value
+from luthier.config.compose import ComposedConfig
+from luthier.errors import Mistake, format_value, nearest_option, suggest_options
 
 Direction = Literal["minimize", "maximize"]
 Auto = Literal["auto"]
@@ -99,7 +99,7 @@ _WORDS = {
 
 
 def read_settings(
-    composed: Composed,
+    composed: ComposedConfig,
 ) -> tuple[SweeperSettings | None, LocalSettings | SubmititSettings | None, list[Mistake]]:
     """The settings of the sweeper and the launcher that were chosen, or what is wrong."""
     mistakes: list[Mistake] = []
@@ -109,7 +109,7 @@ def read_settings(
         given: Any = OmegaConf.to_container(node, resolve=True) if node is not None else {}
         model = models.get(str(given.get("kind")))
         if model is None:
-            known = choice(str(given.get("kind")), models)
+            known = suggest_options(str(given.get("kind")), models)
             mistakes.append(Mistake(f"hydra/{part}", f"kind {given.get('kind')!r}. {known}"))
             continue
         try:
@@ -130,14 +130,14 @@ def _mistakes(
             text = _no_setting(name, place, given, model)
         else:
             fits = _WORDS.get(name) or f"{one['msg']}."
-            text = f"{value(given.get(name))} does not fit. {fits}"
+            text = f"{format_value(given.get(name))} does not fit. {fits}"
         wrong.setdefault(key, Mistake(key, text))
     return list(wrong.values())
 
 
 def _no_setting(name: str, place: str, given: Mapping[str, Any], model: type[BaseModel]) -> str:
     known = [key for key in model.model_fields if key != "kind"]
-    near = nearest(name, known)
+    near = nearest_option(name, known)
     if near is not None:
         return f"there is no such setting. Did you mean {place}.{near}?"
     models = _SWEEPERS if place.endswith("sweeper") else _LAUNCHERS

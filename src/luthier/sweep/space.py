@@ -9,9 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from luthier.config.recipes import options
+from luthier.config.recipes import list_options
 from luthier.config.schema import GROUPS
-from luthier.errors import Mistake, choice, value
+from luthier.errors import Mistake, format_value, suggest_options
 
 KEY = "hydra.sweeper.params"
 _BETWEEN = 0.381
@@ -131,7 +131,7 @@ def _text(given: Any) -> str:
     """An entry of YAML in Hydra's grammar; a list is the values to try."""
     if isinstance(given, list):
         return f"choice({','.join(_quoted(item) for item in given)})"
-    return given if isinstance(given, str) else value(given)
+    return given if isinstance(given, str) else format_value(given)
 
 
 def _quoted(item: Any) -> str:
@@ -139,7 +139,7 @@ def _quoted(item: Any) -> str:
         return f"[{','.join(_quoted(part) for part in item)}]"
     if isinstance(item, str):
         return "'" + item.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return value(item)
+    return format_value(item)
 
 
 def _unreadable(error: HydraException) -> str:
@@ -210,11 +210,11 @@ def _is_before(number: float, sweep: RangeSweep) -> bool:
 def _glob(group: str, sweep: Glob) -> tuple[str, ...] | str:
     """The options of a group whose names fit."""
     if group not in (*GROUPS, "recipe"):
-        return f"glob() lists the options of a group. {choice(group, (*GROUPS, 'recipe'))}"
+        return f"glob() lists the options of a group. {suggest_options(group, (*GROUPS, 'recipe'))}"
     names = [
         name
-        for name in options(group)
+        for name in list_options(group)
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in sweep.include)
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in sweep.exclude)
     ]
-    return tuple(names) or f"no option of {group} fits. Options: {', '.join(options(group))}."
+    return tuple(names) or f"no option of {group} fits. Options: {', '.join(list_options(group))}."

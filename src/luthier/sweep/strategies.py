@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from luthier.errors import Mistake, UserError, choice, nearest
+from luthier.errors import Mistake, UserError, nearest_option, suggest_options
 from luthier.sweep.objective import Objective, PruningSignal
 from luthier.sweep.settings import Named, OptunaSettings
 from luthier.sweep.space import SearchAxis, SearchSpace
@@ -148,7 +148,7 @@ def _made(kind: str, given: Named, classes: Mapping[str, str], more: dict[str, A
     key = f"hydra.sweeper.{kind}"
     name, rest = _taken(given)
     if name not in classes:
-        return Mistake(key, f"there is no {kind} {name!r}. {choice(name, classes)}")
+        return Mistake(key, f"there is no {kind} {name!r}. {suggest_options(name, classes)}")
     missing = [one for one in _PACKAGES.get(name, ()) if find_spec(one) is None]
     if missing:
         return Mistake(key, f"{name} needs {missing[0]}. Install it: pip install {missing[0]}.")
@@ -171,7 +171,7 @@ def _wrong_setting(made: Callable[..., Any], rest: dict[str, Any], key: str) -> 
         if name == "seed":
             return Mistake(key, "the seed is hydra.sweeper.seed. Remove it here.")
         if name not in known:
-            near = nearest(name, known)
+            near = nearest_option(name, known)
             hint = f"Did you mean {near}?" if near else f"Settings: {', '.join(known)}."
             return Mistake(key, f"{made.__name__} has no setting {name!r}. {hint}")
     return None

@@ -39,10 +39,10 @@ from luthier.train.methods.encoders import make_chat_encoder, make_seq2seq_promp
 from luthier.train.signals import StoppedBySignal
 
 if TYPE_CHECKING:
-    from luthier.config import Loaded
+    from luthier.config import LoadedConfig
 
 
-def build_and_fit(loaded: "Loaded", folder: Path, after_save: AfterSave | None = None) -> int:
+def build_and_fit(loaded: "LoadedConfig", folder: Path, after_save: AfterSave | None = None) -> int:
     """Run the training of a checked config whose directory is taken; return the exit code.
 
     The record and the trackers are open for as long as it runs. A dry run builds everything in a

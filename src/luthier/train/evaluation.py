@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from luthier.config.cross_checks import best_metric
+from luthier.config.cross_checks import find_best_metric
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.generate import generate
@@ -252,7 +252,7 @@ def set_best_model_metric(args: Any, config: RunConfig) -> None:
         args.metric_for_best_model, args.greater_is_better = "loss", False
     if args.metric_for_best_model is None or config.trainer.args.greater_is_better is not None:
         return
-    best = best_metric(
+    best = find_best_metric(
         args.metric_for_best_model, evaluation.model_dump(), config.dataset.eval.sets
     )
     if best is not None:

@@ -17,11 +17,11 @@ from luthier.train import launch_checks, trackers
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, write_exit_code
 
 if TYPE_CHECKING:
-    from luthier.config import Loaded
+    from luthier.config import LoadedConfig
     from luthier.train.loop import AfterSave
 
 
-def run(loaded: "Loaded", after_save: "AfterSave | None" = None) -> int:
+def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
     """Train what the config says; return the exit code. Raises UserError for a user's mistake.
 
     `after_save` is called with the folder of a finished run once its record is closed, to write
@@ -52,7 +52,7 @@ def check_before_torch(config: RunConfig) -> None:
     launch_checks.check_launch_request()
 
 
-def _check_and_train(loaded: "Loaded", after_save: "AfterSave | None") -> int:
+def _check_and_train(loaded: "LoadedConfig", after_save: "AfterSave | None") -> int:
     """Check the config, take the run's directory and train; return the exit code."""
     check_before_torch(loaded.config)
     folder = Path(loaded.config.output_dir)
@@ -75,7 +75,7 @@ def _check_and_train(loaded: "Loaded", after_save: "AfterSave | None") -> int:
         return build_and_fit(loaded, folder, after_save)
 
 
-def _open_run_dir(loaded: "Loaded", folder: Path) -> AbstractContextManager[RunDir]:
+def _open_run_dir(loaded: "LoadedConfig", folder: Path) -> AbstractContextManager[RunDir]:
     """Take the run's directory on the first rank; the others only look whether all is done.
 
     A dry run writes nothing, so it takes nothing either.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.config import load
+from luthier.config import load_config
 from luthier.config.methods import METHODS
 from luthier.data.formats import detect_format
 from luthier.data.rows import Row
@@ -53,7 +53,7 @@ READ = {
 def on_the_hub():
     """The recipes whose rows come from the hub."""
     for path in sorted(RECIPES.glob("*.yaml")):
-        config = load([f"recipe={path.stem}"]).config
+        config = load_config([f"recipe={path.stem}"]).config
         if not Path(config.dataset.path).is_absolute():
             yield pytest.param(config, id=path.stem)
 
@@ -70,7 +70,7 @@ def test_a_recipe_reads_the_rows_of_its_dataset(config):
 
 
 def test_word_problems_have_a_prompt_and_the_answer_to_compare_with():
-    config = load(["recipe=grpo_qwen"]).config
+    config = load_config(["recipe=grpo_qwen"]).config
     row = Row(ROWS["openai/gsm8k"], "row 0")
     messages = detect_format(config.dataset, [row], "x").read(row)["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]

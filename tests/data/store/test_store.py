@@ -299,10 +299,10 @@ def during():
 store.open_or_make(KEY, make)
 """
 SEALED = """
-def after(*arguments, sealed=module.seal):
+def after(*arguments, sealed=module.write_manifest):
     sealed(*arguments)
     wait()
-module.seal = after
+module.write_manifest = after
 store.open_or_make(KEY, make)
 """
 REPLACING = """

@@ -18,8 +18,8 @@ from helpers.task_models import (
     unigram,
     wordpiece,
 )
-from luthier.config.cross_checks import check_settings
-from luthier.config.passthrough import check as check_passthrough
+from luthier.config.cross_checks import check_combinations
+from luthier.config.passthrough import check_pass_through as check_passthrough
 from luthier.errors import UserError
 from luthier.infer.generate import generate
 from luthier.model.adapters import add_adapter
@@ -193,10 +193,10 @@ def test_settings_that_are_not_for_it_in_words():
     (mistake,) = check_passthrough(resolved)
     assert mistake.key == "trainer.args.predict_with_generate"
     assert "use trainer.evaluation.metrics" in mistake.text
-    (mistake,) = check_settings(resolved)
+    (mistake,) = check_combinations(resolved)
     assert (mistake.key, "needs all rows" in mistake.text) == ("dataset.streaming", True)
     trainer = {"method": "classify", "evaluation": {"metrics": ["exact_match"]}}
-    (mistake,) = check_settings({"trainer": trainer, "dataset": {"eval": {"count": 3}}})
+    (mistake,) = check_combinations({"trainer": trainer, "dataset": {"eval": {"count": 3}}})
     assert "trains a model that writes none" in mistake.text
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.errors import UserError, choice, value
+from luthier.errors import UserError, format_value, suggest_options
 
 
 def _codec(name: str) -> str:
@@ -95,14 +95,16 @@ def read_options(format: str, given: dict[str, Any], name: str) -> Options:
         if found["type"] == "extra_forbidden":
             raise UserError(f"{where}: {_unknown(format, key, model)}") from error
         problem = found["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}={value(found['input'])} does not fit: {problem}.") from error
+        raise UserError(
+            f"{where}={format_value(found['input'])} does not fit: {problem}."
+        ) from error
 
 
 def _unknown(format: str, key: str, model: type[Options]) -> str:
     """The words for an option that the format does not have."""
     if not model.model_fields:
         return f"{format} has no options. Remove it."
-    return f"{format} has no such option. {choice(key, model.model_fields)}"
+    return f"{format} has no such option. {suggest_options(key, model.model_fields)}"
 
 
 # Which format a file has, by its name.

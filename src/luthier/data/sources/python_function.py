@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier.data.rows import BadRow, Row, describe_type, excerpt
 from luthier.data.sources.source import of_rows
-from luthier.errors import UserError, choice
+from luthier.errors import UserError, suggest_options
 
 PREFIX = "python:"
 
@@ -77,7 +77,8 @@ def _function(path: str) -> Callable[..., Any]:
         return found
     known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
     raise UserError(
-        f"dataset: {path}: the module {module_name} has no function {name!r}. {choice(name, known)}"
+        f"dataset: {path}: the module {module_name} has no function {name!r}. "
+        f"{suggest_options(name, known)}"
     )
 
 

@@ -16,8 +16,13 @@ from typing import Any
 
 from luthier.data.store.table import EntryWriter, TokenTable, cache_write_errors
 from luthier.storage.cache import cache_root
-from luthier.storage.manifest import Damaged, read_manifest, seal, unseal
-from luthier.storage.sizes import size_of
+from luthier.storage.manifest import (
+    DamagedFolderError,
+    read_manifest,
+    verify_manifest,
+    write_manifest,
+)
+from luthier.storage.sizes import folder_size
 
 WAIT_NOTICE_SECONDS = 3.0
 """How long a process waits for another before it says so."""
@@ -91,7 +96,7 @@ class Store:
         """All entries, whole or not, in the order of their keys."""
         # Other folders may stand beside them, where dataset.cache names one that is not luthier's.
         keys = [name for name in self._names() if re.fullmatch("[0-9a-f]{64}", name)]
-        return [EntrySize(key, size_of(self.folder / key)) for key in keys]
+        return [EntrySize(key, folder_size(self.folder / key)) for key in keys]
 
     def remove(self, key: str) -> None:
         """Remove an entry; processes that have mapped its files keep them until they end."""
@@ -106,10 +111,10 @@ class Store:
     def _look(self, key: str) -> tuple[StoredEntry | None, str | None]:
         """The entry, or what is wrong with it; neither if there is none."""
         try:
-            return StoredEntry(self.folder / key, unseal(self.folder / key)), None
+            return StoredEntry(self.folder / key, verify_manifest(self.folder / key)), None
         except FileNotFoundError:
             return None, None
-        except Damaged as damage:
+        except DamagedFolderError as damage:
             return None, str(damage)
 
     def _state(self, key: str) -> tuple[int, int] | None:
@@ -148,7 +153,7 @@ class Store:
             writer.abandon()
             raise
         with cache_write_errors(self.folder, new):
-            seal(new, made)
+            write_manifest(new, made)
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from luthier.errors import UserError
 from luthier.storage.disk_space import is_disk_full
-from luthier.storage.sizes import in_words, size_of
+from luthier.storage.sizes import folder_size, format_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -281,10 +281,10 @@ def cache_write_errors(cache: Path, entry: Path | None = None) -> Iterator[None]
 
 
 def _full(cache: Path, entry: Path | None, reason: str) -> str:
-    written = in_words(size_of(entry)) if entry is not None and entry.is_dir() else "none"
+    written = format_bytes(folder_size(entry)) if entry is not None and entry.is_dir() else "none"
     return (
         f"dataset: the cache folder {cache} is full ({reason}): {written} of this dataset's "
-        f"encoded rows were written and {in_words(shutil.disk_usage(cache).free)} are free.\n"
+        f"encoded rows were written and {format_bytes(shutil.disk_usage(cache).free)} are free.\n"
         "What was written is removed. Free some space there, or name another folder: "
         "dataset.cache=FOLDER, or the environment variable LUTHIER_CACHE."
     )

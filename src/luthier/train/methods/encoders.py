@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from luthier.chat import ChatEncoder
-from luthier.config.methods import check_rows
+from luthier.config.methods import check_example_type
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders.chat import (
     ColumnKeepingEncoder,
@@ -37,7 +37,7 @@ def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
     name = config.trainer.method
 
     def encoder(kind: str, source: SourceConfig, key: str) -> RowEncoder:
-        check_rows(name, kind, key, format_key(key))
+        check_example_type(name, kind, key, format_key(key))
         made = ENCODER_FACTORIES[name](config, tokenizer, kind, source)
         return ColumnKeepingEncoder(made) if _reads_columns(config) else made
 

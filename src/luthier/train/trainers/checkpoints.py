@@ -11,7 +11,7 @@ from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.storage.atomic import read_json, write_json
 from luthier.storage.disk_space import free_bytes, is_disk_full
-from luthier.storage.sizes import in_words
+from luthier.storage.sizes import format_bytes
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def report_full_disk(folder: Path, why: str | None = None) -> Iterator[None]:
         if not is_disk_full(error, folder):
             raise
         shutil.rmtree(folder / checkpoints.NEW_FOLDER, ignore_errors=True)
-        why = why or f"{in_words(free_bytes(folder))} are free"
+        why = why or f"{format_bytes(free_bytes(folder))} are free"
         raise UserError(_disk_full_message(folder, why)) from error
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
-    from luthier.metrics.bootstrap import Statistics
+    from luthier.metrics.bootstrap import SumStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,17 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricScores:
     """A metric over all replies, over each of them, and what its confidence is drawn from."""
 
     values: dict[str, float]
     """One number over all replies, by name."""
     rows: dict[str, list[float]] = field(default_factory=dict)
     """One number for each reply, by name, where the metric has such."""
-    statistics: dict[str, "Statistics"] = field(default_factory=dict)
+    statistics: dict[str, "SumStatistics"] = field(default_factory=dict)
     """Where the number over all is no mean of the rows: what it is made of, for the bootstrap."""
 
-    def sample(self, name: str) -> "Sequence[float] | Statistics | None":
+    def sample(self, name: str) -> "Sequence[float] | SumStatistics | None":
         """What the bootstrap resamples for this number; None where it has nothing for each row."""
         return self.statistics.get(name) or self.rows.get(name)
 
@@ -69,7 +69,7 @@ class Metric(BaseModel, ABC):
         """Why nothing can be compared with this reference, as words that follow `it`."""
 
     @abstractmethod
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """The metric of these replies, at least one, and where it has them those of each."""
 
     def score(self, replies: Sequence[Reply]) -> dict[str, float]:
@@ -89,10 +89,10 @@ class RowMetric(Metric):
         """Whether it compares with a reference at all."""
         return True
 
-    def measure(self, replies: Sequence[Reply]) -> Measured:
+    def measure(self, replies: Sequence[Reply]) -> MetricScores:
         """The mean over the replies, and each of them."""
         rows = [float(self.row(reply.prediction, reply.reference)) for reply in replies]
-        return Measured({self.name: mean(rows)}, {self.name: rows})
+        return MetricScores({self.name: mean(rows)}, {self.name: rows})
 
 
 def mean(rows: Sequence[float]) -> float:
@@ -118,11 +118,11 @@ def prepare_metrics(metrics: Sequence[Metric], references: Sequence[str]) -> Non
         metric.prepare(references)
 
 
-def score_replies(metrics: Sequence[Metric], replies: Sequence[Reply]) -> Measured:
+def score_replies(metrics: Sequence[Metric], replies: Sequence[Reply]) -> MetricScores:
     """All numbers of all metrics; raises UserError without replies, and where a metric fails."""
     if metrics and not replies:
         raise UserError("metrics: there are no replies to score.")
-    whole = Measured({}, {}, {})
+    whole = MetricScores({}, {}, {})
     for metric in metrics:
         found = metric.measure(replies)
         whole.values.update(found.values)
