@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.data import filter as filter_module
+from luthier import patterns
 from luthier.data.filter import SearchTimeoutError, compile_filter
 from luthier.data.rows import RowError
 from luthier.errors import UserError
@@ -187,7 +187,7 @@ def test_an_expression_of_a_hundred_levels_is_computed():
 
 @pytest.mark.parametrize("pattern", ["(a|aa)+$", "(.*?a){25}P"])
 def test_a_search_that_would_take_years_ends(pattern, monkeypatch):
-    monkeypatch.setattr(filter_module, "SEARCH_SECONDS", 0.1)
+    monkeypatch.setattr(patterns, "SEARCH_SECONDS", 0.1)
     holds = compile_filter(f"matches(text, '{pattern}')", "dataset.sources.a.filter")
     with pytest.raises(SearchTimeoutError) as caught:
         holds({"text": "a" * 60 + "b"})

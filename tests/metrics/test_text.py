@@ -2,6 +2,7 @@
 
 import pytest
 
+from luthier import patterns
 from luthier.errors import UserError
 from luthier.metrics import Reply, parse_metrics, prepare_metrics
 
@@ -119,6 +120,13 @@ def test_settings_of_number(settings, said, value):
 )  # fmt: skip
 def test_regex(settings, said, wanted, value):
     assert measured({"regex": settings}, said, wanted) == value
+
+
+@pytest.mark.parametrize("settings", [{}, {"group": 0, "extract": "reply"}], ids=["search", "all"])
+def test_a_search_that_would_take_years_ends(settings, monkeypatch):
+    monkeypatch.setattr(patterns, "SEARCH_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"metric regex: .*takes more than 0\.1 seconds in: 'aaaa"):
+        measured({"regex": {"pattern": "(a|aa)+$", **settings}}, "a" * 60 + "b", "a")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ powers, repeated texts and formatting are left out, and a search has a time limi
 import ast
 import operator
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import simpleeval
 
+from luthier import patterns
 from luthier.data.rows import RowError, describe_type
 from luthier.errors import UserError, nearest_option
 
@@ -24,10 +24,6 @@ MAX_LENGTH = 10_000
 """Characters of an expression."""
 MAX_DEPTH = 100
 """Levels of an expression within an expression."""
-SEARCH_SECONDS = 2.0
-"""Processor time that one search of `matches` may take."""
-MAX_PATTERN_STEPS = 250_000
-"""Steps of a pattern whose repeats are written out; `regex` takes about 1 KB for each."""
 
 _EXAMPLE = "A filter compares columns, such as: len(text) > 20 and lang in ['en', 'de']"
 _PYTHON_SIGNS = {"&&": "and", "||": "or", "!": "not", "=": "==", "AND": "and", "OR": "or"}
@@ -60,7 +56,7 @@ class OperandError(Exception):
 
 
 class SearchTimeoutError(UserError):
-    """A search of `matches` took longer than `SEARCH_SECONDS`.
+    """A search of `matches` took longer than `luthier.patterns.SEARCH_SECONDS`.
 
     It ends the reading of a source and is not counted as a bad row: which rows are too slow
     depends on the machine, and the rows of a dataset may not.
@@ -181,15 +177,7 @@ def _search(text: Any, pattern: Any) -> bool:
     """Return whether the compiled pattern is in the text; raise TimeoutError past the limit."""
     if not isinstance(text, str):
         raise OperandError(f"does not work on {describe_type(text)}")
-    start = time.thread_time()
-    while True:
-        try:
-            return pattern.search(text, timeout=SEARCH_SECONDS) is not None
-        except TimeoutError:
-            # regex 2026.11 counts the processor time of all threads, and others may be encoding:
-            # a search that had less than the limit for itself starts again.
-            if time.thread_time() - start >= SEARCH_SECONDS:
-                raise
+    return patterns.search(pattern, text) is not None
 
 
 FUNCTIONS: dict[str, tuple[Operation, int, int]] = {
@@ -353,9 +341,9 @@ class _Checker(ast.NodeTransformer):
         if pattern is None:
             self._refuse(node, "the pattern is a text in quotes")
         try:
-            return ast.copy_location(ast.Constant(compile_pattern(pattern)), node)
+            return ast.copy_location(ast.Constant(patterns.compile_pattern(pattern)), node)
         except ValueError as error:
-            self._refuse(node, str(error))
+            self._refuse(node, f"this pattern {error}")
 
     def _refuse(self, node: ast.expr, problem: str) -> NoReturn:
         """Raise FilterError at a node; Python counts positions in bytes, and the text is str."""
@@ -404,9 +392,8 @@ class _RowEvaluator(simpleeval.EvalWithCompoundTypes):
             raise RowError(f"the filter's {self._source(node)} {error}") from None
         except TimeoutError:
             raise SearchTimeoutError(
-                f"{self._key}: {self._source(node)} takes more than {SEARCH_SECONDS:g} seconds "
-                "for this row. Its repeats can divide a text in very many ways, as (a|aa)+$ does: "
-                "write the pattern so that there is one way only, such as a+$."
+                f"{self._key}: {self._source(node)} takes more than "
+                f"{patterns.SEARCH_SECONDS:g} seconds for this row. {patterns.SLOW_ADVICE}"
             ) from None
 
     def _check_disallowed_items(self, item: Any) -> None:
@@ -442,63 +429,3 @@ class _RowEvaluator(simpleeval.EvalWithCompoundTypes):
 def _text_constant(node: ast.expr) -> str | None:
     """Return the text that a node is in quotes; None for any other node."""
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
-
-
-_PATTERN_TOKENS = re.compile(
-    r"""
-    \\N\{[^}]*\} | \\.                              # an escape
-    | \[ \^? \]? (?: \\. | [^\]\\] )* \]            # a set
-    | (?P<repeat> \+ | \{ (?P<copies> \d* ) ,? \d* \} )
-    | .
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def compile_pattern(pattern: str) -> Any:
-    """Return the pattern of `re`, compiled by the library `regex`, whose searches can be timed.
-
-    `re` tries some patterns for years, and nothing can stop it. Raises ValueError, in words for
-    the user, for what is not a pattern of `re` and for one that would fill the memory.
-    """
-    import regex  # 40 ms, and few filters search
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about `[[`, which may mean something else one day
-            re.compile(pattern)
-            translated, steps = _translate_pattern(pattern)
-            if steps > MAX_PATTERN_STEPS:
-                raise ValueError(
-                    "this pattern is too large: its repeats, written out, make more than "
-                    f"{MAX_PATTERN_STEPS} steps"
-                )
-            return regex.compile(translated)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"this is no regular expression: {error}") from None
-
-
-def _translate_pattern(pattern: str) -> tuple[str, int]:
-    """Return a valid pattern of `re` as one of `regex`, and its steps with repeats written out.
-
-    Works around two traits of regex 2026.11: it takes a brace that is no repeat for its own fuzzy
-    matching (`x_{i}` also matches `x_` and `x_b`), and it copies what stands before `+` or `{n}`,
-    so that memory runs out at `(?:a{5000}){5000}`.
-    """
-    translated = []
-    groups = [0]  # the steps of each group that is open
-    last = 0  # the steps of what a repeat would repeat
-    for token in _PATTERN_TOKENS.finditer(pattern):
-        text = token[0]
-        translated.append("\\{" if text == "{" else text)
-        if token["repeat"]:
-            groups[-1] += last * int(token["copies"] or 0 if text[0] == "{" else 1)
-        elif text == "(":
-            groups.append(0)
-        elif text == ")" and len(groups) > 1:  # A comment may hold any.
-            last = groups.pop() + 1
-            groups[-1] += last
-        else:
-            last = 1
-            groups[-1] += 1
-    return "".join(translated), sum(groups)

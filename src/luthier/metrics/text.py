@@ -4,12 +4,13 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import NonNegativeFloat, field_validator, model_validator
 
+from luthier import patterns
 from luthier.errors import UserError, suggest_options
 from luthier.metrics.metric import Metric, MetricScores, Reply, RowMetric, excerpt, mean
 
@@ -138,14 +139,14 @@ class Regex(RowMetric):
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+            patterns.compile_pattern(pattern)
+        except ValueError as error:
+            raise ValueError(f"{pattern!r} {error}.") from error
         return pattern
 
     @model_validator(mode="after")
     def _has_the_group(self) -> Self:
-        compiled = re.compile(self.pattern)
+        compiled = patterns.compile_pattern(self.pattern)
         known = [*map(str, range(compiled.groups + 1)), *compiled.groupindex]
         if self.group is not None and str(self.group) not in known:
             raise ValueError(
@@ -168,7 +169,7 @@ class Regex(RowMetric):
     def row(self, prediction: str, reference: str) -> float:
         """1 if the pattern is found, and with a group, if it is that of the reference."""
         if self.group is None:
-            return float(re.search(self.pattern, prediction) is not None)
+            return float(bool(self._matches(prediction, patterns.search)))
         wanted = self._wanted(reference)
         if wanted is None:
             raise UserError(
@@ -184,11 +185,21 @@ class Regex(RowMetric):
 
     def _found(self, text: str) -> str | None:
         """What the group holds; None without a match, or where the group took no part in it."""
-        found = [match[_group(self.group)] for match in re.finditer(self.pattern, text)]
+        found = [match[_group(self.group)] for match in self._matches(text, patterns.find_all)]
         if not found:
             return None
         chosen = found[0 if self.match == "first" else -1]
         return None if chosen is None else normalise(chosen, self.ignore)
+
+    def _matches(self, text: str, search: Callable[[Any, str], Any]) -> Any:
+        """Return what a search of the pattern gives; raise UserError where it takes too long."""
+        try:
+            return search(patterns.compile_pattern(self.pattern), text)
+        except TimeoutError:
+            raise UserError(
+                f"metric {self.name}: a search for {self.pattern!r} takes more than "
+                f"{patterns.SEARCH_SECONDS:g} seconds in: {excerpt(text)}\n{patterns.SLOW_ADVICE}"
+            ) from None
 
 
 def _group(group: int | str | None) -> int | str:
