@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.batching.collators import PackedRows
-from luthier.data.batching.packing import Fit, pack
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.samplers import PackedSampler, SampledRows
+from luthier.data.batching.collators import PackingCollator
+from luthier.data.batching.packing import PackingPlan, pack_rows
+from luthier.data.batching.samplers import PackedSampler, SampledDataset
+from luthier.data.batching.token_rows import TokenRows
 
 REPEATS = 3
 BATCH = 8
@@ -77,7 +77,7 @@ def chat_mix(assets: Path, length: int) -> np.ndarray:
 def lay_out(table: FlatTable, length: int) -> None:
     """Make all batches of an epoch."""
     sampler = PackedSampler(TokenRows(table), length)
-    data, layout = SampledRows(sampler), PackedRows(0)
+    data, layout = SampledDataset(sampler), PackingCollator(0)
     rows = list(sampler)
     for at in range(0, len(rows), BATCH):
         layout([data[numbers] for numbers in rows[at : at + BATCH]])
@@ -100,8 +100,8 @@ def trl(table: FlatTable, length: int) -> tuple[float, float]:
 
 def measure(name: str, lengths: np.ndarray, length: int, with_trl: bool) -> None:
     """Print one line."""
-    fit = Fit(lengths, length)
-    packing, again = best(lambda: pack(lengths, length, 1)), best(lambda: fit.arranged(1, 2))
+    fit = PackingPlan(lengths, length)
+    packing, again = best(lambda: pack_rows(lengths, length, 1)), best(lambda: fit.arranged(1, 2))
     table = FlatTable(lengths)
     lay_out(FlatTable(lengths[:100]), length)
     layout = best(lambda: lay_out(table, length), 1)

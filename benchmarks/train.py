@@ -209,7 +209,7 @@ class Measured:
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
-        from luthier.data.batching.settings import Batching
+        from luthier.data.batching.settings import BatchingSettings
         from luthier.model.adapters import add_adapter
         from luthier.train.methods.sft import TokenTrainer
 
@@ -220,7 +220,7 @@ class Measured:
             packed = self.given.way == "luthier"
             return TokenTrainer(
                 add_adapter(model, lora, seed=0), args=args, train_dataset=data,
-                batching=Batching(packing=packed, length=self.given.length),
+                batching=BatchingSettings(packing=packed, length=self.given.length),
                 processing_class=tokenizer,
             )  # fmt: skip
         return SFTTrainer(

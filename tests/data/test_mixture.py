@@ -89,7 +89,10 @@ def test_a_spread_by_hand():
 
 
 def test_the_order_is_the_same_in_any_process():
-    code = "from luthier.data.seeded_random import shuffled; print(shuffled(9, 'a', 1).tolist())"
+    code = (
+        "from luthier.data.seeded_random import seeded_order\n"
+        "print(seeded_order(9, 'a', 1).tolist())"
+    )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert shown.stdout.strip() == str(seeded_order(9, "a", 1).tolist())
 

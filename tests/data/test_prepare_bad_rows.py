@@ -139,7 +139,7 @@ def test_a_row_without_a_column_of_the_filter_is_bad(write):
 def test_a_row_that_a_search_takes_years_for_ends_the_reading_and_is_not_dropped(
     write, monkeypatch
 ):
-    monkeypatch.setattr("luthier.data.filter.SEARCH_SECONDS", 0.1)
+    monkeypatch.setattr("luthier.patterns.SEARCH_SECONDS", 0.1)
     write("data.jsonl", [pair("q", "a"), pair("q", "a" * 60 + "b")])
     settings = {"path": "data.jsonl", "filter": "matches(completion, '(a|aa)+$')"}
     with pytest.raises(UserError, match=r"^data\.jsonl:2: dataset\.filter: `matches\(.*0\.1 sec"):

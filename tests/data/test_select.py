@@ -13,7 +13,7 @@ from luthier.data.fingerprints import (
     normalised_fingerprint,
     pack_fingerprints,
 )
-from luthier.data.select import exclude_held_out, hold_out
+from luthier.data.select import exclude_held_out, hold_out_rows
 from luthier.errors import UserError
 
 
@@ -25,7 +25,7 @@ HUNDRED = prints_of(range(100))
 
 
 def split(prints, seed=0, **settings):
-    return hold_out(prints, EvalConfig(**settings), seed)
+    return hold_out_rows(prints, EvalConfig(**settings), seed)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_the_draw_does_not_hang_on_the_files_order():
 
 def test_the_draw_is_the_same_in_any_process():
     code = (
-        "from luthier.data.fingerprints import as_prints, fingerprint\n"
-        "from luthier.data.select import hold_out\n"
+        "from luthier.data.fingerprints import fingerprint, pack_fingerprints\n"
+        "from luthier.data.select import hold_out_rows\n"
         "from luthier.config.schema import EvalConfig\n"
-        "prints = as_prints(fingerprint({'text': str(n)}) for n in range(100))\n"
-        "print(hold_out(prints, EvalConfig(count=20), 0).heldout.tolist())"
+        "prints = pack_fingerprints(fingerprint({'text': str(n)}) for n in range(100))\n"
+        "print(hold_out_rows(prints, EvalConfig(count=20), 0).heldout.tolist())"
     )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert shown.stdout.strip() == str(split(HUNDRED, count=20).heldout.tolist())

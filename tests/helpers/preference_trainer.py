@@ -6,8 +6,8 @@ import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from helpers.chatml import CHATML, byte_tokenizer
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.settings import BatchingSettings
+from luthier.data.batching.token_rows import TokenRows
 
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 
@@ -108,7 +108,7 @@ def arguments(make, folder, **more):
 def trainer(kind, net, args, rows, evaluated=None, batching=None, tok=None, **more):
     made = kind(
         net, args=args, train_dataset=rows, eval_dataset=rows if evaluated is None else evaluated,
-        batching=batching or Batching(), processing_class=tok or tokenizer(), **more,
+        batching=batching or BatchingSettings(), processing_class=tok or tokenizer(), **more,
     )  # fmt: skip
     made.remove_callback(PrinterCallback)
     made.remove_callback(ProgressCallback)

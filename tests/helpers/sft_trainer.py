@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.settings import BatchingSettings
 from luthier.train.methods.sft import TokenTrainer
 
 VOCABULARY = 64
@@ -88,7 +88,7 @@ def plain_loss(net, data):
 
 
 def packing(length=32, **also):
-    return Batching(packing=True, eval_packing=True, length=length, **also)
+    return BatchingSettings(packing=True, eval_packing=True, length=length, **also)
 
 
 def trainer(net, folder, data, batching=None, **args):

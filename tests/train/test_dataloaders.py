@@ -5,8 +5,8 @@ import torch
 
 from helpers.sft_trainer import model, packing, plain_loss, rows, trainer
 from luthier.config.schema import RunConfig
-from luthier.data.batching.rows import ListTable, TokenRows
-from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.batching.settings import BatchingSettings, read_batching_settings
+from luthier.data.batching.token_rows import InMemoryTable, TokenRows
 from luthier.errors import UserError
 
 
@@ -20,16 +20,24 @@ def config(args=None, max_length=64, padding="longest"):
 @pytest.mark.parametrize(
     ("args", "padding", "plan"),
     [
-        ({}, "longest", Batching(False, False, 64, False)),
-        ({"packing": True}, "longest", Batching(True, True, 64, False)),
-        ({"packing": True, "eval_packing": False}, "longest", Batching(True, False, 64, False)),
-        ({"packing": True, "eval_packing": None}, "max_length", Batching(True, True, 64, True)),
-        ({"eval_packing": True}, "max_length", Batching(False, True, 64, True)),
+        ({}, "longest", BatchingSettings(False, False, 64, False)),
+        ({"packing": True}, "longest", BatchingSettings(True, True, 64, False)),
+        (
+            {"packing": True, "eval_packing": False},
+            "longest",
+            BatchingSettings(True, False, 64, False),
+        ),
+        (
+            {"packing": True, "eval_packing": None},
+            "max_length",
+            BatchingSettings(True, True, 64, True),
+        ),
+        ({"eval_packing": True}, "max_length", BatchingSettings(False, True, 64, True)),
     ],
     ids=["neither", "packing is for both", "not for evaluation", "null is both", "evaluation only"],
 )
 def test_a_config_as_a_plan(args, padding, plan):
-    assert batching_of(config(args, padding=padding)) == plan
+    assert read_batching_settings(config(args, padding=padding)) == plan
 
 
 @pytest.mark.parametrize(
@@ -50,7 +58,7 @@ def test_a_config_as_a_plan(args, padding, plan):
 )
 def test_what_is_not_to_be_had_is_said_before_anything_is_loaded(settings, parts):
     with pytest.raises(UserError) as refusal:
-        batching_of(config(**settings))
+        read_batching_settings(config(**settings))
     assert all(part in str(refusal.value) for part in parts)
 
 
@@ -90,7 +98,7 @@ def test_workers_give_the_same_batches(tmp_path):
 @pytest.mark.parametrize("plan", [None, packing()], ids=["single rows", "packed rows"])
 def test_tables_and_mixtures_are_taken_as_datasets_are(tmp_path, plan):
     data = rows()
-    table = ListTable(data["input_ids"], data["labels"])
+    table = InMemoryTable(data["input_ids"], data["labels"])
     index = torch.arange(24).repeat(2).numpy()[:30]
     twice = {k: [column[i] for i in index] for k, column in data.items()}
     from_table = trainer(model(), tmp_path, TokenRows(table, index), plan)
@@ -102,7 +110,7 @@ def test_tables_and_mixtures_are_taken_as_datasets_are(tmp_path, plan):
 def test_named_evaluation_sets_have_their_own_losses(tmp_path):
     made = trainer(model(), tmp_path, rows(), packing())
     sets = {"short": rows(longest=6), "long": rows(seed=1)}
-    tables = {k: ListTable(v["input_ids"], v["labels"]) for k, v in sets.items()}
+    tables = {k: InMemoryTable(v["input_ids"], v["labels"]) for k, v in sets.items()}
     metrics = made.evaluate(tables)
     for name, data in sets.items():
         alone = trainer(model(), tmp_path, data).evaluate()["eval_loss"]

@@ -9,8 +9,8 @@ import torch
 from transformers import AttentionInterface
 
 from helpers.sft_trainer import model, packing, plain_loss, rows, trainer
-from luthier.data.batching.collators import FlatRows, PackedRows
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.collators import FlatteningCollator, PackingCollator
+from luthier.data.batching.settings import BatchingSettings
 from luthier.errors import UserError
 from luthier.train.packing_check import check_isolation
 
@@ -89,13 +89,13 @@ def test_flattened_loss_and_gradients_are_those_of_single_rows(tmp_path, name, s
     expected.backward()
     made = trainer(net, tmp_path, data, packing(), per_device_train_batch_size=size)
     loss, _ = step(made, net)
-    assert isinstance(made.data_collator, FlatRows)
+    assert isinstance(made.data_collator, FlatteningCollator)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert_equal_gradients(net, alone)
 
 
 def test_packing_by_the_plan_of_flash_is_right_under_other_attention_too():
-    assert check_isolation(model(), FlatRows(0)).content == 0
+    assert check_isolation(model(), FlatteningCollator(0)).content == 0
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -117,7 +117,7 @@ def test_padding_to_a_constant_length_changes_no_loss(tmp_path):
     alone = copy.deepcopy(net)
     expected = plain_loss(alone, data)
     expected.backward()
-    for plan in (packing(64, constant=True), Batching(length=64, constant=True)):
+    for plan in (packing(64, constant=True), BatchingSettings(length=64, constant=True)):
         made = trainer(net, tmp_path, data, plan, per_device_train_batch_size=4)
         shapes = {tuple(batch["input_ids"].shape)[1] for batch in made.get_train_dataloader()}
         assert shapes == {64}
@@ -131,7 +131,7 @@ APART = [*MODELS, ("llama", "flex_attention"), ("gemma3", "flex_attention")]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "attention"), APART, ids=["-".join(m) for m in APART])
 def test_models_that_keep_documents_apart_pass_to_the_last_bit(name, attention, dtype):
-    shown = check_isolation(model(name, attention, dtype), PackedRows(0))
+    shown = check_isolation(model(name, attention, dtype), PackingCollator(0))
     assert shown.content == 0
     assert shown.position < (1e-5 if dtype == torch.float32 else 0.1)
     # Rounding of a layer of experts depends on which rows share its products, on some CPUs.
@@ -170,12 +170,12 @@ def test_positions_that_run_on_are_refused():
         return net(**batch)
 
     with pytest.raises(UserError, match="its positions are not its own"):
-        check_isolation(net, PackedRows(0), run_on)
+        check_isolation(net, PackingCollator(0), run_on)
 
 
 def test_a_kernel_that_cannot_is_quoted():
     with pytest.raises(UserError, match=re.escape("Install `causal_conv1d`")):
-        check_isolation(model("lfm2", "eager"), FlatRows(0))
+        check_isolation(model("lfm2", "eager"), FlatteningCollator(0))
 
 
 def test_the_proof_leaves_the_model_as_it_was(tmp_path):
@@ -183,6 +183,6 @@ def test_the_proof_leaves_the_model_as_it_was(tmp_path):
     net.transformer.h[0].eval()
     before = {name: module.training for name, module in net.named_modules()}
     state = torch.get_rng_state()
-    check_isolation(net, PackedRows(0))
+    check_isolation(net, PackingCollator(0))
     assert {name: module.training for name, module in net.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)

@@ -40,8 +40,8 @@ def normalised_fingerprint(example: Mapping[str, Any]) -> bytes:
     and runs of it made one space. Numbers, truth values and the structure count as they are.
     """
     parts: list[str] = []
-    _flatten(example, parts)
-    text = _plain("\0".join(parts))
+    _collect_texts(example, parts)
+    text = _fold_text("\0".join(parts))
     text = " ".join(text.split()).replace(" \0", "\0").replace("\0 ", "\0")
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=FINGERPRINT_BYTES).digest()
 
@@ -58,14 +58,14 @@ def is_first_occurrence(prints: Fingerprints) -> NDArray[np.bool_]:
     return keep
 
 
-def _plain(text: str) -> str:
+def _fold_text(text: str) -> str:
     """Case folded and in NFKC; folding can undo the form, so it is taken twice."""
     if text.isascii():
         return text.lower()
     return normalize("NFKC", normalize("NFKC", text).casefold())
 
 
-def _flatten(value: Any, parts: list[str]) -> None:
+def _collect_texts(value: Any, parts: list[str]) -> None:
     """Append the texts of a value, with marks that no text begins with for all that is not text."""
     if isinstance(value, str):
         parts.append(value)
@@ -73,12 +73,12 @@ def _flatten(value: Any, parts: list[str]) -> None:
         parts.append("\1{")
         for key in sorted(value):
             parts.append(key)
-            _flatten(value[key], parts)
+            _collect_texts(value[key], parts)
         parts.append("\1}")
     elif isinstance(value, list):
         parts.append("\1[")
         for item in value:
-            _flatten(item, parts)
+            _collect_texts(item, parts)
         parts.append("\1]")
     else:
         parts.append("\1" + _encode(value))

@@ -38,12 +38,14 @@ def mix_sources(
     evenly; no row stands twice, and the source that is scarcest for its weight is seen whole.
     Raises UserError for settings of the other kind and for a source that gives no row.
     """
-    _check(sizes, sources, mix)
+    _check_settings(sizes, sources, mix)
     starts = np.cumsum([0, *sizes.values()])[:-1]
     if mix == "concatenate":
-        parts = [_repeated(size, sources[name].repeats, seed, name) for name, size in sizes.items()]
+        parts = [
+            _repeat_rows(size, sources[name].repeats, seed, name) for name, size in sizes.items()
+        ]
     else:
-        parts = _weighed(sizes, sources, seed)
+        parts = _draw_by_weight(sizes, sources, seed)
     counts = {name: len(part) for name, part in zip(sizes, parts, strict=True)}
     _check_counts(counts, sizes, sources, mix)
     order = np.concatenate([start + part for start, part in zip(starts, parts, strict=True)])
@@ -68,14 +70,14 @@ def source_key(name: str, sources: Mapping[str, SourceConfig]) -> str:
     return "dataset" if [*sources] == ["dataset"] else f"dataset.sources.{name}"
 
 
-def _repeated(size: int, repeats: float, seed: int, name: str) -> Positions:
+def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> Positions:
     """All rows as many whole times as `repeats` holds, then a seeded part of them, in order."""
     whole, rest = divmod(round(repeats * size), max(size, 1))
     part = np.sort(seeded_order(size, "repeats", seed, name)[:rest])
     return np.concatenate([np.tile(np.arange(size), whole), part])
 
 
-def _weighed(
+def _draw_by_weight(
     sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], seed: int
 ) -> list[Positions]:
     """For each source its share of rows, drawn and put in order by the seed.
@@ -93,7 +95,9 @@ def _weighed(
     ]
 
 
-def _check(sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], mix: str) -> None:
+def _check_settings(
+    sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], mix: str
+) -> None:
     """UserError for a source without rows, and for a weight or repeats where they say nothing."""
     for name, size in sizes.items():
         key, source = source_key(name, sources), sources[name]

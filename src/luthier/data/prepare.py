@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import DatasetConfig, SourceConfig
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.encode_source import DROPPED, FINE, LOSSY, EncodedSource, encode_source
 from luthier.data.encoders.chat import RowEncoder
 from luthier.data.examples import (

@@ -37,7 +37,7 @@ class SeparatedRows:
     """Rows left out of training because a row of that held-out set equals them, by its name."""
 
 
-def hold_out(prints: Fingerprints, config: EvalConfig, seed: int) -> HeldOutSplit:
+def hold_out_rows(prints: Fingerprints, config: EvalConfig, seed: int) -> HeldOutSplit:
     """Hold a share or a count of the different rows out; all others train.
 
     `by: draw` ranks the rows by a hash of their content and the seed and takes the first, so the
@@ -51,7 +51,7 @@ def hold_out(prints: Fingerprints, config: EvalConfig, seed: int) -> HeldOutSpli
         return HeldOutSplit(np.arange(len(prints)), np.empty(0, np.int64), 0)
     different, first, group = np.unique(prints, return_index=True, return_inverse=True)
     ranks = _ranks(different, seed)
-    held = _in_share(ranks, config) if config.by == "hash" else _drawn(ranks, config)
+    held = _draw_by_hash(ranks, config) if config.by == "hash" else _draw_by_rank(ranks, config)
     train = np.flatnonzero(~held[group])
     heldout = np.sort(first[held])
     _check_both_sides(len(train), len(heldout), len(different), config)
@@ -77,17 +77,17 @@ def exclude_held_out(prints: Fingerprints, heldout: Mapping[str, Fingerprints]) 
     )
 
 
-def _drawn(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
+def _draw_by_rank(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
     """The first rows by rank: the count, or the share rounded and at least one."""
     wanted = config.count or max(1, round((config.share or 0) * len(ranks)))
     if wanted >= len(ranks):
-        raise UserError(_none_to_train(wanted, len(ranks), config))
+        raise UserError(_describe_none_to_train(wanted, len(ranks), config))
     held = np.zeros(len(ranks), dtype=bool)
     held[np.argsort(ranks, kind="stable")[:wanted]] = True
     return held
 
 
-def _in_share(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
+def _draw_by_hash(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
     """The rows whose rank, as a part of all 64-bit numbers, is below the share."""
     return ranks < np.uint64(int((config.share or 0) * 2**64))
 
@@ -106,10 +106,10 @@ def _check_both_sides(train: int, heldout: int, different: int, config: EvalConf
             f"{different} different rows. Hold out a larger share, or set dataset.eval.by=draw."
         )
     if not train:
-        raise UserError(_none_to_train(heldout, different, config))
+        raise UserError(_describe_none_to_train(heldout, different, config))
 
 
-def _none_to_train(wanted: int, different: int, config: EvalConfig) -> str:
+def _describe_none_to_train(wanted: int, different: int, config: EvalConfig) -> str:
     key = "count" if config.count else "share"
     return (
         f"dataset.eval.{key}={config.count or config.share} holds out {wanted} of "
@@ -156,23 +156,26 @@ def select_rows(
 
     Raises UserError where nothing is left to train on or to hold out.
     """
-    prints = {name: _prints(part, config) for name, part in trained.items()}
+    prints = {name: _fingerprints_of(part, config) for name, part in trained.items()}
     whole = np.concatenate(list(prints.values()))
     usable = np.concatenate([part.sequences > 0 for part in trained.values()])
     _check_usable(trained, evaluated)
     kept = np.flatnonzero(usable)
     if config.deduplicate != "none":
         kept = kept[is_first_occurrence(whole[kept])]
-    split = hold_out(whole[kept], config.eval, seed)
+    split = hold_out_rows(whole[kept], config.eval, seed)
     train, equal = kept[split.train], split.equal
     if evaluated:
-        held = {key: _prints(part, config)[part.sequences > 0] for key, part in evaluated.items()}
+        held = {
+            key: _fingerprints_of(part, config)[part.sequences > 0]
+            for key, part in evaluated.items()
+        }
         found = exclude_held_out(whole[train], held)
         equal += len(train) - len(found.train)
         train = train[found.train]
-    _check_each(sources, trained, {"give no sequence": np.flatnonzero(usable),
+    _check_each_source(sources, trained, {"give no sequence": np.flatnonzero(usable),
                                    "equal other rows": kept, "are held out": train})  # fmt: skip
-    epoch, counts = _mixed(config, sources, trained, train, seed)
+    epoch, counts = _mix(config, sources, trained, train, seed)
     used = np.unique(epoch)
     other = {
         "duplicate": int(usable.sum()) - len(kept),
@@ -187,7 +190,7 @@ def source_starts(parts: Mapping[str, EncodedSource]) -> RowNumbers:
     return np.cumsum([0, *map(len, parts.values())])
 
 
-def _mixed(
+def _mix(
     config: DatasetConfig,
     sources: Mapping[str, SourceConfig],
     trained: Mapping[str, EncodedSource],
@@ -201,7 +204,7 @@ def _mixed(
     return train[mixed.order], mixed.counts
 
 
-def _check_each(
+def _check_each_source(
     sources: Mapping[str, SourceConfig],
     trained: Mapping[str, EncodedSource],
     left: Mapping[str, RowNumbers],
@@ -223,7 +226,7 @@ def _check_each(
             )
 
 
-def _prints(part: EncodedSource, config: DatasetConfig) -> Fingerprints:
+def _fingerprints_of(part: EncodedSource, config: DatasetConfig) -> Fingerprints:
     """What tells whether two rows are equal, as the config means it."""
     return part.normalised_prints if config.deduplicate == "normalised" else part.prints
 
@@ -233,12 +236,12 @@ def _check_usable(
 ) -> None:
     for key, part in evaluated.items():
         if not (part.sequences > 0).any():
-            raise UserError(_nothing(key, [part], "to evaluate on"))
+            raise UserError(_describe_no_rows(key, [part], "to evaluate on"))
     if not any((part.sequences > 0).any() for part in trained.values()):
-        raise UserError(_nothing("dataset", list(trained.values()), "to train on"))
+        raise UserError(_describe_no_rows("dataset", list(trained.values()), "to train on"))
 
 
-def _nothing(key: str, parts: list[EncodedSource], purpose: str) -> str:
+def _describe_no_rows(key: str, parts: list[EncodedSource], purpose: str) -> str:
     """The words for rows none of which makes a sequence."""
     total = sum(map(len, parts))
     if not total:

@@ -220,9 +220,10 @@ class RewardScorer(HeadScorer):
         import torch
         from torch.nn.functional import logsigmoid
 
-        layout = preference_collators.WholeLayout(pad_token_id)
+        layout = preference_collators.RewardCollator(pad_token_id)
         batch = _on(
-            model, layout([preference_collators.Item(0, row, row, real=True) for row in rows])
+            model,
+            layout([preference_collators.PreferenceItem(0, row, row, real=True) for row in rows]),
         )
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         rewards = model(**given, use_cache=False).logits.squeeze(-1).float()

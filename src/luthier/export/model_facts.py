@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
-from luthier.data.sources.open import kind_of
+from luthier.data.sources.open import source_type
 from luthier.errors import UserError
 from luthier.export.model_layout import grown_shapes
 from luthier.model import gguf, source
@@ -271,7 +271,7 @@ def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[DataFacts
 
 
 def _source(name: str, path: str, part: SourceConfig, given: str | None) -> DataFacts:
-    if kind_of(part.model_copy(update={"path": path})) != "hub":
+    if source_type(part.model_copy(update={"path": path})) != "hub":
         shown = public_name(path) if "://" in path else last_name(path)
         return DataFacts(f"{name}: {shown}" if name else shown, licence=given)
     words = ", ".join(filter(None, (part.name, part.split)))

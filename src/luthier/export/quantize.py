@@ -147,7 +147,7 @@ def _rows(artifact: Artifact) -> list[dict[str, list[int]]]:
             f"{artifact.name}: GPTQ and AWQ look at training rows, and this is no run of luthier. "
             "Name the run's folder, or use --quantize nf4."
         )
-    from luthier.data.batching.rows import TokenRows
+    from luthier.data.batching.token_rows import TokenRows
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train import methods

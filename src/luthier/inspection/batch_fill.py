@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from luthier.config.library_settings import TrainerArgs
 from luthier.config.schema import RunConfig
-from luthier.data.batching.packing import Fit
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.packing import PackingPlan
 from luthier.data.batching.samplers import (
     LengthGroupedSampler,
     Sampler,
     SequentialSampler,
     ShuffledSampler,
 )
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.settings import BatchingSettings
+from luthier.data.batching.token_rows import TokenRows
 
 Lengths = NDArray[np.int32]
 Widths = NDArray[np.int64]
@@ -60,7 +60,9 @@ class _Unread:
         raise LookupError(number)
 
 
-def measure_batch_fill(lengths: Lengths, config: RunConfig, plan: Batching) -> BatchFill | None:
+def measure_batch_fill(
+    lengths: Lengths, config: RunConfig, plan: BatchingSettings
+) -> BatchFill | None:
     """Lay out sequences of these lengths (tokens) for one device; None where there is none."""
     if not len(lengths):
         return None
@@ -77,12 +79,12 @@ def measure_batch_fill(lengths: Lengths, config: RunConfig, plan: Batching) -> B
 def _packed(lengths: Lengths, length: int | None, size: int) -> BatchLayout | None:
     if length is None:
         return None
-    fit = Fit(lengths, length)
+    fit = PackingPlan(lengths, length)
     return BatchLayout(len(fit), length, size, -(-len(fit) // size), fit.efficiency)
 
 
 def _padded(
-    lengths: Lengths, sampler: Sampler, plan: Batching, size: int, args: TrainerArgs
+    lengths: Lengths, sampler: Sampler, plan: BatchingSettings, size: int, args: TrainerArgs
 ) -> BatchLayout:
     """The rows of the first epoch, in their order."""
     length = plan.length if plan.constant else None

@@ -12,7 +12,7 @@ from luthier.config import load_config
 from luthier.config.methods import METHODS
 from luthier.config.schema import ChatSettings, DatasetConfig, RunConfig
 from luthier.data import Example
-from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.batching.settings import BatchingSettings, read_batching_settings
 from luthier.data.encoders.plain_text import TextWindow, WindowEncoder
 from luthier.data.encoders.prompts import NO_PROMPT, split_prompt_and_reply
 from luthier.data.examples import (
@@ -146,7 +146,7 @@ class LoadedDataset:
     """The evaluation sets that have rows of their own, by config key."""
     readers: Readers
     """What makes sequences of their rows."""
-    batching: Batching
+    batching: BatchingSettings
 
     @property
     def name(self) -> str:
@@ -163,7 +163,7 @@ def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> 
     """
     config = load_config(overrides).config
     data.check_sources(_lenient(config.dataset) if bad_rows else config.dataset)
-    batching = batching_of(config)
+    batching = read_batching_settings(config)
     # A folder that holds a tokenizer and nothing else is enough here.
     if not Path(config.model.tokenizer or config.model.path).is_dir():
         model.check_model_path(config.model)

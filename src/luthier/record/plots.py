@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.token_rows import TokenRows
 from luthier.record.checkpoints import read_step_log
 
 if TYPE_CHECKING:

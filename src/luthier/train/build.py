@@ -13,7 +13,7 @@ from transformers.trainer_utils import enable_full_determinism
 
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
-from luthier.data.batching.settings import batching_of
+from luthier.data.batching.settings import read_batching_settings
 from luthier.data.prepare import PreparedData, prepare
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
@@ -168,7 +168,7 @@ def _report_data(config: RunConfig, folder: Path, prepared: PreparedData, answer
     `answers` says what trains, where that is not tokens of the rows. A dry run writes nothing.
     """
     console.print_data(prepared, answers)
-    console.print_packing(prepared, batching_of(config))
+    console.print_packing(prepared, read_batching_settings(config))
     if not config.dry_run:
         console.write_dropped(prepared, folder)
         numbers = collect_data_numbers(prepared, config.chat.max_length)

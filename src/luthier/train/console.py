@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from luthier.config.library_settings import QuantizationSettings
-from luthier.data.batching.packing import pack
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.packing import pack_rows
+from luthier.data.batching.settings import BatchingSettings
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData, SplitCounts
 from luthier.data.streaming import TokenRowStream
 from luthier.storage.atomic import write_jsonl
@@ -72,11 +72,11 @@ def _format_counts(counts: SplitCounts, answers: str) -> str:
     )
 
 
-def print_packing(prepared: PreparedData, batching: Batching) -> None:
+def print_packing(prepared: PreparedData, batching: BatchingSettings) -> None:
     """Print how full the rows are that several sequences share."""
     if not batching.packing or batching.length is None or not isinstance(prepared.train, TokenRows):
         return
-    packed = pack(prepared.train.lengths, batching.length, None)
+    packed = pack_rows(prepared.train.lengths, batching.length, None)
     print_line(
         f"packing   {len(prepared.train):,} sequences in {len(packed):,} rows of "
         f"{batching.length:,} tokens, {packed.efficiency:.1%} full"

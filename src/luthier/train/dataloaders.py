@@ -10,19 +10,19 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from luthier.data.batching.collators import FlatRows, PackedRows, PaddedRows
-from luthier.data.batching.rows import ListTable, TokenRows, TrainingRow, check_fits
+from luthier.data.batching.collators import FlatteningCollator, PackingCollator, PaddingCollator
 from luthier.data.batching.samplers import (
     LengthGroupedSampler,
-    Open,
+    OpenRows,
     PackedSampler,
     Sampler,
     SequentialSampler,
     ShuffledSampler,
-    packed,
-    passes,
+    pack_stream,
+    repeat_stream,
 )
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.settings import BatchingSettings
+from luthier.data.batching.token_rows import InMemoryTable, TokenRows, TrainingRow, check_row_fits
 from luthier.errors import UserError
 
 
@@ -35,7 +35,7 @@ class StreamDataset(IterableDataset):
 
     def __init__(
         self,
-        open_rows: Open,
+        open_rows: OpenRows,
         *,
         seed: int,
         shuffle_buffer: int = 10_000,
@@ -63,10 +63,10 @@ class StreamDataset(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise UserError(_TOO_MANY_WORKERS)
-        documents = passes(self.open_rows, self.shuffle_buffer, self.seed, self.epoch)
+        documents = repeat_stream(self.open_rows, self.shuffle_buffer, self.seed, self.epoch)
         if self.length is None:
             return ((document,) for document in documents)
-        return packed(documents, self.length, self.pack_rows)
+        return pack_stream(documents, self.length, self.pack_rows)
 
 
 _TOO_MANY_WORKERS = (
@@ -111,7 +111,7 @@ def build_stream_loader(
 
 
 def flatten_packed_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Lay packed rows one behind the other, as `FlatRows` does, on the device they are on.
+    """Lay packed rows end to end, as `FlatteningCollator` does, on the device they are on.
 
     Rows of a stream are dealt out to the processes as rows, so they are flattened behind that.
     """
@@ -131,7 +131,7 @@ def flatten_packed_batch(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-Collator = PaddedRows | PackedRows | FlatRows
+Collator = PaddingCollator | PackingCollator | FlatteningCollator
 
 
 def as_token_rows(rows: Any) -> TokenRows:
@@ -142,12 +142,12 @@ def as_token_rows(rows: Any) -> TokenRows:
     if isinstance(rows, TokenRows):
         return rows
     if isinstance(rows, Dataset):
-        return TokenRows(ListTable(rows["input_ids"], rows["labels"]))
+        return TokenRows(InMemoryTable(rows["input_ids"], rows["labels"]))
     return TokenRows(rows)
 
 
 def build_train_sampler(
-    rows: TokenRows, plan: Batching, args: Any, size: int, processes: int
+    rows: TokenRows, plan: BatchingSettings, args: Any, size: int, processes: int
 ) -> Sampler:
     """Return the order of training: packed, or as `train_sampling_strategy` says.
 
@@ -171,7 +171,7 @@ def build_train_sampler(
 
 
 def build_eval_sampler(
-    rows: TokenRows, plan: Batching, args: Any, size: int, processes: int
+    rows: TokenRows, plan: BatchingSettings, args: Any, size: int, processes: int
 ) -> Sampler:
     """Return the order of an evaluation: always the same, and every row is in it."""
     _check_lengths(rows, plan, plan.eval_packing)
@@ -184,14 +184,20 @@ def build_eval_sampler(
 
 
 def build_collator(
-    plan: Batching, packed: bool, flat: bool, pad_token_id: int, multiple_of: int | None
+    plan: BatchingSettings,
+    packed: bool,
+    flat: bool,
+    pad_token_id: int,
+    multiple_of: int | None,
 ) -> Collator:
     """Return the layout of batches; `flat` is that of attention kernels of variable length."""
-    collator_class = (FlatRows if flat else PackedRows) if packed else PaddedRows
+    collator_class = (
+        (FlatteningCollator if flat else PackingCollator) if packed else PaddingCollator
+    )
     return collator_class(pad_token_id, plan.length if plan.constant else None, multiple_of)
 
 
-def _check_lengths(rows: TokenRows, plan: Batching, packed: bool) -> None:
+def _check_lengths(rows: TokenRows, plan: BatchingSettings, packed: bool) -> None:
     """Raise UserError for rows that are longer than batches of a fixed length allow."""
     if plan.length is not None and (packed or plan.constant):
-        check_fits(int(np.max(rows.lengths, initial=0)), plan.length)
+        check_row_fits(int(np.max(rows.lengths, initial=0)), plan.length)

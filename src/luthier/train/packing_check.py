@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.data.batching.collators import FlatRows, PackedRows, PaddedRows
-from luthier.data.batching.rows import Document, TrainingRow
+from luthier.data.batching.collators import FlatteningCollator, PackingCollator, PaddingCollator
+from luthier.data.batching.token_rows import Document, TrainingRow
 from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
 
@@ -67,7 +67,9 @@ class DocumentIsolation:
 
 
 def check_isolation(
-    model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any] | None = None
+    model: Any,
+    collator: PackingCollator | FlatteningCollator,
+    call: Callable[..., Any] | None = None,
 ) -> DocumentIsolation:
     """Show that a document in a packed row gets the logits that it gets alone.
 
@@ -99,13 +101,13 @@ def check_isolation(
 
 
 def _measure(
-    model: Any, collator: PackedRows | FlatRows, call: Callable[..., Any]
+    model: Any, collator: PackingCollator | FlatteningCollator, call: Callable[..., Any]
 ) -> DocumentIsolation:
     """Return how far the probe's logits move with its neighbour and its position."""
     device = model.get_input_embeddings().weight.device
     first, second, probe = _sample_documents(model.config.get_text_config().vocab_size)
     packed_as = type(collator)(collator.pad_token_id)
-    padded_as = PaddedRows(collator.pad_token_id)
+    padded_as = PaddingCollator(collator.pad_token_id)
 
     def logits(layout: Any, *rows: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of the first and the last tokens of a batch, as many as the probe's."""

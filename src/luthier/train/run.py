@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.data.batching.settings import batching_of
+from luthier.data.batching.settings import read_batching_settings
 from luthier.environment import set_environment
 from luthier.record.config_diff import describe_config_changes
 from luthier.record.record import read_record
@@ -48,7 +48,7 @@ def check_before_torch(config: RunConfig) -> None:
     if config.trainer.teacher is not None:
         model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     trackers.check_trackers_installed(config)
-    batching_of(config)
+    read_batching_settings(config)
     launch_checks.check_launch_request()
 
 

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.batching.collators import FlatRows, PackedRows, PaddedRows, flattened_for
-from luthier.data.batching.rows import Document
+from luthier.data.batching.collators import (
+    FlatteningCollator,
+    PackingCollator,
+    PaddingCollator,
+    uses_flattening,
+)
+from luthier.data.batching.token_rows import Document
 
 X = -100
 PAD = 0
@@ -24,7 +29,7 @@ def plain(batch):
 
 
 def test_padded_rows():
-    assert plain(PaddedRows(PAD)([(A,), (B,), ()])) == {
+    assert plain(PaddingCollator(PAD)([(A,), (B,), ()])) == {
         "input_ids": [[5, 6, 7], [8, 9, PAD], [PAD, PAD, PAD]],
         "labels": [[X, 6, 7], [X, 9, X], [X, X, X]],
         # The row that only fills up sees itself, for attention over nothing is not a number.
@@ -34,7 +39,7 @@ def test_padded_rows():
 
 
 def test_packed_rows():
-    assert plain(PackedRows(PAD)([(A, B), (C,), ()])) == {
+    assert plain(PackingCollator(PAD)([(A, B), (C,), ()])) == {
         "input_ids": [[5, 6, 7, 8, 9], [4, 3, 2, 1, PAD], [PAD] * 5],
         "labels": [[X, 6, 7, X, 9], [X, X, 2, 1, X], [X] * 5],
         "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 1, 2, 3, 4]],
@@ -43,7 +48,7 @@ def test_packed_rows():
 
 
 def test_flat_rows():
-    assert plain(FlatRows(PAD)([(A, B), (C,), ()])) == {
+    assert plain(FlatteningCollator(PAD)([(A, B), (C,), ()])) == {
         "input_ids": [[5, 6, 7, 8, 9, 4, 3, 2, 1]],
         "labels": [[X, 6, 7, X, 9, X, X, 2, 1]],
         "position_ids": [[0, 1, 2, 0, 1, 0, 1, 2, 3]],
@@ -57,7 +62,7 @@ def test_flat_rows():
 
 
 def test_flat_rows_are_padded_by_a_document():
-    batch = plain(FlatRows(PAD, multiple_of=4)([(A, B)]))
+    batch = plain(FlatteningCollator(PAD, multiple_of=4)([(A, B)]))
     assert batch["input_ids"] == [[5, 6, 7, 8, 9, PAD, PAD, PAD]]
     assert batch["position_ids"] == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert batch["cu_seq_lens_q"] == [0, 3, 5, 8]
@@ -65,15 +70,15 @@ def test_flat_rows_are_padded_by_a_document():
 
 
 WIDTHS = [
-    ("the longest row", PaddedRows(PAD), [(A,), (B,)], (2, 3)),
-    ("a multiple", PaddedRows(PAD, multiple_of=8), [(A,), (B,)], (2, 8)),
-    ("always the same", PaddedRows(PAD, pad_to=6), [(B,)], (1, 6)),
-    ("the same and a multiple", PaddedRows(PAD, pad_to=6, multiple_of=4), [(B,)], (1, 8)),
-    ("packed, always the same", PackedRows(PAD, pad_to=7), [(A, B)], (1, 7)),
-    ("flat, as many as all rows", FlatRows(PAD, pad_to=7), [(A, B), (C,)], (1, 14)),
-    ("never so few that nothing is predicted", PaddedRows(PAD), [(row(5),)], (1, 2)),
-    ("nor where a batch only fills up", PackedRows(PAD), [(), ()], (2, 2)),
-    ("nor where a flat batch does", FlatRows(PAD), [()], (1, 2)),
+    ("the longest row", PaddingCollator(PAD), [(A,), (B,)], (2, 3)),
+    ("a multiple", PaddingCollator(PAD, multiple_of=8), [(A,), (B,)], (2, 8)),
+    ("always the same", PaddingCollator(PAD, pad_to=6), [(B,)], (1, 6)),
+    ("the same and a multiple", PaddingCollator(PAD, pad_to=6, multiple_of=4), [(B,)], (1, 8)),
+    ("packed, always the same", PackingCollator(PAD, pad_to=7), [(A, B)], (1, 7)),
+    ("flat, as many as all rows", FlatteningCollator(PAD, pad_to=7), [(A, B), (C,)], (1, 14)),
+    ("never so few that nothing is predicted", PaddingCollator(PAD), [(row(5),)], (1, 2)),
+    ("nor where a batch only fills up", PackingCollator(PAD), [(), ()], (2, 2)),
+    ("nor where a flat batch does", FlatteningCollator(PAD), [()], (1, 2)),
 ]
 
 
@@ -86,14 +91,16 @@ def test_widths(layout, rows, shape):
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("layout", [PaddedRows(PAD, 3), PackedRows(PAD, 3), FlatRows(PAD, 3)])
+@pytest.mark.parametrize(
+    "layout", [PaddingCollator(PAD, 3), PackingCollator(PAD, 3), FlatteningCollator(PAD, 3)]
+)
 def test_a_row_that_is_too_long(layout):
     with pytest.raises(ValueError, match="4 tokens do not fit into 3"):
         layout([(C,)])
 
 
 def test_a_reply_that_ends_with_the_padding_token_trains_it():
-    batch = plain(PaddedRows(pad_token_id=7)([(A,), (row(1, 2, 3, 4),)]))
+    batch = plain(PaddingCollator(pad_token_id=7)([(A,), (row(1, 2, 3, 4),)]))
     assert batch["labels"][0] == [X, 6, 7, X]
     assert batch["attention_mask"][0] == [1, 1, 1, 0]
 
@@ -107,4 +114,4 @@ def test_a_reply_that_ends_with_the_padding_token_trains_it():
     ],
 )  # fmt: skip
 def test_the_attention_decides_whether_rows_are_flattened(attention, flat):
-    assert flattened_for(attention) is flat
+    assert uses_flattening(attention) is flat

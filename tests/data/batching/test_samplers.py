@@ -7,14 +7,14 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SkipBatchSampler
 from torch.utils.data import BatchSampler, DataLoader
 
-from luthier.data.batching.rows import ListTable, TokenRows
 from luthier.data.batching.samplers import (
     LengthGroupedSampler,
     PackedSampler,
-    SampledRows,
+    SampledDataset,
     SequentialSampler,
     ShuffledSampler,
 )
+from luthier.data.batching.token_rows import InMemoryTable, TokenRows
 
 COUNT = 107
 LENGTHS = np.random.default_rng(0).integers(2, 60, COUNT)
@@ -22,7 +22,7 @@ LENGTHS = np.random.default_rng(0).integers(2, 60, COUNT)
 
 def rows(index=None):
     ids = [[1000 * number + place for place in range(n)] for number, n in enumerate(LENGTHS)]
-    return TokenRows(ListTable(ids, ids), index)
+    return TokenRows(InMemoryTable(ids, ids), index)
 
 
 MAKE = {
@@ -116,7 +116,7 @@ def shard(sampler, processes, rank, skip=0):
         batches = BatchSamplerShard(batches, processes, rank)
     if skip:
         batches = SkipBatchSampler(batches, skip)
-    return DataLoaderShard(SampledRows(sampler), batch_sampler=batches, collate_fn=list)
+    return DataLoaderShard(SampledDataset(sampler), batch_sampler=batches, collate_fn=list)
 
 
 @SHUFFLED
@@ -140,7 +140,7 @@ def numbers(training_row):
 
 def test_a_worker_process_gets_the_table_alone():
     sampler = ShuffledSampler(rows(np.zeros(100_000, dtype=np.int64)))
-    data = SampledRows(sampler)
+    data = SampledDataset(sampler)
     assert len(pickle.dumps(data)) < len(pickle.dumps(data.table)) + 1000
     again = pickle.loads(pickle.dumps(data))
     assert len(again) == 100_000
@@ -149,7 +149,9 @@ def test_a_worker_process_gets_the_table_alone():
 
 def test_workers_give_what_the_process_itself_gives():
     plain, fetched = (
-        list(DataLoader(SampledRows(sampler), 4, sampler=sampler, num_workers=n, collate_fn=list))
+        list(
+            DataLoader(SampledDataset(sampler), 4, sampler=sampler, num_workers=n, collate_fn=list)
+        )
         for n, sampler in ((0, MAKE["packed"](rows())), (2, MAKE["packed"](rows())))
     )
     assert [[numbers(row) for row in batch] for batch in plain] == [

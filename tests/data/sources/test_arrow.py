@@ -52,7 +52,7 @@ class TestEach:
         assert opened(f"a.{suffix}", max_rows=2).size == 2
 
     def test_rows_are_read_a_few_at_a_time(self, opened, fields, suffix, monkeypatch):
-        monkeypatch.setattr(arrow, "_ROWS", 7)
+        monkeypatch.setattr(arrow, "_ROWS_AT_A_TIME", 7)
         rows = [{"n": number} for number in range(50)]
         WRITERS[suffix](pa.Table.from_pylist(rows), f"a.{suffix}")
         assert fields(f"a.{suffix}") == rows

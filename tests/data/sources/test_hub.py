@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from luthier.data.sources.hub import _reachable
+from luthier.data.sources.hub import _is_reachable
 from luthier.errors import UserError
 
 
@@ -19,7 +19,7 @@ def no_cache(tmp_path, monkeypatch):
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    _reachable.cache_clear()
+    _is_reachable.cache_clear()
     return tmp_path / "hf"
 
 
@@ -165,11 +165,11 @@ def test_a_stream_of_datasets_gives_the_rows_of_its_tables(tmp_path, write, monk
 
     from luthier.config.schema import SourceConfig
     from luthier.data.sources.hub import HubContent
-    from luthier.data.sources.options import Options
+    from luthier.data.sources.options import FormatOptions
 
     rows = [{"a": [{"b": number}] if number % 2 else [{"c": "x"}]} for number in range(2500)]
     name = write("a.jsonl", rows)
-    content = HubContent(SourceConfig(path="owner/name"), Options(), streaming=True)
+    content = HubContent(SourceConfig(path="owner/name"), FormatOptions(), streaming=True)
     stream = load_dataset("json", data_files=name, split="train", streaming=True)
     monkeypatch.setitem(vars(content), "_dataset", stream)
     found = list(content.items())

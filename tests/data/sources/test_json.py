@@ -15,7 +15,7 @@ GOOD = json.dumps(ROW)
 @pytest.fixture(params=[1 << 20, 7, 1], ids=["whole", "blocks-of-7", "blocks-of-1"])
 def block(request, monkeypatch):
     """Reads of several sizes: no row may depend on where a block ends."""
-    monkeypatch.setattr(streams, "BLOCK", request.param)
+    monkeypatch.setattr(streams, "BLOCK_BYTES", request.param)
 
 
 @pytest.mark.parametrize(
@@ -252,15 +252,15 @@ class TestOneObject:
 def test_a_broken_array_is_not_read_to_its_end(write, opened, monkeypatch):
     """What more text cannot mend is said at once; only a cut value waits for more."""
     taken = []
-    real = streams.blocks
+    real = streams.read_blocks
 
     def counted(file):
         for block in real(file):
             taken.append(len(block))
             yield block
 
-    monkeypatch.setattr("luthier.data.sources.text.blocks", counted)
-    monkeypatch.setattr(streams, "BLOCK", 1000)
+    monkeypatch.setattr("luthier.data.sources.text.read_blocks", counted)
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 1000)
     name = write("a.json", f"[{GOOD}, {{oops}}, " + f"{GOOD},\n" * 10_000)
     with pytest.raises(UserError, match=r"a\.json:1: this is not JSON"):
         list(opened(name).rows())

@@ -42,7 +42,7 @@ def test_what_was_peeked_is_not_read_again(write, opened, monkeypatch):
 
 
 def test_a_peek_reads_no_more_than_it_must(write, opened, monkeypatch):
-    monkeypatch.setattr(streams, "BLOCK", 1000)
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 1000)
     content = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS) + b"\xff"
     source = opened(write("a.jsonl", content))
     assert len(source.peek(20)) == 20

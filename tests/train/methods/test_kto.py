@@ -21,7 +21,7 @@ from helpers.preference_trainer import (
     unpaired,
 )
 from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.encoders.preference import PairSplittingEncoder, UnpairedEncoder
 from luthier.errors import UserError
 from luthier.train.methods import kto

@@ -25,9 +25,13 @@ from helpers.preference_trainer import (
     trainer,
     unpaired,
 )
-from luthier.data.batching.preference_collators import Partners, fixed_partners, rotated
+from luthier.data.batching.preference_collators import (
+    PartnerSampler,
+    assign_fixed_partners,
+    rotate_partners,
+)
 from luthier.data.batching.samplers import ShuffledSampler
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.settings import BatchingSettings
 from luthier.data.encoders.preference import PreferenceEncoder, RewardEncoder, UnpairedEncoder
 from luthier.train.methods.dpo import LuthierDPOTrainer
 from luthier.train.methods.kto import LuthierKTOTrainer
@@ -152,16 +156,16 @@ def test_a_run_goes_on_in_a_later_epoch_as_if_it_had_never_stopped(tmp_path, nam
 
 
 def test_rows_are_padded_to_one_width_where_that_is_asked_for(tmp_path):
-    made = build(tmp_path, "dpo", batching=Batching(length=80, constant=True))
+    made = build(tmp_path, "dpo", batching=BatchingSettings(length=80, constant=True))
     widths = {batch["input_ids"].shape[1] for batch in made.get_train_dataloader()}
     assert widths == {80}
 
 
 def test_every_row_has_a_partner_in_its_own_step():
     order = np.array([5, 3, 8, 1, 9, 2, 7])
-    assert rotated(order, 3).tolist() == [8, 5, 3, 2, 1, 9, 2]
-    assert rotated(np.array([4]), 3).tolist() == [4]
-    sampler = Partners(ShuffledSampler(VERDICTS, seed=1), step=4)
+    assert rotate_partners(order, 3).tolist() == [8, 5, 3, 2, 1, 9, 2]
+    assert rotate_partners(np.array([4]), 3).tolist() == [4]
+    sampler = PartnerSampler(ShuffledSampler(VERDICTS, seed=1), step=4)
     pairs = list(sampler)
     assert sorted(number for number, _ in pairs) == list(range(len(VERDICTS)))
     for start in range(0, 12, 4):
@@ -170,8 +174,8 @@ def test_every_row_has_a_partner_in_its_own_step():
         assert all(number != partner for number, partner in pairs[start : start + 4])
     sampler.set_epoch(1)
     assert list(sampler) != pairs
-    fixed = fixed_partners(VERDICTS, 4)
-    sampler = Partners(ShuffledSampler(VERDICTS, seed=1), step=4, fixed=fixed)
+    fixed = assign_fixed_partners(VERDICTS, 4)
+    sampler = PartnerSampler(ShuffledSampler(VERDICTS, seed=1), step=4, fixed=fixed)
     assert all(fixed[number] == partner for number, partner in sampler)
 
 

@@ -20,8 +20,8 @@ from helpers.preference_trainer import (
     trainer,
 )
 from luthier.config.schema import RunConfig
-from luthier.data.batching.preference_collators import WholeLayout
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.preference_collators import RewardCollator
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.encoders.preference import RewardEncoder
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -118,8 +118,8 @@ def test_a_row_that_ends_with_the_padding_token_is_not_scored_at_another():
     rows = listed(RewardEncoder(tok, CHAT).encode(PREFERENCES))
     item = SimpleNamespace(number=0, row=rows.table.row(0), partner=None, real=True)
     with pytest.raises(ValueError, match="ends with the padding token"):
-        WholeLayout(tok.pad_token_id)([item])
-    assert WholeLayout(256)([item])["input_ids"].shape[0] == 2
+        RewardCollator(tok.pad_token_id)([item])
+    assert RewardCollator(256)([item])["input_ids"].shape[0] == 2
 
 
 def test_a_tokenizer_without_a_token_to_pad_with_is_refused():

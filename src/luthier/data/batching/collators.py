@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.batching.rows import IGNORED, Document, TrainingRow
+from luthier.data.batching.token_rows import IGNORE_INDEX, Document, TrainingRow
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 Array = np.ndarray
 Batch = dict[str, Any]
 
-SHORTEST = 2
+MIN_WIDTH = 2
 """The fewest columns of a batch: one would leave nothing to predict, and empty tensors."""
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _TokenCollator:
     """What the layouts share."""
 
     pad_token_id: int
@@ -36,7 +36,7 @@ class _Layout:
     """Widths are rounded up to a multiple of this."""
 
 
-class PaddedRows(_Layout):
+class PaddingCollator(_TokenCollator):
     """One document a row, padded on the right, with an attention mask by length.
 
     Gives `input_ids`, `labels`, `attention_mask` (int64, shape (rows, width)) and `tokens`.
@@ -44,15 +44,15 @@ class PaddedRows(_Layout):
 
     def __call__(self, rows: Sequence[TrainingRow]) -> Batch:
         """Lay out rows of one document each; ValueError for one longer than `pad_to`."""
-        used = _used(rows)
-        batch = _table(rows, self.pad_token_id, _width(used, self))
+        used = _token_counts(rows)
+        batch = _pad_documents(rows, self.pad_token_id, _batch_width(used, self))
         mask = np.arange(batch["input_ids"].shape[1]) < used[:, None]
         # Attention over nothing at all is not a number.
         mask[:, 0] = True
-        return _tensors(batch | {"attention_mask": mask.astype(np.int64), "tokens": used})
+        return _to_tensors(batch | {"attention_mask": mask.astype(np.int64), "tokens": used})
 
 
-class PackedRows(_Layout):
+class PackingCollator(_TokenCollator):
     """Several documents a row, for attention that tells them apart by their positions.
 
     Gives `input_ids`, `labels`, `position_ids` (int64, shape (rows, width)) and `tokens`. Positions
@@ -62,17 +62,17 @@ class PackedRows(_Layout):
 
     def __call__(self, rows: Sequence[TrainingRow]) -> Batch:
         """Lay out rows of any number of documents; ValueError for one longer than `pad_to`."""
-        used = _used(rows)
-        width = _width(used, self)
+        used = _token_counts(rows)
+        width = _batch_width(used, self)
         positions = [
-            _positions([*map(_length, row), width - in_use])
+            _position_ids([*map(_length, row), width - in_use])
             for row, in_use in zip(rows, used.tolist(), strict=True)
         ]
-        batch = _table(rows, self.pad_token_id, width)
-        return _tensors(batch | {"position_ids": np.stack(positions), "tokens": used})
+        batch = _pad_documents(rows, self.pad_token_id, width)
+        return _to_tensors(batch | {"position_ids": np.stack(positions), "tokens": used})
 
 
-class FlatRows(_Layout):
+class FlatteningCollator(_TokenCollator):
     """All documents of a batch in one row, for attention kernels of variable length.
 
     Gives `input_ids`, `labels`, `position_ids` (int64, shape (1, tokens)), `cu_seq_lens_q` and `_k`
@@ -84,23 +84,23 @@ class FlatRows(_Layout):
     def __call__(self, rows: Sequence[TrainingRow]) -> Batch:
         """Lay out rows of any number of documents; ValueError for more than `pad_to` a row."""
         documents = tuple(document for row in rows for document in row)
-        used = _used([documents])
-        width = _width(used, self, rows=len(rows))
+        used = _token_counts([documents])
+        width = _batch_width(used, self, rows=len(rows))
         lengths = [*map(_length, documents), width - int(used[0])]
         ends = np.cumsum([0, *(length for length in lengths if length)], dtype=np.int32)
         sizes = np.diff(ends)
-        batch = _table([documents], self.pad_token_id, width) | {
-            "position_ids": _positions(lengths)[None],
+        batch = _pad_documents([documents], self.pad_token_id, width) | {
+            "position_ids": _position_ids(lengths)[None],
             "seq_idx": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[None],
             "cu_seq_lens_q": ends,
             "cu_seq_lens_k": ends.copy(),
             "tokens": used,
         }
         longest = int(sizes.max())
-        return _tensors(batch) | {"max_length_q": longest, "max_length_k": longest}
+        return _to_tensors(batch) | {"max_length_q": longest, "max_length_k": longest}
 
 
-def flattened_for(attention: str) -> bool:
+def uses_flattening(attention: str) -> bool:
     """Tell whether packed rows are flattened for an attention implementation of transformers.
 
     Flash attention, also from a hub kernel, takes documents of variable length in one row. All
@@ -109,25 +109,25 @@ def flattened_for(attention: str) -> bool:
     return "flash" in attention
 
 
-def _used(rows: Sequence[TrainingRow]) -> Array:
+def _token_counts(rows: Sequence[TrainingRow]) -> Array:
     """How many tokens each row has, int64."""
     return np.array([sum(map(_length, row)) for row in rows], dtype=np.int64)
 
 
-def _width(used: Array, layout: _Layout, rows: int = 1) -> int:
+def _batch_width(used: Array, layout: _TokenCollator, rows: int = 1) -> int:
     """How wide the batch is; `rows` that are laid side by side share it."""
     longest = int(used.max())
-    width = max(longest, SHORTEST) if layout.pad_to is None else layout.pad_to * rows
+    width = max(longest, MIN_WIDTH) if layout.pad_to is None else layout.pad_to * rows
     if longest > width:
         raise ValueError(f"{longest} tokens do not fit into {width}")
     multiple = layout.multiple_of or 1
     return -(-width // multiple) * multiple
 
 
-def _table(rows: Sequence[TrainingRow], pad_token_id: int, width: int) -> dict[str, Array]:
+def _pad_documents(rows: Sequence[TrainingRow], pad_token_id: int, width: int) -> dict[str, Array]:
     """The ids and labels of the rows, padded."""
     ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
     for line, row in enumerate(rows):
         start = 0
         for document in row:
@@ -138,7 +138,7 @@ def _table(rows: Sequence[TrainingRow], pad_token_id: int, width: int) -> dict[s
     return {"input_ids": ids, "labels": labels}
 
 
-def _positions(lengths: Iterable[int]) -> Array:
+def _position_ids(lengths: Iterable[int]) -> Array:
     return np.concatenate([np.arange(length) for length in lengths])
 
 
@@ -146,7 +146,7 @@ def _length(document: Document) -> int:
     return len(document.input_ids)
 
 
-def _tensors(batch: dict[str, Array]) -> "dict[str, torch.Tensor]":
+def _to_tensors(batch: dict[str, Array]) -> "dict[str, torch.Tensor]":
     import torch
 
     return {name: torch.from_numpy(array) for name, array in batch.items()}

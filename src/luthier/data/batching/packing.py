@@ -16,18 +16,18 @@ import numpy as np
 from luthier.data.seeded_random import random_order
 
 Array = np.ndarray
-Run = tuple[int, int, int]
+BinRun = tuple[int, int, int]
 """First bin, number of bins, rows of one length that each of them gets."""
 
 
-def pack(lengths: Array, length: int, seed: int | None) -> "Packing":
+def pack_rows(lengths: Array, length: int, seed: int | None) -> "Packing":
     """Pack rows of these lengths (in tokens) into bins of at most `length` tokens.
 
     The seed decides which of equally long rows goes where and in which order the bins come, never
     how many bins there are; None leaves both as they fall. The same arguments give the same
     packing in any process. Raises ValueError for a row that is empty or longer than a bin.
     """
-    return Fit(lengths, length).arranged(*(() if seed is None else (seed,)))
+    return PackingPlan(lengths, length).arranged(*(() if seed is None else (seed,)))
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Packing:
         return (tuple(rows[start:stop]) for start, stop in pairwise(starts))
 
 
-class Fit:
+class PackingPlan:
     """The bins of a set of lengths, before it is said which of equally long rows goes where."""
 
     def __init__(self, lengths: Array, length: int) -> None:
         """See `pack`."""
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        _check(self.lengths, length)
-        runs, self.count = _best_fit(self.lengths, length)
-        self._bins = _bins(runs)
+        _check_lengths(self.lengths, length)
+        runs, self.count = _place_best_fit(self.lengths, length)
+        self._bins = _bin_of_each_row(runs)
         self.efficiency = float(self.lengths.sum() / max(self.count * length, 1))
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class Fit:
         return chance[np.argsort(-self.lengths[chance], kind="stable")]
 
 
-def _check(lengths: Array, length: int) -> None:
+def _check_lengths(lengths: Array, length: int) -> None:
     wrong = np.flatnonzero((lengths < 1) | (lengths > length))
     if len(wrong):
         raise ValueError(
@@ -90,11 +90,11 @@ def _check(lengths: Array, length: int) -> None:
         )
 
 
-def _best_fit(lengths: Array, length: int) -> tuple[list[Run], int]:
+def _place_best_fit(lengths: Array, length: int) -> tuple[list[BinRun], int]:
     """Place all rows, the longest first; return the runs and the number of bins."""
     sizes, counts = np.unique(lengths, return_counts=True)
-    room = _Room()
-    runs: list[Run] = []
+    room = _OpenBins()
+    runs: list[BinRun] = []
     bins = 0
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
@@ -103,12 +103,12 @@ def _best_fit(lengths: Array, length: int) -> tuple[list[Run], int]:
                 # No bin has room: as many new ones as the rows that are left need.
                 free, first, several = length, bins, -(-count // (length // size))
                 bins += several
-            count -= _fill(runs, room, (free, first, several), size, count)
+            count -= _fill_bins(runs, room, (free, first, several), size, count)
     return runs, bins
 
 
-def _fill(
-    runs: list[Run], room: "_Room", group: tuple[int, int, int], size: int, count: int
+def _fill_bins(
+    runs: list[BinRun], room: "_OpenBins", group: tuple[int, int, int], size: int, count: int
 ) -> int:
     """Put up to `count` rows of one size into a group of equal bins, one bin after the other."""
     free, first, several = group
@@ -127,7 +127,7 @@ def _fill(
     return placed
 
 
-class _Room:
+class _OpenBins:
     """Groups of bins by the number of tokens that still fit into each."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class _Room:
             groups.append((first, several))
 
 
-def _bins(runs: list[Run]) -> Array:
+def _bin_of_each_row(runs: list[BinRun]) -> Array:
     """The bin of each place, int64: places in the order of the runs, the longest rows first."""
     if not runs:
         return np.zeros(0, dtype=np.int64)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.samplers import Numbers, SampledRows, Sampler
+from luthier.data.batching.samplers import RowTuple, SampledDataset, Sampler
+from luthier.data.batching.token_rows import TokenRows
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 Batch = dict[str, "torch.Tensor"]
 
 
-class Item(NamedTuple):
+class PreferenceItem(NamedTuple):
     """A row of the table, and the row whose reply stands behind its prompt for comparison."""
 
     number: int
@@ -35,18 +35,18 @@ class Item(NamedTuple):
     real: bool
 
 
-class JudgedRows(SampledRows):
+class PreferenceDataset(SampledDataset):
     """Gives rows of the table as they are; what only fills up a batch is its first row."""
 
-    # Its layouts take these items, where those of SampledRows take training rows.
-    def __getitem__(self, numbers: Numbers) -> Item:  # type: ignore[override]
+    # Its layouts take these items, where those of SampledDataset take training rows.
+    def __getitem__(self, numbers: RowTuple) -> PreferenceItem:  # type: ignore[override]
         number, partner = (numbers or (0,))[0], (numbers or (0,))[-1]
         row = self.table.row(number)
         other = row if partner == number else self.table.row(partner)
-        return Item(number, row, other, real=bool(numbers))
+        return PreferenceItem(number, row, other, real=bool(numbers))
 
 
-class WithColumns:
+class TableWithColumns:
     """A table with further columns of numbers, such as what a reference model said of each row."""
 
     def __init__(self, table: Any, columns: Mapping[str, Array]) -> None:
@@ -66,7 +66,7 @@ class WithColumns:
         return self.table.column(name) if own is None else own
 
 
-class Partners(Sampler):
+class PartnerSampler(Sampler):
     """Gives each row of another sampler a partner: the row before it in the same step.
 
     The first row of a step gets the last one, so that the partners of a step's rows are those rows.
@@ -93,11 +93,11 @@ class Partners(Sampler):
 
     def _arrange(self) -> Any:
         order = np.array([number for (number,) in self.sampler._arrange()], dtype=np.int64)
-        partners = rotated(order, self.step) if self.fixed is None else self.fixed[order]
+        partners = rotate_partners(order, self.step) if self.fixed is None else self.fixed[order]
         return zip(order.tolist(), partners.tolist(), strict=True)
 
 
-def rotated(order: Array, step: int) -> Array:
+def rotate_partners(order: Array, step: int) -> Array:
     """The partner of each row of an order, int64: the one before it within its `step` rows."""
     partners = np.roll(order, 1)
     starts = np.arange(0, len(order), step)
@@ -106,17 +106,17 @@ def rotated(order: Array, step: int) -> Array:
     return partners
 
 
-def fixed_partners(rows: TokenRows, step: int) -> Array:
+def assign_fixed_partners(rows: TokenRows, step: int) -> Array:
     """The partner of each row of a table by its number, int64, by the order of those that take
     part; a row that does not is its own."""
     order = np.arange(len(rows)) if rows.index is None else np.asarray(rows.index)
     partners = np.arange(len(rows.table.lengths))
-    partners[order] = rotated(order, step)
+    partners[order] = rotate_partners(order, step)
     return partners
 
 
 @dataclass(frozen=True)
-class JudgedLayout:
+class PreferenceCollator:
     """What the layouts share."""
 
     pad_token_id: int
@@ -125,11 +125,11 @@ class JudgedLayout:
     multiple_of: int | None = None
     """Widths are rounded up to a multiple of this."""
 
-    def _columns(self, items: Sequence[Item]) -> dict[str, Array]:
+    def _columns(self, items: Sequence[PreferenceItem]) -> dict[str, Array]:
         numbers = np.array([item.number for item in items], np.int64)
         return {"numbers": numbers, "real": np.array([item.real for item in items])}
 
-    def _numbers(self, items: Sequence[Item], *names: str) -> dict[str, Array]:
+    def _numbers(self, items: Sequence[PreferenceItem], *names: str) -> dict[str, Array]:
         """Columns of numbers, those of them that the rows have."""
         here = [name for name in names if name in items[0].row]
         return {name: np.array([item.row[name] for item in items]) for name in here}
@@ -155,10 +155,10 @@ class JudgedLayout:
         return columns | {"completion_mask": trained}
 
 
-class PairLayout(JudgedLayout):
+class PairCollator(PreferenceCollator):
     """Two replies behind one prompt."""
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
+    def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
         parts = [
             (item.row["prompt_ids"], item.row[f"{name}_ids"], item.row[f"{name}_spans"])
@@ -166,52 +166,52 @@ class PairLayout(JudgedLayout):
             for item in items
         ]
         known = self._numbers(items, "ref_chosen_logps", "ref_rejected_logps")
-        return _tensors(self._replies(parts) | self._columns(items) | known)
+        return _to_tensors(self._replies(parts) | self._columns(items) | known)
 
 
-class UnpairedLayout(JudgedLayout):
+class UnpairedCollator(PreferenceCollator):
     """One reply; `label` says whether it is a good one."""
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
+    def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
-        return _tensors(self._all(items))
+        return _to_tensors(self._all(items))
 
-    def _all(self, items: Sequence[Item]) -> dict[str, Array]:
+    def _all(self, items: Sequence[PreferenceItem]) -> dict[str, Array]:
         columns = self._replies([_completion(item.row, item.row) for item in items])
         columns["label"] = np.array([bool(item.row["label"]) for item in items])
         return columns | self._columns(items) | self._numbers(items, "ref_logps", "ref_KL_logps")
 
 
-class PartneredLayout(UnpairedLayout):
+class UnpairedKLCollator(UnpairedCollator):
     """One reply, and the reply of the row's partner behind the same prompt.
 
     The latter's columns begin with `KL_`.
     """
 
-    def _all(self, items: Sequence[Item]) -> dict[str, Array]:
+    def _all(self, items: Sequence[PreferenceItem]) -> dict[str, Array]:
         other = self._replies([_completion(item.row, item.partner) for item in items])
         return super()._all(items) | {f"KL_{name}": array for name, array in other.items()}
 
 
-class WholeLayout(JudgedLayout):
+class RewardCollator(PreferenceCollator):
     """Two whole conversations, none of which ends with the padding token.
 
     Models find a sequence's last token as the last one that is no padding token.
     """
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
+    def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; ValueError for one that ends with the padding token."""
         ids = [item.row[f"{name}_ids"] for name in ("chosen", "rejected") for item in items]
         if any(one[-1] == self.pad_token_id for one in ids):
             raise ValueError("a row ends with the padding token")
-        return _tensors(self._sequences(ids) | self._columns(items))
+        return _to_tensors(self._sequences(ids) | self._columns(items))
 
 
 def _completion(row: Row, replied: Row) -> tuple[Array, Array, Array]:
     return row["prompt_ids"], replied["completion_ids"], replied["completion_spans"]
 
 
-def _tensors(columns: Mapping[str, Array]) -> Batch:
+def _to_tensors(columns: Mapping[str, Array]) -> Batch:
     import torch
 
     return {name: torch.from_numpy(array) for name, array in columns.items()}

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.batching.packing import Fit, pack
-from luthier.data.batching.rows import Document, TokenRows, TrainingRow, check_fits
+from luthier.data.batching.packing import PackingPlan, pack_rows
+from luthier.data.batching.token_rows import Document, TokenRows, TrainingRow, check_row_fits
 from luthier.data.seeded_random import random_bits, random_order
 from luthier.errors import UserError
 
 Array = np.ndarray
-Numbers = tuple[int, ...]
+RowTuple = tuple[int, ...]
 
 
 class Sampler(ABC):
@@ -48,12 +48,12 @@ class Sampler(ABC):
     def __len__(self) -> int:
         return -(-self.count // self.multiple) * self.multiple
 
-    def __iter__(self) -> Iterator[Numbers]:
+    def __iter__(self) -> Iterator[RowTuple]:
         yield from self._arrange()
         yield from repeat((), len(self) - self.count)
 
     @abstractmethod
-    def _arrange(self) -> Iterator[Numbers]:
+    def _arrange(self) -> Iterator[RowTuple]:
         """The training rows of this epoch, in order."""
 
     def _numbers(self, places: Array) -> list[int]:
@@ -64,14 +64,14 @@ class Sampler(ABC):
 class SequentialSampler(Sampler):
     """Row by row, in their order."""
 
-    def _arrange(self) -> Iterator[Numbers]:
+    def _arrange(self) -> Iterator[RowTuple]:
         return zip(self._numbers(np.arange(self.count)))
 
 
 class ShuffledSampler(Sampler):
     """Row by row, in another order each epoch."""
 
-    def _arrange(self) -> Iterator[Numbers]:
+    def _arrange(self) -> Iterator[RowTuple]:
         return zip(self._numbers(random_order(self.count, self.seed, self.epoch)))
 
 
@@ -86,7 +86,7 @@ class PackedSampler(Sampler):
         Raises ValueError for a row that is longer than a bin.
         """
         super().__init__(rows, seed, multiple)
-        self.fit = Fit(rows.lengths, length)
+        self.fit = PackingPlan(rows.lengths, length)
         self.shuffle = shuffle
 
     @property
@@ -94,7 +94,7 @@ class PackedSampler(Sampler):
         """The number of bins, the same in every epoch."""
         return len(self.fit)
 
-    def _arrange(self) -> Iterator[Numbers]:
+    def _arrange(self) -> Iterator[RowTuple]:
         packing = self.fit.arranged(*((self.seed, self.epoch) if self.shuffle else ()))
         starts = packing.starts.tolist()
         rows = self._numbers(packing.rows)
@@ -117,7 +117,7 @@ class LengthGroupedSampler(Sampler):
         self.step = step
         self.pool = pool
 
-    def _arrange(self) -> Iterator[Numbers]:
+    def _arrange(self) -> Iterator[RowTuple]:
         lengths = np.asarray(self.rows.lengths, dtype=np.int64)
         order = _longest_to_front(random_order(self.count, self.seed, self.epoch, 0), lengths)
         pools = np.arange(self.count) // (self.step * self.pool)
@@ -144,7 +144,7 @@ def _longest_to_front(order: Array, lengths: Array) -> Array:
 # The map-style dataset that a data loader asks for training rows.
 
 
-class SampledRows:
+class SampledDataset:
     """Turns what a sampler gives into training rows.
 
     accelerate tells the epoch to the sampler, except in a resumed epoch of several processes, where
@@ -161,8 +161,8 @@ class SampledRows:
         """The training rows of an epoch."""
         return self.count
 
-    def __getitem__(self, numbers: Numbers) -> TrainingRow:
-        return tuple(document(self.table.row(number)) for number in numbers)
+    def __getitem__(self, numbers: RowTuple) -> TrainingRow:
+        return tuple(to_document(self.table.row(number)) for number in numbers)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is."""
@@ -173,21 +173,23 @@ class SampledRows:
         return {"table": self.table, "count": self.count}
 
 
-def document(row: Any) -> Document:
+def to_document(row: Any) -> Document:
     """The columns of a row that train."""
     return Document(np.asarray(row["input_ids"]), np.asarray(row["labels"]))
 
 
 # Training rows from a stream of token rows that is too long to be known whole.
 
-Open = Callable[[], Iterable[Any]]
+OpenRows = Callable[[], Iterable[Any]]
 """Begins a pass over a source: rows with `input_ids` and `labels`."""
 
-_DRAWS = 4096
+_NUMBERS_AT_A_TIME = 4096
 """Random numbers that are drawn at a time."""
 
 
-def passes(open_rows: Open, buffer: int, seed: int, first: int = 0) -> Iterator[Document]:
+def repeat_stream(
+    open_rows: OpenRows, buffer: int, seed: int, first: int = 0
+) -> Iterator[Document]:
     """Read a source again and again, each pass shuffled in another way, from pass `first` on.
 
     The passes follow one another without an end or a gap, so that a place in the stream is a
@@ -195,16 +197,16 @@ def passes(open_rows: Open, buffer: int, seed: int, first: int = 0) -> Iterator[
     """
     for number in count(first):
         rows = 0
-        for row in shuffled(open_rows(), buffer, seed, number):
+        for row in shuffle_stream(open_rows(), buffer, seed, number):
             rows += 1
-            yield document(row)
+            yield to_document(row)
         if not rows:
             raise UserError("dataset: the stream holds no row to train on.")
 
 
-def shuffled(rows: Iterable[Any], buffer: int, *seed: int) -> Iterator[Any]:
+def shuffle_stream(rows: Iterable[Any], buffer: int, *seed: int) -> Iterator[Any]:
     """Give rows in another order, each drawn from the next `buffer` ones; nothing is lost."""
-    places = _draws(*seed)
+    places = _random_numbers(*seed)
     held: list[Any] = []
     for row in rows:
         if len(held) < buffer:
@@ -219,7 +221,7 @@ def shuffled(rows: Iterable[Any], buffer: int, *seed: int) -> Iterator[Any]:
         yield held.pop()
 
 
-def packed(documents: Iterable[Document], length: int, rows: int) -> Iterator[TrainingRow]:
+def pack_stream(documents: Iterable[Document], length: int, rows: int) -> Iterator[TrainingRow]:
     """Pack as many documents at a time as fill about `rows` training rows; nothing is lost.
 
     Each time the emptiest training row goes back to the next documents. Raises UserError for a
@@ -228,25 +230,25 @@ def packed(documents: Iterable[Document], length: int, rows: int) -> Iterator[Tr
     held: list[Document] = []
     tokens = 0
     for row in documents:
-        check_fits(len(row.input_ids), length)
+        check_row_fits(len(row.input_ids), length)
         held.append(row)
         tokens += len(row.input_ids)
         if tokens >= length * rows:
-            bins = _bins(held, length)
+            bins = _pack_documents(held, length)
             held = list(bins.pop()) if len(bins) > 1 else []
             tokens = sum(len(kept.input_ids) for kept in held)
             yield from bins
-    yield from _bins(held, length)
+    yield from _pack_documents(held, length)
 
 
-def _bins(documents: list[Document], length: int) -> list[TrainingRow]:
+def _pack_documents(documents: list[Document], length: int) -> list[TrainingRow]:
     """The documents in bins, the emptiest bin last."""
     lengths = np.array([len(row.input_ids) for row in documents], dtype=np.int64)
-    bins = list(pack(lengths, length, None))
+    bins = list(pack_rows(lengths, length, None))
     bins.sort(key=lambda rows: -int(lengths[list(rows)].sum()))
     return [tuple(documents[row] for row in rows) for rows in bins]
 
 
-def _draws(*seed: int) -> Iterator[int]:
+def _random_numbers(*seed: int) -> Iterator[int]:
     for part in count():
-        yield from random_bits(_DRAWS, *seed, part).tolist()
+        yield from random_bits(_NUMBERS_AT_A_TIME, *seed, part).tolist()

@@ -6,12 +6,12 @@ from luthier.config.library_settings import TrainerArgs
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 
-_STRATEGIES = ("random", "sequential", "group_by_length")
+_SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 _APART = "luthier packs whole documents by best fit over the whole set, which TRL calls bfd"
 
 
 @dataclass(frozen=True)
-class Batching:
+class BatchingSettings:
     """What `trainer.args` and `trainer.padding` say about packing and padding."""
 
     packing: bool = False
@@ -24,14 +24,14 @@ class Batching:
     """Every row is padded to `length`, so that all batches have one shape."""
 
 
-def batching_of(config: RunConfig) -> Batching:
+def read_batching_settings(config: RunConfig) -> BatchingSettings:
     """Read the config's packing and padding.
 
     Raises UserError for what luthier does not do, and where `chat.max_length` is missing.
     """
     args = config.trainer.args
     _refuse_strategies(args)
-    plan = Batching(
+    plan = BatchingSettings(
         packing=args.packing,
         eval_packing=args.eval_packing,
         length=config.chat.max_length,
@@ -55,9 +55,9 @@ def _refuse_strategies(args: TrainerArgs) -> None:
             "Remove it; chat.on_long and dataset.stride say what becomes of long rows."
         )
     sampling = args.train_sampling_strategy
-    if sampling not in _STRATEGIES:
+    if sampling not in _SAMPLING_STRATEGIES:
         raise UserError(
             f"trainer.args.train_sampling_strategy={sampling} is none of "
-            f"{', '.join(_STRATEGIES)}.\nTo balance batches better than group_by_length does, set "
-            "trainer.args.packing=true."
+            f"{', '.join(_SAMPLING_STRATEGIES)}.\nTo balance batches better than group_by_length "
+            "does, set trainer.args.packing=true."
         )

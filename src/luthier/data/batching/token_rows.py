@@ -7,7 +7,7 @@ import numpy as np
 
 from luthier.errors import UserError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that does not train."""
 
 Array = np.ndarray
@@ -26,7 +26,7 @@ TrainingRow = tuple[Document, ...]
 """The documents that share one row of a batch; none at all in a row that only fills up a batch."""
 
 
-class Table(Protocol):
+class RowTable(Protocol):
     """Token rows on disk or in memory."""
 
     @property
@@ -39,7 +39,7 @@ class Table(Protocol):
         ...
 
 
-class ListTable:
+class InMemoryTable:
     """Token rows in lists, such as those that an encoder gives."""
 
     def __init__(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> None:
@@ -56,7 +56,7 @@ class ListTable:
         return {name: column[number] for name, column in self._columns.items()}
 
 
-def check_fits(tokens: int, length: int) -> None:
+def check_row_fits(tokens: int, length: int) -> None:
     """Raise UserError for a token row that is longer than a training row may be."""
     if tokens > length:
         raise UserError(
@@ -73,7 +73,7 @@ def _flat(column: Sequence[Sequence[int]]) -> Array:
 class TokenRows:
     """The rows of a table that take part, perhaps some of them several times."""
 
-    def __init__(self, table: Table, index: Array | None = None) -> None:
+    def __init__(self, table: RowTable, index: Array | None = None) -> None:
         """`index` holds row numbers of the table (a mixture, or one side of a split); None: all."""
         self.table = table
         self.index = index

@@ -9,93 +9,95 @@ from typing import Any
 from luthier.data.rows import Row, RowError, describe_type, excerpt
 
 
-class MissingColumn(RowError):
+class MissingColumnError(RowError):
     """A row without a column that its format needs."""
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnMapping:
     """Our names and the source's, and the system prompt for rows that have none."""
 
-    names: dict[str, str]
+    source_names: dict[str, str]
     """Our name -> the source's; `translation.en` is the field `en` of the column `translation`."""
-    later: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    late_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Optional columns that the first rows lack, and the names that later rows may give them."""
     system: str | None = None
 
     def take(self, row: Row, ours: str) -> Any:
         """The row's value of a needed column; MissingColumn names one that is not there."""
-        column = self.names[ours]
+        column = self.source_names[ours]
         if column in row.fields:
             return row.fields[column]
-        found, value = inside(row.fields, column)
+        found, value = find_value(row.fields, column)
         if found:
             return value
         near = difflib.get_close_matches(column, list(row.fields), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         held = ", ".join(row.fields) or "nothing"
-        raise MissingColumn(f"there is no {column!r} (it has: {held}){hint}")
+        raise MissingColumnError(f"there is no {column!r} (it has: {held}){hint}")
 
     def get(self, row: Row, ours: str) -> Any:
         """The row's value of an optional column; None where it has none."""
-        column = self.names.get(ours)
+        column = self.source_names.get(ours)
         if column is not None:
             value = row.fields.get(column)
-            return inside(row.fields, column)[1] if value is None and "." in column else value
-        for name in self.later.get(ours, ()):
+            return find_value(row.fields, column)[1] if value is None and "." in column else value
+        for name in self.late_names.get(ours, ()):
             if name in row.fields:
                 return row.fields[name]
         return None
 
-    def name(self, ours: str) -> str:
+    def source_name(self, ours: str) -> str:
         """The source's name of a column, for messages."""
-        return self.names.get(ours, ours)
+        return self.source_names.get(ours, ours)
 
 
-def inside(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
+def find_value(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
     """Whether a dotted path leads to a value, and the value."""
     if path in fields:
         return True, fields[path]
     head, dot, rest = path.partition(".")
     inner = fields.get(head)
-    return inside(inner, rest) if dot and isinstance(inner, dict) else (False, None)
+    return find_value(inner, rest) if dot and isinstance(inner, dict) else (False, None)
 
 
 # Values of a row in words, and cells that hold JSON text.
 
 
-def named(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What a value is, in words; NaN, which tables write where nothing stands, by its name."""
     return "NaN" if value != value else describe_type(value)
 
 
-def is_absent(value: Any) -> bool:
+def is_empty_cell(value: Any) -> bool:
     """Whether an optional cell says nothing: null, NaN, blank text or an empty list."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or value != value
 
 
-def text_in(value: Any, column: str) -> str:
+def require_text(value: Any, column: str) -> str:
     """The value, which must be text."""
     if isinstance(value, str):
         return value
-    raise RowError(f"{column!r} is {named(value)}; expected text")
+    raise RowError(f"{column!r} is {describe_value(value)}; expected text")
 
 
-def list_in(value: Any, column: str, items: str) -> list[Any]:
+def require_list(value: Any, column: str, items: str) -> list[Any]:
     """The value, which must be a list of `items`, or JSON text of one, as CSV cells hold it."""
     if isinstance(value, list):
         return value
     if not isinstance(value, str):
-        raise RowError(f"{column!r} is {named(value)}; expected a list of {items}")
-    parsed = json_in(value, f"{column!r}", f"a list of {items}")
+        raise RowError(f"{column!r} is {describe_value(value)}; expected a list of {items}")
+    parsed = parse_json_cell(value, f"{column!r}", f"a list of {items}")
     if not isinstance(parsed, list):
-        raise RowError(f"{column!r} is JSON text of {named(parsed)}; expected a list of {items}")
+        raise RowError(
+            f"{column!r} is JSON text of {describe_value(parsed)}; expected a list of {items}"
+        )
     return parsed
 
 
-def as_list(value: Any) -> list[Any]:
+def list_or_empty(value: Any) -> list[Any]:
     """A list, also from JSON text; empty for what is none."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -105,7 +107,7 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def json_in(text: str, what: str, expected: str) -> Any:
+def parse_json_cell(text: str, what: str, expected: str) -> Any:
     """The value of JSON text; RowError says where it breaks, and knows Python's own notation."""
     try:
         return json.loads(text)

@@ -3,78 +3,90 @@
 import re
 from typing import Any
 
-from luthier.data.formats.columns import Columns, is_absent, list_in, named, text_in
+from luthier.data.formats.columns import (
+    ColumnMapping,
+    describe_value,
+    is_empty_cell,
+    require_list,
+    require_text,
+)
 from luthier.data.formats.messages import (
     Message,
-    read_any,
+    parse_message_list,
     read_messages,
+    read_messages_or_turns,
     read_tools,
     read_turns,
-    written_messages,
 )
 from luthier.data.rows import Row, RowError, describe_type
 
 Example = dict[str, Any]
-SYSTEM = ("system", "developer")
+SYSTEM_ROLES = ("system", "developer")
 
 
-def from_messages(row: Row, columns: Columns) -> Example:
+def from_messages(row: Row, columns: ColumnMapping) -> Example:
     """A row that has its messages."""
-    messages = read_messages(columns.take(row, "messages"), columns.name("messages"))
-    return with_tools({"messages": with_system(messages, row, columns)}, row, columns)
+    messages = read_messages(columns.take(row, "messages"), columns.source_name("messages"))
+    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
-def from_sharegpt(row: Row, columns: Columns) -> Example:
+def from_sharegpt(row: Row, columns: ColumnMapping) -> Example:
     """A row of ShareGPT's turns."""
-    messages = read_turns(columns.take(row, "conversations"), columns.name("conversations"))
-    return with_tools({"messages": with_system(messages, row, columns)}, row, columns)
+    messages = read_turns(columns.take(row, "conversations"), columns.source_name("conversations"))
+    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
-def from_alpaca(row: Row, columns: Columns) -> Example:
+def from_alpaca(row: Row, columns: ColumnMapping) -> Example:
     """An instruction, perhaps an input and earlier turns, and the output."""
-    messages = [*alpaca_prompt(row, columns), _output(row, columns)]
-    return with_tools({"messages": with_system(messages, row, columns)}, row, columns)
+    messages = [*read_alpaca_prompt(row, columns), _read_output(row, columns)]
+    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
-def from_prompt_completion(row: Row, columns: Columns) -> Example:
+def from_prompt_completion(row: Row, columns: ColumnMapping) -> Example:
     """A prompt and its completion, each a text or messages.
 
     Assistant messages within the prompt are context and do not train, as in TRL.
     """
-    prompt = spoken(columns.take(row, "prompt"), columns.name("prompt"), "user")
-    reply = spoken(columns.take(row, "completion"), columns.name("completion"), "assistant")
-    messages = [*map(_as_context, prompt), *reply]
-    return with_tools({"messages": with_system(messages, row, columns)}, row, columns)
+    prompt = read_text_or_messages(
+        columns.take(row, "prompt"), columns.source_name("prompt"), "user"
+    )
+    reply = read_text_or_messages(
+        columns.take(row, "completion"), columns.source_name("completion"), "assistant"
+    )
+    messages = [*map(_untrained, prompt), *reply]
+    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
-def from_prompt(row: Row, columns: Columns) -> Example:
+def from_prompt(row: Row, columns: ColumnMapping) -> Example:
     """A prompt alone, a text or messages, for a model that learns from its own answers."""
-    prompt = spoken(columns.take(row, "prompt"), columns.name("prompt"), "user")
-    return with_tools({"messages": with_system(prompt, row, columns)}, row, columns)
+    prompt = read_text_or_messages(
+        columns.take(row, "prompt"), columns.source_name("prompt"), "user"
+    )
+    return add_tools({"messages": add_system_prompt(prompt, row, columns)}, row, columns)
 
 
-def alpaca_prompt(row: Row, columns: Columns) -> list[Message]:
+def read_alpaca_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
     """The earlier turns, and the instruction with its input below it.
 
     A blank line stands between the two, as between the sections of Stanford Alpaca's own prompt
     (github.com/tatsu-lab/stanford_alpaca): inputs are often whole passages, and one line break
     would make the instruction a part of them.
     """
-    instruction = text_in(columns.take(row, "instruction"), columns.name("instruction"))
+    instruction = require_text(columns.take(row, "instruction"), columns.source_name("instruction"))
     given = columns.get(row, "input")
-    if not is_absent(given):
-        given = text_in(given, columns.name("input"))
+    if not is_empty_cell(given):
+        given = require_text(given, columns.source_name("input"))
         instruction = f"{instruction}\n\n{given}" if instruction.strip() else given
-    return [*_history(row, columns), {"role": "user", "content": instruction}]
+    return [*_read_history(row, columns), {"role": "user", "content": instruction}]
 
 
-def _history(row: Row, columns: Columns) -> list[Message]:
+def _read_history(row: Row, columns: ColumnMapping) -> list[Message]:
     """The earlier turns, each a question and its answer; the answers train, as in LLaMA-Factory."""
-    value, column = columns.get(row, "history"), columns.name("history")
-    if is_absent(value):
+    value, column = columns.get(row, "history"), columns.source_name("history")
+    if is_empty_cell(value):
         return []
     messages: list[Message] = []
-    for place, pair in enumerate(list_in(value, column, "pairs")):
+    for place, pair in enumerate(require_list(value, column, "pairs")):
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise RowError(
                 f"{column}[{place}] is {describe_type(pair)}; expected a question and its answer"
@@ -84,49 +96,49 @@ def _history(row: Row, columns: Columns) -> list[Message]:
     return messages
 
 
-def _output(row: Row, columns: Columns) -> Message:
+def _read_output(row: Row, columns: ColumnMapping) -> Message:
     """The reply of an Alpaca row."""
-    text = text_in(columns.take(row, "output"), columns.name("output"))
+    text = require_text(columns.take(row, "output"), columns.source_name("output"))
     return {"role": "assistant", "content": text}
 
 
-def spoken(value: Any, column: str, role: str) -> list[Message]:
+def read_text_or_messages(value: Any, column: str, role: str) -> list[Message]:
     """What one side says: text of this role, one message, or a list of messages."""
     if isinstance(value, str):
-        return written_messages(value, column) or [{"role": role, "content": value}]
+        return parse_message_list(value, column) or [{"role": role, "content": value}]
     if isinstance(value, list):
-        return read_any(value, column)
+        return read_messages_or_turns(value, column)
     if isinstance(value, dict):
-        return read_any([value], column)
-    raise RowError(f"{column!r} is {named(value)}; expected text or a list of messages")
+        return read_messages_or_turns([value], column)
+    raise RowError(f"{column!r} is {describe_value(value)}; expected text or a list of messages")
 
 
-def _as_context(message: Message) -> Message:
+def _untrained(message: Message) -> Message:
     """A message of a prompt: an assistant's does not train unless it says so itself."""
     return {"train": False, **message} if message["role"] == "assistant" else message
 
 
-def with_system(messages: list[Message], row: Row, columns: Columns) -> list[Message]:
+def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping) -> list[Message]:
     """The messages behind their system prompt: their own, the row's, or the config's."""
     own = columns.get(row, "system")
-    given = None if is_absent(own) else text_in(own, columns.name("system"))
-    if messages[0]["role"] in SYSTEM:
+    given = None if is_empty_cell(own) else require_text(own, columns.source_name("system"))
+    if messages[0]["role"] in SYSTEM_ROLES:
         if given is not None and messages[0].get("content") != given:
             raise RowError(
                 f"the row has a system message and another system prompt in "
-                f"{columns.name('system')!r}; keep one of them"
+                f"{columns.source_name('system')!r}; keep one of them"
             )
         return messages
     given = columns.system if given is None else given
     return messages if given is None else [{"role": "system", "content": given}, *messages]
 
 
-def with_tools(example: Example, row: Row, columns: Columns) -> Example:
+def add_tools(example: Example, row: Row, columns: ColumnMapping) -> Example:
     """The example with the tools that its row offers, if any."""
     value = columns.get(row, "tools")
-    if value is None or is_absent(value):
+    if value is None or is_empty_cell(value):
         return example
-    tools = read_tools(value, columns.name("tools"))
+    tools = read_tools(value, columns.source_name("tools"))
     return {**example, "tools": tools} if tools else example
 
 

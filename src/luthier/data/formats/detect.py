@@ -1,323 +1,339 @@
-"""What is said when columns show no row format, or more than one."""
+"""Detects the row format of a source: the one that its config names, or that its columns fit.
 
-import difflib
+The first rows are put into groups with equal columns, and each variant of each format is matched
+with each group. A match that another one explains better is left out, and the match of most rows
+wins. Where none is left, or several, the error of `detection_errors` shows the columns and what to
+set.
+"""
+
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from typing import Any
 
 from luthier.config.schema import SourceConfig
-from luthier.data.formats.columns import Columns, is_absent
-from luthier.data.formats.match import Fit, Group, RowFormat, fits, grouped, strongest
-from luthier.data.formats.registry import COMPLETION, FORMAT_VARIANTS, PROMPT, FormatVariant
-from luthier.data.rows import Row, excerpt
+from luthier.data.formats import detection_errors
+from luthier.data.formats.columns import (
+    ColumnMapping,
+    MissingColumnError,
+    find_value,
+    is_empty_cell,
+)
+from luthier.data.formats.conversations import Example
+from luthier.data.formats.registry import (
+    FORMAT_VARIANTS,
+    FORMAT_VERSION,
+    SAMPLED_ROWS,
+    ColumnSample,
+    Evidence,
+    ExampleType,
+    FormatColumn,
+    FormatVariant,
+)
+from luthier.data.rows import Row, RowError
 from luthier.errors import UserError
 
-SHOWN = 3
-"""Nearest types that an error shows."""
+CONTEXT_COLUMNS = (
+    "context", "contexts", "passage", "document", "documents", "choices", "options",
+)  # fmt: skip
+"""Columns that a question cannot be answered without."""
+_WITH_SYSTEM = ("conversation", "preference", "unpaired")
+"""Types of examples that have messages, and so may have a system prompt."""
+_NEEDED_COLUMN_NAMES = frozenset(
+    name for variant in FORMAT_VARIANTS for column in variant.needed for name in column.aliases
+)
+"""The names that columns of other formats than plain text have."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the row format is looked for in."""
+class RowFormat:
+    """How the rows of a source are read."""
+
+    variant: FormatVariant
+    columns: ColumnMapping
+    unused: tuple[str, ...] = ()
+    """Columns of the source that are not read."""
+
+    @property
+    def type(self) -> str:
+        """What `dataset.type` calls it, such as `sharegpt`."""
+        return self.variant.type
+
+    @property
+    def example_type(self) -> ExampleType:
+        """What its examples are, such as `conversation`."""
+        return self.variant.example_type
+
+    def read(self, row: Row) -> Example:
+        """Return a row as an example; RowError says what is wrong with it."""
+        try:
+            return self.variant.read(row, self.columns)
+        except MissingColumnError as error:
+            raise RowError(f"{error}{self._describe_other_type(row)}") from None
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides the examples, for JSON."""
+        return {
+            # The settings decide the names of entries in the cache: this key keeps its old name.
+            "shape": self.type,
+            "columns": dict(sorted(self.columns.source_names.items())),
+            "system": self.columns.system,
+            "version": FORMAT_VERSION,
+        }
+
+    def _describe_other_type(self, row: Row) -> str:
+        """Return words on the other type whose columns a row has; an empty text where none."""
+        group = RowGroup(tuple(row.fields), [row])
+        matches = _best_matches(_match_variants(group, FORMAT_VARIANTS, {}))
+        others = [match.variant.type for match in matches if match.variant.type != self.type]
+        if not others:
+            return ""
+        return f"; these are the columns of {others[0]}, and the source is read as {self.type}"
+
+
+@dataclass(frozen=True)
+class DetectionInput:
+    """The rows whose format is looked for, and what an error calls them."""
 
     config: SourceConfig
     rows: Sequence[Row]
+    """The first rows of the source."""
     source: str
+    """What messages call the source, such as `my.jsonl`."""
     key: str
     """The group of the config, such as `dataset`."""
 
     @cached_property
-    def present(self) -> list[str]:
+    def columns(self) -> list[str]:
         """The columns of the rows, in order."""
         return list(dict.fromkeys(name for row in self.rows for name in row.fields))
 
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows with the same columns."""
+
+    columns: tuple[str, ...]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class FormatMatch:
+    """A variant of a format, the columns that it would read, and how well their values fit."""
+
+    variant: FormatVariant
+    source_names: dict[str, str]
+    """Our names of the needed columns -> the source's."""
+    evidence: Evidence
+    columns: frozenset[str]
+    """All columns that it would read, the optional ones too."""
+
+    @cached_property
+    def needed_columns(self) -> frozenset[str]:
+        """The columns that it cannot do without."""
+        return frozenset(self.source_names.values())
+
     @property
-    def seen(self) -> list[str]:
-        """The columns and the first row, as lines."""
-        first = self.rows[0]
-        return [
-            f"  columns: {', '.join(self.present) or 'none'}",
-            f"  first row ({first.where}): {excerpt(first.fields)}",
-        ]
-
-
-_HINTS: tuple[tuple[set[str], str], ...] = (
-    (
-        {"completions", "labels"},
-        "A label for each step of a completion (stepwise supervision) trains a process reward "
-        "model, and luthier trains none, so it does not read this format.",
-    ),
-    (
-        {"translation"},
-        "Name the two languages: {key}.columns={{source: translation.en, "
-        "target: translation.de}}, with the names that the first row shows.",
-    ),
-)
-NO_TEXT = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-
-
-def unknown(asked: Asked, forms: Sequence[FormatVariant]) -> str:
-    """The words for columns that fit no row format, or not the one that the config names."""
-    wanted = "show no format that luthier reads"
-    if asked.config.type != "auto":
-        wanted = f"do not show the type {asked.config.type}"
-    return "\n".join(
-        [
-            f"dataset: the columns of {asked.source} {wanted}.",
-            *asked.seen,
-            *_nearest(asked, forms),
-            *_hints(asked),
-            *(_alike(asked, forms) or [_advice(asked)]),
-        ]
-    )
-
-
-def _hints(asked: Asked) -> list[str]:
-    """What is known about columns that luthier does not read."""
-    present = set(asked.present)
-    hints = [text.format(key=asked.key) for columns, text in _HINTS if columns <= present]
-    prompts = [name for name in PROMPT.names if name in present]
-    if prompts and not present & {*COMPLETION.names, "chosen", "completions"}:
-        hints += [
-            f"If {prompts[0]!r} is a prompt, it has no reply: there is nothing to train.",
-            "A model that learns from its own answers (trainer=grpo, rloo) takes prompts alone: "
-            f"{asked.key}.type=prompt",
-        ]
-    if present & NO_TEXT:
-        hints.append("Only text is read, no images, video or audio.")
-    return hints
-
-
-def _nearest(asked: Asked, forms: Sequence[FormatVariant]) -> list[str]:
-    """The types of which most is there, and what they lack; a named type in any case."""
-    lines: dict[str, tuple[float, str]] = {}
-    for form in forms:
-        if form.type == "prompt" != asked.config.type:
-            continue  # it has to be named
-        share, line = _lack(asked, form)
-        if (share or asked.config.type != "auto") and share > lines.get(form.type, (-1.0,))[0]:
-            lines[form.type] = (share, line)
-    ranked = sorted(lines.values(), key=lambda entry: -entry[0])
-    return [line for _, line in ranked[:SHOWN]]
-
-
-def _lack(asked: Asked, form: FormatVariant) -> tuple[float, str]:
-    """The share of a form's columns that is there, and the words for what is not."""
-    has, lacks = [], []
-    for slot in form.needs:
-        names = [asked.config.columns.get(slot.ours, ""), *slot.names]
-        column = next((name for name in names if name in asked.present), None)
-        if column is not None:
-            has.append(column if column == slot.ours else f"{column} (as {slot.ours})")
-        else:
-            others = [name for name in slot.names if name != slot.ours]
-            known = f" (or {', '.join(others)})" if others else ""
-            lacks.append(f"{slot.ours}{known}")
-    held = f"has {', '.join(has)}" if has else "has none of its columns"
-    lacking = f"lacks {' and '.join(lacks)}" if lacks else "but their values are of another form"
-    return len(has) / len(form.needs), f"  {form.type}: {held}, {lacking}"
-
-
-def _alike(asked: Asked, forms: Sequence[FormatVariant]) -> list[str]:
-    """Columns whose names are nearly those of a row format."""
-    slots = [slot for form in forms for slot in form.needs]
-    known = {name for slot in slots for name in slot.names}
-    lines = []
-    for column in asked.present:
-        near = difflib.get_close_matches(column, known, n=1, cutoff=0.75)
-        if near and column not in known:
-            ours = next(slot.ours for slot in slots if near[0] in slot.names)
-            mapping = _written({**asked.config.columns, ours: column})
-            lines.append(f"{column!r} looks like {near[0]!r}: {asked.key}.columns={mapping}")
-    return lines
-
-
-def _advice(asked: Asked) -> str:
-    """What to do where nothing else can be said."""
-    return (
-        f"Map its columns, our names first, such as {asked.key}.columns={{prompt: ..., "
-        "completion: ...}; docs/formats.md has all types."
-    )
-
-
-def several(asked: Asked, found: Sequence[Fit]) -> str:
-    """The words for columns that fit several readings equally well."""
-    types = [fit.form.type for fit in found]
-    lines, settings = [], []
-    for fit in found:
-        alone = types.count(fit.form.type) == 1
-        setting = f"type={fit.form.type}" if alone else f"columns={_written(fit.names)}"
-        settings.append(f"{asked.key}.{setting}")
-        lines.append(f"  {fit.form.type} would read {', '.join(fit.names.values())}")
-    return "\n".join(
-        [
-            f"dataset: the columns of {asked.source} can be read in {len(found)} ways.",
-            *asked.seen,
-            *lines,
-            f"Say which one is meant: {' or '.join(settings)}",
-        ]
-    )
-
-
-def several_columns(asked: Asked, ours: str, columns: Sequence[str]) -> str:
-    """The words for several columns that could be the same optional one."""
-    settings = " or ".join(f"{asked.key}.columns={{{ours}: {column}}}" for column in columns)
-    return "\n".join(
-        [
-            f"dataset: {asked.source} has {' and '.join(columns)}, and {ours} is one of them.",
-            *asked.seen,
-            f"Say which one is meant: {settings}",
-        ]
-    )
-
-
-def left_out(asked: Asked, fit: Fit, column: str) -> str:
-    """The words for a column that a question is about and no one mapped."""
-    prompt, reply = fit.names["prompt"], fit.names["completion"]
-    joined = _written({"instruction": prompt, "input": column, "output": reply})
-    return "\n".join(
-        [
-            f"dataset: {asked.source} has {column!r} beside {prompt!r} and {reply!r}, and reading "
-            "only these two would leave it out.",
-            *asked.seen,
-            f"To put its text below the {prompt}: {asked.key}.columns={joined}",
-            f"To leave it out: {asked.key}.type={fit.form.type}",
-        ]
-    )
-
-
-def unknown_key(asked: Asked, name: str, ours: Sequence[str]) -> str:
-    """The words for a key of `columns` that is none of our names."""
-    of_type = "" if asked.config.type == "auto" else f" for the type {asked.config.type}"
-    return (
-        f"{asked.key}.columns has the key {name!r}{_near(name, ours)}. Its keys are our names"
-        f"{of_type}, {', '.join(ours)}; its values are the dataset's own."
-    )
-
-
-def unknown_column(asked: Asked, name: str, column: str) -> str:
-    """The words for a value of `columns` that is no column of the source."""
-    return (
-        f"{asked.key}.columns maps {name} to {column!r}, and {asked.source} has no such column"
-        f"{_near(column, asked.present)}. It has: {', '.join(asked.present)}."
-    )
-
-
-def unfitting_keys(asked: Asked, names: Sequence[str]) -> str:
-    """The words for keys of `columns` that belong to different types."""
-    return (
-        f"{asked.key}.columns maps {' and '.join(names)}, and no type has all of these. "
-        "docs/formats.md says which type has which columns."
-    )
-
-
-def _near(name: str, choices: Sequence[str]) -> str:
-    """A question that names the choice most like a name, if one is."""
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _written(mapping: Mapping[str, str]) -> str:
-    """A mapping as the command line takes it."""
-    return "{" + ", ".join(f"{ours}: {column}" for ours, column in mapping.items()) + "}"
-
-
-# Finding the row format of a source: named in the config, or shown by the columns of its rows.
-
-BESIDE = ("context", "contexts", "passage", "document", "documents", "choices", "options")
-"""Columns that a question cannot be answered without."""
-_SPOKEN = ("conversation", "preference", "unpaired")
+    def vote(self) -> tuple[int, tuple[str, ...]]:
+        """What two matches of different rows have in common where they mean the same reading."""
+        return FORMAT_VARIANTS.index(self.variant), tuple(self.source_names.values())
 
 
 def detect_format(
     config: SourceConfig, rows: Sequence[Row], source: str, key: str = "dataset"
 ) -> RowFormat:
-    """The row format that the config names, or the one that the first rows of a source show.
+    """Return the row format that the config names, or that the first rows of a source show.
 
-    Where rows differ, the format of most of them; the others are bad rows to it. `source` and `key`
-    name the source and its group of the config (`dataset.sources.mine`) in errors. Raises UserError
-    for columns that fit no format, or several equally well, and for a mapping of unknown names.
+    Where rows differ, the format of most of them wins; the others are bad rows to it. `source` and
+    `key` name the source and its group of the config (`dataset.sources.mine`) in errors. Raises
+    UserError for columns that fit no format, or several equally well, and for a mapping of unknown
+    names.
     """
     if not rows:
         raise UserError(f"dataset: {source} has no row that can be read, so it shows no format.")
-    asked = Asked(config, rows, source, key)
-    forms = [form for form in FORMAT_VARIANTS if config.type in ("auto", form.type)]
-    _check_mapping(config.columns, forms, asked)
-    forms = [form for form in forms if config.columns.keys() <= set(form.ours)]
-    found = _voted(grouped(rows), forms, config)
-    if not found:
-        raise UserError(unknown(asked, forms))
-    if len(found) > 1:
-        raise UserError(several(asked, found))
-    if config.type == "auto" and not config.columns.keys() & found[0].names.keys():
-        _check_left_out(found[0], asked)
-    return _row_format(found[0], asked)
+    detection = DetectionInput(config, rows, source, key)
+    variants = [v for v in FORMAT_VARIANTS if config.type in ("auto", v.type)]
+    _check_mapping(config.columns, variants, detection)
+    variants = [v for v in variants if config.columns.keys() <= set(v.column_names)]
+    matches = _vote(_group_by_columns(rows), variants, config)
+    if not matches:
+        raise UserError(detection_errors.describe_no_format(detection, variants))
+    if len(matches) > 1:
+        raise UserError(detection_errors.describe_several_formats(detection, matches))
+    if config.type == "auto" and not config.columns.keys() & matches[0].source_names.keys():
+        _check_context_columns(matches[0], detection)
+    return _row_format(matches[0], detection)
 
 
 def _check_mapping(
-    mapping: Mapping[str, str], forms: Sequence[FormatVariant], asked: Asked
+    mapping: Mapping[str, str], variants: Sequence[FormatVariant], detection: DetectionInput
 ) -> None:
     """Refuse names in `columns` that are neither ours nor the source's."""
-    ours = list(dict.fromkeys(name for form in forms for name in form.ours))
+    our_names = list(dict.fromkeys(name for v in variants for name in v.column_names))
     for name, column in mapping.items():
-        if name not in ours:
-            raise UserError(unknown_key(asked, name, ours))
-        if column not in asked.present and column.partition(".")[0] not in asked.present:
-            raise UserError(unknown_column(asked, name, column))
-    if not any(mapping.keys() <= set(form.ours) for form in forms):
-        raise UserError(unfitting_keys(asked, list(mapping)))
+        if name not in our_names:
+            raise UserError(detection_errors.describe_unknown_key(detection, name, our_names))
+        # `translation.en` is the field `en` of the column `translation`.
+        if not {column, column.partition(".")[0]} & {*detection.columns}:
+            raise UserError(detection_errors.describe_unknown_column(detection, name, column))
+    if not any(mapping.keys() <= set(variant.column_names) for variant in variants):
+        raise UserError(detection_errors.describe_unfitting_keys(detection, list(mapping)))
 
 
-def _voted(
-    groups: Sequence[Group], forms: Sequence[FormatVariant], config: SourceConfig
-) -> list[Fit]:
-    """The reading that fits most rows; several where these rows fit each of them."""
+def _group_by_columns(rows: Iterable[Row]) -> list[RowGroup]:
+    """Return the rows by their columns, in the order in which these first come."""
+    groups: dict[frozenset[str], RowGroup] = {}
+    for row in rows:
+        key = frozenset(row.fields)
+        if key not in groups:
+            groups[key] = RowGroup(tuple(row.fields), [])
+        groups[key].rows.append(row)
+    return list(groups.values())
+
+
+def _vote(
+    groups: Sequence[RowGroup], variants: Sequence[FormatVariant], config: SourceConfig
+) -> list[FormatMatch]:
+    """Return the match that fits most rows; several where these rows fit each of them."""
     votes: Counter[tuple[int, tuple[str, ...]]] = Counter()
-    found = [_fitting(group, forms, config) for group in groups]
-    for group, ways in zip(groups, found, strict=True):
-        for fit in ways:
-            votes[fit.key] += len(group.rows)
+    matches_of_groups = []
+    for group in groups:
+        matches = _match_variants(group, variants, config.columns)
+        best = _best_matches(matches)
+        if config.type != "auto":  # A type that the config names needs no evidence.
+            best = best or matches[:1]
+        matches_of_groups.append(best)
+        for match in best:
+            votes[match.vote] += len(group.rows)
     most = max(votes.values(), default=0)
-    winners = ([fit for fit in ways if votes[fit.key] == most] for ways in found)
+    winners = ([m for m in matches if votes[m.vote] == most] for matches in matches_of_groups)
     return next(filter(None, winners), [])
 
 
-def _fitting(group: Group, forms: Sequence[FormatVariant], config: SourceConfig) -> list[Fit]:
-    """The readings of rows with equal columns; a named type needs no evidence."""
-    found = fits(group, forms, config.columns)
-    best = strongest(found)
-    return best or ([] if config.type == "auto" else found[:1])
+def _match_variants(
+    group: RowGroup, variants: Sequence[FormatVariant], mapping: Mapping[str, str]
+) -> list[FormatMatch]:
+    """Return every way in which variants could read these rows.
+
+    `mapping` has the columns that the user mapped: our name -> the source's.
+    """
+    matches = []
+    for variant in variants:
+        choices = [list(_choices(needed, group, mapping, variant)) for needed in variant.needed]
+        for columns in product(*choices):
+            if len(set(columns)) == len(columns):
+                matches.append(_match(variant, columns, group, mapping))
+    return matches
 
 
-def _check_left_out(fit: Fit, asked: Asked) -> None:
-    """Refuse to leave out, unasked, what a question is about."""
-    aliases = [column for ours, column in fit.names.items() if column != ours]
-    if fit.form.type != "prompt_completion" or not aliases:
+def _match(
+    variant: FormatVariant, columns: Sequence[str], group: RowGroup, mapping: Mapping[str, str]
+) -> FormatMatch:
+    """Return the match of a variant with one choice of its needed columns."""
+    names = {needed.name: column for needed, column in zip(variant.needed, columns, strict=True)}
+    aliased = frozenset(o for o, column in names.items() if column != o and o not in mapping)
+    evidence = Evidence.YES
+    if variant.weigh is not None:
+        evidence = variant.weigh(ColumnSample(group.rows, names, aliased))
+    optional = {c for o in variant.optional for c in _choices(o, group, mapping, variant)}
+    return FormatMatch(variant, names, evidence, frozenset(columns) | optional)
+
+
+def _choices(
+    column: FormatColumn, group: RowGroup, mapping: Mapping[str, str], variant: FormatVariant
+) -> Iterator[str]:
+    """Yield the columns that may be meant: the mapped one, else our own name, else its aliases."""
+    if column.name in mapping:
+        mapped = mapping[column.name]
+        if any(find_value(row.fields, mapped)[0] for row in group.rows[:SAMPLED_ROWS]):
+            yield mapped
         return
-    for column in BESIDE:
-        if any(not is_absent(row.fields.get(column)) for row in asked.rows):
-            raise UserError(left_out(asked, fit, column))
+    mapped_columns = set(mapping.values())
+    aliases = [a for a in column.aliases if a in group.columns and a not in mapped_columns]
+    if column.name in aliases:
+        yield column.name
+    elif aliases:
+        yield from aliases
+    elif variant.type == "text":
+        yield from _only_text_column(group)
 
 
-def _row_format(fit: Fit, asked: Asked) -> RowFormat:
-    """The row format of a reading: its needed columns, and those that may stand beside them."""
-    config = asked.config
-    if config.system is not None and fit.form.example_type not in _SPOKEN:
+def _only_text_column(group: RowGroup) -> list[str]:
+    """Return the one column of text, where the others hold at most numbers; else an empty list."""
+    rows = group.rows[:SAMPLED_ROWS]
+    types_of = {name: {type(row.fields[name]) for row in rows} for name in group.columns}
+    texts = [n for n, types in types_of.items() if types <= {str, type(None)} and str in types]
+    plain: set[type[Any]] = {str, int, float, bool, type(None)}
+    if len(texts) != 1 or not all(types <= plain for types in types_of.values()):
+        return []
+    # The name of an id, a person or a class is no document.
+    is_label = texts[0].lower().endswith(("id", "name", "label"))
+    return [] if texts[0] in _NEEDED_COLUMN_NAMES or is_label else texts
+
+
+def _best_matches(matches: Sequence[FormatMatch]) -> list[FormatMatch]:
+    """Return the matches that no other match explains better."""
+    likely = [match for match in matches if match.evidence]
+    return [match for match in likely if not any(_beats(other, match) for other in likely)]
+
+
+def _beats(match: FormatMatch, other: FormatMatch) -> bool:
+    """Tell whether a match makes another needless: it reads its columns and more, or any but text.
+
+    Of two that need the same columns, the one that stands first in the registry is meant.
+    """
+    if match is other or match.evidence is not Evidence.YES:
+        return False
+    if "text" in (match.variant.type, other.variant.type):
+        return other.variant.type == "text" and match.variant.type != "text"
+    if match.needed_columns == other.needed_columns:
+        return FORMAT_VARIANTS.index(match.variant) < FORMAT_VARIANTS.index(other.variant)
+    needs_as_many = len(match.needed_columns) >= len(other.needed_columns)
+    return other.needed_columns <= match.columns and needs_as_many
+
+
+def _check_context_columns(match: FormatMatch, detection: DetectionInput) -> None:
+    """Refuse to leave out what a question is about where nobody said so."""
+    aliases = [column for name, column in match.source_names.items() if column != name]
+    if match.variant.type != "prompt_completion" or not aliases:
+        return
+    for column in CONTEXT_COLUMNS:
+        if any(not is_empty_cell(row.fields.get(column)) for row in detection.rows):
+            raise UserError(detection_errors.describe_context_column(detection, match, column))
+
+
+def _row_format(match: FormatMatch, detection: DetectionInput) -> RowFormat:
+    """Return the row format of a match: its needed columns, and those that may stand beside them.
+
+    Raises UserError for a system prompt where there are no messages, and where two columns could be
+    the same optional one.
+    """
+    config = detection.config
+    if config.system is not None and match.variant.example_type not in _WITH_SYSTEM:
         raise UserError(
-            f"{asked.key}.system is for conversations, and {asked.source} is read as "
-            f"{fit.form.type}. Remove it."
+            f"{detection.key}.system is for conversations, and {detection.source} is read as "
+            f"{match.variant.type}. Remove it."
         )
-    names, later = dict(fit.names), {}
-    for slot in fit.form.optional:
-        here = [name for name in slot.names if name in asked.present and name not in fit.needed]
-        chosen = [config.columns[slot.ours]] if slot.ours in config.columns else here
-        if len(chosen) > 1 and slot.ours not in chosen:
-            raise UserError(several_columns(asked, slot.ours, chosen))
-        if chosen:
-            names[slot.ours] = slot.ours if slot.ours in chosen else chosen[0]
+    source_names, late_names = dict(match.source_names), {}
+    for optional in match.variant.optional:
+        columns = [
+            name
+            for name in optional.aliases
+            if name in detection.columns and name not in match.needed_columns
+        ]
+        if optional.name in config.columns:
+            columns = [config.columns[optional.name]]
+        if len(columns) > 1 and optional.name not in columns:
+            raise UserError(
+                detection_errors.describe_several_columns(detection, optional.name, columns)
+            )
+        if columns:
+            is_ours = optional.name in columns
+            source_names[optional.name] = optional.name if is_ours else columns[0]
         else:
-            later[slot.ours] = slot.names
-    used = {column for name in names.values() for column in (name, name.partition(".")[0])}
-    unused = tuple(column for column in asked.present if column not in used)
-    return RowFormat(fit.form, Columns(names, later, config.system), unused)
+            late_names[optional.name] = optional.aliases
+    read = {part for name in source_names.values() for part in (name, name.partition(".")[0])}
+    unused = tuple(column for column in detection.columns if column not in read)
+    return RowFormat(match.variant, ColumnMapping(source_names, late_names, config.system), unused)

@@ -3,7 +3,7 @@
 from math import isfinite
 from typing import Any
 
-from luthier.data.formats.columns import Columns, list_in, named, text_in
+from luthier.data.formats.columns import ColumnMapping, describe_value, require_list, require_text
 from luthier.data.formats.conversations import Example
 from luthier.data.rows import Row, RowError
 
@@ -12,30 +12,30 @@ Target = Label | float | list[Label]
 """What a text is to be classified as: a class, a number to predict, or all classes that apply."""
 
 
-def from_text(row: Row, columns: Columns) -> Example:
+def from_text(row: Row, columns: ColumnMapping) -> Example:
     """A document."""
-    return {"text": _text(row, columns, "text")}
+    return {"text": _text_cell(row, columns, "text")}
 
 
-def from_classification(row: Row, columns: Columns) -> Example:
+def from_classification(row: Row, columns: ColumnMapping) -> Example:
     """A text and its class, its number, or its classes."""
-    label = read_target(columns.take(row, "label"), columns.name("label"))
-    return {"text": _text(row, columns, "text"), "label": label}
+    label = read_target(columns.take(row, "label"), columns.source_name("label"))
+    return {"text": _text_cell(row, columns, "text"), "label": label}
 
 
-def from_classified_pair(row: Row, columns: Columns) -> Example:
+def from_classification_pair(row: Row, columns: ColumnMapping) -> Example:
     """Two texts and the class of the pair."""
-    return from_classification(row, columns) | {"text_pair": _text(row, columns, "text_pair")}
+    return from_classification(row, columns) | {"text_pair": _text_cell(row, columns, "text_pair")}
 
 
-def from_tagging(row: Row, columns: Columns) -> Example:
+def from_tagging(row: Row, columns: ColumnMapping) -> Example:
     """Words, and a tag for each of them."""
-    names = columns.name("tokens"), columns.name("tags")
-    tokens = list_in(columns.take(row, "tokens"), names[0], "texts")
-    values = list_in(columns.take(row, "tags"), names[1], "tags")
+    names = columns.source_name("tokens"), columns.source_name("tags")
+    tokens = require_list(columns.take(row, "tokens"), names[0], "texts")
+    values = require_list(columns.take(row, "tags"), names[1], "tags")
     wrong = next((token for token in tokens if not isinstance(token, str)), None)
     if wrong is not None:
-        raise RowError(f"{names[0]!r} holds {named(wrong)}; expected texts")
+        raise RowError(f"{names[0]!r} holds {describe_value(wrong)}; expected texts")
     if len(tokens) != len(values) or not tokens:
         raise RowError(
             f"{names[0]!r} has {len(tokens)} entries and {names[1]!r} {len(values)}; expected a "
@@ -44,9 +44,12 @@ def from_tagging(row: Row, columns: Columns) -> Example:
     return {"tokens": tokens, "tags": [read_label(value, names[1]) for value in values]}
 
 
-def from_seq2seq(row: Row, columns: Columns) -> Example:
+def from_seq2seq(row: Row, columns: ColumnMapping) -> Example:
     """A text and the text that is to be made of it."""
-    return {"source": _text(row, columns, "source"), "target": _text(row, columns, "target")}
+    return {
+        "source": _text_cell(row, columns, "source"),
+        "target": _text_cell(row, columns, "target"),
+    }
 
 
 def read_target(value: Any, column: str) -> Target:
@@ -68,10 +71,12 @@ def read_label(value: Any, column: str) -> Label:
         return int(value)
     if is_whole:
         raise RowError(f"{column!r} is {value}, which stands for no label in hub datasets")
-    found = f"{value!r}" if isinstance(value, str | float) and value == value else named(value)
+    found = (
+        f"{value!r}" if isinstance(value, str | float) and value == value else describe_value(value)
+    )
     raise RowError(f"{column!r} is {found}; expected a class, by name or whole number")
 
 
-def _text(row: Row, columns: Columns, ours: str) -> str:
+def _text_cell(row: Row, columns: ColumnMapping, ours: str) -> str:
     """A column that must be text."""
-    return text_in(columns.take(row, ours), columns.name(ours))
+    return require_text(columns.take(row, ours), columns.source_name(ours))

@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from luthier.data.formats.columns import as_list, json_in, list_in, named
+from luthier.data.formats.columns import (
+    describe_value,
+    list_or_empty,
+    parse_json_cell,
+    require_list,
+)
 from luthier.data.rows import RowError, describe_type
 
 # Tools, and calls of them, in the one form that chat templates read: OpenAI's.
 
-Call = dict[str, Any]
+ToolCall = dict[str, Any]
 
 
 def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
@@ -20,25 +25,25 @@ def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
     A tool without its `function` wrapper (`functions` of OpenAI, `tools` of LLaMA-Factory) gets it.
     """
     if isinstance(value, str):
-        return _parsed_tools(value, column)
+        return _parse_tools(value, column)
     if not isinstance(value, list):
         raise RowError(
             f"the tools ({column!r}) are {describe_type(value)}; expected a list of objects"
         )
-    return [_tool(tool, column) for tool in value]
+    return [_read_tool(tool, column) for tool in value]
 
 
 @lru_cache(maxsize=256)
-def _parsed_tools(text: str, column: str) -> list[dict[str, Any]]:
+def _parse_tools(text: str, column: str) -> list[dict[str, Any]]:
     """The tools of JSON text, which is often the same for many rows."""
-    value = json_in(text, f"the tools ({column!r})", "a list of objects")
+    value = parse_json_cell(text, f"the tools ({column!r})", "a list of objects")
     return [] if value is None else read_tools(value, column)
 
 
-def _tool(tool: Any, column: str) -> dict[str, Any]:
+def _read_tool(tool: Any, column: str) -> dict[str, Any]:
     """One tool, wrapped as `{"type": "function", "function": ...}` where it has only a name."""
     if isinstance(tool, str):
-        tool = json_in(tool, f"an entry of {column!r}", "an object")
+        tool = parse_json_cell(tool, f"an entry of {column!r}", "an object")
     if not isinstance(tool, dict):
         raise RowError(f"the tools ({column!r}) hold {describe_type(tool)}; expected objects")
     if "function" in tool or "name" not in tool or tool.get("type", "function") != "function":
@@ -47,33 +52,33 @@ def _tool(tool: Any, column: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def read_calls(value: Any) -> list[Call]:
+def read_tool_calls(value: Any) -> list[ToolCall]:
     """The `tool_calls` of a message, each with its function's name and arguments."""
     if isinstance(value, str):
-        value = json_in(value, "tool_calls", "a list of calls")
+        value = parse_json_cell(value, "tool_calls", "a list of calls")
     if not isinstance(value, list):
         raise RowError(f"tool_calls is {describe_type(value)}; expected a list")
-    return [read_call(call, f"tool_calls[{place}]") for place, call in enumerate(value)]
+    return [read_tool_call(call, f"tool_calls[{place}]") for place, call in enumerate(value)]
 
 
-def read_call(call: Any, where: str) -> Call:
+def read_tool_call(call: Any, where: str) -> ToolCall:
     """One call; a flat one (`{"name", "arguments"}`) gets its `function` wrapper.
 
     Arguments stay as they are, an object or JSON text; a call that has none gives an empty object.
     """
     if isinstance(call, str):
-        call = json_in(call, where, 'an object {"name": ..., "arguments": {...}}')
+        call = parse_json_cell(call, where, 'an object {"name": ..., "arguments": {...}}')
     if not isinstance(call, dict):
         raise RowError(f"{where} is {describe_type(call)}; expected an object")
     kept = {key: value for key, value in call.items() if value is not None}
     if "function" in kept:
-        return {**kept, "function": _function(kept["function"], where)}
+        return {**kept, "function": _check_function(kept["function"], where)}
     outer = {key: kept.pop(key) for key in ("id", "index") if key in kept}
     kept.pop("type", None)
-    return {**outer, "type": "function", "function": _function(kept, where)}
+    return {**outer, "type": "function", "function": _check_function(kept, where)}
 
 
-def _function(function: Any, where: str) -> dict[str, Any]:
+def _check_function(function: Any, where: str) -> dict[str, Any]:
     """The function of a call, with a name and with arguments."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         found = (
@@ -94,19 +99,19 @@ def _function(function: Any, where: str) -> dict[str, Any]:
 
 # Content that is a list of parts: text, and LLaMA-Factory's parts of reasoning and calls.
 
-TEXTS = ("text", "input_text", "output_text", None)
-REASONING_TYPES = ("reasoning", "thinking")
-CALLS = ("tool_call", "function_call")
-_ORDER = {"reasoning": 0, "text": 1, "call": 2}
+TEXT_PART_TYPES = ("text", "input_text", "output_text", None)
+REASONING_PART_TYPES = ("reasoning", "thinking")
+CALL_PART_TYPES = ("tool_call", "function_call")
+_PART_ORDER = {"reasoning": 0, "text": 1, "call": 2}
 
 
 @dataclass
-class Content:
+class MessageContent:
     """What the parts of one message say."""
 
     texts: list[dict[str, Any]] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def content(self) -> str | list[dict[str, Any]] | None:
@@ -122,34 +127,34 @@ class Content:
         return text
 
 
-def read_parts(parts: list[Any]) -> Content:
+def read_content_parts(parts: list[Any]) -> MessageContent:
     """The parts of a message's content; RowError names one that is neither text nor known."""
-    content, reached = Content(), 0
+    content, reached = MessageContent(), 0
     for part in parts:
-        group = _add(content, part)
-        if _ORDER[group] < reached:
+        group = _add_part(content, part)
+        if _PART_ORDER[group] < reached:
             raise RowError(
                 f"a part of {group} stands behind other parts; a message has its reasoning first, "
                 "then its text, then its calls, so split it into several messages"
             )
-        reached = _ORDER[group]
+        reached = _PART_ORDER[group]
     return content
 
 
-def _add(content: Content, part: Any) -> str:
+def _add_part(content: MessageContent, part: Any) -> str:
     """Put one part where it belongs, and say which group it is of."""
     if not isinstance(part, dict):
         raise RowError(f"a content part is {describe_type(part)!r}; only parts of text are read")
     name = part.get("type")
     name = name if isinstance(name, str | None) else str(name)
     value = next((part[key] for key in ("text", "value", name) if part.get(key) is not None), None)
-    if isinstance(value, str) and name in CALLS:
-        content.calls.append(read_call(value, f"the {name} part"))
+    if isinstance(value, str) and name in CALL_PART_TYPES:
+        content.calls.append(read_tool_call(value, f"the {name} part"))
         return "call"
-    if isinstance(value, str) and name in REASONING_TYPES:
+    if isinstance(value, str) and name in REASONING_PART_TYPES:
         content.reasoning.append(value)
         return "reasoning"
-    if not isinstance(value, str) or name not in TEXTS:
+    if not isinstance(value, str) or name not in TEXT_PART_TYPES:
         shown = part.get("type", "no type")
         raise RowError(f"a content part is {shown!r}; only parts of text are read")
     kept = {key: entry for key, entry in part.items() if entry is not None and key != "value"}
@@ -157,18 +162,18 @@ def _add(content: Content, part: Any) -> str:
     return "text"
 
 
-def are_parts(content: list[Any]) -> bool:
+def are_content_parts(content: list[Any]) -> bool:
     """Whether a tool's result is written as parts, and is no list of its own."""
     return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
 
 
 Message = dict[str, Any]
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """The names under which templates and servers know a message's reasoning."""
-WEIGHTS = ("weight", "loss_weight")
+WEIGHT_KEYS = ("weight", "loss_weight")
 """OpenAI's and LLaMA-Factory's way to say whether a message trains: 0 or 1."""
-_TEXTS = (*REASONING, "tool_call_id", "name")
+_TEXT_KEYS = (*REASONING_KEYS, "tool_call_id", "name")
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
@@ -178,20 +183,20 @@ def read_messages(value: Any, column: str) -> list[Message]:
     `function` results of OpenAI's older API become tool calls and tool results, `weight` becomes
     `train`. The messages are the row's own where nothing was to be changed.
     """
-    messages = value if type(value) is list else list_in(value, column, "messages")
+    messages = value if type(value) is list else require_list(value, column, "messages")
     if not messages:
         raise RowError(f"{column!r} is an empty list; expected messages")
     for message in messages:
         # Most messages are a role and a text, and rows have many: no call for those.
         if type(message) is not dict or len(message) != 2:
-            return _each(messages, column)
+            return _check_messages(messages, column)
         role = message.get("role")
         if type(role) is not str or not role or type(message.get("content")) is not str:
-            return _each(messages, column)
+            return _check_messages(messages, column)
     return messages
 
 
-def _each(messages: list[Any], column: str) -> list[Message]:
+def _check_messages(messages: list[Any], column: str) -> list[Message]:
     """Every message checked; RowError says which one is wrong."""
     found = []
     for index, message in enumerate(messages):
@@ -213,7 +218,7 @@ def read_message(message: Any) -> Message:
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
     if not isinstance(role, str) or not role:
-        raise RowError(_no_role(message))
+        raise RowError(_describe_missing_role(message))
     _put_content(kept, role)
     if len(kept) > 2 or "content" not in kept:
         _put_calls(kept)
@@ -225,10 +230,11 @@ def read_message(message: Any) -> Message:
     return kept
 
 
-def _no_role(message: dict[str, Any]) -> str:
+def _describe_missing_role(message: dict[str, Any]) -> str:
     """The words for a message whose role is missing or is no name."""
     if "role" in message:
-        return f"the role is {named(message['role'])}; expected a name such as user or assistant"
+        role = describe_value(message["role"])
+        return f"the role is {role}; expected a name such as user or assistant"
     known = ""
     if "from" in message:
         known = "; from and value are ShareGPT's names, and this source is read as messages"
@@ -245,23 +251,23 @@ def _put_content(message: Message, role: str) -> None:
     elif isinstance(content, list):
         _put_parts(message, content)
     else:
-        raise RowError(f"the content is {named(content)}; expected text")
+        raise RowError(f"the content is {describe_value(content)}; expected text")
 
 
 def _is_list_of_parts(content: Any) -> bool:
-    return isinstance(content, list) and are_parts(content)
+    return isinstance(content, list) and are_content_parts(content)
 
 
 def _check_result(content: Any) -> None:
     """Refuse a tool's result that no template shows: one that is no text, object or list."""
     entries = content if isinstance(content, list) else [content]
     if not all(isinstance(entry, dict | str) for entry in entries):
-        raise RowError(f"the content is {named(content)}; expected text")
+        raise RowError(f"the content is {describe_value(content)}; expected text")
 
 
 def _put_parts(message: Message, parts: list[Any]) -> None:
     """Parts of text, reasoning and calls, each in its field."""
-    found = read_parts(parts)
+    found = read_content_parts(parts)
     if found.content is None:
         del message["content"]
     else:
@@ -274,16 +280,16 @@ def _put_parts(message: Message, parts: list[Any]) -> None:
 
 def _put_calls(message: Message) -> None:
     """Calls in OpenAI's form; `function_call` is what its older API had."""
-    calls = read_calls(message.pop("tool_calls")) if "tool_calls" in message else []
+    calls = read_tool_calls(message.pop("tool_calls")) if "tool_calls" in message else []
     if "function_call" in message:
-        calls.append(read_call(message.pop("function_call"), "function_call"))
+        calls.append(read_tool_call(message.pop("function_call"), "function_call"))
     if calls:
         message["tool_calls"] = calls
 
 
 def _put_train(message: Message) -> None:
     """Whether the message trains, under one name."""
-    for name in WEIGHTS:
+    for name in WEIGHT_KEYS:
         weight = message.pop(name, None)
         if weight is None:
             continue
@@ -291,21 +297,21 @@ def _put_train(message: Message) -> None:
             raise RowError(f"{name} is {weight!r}; a message trains (1) or does not (0)")
         message.setdefault("train", bool(weight))
     if not isinstance(message.get("train", True), bool):
-        raise RowError(f"train is {named(message['train'])}; expected true or false")
+        raise RowError(f"train is {describe_value(message['train'])}; expected true or false")
 
 
 def _check_texts(message: Message) -> None:
     """Refuse other values where a text is expected."""
-    for name in _TEXTS:
+    for name in _TEXT_KEYS:
         if not isinstance(message.get(name, ""), str):
-            raise RowError(f"{name} is {named(message[name])}; expected text")
+            raise RowError(f"{name} is {describe_value(message[name])}; expected text")
 
 
 def _may_lack_content(message: Message, role: str) -> bool:
     """Whether a message says something without content: a system slot, a call, or reasoning."""
     if role in ("system", "developer"):
         return True
-    return bool(message.get("tool_calls") or any(message.get(name) for name in REASONING))
+    return bool(message.get("tool_calls") or any(message.get(name) for name in REASONING_KEYS))
 
 
 # ShareGPT's turns, `from` and `value`, as messages.
@@ -326,51 +332,51 @@ _SPEAKERS = {
 }  # fmt: skip
 """Our role -> the names that FastChat, OpenAssistant, axolotl, LLaMA-Factory, Hermes and Glaive
 give it; `call` is an assistant's turn that holds calls alone."""
-ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+ROLE_OF_SPEAKER = {name: role for role, names in _SPEAKERS.items() for name in names}
+_THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 def read_turns(value: Any, column: str) -> list[Message]:
     """The turns of a column as messages, or RowError for what is not a list of turns."""
-    turns = list_in(value, column, "turns")
+    turns = require_list(value, column, "turns")
     if not turns:
         raise RowError(f"{column!r} is an empty list; expected turns")
     messages = []
     for index, turn in enumerate(turns):
         try:
-            messages.append(_message(turn))
+            messages.append(_message_of_turn(turn))
         except RowError as error:
             raise RowError(f"{column}[{index}]: {error}") from None
     return messages
 
 
-def read_any(value: Any, column: str) -> list[Message]:
-    """Messages of either spelling: role and content, or from and value."""
-    messages = list_in(value, column, "messages")
-    read = read_turns if spelling(messages) == "from" else read_messages
+def read_messages_or_turns(value: Any, column: str) -> list[Message]:
+    """Messages in either spelling: role and content, or from and value."""
+    messages = require_list(value, column, "messages")
+    read = read_turns if speaker_key(messages) == "from" else read_messages
     return read(messages, column)
 
 
-def spelling(value: Any) -> Literal["role", "from"] | None:
+def speaker_key(value: Any) -> Literal["role", "from"] | None:
     """How messages name their speaker; None for what is no message and no list of messages."""
-    first = value if isinstance(value, dict) else next(iter(as_list(value)), None)
+    first = value if isinstance(value, dict) else next(iter(list_or_empty(value)), None)
     if not isinstance(first, dict):
         return None
     return "role" if "role" in first else "from" if "from" in first else None
 
 
-def written_messages(text: str, column: str) -> list[Message] | None:
+def parse_message_list(text: str, column: str) -> list[Message] | None:
     """The messages of JSON text, as CSV cells hold them; None for any other text."""
-    is_list = text.startswith("[") and spelling(text) is not None
-    return read_any(text, column) if is_list else None
+    is_list = text.startswith("[") and speaker_key(text) is not None
+    return read_messages_or_turns(text, column) if is_list else None
 
 
-def _message(turn: Any) -> Message:
+def _message_of_turn(turn: Any) -> Message:
     """One turn as a message; what it has besides from and value goes with it."""
     if not isinstance(turn, dict):
         raise RowError(f"this is {describe_type(turn)}; expected an object with from and value")
     speaker, text = turn.get("from"), turn.get("value")
-    role = (ROLES.get(speaker) if type(speaker) is str else None) or _role(turn)
+    role = (ROLE_OF_SPEAKER.get(speaker) if type(speaker) is str else None) or _role_of_turn(turn)
     if type(text) is str and role != "call" and len(turn) == 2:
         return {"role": role, "content": text}
     if text is None:
@@ -380,23 +386,25 @@ def _message(turn: Any) -> Message:
     if role == "call":
         return read_message({"role": "assistant", **read_call_turn(text), **rest})
     if not isinstance(text, str | list | dict):
-        raise RowError(f"the value is {named(text)}; expected text")
+        raise RowError(f"the value is {describe_value(text)}; expected text")
     return read_message({"role": role, "content": text, **rest})
 
 
-def _role(turn: dict[str, Any]) -> str:
+def _role_of_turn(turn: dict[str, Any]) -> str:
     """The role of a speaker however it is capitalised; RowError names one that is not known."""
     if "from" not in turn:
         known = "; role and content are OpenAI's names" if "role" in turn else ""
         raise RowError(f"there is no from (it has: {', '.join(turn) or 'nothing'}){known}")
     speaker = turn["from"]
     if not isinstance(speaker, str):
-        raise RowError(f"from is {named(speaker)}; expected a name such as human or gpt")
-    role = ROLES.get(speaker.strip().lower())
+        raise RowError(f"from is {describe_value(speaker)}; expected a name such as human or gpt")
+    role = ROLE_OF_SPEAKER.get(speaker.strip().lower())
     if role is None:
-        near = difflib.get_close_matches(speaker.lower(), ROLES, n=1)
+        near = difflib.get_close_matches(speaker.lower(), ROLE_OF_SPEAKER, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise RowError(f"the role {speaker!r} is not known{hint}; known are {', '.join(ROLES)}")
+        raise RowError(
+            f"the role {speaker!r} is not known{hint}; known are {', '.join(ROLE_OF_SPEAKER)}"
+        )
     return role
 
 
@@ -406,13 +414,15 @@ def read_call_turn(text: Any) -> Message:
     The text is JSON of one call (name and arguments) or of a list of them; `<think>...</think>`
     before it is reasoning.
     """
-    thought = _THOUGHT.match(text) if isinstance(text, str) else None
+    thought = _THINK_BLOCK.match(text) if isinstance(text, str) else None
     calls = text[thought.end() :] if thought else text
     if isinstance(calls, str):
-        calls = json_in(calls, "the value of this call", '{"name": ..., "arguments": {...}}')
+        calls = parse_json_cell(
+            calls, "the value of this call", '{"name": ..., "arguments": {...}}'
+        )
     calls = calls if isinstance(calls, list) else [calls]
     message: Message = {
-        "tool_calls": [read_call(call, f"call {place}") for place, call in enumerate(calls)]
+        "tool_calls": [read_tool_call(call, f"call {place}") for place, call in enumerate(calls)]
     }
     if thought and thought[1].strip():
         message["reasoning_content"] = thought[1].strip("\n")

@@ -1,134 +1,138 @@
-"""Rows that judge replies: a better and a worse one (preference), or one with a verdict (KTO)."""
+"""Rows that judge replies: a better and a worse one (preference), or one with a rating (KTO)."""
 
 from typing import Any
 
-from luthier.data.formats.columns import Columns, named
+from luthier.data.formats.columns import ColumnMapping, describe_value
 from luthier.data.formats.conversations import (
-    SYSTEM,
+    SYSTEM_ROLES,
     Example,
-    alpaca_prompt,
+    add_system_prompt,
+    add_tools,
+    read_alpaca_prompt,
     read_dialogue,
     read_prompt,
-    spoken,
-    with_system,
-    with_tools,
+    read_text_or_messages,
 )
-from luthier.data.formats.messages import Message, read_any, written_messages
+from luthier.data.formats.messages import Message, parse_message_list, read_messages_or_turns
 from luthier.data.rows import Row, RowError
 
-_VERDICTS = {"true": True, "1": True, "false": False, "0": False}
+_RATINGS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def from_prompted_pair(row: Row, columns: Columns) -> Example:
+def from_prompted_pair(row: Row, columns: ColumnMapping) -> Example:
     """A prompt, and the two replies to it."""
-    return _pair(_prompt(row, columns), row, columns)
+    return _pair_example(_read_prompt(row, columns), row, columns)
 
 
-def from_implicit_pair(row: Row, columns: Columns) -> Example:
+def from_implicit_pair(row: Row, columns: ColumnMapping) -> Example:
     """Two whole conversations that begin alike: what they share is the prompt."""
-    return _pair([], row, columns)
+    return _pair_example([], row, columns)
 
 
-def from_messages_pair(row: Row, columns: Columns) -> Example:
+def from_messages_pair(row: Row, columns: ColumnMapping) -> Example:
     """The messages so far, and two replies to them."""
-    prompt = read_any(columns.take(row, "messages"), columns.name("messages"))
-    return _pair(prompt, row, columns)
+    prompt = read_messages_or_turns(columns.take(row, "messages"), columns.source_name("messages"))
+    return _pair_example(prompt, row, columns)
 
 
-def from_alpaca_pair(row: Row, columns: Columns) -> Example:
+def from_alpaca_pair(row: Row, columns: ColumnMapping) -> Example:
     """An instruction with its input, and two outputs."""
-    return _pair(alpaca_prompt(row, columns), row, columns)
+    return _pair_example(read_alpaca_prompt(row, columns), row, columns)
 
 
-def from_judged_completion(row: Row, columns: Columns) -> Example:
+def from_rated_completion(row: Row, columns: ColumnMapping) -> Example:
     """A prompt, one reply to it, and whether it is a good one."""
-    reply = _reply(columns.take(row, "completion"), columns.name("completion"))
-    return _judged(_prompt(row, columns), reply, row, columns)
+    reply = _read_reply(columns.take(row, "completion"), columns.source_name("completion"))
+    return _rated_example(_read_prompt(row, columns), reply, row, columns)
 
 
-def from_judged_messages(row: Row, columns: Columns) -> Example:
+def from_rated_messages(row: Row, columns: ColumnMapping) -> Example:
     """A conversation whose last message is judged."""
-    column = columns.name("messages")
-    messages = read_any(columns.take(row, "messages"), column)
+    column = columns.source_name("messages")
+    messages = read_messages_or_turns(columns.take(row, "messages"), column)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise RowError(
             f"{column!r} has {len(messages)} messages and ends with one of the role "
             f"{messages[-1]['role']}; expected a prompt and, at the end, the reply that is judged"
         )
-    return _judged(messages[:-1], messages[-1:], row, columns)
+    return _rated_example(messages[:-1], messages[-1:], row, columns)
 
 
-def from_judged_alpaca(row: Row, columns: Columns) -> Example:
+def from_rated_alpaca(row: Row, columns: ColumnMapping) -> Example:
     """An instruction with its input, one output, and whether it is a good one."""
-    reply = _reply(columns.take(row, "output"), columns.name("output"))
-    return _judged(alpaca_prompt(row, columns), reply, row, columns)
+    reply = _read_reply(columns.take(row, "output"), columns.source_name("output"))
+    return _rated_example(read_alpaca_prompt(row, columns), reply, row, columns)
 
 
-def verdict(value: Any) -> bool | None:
+def parse_rating(value: Any) -> bool | None:
     """Whether a label says good or bad; None for a label that says neither."""
     if isinstance(value, bool):
         return value
     text = str(value).strip().lower() if isinstance(value, int | float | str) else ""
-    return _VERDICTS.get(text.removesuffix(".0"))
+    return _RATINGS.get(text.removesuffix(".0"))
 
 
-def _judged(prompt: list[Message], reply: list[Message], row: Row, columns: Columns) -> Example:
-    """The example of one reply and its verdict."""
+def _rated_example(
+    prompt: list[Message], reply: list[Message], row: Row, columns: ColumnMapping
+) -> Example:
+    """The example of one reply and its rating."""
     value = columns.take(row, "label")
-    label = verdict(value)
+    label = parse_rating(value)
     if label is None:
-        shown = value if isinstance(value, str | int | float) else named(value)
-        raise RowError(f"{columns.name('label')!r} is {shown!r}; expected true or false")
+        shown = value if isinstance(value, str | int | float) else describe_value(value)
+        raise RowError(f"{columns.source_name('label')!r} is {shown!r}; expected true or false")
     example = {
-        "prompt": with_system(prompt, row, columns), "completion": reply, "label": label,
+        "prompt": add_system_prompt(prompt, row, columns), "completion": reply, "label": label,
     }  # fmt: skip
-    return with_tools(example, row, columns)
+    return add_tools(example, row, columns)
 
 
-def _prompt(row: Row, columns: Columns) -> list[Message]:
+def _read_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
     """The prompt of a row: a text, a dialogue written as text, or messages."""
-    value, column = columns.take(row, "prompt"), columns.name("prompt")
+    value, column = columns.take(row, "prompt"), columns.source_name("prompt")
     if isinstance(value, str):
-        return written_messages(value, column) or read_prompt(value)
-    return spoken(value, column, "user")
+        return parse_message_list(value, column) or read_prompt(value)
+    return read_text_or_messages(value, column, "user")
 
 
-def _reply(value: Any, column: str) -> list[Message]:
+def _read_reply(value: Any, column: str) -> list[Message]:
     """The reply alone, which begins with an assistant's message."""
-    reply = spoken(value, column, "assistant")
+    reply = read_text_or_messages(value, column, "assistant")
     if reply[0]["role"] != "assistant":
         raise RowError(f"{column!r} begins with a message of the role {reply[0]['role']}")
     return reply
 
 
-def _pair(prompt: list[Message], row: Row, columns: Columns) -> Example:
+def _pair_example(prompt: list[Message], row: Row, columns: ColumnMapping) -> Example:
     """The example of a better and a worse reply, without what both begin with."""
-    chosen, rejected = (_side(row, columns, ours) for ours in ("chosen", "rejected"))
+    chosen, rejected = (_read_candidate(row, columns, ours) for ours in ("chosen", "rejected"))
     if chosen == rejected:
         raise RowError("chosen and rejected are equal, so neither is better")
     if not prompt or not (_is_reply(chosen) and _is_reply(rejected)):
-        prompt, chosen, rejected = _parted(prompt, chosen, rejected)
+        prompt, chosen, rejected = _split_common_prompt(prompt, chosen, rejected)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in side):
-            raise RowError(f"{columns.name(name)!r} has no reply: no message of an assistant")
-    prompt = with_system(prompt, row, columns)
+            raise RowError(
+                f"{columns.source_name(name)!r} has no reply: no message of an assistant"
+            )
+    prompt = add_system_prompt(prompt, row, columns)
     example = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return with_tools(example, row, columns)
+    return add_tools(example, row, columns)
 
 
-def _side(row: Row, columns: Columns, ours: str) -> list[Message]:
+def _read_candidate(row: Row, columns: ColumnMapping, ours: str) -> list[Message]:
     """One of the two replies, or the whole conversation with it."""
     value = columns.take(row, ours)
     dialogue = read_dialogue(value) if isinstance(value, str) else None
-    return dialogue or spoken(value, columns.name(ours), "assistant")
+    return dialogue or read_text_or_messages(value, columns.source_name(ours), "assistant")
 
 
 def _is_reply(side: list[Message]) -> bool:
     """Whether one side is a reply alone, and no conversation from its start."""
-    return side[0]["role"] not in (*SYSTEM, "user")
+    return side[0]["role"] not in (*SYSTEM_ROLES, "user")
 
 
-def _parted(
+def _split_common_prompt(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """What two conversations begin with, and what each goes on with (as TRL's extract_prompt)."""
@@ -141,14 +145,14 @@ def _parted(
             "chosen and rejected begin with different messages; expected two replies beside their "
             "prompt, or two conversations that begin alike"
         )
-    said = {_said(message) for message in chosen[:count]}
-    if any(_said(message) not in said for message in prompt):
+    said = {_role_and_text(message) for message in chosen[:count]}
+    if any(_role_and_text(message) not in said for message in prompt):
         raise RowError(
             "chosen and rejected are whole conversations that do not begin with the prompt"
         )
     return chosen[:count], chosen[count:], rejected[count:]
 
 
-def _said(message: Message) -> tuple[str, str]:
+def _role_and_text(message: Message) -> tuple[str, str]:
     """Who says what, for comparing messages."""
     return message["role"], str(message.get("content")).strip()

@@ -1,11 +1,15 @@
-"""The forms in which rows come: which columns each needs, and what it makes of them."""
+"""The table of row formats: which columns each needs, and what it makes of them.
+
+A format (`dataset.type`) may be written in several ways; each is a `FormatVariant`. Where the names
+of its columns do not say enough, the values do: the `weigh_...` functions look at them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
-from luthier.data.formats.columns import Columns, as_list, inside
+from luthier.data.formats.columns import ColumnMapping, find_value, list_or_empty
 from luthier.data.formats.conversations import (
     Example,
     from_alpaca,
@@ -16,32 +20,36 @@ from luthier.data.formats.conversations import (
 )
 from luthier.data.formats.labelled import (
     from_classification,
-    from_classified_pair,
+    from_classification_pair,
     from_seq2seq,
     from_tagging,
     from_text,
 )
-from luthier.data.formats.messages import ROLES, spelling
-from luthier.data.formats.preference import (
+from luthier.data.formats.messages import ROLE_OF_SPEAKER, speaker_key
+from luthier.data.formats.preference_rows import (
     from_alpaca_pair,
     from_implicit_pair,
-    from_judged_alpaca,
-    from_judged_completion,
-    from_judged_messages,
     from_messages_pair,
     from_prompted_pair,
-    verdict,
+    from_rated_alpaca,
+    from_rated_completion,
+    from_rated_messages,
+    parse_rating,
 )
 from luthier.data.rows import Row
 
-# What the values of a column say about a row's format, where its name alone does not.
-
-SEEN = 50
+SAMPLED_ROWS = 50
 """Rows whose values are looked at."""
+FORMAT_VERSION = 2
+"""Raise it whenever the same row gives another example: it is part of the cache's keys."""
+
+ExampleType = Literal[
+    "conversation", "text", "preference", "unpaired", "classification", "tagging", "seq2seq"
+]
 
 
 class Evidence(IntEnum):
-    """How well the values of the columns fit a form."""
+    """How well the values of the columns fit a variant."""
 
     NO = 0
     MAYBE = 1
@@ -50,107 +58,30 @@ class Evidence(IntEnum):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Rows with equal columns, and which of these columns a form would read."""
+class ColumnSample:
+    """Rows with equal columns, and which of these columns a variant would read."""
 
     rows: Sequence[Row]
-    names: Mapping[str, str]
+    source_names: Mapping[str, str]
     """Our names -> the source's."""
     aliased: frozenset[str]
     """Our names that stand for a column of another name which nobody mapped."""
 
-    def values(self, ours: str) -> list[Any]:
-        """The values of a column that are not null."""
-        column = self.names[ours]
-        found = (inside(row.fields, column)[1] for row in self.rows[:SEEN])
-        return [value for value in found if value is not None]
-
-
-def certain(sample: Sample) -> Evidence:
-    """The names of the columns say enough."""
-    return Evidence.YES
-
-
-def named_only(sample: Sample) -> Evidence:
-    """Nothing shows that there is to be no more: the config has to say so."""
-    return Evidence.NO
-
-
-def messages(sample: Sample) -> Evidence:
-    """Items with a role; a column of another name than ours must show them."""
-    return _spelling(sample, "messages", "role")
-
-
-def turns(sample: Sample) -> Evidence:
-    """Items with from; a column of another name than ours must show them."""
-    return _spelling(sample, "conversations", "from")
-
-
-def _spelling(sample: Sample, ours: str, key: str) -> Evidence:
-    found = next(filter(None, map(spelling, sample.values(ours))), None)
-    if found is None:
-        return Evidence.NO if ours in sample.aliased else Evidence.YES
-    return Evidence.YES if found == key else Evidence.NO
-
-
-def spoken(sample: Sample) -> Evidence:
-    """Prompt and completion: lists in a column of another name must be messages."""
-    held = [value for ours in sample.aliased for value in sample.values(ours)]
-    strange = (isinstance(value, list | dict) and not spelling(value) for value in held)
-    return Evidence.NO if any(strange) else Evidence.YES
-
-
-def open_messages(sample: Sample) -> Evidence:
-    """Messages that are the prompt of two replies: they do not end with a reply themselves."""
-    values = sample.values("messages")
-    if not any(map(spelling, values)):
-        return Evidence.NO
-    return Evidence.NO if all(map(_ends_with_reply, values)) else Evidence.YES
-
-
-def _ends_with_reply(value: Any) -> bool:
-    last = (as_list(value) or [None])[-1]
-    speaker = last.get("role", last.get("from")) if isinstance(last, dict) else None
-    return isinstance(speaker, str) and ROLES.get(speaker.lower()) == "assistant"
-
-
-def judged(sample: Sample) -> Evidence:
-    """Labels that are verdicts; 0 and 1 may be the numbers of two classes as well."""
-    labels = sample.values("label")
-    if not labels or any(verdict(label) is None for label in labels):
-        return Evidence.NO
-    said = all(
-        isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels
-    )
-    return Evidence.YES if said or sample.names["label"] == "kto_tag" else Evidence.MAYBE
-
-
-def judged_messages(sample: Sample) -> Evidence:
-    """Verdicts beside messages of either spelling."""
-    if not any(map(spelling, sample.values("messages"))):
-        return Evidence.NO
-    return judged(sample)
-
-
-def lists(sample: Sample) -> Evidence:
-    """Lists in all needed columns."""
-    seen = [value for ours in sample.names for value in sample.values(ours)]
-    return Evidence.YES if seen and all(map(as_list, seen)) else Evidence.NO
-
-
-ExampleType = Literal[
-    "conversation", "text", "preference", "unpaired", "classification", "tagging", "seq2seq"
-]
-VERSION = 2
-"""Changes whenever the same row would give another example."""
+    def values(self, name: str) -> list[Any]:
+        """Return the values of a column, by our name, that are not null."""
+        column = self.source_names[name]
+        values = (find_value(row.fields, column)[1] for row in self.rows[:SAMPLED_ROWS])
+        return [value for value in values if value is not None]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One of our columns, and the names under which datasets have it."""
+class FormatColumn:
+    """One of our columns."""
 
-    ours: str
-    names: tuple[str, ...]
+    name: str
+    """Our name."""
+    aliases: tuple[str, ...]
+    """The names under which datasets have it, our own among them."""
 
 
 @dataclass(frozen=True)
@@ -158,35 +89,120 @@ class FormatVariant:
     """One way to write a row format."""
 
     type: str
+    """What `dataset.type` calls the format."""
     example_type: ExampleType
-    needs: tuple[Slot, ...]
-    optional: tuple[Slot, ...]
-    read: Callable[[Row, Columns], Example]
-    judge: Callable[[Sample], Evidence] = certain
-    """What the values of its columns say."""
+    needed: tuple[FormatColumn, ...]
+    optional: tuple[FormatColumn, ...]
+    read: Callable[[Row, ColumnMapping], Example]
+    """Makes the example of a row; raises RowError for a row that is not of this format."""
+    weigh: Callable[[ColumnSample], Evidence] | None = None
+    """What the values of its columns say; None where the names of the columns say enough."""
 
     @property
-    def ours(self) -> tuple[str, ...]:
+    def column_names(self) -> tuple[str, ...]:
         """Our names of all its columns."""
-        return tuple(slot.ours for slot in (*self.needs, *self.optional))
+        return tuple(column.name for column in (*self.needed, *self.optional))
 
 
-_MESSAGES = Slot("messages", ("messages", "conversation", "conversations", "dialogue", "dialog"))
-_TURNS = Slot("conversations", ("conversations", "messages", "conversation", "dialogue", "dialog"))
-_EITHER = Slot("messages", ("messages", "conversations", "conversation"))
-PROMPT = Slot("prompt", ("prompt", "question", "query", "input", "instruction"))
-COMPLETION = Slot("completion", ("completion", "answer", "response", "output"))
-_INSTRUCTION = Slot("instruction", ("instruction",))
-_OUTPUT = Slot("output", ("output", "response"))
-_VERDICT = Slot("label", ("label", "kto_tag"))
-_TEXT = Slot("text", ("text",))
-_LABEL = Slot("label", ("label", "labels"))
-_PAIR = (Slot("chosen", ("chosen",)), Slot("rejected", ("rejected",)))
-_CHAT = (
-    Slot("tools", ("tools", "functions")),
-    Slot("system", ("system", "system_prompt", "system_message")),
+def never_detected(sample: ColumnSample) -> Evidence:
+    """A prompt alone is never detected: nothing shows that there is to be no reply."""
+    return Evidence.NO
+
+
+def weigh_messages(sample: ColumnSample) -> Evidence:
+    """Messages have a role; a column of another name than ours must show it."""
+    return _weigh_speakers(sample, "messages", "role")
+
+
+def weigh_turns(sample: ColumnSample) -> Evidence:
+    """ShareGPT's turns have a `from`; a column of another name than ours must show it."""
+    return _weigh_speakers(sample, "conversations", "from")
+
+
+def _weigh_speakers(sample: ColumnSample, name: str, expected_key: str) -> Evidence:
+    """The first value that is a message or a list of them decides, by how it names its speaker."""
+    key = next(filter(None, map(speaker_key, sample.values(name))), None)
+    if key is None:
+        return Evidence.NO if name in sample.aliased else Evidence.YES
+    return Evidence.YES if key == expected_key else Evidence.NO
+
+
+def weigh_prompt_completion(sample: ColumnSample) -> Evidence:
+    """Lists and objects in a column of another name than ours must be messages."""
+    values = [value for name in sample.aliased for value in sample.values(name)]
+    is_other = (isinstance(value, list | dict) and not speaker_key(value) for value in values)
+    return Evidence.NO if any(is_other) else Evidence.YES
+
+
+def weigh_open_messages(sample: ColumnSample) -> Evidence:
+    """Messages are the prompt of two replies where they do not all end with a reply themselves."""
+    values = sample.values("messages")
+    if not any(map(speaker_key, values)):
+        return Evidence.NO
+    return Evidence.NO if all(map(_ends_with_reply, values)) else Evidence.YES
+
+
+def _ends_with_reply(value: Any) -> bool:
+    """Tell whether the last of some messages or turns is an assistant's."""
+    last = (list_or_empty(value) or [None])[-1]
+    speaker = last.get("role", last.get("from")) if isinstance(last, dict) else None
+    return isinstance(speaker, str) and ROLE_OF_SPEAKER.get(speaker.lower()) == "assistant"
+
+
+def weigh_ratings(sample: ColumnSample) -> Evidence:
+    """Labels must be ratings; 0 and 1 may be the numbers of two classes as well."""
+    labels = sample.values("label")
+    if not labels or any(parse_rating(label) is None for label in labels):
+        return Evidence.NO
+    are_booleans = all(
+        isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels
+    )
+    is_kto = sample.source_names["label"] == "kto_tag"
+    return Evidence.YES if are_booleans or is_kto else Evidence.MAYBE
+
+
+def weigh_rated_messages(sample: ColumnSample) -> Evidence:
+    """Ratings must stand beside messages or turns."""
+    if not any(map(speaker_key, sample.values("messages"))):
+        return Evidence.NO
+    return weigh_ratings(sample)
+
+
+def weigh_lists(sample: ColumnSample) -> Evidence:
+    """All needed columns must hold lists."""
+    values = [value for name in sample.source_names for value in sample.values(name)]
+    return Evidence.YES if values and all(map(list_or_empty, values)) else Evidence.NO
+
+
+_MESSAGES = FormatColumn(
+    "messages", ("messages", "conversation", "conversations", "dialogue", "dialog")
 )
-_ALPACA = (Slot("input", ("input", "context")), Slot("history", ("history",)), *_CHAT)
+_TURNS = FormatColumn(
+    "conversations", ("conversations", "messages", "conversation", "dialogue", "dialog")
+)
+_EITHER = FormatColumn("messages", ("messages", "conversations", "conversation"))
+PROMPT = FormatColumn("prompt", ("prompt", "question", "query", "input", "instruction"))
+COMPLETION = FormatColumn("completion", ("completion", "answer", "response", "output"))
+_INSTRUCTION = FormatColumn("instruction", ("instruction",))
+_OUTPUT = FormatColumn("output", ("output", "response"))
+_RATING = FormatColumn("label", ("label", "kto_tag"))
+_TEXT = FormatColumn("text", ("text",))
+_SENTENCE = FormatColumn("text", ("text", "sentence"))
+_LABEL = FormatColumn("label", ("label", "labels"))
+_TOKENS = FormatColumn("tokens", ("tokens", "words"))
+_TAGS = FormatColumn("tags", ("tags", "ner_tags", "labels"))
+_SOURCE = FormatColumn("source", ("source",))
+_TARGET = FormatColumn("target", ("target",))
+_PAIR = (FormatColumn("chosen", ("chosen",)), FormatColumn("rejected", ("rejected",)))
+_CHAT = (
+    FormatColumn("tools", ("tools", "functions")),
+    FormatColumn("system", ("system", "system_prompt", "system_message")),
+)
+_ALPACA = (
+    FormatColumn("input", ("input", "context")),
+    FormatColumn("history", ("history",)),
+    *_CHAT,
+)
 
 _TEXT_PAIRS = (
     ("text", "text_pair"),
@@ -198,54 +214,47 @@ _TEXT_PAIRS = (
 """How SNLI, GLUE and their like name the two texts of a pair."""
 
 
-def _classified_pair(text: str, text_pair: str) -> FormatVariant:
-    """The form of two texts with a class, under these names."""
-    needs = (Slot("text", (text,)), Slot("text_pair", (text_pair,)), _LABEL)
-    return FormatVariant("classification", "classification", needs, (), from_classified_pair)
+def _pair_variant(text: str, text_pair: str) -> FormatVariant:
+    """Return the variant of two texts with a class, under these names."""
+    needed = (FormatColumn("text", (text,)), FormatColumn("text_pair", (text_pair,)), _LABEL)
+    return FormatVariant("classification", "classification", needed, (), from_classification_pair)
 
 
 FORMAT_VARIANTS: tuple[FormatVariant, ...] = (
-    FormatVariant("messages", "conversation", (_MESSAGES,), _CHAT, from_messages, messages),
-    FormatVariant("sharegpt", "conversation", (_TURNS,), _CHAT, from_sharegpt, turns),
+    FormatVariant("messages", "conversation", (_MESSAGES,), _CHAT, from_messages, weigh_messages),
+    FormatVariant("sharegpt", "conversation", (_TURNS,), _CHAT, from_sharegpt, weigh_turns),
     FormatVariant("alpaca", "conversation", (_INSTRUCTION, _OUTPUT), _ALPACA, from_alpaca),
     FormatVariant(
         "prompt_completion", "conversation", (PROMPT, COMPLETION), _CHAT,
-        from_prompt_completion, spoken,
+        from_prompt_completion, weigh_prompt_completion,
     ),
-    FormatVariant("prompt", "conversation", (PROMPT,), _CHAT, from_prompt, named_only),
+    FormatVariant("prompt", "conversation", (PROMPT,), _CHAT, from_prompt, never_detected),
     FormatVariant(
         "preference", "preference", (_EITHER, *_PAIR), _CHAT,
-        from_messages_pair, open_messages,
+        from_messages_pair, weigh_open_messages,
     ),
     FormatVariant("preference", "preference", (_INSTRUCTION, *_PAIR), _ALPACA, from_alpaca_pair),
-    FormatVariant("preference", "preference", (PROMPT, *_PAIR), _CHAT, from_prompted_pair, spoken),
+    FormatVariant(
+        "preference", "preference", (PROMPT, *_PAIR), _CHAT,
+        from_prompted_pair, weigh_prompt_completion,
+    ),
     FormatVariant("preference", "preference", _PAIR, _CHAT, from_implicit_pair),
     FormatVariant(
-        "unpaired", "unpaired", (_EITHER, _VERDICT), _CHAT,
-        from_judged_messages, judged_messages,
+        "unpaired", "unpaired", (_EITHER, _RATING), _CHAT,
+        from_rated_messages, weigh_rated_messages,
     ),
     FormatVariant(
-        "unpaired", "unpaired", (_INSTRUCTION, _OUTPUT, _VERDICT), _ALPACA,
-        from_judged_alpaca, judged,
+        "unpaired", "unpaired", (_INSTRUCTION, _OUTPUT, _RATING), _ALPACA,
+        from_rated_alpaca, weigh_ratings,
     ),
     FormatVariant(
-        "unpaired", "unpaired", (PROMPT, COMPLETION, _VERDICT), _CHAT,
-        from_judged_completion, judged,
+        "unpaired", "unpaired", (PROMPT, COMPLETION, _RATING), _CHAT,
+        from_rated_completion, weigh_ratings,
     ),
-    *(_classified_pair(*names) for names in _TEXT_PAIRS),
-    FormatVariant(
-        "classification", "classification", (Slot("text", ("text", "sentence")), _LABEL), (),
-        from_classification,
-    ),
-    FormatVariant(
-        "tagging", "tagging",
-        (Slot("tokens", ("tokens", "words")), Slot("tags", ("tags", "ner_tags", "labels"))), (),
-        from_tagging, lists,
-    ),
-    FormatVariant(
-        "seq2seq", "seq2seq", (Slot("source", ("source",)), Slot("target", ("target",))), (),
-        from_seq2seq,
-    ),
+    *(_pair_variant(*names) for names in _TEXT_PAIRS),
+    FormatVariant("classification", "classification", (_SENTENCE, _LABEL), (), from_classification),
+    FormatVariant("tagging", "tagging", (_TOKENS, _TAGS), (), from_tagging, weigh_lists),
+    FormatVariant("seq2seq", "seq2seq", (_SOURCE, _TARGET), (), from_seq2seq),
     FormatVariant("text", "text", (_TEXT,), (), from_text),
 )  # fmt: skip
 """All of them; of two that need the same columns the first is meant."""

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.rows import Row, excerpt
-from luthier.data.sources.json import LENIENT
-from luthier.data.sources.streams import BLOCK, File, Local, content, in_words, seekable
+from luthier.data.sources.json import LENIENT_DECODER
+from luthier.data.sources.streams import (
+    BLOCK_BYTES,
+    DataFile,
+    LocalFile,
+    make_seekable,
+    open_content,
+    read_errors_as_user_errors,
+)
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,42 +25,44 @@ if TYPE_CHECKING:
 
 # Folders that `datasets.save_to_disk` left: their Arrow files, read without `datasets`.
 
-_STATE = "state.json"
-_SPLITS = "dataset_dict.json"
+_STATE_FILE = "state.json"
+_SPLITS_FILE = "dataset_dict.json"
 
 
-def is_saved(path: str) -> bool:
+def is_saved_dataset(path: str) -> bool:
     """Whether a folder of this machine was left by `save_to_disk`."""
     folder = Path(path).expanduser()
-    return (folder / _STATE).is_file() or (folder / _SPLITS).is_file()
+    return (folder / _STATE_FILE).is_file() or (folder / _SPLITS_FILE).is_file()
 
 
-def saved_files(path: str, split: str, name: str) -> list[File]:
+def find_saved_files(path: str, split: str, name: str) -> list[DataFile]:
     """The Arrow files of the dataset, or of one split of several, in order."""
     folder = Path(path).expanduser()
-    if (folder / _SPLITS).is_file():
-        known = [str(known) for known in _described(folder / _SPLITS, path, "splits")]
+    if (folder / _SPLITS_FILE).is_file():
+        known = [str(known) for known in _read_description(folder / _SPLITS_FILE, path, "splits")]
         if split not in known:
             raise UserError(
                 f"dataset: {path} has no split {split!r}. It has: {', '.join(known)}. Set "
                 f"{name}.split."
             )
         folder, path = folder / split, f"{path.rstrip('/')}/{split}"
-    elif not is_saved(path):
+    elif not is_saved_dataset(path):
         raise UserError(
-            f"dataset: {path} is no folder of a saved dataset (looked for {_STATE} and {_SPLITS} "
-            f"in {folder.absolute()})."
+            f"dataset: {path} is no folder of a saved dataset (looked for {_STATE_FILE} and "
+            f"{_SPLITS_FILE} in {folder.absolute()})."
         )
     elif split != "train":
         raise UserError(
             f"{name}.split={split}: {path} was saved as one dataset without splits. Remove it."
         )
-    shards = _described(folder / _STATE, path, "_data_files")
+    shards = _read_description(folder / _STATE_FILE, path, "_data_files")
     names = [str(shard["filename"]) for shard in shards]
-    return [File(f"{path.rstrip('/')}/{name}", "arrow", Local(folder / name)) for name in names]
+    return [
+        DataFile(f"{path.rstrip('/')}/{name}", "arrow", LocalFile(folder / name)) for name in names
+    ]
 
 
-def _described(file: Path, path: str, key: str) -> list[Any]:
+def _read_description(file: Path, path: str, key: str) -> list[Any]:
     """A list of the description that `save_to_disk` writes."""
     try:
         return list(json.loads(file.read_text(encoding="utf-8"))[key])
@@ -66,12 +75,12 @@ def _described(file: Path, path: str, key: str) -> list[Any]:
 
 # Columns of numbers that stand for named classes, as `datasets` writes them into Arrow tables.
 
-_KEY = b"huggingface"
+_FEATURES_KEY = b"huggingface"
 
 
 def class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
     """The names of the classes by column: of a class, or of a list of them, such as tags."""
-    described = (schema.metadata or {}).get(_KEY)
+    described = (schema.metadata or {}).get(_FEATURES_KEY)
     if described is None:
         return {}
     features = json.loads(described).get("info", {}).get("features") or {}
@@ -89,39 +98,41 @@ def _class_names(feature: Any) -> list[str] | None:
     return names
 
 
-def named(value: Any, names: list[str]) -> Any:
+def name_classes(value: Any, names: list[str]) -> Any:
     """A class, or each of a list, by its name; -1, which means that there is none, as it stands."""
     if isinstance(value, list):
-        return [named(one, names) for one in value]
+        return [name_classes(one, names) for one in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
-_ROWS = 1000
+_ROWS_AT_A_TIME = 1000
 """Rows that are turned into Python values at once."""
 _FILE_MAGIC = b"ARROW1"
 
 
-def parquet_rows(file: File) -> Iterator[Row]:
+def read_parquet_rows(file: DataFile) -> Iterator[Row]:
     """The rows of a Parquet file, numbered from 0 as everything that reads Parquet does."""
-    with _opened(file) as source:
-        yield from batch_rows(_parquet(source).iter_batches(batch_size=_ROWS), file.label)
+    with _open_arrow_source(file) as source:
+        yield from read_batch_rows(
+            _open_parquet(source).iter_batches(batch_size=_ROWS_AT_A_TIME), file.label
+        )
 
 
-def arrow_rows(file: File) -> Iterator[Row]:
+def read_arrow_rows(file: DataFile) -> Iterator[Row]:
     """The rows of an Arrow IPC file or stream, numbered from 0."""
-    with _opened(file) as source:
-        yield from batch_rows(_batches(source), file.label)
+    with _open_arrow_source(file) as source:
+        yield from read_batch_rows(_read_batches(source), file.label)
 
 
-def table_size(file: File) -> int:
+def count_table_rows(file: DataFile) -> int:
     """How many rows a Parquet or Arrow file says it has."""
-    with _opened(file) as source:
+    with _open_arrow_source(file) as source:
         if file.format == "parquet":
-            return int(_parquet(source).metadata.num_rows)
-        return sum(batch.num_rows for batch in _batches(source))
+            return int(_open_parquet(source).metadata.num_rows)
+        return sum(batch.num_rows for batch in _read_batches(source))
 
 
-def batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Iterator[Row]:
+def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Iterator[Row]:
     """The rows of record batches, without their nulls.
 
     Arrow gives every struct of a column the keys of all of them, null where a row had none. Such
@@ -130,13 +141,13 @@ def batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Iterator
     """
     number = 0
     for whole in batches:
-        for start in range(0, whole.num_rows, _ROWS):
-            part = _sound(whole.slice(start, _ROWS), label)
+        for start in range(0, whole.num_rows, _ROWS_AT_A_TIME):
+            part = _validate_batch(whole.slice(start, _ROWS_AT_A_TIME), label)
             names = _column_names(part, label)
             classes = class_names(part.schema)
             columns = [
-                named(cells, classes[name]) if name in classes else cells
-                for name, cells in zip(names, map(_values, part.columns), strict=True)
+                name_classes(cells, classes[name]) if name in classes else cells
+                for name, cells in zip(names, map(_column_values, part.columns), strict=True)
             ]
             for cells in zip(*columns, strict=True):
                 fields = dict(zip(names, cells, strict=True))
@@ -144,7 +155,7 @@ def batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Iterator
                 number += 1
 
 
-def _sound(batch: "pyarrow.RecordBatch", label: str) -> "pyarrow.RecordBatch":
+def _validate_batch(batch: "pyarrow.RecordBatch", label: str) -> "pyarrow.RecordBatch":
     """The batch, if what it says about itself holds: Arrow trusts a broken one, and may crash."""
     from pyarrow import ArrowInvalid
 
@@ -171,14 +182,14 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _values(column: "pyarrow.Array") -> list[Any]:
+def _column_values(column: "pyarrow.Array") -> list[Any]:
     """A column as Python values; times as text, which JSON has."""
     from pyarrow import string, types
 
     if any(is_one(column.type) for is_one in (types.is_timestamp, types.is_date, types.is_time)):
         column = column.cast(string())
     values = column.to_pylist()
-    return [_cleaned(v, column.type) for v in values] if _needs_cleaning(column) else values
+    return [_clean_value(v, column.type) for v in values] if _needs_cleaning(column) else values
 
 
 def _needs_cleaning(column: "pyarrow.Array") -> bool:
@@ -194,7 +205,7 @@ def _needs_cleaning(column: "pyarrow.Array") -> bool:
     return isinstance(kind, JsonType) or types.is_map(kind)
 
 
-def _cleaned(value: Any, kind: Any) -> Any:
+def _clean_value(value: Any, kind: Any) -> Any:
     """A value without the nulls of its structs, and JSON as the value that it stands for."""
     from pyarrow import JsonType, types
 
@@ -202,15 +213,17 @@ def _cleaned(value: Any, kind: Any) -> Any:
         return None
     if types.is_struct(kind):
         known = ((key, entry) for key, entry in value.items() if entry is not None)
-        return {key: _cleaned(entry, kind.field(key).type) for key, entry in known}
+        return {key: _clean_value(entry, kind.field(key).type) for key, entry in known}
     if _is_list(kind):
-        return [_cleaned(entry, kind.value_type) for entry in value]
+        return [_clean_value(entry, kind.value_type) for entry in value]
     if types.is_map(kind):
-        return {key: _cleaned(entry, kind.item_type) for key, entry in _pairs(value).items()}
-    return LENIENT.decode(value) if isinstance(kind, JsonType) else value
+        return {
+            key: _clean_value(entry, kind.item_type) for key, entry in _map_of_pairs(value).items()
+        }
+    return LENIENT_DECODER.decode(value) if isinstance(kind, JsonType) else value
 
 
-def _pairs(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def _map_of_pairs(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """A map, which Arrow gives as pairs: six times faster than as a dict."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -225,14 +238,14 @@ def _is_list(kind: Any) -> bool:
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
-def _parquet(source: Any) -> Any:
+def _open_parquet(source: Any) -> Any:
     """The Parquet file, read in pieces: a row group can be larger than the memory."""
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(source, pre_buffer=False, buffer_size=BLOCK)
+    return ParquetFile(source, pre_buffer=False, buffer_size=BLOCK_BYTES)
 
 
-def _batches(source: Any) -> "Iterator[pyarrow.RecordBatch]":
+def _read_batches(source: Any) -> "Iterator[pyarrow.RecordBatch]":
     """The batches of either form of Arrow file."""
     from pyarrow import ipc
 
@@ -246,19 +259,19 @@ def _batches(source: Any) -> "Iterator[pyarrow.RecordBatch]":
 
 
 @contextmanager
-def _opened(file: File) -> Iterator[Any]:
+def _open_arrow_source(file: DataFile) -> Iterator[Any]:
     """The file as Arrow reads it at will; what Arrow cannot read in words."""
     from pyarrow import ArrowException, OSFile
 
-    with in_words(file.label, file.place.is_remote), ExitStack() as stack:
-        stream = stack.enter_context(content(file))
+    with read_errors_as_user_errors(file.label, file.place.is_remote), ExitStack() as stack:
+        stream = stack.enter_context(open_content(file))
         if not stream.peek(1):
             raise UserError(f"dataset: {file.label} is empty: it has no bytes.")
-        if isinstance(file.place, Local) and isinstance(stream.raw, FileIO):
+        if isinstance(file.place, LocalFile) and isinstance(stream.raw, FileIO):
             # Read by Arrow itself, without a call to Python for each piece.
             source = stack.enter_context(OSFile(str(file.place.path)))
         else:
-            source = seekable(stack, stream)
+            source = make_seekable(stack, stream)
         try:
             yield source
         except (ArrowException, OSError, ValueError) as error:

@@ -5,19 +5,19 @@ from collections.abc import Iterator, Sequence
 
 from luthier.data.rows import BadRow, Row, excerpt
 from luthier.data.sources.options import CsvOptions
-from luthier.data.sources.streams import File
-from luthier.data.sources.text import lines, texts
+from luthier.data.sources.streams import DataFile
+from luthier.data.sources.text import read_text_blocks, split_lines
 from luthier.errors import UserError
 
-_LONGEST_CELL = 2**31 - 1
+_MAX_CELL_CHARS = 2**31 - 1
 _OTHER_DELIMITERS = (";", "\t", ",", "|")
 
 
-def csv_rows(file: File, options: CsvOptions) -> Iterator[Row | BadRow]:
+def read_csv_rows(file: DataFile, options: CsvOptions) -> Iterator[Row | BadRow]:
     """The row of every record, with the line on which it starts."""
     # Texts are longer than what the module takes for a broken file.
-    csv.field_size_limit(_LONGEST_CELL)
-    records = _records(file, options)
+    csv.field_size_limit(_MAX_CELL_CHARS)
+    records = _read_records(file, options)
     header = options.header
     if header is None:
         first = next((record for _, record in records), None)
@@ -28,12 +28,14 @@ def csv_rows(file: File, options: CsvOptions) -> Iterator[Row | BadRow]:
         header = first
     _check_header(file, header, options)
     for where, record in records:
-        yield record if isinstance(record, BadRow) else _row(where, header, record, options)
+        yield (
+            record if isinstance(record, BadRow) else _row_of_record(where, header, record, options)
+        )
 
 
-def _records(file: File, options: CsvOptions) -> Iterator[tuple[str, list[str] | BadRow]]:
+def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, list[str] | BadRow]]:
     """The cells of every record that is not blank, with its place; or what is wrong with it."""
-    kept = _Kept(file, options)
+    kept = _LineReader(file, options)
     reader = csv.reader(
         kept,
         delimiter=options.delimiter,
@@ -49,14 +51,16 @@ def _records(file: File, options: CsvOptions) -> Iterator[tuple[str, list[str] |
             return
         except csv.Error as error:
             if kept.ended:
-                raise UserError(_unclosed(where, options)) from error
+                raise UserError(_describe_open_quote(where, options)) from error
             yield where, BadRow(where, f"this is not CSV: {error}", excerpt(kept.line))
             continue
         if record:
             yield where, record
 
 
-def _row(where: str, header: Sequence[str], record: list[str], options: CsvOptions) -> Row | BadRow:
+def _row_of_record(
+    where: str, header: Sequence[str], record: list[str], options: CsvOptions
+) -> Row | BadRow:
     """The row of one record, which has a cell for each column."""
     if len(record) == len(header):
         return Row(dict(zip(header, record, strict=True)), where)
@@ -65,7 +69,7 @@ def _row(where: str, header: Sequence[str], record: list[str], options: CsvOptio
     return BadRow(where, f"{cells} for {len(header)} columns", text)
 
 
-def _check_header(file: File, header: list[str], options: CsvOptions) -> None:
+def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> None:
     """Refuse a header whose names do not tell the columns apart."""
     place = "dataset: options.header" if options.header else f"dataset: {file.label}, its header"
     if "" in (name.strip() for name in header):
@@ -87,7 +91,7 @@ def _empty(header: list[str]) -> int:
     return [name.strip() for name in header].index("") + 1
 
 
-def _unclosed(where: str, options: CsvOptions) -> str:
+def _describe_open_quote(where: str, options: CsvOptions) -> str:
     """The words for a quote that swallows the rest of the file."""
     return (
         f"dataset: {where}: a cell opens with {options.quotechar} here that nothing closes before "
@@ -96,11 +100,11 @@ def _unclosed(where: str, options: CsvOptions) -> str:
     )
 
 
-class _Kept:
+class _LineReader:
     """The lines of a file with their ends; keeps the last one, and whether it was the last."""
 
-    def __init__(self, file: File, options: CsvOptions) -> None:
-        self._lines = lines(texts(file, options.encoding))
+    def __init__(self, file: DataFile, options: CsvOptions) -> None:
+        self._lines = split_lines(read_text_blocks(file, options.encoding))
         self.line, self.ended = "", False
 
     def __iter__(self) -> Iterator[str]:

@@ -11,28 +11,40 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from luthier.data.sources.hub import offline
-from luthier.data.sources.options import SUFFIXES, format_of, is_file_name
-from luthier.data.sources.streams import File, Local, Place, Remote, Web, in_words, members
+from luthier.data.sources.hub import is_offline
+from luthier.data.sources.options import FORMAT_OF_SUFFIX, format_of, is_file_name
+from luthier.data.sources.streams import (
+    DataFile,
+    FileLocation,
+    LocalFile,
+    RemoteFile,
+    WebFile,
+    list_zip_members,
+    read_errors_as_user_errors,
+)
 from luthier.errors import UserError
 
 # Which files of a folder or an archive are its data, where nobody has named them one by one.
 
-Found = tuple[str, Place]
+NamedLocation = tuple[str, FileLocation]
 """A file's name and place."""
-_PAPERS = re.compile(r"(readme|license|licence|notice|changelog|citation)\b", re.IGNORECASE)
-_TRAINING = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)")
-_HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|val|dev|eval|heldout|held-out)([^a-z]|$)")
+_DOCUMENT_NAMES = re.compile(r"(readme|license|licence|notice|changelog|citation)\b", re.IGNORECASE)
+_TRAIN_SPLIT_NAMES = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)")
+_EVAL_SPLIT_NAMES = re.compile(
+    r"(^|[^a-z])(test|valid|validation|val|dev|eval|heldout|held-out)([^a-z]|$)"
+)
 
 
-def data_files(folder: str, found: Sequence[Found], format: str) -> list[Found]:
+def select_data_files(
+    folder: str, found: Sequence[NamedLocation], format: str
+) -> list[NamedLocation]:
     """The data files among these, of one format and of no two splits.
 
     Hidden files, readmes and licences are none; text is data only where nothing else is.
     """
     shown = [entry for entry in found if not _is_hidden(entry[0])]
     if format != "auto":
-        return _of_format(folder, shown, format)
+        return _select_format(folder, shown, format)
     known = [(format_of(name), (name, place)) for name, place in shown]
     formats = Counter(kind for kind, _ in known if kind is not None)
     if len(formats) > 1:
@@ -44,19 +56,19 @@ def data_files(folder: str, found: Sequence[Found], format: str) -> list[Found]:
             f"one of them, or name the files: path={folder}/*.SUFFIX."
         )
     kept = [entry for kind, entry in known if kind in formats]
-    return _of_one_split(folder, kept or _none(folder))
+    return _check_one_split(folder, kept or _refuse_empty_folder(folder))
 
 
-def _of_format(folder: str, found: Sequence[Found], format: str) -> list[Found]:
+def _select_format(folder: str, found: Sequence[NamedLocation], format: str) -> list[NamedLocation]:
     """The files whose names say this format, or all where no name says any."""
     kinds = [format_of(name) for name, _ in found]
     if not any(kinds):
-        return _of_one_split(folder, list(found) or _none(folder, format))
+        return _check_one_split(folder, list(found) or _refuse_empty_folder(folder, format))
     kept = [entry for kind, entry in zip(kinds, found, strict=True) if kind == format]
-    return _of_one_split(folder, kept or _none(folder, format))
+    return _check_one_split(folder, kept or _refuse_empty_folder(folder, format))
 
 
-def _none(folder: str, format: str = "") -> list[Found]:
+def _refuse_empty_folder(folder: str, format: str = "") -> list[NamedLocation]:
     """Stop at a folder without data."""
     kind = f"{format} files" if format else "data files"
     raise UserError(
@@ -65,11 +77,11 @@ def _none(folder: str, format: str = "") -> list[Found]:
     )
 
 
-def _of_one_split(folder: str, found: list[Found]) -> list[Found]:
+def _check_one_split(folder: str, found: list[NamedLocation]) -> list[NamedLocation]:
     """The files, unless their names say that some of them are to be held out of training."""
     stems = {name: PurePosixPath(name).name.lower() for name, _ in found}
-    training = [name for name, stem in stems.items() if _TRAINING.search(stem)]
-    held_out = [name for name, stem in stems.items() if _HELD_OUT.search(stem)]
+    training = [name for name, stem in stems.items() if _TRAIN_SPLIT_NAMES.search(stem)]
+    held_out = [name for name, stem in stems.items() if _EVAL_SPLIT_NAMES.search(stem)]
     if training and held_out:
         raise UserError(
             f"dataset: {folder} holds files of several splits by their names, such as "
@@ -82,12 +94,12 @@ def _of_one_split(folder: str, found: list[Found]) -> list[Found]:
 def _is_hidden(name: str) -> bool:
     """Whether a file is hidden or there for people."""
     last = PurePosixPath(name).name
-    return last.startswith((".", "_")) or bool(_PAPERS.match(last))
+    return last.startswith((".", "_")) or bool(_DOCUMENT_NAMES.match(last))
 
 
 # Files behind addresses: found through fsspec; the web without it.
 
-PACKAGES = {
+PROTOCOL_PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
     "gs": "gcsfs",
@@ -111,19 +123,19 @@ def local_path(path: str) -> str | None:
     return url2pathname(urlsplit(path).path) if path.startswith("file://") else None
 
 
-def find(path: str, storage: dict[str, Any]) -> list[tuple[str, Place]]:
+def find_remote_files(path: str, storage: dict[str, Any]) -> list[tuple[str, FileLocation]]:
     """The files at an address (a file, a glob or a folder), each with its own address, sorted."""
     protocol = path.split("://")[0].split("::")[0]
     if protocol in ("http", "https"):
-        return [(path, _on_the_web(path, storage))]
-    if protocol == "hf" and offline():
+        return [(path, _check_web_file(path, storage))]
+    if protocol == "hf" and is_offline():
         raise UserError(f"dataset: {path} needs the network, and HF_HUB_OFFLINE is set.")
-    with in_words(path, is_remote=True):
-        filesystem, root = _filesystem(path, protocol, storage)
-        return _files(filesystem, root, path)
+    with read_errors_as_user_errors(path, is_remote=True):
+        filesystem, root = _open_filesystem(path, protocol, storage)
+        return _list_remote_files(filesystem, root, path)
 
 
-def _on_the_web(path: str, storage: dict[str, Any]) -> Web:
+def _check_web_file(path: str, storage: dict[str, Any]) -> WebFile:
     """A file of a web server, if it answers."""
     unknown = sorted(set(storage) - {"headers"})
     if unknown:
@@ -132,20 +144,20 @@ def _on_the_web(path: str, storage: dict[str, Any]) -> Web:
             "such as {headers: {Authorization: Bearer ...}}."
         )
     headers = tuple((str(key), str(value)) for key, value in storage.get("headers", {}).items())
-    web = Web(path, headers)
-    with in_words(path, is_remote=True):
+    web = WebFile(path, headers)
+    with read_errors_as_user_errors(path, is_remote=True):
         web.open().close()
     return web
 
 
-def _filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple[Any, str]:
+def _open_filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple[Any, str]:
     """The file system of an address, and the address as it calls it."""
     from fsspec.core import url_to_fs
 
     try:
         return url_to_fs(path, **storage)
     except ImportError as error:
-        package = PACKAGES.get(protocol)
+        package = PROTOCOL_PACKAGES.get(protocol)
         cure = f"Install it: pip install {package}" if package else str(error)
         raise UserError(f"dataset: {path} needs a package that is not installed. {cure}") from error
     except ValueError as error:
@@ -155,20 +167,20 @@ def _filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple[Any,
         ) from error
 
 
-def _files(filesystem: Any, root: str, path: str) -> list[tuple[str, Place]]:
+def _list_remote_files(filesystem: Any, root: str, path: str) -> list[tuple[str, FileLocation]]:
     """The files that an address means: itself, those of a folder, or those of a glob."""
     if filesystem.isfile(root):
-        return [(path, Remote(filesystem, root))]
+        return [(path, RemoteFile(filesystem, root))]
     if filesystem.isdir(root):
         found = [entry["name"] for entry in filesystem.ls(root) if entry["type"] == "file"]
     else:
         found = [name for name in filesystem.glob(root) if filesystem.isfile(name)]
     shown = [name for name in sorted(found) if not name.rsplit("/", 1)[-1].startswith(".")]
-    return [(filesystem.unstrip_protocol(name), Remote(filesystem, name)) for name in shown]
+    return [(filesystem.unstrip_protocol(name), RemoteFile(filesystem, name)) for name in shown]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FileSettings:
     """What decides which files a path means and how they are read."""
 
     format: str
@@ -181,9 +193,9 @@ def is_local(path: str) -> bool:
     return looks_local or is_file_name(path) or _is_glob(path) or Path(path).exists()
 
 
-def find_files(paths: Sequence[str], wanted: Wanted) -> list[File]:
+def find_files(paths: Sequence[str], wanted: FileSettings) -> list[DataFile]:
     """The files of all paths, in their order, those of one path sorted by name."""
-    files = [file for path in paths for file in _of_path(path, wanted)]
+    files = [file for path in paths for file in _files_of_path(path, wanted)]
     seen: dict[tuple[str, str], str] = {}
     for file in files:
         key = (file.place.key, file.member)
@@ -196,69 +208,74 @@ def find_files(paths: Sequence[str], wanted: Wanted) -> list[File]:
     return files
 
 
-def _of_path(path: str, wanted: Wanted) -> list[File]:
+def _files_of_path(path: str, wanted: FileSettings) -> list[DataFile]:
     """The files of one path."""
     local = local_path(path)
     if is_address(path) and local is None:
-        found = _remote(path, wanted)
+        found = _remote_locations(path, wanted)
     else:
-        found = _local(local or path, wanted)
-    return [file for label, place in found for file in _unzipped(label, place, wanted)]
+        found = _local_locations(local or path, wanted)
+    return [file for label, place in found for file in _expand_archive(label, place, wanted)]
 
 
-def _remote(path: str, wanted: Wanted) -> list[Found]:
+def _remote_locations(path: str, wanted: FileSettings) -> list[NamedLocation]:
     """The files at an address."""
-    found = find(path, wanted.storage)
+    found = find_remote_files(path, wanted.storage)
     if [label for label, _ in found] == [path]:
         return found
     if not found:
         raise UserError(f"dataset: there are no files at {path}.")
-    return data_files(path, found, wanted.format)
+    return select_data_files(path, found, wanted.format)
 
 
-def _local(path: str, wanted: Wanted) -> list[Found]:
+def _local_locations(path: str, wanted: FileSettings) -> list[NamedLocation]:
     """The files that a path of this machine means."""
     file = Path(path).expanduser()
     if file.is_dir():
         entries = sorted(entry for entry in file.iterdir() if entry.is_file())
-        return data_files(path, [(_join(path, entry.name), Local(entry)) for entry in entries],
-                          wanted.format)  # fmt: skip
+        named = [(_join(path, entry.name), LocalFile(entry)) for entry in entries]
+        return select_data_files(path, named, wanted.format)
     if file.is_file():
-        return [(path, Local(file))]
+        return [(path, LocalFile(file))]
     if file.exists():
         raise UserError(
             f"dataset: {path} is no regular file (a pipe, say), and cannot be read twice."
         )
     if not _is_glob(path):
-        raise UserError(_missing(path, file))
+        raise UserError(_describe_missing(path, file))
     # Path.glob would take hidden files and refuse absolute patterns.
     names = sorted(glob.glob(str(file), recursive=True))  # noqa: PTH207
-    found: list[Found] = [(name, Local(Path(name))) for name in names if Path(name).is_file()]
+    found: list[NamedLocation] = [
+        (name, LocalFile(Path(name))) for name in names if Path(name).is_file()
+    ]
     if not found:
-        raise UserError(_unmatched(path, file))
+        raise UserError(_describe_unmatched(path, file))
     return found
 
 
-def _unzipped(label: str, place: Place, wanted: Wanted) -> list[File]:
+def _expand_archive(label: str, place: FileLocation, wanted: FileSettings) -> list[DataFile]:
     """The file, or the data files of a zip archive, each with its format."""
     if not label.lower().endswith(".zip"):
-        return [File(label, _format(label, wanted), place)]
-    names = members(place, label)
+        return [DataFile(label, _file_format(label, wanted), place)]
+    names = list_zip_members(place, label)
     if len(names) == 1:
         known = wanted.format if wanted.format != "auto" else format_of(names[0])
-        return [File(f"{label}/{names[0]}", known or _format(label, wanted), place, names[0])]
-    kept = data_files(label, [(name, place) for name in names], wanted.format)
-    return [File(f"{label}/{name}", _format(name, wanted), place, name) for name, _ in kept]
+        return [
+            DataFile(f"{label}/{names[0]}", known or _file_format(label, wanted), place, names[0])
+        ]
+    kept = select_data_files(label, [(name, place) for name in names], wanted.format)
+    return [
+        DataFile(f"{label}/{name}", _file_format(name, wanted), place, name) for name, _ in kept
+    ]
 
 
-def _format(label: str, wanted: Wanted) -> str:
+def _file_format(label: str, wanted: FileSettings) -> str:
     """The format of a file: the one that is set, else the one its name says."""
     found = wanted.format if wanted.format != "auto" else format_of(label)
     if found is None:
         raise UserError(
-            f"dataset: {label} has none of the suffixes {', '.join(SUFFIXES)} (with .gz, .bz2, "
-            ".xz, .zst or .zip behind them where it is compressed). Set format to what "
-            "it is."
+            f"dataset: {label} has none of the suffixes {', '.join(FORMAT_OF_SUFFIX)} (with .gz, "
+            ".bz2, .xz, .zst or .zip behind them where it is compressed). Set format to what it is."
         )
     return found
 
@@ -273,16 +290,16 @@ def _join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if folder != "." else name
 
 
-def _missing(path: str, file: Path) -> str:
+def _describe_missing(path: str, file: Path) -> str:
     """The words for a file that is not there."""
     folder = file.absolute().parent
     text = f"dataset: there is no file {path} (looked at {file.absolute()})."
     if not folder.is_dir():
         return f"{text} The folder {folder} is missing too; relative paths start at {Path.cwd()}."
-    return text + _neighbours(folder, file.name)
+    return text + _describe_neighbours(folder, file.name)
 
 
-def _unmatched(path: str, file: Path) -> str:
+def _describe_unmatched(path: str, file: Path) -> str:
     """The words for a glob that means nothing."""
     text = f"dataset: no file matches {path} (relative paths start at {Path.cwd()})."
     folder = file.absolute().parent
@@ -290,13 +307,13 @@ def _unmatched(path: str, file: Path) -> str:
         folder = folder.parent
     if not folder.is_dir():
         return f"{text} There is no folder {folder}."
-    return text + _neighbours(folder, file.name)
+    return text + _describe_neighbours(folder, file.name)
 
 
-def _neighbours(folder: Path, name: str) -> str:
+def _describe_neighbours(folder: Path, name: str) -> str:
     """The data files of a folder, the most similar names first."""
     names = sorted(entry.name for entry in folder.iterdir() if is_file_name(entry.name))
     if not names:
-        return f" There are no data files ({', '.join(SUFFIXES)}) in {folder}."
+        return f" There are no data files ({', '.join(FORMAT_OF_SUFFIX)}) in {folder}."
     close = difflib.get_close_matches(name, names, n=3)
     return f" In that folder: {', '.join(close or names[:5])}."

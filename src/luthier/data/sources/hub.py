@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from luthier.data.rows import Row
-from luthier.data.sources.arrow import batch_rows
-from luthier.data.sources.options import Options
-from luthier.data.sources.source import of_places, of_rows
-from luthier.data.sources.streams import Local, in_words
+from luthier.data.sources.arrow import read_batch_rows
+from luthier.data.sources.options import FormatOptions
+from luthier.data.sources.source import hash_files, hash_rows
+from luthier.data.sources.streams import LocalFile, read_errors_as_user_errors
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,34 +24,34 @@ if TYPE_CHECKING:
 
 # Whether the Hugging Face hub can be had, known before `datasets` is imported.
 
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-PATIENCE = 3.0
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_TIMEOUT_SECONDS = 3.0
 """Seconds to wait for the hub to answer at all."""
 
 
-def check_hub(path: str, streaming: bool = False) -> None:
+def check_hub_access(path: str, streaming: bool = False) -> None:
     """Fail early where a hub dataset cannot be had.
 
     Without a network `datasets` tries six times, for half a minute, before it gives up.
     """
-    if not _NAME.fullmatch(path):
+    if not _HUB_NAME.fullmatch(path):
         raise UserError(
             f"dataset: {path!r} is neither a file here (looked at {Path(path).absolute()}) nor a "
             "hub name, which is written owner/name."
         )
-    if (streaming or not _is_cached(path)) and (offline() or not _reachable()):
-        raise UserError(no_network(path))
+    if (streaming or not _is_cached(path)) and (is_offline() or not _is_reachable()):
+        raise UserError(describe_no_network(path))
 
 
-def offline() -> bool:
+def is_offline() -> bool:
     """Whether the user forbids the network."""
     flags = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("HF_DATASETS_OFFLINE", ""))
     return any(flag.upper() in ("1", "ON", "YES", "TRUE") for flag in flags)
 
 
-def no_network(path: str) -> str:
+def describe_no_network(path: str) -> str:
     """The words for a hub that does not answer."""
-    why = "HF_HUB_OFFLINE is set" if offline() else f"{_endpoint()} does not answer"
+    why = "HF_HUB_OFFLINE is set" if is_offline() else f"{_endpoint()} does not answer"
     return (
         f"dataset: {path} is a hub dataset that is not on this machine, and {why}. Either "
         'load it once where there is a network (python -c "import datasets; '
@@ -66,14 +66,14 @@ def _endpoint() -> str:
 
 
 @lru_cache(maxsize=1)
-def _reachable() -> bool:
+def _is_reachable() -> bool:
     """Whether the hub answers at all; behind a proxy only the proxy could say."""
     url = urlsplit(_endpoint())
     if url.scheme in getproxies():
         return True
     try:
         address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
-        socket.create_connection(address, timeout=PATIENCE).close()
+        socket.create_connection(address, timeout=HUB_TIMEOUT_SECONDS).close()
     except OSError:
         return False
     return True
@@ -85,16 +85,18 @@ def _is_cached(name: str) -> bool:
     base = Path(environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(environ.get("HF_HOME", base))
     cache = Path(environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
-    wanted = _plain(name.replace("/", "___"))
-    return cache.is_dir() and any(_plain(entry.name) == wanted for entry in cache.iterdir())
+    wanted = _normalise_name(name.replace("/", "___"))
+    return cache.is_dir() and any(
+        _normalise_name(entry.name) == wanted for entry in cache.iterdir()
+    )
 
 
-def _plain(name: str) -> str:
+def _normalise_name(name: str) -> str:
     """A name as `datasets` and the hub both have it: the cache writes CamelCase as camel_case."""
     return name.replace("_", "").lower()
 
 
-_ROWS = 1000
+_ROWS_AT_A_TIME = 1000
 """Rows that are taken from `datasets` at once."""
 
 
@@ -103,17 +105,17 @@ class HubContent:
 
     advice = ""
 
-    def __init__(self, config: "SourceConfig", options: Options, streaming: bool) -> None:
+    def __init__(self, config: "SourceConfig", options: FormatOptions, streaming: bool) -> None:
         self._config, self._options, self._streaming = config, options, streaming
         self._label = f"{config.path}[{config.split}]"
 
     def items(self) -> Iterator[Row]:
         """The rows, numbered from 0 as the dataset's own."""
         row = None
-        with in_words(self._label, is_remote=self._streaming):
-            tables = self._dataset.with_format("arrow").iter(_ROWS)
+        with read_errors_as_user_errors(self._label, is_remote=self._streaming):
+            tables = self._dataset.with_format("arrow").iter(_ROWS_AT_A_TIME)
             batches = chain.from_iterable(table.to_batches() for table in tables)
-            for row in batch_rows(batches, self._label):
+            for row in read_batch_rows(batches, self._label):
                 yield row
         if row is None:
             split = self._config.split
@@ -122,8 +124,8 @@ class HubContent:
     def digest(self) -> str:
         """The hash of the Arrow files in the cache, or of the rows where there are none."""
         if not self._streaming and (files := self._dataset.cache_files):
-            return of_places(Local(Path(file["filename"])) for file in files)
-        return of_rows(self.items())
+            return hash_files(LocalFile(Path(file["filename"])) for file in files)
+        return hash_rows(self.items())
 
     def settings(self) -> dict[str, Any]:
         """The split: `train[:10%]` lies in the same files as `train`."""
@@ -136,10 +138,10 @@ class HubContent:
     @cached_property
     def _dataset(self) -> Any:
         """The `datasets.Dataset`, or `IterableDataset` of a stream."""
-        return _load(self._config, self._options, self._streaming)
+        return _load_hub_dataset(self._config, self._options, self._streaming)
 
 
-def _load(config: "SourceConfig", options: Options, streaming: bool) -> Any:
+def _load_hub_dataset(config: "SourceConfig", options: FormatOptions, streaming: bool) -> Any:
     """The dataset, or what went wrong in words."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -156,14 +158,14 @@ def _load(config: "SourceConfig", options: Options, streaming: bool) -> Any:
             **options.model_dump(exclude_none=True),
         )
     except DatasetNotFoundError as error:
-        raise UserError(_not_found(path, config.revision, str(error))) from error
+        raise UserError(_describe_not_found(path, config.revision, str(error))) from error
     except ConnectionError as error:
-        raise UserError(no_network(path)) from error
+        raise UserError(describe_no_network(path)) from error
     except (ValueError, RuntimeError, DatasetsError, OSError, HTTPError) as error:
-        raise UserError(_refused(config, str(error))) from error
+        raise UserError(_describe_load_error(config, str(error))) from error
 
 
-def _not_found(path: str, revision: str | None, reason: str) -> str:
+def _describe_not_found(path: str, revision: str | None, reason: str) -> str:
     """The words for a dataset that the hub does not give out."""
     page = f"https://huggingface.co/datasets/{path}"
     if "gated" in reason:
@@ -180,7 +182,7 @@ def _not_found(path: str, revision: str | None, reason: str) -> str:
     )
 
 
-def _refused(config: "SourceConfig", reason: str) -> str:
+def _describe_load_error(config: "SourceConfig", reason: str) -> str:
     """The words for a wrong split, a wrong configuration, or whatever else `datasets` says."""
     choices = re.findall(r"\[.*\]", reason)
     known = f" It has: {choices[-1]}." if choices else ""

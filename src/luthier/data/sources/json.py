@@ -9,36 +9,36 @@ from typing import Any
 
 from luthier.data.rows import BadRow, Row, RowError, describe_type, excerpt
 from luthier.data.sources.options import JsonOptions, LineOptions
-from luthier.data.sources.streams import File
-from luthier.data.sources.text import lines, texts
+from luthier.data.sources.streams import DataFile
+from luthier.data.sources.text import read_text_blocks, split_lines
 from luthier.errors import UserError
 
 # JSON values that nothing was lost of: a key that stands twice, NaN and half characters fail.
 
-LENIENT = json.JSONDecoder()
+LENIENT_DECODER = json.JSONDecoder()
 """Reads what the strict one refuses, to find where it ends."""
 
 
-def row(line: str, where: str) -> Row | BadRow:
+def parse_row(line: str, where: str) -> Row | BadRow:
     """The row that one line holds, or what is wrong with it."""
     try:
-        value = sound(STRICT.decode(line), line)
+        value = check_surrogates(STRICT_DECODER.decode(line), line)
     except json.JSONDecodeError as error:
         problem = f"this is not JSON: {error.msg} (column {error.colno})"
         return BadRow(where, problem, excerpt(line))
     except (ValueError, RecursionError, RowError) as error:
         return BadRow(where, f"this is not JSON: {error}", excerpt(line))
-    return of_value(value, where)
+    return row_of_value(value, where)
 
 
-def of_value(value: Any, where: str) -> Row | BadRow:
+def row_of_value(value: Any, where: str) -> Row | BadRow:
     """The row that a JSON value is, if it is an object."""
     if isinstance(value, dict):
         return Row(value, where)
     return BadRow(where, f"this is {describe_type(value)}, not a JSON object", excerpt(value))
 
 
-def sound(value: Any, text: str) -> Any:
+def check_surrogates(value: Any, text: str) -> Any:
     """The value, unless an escape such as \\ud83d in its text stands for half a character."""
     if "\\ud" in text or "\\uD" in text:
         try:
@@ -48,7 +48,7 @@ def sound(value: Any, text: str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys all differ; the last of equal keys would win without a word."""
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -57,12 +57,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     """Refuse NaN and infinities, which Python reads and JSON does not have."""
     raise RowError(f"{name} is no JSON value")
 
 
-def _float(text: str) -> float:
+def _finite_float(text: str) -> float:
     """A number, unless it is so large that Python reads it as infinity."""
     number = float(text)
     if isinf(number):
@@ -70,20 +70,24 @@ def _float(text: str) -> float:
     return number
 
 
-STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+STRICT_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_of_unique_keys,
+    parse_constant=_refuse_constant,
+    parse_float=_finite_float,
+)
 """Its hook is called for every object, which takes a fifth more time than no check at all."""
 
 
 # A text of JSON values that is read through a window, so that it is never held whole.
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_LITERAL = 16
+_MAX_LITERAL_CHARS = 16
 """Characters that the longest word or escape of JSON stays under."""
-_SHOWN = 200
+_EXCERPT_CHARS = 200
 """Characters of which an error shows the start."""
 
 
-class Window:
+class JsonWindow:
     """The text from the value that is read next, as far as it was needed."""
 
     def __init__(self, label: str, texts: Iterator[str]) -> None:
@@ -113,22 +117,22 @@ class Window:
 
     def start(self) -> str:
         """The text from here on, as much as an error shows."""
-        while len(self._text) - self._at < _SHOWN and self._more():
+        while len(self._text) - self._at < _EXCERPT_CHARS and self._more():
             pass
-        return excerpt(self._text[self._at : self._at + _SHOWN]) or "the file ends"
+        return excerpt(self._text[self._at : self._at + _EXCERPT_CHARS]) or "the file ends"
 
     def row(self) -> Row | BadRow:
         """The value that begins here, and go past it; UserError where its syntax is broken."""
         where = self.where
         try:
-            value, end = self._decode(STRICT)
-            sound(value, self._text[self._at : end])
+            value, end = self._decode(STRICT_DECODER)
+            check_surrogates(value, self._text[self._at : end])
         except (RowError, RecursionError) as error:
             bad = BadRow(where, f"this is not JSON: {error}", self.start())
             self._at = self._end()
             return bad
         self._at = end
-        return of_value(value, where)
+        return row_of_value(value, where)
 
     def broken(self, problem: str) -> UserError:
         """The error for a text that is no JSON from here on."""
@@ -137,7 +141,7 @@ class Window:
     def _end(self) -> int:
         """Where the value ends that begins here and is sound in its syntax only."""
         try:
-            return self._decode(LENIENT)[1]
+            return self._decode(LENIENT_DECODER)[1]
         except RecursionError as error:
             raise self.broken(f"this is not JSON: {error}") from error
 
@@ -158,7 +162,7 @@ class Window:
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
         """Whether more text could mend this, so that the rest is not read for nothing."""
-        near_the_end = error.pos >= len(self._text) - _LITERAL
+        near_the_end = error.pos >= len(self._text) - _MAX_LITERAL_CHARS
         return near_the_end or error.msg.startswith("Unterminated string")
 
     def _more(self) -> bool:
@@ -186,39 +190,39 @@ class Window:
         )
 
 
-WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples")
+WRAPPER_KEYS = ("data", "rows", "examples", "instances", "items", "records", "samples")
 """Keys under which a file that is one object commonly holds its rows."""
-_LONG_LINE = 1 << 24
+_MAX_FIRST_LINE_CHARS = 1 << 24
 """Characters after which a first line is taken to be the whole file."""
 _PART_KEYS = {"role", "from", "content", "value", "function", "parameters"}
 """Keys of objects that are parts of a row: messages and tools."""
 
 
-def jsonl_rows(file: File, options: LineOptions) -> Iterator[Row | BadRow]:
+def read_jsonl_rows(file: DataFile, options: LineOptions) -> Iterator[Row | BadRow]:
     """The row of every line that is not blank; a bad line costs itself alone.
 
     An array over several lines is read as one: no row begins with a bracket.
     """
-    head, text = _first_line(texts(file, options.encoding))
-    if head.startswith("[") and not _is_whole(head):
-        return _array(file.label, text)
-    return _by_line(file.label, text)
+    head, text = _first_line(read_text_blocks(file, options.encoding))
+    if head.startswith("[") and not _is_one_value(head):
+        return _rows_of_array(file.label, text)
+    return _rows_by_line(file.label, text)
 
 
-def json_rows(file: File, options: JsonOptions) -> Iterator[Row | BadRow]:
+def read_json_rows(file: DataFile, options: JsonOptions) -> Iterator[Row | BadRow]:
     """The rows of an array, of one object per line, or of objects one behind another.
 
     A file that is one object is held whole. UserError where the syntax of anything but a line is
     broken, because what follows cannot be read.
     """
-    head, text = _first_line(texts(file, options.encoding))
+    head, text = _first_line(read_text_blocks(file, options.encoding))
     if head.startswith("["):
         if options.rows not in (None, "auto"):
-            raise _no_object(file.label, options.rows)
-        return _array(file.label, text)
-    spans_lines = head.startswith("{") and not _is_whole(head)
-    found = _objects(file.label, text) if spans_lines else _by_line(file.label, text)
-    return found if options.rows is None else _unwrapped(file.label, found, options.rows)
+            raise _not_one_object(file.label, options.rows)
+        return _rows_of_array(file.label, text)
+    spans_lines = head.startswith("{") and not _is_one_value(head)
+    found = _rows_of_objects(file.label, text) if spans_lines else _rows_by_line(file.label, text)
+    return found if options.rows is None else _unwrap_rows(file.label, found, options.rows)
 
 
 def _first_line(text: Iterator[str]) -> tuple[str, Iterator[str]]:
@@ -226,37 +230,37 @@ def _first_line(text: Iterator[str]) -> tuple[str, Iterator[str]]:
     head = ""
     for block in text:
         head += block
-        if "\n" in head.lstrip() or len(head) > _LONG_LINE:
+        if "\n" in head.lstrip() or len(head) > _MAX_FIRST_LINE_CHARS:
             break
     return head.lstrip().split("\n", 1)[0], chain([head], text)
 
 
-def _is_whole(text: str) -> bool:
+def _is_one_value(text: str) -> bool:
     """Whether the text is one JSON value."""
     try:
-        LENIENT.decode(text)
+        LENIENT_DECODER.decode(text)
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def _by_line(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
+def _rows_by_line(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
     """One row per line."""
-    for number, line in enumerate(lines(text), start=1):
+    for number, line in enumerate(split_lines(text), start=1):
         if line and not line.isspace():
-            yield row(line, f"{label}:{number}")
+            yield parse_row(line, f"{label}:{number}")
 
 
-def _objects(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
+def _rows_of_objects(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
     """Objects one behind another, over as many lines as they take."""
-    window = Window(label, text)
+    window = JsonWindow(label, text)
     while window.upcoming():
         yield window.row()
 
 
-def _array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
+def _rows_of_array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
     """The values of one array that spans the file, each with the line on which it starts."""
-    window = Window(label, text)
+    window = JsonWindow(label, text)
     window.upcoming()
     window.step()
     while window.upcoming() != "]":
@@ -270,21 +274,21 @@ def _array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
         raise window.broken("there is text behind the array's end")
 
 
-def _unwrapped(label: str, found: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
+def _unwrap_rows(label: str, found: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
     """The rows that a file of one object holds under a key; else the rows themselves."""
     first, second = next(found, None), next(found, None)
     head = [entry for entry in (first, second) if entry is not None]
     if isinstance(first, Row) and second is None:
-        yield from _of_object(label, first, key)
+        yield from _rows_of_object(label, first, key)
     elif key != "auto":
-        raise _no_object(label, key)
+        raise _not_one_object(label, key)
     else:
         yield from chain(head, found)
 
 
-def _of_object(label: str, whole: Row, key: str) -> Iterator[Row | BadRow]:
+def _rows_of_object(label: str, whole: Row, key: str) -> Iterator[Row | BadRow]:
     """The rows of the one object of a file: those under the key, or the object itself."""
-    key = _chosen(label, whole.fields) if key == "auto" else key
+    key = _find_rows_key(label, whole.fields) if key == "auto" else key
     if not key:
         yield whole
         return
@@ -294,16 +298,16 @@ def _of_object(label: str, whole: Row, key: str) -> Iterator[Row | BadRow]:
             f"It has the keys {', '.join(whole.fields)}."
         )
     for number, value in enumerate(whole.fields[key]):
-        yield of_value(value, f"{label} {key}[{number}]")
+        yield row_of_value(value, f"{label} {key}[{number}]")
 
 
-def _chosen(label: str, fields: dict[str, Any]) -> str:
+def _find_rows_key(label: str, fields: dict[str, Any]) -> str:
     """The key whose list is the file's rows; empty if the object is itself a row."""
     lists = [key for key, value in fields.items() if _could_be_rows(value)]
     others = [value for key, value in fields.items() if key not in lists]
     if not lists:
         return ""
-    if len(lists) == 1 and lists[0] in WRAPPERS and not any(map(_is_nested, others)):
+    if len(lists) == 1 and lists[0] in WRAPPER_KEYS and not any(map(_is_nested, others)):
         return lists[0]
     shown = " or ".join(f"options.rows={key}" for key in lists)
     sizes = ", ".join(f"{key} ({len(fields[key]):,})" for key in lists)
@@ -319,7 +323,7 @@ def _could_be_rows(value: Any) -> bool:
     return bool(objects) and not any(_PART_KEYS & item.keys() for item in objects)
 
 
-def _no_object(label: str, key: str) -> UserError:
+def _not_one_object(label: str, key: str) -> UserError:
     """The error for a key to look under where there is no one object."""
     return UserError(f"dataset: options.rows={key}: {label} is not one object. Remove it.")
 

@@ -4,16 +4,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.rows import BadRow, Row
-from luthier.data.sources.arrow import arrow_rows, is_saved, parquet_rows, saved_files, table_size
-from luthier.data.sources.csv import csv_rows
-from luthier.data.sources.files import Wanted, find_files, is_address, is_local
-from luthier.data.sources.hub import HubContent, check_hub
-from luthier.data.sources.json import json_rows, jsonl_rows
-from luthier.data.sources.options import TABLES, Options, read_options
-from luthier.data.sources.python_function import PREFIX, FunctionContent
-from luthier.data.sources.source import Source, of_places
-from luthier.data.sources.streams import File
-from luthier.data.sources.text import text_rows
+from luthier.data.sources.arrow import (
+    count_table_rows,
+    find_saved_files,
+    is_saved_dataset,
+    read_arrow_rows,
+    read_parquet_rows,
+)
+from luthier.data.sources.csv import read_csv_rows
+from luthier.data.sources.files import FileSettings, find_files, is_address, is_local
+from luthier.data.sources.hub import HubContent, check_hub_access
+from luthier.data.sources.json import read_json_rows, read_jsonl_rows
+from luthier.data.sources.options import TABLE_FORMATS, FormatOptions, read_options
+from luthier.data.sources.python_function import FUNCTION_PREFIX, FunctionContent
+from luthier.data.sources.source import Source, hash_files
+from luthier.data.sources.streams import DataFile
+from luthier.data.sources.text import read_text_rows
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,34 +28,34 @@ if TYPE_CHECKING:
 
 # The rows of files, one file behind another.
 
-_READERS: dict[str, Callable[[File, Any], Iterator[Row | BadRow]]] = {
-    "jsonl": jsonl_rows,
-    "json": json_rows,
-    "csv": csv_rows,
-    "tsv": csv_rows,
-    "text": text_rows,
-    "parquet": lambda file, options: parquet_rows(file),
-    "arrow": lambda file, options: arrow_rows(file),
+_READERS: dict[str, Callable[[DataFile, Any], Iterator[Row | BadRow]]] = {
+    "jsonl": read_jsonl_rows,
+    "json": read_json_rows,
+    "csv": read_csv_rows,
+    "tsv": read_csv_rows,
+    "text": read_text_rows,
+    "parquet": lambda file, options: read_parquet_rows(file),
+    "arrow": lambda file, options: read_arrow_rows(file),
 }
-_OBJECTS = (
+_JSON_ADVICE = (
     "Each row is to be one JSON object, such as\n"
     '  {"messages": [{"role": "user", "content": "Hi"}, '
     '{"role": "assistant", "content": "Hello!"}]}\n'
     '  {"prompt": "Hi", "completion": "Hello!"}\n'
     "one per line (JSONL), or all of them in one array (JSON)."
 )
-_RECORDS = (
+_CSV_ADVICE = (
     "Each record is to have one cell for each column of the header; a cell that holds the "
     "delimiter, a quote or a line break stands in quotes, and quotes inside it are doubled. "
     "Where quotes are plain characters, set options.quotechar=null."
 )
-_ADVICE = {"jsonl": _OBJECTS, "json": _OBJECTS, "csv": _RECORDS, "tsv": _RECORDS}
+_ADVICE = {"jsonl": _JSON_ADVICE, "json": _JSON_ADVICE, "csv": _CSV_ADVICE, "tsv": _CSV_ADVICE}
 
 
 class FileContent:
     """The rows of files, each of a format and its options."""
 
-    def __init__(self, files: Sequence[File], options: Mapping[str, Options]) -> None:
+    def __init__(self, files: Sequence[DataFile], options: Mapping[str, FormatOptions]) -> None:
         self._files, self._options = files, options
         self.advice = _ADVICE.get(files[0].format, "")
 
@@ -62,7 +68,7 @@ class FileContent:
             if item is None:
                 yield self._empty(file)
 
-    def _empty(self, file: File) -> BadRow:
+    def _empty(self, file: DataFile) -> BadRow:
         """What stands for a file without rows."""
         if len(self._files) > 1:
             return BadRow(file.label, "the file is empty: it has no rows", "")
@@ -72,7 +78,7 @@ class FileContent:
         """The hash of the files as they are stored."""
         # An archive is one place, however many of its files are read.
         places = {file.place.key: file.place for file in self._files}
-        return of_places(places.values())
+        return hash_files(places.values())
 
     def settings(self) -> dict[str, Any]:
         """The formats, in the order of the files where they differ, and their options."""
@@ -83,9 +89,9 @@ class FileContent:
 
     def size(self) -> int | None:
         """How many rows there are, where the files themselves say it."""
-        if any(file.format not in TABLES or file.place.is_remote for file in self._files):
+        if any(file.format not in TABLE_FORMATS or file.place.is_remote for file in self._files):
             return None
-        return sum(map(table_size, self._files))
+        return sum(map(count_table_rows, self._files))
 
 
 def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool = False) -> Source:
@@ -97,20 +103,20 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
     """
     if not config.path:
         raise UserError(f"{name}.path is not set: name a file, a folder or a hub dataset.")
-    kind = kind_of(config)
+    kind = source_type(config)
     if kind == "hub":
-        return _hub(config, name, streaming)
+        return _open_hub(config, name, streaming)
     if kind == "python":
-        return _function(config, name)
+        return _open_function(config, name)
     if kind == "saved":
-        _refuse(config, name, ("name", "revision"), "a saved dataset")
+        _refuse_hub_settings(config, name, ("name", "revision"), "a saved dataset")
         options = read_options("saved", config.options, name)
-        files = saved_files(str(config.path), config.split, name)
-        return _of_files(config, name, files, {"arrow": options})
-    return _files(config, name)
+        files = find_saved_files(str(config.path), config.split, name)
+        return _source_of_files(config, name, files, {"arrow": options})
+    return _open_files(config, name)
 
 
-def kind_of(config: "SourceConfig") -> str:
+def source_type(config: "SourceConfig") -> str:
     """Whether the path means files, a saved dataset, a function or a hub dataset."""
     path = config.path
     if config.format in ("hub", "python", "saved"):
@@ -119,46 +125,46 @@ def kind_of(config: "SourceConfig") -> str:
         return config.format
     if not isinstance(path, str):
         return "files"
-    if path.startswith(PREFIX):
+    if path.startswith(FUNCTION_PREFIX):
         return "python"
-    if config.format == "auto" and is_saved(path):
+    if config.format == "auto" and is_saved_dataset(path):
         return "saved"
     is_file = is_address(path) or is_local(path) or config.format != "auto"
     return "files" if is_file else "hub"
 
 
-def _hub(config: "SourceConfig", name: str, streaming: bool) -> Source:
+def _open_hub(config: "SourceConfig", name: str, streaming: bool) -> Source:
     """A hub dataset, if it can be had."""
     path = str(config.path)
     options = read_options("hub", config.options, name)
-    check_hub(path, streaming)
+    check_hub_access(path, streaming)
     content = HubContent(config, options, streaming)
     return Source(name, f"{path}[{config.split}]", (), content, config.max_rows)
 
 
-def _function(config: "SourceConfig", name: str) -> Source:
+def _open_function(config: "SourceConfig", name: str) -> Source:
     """A function, if it is there."""
-    _refuse(config, name, ("name", "revision", "split"), "a Python function")
+    _refuse_hub_settings(config, name, ("name", "revision", "split"), "a Python function")
     path = str(config.path)
     content = FunctionContent(path, config.options, name)
     return Source(name, path, (), content, config.max_rows)
 
 
-def _files(config: "SourceConfig", name: str) -> Source:
+def _open_files(config: "SourceConfig", name: str) -> Source:
     """Files, here or behind an address."""
-    _refuse(config, name, ("name", "revision", "split"), "a file")
+    _refuse_hub_settings(config, name, ("name", "revision", "split"), "a file")
     given = dict(config.options)
     storage = given.pop("storage", {})
     if not isinstance(storage, dict):
         raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")
-    files = find_files(_paths(config), Wanted(config.format, storage))
+    files = find_files(_paths(config), FileSettings(config.format, storage))
     formats = sorted({file.format for file in files})
     options = {kind: read_options(kind, given, name) for kind in formats}
-    return _of_files(config, name, files, options)
+    return _source_of_files(config, name, files, options)
 
 
-def _of_files(
-    config: "SourceConfig", name: str, files: Sequence[File], options: dict[str, Options]
+def _source_of_files(
+    config: "SourceConfig", name: str, files: Sequence[DataFile], options: dict[str, FormatOptions]
 ) -> Source:
     """The source of these files."""
     labels = tuple(file.label for file in files)
@@ -178,7 +184,7 @@ def _label(paths: Sequence[str], labels: Sequence[str]) -> str:
     return f"{paths[0] if len(paths) == 1 else f'{paths[0]}, ...'} ({len(labels)} files)"
 
 
-def _refuse(config: "SourceConfig", name: str, keys: Sequence[str], kind: str) -> None:
+def _refuse_hub_settings(config: "SourceConfig", name: str, keys: Sequence[str], kind: str) -> None:
     """Refuse settings of hub datasets beside what would not heed them."""
     for key in keys:
         value: Any = getattr(config, key)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from luthier.errors import UserError, format_value, suggest_options
 
 
-def _codec(name: str) -> str:
+def _codec_name(name: str) -> str:
     """The one name of an encoding that has many."""
     try:
         "a".encode(name)
@@ -19,16 +19,16 @@ def _codec(name: str) -> str:
 
 
 Character = Annotated[str, Field(min_length=1, max_length=1)]
-Encoding = Annotated[str, AfterValidator(_codec)]
+Encoding = Annotated[str, AfterValidator(_codec_name)]
 
 
-class Options(BaseModel):
+class FormatOptions(BaseModel):
     """The options of a format that has none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class LineOptions(Options):
+class LineOptions(FormatOptions):
     """The options of JSONL."""
 
     encoding: Encoding = "utf-8"
@@ -64,7 +64,7 @@ class TextOptions(LineOptions):
     """What one row is."""
 
 
-class HubOptions(Options):
+class HubOptions(FormatOptions):
     """The options of hub datasets."""
 
     data_dir: str | None = None
@@ -73,7 +73,7 @@ class HubOptions(Options):
     """The files of the repository that are read."""
 
 
-_MODELS: dict[str, type[Options]] = {
+_OPTIONS_OF_FORMAT: dict[str, type[FormatOptions]] = {
     "jsonl": LineOptions,
     "json": JsonOptions,
     "csv": CsvOptions,
@@ -83,9 +83,9 @@ _MODELS: dict[str, type[Options]] = {
 }
 
 
-def read_options(format: str, given: dict[str, Any], name: str) -> Options:
+def read_options(format: str, given: dict[str, Any], name: str) -> FormatOptions:
     """The options of a format; UserError names the key, such as `dataset.options.delimiter`."""
-    model = _MODELS.get(format, Options)
+    model = _OPTIONS_OF_FORMAT.get(format, FormatOptions)
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -93,14 +93,14 @@ def read_options(format: str, given: dict[str, Any], name: str) -> Options:
         key = str(found["loc"][0])
         where = f"{name}.options.{key}"
         if found["type"] == "extra_forbidden":
-            raise UserError(f"{where}: {_unknown(format, key, model)}") from error
+            raise UserError(f"{where}: {_describe_unknown_option(format, key, model)}") from error
         problem = found["msg"].removeprefix("Value error, ")
         raise UserError(
             f"{where}={format_value(found['input'])} does not fit: {problem}."
         ) from error
 
 
-def _unknown(format: str, key: str, model: type[Options]) -> str:
+def _describe_unknown_option(format: str, key: str, model: type[FormatOptions]) -> str:
     """The words for an option that the format does not have."""
     if not model.model_fields:
         return f"{format} has no options. Remove it."
@@ -109,7 +109,7 @@ def _unknown(format: str, key: str, model: type[Options]) -> str:
 
 # Which format a file has, by its name.
 
-SUFFIXES = {
+FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -123,20 +123,20 @@ SUFFIXES = {
     ".md": "text",
 }
 """Suffix -> format; case does not count."""
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
 """Suffixes that may stand behind the format's own."""
-TABLES = ("parquet", "arrow")
+TABLE_FORMATS = ("parquet", "arrow")
 """Formats that are read through Arrow and cannot be read front to back alone."""
 
 
 def format_of(name: str) -> str | None:
     """The format that a file's name says, below any compression; None if it says none."""
     path = PurePosixPath(name.lower())
-    while path.suffix in COMPRESSED:
+    while path.suffix in COMPRESSION_SUFFIXES:
         path = path.with_suffix("")
-    return SUFFIXES.get(path.suffix)
+    return FORMAT_OF_SUFFIX.get(path.suffix)
 
 
 def is_file_name(name: str) -> bool:
     """Whether a name ends as data files do, so that it is no hub dataset's."""
-    return format_of(name) is not None or name.lower().endswith(COMPRESSED)
+    return format_of(name) is not None or name.lower().endswith(COMPRESSION_SUFFIXES)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.rows import BadRow, Row, describe_type, excerpt
-from luthier.data.sources.source import of_rows
+from luthier.data.sources.source import hash_rows
 from luthier.errors import UserError, suggest_options
 
-PREFIX = "python:"
+FUNCTION_PREFIX = "python:"
 
 
 class FunctionContent:
@@ -22,7 +22,7 @@ class FunctionContent:
 
     def __init__(self, path: str, arguments: Mapping[str, Any], name: str) -> None:
         self._path, self._arguments = path, dict(arguments)
-        self._function = _function(path)
+        self._function = _import_function(path)
         _check_arguments(self._function, self._arguments, path, name)
 
     def items(self) -> Iterator[Row | BadRow]:
@@ -33,13 +33,15 @@ class FunctionContent:
             if isinstance(value, Mapping):
                 yield Row(dict(value), where)
             else:
-                yield BadRow(where, f"this is {_kind(value)}, not a dict", excerpt(repr(value)))
+                yield BadRow(
+                    where, f"this is {_describe_type(value)}, not a dict", excerpt(repr(value))
+                )
         if number < 0:
             raise UserError(f"dataset: {self._path} yielded no rows.")
 
     def digest(self) -> str:
         """The hash of the rows: the function's text does not say what it reads."""
-        return of_rows(self.items())
+        return hash_rows(self.items())
 
     def settings(self) -> dict[str, Any]:
         """Nothing but what it is: its arguments matter only in the rows that they make."""
@@ -54,24 +56,24 @@ class FunctionContent:
         number = 0
         try:
             found = self._function(**self._arguments)
-            for value in _iterable(found, self._path):
+            for value in _check_iterable(found, self._path):
                 yield value
                 number += 1
         except UserError:
             raise
         except Exception as error:  # a user's function fails with whatever it likes
-            raise UserError(_failed(self._path, number, error)) from error
+            raise UserError(_describe_row_error(self._path, number, error)) from error
 
 
-def _function(path: str) -> Callable[..., Any]:
+def _import_function(path: str) -> Callable[..., Any]:
     """The function of this dotted path."""
-    module_name, _, name = path.removeprefix(PREFIX).rpartition(".")
+    module_name, _, name = path.removeprefix(FUNCTION_PREFIX).rpartition(".")
     if not module_name:
         raise UserError(
             f"dataset: {path!r} names no function. Write python:module.function, or "
             "python:package.module.function."
         )
-    module = _module(path, module_name)
+    module = _import_module(path, module_name)
     found = vars(module).get(name)
     if callable(found):
         return found
@@ -82,7 +84,7 @@ def _function(path: str) -> Callable[..., Any]:
     )
 
 
-def _module(path: str, name: str) -> Any:
+def _import_module(path: str, name: str) -> Any:
     """The module, which may lie in the working directory."""
     # Behind what is installed, so that a file here called json.py replaces nothing.
     if str(Path.cwd()) not in sys.path:
@@ -91,18 +93,18 @@ def _module(path: str, name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise UserError(_failed_import(path, name, error)) from error
+            raise UserError(_describe_import_error(path, name, error)) from error
         raise UserError(
             f"dataset: {path}: there is no module {error.name} (looked in {Path.cwd()} and among "
             "the installed packages)."
         ) from error
     except Exception as error:  # importing runs the user's module
-        raise UserError(_failed_import(path, name, error)) from error
+        raise UserError(_describe_import_error(path, name, error)) from error
 
 
-def _failed_import(path: str, name: str, error: Exception) -> str:
+def _describe_import_error(path: str, name: str, error: Exception) -> str:
     """The words for a module that is there and cannot be imported."""
-    return f"dataset: {path}: importing {name} failed: {_described(error)}"
+    return f"dataset: {path}: importing {name} failed: {_describe_exception(error)}"
 
 
 def _check_arguments(
@@ -121,22 +123,22 @@ def _check_arguments(
         ) from error
 
 
-def _iterable(found: Any, path: str) -> Iterable[Any]:
+def _check_iterable(found: Any, path: str) -> Iterable[Any]:
     """What the function returned, if rows can be taken from it."""
     if isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping):
         return found
     raise UserError(
-        f"dataset: {path} returned {_kind(found)}, and rows are needed: let it yield dicts or "
-        "return a list of them."
+        f"dataset: {path} returned {_describe_type(found)}, and rows are needed: let it yield "
+        "dicts or return a list of them."
     )
 
 
-def _failed(path: str, number: int, error: Exception) -> str:
+def _describe_row_error(path: str, number: int, error: Exception) -> str:
     """The words for a function that fails at a row."""
-    return f"dataset: {path} failed at row {number}: {_described(error)}"
+    return f"dataset: {path} failed at row {number}: {_describe_exception(error)}"
 
 
-def _described(error: Exception) -> str:
+def _describe_exception(error: Exception) -> str:
     """What an exception says, with the last place of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
@@ -144,7 +146,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     """What a value is, in words; beyond JSON by the name of its class."""
     plain = value is None or isinstance(value, str | bool | int | float | list | dict)
     return describe_type(value) if plain else f"a {type(value).__name__}"

@@ -7,10 +7,10 @@ from itertools import islice
 from typing import Any, Protocol
 
 from luthier.data.rows import BadRow, Row
-from luthier.data.sources.streams import Place, stored_blocks
+from luthier.data.sources.streams import FileLocation, read_stored_blocks
 
 
-class Content(Protocol):
+class SourceContent(Protocol):
     """What a source reads."""
 
     @property
@@ -38,7 +38,7 @@ class Source:
         name: str,
         label: str,
         files: tuple[str, ...],
-        content: Content,
+        content: SourceContent,
         max_rows: int | None = None,
     ) -> None:
         self.name = name
@@ -96,18 +96,18 @@ class Source:
 # Hashes of content: equal where the rows are equal, whatever a file is called and when written.
 
 
-def of_places(places: Iterable[Place]) -> str:
+def hash_files(places: Iterable[FileLocation]) -> str:
     """The SHA-256 of the hashes of all files as they are stored; their order counts."""
     total = sha256()
     for place in places:
         one = sha256()
-        for block in stored_blocks(place):
+        for block in read_stored_blocks(place):
             one.update(block)
         total.update(one.digest())
     return total.hexdigest()
 
 
-def of_rows(rows: Iterable[Row | BadRow]) -> str:
+def hash_rows(rows: Iterable[Row | BadRow]) -> str:
     """The SHA-256 of the rows themselves, for what has no bytes but those it makes."""
     total = sha256()
     for row in rows:

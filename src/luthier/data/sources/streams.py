@@ -23,11 +23,11 @@ from luthier.errors import UserError
 
 # Where the bytes of a file lie: on this machine, behind fsspec, on the web.
 
-PATIENCE = 30.0
+WEB_TIMEOUT_SECONDS = 30.0
 """Seconds to wait for a web server's next answer."""
 
 
-class Place(Protocol):
+class FileLocation(Protocol):
     """Something whose bytes can be read, from the start, any number of times."""
 
     @property
@@ -43,7 +43,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalFile:
     """A file of this machine."""
 
     path: Path
@@ -60,7 +60,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file of an fsspec file system."""
 
     filesystem: Any
@@ -78,7 +78,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Web:
+class WebFile:
     """A file that a web server gives out; needs no package, unlike fsspec's own reader."""
 
     url: str
@@ -93,10 +93,10 @@ class Web:
     def open(self) -> io.BufferedReader:
         """The bytes as the server sends them; they can be read once, front to back."""
         request = Request(self.url, headers=dict(self.headers))
-        return io.BufferedReader(_Answer(urlopen(request, timeout=PATIENCE)))
+        return io.BufferedReader(_WebResponse(urlopen(request, timeout=WEB_TIMEOUT_SECONDS)))
 
 
-class _Answer(io.RawIOBase):
+class _WebResponse(io.RawIOBase):
     """A server's answer that fails where the connection ends early: urllib takes it for the end."""
 
     def __init__(self, response: Any) -> None:
@@ -117,19 +117,19 @@ class _Answer(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class File:
+class DataFile:
     """A data file: what the user calls it, its format, and its place."""
 
     label: str
     format: str
-    place: Place
+    place: FileLocation
     member: str = ""
     """The file's name inside a zip archive."""
 
 
 # What goes wrong while bytes are read, in words.
 
-_BROKEN = (
+_BROKEN_FILE_ERRORS = (
     EOFError,
     zlib.error,
     lzma.LZMAError,
@@ -142,20 +142,20 @@ _BROKEN = (
 
 
 @contextmanager
-def in_words(label: str, is_remote: bool = False) -> Iterator[None]:
+def read_errors_as_user_errors(label: str, is_remote: bool = False) -> Iterator[None]:
     """Turn whatever the block's reading fails with into a UserError about this file."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # libraries fail in many ways; what is none of reading goes on
-        text = _words(label, error, is_remote)
+        text = _describe_read_error(label, error, is_remote)
         if text is None:
             raise
         raise UserError(f"dataset: {text}") from error
 
 
-def _words(label: str, error: Exception, is_remote: bool) -> str | None:
+def _describe_read_error(label: str, error: Exception, is_remote: bool) -> str | None:
     """The words for one failure; None for what is no failure of reading."""
     if isinstance(error, FileNotFoundError):
         return f"there is no file {label}."
@@ -163,17 +163,19 @@ def _words(label: str, error: Exception, is_remote: bool) -> str | None:
         return f"{label} cannot be read: the server answers {error.code} ({error.reason})."
     if isinstance(error, URLError | TimeoutError | ConnectionError):
         return f"{label} cannot be reached: {error}. Is there a network, and is the address right?"
-    if isinstance(error, _BROKEN) or (isinstance(error, OSError) and error.errno is None):
+    if isinstance(error, _BROKEN_FILE_ERRORS) or (
+        isinstance(error, OSError) and error.errno is None
+    ):
         return (
             f"{label} is broken, perhaps cut short: {error}. Copy, download or compress it again."
         )
     # The classes of s3fs, gcsfs and others are not to be had without importing them.
     if is_remote:
-        return _refused(label, error)
+        return _describe_remote_error(label, error)
     return f"{label} cannot be read: {error.strerror}." if isinstance(error, OSError) else None
 
 
-def _refused(label: str, error: Exception) -> str:
+def _describe_remote_error(label: str, error: Exception) -> str:
     """The words for a remote file system that does not give a file out."""
     name = type(error).__name__
     text = f"{label} cannot be read: {name}: {error}."
@@ -185,43 +187,43 @@ def _refused(label: str, error: Exception) -> str:
     return text
 
 
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 """Bytes that are read at once."""
 
 
 @contextmanager
-def content(file: File) -> Iterator[io.BufferedReader]:
+def open_content(file: DataFile) -> Iterator[io.BufferedReader]:
     """The file's content, unpacked; by its first bytes, because names lie about compression."""
     with ExitStack() as stack:
         stream = stack.enter_context(file.place.open())
         if file.member:
-            stream = _member(stack, stream, file.label, file.member)
-        while unpack := _packing(stream.peek(10)):
+            stream = _open_named_member(stack, stream, file.label, file.member)
+        while unpack := _find_unpacker(stream.peek(10)):
             stream = unpack(stack, stream, file.label)
         yield stream
 
 
-def blocks(file: File) -> Iterator[bytes]:
+def read_blocks(file: DataFile) -> Iterator[bytes]:
     """The file's content, unpacked, a block at a time."""
-    with in_words(file.label, file.place.is_remote), content(file) as stream:
-        while block := stream.read(BLOCK):
+    with read_errors_as_user_errors(file.label, file.place.is_remote), open_content(file) as stream:
+        while block := stream.read(BLOCK_BYTES):
             yield block
 
 
-def stored_blocks(place: Place) -> Iterator[bytes]:
+def read_stored_blocks(place: FileLocation) -> Iterator[bytes]:
     """The bytes of a place as they are stored."""
-    with in_words(place.key, place.is_remote), place.open() as stream:
-        while block := stream.read(BLOCK):
+    with read_errors_as_user_errors(place.key, place.is_remote), place.open() as stream:
+        while block := stream.read(BLOCK_BYTES):
             yield block
 
 
-def seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
+def make_seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
     """The stream, or a temporary copy of it on disk where it cannot be read at will."""
-    if stream.seekable() and not isinstance(stream.raw, _UNPACKED):
+    if stream.seekable() and not isinstance(stream.raw, _UNPACKED_STREAMS):
         return stream
     copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     try:
-        shutil.copyfileobj(stream, copy, BLOCK)
+        shutil.copyfileobj(stream, copy, BLOCK_BYTES)
     except OSError as error:
         if error.errno is None:
             raise
@@ -233,14 +235,14 @@ def seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
     return copy
 
 
-def members(place: Place, label: str) -> list[str]:
+def list_zip_members(place: FileLocation, label: str) -> list[str]:
     """The names of the files in a zip archive, sorted; hidden ones left out."""
-    with in_words(label, place.is_remote), ExitStack() as stack:
+    with read_errors_as_user_errors(label, place.is_remote), ExitStack() as stack:
         stream = stack.enter_context(place.open())
-        return _names(stack.enter_context(ZipFile(seekable(stack, stream))))
+        return _visible_members(stack.enter_context(ZipFile(make_seekable(stack, stream))))
 
 
-def _names(archive: ZipFile) -> list[str]:
+def _visible_members(archive: ZipFile) -> list[str]:
     """The files of an archive that are not hidden (as `__MACOSX` is meant to be)."""
     return sorted(
         name
@@ -250,24 +252,26 @@ def _names(archive: ZipFile) -> list[str]:
     )
 
 
-def _member(stack: ExitStack, stream: Any, label: str, name: str) -> io.BufferedReader:
+def _open_named_member(stack: ExitStack, stream: Any, label: str, name: str) -> io.BufferedReader:
     """The content of one file in a zip archive."""
-    return _in_archive(stack, stack.enter_context(ZipFile(seekable(stack, stream))), label, name)
+    return _open_member(
+        stack, stack.enter_context(ZipFile(make_seekable(stack, stream))), label, name
+    )
 
 
-def _only_member(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
+def _open_only_member(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
     """The content of an archive whose name does not say so, and which must hold one file."""
-    archive = stack.enter_context(ZipFile(seekable(stack, stream)))
-    names = _names(archive)
+    archive = stack.enter_context(ZipFile(make_seekable(stack, stream)))
+    names = _visible_members(archive)
     if len(names) != 1:
         raise UserError(
             f"dataset: {label} is a zip archive of {len(names)} files by its first bytes, and its "
             "name does not say so. Name it .zip, or unpack it."
         )
-    return _in_archive(stack, archive, label, names[0])
+    return _open_member(stack, archive, label, names[0])
 
 
-def _in_archive(stack: ExitStack, archive: ZipFile, label: str, name: str) -> io.BufferedReader:
+def _open_member(stack: ExitStack, archive: ZipFile, label: str, name: str) -> io.BufferedReader:
     """The content of one file in an open archive."""
     try:
         return io.BufferedReader(cast(io.RawIOBase, stack.enter_context(archive.open(name))))
@@ -275,7 +279,7 @@ def _in_archive(stack: ExitStack, archive: ZipFile, label: str, name: str) -> io
         raise UserError(f"dataset: {label} cannot be unpacked: {error}. Unpack it.") from error
 
 
-def _zstandard(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
+def _unpack_zstandard(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
     """The content of a .zst file; pyarrow brings the library, Python has it from 3.14 on."""
     import pyarrow
 
@@ -283,22 +287,22 @@ def _zstandard(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
     return io.BufferedReader(stack.enter_context(pyarrow.CompressedInputStream(packed, "zstd")))
 
 
-def _of_python(opener: Callable[[Any], Any]) -> Callable[..., io.BufferedReader]:
+def _unpacker(opener: Callable[[Any], Any]) -> Callable[..., io.BufferedReader]:
     """The way to unpack with one of Python's own file classes."""
     return lambda stack, stream, label: io.BufferedReader(stack.enter_context(opener(stream)))
 
 
-_PACKINGS: tuple[tuple[bytes, Callable[..., io.BufferedReader]], ...] = (
-    (rb"\x1f\x8b", _of_python(lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"))),
-    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", _of_python(bz2.BZ2File)),
-    (rb"\xfd7zXZ\x00", _of_python(lzma.LZMAFile)),
-    (rb"\x28\xb5\x2f\xfd", _zstandard),
-    (rb"PK\x03\x04", _only_member),
+_UNPACKERS: tuple[tuple[bytes, Callable[..., io.BufferedReader]], ...] = (
+    (rb"\x1f\x8b", _unpacker(lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"))),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", _unpacker(bz2.BZ2File)),
+    (rb"\xfd7zXZ\x00", _unpacker(lzma.LZMAFile)),
+    (rb"\x28\xb5\x2f\xfd", _unpack_zstandard),
+    (rb"PK\x03\x04", _open_only_member),
 )
-_UNPACKED = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile, ZipExtFile)
+_UNPACKED_STREAMS = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile, ZipExtFile)
 """Streams that go back by unpacking from the start again."""
 
 
-def _packing(head: bytes) -> Callable[..., io.BufferedReader] | None:
+def _find_unpacker(head: bytes) -> Callable[..., io.BufferedReader] | None:
     """How to unpack what begins with these bytes; None if it is not packed."""
-    return next((unpack for magic, unpack in _PACKINGS if re.match(magic, head)), None)
+    return next((unpack for magic, unpack in _UNPACKERS if re.match(magic, head)), None)

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from itertools import chain
 
 from luthier.data.rows import BadRow, Row
-from luthier.data.sources.options import COMPRESSED, TextOptions
-from luthier.data.sources.streams import File, blocks
+from luthier.data.sources.options import COMPRESSION_SUFFIXES, TextOptions
+from luthier.data.sources.streams import DataFile, read_blocks
 from luthier.errors import UserError
 
 
-def texts(file: File, encoding: str) -> Iterator[str]:
+def read_text_blocks(file: DataFile, encoding: str) -> Iterator[str]:
     """The file's text in blocks, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
     line = 1
     try:
-        for number, block in enumerate(blocks(file)):
+        for number, block in enumerate(read_blocks(file)):
             if number == 0 and encoding == "utf-8":
                 _refuse_utf16(file, block)
             text = decoder.decode(block)
@@ -23,18 +23,18 @@ def texts(file: File, encoding: str) -> Iterator[str]:
             line += text.count("\n")
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise UserError(_wrong_encoding(file, error, line, encoding)) from error
+        raise UserError(_describe_wrong_encoding(file, error, line, encoding)) from error
 
 
-def lines(text: Iterator[str]) -> Iterator[str]:
+def split_lines(text: Iterator[str]) -> Iterator[str]:
     """The lines of a text without their line feeds; a carriage return stays.
 
     Only a line feed ends a line: JSON text may hold U+2028, and `splitlines` would cut there.
     """
-    return chain.from_iterable(_several_lines(text))
+    return chain.from_iterable(_lines_of_each_block(text))
 
 
-def _several_lines(text: Iterator[str]) -> Iterator[list[str]]:
+def _lines_of_each_block(text: Iterator[str]) -> Iterator[list[str]]:
     """The lines that end in each block, then the rest."""
     open_line: list[str] = []
     for block in text:
@@ -48,27 +48,31 @@ def _several_lines(text: Iterator[str]) -> Iterator[list[str]]:
         yield [rest]
 
 
-def _refuse_utf16(file: File, block: bytes) -> None:
+def _refuse_utf16(file: DataFile, block: bytes) -> None:
     """Stop at a text whose characters have two or four bytes each."""
     if block.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in block[:4]:
         raise UserError(
-            f"dataset: {file.label} is UTF-16, and UTF-8 is needed. {_cure(file, 'utf-16')}"
+            f"dataset: {file.label} is UTF-16, and UTF-8 is needed. "
+            f"{_encoding_advice(file, 'utf-16')}"
         )
 
 
-def _wrong_encoding(file: File, error: UnicodeDecodeError, line: int, encoding: str) -> str:
+def _describe_wrong_encoding(
+    file: DataFile, error: UnicodeDecodeError, line: int, encoding: str
+) -> str:
     """The words for a byte that the encoding does not have."""
     line += error.object.count(b"\n", 0, error.start)
     byte = f"dataset: {file.label}:{line}: byte 0x{error.object[error.start]:02x} is not"
     if encoding != "utf-8":
         return f"{byte} {encoding}, which options.encoding says the file is. Correct it."
-    return f"{byte} UTF-8. Its real encoding may be windows-1252. {_cure(file, 'windows-1252')}"
+    advice = _encoding_advice(file, "windows-1252")
+    return f"{byte} UTF-8. Its real encoding may be windows-1252. {advice}"
 
 
-def _cure(file: File, encoding: str) -> str:
+def _encoding_advice(file: DataFile, encoding: str) -> str:
     """What to do about a file in another encoding."""
     setting = f"et options.encoding={encoding}."
-    if file.place.is_remote or file.label.lower().endswith(COMPRESSED):
+    if file.place.is_remote or file.label.lower().endswith(COMPRESSION_SUFFIXES):
         return f"S{setting}"
     command = f"iconv -f {encoding.upper()} -t UTF-8 {file.label} > utf8.{file.format}"
     return f"Convert it: {command}, or s{setting}"
@@ -77,33 +81,39 @@ def _cure(file: File, encoding: str) -> str:
 # The rows of plain text: a line, a paragraph or a whole file each, as `{"text": ...}`.
 
 
-def text_rows(file: File, options: TextOptions) -> Iterator[Row | BadRow]:
+def read_text_rows(file: DataFile, options: TextOptions) -> Iterator[Row | BadRow]:
     """The rows of a text file; blank lines are none and part paragraphs."""
-    text = texts(file, options.encoding)
+    text = read_text_blocks(file, options.encoding)
     if options.by == "file":
-        return _whole(file.label, text)
-    found = _numbered(text)
-    return _by_line(file.label, found) if options.by == "line" else _paragraphs(file.label, found)
+        return _row_of_file(file.label, text)
+    found = _number_lines(text)
+    return (
+        _rows_of_lines(file.label, found)
+        if options.by == "line"
+        else _rows_of_paragraphs(file.label, found)
+    )
 
 
-def _whole(label: str, text: Iterator[str]) -> Iterator[Row]:
+def _row_of_file(label: str, text: Iterator[str]) -> Iterator[Row]:
     """One row, unless the file is blank."""
     whole = "".join(text)
     if whole.strip():
         yield Row({"text": whole}, label)
 
 
-def _numbered(text: Iterator[str]) -> Iterator[tuple[int, str]]:
+def _number_lines(text: Iterator[str]) -> Iterator[tuple[int, str]]:
     """The lines without their ends, counted from 1."""
-    return ((number, line.removesuffix("\r")) for number, line in enumerate(lines(text), start=1))
+    return (
+        (number, line.removesuffix("\r")) for number, line in enumerate(split_lines(text), start=1)
+    )
 
 
-def _by_line(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _rows_of_lines(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
     """A row for each line that is not blank."""
     return (Row({"text": line}, f"{label}:{number}") for number, line in found if line.strip())
 
 
-def _paragraphs(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _rows_of_paragraphs(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
     """A row for each stretch of lines between blank ones, with the line on which it starts."""
     start, taken = 0, list[str]()
     for number, line in found:

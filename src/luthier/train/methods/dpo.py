@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.preference_collators import PairLayout
+from luthier.data.batching.preference_collators import PairCollator
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -206,7 +206,7 @@ PAIR_LOSSES: dict[str, Callable[[PairLogRatios, PairLossSettings], Tensor]] = {
 class LuthierDPOTrainer(Referring, PreferenceTrainerMixin, DPOTrainer):
     """Trains pairs of replies with any of TRL's losses, weighed by pairs."""
 
-    collator_class = PairLayout
+    collator_class = PairCollator
     result_metrics = ("rewards/accuracies", "rewards/margins")
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from luthier.config.schema import ModelConfig, RunConfig
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError

@@ -11,14 +11,14 @@ from trl import KTOConfig, KTOTrainer
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.preference_collators import (
-    PartneredLayout,
-    Partners,
-    UnpairedLayout,
-    WithColumns,
-    fixed_partners,
+    PartnerSampler,
+    TableWithColumns,
+    UnpairedCollator,
+    UnpairedKLCollator,
+    assign_fixed_partners,
 )
-from luthier.data.batching.rows import TokenRows
 from luthier.data.batching.samplers import Sampler
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -59,7 +59,7 @@ class LuthierKTOTrainer(Referring, PreferenceTrainerMixin, KTOTrainer):
 
     def __init__(self, model: Any, *, args: Any, **kwargs: Any) -> None:
         self.with_kl = args.loss_type != LOSS_WITHOUT_KL
-        self.collator_class = PartneredLayout if self.with_kl else UnpairedLayout
+        self.collator_class = UnpairedKLCollator if self.with_kl else UnpairedCollator
         self.reference_columns = ("ref_logps", "ref_KL_logps") if self.with_kl else ("ref_logps",)
         with _unpaired_by_trl(args):
             super().__init__(model, args=args, **kwargs)
@@ -73,8 +73,10 @@ class LuthierKTOTrainer(Referring, PreferenceTrainerMixin, KTOTrainer):
         if not self.with_kl:
             return order
         step = self._rows_in_step() if is_training else max(len(rows), 1)
-        return Partners(
-            order, step, table.column(PARTNER_COLUMN) if isinstance(table, WithColumns) else None
+        return PartnerSampler(
+            order,
+            step,
+            table.column(PARTNER_COLUMN) if isinstance(table, TableWithColumns) else None,
         )
 
     def _rows_in_step(self) -> int:
@@ -84,8 +86,8 @@ class LuthierKTOTrainer(Referring, PreferenceTrainerMixin, KTOTrainer):
         """The rows with what the reference says of each, and with a partner that never changes."""
         if self.with_kl and isinstance(dataset, TokenRows):
             step = self._rows_in_step() if name == "train" else max(len(dataset), 1)
-            columns = {PARTNER_COLUMN: fixed_partners(dataset, step)}
-            dataset = TokenRows(WithColumns(dataset.table, columns), dataset.index)
+            columns = {PARTNER_COLUMN: assign_fixed_partners(dataset, step)}
+            dataset = TokenRows(TableWithColumns(dataset.table, columns), dataset.index)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def count_items(self, inputs: Any) -> Tensor:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.samplers import Numbers, SampledRows, Sampler
-from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.batching.samplers import RowTuple, SampledDataset, Sampler
+from luthier.data.batching.settings import BatchingSettings, read_batching_settings
+from luthier.data.batching.token_rows import TokenRows
 from luthier.train.methods.method import TrainerInputs
 from luthier.train.trainers.base import LoaderMixin
 
@@ -54,10 +54,10 @@ class RowPrediction(NamedTuple):
     predicted: Any
 
 
-class NumberedRows(SampledRows):
+class NumberedRows(SampledDataset):
     """Gives rows of the table as they are, one at a time."""
 
-    def __getitem__(self, numbers: Numbers) -> NumberedRow:  # type: ignore[override]
+    def __getitem__(self, numbers: RowTuple) -> NumberedRow:  # type: ignore[override]
         # What fills up a batch is a true row, as models may refuse others.
         number = numbers[0] if numbers else PADDING_ROW
         return NumberedRow(number, self.table.row(max(number, 0)))
@@ -121,7 +121,7 @@ class LabelledTrainerMixin(LoaderMixin):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, model: Any, *, train_dataset: TokenRows, batching: Batching, **kwargs: Any
+        self, model: Any, *, train_dataset: TokenRows, batching: BatchingSettings, **kwargs: Any
     ) -> None:
         """Take what Trainer takes, with rows of a table as datasets."""
         self.batching = batching
@@ -137,7 +137,7 @@ class LabelledTrainerMixin(LoaderMixin):
         """The metrics of an evaluation: `found` has each row of the table `rows` that took part."""
         raise NotImplementedError
 
-    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
         """The rows as they are, with their numbers."""
         return NumberedRows(sampler)
 
@@ -206,7 +206,7 @@ def build_labelled_trainer(kind: Callable[..., BuiltTrainer], given: TrainerInpu
         args=given.args,
         train_dataset=given.prepared.train,
         eval_dataset=evaluation_rows(given.prepared.eval),
-        batching=batching_of(given.config),
+        batching=read_batching_settings(given.config),
         processing_class=given.tokenizer,
         callbacks=given.callbacks,
     )

@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl.trainer.utils import RepeatSampler
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.encode_source import EncodedSource
 from luthier.data.encoders.prompts import reference_text, split_prompt_and_reply
 from luthier.data.prepare import PreparedData

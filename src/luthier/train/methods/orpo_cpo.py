@@ -10,7 +10,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.preference_collators import PairLayout
+from luthier.data.batching.preference_collators import PairCollator
 from luthier.train.methods.dpo import pair_metrics
 from luthier.train.methods.method import TrainerInputs
 from luthier.train.methods.preference_trainer import (
@@ -38,7 +38,7 @@ class ReferenceFreeMixin(PreferenceTrainerMixin):
     tokens, and no other token trains.
     """
 
-    collator_class = PairLayout
+    collator_class = PairCollator
     result_metrics = ("rewards/accuracies", "rewards/margins")
     compares_by_token: ClassVar[bool] = True
     """Whether replies are compared by their log-probability by token."""

@@ -11,10 +11,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.preference_collators import JudgedLayout, JudgedRows
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.samplers import SampledRows, Sampler
-from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.batching.preference_collators import PreferenceCollator, PreferenceDataset
+from luthier.data.batching.samplers import SampledDataset, Sampler
+from luthier.data.batching.settings import BatchingSettings, read_batching_settings
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -57,7 +57,7 @@ class PreferenceTrainerMixin(LoaderMixin):
 
     # compute_loss divides by the step's rows itself.
     loss_is_scaled_for_ga = True
-    collator_class: type[JudgedLayout]
+    collator_class: type[PreferenceCollator]
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class PreferenceTrainerMixin(LoaderMixin):
         args: Any,
         train_dataset: TokenRows,
         eval_dataset: TokenRows | dict[str, TokenRows] | None,
-        batching: Batching,
+        batching: BatchingSettings,
         processing_class: Any,
         **kwargs: Any,
     ) -> None:
@@ -123,9 +123,9 @@ class PreferenceTrainerMixin(LoaderMixin):
         """Leave rows as they are: they are tokens."""
         return dataset
 
-    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
         """The rows as they are, each with its partner."""
-        return JudgedRows(sampler)
+        return PreferenceDataset(sampler)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
         """The counts of a step, over all its batches and all processes."""
@@ -355,7 +355,7 @@ class PreferenceMethod:
             "args": given.args,
             "train_dataset": given.prepared.train,
             "eval_dataset": evaluation_rows(given.prepared.eval),
-            "batching": batching_of(given.config),
+            "batching": read_batching_settings(given.config),
             "processing_class": given.tokenizer,
             "callbacks": given.callbacks,
         }

@@ -11,8 +11,8 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.preference_collators import WithColumns
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.preference_collators import TableWithColumns
+from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
@@ -85,7 +85,7 @@ class Referring(Base):
         for numbers, found in self._asked(rows, name, batch_size):
             for column, values in found.items():
                 columns[column][numbers] = values
-        return TokenRows(WithColumns(dataset.table, columns), dataset.index)
+        return TokenRows(TableWithColumns(dataset.table, columns), dataset.index)
 
     def _asked(self, rows: TokenRows, name: str, size: int) -> Iterator[tuple[Any, Any]]:
         """The numbers of some rows, and what the reference says of them; on all ranks for all."""

@@ -12,8 +12,8 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.preference_collators import WholeLayout
-from luthier.data.batching.rows import TokenRows
+from luthier.data.batching.preference_collators import RewardCollator
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -36,7 +36,7 @@ CHECKED_ROWS = 1000
 class LuthierRewardTrainer(PreferenceTrainerMixin, RewardTrainer):
     """Trains a model to give the better of two conversations the higher number."""
 
-    collator_class = WholeLayout
+    collator_class = RewardCollator
     result_metrics = ("accuracy", "margin")
 
     def count_items(self, inputs: Any) -> Tensor:

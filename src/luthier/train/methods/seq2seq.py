@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.rows import IGNORED
+from luthier.data.batching.token_rows import IGNORE_INDEX
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -73,10 +73,10 @@ class Seq2SeqCollator(LabelledCollator):
     """Sources side by side with their targets: one answer a token of the target."""
 
     def answers(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
-        """The targets, padded on the right with IGNORED; int64, shape (rows, longest target)."""
+        """The targets, padded right with IGNORE_INDEX; int64, shape (rows, longest target)."""
         lengths = np.array([len(row["labels"]) for row in rows])
         longest = self.width or int(lengths.max())
-        return pad_rows([row["labels"] for row in rows], longest, IGNORED), lengths
+        return pad_rows([row["labels"] for row in rows], longest, IGNORE_INDEX), lengths
 
 
 class LuthierSeq2SeqTrainer(LabelledTrainerMixin, Seq2SeqTrainer):

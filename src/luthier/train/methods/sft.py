@@ -10,10 +10,10 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.collators import flattened_for
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.samplers import SampledRows, Sampler
-from luthier.data.batching.settings import Batching, batching_of
+from luthier.data.batching.collators import uses_flattening
+from luthier.data.batching.samplers import SampledDataset, Sampler
+from luthier.data.batching.settings import BatchingSettings, read_batching_settings
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -51,7 +51,7 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         *,
         train_dataset: Any,
         eval_dataset: Any = None,
-        batching: Batching | None = None,
+        batching: BatchingSettings | None = None,
         **kwargs: Any,
     ) -> None:
         """Take what SFTTrainer takes, with token rows as datasets.
@@ -60,7 +60,7 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         `input_ids` and `labels`, or, for training, `StreamDataset`; evaluation sets may come as
         a dict by name. Raises UserError where the model cannot train packed rows.
         """
-        self.batching = batching or Batching()
+        self.batching = batching or BatchingSettings()
         self.isolation: DocumentIsolation | None = None
         """How well the model keeps packed documents apart, once that is shown."""
         if isinstance(train_dataset, StreamDataset):
@@ -68,7 +68,7 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         else:
             train_dataset = as_token_rows(train_dataset)
         self._pad_token_id = _share_pad_token(model, kwargs["processing_class"])
-        self._flat = flattened_for(model.config.get_text_config()._attn_implementation)
+        self._flat = uses_flattening(model.config.get_text_config()._attn_implementation)
         with keep_weight_precision(model):
             super().__init__(
                 model=model,
@@ -114,11 +114,11 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         """The order of the rows, which may be those of a dataset."""
         return super().sampler(as_token_rows(rows), size, processes, is_training)
 
-    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
         """The rows in this order, and the collator for them: Trainer has one for both."""
         packed = self.batching.packing if is_training else self.batching.eval_packing
         self.data_collator = self._collator(self.args, packed)
-        return SampledRows(sampler)
+        return SampledDataset(sampler)
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *more: Any, **own: Any
@@ -262,7 +262,7 @@ class SFTMethod:
 
     def build_trainer(self, given: TrainerInputs) -> TokenTrainer:
         """TRL's SFTTrainer over token rows."""
-        batching = batching_of(given.config)
+        batching = read_batching_settings(given.config)
         return TokenTrainer(
             given.model,
             args=given.args,
@@ -274,7 +274,7 @@ class SFTMethod:
         )
 
 
-def _training_rows(config: RunConfig, prepared: PreparedData, batching: Batching) -> Any:
+def _training_rows(config: RunConfig, prepared: PreparedData, batching: BatchingSettings) -> Any:
     """The rows to train on, as the trainer takes them."""
     if isinstance(prepared.train, TokenRows):
         return prepared.train

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.rows import IGNORED
+from luthier.data.batching.token_rows import IGNORE_INDEX
 from luthier.data.prepare import PreparedData
 from luthier.metrics.classification import OUTSIDE, are_entity_tags, entity_scores
 from luthier.model.device import Machine
@@ -70,20 +70,20 @@ class TaggingCollator(LabelledCollator):
     labels: LabelSet
 
     def answers(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tag numbers at the first token of each word, else IGNORED; int64, shape (rows, width)."""
+        """Tag numbers at each word's first token, else IGNORE_INDEX; int64, shape (rows, width)."""
         known = self.labels.numbers
         tags = [[known[str(tag)] for tag in json.loads(row["tags"])] for row in rows]
         labels = [
-            np.where(row["words"] < 0, IGNORED, np.array(own)[row["words"]])
+            np.where(row["words"] < 0, IGNORE_INDEX, np.array(own)[row["words"]])
             for row, own in zip(rows, tags, strict=True)
         ]
-        return pad_rows(labels, width, IGNORED), np.array([row["trained"] for row in rows])
+        return pad_rows(labels, width, IGNORE_INDEX), np.array([row["trained"] for row in rows])
 
 
 def tagging_losses(logits: Any, wanted: Any, smoothing: float = 0.0) -> RowLosses:
     """The loss of each row, summed over its words, and the tag that each token says.
 
-    `logits`: shape (rows, width, tags); `wanted`: tag numbers or IGNORED, shape (rows, width).
+    `logits`: shape (rows, width, tags); `wanted`: tag numbers or IGNORE_INDEX, shape (rows, width).
     """
     logits = logits.float()
     loss = cross_entropy(

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from luthier.data.batching.rows import TokenRows
-from luthier.data.batching.samplers import SampledRows, Sampler
-from luthier.data.batching.settings import Batching
+from luthier.data.batching.samplers import SampledDataset, Sampler
+from luthier.data.batching.settings import BatchingSettings
+from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import preserve_random_state
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
@@ -35,7 +35,7 @@ def rows_of_step(trainer: Any, step: int) -> list[int]:
     """
     loader = trainer.callback_handler.train_dataloader
     rows = None if loader is None else loader.dataset
-    if not isinstance(rows, SampledRows):
+    if not isinstance(rows, SampledDataset):
         return []
     sampler, size = copy(rows.sampler), trainer.get_total_train_batch_size(trainer.args)
     epoch, place = divmod(step - 1, -(-len(sampler) // size))
@@ -225,16 +225,16 @@ class TrainerMixin(CheckpointMixin):
 class LoaderMixin(TrainerMixin):
     """Stands before a trainer: `class Mine(Ordered, Trainer)`."""
 
-    batching: Batching
+    batching: BatchingSettings
 
     def sampler(self, rows: TokenRows, size: int, processes: int, is_training: bool) -> Sampler:
         """The order of the rows; `size`: those of a batch of one process."""
         make = build_train_sampler if is_training else build_eval_sampler
         return make(rows, self.batching, self.args, size, processes)
 
-    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledRows:
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
         """The rows in this order, as the trainer's collator takes them."""
-        return SampledRows(sampler)
+        return SampledDataset(sampler)
 
     def _get_dataloader(
         self,
