@@ -22,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -38,83 +39,83 @@ QUIET = [
 
 
 class Case(NamedTuple):
-    """A run: rows and tokens of a micro-batch, and the words behind `recipe=quickstart`."""
+    """A run: rows and tokens of a micro-batch, and the settings behind `recipe=quickstart`."""
 
     name: str
     rows: int
     length: int
-    words: str
+    settings: str
     processes: int = 1
 
     @property
     def overrides(self) -> list[str]:
-        """The words of the command line."""
+        """The settings on the command line."""
         sizes = [
             f"trainer.args.per_device_train_batch_size={self.rows}",
             f"chat.max_length={self.length}",
         ]
-        return [*start(self.words), *self.words.split(), *sizes, *QUIET]
+        return [*config_groups(self.settings), *self.settings.split(), *sizes, *QUIET]
 
 
-LORA, WHOLE = "recipe=quickstart", "model=smollm2_135m"
+RECIPE, MODEL = "recipe=quickstart", "model=smollm2_135m"
 F32, BF16 = "model.dtype=float32", "model.dtype=bfloat16"
-ON = "trainer.args.activation_checkpointing=true"
-OFF = "trainer.args.activation_checkpointing=false"
-PLAIN, OPTIM = "quantization=none", "trainer.args.optim"
+CKPT = "trainer.args.activation_checkpointing=true"
+NO_CKPT = "trainer.args.activation_checkpointing=false"
+PLAIN, OPTIMIZER = "quantization=none", "trainer.args.optim"
 CASES = [
-    Case("full float32", 2, 128, f"{WHOLE} {F32} {OFF}"),
-    Case("full float32", 4, 256, f"{WHOLE} {F32} {OFF}"),
-    Case("full float32, checkpointing", 4, 256, f"{WHOLE} {F32} {ON}"),
-    Case("full bf16 autocast", 4, 256, f"{WHOLE} {BF16} {OFF}"),
+    Case("full float32", 2, 128, f"{MODEL} {F32} {NO_CKPT}"),
+    Case("full float32", 4, 256, f"{MODEL} {F32} {NO_CKPT}"),
+    Case("full float32, checkpointing", 4, 256, f"{MODEL} {F32} {CKPT}"),
+    Case("full bf16 autocast", 4, 256, f"{MODEL} {BF16} {NO_CKPT}"),
     Case("full bf16, 2 accumulated", 4, 128,
-         f"{WHOLE} {BF16} {OFF} trainer.args.gradient_accumulation_steps=2"),
-    Case("full float32, adafactor", 2, 128, f"{WHOLE} {F32} {OFF} {OPTIM}=adafactor"),
-    Case("full float32, adamw_8bit", 2, 128, f"{WHOLE} {F32} {OFF} {OPTIM}=adamw_8bit"),
-    Case("full float32, sgd", 2, 128, f"{WHOLE} {F32} {OFF} {OPTIM}=sgd"),
-    Case("full float32, DDP", 2, 128, f"{WHOLE} {F32} {OFF}", 2),
-    Case("LoRA float32", 2, 256, f"{PLAIN} {F32} {OFF}"),
-    Case("LoRA float32", 4, 256, f"{PLAIN} {F32} {OFF}"),
-    Case("LoRA float32, checkpointing", 4, 256, f"{PLAIN} {F32} {ON}"),
-    Case("LoRA bf16", 4, 256, f"{PLAIN} {BF16} {OFF}"),
-    Case("LoRA bf16, dropout", 4, 256, f"{PLAIN} {BF16} {OFF} lora.lora_dropout=0.05"),
-    Case("LoRA bf16, checkpointing", 8, 256, f"{PLAIN} {BF16} {ON}"),
-    Case("LoRA bf16, eager attention", 2, 512, f"{PLAIN} {BF16} {OFF} model.attention=eager"),
-    Case("QLoRA nf4 float32", 2, 256, f"{F32} {OFF}"),
-    Case("QLoRA nf4 bf16", 4, 256, f"{BF16} {OFF}"),
-    Case("QLoRA nf4 bf16", 8, 128, f"{BF16} {OFF}"),
-    Case("QLoRA nf4 bf16, checkpointing", 8, 256, f"{BF16} {ON}"),
-    Case("QLoRA int8 float32", 2, 256, f"quantization=int8 {F32} {OFF}"),
+         f"{MODEL} {BF16} {NO_CKPT} trainer.args.gradient_accumulation_steps=2"),
+    Case("full float32, adafactor", 2, 128, f"{MODEL} {F32} {NO_CKPT} {OPTIMIZER}=adafactor"),
+    Case("full float32, adamw_8bit", 2, 128, f"{MODEL} {F32} {NO_CKPT} {OPTIMIZER}=adamw_8bit"),
+    Case("full float32, sgd", 2, 128, f"{MODEL} {F32} {NO_CKPT} {OPTIMIZER}=sgd"),
+    Case("full float32, DDP", 2, 128, f"{MODEL} {F32} {NO_CKPT}", 2),
+    Case("LoRA float32", 2, 256, f"{PLAIN} {F32} {NO_CKPT}"),
+    Case("LoRA float32", 4, 256, f"{PLAIN} {F32} {NO_CKPT}"),
+    Case("LoRA float32, checkpointing", 4, 256, f"{PLAIN} {F32} {CKPT}"),
+    Case("LoRA bf16", 4, 256, f"{PLAIN} {BF16} {NO_CKPT}"),
+    Case("LoRA bf16, dropout", 4, 256, f"{PLAIN} {BF16} {NO_CKPT} lora.lora_dropout=0.05"),
+    Case("LoRA bf16, checkpointing", 8, 256, f"{PLAIN} {BF16} {CKPT}"),
+    Case("LoRA bf16, eager attention", 2, 512, f"{PLAIN} {BF16} {NO_CKPT} model.attention=eager"),
+    Case("QLoRA nf4 float32", 2, 256, f"{F32} {NO_CKPT}"),
+    Case("QLoRA nf4 bf16", 4, 256, f"{BF16} {NO_CKPT}"),
+    Case("QLoRA nf4 bf16", 8, 128, f"{BF16} {NO_CKPT}"),
+    Case("QLoRA nf4 bf16, checkpointing", 8, 256, f"{BF16} {CKPT}"),
+    Case("QLoRA int8 float32", 2, 256, f"quantization=int8 {F32} {NO_CKPT}"),
 ]  # fmt: skip
 
 
-def start(words: str) -> list[str]:
-    """A recipe, or for full fine-tuning the dataset alone."""
-    return ["dataset=quickstart", "dataset.eval.path=null"] if "model=" in words else [LORA]
+def config_groups(settings: str) -> list[str]:
+    """Return a recipe, or for full fine-tuning the dataset alone."""
+    return ["dataset=quickstart", "dataset.eval.path=null"] if "model=" in settings else [RECIPE]
 
 
 def main() -> None:
-    """Measure the cases that were asked for and print them beside their plans."""
+    """Measure the chosen cases and print them beside their plans."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--heap", choices=list(HEAPS), help="one of the two heaps")
     parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case:
-        work(json.loads(given.case))
+    options = parser.parse_args()
+    if options.case:
+        run_case(json.loads(options.case))
         return
-    heaps = [given.heap] if given.heap else list(HEAPS)
-    rows = []
+    heaps = [options.heap] if options.heap else list(HEAPS)
+    results = []
     print(f"{'case':<32}{'rows':>10}  {'heap':<10}{'plan':>9}{'measured':>10}{'plan is':>9}")
-    for case in (case for case in CASES if given.only in case.name):
+    for case in (case for case in CASES if options.only in case.name):
         for name in heaps:
-            rows.append(measure(case, name))
-            show(rows[-1])
-            if given.json:
-                Path(given.json).write_text(json.dumps(rows, indent=1) + "\n")
+            results.append(measure(case, name))
+            print_result(results[-1])
+            if options.json:
+                Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
 
 
-def show(row: dict[str, Any]) -> None:
+def print_result(row: dict[str, Any]) -> None:
     """Print one row; the last column says how far the plan is from what was measured."""
     off = f"{row['plan'] / row['peak'] - 1:+.1%}"
     size = f"{row['rows']} x {row['length']}"
@@ -127,56 +128,52 @@ def show(row: dict[str, Any]) -> None:
 
 def measure(case: Case, heap: str) -> dict[str, Any]:
     """Plan a case and run it in a process of its own."""
-    order = json.dumps(case._asdict())
+    case_json = json.dumps(case._asdict())
     environ = os.environ | HEAPS[heap] | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, __file__, "--case", order]
+    command = [sys.executable, __file__, "--case", case_json]
     if case.processes > 1:
         environ["ACCELERATE_USE_CPU"] = "true"
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(case.processes)]
         command[1:1] = [*torchrun, "--standalone"]
-    done = subprocess.run(command, env=environ, text=True, capture_output=True)
-    if done.returncode:
-        raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
-    found = [line for line in done.stdout.splitlines() if line.startswith('{"base"')]
-    measured = json.loads(found[0])
-    return case._asdict() | {"heap": heap, "plan": planned(case, heap)} | measured
+    process = subprocess.run(command, env=environ, text=True, capture_output=True)
+    if process.returncode:
+        raise SystemExit(f"{case.name}: {process.stderr[-2000:]}")
+    lines = [line for line in process.stdout.splitlines() if line.startswith('{"base"')]
+    measured = json.loads(lines[0])
+    return case._asdict() | {"heap": heap, "plan": planned_bytes(case, heap)} | measured
 
 
-def planned(case: Case, name: str) -> int:
-    """The plan's total without what Python and its libraries take."""
+def planned_bytes(case: Case, heap: str) -> int:
+    """Return the plan's total without what Python and its libraries take."""
     from luthier.config import load_config
     from luthier.memory import plan_memory
     from luthier.memory.sharding import Sharding
     from luthier.memory.workload import PROCESS_OVERHEAD
 
-    shared = Sharding("ddp", case.processes) if case.processes > 1 else Sharding()
-    with patch.dict(os.environ, HEAPS[name]):
-        return (
-            plan_memory(load_config(case.overrides).config, shardings=[shared]).best.total
-            - PROCESS_OVERHEAD
-        )
+    sharding = Sharding("ddp", case.processes) if case.processes > 1 else Sharding()
+    with patch.dict(os.environ, HEAPS[heap]):
+        plan = plan_memory(load_config(case.overrides).config, shardings=[sharding])
+    return plan.best.total - PROCESS_OVERHEAD
 
 
-def work(order: dict[str, Any]) -> None:
-    """Be the measured process: build and train, and print what it took as JSON."""
-    case = Case(**order)
-    import time
-
-    trainer_of = prepare(case)
-    base = memory("VmRSS")
-    trainer = trainer_of()
-    loaded = memory("VmRSS")
+def run_case(case_fields: dict[str, Any]) -> None:
+    """Build and train in this process, which is measured, and print its memory as JSON."""
+    case = Case(**case_fields)
+    build_trainer = prepare_case(case)
+    base = process_memory("VmRSS")
+    trainer = build_trainer()
+    loaded = process_memory("VmRSS")
     # 5: put the highest memory back to what is used now (man 5 proc).
     Path("/proc/self/clear_refs").write_text("5")
-    began = time.process_time()
+    started = time.process_time()
     trainer.train()
-    took = time.process_time() - began
-    peak = memory("VmHWM") - base
+    took = time.process_time() - started
+    peak = process_memory("VmHWM") - base
     print(json.dumps({"base": base, "loaded": loaded - base, "peak": peak, "seconds": took}))
 
 
-def prepare(case: Case) -> Any:
-    """Import everything that training needs; returns what loads the model and makes the trainer."""
+def prepare_case(case: Case) -> Any:
+    """Import all that training needs; return a function that loads the model and its trainer."""
     import bitsandbytes  # noqa: F401
     from datasets import Dataset
 
@@ -195,7 +192,7 @@ def prepare(case: Case) -> Any:
     rows = [list(range(100, 100 + case.length))] * (case.rows * STEPS * 4)
     short = [row[:-1] if n % case.rows == 1 else row for n, row in enumerate(rows)]
 
-    def trainer() -> Any:
+    def build_trainer() -> Any:
         model: Any = load_model(
             config.model, config.quantization, machine, full=not config.lora.is_enabled
         )
@@ -205,15 +202,15 @@ def prepare(case: Case) -> Any:
         args.train_sampling_strategy = "sequential"
         return TokenTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
 
-    return trainer
+    return build_trainer
 
 
-def memory(name: str) -> int:
-    """Bytes of this process by its kernel name: VmRSS (now) or VmHWM (the most)."""
+def process_memory(name: str) -> int:
+    """Return the bytes of this process by its kernel name: VmRSS (now) or VmHWM (the most)."""
     text = Path("/proc/self/status").read_text()
-    found = re.search(rf"{name}:\s+(\d+) kB", text)
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{name}:\s+(\d+) kB", text)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_states_are_those_of_the_optimizer(name, tmp_path):
 def test_every_optimizer_of_transformers_is_known_or_said_to_be_unknown():
     from transformers.training_args import OptimizerNames
 
-    unknown = {o.value for o in OptimizerNames if not optimizers.find_optimizer(o.value).known}
+    unknown = {o.value for o in OptimizerNames if not optimizers.find_optimizer(o.value).is_known}
     assert unknown == {
         "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision", "adamw_torch_4bit",
         "adamw_torch_8bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",

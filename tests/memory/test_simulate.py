@@ -30,7 +30,7 @@ CASES = {
 }
 
 
-def real(config, machine):
+def load_real_model(config, machine):
     """The model with content, as training gets it."""
     model = load_model(config.model, config.quantization, machine, full=not config.lora.is_enabled)
     if config.lora.is_enabled:
@@ -47,13 +47,13 @@ def test_a_step_of_shapes_holds_what_a_real_step_holds(settings, tiny, configure
     work = workload.read_workload(config, machine)
     planned = simulate.simulate_step(meta_model.build_meta_model(config, machine), work, "cpu")
     torch.manual_seed(0)
-    done = simulate._run(real(config, machine), work, "cpu", (1.0,))
+    done = simulate._run_step(load_real_model(config, machine), work, "cpu", (1.0,))
     assert planned.weights == done.weights
     assert planned.held == done.held
     assert planned.peaks[1.0].bytes == done.peaks[1.0].bytes
 
 
-def rehearsed(config, kind="cpu", shares=(1.0,)):
+def simulated(config, kind="cpu", shares=(1.0,)):
     machine = workload.machine_for(config.model, workload.detect_hardware(config.model))
     work = workload.read_workload(config, machine)
     return simulate.simulate_step(meta_model.build_meta_model(config, machine), work, kind, shares)
@@ -63,20 +63,20 @@ def test_nothing_outside_moves(tiny, configured):
     random.seed(1)
     torch.manual_seed(1)
     before = torch.random.get_rng_state(), random.getstate()
-    rehearsed(configured(tiny, activation_checkpointing=True))
+    simulated(configured(tiny, activation_checkpointing=True))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     attention = torch.nn.functional.scaled_dot_product_attention
-    rehearsed(configured(tiny), "cuda")
+    simulated(configured(tiny), "cuda")
     assert torch.nn.functional.scaled_dot_product_attention is attention
 
 
 def test_gradients_count_by_their_share(tiny, configured):
     config = configured(tiny, lora={}, gradient_accumulation_steps=2)
-    found = rehearsed(config, shares=(1.0, 0.5, 0.0))
+    found = simulated(config, shares=(1.0, 0.5, 0.0))
     whole, half, none = (found.peaks[share] for share in (1.0, 0.5, 0.0))
     gradients = sum(weight.stored for weight in found.weights)
-    assert whole.kinds[GRADIENTS] == gradients
+    assert whole.bytes_by_phase[GRADIENTS] == gradients
     assert whole.bytes - half.bytes == half.bytes - none.bytes == gradients // 2
 
 
@@ -85,10 +85,10 @@ def test_activations_grow_with_rows_and_tokens(shapes, configured):
                              "num_hidden_layers": 4, "num_attention_heads": 4,
                              "num_key_value_heads": 4})  # fmt: skip
     sizes = [
-        rehearsed(configured(folder, max_length=length, per_device_train_batch_size=rows), "cuda")
+        simulated(configured(folder, max_length=length, per_device_train_batch_size=rows), "cuda")
         for rows, length in ((2, 128), (4, 128), (4, 256))
     ]
-    one, two, four = (size.peaks[1.0].kinds["activations"] for size in sizes)
+    one, two, four = (size.peaks[1.0].bytes_by_phase["activations"] for size in sizes)
     assert two / one == pytest.approx(2, rel=0.03)
     assert four / two == pytest.approx(2, rel=0.15)
 
@@ -102,8 +102,8 @@ def test_eager_attention_keeps_the_square_of_the_length(attention, grows, shapes
     for length in (1024, 2048):
         config = configured(folder, lora={}, max_length=length, per_device_train_batch_size=1)
         model = config.model.model_copy(update={"attention": attention})
-        found = rehearsed(config.model_copy(update={"model": model}), "cuda")
-        sizes.append(found.peaks[1.0].kinds["activations"])
+        found = simulated(config.model_copy(update={"model": model}), "cuda")
+        sizes.append(found.peaks[1.0].bytes_by_phase["activations"])
     assert sizes[1] / sizes[0] == pytest.approx(grows, rel=0.1)
 
 
@@ -142,6 +142,6 @@ def test_what_attention_on_a_gpu_keeps(given, kept):
 
 
 def test_offloaded_activations_leave_the_device(tiny, configured):
-    kept = rehearsed(configured(tiny, max_length=128), "cuda").peaks[1.0].kinds
-    gone = rehearsed(configured(tiny, max_length=128, activation_offloading=True), "cuda")
-    assert gone.peaks[1.0].kinds["activations"] < kept["activations"] / 2
+    kept = simulated(configured(tiny, max_length=128), "cuda").peaks[1.0].bytes_by_phase
+    gone = simulated(configured(tiny, max_length=128, activation_offloading=True), "cuda")
+    assert gone.peaks[1.0].bytes_by_phase["activations"] < kept["activations"] / 2

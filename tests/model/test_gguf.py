@@ -132,9 +132,7 @@ STRETCHED = [({"llama.rope.scaling.type": "yarn"}, set()), ({}, {"rope_freqs.wei
 @pytest.mark.parametrize(("more", "tensors"), STRETCHED, ids=["key", "tensor"])
 def test_stretched_positions_are_refused(more, tensors):
     with pytest.raises(UserError, match="rotary positions"):
-        gguf._refuse_stretched_rope(
-            Path("m.gguf"), {"general.architecture": "llama"} | more, tensors
-        )
+        gguf._refuse_scaled_rope(Path("m.gguf"), {"general.architecture": "llama"} | more, tensors)
 
 
 @pytest.mark.train

@@ -63,10 +63,8 @@ def base_of(artifact: Artifact, quantization: QuantizationSettings) -> Any:
 
 def _unpacking(artifact: Artifact, found: dict[str, Any]) -> Any:
     method = quantized.quantization_method(found)
-    if (
-        method not in quantized.QUANTIZATION_FORMATS
-        or quantized.QUANTIZATION_FORMATS[method].whole is None
-    ):
+    form = quantized.QUANTIZATION_FORMATS.get(method)
+    if form is None or form.dequantize_class is None:
         raise UserError(
             f"{artifact.name}: its base {artifact.base.path} comes quantized ({method}), and such "
             "weights cannot take an adapter in.\nName the model that it was made from: "

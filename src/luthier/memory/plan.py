@@ -1,4 +1,4 @@
-"""From a configuration and a machine to a plan, and the choices that training takes from it."""
+"""The memory that a run needs on a machine, and the choices that training takes from it."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -7,31 +7,38 @@ from dataclasses import dataclass, replace
 
 from luthier.config.schema import RunConfig
 from luthier.environment import quiet_bitsandbytes
-from luthier.memory import workload as machines
-from luthier.memory import workload as workloads
 from luthier.memory.estimate import Estimate, estimate_memory, gradient_shares
-from luthier.memory.meta_model import build_meta_model, read_model_config, teacher_bytes
+from luthier.memory.meta_model import build_meta_model, teacher_bytes
 from luthier.memory.sharding import SHARDING_KINDS, Sharding
 from luthier.memory.simulate import SimulatedStep, simulate_step
-from luthier.memory.workload import AUTO_CHECKPOINTING, Checkpointing, Hardware, Workload
+from luthier.memory.workload import (
+    AUTO_CHECKPOINTING,
+    Checkpointing,
+    Hardware,
+    Workload,
+    detect_hardware,
+    machine_for,
+    read_workload,
+)
 from luthier.model.device import Machine
+from luthier.model.load import read_model_config
 
 USUAL_GPU_COUNTS = (2, 4, 8)
-"""GPUs for which a step is kept in mind, to say what more of them would give."""
-_TRIED: dict[tuple[str, Machine, Workload, str, str], SimulatedStep] = {}
+"""Numbers of GPUs that a simulated step can be read for later, to say what more of them give."""
+_STEP_CACHE: dict[tuple[str, Machine, Workload, str, str], SimulatedStep] = {}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run needs on a machine, for each way of sharing the work that was asked for."""
+    """The memory that a run needs on a machine, under each of the shardings that were planned."""
 
     name: str
-    """The recipe, or the model."""
+    """The name of the recipe, or the path of the model where there is no recipe."""
     model: str
     parameters: int
-    """Weights of the model, without those of an adapter."""
+    """The number of the model's weights, without those of an adapter."""
     trained: int
-    """Weights that train: of an adapter, or all of them."""
+    """The number of weights that train: those of an adapter, or of the model."""
     hardware: Hardware
     dtype: str
     attention: str
@@ -42,7 +49,7 @@ class MemoryPlan:
     def best(self) -> Estimate:
         """The first estimate that fits, or the smallest one if none does."""
         fitting = [estimate for estimate in self.estimates if estimate.fits]
-        return fitting[0] if fitting else min(self.estimates, key=lambda each: each.total)
+        return fitting[0] if fitting else min(self.estimates, key=lambda estimate: estimate.total)
 
     @property
     def fits(self) -> bool:
@@ -57,22 +64,23 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan a run's memory from its configuration alone; takes seconds, needs no weights.
 
-    `hardware` is this machine's unless given. `activation_checkpointing: auto` is planned as
+    `hardware` is this machine if it is None. `activation_checkpointing: auto` is planned as
     `choose_checkpointing` decides it. Raises UserError where the model's config.json cannot be had
-    or the plan does not know a part of the run.
+    or the plan cannot count a part of the run.
     """
-    hardware = hardware or machines.detect_hardware(config.model)
-    machine = machines.machine_for(config.model, hardware)
-    with _quiet():
-        workload = workloads.read_workload(config, machine)
-        found = _plan(config, machine, workload, hardware, shardings)
-        if found.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
-            return found
-        return _plan(config, machine, _checkpointed(workload), hardware, shardings)
+    hardware = hardware or detect_hardware(config.model)
+    machine = machine_for(config.model, hardware)
+    with _without_warnings():
+        workload = read_workload(config, machine)
+        plan = _plan_workload(config, machine, workload, hardware, shardings)
+        if plan.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
+            return plan
+        workload = replace(workload, checkpointing=Checkpointing())
+        return _plan_workload(config, machine, workload, hardware, shardings)
 
 
 def fits_in_memory(config: RunConfig, hardware: Hardware | None = None) -> bool:
-    """Tell whether a run fits on one device of a machine (this one unless given)."""
+    """Tell whether a run fits on one device of `hardware`, which is this machine if it is None."""
     return plan_memory(config, hardware).fits
 
 
@@ -82,46 +90,58 @@ def choose_checkpointing(
     """Tell whether activations have to be computed again: True where they do not fit.
 
     It is what `trainer.args.activation_checkpointing: auto` means: a third of the speed is given
-    up only for memory that is not there. Raises UserError as `plan` does.
+    up only for memory that is not there. `hardware` is this machine and `sharding` one process
+    where they are None. Raises UserError as `plan_memory` does.
     """
-    asked = config.with_trainer_args(activation_checkpointing=AUTO_CHECKPOINTING)
-    found = plan_memory(asked, hardware, (sharding or Sharding(),))
-    return found.workload.checkpointing is not None
+    with_auto = config.with_trainer_args(activation_checkpointing=AUTO_CHECKPOINTING)
+    plan = plan_memory(with_auto, hardware, (sharding or Sharding(),))
+    return plan.workload.checkpointing is not None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What libraries say of their own future and kernels is no matter of a plan."""
+def _without_warnings() -> Iterator[None]:
+    """Silence what libraries warn of while a step is simulated: nothing is computed in it."""
     quiet_bitsandbytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _checkpointed(workload: Workload) -> Workload:
-    return replace(workload, checkpointing=Checkpointing())
-
-
-def _plan(
+def _plan_workload(
     config: RunConfig,
     machine: Machine,
     workload: Workload,
     hardware: Hardware,
     shardings: Sequence[Sharding],
 ) -> MemoryPlan:
-    tried = _rehearsals(config, machine, workload, hardware, shardings)
+    """Plan a workload whose checkpointing is decided."""
+    # Weights that train whole are gathered from slices in 16 bits, where copies of them are
+    # float32 and autocast makes 16-bit weights of them: two different steps.
+    steps = {}
+    for is_sliced in sorted({sharding.slices and workload.full for sharding in shardings}):
+        dtype = workload.autocast if is_sliced and workload.autocast else "float32"
+        steps[is_sliced] = _simulate_or_reuse(
+            config, machine, workload, hardware.kind, shardings, dtype
+        )
     file_dtype = str(read_model_config(config.model).dtype).removeprefix("torch.")
-    beside = (hardware, file_dtype, teacher_bytes(config, machine))
+    size_of_teacher = teacher_bytes(config, machine)
     estimates = [
-        estimate_memory(tried[_has_slices(sharding, workload)], workload, sharding, *beside)
+        estimate_memory(
+            steps[sharding.slices and workload.full],
+            workload,
+            sharding,
+            hardware=hardware,
+            file_dtype=file_dtype,
+            teacher=size_of_teacher,
+        )
         for sharding in shardings
     ]
-    weights = next(iter(tried.values())).weights
+    weights = next(iter(steps.values())).weights
     return MemoryPlan(
         name=config.recipe or config.model.path,
         model=config.model.path,
         parameters=sum(w.elements for w in weights if workload.full or not w.trains),
-        trained=sum(weight.elements for weight in weights if weight.trains),
+        trained=sum(w.elements for w in weights if w.trains),
         hardware=hardware,
         dtype=machine.dtype,
         attention=machine.attention,
@@ -130,44 +150,27 @@ def _plan(
     )
 
 
-def _rehearsals(
+def _simulate_or_reuse(
     config: RunConfig,
     machine: Machine,
     workload: Workload,
-    hardware: Hardware,
-    shardings: Sequence[Sharding],
-) -> dict[bool, SimulatedStep]:
-    """Try the step once, and once more for slices of weights that train whole.
-
-    Those are gathered in 16 bits, where copies have autocast make 16-bit weights of float32 ones.
-    """
-    tried = {}
-    for slices in sorted({_has_slices(sharding, workload) for sharding in shardings}):
-        dtype = workload.autocast if slices and workload.autocast else "float32"
-        tried[slices] = _rehearsed(config, machine, workload, hardware, shardings, dtype)
-    return tried
-
-
-def _rehearsed(
-    config: RunConfig,
-    machine: Machine,
-    workload: Workload,
-    hardware: Hardware,
+    device_type: str,
     shardings: Sequence[Sharding],
     dtype: str,
 ) -> SimulatedStep:
-    """Try a step, or remember it: optimizers and numbers of GPUs make no difference to it."""
-    parts = config.model_dump_json(include={"model": True, "quantization": True, "lora": True})
-    usual = [Sharding(kind, number) for kind in SHARDING_KINDS for number in USUAL_GPU_COUNTS]
-    follow = frozenset(gradient_shares([*shardings, *usual], workload))
+    """Simulate a step, or return the one that was simulated for the same model and rows.
+
+    Optimizers and numbers of GPUs make no difference to a step. `dtype` is that of weights which
+    train whole.
+    """
+    # A cached step must be readable for other numbers of GPUs, which `advise` plans later.
+    usual = [Sharding(kind, count) for kind in SHARDING_KINDS for count in USUAL_GPU_COUNTS]
+    shares = frozenset(gradient_shares([*shardings, *usual], workload))
+    # The key leaves out what makes no difference to a step, so that advice reuses it.
+    model_json = config.model_dump_json(include={"model": True, "quantization": True, "lora": True})
     step = replace(workload, optimizer="", assumptions=(), reference=False)
-    key = (parts, machine, step, hardware.kind, dtype)
-    if key not in _TRIED or not follow <= set(_TRIED[key].peaks):
-        _TRIED[key] = simulate_step(
-            build_meta_model(config, machine, dtype), workload, hardware.kind, follow
-        )
-    return _TRIED[key]
-
-
-def _has_slices(sharding: Sharding, workload: Workload) -> bool:
-    return sharding.slices and workload.full
+    key = (model_json, machine, step, device_type, dtype)
+    if key not in _STEP_CACHE or not shares <= set(_STEP_CACHE[key].peaks):
+        model = build_meta_model(config, machine, dtype)
+        _STEP_CACHE[key] = simulate_step(model, workload, device_type, shares)
+    return _STEP_CACHE[key]

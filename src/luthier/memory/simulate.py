@@ -1,4 +1,7 @@
-"""A training step with tensors that have shapes and no content: what would be kept, and when."""
+"""One training step on tensors without content, and the bytes that it would hold.
+
+The step runs under torch's FakeTensorMode; `MemoryTracker` counts the storages that are alive.
+"""
 
 import weakref
 from collections import Counter
@@ -18,20 +21,22 @@ from luthier.memory import kernels, meta_model
 from luthier.memory.meta_model import Weight
 from luthier.memory.workload import Workload
 
-# Bytes of tensors as a program makes and drops them, without asking an allocator.
-
 WEIGHTS, GRADIENTS = "weights", "gradients"
-Scratch = Callable[[Any, tuple[Any, ...], Any], int]
-"""From an operator, its arguments and what it returns to the bytes that it needs meanwhile."""
+INPUTS, ACTIVATIONS, LOGITS, BACKWARD = "inputs", "activations", "logits", "backward"
+"""Phases of a step: a tensor is counted under the phase in which it was made."""
+OUTPUTS = ("log_probs", "entropy", "is_top1")
+"""The results that SFTTrainer asks of TRL's fused output layer."""
+_SMALLEST_OFFLOADED = 1024
+"""Bytes: smaller tensors stay where they are when activations are offloaded."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment with the most bytes, weights left out: how many, and of which kind."""
+    """The moment with the most bytes alive, weights left out."""
 
     bytes: int
-    kinds: Mapping[str, int]
-    """Bytes by the phase in which the tensors were made, and those of gradients in full."""
+    bytes_by_phase: Mapping[str, int]
+    """The bytes by the phase in which tensors were made; those of gradients are not shared."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -42,82 +47,73 @@ class MemoryTracker(TorchDispatchMode):
     gradients at once, because sharding keeps a part of them on each process.
     """
 
-    def __init__(self, block: int, shares: Iterable[float], scratch: Scratch) -> None:
-        """Count in blocks of so many bytes; `scratch` tells what operators need inside."""
+    def __init__(self, device_type: str, shares: Iterable[float]) -> None:
+        """Count in the blocks of a device's allocator, and peaks for each of these shares."""
         super().__init__()
         self.phase = WEIGHTS
-        self.kinds: Counter[str] = Counter()
+        self.bytes_by_phase: Counter[str] = Counter()
         self.peaks = {share: Peak(0, {}) for share in shares}
-        self._block, self._scratch = block, scratch
+        self._device_type = device_type
         self._alive: dict[int, list[Any]] = {}
 
-    def add(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
-        """Count tensors that were made elsewhere, or that turn out to be of another kind."""
+    def add(self, tensors: Iterable[torch.Tensor], category: str) -> None:
+        """Count tensors under `category`, also those that were counted under a phase before."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key not in self._alive:
-                self._begin(tensor.untyped_storage(), kind)
+                self._count(tensor.untyped_storage(), category)
                 continue
             entry = self._alive[key]
-            self.kinds[entry[1]] -= entry[0]
-            self.kinds[kind] += entry[0]
-            entry[1] = kind
-
-    def bytes(self, kind: str) -> int:
-        """Bytes of a kind that are alive now."""
-        return self.kinds[kind]
+            self.bytes_by_phase[entry[1]] -= entry[0]
+            self.bytes_by_phase[category] += entry[0]
+            entry[1] = category
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator and count what it returns."""
-        made = func(*args, **(kwargs or {}))
+        """Run an operator and count the tensors that it returns."""
+        output = func(*args, **(kwargs or {}))
         grown = False
-        for value in tree_leaves(made):
+        for value in tree_leaves(output):
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
                 if storage._cdata not in self._alive:
-                    self._begin(storage, self.phase)
+                    self._count(storage, self.phase)
                     grown = True
-        inside = self._scratch(func, args, made)
-        if grown or inside:
-            self._look(inside)
-        return made
+        scratch = kernels.scratch_bytes(self._device_type, func, args)
+        if grown or scratch:
+            self._update_peaks(scratch)
+        return output
 
-    def _begin(self, storage: Any, kind: str) -> None:
-        key = storage._cdata
-        size = -(-storage.nbytes() // self._block) * self._block
-        entry = [size, kind, None]
+    def _count(self, storage: Any, phase: str) -> None:
+        """Count a new storage until nothing holds it any more."""
+        key, block = storage._cdata, kernels.BLOCK_BYTES[self._device_type]
+        size = -(-storage.nbytes() // block) * block
+        entry = [size, phase, None]
 
-        def end(_: Any) -> None:
+        def forget(_: Any) -> None:
             del self._alive[key]
-            self.kinds[entry[1]] -= size
+            self.bytes_by_phase[entry[1]] -= size
 
-        entry[2] = weakref.ref(storage, end)
+        entry[2] = weakref.ref(storage, forget)
         self._alive[key] = entry
-        self.kinds[kind] += size
+        self.bytes_by_phase[phase] += size
 
-    def _look(self, inside: int) -> None:
-        gradients = self.kinds[GRADIENTS]
-        rest = self.kinds.total() - self.kinds[WEIGHTS] - gradients + inside
+    def _update_peaks(self, scratch: int) -> None:
+        """Raise the peaks that the bytes alive now exceed, with those that an operator needs."""
+        gradients = self.bytes_by_phase[GRADIENTS]
+        others = self.bytes_by_phase.total() - self.bytes_by_phase[WEIGHTS] - gradients + scratch
         for share, peak in self.peaks.items():
-            now = rest + int(share * gradients)
+            now = others + int(share * gradients)
             if now > peak.bytes:
-                kinds = dict(self.kinds)
-                kinds[self.phase] = kinds.get(self.phase, 0) + inside
-                self.peaks[share] = Peak(now, kinds)
-
-
-INPUTS, ACTIVATIONS, LOGITS, BACKWARD = "inputs", "activations", "logits", "backward"
-"""Phases of a step, which name the tensors that are made in them."""
-_SMALLEST_OFFLOADED = 1024
-OUTPUTS = ("log_probs", "entropy", "is_top1")
-"""What SFTTrainer asks of TRL's fused output layer."""
+                by_phase = dict(self.bytes_by_phase)
+                by_phase[self.phase] = by_phase.get(self.phase, 0) + scratch
+                self.peaks[share] = Peak(now, by_phase)
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """What one micro-batch takes, besides the weights."""
+    """The memory of one micro-batch."""
 
     weights: tuple[Weight, ...]
     held: int
@@ -127,22 +123,23 @@ class SimulatedStep:
 
 
 def simulate_step(
-    model: Any, workload: Workload, kind: str, shares: Iterable[float] = (1.0,)
+    model: Any, workload: Workload, device_type: str, shares: Iterable[float] = (1.0,)
 ) -> SimulatedStep:
-    """Run forward and backward of one micro-batch on a model of shapes (`skeleton.build`).
+    """Run forward and backward of one micro-batch on a model from `build_meta_model`.
 
-    `kind` is the device that it would run on: cuda, cpu or mps. The model cannot be used again.
-    Raises UserError for a model whose step depends on values and not on shapes alone.
+    `device_type` is where it would run: cuda, cpu or mps. `shares` are those of the gradients that
+    a process keeps, each of which gets a peak. The model cannot be used again. Raises UserError for
+    a model whose step depends on values and not on shapes alone.
     """
     try:
         with ExitStack() as stack:
             # Checkpoints put the generator back to where it was before a layer.
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(pause_gc())
-            stack.enter_context(kernels.device_kernels(kind, workload.flash))
+            stack.enter_context(kernels.device_kernels(device_type, workload.flash))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             meta_model.fill_fake_weights(model)
-            return _run(model, workload, kind, shares)
+            return _run_step(model, workload, device_type, shares)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"plan: a step of {type(model).__name__} cannot be tried without its weights: "
@@ -150,16 +147,19 @@ def simulate_step(
         ) from error
 
 
-def _run(model: Any, workload: Workload, kind: str, shares: Iterable[float]) -> SimulatedStep:
-    found = meta_model.list_weights(model)
-    ledger = MemoryTracker(kernels.BLOCK_BYTES[kind], shares, kernels.scratch_counter(kind))
-    ledger.add(meta_model.iterate_tensors(model), WEIGHTS)
-    held = ledger.bytes(WEIGHTS)
+def _run_step(
+    model: Any, workload: Workload, device_type: str, shares: Iterable[float]
+) -> SimulatedStep:
+    """Run a step on a filled model, with kernels and fake tensors in place."""
+    weights = meta_model.list_weights(model)
+    tracker = MemoryTracker(device_type, shares)
+    tracker.add(meta_model.iterate_tensors(model), WEIGHTS)
+    weight_bytes = tracker.bytes_by_phase[WEIGHTS]
     _prepare(model, workload)
-    with ledger:
-        _watch_gradients(model, ledger, kept=workload.accumulation > 1)
-        _step(model, workload, ledger)
-    return SimulatedStep(found, held, dict(ledger.peaks))
+    with tracker:
+        _track_gradients(model, tracker, has_earlier_batch=workload.accumulation > 1)
+        _forward_backward(model, workload, tracker)
+    return SimulatedStep(weights, weight_bytes, dict(tracker.peaks))
 
 
 def _prepare(model: Any, workload: Workload) -> None:
@@ -180,66 +180,69 @@ def _prepare(model: Any, workload: Workload) -> None:
                 layer.p = 0.0
 
 
-def _watch_gradients(model: Any, ledger: MemoryTracker, kept: bool) -> None:
-    """Tell the ledger which tensors are gradients; `kept`: those of a batch before are there."""
+def _track_gradients(model: Any, tracker: MemoryTracker, has_earlier_batch: bool) -> None:
+    """Have gradients counted as such; `has_earlier_batch`: those of a batch before are there."""
 
-    def tell(parameter: Any) -> None:
-        ledger.add([parameter.grad], GRADIENTS)
+    def count_gradient(parameter: Any) -> None:
+        tracker.add([parameter.grad], GRADIENTS)
 
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        parameter.register_post_accumulate_grad_hook(tell)
-        if kept:
-            ledger.phase = GRADIENTS
+        parameter.register_post_accumulate_grad_hook(count_gradient)
+        if has_earlier_batch:
+            tracker.phase = GRADIENTS
             parameter.grad = torch.empty_like(parameter)
 
 
-def _step(model: Any, workload: Workload, ledger: MemoryTracker) -> None:
+def _forward_backward(model: Any, workload: Workload, tracker: MemoryTracker) -> None:
     """Forward and loss as luthier's trainers have them, and backward."""
-    ledger.phase = INPUTS
-    batch = _batch(model, workload)
-    ledger.phase = ACTIVATIONS
-    with _head_phase(ledger):
-        loss = _loss(model, batch, workload, ledger)
+    tracker.phase = INPUTS
+    batch = _full_batch(model, workload)
+    tracker.phase = ACTIVATIONS
+    with _output_layer_phases(tracker):
+        loss = _compute_loss(model, batch, workload, tracker)
         loss.backward()
 
 
-def _loss(
-    model: Any, batch: dict[str, torch.Tensor], workload: Workload, ledger: MemoryTracker
+def _compute_loss(
+    model: Any, batch: dict[str, torch.Tensor], workload: Workload, tracker: MemoryTracker
 ) -> torch.Tensor:
-    """The loss of a language model in tiles, of all others from their logits."""
+    """Return the loss, of a language model in tiles and of all others from their logits."""
     labels = batch.pop("labels")
-    with _forward_settings(model, workload):
+    with _forward_context(model, workload):
+        # TRL's output layer works on tiles of tokens, and never holds all logits.
         if workload.task == "CAUSAL_LM":
             outputs = model(**batch, labels=labels, use_cache=False, fused_lm_head=True)
             return -outputs.log_probs.sum()
         logits = model(**batch).logits
-    ledger.phase = LOGITS
+    tracker.phase = LOGITS
     logits = logits.float()
     if workload.task == "SEQ_CLS":
         return logits.sum()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    ledger.phase = BACKWARD
+    tracker.phase = BACKWARD
     return loss
 
 
 @contextmanager
-def _forward_settings(model: Any, workload: Workload) -> Iterator[None]:
-    """What the trainer puts around the forward alone."""
+def _forward_context(model: Any, workload: Workload) -> Iterator[None]:
+    """Enter what the trainer puts around the forward alone: autocast and offloading."""
     with ExitStack() as stack:
         if workload.autocast:
             dtype = getattr(torch, workload.autocast)
             stack.enter_context(torch.autocast("cpu", dtype=dtype))
-        if _is_offloaded(workload):
-            stack.enter_context(_elsewhere(model))
+        checkpointing = workload.checkpointing
+        if workload.offload or (checkpointing is not None and checkpointing.offload):
+            stack.enter_context(_drop_saved_tensors(model))
         yield
 
 
-def _batch(model: Any, workload: Workload) -> dict[str, torch.Tensor]:
-    """Rows of the full length, all of whose tokens train."""
+def _full_batch(model: Any, workload: Workload) -> dict[str, torch.Tensor]:
+    """Return rows of the full length, all of whose tokens train."""
     rows, length = workload.rows, workload.length
     batch = {name: torch.zeros(rows, length, dtype=torch.int64) for name in ("input_ids", "labels")}
+    # Eager attention adds a mask of numbers, the other kernels take one of truth values.
     if workload.masked:
         eager = model.config._attn_implementation == "eager"
         dtype = model.get_input_embeddings().weight.dtype if eager else torch.bool
@@ -250,7 +253,7 @@ def _batch(model: Any, workload: Workload) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _head_phase(ledger: MemoryTracker) -> Iterator[None]:
+def _output_layer_phases(tracker: MemoryTracker) -> Iterator[None]:
     """Name the phases around the output layer, which works between forward and backward."""
     from trl.kernels import ChunkedLogProbFunction as Head
 
@@ -258,10 +261,10 @@ def _head_phase(ledger: MemoryTracker) -> Iterator[None]:
 
     def within(work: Callable[..., Any], after: str) -> Any:
         def run(*args: Any) -> Any:
-            ledger.phase = LOGITS
-            made = work(*args)
-            ledger.phase = after
-            return made
+            tracker.phase = LOGITS
+            output = work(*args)
+            tracker.phase = after
+            return output
 
         return staticmethod(run)
 
@@ -272,13 +275,8 @@ def _head_phase(ledger: MemoryTracker) -> Iterator[None]:
         Head.forward, Head.backward = staticmethod(forward), staticmethod(backward)
 
 
-def _is_offloaded(workload: Workload) -> bool:
-    checkpointing = workload.checkpointing
-    return workload.offload or (checkpointing is not None and checkpointing.offload)
-
-
 @contextmanager
-def _elsewhere(model: Any) -> Iterator[None]:
+def _drop_saved_tensors(model: Any) -> Iterator[None]:
     """Let activations wait in main memory: what is saved is dropped, and made anew when used."""
     stays = {tensor.untyped_storage()._cdata for tensor in meta_model.iterate_tensors(model)}
 
@@ -288,10 +286,10 @@ def _elsewhere(model: Any) -> Iterator[None]:
             return tensor
         return tensor.shape, tensor.dtype
 
-    def unpack(kept: Any) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
-        return torch.empty(kept[0], dtype=kept[1])
+    def unpack(saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        return torch.empty(saved[0], dtype=saved[1])
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -1,4 +1,4 @@
-"""What one step of a run has to hold, read from its configuration."""
+"""One step of a run as its configuration describes it, and the hardware that it runs on."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -14,14 +14,31 @@ from luthier.errors import UserError
 from luthier.model.device import Machine, choose_machine
 
 ASSUMED_LENGTH = 2048
-"""Tokens of a row where `chat.max_length` sets no bound."""
+"""Tokens of a row that are assumed where `chat.max_length` sets no bound."""
 AUTO_CHECKPOINTING = "auto"
+"""The value of `trainer.args.activation_checkpointing` that leaves it to the plan."""
+CUDA_CONTEXT = 723 * 2**20
+"""Bytes that the driver and the kernels of a process take before its first tensor.
 
+https://discuss.pytorch.org/t/what-is-the-reason-for-pytorchs-gpu-memory-floor/73021 has 723 MiB;
+newer drivers load kernels as they are used, and take less.
+"""
+PROCESS_OVERHEAD = 620 * 2**20
+"""Bytes of Python with torch, transformers, trl and bitsandbytes, before a model is loaded.
 
-_PAIRS = ("dpo", "orpo", "cpo", "reward")
-"""Methods of which a row is two sequences, side by side in one forward."""
-_COMPARING = ("dpo", "kto", "grpo", "rloo")
-"""Methods for which full fine-tuning keeps the model as it was."""
+Measured by benchmarks/memory.py as `base`; the trainer's own imports are in it.
+"""
+FREE_SHARE = 0.05
+"""The share of a device that a plan leaves free: allocators keep more than they hand out."""
+MIB, GIB = 2**20, 2**30
+
+_UNIT_BITS = {"": 30, "K": 10, "M": 20, "G": 30, "T": 40}
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+_PAIR_METHODS = ("dpo", "orpo", "cpo", "reward")
+"""Methods whose rows are two sequences each, side by side in one forward."""
+_REFERENCE_METHODS = ("dpo", "kto", "grpo", "rloo")
+"""Methods for which full fine-tuning keeps a second model, with the weights as they were."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Checkpointing:
 
     every_n_layers: int = 1
     offload: bool = False
-    """What is kept waits in main memory."""
+    """Whether the activations that are kept wait in main memory."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +57,15 @@ class Workload:
     rows: int
     """Sequences in one forward of one process."""
     length: int
-    """Tokens of each."""
+    """Tokens of each sequence."""
     accumulation: int
     """Micro-batches of one optimizer step."""
     checkpointing: Checkpointing | None
     offload: bool
-    """`trainer.args.activation_offloading`."""
+    """Whether activations wait in main memory: `trainer.args.activation_offloading`."""
     optimizer: str
     autocast: str | None
-    """The number format of mixed precision."""
+    """The number format of mixed precision; None without it."""
     masked: bool
     """Whether attention gets a mask of (length, length): rows of different lengths, or packed."""
     flash: bool
@@ -56,21 +73,32 @@ class Workload:
     full: bool
     """Whether the weights themselves train, all or some."""
     reference: bool = False
-    """Whether the weights as they were are kept, too."""
+    """Whether a second model with the weights as they were is kept, in float32."""
     task: str = "CAUSAL_LM"
-    """What the model does, as peft calls it."""
+    """The task of the model in peft's words, such as CAUSAL_LM."""
     dropout: bool = True
     """Whether layers drop activations."""
     assumptions: tuple[str, ...] = field(default=())
-    """What the configuration leaves open, in words."""
+    """Sentences on what the configuration leaves open or the plan does not count."""
 
 
 def read_workload(config: RunConfig, machine: Machine) -> Workload:
-    """Return the step of a configuration; `auto` checkpointing counts as off."""
+    """Return the workload of a configuration; `auto` checkpointing counts as off."""
     method = config.trainer.method
     args = TrainerArgs(trainer_defaults(method) | config.trainer.args)
-    rows = args.per_device_train_batch_size * (2 if method in _PAIRS else 1)
-    length, assumptions = _length(config)
+    rows = args.per_device_train_batch_size * (2 if method in _PAIR_METHODS else 1)
+    length, assumptions = config.chat.max_length, _uncounted(method, args)
+    if length is None:
+        length = ASSUMED_LENGTH
+        assumptions.insert(
+            0,
+            f"chat.max_length is null, so rows may have any length: {ASSUMED_LENGTH:,} tokens are "
+            "assumed. Set chat.max_length for a bound that holds.",
+        )
+    # DPO and KTO always compare with a reference model, the online methods where beta says so.
+    has_reference = method in _REFERENCE_METHODS and not args.precompute_ref_log_probs
+    has_reference = has_reference and (method in ("dpo", "kto") or bool(args.beta))
+    # Attention needs a mask where rows of different lengths or documents share a batch.
     packed, flash = args.packing, "flash" in machine.attention
     return Workload(
         rows=rows,
@@ -83,71 +111,50 @@ def read_workload(config: RunConfig, machine: Machine) -> Workload:
         masked=not flash and (packed or rows > 1 or config.trainer.padding == "max_length"),
         flash=flash,
         full=not config.lora.is_enabled,
-        reference=not config.lora.is_enabled and _has_reference(method, args),
+        reference=not config.lora.is_enabled and has_reference,
         task=METHODS[method].task,
         dropout=not args.disable_dropout,
-        assumptions=(*assumptions, *_unseen(method, args)),
+        assumptions=tuple(assumptions),
     )
 
 
 @cache
 def trainer_defaults(method: str = "sft") -> dict[str, Any]:
-    """The settings of a method's trainer where the configuration is silent."""
+    """Return the defaults of the arguments of a method's trainer, by name."""
     package, file, name = METHODS[method].config
     module = ".".join([package, *file.removesuffix(".py").split("/")])
     return {f.name: f.default for f in fields(getattr(import_module(module), name))}
 
 
-def _has_reference(method: str, args: TrainerArgs) -> bool:
-    if method not in _COMPARING or args.precompute_ref_log_probs:
-        return False
-    return method in ("dpo", "kto") or bool(args.beta)
-
-
-def _length(config: RunConfig) -> tuple[int, tuple[str, ...]]:
-    if config.chat.max_length is not None:
-        return config.chat.max_length, ()
-    said = (
-        f"chat.max_length is null, so rows may have any length: {ASSUMED_LENGTH:,} tokens are "
-        "assumed. Set chat.max_length for a bound that holds."
-    )
-    return ASSUMED_LENGTH, (said,)
-
-
 def _checkpointing(args: TrainerArgs) -> Checkpointing | None:
-    wanted = args.activation_checkpointing
-    if wanted is None:
-        wanted = args["gradient_checkpointing"]  # TRL's trainers set the older name
-    if not wanted or wanted == AUTO_CHECKPOINTING:
+    """Return the activation checkpointing of a trainer's arguments; None for none or `auto`."""
+    setting = args.activation_checkpointing
+    if setting is None:
+        setting = args["gradient_checkpointing"]  # TRL's trainers set the older name
+    if not setting or setting == AUTO_CHECKPOINTING:
         return None
-    given = args.activation_checkpointing_kwargs
-    return Checkpointing(int(given.get("every_n_layers", 1)), bool(given.get("offload", False)))
+    kwargs = args.activation_checkpointing_kwargs
+    return Checkpointing(int(kwargs.get("every_n_layers", 1)), bool(kwargs.get("offload", False)))
 
 
 def _autocast(args: TrainerArgs, machine: Machine) -> str | None:
-    """Mixed precision as luthier's training sets it: the machine's format unless it is given."""
+    """Return the format of mixed precision, of `args` or else of the machine; None for none."""
     if machine.dtype == "bfloat16" if args.bf16 is None else args.bf16:
         return "bfloat16"
     is_float16 = machine.dtype == "float16" if args.fp16 is None else args.fp16
     return "float16" if is_float16 else None
 
 
-def _unseen(method: str, args: TrainerArgs) -> tuple[str, ...]:
-    """What changes memory and is not followed, in words."""
-    names = {
+def _uncounted(method: str, args: TrainerArgs) -> list[str]:
+    """Return a sentence for each setting that changes memory and is not counted."""
+    uncounted = {
         "torch_compile": "torch.compile mostly keeps less than what is counted here",
         "use_liger_kernel": "Liger's kernels keep less than what is counted here",
     }
-    said = [f"trainer.args.{name}: {text}." for name, text in names.items() if args.get(name)]
+    notes = [f"trainer.args.{name}: {text}." for name, text in uncounted.items() if args.get(name)]
     if method in ("grpo", "rloo", "distill"):
-        said.append(f"trainer.method={method}: the keys and values of generation are not counted.")
-    return tuple(said)
-
-
-# Sizes of memory as people write and read them.
-
-MIB, GIB = 2**20, 2**30
-_UNITS = {"": 30, "K": 10, "M": 20, "G": 30, "T": 40}
+        notes.append(f"trainer.method={method}: the keys and values of generation are not counted.")
+    return notes
 
 
 def parse_size(text: str, key: str) -> int:
@@ -155,8 +162,8 @@ def parse_size(text: str, key: str) -> int:
 
     GB is read as GiB, as GPUs are sold and as nvidia-smi counts. Raises UserError, naming `key`.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, flags=re.IGNORECASE)
-    size = round(float(found[1]) * 2 ** _UNITS[found[2].upper()]) if found else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, flags=re.IGNORECASE)
+    size = round(float(match[1]) * 2 ** _UNIT_BITS[match[2].upper()]) if match else 0
     if size < MIB:
         raise UserError(f"{key} {text}: write the memory of one GPU, such as {key} 24GB.")
     return size
@@ -174,27 +181,9 @@ def format_parameter_count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-# The memory that a plan is held against: this machine's, or that of GPUs one does not have.
-
-CUDA_CONTEXT = 723 * MIB
-"""What the driver and the kernels of a process take before its first tensor.
-
-https://discuss.pytorch.org/t/what-is-the-reason-for-pytorchs-gpu-memory-floor/73021 has 723 MiB;
-newer drivers load kernels as they are used, and take less.
-"""
-PROCESS_OVERHEAD = 620 * MIB
-"""Python with torch, transformers, trl and bitsandbytes, before a model is loaded.
-
-Measured by benchmarks/memory.py as `base`; the trainer's own imports are in it.
-"""
-FREE_SHARE = 0.05
-"""The share of a device that a plan leaves free: allocators keep more than they hand out."""
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
-
-
 @dataclass(frozen=True)
 class Hardware:
-    """What a run would have."""
+    """The device that a run is planned for."""
 
     kind: str
     """cuda, mps or cpu."""
@@ -204,11 +193,12 @@ class Hardware:
     count: int = 1
     """GPUs, or processes on a CPU."""
     imagined: bool = False
-    """Whether it was described by flags, and is not this machine."""
+    """Whether it was described by flags and need not exist."""
 
     @property
     def room(self) -> int:
         """Bytes that one process may fill."""
+        # The processes of a CPU or a Mac share its memory; each process has a GPU of its own.
         shared = 1 if self.kind == "cuda" else self.count
         return int(self.memory * (1 - FREE_SHARE)) // shared
 
@@ -224,22 +214,23 @@ def detect_hardware(config: ModelConfig, processes: int | None = None) -> Hardwa
     `processes` defaults to all GPUs, and to one process elsewhere. Raises UserError for a device
     that this machine does not have, or for more GPUs than it has.
     """
-    kind = choose_machine(config).device_type
-    if kind == "cuda":
-        return _gpus(processes)
-    return Hardware(kind, "this machine's main memory", _free(), processes or 1)
+    device_type = choose_machine(config).device_type
+    if device_type == "cuda":
+        return _local_gpus(processes)
+    return Hardware(device_type, "this machine's main memory", _free_main_memory(), processes or 1)
 
 
 def hypothetical_gpus(memory: int, gpus: int) -> Hardware:
-    """Return GPUs of so many bytes each, which need not be here."""
+    """Return `gpus` GPUs of `memory` bytes each, which need not be in this machine."""
     return Hardware("cuda", f"GPU of {format_size(memory)}", memory, gpus, imagined=True)
 
 
 def machine_for(config: ModelConfig, hardware: Hardware) -> Machine:
     """Return device, number format and attention as a run on that hardware would have them.
 
-    Of imagined GPUs bfloat16 and torch's own attention are assumed.
+    For hypothetical GPUs bfloat16 and torch's own attention are assumed.
     """
+    # What libraries a machine has that need not exist cannot be known.
     if not hardware.imagined:
         return choose_machine(config)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
@@ -247,27 +238,28 @@ def machine_for(config: ModelConfig, hardware: Hardware) -> Machine:
     return Machine("cuda:0", dtype, attention)
 
 
-def _gpus(wanted: int | None) -> Hardware:
+def _local_gpus(processes: int | None) -> Hardware:
+    """Return `processes` of this machine's GPUs, or all of them if it is None."""
     import torch
 
-    there = torch.cuda.device_count()
-    if wanted is not None and wanted > there:
+    available = torch.cuda.device_count()
+    if processes is not None and processes > available:
         raise UserError(
-            f"--gpus {wanted}: this machine has {there}. To plan for others, say how much memory "
-            f"each has: --gpus {wanted} --memory 24GB."
+            f"--gpus {processes}: this machine has {available}. To plan for others, say how much "
+            f"memory each has: --gpus {processes} --memory 24GB."
         )
     first = torch.cuda.get_device_properties(0)
     name = f"{first.name} of {format_size(first.total_memory)}"
-    return Hardware("cuda", name, first.total_memory, wanted or there)
+    return Hardware("cuda", name, first.total_memory, processes or available)
 
 
-def _free() -> int:
-    """Main memory that is free for a new process, within the container's limit."""
+def _free_main_memory() -> int:
+    """Return the bytes of main memory that are free for a new process in this container."""
     import psutil
 
     free: int = psutil.virtual_memory().available
     try:
-        limit = _CGROUP.read_text().strip()
+        limit = _CGROUP_LIMIT.read_text().strip()
     except OSError:
         return free
     return min(free, int(limit)) if limit.isdigit() else free

