@@ -46,7 +46,7 @@ MAY_IMPORT_HEAVY = re.compile(
 )
 """Modules that may import torch and its like when they are imported themselves."""
 
-BEFORE_NUMPY = ("data.quick_check", "cli.train", "cli.main", "config.load", "chat")
+BEFORE_NUMPY = ("data.examples", "cli.train", "cli.main", "config.load", "chat")
 """Modules on the way to a mistake in a config; numpy and pyarrow come after it."""
 
 LONGEST_FUNCTION = 80

@@ -10,8 +10,9 @@ import pytest
 
 from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, save, shown, texts
 from luthier.config.schema import DatasetConfig
+from luthier.data.encode_source import expand_ranges
 from luthier.data.encoders.chat import ConversationEncoder, hash_sequences
-from luthier.data.prepare import SplitCounts, expand_ranges, prepare
+from luthier.data.prepare import SplitCounts, prepare
 from luthier.data.store import Ragged
 from luthier.errors import UserError
 

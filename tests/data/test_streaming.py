@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from luthier.config.schema import DatasetConfig
-from luthier.data.encoders.chat import EncodedRows
+from luthier.data.encoders.chat import EncodedRows, row_outcome
+from luthier.data.examples import DatasetSources
 from luthier.data.streaming import open_stream
 from luthier.errors import UserError
 
@@ -24,8 +25,12 @@ class Letters:
         kept = [row for n, row in enumerate(rows) if n not in upper]
         return EncodedRows(
             {"input_ids": kept, "labels": kept},
-            [int(n not in upper) for n in range(len(rows))],
-            dict.fromkeys(upper, ("capitals", "it is written in capitals")),
+            [
+                row_outcome(0, ("capitals", "it is written in capitals"))
+                if n in upper
+                else row_outcome(1)
+                for n in range(len(rows))
+            ],
         )
 
 
@@ -40,7 +45,7 @@ def read(stream):
 def open_letters(settings, problems=None):
     config = DatasetConfig.model_validate({"streaming": True, **settings})
     note = problems.append if problems is not None else (lambda row: None)
-    return open_stream(config, lambda kind, source, key: Letters(), note)
+    return open_stream(DatasetSources(config), lambda kind, source, key: Letters(), note)
 
 
 def test_a_source_is_read_whole_and_again(write):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 
 from luthier.chat import ChatError
 from luthier.config.schema import DatasetConfig
-from luthier.data.encoders.chat import EncodedRows
+from luthier.data.encoders.chat import EncodedRows, row_outcome
 from luthier.data.prepare import prepare
 
 NAMELESS = SimpleNamespace(
@@ -34,23 +34,22 @@ class Letters:
 
     def encode(self, examples):
         made = EncodedRows({"input_ids": [], "labels": [], "trained": []}, [])
+        lossy = ("lost field", "message 0, field `name`: it is not shown")
         for number, example in enumerate(examples):
             *before, reply = texts(example)
             parts = [] if reply.startswith("-") else reply.split("|")
             if reply.startswith("!"):
                 raise ChatError("no loud replies", reason="loud", row=number, message=1)
-            if not parts:
-                made.problems[number] = ("nothing to train", "no turn of the row trains")
-            if reply.startswith("?"):
-                made.problems[number] = ("lost field", "message 0, field `name`: it is not shown")
-            if reply.startswith("<"):
-                made.cut[number] = 1
             for part in parts:
                 prompt, answer = ([ord(c) for c in text] for text in ("".join(before), part))
                 made.columns["input_ids"].append(prompt + answer)
                 made.columns["labels"].append([-100] * len(prompt) + answer)
                 made.columns["trained"].append(len(answer))
-            made.counts.append(len(parts))
+            problem = lossy if reply.startswith("?") else None
+            if not parts:
+                problem = ("nothing to train", "no turn of the row trains")
+            cut_turns = 1 if reply.startswith("<") else None
+            made.outcomes.append(row_outcome(len(parts), problem, cut_turns))
         return made
 
 

@@ -25,3 +25,10 @@ def test_check_counts_prompts_that_are_cut_and_dropped(on_rows):
     assert "no prompt" in out
     assert "there is nothing before the reply" in out
     assert "every rule holds" in out
+
+
+def test_preview_says_where_a_filter_leaves_no_row(on_rows):
+    rows = [{"messages": ROWS["plain"], "id": 1}]
+    code, _, err = on_rows("preview", rows, "dataset.filter='id > 1'")
+    assert code == 2
+    assert "dataset: there is no row to train on; the filter leaves out all of 1." in err

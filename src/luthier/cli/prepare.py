@@ -27,7 +27,7 @@ def run(words: list[str]) -> int:
     from luthier.environment import set_environment
 
     config = load_config(given.overrides).config
-    data.check_sources(config.dataset, config.trainer.method)
+    sources = data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)
     set_environment(config)
     from luthier.data.prepare import prepare
@@ -37,7 +37,8 @@ def run(words: list[str]) -> int:
 
     began = time.monotonic()
     tokenizer = load_tokenizer(config.model)
-    prepared = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
+    row_encoders = make_row_encoders(config, tokenizer)
+    prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
     console.print_data(prepared)
     for key, part in prepared.sources.items():
         console.print_line(f"{key}: {part.stored.folder}")

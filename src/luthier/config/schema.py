@@ -171,6 +171,10 @@ class SourceConfig(StrictModel):
     """How many times an epoch sees the rows, with `mix: concatenate`."""
 
 
+MAIN_SOURCE = "dataset"
+"""The name of the only source of a dataset that names no sources."""
+
+
 class EvalConfig(StrictModel):
     """Which rows are held out from training: at most one of path, split, share and count."""
 
@@ -211,6 +215,19 @@ class DatasetConfig(SourceConfig):
     """Tokens by which the windows of a long plain text overlap."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
     """The held-out rows."""
+
+    def sources_by_name(self) -> dict[str, SourceConfig]:
+        """Return the sources to train on by name; the only one of a dataset is its own source."""
+        return dict(self.sources) or {MAIN_SOURCE: self}
+
+    def changed_source_settings(self) -> list[str]:
+        """Return the settings of a single source that are not what they are by default."""
+        default = SourceConfig()
+        return [
+            name
+            for name in SourceConfig.model_fields
+            if getattr(self, name) != getattr(default, name)
+        ]
 
 
 class ChatSettings(StrictModel):

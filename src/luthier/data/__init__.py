@@ -3,7 +3,7 @@
 `luthier.data.prepare` makes the token rows; it needs numpy and pyarrow, so it is imported late.
 """
 
+from luthier.data.examples import DatasetSources, check_sources
 from luthier.data.formats import Example
-from luthier.data.quick_check import check_sources
 
-__all__ = ["Example", "check_sources"]
+__all__ = ["DatasetSources", "Example", "check_sources"]

@@ -3,6 +3,7 @@
 import gc
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import ChatError
-from luthier.data.encoders.chat import COLUMNS_SETTING, EncodedRows, RowEncoder, hash_sequences
+from luthier.data.encoders.chat import (
+    COLUMNS_SETTING,
+    EncodedRows,
+    RowEncoder,
+    RowState,
+    hash_sequences,
+)
 from luthier.data.examples import BadRows, LocatedExample, OpenedSource
 from luthier.data.fingerprints import (
     Fingerprints,
@@ -33,8 +40,6 @@ from luthier.gc_pause import pause_gc
 
 CHUNK_ROWS = 1000
 """Rows that are encoded at once."""
-FINE, LOSSY, DROPPED = range(3)
-"""What becomes of a row: it is whole, or kept although some text is lost, or makes no sequence."""
 CHUNKS_PER_COLLECTION = 100
 """Chunks behind which garbage is collected, should a function of the user's own make some."""
 TABLE_LAYOUT = 1
@@ -198,22 +203,19 @@ def _write(
     keeps_columns: bool,
 ) -> None:
     """Write a chunk's rows and their token rows."""
-    states = [
-        FINE if number not in made.problems else LOSSY if count else DROPPED
-        for number, count in enumerate(made.counts)
-    ]
-    nothing = ("", "")
+    outcomes = made.outcomes
+    # -1 where nothing was cut: a cut may also cost no trained turn.
+    cut_turns = [-1 if row.cut_turns is None else row.cut_turns for row in outcomes]
     writer.table("rows").append(
         {
             **_split_halves("print", pack_fingerprints(row.print_ for row in chunk)),
             "where": [row.placed.where for row in chunk],
             "example": [row.text for row in chunk],
             "sequences": np.array(made.counts, np.int32),
-            "state": np.array(states, np.int8),
-            "reason": [made.problems.get(number, nothing)[0] for number in range(len(chunk))],
-            "problem": [made.problems.get(number, nothing)[1] for number in range(len(chunk))],
-            # -1 where nothing was cut: a cut may also cost no trained turn.
-            "cut": np.array([made.cut.get(number, -1) for number in range(len(chunk))], np.int32),
+            "state": np.array([row.state for row in outcomes], np.int8),
+            "reason": [row.reason for row in outcomes],
+            "problem": [row.problem for row in outcomes],
+            "cut": np.array(cut_turns, np.int32),
             **({"columns": _columns(chunk)} if keeps_columns else {}),
         }
     )
@@ -271,12 +273,12 @@ class EncodedSource:
         return [replace(row, where=self._place(row.where)) for row in found]
 
     @property
-    def prints(self) -> Fingerprints:
+    def fingerprints(self) -> Fingerprints:
         """The fingerprint of each row, `S16`."""
         return _join_halves(self.rows, "print")
 
     @property
-    def normalised_prints(self) -> Fingerprints:
+    def normalised_fingerprints(self) -> Fingerprints:
         """The fingerprint of each row's normalised text, `S16`: made once, kept in the store."""
         rows = self.stored.folder
         key = cache_key({"normalised": rows.name, "unicode": unidata_version})
@@ -302,13 +304,27 @@ class EncodedSource:
         """How many sequences each row makes."""
         return self.rows.column("sequences")
 
+    @property
+    def states(self) -> Array:
+        """What becomes of each row: the numbers of `RowState`."""
+        return self.rows.column("state")
+
+    @property
+    def cut_turns(self) -> Array:
+        """Trained turns that each row lost to fit the length, -1 where it was not cut."""
+        return self.rows.column("cut")
+
+    def drop_reasons(self, rows: Array | None = None) -> dict[str, int]:
+        """How many of these rows are dropped for each reason; None for all rows."""
+        states = self.states
+        rows = np.arange(len(self)) if rows is None else rows
+        dropped = rows[states[rows] == RowState.DROPPED]
+        return dict(Counter(self.rows.values("reason", dropped)))
+
     def sequences_of(self, rows: Array) -> Array:
         """The numbers of the sequences that these rows make, in the order of the rows."""
         counts = self.sequences.astype(np.int64)
-        starts = np.cumsum(counts) - counts
-        chosen = counts[rows]
-        inside = np.arange(chosen.sum()) - np.repeat(np.cumsum(chosen) - chosen, chosen)
-        return np.repeat(starts[rows], chosen) + inside
+        return expand_ranges((np.cumsum(counts) - counts)[rows], counts[rows])
 
     def examples(self, rows: Iterable[int]) -> list[Any]:
         """The examples of these rows."""
@@ -324,10 +340,21 @@ class EncodedSource:
         """Where these rows stand, such as `data.jsonl:7`."""
         return [self._place(where) for where in self.rows.values("where", rows)]
 
+    @property
+    def first_location(self) -> str:
+        """Where the first row stands."""
+        return self.locations([0])[0]
+
     def _place(self, where: str) -> str:
         """A place in a file that may have had another name when its rows were encoded."""
         before = max(filter(where.startswith, self._names), key=len)
         return self._names[before] + where.removeprefix(before)
+
+
+def expand_ranges(starts: Array, counts: Array) -> Array:
+    """Return the numbers `start`, `start + 1`, ... of each pair, one pair behind the other."""
+    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts, counts) + offsets
 
 
 def encode_source(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import SourceConfig
+from luthier.data.examples import source_key
 from luthier.data.seeded_random import seeded_order
 from luthier.errors import UserError
 
@@ -63,11 +64,6 @@ def interleave_evenly(counts: list[int]) -> Positions:
     """
     places = [(np.arange(count) + 0.5) / count for count in counts]
     return np.argsort(np.concatenate(places), kind="stable")
-
-
-def source_key(name: str, sources: Mapping[str, SourceConfig]) -> str:
-    """The config's key of a source: `dataset` itself if it is the only one and has that name."""
-    return "dataset" if [*sources] == ["dataset"] else f"dataset.sources.{name}"
 
 
 def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> Positions:

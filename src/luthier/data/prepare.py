@@ -1,40 +1,39 @@
-"""From a dataset's config to token rows ready for a trainer."""
+"""From a dataset's config to token rows ready for a trainer, and what became of the rows."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.config.schema import DatasetConfig, SourceConfig
+from luthier.config.schema import DatasetConfig
 from luthier.data.batching.token_rows import TokenRows
-from luthier.data.encode_source import DROPPED, FINE, LOSSY, EncodedSource, encode_source
-from luthier.data.encoders.chat import RowEncoder
+from luthier.data.encode_source import EncodedSource, encode_source, expand_ranges
+from luthier.data.encoders.chat import EncoderFactory, RowState
 from luthier.data.examples import (
+    DatasetSources,
     LocatedExample,
     OpenedSource,
     eval_set_name,
-    eval_sources,
-    open_examples,
-    train_sources,
+    source_key,
 )
 from luthier.data.formats import Example
-from luthier.data.mixture import source_key
 from luthier.data.rows import excerpt
-from luthier.data.select import RowSelection, select_rows, source_starts
+from luthier.data.select import RowSelection, select_rows, split_by_source
 from luthier.data.store import Store, data_folder, tokenizer_digest
 from luthier.data.store.table import JoinedTable
 from luthier.data.streaming import TokenRowStream, open_stream
 
-# What became of the rows of a dataset, in numbers.
+RowNumbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What became of the rows of one side, in rows, sequences and tokens."""
+    """What became of the rows of the training split or of an evaluation set."""
 
     rows: int = 0
     """Different rows, those that give no sequence included."""
@@ -52,55 +51,50 @@ class SplitCounts:
     cut_turns: int = 0
     """Trained turns that went with them."""
     lossy_rows: int = 0
-    """Rows kept although the template does not show all of their text."""
+    """Rows that train although the template does not show all of their text."""
     sources: dict[str, int] = field(default_factory=dict)
     """Rows of an epoch from each of several sources."""
 
 
-def count_split(
-    parts: list[tuple[EncodedSource, NDArray[np.int64]]],
-    lengths: NDArray[np.int32],
-    tokens: NDArray[np.int32],
-    trained: NDArray[np.int32],
-    other: dict[str, int],
-    sources: dict[str, int] | None = None,
-) -> SplitCounts:
-    """Count a side: for each source the rows that are on it, and its sequences' tokens.
+class OutcomeCounts(NamedTuple):
+    """What became of some rows, which may be of several sources."""
 
-    `other`: rows that are on no side, by reason.
-    """
-    dropped: dict[str, int] = {}
-    rows = cut_rows = cut_turns = lossy = 0
-    for encoded, chosen in parts:
-        state, cut = encoded.rows.column("state")[chosen], encoded.rows.column("cut")[chosen]
-        for reason in encoded.rows.values("reason", chosen[state == DROPPED]):
-            dropped[reason] = dropped.get(reason, 0) + 1
-        rows += len(chosen)
-        lossy += int((state == LOSSY).sum())
+    rows: int
+    states: list[int]
+    """Rows in each `RowState`, by its number."""
+    cut_rows: int
+    """Rows that were cut to fit the length."""
+    cut_turns: int
+    """Trained turns that they lost."""
+
+
+class CountableRows(Protocol):
+    """The rows of a source with their outcomes; encoded ones and those of a check are such."""
+
+    @property
+    def states(self) -> NDArray[Any]:
+        """The state of each row."""
+
+    @property
+    def cut_turns(self) -> NDArray[Any]:
+        """Trained turns that each row lost, -1 where it was not cut."""
+
+
+def count_outcomes(split: Iterable[tuple[CountableRows, RowNumbers]]) -> OutcomeCounts:
+    """Count what became of these rows of each source."""
+    rows = cut_rows = cut_turns = 0
+    states = np.zeros(len(RowState), np.int64)
+    for source, numbers in split:
+        cut = source.cut_turns[numbers]
+        rows += len(numbers)
         cut_rows += int((cut >= 0).sum())
         cut_turns += int(cut[cut > 0].sum())
-    return SplitCounts(
-        rows=rows,
-        sequences=len(lengths),
-        tokens=int(tokens.sum(dtype=np.int64)),
-        trained_tokens=int(trained.sum(dtype=np.int64)),
-        longest=int(lengths.max(initial=0)),
-        dropped=dropped | {reason: count for reason, count in other.items() if count},
-        cut_rows=cut_rows,
-        cut_turns=cut_turns,
-        lossy_rows=lossy,
-        sources=sources or {},
-    )
+        states += np.bincount(source.states[numbers], minlength=len(RowState))
+    return OutcomeCounts(rows, states.tolist(), cut_rows, cut_turns)
 
 
-RowNumbers = NDArray[np.int64]
-EncoderFactory = Callable[[str, SourceConfig, str], RowEncoder]
-"""The encoder for the examples of a kind from a source; the last is the source's config key.
-
-Raises UserError for a kind that the training method does not take.
-"""
-SourceRows = tuple[EncodedSource, RowNumbers]
-"""Some rows of a source."""
+SplitRows = list[tuple[EncodedSource, RowNumbers]]
+"""The rows of a split: some of each source."""
 
 
 @dataclass(frozen=True)
@@ -124,227 +118,245 @@ class PreparedData:
     and `text`, the start of the row."""
 
     def locate_rows(self, numbers: Sequence[int]) -> list[str]:
-        """Where the rows behind these rows of the training table stand, such as `data.jsonl:7`."""
+        """Return where the rows behind these rows of the training table stand: `data.jsonl:7`.
+
+        Rows of a stream are not known by number, so there is nothing for them.
+        """
         if not isinstance(self.train, TokenRows):
             return []
-        return list(dict.fromkeys(_places(self.sources.values(), numbers)))
+        return list(dict.fromkeys(_locations(self.sources.values(), numbers)))
+
+
+class HeldOutExamples:
+    """The examples of some rows; they are read when they are iterated over."""
+
+    def __init__(self, split: SplitRows) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self._split)
+
+    def __iter__(self) -> Iterator[Example]:
+        for example, _ in self.with_columns():
+            yield example
+
+    def with_columns(self) -> Iterator[tuple[Example, dict[str, Any]]]:
+        """Yield each example with the columns of its row, which are empty if none are kept."""
+        for source, rows in self._split:
+            for row in rows:
+                yield source.examples([row])[0], source.columns([row])[0]
+
+    def by_source(self) -> Iterator[tuple[OpenedSource, list[LocatedExample]]]:
+        """Yield the examples of each source with their places and the columns that are kept."""
+        for source, rows in self._split:
+            columns = source.examples(rows), source.locations(rows), source.columns(rows)
+            yield source.opened, [LocatedExample(*row) for row in zip(*columns, strict=True)]
 
 
 def prepare(
-    config: DatasetConfig, encoders: EncoderFactory, tokenizer: Any, seed: int
+    config: DatasetConfig,
+    encoders: EncoderFactory,
+    tokenizer: Any,
+    seed: int,
+    sources: DatasetSources | None = None,
 ) -> PreparedData:
     """Read and encode all sources, hold rows out, and mix what is left.
 
     What has been encoded before is found in the cache. The same content, settings and seed give the
-    same rows in any process. Raises UserError, with file and line, for rows that cannot be read or
-    encoded, and where nothing is left to train on or to evaluate on.
+    same rows in any process. `sources` are those that the quick check has opened; None opens them.
+    Raises UserError, with file and line, for rows that cannot be read or encoded, and where nothing
+    is left to train on or to evaluate on.
     """
+    sources = sources or DatasetSources(config)
+    encode = _source_encoder(sources, encoders, tokenizer)
     if config.streaming:
-        return _streamed(config, encoders, tokenizer)
-    sources = train_sources(config)
-    encode = _encoder(config, encoders, tokenizer)
-    trained = {name: encode(source, source_key(name, sources)) for name, source in sources.items()}
-    evaluated = {key: encode(source, key) for key, source in eval_sources(config).items()}
-    chosen = select_rows(config, sources, trained, evaluated, seed)
-    train = _train_rows(trained, chosen)
-    sides = _sides(trained, evaluated, chosen)
-    rows = {name: _rows_of(side) for name, side in sides.items()}
+        return _prepare_stream(open_stream(sources, encoders), sources, encode)
+    trained = {name: encode(source_key(name, sources.train)) for name in sources.train}
+    evaluated = {key: encode(key) for key in sources.eval}
+    selection = select_rows(config, sources.train, trained, evaluated, seed)
+    train = _epoch_rows(trained, selection)
+    splits = _eval_splits(evaluated)
+    if len(selection.heldout):
+        splits = {"": _split_of(trained, selection.heldout)} | splits
+    eval_rows = {name: _rows_of(split) for name, split in splits.items()}
+    encoded = {source.opened.key: source for source in (*trained.values(), *evaluated.values())}
     return PreparedData(
         train=train,
-        eval=rows,
-        heldout={name: HeldOutExamples(side) for name, side in sides.items()},
-        train_counts=_train_counts(trained, chosen, train),
-        eval_counts=_eval_counts(sides, rows, evaluated),
-        content_hash=_hash(trained, sides, train),
-        sources={source_key(name, sources): part for name, part in trained.items()} | evaluated,
-        reports=[
-            row for part in (*trained.values(), *evaluated.values()) for row in _reports(part)
-        ],
+        eval=eval_rows,
+        heldout={name: HeldOutExamples(split) for name, split in splits.items()},
+        train_counts=_count_train(trained, selection, train),
+        eval_counts=_count_eval(splits, eval_rows, evaluated),
+        content_hash=_hash(trained, splits, train),
+        sources=encoded,
+        reports=[report for source in encoded.values() for report in _reports(source)],
     )
 
 
-def _places(parts: Iterable[EncodedSource], numbers: Sequence[int]) -> Iterator[str]:
-    """The place of the row that made each sequence; sequences are numbered over all parts."""
-    left = list(numbers)
-    for part in parts:
-        ends = np.cumsum(part.sequences.astype(np.int64))
-        here = [number for number in left if number < len(part.tokens)]
-        yield from part.locations(np.searchsorted(ends, here, side="right").tolist())
-        left = [number - len(part.tokens) for number in left if number >= len(part.tokens)]
-
-
-class HeldOutExamples:
-    """The examples of some rows; they are read when they are asked for."""
-
-    def __init__(self, parts: list[SourceRows]) -> None:
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return sum(len(rows) for _, rows in self._parts)
-
-    def __iter__(self) -> Iterator[Example]:
-        for part, rows in self._parts:
-            for row in rows:
-                yield from part.examples([row])
-
-    def with_columns(self) -> Iterator[tuple[Example, dict[str, Any]]]:
-        """Each example with the columns of its row, where they are kept."""
-        for part, rows in self._parts:
-            for row in rows:
-                yield part.examples([row])[0], part.columns([row])[0]
-
-    def by_source(self) -> Iterator[tuple[OpenedSource, list[LocatedExample]]]:
-        """The examples of each source with their places and the columns that are kept."""
-        for part, rows in self._parts:
-            found = zip(part.examples(rows), part.locations(rows), part.columns(rows), strict=True)
-            yield part.opened, [LocatedExample(*each) for each in found]
-
-
-def _streamed(config: DatasetConfig, encoders: EncoderFactory, tokenizer: Any) -> PreparedData:
-    """The training rows as a stream, and the evaluation sets as rows at hand."""
-    stream = open_stream(config, encoders)
-    encode = _encoder(config, encoders, tokenizer)
-    evaluated = {key: encode(source, key) for key, source in eval_sources(config).items()}
-    sides = _eval_sides(evaluated)
-    rows = {name: _rows_of(side) for name, side in sides.items()}
+def _prepare_stream(
+    stream: TokenRowStream, sources: DatasetSources, encode: Callable[[str], EncodedSource]
+) -> PreparedData:
+    """Return the training rows as a stream, and the evaluation sets as rows at hand."""
+    evaluated = {key: encode(key) for key in sources.eval}
+    splits = _eval_splits(evaluated)
+    eval_rows = {name: _rows_of(split) for name, split in splits.items()}
+    # The rows are not known before they train: the hash is of all that decides them but the files.
     settings = [
-        [part.settings(), stream.encoders[key].settings()] for key, part in stream.opened.items()
+        [opened.settings(), stream.encoders[key].settings()]
+        for key, opened in stream.opened.items()
     ]
     return PreparedData(
         train=stream,
-        eval=rows,
-        heldout={name: HeldOutExamples(side) for name, side in sides.items()},
+        eval=eval_rows,
+        heldout={name: HeldOutExamples(split) for name, split in splits.items()},
         train_counts=SplitCounts(),
-        eval_counts=_eval_counts(sides, rows, evaluated),
+        eval_counts=_count_eval(splits, eval_rows, evaluated),
         content_hash=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         sources=evaluated,
-        reports=[row for part in evaluated.values() for row in _reports(part)],
+        reports=[report for source in evaluated.values() for report in _reports(source)],
     )
 
 
-def _encoder(
-    config: DatasetConfig, encoders: EncoderFactory, tokenizer: Any
-) -> Callable[[SourceConfig, str], EncodedSource]:
-    """What gives the encoded rows of a source."""
+def _source_encoder(
+    sources: DatasetSources, encoders: EncoderFactory, tokenizer: Any
+) -> Callable[[str], EncodedSource]:
+    """Return the function that gives the encoded rows of the source under a config key."""
+    config = sources.config
     store, digest = Store(data_folder(config.cache)), tokenizer_digest(tokenizer)
     workers, drop = config.workers or 1, config.on_bad_row == "drop"
 
-    def encode(source: SourceConfig, key: str) -> EncodedSource:
-        opened = open_examples(source, key)
-        encoder = encoders(opened.row_format.example_type, source, key)
+    def encode(key: str) -> EncodedSource:
+        opened = sources.open(key)
+        encoder = encoders(opened.row_format.example_type, opened.config, key)
         return encode_source(opened, encoder, store, digest, workers, drop)
 
     return encode
 
 
-def _train_rows(trained: Mapping[str, EncodedSource], chosen: RowSelection) -> TokenRows:
-    """The sequences of an epoch."""
-    table = JoinedTable([part.tokens for part in trained.values()])
-    counts = np.concatenate([part.sequences for part in trained.values()]).astype(np.int64)
+def _epoch_rows(trained: Mapping[str, EncodedSource], selection: RowSelection) -> TokenRows:
+    """Return the sequences of an epoch."""
+    table = JoinedTable([source.tokens for source in trained.values()])
+    counts = np.concatenate([source.sequences for source in trained.values()]).astype(np.int64)
     starts = np.cumsum(counts) - counts
-    return TokenRows(table, expand_ranges(starts[chosen.epoch], counts[chosen.epoch]))
+    return TokenRows(table, expand_ranges(starts[selection.epoch], counts[selection.epoch]))
 
 
-def expand_ranges(starts: RowNumbers, counts: RowNumbers) -> RowNumbers:
-    """The numbers `start`, `start + 1`, ... of each pair, one after the other."""
-    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(starts, counts) + inside
-
-
-def _sides(
-    trained: Mapping[str, EncodedSource],
-    evaluated: Mapping[str, EncodedSource],
-    chosen: RowSelection,
-) -> dict[str, list[SourceRows]]:
-    """The rows of each evaluation set."""
-    sides: dict[str, list[SourceRows]] = {}
-    if len(chosen.heldout):
-        sides[""] = _parted(trained, chosen.heldout)
-    return sides | _eval_sides(evaluated)
-
-
-def _eval_sides(evaluated: Mapping[str, EncodedSource]) -> dict[str, list[SourceRows]]:
-    """The rows of each evaluation set that has rows of its own."""
+def _eval_splits(evaluated: Mapping[str, EncodedSource]) -> dict[str, SplitRows]:
+    """Return the rows of each evaluation set that has rows of its own."""
     return {
-        eval_set_name(key): [(part, np.flatnonzero(part.sequences > 0))]
-        for key, part in evaluated.items()
+        eval_set_name(key): [(source, np.flatnonzero(source.sequences > 0))]
+        for key, source in evaluated.items()
     }
 
 
-def _parted(trained: Mapping[str, EncodedSource], rows: RowNumbers) -> list[SourceRows]:
-    """Rows, numbered over all sources, by source."""
-    starts = source_starts(trained)
-    return [
-        (part, rows[(rows >= start) & (rows < start + len(part))] - start)
-        for part, start in zip(trained.values(), starts, strict=False)
-    ]
+def _split_of(trained: Mapping[str, EncodedSource], rows: RowNumbers) -> SplitRows:
+    """Return rows that are numbered over all training sources with their sources."""
+    numbers = split_by_source(trained, rows)
+    return [(source, numbers[name]) for name, source in trained.items()]
 
 
-def _rows_of(side: list[SourceRows]) -> TokenRows:
-    table = JoinedTable([part.tokens for part, _ in side])
+def _rows_of(split: SplitRows) -> TokenRows:
+    """Return the sequences that the rows of a split make."""
+    table = JoinedTable([source.tokens for source, _ in split])
     index = [
-        table.start_of(number) + part.sequences_of(rows) for number, (part, rows) in enumerate(side)
+        table.start_of(number) + source.sequences_of(rows)
+        for number, (source, rows) in enumerate(split)
     ]
     return TokenRows(table, np.concatenate(index))
 
 
-def _train_counts(
-    trained: Mapping[str, EncodedSource], chosen: RowSelection, train: TokenRows
+def _count_train(
+    trained: Mapping[str, EncodedSource], selection: RowSelection, train: TokenRows
 ) -> SplitCounts:
-    """The account of the training side, which the rows that no side has are part of."""
-    other = _unread([*trained.values()]) | chosen.other
-    sources = chosen.sources if len(chosen.sources) > 1 else None
-    parts = [_with_dropped(*part) for part in _parted(trained, chosen.train)]
-    return count_split(parts, train.lengths, *_tokens(train), other, sources)
+    """Count the training split, which rows that make no sequence are counted with."""
+    sources = selection.sources if len(selection.sources) > 1 else None
+    split = _with_dropped(_split_of(trained, selection.train))
+    return _count_split(split, train, _unread_rows(trained.values()) | selection.other, sources)
 
 
-def _eval_counts(
-    sides: Mapping[str, list[SourceRows]],
+def _count_eval(
+    splits: Mapping[str, SplitRows],
     rows: Mapping[str, TokenRows],
     evaluated: Mapping[str, EncodedSource],
 ) -> dict[str, SplitCounts]:
-    """The account of each evaluation set; what training rows are dropped is none of theirs."""
-    own = {eval_set_name(key): part for key, part in evaluated.items()}
-    found = {}
-    for name, side in sides.items():
-        parts, other = side, {}
-        if name in own:
-            parts = [_with_dropped(*part) for part in side]
-            other = _unread([own[name]])
-        found[name] = count_split(parts, rows[name].lengths, *_tokens(rows[name]), other)
-    return found
+    """Count each evaluation set; what training rows are dropped is counted with the training."""
+    own_rows = {eval_set_name(key): source for key, source in evaluated.items()}
+    counts = {}
+    for name, split in splits.items():
+        if name in own_rows:
+            unread = _unread_rows([own_rows[name]])
+            counts[name] = _count_split(_with_dropped(split), rows[name], unread)
+        else:
+            counts[name] = _count_split(split, rows[name], {})
+    return counts
 
 
-def _with_dropped(part: EncodedSource, rows: RowNumbers) -> SourceRows:
-    """Rows of a source, and those that make no sequence."""
-    return part, np.union1d(rows, np.flatnonzero(part.rows.column("state") == DROPPED))
+def _count_split(
+    split: SplitRows,
+    rows: TokenRows,
+    in_no_split: Mapping[str, int],
+    sources: dict[str, int] | None = None,
+) -> SplitCounts:
+    """Count a split: for each source the rows that are in it, and the tokens of its sequences.
+
+    `in_no_split`: rows that are in none, by reason; `sources`: rows of an epoch by source.
+    """
+    table = rows.table
+    assert isinstance(table, JoinedTable) and rows.index is not None
+    outcomes = count_outcomes(split)
+    dropped: Counter[str] = Counter()
+    for source, numbers in split:
+        dropped.update(source.drop_reasons(numbers))
+    return SplitCounts(
+        rows=outcomes.rows,
+        sequences=len(rows.lengths),
+        tokens=int(table.tokens[rows.index].sum(dtype=np.int64)),
+        trained_tokens=int(table.column("trained")[rows.index].sum(dtype=np.int64)),
+        longest=int(rows.lengths.max(initial=0)),
+        dropped={**dropped, **{reason: count for reason, count in in_no_split.items() if count}},
+        cut_rows=outcomes.cut_rows,
+        cut_turns=outcomes.cut_turns,
+        lossy_rows=outcomes.states[RowState.LOSSY],
+        sources=sources or {},
+    )
 
 
-def _unread(parts: list[EncodedSource]) -> dict[str, int]:
-    """Rows that never became examples, by reason."""
+def _with_dropped(split: SplitRows) -> SplitRows:
+    """Return the rows of a split, and those of its sources that make no sequence."""
+    return [
+        (source, np.union1d(rows, np.flatnonzero(source.states == RowState.DROPPED)))
+        for source, rows in split
+    ]
+
+
+def _unread_rows(sources: Iterable[EncodedSource]) -> dict[str, int]:
+    """Return how many rows never became examples, by reason."""
+    sources = list(sources)
     return {
-        "could not be read": sum(len(part.bad_rows) for part in parts),
-        "left out by the filter": sum(part.filtered for part in parts),
+        "could not be read": sum(len(source.bad_rows) for source in sources),
+        "left out by the filter": sum(source.filtered for source in sources),
     }
 
 
-def _tokens(rows: TokenRows) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """How many tokens a model reads of each row, and how many of them train."""
-    table = rows.table
-    assert isinstance(table, JoinedTable) and rows.index is not None
-    return table.tokens[rows.index], table.column("trained")[rows.index]
+def _locations(sources: Iterable[EncodedSource], numbers: Sequence[int]) -> Iterator[str]:
+    """Yield the place of the row that made each sequence, numbered over all sources."""
+    rest = list(numbers)
+    for source in sources:
+        ends = np.cumsum(source.sequences.astype(np.int64))
+        count = len(source.tokens)
+        inside = [number for number in rest if number < count]
+        yield from source.locations(np.searchsorted(ends, inside, side="right").tolist())
+        rest = [number - count for number in rest if number >= count]
 
 
-def _reports(part: EncodedSource) -> Iterator[dict[str, str]]:
-    """What is wrong with the rows of a source."""
-    for bad in part.bad_rows:
+def _reports(source: EncodedSource) -> Iterator[dict[str, str]]:
+    """Yield what is wrong with the rows of a source."""
+    for bad in source.bad_rows:
         yield _report(bad.where, "could not be read", bad.problem, bad.text)
-    state = part.rows.column("state")
-    wrong = np.flatnonzero(state != FINE)
-    columns = part.locations(wrong), part.rows.values("problem", wrong), state[wrong]
-    for row, (where, problem, code) in zip(wrong, zip(*columns, strict=True), strict=True):
-        text = excerpt(part.examples([row])[0])
-        yield _report(where, "dropped" if code == DROPPED else "lossy", problem, text)
+    rows = np.flatnonzero(source.states != RowState.TRAINS)
+    states = [RowState(state).name.lower() for state in source.states[rows].tolist()]
+    columns = rows, source.locations(rows), states, source.rows.values("problem", rows)
+    for row, where, state, problem in zip(*columns, strict=True):
+        yield _report(where, state, problem, excerpt(source.examples([row])[0]))
 
 
 def _report(where: str, state: str, problem: str, text: str) -> dict[str, str]:
@@ -352,14 +364,15 @@ def _report(where: str, state: str, problem: str, text: str) -> dict[str, str]:
 
 
 def _hash(
-    trained: Mapping[str, EncodedSource], sides: Mapping[str, list[SourceRows]], train: TokenRows
+    trained: Mapping[str, EncodedSource], splits: Mapping[str, SplitRows], train: TokenRows
 ) -> str:
-    """One hash of the sequences' hashes, in order, with the count of each side before them."""
+    """Return one hash of the sequences' hashes, in order, with the count of each split first."""
     assert train.index is not None
-    found = [np.concatenate([part.hashes for part in trained.values()])[train.index]]
-    for side in sides.values():
-        found.append(np.concatenate([part.hashes[part.sequences_of(rows)] for part, rows in side]))
+    parts = [np.concatenate([source.hashes for source in trained.values()])[train.index]]
+    for split in splits.values():
+        rows = [source.hashes[source.sequences_of(numbers)] for source, numbers in split]
+        parts.append(np.concatenate(rows))
     digest = hashlib.sha256()
-    for hashes in found:
+    for hashes in parts:
         digest.update(len(hashes).to_bytes(8, "little") + hashes.tobytes())
     return digest.hexdigest()

@@ -1,9 +1,8 @@
 """A row as its source holds it, with the place it came from, and the words for bad rows."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from luthier.errors import UserError
@@ -52,31 +51,12 @@ def describe_type(value: Any) -> str:
     return names.get(type(value), "an object")
 
 
-@dataclass
-class BadRowReport:
-    """The bad rows found so far: all counted, the first few kept in words."""
+def bad_rows_error(rows: Sequence[BadRow], source: str, advice: str) -> UserError:
+    """Return the error that names the first bad rows, the count of all, and what to do.
 
-    count: int = 0
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, where: str, problem: str, row: Any) -> None:
-        """Note one bad row."""
-        self.count += 1
-        if self.count <= MAX_LISTED:
-            self.lines.append(f"  {where}: {problem}\n    {excerpt(row)}")
-
-    @contextmanager
-    def of(self, row: Row) -> Iterator[None]:
-        """Note the row if the block finds it bad."""
-        try:
-            yield
-        except RowError as error:
-            self.add(row.where, str(error), row.fields)
-
-    def raise_if_any(self, source: str, advice: str) -> None:
-        """Stop with the first bad rows, the count of all, and the advice."""
-        if not self.count:
-            return
-        head = f"{source} has {self.count} bad {'row' if self.count == 1 else 'rows'}"
-        more = [f"  ... and {self.count - MAX_LISTED} more"] if self.count > MAX_LISTED else []
-        raise UserError("\n".join([head + ":", *self.lines, *more, advice]))
+    `source` is what messages call the source.
+    """
+    head = f"{source} has {len(rows)} bad {'row' if len(rows) == 1 else 'rows'}:"
+    lines = [f"  {row.where}: {row.problem}\n    {excerpt(row.text)}" for row in rows[:MAX_LISTED]]
+    more = [f"  ... and {len(rows) - MAX_LISTED} more"] if len(rows) > MAX_LISTED else []
+    return UserError("\n".join([head, *lines, *more, advice]))

@@ -1,15 +1,17 @@
 """Which rows train and which are held out: duplicates, splits and the mixture, by fingerprints."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import DatasetConfig, EvalConfig, SourceConfig
-from luthier.data.encode_source import DROPPED, EncodedSource
+from luthier.data.examples import source_key
 from luthier.data.fingerprints import Fingerprints, is_first_occurrence
-from luthier.data.mixture import mix_sources, source_key
+from luthier.data.mixture import mix_sources
 from luthier.data.seeded_random import UInt64s, scatter
 from luthier.errors import UserError
 
@@ -145,11 +147,41 @@ class RowSelection:
     """Rows on neither side, by reason."""
 
 
+class SelectableRows(Protocol):
+    """The rows of a source as far as they are selected by; the encoded ones and those of a check
+    are such."""
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """The fingerprint of each row."""
+
+    @property
+    def normalised_fingerprints(self) -> Fingerprints:
+        """The fingerprint of each row's normalised text."""
+
+    @property
+    def sequences(self) -> NDArray[Any]:
+        """How many sequences each row makes; a row that makes none is on no side."""
+
+    @property
+    def filtered(self) -> int:
+        """How many rows the filter left out."""
+
+    def __len__(self) -> int: ...
+
+    def drop_reasons(self) -> dict[str, int]:
+        """How many rows make no sequence, by reason."""
+
+    @property
+    def first_location(self) -> str:
+        """The place of the first row, such as `data.jsonl:7`."""
+
+
 def select_rows(
     config: DatasetConfig,
     sources: Mapping[str, SourceConfig],
-    trained: Mapping[str, EncodedSource],
-    evaluated: Mapping[str, EncodedSource],
+    trained: Mapping[str, SelectableRows],
+    evaluated: Mapping[str, SelectableRows],
     seed: int,
 ) -> RowSelection:
     """Leave out duplicates, hold rows out, and mix what is left.
@@ -185,15 +217,23 @@ def select_rows(
     return RowSelection(used, kept[split.heldout], epoch, counts, other)
 
 
-def source_starts(parts: Mapping[str, EncodedSource]) -> RowNumbers:
-    """The number of each source's first row, and behind the last one the number of all."""
-    return np.cumsum([0, *map(len, parts.values())])
+def source_starts(sources: Mapping[str, Sized]) -> RowNumbers:
+    """Return the number of each source's first row, and behind the last one the number of all."""
+    return np.cumsum([0, *map(len, sources.values())])
+
+
+def split_by_source(sources: Mapping[str, Sized], rows: RowNumbers) -> dict[str, RowNumbers]:
+    """Return rows that are numbered over all sources as the rows of each, in the same order."""
+    return {
+        name: rows[(rows >= start) & (rows < start + len(source))] - start
+        for (name, source), start in zip(sources.items(), source_starts(sources), strict=False)
+    }
 
 
 def _mix(
     config: DatasetConfig,
     sources: Mapping[str, SourceConfig],
-    trained: Mapping[str, EncodedSource],
+    trained: Mapping[str, SelectableRows],
     train: RowNumbers,
     seed: int,
 ) -> tuple[RowNumbers, dict[str, int]]:
@@ -206,7 +246,7 @@ def _mix(
 
 def _check_each_source(
     sources: Mapping[str, SourceConfig],
-    trained: Mapping[str, EncodedSource],
+    trained: Mapping[str, SelectableRows],
     left: Mapping[str, RowNumbers],
 ) -> None:
     """UserError for a source of which nothing is left, with what became of its rows.
@@ -226,13 +266,14 @@ def _check_each_source(
             )
 
 
-def _fingerprints_of(part: EncodedSource, config: DatasetConfig) -> Fingerprints:
+def _fingerprints_of(part: SelectableRows, config: DatasetConfig) -> Fingerprints:
     """What tells whether two rows are equal, as the config means it."""
-    return part.normalised_prints if config.deduplicate == "normalised" else part.prints
+    is_normalised = config.deduplicate == "normalised"
+    return part.normalised_fingerprints if is_normalised else part.fingerprints
 
 
 def _check_usable(
-    trained: Mapping[str, EncodedSource], evaluated: Mapping[str, EncodedSource]
+    trained: Mapping[str, SelectableRows], evaluated: Mapping[str, SelectableRows]
 ) -> None:
     for key, part in evaluated.items():
         if not (part.sequences > 0).any():
@@ -241,21 +282,18 @@ def _check_usable(
         raise UserError(_describe_no_rows("dataset", list(trained.values()), "to train on"))
 
 
-def _describe_no_rows(key: str, parts: list[EncodedSource], purpose: str) -> str:
+def _describe_no_rows(key: str, parts: list[SelectableRows], purpose: str) -> str:
     """The words for rows none of which makes a sequence."""
     total = sum(map(len, parts))
     if not total:
         filtered = sum(part.filtered for part in parts)
         why = f"the filter leaves out all of {filtered}" if filtered else "none could be read"
         return f"{key}: there is no row {purpose}; {why}."
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for part in parts:
-        for reason in part.rows.values(
-            "reason", np.flatnonzero(part.rows.column("state") == DROPPED)
-        ):
-            reasons[reason] = reasons.get(reason, 0) + 1
+        reasons.update(part.drop_reasons())
     words = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    first = next(part for part in parts if len(part)).locations([0])[0]
+    first = next(part for part in parts if len(part)).first_location
     return (
         f"{key}: none of the {total} rows gives anything {purpose} ({words}). "
         f"The first one is {first}."

@@ -9,22 +9,19 @@ from typing import Any
 import numpy as np
 
 from luthier.chat import ChatError
-from luthier.config.schema import DatasetConfig, SourceConfig
-from luthier.data.encoders.chat import EncodedRows, RowEncoder
+from luthier.config.schema import DatasetConfig
+from luthier.data.encoders.chat import EncodedRows, EncoderFactory, RowEncoder, RowState
 from luthier.data.examples import (
     BadRows,
+    DatasetSources,
     LocatedExample,
     OpenedSource,
-    open_examples,
-    train_sources,
 )
-from luthier.data.mixture import source_key
 from luthier.errors import UserError
 
 CHUNK_ROWS = 256
 """Rows that are encoded at once."""
 
-EncoderFactory = Callable[[str, SourceConfig, str], RowEncoder]
 TokenRow = dict[str, Any]
 
 
@@ -92,8 +89,9 @@ class TokenRowStream:
             if error.row is None:
                 raise
             raise UserError(f"{chunk[error.row].where}: {error.description}") from error
-        for number, (_, words) in made.problems.items():
-            self._tell(chunk[number].where, "lossy" if made.counts[number] else "dropped", words)
+        for row, outcome in zip(chunk, made.outcomes, strict=True):
+            if outcome.state != RowState.TRAINS:
+                self._tell(row.where, outcome.state.name.lower(), outcome.problem)
         for ids, labels in zip(
             *(_split(made.columns[n]) for n in ("input_ids", "labels")), strict=True
         ):
@@ -101,7 +99,7 @@ class TokenRowStream:
 
 
 def open_stream(
-    config: DatasetConfig,
+    sources: DatasetSources,
     encoders: EncoderFactory,
     on_problem: Callable[[dict[str, str]], None] = lambda row: None,
 ) -> TokenRowStream:
@@ -109,20 +107,16 @@ def open_stream(
 
     Raises UserError for settings that need all rows to be known: duplicates, a share or a count.
     """
-    _check(config)
-    sources = train_sources(config)
-    opened = {
-        source_key(name, sources): open_examples(source, source_key(name, sources), streaming=True)
-        for name, source in sources.items()
+    _check_streamable(sources.config)
+    opened = {source.key: source for source in sources.open_train().values()}
+    row_encoders = {
+        key: encoders(source.row_format.example_type, source.config, key)
+        for key, source in opened.items()
     }
-    encoding = {
-        key: encoders(part.row_format.example_type, part.config, key)
-        for key, part in opened.items()
-    }
-    return TokenRowStream(opened, encoding, config, on_problem)
+    return TokenRowStream(opened, row_encoders, sources.config, on_problem)
 
 
-def _check(config: DatasetConfig) -> None:
+def _check_streamable(config: DatasetConfig) -> None:
     """Refuse what can only be done with all rows at hand."""
     whole = {
         "dataset.deduplicate": config.deduplicate != "none",

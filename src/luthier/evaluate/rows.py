@@ -9,6 +9,7 @@ from luthier.chat import ChatEncoder, ChatError
 from luthier.config.methods import EXAMPLE_TYPES
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.data.encoders.plain_text import OnLong, WindowEncoder
+from luthier.data.encoders.prompts import split_prompt_and_reply
 from luthier.data.encoders.tasks import Seq2SeqEncoder
 from luthier.data.examples import (
     BadRows,
@@ -251,21 +252,19 @@ def encode_rows(
         except ChatError as error:
             found.leave_out(error.reason)
             continue
-        if made.counts == [0]:
-            found.leave_out(made.problems[0][0])
+        (outcome,) = made.outcomes
+        if not outcome.sequences:
+            found.leave_out(outcome.reason)
         else:
             yield row, {name: column[0] for name, column in made.columns.items()}
 
 
 def _spoken(example: Mapping[str, Any]) -> dict[str, Any]:
     """A conversation; of judged replies, the prompt and the good one."""
-    tools = example.get("tools")
-    if "messages" in example:
-        return {"messages": example["messages"], "tools": tools}
-    if not example.get("label", True):
+    prompt, reply = split_prompt_and_reply(example)
+    if not reply and "messages" not in example:  # it is rated bad
         return {"messages": [], "tools": None}
-    reply = example.get("chosen") or example["completion"]
-    return {"messages": [*example["prompt"], *reply], "tools": tools}
+    return {"messages": [*prompt, *reply], "tools": example.get("tools")}
 
 
 # Rows to measure on, and how they are scored.

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.config.schema import DatasetConfig, SourceConfig
-from luthier.data.encoders.prompts import split_prompt_and_reply
+from luthier.config.schema import MAIN_SOURCE, DatasetConfig, SourceConfig
+from luthier.data.encoders.prompts import reference_text, split_prompt_and_reply
 from luthier.data.examples import (
-    MAIN_SOURCE,
     BadRows,
     LocatedExample,
     OpenedSource,
@@ -88,21 +87,12 @@ def _check_kind(opened: OpenedSource) -> None:
 
 def _ask(placed: LocatedExample, opened: OpenedSource) -> PromptRow:
     example, kind = placed.example, opened.row_format.example_type
-    if kind == "conversation":
-        context, reply = split_prompt_and_reply(example)
-        if not context:
+    if kind in ("conversation", "preference", "unpaired"):
+        context, _ = split_prompt_and_reply(example)
+        if not context and kind == "conversation":
             raise UserError(f"{placed.where}: there is nothing before the reply.")
-        expected = None if reply is None or reply.get("tool_calls") else reply.get("content")
-        return PromptRow(
-            placed.where, _messages(context, example.get("tools")), _prompt_text(expected)
-        )
-    if kind in ("preference", "unpaired"):
-        replies = example.get("chosen") or example.get("completion") or [{}]
-        is_good = example.get("label", True) and len(replies) == 1
-        asked = _messages(example["prompt"], example.get("tools"))
-        return PromptRow(
-            placed.where, asked, _prompt_text(replies[0].get("content")) if is_good else None
-        )
+        prompt = _messages(context, example.get("tools"))
+        return PromptRow(placed.where, prompt, reference_text(example))
     if kind == "seq2seq":
         return PromptRow(placed.where, example["source"], example["target"])
     return PromptRow(placed.where, example["text"], None)
@@ -110,10 +100,6 @@ def _ask(placed: LocatedExample, opened: OpenedSource) -> PromptRow:
 
 def _messages(messages: list[dict[str, Any]], tools: Any) -> Prompt:
     return {"messages": messages, "tools": tools} if tools else messages
-
-
-def _prompt_text(content: Any) -> str | None:
-    return content if isinstance(content, str) else None
 
 
 def _blank_lines(opened: OpenedSource) -> Iterator[str]:
@@ -158,28 +144,8 @@ def read_questions(rows: Iterable[Row], limit: int) -> list[Question]:
     for example, columns in rows:
         if len(found) == limit:
             break
-        messages, expected = _parted(example)
+        messages, expected = split_prompt_and_reply(example)[0], reference_text(example)
         if messages and expected is not None:
             row = {**example, **columns}
             found.append(Question(messages, example.get("tools"), expected, row))
     return found
-
-
-def _parted(example: Mapping[str, Any]) -> tuple[Messages, str | None]:
-    """An example's prompt and the text of its reply; None where it has none."""
-    if "source" in example:
-        return [{"role": "user", "content": example["source"]}], example["target"]
-    if "messages" in example:
-        *context, last = example["messages"]
-        return context, _reply_text(last)
-    if not example.get("label", True):
-        return [], None
-    reply = example.get("chosen", example.get("completion")) or [{}]
-    return example.get("prompt", []), _reply_text(reply[0]) if len(reply) == 1 else None
-
-
-def _reply_text(message: Mapping[str, Any]) -> str | None:
-    """What an assistant's message says, if that is all in words."""
-    content = message.get("content")
-    is_reply = message.get("role") == "assistant" and not message.get("tool_calls")
-    return content if is_reply and isinstance(content, str) else None

@@ -1,29 +1,28 @@
 """What the tools look at: the recipe's sources and tokenizer, and no model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier import data, model
-from luthier.chat import IGNORED, ChatBatch, ChatEncoder, ChatError, ChatSequence, Reply, Segment
+from luthier.chat import IGNORED, ChatEncoder, ChatError, ChatSequence, Reply, Segment
 from luthier.chat.encoder import ChatPromptEncoder
 from luthier.config import load_config
 from luthier.config.methods import METHODS
-from luthier.config.schema import ChatSettings, DatasetConfig, RunConfig
+from luthier.config.schema import ChatSettings, RunConfig
 from luthier.data import Example
 from luthier.data.batching.settings import BatchingSettings, read_batching_settings
-from luthier.data.encoders.plain_text import TextWindow, WindowEncoder
-from luthier.data.encoders.prompts import NO_PROMPT, split_prompt_and_reply
-from luthier.data.examples import (
-    LocatedExample,
-    OpenedSource,
-    eval_set_name,
-    eval_sources,
-    open_examples,
-    train_sources,
+from luthier.data.encoders.chat import (
+    RowOutcome,
+    RowState,
+    batch_outcomes,
+    row_outcome,
+    window_outcome,
 )
-from luthier.data.mixture import source_key
+from luthier.data.encoders.plain_text import TextWindow, WindowEncoder
+from luthier.data.encoders.prompts import encode_prompt, max_prompt_tokens
+from luthier.data.examples import LocatedExample, OpenedSource, eval_set_name
 from luthier.environment import set_environment
 from luthier.errors import UserError
 from luthier.model.tokenizer import end_token_ids, load_tokenizer
@@ -32,20 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# A row with what the encoder makes of it, and what the config makes of that.
-
-Outcome = Literal["trains", "lossy", "dropped", "stops"]
-"""`lossy`: trains, although not all of its text is shown; `stops`: training stops at this row."""
-OUTCOMES: tuple[Outcome, ...] = ("trains", "lossy", "dropped", "stops")
-
-
 def shorten_location(text: str) -> str:
-    """A row's place as one would type it from here."""
+    """Return a row's place as one would type it from the working directory."""
     return text.removeprefix(f"{Path.cwd()}/")
 
 
 def describe_cut(replies: int) -> str:
-    """What went from a row's front, in words."""
+    """Return in words what went from a row's front, `replies` trained turns among it."""
     if not replies:
         return "turns went from its front, every reply still trains"
     return (
@@ -55,21 +47,13 @@ def describe_cut(replies: int) -> str:
 
 @dataclass
 class InspectedRow:
-    """One row: where it stands, what it makes, and what is wrong with it."""
+    """One row: where it stands, what it makes, and what becomes of it."""
 
     place: str
     example: Example
-    sequences: list[ChatSequence] = field(default_factory=list)
+    sequences: list[ChatSequence]
     """What trains, cut as configured; for a row that is too long to fit, nothing."""
-    error: ChatError | None = None
-    fate: Outcome = "trains"
-    cut_turns: int | None = None
-    """Trained turns that were cut off; None for a row that was not cut."""
-
-    @property
-    def words(self) -> str:
-        """What is wrong with the row, with its message and field but without its place."""
-        return self.error.description if self.error else ""
+    outcome: RowOutcome
 
 
 class RowReader(Protocol):
@@ -78,9 +62,6 @@ class RowReader(Protocol):
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """What these examples make."""
         ...
-
-
-# The reader of each source: what makes sequences of its rows.
 
 
 class Readers:
@@ -94,29 +75,20 @@ class Readers:
         self._conversations: dict[str, ConversationReader] = {}
 
     def of(self, opened: OpenedSource) -> RowReader:
-        """The reader of a source."""
-        facts = METHODS[self._config.trainer.method]
+        """Return the reader of a source."""
+        config = self._config
+        facts = METHODS[config.trainer.method]
         if opened.row_format.example_type == "conversation" and (facts.rewards or facts.teacher):
-            return self._prompts()
+            limit = max_prompt_tokens(config)
+            return PromptReader(self._tokenizer, config.chat, self._end_tokens, limit)
         if opened.row_format.example_type == "conversation":
             return self.conversations(opened)
-
-        config = self._config
         return DocumentReader(self._tokenizer, config.chat.max_length, config.dataset.stride)
 
-    def _prompts(self) -> RowReader:
-        from luthier.data.encoders.prompts import max_prompt_tokens
-
-        config = self._config
-        return PromptReader(
-            self._tokenizer, config.chat, self._end_tokens, max_prompt_tokens(config)
-        )
-
     def conversations(self, opened: OpenedSource) -> "ConversationReader":
-        """The reader of a source of conversations, with the turns that the source says train."""
-
-        chat, own = self._config.chat, opened.config.train_on
-        train_on = chat.train_on if own is None else own
+        """Return the reader of conversations, with the turns that the source says train."""
+        chat = self._config.chat
+        train_on = chat.train_on if opened.config.train_on is None else opened.config.train_on
         if repr(train_on) not in self._conversations:
             settings = chat.model_copy(update={"train_on": train_on})
             self._conversations[repr(train_on)] = ConversationReader(
@@ -162,13 +134,16 @@ def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> 
     rows that are neither conversations nor plain text.
     """
     config = load_config(overrides).config
-    data.check_sources(_lenient(config.dataset) if bad_rows else config.dataset)
+    lenient = {"on_bad_row": "drop"} if bad_rows else {}
+    sources = data.check_sources(config.dataset.model_copy(update=lenient))
     batching = read_batching_settings(config)
     # A folder that holds a tokenizer and nothing else is enough here.
     if not Path(config.model.tokenizer or config.model.path).is_dir():
         model.check_model_path(config.model)
     set_environment(config)
-    trained, evaluated = _opened(config.dataset, command)
+    trained, evaluated = sources.open_train(), sources.open_eval()
+    for opened in (*trained.values(), *evaluated.values()):
+        _check_kind(opened, command)
     tokenizer = _quiet_tokenizer(config)
     readers = Readers(tokenizer, config, end_token_ids(config.model))
     return LoadedDataset(config, tokenizer, trained, evaluated, readers, batching)
@@ -177,27 +152,6 @@ def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> 
 def split_name(key: str) -> str:
     """What an evaluation set is called, by its config key: its name, or `held out`."""
     return eval_set_name(key) or "held out"
-
-
-def _lenient(config: DatasetConfig) -> DatasetConfig:
-    return config.model_copy(update={"on_bad_row": "drop"})
-
-
-def _opened(
-    config: DatasetConfig, command: str
-) -> tuple[dict[str, OpenedSource], dict[str, OpenedSource]]:
-    sources = train_sources(config)
-    trained = {
-        name: open_examples(source, source_key(name, sources), config.streaming)
-        for name, source in sources.items()
-    }
-    evaluated = {
-        key: open_examples(source, key, config.streaming)
-        for key, source in eval_sources(config).items()
-    }
-    for opened in (*trained.values(), *evaluated.values()):
-        _check_kind(opened, command)
-    return trained, evaluated
 
 
 def _check_kind(opened: OpenedSource, command: str) -> None:
@@ -218,168 +172,92 @@ def _quiet_tokenizer(config: RunConfig) -> Any:
     return load_tokenizer(config.model)
 
 
-# Conversations through the encoder, none stopping the others.
-
-
-class EncodedConversation(NamedTuple):
-    """The sequences of a row, what is wrong with it, and trained turns that were cut off."""
-
-    sequences: list[ChatSequence]
-    error: ChatError | None
-    cut_turns: int | None
-
-
 class ConversationReader:
-    """Encodes rows under the settings of a config, and goes on where training would stop."""
+    """Encodes conversations as a config says, and goes on where training would stop."""
 
     def __init__(self, tokenizer: Any, settings: ChatSettings, end_tokens: list[int]) -> None:
         self.settings = settings
-        given = settings.model_dump() | {"eos_token_ids": end_tokens}
-        self.encoder = ChatEncoder(tokenizer, **given)
+        chat = settings.model_dump() | {"eos_token_ids": end_tokens}
+        self.encoder = ChatEncoder(tokenizer, **chat)
         """The encoder of a training."""
         # One day for all, also where the clock passes midnight.
-        given |= {"date": self.encoder.date, "on_lost": "drop"}
+        chat |= {"date": self.encoder.date, "on_lost": "drop"}
         if settings.on_long == "error":
-            given["on_long"] = "drop"
-        self._encoder = ChatEncoder(tokenizer, **given)
-        self._lenient = ChatEncoder(tokenizer, **given | {"on_lost": "keep"})
-        unbound = given | {"on_lost": "keep", "max_length": None}
-        self._unbound = ChatEncoder(tokenizer, **unbound)
+            chat["on_long"] = "drop"
+        self._dropping = ChatEncoder(tokenizer, **chat)
+        self._lenient = ChatEncoder(tokenizer, **chat | {"on_lost": "keep"})
+        uncut = chat | {"on_lost": "keep", "max_length": None}
+        self._uncut = ChatEncoder(tokenizer, **uncut)
         other = "segments" if settings.boundaries == "served" else "served"
-        self._other = ChatEncoder(tokenizer, **unbound | {"boundaries": other})
+        self._other_boundaries = ChatEncoder(tokenizer, **uncut | {"boundaries": other})
 
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
-        """What these conversations make."""
-        made = encode_each(self._encoder, [row.example for row in placed])
-        rows = [
-            InspectedRow(
-                shorten_location(row.where),
-                row.example,
-                one.sequences,
-                one.error,
-                "trains",
-                one.cut_turns,
-            )
-            for row, one in zip(placed, made, strict=True)
-        ]
+        """Return what these conversations make."""
+        rows = self._encode(self._dropping, placed)
         if self.settings.on_lost == "keep":
-            self._keep([row for row in rows if row.error and row.error.reason == "lost"])
+            lossy = [number for number, row in enumerate(rows) if row.outcome.reason == "lost"]
+            kept = self._encode(self._lenient, [placed[number] for number in lossy])
+            for number, row in zip(lossy, kept, strict=True):
+                rows[number] = row
         for row in rows:
-            if not row.sequences and row.error is not None:
-                row.fate = self._fate(row.error)
+            if not row.sequences and self._stops_at(row.outcome):
+                row.outcome = row.outcome._replace(state=RowState.STOPS)
         return rows
 
-    def whole(self, row: InspectedRow) -> list[ChatSequence]:
-        """The sequences of a row before anything is cut."""
-        if row.sequences and row.cut_turns is None:
+    def uncut_sequences(self, row: InspectedRow) -> list[ChatSequence]:
+        """Return the sequences of a row before anything is cut."""
+        if row.sequences and row.outcome.cut_turns is None:
             return row.sequences
-        return _sequences(self._unbound, row)
+        return _encode_or_nothing(self._uncut, row)
 
-    def otherwise(self, row: InspectedRow) -> list[ChatSequence]:
-        """The same with the boundaries that the config did not choose."""
-        return _sequences(self._other, row)
+    def other_sequences(self, row: InspectedRow) -> list[ChatSequence]:
+        """Return the same with the boundaries that the config did not choose."""
+        return _encode_or_nothing(self._other_boundaries, row)
 
-    def _keep(self, rows: list[InspectedRow]) -> None:
-        """Encode rows that lose text and train all the same."""
-        made = encode_each(self._lenient, [row.example for row in rows])
-        for row, (sequences, error, cut_turns) in zip(rows, made, strict=True):
-            row.error, row.sequences, row.cut_turns = error, sequences, cut_turns
-            row.fate = "lossy"
+    def _encode(self, encoder: ChatEncoder, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
+        """Return what an encoder makes of rows; those that it stops at are dropped."""
+        try:
+            batch = encoder.encode_batch([row.example for row in placed])
+        except ChatError as error:
+            if len(placed) > 1:
+                return [row for each in placed for row in self._encode(encoder, [each])]
+            outcome = row_outcome(0, (error.reason, error.description))
+            return [_inspected(placed[0], [], outcome)]
+        columns = placed, batch.rows, batch_outcomes(batch)
+        return [_inspected(*row) for row in zip(*columns, strict=True)]
 
-    def _fate(self, error: ChatError) -> Outcome:
-        """What becomes of a row that makes no sequence."""
-        if error.reason == "too long":
-            return "stops" if self.settings.on_long == "error" else "dropped"
-        if error.reason == "nothing to train" or self.settings.on_lost == "drop":
-            return "dropped"
-        return "stops"
-
-
-def encode_each(encoder: ChatEncoder, conversations: list[Any]) -> list[EncodedConversation]:
-    """What each row makes; a row that the encoder stops at is a dropped one."""
-    try:
-        return _made(encoder.encode_batch(conversations))
-    except ChatError:
-        return [_alone(encoder, conversation) for conversation in conversations]
-
-
-def _alone(encoder: ChatEncoder, conversation: Any) -> EncodedConversation:
-    try:
-        return _made(encoder.encode_batch([conversation]))[0]
-    except ChatError as error:
-        return EncodedConversation([], error, None)
-
-
-def _sequences(encoder: ChatEncoder, row: InspectedRow) -> list[ChatSequence]:
-    """What a row makes; nothing where the encoder stops at it."""
-    try:
-        return encoder.encode(row.example["messages"], row.example.get("tools"))
-    except ChatError:
-        return []
-
-
-def _made(batch: ChatBatch) -> list[EncodedConversation]:
-    errors = {report.row: report for report in batch.reports}
-    return [
-        EncodedConversation(sequences, errors.get(number), batch.cut.get(number))
-        for number, sequences in enumerate(batch.rows)
-    ]
-
-
-# Plain texts as windows, none stopping the others.
+    def _stops_at(self, outcome: RowOutcome) -> bool:
+        """Return whether training stops at a row that makes no sequence."""
+        if outcome.reason == "too long":
+            return self.settings.on_long == "error"
+        return outcome.reason != "nothing to train" and self.settings.on_lost != "drop"
 
 
 class DocumentReader:
-    """Cuts documents into windows as a config says, and goes on where training would stop."""
+    """Cuts plain texts into windows as a config says, and goes on where training would stop."""
 
     def __init__(self, tokenizer: Any, max_length: int | None, stride: int) -> None:
         self._encoder = WindowEncoder(tokenizer, max_length, stride)
 
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
-        """What these documents make."""
+        """Return what these documents make."""
         try:
-            made = self._encoder.encode_batch(row.example["text"] for row in placed)
-        except ChatError:
-            return [self._alone(row) for row in placed]
-        return [_row(*pair) for pair in zip(placed, made, strict=True)]
-
-    def _alone(self, placed: LocatedExample) -> InspectedRow:
-        try:
-            (windows,) = self._encoder.encode_batch([placed.example["text"]])
+            windows = self._encoder.encode_batch(row.example["text"] for row in placed)
         except ChatError as error:
-            return InspectedRow(
-                shorten_location(placed.where),
-                placed.example,
-                error=error.in_row(None),
-                fate="stops",
-            )
-        return _row(placed, windows)
-
-
-def _row(placed: LocatedExample, windows: list[TextWindow]) -> InspectedRow:
-    if windows:
-        return InspectedRow(
-            shorten_location(placed.where),
-            placed.example,
-            [_document_sequence(window) for window in windows],
-        )
-    error = ChatError("the text is empty", reason="empty text")
-    return InspectedRow(shorten_location(placed.where), placed.example, error=error, fate="dropped")
-
-
-def _document_sequence(window: TextWindow) -> ChatSequence:
-    """The window as a sequence whose reply is all that trains."""
-    size, context = len(window.input_ids), window.labels.count(IGNORED)
-    parts = [Segment(0, context, None, None, "text", False)] if context else []
-    parts.append(Segment(context, size, None, None, "text", True))
-    return ChatSequence(window.input_ids, [Reply(0, context, size)], lambda: parts)
-
-
-# Conversations up to their last reply, for methods whose model answers them itself.
+            if len(placed) > 1:
+                return [row for each in placed for row in self.rows([each])]
+            return [_inspected(placed[0], [], _stopping(error))]
+        return [
+            _inspected(row, [*map(_window_sequence, own)], window_outcome(own))
+            for row, own in zip(placed, windows, strict=True)
+        ]
 
 
 class PromptReader:
-    """Encodes prompts as a training does, and goes on where it would stop."""
+    """Encodes conversations up to their last reply, for methods whose model answers them itself.
+
+    It goes on where a training would stop.
+    """
 
     def __init__(
         self, tokenizer: Any, settings: ChatSettings, end_tokens: list[int], limit: int | None
@@ -389,27 +267,45 @@ class PromptReader:
         self._prompts = ChatPromptEncoder(encoder, limit)
 
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
-        """What these conversations make."""
+        """Return what these conversations make."""
         return [self._row(row) for row in placed]
 
     def _row(self, placed: LocatedExample) -> InspectedRow:
-        row = InspectedRow(shorten_location(placed.where), placed.example)
-        context = split_prompt_and_reply(placed.example)[0]
-        if not context:
-            row.error, row.fate = ChatError(NO_PROMPT[1], reason=NO_PROMPT[0]), "dropped"
-            return row
         try:
-            ids, gone, row.error = self._prompts.encode(context, placed.example.get("tools"))
+            ids, outcome = encode_prompt(self._prompts, placed.example)
         except ChatError as error:
-            row.error, row.fate = error, "stops" if self._prompts.is_fatal(error) else "dropped"
-            return row
-        row.fate = "trains" if row.error is None else "lossy"
-        row.sequences = [_prompt_sequence(ids)]
-        row.cut_turns = 0 if gone else None
-        return row
+            return _inspected(placed, [], _stopping(error))
+        return _inspected(placed, [_prompt_sequence(ids)] * outcome.sequences, outcome)
+
+
+def _inspected(
+    placed: LocatedExample, sequences: list[ChatSequence], outcome: RowOutcome
+) -> InspectedRow:
+    return InspectedRow(shorten_location(placed.where), placed.example, sequences, outcome)
+
+
+def _stopping(error: ChatError) -> RowOutcome:
+    """Return the outcome of a row at which training stops with this error."""
+    return RowOutcome(0, RowState.STOPS, error.reason, error.description)
+
+
+def _encode_or_nothing(encoder: ChatEncoder, row: InspectedRow) -> list[ChatSequence]:
+    """Return what a row makes; nothing where the encoder stops at it."""
+    try:
+        return encoder.encode(row.example["messages"], row.example.get("tools"))
+    except ChatError:
+        return []
+
+
+def _window_sequence(window: TextWindow) -> ChatSequence:
+    """Return the window as a sequence whose reply is all that trains."""
+    size, context = len(window.input_ids), window.labels.count(IGNORED)
+    segments = [Segment(0, context, None, None, "text", False)] if context else []
+    segments.append(Segment(context, size, None, None, "text", True))
+    return ChatSequence(window.input_ids, [Reply(0, context, size)], lambda: segments)
 
 
 def _prompt_sequence(ids: list[int]) -> ChatSequence:
-    """The prompt as a sequence in which nothing trains."""
-    part = Segment(0, len(ids), None, None, "prompt", False)
-    return ChatSequence(list(ids), [], lambda: [part])
+    """Return the prompt as a sequence in which nothing trains."""
+    segment = Segment(0, len(ids), None, None, "prompt", False)
+    return ChatSequence(ids, [], lambda: [segment])

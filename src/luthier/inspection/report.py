@@ -71,11 +71,9 @@ def duplicate_lines(survey: Survey) -> Lines:
     left_out = {"none": (), "exact": ("exact",), "normalised": ("exact", "normalised")}[setting]
     for kind, words in _EQUAL.items():
         if found[kind].rows:
-            fate = "left out" if kind in left_out else "kept"
-            words = (
-                f"{words}: {count_rows(found[kind].rows)}, {fate} (dataset.deduplicate={setting})"
-            )
-            yield from _equals(found[kind], words)
+            outcome = "left out" if kind in left_out else "kept"
+            head = f"{words}: {count_rows(found[kind].rows)}, {outcome}"
+            yield from _equals(found[kind], f"{head} (dataset.deduplicate={setting})")
 
 
 def _equals(found: DuplicateRows, words: str) -> Lines:
@@ -218,7 +216,7 @@ def print_lengths(console: Console, side: SplitStats) -> None:
 
 _WIDTH = 4
 """Sides that stand beside each other in one table."""
-_FATES = {
+_OUTCOMES = {
     "stops": "stops the training",
     "dropped": "dropped",
     "lossy": "trains, but is not shown whole",
@@ -227,7 +225,7 @@ _FATES = {
     "split": "several sequences",
 }
 _HARMLESS = ("windows", "split")
-"""Fates of which one example is enough."""
+"""Outcomes of which one example is enough."""
 
 
 def print_report(survey: Survey, console: Console | None = None) -> None:
@@ -253,7 +251,9 @@ def print_report(survey: Survey, console: Console | None = None) -> None:
         lines = batch_lines(survey.batches)
         _show_lines(console, "batches of an epoch, on one device", lines)
     for account in survey.accounts:
-        for finding in sorted(account.findings.values(), key=lambda f: list(_FATES).index(f.fate)):
+        for finding in sorted(
+            account.findings.values(), key=lambda f: list(_OUTCOMES).index(f.outcome)
+        ):
             _show_finding(console, account, finding)
     _show_boundaries(console, survey)
     console.print(Text("\nrules", style="bold"))
@@ -273,9 +273,9 @@ def _show_lines(console: Console, head: str, lines: Iterable[str]) -> None:
 
 def _show_finding(console: Console, account: RowOutcomes, finding: Finding) -> None:
     of = f"{count_rows(finding.rows)} of {account.opened.key}"
-    head = f"\n{_FATES[finding.fate]}: {of}, {finding.reason}"
+    head = f"\n{_OUTCOMES[finding.outcome]}: {of}, {finding.reason}"
     console.print(Text(head, style="bold"), soft_wrap=True)
-    shown = finding.examples[: 1 if finding.fate in _HARMLESS else None]
+    shown = finding.examples[: 1 if finding.outcome in _HARMLESS else None]
     for example in shown:
         print_example(console, example)
     if finding.rows > len(shown):
@@ -395,8 +395,13 @@ def _source_sentence(account: RowOutcomes) -> dict[str, Any]:
         "filtered_out": account.bad.filtered,
         "bad_rows": len(account.bad.rows),
         "train_on": opened.config.train_on,
-        "findings": [asdict(finding) for finding in account.findings.values()],
+        "findings": [_finding_values(finding) for finding in account.findings.values()],
     }
+
+
+def _finding_values(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    return {"fate": values.pop("outcome"), **values}
 
 
 def _mixture(survey: Survey) -> dict[str, Any]:

@@ -274,12 +274,12 @@ class PromptComparison:
     ) -> None:
         """Compare those of the rows that the sample takes, each before anything is cut."""
         for row in rows:
-            if not row.sequences and (row.error is None or row.error.reason != "too long"):
+            if not row.sequences and row.outcome.reason != "too long":
                 continue
             self.of += 1
             if sample.takes():
-                whole = reader.whole(row)
-                self._compare(row, whole, reader.otherwise(row))
+                whole = reader.uncut_sequences(row)
+                self._compare(row, whole, reader.other_sequences(row))
                 for sequence in whole:
                     sample.spend(*self._compare_prompts(reference, row, sequence))
 

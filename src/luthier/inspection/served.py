@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import RunConfig
-from luthier.data.examples import BadRows, OpenedSource, eval_sources, open_examples, train_sources
+from luthier.data.examples import BadRows, DatasetSources, OpenedSource
 from luthier.errors import UserError
 from luthier.inspection.dataset import shorten_location
 from luthier.inspection.rules import Rule, first_difference, tokens_around
@@ -180,9 +180,9 @@ def _ends(artifact: Artifact) -> list[int]:
 
 def _opened(config: RunConfig) -> Iterator[OpenedSource]:
     """The sources of a run whose rows have prompts."""
-    named = {**train_sources(config.dataset), **eval_sources(config.dataset)}
-    for key, source in named.items():
-        opened = open_examples(source, key, config.dataset.streaming)
+    sources = DatasetSources(config.dataset)
+    for key in sources.by_key:
+        opened = sources.open(key)
         if opened.row_format.example_type in _KINDS:
             yield opened
 

@@ -1,15 +1,17 @@
-"""What each row of a source makes and what becomes of it, in numbers, and the first of each."""
+"""What becomes of the rows of a dataset, which are equal, and what each split holds, in numbers."""
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import ChatSequence
 from luthier.config.schema import DatasetConfig, EvalConfig
+from luthier.data.encode_source import expand_ranges
+from luthier.data.encoders.chat import RowState
 from luthier.data.examples import BadRows, LocatedExample, OpenedSource, train_sources
 from luthier.data.fingerprints import (
     Fingerprints,
@@ -17,11 +19,10 @@ from luthier.data.fingerprints import (
     normalised_fingerprint,
     pack_fingerprints,
 )
-from luthier.data.select import RowSelection, select_rows, source_starts
-from luthier.inspection.dataset import OUTCOMES, InspectedRow, LoadedDataset, Outcome, describe_cut
+from luthier.data.prepare import count_outcomes
+from luthier.data.select import select_rows, split_by_source
+from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
 from luthier.inspection.rules import EXAMPLES, RuleExample
-
-# How a dataset is put together: the mixture, equal rows, and what is held out.
 
 Positions = NDArray[np.int64]
 
@@ -97,101 +98,96 @@ def _firsts(prints: Fingerprints) -> Positions:
     return first[group]
 
 
-# Which rows of the sources train and which are held out, as training has it.
-
+UNREADABLE = "cannot be read"
+"""The reason of a finding about rows that never became examples."""
 SelectedRows = list[tuple[OpenedSource, Positions]]
 """Rows of several sources, each with where they stand in it."""
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """A source as far as the division asks: what its rows equal, and how much they make."""
+    """A source whose rows are read and not encoded: each counts as if it made a sequence."""
 
-    prints: Fingerprints
-    """What tells whether two rows are equal."""
-    normalised_prints: Fingerprints
-    """The same, but for case, white space and Unicode form."""
-    sequences: NDArray[Any]
-    """How many sequences each row makes; a row that makes none is on no side."""
+    fingerprints: Fingerprints
+    normalised_fingerprints: Fingerprints
+    first_location: str
+    """The place of the first row; empty where there is none."""
+    filtered: int
+    """Rows that the filter left out."""
 
     def __len__(self) -> int:
-        return len(self.prints)
+        return len(self.fingerprints)
+
+    @property
+    def sequences(self) -> NDArray[np.int32]:
+        """How many sequences each row makes."""
+        return np.ones(len(self), np.int32)
+
+    def drop_reasons(self) -> dict[str, int]:
+        """How many rows make no sequence, by reason: none."""
+        return {}
 
 
-def select_summarised(
-    config: DatasetConfig,
-    seed: int,
-    trained: Mapping[str, SourceSummary],
-    evaluated: Mapping[str, SourceSummary],
-) -> RowSelection:
-    """Leave out equal rows, hold rows out and mix the others; rows are numbered over all sources.
+def select_split(material: LoadedDataset, split: str) -> SelectedRows:
+    """Return the rows of one split.
 
-    Raises UserError as training does where nothing is left on a side.
-    """
-    # Of an encoded source, `select` takes no more than a `Seen` has.
-    parts, sets = cast(Any, trained), cast(Any, evaluated)
-    return select_rows(config, train_sources(config), parts, sets, seed)
-
-
-def split_by_source(sizes: Mapping[str, Any], rows: Positions) -> dict[str, Positions]:
-    """Rows numbered over all sources as the rows of each, in the same order.
-
-    `sizes`: the sources by name, each as long as it has rows.
-    """
-    starts = source_starts(cast(Any, sizes))
-    return {
-        name: rows[(rows >= start) & (rows < start + len(part))] - start
-        for (name, part), start in zip(sizes.items(), starts, strict=False)
-    }
-
-
-def select_split(material: LoadedDataset, which: str) -> SelectedRows:
-    """The rows of one side.
-
-    `which`: `train`, `held out` for rows held out of the training sources, or the config key of an
+    `split`: `train`, `held out` for rows held out of the training sources, or the config key of an
     evaluation set. All rows count as if each made a sequence. Raises UserError for rows that cannot
-    be read, where the config does not drop them.
+    be read, where the config does not drop them, and where training would stop for want of rows.
     """
     config = material.config.dataset
-    if which in material.evaluated:
-        opened = material.evaluated[which]
-        return [(opened, np.arange(len(_seen(opened, config))))]
-    trained = {name: _seen(opened, config) for name, opened in material.trained.items()}
-    evaluated = {key: _seen(opened, config) for key, opened in material.evaluated.items()}
-    chosen = select_summarised(config, material.config.seed, trained, evaluated)
-    rows = split_by_source(trained, chosen.train if which == "train" else chosen.heldout)
+    if split in material.evaluated:
+        opened = material.evaluated[split]
+        return [(opened, np.arange(len(_summarise_source(opened, config))))]
+    trained, evaluated = (
+        {key: _summarise_source(opened, config) for key, opened in sources.items()}
+        for sources in (material.trained, material.evaluated)
+    )
+    seed = material.config.seed
+    selection = select_rows(config, train_sources(config), trained, evaluated, seed)
+    numbers = selection.train if split == "train" else selection.heldout
+    rows = split_by_source(trained, numbers)
     return [(material.trained[name], positions) for name, positions in rows.items()]
 
 
 def read_examples(opened: OpenedSource, positions: Positions) -> Iterator[LocatedExample]:
-    """The examples at these positions of a source, in its order; read no further than the last."""
-    wanted = set(positions.tolist())
-    if not wanted:
+    """Yield the examples at these positions of a source, in its order.
+
+    The source is read no further than the last of them.
+    """
+    numbers = set(positions.tolist())
+    last = max(numbers, default=-1)
+    if last < 0:
         return
-    last = max(wanted)
     for number, row in enumerate(opened.examples(BadRows())):
-        if number in wanted:
+        if number in numbers:
             yield row
         if number == last:
             return
 
 
-def _seen(opened: OpenedSource, config: DatasetConfig) -> SourceSummary:
-    """A source whose rows are only read."""
+def _summarise_source(opened: OpenedSource, config: DatasetConfig) -> SourceSummary:
+    """Read a source; raises UserError for bad rows unless the config drops them."""
     bad = BadRows()
-    # The division asks for one kind of them.
-    print_of = normalised_fingerprint if config.deduplicate == "normalised" else fingerprint
-    prints = pack_fingerprints(print_of(row.example) for row in opened.examples(bad))
+    # The selection asks for one kind of fingerprints.
+    is_normalised = config.deduplicate == "normalised"
+    fingerprint_of = normalised_fingerprint if is_normalised else fingerprint
+    digests, first_location = [], ""
+    for row in opened.examples(bad):
+        digests.append(fingerprint_of(row.example))
+        first_location = first_location or row.where
     if config.on_bad_row == "error":
         bad.raise_if_any(opened)
-    return SourceSummary(prints, prints, np.ones(len(prints), np.int32))
+    fingerprints = pack_fingerprints(digests)
+    return SourceSummary(fingerprints, fingerprints, first_location, bad.filtered)
 
 
 @dataclass
 class Finding:
     """Rows of which there is something to say: what became of them, why, and the first ones."""
 
-    fate: str
+    outcome: str
+    """The state of the rows, or what else there is to say: `cut`, `windows` or `split`."""
     reason: str
     rows: int = 0
     examples: list[RuleExample] = field(default_factory=list)
@@ -204,7 +200,7 @@ class Finding:
 
 
 class RowOutcomes:
-    """The rows of one source, as they come."""
+    """What the rows of one source make and what becomes of them, as they come."""
 
     def __init__(self, name: str, opened: OpenedSource) -> None:
         self.name = name
@@ -213,8 +209,9 @@ class RowOutcomes:
         """Where each row stands."""
         self.bad = BadRows()
         self.findings: dict[tuple[str, str], Finding] = {}
-        self._prints = {"exact": bytearray(), "normalised": bytearray()}
-        self._sequences, self._cut, self._fates = array("i"), array("i"), array("b")
+        self._fingerprints, self._normalised_fingerprints = bytearray(), bytearray()
+        # Arrays of numbers: a dataset may have many rows, and objects take fifty times the memory.
+        self._sequences, self._cut_turns, self._states = array("i"), array("i"), array("b")
         self._lengths, self._trained = array("i"), array("i")
 
     def __len__(self) -> int:
@@ -222,28 +219,31 @@ class RowOutcomes:
 
     def add(self, row: InspectedRow) -> None:
         """Note one row."""
+        outcome = row.outcome
         self.places.append(row.place)
-        self._prints["exact"] += fingerprint(row.example)
-        self._prints["normalised"] += normalised_fingerprint(row.example)
-        self._fates.append(OUTCOMES.index(row.fate))
+        self._fingerprints += fingerprint(row.example)
+        self._normalised_fingerprints += normalised_fingerprint(row.example)
+        self._states.append(outcome.state)
         self._sequences.append(len(row.sequences))
-        self._cut.append(-1 if row.cut_turns is None else row.cut_turns)
+        self._cut_turns.append(-1 if outcome.cut_turns is None else outcome.cut_turns)
         for sequence in row.sequences:
             self._lengths.append(len(sequence))
             self._trained.append(sequence.trained_tokens)
-        self._find(row)
+        self._note_findings(row)
 
-    def find(self, fate: str, reason: str) -> Finding:
-        """The finding of this kind."""
-        return self.findings.setdefault((fate, reason), Finding(fate, reason))
+    def finding(self, outcome: str, reason: str) -> Finding:
+        """Return the finding of this outcome and reason, which is new where there was none."""
+        return self.findings.setdefault((outcome, reason), Finding(outcome, reason))
 
-    def prints(self, kind: str) -> Fingerprints:
-        """What tells whether rows are equal: `exact` or `normalised`, shape (rows,)."""
-        return np.frombuffer(bytes(self._prints[kind]), "S16")
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """The fingerprint of each row, `S16`."""
+        return np.frombuffer(bytes(self._fingerprints), "S16")
 
-    def seen(self) -> SourceSummary:
-        """What the division asks for."""
-        return SourceSummary(self.prints("exact"), self.prints("normalised"), self.sequences)
+    @property
+    def normalised_fingerprints(self) -> Fingerprints:
+        """The fingerprint of each row's normalised text, `S16`."""
+        return np.frombuffer(bytes(self._normalised_fingerprints), "S16")
 
     @property
     def sequences(self) -> NDArray[np.int32]:
@@ -251,36 +251,54 @@ class RowOutcomes:
         return _numbers(self._sequences)
 
     @property
-    def cut(self) -> NDArray[np.int32]:
+    def cut_turns(self) -> NDArray[np.int32]:
         """Trained turns that each row lost, -1 where it was not cut."""
-        return _numbers(self._cut)
+        return _numbers(self._cut_turns)
 
-    def fated(self, fate: Outcome) -> NDArray[np.bool_]:
-        """Which rows end this way."""
-        return np.array(self._fates, np.int8) == OUTCOMES.index(fate)
+    @property
+    def states(self) -> NDArray[np.int8]:
+        """The `RowState` of each row."""
+        return np.array(self._states, np.int8)
+
+    @property
+    def filtered(self) -> int:
+        """Rows that the filter left out."""
+        return self.bad.filtered
+
+    def drop_reasons(self) -> dict[str, int]:
+        """How many rows make no sequence, by reason."""
+        return {
+            finding.reason: finding.rows
+            for finding in self.findings.values()
+            if finding.outcome in ("dropped", "stops") and finding.reason != UNREADABLE
+        }
+
+    @property
+    def first_location(self) -> str:
+        """The place of the first row; empty where there is none."""
+        return self.places[0] if self.places else ""
 
     def tokens(self, rows: Positions) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The tokens and the trained tokens of each sequence of these rows, in their order."""
+        """Return the tokens and the trained tokens of each sequence of these rows, in order."""
         counts = self.sequences.astype(np.int64)
-        starts, chosen = (np.cumsum(counts) - counts)[rows], counts[rows]
-        inside = np.arange(chosen.sum()) - np.repeat(np.cumsum(chosen) - chosen, chosen)
-        numbers = np.repeat(starts, chosen) + inside
+        numbers = expand_ranges((np.cumsum(counts) - counts)[rows], counts[rows])
         return _numbers(self._lengths)[numbers], _numbers(self._trained)[numbers]
 
-    def _find(self, row: InspectedRow) -> None:
-        where = row.place
-        if row.fate != "trains" and row.error is not None:
-            self.find(row.fate, row.error.reason).note(where, lambda: row.words)
-        if row.cut_turns is not None:
-            cut = row.cut_turns
-            self.find("cut", "longer than chat.max_length").note(where, lambda: describe_cut(cut))
-        several = len(row.sequences)
-        if several > 1 and self.opened.row_format.example_type == "text":
-            found = self.find("windows", "longer than chat.max_length")
-            found.note(where, lambda: f"{several:,} windows")
-        elif several > 1:
-            found = self.find("split", "each turn in its true context")
-            found.note(where, lambda: _turns(row.sequences))
+    def _note_findings(self, row: InspectedRow) -> None:
+        where, outcome, sequences = row.place, row.outcome, len(row.sequences)
+        cut_turns = outcome.cut_turns
+        if outcome.state != RowState.TRAINS:
+            name = outcome.state.name.lower()
+            self.finding(name, outcome.reason).note(where, lambda: outcome.problem)
+        if cut_turns is not None:
+            finding = self.finding("cut", "longer than chat.max_length")
+            finding.note(where, lambda: describe_cut(cut_turns))
+        if sequences > 1 and self.opened.row_format.example_type == "text":
+            finding = self.finding("windows", "longer than chat.max_length")
+            finding.note(where, lambda: f"{sequences:,} windows")
+        elif sequences > 1:
+            finding = self.finding("split", "each turn in its true context")
+            finding.note(where, lambda: _turns(row.sequences))
 
 
 def _turns(sequences: Sequence[ChatSequence]) -> str:
@@ -290,9 +308,6 @@ def _turns(sequences: Sequence[ChatSequence]) -> str:
 
 def _numbers(values: "array[int]") -> NDArray[Any]:
     return np.array(values, np.int32)
-
-
-# The sides of a dataset in numbers: what trains in an epoch, and each evaluation set.
 
 
 class SplitRows(NamedTuple):
@@ -336,33 +351,33 @@ class SplitStats:
 def summarise_split(
     name: str, parts: list[SplitRows], left_out: dict[str, int] | None = None
 ) -> SplitStats:
-    """Count a side: for each source the rows that are on it."""
+    """Count a split: for each source the rows that are in it.
+
+    `left_out`: rows that are in no split, by reason.
+    """
     tokens = [part.account.tokens(part.epoch) for part in parts]
+    outcomes = count_outcomes((part.account, part.rows) for part in parts)
     none = np.empty(0, np.int32)
     return SplitStats(
         name=name,
-        rows=sum(len(part.rows) for part in parts),
+        rows=outcomes.rows,
         lengths=np.concatenate([none, *(lengths for lengths, _ in tokens)]),
         trained_tokens=sum(int(trained.sum(dtype=np.int64)) for _, trained in tokens),
-        dropped=_count(part.account.fated("dropped")[part.rows] for part in parts),
-        stops=_count(part.account.fated("stops")[part.rows] for part in parts),
-        lossy=_count(part.account.fated("lossy")[part.rows] for part in parts),
-        cut_rows=_count(part.account.cut[part.rows] >= 0 for part in parts),
-        cut_turns=sum(int(np.clip(p.account.cut[p.rows], 0, None).sum()) for p in parts),
-        split=_several(parts, "conversation"),
-        windows=_several(parts, "text"),
+        dropped=outcomes.states[RowState.DROPPED],
+        stops=outcomes.states[RowState.STOPS],
+        lossy=outcomes.states[RowState.LOSSY],
+        cut_rows=outcomes.cut_rows,
+        cut_turns=outcomes.cut_turns,
+        split=_count_several(parts, "conversation"),
+        windows=_count_several(parts, "text"),
         left_out={reason: rows for reason, rows in (left_out or {}).items() if rows},
     )
 
 
-def _several(parts: list[SplitRows], kind: str) -> int:
-    """Rows of this kind that make several sequences."""
-    return _count(
-        part.account.sequences[part.rows] > 1
+def _count_several(parts: list[SplitRows], kind: str) -> int:
+    """Return how many rows of this kind make several sequences."""
+    return sum(
+        int((part.account.sequences[part.rows] > 1).sum())
         for part in parts
         if part.account.opened.row_format.example_type == kind
     )
-
-
-def _count(masks: Iterable[NDArray[np.bool_]]) -> int:
-    return sum(int(mask.sum()) for mask in masks)

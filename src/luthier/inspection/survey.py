@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import RunConfig
-from luthier.data.examples import OpenedSource
+from luthier.data.encoders.chat import RowState
+from luthier.data.examples import OpenedSource, train_sources
 from luthier.data.fingerprints import Fingerprints
-from luthier.data.select import RowSelection
+from luthier.data.select import RowSelection, select_rows, split_by_source
 from luthier.errors import UserError
 from luthier.inspection.batch_fill import BatchFill, measure_batch_fill
 from luthier.inspection.dataset import ConversationReader, InspectedRow, LoadedDataset, split_name
@@ -23,6 +24,7 @@ from luthier.inspection.rules import (
     TransformersPrompts,
 )
 from luthier.inspection.statistics import (
+    UNREADABLE,
     DuplicateRows,
     HeldOutOverlap,
     Positions,
@@ -31,8 +33,6 @@ from luthier.inspection.statistics import (
     SplitRows,
     SplitStats,
     find_duplicates,
-    select_summarised,
-    split_by_source,
     summarise_split,
 )
 from luthier.inspection.tokens import token_decoder
@@ -121,11 +121,13 @@ class DatasetSummary:
         if empty:
             self.error = f"{empty[0]}: none of its rows gives anything to evaluate on."
         trained, evaluated = (
-            {key: part.seen() for key, part in parts.items() if key not in empty}
-            for parts in (self._trained, self._evaluated)
+            {key: account for key, account in accounts.items() if key not in empty}
+            for accounts in (self._trained, self._evaluated)
         )
         try:
-            return select_summarised(self._config.dataset, self._config.seed, trained, evaluated)
+            dataset = self._config.dataset
+            sources = train_sources(dataset)
+            return select_rows(dataset, sources, trained, evaluated, self._config.seed)
         except UserError as error:
             self.error = str(error)
             return everything
@@ -148,7 +150,7 @@ class DatasetSummary:
 
         def inside(kind: str) -> NDArray[np.bool_]:
             own = self._prints(kind)
-            other = own[held] if account is None else account.prints(kind)
+            other = own[held] if account is None else _fingerprints(account, kind)
             return np.isin(own[candidates], other)
 
         equal = inside(self.equality)
@@ -158,7 +160,12 @@ class DatasetSummary:
 
     def _prints(self, kind: str) -> Fingerprints:
         """The fingerprints of all training rows."""
-        return _joined(account.prints(kind) for account in self._trained.values())
+        return _joined(_fingerprints(account, kind) for account in self._trained.values())
+
+
+def _fingerprints(account: RowOutcomes, kind: str) -> Fingerprints:
+    """Return what tells whether rows are equal: `exact`, or `normalised`."""
+    return account.fingerprints if kind == "exact" else account.normalised_fingerprints
 
 
 def _joined(parts: Any) -> Any:
@@ -260,7 +267,8 @@ class Survey:
             rows = reader.rows(chunk)
             for row in rows:
                 account.add(row)
-                self._policy.note(row.place, row.words if row.fate == "stops" else None)
+                stops = row.outcome.state == RowState.STOPS
+                self._policy.note(row.place, row.outcome.problem if stops else None)
             if isinstance(reader, ConversationReader) and self._chat is not None:
                 self._chat.check(rows)
                 self.comparison.compare(reader, self._chat.reference, rows, sample)
@@ -271,7 +279,7 @@ class Survey:
         stops = self.material.config.dataset.on_bad_row == "error"
         for row in account.bad.rows:
             problem = row.problem
-            finding = account.find("stops" if stops else "dropped", "cannot be read")
+            finding = account.finding("stops" if stops else "dropped", UNREADABLE)
             finding.note(row.where, lambda problem=problem: problem)  # type: ignore[misc]
             self._policy.note(row.where, problem if stops else None)
 

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, Literal
 
 from luthier.chat import IGNORED, ChatSequence
+from luthier.data.encoders.chat import RowState
 from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
 from luthier.inspection.statistics import SelectedRows, read_examples
 
@@ -127,10 +128,10 @@ def _origins(sequence: ChatSequence) -> list[tuple[str | None, int | None, str |
 
 # Rows of a dataset as tokens to be shown, side by side as in a batch.
 
-_FATES = {
-    "lossy": "trains, but is not shown whole",
-    "dropped": "dropped",
-    "stops": "training stops here",
+_OUTCOMES = {
+    RowState.LOSSY: "trains, but is not shown whole",
+    RowState.DROPPED: "dropped",
+    RowState.STOPS: "training stops here",
 }
 
 
@@ -194,8 +195,9 @@ def _span(numbers: range) -> str:
 
 def _notes(row: InspectedRow) -> list[str]:
     notes = []
-    if row.fate != "trains":
-        notes.append(f"{_FATES[row.fate]}: {row.words}")
-    if row.cut_turns is not None:
-        notes.append(f"cut to fit chat.max_length: {describe_cut(row.cut_turns)}")
+    outcome = row.outcome
+    if outcome.state != RowState.TRAINS:
+        notes.append(f"{_OUTCOMES[outcome.state]}: {outcome.problem}")
+    if outcome.cut_turns is not None:
+        notes.append(f"cut to fit chat.max_length: {describe_cut(outcome.cut_turns)}")
     return notes

@@ -14,6 +14,7 @@ from transformers.trainer_utils import enable_full_determinism
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import read_batching_settings
+from luthier.data.examples import DatasetSources
 from luthier.data.prepare import PreparedData, prepare
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
@@ -42,11 +43,17 @@ if TYPE_CHECKING:
     from luthier.config import LoadedConfig
 
 
-def build_and_fit(loaded: "LoadedConfig", folder: Path, after_save: AfterSave | None = None) -> int:
+def build_and_fit(
+    loaded: "LoadedConfig",
+    folder: Path,
+    sources: DatasetSources | None = None,
+    after_save: AfterSave | None = None,
+) -> int:
     """Run the training of a checked config whose directory is taken; return the exit code.
 
     The record and the trackers are open for as long as it runs. A dry run builds everything in a
-    temporary folder and takes no step.
+    temporary folder and takes no step. `sources` are those that the check has opened; None opens
+    them.
     """
     config = loaded.config
     seed_everything(config)
@@ -60,11 +67,11 @@ def build_and_fit(loaded: "LoadedConfig", folder: Path, after_save: AfterSave | 
         tracked_record = record if is_recorded else None
         with trackers.open_trackers(config, loaded.resolved, folder, tracked_record):
             if not config.dry_run:
-                session = build_session(config, folder, record, is_main_process, machine)
+                session = build_session(config, folder, record, is_main_process, machine, sources)
                 return fit(replace(session, after_save=after_save))
             # The trainer makes its folder when it is built, and a dry run leaves nothing.
             with TemporaryDirectory() as temporary:
-                build_session(config, Path(temporary), record, is_main_process, machine)
+                build_session(config, Path(temporary), record, is_main_process, machine, sources)
             console.print_line(
                 "dry run: everything up to the first step is right; nothing was written"
             )
@@ -84,7 +91,12 @@ def seed_everything(config: RunConfig) -> None:
 
 
 def build_session(
-    config: RunConfig, folder: Path, record: RunRecord, is_main_process: bool, machine: Any
+    config: RunConfig,
+    folder: Path,
+    record: RunRecord,
+    is_main_process: bool,
+    machine: Any,
+    sources: DatasetSources | None = None,
 ) -> TrainingSession:
     """Build and check everything up to the first step: tokenizer, data, model, trainer.
 
@@ -96,7 +108,7 @@ def build_session(
     tokenizer = load_tokenizer(config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.chats else None
     row_encoders = methods.make_row_encoders(config, tokenizer)
-    prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed)
+    prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
     # Before the model, which may take minutes to load.
     inputs = resume.hash_run_inputs(config, tokenizer, encoder, prepared) if is_main_process else {}
     if is_recorded:

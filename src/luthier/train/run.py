@@ -41,20 +41,24 @@ def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
     return code
 
 
-def check_before_torch(config: RunConfig) -> None:
-    """Raise UserError for everything that can be known to be wrong without a heavy import."""
-    data.check_sources(config.dataset, config.trainer.method)
+def check_before_torch(config: RunConfig) -> data.DatasetSources:
+    """Raise UserError for everything that can be known to be wrong without a heavy import.
+
+    Returns the sources of the dataset, of which local files have been opened.
+    """
+    sources = data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)
     if config.trainer.teacher is not None:
         model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     trackers.check_trackers_installed(config)
     read_batching_settings(config)
     launch_checks.check_launch_request()
+    return sources
 
 
 def _check_and_train(loaded: "LoadedConfig", after_save: "AfterSave | None") -> int:
     """Check the config, take the run's directory and train; return the exit code."""
-    check_before_torch(loaded.config)
+    sources = check_before_torch(loaded.config)
     folder = Path(loaded.config.output_dir)
     with _open_run_dir(loaded, folder) as run_dir:
         if not loaded.config.dry_run:
@@ -72,7 +76,7 @@ def _check_and_train(loaded: "LoadedConfig", after_save: "AfterSave | None") -> 
             return 0
         from luthier.train.build import build_and_fit
 
-        return build_and_fit(loaded, folder, after_save)
+        return build_and_fit(loaded, folder, sources, after_save)
 
 
 def _open_run_dir(loaded: "LoadedConfig", folder: Path) -> AbstractContextManager[RunDir]:

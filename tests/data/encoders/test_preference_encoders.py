@@ -102,14 +102,14 @@ def test_prompts_that_the_template_writes_in_two_ways_are_reported(on_lost):
     else:
         made = encode(example, tok=tok, on_lost="drop")
         assert made.counts == [0]
-        assert made.problems[0][0] in ("template rewrites the reply", "different prompts")
+        assert made.outcomes[0].reason in ("template rewrites the reply", "different prompts")
 
 
 def test_a_reply_whose_first_turn_does_not_train_has_another_prompt():
     chosen = [*reply("Look.", train=False), user("And?"), *reply("Far.")]
     made = encode(pair(chosen=chosen), on_lost="drop")
     assert made.counts == [0]
-    assert made.problems[0][0] == "different prompts"
+    assert made.outcomes[0].reason == "different prompts"
 
 
 def test_a_mistake_names_the_reply_and_the_row():
@@ -124,7 +124,7 @@ def test_a_long_row_loses_the_same_turns_of_the_prompt_for_both_replies():
     whole = row(encode(example))["length"]
     made = encode(example, max_length=whole - 1)
     cut = row(made)
-    assert made.cut == {0: 0}
+    assert made.outcomes[0].cut_turns == 0
     assert text(cut["prompt_ids"]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
         "<|im_start|>assistant\nsecond<|im_end|>\n<|im_start|>user\nThree?<|im_end|>\n"
@@ -134,7 +134,7 @@ def test_a_long_row_loses_the_same_turns_of_the_prompt_for_both_replies():
     shortest = row(encode(example, max_length=cut["length"] - 1))
     assert "Two?" not in text(shortest["prompt_ids"])
     assert "Be brief." in text(shortest["prompt_ids"])
-    assert encode(example, max_length=whole).cut == {}
+    assert encode(example, max_length=whole).outcomes[0].cut_turns is None
 
 
 @pytest.mark.parametrize("on_long", ["turns", "drop"])
@@ -142,7 +142,7 @@ def test_a_row_that_cannot_be_cut_is_left_out_and_counted(on_long):
     example = pair(LONG, reply("x" * 200))
     made = encode(example, max_length=100, on_long=on_long)
     assert made.counts == [0]
-    assert made.problems[0][0] == "too long"
+    assert made.outcomes[0].reason == "too long"
     with pytest.raises(ChatError, match=r"chat\.max_length is 100"):
         encode(example, max_length=100, on_long="error")
 

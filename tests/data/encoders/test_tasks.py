@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.chat import ChatError
-from luthier.data.encoders.chat import hash_sequences
+from luthier.data.encoders.chat import RowOutcome, RowState, hash_sequences
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.errors import UserError
 
@@ -46,7 +46,7 @@ def test_a_text_and_its_label():
         "label": ['"red"', "3"],
         "trained": [1, 1],
     }
-    assert (made.counts, made.problems, made.cut) == ([1, 1], {}, {})
+    assert made.outcomes == [RowOutcome(1), RowOutcome(1)]
 
 
 def test_a_pair_has_segments():
@@ -66,7 +66,7 @@ def test_text_never_becomes_a_control_token():
 def test_an_empty_text_is_left_out():
     made = classified([{"text": " ", "label": 1}, {"text": "", "text_pair": "a", "label": 1}])
     assert made.counts == [0, 1]
-    assert made.problems == {0: ("empty text", "the text is empty")}
+    assert made.outcomes[0][1:4] == (RowState.DROPPED, "empty text", "the text is empty")
     assert made.columns["input_ids"] == [[C, S, 0, S]]
 
 
@@ -87,14 +87,14 @@ def test_what_is_cut(example, limit, ids):
     made = classified([example | {"label": 1}], limit)
     assert made.columns["input_ids"] == [ids]
     whole = sum(len(text.split()) for text in example.values()) + 1 + len(example)
-    assert made.cut == ({0: 0} if whole > limit else {})
+    assert made.outcomes[0].cut_turns == (0 if whole > limit else None)
 
 
 def test_long_rows_may_be_left_out_or_stop():
     rows = [{"text": "a", "label": 1}, {"text": "a b c", "label": 1}]
     made = classified(rows, 4, "drop")
     assert made.counts == [1, 0]
-    assert made.problems[1] == (
+    assert made.outcomes[1][2:4] == (
         "longer than chat.max_length", "the row has 5 tokens, and chat.max_length is 4"
     )  # fmt: skip
     with pytest.raises(ChatError, match=r"row 1: the row has 5 tokens.*chat\.on_long=turns"):
@@ -124,7 +124,8 @@ def test_a_long_sentence_loses_whole_words():
     made = tagged([{"tokens": ["a", "bx", "c"], "tags": [1, 2, 3]}], 4)
     assert made.columns["input_ids"] == [[C, 0, S]]
     assert made.columns["words"] == [[-1, 0, -1]]
-    assert (made.columns["tags"], made.columns["trained"], made.cut) == (["[1, 2, 3]"], [1], {0: 0})
+    assert (made.columns["tags"], made.columns["trained"]) == (["[1, 2, 3]"], [1])
+    assert made.outcomes[0].cut_turns == 0
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_a_long_sentence_loses_whole_words():
 )
 def test_sentences_without_a_word_are_left_out(tokens, reason):
     made = tagged([{"tokens": tokens, "tags": [1] * len(tokens)}], 5)
-    assert (made.counts, made.problems[0][0]) == ([0], reason)
+    assert (made.counts, made.outcomes[0].reason) == ([0], reason)
     assert made.columns["input_ids"] == []
 
 
@@ -167,14 +168,14 @@ def test_a_target_ends_once(single, source, target):
 def test_a_cut_target_has_no_end():
     made = targeted([{"source": "a", "target": "a b c d"}, {"source": "a", "target": "a b"}], 3)
     assert made.columns["labels"] == [[0, 1, 2], [0, 1, E]]
-    assert made.cut == {0: 0}
+    assert made.outcomes[0].cut_turns == 0
     made = targeted([{"source": "a", "target": "a b c d"}], 3, on_long="drop")
-    assert made.problems[0][1] == "the row has 5 tokens, and chat.max_length is 3"
+    assert made.outcomes[0].problem == "the row has 5 tokens, and chat.max_length is 3"
 
 
 def test_an_empty_source_is_left_out_and_an_empty_target_is_an_end():
     made = targeted([{"source": "", "target": "a"}, {"source": "a", "target": ""}])
-    assert made.problems == {0: ("empty source", "its source is empty")}
+    assert made.outcomes[0][1:4] == (RowState.DROPPED, "empty source", "its source is empty")
     assert made.columns["labels"] == [[E]]
 
 

@@ -147,13 +147,13 @@ FLAT = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from luthier.data.store import Table, Writer
+from luthier.data.store import EntryWriter, TokenTable
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 rows = [list(range(200))] * 500
-writer = Writer(Path("."))
+writer = EntryWriter(Path("."))
 writer.table("rows").append({"input_ids": rows, "labels": rows})
 writer.table("rows").append({"input_ids": rows * 20, "labels": rows * 20})
 before = peak()

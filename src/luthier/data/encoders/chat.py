@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.chat import IGNORED, ChatSequence
+from luthier.chat import IGNORED, ChatBatch, ChatSequence
+from luthier.config.schema import SourceConfig
 from luthier.data.formats import Example
 from luthier.data.store import Ragged
 from luthier.data.store.table import Column, to_arrow
 
 COLUMNS_SETTING = "columns"
 """The setting of an encoder that has the columns of each row kept beside its example."""
+
 RowProblem = tuple[str, str]
 """Why a row is dropped or not whole: the reason in a few words, and the encoder's own words."""
+
+
+class RowState(IntEnum):
+    """What becomes of a row; the numbers are those of the store's column `state`."""
+
+    TRAINS = 0
+    LOSSY = 1
+    """It trains, although not all of its text is shown."""
+    DROPPED = 2
+    """It makes no sequence, and the settings allow that."""
+    STOPS = 3
+    """Training stops at it. Encoders raise ChatError for such a row, and the store has none."""
+
+
+class RowOutcome(NamedTuple):
+    """What an encoder makes of one row, and what is wrong with the row."""
+
+    sequences: int
+    """How many token rows it makes."""
+    state: RowState = RowState.TRAINS
+    reason: str = ""
+    """Why it is dropped or lossy in a few words, the same for all such rows; empty if it is not."""
+    problem: str = ""
+    """The same in the encoder's own words, which name the message or the field."""
+    cut_turns: int | None = None
+    """Trained turns that it lost to fit the length; None for a row that was not cut."""
+
+
+EMPTY_TEXT: RowProblem = ("empty text", "the text is empty")
 
 
 @dataclass
@@ -29,12 +61,40 @@ class EncodedRows:
 
     columns: dict[str, Column]
     """The token rows, one entry a sequence in each column; `trained` counts those that train."""
-    counts: list[int]
-    """How many sequences each example makes."""
-    problems: dict[int, RowProblem] = field(default_factory=dict)
-    """What is wrong with an example, by its number; one that makes no sequence has an entry."""
-    cut: dict[int, int] = field(default_factory=dict)
-    """Trained turns that an example lost to fit the length, by its number."""
+    outcomes: list[RowOutcome]
+    """What becomes of each example."""
+
+    @property
+    def counts(self) -> list[int]:
+        """How many sequences each example makes."""
+        return [outcome.sequences for outcome in self.outcomes]
+
+
+def row_outcome(
+    sequences: int, problem: RowProblem | None = None, cut_turns: int | None = None
+) -> RowOutcome:
+    """Return the outcome of a row that makes so many sequences.
+
+    `problem` is what is wrong with it: the row is lossy where it makes a sequence all the same.
+    """
+    if problem is None:
+        return RowOutcome(sequences, cut_turns=cut_turns)
+    state = RowState.LOSSY if sequences else RowState.DROPPED
+    return RowOutcome(sequences, state, *problem, cut_turns)
+
+
+def window_outcome(windows: Sequence[Any]) -> RowOutcome:
+    """Return the outcome of a document that makes these windows; an empty one makes none."""
+    return row_outcome(len(windows), None if windows else EMPTY_TEXT)
+
+
+def batch_outcomes(batch: ChatBatch) -> list[RowOutcome]:
+    """Return the outcome of each conversation of a batch."""
+    problems = {error.row: (error.reason, error.description) for error in batch.reports}
+    return [
+        row_outcome(len(sequences), problems.get(number), batch.cut.get(number))
+        for number, sequences in enumerate(batch.rows)
+    ]
 
 
 class RowEncoder(Protocol):
@@ -50,6 +110,11 @@ class RowEncoder(Protocol):
         Raises ChatError, with the example's number, for one that is neither dropped nor kept.
         """
         ...
+
+
+EncoderFactory = Callable[[str, SourceConfig, str], RowEncoder]
+"""Returns the encoder for the examples of a kind from a source; the last argument is the source's
+config key. Raises UserError for a kind that the training method does not take."""
 
 
 def hash_sequences(columns: Mapping[str, Column]) -> NDArray[np.bytes_]:
@@ -135,12 +200,7 @@ class ConversationEncoder:
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
         """Encode dicts of messages and tools."""
         batch = self.chat.encode_batch(examples)
-        return EncodedRows(
-            _token_rows(batch.sequences),
-            [len(row) for row in batch.rows],
-            {error.row: (error.reason, error.description) for error in batch.reports},
-            dict(batch.cut),
-        )
+        return EncodedRows(_token_rows(batch.sequences), batch_outcomes(batch))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_tokenizer": self._tokenizer, "_settings": self._settings}
@@ -165,36 +225,30 @@ class TextEncoder:
     """Plain documents as `input_ids` and `labels`, cut into windows."""
 
     def __init__(self, tokenizer: Any, max_length: int | None, stride: int) -> None:
-        self._given = (tokenizer, max_length, stride)
+        self._arguments = (tokenizer, max_length, stride)
 
     @cached_property
-    def _plain(self) -> Any:
+    def _windows(self) -> Any:
         from luthier.data.encoders.plain_text import WindowEncoder
 
-        return WindowEncoder(*self._given)
+        return WindowEncoder(*self._arguments)
 
     def settings(self) -> dict[str, Any]:
         """The plain encoder's."""
-        return {"kind": "text", **self._plain.settings()}
+        return {"kind": "text", **self._windows.settings()}
 
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
         """Encode dicts of a text."""
-        rows = self._plain.encode_batch(example["text"] for example in examples)
+        rows = self._windows.encode_batch(example["text"] for example in examples)
         windows = [window for row in rows for window in row]
-        empty = {
-            number: ("empty text", "the text is empty")
-            for number, row in enumerate(rows)
-            if not row
-        }
         return EncodedRows(
             {
                 "input_ids": [window.input_ids for window in windows],
                 "labels": [window.labels for window in windows],
                 "trained": [len(w.labels) - w.labels.count(IGNORED) for w in windows],
             },
-            [len(row) for row in rows],
-            empty,
+            [*map(window_outcome, rows)],
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_given": self._given}
+        return {"_arguments": self._arguments}

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 from luthier.chat import ChatError, ChatSequence
 from luthier.chat.conversation import read_conversation
 from luthier.chat.pipeline import drop_front, turn_starts
-from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem
+from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem, row_outcome
 from luthier.data.formats import Example
 
 Messages = list[dict[str, Any]]
@@ -244,17 +245,18 @@ class PreferenceRowEncoder:
 
         Raises ChatError, with the example's number, for one that is neither dropped nor kept.
         """
-        judged = self._replies.encode(examples)
-        made = [
-            self.rows(example, one) if one else []
-            for example, one in zip(examples, judged, strict=True)
+        compared = self._replies.encode(examples)
+        rows = [
+            self.rows(example, replies) if replies else []
+            for example, replies in zip(examples, compared, strict=True)
         ]
         return EncodedRows(
-            _columns(values for rows in made for values in rows),
-            [*map(len, made)],
-            {number: one.problem for number, one in enumerate(judged) if one.problem},
-            # No turn of a prompt trains, so none is lost.
-            {number: 0 for number, one in enumerate(judged) if one.is_cut},
+            _columns(chain.from_iterable(rows)),
+            [
+                # No turn of a prompt trains, so none is lost.
+                row_outcome(len(values), replies.problem, 0 if replies.is_cut else None)
+                for values, replies in zip(rows, compared, strict=True)
+            ],
         )
 
     def rows(self, example: Example, judged: ComparedReplies) -> list[Values]:

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from luthier.chat import ChatError
 from luthier.config.schema import RunConfig
-from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem
+from luthier.data.encoders.chat import (
+    ConversationEncoder,
+    EncodedRows,
+    RowOutcome,
+    RowProblem,
+    row_outcome,
+)
 from luthier.data.formats import Example
 from luthier.data.store import Ragged
+from luthier.data.store.table import Column
 from luthier.errors import UserError
 
+if TYPE_CHECKING:
+    from luthier.chat.encoder import ChatPromptEncoder
+
+Messages = list[dict[str, Any]]
+
+DEFAULT_COMPLETION_TOKENS = 512
+"""TRL's own bound, in tokens, where the config says nothing."""
 NO_PROMPT: RowProblem = ("no prompt", "there is nothing before the reply")
 
 
-def split_prompt_and_reply(example: Example) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """A conversation's prompt, and the reply it ends with, if it does."""
-    *context, last = example["messages"]
-    if last["role"] != "assistant":
-        return example["messages"], None
-    return context, last
+def split_prompt_and_reply(example: Mapping[str, Any]) -> tuple[Messages, Messages]:
+    """Return the messages of an example's prompt and those of its reply.
+
+    A conversation has a reply if its last message is the assistant's. Of two replies to a prompt
+    the chosen one counts, and one that is rated bad is none. What an example has not is empty.
+    """
+    if "messages" in example:
+        *context, last = example["messages"]
+        return (context, [last]) if last["role"] == "assistant" else (example["messages"], [])
+    if "source" in example:
+        return (
+            [{"role": "user", "content": example["source"]}],
+            [{"role": "assistant", "content": example["target"]}],
+        )
+    if not example.get("label", True):
+        return example["prompt"], []
+    return example.get("prompt", []), example.get("chosen") or example.get("completion") or []
 
 
-def reference_text(example: Example) -> str | None:
-    """The text of the reply that a conversation ends with; None where there is none in words."""
-    reply = split_prompt_and_reply(example)[1] or {}
-    content = reply.get("content")
-    return content if isinstance(content, str) and not reply.get("tool_calls") else None
+def reference_text(example: Mapping[str, Any]) -> str | None:
+    """Return the text of an example's reply; None where it is not one message all in words."""
+    reply = split_prompt_and_reply(example)[1]
+    if len(reply) != 1 or reply[0].get("tool_calls"):
+        return None
+    content = reply[0].get("content")
+    return content if isinstance(content, str) else None
 
 
 def max_prompt_tokens(config: RunConfig) -> int | None:
@@ -65,7 +92,7 @@ class PromptEncoder:
         return ConversationEncoder(self._tokenizer, self._settings)
 
     @cached_property
-    def _prompts(self) -> Any:
+    def _prompts(self) -> ChatPromptEncoder:
         from luthier.chat.encoder import ChatPromptEncoder
 
         return ChatPromptEncoder(self._conversations.chat, self._limit)
@@ -75,39 +102,44 @@ class PromptEncoder:
         return self._conversations.settings() | {"kind": "prompt", "limit": self._limit}
 
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
-        """Encode dicts of messages and tools."""
-        rows, made = [], EncodedRows({}, [])
+        """Encode dicts of messages and tools.
+
+        Raises ChatError, with the example's number, for one that the settings do not drop.
+        """
+        rows, outcomes = [], []
         for number, example in enumerate(examples):
-            ids = self._encode(number, example, made)
-            rows += [ids] if ids else []
-            made.counts.append(1 if ids else 0)
+            try:
+                ids, outcome = encode_prompt(self._prompts, example)
+            except ChatError as error:
+                raise error.in_row(number) from None
+            rows += [ids] * outcome.sequences
+            outcomes.append(outcome)
         flat = np.array(list(chain.from_iterable(rows)), np.int32)
         offsets = np.array([0, *accumulate(map(len, rows))])
-        made.columns |= {
+        columns: dict[str, Column] = {
             "input_ids": Ragged(flat, offsets),
             "trained": np.zeros(len(rows), np.int32),
         }
-        return made
-
-    def _encode(self, number: int, example: Example, made: EncodedRows) -> list[int]:
-        """One example's prompt; none where it is dropped."""
-        context = split_prompt_and_reply(example)[0]
-        if not context:
-            made.problems[number] = NO_PROMPT
-            return []
-        try:
-            ids, gone, lost = self._prompts.encode(context, example.get("tools"))
-        except ChatError as error:
-            if self._prompts.is_fatal(error):
-                raise error.in_row(number) from None
-            made.problems[number] = (error.reason, error.description)
-            return []
-        if gone:
-            made.cut[number] = 0  # no turn of a prompt trains
-        if lost is not None:
-            made.problems[number] = (lost.reason, lost.description)
-        return list(ids)
+        return EncodedRows(columns, outcomes)
 
     def __getstate__(self) -> dict[str, Any]:
-        given = ("_tokenizer", "_settings", "_limit")
-        return {name: vars(self)[name] for name in given}
+        return {name: vars(self)[name] for name in ("_tokenizer", "_settings", "_limit")}
+
+
+def encode_prompt(prompts: ChatPromptEncoder, example: Example) -> tuple[list[int], RowOutcome]:
+    """Return the ids of an example's prompt, none where it is dropped, and its outcome.
+
+    Raises ChatError for an example that the settings do not allow to drop.
+    """
+    context, _ = split_prompt_and_reply(example)
+    if not context:
+        return [], row_outcome(0, NO_PROMPT)
+    try:
+        ids, left_out, lost = prompts.encode(context, example.get("tools"))
+    except ChatError as error:
+        if prompts.is_fatal(error):
+            raise
+        return [], row_outcome(0, (error.reason, error.description))
+    problem = None if lost is None else (lost.reason, lost.description)
+    # No turn of a prompt trains, so a cut takes none with it.
+    return list(ids), row_outcome(int(bool(ids)), problem, 0 if left_out else None)

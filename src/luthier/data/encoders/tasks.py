@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any, ClassVar, NamedTuple
 
 from luthier.chat import ChatError
-from luthier.data.encoders.chat import EncodedRows, RowProblem
+from luthier.data.encoders.chat import EMPTY_TEXT, EncodedRows, RowProblem, row_outcome
 from luthier.data.encoders.plain_text import (
     LengthLimit,
     OnLong,
@@ -28,7 +27,6 @@ NOT_FIRST = -1
 Values = dict[str, Any]
 TextIds = list[list[int]]
 """The token ids of each text, or word, of an example."""
-_EMPTY: RowProblem = ("empty text", "the text is empty")
 
 
 class TaskRow(NamedTuple):
@@ -38,27 +36,6 @@ class TaskRow(NamedTuple):
     """One value for each column."""
     is_cut: bool = False
     problem: RowProblem | None = None
-
-
-@dataclass
-class _Made:
-    """The rows of some examples, made one after the other."""
-
-    columns: dict[str, list[Any]]
-    counts: list[int] = field(default_factory=list)
-    problems: dict[int, RowProblem] = field(default_factory=dict)
-    cut: dict[int, int] = field(default_factory=dict)
-
-    def add(self, built: TaskRow) -> None:
-        """Take in what the next example makes."""
-        number = len(self.counts)
-        if built.problem is not None:
-            self.problems[number] = built.problem
-        if built.is_cut:
-            self.cut[number] = 0
-        for name, value in built.values.items():
-            self.columns[name].append(value)
-        self.counts.append(1 if built.values else 0)
 
 
 class TaskEncoder:
@@ -103,15 +80,20 @@ class TaskEncoder:
         Raises ChatError, with the example's number, for one that is too long where `on_long` is
         `error`, and for text that this tokenizer makes a control token in any case.
         """
-        made = _Made({name: [] for name in self._columns()})
-        for number, (example, parts) in enumerate(
-            zip(examples, self._parts(examples), strict=True)
-        ):
+        columns: dict[str, Any] = {name: [] for name in self._columns()}
+        outcomes = []
+        texts_of_rows = zip(examples, self._text_ids(examples), strict=True)
+        for number, (example, texts) in enumerate(texts_of_rows):
             try:
-                made.add(self._row(example, parts))
+                row = self._row(example, texts)
             except RowTooLongError as error:
-                made.add(TaskRow({}, problem=self._too_long(error.tokens, number)))
-        return EncodedRows(dict(made.columns), made.counts, made.problems, made.cut)
+                row = TaskRow({}, problem=self._too_long(error.tokens, number))
+            for name, value in row.values.items():
+                columns[name].append(value)
+            # A cut takes text from the end, and no trained turn with it.
+            cut_turns = 0 if row.is_cut else None
+            outcomes.append(row_outcome(1 if row.values else 0, row.problem, cut_turns))
+        return EncodedRows(columns, outcomes)
 
     def _columns(self) -> tuple[str, ...]:
         """The names of the columns."""
@@ -125,7 +107,7 @@ class TaskEncoder:
         """The row of an example, whose texts have these ids; raises TooLong."""
         raise NotImplementedError
 
-    def _parts(self, examples: Sequence[Example]) -> Iterator[TextIds]:
+    def _text_ids(self, examples: Sequence[Example]) -> Iterator[TextIds]:
         """The ids of each example's texts."""
         texts = [self._texts(example) for example in examples]
         ids = self._text.encode(chain.from_iterable(texts))
@@ -173,7 +155,7 @@ class ClassificationEncoder(TaskEncoder):
 
     def _row(self, example: Example, parts: TextIds) -> TaskRow:
         if not any(parts):
-            return TaskRow({}, problem=_EMPTY)
+            return TaskRow({}, problem=EMPTY_TEXT)
         frame = self._frame if len(parts) == 1 else self._pair_frame
         kept = self._bound.fit(parts, frame)
         values: Values = {
@@ -199,12 +181,12 @@ class TaggingEncoder(TaskEncoder):
     def _columns(self) -> tuple[str, ...]:
         return ("input_ids", "words", "tags", "trained")
 
-    def _parts(self, examples: Sequence[Example]) -> Iterator[TextIds]:
+    def _text_ids(self, examples: Sequence[Example]) -> Iterator[TextIds]:
         return self._text.encode_words([example["tokens"] for example in examples])
 
     def _row(self, example: Example, parts: TextIds) -> TaskRow:
         if not any(parts):
-            return TaskRow({}, problem=_EMPTY)
+            return TaskRow({}, problem=EMPTY_TEXT)
         before, behind = (len(part) for part in self._frame.parts)
         kept = self._kept(parts)
         words = [

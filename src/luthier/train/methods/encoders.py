@@ -9,6 +9,7 @@ from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders.chat import (
     ColumnKeepingEncoder,
     ConversationEncoder,
+    EncoderFactory,
     RowEncoder,
     TextEncoder,
 )
@@ -21,7 +22,6 @@ from luthier.data.encoders.preference import (
 from luthier.data.encoders.prompts import PromptEncoder, max_prompt_tokens
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.data.examples import format_key
-from luthier.data.prepare import EncoderFactory
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 from luthier.model.tokenizer import end_token_ids
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.letter_encoder import pair, replies, save
+from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, save, shown
 from luthier.config.schema import DatasetConfig
 from luthier.data import check_sources
+from luthier.data.examples import BadRows
+from luthier.data.prepare import prepare
 from luthier.errors import UserError
 
 
@@ -140,6 +142,26 @@ def test_a_row_that_the_filter_leaves_out_may_be_bad(write):
     check(path="mixed.jsonl", filter="lang == 'en'")
     with pytest.raises(UserError, match=r"mixed\.jsonl:2"):
         check(path="mixed.jsonl")
+
+
+def test_a_source_is_opened_once_and_anew_where_its_file_has_changed(write):
+    config = DatasetConfig.model_validate({"path": "data.jsonl"})
+    sources = check_sources(config)
+    opened = sources.open("dataset")
+    assert sources.open("dataset") is opened
+    write("data.jsonl", replies("other"))
+    again = sources.open("dataset")
+    assert again is not opened
+    assert [row.where for row in again.examples(BadRows())] == ["data.jsonl:1"]
+
+
+def test_prepare_encodes_what_a_file_holds_then_and_not_what_the_check_saw(write, tmp_path):
+    config = DatasetConfig.model_validate({"path": "data.jsonl", "cache": str(tmp_path / "cache")})
+    sources = check_sources(config)
+    write("data.jsonl", replies("changed"))
+    encoder = Letters()
+    made = prepare(config, lambda *arguments: encoder, NAMELESS, 0, sources)
+    assert shown(made.train) == shown(prepared({"path": "data.jsonl"}).train)
 
 
 def test_it_imports_nothing_heavy():
