@@ -51,30 +51,30 @@ class CommandLine:
             lines += ["Examples", self.examples.rstrip(), ""]
         return "\n".join(lines)
 
-    def asks_help(self, words: list[str]) -> bool:
+    def asks_help(self, arguments: list[str]) -> bool:
         """Print the help page if the words ask for it, and say whether they did."""
-        if not any(word in _HELP for word in words):
+        if not any(word in _HELP for word in arguments):
             return False
         print(self.help(), end="")
         return True
 
-    def parse(self, words: list[str]) -> ParsedArguments:
+    def parse(self, arguments: list[str]) -> ParsedArguments:
         """Take the words apart; raises UserError for an unknown flag or one without its value."""
-        given = ParsedArguments()
-        left = iter(words)
+        parsed = ParsedArguments()
+        left = iter(arguments)
         for word in left:
             if word.startswith("-") and word != "-":
-                self._take(word, left, given)
+                self._take(word, left, parsed)
             else:
-                given.overrides.append(word)
-        return given
+                parsed.overrides.append(word)
+        return parsed
 
-    def refuse_all(self, words: list[str]) -> None:
+    def refuse_all(self, arguments: list[str]) -> None:
         """Raise UserError if there are any words: the command takes none."""
-        if self.parse(words).overrides:
+        if self.parse(arguments).overrides:
             raise UserError(f"`luthier {self.name}` takes no arguments.")
 
-    def _take(self, word: str, left: Iterator[str], given: ParsedArguments) -> None:
+    def _take(self, word: str, left: Iterator[str], parsed: ParsedArguments) -> None:
         name, equals, value = word.partition("=")
         flag = next((flag for flag in self.flags if flag.name == name), None)
         if flag is None:
@@ -82,15 +82,15 @@ class CommandLine:
         if flag.value is None:
             if equals:
                 raise UserError(f"{word}: {name} takes no value. Write {name}.")
-            given.switches.add(name)
+            parsed.switches.add(name)
             return
         value = value if equals else next(left, "")
         if flag.value == "N":
-            given.numbers[name] = _number(name, value)
+            parsed.numbers[name] = _number(name, value)
         elif not value or value.startswith("-"):
             raise UserError(f"{name} needs a value. Write {flag.typed}.")
         else:
-            given.texts[name] = value
+            parsed.texts[name] = value
 
     def _unknown(self, word: str, name: str) -> str:
         names = [flag.name for flag in self.flags] + ["--help"]

@@ -47,24 +47,24 @@ GRAMMAR = CommandLine(
 )
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Chat until the user leaves; returns 0."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
+    parsed = GRAMMAR.parse(arguments)
     from luthier.cli.model_arguments import parse_model_arguments
     from luthier.infer.llm import LLM
 
-    typed = parse_model_arguments("chat", given.overrides, ("MODEL",))
-    llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
-    other = _base_of(llm, typed.llm()) if "--compare" in given.switches else None
+    typed = parse_model_arguments("chat", parsed.overrides, ("MODEL",))
+    llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
+    other = _base_of(llm, typed.llm()) if "--compare" in parsed.switches else None
     settings: dict[str, Any] = dict(typed.generation)
-    if "--seed" in given.numbers:
-        settings["seed"] = given.numbers["--seed"]
+    if "--seed" in parsed.numbers:
+        settings["seed"] = parsed.numbers["--seed"]
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
-    return _talk(llm, other, settings, given.texts.get("--system"))
+    return _talk(llm, other, settings, parsed.texts.get("--system"))
 
 
 def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
@@ -280,8 +280,8 @@ class ChatRepl:
 
     def _set(self, text: str) -> None:
         self._settings |= generation.parse_generation_settings(text.split()) if text else {}
-        shown = [f"{name}={value}" for name, value in self._settings.items()]
-        self._note(" ".join(shown) or "greedy, and nothing else is set")
+        assignments = [f"{name}={value}" for name, value in self._settings.items()]
+        self._note(" ".join(assignments) or "greedy, and nothing else is set")
 
     def _save(self, text: str) -> None:
         if not text:

@@ -39,20 +39,20 @@ GRAMMAR = CommandLine(
 )
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Check the dataset; returns 0 if every rule holds and 1 if one breaks."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
-    if "--served" in given.switches:
-        return run_served(given)
+    parsed = GRAMMAR.parse(arguments)
+    if "--served" in parsed.switches:
+        return run_served(parsed)
     from luthier.inspection.dataset import load_dataset
     from luthier.inspection.survey import Survey
 
-    material = load_dataset(given.overrides, "check", bad_rows=True)
-    survey = Survey(material, given.numbers.get("--limit"))
+    material = load_dataset(parsed.overrides, "check", bad_rows=True)
+    survey = Survey(material, parsed.numbers.get("--limit"))
     _run(survey)
-    if "--json" in given.switches:
+    if "--json" in parsed.switches:
         from luthier.inspection.report import report_as_json
 
         print(json.dumps(report_as_json(survey), ensure_ascii=False))
@@ -60,7 +60,7 @@ def run(words: list[str]) -> int:
         from luthier.inspection.report import print_report
 
         print_report(survey)
-    if file := given.texts.get("--png"):
+    if file := parsed.texts.get("--png"):
         _draw(file, survey)
     return 0 if survey.holds else 1
 
@@ -91,26 +91,26 @@ def _draw(file: str, survey: "Survey") -> None:
         drawn = plot_data(numbers, survey.material.name, Path(file).expanduser())
     except OSError as error:
         raise UserError(f"--png {file}: cannot be written: {error.strerror}.") from error
-    words = f"written {file}" if drawn else f"{file} is not written: nothing trains"
-    print(words, file=sys.stderr)
+    note = f"written {file}" if drawn else f"{file} is not written: nothing trains"
+    print(note, file=sys.stderr)
 
 
 # What `luthier check RUN --served` found, for people and for machines.
 
 
-def run_served(given: ParsedArguments) -> int:
+def run_served(parsed: ParsedArguments) -> int:
     """Check what a run saved; returns 0 if every rule holds and 1 if one breaks."""
-    if len(given.overrides) != 1:
+    if len(parsed.overrides) != 1:
         raise UserError("luthier check --served takes one run: luthier check RUN --served.")
-    if "--png" in given.texts:
+    if "--png" in parsed.texts:
         raise UserError("--png: --served draws nothing. Leave it out.")
     from luthier.inspection.served import check_served
 
-    served = check_served(given.overrides[0], given.numbers.get("--limit"))
-    if "--json" in given.switches:
+    served = check_served(parsed.overrides[0], parsed.numbers.get("--limit"))
+    if "--json" in parsed.switches:
         rules = [asdict(rule) for rule in served.rules]
-        found = {"name": given.overrides[0], "holds": served.holds, "rules": rules}
-        print(json.dumps(found, ensure_ascii=False))
+        report = {"name": parsed.overrides[0], "holds": served.holds, "rules": rules}
+        print(json.dumps(report, ensure_ascii=False))
     else:
         _show(served)
     return 0 if served.holds else 1

@@ -25,13 +25,13 @@ _CODE = ("commit", "dirty", "diff")
 _NOTHING = ("(absent)", "None")
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Print what differs. Raises UserError where a run is not there."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
     from luthier.errors import UserError
 
-    typed = GRAMMAR.parse(words).overrides
+    typed = GRAMMAR.parse(arguments).overrides
     if len(typed) != 2:
         raise UserError("`luthier diff` needs two runs: luthier diff runs/A/default runs/B/default")
     a, b = map(find_run, typed)
@@ -42,11 +42,11 @@ def run(words: list[str]) -> int:
 
 def compare(a: Path, b: Path) -> list[tuple[str, Lines]]:
     """What differs between two runs, in groups; a group without lines is the same in both."""
-    one, other = read_record(a), read_record(b)
+    record_a, other = read_record(a), read_record(b)
 
     def of(*names: str) -> Lines:
-        parts = [{name: record.get(name) for name in names} for record in (one, other)]
-        return _lines(*parts)
+        selected = [{name: record.get(name) for name in names} for record in (record_a, other)]
+        return _lines(*selected)
 
     return [
         ("config", _config(a, b)),
@@ -54,7 +54,7 @@ def compare(a: Path, b: Path) -> list[tuple[str, Lines]]:
         ("versions", of("versions")),
         ("hardware", of("hardware")),
         ("launch", of("launch")),
-        ("code", _code(one, other)),
+        ("code", _code(record_a, other)),
         ("results", [*of("results"), *first_step(a, b)]),
     ]
 
@@ -69,18 +69,18 @@ def print_groups(groups: Iterable[tuple[str, Lines]], a: Path, b: Path) -> None:
     for heading, lines in groups:
         if lines:
             console.print(f"\n[bold]{heading}[/bold]")
-        for name, one, other in lines:
-            console.print(f"  {escape(f'{name}: {one} -> {other}')}", soft_wrap=True)
+        for name, value, other in lines:
+            console.print(f"  {escape(f'{name}: {value} -> {other}')}", soft_wrap=True)
     same = [heading for heading, lines in groups if not lines]
     if same:
         console.print(f"\nthe same: {', '.join(same)}")
 
 
-def _lines(one: dict[str, Any], other: dict[str, Any]) -> Lines:
-    found = ((key, str(a), str(b)) for key, a, b in differing_keys(one, other))
+def _lines(values: dict[str, Any], other: dict[str, Any]) -> Lines:
+    differences = ((key, str(a), str(b)) for key, a, b in differing_keys(values, other))
     return [
         (key.partition(".")[2] or key, a, b)
-        for key, a, b in found
+        for key, a, b in differences
         if a not in _NOTHING or b not in _NOTHING
     ]
 
@@ -89,14 +89,14 @@ def _config(a: Path, b: Path) -> Lines:
     configs = []
     for folder in (a, b):
         path = folder / "config.yaml"
-        found = read_recorded_config(path) if path.is_file() else {}
-        configs.append({key: part for key, part in found.items() if key not in NEUTRAL_KEYS})
-    return [(key, str(one), str(other)) for key, one, other in differing_keys(*configs)]
+        resolved = read_recorded_config(path) if path.is_file() else {}
+        configs.append({key: value for key, value in resolved.items() if key not in NEUTRAL_KEYS})
+    return [(key, str(old), str(other)) for key, old, other in differing_keys(*configs)]
 
 
-def _code(one: dict[str, Any], other: dict[str, Any]) -> Lines:
+def _code(values: dict[str, Any], other: dict[str, Any]) -> Lines:
     """The commits, and whether the same was changed on top of them."""
-    states = [flatten_config(record.get("git") or {}) for record in (one, other)]
+    states = [flatten_config(record.get("git") or {}) for record in (values, other)]
     names = sorted({name for state in states for name in state if name.endswith(_CODE)})
     pairs = ((name, *(str(state.get(name)) for state in states)) for name in names)
     return [(name, a, b) for name, a, b in pairs if a != b]
@@ -117,11 +117,11 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 def first_step(a: Path, b: Path) -> Lines:
     """The first metric of the first step in which the two differ."""
     ours, theirs = steps(a), steps(b)
-    for one, other in zip(ours, theirs, strict=False):
-        for key in sorted(one.keys() | other.keys()):
-            if not _same(one.get(key), other.get(key)):
-                where = f"first difference, at step {one['step']}: {key}"
-                return [(where, str(one.get(key)), str(other.get(key)))]
+    for metrics, other in zip(ours, theirs, strict=False):
+        for key in sorted(metrics.keys() | other.keys()):
+            if not _same(metrics.get(key), other.get(key)):
+                where = f"first difference, at step {metrics['step']}: {key}"
+                return [(where, str(metrics.get(key)), str(other.get(key)))]
     if len(ours) != len(theirs):
         return [("lines of metrics", str(len(ours)), str(len(theirs)))]
     return []

@@ -46,59 +46,59 @@ GRAMMAR = CommandLine(
 LEVEL = 0.95
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Evaluate; returns 0."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
+    parsed = GRAMMAR.parse(arguments)
     from luthier.cli.model_arguments import parse_model_arguments
 
-    own = [word for word in given.overrides[1:] if word.startswith("metrics=")]
+    metric_settings = [word for word in parsed.overrides[1:] if word.startswith("metrics=")]
     typed = parse_model_arguments(
-        "evaluate", [w for w in given.overrides if w not in own], ("MODEL",)
+        "evaluate", [w for w in parsed.overrides if w not in metric_settings], ("MODEL",)
     )
-    metrics = _metrics_typed(own)
-    out = _writable(given.texts.get("-o"))
-    if "--benchmarks" in given.texts:
+    metrics = _metrics_typed(metric_settings)
+    out = _writable(parsed.texts.get("-o"))
+    if "--benchmarks" in parsed.texts:
         from luthier.evaluate.benchmarks import check_installed
 
         check_installed()
     from luthier.evaluate.models import find_models
     from luthier.model.adapters import HEAD_TASKS
 
-    texts = given.texts
-    alone = "--alone" in given.switches
+    texts = parsed.texts
+    alone = "--alone" in parsed.switches
     model, other = find_models(
         typed.places[0], texts.get("--base"), texts.get("--against"), alone, typed.llm()
     )
     if model.artifact.task in HEAD_TASKS:
-        _check_decider(typed, given, metrics)
+        _check_decider(typed, parsed, metrics)
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
-    found = _evaluated(model, other, typed, given, metrics)
+    report = _evaluated(model, other, typed, parsed, metrics)
     if out is not None:
         from luthier.storage.atomic import write_json
 
-        write_json(out, found)
+        write_json(out, report)
         print(f"written {out}", file=sys.stderr)
-    if "--json" in given.switches:
-        print(json.dumps(found, ensure_ascii=False))
+    if "--json" in parsed.switches:
+        print(json.dumps(report, ensure_ascii=False))
     return 0
 
 
-def _metrics_typed(words: list[str]) -> "list[Metric] | None":
+def _metrics_typed(metric_settings: list[str]) -> "list[Metric] | None":
     """The metrics of `metrics=[...]`; None where nothing is typed."""
-    if not words:
+    if not metric_settings:
         return None
     import yaml
 
     from luthier.metrics import parse_metrics
 
     try:
-        return parse_metrics(yaml.safe_load(words[-1].partition("=")[2]) or [], "metrics")
+        return parse_metrics(yaml.safe_load(metric_settings[-1].partition("=")[2]) or [], "metrics")
     except yaml.YAMLError as error:
-        raise UserError(f"{words[-1]}: the value cannot be read: {error}") from error
+        raise UserError(f"{metric_settings[-1]}: the value cannot be read: {error}") from error
 
 
 def _writable(name: str | None) -> Path | None:
@@ -111,14 +111,16 @@ def _writable(name: str | None) -> Path | None:
 
 
 def _check_decider(
-    typed: "ModelArguments", given: ParsedArguments, metrics: "list[Metric] | None"
+    typed: "ModelArguments", parsed: ParsedArguments, metrics: "list[Metric] | None"
 ) -> None:
     """UserError for words that only a model that writes can follow."""
-    said = [*typed.generation, *(["metrics"] if metrics is not None else [])]
-    said += [flag for flag in ("--benchmarks", "--batch") if flag in given.texts | given.numbers]
-    if said:
+    refused = [*typed.generation, *(["metrics"] if metrics is not None else [])]
+    refused += [
+        flag for flag in ("--benchmarks", "--batch") if flag in parsed.texts | parsed.numbers
+    ]
+    if refused:
         raise UserError(
-            f"{said[0]} is for models that write. A classifier, a tagger or a reward model is "
+            f"{refused[0]} is for models that write. A classifier, a tagger or a reward model is "
             "measured by what it decides of each row; docs/evaluate.md has the numbers."
         )
 
@@ -127,7 +129,7 @@ def _evaluated(
     model: "MeasuredModel",
     other: "MeasuredModel | None",
     typed: "ModelArguments",
-    given: ParsedArguments,
+    parsed: ParsedArguments,
     metrics: "list[Metric] | None",
 ) -> dict[str, Any]:
     """Measure the one, then the other, and put the numbers together."""
@@ -135,87 +137,91 @@ def _evaluated(
 
     from luthier.evaluate.models import WritingModel, check_comparable
 
-    console = Console(quiet="--json" in given.switches, highlight=False)
+    console = Console(quiet="--json" in parsed.switches, highlight=False)
     settings = dict(typed.generation)
     with model:
         config = model.artifact.config
-        sets = [] if _only_benchmarks(typed, given) else _sets(model, typed, given, metrics, config)
-        asked = _settings(model, settings, given)
-        tuned = [model.measure(each, asked) for each in sets]
-        benchmarks = {"tuned": _benchmarks(model, given)}
+        sets = (
+            [] if _only_benchmarks(typed, parsed) else _sets(model, typed, parsed, metrics, config)
+        )
+        generation = _settings(model, settings, parsed)
+        tuned = [model.measure(each, generation) for each in sets]
+        benchmarks = {"tuned": _benchmarks(model, parsed)}
         bases = []
         if isinstance(model, WritingModel) and other is model:
             with model.as_base():
-                bases = [model.measure(each, asked) for each in sets]
-                benchmarks["base"] = _benchmarks(model, given)
+                bases = [model.measure(each, generation) for each in sets]
+                benchmarks["base"] = _benchmarks(model, parsed)
         alphabet = model.alphabet
     if other is not None and other is not model:
         with other:
             # In its own words, should it have others: a run is asked as it was trained.
-            theirs = _sets(other, typed, given, metrics, model.artifact.config) if sets else []
-            bases = [other.measure(each, asked) for each in theirs]
-            benchmarks["base"] = _benchmarks(other, given)
+            theirs = _sets(other, typed, parsed, metrics, model.artifact.config) if sets else []
+            bases = [other.measure(each, generation) for each in theirs]
+            benchmarks["base"] = _benchmarks(other, parsed)
             check_comparable(other, alphabet, sets, theirs)
     from luthier.evaluate.compare import compare_outcomes, print_comparison
 
-    results, against = [], "other" if "--against" in given.texts else "base"
+    results, against = [], "other" if "--against" in parsed.texts else "base"
     for number, each in enumerate(sets):
         base = bases[number] if bases else None
         results.append(compare_outcomes(each.items, base, tuned[number], each.better, LEVEL))
         print_comparison(results[-1], console, against)
-    found = _plain(model, other, results, asked)
-    if given.texts.get("--benchmarks"):
+    report = _plain(model, other, results, generation)
+    if parsed.texts.get("--benchmarks"):
         from luthier.evaluate.benchmarks import compare_benchmarks, print_benchmarks
 
-        found["benchmarks"] = compare_benchmarks(benchmarks, LEVEL)
-        print_benchmarks(found["benchmarks"], console)
-    return found
+        report["benchmarks"] = compare_benchmarks(benchmarks, LEVEL)
+        print_benchmarks(report["benchmarks"], console)
+    return report
 
 
-def _only_benchmarks(typed: "ModelArguments", given: ParsedArguments) -> bool:
-    return "--benchmarks" in given.texts and not typed.dataset
+def _only_benchmarks(typed: "ModelArguments", parsed: ParsedArguments) -> bool:
+    return "--benchmarks" in parsed.texts and not typed.dataset
 
 
 def _settings(
-    model: "MeasuredModel", given: dict[str, Any], flags: ParsedArguments
+    model: "MeasuredModel", settings: dict[str, Any], flags: ParsedArguments
 ) -> dict[str, Any]:
     """How replies are generated: as the run did, unless something else is said."""
     config = model.artifact.config
     if config is not None:
-        given.setdefault("max_new_tokens", config.trainer.evaluation.max_new_tokens)
-    return given | ({"batch_size": flags.numbers["--batch"]} if "--batch" in flags.numbers else {})
+        settings.setdefault("max_new_tokens", config.trainer.evaluation.max_new_tokens)
+    return settings | (
+        {"batch_size": flags.numbers["--batch"]} if "--batch" in flags.numbers else {}
+    )
 
 
 def _sets(
     model: "MeasuredModel",
     typed: "ModelArguments",
-    given: ParsedArguments,
+    parsed: ParsedArguments,
     metrics: "list[Metric] | None",
     config: "RunConfig | None",
 ) -> "list[EvaluationSet]":
     """The rows to measure on, each set with its metrics; `config`: that of the run they are of."""
-    found = []
-    for items in _items(model, typed, given, config):
+    evaluation_sets = []
+    for items in _items(model, typed, parsed, config):
         if not items.rows:
             left = ", ".join(f"{count:,} {why}" for why, count in items.left_out.items())
             raise UserError(
                 f"{items.name}: there is no row to measure on" + (f" ({left})." if left else ".")
             )
-        found.append(model.set_of(items, metrics, config))
-    return found
+        evaluation_sets.append(model.set_of(items, metrics, config))
+    return evaluation_sets
 
 
 def _items(
     model: "MeasuredModel",
     typed: "ModelArguments",
-    given: ParsedArguments,
+    parsed: ParsedArguments,
     config: "RunConfig | None",
 ) -> "Iterator[EvaluationRows]":
     from luthier.cli.model_arguments import make_dataset_config
     from luthier.evaluate.rows import read_dataset_rows, read_run_rows
     from luthier.model.tokenizer import load_tokenizer
 
-    limit = given.numbers.get("--limit")
+    limit = parsed.numbers.get("--limit")
     if typed.dataset:
         return read_dataset_rows(make_dataset_config(typed.dataset), model.maker(config), limit)
     if config is None:
@@ -226,16 +232,16 @@ def _items(
     return read_run_rows(config, model.maker(config), limit, lambda: load_tokenizer(config.model))
 
 
-def _benchmarks(model: "MeasuredModel", given: ParsedArguments) -> dict[str, Any]:
-    tasks = given.texts.get("--benchmarks")
+def _benchmarks(model: "MeasuredModel", parsed: ParsedArguments) -> dict[str, Any]:
+    tasks = parsed.texts.get("--benchmarks")
     if tasks is None:
         return {}
     from luthier.evaluate.benchmarks import run_benchmarks
     from luthier.evaluate.models import WritingModel
 
     assert isinstance(model, WritingModel)  # others were refused
-    limit, batch = given.numbers.get("--limit"), given.numbers.get("--batch")
-    return run_benchmarks(model, tasks.split(","), given.texts.get("--tasks"), limit, batch)
+    limit, batch = parsed.numbers.get("--limit"), parsed.numbers.get("--batch")
+    return run_benchmarks(model, tasks.split(","), parsed.texts.get("--tasks"), limit, batch)
 
 
 def _plain(

@@ -44,33 +44,35 @@ _BATCHES = 4
 """Batches among which prompts are sorted by length; what is lost where the work is stopped."""
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Answer a file; returns 0."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
+    parsed = GRAMMAR.parse(arguments)
     from luthier.cli.model_arguments import make_dataset_config, parse_model_arguments
 
-    typed = parse_model_arguments("generate", given.overrides, _NAMES)
-    if "-o" not in given.texts:
+    typed = parse_model_arguments("generate", parsed.overrides, _NAMES)
+    if "-o" not in parsed.texts:
         raise UserError("luthier generate: where do the replies go? Add -o replies.jsonl.")
     from luthier.infer.answer_file import AnswerFile
     from luthier.infer.llm import LLM
     from luthier.infer.questions import read_prompt_rows
 
-    llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
-    limit = {"max_rows": given.numbers["--limit"]} if "--limit" in given.numbers else {}
+    llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
+    limit = {"max_rows": parsed.numbers["--limit"]} if "--limit" in parsed.numbers else {}
     asks = read_prompt_rows(make_dataset_config(typed.dataset | {"path": typed.places[1]} | limit))
     for note in asks.notes:
         print(note, file=sys.stderr)
-    file = AnswerFile(Path(given.texts["-o"]).expanduser(), _made(llm.artifact, asks, typed, given))
+    file = AnswerFile(
+        Path(parsed.texts["-o"]).expanduser(), _made(llm.artifact, asks, typed, parsed)
+    )
     if file.done >= len(asks.rows):
         print(f"{file.path} has all {len(asks.rows):,} replies; nothing is left to do")
         return 0
     if file.done:
         print(f"goes on behind row {file.done:,} of {len(asks.rows):,}", file=sys.stderr)
     try:
-        _answer(llm, asks, file, typed, given)
+        _answer(llm, asks, file, typed, parsed)
     except KeyboardInterrupt:
         done = f"{file.done:,} of {len(asks.rows):,} rows are in {file.path}"
         print(f"\ninterrupted: {done}; the same command goes on", file=sys.stderr)
@@ -79,7 +81,7 @@ def run(words: list[str]) -> int:
 
 
 def _made(
-    artifact: "Artifact", asks: "PromptRows", typed: "ModelArguments", given: ParsedArguments
+    artifact: "Artifact", asks: "PromptRows", typed: "ModelArguments", parsed: ParsedArguments
 ) -> dict[str, Any]:
     """All that decides the replies."""
     return {
@@ -89,7 +91,7 @@ def _made(
         "rows": asks.identity(),
         "settings": typed.generation,
         "numbers": {**typed.model, "quantization": typed.quantization},
-        "seed": given.numbers.get("--seed"),
+        "seed": parsed.numbers.get("--seed"),
     }
 
 
@@ -105,7 +107,7 @@ def _answer(
     asks: "PromptRows",
     file: "AnswerFile",
     typed: "ModelArguments",
-    given: ParsedArguments,
+    parsed: ParsedArguments,
 ) -> None:
     """Answer what is left, and say how fast it went."""
     from tqdm import tqdm
@@ -116,14 +118,14 @@ def _answer(
     with llm:
         left = asks.rows[file.done :]
         ids = llm.prompt_ids([ask.prompt for ask in left], [ask.where for ask in left])
-        size = given.numbers.get("--batch") or llm.batch_size(ids, **typed.generation)
+        size = parsed.numbers.get("--batch") or llm.batch_size(ids, **typed.generation)
         began, tokens = time.monotonic(), 0
         with tqdm(total=len(asks.rows), initial=file.done, unit="row", disable=None) as bar:
             step = size * _BATCHES
             for start in range(0, len(left), step):
                 writer = _ReplyWriter(file, left[start : start + step], bar)
                 replies = llm.replies(
-                    ids[start : start + step], batch_size=size, seed=given.numbers.get("--seed"),
+                    ids[start : start + step], batch_size=size, seed=parsed.numbers.get("--seed"),
                     on_replies=writer.take, **typed.generation,
                 )  # fmt: skip
                 tokens += sum(len(reply.ids) for reply in replies)

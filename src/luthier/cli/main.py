@@ -111,17 +111,17 @@ All settings and groups: luthier train --help
 
 def main() -> None:
     """Run one command; a user's mistake is printed in words and exits with 2."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help", "help"):
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         sys.exit(0)
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         print(f"luthier {__version__}")
         sys.exit(0)
     try:
-        if words[0] not in COMMANDS:
-            raise UserError(unknown_command_message(words[0]))
-        sys.exit(COMMANDS[words[0]].load()(words[1:]))
+        if arguments[0] not in COMMANDS:
+            raise UserError(unknown_command_message(arguments[0]))
+        sys.exit(COMMANDS[arguments[0]].load()(arguments[1:]))
     except UserError as error:
         sys.exit(report_error(error))
     except KeyboardInterrupt:
@@ -150,9 +150,9 @@ def unknown_command_message(word: str) -> str:
     return f"there is no command {word!r}.{hint} There are: {', '.join(COMMANDS)}."
 
 
-def train(words: list[str]) -> int:
+def train(arguments: list[str]) -> int:
     """What train.py does."""
     from luthier.cli.train import main, train
 
-    sys.argv = ["luthier train", *words]
+    sys.argv = ["luthier train", *arguments]
     return main(train)

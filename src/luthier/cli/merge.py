@@ -42,47 +42,47 @@ GRAMMAR = CommandLine(
 _WEIGHT = re.compile(r"^(?P<word>.+):(?P<weight>-?\d+(\.\d+)?)$")
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Merge what was typed."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
-    _refuse_values(given)
-    if not given.overrides:
+    parsed = GRAMMAR.parse(arguments)
+    _refuse_values(parsed)
+    if not parsed.overrides:
         raise UserError("luthier merge: name a run, such as luthier merge runs/quickstart/default.")
     from luthier.export import sharded_checkpoint
 
     if (
-        len(given.overrides) == 1
-        and sharded_checkpoint.sharding_of(Path(given.overrides[0])) is not None
+        len(parsed.overrides) == 1
+        and sharded_checkpoint.sharding_of(Path(parsed.overrides[0])) is not None
     ):
-        return _merge_sharded(Path(given.overrides[0]), given)
-    parted = [_parted(word) for word in given.overrides]
-    artifacts = [find_artifact(word, given.texts.get("--base")) for word, _ in parted]
-    return _merge(artifacts, [weight for _, weight in parted], given)
+        return _merge_sharded(Path(parsed.overrides[0]), parsed)
+    parted = [_parted(word) for word in parsed.overrides]
+    artifacts = [find_artifact(word, parsed.texts.get("--base")) for word, _ in parted]
+    return _merge(artifacts, [weight for _, weight in parted], parsed)
 
 
-def _merge(artifacts: list[Artifact], weights: list[float], given: ParsedArguments) -> int:
+def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArguments) -> int:
     from luthier.environment import quiet_libraries
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import too_large
     from luthier.export.quantize import check_format, quantize_model
     from luthier.storage.atomic import check_target
 
-    target = choose_target(artifacts[0], given)
-    quantize = given.texts.get("--quantize")
+    target = choose_target(artifacts[0], parsed)
+    quantize = parsed.texts.get("--quantize")
     if quantize is not None:
         check_format(quantize)
     order = merge_adapter.MergeOrder(
         artifacts,
         weights,
         target,
-        given.texts.get("--dtype"),
-        given.texts.get("--onto", "trained"),
-        "--no-verify" not in given.switches,
+        parsed.texts.get("--dtype"),
+        parsed.texts.get("--onto", "trained"),
+        "--no-verify" not in parsed.switches,
         quantize,
     )
-    overwrite = "--overwrite" in given.switches
+    overwrite = "--overwrite" in parsed.switches
     if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
         check_target(target, overwrite)
         quiet_libraries()
@@ -99,9 +99,9 @@ def _merge(artifacts: list[Artifact], weights: list[float], given: ParsedArgumen
     return 0
 
 
-def choose_target(artifact: Artifact, given: ParsedArguments) -> Path:
+def choose_target(artifact: Artifact, parsed: ParsedArguments) -> Path:
     """Where the model goes: as typed, or beside what it is made of."""
-    typed = given.texts.get("--out")
+    typed = parsed.texts.get("--out")
     if typed is not None:
         return Path(typed).expanduser()
     if artifact.run is not None:
@@ -111,31 +111,31 @@ def choose_target(artifact: Artifact, given: ParsedArguments) -> Path:
     raise UserError(f"{artifact.name} is not on this machine: say where the model goes, --out.")
 
 
-def _refuse_values(given: ParsedArguments) -> None:
+def _refuse_values(parsed: ParsedArguments) -> None:
     allowed = {"--dtype": DTYPES, "--onto": ONTO, "--quantize": PACKINGS}
     for flag, values in allowed.items():
-        typed = given.texts.get(flag)
+        typed = parsed.texts.get(flag)
         if typed is not None and typed not in values:
             raise UserError(f"{flag} {typed}: there are {', '.join(values)}.")
 
 
 def _parted(word: str) -> tuple[str, float]:
     """A word and its weight; `package:NAME` and a folder of that very name have none."""
-    found = _WEIGHT.match(word)
-    if found is None or Path(word).exists():
+    match = _WEIGHT.match(word)
+    if match is None or Path(word).exists():
         return word, 1.0
-    return found["word"], float(found["weight"])
+    return match["word"], float(match["weight"])
 
 
-def _merge_sharded(folder: Path, given: ParsedArguments) -> int:
+def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
     from luthier.environment import quiet_libraries
     from luthier.export import sharded_checkpoint
     from luthier.storage.atomic import check_target, output_folder
 
-    artifact = _trained_whole(folder, given)
-    target = Path(given.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
-    check_target(target, "--overwrite" in given.switches)
+    artifact = _trained_whole(folder, parsed)
+    target = Path(parsed.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
+    check_target(target, "--overwrite" in parsed.switches)
     if sharded_checkpoint.sharding_of(folder) == "zero" and find_spec("deepspeed") is None:
         raise UserError(
             f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
@@ -145,16 +145,18 @@ def _merge_sharded(folder: Path, given: ParsedArguments) -> int:
         )
     quiet_libraries()
     with output_folder(target) as aside:
-        sharded_checkpoint.consolidate(folder, artifact, aside, given.texts.get("--dtype"), print)
+        sharded_checkpoint.consolidate(folder, artifact, aside, parsed.texts.get("--dtype"), print)
     print(f"written   {target}")
     return 0
 
 
-def _trained_whole(folder: Path, given: ParsedArguments) -> Artifact:
+def _trained_whole(folder: Path, parsed: ParsedArguments) -> Artifact:
     """The run that a sharded checkpoint belongs to, as an artifact of its base."""
-    place = folder.resolve()
-    run = next((one for one in place.parents if (one / "config.yaml").is_file()), None)
-    base = given.texts.get("--base")
+    checkpoint = folder.resolve()
+    run = next(
+        (parent for parent in checkpoint.parents if (parent / "config.yaml").is_file()), None
+    )
+    base = parsed.texts.get("--base")
     if run is None:
         if base is None:
             raise UserError(

@@ -33,32 +33,34 @@ class ModelArguments:
         return {**self.model, "quantization": self.quantization}
 
 
-def parse_model_arguments(command: str, words: list[str], names: tuple[str, ...]) -> ModelArguments:
+def parse_model_arguments(
+    command: str, arguments: list[str], names: tuple[str, ...]
+) -> ModelArguments:
     """Sort the words of a command, of which `names` come first, without a key.
 
     Raises UserError for one that is missing, one too many, and a setting that does not exist.
     """
-    if len(words) < len(names):
-        missing = " and ".join(names[len(words) :])
+    if len(arguments) < len(names):
+        missing = " and ".join(names[len(arguments) :])
         raise UserError(f"luthier {command}: {missing} is missing. {usage_line(command, names)}")
-    found = ModelArguments(words[: len(names)])
+    parsed = ModelArguments(arguments[: len(names)])
     generation = []
-    for word in words[len(names) :]:
+    for word in arguments[len(names) :]:
         key, equals, text = word.partition("=")
         group, _, name = key.partition(".")
         if not equals:
             raise UserError(f"luthier {command}: what is {word!r}? {usage_line(command, names)}")
         if group == "quantization" and not name:
-            found.quantization = text
+            parsed.quantization = text
         elif group == "model" and name:
-            found.model[_known(key, name, _MODEL)] = _value(word, text)
+            parsed.model[_known(key, name, _MODEL)] = _value(word, text)
         elif group == "dataset" and name:
-            _put(found.dataset, name.split("."), _value(word, text))
+            _put(parsed.dataset, name.split("."), _value(word, text))
         else:
             generation.append(word)
-    found.generation = generation_config.parse_generation_settings(generation)
-    _check_model(found.model)
-    return found
+    parsed.generation = generation_config.parse_generation_settings(generation)
+    _check_model(parsed.model)
+    return parsed
 
 
 def usage_line(command: str, names: tuple[str, ...]) -> str:
@@ -67,18 +69,18 @@ def usage_line(command: str, names: tuple[str, ...]) -> str:
 
 
 def make_dataset_config(
-    given: Mapping[str, Any], base: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any], base: Mapping[str, Any] | None = None
 ) -> DatasetConfig:
     """A config's dataset with these settings over it; UserError for one that does not exist."""
     from pydantic import ValidationError
 
     try:
-        return DatasetConfig.model_validate(_merged(dict(base or {}), given))
+        return DatasetConfig.model_validate(_merged(dict(base or {}), settings))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["dataset", *map(str, first["loc"])])
-        known = [f"dataset.{name}" for name in DatasetConfig.model_fields]
-        near = nearest_option(key, known) if first["type"] == "extra_forbidden" else None
+        keys = [f"dataset.{name}" for name in DatasetConfig.model_fields]
+        near = nearest_option(key, keys) if first["type"] == "extra_forbidden" else None
         hint = f" Did you mean {near}?" if near else ""
         if new := new_key(key):
             hint = f" It is called {new} now."
@@ -94,8 +96,8 @@ def _merged(below: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(group: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        group = group.setdefault(part, {})
+    for component in path[:-1]:
+        group = group.setdefault(component, {})
     group[path[-1]] = value
 
 
@@ -111,15 +113,15 @@ def _known(key: str, name: str, names: tuple[str, ...]) -> str:
         return name
     near = nearest_option(name, names)
     guess = f"Did you mean model.{near}? " if near else ""
-    raise UserError(f"{key}: {guess}There are {', '.join(f'model.{one}' for one in names)}.")
+    raise UserError(f"{key}: {guess}There are {', '.join(f'model.{option}' for option in names)}.")
 
 
-def _check_model(given: Mapping[str, Any]) -> None:
+def _check_model(settings: Mapping[str, Any]) -> None:
     from pydantic import ValidationError
 
-    known = {name: value for name, value in given.items() if name != "device_map"}
+    model_settings = {name: value for name, value in settings.items() if name != "device_map"}
     try:
-        ModelConfig(path="", **known)
+        ModelConfig(path="", **model_settings)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"model.{first['loc'][0]}: {first['msg'].lower()}.") from error

@@ -36,31 +36,31 @@ GRAMMAR = CommandLine(
 )
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Plan a run; returns 0 if it fits and 1 if it does not."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
+    parsed = GRAMMAR.parse(arguments)
     from luthier import model
     from luthier.config import load_config
     from luthier.environment import set_environment
 
-    hardware = _imagined(given)
-    config = load_config(given.overrides).config
+    hardware = _imagined(parsed)
+    config = load_config(parsed.overrides).config
     model.check_model_path(config.model)
     set_environment(config)
-    found, advice = plan_and_advise(config, hardware, given)
-    if "--json" in given.switches:
-        print(json.dumps(plan_as_values(found, advice), ensure_ascii=False))
+    memory_plan, advice = plan_and_advise(config, hardware, parsed)
+    if "--json" in parsed.switches:
+        print(json.dumps(plan_as_values(memory_plan, advice), ensure_ascii=False))
     else:
         from luthier.memory.report import print_plan
 
-        print_plan(found, advice)
-    return 0 if found.fits else 1
+        print_plan(memory_plan, advice)
+    return 0 if memory_plan.fits else 1
 
 
 def plan_and_advise(
-    config: "RunConfig", imagined: "Hardware | None", given: ParsedArguments
+    config: "RunConfig", imagined: "Hardware | None", parsed: ParsedArguments
 ) -> "tuple[MemoryPlan, list[Advice]]":
     """Plan as the flags say, with a word on the terminal while it lasts."""
     from rich.console import Console
@@ -69,28 +69,28 @@ def plan_and_advise(
     from luthier.memory.plan import plan_memory
 
     with Console(stderr=True).status("trying a step") as status:
-        shardings = _shardings(given)
-        hardware = imagined or _this_machine(config, shardings, given)
-        found = plan_memory(config, hardware, shardings or _usual(hardware))
+        shardings = _shardings(parsed)
+        hardware = imagined or _this_machine(config, shardings, parsed)
+        memory_plan = plan_memory(config, hardware, shardings or _usual(hardware))
         status.update("trying changes")
-        return found, advise(config, found)
+        return memory_plan, advise(config, memory_plan)
 
 
-def plan_as_values(found: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:
+def plan_as_values(memory_plan: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:
     """The plan as plain values; sizes are bytes."""
-    values = asdict(found)
-    for estimate, shown in zip(found.estimates, values["estimates"], strict=True):
-        shown |= {"total": estimate.total, "fits": estimate.fits}
-    return values | {"fits": found.fits, "advice": [asdict(each) for each in advice]}
+    values = asdict(memory_plan)
+    for estimate, estimate_values in zip(memory_plan.estimates, values["estimates"], strict=True):
+        estimate_values |= {"total": estimate.total, "fits": estimate.fits}
+    return values | {"fits": memory_plan.fits, "advice": [asdict(each) for each in advice]}
 
 
-def _imagined(given: ParsedArguments) -> "Hardware | None":
+def _imagined(parsed: ParsedArguments) -> "Hardware | None":
     """The GPUs that the flags describe; wrong flags are told before anything is imported."""
     from luthier.memory import sharding, workload
 
-    size = given.texts.get("--memory")
-    file = given.texts.get("--launch")
-    number = given.numbers.get("--gpus")
+    size = parsed.texts.get("--memory")
+    file = parsed.texts.get("--launch")
+    number = parsed.numbers.get("--gpus")
     if file is not None:
         number = sharding.read_sharding(file, number).processes
     return (
@@ -100,27 +100,29 @@ def _imagined(given: ParsedArguments) -> "Hardware | None":
     )
 
 
-def _shardings(given: ParsedArguments) -> "list[Sharding]":
+def _shardings(parsed: ParsedArguments) -> "list[Sharding]":
     from luthier.memory import sharding
 
-    file = given.texts.get("--launch")
-    return [sharding.read_sharding(file, given.numbers.get("--gpus"))] if file else []
+    file = parsed.texts.get("--launch")
+    return [sharding.read_sharding(file, parsed.numbers.get("--gpus"))] if file else []
 
 
 def _this_machine(
-    config: "RunConfig", shardings: "list[Sharding]", given: ParsedArguments
+    config: "RunConfig", shardings: "list[Sharding]", parsed: ParsedArguments
 ) -> "Hardware":
     from luthier.errors import UserError
     from luthier.memory import workload
 
-    number = given.numbers.get("--gpus")
-    found = workload.detect_hardware(config.model, shardings[0].processes if shardings else number)
-    if found.kind != "cuda" and number and not shardings:
+    number = parsed.numbers.get("--gpus")
+    detected = workload.detect_hardware(
+        config.model, shardings[0].processes if shardings else number
+    )
+    if detected.kind != "cuda" and number and not shardings:
         raise UserError(
             f"--gpus {number}: this machine has no GPU. To plan for others, say how much memory "
             f"each has: --gpus {number} --memory 24GB."
         )
-    return found
+    return detected
 
 
 def _usual(hardware: "Hardware") -> "list[Sharding]":
@@ -129,4 +131,4 @@ def _usual(hardware: "Hardware") -> "list[Sharding]":
 
     if hardware.count == 1 or hardware.kind != "cuda":
         return [Sharding()]
-    return [Sharding(kind, hardware.count) for kind in SHARDING_KINDS if kind != "none"]
+    return [Sharding(sharding, hardware.count) for sharding in SHARDING_KINDS if sharding != "none"]

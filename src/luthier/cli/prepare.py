@@ -17,16 +17,16 @@ GRAMMAR = CommandLine(
 )
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Fill the cache; returns 0. Raises UserError as training would."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
+    parsed = GRAMMAR.parse(arguments)
     from luthier import data, model
     from luthier.config import load_config
     from luthier.environment import set_environment
 
-    config = load_config(given.overrides).config
+    config = load_config(parsed.overrides).config
     sources = data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)
     set_environment(config)
@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
     row_encoders = make_row_encoders(config, tokenizer)
     prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
     console.print_data(prepared)
-    for key, part in prepared.sources.items():
-        console.print_line(f"{key}: {part.stored.folder}")
+    for key, encoded_source in prepared.sources.items():
+        console.print_line(f"{key}: {encoded_source.stored.folder}")
     console.print_line(f"ready in {time.monotonic() - began:.1f} s")
     return 0

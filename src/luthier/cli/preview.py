@@ -39,34 +39,34 @@ _ROWS = 3
 _SIDES = ("train", "held_out")
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Show the rows that were asked for; returns the exit code."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
+    parsed = GRAMMAR.parse(arguments)
     from luthier.inspection.dataset import load_dataset
 
-    material = load_dataset(given.overrides, "preview")
-    chosen, side = _chosen(given, material)
-    numbers = _numbers(given, sum(len(positions) for _, positions in chosen), side)
+    material = load_dataset(parsed.overrides, "preview")
+    chosen, side = _chosen(parsed, material)
+    numbers = _numbers(parsed, sum(len(positions) for _, positions in chosen), side)
     from luthier.inspection.tokens import view_rows
 
-    found = view_rows(material, chosen, numbers, side)
-    if file := given.texts.get("--html"):
-        _write(file, found, material.name, "--ids" in given.switches)
-    if "--json" in given.switches:
-        print(json.dumps(_plain(found, material.name, given), ensure_ascii=False))
+    token_view = view_rows(material, chosen, numbers, side)
+    if file := parsed.texts.get("--html"):
+        _write(file, token_view, material.name, "--ids" in parsed.switches)
+    if "--json" in parsed.switches:
+        print(json.dumps(_plain(token_view, material.name, parsed), ensure_ascii=False))
     elif not file:
-        _print(found, "--ids" in given.switches)
+        _print(token_view, "--ids" in parsed.switches)
     return 0
 
 
-def _chosen(given: ParsedArguments, material: "LoadedDataset") -> "tuple[SelectedRows, str]":
+def _chosen(parsed: ParsedArguments, material: "LoadedDataset") -> "tuple[SelectedRows, str]":
     """The rows of the side that was asked for, and what they are called."""
     from luthier.inspection.statistics import select_split
 
-    which, side = _side(given, material)
-    source = given.texts.get("--source")
+    which, side = _side(parsed, material)
+    source = parsed.texts.get("--source")
     if source is None:
         return select_split(material, which), side
     if which in material.evaluated:
@@ -75,33 +75,33 @@ def _chosen(given: ParsedArguments, material: "LoadedDataset") -> "tuple[Selecte
         options = suggest_options(source, material.trained)
         raise UserError(f"--source {source}: there is no such source. {options}")
     opened = material.trained[source]
-    return [part for part in select_split(material, which) if part[0] is opened], side
+    return [selected for selected in select_split(material, which) if selected[0] is opened], side
 
 
-def _side(given: ParsedArguments, material: "LoadedDataset") -> tuple[str, str]:
+def _side(parsed: ParsedArguments, material: "LoadedDataset") -> tuple[str, str]:
     """The side that was asked for, and what its rows are called."""
-    if name := given.texts.get("--set"):
+    if name := parsed.texts.get("--set"):
         sets = material.config.dataset.eval.sets
         if name not in sets:
             raise UserError(
                 f"--set {name}: there is no such evaluation set. {suggest_options(name, sets)}"
             )
         return f"dataset.eval.sets.{name}", name
-    if "--eval" not in given.switches:
+    if "--eval" not in parsed.switches:
         return "train", "training"
-    own = [key for key in material.evaluated if ".sets." not in key]
-    return own[0] if own else "held out", "held-out"
+    eval_keys = [key for key in material.evaluated if ".sets." not in key]
+    return eval_keys[0] if eval_keys else "held out", "held-out"
 
 
-def _numbers(given: ParsedArguments, count: int, side: str) -> range:
+def _numbers(parsed: ParsedArguments, count: int, side: str) -> range:
     """Which of so many rows were asked for, counted from 0."""
     if not count:
         raise UserError(_none(side))
-    first = given.numbers.get("--row", 1)
+    first = parsed.numbers.get("--row", 1)
     if first > count:
         there = "is 1 row" if count == 1 else f"are {count:,} rows"
         raise UserError(f"--row {first}: there {there} on the {side} side. Write 1 to {count}.")
-    number = given.numbers.get("--n", 1 if "--row" in given.numbers else _ROWS)
+    number = parsed.numbers.get("--n", 1 if "--row" in parsed.numbers else _ROWS)
     return range(first - 1, min(first - 1 + number, count))
 
 
@@ -116,38 +116,38 @@ def _none(side: str) -> str:
     )
 
 
-def _print(found: "TokenView", ids: bool) -> None:
+def _print(token_view: "TokenView", ids: bool) -> None:
     from rich.console import Console
 
     from luthier.inspection.render import print_legend, print_sequence
 
     console = Console(highlight=False)
     print_legend(console)
-    for row in found.rows:
+    for row in token_view.rows:
         console.print()
-        print_sequence(console, row, found.pad, ids)
+        print_sequence(console, row, token_view.pad, ids)
 
 
-def _write(file: str, found: "TokenView", name: str, ids: bool) -> None:
+def _write(file: str, token_view: "TokenView", name: str, ids: bool) -> None:
     """Write the page, and say where."""
     from luthier.inspection.render import render_html
 
     path = Path(file).expanduser()
     try:
-        path.write_text(render_html(f"luthier preview: {name}", found, ids), encoding="utf-8")
+        path.write_text(render_html(f"luthier preview: {name}", token_view, ids), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html {file}: cannot be written: {error.strerror}.") from error
     print(f"written {file}", file=sys.stderr)
 
 
-def _plain(found: "TokenView", name: str, given: ParsedArguments) -> dict[str, Any]:
+def _plain(token_view: "TokenView", name: str, parsed: ParsedArguments) -> dict[str, Any]:
     """The rows as plain values."""
     return {
         "name": name,
-        "side": given.texts.get("--set") or _SIDES["--eval" in given.switches],
-        "boundaries": found.boundaries,
-        "pad": {"id": found.pad_id, "text": found.pad},
-        "rows": [_plain_row(row) for row in found.rows],
+        "side": parsed.texts.get("--set") or _SIDES["--eval" in parsed.switches],
+        "boundaries": token_view.boundaries,
+        "pad": {"id": token_view.pad_id, "text": token_view.pad},
+        "rows": [_plain_row(row) for row in token_view.rows],
     }
 
 

@@ -38,29 +38,29 @@ GRAMMAR = CommandLine(
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Push what was typed; returns the exit code."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
-    target = _target(given)
-    if len(given.overrides) != 1:
+    parsed = GRAMMAR.parse(arguments)
+    target = _target(parsed)
+    if len(parsed.overrides) != 1:
         raise UserError("luthier push: name one run, such as luthier push runs/quickstart/default.")
-    artifact = _artifact(given.overrides[0], given)
+    artifact = _artifact(parsed.overrides[0], parsed)
     if artifact.folder is None:
         raise UserError(f"{artifact.name}: this model is on the hub already.")
-    story = _told(artifact, target, given)
+    story = _told(artifact, target, parsed)
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
     written = write_card.description_texts(story, write_card.chat_format_of(artifact), target)
     parcel = plan_upload(artifact.folder, story, written)
     _add_what_the_run_has(parcel, artifact)
-    print_upload_plan(parcel, target, "--public" in given.switches)
-    if "--dry-run" in given.switches:
+    print_upload_plan(parcel, target, "--public" in parsed.switches)
+    if "--dry-run" in parsed.switches:
         print(f"\n{written[write_card.CARD]}\nnothing was sent (--dry-run)")
         return 0
-    upload(parcel, target, "--public" in given.switches, "--overwrite" in given.switches)
+    upload(parcel, target, "--public" in parsed.switches, "--overwrite" in parsed.switches)
     return 0
 
 
@@ -75,38 +75,38 @@ def print_upload_plan(parcel: UploadPlan, target: str, public: bool) -> None:
         print(f"  stays here  {name}: {why}")
 
 
-def _target(given: ParsedArguments) -> str:
-    target = given.texts.get("--to", "")
+def _target(parsed: ParsedArguments) -> str:
+    target = parsed.texts.get("--to", "")
     if not _NAME.fullmatch(target):
         typed = f"--to {target}: " if target else ""
         raise UserError(f"luthier push: {typed}name a repository: --to USER/NAME.")
     return target
 
 
-def _artifact(word: str, given: ParsedArguments) -> Artifact:
-    artifact = find_artifact(word, given.texts.get("--base"))
-    if "--merged" not in given.switches:
+def _artifact(word: str, parsed: ParsedArguments) -> Artifact:
+    artifact = find_artifact(word, parsed.texts.get("--base"))
+    if "--merged" not in parsed.switches:
         return artifact
-    place = None if artifact.run is None else artifact.run / "merged"
-    if place is None or not place.is_dir():
+    merged_folder = None if artifact.run is None else artifact.run / "merged"
+    if merged_folder is None or not merged_folder.is_dir():
         raise UserError(
             f"{word}: there is no merged model yet. Make it first:\n    luthier merge {word}"
         )
-    return find_artifact(str(place))
+    return find_artifact(str(merged_folder))
 
 
-def _told(artifact: Artifact, target: str, given: ParsedArguments) -> ModelFacts:
+def _told(artifact: Artifact, target: str, parsed: ParsedArguments) -> ModelFacts:
     """The story with what was typed besides."""
     story = stories.load_or_collect_facts(artifact)
-    languages = [one for one in given.texts.get("--language", "").split(",") if one]
-    rows = given.texts.get("--data-license")
+    languages = [item for item in parsed.texts.get("--language", "").split(",") if item]
+    rows = parsed.texts.get("--data-license")
     data: list[DataFacts] = [
-        one if one.licence or rows is None else replace(one, licence=rows) for one in story.data
+        item if item.licence or rows is None else replace(item, licence=rows) for item in story.data
     ]
     return replace(
         story,
         title=target.partition("/")[2],
-        licence=given.texts.get("--license", story.licence),
+        licence=parsed.texts.get("--license", story.licence),
         language=languages or story.language,
         data=data,
     )

@@ -10,13 +10,13 @@ GRAMMAR = CommandLine(
 )
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """List the recipes that are found, with their header lines."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    GRAMMAR.refuse_all(words)
-    found = config.list_recipes()
-    width = max(len(recipe.name) for recipe in found)
-    for recipe in found:
+    GRAMMAR.refuse_all(arguments)
+    recipes = config.list_recipes()
+    width = max(len(recipe.name) for recipe in recipes)
+    for recipe in recipes:
         print(f"{recipe.name:<{width}}  {recipe.header}")
     return 0

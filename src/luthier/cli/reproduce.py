@@ -34,11 +34,11 @@ AGAIN = ".again"
 _SHARDED = ("none", "ddp")
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Repeat a run; raises UserError where its record does not say how."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    typed = GRAMMAR.parse(words).overrides
+    typed = GRAMMAR.parse(arguments).overrides
     if len(typed) != 1:
         raise UserError("`luthier reproduce` needs one run: luthier reproduce runs/RECIPE/NAME")
     old = find_run(typed[0]).resolve()
@@ -97,10 +97,10 @@ def train_again(record: dict[str, Any], new: Path) -> int:
     where = Path(record.get("cwd", "."))
     # A signal that ends this process has the training stop with a checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with TemporaryDirectory() as place:
-        code = Path(place) / "code"
+    with TemporaryDirectory() as folder:
+        code = Path(folder) / "code"
         process = subprocess.Popen(
-            [*_command(record, Path(place)), str(new)],
+            [*_command(record, Path(folder)), str(new)],
             cwd=where if where.is_dir() else None,
             env=environment | {"LUTHIER_EXIT_FILE": str(code)},
         )
@@ -109,11 +109,11 @@ def train_again(record: dict[str, Any], new: Path) -> int:
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             ended = process.wait()
-        said = code.read_text(encoding="utf-8").strip() if code.is_file() else ""
-        return STOPPED_EXIT_CODE if said == str(STOPPED_EXIT_CODE) else ended
+        exit_text = code.read_text(encoding="utf-8").strip() if code.is_file() else ""
+        return STOPPED_EXIT_CODE if exit_text == str(STOPPED_EXIT_CODE) else ended
 
 
-def _command(record: dict[str, Any], place: Path) -> list[str]:
+def _command(record: dict[str, Any], code_file: Path) -> list[str]:
     """How to start the training: plain Python, or accelerate as it was configured."""
     launch = record.get("launch") or {}
     module = ["-m", "luthier.cli.rerun"]
@@ -124,15 +124,15 @@ def _command(record: dict[str, Any], place: Path) -> list[str]:
         config = config | {"use_cpu": True, "gpu_ids": ",".join(["-1"] * launch["processes"])}
     config = config | {"num_processes": launch["processes"], "num_machines": 1}
     config = {"main_process_port": 0} | config
-    file = place / "launch.yaml"
+    file = code_file / "launch.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     start = ["accelerate.commands.launch", "--quiet", "--config_file", str(file)]
     return [sys.executable, "-m", *start, *module]
 
 
 def _launcher(record: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = (record.get("launch") or {}).get("launcher") or {}
-    return found
+    launcher: dict[str, Any] = (record.get("launch") or {}).get("launcher") or {}
+    return launcher
 
 
 def report_differences(old: Path, new: Path) -> int:
@@ -145,8 +145,8 @@ def report_differences(old: Path, new: Path) -> int:
         print(f"  {old}\n  {new}")
         return 0
     print(f"not identical: {old}\n               {new}")
-    for name, one, other in step or [("metrics.jsonl", "the same", "the same")]:
-        print(f"  {name}: {one} -> {other}")
+    for name, value, other in step or [("metrics.jsonl", "the same", "the same")]:
+        print(f"  {name}: {value} -> {other}")
     for line in weights or ["the final weights are the same"]:
         print(f"  {line}")
     _print_reasons(old, new)
@@ -174,10 +174,13 @@ def _print_reasons(old: Path, new: Path) -> None:
     if any(lines for _, lines in groups):
         print("what differs in the environment:")
     for heading, lines in groups:
-        for name, one, other in lines:
-            print(f"  {heading}, {name}: {one} -> {other}")
-    for part in record.get("extended", []):
-        print(f"the run was made longer at step {part['at_step']}: {', '.join(part['changes'])}")
+        for name, value, other in lines:
+            print(f"  {heading}, {name}: {value} -> {other}")
+    for extension in record.get("extended", []):
+        print(
+            f"the run was made longer at step {extension['at_step']}: "
+            f"{', '.join(extension['changes'])}"
+        )
     on_cpu = (record.get("launch") or {}).get("device") == "cpu"
     if not record.get("seeds", {}).get("deterministic") and not on_cpu:
         print("the run was not deterministic: with deterministic=true, GPU kernels do not vary")

@@ -44,31 +44,31 @@ _PLAIN_NAMES = ("model", "default")
 """Folders whose name says nothing: the one above is named too."""
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Serve until the user ends it; returns the server's exit code."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words)
+    parsed = GRAMMAR.parse(arguments)
     from luthier.cli.model_arguments import parse_model_arguments
     from luthier.model.artifact import find_artifact
 
-    typed = parse_model_arguments("serve", given.overrides, ("MODEL",))
-    engine = _engine(given)
+    typed = parse_model_arguments("serve", parsed.overrides, ("MODEL",))
+    engine = _engine(parsed)
     if engine == "vllm":
-        artifact = find_artifact(typed.places[0], given.texts.get("--base"))
-        _vllm(artifact, given)
+        artifact = find_artifact(typed.places[0], parsed.texts.get("--base"))
+        _vllm(artifact, parsed)
         return 0
-    return _transformers(typed, given)
+    return _transformers(typed, parsed)
 
 
 def served_name(artifact: "Artifact") -> str:
     """What requests call a model: the names of its folders that tell it from others."""
-    place = artifact.run or artifact.folder
-    if place is None:
+    folder = artifact.run or artifact.folder
+    if folder is None:
         return artifact.base.path
-    parts = place.resolve().parts
-    kept = parts[-1:] if parts[-1] not in _PLAIN_NAMES else parts[-2:]
-    return "-".join(kept).replace("=", "-")
+    components = folder.resolve().parts
+    chosen = components[-1:] if components[-1] not in _PLAIN_NAMES else components[-2:]
+    return "-".join(chosen).replace("=", "-")
 
 
 def curl_command(name: str, host: str, port: int) -> str:
@@ -80,8 +80,8 @@ def curl_command(name: str, host: str, port: int) -> str:
     )
 
 
-def _engine(given: ParsedArguments) -> str:
-    chosen = given.texts.get("--engine")
+def _engine(parsed: ParsedArguments) -> str:
+    chosen = parsed.texts.get("--engine")
     if chosen is None:
         return "vllm" if importlib.util.find_spec("vllm") and _has_gpu() else "transformers"
     if chosen not in ("transformers", "vllm"):
@@ -95,11 +95,11 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _address(given: ParsedArguments) -> tuple[str, int]:
-    return given.texts.get("--host", "localhost"), given.numbers.get("--port", 8000)
+def _address(parsed: ParsedArguments) -> tuple[str, int]:
+    return parsed.texts.get("--host", "localhost"), parsed.numbers.get("--port", 8000)
 
 
-def _transformers(typed: "ModelArguments", given: ParsedArguments) -> int:
+def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
     missing = [name for name in _SERVER if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -108,10 +108,10 @@ def _transformers(typed: "ModelArguments", given: ParsedArguments) -> int:
         )
     from luthier.infer.llm import LLM
 
-    host, port = _address(given)
+    host, port = _address(parsed)
     _check_free(host, port)
-    llm = LLM(typed.places[0], base=given.texts.get("--base"), **typed.llm())
-    name = given.texts.get("--name") or served_name(llm.artifact)
+    llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
+    name = parsed.texts.get("--name") or served_name(llm.artifact)
     if llm.artifact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
     from luthier.environment import quiet_libraries
@@ -139,28 +139,28 @@ def _check_free(host: str, port: int) -> None:
         ) from error
 
 
-def _vllm(artifact: "Artifact", given: ParsedArguments) -> None:
+def _vllm(artifact: "Artifact", parsed: ParsedArguments) -> None:
     """Become vLLM's server, or show how it would be started."""
-    name = given.texts.get("--name") or served_name(artifact)
-    command = vllm_command(artifact, name, given)
-    if "--show" in given.switches:
+    name = parsed.texts.get("--name") or served_name(artifact)
+    command = vllm_command(artifact, name, parsed)
+    if "--show" in parsed.switches:
         print(shlex.join(command))
         return
     program = shutil.which("vllm")
     if program is None:
         raise UserError("--engine vllm: vllm is not installed. See https://docs.vllm.ai for how.")
-    print(f"Ask it:\n{curl_command(name, *_address(given))}", flush=True)
+    print(f"Ask it:\n{curl_command(name, *_address(parsed))}", flush=True)
     os.execv(program, command)
 
 
-def vllm_command(artifact: "Artifact", name: str, given: ParsedArguments) -> list[str]:
+def vllm_command(artifact: "Artifact", name: str, parsed: ParsedArguments) -> list[str]:
     """The command line with which vLLM serves it as it trained.
 
     Raises UserError for an adapter that vLLM cannot put on its base.
     """
     from luthier.model import gguf, source
 
-    host, port = _address(given)
+    host, port = _address(parsed)
     file = source.find_gguf_file(artifact.base.path)
     base = artifact.base.path if file is None else str(gguf.convert_model(file))
     command = ["vllm", "serve", base, "--host", host, "--port", str(port)]
@@ -194,8 +194,8 @@ def _rank(adapter: Path) -> int:
             "(luthier merge), and serve that."
         )
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
-    known = (8, 16, 32, 64, 128, 256, 320, 512)
-    fitting = [size for size in known if size >= rank]
+    sizes = (8, 16, 32, 64, 128, 256, 320, 512)
+    fitting = [size for size in sizes if size >= rank]
     if not fitting:
-        raise UserError(f"{adapter}: its rank {rank} is more than vLLM takes ({known[-1]}).")
+        raise UserError(f"{adapter}: its rank {rank} is more than vLLM takes ({sizes[-1]}).")
     return fitting[0]

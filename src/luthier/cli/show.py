@@ -22,13 +22,13 @@ RunPage = list[tuple[str, list[tuple[str, str]]]]
 """Headings, each with rows of a name and its value."""
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Print the page of each run; returns 0. Raises UserError where there is none."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
     from luthier.errors import UserError
 
-    typed = GRAMMAR.parse(words).overrides
+    typed = GRAMMAR.parse(arguments).overrides
     if not typed:
         raise UserError("`luthier show` needs a run: luthier show runs/RECIPE/NAME")
     for name in typed:
@@ -90,7 +90,7 @@ def _run(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("took", took + (f", of which training {trained:,.0f} s" if trained else "")),
         ("memory", ", ".join(f"{where} {gib} GiB at the peak" for where, gib in peak.items())),
         ("seed", _seed(seeds)),
-        *(("extended", _extended(part)) for part in record.get("extended", [])),
+        *(("extended", _extended(extension)) for extension in record.get("extended", [])),
         *(("tracked", f"{name}: {run['id']}") for name, run in record.get("trackers", {}).items()),
     ]
 
@@ -100,8 +100,8 @@ def _seed(seeds: dict[str, Any]) -> str:
     return f"{seeds['seed']}{kernels}" if "seed" in seeds else ""
 
 
-def _extended(part: dict[str, Any]) -> str:
-    return f"at step {part['at_step']}: {', '.join(part['changes'])}"
+def _extended(extension: dict[str, Any]) -> str:
+    return f"at step {extension['at_step']}: {', '.join(extension['changes'])}"
 
 
 def _material(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -151,8 +151,8 @@ def _commit(state: dict[str, Any] | None) -> str:
     if not state:
         return ""
     changed = f", with changes in {len(state['changed_files'])} files" if state["dirty"] else ""
-    kept = f" ({state['diff']})" if state.get("diff") else ""
-    return f"{state['commit'][:12]} on {state['branch']}{changed}{kept}"
+    diff_note = f" ({state['diff']})" if state.get("diff") else ""
+    return f"{state['commit'][:12]} on {state['branch']}{changed}{diff_note}"
 
 
 def _versions(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -175,15 +175,19 @@ def _number(value: Any) -> str:
 
 def _parts(record: dict[str, Any]) -> list[tuple[str, str]]:
     """The parts of a run that did not come to its end in one go."""
-    parts = record.get("sessions", [])
-    return [] if len(parts) < 2 else [(part["started"], _part(part)) for part in parts]
+    sessions = record.get("sessions", [])
+    return (
+        [] if len(sessions) < 2 else [(session["started"], _part(session)) for session in sessions]
+    )
 
 
-def _part(part: dict[str, Any]) -> str:
-    begin = f"from step {part['from_step']}" if "from_step" in part else "before its first step"
-    end = f" to step {part['to_step']}" if "to_step" in part else ""
-    signal = f" by {part['signal']}" if "signal" in part else ""
-    return f"{part['status']}{signal}, {begin}{end}, on {part['host']}"
+def _part(session: dict[str, Any]) -> str:
+    begin = (
+        f"from step {session['from_step']}" if "from_step" in session else "before its first step"
+    )
+    end = f" to step {session['to_step']}" if "to_step" in session else ""
+    signal = f" by {session['signal']}" if "signal" in session else ""
+    return f"{session['status']}{signal}, {begin}{end}, on {session['host']}"
 
 
 def _checkpoints(folder: Path) -> list[tuple[str, str]]:

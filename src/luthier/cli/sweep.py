@@ -31,7 +31,7 @@ if not console.is_terminal:
     console = Console(highlight=False, width=_WIDTH)
 
 
-def run_sweep(words: list[str]) -> int:
+def run_sweep(arguments: list[str]) -> int:
     """Try every point; returns 0, 1 if a trial failed, or 75 if the same command goes on.
 
     Typed under `accelerate launch`, the first process steers and the others leave. Raises UserError
@@ -40,7 +40,7 @@ def run_sweep(words: list[str]) -> int:
     if not local.is_first_rank():
         return 0
     with _checking() as checking:
-        planned = plan_sweep(words, checking)
+        planned = plan_sweep(arguments, checking)
         launch = local.find_launch_command(planned.launcher, os.environ)
     if planned.base.config.dry_run:
         return _dry_run(planned)
@@ -72,17 +72,17 @@ def _place(
     return slurm.SlurmCluster(planned, launch)
 
 
-def _run(planned: SweepPlan, place: TrialPlace, is_orphan: Callable[[], bool]) -> int:
+def _run(planned: SweepPlan, trial_place: TrialPlace, is_orphan: Callable[[], bool]) -> int:
     from luthier.sweep.results import report_progress, report_results
 
     strategy = _strategy(planned)
-    console.print(_opening(planned, strategy, place), markup=False, soft_wrap=True)
-    shown = make_view(planned.objectives, strategy.total, console)
-    controller = Controller(planned, strategy, place, shown)
+    console.print(_opening(planned, strategy, trial_place), markup=False, soft_wrap=True)
+    view = make_view(planned.objectives, strategy.total, console)
+    controller = Controller(planned, strategy, trial_place, view)
     try:
         code = controller.run(is_orphan)
     finally:
-        shown.close()
+        view.close()
     if code == RESUME:
         report_progress(planned, controller.trials, console)
         console.print("\nstopped; the same command goes on with the trials that are left")
@@ -91,10 +91,12 @@ def _run(planned: SweepPlan, place: TrialPlace, is_orphan: Callable[[], bool]) -
     return code
 
 
-def _opening(planned: SweepPlan, strategy: Strategy, place: TrialPlace) -> str:
-    goal = ", ".join(f"{one.direction} {one.name}" for one in planned.objectives)
+def _opening(planned: SweepPlan, strategy: Strategy, trial_place: TrialPlace) -> str:
+    goal = ", ".join(f"{objective.direction} {objective.name}" for objective in planned.objectives)
     count = f"{strategy.total} trials" if strategy.total != 1 else "1 trial"
-    side = f"{len(place.slots)} side by side" if len(place.slots) > 1 else "one at a time"
+    side = (
+        f"{len(trial_place.slots)} side by side" if len(trial_place.slots) > 1 else "one at a time"
+    )
     return f"sweep     {count}, {side}: {goal}\nfolder    {planned.folder.path}"
 
 
@@ -111,8 +113,8 @@ def _dry_run(planned: SweepPlan) -> int:
     points = planned.points or []
     for number, point in enumerate(points):
         console.print(f"{number:03d}  {format_params(point)}", markup=False, soft_wrap=True)
-    known = f"{len(points)} trials" if points else "every value of the search space"
-    console.print(f"dry run: {known} can be composed; nothing was run or written")
+    size = f"{len(points)} trials" if points else "every value of the search space"
+    console.print(f"dry run: {size} can be composed; nothing was run or written")
     return 0
 
 
@@ -136,28 +138,28 @@ GRAMMAR = CommandLine(
 )
 
 
-def run(words: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Print the table of a sweep; returns 0. Raises UserError for a folder that holds none."""
-    if GRAMMAR.asks_help(words):
+    if GRAMMAR.asks_help(arguments):
         return 0
-    given = GRAMMAR.parse(words).overrides
-    if len(given) != 1:
+    folders = GRAMMAR.parse(arguments).overrides
+    if len(folders) != 1:
         raise UserError("luthier sweep takes one folder: luthier sweep runs/RECIPE/sweeps/NAME.")
-    folder = TrialFolder(Path(given[0]))
+    folder = TrialFolder(Path(folders[0]))
     definition = read_json(folder.definition)
     if definition is None:
         raise UserError(f"{folder.path} holds no sweep.{_near(folder.path)}")
-    wanted = definition["objectives"].items()
-    objectives = [Objective(name, direction == "maximize") for name, direction in wanted]
+    directions = definition["objectives"].items()
+    objectives = [Objective(name, direction == "maximize") for name, direction in directions]
     trials = folder.load()
     running = is_running(folder.path)
     for trial in trials:
         if trial.state == "running":
-            found = measure_objectives(
+            measures = measure_objectives(
                 on_disk.read_run_record(folder.run(trial)), on_disk.read_rows(folder.run(trial))
             )
-            trial.step = int(found.get("step", trial.step))
-            trial.values = found
+            trial.step = int(measures.get("step", trial.step))
+            trial.values = measures
             trial.state = "running" if running else "interrupted"
     console = Console(highlight=False)
     console.print(trial_table(trials, objectives))
@@ -172,9 +174,9 @@ def run(words: list[str]) -> int:
 
 def _near(path: Path) -> str:
     """The sweeps that lie below a folder, as advice."""
-    found = sorted(path.glob("**/sweep.json"))[:5] if path.is_dir() else []
-    listed = ", ".join(str(one.parent) for one in found)
-    return f" Below it are: {listed}." if found else ""
+    definitions = sorted(path.glob("**/sweep.json"))[:5] if path.is_dir() else []
+    listed = ", ".join(str(definition.parent) for definition in definitions)
+    return f" Below it are: {listed}." if definitions else ""
 
 
 def _shell(word: str) -> str:

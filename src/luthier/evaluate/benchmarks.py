@@ -39,60 +39,60 @@ def run_benchmarks(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=_folder(folder))
-    known = set(manager.all_tasks)
-    unknown = [task for task in tasks if task not in known]
+    task_names = set(manager.all_tasks)
+    unknown = [task for task in tasks if task not in task_names]
     if unknown:
-        raise UserError(f"--benchmarks: {_no_task(unknown[0], sorted(known))}")
+        raise UserError(f"--benchmarks: {_no_task(unknown[0], sorted(task_names))}")
     # It is placed and packed already: the harness only asks it.
     model = HFLM(
         pretrained=llm.model, tokenizer=llm.tokenizer, backend="causal",
         batch_size=batch or _BATCH, max_length=llm.context,
     )  # fmt: skip
     try:
-        found: Any = lm_eval.simple_evaluate(
+        harness_results: Any = lm_eval.simple_evaluate(
             model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True,
             apply_chat_template=llm.has_template, bootstrap_iters=0,
         )  # fmt: skip
     except (OSError, ConnectionError, FileNotFoundError) as error:
         raise UserError(f"--benchmarks: the data of a task cannot be had: {error}") from error
-    rows = {name: _rows(samples) for name, samples in found["samples"].items()}
-    results = {name: _numbers(each) for name, each in found["results"].items()}
+    rows = {name: _rows(samples) for name, samples in harness_results["samples"].items()}
+    results = {name: _numbers(each) for name, each in harness_results["results"].items()}
     return {"results": results, "rows": rows}
 
 
 def compare_benchmarks(benchmarks: Mapping[str, Any], level: float) -> dict[str, Any]:
     """The numbers of each task with intervals over its documents, and the paired difference."""
     tuned, base = benchmarks["tuned"], benchmarks.get("base")
-    found: dict[str, Any] = {}
+    comparison: dict[str, Any] = {}
     for task, numbers in tuned["results"].items():
         for name, value in numbers.items():
             rows = tuned["rows"].get(task, {}).get(name)
             others = base and base["rows"].get(task, {}).get(name)
             label = f"{task}/{name}"
             if rows is None:
-                found[label] = {"tuned": {"value": value}}
+                comparison[label] = {"tuned": {"value": value}}
                 if base:
-                    found[label]["base"] = {"value": base["results"][task][name]}
+                    comparison[label]["base"] = {"value": base["results"][task][name]}
             elif others is None:
-                found[label] = {"tuned": asdict(bootstrap_interval(rows, level))}
+                comparison[label] = {"tuned": asdict(bootstrap_interval(rows, level))}
             else:
                 pair = compare_paired(others, rows, level)
-                found[label] = {
+                comparison[label] = {
                     "base": asdict(pair.first), "tuned": asdict(pair.second),
                     "difference": asdict(pair.difference),
                     "higher": pair.higher, "lower": pair.lower,
                 }  # fmt: skip
-    return found
+    return comparison
 
 
-def print_benchmarks(found: Mapping[str, Any], console: "Console") -> None:
+def print_benchmarks(results: Mapping[str, Any], console: "Console") -> None:
     """Print the numbers of the benchmarks."""
     from rich.text import Text
 
     from luthier.evaluate.compare import comparison_values
 
     console.print(Text("\nbenchmarks", style="bold"))
-    console.print(comparison_values(dict(found)))
+    console.print(comparison_values(dict(results)))
 
 
 def _folder(folder: str | None) -> str | None:
@@ -101,10 +101,10 @@ def _folder(folder: str | None) -> str | None:
     return folder
 
 
-def _no_task(name: str, known: Sequence[str]) -> str:
+def _no_task(name: str, task_names: Sequence[str]) -> str:
     from luthier.errors import nearest_option
 
-    near = nearest_option(name, known)
+    near = nearest_option(name, task_names)
     guess = f" Did you mean {near}?" if near else ""
     return f"lm-evaluation-harness has no task {name!r}.{guess} `lm-eval ls tasks` lists them."
 
@@ -122,13 +122,13 @@ def _rows(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """The scores of the documents by metric, in their order; those that are one number each."""
     ordered = sorted(samples, key=lambda sample: (str(sample.get("filter")), sample["doc_id"]))
     filters = {str(sample.get("filter")) for sample in ordered}
-    found: dict[str, list[float]] = {}
+    scores_by_metric: dict[str, list[float]] = {}
     for sample in ordered:
         for name in sample.get("metrics", ()):
             value = sample.get(name)
             if isinstance(value, int | float):
                 # As the harness calls it in its results.
-                own = "" if sample.get("filter") == "none" else f",{sample.get('filter')}"
-                found.setdefault(f"{name}{own}", []).append(float(value))
+                suffix = "" if sample.get("filter") == "none" else f",{sample.get('filter')}"
+                scores_by_metric.setdefault(f"{name}{suffix}", []).append(float(value))
     count = len(ordered) // max(len(filters), 1)
-    return {name: scores for name, scores in found.items() if len(scores) == count}
+    return {name: scores for name, scores in scores_by_metric.items() if len(scores) == count}

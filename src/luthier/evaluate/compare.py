@@ -65,11 +65,11 @@ def compare_outcomes(
     else:
         others = base.samples()
         for name, sample in samples.items():
-            found = compare_paired(others[name], sample, level)
+            interval = compare_paired(others[name], sample, level)
             numbers[name] = {
-                "base": asdict(found.first), "tuned": asdict(found.second),
-                "difference": asdict(found.difference),
-                "higher": found.higher, "lower": found.lower,
+                "base": asdict(interval.first), "tuned": asdict(interval.second),
+                "difference": asdict(interval.difference),
+                "higher": interval.higher, "lower": interval.lower,
             }  # fmt: skip
     numbers |= _bare(base, tuned, set(numbers))
     judged_by, rows = _judged(items, base, tuned, better) if base else _ranked(items, tuned, better)
@@ -83,19 +83,19 @@ def compare_outcomes(
 
 
 def _bare(
-    base: ModelScores | None, tuned: ModelScores, known: set[str]
+    base: ModelScores | None, tuned: ModelScores, sampled: set[str]
 ) -> dict[str, dict[str, Any]]:
     """Numbers of which nothing is known for each row: no interval is drawn."""
-    found: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     for name, value in tuned.scored.values.items():
-        if name not in known:
-            found[name] = {"tuned": {"value": value}}
+        if name not in sampled:
+            numbers[name] = {"tuned": {"value": value}}
             if base is not None:
-                found[name] |= {
+                numbers[name] |= {
                     "base": {"value": base.scored.values[name]},
                     "difference": {"value": value - base.scored.values[name]},
                 }
-    return found
+    return numbers
 
 
 def _judged(
@@ -106,7 +106,7 @@ def _judged(
     By the first metric that tells the two apart, or by the likelihood.
     """
     for name, is_higher in better.items():
-        before, after = (one.scored.rows.get(name) for one in (base, tuned))
+        before, after = (scores.scored.rows.get(name) for scores in (base, tuned))
         if before is not None and after is not None and is_higher is not None:
             sign = 1 if is_higher else -1
             gains = [sign * (new - old) for old, new in zip(before, after, strict=True)]
@@ -128,8 +128,12 @@ def _ranked(
     for name, is_higher in better.items():
         scores = tuned.scored.rows.get(name)
         if scores is not None and is_higher is not None and len(set(scores)) > 1:
-            own = [loss for loss, one in zip(losses, items.rows, strict=True) if one.question]
-            rows = _asked_rows(items, {"score": scores, "loss": own}, None, tuned)
+            question_losses = [
+                loss
+                for loss, evaluated_row in zip(losses, items.rows, strict=True)
+                if evaluated_row.question
+            ]
+            rows = _asked_rows(items, {"score": scores, "loss": question_losses}, None, tuned)
             sign, best = (1, max(scores)) if is_higher else (-1, min(scores))
             rows = [row for row in rows if row["score"] != best]
             return name, sorted(rows, key=lambda row: (sign * row["score"], -row["loss"]))
@@ -146,19 +150,19 @@ def _asked_rows(
     tuned: ModelScores,
 ) -> list[dict[str, Any]]:
     """The rows with a question, each with its numbers and what was answered."""
-    found = []
-    asked = (item for item in items.rows if item.question is not None)
-    for place, (item, reply) in enumerate(zip(asked, tuned.replies, strict=True)):
+    rows = []
+    questions = (item for item in items.rows if item.question is not None)
+    for position, (item, reply) in enumerate(zip(questions, tuned.replies, strict=True)):
         assert item.question is not None
-        row = {"where": item.where, **{name: own[place] for name, own in numbers.items()}}
+        row = {"where": item.where, **{name: values[position] for name, values in numbers.items()}}
         row |= {
             "prompt": item.question.messages[-1]["content"],
             "expected": item.question.expected,
         }
         if base is not None:
-            row["base"] = base.replies[place]
-        found.append(row | {"tuned": reply})
-    return found
+            row["base"] = base.replies[position]
+        rows.append(row | {"tuned": reply})
+    return rows
 
 
 # What an evaluation found, as tables for people.
@@ -172,22 +176,22 @@ def print_comparison(result: Comparison, console: Console, against: str = "base"
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
     console.print(comparison_values(result.numbers, against))
-    parts = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
-    for name, rows in parts:
+    groups = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
+    for name, rows in groups:
         if rows:
             console.print(Text(f"\n{name}, by {result.judged_by}", style="bold"))
             console.print(_examples(rows, against))
 
 
-def comparison_values(found: dict[str, dict[str, Any]], against: str = "base") -> Table:
+def comparison_values(numbers: dict[str, dict[str, Any]], against: str = "base") -> Table:
     """A row for each number, with its interval in brackets."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    is_pair = any("base" in number for number in found.values())
+    is_pair = any("base" in number for number in numbers.values())
     table.add_column("", no_wrap=True)
     for name in (against, "tuned", "difference", "sure") if is_pair else ("tuned",):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, number in found.items():
-        cells = [format_interval(number.get(part)) for part in ("base", "tuned", "difference")]
+    for name, number in numbers.items():
+        cells = [format_interval(number.get(column)) for column in ("base", "tuned", "difference")]
         sure = max(number["higher"], number["lower"]) if "higher" in number else None
         certain = "" if sure is None else f"{sure:.1%}"
         table.add_row(name, *([*cells, certain] if is_pair else [cells[1]]))

@@ -78,7 +78,7 @@ class HeadScorer(ABC):
 
     @abstractmethod
     def score(
-        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+        self, items: Sequence[EvaluationRow], predictions: Sequence[Any]
     ) -> tuple[MetricScores, list[str]]:
         """The numbers over all rows, and what was said of each in words."""
 
@@ -109,9 +109,13 @@ class ClassScorer(HeadScorer):
             return {**example}
         is_list = isinstance(label, list)
         if is_list != (self.labels.problem == "multi_label_classification"):
-            wanted = "one class" if is_list else "lists of classes"
-            raise UserError(f"{where}: the label is {label!r}, and this model says {wanted}.")
-        named = [_named(self.labels, one, where) for one in (label if is_list else [label])]
+            expected_type = "one class" if is_list else "lists of classes"
+            raise UserError(
+                f"{where}: the label is {label!r}, and this model says {expected_type}."
+            )
+        named = [
+            _named(self.labels, class_name, where) for class_name in (label if is_list else [label])
+        ]
         return {**example, "label": named if is_list else named[0]}
 
     def question(self, example: Mapping[str, Any]) -> Question:
@@ -130,26 +134,26 @@ class ClassScorer(HeadScorer):
         return classification_losses(self.labels, logits, batch["labels"])
 
     def score(
-        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+        self, items: Sequence[EvaluationRow], predictions: Sequence[Any]
     ) -> tuple[MetricScores, list[str]]:
         """Accuracy and F1, or errors."""
         labels = [json.loads(item.values["label"]) for item in items]
-        wanted = np.stack([encode_label(self.labels, label) for label in labels])
-        predicted = np.array(said)
+        expected = np.stack([encode_label(self.labels, label) for label in labels])
+        predicted = np.array(predictions)
         names = np.array(self.labels.names, object)
         if self.labels.problem == REGRESSION:
-            return classification.regression_samples(predicted, wanted), [
-                self._words([one]) for one in said
+            return classification.regression_samples(predicted, expected), [
+                self._words([prediction]) for prediction in predictions
             ]
         if self.labels.problem == "multi_label_classification":
             texts = [self._words(names[flags].tolist()) for flags in predicted]
-            return classification.multi_label_samples(predicted, wanted > 0), texts
+            return classification.multi_label_samples(predicted, expected > 0), texts
         texts = names[predicted].tolist()
-        return classification.single_label_samples(predicted, wanted, len(names)), texts
+        return classification.single_label_samples(predicted, expected, len(names)), texts
 
     def _words(self, labels: Sequence[Any]) -> str:
-        shown = (f"{one:.4g}" if isinstance(one, float) else str(one) for one in labels)
-        return ", ".join(shown) or "(none)"
+        texts = (f"{label:.4g}" if isinstance(label, float) else str(label) for label in labels)
+        return ", ".join(texts) or "(none)"
 
 
 class TagScorer(HeadScorer):
@@ -183,15 +187,15 @@ class TagScorer(HeadScorer):
         return tagging_losses(logits, batch["labels"])
 
     def score(
-        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+        self, items: Sequence[EvaluationRow], predictions: Sequence[Any]
     ) -> tuple[MetricScores, list[str]]:
         """Accuracy over words, and the scores of entities."""
         predicted = [
-            predict_word_tags(self.labels, item.values, one)
-            for item, one in zip(items, said, strict=True)
+            predict_word_tags(self.labels, item.values, prediction)
+            for item, prediction in zip(items, predictions, strict=True)
         ]
-        wanted = [json.loads(item.values["tags"]) for item in items]
-        return classification.tag_samples(predicted, wanted, self._are_entities), [
+        expected = [json.loads(item.values["tags"]) for item in items]
+        return classification.tag_samples(predicted, expected, self._are_entities), [
             *map(" ".join, predicted)
         ]
 
@@ -225,8 +229,8 @@ class RewardScorer(HeadScorer):
             model,
             layout([preference_collators.PreferenceItem(0, row, row, real=True) for row in rows]),
         )
-        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        rewards = model(**given, use_cache=False).logits.squeeze(-1).float()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        rewards = model(**inputs, use_cache=False).logits.squeeze(-1).float()
         chosen, rejected = rewards.chunk(2)
         return RowLosses(-logsigmoid(chosen - rejected), torch.stack([chosen, rejected], dim=1))
 
@@ -235,11 +239,13 @@ class RewardScorer(HeadScorer):
         return 2 * max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
     def score(
-        self, items: Sequence[EvaluationRow], said: Sequence[Any]
+        self, items: Sequence[EvaluationRow], predictions: Sequence[Any]
     ) -> tuple[MetricScores, list[str]]:
         """Accuracy and margin."""
-        rewards = np.array(said, float)
-        texts = [f"{one:+.3g} chosen, {other:+.3g} rejected" for one, other in rewards]
+        rewards = np.array(predictions, float)
+        texts = [
+            f"{prediction:+.3g} chosen, {other:+.3g} rejected" for prediction, other in rewards
+        ]
         return classification.preference_samples(rewards[:, 0], rewards[:, 1]), texts
 
 
@@ -276,13 +282,13 @@ class HeadRowBuilder:
         self._head, self._encoder = head, encoder
 
     def add(
-        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+        self, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
     ) -> None:
         """Add the items of rows of one source; UserError for a label that the model has not."""
         read = (row._replace(example=self._head.read(row.where, row.example)) for row in placed)
-        for row, values in encode_rows(self._encoder, found, read):
+        for row, values in encode_rows(self._encoder, rows, read):
             columns = {n: np.asarray(v) if isinstance(v, list) else v for n, v in values.items()}
-            found.rows.append(
+            rows.rows.append(
                 EvaluationRow(row.where, [], self._head.question(row.example), columns)
             )
 
@@ -296,21 +302,21 @@ class HeadModel:
         *,
         device_map: str | dict[str, Any] | None = None,
         quantization: WeightPrecision = "trained",
-        **given: Any,
+        **settings: Any,
     ) -> None:
         """`artifact`: one whose task has a head."""
         self.artifact = artifact
         self._packing = parse_weight_precision(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
-        self._given = given
+        self._given = settings
         self._stack = ExitStack()
 
     def __enter__(self) -> "HeadModel":
         from luthier.infer.llm import read_load_options
 
-        found = read_load_options(self.artifact, self._given)
-        self.artifact, _, self.tokenizer = found
-        self.model = found.model(self._packing, self._own)
+        options = read_load_options(self.artifact, self._given)
+        self.artifact, _, self.tokenizer = options
+        self.model = options.model(self._packing, self._own)
         self._stack.callback(self._release)
         # By this token models find the end of a row.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -327,11 +333,11 @@ class HeadModel:
                 build_chat_encoder(self.artifact, self.tokenizer).settings()
             )
             return HeadRowBuilder(self.head, RewardEncoder(self.tokenizer, chat))
-        own: OnLong = "turns" if config is None else lenient_length(config.chat.on_long)
+        on_long: OnLong = "turns" if config is None else lenient_length(config.chat.on_long)
         bounds = [self._positions(), None if config is None else config.chat.max_length]
         longest = min((bound for bound in bounds if bound is not None), default=None)
         make = ClassificationEncoder if self.head.kind == "classification" else TaggingEncoder
-        return HeadRowBuilder(self.head, make(self.tokenizer, longest, own))
+        return HeadRowBuilder(self.head, make(self.tokenizer, longest, on_long))
 
     def set_of(
         self, items: EvaluationRows, metrics: Any, config: RunConfig | None
@@ -351,17 +357,19 @@ class HeadModel:
 
         items = each.items.rows
         rows: list[Mapping[str, Any]] = [item.values for item in items]
-        losses, said = np.zeros((len(rows), 2)), list[Any](rows)
+        losses, predictions = np.zeros((len(rows), 2)), list[Any](rows)
         pad = int(self.tokenizer.pad_token_id)
         bar = tqdm(total=len(rows), desc="rows", leave=False, disable=None)
         with torch.inference_mode(), bar:
             for batch in batches_by_length([self.head.length(row) for row in rows]):
-                found = self.head.losses(self.model, [rows[n] for n in batch], pad)
-                for number, loss, one in zip(batch, found.sums, found.predicted, strict=True):
+                batch_losses = self.head.losses(self.model, [rows[n] for n in batch], pad)
+                for number, loss, prediction in zip(
+                    batch, batch_losses.sums, batch_losses.predicted, strict=True
+                ):
                     losses[number] = loss.item(), self.head.answers(rows[number])
-                    said[number] = one.tolist()
+                    predictions[number] = prediction.tolist()
                 bar.update(len(batch))
-        scored, texts = self.head.score(items, said)
+        scored, texts = self.head.score(items, predictions)
         return ModelScores(losses, texts, scored, has_perplexity=False)
 
     def _head(self) -> "HeadScorer":

@@ -32,16 +32,16 @@ class ModelScores:
 
     def samples(self) -> dict[str, "Sequence[float] | SumStatistics"]:
         """What is resampled for each number, by name; those that have nothing for each row not."""
-        found: dict[str, Sequence[float] | SumStatistics] = {
+        statistics: dict[str, Sequence[float] | SumStatistics] = {
             LOSS: SumStatistics(self.losses, _mean)
         }
         if self.has_perplexity:
-            found[PERPLEXITY] = SumStatistics(self.losses, lambda sums: np.exp(_mean(sums)))
+            statistics[PERPLEXITY] = SumStatistics(self.losses, lambda sums: np.exp(_mean(sums)))
         for name in self.scored.values:
             sample = self.scored.sample(name)
             if sample is not None:
-                found[name] = sample
-        return found
+                statistics[name] = sample
+        return statistics
 
     def of_rows(self) -> NDArray[np.float64]:
         """The mean loss of each row, shape (rows,)."""
@@ -82,14 +82,16 @@ def compute_losses(
     """
     import torch
 
-    numbered = [(row, *one) for row, item in enumerate(items) for one in item.sequences]
+    numbered = [(row, *sequence) for row, item in enumerate(items) for sequence in item.sequences]
     losses = _of_targets if model.config.is_encoder_decoder else _of_sequences
     sums = np.zeros((len(items), 2))
     with torch.inference_mode():
         for batch in batches_by_length([max(len(ids), len(labels)) for _, ids, labels in numbered]):
             rows = [numbered[number] for number in batch]
-            found = losses(model, [ids for _, ids, _ in rows], [labels for *_, labels in rows])
-            for (row, *_), *sum_and_count in zip(rows, *found, strict=True):
+            batch_losses = losses(
+                model, [ids for _, ids, _ in rows], [labels for *_, labels in rows]
+            )
+            for (row, *_), *sum_and_count in zip(rows, *batch_losses, strict=True):
                 sums[row] += sum_and_count
             on_rows(len(batch))
     return sums
@@ -97,8 +99,8 @@ def compute_losses(
 
 def _of_sequences(model: Any, ids: Any, labels: Any) -> tuple[list[float], list[int]]:
     """The summed loss of each sequence and how many tokens are in it."""
-    given = _padded(ids, model.device)
-    logits = model(**given, use_cache=False).logits
+    batch = _padded(ids, model.device)
+    logits = model(**batch, use_cache=False).logits
     return _summed(logits[:, :-1], _filled(labels, IGNORED)[:, 1:])
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def measure_model(
-    llm: LLM, items: EvaluationRows, metrics: Sequence[Metric], given: dict[str, Any]
+    llm: LLM, items: EvaluationRows, metrics: Sequence[Metric], settings: dict[str, Any]
 ) -> ModelScores:
     """Measure a loaded model as it answers now.
 
@@ -41,15 +41,15 @@ def measure_model(
     total = sum(len(item.sequences) for item in items.rows)
     with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
         losses = compute_losses(llm.model, items.rows, bar.update)
-    asked = [item for item in items.rows if item.question is not None] if metrics else []
-    if not asked:
+    question_rows = [item for item in items.rows if item.question is not None] if metrics else []
+    if not question_rows:
         return ModelScores(losses, [], MetricScores({}))
-    questions = [item.question for item in asked if item.question is not None]
+    questions = [item.question for item in question_rows if item.question is not None]
     prompts = [{"messages": each.messages, "tools": each.tools} for each in questions]
-    with tqdm(total=len(asked), desc="replies", leave=False, disable=None) as bar:
+    with tqdm(total=len(question_rows), desc="replies", leave=False, disable=None) as bar:
         texts = llm.generate(
-            prompts, places=[item.where for item in asked],
-            on_replies=lambda number, replies: bar.update(1), **given,
+            prompts, places=[item.where for item in question_rows],
+            on_replies=lambda number, replies: bar.update(1), **settings,
         )  # fmt: skip
     replies = [
         Reply(text, question.expected, question.row)
@@ -75,8 +75,8 @@ class WritingModel(LLM):
         self, items: EvaluationRows, metrics: list[Metric] | None, config: RunConfig | None
     ) -> EvaluationSet:
         """The rows with these metrics, or with the run's own."""
-        own = metrics_of_run(config, items.name) if metrics is None else metrics
-        return rows_with_replies(items, own)
+        metrics_used = metrics_of_run(config, items.name) if metrics is None else metrics
+        return rows_with_replies(items, metrics_used)
 
     def measure(self, each: EvaluationSet, settings: dict[str, Any]) -> ModelScores:
         """Its losses and replies, as it answers now."""
@@ -118,8 +118,10 @@ def find_models(
         return model, None
     other = _subject(artifact.config.model.path, options, None)
     # The base is asked in the words of the training: its own template may be another one.
-    own = artifact.config.model.model_copy(update={"tokenizer": artifact.base.tokenizer})
-    other.artifact = replace(other.artifact, chat=artifact.chat, base=own, config=artifact.config)
+    base_config = artifact.config.model.model_copy(update={"tokenizer": artifact.base.tokenizer})
+    other.artifact = replace(
+        other.artifact, chat=artifact.chat, base=base_config, config=artifact.config
+    )
     return model, other
 
 
@@ -131,16 +133,20 @@ def check_comparable(
     `theirs` is the alphabet of the other one, whose rows are `its`.
     """
     if model.alphabet != theirs:
-        own = "reads other tokens" if isinstance(model, WritingModel) else "knows other labels"
+        difference = (
+            "reads other tokens" if isinstance(model, WritingModel) else "knows other labels"
+        )
         raise UserError(
-            f"{model.artifact.name} {own}, so the losses of the two say nothing beside each other. "
+            f"{model.artifact.name} {difference}, so the losses of the two say nothing beside each "
+            "other. "
             "Measure each with --alone."
         )
-    for one, other in zip(mine, its, strict=True):
-        rows, others = one.items.rows, other.items.rows
+    for evaluation_set, other in zip(mine, its, strict=True):
+        rows, others = evaluation_set.items.rows, other.items.rows
         if [item.where for item in rows] != [item.where for item in others]:
             raise UserError(
-                f"{one.items.name}: {len(rows):,} rows make tokens for the one model and "
+                f"{evaluation_set.items.name}: {len(rows):,} rows make tokens for the one model "
+                "and "
                 f"{len(others):,} for the other. Measure each with --alone."
             )
 

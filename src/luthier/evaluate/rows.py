@@ -69,7 +69,7 @@ class RowBuilder(Protocol):
         ...
 
     def add(
-        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+        self, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
     ) -> None:
         """Add the items of rows of one source, which are of such a kind."""
         ...
@@ -85,12 +85,12 @@ def read_run_rows(
     """
     named = eval_sources(config.dataset)
     for key, source in named.items():
-        found, opened = (
+        rows, opened = (
             EvaluationRows(eval_set_name(key) or MAIN),
             open_examples(source, path_key(key)),
         )
-        _add(maker, found, opened, _rows(opened, config.dataset, limit))
-        yield found
+        _add(maker, rows, opened, _rows(opened, config.dataset, limit))
+        yield rows
     if config.dataset.eval.share is not None or config.dataset.eval.count is not None:
         yield _drawn(config, maker, limit, tokenizer())
     elif not named:
@@ -109,9 +109,9 @@ def read_dataset_rows(
         opened = open_examples(
             source, "dataset" if len(sources) == 1 else f"dataset.sources.{name}"
         )
-        found = EvaluationRows(opened.source.label if len(sources) == 1 else name)
-        _add(maker, found, opened, _rows(opened, config, limit))
-        yield found
+        rows = EvaluationRows(opened.source.label if len(sources) == 1 else name)
+        _add(maker, rows, opened, _rows(opened, config, limit))
+        yield rows
 
 
 def _drawn(
@@ -120,26 +120,26 @@ def _drawn(
     """The rows that the run drew from its training rows to hold them out."""
     from luthier.train.methods.encoders import make_row_encoders
 
-    found = EvaluationRows(MAIN)
+    rows = EvaluationRows(MAIN)
     prepared = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
     for opened, placed in prepared.heldout[""].by_source():
-        left = None if limit is None else limit - len(found.rows)
-        _add(maker, found, opened, placed[:left])
-    return found
+        left = None if limit is None else limit - len(rows.rows)
+        _add(maker, rows, opened, placed[:left])
+    return rows
 
 
 def _add(
-    maker: RowBuilder, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+    maker: RowBuilder, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
 ) -> None:
     """Add rows of one source; UserError for a kind that is not measured of this model."""
-    kind = opened.row_format.example_type
-    if kind not in maker.kinds:
+    example_type = opened.row_format.example_type
+    if example_type not in maker.kinds:
         raise UserError(
-            f"{opened.source.label}: its rows are {EXAMPLE_TYPES[kind]}, and this model "
-            f"is measured on {', '.join(EXAMPLE_TYPES[one] for one in maker.kinds)}. If they "
-            "are something else, say so with dataset.type."
+            f"{opened.source.label}: its rows are {EXAMPLE_TYPES[example_type]}, and this "
+            f"model is measured on {', '.join(EXAMPLE_TYPES[name] for name in maker.kinds)}. "
+            "If they are something else, say so with dataset.type."
         )
-    maker.add(found, opened, placed)
+    maker.add(rows, opened, placed)
 
 
 def _rows(opened: OpenedSource, config: DatasetConfig, limit: int | None) -> list[LocatedExample]:
@@ -167,50 +167,52 @@ class ChatRowBuilder:
         longest = None if chat is None else chat["max_length"]
         bounds: list[int] = [bound for bound in (context, longest) if bound is not None]
         self._max_length = min(bounds, default=None)
-        own = {"max_length": self._max_length}
-        self._chat = None if chat is None else without_length_limit(chat) | own
+        length_setting = {"max_length": self._max_length}
+        self._chat = None if chat is None else without_length_limit(chat) | length_setting
 
     def add(
-        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+        self, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
     ) -> None:
         """Add the items of rows of one source."""
         if opened.row_format.example_type == "text":
-            self._add_texts(found, placed)
+            self._add_texts(rows, placed)
         else:
-            self._add_chats(found, placed, opened.config)
+            self._add_chats(rows, placed, opened.config)
 
-    def _add_texts(self, found: EvaluationRows, placed: Iterable[LocatedExample]) -> None:
+    def _add_texts(self, rows: EvaluationRows, placed: Iterable[LocatedExample]) -> None:
         encoder = WindowEncoder(self._tokenizer, self._max_length, self._stride)
         for row in placed:
             (windows,) = encoder.encode_batch([row.example["text"]])
             if windows:
-                sequences = [(list(one.input_ids), list(one.labels)) for one in windows]
-                found.rows.append(EvaluationRow(row.where, sequences, None))
+                sequences = [(list(window.input_ids), list(window.labels)) for window in windows]
+                rows.rows.append(EvaluationRow(row.where, sequences, None))
             else:
-                found.leave_out("the text is empty")
+                rows.leave_out("the text is empty")
 
     def _add_chats(
-        self, found: EvaluationRows, placed: Iterable[LocatedExample], source: SourceConfig
+        self, rows: EvaluationRows, placed: Iterable[LocatedExample], source: SourceConfig
     ) -> None:
         if self._chat is None:
             raise UserError(
                 "This model has no chat template, and these rows are chats. Put its template "
                 "beside the tokenizer, as chat_template.jinja."
             )
-        own = {} if source.train_on is None else {"train_on": source.train_on}
-        encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | own)
+        train_on = {} if source.train_on is None else {"train_on": source.train_on}
+        encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | train_on)
         for row in placed:
-            asked = read_questions([(row.example, row.columns)], 1)
+            questions = read_questions([(row.example, row.columns)], 1)
             try:
-                made = encoder.encode_batch([_spoken(row.example)])
+                batch = encoder.encode_batch([_spoken(row.example)])
             except ChatError as error:
-                found.leave_out(error.reason)
+                rows.leave_out(error.reason)
                 continue
-            sequences = [(one.input_ids, one.labels) for one in made.rows[0]]
+            sequences = [(sequence.input_ids, sequence.labels) for sequence in batch.rows[0]]
             if sequences:
-                found.rows.append(EvaluationRow(row.where, sequences, asked[0] if asked else None))
+                rows.rows.append(
+                    EvaluationRow(row.where, sequences, questions[0] if questions else None)
+                )
             else:
-                found.leave_out(made.reports[0].reason if made.reports else "nothing to measure")
+                rows.leave_out(batch.reports[0].reason if batch.reports else "nothing to measure")
 
 
 class TargetRowBuilder:
@@ -222,12 +224,12 @@ class TargetRowBuilder:
         self._encoder = Seq2SeqEncoder(tokenizer, max_length, lenient_length(on_long))
 
     def add(
-        self, found: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
+        self, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
     ) -> None:
         """Add the items of rows of one source."""
-        for row, values in encode_rows(self._encoder, found, placed):
+        for row, values in encode_rows(self._encoder, rows, placed):
             (question,) = read_questions([(row.example, row.columns)], 1)
-            found.rows.append(
+            rows.rows.append(
                 EvaluationRow(row.where, [(values["input_ids"], values["labels"])], question)
             )
 
@@ -243,20 +245,20 @@ def without_length_limit(chat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode_rows(
-    encoder: Any, found: EvaluationRows, placed: Iterable[LocatedExample]
+    encoder: Any, rows: EvaluationRows, placed: Iterable[LocatedExample]
 ) -> "Iterable[tuple[LocatedExample, dict[str, Any]]]":
     """Each row with the columns of its token row; those that make none are left out and counted."""
     for row in placed:
         try:
-            made = encoder.encode([row.example])
+            encoded = encoder.encode([row.example])
         except ChatError as error:
-            found.leave_out(error.reason)
+            rows.leave_out(error.reason)
             continue
-        (outcome,) = made.outcomes
+        (outcome,) = encoded.outcomes
         if not outcome.sequences:
-            found.leave_out(outcome.reason)
+            rows.leave_out(outcome.reason)
         else:
-            yield row, {name: column[0] for name, column in made.columns.items()}
+            yield row, {name: column[0] for name, column in encoded.columns.items()}
 
 
 def _spoken(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,8 +81,10 @@ class LoraWeights:
     @property
     def rows(self) -> int:
         """Rows of the embeddings that it needs."""
-        wholes = [one.whole.shape[0] for one in self.changes.values() if one.whole is not None]
-        ends = [max(one.rows) + 1 for one in self.changes.values() if one.rows]
+        wholes = [
+            change.whole.shape[0] for change in self.changes.values() if change.whole is not None
+        ]
+        ends = [max(change.rows) + 1 for change in self.changes.values() if change.rows]
         return max([0, *wholes, *ends])
 
 
@@ -104,19 +106,19 @@ def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> Lo
 
 def add_deltas(base: "Tensor", name: str, adapters: list[LoraWeights]) -> "Tensor":
     """A weight (float32) with what all adapters change of it, each by its weight."""
-    touching = [one for one in adapters if name in one.changes]
+    touching = [adapter for adapter in adapters if name in adapter.changes]
     if len(touching) == 1 and touching[0].weight == 1.0:
         return touching[0].changes[name].on(base)
     total = base.clone()
-    for one in touching:
-        total += one.weight * (one.changes[name].on(base) - base)
+    for adapter in touching:
+        total += adapter.weight * (adapter.changes[name].on(base) - base)
     return total
 
 
 def _refuse_others(config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise NeedsMemoryMerge(f"it is of the type {kind}")
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise NeedsMemoryMerge(f"it is of the type {peft_type}")
     special = [name for name in _BY_ITSELF if config.get(name)]
     if special:
         raise NeedsMemoryMerge(f"it uses {special[0]}")
@@ -130,15 +132,15 @@ def _take(
     layout: "ModelLayout",
 ) -> None:
     """Put one saved tensor where it belongs."""
-    layer, part = _parted(key)
-    if part == "whole":
+    layer, weight_name = _parted(key)
+    if weight_name == "whole":
         changes.setdefault(layer, AdapterDelta()).whole = value
         return
-    if part == "rows":
+    if weight_name == "rows":
         change = changes.setdefault(f"{layer}.weight", AdapterDelta())
         change.values, change.rows = value, _rows_of(layer, config)
         return
-    if part == "lora_B.bias":
+    if weight_name == "lora_B.bias":
         scale = _scale(layer, config, None)
         changes.setdefault(f"{layer}.bias", AdapterDelta()).added = value * scale
         return
@@ -146,10 +148,10 @@ def _take(
         raise NeedsMemoryMerge(f"{layer} is a convolution")
     change = changes.setdefault(f"{layer}.weight", AdapterDelta())
     change.transposed = layer in layout.transposed
-    if part in ("lora_A.weight", "lora_embedding_A"):
+    if weight_name in ("lora_A.weight", "lora_embedding_A"):
         change.a, change.scale = value, _scale(layer, config, value.shape[0])
-        change.embeds = part == "lora_embedding_A"
-    elif part in ("lora_B.weight", "lora_embedding_B"):
+        change.embeds = weight_name == "lora_embedding_A"
+    elif weight_name in ("lora_B.weight", "lora_embedding_B"):
         change.b = value
     else:
         change.lengths = value
@@ -159,10 +161,10 @@ def _parted(key: str) -> tuple[str, str]:
     """A saved tensor's layer, and which part of the adapter it is."""
     if key.endswith(_ROWS):
         return key.removesuffix(_ROWS), "rows"
-    for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A",
+    for suffix in ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A",
                  "lora_embedding_B", "lora_magnitude_vector"):  # fmt: skip
-        if key.endswith(f".{part}"):
-            return key.removesuffix(f".{part}"), part
+        if key.endswith(f".{suffix}"):
+            return key.removesuffix(f".{suffix}"), suffix
     if ".lora_" in key:
         raise NeedsMemoryMerge(f"it holds {key}")
     return key.replace(".base_layer.", "."), "whole"
@@ -179,10 +181,10 @@ def _scale(layer: str, config: Mapping[str, Any], rank: int | None) -> float:
 
 
 def _rows_of(layer: str, config: Mapping[str, Any]) -> list[int]:
-    given = config.get("trainable_token_indices") or []
-    if isinstance(given, list):
-        return list(given)
-    for name, ids in given.items():
+    indices = config.get("trainable_token_indices") or []
+    if isinstance(indices, list):
+        return list(indices)
+    for name, ids in indices.items():
         if f".{layer}".endswith(f".{name}"):
             return list(ids)
     raise NeedsMemoryMerge(f"it does not say which rows of {layer} it trained")
@@ -200,8 +202,8 @@ def dequantized_as_trained(
     """
     matrix = weight.T.contiguous() if transposed else weight
     through = _through_4bit if quantization.bits == 4 else _through_8bit
-    found = through(matrix, quantization)
-    return found.T if transposed else found
+    dequantized = through(matrix, quantization)
+    return dequantized.T if transposed else dequantized
 
 
 def _through_4bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tensor":

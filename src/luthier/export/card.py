@@ -29,8 +29,8 @@ def card_metadata(story: ModelFacts) -> dict[str, Any]:
     base: dict[str, Any] = {}
     if story.base.hub:
         base = {"base_model": story.base.hub, "base_model_relation": base_model_relation(story)}
-    data = list(dict.fromkeys(one.name for one in story.data if one.is_hub))
-    known = ModelCardData(
+    data = list(dict.fromkeys(source.name for source in story.data if source.is_hub))
+    card_data = ModelCardData(
         library_name="peft" if story.kind == "adapter" else "transformers",
         pipeline_tag=TASKS.get(story.task),
         license=story.licence,
@@ -41,8 +41,8 @@ def card_metadata(story: ModelFacts) -> dict[str, Any]:
         model_name=story.title if results else None,
         **base,
     )
-    found: dict[str, Any] = known.to_dict()
-    return found
+    fields: dict[str, Any] = card_data.to_dict()
+    return fields
 
 
 def base_model_relation(story: ModelFacts) -> str:
@@ -68,13 +68,13 @@ def _tags(story: ModelFacts) -> list[str]:
 def _model_index(story: ModelFacts) -> list[Any]:
     from huggingface_hub import EvalResult
 
-    names = [one.name for one in story.data if one.is_hub] or ["held-out rows"]
-    found = []
+    names = [source.name for source in story.data if source.is_hub] or ["held-out rows"]
+    results = []
     for name, pair in story.results.items():
         value, metric = pair.get("after"), name.rpartition("/")[2]
         if value is None or not math.isfinite(value):
             continue
-        found.append(
+        results.append(
             EvalResult(
                 task_type=TASKS.get(story.task, "text2text-generation"),
                 dataset_type=names[0].replace(" ", "-"),
@@ -84,7 +84,7 @@ def _model_index(story: ModelFacts) -> list[Any]:
                 metric_value=round(value, 6),
             )
         )
-    return found
+    return results
 
 
 def _set(name: str, data: str) -> str:
@@ -97,25 +97,25 @@ _PACKAGES = ("luthier", "torch", "transformers", "trl", "peft", "datasets", "bit
 
 
 def write_model_card(
-    story: ModelFacts, stop_ids: list[int], has_template: bool, place: str = "."
+    story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str = "."
 ) -> str:
     """The text of README.md. `place`: the model's hub name; `.` for the folder it lies in.
 
     Nothing in it is guessed, and no path of this machine stands in it.
     """
     head = yaml.safe_dump(card_metadata(story), sort_keys=False, allow_unicode=True)
-    parts = [
+    sections = [
         f"---\n{head}---\n",
         f"# {story.title}\n\n{_sentence(story)}",
         _merged(story),
         _results(story),
-        _usage(story, stop_ids, has_template, place),
+        _usage(story, stop_ids, has_template, repository),
         _data(story),
         _training(story),
         _versions(story),
         _licence(story),
     ]
-    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+    return "\n\n".join(section.rstrip() for section in sections if section) + "\n"
 
 
 def _sentence(story: ModelFacts) -> str:
@@ -132,8 +132,8 @@ def _sentence(story: ModelFacts) -> str:
     return f"{what} {base}, trained with luthier ({how}){recipe}{_packing(story)}."
 
 
-def _linked(name: str, hub: str | None, kind: str = "") -> str:
-    return f"[{name}](https://huggingface.co/{kind}{hub})" if hub else name
+def _linked(name: str, hub: str | None, repo_type: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{repo_type}{hub})" if hub else name
 
 
 def _adapter(story: ModelFacts) -> str:
@@ -169,8 +169,8 @@ def _merged(story: ModelFacts) -> str:
     text = f"The adapter was merged in float32 into {onto[facts['onto']]}, then cast to "
     text += f"{facts['dtype']}."
     if facts.get("weights"):
-        parts = [f"{name} by {weight:g}" for name, weight in facts["weights"]]
-        text = f"Several adapters were added up ({', '.join(parts)}). {text}"
+        adapters = [f"{name} by {weight:g}" for name, weight in facts["weights"]]
+        text = f"Several adapters were added up ({', '.join(adapters)}). {text}"
     if facts.get("difference") is not None:
         text += (
             f" On {facts['prompts']} prompts the largest difference between its logits and those "
@@ -187,13 +187,13 @@ def _results(story: ModelFacts) -> str:
         cells = " | ".join(_number(name, pair.get(when)) for when in ("before", "after"))
         lines.append(f"| {name.replace('_', ' ')} | {cells} |")
     held = sum(
-        part["rows"]
-        for name, part in story.counts.items()
-        if isinstance(part, dict) and "rows" in part and name != "train"
+        counts["rows"]
+        for name, counts in story.counts.items()
+        if isinstance(counts, dict) and "rows" in counts and name != "train"
     )
     if held:
-        asked = story.settings.get("trainer.evaluation.rows")
-        replies = f"; replies to {min(held, asked):,} of them" if asked else ""
+        row_limit = story.settings.get("trainer.evaluation.rows")
+        replies = f"; replies to {min(held, row_limit):,} of them" if row_limit else ""
         lines += ["", f"Measured before and after training on {held:,} held-out rows{replies}."]
     if story.has_plot:
         lines += ["", "![The loss over the steps](loss.png)"]
@@ -206,8 +206,8 @@ def _number(name: str, value: float | None) -> str:
     return f"{value:.1%}" if name.endswith("exact_match") else f"{value:.4g}"
 
 
-def _usage(story: ModelFacts, stop_ids: list[int], has_template: bool, place: str) -> str:
-    code = python_snippet(story, stop_ids, has_template, place)
+def _usage(story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str) -> str:
+    code = python_snippet(story, stop_ids, has_template, repository)
     return (
         f"## How to use it\n\n```sh\n{requirements(story)}\n```\n\n```python\n{code}\n```\n\n"
         "EXPORT.md says how to serve it with vLLM, TGI and Ollama, with the exact chat template "
@@ -219,7 +219,7 @@ def _data(story: ModelFacts) -> str:
     if not story.data:
         return ""
     lines = ["## Data", "", "| source | licence |", "|---|---|"]
-    lines += [f"| {_source(one)} | {one.licence or 'not stated'} |" for one in story.data]
+    lines += [f"| {_source(source)} | {source.licence or 'not stated'} |" for source in story.data]
     train = story.counts.get("train", {})
     if train.get("rows"):
         lines += ["", f"{train['rows']:,} rows, {train['tokens']:,} tokens, of which "
@@ -240,8 +240,10 @@ def _training(story: ModelFacts) -> str:
     lines = ["## Training", "", "| setting | value |", "|---|---|"]
     lines += [f"| `{key}` | {_cell(value)} |" for key, value in story.settings.items()]
     if story.recipe:
-        words = " ".join(one for one in story.overrides if not one.startswith("output_dir="))
-        lines += ["", f"    luthier train {words}"]
+        overrides = " ".join(
+            override for override in story.overrides if not override.startswith("output_dir=")
+        )
+        lines += ["", f"    luthier train {overrides}"]
     if story.seconds is not None and story.hardware:
         lines += ["", f"Training took {_time(story.seconds)} on {story.hardware}."]
     return "\n".join(lines)
@@ -259,9 +261,9 @@ def _time(seconds: float) -> str:
 
 
 def _versions(story: ModelFacts) -> str:
-    known = [f"{name} {story.versions[name]}" for name in _PACKAGES if name in story.versions]
+    versions = [f"{name} {story.versions[name]}" for name in _PACKAGES if name in story.versions]
     python = story.versions.get("python")
-    return f"## Versions\n\nPython {python}, {', '.join(known)}." if python else ""
+    return f"## Versions\n\nPython {python}, {', '.join(versions)}." if python else ""
 
 
 def _licence(story: ModelFacts) -> str:

@@ -192,15 +192,19 @@ def _check_repository(api: "HfApi", target: str, public: bool, overwrite: bool) 
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        found = api.repo_info(target)
+        repository = api.repo_info(target)
     except RepositoryNotFoundError:
         return
-    if found.private is False and not public:
+    if repository.private is False and not public:
         raise UserError(
             f"--to {target}: this repository exists and is public. --public says that this is "
             "meant, or name another. Nothing was sent."
         )
-    names = [one.rfilename for one in found.siblings or [] if one.rfilename not in _IGNORED]
+    names = [
+        sibling.rfilename
+        for sibling in repository.siblings or []
+        if sibling.rfilename not in _IGNORED
+    ]
     if names and not overwrite:
         raise UserError(
             f"--to {target}: this repository holds {len(names)} files already ({names[0]}, ...). "

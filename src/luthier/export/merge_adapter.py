@@ -59,8 +59,8 @@ class LogitsDiffer(UserError):
 def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
     """Prompts as the model was trained on: of the run's held-out rows, and plain questions."""
     replies = [] if artifact.run is None else read_metrics(artifact.run / "replies.jsonl")
-    asked = [row["prompt"] for row in replies[:_ROWS] if isinstance(row.get("prompt"), str)]
-    texts = [*asked, *QUESTIONS]
+    prompt_texts = [row["prompt"] for row in replies[:_ROWS] if isinstance(row.get("prompt"), str)]
+    texts = [*prompt_texts, *QUESTIONS]
     has_template = artifact.chat is not None or tokenizer.chat_template is not None
     if artifact.task != "CAUSAL_LM" or not has_template:
         return [tokenizer(text)["input_ids"] for text in texts]
@@ -69,23 +69,23 @@ def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
 
 
 def compare_models(
-    wanted: "Callable[[], Any]", folder: Path, task: str, prompts: list[list[int]]
+    load_expected: "Callable[[], Any]", folder: Path, task: str, prompts: list[list[int]]
 ) -> LogitDifference:
     """The difference of a merged folder's logits from those of the model that `wanted` loads.
 
     One model is in memory at a time.
     """
-    model = wanted()
+    model = load_expected()
     before = logits(model, prompts)
     del model
     gc.collect()
     return compare_logits(before, logits(load_folder(folder, task), prompts))
 
 
-def load_folder(folder: Path, task: str, **own: Any) -> Any:
+def load_folder(folder: Path, task: str, **model_kwargs: Any) -> Any:
     """A saved model in float32, in main memory."""
     model = auto_class(task).from_pretrained(
-        folder, dtype=PLACE.dtype, local_files_only=True, **own
+        folder, dtype=PLACE.dtype, local_files_only=True, **model_kwargs
     )
     return model.eval()
 
@@ -96,9 +96,9 @@ def compare_logits(before: "list[Tensor]", after: "list[Tensor]") -> LogitDiffer
     largest = max(float((b - a).abs().max()) for b, a in pairs)
     spread = max(float(b.std()) for b in before)
     same = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
-    places = sum(b.argmax(-1).numel() for b in before)
+    positions = sum(b.argmax(-1).numel() for b in before)
     return LogitDifference(
-        largest, largest / spread if spread else largest, same / places, len(before)
+        largest, largest / spread if spread else largest, same / positions, len(before)
     )
 
 
@@ -141,7 +141,7 @@ class MergeOrder:
     @property
     def adapters(self) -> list[tuple[Path, float]]:
         """Their folders and weights."""
-        folders = [one.adapter for one in self.artifacts if one.adapter is not None]
+        folders = [artifact.adapter for artifact in self.artifacts if artifact.adapter is not None]
         return list(zip(folders, self.weights, strict=True))
 
     @property
@@ -153,20 +153,20 @@ class MergeOrder:
 def refuse_merge(order: MergeOrder, overwrite: bool) -> None:
     """Raise UserError for adapters of different bases, and for a target that holds something."""
     first = order.first
-    for one in order.artifacts:
-        if one.adapter is None:
+    for artifact in order.artifacts:
+        if artifact.adapter is None:
             raise UserError(
-                f"{one.name} is a whole model and no adapter: there is nothing to merge.\n"
+                f"{artifact.name} is a whole model and no adapter: there is nothing to merge.\n"
                 "To pack its weights for serving: --quantize nf4."
             )
-        if one.base.path != first.base.path:
+        if artifact.base.path != first.base.path:
             raise UserError(
-                f"{one.name}: this adapter is for another base, {one.base.path}, than "
+                f"{artifact.name}: this adapter is for another base, {artifact.base.path}, than "
                 f"{first.name}, which is for {first.base.path}. Only adapters of one base add up."
             )
-        if order.onto == "trained" and one.quantization != first.quantization:
+        if order.onto == "trained" and artifact.quantization != first.quantization:
             raise UserError(
-                f"{one.name} and {first.name} were trained on weights that were packed in "
+                f"{artifact.name} and {first.name} were trained on weights that were packed in "
                 "different ways. --onto original adds both to the weights before that."
             )
     check_target(order.target, overwrite)
@@ -245,18 +245,18 @@ def _checked(order: MergeOrder, aside: Path, dtype: str, say: Say) -> LogitDiffe
 
     first = order.first
     prompts = prompts_of(first, load_tokenizer(first.base))
-    wanted = partial(load_tuned, first, order.adapters, order.packs)
-    found = compare_models(wanted, aside, first.task, prompts)
+    load_expected = partial(load_tuned, first, order.adapters, order.packs)
+    difference = compare_models(load_expected, aside, first.task, prompts)
     say(
-        f"checked   {found.prompts} prompts: logits differ by up to {found.largest:.3g} "
-        f"({found.relative:.2g} standard deviations); the likeliest token is the same at "
-        f"{found.agreeing:.1%} of the places"
+        f"checked   {difference.prompts} prompts: logits differ by up to {difference.largest:.3g} "
+        f"({difference.relative:.2g} standard deviations); the likeliest token is the same at "
+        f"{difference.agreeing:.1%} of the places"
     )
     bound = BOUNDS[dtype]
     if order.packs and first.quantization.bits == 8:
         bound = max(bound, ROUNDED_INPUTS)
-    refuse_unlike_logits(found, bound, aside)
-    return found
+    refuse_unlike_logits(difference, bound, aside)
+    return difference
 
 
 def _called(artifact: Artifact) -> str:
@@ -273,7 +273,8 @@ def _story(
         merged |= {"difference": difference.largest, "prompts": difference.prompts}
     if len(order.artifacts) > 1:
         merged["weights"] = [
-            [_called(one), w] for one, w in zip(order.artifacts, order.weights, strict=True)
+            [_called(artifact), w]
+            for artifact, w in zip(order.artifacts, order.weights, strict=True)
         ]
-    found = model_facts.load_or_collect_facts(order.first)
-    return replace(found, kind="model", merged=merged, rows=None)
+    facts = model_facts.load_or_collect_facts(order.first)
+    return replace(facts, kind="model", merged=merged, rows=None)

@@ -50,19 +50,19 @@ def base_of(artifact: Artifact, quantization: QuantizationSettings) -> Any:
 
     Raises UserError where it cannot be unpacked or does not fit into memory.
     """
-    own = label_settings(artifact)
-    found = quantized.read_quantization_config(artifact.base)
-    if found is not None and not quantization.is_enabled:
-        own["quantization_config"] = _unpacking(artifact, found)
+    label_kwargs = label_settings(artifact)
+    base_quantization = quantized.read_quantization_config(artifact.base)
+    if base_quantization is not None and not quantization.is_enabled:
+        label_kwargs["quantization_config"] = _unpacking(artifact, base_quantization)
     try:
-        model = load_model(artifact.base, quantization, PLACE, task=artifact.task, **own)
+        model = load_model(artifact.base, quantization, PLACE, task=artifact.task, **label_kwargs)
     except MemoryError as error:
         raise UserError(too_large(artifact)) from error
-    return model if found is None else quantized.cast_to_dtype(model, PLACE.dtype)
+    return model if base_quantization is None else quantized.cast_to_dtype(model, PLACE.dtype)
 
 
-def _unpacking(artifact: Artifact, found: dict[str, Any]) -> Any:
-    method = quantized.quantization_method(found)
+def _unpacking(artifact: Artifact, quantization: dict[str, Any]) -> Any:
+    method = quantized.quantization_method(quantization)
     form = quantized.QUANTIZATION_FORMATS.get(method)
     if form is None or form.dequantize_class is None:
         raise UserError(
@@ -93,14 +93,14 @@ def logits(model: Any, prompts: list[list[int]]) -> "list[Tensor]":
     """The logits of each prompt by itself; float32, shape (tokens, vocabulary) or (labels,)."""
     import torch
 
-    found = []
+    outputs = []
     with torch.inference_mode():
         for ids in prompts:
-            given = {"input_ids": torch.tensor([ids])}
+            inputs = {"input_ids": torch.tensor([ids])}
             if model.config.is_encoder_decoder:
-                given["decoder_input_ids"] = torch.tensor([ids[:8]])
-            found.append(model(**given).logits[0].float())
-    return found
+                inputs["decoder_input_ids"] = torch.tensor([ids[:8]])
+            outputs.append(model(**inputs).logits[0].float())
+    return outputs
 
 
 def _computed_in_float32(quantization: QuantizationSettings) -> QuantizationSettings:
@@ -138,12 +138,12 @@ def merge_in_memory(
     import torch
 
     model = base_of(artifact, QuantizationSettings())
-    own = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
+    model_dtype = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
     if layout is not None:
         _pack(model, layout, artifact.quantization)
     grow_embeddings(model, adapters)
     merged = _merged(model, artifact, adapters)
-    chosen = dtype or (own if artifact.base.dtype == "auto" else artifact.base.dtype)
+    chosen = dtype or (model_dtype if artifact.base.dtype == "auto" else artifact.base.dtype)
     merged.to(getattr(torch, chosen))
     merged.config.dtype = chosen
     merged.save_pretrained(folder, max_shard_size=SHARD_BYTES)

@@ -56,7 +56,9 @@ class MergedTensor:
 
         source = self.layout.tied.get(name, name) if name not in self.names else name
         if source not in self.names:
-            change = next(one.changes[name] for one in self.adapters if name in one.changes)
+            change = next(
+                adapter.changes[name] for adapter in self.adapters if name in adapter.changes
+            )
             return change.on(torch.empty(0))
         value = self.base.read(self.names[source])
         if not value.is_floating_point():
@@ -65,7 +67,7 @@ class MergedTensor:
         if self.quantization.is_enabled and layer in self.layout.packed:
             is_turned = layer in self.layout.transposed
             value = dequantized_as_trained(value.float(), self.quantization, is_turned)
-        changed = [one for one in self.adapters if name in one.changes]
+        changed = [adapter for adapter in self.adapters if name in adapter.changes]
         if not changed:
             return self._grown(value, name)
         return add_deltas(self._grown(value.float(), name), name, self.adapters)
@@ -101,14 +103,16 @@ def plan_merge(
     names = _names(checkpoint, layout)
     _spread_rows(adapters, layout)
     untied = _comes_apart(adapters, layout)
-    given = {name for one in adapters for name in one.changes}
+    changed_names = {name for adapter in adapters for name in adapter.changes}
     out = [name for name in layout.shapes if name not in layout.tied or untied]
     missing = [
-        name for name in out if layout.tied.get(name, name) not in names and name not in given
+        name
+        for name in out
+        if layout.tied.get(name, name) not in names and name not in changed_names
     ]
     if missing:
         raise NeedsMemoryMerge(f"the base's files have no {missing[0]}")
-    needed = max([0, *(one.rows for one in adapters)])
+    needed = max([0, *(adapter.rows for adapter in adapters)])
     have = layout.shapes[layout.inputs][0]
     rows = needed if needed > have else None
     if rows and len(adapters) > 1:
@@ -130,13 +134,13 @@ def main_format(entries: Iterable[TensorEntry]) -> str:
 
 def _names(base: WeightFiles, layout: ModelLayout) -> dict[str, str]:
     """Each weight's name in the files: files of a headless model leave out its prefix."""
-    found = {}
+    names = {}
     for name in layout.shapes:
         for written in (name, name.removeprefix(layout.prefix)):
             if written in base.entries:
-                found[name] = written
+                names[name] = written
                 break
-    return found
+    return names
 
 
 def _format(
@@ -149,8 +153,8 @@ def _format(
 ) -> str:
     """The format that a weight is written in: its own, or `dtype` where it has the base's."""
     source = names.get(name) or names.get(layout.tied.get(name, name))
-    own = main if source is None else base.entries[source].dtype
-    return FORMATS[dtype] if dtype is not None and own == main else own
+    stored_format = main if source is None else base.entries[source].dtype
+    return FORMATS[dtype] if dtype is not None and stored_format == main else stored_format
 
 
 def _shape(name: str, layout: ModelLayout, rows: int | None) -> tuple[int, ...]:
@@ -170,10 +174,10 @@ def _is_embedding(name: str, layout: ModelLayout) -> bool:
 def _spread_rows(adapters: list[LoraWeights], layout: ModelLayout) -> None:
     """Single rows of tied embeddings train as one, and are saved for one name."""
     pairs = {**layout.tied, **{first: name for name, first in layout.tied.items()}}
-    for one in adapters:
-        for name, change in list(one.changes.items()):
+    for adapter in adapters:
+        for name, change in list(adapter.changes.items()):
             if change.rows and name in pairs:
-                one.changes.setdefault(pairs[name], change)
+                adapter.changes.setdefault(pairs[name], change)
 
 
 def _comes_apart(adapters: list[LoraWeights], layout: ModelLayout) -> bool:
@@ -181,8 +185,8 @@ def _comes_apart(adapters: list[LoraWeights], layout: ModelLayout) -> bool:
     import torch
 
     for name, first in layout.tied.items():
-        for one in adapters:
-            pair = one.changes.get(name), one.changes.get(first)
+        for adapter in adapters:
+            pair = adapter.changes.get(name), adapter.changes.get(first)
             if pair[0] is pair[1]:
                 continue
             if pair[0] is None or pair[1] is None:

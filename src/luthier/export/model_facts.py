@@ -40,12 +40,12 @@ def public_name(text: str) -> str:
 
     An address loses its user, password and query, which is where its keys are.
     """
-    kept = text
+    cleaned = text
     for address in _URL.findall(text):
-        kept = kept.replace(address, _bare(address))
+        cleaned = cleaned.replace(address, _bare(address))
     return "".join(
-        part if _URL.fullmatch(part) else _PATH.sub(lambda found: last_name(found.group()), part)
-        for part in re.split(f"({_URL.pattern})", kept)
+        piece if _URL.fullmatch(piece) else _PATH.sub(lambda match: last_name(match.group()), piece)
+        for piece in re.split(f"({_URL.pattern})", cleaned)
     )
 
 
@@ -58,56 +58,56 @@ def last_name(path: str) -> str:
 def public_values(value: Any) -> Any:
     """A copy of plain values in which every text is public."""
     if isinstance(value, dict):
-        return {public_name(str(key)): public_values(part) for key, part in value.items()}
+        return {public_name(str(key)): public_values(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [public_values(part) for part in value]
+        return [public_values(element) for element in value]
     return public_name(value) if isinstance(value, str) else value
 
 
 def _bare(address: str) -> str:
-    parts = urlsplit(address)
-    if parts.scheme == "file":
-        return last_name(parts.path)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    url = urlsplit(address)
+    if url.scheme == "file":
+        return last_name(url.path)
+    host = url.netloc.rpartition("@")[2]
+    return f"{url.scheme}://{host}{url.path}"
 
 
 # Licences of models and datasets, from their own cards on the hub; never guessed.
 
 
-def stated_licence(name: str, kind: str = "model") -> str | None:
+def stated_licence(name: str, repo_type: str = "model") -> str | None:
     """The licence that a hub repository's card states; None where it states none or is not seen.
 
     `kind`: model or dataset. A card in the local cache needs no network; another one costs one
     request, and none where the hub is out of reach.
     """
-    metadata = _cached(name, kind)
+    metadata = _cached(name, repo_type)
     if metadata is None:
-        metadata = None if source.is_hub_unreachable() else _fetched(name, kind)
-    found = (metadata or {}).get("license")
-    if isinstance(found, list):
-        found = ", ".join(map(str, found))
-    if found == "other":
+        metadata = None if source.is_hub_unreachable() else _fetched(name, repo_type)
+    licence = (metadata or {}).get("license")
+    if isinstance(licence, list):
+        licence = ", ".join(map(str, licence))
+    if licence == "other":
         return str((metadata or {}).get("license_name") or "other")
-    return str(found) if found else None
+    return str(licence) if licence else None
 
 
-def _cached(name: str, kind: str) -> dict[str, Any] | None:
+def _cached(name: str, repo_type: str) -> dict[str, Any] | None:
     from huggingface_hub import metadata_load, try_to_load_from_cache
 
-    file = try_to_load_from_cache(name, "README.md", repo_type=kind)
+    file = try_to_load_from_cache(name, "README.md", repo_type=repo_type)
     return (metadata_load(Path(file)) or {}) if isinstance(file, str) else None
 
 
-def _fetched(name: str, kind: str) -> dict[str, Any] | None:
+def _fetched(name: str, repo_type: str) -> dict[str, Any] | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        found = HfApi().repo_info(name, repo_type=kind, timeout=source.HUB_TIMEOUT)
+        repository = HfApi().repo_info(name, repo_type=repo_type, timeout=source.HUB_TIMEOUT)
     except (HfHubHTTPError, OSError):
         return None
-    return found.card_data.to_dict() if found.card_data else {}
+    return repository.card_data.to_dict() if repository.card_data else {}
 
 
 FILE = "card.json"
@@ -196,12 +196,12 @@ class ModelFacts:
 
 def read_facts(folder: Path) -> ModelFacts | None:
     """The story that was saved beside weights; None where there is none."""
-    found = read_json(folder / FILE)
-    if found is None:
+    stored = read_json(folder / FILE)
+    if stored is None:
         return None
     try:
-        plain = found | {"base": BaseModelFacts(**found["base"])}
-        return ModelFacts(**plain | {"data": [DataFacts(**one) for one in found["data"]]})
+        plain = stored | {"base": BaseModelFacts(**stored["base"])}
+        return ModelFacts(**plain | {"data": [DataFacts(**source) for source in stored["data"]]})
     except (TypeError, KeyError) as error:
         raise UserError(
             f"{folder / FILE}: not of this version of luthier ({error}). Remove it; the card is "
@@ -260,22 +260,26 @@ def base_of(path: str, revision: str | None = None) -> BaseModelFacts:
 
 def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[DataFacts]:
     """The sources of the training rows; `stated` are licences by the source's name or path."""
-    parts: dict[str, SourceConfig] = dataset.sources or {"": dataset}
-    found = []
-    for name, part in parts.items():
-        paths = part.path if isinstance(part.path, list) else [part.path or ""]
+    sources: dict[str, SourceConfig] = dataset.sources or {"": dataset}
+    facts = []
+    for name, source_config in sources.items():
+        paths = (
+            source_config.path
+            if isinstance(source_config.path, list)
+            else [source_config.path or ""]
+        )
         for path in paths:
-            given = stated.get(name) or stated.get(path) or stated.get("")
-            found.append(_source(name, path, part, given))
-    return found
+            licence = stated.get(name) or stated.get(path) or stated.get("")
+            facts.append(_source(name, path, source_config, licence))
+    return facts
 
 
-def _source(name: str, path: str, part: SourceConfig, given: str | None) -> DataFacts:
-    if source_type(part.model_copy(update={"path": path})) != "hub":
-        shown = public_name(path) if "://" in path else last_name(path)
-        return DataFacts(f"{name}: {shown}" if name else shown, licence=given)
-    words = ", ".join(filter(None, (part.name, part.split)))
-    return DataFacts(path, True, words, given or stated_licence(path, "dataset"))
+def _source(name: str, path: str, source_config: SourceConfig, licence: str | None) -> DataFacts:
+    if source_type(source_config.model_copy(update={"path": path})) != "hub":
+        public_path = public_name(path) if "://" in path else last_name(path)
+        return DataFacts(f"{name}: {public_path}" if name else public_path, licence=licence)
+    subset = ", ".join(filter(None, (source_config.name, source_config.split)))
+    return DataFacts(path, True, subset, licence or stated_licence(path, "dataset"))
 
 
 def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
@@ -283,7 +287,7 @@ def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
     return {
         "method": config.trainer.method,
         "recipe": config.recipe,
-        "overrides": [public_name(one) for one in record.get("overrides", [])],
+        "overrides": [public_name(override) for override in record.get("overrides", [])],
         "settings": _settings(config),
         "data": data_of(config.dataset, config.card.data_licenses),
         "counts": public_values(record.get("data", {})),
@@ -313,10 +317,10 @@ def _trained(artifact: Artifact) -> str:
 
 def _problem(folder: Path | None) -> str | None:
     files = [] if folder is None else [folder / LABELS_FILE, folder / "config.json"]
-    found: dict[str, Any] = next(
+    labels: dict[str, Any] = next(
         (read for file in files if (read := read_json(file)) is not None), {}
     )
-    problem: str | None = found.get("problem_type")
+    problem: str | None = labels.get("problem_type")
     return problem
 
 
@@ -346,8 +350,12 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _evaluation(config: RunConfig) -> dict[str, Any]:
     """How replies were measured, where they were."""
-    given = config.trainer.evaluation
-    return {"rows": given.rows, "max_new_tokens": given.max_new_tokens} if given.metrics else {}
+    evaluation = config.trainer.evaluation
+    return (
+        {"rows": evaluation.rows, "max_new_tokens": evaluation.max_new_tokens}
+        if evaluation.metrics
+        else {}
+    )
 
 
 def _hardware(record: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ def layout_of(artifact: Artifact, folder: Path) -> ModelLayout:
         transposed,
         _packed(empty, artifact.quantization),
         f"{empty.base_model_prefix}.",
-        next(f"{name}.weight" for name, one in empty.named_modules() if one is inputs),
+        next(f"{name}.weight" for name, module in empty.named_modules() if module is inputs),
     )
 
 
@@ -99,7 +99,7 @@ def _config(artifact: Artifact, folder: Path) -> Any:
 def _transposed(model: Any) -> frozenset[str]:
     from transformers.pytorch_utils import Conv1D
 
-    return frozenset(name for name, one in model.named_modules() if isinstance(one, Conv1D))
+    return frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
 def _packed(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
@@ -109,8 +109,10 @@ def _packed(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     insert_quantized_layers(model, quantization)
-    kinds = (Linear4bit, Linear8bitLt)
-    return frozenset(name for name, one in model.named_modules() if isinstance(one, kinds))
+    layer_classes = (Linear4bit, Linear8bitLt)
+    return frozenset(
+        name for name, module in model.named_modules() if isinstance(module, layer_classes)
+    )
 
 
 # Rows of the embeddings that an adapter's new tokens need, told without loading anything.
@@ -121,11 +123,11 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "word_embe
 def embedding_rows_needed(folder: Path) -> int:
     """The rows that an adapter's saved tensors go up to; 0 where it trained none."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    given = config.get("trainable_token_indices") or []
-    lists = given.values() if isinstance(given, dict) else [given]
+    indices = config.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
     ends = [max(ids) + 1 for ids in lists if ids]
     tensors = read_safetensors_header(folder / "adapter_model.safetensors").tensors
-    wholes = [one["shape"][0] for name, one in tensors.items() if name.endswith(_EMBEDDINGS)]
+    wholes = [tensor["shape"][0] for name, tensor in tensors.items() if name.endswith(_EMBEDDINGS)]
     return max([0, *ends, *wholes])
 
 
@@ -147,8 +149,10 @@ def _rows_of_base(path: str) -> int | None:
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(path, "config.json")
-        config = Path(found) if isinstance(found, str) else Path("config.json-is-not-here")
+        config_path = try_to_load_from_cache(path, "config.json")
+        config = (
+            Path(config_path) if isinstance(config_path, str) else Path("config.json-is-not-here")
+        )
     if not config.is_file():
         return None
     content = json.loads(config.read_text(encoding="utf-8"))

@@ -47,7 +47,9 @@ def translate_template(render: Render, bos: str | None) -> str | None:
             return None
         template = _go(frames)
         return (
-            template if all(_agree(template, plain, one) for one in probe_conversations()) else None
+            template
+            if all(_agree(template, plain, messages) for messages in probe_conversations())
+            else None
         )
     except (ValueError, ChatError):
         # A role that the template refuses, or writes in more than one way.
@@ -56,24 +58,24 @@ def translate_template(render: Render, bos: str | None) -> str | None:
 
 def render_probe(template: str, messages: Messages) -> str:
     """What Ollama writes for alternating messages with the part of Go that `translate` uses."""
-    system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
-    parts = _ACTION.split(template)
-    out, place = [], 0
-    while place < len(parts):
-        action = parts[place].strip() if place % 2 else None
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    pieces = _ACTION.split(template)
+    out, position = [], 0
+    while position < len(pieces):
+        action = pieces[position].strip() if position % 2 else None
         if action is None:
-            out.append(parts[place])
+            out.append(pieces[position])
         elif action == "range .Messages":
-            end = _end(parts, place)
-            out += [_message(parts[place + 1 : end], one) for one in messages]
-            place = end
+            end = _end(pieces, position)
+            out += [_message(pieces[position + 1 : end], message) for message in messages]
+            position = end
         elif action == "if not .System":
-            end = _end(parts, place)
-            out += [] if system else [parts[place + 1]]
-            place = end
+            end = _end(pieces, position)
+            out += [] if system else [pieces[position + 1]]
+            position = end
         else:
             raise ValueError(f"not of the part of Go that is known here: {action}")
-        place += 1
+        position += 1
     return "".join(out)
 
 
@@ -123,42 +125,44 @@ def _frames(render: Render) -> TurnFrames | None:
             {"role": role, "content": _MARKS[name]} for role, name in zip(roles, names, strict=True)
         ]
 
-    whole = _cut(render(said("system", "user", "assistant", "user"), True), 5)
+    chat_pieces = _cut(render(said("system", "user", "assistant", "user"), True), 5)
     bare = _cut(render(said("user", "assistant", "user"), True), 4)
-    asked = _cut(render(said("user"), False), 2)
+    prompt_pieces = _cut(render(said("user"), False), 2)
     told = _cut(render(said("user", "assistant"), False), 3)
-    if not (whole and bare and asked and told):
+    if not (chat_pieces and bare and prompt_pieces and told):
         return None
-    behind_user, behind_assistant = asked[-1], told[-1]
-    before_assistant = _less(whole[2], behind_user, start=True)
-    before_user = _less(whole[3], behind_assistant, start=True)
+    behind_user, behind_assistant = prompt_pieces[-1], told[-1]
+    before_assistant = _less(chat_pieces[2], behind_user, start=True)
+    before_user = _less(chat_pieces[3], behind_assistant, start=True)
     return TurnFrames(
         {
-            "system": (whole[0], _less(whole[1], before_user, start=False)),
+            "system": (chat_pieces[0], _less(chat_pieces[1], before_user, start=False)),
             "user": (before_user, behind_user),
             "assistant": (before_assistant, behind_assistant),
         },
         _less(bare[0], before_user, start=False),
-        _less(whole[4], behind_user, start=True),
+        _less(chat_pieces[4], behind_user, start=True),
     )
 
 
 def _named(roles: tuple[str, ...]) -> list[str]:
-    return [role if role not in roles[:place] else "again" for place, role in enumerate(roles)]
+    return [
+        role if role not in roles[:position] else "again" for position, role in enumerate(roles)
+    ]
 
 
 def _cut(text: str, pieces: int) -> list[str] | None:
     """The text between the marks, if each stands once."""
-    found = re.split("[" + "".join(_MARKS.values()) + "]", text)
-    return found if len(found) == pieces else None
+    fragments = re.split("[" + "".join(_MARKS.values()) + "]", text)
+    return fragments if len(fragments) == pieces else None
 
 
-def _less(text: str, part: str, start: bool) -> str:
+def _less(text: str, affix: str, start: bool) -> str:
     """A text without what it begins or ends with; ValueError where it does not."""
-    if start and text.startswith(part):
-        return text[len(part) :]
-    if not start and text.endswith(part):
-        return text[: len(text) - len(part)]
+    if start and text.startswith(affix):
+        return text[len(affix) :]
+    if not start and text.endswith(affix):
+        return text[: len(text) - len(affix)]
     raise ValueError("the template writes a role in more than one way")
 
 
@@ -177,11 +181,11 @@ def _go(frames: TurnFrames) -> str:
     return f"{head}{{{{ range .Messages }}}}{body}{{{{ end }}}}{{{{ end }}}}{frames.generation}"
 
 
-def _end(parts: list[str], place: int) -> int:
+def _end(pieces: list[str], position: int) -> int:
     """Where the block that begins at `place` ends."""
     depth = 0
-    for number in range(place, len(parts), 2):
-        word = parts[number].strip()
+    for number in range(position, len(pieces), 2):
+        word = pieces[number].strip()
         depth += word.startswith(("if ", "range "))
         depth -= word == "end"
         if depth == 0:
@@ -189,13 +193,13 @@ def _end(parts: list[str], place: int) -> int:
     raise ValueError("a block without its end")
 
 
-def _message(parts: list[str], message: dict[str, str]) -> str:
+def _message(pieces: list[str], message: dict[str, str]) -> str:
     """One message by the branches over its role."""
     out, is_its = [], False
-    for number, part in enumerate(parts):
-        action = part.strip()
+    for number, piece in enumerate(pieces):
+        action = piece.strip()
         if number % 2 == 0:
-            out += [part] if is_its else []
+            out += [piece] if is_its else []
         elif " eq .Role " in f" {action} ":
             is_its = action.endswith(f'"{message["role"]}"')
         elif action == ".Content":
@@ -205,9 +209,9 @@ def _message(parts: list[str], message: dict[str, str]) -> str:
     return "".join(out)
 
 
-def modelfile(template: str | None, place: str, stops: list[str]) -> str:
+def modelfile(template: str | None, model_path: str, stops: list[str]) -> str:
     """A Modelfile for a folder of merged weights; without TEMPLATE Ollama finds its own."""
-    lines: list[Any] = [f"FROM {place}"]
+    lines: list[Any] = [f"FROM {model_path}"]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]

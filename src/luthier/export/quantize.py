@@ -135,8 +135,8 @@ def _forget_places(folder: Path) -> None:
         if not file.is_file():
             continue
         settings = json.loads(file.read_text(encoding="utf-8"))
-        for part in (settings, settings.get("quantization_config") or {}):
-            (part.get("meta") or {}).pop("offload_to_disk_path", None)
+        for section in (settings, settings.get("quantization_config") or {}):
+            (section.get("meta") or {}).pop("offload_to_disk_path", None)
         write_card.write_config(file, settings)
 
 

@@ -31,8 +31,8 @@ def sharding_of(folder: Path) -> Kind | None:
 
 def fsdp_shards(folder: Path) -> Path | None:
     """The folder with FSDP's shards: the checkpoint itself, or one in it."""
-    places = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
-    return next((place for place in places if (place / ".metadata").is_file()), None)
+    folders = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
+    return next((candidate for candidate in folders if (candidate / ".metadata").is_file()), None)
 
 
 def consolidate(
@@ -61,8 +61,8 @@ def consolidate(
     write_card.model_config(layout.config, layout.architecture, name, None, bool(layout.tied))
     layout.config.save_pretrained(target)
     spoken = write_card.chat_format_of(artifact)
-    place = folder if (folder / "tokenizer_config.json").is_file() else base
-    write_card.copy_tokenizer_files(place, target)
+    tokenizer_folder = folder if (folder / "tokenizer_config.json").is_file() else base
+    write_card.copy_tokenizer_files(tokenizer_folder, target)
     write_card.copy_generation_config(base, None, target, spoken)
     write_card.write_descriptions(target, model_facts.collect_facts(artifact), spoken)
 
@@ -76,23 +76,32 @@ def _from_fsdp(
 
     shards = fsdp_shards(folder)
     assert shards is not None
-    kept = FileSystemReader(shards).read_metadata().state_dict_metadata
-    found = {name: one for name, one in kept.items() if isinstance(one, TensorStorageMetadata)}
-    prefix = _MODEL if all(name.startswith(_MODEL) for name in found) else ""
-    if any(".lora_" in name for name in found):
+    metadata = FileSystemReader(shards).read_metadata().state_dict_metadata
+    tensors = {
+        name: tensor
+        for name, tensor in metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+    prefix = _MODEL if all(name.startswith(_MODEL) for name in tensors) else ""
+    if any(".lora_" in name for name in tensors):
         raise UserError(f"{folder}: these shards hold an adapter; merge the run's model/ instead.")
     planned = []
-    for name, one in found.items():
-        own = merge_streaming.FORMATS[str(one.properties.dtype).removeprefix("torch.")]
-        form = merge_streaming.FORMATS[dtype] if dtype and own in weight_files.FLOATS else own
-        planned.append(TensorEntry(name.removeprefix(prefix), form, tuple(one.size)))
+    for name, tensor in tensors.items():
+        stored_format = merge_streaming.FORMATS[str(tensor.properties.dtype).removeprefix("torch.")]
+        form = (
+            merge_streaming.FORMATS[dtype]
+            if dtype and stored_format in weight_files.FLOATS
+            else stored_format
+        )
+        planned.append(TensorEntry(name.removeprefix(prefix), form, tuple(tensor.size)))
     if prefix and not any(name.startswith("model.") for name in _names(planned)):
         # A headless model's own names begin so: then nothing was put before them.
         planned = [TensorEntry(prefix + entry.name, entry.dtype, entry.shape) for entry in planned]
         prefix = ""
     check_free_space(sum(entry.size for entry in planned), target)
     done = {
-        entry.name: entry for entry in write_weights(target, planned, _reader(shards, kept, prefix))
+        entry.name: entry
+        for entry in write_weights(target, planned, _reader(shards, metadata, prefix))
     }
     say(f"merged    {len(done)} weights out of {shards.name}")
     return done
@@ -102,15 +111,15 @@ def _names(planned: list[TensorEntry]) -> list[str]:
     return [entry.name for entry in planned]
 
 
-def _reader(shards: Path, kept: dict[str, Any], prefix: str) -> "Callable[[str], Tensor]":
+def _reader(shards: Path, metadata: dict[str, Any], prefix: str) -> "Callable[[str], Tensor]":
     import torch
     import torch.distributed.checkpoint as dcp
 
     def read(name: str) -> "Tensor":
-        one = kept[prefix + name]
-        wanted = {prefix + name: torch.empty(one.size, dtype=one.properties.dtype)}
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(shards), no_dist=True)
-        return wanted[prefix + name]
+        tensor = metadata[prefix + name]
+        state = {prefix + name: torch.empty(tensor.size, dtype=tensor.properties.dtype)}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(shards), no_dist=True)
+        return state[prefix + name]
 
     return read
 
@@ -123,13 +132,17 @@ def _from_zero(
 
     gathered = target / "gathered"
     convert_zero_checkpoint_to_fp32_state_dict(str(folder), str(gathered), safe_serialization=True)
-    found = weight_files.WeightFiles(gathered)
+    weights = weight_files.WeightFiles(gathered)
     form = merge_streaming.FORMATS[dtype or "float32"]
     planned = [
-        TensorEntry(one.name, form if one.dtype in weight_files.FLOATS else one.dtype, one.shape)
-        for one in found.entries.values()
+        TensorEntry(
+            tensor_entry.name,
+            form if tensor_entry.dtype in weight_files.FLOATS else tensor_entry.dtype,
+            tensor_entry.shape,
+        )
+        for tensor_entry in weights.entries.values()
     ]
-    done = {entry.name: entry for entry in write_weights(target, planned, found.read)}
+    done = {entry.name: entry for entry in write_weights(target, planned, weights.read)}
     shutil.rmtree(gathered)
     say(f"merged    {len(done)} weights out of ZeRO's shards")
     return done

@@ -12,14 +12,14 @@ from luthier.model.load import TASK_CLASSES
 
 
 def python_snippet(
-    story: ModelFacts, stop_ids: list[int], has_template: bool, place: str = "."
+    story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str = "."
 ) -> str:
     """Python that loads the model and uses it once.
 
     `stop_ids` end a reply. `place` is where the model is: a hub name, or `.` for the folder that
     the card lies in.
     """
-    lines = [*_imports(story), "", *_names(story, place)]
+    lines = [*_imports(story), "", *_names(story, repository)]
     if story.kind == "adapter" and story.base.file:
         lines += ["", *_unpacking(story)]
     lines += ["", *_loading(story)]
@@ -75,9 +75,9 @@ def _reads_labels(story: ModelFacts) -> bool:
     return story.kind == "adapter" and decides
 
 
-def _names(story: ModelFacts, place: str) -> list[str]:
-    comment = "  # the folder that this file is in" if place == "." else ""
-    lines = [f'MODEL = "{place}"{comment}']
+def _names(story: ModelFacts, repository: str) -> list[str]:
+    comment = "  # the folder that this file is in" if repository == "." else ""
+    lines = [f'MODEL = "{repository}"{comment}']
     if story.kind != "adapter":
         return lines
     if story.base.hub:
@@ -104,30 +104,30 @@ def _unpacking(story: ModelFacts) -> list[str]:
 
 
 def _loading(story: ModelFacts) -> list[str]:
-    kind = TASK_CLASSES[story.task]
+    class_name = TASK_CLASSES[story.task]
     if story.kind != "adapter":
         return [
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
-            f'model = {kind}.from_pretrained(MODEL, dtype="auto", device_map="auto")',
+            f'model = {class_name}.from_pretrained(MODEL, dtype="auto", device_map="auto")',
         ]
-    given = ['dtype="auto"', 'device_map="auto"']
+    arguments = ['dtype="auto"', 'device_map="auto"']
     if story.base.hub and story.base.revision:
-        given.append(f'revision="{story.base.revision}"')
+        arguments.append(f'revision="{story.base.revision}"')
     lines = ["tokenizer = AutoTokenizer.from_pretrained(MODEL)"]
     if story.quantization and "dequantize" not in story.quantization:
         fields = ", ".join(f"{name}={value!r}" for name, value in story.quantization.items())
         lines.append(f"packing = BitsAndBytesConfig({fields})")
-        given.append("quantization_config=packing")
+        arguments.append("quantization_config=packing")
     if _reads_labels(story):
         lines += [
             'labels = json.loads((Path(MODEL) / "labels.json").read_text())',
             'labels["id2label"] = {int(n): name for n, name in labels["id2label"].items()}',
         ]
-        given.append("**labels")
+        arguments.append("**labels")
     elif story.method == "reward":
-        given.append("num_labels=1")
-    lines.append(f"base = {kind}.from_pretrained(")
-    lines += [f"    BASE, {', '.join(given)}", ")"]
+        arguments.append("num_labels=1")
+    lines.append(f"base = {class_name}.from_pretrained(")
+    lines += [f"    BASE, {', '.join(arguments)}", ")"]
     if story.rows:
         lines.append(f"base.resize_token_embeddings({story.rows})")
     return [*lines, "model = PeftModel.from_pretrained(base, MODEL)"]
@@ -159,11 +159,12 @@ def _chatting(story: ModelFacts) -> list[str]:
     if story.system:
         lines.append(f'    {{"role": "system", "content": {story.system!r}}},')
     lines += ['    {"role": "user", "content": "Your question."},', "]"]
-    given = "".join(f", {name}={value!r}" for name, value in story.variables.items())
+    variables = "".join(f", {name}={value!r}" for name, value in story.variables.items())
     return [
         *lines,
         "inputs = tokenizer.apply_chat_template(",
-        f'    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{given}',
+        "    messages, add_generation_prompt=True, return_dict=True, "
+        f'return_tensors="pt"{variables}',
         ").to(model.device)",
     ]
 
@@ -185,8 +186,8 @@ def _labelling(story: ModelFacts, has_template: bool) -> list[str]:
     if story.method == "reward" or story.problem == "regression":
         return [*lines, "print(logits.item())"]
     if story.problem == "multi_label_classification":
-        said = "(logits > 0).nonzero().flatten().tolist()"
-        return [*lines, f"print([model.config.id2label[n] for n in {said}])"]
+        expression = "(logits > 0).nonzero().flatten().tolist()"
+        return [*lines, f"print([model.config.id2label[n] for n in {expression}])"]
     if story.task == "TOKEN_CLS":
         return [*lines, "print([model.config.id2label[n] for n in logits.argmax(-1).tolist()])"]
     return [*lines, "print(model.config.id2label[logits.argmax().item()])"]
@@ -212,23 +213,23 @@ class ChatFormat:
     asks_date: bool = False
 
 
-def serving_notes(story: ModelFacts, spoken: ChatFormat, place: str = ".") -> str:
+def serving_notes(story: ModelFacts, spoken: ChatFormat, repository: str = ".") -> str:
     """The text of EXPORT.md for a model in `place` (a hub name, or `.` for this folder)."""
     if story.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return (
             f"# Serving {story.title}\n\nThis model writes no replies: vLLM serves it as a pooling "
             "model, TGI and Ollama do not. README.md has the Python for it.\n"
         )
-    parts = [
+    sections = [
         f"# Serving {story.title}",
         "What a server must do to give the tokens that the model was trained on.",
         _tokens(story, spoken),
         _merge_first(story),
-        _vllm(story, spoken, place),
-        _tgi(story, place),
+        _vllm(story, spoken, repository),
+        _tgi(story, repository),
         _ollama(story, spoken),
     ]
-    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+    return "\n\n".join(section.rstrip() for section in sections if section) + "\n"
 
 
 def _tokens(story: ModelFacts, spoken: ChatFormat) -> str:
@@ -239,15 +240,15 @@ def _tokens(story: ModelFacts, spoken: ChatFormat) -> str:
         return "\n".join([*lines, "", "There is no chat template: prompts are plain text."])
     lines += ["", _HEADING, "", "~~~jinja", spoken.template, "~~~"]
     if story.variables:
-        given = json.dumps(story.variables, ensure_ascii=False)
-        lines += ["", f"It was trained with these variables of the template: `{given}`. Servers "
-                  "take them as `chat_template_kwargs` of a request."]  # fmt: skip
+        variables = json.dumps(story.variables, ensure_ascii=False)
+        lines += ["", f"It was trained with these variables of the template: `{variables}`. "
+                  "Servers take them as `chat_template_kwargs` of a request."]  # fmt: skip
     if spoken.asks_date:
         lines += ["", f"The template writes the date. Training gave it {story.date}; a server "
                   "gives today's."]  # fmt: skip
     if story.system:
-        shown = json.dumps(story.system, ensure_ascii=False)
-        lines += ["", f"Rows without a system prompt were trained with this one: {shown}"]
+        system = json.dumps(story.system, ensure_ascii=False)
+        lines += ["", f"Rows without a system prompt were trained with this one: {system}"]
     return "\n".join(lines)
 
 
@@ -272,12 +273,12 @@ def _merge_first(story: ModelFacts) -> str:
     )
 
 
-def _vllm(story: ModelFacts, spoken: ChatFormat, place: str) -> str:
+def _vllm(story: ModelFacts, spoken: ChatFormat, repository: str) -> str:
     ends = json.dumps({"eos_token_id": spoken.stop_ids})
     template = " --chat-template chat_template.jinja" if spoken.template else ""
     if story.kind != "adapter":
         return (
-            f"## vLLM\n\n    vllm serve {place}\n\n"
+            f"## vLLM\n\n    vllm serve {repository}\n\n"
             "It takes the template from the tokenizer and the stop tokens from "
             "generation_config.json."
         )
@@ -288,18 +289,18 @@ def _vllm(story: ModelFacts, spoken: ChatFormat, place: str) -> str:
         "## vLLM\n\nMerged:\n\n    vllm serve merged\n\n"
         "Without a merge (see above for when that is right):\n\n"
         f"    vllm serve {base} --enable-lora{most} \\\n"
-        f"        --lora-modules {shlex.quote(story.title)}={place} \\\n"
+        f"        --lora-modules {shlex.quote(story.title)}={repository} \\\n"
         f"       {template} --override-generation-config {shlex.quote(ends)}"
     )
 
 
 def _allowed(rank: int) -> int:
     """The next rank that vLLM takes."""
-    return next((one for one in (8, 16, 32, 64, 128, 256, 320, 512) if one >= rank), rank)
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
-def _tgi(story: ModelFacts, place: str) -> str:
-    folder = "merged" if story.kind == "adapter" else place
+def _tgi(story: ModelFacts, repository: str) -> str:
+    folder = "merged" if story.kind == "adapter" else repository
     return (
         f"## TGI\n\n    text-generation-launcher --model-id {folder}\n\n"
         "It takes the template from the tokenizer and the stop tokens from "
@@ -311,28 +312,27 @@ def _ollama(story: ModelFacts, spoken: ChatFormat) -> str:
     folder = "./merged" if story.kind == "adapter" else "."
     if spoken.template is None:
         go: str | None = "{{ .Prompt }}"
-        words = "Prompts go to the model as they are."
+        sentence = "Prompts go to the model as they are."
     elif spoken.go is not None:
         go = spoken.go
-        words = (
+        sentence = (
             "TEMPLATE writes what the chat template writes, for alternating messages with or "
             f"without a system prompt: held equal on {len(ollama.probe_conversations())} "
             "conversations, empty texts, white space at the edges and markup among them. Tools are "
             "not part of it."
         )
         if spoken.asks_date:
-            words += f" The date in it is {story.date}, as in training."
+            sentence += f" The date in it is {story.date}, as in training."
         if spoken.bos:
-            words += f" The first token, `{spoken.bos}`, is Ollama's to put."
+            sentence += f" The first token, `{spoken.bos}`, is Ollama's to put."
     else:
         go = None
-        words = (
+        sentence = (
             "This chat template cannot be put exactly into the Go templates of Ollama (such a one "
             "cannot strip white space or rewrite earlier turns), so that no TEMPLATE is given "
             "here. Without one, Ollama looks for the template that it knows for this kind of "
             "model; compare its prompts with the template above before you rely on it."
         )
     text = ollama.modelfile(go, folder, spoken.stops)
-    return (
-        f"## Ollama\n\n{words}\n\nModelfile:\n\n~~~\n{text}~~~\n\n    ollama create {story.title}"
-    )
+    create = f"ollama create {story.title}"
+    return f"## Ollama\n\n{sentence}\n\nModelfile:\n\n~~~\n{text}~~~\n\n    {create}"

@@ -108,9 +108,13 @@ def read_tensor_entries(file: Path) -> list[TensorEntry]:
     head = read_safetensors_header(file)
     entries = [
         TensorEntry(
-            name, one["dtype"], tuple(one["shape"]), file, head.start + one["data_offsets"][0]
+            name,
+            tensor["dtype"],
+            tuple(tensor["shape"]),
+            file,
+            head.start + tensor["data_offsets"][0],
         )
-        for name, one in head.tensors.items()
+        for name, tensor in head.tensors.items()
     ]
     return sorted(entries, key=lambda entry: entry.start)
 
@@ -165,15 +169,15 @@ def _write_file(
 
 def _head(entries: list[TensorEntry]) -> bytes:
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    offset = 0
     for entry in entries:
-        ends = [place, place + entry.size]
+        ends = [offset, offset + entry.size]
         head[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
             "data_offsets": ends,
         }
-        place = ends[1]
+        offset = ends[1]
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -191,11 +195,11 @@ def _put(stream: Any, entry: TensorEntry, tensor: "Tensor") -> None:
 
 
 def _write_index(folder: Path, shards: list[list[TensorEntry]]) -> None:
-    places = {
+    weight_map = {
         entry.name: _name(number, len(shards))
         for number, shard in enumerate(shards)
         for entry in shard
     }
     total = sum(entry.size for shard in shards for entry in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -46,12 +46,14 @@ def write_descriptions(
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def description_texts(story: ModelFacts, spoken: ChatFormat, place: str = ".") -> dict[str, str]:
+def description_texts(
+    story: ModelFacts, spoken: ChatFormat, repository: str = "."
+) -> dict[str, str]:
     """The card and the notes by their files' names, for a model in `place`."""
     has_template = spoken.template is not None
     return {
-        CARD: write_model_card(story, spoken.stop_ids, has_template, place),
-        NOTES: serving_notes(story, spoken, place),
+        CARD: write_model_card(story, spoken.stop_ids, has_template, repository),
+        NOTES: serving_notes(story, spoken, repository),
     }
 
 
@@ -74,7 +76,7 @@ def chat_format_of(artifact: Artifact) -> ChatFormat:
         ids,
         tokenizer.convert_ids_to_tokens(ids),
         template.source,
-        translate_template(lambda said, asks: str(template.render(said, None, asks)), bos),
+        translate_template(lambda messages, asks: str(template.render(messages, None, asks)), bos),
         bos if bos and _first(template).startswith(bos) else None,
         "strftime_now" in template.source,
     )
@@ -121,9 +123,11 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
         shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
 
 
-def copy_generation_config(base: Path, own: Path | None, target: Path, spoken: ChatFormat) -> None:
+def copy_generation_config(
+    base: Path, adapter_folder: Path | None, target: Path, spoken: ChatFormat
+) -> None:
     """Write the generation config: the base's (or what was saved), with the stop tokens trained."""
-    for folder in (own, base):
+    for folder in (adapter_folder, base):
         if folder is not None and (folder / GENERATION).is_file():
             settings: dict[str, Any] = json.loads((folder / GENERATION).read_text("utf-8"))
             break

@@ -17,9 +17,9 @@ class AnswerFile:
     Beside it lies a record of what made it, so that only the same command goes on with it.
     """
 
-    def __init__(self, path: Path, made: dict[str, Any]) -> None:
+    def __init__(self, path: Path, origin: dict[str, Any]) -> None:
         """`made`: all that decides the replies, as JSON. Raises UserError for a file of others."""
-        self.path, self._made = path, json.loads(json.dumps(made))
+        self.path, self._made = path, json.loads(json.dumps(origin))
         self.record = path.with_name(path.name + RECORD)
         self.done = self._take()
         """Rows that are answered already."""
@@ -40,11 +40,11 @@ class AnswerFile:
             return 0
         self._check()
         text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
+        complete_lines = text[: text.rfind(b"\n") + 1]
+        if len(complete_lines) < len(text):
             with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        return whole.count(b"\n")
+                file.truncate(len(complete_lines))
+        return complete_lines.count(b"\n")
 
     def _check(self) -> None:
         if not self.path.is_file():

@@ -26,11 +26,11 @@ class ChatSession:
         front = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*front, *self.turns]
 
-    def say(self, text: str, **given: Any) -> str:
+    def say(self, text: str, **settings: Any) -> str:
         """Say something and return the reply; takes the settings of `LLM.replies`."""
-        return "".join(self.stream(text, **given))
+        return "".join(self.stream(text, **settings))
 
-    def stream(self, text: str, **given: Any) -> Generator[str]:
+    def stream(self, text: str, **settings: Any) -> Generator[str]:
         """Say something and yield the reply piece by piece.
 
         A reply that is stopped midway stays in the conversation as far as it came. Where it is
@@ -40,7 +40,7 @@ class ChatSession:
         reply, is_whole = "", False
         try:
             prompt = {"messages": self.messages, "tools": self._tools}
-            for piece in self._answer(prompt, **given):
+            for piece in self._answer(prompt, **settings):
                 reply += piece
                 yield piece
             is_whole = True

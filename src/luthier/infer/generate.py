@@ -29,9 +29,12 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int) -> int:
     An estimate: keys and values of prompt and reply, the activations of one layer while the prompt
     is read, and the scores of one token over the vocabulary in float32 and twice more for sorting.
     """
-    free, kind = free_memory(model)
+    free, device_type = free_memory(model)
     return max(
-        1, min(_MOST[kind], int(_SHARE * free) // bytes_per_row(model, longest, max_new_tokens))
+        1,
+        min(
+            _MOST[device_type], int(_SHARE * free) // bytes_per_row(model, longest, max_new_tokens)
+        ),
     )
 
 
@@ -145,13 +148,13 @@ def generate_in_batches(
         rows = _batch([len(prompts[i]) for i in order], size, config, context, equal)
         batch = [prompts[i] for i in order[:rows]]
         try:
-            found = _answer(model, batch, _within(config, len(batch[0]), context), more)
+            replies = _answer(model, batch, _within(config, len(batch[0]), context), more)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             size = _half(rows, len(batch[0]))
         else:
-            yield [i for i in order[:rows] for _ in range(len(found) // rows)], found
+            yield [i for i in order[:rows] for _ in range(len(replies) // rows)], replies
             order = order[rows:]
             continue
         # Outside of the handler: until it ends, the error keeps all tensors of the batch alive.
@@ -163,8 +166,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error).lower()
-    said = "out of memory" in text or "can't allocate memory" in text
-    return isinstance(error, torch.OutOfMemoryError) or said
+    mentions_memory = "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, torch.OutOfMemoryError) or mentions_memory
 
 
 @contextmanager
@@ -198,8 +201,8 @@ def _batch(lengths: list[int], size: int, config: Any, context: int | None, equa
     return rows
 
 
-def _room(wanted: int, length: int, context: int | None) -> int:
-    return wanted if context is None else min(wanted, context - length)
+def _room(new_tokens: int, length: int, context: int | None) -> int:
+    return new_tokens if context is None else min(new_tokens, context - length)
 
 
 def _within(config: Any, length: int, context: int | None) -> Any:
@@ -246,8 +249,8 @@ def _answer(
         **more,
     )
     # A decoder of its own begins with its start token, which may also be the stop token (BART).
-    found: list[list[int]] = out[:, 1 if is_encoded else width :].tolist()
-    return found
+    replies: list[list[int]] = out[:, 1 if is_encoded else width :].tolist()
+    return replies
 
 
 def until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

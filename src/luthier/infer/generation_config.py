@@ -62,20 +62,20 @@ _REFUSED = {
 }
 
 
-def check_generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings if each is one of `transformers.GenerationConfig`; imports nothing large.
 
     A setting of sampling turns sampling on, and `temperature=0` off. Raises UserError for a name
     that does not exist and for settings that belong to luthier.
     """
-    for name in given:
+    for name in requested:
         if name in _REFUSED:
             raise UserError(f"{name}: {_REFUSED[name]}.")
         if name not in generation_setting_names():
             near = nearest_option(name, generation_setting_names())
             guess = f" Did you mean {near}?" if near else ""
             raise UserError(f"{name}: is not a setting of transformers.GenerationConfig.{guess}")
-    settings = dict(given)
+    settings = dict(requested)
     longest = settings.get("max_new_tokens")
     if longest is not None and (not isinstance(longest, int) or longest < 1):
         raise UserError(f"max_new_tokens={longest}: write a whole number of at least 1.")
@@ -87,10 +87,10 @@ def check_generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def parse_generation_settings(words: list[str]) -> dict[str, Any]:
+def parse_generation_settings(assignments: list[str]) -> dict[str, Any]:
     """Return the settings in words such as `temperature=0.7`; raises UserError for others."""
     settings: dict[str, Any] = {}
-    for word in words:
+    for word in assignments:
         name, equals, text = word.partition("=")
         if not equals or not name:
             raise UserError(f"{word}: settings are written key=value, such as max_new_tokens=200.")
@@ -121,28 +121,28 @@ def _popped(node: ast.AST) -> str | None:
     return name if isinstance(name, str) and not name.startswith("_") else None
 
 
-def make_generation_config(given: Mapping[str, Any], stop_ids: list[int], pad_id: int) -> Any:
+def make_generation_config(requested: Mapping[str, Any], stop_ids: list[int], pad_id: int) -> Any:
     """Return the `GenerationConfig` for settings that are checked; greedy where they are open.
 
     With sampling, what is open is the model's own, as its makers recommend it.
     """
     from transformers import GenerationConfig
 
-    plain = {} if given.get("do_sample") else _PLAIN
-    settings = plain | {"eos_token_id": stop_ids, "use_cache": True} | dict(given)
+    plain = {} if requested.get("do_sample") else _PLAIN
+    settings = plain | {"eos_token_id": stop_ids, "use_cache": True} | dict(requested)
     if settings.get("max_new_tokens") is None:
         settings["max_new_tokens"] = MAX_NEW_TOKENS
     return GenerationConfig(**settings, pad_token_id=pad_id)
 
 
-def depends_on_prompt(config: Any, own: Any) -> bool:
+def depends_on_prompt(config: Any, model_config: Any) -> bool:
     """Whether the settings look at the tokens before the reply, so that padding would change it.
 
     `own` is the model's generation config, which fills what `config` leaves open.
     """
     for name, off in _READS_PROMPT.items():
         value = getattr(config, name)
-        value = getattr(own, name) if value is None else value
+        value = getattr(model_config, name) if value is None else value
         if value not in off:
             return True
     return False

@@ -66,34 +66,34 @@ class LoadOptions(NamedTuple):
     machine: Machine
     tokenizer: Any
 
-    def model(self, packing: Mapping[str, Any] | None, own: Mapping[str, Any]) -> Any:
+    def model(self, packing: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> Any:
         """Load the weights; `own` goes to `from_pretrained`. UserError where they cannot be had."""
-        model = load_trained(self.artifact, self.machine, self.tokenizer, packing, **own)
+        model = load_trained(self.artifact, self.machine, self.tokenizer, packing, **model_kwargs)
         check_vocabulary_fits(self.tokenizer, model)
         return model
 
 
-def read_load_options(artifact: Artifact, given: Mapping[str, Any]) -> LoadOptions:
+def read_load_options(artifact: Artifact, settings: Mapping[str, Any]) -> LoadOptions:
     """Choose the machine and load the tokenizer; `given` replaces fields of the artifact's model.
 
     Raises UserError where they cannot be had.
     """
-    config = ModelConfig.model_validate(artifact.base.model_dump() | dict(given))
-    found = replace(artifact, base=config)
-    return LoadOptions(found, choose_machine(config), load_tokenizer(config))
+    config = ModelConfig.model_validate(artifact.base.model_dump() | dict(settings))
+    resolved = replace(artifact, base=config)
+    return LoadOptions(resolved, choose_machine(config), load_tokenizer(config))
 
 
 def load_for_inference(
     artifact: Artifact,
-    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
     packing: Mapping[str, Any] | None,
-    own: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
 ) -> LoadedModel:
     """Load a model that writes, and what makes its prompts; UserError where it cannot be had."""
-    found = read_load_options(artifact, given)
-    artifact, machine, tokenizer = found
+    options = read_load_options(artifact, settings)
+    artifact, machine, tokenizer = options
     prompter = _prompter(artifact, tokenizer)
-    model = found.model(packing, own)
+    model = options.model(packing, model_kwargs)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     is_encoded = bool(model.config.is_encoder_decoder)
@@ -127,12 +127,12 @@ def _stops(artifact: Artifact, tokenizer: Any, prompter: Any) -> list[int]:
     if prompter is not None and prompter.stop_token_ids:
         return list(prompter.stop_token_ids)
     ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
-    found = [end for end in dict.fromkeys(ends) if end is not None]
-    if not found:
+    stop_ids = [end for end in dict.fromkeys(ends) if end is not None]
+    if not stop_ids:
         raise UserError(
             f"{artifact.name}: neither its tokenizer nor its generation config has an end token."
         )
-    return found
+    return stop_ids
 
 
 # How a model's weights are packed while it answers.
@@ -153,13 +153,13 @@ _PACKED: dict[str, dict[str, Any] | None] = {
 }
 
 
-def parse_weight_precision(given: WeightPrecision) -> dict[str, Any] | None:
+def parse_weight_precision(precision: WeightPrecision) -> dict[str, Any] | None:
     """Fields of `BitsAndBytesConfig`; None for the run's own. UserError for an unknown name."""
-    if isinstance(given, Mapping):
-        return dict(given)
-    if given not in _PACKED:
-        raise UserError(f"quantization={given}: there are {', '.join(_PACKED)}.")
-    return _PACKED[given]
+    if isinstance(precision, Mapping):
+        return dict(precision)
+    if precision not in _PACKED:
+        raise UserError(f"quantization={precision}: there are {', '.join(_PACKED)}.")
+    return _PACKED[precision]
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ class LLM:
         )
         self._packing = parse_weight_precision(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
-        given = {"device": device, "dtype": dtype, "attention": attention}
-        self._given = {name: value for name, value in given.items() if value is not None}
+        settings = {"device": device, "dtype": dtype, "attention": attention}
+        self._given = {name: value for name, value in settings.items() if value is not None}
         self._stack = ExitStack()
         self._model: Any = None
 
@@ -266,13 +266,13 @@ class LLM:
         """The ids that the model reads for each prompt; `places` name them in a UserError."""
         return self._prompts.ids(prompts, places)
 
-    def generate(self, prompts: Sequence[Prompt], **given: Any) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[str]:
         """The text of the reply to each prompt, in order.
 
         A prompt is a user's message, the messages of a conversation, or a dict of `messages` and
         `tools`. Takes what `replies` takes.
         """
-        return [reply.text for reply in self.replies(prompts, **given)]
+        return [reply.text for reply in self.replies(prompts, **settings)]
 
     def replies(
         self,
@@ -282,7 +282,7 @@ class LLM:
         batch_size: int | None = None,
         seed: int | None = None,
         on_replies: Callable[[int, list[Reply]], None] | None = None,
-        **given: Any,
+        **settings: Any,
     ) -> list[Reply]:
         """Answer each prompt, in order; `num_return_sequences` replies each follow one another.
 
@@ -292,21 +292,21 @@ class LLM:
         `on_replies` gets the number of each prompt with its replies as soon as there are some.
         Raises UserError for a prompt that is longer than the context, by its place.
         """
-        config = self._config(given)
+        config = self._config(settings)
         ids = self.prompt_ids(prompts, places)
         size = batch_size or self._size(ids, config)
-        found: list[list[Reply]] = [[] for _ in ids]
+        replies_by_prompt: list[list[Reply]] = [[] for _ in ids]
         with self._sampling(seed):
             for rows, answers in self._answered(ids, config, size):
                 for row, answer in zip(rows, answers, strict=True):
-                    found[row].append(self._reply(answer, len(ids[row]), config))
+                    replies_by_prompt[row].append(self._reply(answer, len(ids[row]), config))
                 for row in dict.fromkeys(rows) if on_replies else ():
-                    on_replies(row, found[row])  # type: ignore[misc]
-        return [reply for replies in found for reply in replies]
+                    on_replies(row, replies_by_prompt[row])  # type: ignore[misc]
+        return [reply for replies in replies_by_prompt for reply in replies]
 
-    def batch_size(self, ids: Sequence[Sequence[int]], **given: Any) -> int:
+    def batch_size(self, ids: Sequence[Sequence[int]], **settings: Any) -> int:
         """How many of these prompts, as token ids, the memory holds at once with their replies."""
-        return self._size(ids, self._config(given))
+        return self._size(ids, self._config(settings))
 
     def stream(
         self,
@@ -314,7 +314,7 @@ class LLM:
         *,
         seed: int | None = None,
         on_end: Callable[[Reply], None] | None = None,
-        **given: Any,
+        **settings: Any,
     ) -> Iterator[str]:
         """Yield the reply to one prompt piece by piece; the pieces are the text of `generate`.
 
@@ -322,7 +322,7 @@ class LLM:
         """
         from luthier.infer.stream import stream_tokens
 
-        config = self._config(given)
+        config = self._config(settings)
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
             raise UserError("stream: one reply is written at a time; leave out num_beams and "
                             "num_return_sequences, or use generate.")  # fmt: skip
@@ -359,10 +359,10 @@ class LLM:
         with self.model.disable_adapter():
             yield
 
-    def _config(self, given: Mapping[str, Any]) -> Any:
+    def _config(self, settings: Mapping[str, Any]) -> Any:
         assert self.model is not None
         return words.make_generation_config(
-            words.check_generation_settings(given), self.stop_token_ids, self.pad_id
+            words.check_generation_settings(settings), self.stop_token_ids, self.pad_id
         )
 
     def _size(self, ids: Sequence[Sequence[int]], config: Any) -> int:
@@ -391,15 +391,17 @@ class LLM:
     def _reply(self, ids: list[int], prompt_tokens: int, config: Any) -> Reply:
         from luthier.infer.generate import until_stop
 
-        kept = until_stop(ids, words.stop_token_ids(config))
-        ended = len(kept) < len(ids)
-        while not ended and kept and kept[-1] == config.pad_token_id:
-            kept = kept[:-1]  # filled up behind a stop string
+        reply_ids = until_stop(ids, words.stop_token_ids(config))
+        ended = len(reply_ids) < len(ids)
+        while not ended and reply_ids and reply_ids[-1] == config.pad_token_id:
+            reply_ids = reply_ids[:-1]  # filled up behind a stop string
         room = config.max_new_tokens
         if self.context is not None:
             room = min(room, self.context - prompt_tokens)
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Reply(text, kept, prompt_tokens, "stop" if ended or len(kept) < room else "length")
+        text = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
+        return Reply(
+            text, reply_ids, prompt_tokens, "stop" if ended or len(reply_ids) < room else "length"
+        )
 
     @contextmanager
     def _sampling(self, seed: int | None) -> Iterator[None]:
@@ -424,11 +426,11 @@ class LLM:
 
 def _writes(artifact: Artifact) -> Artifact:
     """The artifact, if it writes replies."""
-    kinds = {"SEQ_CLS": "a classifier", "TOKEN_CLS": "a tagger"}
-    if artifact.task in kinds:
-        kind = "a reward model" if artifact.is_reward else kinds[artifact.task]
+    names = {"SEQ_CLS": "a classifier", "TOKEN_CLS": "a tagger"}
+    if artifact.task in names:
+        name = "a reward model" if artifact.is_reward else names[artifact.task]
         raise UserError(
-            f"{artifact.name}: this is {kind}, which writes no replies. luthier evaluate measures "
+            f"{artifact.name}: this is {name}, which writes no replies. luthier evaluate measures "
             "it, and the README.md of its model/ has the Python that asks it."
         )
     return artifact

@@ -86,14 +86,14 @@ def _check_kind(opened: OpenedSource) -> None:
 
 
 def _ask(placed: LocatedExample, opened: OpenedSource) -> PromptRow:
-    example, kind = placed.example, opened.row_format.example_type
-    if kind in ("conversation", "preference", "unpaired"):
+    example, example_type = placed.example, opened.row_format.example_type
+    if example_type in ("conversation", "preference", "unpaired"):
         context, _ = split_prompt_and_reply(example)
-        if not context and kind == "conversation":
+        if not context and example_type == "conversation":
             raise UserError(f"{placed.where}: there is nothing before the reply.")
         prompt = _messages(context, example.get("tools"))
         return PromptRow(placed.where, prompt, reference_text(example))
-    if kind == "seq2seq":
+    if example_type == "seq2seq":
         return PromptRow(placed.where, example["source"], example["target"])
     return PromptRow(placed.where, example["text"], None)
 
@@ -111,10 +111,10 @@ def _blank_lines(opened: OpenedSource) -> Iterator[str]:
         with file.open(encoding="utf-8", errors="replace") as lines:
             blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
         if blank:
-            shown = ", ".join(map(str, blank[:_SHOWN]))
+            line_numbers = ", ".join(map(str, blank[:_SHOWN]))
             more = ", ..." if len(blank) > _SHOWN else ""
             count = "an empty line" if len(blank) == 1 else f"{len(blank):,} empty lines"
-            yield f"{name}: {count}, passed over: {shown}{more}"
+            yield f"{name}: {count}, passed over: {line_numbers}{more}"
 
 
 # Held-out rows as questions with a known answer.
@@ -140,12 +140,12 @@ def read_questions(rows: Iterable[Row], limit: int) -> list[Question]:
 
     Of a pair it is the chosen reply, of judged replies a good one.
     """
-    found: list[Question] = []
+    questions: list[Question] = []
     for example, columns in rows:
-        if len(found) == limit:
+        if len(questions) == limit:
             break
         messages, expected = split_prompt_and_reply(example)[0], reference_text(example)
         if messages and expected is not None:
             row = {**example, **columns}
-            found.append(Question(messages, example.get("tools"), expected, row))
-    return found
+            questions.append(Question(messages, example.get("tools"), expected, row))
+    return questions

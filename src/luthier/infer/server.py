@@ -16,13 +16,13 @@ _NOT_OF_TEMPLATES = ("load_audio_from_video", "num_frames")
 """What transformers' server hands on besides, for pictures and sounds."""
 
 
-def run_server(llm: LLM, name: str, host: str, port: int, given: Mapping[str, Any]) -> None:
+def run_server(llm: LLM, name: str, host: str, port: int, settings: Mapping[str, Any]) -> None:
     """Serve a loaded model until the process is told to end."""
-    make_server(llm, name, host, port, given).run()
+    make_server(llm, name, host, port, settings).run()
 
 
 def make_server(
-    llm: LLM, name: str, host: str, port: int, given: Mapping[str, Any]
+    llm: LLM, name: str, host: str, port: int, settings: Mapping[str, Any]
 ) -> "uvicorn.Server":
     """The server, ready to run; `given` are settings of generation for requests without any."""
     import uvicorn
@@ -36,7 +36,7 @@ def make_server(
 
     manager, state = _manager(llm, name), GenerationState()
     defaults = generation_config.make_generation_config(
-        generation_config.check_generation_settings(given), llm.stop_token_ids, llm.pad_id
+        generation_config.check_generation_settings(settings), llm.stop_token_ids, llm.pad_id
     )
     llm.model.generation_config = defaults
     app = build_server(
@@ -58,10 +58,10 @@ def _as_trained(llm: LLM) -> Any:
     user's text for control tokens.
     """
     served = copy.copy(llm.tokenizer)
-    known = {*inspect.signature(served.apply_chat_template).parameters, *_NOT_OF_TEMPLATES}
+    parameters = {*inspect.signature(served.apply_chat_template).parameters, *_NOT_OF_TEMPLATES}
 
     def apply_chat_template(conversation: Any, tools: Any = None, **more: Any) -> Any:
-        variables = {name: value for name, value in more.items() if name not in known}
+        variables = {name: value for name, value in more.items() if name not in parameters}
         return _prompt(llm, conversation, tools, variables)
 
     served.apply_chat_template = apply_chat_template
@@ -102,8 +102,8 @@ def _sampling(handler: Any) -> Any:
     class Sampling(handler):
         """The handler, with sampling where a temperature is given."""
 
-        def _build_generation_config(self, body: Any, *own: Any, **more: Any) -> Any:
-            config = super()._build_generation_config(body, *own, **more)
+        def _build_generation_config(self, body: Any, *positional: Any, **more: Any) -> Any:
+            config = super()._build_generation_config(body, *positional, **more)
             if body.get("temperature"):
                 config.do_sample = True
             return config

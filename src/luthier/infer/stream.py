@@ -127,8 +127,8 @@ class TextStream:
 
     def _new(self) -> str:
         """The text behind what was said."""
-        known = self._text(self._ids[self._before : self._said])
-        return self._text(self._ids[self._before :])[len(known) :]
+        emitted = self._text(self._ids[self._before : self._said])
+        return self._text(self._ids[self._before :])[len(emitted) :]
 
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

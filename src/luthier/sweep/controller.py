@@ -33,8 +33,8 @@ class DatasetEncoding:
         key = self._key(trial)
         if isinstance(key, UserError) or key in self._ready:
             return True
-        busy = [one for one in running if self._key(one) == key]
-        if any(has_data(self._sweep.folder.run(one)) for one in busy):
+        busy = [other for other in running if self._key(other) == key]
+        if any(has_data(self._sweep.folder.run(other)) for other in busy):
             self._ready.add(key)
             return True
         return not busy
@@ -47,14 +47,14 @@ class DatasetEncoding:
 
     def _key(self, trial: Trial) -> str | UserError:
         """What decides a trial's data, or what is wrong with its configuration."""
-        known = self._sweep.data.get(tuple(trial.params.values()))
-        if known is None and trial.number not in self._keys:
+        checked_key = self._sweep.data.get(tuple(trial.params.values()))
+        if checked_key is None and trial.number not in self._keys:
             try:
                 resolved = load_config(self._sweep.choices(trial.params)).resolved
                 self._keys[trial.number] = data_key(resolved)
             except UserError as error:
                 self._keys[trial.number] = error
-        return known or self._keys[trial.number]
+        return checked_key or self._keys[trial.number]
 
 
 RESUME = 75
@@ -120,10 +120,10 @@ class Controller:
     """A sweep while it runs."""
 
     def __init__(
-        self, sweep: SweepPlan, strategy: Strategy, place: TrialPlace, view: SweepView
+        self, sweep: SweepPlan, strategy: Strategy, trial_place: TrialPlace, view: SweepView
     ) -> None:
         self.trials = sweep.folder.load()
-        self._sweep, self._strategy, self._place, self._view = sweep, strategy, place, view
+        self._sweep, self._strategy, self._place, self._view = sweep, strategy, trial_place, view
         self._encoding = DatasetEncoding(sweep)
         self._running: dict[int, RunningTrial] = {}
         """By slot."""
@@ -173,8 +173,8 @@ class Controller:
                 signal.signal(number, handler)
 
     def _show(self) -> None:
-        places = {one.trial.number: self._place.slots[n] for n, one in self._running.items()}
-        self._view.show(self.trials, places)
+        slots = {job.trial.number: self._place.slots[n] for n, job in self._running.items()}
+        self._view.show(self.trials, slots)
 
     def _pick_up(self) -> None:
         """Find how the trials of an earlier start stand."""
@@ -212,12 +212,14 @@ class Controller:
 
     def _next(self) -> Trial | None:
         """A trial that was begun, else a new one; none that waits for data being encoded."""
-        running = [one.trial for one in self._running.values()]
+        running = [candidate.trial for candidate in self._running.values()]
         waiting = [trial for trial in self.trials if trial.state == "waiting"]
         if not waiting and (point := self._strategy.next(self.trials)) is not None:
             waiting = [Trial(len(self.trials), point)]
             self.trials += waiting
-        may_start = (one for one in waiting if self._encoding.may_start(one, running))
+        may_start = (
+            candidate for candidate in waiting if self._encoding.may_start(candidate, running)
+        )
         return next(may_start, None)
 
     def _start(self, trial: Trial, slot: int) -> None:
@@ -238,48 +240,48 @@ class Controller:
 
     def _watch(self) -> None:
         """Read what the running trials have logged, end the bad ones, note those that ended."""
-        for slot, one in list(self._running.items()):
-            code = one.job.code()
-            one.trial.seconds = time.monotonic() - one.began
-            stamp = on_disk.timestamp(self._sweep.folder.run(one.trial))
-            if code is not None or stamp != one.stamp:
-                one.stamp = stamp
-                self._report(one, self._read(one.trial), runs=code is None)
+        for slot, running_trial in list(self._running.items()):
+            code = running_trial.job.code()
+            running_trial.trial.seconds = time.monotonic() - running_trial.began
+            stamp = on_disk.timestamp(self._sweep.folder.run(running_trial.trial))
+            if code is not None or stamp != running_trial.stamp:
+                running_trial.stamp = stamp
+                self._report(running_trial, self._read(running_trial.trial), runs=code is None)
             if code is not None:
                 del self._running[slot]
-                self._settle(one, code)
+                self._settle(running_trial, code)
 
     def _read(self, trial: Trial) -> list[dict[str, Any]]:
         """Take over the numbers that a run has left so far."""
         folder = self._sweep.folder.run(trial)
         rows = on_disk.read_rows(folder)
-        found = measure_objectives(on_disk.read_run_record(folder), rows)
-        trial.step = int(found.pop("step", trial.step))
-        trial.values = found or trial.values
+        measures = measure_objectives(on_disk.read_run_record(folder), rows)
+        trial.step = int(measures.pop("step", trial.step))
+        trial.values = measures or trial.values
         return rows
 
-    def _report(self, one: RunningTrial, rows: list[dict[str, Any]], runs: bool) -> None:
+    def _report(self, running_trial: RunningTrial, rows: list[dict[str, Any]], runs: bool) -> None:
         """Tell new measures to the pruner, and end a trial that still runs if it says so."""
         watched = self._sweep.watched
-        if watched is None or one.is_bad:
+        if watched is None or running_trial.is_bad:
             return
         for row in rows:
             step, value = int(row.get("step", 0)), row.get(watched.name)
-            if value is None or step <= one.reported:
+            if value is None or step <= running_trial.reported:
                 continue
-            one.reported = step
-            if self._strategy.is_bad(one.trial, step, float(value)) and runs:
-                one.is_bad = True
-                one.job.stop()
+            running_trial.reported = step
+            if self._strategy.is_bad(running_trial.trial, step, float(value)) and runs:
+                running_trial.is_bad = True
+                running_trial.job.stop()
                 return
 
-    def _settle(self, one: RunningTrial, code: int) -> None:
+    def _settle(self, running_trial: RunningTrial, code: int) -> None:
         """Decide what became of a trial whose processes are gone."""
-        trial, run = one.trial, self._sweep.folder.run(one.trial)
-        status = on_disk.status_since(run, one.started)
+        trial, run = running_trial.trial, self._sweep.folder.run(running_trial.trial)
+        status = on_disk.status_since(run, running_trial.started)
         if status == "finished":
             trial.state = "finished"
-        elif one.is_bad:
+        elif running_trial.is_bad:
             trial.state = "pruned"
         elif self._ending:
             trial.state = "interrupted"
@@ -328,8 +330,8 @@ class Controller:
             time.sleep(_TICK)
 
     def _stop_jobs(self) -> None:
-        for one in self._running.values():
-            one.job.stop()
+        for running_trial in self._running.values():
+            running_trial.job.stop()
 
 
 def orphan_check(launched: bool) -> Callable[[], bool]:

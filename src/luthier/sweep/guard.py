@@ -31,9 +31,9 @@ _LEFT = 10.0
 _TICK = 0.05
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run the command and return its exit code, 128 + n where signal n ended it."""
-    grace, launcher, out, err, *command = words
+    grace, launcher, out, err, *command = arguments
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -58,15 +58,15 @@ class Guard:
 
     def watch(self) -> int:
         """Wait for the end of everything, and bring it about when the sweep asks or is gone."""
-        asked = left = False
+        stop_requested = left = False
         while self._child.poll() is None or self._lives():
             if self._child.returncode is not None and not left:
                 left = True
                 self._deadline = min(self._deadline, time.monotonic() + _LEFT)
                 self._send(self._family, signal.SIGTERM)
             heard = self._heard()
-            if heard is not None and not asked:
-                asked = True
+            if heard is not None and not stop_requested:
+                stop_requested = True
                 self._deadline = min(self._deadline, time.monotonic() + self._grace)
                 self._lives()
                 self._send(self._training(), signal.SIGTERM)
@@ -90,13 +90,13 @@ class Guard:
             _reap()
         with contextlib.suppress(psutil.Error):
             self._family |= set(psutil.Process().children(recursive=True))
-        self._family = {one for one in self._family if _is_alive(one)}
+        self._family = {process for process in self._family if _is_alive(process)}
         return bool(self._family)
 
     def _send(self, processes: set[psutil.Process], number: int) -> None:
-        for one in processes:
+        for process in processes:
             with contextlib.suppress(psutil.Error):
-                one.send_signal(number)
+                process.send_signal(number)
 
     def _heard(self) -> bytes | None:
         """A byte from the sweep, b"" once when it is gone, None if there is nothing new."""

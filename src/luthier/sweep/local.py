@@ -66,30 +66,30 @@ def find_launch_command(launcher: LauncherSettings, environ: Mapping[str, str]) 
 
     Raises UserError for a launch over several machines, which one sweep cannot share out.
     """
-    words, folder, above = launcher.launch_words(), Path.cwd(), dict(environ)
+    launch_flags, folder, above = launcher.launch_words(), Path.cwd(), dict(environ)
     started = launch_request.find_launcher_command()
-    if words is None and started is not None:
-        words, folder = started
+    if launch_flags is None and started is not None:
+        launch_flags, folder = started
     if started is not None:
         above = _environment_above() or above
     above = environment_without_rank(above)
     script = _script()
-    if words is None and int(environ.get("WORLD_SIZE", "1")) > 1:
+    if launch_flags is None and int(environ.get("WORLD_SIZE", "1")) > 1:
         _refuse_machines(int(environ["WORLD_SIZE"]) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
         count = int(environ["WORLD_SIZE"])
         return LaunchCommand(
             script, None, count, launch_request.is_on(environ, "ACCELERATE_USE_CPU"), True, above
         )
-    if words is None:
+    if launch_flags is None:
         return LaunchCommand(script, environ=above)
-    wish = launch_request.parse_launch_command(words, folder, above)
+    wish = launch_request.parse_launch_command(launch_flags, folder, above)
     _refuse_machines(wish.num_machines)
     if wish.num_processes is None:
         count = int(environ.get("WORLD_SIZE", "1")) if launcher.accelerate is None else 1
-        words = [*words, "--num_processes", str(count)]
+        launch_flags = [*launch_flags, "--num_processes", str(count)]
     else:
         count = wish.num_processes
-    return LaunchCommand(script, tuple(words), count, wish.use_cpu, environ=above)
+    return LaunchCommand(script, tuple(launch_flags), count, wish.use_cpu, environ=above)
 
 
 def environment_without_rank(environ: Mapping[str, str]) -> dict[str, str]:
@@ -159,8 +159,8 @@ class Slot:
 
     def environment(self) -> dict[str, str]:
         """What a trial in this slot finds in its environment."""
-        found = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
-        return found | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
+        variables = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+        return variables | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
 
 
 def make_slots(
@@ -180,14 +180,15 @@ def make_slots(
             f"hydra.launcher.gpus_per_trial: a trial takes {each:g} GPUs, and there are "
             f"{len(gpus)} ({', '.join(gpus)}): not one fits. Ask for fewer."
         )
-    wanted = len(room) if launcher.slots == "auto" else launcher.slots
-    if wanted > len(room):
+    slot_count = len(room) if launcher.slots == "auto" else launcher.slots
+    if slot_count > len(room):
         raise UserError(
-            f"hydra.launcher.slots: {wanted} trials of {each:g} GPUs need {wanted * each:g}, and "
-            f"there are {len(gpus)}. Ask for {len(room)}, or share them: "
+            f"hydra.launcher.slots: {slot_count} trials of {each:g} GPUs need "
+            f"{slot_count * each:g}, and there are {len(gpus)}. Ask for {len(room)}, "
+            "or share them: "
             "hydra.launcher.gpus_per_trial=0.5."
         )
-    return [Slot(number, names) for number, names in enumerate(room[:wanted])]
+    return [Slot(number, names) for number, names in enumerate(room[:slot_count])]
 
 
 def _whole(gpus: list[str], each: float) -> list[tuple[str, ...]]:
@@ -262,8 +263,14 @@ def start_guarded(
     command: list[str], has_launcher: bool, logs: tuple[Path, Path], grace: float
 ) -> list[str]:
     """The command that runs another one behind a guard, with its output in files."""
-    words = [sys.executable, "-I", str(Path(guard.__file__)), str(grace), str(int(has_launcher))]
-    return [*words, *(str(log.absolute()) for log in logs), *command]
+    guard_command = [
+        sys.executable,
+        "-I",
+        str(Path(guard.__file__)),
+        str(grace),
+        str(int(has_launcher)),
+    ]
+    return [*guard_command, *(str(log.absolute()) for log in logs), *command]
 
 
 class TrialProcess:
@@ -308,8 +315,10 @@ class LocalMachine:
         logs = self._folder.logs(trial)
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         command = self._launch.command(overrides, bool(room.gpus))
-        words = start_guarded(command, self._launch.has_launcher, logs, self._grace)
-        return TrialProcess(words, {**self._launch.environ, **room.environment()}, self._lock)
+        guard_command = start_guarded(command, self._launch.has_launcher, logs, self._grace)
+        return TrialProcess(
+            guard_command, {**self._launch.environ, **room.environment()}, self._lock
+        )
 
     def again(self, trial: Trial) -> GuardedJob | None:
         """Never: its guard has ended it together with the sweep that started it."""

@@ -48,23 +48,23 @@ class Objective:
         """The direction as Optuna calls it."""
         return "maximize" if self.maximize else "minimize"
 
-    def key(self, found: float | None) -> float:
+    def key(self, measure: float | None) -> float:
         """What to sort by, the best first; what is missing or no number comes last."""
-        if found is None or not math.isfinite(found):
+        if measure is None or not math.isfinite(measure):
             return math.inf
-        return -found if self.maximize else found
+        return -measure if self.maximize else measure
 
 
 def read_objectives(
     sweeper: SweeperSettings, resolved: dict[str, Any]
 ) -> tuple[tuple[Objective, ...], list[Mistake]]:
     """The objectives of a sweep over this configuration, or what is wrong with them."""
-    given = sweeper.objective
-    wanted = given if isinstance(given, dict) else dict.fromkeys(_names(given))
-    found, mistakes = [], []
-    if not wanted:
+    setting = sweeper.objective
+    directions = setting if isinstance(setting, dict) else dict.fromkeys(_names(setting))
+    objectives, mistakes = [], []
+    if not directions:
         mistakes.append(Mistake(KEY, "is empty. Write a name, or null for the held-out loss."))
-    for name, direction in wanted.items():
+    for name, direction in directions.items():
         wrong = _unknown(name, resolved)
         try:
             maximize = _maximize(name, resolved) if direction is None else direction == "maximize"
@@ -72,14 +72,14 @@ def read_objectives(
             wrong = wrong or str(error)
             maximize = False
         mistakes += [Mistake(KEY, wrong)] if wrong else []
-        found.append(Objective(name, maximize))
-    return tuple(found), mistakes
+        objectives.append(Objective(name, maximize))
+    return tuple(objectives), mistakes
 
 
-def _names(given: str | list[str] | None) -> list[str]:
-    if given is None:
+def _names(setting: str | list[str] | None) -> list[str]:
+    if setting is None:
         return [DEFAULT]
-    return [given] if isinstance(given, str) else given
+    return [setting] if isinstance(setting, str) else setting
 
 
 def known_objectives(resolved: dict[str, Any]) -> list[str]:
@@ -88,10 +88,13 @@ def known_objectives(resolved: dict[str, Any]) -> list[str]:
     names = [*_LOGGED, *_RECORD]
     if _holds_out(resolved):
         for prefix in _prefixes(resolved):
-            own = [*_RESULTS.get(method, ()), *(one.name for one in _metrics(resolved, prefix))]
-            own += [] if method in _WITHOUT_LOSS else [DEFAULT]
-            names += [f"{prefix}{name}" for name in own]
-            logged = ["loss", "mean_token_accuracy", "entropy", *own]
+            method_names = [
+                *_RESULTS.get(method, ()),
+                *(metric.name for metric in _metrics(resolved, prefix)),
+            ]
+            method_names += [] if method in _WITHOUT_LOSS else [DEFAULT]
+            names += [f"{prefix}{name}" for name in method_names]
+            logged = ["loss", "mean_token_accuracy", "entropy", *method_names]
             names += [f"eval_{prefix.replace('/', '_')}{name}" for name in logged]
     return list(dict.fromkeys(names))
 
@@ -100,8 +103,10 @@ def _unknown(name: str, resolved: dict[str, Any]) -> str | None:
     """What is wrong with a name, as far as it can be known before anything runs."""
     names = known_objectives(resolved)
     bare = name.removeprefix("eval_")
-    parts = [metric.name for prefix in _prefixes(resolved) for metric in _metrics(resolved, prefix)]
-    if name in names or any(part in bare for part in parts):
+    metric_names = [
+        metric.name for prefix in _prefixes(resolved) for metric in _metrics(resolved, prefix)
+    ]
+    if name in names or any(metric_name in bare for metric_name in metric_names):
         return None
     method = str(mapping_at(resolved, "trainer").get("method", "sft"))
     if name == DEFAULT and not _holds_out(resolved):
@@ -122,7 +127,7 @@ def _maximize(name: str, resolved: dict[str, Any]) -> bool:
     for prefix in _prefixes(resolved):
         inner = bare.removeprefix(prefix).removeprefix(prefix.replace("/", "_"))
         metrics = _metrics(resolved, prefix)
-        if any(inner == one.name or inner.startswith(f"{one.name}/") for one in metrics):
+        if any(inner == metric.name or inner.startswith(f"{metric.name}/") for metric in metrics):
             return greater_is_better(metrics, inner, "trainer.evaluation.metrics")
         bare = inner
     if bare.endswith("loss") or bare in _LESS:
@@ -146,8 +151,8 @@ def _metrics(resolved: dict[str, Any], prefix: str) -> list[Any]:
     from luthier.metrics import parse_metrics
 
     evaluation = mapping_at(resolved, "trainer.evaluation")
-    own = mapping_at(evaluation, "sets").get(prefix.rstrip("/"), evaluation.get("metrics"))
-    return list(parse_metrics(own or []))
+    entries = mapping_at(evaluation, "sets").get(prefix.rstrip("/"), evaluation.get("metrics"))
+    return list(parse_metrics(entries or []))
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def _while_training(name: str, resolved: dict[str, Any]) -> str | None:
     label = f"{prefix}_" if prefix else ""
     if bare == DEFAULT:
         return f"eval_{label}loss"
-    replies = any(bare.split("/")[0] == one.name for one in _metrics(resolved, ""))
+    replies = any(bare.split("/")[0] == metric.name for metric in _metrics(resolved, ""))
     if replies and mapping_at(resolved, "trainer.evaluation").get("when") != "evaluations":
         return None
     return f"eval_{label}{bare}"
@@ -217,18 +222,18 @@ def measure_objectives(
     record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
 ) -> dict[str, float]:
     """All numbers that a run left: its results, its record, and the last of each logged metric."""
-    found: dict[str, float] = {}
+    measures: dict[str, float] = {}
     for row in rows:
-        found |= {name: float(one) for name, one in row.items() if _is_number(one)}
+        measures |= {name: float(number) for name, number in row.items() if _is_number(number)}
     for name in ("seconds", "training_seconds"):
-        found |= {name: float(record[name])} if _is_number(record.get(name)) else {}
+        measures |= {name: float(record[name])} if _is_number(record.get(name)) else {}
     for where, gib in (record.get("peak_memory_gib") or {}).items():
-        found[f"peak_memory_gib.{where}"] = float(gib)
+        measures[f"peak_memory_gib.{where}"] = float(gib)
     for name, pair in (record.get("results") or {}).items():
         if _is_number(pair.get("after")):
-            found[name] = float(pair["after"])
-    return found
+            measures[name] = float(pair["after"])
+    return measures
 
 
-def _is_number(given: Any) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool)
+def _is_number(candidate: Any) -> bool:
+    return isinstance(candidate, int | float) and not isinstance(candidate, bool)

@@ -91,35 +91,37 @@ class SweepPlan:
         return [f"tracker.wandb.group={_quoted(group)}"]
 
 
-def plan_sweep(words: list[str], checking: Callable[[int], None] = lambda count: None) -> SweepPlan:
+def plan_sweep(
+    typed_overrides: list[str], checking: Callable[[int], None] = lambda count: None
+) -> SweepPlan:
     """Read and check a sweep; `checking` hears how many configurations are composed for it.
 
     Raises UserError with what is wrong in the search space, the settings of the sweep, or the
     configuration of any trial.
     """
-    composed = compose_config(space.first_point(words))
+    composed = compose_config(space.first_point(typed_overrides))
     if composed.mistakes:
         raise UserError(format_mistakes(composed.mistakes, composed))
     sweeper, launcher, mistakes = settings.read_settings(composed)
-    found, wrong = space.read_space(words, sweeper.params if sweeper else {})
-    mistakes += [*wrong, *_in_space(found, sweeper, any_wrong=bool(wrong))]
-    fixed, folder = _own_words(found.fixed, mistakes)
-    found = SearchSpace(found.axes, tuple(fixed))
+    search_space, wrong = space.read_space(typed_overrides, sweeper.params if sweeper else {})
+    mistakes += [*wrong, *_in_space(search_space, sweeper, any_wrong=bool(wrong))]
+    fixed, folder = _own_words(search_space.fixed, mistakes)
+    search_space = SearchSpace(search_space.axes, tuple(fixed))
     if mistakes or sweeper is None or launcher is None:
         raise UserError(format_mistakes(mistakes, composed))
-    points = _points(found, sweeper)
-    first = {axis.key: axis.ends()[0] for axis in found.axes}
-    base, data = _load_all(found, [first], checking)
+    points = _points(search_space, sweeper)
+    first = {axis.key: axis.ends()[0] for axis in search_space.axes}
+    base, data = _load_all(search_space, [first], checking)
     objectives, watched = _goal(sweeper, base, composed)
-    data |= _load_rest(found, first, points or _corners(found, first), checking)
+    data |= _load_rest(search_space, first, points or _corners(search_space, first), checking)
     return SweepPlan(
-        words=words,
-        space=found,
+        words=typed_overrides,
+        space=search_space,
         sweeper=sweeper,
         launcher=launcher,
         objectives=objectives,
         watched=watched,
-        folder=TrialFolder(folder or _folder(words, sweeper, base, found)),
+        folder=TrialFolder(folder or _folder(typed_overrides, sweeper, base, search_space)),
         base=base,
         points=points,
         data=data,
@@ -144,9 +146,9 @@ def _goal(
 
 
 def _in_space(
-    found: SearchSpace, sweeper: SweeperSettings | None, any_wrong: bool
+    search_space: SearchSpace, sweeper: SweeperSettings | None, any_wrong: bool
 ) -> list[Mistake]:
-    if not found.axes and not any_wrong:
+    if not search_space.axes and not any_wrong:
         return [Mistake("--multirun", _NOTHING)]
     if sweeper is None or sweeper.kind != "basic":
         return []
@@ -156,44 +158,46 @@ def _in_space(
             f"{axis.text} has no end of values, and a grid tries them all. "
             "Take hydra/sweeper=random or hydra/sweeper=optuna.",
         )
-        for axis in found.axes
+        for axis in search_space.axes
         if axis.is_interval
     ]
 
 
-def _own_words(words: Iterable[str], mistakes: list[Mistake]) -> tuple[list[str], Path | None]:
+def _own_words(
+    typed_overrides: Iterable[str], mistakes: list[Mistake]
+) -> tuple[list[str], Path | None]:
     """The words that each trial gets, and the sweep's folder where one was typed."""
-    kept: list[str] = []
+    fixed_overrides: list[str] = []
     folder: Path | None = None
-    for word in words:
+    for word in typed_overrides:
         typed, _ = parse_overrides([word])
-        key, given = (typed[0].key, typed[0].value) if typed else ("", None)
+        key, override_value = (typed[0].key, typed[0].value) if typed else ("", None)
         if key == "output_dir":
-            folder = Path(str(given))
-        elif key == "overwrite" and given is not False:
+            folder = Path(str(override_value))
+        elif key == "overwrite" and override_value is not False:
             mistakes.append(Mistake("overwrite", _OVERWRITE))
         elif key.startswith("hydra.sweep."):
             mistakes.append(Mistake(key, "the folder of a sweep is output_dir=NAME."))
         elif not key.startswith(("hydra.", "hydra/")):
-            kept.append(word)
-    return kept, folder
+            fixed_overrides.append(word)
+    return fixed_overrides, folder
 
 
-def _points(found: SearchSpace, sweeper: SweeperSettings) -> list[strategies.Point] | None:
+def _points(search_space: SearchSpace, sweeper: SweeperSettings) -> list[strategies.Point] | None:
     if isinstance(sweeper, OptunaSettings):
         return None
     if isinstance(sweeper, RandomSettings):
-        return strategies.random_points(found, sweeper.n_trials, sweeper.seed)
-    return strategies.grid_points(found)
+        return strategies.random_points(search_space, sweeper.n_trials, sweeper.seed)
+    return strategies.grid_points(search_space)
 
 
-def _corners(found: SearchSpace, first: strategies.Point) -> list[strategies.Point]:
+def _corners(search_space: SearchSpace, first: strategies.Point) -> list[strategies.Point]:
     """Each value and each bound once, the other axes at their first."""
-    return [first | {axis.key: one} for axis in found.axes for one in axis.ends()[1:]]
+    return [first | {axis.key: end} for axis in search_space.axes for end in axis.ends()[1:]]
 
 
 def _load_all(
-    found: SearchSpace, points: list[strategies.Point], checking: Callable[[int], None]
+    search_space: SearchSpace, points: list[strategies.Point], checking: Callable[[int], None]
 ) -> tuple[LoadedConfig, dict[tuple[str, ...], str]]:
     """Compose and check every configuration; returns the first, and what decides each one's data.
 
@@ -208,12 +212,14 @@ def _load_all(
     base = None
     for point in points:
         try:
-            loaded = load_config([*found.fixed, *(f"{key}={text}" for key, text in point.items())])
+            loaded = load_config(
+                [*search_space.fixed, *(f"{key}={text}" for key, text in point.items())]
+            )
             base = base or loaded
-            parts = json.dumps([loaded.resolved["model"], loaded.resolved["dataset"]])
-            if parts not in seen:
+            checked_settings = json.dumps([loaded.resolved["model"], loaded.resolved["dataset"]])
+            if checked_settings not in seen:
                 check_before_torch(loaded.config)
-            seen.add(parts)
+            seen.add(checked_settings)
             data[tuple(point.values())] = data_key(loaded.resolved)
         except UserError as error:
             bad.setdefault(str(error), []).append(point)
@@ -226,41 +232,51 @@ def data_key(resolved: dict[str, Any]) -> str:
     """What decides the encoded rows of a configuration: those with the same text share them."""
     model, dataset = resolved["model"], resolved["dataset"]
     of_model = {name: model[name] for name in _OF_THE_MODEL}
-    of_data = {name: one for name, one in dataset.items() if name not in _OF_THE_MACHINE}
+    of_data = {name: setting for name, setting in dataset.items() if name not in _OF_THE_MACHINE}
     method = resolved["trainer"]["method"]
     return json.dumps([of_model, of_data, resolved["chat"], method], sort_keys=True)
 
 
 def _load_rest(
-    found: SearchSpace,
+    search_space: SearchSpace,
     first: strategies.Point,
     points: list[strategies.Point],
     checking: Callable[[int], None],
 ) -> dict[tuple[str, ...], str]:
     """Compose and check the points that the first one is not; returns what decides their data."""
     different = [point for n, point in enumerate(points) if point not in [first, *points[:n]]]
-    return _load_all(found, different, checking)[1] if different else {}
+    return _load_all(search_space, different, checking)[1] if different else {}
 
 
 def _bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
     """The mistakes of all trials; one that all share is said as in a single run."""
     texts = []
     for text, points in islice(bad.items(), _SHOWN):
-        one = " ".join(f"{key}={value}" for key, value in points[0].items())
+        point_text = " ".join(f"{key}={value}" for key, value in points[0].items())
         of_all = len(points) == total
-        texts.append(text if of_all else f"{one} ({len(points)} of {total} checked):\n{text}")
+        texts.append(
+            text if of_all else f"{point_text} ({len(points)} of {total} checked):\n{text}"
+        )
     more = len(bad) - _SHOWN
     return "\n".join(texts) + (f"\nand {more} further kinds of mistakes" if more > 0 else "")
 
 
 def _folder(
-    words: list[str], sweeper: SweeperSettings, base: LoadedConfig, found: SearchSpace
+    typed_overrides: list[str],
+    sweeper: SweeperSettings,
+    base: LoadedConfig,
+    search_space: SearchSpace,
 ) -> Path:
     """Where a sweep lies that names no folder: made of its words, so that it is found again."""
-    kind = [] if sweeper.kind == "basic" else [sweeper.kind]
-    varied = any(axis.name == "recipe" for axis in found.axes)
+    strategy_names = [] if sweeper.kind == "basic" else [sweeper.kind]
+    varied = any(axis.name == "recipe" for axis in search_space.axes)
     recipe = None if varied else base.config.recipe
-    return Path("runs") / (recipe or "custom") / "sweeps" / run_name([*kind, *words])
+    return (
+        Path("runs")
+        / (recipe or "custom")
+        / "sweeps"
+        / run_name([*strategy_names, *typed_overrides])
+    )
 
 
 def _quoted(text: str) -> str:
@@ -340,7 +356,7 @@ def _definition(sweep: SweepPlan) -> dict[str, Any]:
         "recipe": sweep.recipe,
         "words": [redact_override(word) for word in sweep.words],
         "identity": _identity(sweep),
-        "objectives": {one.name: one.direction for one in sweep.objectives},
+        "objectives": {objective.name: objective.direction for objective in sweep.objectives},
         "total": len(sweep.points) if sweep.points is not None else _count(sweep),
     }
 
@@ -355,16 +371,16 @@ def _identity(sweep: SweepPlan) -> dict[str, Any]:
     sweeper = sweep.sweeper
     typed, _ = parse_overrides(sweep.space.fixed)
     fixed = [one.line for one in typed if one.key.split(".")[0] not in NEUTRAL_KEYS]
-    found: dict[str, Any] = {
+    identity: dict[str, Any] = {
         "hydra/sweeper": sweeper.kind,
         "words": sorted(redact_override(line) for line in fixed),
         "params": {axis.name: axis.text for axis in sweep.space.axes},
     }
     if isinstance(sweeper, RandomSettings):
-        found["seed"] = sweeper.seed
+        identity["seed"] = sweeper.seed
     if isinstance(sweeper, OptunaSettings):
-        found["objective"] = {one.name: one.direction for one in sweep.objectives}
-    return found
+        identity["objective"] = {one.name: one.direction for one in sweep.objectives}
+    return identity
 
 
 def _compare(sweep: SweepPlan) -> None:
@@ -379,8 +395,8 @@ def _compare(sweep: SweepPlan) -> None:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
         lines = [str(change) for change in compare_configs(before, sweep.base.resolved)]
     if lines:
-        shown = "\n".join(f"  {line}" for line in lines[:10])
+        change_lines = "\n".join(f"  {line}" for line in lines[:10])
         raise UserError(
-            f"output_dir: {sweep.folder.path} holds another sweep:\n{shown}\n"
+            f"output_dir: {sweep.folder.path} holds another sweep:\n{change_lines}\n"
             "Choose another output_dir=..., or type what was typed there."
         )

@@ -195,7 +195,11 @@ def _objectives_to_explain(
     """
     if len(trials) < _FEWEST_FOR_IMPORTANCE or len(_varied_keys(trials)) < 2:
         return []
-    return [one for one in objectives if len({trial.values[one.name] for trial in trials}) > 1]
+    return [
+        objective
+        for objective in objectives
+        if len({trial.values[objective.name] for trial in trials}) > 1
+    ]
 
 
 def _varied_keys(trials: Sequence[Trial]) -> list[str]:
@@ -328,8 +332,12 @@ def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], pat
     # Only two objectives make a line: with more, a trial of the front may lie anywhere in a panel.
     marker = "o-" if len(objectives) == 2 else "o"
     for axes, pair in zip(panels, pairs, strict=True):
-        points = [[trial.values[one.name] for one in pair] for trial in trials]
-        best_points = sorted([trial.values[one.name] for one in pair] for trial in front)
+        points = [
+            [trial.values[axis_objective.name] for axis_objective in pair] for trial in trials
+        ]
+        best_points = sorted(
+            [trial.values[axis_objective.name] for axis_objective in pair] for trial in front
+        )
         axes.scatter(*zip(*points, strict=True), color=TRAIN_COLOR, s=30, label="finished trials")
         label = "beaten by no other"
         axes.plot(*zip(*best_points, strict=True), marker, color=EVAL_COLOR, label=label)

@@ -28,8 +28,8 @@ _HEAD = 6
 
 def make_view(objectives: Sequence[Objective], total: int, console: Console) -> "SweepView":
     """A live table in a terminal, lines elsewhere."""
-    kind = LiveTable if console.is_terminal else PlainProgress
-    return kind(objectives, total, console)
+    view_class = LiveTable if console.is_terminal else PlainProgress
+    return view_class(objectives, total, console)
 
 
 class PlainProgress:
@@ -48,9 +48,9 @@ class PlainProgress:
         """Say what came out."""
         self._ended[trial.number] = trial
         numbers = "  ".join(
-            f"{one.name} {format_number(trial.values.get(one.name))}"
-            for one in self._objectives
-            if one.name in trial.values
+            f"{objective.name} {format_number(trial.values.get(objective.name))}"
+            for objective in self._objectives
+            if objective.name in trial.values
         )
         why = f": {trial.error.splitlines()[-1]}" if trial.error else ""
         is_best = trial in best_trial(list(self._ended.values()), self._objectives)
@@ -88,8 +88,8 @@ class LiveTable(PlainProgress):
             return
         self._drawn = time.monotonic()
         room = max(3, self._console.size.height - _HEAD)
-        shown = trial_table(trials, self._objectives, running, room)
-        self._live.update(Group(shown, Text(), summary_line(trials, self._objectives, self._total)))
+        table = trial_table(trials, self._objectives, running, room)
+        self._live.update(Group(table, Text(), summary_line(trials, self._objectives, self._total)))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -100,11 +100,11 @@ def summary_line(trials: Sequence[Trial], objectives: Sequence[Objective], total
     """How many trials stand how, and the best value so far."""
     counts = Counter(trial.state for trial in trials)
     counts["waiting"] += max(0, total - len(trials))
-    parts = [f"{count} {state}" for state, count in counts.items() if count]
+    counted_states = [f"{count} {state}" for state, count in counts.items() if count]
     done = completed_trials(trials, objectives)
     first = objectives[0].name
     leader = f"; best {first} {format_number(done[0].values[first])}" if done else ""
-    return Text(f"{total} trials: {', '.join(parts)}{leader}", style="dim")
+    return Text(f"{total} trials: {', '.join(counted_states)}{leader}", style="dim")
 
 
 def _name(trial: Trial) -> str:

@@ -35,12 +35,12 @@ def write_recipe(planned: SweepPlan, trial: Trial, name: str, count: int) -> Pat
     path = _path(planned, name)
     choices = planned.choices(trial.params)
     typed, _ = parse_overrides(choices)
-    wanted = load_config(choices).resolved
-    keys = _typed_keys(typed, wanted)
+    resolved = load_config(choices).resolved
+    keys = _typed_keys(typed, resolved)
     for _ in range(3):
         write_text(path, _text(planned, trial, name, count, typed, keys))
         with _found_in(path.parent):
-            differing = _compared(name, wanted)
+            differing = _compared(name, resolved)
         if not differing:
             return path
         keys |= differing
@@ -84,9 +84,11 @@ def _found_in(folder: Path) -> Iterator[None]:
         os.environ |= {"LUTHIER_RECIPES": before} if before else {}
 
 
-def _typed_keys(typed: Sequence[TypedOverride], wanted: dict[str, Any]) -> dict[str, Any]:
+def _typed_keys(typed: Sequence[TypedOverride], resolved: dict[str, Any]) -> dict[str, Any]:
     """The keys that were typed or searched, with the values that they came to have."""
-    keys = {one.key: _at(wanted, one.key) for one in typed if not one.is_group}
+    keys = {
+        override.key: _at(resolved, override.key) for override in typed if not override.is_group
+    }
     return {
         key: value
         for key, value in keys.items()
@@ -96,33 +98,35 @@ def _typed_keys(typed: Sequence[TypedOverride], wanted: dict[str, Any]) -> dict[
 
 def _at(resolved: dict[str, Any], key: str) -> Any:
     node: Any = resolved
-    for part in key.split("."):
-        node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+    for name in key.split("."):
+        node = node.get(name, _ABSENT) if isinstance(node, dict) else _ABSENT
     return node
 
 
-def _compared(name: str, wanted: dict[str, Any]) -> dict[str, Any]:
+def _compared(name: str, resolved: dict[str, Any]) -> dict[str, Any]:
     """The keys in which a recipe differs from what is wanted, with the wanted values."""
     try:
-        return _differing(load_config([f"recipe={name}"]).resolved, wanted)
+        return _differing(load_config([f"recipe={name}"]).resolved, resolved)
     except UserError:  # keys that exclude each other: what is wrong with it is among what differs
         return _differing(
-            resolve_config(compose_config([f"recipe={name}"])), wanted, is_whole=False
+            resolve_config(compose_config([f"recipe={name}"])), resolved, is_whole=False
         )
 
 
-def _differing(found: Any, wanted: Any, prefix: str = "", is_whole: bool = True) -> dict[str, Any]:
+def _differing(
+    composed: Any, resolved: Any, prefix: str = "", is_whole: bool = True
+) -> dict[str, Any]:
     """The keys in which two configurations differ, with the wanted values; None for none.
 
     `is_whole`: whether a key that is missing in the first differs.
     """
-    if not isinstance(wanted, dict) or not isinstance(found, dict):
-        return {} if found == wanted else {prefix: wanted}
+    if not isinstance(resolved, dict) or not isinstance(composed, dict):
+        return {} if composed == resolved else {prefix: resolved}
     keys: dict[str, Any] = {}
-    for name in {**wanted, **found} if is_whole else found:
+    for name in {**resolved, **composed} if is_whole else composed:
         key = f"{prefix}.{name}".lstrip(".")
         if key.split(".")[0] not in _NOT_OF_A_RECIPE:
-            keys |= _differing(found.get(name, _ABSENT), wanted.get(name), key, is_whole)
+            keys |= _differing(composed.get(name, _ABSENT), resolved.get(name), key, is_whole)
     return keys
 
 
@@ -140,7 +144,8 @@ def _text(
 
 def _header(planned: SweepPlan, trial: Trial, name: str, count: int) -> list[str]:
     values = ", ".join(
-        f"{one.name} {format_number(trial.values.get(one.name))}" for one in planned.objectives
+        f"{objective.name} {format_number(trial.values.get(objective.name))}"
+        for objective in planned.objectives
     )
     what = f"# The best of {count} trials: {values} (trial {trial.name})."
     if len(planned.objectives) > 1:
@@ -151,7 +156,11 @@ def _header(planned: SweepPlan, trial: Trial, name: str, count: int) -> list[str
 
 def _defaults(typed: Sequence[TypedOverride]) -> list[str]:
     """What it inherits, and the options that were typed or searched."""
-    chosen = {one.key: one.value for one in typed if one.is_group and not one.is_delete}
+    chosen = {
+        override.key: override.value
+        for override in typed
+        if override.is_group and not override.is_delete
+    }
     parent = chosen.get("recipe")
     entries = [f"  - {parent}  # what the sweep was over"] if parent else []
     entries += [
@@ -168,8 +177,8 @@ def _settings(keys: dict[str, Any], searched: set[str]) -> list[str]:
     for key, value in keys.items():
         *path, name = key.split(".")
         node = tree
-        for part in path:
-            node = node.setdefault(part, {})
+        for component in path:
+            node = node.setdefault(component, {})
         node[name] = _Leaf(value, "searched" if key in searched else "typed")
     return _lines(tree, "")
 
@@ -180,13 +189,13 @@ class _Leaf(NamedTuple):
 
 
 def _lines(tree: dict[str, Any], indent: str) -> list[str]:
-    found = []
+    lines = []
     for name, node in tree.items():
         if isinstance(node, _Leaf):
-            found.append(f"{indent}{name}: {_flow(node.value)}  # {node.origin}")
+            lines.append(f"{indent}{name}: {_flow(node.value)}  # {node.origin}")
         else:
-            found += [f"{indent}{name}:", *_lines(node, f"{indent}  ")]
-    return found
+            lines += [f"{indent}{name}:", *_lines(node, f"{indent}  ")]
+    return lines
 
 
 def _flow(value: Any) -> str:

@@ -61,8 +61,8 @@ class LauncherSettings(SweepSettings):
 
     def launch_words(self) -> list[str] | None:
         """The flags of `accelerate launch` for each trial; None where it was not asked for."""
-        given = self.accelerate
-        return shlex.split(given) if isinstance(given, str) else given
+        setting = self.accelerate
+        return shlex.split(setting) if isinstance(setting, str) else setting
 
 
 class LocalSettings(LauncherSettings):
@@ -103,45 +103,47 @@ def read_settings(
 ) -> tuple[SweeperSettings | None, LocalSettings | SubmititSettings | None, list[Mistake]]:
     """The settings of the sweeper and the launcher that were chosen, or what is wrong."""
     mistakes: list[Mistake] = []
-    found: dict[str, Any] = {}
-    for part, models in (("sweeper", _SWEEPERS), ("launcher", _LAUNCHERS)):
-        node = OmegaConf.select(composed.config, f"hydra.{part}")
-        given: Any = OmegaConf.to_container(node, resolve=True) if node is not None else {}
-        model = models.get(str(given.get("kind")))
+    settings: dict[str, Any] = {}
+    for group, models in (("sweeper", _SWEEPERS), ("launcher", _LAUNCHERS)):
+        node = OmegaConf.select(composed.config, f"hydra.{group}")
+        values: Any = OmegaConf.to_container(node, resolve=True) if node is not None else {}
+        model = models.get(str(values.get("kind")))
         if model is None:
-            known = suggest_options(str(given.get("kind")), models)
-            mistakes.append(Mistake(f"hydra/{part}", f"kind {given.get('kind')!r}. {known}"))
+            suggestion = suggest_options(str(values.get("kind")), models)
+            mistakes.append(Mistake(f"hydra/{group}", f"kind {values.get('kind')!r}. {suggestion}"))
             continue
         try:
-            found[part] = model.model_validate(given)
+            settings[group] = model.model_validate(values)
         except Invalid as error:
-            mistakes += _mistakes(error, f"hydra.{part}", given, model)
-    return found.get("sweeper"), found.get("launcher"), mistakes
+            mistakes += _mistakes(error, f"hydra.{group}", values, model)
+    return settings.get("sweeper"), settings.get("launcher"), mistakes
 
 
 def _mistakes(
-    error: Invalid, place: str, given: Mapping[str, Any], model: type[BaseModel]
+    error: Invalid, key_prefix: str, values: Mapping[str, Any], model: type[BaseModel]
 ) -> list[Mistake]:
     wrong: dict[str, Mistake] = {}
-    for one in error.errors(include_url=False):
-        name = str(one["loc"][0])
-        key = f"{place}.{name}"
-        if one["type"] == "extra_forbidden":
-            text = _no_setting(name, place, given, model)
+    for detail in error.errors(include_url=False):
+        name = str(detail["loc"][0])
+        key = f"{key_prefix}.{name}"
+        if detail["type"] == "extra_forbidden":
+            text = _no_setting(name, key_prefix, values, model)
         else:
-            fits = _WORDS.get(name) or f"{one['msg']}."
-            text = f"{format_value(given.get(name))} does not fit. {fits}"
+            fits = _WORDS.get(name) or f"{detail['msg']}."
+            text = f"{format_value(values.get(name))} does not fit. {fits}"
         wrong.setdefault(key, Mistake(key, text))
     return list(wrong.values())
 
 
-def _no_setting(name: str, place: str, given: Mapping[str, Any], model: type[BaseModel]) -> str:
-    known = [key for key in model.model_fields if key != "kind"]
-    near = nearest_option(name, known)
+def _no_setting(
+    name: str, key_prefix: str, values: Mapping[str, Any], model: type[BaseModel]
+) -> str:
+    names = [key for key in model.model_fields if key != "kind"]
+    near = nearest_option(name, names)
     if near is not None:
-        return f"there is no such setting. Did you mean {place}.{near}?"
-    models = _SWEEPERS if place.endswith("sweeper") else _LAUNCHERS
-    takers = [kind for kind, one in models.items() if name in one.model_fields]
+        return f"there is no such setting. Did you mean {key_prefix}.{near}?"
+    models = _SWEEPERS if key_prefix.endswith("sweeper") else _LAUNCHERS
+    takers = [option for option, model_class in models.items() if name in model_class.model_fields]
     if takers:
-        return f"{given['kind']} has no such setting; {' and '.join(takers)} have it."
-    return f"there is no such setting. Settings: {', '.join(known)}."
+        return f"{values['kind']} has no such setting; {' and '.join(takers)} have it."
+    return f"there is no such setting. Settings: {', '.join(names)}."

@@ -28,8 +28,8 @@ _KEY = "hydra.launcher.parameters"
 class TrialCommand:
     """What a job does: it runs a guarded trial, and passes on that its time is over."""
 
-    def __init__(self, words: list[str], folder: str, grace: float) -> None:
-        self.words, self.folder, self.grace = words, folder, grace
+    def __init__(self, command: list[str], folder: str, grace: float) -> None:
+        self.words, self.folder, self.grace = command, folder, grace
         self._guard: int | None = None
         """The number of the guard's process."""
         self._pipe = -1
@@ -135,8 +135,8 @@ class SlurmCluster:
         """Submit a trial."""
         logs = self._folder.logs(trial)
         logs[0].parent.mkdir(parents=True, exist_ok=True)
-        words = self._launch.command(overrides, has_gpus=False)
-        guard = start_guarded(words, self._launch.has_launcher, logs, self._settings.grace)
+        overrides_line = self._launch.command(overrides, has_gpus=False)
+        guard = start_guarded(overrides_line, self._launch.has_launcher, logs, self._settings.grace)
         command = TrialCommand(guard, str(Path.cwd()), self._settings.grace)
         job = self._executor.submit(command)
         trial.job = str(job.job_id)
@@ -175,12 +175,12 @@ def make_executor(
     import submitit
 
     try:
-        made = submitit.AutoExecutor(folder.path / "jobs", cluster=settings.cluster)
-        asked = {"gpus_per_node": gpus, "name": folder.path.name[:40], **settings.parameters}
-        made.update_parameters(**asked)
+        executor = submitit.AutoExecutor(folder.path / "jobs", cluster=settings.cluster)
+        parameters = {"gpus_per_node": gpus, "name": folder.path.name[:40], **settings.parameters}
+        executor.update_parameters(**parameters)
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"hydra/launcher={_name(settings)}: {error}") from error
-    return made
+    return executor
 
 
 def _name(settings: SubmititSettings) -> str:

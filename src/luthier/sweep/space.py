@@ -87,26 +87,28 @@ def read_space(
     axes: dict[str, SearchAxis] = {}
     fixed, mistakes, typed = [], [], set()
     entries = [(line, line) for line in lines]
-    entries += [(f"{key}={_text(given)}", f"{KEY}.{key}") for key, given in flatten_values(params)]
-    for line, place in entries:
+    entries += [
+        (f"{key}={_text(values)}", f"{KEY}.{key}") for key, values in flatten_values(params)
+    ]
+    for line, source_key in entries:
         try:
             override = parser.parse_override(line)
         except HydraException as error:
-            mistakes += [Mistake(place, _unreadable(error))] if place != line else []
-            fixed += [line] if place == line else []  # the trial's own check says it
+            mistakes += [Mistake(source_key, _unreadable(error))] if source_key != line else []
+            fixed += [line] if source_key == line else []  # the trial's own check says it
             continue
         bare = override.get_key_element().lstrip("+~")
-        if place != line and bare in typed:
+        if source_key != line and bare in typed:
             continue
         typed.add(bare)
         if not override.is_sweep_override():
             fixed.append(line)
             continue
-        found = _axis(override, line.partition("=")[2])
-        if isinstance(found, str):
-            mistakes.append(Mistake(place if place != line else bare, found))
+        axis = _axis(override, line.partition("=")[2])
+        if isinstance(axis, str):
+            mistakes.append(Mistake(source_key if source_key != line else bare, axis))
         else:
-            axes[bare] = found
+            axes[bare] = axis
     return SearchSpace(tuple(axes.values()), tuple(fixed)), mistakes
 
 
@@ -118,25 +120,25 @@ def first_point(lines: Iterable[str]) -> list[str]:
 
 def flatten_values(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """The entries of a mapping by dotted key, in order."""
-    found: list[tuple[str, Any]] = []
-    for key, given in params.items():
+    leaves: list[tuple[str, Any]] = []
+    for key, values in params.items():
         name = f"{prefix}{key}"
-        found += (
-            flatten_values(given, f"{name}.") if isinstance(given, Mapping) else [(name, given)]
+        leaves += (
+            flatten_values(values, f"{name}.") if isinstance(values, Mapping) else [(name, values)]
         )
-    return found
+    return leaves
 
 
-def _text(given: Any) -> str:
+def _text(values: Any) -> str:
     """An entry of YAML in Hydra's grammar; a list is the values to try."""
-    if isinstance(given, list):
-        return f"choice({','.join(_quoted(item) for item in given)})"
-    return given if isinstance(given, str) else format_value(given)
+    if isinstance(values, list):
+        return f"choice({','.join(_quoted(item) for item in values)})"
+    return values if isinstance(values, str) else format_value(values)
 
 
 def _quoted(item: Any) -> str:
     if isinstance(item, list):
-        return f"[{','.join(_quoted(part) for part in item)}]"
+        return f"[{','.join(_quoted(element) for element in item)}]"
     if isinstance(item, str):
         return "'" + item.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return format_value(item)
@@ -161,14 +163,14 @@ def _axis(override: Override, text: str) -> SearchAxis | str:
     if isinstance(values, str):
         return values
     if len(set(values)) < len(values):
-        twice = next(one for one in values if values.count(one) > 1)
+        twice = next(candidate for candidate in values if values.count(candidate) > 1)
         return f"{twice} stands there twice, and would be trained twice. Remove one."
     if not values:
         return f"{text} holds no value. {_FORMS}."
     if isinstance(sweep, RangeSweep) and not sweep.shuffle:
         low, high = sorted((float(values[0]), float(values[-1])))
-        whole = all(one.lstrip("-").isdigit() for one in values)
-        return SearchAxis(key, text, values, low, high, abs(float(sweep.step)), whole=whole)
+        is_integer = all(candidate.lstrip("-").isdigit() for candidate in values)
+        return SearchAxis(key, text, values, low, high, abs(float(sweep.step)), whole=is_integer)
     return SearchAxis(key, text, values)
 
 
@@ -182,8 +184,8 @@ def _interval(key: str, text: str, sweep: IntervalSweep) -> SearchAxis | str:
     log = "log" in sweep.tags
     if log and sweep.start <= 0:
         return f"{text}: a logarithmic scale begins above 0."
-    whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
-    return SearchAxis(key, text, (), sweep.start, sweep.end, None, log, whole)
+    is_integer = isinstance(sweep.start, int) and isinstance(sweep.end, int)
+    return SearchAxis(key, text, (), sweep.start, sweep.end, None, log, is_integer)
 
 
 def _values(override: Override) -> tuple[str, ...] | str:
@@ -194,11 +196,11 @@ def _values(override: Override) -> tuple[str, ...] | str:
         return "shuffle() draws another order at each start. Take hydra/sweeper=random."
     if isinstance(sweep, RangeSweep) and sweep.step == 0:
         return "a range with step 0 never ends."
-    texts = tuple(str(one) for one in override.sweep_string_iterator())
+    texts = tuple(str(element) for element in override.sweep_string_iterator())
     if not isinstance(sweep, RangeSweep):
         return texts
     # Hydra counts in floats, and so may count one too far.
-    return tuple(f"{float(one):.12g}" for one in texts if _is_before(float(one), sweep))
+    return tuple(f"{float(element):.12g}" for element in texts if _is_before(float(element), sweep))
 
 
 def _is_before(number: float, sweep: RangeSweep) -> bool:

@@ -72,13 +72,13 @@ def grid_points(space: SearchSpace) -> list[Point]:
 def random_points(space: SearchSpace, count: int, seed: int) -> list[Point]:
     """So many different points, fewer where the space has no more; a longer list begins alike."""
     dice = random.Random(seed)
-    found: dict[tuple[str, ...], Point] = {}
+    points: dict[tuple[str, ...], Point] = {}
     repeated = 0
-    while len(found) < min(count, space.size) and repeated < _PATIENCE:
+    while len(points) < min(count, space.size) and repeated < _PATIENCE:
         point = {axis.key: draw_points(axis, dice) for axis in space.axes}
-        repeated = repeated + 1 if tuple(point.values()) in found else 0
-        found.setdefault(tuple(point.values()), point)
-    return list(found.values())
+        repeated = repeated + 1 if tuple(point.values()) in points else 0
+        points.setdefault(tuple(point.values()), point)
+    return list(points.values())
 
 
 def draw_points(axis: SearchAxis, dice: random.Random) -> str:
@@ -124,9 +124,9 @@ def check_strategy(settings: OptunaSettings) -> list[Mistake]:
     if find_spec("optuna") is None:
         text = "optuna is not installed. Install it: pip install 'luthier[sweep]'."
         return [Mistake("hydra/sweeper", text)]
-    made = [_made("sampler", settings.sampler, _SAMPLERS, {"seed": 0})]
-    made += [_made("pruner", settings.pruner, _PRUNERS, {})]
-    return [one for one in made if isinstance(one, Mistake)]
+    results = [_made("sampler", settings.sampler, _SAMPLERS, {"seed": 0})]
+    results += [_made("pruner", settings.pruner, _PRUNERS, {})]
+    return [result for result in results if isinstance(result, Mistake)]
 
 
 def has_pruner(settings: OptunaSettings) -> bool:
@@ -134,46 +134,48 @@ def has_pruner(settings: OptunaSettings) -> bool:
     return _taken(settings.pruner)[0] != "none"
 
 
-def _taken(given: Named) -> tuple[str, dict[str, Any]]:
-    if isinstance(given, str):
-        return given, {}
-    rest = {key: one for key, one in given.items() if key != "name"}
-    return str(given.get("name")), rest
+def _taken(setting: Named) -> tuple[str, dict[str, Any]]:
+    if isinstance(setting, str):
+        return setting, {}
+    rest = {key: option for key, option in setting.items() if key != "name"}
+    return str(setting.get("name")), rest
 
 
-def _made(kind: str, given: Named, classes: Mapping[str, str], more: dict[str, Any]) -> Any:
+def _made(role: str, setting: Named, classes: Mapping[str, str], more: dict[str, Any]) -> Any:
     """The sampler or pruner with its settings, or the mistake in them."""
     import optuna
 
-    key = f"hydra.sweeper.{kind}"
-    name, rest = _taken(given)
+    key = f"hydra.sweeper.{role}"
+    name, rest = _taken(setting)
     if name not in classes:
-        return Mistake(key, f"there is no {kind} {name!r}. {suggest_options(name, classes)}")
-    missing = [one for one in _PACKAGES.get(name, ()) if find_spec(one) is None]
+        return Mistake(key, f"there is no {role} {name!r}. {suggest_options(name, classes)}")
+    missing = [package for package in _PACKAGES.get(name, ()) if find_spec(package) is None]
     if missing:
         return Mistake(key, f"{name} needs {missing[0]}. Install it: pip install {missing[0]}.")
-    module = optuna.samplers if kind == "sampler" else optuna.pruners
-    made = getattr(module, classes[name])
-    wrong = _wrong_setting(made, rest, key)
+    module = optuna.samplers if role == "sampler" else optuna.pruners
+    optuna_class = getattr(module, classes[name])
+    wrong = _wrong_setting(optuna_class, rest, key)
     if wrong:
         return wrong
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return made(**rest, **more)
+            return optuna_class(**rest, **more)
         except (TypeError, ValueError) as error:
             return Mistake(key, f"{name}: {error}")
 
 
-def _wrong_setting(made: Callable[..., Any], rest: dict[str, Any], key: str) -> Mistake | None:
-    known = [name for name in inspect.signature(made).parameters if name != "seed"]
+def _wrong_setting(
+    optuna_class: Callable[..., Any], rest: dict[str, Any], key: str
+) -> Mistake | None:
+    parameters = [name for name in inspect.signature(optuna_class).parameters if name != "seed"]
     for name in rest:
         if name == "seed":
             return Mistake(key, "the seed is hydra.sweeper.seed. Remove it here.")
-        if name not in known:
-            near = nearest_option(name, known)
-            hint = f"Did you mean {near}?" if near else f"Settings: {', '.join(known)}."
-            return Mistake(key, f"{made.__name__} has no setting {name!r}. {hint}")
+        if name not in parameters:
+            near = nearest_option(name, parameters)
+            hint = f"Did you mean {near}?" if near else f"Settings: {', '.join(parameters)}."
+            return Mistake(key, f"{optuna_class.__name__} has no setting {name!r}. {hint}")
     return None
 
 
@@ -197,7 +199,7 @@ class OptunaStrategy:
         self._study: optuna.Study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
             study_name="sweep",
-            directions=[one.direction for one in objectives],
+            directions=[objective.direction for objective in objectives],
             load_if_exists=True,
         )
         before = len(self._study.trials)
@@ -211,8 +213,8 @@ class OptunaStrategy:
         self._refuse_other_directions(path)
 
     def _refuse_other_directions(self, path: Path) -> None:
-        there = [one.name.lower() for one in self._study.directions]
-        if there != [one.direction for one in self._objectives]:
+        there = [direction.name.lower() for direction in self._study.directions]
+        if there != [direction.direction for direction in self._objectives]:
             raise UserError(
                 f"hydra.sweeper.objective: {path} holds a study that wants to "
                 f"{' and '.join(there)}. Choose another output_dir=..."
@@ -220,10 +222,10 @@ class OptunaStrategy:
 
     def next(self, trials: list[Trial]) -> Point | None:
         """A point that this study was not asked for before."""
-        known = len(self._study.trials)
-        if known > len(trials):  # drawn, and its trial was not written before the sweep ended
+        drawn_count = len(self._study.trials)
+        if drawn_count > len(trials):  # drawn, and its trial was not written before the sweep ended
             return self._point(self._study.trials[len(trials)].params)
-        if known >= self.total:
+        if drawn_count >= self.total:
             return None
         drawn = self._study.ask({axis.name: _distribution(axis) for axis in self._space.axes})
         return self._point(drawn.params)
@@ -255,7 +257,7 @@ class OptunaStrategy:
 
         if self._study.trials[trial.number].state.is_finished() or not trial.is_ended:
             return
-        values = [trial.values.get(one.name, math.nan) for one in self._objectives]
+        values = [trial.values.get(objective.name, math.nan) for objective in self._objectives]
         if trial.state == "pruned":
             self._study.tell(trial.number, state=TrialState.PRUNED)
         elif trial.state == "failed" or not all(map(math.isfinite, values)):

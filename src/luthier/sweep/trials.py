@@ -82,7 +82,7 @@ class TrialFolder:
     def load(self) -> list[Trial]:
         """All trials that were ever started, by number."""
         files = sorted((self.path / "state").glob("*.json"))
-        return sorted((Trial(**read_json(file)) for file in files), key=lambda one: one.number)
+        return sorted((Trial(**read_json(file)) for file in files), key=lambda trial: trial.number)
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
@@ -127,12 +127,14 @@ def has_data(folder: Path) -> bool:
 
 def failure_reason(folder: Path, log: Path, code: int) -> str:
     """The error of a trial in its own words: its record's, and the last lines that it printed."""
-    said = read_run_record(folder).get("error")
+    error_text = read_run_record(folder).get("error")
     lines = _last_lines(log)
-    parts = [str(said).strip()] if said else []
-    parts += ["\n".join(lines)] if lines and str(said).strip() not in "\n".join(lines) else []
+    sections = [str(error_text).strip()] if error_text else []
+    sections += (
+        ["\n".join(lines)] if lines and str(error_text).strip() not in "\n".join(lines) else []
+    )
     killed = " (killed; often for want of memory)" if code == _KILLED else ""
-    return "\n".join([f"exit code {code}{killed}", *(parts or lines)])
+    return "\n".join([f"exit code {code}{killed}", *(sections or lines)])
 
 
 def _last_lines(log: Path) -> list[str]:
@@ -162,13 +164,13 @@ def format_params(params: Mapping[str, str]) -> str:
 
 def short_names(keys: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each key with the shortest ending that no other key has."""
-    found = []
+    shortened = []
     for key in keys:
-        parts = key.split(".")
-        endings = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+        components = key.split(".")
+        endings = [".".join(components[start:]) for start in range(len(components) - 1, -1, -1)]
         others = [other for other in keys if other != key]
-        found.append((key, next(e for e in endings if not any(_ends(o, e) for o in others))))
-    return found
+        shortened.append((key, next(e for e in endings if not any(_ends(o, e) for o in others))))
+    return shortened
 
 
 def _ends(key: str, ending: str) -> bool:
@@ -206,7 +208,10 @@ def completed_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -
         trial
         for trial in rank_trials(trials, objectives)
         if trial.state == "finished"
-        and all(one.key(trial.values.get(one.name)) < float("inf") for one in objectives)
+        and all(
+            objective.key(trial.values.get(objective.name)) < float("inf")
+            for objective in objectives
+        )
     ]
 
 
@@ -215,7 +220,7 @@ def best_trial(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list
     done = completed_trials(trials, objectives)
     if len(objectives) == 1:
         return done[:1]
-    keys = {one.number: [o.key(one.values.get(o.name)) for o in objectives] for one in done}
+    keys = {trial.number: [o.key(trial.values.get(o.name)) for o in objectives] for trial in done}
 
     def beaten(number: int) -> bool:
         mine = keys[number]
@@ -224,7 +229,7 @@ def best_trial(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list
             for theirs in keys.values()
         )
 
-    return [one for one in done if not beaten(one.number)]
+    return [trial for trial in done if not beaten(trial.number)]
 
 
 def trial_table(
@@ -235,32 +240,34 @@ def trial_table(
 ) -> Table:
     """The trials as a table for the terminal; `where` names the slots of those that run."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table_view = Table(box=box.SIMPLE_HEAD, show_edge=False)
     heads = ["trial", *(short for _, short in short_names(dict.fromkeys(keys)))]
-    heads += [*(one.name for one in objectives), "step", "time"]
+    heads += [*(objective.name for objective in objectives), "step", "time"]
     for heading in heads:
-        made.add_column(Text(heading), justify="right")
-    made.add_column("state")
+        table_view.add_column(Text(heading), justify="right")
+    table_view.add_column("state")
     front = {trial.number for trial in best_trial(trials, objectives)}
     rows = rank_trials(trials, objectives)
     for trial in rows[:limit]:
         style = "bold" if trial.number in front else None
         cells = [trial.name, *(format_value(trial.params.get(key, "")) for key in keys)]
-        cells += [format_number(trial.values.get(one.name)) for one in objectives]
+        cells += [format_number(trial.values.get(objective.name)) for objective in objectives]
         cells += [str(trial.step or ""), format_time(trial.seconds) if trial.seconds else ""]
-        made.add_row(*map(Text, cells), _state(trial, (where or {}).get(trial.number)), style=style)
+        table_view.add_row(
+            *map(Text, cells), _state(trial, (where or {}).get(trial.number)), style=style
+        )
     if limit is not None and len(rows) > limit:
-        made.add_row(Text("..."), Text(f"{len(rows) - limit} more"), style="dim")
-    return made
+        table_view.add_row(Text("..."), Text(f"{len(rows) - limit} more"), style="dim")
+    return table_view
 
 
-def _state(trial: Trial, place: str | None) -> Text:
+def _state(trial: Trial, slot: str | None) -> Text:
     """How a trial stands; of one without a result, what it logged at last."""
-    shown = Text(place or trial.state, style=COLOURS[trial.state])
+    cell = Text(slot or trial.state, style=COLOURS[trial.state])
     last = next((name for name in _ON_THE_WAY if name in trial.values), None)
     if last is not None and trial.state in ("running", "pruned", "interrupted"):
-        shown.append(f"  {last} {format_number(trial.values[last])}", style="dim")
-    return shown
+        cell.append(f"  {last} {format_number(trial.values[last])}", style="dim")
+    return cell
 
 
 def format_number(value: float | None) -> str:
@@ -279,7 +286,7 @@ def format_time(seconds: float) -> str:
 def write_csv(trials: Sequence[Trial], objectives: Sequence[Objective], path: Path) -> None:
     """Write every trial with its parameters, its objectives and all other numbers."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
-    names = [one.name for one in objectives]
+    names = [objective.name for objective in objectives]
     others = sorted({name for trial in trials for name in trial.values} - set(names))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
