@@ -141,8 +141,8 @@ def _name_operands(operation: Operation) -> Operation:
         except LookupError:
             raise OperandError("is not there") from None
         except (TypeError, ValueError, ArithmeticError):
-            kinds = " and ".join(describe_type(value) for value in _written_values(operands))
-            raise OperandError(f"does not work on {kinds}") from None
+            type_names = " and ".join(describe_type(value) for value in _written_values(operands))
+            raise OperandError(f"does not work on {type_names}") from None
 
     return apply
 

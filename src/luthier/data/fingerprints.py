@@ -39,9 +39,9 @@ def normalised_fingerprint(example: Mapping[str, Any]) -> bytes:
     Texts are compared in Unicode's NFKC form with case folded, white space at their ends removed
     and runs of it made one space. Numbers, truth values and the structure count as they are.
     """
-    parts: list[str] = []
-    _collect_texts(example, parts)
-    text = _fold_text("\0".join(parts))
+    texts: list[str] = []
+    _collect_texts(example, texts)
+    text = _fold_text("\0".join(texts))
     text = " ".join(text.split()).replace(" \0", "\0").replace("\0 ", "\0")
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=FINGERPRINT_BYTES).digest()
 
@@ -65,20 +65,20 @@ def _fold_text(text: str) -> str:
     return normalize("NFKC", normalize("NFKC", text).casefold())
 
 
-def _collect_texts(value: Any, parts: list[str]) -> None:
+def _collect_texts(value: Any, texts: list[str]) -> None:
     """Append the texts of a value, with marks that no text begins with for all that is not text."""
     if isinstance(value, str):
-        parts.append(value)
+        texts.append(value)
     elif isinstance(value, dict):
-        parts.append("\1{")
+        texts.append("\1{")
         for key in sorted(value):
-            parts.append(key)
-            _collect_texts(value[key], parts)
-        parts.append("\1}")
+            texts.append(key)
+            _collect_texts(value[key], texts)
+        texts.append("\1}")
     elif isinstance(value, list):
-        parts.append("\1[")
+        texts.append("\1[")
         for item in value:
-            _collect_texts(item, parts)
-        parts.append("\1]")
+            _collect_texts(item, texts)
+        texts.append("\1]")
     else:
-        parts.append("\1" + _encode(value))
+        texts.append("\1" + _encode(value))

@@ -42,14 +42,16 @@ def mix_sources(
     _check_settings(sizes, sources, mix)
     starts = np.cumsum([0, *sizes.values()])[:-1]
     if mix == "concatenate":
-        parts = [
+        rows_of_sources = [
             _repeat_rows(size, sources[name].repeats, seed, name) for name, size in sizes.items()
         ]
     else:
-        parts = _draw_by_weight(sizes, sources, seed)
-    counts = {name: len(part) for name, part in zip(sizes, parts, strict=True)}
+        rows_of_sources = _draw_by_weight(sizes, sources, seed)
+    counts = {name: len(rows) for name, rows in zip(sizes, rows_of_sources, strict=True)}
     _check_counts(counts, sizes, sources, mix)
-    order = np.concatenate([start + part for start, part in zip(starts, parts, strict=True)])
+    order = np.concatenate(
+        [start + rows for start, rows in zip(starts, rows_of_sources, strict=True)]
+    )
     return Mixture(
         order if mix == "concatenate" else order[interleave_evenly(list(counts.values()))], counts
     )
@@ -62,15 +64,15 @@ def interleave_evenly(counts: list[int]) -> Positions:
     mixed-model assembly lines", Management Science 37, 1991). Where a group has the share p of all
     and there are m groups, any first rows hold p of that group to within (1 + m p) / 2 rows.
     """
-    places = [(np.arange(count) + 0.5) / count for count in counts]
-    return np.argsort(np.concatenate(places), kind="stable")
+    positions = [(np.arange(count) + 0.5) / count for count in counts]
+    return np.argsort(np.concatenate(positions), kind="stable")
 
 
 def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> Positions:
     """All rows as many whole times as `repeats` holds, then a seeded part of them, in order."""
-    whole, rest = divmod(round(repeats * size), max(size, 1))
-    part = np.sort(seeded_order(size, "repeats", seed, name)[:rest])
-    return np.concatenate([np.tile(np.arange(size), whole), part])
+    full_passes, rest = divmod(round(repeats * size), max(size, 1))
+    last_pass = np.sort(seeded_order(size, "repeats", seed, name)[:rest])
+    return np.concatenate([np.tile(np.arange(size), full_passes), last_pass])
 
 
 def _draw_by_weight(
@@ -132,8 +134,8 @@ def _check_counts(
     setting = "repeats" if mix == "concatenate" else "weight"
     for name, count in counts.items():
         if not count:
-            given = getattr(sources[name], setting)
+            value = getattr(sources[name], setting)
             raise UserError(
-                f"{source_key(name, sources)}.{setting}={given:g} takes none of its {sizes[name]} "
+                f"{source_key(name, sources)}.{setting}={value:g} takes none of its {sizes[name]} "
                 "rows. Give it more, or take the source out."
             )

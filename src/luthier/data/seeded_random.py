@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 UInt64s = NDArray[np.uint64]
 
 
-def scatter(words: UInt64s, *seed: object) -> UInt64s:
+def scatter(values: UInt64s, *seed: object) -> UInt64s:
     """Evenly spread 64-bit numbers, one for each word; other seeds (numbers, texts) give others."""
-    mixed = words ^ _key(seed)
+    mixed = values ^ _key(seed)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -163,7 +163,7 @@ def _bin_of_each_row(runs: list[BinRun]) -> Array:
     if not runs:
         return np.zeros(0, dtype=np.int64)
     first, several, each = np.array(runs, dtype=np.int64).T
-    places = several * each
-    ends = np.cumsum(places)
-    within = np.arange(ends[-1]) - np.repeat(ends - places, places)
-    return np.repeat(first, places) + within // np.repeat(each, places)
+    rows_of_run = several * each
+    ends = np.cumsum(rows_of_run)
+    within = np.arange(ends[-1]) - np.repeat(ends - rows_of_run, rows_of_run)
+    return np.repeat(first, rows_of_run) + within // np.repeat(each, rows_of_run)

@@ -57,13 +57,13 @@ class TableWithColumns:
 
     def row(self, number: int, /) -> Row:
         """The columns of one row."""
-        own = {name: column[number] for name, column in self._columns.items()}
-        return {**self.table.row(number), **own}
+        extra = {name: column[number] for name, column in self._columns.items()}
+        return {**self.table.row(number), **extra}
 
     def column(self, name: str) -> Array:
         """A column of numbers."""
-        own = self._columns.get(name)
-        return self.table.column(name) if own is None else own
+        extra = self._columns.get(name)
+        return self.table.column(name) if extra is None else extra
 
 
 class PartnerSampler(Sampler):
@@ -136,20 +136,20 @@ class PreferenceCollator:
 
     def _sequences(self, ids: Sequence[Array]) -> dict[str, Array]:
         """Sequences side by side."""
-        lengths = np.array([len(one) for one in ids])
+        lengths = np.array([len(sequence) for sequence in ids])
         multiple = self.multiple_of or 1
         width = -(-(self.width or int(lengths.max())) // multiple) * multiple
         table = np.full((len(ids), width), self.pad_token_id, np.int64)
-        for line, one in enumerate(ids):
-            table[line, : len(one)] = one
+        for line, sequence in enumerate(ids):
+            table[line, : len(sequence)] = sequence
         mask = np.arange(width) < lengths[:, None]
         return {"input_ids": table, "attention_mask": mask.astype(np.int64)}
 
-    def _replies(self, parts: Sequence[tuple[Array, Array, Array]]) -> dict[str, Array]:
+    def _replies(self, pieces: Sequence[tuple[Array, Array, Array]]) -> dict[str, Array]:
         """Prompts with their replies, whose trained stretches are the third part of each."""
-        columns = self._sequences([np.concatenate(part[:2]) for part in parts])
+        columns = self._sequences([np.concatenate(piece[:2]) for piece in pieces])
         trained = np.zeros_like(columns["attention_mask"])
-        for line, (prompt, _, spans) in enumerate(parts):
+        for line, (prompt, _, spans) in enumerate(pieces):
             for start, stop in list(pairwise(spans.tolist()))[::2]:
                 trained[line, len(prompt) + start : len(prompt) + stop] = 1
         return columns | {"completion_mask": trained}
@@ -160,13 +160,13 @@ class PairCollator(PreferenceCollator):
 
     def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
-        parts = [
+        pieces = [
             (item.row["prompt_ids"], item.row[f"{name}_ids"], item.row[f"{name}_spans"])
             for name in ("chosen", "rejected")
             for item in items
         ]
-        known = self._numbers(items, "ref_chosen_logps", "ref_rejected_logps")
-        return _to_tensors(self._replies(parts) | self._columns(items) | known)
+        reference_sums = self._numbers(items, "ref_chosen_logps", "ref_rejected_logps")
+        return _to_tensors(self._replies(pieces) | self._columns(items) | reference_sums)
 
 
 class UnpairedCollator(PreferenceCollator):
@@ -202,7 +202,7 @@ class RewardCollator(PreferenceCollator):
     def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; ValueError for one that ends with the padding token."""
         ids = [item.row[f"{name}_ids"] for name in ("chosen", "rejected") for item in items]
-        if any(one[-1] == self.pad_token_id for one in ids):
+        if any(sequence[-1] == self.pad_token_id for sequence in ids):
             raise ValueError("a row ends with the padding token")
         return _to_tensors(self._sequences(ids) | self._columns(items))
 

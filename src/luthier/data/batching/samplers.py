@@ -56,9 +56,9 @@ class Sampler(ABC):
     def _arrange(self) -> Iterator[RowTuple]:
         """The training rows of this epoch, in order."""
 
-    def _numbers(self, places: Array) -> list[int]:
+    def _numbers(self, positions: Array) -> list[int]:
         """The row numbers in the table of rows that take part."""
-        return (places if self.rows.index is None else self.rows.index[places]).tolist()
+        return (positions if self.rows.index is None else self.rows.index[positions]).tolist()
 
 
 class SequentialSampler(Sampler):
@@ -122,15 +122,15 @@ class LengthGroupedSampler(Sampler):
         order = _longest_to_front(random_order(self.count, self.seed, self.epoch, 0), lengths)
         pools = np.arange(self.count) // (self.step * self.pool)
         # The rows left over behind the last whole step stay at the end, where a step may be small.
-        whole = self.count - self.count % self.step
-        pools[whole:] = self.count
+        grouped = self.count - self.count % self.step
+        pools[grouped:] = self.count
         order = order[np.lexsort((-lengths[order], pools))]
-        steps = order[:whole].reshape(-1, self.step)
+        steps = order[:grouped].reshape(-1, self.step)
         chance = random_bits(len(steps), self.seed, self.epoch, 1)
         if len(steps):
             chance[lengths[steps].max(axis=1).argmax()] = 0
         steps = steps[np.argsort(chance, kind="stable")]
-        return zip(self._numbers(np.concatenate((steps.ravel(), order[whole:]))))
+        return zip(self._numbers(np.concatenate((steps.ravel(), order[grouped:]))))
 
 
 def _longest_to_front(order: Array, lengths: Array) -> Array:
@@ -206,19 +206,19 @@ def repeat_stream(
 
 def shuffle_stream(rows: Iterable[Any], buffer: int, *seed: int) -> Iterator[Any]:
     """Give rows in another order, each drawn from the next `buffer` ones; nothing is lost."""
-    places = _random_numbers(*seed)
-    held: list[Any] = []
+    draws = _random_numbers(*seed)
+    buffered: list[Any] = []
     for row in rows:
-        if len(held) < buffer:
-            held.append(row)
+        if len(buffered) < buffer:
+            buffered.append(row)
             continue
-        at = next(places) % buffer
-        held[at], row = row, held[at]
+        index = next(draws) % buffer
+        buffered[index], row = row, buffered[index]
         yield row
-    while held:
-        at = next(places) % len(held)
-        held[at], held[-1] = held[-1], held[at]
-        yield held.pop()
+    while buffered:
+        index = next(draws) % len(buffered)
+        buffered[index], buffered[-1] = buffered[-1], buffered[index]
+        yield buffered.pop()
 
 
 def pack_stream(documents: Iterable[Document], length: int, rows: int) -> Iterator[TrainingRow]:
@@ -236,7 +236,7 @@ def pack_stream(documents: Iterable[Document], length: int, rows: int) -> Iterat
         if tokens >= length * rows:
             bins = _pack_documents(held, length)
             held = list(bins.pop()) if len(bins) > 1 else []
-            tokens = sum(len(kept.input_ids) for kept in held)
+            tokens = sum(len(document.input_ids) for document in held)
             yield from bins
     yield from _pack_documents(held, length)
 
@@ -250,5 +250,5 @@ def _pack_documents(documents: list[Document], length: int) -> list[TrainingRow]
 
 
 def _random_numbers(*seed: int) -> Iterator[int]:
-    for part in count():
-        yield from random_bits(_NUMBERS_AT_A_TIME, *seed, part).tolist()
+    for chunk in count():
+        yield from random_bits(_NUMBERS_AT_A_TIME, *seed, chunk).tolist()

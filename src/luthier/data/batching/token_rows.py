@@ -66,8 +66,8 @@ def check_row_fits(tokens: int, length: int) -> None:
 
 
 def _flat(column: Sequence[Sequence[int]]) -> Array:
-    parts = [np.asarray(row, dtype=np.int32) for row in column]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+    arrays = [np.asarray(row, dtype=np.int32) for row in column]
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
 
 
 class TokenRows:

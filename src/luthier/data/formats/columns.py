@@ -28,8 +28,8 @@ class ColumnMapping:
         column = self.source_names[ours]
         if column in row.fields:
             return row.fields[column]
-        found, value = find_value(row.fields, column)
-        if found:
+        is_there, value = find_value(row.fields, column)
+        if is_there:
             return value
         near = difflib.get_close_matches(column, list(row.fields), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

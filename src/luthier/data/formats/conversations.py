@@ -73,10 +73,10 @@ def read_alpaca_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
     would make the instruction a part of them.
     """
     instruction = require_text(columns.take(row, "instruction"), columns.source_name("instruction"))
-    given = columns.get(row, "input")
-    if not is_empty_cell(given):
-        given = require_text(given, columns.source_name("input"))
-        instruction = f"{instruction}\n\n{given}" if instruction.strip() else given
+    input_text = columns.get(row, "input")
+    if not is_empty_cell(input_text):
+        input_text = require_text(input_text, columns.source_name("input"))
+        instruction = f"{instruction}\n\n{input_text}" if instruction.strip() else input_text
     return [*_read_history(row, columns), {"role": "user", "content": instruction}]
 
 
@@ -86,10 +86,10 @@ def _read_history(row: Row, columns: ColumnMapping) -> list[Message]:
     if is_empty_cell(value):
         return []
     messages: list[Message] = []
-    for place, pair in enumerate(require_list(value, column, "pairs")):
+    for number, pair in enumerate(require_list(value, column, "pairs")):
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise RowError(
-                f"{column}[{place}] is {describe_type(pair)}; expected a question and its answer"
+                f"{column}[{number}] is {describe_type(pair)}; expected a question and its answer"
             )
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
@@ -120,17 +120,17 @@ def _untrained(message: Message) -> Message:
 
 def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping) -> list[Message]:
     """The messages behind their system prompt: their own, the row's, or the config's."""
-    own = columns.get(row, "system")
-    given = None if is_empty_cell(own) else require_text(own, columns.source_name("system"))
+    cell = columns.get(row, "system")
+    system = None if is_empty_cell(cell) else require_text(cell, columns.source_name("system"))
     if messages[0]["role"] in SYSTEM_ROLES:
-        if given is not None and messages[0].get("content") != given:
+        if system is not None and messages[0].get("content") != system:
             raise RowError(
                 f"the row has a system message and another system prompt in "
                 f"{columns.source_name('system')!r}; keep one of them"
             )
         return messages
-    given = columns.system if given is None else given
-    return messages if given is None else [{"role": "system", "content": given}, *messages]
+    system = columns.system if system is None else system
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 def add_tools(example: Example, row: Row, columns: ColumnMapping) -> Example:
@@ -154,7 +154,7 @@ def read_dialogue(text: str) -> list[Message] | None:
     if before or not pieces:
         return None
     turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": _ROLES[speaker], "content": said} for speaker, said in turns]
+    return [{"role": _ROLES[speaker], "content": content} for speaker, content in turns]
 
 
 def read_prompt(text: str) -> list[Message]:

@@ -71,10 +71,10 @@ def read_label(value: Any, column: str) -> Label:
         return int(value)
     if is_whole:
         raise RowError(f"{column!r} is {value}, which stands for no label in hub datasets")
-    found = (
+    shown_value = (
         f"{value!r}" if isinstance(value, str | float) and value == value else describe_value(value)
     )
-    raise RowError(f"{column!r} is {found}; expected a class, by name or whole number")
+    raise RowError(f"{column!r} is {shown_value}; expected a class, by name or whole number")
 
 
 def _text_cell(row: Row, columns: ColumnMapping, ours: str) -> str:

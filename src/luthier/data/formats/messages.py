@@ -58,7 +58,7 @@ def read_tool_calls(value: Any) -> list[ToolCall]:
         value = parse_json_cell(value, "tool_calls", "a list of calls")
     if not isinstance(value, list):
         raise RowError(f"tool_calls is {describe_type(value)}; expected a list")
-    return [read_tool_call(call, f"tool_calls[{place}]") for place, call in enumerate(value)]
+    return [read_tool_call(call, f"tool_calls[{number}]") for number, call in enumerate(value)]
 
 
 def read_tool_call(call: Any, where: str) -> ToolCall:
@@ -70,23 +70,23 @@ def read_tool_call(call: Any, where: str) -> ToolCall:
         call = parse_json_cell(call, where, 'an object {"name": ..., "arguments": {...}}')
     if not isinstance(call, dict):
         raise RowError(f"{where} is {describe_type(call)}; expected an object")
-    kept = {key: value for key, value in call.items() if value is not None}
-    if "function" in kept:
-        return {**kept, "function": _check_function(kept["function"], where)}
-    outer = {key: kept.pop(key) for key in ("id", "index") if key in kept}
-    kept.pop("type", None)
-    return {**outer, "type": "function", "function": _check_function(kept, where)}
+    fields = {key: value for key, value in call.items() if value is not None}
+    if "function" in fields:
+        return {**fields, "function": _check_function(fields["function"], where)}
+    outer = {key: fields.pop(key) for key in ("id", "index") if key in fields}
+    fields.pop("type", None)
+    return {**outer, "type": "function", "function": _check_function(fields, where)}
 
 
 def _check_function(function: Any, where: str) -> dict[str, Any]:
     """The function of a call, with a name and with arguments."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        found = (
+        description = (
             f"it has: {', '.join(function)}"
             if isinstance(function, dict)
             else describe_type(function)
         )
-        raise RowError(f"{where} names no function ({found}); expected name and arguments")
+        raise RowError(f"{where} names no function ({description}); expected name and arguments")
     arguments = function.get("arguments")
     if arguments is None:
         return {**function, "arguments": {}}
@@ -127,11 +127,11 @@ class MessageContent:
         return text
 
 
-def read_content_parts(parts: list[Any]) -> MessageContent:
+def read_content_parts(content_parts: list[Any]) -> MessageContent:
     """The parts of a message's content; RowError names one that is neither text nor known."""
     content, reached = MessageContent(), 0
-    for part in parts:
-        group = _add_part(content, part)
+    for content_part in content_parts:
+        group = _add_part(content, content_part)
         if _PART_ORDER[group] < reached:
             raise RowError(
                 f"a part of {group} stands behind other parts; a message has its reasoning first, "
@@ -141,13 +141,18 @@ def read_content_parts(parts: list[Any]) -> MessageContent:
     return content
 
 
-def _add_part(content: MessageContent, part: Any) -> str:
+def _add_part(content: MessageContent, content_part: Any) -> str:
     """Put one part where it belongs, and say which group it is of."""
-    if not isinstance(part, dict):
-        raise RowError(f"a content part is {describe_type(part)!r}; only parts of text are read")
-    name = part.get("type")
+    if not isinstance(content_part, dict):
+        raise RowError(
+            f"a content part is {describe_type(content_part)!r}; only parts of text are read"
+        )
+    name = content_part.get("type")
     name = name if isinstance(name, str | None) else str(name)
-    value = next((part[key] for key in ("text", "value", name) if part.get(key) is not None), None)
+    value = next(
+        (content_part[key] for key in ("text", "value", name) if content_part.get(key) is not None),
+        None,
+    )
     if isinstance(value, str) and name in CALL_PART_TYPES:
         content.calls.append(read_tool_call(value, f"the {name} part"))
         return "call"
@@ -155,16 +160,18 @@ def _add_part(content: MessageContent, part: Any) -> str:
         content.reasoning.append(value)
         return "reasoning"
     if not isinstance(value, str) or name not in TEXT_PART_TYPES:
-        shown = part.get("type", "no type")
-        raise RowError(f"a content part is {shown!r}; only parts of text are read")
-    kept = {key: entry for key, entry in part.items() if entry is not None and key != "value"}
-    content.texts.append({**kept, "type": "text", "text": value})
+        type_name = content_part.get("type", "no type")
+        raise RowError(f"a content part is {type_name!r}; only parts of text are read")
+    text_part = {
+        key: entry for key, entry in content_part.items() if entry is not None and key != "value"
+    }
+    content.texts.append({**text_part, "type": "text", "text": value})
     return "text"
 
 
 def are_content_parts(content: list[Any]) -> bool:
     """Whether a tool's result is written as parts, and is no list of its own."""
-    return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+    return all(isinstance(item, dict) and isinstance(item.get("type"), str) for item in content)
 
 
 Message = dict[str, Any]
@@ -198,15 +205,15 @@ def read_messages(value: Any, column: str) -> list[Message]:
 
 def _check_messages(messages: list[Any], column: str) -> list[Message]:
     """Every message checked; RowError says which one is wrong."""
-    found = []
+    checked = []
     for index, message in enumerate(messages):
         try:
-            found.append(read_message(message))
+            checked.append(read_message(message))
         except RowError as error:
             raise RowError(f"{column}[{index}]: {error}") from None
     if any(isinstance(message, dict) and message.get("function_call") for message in messages):
-        return [m | {"role": "tool"} if m["role"] == "function" else m for m in found]
-    return found
+        return [m | {"role": "tool"} if m["role"] == "function" else m for m in checked]
+    return checked
 
 
 def read_message(message: Any) -> Message:
@@ -215,19 +222,19 @@ def read_message(message: Any) -> Message:
         raise RowError(
             f"this is {describe_type(message)}; expected an object with role and content"
         )
-    kept = {key: value for key, value in message.items() if value is not None}
-    role = kept.get("role")
+    fields = {key: value for key, value in message.items() if value is not None}
+    role = fields.get("role")
     if not isinstance(role, str) or not role:
         raise RowError(_describe_missing_role(message))
-    _put_content(kept, role)
-    if len(kept) > 2 or "content" not in kept:
-        _put_calls(kept)
-        _put_train(kept)
-        _check_texts(kept)
-    if "content" not in kept and not _may_lack_content(kept, role):
+    _put_content(fields, role)
+    if len(fields) > 2 or "content" not in fields:
+        _put_calls(fields)
+        _put_train(fields)
+        _check_texts(fields)
+    if "content" not in fields and not _may_lack_content(fields, role):
         state = "is null" if "content" in message else "is missing"
         raise RowError(f"the content of this {role} message {state}; expected text")
-    return kept
+    return fields
 
 
 def _describe_missing_role(message: dict[str, Any]) -> str:
@@ -235,10 +242,10 @@ def _describe_missing_role(message: dict[str, Any]) -> str:
     if "role" in message:
         role = describe_value(message["role"])
         return f"the role is {role}; expected a name such as user or assistant"
-    known = ""
+    hint = ""
     if "from" in message:
-        known = "; from and value are ShareGPT's names, and this source is read as messages"
-    return f"there is no role (it has: {', '.join(message) or 'nothing'}){known}"
+        hint = "; from and value are ShareGPT's names, and this source is read as messages"
+    return f"there is no role (it has: {', '.join(message) or 'nothing'}){hint}"
 
 
 def _put_content(message: Message, role: str) -> None:
@@ -265,17 +272,17 @@ def _check_result(content: Any) -> None:
         raise RowError(f"the content is {describe_value(content)}; expected text")
 
 
-def _put_parts(message: Message, parts: list[Any]) -> None:
+def _put_parts(message: Message, content_parts: list[Any]) -> None:
     """Parts of text, reasoning and calls, each in its field."""
-    found = read_content_parts(parts)
-    if found.content is None:
+    read_content = read_content_parts(content_parts)
+    if read_content.content is None:
         del message["content"]
     else:
-        message["content"] = found.content
-    if found.reasoning:
-        message["reasoning_content"] = "\n\n".join(found.reasoning)
-    if found.calls:
-        message["tool_calls"] = [*message.get("tool_calls", []), *found.calls]
+        message["content"] = read_content.content
+    if read_content.reasoning:
+        message["reasoning_content"] = "\n\n".join(read_content.reasoning)
+    if read_content.calls:
+        message["tool_calls"] = [*message.get("tool_calls", []), *read_content.calls]
 
 
 def _put_calls(message: Message) -> None:
@@ -393,8 +400,8 @@ def _message_of_turn(turn: Any) -> Message:
 def _role_of_turn(turn: dict[str, Any]) -> str:
     """The role of a speaker however it is capitalised; RowError names one that is not known."""
     if "from" not in turn:
-        known = "; role and content are OpenAI's names" if "role" in turn else ""
-        raise RowError(f"there is no from (it has: {', '.join(turn) or 'nothing'}){known}")
+        advice = "; role and content are OpenAI's names" if "role" in turn else ""
+        raise RowError(f"there is no from (it has: {', '.join(turn) or 'nothing'}){advice}")
     speaker = turn["from"]
     if not isinstance(speaker, str):
         raise RowError(f"from is {describe_value(speaker)}; expected a name such as human or gpt")
@@ -422,7 +429,7 @@ def read_call_turn(text: Any) -> Message:
         )
     calls = calls if isinstance(calls, list) else [calls]
     message: Message = {
-        "tool_calls": [read_tool_call(call, f"call {place}") for place, call in enumerate(calls)]
+        "tool_calls": [read_tool_call(call, f"call {number}") for number, call in enumerate(calls)]
     }
     if thought and thought[1].strip():
         message["reasoning_content"] = thought[1].strip("\n")

@@ -79,8 +79,10 @@ def _rated_example(
     value = columns.take(row, "label")
     label = parse_rating(value)
     if label is None:
-        shown = value if isinstance(value, str | int | float) else describe_value(value)
-        raise RowError(f"{columns.source_name('label')!r} is {shown!r}; expected true or false")
+        value_text = value if isinstance(value, str | int | float) else describe_value(value)
+        raise RowError(
+            f"{columns.source_name('label')!r} is {value_text!r}; expected true or false"
+        )
     example = {
         "prompt": add_system_prompt(prompt, row, columns), "completion": reply, "label": label,
     }  # fmt: skip
@@ -145,8 +147,8 @@ def _split_common_prompt(
             "chosen and rejected begin with different messages; expected two replies beside their "
             "prompt, or two conversations that begin alike"
         )
-    said = {_role_and_text(message) for message in chosen[:count]}
-    if any(_role_and_text(message) not in said for message in prompt):
+    common = {_role_and_text(message) for message in chosen[:count]}
+    if any(_role_and_text(message) not in common for message in prompt):
         raise RowError(
             "chosen and rejected are whole conversations that do not begin with the prompt"
         )

@@ -39,10 +39,10 @@ def find_saved_files(path: str, split: str, name: str) -> list[DataFile]:
     """The Arrow files of the dataset, or of one split of several, in order."""
     folder = Path(path).expanduser()
     if (folder / _SPLITS_FILE).is_file():
-        known = [str(known) for known in _read_description(folder / _SPLITS_FILE, path, "splits")]
-        if split not in known:
+        splits = list(map(str, _read_description(folder / _SPLITS_FILE, path, "splits")))
+        if split not in splits:
             raise UserError(
-                f"dataset: {path} has no split {split!r}. It has: {', '.join(known)}. Set "
+                f"dataset: {path} has no split {split!r}. It has: {', '.join(splits)}. Set "
                 f"{name}.split."
             )
         folder, path = folder / split, f"{path.rstrip('/')}/{split}"
@@ -84,8 +84,8 @@ def class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
     if described is None:
         return {}
     features = json.loads(described).get("info", {}).get("features") or {}
-    found = {column: _class_names(feature) for column, feature in features.items()}
-    return {column: names for column, names in found.items() if names is not None}
+    names_of_column = {column: _class_names(feature) for column, feature in features.items()}
+    return {column: names for column, names in names_of_column.items() if names is not None}
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -101,7 +101,7 @@ def _class_names(feature: Any) -> list[str] | None:
 def name_classes(value: Any, names: list[str]) -> Any:
     """A class, or each of a list, by its name; -1, which means that there is none, as it stands."""
     if isinstance(value, list):
-        return [name_classes(one, names) for one in value]
+        return [name_classes(item, names) for item in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
@@ -140,14 +140,14 @@ def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Ite
     Numbers that `datasets` says are classes become the names of these.
     """
     number = 0
-    for whole in batches:
-        for start in range(0, whole.num_rows, _ROWS_AT_A_TIME):
-            part = _validate_batch(whole.slice(start, _ROWS_AT_A_TIME), label)
-            names = _column_names(part, label)
-            classes = class_names(part.schema)
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
+            piece = _validate_batch(batch.slice(start, _ROWS_AT_A_TIME), label)
+            names = _column_names(piece, label)
+            classes = class_names(piece.schema)
             columns = [
                 name_classes(cells, classes[name]) if name in classes else cells
-                for name, cells in zip(names, map(_column_values, part.columns), strict=True)
+                for name, cells in zip(names, map(_column_values, piece.columns), strict=True)
             ]
             for cells in zip(*columns, strict=True):
                 fields = dict(zip(names, cells, strict=True))
@@ -196,46 +196,53 @@ def _needs_cleaning(column: "pyarrow.Array") -> bool:
     """Whether a column has nulls that were filled in, or JSON; a look at Arrow's own counts."""
     from pyarrow import JsonType, types
 
-    kind = column.type
-    if types.is_struct(kind):
-        children = [column.field(number) for number in range(kind.num_fields)]
+    arrow_type = column.type
+    if types.is_struct(arrow_type):
+        children = [column.field(number) for number in range(arrow_type.num_fields)]
         return any(child.null_count or _needs_cleaning(child) for child in children)
-    if _is_list(kind):
+    if _is_list(arrow_type):
         return _needs_cleaning(column.values)
-    return isinstance(kind, JsonType) or types.is_map(kind)
+    return isinstance(arrow_type, JsonType) or types.is_map(arrow_type)
 
 
-def _clean_value(value: Any, kind: Any) -> Any:
+def _clean_value(value: Any, arrow_type: Any) -> Any:
     """A value without the nulls of its structs, and JSON as the value that it stands for."""
     from pyarrow import JsonType, types
 
     if value is None:
         return None
-    if types.is_struct(kind):
-        known = ((key, entry) for key, entry in value.items() if entry is not None)
-        return {key: _clean_value(entry, kind.field(key).type) for key, entry in known}
-    if _is_list(kind):
-        return [_clean_value(entry, kind.value_type) for entry in value]
-    if types.is_map(kind):
+    if types.is_struct(arrow_type):
+        present_fields = ((key, entry) for key, entry in value.items() if entry is not None)
         return {
-            key: _clean_value(entry, kind.item_type) for key, entry in _map_of_pairs(value).items()
+            key: _clean_value(entry, arrow_type.field(key).type) for key, entry in present_fields
         }
-    return LENIENT_DECODER.decode(value) if isinstance(kind, JsonType) else value
+    if _is_list(arrow_type):
+        return [_clean_value(entry, arrow_type.value_type) for entry in value]
+    if types.is_map(arrow_type):
+        return {
+            key: _clean_value(entry, arrow_type.item_type)
+            for key, entry in _map_of_pairs(value).items()
+        }
+    return LENIENT_DECODER.decode(value) if isinstance(arrow_type, JsonType) else value
 
 
 def _map_of_pairs(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """A map, which Arrow gives as pairs: six times faster than as a dict."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise UserError(f"dataset: a map of the table holds a key twice: {excerpt(pairs)}")
-    return found
+    return mapping
 
 
-def _is_list(kind: Any) -> bool:
+def _is_list(arrow_type: Any) -> bool:
     """Whether a type is one of Arrow's lists."""
     from pyarrow import types
 
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return (
+        types.is_list(arrow_type)
+        or types.is_large_list(arrow_type)
+        or types.is_fixed_size_list(arrow_type)
+    )
 
 
 def _open_parquet(source: Any) -> Any:
@@ -263,13 +270,13 @@ def _open_arrow_source(file: DataFile) -> Iterator[Any]:
     """The file as Arrow reads it at will; what Arrow cannot read in words."""
     from pyarrow import ArrowException, OSFile
 
-    with read_errors_as_user_errors(file.label, file.place.is_remote), ExitStack() as stack:
+    with read_errors_as_user_errors(file.label, file.location.is_remote), ExitStack() as stack:
         stream = stack.enter_context(open_content(file))
         if not stream.peek(1):
             raise UserError(f"dataset: {file.label} is empty: it has no bytes.")
-        if isinstance(file.place, LocalFile) and isinstance(stream.raw, FileIO):
+        if isinstance(file.location, LocalFile) and isinstance(stream.raw, FileIO):
             # Read by Arrow itself, without a call to Python for each piece.
-            source = stack.enter_context(OSFile(str(file.place.path)))
+            source = stack.enter_context(OSFile(str(file.location.path)))
         else:
             source = make_seekable(stack, stream)
         try:

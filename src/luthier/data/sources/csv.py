@@ -35,9 +35,9 @@ def read_csv_rows(file: DataFile, options: CsvOptions) -> Iterator[Row | BadRow]
 
 def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, list[str] | BadRow]]:
     """The cells of every record that is not blank, with its place; or what is wrong with it."""
-    kept = _LineReader(file, options)
+    line_reader = _LineReader(file, options)
     reader = csv.reader(
-        kept,
+        line_reader,
         delimiter=options.delimiter,
         quotechar=options.quotechar,
         quoting=csv.QUOTE_MINIMAL if options.quotechar else csv.QUOTE_NONE,
@@ -50,9 +50,9 @@ def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, li
         except StopIteration:
             return
         except csv.Error as error:
-            if kept.ended:
+            if line_reader.ended:
                 raise UserError(_describe_open_quote(where, options)) from error
-            yield where, BadRow(where, f"this is not CSV: {error}", excerpt(kept.line))
+            yield where, BadRow(where, f"this is not CSV: {error}", excerpt(line_reader.line))
             continue
         if record:
             yield where, record
@@ -71,17 +71,17 @@ def _row_of_record(
 
 def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> None:
     """Refuse a header whose names do not tell the columns apart."""
-    place = "dataset: options.header" if options.header else f"dataset: {file.label}, its header"
+    subject = "dataset: options.header" if options.header else f"dataset: {file.label}, its header"
     if "" in (name.strip() for name in header):
-        raise UserError(f"{place}: column {_empty(header)} has no name: {excerpt(header)}")
+        raise UserError(f"{subject}: column {_empty(header)} has no name: {excerpt(header)}")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise UserError(f"{place}: the name {twice[0]!r} stands twice. Rename one column.")
+        raise UserError(f"{subject}: the name {twice[0]!r} stands twice. Rename one column.")
     other = [mark for mark in _OTHER_DELIMITERS if mark in header[0]]
     if len(header) == 1 and other and not options.header:
         mark = {"\t": '"\\t"'}.get(other[0], repr(other[0]))
         raise UserError(
-            f"{place} is one cell: {excerpt(header[0])}. If another character parts the cells, "
+            f"{subject} is one cell: {excerpt(header[0])}. If another character parts the cells, "
             f"name it: options.delimiter={mark}."
         )
 

@@ -36,50 +36,58 @@ _EVAL_SPLIT_NAMES = re.compile(
 
 
 def select_data_files(
-    folder: str, found: Sequence[NamedLocation], format: str
+    folder: str, locations: Sequence[NamedLocation], format: str
 ) -> list[NamedLocation]:
     """The data files among these, of one format and of no two splits.
 
     Hidden files, readmes and licences are none; text is data only where nothing else is.
     """
-    shown = [entry for entry in found if not _is_hidden(entry[0])]
+    visible = [entry for entry in locations if not _is_hidden(entry[0])]
     if format != "auto":
-        return _select_format(folder, shown, format)
-    known = [(format_of(name), (name, place)) for name, place in shown]
-    formats = Counter(kind for kind, _ in known if kind is not None)
+        return _select_format(folder, visible, format)
+    with_formats = [(format_of(name), (name, location)) for name, location in visible]
+    formats = Counter(file_format for file_format, _ in with_formats if file_format is not None)
     if len(formats) > 1:
         del formats["text"]
     if len(formats) > 1:
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
+        counts = ", ".join(
+            f"{count} {file_format}" for file_format, count in sorted(formats.items())
+        )
         raise UserError(
             f"dataset: {folder} holds files of several formats ({counts}). Set format to "
             f"one of them, or name the files: path={folder}/*.SUFFIX."
         )
-    kept = [entry for kind, entry in known if kind in formats]
-    return _check_one_split(folder, kept or _refuse_empty_folder(folder))
+    selected = [entry for file_format, entry in with_formats if file_format in formats]
+    return _check_one_split(folder, selected or _refuse_empty_folder(folder))
 
 
-def _select_format(folder: str, found: Sequence[NamedLocation], format: str) -> list[NamedLocation]:
+def _select_format(
+    folder: str, locations: Sequence[NamedLocation], format: str
+) -> list[NamedLocation]:
     """The files whose names say this format, or all where no name says any."""
-    kinds = [format_of(name) for name, _ in found]
-    if not any(kinds):
-        return _check_one_split(folder, list(found) or _refuse_empty_folder(folder, format))
-    kept = [entry for kind, entry in zip(kinds, found, strict=True) if kind == format]
-    return _check_one_split(folder, kept or _refuse_empty_folder(folder, format))
+    formats = [format_of(name) for name, _ in locations]
+    if not any(formats):
+        return _check_one_split(folder, list(locations) or _refuse_empty_folder(folder, format))
+    selected = [
+        entry
+        for file_format, entry in zip(formats, locations, strict=True)
+        if file_format == format
+    ]
+    return _check_one_split(folder, selected or _refuse_empty_folder(folder, format))
 
 
 def _refuse_empty_folder(folder: str, format: str = "") -> list[NamedLocation]:
     """Stop at a folder without data."""
-    kind = f"{format} files" if format else "data files"
+    noun = f"{format} files" if format else "data files"
     raise UserError(
-        f"dataset: {folder} holds no {kind}. Folders inside it are not looked into unless you say "
+        f"dataset: {folder} holds no {noun}. Folders inside it are not looked into unless you say "
         f"so: path={folder.rstrip('/')}/**/*.jsonl, say."
     )
 
 
-def _check_one_split(folder: str, found: list[NamedLocation]) -> list[NamedLocation]:
+def _check_one_split(folder: str, locations: list[NamedLocation]) -> list[NamedLocation]:
     """The files, unless their names say that some of them are to be held out of training."""
-    stems = {name: PurePosixPath(name).name.lower() for name, _ in found}
+    stems = {name: PurePosixPath(name).name.lower() for name, _ in locations}
     training = [name for name, stem in stems.items() if _TRAIN_SPLIT_NAMES.search(stem)]
     held_out = [name for name, stem in stems.items() if _EVAL_SPLIT_NAMES.search(stem)]
     if training and held_out:
@@ -88,7 +96,7 @@ def _check_one_split(folder: str, found: list[NamedLocation]) -> list[NamedLocat
             f"{training[0]} and {held_out[0]}. Name those to train on in path (a file, a "
             "glob or a list) and the others in dataset.eval.path."
         )
-    return found
+    return locations
 
 
 def _is_hidden(name: str) -> bool:
@@ -172,11 +180,11 @@ def _list_remote_files(filesystem: Any, root: str, path: str) -> list[tuple[str,
     if filesystem.isfile(root):
         return [(path, RemoteFile(filesystem, root))]
     if filesystem.isdir(root):
-        found = [entry["name"] for entry in filesystem.ls(root) if entry["type"] == "file"]
+        paths = [entry["name"] for entry in filesystem.ls(root) if entry["type"] == "file"]
     else:
-        found = [name for name in filesystem.glob(root) if filesystem.isfile(name)]
-    shown = [name for name in sorted(found) if not name.rsplit("/", 1)[-1].startswith(".")]
-    return [(filesystem.unstrip_protocol(name), RemoteFile(filesystem, name)) for name in shown]
+        paths = [name for name in filesystem.glob(root) if filesystem.isfile(name)]
+    visible = [name for name in sorted(paths) if not name.rsplit("/", 1)[-1].startswith(".")]
+    return [(filesystem.unstrip_protocol(name), RemoteFile(filesystem, name)) for name in visible]
 
 
 @dataclass(frozen=True)
@@ -193,12 +201,12 @@ def is_local(path: str) -> bool:
     return looks_local or is_file_name(path) or _is_glob(path) or Path(path).exists()
 
 
-def find_files(paths: Sequence[str], wanted: FileSettings) -> list[DataFile]:
+def find_files(paths: Sequence[str], settings: FileSettings) -> list[DataFile]:
     """The files of all paths, in their order, those of one path sorted by name."""
-    files = [file for path in paths for file in _files_of_path(path, wanted)]
+    files = [file for path in paths for file in _files_of_path(path, settings)]
     seen: dict[tuple[str, str], str] = {}
     for file in files:
-        key = (file.place.key, file.member)
+        key = (file.location.key, file.member)
         if key in seen:
             raise UserError(
                 f"dataset: {file.label} stands twice in path (as {seen[key]} too). Name "
@@ -208,33 +216,35 @@ def find_files(paths: Sequence[str], wanted: FileSettings) -> list[DataFile]:
     return files
 
 
-def _files_of_path(path: str, wanted: FileSettings) -> list[DataFile]:
+def _files_of_path(path: str, settings: FileSettings) -> list[DataFile]:
     """The files of one path."""
     local = local_path(path)
     if is_address(path) and local is None:
-        found = _remote_locations(path, wanted)
+        locations = _remote_locations(path, settings)
     else:
-        found = _local_locations(local or path, wanted)
-    return [file for label, place in found for file in _expand_archive(label, place, wanted)]
+        locations = _local_locations(local or path, settings)
+    return [
+        file for label, location in locations for file in _expand_archive(label, location, settings)
+    ]
 
 
-def _remote_locations(path: str, wanted: FileSettings) -> list[NamedLocation]:
+def _remote_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
     """The files at an address."""
-    found = find_remote_files(path, wanted.storage)
-    if [label for label, _ in found] == [path]:
-        return found
-    if not found:
+    locations = find_remote_files(path, settings.storage)
+    if [label for label, _ in locations] == [path]:
+        return locations
+    if not locations:
         raise UserError(f"dataset: there are no files at {path}.")
-    return select_data_files(path, found, wanted.format)
+    return select_data_files(path, locations, settings.format)
 
 
-def _local_locations(path: str, wanted: FileSettings) -> list[NamedLocation]:
+def _local_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
     """The files that a path of this machine means."""
     file = Path(path).expanduser()
     if file.is_dir():
         entries = sorted(entry for entry in file.iterdir() if entry.is_file())
         named = [(_join(path, entry.name), LocalFile(entry)) for entry in entries]
-        return select_data_files(path, named, wanted.format)
+        return select_data_files(path, named, settings.format)
     if file.is_file():
         return [(path, LocalFile(file))]
     if file.exists():
@@ -245,39 +255,45 @@ def _local_locations(path: str, wanted: FileSettings) -> list[NamedLocation]:
         raise UserError(_describe_missing(path, file))
     # Path.glob would take hidden files and refuse absolute patterns.
     names = sorted(glob.glob(str(file), recursive=True))  # noqa: PTH207
-    found: list[NamedLocation] = [
+    locations: list[NamedLocation] = [
         (name, LocalFile(Path(name))) for name in names if Path(name).is_file()
     ]
-    if not found:
+    if not locations:
         raise UserError(_describe_unmatched(path, file))
-    return found
+    return locations
 
 
-def _expand_archive(label: str, place: FileLocation, wanted: FileSettings) -> list[DataFile]:
+def _expand_archive(label: str, location: FileLocation, settings: FileSettings) -> list[DataFile]:
     """The file, or the data files of a zip archive, each with its format."""
     if not label.lower().endswith(".zip"):
-        return [DataFile(label, _file_format(label, wanted), place)]
-    names = list_zip_members(place, label)
+        return [DataFile(label, _file_format(label, settings), location)]
+    names = list_zip_members(location, label)
     if len(names) == 1:
-        known = wanted.format if wanted.format != "auto" else format_of(names[0])
+        member_format = settings.format if settings.format != "auto" else format_of(names[0])
         return [
-            DataFile(f"{label}/{names[0]}", known or _file_format(label, wanted), place, names[0])
+            DataFile(
+                f"{label}/{names[0]}",
+                member_format or _file_format(label, settings),
+                location,
+                names[0],
+            )
         ]
-    kept = select_data_files(label, [(name, place) for name in names], wanted.format)
+    data_members = select_data_files(label, [(name, location) for name in names], settings.format)
     return [
-        DataFile(f"{label}/{name}", _file_format(name, wanted), place, name) for name, _ in kept
+        DataFile(f"{label}/{name}", _file_format(name, settings), location, name)
+        for name, _ in data_members
     ]
 
 
-def _file_format(label: str, wanted: FileSettings) -> str:
+def _file_format(label: str, settings: FileSettings) -> str:
     """The format of a file: the one that is set, else the one its name says."""
-    found = wanted.format if wanted.format != "auto" else format_of(label)
-    if found is None:
+    file_format = settings.format if settings.format != "auto" else format_of(label)
+    if file_format is None:
         raise UserError(
             f"dataset: {label} has none of the suffixes {', '.join(FORMAT_OF_SUFFIX)} (with .gz, "
             ".bz2, .xz, .zst or .zip behind them where it is compressed). Set format to what it is."
         )
-    return found
+    return file_format
 
 
 def _is_glob(path: str) -> bool:

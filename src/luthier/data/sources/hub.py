@@ -85,9 +85,9 @@ def _is_cached(name: str) -> bool:
     base = Path(environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(environ.get("HF_HOME", base))
     cache = Path(environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
-    wanted = _normalise_name(name.replace("/", "___"))
+    folder_name = _normalise_name(name.replace("/", "___"))
     return cache.is_dir() and any(
-        _normalise_name(entry.name) == wanted for entry in cache.iterdir()
+        _normalise_name(entry.name) == folder_name for entry in cache.iterdir()
     )
 
 
@@ -185,11 +185,11 @@ def _describe_not_found(path: str, revision: str | None, reason: str) -> str:
 def _describe_load_error(config: "SourceConfig", reason: str) -> str:
     """The words for a wrong split, a wrong configuration, or whatever else `datasets` says."""
     choices = re.findall(r"\[.*\]", reason)
-    known = f" It has: {choices[-1]}." if choices else ""
+    available = f" It has: {choices[-1]}." if choices else ""
     if "Unknown split" in reason or "Bad split" in reason:
-        return f"dataset: {config.path} has no split {config.split!r}.{known}"
+        return f"dataset: {config.path} has no split {config.split!r}.{available}"
     if "Config name is missing" in reason or "multiple" in reason:
-        return f"dataset: {config.path} needs dataset.name, its configuration.{known}"
+        return f"dataset: {config.path} needs dataset.name, its configuration.{available}"
     if "BuilderConfig" in reason or "for config" in reason:
-        return f"dataset: {config.path} has no configuration {config.name!r}.{known}"
+        return f"dataset: {config.path} has no configuration {config.name!r}.{available}"
     return f"dataset: {config.path} (split {config.split!r}) cannot be loaded: {reason}"

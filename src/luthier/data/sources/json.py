@@ -167,10 +167,10 @@ class JsonWindow:
 
     def _more(self) -> bool:
         """Let go of what was read and take as much text again; whether there was any."""
-        taken, wanted = [], max(1, len(self._text) - self._at)
-        while wanted > 0 and (text := next(self._texts, None)) is not None:
+        taken, missing_chars = [], max(1, len(self._text) - self._at)
+        while missing_chars > 0 and (text := next(self._texts, None)) is not None:
             taken.append(text)
-            wanted -= len(text)
+            missing_chars -= len(text)
         if not any(taken):
             return False
         self._line += self._text.count("\n", self._counted, self._at)
@@ -221,8 +221,8 @@ def read_json_rows(file: DataFile, options: JsonOptions) -> Iterator[Row | BadRo
             raise _not_one_object(file.label, options.rows)
         return _rows_of_array(file.label, text)
     spans_lines = head.startswith("{") and not _is_one_value(head)
-    found = _rows_of_objects(file.label, text) if spans_lines else _rows_by_line(file.label, text)
-    return found if options.rows is None else _unwrap_rows(file.label, found, options.rows)
+    rows = _rows_of_objects(file.label, text) if spans_lines else _rows_by_line(file.label, text)
+    return rows if options.rows is None else _unwrap_rows(file.label, rows, options.rows)
 
 
 def _first_line(text: Iterator[str]) -> tuple[str, Iterator[str]]:
@@ -274,30 +274,30 @@ def _rows_of_array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
         raise window.broken("there is text behind the array's end")
 
 
-def _unwrap_rows(label: str, found: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
+def _unwrap_rows(label: str, rows: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
     """The rows that a file of one object holds under a key; else the rows themselves."""
-    first, second = next(found, None), next(found, None)
+    first, second = next(rows, None), next(rows, None)
     head = [entry for entry in (first, second) if entry is not None]
     if isinstance(first, Row) and second is None:
         yield from _rows_of_object(label, first, key)
     elif key != "auto":
         raise _not_one_object(label, key)
     else:
-        yield from chain(head, found)
+        yield from chain(head, rows)
 
 
-def _rows_of_object(label: str, whole: Row, key: str) -> Iterator[Row | BadRow]:
+def _rows_of_object(label: str, outer: Row, key: str) -> Iterator[Row | BadRow]:
     """The rows of the one object of a file: those under the key, or the object itself."""
-    key = _find_rows_key(label, whole.fields) if key == "auto" else key
+    key = _find_rows_key(label, outer.fields) if key == "auto" else key
     if not key:
-        yield whole
+        yield outer
         return
-    if not isinstance(whole.fields.get(key), list):
+    if not isinstance(outer.fields.get(key), list):
         raise UserError(
             f"dataset: options.rows={key}: {label} holds no list under {key!r}. "
-            f"It has the keys {', '.join(whole.fields)}."
+            f"It has the keys {', '.join(outer.fields)}."
         )
-    for number, value in enumerate(whole.fields[key]):
+    for number, value in enumerate(outer.fields[key]):
         yield row_of_value(value, f"{label} {key}[{number}]")
 
 
@@ -309,11 +309,11 @@ def _find_rows_key(label: str, fields: dict[str, Any]) -> str:
         return ""
     if len(lists) == 1 and lists[0] in WRAPPER_KEYS and not any(map(_is_nested, others)):
         return lists[0]
-    shown = " or ".join(f"options.rows={key}" for key in lists)
+    settings = " or ".join(f"options.rows={key}" for key in lists)
     sizes = ", ".join(f"{key} ({len(fields[key]):,})" for key in lists)
     raise UserError(
         f"dataset: {label} is one object that holds lists of objects: {sizes}. If those are the "
-        f"rows, set {shown}; if the object is one row, set options.rows=null."
+        f"rows, set {settings}; if the object is one row, set options.rows=null."
     )
 
 

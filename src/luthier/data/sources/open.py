@@ -77,19 +77,22 @@ class FileContent:
     def digest(self) -> str:
         """The hash of the files as they are stored."""
         # An archive is one place, however many of its files are read.
-        places = {file.place.key: file.place for file in self._files}
-        return hash_files(places.values())
+        locations = {file.location.key: file.location for file in self._files}
+        return hash_files(locations.values())
 
     def settings(self) -> dict[str, Any]:
         """The formats, in the order of the files where they differ, and their options."""
         formats = [file.format for file in self._files]
-        kinds = sorted(set(formats))
-        options = {kind: self._options[kind].model_dump() for kind in kinds}
-        return {"format": kinds[0] if len(kinds) == 1 else formats, "options": options}
+        unique_formats = sorted(set(formats))
+        options = {name: self._options[name].model_dump() for name in unique_formats}
+        return {
+            "format": unique_formats[0] if len(unique_formats) == 1 else formats,
+            "options": options,
+        }
 
     def size(self) -> int | None:
         """How many rows there are, where the files themselves say it."""
-        if any(file.format not in TABLE_FORMATS or file.place.is_remote for file in self._files):
+        if any(file.format not in TABLE_FORMATS or file.location.is_remote for file in self._files):
             return None
         return sum(map(count_table_rows, self._files))
 
@@ -103,12 +106,12 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
     """
     if not config.path:
         raise UserError(f"{name}.path is not set: name a file, a folder or a hub dataset.")
-    kind = source_type(config)
-    if kind == "hub":
+    path_type = source_type(config)
+    if path_type == "hub":
         return _open_hub(config, name, streaming)
-    if kind == "python":
+    if path_type == "python":
         return _open_function(config, name)
-    if kind == "saved":
+    if path_type == "saved":
         _refuse_hub_settings(config, name, ("name", "revision"), "a saved dataset")
         options = read_options("saved", config.options, name)
         files = find_saved_files(str(config.path), config.split, name)
@@ -153,13 +156,13 @@ def _open_function(config: "SourceConfig", name: str) -> Source:
 def _open_files(config: "SourceConfig", name: str) -> Source:
     """Files, here or behind an address."""
     _refuse_hub_settings(config, name, ("name", "revision", "split"), "a file")
-    given = dict(config.options)
-    storage = given.pop("storage", {})
+    format_options = dict(config.options)
+    storage = format_options.pop("storage", {})
     if not isinstance(storage, dict):
         raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")
     files = find_files(_paths(config), FileSettings(config.format, storage))
     formats = sorted({file.format for file in files})
-    options = {kind: read_options(kind, given, name) for kind in formats}
+    options = {each: read_options(each, format_options, name) for each in formats}
     return _source_of_files(config, name, files, options)
 
 
@@ -184,12 +187,12 @@ def _label(paths: Sequence[str], labels: Sequence[str]) -> str:
     return f"{paths[0] if len(paths) == 1 else f'{paths[0]}, ...'} ({len(labels)} files)"
 
 
-def _refuse_hub_settings(config: "SourceConfig", name: str, keys: Sequence[str], kind: str) -> None:
+def _refuse_hub_settings(config: "SourceConfig", name: str, keys: Sequence[str], noun: str) -> None:
     """Refuse settings of hub datasets beside what would not heed them."""
     for key in keys:
         value: Any = getattr(config, key)
         if value is not None and (key, value) != ("split", "train"):
             raise UserError(
-                f"{name}.{key}={value} is for hub datasets, and {config.path} is {kind}. "
+                f"{name}.{key}={value} is for hub datasets, and {config.path} is {noun}. "
                 f"Remove {name}.{key}."
             )

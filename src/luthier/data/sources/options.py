@@ -83,20 +83,20 @@ _OPTIONS_OF_FORMAT: dict[str, type[FormatOptions]] = {
 }
 
 
-def read_options(format: str, given: dict[str, Any], name: str) -> FormatOptions:
+def read_options(format: str, settings: dict[str, Any], name: str) -> FormatOptions:
     """The options of a format; UserError names the key, such as `dataset.options.delimiter`."""
     model = _OPTIONS_OF_FORMAT.get(format, FormatOptions)
     try:
-        return model.model_validate(given)
+        return model.model_validate(settings)
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        key = str(found["loc"][0])
+        mistake = error.errors(include_url=False)[0]
+        key = str(mistake["loc"][0])
         where = f"{name}.options.{key}"
-        if found["type"] == "extra_forbidden":
+        if mistake["type"] == "extra_forbidden":
             raise UserError(f"{where}: {_describe_unknown_option(format, key, model)}") from error
-        problem = found["msg"].removeprefix("Value error, ")
+        problem = mistake["msg"].removeprefix("Value error, ")
         raise UserError(
-            f"{where}={format_value(found['input'])} does not fit: {problem}."
+            f"{where}={format_value(mistake['input'])} does not fit: {problem}."
         ) from error
 
 

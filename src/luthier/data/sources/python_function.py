@@ -55,8 +55,8 @@ class FunctionContent:
         """What the function yields, its failures in words."""
         number = 0
         try:
-            found = self._function(**self._arguments)
-            for value in _check_iterable(found, self._path):
+            returned = self._function(**self._arguments)
+            for value in _check_iterable(returned, self._path):
                 yield value
                 number += 1
         except UserError:
@@ -74,13 +74,13 @@ def _import_function(path: str) -> Callable[..., Any]:
             "python:package.module.function."
         )
     module = _import_module(path, module_name)
-    found = vars(module).get(name)
-    if callable(found):
-        return found
-    known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    function = vars(module).get(name)
+    if callable(function):
+        return function
+    functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
     raise UserError(
         f"dataset: {path}: the module {module_name} has no function {name!r}. "
-        f"{suggest_options(name, known)}"
+        f"{suggest_options(name, functions)}"
     )
 
 
@@ -123,12 +123,12 @@ def _check_arguments(
         ) from error
 
 
-def _check_iterable(found: Any, path: str) -> Iterable[Any]:
+def _check_iterable(returned: Any, path: str) -> Iterable[Any]:
     """What the function returned, if rows can be taken from it."""
-    if isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping):
-        return found
+    if isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping):
+        return returned
     raise UserError(
-        f"dataset: {path} returned {_describe_type(found)}, and rows are needed: let it yield "
+        f"dataset: {path} returned {_describe_type(returned)}, and rows are needed: let it yield "
         "dicts or return a list of them."
     )
 
@@ -142,8 +142,8 @@ def _describe_exception(error: Exception) -> str:
     """What an exception says, with the last place of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
-    place = f" ({last.filename}:{last.lineno})" if last and last.filename != __file__ else ""
-    return f"{type(error).__name__}: {error}{place}"
+    location = f" ({last.filename}:{last.lineno})" if last and last.filename != __file__ else ""
+    return f"{type(error).__name__}: {error}{location}"
 
 
 def _describe_type(value: Any) -> str:

@@ -96,14 +96,14 @@ class Source:
 # Hashes of content: equal where the rows are equal, whatever a file is called and when written.
 
 
-def hash_files(places: Iterable[FileLocation]) -> str:
+def hash_files(locations: Iterable[FileLocation]) -> str:
     """The SHA-256 of the hashes of all files as they are stored; their order counts."""
     total = sha256()
-    for place in places:
-        one = sha256()
-        for block in read_stored_blocks(place):
-            one.update(block)
-        total.update(one.digest())
+    for location in locations:
+        file_hash = sha256()
+        for block in read_stored_blocks(location):
+            file_hash.update(block)
+        total.update(file_hash.digest())
     return total.hexdigest()
 
 

@@ -122,7 +122,7 @@ class DataFile:
 
     label: str
     format: str
-    place: FileLocation
+    location: FileLocation
     member: str = ""
     """The file's name inside a zip archive."""
 
@@ -195,7 +195,7 @@ BLOCK_BYTES = 1 << 20
 def open_content(file: DataFile) -> Iterator[io.BufferedReader]:
     """The file's content, unpacked; by its first bytes, because names lie about compression."""
     with ExitStack() as stack:
-        stream = stack.enter_context(file.place.open())
+        stream = stack.enter_context(file.location.open())
         if file.member:
             stream = _open_named_member(stack, stream, file.label, file.member)
         while unpack := _find_unpacker(stream.peek(10)):
@@ -205,14 +205,17 @@ def open_content(file: DataFile) -> Iterator[io.BufferedReader]:
 
 def read_blocks(file: DataFile) -> Iterator[bytes]:
     """The file's content, unpacked, a block at a time."""
-    with read_errors_as_user_errors(file.label, file.place.is_remote), open_content(file) as stream:
+    with (
+        read_errors_as_user_errors(file.label, file.location.is_remote),
+        open_content(file) as stream,
+    ):
         while block := stream.read(BLOCK_BYTES):
             yield block
 
 
-def read_stored_blocks(place: FileLocation) -> Iterator[bytes]:
+def read_stored_blocks(location: FileLocation) -> Iterator[bytes]:
     """The bytes of a place as they are stored."""
-    with read_errors_as_user_errors(place.key, place.is_remote), place.open() as stream:
+    with read_errors_as_user_errors(location.key, location.is_remote), location.open() as stream:
         while block := stream.read(BLOCK_BYTES):
             yield block
 
@@ -235,10 +238,10 @@ def make_seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
     return copy
 
 
-def list_zip_members(place: FileLocation, label: str) -> list[str]:
+def list_zip_members(location: FileLocation, label: str) -> list[str]:
     """The names of the files in a zip archive, sorted; hidden ones left out."""
-    with read_errors_as_user_errors(label, place.is_remote), ExitStack() as stack:
-        stream = stack.enter_context(place.open())
+    with read_errors_as_user_errors(label, location.is_remote), ExitStack() as stack:
+        stream = stack.enter_context(location.open())
         return _visible_members(stack.enter_context(ZipFile(make_seekable(stack, stream))))
 
 
@@ -248,7 +251,7 @@ def _visible_members(archive: ZipFile) -> list[str]:
         name
         for name in archive.namelist()
         if not name.endswith("/")
-        and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+        and not any(folder.startswith((".", "__MACOSX")) for folder in name.split("/"))
     )
 
 

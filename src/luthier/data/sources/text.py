@@ -38,12 +38,12 @@ def _lines_of_each_block(text: Iterator[str]) -> Iterator[list[str]]:
     """The lines that end in each block, then the rest."""
     open_line: list[str] = []
     for block in text:
-        found = block.split("\n")
-        open_line.append(found[0])
-        if len(found) > 1:
-            found[0] = "".join(open_line)
-            open_line = [found.pop()]
-            yield found
+        pieces = block.split("\n")
+        open_line.append(pieces[0])
+        if len(pieces) > 1:
+            pieces[0] = "".join(open_line)
+            open_line = [pieces.pop()]
+            yield pieces
     if rest := "".join(open_line):
         yield [rest]
 
@@ -72,7 +72,7 @@ def _describe_wrong_encoding(
 def _encoding_advice(file: DataFile, encoding: str) -> str:
     """What to do about a file in another encoding."""
     setting = f"et options.encoding={encoding}."
-    if file.place.is_remote or file.label.lower().endswith(COMPRESSION_SUFFIXES):
+    if file.location.is_remote or file.label.lower().endswith(COMPRESSION_SUFFIXES):
         return f"S{setting}"
     command = f"iconv -f {encoding.upper()} -t UTF-8 {file.label} > utf8.{file.format}"
     return f"Convert it: {command}, or s{setting}"
@@ -86,19 +86,19 @@ def read_text_rows(file: DataFile, options: TextOptions) -> Iterator[Row | BadRo
     text = read_text_blocks(file, options.encoding)
     if options.by == "file":
         return _row_of_file(file.label, text)
-    found = _number_lines(text)
+    numbered_lines = _number_lines(text)
     return (
-        _rows_of_lines(file.label, found)
+        _rows_of_lines(file.label, numbered_lines)
         if options.by == "line"
-        else _rows_of_paragraphs(file.label, found)
+        else _rows_of_paragraphs(file.label, numbered_lines)
     )
 
 
 def _row_of_file(label: str, text: Iterator[str]) -> Iterator[Row]:
     """One row, unless the file is blank."""
-    whole = "".join(text)
-    if whole.strip():
-        yield Row({"text": whole}, label)
+    content = "".join(text)
+    if content.strip():
+        yield Row({"text": content}, label)
 
 
 def _number_lines(text: Iterator[str]) -> Iterator[tuple[int, str]]:
@@ -108,20 +108,22 @@ def _number_lines(text: Iterator[str]) -> Iterator[tuple[int, str]]:
     )
 
 
-def _rows_of_lines(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _rows_of_lines(label: str, numbered_lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
     """A row for each line that is not blank."""
-    return (Row({"text": line}, f"{label}:{number}") for number, line in found if line.strip())
+    return (
+        Row({"text": line}, f"{label}:{number}") for number, line in numbered_lines if line.strip()
+    )
 
 
-def _rows_of_paragraphs(label: str, found: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _rows_of_paragraphs(label: str, numbered_lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
     """A row for each stretch of lines between blank ones, with the line on which it starts."""
-    start, taken = 0, list[str]()
-    for number, line in found:
+    start, paragraph = 0, list[str]()
+    for number, line in numbered_lines:
         if line.strip():
-            start = start if taken else number
-            taken.append(line)
-        elif taken:
-            yield Row({"text": "\n".join(taken)}, f"{label}:{start}")
-            taken = []
-    if taken:
-        yield Row({"text": "\n".join(taken)}, f"{label}:{start}")
+            start = start if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield Row({"text": "\n".join(paragraph)}, f"{label}:{start}")
+            paragraph = []
+    if paragraph:
+        yield Row({"text": "\n".join(paragraph)}, f"{label}:{start}")
