@@ -23,7 +23,8 @@ _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def canonical_json(example: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """The example's canonical JSON and its fingerprint, which is the BLAKE2b of that JSON."""
+    """Return the example's canonical JSON and its fingerprint, which is the BLAKE2b of that
+    JSON."""
     text = _encode(example).encode()
     return text, blake2b(text, digest_size=FINGERPRINT_BYTES).digest()
 

@@ -5,22 +5,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from luthier.config.schema import SourceConfig
 from luthier.data.examples import source_key
-from luthier.data.seeded_random import seeded_order
+from luthier.data.seeded_random import RowNumbers, seeded_order
 from luthier.errors import UserError
-
-Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Mixture:
     """The rows of an epoch."""
 
-    order: Positions
-    """Positions in the sources laid end to end, in the order in which they are named; a row that
+    order: RowNumbers
+    """Row numbers in the sources laid end to end, in the order in which they are named; a row that
     is seen twice stands here twice."""
     counts: dict[str, int]
     """Rows of the epoch from each source."""
@@ -32,7 +29,7 @@ def mix_sources(
     mix: Literal["concatenate", "interleave"],
     seed: int,
 ) -> Mixture:
-    """The epoch that sources of these sizes (in rows, by name) give.
+    """Return the epoch that sources of these sizes (in rows, by name) give.
 
     `concatenate`: all rows of one source after the other, each source `repeats` times; 2.5 is all
     rows twice and a seeded half of them. `interleave`: the shares that `weight` says, spread
@@ -57,8 +54,8 @@ def mix_sources(
     )
 
 
-def interleave_evenly(counts: list[int]) -> Positions:
-    """The order in which groups of these sizes, laid end to end, alternate most evenly.
+def interleave_evenly(counts: list[int]) -> RowNumbers:
+    """Return the order in which groups of these sizes, laid end to end, alternate most evenly.
 
     Item k of a group of n stands at (k + 1/2) / n of the way (Inman and Bulfin, "Sequencing JIT
     mixed-model assembly lines", Management Science 37, 1991). Where a group has the share p of all
@@ -68,7 +65,7 @@ def interleave_evenly(counts: list[int]) -> Positions:
     return np.argsort(np.concatenate(positions), kind="stable")
 
 
-def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> Positions:
+def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> RowNumbers:
     """All rows as many whole times as `repeats` holds, then a seeded part of them, in order."""
     full_passes, rest = divmod(round(repeats * size), max(size, 1))
     last_pass = np.sort(seeded_order(size, "repeats", seed, name)[:rest])
@@ -77,7 +74,7 @@ def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> Positions:
 
 def _draw_by_weight(
     sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], seed: int
-) -> list[Positions]:
+) -> list[RowNumbers]:
     """For each source its share of rows, drawn and put in order by the seed.
 
     The source with the fewest rows for its weight gives all of them and so sets the others' counts.
@@ -96,7 +93,8 @@ def _draw_by_weight(
 def _check_settings(
     sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], mix: str
 ) -> None:
-    """UserError for a source without rows, and for a weight or repeats where they say nothing."""
+    """Raise UserError for a source without rows, and for a weight or repeats where they say
+    nothing."""
     for name, size in sizes.items():
         key, source = source_key(name, sources), sources[name]
         if not size:
@@ -115,7 +113,7 @@ def _check_settings(
 
 
 def _check_weights(sources: Mapping[str, SourceConfig], mix: str) -> None:
-    """UserError if some sources of an interleaved mixture have a weight and others do not."""
+    """Raise UserError if some sources of an interleaved mixture have a weight and others do not."""
     without = [name for name, source in sources.items() if source.weight is None]
     if mix == "interleave" and 0 < len(without) < len(sources):
         raise UserError(
@@ -130,7 +128,7 @@ def _check_counts(
     sources: Mapping[str, SourceConfig],
     mix: str,
 ) -> None:
-    """UserError for a source whose setting is so small that none of its rows is seen."""
+    """Raise UserError for a source whose setting is so small that none of its rows is seen."""
     setting = "repeats" if mix == "concatenate" else "weight"
     for name, count in counts.items():
         if not count:

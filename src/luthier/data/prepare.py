@@ -23,12 +23,11 @@ from luthier.data.examples import (
 )
 from luthier.data.formats import Example
 from luthier.data.rows import excerpt
+from luthier.data.seeded_random import RowNumbers
 from luthier.data.select import RowSelection, select_rows, split_by_source
 from luthier.data.store import Store, data_folder, tokenizer_digest
 from luthier.data.store.table import JoinedTable
 from luthier.data.streaming import TokenRowStream, open_stream
-
-RowNumbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,18 @@ from luthier.config.schema import DatasetConfig, EvalConfig, SourceConfig
 from luthier.data.examples import source_key
 from luthier.data.fingerprints import Fingerprints, is_first_occurrence
 from luthier.data.mixture import mix_sources
-from luthier.data.seeded_random import UInt64s, scatter
+from luthier.data.seeded_random import RowNumbers, UInt64s, scatter
 from luthier.errors import UserError
 
 # Which rows are held out from training; rows of equal content never stand on both sides.
-
-Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class HeldOutSplit:
     """Positions of the training and of the held-out rows, both in the rows' own order."""
 
-    train: Positions
-    heldout: Positions
+    train: RowNumbers
+    heldout: RowNumbers
     equal: int
     """Rows on neither side, because a held-out row equals them."""
 
@@ -34,7 +32,7 @@ class HeldOutSplit:
 class SeparatedRows:
     """Positions of the rows that train beside held-out rows from elsewhere."""
 
-    train: Positions
+    train: RowNumbers
     equal: dict[str, int]
     """Rows left out of training because a row of that held-out set equals them, by its name."""
 
@@ -126,9 +124,6 @@ def _hash_needs_a_share(config: EvalConfig) -> str:
         f"dataset.eval.count={config.count} cannot be held out with dataset.eval.by=hash, which "
         "looks at each row by itself. Give a share, or set dataset.eval.by=draw."
     )
-
-
-RowNumbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,17 @@ Padding stands on the right and is known by its place, never by the padding toke
 end a reply.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.batching.token_rows import IGNORE_INDEX, Document, TrainingRow
+from luthier.data.batching.token_rows import IGNORE_INDEX, Array, Document, TrainingRow
 
 if TYPE_CHECKING:
     import torch
 
-Array = np.ndarray
 Batch = dict[str, Any]
 
 MIN_WIDTH = 2
@@ -49,7 +48,7 @@ class PaddingCollator(_TokenCollator):
         mask = np.arange(batch["input_ids"].shape[1]) < used[:, None]
         # Attention over nothing at all is not a number.
         mask[:, 0] = True
-        return _to_tensors(batch | {"attention_mask": mask.astype(np.int64), "tokens": used})
+        return to_tensors(batch | {"attention_mask": mask.astype(np.int64), "tokens": used})
 
 
 class PackingCollator(_TokenCollator):
@@ -69,7 +68,7 @@ class PackingCollator(_TokenCollator):
             for row, in_use in zip(rows, used.tolist(), strict=True)
         ]
         batch = _pad_documents(rows, self.pad_token_id, width)
-        return _to_tensors(batch | {"position_ids": np.stack(positions), "tokens": used})
+        return to_tensors(batch | {"position_ids": np.stack(positions), "tokens": used})
 
 
 class FlatteningCollator(_TokenCollator):
@@ -97,7 +96,7 @@ class FlatteningCollator(_TokenCollator):
             "tokens": used,
         }
         longest = int(sizes.max())
-        return _to_tensors(batch) | {"max_length_q": longest, "max_length_k": longest}
+        return to_tensors(batch) | {"max_length_q": longest, "max_length_k": longest}
 
 
 def uses_flattening(attention: str) -> bool:
@@ -110,12 +109,12 @@ def uses_flattening(attention: str) -> bool:
 
 
 def _token_counts(rows: Sequence[TrainingRow]) -> Array:
-    """How many tokens each row has, int64."""
+    """Return how many tokens each row has, int64."""
     return np.array([sum(map(_length, row)) for row in rows], dtype=np.int64)
 
 
 def _batch_width(used: Array, layout: _TokenCollator, rows: int = 1) -> int:
-    """How wide the batch is; `rows` that are laid side by side share it."""
+    """Return how wide the batch is; `rows` that are laid side by side share it."""
     longest = int(used.max())
     width = max(longest, MIN_WIDTH) if layout.pad_to is None else layout.pad_to * rows
     if longest > width:
@@ -125,7 +124,7 @@ def _batch_width(used: Array, layout: _TokenCollator, rows: int = 1) -> int:
 
 
 def _pad_documents(rows: Sequence[TrainingRow], pad_token_id: int, width: int) -> dict[str, Array]:
-    """The ids and labels of the rows, padded."""
+    """Return the ids and labels of the rows, padded."""
     ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
     for line, row in enumerate(rows):
@@ -146,7 +145,8 @@ def _length(document: Document) -> int:
     return len(document.input_ids)
 
 
-def _to_tensors(batch: dict[str, Array]) -> "dict[str, torch.Tensor]":
+def to_tensors(batch: Mapping[str, Array]) -> "dict[str, torch.Tensor]":
+    """Return the arrays of a batch as tensors that share their memory."""
     import torch
 
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from luthier.data.batching.token_rows import Array
 from luthier.data.seeded_random import random_order
 
-Array = np.ndarray
 BinRun = tuple[int, int, int]
 """First bin, number of bins, rows of one length that each of them gets."""
 
@@ -75,7 +75,7 @@ class PackingPlan:
         return Packing(self._longest_first(seed)[order], starts, self.efficiency)
 
     def _longest_first(self, seed: tuple[int, ...]) -> Array:
-        """All rows, the longest first; equally long ones by chance, or by their numbers."""
+        """Return all rows, the longest first; equally long ones by chance, or by their numbers."""
         if not seed:
             return np.argsort(-self.lengths, kind="stable")
         chance = random_order(len(self.lengths), *seed, 1)
@@ -159,7 +159,7 @@ class _OpenBins:
 
 
 def _bin_of_each_row(runs: list[BinRun]) -> Array:
-    """The bin of each place, int64: places in the order of the runs, the longest rows first."""
+    """Return the bin of each row, int64: rows in the order of the runs, the longest first."""
     if not runs:
         return np.zeros(0, dtype=np.int64)
     first, several, each = np.array(runs, dtype=np.int64).T

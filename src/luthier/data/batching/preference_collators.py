@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from luthier.data.batching.collators import to_tensors
 from luthier.data.batching.samplers import RowTuple, SampledDataset, Sampler
-from luthier.data.batching.token_rows import TokenRows
+from luthier.data.batching.token_rows import Array, TokenRows
 
 if TYPE_CHECKING:
     import torch
 
-Array = np.ndarray
 Row = Mapping[str, Any]
 Batch = dict[str, "torch.Tensor"]
 
@@ -56,12 +56,12 @@ class TableWithColumns:
         self._columns = dict(columns)
 
     def row(self, number: int, /) -> Row:
-        """The columns of one row."""
+        """Return the columns of one row."""
         extra = {name: column[number] for name, column in self._columns.items()}
         return {**self.table.row(number), **extra}
 
     def column(self, name: str) -> Array:
-        """A column of numbers."""
+        """Return a column of numbers."""
         extra = self._columns.get(name)
         return self.table.column(name) if extra is None else extra
 
@@ -98,7 +98,8 @@ class PartnerSampler(Sampler):
 
 
 def rotate_partners(order: Array, step: int) -> Array:
-    """The partner of each row of an order, int64: the one before it within its `step` rows."""
+    """Return the partner of each row of an order, int64: the one before it within its `step`
+    rows."""
     partners = np.roll(order, 1)
     starts = np.arange(0, len(order), step)
     ends = np.minimum(starts + step, len(order)) - 1
@@ -107,8 +108,10 @@ def rotate_partners(order: Array, step: int) -> Array:
 
 
 def assign_fixed_partners(rows: TokenRows, step: int) -> Array:
-    """The partner of each row of a table by its number, int64, by the order of those that take
-    part; a row that does not is its own."""
+    """Return the partner of each row of a table by its number (int64).
+
+    The order of the rows that take part decides; a row that does not is its own partner.
+    """
     order = np.arange(len(rows)) if rows.index is None else np.asarray(rows.index)
     partners = np.arange(len(rows.table.lengths))
     partners[order] = rotate_partners(order, step)
@@ -166,7 +169,7 @@ class PairCollator(PreferenceCollator):
             for item in items
         ]
         reference_sums = self._numbers(items, "ref_chosen_logps", "ref_rejected_logps")
-        return _to_tensors(self._replies(pieces) | self._columns(items) | reference_sums)
+        return to_tensors(self._replies(pieces) | self._columns(items) | reference_sums)
 
 
 class UnpairedCollator(PreferenceCollator):
@@ -174,7 +177,7 @@ class UnpairedCollator(PreferenceCollator):
 
     def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
-        return _to_tensors(self._all(items))
+        return to_tensors(self._all(items))
 
     def _all(self, items: Sequence[PreferenceItem]) -> dict[str, Array]:
         columns = self._replies([_completion(item.row, item.row) for item in items])
@@ -204,14 +207,8 @@ class RewardCollator(PreferenceCollator):
         ids = [item.row[f"{name}_ids"] for name in ("chosen", "rejected") for item in items]
         if any(sequence[-1] == self.pad_token_id for sequence in ids):
             raise ValueError("a row ends with the padding token")
-        return _to_tensors(self._sequences(ids) | self._columns(items))
+        return to_tensors(self._sequences(ids) | self._columns(items))
 
 
 def _completion(row: Row, replied: Row) -> tuple[Array, Array, Array]:
     return row["prompt_ids"], replied["completion_ids"], replied["completion_spans"]
-
-
-def _to_tensors(columns: Mapping[str, Array]) -> Batch:
-    import torch
-
-    return {name: torch.from_numpy(array) for name, array in columns.items()}

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from luthier.data.batching.packing import PackingPlan, pack_rows
-from luthier.data.batching.token_rows import Document, TokenRows, TrainingRow, check_row_fits
+from luthier.data.batching.token_rows import Array, Document, TokenRows, TrainingRow, check_row_fits
 from luthier.data.seeded_random import random_bits, random_order
 from luthier.errors import UserError
 
-Array = np.ndarray
 RowTuple = tuple[int, ...]
 
 
@@ -54,10 +53,10 @@ class Sampler(ABC):
 
     @abstractmethod
     def _arrange(self) -> Iterator[RowTuple]:
-        """The training rows of this epoch, in order."""
+        """Return the training rows of this epoch, in order."""
 
     def _numbers(self, positions: Array) -> list[int]:
-        """The row numbers in the table of rows that take part."""
+        """Return the row numbers in the table of rows that take part."""
         return (positions if self.rows.index is None else self.rows.index[positions]).tolist()
 
 
@@ -174,7 +173,7 @@ class SampledDataset:
 
 
 def to_document(row: Any) -> Document:
-    """The columns of a row that train."""
+    """Return the columns of a row that train."""
     return Document(np.asarray(row["input_ids"]), np.asarray(row["labels"]))
 
 
@@ -242,7 +241,7 @@ def pack_stream(documents: Iterable[Document], length: int, rows: int) -> Iterat
 
 
 def _pack_documents(documents: list[Document], length: int) -> list[TrainingRow]:
-    """The documents in bins, the emptiest bin last."""
+    """Return the documents in bins, the emptiest bin last."""
     lengths = np.array([len(row.input_ids) for row in documents], dtype=np.int64)
     bins = list(pack_rows(lengths, length, None))
     bins.sort(key=lambda rows: -int(lengths[list(rows)].sum()))

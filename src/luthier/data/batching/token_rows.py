@@ -11,6 +11,7 @@ IGNORE_INDEX = -100
 """The label of a token that does not train."""
 
 Array = np.ndarray
+"""Numbers in one or two dimensions; each use says its dtype and shape."""
 
 
 class Document(NamedTuple):
@@ -35,7 +36,7 @@ class RowTable(Protocol):
         ...
 
     def row(self, number: int, /) -> Mapping[str, Array]:
-        """The columns of one row, `input_ids` and `labels` among them."""
+        """Return the columns of one row, `input_ids` and `labels` among them."""
         ...
 
 
@@ -52,7 +53,7 @@ class InMemoryTable:
         }
 
     def row(self, number: int, /) -> Mapping[str, Array]:
-        """The columns of one row."""
+        """Return the columns of one row."""
         return {name: column[number] for name, column in self._columns.items()}
 
 

@@ -24,7 +24,10 @@ class ColumnMapping:
     system: str | None = None
 
     def take(self, row: Row, ours: str) -> Any:
-        """The row's value of a needed column; MissingColumn names one that is not there."""
+        """Return the row's value of a needed column.
+
+        MissingColumnError names one that is not there.
+        """
         column = self.source_names[ours]
         if column in row.fields:
             return row.fields[column]
@@ -37,7 +40,7 @@ class ColumnMapping:
         raise MissingColumnError(f"there is no {column!r} (it has: {held}){hint}")
 
     def get(self, row: Row, ours: str) -> Any:
-        """The row's value of an optional column; None where it has none."""
+        """Return the row's value of an optional column; None where it has none."""
         column = self.source_names.get(ours)
         if column is not None:
             value = row.fields.get(column)
@@ -48,12 +51,12 @@ class ColumnMapping:
         return None
 
     def source_name(self, ours: str) -> str:
-        """The source's name of a column, for messages."""
+        """Return the source's name of a column, for messages."""
         return self.source_names.get(ours, ours)
 
 
 def find_value(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
-    """Whether a dotted path leads to a value, and the value."""
+    """Return whether a dotted path leads to a value, and the value."""
     if path in fields:
         return True, fields[path]
     head, dot, rest = path.partition(".")
@@ -65,26 +68,30 @@ def find_value(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
 
 
 def describe_value(value: Any) -> str:
-    """What a value is, in words; NaN, which tables write where nothing stands, by its name."""
+    """Return what a value is, in words.
+
+    NaN, which tables write where nothing stands, by its name.
+    """
     return "NaN" if value != value else describe_type(value)
 
 
 def is_empty_cell(value: Any) -> bool:
-    """Whether an optional cell says nothing: null, NaN, blank text or an empty list."""
+    """Return whether an optional cell says nothing: null, NaN, blank text or an empty list."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or value != value
 
 
 def require_text(value: Any, column: str) -> str:
-    """The value, which must be text."""
+    """Return the value, which must be text."""
     if isinstance(value, str):
         return value
     raise RowError(f"{column!r} is {describe_value(value)}; expected text")
 
 
 def require_list(value: Any, column: str, items: str) -> list[Any]:
-    """The value, which must be a list of `items`, or JSON text of one, as CSV cells hold it."""
+    """Return the value, which must be a list of `items`, or JSON text of one, as CSV cells hold
+    it."""
     if isinstance(value, list):
         return value
     if not isinstance(value, str):
@@ -98,7 +105,7 @@ def require_list(value: Any, column: str, items: str) -> list[Any]:
 
 
 def list_or_empty(value: Any) -> list[Any]:
-    """A list, also from JSON text; empty for what is none."""
+    """Return a list, also from JSON text; empty for what is none."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -108,7 +115,10 @@ def list_or_empty(value: Any) -> list[Any]:
 
 
 def parse_json_cell(text: str, what: str, expected: str) -> Any:
-    """The value of JSON text; RowError says where it breaks, and knows Python's own notation."""
+    """Return the value of JSON text.
+
+    RowError says where it breaks, and knows Python's own notation.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -25,25 +25,25 @@ SYSTEM_ROLES = ("system", "developer")
 
 
 def from_messages(row: Row, columns: ColumnMapping) -> Example:
-    """A row that has its messages."""
+    """Return the example of a row that has messages."""
     messages = read_messages(columns.take(row, "messages"), columns.source_name("messages"))
     return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
 def from_sharegpt(row: Row, columns: ColumnMapping) -> Example:
-    """A row of ShareGPT's turns."""
+    """Return the example of a row of ShareGPT's turns."""
     messages = read_turns(columns.take(row, "conversations"), columns.source_name("conversations"))
     return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
 def from_alpaca(row: Row, columns: ColumnMapping) -> Example:
-    """An instruction, perhaps an input and earlier turns, and the output."""
+    """Return the example of an instruction, perhaps an input and earlier turns, and the output."""
     messages = [*read_alpaca_prompt(row, columns), _read_output(row, columns)]
     return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
 def from_prompt_completion(row: Row, columns: ColumnMapping) -> Example:
-    """A prompt and its completion, each a text or messages.
+    """Return the example of a prompt and its completion, each a text or messages.
 
     Assistant messages within the prompt are context and do not train, as in TRL.
     """
@@ -58,7 +58,8 @@ def from_prompt_completion(row: Row, columns: ColumnMapping) -> Example:
 
 
 def from_prompt(row: Row, columns: ColumnMapping) -> Example:
-    """A prompt alone, a text or messages, for a model that learns from its own answers."""
+    """Return the example of a prompt alone, a text or messages, for a model that learns from its
+    own answers."""
     prompt = read_text_or_messages(
         columns.take(row, "prompt"), columns.source_name("prompt"), "user"
     )
@@ -66,7 +67,7 @@ def from_prompt(row: Row, columns: ColumnMapping) -> Example:
 
 
 def read_alpaca_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
-    """The earlier turns, and the instruction with its input below it.
+    """Return the earlier turns, and the instruction with its input below it.
 
     A blank line stands between the two, as between the sections of Stanford Alpaca's own prompt
     (github.com/tatsu-lab/stanford_alpaca): inputs are often whole passages, and one line break
@@ -81,7 +82,10 @@ def read_alpaca_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
 
 
 def _read_history(row: Row, columns: ColumnMapping) -> list[Message]:
-    """The earlier turns, each a question and its answer; the answers train, as in LLaMA-Factory."""
+    """Return the earlier turns, each a question and its answer.
+
+    The answers train, as in LLaMA-Factory.
+    """
     value, column = columns.get(row, "history"), columns.source_name("history")
     if is_empty_cell(value):
         return []
@@ -97,13 +101,13 @@ def _read_history(row: Row, columns: ColumnMapping) -> list[Message]:
 
 
 def _read_output(row: Row, columns: ColumnMapping) -> Message:
-    """The reply of an Alpaca row."""
+    """Return the reply of an Alpaca row."""
     text = require_text(columns.take(row, "output"), columns.source_name("output"))
     return {"role": "assistant", "content": text}
 
 
 def read_text_or_messages(value: Any, column: str, role: str) -> list[Message]:
-    """What one side says: text of this role, one message, or a list of messages."""
+    """Return what one side says: text of this role, one message, or a list of messages."""
     if isinstance(value, str):
         return parse_message_list(value, column) or [{"role": role, "content": value}]
     if isinstance(value, list):
@@ -114,12 +118,12 @@ def read_text_or_messages(value: Any, column: str, role: str) -> list[Message]:
 
 
 def _untrained(message: Message) -> Message:
-    """A message of a prompt: an assistant's does not train unless it says so itself."""
+    """Return a message of a prompt: an assistant's does not train unless it says so itself."""
     return {"train": False, **message} if message["role"] == "assistant" else message
 
 
 def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping) -> list[Message]:
-    """The messages behind their system prompt: their own, the row's, or the config's."""
+    """Return the messages behind their system prompt: their own, the row's, or the config's."""
     cell = columns.get(row, "system")
     system = None if is_empty_cell(cell) else require_text(cell, columns.source_name("system"))
     if messages[0]["role"] in SYSTEM_ROLES:
@@ -134,7 +138,7 @@ def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping)
 
 
 def add_tools(example: Example, row: Row, columns: ColumnMapping) -> Example:
-    """The example with the tools that its row offers, if any."""
+    """Return the example with the tools that its row offers, if any."""
     value = columns.get(row, "tools")
     if value is None or is_empty_cell(value):
         return example
@@ -149,7 +153,10 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_dialogue(text: str) -> list[Message] | None:
-    r"""The messages of a text such as `\n\nHuman: Hi\n\nAssistant: Hello`; None for any other."""
+    r"""Return the messages of a text such as `\n\nHuman: Hi\n\nAssistant: Hello`.
+
+    None for any other.
+    """
     before, *pieces = _TURN.split(text)
     if before or not pieces:
         return None
@@ -158,7 +165,8 @@ def read_dialogue(text: str) -> list[Message] | None:
 
 
 def read_prompt(text: str) -> list[Message]:
-    r"""A prompt as messages: a whole dialogue up to `\n\nAssistant:`, or what one user says."""
+    r"""Return a prompt as messages: a whole dialogue up to `\n\nAssistant:`, or what one user
+    says."""
     messages = read_dialogue(text)
     if messages is None:
         return [{"role": "user", "content": text}]

@@ -13,23 +13,23 @@ Target = Label | float | list[Label]
 
 
 def from_text(row: Row, columns: ColumnMapping) -> Example:
-    """A document."""
+    """Return the example of a document."""
     return {"text": _text_cell(row, columns, "text")}
 
 
 def from_classification(row: Row, columns: ColumnMapping) -> Example:
-    """A text and its class, its number, or its classes."""
+    """Return the example of a text and its class, its number, or its classes."""
     label = read_target(columns.take(row, "label"), columns.source_name("label"))
     return {"text": _text_cell(row, columns, "text"), "label": label}
 
 
 def from_classification_pair(row: Row, columns: ColumnMapping) -> Example:
-    """Two texts and the class of the pair."""
+    """Return the example of two texts and the class of the pair."""
     return from_classification(row, columns) | {"text_pair": _text_cell(row, columns, "text_pair")}
 
 
 def from_tagging(row: Row, columns: ColumnMapping) -> Example:
-    """Words, and a tag for each of them."""
+    """Return the example of words, and a tag for each of them."""
     names = columns.source_name("tokens"), columns.source_name("tags")
     tokens = require_list(columns.take(row, "tokens"), names[0], "texts")
     values = require_list(columns.take(row, "tags"), names[1], "tags")
@@ -45,7 +45,7 @@ def from_tagging(row: Row, columns: ColumnMapping) -> Example:
 
 
 def from_seq2seq(row: Row, columns: ColumnMapping) -> Example:
-    """A text and the text that is to be made of it."""
+    """Return the example of a text and the text that is to be made of it."""
     return {
         "source": _text_cell(row, columns, "source"),
         "target": _text_cell(row, columns, "target"),
@@ -53,7 +53,7 @@ def from_seq2seq(row: Row, columns: ColumnMapping) -> Example:
 
 
 def read_target(value: Any, column: str) -> Target:
-    """A class, a list of classes, or a number; whether -1 is one, all rows together say."""
+    """Return a class, a list of classes, or a number; whether -1 is one, all rows together say."""
     if isinstance(value, list):
         return [read_label(item, column) for item in value]
     is_number = isinstance(value, int | float) and isfinite(value)
@@ -63,7 +63,7 @@ def read_target(value: Any, column: str) -> Target:
 
 
 def read_label(value: Any, column: str) -> Label:
-    """A class by its name or number; tables without whole numbers write 1 as 1.0."""
+    """Return a class by its name or number; tables without whole numbers write 1 as 1.0."""
     if isinstance(value, str) and value.strip():
         return value
     is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
@@ -78,5 +78,5 @@ def read_label(value: Any, column: str) -> Label:
 
 
 def _text_cell(row: Row, columns: ColumnMapping, ours: str) -> str:
-    """A column that must be text."""
+    """Return a column that must be text."""
     return require_text(columns.take(row, ours), columns.source_name(ours))

@@ -20,7 +20,7 @@ ToolCall = dict[str, Any]
 
 
 def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
-    """The tools of a row: a list of objects, or JSON text of one, as exports write it.
+    """Return the tools of a row: a list of objects, or JSON text of one, as exports write it.
 
     A tool without its `function` wrapper (`functions` of OpenAI, `tools` of LLaMA-Factory) gets it.
     """
@@ -35,13 +35,14 @@ def read_tools(value: Any, column: str) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=256)
 def _parse_tools(text: str, column: str) -> list[dict[str, Any]]:
-    """The tools of JSON text, which is often the same for many rows."""
+    """Return the tools of JSON text, which is often the same for many rows."""
     value = parse_json_cell(text, f"the tools ({column!r})", "a list of objects")
     return [] if value is None else read_tools(value, column)
 
 
 def _read_tool(tool: Any, column: str) -> dict[str, Any]:
-    """One tool, wrapped as `{"type": "function", "function": ...}` where it has only a name."""
+    """Return one tool, wrapped as `{"type": "function", "function": ...}` where it has only a
+    name."""
     if isinstance(tool, str):
         tool = parse_json_cell(tool, f"an entry of {column!r}", "an object")
     if not isinstance(tool, dict):
@@ -53,7 +54,7 @@ def _read_tool(tool: Any, column: str) -> dict[str, Any]:
 
 
 def read_tool_calls(value: Any) -> list[ToolCall]:
-    """The `tool_calls` of a message, each with its function's name and arguments."""
+    """Return the `tool_calls` of a message, each with its function's name and arguments."""
     if isinstance(value, str):
         value = parse_json_cell(value, "tool_calls", "a list of calls")
     if not isinstance(value, list):
@@ -62,7 +63,7 @@ def read_tool_calls(value: Any) -> list[ToolCall]:
 
 
 def read_tool_call(call: Any, where: str) -> ToolCall:
-    """One call; a flat one (`{"name", "arguments"}`) gets its `function` wrapper.
+    """Return one call; a flat one (`{"name", "arguments"}`) gets its `function` wrapper.
 
     Arguments stay as they are, an object or JSON text; a call that has none gives an empty object.
     """
@@ -79,7 +80,7 @@ def read_tool_call(call: Any, where: str) -> ToolCall:
 
 
 def _check_function(function: Any, where: str) -> dict[str, Any]:
-    """The function of a call, with a name and with arguments."""
+    """Return the function of a call, with a name and with arguments."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         description = (
             f"it has: {', '.join(function)}"
@@ -128,7 +129,10 @@ class MessageContent:
 
 
 def read_content_parts(content_parts: list[Any]) -> MessageContent:
-    """The parts of a message's content; RowError names one that is neither text nor known."""
+    """Return the parts of a message's content.
+
+    RowError names one that is neither text nor known.
+    """
     content, reached = MessageContent(), 0
     for content_part in content_parts:
         group = _add_part(content, content_part)
@@ -170,7 +174,7 @@ def _add_part(content: MessageContent, content_part: Any) -> str:
 
 
 def are_content_parts(content: list[Any]) -> bool:
-    """Whether a tool's result is written as parts, and is no list of its own."""
+    """Return whether a tool's result is written as parts, and is no list of its own."""
     return all(isinstance(item, dict) and isinstance(item.get("type"), str) for item in content)
 
 
@@ -184,7 +188,7 @@ _TEXT_KEYS = (*REASONING_KEYS, "tool_call_id", "name")
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
-    """The messages of a column, or RowError for what is not a list of messages.
+    """Return the messages of a column, or RowError for what is not a list of messages.
 
     Nulls, as exports and Arrow write them, mean that a field is absent. `function_call` and
     `function` results of OpenAI's older API become tool calls and tool results, `weight` becomes
@@ -204,7 +208,7 @@ def read_messages(value: Any, column: str) -> list[Message]:
 
 
 def _check_messages(messages: list[Any], column: str) -> list[Message]:
-    """Every message checked; RowError says which one is wrong."""
+    """Return every message checked; RowError says which one is wrong."""
     checked = []
     for index, message in enumerate(messages):
         try:
@@ -217,7 +221,7 @@ def _check_messages(messages: list[Any], column: str) -> list[Message]:
 
 
 def read_message(message: Any) -> Message:
-    """One message without its nulls; RowError for what is not a message."""
+    """Return one message without its nulls; RowError for what is not a message."""
     if not isinstance(message, dict):
         raise RowError(
             f"this is {describe_type(message)}; expected an object with role and content"
@@ -238,7 +242,7 @@ def read_message(message: Any) -> Message:
 
 
 def _describe_missing_role(message: dict[str, Any]) -> str:
-    """The words for a message whose role is missing or is no name."""
+    """Return the text for a message whose role is missing or is no name."""
     if "role" in message:
         role = describe_value(message["role"])
         return f"the role is {role}; expected a name such as user or assistant"
@@ -295,7 +299,7 @@ def _put_calls(message: Message) -> None:
 
 
 def _put_train(message: Message) -> None:
-    """Whether the message trains, under one name."""
+    """Return whether the message trains, under one name."""
     for name in WEIGHT_KEYS:
         weight = message.pop(name, None)
         if weight is None:
@@ -315,7 +319,8 @@ def _check_texts(message: Message) -> None:
 
 
 def _may_lack_content(message: Message, role: str) -> bool:
-    """Whether a message says something without content: a system slot, a call, or reasoning."""
+    """Return whether a message says something without content: a system slot, a call, or
+    reasoning."""
     if role in ("system", "developer"):
         return True
     return bool(message.get("tool_calls") or any(message.get(name) for name in REASONING_KEYS))
@@ -344,7 +349,7 @@ _THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 def read_turns(value: Any, column: str) -> list[Message]:
-    """The turns of a column as messages, or RowError for what is not a list of turns."""
+    """Return the turns of a column as messages, or RowError for what is not a list of turns."""
     turns = require_list(value, column, "turns")
     if not turns:
         raise RowError(f"{column!r} is an empty list; expected turns")
@@ -365,7 +370,10 @@ def read_messages_or_turns(value: Any, column: str) -> list[Message]:
 
 
 def speaker_key(value: Any) -> Literal["role", "from"] | None:
-    """How messages name their speaker; None for what is no message and no list of messages."""
+    """Return how messages name their speaker.
+
+    None for what is no message and no list of messages.
+    """
     first = value if isinstance(value, dict) else next(iter(list_or_empty(value)), None)
     if not isinstance(first, dict):
         return None
@@ -373,13 +381,13 @@ def speaker_key(value: Any) -> Literal["role", "from"] | None:
 
 
 def parse_message_list(text: str, column: str) -> list[Message] | None:
-    """The messages of JSON text, as CSV cells hold them; None for any other text."""
+    """Return the messages of JSON text, as CSV cells hold them; None for any other text."""
     is_list = text.startswith("[") and speaker_key(text) is not None
     return read_messages_or_turns(text, column) if is_list else None
 
 
 def _message_of_turn(turn: Any) -> Message:
-    """One turn as a message; what it has besides from and value goes with it."""
+    """Return one turn as a message; what it has besides from and value goes with it."""
     if not isinstance(turn, dict):
         raise RowError(f"this is {describe_type(turn)}; expected an object with from and value")
     speaker, text = turn.get("from"), turn.get("value")
@@ -398,7 +406,10 @@ def _message_of_turn(turn: Any) -> Message:
 
 
 def _role_of_turn(turn: dict[str, Any]) -> str:
-    """The role of a speaker however it is capitalised; RowError names one that is not known."""
+    """Return the role of a speaker however it is capitalised.
+
+    RowError names one that is not known.
+    """
     if "from" not in turn:
         advice = "; role and content are OpenAI's names" if "role" in turn else ""
         raise RowError(f"there is no from (it has: {', '.join(turn) or 'nothing'}){advice}")
@@ -416,7 +427,7 @@ def _role_of_turn(turn: dict[str, Any]) -> str:
 
 
 def read_call_turn(text: Any) -> Message:
-    """The calls of a turn, and the reasoning in front of them, as LLaMA-Factory writes both.
+    """Return the calls of a turn, and the reasoning in front of them, as LLaMA-Factory writes both.
 
     The text is JSON of one call (name and arguments) or of a list of them; `<think>...</think>`
     before it is reasoning.

@@ -20,34 +20,35 @@ _RATINGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def from_prompted_pair(row: Row, columns: ColumnMapping) -> Example:
-    """A prompt, and the two replies to it."""
+    """Return the example of a prompt, and the two replies to it."""
     return _pair_example(_read_prompt(row, columns), row, columns)
 
 
 def from_implicit_pair(row: Row, columns: ColumnMapping) -> Example:
-    """Two whole conversations that begin alike: what they share is the prompt."""
+    """Return the example of two whole conversations that begin alike: what they share is the
+    prompt."""
     return _pair_example([], row, columns)
 
 
 def from_messages_pair(row: Row, columns: ColumnMapping) -> Example:
-    """The messages so far, and two replies to them."""
+    """Return the example of the messages so far, and two replies to them."""
     prompt = read_messages_or_turns(columns.take(row, "messages"), columns.source_name("messages"))
     return _pair_example(prompt, row, columns)
 
 
 def from_alpaca_pair(row: Row, columns: ColumnMapping) -> Example:
-    """An instruction with its input, and two outputs."""
+    """Return the example of an instruction with its input, and two outputs."""
     return _pair_example(read_alpaca_prompt(row, columns), row, columns)
 
 
 def from_rated_completion(row: Row, columns: ColumnMapping) -> Example:
-    """A prompt, one reply to it, and whether it is a good one."""
+    """Return the example of a prompt, one reply to it, and whether it is a good one."""
     reply = _read_reply(columns.take(row, "completion"), columns.source_name("completion"))
     return _rated_example(_read_prompt(row, columns), reply, row, columns)
 
 
 def from_rated_messages(row: Row, columns: ColumnMapping) -> Example:
-    """A conversation whose last message is judged."""
+    """Return the example of a conversation whose last message is judged."""
     column = columns.source_name("messages")
     messages = read_messages_or_turns(columns.take(row, "messages"), column)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
@@ -59,13 +60,14 @@ def from_rated_messages(row: Row, columns: ColumnMapping) -> Example:
 
 
 def from_rated_alpaca(row: Row, columns: ColumnMapping) -> Example:
-    """An instruction with its input, one output, and whether it is a good one."""
+    """Return the example of an instruction with its input, one output, and whether it is a good
+    one."""
     reply = _read_reply(columns.take(row, "output"), columns.source_name("output"))
     return _rated_example(read_alpaca_prompt(row, columns), reply, row, columns)
 
 
 def parse_rating(value: Any) -> bool | None:
-    """Whether a label says good or bad; None for a label that says neither."""
+    """Return whether a label says good or bad; None for a label that says neither."""
     if isinstance(value, bool):
         return value
     text = str(value).strip().lower() if isinstance(value, int | float | str) else ""
@@ -75,7 +77,7 @@ def parse_rating(value: Any) -> bool | None:
 def _rated_example(
     prompt: list[Message], reply: list[Message], row: Row, columns: ColumnMapping
 ) -> Example:
-    """The example of one reply and its rating."""
+    """Return the example of one reply and its rating."""
     value = columns.take(row, "label")
     label = parse_rating(value)
     if label is None:
@@ -90,7 +92,7 @@ def _rated_example(
 
 
 def _read_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
-    """The prompt of a row: a text, a dialogue written as text, or messages."""
+    """Return the prompt of a row: a text, a dialogue written as text, or messages."""
     value, column = columns.take(row, "prompt"), columns.source_name("prompt")
     if isinstance(value, str):
         return parse_message_list(value, column) or read_prompt(value)
@@ -98,7 +100,7 @@ def _read_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
 
 
 def _read_reply(value: Any, column: str) -> list[Message]:
-    """The reply alone, which begins with an assistant's message."""
+    """Return the reply alone, which begins with an assistant's message."""
     reply = read_text_or_messages(value, column, "assistant")
     if reply[0]["role"] != "assistant":
         raise RowError(f"{column!r} begins with a message of the role {reply[0]['role']}")
@@ -106,7 +108,7 @@ def _read_reply(value: Any, column: str) -> list[Message]:
 
 
 def _pair_example(prompt: list[Message], row: Row, columns: ColumnMapping) -> Example:
-    """The example of a better and a worse reply, without what both begin with."""
+    """Return the example of a better and a worse reply, without what both begin with."""
     chosen, rejected = (_read_candidate(row, columns, ours) for ours in ("chosen", "rejected"))
     if chosen == rejected:
         raise RowError("chosen and rejected are equal, so neither is better")
@@ -123,21 +125,22 @@ def _pair_example(prompt: list[Message], row: Row, columns: ColumnMapping) -> Ex
 
 
 def _read_candidate(row: Row, columns: ColumnMapping, ours: str) -> list[Message]:
-    """One of the two replies, or the whole conversation with it."""
+    """Return one of the two replies, or the whole conversation with it."""
     value = columns.take(row, ours)
     dialogue = read_dialogue(value) if isinstance(value, str) else None
     return dialogue or read_text_or_messages(value, columns.source_name(ours), "assistant")
 
 
 def _is_reply(side: list[Message]) -> bool:
-    """Whether one side is a reply alone, and no conversation from its start."""
+    """Return whether one side is a reply alone, and no conversation from its start."""
     return side[0]["role"] not in (*SYSTEM_ROLES, "user")
 
 
 def _split_common_prompt(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """What two conversations begin with, and what each goes on with (as TRL's extract_prompt)."""
+    """Return what two conversations begin with, and what each goes on with (as TRL's
+    extract_prompt)."""
     most = min(len(chosen), len(rejected)) - 1
     count = 0
     while count < most and chosen[count] == rejected[count]:

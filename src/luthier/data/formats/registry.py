@@ -120,7 +120,7 @@ def weigh_turns(sample: ColumnSample) -> Evidence:
 
 
 def _weigh_speakers(sample: ColumnSample, name: str, expected_key: str) -> Evidence:
-    """The first value that is a message or a list of them decides, by how it names its speaker."""
+    """The first message in the values decides, by the key that names its speaker."""
     key = next(filter(None, map(speaker_key, sample.values(name))), None)
     if key is None:
         return Evidence.NO if name in sample.aliased else Evidence.YES

@@ -30,13 +30,13 @@ _SPLITS_FILE = "dataset_dict.json"
 
 
 def is_saved_dataset(path: str) -> bool:
-    """Whether a folder of this machine was left by `save_to_disk`."""
+    """Return whether a folder of this machine was left by `save_to_disk`."""
     folder = Path(path).expanduser()
     return (folder / _STATE_FILE).is_file() or (folder / _SPLITS_FILE).is_file()
 
 
 def find_saved_files(path: str, split: str, name: str) -> list[DataFile]:
-    """The Arrow files of the dataset, or of one split of several, in order."""
+    """Return the Arrow files of the dataset, or of one split of several, in order."""
     folder = Path(path).expanduser()
     if (folder / _SPLITS_FILE).is_file():
         splits = list(map(str, _read_description(folder / _SPLITS_FILE, path, "splits")))
@@ -63,7 +63,7 @@ def find_saved_files(path: str, split: str, name: str) -> list[DataFile]:
 
 
 def _read_description(file: Path, path: str, key: str) -> list[Any]:
-    """A list of the description that `save_to_disk` writes."""
+    """Return a list of the description that `save_to_disk` writes."""
     try:
         return list(json.loads(file.read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -79,7 +79,7 @@ _FEATURES_KEY = b"huggingface"
 
 
 def class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
-    """The names of the classes by column: of a class, or of a list of them, such as tags."""
+    """Return the names of the classes by column: of a class, or of a list of them, such as tags."""
     described = (schema.metadata or {}).get(_FEATURES_KEY)
     if described is None:
         return {}
@@ -89,7 +89,7 @@ def class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
 
 
 def _class_names(feature: Any) -> list[str] | None:
-    """The names of a column's classes; None for a column of anything else."""
+    """Return the names of a column's classes; None for a column of anything else."""
     while isinstance(feature, dict) and "feature" in feature:
         feature = feature["feature"]
     if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
@@ -99,7 +99,10 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def name_classes(value: Any, names: list[str]) -> Any:
-    """A class, or each of a list, by its name; -1, which means that there is none, as it stands."""
+    """Return a class, or each of a list, by its name.
+
+    -1, which means that there is none, as it stands.
+    """
     if isinstance(value, list):
         return [name_classes(item, names) for item in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
@@ -111,7 +114,7 @@ _FILE_MAGIC = b"ARROW1"
 
 
 def read_parquet_rows(file: DataFile) -> Iterator[Row]:
-    """The rows of a Parquet file, numbered from 0 as everything that reads Parquet does."""
+    """Yield the rows of a Parquet file, numbered from 0 as everything that reads Parquet does."""
     with _open_arrow_source(file) as source:
         yield from read_batch_rows(
             _open_parquet(source).iter_batches(batch_size=_ROWS_AT_A_TIME), file.label
@@ -119,13 +122,13 @@ def read_parquet_rows(file: DataFile) -> Iterator[Row]:
 
 
 def read_arrow_rows(file: DataFile) -> Iterator[Row]:
-    """The rows of an Arrow IPC file or stream, numbered from 0."""
+    """Yield the rows of an Arrow IPC file or stream, numbered from 0."""
     with _open_arrow_source(file) as source:
         yield from read_batch_rows(_read_batches(source), file.label)
 
 
 def count_table_rows(file: DataFile) -> int:
-    """How many rows a Parquet or Arrow file says it has."""
+    """Return how many rows a Parquet or Arrow file says it has."""
     with _open_arrow_source(file) as source:
         if file.format == "parquet":
             return int(_open_parquet(source).metadata.num_rows)
@@ -133,7 +136,7 @@ def count_table_rows(file: DataFile) -> int:
 
 
 def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Iterator[Row]:
-    """The rows of record batches, without their nulls.
+    """Yield the rows of record batches, without their nulls.
 
     Arrow gives every struct of a column the keys of all of them, null where a row had none. Such
     a null cannot be told from one that was meant, so both go; JSON kept as text keeps its own.
@@ -156,7 +159,8 @@ def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Ite
 
 
 def _validate_batch(batch: "pyarrow.RecordBatch", label: str) -> "pyarrow.RecordBatch":
-    """The batch, if what it says about itself holds: Arrow trusts a broken one, and may crash."""
+    """Return the batch, if what it says about itself holds: Arrow trusts a broken one, and may
+    crash."""
     from pyarrow import ArrowInvalid
 
     try:
@@ -169,7 +173,7 @@ def _validate_batch(batch: "pyarrow.RecordBatch", label: str) -> "pyarrow.Record
 
 
 def _column_names(batch: "pyarrow.RecordBatch", label: str) -> list[str]:
-    """The columns' names, which must differ."""
+    """Return the columns' names, which must differ."""
     names = list(batch.schema.names)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -178,12 +182,12 @@ def _column_names(batch: "pyarrow.RecordBatch", label: str) -> list[str]:
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are there."""
+    """Return the fields that are there."""
     return {key: value for key, value in fields.items() if value is not None}
 
 
 def _column_values(column: "pyarrow.Array") -> list[Any]:
-    """A column as Python values; times as text, which JSON has."""
+    """Return a column as Python values; times as text, which JSON has."""
     from pyarrow import string, types
 
     if any(is_one(column.type) for is_one in (types.is_timestamp, types.is_date, types.is_time)):
@@ -193,7 +197,10 @@ def _column_values(column: "pyarrow.Array") -> list[Any]:
 
 
 def _needs_cleaning(column: "pyarrow.Array") -> bool:
-    """Whether a column has nulls that were filled in, or JSON; a look at Arrow's own counts."""
+    """Return whether a column has nulls that were filled in, or JSON.
+
+    A look at Arrow's own counts.
+    """
     from pyarrow import JsonType, types
 
     arrow_type = column.type
@@ -206,7 +213,7 @@ def _needs_cleaning(column: "pyarrow.Array") -> bool:
 
 
 def _clean_value(value: Any, arrow_type: Any) -> Any:
-    """A value without the nulls of its structs, and JSON as the value that it stands for."""
+    """Return a value without the nulls of its structs, and JSON as the value that it stands for."""
     from pyarrow import JsonType, types
 
     if value is None:
@@ -227,7 +234,7 @@ def _clean_value(value: Any, arrow_type: Any) -> Any:
 
 
 def _map_of_pairs(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """A map, which Arrow gives as pairs: six times faster than as a dict."""
+    """Return a map, which Arrow gives as pairs: six times faster than as a dict."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         raise UserError(f"dataset: a map of the table holds a key twice: {excerpt(pairs)}")
@@ -235,7 +242,7 @@ def _map_of_pairs(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def _is_list(arrow_type: Any) -> bool:
-    """Whether a type is one of Arrow's lists."""
+    """Return whether a type is one of Arrow's lists."""
     from pyarrow import types
 
     return (
@@ -246,14 +253,14 @@ def _is_list(arrow_type: Any) -> bool:
 
 
 def _open_parquet(source: Any) -> Any:
-    """The Parquet file, read in pieces: a row group can be larger than the memory."""
+    """Return the Parquet file, read in pieces: a row group can be larger than the memory."""
     from pyarrow.parquet import ParquetFile
 
     return ParquetFile(source, pre_buffer=False, buffer_size=BLOCK_BYTES)
 
 
 def _read_batches(source: Any) -> "Iterator[pyarrow.RecordBatch]":
-    """The batches of either form of Arrow file."""
+    """Yield the batches of either form of Arrow file."""
     from pyarrow import ipc
 
     magic = source.read(len(_FILE_MAGIC))

@@ -14,7 +14,7 @@ _OTHER_DELIMITERS = (";", "\t", ",", "|")
 
 
 def read_csv_rows(file: DataFile, options: CsvOptions) -> Iterator[Row | BadRow]:
-    """The row of every record, with the line on which it starts."""
+    """Yield the row of every record, with the line on which it starts."""
     # Texts are longer than what the module takes for a broken file.
     csv.field_size_limit(_MAX_CELL_CHARS)
     records = _read_records(file, options)
@@ -34,7 +34,10 @@ def read_csv_rows(file: DataFile, options: CsvOptions) -> Iterator[Row | BadRow]
 
 
 def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, list[str] | BadRow]]:
-    """The cells of every record that is not blank, with its place; or what is wrong with it."""
+    """Yield the cells of every record that is not blank, with its place.
+
+    Or what is wrong with it.
+    """
     line_reader = _LineReader(file, options)
     reader = csv.reader(
         line_reader,
@@ -61,7 +64,7 @@ def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, li
 def _row_of_record(
     where: str, header: Sequence[str], record: list[str], options: CsvOptions
 ) -> Row | BadRow:
-    """The row of one record, which has a cell for each column."""
+    """Return the row of one record, which has a cell for each column."""
     if len(record) == len(header):
         return Row(dict(zip(header, record, strict=True)), where)
     cells = f"{len(record)} {'cell' if len(record) == 1 else 'cells'}"
@@ -87,12 +90,12 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
 
 
 def _empty(header: list[str]) -> int:
-    """The number of the first column without a name, counted from 1."""
+    """Return the number of the first column without a name, counted from 1."""
     return [name.strip() for name in header].index("") + 1
 
 
 def _describe_open_quote(where: str, options: CsvOptions) -> str:
-    """The words for a quote that swallows the rest of the file."""
+    """Return the text for a quote that swallows the rest of the file."""
     return (
         f"dataset: {where}: a cell opens with {options.quotechar} here that nothing closes before "
         "the file ends. Close it, double it if it is meant as text, or, where quotes are plain "

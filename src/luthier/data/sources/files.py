@@ -38,7 +38,7 @@ _EVAL_SPLIT_NAMES = re.compile(
 def select_data_files(
     folder: str, locations: Sequence[NamedLocation], format: str
 ) -> list[NamedLocation]:
-    """The data files among these, of one format and of no two splits.
+    """Return the data files among these, of one format and of no two splits.
 
     Hidden files, readmes and licences are none; text is data only where nothing else is.
     """
@@ -64,7 +64,7 @@ def select_data_files(
 def _select_format(
     folder: str, locations: Sequence[NamedLocation], format: str
 ) -> list[NamedLocation]:
-    """The files whose names say this format, or all where no name says any."""
+    """Return the files whose names say this format, or all where no name says any."""
     formats = [format_of(name) for name, _ in locations]
     if not any(formats):
         return _check_one_split(folder, list(locations) or _refuse_empty_folder(folder, format))
@@ -86,7 +86,7 @@ def _refuse_empty_folder(folder: str, format: str = "") -> list[NamedLocation]:
 
 
 def _check_one_split(folder: str, locations: list[NamedLocation]) -> list[NamedLocation]:
-    """The files, unless their names say that some of them are to be held out of training."""
+    """Return the files, unless their names say that some of them are to be held out of training."""
     stems = {name: PurePosixPath(name).name.lower() for name, _ in locations}
     training = [name for name, stem in stems.items() if _TRAIN_SPLIT_NAMES.search(stem)]
     held_out = [name for name, stem in stems.items() if _EVAL_SPLIT_NAMES.search(stem)]
@@ -100,7 +100,7 @@ def _check_one_split(folder: str, locations: list[NamedLocation]) -> list[NamedL
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file is hidden or there for people."""
+    """Return whether a file is hidden or there for people."""
     last = PurePosixPath(name).name
     return last.startswith((".", "_")) or bool(_DOCUMENT_NAMES.match(last))
 
@@ -122,17 +122,18 @@ PROTOCOL_PACKAGES = {
 
 
 def is_address(path: str) -> bool:
-    """Whether a path names a protocol."""
+    """Return whether a path names a protocol."""
     return "://" in path
 
 
 def local_path(path: str) -> str | None:
-    """The path of this machine that a `file://` address means; None for any other."""
+    """Return the path of this machine that a `file://` address means; None for any other."""
     return url2pathname(urlsplit(path).path) if path.startswith("file://") else None
 
 
 def find_remote_files(path: str, storage: dict[str, Any]) -> list[tuple[str, FileLocation]]:
-    """The files at an address (a file, a glob or a folder), each with its own address, sorted."""
+    """Return the files at an address (a file, a glob or a folder), each with its own address,
+    sorted."""
     protocol = path.split("://")[0].split("::")[0]
     if protocol in ("http", "https"):
         return [(path, _check_web_file(path, storage))]
@@ -144,7 +145,7 @@ def find_remote_files(path: str, storage: dict[str, Any]) -> list[tuple[str, Fil
 
 
 def _check_web_file(path: str, storage: dict[str, Any]) -> WebFile:
-    """A file of a web server, if it answers."""
+    """Return a file of a web server, if it answers."""
     unknown = sorted(set(storage) - {"headers"})
     if unknown:
         raise UserError(
@@ -159,7 +160,7 @@ def _check_web_file(path: str, storage: dict[str, Any]) -> WebFile:
 
 
 def _open_filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple[Any, str]:
-    """The file system of an address, and the address as it calls it."""
+    """Return the file system of an address, and the address as it calls it."""
     from fsspec.core import url_to_fs
 
     try:
@@ -176,7 +177,7 @@ def _open_filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple
 
 
 def _list_remote_files(filesystem: Any, root: str, path: str) -> list[tuple[str, FileLocation]]:
-    """The files that an address means: itself, those of a folder, or those of a glob."""
+    """Return the files that an address means: itself, those of a folder, or those of a glob."""
     if filesystem.isfile(root):
         return [(path, RemoteFile(filesystem, root))]
     if filesystem.isdir(root):
@@ -196,13 +197,13 @@ class FileSettings:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means files of this machine, and no hub name."""
+    """Return whether a path means files of this machine, and no hub name."""
     looks_local = path.startswith(("/", "./", "../", "~", ".\\", "..\\"))
     return looks_local or is_file_name(path) or _is_glob(path) or Path(path).exists()
 
 
 def find_files(paths: Sequence[str], settings: FileSettings) -> list[DataFile]:
-    """The files of all paths, in their order, those of one path sorted by name."""
+    """Return the files of all paths, in their order, those of one path sorted by name."""
     files = [file for path in paths for file in _files_of_path(path, settings)]
     seen: dict[tuple[str, str], str] = {}
     for file in files:
@@ -217,7 +218,7 @@ def find_files(paths: Sequence[str], settings: FileSettings) -> list[DataFile]:
 
 
 def _files_of_path(path: str, settings: FileSettings) -> list[DataFile]:
-    """The files of one path."""
+    """Return the files of one path."""
     local = local_path(path)
     if is_address(path) and local is None:
         locations = _remote_locations(path, settings)
@@ -229,7 +230,7 @@ def _files_of_path(path: str, settings: FileSettings) -> list[DataFile]:
 
 
 def _remote_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
-    """The files at an address."""
+    """Return the files at an address."""
     locations = find_remote_files(path, settings.storage)
     if [label for label, _ in locations] == [path]:
         return locations
@@ -239,7 +240,7 @@ def _remote_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
 
 
 def _local_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
-    """The files that a path of this machine means."""
+    """Return the files that a path of this machine means."""
     file = Path(path).expanduser()
     if file.is_dir():
         entries = sorted(entry for entry in file.iterdir() if entry.is_file())
@@ -264,7 +265,7 @@ def _local_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
 
 
 def _expand_archive(label: str, location: FileLocation, settings: FileSettings) -> list[DataFile]:
-    """The file, or the data files of a zip archive, each with its format."""
+    """Return the file, or the data files of a zip archive, each with its format."""
     if not label.lower().endswith(".zip"):
         return [DataFile(label, _file_format(label, settings), location)]
     names = list_zip_members(location, label)
@@ -286,7 +287,7 @@ def _expand_archive(label: str, location: FileLocation, settings: FileSettings) 
 
 
 def _file_format(label: str, settings: FileSettings) -> str:
-    """The format of a file: the one that is set, else the one its name says."""
+    """Return the format of a file: the one that is set, else the one its name says."""
     file_format = settings.format if settings.format != "auto" else format_of(label)
     if file_format is None:
         raise UserError(
@@ -297,17 +298,17 @@ def _file_format(label: str, settings: FileSettings) -> str:
 
 
 def _is_glob(path: str) -> bool:
-    """Whether a path has characters that stand for others."""
+    """Return whether a path has characters that stand for others."""
     return any(mark in path for mark in "*?[")
 
 
 def _join(folder: str, name: str) -> str:
-    """The name of a file in a folder, as the user calls the folder."""
+    """Return the name of a file in a folder, as the user calls the folder."""
     return f"{folder.rstrip('/')}/{name}" if folder != "." else name
 
 
 def _describe_missing(path: str, file: Path) -> str:
-    """The words for a file that is not there."""
+    """Return the text for a file that is not there."""
     folder = file.absolute().parent
     text = f"dataset: there is no file {path} (looked at {file.absolute()})."
     if not folder.is_dir():
@@ -316,7 +317,7 @@ def _describe_missing(path: str, file: Path) -> str:
 
 
 def _describe_unmatched(path: str, file: Path) -> str:
-    """The words for a glob that means nothing."""
+    """Return the text for a glob that means nothing."""
     text = f"dataset: no file matches {path} (relative paths start at {Path.cwd()})."
     folder = file.absolute().parent
     while _is_glob(folder.name):
@@ -327,7 +328,7 @@ def _describe_unmatched(path: str, file: Path) -> str:
 
 
 def _describe_neighbours(folder: Path, name: str) -> str:
-    """The data files of a folder, the most similar names first."""
+    """Return the data files of a folder, the most similar names first."""
     names = sorted(entry.name for entry in folder.iterdir() if is_file_name(entry.name))
     if not names:
         return f" There are no data files ({', '.join(FORMAT_OF_SUFFIX)}) in {folder}."

@@ -44,13 +44,13 @@ def check_hub_access(path: str, streaming: bool = False) -> None:
 
 
 def is_offline() -> bool:
-    """Whether the user forbids the network."""
+    """Return whether the user forbids the network."""
     flags = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("HF_DATASETS_OFFLINE", ""))
     return any(flag.upper() in ("1", "ON", "YES", "TRUE") for flag in flags)
 
 
 def describe_no_network(path: str) -> str:
-    """The words for a hub that does not answer."""
+    """Return the text for a hub that does not answer."""
     why = "HF_HUB_OFFLINE is set" if is_offline() else f"{_endpoint()} does not answer"
     return (
         f"dataset: {path} is a hub dataset that is not on this machine, and {why}. Either "
@@ -61,13 +61,13 @@ def describe_no_network(path: str) -> str:
 
 
 def _endpoint() -> str:
-    """The hub's address."""
+    """Return the hub's address."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 @lru_cache(maxsize=1)
 def _is_reachable() -> bool:
-    """Whether the hub answers at all; behind a proxy only the proxy could say."""
+    """Return whether the hub answers at all; behind a proxy only the proxy could say."""
     url = urlsplit(_endpoint())
     if url.scheme in getproxies():
         return True
@@ -80,7 +80,7 @@ def _is_reachable() -> bool:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether the cache from which `datasets` reads without a network holds the dataset."""
+    """Return whether the cache from which `datasets` reads without a network holds the dataset."""
     environ = os.environ
     base = Path(environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(environ.get("HF_HOME", base))
@@ -92,7 +92,8 @@ def _is_cached(name: str) -> bool:
 
 
 def _normalise_name(name: str) -> str:
-    """A name as `datasets` and the hub both have it: the cache writes CamelCase as camel_case."""
+    """Return a name as `datasets` and the hub both have it: the cache writes CamelCase as
+    camel_case."""
     return name.replace("_", "").lower()
 
 
@@ -110,7 +111,7 @@ class HubContent:
         self._label = f"{config.path}[{config.split}]"
 
     def items(self) -> Iterator[Row]:
-        """The rows, numbered from 0 as the dataset's own."""
+        """Yield the rows, numbered from 0 as the dataset's own."""
         row = None
         with read_errors_as_user_errors(self._label, is_remote=self._streaming):
             tables = self._dataset.with_format("arrow").iter(_ROWS_AT_A_TIME)
@@ -122,17 +123,17 @@ class HubContent:
             raise UserError(f"dataset: the split {split!r} of {self._config.path} has no rows.")
 
     def digest(self) -> str:
-        """The hash of the Arrow files in the cache, or of the rows where there are none."""
+        """Return the hash of the Arrow files in the cache, or of the rows where there are none."""
         if not self._streaming and (files := self._dataset.cache_files):
             return hash_files(LocalFile(Path(file["filename"])) for file in files)
         return hash_rows(self.items())
 
     def settings(self) -> dict[str, Any]:
-        """The split: `train[:10%]` lies in the same files as `train`."""
+        """Return the split: `train[:10%]` lies in the same files as `train`."""
         return {"format": "hub", "split": self._config.split}
 
     def size(self) -> int | None:
-        """How many rows the split has; unknown for a stream."""
+        """Return how many rows the split has; unknown for a stream."""
         return None if self._streaming else len(self._dataset)
 
     @cached_property
@@ -142,7 +143,7 @@ class HubContent:
 
 
 def _load_hub_dataset(config: "SourceConfig", options: FormatOptions, streaming: bool) -> Any:
-    """The dataset, or what went wrong in words."""
+    """Return the dataset, or what went wrong in words."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from httpx import HTTPError
@@ -166,7 +167,7 @@ def _load_hub_dataset(config: "SourceConfig", options: FormatOptions, streaming:
 
 
 def _describe_not_found(path: str, revision: str | None, reason: str) -> str:
-    """The words for a dataset that the hub does not give out."""
+    """Return the text for a dataset that the hub does not give out."""
     page = f"https://huggingface.co/datasets/{path}"
     if "gated" in reason:
         return (
@@ -183,7 +184,8 @@ def _describe_not_found(path: str, revision: str | None, reason: str) -> str:
 
 
 def _describe_load_error(config: "SourceConfig", reason: str) -> str:
-    """The words for a wrong split, a wrong configuration, or whatever else `datasets` says."""
+    """Return the text for a wrong split, a wrong configuration, or whatever else `datasets`
+    says."""
     choices = re.findall(r"\[.*\]", reason)
     available = f" It has: {choices[-1]}." if choices else ""
     if "Unknown split" in reason or "Bad split" in reason:

@@ -20,7 +20,7 @@ LENIENT_DECODER = json.JSONDecoder()
 
 
 def parse_row(line: str, where: str) -> Row | BadRow:
-    """The row that one line holds, or what is wrong with it."""
+    """Return the row that one line holds, or what is wrong with it."""
     try:
         value = check_surrogates(STRICT_DECODER.decode(line), line)
     except json.JSONDecodeError as error:
@@ -32,14 +32,15 @@ def parse_row(line: str, where: str) -> Row | BadRow:
 
 
 def row_of_value(value: Any, where: str) -> Row | BadRow:
-    """The row that a JSON value is, if it is an object."""
+    """Return the row that a JSON value is, if it is an object."""
     if isinstance(value, dict):
         return Row(value, where)
     return BadRow(where, f"this is {describe_type(value)}, not a JSON object", excerpt(value))
 
 
 def check_surrogates(value: Any, text: str) -> Any:
-    """The value, unless an escape such as \\ud83d in its text stands for half a character."""
+    """Return the value, unless an escape such as \\ud83d in its text stands for half a
+    character."""
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -49,7 +50,7 @@ def check_surrogates(value: Any, text: str) -> Any:
 
 
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys all differ; the last of equal keys would win without a word."""
+    """Return an object whose keys all differ; the last of equal keys would win without a word."""
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -63,7 +64,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _finite_float(text: str) -> float:
-    """A number, unless it is so large that Python reads it as infinity."""
+    """Return a number, unless it is so large that Python reads it as infinity."""
     number = float(text)
     if isinf(number):
         raise RowError(f"{excerpt(text)} is too large a number")
@@ -104,7 +105,7 @@ class JsonWindow:
         return f"{self._label}:{self._line}"
 
     def upcoming(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Return the next character that is no white space; empty at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space else self._at
@@ -116,13 +117,16 @@ class JsonWindow:
         self._at += 1
 
     def start(self) -> str:
-        """The text from here on, as much as an error shows."""
+        """Return the text from here on, as much as an error shows."""
         while len(self._text) - self._at < _EXCERPT_CHARS and self._more():
             pass
         return excerpt(self._text[self._at : self._at + _EXCERPT_CHARS]) or "the file ends"
 
     def row(self) -> Row | BadRow:
-        """The value that begins here, and go past it; UserError where its syntax is broken."""
+        """Return the value that begins here, and go past it.
+
+        UserError where its syntax is broken.
+        """
         where = self.where
         try:
             value, end = self._decode(STRICT_DECODER)
@@ -135,18 +139,18 @@ class JsonWindow:
         return row_of_value(value, where)
 
     def broken(self, problem: str) -> UserError:
-        """The error for a text that is no JSON from here on."""
+        """Return the error for a text that is no JSON from here on."""
         return UserError(f"dataset: {self.where}: {problem}\n  {self.start()}")
 
     def _end(self) -> int:
-        """Where the value ends that begins here and is sound in its syntax only."""
+        """Return where the value ends that begins here and is sound in its syntax only."""
         try:
             return self._decode(LENIENT_DECODER)[1]
         except RecursionError as error:
             raise self.broken(f"this is not JSON: {error}") from error
 
     def _decode(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
-        """The value that begins here and its end, with as much more text as that takes."""
+        """Return the value that begins here and its end, with as much more text as that takes."""
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._at)
@@ -161,7 +165,7 @@ class JsonWindow:
                     return value, end
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text could mend this, so that the rest is not read for nothing."""
+        """Return whether more text could mend this, so that the rest is not read for nothing."""
         near_the_end = error.pos >= len(self._text) - _MAX_LITERAL_CHARS
         return near_the_end or error.msg.startswith("Unterminated string")
 
@@ -181,7 +185,7 @@ class JsonWindow:
         return True
 
     def _wrong(self, error: json.JSONDecodeError) -> UserError:
-        """The error for broken syntax, with the place in the file."""
+        """Return the error for broken syntax, with the place in the file."""
         line = self._line + self._text.count("\n", self._counted, error.pos)
         column = error.colno + (self._before if error.lineno == 1 else 0)
         return self.broken(
@@ -199,7 +203,7 @@ _PART_KEYS = {"role", "from", "content", "value", "function", "parameters"}
 
 
 def read_jsonl_rows(file: DataFile, options: LineOptions) -> Iterator[Row | BadRow]:
-    """The row of every line that is not blank; a bad line costs itself alone.
+    """Return the row of every line that is not blank; a bad line costs itself alone.
 
     An array over several lines is read as one: no row begins with a bracket.
     """
@@ -210,7 +214,7 @@ def read_jsonl_rows(file: DataFile, options: LineOptions) -> Iterator[Row | BadR
 
 
 def read_json_rows(file: DataFile, options: JsonOptions) -> Iterator[Row | BadRow]:
-    """The rows of an array, of one object per line, or of objects one behind another.
+    """Return the rows of an array, of one object per line, or of objects one behind another.
 
     A file that is one object is held whole. UserError where the syntax of anything but a line is
     broken, because what follows cannot be read.
@@ -226,7 +230,7 @@ def read_json_rows(file: DataFile, options: JsonOptions) -> Iterator[Row | BadRo
 
 
 def _first_line(text: Iterator[str]) -> tuple[str, Iterator[str]]:
-    """The first line that is not blank, and the text with it."""
+    """Return the first line that is not blank, and the text with it."""
     head = ""
     for block in text:
         head += block
@@ -236,7 +240,7 @@ def _first_line(text: Iterator[str]) -> tuple[str, Iterator[str]]:
 
 
 def _is_one_value(text: str) -> bool:
-    """Whether the text is one JSON value."""
+    """Return whether the text is one JSON value."""
     try:
         LENIENT_DECODER.decode(text)
     except (ValueError, RecursionError):
@@ -245,7 +249,7 @@ def _is_one_value(text: str) -> bool:
 
 
 def _rows_by_line(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
-    """One row per line."""
+    """Yield one row per line."""
     for number, line in enumerate(split_lines(text), start=1):
         if line and not line.isspace():
             yield parse_row(line, f"{label}:{number}")
@@ -259,7 +263,7 @@ def _rows_of_objects(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
 
 
 def _rows_of_array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
-    """The values of one array that spans the file, each with the line on which it starts."""
+    """Yield the values of one array that spans the file, each with the line on which it starts."""
     window = JsonWindow(label, text)
     window.upcoming()
     window.step()
@@ -275,7 +279,7 @@ def _rows_of_array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
 
 
 def _unwrap_rows(label: str, rows: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
-    """The rows that a file of one object holds under a key; else the rows themselves."""
+    """Yield the rows that a file of one object holds under a key; else the rows themselves."""
     first, second = next(rows, None), next(rows, None)
     head = [entry for entry in (first, second) if entry is not None]
     if isinstance(first, Row) and second is None:
@@ -287,7 +291,7 @@ def _unwrap_rows(label: str, rows: Iterator[Row | BadRow], key: str) -> Iterator
 
 
 def _rows_of_object(label: str, outer: Row, key: str) -> Iterator[Row | BadRow]:
-    """The rows of the one object of a file: those under the key, or the object itself."""
+    """Yield the rows of the one object of a file: those under the key, or the object itself."""
     key = _find_rows_key(label, outer.fields) if key == "auto" else key
     if not key:
         yield outer
@@ -302,7 +306,7 @@ def _rows_of_object(label: str, outer: Row, key: str) -> Iterator[Row | BadRow]:
 
 
 def _find_rows_key(label: str, fields: dict[str, Any]) -> str:
-    """The key whose list is the file's rows; empty if the object is itself a row."""
+    """Return the key whose list is the file's rows; empty if the object is itself a row."""
     lists = [key for key, value in fields.items() if _could_be_rows(value)]
     others = [value for key, value in fields.items() if key not in lists]
     if not lists:
@@ -318,16 +322,16 @@ def _find_rows_key(label: str, fields: dict[str, Any]) -> str:
 
 
 def _could_be_rows(value: Any) -> bool:
-    """Whether a value is a list with objects that are no messages and no tools."""
+    """Return whether a value is a list with objects that are no messages and no tools."""
     objects = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
     return bool(objects) and not any(_PART_KEYS & item.keys() for item in objects)
 
 
 def _not_one_object(label: str, key: str) -> UserError:
-    """The error for a key to look under where there is no one object."""
+    """Return the error for a key to look under where there is no one object."""
     return UserError(f"dataset: options.rows={key}: {label} is not one object. Remove it.")
 
 
 def _is_nested(value: Any) -> bool:
-    """Whether a value is a list or an object, which metadata beside rows seldom is."""
+    """Return whether a value is a list or an object, which metadata beside rows seldom is."""
     return isinstance(value, list | dict)

@@ -60,7 +60,10 @@ class FileContent:
         self.advice = _ADVICE.get(files[0].format, "")
 
     def items(self) -> Iterator[Row | BadRow]:
-        """The rows of all files; one without rows is a bad row, or an error if it is alone."""
+        """Yield the rows of all files.
+
+        One without rows is a bad row, or an error if it is alone.
+        """
         for file in self._files:
             item = None
             for item in _READERS[file.format](file, self._options[file.format]):
@@ -69,19 +72,19 @@ class FileContent:
                 yield self._empty(file)
 
     def _empty(self, file: DataFile) -> BadRow:
-        """What stands for a file without rows."""
+        """Return what stands for a file without rows."""
         if len(self._files) > 1:
             return BadRow(file.label, "the file is empty: it has no rows", "")
         raise UserError(f"dataset: {file.label} is empty: it has no rows. {self.advice}".rstrip())
 
     def digest(self) -> str:
-        """The hash of the files as they are stored."""
+        """Return the hash of the files as they are stored."""
         # An archive is one place, however many of its files are read.
         locations = {file.location.key: file.location for file in self._files}
         return hash_files(locations.values())
 
     def settings(self) -> dict[str, Any]:
-        """The formats, in the order of the files where they differ, and their options."""
+        """Return the formats, in the order of the files where they differ, and their options."""
         formats = [file.format for file in self._files]
         unique_formats = sorted(set(formats))
         options = {name: self._options[name].model_dump() for name in unique_formats}
@@ -91,14 +94,15 @@ class FileContent:
         }
 
     def size(self) -> int | None:
-        """How many rows there are, where the files themselves say it."""
+        """Return how many rows there are, where the files themselves say it."""
         if any(file.format not in TABLE_FORMATS or file.location.is_remote for file in self._files):
             return None
         return sum(map(count_table_rows, self._files))
 
 
 def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool = False) -> Source:
-    """The source that a config describes; UserError if it is not there or the settings do not fit.
+    """Return the source that a config describes; UserError if it is not there or the settings do
+    not fit.
 
     Cheap: nothing is read but the names of files, and no library is imported that a local file
     does not need. `name` is the config's key, for messages. With `streaming` a hub dataset is not
@@ -120,7 +124,7 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
 
 
 def source_type(config: "SourceConfig") -> str:
-    """Whether the path means files, a saved dataset, a function or a hub dataset."""
+    """Return whether the path means files, a saved dataset, a function or a hub dataset."""
     path = config.path
     if config.format in ("hub", "python", "saved"):
         if not isinstance(path, str):
@@ -137,7 +141,7 @@ def source_type(config: "SourceConfig") -> str:
 
 
 def _open_hub(config: "SourceConfig", name: str, streaming: bool) -> Source:
-    """A hub dataset, if it can be had."""
+    """Return a hub dataset, if it can be had."""
     path = str(config.path)
     options = read_options("hub", config.options, name)
     check_hub_access(path, streaming)
@@ -146,7 +150,7 @@ def _open_hub(config: "SourceConfig", name: str, streaming: bool) -> Source:
 
 
 def _open_function(config: "SourceConfig", name: str) -> Source:
-    """A function, if it is there."""
+    """Return a function, if it is there."""
     _refuse_hub_settings(config, name, ("name", "revision", "split"), "a Python function")
     path = str(config.path)
     content = FunctionContent(path, config.options, name)
@@ -169,19 +173,19 @@ def _open_files(config: "SourceConfig", name: str) -> Source:
 def _source_of_files(
     config: "SourceConfig", name: str, files: Sequence[DataFile], options: dict[str, FormatOptions]
 ) -> Source:
-    """The source of these files."""
+    """Return the source of these files."""
     labels = tuple(file.label for file in files)
     label = _label(_paths(config), labels)
     return Source(name, label, labels, FileContent(files, options), config.max_rows)
 
 
 def _paths(config: "SourceConfig") -> list[str]:
-    """The paths as a list."""
+    """Return the paths as a list."""
     return [config.path] if isinstance(config.path, str) else list(config.path or ())
 
 
 def _label(paths: Sequence[str], labels: Sequence[str]) -> str:
-    """What messages call the files together."""
+    """Return what messages call the files together."""
     if len(labels) == 1:
         return labels[0]
     return f"{paths[0] if len(paths) == 1 else f'{paths[0]}, ...'} ({len(labels)} files)"

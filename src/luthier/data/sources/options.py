@@ -10,7 +10,7 @@ from luthier.errors import UserError, format_value, suggest_options
 
 
 def _codec_name(name: str) -> str:
-    """The one name of an encoding that has many."""
+    """Return the one name of an encoding that has many."""
     try:
         "a".encode(name)
         return codecs.lookup(name).name
@@ -84,7 +84,10 @@ _OPTIONS_OF_FORMAT: dict[str, type[FormatOptions]] = {
 
 
 def read_options(format: str, settings: dict[str, Any], name: str) -> FormatOptions:
-    """The options of a format; UserError names the key, such as `dataset.options.delimiter`."""
+    """Return the options of a format.
+
+    UserError names the key, such as `dataset.options.delimiter`.
+    """
     model = _OPTIONS_OF_FORMAT.get(format, FormatOptions)
     try:
         return model.model_validate(settings)
@@ -101,7 +104,7 @@ def read_options(format: str, settings: dict[str, Any], name: str) -> FormatOpti
 
 
 def _describe_unknown_option(format: str, key: str, model: type[FormatOptions]) -> str:
-    """The words for an option that the format does not have."""
+    """Return the text for an option that the format does not have."""
     if not model.model_fields:
         return f"{format} has no options. Remove it."
     return f"{format} has no such option. {suggest_options(key, model.model_fields)}"
@@ -130,7 +133,7 @@ TABLE_FORMATS = ("parquet", "arrow")
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's name says, below any compression; None if it says none."""
+    """Return the format that a file's name says, below any compression; None if it says none."""
     path = PurePosixPath(name.lower())
     while path.suffix in COMPRESSION_SUFFIXES:
         path = path.with_suffix("")
@@ -138,5 +141,5 @@ def format_of(name: str) -> str | None:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name ends as data files do, so that it is no hub dataset's."""
+    """Return whether a name ends as data files do, so that it is no hub dataset's."""
     return format_of(name) is not None or name.lower().endswith(COMPRESSION_SUFFIXES)

@@ -26,7 +26,7 @@ class FunctionContent:
         _check_arguments(self._function, self._arguments, path, name)
 
     def items(self) -> Iterator[Row | BadRow]:
-        """The rows, numbered from 0; UserError where the function fails."""
+        """Yield the rows, numbered from 0; UserError where the function fails."""
         number = -1
         for number, value in enumerate(self._called()):
             where = f"{self._path} row {number}"
@@ -40,11 +40,11 @@ class FunctionContent:
             raise UserError(f"dataset: {self._path} yielded no rows.")
 
     def digest(self) -> str:
-        """The hash of the rows: the function's text does not say what it reads."""
+        """Return the hash of the rows: the function's text does not say what it reads."""
         return hash_rows(self.items())
 
     def settings(self) -> dict[str, Any]:
-        """Nothing but what it is: its arguments matter only in the rows that they make."""
+        """Return the format alone: the arguments matter only in the rows that they make."""
         return {"format": "python"}
 
     def size(self) -> int | None:
@@ -52,7 +52,7 @@ class FunctionContent:
         return None
 
     def _called(self) -> Iterator[Any]:
-        """What the function yields, its failures in words."""
+        """Yield what the function yields, its failures in words."""
         number = 0
         try:
             returned = self._function(**self._arguments)
@@ -66,7 +66,7 @@ class FunctionContent:
 
 
 def _import_function(path: str) -> Callable[..., Any]:
-    """The function of this dotted path."""
+    """Return the function of this dotted path."""
     module_name, _, name = path.removeprefix(FUNCTION_PREFIX).rpartition(".")
     if not module_name:
         raise UserError(
@@ -85,7 +85,7 @@ def _import_function(path: str) -> Callable[..., Any]:
 
 
 def _import_module(path: str, name: str) -> Any:
-    """The module, which may lie in the working directory."""
+    """Return the module, which may lie in the working directory."""
     # Behind what is installed, so that a file here called json.py replaces nothing.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -103,7 +103,7 @@ def _import_module(path: str, name: str) -> Any:
 
 
 def _describe_import_error(path: str, name: str, error: Exception) -> str:
-    """The words for a module that is there and cannot be imported."""
+    """Return the text for a module that is there and cannot be imported."""
     return f"dataset: {path}: importing {name} failed: {_describe_exception(error)}"
 
 
@@ -124,7 +124,7 @@ def _check_arguments(
 
 
 def _check_iterable(returned: Any, path: str) -> Iterable[Any]:
-    """What the function returned, if rows can be taken from it."""
+    """Return what the function returned, if rows can be taken from it."""
     if isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping):
         return returned
     raise UserError(
@@ -134,12 +134,12 @@ def _check_iterable(returned: Any, path: str) -> Iterable[Any]:
 
 
 def _describe_row_error(path: str, number: int, error: Exception) -> str:
-    """The words for a function that fails at a row."""
+    """Return the text for a function that fails at a row."""
     return f"dataset: {path} failed at row {number}: {_describe_exception(error)}"
 
 
 def _describe_exception(error: Exception) -> str:
-    """What an exception says, with the last place of the user's own code."""
+    """Return what an exception says, with the last place of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
     location = f" ({last.filename}:{last.lineno})" if last and last.filename != __file__ else ""
@@ -147,6 +147,6 @@ def _describe_exception(error: Exception) -> str:
 
 
 def _describe_type(value: Any) -> str:
-    """What a value is, in words; beyond JSON by the name of its class."""
+    """Return what a value is, in words; beyond JSON by the name of its class."""
     plain = value is None or isinstance(value, str | bool | int | float | list | dict)
     return describe_type(value) if plain else f"a {type(value).__name__}"

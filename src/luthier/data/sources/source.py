@@ -18,16 +18,19 @@ class SourceContent(Protocol):
         """What rows are to be like, for the end of an error; empty if there is nothing to say."""
 
     def items(self) -> Iterator[Row | BadRow]:
-        """The rows from the first, in an order that never changes; UserError if there are none."""
+        """Return the rows from the first, in an order that never changes.
+
+        Raises UserError if there are none.
+        """
 
     def digest(self) -> str:
-        """The SHA-256 of the content."""
+        """Return the SHA-256 of the content."""
 
     def settings(self) -> dict[str, Any]:
-        """What besides the content decides the rows, as JSON has it."""
+        """Return what besides the content decides the rows, as JSON has it."""
 
     def size(self) -> int | None:
-        """How many rows there are, where that takes no reading of all."""
+        """Return how many rows there are, where that takes no reading of all."""
 
 
 class Source:
@@ -52,7 +55,8 @@ class Source:
         self._is_whole = False
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """The first `max_rows` rows, good and bad; UserError where the source is broken or empty.
+        """Yield the first `max_rows` rows, good and bad; UserError where the source is broken or
+        empty.
 
         Each call reads anew, except where `peek` has already seen all there is.
         """
@@ -62,7 +66,7 @@ class Source:
             yield from islice(self._content.items(), self._max_rows)
 
     def peek(self, count: int = 1000) -> list[Row | BadRow]:
-        """The first rows, or all if there are no more than `count`; read once and kept."""
+        """Return the first rows, or all if there are no more than `count`; read once and kept."""
         if len(self._first) < count and not self._is_whole:
             # One more than asked for, to know whether that was all.
             self._first = list(islice(self.rows(), count + 1))
@@ -70,7 +74,7 @@ class Source:
         return self._first[:count]
 
     def digest(self) -> str:
-        """The SHA-256 of the content, in hex: stored bytes, or rows where nothing is stored.
+        """Return the SHA-256 of the content, in hex: stored bytes, or rows where nothing is stored.
 
         The order of files counts; their names and times do not. `settings` holds the rest of what
         decides the rows.
@@ -78,7 +82,8 @@ class Source:
         return self._content.digest()
 
     def settings(self) -> dict[str, Any]:
-        """What besides `digest` decides the rows, as JSON has it: format, options, `max_rows`."""
+        """Return what besides `digest` decides the rows, as JSON has it: format, options,
+        `max_rows`."""
         return {**self._content.settings(), "max_rows": self._max_rows}
 
     @property
@@ -97,7 +102,7 @@ class Source:
 
 
 def hash_files(locations: Iterable[FileLocation]) -> str:
-    """The SHA-256 of the hashes of all files as they are stored; their order counts."""
+    """Return the SHA-256 of the hashes of all files as they are stored; their order counts."""
     total = sha256()
     for location in locations:
         file_hash = sha256()
@@ -108,7 +113,7 @@ def hash_files(locations: Iterable[FileLocation]) -> str:
 
 
 def hash_rows(rows: Iterable[Row | BadRow]) -> str:
-    """The SHA-256 of the rows themselves, for what has no bytes but those it makes."""
+    """Return the SHA-256 of the rows themselves, for what has no bytes but those it makes."""
     total = sha256()
     for row in rows:
         value = row.fields if isinstance(row, Row) else [row.problem, row.text]

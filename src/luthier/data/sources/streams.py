@@ -39,7 +39,7 @@ class FileLocation(Protocol):
         """What two names of the same place have in common."""
 
     def open(self) -> io.BufferedReader:
-        """The bytes as they are stored."""
+        """Return the bytes as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LocalFile:
         return str(self.path.resolve())
 
     def open(self) -> io.BufferedReader:
-        """The bytes as they are stored."""
+        """Return the bytes as they are stored."""
         return self.path.open("rb")
 
 
@@ -73,7 +73,7 @@ class RemoteFile:
         return str(self.filesystem.unstrip_protocol(self.path))
 
     def open(self) -> io.BufferedReader:
-        """The bytes as they are stored."""
+        """Return the bytes as they are stored."""
         return io.BufferedReader(self.filesystem.open(self.path, "rb"))
 
 
@@ -91,7 +91,7 @@ class WebFile:
         return self.url
 
     def open(self) -> io.BufferedReader:
-        """The bytes as the server sends them; they can be read once, front to back."""
+        """Return the bytes as the server sends them; they can be read once, front to back."""
         request = Request(self.url, headers=dict(self.headers))
         return io.BufferedReader(_WebResponse(urlopen(request, timeout=WEB_TIMEOUT_SECONDS)))
 
@@ -156,7 +156,7 @@ def read_errors_as_user_errors(label: str, is_remote: bool = False) -> Iterator[
 
 
 def _describe_read_error(label: str, error: Exception, is_remote: bool) -> str | None:
-    """The words for one failure; None for what is no failure of reading."""
+    """Return the text for one failure; None for what is no failure of reading."""
     if isinstance(error, FileNotFoundError):
         return f"there is no file {label}."
     if isinstance(error, HTTPError):
@@ -176,7 +176,7 @@ def _describe_read_error(label: str, error: Exception, is_remote: bool) -> str |
 
 
 def _describe_remote_error(label: str, error: Exception) -> str:
-    """The words for a remote file system that does not give a file out."""
+    """Return the text for a remote file system that does not give a file out."""
     name = type(error).__name__
     text = f"{label} cannot be read: {name}: {error}."
     if isinstance(error, PermissionError) or "Credential" in name or "Forbidden" in str(error):
@@ -204,7 +204,7 @@ def open_content(file: DataFile) -> Iterator[io.BufferedReader]:
 
 
 def read_blocks(file: DataFile) -> Iterator[bytes]:
-    """The file's content, unpacked, a block at a time."""
+    """Yield the file's content, unpacked, a block at a time."""
     with (
         read_errors_as_user_errors(file.label, file.location.is_remote),
         open_content(file) as stream,
@@ -214,14 +214,14 @@ def read_blocks(file: DataFile) -> Iterator[bytes]:
 
 
 def read_stored_blocks(location: FileLocation) -> Iterator[bytes]:
-    """The bytes of a place as they are stored."""
+    """Yield the bytes of a place as they are stored."""
     with read_errors_as_user_errors(location.key, location.is_remote), location.open() as stream:
         while block := stream.read(BLOCK_BYTES):
             yield block
 
 
 def make_seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
-    """The stream, or a temporary copy of it on disk where it cannot be read at will."""
+    """Return the stream, or a temporary copy of it on disk where it cannot be read at will."""
     if stream.seekable() and not isinstance(stream.raw, _UNPACKED_STREAMS):
         return stream
     copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
@@ -239,14 +239,14 @@ def make_seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
 
 
 def list_zip_members(location: FileLocation, label: str) -> list[str]:
-    """The names of the files in a zip archive, sorted; hidden ones left out."""
+    """Return the names of the files in a zip archive, sorted; hidden ones left out."""
     with read_errors_as_user_errors(label, location.is_remote), ExitStack() as stack:
         stream = stack.enter_context(location.open())
         return _visible_members(stack.enter_context(ZipFile(make_seekable(stack, stream))))
 
 
 def _visible_members(archive: ZipFile) -> list[str]:
-    """The files of an archive that are not hidden (as `__MACOSX` is meant to be)."""
+    """Return the files of an archive that are not hidden (as `__MACOSX` is meant to be)."""
     return sorted(
         name
         for name in archive.namelist()
@@ -256,14 +256,14 @@ def _visible_members(archive: ZipFile) -> list[str]:
 
 
 def _open_named_member(stack: ExitStack, stream: Any, label: str, name: str) -> io.BufferedReader:
-    """The content of one file in a zip archive."""
+    """Return the content of one file in a zip archive."""
     return _open_member(
         stack, stack.enter_context(ZipFile(make_seekable(stack, stream))), label, name
     )
 
 
 def _open_only_member(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
-    """The content of an archive whose name does not say so, and which must hold one file."""
+    """Return the content of an archive whose name does not say so, and which must hold one file."""
     archive = stack.enter_context(ZipFile(make_seekable(stack, stream)))
     names = _visible_members(archive)
     if len(names) != 1:
@@ -275,7 +275,7 @@ def _open_only_member(stack: ExitStack, stream: Any, label: str) -> io.BufferedR
 
 
 def _open_member(stack: ExitStack, archive: ZipFile, label: str, name: str) -> io.BufferedReader:
-    """The content of one file in an open archive."""
+    """Return the content of one file in an open archive."""
     try:
         return io.BufferedReader(cast(io.RawIOBase, stack.enter_context(archive.open(name))))
     except (RuntimeError, NotImplementedError) as error:  # zipfile: encrypted, or an unknown method
@@ -283,7 +283,7 @@ def _open_member(stack: ExitStack, archive: ZipFile, label: str, name: str) -> i
 
 
 def _unpack_zstandard(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
-    """The content of a .zst file; pyarrow brings the library, Python has it from 3.14 on."""
+    """Return the content of a .zst file; pyarrow brings the library, Python has it from 3.14 on."""
     import pyarrow
 
     packed = pyarrow.PythonFile(stream, mode="r")
@@ -291,7 +291,7 @@ def _unpack_zstandard(stack: ExitStack, stream: Any, label: str) -> io.BufferedR
 
 
 def _unpacker(opener: Callable[[Any], Any]) -> Callable[..., io.BufferedReader]:
-    """The way to unpack with one of Python's own file classes."""
+    """Return the way to unpack with one of Python's own file classes."""
     return lambda stack, stream, label: io.BufferedReader(stack.enter_context(opener(stream)))
 
 
@@ -307,5 +307,5 @@ _UNPACKED_STREAMS = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile, ZipExtFile)
 
 
 def _find_unpacker(head: bytes) -> Callable[..., io.BufferedReader] | None:
-    """How to unpack what begins with these bytes; None if it is not packed."""
+    """Return how to unpack what begins with these bytes; None if it is not packed."""
     return next((unpack for magic, unpack in _UNPACKERS if re.match(magic, head)), None)

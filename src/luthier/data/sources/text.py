@@ -11,7 +11,7 @@ from luthier.errors import UserError
 
 
 def read_text_blocks(file: DataFile, encoding: str) -> Iterator[str]:
-    """The file's text in blocks, without a byte order mark."""
+    """Yield the file's text in blocks, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
     line = 1
     try:
@@ -27,7 +27,7 @@ def read_text_blocks(file: DataFile, encoding: str) -> Iterator[str]:
 
 
 def split_lines(text: Iterator[str]) -> Iterator[str]:
-    """The lines of a text without their line feeds; a carriage return stays.
+    """Return the lines of a text without their line feeds; a carriage return stays.
 
     Only a line feed ends a line: JSON text may hold U+2028, and `splitlines` would cut there.
     """
@@ -35,7 +35,7 @@ def split_lines(text: Iterator[str]) -> Iterator[str]:
 
 
 def _lines_of_each_block(text: Iterator[str]) -> Iterator[list[str]]:
-    """The lines that end in each block, then the rest."""
+    """Yield the lines that end in each block, then the rest."""
     open_line: list[str] = []
     for block in text:
         pieces = block.split("\n")
@@ -60,7 +60,7 @@ def _refuse_utf16(file: DataFile, block: bytes) -> None:
 def _describe_wrong_encoding(
     file: DataFile, error: UnicodeDecodeError, line: int, encoding: str
 ) -> str:
-    """The words for a byte that the encoding does not have."""
+    """Return the text for a byte that the encoding does not have."""
     line += error.object.count(b"\n", 0, error.start)
     byte = f"dataset: {file.label}:{line}: byte 0x{error.object[error.start]:02x} is not"
     if encoding != "utf-8":
@@ -70,7 +70,7 @@ def _describe_wrong_encoding(
 
 
 def _encoding_advice(file: DataFile, encoding: str) -> str:
-    """What to do about a file in another encoding."""
+    """Return what to do about a file in another encoding."""
     setting = f"et options.encoding={encoding}."
     if file.location.is_remote or file.label.lower().endswith(COMPRESSION_SUFFIXES):
         return f"S{setting}"
@@ -82,7 +82,7 @@ def _encoding_advice(file: DataFile, encoding: str) -> str:
 
 
 def read_text_rows(file: DataFile, options: TextOptions) -> Iterator[Row | BadRow]:
-    """The rows of a text file; blank lines are none and part paragraphs."""
+    """Return the rows of a text file; blank lines are none and part paragraphs."""
     text = read_text_blocks(file, options.encoding)
     if options.by == "file":
         return _row_of_file(file.label, text)
@@ -95,28 +95,29 @@ def read_text_rows(file: DataFile, options: TextOptions) -> Iterator[Row | BadRo
 
 
 def _row_of_file(label: str, text: Iterator[str]) -> Iterator[Row]:
-    """One row, unless the file is blank."""
+    """Yield one row, unless the file is blank."""
     content = "".join(text)
     if content.strip():
         yield Row({"text": content}, label)
 
 
 def _number_lines(text: Iterator[str]) -> Iterator[tuple[int, str]]:
-    """The lines without their ends, counted from 1."""
+    """Return the lines without their ends, counted from 1."""
     return (
         (number, line.removesuffix("\r")) for number, line in enumerate(split_lines(text), start=1)
     )
 
 
 def _rows_of_lines(label: str, numbered_lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
-    """A row for each line that is not blank."""
+    """Return a row for each line that is not blank."""
     return (
         Row({"text": line}, f"{label}:{number}") for number, line in numbered_lines if line.strip()
     )
 
 
 def _rows_of_paragraphs(label: str, numbered_lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
-    """A row for each stretch of lines between blank ones, with the line on which it starts."""
+    """Yield a row for each stretch of lines between blank ones, with the line on which it
+    starts."""
     start, paragraph = 0, list[str]()
     for number, line in numbered_lines:
         if line.strip():
