@@ -42,6 +42,7 @@ def normalised_fingerprint(example: Mapping[str, Any]) -> bytes:
     """
     texts: list[str] = []
     _collect_texts(example, texts)
+    # NUL keeps the texts of neighbouring fields apart; no text of a row is likely to hold it.
     text = _fold_text("\0".join(texts))
     text = " ".join(text.split()).replace(" \0", "\0").replace("\0 ", "\0")
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=FINGERPRINT_BYTES).digest()

@@ -80,6 +80,7 @@ def _draw_by_weight(
     The source with the fewest rows for its weight gives all of them and so sets the others' counts.
     """
     weights = {name: sources[name].weight or 1.0 for name in sizes}
+    # The scarcest source for its weight is seen whole and sets the counts of the others.
     scarce = min(sizes, key=lambda name: sizes[name] / weights[name])
     counts = {
         name: min(size, round(sizes[scarce] * weights[name] / weights[scarce]))

@@ -49,6 +49,7 @@ def hold_out_rows(prints: Fingerprints, config: EvalConfig, seed: int) -> HeldOu
         raise UserError(_hash_needs_a_share(config))
     if config.share is None and config.count is None:
         return HeldOutSplit(np.arange(len(prints)), np.empty(0, np.int64), 0)
+    # Equal rows are drawn as one, so that they never stand on both sides.
     different, first, group = np.unique(prints, return_index=True, return_inverse=True)
     ranks = _ranks(different, seed)
     held = _draw_by_hash(ranks, config) if config.by == "hash" else _draw_by_rank(ranks, config)

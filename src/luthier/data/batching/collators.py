@@ -127,6 +127,7 @@ def _pad_documents(rows: Sequence[TrainingRow], pad_token_id: int, width: int) -
     """Return the ids and labels of the rows, padded."""
     ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    # A document's first label stays IGNORE_INDEX: nothing of the document comes before it.
     for line, row in enumerate(rows):
         start = 0
         for document in row:

@@ -103,6 +103,8 @@ def _place_best_fit(lengths: Array, length: int) -> tuple[list[BinRun], int]:
                 # No bin has room: as many new ones as the rows that are left need.
                 free, first, several = length, bins, -(-count // (length // size))
                 bins += several
+            # Rows of one length fill bins of equal room together, so the work does not grow with
+            # the number of rows.
             count -= _fill_bins(runs, room, (free, first, several), size, count)
     return runs, bins
 

@@ -40,6 +40,7 @@ class PreferenceDataset(SampledDataset):
 
     # Its layouts take these items, where those of SampledDataset take training rows.
     def __getitem__(self, numbers: RowTuple) -> PreferenceItem:  # type: ignore[override]
+        # Empty numbers only fill a batch up: the first row stands there, and `real` says so.
         number, partner = (numbers or (0,))[0], (numbers or (0,))[-1]
         row = self.table.row(number)
         other = row if partner == number else self.table.row(partner)

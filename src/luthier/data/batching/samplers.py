@@ -1,4 +1,4 @@
-"""Which rows stand in which batch of an epoch.
+"""Which rows stand in which batch: of an epoch, or of a stream that is too long to be known.
 
 A sampler gives training rows: tuples of row numbers, those of one bin where rows are packed. What
 it gives depends on the seed and the epoch alone, never on what it gave before, so a run that goes
@@ -140,9 +140,6 @@ def _longest_to_front(order: Array, lengths: Array) -> Array:
     return order
 
 
-# The map-style dataset that a data loader asks for training rows.
-
-
 class SampledDataset:
     """Turns what a sampler gives into training rows.
 
@@ -176,8 +173,6 @@ def to_document(row: Any) -> Document:
     """Return the columns of a row that train."""
     return Document(np.asarray(row["input_ids"]), np.asarray(row["labels"]))
 
-
-# Training rows from a stream of token rows that is too long to be known whole.
 
 OpenRows = Callable[[], Iterable[Any]]
 """Begins a pass over a source: rows with `input_ids` and `labels`."""
@@ -233,6 +228,7 @@ def pack_stream(documents: Iterable[Document], length: int, rows: int) -> Iterat
         held.append(row)
         tokens += len(row.input_ids)
         if tokens >= length * rows:
+            # The emptiest bin waits for the next documents, which may still fill it.
             bins = _pack_documents(held, length)
             held = list(bins.pop()) if len(bins) > 1 else []
             tokens = sum(len(document.input_ids) for document in held)

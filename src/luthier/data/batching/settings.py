@@ -31,6 +31,7 @@ def read_batching_settings(config: RunConfig) -> BatchingSettings:
     """
     args = config.trainer.args
     _refuse_strategies(args)
+    # As in TRL, evaluation rows are packed like training rows unless eval_packing says otherwise.
     plan = BatchingSettings(
         packing=args.packing,
         eval_packing=args.eval_packing,

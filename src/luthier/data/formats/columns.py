@@ -1,4 +1,7 @@
-"""Which column of a row holds what, and how it is taken out."""
+"""The columns of a row: how a value is taken out by our name, and what it must be.
+
+CSV files hold lists and objects as JSON text, so text is read as JSON where one is needed.
+"""
 
 import difflib
 import json
@@ -23,12 +26,12 @@ class ColumnMapping:
     """Optional columns that the first rows lack, and the names that later rows may give them."""
     system: str | None = None
 
-    def take(self, row: Row, ours: str) -> Any:
+    def take(self, row: Row, name: str) -> Any:
         """Return the row's value of a needed column.
 
         MissingColumnError names one that is not there.
         """
-        column = self.source_names[ours]
+        column = self.source_names[name]
         if column in row.fields:
             return row.fields[column]
         is_there, value = find_value(row.fields, column)
@@ -39,20 +42,22 @@ class ColumnMapping:
         held = ", ".join(row.fields) or "nothing"
         raise MissingColumnError(f"there is no {column!r} (it has: {held}){hint}")
 
-    def get(self, row: Row, ours: str) -> Any:
+    def take_cell(self, row: Row, name: str) -> tuple[Any, str]:
+        """Return the value of a needed column, and the source's name of the column."""
+        return self.take(row, name), self.source_name(name)
+
+    def get(self, row: Row, name: str) -> Any:
         """Return the row's value of an optional column; None where it has none."""
-        column = self.source_names.get(ours)
+        column = self.source_names.get(name)
         if column is not None:
             value = row.fields.get(column)
             return find_value(row.fields, column)[1] if value is None and "." in column else value
-        for name in self.late_names.get(ours, ()):
-            if name in row.fields:
-                return row.fields[name]
-        return None
+        late_names = self.late_names.get(name, ())
+        return next((row.fields[late] for late in late_names if late in row.fields), None)
 
-    def source_name(self, ours: str) -> str:
+    def source_name(self, name: str) -> str:
         """Return the source's name of a column, for messages."""
-        return self.source_names.get(ours, ours)
+        return self.source_names.get(name, name)
 
 
 def find_value(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
@@ -62,9 +67,6 @@ def find_value(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
     head, dot, rest = path.partition(".")
     inner = fields.get(head)
     return find_value(inner, rest) if dot and isinstance(inner, dict) else (False, None)
-
-
-# Values of a row in words, and cells that hold JSON text.
 
 
 def describe_value(value: Any) -> str:

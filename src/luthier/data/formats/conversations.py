@@ -26,20 +26,21 @@ SYSTEM_ROLES = ("system", "developer")
 
 def from_messages(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a row that has messages."""
-    messages = read_messages(columns.take(row, "messages"), columns.source_name("messages"))
-    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
+    messages = read_messages(*columns.take_cell(row, "messages"))
+    return _conversation(messages, row, columns)
 
 
 def from_sharegpt(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a row of ShareGPT's turns."""
-    messages = read_turns(columns.take(row, "conversations"), columns.source_name("conversations"))
-    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
+    messages = read_turns(*columns.take_cell(row, "conversations"))
+    return _conversation(messages, row, columns)
 
 
 def from_alpaca(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of an instruction, perhaps an input and earlier turns, and the output."""
-    messages = [*read_alpaca_prompt(row, columns), _read_output(row, columns)]
-    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
+    output = require_text(*columns.take_cell(row, "output"))
+    reply = {"role": "assistant", "content": output}
+    return _conversation([*read_alpaca_prompt(row, columns), reply], row, columns)
 
 
 def from_prompt_completion(row: Row, columns: ColumnMapping) -> Example:
@@ -47,23 +48,21 @@ def from_prompt_completion(row: Row, columns: ColumnMapping) -> Example:
 
     Assistant messages within the prompt are context and do not train, as in TRL.
     """
-    prompt = read_text_or_messages(
-        columns.take(row, "prompt"), columns.source_name("prompt"), "user"
-    )
-    reply = read_text_or_messages(
-        columns.take(row, "completion"), columns.source_name("completion"), "assistant"
-    )
+    prompt = read_text_or_messages(*columns.take_cell(row, "prompt"), "user")
+    reply = read_text_or_messages(*columns.take_cell(row, "completion"), "assistant")
     messages = [*map(_untrained, prompt), *reply]
-    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
+    return _conversation(messages, row, columns)
 
 
 def from_prompt(row: Row, columns: ColumnMapping) -> Example:
-    """Return the example of a prompt alone, a text or messages, for a model that learns from its
-    own answers."""
-    prompt = read_text_or_messages(
-        columns.take(row, "prompt"), columns.source_name("prompt"), "user"
-    )
-    return add_tools({"messages": add_system_prompt(prompt, row, columns)}, row, columns)
+    """Return the example of a prompt alone, for a model that learns from its own answers."""
+    prompt = read_text_or_messages(*columns.take_cell(row, "prompt"), "user")
+    return _conversation(prompt, row, columns)
+
+
+def _conversation(messages: list[Message], row: Row, columns: ColumnMapping) -> Example:
+    """Return the example of these messages with the row's system prompt and tools."""
+    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
 
 
 def read_alpaca_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
@@ -73,7 +72,7 @@ def read_alpaca_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
     (github.com/tatsu-lab/stanford_alpaca): inputs are often whole passages, and one line break
     would make the instruction a part of them.
     """
-    instruction = require_text(columns.take(row, "instruction"), columns.source_name("instruction"))
+    instruction = require_text(*columns.take_cell(row, "instruction"))
     input_text = columns.get(row, "input")
     if not is_empty_cell(input_text):
         input_text = require_text(input_text, columns.source_name("input"))
@@ -98,12 +97,6 @@ def _read_history(row: Row, columns: ColumnMapping) -> list[Message]:
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
     return messages
-
-
-def _read_output(row: Row, columns: ColumnMapping) -> Message:
-    """Return the reply of an Alpaca row."""
-    text = require_text(columns.take(row, "output"), columns.source_name("output"))
-    return {"role": "assistant", "content": text}
 
 
 def read_text_or_messages(value: Any, column: str, role: str) -> list[Message]:
@@ -146,17 +139,13 @@ def add_tools(example: Example, row: Row, columns: ColumnMapping) -> Example:
     return {**example, "tools": tools} if tools else example
 
 
-# Conversations written as one text, as in Anthropic's hh-rlhf.
-
+# Below: conversations that are written as one text, as in Anthropic's hh-rlhf.
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_dialogue(text: str) -> list[Message] | None:
-    r"""Return the messages of a text such as `\n\nHuman: Hi\n\nAssistant: Hello`.
-
-    None for any other.
-    """
+    r"""Return the messages of a text like `\n\nHuman: Hi\n\nAssistant: Yes`; None for any other."""
     before, *pieces = _TURN.split(text)
     if before or not pieces:
         return None

@@ -275,6 +275,7 @@ def _only_text_column(group: RowGroup) -> list[str]:
 
 def _best_matches(matches: Sequence[FormatMatch]) -> list[FormatMatch]:
     """Return the matches that no other match explains better."""
+    # Without evidence a match is possible, and not likely enough to be taken for granted.
     likely = [match for match in matches if match.evidence]
     return [match for match in likely if not any(_beats(other, match) for other in likely)]
 

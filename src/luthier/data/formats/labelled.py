@@ -19,7 +19,7 @@ def from_text(row: Row, columns: ColumnMapping) -> Example:
 
 def from_classification(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a text and its class, its number, or its classes."""
-    label = read_target(columns.take(row, "label"), columns.source_name("label"))
+    label = read_target(*columns.take_cell(row, "label"))
     return {"text": _text_cell(row, columns, "text"), "label": label}
 
 
@@ -79,4 +79,4 @@ def read_label(value: Any, column: str) -> Label:
 
 def _text_cell(row: Row, columns: ColumnMapping, ours: str) -> str:
     """Return a column that must be text."""
-    return require_text(columns.take(row, ours), columns.source_name(ours))
+    return require_text(*columns.take_cell(row, ours))

@@ -1,4 +1,9 @@
-"""What a message must have so that a template can render it; unknown fields pass through."""
+"""Messages as chat templates read them, from every spelling that datasets have.
+
+A message has a role and a content; tools and calls of them are in OpenAI's form; content that is a
+list of parts becomes text, reasoning and calls; ShareGPT's turns (`from` and `value`) become
+messages. Unknown fields pass through, and what no template could show is a RowError.
+"""
 
 import difflib
 import re
@@ -13,8 +18,6 @@ from luthier.data.formats.columns import (
     require_list,
 )
 from luthier.data.rows import RowError, describe_type
-
-# Tools, and calls of them, in the one form that chat templates read: OpenAI's.
 
 ToolCall = dict[str, Any]
 
@@ -97,8 +100,6 @@ def _check_function(function: Any, where: str) -> dict[str, Any]:
         )
     return function
 
-
-# Content that is a list of parts: text, and LLaMA-Factory's parts of reasoning and calls.
 
 TEXT_PART_TYPES = ("text", "input_text", "output_text", None)
 REASONING_PART_TYPES = ("reasoning", "thinking")
@@ -215,6 +216,7 @@ def _check_messages(messages: list[Any], column: str) -> list[Message]:
             checked.append(read_message(message))
         except RowError as error:
             raise RowError(f"{column}[{index}]: {error}") from None
+    # OpenAI's older API answers a `function_call` with a message of the role `function`.
     if any(isinstance(message, dict) and message.get("function_call") for message in messages):
         return [m | {"role": "tool"} if m["role"] == "function" else m for m in checked]
     return checked
@@ -325,8 +327,6 @@ def _may_lack_content(message: Message, role: str) -> bool:
         return True
     return bool(message.get("tool_calls") or any(message.get(name) for name in REASONING_KEYS))
 
-
-# ShareGPT's turns, `from` and `value`, as messages.
 
 _SPEAKERS = {
     "user": ("human", "user", "prompter", "usr"),

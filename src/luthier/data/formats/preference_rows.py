@@ -25,14 +25,13 @@ def from_prompted_pair(row: Row, columns: ColumnMapping) -> Example:
 
 
 def from_implicit_pair(row: Row, columns: ColumnMapping) -> Example:
-    """Return the example of two whole conversations that begin alike: what they share is the
-    prompt."""
+    """Return the example of two conversations that begin alike; what they share is the prompt."""
     return _pair_example([], row, columns)
 
 
 def from_messages_pair(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of the messages so far, and two replies to them."""
-    prompt = read_messages_or_turns(columns.take(row, "messages"), columns.source_name("messages"))
+    prompt = read_messages_or_turns(*columns.take_cell(row, "messages"))
     return _pair_example(prompt, row, columns)
 
 
@@ -42,8 +41,8 @@ def from_alpaca_pair(row: Row, columns: ColumnMapping) -> Example:
 
 
 def from_rated_completion(row: Row, columns: ColumnMapping) -> Example:
-    """Return the example of a prompt, one reply to it, and whether it is a good one."""
-    reply = _read_reply(columns.take(row, "completion"), columns.source_name("completion"))
+    """Return the example of a prompt, one reply to it, and its rating."""
+    reply = _read_reply(*columns.take_cell(row, "completion"))
     return _rated_example(_read_prompt(row, columns), reply, row, columns)
 
 
@@ -60,9 +59,8 @@ def from_rated_messages(row: Row, columns: ColumnMapping) -> Example:
 
 
 def from_rated_alpaca(row: Row, columns: ColumnMapping) -> Example:
-    """Return the example of an instruction with its input, one output, and whether it is a good
-    one."""
-    reply = _read_reply(columns.take(row, "output"), columns.source_name("output"))
+    """Return the example of an instruction with its input, one output, and its rating."""
+    reply = _read_reply(*columns.take_cell(row, "output"))
     return _rated_example(read_alpaca_prompt(row, columns), reply, row, columns)
 
 
@@ -93,7 +91,7 @@ def _rated_example(
 
 def _read_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
     """Return the prompt of a row: a text, a dialogue written as text, or messages."""
-    value, column = columns.take(row, "prompt"), columns.source_name("prompt")
+    value, column = columns.take_cell(row, "prompt")
     if isinstance(value, str):
         return parse_message_list(value, column) or read_prompt(value)
     return read_text_or_messages(value, column, "user")
@@ -112,6 +110,7 @@ def _pair_example(prompt: list[Message], row: Row, columns: ColumnMapping) -> Ex
     chosen, rejected = (_read_candidate(row, columns, ours) for ours in ("chosen", "rejected"))
     if chosen == rejected:
         raise RowError("chosen and rejected are equal, so neither is better")
+    # Two whole conversations hold the prompt themselves: what both begin with.
     if not prompt or not (_is_reply(chosen) and _is_reply(rejected)):
         prompt, chosen, rejected = _split_common_prompt(prompt, chosen, rejected)
     for name, side in (("chosen", chosen), ("rejected", rejected)):

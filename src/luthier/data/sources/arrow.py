@@ -1,4 +1,8 @@
-"""The rows of Arrow tables, a batch at a time, without the nulls that their schema filled in."""
+"""The rows of Parquet and Arrow files, and of folders that `datasets.save_to_disk` left.
+
+Tables are read a batch at a time, and rows lose the nulls that their table's schema filled in.
+Numbers that `datasets` describes as classes in a table's metadata become the names of these.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -22,8 +26,6 @@ from luthier.errors import UserError
 if TYPE_CHECKING:
     import pyarrow
 
-
-# Folders that `datasets.save_to_disk` left: their Arrow files, read without `datasets`.
 
 _STATE_FILE = "state.json"
 _SPLITS_FILE = "dataset_dict.json"
@@ -73,8 +75,7 @@ def _read_description(file: Path, path: str, key: str) -> list[Any]:
         ) from error
 
 
-# Columns of numbers that stand for named classes, as `datasets` writes them into Arrow tables.
-
+# The key of the metadata under which `datasets` describes the columns.
 _FEATURES_KEY = b"huggingface"
 
 
@@ -190,6 +191,7 @@ def _column_values(column: "pyarrow.Array") -> list[Any]:
     """Return a column as Python values; times as text, which JSON has."""
     from pyarrow import string, types
 
+    # JSON has no times, and an example must be JSON: they become ISO 8601 text.
     if any(is_one(column.type) for is_one in (types.is_timestamp, types.is_date, types.is_time)):
         column = column.cast(string())
     values = column.to_pylist()

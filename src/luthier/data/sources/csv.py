@@ -57,6 +57,7 @@ def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, li
                 raise UserError(_describe_open_quote(where, options)) from error
             yield where, BadRow(where, f"this is not CSV: {error}", excerpt(line_reader.line))
             continue
+        # A blank line is an empty record, and no row.
         if record:
             yield where, record
 

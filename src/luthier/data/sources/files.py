@@ -1,4 +1,9 @@
-"""The files that a path means: one, those of a glob, of a folder, of a zip archive."""
+"""The data files that a path means: one, or those of a glob, a folder or a zip archive.
+
+A path may be one of this machine or an address (`s3://...`), which is read through fsspec; web
+servers are read without it. Where a folder or an archive is named, its data files are those of one
+format, and of no two splits.
+"""
 
 import difflib
 import glob
@@ -24,8 +29,6 @@ from luthier.data.sources.streams import (
 )
 from luthier.errors import UserError
 
-# Which files of a folder or an archive are its data, where nobody has named them one by one.
-
 NamedLocation = tuple[str, FileLocation]
 """A file's name and place."""
 _DOCUMENT_NAMES = re.compile(r"(readme|license|licence|notice|changelog|citation)\b", re.IGNORECASE)
@@ -47,6 +50,7 @@ def select_data_files(
         return _select_format(folder, visible, format)
     with_formats = [(format_of(name), (name, location)) for name, location in visible]
     formats = Counter(file_format for file_format, _ in with_formats if file_format is not None)
+    # Notes lie beside data as .txt and .md, so text is data only where nothing else is.
     if len(formats) > 1:
         del formats["text"]
     if len(formats) > 1:
@@ -104,8 +108,6 @@ def _is_hidden(name: str) -> bool:
     last = PurePosixPath(name).name
     return last.startswith((".", "_")) or bool(_DOCUMENT_NAMES.match(last))
 
-
-# Files behind addresses: found through fsspec; the web without it.
 
 PROTOCOL_PACKAGES = {
     "s3": "s3fs",

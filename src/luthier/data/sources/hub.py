@@ -1,4 +1,7 @@
-"""Datasets of the Hugging Face hub, read through `datasets`; every failure in words."""
+"""Datasets of the Hugging Face hub, read through `datasets`; every failure in words.
+
+Whether the hub can be reached is known before `datasets` is imported, which takes seconds.
+"""
 
 import os
 import re
@@ -22,23 +25,19 @@ if TYPE_CHECKING:
     from luthier.config.schema import SourceConfig
 
 
-# Whether the Hugging Face hub can be had, known before `datasets` is imported.
-
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_TIMEOUT_SECONDS = 3.0
 """Seconds to wait for the hub to answer at all."""
 
 
 def check_hub_access(path: str, streaming: bool = False) -> None:
-    """Fail early where a hub dataset cannot be had.
-
-    Without a network `datasets` tries six times, for half a minute, before it gives up.
-    """
+    """Fail early where a hub dataset cannot be had."""
     if not _HUB_NAME.fullmatch(path):
         raise UserError(
             f"dataset: {path!r} is neither a file here (looked at {Path(path).absolute()}) nor a "
             "hub name, which is written owner/name."
         )
+    # Without a network datasets 5.2.0 tries six times, for half a minute, before it gives up.
     if (streaming or not _is_cached(path)) and (is_offline() or not _is_reachable()):
         raise UserError(describe_no_network(path))
 

@@ -1,4 +1,9 @@
-"""The rows of JSON and JSONL files: one object per line, an array of objects, or objects alone."""
+"""The rows of JSON and JSONL files: one object per line, an array of objects, or objects alone.
+
+Files are read strictly: a key that stands twice, NaN and half of a character are bad rows, because
+Python would lose something of them without a word. An array is read through a `JsonWindow`, so that
+it is never held as one text.
+"""
 
 import json
 import re
@@ -12,8 +17,6 @@ from luthier.data.sources.options import JsonOptions, LineOptions
 from luthier.data.sources.streams import DataFile
 from luthier.data.sources.text import read_text_blocks, split_lines
 from luthier.errors import UserError
-
-# JSON values that nothing was lost of: a key that stands twice, NaN and half characters fail.
 
 LENIENT_DECODER = json.JSONDecoder()
 """Reads what the strict one refuses, to find where it ends."""
@@ -78,8 +81,6 @@ STRICT_DECODER = json.JSONDecoder(
 )
 """Its hook is called for every object, which takes a fifth more time than no check at all."""
 
-
-# A text of JSON values that is read through a window, so that it is never held whole.
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MAX_LITERAL_CHARS = 16

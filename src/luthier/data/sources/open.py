@@ -1,4 +1,7 @@
-"""From a config to a source: which kind of path it is, and whether the settings fit it."""
+"""Opens the source that a config describes: files, a saved dataset, a hub dataset or a function.
+
+What the path means decides which settings fit it; a setting of another type of source is refused.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,8 +28,6 @@ from luthier.errors import UserError
 if TYPE_CHECKING:
     from luthier.config.schema import SourceConfig
 
-
-# The rows of files, one file behind another.
 
 _READERS: dict[str, Callable[[DataFile, Any], Iterator[Row | BadRow]]] = {
     "jsonl": read_jsonl_rows,
@@ -136,6 +137,7 @@ def source_type(config: "SourceConfig") -> str:
         return "python"
     if config.format == "auto" and is_saved_dataset(path):
         return "saved"
+    # What is neither here nor looks like a file must be the name of a hub dataset.
     is_file = is_address(path) or is_local(path) or config.format != "auto"
     return "files" if is_file else "hub"
 

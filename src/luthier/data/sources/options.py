@@ -1,4 +1,4 @@
-"""What `dataset.options` may say, by format; a name or value that does not fit in words."""
+"""The formats of files: by which suffix each is known, and what `dataset.options` may say of it."""
 
 import codecs
 from pathlib import PurePosixPath
@@ -109,8 +109,6 @@ def _describe_unknown_option(format: str, key: str, model: type[FormatOptions]) 
         return f"{format} has no options. Remove it."
     return f"{format} has no such option. {suggest_options(key, model.model_fields)}"
 
-
-# Which format a file has, by its name.
 
 FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",

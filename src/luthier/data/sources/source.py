@@ -1,4 +1,8 @@
-"""A source of rows, whatever it is: streamed, looked into, hashed."""
+"""A source of rows, whatever it reads: its rows can be streamed, looked into and hashed.
+
+Hashes are those of content: they are equal where the rows are, whatever a file is called and
+whenever it was written.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -98,9 +102,6 @@ class Source:
         return self._content.advice
 
 
-# Hashes of content: equal where the rows are equal, whatever a file is called and when written.
-
-
 def hash_files(locations: Iterable[FileLocation]) -> str:
     """Return the SHA-256 of the hashes of all files as they are stored; their order counts."""
     total = sha256()
@@ -116,6 +117,7 @@ def hash_rows(rows: Iterable[Row | BadRow]) -> str:
     """Return the SHA-256 of the rows themselves, for what has no bytes but those it makes."""
     total = sha256()
     for row in rows:
+        # Bad rows count, too: where they change, so does what is dropped.
         value = row.fields if isinstance(row, Row) else [row.problem, row.text]
         total.update(json.dumps(value, ensure_ascii=False, default=repr).encode(errors="replace"))
         total.update(b"\n")

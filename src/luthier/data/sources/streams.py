@@ -1,4 +1,8 @@
-"""The content of a file as a stream of bytes: unpacked by what its first bytes say."""
+"""The bytes of a data file: where they lie, how they are unpacked, and what goes wrong with them.
+
+A `DataFile` lies on this machine, on a file system of fsspec, or on a web server. `open_content`
+gives its bytes unpacked, and `read_errors_as_user_errors` turns what reading fails with into words.
+"""
 
 import bz2
 import gzip
@@ -20,8 +24,6 @@ from urllib.request import Request, urlopen
 from zipfile import ZipExtFile, ZipFile
 
 from luthier.errors import UserError
-
-# Where the bytes of a file lie: on this machine, behind fsspec, on the web.
 
 WEB_TIMEOUT_SECONDS = 30.0
 """Seconds to wait for a web server's next answer."""
@@ -127,8 +129,7 @@ class DataFile:
     """The file's name inside a zip archive."""
 
 
-# What goes wrong while bytes are read, in words.
-
+# Libraries raise these for content that is cut short or was changed on its way.
 _BROKEN_FILE_ERRORS = (
     EOFError,
     zlib.error,

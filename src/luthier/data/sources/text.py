@@ -1,4 +1,7 @@
-"""The text of a file, a block or a line at a time; a wrong encoding in words."""
+"""The text of a file, a block or a line at a time, and the rows of files of plain text.
+
+A byte that the encoding does not have is a `UserError` with its line and what to set.
+"""
 
 import codecs
 from collections.abc import Iterator
@@ -76,9 +79,6 @@ def _encoding_advice(file: DataFile, encoding: str) -> str:
         return f"S{setting}"
     command = f"iconv -f {encoding.upper()} -t UTF-8 {file.label} > utf8.{file.format}"
     return f"Convert it: {command}, or s{setting}"
-
-
-# The rows of plain text: a line, a paragraph or a whole file each, as `{"text": ...}`.
 
 
 def read_text_rows(file: DataFile, options: TextOptions) -> Iterator[Row | BadRow]:
