@@ -66,7 +66,8 @@ def interleave_evenly(counts: list[int]) -> RowNumbers:
 
 
 def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> RowNumbers:
-    """All rows as many whole times as `repeats` holds, then a seeded part of them, in order."""
+    """Return all rows as many whole times as `repeats` holds, then a seeded part of them, in
+    order."""
     full_passes, rest = divmod(round(repeats * size), max(size, 1))
     last_pass = np.sort(seeded_order(size, "repeats", seed, name)[:rest])
     return np.concatenate([np.tile(np.arange(size), full_passes), last_pass])

@@ -1,4 +1,7 @@
-"""Which rows train and which are held out: duplicates, splits and the mixture, by fingerprints."""
+"""Which rows train and which are held out: duplicates, splits and the mixture, by fingerprints.
+
+Rows of equal content never stand on both sides.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sized
@@ -14,8 +17,6 @@ from luthier.data.fingerprints import Fingerprints, is_first_occurrence
 from luthier.data.mixture import mix_sources
 from luthier.data.seeded_random import RowNumbers, UInt64s, scatter
 from luthier.errors import UserError
-
-# Which rows are held out from training; rows of equal content never stand on both sides.
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def hold_out_rows(prints: Fingerprints, config: EvalConfig, seed: int) -> HeldOu
     if config.share is None and config.count is None:
         return HeldOutSplit(np.arange(len(prints)), np.empty(0, np.int64), 0)
     # Equal rows are drawn as one, so that they never stand on both sides.
+    # Equal rows are drawn as one, so that they never stand on both sides.
     different, first, group = np.unique(prints, return_index=True, return_inverse=True)
     ranks = _ranks(different, seed)
     held = _draw_by_hash(ranks, config) if config.by == "hash" else _draw_by_rank(ranks, config)
@@ -79,28 +81,29 @@ def exclude_held_out(prints: Fingerprints, heldout: Mapping[str, Fingerprints]) 
 
 
 def _draw_by_rank(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
-    """The first rows by rank: the count, or the share rounded and at least one."""
-    wanted = config.count or max(1, round((config.share or 0) * len(ranks)))
-    if wanted >= len(ranks):
-        raise UserError(_describe_none_to_train(wanted, len(ranks), config))
+    """Return the first rows by rank: the count, or the share rounded and at least one."""
+    heldout_count = config.count or max(1, round((config.share or 0) * len(ranks)))
+    if heldout_count >= len(ranks):
+        raise UserError(_describe_none_to_train(heldout_count, len(ranks), config))
     held = np.zeros(len(ranks), dtype=bool)
-    held[np.argsort(ranks, kind="stable")[:wanted]] = True
+    held[np.argsort(ranks, kind="stable")[:heldout_count]] = True
     return held
 
 
 def _draw_by_hash(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
-    """The rows whose rank, as a part of all 64-bit numbers, is below the share."""
+    """Return the rows whose rank, as a part of all 64-bit numbers, is below the share."""
     return ranks < np.uint64(int((config.share or 0) * 2**64))
 
 
 def _ranks(prints: Fingerprints, seed: int) -> UInt64s:
-    """A number for each fingerprint, evenly spread over 64 bits, that hangs on it and the seed."""
-    words = prints.view("<u8").reshape(-1, 2)
-    return scatter(scatter(words[:, 0], "held out", seed) ^ words[:, 1], "held out")
+    """Return a number for each fingerprint, evenly spread over 64 bits, that hangs on it and the
+    seed."""
+    halves = prints.view("<u8").reshape(-1, 2)
+    return scatter(scatter(halves[:, 0], "held out", seed) ^ halves[:, 1], "held out")
 
 
 def _check_both_sides(train: int, heldout: int, different: int, config: EvalConfig) -> None:
-    """UserError if one side is empty, which a draw by hash can give."""
+    """Raise UserError if one side is empty, which a draw by hash can give."""
     if not heldout:
         raise UserError(
             f"dataset.eval.share={config.share} with dataset.eval.by=hash holds out none of "
@@ -110,10 +113,10 @@ def _check_both_sides(train: int, heldout: int, different: int, config: EvalConf
         raise UserError(_describe_none_to_train(heldout, different, config))
 
 
-def _describe_none_to_train(wanted: int, different: int, config: EvalConfig) -> str:
+def _describe_none_to_train(heldout_count: int, different: int, config: EvalConfig) -> str:
     key = "count" if config.count else "share"
     return (
-        f"dataset.eval.{key}={config.count or config.share} holds out {wanted} of "
+        f"dataset.eval.{key}={config.count or config.share} holds out {heldout_count} of "
         f"{different} different rows and leaves none to train on. Hold out fewer."
     )
 
@@ -166,7 +169,7 @@ class SelectableRows(Protocol):
     def __len__(self) -> int: ...
 
     def drop_reasons(self) -> dict[str, int]:
-        """How many rows make no sequence, by reason."""
+        """Return how many rows make no sequence, by reason."""
 
     @property
     def first_location(self) -> str:
@@ -184,33 +187,37 @@ def select_rows(
 
     Raises UserError where nothing is left to train on or to hold out.
     """
-    prints = {name: _fingerprints_of(part, config) for name, part in trained.items()}
-    whole = np.concatenate(list(prints.values()))
-    usable = np.concatenate([part.sequences > 0 for part in trained.values()])
+    prints = {name: _fingerprints_of(source, config) for name, source in trained.items()}
+    all_prints = np.concatenate(list(prints.values()))
+    usable = np.concatenate([source.sequences > 0 for source in trained.values()])
     _check_usable(trained, evaluated)
-    kept = np.flatnonzero(usable)
+    usable_rows = np.flatnonzero(usable)
     if config.deduplicate != "none":
-        kept = kept[is_first_occurrence(whole[kept])]
-    split = hold_out_rows(whole[kept], config.eval, seed)
-    train, equal = kept[split.train], split.equal
+        usable_rows = usable_rows[is_first_occurrence(all_prints[usable_rows])]
+    split = hold_out_rows(all_prints[usable_rows], config.eval, seed)
+    train, equal = usable_rows[split.train], split.equal
     if evaluated:
         held = {
-            key: _fingerprints_of(part, config)[part.sequences > 0]
-            for key, part in evaluated.items()
+            key: _fingerprints_of(source, config)[source.sequences > 0]
+            for key, source in evaluated.items()
         }
-        found = exclude_held_out(whole[train], held)
-        equal += len(train) - len(found.train)
-        train = train[found.train]
-    _check_each_source(sources, trained, {"give no sequence": np.flatnonzero(usable),
-                                   "equal other rows": kept, "are held out": train})  # fmt: skip
+        separated = exclude_held_out(all_prints[train], held)
+        equal += len(train) - len(separated.train)
+        train = train[separated.train]
+    rows_left = {
+        "give no sequence": np.flatnonzero(usable),
+        "equal other rows": usable_rows,
+        "are held out": train,
+    }
+    _check_each_source(sources, trained, rows_left)
     epoch, counts = _mix(config, sources, trained, train, seed)
     used = np.unique(epoch)
     other = {
-        "duplicate": int(usable.sum()) - len(kept),
+        "duplicate": int(usable.sum()) - len(usable_rows),
         "equal to a held-out row": equal,
         "not in the mixture": len(train) - len(used),
     }
-    return RowSelection(used, kept[split.heldout], epoch, counts, other)
+    return RowSelection(used, usable_rows[split.heldout], epoch, counts, other)
 
 
 def source_starts(sources: Mapping[str, Sized]) -> RowNumbers:
@@ -233,7 +240,7 @@ def _mix(
     train: RowNumbers,
     seed: int,
 ) -> tuple[RowNumbers, dict[str, int]]:
-    """The rows of an epoch, and how many of each source."""
+    """Return the rows of an epoch, and how many of each source."""
     bounds = np.searchsorted(train, source_starts(trained))
     sizes = dict(zip(trained, np.diff(bounds).tolist(), strict=True))
     mixed = mix_sources(sizes, sources, config.mix, seed)
@@ -245,7 +252,7 @@ def _check_each_source(
     trained: Mapping[str, SelectableRows],
     left: Mapping[str, RowNumbers],
 ) -> None:
-    """UserError for a source of which nothing is left, with what became of its rows.
+    """Raise UserError for a source of which nothing is left, with what became of its rows.
 
     `left`: the rows that are left behind each step, by what has become of those that went.
     """
@@ -255,42 +262,42 @@ def _check_each_source(
         counts = [int(size[number]) for size in sizes]
         went = {why: a - b for why, a, b in zip(left, counts, counts[1:], strict=False) if a > b}
         if went and not counts[-1]:
-            words = ", ".join(f"{count} {why}" for why, count in went.items())
+            outcomes = ", ".join(f"{count} {why}" for why, count in went.items())
             raise UserError(
                 f"{source_key(name, sources)} has no row left to train on: of its {counts[0]} rows "
-                f"{words}. Take the source out, or see to its rows."
+                f"{outcomes}. Take the source out, or see to its rows."
             )
 
 
-def _fingerprints_of(part: SelectableRows, config: DatasetConfig) -> Fingerprints:
-    """What tells whether two rows are equal, as the config means it."""
+def _fingerprints_of(source: SelectableRows, config: DatasetConfig) -> Fingerprints:
+    """Return what tells whether two rows are equal, as the config means it."""
     is_normalised = config.deduplicate == "normalised"
-    return part.normalised_fingerprints if is_normalised else part.fingerprints
+    return source.normalised_fingerprints if is_normalised else source.fingerprints
 
 
 def _check_usable(
     trained: Mapping[str, SelectableRows], evaluated: Mapping[str, SelectableRows]
 ) -> None:
-    for key, part in evaluated.items():
-        if not (part.sequences > 0).any():
-            raise UserError(_describe_no_rows(key, [part], "to evaluate on"))
-    if not any((part.sequences > 0).any() for part in trained.values()):
+    for key, source in evaluated.items():
+        if not (source.sequences > 0).any():
+            raise UserError(_describe_no_rows(key, [source], "to evaluate on"))
+    if not any((source.sequences > 0).any() for source in trained.values()):
         raise UserError(_describe_no_rows("dataset", list(trained.values()), "to train on"))
 
 
-def _describe_no_rows(key: str, parts: list[SelectableRows], purpose: str) -> str:
-    """The words for rows none of which makes a sequence."""
-    total = sum(map(len, parts))
+def _describe_no_rows(key: str, selectable: list[SelectableRows], purpose: str) -> str:
+    """Return the text for rows none of which makes a sequence."""
+    total = sum(map(len, selectable))
     if not total:
-        filtered = sum(part.filtered for part in parts)
+        filtered = sum(source.filtered for source in selectable)
         why = f"the filter leaves out all of {filtered}" if filtered else "none could be read"
         return f"{key}: there is no row {purpose}; {why}."
     reasons: Counter[str] = Counter()
-    for part in parts:
-        reasons.update(part.drop_reasons())
-    words = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-    first = next(part for part in parts if len(part)).first_location
+    for source in selectable:
+        reasons.update(source.drop_reasons())
+    listed_reasons = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    first = next(source for source in selectable if len(source)).first_location
     return (
-        f"{key}: none of the {total} rows gives anything {purpose} ({words}). "
+        f"{key}: none of the {total} rows gives anything {purpose} ({listed_reasons}). "
         f"The first one is {first}."
     )
