@@ -153,10 +153,10 @@ def answers(run: str, rows: str, dtype: str, batch: int = 24) -> None:
     from luthier.infer.generate import generate
     from luthier.model.artifact import build_chat_encoder, find_artifact
     from luthier.model.tokenizer import load_tokenizer
-    from luthier.record.plots import read_metrics
+    from luthier.record.checkpoints import read_step_log
 
     quiet_libraries()
-    artifact, talks = find_artifact(run), read_metrics(Path(rows))
+    artifact, talks = find_artifact(run), read_step_log(Path(rows))
     tokenizer: Any = load_tokenizer(artifact.base)
     encoder = build_chat_encoder(artifact, tokenizer)
     prompts = [encoder.prompt(talk["messages"][:-1]) for talk in talks]

@@ -16,7 +16,7 @@ from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge, base_fold
 from luthier.export.usage_snippets import ChatFormat
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import auto_class
-from luthier.record.plots import read_metrics
+from luthier.record.checkpoints import read_step_log
 from luthier.storage.atomic import check_free_space, check_target, output_folder, write_json
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class LogitsDiffer(UserError):
 
 def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
     """Prompts as the model was trained on: of the run's held-out rows, and plain questions."""
-    replies = [] if artifact.run is None else read_metrics(artifact.run / "replies.jsonl")
+    replies = [] if artifact.run is None else read_step_log(artifact.run / "replies.jsonl")
     prompt_texts = [row["prompt"] for row in replies[:_ROWS] if isinstance(row.get("prompt"), str)]
     texts = [*prompt_texts, *QUESTIONS]
     has_template = artifact.chat is not None or tokenizer.chat_template is not None

@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luthier.record.plots import EVAL_COLOR, TEXT_COLOR, TRAIN_COLOR
+from luthier.record.plots import (
+    EVAL_COLOR,
+    TEXT_COLOR,
+    TRAIN_COLOR,
+    save_figure,
+    style_axes,
+)
 from luthier.sweep.objective import Objective
 from luthier.sweep.trials import Trial, best_trial, completed_trials, format_value, short_names
 
@@ -243,7 +249,7 @@ def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path:
         _style_axes(axes)
     marked = "the best trial" if len(best_trials) == 1 else "the trials that none beats"
     figure.suptitle(f"{len(trials)} finished trials; red: {marked}", color=TEXT_COLOR, fontsize=10)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _plot_parallel_coordinates(
@@ -288,7 +294,7 @@ def _plot_parallel_coordinates(
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
@@ -317,7 +323,7 @@ def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path:
         title = f"importance for {objective.name}: fANOVA, {len(trials)} trials"
         axes.set_title(title, loc="left", color=TEXT_COLOR, fontsize=10)
         _style_axes(axes)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
@@ -346,7 +352,7 @@ def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], pat
             set_label(f"{objective.name} ({better} is better)")
         _style_axes(axes)
     panels[0].legend(frameon=False)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _make_panels(count: int) -> tuple[Any, list[Any]]:
@@ -366,19 +372,6 @@ def _make_panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def _style_axes(axes: Any) -> None:
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
+    """Style a panel, whose labels are small since several share a figure."""
+    style_axes(axes)
     axes.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG, whole or not at all, and return its path."""
-    from matplotlib import pyplot
-
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
-    return path
