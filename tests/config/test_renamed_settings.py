@@ -31,6 +31,7 @@ OLD_CONFIG = {
     },
     "lora": {"shape": 1},
     "seed": 3,
+    "trainer": {"evaluation": {"when": "ends", "rows": 5}},
 }
 NEW_CONFIG = {
     "dataset": {
@@ -42,6 +43,7 @@ NEW_CONFIG = {
     },
     "lora": {"shape": 1},
     "seed": 3,
+    "trainer": {"evaluation": {"when": "start_and_end", "rows": 5}},
 }
 
 
@@ -56,6 +58,12 @@ def test_an_old_key_in_a_recipe_is_a_mistake_with_its_line_and_new_name(workplac
     ):  # fmt: skip
         says = f"{key}.shape: this key is called {key}.type now.  [recipes/mine.yaml:{line}]"
         assert says in text
+
+
+def test_an_old_value_is_a_mistake_with_its_new_name():
+    with pytest.raises(UserError) as caught:
+        load_config(["recipe=quickstart", "trainer.evaluation.when=ends"])
+    assert "trainer.evaluation.when: 'ends' is called start_and_end now." in str(caught.value)
 
 
 def test_an_old_key_in_the_record_of_a_run_is_read_as_the_new_one(tmp_path):

@@ -193,5 +193,5 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
     from luthier.config import cross_checks
 
     monkeypatch.setattr(cross_checks, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"wandb is not installed. .*luthier\[wandb\]"):
-        load_config([Q, "tracker=wandb"])
+    with pytest.raises(UserError, match=r"tensorboard is not installed. .*luthier\[tensorboard\]"):
+        load_config([Q, "tracker=tensorboard"])

@@ -104,6 +104,9 @@ def test_each_evaluation_set_has_its_own_names_and_metrics(tmp_path, tiny):
 
 
 def test_a_best_checkpoint_by_what_nobody_measures_stops_before_the_first_step(tmp_path, tiny):
-    given = {"trainer.args.metric_for_best_model": "eval_bleu", "trainer.evaluation.when": "ends"}
+    given = {
+        "trainer.args.metric_for_best_model": "eval_bleu",
+        "trainer.evaluation.when": "start_and_end",
+    }
     with pytest.raises(UserError, match="metric_for_best_model=eval_bleu: no evaluation measures"):
         finished(tmp_path / "run", *words(tiny, **given))

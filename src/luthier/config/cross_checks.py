@@ -359,7 +359,7 @@ def _dates(resolved: dict[str, Any]) -> Iterator[Mistake]:
 def _trackers(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trackers = mapping_at(resolved, "tracker").get("to")
     for name in trackers if isinstance(trackers, list) else []:
-        if name in ("wandb", "tensorboard") and find_spec(name) is None:
+        if name == "tensorboard" and find_spec(name) is None:
             yield Mistake(
                 "tracker",
                 f"{name} is not installed. Install it (pip install 'luthier[{name}]'), "

@@ -16,7 +16,7 @@ _RENAMED_KEYS = {
     "dataset.eval.sets.*.shape": "dataset.eval.sets.*.type",
 }
 """Old key -> new key, which stand in the same group; `*` is any name that the user chose."""
-_RENAMED_VALUES: dict[str, dict[str, str]] = {}
+_RENAMED_VALUES = {"trainer.evaluation.when": {"ends": "start_and_end"}}
 """Key (its new name) -> old value -> new value."""
 
 

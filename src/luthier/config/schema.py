@@ -72,7 +72,7 @@ class TrackerConfig(StrictModel):
     """Where metrics go besides `metrics.jsonl`."""
 
     to: list[Literal["wandb", "tensorboard", "mlflow", "trackio"]] = Field(default_factory=list)
-    """The trackers; each needs its package (the extra of its name)."""
+    """The trackers; all but wandb need a package (the extra of its name)."""
     artifacts: bool = False
     """Give wandb and MLflow the trained model, too, and not only the run's small files."""
     wandb: dict[str, Any] = Field(default_factory=dict)
@@ -259,7 +259,7 @@ class EvaluationConfig(StrictModel):
     the loss alone."""
     sets: dict[str, list[str | dict[str, Any]]] = Field(default_factory=dict)
     """Other metrics than these for an evaluation set, by its name in `dataset.eval.sets`."""
-    when: Literal["ends", "evaluations"] = "ends"
+    when: Literal["start_and_end", "evaluations"] = "start_and_end"
     """Rows are answered before and after training, or also at every evaluation in between."""
     patience: PositiveInt | None = None
     """Stop after so many evaluations without a better `trainer.args.metric_for_best_model`."""

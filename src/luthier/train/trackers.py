@@ -32,9 +32,11 @@ def check_trackers_installed(config: RunConfig) -> None:
     """Raise UserError, before anything heavy is imported, for a tracker that is not installed."""
     for name in config.tracker.to:
         if importlib.util.find_spec(name) is None:
+            # wandb is a dependency of luthier itself, the others are extras.
+            package = name if name == "wandb" else f"'luthier[{name}]'"
             raise UserError(
                 f"tracker.to: the package {name} is not installed. Install it with\n"
-                f"    pip install 'luthier[{name}]'\nor leave the tracker out: tracker=none"
+                f"    pip install {package}\nor leave the tracker out: tracker=none"
             )
 
 
