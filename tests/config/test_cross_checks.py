@@ -1,5 +1,8 @@
 """Mistakes in metrics and rewards, and in what is done with them, before anything is loaded."""
 
+import subprocess
+import sys
+
 import pytest
 
 from luthier.config import load_config
@@ -98,3 +101,15 @@ RIGHT = {
 @pytest.mark.parametrize("typed", RIGHT.values(), ids=RIGHT)
 def test_what_is_right(typed):
     load_config(typed)
+
+
+def test_only_the_metrics_that_a_config_names_are_imported():
+    code = (
+        "import sys; from luthier.config import load_config\n"
+        f"load_config([{Q!r}, '{M}=[]'])\n"
+        "assert not [name for name in sys.modules if name.startswith('luthier.metrics')]\n"
+        f"load_config([{Q!r}, '{M}=[json_f1]'])\n"
+        "assert 'luthier.metrics.structured' in sys.modules\n"
+        "assert 'luthier.metrics.ngrams' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -114,9 +114,11 @@ def find_best_metric(
     None where it names something else, such as a loss. `evaluation` is the config's
     `trainer.evaluation`, `sets` its `dataset.eval.sets`.
     """
+    own = evaluation.get("sets") or {}
+    if not evaluation.get("metrics") and not any(own.values()):
+        return None
     from luthier.metrics import parse_metrics
 
-    own = evaluation.get("sets") or {}
     for label in ("", *sets):
         metrics = parse_metrics(own.get(label, evaluation.get("metrics") or []))
         bare = name.removeprefix("eval_").removeprefix(f"{label}_" if label else "")
@@ -126,8 +128,6 @@ def find_best_metric(
 
 
 def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mistake]:
-    from luthier.metrics import check_metrics
-
     own = evaluation.get("sets")
     named = own if isinstance(own, dict) else {}
     for name in named:
@@ -141,13 +141,13 @@ def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mista
     lists = {_KEY: evaluation.get("metrics")}
     lists |= {f"trainer.evaluation.sets.{name}": given for name, given in named.items()}
     for key, given in lists.items():
-        if isinstance(given, list):
+        if isinstance(given, list) and given:
+            from luthier.metrics import check_metrics
+
             yield from _joined(check_metrics(given, key))
 
 
 def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    from luthier.metrics.rewards import check_rewards
-
     trainer = mapping_at(resolved, "trainer")
     method, given = str(trainer.get("method", "sft")), trainer.get("rewards") or []
     facts = METHODS.get(method)
@@ -165,7 +165,9 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
             _REWARDS,
             f"trainer.method={method} trains without rewards. Remove them, or take {takers}.",
         )
-    else:
+    elif given:
+        from luthier.metrics.rewards import check_rewards
+
         yield from _joined(check_rewards(given))
 
 

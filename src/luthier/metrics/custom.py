@@ -23,11 +23,9 @@ from pydantic import Field
 
 from luthier.errors import UserError, suggest_options
 from luthier.errors import format_value as shown
-from luthier.metrics.metric import Metric, MetricScores, Reply, excerpt, mean
+from luthier.metrics.metric import FUNCTION_PREFIX, Metric, MetricScores, Reply, excerpt, mean
 
 # A user's own function by its dotted path: looked for without running it, then loaded once.
-
-FUNCTION_PREFIX = "python:"
 
 
 def check_function_path(path: str) -> str | None:

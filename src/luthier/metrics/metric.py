@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from luthier.metrics.bootstrap import SumStatistics
 
 
+FUNCTION_PREFIX = "python:"
+"""What the path of a user's own function begins with, in a list of metrics or rewards."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What the model said, what the row has in its place, and the row itself."""

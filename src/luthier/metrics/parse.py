@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar, get_args
 
@@ -9,21 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from luthier.errors import Mistake, UserError, format_value, nearest_option, suggest_options
-from luthier.metrics.custom import FUNCTION_PREFIX, FunctionMetric, HubMetric, check_function_path
-from luthier.metrics.metric import Metric
-from luthier.metrics.ngrams import Bleu, Chrf, Rouge1, Rouge2, RougeL, RougeLsum
-from luthier.metrics.structured import JsonF1, JsonValid
-from luthier.metrics.text import (
-    Accuracy,
-    Contains,
-    ExactMatch,
-    Length,
-    MacroF1,
-    NormalisedMatch,
-    Number,
-    Regex,
-    TokenF1,
-)
+from luthier.metrics.metric import FUNCTION_PREFIX, Metric
 
 # The grammar of a list of metrics or rewards: names, or one name each with its settings.
 
@@ -124,26 +111,26 @@ def _options(annotation: Any) -> Iterator[str]:
             yield from _options(part)
 
 
-BUILT_IN_METRICS: dict[str, type[Metric]] = {
-    "exact_match": ExactMatch,
-    "normalised_match": NormalisedMatch,
-    "contains": Contains,
-    "regex": Regex,
-    "number": Number,
-    "json_valid": JsonValid,
-    "json_f1": JsonF1,
-    "accuracy": Accuracy,
-    "macro_f1": MacroF1,
-    "token_f1": TokenF1,
-    "rouge1": Rouge1,
-    "rouge2": Rouge2,
-    "rougeL": RougeL,
-    "rougeLsum": RougeLsum,
-    "bleu": Bleu,
-    "chrf": Chrf,
-    "length": Length,
+BUILT_IN_METRICS = {
+    "exact_match": "text:ExactMatch",
+    "normalised_match": "text:NormalisedMatch",
+    "contains": "text:Contains",
+    "regex": "text:Regex",
+    "number": "text:Number",
+    "json_valid": "structured:JsonValid",
+    "json_f1": "structured:JsonF1",
+    "accuracy": "text:Accuracy",
+    "macro_f1": "text:MacroF1",
+    "token_f1": "text:TokenF1",
+    "rouge1": "ngrams:Rouge1",
+    "rouge2": "ngrams:Rouge2",
+    "rougeL": "ngrams:RougeL",
+    "rougeLsum": "ngrams:RougeLsum",
+    "bleu": "ngrams:Bleu",
+    "chrf": "ngrams:Chrf",
+    "length": "text:Length",
 }
-"""The metrics that are built in."""
+"""Name -> module of `luthier.metrics` and class; only what a config names is imported."""
 
 METRICS_KEY = "trainer.evaluation.metrics"
 
@@ -204,9 +191,10 @@ def build_metric(entry: MetricEntry, also: Sequence[str] = ()) -> Metric:
     """The metric of one entry; raises Wrong. `also` are settings that someone else reads."""
     if entry.name.startswith((FUNCTION_PREFIX, _HUB)):
         return _foreign(entry)
-    cls = BUILT_IN_METRICS.get(entry.name)
-    if cls is None:
+    if entry.name not in BUILT_IN_METRICS:
         raise unknown_name_error(entry.name, list(BUILT_IN_METRICS), "metric", _OTHERS)
+    module, _, class_name = BUILT_IN_METRICS[entry.name].partition(":")
+    cls: type[Metric] = getattr(import_module(f"luthier.metrics.{module}"), class_name)
     return build_from_entry(
         cls, entry, {"name": entry.name, **entry.settings}, [*cls.model_fields, *also]
     )
@@ -250,13 +238,18 @@ def _checked(metric: Metric, entry: MetricEntry) -> Metric:
     without = explain_missing_package(metric.needed())
     if without:
         raise MetricEntryError(f"{entry.name}: {without}")
-    if isinstance(metric, FunctionMetric) and (problem := check_function_path(metric.path)):
-        raise MetricEntryError(problem)
+    if entry.name.startswith(FUNCTION_PREFIX):
+        from luthier.metrics.custom import check_function_path
+
+        if problem := check_function_path(entry.name):
+            raise MetricEntryError(problem)
     return metric
 
 
 def _foreign(entry: MetricEntry) -> Metric:
     """A function of the user's own or a metric of `evaluate`: their settings are arguments."""
+    from luthier.metrics.custom import FunctionMetric, HubMetric
+
     shared = {key: entry.settings[key] for key in _SHARED if key in entry.settings}
     rest = {key: given for key, given in entry.settings.items() if key not in _SHARED}
     if entry.name.startswith(FUNCTION_PREFIX):

@@ -15,12 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, mod
 from luthier.errors import Mistake, UserError, suggest_options
 from luthier.errors import format_value as shown
 from luthier.metrics.custom import (
-    FUNCTION_PREFIX,
     check_function_path,
     describe_exception,
     load_function,
 )
-from luthier.metrics.metric import RowMetric
+from luthier.metrics.metric import FUNCTION_PREFIX, RowMetric
 from luthier.metrics.parse import (
     MetricEntry,
     MetricEntryError,

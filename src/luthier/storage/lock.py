@@ -59,6 +59,9 @@ def _taken(folder: Path, until: float) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            # filelock 4 cannot serve here: it locks with flock, which a forked child inherits. A
+            # data worker that outlives a killed run would then keep its directory locked. A POSIX
+            # record lock belongs to one process and ends with it.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last holder may have removed the file between our opening and our locking it.
             if (folder / LOCK_FILE).stat().st_ino == os.fstat(descriptor).st_ino:
