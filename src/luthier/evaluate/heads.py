@@ -94,21 +94,21 @@ class ClassScorer(HeadScorer):
     @property
     def better(self) -> dict[str, bool | None]:
         """Numbers by their errors, classes by their hits."""
-        if self.labels.problem == REGRESSION:
+        if self.labels.problem_type == REGRESSION:
             return {"mae": False, "rmse": False, "pearson": True}
         return {"accuracy": True, "macro_f1": True, "micro_f1": True}
 
     def read(self, where: str, example: Mapping[str, Any]) -> dict[str, Any]:
         """The example with the names of its classes, or its number."""
         label = example["label"]
-        if self.labels.problem == REGRESSION:
+        if self.labels.problem_type == REGRESSION:
             if isinstance(label, bool) or not isinstance(label, int | float):
                 raise UserError(
                     f"{where}: the label {label!r} is no number, and this model says one."
                 )
             return {**example}
         is_list = isinstance(label, list)
-        if is_list != (self.labels.problem == "multi_label_classification"):
+        if is_list != (self.labels.problem_type == "multi_label_classification"):
             expected_type = "one class" if is_list else "lists of classes"
             raise UserError(
                 f"{where}: the label is {label!r}, and this model says {expected_type}."
@@ -128,7 +128,9 @@ class ClassScorer(HeadScorer):
     def losses(self, model: Any, rows: Sequence[Values], pad_token_id: int) -> RowLosses:
         """As in training."""
         names = model_input_columns(model, rows[0])
-        layout = ClassificationCollator(pad_token_id=pad_token_id, names=names, labels=self.labels)
+        layout = ClassificationCollator(
+            pad_token_id=pad_token_id, columns=names, labels=self.labels
+        )
         batch = _on(model, layout([NumberedRow(0, row) for row in rows]))
         logits = model(**{name: batch[name] for name in (*names, "attention_mask")}).logits
         return classification_losses(self.labels, logits, batch["labels"])
@@ -141,11 +143,11 @@ class ClassScorer(HeadScorer):
         expected = np.stack([encode_label(self.labels, label) for label in labels])
         predicted = np.array(predictions)
         names = np.array(self.labels.names, object)
-        if self.labels.problem == REGRESSION:
+        if self.labels.problem_type == REGRESSION:
             return classification.regression_samples(predicted, expected), [
                 self._words([prediction]) for prediction in predictions
             ]
-        if self.labels.problem == "multi_label_classification":
+        if self.labels.problem_type == "multi_label_classification":
             texts = [self._words(names[flags].tolist()) for flags in predicted]
             return classification.multi_label_samples(predicted, expected > 0), texts
         texts = names[predicted].tolist()
@@ -364,7 +366,7 @@ class HeadModel:
             for batch in batches_by_length([self.head.length(row) for row in rows]):
                 batch_losses = self.head.losses(self.model, [rows[n] for n in batch], pad)
                 for number, loss, prediction in zip(
-                    batch, batch_losses.sums, batch_losses.predicted, strict=True
+                    batch, batch_losses.sums, batch_losses.predictions, strict=True
                 ):
                     losses[number] = loss.item(), self.head.answers(rows[number])
                     predictions[number] = prediction.tolist()

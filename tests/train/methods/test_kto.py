@@ -25,7 +25,7 @@ from luthier.data.batching.token_rows import TokenRows
 from luthier.data.encoders.preference import PairSplittingEncoder, UnpairedEncoder
 from luthier.errors import UserError
 from luthier.train.methods import kto
-from luthier.train.methods.encoders import make_kto_encoder
+from luthier.train.methods.encoders import ENCODER_FACTORIES
 from luthier.train.methods.kto import KTOMethod, LuthierKTOTrainer
 
 EXAMPLES = unpaired()
@@ -82,10 +82,10 @@ def test_a_divergence_is_never_negative(tmp_path):
     # The reference's own replies become less likely.
     moved(made.model, seed=6, by=-0.3)
     scores = {
-        "logps": torch.zeros(2), "ref_logps": torch.zeros(2), "gone": torch.tensor([-3.0, -1.0]),
+        "logps": torch.zeros(2), "ref_logps": torch.zeros(2), kto.DRIFT: torch.tensor([-3.0, -1.0]),
         "label": torch.tensor([True, False]), "real": torch.tensor([True, True]),
     }  # fmt: skip
-    assert float(made.distance(scores)) == 0
+    assert float(made.estimate_kl(scores)) == 0
     assert made.loss_terms(scores).rows.tolist() == [0.5, 0.5]
 
 
@@ -175,7 +175,7 @@ def test_a_step_of_one_row_has_nothing_to_estimate_from(tmp_path):
 
 def test_pairs_are_taken_apart():
     kinds = {
-        kind: make_kto_encoder(config(), tokenizer(), kind, SourceConfig(path="y"))
+        kind: ENCODER_FACTORIES["kto"](config(), tokenizer(), kind, SourceConfig(path="y"))
         for kind in ("unpaired", "preference")
     }
     assert type(kinds["preference"]) is PairSplittingEncoder

@@ -1,4 +1,7 @@
-"""What makes token rows of a source's rows, for each method: known without its trainer."""
+"""The encoders of each training method, from the rows of a source to token rows.
+
+They are here and not beside the trainers, so that data can be prepared without importing these.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -29,25 +32,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EncoderConstructor = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]
-"""From a config, its tokenizer, and the kind of a source's rows, which is one of the method's."""
+"""Takes a config, its tokenizer, the format of a source's rows, and the source."""
 
 
 def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
-    """The encoder for each source of a run; UserError for rows that its method does not take."""
-    name = config.trainer.method
+    """Return what makes the encoder of each source of a run.
 
-    def encoder(kind: str, source: SourceConfig, key: str) -> RowEncoder:
-        check_example_type(name, kind, key, format_key(key))
-        made = ENCODER_FACTORIES[name](config, tokenizer, kind, source)
-        return ColumnKeepingEncoder(made) if _reads_columns(config) else made
+    It raises UserError for rows that the run's method does not take.
+    """
+    method = config.trainer.method
 
-    return encoder
+    def make_encoder(row_format: str, source: SourceConfig, key: str) -> RowEncoder:
+        check_example_type(method, row_format, key, format_key(key))
+        encoder = ENCODER_FACTORIES[method](config, tokenizer, row_format, source)
+        return ColumnKeepingEncoder(encoder) if _reads_columns(config) else encoder
+
+    return make_encoder
 
 
 def _reads_columns(config: RunConfig) -> bool:
-    """Whether a reward or a metric of the user's own reads the columns of the rows."""
+    """Whether a reward, or a metric that the user wrote, reads the columns of the rows."""
     evaluation = config.trainer.evaluation
-    metrics = [*evaluation.metrics, *(one for own in evaluation.sets.values() for one in own)]
+    metrics = [*evaluation.metrics]
+    for set_metrics in evaluation.sets.values():
+        metrics += set_metrics
     names = (metric if isinstance(metric, str) else next(iter(metric)) for metric in metrics)
     return bool(config.trainer.rewards) or any(name.startswith("python:") for name in names)
 
@@ -58,85 +66,61 @@ def _chat_settings(config: RunConfig, source: SourceConfig) -> dict[str, Any]:
     return chat if source.train_on is None else chat | {"train_on": source.train_on}
 
 
-def make_sft_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+def _make_sft_encoder(
+    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
 ) -> RowEncoder:
     """Conversations by the chat encoder, texts in windows."""
-    if kind == "text":
+    if row_format == "text":
         return TextEncoder(tokenizer, config.chat.max_length, config.dataset.stride)
     return ConversationEncoder(tokenizer, _chat_settings(config, source))
 
 
-def make_pair_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-) -> RowEncoder:
-    """Both replies behind the ids that generation starts from."""
-    return PreferenceEncoder(tokenizer, _chat_settings(config, source))
-
-
-def make_kto_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+def _make_kto_encoder(
+    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
 ) -> RowEncoder:
     """Replies behind the ids that generation starts from; of a pair, each by itself."""
-    make = UnpairedEncoder if kind == "unpaired" else PairSplittingEncoder
-    return make(tokenizer, _chat_settings(config, source))
+    encoder_class = UnpairedEncoder if row_format == "unpaired" else PairSplittingEncoder
+    return encoder_class(tokenizer, _chat_settings(config, source))
 
 
-def make_reward_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-) -> RowEncoder:
-    """Both conversations as the template writes them."""
-    return RewardEncoder(tokenizer, _chat_settings(config, source))
-
-
-def make_classification_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-) -> RowEncoder:
-    """Texts as the tokenizer gives them, and their labels."""
-    return ClassificationEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
-
-
-def make_tagging_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-) -> RowEncoder:
-    """Words with one space between them, and their tags."""
-    return TaggingEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
-
-
-def make_seq2seq_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
-) -> RowEncoder:
-    """Sources and targets as the tokenizer gives them."""
-    return Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
-
-
-def make_prompt_encoder(
-    config: RunConfig, tokenizer: Any, kind: str, source: SourceConfig
+def _make_prompt_encoder(
+    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
 ) -> RowEncoder:
     """Conversations up to their last reply; UserError where completions leave them no room."""
     chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
     return PromptEncoder(tokenizer, chat, max_prompt_tokens(config))
 
 
+def _chat_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstructor:
+    """A constructor of an encoder that takes the settings of the chat encoder."""
+    return lambda config, tokenizer, row_format, source: encoder_class(
+        tokenizer, _chat_settings(config, source)
+    )
+
+
+def _task_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstructor:
+    """A constructor of an encoder that takes texts as the tokenizer encodes them."""
+    return lambda config, tokenizer, row_format, source: encoder_class(
+        tokenizer, config.chat.max_length, config.chat.on_long
+    )
+
+
 ENCODER_FACTORIES: Mapping[str, EncoderConstructor] = {
-    "sft": make_sft_encoder,
-    "pretrain": make_sft_encoder,
-    "dpo": make_pair_encoder,
-    "kto": make_kto_encoder,
-    "orpo": make_pair_encoder,
-    "cpo": make_pair_encoder,
-    "reward": make_reward_encoder,
-    "classify": make_classification_encoder,
-    "tag": make_tagging_encoder,
-    "seq2seq": make_seq2seq_encoder,
-    "grpo": make_prompt_encoder,
-    "rloo": make_prompt_encoder,
-    "distill": make_prompt_encoder,
+    "sft": _make_sft_encoder,
+    "pretrain": _make_sft_encoder,
+    "dpo": _chat_constructor(PreferenceEncoder),
+    "kto": _make_kto_encoder,
+    "orpo": _chat_constructor(PreferenceEncoder),
+    "cpo": _chat_constructor(PreferenceEncoder),
+    "reward": _chat_constructor(RewardEncoder),
+    "classify": _task_constructor(ClassificationEncoder),
+    "tag": _task_constructor(TaggingEncoder),
+    "seq2seq": _task_constructor(Seq2SeqEncoder),
+    "grpo": _make_prompt_encoder,
+    "rloo": _make_prompt_encoder,
+    "distill": _make_prompt_encoder,
 }
-"""By the name of the method."""
-
-
-# The chat encoder of a run: its settings, the model's tokenizer and the model's end tokens.
+"""The constructor of the encoder of each method, by its name."""
 
 
 def make_chat_encoder(
@@ -144,7 +128,7 @@ def make_chat_encoder(
 ) -> ChatEncoder | None:
     """Return the encoder that makes this run's training rows and prompts.
 
-    None where there is no chat template: rows that are no chats need none.
+    Return None where there is no chat template: rows that are no conversations need none.
     """
     if config.chat.template is None and tokenizer.chat_template is None:
         return None
@@ -154,7 +138,7 @@ def make_chat_encoder(
 
 
 def make_seq2seq_prompts(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Seq2SeqPrompts:
-    """Return what makes the prompts of an encoder-decoder model: the sources as they train."""
+    """Return what makes the prompts of an encoder-decoder model: the sources, as in training."""
     encoder = Seq2SeqEncoder(tokenizer, config.chat.max_length, config.chat.on_long)
     ends = [tokenizer.eos_token_id, *end_token_ids(config.model)]
     return Seq2SeqPrompts(encoder, [end for end in dict.fromkeys(ends) if end is not None])

@@ -1,16 +1,14 @@
-"""Models with a head of their own for a task, and what must hold for the rows they read."""
+"""The labels of a dataset, models with a head for them, and what must hold for their rows."""
 
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from accelerate import PartialState
-from peft import PeftModel
 
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batching.token_rows import TokenRows
@@ -18,25 +16,24 @@ from luthier.data.prepare import PreparedData
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.model.load import TASK_CLASSES, auto_class, load_model, read_model_config
-from luthier.storage.atomic import write_json
+from luthier.model.load import TASK_CLASSES, auto_class, read_model_config
 from luthier.train import console
-from luthier.train.methods.labelled import LabelledTrainerMixin
-
-# The labels of a dataset: which there are, and what they make of the task.
+from luthier.train.methods.method import load_trained_model
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """What transformers calls the task of a classifier (`problem_type`)."""
 REGRESSION: ProblemType = "regression"
 PROBLEM_TYPE_KEY = "model.kwargs.problem_type"
-_LABELS_SHOWN = 5
+"""The setting by which the user says what the task is."""
+_LISTED_UNSEEN = 5
+"""The number of labels that an error names."""
 
 
 @dataclass(frozen=True)
 class LabelSet:
     """The classes of a dataset in the order of their numbers, and the task they make."""
 
-    problem: ProblemType
+    problem_type: ProblemType
     names: tuple[str, ...]
     """The names of the classes; `value` where a number is predicted."""
 
@@ -45,13 +42,13 @@ class LabelSet:
         """The number of each class."""
         return {name: number for number, name in enumerate(self.names)}
 
-    def in_order_of(self, known: Mapping[int, str]) -> "LabelSet":
-        """The classes in the order of a model's own, if they are the same ones."""
-        names = tuple(known[number] for number in sorted(known))
+    def reordered_like(self, id2label: Mapping[int, str]) -> "LabelSet":
+        """The classes in the order of a model's config, if they are the same ones; else as here."""
+        names = tuple(id2label[number] for number in sorted(id2label))
         return replace(self, names=names) if set(names) == set(self.names) else self
 
-    def settings(self) -> dict[str, Any]:
-        """What the model's config says of them."""
+    def config_settings(self) -> dict[str, Any]:
+        """The labels as the model's config has them."""
         return {
             "num_labels": len(self.names),
             "id2label": dict(enumerate(self.names)),
@@ -59,69 +56,79 @@ class LabelSet:
         }
 
 
-def collect_labels(prepared: PreparedData, problem: str | None) -> LabelSet:
+def collect_labels(prepared: PreparedData, problem_type: str | None) -> LabelSet:
     """The labels of texts, from the column `label` of the rows that train.
 
-    Numbers with a fraction make a regression, lists a task of several classes a text; `problem` is
-    what the user says it is, if anything. Classes are sorted, whole numbers by their value. Raises
+    Numbers with a fraction make a regression, lists a task of several classes a text, unless
+    `problem_type` is set by the user. Classes are sorted, whole numbers by their value. Raises
     UserError for labels that do not go together, for a single class, and for a class of evaluation
     rows that no training row has.
     """
-    values = distinct_values(prepared.train, "label")
-    held = [value for rows in prepared.eval.values() for value in distinct_values(rows, "label")]
-    kind = _problem(values, problem)
-    _refuse(prepared, [*values, *held], lambda value: not _fits(value, kind), _NOT[kind])
-    if kind == REGRESSION:
+    labels = distinct_values(prepared.train, "label")
+    eval_labels = _distinct_eval_values(prepared, "label")
+    problem = _choose_problem_type(labels, problem_type)
+
+    def is_unfit(label: Any) -> bool:
+        return not _fits_problem(label, problem)
+
+    _refuse_labels(prepared, [*labels, *eval_labels], is_unfit, _UNFIT_LABELS[problem])
+    if problem == REGRESSION:
         return LabelSet(REGRESSION, ("value",))
-    _refuse(prepared, values, _is_negative, _NEGATIVE)
-    classes = _sorted(values, prepared)
-    if kind == "single_label_classification" and len(classes) < 2:
+    _refuse_labels(prepared, labels, _is_negative, _NEGATIVE_LABEL)
+    classes = _sort_classes(labels, prepared)
+    if problem == "single_label_classification" and len(classes) < 2:
         raise UserError(
             f"dataset: every training row has the label {classes[0]!r}, so there is nothing to "
             f"learn. For numbers to predict: {PROBLEM_TYPE_KEY}=regression."
         )
-    return LabelSet(kind, _known(classes, held, prepared))
+    _refuse_unseen_labels(prepared, classes, eval_labels)
+    return LabelSet(problem, tuple(map(str, classes)))
 
 
 def collect_tags(prepared: PreparedData) -> LabelSet:
-    """The tags of words, from the column `tags`; raises UserError as `find_labels` does."""
-    values = distinct_values(prepared.train, "tags")
-    held = [value for rows in prepared.eval.values() for value in distinct_values(rows, "tags")]
-    tags = _sorted(values, prepared)
+    """The tags of words, from the column `tags`; raises UserError as `collect_labels` does."""
+    tags = _sort_classes(distinct_values(prepared.train, "tags"), prepared)
     if len(tags) < 2:
         raise UserError(
             f"dataset: every word has the tag {tags[0]!r}, so there is nothing to learn."
         )
-    return LabelSet("single_label_classification", _known(tags, held, prepared))
+    _refuse_unseen_labels(prepared, tags, _distinct_eval_values(prepared, "tags"))
+    return LabelSet("single_label_classification", tuple(map(str, tags)))
 
 
 def distinct_values(rows: Any, column: str) -> list[Any]:
     """The different values of a column of JSON, over all rows that take part, in a fixed order."""
     assert isinstance(rows, TokenRows) and isinstance(rows.table, JoinedTable)
     table, index = rows.table, rows.different
+    # Texts of JSON are compared and not values, as True equals 1.
     texts: set[str] = set()
-    for number, part in enumerate(table.tables):
-        own = index - table.start_of(number)
-        texts.update(part.values(column, own[(own >= 0) & (own < len(part))]))
+    for number, source_table in enumerate(table.tables):
+        numbers = index - table.start_of(number)
+        in_source = (numbers >= 0) & (numbers < len(source_table))
+        texts.update(source_table.values(column, numbers[in_source]))
     return [json.loads(text) for text in sorted(texts)]
 
 
-def _problem(values: Iterable[Any], problem: str | None) -> ProblemType:
-    """What the task is: what the user says, or else the values."""
-    for known in get_args(ProblemType):
-        if problem == known:
-            return known
-    if problem is not None:
+def _distinct_eval_values(prepared: PreparedData, column: str) -> list[Any]:
+    return [value for rows in prepared.eval.values() for value in distinct_values(rows, column)]
+
+
+def _choose_problem_type(labels: Iterable[Any], problem_type: str | None) -> ProblemType:
+    """What the user says that the task is, or else the labels."""
+    for supported in get_args(ProblemType):
+        if problem_type == supported:
+            return supported
+    if problem_type is not None:
         raise UserError(
-            f"{PROBLEM_TYPE_KEY}={problem} is none of {', '.join(get_args(ProblemType))}."
+            f"{PROBLEM_TYPE_KEY}={problem_type} is none of {', '.join(get_args(ProblemType))}."
         )
-    kinds = {type(value) for value in values}
-    if list in kinds:
+    types = {type(label) for label in labels}
+    if list in types:
         return "multi_label_classification"
-    return REGRESSION if float in kinds else "single_label_classification"
+    return REGRESSION if float in types else "single_label_classification"
 
 
-_NOT: dict[ProblemType, str] = {
+_UNFIT_LABELS: dict[ProblemType, str] = {
     "regression": "no number, and numbers are to be predicted. To predict classes: "
     f"{PROBLEM_TYPE_KEY}=single_label_classification",
     "multi_label_classification": "no list, and other rows have lists of classes. Write a class "
@@ -129,82 +136,85 @@ _NOT: dict[ProblemType, str] = {
     "single_label_classification": "no class, by name or whole number. To predict numbers: "
     f"{PROBLEM_TYPE_KEY}=regression; several classes a row: lists in all rows",
 }
-_NEGATIVE = (
+_NEGATIVE_LABEL = (
     "below zero, which in hub datasets means that a row has no label. Leave such rows out: "
     f"dataset.filter='label >= 0'; or for numbers to predict: {PROBLEM_TYPE_KEY}=regression"
 )
 
 
-def _fits(value: Any, problem: ProblemType) -> bool:
+def _fits_problem(label: Any, problem: ProblemType) -> bool:
     if problem == "multi_label_classification":
-        return isinstance(value, list)
-    return isinstance(value, int | float if problem == REGRESSION else int | str)
+        return isinstance(label, list)
+    return isinstance(label, int | float if problem == REGRESSION else int | str)
 
 
-def _is_negative(value: Any) -> bool:
-    return isinstance(value, int) and value < 0
+def _is_negative(label: Any) -> bool:
+    return isinstance(label, int) and label < 0
 
 
-def _refuse(
-    prepared: PreparedData, values: Iterable[Any], is_wrong: Callable[[Any], bool], what: str
+def _refuse_labels(
+    prepared: PreparedData, labels: Iterable[Any], is_bad: Callable[[Any], bool], problem: str
 ) -> None:
-    """Raise UserError with the first wrong label, its place, and what it is not."""
-    wrong = next((value for value in values if is_wrong(value)), None)
-    if wrong is not None:
-        raise UserError(f"{_place(prepared, wrong)}: the label {wrong!r} is {what}.")
-
-
-def _sorted(values: Iterable[Any], prepared: PreparedData) -> list[Any]:
-    """All classes, sorted; UserError for names and numbers at once."""
-    classes = set(_flat(values))
-    names = [one for one in classes if isinstance(one, str)]
-    if 0 < len(names) < len(classes):
-        one, other = min(names), min(one for one in classes if not isinstance(one, str))
+    """Raise UserError with the first bad label, where it stands, and what is wrong with it."""
+    bad_label = next((label for label in labels if is_bad(label)), None)
+    if bad_label is not None:
         raise UserError(
-            f"dataset: some classes are names ({one!r}, {_place(prepared, one)}) and some numbers "
-            f"({other!r}, {_place(prepared, other)}). Write all of them alike."
+            f"{_locate_label(prepared, bad_label)}: the label {bad_label!r} is {problem}."
+        )
+
+
+def _sort_classes(labels: Iterable[Any], prepared: PreparedData) -> list[Any]:
+    """All classes, sorted; UserError for names and numbers at once, and for no class at all."""
+    classes = set(_flatten_labels(labels))
+    names = [label for label in classes if isinstance(label, str)]
+    if 0 < len(names) < len(classes):
+        name, number = min(names), min(label for label in classes if not isinstance(label, str))
+        raise UserError(
+            f"dataset: some classes are names ({name!r}, {_locate_label(prepared, name)}) and some "
+            f"numbers ({number!r}, {_locate_label(prepared, number)}). Write all of them alike."
         )
     if not classes:
         raise UserError("dataset: no training row has a class, so there is nothing to learn.")
     return sorted(classes)
 
 
-def _known(classes: Sequence[Any], held: Iterable[Any], prepared: PreparedData) -> tuple[str, ...]:
-    """The names of the classes; UserError for one that only evaluation rows have."""
-    unseen = sorted(set(_flat(held)) - set(classes), key=str)
+def _refuse_unseen_labels(
+    prepared: PreparedData, classes: Sequence[Any], eval_labels: Iterable[Any]
+) -> None:
+    """Raise UserError for a class that only evaluation rows have."""
+    unseen = sorted(set(_flatten_labels(eval_labels)) - set(classes), key=str)
     if unseen:
-        more = f" and {len(unseen) - _LABELS_SHOWN} more" if len(unseen) > _LABELS_SHOWN else ""
+        more = f" and {len(unseen) - _LISTED_UNSEEN} more" if len(unseen) > _LISTED_UNSEEN else ""
         raise UserError(
-            f"{_place(prepared, unseen[0])}: no training row has the label "
-            f"{', '.join(map(repr, unseen[:_LABELS_SHOWN]))}{more}, so it cannot be learned.\n"
+            f"{_locate_label(prepared, unseen[0])}: no training row has the label "
+            f"{', '.join(map(repr, unseen[:_LISTED_UNSEEN]))}{more}, so it cannot be learned.\n"
             "Hold other rows out, add rows of it to the training data, or leave it out with "
             "dataset.filter."
         )
-    return tuple(map(str, classes))
 
 
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
-    for value in values:
-        yield from value if isinstance(value, list) else [value]
+def _flatten_labels(labels: Iterable[Any]) -> Iterable[Any]:
+    for label in labels:
+        yield from label if isinstance(label, list) else [label]
 
 
-def _place(prepared: PreparedData, wanted: Any) -> str:
-    """Where the first row with this label stands."""
-    for part in prepared.sources.values():
-        for number, example in enumerate(part.examples(range(len(part)))):
-            label = example["label"] if "label" in example else example["tags"]
-            if _same(label, wanted) or any(_same(one, wanted) for one in _flat([label])):
-                (where,) = part.rows.values("where", [number])
-                return str(where)
+def _locate_label(prepared: PreparedData, label: Any) -> str:
+    """Where the first row with this label stands; `dataset` if no row has it."""
+    for source_rows in prepared.sources.values():
+        for number, example in enumerate(source_rows.examples(range(len(source_rows)))):
+            row_label = example["label"] if "label" in example else example["tags"]
+            candidates = [row_label, *_flatten_labels([row_label])]
+            # True and 1 are equal, and different labels.
+            if any(type(other) is type(label) and other == label for other in candidates):
+                (location,) = source_rows.rows.values("where", [number])
+                return str(location)
     return "dataset"
 
 
-def _same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and one == other
-
-
-_DECIDED = ("num_labels", "id2label", "label2id")
-_SHOWN = 8
+_LABEL_SETTINGS = ("num_labels", "id2label", "label2id")
+"""The settings of a model's config that luthier decides by the rows."""
+_LISTED_LABELS = 8
+"""The number of labels that the line about a head names."""
 
 
 def load_task_config(config: ModelConfig, task: str, trainer: str, needs: str) -> Any:
@@ -213,14 +223,14 @@ def load_task_config(config: ModelConfig, task: str, trainer: str, needs: str) -
     `needs` says in words which models there are for `trainer`.
     """
     # Settings of the head in `model.kwargs` are refused elsewhere, and do not decide what fits.
-    found = read_model_config(config.model_copy(update={"kwargs": {}}))
-    known = auto_class(task)._model_mapping.keys()
-    if type(found) not in known and not config.trust_remote_code:
+    model_config = read_model_config(config.model_copy(update={"kwargs": {}}))
+    supported = auto_class(task)._model_mapping.keys()
+    if type(model_config) not in supported and not config.trust_remote_code:
         raise UserError(
             f"model.path={config.path}: trainer={trainer} needs {needs}, and transformers has none "
-            f"of the type {found.model_type}."
+            f"of the type {model_config.model_type}."
         )
-    return found
+    return model_config
 
 
 def load_head_model(
@@ -228,14 +238,14 @@ def load_head_model(
 ) -> Any:
     """The model with a head for these labels: its own where it has one for as many, or a new one.
 
-    `task`: a key of `luthier.model.load.TASK_CLASSES`; `more`: further settings of the model's
-    config. Raises UserError for a model that cannot have such a head.
+    `task` is a key of `luthier.model.load.TASK_CLASSES`, and `more` are further settings of the
+    model's config. Raises UserError for a model that cannot have such a head.
     """
     trainer = config.trainer.method
-    given = [name for name in _DECIDED if name in config.model.kwargs]
-    if given:
+    refused = [name for name in _LABEL_SETTINGS if name in config.model.kwargs]
+    if refused:
         raise UserError(
-            f"model.kwargs.{given[0]} is not set with trainer={trainer}: the labels are those of "
+            f"model.kwargs.{refused[0]} is not set with trainer={trainer}: the labels are those of "
             "the rows. Remove it."
         )
     base = load_task_config(config.model, task, trainer, "a model that can have a head for labels")
@@ -243,26 +253,22 @@ def load_head_model(
     has_head = any(name.endswith(ending) for name in base.architectures)
     is_new = not has_head or base.num_labels != len(labels.names)
     if not is_new:
-        labels = labels.in_order_of(base.id2label)
+        labels = labels.reordered_like(base.id2label)
     # Sizes may differ in the head alone, and only if there is one.
-    own = labels.settings() | more | {"ignore_mismatched_sizes": has_head and is_new}
-    with _quiet("transformers.modeling_utils"):
-        model = load_model(
-            config.model,
-            config.quantization,
-            machine,
-            full=not config.lora.is_enabled,
-            task=task,
-            **own,
-        )
+    settings = labels.config_settings() | more | {"ignore_mismatched_sizes": has_head and is_new}
+    with _quiet_logger("transformers.modeling_utils"):
+        model = load_trained_model(config, machine, task, **settings)
     if PartialState().is_main_process:
-        console.print_line(_described(labels, vars(model)["new_layers"]))
+        console.print_line(_describe_head(labels, vars(model)["new_layers"]))
     return model
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keep a logger from warning: that a head is new is said in one line, and not in a table."""
+def _quiet_logger(name: str) -> Iterator[None]:
+    """Keep a logger from warning within the block.
+
+    transformers 5.23 prints a table of the layers that are new, and luthier says it in one line.
+    """
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -272,12 +278,13 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _described(labels: LabelSet, new_layers: list[str]) -> str:
-    """The labels in one line."""
-    shown = ", ".join(labels.names[:_SHOWN]) + (", ..." if len(labels.names) > _SHOWN else "")
+def _describe_head(labels: LabelSet, new_layers: list[str]) -> str:
+    """The labels and the layers of the head in one line."""
+    names = ", ".join(labels.names[:_LISTED_LABELS])
+    more = ", ..." if len(labels.names) > _LISTED_LABELS else ""
     head = f"new layers: {', '.join(new_layers)}" if new_layers else "the model's own head"
-    task = labels.problem.replace("_", " ")
-    return f"labels    {len(labels.names):,} ({task}): {shown}; {head}"
+    task = labels.problem_type.replace("_", " ")
+    return f"labels    {len(labels.names):,} ({task}): {names}{more}; {head}"
 
 
 def labels_from_config(config: Any) -> LabelSet:
@@ -286,24 +293,6 @@ def labels_from_config(config: Any) -> LabelSet:
     # transformers reads one output without a word as a number.
     problem: ProblemType = REGRESSION if len(names) == 1 else "single_label_classification"
     return LabelSet(config.problem_type or problem, tuple(names))
-
-
-class Labelled(LabelledTrainerMixin):
-    """Stands before a trainer of a head: `class Mine(Labelled, Trainer)`."""
-
-    labels: LabelSet
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as Trainer does, and beside an adapter the labels, which it has no config for.
-
-        With the content of labels.json as `labels`, and whole numbers as the keys of its
-        `id2label`, `from_pretrained(base, **labels)` makes the base that the adapter goes on.
-        """
-        super().save_model(output_dir, _internal_call)
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            problem = {"problem_type": self.model.config.problem_type}
-            write_json(folder / "labels.json", self.labels.settings() | problem)
 
 
 def set_padding_token(model: Any, tokenizer: Any, prepared: PreparedData) -> None:
@@ -344,7 +333,7 @@ def check_row_lengths(model: Any, prepared: PreparedData, column: str = "input_i
 def _longest(rows: Any, column: str) -> int:
     """The most tokens that a row which takes part has in a column."""
     assert isinstance(rows, TokenRows) and isinstance(rows.table, JoinedTable)
-    lengths = [part.lengths_of(column) for part in rows.table.tables if len(part)]
+    lengths = [table.lengths_of(column) for table in rows.table.tables if len(table)]
     return int(np.concatenate(lengths)[rows.different].max(initial=0))
 
 

@@ -1,51 +1,105 @@
-"""What a training method is: which model is loaded, and which trainer runs."""
+"""What a training method is: the arguments, the model and the trainer of one `trainer.method`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
+from luthier.data.batching.settings import read_batching_settings
+from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.model.device import Machine
+from luthier.model.load import load_model
+from luthier.train.arguments import build_trainer_arguments
 
 
 @dataclass(frozen=True)
 class TrainerInputs:
-    """All that a trainer is made of."""
+    """All that a trainer is built from."""
 
     config: RunConfig
     args: Any
-    """The trainer's own arguments, as `Method.arguments` gave them."""
+    """The trainer's own arguments, as `TrainingMethod.build_arguments` returned them."""
     model: Any
-    """On its machine, with its adapter."""
+    """The model on its device, with its adapter."""
     tokenizer: Any
     prepared: PreparedData
     callbacks: list[Any]
 
+    def common_arguments(self) -> dict[str, Any]:
+        """The arguments that every trainer takes, by name."""
+        return {
+            "model": self.model,
+            "args": self.args,
+            "processing_class": self.tokenizer,
+            "callbacks": self.callbacks,
+        }
 
-class TrainingMethod(Protocol):
-    """One value of `trainer.method`."""
+    def table_arguments(self) -> dict[str, Any]:
+        """The arguments of a trainer over rows of a table, which has luthier's own loaders."""
+        sets = name_eval_sets(self.prepared.eval)
+        return self.common_arguments() | {
+            "train_dataset": self.prepared.train,
+            # Trainer evaluates a dataset that is no dict under no name.
+            "eval_dataset": sets[""] if list(sets) == [""] else sets or None,
+            "batching": read_batching_settings(self.config),
+        }
+
+
+def name_eval_sets(sets: dict[str, TokenRows]) -> dict[str, TokenRows]:
+    """The evaluation sets by name; a single one has none, and so its metrics have none either."""
+    return {"": next(iter(sets.values()))} if len(sets) == 1 else sets
+
+
+class TrainingMethod:
+    """One value of `trainer.method`: its functions are called in the order in which they stand.
+
+    As they stand here they are those of a method that trains a causal language model.
+    """
+
+    arguments_class: Any
+    """The class of the trainer's arguments."""
+
+    def required_arguments(self, config: RunConfig) -> dict[str, Any]:
+        """The arguments that luthier sets for this method, whatever the user says."""
+        raise NotImplementedError
 
     def build_arguments(
         self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
     ) -> Any:
-        """The trainer's own arguments; UserError for what they do not allow."""
-        ...
+        """Return an instance of `arguments_class`; UserError for what that does not allow.
+
+        `folder` is the run's, and `has_eval` says whether there are rows to evaluate on.
+        """
+        required, make = self.required_arguments(config), self.arguments_class
+        return build_trainer_arguments(make, config, machine, folder, has_eval, required)
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
-        """The model without an adapter."""
-        ...
+        """Return the model on its device, without an adapter."""
+        return load_trained_model(config, machine)
 
-    def build_trainer(self, given: TrainerInputs) -> Any:
-        """The trainer; a `transformers.Trainer`."""
-        ...
+    def build_trainer(self, inputs: TrainerInputs) -> Any:
+        """Return the trainer, a `transformers.Trainer`."""
+        raise NotImplementedError
+
+
+def load_trained_model(
+    config: RunConfig, machine: Machine, task: str = "CAUSAL_LM", **settings: Any
+) -> Any:
+    """Return the model that a run trains, without an adapter, as `luthier.model.load` loads it.
+
+    `task` is a key of its `TASK_CLASSES`, and `settings` are further arguments of
+    `from_pretrained`.
+    """
+    full = not config.lora.is_enabled
+    return load_model(config.model, config.quantization, machine, full, task, **settings)
 
 
 def load_method(name: str) -> TrainingMethod:
-    """The method of this name."""
-    module, kind = METHODS[name].place.split(":")
-    make: Callable[[], TrainingMethod] = getattr(import_module(module), kind)
-    return make()
+    """Return the method of this name, importing its module."""
+    module, class_name = METHODS[name].place.split(":")
+    method_class: Callable[[], TrainingMethod] = getattr(import_module(module), class_name)
+    return method_class()

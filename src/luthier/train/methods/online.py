@@ -1,4 +1,8 @@
-"""Prompts as rows of a trainer that has its model answer them, with the columns for rewards."""
+"""Trainers of TRL whose model answers prompts, and the prompts as their rows.
+
+The prompts are luthier's own ids, completions end by the chat template's stop tokens, and rewards
+read the columns of the rows.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -6,8 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from datasets import Dataset
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, nanstd
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.token_rows import TokenRows
@@ -20,11 +25,17 @@ from luthier.infer.dequantize import dequantized_layers
 from luthier.infer.generate import patched_output_layer
 from luthier.train.evaluation import unsharded_weights
 from luthier.train.methods.encoders import make_chat_encoder
+from luthier.train.methods.method import name_eval_sets
 from luthier.train.trainers.base import (
     TrainerMixin,
     keep_weight_precision,
     pause_activation_checkpointing,
 )
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as Base
+else:
+    Base = object
 
 RESERVED_COLUMNS = frozenset(
     ["prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
@@ -40,32 +51,32 @@ class PromptDataset:
     of this name. Every row has every column, null where its source has none.
     """
 
-    def __init__(self, rows: TokenRows, parts: Iterable[EncodedSource]) -> None:
-        """`parts`: those whose token rows the table joins, in any order."""
+    def __init__(self, rows: TokenRows, sources: Iterable[EncodedSource]) -> None:
+        """`sources` are those whose token rows the table of `rows` joins, in any order."""
         assert isinstance(rows.table, JoinedTable)
-        by_table = {id(part.tokens): part for part in parts}
-        self._parts = [by_table[id(table)] for table in rows.table.tables]
+        by_table = {id(source.tokens): source for source in sources}
+        self._sources = [by_table[id(table)] for table in rows.table.tables]
         self._tokens = rows.table
-        count = len(rows)
-        self._index = np.arange(count) if rows.index is None else rows.index
+        self._index = np.arange(len(rows)) if rows.index is None else rows.index
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        example, own = self._row(int(self._index[number]))
-        ids = self._tokens.row(int(self._index[number]))["input_ids"]
+        table_row = int(self._index[number])
+        example, row_columns = self._read_row(table_row)
+        ids = self._tokens.row(table_row)["input_ids"]
         columns: dict[str, Any] = dict.fromkeys(self.names) | {"reference": reference_text(example)}
-        columns |= {name: value for name, value in own.items() if name not in RESERVED_COLUMNS}
+        columns |= {n: value for n, value in row_columns.items() if n not in RESERVED_COLUMNS}
         return {"prompt": split_prompt_and_reply(example)[0], "prompt_ids": ids.tolist(), **columns}
 
     @cached_property
     def names(self) -> list[str]:
         """The columns of all rows besides the prompt, `reference` first."""
-        found = dict.fromkeys(["reference"])
-        for number in np.unique(self._index):
-            found |= dict.fromkeys(self._row(int(number))[1])
-        return [name for name in found if name not in RESERVED_COLUMNS]
+        names = dict.fromkeys(["reference"])
+        for table_row in np.unique(self._index):
+            names |= dict.fromkeys(self._read_row(int(table_row))[1])
+        return [name for name in names if name not in RESERVED_COLUMNS]
 
     def columns(self) -> dict[str, list[Any]]:
         """Each column over all different rows."""
@@ -74,49 +85,27 @@ class PromptDataset:
         return {name: [row[name] for row in rows] for name in self.names}
 
     @cached_property
-    def _numbers(self) -> list[Any]:
-        """For each part, the rows that make a prompt."""
-        return [np.flatnonzero(part.sequences > 0) for part in self._parts]
+    def _source_rows(self) -> list[Any]:
+        """For each source, the numbers of its rows that make a prompt."""
+        return [np.flatnonzero(source.sequences > 0) for source in self._sources]
 
-    def _row(self, number: int) -> tuple[Any, Mapping[str, Any]]:
+    def _read_row(self, table_row: int) -> tuple[Any, Mapping[str, Any]]:
         """The example and the columns of a prompt of the table."""
-        starts = [self._tokens.start_of(n) for n in range(len(self._parts))]
-        table = int(np.searchsorted(starts, number, side="right")) - 1
-        row = [int(self._numbers[table][number - starts[table]])]
-        part = self._parts[table]
-        return part.examples(row)[0], part.columns(row)[0]
+        starts = [self._tokens.start_of(n) for n in range(len(self._sources))]
+        number = int(np.searchsorted(starts, table_row, side="right")) - 1
+        source = self._sources[number]
+        row = [int(self._source_rows[number][table_row - starts[number]])]
+        return source.examples(row)[0], source.columns(row)[0]
 
 
-class PromptSampler(RepeatSampler):
-    """TRL's order of prompts, of which each stands once for each of its completions.
-
-    TRL draws the order of an epoch behind that of the one before, so a run that goes on in a later
-    epoch would see the first one's again. Here it depends on the seed and the epoch alone.
-    """
-
-    epoch = 0
-
-    @classmethod
-    def like(cls, other: RepeatSampler) -> "PromptSampler":
-        """One that repeats prompts as TRL's own does."""
-        return cls(
-            other.data_source,
-            mini_repeat_count=other.mini_repeat_count,
-            batch_size=other.batch_size,
-            repeat_count=other.repeat_count,
-            shuffle=other.shuffle,
-            seed=other.seed,
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            state = np.random.SeedSequence([self.seed or 0, self.epoch]).generate_state(1)
-            self.generator.manual_seed(int(state[0]))
-        return super().__iter__()
+def make_prompt_datasets(prepared: PreparedData) -> tuple[PromptDataset, dict[str, PromptDataset]]:
+    """The prompts to train on, and those of each evaluation set by name; a single one has none."""
+    assert isinstance(prepared.train, TokenRows)
+    sources = list(prepared.sources.values())
+    sets = name_eval_sets(prepared.eval)
+    return PromptDataset(prepared.train, sources), {
+        name: PromptDataset(rows, sources) for name, rows in sets.items()
+    }
 
 
 def stop_token_ids(config: RunConfig, tokenizer: Any) -> list[int]:
@@ -126,22 +115,36 @@ def stop_token_ids(config: RunConfig, tokenizer: Any) -> list[int]:
     return encoder.stop_token_ids
 
 
-def make_prompt_datasets(prepared: PreparedData) -> tuple[PromptDataset, dict[str, PromptDataset]]:
-    """The prompts to train on, and those of each evaluation set by name; the only one has none."""
-    assert isinstance(prepared.train, TokenRows)
-    parts = list(prepared.sources.values())
-    sets = {name: PromptDataset(rows, parts) for name, rows in prepared.eval.items()}
-    if len(sets) == 1:
-        sets = {"": next(iter(sets.values()))}
-    return PromptDataset(prepared.train, parts), sets
+class PromptSampler(RepeatSampler):
+    """TRL's order of prompts, of which each stands once for each of its completions.
 
+    TRL 1.16 draws the order of an epoch behind that of the one before, so a run that is resumed in
+    a later epoch would see the first one's again. Here it depends on the seed and the epoch alone.
+    """
 
-# What TRL's trainers share whose model answers prompts: ids, stop tokens, order, whole weights.
+    epoch = 0
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as Base
-else:
-    Base = object
+    @classmethod
+    def copy_of(cls, sampler: RepeatSampler) -> "PromptSampler":
+        """A sampler that repeats prompts as one of TRL's does."""
+        return cls(
+            sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            state = np.random.SeedSequence([self.seed or 0, self.epoch]).generate_state(1)
+            self.generator.manual_seed(int(state[0]))
+        return super().__iter__()
 
 
 class OnlineTrainerMixin(TrainerMixin, Base):
@@ -149,6 +152,7 @@ class OnlineTrainerMixin(TrainerMixin, Base):
 
     The prompts are luthier's own ids, and what ends a completion are the template's stop tokens.
     Completions are drawn without dropout. Under FSDP2 the weights are gathered once for all tokens.
+    Rewards of an evaluation are means over all its completions.
     """
 
     def __init__(
@@ -160,26 +164,22 @@ class OnlineTrainerMixin(TrainerMixin, Base):
         eval_rows: Mapping[str, PromptDataset],
         **kwargs: Any,
     ) -> None:
-        """Take what TRL's trainer takes, with `PromptRows` as datasets, those of sets by name.
+        """Take what TRL's trainer takes, with prompts as datasets, those of sets by name.
 
-        `stop_ids`: the tokens that end a completion.
+        `stop_ids` are the tokens that end a completion.
         """
         self._prompt_ids: list[list[int]] = []
-        self._set = ""
+        self._eval_set = ""
+        self._eval_rewards: list[torch.Tensor] = []
         with keep_weight_precision(model):
             super().__init__(
                 model=model,
-                # TRL takes no other kind of dataset.
+                # TRL looks at the first row, and takes nothing but a `datasets.Dataset`.
                 train_dataset=Dataset.from_dict({"prompt": [""]}),
                 eval_dataset=dict(eval_rows) or None,
                 **kwargs,
             )
         self.train_dataset = train_rows
-        self._refuse_too_few()
-        self._stop_at(stop_ids)
-
-    def _refuse_too_few(self) -> None:
-        """Stop where no step could ever be filled."""
         order = self._get_train_sampler()
         if not len(order):
             raise UserError(
@@ -187,20 +187,23 @@ class OnlineTrainerMixin(TrainerMixin, Base):
                 f"{order.batch_size} at once.\nSet a smaller "
                 "trainer.args.per_device_train_batch_size or gradient_accumulation_steps."
             )
+        self._set_stop_tokens(stop_ids)
 
-    def _stop_at(self, stop_ids: list[int]) -> None:
+    def _set_stop_tokens(self, stop_ids: list[int]) -> None:
         """Let these tokens, and no others, end a completion."""
         self.eos_token_ids = stop_ids
         if self.use_vllm:
-            given = self.vllm_generation.generation_kwargs or {}
-            self.vllm_generation.generation_kwargs = given | {"stop_token_ids": stop_ids}
+            # vLLM has settings of its own for a generation.
+            kwargs = self.vllm_generation.generation_kwargs or {}
+            self.vllm_generation.generation_kwargs = kwargs | {"stop_token_ids": stop_ids}
             return
-        own = {"eos_token_id": stop_ids, "use_cache": True}
-        self.generation_kwargs |= own
-        self.generation_config.update(**own)
+        # The cache is off in the config of a model that trains, and generation is slow without.
+        settings = {"eos_token_id": stop_ids, "use_cache": True}
+        self.generation_kwargs |= settings
+        self.generation_config.update(**settings)
 
     def _get_train_sampler(self, dataset: Any = None) -> PromptSampler:
-        return PromptSampler.like(super()._get_train_sampler(dataset))
+        return PromptSampler.copy_of(super()._get_train_sampler(dataset))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Answer prompts and score the answers; the prompts' ids go past TRL's own encoding."""
@@ -228,15 +231,43 @@ class OnlineTrainerMixin(TrainerMixin, Base):
             stack.callback(self.model.train, was_training)
             return super()._generate_single_turn(*args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one set, whose name its measures will have."""
-        self._set = kwargs["metric_key_prefix"].removeprefix("eval").removeprefix("_")
-        return super().evaluation_loop(*args, **kwargs)
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Keep the rewards of an evaluation; TRL calls this in GRPO and RLOO alone."""
+        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        if not self.model.training:
+            self._eval_rewards.append(rewards.cpu())
+        return rewards
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; TRL has one name for what it measures in all evaluation sets."""
-        if not self.model.training and self._set:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one set, whose name its metrics will have."""
+        self._eval_set = kwargs["metric_key_prefix"].removeprefix("eval").removeprefix("_")
+        self._eval_rewards.clear()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self._eval_rewards:
+            self._average_rewards(len(dataloader.dataset) * self.num_generations_eval)
+        return output
+
+    def _average_rewards(self, completions: int) -> None:
+        """Put the means over all completions of an evaluation in place of TRL's.
+
+        TRL 1.16 takes means of the batches' means, in which a small last batch counts as much as
+        the others, and rows that fill up a batch of several processes count twice.
+        """
+        rewards = torch.cat(self._eval_rewards)[:completions]
+        weighted = (rewards * self.reward_weights).nansum(dim=1)
+        weighted[rewards.isnan().all(dim=1)] = torch.nan
+        columns = {("reward", "reward_std"): weighted}
+        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
+            columns[f"rewards/{name}/mean", f"rewards/{name}/std"] = column
+        for (mean_name, std_name), column in columns.items():
+            self._metrics["eval"][mean_name] = [torch.nanmean(column).item()]
+            self._metrics["eval"][std_name] = [nanstd(column).item()]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the name of the evaluation set in the names of its metrics."""
+        # TRL 1.16 has one name for what it measures in all evaluation sets.
+        if not self.model.training and self._eval_set:
             means = self._metrics["eval"]
             for name in list(means):
-                means[f"{self._set}_{name}"] = means.pop(name)
-        super().log(logs, start_time)
+                means[f"{self._eval_set}_{name}"] = means.pop(name)
+        super().log(logs, *args, **kwargs)

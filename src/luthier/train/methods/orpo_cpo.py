@@ -1,17 +1,15 @@
-"""Preference optimisation without a reference: TRL's ORPOTrainer and CPOTrainer (with SimPO)."""
+"""Preference optimization without a reference: TRL's ORPOTrainer and CPOTrainer (with SimPO)."""
 
 import os
-from typing import Any, ClassVar
+from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.preference_collators import PairCollator
-from luthier.train.methods.dpo import pair_metrics
+from luthier.train.methods.labelled import base_model
 from luthier.train.methods.method import TrainerInputs
 from luthier.train.methods.preference_trainer import (
     FUSED_HEAD_OUTPUTS,
@@ -19,138 +17,124 @@ from luthier.train.methods.preference_trainer import (
     PreferenceMethod,
     PreferenceTrainerMixin,
     RowScores,
-    count_pairs,
-    forward_fused,
     mean_over_rows,
     mean_over_tokens,
-    split_pairs,
-    sum_token_outputs,
+    pair_metrics,
 )
 
-# What is experimental in TRL stays behind luthier's own arguments and tests.
+# TRL 1.16 warns at each start that these trainers are experimental. They stay behind luthier's own
+# arguments and tests.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
-class ReferenceFreeMixin(PreferenceTrainerMixin):
-    """Stands before a trainer that scores pairs by the model alone.
-
-    The better replies are also learned as they are: that part of the loss is a mean over their
-    tokens, and no other token trains.
-    """
-
-    collator_class = PairCollator
-    result_metrics = ("rewards/accuracies", "rewards/margins")
-    compares_by_token: ClassVar[bool] = True
-    """Whether replies are compared by their log-probability by token."""
-
-    def __init__(self, model: Any, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
-        # TRL computes with whole logits here; its own head for the other methods needs none.
-        base: Any = self.model
-        base = base.get_base_model() if isinstance(base, PeftModel) else base
-        add_fused_lm_head(base, outputs=FUSED_HEAD_OUTPUTS)
-        self._router: Tensor | None = None
-
-    def count_items(self, inputs: Any) -> Tensor:
-        """The real pairs, and the trained tokens of their better replies."""
-        return count_pairs(inputs)
-
-    def score_rows(self, model: Any, inputs: dict[str, Any]) -> RowScores:
-        """The log-probabilities of both replies."""
-        more = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = forward_fused(model, inputs, **more)
-        self._router = outputs.aux_loss if self.aux_loss_enabled else None
-        return split_pairs(sum_token_outputs(outputs, inputs))
-
-    def compared_logps(self, scores: RowScores) -> tuple[Tensor, Tensor]:
-        """The log-probabilities that are compared."""
-        sides = [
-            scores[f"{side}_logps"]
-            / (scores[f"{side}_tokens"].clamp(min=1) if self.compares_by_token else 1)
-            for side in ("chosen", "rejected")
-        ]
-        return sides[0], sides[1]
-
-    def pair_losses(self, scores: RowScores) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of each pair, and the rewards of both replies."""
-        raise NotImplementedError
-
-    def router_loss(self) -> Tensor | float:
-        """The router's loss, for models of experts."""
-        return 0.0 if self._router is None else self.aux_loss_coef * self._router
-
-    def aggregate_metrics(self, scores: RowScores) -> dict[str, float]:
-        """TRL's metrics: over pairs, and where they are of tokens, over tokens."""
-        _, chosen, rejected = self.pair_losses(scores)
-        logps = self.compared_logps(scores)
-        return pair_metrics(scores, chosen, rejected) | {
-            "logps/chosen": mean_over_rows(logps[0]),
-            "logps/rejected": mean_over_rows(logps[1]),
-            "nll_loss": mean_over_tokens(-scores["chosen_logps"], scores["chosen_tokens"]),
-        }
-
-
-class LuthierORPOTrainer(ReferenceFreeMixin, ORPOTrainer):
-    """ORPO: the better reply is learned, and made more probable than the worse one by odds."""
-
-    def pair_losses(self, scores: RowScores) -> tuple[Tensor, Tensor, Tensor]:
-        """TRL's own loss of the odds, whose sign it turns later."""
-        losses, chosen, rejected, *_ = self.odds_ratio_loss(*self.compared_logps(scores))
-        return -losses, chosen, rejected
-
-    def loss_terms(self, scores: RowScores) -> LossTerms:
-        """The odds by pair, and the better replies by token."""
-        return LossTerms(self.pair_losses(scores)[0], -scores["chosen_logps"])
-
-    def aggregate_metrics(self, scores: RowScores) -> dict[str, float]:
-        """TRL's metrics."""
-        *_, ratios, odds = self.odds_ratio_loss(*self.compared_logps(scores))
-        own = {"log_odds_ratio": float(ratios), "log_odds_chosen": float(odds)}
-        return super().aggregate_metrics(scores) | own
-
-
-class LuthierCPOTrainer(ReferenceFreeMixin, CPOTrainer):
-    """CPO and SimPO: one reply against the other, and the better one learned if so wished."""
-
-    @property
-    def compares_by_token(self) -> bool:  # type: ignore[override]
-        """Whether replies are compared by their log-probability by token."""
-        return self.loss_type in ("ipo", "simpo")
-
-    def pair_losses(self, scores: RowScores) -> tuple[Tensor, Tensor, Tensor]:
-        """TRL's own loss."""
-        losses, chosen, rejected = self.cpo_loss(*self.compared_logps(scores))
-        return losses, chosen, rejected
-
-    def loss_terms(self, scores: RowScores) -> LossTerms:
-        """The contrast by pair, and the better replies by token, weighed by `cpo_alpha`."""
-        learned = -self.cpo_alpha * scores["chosen_logps"] if self.cpo_alpha else 0.0
-        return LossTerms(self.pair_losses(scores)[0], learned)
-
-
 class ReferenceFreeMethod(PreferenceMethod):
-    """A method whose trainer asks for a length, which it uses for rows that are no tokens yet."""
+    """A method whose trainer requires a length, which it uses for rows that are no tokens yet."""
 
-    def own(self, config: RunConfig) -> dict[str, Any]:
-        """What the arguments must say besides."""
-        return {"max_length": config.chat.max_length or 1024}
+    def required_arguments(self, config: RunConfig) -> dict[str, Any]:
+        """The length of the config, or any other: rows come as tokens, and are cut already."""
+        return super().required_arguments(config) | {"max_length": config.chat.max_length or 1024}
 
 
 class ORPOMethod(ReferenceFreeMethod):
     """Pairs of replies by their odds, without a reference."""
 
-    make = ORPOConfig
+    arguments_class = ORPOConfig
 
-    def build_trainer(self, given: TrainerInputs) -> LuthierORPOTrainer:
-        """TRL's ORPOTrainer over pairs that are tokens."""
-        return LuthierORPOTrainer(**self.common(given))
+    def build_trainer(self, inputs: TrainerInputs) -> "LuthierORPOTrainer":
+        """Return TRL's ORPOTrainer over pairs that are tokens."""
+        return LuthierORPOTrainer(**inputs.table_arguments())
 
 
 class CPOMethod(ReferenceFreeMethod):
     """Pairs of replies by their contrast, without a reference; SimPO with `loss_type: simpo`."""
 
-    make = CPOConfig
+    arguments_class = CPOConfig
 
-    def build_trainer(self, given: TrainerInputs) -> LuthierCPOTrainer:
-        """TRL's CPOTrainer over pairs that are tokens."""
-        return LuthierCPOTrainer(**self.common(given))
+    def build_trainer(self, inputs: TrainerInputs) -> "LuthierCPOTrainer":
+        """Return TRL's CPOTrainer over pairs that are tokens."""
+        return LuthierCPOTrainer(**inputs.table_arguments())
+
+
+class LuthierORPOTrainer(PreferenceTrainerMixin, ORPOTrainer):
+    """ORPO: the better reply is learned, and made more probable than the worse one by odds.
+
+    The loss of the odds is a mean over pairs, that of the better replies over their tokens.
+    """
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        _use_fused_head(self)
+
+    def loss_terms(self, scores: RowScores) -> LossTerms:
+        """The odds by pair, and the better replies by token."""
+        # TRL returns the negative of the loss here, and turns its sign later.
+        losses, *_ = self.odds_ratio_loss(*_mean_logps(scores))
+        return LossTerms(-losses, -scores["chosen_logps"])
+
+    def aggregate_metrics(self, scores: RowScores) -> dict[str, float]:
+        """TRL's metrics."""
+        logps = _mean_logps(scores)
+        _, chosen, rejected, log_odds_ratio, log_odds_chosen = self.odds_ratio_loss(*logps)
+        return _reference_free_metrics(scores, logps, chosen, rejected) | {
+            "log_odds_ratio": float(log_odds_ratio),
+            "log_odds_chosen": float(log_odds_chosen),
+        }
+
+
+class LuthierCPOTrainer(PreferenceTrainerMixin, CPOTrainer):
+    """CPO and SimPO: one reply against the other, and the better one learned if so configured.
+
+    The loss of the contrast is a mean over pairs, that of the better replies over their tokens.
+    """
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        _use_fused_head(self)
+
+    def _compared_logps(self, scores: RowScores) -> tuple[Tensor, Tensor]:
+        """The log-probabilities that the loss compares: by token for IPO and SimPO."""
+        if self.loss_type in ("ipo", "simpo"):
+            return _mean_logps(scores)
+        return scores["chosen_logps"], scores["rejected_logps"]
+
+    def loss_terms(self, scores: RowScores) -> LossTerms:
+        """The contrast by pair, and the better replies by token, weighed by `cpo_alpha`."""
+        losses, *_ = self.cpo_loss(*self._compared_logps(scores))
+        learned = -self.cpo_alpha * scores["chosen_logps"] if self.cpo_alpha else 0.0
+        return LossTerms(losses, learned)
+
+    def aggregate_metrics(self, scores: RowScores) -> dict[str, float]:
+        """TRL's metrics."""
+        logps = self._compared_logps(scores)
+        _, chosen, rejected = self.cpo_loss(*logps)
+        return _reference_free_metrics(scores, logps, chosen, rejected)
+
+
+def _use_fused_head(trainer: Any) -> None:
+    """Give the model TRL's own head, and the mixin the weight of the router's loss.
+
+    Both trainers of TRL 1.16 compute with whole logits, and have another name for the weight.
+    """
+    add_fused_lm_head(base_model(trainer.model), outputs=FUSED_HEAD_OUTPUTS)
+    trainer.router_aux_loss_coef = trainer.aux_loss_coef
+
+
+def _mean_logps(scores: RowScores) -> tuple[Tensor, Tensor]:
+    """The log-probability by token of the better and of the worse reply."""
+    # Clamped, as a reply may have no token that trains.
+    chosen = scores["chosen_logps"] / scores["chosen_tokens"].clamp(min=1)
+    return chosen, scores["rejected_logps"] / scores["rejected_tokens"].clamp(min=1)
+
+
+def _reference_free_metrics(
+    scores: RowScores,
+    logps: tuple[Tensor, Tensor],
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+) -> dict[str, float]:
+    """TRL's metrics: over pairs, and where they are of tokens, over tokens."""
+    return pair_metrics(scores, chosen_rewards, rejected_rewards) | {
+        "logps/chosen": mean_over_rows(logps[0]),
+        "logps/rejected": mean_over_rows(logps[1]),
+        "nll_loss": mean_over_tokens(-scores["chosen_logps"], scores["chosen_tokens"]),
+    }

@@ -1,6 +1,10 @@
-"""Trainers that compare the model with what it was: the reference, and what it says of each row."""
+"""The reference model of DPO and KTO, and what it says of each row.
 
-from collections.abc import Iterator, Sequence
+The reference is the model with its adapter off, or a model of its own for full fine-tuning. With
+`precompute_ref_log_probs` it reads every row once, before training, and is then let go of.
+"""
+
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,98 +21,12 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.model.trainable import add_new_rows
-from luthier.train.methods.preference_trainer import PlaceholderDataset, RowScores
 
 if TYPE_CHECKING:
-    from luthier.train.methods.preference_trainer import PreferenceTrainerMixin as Base
-else:
-    Base = object
+    from luthier.train.methods.preference_trainer import PreferenceTrainerMixin
 
 ADAPTER_COPY = "ref"
 """TRL's name for its copy of an adapter."""
-
-
-class Referring(Base):
-    """Stands before `PreferenceTrainerMixin` where the loss needs a reference.
-
-    That is the model with its adapter off, or a model of its own for full fine-tuning. With
-    `precompute_ref_log_probs` it is asked once, before training, and then let go of.
-    """
-
-    reference_columns: Sequence[str]
-    """The columns in which a batch has what the reference says."""
-
-    def __init__(self, model: Any, **kwargs: Any) -> None:
-        with _plain_copy(model):
-            super().__init__(model, **kwargs)
-        _drop_copy(self.model)
-        if self.args.precompute_ref_log_probs:
-            self._precompute_all()
-
-    def reference_scores(self, inputs: dict[str, Any]) -> RowScores:
-        """What the reference says of a batch, under the names of `references`."""
-        raise NotImplementedError
-
-    def reference(self, inputs: dict[str, Any]) -> RowScores:
-        """What the reference says of a batch, asked now or known already."""
-        if self.precompute_ref_logps:
-            return {name: inputs[name] for name in self.reference_columns}
-        return self.reference_scores(inputs)
-
-    def _precompute_all(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "trainer.args.precompute_ref_log_probs=true: the weights are split over devices, "
-                "and that is done when training begins.\nSet it to false."
-            )
-        args, sets = self.args, self.eval_dataset
-        sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
-        train, evaluated = (args.precompute_ref_batch_size or size for size in sizes)
-        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", train)
-        if isinstance(sets, dict):
-            self.eval_dataset = {
-                name: self._precompute_ref_logps(rows, name, evaluated)
-                for name, rows in sets.items()
-            }
-        elif sets is not None:
-            self.eval_dataset = self._precompute_ref_logps(sets, "eval", evaluated)
-        self.ref_model = None
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """The rows with what the reference says of each."""
-        if isinstance(dataset, PlaceholderDataset):
-            return dataset
-        # A row that an epoch sees twice is asked about once.
-        rows = TokenRows(dataset.table, dataset.different)
-        columns = {column: np.zeros(len(dataset.table.lengths), np.float32) for column in
-                   self.reference_columns}  # fmt: skip
-        for numbers, found in self._asked(rows, name, batch_size):
-            for column, values in found.items():
-                columns[column][numbers] = values
-        return TokenRows(TableWithColumns(dataset.table, columns), dataset.index)
-
-    def _asked(self, rows: TokenRows, name: str, size: int) -> Iterator[tuple[Any, Any]]:
-        """The numbers of some rows, and what the reference says of them; on all ranks for all."""
-        loader = self._get_dataloader(rows, "Reference", size)
-        bar = f"reference on {name or 'held-out'} rows"
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        for batch in tqdm(loader, desc=bar, disable=hidden):
-            inputs = self._prepare_inputs(batch)
-            found, real = self.reference_scores(inputs), inputs["real"]
-            own = (
-                inputs["numbers"][real].cpu().numpy(),
-                {column: part[real].float().cpu().numpy() for column, part in found.items()},
-            )
-            yield from gather_object([own]) if self.args.world_size > 1 else [own]
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save as Trainer does, without TRL's copy of the adapter, which each start makes anew."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        configs = model.peft_config if isinstance(model, PeftModel) else {}
-        copy = configs.pop(ADAPTER_COPY, None)
-        super()._save(output_dir, state_dict)
-        if copy is not None:
-            configs[ADAPTER_COPY] = copy
 
 
 def check_reference_settings(config: RunConfig) -> None:
@@ -124,27 +42,87 @@ def load_reference_model(config: RunConfig, machine: Machine) -> Any:
     """The model as it is before training, for full fine-tuning; None where no copy is needed."""
     if config.lora.is_enabled or config.trainer.args.precompute_ref_log_probs:
         return None
+    # In float32, as the weights of the model that trains.
     reference = load_model(config.model, config.quantization, machine, full=True)
     add_new_rows(reference, config)
     return reference
 
 
-@contextmanager
-def _plain_copy(model: Any) -> Iterator[None]:
-    """Let TRL copy the adapter without drawing one first, which changes the base of some kinds.
+def precompute_all_scores(trainer: Any) -> None:
+    """Let the reference read all rows of a trainer once, and let go of it."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UserError(
+            "trainer.args.precompute_ref_log_probs=true: the weights are split over devices, "
+            "and that is done when training begins.\nSet it to false."
+        )
+    args, sets = trainer.args, trainer.eval_dataset
+    sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    train_size, eval_size = (args.precompute_ref_batch_size or size for size in sizes)
+    precompute = trainer._precompute_ref_logps
+    trainer.train_dataset = precompute(trainer.train_dataset, "train", train_size)
+    if isinstance(sets, dict):
+        trainer.eval_dataset = {
+            name: precompute(rows, name, eval_size) for name, rows in sets.items()
+        }
+    elif sets is not None:
+        trainer.eval_dataset = precompute(sets, "eval", eval_size)
+    trainer.ref_model = None
 
-    It copies the weights in any case, to be the reference of an adapter that trains on.
+
+def precompute_scores(
+    trainer: "PreferenceTrainerMixin", dataset: TokenRows, name: str, batch_size: int
+) -> TokenRows:
+    """The rows of a set with what the reference says of each, as columns of their table."""
+    # A row that an epoch sees twice is read once.
+    distinct = TokenRows(dataset.table, dataset.different)
+    columns = {
+        column: np.zeros(len(dataset.table.lengths), np.float32)
+        for column in trainer.reference_columns
+    }
+    for numbers, scores in _score_batches(trainer, distinct, name, batch_size):
+        for column, values in scores.items():
+            columns[column][numbers] = values
+    return TokenRows(TableWithColumns(dataset.table, columns), dataset.index)
+
+
+def _score_batches(
+    trainer: "PreferenceTrainerMixin", rows: TokenRows, name: str, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The numbers of some rows, and what the reference says of them; on all ranks for all."""
+    loader = trainer._get_dataloader(rows, "Reference", batch_size)
+    title = f"reference on {name or 'held-out'} rows"
+    is_hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    for batch in tqdm(loader, desc=title, disable=is_hidden):
+        inputs = trainer._prepare_inputs(batch)
+        scores, real = trainer.score_reference(inputs), inputs["real"]
+        scored_rows = (
+            inputs["numbers"][real].cpu().numpy(),
+            {column: values[real].float().cpu().numpy() for column, values in scores.items()},
+        )
+        yield from gather_object([scored_rows]) if trainer.args.world_size > 1 else [scored_rows]
+
+
+# TRL 1.16 copies the adapter of a model as one called "ref", to be the reference of an adapter
+# that trains on. luthier's adapters are new, so the model without them is the reference.
+
+
+@contextmanager
+def copy_adapter_undrawn(model: Any) -> Iterator[None]:
+    """Let TRL copy the adapter within the block without drawing weights for the copy first.
+
+    PiSSA, OLoRA and their like change the base model's weights when an adapter is drawn; the copy
+    gets the adapter's weights in any case.
     """
     configs = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
-    drawn = [vars(config).get("init_lora_weights", True) for config in configs]
+    initializations = [vars(config).get("init_lora_weights", True) for config in configs]
     for config in configs:
         config.init_lora_weights = True
     yield
-    for config, kind in zip(configs, drawn, strict=True):
-        config.init_lora_weights = kind
+    for config, initialization in zip(configs, initializations, strict=True):
+        config.init_lora_weights = initialization
 
 
-def _drop_copy(model: Any) -> None:
+def drop_unchanged_copy(model: Any) -> None:
     """Remove TRL's copy of an adapter that changes nothing yet: the model without it is the same.
 
     The copy would cost memory at every step.
@@ -158,3 +136,13 @@ def _drop_copy(model: Any) -> None:
     ]
     if outer and not any(bool(torch.any(parameter)) for parameter in outer):
         model.delete_adapter(ADAPTER_COPY)
+
+
+@contextmanager
+def set_copy_aside(model: Any) -> Iterator[None]:
+    """Save a model within the block without TRL's copy of its adapter, if it has one."""
+    configs = model.peft_config if isinstance(model, PeftModel) else {}
+    copy_config = configs.pop(ADAPTER_COPY, None)
+    yield
+    if copy_config is not None:
+        configs[ADAPTER_COPY] = copy_config

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,48 +10,37 @@ from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from luthier.config.schema import RunConfig
-from luthier.data.batching.token_rows import IGNORE_INDEX
+from luthier.data.batching.token_rows import IGNORE_INDEX, TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.model.load import load_model
-from luthier.train.arguments import build_trainer_arguments
 from luthier.train.methods.heads import check_row_lengths, load_task_config
 from luthier.train.methods.labelled import (
-    LABELLED_ARGUMENTS,
     LabelledCollator,
+    LabelledMethod,
     LabelledTrainerMixin,
+    Padding,
     Row,
     RowLosses,
     RowPrediction,
     base_model,
-    build_labelled_trainer,
     pad_rows,
 )
-from luthier.train.methods.method import TrainerInputs
+from luthier.train.methods.method import TrainerInputs, load_trained_model
 
 TASK = "SEQ_2_SEQ_LM"
 
 
-class Seq2SeqMethod:
+class Seq2SeqMethod(LabelledMethod):
     """Trains an encoder-decoder model on sources and targets."""
 
-    def build_arguments(
-        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
-    ) -> Any:
-        """The `transformers.Seq2SeqTrainingArguments`."""
-        return build_trainer_arguments(
-            Seq2SeqTrainingArguments, config, machine, folder, has_eval, LABELLED_ARGUMENTS
-        )
+    arguments_class = Seq2SeqTrainingArguments
 
     def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
-        """An encoder-decoder model."""
-        load_task_config(
-            config.model, TASK, "seq2seq", "an encoder-decoder model, such as T5 or BART"
-        )
-        model = load_model(
-            config.model, config.quantization, machine, full=not config.lora.is_enabled, task=TASK
-        )
+        """Return an encoder-decoder model."""
+        needs = "an encoder-decoder model, such as T5 or BART"
+        load_task_config(config.model, TASK, "seq2seq", needs)
+        model = load_trained_model(config, machine, TASK)
         start = model.generation_config.decoder_start_token_id
         if start is None and model.config.decoder_start_token_id is None:
             raise UserError(
@@ -61,18 +49,18 @@ class Seq2SeqMethod:
             )
         return model
 
-    def build_trainer(self, given: TrainerInputs) -> "LuthierSeq2SeqTrainer":
-        """transformers' Seq2SeqTrainer over sources and targets."""
+    def build_trainer(self, inputs: TrainerInputs) -> "LuthierSeq2SeqTrainer":
+        """Return transformers' Seq2SeqTrainer over sources and targets."""
         for column in ("input_ids", "labels"):
-            check_row_lengths(given.model, given.prepared, column)
-        return build_labelled_trainer(LuthierSeq2SeqTrainer, given)
+            check_row_lengths(inputs.model, inputs.prepared, column)
+        return LuthierSeq2SeqTrainer(**inputs.table_arguments())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seq2SeqCollator(LabelledCollator):
     """Sources side by side with their targets: one answer a token of the target."""
 
-    def answers(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode_labels(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
         """The targets, padded right with IGNORE_INDEX; int64, shape (rows, longest target)."""
         lengths = np.array([len(row["labels"]) for row in rows])
         longest = self.width or int(lengths.max())
@@ -82,33 +70,34 @@ class Seq2SeqCollator(LabelledCollator):
 class LuthierSeq2SeqTrainer(LabelledTrainerMixin, Seq2SeqTrainer):
     """Trains targets, token by token: the loss is the mean over all of their tokens."""
 
-    def __init__(self, model: Any, *, args: Any, **kwargs: Any) -> None:
-        self._smoothing = args.label_smoothing_factor
-        batching = kwargs["batching"]
-        layout = Seq2SeqCollator(
-            pad_token_id=kwargs["processing_class"].pad_token_id,
-            width=batching.length if batching.constant else None,
-        )
-        super().__init__(model, args=args, data_collator=layout, **kwargs)
-        # Given labels, a model would compute a loss of its own; a few models can only do that.
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        # With labels, a model would compute a loss of its own; a few models can only do that.
         self._shift = getattr(base_model(model), "prepare_decoder_input_ids_from_labels", None)
 
+    def build_collator(self, model: Any, rows: TokenRows, padding: Padding) -> LabelledCollator:
+        """The collator of sources and targets."""
+        return Seq2SeqCollator(**padding)
+
     def row_losses(self, model: Any, inputs: dict[str, Any]) -> RowLosses:
-        """The loss of each target, summed over its tokens, and how many of these it says right."""
-        wanted = inputs["labels"]
+        """The loss of each target, summed over its tokens, and how many of these are right."""
+        targets = inputs["labels"]
         if self._shift is not None:
             inputs["decoder_input_ids"] = self._shift(labels=inputs.pop("labels"))
         logits = model(**inputs).logits.float()
-        smoothing = self._smoothing if self.model.training else 0.0
         loss = cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=smoothing
+            logits.flatten(0, 1),
+            targets.flatten(),
+            reduction="none",
+            label_smoothing=self.label_smoothing,
         )
-        sums = loss.view(wanted.shape).sum(dim=1)
+        sums = loss.view(targets.shape).sum(dim=1)
         if self.model.training:
             return RowLosses(sums, torch.zeros_like(sums))
-        return RowLosses(sums, (logits.argmax(dim=-1) == wanted).sum(dim=1))
+        return RowLosses(sums, (logits.argmax(dim=-1) == targets).sum(dim=1))
 
-    def aggregate_metrics(self, rows: Any, found: Sequence[RowPrediction]) -> dict[str, float]:
+    def aggregate_metrics(self, table: Any, rows: Sequence[RowPrediction]) -> dict[str, float]:
         """The share of tokens that are right, each behind the right ones before it."""
-        items = sum(one.items for one in found)
-        return {"mean_token_accuracy": sum(one.predicted for one in found) / max(items, 1)}
+        answers = sum(row.answers for row in rows)
+        right = sum(row.prediction for row in rows)
+        return {"mean_token_accuracy": right / max(answers, 1)}

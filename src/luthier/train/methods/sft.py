@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with exact numbers: float32 adapters, token-weighted losses, few syncs."""
+"""Supervised fine-tuning and pretraining: TRL's SFTTrainer over rows that are tokens."""
 
 import math
 from pathlib import Path
@@ -12,12 +12,10 @@ from trl import SFTTrainer
 from luthier.config.schema import RunConfig
 from luthier.data.batching.collators import uses_flattening
 from luthier.data.batching.samplers import SampledDataset, Sampler
-from luthier.data.batching.settings import BatchingSettings, read_batching_settings
+from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
-from luthier.data.prepare import PreparedData
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.model.load import load_model
 from luthier.train.arguments import build_sft_arguments
 from luthier.train.dataloaders import (
     StreamDataset,
@@ -27,12 +25,35 @@ from luthier.train.dataloaders import (
     check_stream_arguments,
     flatten_packed_batch,
 )
-from luthier.train.methods.method import TrainerInputs
+from luthier.train.methods.method import TrainerInputs, TrainingMethod
 from luthier.train.packing_check import DocumentIsolation, check_isolation
-from luthier.train.trainers.base import LoaderMixin, keep_weight_precision
+from luthier.train.trainers.base import TrainerMixin, keep_weight_precision
 
 
-class TokenTrainer(LoaderMixin, SFTTrainer):
+class SFTMethod(TrainingMethod):
+    """Trains the replies of conversations, and every token of plain texts."""
+
+    def build_arguments(
+        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
+    ) -> Any:
+        """Return the `trl.SFTConfig`."""
+        return build_sft_arguments(config, machine, folder, has_eval)
+
+    def build_trainer(self, inputs: TrainerInputs) -> "TokenTrainer":
+        """Return TRL's SFTTrainer over token rows."""
+        arguments, rows = inputs.table_arguments(), inputs.prepared.train
+        if not isinstance(rows, TokenRows):
+            batching = arguments["batching"]
+            arguments["train_dataset"] = StreamDataset(
+                rows,
+                seed=inputs.config.seed,
+                shuffle_buffer=inputs.config.dataset.shuffle_buffer,
+                length=batching.length if batching.packing else None,
+            )
+        return TokenTrainer(**arguments)
+
+
+class TokenTrainer(TrainerMixin, SFTTrainer):
     """Trains rows of `input_ids` and `labels`.
 
     Every loss is the mean negative log-likelihood over trained tokens: of the whole step in
@@ -60,9 +81,9 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         `input_ids` and `labels`, or, for training, `StreamDataset`; evaluation sets may come as
         a dict by name. Raises UserError where the model cannot train packed rows.
         """
-        self.batching = batching or BatchingSettings()
+        self.batching: BatchingSettings = batching or BatchingSettings()
         self.isolation: DocumentIsolation | None = None
-        """How well the model keeps packed documents apart, once that is shown."""
+        """How well the model keeps packed documents apart; None until that was measured."""
         if isinstance(train_dataset, StreamDataset):
             check_stream_arguments(kwargs["args"])
         else:
@@ -72,7 +93,7 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         with keep_weight_precision(model):
             super().__init__(
                 model=model,
-                # TRL takes no other kind of dataset; of this one it only looks at the columns.
+                # TRL takes nothing but a `datasets.Dataset`, of which it only reads the columns.
                 train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
                 eval_dataset=_evaluation_rows(eval_dataset),
                 data_collator=self._collator(kwargs["args"], packed=False),
@@ -80,39 +101,36 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
             )
         self.train_dataset = train_dataset
         self.model_accepts_loss_kwargs = True
+        # Summed on the device and reduced once a log: a sync in each step would cost speed.
         # Trained tokens, right answers, entropy, input tokens; since the last log.
         self._sums = torch.zeros(4, device=self.args.device)
         self._eval_sums: list[torch.Tensor] = []
         self._tokens_seen = 0
-        self._refuse_split_rows()
-        # Split weights can only compute inside the loop: then the first batch shows it.
-        if self._packs() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self._show_isolation(self.model)
+        packs = self.batching.packing or self.batching.eval_packing
+        split = self.accelerator.parallelism_config
+        if split is not None and (split.sp_enabled or (split.cp_enabled and packs)):
+            raise UserError(
+                "Context and sequence parallelism split rows over devices, and luthier's batches "
+                "are not made for that.\nSet cp_size and sp_size to 1."
+            )
+        # Weights that are split can only compute inside the loop: then the first batch shows it.
+        if packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._measure_isolation(self.model)
 
-    def _packs(self) -> bool:
-        return self.batching.packing or self.batching.eval_packing
+    # Batches.
 
     def _collator(self, args: Any, packed: bool) -> Any:
         multiple = args.pad_to_multiple_of
         return build_collator(self.batching, packed, self._flat, self._pad_token_id, multiple)
 
-    def _show_isolation(self, call: Any) -> None:
+    def _measure_isolation(self, call: Any) -> None:
         layout = self._collator(self.args, packed=True)
         with self.accelerator.autocast():
             self.isolation = check_isolation(self.model, layout, call)
 
-    def _refuse_split_rows(self) -> None:
-        """Stop where rows are split over devices, which breaks what keeps documents apart."""
-        split = self.accelerator.parallelism_config
-        if split is not None and (split.sp_enabled or (split.cp_enabled and self._packs())):
-            raise UserError(
-                "Context and sequence parallelism split rows over devices, and luthier's batches "
-                "are not made for that.\nSet cp_size and sp_size to 1."
-            )
-
-    def sampler(self, rows: Any, size: int, processes: int, is_training: bool) -> Sampler:
-        """The order of the rows, which may be those of a dataset."""
-        return super().sampler(as_token_rows(rows), size, processes, is_training)
+    def make_sampler(self, rows: Any, size: int, processes: int, is_training: bool) -> Sampler:
+        """The order of the rows, which may be those of a `datasets.Dataset`."""
+        return super().make_sampler(as_token_rows(rows), size, processes, is_training)
 
     def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
         """The rows in this order, and the collator for them: Trainer has one for both."""
@@ -121,22 +139,23 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         return SampledDataset(sampler)
 
     def _get_dataloader(
-        self, dataset: Any, description: str, batch_size: int, *more: Any, **own: Any
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Make a loader; rows that come as a stream have one of their own."""
+        """Build a loader; rows that come as a stream have one of their own."""
         if isinstance(dataset, StreamDataset):
             return self._stream_loader(dataset, batch_size)
-        return super()._get_dataloader(dataset, description, batch_size, *more, **own)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def _stream_loader(self, rows: StreamDataset, batch_size: int) -> Any:
         # Rows are dealt out to the processes as rows, and flattened behind that.
-        layout = build_collator(self.batching, self.batching.packing, False, self._pad_token_id,
-                          self.args.pad_to_multiple_of)  # fmt: skip
+        args, packs = self.args, self.batching.packing
         settings = {
-            "collate_fn": layout,
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "collate_fn": build_collator(
+                self.batching, packs, False, self._pad_token_id, args.pad_to_multiple_of
+            ),
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "prefetch_factor": args.dataloader_prefetch_factor,
         }
         return build_stream_loader(rows, self.accelerator, batch_size, settings)
 
@@ -149,7 +168,8 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
     ) -> Any:
         """Return the summed loss over the step's trained tokens, which all ranks count together."""
         inputs = self._unpadded(model, dict(inputs))
-        seen = inputs.pop("tokens")
+        input_tokens = inputs.pop("tokens")
+        # TRL's fused head returns log-probabilities, entropy and hits by token, and no logits.
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         per_token = -outputs.log_probs
         if self.args.loss_type == "dft":
@@ -158,12 +178,12 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         # Clamped, so that a batch with nothing to train is a loss of 0 and not 0 / 0.
         loss = per_token.sum() / torch.as_tensor(tokens).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # DDP averages gradients over ranks, and the count is of all of them.
-            loss = loss * self.accelerator.num_processes
+        loss = self._scale_over_ranks(loss, num_items_in_batch)
         if self.aux_loss_enabled:
-            loss = loss + self._router_loss(outputs, num_items_in_batch)
-        self._count(outputs, per_token.detach(), seen)
+            is_step = num_items_in_batch is not None
+            steps = self.current_gradient_accumulation_steps if is_step else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        self._add_sums(outputs, per_token.detach(), input_tokens)
         return (loss, outputs) if return_outputs else loss
 
     def _unpadded(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -171,121 +191,72 @@ class TokenTrainer(LoaderMixin, SFTTrainer):
         if "position_ids" not in inputs:
             return inputs
         if self.isolation is None:
-            self._show_isolation(model)
-        return (
-            flatten_packed_batch(inputs) if self._flat and "cu_seq_lens_q" not in inputs else inputs
-        )
+            self._measure_isolation(model)
+        is_flat = "cu_seq_lens_q" in inputs
+        return flatten_packed_batch(inputs) if self._flat and not is_flat else inputs
 
-    def _router_loss(self, outputs: Any, num_items_in_batch: Any) -> torch.Tensor:
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return self.router_aux_loss_coef * outputs.aux_loss / steps
-
-    def _count(self, outputs: Any, per_token: torch.Tensor, seen: torch.Tensor) -> None:
+    def _add_sums(self, outputs: Any, per_token: torch.Tensor, input_tokens: torch.Tensor) -> None:
+        """Add up what the means of the next log, or of the evaluation, are taken of."""
         if self.model.training:
-            parts = (outputs.label_mask, outputs.is_top1, outputs.entropy.detach(), seen)
-            self._sums += torch.stack([part.sum().float() for part in parts])
+            columns = (outputs.label_mask, outputs.is_top1, outputs.entropy.detach(), input_tokens)
+            self._sums += torch.stack([column.sum().float() for column in columns])
             return
-        parts = (outputs.label_mask, outputs.is_top1, outputs.entropy, per_token)
-        self._eval_sums.append(torch.stack([part.float().sum(dim=1) for part in parts], dim=1))
+        columns = (outputs.label_mask, outputs.is_top1, outputs.entropy, per_token)
+        self._eval_sums.append(torch.stack([c.float().sum(dim=1) for c in columns], dim=1))
+
+    # Evaluation and logs.
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as Trainer does, with the loss of the whole set in place of a mean of means."""
         self._eval_sums.clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        tokens, right, entropy, loss = self._over_ranks()
+        tokens, right, entropy, loss = self._sum_over_ranks()
         if tokens:
             output.metrics[f"{prefix}_loss"] = loss / tokens
             output.metrics[f"{prefix}_mean_token_accuracy"] = right / tokens
             output.metrics[f"{prefix}_entropy"] = entropy / tokens
         return output
 
-    def _over_ranks(self) -> list[float]:
+    def _sum_over_ranks(self) -> list[float]:
         """The sums of the evaluation; no row is in them twice, as the samplers repeat none."""
-        own = torch.cat(self._eval_sums).cpu().double().sum(dim=0).tolist()
-        return [math.fsum(parts) for parts in zip(*gather_object([own]), strict=True)]
-
-    def counter_state(self) -> dict[str, Any]:
-        """What was counted, with the tokens behind the means."""
-        seen = {"sums": self._sums.tolist(), "tokens_seen": self._tokens_seen}
-        return super().counter_state() | seen
-
-    def load_counter_state(self, counted: dict[str, Any]) -> None:
-        """Go on counting from there."""
-        super().load_counter_state(counted)
-        self._sums += self._sums.new_tensor(counted["sums"])
-        self._tokens_seen = counted["tokens_seen"]
+        sums = torch.cat(self._eval_sums).cpu().double().sum(dim=0).tolist()
+        return [math.fsum(column) for column in zip(*gather_object([sums]), strict=True)]
 
     def add_log_means(self, logs: dict[str, float]) -> None:
         """Add the means since the last line of metrics, reduced over the ranks once."""
         sums = self.accelerator.reduce(self._sums, reduction="sum")
-        tokens, right, entropy, seen = sums.tolist()
+        tokens, right, entropy, input_tokens = sums.tolist()
         self._sums.zero_()
-        self._tokens_seen += int(seen)
+        self._tokens_seen += int(input_tokens)
         logs["mean_token_accuracy"] = right / max(tokens, 1)
         logs["entropy"] = entropy / max(tokens, 1)
         logs["num_tokens"] = self._tokens_seen
+
+    # Checkpoints.
+
+    def counter_state(self) -> dict[str, Any]:
+        """The counters, with the sums since the last line of metrics."""
+        sums = {"sums": self._sums.tolist(), "tokens_seen": self._tokens_seen}
+        return super().counter_state() | sums
+
+    def load_counter_state(self, state: dict[str, Any]) -> None:
+        """Count on from what `counter_state` returned."""
+        super().load_counter_state(state)
+        self._sums += self._sums.new_tensor(state["sums"])
+        self._tokens_seen = state["tokens_seen"]
 
 
 def _evaluation_rows(rows: Any) -> Any:
     """One evaluation set, several by name, or none, as token rows."""
     if isinstance(rows, dict):
-        return {name: as_token_rows(part) for name, part in rows.items()}
+        return {name: as_token_rows(set_rows) for name, set_rows in rows.items()}
     return None if rows is None else as_token_rows(rows)
 
 
 def _share_pad_token(model: Any, tokenizer: Any) -> int:
-    """The tokenizer's padding token, or its end token, told to the model too as TRL does."""
+    """Set the tokenizer's padding token, or its end token, in the model as TRL does; return it."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model.config.get_text_config().pad_token_id = pad
     model.generation_config.pad_token_id = pad
     return int(pad)
-
-
-# Supervised fine-tuning: conversations and plain texts, through `TokenTrainer`.
-
-
-class SFTMethod:
-    """Trains the replies of conversations, and every token of plain texts."""
-
-    def build_arguments(
-        self, config: RunConfig, machine: Machine, folder: Path, has_eval: bool
-    ) -> Any:
-        """The `trl.SFTConfig`."""
-        return build_sft_arguments(config, machine, folder, has_eval)
-
-    def load_model(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> Any:
-        """A causal language model."""
-        return load_model(
-            config.model, config.quantization, machine, full=not config.lora.is_enabled
-        )
-
-    def build_trainer(self, given: TrainerInputs) -> TokenTrainer:
-        """TRL's SFTTrainer over token rows."""
-        batching = read_batching_settings(given.config)
-        return TokenTrainer(
-            given.model,
-            args=given.args,
-            train_dataset=_training_rows(given.config, given.prepared, batching),
-            eval_dataset=_evaluation_tables(given.prepared.eval),
-            batching=batching,
-            processing_class=given.tokenizer,
-            callbacks=given.callbacks,
-        )
-
-
-def _training_rows(config: RunConfig, prepared: PreparedData, batching: BatchingSettings) -> Any:
-    """The rows to train on, as the trainer takes them."""
-    if isinstance(prepared.train, TokenRows):
-        return prepared.train
-    return StreamDataset(
-        prepared.train,
-        seed=config.seed,
-        shuffle_buffer=config.dataset.shuffle_buffer,
-        length=batching.length if batching.packing else None,
-    )
-
-
-def _evaluation_tables(sets: dict[str, TokenRows]) -> Any:
-    """The evaluation sets as the trainer takes them: the only one has no name."""
-    return next(iter(sets.values())) if len(sets) == 1 else sets or None

@@ -1,12 +1,15 @@
 """What luthier promises of every trainer, on top of TRL's and transformers' own."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from luthier.data.batching.samplers import SampledDataset, Sampler
@@ -14,123 +17,154 @@ from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import preserve_random_state
+from luthier.record.checkpoints import CheckpointLimits
+from luthier.storage.atomic import read_json, write_json
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
-from luthier.train.trainers.checkpoints import CheckpointMixin
+from luthier.train.trainers.checkpoints import (
+    COUNTERS_FILE,
+    count_lines,
+    has_stopped_early,
+    mark_best_checkpoint,
+    stateful_callbacks,
+    write_checkpoint,
+)
 
-# Losses and gradients that are no numbers: at which step, in which rows, and what is left.
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object
 
 LISTED_ROWS = 8
-"""Rows that a message names."""
+"""The number of rows that the message of a broken step names."""
 
 
-def first_bad_step(norms: Iterable[tuple[int, Any]]) -> int | None:
-    """The first step whose gradient has no finite norm, of (step, norm) pairs in order."""
-    return next((step for step, norm in norms if not math.isfinite(float(norm))), None)
+class TrainerMixin(Base):
+    """The first part of every trainer, before the class of its loss family and TRL's own.
 
-
-def rows_of_step(trainer: Any, step: int) -> list[int]:
-    """The numbers, in their table, of the rows that all ranks saw in an optimizer step.
-
-    They follow from the order of the epoch; none where the rows come as a stream.
-    """
-    loader = trainer.callback_handler.train_dataloader
-    rows = None if loader is None else loader.dataset
-    if not isinstance(rows, SampledDataset):
-        return []
-    sampler, size = copy(rows.sampler), trainer.get_total_train_batch_size(trainer.args)
-    epoch, place = divmod(step - 1, -(-len(sampler) // size))
-    sampler.set_epoch(epoch)
-    seen = islice(sampler, place * size, (place + 1) * size)
-    return list(dict.fromkeys(number for numbers in seen for number in numbers))
-
-
-def bad_step_message(trainer: Any, what: str, step: int, places: Sequence[str]) -> str:
-    """The message that ends a run: what broke, where, what is left and what may mend it."""
-    shown = ", ".join(places[:LISTED_ROWS])
-    more = f" and {len(places) - LISTED_ROWS} more" if len(places) > LISTED_ROWS else ""
-    rows = f"Rows of that step: {shown}{more}.\n" if places else ""
-    last = get_last_checkpoint(trainer.args.output_dir)
-    kept = (
-        f"The last checkpoint before it: {last}." if last else "There is no checkpoint before it."
-    )
-    return (
-        f"{what} at step {step}, so the run stops.\n{rows}{kept}\n"
-        "A smaller trainer.args.learning_rate, more trainer.args.warmup_steps, or "
-        "model.dtype=bfloat16 in place of float16 usually mends it; else look at those rows."
-    )
-
-
-@contextmanager
-def keep_weight_precision(model: Any) -> Iterator[None]:
-    """Put trained weights back into the number formats they had before a trainer was built.
-
-    TRL rounds those of a quantized model to bfloat16, where small updates vanish.
-    """
-    exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if name in exact and parameter.dtype != exact[name].dtype:
-            parameter.data = exact[name].to(parameter.device)
-
-
-@contextmanager
-def pause_activation_checkpointing(model: Any) -> Iterator[None]:
-    """Keep activations within the block, and recompute them behind it as before.
-
-    TRL does that itself where it looks at a model without gradients, but turns it on again with
-    settings that torch does not know (`every_n_layers`, `offload`). It does nothing where it finds
-    it turned off.
-    """
-    parts = [part for part in model.modules() if vars(part).get("gradient_checkpointing")]
-    for part in parts:
-        part.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.gradient_checkpointing = True
-
-
-class TrainerMixin(CheckpointMixin):
-    """Stands before a trainer: `class Mine(Exact, DPOTrainer)`.
-
-    Nobody is told that someone trains, a training that follows an evaluation is whole under DDP,
-    an evaluation draws nothing that the training would have drawn, a broken loss stops the run,
-    checkpoints are whole, and the processes end.
+    Telemetry is off, a training that follows an evaluation is wrapped for DDP, an evaluation draws
+    no random number that the training would have drawn, a loss that is not finite stops the run,
+    checkpoints are complete or absent, a resumed run counts on from its checkpoint, and the
+    processes end.
     """
 
+    batching: BatchingSettings | None = None
+    """How rows of a table are put into batches; None leaves the loaders to the trainer itself."""
     result_metrics: tuple[str, ...] = ()
-    """Metrics of the held-out rows that a run's results have besides the loss."""
+    """The metrics of the held-out rows that a run's results have besides the loss."""
     reports_eval_loss: bool = True
     """Whether a run's results have the loss on held-out rows."""
     locate_rows: Callable[[Sequence[int]], list[str]] | None = None
-    """Says where training rows stand, such as `data.jsonl:7`, by their numbers in the table."""
-    _norms: list[tuple[int, Any]]
-    """The step and the norm of its gradient, since they were last looked at."""
+    """Takes numbers of training rows, returns where they stand, such as `data.jsonl:7`."""
+    checkpoint_limits = CheckpointLimits()
+    """How many checkpoints stay on disk, and how much room they may take."""
+    is_scheduled_save = True
+    """Whether the settings ask for the checkpoint that is being written; else a signal does."""
+    stop_signal = 0
+    """The signal for which the training ended; 0 if it came to its own end."""
+    log_files: tuple[Path, ...] = ()
+    """Files to which lines are added during the training."""
+    writing_folder: Path | None = None
+    """The folder that checkpoints are written into; None between them."""
+    counts_all_ranks = False
+    """Whether the items of a step are counted over all ranks, whatever the settings say."""
+    _resumed_checkpoint: Path | None = None
+    _has_reported_budget = False
+    _gradient_norms: list[tuple[int, Any]]
+    """Each step and the norm of its gradient, since they were last looked at."""
 
     def _send_telemetry(self) -> None:
-        """Tell nobody that someone trains."""
+        """Send nothing: TRL 1.16 reports the start of a training to the Hugging Face hub."""
+
+    # Training: from the beginning or from a checkpoint.
 
     def count_planned_steps(self) -> int:
-        """The optimizer steps that a training from the beginning takes, known before it starts."""
+        """The optimizer steps of a training from the beginning, known before it starts."""
         values = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return int(values[-1])
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, also after an evaluation.
-
-        accelerate marks a model that it prepared for evaluation as prepared, and then never wraps
-        it for DDP: each rank would train alone, without a word. So the mark is taken off here.
-        """
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint if one is given; also after an evaluation."""
         model: Any = self.model
+        # accelerate 1.15 marks a model that it prepared for an evaluation as prepared, and then
+        # never wraps it for DDP: each rank would train alone, without a message.
         if vars(model).pop("_is_accelerate_prepared", False):
             original = vars(model).pop("_original_forward", None)
             if original is not None:
                 model.forward = original
-        self._norms = []
-        result = super().train(*args, **kwargs)
-        self._stop_if_broken()
-        return result
+        self._gradient_norms = []
+        self._resumed_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._stop_if_not_finite()
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, unless the checkpoint was taken behind the last step."""
+        # transformers 5.23 compares the number of steps only behind each of them, so a training
+        # that was complete at its checkpoint would take one more.
+        is_complete = self.state.global_step >= self.state.max_steps
+        if is_complete or any(map(has_stopped_early, stateful_callbacks(self))):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def end(self) -> None:
+        """End the process group, after what holds on to it."""
+        # Where DDP's wrapper outlives the group, its destructor waits for a thread of gloo that
+        # may wait for Python itself, and the process never ends (torch 2.13).
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        super().end()
+
+    # Loaders in luthier's own order, for every trainer over rows of a table.
+
+    def make_sampler(
+        self, rows: TokenRows, size: int, processes: int, is_training: bool
+    ) -> Sampler:
+        """The order of the rows, for batches of `size` rows on each of `processes` processes."""
+        assert self.batching is not None
+        build_sampler = build_train_sampler if is_training else build_eval_sampler
+        return build_sampler(rows, self.batching, self.args, size, processes)
+
+    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
+        """The rows in the order of a sampler, as the trainer's collator takes them."""
+        return SampledDataset(sampler)
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        """Build a loader, with luthier's own samplers where the trainer has batching settings."""
+        if self.batching is not None:
+            rows_per_step = self._train_batch_size * self.args.gradient_accumulation_steps
+            processes = self.get_total_train_batch_size(self.args) // rows_per_step
+            sampler = self.make_sampler(dataset, batch_size, processes, is_training)
+            dataset, sampler_fn = self.order_rows(sampler, is_training), lambda rows: sampler
+        return super()._get_dataloader(
+            dataset=dataset,
+            description=description,
+            batch_size=batch_size,
+            sampler_fn=sampler_fn,
+            is_training=is_training,
+            dataloader_key=dataloader_key,
+        )
+
+    # Losses and gradients that are not finite.
+
+    def _scale_over_ranks(self, loss: Tensor, num_items_in_batch: Any) -> Tensor:
+        """Multiply a loss by the number of ranks where it was divided by what all of them count.
+
+        DDP averages the gradients of the ranks, which would divide by their number once more.
+        `num_items_in_batch` is None outside of training, where nothing is averaged.
+        """
+        is_global = self.counts_all_ranks or self.args.average_tokens_across_devices
+        if num_items_in_batch is None or not is_global:
+            return loss
+        return loss * self.accelerator.num_processes
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Remember the norm; it is looked at when something is logged or saved, and costs no sync.
@@ -140,34 +174,23 @@ class TrainerMixin(CheckpointMixin):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None and norm is not None:
-            self._norms.append((self.state.global_step + 1, norm))
+            self._gradient_norms.append((self.state.global_step + 1, norm))
         return norm
 
-    def _stop_if_broken(self, loss: float = 0.0) -> None:
-        """Raise UserError at a step whose gradient, or a mean loss that, is no finite number."""
-        norms, self._norms = self._norms, []
-        step, what = first_bad_step(norms), "The gradient is no finite number"
+    def _stop_if_not_finite(self, loss: float = 0.0) -> None:
+        """Raise UserError at the first gradient, or a mean loss, that is not a finite number."""
+        norms, self._gradient_norms = self._gradient_norms, []
+        step = next((step for step, norm in norms if not math.isfinite(float(norm))), None)
+        problem = "The gradient is no finite number"
         if not math.isfinite(loss):
-            step, what = step or self.state.global_step, f"The loss is {loss}"
+            step, problem = step or self.state.global_step, f"The loss is {loss}"
         if step is not None:
             rows = rows_of_step(self, step)
-            places = self.locate_rows(rows) if self.locate_rows is not None else []
-            raise UserError(bad_step_message(self, what, step, places))
+            locations = self.locate_rows(rows) if self.locate_rows is not None else []
+            last_checkpoint = get_last_checkpoint(self.args.output_dir)
+            raise UserError(_not_finite_message(problem, step, locations, last_checkpoint))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint, but none with weights that are broken."""
-        self._stop_if_broken()
-        super()._save_checkpoint(model, trial)
-
-    def end(self) -> None:
-        """End the process group, after what holds on to it.
-
-        Where DDP's wrapper outlives the group, its destructor waits for a thread of gloo that may
-        wait for Python itself, and the process never ends (torch 2.13).
-        """
-        self.model_wrapped = self.model
-        self.accelerator.free_memory()
-        super().end()
+    # Evaluation and logs.
 
     def evaluate(
         self,
@@ -180,80 +203,163 @@ class TrainerMixin(CheckpointMixin):
         So there is an `eval_loss` to choose a checkpoint by, however many sets there are.
         """
         with preserve_random_state():
-            return self._evaluate_all(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _evaluate_all(
-        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> dict[str, float]:
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(given, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        metrics: dict[str, float] = {}
-        for name, rows in given.items():
-            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            # The trainer's own sets go by name: by that it tells their loaders apart.
-            metrics |= super().evaluate(name if eval_dataset is None else rows, ignore_keys, prefix)
-        return metrics
-
-    def counter_state(self) -> dict[str, Any]:
-        """What was counted, with the measures that TRL takes the mean of at the next line."""
-        measures = vars(self).get("_metrics", {}).get("train", {})
-        return super().counter_state() | {
-            "measures": {name: list(of) for name, of in measures.items()}
-        }
-
-    def load_counter_state(self, counted: dict[str, Any]) -> None:
-        """Go on counting from there."""
-        super().load_counter_state(counted)
-        for name, values in counted["measures"].items():
-            self._metrics["train"][name].extend(values)
+            sets = self.eval_dataset if eval_dataset is None else eval_dataset
+            if not isinstance(sets, dict):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics: dict[str, float] = {}
+            for name, rows in sets.items():
+                prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+                # The trainer's own sets go by name: by that Trainer tells their loaders apart.
+                dataset = name if eval_dataset is None else rows
+                metrics |= super().evaluate(dataset, ignore_keys, prefix)
+            return metrics
 
     def add_log_means(self, logs: dict[str, float]) -> None:
-        """Add what was measured since the last line of metrics; asked on all ranks."""
+        """Add means since the last line of metrics to `logs`; called on all ranks."""
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and stop on a broken loss."""
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and stop on a loss that is not finite."""
         if self.model.training and "loss" in logs:
             self.add_log_means(logs)
-            self._stop_if_broken(logs["loss"])
-        super().log(logs, start_time)
+            self._stop_if_not_finite(logs["loss"])
+        if "train_loss" in logs:
+            if self.stop_signal:
+                return
+            # The mean over all steps, also over those before the run was resumed.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints, and what has been counted since the last line of metrics.
+
+    def counter_state(self) -> dict[str, Any]:
+        """What this process has counted since the last line of metrics, for JSON."""
+        callbacks = stateful_callbacks(self)
+        # TRL's trainers collect measures in `_metrics` and log the mean of each.
+        measures = vars(self).get("_metrics", {}).get("train", {})
+        return {
+            "loss": self._tr_loss.item(),
+            "losses": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+            "callbacks": {type(c).__name__: c.state()["attributes"] for c in callbacks},
+            "measures": {name: list(values) for name, values in measures.items()},
+        }
+
+    def load_counter_state(self, state: dict[str, Any]) -> None:
+        """Count on from what `counter_state` returned."""
+        # Added in place, so that the tensor stays on its device.
+        self._tr_loss += state["loss"]
+        self._total_loss_scalar = state["losses"]
+        self._globalstep_last_logged = state["logged"]
+        for callback in stateful_callbacks(self):
+            vars(callback).update(state["callbacks"].get(type(callback).__name__, {}))
+        for name, values in state["measures"].items():
+            self._metrics["train"][name].extend(values)
+
+    def restore_counters(self) -> None:
+        """Load the counters of the checkpoint that the training resumes; call it as it begins."""
+        if self._resumed_checkpoint is None:
+            return
+        file = self._resumed_checkpoint / COUNTERS_FILE.format(rank=self.args.process_index)
+        self.load_counter_state(read_json(file))
+        # The state in a checkpoint has the intervals of its time, by which Trainer would go on.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        mark_best_checkpoint(self.state, self._resumed_checkpoint.parent)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self.writing_folder is not None:
+            return str(self.writing_folder)
+        return super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save as Trainer does, without its pickle of the arguments, which nothing reads."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save what this process has counted beside its random state."""
+        super()._save_rng_state(output_dir)
+        # Trainer calls this in all processes, where most of a checkpoint is written by the first.
+        lines = {path.name: count_lines(path) for path in self.log_files}
+        file = Path(output_dir) / COUNTERS_FILE.format(rank=self.args.process_index)
+        write_json(file, self.counter_state() | {"lines": lines})
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, complete or not at all, and none with weights that are broken."""
+        self._stop_if_not_finite()
+        folder = Path(super()._get_output_dir(trial))
+        write_checkpoint(self, folder, partial(super()._save_checkpoint, model, trial))
+
+    def report_over_budget(self, sentence: str) -> None:
+        """Print, once, that the checkpoints which must stay are more than the budget."""
+        if not self._has_reported_budget:
+            from luthier.train import console
+
+            console.print_line(sentence)
+            self._has_reported_budget = True
 
 
-# Loaders in luthier's own order, for every trainer over rows of a table.
+def rows_of_step(trainer: Any, step: int) -> list[int]:
+    """The numbers, in their table, of the rows that all ranks saw in an optimizer step.
+
+    They follow from the order of the epoch; none where the rows come as a stream.
+    """
+    loader = trainer.callback_handler.train_dataloader
+    rows = None if loader is None else loader.dataset
+    if not isinstance(rows, SampledDataset):
+        return []
+    sampler, size = copy(rows.sampler), trainer.get_total_train_batch_size(trainer.args)
+    epoch, step_of_epoch = divmod(step - 1, -(-len(sampler) // size))
+    sampler.set_epoch(epoch)
+    batches = islice(sampler, step_of_epoch * size, (step_of_epoch + 1) * size)
+    return list(dict.fromkeys(number for numbers in batches for number in numbers))
 
 
-class LoaderMixin(TrainerMixin):
-    """Stands before a trainer: `class Mine(Ordered, Trainer)`."""
+def _not_finite_message(
+    problem: str, step: int, locations: Sequence[str], last_checkpoint: str | None
+) -> str:
+    """The message that ends a run: what broke, where, what is left and what may mend it."""
+    listed = ", ".join(locations[:LISTED_ROWS])
+    more = f" and {len(locations) - LISTED_ROWS} more" if len(locations) > LISTED_ROWS else ""
+    rows = f"Rows of that step: {listed}{more}.\n" if locations else ""
+    left = (
+        f"The last checkpoint before it: {last_checkpoint}."
+        if last_checkpoint
+        else "There is no checkpoint before it."
+    )
+    return (
+        f"{problem} at step {step}, so the run stops.\n{rows}{left}\n"
+        "A smaller trainer.args.learning_rate, more trainer.args.warmup_steps, or "
+        "model.dtype=bfloat16 in place of float16 usually mends it; else look at those rows."
+    )
 
-    batching: BatchingSettings
 
-    def sampler(self, rows: TokenRows, size: int, processes: int, is_training: bool) -> Sampler:
-        """The order of the rows; `size`: those of a batch of one process."""
-        make = build_train_sampler if is_training else build_eval_sampler
-        return make(rows, self.batching, self.args, size, processes)
+@contextmanager
+def keep_weight_precision(model: Any) -> Iterator[None]:
+    """Put trained weights back into the number formats they had before a trainer was built.
 
-    def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
-        """The rows in this order, as the trainer's collator takes them."""
-        return SampledDataset(sampler)
+    TRL 1.16 rounds those of a quantized model to bfloat16, where small updates vanish.
+    """
+    exact = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in exact and parameter.dtype != exact[name].dtype:
+            parameter.data = exact[name].to(parameter.device)
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> Any:
-        """Make a loader with luthier's own samplers."""
-        in_step = self._train_batch_size * self.args.gradient_accumulation_steps
-        processes = self.get_total_train_batch_size(self.args) // in_step
-        sampler = self.sampler(dataset, batch_size, processes, is_training)
-        return super()._get_dataloader(
-            dataset=self.order_rows(sampler, is_training),
-            description=description,
-            batch_size=batch_size,
-            sampler_fn=lambda rows: sampler,
-            is_training=is_training,
-            dataloader_key=dataloader_key,
-        )
+
+@contextmanager
+def pause_activation_checkpointing(model: Any) -> Iterator[None]:
+    """Keep activations within the block, and recompute them behind it as before.
+
+    TRL 1.16 does that itself where it looks at a model without gradients, but turns it on again
+    with settings that torch does not know (`every_n_layers`, `offload`). It does nothing where it
+    finds it turned off.
+    """
+    layers = [m for m in model.modules() if vars(m).get("gradient_checkpointing")]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True

@@ -1,24 +1,29 @@
-"""A trainer whose checkpoints are whole, and that goes on from one as if it had never stopped."""
+"""Checkpoints of a trainer that are complete or absent, and what a full disk does to them.
+
+`luthier.train.trainers.base.TrainerMixin` calls these functions where transformers' Trainer writes
+a checkpoint; `luthier.record.checkpoints` knows the folders.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luthier.errors import UserError
 from luthier.record import checkpoints
-from luthier.record.checkpoints import CheckpointLimits
-from luthier.storage.atomic import read_json, write_json
 from luthier.storage.disk_space import free_bytes, is_disk_full
 from luthier.storage.sizes import format_bytes
 
+COUNTERS_FILE = "counted_{rank}.json"
+"""The file of a checkpoint with what one process has counted since the last line of metrics."""
+
 
 @contextmanager
-def report_full_disk(folder: Path, why: str | None = None) -> Iterator[None]:
-    """Turn the error of a full disk into a UserError, and remove what was half written.
+def report_full_disk(folder: Path, reason: str | None = None) -> Iterator[None]:
+    """Turn the error of a full disk into a UserError, and remove the half-written checkpoint.
 
-    `folder` holds the run's checkpoints. `why` says in the message when the disk was full; None
+    `folder` holds the run's checkpoints. `reason` says in the message when the disk was full; None
     says how much of it is free.
     """
     try:
@@ -29,193 +34,101 @@ def report_full_disk(folder: Path, why: str | None = None) -> Iterator[None]:
         if not is_disk_full(error, folder):
             raise
         shutil.rmtree(folder / checkpoints.NEW_FOLDER, ignore_errors=True)
-        why = why or f"{format_bytes(free_bytes(folder))} are free"
-        raise UserError(_disk_full_message(folder, why)) from error
+        reason = reason or f"{format_bytes(free_bytes(folder))} are free"
+        raise UserError(_disk_full_message(folder, reason)) from error
 
 
-def refuse_full_disk(accelerator: Any, missing: Callable[[], str | None], folder: Path) -> None:
-    """Raise UserError in all processes where the first one sees that there is no room."""
+def check_disk_space(accelerator: Any, folder: Path) -> None:
+    """Raise UserError in all processes where the first one sees no room for a checkpoint."""
     from accelerate.utils import broadcast_object_list
 
-    why = [missing() if accelerator.is_main_process else None]
+    lack = [checkpoints.describe_missing_space(folder) if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
-        broadcast_object_list(why)
-    if why[0] is not None:
-        raise UserError(_disk_full_message(folder, f"the next checkpoint does not fit: {why[0]}"))
+        broadcast_object_list(lack)
+    if lack[0] is not None:
+        raise UserError(_disk_full_message(folder, f"the next checkpoint does not fit: {lack[0]}"))
 
 
-def _disk_full_message(folder: Path, why: str) -> str:
-    """Say that the disk is full, and from where the run can go on."""
+def _disk_full_message(folder: Path, reason: str) -> str:
+    """Say that the disk of a folder of checkpoints is full, and from where the run can go on."""
     last = checkpoints.find_newest_checkpoint(folder).path
     left = f"The last good one is {last}" if last else "There is no good one yet"
     return (
-        f"The disk of {folder} is full ({why}), so the run stops.\n"
+        f"The disk of {folder} is full ({reason}), so the run stops.\n"
         f"{left}. Free some space, or keep fewer checkpoints (trainer.args.save_total_limit, "
         "trainer.checkpoints.budget), and the same command goes on."
     )
 
 
-if TYPE_CHECKING:
-    from transformers import Trainer as Base
-else:
-    Base = object
+def write_checkpoint(trainer: Any, folder: Path, write: Callable[[], None]) -> None:
+    """Write a checkpoint into `folder`, so that it is complete or absent; all processes take part.
 
-COUNTERS_FILE = "counted_{rank}.json"
-"""What a process has counted since the last line of metrics, in a checkpoint."""
-
-
-class CheckpointMixin(Base):
-    """Stands before a trainer of transformers or TRL."""
-
-    checkpoint_limits = CheckpointLimits()
-    """How many checkpoints are kept."""
-    is_scheduled_save = True
-    """Whether the checkpoint that is being written is one that the settings ask for."""
-    stop_signal = 0
-    """The signal for which the training ended; 0 if it came to its own end."""
-    log_files: tuple[Path, ...] = ()
-    """Files to which lines are added during the training."""
-    _has_said = False
-    _writing: Path | None = None
-    _resumed: Path | None = None
-
-    def counter_state(self) -> dict[str, Any]:
-        """What this process has counted since the last line of metrics, for JSON."""
-        return {
-            "loss": self._tr_loss.item(),
-            "losses": self._total_loss_scalar,
-            "logged": self._globalstep_last_logged,
-            "callbacks": {type(c).__name__: c.state()["attributes"] for c in _stateful(self)},
-        }
-
-    def load_counter_state(self, counted: dict[str, Any]) -> None:
-        """Go on counting from there."""
-        self._tr_loss += counted["loss"]
-        self._total_loss_scalar = counted["losses"]
-        self._globalstep_last_logged = counted["logged"]
-        for callback in _stateful(self):
-            vars(callback).update(counted["callbacks"].get(type(callback).__name__, {}))
-
-    def restore_counters(self) -> None:
-        """Take up what the checkpoint has that the training goes on from; call it as it begins."""
-        if self._resumed is None:
-            return
-        file = self._resumed / COUNTERS_FILE.format(rank=self.args.process_index)
-        counted = read_json(file)
-        self.load_counter_state(counted)
-        # The checkpoint has the intervals of its time, by which Trainer would go on.
-        self.state.compute_steps(self.args, self.state.max_steps)
-        self._point_to_best(self._resumed.parent)
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint if one is given."""
-        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, unless the checkpoint was taken behind the last step.
-
-        Trainer would take one more, as it looks at the number of steps behind each only.
-        """
-        if self.state.global_step >= self.state.max_steps or any(map(_is_over, _stateful(self))):
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log; the mean loss at the end is that of all steps, also before the run went on."""
-        if "train_loss" in logs and self.stop_signal:
-            return
-        if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
-        super().log(logs, *args, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save as Trainer does, without its pickle of the arguments, which nothing reads."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save what this process has counted beside its random state."""
-        super()._save_rng_state(output_dir)
-        lines = {path.name: _lines(path) for path in self.log_files}
-        counted = self.counter_state() | {"lines": lines}
-        write_json(Path(output_dir) / COUNTERS_FILE.format(rank=self.args.process_index), counted)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all; all processes take part.
-
-        Raises UserError where the disk is full; the last good one is then untouched.
-        """
-        folder, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        refuse_full_disk(
-            self.accelerator, lambda: checkpoints.describe_missing_space(folder), folder
-        )
-        best, resumable = self.state.best_model_checkpoint, not self.args.save_only_model
-        self.args.save_only_model = not resumable and self.is_scheduled_save
-        self._writing = folder / checkpoints.NEW_FOLDER
-        try:
-            with report_full_disk(folder):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._writing, self.args.save_only_model = None, not resumable
-        self.state.best_model_checkpoint = best
-        self.accelerator.wait_for_everyone()
-        self._point_to_best(folder, self.is_scheduled_save)
-        if self.args.should_save:
-            made = {
-                "step": self.state.global_step,
-                "planned": self.is_scheduled_save,
-                "resumable": resumable or not self.is_scheduled_save,
-                "processes": self.args.world_size,
-            }
-            with report_full_disk(folder):
-                self._publish(folder, name, made)
-        self.accelerator.wait_for_everyone()
-
-    def _publish(self, folder: Path, name: str, made: dict[str, Any]) -> None:
-        written = folder / checkpoints.NEW_FOLDER / name
-        self.state.save_to_json(str(written / "trainer_state.json"))
-        checkpoints.publish_checkpoint(written, folder / name, made)
-        best = self.state.best_model_checkpoint
-        kept = Path(best) if best else None
-        for sentence in checkpoints.prune_checkpoints(
-            folder, self.state.global_step, kept, self.checkpoint_limits
-        ):
-            self.too_large(sentence)
-
-    def too_large(self, sentence: str) -> None:
-        """Say, once, that what has to be kept is more than the budget."""
-        if not self._has_said:
-            from luthier.train import console
-
-            console.print_line(sentence)
-            self._has_said = True
-
-    def _point_to_best(self, folder: Path, this_one: bool = False) -> None:
-        """Name the best checkpoint where it lies now: the folder may have been moved.
-
-        One that was taken for a signal is none of those that the settings ask for.
-        """
-        step = self.state.best_global_step
-        path = folder / f"checkpoint-{step}"
-        if step and ((this_one and step == self.state.global_step) or checkpoints.is_planned(path)):
-            self.state.best_model_checkpoint = str(path)
+    `write` is Trainer's own way to write it, into the folder that `trainer.writing_folder` names
+    meanwhile. Raises UserError where the disk is full; the last good checkpoint is then untouched.
+    """
+    check_disk_space(trainer.accelerator, folder)
+    args, state, is_scheduled = trainer.args, trainer.state, trainer.is_scheduled_save
+    best, save_only_model = state.best_model_checkpoint, args.save_only_model
+    # A checkpoint for a signal is there to go on from, so it always has the optimizer's state.
+    args.save_only_model = save_only_model and is_scheduled
+    trainer.writing_folder = folder / checkpoints.NEW_FOLDER
+    try:
+        with report_full_disk(folder):
+            write()
+    finally:
+        trainer.writing_folder, args.save_only_model = None, save_only_model
+    # Trainer would name the best checkpoint by the folder in which it was written.
+    state.best_model_checkpoint = best
+    trainer.accelerator.wait_for_everyone()
+    mark_best_checkpoint(state, folder, is_current_planned=is_scheduled)
+    if args.should_save:
+        with report_full_disk(folder):
+            _publish(trainer, folder, is_resumable=not save_only_model or not is_scheduled)
+    trainer.accelerator.wait_for_everyone()
 
 
-def _stateful(trainer: Any) -> list[Any]:
-    """The callbacks that have a state of their own, such as early stopping."""
+def _publish(trainer: Any, folder: Path, is_resumable: bool) -> None:
+    """Move a written checkpoint to its name, and remove those that are over the limits."""
+    state, name = trainer.state, f"checkpoint-{trainer.state.global_step}"
+    written = folder / checkpoints.NEW_FOLDER / name
+    state.save_to_json(str(written / "trainer_state.json"))
+    facts = {
+        "step": state.global_step,
+        "planned": trainer.is_scheduled_save,
+        "resumable": is_resumable,
+        "processes": trainer.args.world_size,
+    }
+    checkpoints.publish_checkpoint(written, folder / name, facts)
+    best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+    limits = trainer.checkpoint_limits
+    for sentence in checkpoints.prune_checkpoints(folder, state.global_step, best, limits):
+        trainer.report_over_budget(sentence)
+
+
+def mark_best_checkpoint(state: Any, folder: Path, is_current_planned: bool = False) -> None:
+    """Let a TrainerState name the best checkpoint where it lies now: the folder may have moved.
+
+    A checkpoint that was taken for a signal is none of those that the settings ask for, and is not
+    named. `is_current_planned` says that the settings ask for the one of the current step, which
+    is not on disk yet.
+    """
+    step = state.best_global_step
+    path = folder / f"checkpoint-{step}"
+    is_current = is_current_planned and step == state.global_step
+    if step and (is_current or checkpoints.is_planned(path)):
+        state.best_model_checkpoint = str(path)
+
+
+def stateful_callbacks(trainer: Any) -> list[Any]:
+    """The callbacks of a trainer that have a state of their own, such as early stopping."""
     from transformers.trainer_callback import ExportableState
 
-    return [c for c in trainer.callback_handler.callbacks if isinstance(c, ExportableState)]
+    callbacks = trainer.callback_handler.callbacks
+    return [callback for callback in callbacks if isinstance(callback, ExportableState)]
 
 
-def _is_over(callback: Any) -> bool:
-    """Whether early stopping had ended the training when the checkpoint was taken."""
+def has_stopped_early(callback: Any) -> bool:
+    """Whether a callback is early stopping that had ended the training at the checkpoint."""
     from transformers import EarlyStoppingCallback
 
     return (
@@ -224,5 +137,6 @@ def _is_over(callback: Any) -> bool:
     )
 
 
-def _lines(path: Path) -> int:
+def count_lines(path: Path) -> int:
+    """The number of complete lines of a file; 0 where there is no file."""
     return path.read_bytes().count(b"\n") if path.is_file() else 0
