@@ -54,7 +54,7 @@ def test_an_old_key_in_a_recipe_is_a_mistake_with_its_line_and_new_name(workplac
     text = str(caught.value)
     assert text.startswith("3 mistakes in the configuration")
     for key, line in (
-        ("dataset", 4), ("dataset.sources.mine", 6), ("dataset.eval.sets.more", 11),
+        ("dataset", 4), ("dataset.sources.mine", 6), ("dataset.eval.sets.more", 12),
     ):  # fmt: skip
         says = f"{key}.shape: this key is called {key}.type now.  [recipes/mine.yaml:{line}]"
         assert says in text
