@@ -277,6 +277,7 @@ def _fill_int8(module: Any) -> None:
     """Put the numbers of an 8-bit layer into its state, as its first forward would."""
     import torch
 
+    # bitsandbytes 0.50 keeps both attributes of the weight until then.
     module.state.CB = module.weight.data
     module.state.SCB = torch.empty(module.weight.shape[0])
     module.weight.CB = module.weight.SCB = None

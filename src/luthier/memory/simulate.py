@@ -168,6 +168,7 @@ def _prepare(model: Any, workload: Workload) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # TRL 1.16 replaces the forward of the output layer so in its SFTTrainer.
     if workload.task == "CAUSAL_LM":
         add_fused_lm_head(base, outputs=OUTPUTS)
     checkpointing = workload.checkpointing

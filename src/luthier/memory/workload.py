@@ -257,6 +257,7 @@ def _free_main_memory() -> int:
     """Return the bytes of main memory that are free for a new process in this container."""
     import psutil
 
+    # A container's limit is not in what psutil says of the machine.
     free: int = psutil.virtual_memory().available
     try:
         limit = _CGROUP_LIMIT.read_text().strip()

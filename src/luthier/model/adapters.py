@@ -66,7 +66,8 @@ def add_adapter(
         apply_loftq(wrapped, unquantized(), seed)
     if lora.splits_base_weights:
         record_initial_adapter(wrapped)
-    # Its other rows never change; and peft would ask the hub for the base's config at each save.
+    # The other rows of the embeddings never change; and peft 0.21 would ask the hub for the base's
+    # config at each save, to see whether the vocabulary grew.
     wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
     base.enable_input_require_grads()
     return wrapped
@@ -100,7 +101,7 @@ def _peft_settings(
         settings["init_lora_weights"] = True
     has_layer_numbers = settings.get("layers_to_transform") is not None
     if has_layer_numbers and settings["target_modules"] == ALL_LINEAR:
-        # peft takes numbers of layers with a list of names alone.
+        # peft 0.21 takes layers_to_transform with a list of names alone.
         settings["target_modules"] = linear_layer_suffixes(model)
     check_adapter_names(model, settings, task_type)
     settings |= head_settings(model, settings, facts.config)
@@ -235,7 +236,8 @@ def cast_trained_to_float32(model: Any) -> None:
     """
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:
-            # AdaLoRA's divisor: peft's cast of 16-bit weights makes a trained one of it.
+            # AdaLoRA's divisor: peft 0.21 casts 16-bit weights into new, trained parameters, and
+            # this one must not train.
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

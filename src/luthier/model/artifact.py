@@ -101,6 +101,7 @@ def find_artifact(name: str, base: str | None = None) -> Artifact:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        # A folder with a config.json is a model, whatever else lies in it.
         is_model = (folder / MODEL_CONFIG_FILE).is_file()
         if (folder / "config.yaml").is_file() and not is_model:
             return _describe_folder(name, _model_folder(folder), folder, base)
@@ -277,6 +278,7 @@ def _describe_hub_repository(name: str, base: str | None) -> Artifact:
         )
     except Exception as error:  # the HTTP client has its own errors for a network that is down
         raise UserError(source.hub_error_message(error, name, "model")) from error
+    # The weights of an adapter are among the fetched files, those of a model are not.
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return _describe_folder(name, folder, None, base)
     _refuse_base(name, base)

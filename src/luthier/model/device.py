@@ -89,6 +89,7 @@ def _best_attention(device_type: Device, dtype: Dtype) -> str:
     """Return the flash-attention that is installed and made for this GPU, else torch's own."""
     import torch
 
+    # flash-attention computes in 16 bits alone.
     if device_type != "cuda" or dtype == "float32":
         return "sdpa"
     generation = torch.cuda.get_device_capability()[0]

@@ -78,7 +78,8 @@ def _fill_with_mean(model: Any, spare: Sequence[int]) -> None:
     for side in (model.get_input_embeddings(), model.get_output_embeddings()):
         if side is not None:
             weight = side.weight.data
-            # The second time on tied embeddings gives the same rows again.
+            # In float32, because sums of many rows in 16 bits would be off. The second time on tied
+            # embeddings gives the same rows again.
             mean = weight[:first].mean(dim=0, dtype=torch.float32)
             weight[list(spare)] = mean.to(weight.dtype)
 
@@ -107,7 +108,7 @@ def unify_token_rows(
             f"peft would train a copy for one side with lora.method={method}. Use method=lora, or "
             "leave the embeddings out."
         )
-    # peft would otherwise train a copy of one side, and the two would part.
+    # peft 0.21 would otherwise train a copy of one side, and the two would part.
     return {"ensure_weight_tying": True} | settings
 
 
@@ -179,6 +180,7 @@ def _token_ids(key: str, tokens: Any, tokenizer: Any | None, model: Any) -> Any:
         return {name: _token_ids(key, each, tokenizer, model) for name, each in tokens.items()}
     rows = model.get_input_embeddings().weight.shape[0]
     ids = sorted({_token_id(key, token, tokenizer) for token in tokens})
+    # Ids beyond the vocabulary are fine as long as they have a row.
     for number in ids:
         if not 0 <= number < rows:
             raise UserError(f"{key}: {number} is not a token; ids go from 0 to {rows - 1}.")

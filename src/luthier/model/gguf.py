@@ -209,6 +209,7 @@ def _open_reader(file: Path) -> Any:
 def _write_model(file: Path, folder: Path) -> None:
     """Write weights, configuration and, where it can be converted, the tokenizer."""
     reader = _open_reader(file)
+    # Read by hand: read_metadata would open the file a second time.
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     _refuse_scaled_rope(file, metadata, {tensor.name for tensor in reader.tensors})
     _load_dequantized(file).save_pretrained(folder)

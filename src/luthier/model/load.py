@@ -116,6 +116,7 @@ def keep_backward_kernels(model: Any) -> None:
     """
     from bitsandbytes.nn.modules import Linear4bit
 
+    # bitsandbytes 0.50 asks this attribute before it repacks.
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
@@ -183,7 +184,7 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         mismatches = [line for line in lines if "size mismatch" in line]
         raise wrong_base([*mismatches, *lines, "?"][0]) from error
-    # peft passes over layers that the base does not have, and over weights that the file lacks.
+    # peft 0.21 passes over layers that the base lacks, and over weights that the file lacks.
     saved = {
         name
         for name in read_safetensors_header(folder / ADAPTER_WEIGHTS_FILE).tensors
@@ -261,12 +262,14 @@ def _as_user_error(error: Exception, config: ModelConfig, machine: Machine) -> E
     problem = source.explain_hub_error(error, config.path, "model.path")
     if problem is not None:
         return problem
+    # torch has no class of its own for this error on every device.
     text = str(error)
     if "out of memory" in text.lower():
         return UserError(
             f"model.path={config.path} does not fit into the memory of {machine.device}.\n"
             "Use quantization=nf4 (about a third of the memory of bfloat16), or a smaller model."
         )
+    # Other errors of torch are not the user's mistakes, and keep their traceback.
     if isinstance(error, RuntimeError):
         return error
     if "trust_remote_code" in text:

@@ -86,6 +86,7 @@ def read_quantization_config(model: ModelConfig) -> dict[str, Any] | None:
         raise source.explain_hub_error(error, model.path, "model.path") or UserError(
             f"model.path={model.path}: its config.json cannot be read: {error}"
         ) from error
+    # Models of several parts, such as vision models, may keep it with their language model.
     text_config = content.get("text_config") or {}
     quantization: dict[str, Any] | None = content.get("quantization_config")
     return quantization or text_config.get("quantization_config")

@@ -110,7 +110,6 @@ def ensure_padding_token(tokenizer: "PreTrainedTokenizerBase") -> None:
     """
     if tokenizer.pad_token_id is not None:
         return
-    # The vocabulary stays as it is, so that the embeddings keep their size.
     vocabulary = tokenizer.get_vocab()
     candidates = [name for name in PADDING_NAMES if name in vocabulary]
     tokenizer.pad_token = candidates[0] if candidates else tokenizer.eos_token
