@@ -156,7 +156,7 @@ def test_control_tokens_in_questions_become_text(tokenizer_name, template):
     tokenizer = pair(tokenizer_name, trl(template))
     encoder = ChatEncoder(tokenizer, date=_today())
     tokens = [token for token in tokenizer.all_special_tokens if token != "<unk>"]
-    tokens += [token for token in CONTROL if token in encoder._kits.default.controls.tokens]
+    tokens += [token for token in CONTROL if token in encoder._pipelines.default.controls.tokens]
 
     @QUICK
     @given(st.lists(st.sampled_from(tokens) | WORDS, min_size=1, max_size=5), WORDS)

@@ -64,7 +64,7 @@ def outcome(encoder, row):
 def both_of(tokenizer, template, **settings):
     """Two encoders: one may know forms, the other may not."""
     quick, slow = (encoder_of(tokenizer, template, **settings) for _ in range(2))
-    slow._kits.default.forms.known = lambda row: None
+    slow._pipelines.default.fast_path.match = lambda row: None
     return quick, slow
 
 
@@ -143,10 +143,10 @@ def test_forms_of_common_templates_are_known(template):
     source = TEMPLATES.get(f"chat_templates/{template}")
     if source is None:
         pytest.skip("this TRL does not ship the template")
-    forms = ChatEncoder(pair("gpt2-words", source), on_lost="keep")._kits.default.forms
+    forms = ChatEncoder(pair("gpt2-words", source), on_lost="keep")._pipelines.default.fast_path
     row = {"messages": [user("1"), bot("2"), user("3"), bot("4")]}
-    assert forms.known(row) is not None
-    assert forms.known(row | {"tools": [{"name": "f"}]}) is None
+    assert forms.match(row) is not None
+    assert forms.match(row | {"tools": [{"name": "f"}]}) is None
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,10 @@ def test_forms_of_common_templates_are_known(template):
     ids=repr,
 )
 def test_other_rows_are_left_to_the_template(messages):
-    forms = ChatEncoder(pair("gpt2-words", trl("qwen3")), on_lost="keep")._kits.default.forms
-    assert forms.known({"messages": messages}) is None
+    forms = ChatEncoder(
+        pair("gpt2-words", trl("qwen3")), on_lost="keep"
+    )._pipelines.default.fast_path
+    assert forms.match({"messages": messages}) is None
 
 
 def opaque(*parts):

@@ -112,7 +112,7 @@ def _assert_runs_copy_their_fields(text):
 
 
 def test_followed_runs_say_what_shorter_ones_write():
-    """What `follow` says of the first k messages is what rendering just these gives."""
+    """What `render_with_prefixes` says of the first k messages is what rendering them gives."""
     known = 0
     for source in TEMPLATES.values():
         try:
@@ -123,7 +123,9 @@ def test_followed_runs_say_what_shorter_ones_write():
             conversation = read_conversation(messages, tools)
             for generation in (False, True):
                 try:
-                    whole = template.follow(conversation.messages, conversation.tools, generation)
+                    whole = template.render_with_prefixes(
+                        conversation.messages, conversation.tools, generation
+                    )
                 except ChatError:
                     continue
                 for k in range(1, len(messages)):

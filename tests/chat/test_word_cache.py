@@ -37,12 +37,12 @@ def split(pattern, behavior="isolated", invert=False):
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in NOT_BY_WORDS])
 def test_any_ascii(name):
     encoder = TokenEncoder(base_tokenizer(name))
-    assert encoder._words is not None
+    assert encoder._word_encoder is not None
 
     @settings(max_examples=150, deadline=None, database=None)
     @given(st.lists(ASCII.filter(lambda text: not encoder.pattern.search(text)), max_size=5))
     def holds(texts):
-        known = encoder.known(texts)
+        known = encoder.encode_plain(texts)
         plain = encoder.backend.encode_batch(texts, add_special_tokens=False)
         assert [unpack_ids(known[text]) for text in texts] == [one.ids for one in plain]
 
@@ -85,10 +85,10 @@ def test_too_many_words_are_forgotten(monkeypatch):
     encoder = TokenEncoder(base_tokenizer("gpt2-words"))
     texts = ["a lute", "the luthier makes lutes", "a lute and a luthier"]
     for text in texts * 2:
-        assert [unpack_ids(ids) for ids in encoder._words.encode([text])] == [
+        assert [unpack_ids(ids) for ids in encoder._word_encoder.encode([text])] == [
             encoder.backend.encode(text, add_special_tokens=False).ids
         ]
-        assert sum(map(len, encoder._words._known)) <= 20
+        assert sum(map(len, encoder._word_encoder._cache)) <= 20
 
 
 def test_too_many_texts_are_forgotten(monkeypatch):
@@ -97,5 +97,5 @@ def test_too_many_texts_are_forgotten(monkeypatch):
     texts = ["a lute", "naïve", "the luthier makes lutes", "a lute"]
     for text in texts * 2:
         ids = encoder.backend.encode(text, add_special_tokens=False).ids
-        assert unpack_ids(encoder.known([text])[text]) == ids
+        assert unpack_ids(encoder.encode_plain([text])[text]) == ids
         assert len(encoder._cache) <= 2

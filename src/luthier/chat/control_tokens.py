@@ -34,25 +34,29 @@ class ControlTokens:
         self._any = encoder.pattern
         names = {index: name for name, index in encoder.added.items()}
         eos = encoder.tokenizer.eos_token_id
-        known = [*([] if eos is None else [eos]), *eos_token_ids]
+        eos_ids = [*([] if eos is None else [eos]), *eos_token_ids]
         self.tokens = list_control_tokens(encoder.tokenizer, template.source)
         self.pattern = compile_token_pattern(self.tokens)
         self._firsts = {token[0] for token in self.tokens}
         self._lasts = {token[-1] for token in self.tokens}
         self._edges = self._firsts | self._lasts
         self._longest = max(map(len, self.tokens), default=0)
-        self._stops = [names[index] for index in known if index in names]
-        self._known_stops = frozenset(self._stops)
+        self._stops = [names[index] for index in eos_ids if index in names]
+        self._eos_tokens = frozenset(self._stops)
         written = [self._written_stop(_ANSWER), self._written_stop(_TOOL_CALL_TURN)]
         # What ends a plain reply comes first: generation ends there with no setting.
         self._stops = list(dict.fromkeys([stop for stop in written if stop] + self._stops))
         self.stop_token_ids = list(
-            dict.fromkeys([encoder.added[stop] for stop in self._stops] + known)
+            dict.fromkeys([encoder.added[stop] for stop in self._stops] + eos_ids)
         )
-        self.markers = self._special_markers() | self._written_markers()
+        self.turn_markers = self._special_markers() | self._written_markers()
 
     def find_stop(self, tail: str) -> tuple[int, str] | None:
-        """Where the first stop token in the text behind a reply's last field ends, and which."""
+        """Where the first stop token in the text behind a reply's last field ends, and which it is.
+
+        A special token that nothing but space follows ends the turn too, though it be no known
+        stop token. None where there is neither.
+        """
         last = None
         for match in self._any.finditer(tail):
             if match[0] in self._stops:
@@ -63,10 +67,13 @@ class ControlTokens:
             return None
         return last.end(), last[0]
 
-    def following_stop(self, tail: TracedStr) -> tuple[TracedStr, str] | None:
-        """The text up to a known end of sequence that comes first behind a turn, and the token."""
+    def find_next_turn_stop(self, tail: TracedStr) -> tuple[TracedStr, str] | None:
+        """The text up to an end-of-sequence token that comes first behind a turn, and the token.
+
+        None where another token, or text, comes first.
+        """
         match = self._any.search(tail)
-        if match is None or match[0] not in self._known_stops or tail[: match.start()].strip():
+        if match is None or match[0] not in self._eos_tokens or tail[: match.start()].strip():
             return None
         return tail[: match.end()], match[0]
 
@@ -79,6 +86,7 @@ class ControlTokens:
         return any(self._is_suspect(text) for text in texts)
 
     def _is_suspect(self, text: str) -> bool:
+        # Half a token at a text's edge becomes a whole one beside text of the template.
         if self.pattern.search(text):
             return True
         head, tail = text[: self._longest], text[-self._longest :]
@@ -86,27 +94,29 @@ class ControlTokens:
             first in tail for first in self._firsts
         )
 
-    def neutral_spans(self, text: TracedStr) -> list[tuple[int, int]]:
+    def literal_spans(self, text: TracedStr) -> list[tuple[int, int]]:
         """Where control tokens stand in text that messages wrote; they are encoded as text."""
         if not self.pattern.search(text):
             return []
-        bounds = [
+        fields = [
             (start, stop, origin)
             for start, stop, origin in origin_spans(text._runs)
             if origin is not None
         ]
-        found = []
-        place = 0
+        literal_spans = []
+        current = 0
         for match in self.pattern.finditer(text):
-            while place < len(bounds) and bounds[place][1] <= match.start():
-                place += 1
-            if place == len(bounds):
+            # The first field that does not end before the match; both are in order.
+            while current < len(fields) and fields[current][1] <= match.start():
+                current += 1
+            if current == len(fields):
                 break
-            start, _, origin = bounds[place]
-            own_language = origin.role == "assistant" and match[0] not in self.markers
-            if start < match.end() and not own_language:
-                found.append(match.span())
-        return found
+            start, _, origin = fields[current]
+            # Assistant text is the model's own language: `<think>` and the like stay tokens there.
+            is_model_text = origin.role == "assistant" and match[0] not in self.turn_markers
+            if start < match.end() and not is_model_text:
+                literal_spans.append(match.span())
+        return literal_spans
 
     def _render(self, messages: list[dict[str, Any]], generation: bool) -> TracedStr | None:
         """A small conversation as the template writes it; None where the template refuses it."""
@@ -127,8 +137,8 @@ class ControlTokens:
         tail = self._tokens(_text_behind_message(last, 1))
         followed = self._render([_QUESTION, reply, _QUESTION], False)
         if followed is None:
-            known = (token for token in tail if token in self._stops)
-            return next(known, tail[-1] if tail else None)
+            stops = (token for token in tail if token in self._stops)
+            return next(stops, tail[-1] if tail else None)
         rest = self._tokens(_text_behind_message(followed, 1))
         same = 0
         while same < min(len(tail), len(rest)) and tail[same] == rest[same]:
@@ -154,7 +164,7 @@ class ControlTokens:
 
 
 def _is_tag(token: str, tokens: set[str]) -> bool:
-    """Whether a token is one of an opening and closing pair, such as `<think>` and `</think>`."""
+    """Whether a token is one of a pair among `tokens`, such as `<think>` and `</think>`."""
     opening = token.replace("/", "", 1) if token[1:2] == "/" else token
     return opening in tokens and f"{opening[:1]}/{opening[1:]}" in tokens
 

@@ -151,7 +151,7 @@ def _read_field(conversation: Conversation, index: int, role: str, key: str, val
         linking = key == "tool_calls" and _is_link(path)
         typing = key == "content" and path and path[-1] == "type"
         origin = FieldOrigin(index, role, key, text)
-        origin.encoded = bool(path) and path[-1] == "arguments"
+        origin.is_json = bool(path) and path[-1] == "arguments"
         return _read_text(conversation, origin, text, needed and not linking and not typing)
 
     return _copy_value(value, leaf, (), index, key)

@@ -32,7 +32,7 @@ _CHUNK_MESSAGES = 2048
 class PlannedRow:
     """A row as the texts of its sequences."""
 
-    kit: TemplatePipeline
+    pipeline: TemplatePipeline
     conversation: Callable[[], Conversation]
     sequences: list[RenderedSequence]
     suspect: bool
@@ -79,20 +79,18 @@ class ChatEncoder:
         self.date = date or Date.today().isoformat()
         self.variables = dict(variables or {})
         self.eos_token_ids = list(eos_token_ids)
-        self._kits = TemplatePipelines(
+        self._pipelines = TemplatePipelines(
             tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries, train_on
         )
 
     def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
         """The ids that generation of the next turn starts from."""
-        return retry_with_empty_content(lambda given: self._prompt(given, tools), messages)
 
-    def _prompt(self, messages: list[dict[str, Any]], tools: list | None) -> list[int]:
-        conversation = read_conversation(messages, tools)
-        kit = self._kits.of(conversation.tools)
-        return kit.labeller.prompt(
-            kit.template.render(conversation.messages, conversation.tools, True)
-        )
+        def encode(filled: list[dict[str, Any]]) -> list[int]:
+            conversation = read_conversation(filled, tools)
+            return self._pipelines.for_tools(conversation.tools).encode_prompt(conversation)
+
+        return retry_with_empty_content(encode, messages)
 
     def encode(
         self, messages: list[dict[str, Any]], tools: list | None = None
@@ -102,7 +100,7 @@ class ChatEncoder:
         Raises ChatError for a row that the settings do not allow to drop or keep.
         """
         batch = ChatBatch()
-        self._finish([self._planned(None, {"messages": messages, "tools": tools})], batch)
+        self._finish([self._plan(None, {"messages": messages, "tools": tools})], batch)
         return batch.rows[0]
 
     def encode_batch(self, conversations: Iterable[dict[str, Any]]) -> ChatBatch:
@@ -112,36 +110,24 @@ class ChatEncoder:
         row's number, for a row that the settings do not allow to drop or keep.
         """
         batch = ChatBatch()
-        waiting: Future[None] | None = None
+        encoding: Future[None] | None = None
         with ThreadPoolExecutor(1) as worker, pause_gc():
             try:
                 for chunk in _chunks(enumerate(conversations)):
-                    planned = [self._planned(n, row) for n, row in chunk]
-                    if waiting is not None:
-                        waiting.result()
+                    planned = [self._plan(number, row) for number, row in chunk]
+                    if encoding is not None:
+                        encoding.result()
                     # While the tokenizer is at work on this chunk, the next one is rendered.
-                    waiting = worker.submit(self._finish, planned, batch)
+                    encoding = worker.submit(self._finish, planned, batch)
             finally:
                 # An error in an earlier chunk comes before one in a later chunk.
-                if waiting is not None:
-                    waiting.result()
+                if encoding is not None:
+                    encoding.result()
         return batch
-
-    def _planned(
-        self, number: int | None, row: dict[str, Any]
-    ) -> FastPathRow | PlannedRow | ChatError:
-        """A row as the texts of its sequences, or what is wrong with it."""
-        try:
-            return self._plan_row(row)
-        except ChatError as error:
-            named = error if number is None else error.in_row(number)
-            if self._stops_at(named):
-                raise named from None
-            return named
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the ids, the template's text included, for JSON."""
-        sources = self._kits.sources
+        sources = self._pipelines.sources
         return {
             "template": sources if len(sources) > 1 else sources["default"],
             "train_on": self.train_on,
@@ -162,48 +148,61 @@ class ChatEncoder:
     @property
     def stop_token_ids(self) -> list[int]:
         """The ids that end a reply: generation stops at any of them."""
-        return list(self._kits.default.controls.stop_token_ids)
+        return list(self._pipelines.default.controls.stop_token_ids)
 
-    def _stops_at(self, error: ChatError) -> bool:
-        if error.reason in ("nothing to train", "too long"):
-            return error.reason == "too long" and self.on_long == "error"
-        return self.on_lost != "drop"
+    def _plan(
+        self, number: int | None, row: dict[str, Any]
+    ) -> FastPathRow | PlannedRow | ChatError:
+        """A row as the texts of its sequences, or what is wrong with it where it may be dropped.
 
-    def _plan_row(self, row: dict[str, Any]) -> FastPathRow | PlannedRow:
-        if not isinstance(row, dict):
-            raise ChatError(
-                f"a row must be a dict with `messages`; found {type(row).__name__}",
-                reason="malformed row",
+        `number`: the row's number in its batch; None for a row alone, whose errors name no row.
+        """
+        try:
+            if not isinstance(row, dict):
+                raise ChatError(
+                    f"a row must be a dict with `messages`; found {type(row).__name__}",
+                    reason="malformed row",
+                )
+            matched = self._pipelines.default.fast_path.match(row)
+            if matched is not None:
+                return matched
+            tools = row.get("tools")
+            return retry_with_empty_content(
+                lambda messages: self._plan_row(messages, tools), row.get("messages")
             )
-        known = self._kits.default.forms.known(row)
-        if known is not None:
-            return known
-        tools = row.get("tools")
-        return retry_with_empty_content(
-            lambda given: self._plan_given(given, tools), row.get("messages")
-        )
+        except ChatError as error:
+            in_row = error if number is None else error.in_row(number)
+            if self._is_fatal(in_row):
+                raise in_row from None
+            return in_row
 
-    def _plan_given(self, messages: Any, tools: Any) -> PlannedRow:
+    def _plan_row(self, messages: Any, tools: Any) -> PlannedRow:
         conversation = read_conversation(messages, tools)
         trained = select_trained_messages(conversation, self.train_on)
         if not trained:
             raise ChatError("no turn of the row trains", reason="nothing to train")
-        kit = self._kits.of(conversation.tools)
-        sequences = kit.planner.plan(conversation, trained)
-        lost = find_lost_fields(conversation, sequences, kit.template)
+        pipeline = self._pipelines.for_tools(conversation.tools)
+        sequences = pipeline.planner.plan(conversation, trained)
+        lost = find_lost_fields(conversation, sequences, pipeline.template)
         if lost and self.on_lost != "keep":
             raise lost[0]
-        suspect = kit.controls.has_suspects(conversation.texts)
-        return PlannedRow(kit, lambda: conversation, sequences, suspect, lost)
+        suspect = pipeline.controls.has_suspects(conversation.texts)
+        return PlannedRow(pipeline, lambda: conversation, sequences, suspect, lost)
+
+    def _is_fatal(self, error: ChatError) -> bool:
+        """Whether the settings have a row with this error stop the run, rather than drop it."""
+        if error.reason in ("nothing to train", "too long"):
+            return error.reason == "too long" and self.on_long == "error"
+        return self.on_lost != "drop"
 
     def _finish(
         self, planned: list[FastPathRow | PlannedRow | ChatError], batch: ChatBatch
     ) -> None:
         """Encode what was planned, all rows of one template in one go, and keep account."""
-        quick = self._quick([row for row in planned if isinstance(row, FastPathRow)])
-        made = [next(quick) if isinstance(row, FastPathRow) else row for row in planned]
-        encoded = _encode_rows([row for row in made if isinstance(row, PlannedRow)])
-        for row in made:
+        matched = self._encode_matched([row for row in planned if isinstance(row, FastPathRow)])
+        rows = [next(matched) if isinstance(row, FastPathRow) else row for row in planned]
+        encoded = _encode_rows([row for row in rows if isinstance(row, PlannedRow)])
+        for row in rows:
             if isinstance(row, PlannedRow):
                 self._finish_row(row, next(encoded), batch)
             elif isinstance(row, ChatError):
@@ -211,17 +210,18 @@ class ChatEncoder:
             else:
                 batch.rows.append(row)
 
-    def _quick(self, rows: list[FastPathRow]) -> Iterator[list[ChatSequence] | PlannedRow]:
-        """The sequences of rows of known form; a plan for those that need a closer look."""
-        kit, limit = self._kits.default, self.max_length
-        for row, sequences in zip(rows, kit.tracks.encode(rows), strict=True):
-            fits = limit is None or all(len(one) <= limit for one in sequences or ())
-            if sequences is not None and fits:
+    def _encode_matched(self, rows: list[FastPathRow]) -> Iterator[list[ChatSequence] | PlannedRow]:
+        """The sequences of rows on the fast path; a plan for those that need a closer look."""
+        pipeline, limit = self._pipelines.default, self.max_length
+        for row, sequences in zip(rows, pipeline.fast_path.encode(rows), strict=True):
+            if sequences is not None and (
+                limit is None or all(len(sequence) <= limit for sequence in sequences)
+            ):
                 yield sequences
             else:
                 read = partial(read_conversation, row.messages)
-                suspect = kit.controls.has_suspects(row.texts)
-                yield PlannedRow(kit, read, row.sequences(), suspect, [])
+                suspect = pipeline.controls.has_suspects(row.texts)
+                yield PlannedRow(pipeline, read, row.render(), suspect, [])
 
     def _finish_row(
         self, row: PlannedRow, encoded: list[EncodedSequence] | ChatError, batch: ChatBatch
@@ -229,15 +229,15 @@ class ChatEncoder:
         """Add a row to the batch, cut or dropped as configured."""
         number = len(batch.rows)
         if isinstance(encoded, ChatError):
-            if self._stops_at(encoded):
+            if self._is_fatal(encoded):
                 raise encoded.in_row(number) from None
             batch.drop(encoded.in_row(number))
             return
         limit = self.max_length
-        if limit is not None and any(len(item.ids) > limit for item in encoded):
-            fitter = Truncator(limit, self.on_long == "turns")
+        if limit is not None and any(len(sequence.ids) > limit for sequence in encoded):
+            truncator = Truncator(limit, self.on_long == "turns")
             try:
-                encoded, cut_turns = fitter.fitted(row.kit, row.conversation(), encoded)
+                encoded, cut_turns = truncator.truncate(row.pipeline, row.conversation(), encoded)
             except ChatError as error:
                 if self.on_long == "error":
                     raise error.in_row(number) from None
@@ -245,13 +245,13 @@ class ChatEncoder:
                 return
             batch.cut[number] = cut_turns
         if row.lost:
-            batch.kept_lost += 1
+            batch.lossy_rows += 1
             batch.reports.append(row.lost[0].in_row(number))
-        batch.rows.append([item.sequence() for item in encoded])
+        batch.rows.append([sequence.to_chat_sequence() for sequence in encoded])
 
 
 def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """The rows in parts of about as many messages."""
+    """The rows in chunks of about as many messages."""
     chunk: list[tuple[int, Any]] = []
     size = 0
     for number, row in rows:
@@ -269,30 +269,28 @@ def _encode_rows(planned: list[PlannedRow]) -> Iterator[list[EncodedSequence] | 
     """The sequences of each row, in order; rows of one template are encoded in one go."""
     groups: dict[int, list[PlannedRow]] = {}
     for row in planned:
-        groups.setdefault(id(row.kit), []).append(row)
-    found: dict[int, list[EncodedSequence] | ChatError] = {}
+        groups.setdefault(id(row.pipeline), []).append(row)
+    encoded: dict[int, list[EncodedSequence] | ChatError] = {}
     for rows in groups.values():
-        found |= zip(map(id, rows), _encode_together(rows), strict=True)
-    return iter([found[id(row)] for row in planned])
+        encoded |= zip(map(id, rows), _encode_together(rows), strict=True)
+    return iter([encoded[id(row)] for row in planned])
 
 
 def _encode_together(rows: list[PlannedRow]) -> list[list[EncodedSequence] | ChatError]:
     """The sequences of rows of one template, or what is wrong with a row's text."""
-    plans = [(sequence, row.suspect) for row in rows for sequence in row.sequences]
+    sequences = [(sequence, row.suspect) for row in rows for sequence in row.sequences]
     try:
-        encoded = iter(rows[0].kit.labeller.encode(plans))
+        encoded = iter(rows[0].pipeline.label_builder.encode(sequences))
     except ChatError as error:
         if len(rows) == 1:
             return [error]
-        return [made for row in rows for made in _encode_together([row])]
-    return [[item for _ in row.sequences for item in next(encoded)] for row in rows]
-
-
-# Conversations that end where the model is to answer: their prompts, checked as rows are.
+        # Each alone, to learn which of them it is.
+        return [outcome for row in rows for outcome in _encode_together([row])]
+    return [[sequence for _ in row.sequences for sequence in next(encoded)] for row in rows]
 
 
 class ChatPromptEncoder:
-    """Makes the prompts of conversations with an encoder's settings.
+    """Makes the prompts of conversations that end where the model is to answer.
 
     A prompt's ids are those of `ChatEncoder.prompt`. What the template does not show, and what is
     too long, is treated as `on_lost` and `on_long` say.
@@ -310,37 +308,35 @@ class ChatPromptEncoder:
 
         Raises ChatError for a row that makes no prompt; `is_fatal` says whether it stops the run.
         """
-        return retry_with_empty_content(lambda given: self._encode(given, tools), messages)
+        return retry_with_empty_content(lambda filled: self._encode(filled, tools), messages)
 
     def is_fatal(self, error: ChatError) -> bool:
         """Whether the settings have a row with this error stop the run, rather than drop it."""
-        if error.reason == "too long":
-            return self._encoder.on_long == "error"
-        return self._encoder.on_lost != "drop"
+        return self._encoder._is_fatal(error)
 
     def _encode(
         self, messages: list[dict[str, Any]], tools: list | None
     ) -> tuple[list[int], int, ChatError | None]:
         conversation = read_conversation(messages, tools)
-        kit = self._encoder._kits.of(conversation.tools)
-        text = kit.template.render(conversation.messages, conversation.tools, True)
-        lost = find_lost_fields(conversation, [RenderedSequence(text)], kit.template)
+        pipeline = self._encoder._pipelines.for_tools(conversation.tools)
+        text = pipeline.template.render(conversation.messages, conversation.tools, True)
+        lost = find_lost_fields(conversation, [RenderedSequence(text)], pipeline.template)
         if lost and self._encoder.on_lost != "keep":
             raise lost[0]
-        ids = kit.labeller.prompt(text)
-        gone = 0
+        ids = pipeline.label_builder.encode_prompt(text)
+        dropped_messages = 0
         if self._limit is not None and len(ids) > self._limit:
-            ids, gone = self._cut(kit, conversation, len(ids))
-        return ids, gone, lost[0] if lost else None
+            ids, dropped_messages = self._truncate(pipeline, conversation, len(ids))
+        return ids, dropped_messages, lost[0] if lost else None
 
-    def _cut(
-        self, kit: TemplatePipeline, conversation: Conversation, length: int
+    def _truncate(
+        self, pipeline: TemplatePipeline, conversation: Conversation, length: int
     ) -> tuple[list[int], int]:
         """The prompt without as few turns of its front as make it fit."""
         starts = turn_starts(conversation, max(conversation.numbers) + 1)
         for start in starts if self._encoder.on_long == "turns" else []:
             shorter = drop_front(conversation, start)
-            ids = kit.labeller.prompt(kit.template.render(shorter.messages, shorter.tools, True))
+            ids = pipeline.encode_prompt(shorter)
             if len(ids) <= (self._limit or 0):
                 return ids, len(conversation.messages) - len(shorter.messages)
         raise ChatError(

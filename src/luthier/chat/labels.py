@@ -1,8 +1,13 @@
-"""Sequences of text -> ids and labels, with a token boundary between each prompt and its reply."""
+"""Sequences of text -> ids and labels, with a token boundary between each prompt and its reply.
+
+The text is cut at the start of each trained reply and the blocks are encoded apart, as when a model
+generates. A server encodes earlier replies as history, together with the header in front of them:
+where that would give other ids, `LabelBuilder` gives the reply a sequence of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -13,69 +18,24 @@ from luthier.chat.tokens import PieceKind, TextPiece, TokenEncoder, origin_spans
 from luthier.chat.turns import RenderedSequence, TrainedSpan
 from luthier.chat.types import IGNORED, ChatSequence, Reply, Segment
 
-# Where each token of a sequence came from, for people to look at.
-
-
-def make_segments(
-    plan: RenderedSequence, blocks: list[list[TextPiece]], labels: list[int], tokens: TokenEncoder
-) -> list[Segment]:
-    """The sequence as runs of tokens of one origin; a token counts to where it starts."""
-    origins = _token_origins(plan, [piece for block in blocks for piece in block], tokens)
-    found: list[Segment] = []
-    start = 0
-    for place in range(1, len(labels) + 1):
-        same = place < len(labels) and origins[place] is origins[start]
-        if same and (labels[place] == IGNORED) == (labels[start] == IGNORED):
-            continue
-        found.append(_make_segment(start, place, origins[start], labels[start] != IGNORED))
-        start = place
-    return found
-
-
-def _make_segment(start: int, end: int, origin: FieldOrigin | None, trained: bool) -> Segment:
-    if origin is None:
-        return Segment(start, end, None, None, None, trained)
-    return Segment(start, end, origin.role, origin.message, origin.field, trained)
-
-
-def _token_origins(
-    plan: RenderedSequence, pieces: list[TextPiece], tokens: TokenEncoder
-) -> list[FieldOrigin | None]:
-    """The origin of each token's first character."""
-    found: list[FieldOrigin | None] = []
-    runs = iter(plan.text._runs)
-    end = 0
-    origin: FieldOrigin | None = None
-    position = 0
-    for piece in pieces:
-        for offset in tokens.starts(piece):
-            while position + offset >= end:
-                run = next(runs, None)
-                if run is None:
-                    break
-                end += run[0]
-                origin = run[1]
-            found.append(origin)
-        position += len(piece.text)
-    return found
-
-
 LiteralSpans = list[tuple[int, int]]
 """Where control tokens stand that messages wrote: they are encoded as text."""
 BoundaryContext = tuple[str, str, tuple[tuple[int, int], ...]]
-"""The text before a boundary, what matters of the text behind it, and the cuts in both."""
+"""The text before a boundary, what matters of the text behind it, and the literal spans in both."""
 BoundaryPieces = tuple[list[TextPiece], list[TextPiece], list[TextPiece]]
 """Header and reply alone, and both together."""
 _CONTEXT_CHARS = 6
+"""Characters behind a boundary that decide where a local tokenizer splits the first words."""
 _HEADER_WINDOW = 48
+"""Characters in front of a boundary in which a header is looked for first."""
 
 
 @dataclass(slots=True)
 class SequenceDraft:
     """A sequence of text on its way to ids: blocks of pieces, one more than trained replies."""
 
-    plan: RenderedSequence
-    cuts: LiteralSpans
+    rendered: RenderedSequence
+    literal_spans: LiteralSpans
     boundaries: list[BoundaryContext] = field(default_factory=list)
     """What is around each boundary in front of a reply but the last."""
     blocks: list[list[TextPiece]] = field(default_factory=list)
@@ -83,7 +43,7 @@ class SequenceDraft:
 
 @dataclass(slots=True)
 class EncodedSequence:
-    """A sequence with its ids and labels."""
+    """A sequence with its ids and the tokens of its replies."""
 
     draft: SequenceDraft
     ids: list[int]
@@ -91,17 +51,17 @@ class EncodedSequence:
     tokens: TokenEncoder
 
     @property
-    def trained(self) -> list[int]:
+    def trained_messages(self) -> list[int]:
         """The messages that train in it."""
-        return [span.message for span in self.draft.plan.trained]
+        return [span.message for span in self.draft.rendered.spans]
 
-    def sequence(self) -> ChatSequence:
-        """What the caller gets."""
+    def to_chat_sequence(self) -> ChatSequence:
+        """The sequence as the caller gets it."""
         return ChatSequence(self.ids, self.replies, self._segments)
 
-    def _segments(self) -> list:
-        labels = self.sequence().labels
-        return make_segments(self.draft.plan, self.draft.blocks, labels, self.tokens)
+    def _segments(self) -> list[Segment]:
+        labels = self.to_chat_sequence().labels
+        return _make_segments(self.draft.rendered, self.draft.blocks, labels, self.tokens)
 
 
 class LabelBuilder:
@@ -116,236 +76,287 @@ class LabelBuilder:
         self._tokens = tokens
         self._controls = controls
         self._boundaries = boundaries
-        self._known: dict[BoundaryContext, bool] = {}
-        self._headers: dict[str, int] = {}
+        # Boundaries and headers repeat from row to row, so what was learnt of them is kept.
+        self._keeps_ids: dict[BoundaryContext, bool] = {}
+        self._header_lengths: dict[str, int] = {}
 
     @property
-    def splits(self) -> bool:
+    def is_splittable(self) -> bool:
         """Whether a text's ids are those of its parts, taken apart at its tokens."""
-        return self._boundaries == "served" and self._tokens.splits
+        return self._boundaries == "served" and self._tokens.is_splittable
 
-    def prompt(self, text: TracedStr) -> list[int]:
+    def encode_prompt(self, text: TracedStr) -> list[int]:
         """The ids of a prompt."""
-        cuts = self._controls.neutral_spans(text)
-        return self._flat(self._pieces(RenderedSequence(text), 0, len(text), cuts))
+        literal_spans = self._controls.literal_spans(text)
+        pieces = self._pieces(RenderedSequence(text), 0, len(text), literal_spans)
+        return [index for ids in self._tokens.encode(pieces) for index in ids]
 
-    def encode(self, plans: list[tuple[RenderedSequence, bool]]) -> list[list[EncodedSequence]]:
+    def encode(self, sequences: list[tuple[RenderedSequence, bool]]) -> list[list[EncodedSequence]]:
         """Each text's sequences, all encoded in one go; `True` where a message may hold control.
 
         A text makes one sequence, and one more for each reply whose boundary would change the ids
         of later prompts.
         """
         drafts = [
-            SequenceDraft(plan, self._controls.neutral_spans(plan.text) if suspect else [])
-            for plan, suspect in plans
+            SequenceDraft(rendered, self._controls.literal_spans(rendered.text) if suspect else [])
+            for rendered, suspect in sequences
         ]
-        self._judge(drafts)
+        self._find_boundaries(drafts)
         split = [self._split(draft) for draft in drafts]
-        encoded = iter(self._encoded([draft for group in split for draft in group]))
+        encoded = iter(self._encode_drafts([draft for group in split for draft in group]))
         return [[next(encoded) for _ in group] for group in split]
 
-    def _split(self, draft: SequenceDraft) -> list[SequenceDraft]:
-        """The shared sequence, behind one of its own for each reply that cannot share it."""
-        plan = draft.plan
-        *earlier, last = plan.trained
-        if self._boundaries == "segments" or all(map(self._known.get, draft.boundaries)):
-            return [draft]
-        kept = [self._known[around] for around in draft.boundaries]
-        shared = [span for span, keep in zip(earlier, kept, strict=True) if keep]
-        alone = [span for span, keep in zip(earlier, kept, strict=True) if not keep]
-        own = [
-            SequenceDraft(RenderedSequence(plan.text[: span.stop], [span]), draft.cuts)
-            for span in alone
-        ]
-        return [*own, SequenceDraft(RenderedSequence(plan.text, [*shared, last]), draft.cuts)]
-
-    def _encoded(self, drafts: list[SequenceDraft]) -> list[EncodedSequence]:
-        for draft in drafts:
-            bounds = [0, *(span.start for span in draft.plan.trained), len(draft.plan.text)]
-            draft.blocks = [
-                self._pieces(draft.plan, start, stop, draft.cuts)
-                for start, stop in pairwise(bounds)
-            ]
-        pieces = (piece for draft in drafts for block in draft.blocks for piece in block)
-        ids = iter(self._tokens.encode(pieces))
-        return [self._labelled(draft, ids) for draft in drafts]
-
-    def _labelled(self, draft: SequenceDraft, encoded: Iterable[list[int]]) -> EncodedSequence:
-        source = iter(encoded)
-        ids: list[int] = []
-        replies: list[Reply] = []
-        for number, block in enumerate(draft.blocks):
-            new = list(next(source)) if len(block) == 1 else []
-            if len(block) != 1:
-                new = [index for _ in block for index in next(source)]
-            if number:
-                span = draft.plan.trained[number - 1]
-                trained = self._trained(draft, span, new)
-                replies.append(Reply(span.message, len(ids), len(ids) + trained))
-            ids += new
-        return EncodedSequence(draft, ids, replies, self._tokens)
-
-    def _trained(self, draft: SequenceDraft, span: TrainedSpan, ids: list[int]) -> int:
-        """How many of the ids from the start of a reply are the reply: up to its stop token."""
-        plain = draft.plan.plain
-        count = plain.count(span.token, span.start, span.stop)
-        for start, stop in draft.cuts:
-            count -= span.start <= start < span.stop and plain[start:stop] == span.token
-        index = self._tokens.added[span.token]
-        place = -1
-        for _ in range(count):
-            place = ids.index(index, place + 1)
-        return place + 1
-
-    def _pieces(
-        self, plan: RenderedSequence, start: int, stop: int, cuts: LiteralSpans
-    ) -> list[TextPiece]:
-        """A block of text as pieces: whole but for the control tokens that messages wrote."""
-        if self._boundaries == "segments":
-            return self._segment_pieces(plan.text, start, stop, cuts)
-        plain = plan.plain
-        kind: PieceKind = "reply" if start else "start"
-        if not cuts:
-            return [TextPiece(plain[start:stop], kind)] if start < stop else []
-        pieces = []
-        position = start
-        for begin, end in [cut for cut in cuts if start <= cut[0] < stop]:
-            if begin > position:
-                pieces.append(TextPiece(plain[position:begin], kind))
-            pieces.append(TextPiece(plain[begin:end], "literal"))
-            kind, position = "continuation", end
-        if position < stop:
-            pieces.append(TextPiece(plain[position:stop], kind))
-        return pieces
-
-    def _segment_pieces(
-        self, text: TracedStr, start: int, stop: int, cuts: LiteralSpans
-    ) -> list[TextPiece]:
-        """Every segment of a block alone; text that holds a control token has none of its own."""
-        plain = str.__str__(text)
-        pieces = []
-        for first, last, _ in origin_spans(text._runs):
-            begin, end = max(first, start), min(last, stop)
-            if begin < end:
-                forged = any(begin <= cut[0] < end for cut in cuts)
-                pieces.append(TextPiece(plain[begin:end], "words" if forged else "start"))
-        return pieces
-
-    def _judge(self, drafts: list[SequenceDraft]) -> None:
-        """Find out which boundaries leave the ids around them alone.
+    def _find_boundaries(self, drafts: list[SequenceDraft]) -> None:
+        """Note each draft's boundaries, and learn which of them leave the ids around them alone.
 
         A server encodes a reply, once it is history, together with the header in front of it; where
         that gives other ids, the turns behind it need another sequence than the reply.
         """
         if self._boundaries == "segments":
             return
-        asked = {}
+        unseen: dict[BoundaryContext, BoundaryPieces] = {}
         for draft in drafts:
-            spans_before = draft.plan.trained[:-1]
-            draft.boundaries = [self._around(draft, span) for span in spans_before]
-            for around, span in zip(draft.boundaries, spans_before, strict=True):
-                if around not in self._known and around not in asked:
-                    asked[around] = self._sides(draft, span, around)
-        self._learn(asked)
+            earlier_spans = draft.rendered.spans[:-1]
+            draft.boundaries = [self._span_boundary(draft, span) for span in earlier_spans]
+            for boundary, span in zip(draft.boundaries, earlier_spans, strict=True):
+                if boundary not in self._keeps_ids and boundary not in unseen:
+                    unseen[boundary] = self._span_pieces(draft, span, boundary)
+        self._learn_boundaries(unseen)
 
-    def _learn(self, asked: dict[BoundaryContext, BoundaryPieces]) -> None:
+    def _learn_boundaries(self, boundaries: dict[BoundaryContext, BoundaryPieces]) -> None:
         """Note for each boundary whether both sides are encoded alone as they are together."""
         encoded = iter(
-            self._tokens.encode(p for sides in asked.values() for side in sides for p in side)
+            self._tokens.encode(p for sides in boundaries.values() for side in sides for p in side)
         )
-        for key, sides in asked.items():
-            head, tail, whole = ([index for _ in side for index in next(encoded)] for side in sides)
-            self._known[key] = head + tail == whole
+        for boundary, sides in boundaries.items():
+            head, tail, both = ([index for _ in side for index in next(encoded)] for side in sides)
+            self._keeps_ids[boundary] = head + tail == both
 
-    def around(self, head: str, text: str, token: str) -> BoundaryContext:
+    def boundary(self, head: str, text: str, token: str) -> BoundaryContext:
         """A boundary between a header and a reply, both without control tokens of messages.
 
-        `text`: the reply up to its first token.
+        `text`: the reply up to its first token, which is `token`.
         """
-        near = text[:_CONTEXT_CHARS]
-        if len(near) < _CONTEXT_CHARS or not near.isalnum() or not self._tokens.local:
+        tail = text[:_CONTEXT_CHARS]
+        is_word = len(tail) == _CONTEXT_CHARS and tail.isalnum()
+        if not (is_word and self._tokens.splits_words_locally):
             reply = text + token
-            near = self._near(reply, [], 0, len(reply))
-        return head, near, ()
+            tail = self._reply_start(reply, [], 0, len(reply))
+        return head, tail, ()
 
-    def leaves_alone(self, boundaries: Iterable[BoundaryContext]) -> Mapping[BoundaryContext, bool]:
-        """Whether each boundary leaves the ids around it alone."""
-        new = {around for around in boundaries if around not in self._known}
-        if new:
-            self._learn({around: _boundary_pieces(*around[:2]) for around in new})
-        return self._known
+    def check_boundaries(
+        self, boundaries: Iterable[BoundaryContext]
+    ) -> Mapping[BoundaryContext, bool]:
+        """Whether each boundary leaves the ids around it alone; the mapping may hold others too."""
+        unseen = {boundary for boundary in boundaries if boundary not in self._keeps_ids}
+        if unseen:
+            self._learn_boundaries({each: _boundary_pieces(*each[:2]) for each in unseen})
+        return self._keeps_ids
 
-    def _around(self, draft: SequenceDraft, span: TrainedSpan) -> BoundaryContext:
+    def _span_boundary(self, draft: SequenceDraft, span: TrainedSpan) -> BoundaryContext:
         """The text before a boundary from the last control token on, and what matters behind it."""
-        plain = draft.plan.plain
+        plain, literal_spans = draft.rendered.plain, draft.literal_spans
         head = self._header(plain, span.start)
-        tail = self._near(plain, draft.cuts, span.start, span.stop)
-        if not draft.cuts:
+        tail = self._reply_start(plain, literal_spans, span.start, span.stop)
+        if not literal_spans:
             return head, tail, ()
         begin, end = span.start - len(head), span.start + len(tail)
-        cuts = [(a - begin, b - begin) for a, b in draft.cuts if begin <= a < end]
-        return head, tail, tuple(cuts)
+        return (
+            head,
+            tail,
+            tuple((a - begin, b - begin) for a, b in literal_spans if begin <= a < end),
+        )
 
     def _header(self, plain: str, stop: int) -> str:
         """The text up to `stop` from the last control token on."""
+        # Headers are short: a small window nearly always holds the token, and repeats.
         size = _HEADER_WINDOW
         while True:
             window = plain[max(stop - size, 0) : stop]
-            length = self._headers.get(window)
+            length = self._header_lengths.get(window)
             if length is None:
-                length = self._header_length(window)
+                begin = len(window)
+                for match in self._tokens.pattern.finditer(window):
+                    begin = match.start()
+                length = len(window) - begin
                 if size == _HEADER_WINDOW:
-                    self._headers[window] = length
+                    self._header_lengths[window] = length
             if length or size >= stop:
                 return window[len(window) - (length or stop) :]
             size *= 4
 
-    def _header_length(self, text: str) -> int:
-        begin = len(text)
-        for match in self._tokens.pattern.finditer(text):
-            begin = match.start()
-        return len(text) - begin
-
-    def _near(self, plain: str, cuts: LiteralSpans, start: int, stop: int) -> str:
+    def _reply_start(self, plain: str, literal_spans: LiteralSpans, start: int, stop: int) -> str:
         """So much of a reply as decides whether its boundary is one.
 
         Where text is first split into words by a pattern that looks no further than a few
         characters ahead and never back, the first few characters behind the white space decide;
         with other tokenizers the whole reply is compared.
         """
-        if not self._tokens.local or (cuts and any(cut[0] < stop for cut in cuts)):
+        has_literal = literal_spans and any(span[0] < stop for span in literal_spans)
+        if has_literal or not self._tokens.splits_words_locally:
             return plain[start:stop]
-        near = plain[start : min(start + _CONTEXT_CHARS, stop)]
-        if near.isalnum():
-            return near
+        first = plain[start : min(start + _CONTEXT_CHARS, stop)]
+        if first.isalnum():
+            return first
         end = start
         while end < stop and plain[end].isspace():
             end += 1
         end = min(end + _CONTEXT_CHARS, stop)
+        # A control token that begins there is not cut in two.
         match = self._tokens.pattern.search(plain, start, min(end + 64, stop))
         if match is not None and match.start() < end:
             end = match.end()
         return plain[start:end]
 
-    def _sides(
-        self, draft: SequenceDraft, span: TrainedSpan, around: BoundaryContext
+    def _span_pieces(
+        self, draft: SequenceDraft, span: TrainedSpan, boundary: BoundaryContext
     ) -> BoundaryPieces:
         """Header and reply alone, and both together."""
-        head, tail, _ = around
-        begin = span.start - len(head)
-        stop = span.start + len(tail)
-        plan, cuts = draft.plan, draft.cuts
-        if not cuts:
+        head, tail, _ = boundary
+        rendered, literal_spans = draft.rendered, draft.literal_spans
+        if not literal_spans:
             return _boundary_pieces(head, tail)
+        begin, end = span.start - len(head), span.start + len(tail)
         return (
-            self._pieces(plan, begin, span.start, cuts),
-            self._pieces(plan, span.start, stop, cuts),
-            self._pieces(plan, begin, stop, cuts),
+            self._pieces(rendered, begin, span.start, literal_spans),
+            self._pieces(rendered, span.start, end, literal_spans),
+            self._pieces(rendered, begin, end, literal_spans),
         )
 
-    def _flat(self, pieces: list[TextPiece]) -> list[int]:
-        return [index for ids in self._tokens.encode(pieces) for index in ids]
+    def _split(self, draft: SequenceDraft) -> list[SequenceDraft]:
+        """The shared sequence, behind one of its own for each reply that cannot share it."""
+        rendered, literal_spans = draft.rendered, draft.literal_spans
+        *earlier, last = rendered.spans
+        if self._boundaries == "segments" or all(map(self._keeps_ids.get, draft.boundaries)):
+            return [draft]
+        shared: list[TrainedSpan] = []
+        alone: list[TrainedSpan] = []
+        for span, boundary in zip(earlier, draft.boundaries, strict=True):
+            (shared if self._keeps_ids[boundary] else alone).append(span)
+        sequences = [RenderedSequence(rendered.text[: span.stop], [span]) for span in alone]
+        sequences.append(RenderedSequence(rendered.text, [*shared, last]))
+        return [SequenceDraft(sequence, literal_spans) for sequence in sequences]
+
+    def _encode_drafts(self, drafts: list[SequenceDraft]) -> list[EncodedSequence]:
+        for draft in drafts:
+            rendered = draft.rendered
+            cuts = [0, *(span.start for span in rendered.spans), len(rendered.text)]
+            draft.blocks = [
+                self._pieces(rendered, start, stop, draft.literal_spans)
+                for start, stop in pairwise(cuts)
+            ]
+        pieces = (piece for draft in drafts for block in draft.blocks for piece in block)
+        piece_ids = iter(self._tokens.encode(pieces))
+        return [self._label(draft, piece_ids) for draft in drafts]
+
+    def _label(self, draft: SequenceDraft, piece_ids: Iterator[list[int]]) -> EncodedSequence:
+        """The draft with its ids, taken from those of all pieces, and its replies' tokens."""
+        ids: list[int] = []
+        replies: list[Reply] = []
+        for number, block in enumerate(draft.blocks):
+            block_ids = next(piece_ids) if len(block) == 1 else []
+            if len(block) != 1:
+                block_ids = [index for _ in block for index in next(piece_ids)]
+            if number:
+                span = draft.rendered.spans[number - 1]
+                count = self._count_reply_tokens(draft, span, block_ids)
+                replies.append(Reply(span.message, len(ids), len(ids) + count))
+            ids += block_ids
+        return EncodedSequence(draft, ids, replies, self._tokens)
+
+    def _count_reply_tokens(self, draft: SequenceDraft, span: TrainedSpan, ids: list[int]) -> int:
+        """How many of the ids from the start of a reply are the reply: up to its stop token."""
+        plain = draft.rendered.plain
+        # The reply's own text may hold the stop token; where it is literal text it makes no id.
+        count = plain.count(span.stop_token, span.start, span.stop)
+        for start, stop in draft.literal_spans:
+            count -= span.start <= start < span.stop and plain[start:stop] == span.stop_token
+        index = self._tokens.added[span.stop_token]
+        last = -1
+        for _ in range(count):
+            last = ids.index(index, last + 1)
+        return last + 1
+
+    def _pieces(
+        self, rendered: RenderedSequence, start: int, stop: int, literal_spans: LiteralSpans
+    ) -> list[TextPiece]:
+        """A block of text as pieces: whole but for the control tokens that messages wrote."""
+        if self._boundaries == "segments":
+            return _segment_pieces(rendered.text, start, stop, literal_spans)
+        plain = rendered.plain
+        piece_kind: PieceKind = "reply" if start else "start"
+        if not literal_spans:
+            return [TextPiece(plain[start:stop], piece_kind)] if start < stop else []
+        pieces = []
+        position = start
+        for begin, end in [span for span in literal_spans if start <= span[0] < stop]:
+            if begin > position:
+                pieces.append(TextPiece(plain[position:begin], piece_kind))
+            pieces.append(TextPiece(plain[begin:end], "literal"))
+            piece_kind, position = "continuation", end
+        if position < stop:
+            pieces.append(TextPiece(plain[position:stop], piece_kind))
+        return pieces
+
+
+def _segment_pieces(
+    text: TracedStr, start: int, stop: int, literal_spans: LiteralSpans
+) -> list[TextPiece]:
+    """Every segment of a block alone; in one that holds a literal span, nothing is a token."""
+    plain = str.__str__(text)
+    pieces = []
+    for first, last, _ in origin_spans(text._runs):
+        begin, end = max(first, start), min(last, stop)
+        if begin < end:
+            has_literal = any(begin <= span[0] < end for span in literal_spans)
+            pieces.append(TextPiece(plain[begin:end], "plain text" if has_literal else "start"))
+    return pieces
 
 
 def _boundary_pieces(head: str, tail: str) -> BoundaryPieces:
     return [TextPiece(head, "start")], [TextPiece(tail, "reply")], [TextPiece(head + tail, "start")]
+
+
+def _make_segments(
+    rendered: RenderedSequence,
+    blocks: list[list[TextPiece]],
+    labels: list[int],
+    tokens: TokenEncoder,
+) -> list[Segment]:
+    """The sequence as runs of tokens of one origin; a token counts to where it starts."""
+    origins = _token_origins(rendered, [piece for block in blocks for piece in block], tokens)
+    segments: list[Segment] = []
+    start = 0
+    for stop in range(1, len(labels) + 1):
+        is_same = stop < len(labels) and origins[stop] is origins[start]
+        if is_same and (labels[stop] == IGNORED) == (labels[start] == IGNORED):
+            continue
+        origin, is_trained = origins[start], labels[start] != IGNORED
+        if origin is None:
+            segments.append(Segment(start, stop, None, None, None, is_trained))
+        else:
+            source = origin.role, origin.message, origin.field
+            segments.append(Segment(start, stop, *source, is_trained))
+        start = stop
+    return segments
+
+
+def _token_origins(
+    rendered: RenderedSequence, pieces: list[TextPiece], tokens: TokenEncoder
+) -> list[FieldOrigin | None]:
+    """The origin of each token's first character; None where the template wrote it."""
+    origins: list[FieldOrigin | None] = []
+    runs = iter(rendered.text._runs)
+    run_end = position = 0
+    origin: FieldOrigin | None = None
+    for piece in pieces:
+        for offset in tokens.token_starts(piece):
+            while position + offset >= run_end:
+                run = next(runs, None)
+                if run is None:
+                    break
+                run_end += run[0]
+                origin = run[1]
+            origins.append(origin)
+        position += len(piece.text)
+    return origins

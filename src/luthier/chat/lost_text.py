@@ -1,4 +1,7 @@
-"""Fields whose text no sequence of the row shows."""
+"""Fields whose text no sequence of the row shows: the template drops them without a word.
+
+A model trained on such a row (Llama-3's template drops tool calls) would learn to stop at once.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ _TAGS = re.compile(r"</?\w+>|\[/?[A-Z_]+\]|<\|\w+\|>")
 def find_lost_fields(
     conversation: Conversation, sequences: list[RenderedSequence], template: ChatTemplate
 ) -> list[ChatError]:
-    """One error for each field that is not in any of the sequences."""
+    """One error for each non-empty field that is in none of the sequences, in the row's order."""
     for sequence in sequences:
         _mark_complete_fields(sequence.text)
-    missing = [origin for origin in conversation.origins if not origin.whole]
+    missing = [origin for origin in conversation.origins if not origin.is_complete]
     if not missing:
         return []
-    shown = [sequence.text for sequence in sequences]
-    trained = {span.message for sequence in sequences for span in sequence.trained}
+    texts = [sequence.text for sequence in sequences]
+    trained = {span.message for sequence in sequences for span in sequence.spans}
     return [
         _lost_field_error(origin)
         for origin in missing
-        if not _is_complete(origin, shown)
+        if not _is_complete(origin, texts)
         and not _is_history(origin, trained, conversation, template)
     ]
 
@@ -40,23 +43,23 @@ def _mark_complete_fields(text: TracedStr) -> None:
             continue
         if origin.covers:
             for leaf in origin.covers:
-                leaf.whole = leaf.whole or not leaf.encoded
+                leaf.is_complete = leaf.is_complete or not leaf.is_json
         elif (
-            (start < 0 and not origin.encoded) or origin.text is None or length == len(origin.text)
+            (start < 0 and not origin.is_json) or origin.text is None or length == len(origin.text)
         ):
-            origin.whole = True
+            origin.is_complete = True
 
 
-def _is_complete(origin: FieldOrigin, shown: list[TracedStr]) -> bool:
+def _is_complete(origin: FieldOrigin, texts: list[TracedStr]) -> bool:
     """Whether the field's text is there, but for space and for tags that mark its parts."""
     if origin.text is None:
         return False
-    left = list(origin.text)
-    for text in shown:
+    missing = list(origin.text)
+    for text in texts:
         for length, source, start in text._runs:
             if source is origin and start >= 0:
-                left[start : start + length] = [""] * length
-    return not _TAGS.sub("", "".join(left)).strip()
+                missing[start : start + length] = [""] * length
+    return not _TAGS.sub("", "".join(missing)).strip()
 
 
 def _is_history(
@@ -67,17 +70,17 @@ def _is_history(
         return False
     if origin.field not in (*REASONING_FIELDS, "content"):
         return False
-    place = conversation.numbers.index(origin.message)
+    index = conversation.numbers.index(origin.message)
     try:
-        own = template.render(conversation.messages[: place + 1], conversation.tools, False)
+        turn = template.render(conversation.messages[: index + 1], conversation.tools, False)
     except ChatError:
         return False
-    _mark_complete_fields(own)
-    return origin.whole or _is_complete(origin, [own])
+    _mark_complete_fields(turn)
+    return origin.is_complete or _is_complete(origin, [turn])
 
 
 def _lost_field_error(origin: FieldOrigin) -> ChatError:
-    if origin.encoded:
+    if origin.is_json:
         return ChatError(
             "the call's arguments are a JSON string, which this template leaves out or encodes "
             "once more; give them as a dict",

@@ -1,4 +1,4 @@
-"""Making a row shorter: whole turns go from the front, what stands above them stays."""
+"""All that works on the rows of one template, and rows made shorter by whole turns."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from typing import Any, Literal
 
 from luthier.chat.control_tokens import ControlTokens
 from luthier.chat.conversation import Conversation
-from luthier.chat.fast_path.plans import FastPathEncoder, FormCache
+from luthier.chat.fast_path import FastPath
 from luthier.chat.labels import EncodedSequence, LabelBuilder
 from luthier.chat.template import ChatTemplate, read_template
 from luthier.chat.tokens import TokenEncoder
 from luthier.chat.turns import SequencePlanner
 from luthier.chat.types import ChatError
 
-# What is known about one template: how it renders, steers, plans and labels.
+_SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
 class TemplatePipeline:
-    """All that works on the rows of one template."""
+    """How the rows of one template are rendered, planned and labelled."""
 
     template: ChatTemplate
     controls: ControlTokens
     planner: SequencePlanner
-    labeller: LabelBuilder
-    forms: FormCache
-    tracks: FastPathEncoder
+    label_builder: LabelBuilder
+    fast_path: FastPath
+
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
+        """The ids from which the turn behind the conversation is generated."""
+        text = self.template.render(conversation.messages, conversation.tools, True)
+        return self.label_builder.encode_prompt(text)
 
 
 class TemplatePipelines:
-    """The kits of a tokenizer's templates; each is made when it is first asked for."""
+    """The pipelines of a tokenizer's templates; each is made when it is first asked for."""
 
     def __init__(
         self,
@@ -44,75 +48,72 @@ class TemplatePipelines:
         train_on: str | list[str],
     ) -> None:
         self.sources = _template_sources(tokenizer, template)
+        """The text of each template by its name."""
         self._tokens = TokenEncoder(tokenizer)
         self._variables = {**tokenizer.special_tokens_map, **variables}
         self._date = date
         self._eos_token_ids = list(eos_token_ids)
         self._boundaries = boundaries
         self._train_on = train_on
-        self._made: dict[str, TemplatePipeline] = {}
-        self.default = self.of(None)
+        self._pipelines: dict[str, TemplatePipeline] = {}
+        self.default = self.for_tools(None)
 
-    def of(self, tools: list | None) -> TemplatePipeline:
-        """The kit for rows with these tools, or without any."""
+    def for_tools(self, tools: list | None) -> TemplatePipeline:
+        """The pipeline for rows with these tools, or without any."""
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
-        if name not in self._made:
-            self._made[name] = self._make(self.sources[name])
-        return self._made[name]
+        if name not in self._pipelines:
+            self._pipelines[name] = self._make(self.sources[name])
+        return self._pipelines[name]
 
     def _make(self, source: str) -> TemplatePipeline:
         template = ChatTemplate(source, self._variables, self._date)
         controls = ControlTokens(template, self._tokens, self._eos_token_ids)
-        labeller = LabelBuilder(self._tokens, controls, self._boundaries)
-        return TemplatePipeline(
-            template,
-            controls,
-            SequencePlanner(template, controls),
-            labeller,
-            FormCache(template, controls, self._train_on),
-            FastPathEncoder(self._tokens, labeller),
-        )
+        label_builder = LabelBuilder(self._tokens, controls, self._boundaries)
+        fast_path = FastPath(template, controls, self._tokens, label_builder, self._train_on)
+        planner = SequencePlanner(template, controls)
+        return TemplatePipeline(template, controls, planner, label_builder, fast_path)
 
 
 def _template_sources(tokenizer: Any, template: str | dict[str, str] | None) -> dict[str, str]:
     """The text of each template by its name; `default` is always there."""
     if isinstance(template, str):
         return {"default": read_template(template)}
-    own = template if template is not None else tokenizer.chat_template
-    if own is None:
+    sources = template if template is not None else tokenizer.chat_template
+    if sources is None:
         raise ChatError(
             "the tokenizer has no chat template; give one as Jinja text or a file "
             "(`chat.template=path/to/template.jinja`)",
             reason="no template",
         )
-    if isinstance(own, str):
-        return {"default": own}
-    return {"default": own.get("default", next(iter(own.values()))), **own}
-
-
-_SYSTEM_ROLES = ("system", "developer")
+    if isinstance(sources, str):
+        return {"default": sources}
+    return {"default": sources.get("default", next(iter(sources.values()))), **sources}
 
 
 def turn_starts(conversation: Conversation, last: int) -> list[int]:
-    """Places where a shorter row may start: users' turns behind the first, up to `last`."""
+    """Positions where a shorter row may start: users' turns behind the first, up to `last`.
+
+    `last` is a message's number in the row as it was given.
+    """
     starts = [
-        place
-        for place, message in enumerate(conversation.messages)
+        index
+        for index, message in enumerate(conversation.messages)
         if message["role"] == "user"
-        and conversation.numbers[place] < last
-        and (place == 0 or conversation.messages[place - 1]["role"] != "user")
+        and conversation.numbers[index] < last
+        and (index == 0 or conversation.messages[index - 1]["role"] != "user")
     ]
     return [start for start in starts if start > _count_system_messages(conversation)]
 
 
 def drop_front(conversation: Conversation, start: int) -> Conversation:
     """The row from message `start` on, behind its system messages; numbers stay the row's own."""
-    kept = [*range(_count_system_messages(conversation)), *range(start, len(conversation.messages))]
+    system = range(_count_system_messages(conversation))
+    indices = [*system, *range(start, len(conversation.messages))]
     return replace(
         conversation,
-        messages=[conversation.messages[place] for place in kept],
-        train=[conversation.train[place] for place in kept],
-        numbers=[conversation.numbers[place] for place in kept],
+        messages=[conversation.messages[index] for index in indices],
+        train=[conversation.train[index] for index in indices],
+        numbers=[conversation.numbers[index] for index in indices],
     )
 
 
@@ -128,59 +129,60 @@ class Truncator:
     """Makes rows fit a length in tokens."""
 
     def __init__(self, limit: int, drops_turns: bool) -> None:
+        """`drops_turns`: whether whole turns may go from the front; else a long row is an error."""
         self._limit = limit
         self._drops_turns = drops_turns
 
-    def fitted(
-        self, kit: TemplatePipeline, conversation: Conversation, encoded: list[EncodedSequence]
+    def truncate(
+        self,
+        pipeline: TemplatePipeline,
+        conversation: Conversation,
+        sequences: list[EncodedSequence],
     ) -> tuple[list[EncodedSequence], int]:
         """The sequences, the longer ones cut, and how many trained turns went with what was cut.
 
         Raises ChatError for a row that cannot be made to fit.
         """
-        longest = max(len(item.ids) for item in encoded)
-        if not self._drops_turns:
-            raise _too_long_error(longest, self._limit)
-        fitted: list[EncodedSequence] = []
-        for item in encoded:
-            fits = len(item.ids) <= self._limit
-            fitted += [item] if fits else self._cut(kit, conversation, item)
-        if not fitted:
-            raise _too_long_error(longest, self._limit)
-        before, after = (sum(len(item.trained) for item in items) for items in (encoded, fitted))
-        return fitted, before - after
+        short: list[EncodedSequence] = []
+        for sequence in sequences if self._drops_turns else ():
+            fits = len(sequence.ids) <= self._limit
+            short += [sequence] if fits else self._drop_turns(pipeline, conversation, sequence)
+        if not short:
+            raise ChatError(
+                f"the row makes {max(len(sequence.ids) for sequence in sequences)} tokens, and no "
+                f"whole turns can go to make it fit the {self._limit} of `max_length`",
+                reason="too long",
+            )
+        before, after = (
+            sum(len(sequence.trained_messages) for sequence in each) for each in (sequences, short)
+        )
+        return short, before - after
 
-    def _cut(
-        self, kit: TemplatePipeline, conversation: Conversation, item: EncodedSequence
+    def _drop_turns(
+        self, pipeline: TemplatePipeline, conversation: Conversation, sequence: EncodedSequence
     ) -> list[EncodedSequence]:
         """The sequence with as few turns removed from its front as make it fit, or nothing."""
-        wanted = set(item.trained)
-        starts = turn_starts(conversation, max(wanted))
+        trained = set(sequence.trained_messages)
+        starts = turn_starts(conversation, max(trained))
+        # Bisection: a row that starts later is shorter.
         low, high = 0, len(starts)
-        found: list[EncodedSequence] = []
+        shortened: list[EncodedSequence] = []
         while low < high:
             middle = (low + high) // 2
-            tried = _encode_from(kit, conversation, starts[middle], wanted)
-            if all(len(part.ids) <= self._limit for part in tried):
-                found, high = tried, middle
+            shorter_row = drop_front(conversation, starts[middle])
+            attempt = _encode_row(pipeline, shorter_row, trained)
+            if all(len(each.ids) <= self._limit for each in attempt):
+                shortened, high = attempt, middle
             else:
                 low = middle + 1
-        return found
+        return shortened
 
 
-def _encode_from(
-    kit: TemplatePipeline, conversation: Conversation, start: int, wanted: set[int]
+def _encode_row(
+    pipeline: TemplatePipeline, conversation: Conversation, trained: set[int]
 ) -> list[EncodedSequence]:
-    shorter = drop_front(conversation, start)
-    trained = [place for place, number in enumerate(shorter.numbers) if number in wanted]
-    plans = kit.planner.plan(shorter, trained)
-    encoded = kit.labeller.encode([(plan, True) for plan in plans])
-    return [item for items in encoded for item in items]
-
-
-def _too_long_error(length: int, limit: int) -> ChatError:
-    return ChatError(
-        f"the row makes {length} tokens, and no whole turns can go to make it fit the {limit} "
-        "of `max_length`",
-        reason="too long",
-    )
+    """The row's sequences; `trained`: the numbers of the messages that train."""
+    indices = [index for index, number in enumerate(conversation.numbers) if number in trained]
+    rendered = pipeline.planner.plan(conversation, indices)
+    encoded = pipeline.label_builder.encode([(sequence, True) for sequence in rendered])
+    return [sequence for group in encoded for sequence in group]

@@ -14,7 +14,7 @@ from markupsafe import escape as markupsafe_escape
 class FieldOrigin:
     """The field of a message (or of the row's tools) that a run of characters was copied from."""
 
-    __slots__ = ("covers", "encoded", "field", "message", "role", "text", "whole")
+    __slots__ = ("covers", "field", "is_complete", "is_json", "message", "role", "text")
 
     def __init__(
         self, message: int | None, role: str | None, field: str, text: str | None = None
@@ -26,13 +26,13 @@ class FieldOrigin:
         """The field's text; None where the field has many texts that are not told apart."""
         self.covers: tuple[FieldOrigin, ...] = ()
         """The origins that this one stands for, if it stands for several."""
-        self.encoded = False
+        self.is_json = False
         """Whether the field is JSON already, so that it must not be encoded once more."""
-        self.whole = False
+        self.is_complete = False
         """Whether all of the field has been seen in a sequence of the row."""
 
     @classmethod
-    def of_many(cls, origins: list[FieldOrigin]) -> FieldOrigin:
+    def merge(cls, origins: list[FieldOrigin]) -> FieldOrigin:
         """One origin that stands for several: the text was made from all of them."""
         first = origins[0]
         if all(origin is first for origin in origins):
@@ -124,7 +124,7 @@ def with_merged_origin(value: str, sources: Iterable[TracedStr]) -> TracedStr:
     origins = [run[1] for source in sources for run in source._runs if run[1] is not None]
     if not origins or not value:
         return with_runs(value, runs_of(str(value)))
-    return with_runs(value, ((len(value), FieldOrigin.of_many(origins), -1),))
+    return with_runs(value, ((len(value), FieldOrigin.merge(origins), -1),))
 
 
 def iter_traced(value: Any, depth: int = 0) -> Iterator[TracedStr]:

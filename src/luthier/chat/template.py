@@ -108,16 +108,14 @@ class ChatTemplate:
         self._traced = _compile_or_raise(self._environment.compile_traced, source)
         self._globals: dict[jinja2.Template, dict[str, Any]] = {}
         tree = self._environment.parse(source)
-        self.is_doubtful = any(
-            node.name in ESCAPING_FILTERS for node in tree.find_all(nodes.Filter)
-        )
+        self.may_escape = any(node.name in ESCAPING_FILTERS for node in tree.find_all(nodes.Filter))
         """Whether a string may be marked as safe: it escapes what is added, which is checked."""
-        self.is_followable = can_track_prefixes(tree)
-        """Whether `follow` can tell what the template writes for fewer messages."""
-        self.ends = self._fixed_ends(tree) if self.is_followable else None
+        self.can_track_prefixes = can_track_prefixes(tree)
+        """Whether `render_with_prefixes` can tell what the template writes for fewer messages."""
+        self.fixed_endings = self._render_fixed_endings(tree) if self.can_track_prefixes else None
         """What stands behind the messages without and with the generation prompt, if fixed."""
 
-    def _fixed_ends(self, tree: nodes.Template) -> tuple[str, str] | None:
+    def _render_fixed_endings(self, tree: nodes.Template) -> tuple[str, str] | None:
         behind = nodes_behind_messages(tree)
         if behind is None:
             return None
@@ -132,19 +130,19 @@ class ChatTemplate:
         """The rendered text; raises ChatError with the template's own words."""
         inputs = self._inputs(messages, tools, add_generation_prompt)
         text = concat_traced(self._run(self._traced, inputs, None))
-        if self.is_doubtful and self._written_plainly(inputs) != text:
+        if self.may_escape and self._written_plainly(inputs) != text:
             raise ChatError(
                 "the template escapes the row's text in a way that cannot be traced",
                 reason="untraceable",
             )
         return text
 
-    def follow(
+    def render_with_prefixes(
         self, messages: list, tools: list | None, add_generation_prompt: bool
     ) -> TrackedRendering:
         """The rendered text, and by the way what the template writes for fewer messages."""
         watch = PrefixTracker(len(messages))
-        if self.is_doubtful or not self.is_followable:
+        if self.may_escape or not self.can_track_prefixes:
             watch.counted()
             watch.pieces.append(self.render(messages, tools, add_generation_prompt))
             return TrackedRendering(watch)

@@ -2,14 +2,15 @@
 
 The reference is `tokenizer(rendered_text, add_special_tokens=False)`, and transformers'
 `sanitize_control_tokens=True` where message text holds control tokens: such a token is encoded as
-plain text, and the text behind it as a continuation.
+plain text, and the text behind it as a continuation. Shortcuts (parts encoded once, ASCII word by
+word) are taken only for tokenizers in which they cannot change an id.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -17,49 +18,15 @@ from luthier.chat.provenance import FieldOrigin, OriginRun
 from luthier.chat.types import ChatError, pack_ids, unpack_ids
 from luthier.chat.word_cache import UNICODE_NORMALIZERS, WordEncoder, make_word_encoder
 
-# Many texts encoded in few calls: a call of the backend has a cost of its own.
-
 _GROUP_CHARS = 2000
-
-
-def group_texts(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in groups of a size that one call of the backend handles well."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size > _GROUP_CHARS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def encode_groups(
-    groups: list[list[str]], token: str, index: int, encode: Callable[[list[str]], list[list[int]]]
-) -> list[list[int]]:
-    """The ids of each text, from those of each group joined by a token of the given index."""
-    found = []
-    for group, ids in zip(groups, encode(list(map(token.join, groups))), strict=True):
-        start = 0
-        for _ in group[1:]:
-            stop = ids.index(index, start)
-            found.append(ids[start:stop])
-            start = stop + 1
-        found.append(ids[start:])
-    return found
-
-
+"""Characters of texts that go to the backend in one: each of its calls has a cost of its own."""
 _CACHE_BYTES = 12_000_000
-"""Bytes, about, of the texts whose ids are kept."""
+"""Bytes, about, of the texts whose ids are cached."""
 _TEXT_OVERHEAD = 150
-"""Bytes that a kept text takes besides its characters."""
-PieceKind = Literal["start", "continuation", "reply", "literal", "words"]
-"""How a piece stands in its sequence: at its start, behind a neutralised token, as a reply behind
-its prompt, as the neutralised token itself, or as text alone in which nothing is a token."""
-
-
+"""Bytes that a cached text takes besides its characters."""
+PieceKind = Literal["start", "continuation", "reply", "literal", "plain text"]
+"""How a piece stands in its sequence: at its start, behind a literal token, as a reply behind its
+prompt, as the literal token itself, or as text alone in which nothing is a token."""
 # Parts of a pattern whose match depends on what stands before it.
 _LOOKS_BACK = re.compile(r"\(\?<[=!]|\\[bBAGzZ]|(?<!\[)\^|\$")
 
@@ -81,88 +48,90 @@ class TokenEncoder:
             token.content: index for index, token in tokenizer.added_tokens_decoder.items()
         }
         self._names = {index: token for token, index in self.added.items()}
-        self._packed = {token: pack_ids([index]) for token, index in self.added.items()}
+        self.token_ids = {token: pack_ids([index]) for token, index in self.added.items()}
         self.special = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
         self.pattern = compile_token_pattern(self.added)
         self._steps = steps = _preprocessing_steps(self.backend)
-        self.free = all(map(_is_position_free, steps))
+        self.is_position_free = all(map(_is_position_free, steps))
         """Whether a text's ids are the same at the start of a text and in its middle."""
-        self.local = (
-            self.free and _has_model(self.backend, "BPE") and any(map(_splits_words, steps))
+        self.splits_words_locally = (
+            self.is_position_free
+            and type(self.backend.model).__name__ == "BPE"
+            and any(map(_splits_words, steps))
         )
         """Whether text is split into words by what stands next to it alone."""
-        self._newline = self._plain(["\n"])[0]
-        self.splits = self.free and all(
+        self._newline = self._encode_whole(["\n"])[0]
+        self.is_splittable = self.is_position_free and all(
             map(_is_exact_match_token, self.backend.get_added_tokens_decoder().values())
         )
         """Whether a text's ids are those of its parts, taken apart at its added tokens."""
-        self._splitter = re.compile(f"({self.pattern.pattern})")
+        self.split_at_tokens = re.compile(f"({self.pattern.pattern})").split
+        """Takes a text apart at its added tokens: a text, a token, a text, ..., a text."""
         self._firsts = frozenset(token[0] for token in self.added)
         self._cache: dict[str, bytes] = {}
-        self._size = 0
+        self._cache_size = 0
 
     def encode(self, pieces: Iterable[TextPiece]) -> list[list[int]]:
         """The ids of each piece, encoded in one batch."""
         pieces = list(pieces)
-        if self.splits and {piece.kind for piece in pieces} <= {"start", "reply"}:
+        if self.is_splittable and {piece.kind for piece in pieces} <= {"start", "reply"}:
             return self._encode_split([piece.text for piece in pieces])
-        found: dict[TextPiece, list[int]] = {}
-        plain = [piece for piece in pieces if self._is_plain(piece)]
-        self._fill(found, plain, "")
-        continued = [p for p in pieces if p.kind in ("continuation", "reply") and p not in found]
-        self._fill(found, continued, "\n")
+        ids: dict[TextPiece, list[int]] = {}
+        self._encode_behind("", [piece for piece in pieces if self._starts_freely(piece)], ids)
+        continued = [p for p in pieces if p.kind in ("continuation", "reply") and p not in ids]
+        self._encode_behind("\n", continued, ids)
         for piece in pieces:
-            if piece not in found:
-                found[piece] = self._as_text(piece)
-        return [found[piece] for piece in pieces]
+            if piece not in ids:
+                ids[piece] = self._encode_as_text(piece)
+        return [ids[piece] for piece in pieces]
 
     def _encode_split(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts, taken apart at their added tokens as the backend takes them apart.
 
         What stands between the tokens is encoded once, however often it comes.
         """
-        split = [self._splitter.split(text) for text in texts]
-        known = self.known([part for parts in split for part in parts[::2]])
-        ids = [
-            [self.token(part) if place % 2 else known[part] for place, part in enumerate(parts)]
-            for parts in split
+        # Of each split every second piece is a token.
+        split = [self.split_at_tokens(text) for text in texts]
+        plain_ids = self.encode_plain([text for pieces in split for text in pieces[::2]])
+        token_ids = self.token_ids
+        return [
+            unpack_ids(
+                b"".join(
+                    token_ids[piece] if number % 2 else plain_ids[piece]
+                    for number, piece in enumerate(pieces)
+                )
+            )
+            for pieces in split
         ]
-        return [unpack_ids(b"".join(parts)) for parts in ids]
 
-    def token(self, token: str) -> bytes:
-        """The packed id of an added token."""
-        return self._packed[token]
+    def encode_plain(self, texts: list[str]) -> Mapping[str, bytes]:
+        """The packed ids of texts without added tokens, for a tokenizer that `is_splittable`.
 
-    def parted(self, text: str) -> list[str]:
-        """The text taken apart at its added tokens: a text, a token, a text, ..., a text."""
-        return self._splitter.split(text)
-
-    def known(self, texts: list[str]) -> Mapping[str, bytes]:
-        """The packed ids of texts without added tokens, for a tokenizer that `splits`."""
+        The mapping is the cache: it holds at least these texts until the next call.
+        """
         cache = self._cache
         new = {text: None for text in texts if text not in cache}
-        self._size += _cached_bytes(new)
-        if self._size > _CACHE_BYTES:
+        self._cache_size += _cached_bytes(new)
+        if self._cache_size > _CACHE_BYTES:
             cache.clear()
             new = dict.fromkeys(texts)
-            self._size = _cached_bytes(new)
+            self._cache_size = _cached_bytes(new)
         if new:
-            cache.update(self._new(list(new)))
+            cache.update(self._encode_new(list(new)))
         return cache
 
-    def _new(self, texts: list[str]) -> Iterator[tuple[str, bytes]]:
+    def _encode_new(self, texts: list[str]) -> Iterator[tuple[str, bytes]]:
         """Each text with its packed ids."""
-        words = self._words
-        if words is not None:
-            plain = [text for text in texts if text.isascii()]
-            yield from zip(plain, words.encode(plain), strict=True)
+        if self._word_encoder is not None:
+            ascii_texts = [text for text in texts if text.isascii()]
+            yield from zip(ascii_texts, self._word_encoder.encode(ascii_texts), strict=True)
             texts = [text for text in texts if not text.isascii()]
-        yield from zip(texts, map(pack_ids, self._joined(texts)), strict=True)
+        yield from zip(texts, map(pack_ids, self._encode_joined(texts)), strict=True)
 
     @cached_property
-    def _words(self) -> WordEncoder | None:
+    def _word_encoder(self) -> WordEncoder | None:
         """What encodes ASCII word by word, if that gives what the backend gives."""
         return make_word_encoder(self.backend, self._steps)
 
@@ -183,41 +152,52 @@ class TokenEncoder:
     @cached_property
     def _edges(self) -> tuple[frozenset[str], frozenset[str]]:
         """The beginnings and the ends of added tokens, whole tokens aside."""
-        parts = [(token[:cut], token[cut:]) for token in self.added for cut in range(1, len(token))]
-        return frozenset(head for head, _ in parts), frozenset(tail for _, tail in parts)
+        edges = [(token[:cut], token[cut:]) for token in self.added for cut in range(1, len(token))]
+        return frozenset(head for head, _ in edges), frozenset(tail for _, tail in edges)
 
-    def _joined(self, texts: list[str]) -> list[list[int]]:
+    def _encode_joined(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts without added tokens: several go in one, with a token between them."""
         if not self.added:
-            return self._plain(texts)
+            return self._encode_whole(texts)
         index = min(self.added.values())
-        return encode_groups(list(group_texts(texts)), self._names[index], index, self._plain)
+        token = self._names[index]
+        groups = list(group_texts(texts))
+        ids: list[list[int]] = []
+        encoded = self._encode_whole([token.join(group) for group in groups])
+        for group, group_ids in zip(groups, encoded, strict=True):
+            start = 0
+            for _ in group[1:]:
+                stop = group_ids.index(index, start)
+                ids.append(group_ids[start:stop])
+                start = stop + 1
+            ids.append(group_ids[start:])
+        return ids
 
-    def _is_plain(self, piece: TextPiece) -> bool:
-        return piece.kind == "start" or (piece.kind == "reply" and self.free)
+    def _starts_freely(self, piece: TextPiece) -> bool:
+        """Whether the piece is encoded as a text of its own."""
+        return piece.kind == "start" or (piece.kind == "reply" and self.is_position_free)
 
-    def _fill(
-        self, found: dict[TextPiece, list[int]], pieces: list[TextPiece], before: str
+    def _encode_behind(
+        self, before: str, pieces: list[TextPiece], ids: dict[TextPiece, list[int]]
     ) -> None:
-        """Encode pieces behind `before`, whose ids are taken off again.
+        """Encode pieces behind `before`, whose ids are taken off again, and note them in `ids`.
 
         SentencePiece puts a space before the start of a text; behind a newline it does not. Where
         the newline merges with the piece, the piece is encoded alone (so does transformers).
         """
         new = list(dict.fromkeys(pieces))
-        encoded = self._plain([before + piece.text for piece in new])
+        encoded = self._encode_whole([before + piece.text for piece in new])
         merged = []
-        for piece, ids in zip(new, encoded, strict=True):
+        for piece, piece_ids in zip(new, encoded, strict=True):
             if not before:
-                found[piece] = ids
-            elif ids[: len(self._newline)] == self._newline:
-                found[piece] = ids[len(self._newline) :]
+                ids[piece] = piece_ids
+            elif piece_ids[: len(self._newline)] == self._newline:
+                ids[piece] = piece_ids[len(self._newline) :]
             else:
                 merged.append(piece)
-        for piece, ids in zip(merged, self._plain([p.text for p in merged]), strict=True):
-            found[piece] = ids
+        ids.update(zip(merged, self._encode_whole([p.text for p in merged]), strict=True))
 
-    def _plain(self, texts: list[str]) -> list[list[int]]:
+    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
         """The ids of whole texts, added tokens and all."""
         if not texts:
             return []
@@ -232,31 +212,31 @@ class TokenEncoder:
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def starts(self, piece: TextPiece) -> list[int]:
+    def token_starts(self, piece: TextPiece) -> list[int]:
         """Where each token of a piece starts in it; about, for people to look at."""
-        if piece.kind in ("literal", "words"):
-            return [0] * len(self._as_text(piece))
-        before = "" if self._is_plain(piece) else "\n"
+        if piece.kind in ("literal", "plain text"):
+            return [0] * len(self._encode_as_text(piece))
+        before = "" if self._starts_freely(piece) else "\n"
         encoding = self.backend.encode(before + piece.text, add_special_tokens=False)
         ids, skip = encoding.ids, 0
         if before and ids[: len(self._newline)] == self._newline:
             skip = len(self._newline)
         elif before:
-            return self.starts(TextPiece(piece.text, "start"))
+            return self.token_starts(TextPiece(piece.text, "start"))
         return [max(start - len(before), 0) for start, _ in encoding.offsets[skip:]]
 
-    def _as_text(self, piece: TextPiece) -> list[int]:
+    def _encode_as_text(self, piece: TextPiece) -> list[int]:
         """The ids of text in which added tokens are no tokens."""
-        if piece.kind == "words":
+        if piece.kind == "plain text":
             return list(self.tokenizer._encode_without_added_tokens(piece.text))
-        return self._literal(piece.text)
+        return self._encode_literal(piece.text)
 
-    def _literal(self, text: str) -> list[int]:
+    def _encode_literal(self, text: str) -> list[int]:
         """The ids of a control token's text as plain text."""
         encode = self.tokenizer._encode_without_added_tokens
         ids = encode("\n" + text)
-        ahead = ids[: len(self._newline)] == self._newline
-        ids = ids[len(self._newline) :] if ahead else encode(text)
+        is_separate = ids[: len(self._newline)] == self._newline
+        ids = ids[len(self._newline) :] if is_separate else encode(text)
         if self.added[text] in ids:
             raise ChatError(
                 f"{text!r} stands in the row's text, and this tokenizer makes the control token "
@@ -264,6 +244,20 @@ class TokenEncoder:
                 reason="cannot be neutralised",
             )
         return list(ids)
+
+
+def group_texts(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in groups of a size that one call of the backend handles well."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size > _GROUP_CHARS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _cached_bytes(texts: Iterable[str]) -> int:
@@ -293,8 +287,9 @@ def list_control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
 
 def _preprocessing_steps(backend: Any) -> list[dict[str, Any]]:
     """The steps that a backend takes before its model."""
-    parts = (backend.normalizer, backend.pre_tokenizer)
-    states = [json.loads(part.__getstate__()) for part in parts if part is not None]
+    # Their state is the JSON of tokenizer.json; they have no other way to say what they are.
+    stages = [stage for stage in (backend.normalizer, backend.pre_tokenizer) if stage is not None]
+    states = [json.loads(stage.__getstate__()) for stage in stages]
     return [step for state in states for step in _flatten_step(state)]
 
 
@@ -302,10 +297,6 @@ def _flatten_step(step: dict[str, Any]) -> list[dict[str, Any]]:
     """A normalizer or pre-tokenizer as the list of its steps."""
     inner = step.get("normalizers") or step.get("pretokenizers")
     return [flat for child in inner for flat in _flatten_step(child)] if inner else [step]
-
-
-def _has_model(backend: Any, kind: str) -> bool:
-    return type(backend.model).__name__ == kind
 
 
 def _is_position_free(step: dict[str, Any]) -> bool:

@@ -188,7 +188,7 @@ class ChatBatch:
     cut: dict[int, int] = field(default_factory=dict)
     """Rows from whose front turns were removed to fit the length, by number: how many of those that
     went train."""
-    kept_lost: int = 0
+    lossy_rows: int = 0
     """Rows kept although the template does not show all of their text (`on_lost="keep"`)."""
     reports: list[ChatError] = field(default_factory=list)
     """What is wrong with each dropped or lossy row."""
@@ -228,5 +228,5 @@ class ChatBatch:
             "dropped": dict(self.dropped),
             "cut_rows": self.cut_rows,
             "cut_turns": self.cut_turns,
-            "lossy_rows": self.kept_lost,
+            "lossy_rows": self.lossy_rows,
         }

@@ -1,1 +1,38 @@
-"""Rows of one form share a plan: same token ids as the plain path, several times as fast."""
+"""Rows of one form share a plan: the same token ids as without it, several times as fast.
+
+`FastPath` is the one seam to the rest of `luthier.chat`: a row that `match` gives None for, or that
+`encode` gives None for, goes the plain way. A test holds both ways against each other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from luthier.chat.control_tokens import ControlTokens
+from luthier.chat.fast_path.plans import FastPathEncoder, FastPathRow, FormCache
+from luthier.chat.labels import LabelBuilder
+from luthier.chat.template import ChatTemplate
+from luthier.chat.tokens import TokenEncoder
+from luthier.chat.types import ChatSequence
+
+
+class FastPath:
+    """The fast path of one template with one tokenizer."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        controls: ControlTokens,
+        tokens: TokenEncoder,
+        label_builder: LabelBuilder,
+        train_on: str | list[str],
+    ) -> None:
+        self._forms = FormCache(template, controls, train_on)
+        self._encoder = FastPathEncoder(tokens, label_builder)
+
+    def match(self, row: dict[str, Any]) -> FastPathRow | None:
+        """The row with the plan of its form; None where it must be planned for itself."""
+        return self._forms.match(row)
+
+    def encode(self, rows: Sequence[FastPathRow]) -> list[list[ChatSequence] | None]:
+        """The sequences of each row; None for a row whose text needs a closer look."""
+        return self._encoder.encode(rows)

@@ -1,8 +1,14 @@
-"""Rows of a form that was met before: planned by its skeleton, without running the template."""
+"""Rows whose form was met before: planned and encoded without running the template.
+
+A row's form is the roles of its messages and the names of their texts. `FormCache` finds the plan
+of a form when it is first met, and matches rows against its conditions. `FastPathEncoder` turns
+matched rows into ids: what the template writes is encoded once per form, the rows' own texts in
+batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -24,7 +30,7 @@ from luthier.chat.fast_path.symbolic import (
     symbolic_conversation,
 )
 from luthier.chat.labels import BoundaryContext, LabelBuilder
-from luthier.chat.provenance import FieldOrigin, slice_runs, with_runs
+from luthier.chat.provenance import FieldOrigin, OriginRun, slice_runs, with_runs
 from luthier.chat.template import ChatTemplate
 from luthier.chat.tokens import TokenEncoder
 from luthier.chat.turns import (
@@ -35,106 +41,134 @@ from luthier.chat.turns import (
 )
 from luthier.chat.types import BYTES_PER_ID, ChatError, ChatSequence, Reply, Segment
 
-Stripper = Callable[[str], str]
 FormKey = tuple[Any, ...]
 """A form as it is looked up: a role for a message of role and content alone, else all it has."""
+TextTemplate = tuple[str | int, ...]
+"""A stretch of text between two tokens: text of the template, and numbers of fields."""
 
 
 @dataclass(slots=True)
 class FastPathRow:
-    """A row whose skeleton is known."""
+    """A row with the plan of its form, whose texts meet the plan's conditions."""
 
     messages: list[dict[str, Any]]
-    reading: FormMatcher
+    plan: FormPlan
     texts: list[str]
     """The texts of its messages, one after the other."""
-    joined: str
+    joined_texts: str
     """All of these in one, with a character between them that ends every token."""
-    values: list[str]
-    """What stands in the skeleton's fields."""
+    field_values: list[str]
+    """What stands in the plan's fields."""
 
-    @property
-    def skeleton(self) -> FormPlan:
-        """What the template makes of rows of its form."""
-        return self.reading.skeleton
-
-    def sequences(self) -> list[RenderedSequence]:
+    def render(self) -> list[RenderedSequence]:
         """The sequences as the planner would give them, each character with its origin."""
-        return [self._sequence(plan) for plan in self.skeleton.sequences]
+        return [self._render_sequence(plan) for plan in self.plan.sequences]
 
-    def _sequence(self, plan: SequencePlan) -> RenderedSequence:
-        values = self.values
-        parts: list[str] = [values[part] if isinstance(part, int) else part for part in plan.parts]
-        starts = [0]
-        for text in parts:
-            starts.append(starts[-1] + len(text))
-        runs: list[Any] = []
-        for part, text in zip(plan.parts, parts, strict=True):
-            runs += self._runs(part) if isinstance(part, int) else [(len(text), None, 0)]
+    def _render_sequence(self, plan: SequencePlan) -> RenderedSequence:
+        texts = [self.field_values[p] if isinstance(p, int) else p for p in plan.pieces]
+        starts = [0, *accumulate(map(len, texts))]
+        runs: list[OriginRun] = []
+        for piece, text in zip(plan.pieces, texts, strict=True):
+            runs += self._field_runs(piece) if isinstance(piece, int) else [(len(text), None, 0)]
         spans = [
             TrainedSpan(
                 span.message,
                 starts[span.start[0]] + span.start[1],
                 starts[span.stop[0]] + span.stop[1],
-                span.token,
+                span.stop_token,
             )
             for span in plan.spans
         ]
-        return RenderedSequence(with_runs("".join(parts), tuple(runs)), spans)
+        return RenderedSequence(with_runs("".join(texts), tuple(runs)), spans)
 
-    def _runs(self, number: int) -> Any:
-        index, key, _ = self.skeleton.fields[number]
-        whole, value = self.messages[index][key], self.values[number]
-        start = whole.index(value)
-        origin = FieldOrigin(index, self.messages[index]["role"], key, whole)
-        return slice_runs(((len(whole), origin, 0),), start, start + len(value))
+    def _field_runs(self, number: int) -> tuple[OriginRun, ...]:
+        index, key, _ = self.plan.fields[number]
+        text, value = self.messages[index][key], self.field_values[number]
+        start = text.index(value)
+        origin = FieldOrigin(index, self.messages[index]["role"], key, text)
+        return slice_runs(((len(text), origin, 0),), start, start + len(value))
 
 
 class FormMatcher:
-    """Reads rows of one form."""
+    """Matches rows of one form against the conditions of its plan."""
 
-    def __init__(self, form: RowForm, skeleton: FormPlan) -> None:
-        self.skeleton = skeleton
-        self._places = [(index, key) for index, (_, keys, _) in enumerate(form) for key in keys]
+    def __init__(self, form: RowForm, plan: FormPlan) -> None:
+        self._plan = plan
+        self._text_keys = [(index, key) for index, (_, keys, _) in enumerate(form) for key in keys]
         self._fields = [
-            (self._places.index((index, key)), _make_stripper(chain))
-            for index, key, chain in skeleton.fields
+            (self._text_keys.index((index, key)), _make_stripper(chain))
+            for index, key, chain in plan.fields
         ]
-        asked = skeleton.conditions
-        found = (asked.starts, asked.ends, asked.equals)
-        self._doubts = asked.contains.union(*(texts for each in found for texts in each.values()))
+        conditions = plan.conditions
+        edges = (conditions.starts, conditions.ends, conditions.equals)
+        self._forbidden = conditions.contains.union(
+            *(texts for edge in edges for texts in edge.values())
+        )
 
-    def known(self, messages: list[Any]) -> FastPathRow | None:
-        """The row, unless one of its texts does not meet the conditions."""
-        texts: list[str] = [messages[index][key] for index, key in self._places]
+    def match(self, messages: list[Any]) -> FastPathRow | None:
+        """The row with the form's plan; None if one of its texts does not meet the conditions."""
+        texts: list[str] = [messages[index][key] for index, key in self._text_keys]
         joined = "\0".join(texts)
         if not _is_valid_text(joined):
             return None
-        # Whoever starts with a text, ends with it or equals it contains it.
-        if any(doubt in joined for doubt in self._doubts) and not self._are_met(texts, joined):
+        # A text that starts with another, ends with it or equals it contains it: most rows contain
+        # none, and need no closer look.
+        if any(text in joined for text in self._forbidden) and not self._are_met(texts, joined):
             return None
-        values = [strip(texts[place]) if strip else texts[place] for place, strip in self._fields]
-        return FastPathRow(messages, self, texts, joined, values)
+        values = [
+            strip(texts[number]) if strip else texts[number] for number, strip in self._fields
+        ]
+        return FastPathRow(messages, self._plan, texts, joined, values)
 
     def _are_met(self, texts: list[str], joined: str) -> bool:
-        """Whether the conditions hold, each looked at."""
-        asked = self.skeleton.conditions
-        edges = [(str.startswith, asked.starts), (str.endswith, asked.ends)]
-        if any(text in joined for text in asked.contains):
+        """Whether the conditions hold, each looked at for itself."""
+        conditions = self._plan.conditions
+        if any(text in joined for text in conditions.contains):
             return False
-        for is_at, found in edges:
-            for chain, edge in found.items():
+        for is_at, edges in (
+            (str.startswith, conditions.starts),
+            (str.endswith, conditions.ends),
+        ):
+            for chain, edge in edges.items():
                 if any(is_at(_apply_strips(chain, text), tuple(edge)) for text in texts):
                     return False
         return not any(
             _apply_strips(chain, text) in equals
-            for chain, equals in asked.equals.items()
+            for chain, equals in conditions.equals.items()
             for text in texts
         )
 
 
+def _is_valid_text(joined: str) -> bool:
+    """Whether the texts are Unicode of a size that can be held."""
+    if len(joined) > MAX_CHARACTERS:
+        return False
+    if joined.isascii():
+        return True
+    try:
+        joined.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _make_stripper(chain: StripChain) -> Callable[[str], str] | None:
+    """What strips a text so; None for a chain that leaves it as it is."""
+    if not chain:
+        return None
+    if chain == (("lstrip", None), ("rstrip", None)):
+        return str.strip
+    return partial(_apply_strips, chain)
+
+
+def _apply_strips(chain: StripChain, text: str) -> str:
+    for method, chars in chain:
+        text = getattr(text, method)(chars)
+    return text
+
+
 class FormCache:
-    """The skeletons of one template, found when a form is first met."""
+    """The plans of one template, each found when a row of its form is first met."""
 
     def __init__(
         self, template: ChatTemplate, controls: ControlTokens, train_on: str | list[str]
@@ -142,58 +176,61 @@ class FormCache:
         self._template = template
         self._controls = controls
         self._train_on = train_on
-        self._opaque: SymbolicTemplate | None = None
-        self._found: dict[FormKey, FormMatcher | None] = {}
+        self._symbolic_template: SymbolicTemplate | None = None
+        self._matchers: dict[FormKey, FormMatcher | None] = {}
 
-    def known(self, row: dict[str, Any]) -> FastPathRow | None:
-        """The row with its skeleton; None where it must be planned for itself."""
+    def match(self, row: dict[str, Any]) -> FastPathRow | None:
+        """The row with the plan of its form; None where it must be planned for itself."""
         messages = row.get("messages")
         if type(messages) is not list or row.get("tools") is not None:
             return None
         key = _form_key(messages)
         if key is None:
             return None
-        if key not in self._found:
-            self._found[key] = self._learn(key)
-        reading = self._found[key]
-        return None if reading is None else reading.known(messages)
+        if key not in self._matchers:
+            self._matchers[key] = self._make_matcher(key)
+        matcher = self._matchers[key]
+        return None if matcher is None else matcher.match(messages)
 
-    def _learn(self, key: FormKey) -> FormMatcher | None:
-        """How to read rows of the form; None where the template looks at more than the form."""
+    def _make_matcher(self, key: FormKey) -> FormMatcher | None:
+        """What matches rows of the form; None where the template looks at more than the form."""
         try:
             form = self._form(key)
-            return FormMatcher(form, self._skeleton(form))
+            return FormMatcher(form, self._make_plan(form))
         except (NeedsConcreteText, ChatError):
             return None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            # What reads a text otherwise than asked for finds no text there.
+            # A filter that reads a text by another way than symbolic text allows finds none there.
             return None
 
-    def _skeleton(self, form: RowForm) -> FormPlan:
-        template, conditions = self._template, TextConditions()
-        if self._opaque is None:
-            self._opaque = SymbolicTemplate(template.source, template.variables, template.date)
-        self._opaque.places.clear()
-        trained = [place for place, (_, _, trains) in enumerate(form) if trains]
+    def _form(self, key: FormKey) -> RowForm:
+        messages = [(m, ("content",), None) if isinstance(m, str) else m for m in key]
+        conversation = symbolic_conversation(
+            tuple((role, keys, True) for role, keys, _ in messages), TextConditions()
+        )
+        conversation.train = [train for _, _, train in messages]
+        trained = set(select_trained_messages(conversation, self._train_on))
+        return tuple((role, keys, i in trained) for i, (role, keys, _) in enumerate(messages))
+
+    def _make_plan(self, form: RowForm) -> FormPlan:
+        """Plan a row of symbolic texts, as rows of concrete texts are planned."""
+        trained = [index for index, (_, _, trains) in enumerate(form) if trains]
         if not trained:
             raise NeedsConcreteText
-        planner = SequencePlanner(self._opaque, self._controls, need_concrete_text)
+        template, conditions = self._template, TextConditions()
+        if self._symbolic_template is None:
+            self._symbolic_template = SymbolicTemplate(
+                template.source, template.variables, template.date
+            )
+        self._symbolic_template.placeholders.clear()
+        planner = SequencePlanner(self._symbolic_template, self._controls, need_concrete_text)
         sequences = planner.plan(symbolic_conversation(form, conditions), trained)
-        return make_form_plan(form, sequences, self._opaque.places, conditions)
-
-    def _form(self, key: FormKey) -> RowForm:
-        plain = [(part, ("content",), None) if isinstance(part, str) else part for part in key]
-        conversation = symbolic_conversation(
-            tuple((role, keys, True) for role, keys, _ in plain), TextConditions()
-        )
-        conversation.train = [train for _, _, train in plain]
-        trained = set(select_trained_messages(conversation, self._train_on))
-        return tuple((role, keys, place in trained) for place, (role, keys, _) in enumerate(plain))
+        return make_form_plan(form, sequences, self._symbolic_template.placeholders, conditions)
 
 
 def _form_key(messages: list[Any]) -> FormKey | None:
     """The row's form as a key; None for a row that has more than texts, or blank ones."""
-    found: list[Any] = []
+    key: list[Any] = []
     for message in messages:
         if type(message) is not dict:
             return None
@@ -202,16 +239,19 @@ def _form_key(messages: list[Any]) -> FormKey | None:
             return None
         if not content or content.isspace():
             return None
-        found.append(role if len(message) == 2 else _message_key(role, message))
-        if found[-1] is None:
+        key.append(role if len(message) == 2 else _message_key(role, message))
+        if key[-1] is None:
             return None
-    return tuple(found) or None
+    return tuple(key) or None
 
 
 def _message_key(
     role: str, message: dict[str, Any]
 ) -> tuple[str, tuple[str, ...], bool | None] | None:
-    """A message's role, its texts in their order, and its own `train` flag."""
+    """A message's role, the names of its texts in their order, and its own `train` flag.
+
+    None for a message that has more than texts, or blank ones.
+    """
     names: list[str] = []
     for name, value in message.items():
         if name == "train":
@@ -228,60 +268,26 @@ def _message_key(
     return role, tuple(names), None if train is None else bool(train)
 
 
-def _is_valid_text(joined: str) -> bool:
-    """Whether the texts are Unicode of a size that can be held."""
-    if len(joined) > MAX_CHARACTERS:
-        return False
-    if joined.isascii():
-        return True
-    try:
-        joined.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _make_stripper(chain: StripChain) -> Stripper | None:
-    """What strips a text so; None for a chain that leaves it as it is."""
-    if not chain:
-        return None
-    if chain == (("lstrip", None), ("rstrip", None)):
-        return str.strip
-    return partial(_apply_strips, chain)
-
-
-def _apply_strips(chain: StripChain, text: str) -> str:
-    for method, chars in chain:
-        text = getattr(text, method)(chars)
-    return text
-
-
-# Rows of known form to ids and labels: what the template writes is encoded once for all rows.
-
-TextTemplate = tuple[str | int, ...]
-"""A stretch of text between two tokens: text of the template, and numbers of fields."""
-
-
 @dataclass(slots=True)
 class ReplySlot:
-    """A trained reply of a track."""
+    """A trained reply of a token template."""
 
     message: int
     start: int
-    """Items before it."""
-    head: str
+    """How many items stand before it."""
+    header: str
     """The text in front of it from the last token on; empty where that holds a field."""
     stop: int = 0
     """The item behind its last one."""
-    first: TextTemplate = ()
+    first_text: TextTemplate = ()
     """Its text up to the first token."""
-    token: str = ""
+    first_token: str = ""
     """That token, if there is one."""
 
 
 @dataclass(slots=True)
 class TokenTemplate:
-    """A sequence as ids, and texts that are still to be encoded."""
+    """A sequence as ids of the template's text, and texts that each row fills for itself."""
 
     items: list[bytes | int] = field(default_factory=list)
     """Packed ids as they stand, or the number of a text."""
@@ -290,199 +296,209 @@ class TokenTemplate:
 
 @dataclass(slots=True)
 class FormTokens:
-    """What all rows of one form are made of."""
+    """The token templates of one form."""
 
-    recipes: dict[TextTemplate, int] = field(default_factory=dict)
-    """The recipe of each text, by which it has its number."""
-    tracks: list[TokenTemplate] = field(default_factory=list)
+    text_numbers: dict[TextTemplate, int] = field(default_factory=dict)
+    """The texts that rows fill, each with the number by which items name it."""
+    sequences: list[TokenTemplate] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class FastPathDraft:
-    """A row on its way: its texts, and what decides where they may be parted."""
+    """A row on its way to ids: its texts, and the boundaries of its replies."""
 
     row: FastPathRow
-    layout: FormTokens
+    form_tokens: FormTokens
     texts: list[str]
     boundaries: list[BoundaryContext]
 
 
 class FastPathEncoder:
-    """Encodes rows of known form, for one tokenizer and one template."""
+    """Encodes rows with a plan, for one tokenizer and one template."""
 
-    def __init__(self, tokens: TokenEncoder, labeller: LabelBuilder) -> None:
+    def __init__(self, tokens: TokenEncoder, label_builder: LabelBuilder) -> None:
         self._tokens = tokens
-        self._labeller = labeller
-        self._layouts: dict[int, FormTokens | None] = {}
+        self._label_builder = label_builder
+        # By the plan's id: plans live as long as the form cache beside this encoder.
+        self._form_tokens: dict[int, FormTokens | None] = {}
 
-    def encode(self, rows: list[FastPathRow]) -> list[list[ChatSequence] | None]:
-        """The sequences of each row; None for a row that the labeller must see to."""
-        if not self._labeller.splits:
+    def encode(self, rows: Sequence[FastPathRow]) -> list[list[ChatSequence] | None]:
+        """The sequences of each row; None for a row that the label builder must see to."""
+        if not self._label_builder.is_splittable:
             return [None] * len(rows)
         drafts = [self._draft(row) for row in rows]
-        fits = self._labeller.leaves_alone(
-            around for draft in drafts if draft for around in draft.boundaries
+        keeps_ids = self._label_builder.check_boundaries(
+            boundary for draft in drafts if draft for boundary in draft.boundaries
         )
-        kept = [
-            draft if draft and all(map(fits.__getitem__, draft.boundaries)) else None
+        drafts = [
+            draft if draft and all(map(keeps_ids.__getitem__, draft.boundaries)) else None
             for draft in drafts
         ]
-        ids = self._tokens.known([text for draft in kept if draft for text in draft.texts])
-        return [self._sequences(draft, ids) if draft else None for draft in kept]
+        ids = self._tokens.encode_plain([text for draft in drafts if draft for text in draft.texts])
+        return [self._sequences(draft, ids) if draft else None for draft in drafts]
 
     def _draft(self, row: FastPathRow) -> FastPathDraft | None:
         """The row's texts; None where one may hold a token, or the boundaries cannot be told."""
-        key = id(row.skeleton)
-        if key not in self._layouts:
-            self._layouts[key] = self._layout(row.skeleton.sequences)
-        layout = self._layouts[key]
-        if layout is None or self._tokens.holds_token(row.joined):
+        key = id(row.plan)
+        if key not in self._form_tokens:
+            self._form_tokens[key] = self._make_form_tokens(row.plan.sequences)
+        form_tokens = self._form_tokens[key]
+        if form_tokens is None or self._tokens.holds_token(row.joined_texts):
             return None
-        values = row.values
+        values = row.field_values
         boundaries = [
-            self._labeller.around(reply.head, _fill_template(reply.first, values), reply.token)
-            for track in layout.tracks
-            for reply in track.replies[:-1]
+            self._label_builder.boundary(
+                reply.header, _fill(reply.first_text, values), reply.first_token
+            )
+            for sequence in form_tokens.sequences
+            for reply in sequence.replies[:-1]
         ]
-        return FastPathDraft(
-            row, layout, [_fill_template(recipe, values) for recipe in layout.recipes], boundaries
-        )
+        texts = [_fill(text, values) for text in form_tokens.text_numbers]
+        return FastPathDraft(row, form_tokens, texts, boundaries)
 
-    def _sequences(self, draft: FastPathDraft, known: Mapping[str, bytes]) -> list[ChatSequence]:
-        texts = [known[text] for text in draft.texts]
+    def _sequences(self, draft: FastPathDraft, ids: Mapping[str, bytes]) -> list[ChatSequence]:
+        text_ids = [ids[text] for text in draft.texts]
         return [
-            self._sequence(draft.row, number, track, texts)
-            for number, track in enumerate(draft.layout.tracks)
+            self._sequence(draft.row, number, template, text_ids)
+            for number, template in enumerate(draft.form_tokens.sequences)
         ]
 
     def _sequence(
-        self, row: FastPathRow, number: int, track: TokenTemplate, texts: list[bytes]
+        self, row: FastPathRow, number: int, template: TokenTemplate, text_ids: list[bytes]
     ) -> ChatSequence:
-        ids = [item if isinstance(item, bytes) else texts[item] for item in track.items]
+        ids = [item if isinstance(item, bytes) else text_ids[item] for item in template.items]
         ends = [0, *accumulate(map(len, ids))]
         replies = [
-            Reply(
-                reply.message, ends[reply.start] // BYTES_PER_ID, ends[reply.stop] // BYTES_PER_ID
-            )
-            for reply in track.replies
+            Reply(r.message, ends[r.start] // BYTES_PER_ID, ends[r.stop] // BYTES_PER_ID)
+            for r in template.replies
         ]
         return ChatSequence(b"".join(ids), replies, partial(self._segments, row, number))
 
     def _segments(self, row: FastPathRow, number: int) -> list[Segment]:
-        (encoded,) = self._labeller.encode([(row.sequences()[number], False)])
-        return encoded[-1].sequence().segments
+        """The segments are worked out the plain way, for they are seldom asked for."""
+        (encoded,) = self._label_builder.encode([(row.render()[number], False)])
+        return encoded[-1].to_chat_sequence().segments
 
-    def _is_apart(self, parts: list[str | int]) -> bool:
+    def _make_form_tokens(self, plans: list[SequencePlan]) -> FormTokens | None:
+        """The token templates of sequences; None where it takes the text to tell their tokens."""
+        form_tokens = FormTokens()
+        if not all(self._are_fields_apart(plan.pieces) for plan in plans):
+            return None
+        for plan in plans:
+            template = self._make_template(plan, form_tokens.text_numbers)
+            if not all(reply.header and reply.first_token for reply in template.replies[:-1]):
+                return None
+            form_tokens.sequences.append(template)
+        return form_tokens
+
+    def _are_fields_apart(self, pieces: list[str | int]) -> bool:
         """Whether no token can arise where a field meets what stands beside it."""
-        pairs = list(pairwise(parts))
+        pairs = list(pairwise(pieces))
         if any(isinstance(left, int) and isinstance(right, int) for left, right in pairs):
             return False
         before = {left for left, right in pairs if isinstance(left, str)}
         behind = {right for left, right in pairs if isinstance(right, str)}
-        ends = any(map(self._tokens.may_end_in_token, before))
-        return not (ends or any(map(self._tokens.may_begin_in_token, behind)))
+        return not any(map(self._tokens.may_end_in_token, before)) and not any(
+            map(self._tokens.may_begin_in_token, behind)
+        )
 
-    def _layout(self, plans: list[SequencePlan]) -> FormTokens | None:
-        """The tracks of sequences; None where it takes the text to tell their parts."""
-        layout = FormTokens()
-        if not all(self._is_apart(plan.parts) for plan in plans):
-            return None
-        for plan in plans:
-            track = self._track(plan, layout.recipes)
-            if not all(reply.head and reply.token for reply in track.replies[:-1]):
-                return None
-            layout.tracks.append(track)
-        return layout
-
-    def _track(self, plan: SequencePlan, recipes: dict[TextTemplate, int]) -> TokenTemplate:
+    def _make_template(
+        self, plan: SequencePlan, text_numbers: dict[TextTemplate, int]
+    ) -> TokenTemplate:
         """Take a sequence apart at its tokens and at the ends of its replies."""
-        builder = _TokenTemplateBuilder(self._tokens, recipes)
+        builder = _TokenTemplateBuilder(self._tokens, text_numbers)
         starts = {span.start: span.message for span in plan.spans}
         stops = {span.stop for span in plan.spans}
-        marks: dict[int, set[int]] = {}
-        for place, at in (*starts, *stops):
-            marks.setdefault(place, set()).add(at)
-        for number, part in enumerate([*plan.parts, ""]):
-            size = len(part) if isinstance(part, str) else 1
-            for begin, end in pairwise([*sorted({0, *marks.get(number, ())}), size]):
+        cuts: dict[int, set[int]] = {}
+        for number, offset in (*starts, *stops):
+            cuts.setdefault(number, set()).add(offset)
+        for number, piece in enumerate([*plan.pieces, ""]):
+            size = len(piece) if isinstance(piece, str) else 1
+            for begin, end in pairwise([*sorted({0, *cuts.get(number, ())}), size]):
                 if (number, begin) in stops:
-                    builder.stop()
+                    builder.stop_reply()
                 if (number, begin) in starts:
-                    builder.start(starts[number, begin])
-                builder.add(part[begin:end] if isinstance(part, str) else part)
+                    builder.start_reply(starts[number, begin])
+                builder.add(piece[begin:end] if isinstance(piece, str) else piece)
         builder.flush()
-        return builder.track
+        return builder.template
 
 
 class _TokenTemplateBuilder:
-    """Builds a track from left to right."""
+    """Builds a token template from left to right."""
 
-    def __init__(self, tokens: TokenEncoder, recipes: dict[TextTemplate, int]) -> None:
-        self.track = TokenTemplate()
+    def __init__(self, tokens: TokenEncoder, text_numbers: dict[TextTemplate, int]) -> None:
+        self.template = TokenTemplate()
         self._tokens = tokens
-        self._recipes = recipes
-        self._recipe: list[str | int] = []
-        self._since: list[str | int] = []
+        self._text_numbers = text_numbers
+        self._text: list[str | int] = []
+        """The text that is not yet an item."""
+        self._since_token: list[str | int] = []
         """What came since the last token, the token included."""
-        self._apart = True
+        self._is_apart = True
         """Whether ids that follow must not be joined to the item before."""
 
-    def start(self, message: int) -> None:
+    def start_reply(self, message: int) -> None:
+        """The reply of `message` begins here."""
         self._cut()
-        plain = [part for part in self._since if isinstance(part, str)]
-        head = "".join(plain) if len(plain) == len(self._since) else ""
-        self.track.replies.append(ReplySlot(message, len(self.track.items), head))
+        plain = [piece for piece in self._since_token if isinstance(piece, str)]
+        header = "".join(plain) if len(plain) == len(self._since_token) else ""
+        self.template.replies.append(ReplySlot(message, len(self.template.items), header))
 
-    def stop(self) -> None:
+    def stop_reply(self) -> None:
+        """The last reply ends here."""
         self._cut()
-        self.track.replies[-1].stop = len(self.track.items)
+        self.template.replies[-1].stop = len(self.template.items)
 
-    def add(self, part: str | int) -> None:
-        if isinstance(part, int):
-            self._recipe.append(part)
-            self._since.append(part)
+    def add(self, piece: str | int) -> None:
+        """Add text of the template, or the number of a field."""
+        if isinstance(piece, int):
+            self._text.append(piece)
+            self._since_token.append(piece)
             return
-        for number, piece in enumerate(self._tokens.parted(part)):
+        for number, text in enumerate(self._tokens.split_at_tokens(piece)):
             if number % 2:
-                self._token(piece)
-            elif piece:
-                self._recipe.append(piece)
-                self._since.append(piece)
+                self._add_token(text)
+            elif text:
+                self._text.append(text)
+                self._since_token.append(text)
 
     def flush(self) -> None:
-        for reply in self.track.replies[-1:]:
-            if not reply.token:
-                reply.first = reply.first or tuple(self._recipe)
-        plain = [part for part in self._recipe if isinstance(part, str)]
-        if plain and len(plain) == len(self._recipe):
+        """Make an item of the text so far: ids where the template wrote all of it."""
+        for reply in self.template.replies[-1:]:
+            if not reply.first_token:
+                reply.first_text = reply.first_text or tuple(self._text)
+        plain = [piece for piece in self._text if isinstance(piece, str)]
+        if plain and len(plain) == len(self._text):
             text = "".join(plain)
-            self._ids(self._tokens.known([text])[text])
-        elif self._recipe:
-            recipe = tuple(self._recipe)
-            self.track.items.append(self._recipes.setdefault(recipe, len(self._recipes)))
-            self._apart = True
-        self._recipe = []
+            self._add_ids(self._tokens.encode_plain([text])[text])
+        elif self._text:
+            number = self._text_numbers.setdefault(tuple(self._text), len(self._text_numbers))
+            self.template.items.append(number)
+            self._is_apart = True
+        self._text = []
 
-    def _token(self, token: str) -> None:
+    def _add_token(self, token: str) -> None:
         self.flush()
-        self._ids(self._tokens.token(token))
-        self._since = [token]
-        for reply in self.track.replies[-1:]:
-            reply.token = reply.token or token
+        self._add_ids(self._tokens.token_ids[token])
+        self._since_token = [token]
+        for reply in self.template.replies[-1:]:
+            reply.first_token = reply.first_token or token
 
-    def _ids(self, ids: bytes) -> None:
-        last = self.track.items[-1] if self.track.items and not self._apart else None
+    def _add_ids(self, ids: bytes) -> None:
+        items = self.template.items
+        last = items[-1] if items and not self._is_apart else None
         if isinstance(last, bytes):
-            self.track.items[-1] = last + ids
+            items[-1] = last + ids
         else:
-            self.track.items.append(ids)
-        self._apart = False
+            items.append(ids)
+        self._is_apart = False
 
     def _cut(self) -> None:
         self.flush()
-        self._apart = True
+        self._is_apart = True
 
 
-def _fill_template(recipe: TextTemplate, values: list[str]) -> str:
-    parts = [values[part] if isinstance(part, int) else part for part in recipe]
-    return parts[0] if len(parts) == 1 else "".join(parts)
+def _fill(template: TextTemplate, values: list[str]) -> str:
+    texts = [values[piece] if isinstance(piece, int) else piece for piece in template]
+    return texts[0] if len(texts) == 1 else "".join(texts)

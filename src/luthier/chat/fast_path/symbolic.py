@@ -1,9 +1,10 @@
 """Text that a template may write but not read: what it asks about the text is a condition.
 
-A template that is run on opaque texts does the same for every row whose texts give the same
+A template that is run on symbolic texts does the same for every row whose texts give the same
 answers. The answers given here are those of most texts (it does not start with `<tool_response>`,
 `</think>` is not in it), and each is noted as a condition; whatever cannot be answered without the
-text raises Unprovable. An opaque text is no `str`, so nothing can read it by another way.
+text raises NeedsConcreteText. A symbolic text is no `str`, so nothing can read it by another way.
+What comes out, with a placeholder for each text, is the plan of every row of the form.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
@@ -41,6 +43,15 @@ StripChain = tuple[tuple[str, str | None], ...]
 """Methods of `str` applied one after the other, each with its one argument: strips alone."""
 
 
+RowForm = tuple[tuple[str, tuple[str, ...], bool], ...]
+"""For each message of a row its role, the names of its texts, and whether it trains."""
+TEXT_FIELDS = frozenset({"content", *REASONING_FIELDS})
+"""The fields of a message that a plan may leave open."""
+_FIRST_PLACEHOLDER = 0xF0000
+"""The first character of a plane for private use, which stands for a field in a rendered text."""
+_PLACEHOLDERS = re.compile("([\U000f0000-\U000ffffd])")
+
+
 class SymbolicField(NamedTuple):
     """A field of a message, stripped as the template strips it."""
 
@@ -62,10 +73,10 @@ class TextConditions:
 class SymbolicText:
     """Template text and fields, one behind the other."""
 
-    __slots__ = ("conditions", "parts")
+    __slots__ = ("conditions", "pieces")
 
-    def __init__(self, parts: tuple[str | SymbolicField, ...], conditions: TextConditions) -> None:
-        self.parts = parts
+    def __init__(self, pieces: tuple[str | SymbolicField, ...], conditions: TextConditions) -> None:
+        self.pieces = pieces
         self.conditions = conditions
 
     def __add__(self, other: Any) -> SymbolicText:
@@ -76,48 +87,50 @@ class SymbolicText:
 
     def __bool__(self) -> bool:
         # No field is blank: rows with blank texts are left to a run of their own.
-        return bool(self.parts)
+        return bool(self.pieces)
 
     def strip(self, chars: Any = None, /) -> SymbolicText:
         """Strip both ends."""
         return self.lstrip(chars).rstrip(chars)
 
     def lstrip(self, chars: Any = None, /) -> SymbolicText:
-        """Strip the parts from the first on, up to the first field."""
+        """Strip the pieces from the first on, up to the first field."""
         return SymbolicText(
-            _strip_first(self.parts, "lstrip", _whitespace_or_raise(chars)), self.conditions
+            _strip_first(self.pieces, "lstrip", _whitespace_or_raise(chars)), self.conditions
         )
 
     def rstrip(self, chars: Any = None, /) -> SymbolicText:
-        """Strip the parts from the last on, back to the last field."""
-        parts = _strip_first(self.parts[::-1], "rstrip", _whitespace_or_raise(chars))
-        return SymbolicText(parts[::-1], self.conditions)
+        """Strip the pieces from the last on, back to the last field."""
+        pieces = _strip_first(self.pieces[::-1], "rstrip", _whitespace_or_raise(chars))
+        return SymbolicText(pieces[::-1], self.conditions)
 
     def startswith(self, prefix: Any, /) -> bool:
         """Whether it starts so: a field does not, on the condition that it does not."""
-        return self._edge("startswith", prefix, self.parts[0], self.conditions.starts)
+        return self._edge("startswith", prefix, self.pieces[0], self.conditions.starts)
 
     def endswith(self, suffix: Any, /) -> bool:
         """Whether it ends so: a field does not, on the condition that it does not."""
-        return self._edge("endswith", suffix, self.parts[-1], self.conditions.ends)
+        return self._edge("endswith", suffix, self.pieces[-1], self.conditions.ends)
 
     def _edge(
-        self, method: str, text: Any, part: str | SymbolicField, asked: dict[StripChain, set[str]]
+        self, method: str, affix: Any, piece: str | SymbolicField, edges: dict[StripChain, set[str]]
     ) -> bool:
-        texts = text if isinstance(text, tuple) else (text,)
-        if not all(type(one) is str and one for one in texts):
+        """The answer to `method(affix)`, noted in `edges` if `piece`, at that end, is a field."""
+        affixes = affix if isinstance(affix, tuple) else (affix,)
+        if not all(type(text) is str and text for text in affixes):
             raise NeedsConcreteText
-        if isinstance(part, str):
-            if any(len(one) > len(part) for one in texts):
+        if isinstance(piece, str):
+            if any(len(text) > len(piece) for text in affixes):
                 raise NeedsConcreteText
-            return bool(getattr(part, method)(texts))
-        if len(self.parts) > 1 and any(len(one) > 1 for one in texts):
+            return bool(getattr(piece, method)(affixes))
+        # A longer affix could reach from a short field into the text beside it.
+        if len(self.pieces) > 1 and any(len(text) > 1 for text in affixes):
             raise NeedsConcreteText
-        asked.setdefault(part.chain, set()).update(texts)
+        edges.setdefault(piece.chain, set()).update(affixes)
         return False
 
     def __contains__(self, text: Any) -> bool:
-        if type(text) is not str or not text or len(self.parts) > 1:
+        if type(text) is not str or not text or len(self.pieces) > 1:
             raise NeedsConcreteText
         self.conditions.contains.add(text)
         return False
@@ -125,9 +138,9 @@ class SymbolicText:
     def __eq__(self, other: object) -> bool:
         if other is None or isinstance(other, bool | int | float):
             return False
-        if type(other) is not str or len(self.parts) > 1 or isinstance(self.parts[0], str):
+        if type(other) is not str or len(self.pieces) > 1 or isinstance(self.pieces[0], str):
             raise NeedsConcreteText
-        self.conditions.equals.setdefault(self.parts[0].chain, set()).add(other)
+        self.conditions.equals.setdefault(self.pieces[0].chain, set()).add(other)
         return False
 
     def __ne__(self, other: object) -> bool:
@@ -150,7 +163,7 @@ class SymbolicText:
 
 
 def need_concrete_text(*_: Any) -> NoReturn:
-    """Give no answer."""
+    """Give no answer, whatever the arguments are."""
     raise NeedsConcreteText
 
 
@@ -163,16 +176,16 @@ for _name in (
 
 def concat_symbolic(texts: Any, conditions: TextConditions) -> SymbolicText:
     """Texts, one behind the other."""
-    parts: list[str | SymbolicField] = []
+    pieces: list[str | SymbolicField] = []
     for text in texts:
         if isinstance(text, SymbolicText):
-            parts += text.parts
+            pieces += text.pieces
         elif type(text) not in (str, TracedStr):
             # No text, or one marked as safe, which would escape what is added to it.
             raise NeedsConcreteText
         elif text:
-            parts.append(str.__str__(text))
-    return SymbolicText(tuple(parts), conditions)
+            pieces.append(str.__str__(text))
+    return SymbolicText(tuple(pieces), conditions)
 
 
 def _whitespace_or_raise(chars: Any) -> str | None:
@@ -183,54 +196,46 @@ def _whitespace_or_raise(chars: Any) -> str | None:
 
 
 def _strip_first(
-    parts: tuple[str | SymbolicField, ...], method: str, chars: str | None
+    pieces: tuple[str | SymbolicField, ...], method: str, chars: str | None
 ) -> tuple[str | SymbolicField, ...]:
-    """The parts with the first ones stripped; a field keeps something, so it ends there."""
-    for number, part in enumerate(parts):
-        if isinstance(part, SymbolicField):
+    """The pieces with the first ones stripped; a field keeps something, so it ends there."""
+    for number, piece in enumerate(pieces):
+        if isinstance(piece, SymbolicField):
             return (
-                part._replace(chain=_add_strip(part.chain, method, chars)),
-                *parts[number + 1 :],
+                piece._replace(chain=_add_strip(piece.chain, method, chars)),
+                *pieces[number + 1 :],
             )
-        left = getattr(part, method)(chars)
+        left = getattr(piece, method)(chars)
         if left:
-            return (left, *parts[number + 1 :])
+            return (left, *pieces[number + 1 :])
     return ()
 
 
 def _add_strip(chain: StripChain, method: str, chars: str | None) -> StripChain:
-    """The chain with one more strip; those of the left end stand first, for both do not meet."""
+    """The chain with one more strip.
+
+    Strips of the left end stand first: both ends do not meet, so their order changes nothing.
+    """
     if (method, chars) in [step for step in chain if step[0] == method][-1:]:
         return chain
     return tuple(sorted((*chain, (method, chars)), key=lambda step: step[0]))
 
 
-# What a template makes of all rows of one form: found once, on texts that it cannot read.
-
-RowForm = tuple[tuple[str, tuple[str, ...], bool], ...]
-"""For each message of a row its role, the names of its texts, and whether it trains."""
-TEXT_FIELDS = frozenset({"content", *REASONING_FIELDS})
-"""The fields of a message that a skeleton may leave open."""
-_FIRST_PLACEHOLDER = 0xF0000
-_PLACEHOLDERS = re.compile("([\U000f0000-\U000ffffd])")
-
-
 @dataclass(slots=True)
 class SpanPlan:
-    """A trained reply: parts `start` up to `stop` of a sequence, `stop_at` characters into it."""
+    """Where a trained reply stands in a sequence: (pieces before, characters into the next)."""
 
     message: int
     start: tuple[int, int]
-    """Parts before it, and characters of the part in which it starts."""
     stop: tuple[int, int]
-    token: str
+    stop_token: str
 
 
 @dataclass(slots=True)
 class SequencePlan:
     """One training sequence: text of the template, and numbers of fields, one after the other."""
 
-    parts: list[str | int]
+    pieces: list[str | int]
     spans: list[SpanPlan]
 
 
@@ -252,19 +257,17 @@ class SymbolicEnvironment(TracedEnvironment):
 
     def plus(self, *operands: Any) -> Any:
         """The sum of the operands."""
-        found = _first_symbolic(operands)
-        return (
-            super().plus(*operands)
-            if found is None
-            else concat_symbolic(operands, found.conditions)
-        )
+        text = _first_symbolic(operands)
+        if text is None:
+            return super().plus(*operands)
+        return concat_symbolic(operands, text.conditions)
 
     def tilde(self, *operands: Any) -> Any:
         """The operands as strings, one behind the other."""
         return _concat_any(map(_as_string, operands))
 
     def compile_traced(self, source: str) -> jinja2.Template:
-        """Compile a template that writes opaque texts as they are."""
+        """Compile a template that writes symbolic texts as they are."""
         self.filters["trim"] = _dispatch_symbolic(self.filters["trim"], SymbolicText.strip)
         self.filters["safe"] = _dispatch_symbolic(self.filters["safe"], need_concrete_text)
         self.filters["string"] = _dispatch_symbolic(self.filters["string"], _as_string)
@@ -281,51 +284,55 @@ def _first_symbolic(values: Iterable[Any]) -> SymbolicText | None:
 
 def _concat_any(parts: Iterable[Any]) -> Any:
     parts = list(parts)
-    found = _first_symbolic(parts)
-    return concat_strings(parts) if found is None else concat_symbolic(parts, found.conditions)
+    text = _first_symbolic(parts)
+    return concat_strings(parts) if text is None else concat_symbolic(parts, text.conditions)
 
 
 def _as_string(value: Any) -> Any:
     return value if isinstance(value, SymbolicText) else str(value)
 
 
-def _dispatch_symbolic(plain: Any, opaque: Any) -> Any:
+def _dispatch_symbolic(plain: Any, symbolic: Any) -> Any:
+    """The filter or test `plain` for all values but symbolic text, which goes to `symbolic`."""
+
     def either(value: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(value, SymbolicText):
             return plain(value, *args, **kwargs)
-        return opaque(value, *args, **kwargs)
+        return symbolic(value, *args, **kwargs)
 
     return either
 
 
 class SymbolicTemplate(ChatTemplate):
-    """A chat template that is run on opaque texts, each written as a character of its own."""
+    """A chat template that is run on symbolic texts, each written as a character of its own."""
 
     environment_class = SymbolicEnvironment
 
     def __init__(self, source: str, variables: dict[str, Any], date: str) -> None:
-        self.places: dict[SymbolicField, str] = {}
+        self.placeholders: dict[SymbolicField, str] = {}
         super().__init__(source, variables, date)
-        # No opaque text can be marked as safe, or escaped.
-        self.is_doubtful = False
+        # No symbolic text can be marked as safe, or escaped.
+        self.may_escape = False
 
     def _run(
-        self, template: jinja2.Template, inputs: dict[str, Any], watch: PrefixTracker | None
+        self, template: jinja2.Template, inputs: dict[str, Any], tracker: PrefixTracker | None
     ) -> list[str]:
-        pieces = super()._run(template, inputs, watch)
+        pieces = super()._run(template, inputs, tracker)
         pieces[:] = [
-            self._shown(piece) if isinstance(piece, SymbolicText) else piece for piece in pieces
+            concat_traced(map(self._with_placeholder, piece.pieces))
+            if isinstance(piece, SymbolicText)
+            else piece
+            for piece in pieces
         ]
         return pieces
 
-    def _shown(self, text: SymbolicText) -> TracedStr:
-        return concat_traced(self._part(part) for part in text.parts)
-
-    def _part(self, part: str | SymbolicField) -> str:
-        if isinstance(part, str):
-            return part
-        place = self.places.setdefault(part, chr(_FIRST_PLACEHOLDER + len(self.places)))
-        return trace_field(FieldOrigin(part.message, None, part.key, place), place)
+    def _with_placeholder(self, piece: str | SymbolicField) -> str:
+        if isinstance(piece, str):
+            return piece
+        unused = chr(_FIRST_PLACEHOLDER + len(self.placeholders))
+        placeholder = self.placeholders.setdefault(piece, unused)
+        origin = FieldOrigin(piece.message, None, piece.key, placeholder)
+        return trace_field(origin, placeholder)
 
 
 def symbolic_conversation(form: RowForm, conditions: TextConditions) -> Conversation:
@@ -342,31 +349,32 @@ def symbolic_conversation(form: RowForm, conditions: TextConditions) -> Conversa
 def make_form_plan(
     form: RowForm,
     sequences: list[RenderedSequence],
-    places: dict[SymbolicField, str],
+    placeholders: dict[SymbolicField, str],
     conditions: TextConditions,
 ) -> FormPlan:
-    """The skeleton of planned sequences; Unprovable where they do not show every text."""
-    fields = list(places)
-    numbers = {place: number for number, place in enumerate(places.values())}
-    plans = [_sequence_plan(sequence, numbers) for sequence in sequences]
-    shown = {fields[part][:2] for plan in plans for part in plan.parts if isinstance(part, int)}
-    if any((index, key) not in shown for index, (_, keys, _) in enumerate(form) for key in keys):
+    """The form's plan from its planned sequences, in which placeholders stand for fields.
+
+    Raises NeedsConcreteText where they do not show every text: then the row's text is lost.
+    """
+    fields = list(placeholders)
+    numbers = {placeholder: number for number, placeholder in enumerate(placeholders.values())}
+    plans = [_plan_sequence(sequence, numbers) for sequence in sequences]
+    rendered = {fields[p][:2] for plan in plans for p in plan.pieces if isinstance(p, int)}
+    if any((index, key) not in rendered for index, (_, keys, _) in enumerate(form) for key in keys):
         raise NeedsConcreteText
     return FormPlan(fields, plans, conditions)
 
 
-def _sequence_plan(sequence: RenderedSequence, numbers: dict[str, int]) -> SequencePlan:
+def _plan_sequence(sequence: RenderedSequence, numbers: dict[str, int]) -> SequencePlan:
     texts = [text for text in _PLACEHOLDERS.split(sequence.plain) if text]
-    ends = [0]
-    for text in texts:
-        ends.append(ends[-1] + len(text))
+    starts = [0, *accumulate(map(len, texts))]
 
-    def place(position: int) -> tuple[int, int]:
-        part = bisect_right(ends, position) - 1
-        return part, position - ends[part]
+    def locate(position: int) -> tuple[int, int]:
+        number = bisect_right(starts, position) - 1
+        return number, position - starts[number]
 
     spans = [
-        SpanPlan(span.message, place(span.start), place(span.stop), span.token)
-        for span in sequence.trained
+        SpanPlan(span.message, locate(span.start), locate(span.stop), span.stop_token)
+        for span in sequence.spans
     ]
     return SequencePlan([numbers.get(text, text) for text in texts], spans)
