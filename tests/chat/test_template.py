@@ -55,7 +55,7 @@ def test_equals_transformers(name):
     except ChatError as error:
         assert error.reason == "bad template"
         return
-    clock = template._clock
+    clock = template._strftime_now
     for messages, tools in CONVERSATIONS.values():
         for generation in (False, True):
             plain = [

@@ -1,7 +1,8 @@
 """A Jinja environment that gives what transformers' own gives, with every character traced.
 
 transformers compiles the template first; its filters, globals, tests and extensions are taken
-over as they stand, so there is nothing here to drift from it.
+over as they stand, so there is nothing here to drift from it. What a template may do is bounded: it
+cannot loop for ever, or write a text too large to hold.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ from luthier.chat.provenance import (
     with_merged_origin,
     with_runs,
 )
-
-# What no template may do: loop for ever, or write a text too large to hold.
 
 MAX_STEPS = 10_000_000
 """Steps that all loops of one rendering may take: no template loops for ever."""
@@ -83,7 +82,8 @@ def bound_lipsum(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_format(template: str, values: Iterable[Any]) -> None:
     """Raise where a format string asks for a field too wide, in its own text or by a value."""
-    widths = [int(found[-12:]) for found in _WIDTHS.findall(template)]
+    # int() refuses numbers of thousands of digits with a ValueError of its own.
+    widths = [int(digits[-12:]) for digits in _WIDTHS.findall(template)]
     if "*" in template or re.search(r"[:!][^{}]*\{", template):
         widths += [value for value in values if isinstance(value, int)]
     if any(width > MAX_TEXT for width in widths):
@@ -93,12 +93,12 @@ def refuse_format(template: str, values: Iterable[Any]) -> None:
 def refuse_constants(tree: nodes.Template) -> None:
     """Raise for what would be too large already when the template is compiled."""
     for call in tree.find_all(nodes.Filter):
-        given = [argument for argument in call.args if isinstance(argument, nodes.Const)]
-        given += [k.value for k in call.kwargs if isinstance(k.value, nodes.Const)]
+        arguments = [*call.args, *(keyword.value for keyword in call.kwargs)]
+        constants = [node.value for node in arguments if isinstance(node, nodes.Const)]
         if call.name in WIDENING_FILTERS:
-            refuse_width(call.name, "", [argument.value for argument in given])
+            refuse_width(call.name, "", constants)
         if call.name == "format" and isinstance(call.node, nodes.Const):
-            refuse_format(str(call.node.value), [argument.value for argument in given])
+            refuse_format(str(call.node.value), constants)
     for node in tree.find_all((nodes.Mod, nodes.Mul, nodes.Pow)):
         _constant_value(node)
 
@@ -125,8 +125,6 @@ def _constant_value(node: nodes.Node) -> Any:
         return _NO_CONSTANT
 
 
-# Filters of a template that keep the origin of every character, and stay within bounds.
-
 _PLACEHOLDER = re.compile("\ue1a0([0-9]+)\ue1a1")
 
 
@@ -146,9 +144,10 @@ def retrace(function: Callable[..., Any], result: str, args: tuple, kwargs: dict
     except Exception:  # the function may refuse a placeholder for any reason of its own
         return with_merged_origin(result, texts)
     pieces = _PLACEHOLDER.split(trial) if isinstance(trial, str) else []
-    parts = [texts[int(piece)] if odd % 2 else piece for odd, piece in enumerate(pieces)]
-    whole = concat_strings(parts)
-    return whole if str.__eq__(whole, result) is True else with_merged_origin(result, texts)
+    retraced = concat_strings(
+        texts[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)
+    )
+    return retraced if str.__eq__(retraced, result) is True else with_merged_origin(result, texts)
 
 
 def _with_placeholders(value: Any, numbers: Iterable[int]) -> Any:
@@ -187,11 +186,11 @@ def bound_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(filter_)
     def bounded(value: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
+        arguments = [*args, *kwargs.values()]
         if name in WIDENING_FILTERS:
-            refuse_width(name, value if isinstance(value, str) else "", given)
+            refuse_width(name, value if isinstance(value, str) else "", arguments)
         else:
-            refuse_format(str(value), given)
+            refuse_format(str(value), arguments)
         return filter_(value, *args, **kwargs)
 
     return bounded
@@ -210,25 +209,20 @@ def trace_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
     return traced
 
 
-def _filter_safe(value: Any) -> Any:
-    """The value marked as safe, so that nothing escapes it."""
-    return mark_safe(value) if isinstance(value, TracedStr) else Markup(value)
-
-
 def _filter_escape(value: Any) -> Any:
     """The value as HTML writes it, marked as safe."""
     if not isinstance(value, TracedStr) or isinstance(value, SafeTracedStr):
         return escape(value)
-    whole = escape_html(value)
-    return mark_safe(whole) if isinstance(whole, TracedStr) else Markup(whole)
+    return _mark_any_safe(escape_html(value))
 
 
 def _filter_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
     """Join what is in an iterable, keeping the runs of every item."""
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
-    parts = [part for item in value for part in (d, str(item))]
-    return concat_strings(parts[1:])
+    # Each item behind the separator; the first separator goes.
+    texts = [text for item in value for text in (d, str(item))]
+    return concat_strings(texts[1:])
 
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
@@ -295,7 +289,7 @@ def _route_loops(node: nodes.Node, at_top: bool) -> None:
 
 
 _MAX_CACHED_CODES = 64
-"""Templates whose code is kept."""
+"""Templates whose compiled code is cached."""
 _compiled_codes: dict[tuple[type, str], CodeType] = {}
 """By the class of the environment and the source."""
 
@@ -309,7 +303,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.watches = RenderState()
+        self.render_state = RenderState()
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -317,7 +311,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def compile_traced(self, source: str) -> jinja2.Template:
-        """Compile a template whose `loop` tells the watch when it looks ahead.
+        """Compile a template whose `loop` tells the tracker when it looks ahead.
 
         The code is kept: it names filters and globals, and takes them from the environment that it
         runs in.
@@ -330,15 +324,15 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
             _compiled_codes[type(self), source] = code
         template = self.template_class.from_code(self, code, self.make_globals(None))
         names = template.root_render_func.__globals__
-        names["LoopContext"] = tracked_loop_context(self.watches)
+        names["LoopContext"] = tracked_loop_context(self.render_state)
         return template
 
     def loop_over(self, iterable: Any, at_top: bool) -> Any:
         """What a `for` of the template loops over."""
         if isinstance(iterable, TrackedMessages):
             return iterable.loop() if at_top else iterable
-        self.watches.steps += len(iterable) if isinstance(iterable, SIZED_TYPES) else 1
-        if self.watches.steps > MAX_STEPS:
+        self.render_state.loop_steps += len(iterable) if isinstance(iterable, SIZED_TYPES) else 1
+        if self.render_state.loop_steps > MAX_STEPS:
             raise jinja2.TemplateError(f"its loops take over {MAX_STEPS:,} steps")
         return iterable
 
@@ -346,18 +340,18 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         """The sum of the operands, from left to right."""
         runs: list[OriginRun] = []
         for operand in operands:
-            kind = type(operand)
-            if kind is str:
+            # A method call per operand would be felt: templates add for every message.
+            if type(operand) is str:
                 if operand:
                     runs.append((len(operand), None, 0))
-            elif kind is TracedStr:
+            elif type(operand) is TracedStr:
                 runs += operand._runs
             else:
                 return functools.reduce(_add, operands)
-        whole = with_runs("".join(operands), tuple(runs))
-        if len(whole) > MAX_TEXT:
+        text = with_runs("".join(operands), tuple(runs))
+        if len(text) > MAX_TEXT:
             raise jinja2.TemplateError(f"it writes a text of over {MAX_TEXT:,} characters")
-        return whole
+        return text
 
     def tilde(self, *operands: Any) -> str:
         """The operands as strings, one behind the other."""
@@ -392,8 +386,8 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
             refuse_width(__obj.__name__, __obj.__self__, [*args, *kwargs.values()])
         plain_method = isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str
         if plain_method and any(True for _ in iter_traced(args)):
-            own = with_runs(__obj.__self__, runs_of(__obj.__self__))
-            return getattr(own, __obj.__name__)(*args)
+            traced = with_runs(__obj.__self__, runs_of(__obj.__self__))
+            return getattr(traced, __obj.__name__)(*args)
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -411,11 +405,11 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         return functools.update_wrapper(traced, bare)
 
 
-def _format_values(given: Any) -> list[Any]:
+def _format_values(values: Any) -> list[Any]:
     """What is formatted in: the items of a container, or the one value."""
-    if isinstance(given, dict):
-        return list(given.values())
-    return list(given) if isinstance(given, list | tuple) else [given]
+    if isinstance(values, dict):
+        return list(values.values())
+    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def _add(left: Any, right: Any) -> Any:
@@ -423,18 +417,22 @@ def _add(left: Any, right: Any) -> Any:
     marked = isinstance(left, Markup | SafeTracedStr) or isinstance(right, Markup | SafeTracedStr)
     if not (marked and isinstance(left, str) and isinstance(right, str)):
         return left + right
-    whole = concat_strings((escape_html(left), escape_html(right)))
-    return mark_safe(whole) if isinstance(whole, TracedStr) else Markup(whole)
+    return _mark_any_safe(concat_strings((escape_html(left), escape_html(right))))
+
+
+def _mark_any_safe(text: Any) -> Any:
+    """The text, or any value as text, marked as safe, so that nothing escapes it."""
+    return mark_safe(text) if isinstance(text, TracedStr) else Markup(text)
 
 
 EnvironmentType = TypeVar("EnvironmentType", bound=TracedEnvironment)
 
 
 def make_traced_environment(
-    base: jinja2.Environment, kind: type[EnvironmentType]
+    base: jinja2.Environment, environment_type: type[EnvironmentType]
 ) -> EnvironmentType:
     """An environment with the settings, filters, globals and tests of transformers' own."""
-    environment = kind(
+    environment = environment_type(
         trim_blocks=base.trim_blocks,
         lstrip_blocks=base.lstrip_blocks,
         extensions=[type(extension) for extension in base.extensions.values()],
@@ -442,14 +440,14 @@ def make_traced_environment(
     environment.globals.update(base.globals)
     environment.globals["lipsum"] = bound_lipsum(cast(Any, base.globals["lipsum"]))
     namespace = cast(type, base.globals["namespace"])
-    environment.globals["namespace"] = tracked_namespace(namespace, environment.watches)
+    environment.globals["namespace"] = tracked_namespace(namespace, environment.render_state)
     environment.tests.update(base.tests)
     for name, filter_ in base.filters.items():
         wrapped = filter_ if name in _TRACE_KEEPING_FILTERS else trace_filter(filter_)
         environment.filters[name] = trace_tojson(filter_) if name == "tojson" else wrapped
     for name in (*WIDENING_FILTERS, "format"):
         environment.filters[name] = bound_filter(name, environment.filters[name])
-    environment.filters["safe"] = _filter_safe
+    environment.filters["safe"] = _mark_any_safe
     environment.filters["escape"] = environment.filters["e"] = _filter_escape
     environment.filters["join"] = jinja2.pass_context(_filter_join)
     return environment

@@ -1,4 +1,12 @@
-"""What a template sees as its messages, `loop` and `namespace`: all that it asks is told."""
+"""One run of a template over a whole row tells what it writes for the row's first messages.
+
+The template sees its messages, `loop` and `namespace` through objects that tell a `PrefixTracker`
+all that it asks of them. As long as nothing of that would have been answered differently for the
+first k messages alone, a run over those k does the same. It parts from the whole run where its loop
+over the messages ends; from there on both write what stands behind the loop. So the text of every
+prefix is known from one run, by proof; where the proof fails for a k, `prefix` says None and that
+prefix is rendered for itself.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +16,15 @@ from typing import Any, NamedTuple
 
 from jinja2.runtime import LoopContext
 
-# What a template's text up to message k may depend on: watched, so that one render serves all.
-#
-# A run over a whole conversation is followed step by step. As long as nothing that the template
-# asks about its messages would have been answered differently for the first k of them alone, a
-# run over those k does the same. It parts from the whole run where its loop over the messages
-# ends; from there on both write what stands behind the loop. So the text of every prefix is
-# known from one run, by proof; where the proof fails for a k, `prefix` says None and that
-# prefix is rendered for itself.
-
 RunPosition = tuple[int, int, int]
-"""(pieces written, values set, time), at a place of a run."""
+"""(pieces written, values set, time), at one moment of a run."""
 
 
 class LoopExit(NamedTuple):
-    """A shorter run's way: out of the loop at `left`, and on behind the loop's end."""
+    """The way of a shorter run: out of the loop at `left`, and on at the whole run's `loop_end`."""
 
     left: RunPosition
-    end: RunPosition
+    loop_end: RunPosition
 
 
 class PrefixTracker:
@@ -34,14 +33,20 @@ class PrefixTracker:
     def __init__(self, count: int) -> None:
         self.count = count
         self.pieces: list[str] = []
-        self.peeking = 0
-        self.session: object | None = None
+        """What the template has written so far."""
+        self.peeks = 0
+        """How many looks ahead of `loop` are under way: they ask for a message, but do not step."""
+        self._active_loop: object | None = None
+        # Runs over k messages, for k from `_low` on, have done the same as the whole run so far;
+        # of the shorter ones each waits for its loop's end, has left it, or is not known.
         self._low = 1
         self._waiting: dict[int, RunPosition] = {}
-        self._finished: dict[int, LoopExit] = {}
+        self._exits: dict[int, LoopExit] = {}
         self._failed = {0}
+        # The values of each namespace's attribute with the time of each; a namespace is held so
+        # that no other one gets its id.
         self._values: dict[tuple[int, str], list[tuple[int, Any]]] = {}
-        self._kept: list[object] = []
+        self._namespaces: list[object] = []
         self._writes = 0
         self._time = 0
 
@@ -54,47 +59,47 @@ class PrefixTracker:
             return len(self.pieces), len(self.pieces)
         if k in self._failed or k in self._waiting:
             return None
-        finish = self._finished.get(k)
-        if finish is None:
+        loop_exit = self._exits.get(k)
+        if loop_exit is None:
             return (len(self.pieces), len(self.pieces)) if k >= self._low else None
-        return finish.left[0], finish.end[0]
+        return loop_exit.left[0], loop_exit.loop_end[0]
 
-    def exists(self, place: int) -> None:
-        """The template learns that message `place` is there: up to k = place it would not be."""
-        for k in range(self._low, min(place, self.count - 1) + 1):
+    def saw_message(self, index: int) -> None:
+        """The template learns that message `index` is there: up to k = index it would not be."""
+        for k in range(self._low, min(index, self.count - 1) + 1):
             self._fail(k)
-        self._low = max(self._low, place + 1)
-        for k in self._after_a_loop() if self._finished else ():
-            if k <= place:
+        self._low = max(self._low, index + 1)
+        for k in self._after_a_loop() if self._exits else ():
+            if k <= index:
                 self._fail(k)
 
-    def counted(self) -> None:
+    def saw_count(self) -> None:
         """The template learns how many messages there are."""
-        self.exists(self.count - 1)
+        self.saw_message(self.count - 1)
 
-    def begin(self, session: object) -> bool:
+    def begin_loop(self, loop: object) -> bool:
         """A loop over the messages begins; False when it runs inside another one."""
-        if self.session is not None:
+        if self._active_loop is not None:
             return False
-        self.session = session
+        self._active_loop = loop
         return True
 
-    def next(self, place: int) -> None:
-        """The loop asks for message `place`: for k up to `place` it would end here."""
-        if self.peeking:
-            self.exists(place)
+    def next_message(self, index: int) -> None:
+        """The loop asks for message `index`: for k up to `index` it would end here."""
+        if self.peeks:
+            self.saw_message(index)
             return
         self._time += 1
         now = len(self.pieces), self._writes, self._time
-        if place >= self._low:
-            if place == self._low < self.count:
-                if place not in self._failed:
-                    self._waiting[place] = now
+        if index >= self._low:
+            if index == self._low < self.count:
+                if index not in self._failed:
+                    self._waiting[index] = now
             else:
-                self._wait(self._low, place, now)
-            self._low = place + 1
-        if self._finished:
-            self._waiting.update((k, now) for k in self._after_a_loop() if k <= place)
+                self._wait(self._low, index, now)
+            self._low = index + 1
+        if self._exits:
+            self._waiting.update((k, now) for k in self._after_a_loop() if k <= index)
 
     def _wait(self, low: int, high: int, now: RunPosition) -> None:
         """The runs over so many messages, from low to high, would leave the loop now."""
@@ -102,51 +107,53 @@ class PrefixTracker:
             if k not in self._failed:
                 self._waiting[k] = now
 
-    def end(self, session: object) -> None:
+    def end_loop(self, loop: object) -> None:
         """The loop has come to its end."""
-        if session is not self.session:
+        if loop is not self._active_loop:
             return
-        self.session = None
+        self._active_loop = None
         now = self._now()
         for k, left in self._waiting.items():
             if left[:2] == now[:2]:
                 # Nothing was written or set for the messages that k does not have.
-                if k not in self._finished:
+                if k not in self._exits:
                     self._low = min(self._low, k)
-            elif k in self._finished:
+            elif k in self._exits:
                 self._fail(k)
             else:
-                self._finished[k] = LoopExit(left, now)
+                self._exits[k] = LoopExit(left, now)
         self._waiting.clear()
 
-    def wrote(self, namespace: object, name: str, old: Any, new: Any) -> None:
+    def wrote_attribute(self, namespace: object, name: str, old: Any, new: Any) -> None:
         """The template sets an attribute of a namespace."""
         self._writes += 1
         self._time += 1
         key = (id(namespace), name)
         if key not in self._values:
             self._values[key] = [(-1, old)]
-            self._kept.append(namespace)
+            self._namespaces.append(namespace)
         self._values[key].append((self._time, new))
 
-    def read(self, namespace: object, name: str) -> None:
+    def read_attribute(self, namespace: object, name: str) -> None:
         """The template reads an attribute of a namespace."""
         values = self._values.get((id(namespace), name))
-        if values is None or not self._finished:
+        if values is None or not self._exits:
             return
         time, value = values[-1]
         for k in self._after_a_loop():
-            finish = self._finished[k]
-            if time <= finish.end[2] and not _is_same(_value_at(values, finish.left[2]), value):
+            loop_exit = self._exits[k]
+            if time <= loop_exit.loop_end[2] and not _is_same(
+                _value_at(values, loop_exit.left[2]), value
+            ):
                 self._fail(k)
 
     def _after_a_loop(self) -> list[int]:
         """The shorter runs that have left a loop and go the whole run's way again."""
-        return [k for k in self._finished if k not in self._waiting]
+        return [k for k in self._exits if k not in self._waiting]
 
     def _fail(self, k: int) -> None:
         self._failed.add(k)
-        self._finished.pop(k, None)
+        self._exits.pop(k, None)
 
     def _now(self) -> RunPosition:
         self._time += 1
@@ -164,25 +171,25 @@ def _is_same(first: Any, second: Any) -> bool:
 
 
 class RenderState(threading.local):
-    """The watch of the run that is under way in this thread."""
+    """What is known of the run that is under way in this thread."""
 
-    current: PrefixTracker | None = None
-    steps = 0
+    tracker: PrefixTracker | None = None
+    loop_steps = 0
     """Steps that the run's loops have taken."""
 
 
 class TrackedMessages(Sequence):
-    """The messages as a template sees them: a list that tells its watch what is asked of it."""
+    """The messages as a template sees them: a list that tells its tracker what is asked of it."""
 
     def __init__(
         self,
         messages: list[dict[str, Any]],
-        watch: PrefixTracker,
+        tracker: PrefixTracker,
         start: int = 0,
         stop: int | None = None,
     ) -> None:
         self._messages = messages
-        self._watch = watch
+        self._tracker = tracker
         self._start = start
         self._stop = stop
 
@@ -192,55 +199,55 @@ class TrackedMessages(Sequence):
     def __len__(self) -> int:
         length = max(self._end() - self._start, 0)
         if self._stop is None or self._stop > len(self._messages):
-            self._watch.counted()
+            self._tracker.saw_count()
         elif length:
-            self._watch.exists(self._stop - 1)
+            self._tracker.saw_message(self._stop - 1)
         return length
 
     def __bool__(self) -> bool:
         there = self._end() > self._start
         if there:
-            self._watch.exists(self._start)
+            self._tracker.saw_message(self._start)
         return there
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             return self._slice(key)
-        place = key.__index__() if isinstance(key, int) else _refuse_index(key)
-        if place < 0:
-            self._watch.counted()
-            return self._messages[self._start : self._end()][place]
-        place += self._start
-        if place >= self._end():
+        index = key.__index__() if isinstance(key, int) else _refuse_index(key)
+        if index < 0:
+            self._tracker.saw_count()
+            return self._messages[self._start : self._end()][index]
+        index += self._start
+        if index >= self._end():
             raise IndexError("list index out of range")
-        self._watch.exists(place)
-        return self._messages[place]
+        self._tracker.saw_message(index)
+        return self._messages[index]
 
     def _slice(self, key: slice) -> Any:
         start, stop = key.start or 0, key.stop
         simple = key.step in (None, 1) and start >= 0 and (stop is None or stop >= 0)
         if not simple:
-            self._watch.counted()
+            self._tracker.saw_count()
             return self._messages[self._start : self._end()][key]
         ends = [end for end in (self._stop, None if stop is None else self._start + stop) if end]
         if stop == 0:
             return []
         return TrackedMessages(
-            self._messages, self._watch, self._start + start, min(ends) if ends else None
+            self._messages, self._tracker, self._start + start, min(ends) if ends else None
         )
 
     def __iter__(self) -> Iterator[Any]:
-        for place in range(self._start, self._end()):
-            self._watch.exists(place)
-            yield self._messages[place]
+        for index in range(self._start, self._end()):
+            self._tracker.saw_message(index)
+            yield self._messages[index]
         self._learn_end()
 
     def _learn_end(self) -> None:
         if self._stop is None or self._stop > len(self._messages):
-            self._watch.counted()
+            self._tracker.saw_count()
 
     def _list(self) -> list[Any]:
-        self._watch.counted()
+        self._tracker.saw_count()
         return self._messages[self._start : self._end()]
 
     def __add__(self, other: Any) -> list[Any]:
@@ -279,53 +286,53 @@ def _refuse_index(key: Any) -> int:
 class MessageLoop:
     """One `for` over the messages, at the top of the template."""
 
-    def __init__(self, turns: TrackedMessages) -> None:
-        self.turns = turns
+    def __init__(self, messages: TrackedMessages) -> None:
+        self.messages = messages
 
     def __len__(self) -> int:
-        return len(self.turns)
+        return len(self.messages)
 
     def __iter__(self) -> Iterator[Any]:
-        turns, watch = self.turns, self.turns._watch
-        if not watch.begin(self):
-            yield from turns
+        messages, tracker = self.messages, self.messages._tracker
+        if not tracker.begin_loop(self):
+            yield from messages
             return
-        step, messages = watch.next, turns._messages
-        for place in range(turns._start, turns._end()):
-            step(place)
-            yield messages[place]
-        if not watch.peeking:
+        step, rows = tracker.next_message, messages._messages
+        for index in range(messages._start, messages._end()):
+            step(index)
+            yield rows[index]
+        if not tracker.peeks:
             self.end()
 
     def end(self) -> None:
         """The loop has come to its end."""
-        self.turns._watch.end(self)
+        self.messages._tracker.end_loop(self)
 
 
-def tracked_loop_context(watches: RenderState) -> type[LoopContext]:
-    """Jinja's `loop`, telling the watch when it looks ahead."""
+def tracked_loop_context(state: RenderState) -> type[LoopContext]:
+    """Jinja's `loop`, telling the tracker when it looks ahead."""
 
-    class WatchedLoop(LoopContext):
+    class TrackedLoopContext(LoopContext):
         def _peek_next(self) -> Any:
-            watch = watches.current
-            if watch is None:
+            tracker = state.tracker
+            if tracker is None:
                 return super()._peek_next()
-            watch.peeking += 1
+            tracker.peeks += 1
             try:
                 return super()._peek_next()
             finally:
-                watch.peeking -= 1
+                tracker.peeks -= 1
 
         @property
         def length(self) -> int:
-            watch = watches.current
-            if watch is None:
+            tracker = state.tracker
+            if tracker is None:
                 return super().length
-            watch.peeking += 1
+            tracker.peeks += 1
             try:
                 return super().length
             finally:
-                watch.peeking -= 1
+                tracker.peeks -= 1
 
         def __next__(self) -> tuple[Any, LoopContext]:
             try:
@@ -335,26 +342,26 @@ def tracked_loop_context(watches: RenderState) -> type[LoopContext]:
                     self._iterable.end()
                 raise
 
-    return WatchedLoop
+    return TrackedLoopContext
 
 
-def tracked_namespace(base: type, watches: RenderState) -> type:
-    """The template's `namespace`, telling the watch what is set and read."""
+def tracked_namespace(base: type, state: RenderState) -> type:
+    """The template's `namespace`, telling the tracker what is set and read."""
 
-    class WatchedNamespace(base):
+    class TrackedNamespace(base):
         def __getattribute__(self, name: str) -> Any:
             value = super().__getattribute__(name)
-            if watches.current is not None and name[:1] != "_":
-                watches.current.read(self, name)
+            if state.tracker is not None and name[:1] != "_":
+                state.tracker.read_attribute(self, name)
             return value
 
         def __setitem__(self, name: str, value: Any) -> None:
-            if watches.current is not None:
+            if state.tracker is not None:
                 try:
                     old = super().__getattribute__(name)
                 except AttributeError:
                     old = None
-                watches.current.wrote(self, name, old, value)
+                state.tracker.wrote_attribute(self, name, old, value)
             super().__setitem__(name, value)
 
-    return WatchedNamespace
+    return TrackedNamespace

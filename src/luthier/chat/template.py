@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import date as Date
 from datetime import datetime
@@ -23,73 +24,35 @@ from luthier.chat.prefix_tracking import PrefixTracker, TrackedMessages
 from luthier.chat.provenance import TracedStr, concat_traced, join_runs, with_runs
 from luthier.chat.types import ChatError
 
-# What can be told from a template's source alone, before it is run.
-
-# State that is neither a variable nor an attribute of a namespace, so a watch does not see it.
+_TYPE_NAMES = (
+    (re.compile(r"(?:luthier\.chat\.provenance\.)?\b(?:Safe)?TracedStr\b"), "str"),
+    (re.compile(r"(?:luthier\.chat\.prefix_tracking\.)?\bTrackedMessages\b"), "list"),
+)
+"""Types in the errors of templates, and what their authors know them as."""
+# State that is neither a variable nor an attribute of a namespace, so no tracker sees it.
 _HIDDEN_STATE = frozenset({"cycler", "joiner"})
-_LAZY = frozenset(
+# Filters that give a lazy value: a variable that holds one changes when it is read.
+_LAZY_FILTERS = frozenset(
     {"map", "select", "reject", "selectattr", "rejectattr", "unique", "batch", "slice", "items"}
 )
-
-
-def can_track_prefixes(tree: nodes.Template) -> bool:
-    """Whether all state that outlives a loop of the template can be watched."""
-    if any(name.name in _HIDDEN_STATE for name in tree.find_all(nodes.Name)):
-        return False
-    # A variable that holds a lazy filter changes when it is read.
-    kept = [assign.node for assign in tree.find_all(nodes.Assign)]
-    return not any(isinstance(node, nodes.Filter) and node.name in _LAZY for node in kept)
-
-
-def nodes_behind_messages(tree: nodes.Template) -> nodes.Template | None:
-    """What stands behind the last loop, if it depends on nothing but the template's variables.
-
-    Then the generation prompt, which must be mentioned only there, is one text for all rows.
-    """
-    last = max(
-        (place for place, node in enumerate(tree.body) if _nodes_of(node, nodes.For)), default=-1
-    )
-    if last < 0 or not isinstance(tree.body[last], nodes.For):
-        return None
-    before, behind = tree.body[: last + 1], tree.body[last + 1 :]
-    if "add_generation_prompt" in _variable_names(before, "load") | _variable_names(
-        before, "store"
-    ):
-        return None
-    macros = {macro.name for node in before for macro in _nodes_of(node, nodes.Macro)}
-    moving = _variable_names(before, "store") | macros | {"messages", "tools", "documents", "loop"}
-    if _variable_names(behind, "load") & moving:
-        return None
-    return nodes.Template(behind, lineno=1)
-
-
-def _nodes_of(node: nodes.Node, kind: type[nodes.Node]) -> list:
-    own = [node] if isinstance(node, kind) else []
-    return own + list(node.find_all(kind))
-
-
-def _variable_names(body: list[nodes.Node], context: str) -> set[str]:
-    return {
-        name.name for node in body for name in _nodes_of(node, nodes.Name) if name.ctx == context
-    }
 
 
 class TrackedRendering:
     """A whole conversation as the template writes it, and what it writes for its first messages."""
 
-    def __init__(self, watch: PrefixTracker) -> None:
-        self.plain = "".join(watch.pieces)
-        self.text = with_runs(self.plain, join_runs(watch.pieces))
-        self._watch = watch
-        self._ends = [0, *accumulate(map(len, watch.pieces))]
+    def __init__(self, tracker: PrefixTracker) -> None:
+        self.plain = "".join(tracker.pieces)
+        self.text = with_runs(self.plain, join_runs(tracker.pieces))
+        self._tracker = tracker
+        self._ends = [0, *accumulate(map(len, tracker.pieces))]
 
     def prefix(self, count: int) -> tuple[int, int] | None:
-        """The text of the first `count` messages: this one up to a place, and from a place on.
+        """The text of the first `count` messages: `(stop, tail)` for `plain[:stop] + plain[tail:]`.
 
         None where the template may write it otherwise.
         """
-        places = self._watch.prefix(count)
-        return places and (self._ends[places[0]], self._ends[places[1]])
+        cuts = self._tracker.prefix(count)
+        return cuts and (self._ends[cuts[0]], self._ends[cuts[1]])
 
 
 class ChatTemplate:
@@ -101,22 +64,22 @@ class ChatTemplate:
         self.source = source
         self.variables = variables
         self.date = date
-        self._clock = _make_strftime_now(date)
+        self._strftime_now = _make_strftime_now(date)
         self._plain = _compile_plain(source)
         self._environment = make_traced_environment(self._plain.environment, self.environment_class)
-        self._environment.globals["strftime_now"] = self._clock
+        self._environment.globals["strftime_now"] = self._strftime_now
         self._traced = _compile_or_raise(self._environment.compile_traced, source)
         self._globals: dict[jinja2.Template, dict[str, Any]] = {}
         tree = self._environment.parse(source)
         self.may_escape = any(node.name in ESCAPING_FILTERS for node in tree.find_all(nodes.Filter))
         """Whether a string may be marked as safe: it escapes what is added, which is checked."""
-        self.can_track_prefixes = can_track_prefixes(tree)
+        self.can_track_prefixes = _can_track_prefixes(tree)
         """Whether `render_with_prefixes` can tell what the template writes for fewer messages."""
         self.fixed_endings = self._render_fixed_endings(tree) if self.can_track_prefixes else None
         """What stands behind the messages without and with the generation prompt, if fixed."""
 
     def _render_fixed_endings(self, tree: nodes.Template) -> tuple[str, str] | None:
-        behind = nodes_behind_messages(tree)
+        behind = _nodes_behind_messages(tree)
         if behind is None:
             return None
         end = self._environment.from_string(behind)
@@ -141,14 +104,15 @@ class ChatTemplate:
         self, messages: list, tools: list | None, add_generation_prompt: bool
     ) -> TrackedRendering:
         """The rendered text, and by the way what the template writes for fewer messages."""
-        watch = PrefixTracker(len(messages))
+        tracker = PrefixTracker(len(messages))
         if self.may_escape or not self.can_track_prefixes:
-            watch.counted()
-            watch.pieces.append(self.render(messages, tools, add_generation_prompt))
-            return TrackedRendering(watch)
-        inputs = self._inputs(TrackedMessages(messages, watch), tools, add_generation_prompt)
-        self._run(self._traced, inputs, watch)
-        return TrackedRendering(watch)
+            # Nothing is known of prefixes then: as if the template had counted the messages.
+            tracker.saw_count()
+            tracker.pieces.append(self.render(messages, tools, add_generation_prompt))
+        else:
+            tracked = TrackedMessages(messages, tracker)
+            self._run(self._traced, self._inputs(tracked, tools, add_generation_prompt), tracker)
+        return TrackedRendering(tracker)
 
     def _inputs(self, messages: Any, tools: list | None, generation: bool) -> dict[str, Any]:
         return {
@@ -160,14 +124,18 @@ class ChatTemplate:
         }
 
     def _written_plainly(self, inputs: dict[str, Any]) -> str:
-        return "".join(self._run(self._plain, {**inputs, "strftime_now": self._clock}, None))
+        return "".join(self._run(self._plain, {**inputs, "strftime_now": self._strftime_now}, None))
 
     def _run(
-        self, template: jinja2.Template, inputs: dict[str, Any], watch: PrefixTracker | None
+        self, template: jinja2.Template, inputs: dict[str, Any], tracker: PrefixTracker | None
     ) -> list[str]:
-        watches = self._environment.watches
-        watches.current, watches.steps = watch, 0
-        pieces = watch.pieces if watch is not None else []
+        """The strings that the template writes; with a tracker, these are its pieces.
+
+        Raises ChatError for whatever goes wrong in it: templates come from anywhere.
+        """
+        state = self._environment.render_state
+        state.tracker, state.loop_steps = tracker, 0
+        pieces = tracker.pieces if tracker is not None else []
         try:
             if template not in self._globals:
                 self._globals[template] = dict(template.globals)
@@ -176,16 +144,56 @@ class ChatTemplate:
                 pieces.append(piece)
             return pieces
         except jinja2.TemplateError as error:
-            words = error.message or str(error)
+            problem = error.message or str(error)
         except RecursionError:
-            words = "it calls itself without end"
+            problem = "it calls itself without end"
         except MemoryError:
-            words = "it needs more memory than there is"
+            problem = "it needs more memory than there is"
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            words = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"
         finally:
-            watches.current = None
-        raise ChatError(f"the chat template refuses the row: {words}", reason="template refuses")
+            state.tracker = None
+        for pattern, name in _TYPE_NAMES:
+            problem = pattern.sub(name, problem)
+        raise ChatError(f"the chat template refuses the row: {problem}", reason="template refuses")
+
+
+def _can_track_prefixes(tree: nodes.Template) -> bool:
+    """Whether all state that outlives a loop of the template can be tracked."""
+    if any(name.name in _HIDDEN_STATE for name in tree.find_all(nodes.Name)):
+        return False
+    values = [assign.node for assign in tree.find_all(nodes.Assign)]
+    return not any(isinstance(v, nodes.Filter) and v.name in _LAZY_FILTERS for v in values)
+
+
+def _nodes_behind_messages(tree: nodes.Template) -> nodes.Template | None:
+    """What stands behind the last loop, if it depends on nothing but the template's variables.
+
+    Then the generation prompt, which must be mentioned only there, is one text for all rows.
+    """
+    loops = [index for index, node in enumerate(tree.body) if _nodes_of(node, nodes.For)]
+    if not loops or not isinstance(tree.body[loops[-1]], nodes.For):
+        return None
+    before, behind = tree.body[: loops[-1] + 1], tree.body[loops[-1] + 1 :]
+    set_before = _variable_names(before, "store")
+    if "add_generation_prompt" in _variable_names(before, "load") | set_before:
+        return None
+    macros = {macro.name for node in before for macro in _nodes_of(node, nodes.Macro)}
+    of_the_row = set_before | macros | {"messages", "tools", "documents", "loop"}
+    if _variable_names(behind, "load") & of_the_row:
+        return None
+    return nodes.Template(behind, lineno=1)
+
+
+def _nodes_of(node: nodes.Node, node_type: type[nodes.Node]) -> list:
+    """The nodes of a type in a tree, its root included."""
+    return [node] * isinstance(node, node_type) + list(node.find_all(node_type))
+
+
+def _variable_names(body: list[nodes.Node], context: str) -> set[str]:
+    """The names that a body loads or stores, as `context` says."""
+    names = (name for node in body for name in _nodes_of(node, nodes.Name))
+    return {name.name for name in names if name.ctx == context}
 
 
 def read_template(template: str) -> str:
