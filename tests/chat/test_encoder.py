@@ -488,7 +488,7 @@ def test_whole_turns_go_from_the_front(template):
     limit = max(map(len, whole)) * 2 // 3
     encoder = ChatEncoder(tokenizer, max_length=limit)
     batch = encoder.encode_batch([{"messages": LONG}])
-    assert list(batch.cut) == [0] and batch.cut_rows == 1 and batch.sequences
+    assert list(batch.cut) == [0] and batch.counts["cut_rows"] == 1 and batch.sequences
     for sequence in batch.sequences:
         assert len(sequence) <= limit
         text = tokenizer.decode(sequence.input_ids)

@@ -13,6 +13,7 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning field; transformers passes a message's reasoning on under two of them."""
 MAX_DEPTH = 64
 MAX_CHARACTERS = 50_000_000
+Result = TypeVar("Result")
 _LINK_KEYS = ("id", "type", "index")
 
 
@@ -23,16 +24,16 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     origins: list[FieldOrigin] = field(default_factory=list)
-    """Non-empty fields that must not be lost."""
+    """The origins of non-empty fields, which must not be lost."""
     texts: list[str] = field(default_factory=list)
-    """Every text of the row."""
+    """Every text of the row, as plain strings."""
     train: list[bool | None] = field(default_factory=list)
     """Each message's own `train` flag; None where it has none."""
     numbers: list[int] = field(default_factory=list)
-    """Each message's number in the row as it was given."""
+    """Each message's number in the row as it was given: rows may have lost turns of their front."""
 
     def role(self, index: int) -> str:
-        """The role of a message."""
+        """The role of the message at a position."""
         return self.messages[index]["role"]
 
 
@@ -59,9 +60,8 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
 
 
 def _describe_type(value: Any) -> str:
-    return (
-        "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
-    )
+    is_empty = isinstance(value, list | tuple) and not value
+    return "an empty list" if is_empty else type(value).__name__
 
 
 def _read_message(conversation: Conversation, index: int, message: Any) -> dict[str, Any]:
@@ -126,15 +126,15 @@ def _check_content(index: int, role: str, message: dict) -> None:
             message=index,
             field="content",
         )
-    parts = content if isinstance(content, list | tuple) else [content]
-    for part in parts:
-        if role == "tool" and isinstance(part, dict | str):
+    for item in content if isinstance(content, list | tuple) else [content]:
+        # Results of tools may be any JSON.
+        if role == "tool" and isinstance(item, dict | str):
             continue
-        if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not (isinstance(item, dict) and isinstance(item.get("text"), str)):
+            type_name = item.get("type") if isinstance(item, dict) else type(item).__name__
             raise ChatError(
                 f"only text can be trained: content must be a string or a list of "
-                f'{{"type": "text", "text": ...}} parts; found {kind!r}',
+                f'{{"type": "text", "text": ...}} parts; found {type_name!r}',
                 reason="content is not text",
                 message=index,
                 field="content",
@@ -143,31 +143,31 @@ def _check_content(index: int, role: str, message: dict) -> None:
 
 def _read_field(conversation: Conversation, index: int, role: str, key: str, value: Any) -> Any:
     """Copy one field; every text in it gets an origin of its own."""
-    needed = key in ("content", "tool_calls") or key in REASONING_FIELDS
+    is_required = key in ("content", "tool_calls") or key in REASONING_FIELDS
     # The name on a tool's result only links it to its call; elsewhere it says who speaks.
-    needed = needed or (key == "name" and role not in ("tool", "function", "ipython"))
+    is_required |= key == "name" and role not in ("tool", "function", "ipython")
 
-    def leaf(text: str, path: tuple) -> TracedStr:
-        linking = key == "tool_calls" and _is_link(path)
-        typing = key == "content" and path and path[-1] == "type"
+    def trace(text: str, path: tuple) -> TracedStr:
+        # These only link or type a call, or type a piece of content.
+        is_link = key == "tool_calls" and len(path) == 2 and path[1] in _LINK_KEYS
+        is_type = key == "content" and path and path[-1] == "type"
         origin = FieldOrigin(index, role, key, text)
         origin.is_json = bool(path) and path[-1] == "arguments"
-        return _read_text(conversation, origin, text, needed and not linking and not typing)
+        return _read_text(conversation, origin, text, is_required and not (is_link or is_type))
 
-    return _copy_value(value, leaf, (), index, key)
-
-
-def _is_link(path: tuple) -> bool:
-    """Whether a text of `tool_calls` only links or types a call: its id, `type`, `index`."""
-    return len(path) == 2 and path[1] in _LINK_KEYS
+    return _copy_value(value, trace, (), index, key)
 
 
 def _copy_value(
-    value: Any, leaf: Callable[[str, tuple], TracedStr], path: tuple, index: int | None, key: str
+    value: Any, trace: Callable[[str, tuple], TracedStr], path: tuple, index: int | None, key: str
 ) -> Any:
-    """A deep copy in plain types, with `leaf(text, path)` in the place of every text."""
+    """A deep copy in plain types, with `trace(text, path)` instead of every text.
+
+    `path`: the keys and indices that lead to the value. `index`, `key`: message and field, for
+    errors.
+    """
     if isinstance(value, str):
-        return leaf(str.__str__(value), path)
+        return trace(str.__str__(value), path)
     if value is None or type(value) in (bool, int, float):
         return value
     if len(path) > MAX_DEPTH:
@@ -179,34 +179,32 @@ def _copy_value(
         )
     if isinstance(value, dict):
         # Keys of a call's arguments are text of the row too; keys above them are the format's own.
-        free = "arguments" in path or "parameters" in path
-        return {
-            leaf(name, (*path, name)) if free and isinstance(name, str) else name: _copy_value(
-                item, leaf, (*path, name), index, key
-            )
-            for name, item in value.items()
-        }
+        traces_keys = "arguments" in path or "parameters" in path
+        copied = {}
+        for name, item in value.items():
+            item_path = (*path, name)
+            is_text = traces_keys and isinstance(name, str)
+            copied_name = trace(name, item_path) if is_text else name
+            copied[copied_name] = _copy_value(item, trace, item_path, index, key)
+        return copied
     if isinstance(value, list | tuple):
         return [
-            _copy_value(item, leaf, (*path, place), index, key) for place, item in enumerate(value)
+            _copy_value(item, trace, (*path, number), index, key)
+            for number, item in enumerate(value)
         ]
-    return _copy_value(_to_plain_data(value), leaf, (*path, None), index, key)
-
-
-def _to_plain_data(value: Any) -> Any:
-    """Other objects in plain types, as transformers shows them to templates."""
+    # Other objects become plain types, as transformers shows them to templates.
     from transformers.utils.chat_template_utils import _plain_template_data
 
-    return _plain_template_data(value)
+    return _copy_value(_plain_template_data(value), trace, (*path, None), index, key)
 
 
 def _read_text(
-    conversation: Conversation, origin: FieldOrigin, value: str, needed: bool
+    conversation: Conversation, origin: FieldOrigin, value: str, is_required: bool
 ) -> TracedStr:
     if not value.isascii():
         _check_unicode(value, origin)
     conversation.texts.append(value)
-    if needed and value and not value.isspace():
+    if is_required and value and not value.isspace():
         conversation.origins.append(origin)
     return trace_field(origin, value)
 
@@ -231,16 +229,13 @@ def _read_tools(conversation: Conversation, tools: Any) -> list[Any]:
             reason="malformed tools",
             field="tools",
         )
+    # Templates rewrite tools in many ways: it is enough that some of their text arrives.
     shared = FieldOrigin(None, None, "tools")
 
-    def leaf(text: str, path: tuple) -> TracedStr:
-        if not text.isascii():
-            _check_unicode(text, shared)
-        conversation.texts.append(text)
-        return trace_field(shared, text)
+    def trace(text: str, path: tuple) -> TracedStr:
+        return _read_text(conversation, shared, text, False)
 
-    plain = [_to_schema(tool) for tool in tools]
-    copied = [_copy_value(tool, leaf, (), None, "tools") for tool in plain]
+    copied = [_copy_value(_to_schema(tool), trace, (), None, "tools") for tool in tools]
     if copied:
         conversation.origins.append(shared)
     return copied
@@ -259,11 +254,6 @@ def _to_schema(tool: Any) -> Any:
         reason="malformed tools",
         field="tools",
     )
-
-
-# Tool calls that come without content, for templates that ask for it.
-
-Result = TypeVar("Result")
 
 
 def retry_with_empty_content(use: Callable[[Any], Result], messages: Any) -> Result:

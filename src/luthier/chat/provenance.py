@@ -8,8 +8,6 @@ from typing import Any, SupportsIndex
 from markupsafe import Markup
 from markupsafe import escape as markupsafe_escape
 
-# Where characters of a rendered text came from, and runs of them.
-
 
 class FieldOrigin:
     """The field of a message (or of the row's tools) that a run of characters was copied from."""
@@ -43,30 +41,30 @@ class FieldOrigin:
         return joint
 
     def __repr__(self) -> str:
-        return f"Origin(message={self.message}, role={self.role!r}, field={self.field!r})"
+        return f"FieldOrigin(message={self.message}, role={self.role!r}, field={self.field!r})"
 
 
 OriginRun = tuple[int, FieldOrigin | None, int]
 """(length, origin, start): so many characters of one origin (None: the template wrote them).
 
-`start` is the place of the first of them in the field; -1 when the field was transformed, so that
-its characters can no longer be told apart.
+`start` is the position of the first of them in the field; -1 when the field was transformed, so
+that its characters can no longer be told apart.
 """
 
 
 def slice_runs(runs: tuple[OriginRun, ...], start: int, stop: int) -> tuple[OriginRun, ...]:
     """The runs of `text[start:stop]`, for 0 <= start <= stop <= the text's length."""
-    found = []
+    sliced = []
     position = 0
-    for length, origin, source in runs:
+    for length, origin, field_start in runs:
         begin, end = max(start, position), min(stop, position + length)
         if begin < end:
-            place = source + (begin - position) if source >= 0 else -1
-            found.append((end - begin, origin, place))
+            new_start = field_start + (begin - position) if field_start >= 0 else -1
+            sliced.append((end - begin, origin, new_start))
         position += length
         if position >= stop:
             break
-    return tuple(found)
+    return tuple(sliced)
 
 
 # ruff: noqa: D102 (the methods are those of `str`)
@@ -95,27 +93,20 @@ def trace_field(origin: FieldOrigin, value: str) -> TracedStr:
 
 def concat_strings(parts: Iterable[str]) -> str:
     """Concatenate strings; the result is a plain `str` when all of them are."""
-    parts = tuple(parts)
-    runs: list[OriginRun] = []
-    traced = False
-    for part in parts:
-        if isinstance(part, TracedStr):
-            traced = True
-            runs += part._runs
-        elif part:
-            runs.append((len(part), None, 0))
-    value = "".join(parts)
-    return with_runs(value, tuple(runs)) if traced else value
+    texts = tuple(parts)
+    joined = "".join(texts)
+    is_traced = any(isinstance(text, TracedStr) for text in texts)
+    return with_runs(joined, join_runs(texts)) if is_traced else joined
 
 
-def join_runs(parts: Iterable[str]) -> tuple[OriginRun, ...]:
+def join_runs(texts: Iterable[str]) -> tuple[OriginRun, ...]:
     """The runs of strings that stand one behind the other."""
     runs: list[OriginRun] = []
-    for part in parts:
-        if isinstance(part, TracedStr):
-            runs += part._runs
-        elif part:
-            runs.append((len(part), None, 0))
+    for text in texts:
+        if isinstance(text, TracedStr):
+            runs += text._runs
+        elif text:
+            runs.append((len(text), None, 0))
     return tuple(runs)
 
 
@@ -180,7 +171,7 @@ class TracedStr(str):
             return with_runs(value, slice_runs(self._runs, start, start + 1))
         start, stop, step = key.indices(len(self))
         if step != 1:
-            return concat_traced(self[place] for place in range(start, stop, step))
+            return concat_traced(self[index] for index in range(start, stop, step))
         return with_runs(value, slice_runs(self._runs, start, start + len(value)))
 
     def __iter__(self) -> Iterator[str]:
@@ -260,29 +251,6 @@ class TracedStr(str):
     def join(self, iterable: Iterable[str], /) -> str:
         return join_traced(self, iterable)
 
-    def _same_length(self, value: str) -> TracedStr:
-        if len(value) == len(self):
-            return with_runs(value, self._runs)
-        return with_merged_origin(value, [self])
-
-    def upper(self) -> TracedStr:
-        return self._same_length(str.upper(self))
-
-    def lower(self) -> TracedStr:
-        return self._same_length(str.lower(self))
-
-    def title(self) -> TracedStr:
-        return self._same_length(str.title(self))
-
-    def capitalize(self) -> TracedStr:
-        return self._same_length(str.capitalize(self))
-
-    def swapcase(self) -> TracedStr:
-        return self._same_length(str.swapcase(self))
-
-    def casefold(self) -> TracedStr:
-        return self._same_length(str.casefold(self))
-
 
 class SafeTracedStr(TracedStr):
     """Text marked as safe: whatever is added to it is escaped, as with `markupsafe.Markup`."""
@@ -316,8 +284,8 @@ def escape_html(value: str) -> str:
 
 def concat_traced(parts: Iterable[str]) -> TracedStr:
     """Concatenate strings into a traced text, also when all of them are plain."""
-    whole = concat_strings(parts)
-    return whole if isinstance(whole, TracedStr) else with_runs(whole, runs_of(whole))
+    text = concat_strings(parts)
+    return text if isinstance(text, TracedStr) else with_runs(text, runs_of(text))
 
 
 def join_traced(separator: str, items: Iterable[str]) -> str:
@@ -325,27 +293,36 @@ def join_traced(separator: str, items: Iterable[str]) -> str:
     parts: list[str] = []
     for number, item in enumerate(items):
         if not isinstance(item, str):
-            kind = type(item).__name__
-            raise TypeError(f"sequence item {number}: expected str instance, {kind} found")
+            raise TypeError(
+                f"sequence item {number}: expected str instance, {type(item).__name__} found"
+            )
         if number:
             parts.append(separator)
         parts.append(item)
     return concat_strings(parts)
 
 
+_CASE_METHODS = ("upper", "lower", "title", "capitalize", "swapcase", "casefold")
 # Methods whose result is not worth following character by character.
 _UNTRACED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfill")
 
 
-def _untraced_method(name: str) -> Callable[..., TracedStr]:
+def _traced_method(name: str, keeps_length: bool) -> Callable[..., TracedStr]:
+    """The method of `str`, its result traced: character by character where the length stays.
+
+    Some letters change their number with their case (`ß`); such a text has one merged origin.
+    """
     plain_method = getattr(str, name)
 
     def method(self: TracedStr, *args: Any) -> TracedStr:
-        return with_merged_origin(plain_method(self, *args), [self])
+        value = plain_method(self, *args)
+        if keeps_length and len(value) == len(self):
+            return with_runs(value, self._runs)
+        return with_merged_origin(value, [self])
 
     method.__name__ = name
     return method
 
 
-for _name in _UNTRACED_METHODS:
-    setattr(TracedStr, _name, _untraced_method(_name))
+for _name in (*_CASE_METHODS, *_UNTRACED_METHODS):
+    setattr(TracedStr, _name, _traced_method(_name, _name in _CASE_METHODS))

@@ -19,13 +19,15 @@ _TAG = re.compile(
 )
 
 
-def write_reply(prompt: TracedStr, shown: TracedStr, message: dict[str, Any]) -> TracedStr | None:
+def write_reply(
+    prompt: TracedStr, turn_text: TracedStr, message: dict[str, Any]
+) -> TracedStr | None:
     """The reply to a prompt, both from the end of the history; None where none can be written.
 
-    `shown` is how the template writes the turn, header included.
+    `turn_text` is how the template writes the turn, header included.
     """
-    header = _common_header(prompt, shown)
-    opened, body = prompt[header:], shown[header:]
+    header = _common_header(prompt, turn_text)
+    opened, body = prompt[header:], turn_text[header:]
     if not opened.strip():
         return body
     last = _last_tag(prompt)
@@ -33,16 +35,16 @@ def write_reply(prompt: TracedStr, shown: TracedStr, message: dict[str, Any]) ->
         return None
     name, closes, end = last
     if closes:
-        return _behind_close(prompt[end:], shown, body, name)
-    return _behind_open(prompt[end:], shown, body, name, message)
+        return _behind_close(prompt[end:], turn_text, body, name)
+    return _behind_open(prompt[end:], turn_text, body, name, message)
 
 
-def _common_header(prompt: str, shown: str) -> int:
+def _common_header(prompt: str, turn_text: str) -> int:
     """How far prompt and turn agree, not counting a tag that only one of them has whole."""
     same = 0
-    while same < min(len(prompt), len(shown)) and prompt[same] == shown[same]:
+    while same < min(len(prompt), len(turn_text)) and prompt[same] == turn_text[same]:
         same += 1
-    for text in (prompt, shown):
+    for text in (prompt, turn_text):
         for match in _TAG.finditer(text):
             if match.start() < same < match.end():
                 same = match.start()
@@ -51,12 +53,12 @@ def _common_header(prompt: str, shown: str) -> int:
 
 def _last_tag(prompt: str) -> tuple[str, bool, int] | None:
     """The name of the last tag in the prompt, whether it closes, and where it ends."""
-    found = None
+    last = None
     for match in _TAG.finditer(prompt):
         name = match["name1"] or match["name2"] or match["name3"] or match["name4"]
         closes = bool(match["close1"] or match["close2"] or match["close4"])
-        found = (name, closes, match.end())
-    return found
+        last = (name, closes, match.end())
+    return last
 
 
 def _tag(text: str, name: str, closing: bool) -> re.Match[str] | None:
@@ -66,44 +68,44 @@ def _tag(text: str, name: str, closing: bool) -> re.Match[str] | None:
     return re.search(rf"<{tag}>|\[{tag}\]|<\|{tag}>", text)
 
 
-def _behind_close(space: str, shown: TracedStr, body: TracedStr, name: str) -> TracedStr:
+def _behind_close(space: str, turn_text: TracedStr, body: TracedStr, name: str) -> TracedStr:
     """The turn without its thought: the prompt has closed it."""
-    close = _tag(shown, name, closing=True)
-    if close is None or not _written_by_template(shown, close):
+    close = _tag(turn_text, name, closing=True)
+    if close is None or not _written_by_template(turn_text, close):
         return body
-    return _without(shown[close.end() :], space)
+    return _without(turn_text[close.end() :], space)
 
 
 def _behind_open(
-    space: str, shown: TracedStr, body: TracedStr, name: str, message: dict
+    space: str, turn_text: TracedStr, body: TracedStr, name: str, message: dict
 ) -> TracedStr | None:
     """The turn from inside the thought that the prompt has opened."""
-    open_ = _tag(shown, name, closing=False)
-    if open_ is not None and _written_by_template(shown, open_):
-        return _without(shown[open_.end() :], space)
+    open_ = _tag(turn_text, name, closing=False)
+    if open_ is not None and _written_by_template(turn_text, open_):
+        return _without(turn_text[open_.end() :], space)
     content = message.get("content")
     raw = content if isinstance(content, TracedStr) else None
     close = _tag(raw, name, closing=True) if raw else None
     if raw is not None and close is not None:
-        return _with_own_thought(space, raw, body, name, close)
+        return _with_content_reasoning(space, raw, body, name, close)
     reasoning = message.get("reasoning_content")
-    thought = reasoning if isinstance(reasoning, str) else ""
-    # The form in which templates that show thoughts write them, an empty one included.
-    return concat_traced((thought.rstrip("\n"), f"\n</{name}>\n\n", body))
+    written = reasoning.rstrip("\n") if isinstance(reasoning, str) else ""
+    # The form in which templates that show reasoning write it, an empty one included.
+    return concat_traced((written, f"\n</{name}>\n\n", body))
 
 
-def _with_own_thought(
+def _with_content_reasoning(
     space: str, raw: TracedStr, body: TracedStr, name: str, close: re.Match[str]
 ) -> TracedStr | None:
-    """The content's own thought, which the template strips, and then the turn as it stands."""
+    """The reasoning in the content, which the template strips, and then the turn as it stands."""
     rest = raw[close.end() :]
     if not body.startswith(rest.strip()) and rest.strip() not in body:
         return None
     open_ = _tag(raw, name, closing=False)
     inside = raw[open_.end() if open_ is not None and open_.end() <= close.start() else 0 :]
-    thought = _without(inside, space)
+    reasoning = _without(inside, space)
     stripped = rest if body.startswith(rest) else rest.strip()
-    return concat_traced((thought[: len(thought) - len(rest)], rest, body[len(stripped) :]))
+    return concat_traced((reasoning[: len(reasoning) - len(rest)], rest, body[len(stripped) :]))
 
 
 def _without(text: TracedStr, space: str) -> TracedStr:

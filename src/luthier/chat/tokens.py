@@ -62,7 +62,7 @@ class TokenEncoder:
             and any(map(_splits_words, steps))
         )
         """Whether text is split into words by what stands next to it alone."""
-        self._newline = self._encode_whole(["\n"])[0]
+        self._newline = self._encode_texts(["\n"])[0]
         self.is_splittable = self.is_position_free and all(
             map(_is_exact_match_token, self.backend.get_added_tokens_decoder().values())
         )
@@ -158,12 +158,12 @@ class TokenEncoder:
     def _encode_joined(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts without added tokens: several go in one, with a token between them."""
         if not self.added:
-            return self._encode_whole(texts)
+            return self._encode_texts(texts)
         index = min(self.added.values())
         token = self._names[index]
         groups = list(group_texts(texts))
         ids: list[list[int]] = []
-        encoded = self._encode_whole([token.join(group) for group in groups])
+        encoded = self._encode_texts([token.join(group) for group in groups])
         for group, group_ids in zip(groups, encoded, strict=True):
             start = 0
             for _ in group[1:]:
@@ -186,7 +186,7 @@ class TokenEncoder:
         the newline merges with the piece, the piece is encoded alone (so does transformers).
         """
         new = list(dict.fromkeys(pieces))
-        encoded = self._encode_whole([before + piece.text for piece in new])
+        encoded = self._encode_texts([before + piece.text for piece in new])
         merged = []
         for piece, piece_ids in zip(new, encoded, strict=True):
             if not before:
@@ -195,9 +195,9 @@ class TokenEncoder:
                 ids[piece] = piece_ids[len(self._newline) :]
             else:
                 merged.append(piece)
-        ids.update(zip(merged, self._encode_whole([p.text for p in merged]), strict=True))
+        ids.update(zip(merged, self._encode_texts([p.text for p in merged]), strict=True))
 
-    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         """The ids of whole texts, added tokens and all."""
         if not texts:
             return []

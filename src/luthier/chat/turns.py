@@ -102,17 +102,17 @@ class SequencePlanner:
         reply the template does not show or does not end.
         """
         template, messages, tools = self._template, conversation.messages, conversation.tools
-        whole_row = template.render_with_prefixes(messages, tools, False)
+        rendered_row = template.render_with_prefixes(messages, tools, False)
         # Templates whose ending is the same for all rows need no second render for the prompts.
         prompted = None
         if template.fixed_endings is None:
             prompted = template.render_with_prefixes(messages, tools, True)
         if all(conversation.role(index) == "assistant" for index in trained):
-            shared = SharedSequence(whole_row, prompted, template.fixed_endings, self._controls)
+            shared = SharedSequence(rendered_row, prompted, template.fixed_endings, self._controls)
             sequence = shared.sequence(conversation, trained)
             if sequence is not None:
                 return [sequence]
-        return group_turns(self._turns_in_context(conversation, trained), whole_row.text)
+        return group_turns(self._turns_in_context(conversation, trained), rendered_row.text)
 
     def _turns_in_context(
         self, conversation: Conversation, trained: list[int]
@@ -181,27 +181,27 @@ class SharedSequence:
 
     def __init__(
         self,
-        whole_row: TrackedRendering,
+        rendered_row: TrackedRendering,
         prompted: TrackedRendering | None,
         fixed_endings: tuple[str, str] | None,
         controls: ControlTokens,
     ) -> None:
-        """`whole_row`, `prompted`: the row without and with the generation prompt.
+        """`rendered_row`, `prompted`: the row without and with the generation prompt.
 
         `prompted` is None where `fixed_endings` are what stands behind the messages in both.
         """
-        self._whole_row = whole_row
+        self._row = rendered_row
         self._prompted = prompted
         self._fixed_endings = fixed_endings
         self._controls = controls
-        self._plain = whole_row.plain
+        self._plain = rendered_row.plain
         self._common = (
             len(self._plain) if prompted is None else _common_length(self._plain, prompted.plain)
         )
         self._run_ends: list[tuple[int, int]] = []
         """(end, message) of each run of characters that a message wrote, in order."""
         position = 0
-        for length, origin, _ in whole_row.text._runs:
+        for length, origin, _ in rendered_row.text._runs:
             position += length
             if origin is not None and origin.message is not None:
                 self._run_ends.append((position, origin.message))
@@ -215,14 +215,14 @@ class SharedSequence:
             if span is None:
                 return None
             spans.append(span)
-        return RenderedSequence(self._whole_row.text, spans, self._plain)
+        return RenderedSequence(self._row.text, spans, self._plain)
 
     def _span(self, index: int, number: int, is_last: bool) -> TrainedSpan | None:
         """Where the reply stands: behind its own prompt, as its own context writes it."""
         start = self._prompt_end(index)
         # The turn's own context is this text up to `stop`, and again from `tail` on.
         end = len(self._plain)
-        context = (end, end) if is_last else self._whole_row.prefix(index + 1)
+        context = (end, end) if is_last else self._row.prefix(index + 1)
         if start is None or context is None or start > context[0]:
             return None
         stop, tail = context
@@ -235,7 +235,7 @@ class SharedSequence:
     def _prompt_end(self, index: int) -> int | None:
         """Where the turn's prompt ends in the text; None where the text does not begin with it."""
         if self._prompted is None and self._fixed_endings is not None:
-            context = self._whole_row.prefix(index)
+            context = self._row.prefix(index)
             if context is None or context[1] != len(self._plain) - len(self._fixed_endings[0]):
                 return None
             ending = self._fixed_endings[1]

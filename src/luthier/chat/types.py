@@ -1,4 +1,4 @@
-"""What the encoder gives: sequences of token ids with labels, and the account of a batch."""
+"""What the encoder gives: sequences of token ids with labels, errors, and the counts of a batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from luthier.errors import UserError
-
-# What can be wrong with a row or with a template, in words that name the row.
 
 
 class ChatError(UserError):
@@ -46,7 +44,7 @@ class ChatError(UserError):
 
     @property
     def description(self) -> str:
-        """The error without the row, for one that says itself which row it is."""
+        """The error's text without the row, for a caller that says itself which row it is."""
         return str(self.in_row(None))
 
     def in_row(self, row: int | None) -> ChatError:
@@ -56,8 +54,7 @@ class ChatError(UserError):
         )
 
 
-# Token ids as bytes: a quarter of the memory of a list, and joined without looking at each.
-
+# Ids are held as bytes: a quarter of the memory of a list, and joined without looking at each.
 BYTES_PER_ID = 4
 """Bytes of one id: an int32 in the order of this machine."""
 
@@ -200,16 +197,6 @@ class ChatBatch:
         self.rows.append([])
 
     @property
-    def cut_rows(self) -> int:
-        """How many rows were cut."""
-        return len(self.cut)
-
-    @property
-    def cut_turns(self) -> int:
-        """How many trained turns went with what was cut."""
-        return sum(self.cut.values())
-
-    @property
     def sequences(self) -> list[ChatSequence]:
         """All sequences, row after row."""
         return [sequence for row in self.rows for sequence in row]
@@ -226,7 +213,7 @@ class ChatBatch:
             "trained_tokens": trained,
             "dropped_rows": sum(self.dropped.values()),
             "dropped": dict(self.dropped),
-            "cut_rows": self.cut_rows,
-            "cut_turns": self.cut_turns,
+            "cut_rows": len(self.cut),
+            "cut_turns": sum(self.cut.values()),
             "lossy_rows": self.lossy_rows,
         }

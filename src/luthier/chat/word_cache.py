@@ -17,7 +17,7 @@ from luthier.chat.types import pack_ids
 
 WordSplitter = Callable[[str], list[str]]
 _MAX_CACHED_CHARS = 2_000_000
-"""Characters of all words that are kept."""
+"""Characters of all words in the cache: beyond them it begins anew."""
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How the step `ByteLevel` cuts."""
 _NOT_ASCII = "\u0300"
@@ -44,17 +44,17 @@ class _UnsupportedStep(Exception):
 class WordEncoder:
     """Encodes ASCII texts in which no added token stands."""
 
-    def __init__(self, backend: Any, cut: WordSplitter) -> None:
-        """`cut`: how the backend cuts texts into words."""
-        self._cut = cut
-        self._known = _WordCache(backend)
+    def __init__(self, backend: Any, split: WordSplitter) -> None:
+        """`split`: cuts texts into words as the backend does."""
+        self._split = split
+        self._cache = _WordCache(backend)
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The ids of each text, packed."""
-        ids = self._known.__getitem__
-        found = [b"".join(map(ids, self._cut(text))) for text in texts]
-        self._known.bound()
-        return found
+        ids = self._cache.__getitem__
+        encoded = [b"".join(map(ids, self._split(text))) for text in texts]
+        self._cache.bound()
+        return encoded
 
 
 class _WordCache(dict[str, bytes]):
@@ -93,10 +93,11 @@ def make_word_encoder(backend: Any, steps: list[dict[str, Any]]) -> WordEncoder 
         cut = _make_splitter([_step_pattern(step) for step in steps if step.get("use_regex", True)])
     except (_UnsupportedStep, re.error):
         return None
+    # Where both cut the probe alike, they cut all ASCII alike; elsewhere the tokenizer does all.
     probe = _make_probe_text()
-    # Behind that last step characters have other names, but of ASCII as many as before.
-    theirs = [len(word) for word, _ in backend.pre_tokenizer.pre_tokenize_str(probe)]
-    return WordEncoder(backend, cut) if list(map(len, cut(probe))) == theirs else None
+    # Behind the step `ByteLevel` characters have other names, but of ASCII as many as before.
+    backend_lengths = [len(word) for word, _ in backend.pre_tokenizer.pre_tokenize_str(probe)]
+    return WordEncoder(backend, cut) if list(map(len, cut(probe))) == backend_lengths else None
 
 
 def _make_splitter(patterns: list[re.Pattern[str]]) -> WordSplitter:
@@ -106,17 +107,17 @@ def _make_splitter(patterns: list[re.Pattern[str]]) -> WordSplitter:
     if len(patterns) == 1:
         return patterns[0].findall
     first, behind = patterns[0].findall, _make_splitter(patterns[1:])
-    return lambda text: [word for part in first(text) for word in behind(part)]
+    return lambda text: [word for segment in first(text) for word in behind(segment)]
 
 
 def _step_pattern(step: dict[str, Any]) -> re.Pattern[str]:
     """The pattern whose matches are the words that a step makes of ASCII."""
-    kind = step["type"]
-    if kind == "ByteLevel" and not step["add_prefix_space"]:
+    step_type = step["type"]
+    if step_type == "ByteLevel" and not step["add_prefix_space"]:
         pattern = _to_ascii_pattern(_GPT2)
-    elif kind == "Digits":
+    elif step_type == "Digits":
         pattern = "[0-9]|[^0-9]+" if step["individual_digits"] else "[0-9]+|[^0-9]+"
-    elif kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+    elif step_type == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         pattern = _to_ascii_pattern(step["pattern"].get("Regex", ""))
     else:
         raise _UnsupportedStep
@@ -128,25 +129,25 @@ def _step_pattern(step: dict[str, Any]) -> re.Pattern[str]:
 
 def _to_ascii_pattern(pattern: str) -> str:
     """A pattern of the tokenizer in the words of `re`, for ASCII."""
-    found = []
+    translated = []
     in_set = False
     for match in _PATTERN_SYNTAX.finditer(pattern):
-        part, name, letter = match[0], match[1], match[2]
+        symbol, name, letter = match[0], match[1], match[2]
         if (name and name not in _CLASSES) or (letter and letter not in _ESCAPES):
             raise _UnsupportedStep
         # Sets in sets, and what two of them share, are not in `re`.
-        if in_set and part in "[&":
+        if in_set and symbol in "[&":
             raise _UnsupportedStep
         if name:
-            part = _CLASSES[name] if in_set else f"[{_CLASSES[name]}]"
-        found.append(part)
-        in_set = part == "[" or (in_set and part != "]")
-    return "".join(found)
+            symbol = _CLASSES[name] if in_set else f"[{_CLASSES[name]}]"
+        translated.append(symbol)
+        in_set = symbol == "[" or (in_set and symbol != "]")
+    return "".join(translated)
 
 
 def _make_probe_text() -> str:
     """A text in which each ASCII character stands beside each kind, and each three of them."""
-    kinds = "aZs7'. /\n\t"
-    beside = product(map(chr, range(128)), kinds)
-    threes = product(kinds, repeat=3)
+    samples = "aZs7'. /\n\t"
+    beside = product(map(chr, range(128)), samples)
+    threes = product(samples, repeat=3)
     return "".join(map("".join, (*beside, *threes, "we'LL say you're I've 1234567 aB AAb BA")))
