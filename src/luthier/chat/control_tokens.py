@@ -52,7 +52,7 @@ class ControlTokens:
         self.turn_markers = self._special_markers() | self._written_markers()
 
     def find_stop(self, tail: str) -> tuple[int, str] | None:
-        """Where the first stop token in the text behind a reply's last field ends, and which it is.
+        """Return where the first stop token behind a reply's last field ends, and which it is.
 
         A special token that nothing but space follows ends the turn too, though it be no known
         stop token. None where there is neither.
@@ -68,7 +68,7 @@ class ControlTokens:
         return last.end(), last[0]
 
     def find_next_turn_stop(self, tail: TracedStr) -> tuple[TracedStr, str] | None:
-        """The text up to an end-of-sequence token that comes first behind a turn, and the token.
+        """Return the text up to an end-of-sequence token right behind a turn, and the token.
 
         None where another token, or text, comes first.
         """
@@ -78,7 +78,7 @@ class ControlTokens:
         return tail[: match.end()], match[0]
 
     def has_suspects(self, texts: Iterable[str]) -> bool:
-        """Whether a text of the row may hold a control token, or a part of one at its edge."""
+        """Return whether a text may hold a control token, or a part of one at its edge."""
         texts = list(texts)
         joined = "".join(texts)
         if not any(edge in joined for edge in self._edges):
@@ -95,7 +95,7 @@ class ControlTokens:
         )
 
     def literal_spans(self, text: TracedStr) -> list[tuple[int, int]]:
-        """Where control tokens stand in text that messages wrote; they are encoded as text."""
+        """Return the spans of control tokens that messages wrote; they are encoded as text."""
         if not self.pattern.search(text):
             return []
         fields = [
@@ -119,14 +119,14 @@ class ControlTokens:
         return literal_spans
 
     def _render(self, messages: list[dict[str, Any]], generation: bool) -> TracedStr | None:
-        """A small conversation as the template writes it; None where the template refuses it."""
+        """Return a small conversation as rendered; None where the template refuses it."""
         try:
             return self._template.render(read_conversation(messages).messages, None, generation)
         except ChatError:
             return None
 
     def _written_stop(self, reply: dict[str, Any]) -> str | None:
-        """The token that ends this reply, be it the last message or not.
+        """Return the token that ends this reply, be it the last message or not.
 
         Some templates write more behind the very last turn than behind others (an end of text);
         the turn itself ends with the last control token that stands behind it in both cases.
@@ -150,11 +150,11 @@ class ControlTokens:
         return [match[0] for match in self._any.finditer(text)]
 
     def _special_markers(self) -> set[str]:
-        """Special tokens, less those that come as a pair of tags for use inside a reply."""
+        """Return special tokens, less those that come as a pair of tags for use inside a reply."""
         return {token for token in self._special if not _is_tag(token, self._special)}
 
     def _written_markers(self) -> set[str]:
-        """Control tokens that stand around turns, special or not, tags aside."""
+        """Return control tokens that stand around turns, special or not, tags aside."""
         text = self._render([_QUESTION, _ANSWER, _QUESTION], True)
         if text is None:
             text = self._render([_QUESTION], True)
@@ -164,13 +164,13 @@ class ControlTokens:
 
 
 def _is_tag(token: str, tokens: set[str]) -> bool:
-    """Whether a token is one of a pair among `tokens`, such as `<think>` and `</think>`."""
+    """Return whether a token is one of a pair among `tokens`, such as `<think>` and `</think>`."""
     opening = token.replace("/", "", 1) if token[1:2] == "/" else token
     return opening in tokens and f"{opening[:1]}/{opening[1:]}" in tokens
 
 
 def _text_behind_message(text: TracedStr, index: int) -> str:
-    """The text behind the last character that a message wrote, up to the next message's."""
+    """Return the text behind the last character that a message wrote, up to the next message's."""
     begin = stop = 0
     for _, end, origin in origin_spans(text._runs):
         if origin is not None and origin.message == index:

@@ -33,7 +33,7 @@ class Conversation:
     """Each message's number in the row as it was given: rows may have lost turns of their front."""
 
     def role(self, index: int) -> str:
-        """The role of the message at a position."""
+        """Return the role of the message at a position."""
         return self.messages[index]["role"]
 
 
@@ -161,7 +161,7 @@ def _read_field(conversation: Conversation, index: int, role: str, key: str, val
 def _copy_value(
     value: Any, trace: Callable[[str, tuple], TracedStr], path: tuple, index: int | None, key: str
 ) -> Any:
-    """A deep copy in plain types, with `trace(text, path)` instead of every text.
+    """Return a deep copy in plain types, with `trace(text, path)` instead of every text.
 
     `path`: the keys and indices that lead to the value. `index`, `key`: message and field, for
     errors.
@@ -242,7 +242,7 @@ def _read_tools(conversation: Conversation, tools: Any) -> list[Any]:
 
 
 def _to_schema(tool: Any) -> Any:
-    """A tool as a JSON schema; Python functions are described as transformers describes them."""
+    """Return a tool as a JSON schema; functions are described as transformers does it."""
     if isinstance(tool, dict):
         return tool
     if callable(tool):

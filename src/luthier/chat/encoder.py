@@ -84,7 +84,7 @@ class ChatEncoder:
         )
 
     def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
-        """The ids that generation of the next turn starts from."""
+        """Return the ids that generation of the next turn starts from."""
 
         def encode(filled: list[dict[str, Any]]) -> list[int]:
             conversation = read_conversation(filled, tools)
@@ -95,7 +95,7 @@ class ChatEncoder:
     def encode(
         self, messages: list[dict[str, Any]], tools: list | None = None
     ) -> list[ChatSequence]:
-        """The row's training sequences; empty when the row is dropped.
+        """Return the row's training sequences; empty when the row is dropped.
 
         Raises ChatError for a row that the settings do not allow to drop or keep.
         """
@@ -104,7 +104,7 @@ class ChatEncoder:
         return batch.rows[0]
 
     def encode_batch(self, conversations: Iterable[dict[str, Any]]) -> ChatBatch:
-        """The sequences of many rows, with counts of what was dropped or cut, and why.
+        """Return the sequences of many rows, with counts of what was dropped or cut, and why.
 
         Each conversation is a dict with `messages` and perhaps `tools`. Raises ChatError, with the
         row's number, for a row that the settings do not allow to drop or keep.
@@ -126,7 +126,7 @@ class ChatEncoder:
         return batch
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the ids, the template's text included, for JSON."""
+        """Return everything that decides the ids, the template's text included, for JSON."""
         sources = self._pipelines.sources
         return {
             "template": sources if len(sources) > 1 else sources["default"],
@@ -142,7 +142,7 @@ class ChatEncoder:
 
     @classmethod
     def from_settings(cls, tokenizer: Any, settings: dict[str, Any]) -> ChatEncoder:
-        """The encoder that `settings()` describes."""
+        """Return the encoder that `settings()` describes."""
         return cls(tokenizer, **settings)
 
     @property
@@ -153,7 +153,7 @@ class ChatEncoder:
     def _plan(
         self, number: int | None, row: dict[str, Any]
     ) -> FastPathRow | PlannedRow | ChatError:
-        """A row as the texts of its sequences, or what is wrong with it where it may be dropped.
+        """Return the texts of a row's sequences, or the error for which it is dropped.
 
         `number`: the row's number in its batch; None for a row alone, whose errors name no row.
         """
@@ -190,7 +190,7 @@ class ChatEncoder:
         return PlannedRow(pipeline, lambda: conversation, sequences, suspect, lost)
 
     def _is_fatal(self, error: ChatError) -> bool:
-        """Whether the settings have a row with this error stop the run, rather than drop it."""
+        """Return whether a row with this error stops the run, by the settings, or is dropped."""
         if error.reason in ("nothing to train", "too long"):
             return error.reason == "too long" and self.on_long == "error"
         return self.on_lost != "drop"
@@ -211,7 +211,7 @@ class ChatEncoder:
                 batch.rows.append(row)
 
     def _encode_matched(self, rows: list[FastPathRow]) -> Iterator[list[ChatSequence] | PlannedRow]:
-        """The sequences of rows on the fast path; a plan for those that need a closer look."""
+        """Return the sequences of matched rows; a plan for those that need a closer look."""
         pipeline, limit = self._pipelines.default, self.max_length
         for row, sequences in zip(rows, pipeline.fast_path.encode(rows), strict=True):
             if sequences is not None and (
@@ -251,7 +251,7 @@ class ChatEncoder:
 
 
 def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    """The rows in chunks of about as many messages."""
+    """Return the rows in chunks of about as many messages."""
     chunk: list[tuple[int, Any]] = []
     size = 0
     for number, row in rows:
@@ -266,7 +266,7 @@ def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
 
 
 def _encode_rows(planned: list[PlannedRow]) -> Iterator[list[EncodedSequence] | ChatError]:
-    """The sequences of each row, in order; rows of one template are encoded in one go."""
+    """Return the sequences of each row, in order; rows of one template are encoded in one go."""
     groups: dict[int, list[PlannedRow]] = {}
     for row in planned:
         groups.setdefault(id(row.pipeline), []).append(row)
@@ -277,7 +277,7 @@ def _encode_rows(planned: list[PlannedRow]) -> Iterator[list[EncodedSequence] | 
 
 
 def _encode_together(rows: list[PlannedRow]) -> list[list[EncodedSequence] | ChatError]:
-    """The sequences of rows of one template, or what is wrong with a row's text."""
+    """Return the sequences of rows of one template, or what is wrong with a row's text."""
     sequences = [(sequence, row.suspect) for row in rows for sequence in row.sequences]
     try:
         encoded = iter(rows[0].pipeline.label_builder.encode(sequences))
@@ -304,14 +304,14 @@ class ChatPromptEncoder:
     def encode(
         self, messages: list[dict[str, Any]], tools: list | None = None
     ) -> tuple[list[int], int, ChatError | None]:
-        """The prompt's ids, how many messages went from its front, and what it does not show.
+        """Return the prompt's ids, how many messages went from its front, and what it lacks.
 
         Raises ChatError for a row that makes no prompt; `is_fatal` says whether it stops the run.
         """
         return retry_with_empty_content(lambda filled: self._encode(filled, tools), messages)
 
     def is_fatal(self, error: ChatError) -> bool:
-        """Whether the settings have a row with this error stop the run, rather than drop it."""
+        """Return whether a row with this error stops the run, by the settings, or is dropped."""
         return self._encoder._is_fatal(error)
 
     def _encode(
@@ -332,7 +332,7 @@ class ChatPromptEncoder:
     def _truncate(
         self, pipeline: TemplatePipeline, conversation: Conversation, length: int
     ) -> tuple[list[int], int]:
-        """The prompt without as few turns of its front as make it fit."""
+        """Return the prompt without as few turns of its front as make it fit."""
         starts = turn_starts(conversation, max(conversation.numbers) + 1)
         for start in starts if self._encoder.on_long == "turns" else []:
             shorter = drop_front(conversation, start)

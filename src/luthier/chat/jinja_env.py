@@ -53,7 +53,7 @@ _WIDTHS = re.compile(r"[%:.][^a-zA-Z%{}]*?([0-9]{9,})")
 
 
 def is_enormous(operator: str, left: Any, right: Any) -> bool:
-    """Whether `left * right` or `left ** right` is too large to hold."""
+    """Return whether `left * right` or `left ** right` is too large to hold."""
     if operator == "**":
         return isinstance(left, int) and isinstance(right, int) and abs(right) > 4096
     size = max((len(side) for side in (left, right) if isinstance(side, SIZED_TYPES)), default=0)
@@ -107,7 +107,7 @@ _NO_CONSTANT = object()
 
 
 def _constant_value(node: nodes.Node) -> Any:
-    """The value that compiling gives an expression, or `_NONE`; raises where it is too large."""
+    """Return the value of a constant expression, or `_NO_CONSTANT`; raises if it is too large."""
     if isinstance(node, nodes.Const):
         return node.value
     if not isinstance(node, nodes.Mod | nodes.Mul | nodes.Pow | nodes.Add | nodes.Sub):
@@ -151,7 +151,7 @@ def retrace(function: Callable[..., Any], result: str, args: tuple, kwargs: dict
 
 
 def _with_placeholders(value: Any, numbers: Iterable[int]) -> Any:
-    """The same containers, with a numbered placeholder for each traced text."""
+    """Return the same containers, with a numbered placeholder for each traced text."""
     if type(value) is TracedStr:
         return f"\ue1a0{next(iter(numbers))}\ue1a1"
     if isinstance(value, dict):
@@ -165,7 +165,7 @@ def _with_placeholders(value: Any, numbers: Iterable[int]) -> Any:
 
 
 def trace_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, keeping the runs of the texts that it is given."""
+    """Return the filter, keeping the runs of the texts that it is given."""
 
     @functools.wraps(filter_)
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +182,7 @@ def trace_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bound_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, which refuses to make values too large to hold."""
+    """Return the filter, which refuses to make values too large to hold."""
 
     @functools.wraps(filter_)
     def bounded(value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +197,7 @@ def bound_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def trace_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
-    """JSON of traced values: all of it, brackets too, was made from the fields inside."""
+    """Return JSON of traced values: all of it, brackets too, was made from the fields inside."""
 
     @functools.wraps(tojson)
     def traced(value: Any, *args: Any, **kwargs: Any) -> str:
@@ -210,7 +210,7 @@ def trace_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
 
 
 def _filter_escape(value: Any) -> Any:
-    """The value as HTML writes it, marked as safe."""
+    """Return the value as HTML writes it, marked as safe."""
     if not isinstance(value, TracedStr) or isinstance(value, SafeTracedStr):
         return escape(value)
     return _mark_any_safe(escape_html(value))
@@ -261,7 +261,7 @@ class TracedCodeGenerator(CodeGenerator):
 
 
 def _operands(node: nodes.Expr) -> list[nodes.Expr]:
-    """The operands of a chain of additions, from left to right."""
+    """Return the operands of a chain of additions, from left to right."""
     if isinstance(node, nodes.Add):
         return [*_operands(node.left), node.right]
     return [node]
@@ -328,7 +328,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         return template
 
     def loop_over(self, iterable: Any, at_top: bool) -> Any:
-        """What a `for` of the template loops over."""
+        """Return what a `for` of the template loops over."""
         if isinstance(iterable, TrackedMessages):
             return iterable.loop() if at_top else iterable
         self.render_state.loop_steps += len(iterable) if isinstance(iterable, SIZED_TYPES) else 1
@@ -337,7 +337,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         return iterable
 
     def plus(self, *operands: Any) -> Any:
-        """The sum of the operands, from left to right."""
+        """Return the sum of the operands, from left to right."""
         runs: list[OriginRun] = []
         for operand in operands:
             # A method call per operand would be felt: templates add for every message.
@@ -354,11 +354,11 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         return text
 
     def tilde(self, *operands: Any) -> str:
-        """The operands as strings, one behind the other."""
+        """Return the operands as strings, one behind the other."""
         return concat_strings(map(str, operands))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """An attribute or item, as the sandbox gives it; quick for the common case, a dict."""
+        """Return an attribute or item as the sandbox gives it, but faster for a dict."""
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             try:
                 return obj[attribute]
@@ -406,7 +406,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _format_values(values: Any) -> list[Any]:
-    """What is formatted in: the items of a container, or the one value."""
+    """Return what is formatted in: the items of a container, or the one value."""
     if isinstance(values, dict):
         return list(values.values())
     return list(values) if isinstance(values, list | tuple) else [values]
@@ -421,7 +421,7 @@ def _add(left: Any, right: Any) -> Any:
 
 
 def _mark_any_safe(text: Any) -> Any:
-    """The text, or any value as text, marked as safe, so that nothing escapes it."""
+    """Return the text, or any value as text, marked as safe, so that nothing escapes it."""
     return mark_safe(text) if isinstance(text, TracedStr) else Markup(text)
 
 
@@ -431,7 +431,7 @@ EnvironmentType = TypeVar("EnvironmentType", bound=TracedEnvironment)
 def make_traced_environment(
     base: jinja2.Environment, environment_type: type[EnvironmentType]
 ) -> EnvironmentType:
-    """An environment with the settings, filters, globals and tests of transformers' own."""
+    """Return an environment with the settings, filters, globals and tests of transformers' own."""
     environment = environment_type(
         trim_blocks=base.trim_blocks,
         lstrip_blocks=base.lstrip_blocks,

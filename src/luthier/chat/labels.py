@@ -56,7 +56,7 @@ class EncodedSequence:
         return [span.message for span in self.draft.rendered.spans]
 
     def to_chat_sequence(self) -> ChatSequence:
-        """The sequence as the caller gets it."""
+        """Return the sequence as the caller gets it."""
         return ChatSequence(self.ids, self.replies, self._segments)
 
     def _segments(self) -> list[Segment]:
@@ -86,13 +86,13 @@ class LabelBuilder:
         return self._boundaries == "served" and self._tokens.is_splittable
 
     def encode_prompt(self, text: TracedStr) -> list[int]:
-        """The ids of a prompt."""
+        """Return the ids of a prompt."""
         literal_spans = self._controls.literal_spans(text)
         pieces = self._pieces(RenderedSequence(text), 0, len(text), literal_spans)
         return [index for ids in self._tokens.encode(pieces) for index in ids]
 
     def encode(self, sequences: list[tuple[RenderedSequence, bool]]) -> list[list[EncodedSequence]]:
-        """Each text's sequences, all encoded in one go; `True` where a message may hold control.
+        """Return each text's sequences; `True` stands where a message may hold a control token.
 
         A text makes one sequence, and one more for each reply whose boundary would change the ids
         of later prompts.
@@ -133,7 +133,7 @@ class LabelBuilder:
             self._keeps_ids[boundary] = head + tail == both
 
     def boundary(self, head: str, text: str, token: str) -> BoundaryContext:
-        """A boundary between a header and a reply, both without control tokens of messages.
+        """Return a boundary between a header and a reply, both without control tokens of messages.
 
         `text`: the reply up to its first token, which is `token`.
         """
@@ -147,14 +147,14 @@ class LabelBuilder:
     def check_boundaries(
         self, boundaries: Iterable[BoundaryContext]
     ) -> Mapping[BoundaryContext, bool]:
-        """Whether each boundary leaves the ids around it alone; the mapping may hold others too."""
+        """Return whether each boundary leaves the ids around it alone; others may be there too."""
         unseen = {boundary for boundary in boundaries if boundary not in self._keeps_ids}
         if unseen:
             self._learn_boundaries({each: _boundary_pieces(*each[:2]) for each in unseen})
         return self._keeps_ids
 
     def _span_boundary(self, draft: SequenceDraft, span: TrainedSpan) -> BoundaryContext:
-        """The text before a boundary from the last control token on, and what matters behind it."""
+        """Return the text before a boundary from its last token on, and what matters behind it."""
         plain, literal_spans = draft.rendered.plain, draft.literal_spans
         head = self._header(plain, span.start)
         tail = self._reply_start(plain, literal_spans, span.start, span.stop)
@@ -168,7 +168,7 @@ class LabelBuilder:
         )
 
     def _header(self, plain: str, stop: int) -> str:
-        """The text up to `stop` from the last control token on."""
+        """Return the text up to `stop` from the last control token on."""
         # Headers are short: a small window nearly always holds the token, and repeats.
         size = _HEADER_WINDOW
         while True:
@@ -186,7 +186,7 @@ class LabelBuilder:
             size *= 4
 
     def _reply_start(self, plain: str, literal_spans: LiteralSpans, start: int, stop: int) -> str:
-        """So much of a reply as decides whether its boundary is one.
+        """Return so much of a reply as decides whether its boundary is one.
 
         Where text is first split into words by a pattern that looks no further than a few
         characters ahead and never back, the first few characters behind the white space decide;
@@ -224,7 +224,7 @@ class LabelBuilder:
         )
 
     def _split(self, draft: SequenceDraft) -> list[SequenceDraft]:
-        """The shared sequence, behind one of its own for each reply that cannot share it."""
+        """Return the shared sequence, behind one of its own for each reply that cannot share it."""
         rendered, literal_spans = draft.rendered, draft.literal_spans
         *earlier, last = rendered.spans
         if self._boundaries == "segments" or all(map(self._keeps_ids.get, draft.boundaries)):
@@ -250,7 +250,7 @@ class LabelBuilder:
         return [self._label(draft, piece_ids) for draft in drafts]
 
     def _label(self, draft: SequenceDraft, piece_ids: Iterator[list[int]]) -> EncodedSequence:
-        """The draft with its ids, taken from those of all pieces, and its replies' tokens."""
+        """Return the draft with its ids, the next of `piece_ids`, and its replies' tokens."""
         ids: list[int] = []
         replies: list[Reply] = []
         for number, block in enumerate(draft.blocks):
@@ -265,7 +265,7 @@ class LabelBuilder:
         return EncodedSequence(draft, ids, replies, self._tokens)
 
     def _count_reply_tokens(self, draft: SequenceDraft, span: TrainedSpan, ids: list[int]) -> int:
-        """How many of the ids from the start of a reply are the reply: up to its stop token."""
+        """Return how many of the ids, which begin with a reply, are the reply and its stop."""
         plain = draft.rendered.plain
         # The reply's own text may hold the stop token; where it is literal text it makes no id.
         count = plain.count(span.stop_token, span.start, span.stop)
@@ -280,7 +280,7 @@ class LabelBuilder:
     def _pieces(
         self, rendered: RenderedSequence, start: int, stop: int, literal_spans: LiteralSpans
     ) -> list[TextPiece]:
-        """A block of text as pieces: whole but for the control tokens that messages wrote."""
+        """Return a block of text as pieces: one, but for the control tokens that messages wrote."""
         if self._boundaries == "segments":
             return _segment_pieces(rendered.text, start, stop, literal_spans)
         plain = rendered.plain
@@ -302,7 +302,7 @@ class LabelBuilder:
 def _segment_pieces(
     text: TracedStr, start: int, stop: int, literal_spans: LiteralSpans
 ) -> list[TextPiece]:
-    """Every segment of a block alone; in one that holds a literal span, nothing is a token."""
+    """Return each segment of a block alone; in one with a literal span, nothing is a token."""
     plain = str.__str__(text)
     pieces = []
     for first, last, _ in origin_spans(text._runs):
@@ -323,7 +323,7 @@ def _make_segments(
     labels: list[int],
     tokens: TokenEncoder,
 ) -> list[Segment]:
-    """The sequence as runs of tokens of one origin; a token counts to where it starts."""
+    """Return the sequence as runs of tokens of one origin; a token counts to where it starts."""
     origins = _token_origins(rendered, [piece for block in blocks for piece in block], tokens)
     segments: list[Segment] = []
     start = 0
@@ -344,7 +344,7 @@ def _make_segments(
 def _token_origins(
     rendered: RenderedSequence, pieces: list[TextPiece], tokens: TokenEncoder
 ) -> list[FieldOrigin | None]:
-    """The origin of each token's first character; None where the template wrote it."""
+    """Return the origin of each token's first character; None where the template wrote it."""
     origins: list[FieldOrigin | None] = []
     runs = iter(rendered.text._runs)
     run_end = position = 0

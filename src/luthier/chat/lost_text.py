@@ -20,7 +20,7 @@ _TAGS = re.compile(r"</?\w+>|\[/?[A-Z_]+\]|<\|\w+\|>")
 def find_lost_fields(
     conversation: Conversation, sequences: list[RenderedSequence], template: ChatTemplate
 ) -> list[ChatError]:
-    """One error for each non-empty field that is in none of the sequences, in the row's order."""
+    """Return one error for each non-empty field that is in none of the sequences, in order."""
     for sequence in sequences:
         _mark_complete_fields(sequence.text)
     missing = [origin for origin in conversation.origins if not origin.is_complete]
@@ -51,7 +51,7 @@ def _mark_complete_fields(text: TracedStr) -> None:
 
 
 def _is_complete(origin: FieldOrigin, texts: list[TracedStr]) -> bool:
-    """Whether the field's text is there, but for space and for tags that mark its parts."""
+    """Return whether the field's text is there, but for space and for tags that mark its parts."""
     if origin.text is None:
         return False
     missing = list(origin.text)
@@ -65,7 +65,7 @@ def _is_complete(origin: FieldOrigin, texts: list[TracedStr]) -> bool:
 def _is_history(
     origin: FieldOrigin, trained: set[int], conversation: Conversation, template: ChatTemplate
 ) -> bool:
-    """Whether a template strips this from history only: reasoning of a turn that does not train."""
+    """Return whether a template strips this from history only: reasoning of an untrained turn."""
     if origin.message is None or origin.message in trained or origin.role != "assistant":
         return False
     if origin.field not in (*REASONING_FIELDS, "content"):

@@ -59,7 +59,7 @@ class TemplatePipelines:
         self.default = self.for_tools(None)
 
     def for_tools(self, tools: list | None) -> TemplatePipeline:
-        """The pipeline for rows with these tools, or without any."""
+        """Return the pipeline for rows with these tools, or without any."""
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self._pipelines:
             self._pipelines[name] = self._make(self.sources[name])
@@ -75,7 +75,7 @@ class TemplatePipelines:
 
 
 def _template_sources(tokenizer: Any, template: str | dict[str, str] | None) -> dict[str, str]:
-    """The text of each template by its name; `default` is always there."""
+    """Return the text of each template by its name; `default` is always there."""
     if isinstance(template, str):
         return {"default": read_template(template)}
     sources = template if template is not None else tokenizer.chat_template
@@ -91,7 +91,7 @@ def _template_sources(tokenizer: Any, template: str | dict[str, str] | None) -> 
 
 
 def turn_starts(conversation: Conversation, last: int) -> list[int]:
-    """Positions where a shorter row may start: users' turns behind the first, up to `last`.
+    """Return positions where a shorter row may start: users' turns behind the first, up to `last`.
 
     `last` is a message's number in the row as it was given.
     """
@@ -106,7 +106,7 @@ def turn_starts(conversation: Conversation, last: int) -> list[int]:
 
 
 def drop_front(conversation: Conversation, start: int) -> Conversation:
-    """The row from message `start` on, behind its system messages; numbers stay the row's own."""
+    """Return the row from message `start` on, behind its system messages, with its numbers."""
     system = range(_count_system_messages(conversation))
     indices = [*system, *range(start, len(conversation.messages))]
     return replace(
@@ -118,7 +118,7 @@ def drop_front(conversation: Conversation, start: int) -> Conversation:
 
 
 def _count_system_messages(conversation: Conversation) -> int:
-    """How many system messages the row begins with."""
+    """Return how many system messages the row begins with."""
     count = 0
     while count < len(conversation.messages) and conversation.role(count) in _SYSTEM_ROLES:
         count += 1
@@ -139,7 +139,7 @@ class Truncator:
         conversation: Conversation,
         sequences: list[EncodedSequence],
     ) -> tuple[list[EncodedSequence], int]:
-        """The sequences, the longer ones cut, and how many trained turns went with what was cut.
+        """Return the sequences, the longer ones cut, and how many trained turns that cost.
 
         Raises ChatError for a row that cannot be made to fit.
         """
@@ -161,7 +161,7 @@ class Truncator:
     def _drop_turns(
         self, pipeline: TemplatePipeline, conversation: Conversation, sequence: EncodedSequence
     ) -> list[EncodedSequence]:
-        """The sequence with as few turns removed from its front as make it fit, or nothing."""
+        """Return the sequence without as few turns of its front as make it fit, or nothing."""
         trained = set(sequence.trained_messages)
         starts = turn_starts(conversation, max(trained))
         # Bisection: a row that starts later is shorter.
@@ -181,7 +181,7 @@ class Truncator:
 def _encode_row(
     pipeline: TemplatePipeline, conversation: Conversation, trained: set[int]
 ) -> list[EncodedSequence]:
-    """The row's sequences; `trained`: the numbers of the messages that train."""
+    """Return the row's sequences; `trained`: the numbers of the messages that train."""
     indices = [index for index, number in enumerate(conversation.numbers) if number in trained]
     rendered = pipeline.planner.plan(conversation, indices)
     encoded = pipeline.label_builder.encode([(sequence, True) for sequence in rendered])

@@ -51,9 +51,9 @@ class PrefixTracker:
         self._time = 0
 
     def prefix(self, k: int) -> tuple[int, int] | None:
-        """The run over the first k messages, as (pieces before, pieces from here on) of this one.
+        """Return which pieces the run over the first k messages writes: (up to, and again from).
 
-        None where it is not known to be made of these.
+        None where that is not known.
         """
         if k == self.count:
             return len(self.pieces), len(self.pieces)
@@ -148,7 +148,7 @@ class PrefixTracker:
                 self._fail(k)
 
     def _after_a_loop(self) -> list[int]:
-        """The shorter runs that have left a loop and go the whole run's way again."""
+        """Return the shorter runs that have left a loop and go the whole run's way again."""
         return [k for k in self._exits if k not in self._waiting]
 
     def _fail(self, k: int) -> None:
@@ -161,7 +161,7 @@ class PrefixTracker:
 
 
 def _value_at(values: list[tuple[int, Any]], time: int) -> Any:
-    """The value that was set last before a time."""
+    """Return the value that was set last before a time."""
     return next(value for moment, value in reversed(values) if moment <= time)
 
 
@@ -271,11 +271,11 @@ class TrackedMessages(Sequence):
         return repr(self._list())
 
     def copy(self) -> list[Any]:
-        """A plain list."""
+        """Return a plain list."""
         return self._list()
 
     def loop(self) -> MessageLoop:
-        """The messages for a `for` of the template, whose every step is followed."""
+        """Return the messages for a `for` of the template, whose every step is followed."""
         return MessageLoop(self)
 
 
@@ -346,7 +346,7 @@ def tracked_loop_context(state: RenderState) -> type[LoopContext]:
 
 
 def tracked_namespace(base: type, state: RenderState) -> type:
-    """The template's `namespace`, telling the tracker what is set and read."""
+    """Return the template's `namespace`, telling the tracker what is set and read."""
 
     class TrackedNamespace(base):
         def __getattribute__(self, name: str) -> Any:

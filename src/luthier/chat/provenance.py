@@ -31,7 +31,7 @@ class FieldOrigin:
 
     @classmethod
     def merge(cls, origins: list[FieldOrigin]) -> FieldOrigin:
-        """One origin that stands for several: the text was made from all of them."""
+        """Return one origin that stands for several: the text was made from all of them."""
         first = origins[0]
         if all(origin is first for origin in origins):
             return first
@@ -53,7 +53,7 @@ that its characters can no longer be told apart.
 
 
 def slice_runs(runs: tuple[OriginRun, ...], start: int, stop: int) -> tuple[OriginRun, ...]:
-    """The runs of `text[start:stop]`, for 0 <= start <= stop <= the text's length."""
+    """Return the runs of `text[start:stop]`, for 0 <= start <= stop <= the text's length."""
     sliced = []
     position = 0
     for length, origin, field_start in runs:
@@ -71,21 +71,21 @@ def slice_runs(runs: tuple[OriginRun, ...], start: int, stop: int) -> tuple[Orig
 
 
 def runs_of(value: str) -> tuple[OriginRun, ...]:
-    """The runs of any string; a plain `str` was written by the template."""
+    """Return the runs of any string; a plain `str` was written by the template."""
     if isinstance(value, TracedStr):
         return value._runs
     return ((len(value), None, 0),) if value else ()
 
 
 def with_runs(value: str, runs: tuple[OriginRun, ...]) -> TracedStr:
-    """Text with the given runs, whose lengths must add up to the length of `value`."""
+    """Return text with the given runs, whose lengths must add up to the length of `value`."""
     text = str.__new__(TracedStr, value)
     text._runs = runs
     return text
 
 
 def trace_field(origin: FieldOrigin, value: str) -> TracedStr:
-    """Text that is the whole of a field."""
+    """Return text that is the whole of a field."""
     text = str.__new__(TracedStr, value)
     text._runs = ((len(value), origin, 0),) if value else ()
     return text
@@ -100,7 +100,7 @@ def concat_strings(parts: Iterable[str]) -> str:
 
 
 def join_runs(texts: Iterable[str]) -> tuple[OriginRun, ...]:
-    """The runs of strings that stand one behind the other."""
+    """Return the runs of strings that stand one behind the other."""
     runs: list[OriginRun] = []
     for text in texts:
         if isinstance(text, TracedStr):
@@ -111,7 +111,7 @@ def join_runs(texts: Iterable[str]) -> tuple[OriginRun, ...]:
 
 
 def with_merged_origin(value: str, sources: Iterable[TracedStr]) -> TracedStr:
-    """Text that was made from `sources` in a way that hides which character came from which."""
+    """Return text that was made from `sources`, no one can say which character from which."""
     origins = [run[1] for source in sources for run in source._runs if run[1] is not None]
     if not origins or not value:
         return with_runs(value, runs_of(str(value)))
@@ -119,7 +119,7 @@ def with_merged_origin(value: str, sources: Iterable[TracedStr]) -> TracedStr:
 
 
 def iter_traced(value: Any, depth: int = 0) -> Iterator[TracedStr]:
-    """Every traced text inside plain containers (and a text itself)."""
+    """Return every traced text inside plain containers (and a text itself)."""
     if isinstance(value, TracedStr):
         yield value
     elif isinstance(value, dict):
@@ -200,7 +200,7 @@ class TracedStr(str):
         return self[: len(self) - len(suffix)] if suffix and self.endswith(suffix) else self
 
     def _placed(self, pieces: Iterable[str]) -> list[TracedStr]:
-        """The pieces, which stand in this text in this order, with their runs."""
+        """Return the pieces, which stand in this text in this order, with their runs."""
         placed = []
         position = 0
         for piece in pieces:
@@ -262,14 +262,14 @@ class SafeTracedStr(TracedStr):
 
 
 def mark_safe(value: TracedStr) -> SafeTracedStr:
-    """The same text, marked as safe."""
+    """Return the same text, marked as safe."""
     marked = str.__new__(SafeTracedStr, value)
     marked._runs = value._runs
     return marked
 
 
 def escape_html(value: str) -> str:
-    """The text with `&<>'"` written as HTML writes them, unless it is marked as safe."""
+    """Return the text with `&<>'"` written as HTML writes them, unless it is marked as safe."""
     if isinstance(value, Markup | SafeTracedStr):
         return value
     parts = []
@@ -308,7 +308,7 @@ _UNTRACED_METHODS = ("center", "expandtabs", "ljust", "rjust", "translate", "zfi
 
 
 def _traced_method(name: str, keeps_length: bool) -> Callable[..., TracedStr]:
-    """The method of `str`, its result traced: character by character where the length stays.
+    """Return the method of `str`, its result traced: character by character where the length stays.
 
     Some letters change their number with their case (`ß`); such a text has one merged origin.
     """

@@ -22,7 +22,7 @@ _TAG = re.compile(
 def write_reply(
     prompt: TracedStr, turn_text: TracedStr, message: dict[str, Any]
 ) -> TracedStr | None:
-    """The reply to a prompt, both from the end of the history; None where none can be written.
+    """Return the reply to a prompt, both without the history; None where none can be written.
 
     `turn_text` is how the template writes the turn, header included.
     """
@@ -40,7 +40,7 @@ def write_reply(
 
 
 def _common_header(prompt: str, turn_text: str) -> int:
-    """How far prompt and turn agree, not counting a tag that only one of them has whole."""
+    """Return how far prompt and turn agree, not counting a tag that only one of them has whole."""
     same = 0
     while same < min(len(prompt), len(turn_text)) and prompt[same] == turn_text[same]:
         same += 1
@@ -52,7 +52,7 @@ def _common_header(prompt: str, turn_text: str) -> int:
 
 
 def _last_tag(prompt: str) -> tuple[str, bool, int] | None:
-    """The name of the last tag in the prompt, whether it closes, and where it ends."""
+    """Return the name of the last tag in the prompt, whether it closes, and where it ends."""
     last = None
     for match in _TAG.finditer(prompt):
         name = match["name1"] or match["name2"] or match["name3"] or match["name4"]
@@ -69,7 +69,7 @@ def _tag(text: str, name: str, closing: bool) -> re.Match[str] | None:
 
 
 def _behind_close(space: str, turn_text: TracedStr, body: TracedStr, name: str) -> TracedStr:
-    """The turn without its thought: the prompt has closed it."""
+    """Return the turn without its thought: the prompt has closed it."""
     close = _tag(turn_text, name, closing=True)
     if close is None or not _written_by_template(turn_text, close):
         return body
@@ -79,7 +79,7 @@ def _behind_close(space: str, turn_text: TracedStr, body: TracedStr, name: str) 
 def _behind_open(
     space: str, turn_text: TracedStr, body: TracedStr, name: str, message: dict
 ) -> TracedStr | None:
-    """The turn from inside the thought that the prompt has opened."""
+    """Return the turn from inside the thought that the prompt has opened."""
     open_ = _tag(turn_text, name, closing=False)
     if open_ is not None and _written_by_template(turn_text, open_):
         return _without(turn_text[open_.end() :], space)
@@ -97,7 +97,7 @@ def _behind_open(
 def _with_content_reasoning(
     space: str, raw: TracedStr, body: TracedStr, name: str, close: re.Match[str]
 ) -> TracedStr | None:
-    """The reasoning in the content, which the template strips, and then the turn as it stands."""
+    """Return the reasoning in the content, which the template strips, and the turn behind it."""
     rest = raw[close.end() :]
     if not body.startswith(rest.strip()) and rest.strip() not in body:
         return None
@@ -109,7 +109,7 @@ def _with_content_reasoning(
 
 
 def _without(text: TracedStr, space: str) -> TracedStr:
-    """The text behind whitespace that the prompt has already written."""
+    """Return the text behind whitespace that the prompt has already written."""
     same = 0
     while same < min(len(space), len(text)) and space[same] == text[same]:
         same += 1

@@ -47,7 +47,7 @@ class TrackedRendering:
         self._ends = [0, *accumulate(map(len, tracker.pieces))]
 
     def prefix(self, count: int) -> tuple[int, int] | None:
-        """The text of the first `count` messages: `(stop, tail)` for `plain[:stop] + plain[tail:]`.
+        """Return (stop, tail): the first `count` messages are `plain[:stop] + plain[tail:]`.
 
         None where the template may write it otherwise.
         """
@@ -90,7 +90,7 @@ class ChatTemplate:
         return without, with_prompt
 
     def render(self, messages: list, tools: list | None, add_generation_prompt: bool) -> TracedStr:
-        """The rendered text; raises ChatError with the template's own words."""
+        """Return the rendered text; raises ChatError with the template's own words."""
         inputs = self._inputs(messages, tools, add_generation_prompt)
         text = concat_traced(self._run(self._traced, inputs, None))
         if self.may_escape and self._written_plainly(inputs) != text:
@@ -103,7 +103,7 @@ class ChatTemplate:
     def render_with_prefixes(
         self, messages: list, tools: list | None, add_generation_prompt: bool
     ) -> TrackedRendering:
-        """The rendered text, and by the way what the template writes for fewer messages."""
+        """Return the rendered text, and by the way what the template writes for fewer messages."""
         tracker = PrefixTracker(len(messages))
         if self.may_escape or not self.can_track_prefixes:
             # Nothing is known of prefixes then: as if the template had counted the messages.
@@ -129,7 +129,7 @@ class ChatTemplate:
     def _run(
         self, template: jinja2.Template, inputs: dict[str, Any], tracker: PrefixTracker | None
     ) -> list[str]:
-        """The strings that the template writes; with a tracker, these are its pieces.
+        """Return the strings that the template writes; with a tracker, these are its pieces.
 
         Raises ChatError for whatever goes wrong in it: templates come from anywhere.
         """
@@ -159,7 +159,7 @@ class ChatTemplate:
 
 
 def _can_track_prefixes(tree: nodes.Template) -> bool:
-    """Whether all state that outlives a loop of the template can be tracked."""
+    """Return whether all state that outlives a loop of the template can be tracked."""
     if any(name.name in _HIDDEN_STATE for name in tree.find_all(nodes.Name)):
         return False
     values = [assign.node for assign in tree.find_all(nodes.Assign)]
@@ -167,7 +167,7 @@ def _can_track_prefixes(tree: nodes.Template) -> bool:
 
 
 def _nodes_behind_messages(tree: nodes.Template) -> nodes.Template | None:
-    """What stands behind the last loop, if it depends on nothing but the template's variables.
+    """Return what stands behind the last loop, if it depends on the template's variables alone.
 
     Then the generation prompt, which must be mentioned only there, is one text for all rows.
     """
@@ -186,18 +186,18 @@ def _nodes_behind_messages(tree: nodes.Template) -> nodes.Template | None:
 
 
 def _nodes_of(node: nodes.Node, node_type: type[nodes.Node]) -> list:
-    """The nodes of a type in a tree, its root included."""
+    """Return the nodes of a type in a tree, its root included."""
     return [node] * isinstance(node, node_type) + list(node.find_all(node_type))
 
 
 def _variable_names(body: list[nodes.Node], context: str) -> set[str]:
-    """The names that a body loads or stores, as `context` says."""
+    """Return the names that a body loads or stores, as `context` says."""
     names = (name for node in body for name in _nodes_of(node, nodes.Name))
     return {name.name for name in names if name.ctx == context}
 
 
 def read_template(template: str) -> str:
-    """A template given as text or as the path of a file, as text."""
+    """Return a template given as text or as the path of a file, as text."""
     if "{" in template or "\n" in template:
         return template
     path = Path(template).expanduser()
@@ -213,7 +213,7 @@ def read_template(template: str) -> str:
 
 @lru_cache(maxsize=64)
 def _compile_plain(source: str) -> jinja2.Template:
-    """The template as transformers compiles it."""
+    """Return the template as transformers compiles it."""
     from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
     def compile_(text: str) -> jinja2.Template:

@@ -74,7 +74,7 @@ class TokenEncoder:
         self._cache_size = 0
 
     def encode(self, pieces: Iterable[TextPiece]) -> list[list[int]]:
-        """The ids of each piece, encoded in one batch."""
+        """Return the ids of each piece, encoded in one batch."""
         pieces = list(pieces)
         if self.is_splittable and {piece.kind for piece in pieces} <= {"start", "reply"}:
             return self._encode_split([piece.text for piece in pieces])
@@ -88,7 +88,7 @@ class TokenEncoder:
         return [ids[piece] for piece in pieces]
 
     def _encode_split(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts, taken apart at their added tokens as the backend takes them apart.
+        """Return the ids of texts, taken apart at their added tokens as the backend does it.
 
         What stands between the tokens is encoded once, however often it comes.
         """
@@ -107,7 +107,7 @@ class TokenEncoder:
         ]
 
     def encode_plain(self, texts: list[str]) -> Mapping[str, bytes]:
-        """The packed ids of texts without added tokens, for a tokenizer that `is_splittable`.
+        """Return the packed ids of texts without added tokens; `is_splittable` must hold.
 
         The mapping is the cache: it holds at least these texts until the next call.
         """
@@ -123,7 +123,7 @@ class TokenEncoder:
         return cache
 
     def _encode_new(self, texts: list[str]) -> Iterator[tuple[str, bytes]]:
-        """Each text with its packed ids."""
+        """Return each text with its packed ids."""
         if self._word_encoder is not None:
             ascii_texts = [text for text in texts if text.isascii()]
             yield from zip(ascii_texts, self._word_encoder.encode(ascii_texts), strict=True)
@@ -136,16 +136,16 @@ class TokenEncoder:
         return make_word_encoder(self.backend, self._steps)
 
     def holds_token(self, text: str) -> bool:
-        """Whether an added token stands in the text."""
+        """Return whether an added token stands in the text."""
         return any(first in text for first in self._firsts) and bool(self.pattern.search(text))
 
     def may_end_in_token(self, text: str) -> bool:
-        """Whether the text ends as an added token begins."""
+        """Return whether the text ends as an added token begins."""
         heads, _ = self._edges
         return any(text[start:] in heads for start in range(len(text)))
 
     def may_begin_in_token(self, text: str) -> bool:
-        """Whether the text begins as an added token ends."""
+        """Return whether the text begins as an added token ends."""
         _, tails = self._edges
         return any(text[:stop] in tails for stop in range(1, len(text) + 1))
 
@@ -156,7 +156,7 @@ class TokenEncoder:
         return frozenset(head for head, _ in edges), frozenset(tail for _, tail in edges)
 
     def _encode_joined(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts without added tokens: several go in one, with a token between them."""
+        """Return the ids of texts without added tokens, joined by a token in few calls."""
         if not self.added:
             return self._encode_texts(texts)
         index = min(self.added.values())
@@ -174,7 +174,7 @@ class TokenEncoder:
         return ids
 
     def _starts_freely(self, piece: TextPiece) -> bool:
-        """Whether the piece is encoded as a text of its own."""
+        """Return whether the piece is encoded as a text of its own."""
         return piece.kind == "start" or (piece.kind == "reply" and self.is_position_free)
 
     def _encode_behind(
@@ -198,7 +198,7 @@ class TokenEncoder:
         ids.update(zip(merged, self._encode_texts([p.text for p in merged]), strict=True))
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """The ids of whole texts, added tokens and all."""
+        """Return the ids of whole texts, added tokens and all."""
         if not texts:
             return []
         backend = self.backend
@@ -213,7 +213,7 @@ class TokenEncoder:
         return [encoding.ids for encoding in encodings]
 
     def token_starts(self, piece: TextPiece) -> list[int]:
-        """Where each token of a piece starts in it; about, for people to look at."""
+        """Return where each token of a piece starts in it; about, for people to look at."""
         if piece.kind in ("literal", "plain text"):
             return [0] * len(self._encode_as_text(piece))
         before = "" if self._starts_freely(piece) else "\n"
@@ -226,13 +226,13 @@ class TokenEncoder:
         return [max(start - len(before), 0) for start, _ in encoding.offsets[skip:]]
 
     def _encode_as_text(self, piece: TextPiece) -> list[int]:
-        """The ids of text in which added tokens are no tokens."""
+        """Return the ids of text in which added tokens are no tokens."""
         if piece.kind == "plain text":
             return list(self.tokenizer._encode_without_added_tokens(piece.text))
         return self._encode_literal(piece.text)
 
     def _encode_literal(self, text: str) -> list[int]:
-        """The ids of a control token's text as plain text."""
+        """Return the ids of a control token's text as plain text."""
         encode = self.tokenizer._encode_without_added_tokens
         ids = encode("\n" + text)
         is_separate = ids[: len(self._newline)] == self._newline
@@ -247,7 +247,7 @@ class TokenEncoder:
 
 
 def group_texts(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in groups of a size that one call of the backend handles well."""
+    """Return the texts in groups of a size that one call of the backend handles well."""
     group: list[str] = []
     size = 0
     for text in texts:
@@ -266,18 +266,18 @@ def _cached_bytes(texts: Iterable[str]) -> int:
 
 
 def _is_exact_match_token(token: Any) -> bool:
-    """Whether an added token is found wherever its text stands, and takes nothing around it."""
+    """Return whether an added token is found wherever its text stands, and takes nothing more."""
     return not (token.lstrip or token.rstrip or token.single_word or token.normalized)
 
 
 def compile_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that matches any of the tokens, the longest first."""
+    """Return a pattern that matches any of the tokens, the longest first."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def list_control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
-    """The added tokens that message text must not become, for a template.
+    """Return the added tokens that message text must not become, for a template.
 
     These are transformers' own: special tokens, and added tokens that stand in the template's
     text, or those that the tokenizer lists itself (`chat_control_tokens`).
@@ -286,7 +286,7 @@ def list_control_tokens(tokenizer: Any, source: str) -> frozenset[str]:
 
 
 def _preprocessing_steps(backend: Any) -> list[dict[str, Any]]:
-    """The steps that a backend takes before its model."""
+    """Return the steps that a backend takes before its model."""
     # Their state is the JSON of tokenizer.json; they have no other way to say what they are.
     stages = [stage for stage in (backend.normalizer, backend.pre_tokenizer) if stage is not None]
     states = [json.loads(stage.__getstate__()) for stage in stages]
@@ -294,7 +294,7 @@ def _preprocessing_steps(backend: Any) -> list[dict[str, Any]]:
 
 
 def _flatten_step(step: dict[str, Any]) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as the list of its steps."""
+    """Return a normalizer or pre-tokenizer as the list of its steps."""
     inner = step.get("normalizers") or step.get("pretokenizers")
     return [flat for child in inner for flat in _flatten_step(child)] if inner else [step]
 
@@ -308,12 +308,12 @@ def _is_position_free(step: dict[str, Any]) -> bool:
 
 
 def _splits_words(step: dict[str, Any]) -> bool:
-    """Whether a step splits text into words."""
+    """Return whether a step splits text into words."""
     return step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"])
 
 
 def origin_spans(runs: Iterable[OriginRun]) -> Iterator[tuple[int, int, FieldOrigin | None]]:
-    """Where each stretch of one origin starts and ends, and its origin."""
+    """Return where each stretch of one origin starts and ends, and its origin."""
     begin = position = 0
     current: FieldOrigin | None = None
     for length, origin, _ in runs:

@@ -69,7 +69,7 @@ class RenderedSequence:
 
 
 def select_trained_messages(conversation: Conversation, train_on: str | list[str]) -> list[int]:
-    """The positions of the messages that train: the chosen roles', less those `train: false`.
+    """Return the positions of the messages that train: those of the roles, less `train: false`.
 
     `train_on` is `all` or `last` for assistant turns, or a list of roles.
     """
@@ -96,7 +96,7 @@ class SequencePlanner:
         self._reply_writer = reply_writer
 
     def plan(self, conversation: Conversation, trained: list[int]) -> list[RenderedSequence]:
-        """The texts of the row's sequences and where their replies stand.
+        """Return the texts of the row's sequences and where their replies stand.
 
         `trained`: the positions of the messages that train. Raises ChatError for a turn whose
         reply the template does not show or does not end.
@@ -117,7 +117,7 @@ class SequencePlanner:
     def _turns_in_context(
         self, conversation: Conversation, trained: list[int]
     ) -> list[TurnInContext]:
-        """Each trained turn as it stands when it is the last one, rendered for itself."""
+        """Return each trained turn as it stands when it is the last one, rendered for itself."""
 
         # The prompt of a turn and the text of the one before it are often asked for twice.
         @lru_cache
@@ -161,7 +161,7 @@ class SequencePlanner:
     def _stop_in_next_turn(
         self, conversation: Conversation, index: int, turn_text: TracedStr
     ) -> tuple[TracedStr, str] | None:
-        """The text up to the stop token that the message behind a turn begins with, and the token.
+        """Return the text up to the stop token with which the next message begins, and the token.
 
         GLM's turns end so, in the next role's token. Where no message follows, a user's does.
         None where the next message begins with no end-of-sequence token.
@@ -207,7 +207,7 @@ class SharedSequence:
                 self._run_ends.append((position, origin.message))
 
     def sequence(self, conversation: Conversation, trained: list[int]) -> RenderedSequence | None:
-        """The one sequence of the row, or None where some turn needs a context of its own."""
+        """Return the one sequence of the row, or None where a turn needs a context of its own."""
         spans = []
         for index in trained:
             is_last = index + 1 == len(conversation.messages)
@@ -218,7 +218,7 @@ class SharedSequence:
         return RenderedSequence(self._row.text, spans, self._plain)
 
     def _span(self, index: int, number: int, is_last: bool) -> TrainedSpan | None:
-        """Where the reply stands: behind its own prompt, as its own context writes it."""
+        """Return where the reply stands: behind its own prompt, as its own context writes it."""
         start = self._prompt_end(index)
         # The turn's own context is this text up to `stop`, and again from `tail` on.
         end = len(self._plain)
@@ -233,7 +233,7 @@ class SharedSequence:
         return TrainedSpan(number, start, field_end + stop_token[0], stop_token[1])
 
     def _prompt_end(self, index: int) -> int | None:
-        """Where the turn's prompt ends in the text; None where the text does not begin with it."""
+        """Return where the turn's prompt ends; None if the text does not begin with it."""
         if self._prompted is None and self._fixed_endings is not None:
             context = self._row.prefix(index)
             if context is None or context[1] != len(self._plain) - len(self._fixed_endings[0]):
@@ -248,7 +248,7 @@ class SharedSequence:
         return context[0] + len(ending) if is_written else None
 
     def _field_end(self, number: int, start: int, stop: int) -> int:
-        """Where the last character that message `number` wrote from `start` to `stop` ends."""
+        """Return where the last character of message `number` from `start` to `stop` ends."""
         run = bisect_right(self._run_ends, (stop, len(self._plain)))
         while run and self._run_ends[run - 1][0] > start:
             run -= 1
@@ -258,7 +258,7 @@ class SharedSequence:
 
 
 def _common_length(first: str, second: str) -> int:
-    """How many characters two texts begin with together, by bisection over fast comparisons."""
+    """Return how many characters two texts begin with together: slices compare fast."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -270,7 +270,7 @@ def _common_length(first: str, second: str) -> int:
 
 
 def _message_start(text: TracedStr, number: int) -> int:
-    """Where the first character that message `number` wrote stands; ChatError without one."""
+    """Return where the first character of message `number` stands; ChatError without one."""
     position = 0
     for length, origin, _ in text._runs:
         if origin is not None and origin.message == number:
@@ -284,7 +284,7 @@ def _message_start(text: TracedStr, number: int) -> int:
 
 
 def _reply_text(prompt: TracedStr, turn_text: TracedStr, number: int) -> TracedStr | None:
-    """What the template writes behind the prompt once the turn is there, if it writes the prompt.
+    """Return what the template writes behind the prompt once the turn is there.
 
     None where the turn begins in another way than its prompt ends.
     """
@@ -299,7 +299,7 @@ def _reply_text(prompt: TracedStr, turn_text: TracedStr, number: int) -> TracedS
 
 
 def _header_end(before: TracedStr, after: TracedStr, number: int) -> int:
-    """Where the turn's header ends, if it is the prompt's last lines and other text is before it.
+    """Return where the turn's header ends, which is the prompt's last lines behind other text.
 
     Some templates close a tool's message, or put a blank line before a header, in only one of both.
     Zero where the turn holds no such header.
@@ -322,7 +322,7 @@ def _header_end(before: TracedStr, after: TracedStr, number: int) -> int:
 
 
 def _without_history(text: TracedStr, number: int) -> TracedStr:
-    """The text behind the last character that a message before `number` wrote."""
+    """Return the text behind the last character that a message before `number` wrote."""
     position = end = 0
     for length, origin, _ in text._runs:
         position += length
@@ -334,7 +334,7 @@ def _without_history(text: TracedStr, number: int) -> TracedStr:
 
 
 def _message_end(text: TracedStr, number: int) -> int:
-    """Where the last character that message `number` wrote ends; zero where it wrote none."""
+    """Return where the last character of message `number` ends; zero where it wrote none."""
     position = end = 0
     for length, origin, _ in text._runs:
         position += length
@@ -353,7 +353,7 @@ def _unknown_reply_error(before: TracedStr, after: TracedStr, number: int) -> Ch
 
 
 def group_turns(turns: list[TurnInContext], row_text: TracedStr) -> list[RenderedSequence]:
-    """The fewest sequences in which each turn stands behind its own prompt with its own reply.
+    """Return the fewest sequences in which each turn stands with its own prompt and reply.
 
     `row_text`: the whole row; what it holds behind the last trained turn is kept as context.
     """
@@ -376,12 +376,12 @@ def group_turns(turns: list[TurnInContext], row_text: TracedStr) -> list[Rendere
 
 
 def _holds_turn(text: str, turn: TurnInContext) -> bool:
-    """Whether a turn stands in a text behind its own prompt, with its own reply."""
+    """Return whether a turn stands in a text behind its own prompt, with its own reply."""
     return text.startswith(turn.prompt) and text.startswith(turn.reply, len(turn.prompt))
 
 
 def _with_context_behind(text: TracedStr, turn: TurnInContext, row_text: TracedStr) -> TracedStr:
-    """The text and what the row holds behind its last trained turn, as context."""
+    """Return the text and what the row holds behind its last trained turn, as context."""
     position = begin = 0
     for length, origin, _ in row_text._runs:
         if origin is not None and origin.message is not None and origin.message > turn.message:

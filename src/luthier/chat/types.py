@@ -48,7 +48,7 @@ class ChatError(UserError):
         return str(self.in_row(None))
 
     def in_row(self, row: int | None) -> ChatError:
-        """The same error with the row's number."""
+        """Return the same error with the row's number."""
         return ChatError(
             self.text, reason=self.reason, row=row, message=self.message, field=self.field
         )
@@ -60,12 +60,12 @@ BYTES_PER_ID = 4
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
-    """The ids as bytes."""
+    """Return the ids as bytes."""
     return array("i", ids).tobytes()
 
 
 def unpack_ids(ids: bytes) -> list[int]:
-    """The ids of bytes."""
+    """Return the ids of bytes."""
     return memoryview(ids).cast("i").tolist()
 
 

@@ -50,7 +50,7 @@ class WordEncoder:
         self._cache = _WordCache(backend)
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, packed."""
+        """Return the ids of each text, packed."""
         ids = self._cache.__getitem__
         encoded = [b"".join(map(ids, self._split(text))) for text in texts]
         self._cache.bound()
@@ -82,7 +82,7 @@ class _WordCache(dict[str, bytes]):
 
 
 def make_word_encoder(backend: Any, steps: list[dict[str, Any]]) -> WordEncoder | None:
-    """What encodes ASCII word by word; None for a tokenizer that is not known to cut it so.
+    """Return what encodes ASCII word by word; None for a tokenizer that is not known to cut it so.
 
     `steps`: those that the backend takes before its model.
     """
@@ -111,7 +111,7 @@ def _make_splitter(patterns: list[re.Pattern[str]]) -> WordSplitter:
 
 
 def _step_pattern(step: dict[str, Any]) -> re.Pattern[str]:
-    """The pattern whose matches are the words that a step makes of ASCII."""
+    """Return the pattern whose matches are the words that a step makes of ASCII."""
     step_type = step["type"]
     if step_type == "ByteLevel" and not step["add_prefix_space"]:
         pattern = _to_ascii_pattern(_GPT2)
@@ -128,7 +128,7 @@ def _step_pattern(step: dict[str, Any]) -> re.Pattern[str]:
 
 
 def _to_ascii_pattern(pattern: str) -> str:
-    """A pattern of the tokenizer in the words of `re`, for ASCII."""
+    """Return a pattern of the tokenizer in the words of `re`, for ASCII."""
     translated = []
     in_set = False
     for match in _PATTERN_SYNTAX.finditer(pattern):
@@ -146,7 +146,7 @@ def _to_ascii_pattern(pattern: str) -> str:
 
 
 def _make_probe_text() -> str:
-    """A text in which each ASCII character stands beside each kind, and each three of them."""
+    """Return a text with each ASCII character beside each kind, and each three of the kinds."""
     samples = "aZs7'. /\n\t"
     beside = product(map(chr, range(128)), samples)
     threes = product(samples, repeat=3)

@@ -30,9 +30,9 @@ class FastPath:
         self._encoder = FastPathEncoder(tokens, label_builder)
 
     def match(self, row: dict[str, Any]) -> FastPathRow | None:
-        """The row with the plan of its form; None where it must be planned for itself."""
+        """Return the row with the plan of its form; None where it must be planned for itself."""
         return self._forms.match(row)
 
     def encode(self, rows: Sequence[FastPathRow]) -> list[list[ChatSequence] | None]:
-        """The sequences of each row; None for a row whose text needs a closer look."""
+        """Return the sequences of each row; None for a row whose text needs a closer look."""
         return self._encoder.encode(rows)

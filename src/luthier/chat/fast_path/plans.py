@@ -61,7 +61,7 @@ class FastPathRow:
     """What stands in the plan's fields."""
 
     def render(self) -> list[RenderedSequence]:
-        """The sequences as the planner would give them, each character with its origin."""
+        """Return the sequences as the planner would give them, each character with its origin."""
         return [self._render_sequence(plan) for plan in self.plan.sequences]
 
     def _render_sequence(self, plan: SequencePlan) -> RenderedSequence:
@@ -106,7 +106,7 @@ class FormMatcher:
         )
 
     def match(self, messages: list[Any]) -> FastPathRow | None:
-        """The row with the form's plan; None if one of its texts does not meet the conditions."""
+        """Return the row with the form's plan; None if one of its texts fails the conditions."""
         texts: list[str] = [messages[index][key] for index, key in self._text_keys]
         joined = "\0".join(texts)
         if not _is_valid_text(joined):
@@ -121,7 +121,7 @@ class FormMatcher:
         return FastPathRow(messages, self._plan, texts, joined, values)
 
     def _are_met(self, texts: list[str], joined: str) -> bool:
-        """Whether the conditions hold, each looked at for itself."""
+        """Return whether the conditions hold, each looked at for itself."""
         conditions = self._plan.conditions
         if any(text in joined for text in conditions.contains):
             return False
@@ -140,7 +140,7 @@ class FormMatcher:
 
 
 def _is_valid_text(joined: str) -> bool:
-    """Whether the texts are Unicode of a size that can be held."""
+    """Return whether the texts are Unicode of a size that can be held."""
     if len(joined) > MAX_CHARACTERS:
         return False
     if joined.isascii():
@@ -153,7 +153,7 @@ def _is_valid_text(joined: str) -> bool:
 
 
 def _make_stripper(chain: StripChain) -> Callable[[str], str] | None:
-    """What strips a text so; None for a chain that leaves it as it is."""
+    """Return what strips a text so; None for a chain that leaves it as it is."""
     if not chain:
         return None
     if chain == (("lstrip", None), ("rstrip", None)):
@@ -180,7 +180,7 @@ class FormCache:
         self._matchers: dict[FormKey, FormMatcher | None] = {}
 
     def match(self, row: dict[str, Any]) -> FastPathRow | None:
-        """The row with the plan of its form; None where it must be planned for itself."""
+        """Return the row with the plan of its form; None where it must be planned for itself."""
         messages = row.get("messages")
         if type(messages) is not list or row.get("tools") is not None:
             return None
@@ -193,7 +193,7 @@ class FormCache:
         return None if matcher is None else matcher.match(messages)
 
     def _make_matcher(self, key: FormKey) -> FormMatcher | None:
-        """What matches rows of the form; None where the template looks at more than the form."""
+        """Return what matches rows of the form; None where the template reads the texts."""
         try:
             form = self._form(key)
             return FormMatcher(form, self._make_plan(form))
@@ -229,7 +229,7 @@ class FormCache:
 
 
 def _form_key(messages: list[Any]) -> FormKey | None:
-    """The row's form as a key; None for a row that has more than texts, or blank ones."""
+    """Return the row's form as a key; None for a row that has more than texts, or blank ones."""
     key: list[Any] = []
     for message in messages:
         if type(message) is not dict:
@@ -248,7 +248,7 @@ def _form_key(messages: list[Any]) -> FormKey | None:
 def _message_key(
     role: str, message: dict[str, Any]
 ) -> tuple[str, tuple[str, ...], bool | None] | None:
-    """A message's role, the names of its texts in their order, and its own `train` flag.
+    """Return a message's role, the names of its texts in their order, and its own `train` flag.
 
     None for a message that has more than texts, or blank ones.
     """
@@ -323,7 +323,7 @@ class FastPathEncoder:
         self._form_tokens: dict[int, FormTokens | None] = {}
 
     def encode(self, rows: Sequence[FastPathRow]) -> list[list[ChatSequence] | None]:
-        """The sequences of each row; None for a row that the label builder must see to."""
+        """Return the sequences of each row; None for a row that the label builder must see to."""
         if not self._label_builder.is_splittable:
             return [None] * len(rows)
         drafts = [self._draft(row) for row in rows]
@@ -338,7 +338,7 @@ class FastPathEncoder:
         return [self._sequences(draft, ids) if draft else None for draft in drafts]
 
     def _draft(self, row: FastPathRow) -> FastPathDraft | None:
-        """The row's texts; None where one may hold a token, or the boundaries cannot be told."""
+        """Return the row's texts; None where one may hold a token or a boundary is unknown."""
         key = id(row.plan)
         if key not in self._form_tokens:
             self._form_tokens[key] = self._make_form_tokens(row.plan.sequences)
@@ -375,12 +375,12 @@ class FastPathEncoder:
         return ChatSequence(b"".join(ids), replies, partial(self._segments, row, number))
 
     def _segments(self, row: FastPathRow, number: int) -> list[Segment]:
-        """The segments are worked out the plain way, for they are seldom asked for."""
+        """Return the segments, worked out the plain way, for they are seldom asked for."""
         (encoded,) = self._label_builder.encode([(row.render()[number], False)])
         return encoded[-1].to_chat_sequence().segments
 
     def _make_form_tokens(self, plans: list[SequencePlan]) -> FormTokens | None:
-        """The token templates of sequences; None where it takes the text to tell their tokens."""
+        """Return the token templates of sequences; None where they depend on the texts."""
         form_tokens = FormTokens()
         if not all(self._are_fields_apart(plan.pieces) for plan in plans):
             return None
@@ -392,7 +392,7 @@ class FastPathEncoder:
         return form_tokens
 
     def _are_fields_apart(self, pieces: list[str | int]) -> bool:
-        """Whether no token can arise where a field meets what stands beside it."""
+        """Return whether no token can arise where a field meets what stands beside it."""
         pairs = list(pairwise(pieces))
         if any(isinstance(left, int) and isinstance(right, int) for left, right in pairs):
             return False

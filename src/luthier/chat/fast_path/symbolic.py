@@ -105,17 +105,17 @@ class SymbolicText:
         return SymbolicText(pieces[::-1], self.conditions)
 
     def startswith(self, prefix: Any, /) -> bool:
-        """Whether it starts so: a field does not, on the condition that it does not."""
+        """Return whether it starts so: a field does not, on the condition that it does not."""
         return self._edge("startswith", prefix, self.pieces[0], self.conditions.starts)
 
     def endswith(self, suffix: Any, /) -> bool:
-        """Whether it ends so: a field does not, on the condition that it does not."""
+        """Return whether it ends so: a field does not, on the condition that it does not."""
         return self._edge("endswith", suffix, self.pieces[-1], self.conditions.ends)
 
     def _edge(
         self, method: str, affix: Any, piece: str | SymbolicField, edges: dict[StripChain, set[str]]
     ) -> bool:
-        """The answer to `method(affix)`, noted in `edges` if `piece`, at that end, is a field."""
+        """Return the answer to `method(affix)`, noted in `edges` if `piece` is a field."""
         affixes = affix if isinstance(affix, tuple) else (affix,)
         if not all(type(text) is str and text for text in affixes):
             raise NeedsConcreteText
@@ -147,7 +147,7 @@ class SymbolicText:
         return not self == other
 
     def split(self, sep: Any = None, maxsplit: int = -1, /) -> list[SymbolicText]:
-        """Itself alone, on the condition that the separator is not in it."""
+        """Return itself alone, on the condition that the separator is not in it."""
         return [self] if sep not in self else []
 
     rsplit = split
@@ -189,7 +189,7 @@ def concat_symbolic(texts: Any, conditions: TextConditions) -> SymbolicText:
 
 
 def _whitespace_or_raise(chars: Any) -> str | None:
-    """The characters to strip, if they are white space: then a field loses nothing that shows."""
+    """Return the characters to strip if they are white space: no visible text goes then."""
     if chars is None or (type(chars) is str and chars and chars.isspace()):
         return chars
     raise NeedsConcreteText
@@ -198,7 +198,7 @@ def _whitespace_or_raise(chars: Any) -> str | None:
 def _strip_first(
     pieces: tuple[str | SymbolicField, ...], method: str, chars: str | None
 ) -> tuple[str | SymbolicField, ...]:
-    """The pieces with the first ones stripped; a field keeps something, so it ends there."""
+    """Return the pieces with the first ones stripped; a field keeps something, so it ends there."""
     for number, piece in enumerate(pieces):
         if isinstance(piece, SymbolicField):
             return (
@@ -212,7 +212,7 @@ def _strip_first(
 
 
 def _add_strip(chain: StripChain, method: str, chars: str | None) -> StripChain:
-    """The chain with one more strip.
+    """Return the chain with one more strip.
 
     Strips of the left end stand first: both ends do not meet, so their order changes nothing.
     """
@@ -256,14 +256,14 @@ class SymbolicEnvironment(TracedEnvironment):
         self.concat = _concat_any
 
     def plus(self, *operands: Any) -> Any:
-        """The sum of the operands."""
+        """Return the sum of the operands."""
         text = _first_symbolic(operands)
         if text is None:
             return super().plus(*operands)
         return concat_symbolic(operands, text.conditions)
 
     def tilde(self, *operands: Any) -> Any:
-        """The operands as strings, one behind the other."""
+        """Return the operands as strings, one behind the other."""
         return _concat_any(map(_as_string, operands))
 
     def compile_traced(self, source: str) -> jinja2.Template:
@@ -293,7 +293,7 @@ def _as_string(value: Any) -> Any:
 
 
 def _dispatch_symbolic(plain: Any, symbolic: Any) -> Any:
-    """The filter or test `plain` for all values but symbolic text, which goes to `symbolic`."""
+    """Return the filter or test `plain`, which hands symbolic text to `symbolic`."""
 
     def either(value: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(value, SymbolicText):
@@ -336,7 +336,7 @@ class SymbolicTemplate(ChatTemplate):
 
 
 def symbolic_conversation(form: RowForm, conditions: TextConditions) -> Conversation:
-    """A conversation of the form whose texts cannot be read."""
+    """Return a conversation of the form whose texts cannot be read."""
     conversation = Conversation([], None)
     for index, (role, keys, _) in enumerate(form):
         texts = {key: SymbolicText((SymbolicField(index, key),), conditions) for key in keys}
@@ -352,7 +352,7 @@ def make_form_plan(
     placeholders: dict[SymbolicField, str],
     conditions: TextConditions,
 ) -> FormPlan:
-    """The form's plan from its planned sequences, in which placeholders stand for fields.
+    """Return the form's plan from its planned sequences, in which placeholders stand for fields.
 
     Raises NeedsConcreteText where they do not show every text: then the row's text is lost.
     """
