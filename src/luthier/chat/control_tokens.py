@@ -33,6 +33,7 @@ class ControlTokens:
         self._special = encoder.special
         self._any = encoder.pattern
         names = {index: name for name, index in encoder.added.items()}
+        # Ids may be 0: only None means that there is none.
         eos = encoder.tokenizer.eos_token_id
         eos_ids = [*([] if eos is None else [eos]), *eos_token_ids]
         self.tokens = list_control_tokens(encoder.tokenizer, template.source)
@@ -81,6 +82,7 @@ class ControlTokens:
         """Return whether a text may hold a control token, or a part of one at its edge."""
         texts = list(texts)
         joined = "".join(texts)
+        # One search in all texts together settles most rows.
         if not any(edge in joined for edge in self._edges):
             return False
         return any(self._is_suspect(text) for text in texts)

@@ -79,6 +79,7 @@ def _read_message(conversation: Conversation, index: int, message: Any) -> dict[
             message=index,
             field="role",
         )
+    # Nearly all messages are a role and a text: they skip what the others need.
     content = message.get("content")
     if type(content) is not str:
         _check_content(index, role, message)
@@ -94,6 +95,7 @@ def _read_message(conversation: Conversation, index: int, message: Any) -> dict[
     for key, value in message.items():
         if key == "role":
             copied[key] = value
+        # Arrow fills missing keys with null, and APIs send `"content": null`: neither is a value.
         elif value is None or key == "train":
             continue
         elif key == "content" and type(value) is str:

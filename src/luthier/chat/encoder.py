@@ -111,6 +111,7 @@ class ChatEncoder:
         """
         batch = ChatBatch()
         encoding: Future[None] | None = None
+        # The tokenizer gives up the interpreter lock: one thread encodes while this one renders.
         with ThreadPoolExecutor(1) as worker, pause_gc():
             try:
                 for chunk in _chunks(enumerate(conversations)):
@@ -163,6 +164,7 @@ class ChatEncoder:
                     f"a row must be a dict with `messages`; found {type(row).__name__}",
                     reason="malformed row",
                 )
+            # Rows with tools never match, so the template for tools has no fast path.
             matched = self._pipelines.default.fast_path.match(row)
             if matched is not None:
                 return matched

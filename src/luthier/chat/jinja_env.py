@@ -54,6 +54,7 @@ _WIDTHS = re.compile(r"[%:.][^a-zA-Z%{}]*?([0-9]{9,})")
 
 def is_enormous(operator: str, left: Any, right: Any) -> bool:
     """Return whether `left * right` or `left ** right` is too large to hold."""
+    # Python would compute 10 ** 999999 exactly, digit by digit.
     if operator == "**":
         return isinstance(left, int) and isinstance(right, int) and abs(right) > 4096
     size = max((len(side) for side in (left, right) if isinstance(side, SIZED_TYPES)), default=0)
@@ -84,6 +85,7 @@ def refuse_format(template: str, values: Iterable[Any]) -> None:
     """Raise where a format string asks for a field too wide, in its own text or by a value."""
     # int() refuses numbers of thousands of digits with a ValueError of its own.
     widths = [int(digits[-12:]) for digits in _WIDTHS.findall(template)]
+    # A star and a field inside a field take their width from a value.
     if "*" in template or re.search(r"[:!][^{}]*\{", template):
         widths += [value for value in values if isinstance(value, int)]
     if any(width > MAX_TEXT for width in widths):
@@ -119,6 +121,7 @@ def _constant_value(node: nodes.Node) -> Any:
         refuse_format(left, [right])
     elif isinstance(node, nodes.Mul | nodes.Pow) and is_enormous(node.operator, left, right):
         raise jinja2.TemplateError(f"`{node.operator}` makes a value too large to hold")
+    # What Jinja folds when it compiles is folded here too, to see its size first.
     try:
         return node.as_const()
     except nodes.Impossible:
@@ -138,6 +141,7 @@ def retrace(function: Callable[..., Any], result: str, args: tuple, kwargs: dict
     texts = list(iter_traced([args, kwargs]))
     if not texts:
         return result
+    # Characters of private use mark the placeholders: texts hardly hold them.
     try:
         numbers = itertools.count()
         trial = function(*_with_placeholders(args, numbers), **_with_placeholders(kwargs, numbers))
@@ -201,6 +205,7 @@ def trace_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
 
     @functools.wraps(tojson)
     def traced(value: Any, *args: Any, **kwargs: Any) -> str:
+        # The escapes of JSON change lengths, so its characters cannot be told apart.
         value = list(value) if isinstance(value, TrackedMessages) else value
         texts = list(iter_traced(value))
         result = tojson(value, *args, **kwargs)
@@ -247,6 +252,7 @@ class TracedCodeGenerator(CodeGenerator):
     @optimizeconst
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         """Write `environment.tilde(a, b, ...)` for `a ~ b ~ ...`."""
+        # With autoescape operands may be Markup, for which Jinja compiles another call.
         if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
             super().visit_Concat(node, frame)
         else:
@@ -281,6 +287,7 @@ def _route_loops(node: nodes.Node, at_top: bool) -> None:
     """Route what every `for` loops over through the environment."""
     for child in node.iter_child_nodes():
         if isinstance(child, nodes.For):
+            # Inside a macro or a block set, what the loop writes is not written where it stands.
             plain = at_top and not child.recursive and not child.else_
             follow = nodes.EnvironmentAttribute("loop_over")
             call = nodes.Call(follow, [child.iter, nodes.Const(plain)], [], None, None)
@@ -298,7 +305,9 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
     """transformers' sandbox, in which no operation that a template can reach loses the runs."""
 
     code_generator_class = TracedCodeGenerator
+    # The sandbox sends these operators to `call_binop`, whose results must be bounded.
     intercepted_binops = frozenset({"%", "*", "**"})
+    # Jinja (3.1) joins by this what macros, `set` blocks and `call` blocks have written.
     concat = staticmethod(concat_strings)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -323,6 +332,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
                 del _compiled_codes[next(iter(_compiled_codes))]
             _compiled_codes[type(self), source] = code
         template = self.template_class.from_code(self, code, self.make_globals(None))
+        # Compiled code takes `LoopContext` from its globals, not from the environment (Jinja 3.1).
         names = template.root_render_func.__globals__
         names["LoopContext"] = tracked_loop_context(self.render_state)
         return template
@@ -331,6 +341,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         """Return what a `for` of the template loops over."""
         if isinstance(iterable, TrackedMessages):
             return iterable.loop() if at_top else iterable
+        # An iterator cannot be counted ahead: it counts as one step.
         self.render_state.loop_steps += len(iterable) if isinstance(iterable, SIZED_TYPES) else 1
         if self.render_state.loop_steps > MAX_STEPS:
             raise jinja2.TemplateError(f"its loops take over {MAX_STEPS:,} steps")
@@ -359,6 +370,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Return an attribute or item as the sandbox gives it, but faster for a dict."""
+        # The sandbox checks each attribute; a plain key of a dict needs no check.
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             try:
                 return obj[attribute]
@@ -392,6 +404,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format` inside the sandbox, keeping the runs of what is formatted in."""
+        # The sandbox formats in a formatter of its own, which hides unsafe attributes.
         bare = super().wrap_str_format(value)
         if bare is None:
             return None
@@ -437,6 +450,7 @@ def make_traced_environment(
         lstrip_blocks=base.lstrip_blocks,
         extensions=[type(extension) for extension in base.extensions.values()],
     )
+    # All that transformers adds (tojson, raise_exception, generation blocks) comes with `base`.
     environment.globals.update(base.globals)
     environment.globals["lipsum"] = bound_lipsum(cast(Any, base.globals["lipsum"]))
     namespace = cast(type, base.globals["namespace"])
@@ -445,6 +459,7 @@ def make_traced_environment(
     for name, filter_ in base.filters.items():
         wrapped = filter_ if name in _TRACE_KEEPING_FILTERS else trace_filter(filter_)
         environment.filters[name] = trace_tojson(filter_) if name == "tojson" else wrapped
+    # Bounds go around the traced filters: what is refused is never computed.
     for name in (*WIDENING_FILTERS, "format"):
         environment.filters[name] = bound_filter(name, environment.filters[name])
     environment.filters["safe"] = _mark_any_safe

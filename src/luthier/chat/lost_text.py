@@ -54,6 +54,7 @@ def _is_complete(origin: FieldOrigin, texts: list[TracedStr]) -> bool:
     """Return whether the field's text is there, but for space and for tags that mark its parts."""
     if origin.text is None:
         return False
+    # A template may write a field in pieces, for example reasoning and answer apart.
     missing = list(origin.text)
     for text in texts:
         for length, source, start in text._runs:
@@ -70,6 +71,7 @@ def _is_history(
         return False
     if origin.field not in (*REASONING_FIELDS, "content"):
         return False
+    # Text that stands in the turn's own context is stripped from history by intent.
     index = conversation.numbers.index(origin.message)
     try:
         turn = template.render(conversation.messages[: index + 1], conversation.tools, False)

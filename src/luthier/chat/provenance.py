@@ -170,6 +170,7 @@ class TracedStr(str):
             start = key.__index__() % len(self)
             return with_runs(value, slice_runs(self._runs, start, start + 1))
         start, stop, step = key.indices(len(self))
+        # Other steps are rare (`messages[::-1]` is of lists), and go character by character.
         if step != 1:
             return concat_traced(self[index] for index in range(start, stop, step))
         return with_runs(value, slice_runs(self._runs, start, start + len(value)))
@@ -242,6 +243,7 @@ class TracedStr(str):
         return head, middle, tail
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
+        # Replacing nothing puts `new` between all characters.
         if not old:
             return with_merged_origin(str.replace(self, old, new, count), [self, *iter_traced(new)])
         if str.find(self, old) < 0:

@@ -44,6 +44,7 @@ def _common_header(prompt: str, turn_text: str) -> int:
     same = 0
     while same < min(len(prompt), len(turn_text)) and prompt[same] == turn_text[same]:
         same += 1
+    # `<think>` and `</think>` agree in `<`: the header ends before it.
     for text in (prompt, turn_text):
         for match in _TAG.finditer(text):
             if match.start() < same < match.end():

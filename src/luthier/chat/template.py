@@ -93,6 +93,7 @@ class ChatTemplate:
         """Return the rendered text; raises ChatError with the template's own words."""
         inputs = self._inputs(messages, tools, add_generation_prompt)
         text = concat_traced(self._run(self._traced, inputs, None))
+        # Escaping may happen where no trace is kept, so the plain template is asked too.
         if self.may_escape and self._written_plainly(inputs) != text:
             raise ChatError(
                 "the template escapes the row's text in a way that cannot be traced",
@@ -115,6 +116,7 @@ class ChatTemplate:
         return TrackedRendering(tracker)
 
     def _inputs(self, messages: Any, tools: list | None, generation: bool) -> dict[str, Any]:
+        # The names are those that transformers gives every template.
         return {
             **self.variables,
             "messages": messages,
@@ -137,9 +139,11 @@ class ChatTemplate:
         state.tracker, state.loop_steps = tracker, 0
         pieces = tracker.pieces if tracker is not None else []
         try:
+            # Jinja's globals are a ChainMap (3.1), slow to copy for each row; a dict is not.
             if template not in self._globals:
                 self._globals[template] = dict(template.globals)
             context = template.new_context({**self._globals[template], **inputs}, shared=True)
+            # One by one, for the tracker counts the pieces while the template runs.
             for piece in template.root_render_func(context):
                 pieces.append(piece)
             return pieces
@@ -216,6 +220,8 @@ def _compile_plain(source: str) -> jinja2.Template:
     """Return the template as transformers compiles it."""
     from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
+    # An empty template has the same environment, and constants are looked at before they are
+    # folded: compiling itself would compute them.
     def compile_(text: str) -> jinja2.Template:
         refuse_constants(_cached_compile_jinja_template("").environment.parse(text))
         return _cached_compile_jinja_template(text)

@@ -114,6 +114,7 @@ class TokenEncoder:
         cache = self._cache
         new = {text: None for text in texts if text not in cache}
         self._cache_size += _cached_bytes(new)
+        # All goes at once, so that nothing need be counted for each text.
         if self._cache_size > _CACHE_BYTES:
             cache.clear()
             new = dict.fromkeys(texts)
@@ -159,6 +160,7 @@ class TokenEncoder:
         """Return the ids of texts without added tokens, joined by a token in few calls."""
         if not self.added:
             return self._encode_texts(texts)
+        # Any added token does: none stands in these texts, and the backend cuts there first.
         index = min(self.added.values())
         token = self._names[index]
         groups = list(group_texts(texts))
@@ -234,6 +236,7 @@ class TokenEncoder:
     def _encode_literal(self, text: str) -> list[int]:
         """Return the ids of a control token's text as plain text."""
         encode = self.tokenizer._encode_without_added_tokens
+        # Behind a newline, as transformers encodes it: alone it would gain a SentencePiece space.
         ids = encode("\n" + text)
         is_separate = ids[: len(self._newline)] == self._newline
         ids = ids[len(self._newline) :] if is_separate else encode(text)
@@ -272,6 +275,7 @@ def _is_exact_match_token(token: Any) -> bool:
 
 def compile_token_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of the tokens, the longest first."""
+    # Alternatives are tried in their order, and a token may begin with another one.
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 

@@ -66,6 +66,7 @@ class _WordCache(dict[str, bytes]):
         super().__init__()
         self._size = 0
         # The same model, which takes each text as one word.
+        # Words are cut by then, so neither normalizer nor patterns are run once more.
         self._backend = type(backend)(backend.model)
         self._backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
 

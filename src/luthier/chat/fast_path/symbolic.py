@@ -136,6 +136,7 @@ class SymbolicText:
         return False
 
     def __eq__(self, other: object) -> bool:
+        # No text equals these, whatever it is.
         if other is None or isinstance(other, bool | int | float):
             return False
         if type(other) is not str or len(self.pieces) > 1 or isinstance(self.pieces[0], str):
