@@ -80,7 +80,7 @@ def _draw(file: str, survey: "Survey") -> None:
     """Draw the training side, and say where the picture is."""
     from luthier.record.plots import DataNumbers, plot_data
 
-    side, mixture = survey.train, survey.whole.mixture
+    side, mixture = survey.train, survey.summary.mixture
     numbers = DataNumbers(
         lengths=side.lengths,
         trained_tokens=side.trained_tokens,

@@ -1,4 +1,4 @@
-"""The rows of one source on their way to the store: read, encoded beside the reading, written."""
+"""The rows of one source as token rows in the store: encoded once, found again by their key."""
 
 import gc
 import json
@@ -67,8 +67,8 @@ def encode_rows(
         mininterval=0.5,
     )  # fmt: skip
     with bar, _executor(encoder, workers) as submit, pause_gc():
-        made = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
-        for number, (chunk, encoded) in enumerate(made, start=1):
+        encoded_chunks = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
+        for number, (chunk, encoded) in enumerate(encoded_chunks, start=1):
             _write(writer, chunk, *encoded, keeps_columns)
             bar.update(len(chunk))
             if number % CHUNKS_PER_COLLECTION == 0:
@@ -91,21 +91,21 @@ class _Row(NamedTuple):
     print_: bytes
 
 
-class _Made(NamedTuple):
+class _EncodedChunk(NamedTuple):
     """What some examples make, and the hash of each sequence."""
 
     rows: EncodedRows
     hashes: Fingerprints
 
 
-class _Refused(NamedTuple):
+class _RefusedExample(NamedTuple):
     """An example that the encoder neither keeps nor drops."""
 
     number: int
     words: str
 
 
-_Submit = Callable[[list[Any]], "Future[_Made | _Refused]"]
+_Submit = Callable[[list[Any]], "Future[_EncodedChunk | _RefusedExample]"]
 
 
 def _chunks(rows: Iterator[LocatedExample], bad: BadRows, drop: bool) -> Iterator[list[_Row]]:
@@ -126,29 +126,31 @@ def _canonical(chunk: list[LocatedExample], bad: BadRows) -> Iterator[_Row]:
 
 def _in_order(
     submit: _Submit, chunks: Iterable[list[_Row]], ahead: int
-) -> Iterator[tuple[list[_Row], _Made]]:
+) -> Iterator[tuple[list[_Row], _EncodedChunk]]:
     """Each chunk with what it makes, in order, while some more are on their way."""
-    waiting: list[tuple[list[_Row], Future[_Made | _Refused]]] = []
+    waiting: list[tuple[list[_Row], Future[_EncodedChunk | _RefusedExample]]] = []
     for chunk in chunks:
         waiting.append((chunk, submit([row.placed.example for row in chunk])))
         if len(waiting) > ahead:
-            yield _done(*waiting.pop(0))
+            yield _chunk_result(*waiting.pop(0))
     for chunk, future in waiting:
-        yield _done(chunk, future)
+        yield _chunk_result(chunk, future)
 
 
-def _done(chunk: list[_Row], future: "Future[_Made | _Refused]") -> tuple[list[_Row], _Made]:
+def _chunk_result(
+    chunk: list[_Row], future: "Future[_EncodedChunk | _RefusedExample]"
+) -> tuple[list[_Row], _EncodedChunk]:
     """What the chunk makes; UserError for an example that is refused, with its place."""
     try:
-        made = future.result()
+        encoded = future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "dataset.workers: a process that encodes rows was ended from outside, perhaps because "
             "the memory was full. Set fewer workers."
         ) from error
-    if isinstance(made, _Refused):
-        raise UserError(f"{chunk[made.number].placed.where}: {made.words}")
-    return chunk, made
+    if isinstance(encoded, _RefusedExample):
+        raise UserError(f"{chunk[encoded.number].placed.where}: {encoded.words}")
+    return chunk, encoded
 
 
 @contextmanager
@@ -157,11 +159,15 @@ def _executor(encoder: RowEncoder, workers: int) -> Iterator[_Submit]:
     pool: Executor
     if workers == 1:
         pool = ThreadPoolExecutor(1)
-        encode: Callable[[list[Any]], _Made | _Refused] = partial(_made, encoder)
+        encode: Callable[[list[Any]], _EncodedChunk | _RefusedExample] = partial(
+            _encode_chunk, encoder
+        )
     else:
         # A fork of a process whose threads are at work may hang.
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (pickle.dumps(encoder),))
-        encode = _made_there
+        pool = ProcessPoolExecutor(
+            workers, get_context("spawn"), _start_worker, (pickle.dumps(encoder),)
+        )
+        encode = _encode_in_worker
     try:
         yield lambda examples: pool.submit(encode, examples)
     finally:
@@ -172,7 +178,7 @@ _ENCODER: list[RowEncoder] = []
 """The encoder of a process that encodes for another one."""
 
 
-def _start(pickled: bytes) -> None:
+def _start_worker(pickled: bytes) -> None:
     """Begin a process that encodes; one thread, for there are other processes."""
     import os
 
@@ -180,30 +186,30 @@ def _start(pickled: bytes) -> None:
     _ENCODER.append(pickle.loads(pickled))
 
 
-def _made_there(examples: list[Any]) -> _Made | _Refused:
-    return _made(_ENCODER[0], examples)
+def _encode_in_worker(examples: list[Any]) -> _EncodedChunk | _RefusedExample:
+    return _encode_chunk(_ENCODER[0], examples)
 
 
-def _made(encoder: RowEncoder, examples: list[Any]) -> _Made | _Refused:
+def _encode_chunk(encoder: RowEncoder, examples: list[Any]) -> _EncodedChunk | _RefusedExample:
     try:
-        made = encoder.encode(examples)
+        rows = encoder.encode(examples)
     except ChatError as error:
         # Told as values: the error itself does not come back from another process.
         if error.row is None:
             raise UserError(str(error)) from None
-        return _Refused(error.row, error.description)
-    return _Made(made, hash_sequences(made.columns))
+        return _RefusedExample(error.row, error.description)
+    return _EncodedChunk(rows, hash_sequences(rows.columns))
 
 
 def _write(
     writer: EntryWriter,
     chunk: list[_Row],
-    made: EncodedRows,
+    encoded: EncodedRows,
     hashes: Fingerprints,
     keeps_columns: bool,
 ) -> None:
     """Write a chunk's rows and their token rows."""
-    outcomes = made.outcomes
+    outcomes = encoded.outcomes
     # -1 where nothing was cut: a cut may also cost no trained turn.
     cut_turns = [-1 if row.cut_turns is None else row.cut_turns for row in outcomes]
     writer.table("rows").append(
@@ -211,7 +217,7 @@ def _write(
             **_split_halves("print", pack_fingerprints(row.print_ for row in chunk)),
             "where": [row.placed.where for row in chunk],
             "example": [row.text for row in chunk],
-            "sequences": np.array(made.counts, np.int32),
+            "sequences": np.array(encoded.counts, np.int32),
             "state": np.array([row.state for row in outcomes], np.int8),
             "reason": [row.reason for row in outcomes],
             "problem": [row.problem for row in outcomes],
@@ -219,7 +225,7 @@ def _write(
             **({"columns": _columns(chunk)} if keeps_columns else {}),
         }
     )
-    writer.table("tokens").append(made.columns)
+    writer.table("tokens").append(encoded.columns)
     writer.table("hashes").append(_split_halves("hash", hashes))
 
 
@@ -230,19 +236,17 @@ def _columns(chunk: list[_Row]) -> list[bytes]:
 
 def _split_halves(name: str, prints: Fingerprints) -> dict[str, NDArray[np.int64]]:
     """Prints as two columns of numbers, which need no copy when they are read."""
-    words = prints.view(np.int64).reshape(-1, 2)
-    return {f"{name}_{half}": words[:, half].copy() for half in range(2)}
+    halves = prints.view(np.int64).reshape(-1, 2)
+    return {f"{name}_{half}": halves[:, half].copy() for half in range(2)}
 
 
 def _join_halves(table: TokenTable, name: str) -> Fingerprints:
     """The prints that a table holds as two columns of numbers."""
-    words = np.empty((len(table), 2), np.int64)
+    halves = np.empty((len(table), 2), np.int64)
     for half in range(2):
-        words[:, half] = table.column(f"{name}_{half}")
-    return words.view("S16").reshape(-1)
+        halves[:, half] = table.column(f"{name}_{half}")
+    return halves.view("S16").reshape(-1)
 
-
-# The rows of one source as token rows on disk: made once, found again under a key.
 
 Array = NDArray[Any]
 
@@ -269,8 +273,8 @@ class EncodedSource:
     @property
     def bad_rows(self) -> list[BadRow]:
         """The rows that could not be read."""
-        found = (BadRow(*row) for row in self.stored.manifest["bad"])
-        return [replace(row, where=self._place(row.where)) for row in found]
+        rows = (BadRow(*row) for row in self.stored.manifest["bad"])
+        return [replace(row, where=self._place(row.where)) for row in rows]
 
     @property
     def fingerprints(self) -> Fingerprints:
@@ -375,11 +379,11 @@ def encode_source(
     def make(writer: EntryWriter) -> dict[str, Any]:
         return encode_rows(opened, encoder, writer, workers, drop)
 
-    found = EncodedSource(opened, store.open_or_make(key, make))
+    source = EncodedSource(opened, store.open_or_make(key, make))
     if not drop:
-        bad = BadRows(found.bad_rows)
+        bad = BadRows(source.bad_rows)
         bad.raise_if_any(opened)
-    return found
+    return source
 
 
 def source_cache_key(opened: OpenedSource, encoder: RowEncoder, tokenizer: str) -> str:

@@ -231,8 +231,8 @@ def eval_sources(config: DatasetConfig) -> dict[str, SourceConfig]:
     sources: dict[str, SourceConfig] = {}
     if config.eval.path is not None:
         # The split is one of the training data; a file of its own has none, a folder its own.
-        own = {"path": config.eval.path, "split": "train", "name": None, "revision": None}
-        sources[_PATH] = config.model_copy(update=like_training | own)
+        file_settings = {"path": config.eval.path, "split": "train", "name": None, "revision": None}
+        sources[_PATH] = config.model_copy(update=like_training | file_settings)
     if config.eval.split is not None:
         if config.path is None:
             raise UserError(

@@ -367,11 +367,11 @@ def _hash(
 ) -> str:
     """Return one hash of the sequences' hashes, in order, with the count of each split first."""
     assert train.index is not None
-    parts = [np.concatenate([source.hashes for source in trained.values()])[train.index]]
+    hash_arrays = [np.concatenate([source.hashes for source in trained.values()])[train.index]]
     for split in splits.values():
         rows = [source.hashes[source.sequences_of(numbers)] for source, numbers in split]
-        parts.append(np.concatenate(rows))
+        hash_arrays.append(np.concatenate(rows))
     digest = hashlib.sha256()
-    for hashes in parts:
+    for hashes in hash_arrays:
         digest.update(len(hashes).to_bytes(8, "little") + hashes.tobytes())
     return digest.hexdigest()

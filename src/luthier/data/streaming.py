@@ -58,12 +58,12 @@ class TokenRowStream:
             while True:
                 chunk = list(islice(examples, CHUNK_ROWS))
                 self._tell_bad(opened, bad)
-                made = waiting
+                previous = waiting
                 waiting = None
                 if chunk:
                     waiting = chunk, worker.submit(encoder.encode, [row.example for row in chunk])
-                if made is not None:
-                    yield from self._token_rows(*made)
+                if previous is not None:
+                    yield from self._token_rows(*previous)
                 if waiting is None:
                     return
 
@@ -84,16 +84,16 @@ class TokenRowStream:
         self, chunk: list[LocatedExample], future: "Future[EncodedRows]"
     ) -> Iterator[TokenRow]:
         try:
-            made = future.result()
+            encoded = future.result()
         except ChatError as error:
             if error.row is None:
                 raise
             raise UserError(f"{chunk[error.row].where}: {error.description}") from error
-        for row, outcome in zip(chunk, made.outcomes, strict=True):
+        for row, outcome in zip(chunk, encoded.outcomes, strict=True):
             if outcome.state != RowState.TRAINS:
                 self._tell(row.where, outcome.state.name.lower(), outcome.problem)
         for ids, labels in zip(
-            *(_split(made.columns[n]) for n in ("input_ids", "labels")), strict=True
+            *(_split(encoded.columns[n]) for n in ("input_ids", "labels")), strict=True
         ):
             yield {"input_ids": ids, "labels": labels}
 
@@ -118,13 +118,13 @@ def open_stream(
 
 def _check_streamable(config: DatasetConfig) -> None:
     """Refuse what can only be done with all rows at hand."""
-    whole = {
+    needs_all_rows = {
         "dataset.deduplicate": config.deduplicate != "none",
         "dataset.eval.share": config.eval.share is not None,
         "dataset.eval.count": config.eval.count is not None,
     }
-    for key, given in whole.items():
-        if given:
+    for key, is_set in needs_all_rows.items():
+        if is_set:
             raise UserError(
                 f"{key} needs all rows to be known, and dataset.streaming=true reads them as they "
                 "come. Remove it; rows to evaluate on can come from dataset.eval.path, "
@@ -151,13 +151,13 @@ def _interleaved(
     sources: Mapping[str, Iterator[TokenRow]], weights: Mapping[str, float]
 ) -> Iterator[TokenRow]:
     """Rows by weight, evenly spread, until a source has no more: the next is the most behind."""
-    given = dict.fromkeys(sources, 0)
+    taken = dict.fromkeys(sources, 0)
     while True:
-        key = min(given, key=lambda name: (given[name] + 0.5) / weights[name])
+        key = min(taken, key=lambda name: (taken[name] + 0.5) / weights[name])
         row = next(sources[key], None)
         if row is None:
             return
-        given[key] += 1
+        taken[key] += 1
         yield row
 
 

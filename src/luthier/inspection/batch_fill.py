@@ -1,4 +1,4 @@
-"""What a batch holds of tokens and of padding: as the config lays them out, and packed."""
+"""How much of a batch is padding, as the config lays batches out and packed; lengths in numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,8 +92,8 @@ def _padded(
     starts = np.arange(0, len(ordered), size)
     longest = np.maximum.reduceat(ordered, starts).astype(np.int64)
     rows = np.diff(np.append(starts, len(ordered)))
-    places = int((_widths(longest, length, args) * rows).sum())
-    efficiency = int(lengths.sum(dtype=np.int64)) / places
+    positions = int((_widths(longest, length, args) * rows).sum())
+    efficiency = int(lengths.sum(dtype=np.int64)) / positions
     return BatchLayout(len(lengths), length, size, len(starts), efficiency)
 
 
@@ -113,17 +113,14 @@ def _sampler(lengths: Lengths, strategy: str, size: int, config: RunConfig) -> S
     return (SequentialSampler if strategy == "sequential" else ShuffledSampler)(rows, config.seed)
 
 
-# Lengths in a few numbers and in a picture of text.
-
-
 def quantiles(values: list[int]) -> dict[str, int]:
     """The least, the middle, the 90th and 99th percentile (nearest rank) and the most."""
     ranked = sorted(values)
     if not ranked:
         return {}
-    parts = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    shares = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     last = len(ranked) - 1
-    return {name: ranked[round(share * last)] for name, share in parts.items()}
+    return {name: ranked[round(share * last)] for name, share in shares.items()}
 
 
 def histogram(values: list[int], bins: int = 8) -> list[tuple[int, int | None, int]]:
@@ -134,10 +131,10 @@ def histogram(values: list[int], bins: int = 8) -> list[tuple[int, int | None, i
     """
     if not values:
         return []
-    found = quantiles(values)
-    width = _round_up(max((found["p99"] - found["min"] + 1) / bins, 1))
-    start = found["min"] // width * width
-    edges = [start + n * width for n in range((found["p99"] - start) // width + 2)]
+    marks = quantiles(values)
+    width = _round_up(max((marks["p99"] - marks["min"] + 1) / bins, 1))
+    start = marks["min"] // width * width
+    edges = [start + n * width for n in range((marks["p99"] - start) // width + 2)]
     counts = [0] * len(edges)
     for value in values:
         counts[min((value - start) // width, len(edges) - 1)] += 1

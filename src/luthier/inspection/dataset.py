@@ -1,4 +1,4 @@
-"""What the tools look at: the recipe's sources and tokenizer, and no model."""
+"""A recipe's dataset opened to be looked at, without a model; no bad row stops the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,8 +196,8 @@ class ConversationReader:
         rows = self._encode(self._dropping, placed)
         if self.settings.on_lost == "keep":
             lossy = [number for number, row in enumerate(rows) if row.outcome.reason == "lost"]
-            kept = self._encode(self._lenient, [placed[number] for number in lossy])
-            for number, row in zip(lossy, kept, strict=True):
+            lossy_rows = self._encode(self._lenient, [placed[number] for number in lossy])
+            for number, row in zip(lossy, lossy_rows, strict=True):
                 rows[number] = row
         for row in rows:
             if not row.sequences and self._stops_at(row.outcome):

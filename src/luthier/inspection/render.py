@@ -1,4 +1,4 @@
-"""Tokens as one self-contained HTML page."""
+"""Tokens in a terminal, with colours or marks, and as one self-contained HTML page."""
 
 from collections.abc import Iterable
 from html import escape
@@ -78,15 +78,15 @@ document.addEventListener('mouseover', event => {
 """
 
 
-def render_html(title: str, found: TokenView, ids: bool = False) -> str:
+def render_html(title: str, view: TokenView, ids: bool = False) -> str:
     """Return the page: for each sequence its heading and its tokens, each with where it is from."""
-    sections = "\n".join(_section(row, found.pad) for row in found.rows)
+    sections = "\n".join(_section(row, view.pad) for row in view.rows)
     key = KEY.replace('id="ids"', 'id="ids" checked') if ids else KEY
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
         '</title>\n<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head>\n<body><main><h1>{escape(title)}</h1>"
-        f"<p>{escape(found.about)}</p>{key}\n{sections}</main>"
+        f"<p>{escape(view.about)}</p>{key}\n{sections}</main>"
         f'<div id="hint"></div><script>{SCRIPT}</script></body></html>\n'
     )
 
@@ -107,15 +107,15 @@ def _section(row: DisplayedSequence, pad: str) -> str:
 def _token(token: Token) -> str:
     names = ["t"] * token.trained + ["c"] * (token.kind == "control")
     attribute = f' class="{" ".join(names)}"' if names else ""
-    hint = escape(f"{token.id} · {token.origin} · {_part(token)}")
+    hint = escape(f"{token.id} · {token.origin} · {_describe_role(token)}")
     # The id stands before the line break, beside its token.
-    shown = _text(token.text)
-    body = shown.removesuffix("\n")
-    inner = f"{body}<small>{token.id}</small>{shown[len(body) :]}"
+    text = _text(token.text)
+    body = text.removesuffix("\n")
+    inner = f"{body}<small>{token.id}</small>{text[len(body) :]}"
     return f'<i{attribute} data-h="{hint}">{inner}</i>'
 
 
-def _part(token: Token) -> str:
+def _describe_role(token: Token) -> str:
     """What the token is there for, in words."""
     if token.kind == "control":
         return "trained control token" if token.trained else "control token"
@@ -123,13 +123,11 @@ def _part(token: Token) -> str:
 
 
 def _text(text: str) -> str:
-    shown = escape(text)
+    html = escape(text)
     for sign, mark in (("\n", "<b>↵</b>\n"), ("\t", "<b>⇥</b>\t"), ("\r", "<b>␍</b>")):
-        shown = shown.replace(sign, mark)
-    return shown
+        html = html.replace(sign, mark)
+    return html
 
-
-# Tokens in a terminal: colours where there are any, marks where there are none.
 
 # Two shades of each kind take turns, so that the boundary between two tokens can be seen. Ground
 # and ink are both given: they can be read in a light and in a dark terminal.
@@ -189,11 +187,11 @@ def _coloured(tokens: list[Token], ids: bool) -> Text:
 
 def mark_tokens(tokens: Iterable[Token], ids: bool = False) -> str:
     """The tokens in plain text with marks for their boundaries and what trains."""
-    parts = []
+    runs = []
     for trained, run in groupby(tokens, key=lambda token: token.trained):
         inner = "|".join(_mark(token, ids) for token in run)
-        parts.append(f"«{inner}»" if trained else inner)
-    return "|".join(parts)
+        runs.append(f"«{inner}»" if trained else inner)
+    return "|".join(runs)
 
 
 def _mark(token: Token, ids: bool) -> str:

@@ -1,4 +1,4 @@
-"""What the check found, as tables for people."""
+"""What a check finds, as tables for people and as JSON values for machines."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -22,8 +22,6 @@ from luthier.inspection.statistics import (
     describe_hold_out,
 )
 from luthier.inspection.survey import Survey
-
-# What the check found of sources, mixture, equal rows and batches, in words.
 
 _EQUAL = {
     "exact": "equal to an earlier one",
@@ -64,24 +62,24 @@ def _source_values(account: RowOutcomes, stops: bool) -> Lines:
 
 def duplicate_lines(survey: Survey) -> Lines:
     """Training rows that equal an earlier one."""
-    found, setting = survey.whole.equals(), survey.material.config.dataset.deduplicate
-    if not found["exact"].rows and not found["normalised"].rows:
+    equal, setting = survey.summary.equals(), survey.material.config.dataset.deduplicate
+    if not equal["exact"].rows and not equal["normalised"].rows:
         yield "no training row equals another one"
         return
     left_out = {"none": (), "exact": ("exact",), "normalised": ("exact", "normalised")}[setting]
-    for kind, words in _EQUAL.items():
-        if found[kind].rows:
-            outcome = "left out" if kind in left_out else "kept"
-            head = f"{words}: {count_rows(found[kind].rows)}, {outcome}"
-            yield from _equals(found[kind], f"{head} (dataset.deduplicate={setting})")
+    for equality, description in _EQUAL.items():
+        if equal[equality].rows:
+            outcome = "left out" if equality in left_out else "kept"
+            head = f"{description}: {count_rows(equal[equality].rows)}, {outcome}"
+            yield from _equals(equal[equality], f"{head} (dataset.deduplicate={setting})")
 
 
-def _equals(found: DuplicateRows, words: str) -> Lines:
-    yield words
-    for example in found.examples:
+def _equals(duplicates: DuplicateRows, head: str) -> Lines:
+    yield head
+    for example in duplicates.examples:
         yield f"  {example.place} {example.words}"
-    if found.rows > len(found.examples):
-        yield f"  ... and {found.rows - len(found.examples):,} more"
+    if duplicates.rows > len(duplicates.examples):
+        yield f"  ... and {duplicates.rows - len(duplicates.examples):,} more"
 
 
 def held_out_lines(survey: Survey) -> Lines:
@@ -89,25 +87,25 @@ def held_out_lines(survey: Survey) -> Lines:
     config = survey.material.config
     if how := describe_hold_out(config.dataset.eval, config.seed):
         yield how
-    for name, found in survey.whole.overlaps().items():
-        yield f"{name}: {count_rows(found.rows)}{_overlap(found)}"
+    for name, overlap in survey.summary.overlaps().items():
+        yield f"{name}: {count_rows(overlap.rows)}{_overlap(overlap)}"
 
 
-def _overlap(found: HeldOutOverlap) -> str:
-    words = ""
-    if found.equal:
-        words += f"; left out of training, equal to one of them: {count_rows(found.equal)}"
-    if found.similar:
-        words += (
-            f"; trains, like one of them but for case, space or Unicode form: {found.similar:,}"
+def _overlap(overlap: HeldOutOverlap) -> str:
+    description = ""
+    if overlap.equal:
+        description += f"; left out of training, equal to one of them: {count_rows(overlap.equal)}"
+    if overlap.similar:
+        description += (
+            f"; trains, like one of them but for case, space or Unicode form: {overlap.similar:,}"
         )
-    return words or "; no training row is like one of them"
+    return description or "; no training row is like one of them"
 
 
-def batch_lines(found: BatchFill) -> Lines:
+def batch_lines(fill: BatchFill) -> Lines:
     """How full the batches of an epoch are on one device: as configured, and the other way."""
-    padded, packed = _padded(found.padded, found.strategy), _packed(found.packed)
-    if found.packing:
+    padded, packed = _padded(fill.padded, fill.strategy), _packed(fill.packed)
+    if fill.packing:
         yield packed
         yield f"  without trainer.args.packing: {padded}"
     else:
@@ -129,8 +127,6 @@ def _padded(layout: BatchLayout, strategy: str) -> str:
         f"{1 - layout.efficiency:.1%} of the places are padding"
     )
 
-
-# The numbers that the check found, as tables and bars.
 
 _BAR = 36
 _ALWAYS = ("rows", "sequences", "documents", "windows", "tokens", "dropped")
@@ -158,7 +154,7 @@ def split_table(sides: list[SplitStats], has_chats: bool) -> Table:
 
 def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
     share = f" ({side.trained_tokens / side.tokens:.0%})" if side.tokens else ""
-    found = quantiles(side.lengths.tolist())
+    lengths = quantiles(side.lengths.tolist())
     names = ("min", "median", "p90", "p99", "max")
     numbers = {
         "dropped": side.dropped,
@@ -175,7 +171,7 @@ def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
         "sequences" if has_chats else "windows": f"{len(side.lengths):,}",
         "tokens": f"{side.tokens:,}",
         "trained": f"{side.trained_tokens:,}{share}",
-        **{f"{name} length": f"{found[name]:,}" if found else "" for name in names},
+        **{f"{name} length": f"{lengths[name]:,}" if lengths else "" for name in names},
         **{name: f"{value:,}" for name, value in numbers.items()},
     }
 
@@ -236,11 +232,11 @@ def print_report(survey: Survey, console: Console | None = None) -> None:
         title = f"{survey.material.name}: the first {survey.limit:,} rows of each source"
     console.print(Text(title, style="bold"))
     _show_lines(console, "sources", source_lines(survey))
-    sides = survey.whole.sides
+    sides = survey.summary.sides
     for start in range(0, len(sides), _WIDTH):
         console.print()
         console.print(split_table(sides[start : start + _WIDTH], survey.looks_at_chats))
-    mix, shares = survey.material.config.dataset.mix, survey.whole.mixture
+    mix, shares = survey.material.config.dataset.mix, survey.summary.mixture
     if is_mixed(shares):
         console.print(Text(f"\nmixture of an epoch (dataset.mix={mix})", style="bold"))
         console.print(mixture_table(shares))
@@ -275,38 +271,38 @@ def _show_finding(console: Console, account: RowOutcomes, finding: Finding) -> N
     of = f"{count_rows(finding.rows)} of {account.opened.key}"
     head = f"\n{_OUTCOMES[finding.outcome]}: {of}, {finding.reason}"
     console.print(Text(head, style="bold"), soft_wrap=True)
-    shown = finding.examples[: 1 if finding.outcome in _HARMLESS else None]
-    for example in shown:
+    examples = finding.examples[: 1 if finding.outcome in _HARMLESS else None]
+    for example in examples:
         print_example(console, example)
-    if finding.rows > len(shown):
-        console.print(f"  ... and {finding.rows - len(shown):,} more")
+    if finding.rows > len(examples):
+        console.print(f"  ... and {finding.rows - len(examples):,} more")
 
 
 def print_example(console: Console, example: RuleExample) -> None:
     """Print a place, what is to be seen there, and its tokens."""
     console.print(Text(f"  {example.place}: {example.words}"), soft_wrap=True)
     width = max(map(len, example.tokens), default=0)
-    for name, shown in example.tokens.items():
-        console.print(Text(f"    {name:<{width}}  {shown}", style="dim"), soft_wrap=True)
+    for name, tokens in example.tokens.items():
+        console.print(Text(f"    {name:<{width}}  {tokens}", style="dim"), soft_wrap=True)
 
 
 def _show_boundaries(console: Console, survey: Survey) -> None:
-    found, sample = survey.comparison.boundaries, _of_all(survey)
-    if not found.rows:
+    boundaries, sample = survey.comparison.boundaries, _of_all(survey)
+    if not boundaries.rows:
         return
-    other = "segments" if found.chosen == "served" else "served"
+    other = "segments" if boundaries.chosen == "served" else "served"
     console.print(Text("\nboundaries", style="bold"))
-    if not found.differ:
-        words = f"  served and segments give the same tokens in all {found.rows:,} rows"
-        console.print(f"{words}{sample}", soft_wrap=True)
+    if not boundaries.differ:
+        line = f"  served and segments give the same tokens in all {boundaries.rows:,} rows"
+        console.print(f"{line}{sample}", soft_wrap=True)
         return
     console.print(
-        f"  chosen: {found.chosen}; {other} gives other tokens in {found.differ:,} of "
-        f"{found.rows:,} rows{sample}. The first:",
+        f"  chosen: {boundaries.chosen}; {other} gives other tokens in {boundaries.differ:,} of "
+        f"{boundaries.rows:,} rows{sample}. The first:",
         soft_wrap=True,
     )
-    if found.first is not None:
-        print_example(console, found.first)
+    if boundaries.first is not None:
+        print_example(console, boundaries.first)
 
 
 def print_rule(console: Console, rule: Rule, remark: str) -> None:
@@ -342,24 +338,21 @@ def _show_end(console: Console, survey: Survey) -> None:
             soft_wrap=True,
         )
     if survey.error is not None:
-        words = f"\nTraining stops: {survey.error}"
-        console.print(Text(words, style="bold red"), soft_wrap=True)
+        line = f"\nTraining stops: {survey.error}"
+        console.print(Text(line, style="bold red"), soft_wrap=True)
     if not len(survey.train.lengths):
         console.print("\nThere is nothing to train on.", style="bold red")
         return
     broken = sum(rule.broken > 0 for rule in survey.rules)
-    words = "every rule holds" if not broken else f"{broken} of {len(survey.rules)} rules break"
-    console.print(Text(f"\n{words}", style="bold red" if broken else "bold green"))
-
-
-# What the check found, as plain values for machines.
+    line = "every rule holds" if not broken else f"{broken} of {len(survey.rules)} rules break"
+    console.print(Text(f"\n{line}", style="bold red" if broken else "bold green"))
 
 
 def report_as_json(survey: Survey) -> dict[str, Any]:
     """The survey as plain values."""
     comparison = survey.comparison
-    main = [side for side in survey.whole.sides if side.name in ("train", "held out")]
-    sets = [side for side in survey.whole.sides if side not in main]
+    main = [side for side in survey.summary.sides if side.name in ("train", "held out")]
+    sets = [side for side in survey.summary.sides if side not in main]
     return {
         "name": survey.material.name,
         "holds": survey.holds,
@@ -405,7 +398,7 @@ def _finding_values(finding: Finding) -> dict[str, Any]:
 
 
 def _mixture(survey: Survey) -> dict[str, Any]:
-    shares = survey.whole.mixture
+    shares = survey.summary.mixture
     total = sum(share.epoch for share in shares.values())
     return {
         "mix": survey.material.config.dataset.mix,
@@ -422,11 +415,11 @@ def _mixture(survey: Survey) -> dict[str, Any]:
 
 
 def _duplicates(survey: Survey) -> dict[str, Any]:
-    found = {name: asdict(equal) for name, equal in survey.whole.equals().items()}
+    equal = {name: asdict(equal) for name, equal in survey.summary.equals().items()}
     return {
         "deduplicate": survey.material.config.dataset.deduplicate,
         "left_out": survey.train.left_out.get("duplicate", 0),
-        **found,
+        **equal,
     }
 
 
@@ -434,7 +427,7 @@ def _held_out(survey: Survey) -> dict[str, Any]:
     config = survey.material.config
     return {
         "how": describe_hold_out(config.dataset.eval, config.seed) or None,
-        "sets": {name: asdict(found) for name, found in survey.whole.overlaps().items()},
+        "sets": {name: asdict(found) for name, found in survey.summary.overlaps().items()},
     }
 
 

@@ -1,4 +1,8 @@
-"""A sample of the conversations held against transformers, and against the other boundaries."""
+"""The rules that every sequence must keep, and a sample of conversations against transformers.
+
+A rule counts its cases and keeps the first that break it. Prompts are compared with those of
+`apply_chat_template`, and sequences with those of the boundaries that the config did not choose.
+"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,8 +17,6 @@ from luthier.chat import IGNORED, ChatEncoder, ChatSequence
 from luthier.chat.conversation import fill_empty_content
 from luthier.data import Example
 from luthier.inspection.dataset import ConversationReader, InspectedRow
-
-# Prompts as transformers writes them, to hold the encoder's own against.
 
 
 class TransformersPrompts:
@@ -47,13 +49,13 @@ class TransformersPrompts:
             if pinned != ids:
                 return pinned
             ids = self._today.prompt(before, tools)
-        said = self._holds_controls(m for m in before if m["role"] == "assistant")
-        asked = self._holds_controls([*(m for m in before if m["role"] != "assistant"), tools])
-        ways = [asked] if not said else [True] if asked else [False, True]
-        found = [self._prompt(before, tools, sanitize) for sanitize in ways]
-        if ids in found or (said and asked):
+        in_replies = self._holds_controls(m for m in before if m["role"] == "assistant")
+        in_prompts = self._holds_controls([*(m for m in before if m["role"] != "assistant"), tools])
+        ways = [in_prompts] if not in_replies else [True] if in_prompts else [False, True]
+        prompts = [self._prompt(before, tools, sanitize) for sanitize in ways]
+        if ids in prompts or (in_replies and in_prompts):
             return None
-        return found[0]
+        return prompts[0]
 
     def _prompt(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
         try:
@@ -104,8 +106,6 @@ def _texts(value: Any) -> Iterable[str]:
         for item in value:
             yield from _texts(item)
 
-
-# The rules that every sequence must keep, each counted, with the first places where it breaks.
 
 EXAMPLES = 3
 """How many places each rule and each finding shows."""
@@ -183,31 +183,29 @@ def _wrong_labels(ids: list[int], labels: list[int]) -> str | None:
     # No id is negative, so the ignored ones are among those that differ.
     if sum(map(ne, ids, labels)) == ignored:
         return None
-    for place, (id_, label) in enumerate(zip(ids, labels, strict=True)):
+    for position, (id_, label) in enumerate(zip(ids, labels, strict=True)):
         if label not in (IGNORED, id_):
-            return f"token {place} is {id_} and its label {label}"
+            return f"token {position} is {id_} and its label {label}"
     return None
 
-
-# Where two lists of tokens part, to be looked at.
 
 _BEFORE, _AFTER = 4, 7
 
 
 def first_difference(first: list[int], second: list[int]) -> int:
     """The place of the first token that differs."""
-    for place, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return place
+    for position, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return position
     return min(len(first), len(second))
 
 
-def tokens_around(ids: list[int], place: int, text_of: Callable[[int], str]) -> str:
+def tokens_around(ids: list[int], position: int, text_of: Callable[[int], str]) -> str:
     """The tokens around a place, a mark before each, in one line."""
-    begin, end = max(place - _BEFORE, 0), place + _AFTER
+    begin, end = max(position - _BEFORE, 0), position + _AFTER
     ahead, behind = "… " if begin else "", " …" if end < len(ids) else ""
-    shown = "|".join(text_of(id_).replace("\n", "↵") for id_ in ids[begin:end])
-    return f"{ahead}{shown}{behind}" if shown else "(ends here)"
+    joined = "|".join(text_of(id_).replace("\n", "↵") for id_ in ids[begin:end])
+    return f"{ahead}{joined}{behind}" if joined else "(ends here)"
 
 
 COMPARED_TOKENS = 1_000_000
@@ -278,9 +276,9 @@ class PromptComparison:
                 continue
             self.of += 1
             if sample.takes():
-                whole = reader.uncut_sequences(row)
-                self._compare(row, whole, reader.other_sequences(row))
-                for sequence in whole:
+                sequences = reader.uncut_sequences(row)
+                self._compare(row, sequences, reader.other_sequences(row))
+                for sequence in sequences:
                     sample.spend(*self._compare_prompts(reference, row, sequence))
 
     def _compare_prompts(
@@ -298,32 +296,32 @@ class PromptComparison:
             if other is None:
                 self.prompts.note(row.place, None)
                 continue
-            shown = self._shown({"luthier": ids, "transformers": other})
-            self.prompts.note(row.place, f"the prompt of message {reply.message} differs", shown)
+            tokens = self._shown({"luthier": ids, "transformers": other})
+            self.prompts.note(row.place, f"the prompt of message {reply.message} differs", tokens)
         return sum(reply.start for reply in sequence.replies), len(sequence.replies)
 
     def _compare(
-        self, row: InspectedRow, whole: list[ChatSequence], others: list[ChatSequence]
+        self, row: InspectedRow, sequences: list[ChatSequence], others: list[ChatSequence]
     ) -> None:
-        found = self.boundaries
-        found.rows += 1
-        if list(map(_content, whole)) == list(map(_content, others)):
+        boundaries = self.boundaries
+        boundaries.rows += 1
+        if list(map(_content, sequences)) == list(map(_content, others)):
             return
-        found.differ += 1
-        if found.first is None:
-            found.first = self._first_difference(row, whole, others)
+        boundaries.differ += 1
+        if boundaries.first is None:
+            boundaries.first = self._first_difference(row, sequences, others)
 
     def _first_difference(
-        self, row: InspectedRow, whole: list[ChatSequence], others: list[ChatSequence]
+        self, row: InspectedRow, sequences: list[ChatSequence], others: list[ChatSequence]
     ) -> RuleExample:
         names = ("served", "segments")
         chosen, other = names if self.boundaries.chosen == "served" else names[::-1]
-        for one, two in zip(whole, others, strict=False):
-            if one.input_ids != two.input_ids:
-                named = {chosen: one.input_ids, other: two.input_ids}
+        for first, second in zip(sequences, others, strict=False):
+            if first.input_ids != second.input_ids:
+                named = {chosen: first.input_ids, other: second.input_ids}
                 return RuleExample(row.place, "the tokens part here", self._shown(named))
         return RuleExample(
-            row.place, f"{chosen}: {len(whole)} sequences, {other}: {len(others)} sequences"
+            row.place, f"{chosen}: {len(sequences)} sequences, {other}: {len(others)} sequences"
         )
 
     def _shown(self, named: dict[str, list[int]]) -> dict[str, str]:

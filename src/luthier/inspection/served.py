@@ -19,7 +19,7 @@ from luthier.model.artifact import Artifact, find_artifact
 
 DEFAULT_ROWS = 500
 """Rows of each source that are compared where nobody says how many."""
-_KINDS = ("conversation", "preference", "unpaired")
+_PROMPT_TYPES = ("conversation", "preference", "unpaired")
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class ServedCheck:
 
     def check(self, turn: ServedTurn) -> None:
         """Hold one turn against the rules."""
-        found = self._applied(turn, {})
-        if found == turn.prompt:
+        served = self._applied(turn, {})
+        if served == turn.prompt:
             self.prompts.note(turn.where, None)
         else:
-            self.prompts.note(turn.where, self._why(turn, found), self._shown(turn.prompt, found))
+            self.prompts.note(turn.where, self._why(turn, served), self._shown(turn.prompt, served))
         if turn.reply:
             last = turn.reply[-1]
             wrong = f"it ends with {self._text_of(last)} ({last})"
@@ -75,16 +75,16 @@ class ServedCheck:
             differs = None if read[0] == read[1] else f"{read[0][:60]!r} reads as {read[1][:60]!r}"
             self.texts.note(turn.where, differs)
 
-    def _why(self, turn: ServedTurn, found: list[int] | str) -> str:
+    def _why(self, turn: ServedTurn, served: list[int] | str) -> str:
         """Why a prompt is another one, as far as it can be told by trying."""
-        if isinstance(found, str):
-            return f"apply_chat_template refuses it: {found}"
+        if isinstance(served, str):
+            return f"apply_chat_template refuses it: {served}"
         variables = self._trained.variables
         if variables and self._applied(turn, variables) == turn.prompt:
             return (
                 f"requests must set chat_template_kwargs={json.dumps(variables)}, as training did"
             )
-        if found == self._of_today(turn):
+        if served == self._of_today(turn):
             return f"the template writes today's date; the training had {self._trained.date}"
         if self._applied(turn, {**variables, "sanitize_control_tokens": True}) == turn.prompt:
             return "a control token stands in the text: a server takes it for one"
@@ -159,13 +159,13 @@ def _trained(artifact: Artifact, config: RunConfig) -> ChatEncoder:
     from luthier.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    asked = [*config.model.add_tokens, *config.model.add_special_tokens]
-    if any(text not in tokenizer.get_vocab() for text in asked):
+    added = [*config.model.add_tokens, *config.model.add_special_tokens]
+    if any(text not in tokenizer.get_vocab() for text in added):
         add_tokens(tokenizer, config.model)
     if artifact.chat is None:
         raise UserError(f"{artifact.name}: there are no chat settings (chat.json) beside it.")
-    whole = artifact.chat | {"max_length": None, "on_lost": "keep"}
-    return ChatEncoder.from_settings(tokenizer, whole)
+    settings = artifact.chat | {"max_length": None, "on_lost": "keep"}
+    return ChatEncoder.from_settings(tokenizer, settings)
 
 
 def _ends(artifact: Artifact) -> list[int]:
@@ -183,7 +183,7 @@ def _opened(config: RunConfig) -> Iterator[OpenedSource]:
     sources = DatasetSources(config.dataset)
     for key in sources.by_key:
         opened = sources.open(key)
-        if opened.row_format.example_type in _KINDS:
+        if opened.row_format.example_type in _PROMPT_TYPES:
             yield opened
 
 

@@ -65,7 +65,7 @@ class HeldOutOverlap:
 
 
 def find_duplicates(
-    prints: Fingerprints, places: Sequence[str], known: Fingerprints | None = None
+    prints: Fingerprints, places: Sequence[str], other_prints: Fingerprints | None = None
 ) -> DuplicateRows:
     """Find the rows that equal an earlier one.
 
@@ -74,11 +74,11 @@ def find_duplicates(
     """
     first = _firsts(prints)
     repeated = first != np.arange(len(prints))
-    if known is not None:
-        repeated &= _firsts(known) == np.arange(len(known))
+    if other_prints is not None:
+        repeated &= _firsts(other_prints) == np.arange(len(other_prints))
     rows = np.flatnonzero(repeated)
-    shown = rows[:EXAMPLES].tolist()
-    examples = [RuleExample(places[row], f"equals {places[first[row]]}") for row in shown]
+    first_rows = rows[:EXAMPLES].tolist()
+    examples = [RuleExample(places[row], f"equals {places[first[row]]}") for row in first_rows]
     return DuplicateRows(len(rows), examples)
 
 
@@ -302,8 +302,8 @@ class RowOutcomes:
 
 
 def _turns(sequences: Sequence[ChatSequence]) -> str:
-    words = " | ".join(", ".join(map(str, sequence.messages)) for sequence in sequences)
-    return f"messages {words}"
+    listed = " | ".join(", ".join(map(str, sequence.messages)) for sequence in sequences)
+    return f"messages {listed}"
 
 
 def _numbers(values: "array[int]") -> NDArray[Any]:
@@ -374,10 +374,10 @@ def summarise_split(
     )
 
 
-def _count_several(parts: list[SplitRows], kind: str) -> int:
+def _count_several(parts: list[SplitRows], example_type: str) -> int:
     """Return how many rows of this kind make several sequences."""
     return sum(
         int((part.account.sequences[part.rows] > 1).sum())
         for part in parts
-        if part.account.opened.row_format.example_type == kind
+        if part.account.opened.row_format.example_type == example_type
     )

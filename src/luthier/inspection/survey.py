@@ -1,4 +1,4 @@
-"""The whole dataset seen row by row: what the rows make, what becomes of them, which rules hold."""
+"""The whole dataset row by row against the rules, and its sources put together as a run does it."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -36,8 +36,6 @@ from luthier.inspection.statistics import (
     summarise_split,
 )
 from luthier.inspection.tokens import token_decoder
-
-# The sources of a dataset put together: sides, mixture, equal rows, what is held out.
 
 
 class DatasetSummary:
@@ -95,21 +93,21 @@ class DatasetSummary:
     def equals(self) -> dict[str, DuplicateRows]:
         """Rows that equal an earlier one: `exact`, and `normalised` for those that only look so."""
         rows = np.flatnonzero(self._usable)
-        places = [place for account in self._trained.values() for place in account.places]
-        places = [places[row] for row in rows.tolist()]
+        locations = [place for account in self._trained.values() for place in account.places]
+        locations = [locations[row] for row in rows.tolist()]
         exact, normalised = (self._prints(kind)[rows] for kind in ("exact", "normalised"))
         return {
-            "exact": find_duplicates(exact, places),
-            "normalised": find_duplicates(normalised, places, exact),
+            "exact": find_duplicates(exact, locations),
+            "normalised": find_duplicates(normalised, locations, exact),
         }
 
     def overlaps(self) -> dict[str, HeldOutOverlap]:
         """What training shares with each evaluation set, by the set's name."""
         held = {split_name(key): account for key, account in self._evaluated.items()}
-        found = {name: self._overlap(account) for name, account in held.items()}
+        overlaps = {name: self._overlap(account) for name, account in held.items()}
         if len(self.selection.heldout):
-            found = {"held out": self._overlap(None)} | found
-        return found
+            overlaps = {"held out": self._overlap(None)} | overlaps
+        return overlaps
 
     def _select(self) -> RowSelection:
         """The selection of a training; where that stops, all rows that can train."""
@@ -139,8 +137,10 @@ class DatasetSummary:
     def _drawn(self) -> SplitStats:
         """The rows that are held out of the training sources."""
         rows = split_by_source(self._trained, self.selection.heldout)
-        parts = [SplitRows(self._trained[name], chosen, chosen) for name, chosen in rows.items()]
-        return summarise_split("held out", parts)
+        rows_of_sources = [
+            SplitRows(self._trained[name], chosen, chosen) for name, chosen in rows.items()
+        ]
+        return summarise_split("held out", rows_of_sources)
 
     def _overlap(self, account: RowOutcomes | None) -> HeldOutOverlap:
         """What training shares with a set; None: with the rows held out of its own sources."""
@@ -148,28 +148,28 @@ class DatasetSummary:
         candidates = np.setdiff1d(np.flatnonzero(self._usable), held)
         rows = len(held) if account is None else int((account.sequences > 0).sum())
 
-        def inside(kind: str) -> NDArray[np.bool_]:
-            own = self._prints(kind)
-            other = own[held] if account is None else _fingerprints(account, kind)
-            return np.isin(own[candidates], other)
+        def inside(equality: str) -> NDArray[np.bool_]:
+            prints = self._prints(equality)
+            other = prints[held] if account is None else _fingerprints(account, equality)
+            return np.isin(prints[candidates], other)
 
         equal = inside(self.equality)
         trains = np.isin(candidates, self.selection.train)
         similar = inside("normalised") & ~equal & trains
         return HeldOutOverlap(rows, int(equal.sum()), int(similar.sum()))
 
-    def _prints(self, kind: str) -> Fingerprints:
+    def _prints(self, equality: str) -> Fingerprints:
         """The fingerprints of all training rows."""
-        return _joined(_fingerprints(account, kind) for account in self._trained.values())
+        return _joined(_fingerprints(account, equality) for account in self._trained.values())
 
 
-def _fingerprints(account: RowOutcomes, kind: str) -> Fingerprints:
+def _fingerprints(account: RowOutcomes, equality: str) -> Fingerprints:
     """Return what tells whether rows are equal: `exact`, or `normalised`."""
-    return account.fingerprints if kind == "exact" else account.normalised_fingerprints
+    return account.fingerprints if equality == "exact" else account.normalised_fingerprints
 
 
-def _joined(parts: Any) -> Any:
-    return np.concatenate(list(parts))
+def _joined(arrays: Any) -> Any:
+    return np.concatenate(list(arrays))
 
 
 _CHUNK = 512
@@ -217,7 +217,7 @@ class Survey:
         return [self._policy, *self._chat.rules.all, *([self.comparison.prompts] * served)]
 
     @cached_property
-    def whole(self) -> DatasetSummary:
+    def summary(self) -> DatasetSummary:
         """The sources put together; for a survey that has run."""
         return DatasetSummary(self.material.config, self.trained, self.evaluated)
 
@@ -230,13 +230,13 @@ class Survey:
     @property
     def train(self) -> SplitStats:
         """The side that trains."""
-        return self.whole.sides[0]
+        return self.summary.sides[0]
 
     @property
     def error(self) -> str | None:
         """Why training would stop before its first step, apart from single rows."""
         # Rows that were not looked at may be those that are missed.
-        return self.whole.error if self.limit is None else None
+        return self.summary.error if self.limit is None else None
 
     @property
     def holds(self) -> bool:

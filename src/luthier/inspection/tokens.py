@@ -1,4 +1,4 @@
-"""A sequence as tokens that a person can look at: their text, and what each is there for."""
+"""Sequences as tokens that a person can look at: their text, and what each is there for."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +80,7 @@ def describe_tokens(
     such as the stop token of a reply, is of kind `control` with `trained` set.
     """
     return [
-        Token(id_, text_of(id_), _kind(id_ in controls, label), label != IGNORED, *origin)
+        Token(id_, text_of(id_), _token_kind(id_ in controls, label), label != IGNORED, *origin)
         for id_, label, origin in zip(
             sequence.input_ids, sequence.labels, _origins(sequence), strict=True
         )
@@ -111,22 +111,20 @@ def token_decoder(tokenizer: Any) -> Callable[[int], str]:
     return text_of
 
 
-def _kind(control: bool, label: int) -> TokenKind:
+def _token_kind(control: bool, label: int) -> TokenKind:
     if control:
         return "control"
     return "context" if label == IGNORED else "trained"
 
 
 def _origins(sequence: ChatSequence) -> list[tuple[str | None, int | None, str | None]]:
-    found: list[tuple[str | None, int | None, str | None]] = [(None, None, None)]
-    found *= len(sequence.input_ids)
+    origins: list[tuple[str | None, int | None, str | None]] = [(None, None, None)]
+    origins *= len(sequence.input_ids)
     for segment in sequence.segments:
         origin = (segment.role, segment.message, segment.field)
-        found[segment.start : segment.end] = [origin] * (segment.end - segment.start)
-    return found
+        origins[segment.start : segment.end] = [origin] * (segment.end - segment.start)
+    return origins
 
-
-# Rows of a dataset as tokens to be shown, side by side as in a batch.
 
 _OUTCOMES = {
     RowState.LOSSY: "trains, but is not shown whole",

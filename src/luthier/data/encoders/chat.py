@@ -121,10 +121,10 @@ def hash_sequences(columns: Mapping[str, Column]) -> NDArray[np.bytes_]:
     """The BLAKE2b of each sequence, over all its columns: shape (sequences,), `S16`."""
     if not any(map(len, columns.values())):
         return np.empty(0, "S16")
-    parts = [_bytes_of_rows(columns[name]) for name in sorted(columns)]
+    columns_of_bytes = [_bytes_of_rows(columns[name]) for name in sorted(columns)]
     # The sizes tell where one column ends and the next begins.
-    sizes = np.array([[len(row) for row in part] for part in parts], "<i4").T
-    rows = zip(map(bytes, sizes), *parts, strict=True)
+    sizes = np.array([[len(row) for row in part] for part in columns_of_bytes], "<i4").T
+    rows = zip(map(bytes, sizes), *columns_of_bytes, strict=True)
     hashes = [blake2b(b"".join(row), digest_size=16).digest() for row in rows]
     return np.frombuffer(b"".join(hashes), "S16")
 
@@ -140,8 +140,8 @@ def _bytes_of_rows(column: Column) -> list[memoryview]:
     numbers = (array.values if is_ragged else array).to_numpy()
     offsets = array.offsets.to_numpy() if is_ragged else np.arange(len(numbers) + 1)
     flat = memoryview(numbers.astype(numbers.dtype.newbyteorder("<"), copy=False)).cast("B")
-    places = (offsets * numbers.itemsize).tolist()
-    return [flat[start:stop] for start, stop in pairwise(places)]
+    byte_offsets = (offsets * numbers.itemsize).tolist()
+    return [flat[start:stop] for start, stop in pairwise(byte_offsets)]
 
 
 def _token_rows(sequences: Sequence[ChatSequence]) -> dict[str, Column]:

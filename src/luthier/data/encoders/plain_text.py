@@ -1,4 +1,8 @@
-"""What a tokenizer puts around texts, and texts cut so that they fit with it."""
+"""Plain text as token ids: never a control token, with what the tokenizer adds, cut to fit.
+
+`PlainTextTokenizer` encodes texts, `SpecialTokenFrame` is what stands around them, `LengthLimit`
+cuts them, and `WindowEncoder` makes windows of whole documents.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ _LETTERS = ("a", "b")
 class SpecialTokenFrame:
     """The tokens around one text, or around and between two, as the tokenizer adds them."""
 
-    parts: tuple[tuple[int, ...], ...]
+    ids_around: tuple[tuple[int, ...], ...]
     """Token ids before the first text, between two, and behind the last."""
     types: tuple[tuple[int, ...], ...] | None
     """The segment ids (`token_type_ids`) of these; None for a tokenizer that has none."""
@@ -37,15 +41,15 @@ class SpecialTokenFrame:
     @property
     def size(self) -> int:
         """How many tokens it has."""
-        return sum(map(len, self.parts))
+        return sum(map(len, self.ids_around))
 
     def settings(self) -> list[Any]:
         """All of it, for JSON."""
-        return [self.parts, self.types, self.text_types]
+        return [self.ids_around, self.types, self.text_types]
 
     def around(self, texts: list[list[int]]) -> list[int]:
         """The ids of a row."""
-        return list(chain(self.parts[0], *map(chain, texts, self.parts[1:])))
+        return list(chain(self.ids_around[0], *map(chain, texts, self.ids_around[1:])))
 
     def types_around(self, texts: list[list[int]]) -> list[int]:
         """The segment ids of a row; the frame must have such."""
@@ -60,40 +64,43 @@ def measure_frame(tokenizer: Any, texts: int = 1, target: bool = False) -> Speci
     `target`: what it puts around the text that an encoder-decoder model is to write.
     """
     letters = _LETTERS[:texts]
-    whole = tokenizer(text_target=letters[0]) if target else tokenizer(*letters)
-    ids: list[int] = whole["input_ids"]
-    parts: list[tuple[int, ...]] = []
-    spots: list[int] = []
+    encoding = tokenizer(text_target=letters[0]) if target else tokenizer(*letters)
+    ids: list[int] = encoding["input_ids"]
+    frame_ids: list[tuple[int, ...]] = []
+    text_starts: list[int] = []
     position = 0
     for letter in letters:
         alone = tokenizer(letter, add_special_tokens=False)["input_ids"]
-        place = next(p for p in range(position, len(ids)) if ids[p : p + len(alone)] == alone)
-        parts.append(tuple(ids[position:place]))
-        spots.append(place)
-        position = place + len(alone)
-    parts.append(tuple(ids[position:]))
-    kinds = whole.get("token_type_ids")
-    if kinds is None:
-        return SpecialTokenFrame(tuple(parts), None, (0,) * texts)
+        start = next(p for p in range(position, len(ids)) if ids[p : p + len(alone)] == alone)
+        frame_ids.append(tuple(ids[position:start]))
+        text_starts.append(start)
+        position = start + len(alone)
+    frame_ids.append(tuple(ids[position:]))
+    type_ids = encoding.get("token_type_ids")
+    if type_ids is None:
+        return SpecialTokenFrame(tuple(frame_ids), None, (0,) * texts)
     return SpecialTokenFrame(
-        tuple(parts), _split(kinds, parts, spots), tuple(kinds[spot] for spot in spots)
+        tuple(frame_ids),
+        _frame_type_ids(type_ids, frame_ids, text_starts),
+        tuple(type_ids[spot] for spot in text_starts),
     )
 
 
-def _split(
-    kinds: list[int], parts: list[tuple[int, ...]], spots: list[int]
+def _frame_type_ids(
+    type_ids: list[int], frame_ids: list[tuple[int, ...]], text_starts: list[int]
 ) -> tuple[tuple[int, ...], ...]:
     """The segment ids of each part of the frame."""
     before = [
-        tuple(kinds[spot - len(part) : spot]) for part, spot in zip(parts, spots, strict=False)
+        tuple(type_ids[spot - len(part) : spot])
+        for part, spot in zip(frame_ids, text_starts, strict=False)
     ]
-    behind = len(parts[-1])
-    return (*before, tuple(kinds[len(kinds) - behind :]))
+    behind = len(frame_ids[-1])
+    return (*before, tuple(type_ids[len(type_ids) - behind :]))
 
 
 def add_end_token(frame: SpecialTokenFrame, tokenizer: Any) -> SpecialTokenFrame:
     """The frame with the tokenizer's end token behind the text, once."""
-    *before, behind = frame.parts
+    *before, behind = frame.ids_around
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(
@@ -132,13 +139,13 @@ class LengthLimit:
     def fit(self, texts: list[list[int]], frame: SpecialTokenFrame) -> list[list[int]]:
         """The texts, cut at their ends; raises TooLong where a long row is not to be cut."""
         lengths = [len(ids) for ids in texts]
-        whole = sum(lengths) + frame.size
-        if self.max_length is None or whole <= self.max_length:
+        total = sum(lengths) + frame.size
+        if self.max_length is None or total <= self.max_length:
             return texts
         if self.on_long != "turns":
-            raise RowTooLongError(whole)
-        kept = cut_lengths(lengths, self.max_length - frame.size)
-        return [ids[:length] for ids, length in zip(texts, kept, strict=True)]
+            raise RowTooLongError(total)
+        fitting = cut_lengths(lengths, self.max_length - frame.size)
+        return [ids[:length] for ids, length in zip(texts, fitting, strict=True)]
 
 
 def cut_lengths(lengths: Sequence[int], room: int) -> list[int]:
@@ -151,13 +158,11 @@ def cut_lengths(lengths: Sequence[int], room: int) -> list[int]:
         return [min(lengths[0], room)]
     shorter, longer = sorted(lengths)
     if shorter * 2 > room:
-        kept = [room // 2, room // 2 + room % 2]
+        fitting = [room // 2, room // 2 + room % 2]
     else:
-        kept = [shorter, min(longer, room - shorter)]
-    return kept if lengths[0] <= lengths[1] else kept[::-1]
+        fitting = [shorter, min(longer, room - shorter)]
+    return fitting if lengths[0] <= lengths[1] else fitting[::-1]
 
-
-# Texts as token ids, in which no text becomes a control token.
 
 _CHUNK = 2_000_000
 """Characters that go through the tokenizer at once: it needs about 100 bytes for each token."""
@@ -204,10 +209,10 @@ class PlainTextTokenizer:
         for row in pieces:
             yield [list(chain.from_iterable(next(ids) for _ in word)) for word in row]
 
-    def _word(self, word: str, place: int) -> list[TextPiece]:
+    def _word(self, word: str, position: int) -> list[TextPiece]:
         if not word:
             return []
-        return _pieces(f" {word}" if place else word, self._pattern, at_start=not place)
+        return _pieces(f" {word}" if position else word, self._pattern, at_start=not position)
 
     def _encoded(self, texts: list[str], first: int) -> Iterator[list[int]]:
         """The ids of texts, those without control tokens in one go."""
@@ -215,8 +220,8 @@ class PlainTextTokenizer:
         clean = iter(
             self._plain([t for t, is_suspect in zip(texts, suspect, strict=True) if not is_suspect])
         )
-        for place, text in enumerate(texts):
-            yield self._neutral(text, first + place) if suspect[place] else next(clean)
+        for index, text in enumerate(texts):
+            yield self._neutral(text, first + index) if suspect[index] else next(clean)
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts, without what the tokenizer puts around them."""
@@ -278,9 +283,6 @@ def _template_text(tokenizer: Any) -> str:
     return template if isinstance(template, str) else "\n".join(template.values())
 
 
-# Plain documents to token ids and labels, whole or in windows.
-
-
 class TextWindow(NamedTuple):
     """A stretch of a document: token ids, and labels of the same length."""
 
@@ -311,7 +313,7 @@ class WindowEncoder:
         self.max_length = max_length
         self.stride = stride
         self._text = PlainTextTokenizer(tokenizer)
-        self.start, self.end = _around(tokenizer)
+        self.start, self.end = _surrounding_ids(tokenizer)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[TextWindow]]:
         """The windows of each document, in order; none for an empty one.
@@ -346,16 +348,16 @@ class WindowEncoder:
         return windows
 
 
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _surrounding_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What stands before and behind every document."""
     alone = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    place = next(p for p in range(len(whole)) if whole[p : p + len(alone)] == alone)
-    behind = whole[place + len(alone) :]
+    ids = tokenizer("a")["input_ids"]
+    start = next(p for p in range(len(ids)) if ids[p : p + len(alone)] == alone)
+    behind = ids[start + len(alone) :]
     if not behind and tokenizer.eos_token_id is None:
         raise UserError(
             "dataset: plain text needs an end token behind each document, and the tokenizer names "
             "none (eos_token). Set model.tokenizer to one that does, or add eos_token to its "
             "tokenizer_config.json."
         )
-    return whole[:place], behind or [tokenizer.eos_token_id]
+    return ids[:start], behind or [tokenizer.eos_token_id]

@@ -3,6 +3,9 @@
 Each reply is encoded as a conversation of its own, by the chat encoder: the prompt's ids are those
 that generation starts from, and what trains is what the model would have to write, up to and with
 the stop token. All replies of an example must stand behind the same ids.
+
+Every token row has the columns `trained` (how many tokens train), `length` (the tokens of its
+longest sequence) and `tokens` (those of all).
 """
 
 from __future__ import annotations
@@ -74,8 +77,8 @@ class ReplyEncoder:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the ids besides the tokenizer, for JSON."""
-        own = {"max_length": self._limit, "on_long": self._on_long, "whole": self._whole}
-        return self._conversations.settings() | own
+        reply_settings = {"max_length": self._limit, "on_long": self._on_long, "whole": self._whole}
+        return self._conversations.settings() | reply_settings
 
     def encode(self, examples: Sequence[Example]) -> list[ComparedReplies]:
         """The replies of each example.
@@ -83,17 +86,17 @@ class ReplyEncoder:
         Raises ChatError, with the example's number, for one that the settings do not allow to drop
         or keep.
         """
-        found = []
+        compared = []
         for number, (example, judged) in enumerate(
             zip(examples, self._judged(examples), strict=True)
         ):
             if judged and self._is_long(judged):
                 judged = self._fitted(example, judged, number)
             if not judged and judged.problem and self._stops_at(judged.problem[0]):
-                reason, words = judged.problem
-                raise ChatError(words, reason=reason, row=number)
-            found.append(judged)
-        return found
+                reason, description = judged.problem
+                raise ChatError(description, reason=reason, row=number)
+            compared.append(judged)
+        return compared
 
     def _judged(self, examples: Sequence[Example]) -> Iterator[ComparedReplies]:
         """The replies of each example, however long."""
@@ -107,8 +110,8 @@ class ReplyEncoder:
             batch = self._chat.encode_batch(conversations)
         except ChatError as error:
             number, side = divmod(error.row or 0, count)
-            words = f"{self._names[side]}: {error.description}"
-            raise ChatError(words, reason=error.reason, row=number) from error
+            description = f"{self._names[side]}: {error.description}"
+            raise ChatError(description, reason=error.reason, row=number) from error
         # The first report of a row is kept: both replies may have the same thing wrong.
         reports = {error.row: error for error in reversed(batch.reports)}
         for start in range(0, len(conversations), count):
@@ -126,12 +129,12 @@ class ReplyEncoder:
             if not sequences:
                 return ComparedReplies(problem=problem)
             if len(sequences) > 1 and not self._whole:
-                return ComparedReplies(problem=_rewritten(name))
+                return ComparedReplies(problem=_rewritten_reply_problem(name))
         last = [sequences[-1] for sequences in rows]
         starts = [sequence.replies[0].start for sequence in last]
         prompts = [sequence.input_ids[:start] for sequence, start in zip(last, starts, strict=True)]
         if any(prompt != prompts[0] for prompt in prompts) and not self._whole:
-            return ComparedReplies(problem=_other_prompts(self._names))
+            return ComparedReplies(problem=_different_prompts_problem(self._names))
         return ComparedReplies(prompts[0], [*map(_reply, last)], problem)
 
     def _stops_at(self, reason: str) -> bool:
@@ -150,13 +153,15 @@ class ReplyEncoder:
 
     def _fitted(self, example: Example, judged: ComparedReplies, number: int) -> ComparedReplies:
         """The example with as few turns less at the front of its prompt as make it fit."""
-        words = f"it makes {self._length(judged)} tokens, and chat.max_length is {self._limit}"
-        if self._on_long != "turns":
-            return ComparedReplies(problem=("too long", words))
-        found = ComparedReplies(
-            problem=("too long", f"{words}; no whole turns of its prompt can go")
+        description = (
+            f"it makes {self._length(judged)} tokens, and chat.max_length is {self._limit}"
         )
-        prompts = _shorter(example)
+        if self._on_long != "turns":
+            return ComparedReplies(problem=("too long", description))
+        best = ComparedReplies(
+            problem=("too long", f"{description}; no whole turns of its prompt can go")
+        )
+        prompts = _shortened_prompts(example)
         low, high = 0, len(prompts)
         while low < high:
             middle = (low + high) // 2
@@ -165,11 +170,11 @@ class ReplyEncoder:
             except ChatError as error:
                 raise error.in_row(number) from error
             if tried and not self._is_long(tried):
-                found, high = tried, middle
-                found.is_cut = True
+                best, high = tried, middle
+                best.is_cut = True
             else:
                 low = middle + 1
-        return found
+        return best
 
 
 def _conversation(example: Mapping[str, Any], name: str, roles: set[str]) -> dict[str, Any]:
@@ -187,36 +192,31 @@ def _reply(sequence: ChatSequence) -> EncodedReply:
     return EncodedReply(sequence.input_ids[begin:stop], spans, sequence.input_ids)
 
 
-def _shorter(example: Mapping[str, Any]) -> list[Messages]:
+def _shortened_prompts(example: Mapping[str, Any]) -> list[Messages]:
     """The prompt without its first turn, without its first two, ...; a user's turn stays."""
     prompt: Messages = example["prompt"]
     conversation = read_conversation(prompt)
     starts = turn_starts(conversation, len(prompt))
-    kept = (drop_front(conversation, start).numbers for start in starts)
-    return [[prompt[number] for number in numbers] for numbers in kept]
+    shortened = (drop_front(conversation, start).numbers for start in starts)
+    return [[prompt[number] for number in numbers] for numbers in shortened]
 
 
-def _rewritten(name: str) -> RowProblem:
-    words = (
+def _rewritten_reply_problem(name: str) -> RowProblem:
+    description = (
         f"{name}: the template writes its turns in another way once later ones follow, so they "
         "have no single prompt. Leave the last turn as the reply, and the others as the prompt"
     )
-    return "template rewrites the reply", words
+    return "template rewrites the reply", description
 
 
-def _other_prompts(names: Sequence[str]) -> RowProblem:
-    words = (
+def _different_prompts_problem(names: Sequence[str]) -> RowProblem:
+    description = (
         f"the template writes the prompt of {' and '.join(names)} in different ways, so the "
         "replies do not answer the same. Where a reply has turns of its own before the one that "
         "trains, make them part of the prompt"
     )
-    return "different prompts", words
+    return "different prompts", description
 
-
-# Token rows of replies that are judged: two of one prompt, or one with a verdict.
-#
-# Every row has the columns `trained` (how many tokens train), `length` (the tokens of its
-# longest sequence) and `tokens` (those of all).
 
 Values = dict[str, Any]
 CHOSEN_AND_REJECTED = ("chosen", "rejected")

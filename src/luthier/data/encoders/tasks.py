@@ -103,7 +103,7 @@ class TaskEncoder:
         """The texts of an example."""
         raise NotImplementedError
 
-    def _row(self, example: Example, parts: TextIds) -> TaskRow:
+    def _row(self, example: Example, texts: TextIds) -> TaskRow:
         """The row of an example, whose texts have these ids; raises TooLong."""
         raise NotImplementedError
 
@@ -119,11 +119,13 @@ class TaskEncoder:
 
     def _too_long(self, tokens: int, number: int) -> RowProblem:
         reason = "longer than chat.max_length"
-        words = f"the row has {tokens} tokens, and chat.max_length is {self._bound.max_length}"
+        description = (
+            f"the row has {tokens} tokens, and chat.max_length is {self._bound.max_length}"
+        )
         if self._bound.on_long == "error":
             advice = "Raise it, or set chat.on_long=turns to cut texts at their end, or =drop"
-            raise ChatError(f"{words}. {advice}", reason=reason, row=number)
-        return reason, words
+            raise ChatError(f"{description}. {advice}", reason=reason, row=number)
+        return reason, description
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_tokenizer": self._tokenizer, "_bound": self._bound}
@@ -153,19 +155,19 @@ class ClassificationEncoder(TaskEncoder):
     def _texts(self, example: Example) -> list[str]:
         return [example[name] for name in ("text", "text_pair") if name in example]
 
-    def _row(self, example: Example, parts: TextIds) -> TaskRow:
-        if not any(parts):
+    def _row(self, example: Example, texts: TextIds) -> TaskRow:
+        if not any(texts):
             return TaskRow({}, problem=EMPTY_TEXT)
-        frame = self._frame if len(parts) == 1 else self._pair_frame
-        kept = self._bound.fit(parts, frame)
+        frame = self._frame if len(texts) == 1 else self._pair_frame
+        fitting = self._bound.fit(texts, frame)
         values: Values = {
-            "input_ids": frame.around(kept),
+            "input_ids": frame.around(fitting),
             "label": json.dumps(example["label"]),
             "trained": 1,
         }
         if frame.types is not None:
-            values["token_type_ids"] = frame.types_around(kept)
-        return TaskRow(values, is_cut=kept != parts)
+            values["token_type_ids"] = frame.types_around(fitting)
+        return TaskRow(values, is_cut=fitting != texts)
 
 
 class TaggingEncoder(TaskEncoder):
@@ -184,23 +186,25 @@ class TaggingEncoder(TaskEncoder):
     def _text_ids(self, examples: Sequence[Example]) -> Iterator[TextIds]:
         return self._text.encode_words([example["tokens"] for example in examples])
 
-    def _row(self, example: Example, parts: TextIds) -> TaskRow:
-        if not any(parts):
+    def _row(self, example: Example, texts: TextIds) -> TaskRow:
+        if not any(texts):
             return TaskRow({}, problem=EMPTY_TEXT)
-        before, behind = (len(part) for part in self._frame.parts)
-        kept = self._kept(parts)
+        before, behind = (len(part) for part in self._frame.ids_around)
+        fitting = self._kept(texts)
         words = [
             NOT_FIRST if place else number
-            for number, ids in enumerate(kept)
+            for number, ids in enumerate(fitting)
             for place in range(len(ids))
         ]
         values: Values = {
-            "input_ids": self._frame.around([list(chain.from_iterable(kept))]),
+            "input_ids": self._frame.around([list(chain.from_iterable(fitting))]),
             "words": [*[NOT_FIRST] * before, *words, *[NOT_FIRST] * behind],
             "tags": json.dumps(example["tags"]),
-            "trained": sum(map(bool, kept)),
+            "trained": sum(map(bool, fitting)),
         }
-        return TaskRow(values, is_cut=len(kept) < len(parts)) if any(kept) else _no_word(parts)
+        return (
+            TaskRow(values, is_cut=len(fitting) < len(texts)) if any(fitting) else _no_word(texts)
+        )
 
     def _kept(self, words: TextIds) -> TextIds:
         """The words that fit; raises TooLong where a row is not to be cut."""
@@ -248,15 +252,19 @@ class Seq2SeqEncoder(TaskEncoder):
     def _texts(self, example: Example) -> list[str]:
         return [example["source"], example["target"]]
 
-    def _row(self, example: Example, parts: TextIds) -> TaskRow:
-        source, target = parts
+    def _row(self, example: Example, texts: TextIds) -> TaskRow:
+        source, target = texts
         if not source:
             return TaskRow({}, problem=("empty source", "its source is empty"))
-        (kept,) = self._bound.fit([source], self._frame)
+        (fitting,) = self._bound.fit([source], self._frame)
         labels = self._target_frame.around([target])
         fits = self._bound.fit([target], self._target_frame) == [target]
         if not fits:
-            start = self._target_frame.parts[0]
+            start = self._target_frame.ids_around[0]
             labels = [*start, *target][: self._bound.max_length]
-        values = {"input_ids": self._frame.around([kept]), "labels": labels, "trained": len(labels)}
-        return TaskRow(values, is_cut=not fits or kept != source)
+        values = {
+            "input_ids": self._frame.around([fitting]),
+            "labels": labels,
+            "trained": len(labels),
+        }
+        return TaskRow(values, is_cut=not fits or fitting != source)

@@ -1,4 +1,7 @@
-"""The store: entries that are made once, whole or not at all, and shared between processes."""
+"""The store of encoded rows: entries under a key of all that decides them.
+
+Each is made once, whole or not at all, and shared between processes.
+"""
 
 import hashlib
 import json
@@ -123,8 +126,8 @@ class Store:
         if key not in self._names():
             return None
         with suppress(FileNotFoundError):
-            found = (self.folder / key).stat()
-            return found.st_ino, found.st_mtime_ns
+            stat = (self.folder / key).stat()
+            return stat.st_ino, stat.st_mtime_ns
         return None
 
     def _make(self, key: str, make: EntryMaker, problem: str | None) -> StoredEntry:
@@ -147,13 +150,13 @@ class Store:
             new.mkdir()
         writer = EntryWriter(new)
         try:
-            made = make(writer)
+            facts = make(writer)
             writer.close()
         except BaseException:
             writer.abandon()
             raise
         with cache_write_errors(self.folder, new):
-            write_manifest(new, made)
+            write_manifest(new, facts)
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:
@@ -177,8 +180,8 @@ class Store:
     def _waiting(self, key: str) -> str:
         """Who is waited for."""
         names = [path.name for path in self.folder.glob(f"{key}.new-*")]
-        found = re.search(r"\.new-(\d+)-\w+@(.*)", names[0]) if names else None
-        who = f"process {found[1]} on {found[2]}" if found else "another process"
+        match = re.search(r"\.new-(\d+)-\w+@(.*)", names[0]) if names else None
+        who = f"process {match[1]} on {match[2]}" if match else "another process"
         return f"Waiting for {who}, which encodes the same rows into {self.folder / key}."
 
     def _sweep(self) -> None:
@@ -199,11 +202,9 @@ class Store:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
-
-# The key of encoded rows: a hash of all that decides them, and of nothing else.
 
 ENCODING_VERSION = 2
 """Raise it when the same sources, settings and tokenizer give other rows than before."""
@@ -227,8 +228,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
     text; not the template, names, lengths, or the truncation and padding of the last call.
     """
     digest = hashlib.sha256()
-    for part in _without_last_call(tokenizer.backend_tokenizer.to_str()):
-        digest.update(part.encode())
+    for text in _without_last_call(tokenizer.backend_tokenizer.to_str()):
+        digest.update(text.encode())
     facts = {
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "split_special_tokens": tokenizer.split_special_tokens,

@@ -1,4 +1,4 @@
-"""A table of encoded rows, mapped from its file: rows are views of the file, not copies."""
+"""Token tables in Arrow files: read as views of the mapped file, joined, and written in batches."""
 
 import os
 import re
@@ -73,16 +73,16 @@ class TokenTable:
 
     def lengths_of(self, column: str) -> NDArray[np.int32]:
         """Tokens of each row of a column of token rows, shape (rows,); reads no token."""
-        parts = [np.diff(_offsets(batch.column(column))) for batch in self._batches]
-        return np.concatenate([np.empty(0, np.int32), *parts])
+        lengths = [np.diff(_offsets(batch.column(column))) for batch in self._batches]
+        return np.concatenate([np.empty(0, np.int32), *lengths])
 
     def row(self, position: int) -> dict[str, Any]:
         """One row: token rows as read-only int32 views of the file, and numbers, texts, bytes.
 
         A negative position counts from the end; IndexError for one that is not there.
         """
-        number, place = self._find(position)
-        return {name: read(place) for name, read in self._readers_of(number).items()}
+        number, position_in_batch = self._find(position)
+        return {name: read(position_in_batch) for name, read in self._readers_of(number).items()}
 
     def rows(self, positions: Iterable[int]) -> list[dict[str, Any]]:
         """Several rows, in the order of their positions."""
@@ -90,13 +90,13 @@ class TokenTable:
 
     def column(self, name: str) -> NDArray:
         """A whole column of numbers, shape (rows,)."""
-        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        arrays = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
     def values(self, name: str, positions: Iterable[int]) -> list[Any]:
         """The values of one column at some rows, such as the texts of a few held-out rows."""
-        places = (self._find(int(position)) for position in positions)
-        return [self._readers_of(number)[name](place) for number, place in places]
+        locations = (self._find(int(position)) for position in positions)
+        return [self._readers_of(number)[name](place) for number, place in locations]
 
     def _find(self, position: int) -> tuple[int, int]:
         """The record batch in which a row stands, and its place there."""
@@ -134,8 +134,6 @@ def _offsets(array: Any) -> NDArray[np.int32]:
     offsets: NDArray[np.int32] = array.offsets.to_numpy()
     return offsets
 
-
-# What a column of a table may hold, and how lists of Python become Arrow arrays.
 
 MAX_BATCH_TOKENS = 2**31 - 1
 """Tokens of one record batch: Arrow's lists count them in 32 bits."""
@@ -219,9 +217,6 @@ def _lists(values: NDArray[np.int32], offsets: NDArray[np.integer]) -> "pa.Array
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
-# Several tables as one, laid end to end.
-
-
 class JoinedTable:
     """The token rows of several tables under one numbering."""
 
@@ -235,19 +230,19 @@ class JoinedTable:
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row, shape (rows,)."""
-        parts = [table.lengths for table in self.tables if len(table)]
-        return np.concatenate([np.empty(0, np.int32), *parts])
+        arrays = [table.lengths for table in self.tables if len(table)]
+        return np.concatenate([np.empty(0, np.int32), *arrays])
 
     @property
     def tokens(self) -> NDArray[np.int32]:
         """Tokens that a model reads for each row, shape (rows,)."""
-        parts = [table.tokens for table in self.tables if len(table)]
-        return np.concatenate([np.empty(0, np.int32), *parts])
+        arrays = [table.tokens for table in self.tables if len(table)]
+        return np.concatenate([np.empty(0, np.int32), *arrays])
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers of all tables, shape (rows,)."""
-        parts = [table.column(name) for table in self.tables if len(table)]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        arrays = [table.column(name) for table in self.tables if len(table)]
+        return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
     def row(self, number: int, /) -> Mapping[str, Any]:
         """The columns of one row."""
@@ -257,9 +252,6 @@ class JoinedTable:
     def start_of(self, table: int) -> int:
         """The number of a table's first row."""
         return self._starts[table]
-
-
-# The words for a disk that is full or a folder that cannot be written to.
 
 
 @contextmanager
@@ -289,8 +281,6 @@ def _full(cache: Path, entry: Path | None, reason: str) -> str:
         "dataset.cache=FOLDER, or the environment variable LUTHIER_CACHE."
     )
 
-
-# Writes the tables of an entry to disk while they are made, in memory that does not grow.
 
 BATCH_BYTES = 8 * 2**20
 """Bytes that a table holds back before it writes a record batch."""
