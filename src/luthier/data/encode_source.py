@@ -62,6 +62,7 @@ def encode_rows(
     bad = BadRows()
     rows = opened.examples(bad)
     keeps_columns = bool(encoder.settings().get(COLUMNS_SETTING))
+    # The bar shows itself after two seconds: small sets encode without one.
     bar = tqdm(
         total=opened.source.size, unit=" rows", desc=f"encode {opened.source.label}", delay=2,
         mininterval=0.5,
@@ -111,6 +112,7 @@ _Submit = Callable[[list[Any]], "Future[_EncodedChunk | _RefusedExample]"]
 def _chunks(rows: Iterator[LocatedExample], bad: BadRows, drop: bool) -> Iterator[list[_Row]]:
     """The rows, many at a time; once a bad one stops the run, the others are only looked at."""
     while chunk := list(islice(rows, CHUNK_ROWS)):
+        # All bad rows are to be counted, so the reading goes on and only the encoding ends.
         if drop or not bad.rows:
             yield list(_canonical(chunk, bad))
 
@@ -182,6 +184,7 @@ def _start_worker(pickled: bytes) -> None:
     """Begin a process that encodes; one thread, for there are other processes."""
     import os
 
+    # Fast tokenizers start a thread for each core in every process.
     os.environ["RAYON_NUM_THREADS"] = "1"
     _ENCODER.append(pickle.loads(pickled))
 
@@ -284,6 +287,8 @@ class EncodedSource:
     @property
     def normalised_fingerprints(self) -> Fingerprints:
         """The fingerprint of each row's normalised text, `S16`: made once, kept in the store."""
+        # The folder's name is the key of the rows, so it tells of all that decides them; case
+        # folding and NFKC depend on the Unicode version of Python besides.
         rows = self.stored.folder
         key = cache_key({"normalised": rows.name, "unicode": unidata_version})
         stored = Store(rows.parent).open_or_make(key, self._normalise)

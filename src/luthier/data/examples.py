@@ -121,6 +121,7 @@ class DatasetSources:
         Raises UserError for a source that is not there.
         """
         if key not in self._sources:
+            # Evaluation sets are encoded whole even where the training rows are a stream.
             streaming = self.config.streaming and key not in self.eval
             self._sources[key] = open_source(self.by_key[key], path_key(key), streaming)
         return self._sources[key]
@@ -138,6 +139,7 @@ class DatasetSources:
                 return opened
             del self._sources[key]
         source = self.source(key)
+        # Before the first row is read: a write in between must count as a change.
         stamps = _stamp_files(source)
         opened = _find_format(source, self.by_key[key], key)
         self._opened[key] = opened, stamps
@@ -166,6 +168,7 @@ def check_sources(config: DatasetConfig, method: str | None = None) -> DatasetSo
             raise UserError(f"{key}.path is missing: say where the rows are.")
         if source_config.filter is not None:
             compile_filter(source_config.filter, f"{key}.filter")
+        # A download or a function of the user's may take minutes; those wait for the encoding.
         if not _is_on_this_machine(sources.source(key)):
             continue
         opened = sources.open(key)

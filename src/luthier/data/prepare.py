@@ -178,6 +178,7 @@ def prepare(
     if len(selection.heldout):
         splits = {"": _split_of(trained, selection.heldout)} | splits
     eval_rows = {name: _rows_of(split) for name, split in splits.items()}
+    # In the order of reports and of the record: training first.
     encoded = {source.opened.key: source for source in (*trained.values(), *evaluated.values())}
     return PreparedData(
         train=train,
@@ -278,6 +279,7 @@ def _count_eval(
     evaluated: Mapping[str, EncodedSource],
 ) -> dict[str, SplitCounts]:
     """Count each evaluation set; what training rows are dropped is counted with the training."""
+    # Rows held out of the training sources have no source of their own to lose rows from.
     own_rows = {eval_set_name(key): source for key, source in evaluated.items()}
     counts = {}
     for name, split in splits.items():
@@ -373,5 +375,6 @@ def _hash(
         hash_arrays.append(np.concatenate(rows))
     digest = hashlib.sha256()
     for hashes in hash_arrays:
+        # The count tells where one split ends: the same rows split elsewhere are another dataset.
         digest.update(len(hashes).to_bytes(8, "little") + hashes.tobytes())
     return digest.hexdigest()

@@ -53,6 +53,7 @@ class TokenRowStream:
         """The token rows of one source; the next rows are encoded while these train."""
         opened, encoder, bad = self.opened[key], self.encoders[key], BadRows()
         examples = opened.examples(bad)
+        # One chunk is encoded while the one before it trains.
         with ThreadPoolExecutor(1) as worker:
             waiting: tuple[list[LocatedExample], Future[EncodedRows]] | None = None
             while True:

@@ -220,6 +220,7 @@ class ConversationReader:
             batch = encoder.encode_batch([row.example for row in placed])
         except ChatError as error:
             if len(placed) > 1:
+                # One row stops the batch: each by itself tells which one.
                 return [row for each in placed for row in self._encode(encoder, [each])]
             outcome = row_outcome(0, (error.reason, error.description))
             return [_inspected(placed[0], [], outcome)]

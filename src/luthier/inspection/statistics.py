@@ -178,6 +178,7 @@ def _summarise_source(opened: OpenedSource, config: DatasetConfig) -> SourceSumm
         first_location = first_location or row.where
     if config.on_bad_row == "error":
         bad.raise_if_any(opened)
+    # The one kind stands for both, as the selection reads only the one that the config names.
     fingerprints = pack_fingerprints(digests)
     return SourceSummary(fingerprints, fingerprints, first_location, bad.filtered)
 
@@ -210,7 +211,7 @@ class RowOutcomes:
         self.bad = BadRows()
         self.findings: dict[tuple[str, str], Finding] = {}
         self._fingerprints, self._normalised_fingerprints = bytearray(), bytearray()
-        # Arrays of numbers: a dataset may have many rows, and objects take fifty times the memory.
+        # Arrays of numbers, as a dataset may have millions of rows.
         self._sequences, self._cut_turns, self._states = array("i"), array("i"), array("b")
         self._lengths, self._trained = array("i"), array("i")
 

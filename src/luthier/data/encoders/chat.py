@@ -148,6 +148,7 @@ def _token_rows(sequences: Sequence[ChatSequence]) -> dict[str, Column]:
     """The sequences as arrays."""
     offsets = np.cumsum([0, *map(len, sequences)])
     ids = np.frombuffer(b"".join([sequence.packed for sequence in sequences]), np.int32)
+    # The labels of all sequences at once: a loop over tokens is slow.
     trains = _inside(len(ids), [
         (start + reply.start, start + reply.stop)
         for start, sequence in zip(offsets.tolist(), sequences, strict=False)
@@ -192,6 +193,7 @@ class ConversationEncoder:
         """
         settings = {"kind": "conversation", **self.chat.settings()}
         text = str(settings["template"])
+        # Settings that the template never reads would change the cache key for nothing.
         if "strftime_now" not in text:
             del settings["date"]
         settings["variables"] = {k: v for k, v in settings["variables"].items() if k in text}
