@@ -114,13 +114,13 @@ def run_name(overrides: Iterable[str]) -> str:
     `default` without overrides; a name that had to be changed or cut ends in 8 hex digits of the
     overrides' hash, so that two different runs never share a folder.
     """
-    kept = [line.lstrip("+") for line in overrides if _changes_the_run(line)]
-    if not kept:
+    overrides_in_name = [line.lstrip("+") for line in overrides if _changes_the_run(line)]
+    if not overrides_in_name:
         return "default"
-    safe = "+".join(re.sub(r"[^A-Za-z0-9._=-]+", "-", line) for line in kept)
-    if safe == "+".join(kept) and len(safe) <= _LONGEST_NAME:
+    safe = "+".join(re.sub(r"[^A-Za-z0-9._=-]+", "-", line) for line in overrides_in_name)
+    if safe == "+".join(overrides_in_name) and len(safe) <= _LONGEST_NAME:
         return safe
-    digest = hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(overrides_in_name).encode()).hexdigest()[:8]
     return f"{safe[: _LONGEST_NAME - 9]}-{digest}"
 
 
@@ -164,11 +164,11 @@ class ComposedConfig:
     def files(self) -> list[tuple[str, Path]]:
         """Return the YAML files behind the config with the key each begins at, last word first."""
         choices = OmegaConf.select(self.config, "hydra.runtime.choices") or {}
-        found = [("", path) for path in self.chain.files.values()]
+        files = [("", path) for path in self.chain.files.values()]
         for group in GROUPS:
             path = list_options(group).get(str(choices.get(group)))
-            found += [("" if group == "debug" else group, path)] if path else []
-        return [*found, ("", recipes.bundled_folder("conf") / f"{CONFIG_NAME}.yaml")]
+            files += [("" if group == "debug" else group, path)] if path else []
+        return [*files, ("", recipes.bundled_folder("conf") / f"{CONFIG_NAME}.yaml")]
 
 
 def check_overrides(
@@ -178,15 +178,17 @@ def check_overrides(
     typed, mistakes = parse_overrides(lines)
     unsure: set[str] = set()
     good = []
-    for one in typed:
-        wrong = _wrong_option(one)
+    for override in typed:
+        wrong = _wrong_option(override)
         mistakes += [wrong] if wrong else []
-        unsure |= {one.key} if wrong else set()
-        good += [] if wrong or (one.key == "recipe" and one.value is None) else [one]
+        unsure |= {override.key} if wrong else set()
+        good += [] if wrong or (override.key == "recipe" and override.value is None) else [override]
     chain = _chain(good)
     if chain.mistakes:
         unsure.add("recipe")
-        good = [one for one in good if not (one.is_group and one.key == "recipe")]
+        good = [
+            override for override in good if not (override.is_group and override.key == "recipe")
+        ]
     return good, chain, mistakes + chain.mistakes, unsure
 
 
@@ -194,7 +196,7 @@ def compose_config(lines: list[str]) -> ComposedConfig:
     """Compose what was typed; mistakes are collected, and what carries them is left out."""
     typed, chain, mistakes, unsure = check_overrides(lines)
     try:
-        config = _compose([one.for_hydra for one in typed], chain)
+        config = _compose([override.for_hydra for override in typed], chain)
     except _CANNOT_COMPOSE as error:
         mistakes.append(_hydra_mistake(error))
         return ComposedConfig(OmegaConf.create(), lines, chain, mistakes, {*GROUPS, "recipe"})
@@ -229,8 +231,8 @@ def _wrong_option(typed: TypedOverride) -> Mistake | None:
 
 
 def _chain(typed: list[TypedOverride]) -> RecipeChain:
-    groups = frozenset(one.key for one in typed if one.is_group)
-    named = [one.value for one in typed if one.is_group and one.key == "recipe"]
+    groups = frozenset(override.key for override in typed if override.is_group)
+    named = [override.value for override in typed if override.is_group and override.key == "recipe"]
     if not named or named[-1] is None:
         return RecipeChain()
     return read_recipe_chain(str(named[-1]), groups - {"recipe", "debug"})
@@ -242,7 +244,7 @@ def _finish(config: DictConfig, typed: list[TypedOverride], lines: list[str]) ->
         config.recipe = config.hydra.runtime.choices.get("recipe")
         if config.get("output_dir") is None:
             config.output_dir = run_folder(config.recipe, lines)
-    keys = {one.key for one in typed if one.value is not None}
+    keys = {override.key for override in typed if override.value is not None}
     ways = {f"dataset.eval.{way}" for way in HELD_OUT_KEYS}
     if len(keys & ways) == 1:  # this way of holding out rows replaces the one that a file names
         for other in ways - keys:

@@ -73,8 +73,8 @@ def _adapter(resolved: dict[str, Any]) -> Iterator[Mistake]:
 def _patterns(resolved: dict[str, Any]) -> Iterator[Mistake]:
     model, lora = mapping_at(resolved, "model"), mapping_at(resolved, "lora")
     for name in ("train", "freeze"):
-        given = model.get(name)
-        patterns = given if isinstance(given, list) else []
+        setting = model.get(name)
+        patterns = setting if isinstance(setting, list) else []
         if patterns and lora:
             text = "is for full fine-tuning (lora=none); beside an adapter all weights are frozen. "
             yield Mistake(f"model.{name}", f"{text}Whole layers train with lora.modules_to_save.")
@@ -114,13 +114,13 @@ def find_best_metric(
     None where it names something else, such as a loss. `evaluation` is the config's
     `trainer.evaluation`, `sets` its `dataset.eval.sets`.
     """
-    own = evaluation.get("sets") or {}
-    if not evaluation.get("metrics") and not any(own.values()):
+    metrics_by_set = evaluation.get("sets") or {}
+    if not evaluation.get("metrics") and not any(metrics_by_set.values()):
         return None
     from luthier.metrics import parse_metrics
 
     for label in ("", *sets):
-        metrics = parse_metrics(own.get(label, evaluation.get("metrics") or []))
+        metrics = parse_metrics(metrics_by_set.get(label, evaluation.get("metrics") or []))
         bare = name.removeprefix("eval_").removeprefix(f"{label}_" if label else "")
         if any(bare == metric.name or bare.startswith(f"{metric.name}/") for metric in metrics):
             return bare, metrics
@@ -128,8 +128,8 @@ def find_best_metric(
 
 
 def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mistake]:
-    own = evaluation.get("sets")
-    named = own if isinstance(own, dict) else {}
+    metrics_by_set = evaluation.get("sets")
+    named = metrics_by_set if isinstance(metrics_by_set, dict) else {}
     for name in named:
         if name not in sets:
             yield Mistake(
@@ -139,43 +139,43 @@ def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mista
                 "dataset.eval.sets.",
             )
     lists = {_KEY: evaluation.get("metrics")}
-    lists |= {f"trainer.evaluation.sets.{name}": given for name, given in named.items()}
-    for key, given in lists.items():
-        if isinstance(given, list) and given:
+    lists |= {f"trainer.evaluation.sets.{name}": metric_list for name, metric_list in named.items()}
+    for key, metric_list in lists.items():
+        if isinstance(metric_list, list) and metric_list:
             from luthier.metrics import check_metrics
 
-            yield from _joined(check_metrics(given, key))
+            yield from _joined(check_metrics(metric_list, key))
 
 
 def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trainer = mapping_at(resolved, "trainer")
-    method, given = str(trainer.get("method", "sft")), trainer.get("rewards") or []
+    method, rewards = str(trainer.get("method", "sft")), trainer.get("rewards") or []
     facts = METHODS.get(method)
-    if facts is None or not isinstance(given, list):
+    if facts is None or not isinstance(rewards, list):
         return
-    if facts.rewards and not given:
+    if facts.rewards and not rewards:
         yield Mistake(
             _REWARDS,
             f"trainer.method={method} needs at least one, such as 'trainer.rewards=[exact_match]' "
             "or [{length: {max: 300}}] (docs/metrics.md).",
         )
-    elif given and not facts.rewards:
-        takers = " or ".join(f"trainer={name}" for name, one in METHODS.items() if one.rewards)
+    elif rewards and not facts.rewards:
+        takers = " or ".join(f"trainer={name}" for name, other in METHODS.items() if other.rewards)
         yield Mistake(
             _REWARDS,
             f"trainer.method={method} trains without rewards. Remove them, or take {takers}.",
         )
-    elif given:
+    elif rewards:
         from luthier.metrics.rewards import check_rewards
 
-        yield from _joined(check_rewards(given))
+        yield from _joined(check_rewards(rewards))
 
 
 def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trainer = mapping_at(resolved, "trainer")
-    method, given = str(trainer.get("method", "sft")), trainer.get("teacher")
+    method, teacher = str(trainer.get("method", "sft")), trainer.get("teacher")
     facts = METHODS.get(method)
-    if facts is None or facts.teacher == (given is not None):
+    if facts is None or facts.teacher == (teacher is not None):
         return
     if facts.teacher:
         text = f"trainer.method={method} needs a model to learn from. Add trainer.teacher=PATH."
@@ -204,8 +204,8 @@ def _best(evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any]) -
     from luthier.metrics import greater_is_better
 
     name = str(args.metric_for_best_model)
-    found = find_best_metric(name, evaluation, sets)
-    if found is None:
+    best = find_best_metric(name, evaluation, sets)
+    if best is None:
         return
     if evaluation.get("when") != "evaluations":
         yield Mistake(
@@ -215,7 +215,7 @@ def _best(evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any]) -
         )
     if args.greater_is_better is None:
         try:
-            greater_is_better(found[1], found[0])
+            greater_is_better(best[1], best[0])
         except UserError as error:
             yield Mistake(
                 "trainer.args.metric_for_best_model", str(error).removeprefix(f"{_KEY}: ")
@@ -237,7 +237,7 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
 
     The schema complains about shapes, so that every mistake is reported once.
     """
-    parts = (
+    checks = (
         _check_trained_weights,
         _evaluation,
         _check_measurements,
@@ -248,22 +248,23 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _trackers,
         _ranges,
     )
-    return [mistake for part in parts for mistake in part(resolved)]
+    return [mistake for check in checks for mistake in check(resolved)]
 
 
 def _evaluation(resolved: dict[str, Any]) -> Iterator[Mistake]:
     chosen = mapping_at(resolved, "dataset.eval")
-    given = [name for name in HELD_OUT_KEYS if chosen.get(name) is not None]
-    if not given and not chosen.get("sets"):
+    held_out_keys = [name for name in HELD_OUT_KEYS if chosen.get(name) is not None]
+    if not held_out_keys and not chosen.get("sets"):
         yield from _needs_heldout(resolved)
-    if len(given) > 1:
+    if len(held_out_keys) > 1:
+        others = " ".join(f"dataset.eval.{key}=null" for key in held_out_keys[1:])
         yield Mistake(
             "dataset.eval",
-            f"{' and '.join(given)} are given, and only one can be. "
-            f"Set the others to null: {' '.join(f'dataset.eval.{n}=null' for n in given[1:])}.",
+            f"{' and '.join(held_out_keys)} are given, and only one can be. "
+            f"Set the others to null: {others}.",
         )
-    elif given in (["path"], ["split"]):
-        yield from _trained_on(given[0], chosen, mapping_at(resolved, "dataset"))
+    elif held_out_keys in (["path"], ["split"]):
+        yield from _trained_on(held_out_keys[0], chosen, mapping_at(resolved, "dataset"))
 
 
 def _trained_on(name: str, chosen: dict[str, Any], dataset: dict[str, Any]) -> Iterator[Mistake]:
@@ -337,8 +338,8 @@ def _best_model(key: str, args: TrainerArgs) -> Iterator[Mistake]:
 
 def _checkpoint_steps(key: str, args: TrainerArgs) -> Iterator[Mistake]:
     evaluate, save = args.eval_steps or args.logging_steps, args.save_steps
-    whole = [isinstance(steps, int | float) and steps >= 1 for steps in (evaluate, save)]
-    if all(whole) and save % evaluate != 0:
+    are_step_counts = [isinstance(steps, int | float) and steps >= 1 for steps in (evaluate, save)]
+    if all(are_step_counts) and save % evaluate != 0:
         yield Mistake(
             key,
             f"needs a checkpoint at an evaluation: save_steps ({save}) must be a multiple of "
@@ -371,9 +372,9 @@ def _trackers(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 def _ranges(resolved: dict[str, Any]) -> Iterator[Mistake]:
     for key, names in _AT_LEAST_ONE.items():
-        given = mapping_at(resolved, key)
+        group = mapping_at(resolved, key)
         for name in names:
-            number = given.get(name)
+            number = group.get(name)
             if isinstance(number, int | float) and number < 1:
                 yield Mistake(
                     f"{key}.{name}", f"{format_value(number)} is too small; the least is 1."

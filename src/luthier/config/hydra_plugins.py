@@ -41,22 +41,22 @@ class FolderSource(ConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read one YAML file with its header."""
-        place = self.locate(self._normalize_file_name(config_path))
-        if place is None or not place.is_file():
+        file = self.locate(self._normalize_file_name(config_path))
+        if file is None or not file.is_file():
             raise ConfigLoadError(f"Config not found: {config_path}")
-        header = self._get_header_dict(place.read_text(encoding="utf-8"))
-        config = OmegaConf.load(place)
-        return ConfigResult(provider=self.provider, path=str(place), config=config, header=header)
+        header = self._get_header_dict(file.read_text(encoding="utf-8"))
+        config = OmegaConf.load(file)
+        return ConfigResult(provider=self.provider, path=str(file), config=config, header=header)
 
     def is_group(self, config_path: str) -> bool:
         """Say whether this is a folder of options."""
-        place = self.locate(config_path)
-        return config_path == "" or (place is not None and place.is_dir())
+        folder = self.locate(config_path)
+        return config_path == "" or (folder is not None and folder.is_dir())
 
     def is_config(self, config_path: str) -> bool:
         """Say whether this is an option."""
-        place = self.locate(self._normalize_file_name(config_path))
-        return place is not None and place.is_file()
+        file = self.locate(self._normalize_file_name(config_path))
+        return file is not None and file.is_file()
 
     def available(self) -> bool:
         """Say whether the folder is there."""
@@ -66,8 +66,10 @@ class FolderSource(ConfigSource):
         """Return the names below `config_path`, sorted."""
         if config_path == "":
             return [] if results_filter == ObjectType.CONFIG else sorted(self.groups)
-        place = self.locate(config_path)
-        names = [] if place is None or results_filter == ObjectType.GROUP else place.glob("*.yaml")
+        folder = self.locate(config_path)
+        names = (
+            [] if folder is None or results_filter == ObjectType.GROUP else folder.glob("*.yaml")
+        )
         return sorted(path.stem for path in names)
 
 

@@ -64,12 +64,12 @@ def read_field_docs(package: str, file: str, name: str) -> dict[str, str]:
     """Return the string under each field of a class: its documentation."""
     tree = _parse(package, file)
     node = _definition(tree, name) if tree else None
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     if isinstance(node, ast.ClassDef):
         for field, after in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                found[field.target.id] = _text(after)
-    return found
+                texts[field.target.id] = _text(after)
+    return texts
 
 
 def _text(node: ast.stmt) -> str:

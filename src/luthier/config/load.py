@@ -36,11 +36,11 @@ def load_config(overrides: Iterable[str]) -> LoadedConfig:
 def check_composed(composed: ComposedConfig, overrides: list[str]) -> LoadedConfig:
     """Check a composed configuration and freeze it; raises UserError with all mistakes."""
     resolved = resolve_config(composed)
-    found = passthrough.check_pass_through(resolved)
+    pass_through_mistakes = passthrough.check_pass_through(resolved)
     empty = [Mistake(key, _no_value(key)) for key in _unset(resolved)]
     config, wrong = validate_config(resolved)
     together = [] if composed.unsure else cross_checks.check_combinations(resolved)
-    mistakes = [*_grouped(composed, empty + wrong), *found, *together]
+    mistakes = [*_grouped(composed, empty + wrong), *pass_through_mistakes, *together]
     mistakes = [mistake for mistake in mistakes if not _hidden(mistake, composed.unsure)]
     mistakes = composed.mistakes + _once(mistakes, {m.key for m in composed.mistakes})
     if mistakes or config is None:
@@ -77,10 +77,10 @@ def _line(text: str, path: list[str]) -> int | None:
     for part in path:
         if not isinstance(node, yaml.MappingNode):
             return None
-        found = [(key, below) for key, below in node.value if key.value == part]
-        if not found:
+        matches = [(key, below) for key, below in node.value if key.value == part]
+        if not matches:
             return None
-        line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+        line, node = matches[-1][0].start_mark.line + 1, matches[-1][1]
     return line
 
 
@@ -90,9 +90,9 @@ def _unset(node: Any, key: str = "") -> list[str]:
     if not isinstance(node, dict):
         return []
     return [
-        found
+        key_below
         for name, below in node.items()
-        for found in _unset(below, f"{key}.{name}".lstrip("."))
+        for key_below in _unset(below, f"{key}.{name}".lstrip("."))
     ]
 
 
@@ -111,10 +111,12 @@ def _grouped(composed: ComposedConfig, mistakes: list[Mistake]) -> list[Mistake]
     bare = {mistake.key for mistake in mistakes} >= {"model", "dataset"}
     if not bare or composed.chain.files or "recipe" in composed.unsure:
         return mistakes
-    kept = [mistake for mistake in mistakes if mistake.key not in ("model", "dataset")]
-    known = ", ".join(list_options("recipe"))
-    text = f"nothing is chosen. Add recipe=NAME ({known}), or both model=NAME and dataset=NAME."
-    return [Mistake("recipe", text), *kept]
+    other_mistakes = [mistake for mistake in mistakes if mistake.key not in ("model", "dataset")]
+    recipe_names = ", ".join(list_options("recipe"))
+    text = (
+        f"nothing is chosen. Add recipe=NAME ({recipe_names}), or both model=NAME and dataset=NAME."
+    )
+    return [Mistake("recipe", text), *other_mistakes]
 
 
 def _hidden(mistake: Mistake, unsure: set[str]) -> bool:

@@ -189,14 +189,15 @@ def check_example_type(name: str, kind: str, key: str, type_key: str) -> None:
 
     `key` names the source of the rows, `type_key` the group whose `type` says what they are.
     """
-    wanted = METHODS[name].rows
-    if kind in wanted:
+    trained_types = METHODS[name].rows
+    if kind in trained_types:
         return
     others = [other for other, facts in METHODS.items() if kind in facts.rows]
     fitting = f"trainer={' or trainer='.join(others)} does. " if others else ""
+    trained = " and ".join(EXAMPLE_TYPES[example_type] for example_type in trained_types)
     raise UserError(
         f"{key}: its rows are {EXAMPLE_TYPES[kind]}, and trainer.method={name} trains on "
-        f"{' and '.join(EXAMPLE_TYPES[one] for one in wanted)}. {fitting}If they are something "
+        f"{trained}. {fitting}If they are something "
         f"else, say so with {type_key}.type."
     )
 

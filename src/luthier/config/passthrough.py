@@ -43,16 +43,16 @@ class PassThroughKey:
         read = (
             library_fields.read_parameters if self.is_function else library_fields.read_class_fields
         )
-        known = read(*self.source) if self.source else None
-        if known is None:
+        fields = read(*self.source) if self.source else None
+        if fields is None:
             return None
         further: FieldTypes = (read(*self.also) or {}) if self.also else {}
-        known = {**known, **further, **self.own}
+        fields = {**fields, **further, **self.own}
         for key, texts in self.choices.items():
             # A setting that takes one text may take several in a list.
-            lists = known[key].types & {"list"} if key in known else frozenset()
-            known = known | {key: FieldType(frozenset(lists), texts)}
-        return {key: kind for key, kind in known.items() if key not in self.kept}
+            lists = fields[key].types & {"list"} if key in fields else frozenset()
+            fields = fields | {key: FieldType(frozenset(lists), texts)}
+        return {key: kind for key, kind in fields.items() if key not in self.kept}
 
 
 _ROWS = "luthier lays out the rows itself"
@@ -224,16 +224,16 @@ def mapping_at(resolved: dict[str, Any], key: str) -> dict[str, Any]:
     return node if isinstance(node, dict) else {}
 
 
-def _check(library: PassThroughKey, given: dict[str, Any]) -> Iterator[Mistake]:
-    known = library.fields() if set(given) - set(library.kept) else None
-    for name in list(given):
+def _check(library: PassThroughKey, settings: dict[str, Any]) -> Iterator[Mistake]:
+    fields = library.fields() if set(settings) - set(library.kept) else None
+    for name in list(settings):
         key = f"{library.key}.{name}"
         if name in library.kept:
             yield Mistake(key, f"is not set here: {library.kept[name]}.")
-        elif known is not None and name not in known:
-            yield Mistake(key, _unknown(library, name, known))
-        elif known is not None and given[name] != "???":
-            given[name], complaint = fit_value(given[name], known[name])
+        elif fields is not None and name not in fields:
+            yield Mistake(key, _unknown(library, name, fields))
+        elif fields is not None and settings[name] != "???":
+            settings[name], complaint = fit_value(settings[name], fields[name])
             if complaint:
                 yield Mistake(key, complaint)
 

@@ -33,8 +33,12 @@ def bundled_folder(name: str) -> Path:
 
 def conf_folders() -> list[Path]:
     """Return the folders with config groups, the first to be searched first."""
-    own, shipped = Path.cwd() / "conf", bundled_folder("conf")
-    return [own, shipped] if own.is_dir() and own.resolve() != shipped.resolve() else [shipped]
+    user_folder, shipped = Path.cwd() / "conf", bundled_folder("conf")
+    return (
+        [user_folder, shipped]
+        if user_folder.is_dir() and user_folder.resolve() != shipped.resolve()
+        else [shipped]
+    )
 
 
 def recipe_folders() -> list[Path]:
@@ -43,9 +47,9 @@ def recipe_folders() -> list[Path]:
     for folder in named:
         if not folder.is_dir():
             raise UserError(f"LUTHIER_RECIPES names {folder}, which is not a folder. Correct it.")
-    own = [folder for folder in [Path.cwd() / "recipes"] if folder.is_dir()]
-    found = [folder.resolve() for folder in [*own, *named, bundled_folder("recipes")]]
-    return list(dict.fromkeys(found))
+    user_folders = [folder for folder in [Path.cwd() / "recipes"] if folder.is_dir()]
+    folders = [folder.resolve() for folder in [*user_folders, *named, bundled_folder("recipes")]]
+    return list(dict.fromkeys(folders))
 
 
 def format_path(path: Path) -> str:
@@ -84,34 +88,34 @@ def read_recipe_header(path: Path) -> str:
 
 def list_recipes() -> list[RecipeInfo]:
     """Return every recipe that can be named, the user's own first; an earlier folder wins."""
-    found: dict[str, RecipeInfo] = {}
+    recipes: dict[str, RecipeInfo] = {}
     for folder in recipe_folders():
         for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, RecipeInfo(path.stem, path, read_recipe_header(path)))
-    return list(found.values())
+            recipes.setdefault(path.stem, RecipeInfo(path.stem, path, read_recipe_header(path)))
+    return list(recipes.values())
 
 
 def list_options(group: str) -> dict[str, Path]:
     """Return the options of a config group and their files, sorted; an earlier folder wins."""
     if group == "recipe":
         return {recipe.name: recipe.path for recipe in list_recipes()}
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in conf_folders():
         for path in sorted((folder / group).glob("*.yaml")):
-            found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
+            files.setdefault(path.stem, path)
+    return dict(sorted(files.items()))
 
 
 def check_option(group: str, name: str) -> Mistake | None:
     """Return the mistake of choosing an option that a group does not have."""
-    known = list_options(group)
-    if name in known:
+    available = list_options(group)
+    if name in available:
         return None
     stem = Path(name).stem
-    if stem in known:
+    if stem in available:
         return Mistake(group, f"{name!r} is a file's name. Write {group}={stem}.")
     what = "recipe" if group == "recipe" else f"{group} option"
-    return Mistake(group, f"there is no {what} {name!r}. {suggest_options(name, known)}")
+    return Mistake(group, f"there is no {what} {name!r}. {suggest_options(name, available)}")
 
 
 def load_yaml(path: Path) -> dict[str, Any] | Mistake:

@@ -93,18 +93,18 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
     if kind in _BOUNDS:
         bound, than = _BOUNDS[kind]
         return f"{given} is out of range: it must be {than} {error['ctx'][bound]:g}."
-    wanted = _WANTED.get(kind.split("_")[0])
+    expected = _WANTED.get(kind.split("_")[0])
     one_of_several = len(error["loc"]) > len(path) and isinstance(error["loc"][len(path)], str)
-    if wanted is None or one_of_several:
+    if expected is None or one_of_several:
         return f"{given} does not fit. {describe_key(model, path[-1])}"
-    return f"{given} is not {wanted}."
+    return f"{given} is not {expected}."
 
 
 def describe_key(model: type[BaseModel], name: str) -> str:
     """Return what the schema says about a key."""
     file = f"{model.__module__.removeprefix('luthier.').replace('.', '/')}.py"
-    found = library_fields.read_field_docs("luthier", file, model.__name__).get(name, "")
-    return " ".join(found.split())
+    text = library_fields.read_field_docs("luthier", file, model.__name__).get(name, "")
+    return " ".join(text.split())
 
 
 def _missing(path: list[str], text: str) -> str:
@@ -117,12 +117,12 @@ def _missing(path: list[str], text: str) -> str:
 def _extra(model: type[BaseModel], path: list[str]) -> str:
     if new := new_key(".".join(path)):
         return f"this key is called {new} now."
-    name, known = path[-1], list(model.model_fields)
+    name, field_names = path[-1], list(model.model_fields)
     if elsewhere := [key for key in _all_keys() if key.split(".")[-1] == name]:
         return f"there is no such key. Did you mean {elsewhere[0]}?"
-    close = nearest_option(name, known)
+    close = nearest_option(name, field_names)
     prefix = ".".join([*path[:-1], close]) if close else ""
-    hint = f"Did you mean {prefix}?" if close else f"Keys here: {', '.join(known)}."
+    hint = f"Did you mean {prefix}?" if close else f"Keys here: {', '.join(field_names)}."
     return f"there is no such key. {hint}"
 
 

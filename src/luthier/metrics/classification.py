@@ -100,11 +100,11 @@ def find_entities(tags: Sequence[str]) -> Iterator[Entity]:
     """The entities of one sentence, in order."""
     begin = 0
     around = [OUTSIDE, *tags, OUTSIDE]
-    for place, (before, tag) in enumerate(pairwise(around)):
+    for index, (before, tag) in enumerate(pairwise(around)):
         if _ends(before, tag):
-            yield before[2:], begin, place - 1
+            yield before[2:], begin, index - 1
         if _begins(before, tag):
-            begin = place
+            begin = index
 
 
 def _ends(tag: str, behind: str) -> bool:
@@ -123,8 +123,8 @@ def _begins(before: str, tag: str) -> bool:
 
 def entity_counts(predicted: Sequence[str], right: Sequence[str]) -> tuple[int, int, int]:
     """Of one sentence: right entities, those predicted, and those there are."""
-    said, wanted = set(find_entities(predicted)), set(find_entities(right))
-    return len(said & wanted), len(said), len(wanted)
+    predicted_entities, right_entities = set(find_entities(predicted)), set(find_entities(right))
+    return len(predicted_entities & right_entities), len(predicted_entities), len(right_entities)
 
 
 def entity_scores(
@@ -134,14 +134,18 @@ def entity_scores(
 
     P = right entities / predicted ones, R = right entities / those there are, F1 = 2PR / (P + R).
     """
-    hits = found = there = 0
+    hits = predicted_count = there = 0
     for one, other in zip(predicted, right, strict=True):
-        own = entity_counts(one, other)
-        hits, found, there = hits + own[0], found + own[1], there + own[2]
+        counts = entity_counts(one, other)
+        hits, predicted_count, there = (
+            hits + counts[0],
+            predicted_count + counts[1],
+            there + counts[2],
+        )
     return {
-        "entity_precision": hits / max(found, 1),
+        "entity_precision": hits / max(predicted_count, 1),
         "entity_recall": hits / max(there, 1),
-        "entity_f1": 2 * hits / max(found + there, 1),
+        "entity_f1": 2 * hits / max(predicted_count + there, 1),
     }
 
 
@@ -154,13 +158,13 @@ def single_label_samples(predicted: Array, right: Array, classes: int) -> Metric
 def multi_label_samples(predicted: Array, right: Array) -> MetricScores:
     """The same of several classes a row: truth values, shape (rows, classes)."""
     hits, either = predicted & right, predicted.astype(int) + right
-    whole = (predicted == right).all(axis=1).astype(float).tolist()
+    row_accuracy = (predicted == right).all(axis=1).astype(float).tolist()
     micro = np.stack([hits.sum(axis=1), either.sum(axis=1)], axis=1)
     statistics = {
         "macro_f1": SumStatistics(np.hstack([hits, either]), macro_f1),
         "micro_f1": SumStatistics(micro, lambda sums: 2 * sums[:, 0] / np.maximum(sums[:, 1], 1)),
     }
-    return _measured({"accuracy": whole}, statistics)
+    return _measured({"accuracy": row_accuracy}, statistics)
 
 
 def regression_samples(predicted: Array, right: Array) -> MetricScores:
@@ -212,6 +216,6 @@ def preference_samples(chosen: Array, rejected: Array) -> MetricScores:
 def _measured(
     rows: Mapping[str, list[float]], statistics: Mapping[str, SumStatistics]
 ) -> MetricScores:
-    means = {name: float(np.mean(own)) for name, own in rows.items()}
-    whole = {name: one.whole() for name, one in statistics.items()}
-    return MetricScores(means | whole, dict(rows), dict(statistics))
+    means = {name: float(np.mean(row_scores)) for name, row_scores in rows.items()}
+    totals = {name: one.whole() for name, one in statistics.items()}
+    return MetricScores(means | totals, dict(rows), dict(statistics))

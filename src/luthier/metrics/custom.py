@@ -60,14 +60,14 @@ def load_function(path: str) -> Callable[..., Any]:
         raise UserError(
             f"{path}: importing {module_name} failed: {describe_exception(error)}"
         ) from error
-    found = vars(module).get(name)
-    if not callable(found):
+    function = vars(module).get(name)
+    if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(
             f"{path}: the module {module_name} has no function {name!r}. "
             f"{suggest_options(name, known)}"
         )
-    return found
+    return function
 
 
 def describe_exception(error: Exception) -> str:
@@ -77,8 +77,8 @@ def describe_exception(error: Exception) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(("<frozen", str(Path(__file__).parent)))
     ]
-    place = f" ({outside[-1].filename}:{outside[-1].lineno})" if outside else ""
-    return f"{type(error).__name__}: {error}{place}"
+    location = f" ({outside[-1].filename}:{outside[-1].lineno})" if outside else ""
+    return f"{type(error).__name__}: {error}{location}"
 
 
 def _split(path: str) -> tuple[str, str]:

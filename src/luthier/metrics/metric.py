@@ -126,10 +126,10 @@ def score_replies(metrics: Sequence[Metric], replies: Sequence[Reply]) -> Metric
     """All numbers of all metrics; raises UserError without replies, and where a metric fails."""
     if metrics and not replies:
         raise UserError("metrics: there are no replies to score.")
-    whole = MetricScores({}, {}, {})
+    total = MetricScores({}, {}, {})
     for metric in metrics:
-        found = metric.measure(replies)
-        whole.values.update(found.values)
-        whole.rows.update(found.rows)
-        whole.statistics.update(found.statistics)
-    return whole
+        scores = metric.measure(replies)
+        total.values.update(scores.values)
+        total.rows.update(scores.rows)
+        total.statistics.update(scores.statistics)
+    return total

@@ -86,15 +86,18 @@ class CorpusMetric(Metric):
 
         from luthier.metrics.bootstrap import SumStatistics
 
-        whole, single = self._scorer(for_rows=False), self._scorer(for_rows=True)
-        counts = whole._extract_corpus_statistics(
+        corpus_scorer, single = self._scorer(for_rows=False), self._scorer(for_rows=True)
+        counts = corpus_scorer._extract_corpus_statistics(
             [reply.prediction for reply in replies], [[reply.reference for reply in replies]]
         )
-        made = SumStatistics(
-            np.array(counts, dtype=float), lambda sums: np.array([_score(whole, s) for s in sums])
+        statistics = SumStatistics(
+            np.array(counts, dtype=float),
+            lambda sums: np.array([_score(corpus_scorer, s) for s in sums]),
         )
         rows = [_score(single, row) for row in counts]
-        return MetricScores({self.name: made.whole()}, {self.name: rows}, {self.name: made})
+        return MetricScores(
+            {self.name: statistics.whole()}, {self.name: rows}, {self.name: statistics}
+        )
 
     @abstractmethod
     def _scorer(self, for_rows: bool) -> Any:

@@ -162,7 +162,9 @@ def read_returned_rewards(returned: Any, name: str, count: int) -> Rewards:
             f"reward {name}: it returned {shown(returned)}, and must return a list with a "
             "number for each completion."
         )
-    rewards = [None if one is None else _number(one, n, name) for n, one in enumerate(returned)]
+    rewards = [
+        None if reward is None else _number(reward, n, name) for n, reward in enumerate(returned)
+    ]
     if len(rewards) != count:
         raise UserError(
             f"reward {name}: it returned {len(rewards)} numbers for {count} completions."
@@ -174,8 +176,8 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     """The text of a completion: itself, or the content of its last message by the assistant."""
     if isinstance(completion, str):
         return completion
-    said = [message for message in completion if message.get("role", "assistant") == "assistant"]
-    content = said[-1].get("content") if said else None
+    replies = [message for message in completion if message.get("role", "assistant") == "assistant"]
+    content = replies[-1].get("content") if replies else None
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
     return content or ""
@@ -249,7 +251,7 @@ class LengthReward(Reward):
                 f"reward {self.name}: lengths in tokens need completion_ids, which the trainer "
                 "did not give. Set unit: words."
             )
-        return [len(one) for one in ids]
+        return [len(completion_ids) for completion_ids in ids]
 
 
 class FormatReward(TextReward):
@@ -347,11 +349,13 @@ def try_rewards(
     """
     there: dict[str, Any] = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     there |= {name: list(column) for name, column in columns.items()}
-    found = []
+    rewards_by_function = []
     for reward in rewards:
         returned = reward(prompts=list(prompts), completions=list(completions), **there)
-        found.append(asyncio.run(returned) if inspect.iscoroutine(returned) else returned)
-    return found
+        rewards_by_function.append(
+            asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+        )
+    return rewards_by_function
 
 
 def _ignore(*_: Any) -> None:

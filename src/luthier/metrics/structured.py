@@ -49,15 +49,15 @@ class JsonF1(RowMetric):
 
     def row(self, prediction: str, reference: str) -> float:
         """Twice the shared fields over all fields."""
-        wanted = parse_json(reference, self.fences)
-        if wanted is None:
+        reference_json = parse_json(reference, self.fences)
+        if reference_json is None:
             raise UserError(
                 f"metric {self.name}: the reference is no JSON object or list: {excerpt(reference)}"
             )
-        said = parse_json(prediction, self.fences)
-        if said is None:
+        reply_json = parse_json(prediction, self.fences)
+        if reply_json is None:
             return 0.0
-        ours, theirs = self._fields(said), self._fields(wanted)
+        ours, theirs = self._fields(reply_json), self._fields(reference_json)
         return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
 
     def measure(self, replies: Sequence[Reply]) -> MetricScores:

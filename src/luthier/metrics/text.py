@@ -241,8 +241,8 @@ def find_number(text: str, marker: str | None) -> Decimal | None:
         after = _NUMBER.search(text.rpartition(marker)[2])
         if after:
             return _decimal(after)
-    found = list(_NUMBER.finditer(text))
-    return _decimal(found[-1]) if found else None
+    numbers = list(_NUMBER.finditer(text))
+    return _decimal(numbers[-1]) if numbers else None
 
 
 def _decimal(match: re.Match[str]) -> Decimal:
@@ -335,10 +335,10 @@ def find_label(text: str, labels: Sequence[str], anywhere: bool) -> str | None:
     plain = _plain(text)
     if plain in labels or not anywhere:
         return plain if plain in labels else None
-    found = [label for label in labels if f" {label} " in f" {plain} "]
+    candidates = [label for label in labels if f" {label} " in f" {plain} "]
     # In "card arrival" stands the label "card" too, and is not meant.
-    whole = [x for x in found if not any(f" {x} " in f" {y} " for y in found if y != x)]
-    return whole[0] if len(whole) == 1 else None
+    longest = [x for x in candidates if not any(f" {x} " in f" {y} " for y in candidates if y != x)]
+    return longest[0] if len(longest) == 1 else None
 
 
 def _plain(text: str) -> str:

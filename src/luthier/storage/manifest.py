@@ -45,16 +45,16 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     files = {name: folder / name for name in content["files"]}
     _check_sizes(files, content)
     try:
-        found = list(_hashes([*files.values()]))
+        file_hashes = list(_hashes([*files.values()]))
     except OSError as error:
         raise DamagedFolderError(
             f"a file cannot be read: {os.strerror(error.errno or 0)}"
         ) from error
-    for name, hashes in zip(files, found, strict=True):
+    for name, hashes in zip(files, file_hashes, strict=True):
         if hashes != content["files"][name]["sha256"]:
             raise DamagedFolderError(f"the content of {name} has changed")
-    made: dict[str, Any] = content["made"]
-    return made
+    facts: dict[str, Any] = content["made"]
+    return facts
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -63,10 +63,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(folder)
     try:
         content = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        found = content.pop("seal")
+        written_seal = content.pop("seal")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedFolderError(f"{MANIFEST} cannot be read") from error
-    if found != _seal_of(content):
+    if written_seal != _seal_of(content):
         raise DamagedFolderError(f"the content of {MANIFEST} has changed")
     return content
 
