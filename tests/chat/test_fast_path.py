@@ -240,7 +240,7 @@ def test_questions_that_only_the_text_can_answer(question):
 
 def test_strips_reach_through_the_templates_own_text():
     text = concat_symbolic([" \n", opaque(ONE), "x ", trace_field(None, " \n")], TextConditions())
-    assert text.strip().parts == (ONE._replace(chain=(("lstrip", None),)), "x")
-    assert concat_symbolic([" ", " "], TextConditions()).strip().parts == ()
+    assert text.strip().pieces == (ONE._replace(chain=(("lstrip", None),)), "x")
+    assert concat_symbolic([" ", " "], TextConditions()).strip().pieces == ()
     both = ("lstrip", None), ("rstrip", None)
-    assert opaque(ONE).rstrip().strip().lstrip().parts == (ONE._replace(chain=both),)
+    assert opaque(ONE).rstrip().strip().lstrip().pieces == (ONE._replace(chain=both),)
