@@ -180,8 +180,8 @@ def test_the_layout_of_a_wheel(tmp_path):
     for folder in ("conf", "recipes"):
         shutil.copytree(ROOT / folder, package / folder)
     code = (
-        "from luthier.config import list_recipes, load; import luthier\n"
-        "path = load(['recipe=quickstart']).config.dataset.path\n"
+        "from luthier.config import list_recipes, load_config; import luthier\n"
+        "path = load_config(['recipe=quickstart']).config.dataset.path\n"
         "print(luthier.__file__, path, len(list_recipes()))"
     )
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
