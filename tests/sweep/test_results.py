@@ -5,7 +5,7 @@ import yaml
 
 from luthier.config import load_config
 from luthier.sweep import results
-from luthier.sweep.plan import plan_sweep
+from luthier.sweep.sweep_plan import plan_sweep
 from luthier.sweep.trials import Trial
 
 Q = "recipe=quickstart"

@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.errors import UserError
-from luthier.sweep.plan import plan_sweep
+from luthier.sweep.sweep_plan import plan_sweep
 
 Q = "recipe=quickstart"
 R = "lora.r=8,16"

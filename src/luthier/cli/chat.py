@@ -17,7 +17,7 @@ from rich.text import Text
 from luthier.cli.arguments import CommandLine, Flag
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
-from luthier.infer.chat import ChatSession
+from luthier.infer.chat_session import ChatSession
 from luthier.infer.stream import printable
 
 if TYPE_CHECKING:

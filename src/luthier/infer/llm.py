@@ -20,7 +20,7 @@ from luthier.model.load import load_trained
 from luthier.model.tokenizer import check_vocabulary_fits, end_token_ids, load_tokenizer
 
 if TYPE_CHECKING:
-    from luthier.infer.chat import ChatSession
+    from luthier.infer.chat_session import ChatSession
 
 
 # What an `LLM` works with: model, tokenizer, prompts and stop tokens, on this machine.
@@ -344,7 +344,7 @@ class LLM:
         self, system: str | None = None, tools: list[dict[str, Any]] | None = None
     ) -> "ChatSession":
         """A conversation that remembers what was said."""
-        from luthier.infer.chat import ChatSession
+        from luthier.infer.chat_session import ChatSession
 
         return ChatSession(self.stream, system, tools)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
 from luthier.sweep.local import GuardedJob, LaunchCommand, environment_without_rank, start_guarded
-from luthier.sweep.plan import SweepPlan
+from luthier.sweep.sweep_plan import SweepPlan
 from luthier.sweep.settings import SubmititSettings
 from luthier.sweep.trials import Trial, TrialFolder
 
