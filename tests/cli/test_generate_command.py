@@ -52,14 +52,14 @@ def test_a_file_is_answered_row_by_row_and_a_broken_one_goes_on(
 
 def test_rows_are_written_as_soon_as_all_before_them_are_there(tmp_path):
     from luthier.cli.generate import _ReplyWriter
-    from luthier.infer.llm import Reply
+    from luthier.infer.llm import GeneratedReply
 
     file = answer_file.AnswerFile(tmp_path / "out.jsonl", {})
     asks = [questions.PromptRow(str(n), "q", None) for n in range(3)]
     writer = _ReplyWriter(file, asks, type("Bar", (), {"update": lambda self, n: None})())
     seen = []
     for number in (2, 0, 1):
-        writer.take(number, [Reply(str(number), [1], 1, "stop")])
+        writer.take(number, [GeneratedReply(str(number), [1], 1, "stop")])
         seen.append([row["reply"] for row in read(file.path)])
     assert seen == [[], ["0"], ["0", "1", "2"]]
 

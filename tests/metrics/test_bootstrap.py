@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from luthier.metrics import Reply, parse_metrics
+from luthier.metrics import Prediction, parse_metrics
 from luthier.metrics.bootstrap import SumStatistics, bootstrap_interval, compare_paired
 
 
@@ -78,7 +78,12 @@ def test_a_number_of_sums_is_taken_of_each_draw():
 
 
 def test_macro_f1_has_an_interval():
-    replies = [Reply("a", "a"), Reply("b", "a"), Reply("b", "b"), Reply("?", "c")] * 25
+    replies = [
+        Prediction("a", "a"),
+        Prediction("b", "a"),
+        Prediction("b", "b"),
+        Prediction("?", "c"),
+    ] * 25
     (metric,) = parse_metrics(["macro_f1"])
     found = bootstrap_interval(metric.measure(replies).sample("macro_f1"))
     assert found.value == pytest.approx(4 / 9)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from luthier.metrics import Reply, parse_metrics, prepare_metrics
+from luthier.metrics import Prediction, parse_metrics, prepare_metrics
 from luthier.metrics.bootstrap import bootstrap_interval
 
 pytest.importorskip("sacrebleu", reason="needs the extra `metrics`")
@@ -14,7 +14,7 @@ pytest.importorskip("rouge_score", reason="needs the extra `metrics`")
 def measured(entry, pairs):
     metrics = parse_metrics([entry])
     prepare_metrics(metrics, [reference for _, reference in pairs])
-    return metrics[0].measure([Reply(*pair) for pair in pairs])
+    return metrics[0].measure([Prediction(*pair) for pair in pairs])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import yaml
 
 from luthier.errors import UserError
 from luthier.metrics import (
-    Reply,
+    Prediction,
     check_metrics,
     greater_is_better,
     parse_metrics,
@@ -31,7 +31,7 @@ def test_a_list_of_names_and_settings_as_yaml_writes_it():
     )
     metrics = parse_metrics(given)
     assert [metric.name for metric in metrics] == ["exact_match", "regex", "loose", "length"]
-    found = score_replies(metrics, [Reply("#### A", "#### a"), Reply("#### B", "#### B")])
+    found = score_replies(metrics, [Prediction("#### A", "#### a"), Prediction("#### B", "#### B")])
     assert found.values == {"exact_match": 0.5, "regex": 0.5, "loose": 1, "length": 2}
     assert found.rows["regex"] == [0, 1]
 
@@ -170,7 +170,7 @@ def test_a_function_of_ones_own(entry, values, rows, module):
     module("pack.mine", OWN)
     metrics = parse_metrics([entry])
     prepare_metrics(metrics, ["x", "y"])
-    replies = [Reply("a", "x", {"words": [1, 2]}), Reply("bc", "y", {"words": [3]})]
+    replies = [Prediction("a", "x", {"words": [1, 2]}), Prediction("bc", "y", {"words": [3]})]
     found = score_replies(metrics, replies)
     assert (found.values, found.rows) == (values, rows)
 
@@ -194,7 +194,7 @@ def test_a_function_that_does_not_serve(entry, words, module):
     metrics = parse_metrics([entry])
     with pytest.raises(UserError) as caught:
         prepare_metrics(metrics, ["x", "y"])
-        score_replies(metrics, [Reply("a", "x"), Reply("b", "y")])
+        score_replies(metrics, [Prediction("a", "x"), Prediction("b", "y")])
     assert words in str(caught.value)
 
 
@@ -203,7 +203,7 @@ def test_the_place_of_a_failure_is_in_the_users_own_file(module):
     with pytest.raises(
         UserError, match=rf"mine\.py:{OWN.count(chr(10), 0, OWN.index('absent')) + 1}\)"
     ):
-        score_replies(parse_metrics(["python:mine.fails"]), [Reply("a", "x")])
+        score_replies(parse_metrics(["python:mine.fails"]), [Prediction("a", "x")])
 
 
 @pytest.mark.parametrize(
@@ -250,11 +250,11 @@ def test_a_metric_of_evaluate(module):
     module("mine.mine", HUB)
     metrics = parse_metrics([{"evaluate:./mine": {"scale": 2}}])
     prepare_metrics(metrics, ["a", "c"])
-    found = score_replies(metrics, [Reply("a", "a"), Reply("b", "c")])
+    found = score_replies(metrics, [Prediction("a", "a"), Prediction("b", "c")])
     assert found.values == {"mine": 1, "mine/each": 0.5}
     assert found.rows == {"mine/each": [1, 0]}
     with pytest.raises(UserError, match=r"metric mine: \./mine of evaluate failed: Type"):
-        score_replies(parse_metrics([{"evaluate:./mine": {"scala": 2}}]), [Reply("a", "a")])
+        score_replies(parse_metrics([{"evaluate:./mine": {"scala": 2}}]), [Prediction("a", "a")])
 
 
 def test_a_metric_of_evaluate_that_cannot_be_had():

@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.errors import UserError
-from luthier.metrics import Reply, parse_metrics, prepare_metrics
+from luthier.metrics import Prediction, parse_metrics, prepare_metrics
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ from luthier.metrics import Reply, parse_metrics, prepare_metrics
 )  # fmt: skip
 def test_json_f1(settings, said, wanted, value):
     (metric,) = parse_metrics([{"json_f1": settings}])
-    assert metric.score([Reply(said, wanted)])["json_f1"] == pytest.approx(value)
+    assert metric.score([Prediction(said, wanted)])["json_f1"] == pytest.approx(value)
 
 
 def test_json_f1_is_the_mean_over_replies_with_the_share_of_valid_ones():
     (metric,) = parse_metrics(["json_f1"])
     wanted = '{"a": 1, "b": 2}'
-    replies = [Reply(said, wanted) for said in (wanted, '{"a": 1}', "no", '{"a"')]
+    replies = [Prediction(said, wanted) for said in (wanted, '{"a": 1}', "no", '{"a"')]
     found = metric.measure(replies)
     assert found.values == {"json_f1": pytest.approx((1 + 2 / 3) / 4), "json_f1/valid": 0.5}
     assert found.rows["json_f1"] == [1, pytest.approx(2 / 3), 0, 0]
@@ -71,7 +71,7 @@ def test_json_f1_is_the_mean_over_replies_with_the_share_of_valid_ones():
 )  # fmt: skip
 def test_json_valid(text, valid):
     (metric,) = parse_metrics(["json_valid"])
-    assert metric.score([Reply(text, "")]) == {"json_valid": valid}
+    assert metric.score([Prediction(text, "")]) == {"json_valid": valid}
 
 
 @pytest.mark.parametrize(
@@ -92,19 +92,24 @@ def test_accuracy(settings, said, value):
     (metric,) = parse_metrics(
         [{"accuracy": {"labels": ["card", "card_arrival", "top_up"]} | settings}]
     )
-    assert metric.score([Reply(said, "card_arrival")]) == {"accuracy": value}
+    assert metric.score([Prediction(said, "card_arrival")]) == {"accuracy": value}
 
 
 def test_macro_f1_counts_each_label_the_same():
     # a: 1 right of 1 said and 2 wanted, 2/3; b: 1 right of 2 said and 1 wanted, 2/3; c: missed, 0.
-    replies = [Reply("a", "a"), Reply("b", "a"), Reply("b", "b"), Reply("?", "c")]
+    replies = [
+        Prediction("a", "a"),
+        Prediction("b", "a"),
+        Prediction("b", "b"),
+        Prediction("?", "c"),
+    ]
     (metric,) = parse_metrics(["macro_f1"])
     assert metric.score(replies) == {"macro_f1": pytest.approx(4 / 9)}
 
 
 def test_macro_f1_leaves_out_labels_that_nobody_named():
     (metric,) = parse_metrics([{"macro_f1": {"labels": ["a", "b", "c"]}}])
-    assert metric.score([Reply("a", "a")]) == {"macro_f1": 1}
+    assert metric.score([Prediction("a", "a")]) == {"macro_f1": 1}
 
 
 def test_labels_that_would_be_read_as_one_are_refused():

@@ -4,12 +4,12 @@ import pytest
 
 from luthier import patterns
 from luthier.errors import UserError
-from luthier.metrics import Reply, parse_metrics, prepare_metrics
+from luthier.metrics import Prediction, parse_metrics, prepare_metrics
 
 
 def measured(entry, prediction, reference):
     (metric,) = parse_metrics([entry])
-    return metric.score([Reply(prediction, reference)])[metric.name]
+    return metric.score([Prediction(prediction, reference)])[metric.name]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_text(entry, prediction, reference, value):
 def test_exact_match_ignores_surrounding_white_space_alone():
     pairs = [("a ", "a"), ("b", "B"), ("", " "), ("x y", "x  y"), ("\n1", "1"), ("2", "3")]
     (metric,) = parse_metrics(["exact_match"])
-    found = metric.measure([Reply(*pair) for pair in pairs])
+    found = metric.measure([Prediction(*pair) for pair in pairs])
     assert found.values == {"exact_match": 3 / 6}
     assert found.rows == {"exact_match": [1, 0, 1, 0, 1, 0]}
 
@@ -160,4 +160,4 @@ def test_a_reference_that_cannot_be_compared_with_is_named_before_training(entry
 def test_such_a_reference_is_never_scored_as_a_miss(entry):
     (metric,) = parse_metrics([entry])
     with pytest.raises(UserError, match="the reference"):
-        metric.score([Reply("x", "x")])
+        metric.score([Prediction("x", "x")])

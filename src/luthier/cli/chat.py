@@ -21,7 +21,7 @@ from luthier.infer.chat_session import ChatSession
 from luthier.infer.stream import printable
 
 if TYPE_CHECKING:
-    from luthier.infer.llm import LLM, Reply
+    from luthier.infer.llm import LLM, GeneratedReply
 
 
 # `luthier chat`: a conversation with a model in the terminal.
@@ -220,7 +220,7 @@ class ChatRepl:
 
     def _alone(self, chat: ChatSession, text: str) -> None:
         """Write the reply as it comes."""
-        ended: list[Reply] = []
+        ended: list[GeneratedReply] = []
         began = time.monotonic()
         stream = chat.stream(text, on_end=ended.append, **self._settings)
         try:
@@ -251,7 +251,7 @@ class ChatRepl:
         with self._llm.as_base() if is_base else nullcontext():
             yield from chat.stream(text, **self._settings)
 
-    def _measure(self, ended: "list[Reply]", seconds: float) -> str:
+    def _measure(self, ended: "list[GeneratedReply]", seconds: float) -> str:
         if not ended:
             return ""
         (reply,) = ended

@@ -11,7 +11,7 @@ from luthier.errors import UserError
 if TYPE_CHECKING:
     from luthier.cli.model_arguments import ModelArguments
     from luthier.infer.answer_file import AnswerFile
-    from luthier.infer.llm import LLM, Reply
+    from luthier.infer.llm import LLM, GeneratedReply
     from luthier.infer.questions import PromptRow, PromptRows
     from luthier.model.artifact import Artifact
 
@@ -143,10 +143,10 @@ class _ReplyWriter:
     def __init__(self, file: "AnswerFile", asks: "list[PromptRow]", bar: Any) -> None:
         self._file, self._asks, self._bar = file, asks, bar
         self._first = file.done
-        self._found: dict[int, list[Reply]] = {}
+        self._found: dict[int, list[GeneratedReply]] = {}
         self._written = 0
 
-    def take(self, number: int, replies: "list[Reply]") -> None:
+    def take(self, number: int, replies: "list[GeneratedReply]") -> None:
         """Take the replies to one row."""
         self._found[number] = replies
         self._bar.update(1)

@@ -15,11 +15,11 @@ from luthier.sweep import trials as on_disk
 from luthier.sweep.controller import RESUME, Controller, TrialPlace, orphan_check
 from luthier.sweep.local import LocalMachine
 from luthier.sweep.objective import Objective, measure_objectives
-from luthier.sweep.sweep_plan import SweepPlan, is_running, lock_sweep, plan_sweep
 from luthier.sweep.progress import make_view, summary_line
 from luthier.sweep.results import print_errors
 from luthier.sweep.settings import LocalSettings, OptunaSettings
 from luthier.sweep.strategies import OptunaStrategy, PointList, Strategy
+from luthier.sweep.sweep_plan import SweepPlan, is_running, lock_sweep, plan_sweep
 from luthier.sweep.trials import TrialFolder, format_params, trial_table
 from luthier.train import launch_request
 

@@ -17,7 +17,7 @@ from luthier.evaluate.rows import (
     rows_with_replies,
 )
 from luthier.infer.llm import LLM
-from luthier.metrics import Metric, MetricScores, Reply, score_replies
+from luthier.metrics import Metric, MetricScores, Prediction, score_replies
 from luthier.model.adapters import HEAD_TASKS
 from luthier.model.artifact import find_artifact
 
@@ -52,7 +52,7 @@ def measure_model(
             on_replies=lambda number, replies: bar.update(1), **settings,
         )  # fmt: skip
     replies = [
-        Reply(text, question.expected, question.row)
+        Prediction(text, question.expected, question.row)
         for text, question in zip(texts, questions, strict=True)
     ]
     return ModelScores(losses, texts, score_replies(metrics, replies))

@@ -163,7 +163,7 @@ def parse_weight_precision(precision: WeightPrecision) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Reply:
+class GeneratedReply:
     """What a model answered."""
 
     text: str
@@ -281,9 +281,9 @@ class LLM:
         places: Sequence[str] | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
-        on_replies: Callable[[int, list[Reply]], None] | None = None,
+        on_replies: Callable[[int, list[GeneratedReply]], None] | None = None,
         **settings: Any,
-    ) -> list[Reply]:
+    ) -> list[GeneratedReply]:
         """Answer each prompt, in order; `num_return_sequences` replies each follow one another.
 
         Prompts are answered side by side, padded on the left, `batch_size` at once: as many as the
@@ -295,7 +295,7 @@ class LLM:
         config = self._config(settings)
         ids = self.prompt_ids(prompts, places)
         size = batch_size or self._size(ids, config)
-        replies_by_prompt: list[list[Reply]] = [[] for _ in ids]
+        replies_by_prompt: list[list[GeneratedReply]] = [[] for _ in ids]
         with self._sampling(seed):
             for rows, answers in self._answered(ids, config, size):
                 for row, answer in zip(rows, answers, strict=True):
@@ -313,7 +313,7 @@ class LLM:
         prompt: Prompt,
         *,
         seed: int | None = None,
-        on_end: Callable[[Reply], None] | None = None,
+        on_end: Callable[[GeneratedReply], None] | None = None,
         **settings: Any,
     ) -> Iterator[str]:
         """Yield the reply to one prompt piece by piece; the pieces are the text of `generate`.
@@ -388,7 +388,7 @@ class LLM:
         """What transformers needs besides to find strings in a reply."""
         return {"tokenizer": self.tokenizer} if config.stop_strings else {}
 
-    def _reply(self, ids: list[int], prompt_tokens: int, config: Any) -> Reply:
+    def _reply(self, ids: list[int], prompt_tokens: int, config: Any) -> GeneratedReply:
         from luthier.infer.generate import until_stop
 
         reply_ids = until_stop(ids, words.stop_token_ids(config))
@@ -399,7 +399,7 @@ class LLM:
         if self.context is not None:
             room = min(room, self.context - prompt_tokens)
         text = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
-        return Reply(
+        return GeneratedReply(
             text, reply_ids, prompt_tokens, "stop" if ended or len(reply_ids) < room else "length"
         )
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from luthier.errors import UserError, suggest_options
 from luthier.errors import format_value as shown
-from luthier.metrics.metric import FUNCTION_PREFIX, Metric, MetricScores, Reply, excerpt, mean
+from luthier.metrics.metric import FUNCTION_PREFIX, Metric, MetricScores, Prediction, excerpt, mean
 
 # A user's own function by its dotted path: looked for without running it, then loaded once.
 
@@ -158,7 +158,7 @@ class FunctionMetric(Metric):
                 f"called with predictions, references, rows and the metric's settings: {error}."
             ) from error
 
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """What the function returns."""
         try:
             returned = load_function(self.path)(
@@ -190,7 +190,7 @@ class HubMetric(Metric):
         """Fetch the metric."""
         _evaluate(self.path)
 
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """What `compute` returns; what is no number there, such as a version, is left out."""
         try:
             returned = _evaluate(self.path).compute(

@@ -19,7 +19,7 @@ FUNCTION_PREFIX = "python:"
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Prediction:
     """What the model said, what the row has in its place, and the row itself."""
 
     prediction: str
@@ -73,10 +73,10 @@ class Metric(BaseModel, ABC):
         """Why nothing can be compared with this reference, as words that follow `it`."""
 
     @abstractmethod
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """The metric of these replies, at least one, and where it has them those of each."""
 
-    def score(self, replies: Sequence[Reply]) -> dict[str, float]:
+    def score(self, replies: Sequence[Prediction]) -> dict[str, float]:
         """The metric of these replies, at least one, by name."""
         return self.measure(replies).values
 
@@ -93,7 +93,7 @@ class RowMetric(Metric):
         """Whether it compares with a reference at all."""
         return True
 
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """The mean over the replies, and each of them."""
         rows = [float(self.row(reply.prediction, reply.reference)) for reply in replies]
         return MetricScores({self.name: mean(rows)}, {self.name: rows})
@@ -122,7 +122,7 @@ def prepare_metrics(metrics: Sequence[Metric], references: Sequence[str]) -> Non
         metric.prepare(references)
 
 
-def score_replies(metrics: Sequence[Metric], replies: Sequence[Reply]) -> MetricScores:
+def score_replies(metrics: Sequence[Metric], replies: Sequence[Prediction]) -> MetricScores:
     """All numbers of all metrics; raises UserError without replies, and where a metric fails."""
     if metrics and not replies:
         raise UserError("metrics: there are no replies to score.")

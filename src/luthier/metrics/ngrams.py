@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from luthier.metrics.metric import Metric, MetricScores, Reply, RowMetric
+from luthier.metrics.metric import Metric, MetricScores, Prediction, RowMetric
 
 _TOKENIZER_PACKAGES = {
     "ja-mecab": ("MeCab", "ipadic"),
@@ -80,7 +80,7 @@ class CorpusMetric(Metric):
         self._scorer(for_rows=False)
         super().prepare(references)
 
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """The corpus score, that of each reply by itself, and the counts of both."""
         import numpy as np
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from luthier.errors import UserError
-from luthier.metrics.metric import MetricScores, Reply, RowMetric, excerpt, mean
+from luthier.metrics.metric import MetricScores, Prediction, RowMetric, excerpt, mean
 from luthier.metrics.text import IgnoredDifference, normalise
 
 JsonField = tuple[tuple[str | int, ...], str, Any]
@@ -60,7 +60,7 @@ class JsonF1(RowMetric):
         ours, theirs = self._fields(reply_json), self._fields(reference_json)
         return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
 
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """The mean F1 and the share of valid JSON, and both for each reply."""
         scored = super().measure(replies)
         valid = [float(parse_json(r.prediction, self.fences) is not None) for r in replies]

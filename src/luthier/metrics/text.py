@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat, field_validator, model_validator
 
 from luthier import patterns
 from luthier.errors import UserError, suggest_options
-from luthier.metrics.metric import Metric, MetricScores, Reply, RowMetric, excerpt, mean
+from luthier.metrics.metric import Metric, MetricScores, Prediction, RowMetric, excerpt, mean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -273,12 +273,12 @@ class Accuracy(Metric):
             return None
         return f"is not one of the labels ({suggest_options(reference.strip(), self.labels)})"
 
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """The share of right labels, and each of them."""
         rows = [float(said == wanted) for said, wanted in self._read(replies)]
         return MetricScores({self.name: mean(rows)}, {self.name: rows})
 
-    def _read(self, replies: Sequence[Reply]) -> list[tuple[str | None, str]]:
+    def _read(self, replies: Sequence[Prediction]) -> list[tuple[str | None, str]]:
         """The label that each reply names, None where it is none, and the one it should be."""
         known = self._known([reply.reference for reply in replies])
         return [
@@ -307,7 +307,7 @@ class MacroF1(Accuracy):
     neither in a reply nor in a reference counts nothing.
     """
 
-    def measure(self, replies: Sequence[Reply]) -> MetricScores:
+    def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """The mean of the F1 scores, and the counts that they are made of."""
         import numpy as np
 

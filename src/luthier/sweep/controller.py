@@ -13,8 +13,8 @@ from luthier.errors import UserError, suggest_options
 from luthier.sweep import trials as on_disk
 from luthier.sweep.local import GuardedJob
 from luthier.sweep.objective import KEY, measure_objectives
-from luthier.sweep.sweep_plan import SweepPlan, data_key
 from luthier.sweep.strategies import Strategy
+from luthier.sweep.sweep_plan import SweepPlan, data_key
 from luthier.sweep.trials import Trial, has_data
 
 # Data is encoded once for all trials: the first one that needs it does, the others wait for it.

@@ -18,8 +18,8 @@ from luthier.errors import UserError
 from luthier.record.config_diff import NEUTRAL_KEYS
 from luthier.storage.atomic import write_text
 from luthier.sweep.page import write_page
-from luthier.sweep.sweep_plan import SweepPlan
 from luthier.sweep.plots import draw_plots, importance_hint
+from luthier.sweep.sweep_plan import SweepPlan
 from luthier.sweep.trials import Trial, best_trial, format_number, trial_table, write_csv
 
 _NOT_OF_A_RECIPE = NEUTRAL_KEYS

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
 from luthier.sweep.local import GuardedJob, LaunchCommand, environment_without_rank, start_guarded
-from luthier.sweep.sweep_plan import SweepPlan
 from luthier.sweep.settings import SubmititSettings
+from luthier.sweep.sweep_plan import SweepPlan
 from luthier.sweep.trials import Trial, TrialFolder
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from luthier.infer.generate import generate
 from luthier.infer.questions import Question, Row, read_questions
 from luthier.metrics import (
     Metric,
-    Reply,
+    Prediction,
     greater_is_better,
     parse_metrics,
     prepare_metrics,
@@ -121,7 +121,7 @@ class ReplyGenerator:
             return EvalReplies()
         texts = self._generate_texts(prompts, when)
         replies = [
-            Reply(text, question.expected, question.row)
+            Prediction(text, question.expected, question.row)
             for text, question in zip(texts, prompts.questions, strict=True)
         ]
         return _score_on_first_rank(prompts.metrics, replies)
@@ -169,7 +169,7 @@ def _gather_texts(texts: list[str]) -> list[str]:
     return [text for _, text in sorted(numbered)]
 
 
-def _score_on_first_rank(metrics: Sequence[Metric], replies: list[Reply]) -> EvalReplies:
+def _score_on_first_rank(metrics: Sequence[Metric], replies: list[Prediction]) -> EvalReplies:
     """Score on the first rank alone, so that all ranks act on the same numbers."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list

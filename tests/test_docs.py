@@ -1,0 +1,323 @@
+"""Every command, option, key, file and name that README and docs mention exists."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from luthier.cli.main import COMMANDS
+from luthier.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes" / "README.md",
+    ROOT / "launch" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+GROUPS = sorted(folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir())
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+FENCE = re.compile(r"^\s*```")
+SPAN = re.compile(r"`([^`]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+OURS = ("luthier", "train.py", "python", "accelerate", "torchrun", "srun")
+PLACEHOLDER = re.compile(r"[A-Z]{2,}|\b\d{3}\b|^\.\.\.$|[<>{}]|\.\.\.$")
+OVERRIDE = re.compile(r"^[+~]{0,2}([a-z_][\w./@-]*)=(.*)$", re.DOTALL)
+FREE = ("hydra",)
+"""Keys of Hydra itself, which it checks."""
+
+
+class Command(NamedTuple):
+    """A command line on a page."""
+
+    page: Path
+    line: int
+    text: str
+    words: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+class CodeLine(NamedTuple):
+    page: Path
+    line: int
+    text: str
+
+
+def code_lines(page: Path) -> Iterator[CodeLine]:
+    """Yield the lines of code blocks with continued lines joined, then the code within prose."""
+    in_fence, pending, first = False, "", 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if FENCE.match(line):
+            in_fence = not in_fence
+            continue
+        if in_fence or line.startswith("    "):
+            first = first if pending else number
+            pending += line.strip()
+            if pending.endswith("\\"):
+                pending = pending[:-1]
+                continue
+            yield CodeLine(page, first, pending.removeprefix("$ "))
+            pending = ""
+        else:
+            for span in SPAN.findall(line):
+                yield CodeLine(page, number, span)
+
+
+def words_of(text: str) -> list[str]:
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError:
+        return []
+
+
+def commands() -> Iterator[Command]:
+    """Yield every command of luthier that a page shows."""
+    for page in PAGES:
+        for code in code_lines(page):
+            for piece in code.text.split(" && "):
+                words = words_of(piece)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    words = words[1:]
+                if words and words[0] in OURS and ("train.py" in words or words[0] == "luthier"):
+                    yield Command(page, code.line, piece, words)
+
+
+ALL_COMMANDS = list(commands())
+
+
+def is_placeholder(text: str) -> bool:
+    return bool(PLACEHOLDER.search(text))
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """Return the settings class in an annotation such as `EvalConfig | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (nested_model(argument) for argument in get_args(annotation))
+    return next((model for model in inner if model is not None), None)
+
+
+def is_key(key: str) -> bool:
+    """Tell whether a dotted key leads through the schema; free mappings end the walk."""
+    model: type[BaseModel] | None = RunConfig
+    for name in key.split("."):
+        if model is None or is_placeholder(name):
+            return True
+        field = model.model_fields.get(name)
+        if field is None:
+            # Sources and evaluation sets are named by the user.
+            return model.model_config.get("extra") != "forbid" or key.startswith("dataset.")
+        model = nested_model(field.annotation)
+    return True
+
+
+@cache
+def generation_names() -> frozenset[str]:
+    """Return the settings of generation, and what the commands that generate take besides."""
+    from transformers import GenerationConfig
+
+    return frozenset(vars(GenerationConfig())) | {"batch_size", "metrics", "quantization"}
+
+
+def wrong_override(word: str, with_generation: bool) -> str | None:
+    """Return what is wrong with `key=value`, or None."""
+    match = OVERRIDE.match(word)
+    if match is None:
+        return None
+    key, values = match.groups()
+    if is_placeholder(key) or key.split(".")[0].split("/")[0] in FREE:
+        return None
+    if with_generation and key in generation_names():
+        return None
+    options = [value for value in values.split(",") if not is_placeholder(value)]
+    if key == "recipe":
+        missing = [name for name in options if name not in RECIPES and name != "mine"]
+        return f"there is no recipe {missing[0]}" if missing else None
+    if key in GROUPS:
+        have = {path.stem for path in (ROOT / "conf" / key).glob("*.yaml")}
+        missing = [name for name in options if name and name not in have]
+        return f"{key} has no option {missing[0]}" if missing else None
+    return None if is_key(key) else f"there is no setting {key}"
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS, ids=str)
+def test_a_command_on_a_page_exists(command, luthier):
+    words = command.words
+    if words[0] != "luthier":
+        words = words[words.index("train.py") + 1 :]
+        name = "train"
+    elif len(words) == 1 or is_placeholder(words[1]):
+        return
+    else:
+        name, words = words[1], words[2:]
+    if name.startswith("-"):
+        assert name in ("--help", "--version"), command.text
+        return
+    assert name in COMMANDS, command.text
+    generates = name in ("chat", "generate", "evaluate", "serve")
+    settings = [] if name in ("diff", "show", "sweep", "reproduce") else words
+    wrong = [wrong_override(word, generates) for word in settings if word[0] != "-"]
+    assert [text for text in wrong if text] == [], command.text
+    flags = {word.partition("=")[0] for word in words if re.match(r"-{1,2}[a-z]", word)}
+    code, page, _ = luthier(name, "--help")
+    assert code == 0
+    assert {flag for flag in flags - {"--help", "-h"} if not has_flag(page, flag)} == set()
+
+
+def has_flag(page: str, flag: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", page) is not None
+
+
+def mentioned(pattern: str) -> list[tuple[str, str]]:
+    """Return the code of all pages that matches a pattern whole, each with its place."""
+    return [
+        (f"{code.page.relative_to(ROOT)}:{code.line}", code.text)
+        for page in PAGES
+        for code in code_lines(page)
+        if re.fullmatch(pattern, code.text)
+    ]
+
+
+def test_a_setting_in_the_text_exists():
+    wrong = {
+        f"{where} {text}": reason
+        for where, text in mentioned(r"[a-z_]+(\.\w+)*=\S*")
+        if "." in text.partition("=")[0] or text.partition("=")[0] in (*GROUPS, "recipe")
+        if (reason := wrong_override(text, with_generation=True)) and text not in OF_LIBRARIES
+    }
+    assert wrong == {}
+
+
+OF_LIBRARIES: set[str] = set()
+"""Assignments in the text that are arguments of other libraries' functions."""
+
+
+@cache
+def source_texts() -> str:
+    """Return all source code: files that a run writes are named in it."""
+    return "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("src", "benchmarks", "tests", "conf", "launch", "recipes")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".sh", ".toml")
+    )
+
+
+FILE = r"[\w./~*-]*[\w*-]+\.(py|md|yaml|yml|sh|toml|json|jsonl|png|html|csv|txt)"
+
+
+OUR_FOLDERS = ("src/", "tests/", "conf/", "docs/", "benchmarks/", "launch/", "recipes/")
+
+
+def test_a_file_in_the_text_exists():
+    missing = []
+    for where, text in mentioned(FILE):
+        name = text.removeprefix("./")
+        roots = (ROOT, ROOT / "src" / "luthier", (ROOT / where.partition(":")[0]).parent)
+        if any((root / name).exists() for root in roots) or is_placeholder(name):
+            continue
+        looks_like_ours = name.startswith(OUR_FOLDERS) or name.endswith(".py")
+        if looks_like_ours or Path(name).name not in source_texts():
+            missing.append(f"{where} {text}")
+    assert [text for text in missing if not is_an_example(text)] == []
+
+
+def is_an_example(text: str) -> bool:
+    """Tell a file of the reader: `~/data/train.csv`, `rows.jsonl`, `my_metrics.py`."""
+    name = text.split(" ", 1)[1]
+    return name.startswith(("~", "my", "rows.", "replies.", "runs/", "data/")) or "*" in name
+
+
+@pytest.mark.parametrize("folder", ["src/luthier", ""], ids=["package", "repository"])
+def test_a_folder_in_the_text_exists(folder):
+    tops = {path.name for path in (ROOT / folder).iterdir() if path.is_dir()}
+    missing = [
+        f"{where} {text}"
+        for where, text in mentioned(r"[a-z_]+(/[a-z_]+)*/")
+        if text.split("/")[0] in tops
+        and not any((root / text).is_dir() for root in (ROOT, ROOT / "src" / "luthier"))
+        and Path(text).name not in source_texts()
+    ]
+    assert missing == []
+
+
+def test_a_name_of_luthier_in_the_text_exists():
+    missing = []
+    for where, text in mentioned(r"luthier(\.[A-Za-z_]\w*)+(\(.*\))?"):
+        names = text.partition("(")[0].split(".")
+        if not exists(names):
+            missing.append(f"{where} {text}")
+    assert missing == []
+
+
+def exists(names: list[str]) -> bool:
+    """Tell whether dotted names are a module of luthier, or an attribute of one."""
+    value: Any = importlib.import_module(names[0])
+    for number, name in enumerate(names[1:], 1):
+        try:
+            value = getattr(value, name)
+        except AttributeError:
+            try:
+                value = importlib.import_module(".".join(names[: number + 1]))
+            except ImportError:
+                return False
+    return True
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors of a page's headings as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in slugs(file)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "hydra"])
+def test_the_table_of_groups_lists_every_option(group):
+    row = next(
+        line
+        for line in (ROOT / "docs" / "config.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(f"| `{group}` |")
+    )
+    listed = set(SPAN.findall(row.rsplit("|", 2)[1]))
+    assert listed == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+
+
+def test_the_page_of_recipes_lists_every_recipe():
+    listed = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert [name for name in RECIPES if f"[{name}]({name}.yaml)" not in listed] == []
+
+
+def test_some_page_shows_every_command():
+    shown = {command.words[1] for command in ALL_COMMANDS if len(command.words) > 1}
+    assert set(COMMANDS) - shown - {"train"} == set()
+
+
+def test_wrong_settings_are_noticed():
+    assert wrong_override("trainer.epochs=3", with_generation=False)
+    assert wrong_override("lora=huge", with_generation=False)
+    assert wrong_override("recipe=nothing", with_generation=False)
+    assert wrong_override("temperature=1", with_generation=False)
+    assert not wrong_override("trainer.args.max_steps=3", with_generation=False)
+    assert not wrong_override("temperature=1", with_generation=True)
