@@ -88,7 +88,7 @@ def test_cfg_job(capsys):
 
 def test_cfg_job_resolved_is_what_the_run_gets(capsys):
     assert main(never, [Q, "-c", "job", "--resolve"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == luthier.config.load([Q]).resolved
+    assert yaml.safe_load(capsys.readouterr().out) == luthier.config.load_config([Q]).resolved
 
 
 def test_cfg_of_a_part(capsys):

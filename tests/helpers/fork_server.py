@@ -62,9 +62,11 @@ def serve():
     for module in PRELOADED:
         importlib.import_module(module)
     # What a start reads from the sources of the libraries is then known, too.
-    load = importlib.import_module("luthier.config").load
+    load_config = importlib.import_module("luthier.config").load_config
     for adapter in ("none", "default"):
-        load(["model=hub", "model.path=m", "dataset=jsonl", "dataset.path=d", f"lora={adapter}"])
+        load_config(
+            ["model=hub", "model.path=m", "dataset=jsonl", "dataset.path=d", f"lora={adapter}"]
+        )
     # A child looks through its own objects only, and not through those of all libraries.
     gc.freeze()
     print("ready", flush=True)
