@@ -117,8 +117,8 @@ def register_plugins() -> None:
         Plugins.instance().register(plugin)
     OmegaConf.register_new_resolver("luthier", lambda name: str(recipes.bundled_folder(name)))
     # Hydra holds a YAML file against a class of the same name; these are luthier's own settings.
-    for part in ("launcher", "sweeper"):
-        ConfigStore.instance().repo["hydra"][part].pop("basic.yaml")
+    for group in ("launcher", "sweeper"):
+        ConfigStore.instance().repo["hydra"][group].pop("basic.yaml")
 
 
 @contextmanager

@@ -166,19 +166,19 @@ def _kind(package: str, file: str, node: ast.expr) -> FieldType:
 
 
 def _subscript(package: str, file: str, name: str, inner: ast.expr) -> FieldType:
-    parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    arguments = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     if name == "Literal":
-        return _literal(parts)
+        return _literal(arguments)
     if name not in ("Optional", "Union"):
         return _name(package, file, name)
-    kind = FieldType(frozenset({"none"} if name == "Optional" else ()))
-    for part in parts:
-        kind |= _kind(package, file, part)
-    return kind
+    field_type = FieldType(frozenset({"none"} if name == "Optional" else ()))
+    for argument in arguments:
+        field_type |= _kind(package, file, argument)
+    return field_type
 
 
-def _literal(parts: list[ast.expr]) -> FieldType:
-    values = [part.value for part in parts if isinstance(part, ast.Constant)]
+def _literal(elements: list[ast.expr]) -> FieldType:
+    values = [element.value for element in elements if isinstance(element, ast.Constant)]
     types = {"none" if v is None else type(v).__name__ for v in values} - {"str"}
     texts = tuple(value for value in values if isinstance(value, str))
     if any("[" in text for text in texts):  # a pattern such as "pissa_niter_[number of iters]"

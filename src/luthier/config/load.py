@@ -74,10 +74,10 @@ def find_origin(key: str, composed: ComposedConfig) -> str | None:
 
 def _line(text: str, path: list[str]) -> int | None:
     node, line = yaml.compose(text), None
-    for part in path:
+    for component in path:
         if not isinstance(node, yaml.MappingNode):
             return None
-        matches = [(key, below) for key, below in node.value if key.value == part]
+        matches = [(key, below) for key, below in node.value if key.value == component]
         if not matches:
             return None
         line, node = matches[-1][0].start_mark.line + 1, matches[-1][1]
@@ -101,8 +101,12 @@ def _no_value(key: str) -> str:
         return f"nothing is chosen. Add {key}=NAME: {', '.join(list_options(key))}."
     model: Any = RunConfig
     *path, name = key.split(".")
-    for part in path:
-        model = model.model_fields[part].annotation if part in model.model_fields else RunConfig
+    for component in path:
+        model = (
+            model.model_fields[component].annotation
+            if component in model.model_fields
+            else RunConfig
+        )
     return f"has no value. Add {key}=VALUE. {describe_key(model, name)}".rstrip()
 
 
@@ -131,7 +135,7 @@ def _about_choice(mistake: Mistake) -> bool:
     return mistake.key in (*GROUPS, "recipe") or "no value" in mistake.text
 
 
-def _once(mistakes: list[Mistake], said: set[str]) -> list[Mistake]:
+def _once(mistakes: list[Mistake], mentioned: set[str]) -> list[Mistake]:
     """Keep the first mistake of each key."""
-    first = {mistake.key: mistake for mistake in reversed(mistakes) if mistake.key not in said}
+    first = {mistake.key: mistake for mistake in reversed(mistakes) if mistake.key not in mentioned}
     return [mistake for mistake in mistakes if first.get(mistake.key) is mistake]

@@ -336,18 +336,18 @@ def _start(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
         yield Mistake(key, text)
 
 
-def _loftq(given: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
+def _loftq(settings: Mapping[str, Any], bits: int | None) -> Iterator[Mistake]:
     if bits != PACKED_BITS[0]:
         text = (
             "loftq makes up for the error of 4-bit weights. Use it with quantization=nf4 or fp4, "
             "or init_lora_weights=true."
         )
         yield Mistake("lora.init_lora_weights", text)
-    if given.get("loftq_iter", 1) != 1:
+    if settings.get("loftq_iter", 1) != 1:
         text = (
             "more than one round quantizes the base anew, and a saved adapter would not fit the "
             "base that others quantize. Set it to 1."
         )
         yield Mistake("lora.loftq_config.loftq_iter", text)
-    if given.get("loftq_bits", 4) != PACKED_BITS[0]:
+    if settings.get("loftq_bits", 4) != PACKED_BITS[0]:
         yield Mistake("lora.loftq_config.loftq_bits", "4 is the only width. Remove it.")

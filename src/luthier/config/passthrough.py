@@ -52,7 +52,7 @@ class PassThroughKey:
             # A setting that takes one text may take several in a list.
             lists = fields[key].types & {"list"} if key in fields else frozenset()
             fields = fields | {key: FieldType(frozenset(lists), texts)}
-        return {key: kind for key, kind in fields.items() if key not in self.kept}
+        return {key: field_type for key, field_type in fields.items() if key not in self.kept}
 
 
 _ROWS = "luthier lays out the rows itself"
@@ -212,15 +212,15 @@ def _of_adapter(library: PassThroughKey, method: str) -> PassThroughKey:
     of = replace(library, name=f"peft.{name}", source=("peft", f"tuners/{method}/config.py", name))
     if method != "adalora":
         return of
-    kept = {**library.kept, "total_step": "the training's own steps are taken; remove it"}
-    return replace(of, also=_LORA, kept=kept)  # it takes LoRA's settings, too
+    decided = {**library.kept, "total_step": "the training's own steps are taken; remove it"}
+    return replace(of, also=_LORA, kept=decided)  # it takes LoRA's settings, too
 
 
 def mapping_at(resolved: dict[str, Any], key: str) -> dict[str, Any]:
     """Return the mapping at a dotted key; an empty one if there is none."""
     node: Any = resolved
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
+    for component in key.split("."):
+        node = node.get(component) if isinstance(node, dict) else None
     return node if isinstance(node, dict) else {}
 
 
@@ -238,50 +238,50 @@ def _check(library: PassThroughKey, settings: dict[str, Any]) -> Iterator[Mistak
                 yield Mistake(key, complaint)
 
 
-def _unknown(library: PassThroughKey, name: str, known: FieldTypes) -> str:
-    close = nearest_option(str(name), known)
+def _unknown(library: PassThroughKey, name: str, field_types: FieldTypes) -> str:
+    close = nearest_option(str(name), field_types)
     hint = f"Did you mean {library.key}.{close}?" if close else "Look its name up there."
     return f"is not a setting of {library.name}. {hint}"
 
 
-def fit_value(given: Any, kind: FieldType) -> tuple[Any, str | None]:
+def fit_value(value: Any, field_type: FieldType) -> tuple[Any, str | None]:
     """Return the value as the setting takes it, and a complaint if it does not."""
-    if "any" in kind.types:
-        return given, None
-    if given is False and "no" in kind.choices and "bool" not in kind.types:
+    if "any" in field_type.types:
+        return value, None
+    if value is False and "no" in field_type.choices and "bool" not in field_type.types:
         return "no", None  # YAML reads a bare `no` as false
-    if isinstance(given, str):
-        return _fit_text(given, kind)
-    if isinstance(given, float) and given.is_integer() and _only_int(kind):
-        return int(given), None
-    name = "none" if given is None else type(given).__name__
-    fits = name in kind.types or (name == "int" and "float" in kind.types)
-    return given, None if fits else f"{format_value(given)} is not {_describe(kind)}."
+    if isinstance(value, str):
+        return _fit_text(value, field_type)
+    if isinstance(value, float) and value.is_integer() and _only_int(field_type):
+        return int(value), None
+    name = "none" if value is None else type(value).__name__
+    fits = name in field_type.types or (name == "int" and "float" in field_type.types)
+    return value, None if fits else f"{format_value(value)} is not {_describe(field_type)}."
 
 
-def _only_int(kind: FieldType) -> bool:
-    return "int" in kind.types and "float" not in kind.types
+def _only_int(field_type: FieldType) -> bool:
+    return "int" in field_type.types and "float" not in field_type.types
 
 
-def _fit_text(given: str, kind: FieldType) -> tuple[Any, str | None]:
-    if given in kind.choices or ("str" in kind.types and not kind.choices):
-        return given, None
-    if kind.types & {"int", "float"}:
+def _fit_text(text: str, field_type: FieldType) -> tuple[Any, str | None]:
+    if text in field_type.choices or ("str" in field_type.types and not field_type.choices):
+        return text, None
+    if field_type.types & {"int", "float"}:
         try:
-            return fit_value(float(given), kind)
+            return fit_value(float(text), field_type)
         except ValueError:
             pass
-    if kind.choices:
+    if field_type.choices:
         return (
-            given,
-            f"{format_value(given)} is not an option. {suggest_options(given, kind.choices)}",
+            text,
+            f"{format_value(text)} is not an option. {suggest_options(text, field_type.choices)}",
         )
-    return given, f"{format_value(given)} is not {_describe(kind)}."
+    return text, f"{format_value(text)} is not {_describe(field_type)}."
 
 
-def _describe(kind: FieldType) -> str:
-    names = [name for name in _DESCRIBED if name in kind.types]
+def _describe(field_type: FieldType) -> str:
+    names = [name for name in _DESCRIBED if name in field_type.types]
     if "float" in names and "int" in names:
         names.remove("int")
-    texts = [f"one of {', '.join(kind.choices)}"] if kind.choices else []
+    texts = [f"one of {', '.join(field_type.choices)}"] if field_type.choices else []
     return " or ".join([_DESCRIBED[name] for name in names] + texts)

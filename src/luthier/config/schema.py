@@ -42,8 +42,8 @@ class CheckpointsConfig(StrictModel):
     @property
     def bytes(self) -> int | None:
         """The budget in bytes."""
-        found = _SIZE.fullmatch(self.budget or "")
-        return int(float(found[1]) * _UNITS[found[2].upper()]) if found else None
+        match = _SIZE.fullmatch(self.budget or "")
+        return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
 
 
 class MlflowConfig(StrictModel):

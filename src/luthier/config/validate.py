@@ -55,49 +55,49 @@ def _place(loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
     """Return the innermost model on the way, and the key without pydantic's names of unions."""
     model: type[BaseModel] = RunConfig
     path = []
-    parts = iter(loc)
-    for part in parts:
-        path.append(str(part))
-        field = model.model_fields.get(str(part))
+    location = iter(loc)
+    for component in location:
+        path.append(str(component))
+        field = model.model_fields.get(str(component))
         inner = None if field is None else _inner(field.annotation)
         if inner is None:
             break
         model, is_named = inner
         if is_named:
             # A mapping of names to groups, such as dataset.sources.
-            path += [str(name) for name in islice(parts, 1)]
+            path += [str(name) for name in islice(location, 1)]
     return model, path
 
 
 def _inner(annotation: Any) -> tuple[type[BaseModel], bool] | None:
     """The group that a field holds, and whether it holds several by name; None for a value."""
     is_named = get_origin(annotation) is dict
-    kind = get_args(annotation)[1] if is_named else annotation
-    is_group = isinstance(kind, type) and issubclass(kind, BaseModel)
-    return (kind, is_named) if is_group else None
+    inner_type = get_args(annotation)[1] if is_named else annotation
+    is_group = isinstance(inner_type, type) and issubclass(inner_type, BaseModel)
+    return (inner_type, is_named) if is_group else None
 
 
 def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
-    kind, given = error["type"], format_value(error["input"])
-    if kind == "missing":
+    error_type, typed_value = error["type"], format_value(error["input"])
+    if error_type == "missing":
         return _missing(path, describe_key(model, path[-1]))
-    if kind == "extra_forbidden":
+    if error_type == "extra_forbidden":
         return _extra(model, path)
-    if kind == "literal_error":
+    if error_type == "literal_error":
         if new := new_value(".".join(path), error["input"]):
-            return f"{given} is called {new} now. Write {path[-1]}: {new}."
+            return f"{typed_value} is called {new} now. Write {path[-1]}: {new}."
         allowed = _allowed(model, path[-1])
-        return f"{given} is not an option. {suggest_options(str(error['input']), allowed)}"
-    if kind == "value_error":
-        return f"{given} does not fit: {error['ctx']['error']}."
-    if kind in _BOUNDS:
-        bound, than = _BOUNDS[kind]
-        return f"{given} is out of range: it must be {than} {error['ctx'][bound]:g}."
-    expected = _WANTED.get(kind.split("_")[0])
+        return f"{typed_value} is not an option. {suggest_options(str(error['input']), allowed)}"
+    if error_type == "value_error":
+        return f"{typed_value} does not fit: {error['ctx']['error']}."
+    if error_type in _BOUNDS:
+        bound, than = _BOUNDS[error_type]
+        return f"{typed_value} is out of range: it must be {than} {error['ctx'][bound]:g}."
+    expected = _WANTED.get(error_type.split("_")[0])
     one_of_several = len(error["loc"]) > len(path) and isinstance(error["loc"][len(path)], str)
     if expected is None or one_of_several:
-        return f"{given} does not fit. {describe_key(model, path[-1])}"
-    return f"{given} is not {expected}."
+        return f"{typed_value} does not fit. {describe_key(model, path[-1])}"
+    return f"{typed_value} is not {expected}."
 
 
 def describe_key(model: type[BaseModel], name: str) -> str:
@@ -149,6 +149,6 @@ def _literals(annotation: Any) -> Iterator[Any]:
     if get_origin(annotation) is typing.Literal:
         yield from get_args(annotation)
         return
-    for part in get_args(annotation):
-        if part is not NoneType:
-            yield from _literals(part)
+    for argument in get_args(annotation):
+        if argument is not NoneType:
+            yield from _literals(argument)

@@ -83,16 +83,19 @@ def compare_paired(
 
     Raises ValueError if they have not equally many rows.
     """
-    one, two = _statistics(first), _statistics(second)
-    if len(one.rows) != len(two.rows):
-        raise ValueError(f"paired rows: {len(one.rows)} of the first, {len(two.rows)} of the other")
-    sums = _resampled([one.rows, two.rows], draws, seed)
-    before, after = one.value(sums[0]), two.value(sums[1])
+    first_samples, second_samples = _statistics(first), _statistics(second)
+    if len(first_samples.rows) != len(second_samples.rows):
+        raise ValueError(
+            f"paired rows: {len(first_samples.rows)} of the first, "
+            f"{len(second_samples.rows)} of the other"
+        )
+    sums = _resampled([first_samples.rows, second_samples.rows], draws, seed)
+    before, after = first_samples.value(sums[0]), second_samples.value(sums[1])
     difference = after - before
     return PairedComparison(
-        first=_interval(one.whole(), before, level),
-        second=_interval(two.whole(), after, level),
-        difference=_interval(two.whole() - one.whole(), difference, level),
+        first=_interval(first_samples.whole(), before, level),
+        second=_interval(second_samples.whole(), after, level),
+        difference=_interval(second_samples.whole() - first_samples.whole(), difference, level),
         higher=float(np.mean(difference > _ROUNDING)),
         lower=float(np.mean(difference < -_ROUNDING)),
     )

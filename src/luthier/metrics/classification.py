@@ -135,8 +135,8 @@ def entity_scores(
     P = right entities / predicted ones, R = right entities / those there are, F1 = 2PR / (P + R).
     """
     hits = predicted_count = there = 0
-    for one, other in zip(predicted, right, strict=True):
-        counts = entity_counts(one, other)
+    for predicted_tags, reference_tags in zip(predicted, right, strict=True):
+        counts = entity_counts(predicted_tags, reference_tags)
         hits, predicted_count, there = (
             hits + counts[0],
             predicted_count + counts[1],
@@ -169,9 +169,19 @@ def multi_label_samples(predicted: Array, right: Array) -> MetricScores:
 
 def regression_samples(predicted: Array, right: Array) -> MetricScores:
     """Mean absolute error, root mean square error and Pearson's correlation; shape (rows,)."""
-    one, other = predicted.astype(float), right.astype(float)
-    error = one - other
-    moments = np.stack([np.ones_like(one), one, other, one**2, other**2, one * other], axis=1)
+    predicted_values, reference_values = predicted.astype(float), right.astype(float)
+    error = predicted_values - reference_values
+    moments = np.stack(
+        [
+            np.ones_like(predicted_values),
+            predicted_values,
+            reference_values,
+            predicted_values**2,
+            reference_values**2,
+            predicted_values * reference_values,
+        ],
+        axis=1,
+    )
     statistics = {
         "rmse": SumStatistics(
             np.stack([error**2, np.ones_like(error)], axis=1),
@@ -187,11 +197,13 @@ def tag_samples(
 ) -> MetricScores:
     """Accuracy over all words, and where tags are of entities, their precision, recall and F1."""
     hits = [
-        sum(a == b for a, b in zip(said, wanted, strict=True))
-        for said, wanted in zip(predicted, right, strict=True)
+        sum(a == b for a, b in zip(predicted_tags, reference_tags, strict=True))
+        for predicted_tags, reference_tags in zip(predicted, right, strict=True)
     ]
-    words = np.array([[hit, len(wanted)] for hit, wanted in zip(hits, right, strict=True)])
-    statistics = {"accuracy": SumStatistics(words, lambda sums: sums[:, 0] / sums[:, 1])}
+    hits_and_words = np.array(
+        [[hit, len(reference_tags)] for hit, reference_tags in zip(hits, right, strict=True)]
+    )
+    statistics = {"accuracy": SumStatistics(hits_and_words, lambda sums: sums[:, 0] / sums[:, 1])}
     if are_entities:
         counts = np.array([entity_counts(*pair) for pair in zip(predicted, right, strict=True)])
         statistics |= {
@@ -201,7 +213,11 @@ def tag_samples(
                 counts, lambda s: 2 * s[:, 0] / np.maximum(s[:, 1] + s[:, 2], 1)
             ),
         }
-    rows = {"accuracy": [hit / len(wanted) for hit, wanted in zip(hits, right, strict=True)]}
+    rows = {
+        "accuracy": [
+            hit / len(reference_tags) for hit, reference_tags in zip(hits, right, strict=True)
+        ]
+    }
     return _measured(rows, statistics)
 
 
@@ -217,5 +233,5 @@ def _measured(
     rows: Mapping[str, list[float]], statistics: Mapping[str, SumStatistics]
 ) -> MetricScores:
     means = {name: float(np.mean(row_scores)) for name, row_scores in rows.items()}
-    totals = {name: one.whole() for name, one in statistics.items()}
+    totals = {name: statistic.whole() for name, statistic in statistics.items()}
     return MetricScores(means | totals, dict(rows), dict(statistics))

@@ -37,14 +37,15 @@ def check_function_path(path: str) -> str | None:
     if not module or not name:
         return f"{path!r} names no function. Write python:module.function."
     if module in sys.modules:
-        known: set[str] | None = set(vars(sys.modules[module]))
+        defined_names: set[str] | None = set(vars(sys.modules[module]))
     elif spec := _spec(module):
-        known = _names(spec)
+        defined_names = _names(spec)
     else:
         return f"{path}: there is no module {module} (looked in {_searched()})."
-    if known is None or name in known:
+    if defined_names is None or name in defined_names:
         return None
-    return f"{path}: the module {module} has no function {name!r}. {suggest_options(name, known)}"
+    suggestion = suggest_options(name, defined_names)
+    return f"{path}: the module {module} has no function {name!r}. {suggestion}"
 
 
 @cache
@@ -62,10 +63,10 @@ def load_function(path: str) -> Callable[..., Any]:
         ) from error
     function = vars(module).get(name)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value)]
+        callables = [key for key, value in vars(module).items() if callable(value)]
         raise UserError(
             f"{path}: the module {module_name} has no function {name!r}. "
-            f"{suggest_options(name, known)}"
+            f"{suggest_options(name, callables)}"
         )
     return function
 
@@ -93,7 +94,7 @@ def _searched() -> str:
 def _spec(module: str) -> ModuleSpec | None:
     """Where a module is. Its parents are not run either, which importlib's own search would do."""
     first, *rest = module.split(".")
-    if not all(part.isidentifier() for part in (first, *rest)):
+    if not all(component.isidentifier() for component in (first, *rest)):
         return None
     if first in sys.builtin_module_names:
         return None if rest else importlib.util.find_spec(first)
@@ -117,10 +118,10 @@ def _names(spec: ModuleSpec) -> set[str] | None:
         return None
     names: set[str] = set()
     for node in tree.body:
-        found = _given(node)
-        if found is None:
+        bound_names = _given(node)
+        if bound_names is None:
             return None
-        names |= found
+        names |= bound_names
     return None if "__getattr__" in names else names
 
 
@@ -246,9 +247,9 @@ def read_returned_scores(returned: Any, name: str, count: int) -> MetricScores:
     values: dict[str, float] = {}
     rows: dict[str, list[float]] = {}
     for key, value in returned.items():
-        found = _one(value, name if key == name else f"{name}/{key}", name, count)
-        values |= found.values
-        rows |= found.rows
+        scores = _one(value, name if key == name else f"{name}/{key}", name, count)
+        values |= scores.values
+        rows |= scores.rows
     return MetricScores(values, rows)
 
 

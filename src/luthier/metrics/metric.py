@@ -60,12 +60,17 @@ class Metric(BaseModel, ABC):
 
     def prepare(self, references: Sequence[str]) -> None:
         """Import what is needed and look at every reference; raises UserError, in words."""
-        wrong = [(n, found) for n, text in enumerate(references) if (found := self.objection(text))]
+        wrong = [
+            (n, objection)
+            for n, text in enumerate(references)
+            if (objection := self.objection(text))
+        ]
         if wrong:
-            number, found = wrong[0]
+            number, objection = wrong[0]
             raise UserError(
                 f"metric {self.name}: {len(wrong)} of {len(references)} references cannot be "
-                f"compared with. The first, row {number}, {found}: {excerpt(references[number])}\n"
+                f"compared with. The first, row {number}, {objection}: "
+                f"{excerpt(references[number])}\n"
                 "Change the metric's settings, or use only rows that have such an answer."
             )
 

@@ -61,10 +61,10 @@ class RougeLsum(Rouge1):
 
 
 @cache
-def _rouge(kind: str, stemmer: bool) -> Any:
+def _rouge(rouge_type: str, stemmer: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([kind], use_stemmer=stemmer)
+    return RougeScorer([rouge_type], use_stemmer=stemmer)
 
 
 class CorpusMetric(Metric):

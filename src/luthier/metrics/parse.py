@@ -29,12 +29,12 @@ class MetricEntry:
     settings: dict[str, Any]
 
 
-def parse_entries(given: object) -> Iterator[MetricEntry | MetricEntryError]:
+def parse_entries(entries: object) -> Iterator[MetricEntry | MetricEntryError]:
     """What a list says, one by one; what is no entry, as the words for it."""
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        yield MetricEntryError(f"{format_value(given)} is not a list. Write [{given}].")
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        yield MetricEntryError(f"{format_value(entries)} is not a list. Write [{entries}].")
         return
-    for item in given:
+    for item in entries:
         try:
             yield _entry(item)
         except MetricEntryError as wrong:
@@ -63,17 +63,17 @@ def _entry(item: object) -> MetricEntry:
     return MetricEntry(str(name), {str(key): setting for key, setting in (settings or {}).items()})
 
 
-def unknown_name_error(name: str, known: Sequence[str], what: str, others: str) -> MetricEntryError:
+def unknown_name_error(name: str, names: Sequence[str], what: str, others: str) -> MetricEntryError:
     """The words for a name that is none of these; `others` are what may be written besides."""
-    close = nearest_option(name, known)
+    close = nearest_option(name, names)
     guess = f" Did you mean {close}?" if close else ""
     return MetricEntryError(
-        f"there is no {what} {name!r}.{guess} Built in: {', '.join(known)}. Others: {others}."
+        f"there is no {what} {name!r}.{guess} Built in: {', '.join(names)}. Others: {others}."
     )
 
 
 def build_from_entry(
-    cls: type[Built], entry: MetricEntry, fields: Mapping[str, Any], known: Sequence[str]
+    cls: type[Built], entry: MetricEntry, fields: Mapping[str, Any], names: Sequence[str]
 ) -> Built:
     """An entry as the model of its settings; raises Wrong, in words.
 
@@ -82,33 +82,38 @@ def build_from_entry(
     try:
         return cls.model_validate(dict(fields))
     except ValidationError as error:
-        words = [_words(found, entry.name, cls, known) for found in error.errors(include_url=False)]
-        raise MetricEntryError(" ".join(words)) from error
+        problems = [
+            _words(detail, entry.name, cls, names) for detail in error.errors(include_url=False)
+        ]
+        raise MetricEntryError(" ".join(problems)) from error
 
 
-def _words(error: ErrorDetails, name: str, cls: type[BaseModel], known: Sequence[str]) -> str:
-    setting, given = str(error["loc"][0]) if error["loc"] else "", format_value(error["input"])
+def _words(error: ErrorDetails, name: str, cls: type[BaseModel], names: Sequence[str]) -> str:
+    setting, typed_value = (
+        str(error["loc"][0]) if error["loc"] else "",
+        format_value(error["input"]),
+    )
     if error["type"] == "missing":
         return f"{name} needs {setting}: write {{{name}: {{{setting}: ...}}}}."
     if error["type"] == "extra_forbidden":
-        return f"{name} has no setting {setting!r}. {suggest_options(setting, set(known))}"
+        return f"{name} has no setting {setting!r}. {suggest_options(setting, set(names))}"
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
     if error["type"] == "literal_error":
         options = suggest_options(
             str(error["input"]), _options(cls.model_fields[setting].annotation)
         )
-        return f"{name}.{setting}: {given} is not an option. {options}"
-    return f"{name}.{setting}: {given} does not fit: {error['msg'].replace('Input ', 'it ')}."
+        return f"{name}.{setting}: {typed_value} is not an option. {options}"
+    return f"{name}.{setting}: {typed_value} does not fit: {error['msg'].replace('Input ', 'it ')}."
 
 
 def _options(annotation: Any) -> Iterator[str]:
     """The texts that an annotation allows."""
-    for part in get_args(annotation):
-        if isinstance(part, str):
-            yield part
+    for argument in get_args(annotation):
+        if isinstance(argument, str):
+            yield argument
         else:
-            yield from _options(part)
+            yield from _options(argument)
 
 
 BUILT_IN_METRICS = {
@@ -153,20 +158,20 @@ _TAKEN = frozenset(
 """Names under which the trainer already logs something."""
 
 
-def parse_metrics(given: object, key: str = METRICS_KEY) -> list[Metric]:
+def parse_metrics(entries: object, key: str = METRICS_KEY) -> list[Metric]:
     """The metrics of a config's list, such as `[exact_match, {regex: {pattern: "#### (.+)"}}]`.
 
     Raises UserError with all mistakes; `key` is where the list stands.
     """
-    metrics, wrong = _read(given)
+    metrics, wrong = _read(entries)
     if wrong:
         raise UserError("\n".join(f"{key}: {text}" for text in wrong))
     return metrics
 
 
-def check_metrics(given: object, key: str = METRICS_KEY) -> list[Mistake]:
+def check_metrics(entries: object, key: str = METRICS_KEY) -> list[Mistake]:
     """What is wrong with a config's list of metrics, missing packages included; imports none."""
-    return [Mistake(key, text) for text in _read(given)[1]]
+    return [Mistake(key, text) for text in _read(entries)[1]]
 
 
 def greater_is_better(metrics: Sequence[Metric], name: str, key: str = METRICS_KEY) -> bool:
@@ -220,10 +225,10 @@ def check_names(names: Sequence[str]) -> Iterator[str]:
             yield f"{name} is a number that the trainer logs. Set another name: {{name: ...}}."
 
 
-def _read(given: object) -> tuple[list[Metric], list[str]]:
+def _read(entries: object) -> tuple[list[Metric], list[str]]:
     metrics: list[Metric] = []
     wrong: list[str] = []
-    for entry in parse_entries(given):
+    for entry in parse_entries(entries):
         try:
             if isinstance(entry, MetricEntryError):
                 raise entry
@@ -251,7 +256,7 @@ def _foreign(entry: MetricEntry) -> Metric:
     from luthier.metrics.custom import FunctionMetric, HubMetric
 
     shared = {key: entry.settings[key] for key in _SHARED if key in entry.settings}
-    rest = {key: given for key, given in entry.settings.items() if key not in _SHARED}
+    rest = {key: setting for key, setting in entry.settings.items() if key not in _SHARED}
     if entry.name.startswith(FUNCTION_PREFIX):
         name, path = entry.name.rpartition(".")[2], entry.name
         return build_from_entry(

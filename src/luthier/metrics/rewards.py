@@ -82,10 +82,10 @@ class MetricReward(Reward):
         texts = [completion_text(completion) for completion in completions]
         if not self.metric.needs_reference:
             return [self.metric.row(text, "") for text in texts]
-        wanted = self.wanted(columns)
+        references = self.wanted(columns)
         return [
             None if reference is None else self.metric.row(text, reference)
-            for text, reference in zip(texts, wanted, strict=True)
+            for text, reference in zip(texts, references, strict=True)
         ]
 
     def wanted(self, columns: Mapping[str, Any]) -> list[str | None]:
@@ -93,10 +93,11 @@ class MetricReward(Reward):
         column = columns.get(self.reference)
         if column is not None:
             return [_as_text(value) for value in column]
-        known = [key for key, value in columns.items() if isinstance(value, list)]
+        list_columns = [key for key, value in columns.items() if isinstance(value, list)]
         raise UserError(
             f"reward {self.name}: the rows have no column {self.reference!r} to compare with. "
-            f"{suggest_options(self.reference, known)} Name it: {{...: {{reference: COLUMN}}}}."
+            f"{suggest_options(self.reference, list_columns)} "
+            "Name it: {...: {reference: COLUMN}}."
         )
 
 
@@ -131,10 +132,10 @@ class FunctionReward(Reward):
             there = {p.name: there[p.name] for p in parameters if p.name in there}
         lacking = [p.name for p in parameters if _is_required(p) and p.name not in there]
         if lacking:
-            known = sorted({"prompts", "completions", *columns})
+            column_names = sorted({"prompts", "completions", *columns})
             raise UserError(
                 f"reward {self.name}: {self.path} needs {', '.join(lacking)}, and there is no such "
-                f"column or setting. There are: {', '.join(known)}."
+                f"column or setting. There are: {', '.join(column_names)}."
             )
         return there
 
@@ -179,7 +180,7 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     replies = [message for message in completion if message.get("role", "assistant") == "assistant"]
     content = replies[-1].get("content") if replies else None
     if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
+        return "".join(segment.get("text", "") for segment in content)
     return content or ""
 
 
@@ -278,9 +279,9 @@ def _format(tags: Sequence[str], rest: bool) -> re.Pattern[str]:
     """The pattern of a text that is made of these tags; none of them may stand in between."""
     names = [re.escape(tag) for tag in tags]
     inside = rf"(?:(?!</?(?:{'|'.join(names)})>).)*"
-    parts = [rf"<{name}>{inside}</{name}>" for name in names]
+    tag_patterns = [rf"<{name}>{inside}</{name}>" for name in names]
     space = r"\s*"
-    return re.compile(space + space.join(parts) + (inside if rest else space), re.DOTALL)
+    return re.compile(space + space.join(tag_patterns) + (inside if rest else space), re.DOTALL)
 
 
 TEXT_REWARDS: dict[str, type[Reward]] = {"length": LengthReward, "format": FormatReward}
@@ -306,22 +307,22 @@ REWARDS_KEY = "trainer.rewards"
 _OURS = ("name", "weight", "reference")
 
 
-def parse_rewards(given: object, key: str = REWARDS_KEY) -> tuple[list[Reward], list[float]]:
+def parse_rewards(entries: object, key: str = REWARDS_KEY) -> tuple[list[Reward], list[float]]:
     """The reward functions of a config's list and their weights, as TRL takes them.
 
     `[{number: {reference: answer}}, {length: {max: 300, weight: 0.2}}, python:my.rewards.polite]`.
     Raises UserError with all mistakes; `key` is where the list stands. A function of the user's
     own is imported here: whether it is async decides how TRL calls it.
     """
-    rewards, wrong = _read(given)
+    rewards, wrong = _read(entries)
     if wrong:
         raise UserError("\n".join(f"{key}: {text}" for text in wrong))
     return [_loaded(reward) for reward in rewards], [reward.weight for reward in rewards]
 
 
-def check_rewards(given: object, key: str = REWARDS_KEY) -> list[Mistake]:
+def check_rewards(entries: object, key: str = REWARDS_KEY) -> list[Mistake]:
     """What is wrong with a config's list of rewards; imports nothing."""
-    return [Mistake(key, text) for text in _read(given)[1]]
+    return [Mistake(key, text) for text in _read(entries)[1]]
 
 
 def prepare_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[Any]]) -> None:
@@ -362,10 +363,10 @@ def _ignore(*_: Any) -> None:
     """What the trainer's log functions do before there is a trainer."""
 
 
-def _read(given: object) -> tuple[list[Reward], list[str]]:
+def _read(entries: object) -> tuple[list[Reward], list[str]]:
     rewards: list[Reward] = []
     wrong: list[str] = []
-    for entry in parse_entries(given):
+    for entry in parse_entries(entries):
         try:
             if isinstance(entry, MetricEntryError):
                 raise entry
@@ -380,8 +381,8 @@ def _reward(entry: MetricEntry) -> Reward:
         return _own(entry)
     cls = TEXT_REWARDS.get(entry.name)
     if cls is not None:
-        known = list(cls.model_fields)
-        return build_from_entry(cls, entry, {"name": entry.name, **entry.settings}, known)
+        field_names = list(cls.model_fields)
+        return build_from_entry(cls, entry, {"name": entry.name, **entry.settings}, field_names)
     if entry.name in METRIC_REWARDS:
         return _of_metric(entry)
     raise unknown_name_error(
@@ -392,7 +393,7 @@ def _reward(entry: MetricEntry) -> Reward:
 def _of_metric(entry: MetricEntry) -> MetricReward:
     """A metric's settings and the reward's own stand in one mapping."""
     ours = {key: entry.settings[key] for key in _OURS if key in entry.settings}
-    theirs = {key: given for key, given in entry.settings.items() if key not in _OURS}
+    theirs = {key: setting for key, setting in entry.settings.items() if key not in _OURS}
     metric = build_metric(MetricEntry(entry.name, theirs), also=_OURS)
     if without := explain_missing_package(metric.needed()):
         raise MetricEntryError(f"{entry.name}: {without}")
@@ -406,7 +407,7 @@ def _own(entry: MetricEntry) -> FunctionReward:
     if problem := check_function_path(entry.name):
         raise MetricEntryError(problem)
     ours = {key: entry.settings[key] for key in ("name", "weight") if key in entry.settings}
-    rest = {key: given for key, given in entry.settings.items() if key not in ours}
+    rest = {key: setting for key, setting in entry.settings.items() if key not in ours}
     name = entry.name.rpartition(".")[2]
     fields = {"name": name, "path": entry.name, "arguments": rest} | ours
     return build_from_entry(FunctionReward, entry, fields, ("name", "weight"))

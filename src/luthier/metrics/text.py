@@ -83,10 +83,12 @@ class TokenF1(RowMetric):
 
     def row(self, prediction: str, reference: str) -> float:
         """Twice the shared words over all words."""
-        said, wanted = _squad_words(prediction), _squad_words(reference)
-        if not said or not wanted:
-            return float(said == wanted)
-        return 2 * (Counter(said) & Counter(wanted)).total() / (len(said) + len(wanted))
+        predicted, expected = _squad_words(prediction), _squad_words(reference)
+        if not predicted or not expected:
+            return float(predicted == expected)
+        return (
+            2 * (Counter(predicted) & Counter(expected)).total() / (len(predicted) + len(expected))
+        )
 
 
 def _squad_words(text: str) -> list[str]:
@@ -147,11 +149,11 @@ class Regex(RowMetric):
     @model_validator(mode="after")
     def _has_the_group(self) -> Self:
         compiled = patterns.compile_pattern(self.pattern)
-        known = [*map(str, range(compiled.groups + 1)), *compiled.groupindex]
-        if self.group is not None and str(self.group) not in known:
+        group_names = [*map(str, range(compiled.groups + 1)), *compiled.groupindex]
+        if self.group is not None and str(self.group) not in group_names:
             raise ValueError(
                 f"the pattern has no group {self.group!r}. "
-                f"{suggest_options(str(self.group), known)}"
+                f"{suggest_options(str(self.group), group_names)}"
             )
         return self
 
@@ -170,13 +172,13 @@ class Regex(RowMetric):
         """1 if the pattern is found, and with a group, if it is that of the reference."""
         if self.group is None:
             return float(bool(self._matches(prediction, patterns.search)))
-        wanted = self._wanted(reference)
-        if wanted is None:
+        expected = self._wanted(reference)
+        if expected is None:
             raise UserError(
                 f"metric {self.name}: the reference {self.objection(reference)}: "
                 f"{excerpt(reference)}"
             )
-        return float(self._found(prediction) == wanted)
+        return float(self._found(prediction) == expected)
 
     def _wanted(self, reference: str) -> str | None:
         if self.extract == "reply":
@@ -185,10 +187,10 @@ class Regex(RowMetric):
 
     def _found(self, text: str) -> str | None:
         """What the group holds; None without a match, or where the group took no part in it."""
-        found = [match[_group(self.group)] for match in self._matches(text, patterns.find_all)]
-        if not found:
+        matches = [match[_group(self.group)] for match in self._matches(text, patterns.find_all)]
+        if not matches:
             return None
-        chosen = found[0 if self.match == "first" else -1]
+        chosen = matches[0 if self.match == "first" else -1]
         return None if chosen is None else normalise(chosen, self.ignore)
 
     def _matches(self, text: str, search: Callable[[Any, str], Any]) -> Any:
@@ -225,14 +227,17 @@ class Number(RowMetric):
 
     def row(self, prediction: str, reference: str) -> float:
         """1 if both numbers are equal."""
-        said, wanted = find_number(prediction, self.marker), find_number(reference, self.marker)
-        if wanted is None:
+        predicted, expected = (
+            find_number(prediction, self.marker),
+            find_number(reference, self.marker),
+        )
+        if expected is None:
             raise UserError(
                 f"metric {self.name}: the reference has no number: {excerpt(reference)}"
             )
-        if said is None or not self.tolerance:
-            return float(said == wanted)
-        return float(abs(said - wanted) <= Decimal(str(self.tolerance)))
+        if predicted is None or not self.tolerance:
+            return float(predicted == expected)
+        return float(abs(predicted - expected) <= Decimal(str(self.tolerance)))
 
 
 def find_number(text: str, marker: str | None) -> Decimal | None:
@@ -275,22 +280,22 @@ class Accuracy(Metric):
 
     def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """The share of right labels, and each of them."""
-        rows = [float(said == wanted) for said, wanted in self._read(replies)]
+        rows = [float(predicted == expected) for predicted, expected in self._read(replies)]
         return MetricScores({self.name: mean(rows)}, {self.name: rows})
 
     def _read(self, replies: Sequence[Prediction]) -> list[tuple[str | None, str]]:
         """The label that each reply names, None where it is none, and the one it should be."""
-        known = self._known([reply.reference for reply in replies])
+        labels = self._known([reply.reference for reply in replies])
         return [
-            (find_label(reply.prediction, known, self.anywhere), _plain(reply.reference))
+            (find_label(reply.prediction, labels, self.anywhere), _plain(reply.reference))
             for reply in replies
         ]
 
     def _known(self, references: Sequence[str]) -> tuple[str, ...]:
         """All labels as they are compared, in a fixed order."""
-        given = self.labels or sorted({text.strip() for text in references})
+        labels = self.labels or sorted({text.strip() for text in references})
         seen: dict[str, str] = {}
-        for label in given:
+        for label in labels:
             other = seen.setdefault(_plain(label), label)
             if other != label:
                 raise UserError(
@@ -315,9 +320,11 @@ class MacroF1(Accuracy):
 
         pairs = self._read(replies)
         labels = self._known([reply.reference for reply in replies])
-        said = np.array([[one == label for label in labels] for one, _ in pairs], dtype=float)
-        wanted = np.array([[one == label for label in labels] for _, one in pairs], dtype=float)
-        counts = SumStatistics(np.hstack([said * wanted, said + wanted]), macro_f1)
+        predicted = np.array(
+            [[text == label for label in labels] for text, _ in pairs], dtype=float
+        )
+        expected = np.array([[text == label for label in labels] for _, text in pairs], dtype=float)
+        counts = SumStatistics(np.hstack([predicted * expected, predicted + expected]), macro_f1)
         return MetricScores({self.name: counts.whole()}, statistics={self.name: counts})
 
 
