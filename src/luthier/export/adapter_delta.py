@@ -1,4 +1,4 @@
-"""What an adapter changes of each weight of its base: LoRA in all of its kinds.
+"""What an adapter changes of each weight of its base: LoRA in all its variants.
 
 W + s B A (Hu et al., https://arxiv.org/abs/2106.09685) with s = alpha / r, or alpha / sqrt(r) for
 rsLoRA; DoRA (Liu et al., https://arxiv.org/abs/2402.09353) scales each output to its trained
@@ -51,6 +51,7 @@ class AdapterDelta:
         """The weight with the change, in float32; `base` is float32 and stays as it is."""
         import torch
 
+        # At most one of the three is set; what is left after them is LoRA itself.
         if self.whole is not None:
             return self.whole.to(torch.float32)
         if self.added is not None:
@@ -61,6 +62,7 @@ class AdapterDelta:
         merged = base + delta.T if self.transposed or self.embeds else base + delta
         if self.lengths is None:
             return merged
+        # DoRA measures each output over its inputs, which are the first axis of a transposed layer.
         outputs = 0 if self.transposed else 1
         factor = self.lengths / torch.linalg.vector_norm(merged, dim=outputs)
         return merged * (factor[None, :] if self.transposed else factor[:, None])
@@ -89,16 +91,19 @@ class LoraWeights:
 
 
 def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> LoraWeights:
-    """Read an adapter; raises NotPlain for one that is no LoRA of linear and embedding layers."""
+    """Read an adapter; raises NeedsMemoryMerge where it is no plain LoRA."""
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _refuse_others(config)
+    _refuse_special_adapters(config)
     tensors = load_file(folder / "adapter_model.safetensors")
     changes: dict[str, AdapterDelta] = {}
     for key, value in tensors.items():
-        _take(changes, key.removeprefix(PREFIX), value.float(), config, layout)
+        # peft saves adapters in the format they trained in; sums of bfloat16 would lose their small
+        # terms.
+        _enter_tensor(changes, key.removeprefix(PREFIX), value.float(), config, layout)
     for name in changes:
+        # A layer that the base lacks would be dropped without a word further on.
         if name not in layout.shapes:
             raise NeedsMemoryMerge(f"the base has no weight {name}")
     return LoraWeights(folder, changes, weight)
@@ -107,6 +112,7 @@ def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> Lo
 def add_deltas(base: "Tensor", name: str, adapters: list[LoraWeights]) -> "Tensor":
     """A weight (float32) with what all adapters change of it, each by its weight."""
     touching = [adapter for adapter in adapters if name in adapter.changes]
+    # One adapter of weight 1 needs no copy of the base, and no subtraction that rounds.
     if len(touching) == 1 and touching[0].weight == 1.0:
         return touching[0].changes[name].on(base)
     total = base.clone()
@@ -115,7 +121,7 @@ def add_deltas(base: "Tensor", name: str, adapters: list[LoraWeights]) -> "Tenso
     return total
 
 
-def _refuse_others(config: Mapping[str, Any]) -> None:
+def _refuse_special_adapters(config: Mapping[str, Any]) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
         raise NeedsMemoryMerge(f"it is of the type {peft_type}")
@@ -124,32 +130,34 @@ def _refuse_others(config: Mapping[str, Any]) -> None:
         raise NeedsMemoryMerge(f"it uses {special[0]}")
 
 
-def _take(
+def _enter_tensor(
     changes: dict[str, AdapterDelta],
     key: str,
     value: "Tensor",
     config: Mapping[str, Any],
     layout: "ModelLayout",
 ) -> None:
-    """Put one saved tensor where it belongs."""
-    layer, weight_name = _parted(key)
+    """Enter one saved tensor into the change of the weight that it belongs to."""
+    layer, weight_name = _split_key(key)
     if weight_name == "whole":
         changes.setdefault(layer, AdapterDelta()).whole = value
         return
     if weight_name == "rows":
         change = changes.setdefault(f"{layer}.weight", AdapterDelta())
-        change.values, change.rows = value, _rows_of(layer, config)
+        change.values, change.rows = value, _find_trained_rows(layer, config)
         return
     if weight_name == "lora_B.bias":
-        scale = _scale(layer, config, None)
+        scale = _lora_scale(layer, config, None)
         changes.setdefault(f"{layer}.bias", AdapterDelta()).added = value * scale
         return
+    # LoRA of a convolution has kernels, and its product is another one than B A.
     if value.ndim > 2:
         raise NeedsMemoryMerge(f"{layer} is a convolution")
     change = changes.setdefault(f"{layer}.weight", AdapterDelta())
     change.transposed = layer in layout.transposed
     if weight_name in ("lora_A.weight", "lora_embedding_A"):
-        change.a, change.scale = value, _scale(layer, config, value.shape[0])
+        # The rank is A's first axis, which holds also where rank_pattern gives the layer its own.
+        change.a, change.scale = value, _lora_scale(layer, config, value.shape[0])
         change.embeds = weight_name == "lora_embedding_A"
     elif weight_name in ("lora_B.weight", "lora_embedding_B"):
         change.b = value
@@ -157,7 +165,7 @@ def _take(
         change.lengths = value
 
 
-def _parted(key: str) -> tuple[str, str]:
+def _split_key(key: str) -> tuple[str, str]:
     """A saved tensor's layer, and which part of the adapter it is."""
     if key.endswith(_ROWS):
         return key.removesuffix(_ROWS), "rows"
@@ -167,10 +175,12 @@ def _parted(key: str) -> tuple[str, str]:
             return key.removesuffix(f".{suffix}"), suffix
     if ".lora_" in key:
         raise NeedsMemoryMerge(f"it holds {key}")
+    # Layers of modules_to_save, and embeddings that peft saves along with new tokens, have the
+    # base's own names.
     return key.replace(".base_layer.", "."), "whole"
 
 
-def _scale(layer: str, config: Mapping[str, Any], rank: int | None) -> float:
+def _lora_scale(layer: str, config: Mapping[str, Any], rank: int | None) -> float:
     """alpha / r of a layer, or alpha / sqrt(r), by peft's own reading of the patterns."""
     from peft.utils.other import get_pattern_key
 
@@ -180,8 +190,9 @@ def _scale(layer: str, config: Mapping[str, Any], rank: int | None) -> float:
     return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
 
 
-def _rows_of(layer: str, config: Mapping[str, Any]) -> list[int]:
+def _find_trained_rows(layer: str, config: Mapping[str, Any]) -> list[int]:
     indices = config.get("trainable_token_indices") or []
+    # A list is for the input embeddings, a dictionary has a list for each layer by its ending.
     if isinstance(indices, list):
         return list(indices)
     for name, ids in indices.items():
@@ -190,7 +201,8 @@ def _rows_of(layer: str, config: Mapping[str, Any]) -> list[int]:
     raise NeedsMemoryMerge(f"it does not say which rows of {layer} it trained")
 
 
-# Weights as an adapter met them in training: packed by bitsandbytes and unpacked again.
+# Weights as an adapter met them in training: packed by bitsandbytes and unpacked again. An adapter
+# learns to correct the rounding too, so that on other weights it gives other logits.
 
 
 def dequantized_as_trained(
@@ -201,16 +213,17 @@ def dequantized_as_trained(
     `transposed`: whether it is (inputs, outputs); bitsandbytes packs (outputs, inputs).
     """
     matrix = weight.T.contiguous() if transposed else weight
-    through = _through_4bit if quantization.bits == 4 else _through_8bit
+    through = _round_to_4bit if quantization.bits == 4 else _round_to_8bit
     dequantized = through(matrix, quantization)
     return dequantized.T if transposed else dequantized
 
 
-def _through_4bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tensor":
+def _round_to_4bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tensor":
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from transformers import BitsAndBytesConfig
 
+    # Keys that the run left out get the defaults that training had.
     settings: Any = BitsAndBytesConfig.from_dict(dict(quantization))
     packed, state = quantize_4bit(
         weight,
@@ -221,7 +234,7 @@ def _through_4bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tens
     return dequantize_4bit(packed, state).to(torch.float32)
 
 
-def _through_8bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tensor":
+def _round_to_8bit(weight: "Tensor", quantization: QuantizationSettings) -> "Tensor":
     import torch
     from bitsandbytes.functional import int8_vectorwise_quant
 

@@ -8,7 +8,8 @@ import yaml
 from luthier.export.model_facts import DataFacts, ModelFacts
 from luthier.export.usage_snippets import python_snippet, requirements
 
-# The YAML block at the head of a model card, as the hub reads it.
+# The YAML block at the head of a model card, as the hub reads it. A field that is not known is left
+# out, since nothing in a card is guessed.
 
 TASKS = {
     "CAUSAL_LM": "text-generation",
@@ -25,7 +26,7 @@ def card_metadata(story: ModelFacts) -> dict[str, Any]:
     """
     from huggingface_hub import ModelCardData
 
-    results = _model_index(story)
+    results = _make_model_index(story)
     base: dict[str, Any] = {}
     if story.base.hub:
         base = {"base_model": story.base.hub, "base_model_relation": base_model_relation(story)}
@@ -36,8 +37,10 @@ def card_metadata(story: ModelFacts) -> dict[str, Any]:
         license=story.licence,
         language=story.language or None,
         datasets=data or None,
-        tags=_tags(story),
+        tags=_make_tags(story),
         eval_results=results or None,
+        # huggingface_hub writes model-index only where both are given, and refuses results without
+        # a name.
         model_name=story.title if results else None,
         **base,
     )
@@ -52,7 +55,7 @@ def base_model_relation(story: ModelFacts) -> str:
     return "quantized" if story.packed and story.method is None else "finetune"
 
 
-def _tags(story: ModelFacts) -> list[str]:
+def _make_tags(story: ModelFacts) -> list[str]:
     tags = ["luthier"]
     if story.method:
         tags.append(story.method)
@@ -65,20 +68,24 @@ def _tags(story: ModelFacts) -> list[str]:
     return tags
 
 
-def _model_index(story: ModelFacts) -> list[Any]:
+def _make_model_index(story: ModelFacts) -> list[Any]:
     from huggingface_hub import EvalResult
 
     names = [source.name for source in story.data if source.is_hub] or ["held-out rows"]
     results = []
     for name, pair in story.results.items():
-        value, metric = pair.get("after"), name.rpartition("/")[2]
+        # `code/exact_match` is exact_match on the evaluation set `code`.
+        evaluation_set, _, metric = name.rpartition("/")
+        value = pair.get("after")
+        # A training that broke off or diverged has no result to state.
         if value is None or not math.isfinite(value):
             continue
         results.append(
             EvalResult(
                 task_type=TASKS.get(story.task, "text2text-generation"),
+                # The hub wants an identifier here, which has no spaces.
                 dataset_type=names[0].replace(" ", "-"),
-                dataset_name=_set(name, names[0]),
+                dataset_name=f"{names[0]} ({evaluation_set})" if evaluation_set else names[0],
                 metric_type="loss" if metric.endswith("loss") else metric,
                 metric_name=metric.replace("_", " "),
                 metric_value=round(value, 6),
@@ -87,11 +94,7 @@ def _model_index(story: ModelFacts) -> list[Any]:
     return results
 
 
-def _set(name: str, data: str) -> str:
-    """The evaluation set of a result: `code/exact_match` is of the set `code`."""
-    named = name.rpartition("/")[0]
-    return f"{data} ({named})" if named else data
-
+# The text of the card: one function for each section, which is empty where nothing is known.
 
 _PACKAGES = ("luthier", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes")
 
@@ -99,44 +102,46 @@ _PACKAGES = ("luthier", "torch", "transformers", "trl", "peft", "datasets", "bit
 def write_model_card(
     story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str = "."
 ) -> str:
-    """The text of README.md. `place`: the model's hub name; `.` for the folder it lies in.
+    """The text of README.md. `repository`: the model's hub name; `.` for the folder it lies in.
 
     Nothing in it is guessed, and no path of this machine stands in it.
     """
     head = yaml.safe_dump(card_metadata(story), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{head}---\n",
-        f"# {story.title}\n\n{_sentence(story)}",
-        _merged(story),
-        _results(story),
-        _usage(story, stop_ids, has_template, repository),
-        _data(story),
-        _training(story),
-        _versions(story),
-        _licence(story),
+        f"# {story.title}\n\n{_first_sentence(story)}",
+        _merge_section(story),
+        _results_section(story),
+        _usage_section(story, stop_ids, has_template, repository),
+        _data_section(story),
+        _training_section(story),
+        _versions_section(story),
+        _licence_section(story),
     ]
     return "\n\n".join(section.rstrip() for section in sections if section) + "\n"
 
 
-def _sentence(story: ModelFacts) -> str:
-    base = _linked(story.base.name, story.base.hub)
+def _first_sentence(story: ModelFacts) -> str:
+    base = _link_name(story.base.name, story.base.hub)
     if story.base.package:
         base += f" (a GGUF file of the Python package {story.base.package})"
     if story.method is None and not story.adapter:
         if not story.packed:
             return f"Weights that were trained from {base}; how is not known here."
-        return f"{base}{_packing(story)}."
-    how = ", ".join(filter(None, (story.method, _adapter(story), _quantized(story))))
+        return f"{base}{_describe_packing(story)}."
+    how = ", ".join(
+        filter(None, (story.method, _describe_adapter(story), _describe_training_weights(story)))
+    )
     what = "An adapter for" if story.kind == "adapter" else "A fine-tuned"
     recipe = f" from the recipe `{story.recipe}`" if story.recipe else ""
-    return f"{what} {base}, trained with luthier ({how}){recipe}{_packing(story)}."
+    return f"{what} {base}, trained with luthier ({how}){recipe}{_describe_packing(story)}."
 
 
-def _linked(name: str, hub: str | None, repo_type: str = "") -> str:
+def _link_name(name: str, hub: str | None, repo_type: str = "") -> str:
     return f"[{name}](https://huggingface.co/{repo_type}{hub})" if hub else name
 
 
-def _adapter(story: ModelFacts) -> str:
+def _describe_adapter(story: ModelFacts) -> str:
     if not story.adapter:
         return "" if story.kind == "adapter" else "all weights"
     name = "DoRA" if story.adapter.get("use_dora") else str(story.adapter.get("peft_type", "LORA"))
@@ -144,20 +149,20 @@ def _adapter(story: ModelFacts) -> str:
     return f"{'LoRA' if name == 'LORA' else name}{f' of rank {rank}' if rank else ''}"
 
 
-def _quantized(story: ModelFacts) -> str:
+def _describe_training_weights(story: ModelFacts) -> str:
     packing = story.quantization
     if packing.get("load_in_4bit"):
         return f"on {packing.get('bnb_4bit_quant_type', 'fp4')} weights"
     return "on int8 weights" if packing.get("load_in_8bit") else ""
 
 
-def _packing(story: ModelFacts) -> str:
+def _describe_packing(story: ModelFacts) -> str:
     if not story.packed:
         return ""
     return f", with weights in {story.packed['bits']} bits ({story.packed['method']})"
 
 
-def _merged(story: ModelFacts) -> str:
+def _merge_section(story: ModelFacts) -> str:
     if not story.merged:
         return ""
     facts = story.merged
@@ -179,12 +184,12 @@ def _merged(story: ModelFacts) -> str:
     return text
 
 
-def _results(story: ModelFacts) -> str:
+def _results_section(story: ModelFacts) -> str:
     if not story.results:
         return ""
     lines = ["## Results", "", "| held-out rows | before | after |", "|---|---:|---:|"]
     for name, pair in story.results.items():
-        cells = " | ".join(_number(name, pair.get(when)) for when in ("before", "after"))
+        cells = " | ".join(_format_result(name, pair.get(when)) for when in ("before", "after"))
         lines.append(f"| {name.replace('_', ' ')} | {cells} |")
     held = sum(
         counts["rows"]
@@ -200,13 +205,15 @@ def _results(story: ModelFacts) -> str:
     return "\n".join(lines)
 
 
-def _number(name: str, value: float | None) -> str:
+def _format_result(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1%}" if name.endswith("exact_match") else f"{value:.4g}"
 
 
-def _usage(story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str) -> str:
+def _usage_section(
+    story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str
+) -> str:
     code = python_snippet(story, stop_ids, has_template, repository)
     return (
         f"## How to use it\n\n```sh\n{requirements(story)}\n```\n\n```python\n{code}\n```\n\n"
@@ -215,11 +222,13 @@ def _usage(story: ModelFacts, stop_ids: list[int], has_template: bool, repositor
     )
 
 
-def _data(story: ModelFacts) -> str:
+def _data_section(story: ModelFacts) -> str:
     if not story.data:
         return ""
     lines = ["## Data", "", "| source | licence |", "|---|---|"]
-    lines += [f"| {_source(source)} | {source.licence or 'not stated'} |" for source in story.data]
+    lines += [
+        f"| {_link_source(source)} | {source.licence or 'not stated'} |" for source in story.data
+    ]
     train = story.counts.get("train", {})
     if train.get("rows"):
         lines += ["", f"{train['rows']:,} rows, {train['tokens']:,} tokens, of which "
@@ -229,44 +238,44 @@ def _data(story: ModelFacts) -> str:
     return "\n".join(lines)
 
 
-def _source(data: DataFacts) -> str:
-    name = _linked(data.name, data.name if data.is_hub else None, "datasets/")
+def _link_source(data: DataFacts) -> str:
+    name = _link_name(data.name, data.name if data.is_hub else None, "datasets/")
     return f"{name} ({data.part})" if data.part else name
 
 
-def _training(story: ModelFacts) -> str:
+def _training_section(story: ModelFacts) -> str:
     if not story.settings:
         return ""
     lines = ["## Training", "", "| setting | value |", "|---|---|"]
-    lines += [f"| `{key}` | {_cell(value)} |" for key, value in story.settings.items()]
+    for key, value in story.settings.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        # A bar or a line break would end the cell of the Markdown table.
+        cell = text.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| `{key}` | {cell} |")
     if story.recipe:
+        # The folder is one of the machine that trained: whoever trains it again has another.
         overrides = " ".join(
             override for override in story.overrides if not override.startswith("output_dir=")
         )
         lines += ["", f"    luthier train {overrides}"]
     if story.seconds is not None and story.hardware:
-        lines += ["", f"Training took {_time(story.seconds)} on {story.hardware}."]
+        lines += ["", f"Training took {_format_time(story.seconds)} on {story.hardware}."]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _versions(story: ModelFacts) -> str:
+def _versions_section(story: ModelFacts) -> str:
     versions = [f"{name} {story.versions[name]}" for name in _PACKAGES if name in story.versions]
     python = story.versions.get("python")
     return f"## Versions\n\nPython {python}, {', '.join(versions)}." if python else ""
 
 
-def _licence(story: ModelFacts) -> str:
+def _licence_section(story: ModelFacts) -> str:
     model = f"This model: {story.licence}." if story.licence else "None is stated for this model."
     base = (
         f"Its base, {story.base.name}: {story.base.licence}."

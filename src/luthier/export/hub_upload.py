@@ -53,15 +53,16 @@ def plan_upload(folder: Path, story: ModelFacts, written: dict[str, str]) -> Upl
     Raises UserError where weights are missing, are pickles, or a text holds a key.
     """
     parcel = UploadPlan()
+    # A list of what goes, not of what stays: a file that nobody thought of is not published.
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or name in written:
             continue
-        why = _stays(name)
+        why = _reason_to_stay(name)
         if why:
             parcel.left[name] = why
         elif path.suffix == ".json":
-            parcel.texts[name] = _without_paths(path, story)
+            parcel.texts[name] = _remove_paths(path, story)
         else:
             parcel.files[name] = path
     parcel.texts |= written
@@ -70,7 +71,7 @@ def plan_upload(folder: Path, story: ModelFacts, written: dict[str, str]) -> Upl
     return parcel
 
 
-def _stays(name: str) -> str:
+def _reason_to_stay(name: str) -> str:
     """Why a file stays here; empty where it goes."""
     if (
         name in UPLOADED_FILES
@@ -83,16 +84,16 @@ def _stays(name: str) -> str:
     return "no file of a model"
 
 
-def _without_paths(path: Path, story: ModelFacts) -> str:
+def _remove_paths(path: Path, story: ModelFacts) -> str:
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON: {error}") from error
-    return _dumped(content, text, story)
+    return _replace_paths(content, text, story)
 
 
-def _dumped(content: Any, text: str, story: ModelFacts) -> str:
+def _replace_paths(content: Any, text: str, story: ModelFacts) -> str:
     """The text with each path of this machine named otherwise; as it was where there is none."""
     if not isinstance(content, dict):
         return text
@@ -100,13 +101,15 @@ def _dumped(content: Any, text: str, story: ModelFacts) -> str:
     for key in _PLACES:
         value = content.get(key)
         if isinstance(value, str) and value:
-            changed[key] = _place(value, story)
+            changed[key] = _make_public_path(value, story)
+    # A file without a path keeps its bytes, so that its checksum stays the one of the run.
     if changed == content:
         return text
     return json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
 
 
-def _place(value: str, story: ModelFacts) -> str:
+def _make_public_path(value: str, story: ModelFacts) -> str:
+    # A hub name has at most one slash and begins with neither a dot nor a tilde.
     is_path = value.startswith(("/", ".", "~")) or "\\" in value or value.count("/") > 1
     is_path |= value == story.base.name and story.base.hub is None
     if not is_path:
@@ -125,6 +128,7 @@ def _refuse_missing(folder: Path, parcel: UploadPlan) -> None:
 
 
 def _refuse_keys(folder: Path, parcel: UploadPlan) -> None:
+    # Run from the root of the file system, "/" would be found in every text.
     here = {str(folder.resolve()), str(Path.cwd().resolve())} - {"/"}
     for name, text in parcel.texts.items():
         if _KEYS.search(text):
@@ -135,6 +139,8 @@ def _refuse_keys(folder: Path, parcel: UploadPlan) -> None:
             if path in text:
                 raise UserError(f"{folder / name}: this holds a path of this machine, {path}.")
 
+
+# Sending. Whatever can be refused is refused before the first byte leaves the machine.
 
 _IGNORED = (".gitattributes",)
 """What the hub itself puts into an empty repository."""
@@ -151,10 +157,11 @@ def upload(parcel: UploadPlan, target: str, public: bool, overwrite: bool) -> No
     operations = [CommitOperationAdd(name, path) for name, path in parcel.files.items()]
     operations += [CommitOperationAdd(n, text.encode()) for n, text in parcel.texts.items()]
     try:
+        # One commit: either all files of the model are there or none.
         api.create_repo(target, private=not public, exist_ok=True)
         done = api.create_commit(target, operations, commit_message="Model from luthier")
     except Exception as error:  # the HTTP client has its own errors for a network that is down
-        raise UserError(f"--to {target}: the hub did not take it: {_words(error)}") from error
+        raise UserError(f"--to {target}: the hub did not take it: {_first_line(error)}") from error
     print(f"sent      {done.repo_url if done.repo_url else target}")
 
 
@@ -166,6 +173,8 @@ def check_login(api: "HfApi") -> None:
         api.whoami()
     except errors.OfflineModeIsEnabled as error:
         raise UserError("HF_HUB_OFFLINE is set, so that nothing can be sent. Unset it.") from error
+    # LocalTokenNotFoundError and HTTP errors of huggingface_hub 2.4.0 are OSErrors; a refused login
+    # (401, 403) is told apart from a network that is down.
     except OSError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
@@ -173,13 +182,17 @@ def check_login(api: "HfApi") -> None:
                 "You are not logged in to the hub (or the login is no longer valid). Log in with a "
                 "token that may write:\n    hf auth login\n(or set HF_TOKEN). Nothing was sent."
             ) from error
-        raise UserError(f"The hub cannot be reached: {_words(error)}. Nothing was sent.") from error
+        raise UserError(
+            f"The hub cannot be reached: {_first_line(error)}. Nothing was sent."
+        ) from error
     except Exception as error:  # the HTTP client's own errors
-        raise UserError(f"The hub cannot be reached: {_words(error)}. Nothing was sent.") from error
+        raise UserError(
+            f"The hub cannot be reached: {_first_line(error)}. Nothing was sent."
+        ) from error
 
 
 def check_card(text: str) -> None:
-    """Let the hub check the card's metadata; UserError with its words where it refuses."""
+    """Let the hub check the card's metadata; raise UserError with its answer where it refuses."""
     from huggingface_hub import ModelCard
 
     try:
@@ -193,6 +206,7 @@ def _check_repository(api: "HfApi", target: str, public: bool, overwrite: bool) 
 
     try:
         repository = api.repo_info(target)
+    # A new repository is made private, or public where that was asked for.
     except RepositoryNotFoundError:
         return
     if repository.private is False and not public:
@@ -212,5 +226,5 @@ def _check_repository(api: "HfApi", target: str, public: bool, overwrite: bool) 
         )
 
 
-def _words(error: Any) -> str:
+def _first_line(error: Any) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -22,8 +22,7 @@ from luthier.storage.atomic import check_free_space, check_target, output_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-# Does a merged model say what the model with its adapter says? Their logits, side by side.
+# The check: a merged model must have the logits of the model with its adapter, up to rounding.
 
 QUESTIONS = (
     "Hello!",
@@ -60,6 +59,8 @@ def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
     """Prompts as the model was trained on: of the run's held-out rows, and plain questions."""
     replies = [] if artifact.run is None else read_step_log(artifact.run / "replies.jsonl")
     prompt_texts = [row["prompt"] for row in replies[:_ROWS] if isinstance(row.get("prompt"), str)]
+    # Rows that the run was measured on are closest to its use; the questions are there for runs
+    # without any.
     texts = [*prompt_texts, *QUESTIONS]
     has_template = artifact.chat is not None or tokenizer.chat_template is not None
     if artifact.task != "CAUSAL_LM" or not has_template:
@@ -71,12 +72,13 @@ def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
 def compare_models(
     load_expected: "Callable[[], Any]", folder: Path, task: str, prompts: list[list[int]]
 ) -> LogitDifference:
-    """The difference of a merged folder's logits from those of the model that `wanted` loads.
+    """Return how far a merged folder's logits are from those of what `load_expected` loads.
 
     One model is in memory at a time.
     """
     model = load_expected()
     before = logits(model, prompts)
+    # Two models in float32 at once would double what the check needs.
     del model
     gc.collect()
     return compare_logits(before, logits(load_folder(folder, task), prompts))
@@ -103,7 +105,7 @@ def compare_logits(before: "list[Tensor]", after: "list[Tensor]") -> LogitDiffer
 
 
 def refuse_unlike_logits(difference: LogitDifference, bound: float, aside: Path) -> None:
-    """Raise NotTheSame where a difference is more than rounding explains."""
+    """Raise LogitsDiffer where a difference is more than rounding explains."""
     if difference.relative <= bound:
         return
     raise LogitsDiffer(
@@ -114,6 +116,8 @@ def refuse_unlike_logits(difference: LogitDifference, bound: float, aside: Path)
         "is what you want, --no-verify leaves the check out."
     )
 
+
+# The merge itself. `Say` prints a line of progress.
 
 Say = Callable[[str], None]
 
@@ -159,6 +163,7 @@ def refuse_merge(order: MergeOrder, overwrite: bool) -> None:
                 f"{artifact.name} is a whole model and no adapter: there is nothing to merge.\n"
                 "To pack its weights for serving: --quantize nf4."
             )
+        # The paths are compared, not the weights, which would mean to read both bases to the end.
         if artifact.base.path != first.base.path:
             raise UserError(
                 f"{artifact.name}: this adapter is for another base, {artifact.base.path}, than "
@@ -178,17 +183,19 @@ def merge_adapters(order: MergeOrder, say: Say) -> None:
     Raises UserError; a model that fails the check is left beside the target.
     """
     with output_folder(order.target, keep=LogitsDiffer) as aside:
-        _make(order, aside, say)
+        _build_target(order, aside, say)
     say(f"written   {order.target}")
 
 
-def _make(order: MergeOrder, aside: Path, say: Say) -> None:
+def _build_target(order: MergeOrder, aside: Path, say: Say) -> None:
     """Everything that the target holds, checked."""
     spoken = write_card.chat_format_of(order.first)
-    dtype = _weights(order, aside, say)
-    _carry(order, aside, spoken)
-    difference = _checked(order, aside, dtype, say) if order.verify else None
-    told = _story(order, dtype, difference)
+    dtype = _write_weights(order, aside, say)
+    _copy_companions(order, aside, spoken)
+    # The check comes before packing: afterwards the difference of the packing would hide the
+    # merge's.
+    difference = _check_logits(order, aside, dtype, say) if order.verify else None
+    told = _collect_merged_facts(order, dtype, difference)
     if order.quantize is not None:
         from luthier.export.quantize import quantize_merged
 
@@ -198,7 +205,7 @@ def _make(order: MergeOrder, aside: Path, say: Say) -> None:
     write_card.write_descriptions(aside, told, spoken, plot)
 
 
-def _weights(order: MergeOrder, aside: Path, say: Say) -> str:
+def _write_weights(order: MergeOrder, aside: Path, say: Say) -> str:
     """Write weights and config.json; returns their number format."""
     first = order.first
     layout: ModelLayout | None = None
@@ -209,14 +216,18 @@ def _weights(order: MergeOrder, aside: Path, say: Say) -> str:
         merge = merge_streaming.plan_merge(
             folder, layout, order.adapters, quantization, order.dtype
         )
+    # Tensor by tensor is tried first because it needs memory for one tensor only; what it cannot
+    # do, peft does with the whole model.
     except NeedsMemoryMerge as why:
         say(f"whole     the model is merged in memory, in float32: {why}")
+        # The layout is None where it was the base itself that could not be laid out.
         used = layout if order.packs else None
         return merge_in_memory.merge_in_memory(first, order.adapters, used, order.dtype, aside)
     check_free_space(merge.size, aside)
     done = 0
     for number, entry in enumerate(merge.write(aside), 1):
         done += entry.size
+        # A large model has hundreds of weights; a line for each would bury the rest.
         if number == len(merge.planned) or number % 50 == 0:
             say(f"merged    {number} of {len(merge.planned)} weights, {done / 1e9:.2f} GB")
     tied = bool(layout.tied) and not merge.untied
@@ -225,9 +236,10 @@ def _weights(order: MergeOrder, aside: Path, say: Say) -> str:
     return merge.dtype
 
 
-def _carry(order: MergeOrder, aside: Path, spoken: ChatFormat) -> None:
+def _copy_companions(order: MergeOrder, aside: Path, spoken: ChatFormat) -> None:
     first = order.first
     source = first.adapter
+    # Adapters saved by others often come without a tokenizer: the base's then is the right one.
     if source is not None and not (source / "tokenizer_config.json").is_file():
         source = Path(first.base.tokenizer) if first.base.tokenizer else base_folder(first)
     if source is not None:
@@ -240,7 +252,7 @@ def _carry(order: MergeOrder, aside: Path, spoken: ChatFormat) -> None:
     write_card.copy_generation_config(base_folder(first), first.adapter, aside, spoken)
 
 
-def _checked(order: MergeOrder, aside: Path, dtype: str, say: Say) -> LogitDifference:
+def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> LogitDifference:
     from luthier.model.tokenizer import load_tokenizer
 
     first = order.first
@@ -253,18 +265,14 @@ def _checked(order: MergeOrder, aside: Path, dtype: str, say: Say) -> LogitDiffe
         f"{difference.agreeing:.1%} of the places"
     )
     bound = BOUNDS[dtype]
+    # The expected model computes with 8-bit inputs, the merged one does not.
     if order.packs and first.quantization.bits == 8:
         bound = max(bound, ROUNDED_INPUTS)
     refuse_unlike_logits(difference, bound, aside)
     return difference
 
 
-def _called(artifact: Artifact) -> str:
-    """An adapter's name in the card: its run's folder, or what was typed."""
-    return artifact.run.name if artifact.run is not None else public_name(artifact.name)
-
-
-def _story(
+def _collect_merged_facts(
     order: MergeOrder, dtype: str, difference: LogitDifference | None
 ) -> model_facts.ModelFacts:
     """What the card tells of the merged model."""
@@ -273,8 +281,8 @@ def _story(
         merged |= {"difference": difference.largest, "prompts": difference.prompts}
     if len(order.artifacts) > 1:
         merged["weights"] = [
-            [_called(artifact), w]
-            for artifact, w in zip(order.artifacts, order.weights, strict=True)
+            [public_name(artifact.name) if artifact.run is None else artifact.run.name, weight]
+            for artifact, weight in zip(order.artifacts, order.weights, strict=True)
         ]
     facts = model_facts.load_or_collect_facts(order.first)
     return replace(facts, kind="model", merged=merged, rows=None)

@@ -28,20 +28,26 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
     """
     from peft import PeftModel
 
-    quantization = _computed_in_float32(artifact.quantization if packed else QuantizationSettings())
+    quantization = artifact.quantization if packed else QuantizationSettings()
+    if quantization.bits == 4:
+        # The weights stay packed; only the products are computed in float32, as after a merge.
+        quantization = QuantizationSettings(quantization | {"bnb_4bit_compute_dtype": "float32"})
     model = base_of(artifact, quantization)
     grow_embeddings(model, adapters)
     try:
+        # The names are only there to tell the adapters apart; they appear in nothing that is
+        # written.
         wrapped = PeftModel.from_pretrained(model, adapters[0][0], adapter_name="a0")
         for number, (folder, _) in enumerate(adapters[1:], 1):
             wrapped.load_adapter(folder, f"a{number}")
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{artifact.name}: the adapter does not go on its base: {error}") from error
     if len(adapters) > 1:
+        # peft makes only the first adapter active, and PeftModel.set_adapter takes a single name.
         wrapped.base_model.set_adapter([f"a{number}" for number in range(len(adapters))])
     for number, (_, weight) in enumerate(adapters):
         if weight != 1.0:
-            _scale(wrapped, f"a{number}", weight)
+            _scale_adapter(wrapped, f"a{number}", weight)
     return wrapped.eval()
 
 
@@ -53,15 +59,17 @@ def base_of(artifact: Artifact, quantization: QuantizationSettings) -> Any:
     label_kwargs = label_settings(artifact)
     base_quantization = quantized.read_quantization_config(artifact.base)
     if base_quantization is not None and not quantization.is_enabled:
-        label_kwargs["quantization_config"] = _unpacking(artifact, base_quantization)
+        label_kwargs["quantization_config"] = _make_dequantize_config(artifact, base_quantization)
     try:
         model = load_model(artifact.base, quantization, PLACE, task=artifact.task, **label_kwargs)
+    # The check is the only step of a LoRA merge that needs the whole model, so the text says how to
+    # go without.
     except MemoryError as error:
         raise UserError(too_large(artifact)) from error
     return model if base_quantization is None else quantized.cast_to_dtype(model, PLACE.dtype)
 
 
-def _unpacking(artifact: Artifact, quantization: dict[str, Any]) -> Any:
+def _make_dequantize_config(artifact: Artifact, quantization: dict[str, Any]) -> Any:
     method = quantized.quantization_method(quantization)
     form = quantized.QUANTIZATION_FORMATS.get(method)
     if form is None or form.dequantize_class is None:
@@ -86,6 +94,8 @@ def grow_embeddings(model: Any, adapters: list[tuple[Path, float]]) -> None:
     """Give the embeddings the rows that the adapters' new tokens need."""
     rows = max(embedding_rows_needed(folder) for folder, _ in adapters)
     if rows > model.get_input_embeddings().weight.shape[0]:
+        # The adapter brings the values of the new rows: a mean over the old ones would be thrown
+        # away.
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
@@ -96,21 +106,17 @@ def logits(model: Any, prompts: list[list[int]]) -> "list[Tensor]":
     outputs = []
     with torch.inference_mode():
         for ids in prompts:
+            # One prompt at a time: padding would change the logits in the last digits.
             inputs = {"input_ids": torch.tensor([ids])}
             if model.config.is_encoder_decoder:
+                # Any tokens do for the decoder, as long as both models are given the same ones.
                 inputs["decoder_input_ids"] = torch.tensor([ids[:8]])
             outputs.append(model(**inputs).logits[0].float())
     return outputs
 
 
-def _computed_in_float32(quantization: QuantizationSettings) -> QuantizationSettings:
-    if quantization.bits != 4:
-        return quantization
-    return QuantizationSettings(quantization | {"bnb_4bit_compute_dtype": "float32"})
-
-
-def _scale(model: Any, name: str, weight: float) -> None:
-    """Make an adapter count less or more."""
+def _scale_adapter(model: Any, name: str, weight: float) -> None:
+    """Multiply what an adapter adds by its weight."""
     from peft.tuners.lora.layer import LoraLayer
 
     for layer in model.modules():
@@ -118,9 +124,8 @@ def _scale(model: Any, name: str, weight: float) -> None:
             layer.scaling[name] *= weight
 
 
-# Adapters into a base by peft itself, for what cannot be merged tensor by tensor.
-#
-# The whole model is in memory, in float32.
+# Adapters into a base by peft itself, for what cannot be merged tensor by tensor. The whole model
+# is in memory, in float32.
 
 
 def merge_in_memory(
@@ -140,17 +145,18 @@ def merge_in_memory(
     model = base_of(artifact, QuantizationSettings())
     model_dtype = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
     if layout is not None:
-        _pack(model, layout, artifact.quantization)
+        _round_as_trained(model, layout, artifact.quantization)
     grow_embeddings(model, adapters)
-    merged = _merged(model, artifact, adapters)
+    merged = _merge_with_peft(model, artifact, adapters)
     chosen = dtype or (model_dtype if artifact.base.dtype == "auto" else artifact.base.dtype)
+    # The cast comes last, so that the sum is rounded once and not at every step.
     merged.to(getattr(torch, chosen))
     merged.config.dtype = chosen
     merged.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     return chosen
 
 
-def _pack(model: Any, layout: ModelLayout, quantization: QuantizationSettings) -> None:
+def _round_as_trained(model: Any, layout: ModelLayout, quantization: QuantizationSettings) -> None:
     """Round the weights of the layers that were packed in training as they were."""
     layers = dict(model.named_modules())
     for name in layout.packed:
@@ -158,7 +164,7 @@ def _pack(model: Any, layout: ModelLayout, quantization: QuantizationSettings) -
         weight.data = dequantized_as_trained(weight.data, quantization, name in layout.transposed)
 
 
-def _merged(model: Any, artifact: Artifact, adapters: list[tuple[Path, float]]) -> Any:
+def _merge_with_peft(model: Any, artifact: Artifact, adapters: list[tuple[Path, float]]) -> Any:
     from peft import PeftModel
 
     names = [f"a{number}" for number in range(len(adapters))]

@@ -54,13 +54,16 @@ class MergedTensor:
         """A weight as it comes out, in float32 where it was merged."""
         import torch
 
+        # The files hold a tied matrix once; its second name reads the first one's bytes.
         source = self.layout.tied.get(name, name) if name not in self.names else name
+        # The base has no such weight, and the adapter replaces it: a head that was trained anew.
         if source not in self.names:
             change = next(
                 adapter.changes[name] for adapter in self.adapters if name in adapter.changes
             )
             return change.on(torch.empty(0))
         value = self.base.read(self.names[source])
+        # Counters and position ids are no weights and stay as they are.
         if not value.is_floating_point():
             return value
         layer = name.removesuffix(".weight")
@@ -69,22 +72,22 @@ class MergedTensor:
             value = dequantized_as_trained(value.float(), self.quantization, is_turned)
         changed = [adapter for adapter in self.adapters if name in adapter.changes]
         if not changed:
-            return self._grown(value, name)
-        return add_deltas(self._grown(value.float(), name), name, self.adapters)
+            # What no adapter touches is written in its own format, bit by bit as in the base.
+            return self._grow_embedding(value, name)
+        return add_deltas(self._grow_embedding(value.float(), name), name, self.adapters)
 
     def write(self, folder: Path) -> Iterable[TensorEntry]:
         """Write the weight files; gives each weight when it is written."""
         return write_weights(folder, self.planned, self.weight)
 
-    def _grown(self, value: "Tensor", name: str) -> "Tensor":
+    def _grow_embedding(self, value: "Tensor", name: str) -> "Tensor":
         """An embedding with empty rows for the new tokens; an adapter fills them."""
+        import torch
+
         shape = self.layout.shapes[name]
         if self.rows is None or value.shape[0] == self.rows or not _is_embedding(name, self.layout):
             return value
-        new = value.new_zeros((self.rows - shape[0], *value.shape[1:]))
-        import torch
-
-        return torch.cat([value, new])
+        return torch.cat([value, value.new_zeros((self.rows - shape[0], *value.shape[1:]))])
 
 
 def plan_merge(
@@ -96,14 +99,15 @@ def plan_merge(
 ) -> MergedTensor:
     """What a merge will read and write. `folders`: adapters with their weights.
 
-    Raises NotPlain where it cannot be done tensor by tensor, UserError for damaged files.
+    Raises NeedsMemoryMerge where it cannot be done tensor by tensor, UserError for damaged files.
     """
     checkpoint = WeightFiles(base)
     adapters = [read_adapter(folder, layout, weight) for folder, weight in folders]
-    names = _names(checkpoint, layout)
-    _spread_rows(adapters, layout)
-    untied = _comes_apart(adapters, layout)
+    names = _map_file_names(checkpoint, layout)
+    _share_tied_rows(adapters, layout)
+    untied = _is_untied(adapters, layout)
     changed_names = {name for adapter in adapters for name in adapter.changes}
+    # Of tied weights the first name alone is written, unless the adapters pull the two apart.
     out = [name for name in layout.shapes if name not in layout.tied or untied]
     missing = [
         name
@@ -116,10 +120,17 @@ def plan_merge(
     have = layout.shapes[layout.inputs][0]
     rows = needed if needed > have else None
     if rows and len(adapters) > 1:
+        # Each adapter numbered its new tokens from the same row on, so the same row means two
+        # things.
         raise NeedsMemoryMerge("several adapters with new tokens: their rows cannot be added")
+    # Some models keep a few weights in float32 on purpose; `dtype` is for the format of most.
     main = main_format(checkpoint.entries.values())
-    formats = {name: _format(name, names, layout, checkpoint, main, dtype) for name in out}
-    planned = [TensorEntry(name, formats[name], _shape(name, layout, rows)) for name in out]
+    formats = {name: _choose_format(name, names, layout, checkpoint, main, dtype) for name in out}
+    shapes = {name: layout.shapes[name] for name in out}
+    if rows is not None:
+        grown = [name for name in out if _is_embedding(name, layout)]
+        shapes |= {name: (rows, *shapes[name][1:]) for name in grown}
+    planned = [TensorEntry(name, formats[name], shapes[name]) for name in out]
     return MergedTensor(checkpoint, layout, adapters, names, quantization, planned, rows, untied)
 
 
@@ -132,7 +143,7 @@ def main_format(entries: Iterable[TensorEntry]) -> str:
     return max(counts, key=lambda name: counts[name]) if counts else "F32"
 
 
-def _names(base: WeightFiles, layout: ModelLayout) -> dict[str, str]:
+def _map_file_names(base: WeightFiles, layout: ModelLayout) -> dict[str, str]:
     """Each weight's name in the files: files of a headless model leave out its prefix."""
     names = {}
     for name in layout.shapes:
@@ -143,7 +154,7 @@ def _names(base: WeightFiles, layout: ModelLayout) -> dict[str, str]:
     return names
 
 
-def _format(
+def _choose_format(
     name: str,
     names: dict[str, str],
     layout: ModelLayout,
@@ -157,13 +168,6 @@ def _format(
     return FORMATS[dtype] if dtype is not None and stored_format == main else stored_format
 
 
-def _shape(name: str, layout: ModelLayout, rows: int | None) -> tuple[int, ...]:
-    shape = layout.shapes[name]
-    if rows is None or not _is_embedding(name, layout):
-        return shape
-    return (rows, *shape[1:])
-
-
 def _is_embedding(name: str, layout: ModelLayout) -> bool:
     """Whether a weight has a row for each token: the inputs' and an output layer like it."""
     shape = layout.shapes[name]
@@ -171,7 +175,7 @@ def _is_embedding(name: str, layout: ModelLayout) -> bool:
     return name == layout.inputs or (head and shape[0] == layout.shapes[layout.inputs][0])
 
 
-def _spread_rows(adapters: list[LoraWeights], layout: ModelLayout) -> None:
+def _share_tied_rows(adapters: list[LoraWeights], layout: ModelLayout) -> None:
     """Single rows of tied embeddings train as one, and are saved for one name."""
     pairs = {**layout.tied, **{first: name for name, first in layout.tied.items()}}
     for adapter in adapters:
@@ -180,13 +184,14 @@ def _spread_rows(adapters: list[LoraWeights], layout: ModelLayout) -> None:
                 adapter.changes.setdefault(pairs[name], change)
 
 
-def _comes_apart(adapters: list[LoraWeights], layout: ModelLayout) -> bool:
+def _is_untied(adapters: list[LoraWeights], layout: ModelLayout) -> bool:
     """Whether two names of one matrix are changed in different ways."""
     import torch
 
     for name, first in layout.tied.items():
         for adapter in adapters:
             pair = adapter.changes.get(name), adapter.changes.get(first)
+            # Both lack a change, or _share_tied_rows gave them the same one.
             if pair[0] is pair[1]:
                 continue
             if pair[0] is None or pair[1] is None:

@@ -18,7 +18,8 @@ from luthier.model.load import LABELS_FILE
 from luthier.record.secrets import HIDDEN
 from luthier.storage.atomic import read_json, write_json
 
-# What things are called in front of others: no path of this machine, no credentials.
+# Names for the public. A card goes to the hub, so no path of this machine and no credentials may
+# stand in it: a hub name is kept, a path is cut to its last part.
 
 _PATH = re.compile(r"(?<![\w:/.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^\s,'\"\]\[{}()=]+")
 """A path from the root, from home, from here, or of Windows; not the middle of a hub name."""
@@ -42,8 +43,9 @@ def public_name(text: str) -> str:
     """
     cleaned = text
     for address in _URL.findall(text):
-        cleaned = cleaned.replace(address, _bare(address))
+        cleaned = cleaned.replace(address, _strip_address(address))
     return "".join(
+        # An address has slashes too, and would be cut as if it were a path.
         piece if _URL.fullmatch(piece) else _PATH.sub(lambda match: last_name(match.group()), piece)
         for piece in re.split(f"({_URL.pattern})", cleaned)
     )
@@ -51,6 +53,7 @@ def public_name(text: str) -> str:
 
 def last_name(path: str) -> str:
     """The last part of a path of any system."""
+    # A run may have been trained on another system, so both kinds of separators count.
     name = PureWindowsPath(PurePosixPath(path).name).name
     return name or "a folder"
 
@@ -64,27 +67,30 @@ def public_values(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) else value
 
 
-def _bare(address: str) -> str:
+def _strip_address(address: str) -> str:
     url = urlsplit(address)
     if url.scheme == "file":
         return last_name(url.path)
+    # Before the @ stand the user and the password.
     host = url.netloc.rpartition("@")[2]
     return f"{url.scheme}://{host}{url.path}"
 
 
-# Licences of models and datasets, from their own cards on the hub; never guessed.
+# Licences of models and datasets. They come from the cards on the hub and are never guessed: a
+# wrong licence is worse than none.
 
 
 def stated_licence(name: str, repo_type: str = "model") -> str | None:
     """The licence that a hub repository's card states; None where it states none or is not seen.
 
-    `kind`: model or dataset. A card in the local cache needs no network; another one costs one
+    `repo_type`: model or dataset. A card in the local cache needs no network; another one costs one
     request, and none where the hub is out of reach.
     """
-    metadata = _cached(name, repo_type)
+    metadata = _read_cached_card(name, repo_type)
     if metadata is None:
-        metadata = None if source.is_hub_unreachable() else _fetched(name, repo_type)
+        metadata = None if source.is_hub_unreachable() else _fetch_card(name, repo_type)
     licence = (metadata or {}).get("license")
+    # The hub lets a card name one licence, several, or `other` with a name beside it.
     if isinstance(licence, list):
         licence = ", ".join(map(str, licence))
     if licence == "other":
@@ -92,23 +98,27 @@ def stated_licence(name: str, repo_type: str = "model") -> str | None:
     return str(licence) if licence else None
 
 
-def _cached(name: str, repo_type: str) -> dict[str, Any] | None:
+def _read_cached_card(name: str, repo_type: str) -> dict[str, Any] | None:
     from huggingface_hub import metadata_load, try_to_load_from_cache
 
+    # It returns a path, None, or an object that says the file is known not to exist.
     file = try_to_load_from_cache(name, "README.md", repo_type=repo_type)
     return (metadata_load(Path(file)) or {}) if isinstance(file, str) else None
 
 
-def _fetched(name: str, repo_type: str) -> dict[str, Any] | None:
+def _fetch_card(name: str, repo_type: str) -> dict[str, Any] | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         repository = HfApi().repo_info(name, repo_type=repo_type, timeout=source.HUB_TIMEOUT)
+    # A licence is a line of the card: no failure to look it up may cost the card.
     except (HfHubHTTPError, OSError):
         return None
     return repository.card_data.to_dict() if repository.card_data else {}
 
+
+# The facts themselves, and how they are collected from a run's files.
 
 FILE = "card.json"
 """In a folder of saved weights: what its card was written from."""
@@ -127,7 +137,7 @@ class BaseModelFacts:
     """The model that was trained."""
 
     name: str
-    """In words that others understand."""
+    """A hub name, a file's stem or the last part of a path: what others understand."""
     hub: str | None = None
     revision: str | None = None
     licence: str | None = None
@@ -190,12 +200,12 @@ class ModelFacts:
     has_plot: bool = False
 
     def save(self, folder: Path) -> None:
-        """Write it beside the weights."""
+        """Write the facts into the folder of the weights."""
         write_json(folder / FILE, asdict(self))
 
 
 def read_facts(folder: Path) -> ModelFacts | None:
-    """The story that was saved beside weights; None where there is none."""
+    """Return the facts that were saved beside weights; None where there are none."""
     stored = read_json(folder / FILE)
     if stored is None:
         return None
@@ -210,24 +220,27 @@ def read_facts(folder: Path) -> ModelFacts | None:
 
 
 def load_or_collect_facts(artifact: Artifact) -> ModelFacts:
-    """The story that lies beside the weights, or the one that the run's files tell."""
+    """Return the facts that lie beside the weights, or else those that the run's files tell."""
+    # A merged or packed model has no run of its own: what lies beside it is all there is.
     saved = None if artifact.folder is None else read_facts(artifact.folder)
     return saved or collect_facts(artifact)
 
 
 def collect_facts(artifact: Artifact) -> ModelFacts:
-    """The story of what `luthier.model.artifact.find_artifact` found, from the run's files.
+    """Collect the facts of an artifact (of `luthier.model.artifact`) from its run's files.
 
     Of a model without a run, no more than its base and adapter are known.
     """
     folder, config = artifact.folder, artifact.config
     story = ModelFacts(
-        title=_title(artifact),
+        title=_make_title(artifact),
         kind="model" if artifact.adapter is None else "adapter",
-        base=base_of(_trained(artifact), None if config is None else config.model.revision),
+        base=base_of(
+            _find_trained_path(artifact), None if config is None else config.model.revision
+        ),
         task=artifact.task,
-        problem=_problem(folder),
-        adapter={} if artifact.adapter is None else _adapter(artifact.adapter),
+        problem=_read_problem_type(folder),
+        adapter={} if artifact.adapter is None else _describe_adapter(artifact.adapter),
         quantization=public_values(artifact.quantization),
         variables=(artifact.chat or {}).get("variables") or {},
         date=(artifact.chat or {}).get("date"),
@@ -236,13 +249,14 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
     )
     if config is None or artifact.run is None:
         return story
-    return ModelFacts(**vars(story) | _told_by_the_run(artifact.run, config))
+    return ModelFacts(**vars(story) | _collect_run_facts(artifact.run, config))
 
 
 def base_of(path: str, revision: str | None = None) -> BaseModelFacts:
     """What a base model is called, and its licence where it is stated."""
     name = hub_name(path)
     if name is not None:
+        # Only a hub name can be linked, and only there is a licence looked up.
         return BaseModelFacts(name, name, revision, stated_licence(name))
     if not path.startswith(source.PACKAGE_PREFIX) and not path.endswith(".gguf"):
         return BaseModelFacts(last_name(path))
@@ -269,12 +283,15 @@ def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[DataFacts
             else [source_config.path or ""]
         )
         for path in paths:
+            # The user's statement is asked first: by source, by path, then the one for all sources.
             licence = stated.get(name) or stated.get(path) or stated.get("")
-            facts.append(_source(name, path, source_config, licence))
+            facts.append(_describe_source(name, path, source_config, licence))
     return facts
 
 
-def _source(name: str, path: str, source_config: SourceConfig, licence: str | None) -> DataFacts:
+def _describe_source(
+    name: str, path: str, source_config: SourceConfig, licence: str | None
+) -> DataFacts:
     if source_type(source_config.model_copy(update={"path": path})) != "hub":
         public_path = public_name(path) if "://" in path else last_name(path)
         return DataFacts(f"{name}: {public_path}" if name else public_path, licence=licence)
@@ -282,18 +299,18 @@ def _source(name: str, path: str, source_config: SourceConfig, licence: str | No
     return DataFacts(path, True, subset, licence or stated_licence(path, "dataset"))
 
 
-def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
+def _collect_run_facts(run: Path, config: RunConfig) -> dict[str, Any]:
     record = read_json(run / "run.json") or {}
     return {
         "method": config.trainer.method,
         "recipe": config.recipe,
         "overrides": [public_name(override) for override in record.get("overrides", [])],
-        "settings": _settings(config),
+        "settings": _collect_settings(config),
         "data": data_of(config.dataset, config.card.data_licenses),
         "counts": public_values(record.get("data", {})),
         "results": record.get("results", {}),
         "versions": record.get("versions", {}),
-        "hardware": _hardware(record),
+        "hardware": _describe_hardware(record),
         "seconds": record.get("training_seconds"),
         "system": config.dataset.system,
         "licence": config.card.license,
@@ -302,20 +319,21 @@ def _told_by_the_run(run: Path, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _title(artifact: Artifact) -> str:
+def _make_title(artifact: Artifact) -> str:
     if artifact.config is not None and artifact.run is not None:
         return artifact.config.recipe or artifact.run.name
     return last_name(artifact.name)
 
 
-def _trained(artifact: Artifact) -> str:
+def _find_trained_path(artifact: Artifact) -> str:
     """The path of the model that the training began with."""
+    # Of a full fine-tuning `base` is the trained model itself; the config says where it began.
     if artifact.adapter is None and artifact.config is not None:
         return artifact.config.model.path
     return artifact.base.path
 
 
-def _problem(folder: Path | None) -> str | None:
+def _read_problem_type(folder: Path | None) -> str | None:
     files = [] if folder is None else [folder / LABELS_FILE, folder / "config.json"]
     labels: dict[str, Any] = next(
         (read for file in files if (read := read_json(file)) is not None), {}
@@ -324,18 +342,18 @@ def _problem(folder: Path | None) -> str | None:
     return problem
 
 
-def _adapter(folder: Path) -> dict[str, Any]:
+def _describe_adapter(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return {name: config[name] for name in _DESCRIBED if config.get(name)}
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _collect_settings(config: RunConfig) -> dict[str, Any]:
     """What was set, by its key in the config."""
     groups = {
         "lora": config.lora,
         "quantization": config.quantization,
         "trainer.args": config.trainer.args,
-        "trainer.evaluation": _evaluation(config),
+        "trainer.evaluation": _evaluation_settings(config),
         "chat": {"max_length": config.chat.max_length, "train_on": config.chat.train_on},
         "": {"seed": config.seed, "deterministic": config.deterministic or None},
     }
@@ -345,10 +363,11 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None and name not in _SILENT and not name.startswith("hub_")
     }
+    # A secret stands in a run's config as HIDDEN; that there was one is no business of the public.
     return {key: value for key, value in flat.items() if value != HIDDEN}
 
 
-def _evaluation(config: RunConfig) -> dict[str, Any]:
+def _evaluation_settings(config: RunConfig) -> dict[str, Any]:
     """How replies were measured, where they were."""
     evaluation = config.trainer.evaluation
     return (
@@ -358,9 +377,10 @@ def _evaluation(config: RunConfig) -> dict[str, Any]:
     )
 
 
-def _hardware(record: Mapping[str, Any]) -> str:
+def _describe_hardware(record: Mapping[str, Any]) -> str:
     facts = record.get("hardware", {})
     gpus = [gpu["name"] for gpu in facts.get("gpus", [])]
+    # Processes of one run are on GPUs of one kind, so the first one's name stands for all.
     where = f"{len(gpus)} x {gpus[0]}" if gpus else str(facts.get("cpu", ""))
     processes = record.get("launch", {}).get("processes", 1)
     return f"{where}, {processes} processes" if processes > 1 else where

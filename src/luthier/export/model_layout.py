@@ -67,47 +67,52 @@ def base_folder(artifact: Artifact) -> Path:
 
 def layout_of(artifact: Artifact, folder: Path) -> ModelLayout:
     """Build the model on torch's meta device from the base's config.json and look at it."""
-    config = _config(artifact, folder)
+    from transformers.pytorch_utils import Conv1D
+
+    config = _load_base_config(artifact, folder)
     empty = build_empty_model(config, artifact.task)
+    # Tied weights are one object under two names, and named_parameters leaves out the second name
+    # unless it is told not to.
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     tied = {}
     for name, parameter in parameters.items():
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
-    transposed, inputs = _transposed(empty), empty.get_input_embeddings()
+    transposed = frozenset(
+        name for name, module in empty.named_modules() if isinstance(module, Conv1D)
+    )
+    inputs = empty.get_input_embeddings()
     return ModelLayout(
         config,
         type(empty).__name__,
         {name: tuple(value.shape) for name, value in empty.state_dict().items()},
         tied,
         transposed,
-        _packed(empty, artifact.quantization),
+        _find_packed_layers(empty, artifact.quantization),
         f"{empty.base_model_prefix}.",
         next(f"{name}.weight" for name, module in empty.named_modules() if module is inputs),
     )
 
 
-def _config(artifact: Artifact, folder: Path) -> Any:
+def _load_base_config(artifact: Artifact, folder: Path) -> Any:
     from transformers import AutoConfig
 
     if quantized.read_quantization_config(artifact.base) is not None:
+        # The tensors of such files are packed codes and scales: only the model's own layers unpack
+        # them.
         raise NeedsMemoryMerge("its base comes quantized")
     return AutoConfig.from_pretrained(folder, **label_settings(artifact))
 
 
-def _transposed(model: Any) -> frozenset[str]:
-    from transformers.pytorch_utils import Conv1D
-
-    return frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
-
-
-def _packed(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
+def _find_packed_layers(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
     """The layers that bitsandbytes would pack while loading: transformers chooses them."""
     if quantization.bits is None:
         return frozenset()
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
+    # transformers itself puts the packed layers in, so the modules that it skips (the head, for
+    # one) are skipped here too.
     insert_quantized_layers(model, quantization)
     layer_classes = (Linear4bit, Linear8bitLt)
     return frozenset(
@@ -115,15 +120,17 @@ def _packed(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
     )
 
 
-# Rows of the embeddings that an adapter's new tokens need, told without loading anything.
+# Rows of the embeddings that an adapter's new tokens need. They are read from the headers and the
+# configuration, so that a card can name them without loading the model.
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "word_embeddings.weight")
 
 
 def embedding_rows_needed(folder: Path) -> int:
-    """The rows that an adapter's saved tensors go up to; 0 where it trained none."""
+    """Return how many rows of embeddings an adapter reaches up to; 0 where it trained none."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     indices = config.get("trainable_token_indices") or []
+    # peft takes a list for the input embeddings, or a dictionary of lists by layer.
     lists = indices.values() if isinstance(indices, dict) else [indices]
     ends = [max(ids) + 1 for ids in lists if ids]
     tensors = read_safetensors_header(folder / "adapter_model.safetensors").tensors
@@ -136,11 +143,11 @@ def grown_shapes(artifact: Artifact) -> int | None:
     if artifact.adapter is None:
         return None
     rows = embedding_rows_needed(artifact.adapter)
-    have = _rows_of_base(artifact.base.path)
+    have = _count_base_rows(artifact.base.path)
     return rows if have is not None and rows > have else None
 
 
-def _rows_of_base(path: str) -> int | None:
+def _count_base_rows(path: str) -> int | None:
     file = source.find_gguf_file(path)
     if file is not None:
         config = gguf.convert_model(file) / "config.json"
@@ -149,12 +156,14 @@ def _rows_of_base(path: str) -> int | None:
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        config_path = try_to_load_from_cache(path, "config.json")
-        config = (
-            Path(config_path) if isinstance(config_path, str) else Path("config.json-is-not-here")
-        )
+        cached = try_to_load_from_cache(path, "config.json")
+        if not isinstance(cached, str):
+            return None
+        config = Path(cached)
+    # Without a configuration at hand nothing is known, and nothing is fetched only to tell it.
     if not config.is_file():
         return None
     content = json.loads(config.read_text(encoding="utf-8"))
+    # A multimodal model keeps the vocabulary in the configuration of its language model.
     rows = (content.get("text_config") or content).get("vocab_size")
     return int(rows) if rows else None

@@ -41,23 +41,26 @@ def translate_template(render: Render, bos: str | None) -> str | None:
     Ollama puts the BOS token itself, as the model's file says.
     """
     try:
-        plain = _without(bos, render)
-        frames = _frames(plain)
+
+        def plain(messages: Messages, generation: bool) -> str:
+            return render(messages, generation).removeprefix(bos or "")
+
+        frames = _find_frames(plain)
         if frames is None:
             return None
-        template = _go(frames)
-        return (
-            template
-            if all(_agree(template, plain, messages) for messages in probe_conversations())
-            else None
+        template = _write_go_template(frames)
+        is_equal = all(
+            render_probe(template, messages) == plain(messages, True)
+            for messages in probe_conversations()
         )
+        return template if is_equal else None
     except (ValueError, ChatError):
         # A role that the template refuses, or writes in more than one way.
         return None
 
 
 def render_probe(template: str, messages: Messages) -> str:
-    """What Ollama writes for alternating messages with the part of Go that `translate` uses."""
+    """Return what Ollama writes for alternating messages with the actions of a translation."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     pieces = _ACTION.split(template)
     out, position = [], 0
@@ -66,11 +69,11 @@ def render_probe(template: str, messages: Messages) -> str:
         if action is None:
             out.append(pieces[position])
         elif action == "range .Messages":
-            end = _end(pieces, position)
-            out += [_message(pieces[position + 1 : end], message) for message in messages]
+            end = _find_block_end(pieces, position)
+            out += [_render_message(pieces[position + 1 : end], message) for message in messages]
             position = end
         elif action == "if not .System":
-            end = _end(pieces, position)
+            end = _find_block_end(pieces, position)
             out += [] if system else [pieces[position + 1]]
             position = end
         else:
@@ -95,14 +98,15 @@ def probe_conversations() -> list[Messages]:
         for text in texts
         for number in range(2)
     ]
+    # Each length ends with a user's message, since a reply is asked for.
     talks = [turns[: length + 1] for length in range(0, len(turns), 2)]
     talks += [[{"role": "user", "content": text}] for text in texts]
-    talks += [_answered(text) for text in texts]
+    talks += [_make_answered(text) for text in texts]
     systems = [{"role": "system", "content": text} for text in texts if text]
     return [*talks, *([system, *talk] for talk in talks for system in systems)]
 
 
-def _answered(text: str) -> Messages:
+def _make_answered(text: str) -> Messages:
     return [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": text},
@@ -110,54 +114,45 @@ def _answered(text: str) -> Messages:
     ]
 
 
-def _agree(template: str, render: Render, messages: Messages) -> bool:
-    return render_probe(template, messages) == render(messages, True)
-
-
-def _without(bos: str | None, render: Render) -> Render:
-    return lambda messages, generation: render(messages, generation).removeprefix(bos or "")
-
-
-def _frames(render: Render) -> TurnFrames | None:
-    def said(*roles: str) -> Messages:
-        names = _named(roles)
-        return [
-            {"role": role, "content": _MARKS[name]} for role, name in zip(roles, names, strict=True)
+def _find_frames(render: Render) -> TurnFrames | None:
+    def mark_messages(*roles: str) -> Messages:
+        # A role that comes again has a mark of its own, so that each mark stands once.
+        marks = [
+            _MARKS[role if role not in roles[:position] else "again"]
+            for position, role in enumerate(roles)
         ]
+        return [{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)]
 
-    chat_pieces = _cut(render(said("system", "user", "assistant", "user"), True), 5)
-    bare = _cut(render(said("user", "assistant", "user"), True), 4)
-    prompt_pieces = _cut(render(said("user"), False), 2)
-    told = _cut(render(said("user", "assistant"), False), 3)
-    if not (chat_pieces and bare and prompt_pieces and told):
+    # Four conversations are enough to tell where one role's text ends and the next one begins.
+    chat_pieces = _split_at_marks(
+        render(mark_messages("system", "user", "assistant", "user"), True), 5
+    )
+    bare = _split_at_marks(render(mark_messages("user", "assistant", "user"), True), 4)
+    prompt_pieces = _split_at_marks(render(mark_messages("user"), False), 2)
+    reply_pieces = _split_at_marks(render(mark_messages("user", "assistant"), False), 3)
+    if not (chat_pieces and bare and prompt_pieces and reply_pieces):
         return None
-    behind_user, behind_assistant = prompt_pieces[-1], told[-1]
-    before_assistant = _less(chat_pieces[2], behind_user, start=True)
-    before_user = _less(chat_pieces[3], behind_assistant, start=True)
+    behind_user, behind_assistant = prompt_pieces[-1], reply_pieces[-1]
+    before_assistant = _remove_affix(chat_pieces[2], behind_user, start=True)
+    before_user = _remove_affix(chat_pieces[3], behind_assistant, start=True)
     return TurnFrames(
         {
-            "system": (chat_pieces[0], _less(chat_pieces[1], before_user, start=False)),
+            "system": (chat_pieces[0], _remove_affix(chat_pieces[1], before_user, start=False)),
             "user": (before_user, behind_user),
             "assistant": (before_assistant, behind_assistant),
         },
-        _less(bare[0], before_user, start=False),
-        _less(chat_pieces[4], behind_user, start=True),
+        _remove_affix(bare[0], before_user, start=False),
+        _remove_affix(chat_pieces[4], behind_user, start=True),
     )
 
 
-def _named(roles: tuple[str, ...]) -> list[str]:
-    return [
-        role if role not in roles[:position] else "again" for position, role in enumerate(roles)
-    ]
-
-
-def _cut(text: str, pieces: int) -> list[str] | None:
+def _split_at_marks(text: str, pieces: int) -> list[str] | None:
     """The text between the marks, if each stands once."""
     fragments = re.split("[" + "".join(_MARKS.values()) + "]", text)
     return fragments if len(fragments) == pieces else None
 
 
-def _less(text: str, affix: str, start: bool) -> str:
+def _remove_affix(text: str, affix: str, start: bool) -> str:
     """A text without what it begins or ends with; ValueError where it does not."""
     if start and text.startswith(affix):
         return text[len(affix) :]
@@ -166,7 +161,7 @@ def _less(text: str, affix: str, start: bool) -> str:
     raise ValueError("the template writes a role in more than one way")
 
 
-def _go(frames: TurnFrames) -> str:
+def _write_go_template(frames: TurnFrames) -> str:
     pieces = [frames.without_system, frames.generation]
     pieces += [text for pair in frames.around.values() for text in pair]
     if any(sign in piece for piece in pieces for sign in ("{{", "}}", '"""')):
@@ -181,11 +176,12 @@ def _go(frames: TurnFrames) -> str:
     return f"{head}{{{{ range .Messages }}}}{body}{{{{ end }}}}{{{{ end }}}}{frames.generation}"
 
 
-def _end(pieces: list[str], position: int) -> int:
-    """Where the block that begins at `place` ends."""
+def _find_block_end(pieces: list[str], position: int) -> int:
+    """Return where the block that begins at `position` ends."""
     depth = 0
     for number in range(position, len(pieces), 2):
         word = pieces[number].strip()
+        # Branches of `else if` open no block of their own in Go.
         depth += word.startswith(("if ", "range "))
         depth -= word == "end"
         if depth == 0:
@@ -193,7 +189,7 @@ def _end(pieces: list[str], position: int) -> int:
     raise ValueError("a block without its end")
 
 
-def _message(pieces: list[str], message: dict[str, str]) -> str:
+def _render_message(pieces: list[str], message: dict[str, str]) -> str:
     """One message by the branches over its role."""
     out, is_its = [], False
     for number, piece in enumerate(pieces):
@@ -214,9 +210,8 @@ def modelfile(template: str | None, model_path: str, stops: list[str]) -> str:
     lines: list[Any] = [f"FROM {model_path}"]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
+    for stop in stops:
+        # A token with a quotation mark in it needs the quotes of three.
+        quotes = '"""' if '"' in stop else '"'
+        lines.append(f"PARAMETER stop {quotes}{stop}{quotes}")
     return "\n".join(lines) + "\n"
-
-
-def _quoted(stop: str) -> str:
-    return f'"""{stop}"""' if '"' in stop else f'"{stop}"'

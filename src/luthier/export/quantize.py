@@ -48,23 +48,28 @@ def quantize_merged(
     fit the model, or rows to look at are missing.
     """
     target = folder.with_name(f"{folder.name}.packed")
+    # What an earlier try that was killed has left would be taken for part of this one.
     shutil.rmtree(target, ignore_errors=True)
-    before = _size(folder)
+    before = _count_weight_bytes(folder)
     if "bitsandbytes" in _PACKAGES[name]:
-        _by_bitsandbytes(folder, target, name, artifact)
+        _quantize_with_bitsandbytes(folder, target, name, artifact)
     else:
-        _by_gptqmodel(folder, target, name, artifact)
+        _quantize_with_gptqmodel(folder, target, name, artifact)
     for file in list_weight_files(folder):
         file.unlink()
+    # Four bits may fit into one file, which has no index: the old one would then win.
     (folder / INDEX).unlink(missing_ok=True)
     for file in target.iterdir():
         # The tokenizer and the stop tokens are those that trained, and stay.
         if file.suffix == ".safetensors" or file.name in (INDEX, *_CONFIGS):
             file.replace(folder / file.name)
     shutil.rmtree(target)
-    _forget_places(folder)
-    say(f"packed    {name}: {before / 1e9:.2f} GB became {_size(folder) / 1e9:.2f} GB")
-    return {"bits": 8 if name == "int8" else 4, "method": _method(name)}
+    _remove_local_paths(folder)
+    say(
+        f"packed    {name}: {before / 1e9:.2f} GB became {_count_weight_bytes(folder) / 1e9:.2f} GB"
+    )
+    method = name if name in ("gptq", "awq") else "bitsandbytes"
+    return {"bits": 8 if name == "int8" else 4, "method": method}
 
 
 def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[str], None]) -> None:
@@ -72,6 +77,7 @@ def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[s
     source = base_folder(artifact)
     with output_folder(target) as aside:
         for file in [*list_weight_files(source), *source.glob("*.json"), *source.glob("*.jinja")]:
+            # The manifest is of the unpacked files, and the facts are written anew below.
             if file.name not in (MANIFEST, model_facts.FILE):
                 shutil.copyfile(file, aside / file.name)
         spoken = write_card.chat_format_of(artifact)
@@ -82,15 +88,12 @@ def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[s
     say(f"written   {target}")
 
 
-def _method(name: str) -> str:
-    return name if name in ("gptq", "awq") else "bitsandbytes"
-
-
-def _size(folder: Path) -> int:
+def _count_weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _by_bitsandbytes(folder: Path, target: Path, name: str, artifact: Artifact) -> None:
+def _quantize_with_bitsandbytes(folder: Path, target: Path, name: str, artifact: Artifact) -> None:
+    import torch
     import transformers
 
     settings: dict[str, Any] = {"load_in_8bit": True}
@@ -102,26 +105,24 @@ def _by_bitsandbytes(folder: Path, target: Path, name: str, artifact: Artifact) 
             "bnb_4bit_compute_dtype": "bfloat16",
         }
     make: Any = transformers.BitsAndBytesConfig
+    # With "auto" modules may land on the CPU or the disk, which transformers refuses for packed
+    # weights.
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
     model = auto_class(artifact.task).from_pretrained(
-        folder, quantization_config=make(**settings), dtype="auto", device_map={"": _device()}
+        folder, quantization_config=make(**settings), dtype="auto", device_map={"": device}
     )
     model.save_pretrained(target, max_shard_size=SHARD_BYTES)
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-def _by_gptqmodel(folder: Path, target: Path, name: str, artifact: Artifact) -> None:
+def _quantize_with_gptqmodel(folder: Path, target: Path, name: str, artifact: Artifact) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    rows = _rows(artifact)
+    rows = _load_calibration_rows(artifact)
     try:
         model = GPTQModel.load(str(folder), QuantizeConfig(bits=4, group_size=128, method=name))
         model.quantize(rows)
         model.save(str(target))
+    # Whichever it is, the model or the machine does not fit the library, and its text says why.
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"--quantize {name}: gptqmodel cannot pack this model on this machine: {error}\n"
@@ -129,7 +130,7 @@ def _by_gptqmodel(folder: Path, target: Path, name: str, artifact: Artifact) -> 
         ) from error
 
 
-def _forget_places(folder: Path) -> None:
+def _remove_local_paths(folder: Path) -> None:
     """Take the folders of this machine out of what gptqmodel wrote."""
     for file in (folder / name for name in _CONFIGS):
         if not file.is_file():
@@ -140,7 +141,7 @@ def _forget_places(folder: Path) -> None:
         write_card.write_config(file, settings)
 
 
-def _rows(artifact: Artifact) -> list[dict[str, list[int]]]:
+def _load_calibration_rows(artifact: Artifact) -> list[dict[str, list[int]]]:
     """The first training rows as tokens: what the model will be asked is most like them."""
     if artifact.config is None:
         raise UserError(
@@ -153,6 +154,7 @@ def _rows(artifact: Artifact) -> list[dict[str, list[int]]]:
     from luthier.train import methods
 
     config = artifact.config
+    # The rows are encoded as in training, and usually found in the cache.
     tokenizer = load_tokenizer(artifact.base)
     prepared = prepare(
         config.dataset, methods.make_row_encoders(config, tokenizer), tokenizer, config.seed

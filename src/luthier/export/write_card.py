@@ -49,7 +49,7 @@ def write_descriptions(
 def description_texts(
     story: ModelFacts, spoken: ChatFormat, repository: str = "."
 ) -> dict[str, str]:
-    """The card and the notes by their files' names, for a model in `place`."""
+    """The card and the notes by their files' names, for a model in `repository`."""
     has_template = spoken.template is not None
     return {
         CARD: write_model_card(story, spoken.stop_ids, has_template, repository),
@@ -63,46 +63,49 @@ def chat_format_of(artifact: Artifact) -> ChatFormat:
 
     tokenizer: Any = load_tokenizer(artifact.base)
     has_template = artifact.chat is not None or tokenizer.chat_template is not None
+    # The base's tokenizer may have no template; these methods cannot have trained without one.
     has_template |= training_method_of(artifact) in _CHATS
     if artifact.task != "CAUSAL_LM" or artifact.is_reward or not has_template:
+        # Without a conversation the model stops where its base does; dict.fromkeys drops repeats.
         ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
         ids = [number for number in dict.fromkeys(ends) if number is not None]
         return ChatFormat(ids, tokenizer.convert_ids_to_tokens(ids), None)
     encoder = build_chat_encoder(artifact, tokenizer)
-    template = _template(encoder.settings(), tokenizer)
-    bos = _own_bos(tokenizer)
+    template = _load_template(encoder.settings(), tokenizer)
+    bos = _find_automatic_bos(tokenizer)
     ids = encoder.stop_token_ids
+    # A server that puts the BOS token itself would put a second one before such a template's text.
+    greeting = [{"role": "user", "content": "Hi"}]
+    writes_bos = bos is not None and str(template.render(greeting, None, True)).startswith(bos)
     return ChatFormat(
         ids,
         tokenizer.convert_ids_to_tokens(ids),
         template.source,
         translate_template(lambda messages, asks: str(template.render(messages, None, asks)), bos),
-        bos if bos and _first(template).startswith(bos) else None,
+        bos if writes_bos else None,
         "strftime_now" in template.source,
     )
 
 
-def _template(settings: dict[str, Any], tokenizer: Any) -> "ChatTemplate":
+def _load_template(settings: dict[str, Any], tokenizer: Any) -> "ChatTemplate":
     from luthier.chat.template import ChatTemplate
 
     source = settings["template"]
     if isinstance(source, dict):
+        # A tokenizer may hold several templates by name; training takes the default one.
         source = source["default"]
     variables = {**tokenizer.special_tokens_map, **settings["variables"]}
     return ChatTemplate(source, variables, settings["date"])
 
 
-def _own_bos(tokenizer: Any) -> str | None:
+def _find_automatic_bos(tokenizer: Any) -> str | None:
     """The BOS token, where the tokenizer puts it before every text; llama.cpp does the same."""
     first = tokenizer("a")["input_ids"][0]
     return tokenizer.bos_token if first == tokenizer.bos_token_id else None
 
 
-def _first(template: "ChatTemplate") -> str:
-    return str(template.render([{"role": "user", "content": "Hi"}], None, True))
-
-
-# What a model's folder holds besides weights: tokenizer, template, configuration, stop tokens.
+# What a model's folder holds besides weights. The lists name files instead of copying everything:
+# a checkpoint also holds the optimizer and the trainer's state, which are no part of a model.
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
@@ -127,6 +130,7 @@ def copy_generation_config(
     base: Path, adapter_folder: Path | None, target: Path, spoken: ChatFormat
 ) -> None:
     """Write the generation config: the base's (or what was saved), with the stop tokens trained."""
+    # What was saved with the run is newer than the base's, so it is looked at first.
     for folder in (adapter_folder, base):
         if folder is not None and (folder / GENERATION).is_file():
             settings: dict[str, Any] = json.loads((folder / GENERATION).read_text("utf-8"))
@@ -153,6 +157,7 @@ def model_config(config: Any, architecture: str, dtype: str, rows: int | None, t
     config.architectures = [architecture]
     config.dtype = dtype
     if rows is not None:
+        # A multimodal model keeps these in the configuration of its language model, not at the top.
         config.get_text_config().vocab_size = rows
     if not tied:
         config.tie_word_embeddings = False
