@@ -148,7 +148,7 @@ MISTAKES = {
     "a model's setting": (["{run}", "{rows}", "-o", "o", "model.devise=cpu"],
                           "model.devise: Did you mean model.device?"),
     "a device": (["{run}", "{rows}", "-o", "o", "model.device=tpu"], "model.device: input should"),
-    "a dataset's setting": (["{run}", "{rows}", "-o", "o", "dataset.shap=text"],
+    "a dataset's setting": (["{run}", "{rows}", "-o", "o", "dataset.tpe=text"],
                             "Did you mean dataset.type?"),
     "a dataset's setting, renamed": (["{run}", "{rows}", "-o", "o", "dataset.shape=text"],
                                      "It is called dataset.type now."),
