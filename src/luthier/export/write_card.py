@@ -82,7 +82,7 @@ def chat_format_of(artifact: Artifact) -> ChatFormat:
         tokenizer.convert_ids_to_tokens(ids),
         template.source,
         translate_template(lambda messages, asks: str(template.render(messages, None, asks)), bos),
-        bos if writes_bos else None,
+        bos if bos and writes_bos else None,
         "strftime_now" in template.source,
     )
 

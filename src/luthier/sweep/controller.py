@@ -18,6 +18,7 @@ from luthier.sweep.sweep_plan import SweepPlan, data_key
 from luthier.sweep.trials import Trial, has_data
 
 # Data is encoded once for all trials: the first one that needs it does, the others wait for it.
+# Without this, sixteen trials that start together would encode the same rows sixteen times.
 
 
 class DatasetEncoding:
@@ -30,10 +31,11 @@ class DatasetEncoding:
 
     def may_start(self, trial: Trial, running: Iterable[Trial]) -> bool:
         """Whether a trial's data is encoded, or nobody is encoding it."""
-        key = self._key(trial)
+        key = self._find_key(trial)
+        # A wrong configuration waits for nothing: starting it is what reports it.
         if isinstance(key, UserError) or key in self._ready:
             return True
-        busy = [other for other in running if self._key(other) == key]
+        busy = [other for other in running if self._find_key(other) == key]
         if any(has_data(self._sweep.folder.run(other)) for other in busy):
             self._ready.add(key)
             return True
@@ -41,12 +43,14 @@ class DatasetEncoding:
 
     def refuse(self, trial: Trial) -> None:
         """Raise UserError for a trial whose configuration is wrong: one that was drawn may be."""
-        key = self._key(trial)
+        key = self._find_key(trial)
         if isinstance(key, UserError):
             raise key
 
-    def _key(self, trial: Trial) -> str | UserError:
+    def _find_key(self, trial: Trial) -> str | UserError:
         """What decides a trial's data, or what is wrong with its configuration."""
+        # Points of a grid were composed when the sweep was planned; one that Optuna draws is
+        # composed here, once.
         checked_key = self._sweep.data.get(tuple(trial.params.values()))
         if checked_key is None and trial.number not in self._keys:
             try:
@@ -56,6 +60,9 @@ class DatasetEncoding:
                 self._keys[trial.number] = error
         return checked_key or self._keys[trial.number]
 
+
+# The loop. It alone starts and ends trials; what it knows of them it reads from their files, so
+# that a sweep that was killed goes on from where those files are.
 
 RESUME = 75
 """What a run ends with that wrote a checkpoint and can go on, and so does a stopped sweep."""
@@ -68,7 +75,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SweepView(Protocol):
-    """What a person sees of a sweep."""
+    """How a sweep is shown to the person who started it."""
 
     def started(self, trial: Trial, where: str) -> None:
         """A trial begins."""
@@ -80,7 +87,7 @@ class SweepView(Protocol):
         """How all trials stand; `running` says where, by number."""
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -96,7 +103,7 @@ class TrialPlace(Protocol):
         """Start a trial in a free slot."""
 
     def again(self, trial: Trial) -> GuardedJob | None:
-        """A trial that an earlier sweep started and that may still run; None if it cannot."""
+        """Return the job of a trial that an earlier sweep started; None if it cannot still run."""
 
 
 @dataclass
@@ -137,13 +144,13 @@ class Controller:
 
         `is_orphan` says when what started this sweep is gone.
         """
-        with self._signals_heard():
+        with self._count_signals():
             try:
-                self._pick_up()
+                self._resume_trials()
                 while not self._signals and not is_orphan():
-                    self._watch()
-                    self._fill()
-                    self._show()
+                    self._watch_trials()
+                    self._start_trials()
+                    self._show_trials()
                     if not self._running:
                         break
                     time.sleep(_TICK)
@@ -154,7 +161,7 @@ class Controller:
         return int(any(trial.state == "failed" for trial in self.trials))
 
     @contextmanager
-    def _signals_heard(self) -> Iterator[None]:
+    def _count_signals(self) -> Iterator[None]:
         """Count signals in place of dying of them."""
 
         last = -_ONE_PRESS
@@ -162,6 +169,7 @@ class Controller:
         def heard(*_: Any) -> None:
             nonlocal last
             now = time.monotonic()
+            # A bool counts as 0 or 1: signals of one press are counted once.
             self._signals += now - last >= _ONE_PRESS
             last = now
 
@@ -172,28 +180,31 @@ class Controller:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _show(self) -> None:
+    def _show_trials(self) -> None:
         slots = {job.trial.number: self._place.slots[n] for n, job in self._running.items()}
         self._view.show(self.trials, slots)
 
-    def _pick_up(self) -> None:
+    def _resume_trials(self) -> None:
         """Find how the trials of an earlier start stand."""
         for trial in self.trials:
             if trial.state == "failed" and self._sweep.sweeper.retry_failed:
                 trial.state, trial.error = "waiting", None
+            # A job of a cluster outlives its sweep: it is watched again and not started twice.
             job = self._place.again(trial) if trial.state == "running" else None
             free = self._free_slots()
             if job is not None and free:
                 self._running[free[0]] = RunningTrial(trial, job, time.monotonic() - trial.seconds)
                 continue
             if not trial.is_ended:
+                # The attempts count restarts of one sweep, so that a new start gives a trial all of
+                # them again.
                 trial.state, trial.attempts = "waiting", 0
                 if (
                     on_disk.read_run_record(self._sweep.folder.run(trial)).get("status")
                     == "finished"
                 ):
                     trial.state = "finished"
-            self._read(trial)
+            self._read_measures(trial)
             self._sweep.folder.save(trial)
             self._strategy.tell(trial)
         for trial in self.trials:
@@ -202,19 +213,20 @@ class Controller:
     def _free_slots(self) -> list[int]:
         return [slot for slot in range(len(self._place.slots)) if slot not in self._running]
 
-    def _fill(self) -> None:
+    def _start_trials(self) -> None:
         """Start trials while there are free slots."""
         while not self._full and (free := self._free_slots()):
-            trial = self._next()
+            trial = self._next_trial()
             if trial is None:
                 return
-            self._start(trial, free[0])
+            self._start_trial(trial, free[0])
 
-    def _next(self) -> Trial | None:
+    def _next_trial(self) -> Trial | None:
         """A trial that was begun, else a new one; none that waits for data being encoded."""
         running = [candidate.trial for candidate in self._running.values()]
         waiting = [trial for trial in self.trials if trial.state == "waiting"]
         if not waiting and (point := self._strategy.next(self.trials)) is not None:
+            # A new point is drawn only when nothing waits: Optuna learns from what has ended.
             waiting = [Trial(len(self.trials), point)]
             self.trials += waiting
         may_start = (
@@ -222,7 +234,7 @@ class Controller:
         )
         return next(may_start, None)
 
-    def _start(self, trial: Trial, slot: int) -> None:
+    def _start_trial(self, trial: Trial, slot: int) -> None:
         trial.attempts += 1
         trial.state, trial.error = "running", None
         overrides = self._sweep.overrides(trial)
@@ -231,27 +243,32 @@ class Controller:
             job = self._place.start(trial, overrides, slot)
         except UserError as error:
             trial.state, trial.error = "failed", str(error)
-            self._conclude(trial)
+            self._conclude_trial(trial)
             return
         self._sweep.folder.save(trial)
+        # A trial that goes on keeps the time of its earlier starts.
         began = time.monotonic() - trial.seconds
         self._running[slot] = RunningTrial(trial, job, began, started=time.time())
         self._view.started(trial, self._place.slots[slot])
 
-    def _watch(self) -> None:
+    def _watch_trials(self) -> None:
         """Read what the running trials have logged, end the bad ones, note those that ended."""
         for slot, running_trial in list(self._running.items()):
             code = running_trial.job.code()
             running_trial.trial.seconds = time.monotonic() - running_trial.began
+            # Ten times a second for every trial: files are parsed only when they have changed.
             stamp = on_disk.timestamp(self._sweep.folder.run(running_trial.trial))
             if code is not None or stamp != running_trial.stamp:
                 running_trial.stamp = stamp
-                self._report(running_trial, self._read(running_trial.trial), runs=code is None)
+                self._report_measures(
+                    running_trial, self._read_measures(running_trial.trial), runs=code is None
+                )
             if code is not None:
+                # Only after the last reading: what was logged between two ticks counts too.
                 del self._running[slot]
-                self._settle(running_trial, code)
+                self._settle_trial(running_trial, code)
 
-    def _read(self, trial: Trial) -> list[dict[str, Any]]:
+    def _read_measures(self, trial: Trial) -> list[dict[str, Any]]:
         """Take over the numbers that a run has left so far."""
         folder = self._sweep.folder.run(trial)
         rows = on_disk.read_rows(folder)
@@ -260,13 +277,17 @@ class Controller:
         trial.values = measures or trial.values
         return rows
 
-    def _report(self, running_trial: RunningTrial, rows: list[dict[str, Any]], runs: bool) -> None:
+    def _report_measures(
+        self, running_trial: RunningTrial, rows: list[dict[str, Any]], runs: bool
+    ) -> None:
         """Tell new measures to the pruner, and end a trial that still runs if it says so."""
         watched = self._sweep.watched
         if watched is None or running_trial.is_bad:
             return
         for row in rows:
             step, value = int(row.get("step", 0)), row.get(watched.name)
+            # The file is read from its start each time, and a run that went on from a checkpoint
+            # logs its steps again.
             if value is None or step <= running_trial.reported:
                 continue
             running_trial.reported = step
@@ -275,10 +296,11 @@ class Controller:
                 running_trial.job.stop()
                 return
 
-    def _settle(self, running_trial: RunningTrial, code: int) -> None:
+    def _settle_trial(self, running_trial: RunningTrial, code: int) -> None:
         """Decide what became of a trial whose processes are gone."""
         trial, run = running_trial.trial, self._sweep.folder.run(running_trial.trial)
         status = on_disk.status_since(run, running_trial.started)
+        # The record comes before the exit code: a launcher may end badly after a run that finished.
         if status == "finished":
             trial.state = "finished"
         elif running_trial.is_bad:
@@ -291,14 +313,15 @@ class Controller:
         else:
             trial.state = "failed"
             trial.error = on_disk.failure_reason(run, self._sweep.folder.logs(trial)[1], code)
-        self._conclude(trial)
+        self._conclude_trial(trial)
 
-    def _conclude(self, trial: Trial) -> None:
+    def _conclude_trial(self, trial: Trial) -> None:
         self._sweep.folder.save(trial)
         self._strategy.tell(trial)
         self._view.ended(trial)
         if trial.state == "failed" and self._sweep.sweeper.on_failure == "stop":
             self._full = True
+        # While everything ends an error of this kind would leave the other trials unwatched.
         if not self._ending:
             self._refuse_unlogged(trial)
 
@@ -320,13 +343,14 @@ class Controller:
         count = len(self._running)
         what = "1 trial" if count == 1 else f"{count} trials"
         self._stop_jobs()
+        # The trials are asked first: printing may block, on a terminal that was paused.
         self._view.say(f"ending {what}, with checkpoints; once more to kill")
         heard = self._signals
         while self._running:
             if self._signals > heard:
                 heard = self._signals
                 self._stop_jobs()
-            self._watch()
+            self._watch_trials()
             time.sleep(_TICK)
 
     def _stop_jobs(self) -> None:
@@ -335,6 +359,7 @@ class Controller:
 
 
 def orphan_check(launched: bool) -> Callable[[], bool]:
-    """Whether the launcher above this process is gone: it may end and leave what it started."""
+    """Return a test whether the launcher above this process has ended and left it behind."""
     parent = os.getppid()
+    # An orphan is handed to another parent; no signal comes with it.
     return lambda: launched and os.getppid() != parent

@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _nothing)  # a handler, not SIG_IGN, which the command would inherit
+        # A handler and not SIG_IGN, which the command would inherit.
+        signal.signal(number, lambda *_: None)
     with Path(out).open("ab") as stdout, Path(err).open("ab") as stderr:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0
@@ -59,47 +60,52 @@ class Guard:
     def watch(self) -> int:
         """Wait for the end of everything, and bring it about when the sweep asks or is gone."""
         stop_requested = left = False
-        while self._child.poll() is None or self._lives():
+        while self._child.poll() is None or self._has_live_processes():
+            # The command is gone and has left processes behind: they get a short time of their own.
             if self._child.returncode is not None and not left:
                 left = True
                 self._deadline = min(self._deadline, time.monotonic() + _LEFT)
-                self._send(self._family, signal.SIGTERM)
-            heard = self._heard()
+                self._send_signal(self._family, signal.SIGTERM)
+            heard = self._read_request()
             if heard is not None and not stop_requested:
                 stop_requested = True
                 self._deadline = min(self._deadline, time.monotonic() + self._grace)
-                self._lives()
-                self._send(self._training(), signal.SIGTERM)
+                self._has_live_processes()
+                # Only those that train: they write the checkpoint, and the rest ends after them.
+                self._send_signal(self._training_processes(), signal.SIGTERM)
             elif heard or time.monotonic() >= self._deadline:
-                self._lives()
-                self._send(self._family, signal.SIGKILL)
-        _reap()
+                self._has_live_processes()
+                self._send_signal(self._family, signal.SIGKILL)
+        _reap_children()
         code = self._child.returncode
         return 128 - code if code < 0 else code
 
-    def _training(self) -> set[psutil.Process]:
+    def _training_processes(self) -> set[psutil.Process]:
         """The processes that train."""
         with contextlib.suppress(psutil.Error):
             command = psutil.Process(self._child.pid)
             return set(command.children()) if self._has_launcher else {command}
         return set()
 
-    def _lives(self) -> bool:
+    def _has_live_processes(self) -> bool:
         """Whether any process lives that the command has started."""
         if self._child.returncode is not None:
-            _reap()
+            _reap_children()
         with contextlib.suppress(psutil.Error):
+            # Kept from one look to the next: what loses its parent is no longer found below the
+            # guard without a subreaper, as on macOS.
             self._family |= set(psutil.Process().children(recursive=True))
         self._family = {process for process in self._family if _is_alive(process)}
         return bool(self._family)
 
-    def _send(self, processes: set[psutil.Process], number: int) -> None:
+    def _send_signal(self, processes: set[psutil.Process], number: int) -> None:
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
 
-    def _heard(self) -> bytes | None:
+    def _read_request(self) -> bytes | None:
         """A byte from the sweep, b"" once when it is gone, None if there is nothing new."""
+        # At its end standard input is always readable, and this loop would spin.
         if self._is_alone or not select.select([0], [], [], _TICK)[0]:
             time.sleep(_TICK if self._is_alone else 0)
             return None
@@ -108,7 +114,7 @@ class Guard:
         return byte
 
 
-def _reap() -> None:
+def _reap_children() -> None:
     """Collect what has ended of what its parents have left behind."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -117,12 +123,9 @@ def _reap() -> None:
 
 def _is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
+        # A zombie has ended, and waits only for its parent to collect it.
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def _nothing(*_: object) -> None:
-    """Stand in for a signal's handler."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a trial is started: the command, and the environment that the sweep was typed in."""
+"""Trials as processes of this machine: the command, the slots with their GPUs, the guards."""
 
 import os
 import subprocess
@@ -21,6 +21,9 @@ _OF_A_RANK = (
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 )
 """Variables that make a process one of several; a trial is none of those that started a sweep."""
+
+
+# The command of a trial, and the environment that the sweep was typed in.
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,19 @@ class LaunchCommand:
         """The words that start a trial; a GPU of its slot wins over the launcher's `gpu_ids`."""
         script = [*self.script, *overrides]
         if self.torchrun:
+            # --standalone takes a free port, so that trials on one machine do not meet.
             run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
             if script[0] == "-m":
                 script = ["--module", *script[1:]]
             return [sys.executable, *run, str(self.processes), *script]
         if self.flags is None:
             return [sys.executable, *script]
+        # accelerate 1.15.0 writes gpu_ids of its config file over CUDA_VISIBLE_DEVICES, unless they
+        # are "all".
         flags = [*self.flags, *(["--gpu_ids", "all"] if has_gpus else [])]
         # Two trials on one machine must not meet at one port.
-        flags += [] if _has(flags, "main_process_port") else ["--main_process_port", "0"]
-        flags += [] if _has(flags, "quiet") or "-q" in flags else ["--quiet"]
+        flags += [] if _has_flag(flags, "main_process_port") else ["--main_process_port", "0"]
+        flags += [] if _has_flag(flags, "quiet") or "-q" in flags else ["--quiet"]
         run = ["-m", "accelerate.commands.accelerate_cli", "launch"]
         return [sys.executable, *run, *flags, *script]
 
@@ -71,9 +77,11 @@ def find_launch_command(launcher: LauncherSettings, environ: Mapping[str, str]) 
     if launch_flags is None and started is not None:
         launch_flags, folder = started
     if started is not None:
-        above = _environment_above() or above
+        # The launcher has added variables to this process's environment (ports, mixed precision)
+        # that trials must not inherit.
+        above = _find_launcher_environment() or above
     above = environment_without_rank(above)
-    script = _script()
+    script = _find_script()
     if launch_flags is None and int(environ.get("WORLD_SIZE", "1")) > 1:
         _refuse_machines(int(environ["WORLD_SIZE"]) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
         count = int(environ["WORLD_SIZE"])
@@ -82,14 +90,14 @@ def find_launch_command(launcher: LauncherSettings, environ: Mapping[str, str]) 
         )
     if launch_flags is None:
         return LaunchCommand(script, environ=above)
-    wish = launch_request.parse_launch_command(launch_flags, folder, above)
-    _refuse_machines(wish.num_machines)
-    if wish.num_processes is None:
+    request = launch_request.parse_launch_command(launch_flags, folder, above)
+    _refuse_machines(request.num_machines)
+    if request.num_processes is None:
         count = int(environ.get("WORLD_SIZE", "1")) if launcher.accelerate is None else 1
         launch_flags = [*launch_flags, "--num_processes", str(count)]
     else:
-        count = wish.num_processes
-    return LaunchCommand(script, tuple(launch_flags), count, wish.use_cpu, environ=above)
+        count = request.num_processes
+    return LaunchCommand(script, tuple(launch_flags), count, request.use_cpu, environ=above)
 
 
 def environment_without_rank(environ: Mapping[str, str]) -> dict[str, str]:
@@ -109,7 +117,7 @@ def _refuse_machines(machines: int) -> None:
         )
 
 
-def _script() -> tuple[str, ...]:
+def _find_script() -> tuple[str, ...]:
     """The script that this sweep was started with, or the `luthier` command."""
     script = Path(sys.argv[0])
     if script.suffix == ".py" and script.is_file():
@@ -117,11 +125,13 @@ def _script() -> tuple[str, ...]:
     return ("-m", "luthier", "train")
 
 
-def _environment_above() -> dict[str, str] | None:
+def _find_launcher_environment() -> dict[str, str] | None:
     """The environment in which the launcher of this process was typed, before it added its own."""
     try:
         for process in psutil.Process().parents():
             command = process.cmdline()
+            # The nearest Python above is the launcher. psutil shows the environment that a process
+            # was started with, which for a launcher is the one it was typed in.
             if command and Path(command[0]).name.lower().startswith("python"):
                 return process.environ()
     except (psutil.Error, OSError):
@@ -129,7 +139,7 @@ def _environment_above() -> dict[str, str] | None:
     return None
 
 
-def _has(flags: list[str], name: str) -> bool:
+def _has_flag(flags: list[str], name: str) -> bool:
     spellings = (f"--{name}", f"--{name.replace('_', '-')}")
     return any(flag.partition("=")[0] in spellings for flag in flags)
 
@@ -170,11 +180,11 @@ def make_slots(
 
     Raises UserError where not one trial would fit, or fewer than were asked for.
     """
-    gpus = [] if on_cpu else _gpus(launcher, environ)
+    gpus = [] if on_cpu else _find_gpus(launcher, environ)
     if not gpus:
-        return _cpu_slots(launcher, processes, on_cpu, environ)
+        return _make_cpu_slots(launcher, processes, on_cpu, environ)
     each = launcher.gpus_per_trial if launcher.gpus_per_trial != "auto" else processes
-    room = _shared(gpus, each) if each < 1 else _whole(gpus, each)
+    room = _share_gpus(gpus, each) if each < 1 else _split_whole_gpus(gpus, each)
     if not room:
         raise UserError(
             f"hydra.launcher.gpus_per_trial: a trial takes {each:g} GPUs, and there are "
@@ -191,7 +201,7 @@ def make_slots(
     return [Slot(number, names) for number, names in enumerate(room[:slot_count])]
 
 
-def _whole(gpus: list[str], each: float) -> list[tuple[str, ...]]:
+def _split_whole_gpus(gpus: list[str], each: float) -> list[tuple[str, ...]]:
     if each != int(each):
         raise UserError(
             f"hydra.launcher.gpus_per_trial: {each:g} is no whole number. Write one, or a share "
@@ -201,12 +211,13 @@ def _whole(gpus: list[str], each: float) -> list[tuple[str, ...]]:
     return [tuple(gpus[n : n + size]) for n in range(0, len(gpus) - size + 1, size)]
 
 
-def _shared(gpus: list[str], share: float) -> list[tuple[str, ...]]:
-    """A GPU for each slot, and several slots for each GPU; neighbours on different GPUs."""
+def _share_gpus(gpus: list[str], share: float) -> list[tuple[str, ...]]:
+    """Give a GPU to each slot, and several slots to each GPU; neighbours are on different GPUs."""
+    # The small number is for shares such as 0.3333333334, which is meant as a third.
     return [(gpu,) for _ in range(int(1 / share + 1e-9)) for gpu in gpus]
 
 
-def _cpu_slots(
+def _make_cpu_slots(
     launcher: LocalSettings, processes: int, on_cpu: bool, environ: Mapping[str, str]
 ) -> list[Slot]:
     if launcher.gpus_per_trial != "auto":
@@ -216,16 +227,18 @@ def _cpu_slots(
             f"{why}. Leave it out to train on the CPU."
         )
     count = 1 if launcher.slots == "auto" else launcher.slots
+    # torch takes all cores for each process; side by side the trials would slow each other down.
     chosen = count == 1 or "OMP_NUM_THREADS" in environ
     threads = None if chosen else max(1, (os.cpu_count() or 1) // (count * processes))
     return [Slot(number, (), threads) for number in range(count)]
 
 
-def _gpus(launcher: LocalSettings, environ: Mapping[str, str]) -> list[str]:
+def _find_gpus(launcher: LocalSettings, environ: Mapping[str, str]) -> list[str]:
     """The GPUs that may be used, by number or name."""
     if launcher.gpus != "auto":
         return [str(gpu) for gpu in launcher.gpus]
     if "CUDA_VISIBLE_DEVICES" in environ:
+        # A negative number hides all GPUs, as CUDA reads it.
         names = [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",")]
         return [name for name in names if name and not name.startswith("-")]
     return installed_gpus()
@@ -234,6 +247,7 @@ def _gpus(launcher: LocalSettings, environ: Mapping[str, str]) -> list[str]:
 def installed_gpus() -> list[str]:
     """The NVIDIA GPUs of this machine by number, without importing torch."""
     try:
+        # Asking torch would take seconds to import it, in a process that trains nothing.
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
             capture_output=True,
@@ -246,7 +260,8 @@ def installed_gpus() -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
-# Trials as processes of this machine, each behind a guard that outlives neither.
+# Trials as processes, each behind a guard. The guard ends when its trial has ended, and ends the
+# trial when the sweep is gone.
 
 
 class GuardedJob(Protocol):
@@ -265,6 +280,7 @@ def start_guarded(
     """The command that runs another one behind a guard, with its output in files."""
     guard_command = [
         sys.executable,
+        # Isolated: PYTHONPATH and the working directory are the trial's, and could hide psutil.
         "-I",
         str(Path(guard.__file__)),
         str(grace),
@@ -278,6 +294,7 @@ class TrialProcess:
 
     def __init__(self, command: list[str], environ: Mapping[str, str], lock: int) -> None:
         """Start a guarded command. `lock`: an open file that the guard holds while it lives."""
+        # A session of its own: Ctrl-C is for the sweep, which then asks its trials one by one.
         self._guard = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

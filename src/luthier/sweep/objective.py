@@ -60,14 +60,22 @@ def read_objectives(
 ) -> tuple[tuple[Objective, ...], list[Mistake]]:
     """The objectives of a sweep over this configuration, or what is wrong with them."""
     setting = sweeper.objective
-    directions = setting if isinstance(setting, dict) else dict.fromkeys(_names(setting))
+    directions: dict[str, Direction | None]
+    if isinstance(setting, dict):
+        directions = setting
+    elif setting is None:
+        directions = {DEFAULT: None}
+    else:
+        directions = dict.fromkeys([setting] if isinstance(setting, str) else setting)
     objectives, mistakes = [], []
     if not directions:
         mistakes.append(Mistake(KEY, "is empty. Write a name, or null for the held-out loss."))
     for name, direction in directions.items():
-        wrong = _unknown(name, resolved)
+        wrong = _find_mistake(name, resolved)
         try:
-            maximize = _maximize(name, resolved) if direction is None else direction == "maximize"
+            maximize = (
+                _is_maximized(name, resolved) if direction is None else direction == "maximize"
+            )
         except UserError as error:
             wrong = wrong or str(error)
             maximize = False
@@ -76,36 +84,35 @@ def read_objectives(
     return tuple(objectives), mistakes
 
 
-def _names(setting: str | list[str] | None) -> list[str]:
-    if setting is None:
-        return [DEFAULT]
-    return [setting] if isinstance(setting, str) else setting
-
-
 def known_objectives(resolved: dict[str, Any]) -> list[str]:
     """The names that a run of this configuration is sure to know."""
     method = str(mapping_at(resolved, "trainer").get("method", "sft"))
     names = [*_LOGGED, *_RECORD]
     if _holds_out(resolved):
-        for prefix in _prefixes(resolved):
+        for prefix in _list_prefixes(resolved):
             method_names = [
                 *_RESULTS.get(method, ()),
-                *(metric.name for metric in _metrics(resolved, prefix)),
+                *(metric.name for metric in _parse_set_metrics(resolved, prefix)),
             ]
             method_names += [] if method in _WITHOUT_LOSS else [DEFAULT]
             names += [f"{prefix}{name}" for name in method_names]
             logged = ["loss", "mean_token_accuracy", "entropy", *method_names]
+            # The trainer logs `eval_SET_metric`, the record has `SET/metric`.
             names += [f"eval_{prefix.replace('/', '_')}{name}" for name in logged]
     return list(dict.fromkeys(names))
 
 
-def _unknown(name: str, resolved: dict[str, Any]) -> str | None:
+def _find_mistake(name: str, resolved: dict[str, Any]) -> str | None:
     """What is wrong with a name, as far as it can be known before anything runs."""
     names = known_objectives(resolved)
     bare = name.removeprefix("eval_")
     metric_names = [
-        metric.name for prefix in _prefixes(resolved) for metric in _metrics(resolved, prefix)
+        metric.name
+        for prefix in _list_prefixes(resolved)
+        for metric in _parse_set_metrics(resolved, prefix)
     ]
+    # A metric logs further numbers under its name (a value for each label), so containing it is
+    # enough.
     if name in names or any(metric_name in bare for metric_name in metric_names):
         return None
     method = str(mapping_at(resolved, "trainer").get("method", "sft"))
@@ -114,22 +121,24 @@ def _unknown(name: str, resolved: dict[str, Any]) -> str | None:
             "held_out_loss needs held-out rows, and there are none. Hold rows out "
             f"(dataset.eval.share=0.05), or name another objective ({KEY}=loss)."
         )
+    # Methods of TRL log more than is listed here: only what looks like a typing error is refused.
     if method in _CLOSED or difflib.get_close_matches(name, names, 1, _A_TYPO):
         return f"a run of this configuration does not log {name!r}. {suggest_options(name, names)}"
     return None
 
 
-def _maximize(name: str, resolved: dict[str, Any]) -> bool:
+def _is_maximized(name: str, resolved: dict[str, Any]) -> bool:
     """Whether more is better; raises UserError where that is not known."""
     from luthier.metrics import greater_is_better
 
     bare = name.removeprefix("eval_")
-    for prefix in _prefixes(resolved):
+    for prefix in _list_prefixes(resolved):
         inner = bare.removeprefix(prefix).removeprefix(prefix.replace("/", "_"))
-        metrics = _metrics(resolved, prefix)
+        metrics = _parse_set_metrics(resolved, prefix)
         if any(inner == metric.name or inner.startswith(f"{metric.name}/") for metric in metrics):
             return greater_is_better(metrics, inner, "trainer.evaluation.metrics")
         bare = inner
+    # What no metric of the run claims is decided by its name.
     if bare.endswith("loss") or bare in _LESS:
         return False
     if bare in _MORE:
@@ -142,12 +151,12 @@ def _holds_out(resolved: dict[str, Any]) -> bool:
     return any(held.get(way) for way in ("path", "split", "share", "count", "sets"))
 
 
-def _prefixes(resolved: dict[str, Any]) -> list[str]:
+def _list_prefixes(resolved: dict[str, Any]) -> list[str]:
     """What stands before the names of each evaluation set; the main one has nothing."""
     return ["", *(f"{name}/" for name in mapping_at(resolved, "dataset.eval.sets"))]
 
 
-def _metrics(resolved: dict[str, Any], prefix: str) -> list[Any]:
+def _parse_set_metrics(resolved: dict[str, Any], prefix: str) -> list[Any]:
     from luthier.metrics import parse_metrics
 
     evaluation = mapping_at(resolved, "trainer.evaluation")
@@ -169,7 +178,7 @@ def pruning_signal(
 ) -> PruningSignal | Mistake:
     """What a pruner looks at, or why there is nothing for it to see."""
     objective = objectives[0]
-    name = sweeper.prune_by or _while_training(objective.name, resolved)
+    name = sweeper.prune_by or _find_logged_name(objective.name, resolved)
     key = "hydra.sweeper.pruner"
     if len(objectives) > 1:
         return Mistake(
@@ -188,17 +197,19 @@ def pruning_signal(
             f"needs {name} while training, and nothing is evaluated on the way. "
             "Add trainer.args.eval_strategy=steps, or set the pruner to none.",
         )
-    wrong = _unknown(name, resolved)
+    wrong = _find_mistake(name, resolved)
     if wrong:
         return Mistake("hydra.sweeper.prune_by", wrong)
     try:
-        opposite = sweeper.prune_by is not None and _maximize(name, resolved) != objective.maximize
+        opposite = (
+            sweeper.prune_by is not None and _is_maximized(name, resolved) != objective.maximize
+        )
     except UserError:
         opposite = False
     return PruningSignal(name, opposite)
 
 
-def _while_training(name: str, resolved: dict[str, Any]) -> str | None:
+def _find_logged_name(name: str, resolved: dict[str, Any]) -> str | None:
     """The name under which an objective is logged at evaluations; None if it is not."""
     if name in _RECORD:
         return None
@@ -206,13 +217,14 @@ def _while_training(name: str, resolved: dict[str, Any]) -> str | None:
         return name
     prefix, _, bare = (
         name.rpartition("/")
-        if f"{name.rpartition('/')[0]}/" in _prefixes(resolved)
+        if f"{name.rpartition('/')[0]}/" in _list_prefixes(resolved)
         else ("", "", name)
     )
     label = f"{prefix}_" if prefix else ""
     if bare == DEFAULT:
         return f"eval_{label}loss"
-    replies = any(bare.split("/")[0] == metric.name for metric in _metrics(resolved, ""))
+    # Replies are generated at evaluations only where the run is told to; otherwise at its ends.
+    replies = any(bare.split("/")[0] == metric.name for metric in _parse_set_metrics(resolved, ""))
     if replies and mapping_at(resolved, "trainer.evaluation").get("when") != "evaluations":
         return None
     return f"eval_{label}{bare}"
@@ -223,6 +235,7 @@ def measure_objectives(
 ) -> dict[str, float]:
     """All numbers that a run left: its results, its record, and the last of each logged metric."""
     measures: dict[str, float] = {}
+    # Later rows overwrite earlier ones: the last number of each metric stays.
     for row in rows:
         measures |= {name: float(number) for name, number in row.items() if _is_number(number)}
     for name in ("seconds", "training_seconds"):
@@ -236,4 +249,5 @@ def measure_objectives(
 
 
 def _is_number(candidate: Any) -> bool:
+    # True is an int in Python, and no measure.
     return isinstance(candidate, int | float) and not isinstance(candidate, bool)

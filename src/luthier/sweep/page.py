@@ -61,6 +61,7 @@ def write_page(
     sections = [f"<h1>{html.escape(title)}</h1><p>{html.escape(goal)}; {_count_states(trials)}</p>"]
     sections.append(f"<h2>Trials, the best first</h2>{_trial_table(trials, objectives)}")
     for plot in plots:
+        # Within the page, so that one file can be sent to others.
         data = base64.b64encode(plot.read_bytes()).decode()
         heading = _HEADINGS[plot.stem]
         image = f'<img alt="{heading}" src="data:image/png;base64,{data}">'
@@ -98,6 +99,7 @@ def _trial_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> st
         rows.append(f"<tr{style}>{row}</tr>")
         if trial.error:
             error = html.escape(trial.error)
+            # An error is long and would stretch a column; in a row of its own it has the width.
             rows.append(f'<tr><td class="error" colspan="{len(cells)}">{error}</td></tr>')
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'

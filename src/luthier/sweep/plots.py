@@ -52,6 +52,7 @@ def draw_plots(
         return []
     import matplotlib
 
+    # Machines that train have no display, and the default backend may look for one.
     matplotlib.use("Agg")
     paths = [
         _plot_parameters(finished, objectives, folder / "parameters.png"),
@@ -238,6 +239,7 @@ def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path:
             axes.scatter(scale.positions[row], values[row], color=EVAL_COLOR, s=46, zorder=3)
         if scale.is_log:
             axes.set_xscale("log")
+            # On a log scale matplotlib labels minor ticks too, over the labels of the values.
             axes.xaxis.set_minor_formatter(lambda value, position: "")
         if len(scale.ticks) <= _MOST_DISCRETE_NUMBERS:
             axes.set_xticks(scale.ticks, scale.labels)
@@ -273,6 +275,7 @@ def _plot_parallel_coordinates(
     heights = np.stack([scale.to_fractions(scale.positions) for _, scale in scales])
     first = objectives[0]
     goodness = heights[len(names)] if first.maximize else 1 - heights[len(names)]
+    # The best lines are drawn last and lie on top.
     for row in np.argsort(goodness, kind="stable"):
         color = colormaps["viridis_r"](0.15 + 0.85 * goodness[row])
         width = 1 + 1.6 * goodness[row]

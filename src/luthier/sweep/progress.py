@@ -42,7 +42,7 @@ class PlainProgress:
     def started(self, trial: Trial, where: str) -> None:
         """Say which point is tried, and where."""
         again = " again" if trial.attempts > 1 or trial.step else ""
-        self.say(f"{_name(trial)} starts{again} on {where}: {format_params(trial.params)}")
+        self.say(f"{_label_trial(trial)} starts{again} on {where}: {format_params(trial.params)}")
 
     def ended(self, trial: Trial) -> None:
         """Say what came out."""
@@ -55,19 +55,21 @@ class PlainProgress:
         why = f": {trial.error.splitlines()[-1]}" if trial.error else ""
         is_best = trial in best_trial(list(self._ended.values()), self._objectives)
         mark = "  (best so far)" if is_best else ""
+        # The person need not know which of the two it is: the same command goes on with both.
         state = "can go on" if trial.state in ("waiting", "interrupted") else trial.state
         took = format_time(trial.seconds)
-        self.say(f"{_name(trial)} {state} after {took}{why}  {numbers}{mark}".rstrip())
+        self.say(f"{_label_trial(trial)} {state} after {took}{why}  {numbers}{mark}".rstrip())
 
     def show(self, trials: list[Trial], running: dict[int, str]) -> None:
-        """Nothing: lines say what changes."""
+        """Do nothing: the lines already say what changes."""
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
+        # Overrides such as lora.target_modules=[q_proj] are text, and rich would read the brackets.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no display is open."""
 
 
 class LiveTable(PlainProgress):
@@ -80,13 +82,14 @@ class LiveTable(PlainProgress):
         self._drawn = 0.0
 
     def started(self, trial: Trial, where: str) -> None:
-        """Nothing: the table shows it."""
+        """Do nothing: the table shows it."""
 
     def show(self, trials: list[Trial], running: dict[int, str]) -> None:
         """Draw the table, twice a second, as far as the terminal has room."""
         if time.monotonic() - self._drawn < _EVERY:
             return
         self._drawn = time.monotonic()
+        # rich's Live leaves lines behind when a table is higher than the terminal.
         room = max(3, self._console.size.height - _HEAD)
         table = trial_table(trials, self._objectives, running, room)
         self._live.update(Group(table, Text(), summary_line(trials, self._objectives, self._total)))
@@ -107,5 +110,5 @@ def summary_line(trials: Sequence[Trial], objectives: Sequence[Objective], total
     return Text(f"{total} trials: {', '.join(counted_states)}{leader}", style="dim")
 
 
-def _name(trial: Trial) -> str:
+def _label_trial(trial: Trial) -> str:
     return f"trial {trial.name}"

@@ -32,18 +32,21 @@ def write_recipe(planned: SweepPlan, trial: Trial, name: str, count: int) -> Pat
     It is composed again and held against the trial: what typing means and a recipe does not (such
     as `debug`) becomes keys. Raises UserError where a recipe cannot say the same.
     """
-    path = _path(planned, name)
+    path = _recipe_path(planned, name)
     choices = planned.choices(trial.params)
     typed, _ = parse_overrides(choices)
     resolved = load_config(choices).resolved
-    keys = _typed_keys(typed, resolved)
+    keys = _collect_typed_keys(typed, resolved)
+    # A key that is added may change what others come to (through an interpolation), so it is
+    # compared anew.
     for _ in range(3):
-        write_text(path, _text(planned, trial, name, count, typed, keys))
-        with _found_in(path.parent):
-            differing = _compared(name, resolved)
+        write_text(path, _format_recipe(planned, trial, name, count, typed, keys))
+        with _search_recipes_in(path.parent):
+            differing = _compare_recipe(name, resolved)
         if not differing:
             return path
         keys |= differing
+    # A recipe that trains something else would be worse than none.
     path.unlink()
     raise UserError(f"a recipe cannot say {', '.join(differing)} as it was typed.")
 
@@ -63,19 +66,20 @@ def parameter_names(planned: SweepPlan, leaders: Sequence[Trial]) -> dict[int, s
     return {trial.number: f"{stem}_{trial.name}" for trial in leaders}
 
 
-def _path(planned: SweepPlan, name: str) -> Path:
+def _recipe_path(planned: SweepPlan, name: str) -> Path:
     return planned.folder.path / "recipes" / f"{name}.yaml"
 
 
 def _is_taken(planned: SweepPlan, name: str) -> bool:
     there = list_options("recipe").get(name)
-    return there is not None and there.resolve() != _path(planned, name).resolve()
+    return there is not None and there.resolve() != _recipe_path(planned, name).resolve()
 
 
 @contextmanager
-def _found_in(folder: Path) -> Iterator[None]:
+def _search_recipes_in(folder: Path) -> Iterator[None]:
     """Have the recipes of a folder found, as the command that is printed does."""
     before = os.environ.get("LUTHIER_RECIPES")
+    # In front of the user's own folders, so that this very file is what is found.
     os.environ["LUTHIER_RECIPES"] = os.pathsep.join([str(folder), *([before] if before else [])])
     try:
         yield
@@ -84,10 +88,12 @@ def _found_in(folder: Path) -> Iterator[None]:
         os.environ |= {"LUTHIER_RECIPES": before} if before else {}
 
 
-def _typed_keys(typed: Sequence[TypedOverride], resolved: dict[str, Any]) -> dict[str, Any]:
+def _collect_typed_keys(typed: Sequence[TypedOverride], resolved: dict[str, Any]) -> dict[str, Any]:
     """The keys that were typed or searched, with the values that they came to have."""
     keys = {
-        override.key: _at(resolved, override.key) for override in typed if not override.is_group
+        override.key: _value_at(resolved, override.key)
+        for override in typed
+        if not override.is_group
     }
     return {
         key: value
@@ -96,24 +102,25 @@ def _typed_keys(typed: Sequence[TypedOverride], resolved: dict[str, Any]) -> dic
     }
 
 
-def _at(resolved: dict[str, Any], key: str) -> Any:
+def _value_at(resolved: dict[str, Any], key: str) -> Any:
     node: Any = resolved
     for name in key.split("."):
         node = node.get(name, _ABSENT) if isinstance(node, dict) else _ABSENT
     return node
 
 
-def _compared(name: str, resolved: dict[str, Any]) -> dict[str, Any]:
+def _compare_recipe(name: str, resolved: dict[str, Any]) -> dict[str, Any]:
     """The keys in which a recipe differs from what is wanted, with the wanted values."""
     try:
-        return _differing(load_config([f"recipe={name}"]).resolved, resolved)
-    except UserError:  # keys that exclude each other: what is wrong with it is among what differs
-        return _differing(
+        return _find_differences(load_config([f"recipe={name}"]).resolved, resolved)
+    except UserError:
+        # Keys that exclude each other: what is wrong with the recipe is among what differs.
+        return _find_differences(
             resolve_config(compose_config([f"recipe={name}"])), resolved, is_whole=False
         )
 
 
-def _differing(
+def _find_differences(
     composed: Any, resolved: Any, prefix: str = "", is_whole: bool = True
 ) -> dict[str, Any]:
     """The keys in which two configurations differ, with the wanted values; None for none.
@@ -126,11 +133,13 @@ def _differing(
     for name in {**resolved, **composed} if is_whole else composed:
         key = f"{prefix}.{name}".lstrip(".")
         if key.split(".")[0] not in _NOT_OF_A_RECIPE:
-            keys |= _differing(composed.get(name, _ABSENT), resolved.get(name), key, is_whole)
+            keys |= _find_differences(
+                composed.get(name, _ABSENT), resolved.get(name), key, is_whole
+            )
     return keys
 
 
-def _text(
+def _format_recipe(
     planned: SweepPlan,
     trial: Trial,
     name: str,
@@ -138,11 +147,12 @@ def _text(
     typed: Sequence[TypedOverride],
     keys: dict[str, Any],
 ) -> str:
-    lines = [*_header(planned, trial, name, count), *_defaults(typed)]
-    return "\n".join([*lines, *_settings(keys, {key.lstrip("+") for key in trial.params})]) + "\n"
+    lines = [*_header_lines(planned, trial, name, count), *_default_lines(typed)]
+    lines += _setting_lines(keys, {key.lstrip("+") for key in trial.params})
+    return "\n".join(lines) + "\n"
 
 
-def _header(planned: SweepPlan, trial: Trial, name: str, count: int) -> list[str]:
+def _header_lines(planned: SweepPlan, trial: Trial, name: str, count: int) -> list[str]:
     values = ", ".join(
         f"{objective.name} {format_number(trial.values.get(objective.name))}"
         for objective in planned.objectives
@@ -154,7 +164,7 @@ def _header(planned: SweepPlan, trial: Trial, name: str, count: int) -> list[str
     return [what, f"# Needs: what {needs}.", f"# Command: {train_command(planned, name)}"]
 
 
-def _defaults(typed: Sequence[TypedOverride]) -> list[str]:
+def _default_lines(typed: Sequence[TypedOverride]) -> list[str]:
     """What it inherits, and the options that were typed or searched."""
     chosen = {
         override.key: override.value
@@ -171,7 +181,7 @@ def _defaults(typed: Sequence[TypedOverride]) -> list[str]:
     return ["defaults:", *entries, ""] if entries else []
 
 
-def _settings(keys: dict[str, Any], searched: set[str]) -> list[str]:
+def _setting_lines(keys: dict[str, Any], searched: set[str]) -> list[str]:
     """The keys as YAML, each line with where its value is from."""
     tree: dict[str, Any] = {}
     for key, value in keys.items():
@@ -180,7 +190,7 @@ def _settings(keys: dict[str, Any], searched: set[str]) -> list[str]:
         for component in path:
             node = node.setdefault(component, {})
         node[name] = _Leaf(value, "searched" if key in searched else "typed")
-    return _lines(tree, "")
+    return _tree_lines(tree, "")
 
 
 class _Leaf(NamedTuple):
@@ -188,20 +198,19 @@ class _Leaf(NamedTuple):
     origin: str
 
 
-def _lines(tree: dict[str, Any], indent: str) -> list[str]:
+def _tree_lines(tree: dict[str, Any], indent: str) -> list[str]:
     lines = []
     for name, node in tree.items():
         if isinstance(node, _Leaf):
-            lines.append(f"{indent}{name}: {_flow(node.value)}  # {node.origin}")
+            # Flow style on one endless line; for a bare number PyYAML adds an end mark, "...".
+            value = yaml.safe_dump(
+                node.value, default_flow_style=True, allow_unicode=True, width=math.inf
+            )
+            value = value.removesuffix("...\n").strip()
+            lines.append(f"{indent}{name}: {value}  # {node.origin}")
         else:
-            lines += [f"{indent}{name}:", *_lines(node, f"{indent}  ")]
+            lines += [f"{indent}{name}:", *_tree_lines(node, f"{indent}  ")]
     return lines
-
-
-def _flow(value: Any) -> str:
-    """A value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
-    return text.removesuffix("...\n").strip()
 
 
 # The results of a sweep: table, `results.csv`, plots, HTML page, the best trial as a recipe.
@@ -251,6 +260,7 @@ def _write_recipes(
     planned: SweepPlan, trials: Sequence[Trial], console: Console
 ) -> list[tuple[str, Path]]:
     """Write the best trials as recipes, and return the command that trains each, and its file."""
+    # A front of three objectives may hold most of the trials.
     best_trials = best_trial(trials, planned.objectives)[:_MOST_RECIPES]
     written = []
     for number, name in parameter_names(planned, best_trials).items() if best_trials else ():

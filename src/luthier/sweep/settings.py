@@ -44,6 +44,7 @@ class RandomSettings(SweeperSettings):
 class OptunaSettings(RandomSettings):
     """Points that Optuna chooses by what came out so far."""
 
+    # The study knows a failed point and draws others; trying it again would tell it twice.
     retry_failed: Literal[False] = False
     sampler: Named = "tpe"
     pruner: Named = "none"
@@ -115,11 +116,11 @@ def read_settings(
         try:
             settings[group] = model.model_validate(values)
         except Invalid as error:
-            mistakes += _mistakes(error, f"hydra.{group}", values, model)
+            mistakes += _describe_errors(error, f"hydra.{group}", values, model)
     return settings.get("sweeper"), settings.get("launcher"), mistakes
 
 
-def _mistakes(
+def _describe_errors(
     error: Invalid, key_prefix: str, values: Mapping[str, Any], model: type[BaseModel]
 ) -> list[Mistake]:
     wrong: dict[str, Mistake] = {}
@@ -127,15 +128,16 @@ def _mistakes(
         name = str(detail["loc"][0])
         key = f"{key_prefix}.{name}"
         if detail["type"] == "extra_forbidden":
-            text = _no_setting(name, key_prefix, values, model)
+            text = _describe_unknown_setting(name, key_prefix, values, model)
         else:
             fits = _WORDS.get(name) or f"{detail['msg']}."
             text = f"{format_value(values.get(name))} does not fit. {fits}"
+        # A union reports each of its members; one mistake for a key is enough.
         wrong.setdefault(key, Mistake(key, text))
     return list(wrong.values())
 
 
-def _no_setting(
+def _describe_unknown_setting(
     name: str, key_prefix: str, values: Mapping[str, Any], model: type[BaseModel]
 ) -> str:
     names = [key for key in model.model_fields if key != "kind"]

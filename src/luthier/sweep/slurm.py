@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +37,13 @@ class TrialCommand:
     def __call__(self) -> int:
         """Run the trial; returns its exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._cancelled)
+            signal.signal(number, self._handle_cancel)
+        environ = environment_without_rank(os.environ)
+        environ = {n: text for n, text in environ.items() if not n.startswith("SUBMITIT_")}
+        # In a session of its own, so that a signal to the job's group reaches this process alone.
         started = subprocess.Popen(
-            self.words, cwd=self.folder, stdin=subprocess.PIPE, start_new_session=True,
-            env=_environment(os.environ),
-        )  # fmt: skip
+            self.words, cwd=self.folder, stdin=subprocess.PIPE, start_new_session=True, env=environ
+        )
         assert started.stdin is not None
         self._guard, self._pipe = started.pid, started.stdin.fileno()
         while not self._has_ended():
@@ -53,15 +54,15 @@ class TrialCommand:
         """Have the trial write its checkpoint when the job's time is over, and submit it again."""
         import submitit
 
-        self._end()
+        self._end_trial()
         again = TrialCommand(self.words, self.folder, self.grace)
         return submitit.helpers.DelayedSubmission(again)
 
-    def _cancelled(self, *_: Any) -> None:
+    def _handle_cancel(self, *_: Any) -> None:
         """The sweep cancels the job: the trial ends with a checkpoint, and the job with it."""
-        self._end()
+        self._end_trial()
 
-    def _end(self) -> None:
+    def _end_trial(self) -> None:
         if self._guard is None:
             return
         os.write(self._pipe, b"x")
@@ -74,20 +75,16 @@ class TrialCommand:
         if self._code is None:
             try:
                 pid, status = os.waitpid(self._guard, os.WNOHANG)
+            # Collected by the other caller: the loop, or a signal's handler within it.
             except ChildProcessError:
                 return True
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code is not None
 
     def __getstate__(self) -> dict[str, Any]:
+        # submitit pickles the command to submit it again; the old process and pipe mean nothing
+        # then.
         return self.__dict__ | {"_guard": None, "_pipe": -1, "_code": None}
-
-
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The job's environment as a trial gets it."""
-    return {
-        n: t for n, t in environment_without_rank(environ).items() if not n.startswith("SUBMITIT_")
-    }
 
 
 class SubmittedJob:
@@ -109,6 +106,7 @@ class SubmittedJob:
 
     def stop(self) -> None:
         """Cancel it; the trial writes its checkpoint first."""
+        # Unchecked: scancel fails for a job that has ended in the meantime, which is as good.
         self._job.cancel(check=False)
         self._given_up = min(self._given_up, time.monotonic() + self._grace + _PATIENCE)
 
@@ -122,9 +120,9 @@ class SlurmCluster:
         self.slots = [f"job {number + 1}" for number in range(settings.slots)]
         self._settings, self._launch, self._folder = settings, launch, planned.folder
         self._on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
-        self._executor = make_executor(settings, self._gpus(), planned.folder)
+        self._executor = make_executor(settings, self._count_gpus(), planned.folder)
 
-    def _gpus(self) -> int:
+    def _count_gpus(self) -> int:
         each = self._settings.gpus_per_trial
         if each == "auto":
             local = self._settings.cluster == "local"
@@ -176,12 +174,11 @@ def make_executor(
 
     try:
         executor = submitit.AutoExecutor(folder.path / "jobs", cluster=settings.cluster)
+        # What the user set comes last and wins.
         parameters = {"gpus_per_node": gpus, "name": folder.path.name[:40], **settings.parameters}
         executor.update_parameters(**parameters)
+    # submitit 1.5.4 has no error of its own: an unknown parameter is a NameError, a missing sbatch
+    # a RuntimeError.
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"hydra/launcher={_name(settings)}: {error}") from error
+        raise UserError(f"hydra/launcher=submitit_{settings.cluster}: {error}") from error
     return executor
-
-
-def _name(settings: SubmititSettings) -> str:
-    return f"submitit_{settings.cluster}"

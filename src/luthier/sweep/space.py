@@ -15,6 +15,7 @@ from luthier.errors import Mistake, format_value, suggest_options
 
 KEY = "hydra.sweeper.params"
 _BETWEEN = 0.381
+"""Where between its bounds an interval is checked: a share that no round number hits."""
 _RUN = ("output_dir", "overwrite", "dry_run")
 _FORMS = "Write lora.r=8,16,32, range(1,9,2), interval(0.1,0.5) or tag(log,interval(1e-5,1e-3))"
 
@@ -88,23 +89,27 @@ def read_space(
     fixed, mistakes, typed = [], [], set()
     entries = [(line, line) for line in lines]
     entries += [
-        (f"{key}={_text(values)}", f"{KEY}.{key}") for key, values in flatten_values(params)
+        (f"{key}={_format_entry(values)}", f"{KEY}.{key}") for key, values in flatten_values(params)
     ]
     for line, source_key in entries:
         try:
             override = parser.parse_override(line)
         except HydraException as error:
-            mistakes += [Mistake(source_key, _unreadable(error))] if source_key != line else []
-            fixed += [line] if source_key == line else []  # the trial's own check says it
+            mistakes += (
+                [Mistake(source_key, _describe_parse_error(error))] if source_key != line else []
+            )
+            # A typed word that cannot be read stays: the check of the configuration reports it.
+            fixed += [line] if source_key == line else []
             continue
         bare = override.get_key_element().lstrip("+~")
+        # Typed words come first in the list, so their keys are known when YAML is read.
         if source_key != line and bare in typed:
             continue
         typed.add(bare)
         if not override.is_sweep_override():
             fixed.append(line)
             continue
-        axis = _axis(override, line.partition("=")[2])
+        axis = _read_axis(override, line.partition("=")[2])
         if isinstance(axis, str):
             mistakes.append(Mistake(source_key if source_key != line else bare, axis))
         else:
@@ -129,27 +134,27 @@ def flatten_values(params: Mapping[str, Any], prefix: str = "") -> list[tuple[st
     return leaves
 
 
-def _text(values: Any) -> str:
+def _format_entry(values: Any) -> str:
     """An entry of YAML in Hydra's grammar; a list is the values to try."""
     if isinstance(values, list):
-        return f"choice({','.join(_quoted(item) for item in values)})"
+        return f"choice({','.join(_quote_item(item) for item in values)})"
     return values if isinstance(values, str) else format_value(values)
 
 
-def _quoted(item: Any) -> str:
+def _quote_item(item: Any) -> str:
     if isinstance(item, list):
-        return f"[{','.join(_quoted(element) for element in item)}]"
+        return f"[{','.join(_quote_item(element) for element in item)}]"
     if isinstance(item, str):
         return "'" + item.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return format_value(item)
 
 
-def _unreadable(error: HydraException) -> str:
+def _describe_parse_error(error: HydraException) -> str:
     first = str(error).strip().splitlines()[0]
     return f"cannot be read ({first}). {_FORMS}; within {{...}} of YAML, in quotes."
 
 
-def _axis(override: Override, text: str) -> SearchAxis | str:
+def _read_axis(override: Override, text: str) -> SearchAxis | str:
     """The axis that an override stands for, or what is wrong with it."""
     key, sweep = override.get_key_element(), override.value()
     bare = key.lstrip("+~")
@@ -158,8 +163,8 @@ def _axis(override: Override, text: str) -> SearchAxis | str:
     if bare in _RUN or bare.split(".")[0].split("/")[0] == "hydra":
         return f"{text} is several values, and a sweep has one {bare}. Write {bare}=VALUE."
     if isinstance(sweep, IntervalSweep):
-        return _interval(key, text, sweep)
-    values = _glob(bare, sweep) if isinstance(sweep, Glob) else _values(override)
+        return _read_interval(key, text, sweep)
+    values = _match_options(bare, sweep) if isinstance(sweep, Glob) else _list_values(override)
     if isinstance(values, str):
         return values
     if len(set(values)) < len(values):
@@ -174,7 +179,7 @@ def _axis(override: Override, text: str) -> SearchAxis | str:
     return SearchAxis(key, text, values)
 
 
-def _interval(key: str, text: str, sweep: IntervalSweep) -> SearchAxis | str:
+def _read_interval(key: str, text: str, sweep: IntervalSweep) -> SearchAxis | str:
     unknown = [tag for tag in sweep.tags if tag != "log"]
     if unknown:
         return f"tag {unknown[0]!r} means nothing here. The only tag is log."
@@ -188,7 +193,7 @@ def _interval(key: str, text: str, sweep: IntervalSweep) -> SearchAxis | str:
     return SearchAxis(key, text, (), sweep.start, sweep.end, None, log, is_integer)
 
 
-def _values(override: Override) -> tuple[str, ...] | str:
+def _list_values(override: Override) -> tuple[str, ...] | str:
     sweep = override.value()
     if isinstance(sweep, ChoiceSweep) and sweep.shuffle:
         return "shuffle() draws another order at each start. Take hydra/sweeper=random."
@@ -205,11 +210,12 @@ def _values(override: Override) -> tuple[str, ...] | str:
 
 def _is_before(number: float, sweep: RangeSweep) -> bool:
     assert sweep.stop is not None
+    # A billionth of a step is far above the noise of floats and far below a value of its own.
     near = 1e-9 * abs(sweep.step)
     return number < sweep.stop - near if sweep.step > 0 else number > sweep.stop + near
 
 
-def _glob(group: str, sweep: Glob) -> tuple[str, ...] | str:
+def _match_options(group: str, sweep: Glob) -> tuple[str, ...] | str:
     """The options of a group whose names fit."""
     if group not in (*GROUPS, "recipe"):
         return f"glob() lists the options of a group. {suggest_options(group, (*GROUPS, 'recipe'))}"

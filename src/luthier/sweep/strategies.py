@@ -1,4 +1,7 @@
-"""Optuna's study: which point is next, and which trial is not worth its time; kept on disk."""
+"""Which points a sweep tries: a grid, points drawn at random, or those that Optuna asks for.
+
+Optuna's study lies in the sweep's folder; it also says which trial is not worth its time.
+"""
 
 import inspect
 import itertools
@@ -19,8 +22,7 @@ from luthier.sweep.trials import Trial
 if TYPE_CHECKING:
     import optuna
 
-
-# Points of a space: all of a grid, or some drawn at random, the same at every start.
+# Points that are known ahead: all of a grid, or some drawn at random, the same at every start.
 
 Point = dict[str, str]
 _PATIENCE = 1000
@@ -75,6 +77,7 @@ def random_points(space: SearchSpace, count: int, seed: int) -> list[Point]:
     points: dict[tuple[str, ...], Point] = {}
     repeated = 0
     while len(points) < min(count, space.size) and repeated < _PATIENCE:
+        # Every axis is drawn, whether or not the point is new: a longer list then begins alike.
         point = {axis.key: draw_points(axis, dice) for axis in space.axes}
         repeated = repeated + 1 if tuple(point.values()) in points else 0
         points.setdefault(tuple(point.values()), point)
@@ -88,16 +91,20 @@ def draw_points(axis: SearchAxis, dice: random.Random) -> str:
     if axis.whole and not axis.log:
         return str(dice.randint(round(axis.low), round(axis.high)))
     if not axis.log:
-        return axis.number(_short(dice.uniform(axis.low, axis.high)))
+        return axis.number(_round_digits(dice.uniform(axis.low, axis.high)))
     low, high = math.log(axis.low), math.log(axis.high)
+    # exp(log(x)) may miss a bound by its last digit and lie outside the axis.
     drawn = math.exp(dice.uniform(low, high))
-    return axis.number(_short(min(max(drawn, axis.low), axis.high)))
+    return axis.number(_round_digits(min(max(drawn, axis.low), axis.high)))
 
 
-def _short(drawn: float) -> float:
+def _round_digits(drawn: float) -> float:
     """Six digits: what can be typed again."""
     return float(f"{drawn:.6g}")
 
+
+# Points that depend on what came out: Optuna. It is imported where it is used, since a sweep over a
+# grid works without it.
 
 _SAMPLERS = {
     "tpe": "TPESampler",
@@ -124,29 +131,31 @@ def check_strategy(settings: OptunaSettings) -> list[Mistake]:
     if find_spec("optuna") is None:
         text = "optuna is not installed. Install it: pip install 'luthier[sweep]'."
         return [Mistake("hydra/sweeper", text)]
-    results = [_made("sampler", settings.sampler, _SAMPLERS, {"seed": 0})]
-    results += [_made("pruner", settings.pruner, _PRUNERS, {})]
+    results = [_make_component("sampler", settings.sampler, _SAMPLERS, {"seed": 0})]
+    results += [_make_component("pruner", settings.pruner, _PRUNERS, {})]
     return [result for result in results if isinstance(result, Mistake)]
 
 
 def has_pruner(settings: OptunaSettings) -> bool:
     """Whether bad trials are to be ended early."""
-    return _taken(settings.pruner)[0] != "none"
+    return _split_setting(settings.pruner)[0] != "none"
 
 
-def _taken(setting: Named) -> tuple[str, dict[str, Any]]:
+def _split_setting(setting: Named) -> tuple[str, dict[str, Any]]:
     if isinstance(setting, str):
         return setting, {}
     rest = {key: option for key, option in setting.items() if key != "name"}
     return str(setting.get("name")), rest
 
 
-def _made(role: str, setting: Named, classes: Mapping[str, str], more: dict[str, Any]) -> Any:
+def _make_component(
+    role: str, setting: Named, classes: Mapping[str, str], more: dict[str, Any]
+) -> Any:
     """The sampler or pruner with its settings, or the mistake in them."""
     import optuna
 
     key = f"hydra.sweeper.{role}"
-    name, rest = _taken(setting)
+    name, rest = _split_setting(setting)
     if name not in classes:
         return Mistake(key, f"there is no {role} {name!r}. {suggest_options(name, classes)}")
     missing = [package for package in _PACKAGES.get(name, ()) if find_spec(package) is None]
@@ -154,10 +163,11 @@ def _made(role: str, setting: Named, classes: Mapping[str, str], more: dict[str,
         return Mistake(key, f"{name} needs {missing[0]}. Install it: pip install {missing[0]}.")
     module = optuna.samplers if role == "sampler" else optuna.pruners
     optuna_class = getattr(module, classes[name])
-    wrong = _wrong_setting(optuna_class, rest, key)
+    wrong = _find_wrong_setting(optuna_class, rest, key)
     if wrong:
         return wrong
     with warnings.catch_warnings():
+        # Optuna 5.0.0 warns of each experimental sampler, and users who name one know which it is.
         warnings.simplefilter("ignore")
         try:
             return optuna_class(**rest, **more)
@@ -165,7 +175,7 @@ def _made(role: str, setting: Named, classes: Mapping[str, str], more: dict[str,
             return Mistake(key, f"{name}: {error}")
 
 
-def _wrong_setting(
+def _find_wrong_setting(
     optuna_class: Callable[..., Any], rest: dict[str, Any], key: str
 ) -> Mistake | None:
     parameters = [name for name in inspect.signature(optuna_class).parameters if name != "seed"]
@@ -195,6 +205,7 @@ class OptunaStrategy:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A journal is one file that is only appended to: it needs no database and survives kill -9.
         backend = JournalFileBackend(str(path))
         self._study: optuna.Study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
@@ -204,10 +215,10 @@ class OptunaStrategy:
         )
         before = len(self._study.trials)
         # With the seed of the start it would draw the points of the start again.
-        self._study.sampler = _made(
+        self._study.sampler = _make_component(
             "sampler", settings.sampler, _SAMPLERS, {"seed": settings.seed + before}
         )
-        self._study.pruner = _made("pruner", settings.pruner, _PRUNERS, {})
+        self._study.pruner = _make_component("pruner", settings.pruner, _PRUNERS, {})
         self._space, self._objectives, self._watched = space, objectives, watched
         self.total = settings.n_trials
         self._refuse_other_directions(path)
@@ -223,14 +234,15 @@ class OptunaStrategy:
     def next(self, trials: list[Trial]) -> Point | None:
         """A point that this study was not asked for before."""
         drawn_count = len(self._study.trials)
-        if drawn_count > len(trials):  # drawn, and its trial was not written before the sweep ended
-            return self._point(self._study.trials[len(trials)].params)
+        if drawn_count > len(trials):
+            # The point was drawn, and the sweep ended before its trial was written.
+            return self._make_point(self._study.trials[len(trials)].params)
         if drawn_count >= self.total:
             return None
-        drawn = self._study.ask({axis.name: _distribution(axis) for axis in self._space.axes})
-        return self._point(drawn.params)
+        drawn = self._study.ask({axis.name: _make_distribution(axis) for axis in self._space.axes})
+        return self._make_point(drawn.params)
 
-    def _point(self, params: Mapping[str, Any]) -> Point:
+    def _make_point(self, params: Mapping[str, Any]) -> Point:
         return {
             axis.key: axis.number(params[axis.name]) if _is_number(axis) else params[axis.name]
             for axis in self._space.axes
@@ -240,15 +252,19 @@ class OptunaStrategy:
         """Tell the pruner what was measured at a step, and ask it."""
         if self._watched is None or not math.isfinite(value):
             return False
-        handle = self._handle(trial)
+        handle = self._open_trial(trial)
         if step in self._study.trials[trial.number].intermediate_values:
-            return False  # a trial that went on from a checkpoint says it again
+            # A trial that went on from a checkpoint logs its steps again; Optuna 5.0.0 would warn
+            # that it ignores the value.
+            return False
         handle.report(-value if self._watched.opposite else value, step)
         return handle.should_prune()
 
-    def _handle(self, trial: Trial) -> "optuna.Trial":
+    def _open_trial(self, trial: Trial) -> "optuna.Trial":
         import optuna
 
+        # Optuna 5.0.0 has no public way to take up a trial that an earlier process asked for;
+        # `_trial_id` is the number that its storage gave it.
         return optuna.Trial(self._study, self._study.trials[trial.number]._trial_id)
 
     def tell(self, trial: Trial) -> None:
@@ -260,6 +276,7 @@ class OptunaStrategy:
         values = [trial.values.get(objective.name, math.nan) for objective in self._objectives]
         if trial.state == "pruned":
             self._study.tell(trial.number, state=TrialState.PRUNED)
+        # Optuna takes no NaN for a value: a trial without a number counts as failed for the study.
         elif trial.state == "failed" or not all(map(math.isfinite, values)):
             self._study.tell(trial.number, state=TrialState.FAIL)
         else:
@@ -270,7 +287,7 @@ def _is_number(axis: SearchAxis) -> bool:
     return axis.is_interval or axis.step is not None
 
 
-def _distribution(axis: SearchAxis) -> "optuna.distributions.BaseDistribution":
+def _make_distribution(axis: SearchAxis) -> "optuna.distributions.BaseDistribution":
     """The axis as Optuna knows it; values that are no range are categories."""
     from optuna.distributions import (
         CategoricalDistribution,

@@ -1,4 +1,4 @@
-"""From what was typed to a sweep whose every trial is known to be valid, before anything runs."""
+"""The plan of a sweep: what was typed, checked for every trial before anything runs; its lock."""
 
 import fcntl
 import json
@@ -74,21 +74,22 @@ class SweepPlan:
         """What a trial is started with."""
         return [
             *self.choices(trial.params),
-            f"output_dir={_quoted(str(self.folder.run(trial)))}",
-            *self._tracking(),
+            f"output_dir={_quote_text(str(self.folder.run(trial)))}",
+            *self._tracking_overrides(),
         ]
 
     def choices(self, params: dict[str, str]) -> list[str]:
         """What makes a trial what it is: the words that hold for all, and its own values."""
         return [*self.space.fixed, *(f"{key}={text}" for key, text in params.items())]
 
-    def _tracking(self) -> list[str]:
+    def _tracking_overrides(self) -> list[str]:
         """What groups the trials in Weights & Biases, if they are tracked there."""
         tracker = self.base.config.tracker
+        # A group that the user chose is left alone.
         if "wandb" not in tracker.to or "group" in tracker.wandb:
             return []
         group = f"{self.recipe or 'custom'}/{self.folder.path.name}"
-        return [f"tracker.wandb.group={_quoted(group)}"]
+        return [f"tracker.wandb.group={_quote_text(group)}"]
 
 
 def plan_sweep(
@@ -104,16 +105,25 @@ def plan_sweep(
         raise UserError(format_mistakes(composed.mistakes, composed))
     sweeper, launcher, mistakes = settings.read_settings(composed)
     search_space, wrong = space.read_space(typed_overrides, sweeper.params if sweeper else {})
-    mistakes += [*wrong, *_in_space(search_space, sweeper, any_wrong=bool(wrong))]
-    fixed, folder = _own_words(search_space.fixed, mistakes)
+    mistakes += [*wrong, *_check_space(search_space, sweeper, any_wrong=bool(wrong))]
+    fixed, folder = _split_own_words(search_space.fixed, mistakes)
     search_space = SearchSpace(search_space.axes, tuple(fixed))
     if mistakes or sweeper is None or launcher is None:
         raise UserError(format_mistakes(mistakes, composed))
-    points = _points(search_space, sweeper)
+    points = _list_points(search_space, sweeper)
     first = {axis.key: axis.ends()[0] for axis in search_space.axes}
-    base, data = _load_all(search_space, [first], checking)
-    objectives, watched = _goal(sweeper, base, composed)
-    data |= _load_rest(search_space, first, points or _corners(search_space, first), checking)
+    base, data = _load_points(search_space, [first], checking)
+    objectives, watched = _read_goal(sweeper, base, composed)
+    # Of points that are not known ahead, each value and each bound is checked once, the other axes
+    # at their first: settings that are wrong only together show when they are drawn.
+    checked_points = points or [
+        first | {axis.key: end} for axis in search_space.axes for end in axis.ends()[1:]
+    ]
+    different = [
+        point for n, point in enumerate(checked_points) if point not in [first, *checked_points[:n]]
+    ]
+    if different:
+        data |= _load_points(search_space, different, checking)[1]
     return SweepPlan(
         words=typed_overrides,
         space=search_space,
@@ -121,14 +131,14 @@ def plan_sweep(
         launcher=launcher,
         objectives=objectives,
         watched=watched,
-        folder=TrialFolder(folder or _folder(typed_overrides, sweeper, base, search_space)),
+        folder=TrialFolder(folder or _default_folder(typed_overrides, sweeper, base, search_space)),
         base=base,
         points=points,
         data=data,
     )
 
 
-def _goal(
+def _read_goal(
     sweeper: SweeperSettings, base: LoadedConfig, composed: ComposedConfig
 ) -> tuple[tuple[Objective, ...], PruningSignal | None]:
     """What is compared, and by what bad trials are ended; raises UserError for what is wrong."""
@@ -145,7 +155,7 @@ def _goal(
     return objectives, watched
 
 
-def _in_space(
+def _check_space(
     search_space: SearchSpace, sweeper: SweeperSettings | None, any_wrong: bool
 ) -> list[Mistake]:
     if not search_space.axes and not any_wrong:
@@ -163,7 +173,7 @@ def _in_space(
     ]
 
 
-def _own_words(
+def _split_own_words(
     typed_overrides: Iterable[str], mistakes: list[Mistake]
 ) -> tuple[list[str], Path | None]:
     """The words that each trial gets, and the sweep's folder where one was typed."""
@@ -183,7 +193,9 @@ def _own_words(
     return fixed_overrides, folder
 
 
-def _points(search_space: SearchSpace, sweeper: SweeperSettings) -> list[strategies.Point] | None:
+def _list_points(
+    search_space: SearchSpace, sweeper: SweeperSettings
+) -> list[strategies.Point] | None:
     if isinstance(sweeper, OptunaSettings):
         return None
     if isinstance(sweeper, RandomSettings):
@@ -191,12 +203,7 @@ def _points(search_space: SearchSpace, sweeper: SweeperSettings) -> list[strateg
     return strategies.grid_points(search_space)
 
 
-def _corners(search_space: SearchSpace, first: strategies.Point) -> list[strategies.Point]:
-    """Each value and each bound once, the other axes at their first."""
-    return [first | {axis.key: end} for axis in search_space.axes for end in axis.ends()[1:]]
-
-
-def _load_all(
+def _load_points(
     search_space: SearchSpace, points: list[strategies.Point], checking: Callable[[int], None]
 ) -> tuple[LoadedConfig, dict[tuple[str, ...], str]]:
     """Compose and check every configuration; returns the first, and what decides each one's data.
@@ -216,39 +223,31 @@ def _load_all(
                 [*search_space.fixed, *(f"{key}={text}" for key, text in point.items())]
             )
             base = base or loaded
+            # check_before_torch reads files of model and data, which most points of a grid share.
             checked_settings = json.dumps([loaded.resolved["model"], loaded.resolved["dataset"]])
             if checked_settings not in seen:
                 check_before_torch(loaded.config)
             seen.add(checked_settings)
             data[tuple(point.values())] = data_key(loaded.resolved)
         except UserError as error:
+            # All points are checked before an error is raised, so that a grid is mended only once.
             bad.setdefault(str(error), []).append(point)
     if bad or base is None:
-        raise UserError(_bad_points(bad, len(points)))
+        raise UserError(_describe_bad_points(bad, len(points)))
     return base, data
 
 
 def data_key(resolved: dict[str, Any]) -> str:
     """What decides the encoded rows of a configuration: those with the same text share them."""
     model, dataset = resolved["model"], resolved["dataset"]
+    # The weights' format and the device change no token: such trials share their rows.
     of_model = {name: model[name] for name in _OF_THE_MODEL}
     of_data = {name: setting for name, setting in dataset.items() if name not in _OF_THE_MACHINE}
     method = resolved["trainer"]["method"]
     return json.dumps([of_model, of_data, resolved["chat"], method], sort_keys=True)
 
 
-def _load_rest(
-    search_space: SearchSpace,
-    first: strategies.Point,
-    points: list[strategies.Point],
-    checking: Callable[[int], None],
-) -> dict[tuple[str, ...], str]:
-    """Compose and check the points that the first one is not; returns what decides their data."""
-    different = [point for n, point in enumerate(points) if point not in [first, *points[:n]]]
-    return _load_all(search_space, different, checking)[1] if different else {}
-
-
-def _bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
+def _describe_bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
     """The mistakes of all trials; one that all share is said as in a single run."""
     texts = []
     for text, points in islice(bad.items(), _SHOWN):
@@ -261,7 +260,7 @@ def _bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
     return "\n".join(texts) + (f"\nand {more} further kinds of mistakes" if more > 0 else "")
 
 
-def _folder(
+def _default_folder(
     typed_overrides: list[str],
     sweeper: SweeperSettings,
     base: LoadedConfig,
@@ -279,12 +278,14 @@ def _folder(
     )
 
 
-def _quoted(text: str) -> str:
+def _quote_text(text: str) -> str:
     """A text as Hydra's grammar takes it, whatever is in it."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-# A sweep's folder: taken by one sweep at a time, and only by the one that made it.
+# A sweep's folder: taken by one sweep at a time, and only by the one that made it. flock and not a
+# POSIX record lock: guards inherit the open file and hold the lock too, and so a folder stays taken
+# until the last process of an ended sweep is gone.
 
 _PATIENCE = 15.0
 """Seconds beyond their grace in which trials of an ended sweep must be gone."""
@@ -301,9 +302,9 @@ def lock_sweep(sweep: SweepPlan) -> int:
             f"output_dir: {path} holds files that are no sweep. Choose another output_dir=..."
         )
     (path / "state").mkdir(parents=True, exist_ok=True)
-    lock = _lock(path, sweep.launcher.grace)
-    _compare(sweep)
-    write_json(sweep.folder.definition, _definition(sweep))
+    lock = _take_lock(path, sweep.launcher.grace)
+    _refuse_other_sweep(sweep)
+    write_json(sweep.folder.definition, _describe_sweep(sweep))
     write_text(path / "base.yaml", to_yaml(sweep.base.resolved))
     return lock
 
@@ -315,13 +316,14 @@ def is_running(path: Path) -> bool:
         return False
     with file.open("rb") as handle:
         try:
+            # A shared lock: two who look at the same time do not take each other for a sweep.
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return True
     return False
 
 
-def _lock(path: Path, grace: float) -> int:
+def _take_lock(path: Path, grace: float) -> int:
     """Take the lock, which every guard of a trial holds too; wait for those of an ended sweep."""
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + grace + _PATIENCE
@@ -331,6 +333,7 @@ def _lock(path: Path, grace: float) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError:
+            # The file names the sweep; if that process is gone, guards of its trials hold the lock.
             owner = os.read(lock, 20).decode().strip()
             os.lseek(lock, 0, os.SEEK_SET)
             if owner.isdigit() and psutil.pid_exists(int(owner)):
@@ -344,51 +347,56 @@ def _lock(path: Path, grace: float) -> int:
                 print("waiting for the trials of the ended sweep to stop", flush=True)
             waited = True
             time.sleep(0.2)
+    # The number of an earlier sweep may have had more digits.
     os.ftruncate(lock, 0)
     os.write(lock, str(os.getpid()).encode())
     return lock
 
 
-def _definition(sweep: SweepPlan) -> dict[str, Any]:
+def _describe_sweep(sweep: SweepPlan) -> dict[str, Any]:
     """What is searched, as `sweep.json` has it."""
     return {
         "luthier": luthier.__version__,
         "recipe": sweep.recipe,
         "words": [redact_override(word) for word in sweep.words],
-        "identity": _identity(sweep),
+        "identity": _describe_identity(sweep),
         "objectives": {objective.name: objective.direction for objective in sweep.objectives},
-        "total": len(sweep.points) if sweep.points is not None else _count(sweep),
+        "total": len(sweep.points) if sweep.points is not None else _count_trials(sweep),
     }
 
 
-def _count(sweep: SweepPlan) -> int:
+def _count_trials(sweep: SweepPlan) -> int:
     assert isinstance(sweep.sweeper, RandomSettings)
     return sweep.sweeper.n_trials
 
 
-def _identity(sweep: SweepPlan) -> dict[str, Any]:
+def _describe_identity(sweep: SweepPlan) -> dict[str, Any]:
     """What must not change while a sweep goes on."""
     sweeper = sweep.sweeper
     typed, _ = parse_overrides(sweep.space.fixed)
-    fixed = [one.line for one in typed if one.key.split(".")[0] not in NEUTRAL_KEYS]
+    fixed = [override for override in typed if override.key.split(".")[0] not in NEUTRAL_KEYS]
     identity: dict[str, Any] = {
         "hydra/sweeper": sweeper.kind,
-        "words": sorted(redact_override(line) for line in fixed),
+        "words": sorted(redact_override(override.line) for override in fixed),
         "params": {axis.name: axis.text for axis in sweep.space.axes},
     }
     if isinstance(sweeper, RandomSettings):
+        # More trials with the same seed continue a list; another seed is another list.
         identity["seed"] = sweeper.seed
     if isinstance(sweeper, OptunaSettings):
-        identity["objective"] = {one.name: one.direction for one in sweep.objectives}
+        # A study holds its directions; a grid can be compared by another objective afterwards.
+        identity["objective"] = {
+            objective.name: objective.direction for objective in sweep.objectives
+        }
     return identity
 
 
-def _compare(sweep: SweepPlan) -> None:
+def _refuse_other_sweep(sweep: SweepPlan) -> None:
     """Refuse a folder in which something else was searched, or whose recipe has changed."""
     old = read_json(sweep.folder.definition)
     if old is None:
         return
-    new = _identity(sweep)
+    new = _describe_identity(sweep)
     lines = [str(change) for change in compare_configs(old["identity"], new)]
     file = sweep.folder.path / "base.yaml"
     if not lines and file.is_file():

@@ -1,4 +1,4 @@
-"""The trials of a sweep on disk: one small file each, whole or absent."""
+"""The trials of a sweep: one small file each on disk, whole or absent; their table and CSV file."""
 
 import csv
 import io
@@ -21,6 +21,7 @@ ENDED = ("finished", "pruned", "failed")
 """States that the same command leaves as they are."""
 _LINES = 12
 _KILLED = 137
+"""The exit code of what SIGKILL ended: 128 + 9."""
 
 
 @dataclass
@@ -100,7 +101,8 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
-        except ValueError:  # the last line is not whole yet
+        except ValueError:
+            # The run is writing its last line at this moment; the next look finds it whole.
             break
     return [row for row in rows if isinstance(row, dict)]
 
@@ -108,6 +110,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def status_since(folder: Path, start: float) -> str | None:
     """The status that a run has written since then; what stood there before says nothing."""
     path = folder / "run.json"
+    # A trial that crashed at once has the record of its start before, which may say `interrupted`.
     is_new = path.is_file() and path.stat().st_mtime >= start
     return read_run_record(folder).get("status") if is_new else None
 
@@ -128,22 +131,25 @@ def has_data(folder: Path) -> bool:
 def failure_reason(folder: Path, log: Path, code: int) -> str:
     """The error of a trial in its own words: its record's, and the last lines that it printed."""
     error_text = read_run_record(folder).get("error")
-    lines = _last_lines(log)
+    lines = _read_last_lines(log)
     sections = [str(error_text).strip()] if error_text else []
     sections += (
+        # A traceback in the log often ends with the very error that the record has.
         ["\n".join(lines)] if lines and str(error_text).strip() not in "\n".join(lines) else []
     )
     killed = " (killed; often for want of memory)" if code == _KILLED else ""
     return "\n".join([f"exit code {code}{killed}", *(sections or lines)])
 
 
-def _last_lines(log: Path) -> list[str]:
+def _read_last_lines(log: Path) -> list[str]:
     """The last lines of an error output, without progress bars."""
     if not log.is_file():
         return []
     with log.open("rb") as file:
+        # A log may have grown to gigabytes; its end is what says why.
         file.seek(max(0, log.stat().st_size - 20_000))
         text = file.read().decode("utf-8", errors="replace")
+    # A progress bar writes itself over and over behind carriage returns.
     lines = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     return [line for line in lines if line and not re.search(r"\d+%\|", line)][-_LINES:]
 
@@ -168,13 +174,11 @@ def short_names(keys: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key in keys:
         components = key.split(".")
         endings = [".".join(components[start:]) for start in range(len(components) - 1, -1, -1)]
-        others = [other for other in keys if other != key]
-        shortened.append((key, next(e for e in endings if not any(_ends(o, e) for o in others))))
+        # With a dot in front, `rate` is no ending of `learning_rate`.
+        others = [f".{other}" for other in keys if other != key]
+        short = next(e for e in endings if not any(other.endswith(f".{e}") for other in others))
+        shortened.append((key, short))
     return shortened
-
-
-def _ends(key: str, ending: str) -> bool:
-    return key == ending or key.endswith(f".{ending}")
 
 
 # The trials as rows: the best first, in the terminal and as `results.csv`.
@@ -254,14 +258,14 @@ def trial_table(
         cells += [format_number(trial.values.get(objective.name)) for objective in objectives]
         cells += [str(trial.step or ""), format_time(trial.seconds) if trial.seconds else ""]
         table_view.add_row(
-            *map(Text, cells), _state(trial, (where or {}).get(trial.number)), style=style
+            *map(Text, cells), _format_state(trial, (where or {}).get(trial.number)), style=style
         )
     if limit is not None and len(rows) > limit:
         table_view.add_row(Text("..."), Text(f"{len(rows) - limit} more"), style="dim")
     return table_view
 
 
-def _state(trial: Trial, slot: str | None) -> Text:
+def _format_state(trial: Trial, slot: str | None) -> Text:
     """How a trial stands; of one without a result, what it logged at last."""
     cell = Text(slot or trial.state, style=COLOURS[trial.state])
     last = next((name for name in _ON_THE_WAY if name in trial.values), None)
