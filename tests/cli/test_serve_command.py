@@ -10,7 +10,7 @@ import pytest
 
 from helpers import adapter_runs as material
 from helpers.chatml import CHATML
-from luthier.cli.serve import GRAMMAR, curl_command, served_name, vllm_command
+from luthier.cli.serve import COMMAND_LINE, curl_command, served_name, vllm_command
 from luthier.infer import LLM
 from luthier.model.artifact import find_artifact
 
@@ -90,7 +90,7 @@ def test_the_name_is_that_of_the_folders(tmp_path, tuned_run):
 def test_vllm_gets_base_adapter_template_and_stop_tokens(tuned_run, base_model):
     (tuned_run / "model" / "generation_config.json").write_text("{}")
     command = vllm_command(
-        find_artifact(str(tuned_run)), "tuned", GRAMMAR.parse(["--port", "9000"])
+        find_artifact(str(tuned_run)), "tuned", COMMAND_LINE.parse(["--port", "9000"])
     )
     (tuned_run / "model" / "generation_config.json").unlink()
     model = tuned_run / "model"
@@ -103,7 +103,7 @@ def test_vllm_gets_base_adapter_template_and_stop_tokens(tuned_run, base_model):
 
 
 def test_vllm_gets_a_whole_model_by_its_folder(base_model):
-    command = vllm_command(find_artifact(str(base_model)), "tiny", GRAMMAR.parse([]))
+    command = vllm_command(find_artifact(str(base_model)), "tiny", COMMAND_LINE.parse([]))
     assert command[:3] == ["vllm", "serve", str(base_model)]
     assert command[command.index("--served-model-name") + 1] == "tiny"
     assert "--enable-lora" not in command

@@ -1,4 +1,4 @@
-"""The command line of a tool: flags of its own, and all other words are the configuration's."""
+"""A tool's command line has flags of its own; all other words belong to the configuration."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ _HELP = ("-h", "--help")
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag: `value` names what follows it, N for a whole number; None for a switch."""
+    """A flag whose `value` names what follows it: N is a whole number, None makes it a switch."""
 
     name: str
     value: str | None
@@ -18,13 +18,13 @@ class Flag:
 
     @property
     def typed(self) -> str:
-        """The flag as it stands in a help page."""
+        """Return the flag as it stands in a help page."""
         return self.name if self.value is None else f"{self.name} {self.value}"
 
 
 @dataclass
 class ParsedArguments:
-    """What was typed: the overrides in order, and the flags with their values."""
+    """The words of a command line, sorted: overrides in order, and flags with their values."""
 
     overrides: list[str] = field(default_factory=list)
     switches: set[str] = field(default_factory=set)
@@ -42,7 +42,7 @@ class CommandLine:
     examples: str = ""
 
     def help(self) -> str:
-        """The page that `--help` prints."""
+        """Return the page that `--help` prints."""
         width = max((len(flag.typed) for flag in self.flags), default=0) + 2
         lines = [self.about.rstrip(), ""]
         if self.flags:
@@ -53,6 +53,7 @@ class CommandLine:
 
     def asks_help(self, arguments: list[str]) -> bool:
         """Print the help page if the words ask for it, and say whether they did."""
+        # Before parsing: help answers even where another word is wrong.
         if not any(word in _HELP for word in arguments):
             return False
         print(self.help(), end="")
@@ -63,6 +64,7 @@ class CommandLine:
         parsed = ParsedArguments()
         left = iter(arguments)
         for word in left:
+            # A single dash names standard input in other tools and is no flag here.
             if word.startswith("-") and word != "-":
                 self._take(word, left, parsed)
             else:
@@ -75,6 +77,7 @@ class CommandLine:
             raise UserError(f"`luthier {self.name}` takes no arguments.")
 
     def _take(self, word: str, left: Iterator[str], parsed: ParsedArguments) -> None:
+        # Both `--flag value` and `--flag=value` are written by people and by scripts.
         name, equals, value = word.partition("=")
         flag = next((flag for flag in self.flags if flag.name == name), None)
         if flag is None:
@@ -87,6 +90,7 @@ class CommandLine:
         value = value if equals else next(left, "")
         if flag.value == "N":
             parsed.numbers[name] = _number(name, value)
+        # `--out --overwrite` means a forgotten value, not a folder called --overwrite.
         elif not value or value.startswith("-"):
             raise UserError(f"{name} needs a value. Write {flag.typed}.")
         else:
@@ -105,6 +109,7 @@ class CommandLine:
 def _number(name: str, value: str) -> int:
     if not value:
         raise UserError(f"{name} needs a number. Write {name} 3.")
+    # isdigit alone also holds for digits such as a superscript two, which int() refuses.
     if not (value.isascii() and value.isdigit()) or int(value) < 1:
         raise UserError(f"{name} {value}: write a whole number of at least 1, such as {name} 3.")
     return int(value)

@@ -1,18 +1,12 @@
-"""What the chat in the terminal does with each line that is typed."""
+"""`luthier chat` holds a conversation with a model in the terminal, or with two side by side."""
 
 import json
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich import box
-from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from luthier.cli.arguments import CommandLine, Flag
 from luthier.errors import UserError
@@ -20,13 +14,14 @@ from luthier.infer import generation_config as generation
 from luthier.infer.chat_session import ChatSession
 from luthier.infer.stream import printable
 
+# rich is imported in functions: help and a mistake in what was typed must answer at once.
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
     from luthier.infer.llm import LLM, GeneratedReply
 
 
-# `luthier chat`: a conversation with a model in the terminal.
-
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "chat",
     "luthier chat MODEL [key=value ...] [flags]\n\n"
     "A conversation with a model in the terminal. MODEL is a run's folder, a checkpoint, an\n"
@@ -49,14 +44,15 @@ GRAMMAR = CommandLine(
 
 def run(arguments: list[str]) -> int:
     """Chat until the user leaves; returns 0."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     from luthier.cli.model_arguments import parse_model_arguments
     from luthier.infer.llm import LLM
 
     typed = parse_model_arguments("chat", parsed.overrides, ("MODEL",))
     llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
+    # Before loading: --compare with a model that has no base is refused at once.
     other = _base_of(llm, typed.llm()) if "--compare" in parsed.switches else None
     settings: dict[str, Any] = dict(typed.generation)
     if "--seed" in parsed.numbers:
@@ -68,7 +64,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
-    """What answers as the base: the adapter's own, or the model that the run began with."""
+    """Return the base to compare with: the adapter's own, or the model that the run began with."""
     from luthier.infer.llm import LLM
 
     if llm.has_adapter:
@@ -80,36 +76,39 @@ def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
 
 
 def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str | None) -> int:
-    from contextlib import ExitStack
-
     from rich.console import Console
 
     console = Console(highlight=False)
     with ExitStack() as stack:
         with Console(stderr=True).status("loading"):
             stack.enter_context(llm)
+            # An adapter's base is the same model with the adapter off: it is loaded only once.
             if other is not None and other is not llm:
                 stack.enter_context(other)
         talk = ChatRepl(console, llm, other, settings, system)
         if sys.stdin.isatty():
             talk.interactive()
         else:
+            # Through a pipe nobody types: no prompt, no history, and empty lines ask nothing.
             for line in sys.stdin:
                 if line.strip():
                     talk.take(line.strip())
     return 0
 
 
-# Two replies in two columns while they are written.
+# The columns of --compare.
 
 
 class SideBySide:
     """Columns that fill up; at the end they stand in the terminal as a table."""
 
-    def __init__(self, console: Console, names: tuple[str, ...]) -> None:
+    def __init__(self, console: "Console", names: tuple[str, ...]) -> None:
+        from rich.live import Live
+
         self._console, self._names = console, names
         self._texts = [""] * len(names)
-        # What is longer than the terminal is cut while it is written, and whole at the end.
+        # Live cuts what is higher than the terminal, so it is transient, and the complete table is
+        # printed once at the end.
         self._live = Live(console=console, transient=True, refresh_per_second=12)
 
     def __enter__(self) -> "SideBySide":
@@ -128,7 +127,11 @@ class SideBySide:
         if self._console.is_terminal:
             self._live.update(self._table())
 
-    def _table(self) -> RenderableType:
+    def _table(self) -> "RenderableType":
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
         for name in self._names:
             table.add_column(name, ratio=1, overflow="fold")
@@ -152,13 +155,13 @@ class ChatRepl:
 
     def __init__(
         self,
-        console: Console,
+        console: "Console",
         llm: "LLM",
         other: "LLM | None",
         settings: dict[str, Any],
         system: str | None,
     ) -> None:
-        """`other`: what answers beside the model; the model itself for its base."""
+        """Begin a conversation; `other` answers beside `llm`, and is `llm` itself for its base."""
         self._console, self._llm, self._other = console, llm, other
         self._settings = settings
         self._chats = [open_chat(each, system) for each in (other, llm) if each is not None]
@@ -188,6 +191,8 @@ class ChatRepl:
         try:
             if name in self._commands:
                 self._commands[name](rest.strip())
+            # Only a word is a mistyped command: `/etc/hosts` or `/2` is something to say to the
+            # model.
             elif name.isidentifier():
                 self._note(f"/{name}: there is no such command; /help lists them.")
             else:
@@ -196,7 +201,7 @@ class ChatRepl:
             self._note(str(error), "red")
 
     def _read(self) -> str | None:
-        """What is typed, over several lines where they end with a backslash; None at the end."""
+        """Read a line, or several that end with a backslash; None at the end of the input."""
         lines, prompt = [], "> "
         print()
         try:
@@ -220,11 +225,14 @@ class ChatRepl:
 
     def _alone(self, chat: ChatSession, text: str) -> None:
         """Write the reply as it comes."""
+        from rich.text import Text
+
         ended: list[GeneratedReply] = []
         began = time.monotonic()
         stream = chat.stream(text, on_end=ended.append, **self._settings)
         try:
             for piece in stream:
+                # As Text, because brackets in a reply are no markup of rich.
                 self._console.print(Text(printable(piece)), end="", soft_wrap=True)
         except KeyboardInterrupt:
             stream.close()
@@ -247,6 +255,7 @@ class ChatRepl:
 
     def _stream(self, number: int, chat: ChatSession, text: str) -> Generator[str]:
         assert self._other is not None
+        # Entered for each reply alone: the adapter must be on again when the tuned model answers.
         is_base = number == 0 and self._other is self._llm
         with self._llm.as_base() if is_base else nullcontext():
             yield from chat.stream(text, **self._settings)
@@ -275,6 +284,7 @@ class ChatRepl:
         if self._last is None:
             raise UserError("/retry: nothing was said yet.")
         for chat in self._chats:
+            # A reply that was stopped midway is in the conversation too and goes with its question.
             chat.take_back(self._last)
         self._say(self._last)
 
@@ -288,6 +298,7 @@ class ChatRepl:
             raise UserError("/save: where to? Write /save FILE.")
         rows = [{"messages": chat.messages} for chat in self._chats]
         try:
+            # Appended, so that several conversations become one dataset of JSONL.
             with Path(text).expanduser().open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
@@ -306,10 +317,12 @@ class ChatRepl:
         return f"{artifact.name}{on}, {machine.device}, {machine.dtype}"
 
     def _note(self, text: str, style: str = "dim") -> None:
+        from rich.text import Text
+
         if text:
             self._console.print(Text(text, style=style), soft_wrap=True)
 
 
 def open_chat(llm: "LLM", system: str | None) -> ChatSession:
-    """A new conversation."""
+    """Return a new conversation with the model."""
     return llm.chat(system)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from luthier.inspection.served import ServedCheck
     from luthier.inspection.survey import Survey
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "check",
     "luthier check recipe=NAME [key=value ...] [flags]\n"
     "luthier check RUN --served [--limit N]\n\n"
@@ -41,14 +41,16 @@ GRAMMAR = CommandLine(
 
 def run(arguments: list[str]) -> int:
     """Check the dataset; returns 0 if every rule holds and 1 if one breaks."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     if "--served" in parsed.switches:
         return run_served(parsed)
+    # The survey reads data and brings numpy: flags that are wrong are reported before that.
     from luthier.inspection.dataset import load_dataset
     from luthier.inspection.survey import Survey
 
+    # Bad rows are counted and reported here, where training would stop at the first.
     material = load_dataset(parsed.overrides, "check", bad_rows=True)
     survey = Survey(material, parsed.numbers.get("--limit"))
     _run(survey)
@@ -70,6 +72,7 @@ def _run(survey: "Survey") -> None:
     from rich.console import Console
     from rich.progress import Progress
 
+    # The bar goes to stderr, so that `--json | jq` reads nothing but the object.
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking", total=survey.size)
@@ -92,16 +95,18 @@ def _draw(file: str, survey: "Survey") -> None:
     except OSError as error:
         raise UserError(f"--png {file}: cannot be written: {error.strerror}.") from error
     note = f"written {file}" if drawn else f"{file} is not written: nothing trains"
+    # On stderr for the same reason: with --json stdout holds one object.
     print(note, file=sys.stderr)
 
 
-# What `luthier check RUN --served` found, for people and for machines.
+# `luthier check RUN --served` compares a saved run with its training, not a dataset with rules.
 
 
 def run_served(parsed: ParsedArguments) -> int:
     """Check what a run saved; returns 0 if every rule holds and 1 if one breaks."""
     if len(parsed.overrides) != 1:
         raise UserError("luthier check --served takes one run: luthier check RUN --served.")
+    # A flag without an effect would look as if the file had been written.
     if "--png" in parsed.texts:
         raise UserError("--png: --served draws nothing. Leave it out.")
     from luthier.inspection.served import check_served
@@ -117,6 +122,7 @@ def run_served(parsed: ParsedArguments) -> int:
 
 
 def _show(served: "ServedCheck") -> None:
+    """Print each rule and what they mean together for a server."""
     from rich.console import Console
     from rich.text import Text
 

@@ -11,7 +11,7 @@ from luthier.record.config_diff import NEUTRAL_KEYS, differing_keys, flatten_con
 from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "diff",
     "luthier diff RUN RUN\n\nSays what differs between two runs: their config, data, versions, "
     "hardware, launch, code\nand results. Ends with 0 where nothing does, and with 1 where "
@@ -22,26 +22,29 @@ GRAMMAR = CommandLine(
 Lines = list[tuple[str, str, str]]
 """What differs: its name, and both values."""
 _CODE = ("commit", "dirty", "diff")
+# A key that one record lacks and the other holds as null is no difference between two runs: older
+# versions did not write it.
 _NOTHING = ("(absent)", "None")
 
 
 def run(arguments: list[str]) -> int:
     """Print what differs. Raises UserError where a run is not there."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
     from luthier.errors import UserError
 
-    typed = GRAMMAR.parse(arguments).overrides
+    typed = COMMAND_LINE.parse(arguments).overrides
     if len(typed) != 2:
         raise UserError("`luthier diff` needs two runs: luthier diff runs/A/default runs/B/default")
     a, b = map(find_run, typed)
     groups = compare(a, b)
     print_groups(groups, a, b)
+    # As with diff(1): 0 where both are the same, 1 where something differs.
     return int(any(lines for _, lines in groups))
 
 
 def compare(a: Path, b: Path) -> list[tuple[str, Lines]]:
-    """What differs between two runs, in groups; a group without lines is the same in both."""
+    """Return what differs between two runs, in groups; a group that is the same has no lines."""
     record_a, other = read_record(a), read_record(b)
 
     def of(*names: str) -> Lines:
@@ -90,12 +93,13 @@ def _config(a: Path, b: Path) -> Lines:
     for folder in (a, b):
         path = folder / "config.yaml"
         resolved = read_recorded_config(path) if path.is_file() else {}
+        # Neutral keys, such as output_dir, differ between any two runs and change no number.
         configs.append({key: value for key, value in resolved.items() if key not in NEUTRAL_KEYS})
     return [(key, str(old), str(other)) for key, old, other in differing_keys(*configs)]
 
 
 def _code(values: dict[str, Any], other: dict[str, Any]) -> Lines:
-    """The commits, and whether the same was changed on top of them."""
+    """Return the commits that differ, and changes on top of them that do."""
     states = [flatten_config(record.get("git") or {}) for record in (values, other)]
     names = sorted({name for state in states for name in state if name.endswith(_CODE)})
     pairs = ((name, *(str(state.get(name)) for state in states)) for name in names)
@@ -103,11 +107,11 @@ def _code(values: dict[str, Any], other: dict[str, Any]) -> Lines:
 
 
 TIMES = ("_runtime", "_per_second", "_time")
-"""How the names of metrics end that are measured in seconds, and differ each time."""
+"""The endings of metrics that are measured in seconds, which differ from run to run."""
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, without what is measured in seconds."""
+    """Return the rows of a run's metrics without what is measured in seconds."""
     return [
         {k: v for k, v in row.items() if not k.endswith(TIMES) and "/time" not in k}
         for row in read_step_log(folder / "metrics.jsonl")
@@ -115,18 +119,18 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def first_step(a: Path, b: Path) -> Lines:
-    """The first metric of the first step in which the two differ."""
+    """Return the first metric of the first step in which the two differ; no line if none does."""
     ours, theirs = steps(a), steps(b)
+    # The shorter of the two ends the comparison of rows; a different number of rows is its own
+    # difference, reported below.
     for metrics, other in zip(ours, theirs, strict=False):
         for key in sorted(metrics.keys() | other.keys()):
-            if not _same(metrics.get(key), other.get(key)):
+            value, their_value = metrics.get(key), other.get(key)
+            # A loss that became NaN in both is the same: NaN is the one value unequal to itself.
+            both_nan = value != value and their_value != their_value
+            if value != their_value and not both_nan:
                 where = f"first difference, at step {metrics['step']}: {key}"
-                return [(where, str(metrics.get(key)), str(other.get(key)))]
+                return [(where, str(value), str(their_value))]
     if len(ours) != len(theirs):
         return [("lines of metrics", str(len(ours)), str(len(theirs)))]
     return []
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal, and not a number is equal to itself."""
-    return bool(a == b or (a != a and b != b))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from luthier.evaluate.rows import EvaluationRows, EvaluationSet
     from luthier.metrics import Metric
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "evaluate",
     "luthier evaluate MODEL [metrics=[...]] [dataset.KEY=VALUE ...] [key=value ...] [flags]\n\n"
     "Measures a run, a checkpoint, an adapter or a model beside its base: perplexity over the\n"
@@ -48,16 +48,18 @@ LEVEL = 0.95
 
 def run(arguments: list[str]) -> int:
     """Evaluate; returns 0."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     from luthier.cli.model_arguments import parse_model_arguments
 
+    # `metrics=` is taken out first: to the other settings it would be a field of GenerationConfig.
     metric_settings = [word for word in parsed.overrides[1:] if word.startswith("metrics=")]
     typed = parse_model_arguments(
         "evaluate", [w for w in parsed.overrides if w not in metric_settings], ("MODEL",)
     )
     metrics = _metrics_typed(metric_settings)
+    # The file is checked before the models run: hours of work must not end in a wrong path.
     out = _writable(parsed.texts.get("-o"))
     if "--benchmarks" in parsed.texts:
         from luthier.evaluate.benchmarks import check_installed
@@ -71,6 +73,7 @@ def run(arguments: list[str]) -> int:
     model, other = find_models(
         typed.places[0], texts.get("--base"), texts.get("--against"), alone, typed.llm()
     )
+    # Known from the files alone, so a wrong flag is reported before any weights are loaded.
     if model.artifact.task in HEAD_TASKS:
         _check_decider(typed, parsed, metrics)
     from luthier.environment import quiet_libraries
@@ -88,7 +91,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _metrics_typed(metric_settings: list[str]) -> "list[Metric] | None":
-    """The metrics of `metrics=[...]`; None where nothing is typed."""
+    """Return the metrics of `metrics=[...]`; None where nothing is typed."""
     if not metric_settings:
         return None
     import yaml
@@ -96,6 +99,7 @@ def _metrics_typed(metric_settings: list[str]) -> "list[Metric] | None":
     from luthier.metrics import parse_metrics
 
     try:
+        # As in a config: the last of several wins, and an empty value is an empty list.
         return parse_metrics(yaml.safe_load(metric_settings[-1].partition("=")[2]) or [], "metrics")
     except yaml.YAMLError as error:
         raise UserError(f"{metric_settings[-1]}: the value cannot be read: {error}") from error
@@ -113,7 +117,7 @@ def _writable(name: str | None) -> Path | None:
 def _check_decider(
     typed: "ModelArguments", parsed: ParsedArguments, metrics: "list[Metric] | None"
 ) -> None:
-    """UserError for words that only a model that writes can follow."""
+    """Raise UserError for settings that only a model that writes can follow."""
     refused = [*typed.generation, *(["metrics"] if metrics is not None else [])]
     refused += [
         flag for flag in ("--benchmarks", "--batch") if flag in parsed.texts | parsed.numbers
@@ -132,7 +136,7 @@ def _evaluated(
     parsed: ParsedArguments,
     metrics: "list[Metric] | None",
 ) -> dict[str, Any]:
-    """Measure the one, then the other, and put the numbers together."""
+    """Measure the model, then what it is compared with, and return the report for JSON."""
     from rich.console import Console
 
     from luthier.evaluate.models import WritingModel, check_comparable
@@ -141,21 +145,24 @@ def _evaluated(
     settings = dict(typed.generation)
     with model:
         config = model.artifact.config
-        sets = (
-            [] if _only_benchmarks(typed, parsed) else _sets(model, typed, parsed, metrics, config)
-        )
+        # Benchmarks bring their own rows: the run's are measured beside them only when named.
+        only_benchmarks = "--benchmarks" in parsed.texts and not typed.dataset
+        sets = [] if only_benchmarks else _sets(model, typed, parsed, metrics, config)
         generation = _settings(model, settings, parsed)
         tuned = [model.measure(each, generation) for each in sets]
         benchmarks = {"tuned": _benchmarks(model, parsed)}
         bases = []
         if isinstance(model, WritingModel) and other is model:
+            # The adapter's base is in memory already, so the two are measured with the same
+            # weights.
             with model.as_base():
                 bases = [model.measure(each, generation) for each in sets]
                 benchmarks["base"] = _benchmarks(model, parsed)
         alphabet = model.alphabet
+    # One model after the other: the first block has ended, so only one is in memory at a time.
     if other is not None and other is not model:
         with other:
-            # In its own words, should it have others: a run is asked as it was trained.
+            # The rows are encoded anew: the other model may have its own template and tokenizer.
             theirs = _sets(other, typed, parsed, metrics, model.artifact.config) if sets else []
             bases = [other.measure(each, generation) for each in theirs]
             benchmarks["base"] = _benchmarks(other, parsed)
@@ -176,16 +183,13 @@ def _evaluated(
     return report
 
 
-def _only_benchmarks(typed: "ModelArguments", parsed: ParsedArguments) -> bool:
-    return "--benchmarks" in parsed.texts and not typed.dataset
-
-
 def _settings(
     model: "MeasuredModel", settings: dict[str, Any], flags: ParsedArguments
 ) -> dict[str, Any]:
-    """How replies are generated: as the run did, unless something else is said."""
+    """Return the settings of generation: the run's own, unless something else is typed."""
     config = model.artifact.config
     if config is not None:
+        # As in the run's own evaluations, so that the numbers can be compared with its log.
         settings.setdefault("max_new_tokens", config.trainer.evaluation.max_new_tokens)
     return settings | (
         {"batch_size": flags.numbers["--batch"]} if "--batch" in flags.numbers else {}
@@ -199,7 +203,7 @@ def _sets(
     metrics: "list[Metric] | None",
     config: "RunConfig | None",
 ) -> "list[EvaluationSet]":
-    """The rows to measure on, each set with its metrics; `config`: that of the run they are of."""
+    """Return the sets to measure on with their metrics; `config` is the config of their run."""
     evaluation_sets = []
     for items in _items(model, typed, parsed, config):
         if not items.rows:

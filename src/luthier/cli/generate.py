@@ -1,4 +1,4 @@
-"""`luthier generate`: a file of questions in, a file of replies out."""
+"""`luthier generate` answers a file of questions and writes a file of replies."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from luthier.infer.questions import PromptRow, PromptRows
     from luthier.model.artifact import Artifact
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "generate",
     "luthier generate MODEL FILE -o OUT.jsonl [key=value ...] [flags]\n\n"
     "Answers every row of a file, many at once, and writes a line of JSON for each, in order.\n"
@@ -40,15 +40,16 @@ GRAMMAR = CommandLine(
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended, as shells have it."""
 _NAMES = ("MODEL", "FILE")
+# More would pad less but lose more rows to Ctrl-C; with one, batches would mix all lengths.
 _BATCHES = 4
 """Batches among which prompts are sorted by length; what is lost where the work is stopped."""
 
 
 def run(arguments: list[str]) -> int:
-    """Answer a file; returns 0."""
-    if GRAMMAR.asks_help(arguments):
+    """Answer a file; returns 0, or 130 where it was interrupted."""
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     from luthier.cli.model_arguments import make_dataset_config, parse_model_arguments
 
     typed = parse_model_arguments("generate", parsed.overrides, _NAMES)
@@ -63,6 +64,7 @@ def run(arguments: list[str]) -> int:
     asks = read_prompt_rows(make_dataset_config(typed.dataset | {"path": typed.places[1]} | limit))
     for note in asks.notes:
         print(note, file=sys.stderr)
+    # Opened before the model is loaded: a finished file or one of other settings needs no model.
     file = AnswerFile(
         Path(parsed.texts["-o"]).expanduser(), _made(llm.artifact, asks, typed, parsed)
     )
@@ -83,9 +85,10 @@ def run(arguments: list[str]) -> int:
 def _made(
     artifact: "Artifact", asks: "PromptRows", typed: "ModelArguments", parsed: ParsedArguments
 ) -> dict[str, Any]:
-    """All that decides the replies."""
+    """Return all that decides the replies; only the same command may go on with a file."""
     return {
         "model": str(artifact.folder or artifact.base.path),
+        # By size and time: hashing gigabytes would take longer than many a file of questions.
         "weights": describe_weights(artifact),
         "base": artifact.base.path,
         "rows": asks.identity(),
@@ -96,7 +99,7 @@ def _made(
 
 
 def describe_weights(artifact: "Artifact") -> list[list[Any]]:
-    """The files of weights in the artifact's folder, by name, size and time of writing (ns)."""
+    """Return the weight files of the artifact by name, size and time of writing (ns)."""
     folder = artifact.folder
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -112,11 +115,13 @@ def _answer(
     """Answer what is left, and say how fast it went."""
     from tqdm import tqdm
 
+    # Just before the weights: warnings of the checks above should still be seen.
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
     with llm:
         left = asks.rows[file.done :]
+        # All prompts are encoded first, so that one that is too long stops before the first reply.
         ids = llm.prompt_ids([ask.prompt for ask in left], [ask.where for ask in left])
         size = parsed.numbers.get("--batch") or llm.batch_size(ids, **typed.generation)
         began, tokens = time.monotonic(), 0
@@ -150,11 +155,13 @@ class _ReplyWriter:
         """Take the replies to one row."""
         self._found[number] = replies
         self._bar.update(1)
+        # Batches are sorted by length, so replies come out of order and wait for those before them.
         rows = []
         while self._written in self._found:
             rows.append(self._row(self._written))
             self._written += 1
         self._file.add(rows)
+        # Counts whole rows in the file alone: an interruption reports what is really there.
         self._file.done = self._first + self._written
 
     def _row(self, number: int) -> dict[str, Any]:
@@ -165,6 +172,7 @@ class _ReplyWriter:
         if ask.expected is not None:
             row["expected"] = ask.expected
         row |= {"reply": first.text, "finish": first.finish, "tokens": len(first.ids)}
+        # `reply` is always the first, so that readers need not know num_return_sequences.
         if len(replies) > 1:
             row["replies"] = [reply.text for reply in replies]
         return row

@@ -1,4 +1,4 @@
-"""The `luthier` command: the same grammar as train.py, and the tools around a run."""
+"""The `luthier` command reads overrides as train.py does, and has the tools around a run."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from luthier.errors import UserError, report_error
 
 
 class Command(NamedTuple):
-    """A command: how it is typed, what it does, and the function that does it."""
+    """A command has a line of help for how it is typed and what it does, and a function."""
 
     typed: str
     about: str
@@ -19,14 +19,17 @@ class Command(NamedTuple):
     """`module:function`; imported only when the command is run."""
 
     def load(self) -> Callable[[list[str]], int]:
-        """The function: it takes the words behind the command and returns the exit code."""
+        """Import the function; it takes the words behind the command and returns an exit code."""
         module, function = self.place.split(":")
         return getattr(import_module(module), function)
 
 
+# Shells report a process that a signal ended as 128 plus the signal's number; SIGINT is 2.
 INTERRUPTED = 130
 """The exit code of a program that SIGINT ended, as shells have it."""
 
+# Each function is named in a string, so that `luthier --help` imports no command, and a command
+# only its own libraries.
 COMMANDS = {
     "train": Command(
         "train recipe=NAME [key=value ...]",
@@ -121,10 +124,12 @@ def main() -> None:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(unknown_command_message(arguments[0]))
+        # Commands return an exit code: only this function ends the process, so tests can call them.
         sys.exit(COMMANDS[arguments[0]].load()(arguments[1:]))
     except UserError as error:
         sys.exit(report_error(error))
     except KeyboardInterrupt:
+        # The terminal has echoed ^C on the current line: the message begins a new one.
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
@@ -134,7 +139,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    """The page that `luthier --help` prints."""
+    """Return the page that `luthier --help` prints."""
     width = max(len(command.typed) for command in COMMANDS.values()) + 3
     rows = [f"  luthier {c.typed:<{width}}{c.about}" for c in COMMANDS.values()]
     rows.append(f"  luthier {'--version':<{width}}luthier's version")
@@ -142,7 +147,7 @@ def usage() -> str:
 
 
 def unknown_command_message(word: str) -> str:
-    """The message for a command that does not exist."""
+    """Return the message for a command that does not exist, with the nearest one that does."""
     from luthier.errors import nearest_option
 
     near = nearest_option(word, COMMANDS)
@@ -151,8 +156,9 @@ def unknown_command_message(word: str) -> str:
 
 
 def train(arguments: list[str]) -> int:
-    """What train.py does."""
+    """Do what train.py does; returns its exit code."""
     from luthier.cli.train import main, train
 
+    # `main` and Hydra read sys.argv, as they do under train.py.
     sys.argv = ["luthier train", *arguments]
     return main(train)

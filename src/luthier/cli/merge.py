@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")
 PACKINGS = ("nf4", "int8", "gptq", "awq")
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "merge",
     "luthier merge RUN [RUN:WEIGHT ...] [flags]\n\n"
     "Adds a run's adapter to its base in float32, casts, and writes a model that any server\n"
@@ -39,27 +39,29 @@ GRAMMAR = CommandLine(
     "  luthier merge runs/a/default:0.7 runs/b/default:0.3 --out both\n"
     "  luthier merge runs/quickstart/default --quantize nf4 --out served-4bit\n",
 )
+# The colon of `package:NAME` is followed by no number, so it is not taken for a weight.
 _WEIGHT = re.compile(r"^(?P<word>.+):(?P<weight>-?\d+(\.\d+)?)$")
 
 
 def run(arguments: list[str]) -> int:
-    """Merge what was typed."""
-    if GRAMMAR.asks_help(arguments):
+    """Merge the adapters that were typed; returns the exit code."""
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     _refuse_values(parsed)
     if not parsed.overrides:
         raise UserError("luthier merge: name a run, such as luthier merge runs/quickstart/default.")
     from luthier.export import sharded_checkpoint
 
+    # A checkpoint in shards holds whole weights: it is put together and has no adapter to add.
     if (
         len(parsed.overrides) == 1
         and sharded_checkpoint.sharding_of(Path(parsed.overrides[0])) is not None
     ):
         return _merge_sharded(Path(parsed.overrides[0]), parsed)
-    parted = [_parted(word) for word in parsed.overrides]
-    artifacts = [find_artifact(word, parsed.texts.get("--base")) for word, _ in parted]
-    return _merge(artifacts, [weight for _, weight in parted], parsed)
+    weighted = [_split_weight(word) for word in parsed.overrides]
+    artifacts = [find_artifact(word, parsed.texts.get("--base")) for word, _ in weighted]
+    return _merge(artifacts, [weight for _, weight in weighted], parsed)
 
 
 def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArguments) -> int:
@@ -83,15 +85,19 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
         quantize,
     )
     overwrite = "--overwrite" in parsed.switches
+    # A model without an adapter has nothing to merge: it is only packed.
     if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
         check_target(target, overwrite)
         quiet_libraries()
         quantize_model(artifacts[0], target, quantize, print)
         return 0
+    # What can be refused is refused before the libraries are imported and weights are read.
     merge_adapter.refuse_merge(order, overwrite)
     quiet_libraries()
     try:
         merge_adapter.merge_adapters(order, print)
+    # torch reports a full CPU memory as a RuntimeError ("not enough memory"), and numpy as a
+    # MemoryError; other RuntimeErrors are no mistake of the user's.
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise UserError(too_large(artifacts[0])) from error
@@ -100,12 +106,13 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
 
 
 def choose_target(artifact: Artifact, parsed: ParsedArguments) -> Path:
-    """Where the model goes: as typed, or beside what it is made of."""
+    """Return the folder of the merged model: as typed, or beside what it is made of."""
     typed = parsed.texts.get("--out")
     if typed is not None:
         return Path(typed).expanduser()
     if artifact.run is not None:
         return artifact.run / "merged"
+    # Beside the folder only where it was typed as a path: a hub model's folder is in the cache.
     if artifact.name == str(artifact.folder):
         return Path(f"{artifact.name.rstrip('/')}-merged")
     raise UserError(f"{artifact.name} is not on this machine: say where the model goes, --out.")
@@ -119,8 +126,8 @@ def _refuse_values(parsed: ParsedArguments) -> None:
             raise UserError(f"{flag} {typed}: there are {', '.join(values)}.")
 
 
-def _parted(word: str) -> tuple[str, float]:
-    """A word and its weight; `package:NAME` and a folder of that very name have none."""
+def _split_weight(word: str) -> tuple[str, float]:
+    """Split RUN:WEIGHT; the weight of `package:NAME` and of a folder so called is 1."""
     match = _WEIGHT.match(word)
     if match is None or Path(word).exists():
         return word, 1.0
@@ -144,6 +151,7 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
             "--safe_serialization"
         )
     quiet_libraries()
+    # Written aside and moved into place: an interruption leaves no half of a model behind.
     with output_folder(target) as aside:
         sharded_checkpoint.consolidate(folder, artifact, aside, parsed.texts.get("--dtype"), print)
     print(f"written   {target}")
@@ -151,8 +159,9 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
 
 
 def _trained_whole(folder: Path, parsed: ParsedArguments) -> Artifact:
-    """The run that a sharded checkpoint belongs to, as an artifact of its base."""
+    """Return the run that a sharded checkpoint belongs to, as an artifact of its base."""
     checkpoint = folder.resolve()
+    # The checkpoint lies below its run at RUN/checkpoints/checkpoint-N.
     run = next(
         (parent for parent in checkpoint.parents if (parent / "config.yaml").is_file()), None
     )

@@ -1,4 +1,4 @@
-"""The words behind a command that asks a model: what it is, and settings by their names."""
+"""Commands that load a model take its name first, then settings by the names of the config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _MODEL = ("device", "dtype", "attention", "device_map")
 
 @dataclass
 class ModelArguments:
-    """What was typed behind a command."""
+    """The words behind a command, sorted by what they set."""
 
     places: list[str]
     """What stands in front: a model, perhaps a file."""
@@ -29,7 +29,7 @@ class ModelArguments:
     """Fields of `GenerationConfig`."""
 
     def llm(self) -> dict[str, Any]:
-        """The arguments of `LLM` besides the word."""
+        """Return the arguments of `LLM` besides the model's name."""
         return {**self.model, "quantization": self.quantization}
 
 
@@ -50,28 +50,35 @@ def parse_model_arguments(
         group, _, name = key.partition(".")
         if not equals:
             raise UserError(f"luthier {command}: what is {word!r}? {usage_line(command, names)}")
+        # `quantization` has a single value here: a preset's name, and no fields of its own.
         if group == "quantization" and not name:
             parsed.quantization = text
         elif group == "model" and name:
             parsed.model[_known(key, name, _MODEL)] = _value(word, text)
         elif group == "dataset" and name:
-            _put(parsed.dataset, name.split("."), _value(word, text))
+            # `dataset.columns.prompt=x` sets a key of a nested mapping, as in a config.
+            nested = parsed.dataset
+            *parents, last = name.split(".")
+            for parent in parents:
+                nested = nested.setdefault(parent, {})
+            nested[last] = _value(word, text)
         else:
             generation.append(word)
+    # Whatever has no group is a field of GenerationConfig, which is checked by name there.
     parsed.generation = generation_config.parse_generation_settings(generation)
     _check_model(parsed.model)
     return parsed
 
 
 def usage_line(command: str, names: tuple[str, ...]) -> str:
-    """How a command is typed."""
+    """Return the line that says how a command is typed."""
     return f"Write: luthier {command} {' '.join(names)} [key=value ...]"
 
 
 def make_dataset_config(
     settings: Mapping[str, Any], base: Mapping[str, Any] | None = None
 ) -> DatasetConfig:
-    """A config's dataset with these settings over it; UserError for one that does not exist."""
+    """Return `base` with these settings over it; UserError for a setting that does not exist."""
     from pydantic import ValidationError
 
     try:
@@ -82,6 +89,7 @@ def make_dataset_config(
         keys = [f"dataset.{name}" for name in DatasetConfig.model_fields]
         near = nearest_option(key, keys) if first["type"] == "extra_forbidden" else None
         hint = f" Did you mean {near}?" if near else ""
+        # A setting that was renamed is named exactly; that is better than the nearest spelling.
         if new := new_key(key):
             hint = f" It is called {new} now."
         raise UserError(f"{key}: {first['msg'].lower()}.{hint}") from error
@@ -93,12 +101,6 @@ def _merged(below: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(old, dict) and isinstance(value, dict)
         below[name] = _merged(dict(old), value) if both else value  # type: ignore[arg-type]
     return below
-
-
-def _put(group: dict[str, Any], path: list[str], value: Any) -> None:
-    for component in path[:-1]:
-        group = group.setdefault(component, {})
-    group[path[-1]] = value
 
 
 def _value(word: str, text: str) -> Any:
@@ -119,6 +121,7 @@ def _known(key: str, name: str, names: tuple[str, ...]) -> str:
 def _check_model(settings: Mapping[str, Any]) -> None:
     from pydantic import ValidationError
 
+    # device_map is an argument of from_pretrained and no field of the config's model group.
     model_settings = {name: value for name, value in settings.items() if name != "device_map"}
     try:
         ModelConfig(path="", **model_settings)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from luthier.memory.sharding import Sharding
     from luthier.memory.workload import Hardware
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "plan",
     "luthier plan recipe=NAME [key=value ...] [flags]\n\n"
     "Says how much memory each GPU or process of a run needs, part by part, from the\n"
@@ -38,15 +38,18 @@ GRAMMAR = CommandLine(
 
 def run(arguments: list[str]) -> int:
     """Plan a run; returns 0 if it fits and 1 if it does not."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
+    # Imported behind the flags, so that `--help` and a wrong flag answer at once.
     from luthier import model
     from luthier.config import load_config
     from luthier.environment import set_environment
 
+    # The flags come first: composing the config takes longer than reading a wrong --memory.
     hardware = _imagined(parsed)
     config = load_config(parsed.overrides).config
+    # A wrong path is reported before transformers is imported to read the model's config.json.
     model.check_model_path(config.model)
     set_environment(config)
     memory_plan, advice = plan_and_advise(config, hardware, parsed)
@@ -62,12 +65,14 @@ def run(arguments: list[str]) -> int:
 def plan_and_advise(
     config: "RunConfig", imagined: "Hardware | None", parsed: ParsedArguments
 ) -> "tuple[MemoryPlan, list[Advice]]":
-    """Plan as the flags say, with a word on the terminal while it lasts."""
+    """Plan as the flags say, and show in the terminal that it goes on."""
     from rich.console import Console
 
     from luthier.memory.advice import advise
     from luthier.memory.plan import plan_memory
 
+    # A step on tensors without content takes seconds for a large model; the plan itself goes to
+    # stdout.
     with Console(stderr=True).status("trying a step") as status:
         shardings = _shardings(parsed)
         hardware = imagined or _this_machine(config, shardings, parsed)
@@ -77,15 +82,16 @@ def plan_and_advise(
 
 
 def plan_as_values(memory_plan: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:
-    """The plan as plain values; sizes are bytes."""
+    """Return the plan as values that JSON can hold; sizes are in bytes."""
     values = asdict(memory_plan)
+    # Properties are no fields, so asdict leaves them out; readers of the JSON need both.
     for estimate, estimate_values in zip(memory_plan.estimates, values["estimates"], strict=True):
         estimate_values |= {"total": estimate.total, "fits": estimate.fits}
     return values | {"fits": memory_plan.fits, "advice": [asdict(each) for each in advice]}
 
 
 def _imagined(parsed: ParsedArguments) -> "Hardware | None":
-    """The GPUs that the flags describe; wrong flags are told before anything is imported."""
+    """Return the GPUs that the flags describe, None for this machine's; UserError if wrong."""
     from luthier.memory import sharding, workload
 
     size = parsed.texts.get("--memory")
@@ -117,6 +123,7 @@ def _this_machine(
     detected = workload.detect_hardware(
         config.model, shardings[0].processes if shardings else number
     )
+    # Without a launch file --gpus means GPUs; a launch file may also describe CPU processes.
     if detected.kind != "cuda" and number and not shardings:
         raise UserError(
             f"--gpus {number}: this machine has no GPU. To plan for others, say how much memory "
@@ -126,7 +133,7 @@ def _this_machine(
 
 
 def _usual(hardware: "Hardware") -> "list[Sharding]":
-    """One GPU by itself, and each way in which several would share the work."""
+    """Return the columns of a plan without --launch: each way to share the work, else one GPU."""
     from luthier.memory.sharding import SHARDING_KINDS, Sharding
 
     if hardware.count == 1 or hardware.kind != "cuda":

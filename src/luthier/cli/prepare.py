@@ -1,10 +1,10 @@
-"""`luthier prepare`: read and encode a recipe's dataset into the cache, ahead of training."""
+"""`luthier prepare` encodes a recipe's dataset into the cache, ahead of training."""
 
 import time
 
 from luthier.cli.arguments import CommandLine
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "prepare",
     "luthier prepare recipe=NAME [key=value ...]\n\n"
     "Reads the dataset of a recipe, encodes it and leaves the token rows in the cache, where\n"
@@ -19,17 +19,19 @@ GRAMMAR = CommandLine(
 
 def run(arguments: list[str]) -> int:
     """Fill the cache; returns 0. Raises UserError as training would."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     from luthier import data, model
     from luthier.config import load_config
     from luthier.environment import set_environment
 
     config = load_config(parsed.overrides).config
+    # Cheap mistakes first: files and the model's path are checked before torch is imported.
     sources = data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)
     set_environment(config)
+    # After set_environment: the libraries read their variables when they are imported.
     from luthier.data.prepare import prepare
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train import console

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from luthier.inspection.statistics import SelectedRows
     from luthier.inspection.tokens import DisplayedSequence, TokenView
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "preview",
     "luthier preview recipe=NAME [key=value ...] [flags]\n\n"
     "Shows rows of the dataset as the tokens that a run trains on: which train, which are\n"
@@ -41,19 +41,22 @@ _SIDES = ("train", "held_out")
 
 def run(arguments: list[str]) -> int:
     """Show the rows that were asked for; returns the exit code."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
+    # After the flags are parsed: loading brings transformers for the tokenizer.
     from luthier.inspection.dataset import load_dataset
 
     material = load_dataset(parsed.overrides, "preview")
     chosen, side = _chosen(parsed, material)
+    # Counted over the chosen rows, so that --row 1 is the first of --source, not of the dataset.
     numbers = _numbers(parsed, sum(len(positions) for _, positions in chosen), side)
     from luthier.inspection.tokens import view_rows
 
     token_view = view_rows(material, chosen, numbers, side)
     if file := parsed.texts.get("--html"):
         _write(file, token_view, material.name, "--ids" in parsed.switches)
+    # --html replaces the terminal's view; --json is printed beside it, for a script asked for it.
     if "--json" in parsed.switches:
         print(json.dumps(_plain(token_view, material.name, parsed), ensure_ascii=False))
     elif not file:
@@ -62,13 +65,14 @@ def run(arguments: list[str]) -> int:
 
 
 def _chosen(parsed: ParsedArguments, material: "LoadedDataset") -> "tuple[SelectedRows, str]":
-    """The rows of the side that was asked for, and what they are called."""
+    """Return the rows that the flags select, and what their side is called in messages."""
     from luthier.inspection.statistics import select_split
 
     which, side = _side(parsed, material)
     source = parsed.texts.get("--source")
     if source is None:
         return select_split(material, which), side
+    # A held-out file of its own belongs to no training source.
     if which in material.evaluated:
         raise UserError(f"--source {source}: these rows are those of {which}. Leave it out.")
     if source not in material.trained:
@@ -79,7 +83,7 @@ def _chosen(parsed: ParsedArguments, material: "LoadedDataset") -> "tuple[Select
 
 
 def _side(parsed: ParsedArguments, material: "LoadedDataset") -> tuple[str, str]:
-    """The side that was asked for, and what its rows are called."""
+    """Return the key of the split that the flags select, and what its rows are called."""
     if name := parsed.texts.get("--set"):
         sets = material.config.dataset.eval.sets
         if name not in sets:
@@ -89,12 +93,14 @@ def _side(parsed: ParsedArguments, material: "LoadedDataset") -> tuple[str, str]
         return f"dataset.eval.sets.{name}", name
     if "--eval" not in parsed.switches:
         return "train", "training"
+    # Named evaluation sets are shown with --set; --eval means the one without a name, which is a
+    # file (dataset.eval.path) or rows drawn from the training rows.
     eval_keys = [key for key in material.evaluated if ".sets." not in key]
     return eval_keys[0] if eval_keys else "held out", "held-out"
 
 
 def _numbers(parsed: ParsedArguments, count: int, side: str) -> range:
-    """Which of so many rows were asked for, counted from 0."""
+    """Return the positions, from 0, that the flags select of `count` rows; UserError for none."""
     if not count:
         raise UserError(_none(side))
     first = parsed.numbers.get("--row", 1)
@@ -106,7 +112,7 @@ def _numbers(parsed: ParsedArguments, count: int, side: str) -> range:
 
 
 def _none(side: str) -> str:
-    """The words for a side without rows."""
+    """Return the message for a side without rows."""
     if side != "held-out":
         return f"preview: there are no {side} rows."
     return (
@@ -141,7 +147,7 @@ def _write(file: str, token_view: "TokenView", name: str, ids: bool) -> None:
 
 
 def _plain(token_view: "TokenView", name: str, parsed: ParsedArguments) -> dict[str, Any]:
-    """The rows as plain values."""
+    """Return the rows as values that JSON can hold."""
     return {
         "name": name,
         "side": parsed.texts.get("--set") or _SIDES["--eval" in parsed.switches],

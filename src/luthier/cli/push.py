@@ -13,7 +13,7 @@ from luthier.export.hub_upload import UploadPlan, plan_upload, upload
 from luthier.export.model_facts import DataFacts, ModelFacts
 from luthier.model.artifact import Artifact, find_artifact
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "push",
     "luthier push RUN --to USER/NAME [flags]\n\n"
     "Sends a run's adapter (or, with --merged, what luthier merge made of it) with tokenizer,\n"
@@ -40,9 +40,9 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def run(arguments: list[str]) -> int:
     """Push what was typed; returns the exit code."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     target = _target(parsed)
     if len(parsed.overrides) != 1:
         raise UserError("luthier push: name one run, such as luthier push runs/quickstart/default.")
@@ -56,6 +56,7 @@ def run(arguments: list[str]) -> int:
     written = write_card.description_texts(story, write_card.chat_format_of(artifact), target)
     parcel = plan_upload(artifact.folder, story, written)
     _add_what_the_run_has(parcel, artifact)
+    # Printed with and without --dry-run: what leaves this machine is seen before it does.
     print_upload_plan(parcel, target, "--public" in parsed.switches)
     if "--dry-run" in parsed.switches:
         print(f"\n{written[write_card.CARD]}\nnothing was sent (--dry-run)")
@@ -88,6 +89,7 @@ def _artifact(word: str, parsed: ParsedArguments) -> Artifact:
     if "--merged" not in parsed.switches:
         return artifact
     merged_folder = None if artifact.run is None else artifact.run / "merged"
+    # Never merged on the way: a merge takes memory and minutes that a push does not announce.
     if merged_folder is None or not merged_folder.is_dir():
         raise UserError(
             f"{word}: there is no merged model yet. Make it first:\n    luthier merge {word}"
@@ -98,6 +100,7 @@ def _artifact(word: str, parsed: ParsedArguments) -> Artifact:
 def _told(artifact: Artifact, target: str, parsed: ParsedArguments) -> ModelFacts:
     """The story with what was typed besides."""
     story = stories.load_or_collect_facts(artifact)
+    # What is typed wins over the record, and where nothing is typed the record's stands.
     languages = [item for item in parsed.texts.get("--language", "").split(",") if item]
     rows = parsed.texts.get("--data-license")
     data: list[DataFacts] = [
@@ -123,6 +126,7 @@ def _add_what_the_run_has(parcel: UploadPlan, artifact: Artifact) -> None:
 
 
 def _readable(size: float) -> str:
+    # Decimal units, as the hub's own pages show the sizes of files.
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -3,7 +3,7 @@
 from luthier import config
 from luthier.cli.arguments import CommandLine
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "recipes",
     "luthier recipes\n\nLists the recipes that are found (./recipes, $LUTHIER_RECIPES, bundled), a "
     "line each.",
@@ -12,9 +12,9 @@ GRAMMAR = CommandLine(
 
 def run(arguments: list[str]) -> int:
     """List the recipes that are found, with their header lines."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    GRAMMAR.refuse_all(arguments)
+    COMMAND_LINE.refuse_all(arguments)
     recipes = config.list_recipes()
     width = max(len(recipe.name) for recipe in recipes)
     for recipe in recipes:

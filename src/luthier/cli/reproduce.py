@@ -1,4 +1,4 @@
-"""`luthier reproduce RUN`: the run again, from its record alone, and whether it is the same."""
+"""`luthier reproduce RUN` trains a run again from its record, and says if it is the same."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from luthier.record.run_dir import find_run, inspect_run, open_run
 from luthier.storage.manifest import hash_file
 from luthier.train.signals import STOPPED_EXIT_CODE
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "reproduce",
     "luthier reproduce RUN\n\nTrains a finished run again in a folder beside it (RUN.again), from "
     "its record alone: with\nits config, whatever the recipe says today, and as many processes. "
@@ -31,16 +31,18 @@ GRAMMAR = CommandLine(
     "  luthier reproduce runs/quickstart/default\n",
 )
 AGAIN = ".again"
+# These need no config file of accelerate: the number of processes says all.
 _SHARDED = ("none", "ddp")
 
 
 def run(arguments: list[str]) -> int:
     """Repeat a run; raises UserError where its record does not say how."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    typed = GRAMMAR.parse(arguments).overrides
+    typed = COMMAND_LINE.parse(arguments).overrides
     if len(typed) != 1:
         raise UserError("`luthier reproduce` needs one run: luthier reproduce runs/RECIPE/NAME")
+    # Resolved, because the training starts in the folder in which the run was started.
     old = find_run(typed[0]).resolve()
     record = read_record(old)
     check_reproducible(old, record)
@@ -77,11 +79,12 @@ def check_reproducible(folder: Path, record: dict[str, Any]) -> None:
 
 
 def prepare_folder(old: Path, new: Path) -> None:
-    """Make the folder of the repetition: with the config of the run, and without its trackers."""
+    """Make the folder of the repetition, with the config of the run but for its trackers."""
     config = read_recorded_config(old / "config.yaml")
     resolved = config | {
         "output_dir": str(new), "tracker": {"to": []}, "overwrite": False, "dry_run": False,
     }  # fmt: skip
+    # An earlier repetition that ended is replaced; one that was interrupted goes on.
     is_finished = inspect_run(new, resolved).state == "finished"
     # The process that trains takes the folder for itself: here it is only filled.
     with open_run(new, resolved, [], overwrite=is_finished):
@@ -89,7 +92,8 @@ def prepare_folder(old: Path, new: Path) -> None:
 
 
 def train_again(record: dict[str, Any], new: Path) -> int:
-    """Train in a process group of its own, launched as the run was; the exit code."""
+    """Train in processes that are launched as the run's were; returns the exit code."""
+    # The number of threads decides the order in which torch adds on a CPU, and so the last bits.
     threads = str(record.get("hardware", {}).get("torch_threads", ""))
     environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
     precision = (record.get("launch") or {}).get("precision", "no")
@@ -97,6 +101,8 @@ def train_again(record: dict[str, Any], new: Path) -> int:
     where = Path(record.get("cwd", "."))
     # A signal that ends this process has the training stop with a checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # accelerate launch ends with 1 whatever its processes end with, so these write their exit code
+    # into a file.
     with TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         process = subprocess.Popen(
@@ -107,6 +113,8 @@ def train_again(record: dict[str, Any], new: Path) -> int:
         try:
             ended = process.wait()
         except KeyboardInterrupt:
+            # Ctrl-C reaches the child through the terminal; a SIGTERM to this process alone does
+            # not.
             process.send_signal(signal.SIGINT)
             ended = process.wait()
         exit_text = code.read_text(encoding="utf-8").strip() if code.is_file() else ""
@@ -114,15 +122,18 @@ def train_again(record: dict[str, Any], new: Path) -> int:
 
 
 def _command(record: dict[str, Any], code_file: Path) -> list[str]:
-    """How to start the training: plain Python, or accelerate as it was configured."""
+    """Return the command of the training: plain Python, or accelerate as it was configured."""
     launch = record.get("launch") or {}
     module = ["-m", "luthier.cli.rerun"]
     if launch.get("processes", 1) == 1 and launch.get("sharding", "none") == "none":
         return [sys.executable, *module]
     config = _launcher(record).get("config") or {"distributed_type": "MULTI_GPU"}
+    # accelerate uses a GPU where there is one, unless it is told to use the CPU. It also refuses
+    # several processes with fewer than two GPU ids ("Less than two GPU ids were configured").
     if launch.get("device") == "cpu":
         config = config | {"use_cpu": True, "gpu_ids": ",".join(["-1"] * launch["processes"])}
     config = config | {"num_processes": launch["processes"], "num_machines": 1}
+    # Port 0 lets torch choose a free one: the port of the first run may be taken today.
     config = {"main_process_port": 0} | config
     file = code_file / "launch.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -154,7 +165,7 @@ def report_differences(old: Path, new: Path) -> int:
 
 
 def differing_weights(old: Path, new: Path) -> list[str]:
-    """A sentence for each file of final weights that is not the same."""
+    """Return a line for each file of final weights that is not the same in both."""
     hashes = [
         {file.name: hash_file(file) for file in (run / "model").glob("*.safetensors")}
         for run in (old, new)

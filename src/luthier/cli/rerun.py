@@ -1,4 +1,4 @@
-"""Train the config that a folder holds, once in each process: what `luthier reproduce` starts."""
+"""Train the config that a folder holds; `luthier reproduce` starts this once in each process."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ from luthier.errors import UserError
 
 def main(folder: Path) -> int:
     """Train in `folder` by its config.yaml; return the exit code."""
+    # Imported here: a config that this version cannot read is reported without loading torch.
     from luthier.export.write_card import write_card
     from luthier.train.run import run
 
@@ -25,6 +26,7 @@ def load_run_config(folder: Path) -> LoadedConfig:
     """Return the config of a run's folder, as if it had been typed."""
     from pydantic import ValidationError
 
+    # The resolved config, not the recipe: the recipe may have changed since the run.
     resolved = read_recorded_config(folder / "config.yaml")
     try:
         config = RunConfig.model_validate(resolved)
@@ -37,5 +39,6 @@ def load_run_config(folder: Path) -> LoadedConfig:
     return LoadedConfig(config, config.model_dump(mode="json"), [])
 
 
+# Started with `python -m luthier.cli.rerun`, by accelerate too, which starts modules.
 if __name__ == "__main__":
     sys.exit(main(Path(sys.argv[1])))

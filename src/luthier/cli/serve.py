@@ -1,4 +1,4 @@
-"""`luthier serve`: an OpenAI-compatible server with the very tokens that the model trained on.
+"""`luthier serve` runs an OpenAI-compatible server with the tokens that the model trained on.
 
 The server is transformers' own, or vLLM where that is installed.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.cli.model_arguments import ModelArguments
     from luthier.model.artifact import Artifact
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "serve",
     "luthier serve MODEL [key=value ...] [flags]\n\n"
     "Serves a run, a checkpoint, an adapter or a model through an OpenAI-compatible server:\n"
@@ -46,9 +46,9 @@ _PLAIN_NAMES = ("model", "default")
 
 def run(arguments: list[str]) -> int:
     """Serve until the user ends it; returns the server's exit code."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    parsed = GRAMMAR.parse(arguments)
+    parsed = COMMAND_LINE.parse(arguments)
     from luthier.cli.model_arguments import parse_model_arguments
     from luthier.model.artifact import find_artifact
 
@@ -62,17 +62,18 @@ def run(arguments: list[str]) -> int:
 
 
 def served_name(artifact: "Artifact") -> str:
-    """What requests call a model: the names of its folders that tell it from others."""
+    """Return what requests call a model: the names of its folders that tell it from others."""
     folder = artifact.run or artifact.folder
     if folder is None:
         return artifact.base.path
     components = folder.resolve().parts
     chosen = components[-1:] if components[-1] not in _PLAIN_NAMES else components[-2:]
+    # A name stands in URLs and JSON: no `=` of run names such as lora.r=8.
     return "-".join(chosen).replace("=", "-")
 
 
 def curl_command(name: str, host: str, port: int) -> str:
-    """A command that asks the server something."""
+    """Return a curl command that asks the server something."""
     body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
     return (
         f"curl http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' "
@@ -83,16 +84,15 @@ def curl_command(name: str, host: str, port: int) -> str:
 def _engine(parsed: ParsedArguments) -> str:
     chosen = parsed.texts.get("--engine")
     if chosen is None:
-        return "vllm" if importlib.util.find_spec("vllm") and _has_gpu() else "transformers"
+        if importlib.util.find_spec("vllm") is None:
+            return "transformers"
+        # torch takes seconds to import and is needed only where vLLM could be chosen.
+        import torch
+
+        return "vllm" if torch.cuda.is_available() else "transformers"
     if chosen not in ("transformers", "vllm"):
         raise UserError(f"--engine {chosen}: there are transformers and vllm.")
     return chosen
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _address(parsed: ParsedArguments) -> tuple[str, int]:
@@ -109,9 +109,11 @@ def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
     from luthier.infer.llm import LLM
 
     host, port = _address(parsed)
+    # uvicorn would report a taken port only after the model is loaded.
     _check_free(host, port)
     llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
     name = parsed.texts.get("--name") or served_name(llm.artifact)
+    # Its source is one text: the API's messages with roles have no meaning to it.
     if llm.artifact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
     from luthier.environment import quiet_libraries
@@ -150,11 +152,12 @@ def _vllm(artifact: "Artifact", parsed: ParsedArguments) -> None:
     if program is None:
         raise UserError("--engine vllm: vllm is not installed. See https://docs.vllm.ai for how.")
     print(f"Ask it:\n{curl_command(name, *_address(parsed))}", flush=True)
+    # Replaces this process, so that signals and the exit code are vLLM's own.
     os.execv(program, command)
 
 
 def vllm_command(artifact: "Artifact", name: str, parsed: ParsedArguments) -> list[str]:
-    """The command line with which vLLM serves it as it trained.
+    """Return the command line with which vLLM serves the model as it was trained.
 
     Raises UserError for an adapter that vLLM cannot put on its base.
     """
@@ -168,6 +171,7 @@ def vllm_command(artifact: "Artifact", name: str, parsed: ParsedArguments) -> li
     if artifact.base.revision is not None:
         command += ["--revision", artifact.base.revision]
     if artifact.adapter is not None:
+        # vLLM serves base and adapter under two names; requests for the plain name get the adapter.
         command += ["--served-model-name", f"{name}-base", "--enable-lora"]
         command += ["--lora-modules", f"{name}={artifact.adapter.resolve()}"]
         command += ["--max-lora-rank", str(_rank(artifact.adapter))]
@@ -175,6 +179,7 @@ def vllm_command(artifact: "Artifact", name: str, parsed: ParsedArguments) -> li
         command += ["--served-model-name", name]
     if artifact.base.tokenizer is not None:
         command += ["--tokenizer", str(Path(artifact.base.tokenizer).resolve())]
+    # Without it vLLM stops at the base's end tokens, not at those of the training's template.
     if folder is not None and (folder / "generation_config.json").is_file():
         command += ["--generation-config", str(folder.resolve())]
     if folder is not None and (folder / "chat_template.jinja").is_file():
@@ -186,7 +191,7 @@ def vllm_command(artifact: "Artifact", name: str, parsed: ParsedArguments) -> li
 
 
 def _rank(adapter: Path) -> int:
-    """The smallest of the ranks that vLLM knows which holds the adapter's."""
+    """Return the smallest rank that vLLM allows which holds the adapter's."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise UserError(
@@ -194,6 +199,7 @@ def _rank(adapter: Path) -> int:
             "(luthier merge), and serve that."
         )
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    # The values that vLLM's --max-lora-rank allows; others are refused when it starts.
     sizes = (8, 16, 32, 64, 128, 256, 320, 512)
     fitting = [size for size in sizes if size >= rank]
     if not fitting:

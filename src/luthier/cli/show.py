@@ -11,7 +11,7 @@ from luthier.record.run_dir import find_run
 from luthier.storage import lock
 from luthier.storage.sizes import folder_size, format_bytes
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "show",
     "luthier show RUN\n\nPrints what made a run, how it stands and what came out. RUN is its "
     "folder, or its\nname below runs/.",
@@ -24,11 +24,11 @@ RunPage = list[tuple[str, list[tuple[str, str]]]]
 
 def run(arguments: list[str]) -> int:
     """Print the page of each run; returns 0. Raises UserError where there is none."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
     from luthier.errors import UserError
 
-    typed = GRAMMAR.parse(arguments).overrides
+    typed = COMMAND_LINE.parse(arguments).overrides
     if not typed:
         raise UserError("`luthier show` needs a run: luthier show runs/RECIPE/NAME")
     for name in typed:
@@ -44,6 +44,7 @@ def print_page(folder: Path, sections: RunPage) -> None:
 
     console = Console(highlight=False)
     console.print(f"[bold]{escape(str(folder))}[/bold]")
+    # One width over all sections, so that the values stand in one column down the page.
     width = max(len(name) for _, rows in sections for name, _ in rows)
     for heading, rows in sections:
         if not rows:
@@ -54,7 +55,7 @@ def print_page(folder: Path, sections: RunPage) -> None:
 
 
 def make_page(folder: Path) -> RunPage:
-    """What the record of a run says; what an older luthier did not write is left out."""
+    """Return what the record of a run says, without what an older luthier did not write."""
     record = read_record(folder)
     sections: RunPage = [
         ("Run", [("status", _status(folder, record)), *_run(record)]),
@@ -66,11 +67,13 @@ def make_page(folder: Path) -> RunPage:
         ("Parts", _parts(record)),
         ("Checkpoints", _checkpoints(folder)),
     ]
+    # Records of older versions lack fields: empty values are dropped here and not in each section.
     return [(heading, [row for row in rows if row[1]]) for heading, rows in sections]
 
 
 def _status(folder: Path, record: dict[str, Any]) -> str:
     status = str(record.get("status", ""))
+    # A killed process cannot write its end, but the system released its lock.
     if status == "running" and not lock.is_locked(folder):
         return "killed: it was running, and no process holds its folder"
     return status
@@ -80,6 +83,7 @@ def _run(record: dict[str, Any]) -> list[tuple[str, str]]:
     seeds, seconds = record.get("seeds", {}), record.get("seconds")
     trained = record.get("training_seconds")
     peak = record.get("peak_memory_gib", {})
+    kernels = ", deterministic kernels only" if seeds.get("deterministic") else ""
     took = "" if seconds is None else f"{seconds:,.0f} s"
     return [
         ("error", str(record.get("error", ""))),
@@ -89,19 +93,13 @@ def _run(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("ended", str(record.get("ended", ""))),
         ("took", took + (f", of which training {trained:,.0f} s" if trained else "")),
         ("memory", ", ".join(f"{where} {gib} GiB at the peak" for where, gib in peak.items())),
-        ("seed", _seed(seeds)),
-        *(("extended", _extended(extension)) for extension in record.get("extended", [])),
+        ("seed", f"{seeds['seed']}{kernels}" if "seed" in seeds else ""),
+        *(
+            ("extended", f"at step {extension['at_step']}: {', '.join(extension['changes'])}")
+            for extension in record.get("extended", [])
+        ),
         *(("tracked", f"{name}: {run['id']}") for name, run in record.get("trackers", {}).items()),
     ]
-
-
-def _seed(seeds: dict[str, Any]) -> str:
-    kernels = ", deterministic kernels only" if seeds.get("deterministic") else ""
-    return f"{seeds['seed']}{kernels}" if "seed" in seeds else ""
-
-
-def _extended(extension: dict[str, Any]) -> str:
-    return f"at step {extension['at_step']}: {', '.join(extension['changes'])}"
 
 
 def _material(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -144,6 +142,7 @@ def _code(record: dict[str, Any]) -> list[tuple[str, str]]:
     git = record.get("git", {})
     luthier, here = git.get("luthier"), git.get("here")
     rows = [("luthier", _commit(luthier))]
+    # luthier's commit and that of the working directory are one where it runs from its clone.
     return rows if here == luthier else [*rows, ("here", _commit(here))]
 
 
@@ -174,7 +173,7 @@ def _number(value: Any) -> str:
 
 
 def _parts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The parts of a run that did not come to its end in one go."""
+    """Return a row for each session of a run that took several; none for a run in one go."""
     sessions = record.get("sessions", [])
     return (
         [] if len(sessions) < 2 else [(session["started"], _part(session)) for session in sessions]

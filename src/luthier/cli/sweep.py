@@ -1,34 +1,27 @@
-"""`train.py -m`: plan a sweep, run it, and say what came out."""
+"""`train.py -m` plans and runs a sweep; `luthier sweep FOLDER` prints how a sweep stands."""
 
+# Only what is light is imported here: `luthier.sweep.results` brings numpy and the tables bring
+# rich, and a mistake in the configuration must be reported before either is loaded.
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from luthier.cli.arguments import CommandLine
 from luthier.errors import UserError
-from luthier.storage.atomic import read_json
-from luthier.sweep import local, slurm
-from luthier.sweep import trials as on_disk
-from luthier.sweep.controller import RESUME, Controller, TrialPlace, orphan_check
-from luthier.sweep.local import LocalMachine
-from luthier.sweep.objective import Objective, measure_objectives
-from luthier.sweep.progress import make_view, summary_line
-from luthier.sweep.results import print_errors
-from luthier.sweep.settings import LocalSettings, OptunaSettings
-from luthier.sweep.strategies import OptunaStrategy, PointList, Strategy
-from luthier.sweep.sweep_plan import SweepPlan, is_running, lock_sweep, plan_sweep
-from luthier.sweep.trials import TrialFolder, format_params, trial_table
-from luthier.train import launch_request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from luthier.sweep.controller import TrialPlace
+    from luthier.sweep.local import LaunchCommand, Slot
+    from luthier.sweep.strategies import Strategy
+    from luthier.sweep.sweep_plan import SweepPlan
 
 _WIDTH = 160
-"""Columns where there is no terminal that has some."""
-
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=_WIDTH)
+"""The columns of a table where the output is no terminal, which has a width of its own."""
 
 
 def run_sweep(arguments: list[str]) -> int:
@@ -37,24 +30,37 @@ def run_sweep(arguments: list[str]) -> int:
     Typed under `accelerate launch`, the first process steers and the others leave. Raises UserError
     for a mistake of the user's, before anything runs.
     """
-    if not local.is_first_rank():
+    from luthier.sweep.local import find_launch_command, is_first_rank
+    from luthier.sweep.sweep_plan import lock_sweep, plan_sweep
+
+    if not is_first_rank():
         return 0
-    with _checking() as checking:
-        planned = plan_sweep(arguments, checking)
-        launch = local.find_launch_command(planned.launcher, os.environ)
+    with _checking_status() as on_count:
+        planned = plan_sweep(arguments, on_count)
+        launch = find_launch_command(planned.launcher, os.environ)
     if planned.base.config.dry_run:
         return _dry_run(planned)
+    from luthier.sweep.controller import orphan_check
+    from luthier.train import launch_request
+
+    # The parent is looked at before the trials start: one that ends later makes this an orphan.
     is_orphan = orphan_check(launch_request.find_launcher_command() is not None)
-    rooms = _rooms(planned, launch)
+    # The slots come before the lock: a mistake in them must leave no folder behind.
+    slots = _check_slots(planned, launch)
     lock = lock_sweep(planned)
     try:
-        return _run(planned, _place(planned, launch, rooms, lock), is_orphan)
+        return _run(planned, _trial_place(planned, launch, slots, lock), is_orphan)
     finally:
+        # The lock ends with its last open descriptor: a guard that inherited it holds it until its
+        # trial has ended, so no second sweep can begin beside a trial that is still running.
         os.close(lock)
 
 
-def _rooms(planned: SweepPlan, launch: local.LaunchCommand) -> list[local.Slot]:
-    """The slots of this machine; what is wrong with them or a cluster is said before anything."""
+def _check_slots(planned: "SweepPlan", launch: "LaunchCommand") -> "list[Slot]":
+    """Return this machine's slots, none for a cluster; UserError where either cannot be used."""
+    from luthier.sweep import local, slurm
+    from luthier.sweep.settings import LocalSettings
+
     settings = planned.launcher
     if isinstance(settings, LocalSettings):
         on_cpu = launch.on_cpu or planned.base.config.model.device == "cpu"
@@ -63,18 +69,27 @@ def _rooms(planned: SweepPlan, launch: local.LaunchCommand) -> list[local.Slot]:
     return []
 
 
-def _place(
-    planned: SweepPlan, launch: local.LaunchCommand, rooms: list[local.Slot], lock: int
-) -> TrialPlace:
+def _trial_place(
+    planned: "SweepPlan", launch: "LaunchCommand", slots: "list[Slot]", lock: int
+) -> "TrialPlace":
+    """Return what starts trials: this machine, whose processes inherit the lock, or a cluster."""
+    from luthier.sweep.local import LocalMachine
+    from luthier.sweep.settings import LocalSettings
+    from luthier.sweep.slurm import SlurmCluster
+
     settings = planned.launcher
     if isinstance(settings, LocalSettings):
-        return LocalMachine(launch, rooms, planned.folder, settings.grace, lock)
-    return slurm.SlurmCluster(planned, launch)
+        return LocalMachine(launch, slots, planned.folder, settings.grace, lock)
+    return SlurmCluster(planned, launch)
 
 
-def _run(planned: SweepPlan, trial_place: TrialPlace, is_orphan: Callable[[], bool]) -> int:
+def _run(planned: "SweepPlan", trial_place: "TrialPlace", is_orphan: Callable[[], bool]) -> int:
+    """Run the trials, print what came out, and return the controller's exit code."""
+    from luthier.sweep.controller import RESUME, Controller
+    from luthier.sweep.progress import make_view
     from luthier.sweep.results import report_progress, report_results
 
+    console = _console()
     strategy = _strategy(planned)
     console.print(_opening(planned, strategy, trial_place), markup=False, soft_wrap=True)
     view = make_view(planned.objectives, strategy.total, console)
@@ -82,6 +97,7 @@ def _run(planned: SweepPlan, trial_place: TrialPlace, is_orphan: Callable[[], bo
     try:
         code = controller.run(is_orphan)
     finally:
+        # The live table must be gone before anything else is printed, an error included.
         view.close()
     if code == RESUME:
         report_progress(planned, controller.trials, console)
@@ -91,7 +107,16 @@ def _run(planned: SweepPlan, trial_place: TrialPlace, is_orphan: Callable[[], bo
     return code
 
 
-def _opening(planned: SweepPlan, strategy: Strategy, trial_place: TrialPlace) -> str:
+def _console() -> "Console":
+    """Return a console for results; in a file or a pipe it is wide enough for their tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # rich assumes 80 columns where there is no terminal, and folds the columns of long tables.
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+def _opening(planned: "SweepPlan", strategy: "Strategy", trial_place: "TrialPlace") -> str:
     goal = ", ".join(f"{objective.direction} {objective.name}" for objective in planned.objectives)
     count = f"{strategy.total} trials" if strategy.total != 1 else "1 trial"
     side = (
@@ -100,16 +125,24 @@ def _opening(planned: SweepPlan, strategy: Strategy, trial_place: TrialPlace) ->
     return f"sweep     {count}, {side}: {goal}\nfolder    {planned.folder.path}"
 
 
-def _strategy(planned: SweepPlan) -> Strategy:
+def _strategy(planned: "SweepPlan") -> "Strategy":
+    """Return what chooses the points: a list for a grid or a random search, else Optuna."""
+    from luthier.sweep.settings import OptunaSettings
+    from luthier.sweep.strategies import OptunaStrategy, PointList
+
     if planned.points is not None:
         return PointList(planned.points)
     assert isinstance(planned.sweeper, OptunaSettings)
+    # The study is a file in the sweep's folder, so that the same command goes on with it.
     path = planned.folder.path / "study.log"
     return OptunaStrategy(path, planned.space, planned.sweeper, planned.objectives, planned.watched)
 
 
-def _dry_run(planned: SweepPlan) -> int:
-    """Say what would be tried."""
+def _dry_run(planned: "SweepPlan") -> int:
+    """Print what would be tried; returns 0."""
+    from luthier.sweep.trials import format_params
+
+    console = _console()
     points = planned.points or []
     for number, point in enumerate(points):
         console.print(f"{number:03d}  {format_params(point)}", markup=False, soft_wrap=True)
@@ -119,16 +152,18 @@ def _dry_run(planned: SweepPlan) -> int:
 
 
 @contextmanager
-def _checking() -> Iterator[Callable[[int], None]]:
-    """A word in the terminal while many configurations are composed."""
-    status = Console(stderr=True).status("checking the configurations")
-    with status:
+def _checking_status() -> Iterator[Callable[[int], None]]:
+    """Show in the terminal that configurations are composed; yields what takes their number."""
+    from rich.console import Console
+
+    # On stderr, so that a redirected stdout holds the results alone.
+    with Console(stderr=True).status("checking the configurations") as status:
         yield lambda count: status.update(f"checking {count} configurations")
 
 
-# `luthier sweep FOLDER`: how a sweep stands, or what came out of it.
+# `luthier sweep FOLDER` reads the folder alone: the sweep may run in another process, or be over.
 
-GRAMMAR = CommandLine(
+COMMAND_LINE = CommandLine(
     "sweep",
     "luthier sweep FOLDER\n\n"
     "Shows the trials of a sweep, the best first, while it runs or afterwards. FOLDER is what\n"
@@ -140,21 +175,32 @@ GRAMMAR = CommandLine(
 
 def run(arguments: list[str]) -> int:
     """Print the table of a sweep; returns 0. Raises UserError for a folder that holds none."""
-    if GRAMMAR.asks_help(arguments):
+    if COMMAND_LINE.asks_help(arguments):
         return 0
-    folders = GRAMMAR.parse(arguments).overrides
+    folders = COMMAND_LINE.parse(arguments).overrides
     if len(folders) != 1:
         raise UserError("luthier sweep takes one folder: luthier sweep runs/RECIPE/sweeps/NAME.")
-    folder = TrialFolder(Path(folders[0]))
+    from rich.console import Console
+
+    from luthier.storage.atomic import read_json
+    from luthier.sweep import trials as on_disk
+    from luthier.sweep.objective import Objective, measure_objectives
+    from luthier.sweep.progress import summary_line
+    from luthier.sweep.results import print_errors
+    from luthier.sweep.sweep_plan import is_running
+
+    folder = on_disk.TrialFolder(Path(folders[0]))
     definition = read_json(folder.definition)
     if definition is None:
-        raise UserError(f"{folder.path} holds no sweep.{_near(folder.path)}")
+        raise UserError(f"{folder.path} holds no sweep.{_sweeps_below(folder.path)}")
     directions = definition["objectives"].items()
     objectives = [Objective(name, direction == "maximize") for name, direction in directions]
     trials = folder.load()
     running = is_running(folder.path)
     for trial in trials:
         if trial.state == "running":
+            # The controller writes a trial's values when it ends; until then its own files say
+            # how far it is. Without a controller, "running" is what a killed sweep left behind.
             measures = measure_objectives(
                 on_disk.read_run_record(folder.run(trial)), on_disk.read_rows(folder.run(trial))
             )
@@ -162,24 +208,19 @@ def run(arguments: list[str]) -> int:
             trial.values = measures
             trial.state = "running" if running else "interrupted"
     console = Console(highlight=False)
-    console.print(trial_table(trials, objectives))
+    console.print(on_disk.trial_table(trials, objectives))
     console.print(summary_line(trials, objectives, definition["total"]))
     print_errors(trials, console)
     left = definition["total"] > len(trials) or any(not trial.is_ended for trial in trials)
     if left and not running:
-        typed = " ".join(_shell(word) for word in definition["words"])
+        # Quoted, because values such as `[a, b]` mean something to a shell.
+        typed = shlex.join(definition["words"])
         console.print(f"\ngo on with  python train.py -m {typed}", markup=False, soft_wrap=True)
     return 0
 
 
-def _near(path: Path) -> str:
-    """The sweeps that lie below a folder, as advice."""
+def _sweeps_below(path: Path) -> str:
+    """Name up to five sweeps below a folder, as advice for who typed the folder above them."""
     definitions = sorted(path.glob("**/sweep.json"))[:5] if path.is_dir() else []
     listed = ", ".join(str(definition.parent) for definition in definitions)
     return f" Below it are: {listed}." if definitions else ""
-
-
-def _shell(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)

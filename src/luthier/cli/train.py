@@ -92,6 +92,7 @@ _SHORT_FLAGS = {
 _FLAGS_WITH_VALUE = ("--cfg", "--package", "--info")
 _CFG_VALUES = ("job", "hydra", "all")
 _INFO_VALUES = ("searchpath", "defaults", "defaults-tree", "config", "plugins", "all")
+# Hydra accepts these without -m and ignores them, so a forgotten -m would train once.
 _SWEEP_KEYS = ("hydra/sweeper", "hydra.sweeper", "hydra/launcher", "hydra.launcher")
 
 
@@ -109,6 +110,7 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
     """
     try:
         arguments = _parse_command_line(sys.argv[1:] if argv is None else argv)
+        # Imported only here: a single run needs nothing of sweeps.
         if set(arguments.flags) == {"--multirun"}:
             from luthier.cli.sweep import run_sweep
 
@@ -116,6 +118,7 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
         if arguments.flags:
             return _print_information(arguments)
         _refuse_sweep_settings(arguments.overrides)
+        # A task that returns None has ended well.
         return task(load_config(arguments.overrides)) or 0
     except UserError as mistake:
         return errors.report_error(mistake)
@@ -183,6 +186,7 @@ def _print_config(what: str, arguments: TrainCommandLine) -> int:
     """Print a configuration; one with mistakes is printed as far as it goes, with the mistakes."""
     composed = compose_config(arguments.overrides)
     config = _select_config(composed.config, what)
+    # Shown although it is wrong: who looks for a mistake needs the config that has it.
     mistake = None
     try:
         loaded = check_composed(composed, arguments.overrides)
@@ -202,6 +206,7 @@ def _select_config(config: DictConfig, what: str) -> DictConfig:
     if what == "hydra":
         return OmegaConf.create({"hydra": config.get("hydra")})
     selected = config.copy()
+    # Hydra composes in struct mode, in which no key can be removed.
     OmegaConf.set_struct(selected, False)
     if what == "job":
         selected.pop("hydra", None)
@@ -228,6 +233,7 @@ def _print_hydra_info(what: str, overrides: list[str]) -> None:
         raise UserError(format_mistakes(composed.mistakes, composed))
     typed, chain, *_ = check_overrides(overrides)
     conf = str(recipes.bundled_folder("conf"))
+    # hydra.main (1.3) reads sys.argv and takes no list of words.
     argv, sys.argv = (
         sys.argv,
         [sys.argv[0], "--info", what, *(override.for_hydra for override in typed)],

@@ -1,4 +1,4 @@
-"""Benchmarks through lm-evaluation-harness, for a model that luthier loaded."""
+"""Run benchmarks of lm-evaluation-harness with a model that luthier loaded."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -43,16 +43,20 @@ def run_benchmarks(
     unknown = [task for task in tasks if task not in task_names]
     if unknown:
         raise UserError(f"--benchmarks: {_no_task(unknown[0], sorted(task_names))}")
-    # It is placed and packed already: the harness only asks it.
+    # HFLM gets the loaded model and not its name: it is placed and packed already, and may have
+    # its adapter off. The context is set, because the harness (0.4.13) guesses it from the config.
     model = HFLM(
         pretrained=llm.model, tokenizer=llm.tokenizer, backend="causal",
         batch_size=batch or _BATCH, max_length=llm.context,
     )  # fmt: skip
     try:
+        # bootstrap_iters=0: intervals are drawn here from single documents, paired over two models,
+        # which the harness does not do.
         harness_results: Any = lm_eval.simple_evaluate(
             model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True,
             apply_chat_template=llm.has_template, bootstrap_iters=0,
         )  # fmt: skip
+    # Tasks download their data when they are built; without a network that fails in many ways.
     except (OSError, ConnectionError, FileNotFoundError) as error:
         raise UserError(f"--benchmarks: the data of a task cannot be had: {error}") from error
     rows = {name: _rows(samples) for name, samples in harness_results["samples"].items()}
@@ -61,7 +65,7 @@ def run_benchmarks(
 
 
 def compare_benchmarks(benchmarks: Mapping[str, Any], level: float) -> dict[str, Any]:
-    """The numbers of each task with intervals over its documents, and the paired difference."""
+    """Return each task's numbers with intervals over its documents, and paired differences."""
     tuned, base = benchmarks["tuned"], benchmarks.get("base")
     comparison: dict[str, Any] = {}
     for task, numbers in tuned["results"].items():
@@ -69,6 +73,7 @@ def compare_benchmarks(benchmarks: Mapping[str, Any], level: float) -> dict[str,
             rows = tuned["rows"].get(task, {}).get(name)
             others = base and base["rows"].get(task, {}).get(name)
             label = f"{task}/{name}"
+            # Group scores and corpus metrics have no value for each document: they get no interval.
             if rows is None:
                 comparison[label] = {"tuned": {"value": value}}
                 if base:
@@ -110,7 +115,7 @@ def _no_task(name: str, task_names: Sequence[str]) -> str:
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a task, less their errors and what is no number."""
+    """Return the metrics of a task, without standard errors and what is no number."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in results.items()
@@ -119,7 +124,7 @@ def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _rows(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The scores of the documents by metric, in their order; those that are one number each."""
+    """Return the documents' scores by metric, in order, for metrics with a number for each."""
     ordered = sorted(samples, key=lambda sample: (str(sample.get("filter")), sample["doc_id"]))
     filters = {str(sample.get("filter")) for sample in ordered}
     scores_by_metric: dict[str, list[float]] = {}
@@ -127,8 +132,9 @@ def _rows(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         for name in sample.get("metrics", ()):
             value = sample.get(name)
             if isinstance(value, int | float):
-                # As the harness calls it in its results.
+                # Under the name that it has in the harness's results, where `,none` was removed.
                 suffix = "" if sample.get("filter") == "none" else f",{sample.get('filter')}"
                 scores_by_metric.setdefault(f"{name}{suffix}", []).append(float(value))
+    # Each filter scores every document once; a metric that misses some cannot be paired.
     count = len(ordered) // max(len(filters), 1)
     return {name: scores for name, scores in scores_by_metric.items() if len(scores) == count}

@@ -1,4 +1,4 @@
-"""Numbers of one model with their intervals, or of two on the same rows; rows won and lost."""
+"""Compare two models on the same rows, or sum up one: intervals, and rows won and lost."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out of one set."""
+    """The numbers and rows of one evaluation set, for one model or for two."""
 
     name: str
     rows: int
@@ -39,7 +39,7 @@ class Comparison:
     """Of one model alone: the rows that it does worst on."""
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return all fields as values that JSON can hold."""
         return asdict(self)
 
 
@@ -65,12 +65,15 @@ def compare_outcomes(
     else:
         others = base.samples()
         for name, sample in samples.items():
+            # Paired: both models answered the same rows, so drawing rows together removes the
+            # spread between easy and hard ones from the difference.
             interval = compare_paired(others[name], sample, level)
             numbers[name] = {
                 "base": asdict(interval.first), "tuned": asdict(interval.second),
                 "difference": asdict(interval.difference),
                 "higher": interval.higher, "lower": interval.lower,
             }  # fmt: skip
+    # Corpus metrics (a BLEU over all replies) have no value for a single row to draw from.
     numbers |= _bare(base, tuned, set(numbers))
     judged_by, rows = _judged(items, base, tuned, better) if base else _ranked(items, tuned, better)
     ranked = sorted(rows, key=lambda row: -row["gain"]) if base else []
@@ -85,7 +88,7 @@ def compare_outcomes(
 def _bare(
     base: ModelScores | None, tuned: ModelScores, sampled: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """Numbers of which nothing is known for each row: no interval is drawn."""
+    """Return the numbers that have no value for each row, and so no interval."""
     numbers: dict[str, dict[str, Any]] = {}
     for name, value in tuned.scored.values.items():
         if name not in sampled:
@@ -101,15 +104,16 @@ def _bare(
 def _judged(
     items: EvaluationRows, base: ModelScores, tuned: ModelScores, better: Mapping[str, bool | None]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """How much better the tuned model is on each row.
+    """Return what rows are judged by, and how much better the tuned model is on each.
 
-    By the first metric that tells the two apart, or by the likelihood.
+    It is the first metric that tells the two apart, else the likelihood.
     """
     for name, is_higher in better.items():
         before, after = (scores.scored.rows.get(name) for scores in (base, tuned))
         if before is not None and after is not None and is_higher is not None:
             sign = 1 if is_higher else -1
             gains = [sign * (new - old) for old, new in zip(before, after, strict=True)]
+            # A metric that is equal on every row says nothing of which rows changed: the next may.
             if any(gains):
                 return name, _asked_rows(items, {"gain": gains}, base, tuned)
     rows = [
@@ -122,11 +126,15 @@ def _judged(
 def _ranked(
     items: EvaluationRows, tuned: ModelScores, better: Mapping[str, bool | None]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The rows of one model, the worst first: by the first metric that tells rows apart, or by the
-    likelihood. Rows with the best score of all are left out."""
+    """Return what rows are judged by, and the rows of one model, the worst first.
+
+    It is the first metric that tells rows apart, else the likelihood. Rows with the best score of
+    all are left out.
+    """
     losses = tuned.of_rows().tolist()
     for name, is_higher in better.items():
         scores = tuned.scored.rows.get(name)
+        # A metric that is the same on all rows ranks nothing.
         if scores is not None and is_higher is not None and len(set(scores)) > 1:
             question_losses = [
                 loss
@@ -136,6 +144,7 @@ def _ranked(
             rows = _asked_rows(items, {"score": scores, "loss": question_losses}, None, tuned)
             sign, best = (1, max(scores)) if is_higher else (-1, min(scores))
             rows = [row for row in rows if row["score"] != best]
+            # Among equal scores, such as exact_match 0, the least likely reply is the worst.
             return name, sorted(rows, key=lambda row: (sign * row["score"], -row["loss"]))
     rows = [
         {"where": item.where, "loss": loss} for item, loss in zip(items.rows, losses, strict=True)
@@ -149,7 +158,7 @@ def _asked_rows(
     base: ModelScores | None,
     tuned: ModelScores,
 ) -> list[dict[str, Any]]:
-    """The rows with a question, each with its numbers and what was answered."""
+    """Return the rows with a question, each with its numbers and the replies to it."""
     rows = []
     questions = (item for item in items.rows if item.question is not None)
     for position, (item, reply) in enumerate(zip(questions, tuned.replies, strict=True)):
@@ -165,7 +174,7 @@ def _asked_rows(
     return rows
 
 
-# What an evaluation found, as tables for people.
+# Tables for the terminal; `--json` and `-o` hold the same numbers as plain values.
 
 
 def print_comparison(result: Comparison, console: Console, against: str = "base") -> None:
@@ -176,6 +185,7 @@ def print_comparison(result: Comparison, console: Console, against: str = "base"
         head += f"; {result.asked:,} answered"
     console.print(Text(f"\n{head}", style="bold"))
     console.print(comparison_values(result.numbers, against))
+    # Two models have rows won and lost; one alone has its worst. The other lists are empty.
     groups = (("won", result.wins), ("lost", result.losses), ("worst", result.worst))
     for name, rows in groups:
         if rows:
@@ -184,7 +194,7 @@ def print_comparison(result: Comparison, console: Console, against: str = "base"
 
 
 def comparison_values(numbers: dict[str, dict[str, Any]], against: str = "base") -> Table:
-    """A row for each number, with its interval in brackets."""
+    """Return a table with a row for each number, and its interval in brackets."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     is_pair = any("base" in number for number in numbers.values())
     table.add_column("", no_wrap=True)
@@ -193,13 +203,14 @@ def comparison_values(numbers: dict[str, dict[str, Any]], against: str = "base")
     for name, number in numbers.items():
         cells = [format_interval(number.get(column)) for column in ("base", "tuned", "difference")]
         sure = max(number["higher"], number["lower"]) if "higher" in number else None
+        # The share of draws in which the tuned model is better, or worse: whichever is larger.
         certain = "" if sure is None else f"{sure:.1%}"
         table.add_row(name, *([*cells, certain] if is_pair else [cells[1]]))
     return table
 
 
 def format_interval(number: dict[str, Any] | None) -> str:
-    """A value, and below it its interval, such as `[0.20, 0.33]`."""
+    """Return a value, and below it its interval, such as `[0.20, 0.33]`."""
     if number is None:
         return ""
     if "low" not in number:
@@ -220,11 +231,12 @@ def _examples(rows: list[dict[str, Any]], against: str) -> Table:
 
 
 def _place(where: str) -> str:
-    """A row's file and line; the file from here on, or by its name alone where it is elsewhere."""
+    """Return a row's file, relative to here or by its name alone, and its line."""
     file, colon, line = where.rpartition(":")
     path = Path(file)
     if not path.is_absolute():
         return where
+    # Paths from here can be opened as they stand; others would fill the column.
     here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
     return f"{here}{colon}{line}"
 

@@ -1,4 +1,4 @@
-"""What classifiers, taggers and reward models decide, and how well: rows in, numbers out."""
+"""Measure classifiers, taggers and reward models by what they decide of each row."""
 
 import json
 from abc import ABC, abstractmethod
@@ -43,7 +43,7 @@ _SHOWN = 5
 
 
 class HeadScorer(ABC):
-    """What a model with a head decides of a row."""
+    """Turns what a model with a head decides of rows into losses, numbers and words."""
 
     kind: ClassVar[str]
     """The kind of rows that it decides."""
@@ -84,7 +84,7 @@ class HeadScorer(ABC):
 
 
 class ClassScorer(HeadScorer):
-    """Classes of texts, or numbers."""
+    """Scores classes of texts, or numbers for them."""
 
     kind = "classification"
 
@@ -102,11 +102,13 @@ class ClassScorer(HeadScorer):
         """The example with the names of its classes, or its number."""
         label = example["label"]
         if self.labels.problem_type == REGRESSION:
+            # In Python True is an int, and a file that says `true` means no number.
             if isinstance(label, bool) or not isinstance(label, int | float):
                 raise UserError(
                     f"{where}: the label {label!r} is no number, and this model says one."
                 )
             return {**example}
+        # One class in a list and a class by itself are different tasks: neither is guessed.
         is_list = isinstance(label, list)
         if is_list != (self.labels.problem_type == "multi_label_classification"):
             expected_type = "one class" if is_list else "lists of classes"
@@ -159,7 +161,7 @@ class ClassScorer(HeadScorer):
 
 
 class TagScorer(HeadScorer):
-    """Tags of words."""
+    """Scores tags of words."""
 
     kind = "tagging"
 
@@ -203,7 +205,7 @@ class TagScorer(HeadScorer):
 
 
 class RewardScorer(HeadScorer):
-    """Numbers for conversations: which of two is the better one."""
+    """Scores rewards by which of two conversations gets the higher one."""
 
     kind = "preference"
 
@@ -233,6 +235,7 @@ class RewardScorer(HeadScorer):
         )
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         rewards = model(**inputs, use_cache=False).logits.squeeze(-1).float()
+        # The collator puts all chosen conversations first, then all rejected ones.
         chosen, rejected = rewards.chunk(2)
         return RowLosses(-logsigmoid(chosen - rejected), torch.stack([chosen, rejected], dim=1))
 
@@ -252,9 +255,10 @@ class RewardScorer(HeadScorer):
 
 
 def _named(labels: LabelSet, label: Any, where: str) -> str:
-    """A class by its name; a whole number that is no name is the number of one."""
+    """Return the name of a class, which may also be written as its number; UserError if none."""
     if str(label) in labels.numbers:
         return str(label)
+    # Datasets of the hub often hold the number of a class where others have its name.
     if isinstance(label, int) and 0 <= label < len(labels.names):
         return labels.names[label]
     more = ", ..." if len(labels.names) > _SHOWN else ""
@@ -272,14 +276,14 @@ def _on(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-# A classifier, a tagger or a reward model, loaded within a `with` block and measured.
+# `HeadModel` has the interface of `WritingModel`, so that one command measures both.
 
 
 class HeadRowBuilder:
     """Makes items of rows that a head decides."""
 
     def __init__(self, head: "HeadScorer", encoder: Any) -> None:
-        """`encoder`: that of the training's rows."""
+        """Take a head, and the encoder of the training's rows."""
         self.kinds: Sequence[str] = (head.kind,)
         self._head, self._encoder = head, encoder
 
@@ -287,6 +291,7 @@ class HeadRowBuilder:
         self, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
     ) -> None:
         """Add the items of rows of one source; UserError for a label that the model has not."""
+        # Labels become the model's own before encoding: a wrong one is reported with its place.
         read = (row._replace(example=self._head.read(row.where, row.example)) for row in placed)
         for row, values in encode_rows(self._encoder, rows, read):
             columns = {n: np.asarray(v) if isinstance(v, list) else v for n, v in values.items()}
@@ -306,7 +311,7 @@ class HeadModel:
         quantization: WeightPrecision = "trained",
         **settings: Any,
     ) -> None:
-        """`artifact`: one whose task has a head."""
+        """Take an artifact whose task has a head; it is loaded when the block begins."""
         self.artifact = artifact
         self._packing = parse_weight_precision(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
@@ -320,7 +325,8 @@ class HeadModel:
         self.artifact, _, self.tokenizer = options
         self.model = options.model(self._packing, self._own)
         self._stack.callback(self._release)
-        # By this token models find the end of a row.
+        # transformers' sequence classifiers pool at the last token that is not padding, and refuse
+        # batches where the config names no padding token.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.head = self._head()
         return self
@@ -329,13 +335,14 @@ class HeadModel:
         self._stack.close()
 
     def maker(self, config: RunConfig | None) -> HeadRowBuilder:
-        """What makes the rows of a run, or of a dataset, for it; `config`: that of the run."""
+        """Return what encodes rows for this model; `config` is that of the run, if there is one."""
         if self.head.kind == "preference":
             chat = without_length_limit(
                 build_chat_encoder(self.artifact, self.tokenizer).settings()
             )
             return HeadRowBuilder(self.head, RewardEncoder(self.tokenizer, chat))
         on_long: OnLong = "turns" if config is None else lenient_length(config.chat.on_long)
+        # Encoders of classifiers have fixed positions, beyond which an embedding has no row.
         bounds = [self._positions(), None if config is None else config.chat.max_length]
         longest = min((bound for bound in bounds if bound is not None), default=None)
         make = ClassificationEncoder if self.head.kind == "classification" else TaggingEncoder
@@ -344,7 +351,7 @@ class HeadModel:
     def set_of(
         self, items: EvaluationRows, metrics: Any, config: RunConfig | None
     ) -> EvaluationSet:
-        """The rows, scored by what it decides."""
+        """Return the rows, scored by what the head decides."""
         return EvaluationSet(items, [], self.head.better)
 
     @property
@@ -368,6 +375,7 @@ class HeadModel:
                 for number, loss, prediction in zip(
                     batch, batch_losses.sums, batch_losses.predictions, strict=True
                 ):
+                    # Batches are sorted by length, so each number goes back to its row's position.
                     losses[number] = loss.item(), self.head.answers(rows[number])
                     predictions[number] = prediction.tolist()
                 bar.update(len(batch))
@@ -391,5 +399,6 @@ class HeadModel:
     def _release(self) -> None:
         from luthier.infer.generate import release_memory
 
+        # The last reference to the weights: with it the memory can be given back.
         self.model = None
         release_memory()

@@ -1,4 +1,4 @@
-"""How likely the replies of rows are to a model: sums of negative log-likelihoods."""
+"""Measure how likely rows are to a model, as sums of negative log-likelihoods."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from luthier.evaluate.rows import EvaluationRow
 from luthier.metrics import MetricScores
 from luthier.metrics.bootstrap import SumStatistics
 
-# What a model makes of a set of rows.
+# The results of one model on one set, in the form that the bootstrap draws from.
 
 LOSS, PERPLEXITY = "loss", "perplexity"
 
@@ -36,6 +36,8 @@ class ModelScores:
             LOSS: SumStatistics(self.losses, _mean)
         }
         if self.has_perplexity:
+            # Each draw sums losses and tokens over its rows first: the mean of rows' perplexities
+            # would weigh a short row as much as a long one.
             statistics[PERPLEXITY] = SumStatistics(self.losses, lambda sums: np.exp(_mean(sums)))
         for name in self.scored.values:
             sample = self.scored.sample(name)
@@ -45,26 +47,28 @@ class ModelScores:
 
     def of_rows(self) -> NDArray[np.float64]:
         """The mean loss of each row, shape (rows,)."""
+        # A row without a measured token has the loss 0 and must not divide by it.
         return self.losses[:, 0] / self.losses[:, 1].clip(min=1)
 
 
 def _mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The loss of a draw; one without a token has none."""
+    """Return the mean loss of each draw; that of a draw without a token is 0."""
     mean: NDArray[np.float64] = sums[:, 0] / np.maximum(sums[:, 1], 1)
     return mean
 
 
-# Rows of about one length side by side.
+# The losses themselves, computed in batches of rows of about one length.
 
 TOKENS = 2048
 """Tokens that go through the model at once, padding and all; at least one row."""
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """The numbers of rows in batches, the longest first, each of about as many tokens."""
+    """Return the numbers of rows in batches of about as many tokens, the longest rows first."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     batches, start = [], 0
     while start < len(order):
+        # The first of a batch is its longest, so its length times the rows bounds the batch.
         size = max(1, TOKENS // max(1, lengths[order[start]]))
         batches.append(order[start : start + size])
         start += size
@@ -98,27 +102,30 @@ def compute_losses(
 
 
 def _of_sequences(model: Any, ids: Any, labels: Any) -> tuple[list[float], list[int]]:
-    """The summed loss of each sequence and how many tokens are in it."""
+    """Return the summed loss of each sequence and how many tokens are in it."""
+    # The logits at a position predict the next token, so labels are shifted by one.
     batch = _padded(ids, model.device)
     logits = model(**batch, use_cache=False).logits
     return _summed(logits[:, :-1], _filled(labels, IGNORED)[:, 1:])
 
 
 def _of_targets(model: Any, sources: Any, targets: Any) -> tuple[list[float], list[int]]:
-    """The same of targets behind their sources."""
+    """Return the same for targets behind their sources."""
+    # The model shifts the labels itself to make its decoder's inputs; logits and labels align.
     labels = _filled(targets, IGNORED)
     logits = model(**_padded(sources, model.device), labels=labels.to(model.device)).logits
     return _summed(logits, labels)
 
 
 def _summed(logits: Any, labels: Any) -> tuple[list[float], list[int]]:
-    """The cross entropy at each place that is measured, summed over each row."""
+    """Return the cross entropy summed over the measured positions of each row, and their count."""
     import torch
     from torch.nn.functional import cross_entropy
 
     targets = labels.to(logits.device)
     measured = targets != IGNORED
-    # Only what is measured becomes float32: over a large vocabulary the rest would not fit.
+    # Only measured positions become float32: 2048 positions by 150,000 tokens of vocabulary would
+    # take over a gigabyte. Sums are in float64, so that long rows lose no digits.
     each = cross_entropy(logits[measured].float(), targets[measured], reduction="none")
     spread = torch.zeros(targets.shape, dtype=torch.float64, device=each.device)
     spread[measured] = each.double()
@@ -126,7 +133,7 @@ def _summed(logits: Any, labels: Any) -> tuple[list[float], list[int]]:
 
 
 def _padded(rows: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:
-    """Ids side by side, and where they are."""
+    """Return ids padded to one length, and the mask of where they are."""
     mask = _filled([[1] * len(row) for row in rows], 0)
     return {"input_ids": _filled(rows, 0).to(device), "attention_mask": mask.to(device)}
 

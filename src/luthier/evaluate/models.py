@@ -1,4 +1,4 @@
-"""The models that are measured, and what they are compared with."""
+"""Find the models to measure, what they are compared with, and measure those that write."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
     from luthier.evaluate.heads import HeadModel
 
 
-# One model that writes, measured on one set: perplexity, and the metrics of its replies.
-
-
 def measure_model(
     llm: LLM, items: EvaluationRows, metrics: Sequence[Metric], settings: dict[str, Any]
 ) -> ModelScores:
     """Measure a loaded model as it answers now.
 
-    `metrics`: none for the perplexity alone. `given`: settings of generation, and `batch_size`.
+    Without `metrics` it is the perplexity alone. `settings` are those of generation, and
+    `batch_size`.
     Raises UserError where a metric fails and for rows that the model cannot read.
     """
     from tqdm import tqdm
@@ -41,6 +39,7 @@ def measure_model(
     total = sum(len(item.sequences) for item in items.rows)
     with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
         losses = compute_losses(llm.model, items.rows, bar.update)
+    # Without a metric no replies are generated: they take most of the time of an evaluation.
     question_rows = [item for item in items.rows if item.question is not None] if metrics else []
     if not question_rows:
         return ModelScores(losses, [], MetricScores({}))
@@ -62,11 +61,13 @@ class WritingModel(LLM):
     """A model that writes."""
 
     def maker(self, config: RunConfig | None) -> RowBuilder:
-        """What makes the rows of a run, or of a dataset, for it; `config`: that of the run."""
+        """Return what encodes rows for this model; `config` is that of the run, if there is one."""
         if self.artifact.task == "SEQ_2_SEQ_LM":
             if config is None:
                 return TargetRowBuilder(self.tokenizer, None, "drop")
             return TargetRowBuilder(self.tokenizer, config.chat.max_length, config.chat.on_long)
+        # The encoder of the loaded model has the template and date of the training, and a base that
+        # stands beside a run gets the same.
         settings = self.encoder.settings() if self.has_template else None
         stride = 0 if config is None else config.dataset.stride
         return ChatRowBuilder(self.tokenizer, settings, stride, self.context)
@@ -74,12 +75,12 @@ class WritingModel(LLM):
     def set_of(
         self, items: EvaluationRows, metrics: list[Metric] | None, config: RunConfig | None
     ) -> EvaluationSet:
-        """The rows with these metrics, or with the run's own."""
+        """Return the rows with these metrics; None stands for the run's own."""
         metrics_used = metrics_of_run(config, items.name) if metrics is None else metrics
         return rows_with_replies(items, metrics_used)
 
     def measure(self, each: EvaluationSet, settings: dict[str, Any]) -> ModelScores:
-        """Its losses and replies, as it answers now."""
+        """Return the model's losses and scored replies, as it answers now."""
         return measure_model(self, each.items, each.metrics, settings)
 
     @property
@@ -98,11 +99,11 @@ def find_models(
     alone: bool,
     options: Mapping[str, Any],
 ) -> tuple[MeasuredModel, MeasuredModel | None]:
-    """The model that is typed, and what it is compared with, neither loaded yet.
+    """Return the model that is typed and what it is compared with, neither loaded yet.
 
-    That is `against`, else what the model began with: itself where that is an adapter's base, None
-    where there is nothing. Raises UserError for words that name no models, and for two of which one
-    does something else.
+    The second is `against`, else what the model began with: itself where that is an adapter's base,
+    None where there is nothing. Raises UserError for words that name no models, and for two models
+    that do different things.
     """
     model = _subject(word, options, base)
     if alone:
@@ -111,7 +112,9 @@ def find_models(
         return model, _alike(model, _subject(against, options, None))
     artifact = model.artifact
     if artifact.task in HEAD_TASKS:
-        return model, None  # a base's head for these labels is a random one
+        # The base has no head for these labels: it would be a random one.
+        return model, None
+    # The adapter is switched off for the base's turn, so one model in memory is both.
     if artifact.adapter is not None:
         return model, model
     if artifact.config is None:
@@ -132,6 +135,7 @@ def check_comparable(
 
     `theirs` is the alphabet of the other one, whose rows are `its`.
     """
+    # A loss per token depends on how long the tokens are: another tokenizer, another number.
     if model.alphabet != theirs:
         difference = (
             "reads other tokens" if isinstance(model, WritingModel) else "knows other labels"
@@ -143,6 +147,8 @@ def check_comparable(
         )
     for evaluation_set, other in zip(mine, its, strict=True):
         rows, others = evaluation_set.items.rows, other.items.rows
+        # Paired differences need the same rows: a template may cut or drop one that the other
+        # keeps.
         if [item.where for item in rows] != [item.where for item in others]:
             raise UserError(
                 f"{evaluation_set.items.name}: {len(rows):,} rows make tokens for the one model "
@@ -161,7 +167,7 @@ def _subject(word: str, options: Mapping[str, Any], base: str | None) -> Measure
 
 
 def _alike(model: MeasuredModel, other: MeasuredModel) -> MeasuredModel:
-    """The other one; UserError where the two do different things."""
+    """Return `other`; UserError where the two models do different things."""
     if other.artifact.task != model.artifact.task:
         raise UserError(
             f"--against {other.artifact.name}: this model does something else than "

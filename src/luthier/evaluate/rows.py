@@ -1,4 +1,4 @@
-"""Rows for models that write: chats, texts, and sources with targets."""
+"""Read the rows that a model is measured on, and encode those of models that write."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from luthier.errors import UserError
 from luthier.infer.questions import Question, read_questions
 from luthier.metrics import Metric, parse_metrics, prepare_metrics
 
-# The rows that a model is measured on: their tokens, and the questions in them.
+# Rows keep the place they are from, by which two models are compared row by row.
 
 MAIN = "held out"
 """What the evaluation set without a name is called."""
@@ -61,24 +61,24 @@ class EvaluationRows:
 
 
 class RowBuilder(Protocol):
-    """Makes items as the training made rows, and leaves out what it would stop at."""
+    """Encodes rows as the training did, and leaves out those that would stop a training."""
 
     @property
     def kinds(self) -> Sequence[str]:
-        """The kinds of rows that it takes."""
+        """The example types that it takes."""
         ...
 
     def add(
         self, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
     ) -> None:
-        """Add the items of rows of one source, which are of such a kind."""
+        """Add the rows of one source, which are of such a type."""
         ...
 
 
 def read_run_rows(
     config: RunConfig, maker: RowBuilder, limit: int | None, tokenizer: Callable[[], Any]
 ) -> Iterator[EvaluationRows]:
-    """The evaluation sets of a run, as it held them out.
+    """Yield the evaluation sets of a run, as it held them out.
 
     `tokenizer` gives the base's own: rows that were drawn from the training rows are drawn again,
     from the cache of the training where it is still there.
@@ -91,6 +91,7 @@ def read_run_rows(
         )
         _add(maker, rows, opened, _rows(opened, config.dataset, limit))
         yield rows
+    # Rows drawn from the training rows are in no file of their own: they are drawn again.
     if config.dataset.eval.share is not None or config.dataset.eval.count is not None:
         yield _drawn(config, maker, limit, tokenizer())
     elif not named:
@@ -103,7 +104,7 @@ def read_run_rows(
 def read_dataset_rows(
     config: DatasetConfig, maker: RowBuilder, limit: int | None
 ) -> Iterator[EvaluationRows]:
-    """All rows of a dataset, a set for each of its sources."""
+    """Yield all rows of a dataset, a set for each of its sources."""
     sources = train_sources(config)
     for name, source in sources.items():
         opened = open_examples(
@@ -117,12 +118,14 @@ def read_dataset_rows(
 def _drawn(
     config: RunConfig, maker: RowBuilder, limit: int | None, tokenizer: Any
 ) -> EvaluationRows:
-    """The rows that the run drew from its training rows to hold them out."""
+    """Return the rows that the run drew from its training rows to hold them out."""
+    # Imported here: rows from files need nothing of the training methods.
     from luthier.train.methods.encoders import make_row_encoders
 
     rows = EvaluationRows(MAIN)
     prepared = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
     for opened, placed in prepared.heldout[""].by_source():
+        # The limit holds for the set, which may be drawn from several sources.
         left = None if limit is None else limit - len(rows.rows)
         _add(maker, rows, opened, placed[:left])
     return rows
@@ -131,7 +134,7 @@ def _drawn(
 def _add(
     maker: RowBuilder, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]
 ) -> None:
-    """Add rows of one source; UserError for a kind that is not measured of this model."""
+    """Add rows of one source; UserError for a type of example that this model does not take."""
     example_type = opened.row_format.example_type
     if example_type not in maker.kinds:
         raise UserError(
@@ -143,8 +146,9 @@ def _add(
 
 
 def _rows(opened: OpenedSource, config: DatasetConfig, limit: int | None) -> list[LocatedExample]:
-    """The rows; UserError for bad ones unless they are dropped."""
+    """Return the rows; UserError for bad ones unless the config drops them."""
     bad = BadRows()
+    # Bad rows behind the limit are not read, so they cannot stop an evaluation of the first N.
     rows = list(islice(opened.examples(bad), limit))
     if config.on_bad_row == "error":
         bad.raise_if_any(opened)
@@ -166,6 +170,7 @@ class ChatRowBuilder:
         self._tokenizer, self._stride = tokenizer, stride
         longest = None if chat is None else chat["max_length"]
         bounds: list[int] = [bound for bound in (context, longest) if bound is not None]
+        # Measured as trained: what the training cut is cut here too, and never beyond the model.
         self._max_length = min(bounds, default=None)
         length_setting = {"max_length": self._max_length}
         self._chat = None if chat is None else without_length_limit(chat) | length_setting
@@ -180,6 +185,7 @@ class ChatRowBuilder:
             self._add_chats(rows, placed, opened.config)
 
     def _add_texts(self, rows: EvaluationRows, placed: Iterable[LocatedExample]) -> None:
+        # A text beyond the context becomes several windows, whose losses add up to the text's.
         encoder = WindowEncoder(self._tokenizer, self._max_length, self._stride)
         for row in placed:
             (windows,) = encoder.encode_batch([row.example["text"]])
@@ -197,6 +203,7 @@ class ChatRowBuilder:
                 "This model has no chat template, and these rows are chats. Put its template "
                 "beside the tokenizer, as chat_template.jinja."
             )
+        # A source may train on other messages than the run; its rows are measured on those.
         train_on = {} if source.train_on is None else {"train_on": source.train_on}
         encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | train_on)
         for row in placed:
@@ -212,6 +219,7 @@ class ChatRowBuilder:
                     EvaluationRow(row.where, sequences, questions[0] if questions else None)
                 )
             else:
+                # The encoder reports why a row came to nothing, such as one that is too long.
                 rows.leave_out(batch.reports[0].reason if batch.reports else "nothing to measure")
 
 
@@ -235,19 +243,19 @@ class TargetRowBuilder:
 
 
 def lenient_length(on_long: OnLong) -> OnLong:
-    """What becomes of rows that are too long: they are left out where training would stop."""
+    """Return `drop` where training would stop at a row that is too long, else the setting."""
     return "drop" if on_long == "error" else on_long
 
 
 def without_length_limit(chat: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a chat encoder under which a row is left out where training would stop."""
+    """Return settings of a chat encoder that drop a row where training would stop."""
     return {**chat} | {name: "drop" for name in ("on_lost", "on_long") if chat[name] == "error"}
 
 
 def encode_rows(
     encoder: Any, rows: EvaluationRows, placed: Iterable[LocatedExample]
 ) -> "Iterable[tuple[LocatedExample, dict[str, Any]]]":
-    """Each row with the columns of its token row; those that make none are left out and counted."""
+    """Yield each row with the columns of its token row; count and leave out those without one."""
     for row in placed:
         try:
             encoded = encoder.encode([row.example])
@@ -262,14 +270,15 @@ def encode_rows(
 
 
 def _spoken(example: Mapping[str, Any]) -> dict[str, Any]:
-    """A conversation; of judged replies, the prompt and the good one."""
+    """Return a conversation; for judged replies, the prompt and the good reply."""
     prompt, reply = split_prompt_and_reply(example)
-    if not reply and "messages" not in example:  # it is rated bad
+    # Of judged replies only good ones are measured: a row that is rated bad has no reply here.
+    if not reply and "messages" not in example:
         return {"messages": [], "tools": None}
     return {"messages": [*prompt, *reply], "tools": example.get("tools")}
 
 
-# Rows to measure on, and how they are scored.
+# A set joins rows with the metrics that score them.
 
 
 @dataclass(frozen=True)
@@ -284,11 +293,12 @@ class EvaluationSet:
 
 
 def rows_with_replies(items: EvaluationRows, metrics: list[Metric]) -> EvaluationSet:
-    """A set whose replies are scored by metrics, if there are any; what these need is imported.
+    """Return a set whose replies are scored by metrics; what these need is imported.
 
     Raises UserError as `prepare_metrics` does.
     """
     questions = [item.question for item in items.rows if item.question is not None]
+    # Metrics may load a judge or an embedding model: not for rows that ask nothing.
     if metrics and questions:
         prepare_metrics(metrics, [question.expected for question in questions])
     better = {metric.name: metric.greater_is_better for metric in metrics}
@@ -296,7 +306,7 @@ def rows_with_replies(items: EvaluationRows, metrics: list[Metric]) -> Evaluatio
 
 
 def metrics_of_run(config: RunConfig | None, name: str) -> list[Metric]:
-    """A run's own metrics of an evaluation set; none for a model that is no run's."""
+    """Return the run's metrics of an evaluation set; none for a model without a run."""
     if config is None:
         return []
     evaluation = config.trainer.evaluation

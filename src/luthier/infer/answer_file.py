@@ -1,4 +1,4 @@
-"""A JSONL file of replies that grows row by row, and goes on where it was left."""
+"""A JSONL file of replies grows row by row, and the same command goes on with it."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from luthier.errors import UserError
 from luthier.storage.atomic import read_json, write_json
 
 RECORD = ".made.json"
-"""What follows the file's name in that of its record."""
+"""The ending of the record's name, behind the name of the file."""
 
 
 class AnswerFile:
@@ -18,7 +18,11 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, origin: dict[str, Any]) -> None:
-        """`made`: all that decides the replies, as JSON. Raises UserError for a file of others."""
+        """Open or start the file; `origin` is all that decides the replies, as JSON values.
+
+        Raises UserError for a file that another command made.
+        """
+        # Through JSON and back, so that it equals what is read: tuples become lists, for one.
         self.path, self._made = path, json.loads(json.dumps(origin))
         self.record = path.with_name(path.name + RECORD)
         self.done = self._take()
@@ -27,7 +31,7 @@ class AnswerFile:
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows, whole lines at once."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # Half of a surrogate pair, which no file holds, may come out of a model.
+        # A model may write half of a surrogate pair, which UTF-8 has no bytes for.
         with self.path.open("ab") as file:
             file.write(lines.encode("utf-8", "backslashreplace"))
 
@@ -35,11 +39,13 @@ class AnswerFile:
         """Start the file, or find how far it is; the rest of a line that broke off goes away."""
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # The record first: a file without one is taken for somebody else's.
             write_json(self.record, self._made)
             self.path.touch()
             return 0
         self._check()
         text = self.path.read_bytes()
+        # A killed process leaves half of its last line; that row is answered again.
         complete_lines = text[: text.rfind(b"\n") + 1]
         if len(complete_lines) < len(text):
             with self.path.open("r+b") as file:
@@ -49,6 +55,7 @@ class AnswerFile:
     def _check(self) -> None:
         if not self.path.is_file():
             raise UserError(f"-o {self.path}: this is a folder. Name a file.")
+        # An empty file has nothing to lose: any command may begin in it.
         if not self.path.stat().st_size:
             write_json(self.record, self._made)
             return
@@ -58,6 +65,7 @@ class AnswerFile:
                 f"-o {self.path}: this file is there and not made by luthier generate (there is no "
                 f"{self.record.name} beside it). Choose another name; nothing is overwritten."
             )
+        # Replies of two models or settings in one file could not be told apart later.
         differing = sorted(
             key for key in {*old, *self._made} if old.get(key) != self._made.get(key)
         )

@@ -1,4 +1,4 @@
-"""A conversation with a model: it remembers what was said."""
+"""A chat session remembers the messages of a conversation with a model."""
 
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -45,6 +45,8 @@ class ChatSession:
                 yield piece
             is_whole = True
         finally:
+            # `finally` also runs when the reader closes the generator (Ctrl-C): a question without
+            # any reply would make the next prompt one of two user messages, which templates refuse.
             if reply or is_whole:
                 self.turns.append({"role": "assistant", "content": reply})
             else:
@@ -58,5 +60,6 @@ class ChatSession:
         """Forget what the user said last, if it was this, and its reply."""
         if self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()
+        # Only that very message: where the model could not answer, it is not in the conversation.
         if self.turns and self.turns[-1] == {"role": "user", "content": text}:
             self.turns.pop()

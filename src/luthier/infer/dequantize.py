@@ -18,6 +18,7 @@ def dequantized_layers(model: Any) -> Iterator[None]:
     if not layers or not _fits(layers):
         yield
         return
+    # On the instance, where it hides the class's method, so that `del` brings that back.
     for layer in layers:
         layer.forward = partial(_forward, layer, _weight(layer))
     try:
@@ -30,6 +31,7 @@ def dequantized_layers(model: Any) -> Iterator[None]:
 def _forward(layer: Any, weight: Any, x: Any) -> Any:
     from torch.nn.functional import linear
 
+    # As bitsandbytes (0.50) does: it computes in the layer's own format and returns the input's.
     bias = None if layer.bias is None else layer.bias.to(weight.dtype)
     return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
@@ -37,6 +39,7 @@ def _forward(layer: Any, weight: Any, x: Any) -> Any:
 def _weight(layer: Any) -> Any:
     from bitsandbytes.functional import dequantize_4bit
 
+    # The packed weight is flat: its shape and format are in its quantization state.
     state = layer.weight.quant_state
     weight = dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype or state.dtype)
     return weight.reshape(state.shape)
@@ -45,6 +48,7 @@ def _weight(layer: Any) -> Any:
 def _four_bit_on_cpu(model: Any) -> list[Any]:
     if not getattr(model, "is_loaded_in_4bit", False):
         return []
+    # Imported only for a 4-bit model: bitsandbytes is optional.
     from bitsandbytes.nn import Linear4bit
 
     return [
@@ -58,4 +62,5 @@ def _fits(layers: list[Any]) -> bool:
     import psutil
 
     need = sum(2 * layer.in_features * layer.out_features for layer in layers)
+    # Two bytes a weight, and as much again must stay free for the cache and the activations.
     return need * 2 < psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""Batched replies: prompts of token ids in, reply ids out, order kept."""
+"""Answer prompts in batches: token ids in, reply ids out, in the same order."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,8 @@ from luthier.infer.generation_config import (
     needs_single_rows,
 )
 
-# How many prompts are answered side by side: as many as the free memory holds.
+# The size of a batch is estimated from the free memory; an estimate that is too high costs one
+# failed batch, because `generate_in_batches` halves it.
 
 _MOST = {"cuda": 256, "mps": 64, "cpu": 64}
 """Prompts beyond which a larger batch is hardly faster, by kind of device."""
@@ -24,10 +25,11 @@ _WIDTHS = 24
 
 
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int) -> int:
-    """The largest batch of prompts of `longest` tokens that should fit into the free memory.
+    """Return the largest batch of prompts of `longest` tokens that should fit into free memory.
 
-    An estimate: keys and values of prompt and reply, the activations of one layer while the prompt
-    is read, and the scores of one token over the vocabulary in float32 and twice more for sorting.
+    It is an estimate: keys and values of prompt and reply, the activations of one layer while the
+    prompt is read, and the scores of one token over the vocabulary in float32 and twice more for
+    sorting.
     """
     free, device_type = free_memory(model)
     return max(
@@ -39,22 +41,26 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int) -> int:
 
 
 def bytes_per_row(model: Any, longest: int, max_new_tokens: int) -> int:
-    """The bytes that one prompt and its reply take, beside the model."""
+    """Return the bytes that one prompt and its reply take, beside the model."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
+    # With grouped-query attention the cache holds fewer heads than the queries have.
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    # Some models (Gemma, Qwen3) have heads that are not hidden_size / heads wide.
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     number = model.get_input_embeddings().weight.element_size()
     cached = 2 * config.num_hidden_layers * kv_heads * head * number
     reading = _WIDTHS * config.hidden_size * number
+    # Float32 scores, and sorting for top-k and top-p makes two more of their size.
     scores = 3 * 4 * model.get_input_embeddings().weight.shape[0]
     return int(cached * (longest + max_new_tokens) + reading * longest + scores)
 
 
 def free_memory(model: Any) -> tuple[int, str]:
-    """The free bytes where the model computes (of several GPUs the fullest), and its kind."""
+    """Return the free bytes where the model computes (of the fullest GPU), and the device type."""
     import torch
 
+    # Parameters on `meta` are those that accelerate holds on disk or in CPU memory.
     devices = {p.device for p in model.parameters() if p.device.type != "meta"}
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
@@ -68,10 +74,11 @@ def free_memory(model: Any) -> tuple[int, str]:
 
 
 def _free_on_gpu(device: Any) -> int:
-    """What the device has left, and what torch holds there without using it."""
+    """Return what the device has left, and what torch holds there without using it."""
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
+    # torch keeps freed memory for itself, which the driver counts as used.
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + held)
 
@@ -82,6 +89,7 @@ def release_memory() -> None:
 
     import torch
 
+    # Cycles such as an error's traceback hold tensors until the collector runs.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -143,12 +151,14 @@ def generate_in_batches(
 
     equal = depends_on_prompt(config, model.generation_config)
     size = 1 if needs_single_rows(config) else batch_size
+    # The longest first: where the memory is too small, the first batch says so and not the last.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     while order:
         rows = _batch([len(prompts[i]) for i in order], size, config, context, equal)
         batch = [prompts[i] for i in order[:rows]]
         try:
             replies = _answer(model, batch, _within(config, len(batch[0]), context), more)
+        # A full CPU memory is a plain RuntimeError, which only its text tells from others.
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -157,7 +167,7 @@ def generate_in_batches(
             yield [i for i in order[:rows] for _ in range(len(replies) // rows)], replies
             order = order[rows:]
             continue
-        # Outside of the handler: until it ends, the error keeps all tensors of the batch alive.
+        # Outside of the handler: until that ends, the error's traceback keeps the batch alive.
         release_memory()
 
 
@@ -186,10 +196,10 @@ def patched_output_layer(model: Any) -> Iterator[None]:
 
 
 def _batch(lengths: list[int], size: int, config: Any, context: int | None, equal: bool) -> int:
-    """How many of the first prompts go together.
+    """Return how many of the first prompts go together.
 
-    Those that may write equally much before the context is full, and where the settings look at
-    the prompt (`equal`), those of one length: padding must not change a reply.
+    These are those that may write equally much before the context is full, and where the settings
+    look at the prompt (`equal`), those of one length: padding must not change a reply.
     """
 
     def kind(length: int) -> tuple[int, int]:
@@ -206,10 +216,11 @@ def _room(new_tokens: int, length: int, context: int | None) -> int:
 
 
 def _within(config: Any, length: int, context: int | None) -> Any:
-    """The config for prompts of at most this length, whose replies must end with the context."""
+    """Return the config for prompts of this length, whose replies must end with the context."""
     room = _room(config.max_new_tokens, length, context)
     if room == config.max_new_tokens:
         return config
+    # A copy, because the config serves the other batches too.
     shorter = copy.copy(config)
     shorter.max_new_tokens = room
     return shorter
@@ -228,7 +239,7 @@ def _half(rows: int, length: int) -> int:
 def _answer(
     model: Any, prompts: list[Sequence[int]], config: Any, more: dict[str, Any]
 ) -> list[list[int]]:
-    """The ids behind each prompt, whatever a reply's end is filled up with included."""
+    """Return the ids behind each prompt, with the padding behind shorter replies."""
     import torch
 
     width = max(map(len, prompts))
@@ -254,6 +265,6 @@ def _answer(
 
 
 def until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """The ids before the first stop token."""
+    """Return the ids before the first stop token."""
     stops = set(stop_ids)
     return ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))]

@@ -1,4 +1,4 @@
-"""How replies are generated: any field of `transformers.GenerationConfig`, greedy unless given."""
+"""Settings of generation: any field of `transformers.GenerationConfig`, greedy by default."""
 
 import ast
 from collections.abc import Mapping
@@ -79,6 +79,7 @@ def check_generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
     longest = settings.get("max_new_tokens")
     if longest is not None and (not isinstance(longest, int) or longest < 1):
         raise UserError(f"max_new_tokens={longest}: write a whole number of at least 1.")
+    # The APIs of others write greedy decoding as temperature=0, which transformers refuses.
     if settings.get("temperature") == 0:
         del settings["temperature"]
         settings.setdefault("do_sample", False)
@@ -95,6 +96,7 @@ def parse_generation_settings(assignments: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise UserError(f"{word}: settings are written key=value, such as max_new_tokens=200.")
         try:
+            # YAML, as in a config: numbers, true, null and lists need no further syntax.
             settings[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{word}: the value cannot be read: {error}") from error
@@ -104,6 +106,7 @@ def parse_generation_settings(assignments: list[str]) -> dict[str, Any]:
 @cache
 def generation_setting_names() -> frozenset[str]:
     """The fields of `transformers.GenerationConfig`, read from its source: nothing is imported."""
+    # Importing transformers takes seconds, which a mistyped setting should not cost.
     spec = find_spec("transformers")
     file = Path((spec and spec.origin) or "").parent / "generation" / "configuration_utils.py"
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -113,7 +116,9 @@ def generation_setting_names() -> frozenset[str]:
 
 
 def _popped(node: ast.AST) -> str | None:
-    """The name in `kwargs.pop(name, ...)`, if the node is such a call."""
+    """Return the name in `kwargs.pop(name, ...)`; None for any other node."""
+    # transformers 5.23 has the fields as `kwargs.pop("name", default)` in __init__, and neither as
+    # parameters nor as annotations.
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return None
     first = node.args[0] if node.func.attr == "pop" and node.args else None
@@ -128,6 +133,8 @@ def make_generation_config(requested: Mapping[str, Any], stop_ids: list[int], pa
     """
     from transformers import GenerationConfig
 
+    # Repeatable numbers come from greedy decoding without penalties; who samples wants what the
+    # model's makers recommend in its generation_config.json.
     plain = {} if requested.get("do_sample") else _PLAIN
     settings = plain | {"eos_token_id": stop_ids, "use_cache": True} | dict(requested)
     if settings.get("max_new_tokens") is None:
@@ -138,10 +145,11 @@ def make_generation_config(requested: Mapping[str, Any], stop_ids: list[int], pa
 def depends_on_prompt(config: Any, model_config: Any) -> bool:
     """Whether the settings look at the tokens before the reply, so that padding would change it.
 
-    `own` is the model's generation config, which fills what `config` leaves open.
+    `model_config` is the model's generation config, which fills what `config` leaves open.
     """
     for name, off in _READS_PROMPT.items():
         value = getattr(config, name)
+        # transformers fills what is None from the model's own generation config in `generate`.
         value = getattr(model_config, name) if value is None else value
         if value not in off:
             return True
@@ -154,6 +162,6 @@ def needs_single_rows(config: Any) -> bool:
 
 
 def stop_token_ids(config: Any) -> list[int]:
-    """The ids that end a reply."""
+    """Return the ids that end a reply; an empty list where the config has none."""
     ids = config.eos_token_id
     return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]

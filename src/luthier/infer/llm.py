@@ -1,4 +1,4 @@
-"""A model to ask: a run, an adapter, a checkpoint or a base, loaded within a `with` block."""
+"""`LLM` answers as a run, an adapter, a checkpoint or a base, loaded within a `with` block."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from luthier.infer.chat_session import ChatSession
 
 
-# What an `LLM` works with: model, tokenizer, prompts and stop tokens, on this machine.
-
-
 @dataclass
 class LoadedModel:
     """A model in memory, and all that it takes to ask it."""
@@ -43,7 +40,7 @@ class LoadedModel:
 
     @property
     def pad_id(self) -> int:
-        """What prompts of a batch are filled up with."""
+        """The id that prompts of a batch are padded with."""
         return int(self.tokenizer.pad_token_id)
 
     @contextmanager
@@ -67,14 +64,14 @@ class LoadOptions(NamedTuple):
     tokenizer: Any
 
     def model(self, packing: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> Any:
-        """Load the weights; `own` goes to `from_pretrained`. UserError where they cannot be had."""
+        """Load the weights; `from_pretrained` gets `model_kwargs`. UserError where it fails."""
         model = load_trained(self.artifact, self.machine, self.tokenizer, packing, **model_kwargs)
         check_vocabulary_fits(self.tokenizer, model)
         return model
 
 
 def read_load_options(artifact: Artifact, settings: Mapping[str, Any]) -> LoadOptions:
-    """Choose the machine and load the tokenizer; `given` replaces fields of the artifact's model.
+    """Choose the machine and load the tokenizer; `settings` replace fields of the artifact's model.
 
     Raises UserError where they cannot be had.
     """
@@ -92,8 +89,10 @@ def load_for_inference(
     """Load a model that writes, and what makes its prompts; UserError where it cannot be had."""
     options = read_load_options(artifact, settings)
     artifact, machine, tokenizer = options
+    # Before the weights: a template that cannot be read is reported within a second.
     prompter = _prompter(artifact, tokenizer)
     model = options.model(packing, model_kwargs)
+    # A model that also reads pictures keeps the limits of its text in a config within its own.
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     is_encoded = bool(model.config.is_encoder_decoder)
@@ -103,6 +102,8 @@ def load_for_inference(
         machine,
         prompter,
         _stops(artifact, tokenizer, prompter),
+        # An encoder-decoder model bounds source and reply each by itself, so a prompt may be as
+        # long as the context: `longest` is the first length that is too long.
         None if is_encoded else context,
         context + 1 if is_encoded and context is not None else context,
     )
@@ -123,7 +124,7 @@ def _prompter(artifact: Artifact, tokenizer: Any) -> ChatEncoder | Seq2SeqPrompt
 
 
 def _stops(artifact: Artifact, tokenizer: Any, prompter: Any) -> list[int]:
-    """Where a reply ends; UserError for a model of which nobody knows it."""
+    """Return the ids that end a reply; UserError for a model whose files name none."""
     if prompter is not None and prompter.stop_token_ids:
         return list(prompter.stop_token_ids)
     ends = [tokenizer.eos_token_id, *end_token_ids(artifact.base)]
@@ -135,13 +136,14 @@ def _stops(artifact: Artifact, tokenizer: Any, prompter: Any) -> list[int]:
     return stop_ids
 
 
-# How a model's weights are packed while it answers.
+# Weights may be packed otherwise for answering than they were for training.
 
 WeightPrecision = Literal["trained", "none", "nf4", "int8"] | Mapping[str, Any]
 """How weights are packed: as the run had them, not at all, in 4 or 8 bits, or as
 `BitsAndBytesConfig` has it."""
 
 _PACKED: dict[str, dict[str, Any] | None] = {
+    # None leaves the packing to the artifact; {} asks for none, whatever the run had.
     "trained": None,
     "none": {},
     "nf4": {
@@ -211,11 +213,12 @@ class LLM:
         self._model: Any = None
 
     def __enter__(self) -> "LLM":
-
         self._loaded = load_for_inference(self.artifact, self._given, self._packing, self._own)
         self._model, self.tokenizer = self._loaded.model, self._loaded.tokenizer
         self.machine, self.context = self._loaded.machine, self._loaded.context
         self._prompts = Prompts(self.tokenizer, self._loaded.prompter, self._loaded.longest)
+        # Registered before `ready`: the stack unwinds in reverse, so hooks are removed from the
+        # model while it is still there.
         self._stack.callback(self._release)
         self._stack.enter_context(self._loaded.ready())
         return self
@@ -237,7 +240,7 @@ class LLM:
 
     @property
     def pad_id(self) -> int:
-        """What prompts of a batch are filled up with."""
+        """The id that prompts of a batch are padded with."""
         return self._loaded.pad_id
 
     @property
@@ -250,7 +253,7 @@ class LLM:
 
     @property
     def has_template(self) -> bool:
-        """Whether it can be asked in messages."""
+        """Whether the model can be asked in messages."""
         from luthier.chat import ChatEncoder
 
         return isinstance(self._loaded.prompter, ChatEncoder)
@@ -287,8 +290,8 @@ class LLM:
         """Answer each prompt, in order; `num_return_sequences` replies each follow one another.
 
         Prompts are answered side by side, padded on the left, `batch_size` at once: as many as the
-        memory holds where it is None, and half as many where that was too much. `given`: any field
-        of `GenerationConfig`; greedy unless they say otherwise. `seed` is for sampling.
+        memory holds where it is None, and half as many where that was too much. `settings` are
+        fields of `GenerationConfig`; greedy unless they say otherwise. `seed` is for sampling.
         `on_replies` gets the number of each prompt with its replies as soon as there are some.
         Raises UserError for a prompt that is longer than the context, by its place.
         """
@@ -300,6 +303,8 @@ class LLM:
             for rows, answers in self._answered(ids, config, size):
                 for row, answer in zip(rows, answers, strict=True):
                     replies_by_prompt[row].append(self._reply(answer, len(ids[row]), config))
+                # With num_return_sequences a row's number comes several times; its replies are told
+                # once.
                 for row in dict.fromkeys(rows) if on_replies else ():
                     on_replies(row, replies_by_prompt[row])  # type: ignore[misc]
         return [reply for replies in replies_by_prompt for reply in replies]
@@ -328,6 +333,7 @@ class LLM:
                             "num_return_sequences, or use generate.")  # fmt: skip
         (ids,) = self.prompt_ids([prompt])
         if self.context is not None:
+            # transformers warns and goes on past the context, where the model writes nonsense.
             config.max_new_tokens = min(config.max_new_tokens, self.context - len(ids))
         pieces, came = TextStream(self.tokenizer), list[int]()
         with self._sampling(seed):
@@ -343,7 +349,7 @@ class LLM:
     def chat(
         self, system: str | None = None, tools: list[dict[str, Any]] | None = None
     ) -> "ChatSession":
-        """A conversation that remembers what was said."""
+        """Return a session that remembers its messages; None means no system prompt or tools."""
         from luthier.infer.chat_session import ChatSession
 
         return ChatSession(self.stream, system, tools)
@@ -356,6 +362,7 @@ class LLM:
         """
         if not self.has_adapter:
             raise UserError(f"{self.artifact.name} is a whole model: it has no base in it.")
+        # peft switches the adapter's layers off in place, so both answer from the same weights.
         with self.model.disable_adapter():
             yield
 
@@ -368,6 +375,7 @@ class LLM:
     def _size(self, ids: Sequence[Sequence[int]], config: Any) -> int:
         from luthier.infer.generate import choose_batch_size
 
+        # Each beam and each further reply is a row of its own in the key-value cache.
         copies = (config.num_beams or 1) * (config.num_return_sequences or 1)
         longest = max(map(len, ids), default=1)
         return max(1, choose_batch_size(self.model, longest, config.max_new_tokens) // copies)
@@ -385,7 +393,7 @@ class LLM:
             )
 
     def _more(self, config: Any) -> dict[str, Any]:
-        """What transformers needs besides to find strings in a reply."""
+        """Return what transformers needs besides: the tokenizer, to find stop strings."""
         return {"tokenizer": self.tokenizer} if config.stop_strings else {}
 
     def _reply(self, ids: list[int], prompt_tokens: int, config: Any) -> GeneratedReply:
@@ -394,7 +402,8 @@ class LLM:
         reply_ids = until_stop(ids, words.stop_token_ids(config))
         ended = len(reply_ids) < len(ids)
         while not ended and reply_ids and reply_ids[-1] == config.pad_token_id:
-            reply_ids = reply_ids[:-1]  # filled up behind a stop string
+            # Behind a stop string transformers fills the row up while others of the batch go on.
+            reply_ids = reply_ids[:-1]
         room = config.max_new_tokens
         if self.context is not None:
             room = min(room, self.context - prompt_tokens)
@@ -411,6 +420,7 @@ class LLM:
         if seed is None:
             yield
             return
+        # fork_rng warns where it must guess the devices, and with device_map there may be several.
         gpus = list(range(torch.cuda.device_count()))
         with torch.random.fork_rng(devices=gpus):
             torch.manual_seed(seed)
@@ -419,13 +429,14 @@ class LLM:
     def _release(self) -> None:
         from luthier.infer.generate import release_memory
 
+        # Both references go: torch can only give back memory that nothing points to.
         self._model = None
         self._loaded.model = None
         release_memory()
 
 
 def _writes(artifact: Artifact) -> Artifact:
-    """The artifact, if it writes replies."""
+    """Return the artifact if it writes replies; UserError for a model with a head."""
     names = {"SEQ_CLS": "a classifier", "TOKEN_CLS": "a tagger"}
     if artifact.task in names:
         name = "a reward model" if artifact.is_reward else names[artifact.task]

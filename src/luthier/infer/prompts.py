@@ -1,4 +1,4 @@
-"""What a model is asked, in any form, as the token ids that it reads."""
+"""Prompts in any form become the token ids that a model reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class Prompts:
     def ids(
         self, prompts: Sequence[Prompt], places: Sequence[str] | None = None
     ) -> list[list[int]]:
-        """The ids of each prompt; raises UserError with the place of one that makes none.
+        """Return the ids of each prompt; raises UserError with the place of one that makes none.
 
         `places` say where each prompt comes from; `prompt 1` and so on if there are none.
         """
@@ -36,10 +36,12 @@ class Prompts:
     def _one(self, prompt: Prompt, name: str) -> list[int]:
         try:
             ids = self._of(prompt)
+        # The encoder knows the mistake and not the prompt's origin: here the two come together.
         except ChatError as error:
             raise UserError(f"{name}: {error}") from error
         if not ids:
             raise UserError(f"{name}: is empty, and this model has no template to begin with.")
+        # At least one token of reply must fit behind the prompt.
         if self._context is not None and len(ids) >= self._context:
             raise UserError(
                 f"{name}: has {len(ids):,} tokens, and the model reads {self._context:,} with its "
@@ -52,12 +54,14 @@ class Prompts:
             return self._of_text(prompt)
         if isinstance(prompt, Mapping):
             return self._of_messages(prompt.get("messages"), prompt.get("tools"))
+        # Token ids go through as they are, special tokens and all: who encodes knows why.
         if isinstance(prompt, Sequence) and prompt and all(isinstance(n, int) for n in prompt):
             return [n for n in prompt if isinstance(n, int)]
         return self._of_messages(prompt, None)
 
     def _of_text(self, text: str) -> list[int]:
         if self._encoder is None:
+            # Plain text to continue begins with the tokenizer's own special tokens, such as BOS.
             ids: list[int] = self._tokenizer(text)["input_ids"]
             return ids
         return self._encoder.prompt([{"role": "user", "content": text}])
@@ -72,6 +76,7 @@ class Prompts:
                 "the model has no chat template, so it is asked in plain text and not in messages",
                 reason="no template",
             )
+        # A template would end this turn and begin an empty one: the model would answer itself.
         last = messages[-1]
         if isinstance(last, Mapping) and last.get("role") == "assistant":
             raise ChatError(

@@ -1,4 +1,4 @@
-"""Rows of a dataset as prompts, with the replies that they know."""
+"""Rows of a dataset become prompts and questions, with the replies that the rows have."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,15 +65,17 @@ def read_prompt_rows(config: DatasetConfig) -> PromptRows:
 
 
 def _opened(source: SourceConfig) -> OpenedSource:
-    """The source; one whose format trains nothing may still hold prompts alone."""
+    """Open the source; one whose format trains nothing may still hold prompts alone."""
     try:
         return open_examples(source, MAIN_SOURCE)
     except UserError as error:
+        # A type that was set is a decision: only a guess is replaced by another one.
         if source.type != "auto":
             raise
         try:
             return open_examples(source.model_copy(update={"type": "prompt"}), MAIN_SOURCE)
         except UserError:
+            # The first error says what the format lacks; the second one would only confuse.
             raise error from None
 
 
@@ -89,23 +91,22 @@ def _ask(placed: LocatedExample, opened: OpenedSource) -> PromptRow:
     example, example_type = placed.example, opened.row_format.example_type
     if example_type in ("conversation", "preference", "unpaired"):
         context, _ = split_prompt_and_reply(example)
+        # A conversation that begins with its reply asks nothing.
         if not context and example_type == "conversation":
             raise UserError(f"{placed.where}: there is nothing before the reply.")
-        prompt = _messages(context, example.get("tools"))
+        tools = example.get("tools")
+        prompt: Prompt = {"messages": context, "tools": tools} if tools else context
         return PromptRow(placed.where, prompt, reference_text(example))
     if example_type == "seq2seq":
         return PromptRow(placed.where, example["source"], example["target"])
     return PromptRow(placed.where, example["text"], None)
 
 
-def _messages(messages: list[dict[str, Any]], tools: Any) -> Prompt:
-    return {"messages": messages, "tools": tools} if tools else messages
-
-
 def _blank_lines(opened: OpenedSource) -> Iterator[str]:
-    """Which lines of a file are empty: nothing comes of them."""
+    """Yield a note for each file with empty lines, which make no row."""
     for name in opened.source.files:
         file = Path(name).expanduser()
+        # Only in files with a row per line does an empty line shift the numbers of the rows.
         if not file.name.lower().endswith(_LINES) or not file.is_file():
             continue
         with file.open(encoding="utf-8", errors="replace") as lines:
@@ -117,7 +118,8 @@ def _blank_lines(opened: OpenedSource) -> Iterator[str]:
             yield f"{name}: {count}, passed over: {line_numbers}{more}"
 
 
-# Held-out rows as questions with a known answer.
+# Evaluations during and after training ask held-out rows; these need the row's own columns too,
+# because a metric may read them.
 
 Messages = list[dict[str, Any]]
 Row = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -136,15 +138,16 @@ class Question:
 
 
 def read_questions(rows: Iterable[Row], limit: int) -> list[Question]:
-    """The first `limit` rows that have a reply in words, without that reply.
+    """Return the first `limit` rows that have a reply in words, split into prompt and reply.
 
-    Of a pair it is the chosen reply, of judged replies a good one.
+    The reply of a pair is the chosen one, and that of judged replies a good one.
     """
     questions: list[Question] = []
     for example, columns in rows:
         if len(questions) == limit:
             break
         messages, expected = split_prompt_and_reply(example)[0], reference_text(example)
+        # A row that begins with its reply, or whose reply is a tool call, cannot be scored as text.
         if messages and expected is not None:
             row = {**example, **columns}
             questions.append(Question(messages, example.get("tools"), expected, row))

@@ -1,4 +1,4 @@
-"""What an encoder-decoder model is asked: the sources of rows, as in training."""
+"""Prompts of encoder-decoder models are sources, encoded as in training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from luthier.data.encoders.tasks import Seq2SeqEncoder
 
 
 class Seq2SeqPrompts:
-    """Stands where a chat encoder makes the prompts."""
+    """Makes prompts of sources, in the place where a chat encoder makes them of messages."""
 
     def __init__(self, encoder: Seq2SeqEncoder, stop_token_ids: Sequence[int]) -> None:
         self._encoder = encoder
@@ -16,5 +16,7 @@ class Seq2SeqPrompts:
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> list[int]:
         """The ids of a source, which is the only message."""
+        # The interface is that of ChatEncoder; a source has no roles, so `tools` has no meaning
+        # here.
         (message,) = messages
         return self._encoder.source(message["content"])

@@ -1,4 +1,4 @@
-"""transformers' own OpenAI server around a model that luthier loaded."""
+"""transformers' OpenAI-compatible server, with a model and prompts that luthier makes."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ def run_server(llm: LLM, name: str, host: str, port: int, settings: Mapping[str,
 def make_server(
     llm: LLM, name: str, host: str, port: int, settings: Mapping[str, Any]
 ) -> "uvicorn.Server":
-    """The server, ready to run; `given` are settings of generation for requests without any."""
+    """Return a server ready to run; `settings` of generation hold for requests without any."""
     import uvicorn
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
@@ -38,6 +38,7 @@ def make_server(
     defaults = generation_config.make_generation_config(
         generation_config.check_generation_settings(settings), llm.stop_token_ids, llm.pad_id
     )
+    # transformers' handlers copy the model's generation config and put the request's over it.
     llm.model.generation_config = defaults
     app = build_server(
         manager,
@@ -48,19 +49,22 @@ def make_server(
         systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
     )
+    # A server object and no uvicorn.run, so that a caller can stop it from another thread.
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
 
 
 def _as_trained(llm: LLM) -> Any:
-    """The tokenizer, with prompts from the encoder of the training.
+    """Return the tokenizer with prompts from the encoder of the training.
 
     transformers' own way from messages to ids writes today's date, and takes control tokens in a
     user's text for control tokens.
     """
+    # A copy, so that all else that holds the tokenizer keeps its own method.
     served = copy.copy(llm.tokenizer)
     parameters = {*inspect.signature(served.apply_chat_template).parameters, *_NOT_OF_TEMPLATES}
 
     def apply_chat_template(conversation: Any, tools: Any = None, **more: Any) -> Any:
+        # What is no parameter of the method is a variable of the template (chat_template_kwargs).
         variables = {name: value for name, value in more.items() if name not in parameters}
         return _prompt(llm, conversation, tools, variables)
 
@@ -69,9 +73,9 @@ def _as_trained(llm: LLM) -> Any:
 
 
 def _prompt(llm: LLM, messages: Any, tools: Any, variables: dict[str, Any]) -> Any:
-    """The ids of a request's prompt, as a batch of one; what is wrong with it goes to the client.
+    """Return the ids of a request's prompt, as a batch of one; HTTP 400 for a wrong prompt.
 
-    `variables`: of the template, over those of the training.
+    `variables` of the template go over those of the training.
     """
     import torch
     from fastapi import HTTPException
@@ -80,10 +84,13 @@ def _prompt(llm: LLM, messages: Any, tools: Any, variables: dict[str, Any]) -> A
     encoder = llm.encoder
     try:
         if variables:
+            # A new encoder for this request: variables are part of what an encoder checks when it
+            # is made.
             encoder_settings = encoder.settings()
             encoder_settings["variables"] = encoder_settings["variables"] | variables
             encoder = ChatEncoder.from_settings(llm.tokenizer, encoder_settings)
         ids = encoder.prompt(messages, tools=tools)
+        # The handlers would generate past the context, so that the client gets nonsense and 200.
         if llm.context is not None and len(ids) >= llm.context:
             text = f"the prompt has {len(ids)} tokens, and the model reads {llm.context}"
             raise HTTPException(400, text)
@@ -94,7 +101,7 @@ def _prompt(llm: LLM, messages: Any, tools: Any, variables: dict[str, Any]) -> A
 
 
 def _sampling(handler: Any) -> Any:
-    """A handler for which a request with a temperature asks for sampling.
+    """Return a handler for which a request with a temperature asks for sampling.
 
     transformers' own keep what the model's generation config says: greedy, whatever is asked.
     """
@@ -104,6 +111,8 @@ def _sampling(handler: Any) -> Any:
 
         def _build_generation_config(self, body: Any, *positional: Any, **more: Any) -> Any:
             config = super()._build_generation_config(body, *positional, **more)
+            # transformers 5.23 sets the temperature and leaves do_sample as the defaults have it
+            # (`_build_generation_config` in cli/serving/utils.py): the temperature has no effect.
             if body.get("temperature"):
                 config.do_sample = True
             return config
@@ -112,7 +121,7 @@ def _sampling(handler: Any) -> Any:
 
 
 def _manager(llm: LLM, name: str) -> Any:
-    """What gives the server its model: the one that is loaded, whatever a request calls it."""
+    """Return a manager that gives the loaded model to every request, whatever its name."""
     from transformers.cli.serving.model_manager import ModelManager
 
     tokenizer = _as_trained(llm)
@@ -122,6 +131,7 @@ def _manager(llm: LLM, name: str) -> Any:
 
         def __init__(self) -> None:
             super().__init__(device=llm.machine.device)
+            # The manager would load whatever model a request names, from the hub if it must.
             self.force_model = name
 
         def load_model_and_processor(self, *_: Any, **__: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One reply, token by token, while the model writes it."""
+"""Stream one reply: its tokens while the model writes them, and the text they complete."""
 
 import queue
 import threading
@@ -14,8 +14,10 @@ def stream_tokens(model: Any, prompt: Sequence[int], config: Any, **more: Any) -
     The model writes in a thread of its own. Where the reader leaves early (`close`, an error,
     Ctrl-C), the model stops at its next token, and it has stopped when this returns.
     """
+    # model.generate calls back and cannot be iterated, so it runs in a thread and fills a queue.
     stopped = threading.Event()
     tokens: queue.Queue[int | BaseException | None] = queue.Queue()
+    # A daemon, so that a second Ctrl-C need not wait for a reply of many tokens.
     work = threading.Thread(
         target=_write, args=(model, prompt, config, more, tokens, stopped), daemon=True
     )
@@ -24,10 +26,12 @@ def stream_tokens(model: Any, prompt: Sequence[int], config: Any, **more: Any) -
     try:
         while (token := tokens.get()) is not None:
             if isinstance(token, BaseException):
+                # Raised in the reader's thread: there the caller can catch it.
                 raise token
             if token not in stops:
                 yield token
     finally:
+        # Joined in any case: two generations at once would share the model's cache and hooks.
         stopped.set()
         work.join()
 
@@ -46,6 +50,7 @@ def _write(
 
     ids = torch.tensor([list(prompt)], device=model.device)
     try:
+        # Inference mode belongs to a thread: that of the reader does not hold in this one.
         with torch.inference_mode():
             model.generate(
                 input_ids=ids,
@@ -56,12 +61,13 @@ def _write(
                 **more,
             )
         tokens.put(None)
+    # KeyboardInterrupt and SystemExit too: a reader without an end would wait forever.
     except BaseException as error:
         tokens.put(error)
 
 
 def _stop_at(stopped: threading.Event) -> Any:
-    """A stopping criterion that holds from the moment the event is set."""
+    """Return a stopping criterion that holds from the moment the event is set."""
     import torch
 
     def holds(input_ids: Any, scores: Any, **_: Any) -> Any:
@@ -78,6 +84,7 @@ class _Tokens:
 
     def put(self, value: Any) -> None:
         """Take the prompt, which is passed over, or a token."""
+        # transformers puts the whole prompt first, as one tensor, and then each new token.
         if not self._is_prompt:
             self._tokens.put(int(value.reshape(-1)[0]))
         self._is_prompt = False
@@ -91,11 +98,11 @@ _SIGNS = {code: "␦" for code in (*range(32), 127, *range(128, 160)) if chr(cod
 
 
 def printable(text: str) -> str:
-    """A model's text with signs for control characters."""
+    """Return a model's text with signs in place of control characters."""
     return text.translate(_SIGNS)
 
 
-# Text from tokens that come one by one: a piece at a time, never a part of a character.
+# A token may hold a part of a character (bytes of UTF-8), so text is held back until it is whole.
 
 _BROKEN = "�"
 """What a decoder writes for bytes that are no whole character."""
@@ -107,26 +114,29 @@ class TextStream:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # Decoders of a space before a word need what stands before it: two whole pieces are kept.
+        # SentencePiece decoders drop the space in front of the first token, so the piece before is
+        # decoded with each new one, and its text cut off again.
         self._before = self._said = 0
 
     def add(self, token: int) -> str:
-        """The text that this token completes; empty where it ends within a character."""
+        """Return the text that this token completes; empty where it ends within a character."""
         self._ids.append(token)
         piece = self._new()
+        # The replacement character at the end means that bytes are still missing; within a text the
+        # model may have written it.
         if not piece or piece.endswith(_BROKEN):
             return ""
         self._before, self._said = self._said, len(self._ids)
         return piece
 
     def rest(self) -> str:
-        """What is left when the reply has ended, be it whole or not."""
+        """Return what is left when the reply has ended, even a part of a character."""
         piece = self._new()
         self._before = self._said = len(self._ids)
         return piece
 
     def _new(self) -> str:
-        """The text behind what was said."""
+        """Return the text behind what was returned already."""
         emitted = self._text(self._ids[self._before : self._said])
         return self._text(self._ids[self._before :])[len(emitted) :]
 
