@@ -36,6 +36,8 @@ def compile_pattern(pattern: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about `[[`, which may mean something else one day
+            # `re` says what a pattern is: `regex` reads more than it, and some of it as something
+            # else.
             re.compile(pattern)
             translated, steps = _translate_pattern(pattern)
             if steps > MAX_PATTERN_STEPS:

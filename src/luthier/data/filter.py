@@ -214,6 +214,7 @@ OPERATORS: dict[type[ast.AST], Operation] = {
     ast.Mod: _on_numbers(operator.mod),
     ast.UAdd: _name_operands(operator.pos),
     ast.USub: _name_operands(operator.neg),
+    # These and `is` work on any values, so they are not wrapped.
     ast.Not: operator.not_,
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -307,6 +308,7 @@ class _Checker(ast.NodeTransformer):
             self._refuse(node, "arguments are given one by one, without names")
         if isinstance(node.func, ast.Attribute):
             self._check_call(node, node.func.attr, METHODS, "methods")
+            # The dot keeps methods apart from functions of the same name, such as `lower`.
             function, arguments = f".{node.func.attr}", [node.func.value, *node.args]
         elif isinstance(node.func, ast.Name):
             self._check_call(node, node.func.id, FUNCTIONS, "functions")
@@ -349,6 +351,8 @@ class _Checker(ast.NodeTransformer):
         """Raise FilterError at a node; Python counts positions in bytes, and the text is str."""
         line = self._text.encode()
         start, stop = (len(line[:end].decode()) for end in (node.col_offset, node.end_col_offset))
+        # The parser counts in UTF-8, where a letter may take several bytes; marks are set by
+        # letters.
         raise FilterError(problem, start, stop)
 
 

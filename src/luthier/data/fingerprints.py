@@ -30,12 +30,12 @@ def canonical_json(example: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
 
 def fingerprint(example: Mapping[str, Any]) -> bytes:
-    """16 bytes that are the same for equal examples, whatever the order of their keys."""
+    """Return 16 bytes that are the same for equal examples, whatever the order of their keys."""
     return canonical_json(example)[1]
 
 
 def normalised_fingerprint(example: Mapping[str, Any]) -> bytes:
-    """16 bytes that are the same where texts differ in case, white space or Unicode form only.
+    """Return 16 bytes that do not change with case, white space or Unicode form of the texts.
 
     Texts are compared in Unicode's NFKC form with case folded, white space at their ends removed
     and runs of it made one space. Numbers, truth values and the structure count as they are.
@@ -49,19 +49,21 @@ def normalised_fingerprint(example: Mapping[str, Any]) -> bytes:
 
 
 def pack_fingerprints(prints: Iterable[bytes]) -> Fingerprints:
-    """Fingerprints of 16 bytes each as an array."""
+    """Return fingerprints of 16 bytes each as an array."""
     return np.frombuffer(b"".join(prints), dtype=f"S{FINGERPRINT_BYTES}")
 
 
 def is_first_occurrence(prints: Fingerprints) -> NDArray[np.bool_]:
-    """True for the rows to keep: the first of equal ones, wherever the others stand."""
+    """Return True for the rows to keep: the first of equal ones, wherever the others stand."""
     keep = np.zeros(len(prints), dtype=bool)
+    # np.unique sorts stably where it gives indices, so each is that of the first of equal rows.
     keep[np.unique(prints, return_index=True)[1]] = True
     return keep
 
 
 def _fold_text(text: str) -> str:
-    """Case folded and in NFKC; folding can undo the form, so it is taken twice."""
+    """Return a text case-folded and in NFKC; folding can undo the form, so it is taken twice."""
+    # ASCII is in NFKC already; most texts take this way, which is far shorter.
     if text.isascii():
         return text.lower()
     return normalize("NFKC", normalize("NFKC", text).casefold())

@@ -62,12 +62,14 @@ def interleave_evenly(counts: list[int]) -> RowNumbers:
     and there are m groups, any first rows hold p of that group to within (1 + m p) / 2 rows.
     """
     positions = [(np.arange(count) + 0.5) / count for count in counts]
+    # Stable, so that of equal places the source that is named first comes first.
     return np.argsort(np.concatenate(positions), kind="stable")
 
 
 def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> RowNumbers:
     """Return all rows as many whole times as `repeats` holds, then a seeded part of them, in
     order."""
+    # Rounded to rows first: 1.1 * 10 is 11.000000000000002 in floating point.
     full_passes, rest = divmod(round(repeats * size), max(size, 1))
     last_pass = np.sort(seeded_order(size, "repeats", seed, name)[:rest])
     return np.concatenate([np.tile(np.arange(size), full_passes), last_pass])
@@ -76,7 +78,7 @@ def _repeat_rows(size: int, repeats: float, seed: int, name: str) -> RowNumbers:
 def _draw_by_weight(
     sizes: Mapping[str, int], sources: Mapping[str, SourceConfig], seed: int
 ) -> list[RowNumbers]:
-    """For each source its share of rows, drawn and put in order by the seed.
+    """Return for each source its share of rows, drawn and put in order by the seed.
 
     The source with the fewest rows for its weight gives all of them and so sets the others' counts.
     """

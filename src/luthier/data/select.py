@@ -51,7 +51,6 @@ def hold_out_rows(prints: Fingerprints, config: EvalConfig, seed: int) -> HeldOu
     if config.share is None and config.count is None:
         return HeldOutSplit(np.arange(len(prints)), np.empty(0, np.int64), 0)
     # Equal rows are drawn as one, so that they never stand on both sides.
-    # Equal rows are drawn as one, so that they never stand on both sides.
     different, first, group = np.unique(prints, return_index=True, return_inverse=True)
     ranks = _ranks(different, seed)
     held = _draw_by_hash(ranks, config) if config.by == "hash" else _draw_by_rank(ranks, config)
@@ -66,6 +65,7 @@ def exclude_held_out(prints: Fingerprints, heldout: Mapping[str, Fingerprints]) 
 
     A row that stands in several sets is counted for each. Raises UserError if none is left.
     """
+    # Against each set by itself, so that the record can say how many rows each took away.
     inside = {key: np.isin(prints, held) for key, held in heldout.items()}
     train = np.ones(len(prints), dtype=bool)
     for mask in inside.values():
@@ -98,6 +98,7 @@ def _draw_by_hash(ranks: UInt64s, config: EvalConfig) -> NDArray[np.bool_]:
 def _ranks(prints: Fingerprints, seed: int) -> UInt64s:
     """Return a number for each fingerprint, evenly spread over 64 bits, that hangs on it and the
     seed."""
+    # Little-endian on every machine, so that the same rows are held out on all of them.
     halves = prints.view("<u8").reshape(-1, 2)
     return scatter(scatter(halves[:, 0], "held out", seed) ^ halves[:, 1], "held out")
 
@@ -191,6 +192,8 @@ def select_rows(
     all_prints = np.concatenate(list(prints.values()))
     usable = np.concatenate([source.sequences > 0 for source in trained.values()])
     _check_usable(trained, evaluated)
+    # Duplicates go before rows are held out, so that a share is one of different rows; the mixture
+    # comes last, as weights and repeats are about rows that train.
     usable_rows = np.flatnonzero(usable)
     if config.deduplicate != "none":
         usable_rows = usable_rows[is_first_occurrence(all_prints[usable_rows])]

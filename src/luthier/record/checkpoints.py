@@ -69,6 +69,8 @@ def publish_checkpoint(written: Path, target: Path, facts: dict[str, Any]) -> No
     `facts` is what the seal keeps of the checkpoint: its step, whether it is planned, and so on.
     """
     write_manifest(written, facts)
+    # The contents before the rename: after a power cut a name may be on the disk whose files are
+    # not.
     for path in (*(file for file in written.rglob("*") if file.is_file()), written):
         _sync(path)
     aside = _aside(target)
@@ -84,6 +86,7 @@ def publish_checkpoint(written: Path, target: Path, facts: dict[str, Any]) -> No
 def recover_checkpoints(folder: Path) -> None:
     """Finish or undo what a killed run was doing in a folder of checkpoints."""
     for _, path in list_checkpoints(folder / NEW_FOLDER):
+        # Whole, and killed between the seal and the rename: the work of its steps is not lost.
         if not (folder / path.name).exists() and _find_problem(path) is None:
             path.replace(folder / path.name)
     shutil.rmtree(folder / NEW_FOLDER, ignore_errors=True)
@@ -107,7 +110,7 @@ def find_newest_checkpoint(folder: Path) -> NewestCheckpoint:
 
 
 def read_checkpoint_facts(path: Path) -> dict[str, Any]:
-    """Return the facts of a sealed checkpoint; raises Damaged where its seal cannot be read."""
+    """Return the facts of a sealed checkpoint; DamagedFolderError where its seal is unreadable."""
     facts: dict[str, Any] = read_manifest(path)["made"]
     return facts
 
@@ -131,6 +134,7 @@ def prune_checkpoints(
     """
     remaining = [path for number, path in list_checkpoints(folder) if number <= step]
     needed = {folder / f"checkpoint-{step}", *([best] if best else [])}
+    # A copy of the list, from which the loop removes.
     for path in [path for path in remaining if path not in needed]:
         is_over_count = bool(limits.max_count) and len(remaining) > (limits.max_count or 0)
         if is_over_count or _excess_bytes(remaining, limits) or not is_planned(path):

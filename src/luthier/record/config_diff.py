@@ -63,6 +63,7 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[s
     )
     for key in sorted(old_values.keys() | new_values.keys()):
         before, after = old_values.get(key, "(absent)"), new_values.get(key, "(absent)")
+        # The recorded config has no secrets, so whether one has changed cannot be known.
         if before != after and HIDDEN not in f"{before} {after}":
             yield key, before, after
 
@@ -113,6 +114,7 @@ def flatten_config(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _change_effect(key: str, has_deciding_metrics: bool) -> ChangeEffect:
+    # Asked first: what follows would call the length a change that matters.
     if _LENGTH_KEYS.match(key):
         return "length"
     is_evaluation = bool(_EVALUATION_KEYS.match(key))

@@ -94,6 +94,7 @@ def git_state(folder: Path, run: Path | None = None) -> dict[str, Any] | None:
     commit = _git_output(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
+    # Untracked files are outputs more often than code, and listing them may take long.
     changed = _git_output(folder, "status", "--porcelain", "--untracked-files=no") or ""
     state: dict[str, Any] = {
         "commit": commit,
@@ -107,6 +108,7 @@ def git_state(folder: Path, run: Path | None = None) -> dict[str, Any] | None:
 
 def _save_diff(folder: Path, run: Path) -> str | None:
     """Write the difference into a file named by its content; return its name within the run."""
+    # A program of the user's own (`diff.external`) or colours would make it no patch.
     diff = _git_output(folder, "diff", "HEAD", "--no-color", "--no-ext-diff")
     if not diff:
         return None
@@ -126,6 +128,7 @@ def _git_output(folder: Path, *arguments: str) -> str | None:
             capture_output=True,
             text=True,
             errors="replace",
+            # A repository on a network file system may hang, and a run shall not hang with it.
             timeout=10,
             check=False,
         )

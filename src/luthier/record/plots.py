@@ -72,6 +72,7 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
         axes.set_ylabel("mean reward of completions")
     else:
         axes.set_ylabel("loss per trained token (nats)")
+        # On an even scale the start of a loss that falls so far would flatten all the rest.
         if 0 < min(values) < max(values) / 20:
             axes.set_yscale("log")
         else:
@@ -116,6 +117,7 @@ def new_figure(**options: Any) -> Any:
     """Return an empty matplotlib figure that needs no screen."""
     import matplotlib
 
+    # Before pyplot, which chooses a backend on import; one with windows fails without a screen.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -136,6 +138,7 @@ def save_figure(figure: Any, path: Path) -> Path:
 
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
+    # pyplot keeps every figure that is not closed, for as long as the process lives.
     pyplot.close(figure)
     return temporary.replace(path)
 
@@ -256,7 +259,7 @@ def _draw_sources(axes: Any, bars: list[tuple[str, int]]) -> None:
 
 
 def _log_ticks(axis: Any, edges: NDArray[Any]) -> None:
-    """Ticks at round numbers, as many as there is room for."""
+    """Set ticks at round numbers, as many as there is room for."""
     steps = (1, 2, 5) if edges[-1] < 2000 * edges[0] else (1, 3)
     ticks = [step * 10**power for power in range(10) for step in steps]
     axis.set_ticks([tick for tick in ticks if edges[0] <= tick <= edges[-1]])

@@ -81,6 +81,7 @@ class RunRecord:
     def update(self, **entries: Any) -> None:
         """Set entries and write the file, without secrets."""
         self.entries |= entries
+        # Hidden on the way to the disk, whoever set the entries.
         write_json(self.path, redact_secrets(self.entries))
 
     def update_session(self, **entries: Any) -> None:
@@ -93,6 +94,7 @@ class RunRecord:
 
         The seconds are those of all its sessions together.
         """
+        # Not from the two times of day, between which the clock may be set.
         ended, seconds = _now(), round(time.monotonic() - self._clock, 1)
         self.update_session(status=status, ended=ended, seconds=seconds)
         total = sum(session.get("seconds", 0) for session in self.entries["sessions"])

@@ -70,12 +70,15 @@ def open_run(
     finished run is to become longer and has no checkpoint.
     """
     _refuse_foreign_folder(folder)
+    # Behind the refusal, since taking the lock writes a file into the folder.
     with lock.hold_lock(folder):
         run = inspect_run(folder, resolved, overwrite)
         if run.state == "new":
             _remove_run_files(folder)
         else:
-            _remove_temporary_files(folder)
+            # What a killed run was just writing; nobody else writes, as the folder is held.
+            for path in folder.glob(".*.tmp"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         if any(change.effect == "length" for change in run.changes):
             run = replace(run, extended_from=_note_extension(run))
         if run.state != "finished":
@@ -99,6 +102,7 @@ def inspect_run(folder: Path, resolved: dict[str, Any], overwrite: bool = False)
     changes, record = _config_changes(folder, resolved), read_record(folder)
     effects = {change.effect for change in changes}
     if "matters" in effects:
+        # A config that failed before its first step is mended and tried again under the same name.
         if record.get("status") in _REPLACEABLE and not has_training_progress(folder):
             return RunDir(folder, "new")
         raise UserError(_other_config_message(folder, changes))
@@ -179,12 +183,6 @@ def _remove_run_files(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _remove_temporary_files(folder: Path) -> None:
-    """Remove what a killed run was just writing; the directory must be held."""
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _note_extension(run: RunDir) -> int | None:

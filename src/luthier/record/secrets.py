@@ -48,6 +48,7 @@ def redact_secrets(value: Any) -> Any:
 def redact_override(override: str) -> str:
     """Return an override as typed, without the value of a secret."""
     key, equals, _ = override.partition("=")
+    # The last name decides, as `hub_token` is a secret in any group of the config.
     if equals and SECRET_KEYS.search(key.split(".")[-1]):
         return f"{key}={HIDDEN}"
     return scrub_text(override)
@@ -71,8 +72,10 @@ def _secret_values(environ: tuple[tuple[str, str], ...]) -> list[str]:
         for name, value in environ
         if _SECRET_VARIABLE_PARTS & set(name.upper().split("_")) and len(value) >= _MIN_SECRET_CHARS
     }
-    return sorted((value for value in values if not _is_path(value)), key=len, reverse=True)
-
-
-def _is_path(value: str) -> bool:
-    return value.startswith(("/", "~")) and Path(value).expanduser().exists()
+    # The longest first: a secret that is part of another one would leave the rest of that.
+    secrets = [
+        value
+        for value in values
+        if not (value.startswith(("/", "~")) and Path(value).expanduser().exists())
+    ]
+    return sorted(secrets, key=len, reverse=True)

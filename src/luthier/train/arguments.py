@@ -56,6 +56,8 @@ def build_trainer_arguments(
     settings |= config.trainer.args
     if not has_eval:
         settings["eval_strategy"] = "no"
+    # Behind the user's settings: these follow from other keys of the config, and two truths about a
+    # seed or a folder would part company.
     settings |= {
         "output_dir": str(folder / "checkpoints"),
         "seed": config.seed,
@@ -86,6 +88,8 @@ def _refuse_unavailable(args: TrainerArgs, machine: Any) -> None:
             f"trainer.args.{gpu_settings[0]} is for a CUDA GPU, and this run is on "
             f"{machine.device_type}. Remove it."
         )
+    # transformers would raise an ImportError for it only when the trainer is built, behind the
+    # loading of the model.
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise UserError("trainer.args.use_liger_kernel needs: pip install liger-kernel")
 

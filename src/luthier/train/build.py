@@ -58,6 +58,8 @@ def build_and_fit(
     config = loaded.config
     seed_everything(config)
     machine = choose_machine(config.model)
+    # accelerate's state is shared by all its instances, and the first one chooses the device: on a
+    # machine with a GPU it must be told here that the CPU is meant.
     is_main_process = PartialState(cpu=machine.device_type == "cpu").is_main_process
     record = RunRecord(folder)
     is_recorded = is_main_process and not config.dry_run
@@ -76,6 +78,7 @@ def build_and_fit(
                 "dry run: everything up to the first step is right; nothing was written"
             )
             return 0
+    # Signals and Ctrl-C are no Exceptions, and the record tells of those ends too.
     except BaseException as error:
         if is_recorded:
             _record_failure(record, error)
@@ -130,11 +133,14 @@ def build_session(
     # New adapter weights were drawn in between.
     set_seed(config.seed)
     trainer = method.build_trainer(trainer_inputs)
+    # The callback of transformers writes each log as a dict above its bar; a line is easier to
+    # read.
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressLineCallback)
     trainer.locate_rows = prepared.locate_rows
     adapter_training.prepare_trainer(trainer, config.lora)
+    # The accelerator, which knows what really runs, is made with the trainer.
     launch = launch_checks.check_running_launch(trainer.accelerator, args)
     if is_recorded:
         resume.refuse_other_launch(record, dict(launch))

@@ -40,6 +40,7 @@ class StopCallback(TrainerCallback):
 
     def _stop_on_signal(self, control: Any) -> None:
         """Agree with the other processes on a signal, and end the training where there is one."""
+        # Asked again, it would take the checkpoint of the signal for one of the schedule.
         if self._trainer.stop_signal:
             return
         self._trainer.stop_signal = agree_on_signal(self._trainer.accelerator)
@@ -105,5 +106,6 @@ class MetricsFileCallback(TrainerCallback):
         """Append the row with its step and epoch."""
         if state.is_world_process_zero and logs:
             row = {"step": state.global_step, "epoch": state.epoch, **logs}
+            # Opened for each row, so that what was logged is in the file if the process is killed.
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

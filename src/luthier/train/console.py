@@ -16,11 +16,14 @@ from luthier.data.prepare import PreparedData, SplitCounts
 from luthier.data.streaming import TokenRowStream
 from luthier.storage.atomic import write_jsonl
 
+# Without rich's own colours for numbers and paths, which split what people copy.
 console = Console(highlight=False)
 
 
 def print_line(text: str) -> None:
     """Print one line."""
+    # Escaped, since rich takes `[...]` in a path or an error for markup; `soft_wrap`, since it
+    # would break lines at 80 columns where the output is a file.
     console.print(escape(text), soft_wrap=True)
 
 

@@ -99,6 +99,7 @@ def build_stream_loader(
     A batch of all processes is laid out as a whole, so its rows are as wide as each other, and the
     rows of a step are those of one process with a batch as large as all of them together.
     """
+    # The first process alone reads: each of several would read the whole stream to find its rows.
     loader: DataLoader = DataLoader(rows, batch_size=size * accelerator.num_processes, **settings)
     return prepare_data_loader(
         loader,
@@ -116,6 +117,7 @@ def flatten_packed_batch(batch: dict[str, Any]) -> dict[str, Any]:
     Rows of a stream are dealt out to the processes as rows, so they are flattened behind that.
     """
     flat = {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels", "position_ids")}
+    # The positions of a document begin at 0, those of the padding too, and 0 stands nowhere else.
     starts = (flat["position_ids"][0] == 0).nonzero().flatten()
     ends = torch.cat((starts, starts.new_tensor([flat["input_ids"].numel()]))).int()
     sizes = ends.diff()
@@ -155,6 +157,7 @@ def build_train_sampler(
     UserError for rows that are longer than the plan's length.
     """
     _check_lengths(rows, plan, plan.packing)
+    # As in transformers: `data_seed` is for the order of the rows, `seed` for all without one.
     seed = args.seed if args.data_seed is None else args.data_seed
     strategy = args.train_sampling_strategy
     # A single process may end an epoch on a smaller batch; several must stay in step.

@@ -84,6 +84,8 @@ def select_eval_prompts(
                 f"{key}: no row of the evaluation set{label} ends with a reply in words that could "
                 "be compared with.\nUse an empty list for the loss alone."
             )
+        # Before the first step, so that a metric that cannot work ends the run here and not hours
+        # later.
         prepare_metrics(metrics, [question.expected for question in selected])
         prompt_sets.append(EvalPrompts(name if len(heldout) > 1 else "", selected, metrics))
     return prompt_sets
@@ -165,6 +167,7 @@ def _gather_texts(texts: list[str]) -> list[str]:
     if state.num_processes == 1:
         return texts
     rank, ranks = state.process_index, state.num_processes
+    # `gather_object` lays the ranks' lists end to end; the numbers put the texts back into order.
     numbered = gather_object([(rank + n * ranks, text) for n, text in enumerate(texts)])
     return [text for _, text in sorted(numbered)]
 
@@ -225,6 +228,7 @@ def unsharded_weights(model: Any, reshards: bool) -> Iterator[None]:
     sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     was_training = model.training
     for module in sharded_modules:
+        # One by one: `recurse` would set the modules within each of them again and again.
         module.set_reshard_after_forward(False, recurse=False)
     try:
         with torch.no_grad():
@@ -236,6 +240,8 @@ def unsharded_weights(model: Any, reshards: bool) -> Iterator[None]:
     finally:
         model.train(was_training)
         for module in sharded_modules:
+            # What stayed gathered would take the memory of the whole model in the next training
+            # step.
             module.reshard()
             module.set_reshard_after_forward(reshards, recurse=False)
 

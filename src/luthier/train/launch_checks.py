@@ -68,6 +68,7 @@ def check_devices(state: "PartialState | AcceleratorState") -> None:
             "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
             "one."
         )
+    # A device that nobody asked for computes with other rounding, and may belong to someone else.
     if request.use_cpu and state.device.type != "cpu":
         raise UserError(
             f"The CPU was asked for ({request.set_by['use_cpu']}), but {state.device} is used.\n"
@@ -139,6 +140,7 @@ def _count_phrase(count: int) -> str:
 def _explain_other_count(request: LaunchRequest, running: int) -> str:
     """Return why accelerate started another number of processes, as the end of a sentence."""
     share = request.set_by.get("distributed", "")
+    # From the most special reason to the most general, which fits in any case.
     if "WORLD_SIZE" in request.set_by["num_processes"]:
         return "without LOCAL_RANK in the environment, each process trains alone"
     if running > 1 and request.num_machines > 1:
@@ -156,6 +158,7 @@ def _explain_other_count(request: LaunchRequest, running: int) -> str:
 
 def _started_processes(environ: Mapping[str, str]) -> int:
     """Return how many processes will train together, by accelerate's rules for joining them."""
+    # accelerate joins processes by LOCAL_RANK; on CPUs alone also by the variables of MPI.
     if "LOCAL_RANK" in environ:
         return int(environ.get("WORLD_SIZE", "1"))
     if is_on(environ, "ACCELERATE_USE_CPU"):

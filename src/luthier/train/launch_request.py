@@ -105,6 +105,7 @@ def parse_launch_command(
 
     def pick(name: str, file_value: Any) -> Any:
         """Return the flag's value, else the file's, and note which of them it is."""
+        # The flag wins, as in accelerate, and messages name what won.
         flag = getattr(flags, name)
         if flag is not None:
             set_by[name] = f"`--{name} {flag}`"
@@ -164,6 +165,7 @@ def find_unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
 
     It refuses unknown keys at the top of the file, but not those within `fsdp_config` and its like.
     """
+    # The parser's source is read as text, because importing it would import torch.
     spec = importlib.util.find_spec("accelerate")
     assert spec is not None and spec.origin is not None
     source = (Path(spec.origin).parent / "commands" / "launch.py").read_text(encoding="utf-8")
@@ -181,6 +183,7 @@ def find_unknown_keys(path: Path) -> list[tuple[str, str, list[str]]]:
 def find_launcher_command() -> tuple[list[str], Path] | None:
     """Return the launcher's flags and its working folder; None if there is no launcher."""
     try:
+        # Shells and other wrappers may stand between the launcher and this process.
         for process in psutil.Process().parents():
             command = process.cmdline()
             if command and Path(command[0]).name.lower().startswith("python"):
@@ -203,6 +206,7 @@ def extract_launcher_flags(command: Sequence[str], child: Sequence[str]) -> list
         return None
     end = len(command)
     for launcher_word, child_word in zip(reversed(command), reversed(child), strict=False):
+        # Compared from the end: the script may have arguments that look like flags of the launcher.
         if launcher_word != child_word or end <= start:
             break
         end -= 1
@@ -244,6 +248,7 @@ def _config_file(
         return folder / flags.config_file
     caches = Path(environ.get("XDG_CACHE_HOME", "~/.cache"))
     home = Path(environ.get("HF_HOME", str(caches / "huggingface"))).expanduser()
+    # `accelerate launch --cpu` passes over the default file, but not over one that is named.
     default = home / "accelerate" / "default_config.yaml"
     return default if default.is_file() and not flags.cpu else None
 

@@ -79,6 +79,8 @@ def fit(session: TrainingSession) -> int:
     trainer = session.trainer
     with report_full_disk(session.folder / "checkpoints", "while the run wrote to its folder"):
         checkpoint = _choose_checkpoint(session)
+        # Whether the start is measured, or read from an earlier session, must not change what the
+        # training draws.
         with preserve_random_state():
             before = _measure_before_training(session)
         _prepare_trainer(session, checkpoint)
@@ -108,6 +110,8 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
     folder, trainer = session.folder / "checkpoints", session.trainer
     chosen: list[Path | None] = [None]
     if session.is_main_process:
+        # The first process alone repairs the folder and chooses; what others see of a network file
+        # system may be older.
         checkpoints.recover_checkpoints(folder)
         newest = checkpoints.find_newest_checkpoint(folder)
         for sentence in newest.skipped:
@@ -208,6 +212,7 @@ def _evaluate_once(trainer: Any, step: int) -> dict[str, float]:
     """
     if trainer.eval_dataset is None:
         return {}
+    # An evaluation may take as long as many steps, and the last step often ends with one.
     logged: dict[str, float] = {}
     for row in trainer.state.log_history:
         logged |= row if row["step"] == step else {}
@@ -266,6 +271,7 @@ def _save_last_checkpoint(trainer: Any) -> None:
     last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     if not trainer.args.load_best_model_at_end and not last.is_dir():
         trainer.is_scheduled_save = False
+        # The Trainer of transformers has no public way to take a checkpoint outside of its loop.
         trainer._save_checkpoint(trainer.model, None)
 
 
@@ -281,6 +287,7 @@ def _prepare_trainer(session: TrainingSession, checkpoint: Path | None) -> None:
     if session.is_main_process:
         step = checkpoints.checkpoint_step(checkpoint) if checkpoint else 0
         session.record.update_session(from_step=step)
+    # From here on a checkpoint can hold what is done, so a signal waits for the end of a step.
     SIGNALS.is_deferred = True
 
 
@@ -355,6 +362,7 @@ def _report_results(
         for name in before["results"] | after["results"]
     }
     seconds = round(record.entries.get("training_seconds", 0) + training_seconds, 1)
+    # Before what may fail for reasons of its own, such as the card and the trackers' uploads.
     record.end("finished", results=results, training_seconds=seconds)
     problem = session.after_save(folder) if session.after_save else None
     if problem:

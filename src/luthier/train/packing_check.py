@@ -80,6 +80,8 @@ def check_isolation(
     `call` computes in place of the model where that is wrapped, for several devices say. Weights,
     modes and random states stay as they are. Raises UserError where documents are not apart.
     """
+    # Module by module: parts of a model may be frozen in evaluation mode, and `train()` would put
+    # all of them into one.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

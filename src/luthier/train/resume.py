@@ -36,10 +36,11 @@ def hash_run_inputs(
     where there is nothing that could be hashed, and is then not compared.
     """
     template = encoder.settings()["template"] if encoder else tokenizer.chat_template
+    template_hash = hashlib.sha256(str(template).encode()).hexdigest() if template else None
     inputs = {
         "tokenizer": {
             "sha256": tokenizer_digest(tokenizer) if tokenizer.is_fast else None,
-            "template_sha256": _sha256(str(template)) if template else None,
+            "template_sha256": template_hash,
         },
         "model": identify_weights(config.model.path, config.model.revision),
         "data": {"sha256": prepared.content_hash},
@@ -58,6 +59,7 @@ def refuse_changed_inputs(record: RunRecord, inputs: dict[str, dict[str, Any]]) 
     changed = []
     for name in _FIXED_INPUTS:
         before, now = _record_value(record.entries, name), _record_value(inputs, name)
+        # A hash that either side lacks says nothing: an older record has fewer of them.
         if before and now and before != now:
             changed.append((name, before, now))
     if not changed:
@@ -95,7 +97,3 @@ def _record_value(entries: dict[str, Any], name: str) -> str:
     """Return the entry that a dotted name names; an empty text where there is none."""
     group, key = name.split(".")
     return str((entries.get(group) or {}).get(key) or "")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -30,6 +30,7 @@ def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
     The code is `signals.STOPPED_EXIT_CODE` where a signal ended the run and the same command
     continues it.
     """
+    # First, because libraries read some variables when they are imported.
     set_environment(loaded.config)
     with SIGNALS.listening():
         try:
@@ -52,6 +53,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
         model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     trackers.check_trackers_installed(config)
     read_batching_settings(config)
+    # Last, as it is about the command and all before it is about the config.
     launch_checks.check_launch_request()
     return sources
 
@@ -85,6 +87,7 @@ def _open_run_dir(loaded: "LoadedConfig", folder: Path) -> AbstractContextManage
     A dry run writes nothing, so it takes nothing either.
     """
     config = loaded.config
+    # From the environment, as torch is not imported yet.
     if int(os.environ.get("RANK", "0")) > 0:
         is_done = not config.overwrite and is_run_finished(folder, loaded.resolved)
         return nullcontext(RunDir(folder, "finished" if is_done else "unfinished"))

@@ -50,6 +50,7 @@ class SignalListener:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen in this process for as long as the block runs."""
+        # Python lets the main thread alone set handlers.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -66,6 +67,7 @@ class SignalListener:
 
     def requested_signal(self) -> int:
         """Return the signal that came, 0 for none; SIGTERM where the launcher is gone."""
+        # An orphan gets another parent, and nobody is left to pass a signal on to it.
         if self._launcher and os.getppid() != self._launcher:
             self.number = self.number or signal.SIGTERM
         return self.number
@@ -129,6 +131,7 @@ def _gloo_group() -> Any:
     """
     from torch import distributed
 
+    # NCCL would compare the numbers on the GPU, which each step would then wait for.
     return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
 
 

@@ -126,6 +126,7 @@ def _open_wandb(
     run_id = _recorded_id(record, "wandb")
     options: dict[str, Any] = {"project": "luthier", "name": name, "dir": str(record.path.parent)}
     if run_id is not None:
+        # `allow` and not `must`: a run that was recorded offline is not on the server yet.
         options |= {"id": run_id, "resume": "allow"}
     try:
         run = wandb.init(**options | config.wandb, config=settings)
@@ -141,6 +142,7 @@ def _open_wandb(
         code = STOPPED_EXIT_CODE
         raise
     finally:
+        # Shown as preempted and not as crashed, since the same run goes on later.
         if code == STOPPED_EXIT_CODE:
             run.mark_preempting()
         run.finish(exit_code=code)
@@ -165,6 +167,7 @@ def _open_mlflow(
         raise UserError(f"tracker.mlflow: {error}") from error
     if run_id is None:
         flat = flatten_config(settings).items()
+        # Only once: MLflow refuses a parameter of a run that comes again with another value.
         params = [(key, str(value)[:_MAX_PARAM_CHARS]) for key, value in flat]
         for start in range(0, len(params), _PARAMS_PER_CALL):
             mlflow.log_params(dict(params[start : start + _PARAMS_PER_CALL]))

@@ -26,7 +26,7 @@ MIN_WIDTH = 2
 
 @dataclass(frozen=True)
 class _TokenCollator:
-    """What the layouts share."""
+    """Holds what the layouts share."""
 
     pad_token_id: int
     pad_to: int | None = None
@@ -36,7 +36,7 @@ class _TokenCollator:
 
 
 class PaddingCollator(_TokenCollator):
-    """One document a row, padded on the right, with an attention mask by length.
+    """Lays out one document a row, padded on the right, with an attention mask by length.
 
     Gives `input_ids`, `labels`, `attention_mask` (int64, shape (rows, width)) and `tokens`.
     """
@@ -52,7 +52,7 @@ class PaddingCollator(_TokenCollator):
 
 
 class PackingCollator(_TokenCollator):
-    """Several documents a row, for attention that tells them apart by their positions.
+    """Lays out several documents a row, for attention that tells them apart by their positions.
 
     Gives `input_ids`, `labels`, `position_ids` (int64, shape (rows, width)) and `tokens`. Positions
     begin at 0 with each document, and the padding is a document of its own. There is no attention
@@ -72,7 +72,7 @@ class PackingCollator(_TokenCollator):
 
 
 class FlatteningCollator(_TokenCollator):
-    """All documents of a batch in one row, for attention kernels of variable length.
+    """Lays out all documents of a batch in one row, for attention kernels of variable length.
 
     Gives `input_ids`, `labels`, `position_ids` (int64, shape (1, tokens)), `cu_seq_lens_q` and `_k`
     (int32, where each document begins, and the end), `max_length_q` and `_k` (int), `seq_idx`
@@ -86,6 +86,8 @@ class FlatteningCollator(_TokenCollator):
         used = _token_counts([documents])
         width = _batch_width(used, self, rows=len(rows))
         lengths = [*map(_length, documents), width - int(used[0])]
+        # Without padding the last length is 0, and a boundary that stands twice would be a document
+        # of no tokens to the kernels.
         ends = np.cumsum([0, *(length for length in lengths if length)], dtype=np.int32)
         sizes = np.diff(ends)
         batch = _pad_documents([documents], self.pad_token_id, width) | {
@@ -120,6 +122,7 @@ def _batch_width(used: Array, layout: _TokenCollator, rows: int = 1) -> int:
     if longest > width:
         raise ValueError(f"{longest} tokens do not fit into {width}")
     multiple = layout.multiple_of or 1
+    # `//` rounds down, so the negative number is rounded away from zero: up.
     return -(-width // multiple) * multiple
 
 

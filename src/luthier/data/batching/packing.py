@@ -45,7 +45,7 @@ class Packing:
         return len(self.starts) - 1
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        """The row numbers of each bin."""
+        """Yield the row numbers of each bin."""
         rows, starts = self.rows.tolist(), self.starts.tolist()
         return (tuple(rows[start:stop]) for start, stop in pairwise(starts))
 
@@ -54,7 +54,7 @@ class PackingPlan:
     """The bins of a set of lengths, before it is said which of equally long rows goes where."""
 
     def __init__(self, lengths: Array, length: int) -> None:
-        """See `pack`."""
+        """`lengths` are the tokens of each row, and `length` those of a bin; see `pack_rows`."""
         self.lengths = np.asarray(lengths, dtype=np.int64)
         _check_lengths(self.lengths, length)
         runs, self.count = _place_best_fit(self.lengths, length)
@@ -62,13 +62,15 @@ class PackingPlan:
         self.efficiency = float(self.lengths.sum() / max(self.count * length, 1))
 
     def __len__(self) -> int:
-        """The number of bins."""
+        """Return the number of bins."""
         return self.count
 
     def arranged(self, *seed: int) -> Packing:
         """Give each place to a row; the seed may have several parts, such as an epoch."""
         bins = self._bins
         if seed:
+            # The inverse of a permutation: the place of each bin in the shuffled order. The last
+            # number of the seed (0 here, 1 below) keeps the draws of bins and of rows apart.
             bins = np.argsort(random_order(self.count, *seed, 0), kind="stable")[bins]
         order = np.argsort(bins, kind="stable")
         starts = np.concatenate(([0], np.cumsum(np.bincount(bins, minlength=self.count))))
@@ -134,6 +136,7 @@ class _OpenBins:
 
     def __init__(self) -> None:
         self._groups: dict[int, list[tuple[int, int]]] = {}
+        # Sorted, for bisection; it has at most as many entries as there are different rooms.
         self._free: list[int] = []
 
     def take(self, size: int) -> tuple[int, int, int]:
@@ -150,6 +153,7 @@ class _OpenBins:
 
     def give(self, free: int, first: int, several: int) -> None:
         """Put bins back with what room they have left."""
+        # Full bins take no more rows, so they are forgotten.
         if not several or not free:
             return
         groups = self._groups.get(free)

@@ -84,7 +84,7 @@ class PartnerSampler(Sampler):
 
     @property
     def count(self) -> int:
-        """The rows of an epoch."""
+        """Return the rows of an epoch."""
         return self.sampler.count
 
     def set_epoch(self, epoch: int) -> None:
@@ -93,6 +93,7 @@ class PartnerSampler(Sampler):
         self.sampler.set_epoch(epoch)
 
     def _arrange(self) -> Any:
+        # Not by iterating over the sampler, whose empty tuples at the end have no number.
         order = np.array([number for (number,) in self.sampler._arrange()], dtype=np.int64)
         partners = rotate_partners(order, self.step) if self.fixed is None else self.fixed[order]
         return zip(order.tolist(), partners.tolist(), strict=True)
@@ -104,6 +105,7 @@ def rotate_partners(order: Array, step: int) -> Array:
     partners = np.roll(order, 1)
     starts = np.arange(0, len(order), step)
     ends = np.minimum(starts + step, len(order)) - 1
+    # The row of a step of one would be its own partner, and compare with nothing.
     partners[starts] = order[np.where(starts == ends, np.maximum(starts - 1, 0), ends)]
     return partners
 
@@ -121,7 +123,7 @@ def assign_fixed_partners(rows: TokenRows, step: int) -> Array:
 
 @dataclass(frozen=True)
 class PreferenceCollator:
-    """What the layouts share."""
+    """Holds what the layouts share."""
 
     pad_token_id: int
     width: int | None = None
@@ -134,12 +136,12 @@ class PreferenceCollator:
         return {"numbers": numbers, "real": np.array([item.real for item in items])}
 
     def _numbers(self, items: Sequence[PreferenceItem], *names: str) -> dict[str, Array]:
-        """Columns of numbers, those of them that the rows have."""
+        """Return the named columns of numbers, those of them that the rows have."""
         here = [name for name in names if name in items[0].row]
         return {name: np.array([item.row[name] for item in items]) for name in here}
 
     def _sequences(self, ids: Sequence[Array]) -> dict[str, Array]:
-        """Sequences side by side."""
+        """Return sequences below one another, padded on the right, with their mask."""
         lengths = np.array([len(sequence) for sequence in ids])
         multiple = self.multiple_of or 1
         width = -(-(self.width or int(lengths.max())) // multiple) * multiple
@@ -150,17 +152,19 @@ class PreferenceCollator:
         return {"input_ids": table, "attention_mask": mask.astype(np.int64)}
 
     def _replies(self, pieces: Sequence[tuple[Array, Array, Array]]) -> dict[str, Array]:
-        """Prompts with their replies, whose trained stretches are the third part of each."""
+        """Return prompts with their replies; the third part of each piece has what trains of it."""
         columns = self._sequences([np.concatenate(piece[:2]) for piece in pieces])
         trained = np.zeros_like(columns["attention_mask"])
         for line, (prompt, _, spans) in enumerate(pieces):
+            # Spans are starts and stops in turn: every second pair of neighbours is a trained
+            # stretch, and those between are gaps.
             for start, stop in list(pairwise(spans.tolist()))[::2]:
                 trained[line, len(prompt) + start : len(prompt) + stop] = 1
         return columns | {"completion_mask": trained}
 
 
 class PairCollator(PreferenceCollator):
-    """Two replies behind one prompt."""
+    """Lays out two replies behind one prompt."""
 
     def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
@@ -174,7 +178,7 @@ class PairCollator(PreferenceCollator):
 
 
 class UnpairedCollator(PreferenceCollator):
-    """One reply; `label` says whether it is a good one."""
+    """Lays out one reply; `label` says whether it is a good one."""
 
     def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
@@ -187,7 +191,7 @@ class UnpairedCollator(PreferenceCollator):
 
 
 class UnpairedKLCollator(UnpairedCollator):
-    """One reply, and the reply of the row's partner behind the same prompt.
+    """Lays out one reply, and the reply of the row's partner behind the same prompt.
 
     The latter's columns begin with `KL_`.
     """
@@ -198,7 +202,7 @@ class UnpairedKLCollator(UnpairedCollator):
 
 
 class RewardCollator(PreferenceCollator):
-    """Two whole conversations, none of which ends with the padding token.
+    """Lays out two whole conversations, none of which ends with the padding token.
 
     Models find a sequence's last token as the last one that is no padding token.
     """

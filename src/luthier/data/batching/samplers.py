@@ -61,21 +61,21 @@ class Sampler(ABC):
 
 
 class SequentialSampler(Sampler):
-    """Row by row, in their order."""
+    """Gives row by row, in their order."""
 
     def _arrange(self) -> Iterator[RowTuple]:
         return zip(self._numbers(np.arange(self.count)))
 
 
 class ShuffledSampler(Sampler):
-    """Row by row, in another order each epoch."""
+    """Gives row by row, in another order each epoch."""
 
     def _arrange(self) -> Iterator[RowTuple]:
         return zip(self._numbers(random_order(self.count, self.seed, self.epoch)))
 
 
 class PackedSampler(Sampler):
-    """Bins of rows, packed best over the whole set and anew each epoch; see `packing`."""
+    """Gives bins of rows, packed best over the whole set and anew each epoch; see `packing`."""
 
     def __init__(
         self, rows: TokenRows, length: int, seed: int = 0, multiple: int = 1, shuffle: bool = True
@@ -101,7 +101,7 @@ class PackedSampler(Sampler):
 
 
 class LengthGroupedSampler(Sampler):
-    """Row by row, with rows of like length in one step.
+    """Gives row by row, with rows of like length in one step.
 
     The shuffled rows are cut into pools of `pool` steps, each pool is sorted by length and cut into
     steps, and the steps of all pools are shuffled. The step with the longest row comes first, so
@@ -127,6 +127,7 @@ class LengthGroupedSampler(Sampler):
         steps = order[:grouped].reshape(-1, self.step)
         chance = random_bits(len(steps), self.seed, self.epoch, 1)
         if len(steps):
+            # 0 is the least of all numbers, so this step is sorted to the front.
             chance[lengths[steps].max(axis=1).argmax()] = 0
         steps = steps[np.argsort(chance, kind="stable")]
         return zip(self._numbers(np.concatenate((steps.ravel(), order[grouped:]))))
@@ -148,7 +149,7 @@ class SampledDataset:
     """
 
     def __init__(self, sampler: Sampler) -> None:
-        """The rows of the sampler's table."""
+        """Give the rows of the sampler's table."""
         self.sampler = sampler
         self.table = sampler.rows.table
         self.count = sampler.count
@@ -194,23 +195,30 @@ def repeat_stream(
         for row in shuffle_stream(open_rows(), buffer, seed, number):
             rows += 1
             yield to_document(row)
+        # An empty source would be read for ever.
         if not rows:
             raise UserError("dataset: the stream holds no row to train on.")
 
 
 def shuffle_stream(rows: Iterable[Any], buffer: int, *seed: int) -> Iterator[Any]:
     """Give rows in another order, each drawn from the next `buffer` ones; nothing is lost."""
-    draws = _random_numbers(*seed)
+    draws = (
+        number
+        for chunk in count()
+        for number in random_bits(_NUMBERS_AT_A_TIME, *seed, chunk).tolist()
+    )
     buffered: list[Any] = []
     for row in rows:
         if len(buffered) < buffer:
             buffered.append(row)
             continue
+        # The draws have 64 bits, so the remainder favours no row by more than buffer / 2^64.
         index = next(draws) % buffer
         buffered[index], row = row, buffered[index]
         yield row
     while buffered:
         index = next(draws) % len(buffered)
+        # Swapped to the end, since taking from the middle of a list moves all that stands behind.
         buffered[index], buffered[-1] = buffered[-1], buffered[index]
         yield buffered.pop()
 
@@ -242,8 +250,3 @@ def _pack_documents(documents: list[Document], length: int) -> list[TrainingRow]
     bins = list(pack_rows(lengths, length, None))
     bins.sort(key=lambda rows: -int(lengths[list(rows)].sum()))
     return [tuple(documents[row] for row in rows) for rows in bins]
-
-
-def _random_numbers(*seed: int) -> Iterator[int]:
-    for chunk in count():
-        yield from random_bits(_NUMBERS_AT_A_TIME, *seed, chunk).tolist()

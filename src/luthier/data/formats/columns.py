@@ -62,6 +62,7 @@ class ColumnMapping:
 
 def find_value(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
     """Return whether a dotted path leads to a value, and the value."""
+    # A column whose own name has a dot comes first.
     if path in fields:
         return True, fields[path]
     head, dot, rest = path.partition(".")
@@ -70,10 +71,7 @@ def find_value(fields: Mapping[str, Any], path: str) -> tuple[bool, Any]:
 
 
 def describe_value(value: Any) -> str:
-    """Return what a value is, in words.
-
-    NaN, which tables write where nothing stands, by its name.
-    """
+    """Return what a value is, in words; NaN, which tables write for nothing, is named."""
     return "NaN" if value != value else describe_type(value)
 
 
@@ -81,6 +79,7 @@ def is_empty_cell(value: Any) -> bool:
     """Return whether an optional cell says nothing: null, NaN, blank text or an empty list."""
     if isinstance(value, str):
         return not value.strip()
+    # NaN alone differs from itself; `math.isnan` refuses what is no number.
     return value is None or value == [] or value != value
 
 
@@ -108,6 +107,7 @@ def require_list(value: Any, column: str, items: str) -> list[Any]:
 
 def list_or_empty(value: Any) -> list[Any]:
     """Return a list, also from JSON text; empty for what is none."""
+    # Most texts are no lists and are spared the parser.
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -124,6 +124,7 @@ def parse_json_cell(text: str, what: str, expected: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
+        # Tables that were written with str() in place of json.dumps are the usual cause.
         written = "{'" in text or "['" in text
         advice = "; this is how Python prints it: write it with json.dumps" if written else ""
         raise RowError(

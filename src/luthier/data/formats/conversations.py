@@ -50,8 +50,9 @@ def from_prompt_completion(row: Row, columns: ColumnMapping) -> Example:
     """
     prompt = read_text_or_messages(*columns.take_cell(row, "prompt"), "user")
     reply = read_text_or_messages(*columns.take_cell(row, "completion"), "assistant")
-    messages = [*map(_untrained, prompt), *reply]
-    return _conversation(messages, row, columns)
+    # An assistant's message of the prompt does not train unless it says so itself.
+    context = [{"train": False, **m} if m["role"] == "assistant" else m for m in prompt]
+    return _conversation([*context, *reply], row, columns)
 
 
 def from_prompt(row: Row, columns: ColumnMapping) -> Example:
@@ -110,15 +111,11 @@ def read_text_or_messages(value: Any, column: str, role: str) -> list[Message]:
     raise RowError(f"{column!r} is {describe_value(value)}; expected text or a list of messages")
 
 
-def _untrained(message: Message) -> Message:
-    """Return a message of a prompt: an assistant's does not train unless it says so itself."""
-    return {"train": False, **message} if message["role"] == "assistant" else message
-
-
 def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping) -> list[Message]:
     """Return the messages behind their system prompt: their own, the row's, or the config's."""
     cell = columns.get(row, "system")
     system = None if is_empty_cell(cell) else require_text(cell, columns.source_name("system"))
+    # The config's system prompt is for rows without one; it never stands beside a row's own.
     if messages[0]["role"] in SYSTEM_ROLES:
         if system is not None and messages[0].get("content") != system:
             raise RowError(
@@ -159,5 +156,6 @@ def read_prompt(text: str) -> list[Message]:
     messages = read_dialogue(text)
     if messages is None:
         return [{"role": "user", "content": text}]
+    # A prompt ends with an open `Assistant:`, which the chat template writes itself.
     is_open = messages[-1] == {"role": "assistant", "content": ""}
     return messages[:-1] if is_open else messages

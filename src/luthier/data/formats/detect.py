@@ -157,6 +157,8 @@ def detect_format(
     variants = [v for v in FORMAT_VARIANTS if config.type in ("auto", v.type)]
     _check_mapping(config.columns, variants, detection)
     variants = [v for v in variants if config.columns.keys() <= set(v.column_names)]
+    # Only behind the checks above: a misspelt mapping would fit nothing, and the error would blame
+    # the columns.
     matches = _vote(_group_by_columns(rows), variants, config)
     if not matches:
         raise UserError(detection_errors.describe_no_format(detection, variants))
@@ -197,6 +199,7 @@ def _vote(
     groups: Sequence[RowGroup], variants: Sequence[FormatVariant], config: SourceConfig
 ) -> list[FormatMatch]:
     """Return the match that fits most rows; several where these rows fit each of them."""
+    # Votes are counted over all groups: rows of one format differ in their optional columns.
     votes: Counter[tuple[int, tuple[str, ...]]] = Counter()
     matches_of_groups = []
     for group in groups:
@@ -223,6 +226,7 @@ def _match_variants(
     for variant in variants:
         choices = [list(_choices(needed, group, mapping, variant)) for needed in variant.needed]
         for columns in product(*choices):
+            # One column cannot be two of ours, such as a question and its answer.
             if len(set(columns)) == len(columns):
                 matches.append(_match(variant, columns, group, mapping))
     return matches
@@ -335,6 +339,7 @@ def _row_format(match: FormatMatch, detection: DetectionInput) -> RowFormat:
             source_names[optional.name] = optional.name if is_ours else columns[0]
         else:
             late_names[optional.name] = optional.aliases
+    # `translation.en` reads the column `translation`, which is then not unused.
     read = {part for name in source_names.values() for part in (name, name.partition(".")[0])}
     unused = tuple(column for column in detection.columns if column not in read)
     return RowFormat(match.variant, ColumnMapping(source_names, late_names, config.system), unused)

@@ -8,6 +8,7 @@ from luthier.data.formats.registry import COMPLETION, PROMPT, FormatVariant
 from luthier.data.rows import excerpt
 
 if TYPE_CHECKING:
+    # `detect` imports this module, so its classes are there for the type checker alone.
     from luthier.data.formats.detect import DetectionInput, FormatMatch
 
 MAX_TYPES = 3
@@ -109,6 +110,7 @@ def _misspelt_columns(detection: "DetectionInput", variants: Sequence[FormatVari
     names = {name for column in needed for name in column.aliases}
     lines = []
     for column in detection.columns:
+        # difflib's own cutoff of 0.6 would take a column `context` for a misspelt `text` (0.73).
         near = difflib.get_close_matches(column, names, n=1, cutoff=0.75)
         if near and column not in names:
             our_name = next(c.name for c in needed if near[0] in c.aliases)

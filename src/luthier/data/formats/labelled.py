@@ -56,6 +56,8 @@ def read_target(value: Any, column: str) -> Target:
     """Return a class, a list of classes, or a number; whether -1 is one, all rows together say."""
     if isinstance(value, list):
         return [read_label(item, column) for item in value]
+    # Tables without whole numbers write the class 1 as 1.0, and all rows together decide later
+    # whether numbers are classes.
     is_number = isinstance(value, int | float) and isfinite(value)
     if is_number:
         return int(value) if value == int(value) else float(value)
@@ -69,6 +71,7 @@ def read_label(value: Any, column: str) -> Label:
     is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if is_whole and value >= 0:
         return int(value)
+    # Hub datasets give -1 to the rows of test sets whose labels are not published.
     if is_whole:
         raise RowError(f"{column!r} is {value}, which stands for no label in hub datasets")
     shown_value = (

@@ -77,6 +77,7 @@ def read_tool_call(call: Any, where: str) -> ToolCall:
     fields = {key: value for key, value in call.items() if value is not None}
     if "function" in fields:
         return {**fields, "function": _check_function(fields["function"], where)}
+    # A flat call has its id beside the name; OpenAI's form has it outside of `function`.
     outer = {key: fields.pop(key) for key in ("id", "index") if key in fields}
     fields.pop("type", None)
     return {**outer, "type": "function", "function": _check_function(fields, where)}
@@ -104,6 +105,8 @@ def _check_function(function: Any, where: str) -> dict[str, Any]:
 TEXT_PART_TYPES = ("text", "input_text", "output_text", None)
 REASONING_PART_TYPES = ("reasoning", "thinking")
 CALL_PART_TYPES = ("tool_call", "function_call")
+# Chat templates show a message in this order, so parts in another one would train as what nobody
+# wrote.
 _PART_ORDER = {"reasoning": 0, "text": 1, "call": 2}
 
 
@@ -154,6 +157,8 @@ def _add_part(content: MessageContent, content_part: Any) -> str:
         )
     name = content_part.get("type")
     name = name if isinstance(name, str | None) else str(name)
+    # The text of a part stands under `text`, under `value`, or under the part's type, as in
+    # `thinking`.
     value = next(
         (content_part[key] for key in ("text", "value", name) if content_part.get(key) is not None),
         None,
@@ -255,20 +260,17 @@ def _describe_missing_role(message: dict[str, Any]) -> str:
 
 
 def _put_content(message: Message, role: str) -> None:
-    """Content as text or parts of text; what else its parts say goes into fields of its own."""
+    """Make the content text or parts of text; put what else its parts say into their own fields."""
     content = message.get("content")
     if content is None or isinstance(content, str):
         return
-    if role == "tool" and (isinstance(content, dict) or not _is_list_of_parts(content)):
+    # A tool may answer with an object or a list of objects, which templates write out as JSON.
+    if role == "tool" and not (isinstance(content, list) and are_content_parts(content)):
         _check_result(content)
     elif isinstance(content, list):
         _put_parts(message, content)
     else:
         raise RowError(f"the content is {describe_value(content)}; expected text")
-
-
-def _is_list_of_parts(content: Any) -> bool:
-    return isinstance(content, list) and are_content_parts(content)
 
 
 def _check_result(content: Any) -> None:
@@ -279,7 +281,7 @@ def _check_result(content: Any) -> None:
 
 
 def _put_parts(message: Message, content_parts: list[Any]) -> None:
-    """Parts of text, reasoning and calls, each in its field."""
+    """Put the parts of text, reasoning and calls each into its field of the message."""
     read_content = read_content_parts(content_parts)
     if read_content.content is None:
         del message["content"]
@@ -292,7 +294,7 @@ def _put_parts(message: Message, content_parts: list[Any]) -> None:
 
 
 def _put_calls(message: Message) -> None:
-    """Calls in OpenAI's form; `function_call` is what its older API had."""
+    """Put the calls into OpenAI's form; `function_call` is what its older API had."""
     calls = read_tool_calls(message.pop("tool_calls")) if "tool_calls" in message else []
     if "function_call" in message:
         calls.append(read_tool_call(message.pop("function_call"), "function_call"))
@@ -301,13 +303,14 @@ def _put_calls(message: Message) -> None:
 
 
 def _put_train(message: Message) -> None:
-    """Return whether the message trains, under one name."""
+    """Put whether the message trains under the one name `train`."""
     for name in WEIGHT_KEYS:
         weight = message.pop(name, None)
         if weight is None:
             continue
         if weight not in (0, 1) or isinstance(weight, str):
             raise RowError(f"{name} is {weight!r}; a message trains (1) or does not (0)")
+        # luthier's `train` wins where a message has both.
         message.setdefault("train", bool(weight))
     if not isinstance(message.get("train", True), bool):
         raise RowError(f"train is {describe_value(message['train'])}; expected true or false")
@@ -363,7 +366,7 @@ def read_turns(value: Any, column: str) -> list[Message]:
 
 
 def read_messages_or_turns(value: Any, column: str) -> list[Message]:
-    """Messages in either spelling: role and content, or from and value."""
+    """Return messages in either spelling: role and content, or from and value."""
     messages = require_list(value, column, "messages")
     read = read_turns if speaker_key(messages) == "from" else read_messages
     return read(messages, column)
@@ -392,6 +395,7 @@ def _message_of_turn(turn: Any) -> Message:
         raise RowError(f"this is {describe_type(turn)}; expected an object with from and value")
     speaker, text = turn.get("from"), turn.get("value")
     role = (ROLE_OF_SPEAKER.get(speaker) if type(speaker) is str else None) or _role_of_turn(turn)
+    # Most turns are a speaker and a text: no further call for those.
     if type(text) is str and role != "call" and len(turn) == 2:
         return {"role": role, "content": text}
     if text is None:

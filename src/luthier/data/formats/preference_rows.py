@@ -69,6 +69,7 @@ def parse_rating(value: Any) -> bool | None:
     if isinstance(value, bool):
         return value
     text = str(value).strip().lower() if isinstance(value, int | float | str) else ""
+    # Tables without whole numbers write 1 as 1.0.
     return _RATINGS.get(text.removesuffix(".0"))
 
 
@@ -140,6 +141,7 @@ def _split_common_prompt(
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """Return what two conversations begin with, and what each goes on with (as TRL's
     extract_prompt)."""
+    # Each side keeps a message at least, also where one conversation is the beginning of the other.
     most = min(len(chosen), len(rejected)) - 1
     count = 0
     while count < most and chosen[count] == rejected[count]:
@@ -149,6 +151,8 @@ def _split_common_prompt(
             "chosen and rejected begin with different messages; expected two replies beside their "
             "prompt, or two conversations that begin alike"
         )
+    # The messages of a prompt column must be among what both begin with, or the columns contradict
+    # each other.
     common = {_role_and_text(message) for message in chosen[:count]}
     if any(_role_and_text(message) not in common for message in prompt):
         raise RowError(
@@ -158,5 +162,5 @@ def _split_common_prompt(
 
 
 def _role_and_text(message: Message) -> tuple[str, str]:
-    """Who says what, for comparing messages."""
+    """Return the role and the stripped text of a message, by which messages are compared."""
     return message["role"], str(message.get("content")).strip()

@@ -122,6 +122,8 @@ def weigh_turns(sample: ColumnSample) -> Evidence:
 def _weigh_speakers(sample: ColumnSample, name: str, expected_key: str) -> Evidence:
     """The first message in the values decides, by the key that names its speaker."""
     key = next(filter(None, map(speaker_key, sample.values(name))), None)
+    # No value shows a speaker. Our own name is believed, so that reading the rows tells what is
+    # wrong with them; another name may mean anything.
     if key is None:
         return Evidence.NO if name in sample.aliased else Evidence.YES
     return Evidence.YES if key == expected_key else Evidence.NO
@@ -157,6 +159,7 @@ def weigh_ratings(sample: ColumnSample) -> Evidence:
     are_booleans = all(
         isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels
     )
+    # `kto_tag` is LLaMA-Factory's name for a rating, and nobody else's for a class.
     is_kto = sample.source_names["label"] == "kto_tag"
     return Evidence.YES if are_booleans or is_kto else Evidence.MAYBE
 
@@ -220,6 +223,8 @@ def _pair_variant(text: str, text_pair: str) -> FormatVariant:
     return FormatVariant("classification", "classification", needed, (), from_classification_pair)
 
 
+# The order decides between variants that need the same columns: `instruction` and `output` are
+# names of a prompt and a completion too, and mean Alpaca, which stands before those.
 FORMAT_VARIANTS: tuple[FormatVariant, ...] = (
     FormatVariant("messages", "conversation", (_MESSAGES,), _CHAT, from_messages, weigh_messages),
     FormatVariant("sharegpt", "conversation", (_TURNS,), _CHAT, from_sharegpt, weigh_turns),

@@ -91,6 +91,7 @@ def class_names(schema: "pyarrow.Schema") -> dict[str, list[str]]:
 
 def _class_names(feature: Any) -> list[str] | None:
     """Return the names of a column's classes; None for a column of anything else."""
+    # A list of classes is described as a list whose `feature` is the class, to any depth.
     while isinstance(feature, dict) and "feature" in feature:
         feature = feature["feature"]
     if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
@@ -100,10 +101,7 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def name_classes(value: Any, names: list[str]) -> Any:
-    """Return a class, or each of a list, by its name.
-
-    -1, which means that there is none, as it stands.
-    """
+    """Return a class, or each of a list, by its name; -1, which means that there is none, stays."""
     if isinstance(value, list):
         return [name_classes(item, names) for item in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
@@ -145,6 +143,7 @@ def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Ite
     """
     number = 0
     for batch in batches:
+        # A batch may have millions of rows, which take many times its memory as Python objects.
         for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
             piece = _validate_batch(batch.slice(start, _ROWS_AT_A_TIME), label)
             names = _column_names(piece, label)
@@ -154,8 +153,10 @@ def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Ite
                 for name, cells in zip(names, map(_column_values, piece.columns), strict=True)
             ]
             for cells in zip(*columns, strict=True):
-                fields = dict(zip(names, cells, strict=True))
-                yield Row(_without_nulls(fields), f"{label} row {number}")
+                fields = {
+                    name: cell for name, cell in zip(names, cells, strict=True) if cell is not None
+                }
+                yield Row(fields, f"{label} row {number}")
                 number += 1
 
 
@@ -182,11 +183,6 @@ def _column_names(batch: "pyarrow.RecordBatch", label: str) -> list[str]:
     return names
 
 
-def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that are there."""
-    return {key: value for key, value in fields.items() if value is not None}
-
-
 def _column_values(column: "pyarrow.Array") -> list[Any]:
     """Return a column as Python values; times as text, which JSON has."""
     from pyarrow import string, types
@@ -199,10 +195,7 @@ def _column_values(column: "pyarrow.Array") -> list[Any]:
 
 
 def _needs_cleaning(column: "pyarrow.Array") -> bool:
-    """Return whether a column has nulls that were filled in, or JSON.
-
-    A look at Arrow's own counts.
-    """
+    """Return whether a column has nulls that were filled in, or JSON, by Arrow's own counts."""
     from pyarrow import JsonType, types
 
     arrow_type = column.type
@@ -258,6 +251,8 @@ def _open_parquet(source: Any) -> Any:
     """Return the Parquet file, read in pieces: a row group can be larger than the memory."""
     from pyarrow.parquet import ParquetFile
 
+    # With a `buffer_size` pyarrow reads a column in pieces; without one it reads a whole chunk at
+    # once.
     return ParquetFile(source, pre_buffer=False, buffer_size=BLOCK_BYTES)
 
 
@@ -265,6 +260,8 @@ def _read_batches(source: Any) -> "Iterator[pyarrow.RecordBatch]":
     """Yield the batches of either form of Arrow file."""
     from pyarrow import ipc
 
+    # `datasets` writes streams and Feather is a file, both under the suffix .arrow, so the first
+    # bytes decide.
     magic = source.read(len(_FILE_MAGIC))
     source.seek(0)
     if magic != _FILE_MAGIC:
@@ -276,11 +273,12 @@ def _read_batches(source: Any) -> "Iterator[pyarrow.RecordBatch]":
 
 @contextmanager
 def _open_arrow_source(file: DataFile) -> Iterator[Any]:
-    """The file as Arrow reads it at will; what Arrow cannot read in words."""
+    """Yield the file as Arrow reads it at will; UserError for what Arrow cannot read."""
     from pyarrow import ArrowException, OSFile
 
     with read_errors_as_user_errors(file.label, file.location.is_remote), ExitStack() as stack:
         stream = stack.enter_context(open_content(file))
+        # Arrow calls a file without bytes broken, which would send the user the wrong way.
         if not stream.peek(1):
             raise UserError(f"dataset: {file.label} is empty: it has no bytes.")
         if isinstance(file.location, LocalFile) and isinstance(stream.raw, FileIO):

@@ -34,25 +34,27 @@ def read_csv_rows(file: DataFile, options: CsvOptions) -> Iterator[Row | BadRow]
 
 
 def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, list[str] | BadRow]]:
-    """Yield the cells of every record that is not blank, with its place.
-
-    Or what is wrong with it.
-    """
+    """Yield the place of each record that is not blank, and its cells or what is wrong with it."""
     line_reader = _LineReader(file, options)
     reader = csv.reader(
         line_reader,
         delimiter=options.delimiter,
         quotechar=options.quotechar,
         quoting=csv.QUOTE_MINIMAL if options.quotechar else csv.QUOTE_NONE,
+        # Without `strict` Python's reader takes text behind a closing quote, and a quote that is
+        # never closed, for part of a cell.
         strict=True,
     )
     while True:
+        # A record may span lines, so its place is noted before it is read.
         where = f"{file.label}:{reader.line_num + 1}"
         try:
             record = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            # An error at the end of the file is an open quote, which has swallowed the records
+            # before; any other error costs its own record alone.
             if line_reader.ended:
                 raise UserError(_describe_open_quote(where, options)) from error
             yield where, BadRow(where, f"this is not CSV: {error}", excerpt(line_reader.line))
@@ -76,11 +78,15 @@ def _row_of_record(
 def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> None:
     """Refuse a header whose names do not tell the columns apart."""
     subject = "dataset: options.header" if options.header else f"dataset: {file.label}, its header"
-    if "" in (name.strip() for name in header):
-        raise UserError(f"{subject}: column {_empty(header)} has no name: {excerpt(header)}")
+    stripped_names = [name.strip() for name in header]
+    if "" in stripped_names:
+        number = stripped_names.index("") + 1
+        raise UserError(f"{subject}: column {number} has no name: {excerpt(header)}")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise UserError(f"{subject}: the name {twice[0]!r} stands twice. Rename one column.")
+    # One cell that holds another common delimiter: a wrong delimiter is likelier than a table of
+    # one column.
     other = [mark for mark in _OTHER_DELIMITERS if mark in header[0]]
     if len(header) == 1 and other and not options.header:
         mark = {"\t": '"\\t"'}.get(other[0], repr(other[0]))
@@ -88,11 +94,6 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
             f"{subject} is one cell: {excerpt(header[0])}. If another character parts the cells, "
             f"name it: options.delimiter={mark}."
         )
-
-
-def _empty(header: list[str]) -> int:
-    """Return the number of the first column without a name, counted from 1."""
-    return [name.strip() for name in header].index("") + 1
 
 
 def _describe_open_quote(where: str, options: CsvOptions) -> str:
@@ -105,7 +106,7 @@ def _describe_open_quote(where: str, options: CsvOptions) -> str:
 
 
 class _LineReader:
-    """The lines of a file with their ends; keeps the last one, and whether it was the last."""
+    """Gives the lines of a file with their ends; `line` is the last, `ended` says it is over."""
 
     def __init__(self, file: DataFile, options: CsvOptions) -> None:
         self._lines = split_lines(read_text_blocks(file, options.encoding))
@@ -120,4 +121,5 @@ class _LineReader:
             self.ended = True
             raise StopIteration
         self.line = line
+        # The reader needs the line feed back, for cells in quotes that span lines.
         return f"{line}\n"

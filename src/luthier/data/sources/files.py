@@ -70,6 +70,7 @@ def _select_format(
 ) -> list[NamedLocation]:
     """Return the files whose names say this format, or all where no name says any."""
     formats = [format_of(name) for name, _ in locations]
+    # Names without suffixes, such as part-00000, say nothing, so the setting is believed.
     if not any(formats):
         return _check_one_split(folder, list(locations) or _refuse_empty_folder(folder, format))
     selected = [
@@ -94,6 +95,7 @@ def _check_one_split(folder: str, locations: list[NamedLocation]) -> list[NamedL
     stems = {name: PurePosixPath(name).name.lower() for name, _ in locations}
     training = [name for name, stem in stems.items() if _TRAIN_SPLIT_NAMES.search(stem)]
     held_out = [name for name, stem in stems.items() if _EVAL_SPLIT_NAMES.search(stem)]
+    # Only both together are refused: test files alone may be just what the user wants to read.
     if training and held_out:
         raise UserError(
             f"dataset: {folder} holds files of several splits by their names, such as "
@@ -180,6 +182,7 @@ def _open_filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple
 
 def _list_remote_files(filesystem: Any, root: str, path: str) -> list[tuple[str, FileLocation]]:
     """Return the files that an address means: itself, those of a folder, or those of a glob."""
+    # The store is asked before the name is: keys of an object store may hold `*` and `[`.
     if filesystem.isfile(root):
         return [(path, RemoteFile(filesystem, root))]
     if filesystem.isdir(root):
@@ -209,6 +212,8 @@ def find_files(paths: Sequence[str], settings: FileSettings) -> list[DataFile]:
     files = [file for path in paths for file in _files_of_path(path, settings)]
     seen: dict[tuple[str, str], str] = {}
     for file in files:
+        # By the resolved path: a link, or a glob beside a name, would train the same rows twice in
+        # silence.
         key = (file.location.key, file.member)
         if key in seen:
             raise UserError(
@@ -234,6 +239,7 @@ def _files_of_path(path: str, settings: FileSettings) -> list[DataFile]:
 def _remote_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
     """Return the files at an address."""
     locations = find_remote_files(path, settings.storage)
+    # The address is a file itself, which is read whatever its name is, as a local file is.
     if [label for label, _ in locations] == [path]:
         return locations
     if not locations:
@@ -246,7 +252,9 @@ def _local_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
     file = Path(path).expanduser()
     if file.is_dir():
         entries = sorted(entry for entry in file.iterdir() if entry.is_file())
-        named = [(_join(path, entry.name), LocalFile(entry)) for entry in entries]
+        # As the user calls the folder; the working directory needs no name.
+        prefix = "" if path == "." else f"{path.rstrip('/')}/"
+        named = [(f"{prefix}{entry.name}", LocalFile(entry)) for entry in entries]
         return select_data_files(path, named, settings.format)
     if file.is_file():
         return [(path, LocalFile(file))]
@@ -268,9 +276,12 @@ def _local_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
 
 def _expand_archive(label: str, location: FileLocation, settings: FileSettings) -> list[DataFile]:
     """Return the file, or the data files of a zip archive, each with its format."""
+    # By the name alone, as looking into each remote file would fetch its end; an archive by another
+    # name is met when it is read.
     if not label.lower().endswith(".zip"):
         return [DataFile(label, _file_format(label, settings), location)]
     names = list_zip_members(location, label)
+    # A single file is what was compressed: its name need not say that it is data.
     if len(names) == 1:
         member_format = settings.format if settings.format != "auto" else format_of(names[0])
         return [
@@ -302,11 +313,6 @@ def _file_format(label: str, settings: FileSettings) -> str:
 def _is_glob(path: str) -> bool:
     """Return whether a path has characters that stand for others."""
     return any(mark in path for mark in "*?[")
-
-
-def _join(folder: str, name: str) -> str:
-    """Return the name of a file in a folder, as the user calls the folder."""
-    return f"{folder.rstrip('/')}/{name}" if folder != "." else name
 
 
 def _describe_missing(path: str, file: Path) -> str:

@@ -64,6 +64,7 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
+# A config may name several hub datasets, and each test of a dead network takes seconds.
 @lru_cache(maxsize=1)
 def _is_reachable() -> bool:
     """Return whether the hub answers at all; behind a proxy only the proxy could say."""
@@ -80,6 +81,7 @@ def _is_reachable() -> bool:
 
 def _is_cached(name: str) -> bool:
     """Return whether the cache from which `datasets` reads without a network holds the dataset."""
+    # The rules of `datasets.config` are written out here, because importing it takes seconds.
     environ = os.environ
     base = Path(environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(environ.get("HF_HOME", base))
@@ -113,6 +115,8 @@ class HubContent:
         """Yield the rows, numbered from 0 as the dataset's own."""
         row = None
         with read_errors_as_user_errors(self._label, is_remote=self._streaming):
+            # As Arrow, so that rows are made like those of tables: `datasets` itself would decode
+            # images and audio, which takes further packages.
             tables = self._dataset.with_format("arrow").iter(_ROWS_AT_A_TIME)
             batches = chain.from_iterable(table.to_batches() for table in tables)
             for row in read_batch_rows(batches, self._label):
@@ -159,6 +163,7 @@ def _load_hub_dataset(config: "SourceConfig", options: FormatOptions, streaming:
         )
     except DatasetNotFoundError as error:
         raise UserError(_describe_not_found(path, config.revision, str(error))) from error
+    # A ConnectionError is an OSError, so it stands before those.
     except ConnectionError as error:
         raise UserError(describe_no_network(path)) from error
     except (ValueError, RuntimeError, DatasetsError, OSError, HTTPError) as error:
@@ -185,6 +190,7 @@ def _describe_not_found(path: str, revision: str | None, reason: str) -> str:
 def _describe_load_error(config: "SourceConfig", reason: str) -> str:
     """Return the text for a wrong split, a wrong configuration, or whatever else `datasets`
     says."""
+    # datasets 5.2.0 raises ValueError for all of these, so only its words tell them apart.
     choices = re.findall(r"\[.*\]", reason)
     available = f" It has: {choices[-1]}." if choices else ""
     if "Unknown split" in reason or "Bad split" in reason:

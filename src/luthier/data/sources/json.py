@@ -29,6 +29,7 @@ def parse_row(line: str, where: str) -> Row | BadRow:
     except json.JSONDecodeError as error:
         problem = f"this is not JSON: {error.msg} (column {error.colno})"
         return BadRow(where, problem, excerpt(line))
+    # Python 3.11 raises a plain ValueError for an integer of more than 4,300 digits.
     except (ValueError, RecursionError, RowError) as error:
         return BadRow(where, f"this is not JSON: {error}", excerpt(line))
     return row_of_value(value, where)
@@ -44,6 +45,8 @@ def row_of_value(value: Any, where: str) -> Row | BadRow:
 def check_surrogates(value: Any, text: str) -> Any:
     """Return the value, unless an escape such as \\ud83d in its text stands for half a
     character."""
+    # The text was decoded from bytes, so only an escape can bring in half of a character; rows
+    # without one are not encoded again for the test.
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -171,7 +174,9 @@ class JsonWindow:
         return near_the_end or error.msg.startswith("Unterminated string")
 
     def _more(self) -> bool:
-        """Let go of what was read and take as much text again; whether there was any."""
+        """Let go of what was read and take as much text again; return whether there was any."""
+        # As much text again as is held: a long value is then decoded anew only as often as its
+        # length doubles.
         taken, missing_chars = [], max(1, len(self._text) - self._at)
         while missing_chars > 0 and (text := next(self._texts, None)) is not None:
             taken.append(text)
@@ -209,6 +214,8 @@ def read_jsonl_rows(file: DataFile, options: LineOptions) -> Iterator[Row | BadR
     An array over several lines is read as one: no row begins with a bracket.
     """
     head, text = _first_line(read_text_blocks(file, options.encoding))
+    # A first line that is a complete array is a bad row of JSONL, and the lines behind it may be
+    # good.
     if head.startswith("[") and not _is_one_value(head):
         return _rows_of_array(file.label, text)
     return _rows_by_line(file.label, text)
@@ -257,7 +264,7 @@ def _rows_by_line(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
 
 
 def _rows_of_objects(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
-    """Objects one behind another, over as many lines as they take."""
+    """Yield objects that stand one behind another, over as many lines as they take."""
     window = JsonWindow(label, text)
     while window.upcoming():
         yield window.row()
@@ -281,6 +288,7 @@ def _rows_of_array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
 
 def _unwrap_rows(label: str, rows: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
     """Yield the rows that a file of one object holds under a key; else the rows themselves."""
+    # The second row tells whether the file is one object.
     first, second = next(rows, None), next(rows, None)
     head = [entry for entry in (first, second) if entry is not None]
     if isinstance(first, Row) and second is None:
@@ -312,7 +320,9 @@ def _find_rows_key(label: str, fields: dict[str, Any]) -> str:
     others = [value for key, value in fields.items() if key not in lists]
     if not lists:
         return ""
-    if len(lists) == 1 and lists[0] in WRAPPER_KEYS and not any(map(_is_nested, others)):
+    # Metadata beside rows is seldom a list or an object; where it is, the object may be a row.
+    has_nested = any(isinstance(value, list | dict) for value in others)
+    if len(lists) == 1 and lists[0] in WRAPPER_KEYS and not has_nested:
         return lists[0]
     settings = " or ".join(f"options.rows={key}" for key in lists)
     sizes = ", ".join(f"{key} ({len(fields[key]):,})" for key in lists)
@@ -331,8 +341,3 @@ def _could_be_rows(value: Any) -> bool:
 def _not_one_object(label: str, key: str) -> UserError:
     """Return the error for a key to look under where there is no one object."""
     return UserError(f"dataset: options.rows={key}: {label} is not one object. Remove it.")
-
-
-def _is_nested(value: Any) -> bool:
-    """Return whether a value is a list or an object, which metadata beside rows seldom is."""
-    return isinstance(value, list | dict)

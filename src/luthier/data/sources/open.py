@@ -66,6 +66,8 @@ class FileContent:
         One without rows is a bad row, or an error if it is alone.
         """
         for file in self._files:
+            # `item` stays None only where the reader yields nothing: readers do not know their
+            # count.
             item = None
             for item in _READERS[file.format](file, self._options[file.format]):
                 yield item
@@ -96,6 +98,8 @@ class FileContent:
 
     def size(self) -> int | None:
         """Return how many rows there are, where the files themselves say it."""
+        # A text tells its rows only by being read, and a table elsewhere would be fetched for the
+        # count.
         if any(file.format not in TABLE_FORMATS or file.location.is_remote for file in self._files):
             return None
         return sum(map(count_table_rows, self._files))
@@ -127,6 +131,7 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
 def source_type(config: "SourceConfig") -> str:
     """Return whether the path means files, a saved dataset, a function or a hub dataset."""
     path = config.path
+    # A format that the config names wins over what the path looks like.
     if config.format in ("hub", "python", "saved"):
         if not isinstance(path, str):
             raise UserError(f"dataset.format={config.format} takes one path, not a list of them.")
@@ -146,6 +151,7 @@ def _open_hub(config: "SourceConfig", name: str, streaming: bool) -> Source:
     """Return a hub dataset, if it can be had."""
     path = str(config.path)
     options = read_options("hub", config.options, name)
+    # Behind the options: a misspelt one shall not wait for the network.
     check_hub_access(path, streaming)
     content = HubContent(config, options, streaming)
     return Source(name, f"{path}[{config.split}]", (), content, config.max_rows)
@@ -160,9 +166,10 @@ def _open_function(config: "SourceConfig", name: str) -> Source:
 
 
 def _open_files(config: "SourceConfig", name: str) -> Source:
-    """Files, here or behind an address."""
+    """Return files of this machine or behind an address, each with the options of its format."""
     _refuse_hub_settings(config, name, ("name", "revision", "split"), "a file")
     format_options = dict(config.options)
+    # `storage` is for the file system; no format has it among its options.
     storage = format_options.pop("storage", {})
     if not isinstance(storage, dict):
         raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")

@@ -12,6 +12,7 @@ from luthier.errors import UserError, format_value, suggest_options
 def _codec_name(name: str) -> str:
     """Return the one name of an encoding that has many."""
     try:
+        # `codecs.lookup` also finds codecs of bytes, such as base64; `encode` refuses those.
         "a".encode(name)
         return codecs.lookup(name).name
     except LookupError as error:
@@ -25,6 +26,7 @@ Encoding = Annotated[str, AfterValidator(_codec_name)]
 class FormatOptions(BaseModel):
     """The options of a format that has none."""
 
+    # `strict`: YAML has types, so `delimiter: 1` is a mistake and not the text "1".
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -133,6 +135,7 @@ TABLE_FORMATS = ("parquet", "arrow")
 def format_of(name: str) -> str | None:
     """Return the format that a file's name says, below any compression; None if it says none."""
     path = PurePosixPath(name.lower())
+    # There may be several, as in data.jsonl.gz.zip.
     while path.suffix in COMPRESSION_SUFFIXES:
         path = path.with_suffix("")
     return FORMAT_OF_SUFFIX.get(path.suffix)

@@ -48,11 +48,12 @@ class FunctionContent:
         return {"format": "python"}
 
     def size(self) -> int | None:
-        """Unknown before the last row."""
+        """Return None: the number is not known before the last row."""
         return None
 
     def _called(self) -> Iterator[Any]:
         """Yield what the function yields, its failures in words."""
+        # Counted here and not by the caller, because a function fails between two rows.
         number = 0
         try:
             returned = self._function(**self._arguments)
@@ -62,7 +63,9 @@ class FunctionContent:
         except UserError:
             raise
         except Exception as error:  # a user's function fails with whatever it likes
-            raise UserError(_describe_row_error(self._path, number, error)) from error
+            raise UserError(
+                f"dataset: {self._path} failed at row {number}: {_describe_exception(error)}"
+            ) from error
 
 
 def _import_function(path: str) -> Callable[..., Any]:
@@ -92,6 +95,8 @@ def _import_module(path: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # The missing module may be one that the user's module imports; only the named one and the
+        # packages around it are what the path got wrong.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise UserError(_describe_import_error(path, name, error)) from error
         raise UserError(
@@ -116,6 +121,8 @@ def _check_arguments(
     except ValueError:  # some built-in functions do not tell
         return
     try:
+        # Bound without a call: a wrong name is told at once, while the function may work long
+        # before its first row.
         signature.bind(**arguments)
     except TypeError as error:
         raise UserError(
@@ -125,17 +132,13 @@ def _check_arguments(
 
 def _check_iterable(returned: Any, path: str) -> Iterable[Any]:
     """Return what the function returned, if rows can be taken from it."""
+    # A text and a mapping can be iterated too, and would give characters and keys for rows.
     if isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping):
         return returned
     raise UserError(
         f"dataset: {path} returned {_describe_type(returned)}, and rows are needed: let it yield "
         "dicts or return a list of them."
     )
-
-
-def _describe_row_error(path: str, number: int, error: Exception) -> str:
-    """Return the text for a function that fails at a row."""
-    return f"dataset: {path} failed at row {number}: {_describe_exception(error)}"
 
 
 def _describe_exception(error: Exception) -> str:

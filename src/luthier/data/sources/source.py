@@ -64,6 +64,8 @@ class Source:
 
         Each call reads anew, except where `peek` has already seen all there is.
         """
+        # What `peek` has read to its end is not read again: a function or the network may take
+        # long.
         if self._is_whole:
             yield from self._first
         else:
@@ -109,6 +111,8 @@ def hash_files(locations: Iterable[FileLocation]) -> str:
         file_hash = sha256()
         for block in read_stored_blocks(location):
             file_hash.update(block)
+        # Hashes of files are hashed, not their bytes in a row: moving bytes from the end of one
+        # file to the start of the next must change the sum.
         total.update(file_hash.digest())
     return total.hexdigest()
 
@@ -119,6 +123,8 @@ def hash_rows(rows: Iterable[Row | BadRow]) -> str:
     for row in rows:
         # Bad rows count, too: where they change, so does what is dropped.
         value = row.fields if isinstance(row, Row) else [row.problem, row.text]
+        # Rows from functions and hub datasets may hold what JSON does not have, such as dates, and
+        # halves of characters; hashing must not fail on either.
         total.update(json.dumps(value, ensure_ascii=False, default=repr).encode(errors="replace"))
         total.update(b"\n")
     return total.hexdigest()

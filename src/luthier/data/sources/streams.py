@@ -109,6 +109,9 @@ class _WebResponse(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = int(self._response.readinto(buffer))
+        # http.client of Python 3.11 raises IncompleteRead only where everything is read at once. In
+        # pieces an early end looks like the end, and `length` still counts the bytes that did not
+        # come.
         if not count and self._response.length:
             raise EOFError(f"the connection ended {self._response.length:,} bytes too early")
         return count
@@ -160,10 +163,14 @@ def _describe_read_error(label: str, error: Exception, is_remote: bool) -> str |
     """Return the text for one failure; None for what is no failure of reading."""
     if isinstance(error, FileNotFoundError):
         return f"there is no file {label}."
+    # An HTTPError is a URLError, and both are OSErrors, so the most special class is asked for
+    # first.
     if isinstance(error, HTTPError):
         return f"{label} cannot be read: the server answers {error.code} ({error.reason})."
     if isinstance(error, URLError | TimeoutError | ConnectionError):
         return f"{label} cannot be reached: {error}. Is there a network, and is the address right?"
+    # gzip and bz2 raise an OSError without a number for content that they did not write; one with a
+    # number comes from the operating system.
     if isinstance(error, _BROKEN_FILE_ERRORS) or (
         isinstance(error, OSError) and error.errno is None
     ):
@@ -194,11 +201,13 @@ BLOCK_BYTES = 1 << 20
 
 @contextmanager
 def open_content(file: DataFile) -> Iterator[io.BufferedReader]:
-    """The file's content, unpacked; by its first bytes, because names lie about compression."""
+    """Yield the content, unpacked; its first bytes decide, as names lie about compression."""
     with ExitStack() as stack:
         stream = stack.enter_context(file.location.open())
         if file.member:
             stream = _open_named_member(stack, stream, file.label, file.member)
+        # Packed content may lie in packed content, such as a .jsonl.gz inside a zip archive. The
+        # longest mark, that of bzip2, has ten bytes.
         while unpack := _find_unpacker(stream.peek(10)):
             stream = unpack(stack, stream, file.label)
         yield stream
@@ -223,12 +232,15 @@ def read_stored_blocks(location: FileLocation) -> Iterator[bytes]:
 
 def make_seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
     """Return the stream, or a temporary copy of it on disk where it cannot be read at will."""
+    # gzip and its like call themselves seekable, and unpack from the start again for each step
+    # back; Arrow reads the end of a table first and then goes back and forth.
     if stream.seekable() and not isinstance(stream.raw, _UNPACKED_STREAMS):
         return stream
     copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     try:
         shutil.copyfileobj(stream, copy, BLOCK_BYTES)
     except OSError as error:
+        # Without a number the source is broken; the copy fails with the number of a full disk, say.
         if error.errno is None:
             raise
         raise UserError(
@@ -298,6 +310,8 @@ def _unpacker(opener: Callable[[Any], Any]) -> Callable[..., io.BufferedReader]:
 
 _UNPACKERS: tuple[tuple[bytes, Callable[..., io.BufferedReader]], ...] = (
     (rb"\x1f\x8b", _unpacker(lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"))),
+    # A text may begin with BZh and a digit, so the mark of the first block, or that of an empty
+    # file's end, must follow.
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", _unpacker(bz2.BZ2File)),
     (rb"\xfd7zXZ\x00", _unpacker(lzma.LZMAFile)),
     (rb"\x28\xb5\x2f\xfd", _unpack_zstandard),

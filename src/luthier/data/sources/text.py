@@ -15,6 +15,9 @@ from luthier.errors import UserError
 
 def read_text_blocks(file: DataFile, encoding: str) -> Iterator[str]:
     """Yield the file's text in blocks, without a byte order mark."""
+    # A block may end within a character, of which an incremental decoder keeps the beginning.
+    # utf-8-sig leaves out the byte order mark that programs for Windows write; the decoder of
+    # UTF-16 reads its mark itself.
     decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
     line = 1
     try:
@@ -41,6 +44,8 @@ def _lines_of_each_block(text: Iterator[str]) -> Iterator[list[str]]:
     """Yield the lines that end in each block, then the rest."""
     open_line: list[str] = []
     for block in text:
+        # A line may span many blocks: its pieces are joined once, at its end, since adding each of
+        # them would copy the line anew.
         pieces = block.split("\n")
         open_line.append(pieces[0])
         if len(pieces) > 1:
@@ -53,6 +58,7 @@ def _lines_of_each_block(text: Iterator[str]) -> Iterator[list[str]]:
 
 def _refuse_utf16(file: DataFile, block: bytes) -> None:
     """Stop at a text whose characters have two or four bytes each."""
+    # Western text in UTF-16 or UTF-32 has a zero byte among its first four, also without a mark.
     if block.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in block[:4]:
         raise UserError(
             f"dataset: {file.label} is UTF-16, and UTF-8 is needed. "
@@ -64,6 +70,8 @@ def _describe_wrong_encoding(
     file: DataFile, error: UnicodeDecodeError, line: int, encoding: str
 ) -> str:
     """Return the text for a byte that the encoding does not have."""
+    # The error's object is the block with what the decoder had left over; the lines before it are
+    # counted already.
     line += error.object.count(b"\n", 0, error.start)
     byte = f"dataset: {file.label}:{line}: byte 0x{error.object[error.start]:02x} is not"
     if encoding != "utf-8":
