@@ -48,7 +48,7 @@ class AdapterDelta:
     embeds: bool = False
 
     def on(self, base: "Tensor") -> "Tensor":
-        """The weight with the change, in float32; `base` is float32 and stays as it is."""
+        """Return the weight with the change, in float32; `base` is float32 and stays as it is."""
         import torch
 
         # At most one of the three is set; what is left after them is LoRA itself.
@@ -110,7 +110,7 @@ def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> Lo
 
 
 def add_deltas(base: "Tensor", name: str, adapters: list[LoraWeights]) -> "Tensor":
-    """A weight (float32) with what all adapters change of it, each by its weight."""
+    """Return a weight (float32) with what all adapters change of it, each by its weight."""
     touching = [adapter for adapter in adapters if name in adapter.changes]
     # One adapter of weight 1 needs no copy of the base, and no subtraction that rounds.
     if len(touching) == 1 and touching[0].weight == 1.0:
@@ -166,7 +166,7 @@ def _enter_tensor(
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """A saved tensor's layer, and which part of the adapter it is."""
+    """Return a saved tensor's layer, and which part of the adapter it is."""
     if key.endswith(_ROWS):
         return key.removesuffix(_ROWS), "rows"
     for suffix in ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A",
@@ -208,7 +208,7 @@ def _find_trained_rows(layer: str, config: Mapping[str, Any]) -> list[int]:
 def dequantized_as_trained(
     weight: "Tensor", quantization: QuantizationSettings, transposed: bool
 ) -> "Tensor":
-    """A layer's weight (float32) as the run's quantization left it.
+    """Return a layer's weight (float32) as the run's quantization left it.
 
     `transposed`: whether it is (inputs, outputs); bitsandbytes packs (outputs, inputs).
     """

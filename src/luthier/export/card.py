@@ -20,7 +20,7 @@ TASKS = {
 
 
 def card_metadata(story: ModelFacts) -> dict[str, Any]:
-    """What the hub is told of a model: only what is known; raises nothing.
+    """Return what the hub is told of a model: only what is known; raises nothing.
 
     `base_model` and `datasets` are hub names, so that bases and rows from elsewhere are left out.
     """
@@ -49,7 +49,7 @@ def card_metadata(story: ModelFacts) -> dict[str, Any]:
 
 
 def base_model_relation(story: ModelFacts) -> str:
-    """What the model is to its base, in the hub's words."""
+    """Return what the model is to its base, in the hub's words."""
     if story.kind == "adapter":
         return "adapter"
     return "quantized" if story.packed and story.method is None else "finetune"
@@ -102,7 +102,7 @@ _PACKAGES = ("luthier", "torch", "transformers", "trl", "peft", "datasets", "bit
 def write_model_card(
     story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str = "."
 ) -> str:
-    """The text of README.md. `repository`: the model's hub name; `.` for the folder it lies in.
+    """Write the text of README.md; `repository` is a hub name, or `.` for the folder it lies in.
 
     Nothing in it is guessed, and no path of this machine stands in it.
     """

@@ -41,7 +41,7 @@ class UploadPlan:
     """Files that stay, and why."""
 
     def sizes(self) -> dict[str, int]:
-        """The bytes of each file, by name."""
+        """Return the bytes of each file, by name."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
         return dict(sorted(sizes.items()))
@@ -72,7 +72,7 @@ def plan_upload(folder: Path, story: ModelFacts, written: dict[str, str]) -> Upl
 
 
 def _reason_to_stay(name: str) -> str:
-    """Why a file stays here; empty where it goes."""
+    """Return why a file stays here; empty where it goes."""
     if (
         name in UPLOADED_FILES
         or _SHARD.fullmatch(name)
@@ -94,7 +94,7 @@ def _remove_paths(path: Path, story: ModelFacts) -> str:
 
 
 def _replace_paths(content: Any, text: str, story: ModelFacts) -> str:
-    """The text with each path of this machine named otherwise; as it was where there is none."""
+    """Return the text with each path of this machine replaced; unchanged where there is none."""
     if not isinstance(content, dict):
         return text
     changed = dict(content)

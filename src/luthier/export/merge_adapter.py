@@ -85,7 +85,7 @@ def compare_models(
 
 
 def load_folder(folder: Path, task: str, **model_kwargs: Any) -> Any:
-    """A saved model in float32, in main memory."""
+    """Return a saved model in float32, in main memory."""
     model = auto_class(task).from_pretrained(
         folder, dtype=PLACE.dtype, local_files_only=True, **model_kwargs
     )
@@ -93,7 +93,7 @@ def load_folder(folder: Path, task: str, **model_kwargs: Any) -> Any:
 
 
 def compare_logits(before: "list[Tensor]", after: "list[Tensor]") -> LogitDifference:
-    """The difference of two lists of logits."""
+    """Return the difference of two lists of logits."""
     pairs = list(zip(before, after, strict=True))
     largest = max(float((b - a).abs().max()) for b, a in pairs)
     spread = max(float(b.std()) for b in before)
@@ -139,7 +139,7 @@ class MergeOrder:
 
     @property
     def first(self) -> Artifact:
-        """The one that the result is named after."""
+        """Return the one that the result is named after."""
         return self.artifacts[0]
 
     @property
@@ -150,7 +150,7 @@ class MergeOrder:
 
     @property
     def packs(self) -> bool:
-        """Whether the base's weights are packed and unpacked first."""
+        """Return whether the base's weights are packed and unpacked first."""
         return self.onto == "trained" and self.first.quantization.bits is not None
 
 
@@ -275,7 +275,7 @@ def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> Logit
 def _collect_merged_facts(
     order: MergeOrder, dtype: str, difference: LogitDifference | None
 ) -> model_facts.ModelFacts:
-    """What the card tells of the merged model."""
+    """Return what the card tells of the merged model."""
     merged: dict[str, Any] = {"dtype": dtype, "onto": order.onto}
     if difference is not None:
         merged |= {"difference": difference.largest, "prompts": difference.prompts}

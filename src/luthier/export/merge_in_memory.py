@@ -21,7 +21,7 @@ PLACE = Machine("cpu", "float32", "sdpa")
 
 
 def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: bool) -> Any:
-    """The base in float32 with its adapters, each scaled by its weight, in evaluation mode.
+    """Return the base in float32 with its adapters, each scaled by its weight, in evaluation mode.
 
     `packed`: with the weights packed as in training. Raises UserError where it does not fit into
     memory or the adapter does not fit the base.
@@ -52,7 +52,7 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
 
 
 def base_of(artifact: Artifact, quantization: QuantizationSettings) -> Any:
-    """The base in float32, or packed; one that comes quantized is unpacked.
+    """Return the base in float32, or packed; one that comes quantized is unpacked.
 
     Raises UserError where it cannot be unpacked or does not fit into memory.
     """
@@ -82,7 +82,7 @@ def _make_dequantize_config(artifact: Artifact, quantization: dict[str, Any]) ->
 
 
 def too_large(artifact: Artifact) -> str:
-    """What to say where a model does not fit into memory."""
+    """Return what to say where a model does not fit into memory."""
     return (
         f"{artifact.name}: the model in float32 does not fit into this machine's memory.\n"
         "Merging LoRA needs one tensor at a time; it is the check that loads the model: "
@@ -100,7 +100,7 @@ def grow_embeddings(model: Any, adapters: list[tuple[Path, float]]) -> None:
 
 
 def logits(model: Any, prompts: list[list[int]]) -> "list[Tensor]":
-    """The logits of each prompt by itself; float32, shape (tokens, vocabulary) or (labels,)."""
+    """Compute the logits of each prompt; float32, shape (tokens, vocabulary) or (labels,)."""
     import torch
 
     outputs = []

@@ -47,11 +47,11 @@ class MergedTensor:
 
     @property
     def dtype(self) -> str:
-        """The number format of most weights, by torch's name."""
+        """Return the number format of most weights, by torch's name."""
         return DTYPES[main_format(self.planned)]
 
     def weight(self, name: str) -> "Tensor":
-        """A weight as it comes out, in float32 where it was merged."""
+        """Return a weight as it comes out, in float32 where it was merged."""
         import torch
 
         # The files hold a tied matrix once; its second name reads the first one's bytes.
@@ -81,7 +81,7 @@ class MergedTensor:
         return write_weights(folder, self.planned, self.weight)
 
     def _grow_embedding(self, value: "Tensor", name: str) -> "Tensor":
-        """An embedding with empty rows for the new tokens; an adapter fills them."""
+        """Return an embedding with empty rows for the new tokens; an adapter fills them."""
         import torch
 
         shape = self.layout.shapes[name]
@@ -97,7 +97,7 @@ def plan_merge(
     quantization: QuantizationSettings,
     dtype: str | None,
 ) -> MergedTensor:
-    """What a merge will read and write. `folders`: adapters with their weights.
+    """Return what a merge will read and write. `folders`: adapters with their weights.
 
     Raises NeedsMemoryMerge where it cannot be done tensor by tensor, UserError for damaged files.
     """
@@ -135,7 +135,7 @@ def plan_merge(
 
 
 def main_format(entries: Iterable[TensorEntry]) -> str:
-    """The format of most numbers."""
+    """Return the format of most numbers."""
     counts: dict[str, int] = {}
     for entry in entries:
         if entry.dtype in FLOATS:
@@ -144,7 +144,7 @@ def main_format(entries: Iterable[TensorEntry]) -> str:
 
 
 def _map_file_names(base: WeightFiles, layout: ModelLayout) -> dict[str, str]:
-    """Each weight's name in the files: files of a headless model leave out its prefix."""
+    """Return each weight's name in the files: files of a headless model leave out its prefix."""
     names = {}
     for name in layout.shapes:
         for written in (name, name.removeprefix(layout.prefix)):
@@ -162,14 +162,14 @@ def _choose_format(
     main: str,
     dtype: str | None,
 ) -> str:
-    """The format that a weight is written in: its own, or `dtype` where it has the base's."""
+    """Return the format to write a weight in: its own, or `dtype` where it has the base's."""
     source = names.get(name) or names.get(layout.tied.get(name, name))
     stored_format = main if source is None else base.entries[source].dtype
     return FORMATS[dtype] if dtype is not None and stored_format == main else stored_format
 
 
 def _is_embedding(name: str, layout: ModelLayout) -> bool:
-    """Whether a weight has a row for each token: the inputs' and an output layer like it."""
+    """Return whether a weight has a row for each token: the inputs' and an output layer like it."""
     shape = layout.shapes[name]
     head = name.endswith(("lm_head.weight", "embed_out.weight", "lm_head.bias"))
     return name == layout.inputs or (head and shape[0] == layout.shapes[layout.inputs][0])
@@ -185,7 +185,7 @@ def _share_tied_rows(adapters: list[LoraWeights], layout: ModelLayout) -> None:
 
 
 def _is_untied(adapters: list[LoraWeights], layout: ModelLayout) -> bool:
-    """Whether two names of one matrix are changed in different ways."""
+    """Return whether two names of one matrix are changed in different ways."""
     import torch
 
     for name, first in layout.tied.items():

@@ -29,7 +29,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"\]]+")
 
 
 def hub_name(path: str) -> str | None:
-    """The hub name that `model.path` is, or that a folder of the hub's cache stands for."""
+    """Return the hub name that `model.path` is, or that a folder of the hub's cache stands for."""
     cached = _CACHED.search(path)
     if cached:
         return "/".join(cached.groups())
@@ -52,14 +52,14 @@ def public_name(text: str) -> str:
 
 
 def last_name(path: str) -> str:
-    """The last part of a path of any system."""
+    """Return the last part of a path of any system."""
     # A run may have been trained on another system, so both kinds of separators count.
     name = PureWindowsPath(PurePosixPath(path).name).name
     return name or "a folder"
 
 
 def public_values(value: Any) -> Any:
-    """A copy of plain values in which every text is public."""
+    """Return a copy of plain values in which every text is public."""
     if isinstance(value, dict):
         return {public_name(str(key)): public_values(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def _strip_address(address: str) -> str:
 
 
 def stated_licence(name: str, repo_type: str = "model") -> str | None:
-    """The licence that a hub repository's card states; None where it states none or is not seen.
+    """Return the licence that a hub repository's card states; None if none is stated or seen.
 
     `repo_type`: model or dataset. A card in the local cache needs no network; another one costs one
     request, and none where the hub is out of reach.
@@ -253,7 +253,7 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
 
 
 def base_of(path: str, revision: str | None = None) -> BaseModelFacts:
-    """What a base model is called, and its licence where it is stated."""
+    """Return what a base model is called, and its licence where it is stated."""
     name = hub_name(path)
     if name is not None:
         # Only a hub name can be linked, and only there is a licence looked up.
@@ -273,7 +273,7 @@ def base_of(path: str, revision: str | None = None) -> BaseModelFacts:
 
 
 def data_of(dataset: DatasetConfig, stated: Mapping[str, str]) -> list[DataFacts]:
-    """The sources of the training rows; `stated` are licences by the source's name or path."""
+    """Describe the sources of training rows; `stated` are licences by source name or path."""
     sources: dict[str, SourceConfig] = dataset.sources or {"": dataset}
     facts = []
     for name, source_config in sources.items():
@@ -326,7 +326,7 @@ def _make_title(artifact: Artifact) -> str:
 
 
 def _find_trained_path(artifact: Artifact) -> str:
-    """The path of the model that the training began with."""
+    """Return the path of the model that the training began with."""
     # Of a full fine-tuning `base` is the trained model itself; the config says where it began.
     if artifact.adapter is None and artifact.config is not None:
         return artifact.config.model.path
@@ -348,7 +348,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _collect_settings(config: RunConfig) -> dict[str, Any]:
-    """What was set, by its key in the config."""
+    """Return what was set, by its key in the config."""
     groups = {
         "lora": config.lora,
         "quantization": config.quantization,
@@ -368,7 +368,7 @@ def _collect_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _evaluation_settings(config: RunConfig) -> dict[str, Any]:
-    """How replies were measured, where they were."""
+    """Return how replies were measured, where they were."""
     evaluation = config.trainer.evaluation
     return (
         {"rows": evaluation.rows, "max_new_tokens": evaluation.max_new_tokens}

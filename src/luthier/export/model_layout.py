@@ -40,7 +40,7 @@ class ModelLayout:
 
 
 def base_folder(artifact: Artifact) -> Path:
-    """The folder with the base's weights on this machine; fetched from the hub where it is not.
+    """Return the local folder of the base's weights, fetched from the hub where there is none.
 
     Raises UserError where it cannot be had.
     """
@@ -106,7 +106,7 @@ def _load_base_config(artifact: Artifact, folder: Path) -> Any:
 
 
 def _find_packed_layers(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
-    """The layers that bitsandbytes would pack while loading: transformers chooses them."""
+    """Return the layers that bitsandbytes would pack while loading: transformers chooses them."""
     if quantization.bits is None:
         return frozenset()
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -139,7 +139,7 @@ def embedding_rows_needed(folder: Path) -> int:
 
 
 def grown_shapes(artifact: Artifact) -> int | None:
-    """The rows that a base must be given before its adapter goes on; None where it has enough."""
+    """Return the rows that a base needs before its adapter goes on; None where it has enough."""
     if artifact.adapter is None:
         return None
     rows = embedding_rows_needed(artifact.adapter)

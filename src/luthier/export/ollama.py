@@ -147,13 +147,13 @@ def _find_frames(render: Render) -> TurnFrames | None:
 
 
 def _split_at_marks(text: str, pieces: int) -> list[str] | None:
-    """The text between the marks, if each stands once."""
+    """Return the text between the marks, if each stands once."""
     fragments = re.split("[" + "".join(_MARKS.values()) + "]", text)
     return fragments if len(fragments) == pieces else None
 
 
 def _remove_affix(text: str, affix: str, start: bool) -> str:
-    """A text without what it begins or ends with; ValueError where it does not."""
+    """Return a text without what it begins or ends with; ValueError where it does not."""
     if start and text.startswith(affix):
         return text[len(affix) :]
     if not start and text.endswith(affix):
@@ -190,7 +190,7 @@ def _find_block_end(pieces: list[str], position: int) -> int:
 
 
 def _render_message(pieces: list[str], message: dict[str, str]) -> str:
-    """One message by the branches over its role."""
+    """Render one message by the branches over its role."""
     out, is_its = [], False
     for number, piece in enumerate(pieces):
         action = piece.strip()
@@ -206,7 +206,7 @@ def _render_message(pieces: list[str], message: dict[str, str]) -> str:
 
 
 def modelfile(template: str | None, model_path: str, stops: list[str]) -> str:
-    """A Modelfile for a folder of merged weights; without TEMPLATE Ollama finds its own."""
+    """Return a Modelfile for a folder of merged weights; without TEMPLATE Ollama finds its own."""
     lines: list[Any] = [f"FROM {model_path}"]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')

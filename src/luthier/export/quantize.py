@@ -142,7 +142,7 @@ def _remove_local_paths(folder: Path) -> None:
 
 
 def _load_calibration_rows(artifact: Artifact) -> list[dict[str, list[int]]]:
-    """The first training rows as tokens: what the model will be asked is most like them."""
+    """Return the first training rows as tokens: what the model will be asked is most like them."""
     if artifact.config is None:
         raise UserError(
             f"{artifact.name}: GPTQ and AWQ look at training rows, and this is no run of luthier. "

@@ -21,7 +21,7 @@ _MODEL = "model."
 
 
 def sharding_of(folder: Path) -> Kind | None:
-    """Which way of sharding left this checkpoint; None for one that is whole."""
+    """Return which way of sharding left this checkpoint; None for one that is whole."""
     if not folder.is_dir():
         return None
     if fsdp_shards(folder) is not None:
@@ -30,7 +30,7 @@ def sharding_of(folder: Path) -> Kind | None:
 
 
 def fsdp_shards(folder: Path) -> Path | None:
-    """The folder with FSDP's shards: the checkpoint itself, or one in it."""
+    """Return the folder with FSDP's shards: the checkpoint itself, or one in it."""
     # accelerate puts the shards into a folder of the checkpoint; torch alone writes them into it.
     folders = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
     return next((candidate for candidate in folders if (candidate / ".metadata").is_file()), None)

@@ -30,7 +30,7 @@ def python_snippet(
 
 
 def requirements(story: ModelFacts) -> str:
-    """The `pip install` line for the snippet."""
+    """Return the `pip install` line for the snippet."""
     names = ["torch", "transformers", "accelerate"]
     if story.kind == "adapter":
         names.append("peft")
@@ -66,7 +66,7 @@ def _import_lines(story: ModelFacts) -> list[str]:
 
 
 def _reads_labels(story: ModelFacts) -> bool:
-    """Whether it is an adapter whose base must be told of its labels."""
+    """Return whether the model is an adapter whose base must be told of its labels."""
     decides = story.task in HEAD_TASKS and story.method != "reward"
     return story.kind == "adapter" and decides
 
@@ -84,7 +84,7 @@ def _name_lines(story: ModelFacts, repository: str) -> list[str]:
 
 
 def _unpack_lines(story: ModelFacts) -> list[str]:
-    """The base out of its GGUF file, as luthier trains it: bfloat16 in a folder."""
+    """Return the lines that unpack the base's GGUF file as luthier trains it, in bfloat16."""
     if story.base.package:
         where = f'importlib.util.find_spec("{story.base.package}").submodule_search_locations[0]'
     else:
@@ -218,7 +218,7 @@ class ChatFormat:
 
 
 def serving_notes(story: ModelFacts, spoken: ChatFormat, repository: str = ".") -> str:
-    """The text of EXPORT.md for a model in `repository` (a hub name, or `.` for this folder)."""
+    """Write the text of EXPORT.md; `repository` is a hub name, or `.` for the folder it lies in."""
     if story.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return (
             f"# Serving {story.title}\n\nThis model writes no replies: vLLM serves it as a pooling "

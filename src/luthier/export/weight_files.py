@@ -92,7 +92,7 @@ class WeightFiles:
 
 
 def list_weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model's folder; UserError where there is no safetensors file."""
+    """Return the weight files of a model's folder; UserError where there is no safetensors file."""
     index = folder / INDEX
     if index.is_file():
         # The index decides: a folder may still hold shards of an earlier save beside those it
@@ -108,7 +108,7 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensor_entries(file: Path) -> list[TensorEntry]:
-    """The tensors of a safetensors file in the order of their bytes."""
+    """Return the tensors of a safetensors file in the order of their bytes."""
     head = read_safetensors_header(file)
     entries = [
         TensorEntry(

@@ -49,7 +49,7 @@ def write_descriptions(
 def description_texts(
     story: ModelFacts, spoken: ChatFormat, repository: str = "."
 ) -> dict[str, str]:
-    """The card and the notes by their files' names, for a model in `repository`."""
+    """Return the card and the notes by their files' names, for a model in `repository`."""
     has_template = spoken.template is not None
     return {
         CARD: write_model_card(story, spoken.stop_ids, has_template, repository),
@@ -58,7 +58,7 @@ def description_texts(
 
 
 def chat_format_of(artifact: Artifact) -> ChatFormat:
-    """The template and the stop tokens that an artifact was trained with."""
+    """Return the template and the stop tokens that an artifact was trained with."""
     from luthier.model.tokenizer import end_token_ids, load_tokenizer
 
     tokenizer: Any = load_tokenizer(artifact.base)
@@ -99,7 +99,7 @@ def _load_template(settings: dict[str, Any], tokenizer: Any) -> "ChatTemplate":
 
 
 def _find_automatic_bos(tokenizer: Any) -> str | None:
-    """The BOS token, where the tokenizer puts it before every text; llama.cpp does the same."""
+    """Return the BOS token if the tokenizer puts it before every text, as llama.cpp then does."""
     first = tokenizer("a")["input_ids"][0]
     return tokenizer.bos_token if first == tokenizer.bos_token_id else None
 

@@ -30,7 +30,7 @@ class DatasetEncoding:
         self._ready: set[str] = set()
 
     def may_start(self, trial: Trial, running: Iterable[Trial]) -> bool:
-        """Whether a trial's data is encoded, or nobody is encoding it."""
+        """Return whether a trial's data is encoded, or nobody is encoding it."""
         key = self._find_key(trial)
         # A wrong configuration waits for nothing: starting it is what reports it.
         if isinstance(key, UserError) or key in self._ready:
@@ -48,7 +48,7 @@ class DatasetEncoding:
             raise key
 
     def _find_key(self, trial: Trial) -> str | UserError:
-        """What decides a trial's data, or what is wrong with its configuration."""
+        """Return what decides a trial's data, or what is wrong with its configuration."""
         # Points of a grid were composed when the sweep was planned; one that Optuna draws is
         # composed here, once.
         checked_key = self._sweep.data.get(tuple(trial.params.values()))
@@ -222,7 +222,7 @@ class Controller:
             self._start_trial(trial, free[0])
 
     def _next_trial(self) -> Trial | None:
-        """A trial that was begun, else a new one; none that waits for data being encoded."""
+        """Return a trial that was begun, else a new one; none that waits for data being encoded."""
         running = [candidate.trial for candidate in self._running.values()]
         waiting = [trial for trial in self.trials if trial.state == "waiting"]
         if not waiting and (point := self._strategy.next(self.trials)) is not None:

@@ -81,14 +81,14 @@ class Guard:
         return 128 - code if code < 0 else code
 
     def _training_processes(self) -> set[psutil.Process]:
-        """The processes that train."""
+        """Return the processes that train."""
         with contextlib.suppress(psutil.Error):
             command = psutil.Process(self._child.pid)
             return set(command.children()) if self._has_launcher else {command}
         return set()
 
     def _has_live_processes(self) -> bool:
-        """Whether any process lives that the command has started."""
+        """Return whether any process lives that the command has started."""
         if self._child.returncode is not None:
             _reap_children()
         with contextlib.suppress(psutil.Error):
@@ -104,7 +104,7 @@ class Guard:
                 process.send_signal(number)
 
     def _read_request(self) -> bytes | None:
-        """A byte from the sweep, b"" once when it is gone, None if there is nothing new."""
+        """Return a byte from the sweep, b"" once when it is gone, None if there is nothing new."""
         # At its end standard input is always readable, and this loop would spin.
         if self._is_alone or not select.select([0], [], [], _TICK)[0]:
             time.sleep(_TICK if self._is_alone else 0)

@@ -43,11 +43,11 @@ class LaunchCommand:
 
     @property
     def has_launcher(self) -> bool:
-        """Whether a trial's first process is a launcher, and not the training itself."""
+        """Return whether a trial's first process is a launcher, and not the training itself."""
         return self.torchrun or self.flags is not None
 
     def command(self, overrides: list[str], has_gpus: bool) -> list[str]:
-        """The words that start a trial; a GPU of its slot wins over the launcher's `gpu_ids`."""
+        """Return the command of a trial; a GPU of its slot wins over the launcher's `gpu_ids`."""
         script = [*self.script, *overrides]
         if self.torchrun:
             # --standalone takes a free port, so that trials on one machine do not meet.
@@ -101,7 +101,7 @@ def find_launch_command(launcher: LauncherSettings, environ: Mapping[str, str]) 
 
 
 def environment_without_rank(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what makes a process one of several."""
+    """Return an environment without what makes a process one of several."""
     return {
         name: text
         for name, text in environ.items()
@@ -118,7 +118,7 @@ def _refuse_machines(machines: int) -> None:
 
 
 def _find_script() -> tuple[str, ...]:
-    """The script that this sweep was started with, or the `luthier` command."""
+    """Return the script that this sweep was started with, or the `luthier` command."""
     script = Path(sys.argv[0])
     if script.suffix == ".py" and script.is_file():
         return (str(script.resolve()),)
@@ -126,7 +126,7 @@ def _find_script() -> tuple[str, ...]:
 
 
 def _find_launcher_environment() -> dict[str, str] | None:
-    """The environment in which the launcher of this process was typed, before it added its own."""
+    """Return the environment that this process's launcher was typed in, before it added its own."""
     try:
         for process in psutil.Process().parents():
             command = process.cmdline()
@@ -145,7 +145,7 @@ def _has_flag(flags: list[str], name: str) -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process steers the sweep; the others of a launch have nothing to do."""
+    """Return whether this process steers the sweep; the others of a launch have nothing to do."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -164,11 +164,11 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """The slot as tables show it."""
+        """Return the slot's name as tables show it."""
         return f"GPU {','.join(self.gpus)}" if self.gpus else f"slot {self.number + 1}"
 
     def environment(self) -> dict[str, str]:
-        """What a trial in this slot finds in its environment."""
+        """Return what a trial in this slot finds in its environment."""
         variables = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
         return variables | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
 
@@ -176,7 +176,7 @@ class Slot:
 def make_slots(
     launcher: LocalSettings, processes: int, on_cpu: bool, environ: Mapping[str, str]
 ) -> list[Slot]:
-    """The slots of this machine for trials of so many processes; at least one.
+    """Return the slots of this machine for trials of so many processes; at least one.
 
     Raises UserError where not one trial would fit, or fewer than were asked for.
     """
@@ -234,7 +234,7 @@ def _make_cpu_slots(
 
 
 def _find_gpus(launcher: LocalSettings, environ: Mapping[str, str]) -> list[str]:
-    """The GPUs that may be used, by number or name."""
+    """Return the GPUs that may be used, by number or name."""
     if launcher.gpus != "auto":
         return [str(gpu) for gpu in launcher.gpus]
     if "CUDA_VISIBLE_DEVICES" in environ:
@@ -245,7 +245,7 @@ def _find_gpus(launcher: LocalSettings, environ: Mapping[str, str]) -> list[str]
 
 
 def installed_gpus() -> list[str]:
-    """The NVIDIA GPUs of this machine by number, without importing torch."""
+    """Return the NVIDIA GPUs of this machine by number, without importing torch."""
     try:
         # Asking torch would take seconds to import it, in a process that trains nothing.
         done = subprocess.run(
@@ -268,7 +268,7 @@ class GuardedJob(Protocol):
     """A trial that was started."""
 
     def code(self) -> int | None:
-        """Its exit code, or None while it runs."""
+        """Return the trial's exit code, or None while it runs."""
 
     def stop(self) -> None:
         """Ask it to write a checkpoint and end; a second time, end it at once."""
@@ -277,7 +277,7 @@ class GuardedJob(Protocol):
 def start_guarded(
     command: list[str], has_launcher: bool, logs: tuple[Path, Path], grace: float
 ) -> list[str]:
-    """The command that runs another one behind a guard, with its output in files."""
+    """Return the command that runs another one behind a guard, with its output in files."""
     guard_command = [
         sys.executable,
         # Isolated: PYTHONPATH and the working directory are the trial's, and could hide psutil.
@@ -304,7 +304,7 @@ class TrialProcess:
         )
 
     def code(self) -> int | None:
-        """Its exit code, or None while one of its processes runs."""
+        """Return the trial's exit code, or None while one of its processes runs."""
         return self._guard.poll()
 
     def stop(self) -> None:

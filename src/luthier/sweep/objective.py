@@ -45,11 +45,11 @@ class Objective:
 
     @property
     def direction(self) -> Direction:
-        """The direction as Optuna calls it."""
+        """Return the direction as Optuna calls it."""
         return "maximize" if self.maximize else "minimize"
 
     def key(self, measure: float | None) -> float:
-        """What to sort by, the best first; what is missing or no number comes last."""
+        """Return what to sort by, the best first; what is missing or no number comes last."""
         if measure is None or not math.isfinite(measure):
             return math.inf
         return -measure if self.maximize else measure
@@ -58,7 +58,7 @@ class Objective:
 def read_objectives(
     sweeper: SweeperSettings, resolved: dict[str, Any]
 ) -> tuple[tuple[Objective, ...], list[Mistake]]:
-    """The objectives of a sweep over this configuration, or what is wrong with them."""
+    """Return the objectives of a sweep over this configuration, or what is wrong with them."""
     setting = sweeper.objective
     directions: dict[str, Direction | None]
     if isinstance(setting, dict):
@@ -85,7 +85,7 @@ def read_objectives(
 
 
 def known_objectives(resolved: dict[str, Any]) -> list[str]:
-    """The names that a run of this configuration is sure to know."""
+    """Return the names that a run of this configuration is sure to know."""
     method = str(mapping_at(resolved, "trainer").get("method", "sft"))
     names = [*_LOGGED, *_RECORD]
     if _holds_out(resolved):
@@ -103,7 +103,7 @@ def known_objectives(resolved: dict[str, Any]) -> list[str]:
 
 
 def _find_mistake(name: str, resolved: dict[str, Any]) -> str | None:
-    """What is wrong with a name, as far as it can be known before anything runs."""
+    """Return what is wrong with a name, as far as it can be known before anything runs."""
     names = known_objectives(resolved)
     bare = name.removeprefix("eval_")
     metric_names = [
@@ -128,7 +128,7 @@ def _find_mistake(name: str, resolved: dict[str, Any]) -> str | None:
 
 
 def _is_maximized(name: str, resolved: dict[str, Any]) -> bool:
-    """Whether more is better; raises UserError where that is not known."""
+    """Return whether more is better; raises UserError where that is not known."""
     from luthier.metrics import greater_is_better
 
     bare = name.removeprefix("eval_")
@@ -152,7 +152,7 @@ def _holds_out(resolved: dict[str, Any]) -> bool:
 
 
 def _list_prefixes(resolved: dict[str, Any]) -> list[str]:
-    """What stands before the names of each evaluation set; the main one has nothing."""
+    """Return what stands before the names of each evaluation set; the main one has nothing."""
     return ["", *(f"{name}/" for name in mapping_at(resolved, "dataset.eval.sets"))]
 
 
@@ -176,7 +176,7 @@ class PruningSignal:
 def pruning_signal(
     sweeper: OptunaSettings, objectives: tuple[Objective, ...], resolved: dict[str, Any]
 ) -> PruningSignal | Mistake:
-    """What a pruner looks at, or why there is nothing for it to see."""
+    """Return what a pruner looks at, or why there is nothing for it to see."""
     objective = objectives[0]
     name = sweeper.prune_by or _find_logged_name(objective.name, resolved)
     key = "hydra.sweeper.pruner"
@@ -210,7 +210,7 @@ def pruning_signal(
 
 
 def _find_logged_name(name: str, resolved: dict[str, Any]) -> str | None:
-    """The name under which an objective is logged at evaluations; None if it is not."""
+    """Return the name under which an objective is logged at evaluations; None if it is not."""
     if name in _RECORD:
         return None
     if name.startswith("eval_") or name in _LOGGED:
@@ -233,7 +233,7 @@ def _find_logged_name(name: str, resolved: dict[str, Any]) -> str | None:
 def measure_objectives(
     record: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """All numbers that a run left: its results, its record, and the last of each logged metric."""
+    """Collect all numbers that a run left: results, record, and the last of each logged metric."""
     measures: dict[str, float] = {}
     # Later rows overwrite earlier ones: the last number of each metric stays.
     for row in rows:

@@ -27,7 +27,7 @@ _HEAD = 6
 
 
 def make_view(objectives: Sequence[Objective], total: int, console: Console) -> "SweepView":
-    """A live table in a terminal, lines elsewhere."""
+    """Return a live table in a terminal, lines elsewhere."""
     view_class = LiveTable if console.is_terminal else PlainProgress
     return view_class(objectives, total, console)
 
@@ -100,7 +100,7 @@ class LiveTable(PlainProgress):
 
 
 def summary_line(trials: Sequence[Trial], objectives: Sequence[Objective], total: int) -> Text:
-    """How many trials stand how, and the best value so far."""
+    """Return how many trials stand how, and the best value so far."""
     counts = Counter(trial.state for trial in trials)
     counts["waiting"] += max(0, total - len(trials))
     counted_states = [f"{count} {state}" for state, count in counts.items() if count]

@@ -52,12 +52,12 @@ def write_recipe(planned: SweepPlan, trial: Trial, name: str, count: int) -> Pat
 
 
 def train_command(planned: SweepPlan, name: str) -> str:
-    """What to type to train with the recipe."""
+    """Return what to type to train with the recipe."""
     return f"LUTHIER_RECIPES={planned.folder.path / 'recipes'} python train.py recipe={name}"
 
 
 def parameter_names(planned: SweepPlan, leaders: Sequence[Trial]) -> dict[int, str]:
-    """A recipe's name for each of the best trials, by number; none that another recipe has."""
+    """Return a recipe name for each of the best trials, by number; none that another one has."""
     stem = f"{planned.recipe or 'custom'}_best"
     while _is_taken(planned, stem):
         stem += "_"
@@ -89,7 +89,7 @@ def _search_recipes_in(folder: Path) -> Iterator[None]:
 
 
 def _collect_typed_keys(typed: Sequence[TypedOverride], resolved: dict[str, Any]) -> dict[str, Any]:
-    """The keys that were typed or searched, with the values that they came to have."""
+    """Return the keys that were typed or searched, with the values that they came to have."""
     keys = {
         override.key: _value_at(resolved, override.key)
         for override in typed
@@ -110,7 +110,7 @@ def _value_at(resolved: dict[str, Any], key: str) -> Any:
 
 
 def _compare_recipe(name: str, resolved: dict[str, Any]) -> dict[str, Any]:
-    """The keys in which a recipe differs from what is wanted, with the wanted values."""
+    """Return the keys in which a recipe differs from what is wanted, with the wanted values."""
     try:
         return _find_differences(load_config([f"recipe={name}"]).resolved, resolved)
     except UserError:
@@ -123,7 +123,7 @@ def _compare_recipe(name: str, resolved: dict[str, Any]) -> dict[str, Any]:
 def _find_differences(
     composed: Any, resolved: Any, prefix: str = "", is_whole: bool = True
 ) -> dict[str, Any]:
-    """The keys in which two configurations differ, with the wanted values; None for none.
+    """Return the keys in which two configurations differ, with the wanted values; None for none.
 
     `is_whole`: whether a key that is missing in the first differs.
     """
@@ -165,7 +165,7 @@ def _header_lines(planned: SweepPlan, trial: Trial, name: str, count: int) -> li
 
 
 def _default_lines(typed: Sequence[TypedOverride]) -> list[str]:
-    """What it inherits, and the options that were typed or searched."""
+    """Return the defaults: what the recipe inherits, and the options typed or searched."""
     chosen = {
         override.key: override.value
         for override in typed
@@ -182,7 +182,7 @@ def _default_lines(typed: Sequence[TypedOverride]) -> list[str]:
 
 
 def _setting_lines(keys: dict[str, Any], searched: set[str]) -> list[str]:
-    """The keys as YAML, each line with where its value is from."""
+    """Return the keys as YAML, each line with where its value is from."""
     tree: dict[str, Any] = {}
     for key, value in keys.items():
         *path, name = key.split(".")

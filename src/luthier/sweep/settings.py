@@ -61,7 +61,7 @@ class LauncherSettings(SweepSettings):
     restarts: NonNegativeInt = 3
 
     def launch_words(self) -> list[str] | None:
-        """The flags of `accelerate launch` for each trial; None where it was not asked for."""
+        """Return the flags of `accelerate launch` for each trial; None if it was not asked for."""
         setting = self.accelerate
         return shlex.split(setting) if isinstance(setting, str) else setting
 
@@ -102,7 +102,7 @@ _WORDS = {
 def read_settings(
     composed: ComposedConfig,
 ) -> tuple[SweeperSettings | None, LocalSettings | SubmititSettings | None, list[Mistake]]:
-    """The settings of the sweeper and the launcher that were chosen, or what is wrong."""
+    """Return the settings of the sweeper and the launcher that were chosen, or what is wrong."""
     mistakes: list[Mistake] = []
     settings: dict[str, Any] = {}
     for group, models in (("sweeper", _SWEEPERS), ("launcher", _LAUNCHERS)):

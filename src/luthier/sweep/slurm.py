@@ -70,7 +70,7 @@ class TrialCommand:
             time.sleep(_TICK)
 
     def _has_ended(self) -> bool:
-        """Whether the trial is gone; asked from a signal's handler too, so it waits for no lock."""
+        """Return whether the trial is gone; a signal handler asks too, so it waits for no lock."""
         assert self._guard is not None
         if self._code is None:
             try:
@@ -96,7 +96,7 @@ class SubmittedJob:
         """When a cancelled job is taken for ended, where the cluster keeps no accounts of it."""
 
     def code(self) -> int | None:
-        """Its exit code, or None while it waits or runs; 1 where the cluster ended it."""
+        """Return the exit code, or None while it waits or runs; 1 where the cluster ended it."""
         if not self._job.done():
             return 1 if time.monotonic() > self._given_up else None
         try:
@@ -141,7 +141,7 @@ class SlurmCluster:
         return SubmittedJob(job, self._settings.grace)
 
     def again(self, trial: Trial) -> GuardedJob | None:
-        """The job of a trial, where it still waits or runs: a cluster does not end it with us."""
+        """Return a trial's job if it waits or runs: a cluster does not end it with the sweep."""
         if trial.job is None or self._settings.cluster != "slurm":
             return None
         import submitit

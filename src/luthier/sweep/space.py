@@ -40,16 +40,16 @@ class SearchAxis:
 
     @property
     def name(self) -> str:
-        """The key as results show it."""
+        """Return the key as results show it."""
         return self.key.lstrip("+")
 
     @property
     def is_interval(self) -> bool:
-        """Whether every number between two bounds may be taken."""
+        """Return whether every number between two bounds may be taken."""
         return not self.values
 
     def ends(self) -> tuple[str, ...]:
-        """The values that stand for all when a configuration is checked.
+        """Return the values that stand for all when a configuration is checked.
 
         Each, or the bounds of an interval and a number between them, which is seldom whole.
         """
@@ -57,7 +57,7 @@ class SearchAxis:
         return self.values or tuple(map(self.number, (self.low, between, self.high)))
 
     def number(self, drawn: float) -> str:
-        """A number of this axis as text, without the noise of its last digits."""
+        """Return a number of this axis as text, without the noise of its last digits."""
         return str(round(drawn)) if self.whole else repr(float(f"{drawn:.12g}"))
 
 
@@ -70,7 +70,7 @@ class SearchSpace:
 
     @property
     def size(self) -> float:
-        """How many points there are; infinite with an interval."""
+        """Return how many points there are; infinite with an interval."""
         count = 1.0
         for axis in self.axes:
             count *= len(axis.values) or float("inf")
@@ -118,13 +118,13 @@ def read_space(
 
 
 def first_point(lines: Iterable[str]) -> list[str]:
-    """The typed words with the first value of each axis: one configuration of the sweep."""
+    """Return the typed words with the first value of each axis: one configuration of the sweep."""
     space, _ = read_space(lines, {})
     return [*space.fixed, *(f"{axis.key}={axis.ends()[0]}" for axis in space.axes)]
 
 
 def flatten_values(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The entries of a mapping by dotted key, in order."""
+    """Return the entries of a mapping by dotted key, in order."""
     leaves: list[tuple[str, Any]] = []
     for key, values in params.items():
         name = f"{prefix}{key}"
@@ -135,7 +135,7 @@ def flatten_values(params: Mapping[str, Any], prefix: str = "") -> list[tuple[st
 
 
 def _format_entry(values: Any) -> str:
-    """An entry of YAML in Hydra's grammar; a list is the values to try."""
+    """Return an entry of YAML in Hydra's grammar; a list is the values to try."""
     if isinstance(values, list):
         return f"choice({','.join(_quote_item(item) for item in values)})"
     return values if isinstance(values, str) else format_value(values)
@@ -155,7 +155,7 @@ def _describe_parse_error(error: HydraException) -> str:
 
 
 def _read_axis(override: Override, text: str) -> SearchAxis | str:
-    """The axis that an override stands for, or what is wrong with it."""
+    """Return the axis that an override stands for, or what is wrong with it."""
     key, sweep = override.get_key_element(), override.value()
     bare = key.lstrip("+~")
     if override.is_delete():
@@ -216,7 +216,7 @@ def _is_before(number: float, sweep: RangeSweep) -> bool:
 
 
 def _match_options(group: str, sweep: Glob) -> tuple[str, ...] | str:
-    """The options of a group whose names fit."""
+    """Return the options of a group whose names fit."""
     if group not in (*GROUPS, "recipe"):
         return f"glob() lists the options of a group. {suggest_options(group, (*GROUPS, 'recipe'))}"
     names = [

@@ -36,10 +36,10 @@ class Strategy(Protocol):
     """How many trials there will be."""
 
     def next(self, trials: list[Trial]) -> Point | None:
-        """The point of the next trial; None where there is no further one."""
+        """Return the point of the next trial; None where there is no further one."""
 
     def is_bad(self, trial: Trial, step: int, value: float) -> bool:
-        """Whether a trial should end here, by what it measured at a step."""
+        """Return whether a trial should end here, by what it measured at a step."""
 
     def tell(self, trial: Trial) -> None:
         """Hear what came out of a trial."""
@@ -53,7 +53,7 @@ class PointList:
         self.total = len(points)
 
     def next(self, trials: list[Trial]) -> Point | None:
-        """The next point that no trial has."""
+        """Return the next point that no trial has."""
         return self.points[len(trials)] if len(trials) < len(self.points) else None
 
     def is_bad(self, trial: Trial, step: int, value: float) -> bool:
@@ -65,14 +65,14 @@ class PointList:
 
 
 def grid_points(space: SearchSpace) -> list[Point]:
-    """Every combination, the last axis running fastest."""
+    """Return every combination, the last axis running fastest."""
     keys = [axis.key for axis in space.axes]
     rows = itertools.product(*(axis.values for axis in space.axes))
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def random_points(space: SearchSpace, count: int, seed: int) -> list[Point]:
-    """So many different points, fewer where the space has no more; a longer list begins alike."""
+    """Draw `count` different points, or all of a smaller space; a longer list begins alike."""
     dice = random.Random(seed)
     points: dict[tuple[str, ...], Point] = {}
     repeated = 0
@@ -85,7 +85,7 @@ def random_points(space: SearchSpace, count: int, seed: int) -> list[Point]:
 
 
 def draw_points(axis: SearchAxis, dice: random.Random) -> str:
-    """One value of an axis: each as likely as another, on its own scale."""
+    """Return one value of an axis: each as likely as another, on its own scale."""
     if axis.values:
         return dice.choice(axis.values)
     if axis.whole and not axis.log:
@@ -99,7 +99,7 @@ def draw_points(axis: SearchAxis, dice: random.Random) -> str:
 
 
 def _round_digits(drawn: float) -> float:
-    """Six digits: what can be typed again."""
+    """Return the number with six digits, so that it can be typed again."""
     return float(f"{drawn:.6g}")
 
 
@@ -127,7 +127,7 @@ _PACKAGES = {"cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")}
 
 
 def check_strategy(settings: OptunaSettings) -> list[Mistake]:
-    """What is wrong with the sampler and the pruner, or that Optuna is missing."""
+    """Return what is wrong with the sampler and the pruner, or that Optuna is missing."""
     if find_spec("optuna") is None:
         text = "optuna is not installed. Install it: pip install 'luthier[sweep]'."
         return [Mistake("hydra/sweeper", text)]
@@ -137,7 +137,7 @@ def check_strategy(settings: OptunaSettings) -> list[Mistake]:
 
 
 def has_pruner(settings: OptunaSettings) -> bool:
-    """Whether bad trials are to be ended early."""
+    """Return whether bad trials are to be ended early."""
     return _split_setting(settings.pruner)[0] != "none"
 
 
@@ -151,7 +151,7 @@ def _split_setting(setting: Named) -> tuple[str, dict[str, Any]]:
 def _make_component(
     role: str, setting: Named, classes: Mapping[str, str], more: dict[str, Any]
 ) -> Any:
-    """The sampler or pruner with its settings, or the mistake in them."""
+    """Return the sampler or pruner with its settings, or the mistake in them."""
     import optuna
 
     key = f"hydra.sweeper.{role}"
@@ -232,7 +232,7 @@ class OptunaStrategy:
             )
 
     def next(self, trials: list[Trial]) -> Point | None:
-        """A point that this study was not asked for before."""
+        """Return a point that this study was not asked for before."""
         drawn_count = len(self._study.trials)
         if drawn_count > len(trials):
             # The point was drawn, and the sweep ended before its trial was written.
@@ -288,7 +288,7 @@ def _is_number(axis: SearchAxis) -> bool:
 
 
 def _make_distribution(axis: SearchAxis) -> "optuna.distributions.BaseDistribution":
-    """The axis as Optuna knows it; values that are no range are categories."""
+    """Return the axis as Optuna knows it; values that are no range are categories."""
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,

@@ -66,12 +66,12 @@ class SweepPlan:
 
     @property
     def recipe(self) -> str | None:
-        """The recipe that all trials share."""
+        """Return the recipe that all trials share."""
         varied = any(axis.name == "recipe" for axis in self.space.axes)
         return None if varied else self.base.config.recipe
 
     def overrides(self, trial: Trial) -> list[str]:
-        """What a trial is started with."""
+        """Return what a trial is started with."""
         return [
             *self.choices(trial.params),
             f"output_dir={_quote_text(str(self.folder.run(trial)))}",
@@ -79,11 +79,11 @@ class SweepPlan:
         ]
 
     def choices(self, params: dict[str, str]) -> list[str]:
-        """What makes a trial what it is: the words that hold for all, and its own values."""
+        """Return what makes a trial what it is: the words that hold for all, and its own values."""
         return [*self.space.fixed, *(f"{key}={text}" for key, text in params.items())]
 
     def _tracking_overrides(self) -> list[str]:
-        """What groups the trials in Weights & Biases, if they are tracked there."""
+        """Return what groups the trials in Weights & Biases, if they are tracked there."""
         tracker = self.base.config.tracker
         # A group that the user chose is left alone.
         if "wandb" not in tracker.to or "group" in tracker.wandb:
@@ -141,7 +141,7 @@ def plan_sweep(
 def _read_goal(
     sweeper: SweeperSettings, base: LoadedConfig, composed: ComposedConfig
 ) -> tuple[tuple[Objective, ...], PruningSignal | None]:
-    """What is compared, and by what bad trials are ended; raises UserError for what is wrong."""
+    """Read what is compared and what ends bad trials; raises UserError for what is wrong."""
     objectives, mistakes = objective.read_objectives(sweeper, base.resolved)
     watched = None
     if isinstance(sweeper, OptunaSettings):
@@ -176,7 +176,7 @@ def _check_space(
 def _split_own_words(
     typed_overrides: Iterable[str], mistakes: list[Mistake]
 ) -> tuple[list[str], Path | None]:
-    """The words that each trial gets, and the sweep's folder where one was typed."""
+    """Return the words that each trial gets, and the sweep's folder where one was typed."""
     fixed_overrides: list[str] = []
     folder: Path | None = None
     for word in typed_overrides:
@@ -238,7 +238,7 @@ def _load_points(
 
 
 def data_key(resolved: dict[str, Any]) -> str:
-    """What decides the encoded rows of a configuration: those with the same text share them."""
+    """Return what decides a configuration's encoded rows: those with the same text share them."""
     model, dataset = resolved["model"], resolved["dataset"]
     # The weights' format and the device change no token: such trials share their rows.
     of_model = {name: model[name] for name in _OF_THE_MODEL}
@@ -248,7 +248,7 @@ def data_key(resolved: dict[str, Any]) -> str:
 
 
 def _describe_bad_points(bad: dict[str, list[strategies.Point]], total: int) -> str:
-    """The mistakes of all trials; one that all share is said as in a single run."""
+    """Return the mistakes of all trials; one that all share is said as in a single run."""
     texts = []
     for text, points in islice(bad.items(), _SHOWN):
         point_text = " ".join(f"{key}={value}" for key, value in points[0].items())
@@ -266,7 +266,7 @@ def _default_folder(
     base: LoadedConfig,
     search_space: SearchSpace,
 ) -> Path:
-    """Where a sweep lies that names no folder: made of its words, so that it is found again."""
+    """Name the folder of a sweep that names none by its words, so that it is found again."""
     strategy_names = [] if sweeper.kind == "basic" else [sweeper.kind]
     varied = any(axis.name == "recipe" for axis in search_space.axes)
     recipe = None if varied else base.config.recipe
@@ -279,7 +279,7 @@ def _default_folder(
 
 
 def _quote_text(text: str) -> str:
-    """A text as Hydra's grammar takes it, whatever is in it."""
+    """Return a text as Hydra's grammar takes it, whatever is in it."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -310,7 +310,7 @@ def lock_sweep(sweep: SweepPlan) -> int:
 
 
 def is_running(path: Path) -> bool:
-    """Whether a sweep or one of its trials lives in this folder."""
+    """Return whether a sweep or one of its trials lives in this folder."""
     file = path / "lock"
     if not file.is_file():
         return False
@@ -354,7 +354,7 @@ def _take_lock(path: Path, grace: float) -> int:
 
 
 def _describe_sweep(sweep: SweepPlan) -> dict[str, Any]:
-    """What is searched, as `sweep.json` has it."""
+    """Return what is searched, as `sweep.json` has it."""
     return {
         "luthier": luthier.__version__,
         "recipe": sweep.recipe,
@@ -371,7 +371,7 @@ def _count_trials(sweep: SweepPlan) -> int:
 
 
 def _describe_identity(sweep: SweepPlan) -> dict[str, Any]:
-    """What must not change while a sweep goes on."""
+    """Return what must not change while a sweep goes on."""
     sweeper = sweep.sweeper
     typed, _ = parse_overrides(sweep.space.fixed)
     fixed = [override for override in typed if override.key.split(".")[0] not in NEUTRAL_KEYS]

@@ -43,12 +43,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Its number as files show it."""
+        """Return the trial's number as files show it."""
         return f"{self.number:03d}"
 
     @property
     def is_ended(self) -> bool:
-        """Whether there is nothing left to do for it."""
+        """Return whether there is nothing left to do for the trial."""
         return self.state in ENDED
 
 
@@ -59,21 +59,21 @@ class TrialFolder:
     path: Path
 
     def run(self, trial: Trial) -> Path:
-        """The folder of a trial's run."""
+        """Return the folder of a trial's run."""
         return self.path / "trials" / trial.name
 
     def state(self, trial: Trial) -> Path:
-        """The file that says how a trial stands."""
+        """Return the file that says how a trial stands."""
         return self.path / "state" / f"{trial.name}.json"
 
     def logs(self, trial: Trial) -> tuple[Path, Path]:
-        """What a trial printed, and its error output."""
+        """Return the files of what a trial printed, and of its error output."""
         logs = self.path / "logs"
         return logs / f"{trial.name}.out", logs / f"{trial.name}.err"
 
     @property
     def definition(self) -> Path:
-        """What is searched."""
+        """Return the file that says what is searched."""
         return self.path / "sweep.json"
 
     def save(self, trial: Trial) -> None:
@@ -81,13 +81,13 @@ class TrialFolder:
         write_json(self.state(trial), asdict(trial))
 
     def load(self) -> list[Trial]:
-        """All trials that were ever started, by number."""
+        """Return all trials that were ever started, by number."""
         files = sorted((self.path / "state").glob("*.json"))
         return sorted((Trial(**read_json(file)) for file in files), key=lambda trial: trial.number)
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """The record of a run, or an empty one where it left none."""
+    """Return the record of a run, or an empty one where it left none."""
     try:
         return read_json(folder / "run.json") or {}
     except ValueError:
@@ -95,7 +95,7 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The logged metrics of a run that may be writing this very moment."""
+    """Return the logged metrics of a run that may be writing this very moment."""
     path = folder / "metrics.jsonl"
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -108,7 +108,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def status_since(folder: Path, start: float) -> str | None:
-    """The status that a run has written since then; what stood there before says nothing."""
+    """Return the status that a run has written since then; what stood there before says nothing."""
     path = folder / "run.json"
     # A trial that crashed at once has the record of its start before, which may say `interrupted`.
     is_new = path.is_file() and path.stat().st_mtime >= start
@@ -116,7 +116,7 @@ def status_since(folder: Path, start: float) -> str | None:
 
 
 def timestamp(folder: Path) -> tuple[int, ...]:
-    """What changes when a run writes its record or its metrics."""
+    """Return what changes when a run writes its record or its metrics."""
     files = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
     return tuple(
         number for path in files for number in (path.stat().st_mtime_ns, path.stat().st_size)
@@ -124,12 +124,12 @@ def timestamp(folder: Path) -> tuple[int, ...]:
 
 
 def has_data(folder: Path) -> bool:
-    """Whether a run has its data encoded, so that others find it in the cache."""
+    """Return whether a run has its data encoded, so that others find it in the cache."""
     return (folder / "data.png").exists() or "data" in read_run_record(folder)
 
 
 def failure_reason(folder: Path, log: Path, code: int) -> str:
-    """The error of a trial in its own words: its record's, and the last lines that it printed."""
+    """Return why a trial failed: the error of its record, and the last lines that it printed."""
     error_text = read_run_record(folder).get("error")
     lines = _read_last_lines(log)
     sections = [str(error_text).strip()] if error_text else []
@@ -142,7 +142,7 @@ def failure_reason(folder: Path, log: Path, code: int) -> str:
 
 
 def _read_last_lines(log: Path) -> list[str]:
-    """The last lines of an error output, without progress bars."""
+    """Return the last lines of an error output, without progress bars."""
     if not log.is_file():
         return []
     with log.open("rb") as file:
@@ -155,7 +155,7 @@ def _read_last_lines(log: Path) -> list[str]:
 
 
 def format_value(text: str) -> str:
-    """A parameter as a table shows it: long numbers are cut, quotes are left out."""
+    """Return a parameter as a table shows it: long numbers are cut, quotes are left out."""
     bare = text.strip("'\"").replace("\\", "")
     try:
         return bare if len(bare) <= 8 else f"{float(bare):.4g}"
@@ -169,7 +169,7 @@ def format_params(params: Mapping[str, str]) -> str:
 
 
 def short_names(keys: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each key with the shortest ending that no other key has."""
+    """Return each key with the shortest ending that no other key has."""
     shortened = []
     for key in keys:
         components = key.split(".")
@@ -196,7 +196,7 @@ _ORDER = ("finished", "running", "pruned", "interrupted", "waiting", "failed")
 
 
 def rank_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """The finished ones by the first objective, the best first; then the others by their state."""
+    """Sort finished trials by the first objective, the best first, then others by their state."""
     first = objectives[0]
 
     def place(trial: Trial) -> tuple[int, float, int]:
@@ -207,7 +207,7 @@ def rank_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -> lis
 
 
 def completed_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """The finished trials that have a number for every objective, the best first."""
+    """Return the finished trials that have a number for every objective, the best first."""
     return [
         trial
         for trial in rank_trials(trials, objectives)
@@ -220,7 +220,7 @@ def completed_trials(trials: Sequence[Trial], objectives: Sequence[Objective]) -
 
 
 def best_trial(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """The best trial; with several objectives all that no other beats: the Pareto front."""
+    """Return the best trial; with several objectives all that no other beats: the Pareto front."""
     done = completed_trials(trials, objectives)
     if len(objectives) == 1:
         return done[:1]
@@ -242,7 +242,7 @@ def trial_table(
     where: dict[int, str] | None = None,
     limit: int | None = None,
 ) -> Table:
-    """The trials as a table for the terminal; `where` names the slots of those that run."""
+    """Return the trials as a table for the terminal; `where` names the slots of those that run."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     table_view = Table(box=box.SIMPLE_HEAD, show_edge=False)
     heads = ["trial", *(short for _, short in short_names(dict.fromkeys(keys)))]
@@ -266,7 +266,7 @@ def trial_table(
 
 
 def _format_state(trial: Trial, slot: str | None) -> Text:
-    """How a trial stands; of one without a result, what it logged at last."""
+    """Return how a trial stands; of one without a result, what it logged at last."""
     cell = Text(slot or trial.state, style=COLOURS[trial.state])
     last = next((name for name in _ON_THE_WAY if name in trial.values), None)
     if last is not None and trial.state in ("running", "pruned", "interrupted"):
@@ -275,7 +275,7 @@ def _format_state(trial: Trial, slot: str | None) -> Text:
 
 
 def format_number(value: float | None) -> str:
-    """A measure as tables show it."""
+    """Return a measure as tables show it."""
     return "" if value is None else f"{value:.5g}"
 
 
