@@ -46,10 +46,38 @@ MAY_IMPORT_HEAVY = re.compile(
 )
 """Modules that may import torch and its like when they are imported themselves."""
 
-BEFORE_NUMPY = ("data.examples", "cli.train", "cli.main", "config.load", "chat")
+BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "config.load", "chat")
 """Modules on the way to a mistake in a config; numpy and pyarrow come after it."""
 
 LONGEST_FUNCTION = 80
+MOST_MODULES = 255
+MOST_LINES = 49_000
+LEAST_COMMENTS = 0.02
+MOST_VAGUE_NAMES = 0.03
+VAGUE = frozenset(
+    [
+        "found",
+        "part",
+        "parts",
+        "given",
+        "one",
+        "kind",
+        "kinds",
+        "place",
+        "places",
+        "words",
+        "known",
+        "own",
+        "shown",
+        "wanted",
+        "whole",
+        "kept",
+        "made",
+        "asked",
+        "said",
+    ]
+)
+"""Names that tell a reader nothing about the value."""
 
 
 def module_name(path: Path) -> str:
@@ -229,6 +257,21 @@ def test_nobody_imports_the_command_line():
     assert importers == set()
 
 
+def test_a_public_class_name_is_used_once():
+    names = Counter(
+        node.name
+        for name in MODULES
+        for node in tree(name).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name: number for name, number in names.items() if number > 1} == {}
+
+
+def test_a_file_name_is_shared_by_two_at_most():
+    names = Counter(path.name for path in MODULES.values() if path.name != "__init__.py")
+    assert {name: number for name, number in names.items() if number > 2} == {}
+
+
 def test_test_files_have_names_of_their_own():
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert {name: number for name, number in names.items() if number > 1} == {}
@@ -243,6 +286,34 @@ def test_no_function_is_long():
         and (length := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION
     ]
     assert long == []
+
+
+def test_the_size_of_the_house():
+    lines = [line for path in MODULES.values() for line in path.read_text("utf-8").splitlines()]
+    comments = sum(line.lstrip().startswith("#") for line in lines)
+    print(f"{len(MODULES)} modules, {len(lines):,} lines, {comments / len(lines):.1%} comments")
+    assert len(MODULES) <= MOST_MODULES
+    assert len(lines) <= MOST_LINES
+    assert comments / len(lines) >= LEAST_COMMENTS
+
+
+def bound_names(module: ast.Module) -> list[str]:
+    """Return all names that a module binds: variables, arguments, functions and classes."""
+    names = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif isinstance(node, ast.arg):
+            names.append(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+    return [name.strip("_").lower() for name in names]
+
+
+def test_names_say_what_a_value_is():
+    names = Counter(name for module in MODULES for name in bound_names(tree(module)))
+    vague = {name: number for name, number in names.most_common() if name in VAGUE}
+    assert sum(vague.values()) / names.total() < MOST_VAGUE_NAMES, vague
 
 
 def test_the_wheel_has_every_package():
