@@ -9,7 +9,6 @@ set.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -27,9 +26,11 @@ from luthier.data.formats.registry import (
     FORMAT_VERSION,
     SAMPLED_ROWS,
     ColumnSample,
+    DetectionInput,
     Evidence,
     ExampleType,
     FormatColumn,
+    FormatMatch,
     FormatVariant,
 )
 from luthier.data.rows import Row, RowError
@@ -94,51 +95,11 @@ class RowFormat:
 
 
 @dataclass(frozen=True)
-class DetectionInput:
-    """The rows whose format is looked for, and what an error calls them."""
-
-    config: SourceConfig
-    rows: Sequence[Row]
-    """The first rows of the source."""
-    source: str
-    """What messages call the source, such as `my.jsonl`."""
-    key: str
-    """The group of the config, such as `dataset`."""
-
-    @cached_property
-    def columns(self) -> list[str]:
-        """The columns of the rows, in order."""
-        return list(dict.fromkeys(name for row in self.rows for name in row.fields))
-
-
-@dataclass(frozen=True)
 class RowGroup:
     """Rows with the same columns."""
 
     columns: tuple[str, ...]
     rows: list[Row]
-
-
-@dataclass(frozen=True)
-class FormatMatch:
-    """A variant of a format, the columns that it would read, and how well their values fit."""
-
-    variant: FormatVariant
-    source_names: dict[str, str]
-    """Our names of the needed columns -> the source's."""
-    evidence: Evidence
-    columns: frozenset[str]
-    """All columns that it would read, the optional ones too."""
-
-    @cached_property
-    def needed_columns(self) -> frozenset[str]:
-        """The columns that it cannot do without."""
-        return frozenset(self.source_names.values())
-
-    @property
-    def vote(self) -> tuple[int, tuple[str, ...]]:
-        """What two matches of different rows have in common where they mean the same reading."""
-        return FORMAT_VARIANTS.index(self.variant), tuple(self.source_names.values())
 
 
 def detect_format(

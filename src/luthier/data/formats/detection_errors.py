@@ -2,14 +2,15 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from luthier.data.formats.registry import COMPLETION, PROMPT, FormatVariant
+from luthier.data.formats.registry import (
+    COMPLETION,
+    PROMPT,
+    DetectionInput,
+    FormatMatch,
+    FormatVariant,
+)
 from luthier.data.rows import excerpt
-
-if TYPE_CHECKING:
-    # `detect` imports this module, so its classes are there for the type checker alone.
-    from luthier.data.formats.detect import DetectionInput, FormatMatch
 
 MAX_TYPES = 3
 """Nearest types that an error shows."""
@@ -29,7 +30,7 @@ _HINTS: tuple[tuple[set[str], str], ...] = (
 _MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 
-def describe_no_format(detection: "DetectionInput", variants: Sequence[FormatVariant]) -> str:
+def describe_no_format(detection: DetectionInput, variants: Sequence[FormatVariant]) -> str:
     """Return the text for columns that fit no format, or not the one that the config names."""
     problem = "show no format that luthier reads"
     if detection.config.type != "auto":
@@ -49,7 +50,7 @@ def describe_no_format(detection: "DetectionInput", variants: Sequence[FormatVar
     )
 
 
-def _describe_source(detection: "DetectionInput") -> list[str]:
+def _describe_source(detection: DetectionInput) -> list[str]:
     """Return the columns and the first row, as lines."""
     first = detection.rows[0]
     return [
@@ -58,7 +59,7 @@ def _describe_source(detection: "DetectionInput") -> list[str]:
     ]
 
 
-def _hints(detection: "DetectionInput") -> list[str]:
+def _hints(detection: DetectionInput) -> list[str]:
     """Return what is to be said about columns that luthier does not read."""
     columns = set(detection.columns)
     hints = [text.format(key=detection.key) for names, text in _HINTS if names <= columns]
@@ -74,7 +75,7 @@ def _hints(detection: "DetectionInput") -> list[str]:
     return hints
 
 
-def _nearest_types(detection: "DetectionInput", variants: Sequence[FormatVariant]) -> list[str]:
+def _nearest_types(detection: DetectionInput, variants: Sequence[FormatVariant]) -> list[str]:
     """Return a line for each type of which most is there; for a named type in any case."""
     lines: dict[str, tuple[float, str]] = {}
     is_named = detection.config.type != "auto"
@@ -88,7 +89,7 @@ def _nearest_types(detection: "DetectionInput", variants: Sequence[FormatVariant
     return [line for _, line in ranked[:MAX_TYPES]]
 
 
-def _describe_missing(detection: "DetectionInput", variant: FormatVariant) -> tuple[float, str]:
+def _describe_missing(detection: DetectionInput, variant: FormatVariant) -> tuple[float, str]:
     """Return the share of a variant's columns that is there, and the line on what is not."""
     has, lacks = [], []
     for needed in variant.needed:
@@ -104,7 +105,7 @@ def _describe_missing(detection: "DetectionInput", variant: FormatVariant) -> tu
     return len(has) / len(variant.needed), f"  {variant.type}: {present}, {missing}"
 
 
-def _misspelt_columns(detection: "DetectionInput", variants: Sequence[FormatVariant]) -> list[str]:
+def _misspelt_columns(detection: DetectionInput, variants: Sequence[FormatVariant]) -> list[str]:
     """Return a line for each column whose name is nearly one that a format has."""
     needed = [column for variant in variants for column in variant.needed]
     names = {name for column in needed for name in column.aliases}
@@ -119,7 +120,7 @@ def _misspelt_columns(detection: "DetectionInput", variants: Sequence[FormatVari
     return lines
 
 
-def describe_several_formats(detection: "DetectionInput", matches: Sequence["FormatMatch"]) -> str:
+def describe_several_formats(detection: DetectionInput, matches: Sequence[FormatMatch]) -> str:
     """Return the text for columns that fit several formats equally well."""
     types = [match.variant.type for match in matches]
     lines, settings = [], []
@@ -140,7 +141,7 @@ def describe_several_formats(detection: "DetectionInput", matches: Sequence["For
 
 
 def describe_several_columns(
-    detection: "DetectionInput", our_name: str, columns: Sequence[str]
+    detection: DetectionInput, our_name: str, columns: Sequence[str]
 ) -> str:
     """Return the text for several columns that could be the same optional one."""
     settings = " or ".join(
@@ -156,7 +157,7 @@ def describe_several_columns(
     )
 
 
-def describe_context_column(detection: "DetectionInput", match: "FormatMatch", column: str) -> str:
+def describe_context_column(detection: DetectionInput, match: FormatMatch, column: str) -> str:
     """Return the text for a column that a question is about and no one mapped."""
     prompt, reply = match.source_names["prompt"], match.source_names["completion"]
     joined = _as_override({"instruction": prompt, "input": column, "output": reply})
@@ -171,7 +172,7 @@ def describe_context_column(detection: "DetectionInput", match: "FormatMatch", c
     )
 
 
-def describe_unknown_key(detection: "DetectionInput", name: str, our_names: Sequence[str]) -> str:
+def describe_unknown_key(detection: DetectionInput, name: str, our_names: Sequence[str]) -> str:
     """Return the text for a key of `columns` that is none of our names."""
     type_ = detection.config.type
     of_type = "" if type_ == "auto" else f" for the type {type_}"
@@ -181,7 +182,7 @@ def describe_unknown_key(detection: "DetectionInput", name: str, our_names: Sequ
     )
 
 
-def describe_unknown_column(detection: "DetectionInput", name: str, column: str) -> str:
+def describe_unknown_column(detection: DetectionInput, name: str, column: str) -> str:
     """Return the text for a value of `columns` that is no column of the source."""
     return (
         f"{detection.key}.columns maps {name} to {column!r}, and {detection.source} has no such "
@@ -190,7 +191,7 @@ def describe_unknown_column(detection: "DetectionInput", name: str, column: str)
     )
 
 
-def describe_unfitting_keys(detection: "DetectionInput", names: Sequence[str]) -> str:
+def describe_unfitting_keys(detection: DetectionInput, names: Sequence[str]) -> str:
     """Return the text for keys of `columns` that belong to different types."""
     return (
         f"{detection.key}.columns maps {' and '.join(names)}, and no type has all of these. "

@@ -7,8 +7,10 @@ of its columns do not say enough, the values do: the `weigh_...` functions look 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Literal
 
+from luthier.config.schema import SourceConfig
 from luthier.data.formats.columns import ColumnMapping, find_value, list_or_empty
 from luthier.data.formats.conversations import (
     Example,
@@ -263,3 +265,43 @@ FORMAT_VARIANTS: tuple[FormatVariant, ...] = (
     FormatVariant("text", "text", (_TEXT,), (), from_text),
 )  # fmt: skip
 """All of them; of two that need the same columns the first is meant."""
+
+
+@dataclass(frozen=True)
+class DetectionInput:
+    """The rows whose format is looked for, and what an error calls them."""
+
+    config: SourceConfig
+    rows: Sequence[Row]
+    """The first rows of the source."""
+    source: str
+    """What messages call the source, such as `my.jsonl`."""
+    key: str
+    """The group of the config, such as `dataset`."""
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns of the rows, in order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.fields))
+
+
+@dataclass(frozen=True)
+class FormatMatch:
+    """A variant of a format, the columns that it would read, and how well their values fit."""
+
+    variant: FormatVariant
+    source_names: dict[str, str]
+    """Our names of the needed columns -> the source's."""
+    evidence: Evidence
+    columns: frozenset[str]
+    """All columns that it would read, the optional ones too."""
+
+    @cached_property
+    def needed_columns(self) -> frozenset[str]:
+        """The columns that it cannot do without."""
+        return frozenset(self.source_names.values())
+
+    @property
+    def vote(self) -> tuple[int, tuple[str, ...]]:
+        """What two matches of different rows have in common where they mean the same reading."""
+        return FORMAT_VARIANTS.index(self.variant), tuple(self.source_names.values())

@@ -6,7 +6,7 @@ The reference is the model with its adapter off, or a model of its own for full 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.model.load import load_model
 from luthier.model.trainable import add_new_rows
-
-if TYPE_CHECKING:
-    from luthier.train.methods.preference_trainer import PreferenceTrainerMixin
 
 ADAPTER_COPY = "ref"
 """TRL's name for its copy of an adapter."""
@@ -69,9 +66,7 @@ def precompute_all_scores(trainer: Any) -> None:
     trainer.ref_model = None
 
 
-def precompute_scores(
-    trainer: "PreferenceTrainerMixin", dataset: TokenRows, name: str, batch_size: int
-) -> TokenRows:
+def precompute_scores(trainer: Any, dataset: TokenRows, name: str, batch_size: int) -> TokenRows:
     """The rows of a set with what the reference says of each, as columns of their table."""
     # A row that an epoch sees twice is read once.
     distinct = TokenRows(dataset.table, dataset.different)
@@ -86,7 +81,7 @@ def precompute_scores(
 
 
 def _score_batches(
-    trainer: "PreferenceTrainerMixin", rows: TokenRows, name: str, batch_size: int
+    trainer: Any, rows: TokenRows, name: str, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """The numbers of some rows, and what the reference says of them; on all ranks for all."""
     loader = trainer._get_dataloader(rows, "Reference", batch_size)
