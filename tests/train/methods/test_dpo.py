@@ -202,7 +202,7 @@ def config(**settings):
     return RunConfig(**parts, trainer=trainer, **settings)
 
 
-MACHINE = SimpleNamespace(dtype="float32", kind="cpu")
+MACHINE = SimpleNamespace(dtype="float32", device_type="cpu")
 
 
 @pytest.mark.parametrize(
@@ -241,11 +241,11 @@ def test_other_adapters_have_a_reference_too(tmp_path, method):
     net = add_adapter(model(), {"method": method}, 1)
     made = build(tmp_path, net, max_steps=2, learning_rate=0.05)
     inputs = next(iter(made.get_eval_dataloader()))
-    before = made.reference_scores(inputs)
+    before = made.score_reference(inputs)
     assert made.evaluate()["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
     made.train()
     assert abs(made.evaluate()["eval_rewards/margins"]) > 0
-    for name, part in made.reference_scores(inputs).items():
+    for name, part in made.score_reference(inputs).items():
         assert torch.equal(part, before[name])
 
 

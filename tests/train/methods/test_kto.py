@@ -159,7 +159,7 @@ def config(**args):
     )  # fmt: skip
 
 
-MACHINE = SimpleNamespace(dtype="float32", kind="cpu")
+MACHINE = SimpleNamespace(dtype="float32", device_type="cpu")
 
 
 def test_a_step_of_one_row_has_nothing_to_estimate_from(tmp_path):
@@ -188,5 +188,5 @@ def test_pairs_are_taken_apart():
 def test_unequal_weights_are_pointed_out(capsys, tmp_path, weights, says):
     args = arguments(KTOConfig, tmp_path, desirable_weight=weights[0],
                      undesirable_weight=weights[1])  # fmt: skip
-    kto._advise(SimpleNamespace(args=args, prepared=SimpleNamespace(train=ROWS)))
+    kto._advise_weights(SimpleNamespace(args=args, prepared=SimpleNamespace(train=ROWS)))
     assert ("7 good and 6 bad replies" in capsys.readouterr().out) == says
