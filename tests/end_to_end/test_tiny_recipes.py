@@ -12,7 +12,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
-from luthier.cli.train import main
+from luthier.cli.train import main, train
 from luthier.config.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +44,8 @@ AIMS = {
 
 def trained(folder, name):
     """Run a recipe; return the record, the logged steps and the folder of the model."""
-    from luthier.train.run import run
-
     output = folder / name
-    assert main(run, [f"recipe={name}", f"output_dir={output}"]) == 0
+    assert main(train, [f"recipe={name}", f"output_dir={output}"]) == 0
     lines = (output / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "loss" in row]
     return json.loads((output / "run.json").read_text()), steps, output / "model"
