@@ -151,7 +151,7 @@ CASES = {
         "<|im_end|>",
         [user("q"), bot(""), user("r"), bot("yes")],
         None,
-        {},
+        {"empty_replies": "train"},
         ["<|im_end|>", "yes<|im_end|>"],
     ),
     "reply begins with a newline": (
@@ -434,12 +434,13 @@ def test_dropped_tool_calls_are_reported(template):
     assert len(kept.sequences) >= 1 and kept.counts["lossy_rows"] == 1
 
 
-def test_arguments_that_would_be_encoded_twice_are_reported():
+def test_arguments_that_are_no_json_and_would_be_encoded_twice_are_reported():
     tokenizer = pair("gpt2-words", trl("qwen2_5"), eos="<|im_end|>")
     written = call()
-    written["function"] = {"name": "look_up", "arguments": '{"word": "lute"}'}
-    with pytest.raises(ChatError, match="JSON string"):
+    written["function"] = {"name": "look_up", "arguments": "word=lute"}
+    with pytest.raises(ChatError, match="the call's arguments are text"):
         ChatEncoder(tokenizer).encode([user("q"), bot("", tool_calls=[written])], [LOOK_UP])
+    written["function"] = {"name": "look_up", "arguments": '{"word": "lute"}'}
     as_it_stands = pair("gpt2-words", QWEN3, eos="<|im_end|>")
     sequences = ChatEncoder(as_it_stands).encode(
         [user("q"), bot("", tool_calls=[written])], [LOOK_UP]

@@ -71,12 +71,6 @@ def test_template_refusing_a_role_speaks_for_itself():
         ChatEncoder(tokenizer).encode_batch(rows)
 
 
-def test_deepseek_refuses_arguments_that_are_a_dict():
-    tokenizer = pair("gpt2-words", trl("deepseekv3"))
-    with pytest.raises(ChatError, match="the chat template refuses"):
-        ChatEncoder(tokenizer).encode([user("q"), bot("", tool_calls=[call()])])
-
-
 def test_tokenizer_without_template_says_how_to_give_one():
     bare = pair("gpt2-words", CHATML)
     bare.chat_template = None

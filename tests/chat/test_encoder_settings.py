@@ -10,13 +10,14 @@ from helpers.conversations import (
     CHATML,
     asset_tokenizer,
     bot,
+    call,
     pair,
     replies,
     system,
     trl,
     user,
 )
-from luthier.chat import ChatEncoder
+from luthier.chat import ChatEncoder, ChatError
 
 
 def test_settings_make_the_same_encoder():
@@ -94,3 +95,51 @@ def test_golden_ids(name):
     ]
     found = ChatEncoder(tokenizer, date="2025-01-02").encode(row)
     assert [[s.input_ids, s.labels] for s in found] == GOLDEN[name]
+
+
+EMPTY = {
+    "empty": bot(""),
+    "blank": bot(" \n\t"),
+    "null beside blank reasoning": bot(None, reasoning_content=" "),
+    "blank parts": bot([{"type": "text", "text": ""}, {"type": "text", "text": "\n"}]),
+}
+NOT_EMPTY = {
+    "a call": bot("", tool_calls=[call()]),
+    "reasoning": bot("", reasoning_content="So it is."),
+    "thinking": bot(None, thinking="So it is."),
+    "one letter": bot("a"),
+    "not trained": bot("", train=False),
+}
+
+
+@pytest.mark.parametrize("reply", EMPTY.values(), ids=EMPTY)
+def test_an_empty_reply_stops_or_drops_the_row(reply):
+    tokenizer = pair("gpt2-words", trl("qwen3"), eos="<|im_end|>")
+    rows = [{"messages": [user("q"), bot("a")]}, {"messages": [user("q"), reply]}]
+    with pytest.raises(ChatError, match=r"row 1, message 1.*the model would learn to stop at once"):
+        ChatEncoder(tokenizer).encode_batch(rows)
+    # A row of other faults is another matter: `on_lost` does not let empty replies pass.
+    with pytest.raises(ChatError, match=r"chat\.empty_replies=drop"):
+        ChatEncoder(tokenizer, on_lost="drop").encode_batch(rows)
+    batch = ChatEncoder(tokenizer, empty_replies="drop").encode_batch(rows)
+    assert batch.dropped == {"empty reply": 1} and len(batch.rows[0]) == 1
+
+
+@pytest.mark.parametrize("reply", NOT_EMPTY.values(), ids=NOT_EMPTY)
+def test_what_says_something_is_no_empty_reply(reply):
+    tokenizer = pair("gpt2-words", trl("qwen3"), eos="<|im_end|>")
+    assert ChatEncoder(tokenizer).encode([user("q"), reply, user("r"), bot("yes")])
+
+
+def test_an_empty_reply_trains_its_stop_token_where_that_is_meant():
+    tokenizer = pair("gpt2-words", CHATML, eos="<|im_end|>")
+    encoder = ChatEncoder(tokenizer, empty_replies="train")
+    assert replies(tokenizer, encoder.encode([user("q"), bot("")])) == ["<|im_end|>"]
+
+
+def test_only_replies_that_train_must_say_something():
+    tokenizer = pair("gpt2-words", CHATML, eos="<|im_end|>")
+    messages = [user("q"), bot(""), user("r"), bot("yes")]
+    assert ChatEncoder(tokenizer, train_on="last").encode(messages)
+    with pytest.raises(ChatError, match="the user's reply is empty"):
+        ChatEncoder(tokenizer, train_on=["user"]).encode([user(""), bot("yes")])

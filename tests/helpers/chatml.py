@@ -13,7 +13,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = {
     "template": None, "train_on": "all", "boundaries": "served", "on_lost": "error",
     "max_length": None, "on_long": "turns", "date": "2026-01-01", "variables": {},
-    "eos_token_ids": [],
+    "eos_token_ids": [], "empty_replies": "error", "roles": [],
 }  # fmt: skip
 """Chat settings as a run writes them down."""
 

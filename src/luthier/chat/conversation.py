@@ -116,6 +116,21 @@ def add_reasoning_aliases(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
+def is_empty_reply(message: dict[str, Any]) -> bool:
+    """Return whether a message says nothing: no text, no call, and no reasoning."""
+    if message.get("tool_calls"):
+        return False
+    return all(_is_blank(message.get(name)) for name in ("content", *REASONING_FIELDS))
+
+
+def _is_blank(value: Any) -> bool:
+    """Return whether a text, or each of its parts, is absent, empty or white space."""
+    if isinstance(value, list | tuple):
+        texts = (item.get("text") if isinstance(item, dict) else item for item in value)
+        return all(map(_is_blank, texts))
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _check_content(index: int, role: str, message: dict) -> None:
     content = message.get("content")
     if content is None:

@@ -9,7 +9,12 @@ from datetime import date as Date
 from functools import partial
 from typing import Any, Literal
 
-from luthier.chat.conversation import Conversation, read_conversation, retry_with_empty_content
+from luthier.chat.conversation import (
+    Conversation,
+    is_empty_reply,
+    read_conversation,
+    retry_with_empty_content,
+)
 from luthier.chat.fast_path.plans import FastPathRow
 from luthier.chat.labels import EncodedSequence
 from luthier.chat.lost_text import find_lost_fields
@@ -43,6 +48,7 @@ class PlannedRow:
 
 OnLost = Literal["error", "drop", "keep"]
 OnLong = Literal["turns", "drop", "error"]
+OnEmpty = Literal["error", "drop", "train"]
 
 
 class ChatEncoder:
@@ -55,6 +61,8 @@ class ChatEncoder:
     refuses. max_length (tokens) and on_long: a longer row loses whole turns from its front, is
     dropped, or is an error. date: YYYY-MM-DD for templates that write today's date. variables:
     more variables for the template. eos_token_ids: the generation config's, where they are known.
+    empty_replies: what to do with a row in which a turn that trains says nothing; `train` teaches
+    the model to stop at once. roles: further roles of messages, for templates that take any.
     """
 
     def __init__(
@@ -69,6 +77,8 @@ class ChatEncoder:
         date: str | None = None,
         variables: dict[str, Any] | None = None,
         eos_token_ids: Iterable[int] = (),
+        empty_replies: OnEmpty = "error",
+        roles: Iterable[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
@@ -79,16 +89,19 @@ class ChatEncoder:
         self.date = date or Date.today().isoformat()
         self.variables = dict(variables or {})
         self.eos_token_ids = list(eos_token_ids)
+        self.empty_replies = empty_replies
+        self.roles = list(roles)
         self._pipelines = TemplatePipelines(
-            tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries, train_on
-        )
+            tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries,
+            train_on, self.roles,
+        )  # fmt: skip
 
     def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
         """Return the ids that generation of the next turn starts from."""
 
         def encode(filled: list[dict[str, Any]]) -> list[int]:
-            conversation = read_conversation(filled, tools)
-            return self._pipelines.for_tools(conversation.tools).encode_prompt(conversation)
+            pipeline = self._pipelines.for_tools(tools)
+            return pipeline.encode_prompt(pipeline.read(filled, tools))
 
         return retry_with_empty_content(encode, messages)
 
@@ -126,6 +139,10 @@ class ChatEncoder:
                     encoding.result()
         return batch
 
+    def convert_arguments(self, messages: Any, tools: list | None = None) -> Any:
+        """Return the messages with the arguments of calls in the form that the template takes."""
+        return self._pipelines.for_tools(tools).arguments.convert(messages)
+
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the ids, the template's text included, for JSON."""
         sources = self._pipelines.sources
@@ -139,6 +156,8 @@ class ChatEncoder:
             "date": self.date,
             "variables": self.variables,
             "eos_token_ids": self.eos_token_ids,
+            "empty_replies": self.empty_replies,
+            "roles": self.roles,
         }
 
     @classmethod
@@ -179,11 +198,13 @@ class ChatEncoder:
             return in_row
 
     def _plan_row(self, messages: Any, tools: Any) -> PlannedRow:
-        conversation = read_conversation(messages, tools)
+        pipeline = self._pipelines.for_tools(tools)
+        conversation = pipeline.read(messages, tools)
         trained = select_trained_messages(conversation, self.train_on)
         if not trained:
             raise ChatError("no turn of the row trains", reason="nothing to train")
-        pipeline = self._pipelines.for_tools(conversation.tools)
+        if self.empty_replies != "train":
+            _refuse_empty_replies(conversation, trained)
         sequences = pipeline.planner.plan(conversation, trained)
         lost = find_lost_fields(conversation, sequences, pipeline.template)
         if lost and self.on_lost != "keep":
@@ -195,6 +216,8 @@ class ChatEncoder:
         """Return whether a row with this error stops the run, by the settings, or is dropped."""
         if error.reason in ("nothing to train", "too long"):
             return error.reason == "too long" and self.on_long == "error"
+        if error.reason == "empty reply":
+            return self.empty_replies == "error"
         return self.on_lost != "drop"
 
     def _finish(
@@ -221,7 +244,7 @@ class ChatEncoder:
             ):
                 yield sequences
             else:
-                read = partial(read_conversation, row.messages)
+                read = partial(read_conversation, row.messages)  # its form's roles are known
                 suspect = pipeline.controls.has_suspects(row.texts)
                 yield PlannedRow(pipeline, read, row.render(), suspect, [])
 
@@ -250,6 +273,22 @@ class ChatEncoder:
             batch.lossy_rows += 1
             batch.reports.append(row.lost[0].in_row(number))
         batch.rows.append([sequence.to_chat_sequence() for sequence in encoded])
+
+
+def _refuse_empty_replies(conversation: Conversation, trained: list[int]) -> None:
+    """Raise ChatError for the first turn that trains and says nothing."""
+    for index in trained:
+        message = conversation.messages[index]
+        if is_empty_reply(message):
+            state = "blank" if message.get("content") else "empty"
+            raise ChatError(
+                f"the {message['role']}'s reply is {state}, so the model would learn to stop at "
+                "once; fill it in, or set chat.empty_replies=drop to leave such rows out, or "
+                "=train if that is meant",
+                reason="empty reply",
+                message=conversation.numbers[index],
+                field="content",
+            )
 
 
 def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
@@ -319,8 +358,8 @@ class ChatPromptEncoder:
     def _encode(
         self, messages: list[dict[str, Any]], tools: list | None
     ) -> tuple[list[int], int, ChatError | None]:
-        conversation = read_conversation(messages, tools)
-        pipeline = self._encoder._pipelines.for_tools(conversation.tools)
+        pipeline = self._encoder._pipelines.for_tools(tools)
+        conversation = pipeline.read(messages, tools)
         text = pipeline.template.render(conversation.messages, conversation.tools, True)
         lost = find_lost_fields(conversation, [RenderedSequence(text)], pipeline.template)
         if lost and self._encoder.on_lost != "keep":

@@ -84,8 +84,8 @@ def _is_history(
 def _lost_field_error(origin: FieldOrigin) -> ChatError:
     if origin.is_json:
         return ChatError(
-            "the call's arguments are a JSON string, which this template leaves out or encodes "
-            "once more; give them as a dict",
+            "the call's arguments are text, which this template leaves out or encodes once more; "
+            "give them as an object, or as JSON text of one",
             reason="lost",
             message=origin.message,
             field=origin.field,

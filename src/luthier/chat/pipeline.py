@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.chat.control_tokens import ControlTokens
-from luthier.chat.conversation import Conversation
+from luthier.chat.conversation import Conversation, read_conversation
 from luthier.chat.fast_path import FastPath
 from luthier.chat.labels import EncodedSequence, LabelBuilder
+from luthier.chat.roles import RoleChecker
 from luthier.chat.template import ChatTemplate, read_template
 from luthier.chat.tokens import TokenEncoder
+from luthier.chat.tool_arguments import ArgumentConverter
 from luthier.chat.turns import SequencePlanner
 from luthier.chat.types import ChatError
 
@@ -27,6 +29,14 @@ class TemplatePipeline:
     planner: SequencePlanner
     label_builder: LabelBuilder
     fast_path: FastPath
+    roles: RoleChecker
+    arguments: ArgumentConverter
+
+    def read(self, messages: Any, tools: Any) -> Conversation:
+        """Return a row as the template takes it; ChatError for a row that is no conversation."""
+        conversation = read_conversation(self.arguments.convert(messages), tools)
+        self.roles.check(conversation)
+        return conversation
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """The ids from which the turn behind the conversation is generated."""
@@ -46,7 +56,9 @@ class TemplatePipelines:
         eos_token_ids: Iterable[int],
         boundaries: Literal["served", "segments"],
         train_on: str | list[str],
+        roles: Collection[str] = (),
     ) -> None:
+        """`roles`: further roles of messages, beside those that all templates know."""
         self.sources = _template_sources(tokenizer, template)
         """The text of each template by its name."""
         self._tokens = TokenEncoder(tokenizer)
@@ -55,6 +67,7 @@ class TemplatePipelines:
         self._eos_token_ids = list(eos_token_ids)
         self._boundaries = boundaries
         self._train_on = train_on
+        self._roles = tuple(roles)
         self._pipelines: dict[str, TemplatePipeline] = {}
         self.default = self.for_tools(None)
 
@@ -69,9 +82,15 @@ class TemplatePipelines:
         template = ChatTemplate(source, self._variables, self._date)
         controls = ControlTokens(template, self._tokens, self._eos_token_ids)
         label_builder = LabelBuilder(self._tokens, controls, self._boundaries)
-        fast_path = FastPath(template, controls, self._tokens, label_builder, self._train_on)
+        roles = RoleChecker(template.tree, controls.pattern, self._roles)
+        fast_path = FastPath(
+            template, controls, self._tokens, label_builder, self._train_on, roles.allows
+        )
         planner = SequencePlanner(template, controls)
-        return TemplatePipeline(template, controls, planner, label_builder, fast_path)
+        arguments = ArgumentConverter(template)
+        return TemplatePipeline(
+            template, controls, planner, label_builder, fast_path, roles, arguments
+        )
 
 
 def _template_sources(tokenizer: Any, template: str | dict[str, str] | None) -> dict[str, str]:

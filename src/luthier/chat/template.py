@@ -70,7 +70,7 @@ class ChatTemplate:
         self._environment.globals["strftime_now"] = self._strftime_now
         self._traced = _compile_or_raise(self._environment.compile_traced, source)
         self._globals: dict[jinja2.Template, dict[str, Any]] = {}
-        tree = self._environment.parse(source)
+        self.tree = tree = self._environment.parse(source)
         self.may_escape = any(node.name in ESCAPING_FILTERS for node in tree.find_all(nodes.Filter))
         """Whether a string may be marked as safe: it escapes what is added, which is checked."""
         self.can_track_prefixes = _can_track_prefixes(tree)

@@ -249,6 +249,10 @@ class ChatSettings(StrictModel):
     """The date (YYYY-MM-DD) that templates which ask for today's date get."""
     variables: dict[str, Any] = Field(default_factory=dict)
     """Further variables for the template, such as `enable_thinking`."""
+    empty_replies: Literal["error", "drop", "train"] = "error"
+    """A row with an empty or blank reply (or text): stop, drop the row, or train it as it is."""
+    roles: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Further roles of messages, for a template that writes any role."""
 
 
 class EvaluationConfig(StrictModel):

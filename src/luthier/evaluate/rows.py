@@ -249,7 +249,9 @@ def lenient_length(on_long: OnLong) -> OnLong:
 
 def without_length_limit(chat: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of a chat encoder that drop a row where training would stop."""
-    return {**chat} | {name: "drop" for name in ("on_lost", "on_long") if chat[name] == "error"}
+    return {**chat, "empty_replies": "drop"} | {
+        name: "drop" for name in ("on_lost", "on_long") if chat[name] == "error"
+    }
 
 
 def encode_rows(

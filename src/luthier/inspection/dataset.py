@@ -182,8 +182,7 @@ class ConversationReader:
         """The encoder of a training."""
         # One day for all, also where the clock passes midnight.
         chat |= {"date": self.encoder.date, "on_lost": "drop"}
-        if settings.on_long == "error":
-            chat["on_long"] = "drop"
+        chat |= {name: "drop" for name in ("on_long", "empty_replies") if chat[name] == "error"}
         self._dropping = ChatEncoder(tokenizer, **chat)
         self._lenient = ChatEncoder(tokenizer, **chat | {"on_lost": "keep"})
         uncut = chat | {"on_lost": "keep", "max_length": None}
@@ -231,6 +230,8 @@ class ConversationReader:
         """Return whether training stops at a row that makes no sequence."""
         if outcome.reason == "too long":
             return self.settings.on_long == "error"
+        if outcome.reason == "empty reply":
+            return self.settings.empty_replies == "error"
         return outcome.reason != "nothing to train" and self.settings.on_lost != "drop"
 
 

@@ -40,10 +40,11 @@ class TransformersPrompts:
         first message, and none for control tokens in a user's text beside tags in a reply's, of
         which it can take only both or neither as text.
         """
-        before = [_plain(each) for each in row["messages"][:message]]
+        tools = row.get("tools")
+        shown = self._encoder.convert_arguments(row["messages"][:message], tools)
+        before = [_plain(each) for each in shown]
         if not before:
             return None
-        tools = row.get("tools")
         if self._today is not None:
             pinned = self._encoder.prompt(before, tools)
             if pinned != ids:

@@ -164,7 +164,7 @@ def _trained(artifact: Artifact, config: RunConfig) -> ChatEncoder:
         add_tokens(tokenizer, config.model)
     if artifact.chat is None:
         raise UserError(f"{artifact.name}: there are no chat settings (chat.json) beside it.")
-    settings = artifact.chat | {"max_length": None, "on_lost": "keep"}
+    settings = artifact.chat | {"max_length": None, "on_lost": "keep", "empty_replies": "train"}
     return ChatEncoder.from_settings(tokenizer, settings)
 
 

@@ -4,7 +4,7 @@
 `encode` gives None for, goes the plain way. A test holds both ways against each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from luthier.chat.control_tokens import ControlTokens
@@ -25,8 +25,10 @@ class FastPath:
         tokens: TokenEncoder,
         label_builder: LabelBuilder,
         train_on: str | list[str],
+        allows_roles: Callable[[Iterable[str]], bool],
     ) -> None:
-        self._forms = FormCache(template, controls, train_on)
+        """`allows_roles`: whether messages may have these roles; other rows never match."""
+        self._forms = FormCache(template, controls, train_on, allows_roles)
         self._encoder = FastPathEncoder(tokens, label_builder)
 
     def match(self, row: dict[str, Any]) -> FastPathRow | None:

@@ -8,7 +8,7 @@ batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -171,11 +171,16 @@ class FormCache:
     """The plans of one template, each found when a row of its form is first met."""
 
     def __init__(
-        self, template: ChatTemplate, controls: ControlTokens, train_on: str | list[str]
+        self,
+        template: ChatTemplate,
+        controls: ControlTokens,
+        train_on: str | list[str],
+        allows_roles: Callable[[Iterable[str]], bool],
     ) -> None:
         self._template = template
         self._controls = controls
         self._train_on = train_on
+        self._allows_roles = allows_roles
         self._symbolic_template: SymbolicTemplate | None = None
         self._matchers: dict[FormKey, FormMatcher | None] = {}
 
@@ -196,6 +201,9 @@ class FormCache:
         """Return what matches rows of the form; None where the template reads the texts."""
         try:
             form = self._form(key)
+            # A row with another role is refused, with words, on the plain way.
+            if not self._allows_roles([role for role, _, _ in form]):
+                return None
             return FormMatcher(form, self._make_plan(form))
         except (NeedsConcreteText, ChatError):
             return None

@@ -140,6 +140,8 @@ class ReplyEncoder:
     def _stops_at(self, reason: str) -> bool:
         if reason == "too long":
             return self._on_long == "error"
+        if reason == "empty reply":
+            return self._chat.empty_replies == "error"
         return reason != "nothing to train" and self._chat.on_lost != "drop"
 
     def _is_long(self, judged: ComparedReplies) -> bool:
