@@ -18,6 +18,7 @@ RUN = {
     "git": {"luthier": {"commit": "a" * 40, "branch": "main", "dirty": False, "changed_files": []}},
     "data": {"sha256": "d" * 64}, "results": {"held_out_loss": {"before": 2.0, "after": 1.0}},
     "seeds": {"seed": 1, "deterministic": False},
+    "seconds": 4.0, "training_seconds": 3.0, "peak_memory_gib": {"host": 1.0},
 }  # fmt: skip
 
 

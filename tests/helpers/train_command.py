@@ -124,7 +124,8 @@ def until(happens, patience=60):
 
 
 def record(run):
-    return json.loads((run / "run.json").read_text())
+    """What run.json holds, without its seal, so that it can be changed and written again."""
+    return {k: v for k, v in json.loads((run / "run.json").read_text()).items() if k != "seal"}
 
 
 def weights(run):

@@ -42,7 +42,7 @@ DAMAGE = {
         lambda path: (path / "ref" / "adapter.safetensors").unlink(),
         "ref/adapter.safetensors is missing",
     ),
-    "no seal": (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "no seal": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "another seal": (
         lambda path: (path / "manifest.json").write_text(
             (path / "manifest.json").read_text().replace('"planned": true', '"planned": false')

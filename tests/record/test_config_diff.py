@@ -83,7 +83,8 @@ def test_which_learning_rates_depend_on_the_number_of_steps(kind, warmup, follow
 def finished(folder, status="finished"):
     with open_run(folder, CONFIG, []):
         pass
-    write_json(folder / "run.json", {"status": status, "format": RECORD_FORMAT})
+    ended = {"results": {}, "seconds": 2.0, "training_seconds": 1.0, "peak_memory_gib": {}}
+    write_json(folder / "run.json", {"status": status, "format": RECORD_FORMAT} | ended)
     (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
 
 

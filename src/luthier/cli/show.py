@@ -5,7 +5,7 @@ from typing import Any
 
 from luthier.cli.arguments import CommandLine
 from luthier.record import checkpoints
-from luthier.record.machine_info import MAIN_PACKAGES
+from luthier.record.machine_info import main_versions
 from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
 from luthier.storage import lock
@@ -156,7 +156,7 @@ def _commit(state: dict[str, Any] | None) -> str:
 
 def _versions(record: dict[str, Any]) -> list[tuple[str, str]]:
     versions = record.get("versions", {})
-    rows = [(name, versions[name]) for name in ("python", *MAIN_PACKAGES) if name in versions]
+    rows = list(main_versions(versions).items())
     more = len(versions) - len(rows)
     return rows + ([("others", f"{more} packages, in run.json")] if more else [])
 
@@ -175,9 +175,18 @@ def _number(value: Any) -> str:
 def _parts(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a row for each session of a run that took several; none for a run in one go."""
     sessions = record.get("sessions", [])
-    return (
-        [] if len(sessions) < 2 else [(session["started"], _part(session)) for session in sessions]
-    )
+    if len(sessions) < 2:
+        return []
+    rows = []
+    versions: dict[str, str] = sessions[0].get("versions", {})
+    for session in sessions:
+        before, versions = versions, session.get("versions", versions)
+        changed = [
+            f"{name} {versions[name]}" for name in versions if before.get(name) != versions[name]
+        ]
+        under = f", under other versions: {', '.join(changed)}" if changed else ""
+        rows.append((session.get("started", ""), _part(session) + under))
+    return rows
 
 
 def _part(session: dict[str, Any]) -> str:
@@ -186,7 +195,8 @@ def _part(session: dict[str, Any]) -> str:
     )
     end = f" to step {session['to_step']}" if "to_step" in session else ""
     signal = f" by {session['signal']}" if "signal" in session else ""
-    return f"{session['status']}{signal}, {begin}{end}, on {session['host']}"
+    where = f", on {session['host']}" if "host" in session else ""
+    return f"{session.get('status', 'unknown')}{signal}, {begin}{end}{where}"
 
 
 def _checkpoints(folder: Path) -> list[tuple[str, str]]:

@@ -8,7 +8,9 @@ repeated, compared and loaded.
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import BaseModel, ConfigDict
+
+from luthier.storage.typed_files import DamagedFileError, load_yaml
 
 _RENAMED_KEYS = {
     "dataset.shape": "dataset.type",
@@ -35,12 +37,45 @@ def new_value(key: str, value: object) -> str | None:
     return None if pattern is None else _RENAMED_VALUES[pattern].get(str(value))
 
 
-def read_recorded_config(file: Path) -> Any:
+class _RecordedTrainer(BaseModel):
+    """The group `trainer` of a recorded config, as far as two configs are compared by it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str = ""
+    args: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+class _RecordedConfig(BaseModel):
+    """A config that any version of luthier wrote."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: dict[str, Any] | None = None
+    dataset: dict[str, Any] | None = None
+    chat: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    trainer: _RecordedTrainer | None = None
+
+
+_ADVICE = (
+    "Put it back from a copy. Without one the run cannot go on or be loaded as it was made; "
+    "its model/ folder can still be used by itself, copied to another place."
+)
+
+
+def read_recorded_config(file: Path) -> dict[str, Any]:
     """Read the `config.yaml` of a run, with the names of this version wherever they differ.
 
-    Raises OSError and yaml.YAMLError where the file cannot be read.
+    Raises UserError where the file is missing or damaged.
     """
-    return with_new_names(yaml.safe_load(file.read_text(encoding="utf-8")))
+    config: dict[str, Any] | None = load_yaml(file, _RecordedConfig, _ADVICE)
+    if config is None:
+        raise DamagedFileError(f"{file}: it is missing.\n{_ADVICE}")
+    renamed: dict[str, Any] = with_new_names(config)
+    return renamed
 
 
 def with_new_names(value: Any, key: str = "") -> Any:

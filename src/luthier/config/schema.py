@@ -255,6 +255,15 @@ class ChatSettings(StrictModel):
     """Further roles of messages, for a template that writes any role."""
 
 
+class SavedChatSettings(ChatSettings):
+    """The content of `chat.json`: what `luthier.chat.ChatEncoder.settings` returns."""
+
+    template: str | dict[str, str] | None = None  # type: ignore[assignment]
+    """The text of the template; of several, each by its name."""
+    eos_token_ids: list[NonNegativeInt] = Field(default_factory=list)
+    """The end tokens of the base's generation config."""
+
+
 class EvaluationConfig(StrictModel):
     """What is generated and scored on held-out rows."""
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from luthier.config.library_settings import QuantizationSettings
 from luthier.config.methods import METHODS
 from luthier.config.renamed_settings import read_recorded_config
@@ -158,8 +156,6 @@ def read_run_config(run: Path) -> RunConfig:
             "Name the model/ folder of the run, copied to another place, or use the version that "
             "made it (run.json has its number)."
         ) from error
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
 
 
 def find_adapter_base(

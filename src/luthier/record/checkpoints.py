@@ -4,7 +4,6 @@ A checkpoint is written to `checkpoints/.new`, sealed with the SHA-256 of every 
 disk and renamed. What has no seal, or other bytes than were sealed, is none. Needs no torch.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from luthier.storage.atomic import write_text
 from luthier.storage.disk_space import free_bytes
@@ -22,12 +23,19 @@ from luthier.storage.manifest import (
     write_manifest,
 )
 from luthier.storage.sizes import folder_size, format_bytes
+from luthier.storage.typed_files import DamagedFileError, load_json, load_json_lines
 
 NEW_FOLDER = ".new"
 """Where the next checkpoint is written, within the folder of checkpoints."""
 STEP_LOGS = ("metrics.jsonl", "evaluations.jsonl")
 """The files of a run's directory to which lines of JSON are added while it trains: every logged
 metric, and the replies of each evaluation."""
+START_FILE = "before.json"
+"""The file of a run's directory with what was measured before the first step."""
+COUNTERS_FILE = "counted_{rank}.json"
+"""The file of a checkpoint with what one process has counted since the last line of metrics."""
+LOGS_FOLDER = "logs"
+"""The folder of a checkpoint with the logs of its run as they were then, under its seal."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,8 +59,13 @@ class NewestCheckpoint:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return the (step, path) of the checkpoints in a folder, complete or not, oldest first."""
+    """Return the (step, path) of the checkpoints in a folder, complete or not, oldest first.
+
+    Raises UserError where something else has the folder's name.
+    """
     if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise DamagedFileError(f"{folder}: it is no folder. Move it away.")
         return []
     matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
@@ -74,26 +87,28 @@ def publish_checkpoint(written: Path, target: Path, facts: dict[str, Any]) -> No
     for path in (*(file for file in written.rglob("*") if file.is_file()), written):
         _sync(path)
     aside = _aside(target)
-    if target.exists():
+    _discard(aside)
+    if target.exists() or target.is_symlink():
         target.replace(aside)
     written.replace(target)
     with suppress(OSError):  # some network file systems keep what another process has open
         written.parent.rmdir()
     _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
 
 
 def recover_checkpoints(folder: Path) -> None:
     """Finish or undo what a killed run was doing in a folder of checkpoints."""
-    for _, path in list_checkpoints(folder / NEW_FOLDER):
+    new = folder / NEW_FOLDER
+    for _, path in list_checkpoints(new) if new.is_dir() else []:
         # Whole, and killed between the seal and the rename: the work of its steps is not lost.
         if not (folder / path.name).exists() and _find_problem(path) is None:
             path.replace(folder / path.name)
-    shutil.rmtree(folder / NEW_FOLDER, ignore_errors=True)
+    _discard(new)
     for aside in folder.glob(".checkpoint-*.old"):
         target = folder / aside.name.removeprefix(".").removesuffix(".old")
-        if target.exists() or _find_problem(aside):
-            shutil.rmtree(aside)
+        if not aside.is_dir() or target.exists() or _find_problem(aside):
+            _discard(aside)
         else:
             aside.replace(target)
 
@@ -118,7 +133,7 @@ def read_checkpoint_facts(path: Path) -> dict[str, Any]:
 def is_planned(path: Path) -> bool:
     """Return whether a checkpoint is there and was taken as the settings say, not for a signal."""
     try:
-        return bool(read_checkpoint_facts(path)["planned"])
+        return bool(read_checkpoint_facts(path).get("planned"))
     except (DamagedFolderError, FileNotFoundError):
         return False
 
@@ -172,7 +187,9 @@ def _find_problem(path: Path) -> str | None:
         facts = verify_manifest(path)
     except DamagedFolderError as damage:
         return str(damage)
-    return None if facts["resumable"] else "it holds the model only (trainer.args.save_only_model)"
+    return (
+        None if facts.get("resumable") else "it holds the model only (trainer.args.save_only_model)"
+    )
 
 
 def _aside(target: Path) -> Path:
@@ -183,11 +200,19 @@ def _aside(target: Path) -> Path:
 def _remove(path: Path) -> None:
     """Remove a checkpoint so that none that is half removed has its name."""
     aside = _aside(path)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
     # Without its seal it is none, should the process end in between.
     (path / "manifest.json").unlink(missing_ok=True)
     path.replace(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or the file or link that has its name; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -199,33 +224,113 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# The logs of a run, which its checkpoints hold as well: what was lost or changed is put back.
+
+
+class MetricsRow(BaseModel):
+    """A line of `metrics.jsonl`: the measures of a step, by their names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    epoch: float | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    reward: float | None = None
+    eval_reward: float | None = None
+
+
+class _LineCounts(BaseModel):
+    """What a checkpoint without copies of the logs says of them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    lines: dict[str, int]
+
+
 def read_step_log(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of one of the `STEP_LOGS`, oldest first; none where it is missing.
+    """Return the rows of `metrics.jsonl`, oldest first; none where it is missing.
 
-    The last line of a process that was killed may be half a line, and is left out.
+    The last line of a process that was killed may be half a line, and is left out. Raises UserError
+    for any other line that is damaged.
     """
-    if not path.is_file():
+    return load_json_lines(path, MetricsRow, _log_advice(path))
+
+
+def copy_logs(run: Path, checkpoint: Path) -> None:
+    """Copy the logs of a run into a checkpoint that is being written."""
+    for name in (START_FILE, *STEP_LOGS):
+        if (run / name).is_file():
+            write_text(checkpoint / LOGS_FOLDER / name, (run / name).read_text(encoding="utf-8"))
+
+
+def restore_logs(run: Path, checkpoint: Path) -> list[str]:
+    """Set the logs of a run back to what they were at a whole checkpoint: later lines come again.
+
+    Returns a sentence for each file that was not what the training left there. Raises UserError
+    where a file is damaged and the checkpoint, of an older luthier, has no copy of it.
+    """
+    copies = checkpoint / LOGS_FOLDER
+    if not copies.is_dir():
+        _truncate_logs(run, checkpoint)
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[:-1] if line]
-    return rows + _parse_complete_lines(lines[-1:])
+    sentences = []
+    for name in (START_FILE, *STEP_LOGS):
+        copy = copies / name
+        text = copy.read_text(encoding="utf-8") if copy.is_file() else None
+        problem = restore_log(run / name, text)
+        sentences += [f"{problem}, and was put back from {checkpoint.name}"] if problem else []
+    return sentences
 
 
-def truncate_step_log(path: Path, count: int | None) -> None:
-    """Keep the first `count` lines of a file; None keeps those of step 0, before the first step."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if count is None:
-        lines = [
-            line for line in lines if any(row["step"] == 0 for row in _parse_complete_lines([line]))
-        ]
-    write_text(path, "".join(lines[:count]))
+def restore_log(path: Path, text: str | None) -> str | None:
+    """Set a log back to `text`, with which it began once; None removes it.
 
-
-def _parse_complete_lines(lines: list[str]) -> list[dict[str, Any]]:
-    """Return the rows of these lines; none of them where a line is cut."""
+    Returns what was wrong with the file where it did not begin so any more.
+    """
+    is_there = path.exists() or path.is_symlink()
+    if is_there and not path.is_file() and not path.is_symlink():
+        raise DamagedFileError(f"{path}: it is no file. Move it away, and the run goes on.")
+    if text is None:
+        path.unlink(missing_ok=True)
+        return None
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError:
-        return []
+        content = path.read_bytes()
+    except OSError:
+        content = None
+    written = text.encode()
+    if content != written:
+        write_text(path, text)
+    if content is not None and content.startswith(written):
+        return None
+    return f"{path} was {'damaged' if is_there else 'missing'}"
+
+
+def _truncate_logs(run: Path, checkpoint: Path) -> None:
+    """Cut the logs to as many lines as they had at a checkpoint that only counted them."""
+    file = checkpoint / COUNTERS_FILE.format(rank=0)
+    counts: dict[str, int] = load_json(file, _LineCounts)["lines"]
+    for name, count in counts.items():
+        path = run / name
+        schema = MetricsRow if name == STEP_LOGS[0] else dict[str, Any]
+        complete = len(load_json_lines(path, schema, _log_advice(path)))
+        if complete < count:
+            raise DamagedFileError(
+                f"{path}: it has {complete} lines, and had {count} at {checkpoint.name}.\n"
+                f"{_log_advice(path)}"
+            )
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(path, "".join(lines[:count]))
+    if not (run / START_FILE).is_file():
+        raise DamagedFileError(
+            f"{run / START_FILE}: it is missing, and with it what was measured before the training."
+            f"\n{_log_advice(run / START_FILE)}"
+        )
+
+
+def _log_advice(path: Path) -> str:
+    return (
+        f"Put {path.name} back from a copy. A run that is not finished takes it from its newest "
+        "checkpoint when it goes on: then remove the file."
+    )

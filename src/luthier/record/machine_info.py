@@ -31,6 +31,11 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **first, **dict(sorted(installed.items()))}
 
 
+def main_versions(versions: dict[str, str]) -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a run's numbers."""
+    return {name: versions[name] for name in ("python", *MAIN_PACKAGES) if name in versions}
+
+
 def _name_and_version(package: metadata.Distribution) -> tuple[str, str] | None:
     """Return a package's name and version; None where its metadata has none."""
     # The head alone: to parse the whole metadata takes long.

@@ -5,34 +5,195 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from luthier.config.schema import RunConfig
+from pydantic import BaseModel, ConfigDict
+
+from luthier.config.schema import RunConfig, SavedChatSettings
 from luthier.errors import UserError
 from luthier.record import machine_info
 from luthier.record.secrets import redact_override, redact_secrets
-from luthier.storage.atomic import read_json, write_json
+from luthier.storage.atomic import write_json
+from luthier.storage.manifest import compute_seal
+from luthier.storage.typed_files import DamagedFileError, check_value, load_json
 
 RECORD_FORMAT = 2
 """The format of a run's directory; raise it when an older luthier could not read what is new."""
+RunStatus = Literal["running", "finished", "stopped", "interrupted", "failed"]
+
+
+class RecordModel(BaseModel):
+    """Entries of a record; an older luthier wrote fewer of them, and a newer one may write more."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class SessionEntries(RecordModel):
+    """One process of a run, from its start to its end."""
+
+    started: str = ""
+    host: str = ""
+    status: Literal["running", "finished", "stopped", "interrupted", "failed", "killed"] = "running"
+    ended: str = ""
+    seconds: float = 0.0
+    from_step: int = 0
+    to_step: int = 0
+    signal: str = ""
+    versions: dict[str, str] = {}
+    """Of Python and the packages that decide a run's numbers."""
+
+
+class ModelIdentity(RecordModel):
+    """Which weights a run began with."""
+
+    path: str = ""
+    revision: str | None = None
+    commit: str | None = None
+    weights_sha256: str | None = None
+    files: list[str] = []
+
+
+class TokenizerIdentity(RecordModel):
+    """Which tokenizer and template a run used."""
+
+    sha256: str | None = None
+    template_sha256: str | None = None
+
+
+class DataEntries(RecordModel):
+    """The rows of a run."""
+
+    sha256: str | None = None
+    sources: dict[str, str] = {}
+    train: dict[str, Any] | None = None
+
+
+class LaunchEntries(RecordModel):
+    """How the processes of a run were started."""
+
+    processes: int = 0
+    sharding: str = ""
+    precision: str = ""
+    device: str = ""
+    launcher: dict[str, Any] | None = None
+
+
+class GpuEntries(RecordModel):
+    """One accelerator."""
+
+    name: str
+    memory_gib: float = 0.0
+
+
+class HardwareEntries(RecordModel):
+    """The machine of a run."""
+
+    system: str = ""
+    cpu: str = ""
+    cores: int | None = None
+    torch_threads: int = 0
+    memory_gib: float = 0.0
+    gpus: list[GpuEntries] = []
+
+
+class GitEntries(RecordModel):
+    """A commit, and what differed from it."""
+
+    commit: str
+    branch: str | None
+    dirty: bool
+    changed_files: list[str]
+    diff: str | None = None
+
+
+class ExtensionEntries(RecordModel):
+    """A step at which a run got another length."""
+
+    at_step: int
+    changes: list[str]
+
+
+class TrackedRun(RecordModel):
+    """A run's name at a tracker."""
+
+    id: str
+
+
+class ResultPair(RecordModel):
+    """A result of the untrained and of the trained model."""
+
+    before: float | None = None
+    after: float | None = None
+
+
+class RecordEntries(RecordModel):
+    """What stands in `run.json`."""
+
+    format: int = 1
+    status: RunStatus = "running"
+    recipe: str | None = None
+    command: list[str] = []
+    overrides: list[str] = []
+    cwd: str = ""
+    seeds: dict[str, Any] = {}
+    started: str = ""
+    ended: str = ""
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    peak_memory_gib: dict[str, float] = {}
+    versions: dict[str, str] = {}
+    git: dict[str, GitEntries | None] = {}
+    hardware: HardwareEntries = HardwareEntries()
+    sessions: list[SessionEntries] = []
+    error: str = ""
+    tokenizer: TokenizerIdentity = TokenizerIdentity()
+    model: ModelIdentity = ModelIdentity()
+    teacher: ModelIdentity = ModelIdentity()
+    data: DataEntries = DataEntries()
+    launch: LaunchEntries = LaunchEntries()
+    chat: SavedChatSettings | None = None
+    trackers: dict[str, TrackedRun] = {}
+    results: dict[str, ResultPair] = {}
+    extended: list[ExtensionEntries] = []
+
+
+_ADVICE = (
+    "Put the file back from a copy. Without one, the results and versions that it holds are lost: "
+    "overwrite=true trains the run anew."
+)
+_RESULT_KEYS = ("results", "seconds", "training_seconds", "peak_memory_gib")
+"""What the record of a finished run has, from format 2 on."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record of a run's directory; it is empty where there is none yet.
 
-    Raises UserError for one that cannot be read, or that a newer luthier wrote.
+    Raises UserError for one that is not as luthier wrote it, or that a newer luthier wrote.
     """
-    try:
-        entries: dict[str, Any] = read_json(folder / "run.json") or {}
-    except ValueError as error:
-        raise UserError(f"{folder / 'run.json'} cannot be read as JSON: {error}.") from error
+    file = folder / "run.json"
+    entries: dict[str, Any] | None = load_json(file, dict[str, Any], _ADVICE)
+    if entries is None:
+        return {}
     record_format = entries.get("format", 1)
+    check_value(str(file), {"format": record_format}, RecordEntries, _ADVICE)
     if record_format > RECORD_FORMAT:
-        version = entries.get("versions", {}).get("luthier", "a newer version")
+        version = (entries.get("versions") or {}).get("luthier", "a newer version")
         raise UserError(
             f"{folder} was written by luthier {version}, in a form (format {record_format}) that "
             f"this version does not know: it reads up to format {RECORD_FORMAT}.\n"
             "Update luthier, or choose another folder."
+        )
+    check_value(str(file), entries, RecordEntries, _ADVICE)
+    seal = entries.pop("seal", None)
+    if seal is not None and seal != compute_seal(entries):
+        raise DamagedFileError(
+            f"{file}: its content is not what luthier wrote there.\n{_ADVICE} If you have changed "
+            "it yourself, remove the entry `seal`."
+        )
+    lacking = [key for key in _RESULT_KEYS if key not in entries]
+    if entries.get("status") == "finished" and record_format > 1 and lacking:
+        raise DamagedFileError(
+            f"{file}: it says that the run is finished, and has no {lacking[0]}.\n{_ADVICE}"
         )
     return entries
 
@@ -52,11 +213,22 @@ class RunRecord:
         """Write what runs, on what; the results of an earlier session of the same run stay."""
         began = _now()
         self.entries.pop("error", None)
-        # A session whose end nobody has recorded was killed.
+        versions = machine_info.package_versions()
+        # A session whose end nobody has recorded was killed. An older luthier wrote no versions of
+        # each, and those of all sessions are those of the last.
+        last_versions = machine_info.main_versions(self.entries.get("versions", {}))
         sessions = [
-            session | ({"status": "killed"} if session["status"] == "running" else {})
+            {"versions": last_versions}
+            | session
+            | ({"status": "killed"} if session.get("status") == "running" else {})
             for session in self.entries.get("sessions", [])
         ]
+        session = {
+            "started": began,
+            "host": socket.gethostname(),
+            "status": "running",
+            "versions": machine_info.main_versions(versions),
+        }
         self.update(
             format=RECORD_FORMAT,
             status="running",
@@ -66,23 +238,21 @@ class RunRecord:
             cwd=str(Path.cwd()),
             seeds={"seed": config.seed, "deterministic": config.deterministic},
             started=self.entries.get("started", began),
-            versions=machine_info.package_versions(),
+            versions=versions,
             git={
                 "luthier": machine_info.git_state(Path(__file__).parent, self.path.parent),
                 "here": machine_info.git_state(Path.cwd(), self.path.parent),
             },
             hardware=machine_info.hardware_facts(),
-            sessions=[
-                *sessions,
-                {"started": began, "host": socket.gethostname(), "status": "running"},
-            ],
+            sessions=[*sessions, session],
         )
 
     def update(self, **entries: Any) -> None:
         """Set entries and write the file, without secrets."""
         self.entries |= entries
         # Hidden on the way to the disk, whoever set the entries.
-        write_json(self.path, redact_secrets(self.entries))
+        written = redact_secrets(self.entries)
+        write_json(self.path, {"seal": compute_seal(written), **written})
 
     def update_session(self, **entries: Any) -> None:
         """Set entries of the session that is going on."""

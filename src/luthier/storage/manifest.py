@@ -8,6 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from luthier.storage.typed_files import DamagedFileError, load_json
+
 MANIFEST = "manifest.json"
 BLOCK = 64 * 2**20
 """Bytes that are hashed at once: files are hashed in blocks, so that all cores take part."""
@@ -16,6 +20,17 @@ _CHUNK = 2**20
 
 class DamagedFolderError(Exception):
     """An entry that is not as it was written; the text says what is wrong with which file."""
+
+
+class _SealedFile(BaseModel):
+    size: int
+    sha256: list[str]
+
+
+class _Manifest(BaseModel):
+    seal: str
+    files: dict[str, _SealedFile]
+    made: dict[str, Any]
 
 
 def write_manifest(folder: Path, made: dict[str, Any]) -> None:
@@ -31,7 +46,7 @@ def write_manifest(folder: Path, made: dict[str, Any]) -> None:
         },
         "made": made,
     }
-    text = json.dumps({"seal": _seal_of(content), **content}, indent=1)
+    text = json.dumps({"seal": compute_seal(content), **content}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -62,11 +77,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
-        content = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        written_seal = content.pop("seal")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedFolderError(f"{MANIFEST} cannot be read") from error
-    if written_seal != _seal_of(content):
+        content: dict[str, Any] | None = load_json(folder / MANIFEST, _Manifest)
+    except DamagedFileError as damage:
+        raise DamagedFolderError(f"{MANIFEST} cannot be read") from damage
+    if content is None:
+        raise DamagedFolderError(f"{MANIFEST} is missing")
+    written_seal = content.pop("seal")
+    if written_seal != compute_seal(content):
         raise DamagedFolderError(f"the content of {MANIFEST} has changed")
     return content
 
@@ -110,6 +127,7 @@ def _hash_block(file: Path, start: int) -> str:
     return digest.hexdigest()
 
 
-def _seal_of(content: dict[str, Any]) -> str:
+def compute_seal(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of JSON values, whatever the order of their keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

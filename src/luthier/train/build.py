@@ -65,6 +65,9 @@ def build_and_fit(
     is_recorded = is_main_process and not config.dry_run
     if is_recorded:
         record.start(config, loaded.overrides)
+        changed_versions = resume.describe_changed_versions(record)
+        if changed_versions is not None:
+            console.print_line(changed_versions)
     try:
         tracked_record = record if is_recorded else None
         with trackers.open_trackers(config, loaded.resolved, folder, tracked_record):

@@ -1,4 +1,4 @@
-"""What a run does between the steps: stop on a signal, cut its logs, show and write its metrics."""
+"""What a run does between the steps: stop on a signal, show and write its metrics."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from luthier.record import checkpoints
-from luthier.storage.atomic import read_json
 from luthier.train.signals import agree_on_signal
 
 
@@ -49,21 +47,14 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class TruncateLogsCallback(TrainerCallback):
-    """Cuts the logs of a run to where its checkpoint was taken: later lines come again."""
+class RestoreCountersCallback(TrainerCallback):
+    """Counts on from the checkpoint that a training resumes."""
 
-    def __init__(self, trainer: Any, resumed: Path | None) -> None:
-        self._trainer, self._resumed = trainer, resumed
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut the files, and count on from the checkpoint."""
-        if state.is_world_process_zero:
-            lines: dict[str, int] | None = None
-            if self._resumed is not None:
-                lines = read_json(self._resumed / "counted_0.json")["lines"]
-            for path in self._trainer.log_files:
-                count = None if lines is None else lines.get(path.name, 0)
-                checkpoints.truncate_step_log(path, count)
+        """Load what was counted since the last line of metrics."""
         self._trainer.restore_counters()
 
 

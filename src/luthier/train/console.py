@@ -113,17 +113,22 @@ def print_results(record: dict[str, Any], folder: Path) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, pair in record["results"].items():
+    # The records of older versions have less.
+    results, seconds = record.get("results", {}), record.get("seconds")
+    for name, pair in results.items():
         table.add_row(
             name.replace("_", " "),
             *(_format_result(name, pair.get(k)) for k in ("before", "after")),
         )
-    if record["results"]:
+    if results:
         console.print(table)
-    peak = "  ".join(f"{where} {gib} GiB" for where, gib in record["peak_memory_gib"].items())
-    trained = record["training_seconds"]
-    print_line(f"\ntime      {record['seconds']:.0f} s, of which training {trained:.0f} s")
-    print_line(f"memory    {peak} at the peak")
+    if seconds is not None:
+        trained = record.get("training_seconds", 0.0)
+        print_line(f"\ntime      {seconds:.0f} s, of which training {trained:.0f} s")
+    peak = record.get("peak_memory_gib", {}).items()
+    if peak:
+        sizes = "  ".join(f"{where} {gib} GiB" for where, gib in peak)
+        print_line(f"memory    {sizes} at the peak")
     print_line(
         f"written   {folder}: model/ loss.png metrics.jsonl replies.jsonl run.json config.yaml"
     )

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired
 
 from accelerate.utils import broadcast_object_list
+from typing_extensions import TypedDict
 
 from luthier.chat import ChatEncoder
 from luthier.config.schema import RunConfig
@@ -20,9 +21,11 @@ from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
 from luthier.record.record import RunRecord
-from luthier.storage.atomic import publish_folder, read_json, write_json, write_jsonl
+from luthier.storage.atomic import publish_folder, write_json, write_jsonl
+from luthier.storage.manifest import compute_seal
+from luthier.storage.typed_files import DamagedFileError, load_json
 from luthier.train import console, trackers
-from luthier.train.callbacks import StopCallback, TruncateLogsCallback
+from luthier.train.callbacks import RestoreCountersCallback, StopCallback
 from luthier.train.evaluation import (
     EvalPrompts,
     EvalReplies,
@@ -60,7 +63,7 @@ class TrainingSession:
 
 
 class Measurement(TypedDict):
-    """How good the model is at one point of a run; `before.json` keeps the first one."""
+    """How good the model is at one point of a run."""
 
     results: dict[str, float]
     """Losses and metrics by name."""
@@ -68,6 +71,16 @@ class Measurement(TypedDict):
     """The replies to each set of evaluation prompts, by the set's name."""
     scores: dict[str, dict[str, list[float]]]
     """Each metric of each reply, by the set's name and the metric's."""
+
+
+class StartMeasurement(Measurement):
+    """The content of `before.json`: the measurement of the untrained model."""
+
+    logs: NotRequired[dict[str, str]]
+    """The text of each log of the run behind the measurement, by its name; an older luthier wrote
+    none."""
+    seal: NotRequired[str]
+    """The hash of all the rest."""
 
 
 def fit(session: TrainingSession) -> int:
@@ -82,7 +95,7 @@ def fit(session: TrainingSession) -> int:
         # Whether the start is measured, or read from an earlier session, must not change what the
         # training draws.
         with preserve_random_state():
-            before = _measure_before_training(session)
+            before = _measure_before_training(session, checkpoint)
         _prepare_trainer(session, checkpoint)
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -133,23 +146,66 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
             f"{planned_steps} steps are asked for.\nAsk for at least as many, choose "
             "another output_dir=..., or overwrite=true to begin anew."
         )
+    # Only now, as the refusal shall leave the run as it is.
+    if session.is_main_process:
+        for sentence in checkpoints.restore_logs(session.folder, checkpoint):
+            console.print_line(sentence)
+    trainer.accelerator.wait_for_everyone()
     return checkpoint
 
 
-def _measure_before_training(session: TrainingSession) -> Measurement:
-    """Measure the untrained model; a run that goes on reads what it measured at its start."""
-    path = session.folder / "before.json"
-    measurement: Measurement | None = read_json(path)
-    if measurement is None:
-        if session.is_main_process:
-            # Lines of a start that was killed before its measurement was complete.
-            for name in checkpoints.STEP_LOGS:
-                (session.folder / name).unlink(missing_ok=True)
-        measurement = _measure(session, "before training", is_interrupted=lambda: False)
-        if session.is_main_process:
-            write_json(path, measurement)
+def _measure_before_training(session: TrainingSession, checkpoint: Path | None) -> Measurement:
+    """Measure the untrained model; a run that goes on reads what it measured at its start.
+
+    Raises UserError where that is damaged and the run has a checkpoint to go on from.
+    """
+    path = session.folder / checkpoints.START_FILE
+    start = _read_start_measurement(session, path, checkpoint)
+    if start is not None:
+        return start
+    logs = [session.folder / name for name in checkpoints.STEP_LOGS]
+    if session.is_main_process:
+        # Lines of a start that was killed before its measurement was complete.
+        for log in logs:
+            checkpoints.restore_log(log, None)
+    measurement = _measure(session, "before training", is_interrupted=lambda: False)
     assert measurement is not None
+    if session.is_main_process:
+        texts = {log.name: log.read_text(encoding="utf-8") for log in logs if log.is_file()}
+        content = {**measurement, "logs": texts}
+        write_json(path, {**content, "seal": compute_seal(content)})
     return measurement
+
+
+def _read_start_measurement(
+    session: TrainingSession, path: Path, checkpoint: Path | None
+) -> StartMeasurement | None:
+    """Return what was measured before the first step, with the logs as they were then.
+
+    None where there is none. Without a checkpoint a damaged one is measured again, which is said.
+    """
+    try:
+        start: StartMeasurement | None = load_json(path, StartMeasurement)
+        if start is None or checkpoint is not None:
+            # Beside a checkpoint it was put back from there, or is of an older luthier.
+            return start
+        content = {name: value for name, value in start.items() if name != "seal"}
+        if start.get("seal") != compute_seal(content):
+            raise DamagedFileError(f"{path}: its content is not what luthier wrote there.")
+    except DamagedFileError as damage:
+        if checkpoint is not None:
+            raise
+        if session.is_main_process:
+            console.print_line(f"{damage} Nothing was trained yet, so it is measured again.")
+        return None
+    if session.is_main_process:
+        for name in checkpoints.STEP_LOGS:
+            problem = checkpoints.restore_log(
+                session.folder / name, start.get("logs", {}).get(name)
+            )
+            if problem:
+                console.print_line(f"{problem}, and was put back from {path.name}")
+    return start
 
 
 def _measure_after_training(session: TrainingSession) -> Measurement | None:
@@ -281,8 +337,8 @@ def _prepare_trainer(session: TrainingSession, checkpoint: Path | None) -> None:
     trainer.checkpoint_limits = CheckpointLimits(
         trainer.args.save_total_limit, session.config.trainer.checkpoints.bytes
     )
-    trainer.log_files = tuple(session.folder / name for name in checkpoints.STEP_LOGS)
-    trainer.add_callback(TruncateLogsCallback(trainer, checkpoint))
+    trainer.run_folder = session.folder
+    trainer.add_callback(RestoreCountersCallback(trainer))
     trainer.add_callback(StopCallback(trainer))
     if session.is_main_process:
         step = checkpoints.checkpoint_step(checkpoint) if checkpoint else 0

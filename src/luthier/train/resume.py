@@ -93,6 +93,29 @@ def refuse_other_launch(record: RunRecord, launch: dict[str, Any]) -> None:
             )
 
 
+def describe_changed_versions(record: RunRecord) -> str | None:
+    """Return the sentence for a run that goes on under other versions than those of its last part.
+
+    The record of this session must have been started. None where nothing changed, or where there
+    is nothing yet that was trained under the old ones.
+    """
+    sessions = record.entries["sessions"]
+    if len(sessions) < 2 or not checkpoints.list_checkpoints(record.path.parent / "checkpoints"):
+        return None
+    old, new = (session["versions"] for session in sessions[-2:])
+    changes = [
+        f"{name} {old[name]} -> {new.get(name, 'not installed')}"
+        for name in old
+        if new.get(name) != old[name]
+    ]
+    if not changes:
+        return None
+    return (
+        f"versions  changed since the run's last part: {', '.join(changes)}.\nFrom here on its "
+        "numbers may differ from those of a run under one version; run.json has both."
+    )
+
+
 def _record_value(entries: dict[str, Any], name: str) -> str:
     """Return the entry that a dotted name names; an empty text where there is none."""
     group, key = name.split(".")

@@ -108,7 +108,7 @@ DAMAGE = {
     "a-flipped-bit": (lambda e: flip(e / "train.arrow"), "the content of train.arrow has changed"),
     "a-lost-end": (lambda e: truncate(e / "train.arrow"), "train.arrow has .* bytes instead of"),
     "a-lost-file": (lambda e: (e / "eval.arrow").unlink(), "eval.arrow is missing"),
-    "no-manifest": (lambda e: (e / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "no-manifest": (lambda e: (e / "manifest.json").unlink(), "manifest.json is missing"),
     "half-a-manifest": (lambda e: truncate(e / "manifest.json"), "manifest.json cannot be read"),
     "another-count": (
         lambda e: (e / "manifest.json").write_text(

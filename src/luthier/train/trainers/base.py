@@ -17,12 +17,11 @@ from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import preserve_random_state
-from luthier.record.checkpoints import CheckpointLimits
-from luthier.storage.atomic import read_json, write_json
+from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_logs
+from luthier.storage.atomic import write_json
+from luthier.storage.typed_files import load_json
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
 from luthier.train.trainers.checkpoints import (
-    COUNTERS_FILE,
-    count_lines,
     has_stopped_early,
     mark_best_checkpoint,
     stateful_callbacks,
@@ -61,8 +60,8 @@ class TrainerMixin(Base):
     """Whether the settings ask for the checkpoint that is being written; else a signal does."""
     stop_signal = 0
     """The signal for which the training ended; 0 if it came to its own end."""
-    log_files: tuple[Path, ...] = ()
-    """Files to which lines are added during the training."""
+    run_folder: Path | None = None
+    """The run's directory, whose logs each checkpoint holds; None for a trainer without one."""
     writing_folder: Path | None = None
     """The folder that checkpoints are written into; None between them."""
     counts_all_ranks = False
@@ -260,7 +259,7 @@ class TrainerMixin(Base):
         if self._resumed_checkpoint is None:
             return
         file = self._resumed_checkpoint / COUNTERS_FILE.format(rank=self.args.process_index)
-        self.load_counter_state(read_json(file))
+        self.load_counter_state(load_json(file, dict[str, Any]))
         # The state in a checkpoint has the intervals of its time, by which Trainer would go on.
         self.state.compute_steps(self.args, self.state.max_steps)
         mark_best_checkpoint(self.state, self._resumed_checkpoint.parent)
@@ -280,9 +279,10 @@ class TrainerMixin(Base):
         """Save what this process has counted beside its random state."""
         super()._save_rng_state(output_dir)
         # Trainer calls this in all processes, where most of a checkpoint is written by the first.
-        lines = {path.name: count_lines(path) for path in self.log_files}
         file = Path(output_dir) / COUNTERS_FILE.format(rank=self.args.process_index)
-        write_json(file, self.counter_state() | {"lines": lines})
+        write_json(file, self.counter_state())
+        if self.args.process_index == 0 and self.run_folder is not None:
+            copy_logs(self.run_folder, Path(output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, complete or not at all, and none with weights that are broken."""

@@ -15,9 +15,6 @@ from luthier.record import checkpoints
 from luthier.storage.disk_space import free_bytes, is_disk_full
 from luthier.storage.sizes import format_bytes
 
-COUNTERS_FILE = "counted_{rank}.json"
-"""The file of a checkpoint with what one process has counted since the last line of metrics."""
-
 
 @contextmanager
 def report_full_disk(folder: Path, reason: str | None = None) -> Iterator[None]:
@@ -135,8 +132,3 @@ def has_stopped_early(callback: Any) -> bool:
         isinstance(callback, EarlyStoppingCallback)
         and callback.early_stopping_patience_counter >= callback.early_stopping_patience
     )
-
-
-def count_lines(path: Path) -> int:
-    """The number of complete lines of a file; 0 where there is no file."""
-    return path.read_bytes().count(b"\n") if path.is_file() else 0

@@ -1,0 +1,200 @@
+"""JSON, YAML and JSONL files read as the types that they must have, or an error in words.
+
+Whatever luthier reads from a folder that it or somebody else wrote comes through here: a file may
+be cut, edited, replaced by a folder or made to do harm, and then the error says which file, which
+key, what is wrong with it and what to do.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from luthier.errors import UserError, format_value
+from luthier.storage.sizes import format_bytes
+
+MAX_BYTES = 2**28
+"""Bytes of the largest file that is read whole, and of the longest line of a JSONL file."""
+MAX_VALUES = 2_000_000
+"""Values in one file: a few lines of YAML with aliases can stand for billions."""
+MAX_DEPTH = 100
+"""Lists and mappings within each other: what walks them goes one call deeper for each."""
+
+_TOO_DEEP = f"lists and mappings stand within each other in it, more than {MAX_DEPTH} deep"
+_EXPECTED = {
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "list_type": "a list",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+"""Words for the types of JSON and YAML, by the name of pydantic's error."""
+_PARSERS: dict[str, Callable[[str], Any]] = {"JSON": json.loads, "YAML": yaml.safe_load}
+
+
+class DamagedFileError(UserError):
+    """A file cannot be read as what it should be; the text names it and says what is wrong."""
+
+
+def load_json(path: Path, schema: Any, advice: str = "") -> Any:
+    """Return the value of a JSON file as it stands there; None where there is no such file.
+
+    `schema` is the type that the value must have, to the letter (no text for a number): a model of
+    pydantic, a TypedDict, `list[int]` and so on. `advice` is a sentence on what to do about a
+    damaged file. Raises DamagedFileError for everything else.
+    """
+    return _load(path, schema, advice, "JSON")
+
+
+def load_yaml(path: Path, schema: Any, advice: str = "") -> Any:
+    """Return the value of a YAML file, by the rules of `load_json`."""
+    return _load(path, schema, advice, "YAML")
+
+
+def load_json_lines(path: Path, schema: Any, advice: str = "") -> list[Any]:
+    """Return the values of a file with one JSON value a line; none where there is no such file.
+
+    The rest of a line that its writer was killed in (the last one, without a line feed) is left
+    out. Raises DamagedFileError for any other line that does not have the type of `schema`.
+    """
+    if _size(path, advice) is None:
+        return []
+    values = []
+    for number, line in enumerate(_read_lines(path, advice), start=1):
+        if line.endswith(b"\n") and not line.isspace():
+            values.append(_parse(f"{path}:{number}", line, schema, advice, "JSON"))
+    return values
+
+
+def check_value(where: str, value: Any, schema: Any, advice: str = "") -> None:
+    """Raise DamagedFileError, beginning with `where`, unless a value has the type of `schema`."""
+    try:
+        _adapter(schema).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise _damage(where, _describe_mistake(error, value), advice) from error
+
+
+def _load(path: Path, schema: Any, advice: str, language: str) -> Any:
+    size = _size(path, advice)
+    if size is None:
+        return None
+    if size > MAX_BYTES:
+        raise _damage(path, f"it has {format_bytes(size)}, and no such file is so large", advice)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _damage(path, f"it cannot be read: {error.strerror or error}", advice) from error
+    return _parse(path, content, schema, advice, language)
+
+
+def _parse(where: object, content: bytes, schema: Any, advice: str, language: str) -> Any:
+    """Return the value of the content, which has the type of `schema`."""
+    if not content.strip():
+        raise _damage(where, "it is empty", advice)
+    try:
+        value = _PARSERS[language](content.decode("utf-8"))
+        problem = _find_excess(value)
+    except UnicodeDecodeError as error:
+        raise _damage(where, f"byte {error.start + 1:,} is no UTF-8 text", advice) from error
+    except yaml.YAMLError as error:
+        raise _damage(where, f"it is no YAML: {_one_line(error)}", advice) from error
+    except RecursionError as error:
+        raise _damage(where, _TOO_DEEP, advice) from error
+    except ValueError as error:
+        raise _damage(where, f"it is no {language}: {error}", advice) from error
+    if problem is not None:
+        raise _damage(where, problem, advice)
+    check_value(str(where), value, schema, advice)
+    return value
+
+
+def _size(path: Path, advice: str) -> int | None:
+    """Return the bytes of a file; None where the folder has no such name.
+
+    Raises DamagedFileError for what is no file: a pipe, for one, would be read without an end.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            return None
+        problem = f"it cannot be opened: {os.strerror(error.errno or 0)}"
+        raise _damage(path, problem, advice) from error
+    if not stat.S_ISREG(state.st_mode):
+        is_folder = stat.S_ISDIR(state.st_mode)
+        raise _damage(path, f"it is {'a folder' if is_folder else 'a device'}, no file", advice)
+    return state.st_size
+
+
+def _read_lines(path: Path, advice: str) -> Iterator[bytes]:
+    """Yield the lines of a file with their line feeds."""
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_BYTES + 1):
+                if len(line) > MAX_BYTES:
+                    problem = f"a line of it is longer than {format_bytes(MAX_BYTES)}"
+                    raise _damage(path, problem, advice)
+                yield line
+    except OSError as error:
+        raise _damage(path, f"it cannot be read: {error.strerror or error}", advice) from error
+
+
+def _find_excess(value: Any) -> str | None:
+    """Return what is too much of a value for those who walk it; None for nothing."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        parent, depth = waiting.pop()
+        if not isinstance(parent, list | dict):
+            continue
+        # An alias of YAML counts as often as it is used, as that is how often it is walked.
+        count += len(parent)
+        if count > MAX_VALUES:
+            return f"it stands for more than {MAX_VALUES:,} values"
+        if depth > MAX_DEPTH:
+            return _TOO_DEEP
+        children = parent.values() if isinstance(parent, dict) else parent
+        waiting += [(child, depth + 1) for child in children]
+    return None
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _describe_mistake(error: ValidationError, value: Any) -> str:
+    """Return the first mistake in `value`: the key, what it should be and what it is."""
+    first = error.errors(include_url=False)[0]
+    names = []
+    for name in first["loc"]:
+        # pydantic also names the member of a union that it tried, which is no key.
+        if isinstance(value, list | dict) and (isinstance(value, dict) or isinstance(name, int)):
+            names.append(str(name))
+            value = value.get(name) if isinstance(value, dict) else value[int(name)]
+    key = ".".join(names)
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{key} is none of its keys"
+    if first["type"] == "invalid_key":
+        return f"{format_value(first['input'])} is no key"
+    expected = _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input should be ")
+    return f"{key or 'it'} must be {expected}, and is {format_value(first['input'])}"
+
+
+def _damage(where: object, problem: str, advice: str) -> DamagedFileError:
+    return DamagedFileError(f"{where}: {problem}." + (f"\n{advice}" if advice else ""))
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "it cannot be parsed"
+    return f"{problem} (line {mark.line + 1})" if mark is not None else str(problem)
