@@ -47,7 +47,7 @@ def test_what_luthier_keeps_are_real_settings(library):
     if library.key == "trainer.args":
         # Each method has arguments of its own.
         known = {name for method in METHODS.values() for name in read(*method.config)}
-    assert set(library.kept) | set(library.choices) <= set(known)
+    assert set(library.refused_settings) | set(library.choices) <= set(known)
 
 
 @pytest.mark.parametrize(

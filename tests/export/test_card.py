@@ -13,7 +13,7 @@ from helpers.adapter_models import NF4
 from helpers.chatml import CHATML
 from helpers.export_runs import make_base, make_run, read
 from luthier.config.schema import DatasetConfig
-from luthier.export import model_facts as stories
+from luthier.export import model_facts
 from luthier.export.card import card_metadata, write_model_card
 from luthier.export.model_facts import BaseModelFacts, DataFacts, ModelFacts, data_of
 from luthier.export.usage_snippets import python_snippet
@@ -29,7 +29,7 @@ def run(tmp_path_factory, base):
     return folder
 
 
-def story(**changes):
+def make_facts(**changes):
     known = {"title": "mine", "kind": "adapter", "base": BaseModelFacts("org/base", "org/base")}
     return ModelFacts(**known | {"method": "sft"} | changes)
 
@@ -73,14 +73,14 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
     "told, lines",
     [
         (
-            story(quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+            make_facts(quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
             [
                 "packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')",
                 '    BASE, dtype="auto", device_map="auto", quantization_config=packing',
             ],
         ),
         (
-            story(base=BaseModelFacts("x", package="llm_x", file="x.gguf")),
+            make_facts(base=BaseModelFacts("x", package="llm_x", file="x.gguf")),
             [
                 'gguf = importlib.util.find_spec("llm_x").submodule_search_locations[0]',
                 '    gguf, gguf_file="x.gguf",',
@@ -88,22 +88,22 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
             ],
         ),
         (
-            story(base=BaseModelFacts("org/base", "org/base", "v2"), rows=300),
+            make_facts(base=BaseModelFacts("org/base", "org/base", "v2"), rows=300),
             ['    BASE, dtype="auto", device_map="auto", revision="v2"',
              "base.resize_token_embeddings(300)"],
         ),
         (
-            story(task="SEQ_CLS", method="classify"),
+            make_facts(task="SEQ_CLS", method="classify"),
             ['labels = json.loads((Path(MODEL) / "labels.json").read_text())',
              "print(model.config.id2label[logits.argmax().item()])"],
         ),
         (
-            story(system="Be brief.", variables={"enable_thinking": False}),
+            make_facts(system="Be brief.", variables={"enable_thinking": False}),
             ["    {\"role\": \"system\", \"content\": 'Be brief.'},",
              "    messages, add_generation_prompt=True, return_dict=True, return_tensors=\"pt\", "
              "enable_thinking=False"],
         ),
-        (story(kind="model", task="SEQ_2_SEQ_LM"), ["model = AutoModelForSeq2SeqLM.from_pretrained("
+        (make_facts(kind="model", task="SEQ_2_SEQ_LM"), ["model = AutoModelForSeq2SeqLM.from_pretrained("
                                                      'MODEL, dtype="auto", device_map="auto")']),
     ],
     ids=["4 bits", "a GGUF file of a package", "a revision and new tokens", "a classifier",
@@ -166,26 +166,26 @@ def test_the_head_is_read_by_the_hubs_own_library(run):
     "told, head",
     [
         (
-            story(adapter={"peft_type": "LORA"}),
+            make_facts(adapter={"peft_type": "LORA"}),
             {"library_name": "peft", "base_model": "org/base", "base_model_relation": "adapter"},
         ),
         (
-            story(kind="model"),
+            make_facts(kind="model"),
             {"library_name": "transformers", "base_model_relation": "finetune"},
         ),
         (
-            story(kind="model", method=None, packed={"bits": 4, "method": "bitsandbytes"}),
+            make_facts(kind="model", method=None, packed={"bits": 4, "method": "bitsandbytes"}),
             {"base_model_relation": "quantized", "tags": ["luthier", "4-bit", "bitsandbytes"]},
         ),
         (
-            story(task="SEQ_CLS", method="classify"),
+            make_facts(task="SEQ_CLS", method="classify"),
             {"pipeline_tag": "text-classification", "tags": ["luthier", "classify"]},
         ),
         (
-            story(data=[DataFacts("org/rows", True), DataFacts("own.jsonl")], licence="mit"),
+            make_facts(data=[DataFacts("org/rows", True), DataFacts("own.jsonl")], licence="mit"),
             {"datasets": ["org/rows"], "license": "mit"},
         ),
-        (story(language=["en", "de"]), {"language": ["en", "de"]}),
+        (make_facts(language=["en", "de"]), {"language": ["en", "de"]}),
     ],
     ids=[
         "an adapter", "a fine-tuned model", "a base that was quantized", "a classifier",
@@ -198,9 +198,9 @@ def test_the_head_for(told, head):
 
 
 def test_what_is_not_known_is_not_in_the_head():
-    found = card_metadata(story(base=BaseModelFacts("tiny")))
+    found = card_metadata(make_facts(base=BaseModelFacts("tiny")))
     assert not {"license", "datasets", "base_model", "base_model_relation"} & set(found)
-    assert head_of(write_model_card(story(base=BaseModelFacts("tiny")), [2], True)) == found
+    assert head_of(write_model_card(make_facts(base=BaseModelFacts("tiny")), [2], True)) == found
 
 
 def test_licences_of_data_are_those_of_the_config():
@@ -235,7 +235,7 @@ def test_a_card_that_cannot_be_written_is_said_and_fails_nothing(tmp_path, base)
 
 def test_the_facts_beside_the_weights_make_the_same_card(run):
     found = find_artifact(str(run))
-    assert stories.read_facts(run / "model") == stories.collect_facts(found)
+    assert model_facts.read_facts(run / "model") == model_facts.collect_facts(found)
 
 
 def python_of(text):

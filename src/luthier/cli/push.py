@@ -7,8 +7,7 @@ from pathlib import Path
 
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
-from luthier.export import model_facts as stories
-from luthier.export import write_card
+from luthier.export import model_facts, write_card
 from luthier.export.hub_upload import UploadPlan, plan_upload, upload
 from luthier.export.model_facts import DataFacts, ModelFacts
 from luthier.model.artifact import Artifact, find_artifact
@@ -49,30 +48,30 @@ def run(arguments: list[str]) -> int:
     artifact = _artifact(parsed.overrides[0], parsed)
     if artifact.folder is None:
         raise UserError(f"{artifact.name}: this model is on the hub already.")
-    story = _told(artifact, target, parsed)
+    facts = _told(artifact, target, parsed)
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
-    written = write_card.description_texts(story, write_card.chat_format_of(artifact), target)
-    parcel = plan_upload(artifact.folder, story, written)
-    _add_what_the_run_has(parcel, artifact)
+    written = write_card.description_texts(facts, write_card.chat_format_of(artifact), target)
+    upload_plan = plan_upload(artifact.folder, facts, written)
+    _add_what_the_run_has(upload_plan, artifact)
     # Printed with and without --dry-run: what leaves this machine is seen before it does.
-    print_upload_plan(parcel, target, "--public" in parsed.switches)
+    print_upload_plan(upload_plan, target, "--public" in parsed.switches)
     if "--dry-run" in parsed.switches:
         print(f"\n{written[write_card.CARD]}\nnothing was sent (--dry-run)")
         return 0
-    upload(parcel, target, "--public" in parsed.switches, "--overwrite" in parsed.switches)
+    upload(upload_plan, target, "--public" in parsed.switches, "--overwrite" in parsed.switches)
     return 0
 
 
-def print_upload_plan(parcel: UploadPlan, target: str, public: bool) -> None:
+def print_upload_plan(upload_plan: UploadPlan, target: str, public: bool) -> None:
     """Print every file with its size, and what stays here."""
     print(f"to        {target}, {'public' if public else 'private'}")
-    sizes = parcel.sizes()
+    sizes = upload_plan.sizes()
     for name, size in sizes.items():
         print(f"  {_readable(size):>10}  {name}")
     print(f"  {_readable(sum(sizes.values())):>10}  in {len(sizes)} files")
-    for name, why in parcel.left.items():
+    for name, why in upload_plan.left.items():
         print(f"  stays here  {name}: {why}")
 
 
@@ -98,31 +97,31 @@ def _artifact(word: str, parsed: ParsedArguments) -> Artifact:
 
 
 def _told(artifact: Artifact, target: str, parsed: ParsedArguments) -> ModelFacts:
-    """The story with what was typed besides."""
-    story = stories.load_or_collect_facts(artifact)
+    """The facts with what was typed besides."""
+    facts = model_facts.load_or_collect_facts(artifact)
     # What is typed wins over the record, and where nothing is typed the record's stands.
     languages = [item for item in parsed.texts.get("--language", "").split(",") if item]
     rows = parsed.texts.get("--data-license")
     data: list[DataFacts] = [
-        item if item.licence or rows is None else replace(item, licence=rows) for item in story.data
+        item if item.licence or rows is None else replace(item, licence=rows) for item in facts.data
     ]
     return replace(
-        story,
+        facts,
         title=target.partition("/")[2],
-        licence=parsed.texts.get("--license", story.licence),
-        language=languages or story.language,
+        licence=parsed.texts.get("--license", facts.licence),
+        language=languages or facts.language,
         data=data,
     )
 
 
-def _add_what_the_run_has(parcel: UploadPlan, artifact: Artifact) -> None:
+def _add_what_the_run_has(upload_plan: UploadPlan, artifact: Artifact) -> None:
     """The plot, and the chat settings, which a checkpoint does not hold."""
     plot = Path() if artifact.run is None else artifact.run / write_card.PLOT
     if plot.is_file():
-        parcel.files.setdefault(write_card.PLOT, plot)
+        upload_plan.files.setdefault(write_card.PLOT, plot)
     if artifact.chat is not None:
         text = json.dumps(artifact.chat, indent=2, ensure_ascii=False) + "\n"
-        parcel.texts.setdefault("chat.json", text)
+        upload_plan.texts.setdefault("chat.json", text)
 
 
 def _readable(size: float) -> str:

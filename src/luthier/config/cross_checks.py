@@ -153,14 +153,16 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
     facts = METHODS.get(method)
     if facts is None or not isinstance(rewards, list):
         return
-    if facts.rewards and not rewards:
+    if facts.uses_rewards and not rewards:
         yield Mistake(
             _REWARDS,
             f"trainer.method={method} needs at least one, such as 'trainer.rewards=[exact_match]' "
             "or [{length: {max: 300}}] (docs/metrics.md).",
         )
-    elif rewards and not facts.rewards:
-        takers = " or ".join(f"trainer={name}" for name, other in METHODS.items() if other.rewards)
+    elif rewards and not facts.uses_rewards:
+        takers = " or ".join(
+            f"trainer={name}" for name, other in METHODS.items() if other.uses_rewards
+        )
         yield Mistake(
             _REWARDS,
             f"trainer.method={method} trains without rewards. Remove them, or take {takers}.",
@@ -175,9 +177,9 @@ def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trainer = mapping_at(resolved, "trainer")
     method, teacher = str(trainer.get("method", "sft")), trainer.get("teacher")
     facts = METHODS.get(method)
-    if facts is None or facts.teacher == (teacher is not None):
+    if facts is None or facts.uses_teacher == (teacher is not None):
         return
-    if facts.teacher:
+    if facts.uses_teacher:
         text = f"trainer.method={method} needs a model to learn from. Add trainer.teacher=PATH."
     else:
         text = f"trainer.method={method} has no teacher. Remove it, or take trainer=distill."
@@ -296,7 +298,11 @@ def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
 def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
     name = mapping_at(resolved, "trainer").get("method", "sft")
     method = METHODS.get(str(name))
-    if method and not method.replies and mapping_at(resolved, "trainer.evaluation").get("metrics"):
+    if (
+        method
+        and not method.writes_replies
+        and mapping_at(resolved, "trainer.evaluation").get("metrics")
+    ):
         yield Mistake(
             "trainer.evaluation.metrics",
             f"they score replies, and trainer.method={name} trains a model that writes none. Set "
@@ -307,7 +313,11 @@ def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
 def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
     name = mapping_at(resolved, "trainer").get("method", "sft")
     method = METHODS.get(str(name))
-    if mapping_at(resolved, "dataset").get("streaming") is True and method and not method.streams:
+    if (
+        mapping_at(resolved, "dataset").get("streaming") is True
+        and method
+        and not method.can_stream
+    ):
         yield Mistake(
             "dataset.streaming",
             f"true, and trainer.method={name} needs all rows before it begins. Set it to false.",

@@ -14,32 +14,32 @@ class MethodFacts:
 
     config: tuple[str, str, str]
     """The class whose fields `trainer.args` takes: its package, file and name."""
-    place: str
+    method_class: str
     """The `luthier.train.methods` class that does it, as `module:class`."""
-    rows: tuple[str, ...]
+    row_types: tuple[str, ...]
     """The kinds of rows it trains on."""
     task: str = "CAUSAL_LM"
     """What its model does, as peft calls it."""
-    replies: bool = True
+    writes_replies: bool = True
     """Whether its model writes replies, so that held-out rows can be answered."""
-    rewards: bool = False
+    uses_rewards: bool = False
     """Whether it trains on `trainer.rewards`."""
-    teacher: bool = False
+    uses_teacher: bool = False
     """Whether its model learns from `trainer.teacher`."""
-    streams: bool = False
+    can_stream: bool = False
     """Whether it can train on rows that are read as they come (`dataset.streaming`)."""
 
-    answers: str = ""
+    trained_values: str = ""
     """What its rows train, where that is not tokens of the rows themselves."""
 
     @property
-    def chats(self) -> bool:
+    def trains_on_chats(self) -> bool:
         """Whether its rows are conversations, or prompts with replies."""
-        return not {"classification", "tagging", "seq2seq"} & set(self.rows)
+        return not {"classification", "tagging", "seq2seq"} & set(self.row_types)
 
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Texts that a setting of `trainer.args` allows where the class does not say so."""
-    kept: Mapping[str, str] = field(default_factory=dict)
+    refused_settings: Mapping[str, str] = field(default_factory=dict)
     """Settings of that class that luthier decides for this method -> what to do instead."""
 
     @property
@@ -78,14 +78,14 @@ METHODS = {
         ("trl", "trainer/sft_config.py", "SFTConfig"),
         "luthier.train.methods.sft:SFTMethod",
         ("conversation", "text"),
-        streams=True,
+        can_stream=True,
     ),
     "pretrain": MethodFacts(
         ("trl", "trainer/sft_config.py", "SFTConfig"),
         "luthier.train.methods.sft:SFTMethod",
         ("text",),
-        replies=False,
-        streams=True,
+        writes_replies=False,
+        can_stream=True,
     ),
     "dpo": MethodFacts(
         ("trl", "trainer/dpo_config.py", "DPOConfig"),
@@ -103,73 +103,73 @@ METHODS = {
         ("trl", "experimental/orpo/orpo_config.py", "ORPOConfig"),
         "luthier.train.methods.orpo_cpo:ORPOMethod",
         ("preference",),
-        kept=_ROWS_OF_TOKENS,
+        refused_settings=_ROWS_OF_TOKENS,
     ),
     "cpo": MethodFacts(
         ("trl", "experimental/cpo/cpo_config.py", "CPOConfig"),
         "luthier.train.methods.orpo_cpo:CPOMethod",
         ("preference",),
         choices={"loss_type": ("sigmoid", "hinge", "ipo", "simpo", "alphapo")},
-        kept=_ROWS_OF_TOKENS,
+        refused_settings=_ROWS_OF_TOKENS,
     ),
     "reward": MethodFacts(
         ("trl", "trainer/reward_config.py", "RewardConfig"),
         "luthier.train.methods.reward:RewardMethod",
         ("preference",),
         task="SEQ_CLS",
-        replies=False,
+        writes_replies=False,
     ),
     "classify": MethodFacts(
         ("transformers", "training_args.py", "TrainingArguments"),
         "luthier.train.methods.classify:ClassifyMethod",
         ("classification",),
         task="SEQ_CLS",
-        replies=False,
-        answers="labels",
+        writes_replies=False,
+        trained_values="labels",
     ),
     "tag": MethodFacts(
         ("transformers", "training_args.py", "TrainingArguments"),
         "luthier.train.methods.tag:TagMethod",
         ("tagging",),
         task="TOKEN_CLS",
-        replies=False,
-        answers="tagged words",
+        writes_replies=False,
+        trained_values="tagged words",
     ),
     "seq2seq": MethodFacts(
         ("transformers", "training_args_seq2seq.py", "Seq2SeqTrainingArguments"),
         "luthier.train.methods.seq2seq:Seq2SeqMethod",
         ("seq2seq",),
         task="SEQ_2_SEQ_LM",
-        answers="tokens of targets",
+        trained_values="tokens of targets",
     ),
     "grpo": MethodFacts(
         ("trl", "trainer/grpo_config.py", "GRPOConfig"),
         "luthier.train.methods.grpo_rloo:GRPOMethod",
         ("conversation",),
-        rewards=True,
-        answers="completions of prompts",
+        uses_rewards=True,
+        trained_values="completions of prompts",
         choices={
             "loss_type": _GROUP_LOSSES,
             "importance_sampling_level": ("token", "sequence"),
             "scale_rewards": ("group", "batch", "none"),
         },
-        kept=_PROMPTS,
+        refused_settings=_PROMPTS,
     ),
     "rloo": MethodFacts(
         ("trl", "trainer/rloo_config.py", "RLOOConfig"),
         "luthier.train.methods.grpo_rloo:RLOOMethod",
         ("conversation",),
-        rewards=True,
-        answers="completions of prompts",
-        kept=_PROMPTS,
+        uses_rewards=True,
+        trained_values="completions of prompts",
+        refused_settings=_PROMPTS,
     ),
     "distill": MethodFacts(
         ("trl", "trainer/distillation_config.py", "DistillationConfig"),
         "luthier.train.methods.distill:DistillMethod",
         ("conversation",),
-        teacher=True,
-        answers="completions of prompts",
-        kept=_PROMPTS | _TEACHER,
+        uses_teacher=True,
+        trained_values="completions of prompts",
+        refused_settings=_PROMPTS | _TEACHER,
     ),
 }
 
@@ -189,10 +189,10 @@ def check_example_type(name: str, kind: str, key: str, type_key: str) -> None:
 
     `key` names the source of the rows, `type_key` the group whose `type` says what they are.
     """
-    trained_types = METHODS[name].rows
+    trained_types = METHODS[name].row_types
     if kind in trained_types:
         return
-    others = [other for other, facts in METHODS.items() if kind in facts.rows]
+    others = [other for other, facts in METHODS.items() if kind in facts.row_types]
     fitting = f"trainer={' or trainer='.join(others)} does. " if others else ""
     trained = " and ".join(EXAMPLE_TYPES[example_type] for example_type in trained_types)
     raise UserError(

@@ -29,13 +29,13 @@ class PassThroughKey:
     name: str
     source: tuple[str, str, str] | None
     is_function: bool = False
-    kept: Mapping[str, str] = field(default_factory=dict)
+    refused_settings: Mapping[str, str] = field(default_factory=dict)
     """Settings that luthier decides -> what to do instead."""
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Texts that a setting allows where the source does not say so."""
-    own: Mapping[str, FieldType] = field(default_factory=dict)
+    luthier_settings: Mapping[str, FieldType] = field(default_factory=dict)
     """Settings of luthier's beside the library's."""
-    also: tuple[str, str, str] | None = None
+    second_source: tuple[str, str, str] | None = None
     """A further class whose settings are allowed."""
 
     def fields(self) -> FieldTypes | None:
@@ -46,13 +46,17 @@ class PassThroughKey:
         fields = read(*self.source) if self.source else None
         if fields is None:
             return None
-        further: FieldTypes = (read(*self.also) or {}) if self.also else {}
-        fields = {**fields, **further, **self.own}
+        further: FieldTypes = (read(*self.second_source) or {}) if self.second_source else {}
+        fields = {**fields, **further, **self.luthier_settings}
         for key, texts in self.choices.items():
             # A setting that takes one text may take several in a list.
             lists = fields[key].types & {"list"} if key in fields else frozenset()
             fields = fields | {key: FieldType(frozenset(lists), texts)}
-        return {key: field_type for key, field_type in fields.items() if key not in self.kept}
+        return {
+            key: field_type
+            for key, field_type in fields.items()
+            if key not in self.refused_settings
+        }
 
 
 _ROWS = "luthier lays out the rows itself"
@@ -71,8 +75,8 @@ PASS_THROUGH_KEYS = (
         key="trainer.args",
         name=METHODS["sft"].config_name,
         source=METHODS["sft"].config,
-        own={"activation_checkpointing": _BY_THE_PLAN},
-        kept={
+        luthier_settings={"activation_checkpointing": _BY_THE_PLAN},
+        refused_settings={
             "output_dir": "use output_dir",
             "max_length": "use chat.max_length",
             "truncation_mode": "use chat.on_long",
@@ -120,8 +124,8 @@ PASS_THROUGH_KEYS = (
         key="lora",
         name="peft.LoraConfig",
         source=_LORA,
-        own={"method": _TEXT, "plus_ratio": _NUMBER},
-        kept={
+        luthier_settings={"method": _TEXT, "plus_ratio": _NUMBER},
+        refused_settings={
             "task_type": "the trainer decides it; remove it",
             "peft_type": "use lora.method",
             "peft_version": "peft writes it; remove it",
@@ -140,7 +144,7 @@ PASS_THROUGH_KEYS = (
         name="transformers.BitsAndBytesConfig",
         source=("transformers", "utils/quantization_config.py", "BitsAndBytesConfig"),
         is_function=True,
-        own={"dequantize": _BOOL},
+        luthier_settings={"dequantize": _BOOL},
         choices={
             "bnb_4bit_quant_type": ("nf4", "fp4"),
             "bnb_4bit_compute_dtype": _DTYPES,
@@ -151,7 +155,7 @@ PASS_THROUGH_KEYS = (
         key="model.kwargs",
         name="from_pretrained",
         source=None,
-        kept={
+        refused_settings={
             "dtype": "use model.dtype",
             "torch_dtype": "use model.dtype",
             "device_map": "use model.device",
@@ -170,7 +174,7 @@ PASS_THROUGH_KEYS = (
         name="wandb.init",
         source=("wandb", "sdk/wandb_init.py", "init"),
         is_function=True,
-        kept={
+        refused_settings={
             "config": "luthier passes the whole configuration; remove it",
             "dir": "the run's folder is used; remove it",
         },
@@ -199,7 +203,7 @@ def _of_method(library: PassThroughKey, resolved: dict[str, Any]) -> PassThrough
         library,
         name=method.config_name,
         source=method.config,
-        kept={**library.kept, **method.kept},
+        refused_settings={**library.refused_settings, **method.refused_settings},
         choices=method.choices,
     )
 
@@ -212,8 +216,13 @@ def _of_adapter(library: PassThroughKey, method: str) -> PassThroughKey:
     of = replace(library, name=f"peft.{name}", source=("peft", f"tuners/{method}/config.py", name))
     if method != "adalora":
         return of
-    decided = {**library.kept, "total_step": "the training's own steps are taken; remove it"}
-    return replace(of, also=_LORA, kept=decided)  # it takes LoRA's settings, too
+    decided = {
+        **library.refused_settings,
+        "total_step": "the training's own steps are taken; remove it",
+    }
+    return replace(
+        of, second_source=_LORA, refused_settings=decided
+    )  # it takes LoRA's settings, too
 
 
 def mapping_at(resolved: dict[str, Any], key: str) -> dict[str, Any]:
@@ -225,11 +234,11 @@ def mapping_at(resolved: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _check(library: PassThroughKey, settings: dict[str, Any]) -> Iterator[Mistake]:
-    fields = library.fields() if set(settings) - set(library.kept) else None
+    fields = library.fields() if set(settings) - set(library.refused_settings) else None
     for name in list(settings):
         key = f"{library.key}.{name}"
-        if name in library.kept:
-            yield Mistake(key, f"is not set here: {library.kept[name]}.")
+        if name in library.refused_settings:
+            yield Mistake(key, f"is not set here: {library.refused_settings[name]}.")
         elif fields is not None and name not in fields:
             yield Mistake(key, _unknown(library, name, fields))
         elif fields is not None and settings[name] != "???":

@@ -47,12 +47,12 @@ class UploadPlan:
         return dict(sorted(sizes.items()))
 
 
-def plan_upload(folder: Path, story: ModelFacts, written: dict[str, str]) -> UploadPlan:
+def plan_upload(folder: Path, facts: ModelFacts, written: dict[str, str]) -> UploadPlan:
     """Gather what of `folder` goes to the hub. `written` are the card and the notes.
 
     Raises UserError where weights are missing, are pickles, or a text holds a key.
     """
-    parcel = UploadPlan()
+    upload_plan = UploadPlan()
     # A list of what goes, not of what stays: a file that nobody thought of is not published.
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -60,15 +60,15 @@ def plan_upload(folder: Path, story: ModelFacts, written: dict[str, str]) -> Upl
             continue
         why = _reason_to_stay(name)
         if why:
-            parcel.left[name] = why
+            upload_plan.left[name] = why
         elif path.suffix == ".json":
-            parcel.texts[name] = _remove_paths(path, story)
+            upload_plan.texts[name] = _remove_paths(path, facts)
         else:
-            parcel.files[name] = path
-    parcel.texts |= written
-    _refuse_missing(folder, parcel)
-    _refuse_keys(folder, parcel)
-    return parcel
+            upload_plan.files[name] = path
+    upload_plan.texts |= written
+    _refuse_missing(folder, upload_plan)
+    _refuse_keys(folder, upload_plan)
+    return upload_plan
 
 
 def _reason_to_stay(name: str) -> str:
@@ -84,16 +84,16 @@ def _reason_to_stay(name: str) -> str:
     return "no file of a model"
 
 
-def _remove_paths(path: Path, story: ModelFacts) -> str:
+def _remove_paths(path: Path, facts: ModelFacts) -> str:
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: damaged JSON: {error}") from error
-    return _replace_paths(content, text, story)
+    return _replace_paths(content, text, facts)
 
 
-def _replace_paths(content: Any, text: str, story: ModelFacts) -> str:
+def _replace_paths(content: Any, text: str, facts: ModelFacts) -> str:
     """Return the text with each path of this machine replaced; unchanged where there is none."""
     if not isinstance(content, dict):
         return text
@@ -101,36 +101,36 @@ def _replace_paths(content: Any, text: str, story: ModelFacts) -> str:
     for key in _PLACES:
         value = content.get(key)
         if isinstance(value, str) and value:
-            changed[key] = _make_public_path(value, story)
+            changed[key] = _make_public_path(value, facts)
     # A file without a path keeps its bytes, so that its checksum stays the one of the run.
     if changed == content:
         return text
     return json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
 
 
-def _make_public_path(value: str, story: ModelFacts) -> str:
+def _make_public_path(value: str, facts: ModelFacts) -> str:
     # A hub name has at most one slash and begins with neither a dot nor a tilde.
     is_path = value.startswith(("/", ".", "~")) or "\\" in value or value.count("/") > 1
-    is_path |= value == story.base.name and story.base.hub is None
+    is_path |= value == facts.base.name and facts.base.hub is None
     if not is_path:
         return value
-    if story.base.package is not None:
-        return f"{source.PACKAGE_PREFIX}{story.base.package}"
-    return hub_name(value) or story.base.hub or last_name(story.base.name)
+    if facts.base.package is not None:
+        return f"{source.PACKAGE_PREFIX}{facts.base.package}"
+    return hub_name(value) or facts.base.hub or last_name(facts.base.name)
 
 
-def _refuse_missing(folder: Path, parcel: UploadPlan) -> None:
-    if any(name.endswith(".safetensors") for name in parcel.files):
+def _refuse_missing(folder: Path, upload_plan: UploadPlan) -> None:
+    if any(name.endswith(".safetensors") for name in upload_plan.files):
         return
-    pickles = [name for name in parcel.left if name.endswith(_PICKLES)]
+    pickles = [name for name in upload_plan.left if name.endswith(_PICKLES)]
     has = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
     raise UserError(f"{folder}: there is {has}; what goes to the hub is safetensors.")
 
 
-def _refuse_keys(folder: Path, parcel: UploadPlan) -> None:
+def _refuse_keys(folder: Path, upload_plan: UploadPlan) -> None:
     # Run from the root of the file system, "/" would be found in every text.
     here = {str(folder.resolve()), str(Path.cwd().resolve())} - {"/"}
-    for name, text in parcel.texts.items():
+    for name, text in upload_plan.texts.items():
         if _KEYS.search(text):
             raise UserError(
                 f"{folder / name}: this holds what looks like an access key. Remove it."
@@ -146,16 +146,16 @@ _IGNORED = (".gitattributes",)
 """What the hub itself puts into an empty repository."""
 
 
-def upload(parcel: UploadPlan, target: str, public: bool, overwrite: bool) -> None:
+def upload(upload_plan: UploadPlan, target: str, public: bool, overwrite: bool) -> None:
     """Upload in one commit. Raises UserError before anything is sent where it cannot be."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     check_login(api)
-    check_card(parcel.texts[write_card.CARD])
+    check_card(upload_plan.texts[write_card.CARD])
     _check_repository(api, target, public, overwrite)
-    operations = [CommitOperationAdd(name, path) for name, path in parcel.files.items()]
-    operations += [CommitOperationAdd(n, text.encode()) for n, text in parcel.texts.items()]
+    operations = [CommitOperationAdd(name, path) for name, path in upload_plan.files.items()]
+    operations += [CommitOperationAdd(n, text.encode()) for n, text in upload_plan.texts.items()]
     try:
         # One commit: either all files of the model are there or none.
         api.create_repo(target, private=not public, exist_ok=True)

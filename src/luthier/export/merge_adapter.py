@@ -189,9 +189,9 @@ def merge_adapters(order: MergeOrder, say: Say) -> None:
 
 def _build_target(order: MergeOrder, aside: Path, say: Say) -> None:
     """Everything that the target holds, checked."""
-    spoken = write_card.chat_format_of(order.first)
+    chat_format = write_card.chat_format_of(order.first)
     dtype = _write_weights(order, aside, say)
-    _copy_companions(order, aside, spoken)
+    _copy_companions(order, aside, chat_format)
     # The check comes before packing: afterwards the difference of the packing would hide the
     # merge's.
     difference = _check_logits(order, aside, dtype, say) if order.verify else None
@@ -202,7 +202,7 @@ def _build_target(order: MergeOrder, aside: Path, say: Say) -> None:
         packed = quantize_merged(aside, order.quantize, order.first, say)
         told = replace(told, packed=packed)
     plot = None if order.first.run is None else order.first.run / write_card.PLOT
-    write_card.write_descriptions(aside, told, spoken, plot)
+    write_card.write_descriptions(aside, told, chat_format, plot)
 
 
 def _write_weights(order: MergeOrder, aside: Path, say: Say) -> str:
@@ -236,7 +236,7 @@ def _write_weights(order: MergeOrder, aside: Path, say: Say) -> str:
     return merge.dtype
 
 
-def _copy_companions(order: MergeOrder, aside: Path, spoken: ChatFormat) -> None:
+def _copy_companions(order: MergeOrder, aside: Path, chat_format: ChatFormat) -> None:
     first = order.first
     source = first.adapter
     # Adapters saved by others often come without a tokenizer: the base's then is the right one.
@@ -246,10 +246,10 @@ def _copy_companions(order: MergeOrder, aside: Path, spoken: ChatFormat) -> None
         write_card.copy_tokenizer_files(source, aside)
     if first.chat is not None:
         write_json(aside / "chat.json", first.chat)
-    if spoken.template is not None:
+    if chat_format.template is not None:
         # What was trained, also where the run's config replaced the tokenizer's own.
-        (aside / "chat_template.jinja").write_text(spoken.template, encoding="utf-8")
-    write_card.copy_generation_config(base_folder(first), first.adapter, aside, spoken)
+        (aside / "chat_template.jinja").write_text(chat_format.template, encoding="utf-8")
+    write_card.copy_generation_config(base_folder(first), first.adapter, aside, chat_format)
 
 
 def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> LogitDifference:

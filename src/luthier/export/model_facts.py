@@ -232,7 +232,7 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
     Of a model without a run, no more than its base and adapter are known.
     """
     folder, config = artifact.folder, artifact.config
-    story = ModelFacts(
+    facts = ModelFacts(
         title=_make_title(artifact),
         kind="model" if artifact.adapter is None else "adapter",
         base=base_of(
@@ -248,8 +248,8 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
         has_plot=folder is not None and (folder / "loss.png").is_file(),
     )
     if config is None or artifact.run is None:
-        return story
-    return ModelFacts(**vars(story) | _collect_run_facts(artifact.run, config))
+        return facts
+    return ModelFacts(**vars(facts) | _collect_run_facts(artifact.run, config))
 
 
 def base_of(path: str, revision: str | None = None) -> BaseModelFacts:

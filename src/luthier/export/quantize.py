@@ -80,11 +80,11 @@ def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[s
             # The manifest is of the unpacked files, and the facts are written anew below.
             if file.name not in (MANIFEST, model_facts.FILE):
                 shutil.copyfile(file, aside / file.name)
-        spoken = write_card.chat_format_of(artifact)
+        chat_format = write_card.chat_format_of(artifact)
         packed = quantize_merged(aside, name, artifact, say)
         told = replace(model_facts.load_or_collect_facts(artifact), packed=packed)
         plot = None if artifact.run is None else artifact.run / write_card.PLOT
-        write_card.write_descriptions(aside, told, spoken, plot)
+        write_card.write_descriptions(aside, told, chat_format, plot)
     say(f"written   {target}")
 
 

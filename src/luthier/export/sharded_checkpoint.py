@@ -60,11 +60,11 @@ def consolidate(
     name = weight_files.DTYPES[main]
     write_card.model_config(layout.config, layout.architecture, name, None, bool(layout.tied))
     layout.config.save_pretrained(target)
-    spoken = write_card.chat_format_of(artifact)
+    chat_format = write_card.chat_format_of(artifact)
     tokenizer_folder = folder if (folder / "tokenizer_config.json").is_file() else base
     write_card.copy_tokenizer_files(tokenizer_folder, target)
-    write_card.copy_generation_config(base, None, target, spoken)
-    write_card.write_descriptions(target, model_facts.collect_facts(artifact), spoken)
+    write_card.copy_generation_config(base, None, target, chat_format)
+    write_card.write_descriptions(target, model_facts.collect_facts(artifact), chat_format)
 
 
 def _consolidate_fsdp(

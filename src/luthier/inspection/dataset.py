@@ -78,7 +78,9 @@ class Readers:
         """Return the reader of a source."""
         config = self._config
         facts = METHODS[config.trainer.method]
-        if opened.row_format.example_type == "conversation" and (facts.rewards or facts.teacher):
+        if opened.row_format.example_type == "conversation" and (
+            facts.uses_rewards or facts.uses_teacher
+        ):
             limit = max_prompt_tokens(config)
             return PromptReader(self._tokenizer, config.chat, self._end_tokens, limit)
         if opened.row_format.example_type == "conversation":

@@ -112,7 +112,7 @@ def build_session(
     method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
     quantized.check_quantized_model(config, machine)
     tokenizer = load_tokenizer(config.model)
-    encoder = make_chat_encoder(config, tokenizer) if facts.chats else None
+    encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
     row_encoders = methods.make_row_encoders(config, tokenizer)
     prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
     # Before the model, which may take minutes to load.
@@ -120,7 +120,7 @@ def build_session(
     if is_recorded:
         resume.refuse_changed_inputs(record, inputs)
     if is_main_process:
-        _report_data(config, folder, prepared, facts.answers)
+        _report_data(config, folder, prepared, facts.trained_values)
     config = activation_checkpointing.resolve_auto_checkpointing(config)
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
@@ -153,7 +153,7 @@ def build_session(
             chat=encoder.settings() if encoder else None,
         )
     prompts = make_seq2seq_prompts(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
-    heldout = prepared.heldout if facts.replies and prompts is not None else {}
+    heldout = prepared.heldout if facts.writes_replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
     settings = config.trainer.evaluation
     prompt_sets = evaluation.select_eval_prompts(settings, rows, launch["sharding"])

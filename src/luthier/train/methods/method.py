@@ -100,6 +100,6 @@ def load_trained_model(
 
 def load_method(name: str) -> TrainingMethod:
     """Return the method of this name, importing its module."""
-    module, class_name = METHODS[name].place.split(":")
+    module, class_name = METHODS[name].method_class.split(":")
     method_class: Callable[[], TrainingMethod] = getattr(import_module(module), class_name)
     return method_class()
