@@ -103,8 +103,13 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
              "    messages, add_generation_prompt=True, return_dict=True, return_tensors=\"pt\", "
              "enable_thinking=False"],
         ),
-        (make_facts(kind="model", task="SEQ_2_SEQ_LM"), ["model = AutoModelForSeq2SeqLM.from_pretrained("
-                                                     'MODEL, dtype="auto", device_map="auto")']),
+        (
+            make_facts(kind="model", task="SEQ_2_SEQ_LM"),
+            [
+                "model = AutoModelForSeq2SeqLM.from_pretrained("
+                'MODEL, dtype="auto", device_map="auto")'
+            ],
+        ),
     ],
     ids=["4 bits", "a GGUF file of a package", "a revision and new tokens", "a classifier",
          "a system prompt and a variable", "an encoder-decoder"],
