@@ -60,7 +60,7 @@ def encode_rows(
     for name in TABLE_NAMES:
         writer.table(name)
     bad = BadRows()
-    rows = opened.examples(bad)
+    rows = opened.examples(bad, opened.source.rows(verify=True))
     keeps_columns = bool(encoder.settings().get(COLUMNS_SETTING))
     # The bar shows itself after two seconds: small sets encode without one.
     bar = tqdm(
@@ -382,7 +382,11 @@ def encode_source(
     key = source_cache_key(opened, encoder, tokenizer)
 
     def make(writer: EntryWriter) -> dict[str, Any]:
-        return encode_rows(opened, encoder, writer, workers, drop)
+        try:
+            return encode_rows(opened, encoder, writer, workers, drop)
+        except UserError:
+            opened.source.check_unchanged()
+            raise
 
     source = EncodedSource(opened, store.open_or_make(key, make))
     if not drop:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from luthier.data.rows import Row
+from luthier.data.rows import BadRow, Row
 from luthier.data.sources.arrow import read_batch_rows
 from luthier.data.sources.options import FormatOptions
-from luthier.data.sources.source import hash_files, hash_rows
+from luthier.data.sources.source import HashedRows, changed_file_error, hash_file, join_hashes
 from luthier.data.sources.streams import LocalFile, read_errors_as_user_errors
 from luthier.errors import UserError
 
@@ -110,9 +110,16 @@ class HubContent:
     def __init__(self, config: "SourceConfig", options: FormatOptions, streaming: bool) -> None:
         self._config, self._options, self._streaming = config, options, streaming
         self._label = f"{config.path}[{config.split}]"
+        self._hashed_rows = HashedRows(self._label, self._rows, config.max_rows)
+        self._file_hashes: dict[str, bytes] = {}
 
-    def items(self) -> Iterator[Row]:
-        """Yield the rows, numbered from 0 as the dataset's own."""
+    def items(self, hashed: bool = False) -> Iterator[Row | BadRow]:
+        """Return the rows, numbered from 0 as the dataset's own."""
+        # Files are hashed as such: `datasets` maps them into memory.
+        return self._hashed_rows.items(hashed and not self._files)
+
+    def _rows(self) -> Iterator[Row | BadRow]:
+        """Yield the rows of the split."""
         row = None
         with read_errors_as_user_errors(self._label, is_remote=self._streaming):
             # As Arrow, so that rows are made like those of tables: `datasets` itself would decode
@@ -127,9 +134,28 @@ class HubContent:
 
     def digest(self) -> str:
         """Return the hash of the Arrow files in the cache, or of the rows where there are none."""
-        if not self._streaming and (files := self._dataset.cache_files):
-            return hash_files(LocalFile(Path(file["filename"])) for file in files)
-        return hash_rows(self.items())
+        if not self._files:
+            return self._hashed_rows.digest()
+        self._file_hashes = {str(file): hash_file(LocalFile(file)) for file in self._files}
+        return join_hashes(self._file_hashes.values())
+
+    def digest_as_read(self) -> str | None:
+        """Return the hash of the rows that were read last; None where files are hashed."""
+        return None if self._files else self._hashed_rows.digest_as_read()
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where files or rows are others than `digest` has hashed."""
+        if not self._files:
+            self._hashed_rows.check_unchanged()
+        for file, before in self._file_hashes.items():
+            if hash_file(LocalFile(Path(file))) != before:
+                raise changed_file_error(file)
+
+    @property
+    def _files(self) -> list[Path]:
+        """The Arrow files of the cache; none for a stream."""
+        files = [] if self._streaming else self._dataset.cache_files
+        return [Path(file["filename"]) for file in files]
 
     def settings(self) -> dict[str, Any]:
         """Return the split: `train[:10%]` lies in the same files as `train`."""

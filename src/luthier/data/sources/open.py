@@ -4,6 +4,7 @@ What the path means decides which settings fit it; a setting of another type of 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.rows import BadRow, Row
@@ -20,8 +21,8 @@ from luthier.data.sources.hub import HubContent, check_hub_access
 from luthier.data.sources.json import read_json_rows, read_jsonl_rows
 from luthier.data.sources.options import TABLE_FORMATS, FormatOptions, read_options
 from luthier.data.sources.python_function import FUNCTION_PREFIX, FunctionContent
-from luthier.data.sources.source import Source, hash_files
-from luthier.data.sources.streams import DataFile
+from luthier.data.sources.source import Source, changed_file_error, hash_file, join_hashes
+from luthier.data.sources.streams import DataFile, HashedFile, WebFile
 from luthier.data.sources.text import read_text_rows
 from luthier.errors import UserError
 
@@ -56,16 +57,30 @@ _ADVICE = {"jsonl": _JSON_ADVICE, "json": _JSON_ADVICE, "csv": _CSV_ADVICE, "tsv
 class FileContent:
     """The rows of files, each of a format and its options."""
 
-    def __init__(self, files: Sequence[DataFile], options: Mapping[str, FormatOptions]) -> None:
-        self._files, self._options = files, options
+    def __init__(
+        self,
+        files: Sequence[DataFile],
+        options: Mapping[str, FormatOptions],
+        find_again: Callable[[], Sequence[DataFile]] | None = None,
+    ) -> None:
+        self._files, self._options, self._find_again = files, options, find_again
         self.advice = _ADVICE.get(files[0].format, "")
+        self._hashes: dict[str, bytes] = {}
+        """The hash of each place, by its key, that `digest` has told."""
+        self._as_read: dict[str, bytes] = {}
+        """The hash of each place that was read whole, from front to back."""
 
-    def items(self) -> Iterator[Row | BadRow]:
+    def items(self, hashed: bool = False) -> Iterator[Row | BadRow]:
         """Yield the rows of all files.
 
         One without rows is a bad row, or an error if it is alone.
         """
+        if hashed:
+            self._as_read = {}
         for file in self._files:
+            hashed_file = HashedFile(file.location)
+            if hashed and _is_read_in_order(file):
+                file = replace(file, location=hashed_file)
             # `item` stays None only where the reader yields nothing: readers do not know their
             # count.
             item = None
@@ -73,6 +88,8 @@ class FileContent:
                 yield item
             if item is None:
                 yield self._empty(file)
+            if (digest := hashed_file.digest()) is not None:
+                self._as_read[file.location.key] = digest
 
     def _empty(self, file: DataFile) -> BadRow:
         """Return what stands for a file without rows."""
@@ -82,9 +99,45 @@ class FileContent:
 
     def digest(self) -> str:
         """Return the hash of the files as they are stored."""
-        # An archive is one place, however many of its files are read.
-        locations = {file.location.key: file.location for file in self._files}
-        return hash_files(locations.values())
+        self._hashes = {file.location.key: hash_file(file.location) for file in self._places()}
+        return join_hashes(self._hashes.values())
+
+    def digest_as_read(self) -> str | None:
+        """Return the hash of the files as they were read; None if one was not read in order."""
+        if any(file.location.key not in self._as_read for file in self._places()):
+            return None
+        self._hashes = {file.location.key: self._as_read[file.location.key] for file in self._places()}
+        return join_hashes(self._hashes.values())
+
+    def check_unchanged(self) -> None:
+        """Raise UserError for a file whose bytes were not those that `digest` has hashed.
+
+        What was not read from front to back, such as a table, is hashed again.
+        """
+        for file in self._places():
+            key = file.location.key
+            if (self._as_read.get(key) or hash_file(file.location)) != self._hashes[key]:
+                raise changed_file_error(file.label)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise UserError where a folder or a glob means other files than when it was opened."""
+        if self._find_again is None or any(file.location.is_remote for file in self._files):
+            return
+        before = {file.label for file in self._files}
+        now = {file.label for file in self._find_again()}
+        if added := sorted(now - before):
+            raise changed_file_error(f"{added[0]} was not there when reading began: the folder")
+        if gone := sorted(before - now):
+            raise changed_file_error(f"{gone[0]} is gone: the folder")
+
+    def _places(self) -> list[DataFile]:
+        """Return the files, but of an archive only the first: it is one place, whatever is read of
+        it."""
+        places: dict[str, DataFile] = {}
+        for file in self._files:
+            places.setdefault(file.location.key, file)
+        return list(places.values())
 
     def settings(self) -> dict[str, Any]:
         """Return the formats, in the order of the files where they differ, and their options."""
@@ -103,6 +156,13 @@ class FileContent:
         if any(file.format not in TABLE_FORMATS or file.location.is_remote for file in self._files):
             return None
         return sum(map(count_table_rows, self._files))
+
+
+def _is_read_in_order(file: DataFile) -> bool:
+    """Return whether a file's bytes are read once, from front to back."""
+    # Tables and archives are read back and forth; of a web server they are copied first.
+    back_and_forth = file.format in TABLE_FORMATS or bool(file.member)
+    return not back_and_forth or isinstance(file.location, WebFile)
 
 
 def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool = False) -> Source:
@@ -124,7 +184,7 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
         _refuse_hub_settings(config, name, ("name", "revision"), "a saved dataset")
         options = read_options("saved", config.options, name)
         files = find_saved_files(str(config.path), config.split, name)
-        return _source_of_files(config, name, files, {"arrow": options})
+        return _source_of_files(config, name, files, FileContent(files, {"arrow": options}))
     return _open_files(config, name)
 
 
@@ -161,7 +221,7 @@ def _open_function(config: "SourceConfig", name: str) -> Source:
     """Return a function, if it is there."""
     _refuse_hub_settings(config, name, ("name", "revision", "split"), "a Python function")
     path = str(config.path)
-    content = FunctionContent(path, config.options, name)
+    content = FunctionContent(path, config.options, name, config.max_rows)
     return Source(name, path, (), content, config.max_rows)
 
 
@@ -173,19 +233,20 @@ def _open_files(config: "SourceConfig", name: str) -> Source:
     storage = format_options.pop("storage", {})
     if not isinstance(storage, dict):
         raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")
-    files = find_files(_paths(config), FileSettings(config.format, storage))
+    file_settings = FileSettings(config.format, storage)
+    files = find_files(_paths(config), file_settings)
     formats = sorted({file.format for file in files})
     options = {each: read_options(each, format_options, name) for each in formats}
-    return _source_of_files(config, name, files, options)
+    content = FileContent(files, options, lambda: find_files(_paths(config), file_settings))
+    return _source_of_files(config, name, files, content)
 
 
 def _source_of_files(
-    config: "SourceConfig", name: str, files: Sequence[DataFile], options: dict[str, FormatOptions]
+    config: "SourceConfig", name: str, files: Sequence[DataFile], content: FileContent
 ) -> Source:
     """Return the source of these files."""
     labels = tuple(file.label for file in files)
-    label = _label(_paths(config), labels)
-    return Source(name, label, labels, FileContent(files, options), config.max_rows)
+    return Source(name, _label(_paths(config), labels), labels, content, config.max_rows)
 
 
 def _paths(config: "SourceConfig") -> list[str]:

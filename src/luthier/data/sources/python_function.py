@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.rows import BadRow, Row, describe_type, excerpt
-from luthier.data.sources.source import hash_rows
+from luthier.data.sources.source import HashedRows
 from luthier.errors import UserError, suggest_options
 
 FUNCTION_PREFIX = "python:"
@@ -20,13 +20,20 @@ class FunctionContent:
 
     advice = "Each row that the function yields is to be a dict of columns."
 
-    def __init__(self, path: str, arguments: Mapping[str, Any], name: str) -> None:
+    def __init__(
+        self, path: str, arguments: Mapping[str, Any], name: str, max_rows: int | None = None
+    ) -> None:
         self._path, self._arguments = path, dict(arguments)
         self._function = _import_function(path)
         _check_arguments(self._function, self._arguments, path, name)
+        self._hashed = HashedRows(path, self._rows, max_rows)
 
-    def items(self) -> Iterator[Row | BadRow]:
-        """Yield the rows, numbered from 0; UserError where the function fails."""
+    def items(self, hashed: bool = False) -> Iterator[Row | BadRow]:
+        """Return the rows, numbered from 0; UserError where the function fails."""
+        return self._hashed.items(hashed)
+
+    def _rows(self) -> Iterator[Row | BadRow]:
+        """Yield what the function yields as rows."""
         number = -1
         for number, value in enumerate(self._called()):
             where = f"{self._path} row {number}"
@@ -41,7 +48,15 @@ class FunctionContent:
 
     def digest(self) -> str:
         """Return the hash of the rows: the function's text does not say what it reads."""
-        return hash_rows(self.items())
+        return self._hashed.digest()
+
+    def digest_as_read(self) -> str | None:
+        """Return the hash of the rows that were read last, if they were all."""
+        return self._hashed.digest_as_read()
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where the function yielded other rows than before."""
+        self._hashed.check_unchanged()
 
     def settings(self) -> dict[str, Any]:
         """Return the format alone: the arguments matter only in the rows that they make."""

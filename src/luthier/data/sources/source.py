@@ -5,13 +5,14 @@ whenever it was written.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from itertools import islice
 from typing import Any, Protocol
 
 from luthier.data.rows import BadRow, Row
 from luthier.data.sources.streams import FileLocation, read_stored_blocks
+from luthier.errors import UserError
 
 
 class SourceContent(Protocol):
@@ -21,14 +22,25 @@ class SourceContent(Protocol):
     def advice(self) -> str:
         """What rows are to be like, for the end of an error; empty if there is nothing to say."""
 
-    def items(self) -> Iterator[Row | BadRow]:
+    def items(self, hashed: bool = False) -> Iterator[Row | BadRow]:
         """Return the rows from the first, in an order that never changes.
 
-        Raises UserError if there are none.
+        With `hashed`, what is read is hashed on its way, for `digest_as_read` and
+        `check_unchanged`. Raises UserError if there are none.
         """
 
     def digest(self) -> str:
         """Return the SHA-256 of the content."""
+
+    def digest_as_read(self) -> str | None:
+        """Return the SHA-256 of what the last hashed `items` read, which becomes that of the
+        content.
+
+        None where it was not read to its end, or not from front to back.
+        """
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where the last hashed `items` read other content than `digest` hashed."""
 
     def settings(self) -> dict[str, Any]:
         """Return what besides the content decides the rows, as JSON has it."""
@@ -57,25 +69,30 @@ class Source:
         self._content, self._max_rows = content, max_rows
         self._first: list[Row | BadRow] = []
         self._is_whole = False
+        self._is_digest_of_peek = False
 
-    def rows(self) -> Iterator[Row | BadRow]:
+    def rows(self, verify: bool = False) -> Iterator[Row | BadRow]:
         """Yield the first `max_rows` rows, good and bad; UserError where the source is broken or
         empty.
 
-        Each call reads anew, except where `peek` has already seen all there is.
+        Each call reads anew, except where `peek` has already seen all there is. With `verify`, the
+        end is a UserError if these rows are not those of the content that `digest` hashed.
         """
         # What `peek` has read to its end is not read again: a function or the network may take
-        # long.
-        if self._is_whole:
+        # long. Its rows are those of the digest only if they were hashed on their way.
+        if self._is_whole and (self._is_digest_of_peek or not verify):
             yield from self._first
-        else:
-            yield from islice(self._content.items(), self._max_rows)
+            return
+        yield from islice(self._content.items(hashed=verify), self._max_rows)
+        if verify:
+            self._content.check_unchanged()
 
     def peek(self, count: int = 1000) -> list[Row | BadRow]:
         """Return the first rows, or all if there are no more than `count`; read once and kept."""
         if len(self._first) < count and not self._is_whole:
             # One more than asked for, to know whether that was all.
-            self._first = list(islice(self.rows(), count + 1))
+            rows = islice(self._content.items(hashed=True), self._max_rows)
+            self._first = list(islice(rows, count + 1))
             self._is_whole = len(self._first) <= count
         return self._first[:count]
 
@@ -85,12 +102,23 @@ class Source:
         The order of files counts; their names and times do not. `settings` holds the rest of what
         decides the rows.
         """
+        if self._is_whole and (digest := self._content.digest_as_read()) is not None:
+            self._is_digest_of_peek = True
+            return digest
         return self._content.digest()
 
     def settings(self) -> dict[str, Any]:
         """Return what besides `digest` decides the rows, as JSON has it: format, options,
         `max_rows`."""
         return {**self._content.settings(), "max_rows": self._max_rows}
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where files are not those that `digest` has hashed.
+
+        It looks for the cause of another error: a file that is still written has broken rows.
+        """
+        if self.files and not self._is_digest_of_peek:
+            self._content.check_unchanged()
 
     @property
     def size(self) -> int | None:
@@ -104,27 +132,95 @@ class Source:
         return self._content.advice
 
 
-def hash_files(locations: Iterable[FileLocation]) -> str:
-    """Return the SHA-256 of the hashes of all files as they are stored; their order counts."""
-    total = sha256()
-    for location in locations:
-        file_hash = sha256()
-        for block in read_stored_blocks(location):
-            file_hash.update(block)
-        # Hashes of files are hashed, not their bytes in a row: moving bytes from the end of one
-        # file to the start of the next must change the sum.
-        total.update(file_hash.digest())
-    return total.hexdigest()
+def hash_file(location: FileLocation) -> bytes:
+    """Return the SHA-256 of a file as it is stored."""
+    file_hash = sha256()
+    for block in read_stored_blocks(location):
+        file_hash.update(block)
+    return file_hash.digest()
 
 
-def hash_rows(rows: Iterable[Row | BadRow]) -> str:
-    """Return the SHA-256 of the rows themselves, for what has no bytes but those it makes."""
-    total = sha256()
-    for row in rows:
-        # Bad rows count, too: where they change, so does what is dropped.
-        value = row.fields if isinstance(row, Row) else [row.problem, row.text]
-        # Rows from functions and hub datasets may hold what JSON does not have, such as dates, and
-        # halves of characters; hashing must not fail on either.
-        total.update(json.dumps(value, ensure_ascii=False, default=repr).encode(errors="replace"))
-        total.update(b"\n")
-    return total.hexdigest()
+def join_hashes(hashes: Iterable[bytes]) -> str:
+    """Return the SHA-256 of the hashes of several files, in hex; their order counts."""
+    # Hashes of files are hashed, not their bytes in a row: moving bytes from the end of one file to
+    # the start of the next must change the sum.
+    return sha256(b"".join(hashes)).hexdigest()
+
+
+def changed_file_error(label: str) -> UserError:
+    """Return the error for a file that is not the one that was hashed."""
+    return UserError(
+        f"dataset: {label} changed while it was being read. Wait until whatever writes it has "
+        "finished, and run the same command again."
+    )
+
+
+class RowHash:
+    """The SHA-256 of rows, for what has no bytes but those it makes."""
+
+    def __init__(self) -> None:
+        self._hash = sha256()
+        self.is_complete = False
+        """Whether `pass_on` has seen the last row."""
+
+    def pass_on(
+        self, rows: Iterable[Row | BadRow], max_rows: int | None
+    ) -> Iterator[Row | BadRow]:
+        """Yield the first `max_rows` rows, or all, and hash each of them."""
+        for number, row in enumerate(islice(rows, max_rows), start=1):
+            # Bad rows count, too: where they change, so does what is dropped.
+            value = row.fields if isinstance(row, Row) else [row.problem, row.text]
+            # Rows from functions and hub datasets may hold what JSON does not have, such as dates,
+            # and halves of characters; hashing must not fail on either.
+            text = json.dumps(value, ensure_ascii=False, default=repr)
+            self._hash.update(text.encode(errors="replace"))
+            self._hash.update(b"\n")
+            # Whoever takes so many rows does not come back for the end.
+            self.is_complete = number == max_rows
+            yield row
+        self.is_complete = True
+
+    def hexdigest(self) -> str:
+        """Return the hash of the rows so far."""
+        return self._hash.hexdigest()
+
+
+class HashedRows:
+    """The digests of rows that are hashed themselves: of a function, or of a stream of the hub."""
+
+    def __init__(
+        self, label: str, read: Callable[[], Iterator[Row | BadRow]], max_rows: int | None
+    ) -> None:
+        self._label, self._read, self._max_rows = label, read, max_rows
+        self._as_read, self._digest = RowHash(), ""
+
+    def items(self, hashed: bool) -> Iterator[Row | BadRow]:
+        """Yield the rows, hashed on their way if asked."""
+        if not hashed:
+            return self._read()
+        self._as_read = RowHash()
+        return self._as_read.pass_on(self._read(), self._max_rows)
+
+    def digest(self) -> str:
+        """Return the hash of the first `max_rows` rows, or of all, which are read for it."""
+        rows = RowHash()
+        for _ in rows.pass_on(self._read(), self._max_rows):
+            pass
+        self._digest = rows.hexdigest()
+        return self._digest
+
+    def digest_as_read(self) -> str | None:
+        """Return the hash of the rows of the last hashed `items`; None if not all were read."""
+        if not self._as_read.is_complete:
+            return None
+        self._digest = self._as_read.hexdigest()
+        return self._digest
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where other rows came than `digest` has hashed."""
+        if self._as_read.is_complete and self._as_read.hexdigest() != self._digest:
+            raise UserError(
+                f"dataset: {self._label} gave other rows the second time it was read. It must give "
+                "the same rows, in the same order, each time; a function that draws at random "
+                "needs a seed of its own."
+            )

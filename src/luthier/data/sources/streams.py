@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.error import HTTPError, URLError
@@ -118,6 +119,49 @@ class _WebResponse(io.RawIOBase):
 
     def close(self) -> None:
         self._response.close()
+        super().close()
+
+
+class HashedFile:
+    """A place whose bytes are hashed while they are read from front to back.
+
+    So what is decoded is what is hashed, however the file changes in the meantime.
+    """
+
+    def __init__(self, location: FileLocation) -> None:
+        self._location, self._stream = location, _HashedStream(io.BytesIO())
+        self.is_remote, self.key = location.is_remote, location.key
+
+    def open(self) -> io.BufferedReader:
+        """Return the bytes as they are stored; they can be read once, front to back."""
+        self._stream = _HashedStream(self._location.open())
+        return io.BufferedReader(self._stream, BLOCK_BYTES)
+
+    def digest(self) -> bytes | None:
+        """Return the SHA-256 of what was read; None where reading stopped before the end."""
+        return self._stream.digest
+
+
+class _HashedStream(io.RawIOBase):
+    """A stream that hashes what is read of it."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream, self._hash = stream, sha256()
+        self.digest: bytes | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        if count:
+            self._hash.update(memoryview(buffer)[:count])
+        else:
+            self.digest = self._hash.digest()
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
         super().close()
 
 
