@@ -276,8 +276,8 @@ def eval_set_name(key: str) -> str:
     return key.removeprefix("dataset.eval.sets.") if ".sets." in key else ""
 
 
-_FileStamps = list[tuple[int, int]]
-"""When each file was written, in nanoseconds, and its bytes."""
+_FileStamps = list[tuple[int, ...]]
+"""When each file was written and changed, in nanoseconds, its bytes and its number on the disk."""
 
 
 def _stamp_files(source: Source) -> _FileStamps:
@@ -285,7 +285,7 @@ def _stamp_files(source: Source) -> _FileStamps:
     if not _is_on_this_machine(source):
         return []
     stats = [Path(file).expanduser().stat() for file in source.files]
-    return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
+    return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino) for stat in stats]
 
 
 def _is_on_this_machine(source: Source) -> bool:

@@ -171,7 +171,7 @@ def test_an_unreadable_file_says_why(write, read):
 
 def test_a_pipe_is_refused(opened):
     os.mkfifo("a.jsonl")
-    with pytest.raises(UserError, match=r"a\.jsonl is no regular file"):
+    with pytest.raises(UserError, match=r"a\.jsonl is a pipe, not a file"):
         opened("a.jsonl")
 
 

@@ -34,7 +34,10 @@ _SPLITS_FILE = "dataset_dict.json"
 def is_saved_dataset(path: str) -> bool:
     """Return whether a folder of this machine was left by `save_to_disk`."""
     folder = Path(path).expanduser()
-    return (folder / _STATE_FILE).is_file() or (folder / _SPLITS_FILE).is_file()
+    try:
+        return (folder / _STATE_FILE).is_file() or (folder / _SPLITS_FILE).is_file()
+    except OSError:  # a folder that may not be looked into, or a name that is too long
+        return False
 
 
 def find_saved_files(path: str, split: str, name: str) -> list[DataFile]:

@@ -3,21 +3,25 @@
 A path may be one of this machine or an address (`s3://...`), which is read through fsspec; web
 servers are read without it. Where a folder or an archive is named, its data files are those of one
 format, and of no two splits.
+Nothing is left out in silence: what is no file in a place of data is an error, and what is passed
+over is noted in `FileSettings.left_out`.
 """
 
 import difflib
 import glob
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from luthier.data.sources.hub import is_offline
-from luthier.data.sources.options import FORMAT_OF_SUFFIX, format_of, is_file_name
+from luthier.data.sources.options import FORMAT_OF_SUFFIX, archive_command, format_of, is_file_name
 from luthier.data.sources.streams import (
     DataFile,
     FileLocation,
@@ -39,15 +43,29 @@ _EVAL_SPLIT_NAMES = re.compile(
 
 
 def select_data_files(
-    folder: str, locations: Sequence[NamedLocation], format: str
+    folder: str, locations: Sequence[NamedLocation], settings: "FileSettings"
 ) -> list[NamedLocation]:
     """Return the data files among these, of one format and of no two splits.
 
-    Hidden files, readmes and licences are none; text is data only where nothing else is.
+    Hidden files, readmes and licences are none; text is data only where nothing else is. What is
+    passed over and could be data is noted in the settings.
     """
     visible = [entry for entry in locations if not _is_hidden(entry[0])]
-    if format != "auto":
-        return _select_format(folder, visible, format)
+    if settings.format == "auto":
+        selected = _select_main_format(folder, visible)
+    else:
+        selected = _select_format(folder, visible, settings.format)
+    names = {name for name, _ in selected}
+    others = [name for name, _ in locations if name not in names and not _is_document(name)]
+    # Of hidden files only those are named that would be data by another name.
+    settings.left_out.extend(
+        [name for name in others if not _is_hidden(name) or is_file_name(name)]
+    )
+    return selected
+
+
+def _select_main_format(folder: str, visible: list[NamedLocation]) -> list[NamedLocation]:
+    """Return the files of the one format that the names say; UserError if they say several."""
     with_formats = [(format_of(name), (name, location)) for name, location in visible]
     formats = Counter(file_format for file_format, _ in with_formats if file_format is not None)
     # Notes lie beside data as .txt and .md, so text is data only where nothing else is.
@@ -107,8 +125,13 @@ def _check_one_split(folder: str, locations: list[NamedLocation]) -> list[NamedL
 
 def _is_hidden(name: str) -> bool:
     """Return whether a file is hidden or there for people."""
-    last = PurePosixPath(name).name
-    return last.startswith((".", "_")) or bool(_DOCUMENT_NAMES.match(last))
+    return PurePosixPath(name).name.startswith((".", "_")) or _is_document(name)
+
+
+def _is_document(name: str) -> bool:
+    """Return whether a file is there for people, such as README.md and LICENSE."""
+    is_text = format_of(name) in (None, "text")
+    return is_text and bool(_DOCUMENT_NAMES.match(PurePosixPath(name).name))
 
 
 PROTOCOL_PACKAGES = {
@@ -135,17 +158,17 @@ def local_path(path: str) -> str | None:
     return url2pathname(urlsplit(path).path) if path.startswith("file://") else None
 
 
-def find_remote_files(path: str, storage: dict[str, Any]) -> list[tuple[str, FileLocation]]:
+def find_remote_files(path: str, settings: "FileSettings") -> list[tuple[str, FileLocation]]:
     """Return the files at an address (a file, a glob or a folder), each with its own address,
     sorted."""
     protocol = path.split("://")[0].split("::")[0]
     if protocol in ("http", "https"):
-        return [(path, _check_web_file(path, storage))]
+        return [(path, _check_web_file(path, settings.storage))]
     if protocol == "hf" and is_offline():
         raise UserError(f"dataset: {path} needs the network, and HF_HUB_OFFLINE is set.")
     with read_errors_as_user_errors(path, is_remote=True):
-        filesystem, root = _open_filesystem(path, protocol, storage)
-        return _list_remote_files(filesystem, root, path)
+        filesystem, root = _open_filesystem(path, protocol, settings.storage)
+        return _list_remote_files(filesystem, root, path, settings.left_out)
 
 
 def _check_web_file(path: str, storage: dict[str, Any]) -> WebFile:
@@ -180,16 +203,22 @@ def _open_filesystem(path: str, protocol: str, storage: dict[str, Any]) -> tuple
         ) from error
 
 
-def _list_remote_files(filesystem: Any, root: str, path: str) -> list[tuple[str, FileLocation]]:
+def _list_remote_files(
+    filesystem: Any, root: str, path: str, left_out: list[str]
+) -> list[tuple[str, FileLocation]]:
     """Return the files that an address means: itself, those of a folder, or those of a glob."""
     # The store is asked before the name is: keys of an object store may hold `*` and `[`.
     if filesystem.isfile(root):
         return [(path, RemoteFile(filesystem, root))]
     if filesystem.isdir(root):
-        paths = [entry["name"] for entry in filesystem.ls(root) if entry["type"] == "file"]
+        entries = {entry["name"]: entry["type"] == "file" for entry in filesystem.ls(root)}
     else:
-        paths = [name for name in filesystem.glob(root) if filesystem.isfile(name)]
-    visible = [name for name in sorted(paths) if not name.rsplit("/", 1)[-1].startswith(".")]
+        entries = {name: filesystem.isfile(name) for name in filesystem.glob(root)}
+    left_out += [f"{name.rstrip('/')}/" for name, is_file in entries.items() if not is_file]
+    paths = sorted(name for name, is_file in entries.items() if is_file)
+    hidden = [name for name in paths if name.rsplit("/", 1)[-1].startswith(".")]
+    left_out += filter(is_file_name, hidden)
+    visible = [name for name in paths if name not in hidden]
     return [(filesystem.unstrip_protocol(name), RemoteFile(filesystem, name)) for name in visible]
 
 
@@ -199,12 +228,14 @@ class FileSettings:
 
     format: str
     storage: dict[str, Any]
+    left_out: list[str] = field(default_factory=list)
+    """What was passed over, by name, and could be data; a folder ends in a slash."""
 
 
 def is_local(path: str) -> bool:
     """Return whether a path means files of this machine, and no hub name."""
     looks_local = path.startswith(("/", "./", "../", "~", ".\\", "..\\"))
-    return looks_local or is_file_name(path) or _is_glob(path) or Path(path).exists()
+    return looks_local or is_file_name(path) or _is_glob(path) or os.path.lexists(path)
 
 
 def find_files(paths: Sequence[str], settings: FileSettings) -> list[DataFile]:
@@ -230,7 +261,8 @@ def _files_of_path(path: str, settings: FileSettings) -> list[DataFile]:
     if is_address(path) and local is None:
         locations = _remote_locations(path, settings)
     else:
-        locations = _local_locations(local or path, settings)
+        with read_errors_as_user_errors(path):
+            locations = _local_locations(local or path, settings)
     return [
         file for label, location in locations for file in _expand_archive(label, location, settings)
     ]
@@ -238,40 +270,93 @@ def _files_of_path(path: str, settings: FileSettings) -> list[DataFile]:
 
 def _remote_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
     """Return the files at an address."""
-    locations = find_remote_files(path, settings.storage)
+    locations = find_remote_files(path, settings)
     # The address is a file itself, which is read whatever its name is, as a local file is.
     if [label for label, _ in locations] == [path]:
         return locations
     if not locations:
         raise UserError(f"dataset: there are no files at {path}.")
-    return select_data_files(path, locations, settings.format)
+    return select_data_files(path, locations, settings)
 
 
 def _local_locations(path: str, settings: FileSettings) -> list[NamedLocation]:
     """Return the files that a path of this machine means."""
     file = Path(path).expanduser()
     if file.is_dir():
-        entries = sorted(entry for entry in file.iterdir() if entry.is_file())
         # As the user calls the folder; the working directory needs no name.
         prefix = "" if path == "." else f"{path.rstrip('/')}/"
-        named = [(f"{prefix}{entry.name}", LocalFile(entry)) for entry in entries]
-        return select_data_files(path, named, settings.format)
-    if file.is_file():
-        return [(path, LocalFile(file))]
-    if file.exists():
-        raise UserError(
-            f"dataset: {path} is no regular file (a pipe, say), and cannot be read twice."
-        )
+        entries = {f"{prefix}{entry.name}": entry for entry in sorted(file.iterdir())}
+        return select_data_files(path, _check_files(entries, settings), settings)
+    if os.path.lexists(file):
+        return _check_files({path: file}, settings, is_named=True)
     if not _is_glob(path):
         raise UserError(_describe_missing(path, file))
+    _check_glob_folders(file)
     # Path.glob would take hidden files and refuse absolute patterns.
     names = sorted(glob.glob(str(file), recursive=True))  # noqa: PTH207
-    locations: list[NamedLocation] = [
-        (name, LocalFile(Path(name))) for name in names if Path(name).is_file()
-    ]
+    if file.name == "**":  # every folder, and what is in each
+        names = [name for name in names if not Path(name).is_dir()]
+    locations = _check_files({name: Path(name) for name in names}, settings, is_named=True)
     if not locations:
         raise UserError(_describe_unmatched(path, file))
     return locations
+
+
+def _check_files(
+    entries: dict[str, Path], settings: "FileSettings", is_named: bool = False
+) -> list[NamedLocation]:
+    """Return the files among these; UserError for what stands where data is and is no file.
+
+    Folders are noted as left out. With `is_named` the user named each of these, if by a glob, so
+    that all of them are meant to be data; of a folder's entries, those are that end as data does.
+    """
+    locations: list[NamedLocation] = []
+    for label, path in entries.items():
+        if path.is_dir():
+            if not _is_hidden(label):
+                settings.left_out.append(f"{label.rstrip('/')}/")
+        elif path.is_file():
+            locations.append((label, LocalFile(path)))
+            if (is_named or is_file_name(label)) and not is_readable(path):
+                raise UserError(f"dataset: {label} cannot be read: permission denied.")
+        elif is_named or (is_file_name(label) and not _is_hidden(label)):
+            raise UserError(f"dataset: {label} {_describe_no_file(path)}")
+        elif not _is_hidden(label):
+            settings.left_out.append(label)
+    return locations
+
+
+def _describe_no_file(path: Path) -> str:
+    """Return what an entry is that is neither a file nor a folder, and what to do about it."""
+    if path.is_symlink() and not path.exists():
+        return (
+            f"is a link to {path.readlink()}, which is not there. Restore what it points to, or "
+            "remove the link."
+        )
+    mode = path.stat().st_mode
+    nouns = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    noun = next((noun for is_such, noun in nouns.items() if is_such(mode)), "a device")
+    return (
+        f"is {noun}, not a file, and rows are read more than once. Write them to a file first, or "
+        "remove it."
+    )
+
+
+def is_readable(path: Path, mode: int = os.R_OK) -> bool:
+    """Return whether this process may read a file; for a folder, ask for X_OK too."""
+    # The rights of setuid programs are the effective ones, which `access` only asks about if told.
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _check_glob_folders(pattern: Path) -> None:
+    """Raise UserError for a folder that a glob looks into and cannot: `glob` passes it over."""
+    parts = pattern.parts
+    for length in range(1, len(parts)):
+        if not _is_glob(str(Path(*parts[:length]))):
+            continue
+        for folder in glob.iglob(f"{Path(*parts[:length])}/", recursive=True):  # noqa: PTH207
+            if not is_readable(Path(folder), os.R_OK | os.X_OK):
+                raise UserError(f"dataset: {folder} cannot be looked into: permission denied.")
 
 
 def _expand_archive(label: str, location: FileLocation, settings: FileSettings) -> list[DataFile]:
@@ -280,28 +365,28 @@ def _expand_archive(label: str, location: FileLocation, settings: FileSettings) 
     # name is met when it is read.
     if not label.lower().endswith(".zip"):
         return [DataFile(label, _file_format(label, settings), location)]
-    names = list_zip_members(location, label)
+    names, hidden = list_zip_members(location, label)
+    settings.left_out.extend([f"{label}/{name}" for name in hidden if is_file_name(name)])
     # A single file is what was compressed: its name need not say that it is data.
     if len(names) == 1:
-        member_format = settings.format if settings.format != "auto" else format_of(names[0])
-        return [
-            DataFile(
-                f"{label}/{names[0]}",
-                member_format or _file_format(label, settings),
-                location,
-                names[0],
-            )
-        ]
-    data_members = select_data_files(label, [(name, location) for name in names], settings.format)
+        member = f"{label}/{names[0]}"
+        # The member's name says what it is, or else that of the archive.
+        named = next(filter(format_of, (member, label)), member)
+        return [DataFile(member, _file_format(named, settings), location, names[0])]
+    members: list[NamedLocation] = [(f"{label}/{name}", location) for name in names]
+    selected = {name for name, _ in select_data_files(label, members, settings)}
     return [
         DataFile(f"{label}/{name}", _file_format(name, settings), location, name)
-        for name, _ in data_members
+        for name in names
+        if f"{label}/{name}" in selected
     ]
 
 
 def _file_format(label: str, settings: FileSettings) -> str:
     """Return the format of a file: the one that is set, else the one its name says."""
     file_format = settings.format if settings.format != "auto" else format_of(label)
+    if file_format is None and (unpack := archive_command(label)):
+        raise UserError(f"dataset: {label} is an archive that luthier does not open. {unpack}")
     if file_format is None:
         raise UserError(
             f"dataset: {label} has none of the suffixes {', '.join(FORMAT_OF_SUFFIX)} (with .gz, "

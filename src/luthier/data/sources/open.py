@@ -3,6 +3,8 @@
 What the path means decides which settings fit it; a setting of another type of source is refused.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -106,7 +108,9 @@ class FileContent:
         """Return the hash of the files as they were read; None if one was not read in order."""
         if any(file.location.key not in self._as_read for file in self._places()):
             return None
-        self._hashes = {file.location.key: self._as_read[file.location.key] for file in self._places()}
+        self._hashes = {
+            file.location.key: self._as_read[file.location.key] for file in self._places()
+        }
         return join_hashes(self._hashes.values())
 
     def check_unchanged(self) -> None:
@@ -237,8 +241,32 @@ def _open_files(config: "SourceConfig", name: str) -> Source:
     files = find_files(_paths(config), file_settings)
     formats = sorted({file.format for file in files})
     options = {each: read_options(each, format_options, name) for each in formats}
+    _report_left_out(name, file_settings.left_out)
     content = FileContent(files, options, lambda: find_files(_paths(config), file_settings))
     return _source_of_files(config, name, files, content)
+
+
+_MAX_LISTED = 5
+"""Names of what is left out that a notice lists; the others are counted."""
+
+
+def _report_left_out(name: str, left_out: Sequence[str]) -> None:
+    """Say once for all processes what of a folder, a glob or an archive is not read."""
+    if not left_out or os.environ.get("RANK", "0") != "0":
+        return
+    files = sum(not entry.endswith("/") for entry in left_out)
+    counts = [
+        f"{count} {noun}{'s' if count > 1 else ''}"
+        for count, noun in ((files, "file"), (len(left_out) - files, "folder"))
+        if count
+    ]
+    names = ", ".join(left_out[:_MAX_LISTED]) + (", ..." if len(left_out) > _MAX_LISTED else "")
+    verb = "was" if len(left_out) == 1 else "were"
+    print(
+        f"{name}: {' and '.join(counts)} {verb} left out: {names}. To read more than the data "
+        f"files of one folder, name them in {name}.path.",
+        file=sys.stderr,
+    )
 
 
 def _source_of_files(

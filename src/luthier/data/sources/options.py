@@ -1,6 +1,7 @@
 """The formats of files: by which suffix each is known, and what `dataset.options` may say of it."""
 
 import codecs
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -139,6 +140,18 @@ def format_of(name: str) -> str | None:
     while path.suffix in COMPRESSION_SUFFIXES:
         path = path.with_suffix("")
     return FORMAT_OF_SUFFIX.get(path.suffix)
+
+
+_ARCHIVES = {
+    r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$": "Unpack it (tar xf {name}), and name the files in it.",
+    r"\.(7z|rar)$": "Unpack it, and name the files in it.",
+}
+
+
+def archive_command(name: str) -> str | None:
+    """Return what to do about an archive that is not opened, by its name; None for other files."""
+    advice = (text for pattern, text in _ARCHIVES.items() if re.search(pattern, name.lower()))
+    return next((text.format(name=name) for text in advice), None)
 
 
 def is_file_name(name: str) -> bool:

@@ -163,9 +163,7 @@ class RowHash:
         self.is_complete = False
         """Whether `pass_on` has seen the last row."""
 
-    def pass_on(
-        self, rows: Iterable[Row | BadRow], max_rows: int | None
-    ) -> Iterator[Row | BadRow]:
+    def pass_on(self, rows: Iterable[Row | BadRow], max_rows: int | None) -> Iterator[Row | BadRow]:
         """Yield the first `max_rows` rows, or all, and hash each of them."""
         for number, row in enumerate(islice(rows, max_rows), start=1):
             # Bad rows count, too: where they change, so does what is dropped.

@@ -10,6 +10,7 @@ import io
 import lzma
 import re
 import shutil
+import stat
 import struct
 import tempfile
 import zipfile
@@ -254,6 +255,11 @@ def open_content(file: DataFile) -> Iterator[io.BufferedReader]:
         # longest mark, that of bzip2, has ten bytes.
         while unpack := _find_unpacker(stream.peek(10)):
             stream = unpack(stack, stream, file.label)
+        if noun := _find_unknown_archive(stream.peek(_TAR_MAGIC_END)):
+            raise UserError(
+                f"dataset: {file.label} is {noun} by its first bytes, which luthier does not open. "
+                "Unpack it, and name the files in it."
+            )
         yield stream
 
 
@@ -295,21 +301,35 @@ def make_seekable(stack: ExitStack, stream: io.BufferedReader) -> Any:
     return copy
 
 
-def list_zip_members(location: FileLocation, label: str) -> list[str]:
-    """Return the names of the files in a zip archive, sorted; hidden ones left out."""
+def list_zip_members(location: FileLocation, label: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files in a zip archive, sorted: the visible and the hidden ones."""
     with read_errors_as_user_errors(label, location.is_remote), ExitStack() as stack:
         stream = stack.enter_context(location.open())
-        return _visible_members(stack.enter_context(ZipFile(make_seekable(stack, stream))))
+        return _list_members(stack.enter_context(ZipFile(make_seekable(stack, stream))), label)
 
 
-def _visible_members(archive: ZipFile) -> list[str]:
-    """Return the files of an archive that are not hidden (as `__MACOSX` is meant to be)."""
-    return sorted(
-        name
-        for name in archive.namelist()
-        if not name.endswith("/")
-        and not any(folder.startswith((".", "__MACOSX")) for folder in name.split("/"))
-    )
+def _list_members(archive: ZipFile, label: str) -> tuple[list[str], list[str]]:
+    """Return the files of an archive that are visible, and those that are hidden.
+
+    `__MACOSX` is meant to be. UserError for links, and for two files of one name, of which zipfile
+    gives the last.
+    """
+    visible, hidden = list[str](), list[str]()
+    for info in archive.infolist():
+        if info.is_dir():
+            continue
+        if info.filename in visible or info.filename in hidden:
+            raise UserError(
+                f"dataset: {label} holds two files of the name {info.filename}. Unpack it, and "
+                "name the files."
+            )
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise UserError(f"dataset: {label} holds a link, {info.filename}. Unpack it.")
+        # bsdtar writes `./data.jsonl`. Nothing is written to disk, so `..` leads nowhere.
+        folders = [folder for folder in info.filename.split("/") if folder not in (".", "..")]
+        is_hidden = any(folder.startswith((".", "__MACOSX")) for folder in folders)
+        (hidden if is_hidden else visible).append(info.filename)
+    return sorted(visible), sorted(hidden)
 
 
 def _open_named_member(stack: ExitStack, stream: Any, label: str, name: str) -> io.BufferedReader:
@@ -322,7 +342,7 @@ def _open_named_member(stack: ExitStack, stream: Any, label: str, name: str) -> 
 def _open_only_member(stack: ExitStack, stream: Any, label: str) -> io.BufferedReader:
     """Return the content of an archive whose name does not say so, and which must hold one file."""
     archive = stack.enter_context(ZipFile(make_seekable(stack, stream)))
-    names = _visible_members(archive)
+    names, _ = _list_members(archive, label)
     if len(names) != 1:
         raise UserError(
             f"dataset: {label} is a zip archive of {len(names)} files by its first bytes, and its "
@@ -359,10 +379,22 @@ _UNPACKERS: tuple[tuple[bytes, Callable[..., io.BufferedReader]], ...] = (
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", _unpacker(bz2.BZ2File)),
     (rb"\xfd7zXZ\x00", _unpacker(lzma.LZMAFile)),
     (rb"\x28\xb5\x2f\xfd", _unpack_zstandard),
-    (rb"PK\x03\x04", _open_only_member),
+    (rb"PK(\x03\x04|\x05\x06)", _open_only_member),
 )
 _UNPACKED_STREAMS = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile, ZipExtFile)
 """Streams that go back by unpacking from the start again."""
+
+
+_TAR_MAGIC_END = 262
+
+
+def _find_unknown_archive(head: bytes) -> str | None:
+    """Return what kind of archive begins with these bytes, of those that are not opened."""
+    # A tar file begins with a member's name, which is padded with zeros to 100 bytes.
+    if head[257:_TAR_MAGIC_END] == b"ustar" and b"\0" in head[:100]:
+        return "a tar archive"
+    marks = {b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a RAR archive"}
+    return next((noun for mark, noun in marks.items() if head.startswith(mark)), None)
 
 
 def _find_unpacker(head: bytes) -> Callable[..., io.BufferedReader] | None:
