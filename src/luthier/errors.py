@@ -1,6 +1,7 @@
 """The one error type that a user's mistake raises, and how it is shown: in words, once."""
 
 import difflib
+import errno
 import json
 import os
 import sys
@@ -36,6 +37,68 @@ def report_error(error: UserError) -> int:
         time.sleep(_SECONDS_TO_SPEAK)
     print(error, file=sys.stderr, flush=True)
     return error.exit_code
+
+
+_NO_MEMORY_ERRNOS = (errno.ENOMEM,)
+# torch, numpy, OpenMP and the dynamic linker each have their own words.
+_NO_MEMORY_TEXTS = (
+    *("out of memory", "not enough memory", "allocate memory", "unable to allocate", "bad_alloc"),
+    *("failed to map segment", "start new thread", "cannot allocate"),
+)
+_GPU = ("cuda", "hip ", "xpu", "mps ")
+
+
+def report_unexpected(error: Exception) -> int:
+    """Print what an error of the machine means, and return the exit code; raise any other again.
+
+    For the entry points, which print a UserError with `report_error`.
+    """
+    shortage = explain_memory_shortage(error)
+    if shortage is None:
+        raise error
+    return report_error(shortage)
+
+
+def explain_memory_shortage(error: BaseException) -> UserError | None:
+    """Return the mistake behind an error for want of memory or of threads; None for others.
+
+    Python raises MemoryError, and libraries raise errors of many classes, of which the text tells.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        text = " ".join(str(cause).split())
+        is_system = isinstance(cause, OSError) and cause.errno in _NO_MEMORY_ERRNOS
+        is_worded = isinstance(cause, RuntimeError | ImportError | OSError | SystemError) and any(
+            phrase in text.lower() for phrase in _NO_MEMORY_TEXTS
+        )
+        if isinstance(cause, MemoryError) or is_system or is_worded:
+            return UserError(_memory_message(text))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _memory_message(text: str) -> str:
+    """Say which memory is too small, by the text of the error, and what takes less of it."""
+    detail = f": {text[:300]}" if text else ""
+    if any(device in text.lower() for device in _GPU):
+        return (
+            f"The memory of the GPU is full{detail}.\n"
+            "Less is needed with a smaller trainer.args.per_device_train_batch_size (and more "
+            "gradient_accumulation_steps), chat.max_length, quantization=nf4 or a smaller model; "
+            "`luthier plan` says what a run needs. Other programs may hold some of it: nvidia-smi."
+        )
+    if "thread" in text.lower():
+        return (
+            f"The system gives this process no further threads{detail}.\n"
+            "Raise its limits of processes or of memory (ulimit -u, ulimit -v, the job's memory), "
+            "or set OMP_NUM_THREADS=1 and dataset.workers=1."
+        )
+    return (
+        f"The memory of this machine is not enough{detail}.\n"
+        "Close other programs, raise the limit (ulimit -v, the memory of the container or job), or "
+        "take less: a smaller model or trainer.args.per_device_train_batch_size, one process for "
+        "the data (dataset.workers=1). `luthier plan` says what a run needs."
+    )
 
 
 # Mistakes in the user's words: where, what is wrong, what is nearest, what to do.

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from luthier import __version__
-from luthier.errors import UserError, report_error
+from luthier.errors import UserError, report_error, report_unexpected
 
 
 class Command(NamedTuple):
@@ -136,6 +136,8 @@ def main() -> None:
         # The reader of a pipe has seen enough; Python must not complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        sys.exit(report_unexpected(error))
 
 
 def usage() -> str:

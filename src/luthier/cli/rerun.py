@@ -20,6 +20,8 @@ def main(folder: Path) -> int:
         return run(load_run_config(folder), write_card)
     except UserError as error:
         return errors.report_error(error)
+    except Exception as error:
+        return errors.report_unexpected(error)
 
 
 def load_run_config(folder: Path) -> LoadedConfig:

@@ -125,6 +125,8 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
+    except Exception as error:
+        return errors.report_unexpected(error)
 
 
 def _parse_command_line(argv: list[str]) -> TrainCommandLine:

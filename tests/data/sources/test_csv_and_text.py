@@ -1,5 +1,7 @@
 """CSV, TSV and plain text: rows, places and mistakes."""
 
+import gzip
+
 import pytest
 
 from luthier.data.rows import BadRow, Row
@@ -121,3 +123,28 @@ def test_text_is_read_by_line_unless_said(write, fields):
 def test_blank_text_is_empty(write, read, by):
     with pytest.raises(UserError, match=r"a\.txt is empty"):
         read(write("a.txt", "\n \n"), options={"by": by})
+
+
+ENDLESS = {
+    "a line": ("a.jsonl", '{"text": "a"}\n{"text": "' + "x" * 300_000, {}, "a.jsonl:2"),
+    "a value of an array": (
+        "a.json",
+        '[{"text": "a"},\n{"text": "' + "x" * 900_000,
+        {},
+        "a.json:2",
+    ),
+    "a line of CSV": ("a.csv", "a,b\n1," + "x" * 300_000, {}, "a.csv:2"),
+    "a text": ("a.txt", "x\n" * 200_000, {"by": "file"}, "a.txt"),
+    "a paragraph": ("a.txt", "\n\n" + "x\n" * 200_000, {"by": "paragraph"}, "a.txt:3"),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_row_without_an_end_is_an_error_with_its_place(write, read, monkeypatch, what, suffix):
+    name, content, options, where = ENDLESS[what]
+    monkeypatch.setattr("luthier.data.sources.text.MAX_ROW_CHARS", 100_000)
+    content = gzip.compress(content.encode()) if suffix else content
+    with pytest.raises(UserError, match=r"what begins here is longer than 100,000") as error:
+        read(write(name + suffix, content), options=options)
+    assert where.replace(name, name + suffix) in str(error.value)

@@ -109,7 +109,7 @@ class _LineReader:
     """Gives the lines of a file with their ends; `line` is the last, `ended` says it is over."""
 
     def __init__(self, file: DataFile, options: CsvOptions) -> None:
-        self._lines = split_lines(read_text_blocks(file, options.encoding))
+        self._lines = split_lines(read_text_blocks(file, options.encoding), file.label)
         self.line, self.ended = "", False
 
     def __iter__(self) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from luthier.data.rows import BadRow, Row, RowError, describe_type, excerpt
 from luthier.data.sources.options import JsonOptions, LineOptions
 from luthier.data.sources.streams import DataFile
-from luthier.data.sources.text import read_text_blocks, split_lines
+from luthier.data.sources.text import read_text_blocks, refuse_long_row, split_lines
 from luthier.errors import UserError
 
 LENIENT_DECODER = json.JSONDecoder()
@@ -175,6 +175,7 @@ class JsonWindow:
 
     def _more(self) -> bool:
         """Let go of what was read and take as much text again; return whether there was any."""
+        refuse_long_row(len(self._text) - self._at, self.where)
         # As much text again as is held: a long value is then decoded anew only as often as its
         # length doubles.
         taken, missing_chars = [], max(1, len(self._text) - self._at)
@@ -258,7 +259,7 @@ def _is_one_value(text: str) -> bool:
 
 def _rows_by_line(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
     """Yield one row per line."""
-    for number, line in enumerate(split_lines(text), start=1):
+    for number, line in enumerate(split_lines(text, label), start=1):
         if line and not line.isspace():
             yield parse_row(line, f"{label}:{number}")
 

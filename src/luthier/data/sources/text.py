@@ -32,25 +32,44 @@ def read_text_blocks(file: DataFile, encoding: str) -> Iterator[str]:
         raise UserError(_describe_wrong_encoding(file, error, line, encoding)) from error
 
 
-def split_lines(text: Iterator[str]) -> Iterator[str]:
+MAX_ROW_CHARS = 2**30
+"""Characters of the longest line, value or text that is held as one row: a few megabytes of a
+compressed file can be a line without an end."""
+
+
+def refuse_long_row(chars: int, where: str) -> None:
+    """Raise UserError, with `where` a row begins, for one of more characters than are held."""
+    if chars > MAX_ROW_CHARS:
+        raise UserError(
+            f"dataset: {where}: what begins here is longer than {MAX_ROW_CHARS:,} characters, and "
+            "no row is so long.\nIf the file is what you want to train on, cut it into rows first."
+        )
+
+
+def split_lines(text: Iterator[str], label: str) -> Iterator[str]:
     """Return the lines of a text without their line feeds; a carriage return stays.
 
-    Only a line feed ends a line: JSON text may hold U+2028, and `splitlines` would cut there.
+    `label` names the file in the UserError for a line that is too long. Only a line feed ends a
+    line: JSON text may hold U+2028, and `splitlines` would cut there.
     """
-    return chain.from_iterable(_lines_of_each_block(text))
+    return chain.from_iterable(_lines_of_each_block(text, label))
 
 
-def _lines_of_each_block(text: Iterator[str]) -> Iterator[list[str]]:
+def _lines_of_each_block(text: Iterator[str], label: str) -> Iterator[list[str]]:
     """Yield the lines that end in each block, then the rest."""
     open_line: list[str] = []
+    open_chars, number = 0, 1
     for block in text:
         # A line may span many blocks: its pieces are joined once, at its end, since adding each of
         # them would copy the line anew.
         pieces = block.split("\n")
         open_line.append(pieces[0])
+        open_chars += len(pieces[0])
+        refuse_long_row(open_chars, f"{label}:{number}")
         if len(pieces) > 1:
             pieces[0] = "".join(open_line)
             open_line = [pieces.pop()]
+            open_chars, number = len(open_line[0]), number + len(pieces)
             yield pieces
     if rest := "".join(open_line):
         yield [rest]
@@ -94,7 +113,7 @@ def read_text_rows(file: DataFile, options: TextOptions) -> Iterator[Row | BadRo
     text = read_text_blocks(file, options.encoding)
     if options.by == "file":
         return _row_of_file(file.label, text)
-    numbered_lines = _number_lines(text)
+    numbered_lines = _number_lines(text, file.label)
     return (
         _rows_of_lines(file.label, numbered_lines)
         if options.by == "line"
@@ -104,16 +123,20 @@ def read_text_rows(file: DataFile, options: TextOptions) -> Iterator[Row | BadRo
 
 def _row_of_file(label: str, text: Iterator[str]) -> Iterator[Row]:
     """Yield one row, unless the file is blank."""
-    content = "".join(text)
+    blocks, chars = [], 0
+    for block in text:
+        blocks.append(block)
+        chars += len(block)
+        refuse_long_row(chars, label)
+    content = "".join(blocks)
     if content.strip():
         yield Row({"text": content}, label)
 
 
-def _number_lines(text: Iterator[str]) -> Iterator[tuple[int, str]]:
+def _number_lines(text: Iterator[str], label: str) -> Iterator[tuple[int, str]]:
     """Return the lines without their ends, counted from 1."""
-    return (
-        (number, line.removesuffix("\r")) for number, line in enumerate(split_lines(text), start=1)
-    )
+    lines = enumerate(split_lines(text, label), start=1)
+    return ((number, line.removesuffix("\r")) for number, line in lines)
 
 
 def _rows_of_lines(label: str, numbered_lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
@@ -126,11 +149,13 @@ def _rows_of_lines(label: str, numbered_lines: Iterator[tuple[int, str]]) -> Ite
 def _rows_of_paragraphs(label: str, numbered_lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
     """Yield a row for each stretch of lines between blank ones, with the line on which it
     starts."""
-    start, paragraph = 0, list[str]()
+    start, paragraph, chars = 0, list[str](), 0
     for number, line in numbered_lines:
         if line.strip():
-            start = start if paragraph else number
+            start, chars = (start, chars) if paragraph else (number, 0)
             paragraph.append(line)
+            chars += len(line)
+            refuse_long_row(chars, f"{label}:{start}")
         elif paragraph:
             yield Row({"text": "\n".join(paragraph)}, f"{label}:{start}")
             paragraph = []
