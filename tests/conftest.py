@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from luthier.chat.template_probe import share_passed_templates
+from luthier.storage.cache import KeyFolder, cache_root
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Only the recipes of the checkout count.
 os.environ.pop("LUTHIER_RECIPES", None)
@@ -14,6 +17,9 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 # Threads that wait must not spin: on a shared machine two trainings would starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Hundreds of templates are each tried once, and not in each worker.
+share_passed_templates(KeyFolder(cache_root() / "templates"))
 
 TRAINING = (
     "end_to_end",

@@ -146,35 +146,11 @@ def test_followed_runs_say_what_shorter_ones_write():
         ("{{ ''.__class__.__mro__ }}", "unsafe|undefined|no attribute"),
         ("{{ messages.__class__.__init__.__globals__ }}", "unsafe|undefined|no attribute"),
         ("{{ messages[0].content._runs[0] }}", "unsafe|undefined|no attribute"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps"),
-        ("{{ 'a' * 99999999999 }}", "too large"),
-        ("{{ 10 ** 999999 }}", "does not compile"),
-        ("{{ 'a' * 10 ** 12 }}", "too large"),
-        ("{{ 'ab' * (1000 * 1000) * 1000 }}", "too large"),
-        ("{{ lipsum(n=1000000000) }}", "`lipsum` makes a value too large"),
-        ("{% set n = 9999 %}{{ 10 ** n }}", "too large"),
-        ("{{ messages[0].content.center(2000000000) }}", "`center` makes a value too large"),
-        ("{{ messages[0].content.ljust(2000000000) }}", "`ljust` makes a value too large"),
-        ("{{ 'a'.rjust(2000000000) }}", "`rjust` makes a value too large"),
-        ("{{ 'a'.zfill(2000000000) }}", "`zfill` makes a value too large"),
-        ("{{ '\\t\\t'.expandtabs(190000000) }}", "`expandtabs` makes a value too large"),
-        ("{{ messages[0].content | center(2000000000) }}", "`center` makes a value too large"),
-        ("{% set n = 2000000000 %}{{ 'a' | center(n) }}", "`center` makes a value too large"),
-        ("{{ 'a' | indent(2000000000, true) }}", "`indent` makes a value too large"),
-        ("{{ [1] | batch(2000000000, 0) | list }}", "`batch` makes a value too large"),
-        ("{{ '%2000000000d' % 1 }}", "a format makes a value too large"),
-        ("{{ '%.2000000000f' % 1 }}", "a format makes a value too large"),
-        ("{% set n = 2000000000 %}{{ '%*d' % (n, 1) }}", "a format makes a value too large"),
-        ("{{ '%2000000000s' | format(messages[0].content) }}", "a format makes a value too large"),
-        ("{{ '{:>2000000000}'.format(messages[0].content) }}", "a format makes a value too large"),
-        ("{{ '{:{}}'.format(1, 2000000000) }}", "a format makes a value too large"),
-        ("{{ '{x:2000000000}'.format_map({'x': 1}) }}", "a format makes a value too large"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
         ("{{ messages.append(1) }}", "unsafe|undefined|no attribute|not safely"),
         ("{{ raise_exception('no such role') }}", "no such role"),
     ],
 )
-def test_hostile_templates_are_stopped_in_words(source, words):
+def test_the_sandbox_refuses_in_words(source, words):
     with pytest.raises(ChatError, match=words):
         _render(ChatTemplate(source, VARIABLES, "2025-01-02"), [user("Hi")], None, False)
 
@@ -188,6 +164,6 @@ def test_hostile_templates_are_stopped_in_words(source, words):
         ("{{ '{} {:>4}'.format(20000000000, messages[0].content) }}", "20000000000   Hi"),
     ],
 )
-def test_widths_within_bounds_are_left_alone(source, written):
+def test_widths(source, written):
     template = ChatTemplate(source, VARIABLES, "2025-01-02")
     assert _render(template, [user("Hi")], None, False) == written

@@ -1,8 +1,8 @@
 """A Jinja environment that gives what transformers' own gives, with every character traced.
 
 transformers compiles the template first; its filters, globals, tests and extensions are taken
-over as they stand, so there is nothing here to drift from it. What a template may do is bounded: it
-cannot loop for ever, or write a text too large to hold.
+over as they stand, so there is nothing here to drift from it. Nothing here bounds what a template
+does: `template_probe` refuses the ones that do too much, before they come here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable
-from types import BuiltinMethodType, CodeType, MethodType
+from types import BuiltinMethodType, CodeType
 from typing import Any, TypeVar, cast
 
 import jinja2
@@ -39,94 +39,6 @@ from luthier.chat.provenance import (
     with_merged_origin,
     with_runs,
 )
-
-MAX_STEPS = 10_000_000
-"""Steps that all loops of one rendering may take: no template loops for ever."""
-MAX_TEXT = 200_000_000
-"""Characters that one text of a template may have."""
-SIZED_TYPES = (list, tuple, dict, str, range)
-WIDENING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
-WIDENING_FILTERS = frozenset({"center", "indent", "batch", "slice"})
-# What is repeated as often as the text holds it: a width there multiplies.
-_REPEATED_CHARACTERS = {"expandtabs": "\t", "indent": "\n"}
-_WIDTHS = re.compile(r"[%:.][^a-zA-Z%{}]*?([0-9]{9,})")
-
-
-def is_enormous(operator: str, left: Any, right: Any) -> bool:
-    """Return whether `left * right` or `left ** right` is too large to hold."""
-    # Python would compute 10 ** 999999 exactly, digit by digit.
-    if operator == "**":
-        return isinstance(left, int) and isinstance(right, int) and abs(right) > 4096
-    size = max((len(side) for side in (left, right) if isinstance(side, SIZED_TYPES)), default=0)
-    count = max((side for side in (left, right) if isinstance(side, int)), default=0)
-    return size * count > MAX_TEXT
-
-
-def refuse_width(name: str, value: Any, widths: Iterable[Any]) -> None:
-    """Raise where the method or filter `name` would make a value too wide."""
-    times = 1 + value.count(_REPEATED_CHARACTERS[name]) if name in _REPEATED_CHARACTERS else 1
-    numbers = (len(width) if isinstance(width, str) else width for width in widths)
-    if any(isinstance(number, int) and number * times > MAX_TEXT for number in numbers):
-        raise jinja2.TemplateError(f"`{name}` makes a value too large to hold")
-
-
-def bound_lipsum(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Jinja's `lipsum`, which writes as much as it is asked for, within bounds."""
-
-    def lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> Any:
-        if n * max > MAX_STEPS:
-            raise jinja2.TemplateError("`lipsum` makes a value too large to hold")
-        return plain(n, html, min, max)
-
-    return lipsum
-
-
-def refuse_format(template: str, values: Iterable[Any]) -> None:
-    """Raise where a format string asks for a field too wide, in its own text or by a value."""
-    # int() refuses numbers of thousands of digits with a ValueError of its own.
-    widths = [int(digits[-12:]) for digits in _WIDTHS.findall(template)]
-    # A star and a field inside a field take their width from a value.
-    if "*" in template or re.search(r"[:!][^{}]*\{", template):
-        widths += [value for value in values if isinstance(value, int)]
-    if any(width > MAX_TEXT for width in widths):
-        raise jinja2.TemplateError("a format makes a value too large to hold")
-
-
-def refuse_constants(tree: nodes.Template) -> None:
-    """Raise for what would be too large already when the template is compiled."""
-    for call in tree.find_all(nodes.Filter):
-        arguments = [*call.args, *(keyword.value for keyword in call.kwargs)]
-        constants = [node.value for node in arguments if isinstance(node, nodes.Const)]
-        if call.name in WIDENING_FILTERS:
-            refuse_width(call.name, "", constants)
-        if call.name == "format" and isinstance(call.node, nodes.Const):
-            refuse_format(str(call.node.value), constants)
-    for node in tree.find_all((nodes.Mod, nodes.Mul, nodes.Pow)):
-        _constant_value(node)
-
-
-_NO_CONSTANT = object()
-
-
-def _constant_value(node: nodes.Node) -> Any:
-    """Return the value of a constant expression, or `_NO_CONSTANT`; raises if it is too large."""
-    if isinstance(node, nodes.Const):
-        return node.value
-    if not isinstance(node, nodes.Mod | nodes.Mul | nodes.Pow | nodes.Add | nodes.Sub):
-        return _NO_CONSTANT
-    left, right = _constant_value(node.left), _constant_value(node.right)
-    if left is _NO_CONSTANT or right is _NO_CONSTANT:
-        return _NO_CONSTANT
-    if isinstance(node, nodes.Mod) and isinstance(left, str):
-        refuse_format(left, [right])
-    elif isinstance(node, nodes.Mul | nodes.Pow) and is_enormous(node.operator, left, right):
-        raise jinja2.TemplateError(f"`{node.operator}` makes a value too large to hold")
-    # What Jinja folds when it compiles is folded here too, to see its size first.
-    try:
-        return node.as_const()
-    except nodes.Impossible:
-        return _NO_CONSTANT
-
 
 _PLACEHOLDER = re.compile("\ue1a0([0-9]+)\ue1a1")
 
@@ -183,21 +95,6 @@ def trace_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return traced
-
-
-def bound_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the filter, which refuses to make values too large to hold."""
-
-    @functools.wraps(filter_)
-    def bounded(value: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = [*args, *kwargs.values()]
-        if name in WIDENING_FILTERS:
-            refuse_width(name, value if isinstance(value, str) else "", arguments)
-        else:
-            refuse_format(str(value), arguments)
-        return filter_(value, *args, **kwargs)
-
-    return bounded
 
 
 def trace_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
@@ -305,8 +202,8 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
     """transformers' sandbox, in which no operation that a template can reach loses the runs."""
 
     code_generator_class = TracedCodeGenerator
-    # The sandbox sends these operators to `call_binop`, whose results must be bounded.
-    intercepted_binops = frozenset({"%", "*", "**"})
+    # The sandbox sends these operators to `call_binop`.
+    intercepted_binops = frozenset({"%"})
     # Jinja (3.1) joins by this what macros, `set` blocks and `call` blocks have written.
     concat = staticmethod(concat_strings)
 
@@ -341,10 +238,6 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         """Return what a `for` of the template loops over."""
         if isinstance(iterable, TrackedMessages):
             return iterable.loop() if at_top else iterable
-        # An iterator cannot be counted ahead: it counts as one step.
-        self.render_state.loop_steps += len(iterable) if isinstance(iterable, SIZED_TYPES) else 1
-        if self.render_state.loop_steps > MAX_STEPS:
-            raise jinja2.TemplateError(f"its loops take over {MAX_STEPS:,} steps")
         return iterable
 
     def plus(self, *operands: Any) -> Any:
@@ -359,10 +252,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
                 runs += operand._runs
             else:
                 return functools.reduce(_add, operands)
-        text = with_runs("".join(operands), tuple(runs))
-        if len(text) > MAX_TEXT:
-            raise jinja2.TemplateError(f"it writes a text of over {MAX_TEXT:,} characters")
-        return text
+        return with_runs("".join(operands), tuple(runs))
 
     def tilde(self, *operands: Any) -> str:
         """Return the operands as strings, one behind the other."""
@@ -381,21 +271,14 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`left % right`, keeping the runs of what is formatted in; `*` and `**` within bounds."""
-        if operator != "%" and is_enormous(operator, left, right):
-            raise jinja2.TemplateError(f"`{operator}` makes a value too large to hold")
-        if operator == "%" and isinstance(left, str):
-            refuse_format(left, _format_values(right))
+        """`left % right`, keeping the runs of what is formatted in."""
         result = super().call_binop(context, operator, left, right)
-        if operator == "%" and isinstance(left, str) and type(result) is str:
+        if isinstance(left, str) and type(result) is str:
             return retrace(lambda first, second: first % second, result, (left, right), {})
         return result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what the template calls; methods of plain strings keep the runs of arguments."""
-        method = isinstance(__obj, BuiltinMethodType | MethodType)
-        if method and isinstance(__obj.__self__, str) and __obj.__name__ in WIDENING_METHODS:
-            refuse_width(__obj.__name__, __obj.__self__, [*args, *kwargs.values()])
         plain_method = isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str
         if plain_method and any(True for _ in iter_traced(args)):
             traced = with_runs(__obj.__self__, runs_of(__obj.__self__))
@@ -412,17 +295,9 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         plain = cast(Callable[..., str], super().wrap_str_format(getattr(template, value.__name__)))
 
         def traced(*args: Any, **kwargs: Any) -> str:
-            refuse_format(template, [*_format_values(args), *_format_values(kwargs)])
             return retrace(plain, plain(*args, **kwargs), args, kwargs)
 
         return functools.update_wrapper(traced, bare)
-
-
-def _format_values(values: Any) -> list[Any]:
-    """Return what is formatted in: the items of a container, or the one value."""
-    if isinstance(values, dict):
-        return list(values.values())
-    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def _add(left: Any, right: Any) -> Any:
@@ -452,16 +327,12 @@ def make_traced_environment(
     )
     # All that transformers adds (tojson, raise_exception, generation blocks) comes with `base`.
     environment.globals.update(base.globals)
-    environment.globals["lipsum"] = bound_lipsum(cast(Any, base.globals["lipsum"]))
     namespace = cast(type, base.globals["namespace"])
     environment.globals["namespace"] = tracked_namespace(namespace, environment.render_state)
     environment.tests.update(base.tests)
     for name, filter_ in base.filters.items():
         wrapped = filter_ if name in _TRACE_KEEPING_FILTERS else trace_filter(filter_)
         environment.filters[name] = trace_tojson(filter_) if name == "tojson" else wrapped
-    # Bounds go around the traced filters: what is refused is never computed.
-    for name in (*WIDENING_FILTERS, "format"):
-        environment.filters[name] = bound_filter(name, environment.filters[name])
     environment.filters["safe"] = _mark_any_safe
     environment.filters["escape"] = environment.filters["e"] = _filter_escape
     environment.filters["join"] = jinja2.pass_context(_filter_join)

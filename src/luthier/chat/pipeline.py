@@ -68,6 +68,7 @@ class TemplatePipelines:
         self._boundaries = boundaries
         self._train_on = train_on
         self._roles = tuple(roles)
+        self._origin = _describe_origin(tokenizer, template)
         self._pipelines: dict[str, TemplatePipeline] = {}
         self.default = self.for_tools(None)
 
@@ -79,7 +80,7 @@ class TemplatePipelines:
         return self._pipelines[name]
 
     def _make(self, source: str) -> TemplatePipeline:
-        template = ChatTemplate(source, self._variables, self._date)
+        template = ChatTemplate(source, self._variables, self._date, self._origin)
         controls = ControlTokens(template, self._tokens, self._eos_token_ids)
         label_builder = LabelBuilder(self._tokens, controls, self._boundaries)
         roles = RoleChecker(template.tree, controls.pattern, self._roles)
@@ -107,6 +108,15 @@ def _template_sources(tokenizer: Any, template: str | dict[str, str] | None) -> 
     if isinstance(sources, str):
         return {"default": sources}
     return {"default": sources.get("default", next(iter(sources.values()))), **sources}
+
+
+def _describe_origin(tokenizer: Any, template: str | dict[str, str] | None) -> str:
+    """Return where the templates come from, as it follows `the chat template`."""
+    if template is None:
+        folder = getattr(tokenizer, "name_or_path", "")
+        return f" of {folder}" if folder else " of the tokenizer"
+    is_text = not isinstance(template, str) or "{" in template or "\n" in template
+    return " of the settings" if is_text else f" `{template}`"
 
 
 def turn_starts(conversation: Conversation, last: int) -> list[int]:

@@ -174,8 +174,6 @@ class RenderState(threading.local):
     """What is known of the run that is under way in this thread."""
 
     tracker: PrefixTracker | None = None
-    loop_steps = 0
-    """Steps that the run's loops have taken."""
 
 
 class TrackedMessages(Sequence):

@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import jinja2
@@ -18,10 +19,10 @@ from luthier.chat.jinja_env import (
     ESCAPING_FILTERS,
     TracedEnvironment,
     make_traced_environment,
-    refuse_constants,
 )
 from luthier.chat.prefix_tracking import PrefixTracker, TrackedMessages
 from luthier.chat.provenance import TracedStr, concat_traced, join_runs, with_runs
+from luthier.chat.template_probe import ENDLESS, MAX_TEMPLATE_CHARS, TOO_LARGE, check_template
 from luthier.chat.types import ChatError
 
 _TYPE_NAMES = (
@@ -60,15 +61,16 @@ class ChatTemplate:
 
     environment_class: type[TracedEnvironment] = TracedEnvironment
 
-    def __init__(self, source: str, variables: dict[str, Any], date: str) -> None:
+    def __init__(self, source: str, variables: dict[str, Any], date: str, origin: str = "") -> None:
+        """`origin`: where the template comes from, for errors: ` of FOLDER`, or nothing."""
         self.source = source
         self.variables = variables
         self.date = date
         self._strftime_now = _make_strftime_now(date)
-        self._plain = _compile_plain(source)
+        self._plain = _compile_or_raise(self._compile_plain, origin)
         self._environment = make_traced_environment(self._plain.environment, self.environment_class)
         self._environment.globals["strftime_now"] = self._strftime_now
-        self._traced = _compile_or_raise(self._environment.compile_traced, source)
+        self._traced = _compile_or_raise(self._compile_traced, origin)
         self._globals: dict[jinja2.Template, dict[str, Any]] = {}
         self.tree = tree = self._environment.parse(source)
         self.may_escape = any(node.name in ESCAPING_FILTERS for node in tree.find_all(nodes.Filter))
@@ -77,6 +79,14 @@ class ChatTemplate:
         """Whether `render_with_prefixes` can tell what the template writes for fewer messages."""
         self.fixed_endings = self._render_fixed_endings(tree) if self.can_track_prefixes else None
         """What stands behind the messages without and with the generation prompt, if fixed."""
+
+    def _compile_plain(self, origin: str) -> jinja2.Template:
+        """Return the template as transformers compiles it; one that does not end is refused."""
+        check_template(self.source, self.variables, self.date, origin)
+        return _compile_as_transformers(self.source)
+
+    def _compile_traced(self, _: str) -> jinja2.Template:
+        return self._environment.compile_traced(self.source)
 
     def _render_fixed_endings(self, tree: nodes.Template) -> tuple[str, str] | None:
         behind = _nodes_behind_messages(tree)
@@ -136,7 +146,7 @@ class ChatTemplate:
         Raises ChatError for whatever goes wrong in it: templates come from anywhere.
         """
         state = self._environment.render_state
-        state.tracker, state.loop_steps = tracker, 0
+        state.tracker = tracker
         pieces = tracker.pieces if tracker is not None else []
         try:
             # Jinja's globals are a ChainMap (3.1), slow to copy for each row; a dict is not.
@@ -150,10 +160,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             problem = error.message or str(error)
         except RecursionError:
-            problem = "it calls itself without end"
+            raise ChatError("the chat template calls itself without end", reason=ENDLESS) from None
         except MemoryError:
-            problem = "it needs more memory than there is"
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ChatError(
+                "the chat template needs more memory than there is", reason=TOO_LARGE
+            ) from None
+        except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         finally:
             state.tracker = None
@@ -204,10 +216,9 @@ def read_template(template: str) -> str:
     """Return a template given as text or as the path of a file, as text."""
     if "{" in template or "\n" in template:
         return template
-    path = Path(template).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return _read_template_file(Path(template).expanduser())
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown ~user, a null character
         raise ChatError(
             f"the chat template `{template}` is neither Jinja text nor a file that can be read "
             f"({error})",
@@ -215,34 +226,52 @@ def read_template(template: str) -> str:
         ) from None
 
 
+def _read_template_file(path: Path) -> str:
+    """Return the text of a file; raises ValueError for what cannot be a template's."""
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise ValueError("it is a folder, a pipe or a device")
+    with path.open("rb") as file:
+        data = file.read(MAX_TEMPLATE_CHARS + 1)
+    if len(data) > MAX_TEMPLATE_CHARS:
+        raise ValueError(f"it is longer than {MAX_TEMPLATE_CHARS:,} bytes")
+    # The files of /proc and /sys say that they are empty, or a page long, whatever they hold.
+    if len(data) != status.st_size:
+        raise ValueError("it is no ordinary file")
+    text = data.decode("utf-8")
+    if "{{" not in text and "{%" not in text:
+        raise ValueError("it has no Jinja in it, neither {{ nor {%")
+    # As Python reads a file as text.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 @lru_cache(maxsize=64)
-def _compile_plain(source: str) -> jinja2.Template:
+def _compile_as_transformers(source: str) -> jinja2.Template:
     """Return the template as transformers compiles it."""
     from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
-    # An empty template has the same environment, and constants are looked at before they are
-    # folded: compiling itself would compute them.
-    def compile_(text: str) -> jinja2.Template:
-        refuse_constants(_cached_compile_jinja_template("").environment.parse(text))
-        return _cached_compile_jinja_template(text)
-
-    return _compile_or_raise(compile_, source)
+    return _cached_compile_jinja_template(source)
 
 
-def _compile_or_raise(compile_: Callable[[str], jinja2.Template], source: str) -> jinja2.Template:
+def _compile_or_raise(
+    compile_template: Callable[[str], jinja2.Template], origin: str
+) -> jinja2.Template:
     try:
-        return compile_(source)
+        return compile_template(origin)
+    except ChatError:
+        raise
     except jinja2.TemplateSyntaxError as error:
-        raise ChatError(
-            f"the chat template does not compile: line {error.lineno}: {error.message}",
-            reason="bad template",
-        ) from None
-    except (
-        ArithmeticError, MemoryError, RecursionError, ValueError, jinja2.TemplateError
-    ) as error:  # fmt: skip
-        raise ChatError(
-            f"the chat template does not compile: {error}", reason="bad template"
-        ) from None
+        problem = f"line {error.lineno}: {error.message}"
+    except SyntaxError as error:
+        # Jinja (3.1) writes Python, which allows 20 loops inside each other.
+        problem = f"Python refuses what Jinja makes of it: {error.msg}"
+    except RecursionError:
+        problem = "it is nested too deeply"
+    except MemoryError:
+        problem = "it needs too much memory"
+    except Exception as error:  # a constant such as `1 / 0` raises anything
+        problem = str(error)
+    raise ChatError(f"the chat template{origin} does not compile: {problem}", reason="bad template")
 
 
 def _make_strftime_now(date: str) -> Callable[[str], str]:

@@ -27,6 +27,9 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     Raises UserError if it cannot be found or fetched, or cannot be read, and for a new token that
     is none. A tokenizer that belongs to another model is refused.
     """
+    from luthier.data.encoders.chat import share_templates_that_passed
+
+    share_templates_that_passed()
     key = "model.path" if config.tokenizer is None else "model.tokenizer"
     tokenizer = _read_tokenizer(config, config.tokenizer or config.path, key)
     if config.tokenizer is not None:

@@ -59,3 +59,30 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
         write_manifest(new, {})
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
+
+
+class KeyFolder:
+    """A set of keys (names of files) that all processes see: an empty file for each.
+
+    Nothing is kept in a folder that cannot be written, which is no error.
+    """
+
+    MOST_KEYS = 2000
+    """Beyond it the oldest go."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __contains__(self, key: str) -> bool:
+        return (self._folder / key).is_file()
+
+    def add(self, key: str) -> None:
+        """Add a key."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            files = sorted(self._folder.iterdir(), key=lambda file: file.stat().st_mtime)
+            for file in files[: max(len(files) + 1 - self.MOST_KEYS, 0)]:
+                file.unlink(missing_ok=True)
+            (self._folder / key).touch()
+        except OSError:
+            return

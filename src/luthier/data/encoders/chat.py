@@ -18,6 +18,7 @@ from luthier.config.schema import SourceConfig
 from luthier.data.formats import Example
 from luthier.data.store import Ragged
 from luthier.data.store.table import Column, to_arrow
+from luthier.storage.cache import KeyFolder, cache_root
 
 COLUMNS_SETTING = "columns"
 """The setting of an encoder that has the columns of each row kept beside its example."""
@@ -171,6 +172,13 @@ def _inside(size: int, stretches: list[tuple[int, int]]) -> NDArray[np.bool_]:
     return np.cumsum(steps[:size], dtype=np.int8).astype(bool)
 
 
+def share_templates_that_passed() -> None:
+    """Have each chat template tried once on this machine, and not in each process."""
+    from luthier.chat.template_probe import share_passed_templates
+
+    share_passed_templates(KeyFolder(cache_root() / "templates"))
+
+
 class ConversationEncoder:
     """Conversations as `input_ids` and `labels`."""
 
@@ -184,6 +192,7 @@ class ConversationEncoder:
         """The chat encoder."""
         from luthier.chat import ChatEncoder
 
+        share_templates_that_passed()
         return ChatEncoder.from_settings(self._tokenizer, self._settings)
 
     def settings(self) -> dict[str, Any]:
