@@ -4,6 +4,8 @@ import difflib
 import errno
 import json
 import os
+import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -117,25 +119,87 @@ class Mistake:
 
 def nearest_option(word: str, options: Iterable[str]) -> str | None:
     """Return the option that looks or begins most like the word; None if none comes close."""
-    scored = [(_likeness(word, option), option) for option in sorted(options)]
-    score, option = max(scored, default=(0.0, ""), key=lambda pair: pair[0])
-    return option if score >= _CLOSE else None
+    return next(iter(nearest_options(word, options)), None)
+
+
+def nearest_options(word: str, options: Iterable[str]) -> list[str]:
+    """Return the options that look or begin most like the word, the shortest first.
+
+    Several only where they are equally near, as all that begin with `adamw_` are to `adamw9`; none
+    where nothing comes close.
+    """
+    scores = {option: _likeness(word, option) for option in sorted(options, key=_by_length)}
+    best = max(scores.values(), default=0.0)
+    return [option for option, score in scores.items() if score == best >= _CLOSE]
+
+
+def _by_length(option: str) -> tuple[int, str]:
+    return len(option), option
 
 
 def _likeness(word: str, option: str) -> float:
-    whole = difflib.SequenceMatcher(None, word, option).ratio()
-    start = difflib.SequenceMatcher(None, word, option[: len(word)]).ratio()
-    return max(whole, start - 0.1)  # a whole that is alike counts more than a beginning
+    """Return how much an option is like a word, from 0 to 1; a common beginning counts more."""
+    lower, target = word.lower(), option.lower()
+    whole = difflib.SequenceMatcher(None, lower, target).ratio()
+    start = difflib.SequenceMatcher(None, lower, target[: len(word)]).ratio()
+    likeness = max(whole, start - 0.1)  # a whole that is alike counts more than a beginning
+    # As Jaro and Winkler do: people seldom mistype the first letters.
+    prefix = sum(target.startswith(lower[:length]) for length in range(1, min(4, len(lower)) + 1))
+    return round(likeness + 0.1 * prefix * (1 - likeness) if likeness >= _CLOSE else likeness, 6)
 
 
 def suggest_options(word: str, options: Iterable[str]) -> str:
     """Return the sentences that follow `'word' is not one of them`: the nearest, then the list."""
     options = sorted(options)
-    close = nearest_option(word, options)
-    if close and len(options) > _LONG_LIST:
-        return f"Did you mean {close}?"
-    guess = f"Did you mean {close}? " if close else ""
-    return f"{guess}Options: {', '.join(options) or 'none'}."
+    guess = ask_nearest(word, options)
+    if guess and len(options) > _LONG_LIST:
+        return guess
+    return f"{guess} Options: {', '.join(options) or 'none'}.".lstrip()
+
+
+def ask_nearest(word: str, options: Iterable[str], prefix: str = "") -> str:
+    """Return `Did you mean ...?` with the nearest options, each behind a prefix; empty if none."""
+    near = [f"{prefix}{option}" for option in nearest_options(word, options)]
+    if not near:
+        return ""
+    *others, last = near
+    return f"Did you mean {', '.join(others)} or {last}?" if others else f"Did you mean {last}?"
+
+
+_BARE_TEXT = re.compile(r"[A-Za-z_./@+%-][\w./@+%-]*", re.ASCII)
+_NO_TEXT = re.compile(r"null|true|false|yes|no|on|off|[-+]?(nan|inf)", re.IGNORECASE)
+
+
+def format_override(key: str, value: object) -> str:
+    """Return a setting as it is typed in a shell, such as `'dataset.options.delimiter=";"'`.
+
+    Values are what JSON holds. It reads back as the same value through bash and Hydra's grammar.
+    """
+    return shlex.quote(f"{key}={format_for_hydra(value)}")
+
+
+def format_for_hydra(value: object) -> str:
+    """Return a value in the grammar of Hydra's overrides."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(format_for_hydra, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {format_for_hydra(each)}' for key, each in value.items())}}}"
+    if not isinstance(value, str):
+        return format_value(value)
+    is_bare = _BARE_TEXT.fullmatch(value) and not _NO_TEXT.fullmatch(value)
+    if is_bare and not _is_number(value):
+        return value
+    # Only backslashes before a quote are read as such.
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    return '"' + re.sub(r"\\+\Z", lambda end: end[0] * 2, escaped) + '"'
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def format_value(given: object) -> str:

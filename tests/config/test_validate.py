@@ -19,7 +19,7 @@ ONE_MISTAKE = {
     ),
     "recipe as a file": (["recipe=recipes/quickstart.yaml"], ["Write recipe=quickstart."]),
     "option": ([Q, "lora=smal"], ["lora: there is no lora option 'smal'. Did you mean small?"]),
-    "option, its beginning": ([Q, "model=smol"], ["Did you mean smollm2_135m?"]),
+    "option, its beginning": ([Q, "model=smol"], ["Did you mean smollm2_135m or"]),
     "option, a number": ([Q, "model=5"], ["no model option '5'"]),
     "option, null": ([Q, "lora=null"], ["lora: null is not an option. Write lora=none."]),
     "option, added": ([Q, "+lora=small"], ["would add a second lora. Write lora=small."]),
@@ -145,10 +145,10 @@ ONE_MISTAKE = {
     "dropout": ([Q, "lora.lora_dropout=1"], ["must be at least 0 and less than 1"]),
     # the grammar
     "not key=value": ([Q, "foo"], ["foo: not key=value. Write a setting as foo=VALUE."]),
-    "unreadable": ([Q, "a=b c=["], ["a=b c=[: cannot be read", "quotes"]),
+    "unreadable": ([Q, "a=b c=["], ["a: = in a value needs quotes. Write 'a=\"b c=[\"'."]),
     "several values": (
         [Q, "lora.r=8,16"],
-        ["8,16 is several values", "lora.r=[a,b]", "add -m"],
+        ["8,16 is several values", "'lora.r=[8,16]'", "add -m"],
     ),
     "interpolation": ([Q, "model.revision=${nope}"], ["model.revision: Interpolation key 'nope'"]),
     "environment": (

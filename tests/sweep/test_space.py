@@ -65,7 +65,7 @@ def test_a_typed_value_turns_an_axis_of_yaml_off():
 
 WRONG = {
     "no values": (["seed=range(1,1)"], {}, "holds no value"),
-    "an empty list": ([], {"lora.r": []}, "empty choice"),
+    "an empty list": ([], {"lora.r": []}, "the list is empty"),
     "a value twice": (["seed=1,2,1"], {}, "1 stands there twice"),
     "several folders": (["output_dir=a,b"], {}, "a sweep has one output_dir"),
     "several sweepers": (["hydra/sweeper=basic,random"], {}, "a sweep has one hydra/sweeper"),

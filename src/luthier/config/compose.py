@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -13,10 +14,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from luthier.config import hydra_plugins, recipes
 from luthier.config.cross_checks import HELD_OUT_KEYS
+from luthier.config.override_errors import (
+    WRONG_INTERPOLATION,
+    explain_unreadable,
+    is_cut_off,
+    parse_override,
+)
 from luthier.config.recipes import (
     RecipeChain,
     check_option,
@@ -25,7 +36,7 @@ from luthier.config.recipes import (
     read_recipe_chain,
 )
 from luthier.config.schema import GROUPS, SWEEP_GROUPS
-from luthier.errors import Mistake
+from luthier.errors import Mistake, format_override
 
 # What was typed: `group=option` and `key=value`, made ready for Hydra, and named for a folder.
 
@@ -57,17 +68,24 @@ class TypedOverride:
 def parse_overrides(lines: Iterable[str]) -> tuple[list[TypedOverride], list[Mistake]]:
     """Read the command line's overrides; one that cannot be read becomes a mistake."""
     parser = OverridesParser.create()
-    typed, mistakes = [], []
-    for line in lines:
+    typed, mistakes = list[TypedOverride](), list[Mistake]()
+    words = list(lines)
+    while words:
+        line = words.pop(0)
         try:
-            override = parser.parse_override(line)
-        except HydraException as error:
-            mistakes.append(Mistake(line, _unreadable(line, str(error))))
+            override = None if is_cut_off(line, words) else parse_override(parser, line)
+        except HydraException:
+            override = None
+        if override is None or not override.key_or_group:
+            text, cut_words = explain_unreadable(line, words)
+            mistakes.append(Mistake(line.partition("=")[0] or line, text))
+            del words[:cut_words]
             continue
         if override.is_sweep_override():
             mistakes.append(_sweep(override, line))
         else:
-            typed.append(_typed(override, line))
+            # What Hydra has read is what it reads again, when it composes.
+            typed.append(_typed(override, override.input_line or line))
     return typed, mistakes
 
 
@@ -86,25 +104,13 @@ def _typed(override: Override, line: str) -> TypedOverride:
     )
 
 
-def _unreadable(line: str, error: str) -> str:
-    if line.startswith("--"):
-        return "no such flag. `--help` lists the flags; settings are written key=value."
-    if "=" not in line and not line.startswith("~"):
-        return f"not key=value. Write a setting as {line}=VALUE."
-    if line.partition("=")[2] == "":
-        return "has no value; for an empty text write KEY='\"\"', for nothing KEY=null."
-    first = error.strip().splitlines()[0]
-    return (
-        f"cannot be read ({first}). Put a value with special characters in quotes: KEY='\"...\"'."
-    )
-
-
 def _sweep(override: Override, line: str) -> Mistake:
-    key = override.key_or_group
+    key, value = override.key_or_group, line.partition("=")[2]
     return Mistake(
         key,
-        f"{line.partition('=')[2]} is several values, and one run takes one. For a list write "
-        f"{key}=[a,b]; for text with commas {key}='\"a,b\"'; to try each, add -m.",
+        f"{value} is several values, and one run takes one. For a list write "
+        f"{quote(f'{key}=[{value}]')}; for text with commas {format_override(key, value)}; to try "
+        "each, add -m.",
     )
 
 
@@ -274,6 +280,8 @@ def resolve_config(composed: ComposedConfig) -> dict[str, Any]:
 
 
 def _interpolation_words(error: OmegaConfBaseException) -> str:
+    if isinstance(error, GrammarParseError):
+        return f"{WRONG_INTERPOLATION}."
     first = str(error.msg).strip().splitlines()[0]
     if isinstance(error, InterpolationResolutionError) and "Environment variable" in first:
         return f"{first.split(':', 1)[-1].strip()}. Set it, or write ${{oc.env:NAME,default}}."
@@ -285,6 +293,8 @@ def _hydra_mistake(error: Exception) -> Mistake:
         return explain_yaml_error(error)
     if isinstance(error, RecursionError):
         return Mistake("conf", "an option includes itself in its defaults list. Remove that line.")
+    if isinstance(error, GrammarParseError) or isinstance(error.__cause__, GrammarParseError):
+        return Mistake("configuration", f"{WRONG_INTERPOLATION}.")
     cause = f" {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
     text = f"{error}{cause}".strip().partition("\nConfig search path")[0]
     return Mistake("Hydra", " ".join(text.split()))

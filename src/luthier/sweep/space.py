@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
+from luthier.config.override_errors import parse_override
 from luthier.config.recipes import list_options
 from luthier.config.schema import GROUPS
 from luthier.errors import Mistake, format_value, suggest_options
@@ -93,10 +94,10 @@ def read_space(
     ]
     for line, source_key in entries:
         try:
-            override = parser.parse_override(line)
-        except HydraException as error:
+            override = parse_override(parser, line)
+        except HydraException:
             mistakes += (
-                [Mistake(source_key, _describe_parse_error(error))] if source_key != line else []
+                [Mistake(source_key, _describe_parse_error(line))] if source_key != line else []
             )
             # A typed word that cannot be read stays: the check of the configuration reports it.
             fixed += [line] if source_key == line else []
@@ -149,9 +150,11 @@ def _quote_item(item: Any) -> str:
     return format_value(item)
 
 
-def _describe_parse_error(error: HydraException) -> str:
-    first = str(error).strip().splitlines()[0]
-    return f"cannot be read ({first}). {_FORMS}; within {{...}} of YAML, in quotes."
+def _describe_parse_error(line: str) -> str:
+    value = line.partition("=")[2]
+    if value == "choice()":
+        return f"the list is empty. {_FORMS}."
+    return f"{value!r} cannot be read. {_FORMS}; within {{...}} of YAML, in quotes."
 
 
 def _read_axis(override: Override, text: str) -> SearchAxis | str:
