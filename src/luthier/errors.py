@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def report_error(error: UserError) -> int:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is not None:
         note = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(error_file).write_text(json.dumps({"message": note}), encoding="utf-8")
+        with suppress(OSError):  # the disk of this file may be the full one
+            Path(error_file).write_text(json.dumps({"message": note}), encoding="utf-8")
     if error_file is not None and os.environ.get("RANK", "0") != "0":
         time.sleep(_SECONDS_TO_SPEAK)
     print(error, file=sys.stderr, flush=True)

@@ -70,6 +70,7 @@ def test_an_old_key_in_the_record_of_a_run_is_read_as_the_new_one(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(OLD_CONFIG), encoding="utf-8")
     assert read_recorded_config(file) == NEW_CONFIG
+    (tmp_path / "run.json").write_text('{"status": "stopped", "versions": {"luthier": "0.1.0"}}')
     assert inspect_run(tmp_path, NEW_CONFIG).changes == []
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from luthier.errors import UserError
 from luthier.record.run_dir import inspect_run, open_run
-from luthier.storage.atomic import publish_folder, write_json, write_text
+from luthier.storage.atomic import write_json, write_text
+from luthier.storage.output_folder import publish_folder, seal_model
 
 CONFIG = {"seed": 1, "lora": {"r": 8}, "output_dir": "x", "tracker": {"to": []}}
 
@@ -74,7 +75,8 @@ def test_overwriting_removes_only_what_luthier_writes(tmp_path):
     with open_run(tmp_path, CONFIG, [], overwrite=True) as run:
         assert run.state == "new"
         names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [".lock", "config.yaml", "notes.md", "overrides.yaml"]
+    assert names == [".lock", ".luthier.json", "config.yaml", "notes.md", "overrides.yaml"]
+    assert run.foreign == ["notes.md"]
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
@@ -109,6 +111,7 @@ def test_publishing_replaces_the_older_folder(tmp_path):
     for name, text in (("model", "old"), (".model.tmp", "new")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text(text)
+        seal_model(tmp_path / name)
     publish_folder(tmp_path / ".model.tmp", tmp_path / "model")
     assert (tmp_path / "model" / "weights").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

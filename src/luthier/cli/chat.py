@@ -13,6 +13,7 @@ from luthier.errors import UserError
 from luthier.infer import generation_config as generation
 from luthier.infer.chat_session import ChatSession
 from luthier.infer.stream import printable
+from luthier.storage.write_errors import explain_write_errors
 
 # rich is imported in functions: help and a mistake in what was typed must answer at once.
 if TYPE_CHECKING:
@@ -297,12 +298,10 @@ class ChatRepl:
         if not text:
             raise UserError("/save: where to? Write /save FILE.")
         rows = [{"messages": chat.messages} for chat in self._chats]
-        try:
-            # Appended, so that several conversations become one dataset of JSONL.
-            with Path(text).expanduser().open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        except OSError as error:
-            raise UserError(f"/save {text}: cannot be written: {error.strerror}.") from error
+        path = Path(text).expanduser()
+        # Appended, so that several conversations become one dataset of JSONL.
+        with explain_write_errors(path, "/save"), path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self._note(f"written {text}")
 
     def _help(self, _: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
+from luthier.storage.write_errors import explain_write_errors
 
 if TYPE_CHECKING:
     from luthier.inspection.served import ServedCheck
@@ -90,10 +91,9 @@ def _draw(file: str, survey: "Survey") -> None:
         max_length=survey.material.config.chat.max_length,
         sources={name: share.epoch for name, share in mixture.items()},
     )
-    try:
-        drawn = plot_data(numbers, survey.material.name, Path(file).expanduser())
-    except OSError as error:
-        raise UserError(f"--png {file}: cannot be written: {error.strerror}.") from error
+    path = Path(file).expanduser()
+    with explain_write_errors(path, "--png"):
+        drawn = plot_data(numbers, survey.material.name, path)
     note = f"written {file}" if drawn else f"{file} is not written: nothing trains"
     # On stderr for the same reason: with --json stdout holds one object.
     print(note, file=sys.stderr)

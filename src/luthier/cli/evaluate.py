@@ -4,10 +4,13 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
+from luthier.storage.atomic import write_json
+from luthier.storage.write_errors import explain_write_errors
 
 if TYPE_CHECKING:
     from luthier.cli.model_arguments import ModelArguments
@@ -81,9 +84,8 @@ def run(arguments: list[str]) -> int:
     quiet_libraries()
     report = _evaluated(model, other, typed, parsed, metrics)
     if out is not None:
-        from luthier.storage.atomic import write_json
-
-        write_json(out, report)
+        with explain_write_errors(out, "-o"):
+            write_json(out, report)
         print(f"written {out}", file=sys.stderr)
     if "--json" in parsed.switches:
         print(json.dumps(report, ensure_ascii=False))
@@ -111,6 +113,8 @@ def _writable(name: str | None) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"-o {name}: cannot be written: name a file in a folder that is there.")
+    with explain_write_errors(path, "-o"), TemporaryFile(dir=path.parent):
+        pass
     return path
 
 

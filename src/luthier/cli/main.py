@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from luthier import __version__
 from luthier.errors import UserError, report_error, report_unexpected
+from luthier.storage.write_errors import describe_write_error
 
 
 class Command(NamedTuple):
@@ -137,7 +138,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        sys.exit(report_unexpected(error))
+        # Whatever else cannot be read or written: in words, if it is about a file.
+        mistake = describe_write_error(error, None, "")
+        sys.exit(report_error(mistake) if mistake else report_unexpected(error))
 
 
 def usage() -> str:

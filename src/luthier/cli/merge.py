@@ -32,7 +32,7 @@ COMMAND_LINE = CommandLine(
         Flag("--base", "MODEL", "the adapter's base, where it is no longer at its place"),
         Flag("--quantize", "FORMAT", "pack the result for serving: nf4, int8, gptq or awq"),
         Flag("--no-verify", None, "do not compare logits (loading takes 4 bytes a weight)"),
-        Flag("--overwrite", None, "replace what is in the folder"),
+        Flag("--overwrite", None, "replace a model of luthier that is in the folder"),
     ),
     "  luthier merge runs/quickstart/default\n"
     "  luthier merge runs/quickstart/default --out served --dtype float16\n"
@@ -69,7 +69,7 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
     from luthier.export import merge_adapter
     from luthier.export.merge_in_memory import too_large
     from luthier.export.quantize import check_format, quantize_model
-    from luthier.storage.atomic import check_target
+    from luthier.storage.output_folder import check_target
 
     target = choose_target(artifacts[0], parsed)
     quantize = parsed.texts.get("--quantize")
@@ -87,7 +87,7 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
     overwrite = "--overwrite" in parsed.switches
     # A model without an adapter has nothing to merge: it is only packed.
     if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
-        check_target(target, overwrite)
+        check_target(target, overwrite, *merge_adapter.list_inputs(order.artifacts))
         quiet_libraries()
         quantize_model(artifacts[0], target, quantize, print)
         return 0
@@ -138,11 +138,15 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
     """Put a sharded checkpoint together: `luthier merge RUN/checkpoints/checkpoint-N`."""
     from luthier.environment import quiet_libraries
     from luthier.export import sharded_checkpoint
-    from luthier.storage.atomic import check_target, output_folder
+    from luthier.export.merge_adapter import list_inputs
+    from luthier.storage.output_folder import check_target, output_folder
 
     artifact = _trained_whole(folder, parsed)
-    target = Path(parsed.texts.get("--out") or f"{str(folder).rstrip('/')}-merged").expanduser()
-    check_target(target, "--overwrite" in parsed.switches)
+    typed = parsed.texts.get("--out")
+    target = Path(typed or f"{str(folder).rstrip('/')}-merged").expanduser()
+    inputs, runs = list_inputs([artifact])
+    # The default lies beside the checkpoint, in its run.
+    check_target(target, "--overwrite" in parsed.switches, [folder, *inputs], runs if typed else [])
     if sharded_checkpoint.sharding_of(folder) == "zero" and find_spec("deepspeed") is None:
         raise UserError(
             f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"

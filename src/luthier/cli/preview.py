@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError, suggest_options
+from luthier.storage.atomic import write_text
+from luthier.storage.write_errors import explain_write_errors
 
 if TYPE_CHECKING:
     from luthier.inspection.dataset import LoadedDataset
@@ -139,10 +141,8 @@ def _write(file: str, token_view: "TokenView", name: str, ids: bool) -> None:
     from luthier.inspection.render import render_html
 
     path = Path(file).expanduser()
-    try:
-        path.write_text(render_html(f"luthier preview: {name}", token_view, ids), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--html {file}: cannot be written: {error.strerror}.") from error
+    with explain_write_errors(path, "--html"):
+        write_text(path, render_html(f"luthier preview: {name}", token_view, ids))
     print(f"written {file}", file=sys.stderr)
 
 

@@ -15,6 +15,7 @@ from luthier.config.load import LoadedConfig, check_composed, format_mistakes, l
 from luthier.config.recipes import list_options, list_recipes, read_recipe_header
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError, nearest_option
+from luthier.storage.write_errors import describe_write_error
 
 # Columns of what `--help` prints.
 _WIDTH = 100
@@ -126,7 +127,8 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except Exception as error:
-        return errors.report_unexpected(error)
+        in_words = describe_write_error(error, None, "")
+        return errors.report_error(in_words) if in_words else errors.report_unexpected(error)
 
 
 def _parse_command_line(argv: list[str]) -> TrainCommandLine:

@@ -27,6 +27,7 @@ _PLACES = ("_name_or_path", "_model_name_or_path", "name_or_path", "base_model_n
 _KEYS = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16}|ghp_\w{36})\b")
 """Keys of the hub, of OpenAI, AWS and GitHub."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LINK = "a link out of this folder"
 
 
 @dataclass
@@ -58,7 +59,7 @@ def plan_upload(folder: Path, facts: ModelFacts, written: dict[str, str]) -> Upl
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or name in written:
             continue
-        why = _reason_to_stay(name)
+        why = _reason_to_stay(name) or ("" if _is_inside(path, folder) else _LINK)
         if why:
             upload_plan.left[name] = why
         elif path.suffix == ".json":
@@ -69,6 +70,13 @@ def plan_upload(folder: Path, facts: ModelFacts, written: dict[str, str]) -> Upl
     _refuse_missing(folder, upload_plan)
     _refuse_keys(folder, upload_plan)
     return upload_plan
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a file lies in the folder itself, or in the hub's cache that it is part of."""
+    target, home = path.resolve(), folder.resolve()
+    is_cached = home.parent.name == "snapshots" and target.is_relative_to(home.parents[1] / "blobs")
+    return is_cached or target.is_relative_to(home)
 
 
 def _reason_to_stay(name: str) -> str:
@@ -123,7 +131,9 @@ def _refuse_missing(folder: Path, upload_plan: UploadPlan) -> None:
     if any(name.endswith(".safetensors") for name in upload_plan.files):
         return
     pickles = [name for name in upload_plan.left if name.endswith(_PICKLES)]
+    links = [name for name, why in upload_plan.left.items() if why == _LINK]
     has = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
+    has += f", but links out of this folder ({', '.join(links)})" if links else ""
     raise UserError(f"{folder}: there is {has}; what goes to the hub is safetensors.")
 
 

@@ -17,7 +17,8 @@ from luthier.export.usage_snippets import ChatFormat
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import auto_class
 from luthier.record.checkpoints import read_step_log
-from luthier.storage.atomic import check_free_space, check_target, output_folder, write_json
+from luthier.storage.atomic import write_json
+from luthier.storage.output_folder import check_free_space, check_target, output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +175,16 @@ def refuse_merge(order: MergeOrder, overwrite: bool) -> None:
                 f"{artifact.name} and {first.name} were trained on weights that were packed in "
                 "different ways. --onto original adds both to the weights before that."
             )
-    check_target(order.target, overwrite)
+    check_target(order.target, overwrite, *list_inputs(order.artifacts))
+
+
+def list_inputs(artifacts: list[Artifact]) -> tuple[list[Path], list[Path]]:
+    """Return the folders (and files) that models are read from, and those of their runs."""
+    bases = [Path(artifact.base.path).expanduser() for artifact in artifacts]
+    adapters = [artifact.adapter for artifact in artifacts if artifact.adapter is not None]
+    runs = [artifact.run for artifact in artifacts if artifact.run is not None]
+    # A base by its name on the hub is no path.
+    return [*(base for base in bases if base.exists()), *adapters], runs
 
 
 def merge_adapters(order: MergeOrder, say: Say) -> None:

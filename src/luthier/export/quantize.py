@@ -14,8 +14,8 @@ from luthier.export.model_layout import base_folder
 from luthier.export.weight_files import INDEX, SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
 from luthier.model.load import auto_class
-from luthier.storage.atomic import output_folder
 from luthier.storage.manifest import MANIFEST
+from luthier.storage.output_folder import output_folder
 
 CALIBRATION = 256
 """Training rows that GPTQ and AWQ look at."""

@@ -10,7 +10,7 @@ from luthier.export import merge_streaming, model_facts, weight_files, write_car
 from luthier.export.model_layout import base_folder, layout_of
 from luthier.export.weight_files import TensorEntry, write_weights
 from luthier.model.artifact import Artifact
-from luthier.storage.atomic import check_free_space
+from luthier.storage.output_folder import check_free_space
 
 if TYPE_CHECKING:
     from torch import Tensor

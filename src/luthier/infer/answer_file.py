@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier.errors import UserError
 from luthier.storage.atomic import read_json, write_json
+from luthier.storage.write_errors import explain_write_errors
 
 RECORD = ".made.json"
 """The ending of the record's name, behind the name of the file."""
@@ -25,14 +26,15 @@ class AnswerFile:
         # Through JSON and back, so that it equals what is read: tuples become lists, for one.
         self.path, self._made = path, json.loads(json.dumps(origin))
         self.record = path.with_name(path.name + RECORD)
-        self.done = self._take()
+        with explain_write_errors(path, "-o"):
+            self.done = self._take()
         """Rows that are answered already."""
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows, whole lines at once."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         # A model may write half of a surrogate pair, which UTF-8 has no bytes for.
-        with self.path.open("ab") as file:
+        with explain_write_errors(self.path, "-o"), self.path.open("ab") as file:
             file.write(lines.encode("utf-8", "backslashreplace"))
 
     def _take(self) -> int:

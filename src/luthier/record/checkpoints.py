@@ -17,10 +17,16 @@ from pydantic import BaseModel, ConfigDict
 from luthier.storage.atomic import write_text
 from luthier.storage.disk_space import free_bytes
 from luthier.storage.manifest import (
+    MANIFEST,
     DamagedFolderError,
     read_manifest,
     verify_manifest,
     write_manifest,
+)
+from luthier.storage.output_folder import (
+    find_free_name,
+    list_remaining_files,
+    remove_listed_files,
 )
 from luthier.storage.sizes import folder_size, format_bytes
 from luthier.storage.typed_files import DamagedFileError, load_json, load_json_lines
@@ -36,6 +42,8 @@ COUNTERS_FILE = "counted_{rank}.json"
 """The file of a checkpoint with what one process has counted since the last line of metrics."""
 LOGS_FOLDER = "logs"
 """The folder of a checkpoint with the logs of its run as they were then, under its seal."""
+_BROKEN_SEAL = "removed.json"
+"""The name of a checkpoint's manifest while the checkpoint is removed."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -87,14 +95,17 @@ def publish_checkpoint(written: Path, target: Path, facts: dict[str, Any]) -> No
     for path in (*(file for file in written.rglob("*") if file.is_file()), written):
         _sync(path)
     aside = _aside(target)
-    _discard(aside)
-    if target.exists() or target.is_symlink():
+    _discard(aside, target)
+    if _is_own(target):
         target.replace(aside)
+    elif os.path.lexists(target):
+        # Not a checkpoint, so it is the user's: it makes room, and stays.
+        target.replace(find_free_name(target))
     written.replace(target)
     with suppress(OSError):  # some network file systems keep what another process has open
         written.parent.rmdir()
     _sync(target.parent)
-    _discard(aside)
+    _discard(aside, target)
 
 
 def recover_checkpoints(folder: Path) -> None:
@@ -104,11 +115,14 @@ def recover_checkpoints(folder: Path) -> None:
         # Whole, and killed between the seal and the rename: the work of its steps is not lost.
         if not (folder / path.name).exists() and _find_problem(path) is None:
             path.replace(folder / path.name)
-    _discard(new)
+    if new.is_dir() and not new.is_symlink():
+        shutil.rmtree(new, ignore_errors=True)
+    else:
+        new.unlink(missing_ok=True)
     for aside in folder.glob(".checkpoint-*.old"):
         target = folder / aside.name.removeprefix(".").removesuffix(".old")
         if not aside.is_dir() or target.exists() or _find_problem(aside):
-            _discard(aside)
+            _discard(aside, target)
         else:
             aside.replace(target)
 
@@ -147,7 +161,8 @@ def prune_checkpoints(
     goes as soon as there is a newer one. Returns a sentence where what must stay is still too
     large.
     """
-    remaining = [path for number, path in list_checkpoints(folder) if number <= step]
+    numbered = list_checkpoints(folder)
+    remaining = [path for number, path in numbered if number <= step and _is_own(path)]
     needed = {folder / f"checkpoint-{step}", *([best] if best else [])}
     # A copy of the list, from which the loop removes.
     for path in [path for path in remaining if path not in needed]:
@@ -200,19 +215,33 @@ def _aside(target: Path) -> Path:
 def _remove(path: Path) -> None:
     """Remove a checkpoint so that none that is half removed has its name."""
     aside = _aside(path)
-    _discard(aside)
-    # Without its seal it is none, should the process end in between.
-    (path / "manifest.json").unlink(missing_ok=True)
+    _discard(aside, path)
     path.replace(aside)
-    _discard(aside)
+    _discard(aside, path)
 
 
-def _discard(path: Path) -> None:
-    """Remove a folder, or the file or link that has its name; nothing where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _discard(aside: Path, target: Path) -> None:
+    """Remove the checkpoint that lies aside; files of others in it stay, at the target's place."""
+    if aside.is_symlink() or not aside.is_dir():
+        aside.unlink(missing_ok=True)
+        return
+    seal, broken_seal = aside / MANIFEST, aside / _BROKEN_SEAL
+    with suppress(OSError):  # some network file systems keep what another process has open
+        # Without its seal it is none, should the process end in between; its list is needed still.
+        if seal.is_file():
+            seal.replace(broken_seal)
+        if broken_seal.is_file():
+            remove_listed_files(aside, broken_seal)
+        else:  # an earlier version was killed while it removed this
+            shutil.rmtree(aside)
+    if any(not Path(name).name.startswith(".nfs") for name in list_remaining_files(aside)):
+        aside.replace(find_free_name(target))
+
+
+def _is_own(path: Path) -> bool:
+    """Tell a checkpoint, also a damaged one, from a file, a link or a folder of the user's."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    return is_folder and any((path / name).is_file() for name in (MANIFEST, "trainer_state.json"))
 
 
 def _sync(path: Path) -> None:

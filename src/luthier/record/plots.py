@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.batching.token_rows import TokenRows
+from luthier.storage.atomic import replace_file
 
 if TYPE_CHECKING:
     from luthier.data.prepare import PreparedData
@@ -136,11 +137,13 @@ def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure as a PNG, complete or not at all, and close it; return its path."""
     from matplotlib import pyplot
 
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    # pyplot keeps every figure that is not closed, for as long as the process lives.
-    pyplot.close(figure)
-    return temporary.replace(path)
+    try:
+        with replace_file(path) as temporary:
+            figure.savefig(temporary, format="png")
+    finally:
+        # pyplot keeps every figure that is not closed, for as long as the process lives.
+        pyplot.close(figure)
+    return path
 
 
 def _draw_train(axes: Any, train: list[tuple[int, float]], name: str) -> None:

@@ -10,17 +10,20 @@ evaluations.jsonl  held-out rows answered at each evaluation, where that is aske
 loss.png        the loss over the steps
 model/          the adapter or model, tokenizer, chat template and chat settings
 checkpoints/    the trainer's checkpoints
+.luthier.json   that this is a run, and which files in it are luthier's; written first
 """
 
-import shutil
+import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from luthier import __version__
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError, nearest_option
 from luthier.record import checkpoints
@@ -28,7 +31,14 @@ from luthier.record.config_diff import ConfigChange, compare_configs
 from luthier.record.record import RECORD_FORMAT, RunRecord, read_record
 from luthier.record.secrets import redact_override, redact_secrets
 from luthier.storage import lock
-from luthier.storage.atomic import write_text
+from luthier.storage.atomic import write_json, write_text
+from luthier.storage.manifest import MANIFEST, DamagedFolderError, verify_manifest, verify_sizes
+from luthier.storage.output_folder import (
+    WrittenFiles,
+    list_remaining_files,
+    name_some,
+    remove_written,
+)
 
 RUNS = Path("runs")
 """The folder that holds every run whose config names no other `output_dir`."""
@@ -39,7 +49,24 @@ _FILES = (
     *("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl"),
     *("evaluations.jsonl", "before.json", "loss.png", "data.png", "dropped.jsonl"),
 )
-_FOLDERS = ("model", "checkpoints", "tensorboard", "code")
+WRITTEN_FILES = WrittenFiles(
+    files=(
+        *_FILES,
+        *(f".{name}.*.tmp" for name in _FILES),
+        *("code/*.diff", "code/.*.diff.*.tmp"),
+        *("tensorboard/events.out.tfevents.*", "tensorboard/*/events.out.tfevents.*"),
+    ),
+    folders=("model", "checkpoints/checkpoint-*"),
+    temporary=(".model.tmp", "checkpoints/.new", "checkpoints/.checkpoint-*.old"),
+)
+"""What luthier writes into a run's directory. Trackers' own stores (wandb, mlflow) hold several
+runs, and merged models are another command's: both stay where a run is replaced."""
+MARKER = ".luthier.json"
+"""The file of a run's directory that says so, and lists what luthier writes there."""
+_STATUSES = ("running", "finished", "stopped", "failed", "interrupted")
+_CONFIG_KEYS = {"model", "dataset", "trainer", "output_dir", "seed"}
+_HASHED_BYTES = 2**31
+"""A finished model of up to so many bytes is compared by its hashes, a larger one by its sizes."""
 _REPLACEABLE = ("failed", "stopped")
 """Statuses of a run that another config may replace, if the run made no progress."""
 
@@ -56,6 +83,8 @@ class RunDir:
     extended_from: int | None = None
     """The optimizer step from which a run that becomes longer or shorter goes on; None for a run
     that keeps its length or has no checkpoint yet."""
+    foreign: list[str] = field(default_factory=list)
+    """The files that stay where an earlier run was removed, as luthier did not write them."""
 
 
 @contextmanager
@@ -65,27 +94,41 @@ def open_run(
     """Hold a run's directory for this process, ready to train in for as long as the block runs.
 
     `resolved` is the whole config and `overrides` is what was typed; both are written, unless the
-    folder holds this very run finished. What an earlier, replaced run left is removed first.
-    Raises UserError where `inspect_run` does, where another process has the folder, and where a
-    finished run is to become longer and has no checkpoint.
+    folder holds this very run finished. What an earlier, replaced run left is removed first, and
+    what others put there stays. A new run that fails before its first step leaves no folder.
+    Raises UserError where `inspect_run` does, where another process has the folder, where it
+    cannot be written, and where a finished run is to become longer and has no checkpoint.
     """
     _refuse_foreign_folder(folder)
     # Behind the refusal, since taking the lock writes a file into the folder.
     with lock.hold_lock(folder):
         run = inspect_run(folder, resolved, overwrite)
-        if run.state == "new":
-            _remove_run_files(folder)
-        else:
-            # What a killed run was just writing; nobody else writes, as the folder is held.
-            for path in folder.glob(".*.tmp"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if any(change.effect == "length" for change in run.changes):
-            run = replace(run, extended_from=_note_extension(run))
-        if run.state != "finished":
-            write_text(folder / "config.yaml", to_yaml(resolved))
-            typed = [redact_override(override) for override in overrides]
-            write_text(folder / "overrides.yaml", yaml.safe_dump(typed, allow_unicode=True))
-        yield run
+        try:
+            yield _prepare_folder(run, resolved, overrides)
+        except Exception:
+            # Signals are no Exceptions: a run that was asked to stop goes on, and has a record.
+            if run.state == "new" and not (folder / "before.json").exists():
+                _remove_failed_start(folder)
+            raise
+
+
+def _prepare_folder(run: RunDir, resolved: dict[str, Any], overrides: list[str]) -> RunDir:
+    """Make the locked directory of a run ready, and return what is known of it then."""
+    folder = run.folder
+    if run.state == "new":
+        run = replace(run, foreign=_remove_earlier_run(folder))
+    else:
+        # What a killed run was just writing; nobody else writes, as the folder is held.
+        unfinished = [name for name in WRITTEN_FILES.files if name.endswith(".tmp")]
+        remove_written(folder, WrittenFiles(tuple(unfinished), temporary=(".model.tmp",)))
+    if any(change.effect == "length" for change in run.changes):
+        run = replace(run, extended_from=_note_extension(run))
+    if run.state != "finished":
+        _write_marker(folder)
+        write_text(folder / "config.yaml", to_yaml(resolved))
+        typed = [redact_override(override) for override in overrides]
+        write_text(folder / "overrides.yaml", yaml.safe_dump(typed, allow_unicode=True))
+    return run
 
 
 def inspect_run(folder: Path, resolved: dict[str, Any], overwrite: bool = False) -> RunDir:
@@ -111,6 +154,44 @@ def inspect_run(folder: Path, resolved: dict[str, Any], overwrite: bool = False)
     if record.get("format", 1) < RECORD_FORMAT and has_training_progress(folder):
         raise UserError(_older_format_message(folder, record))
     return RunDir(folder, "unfinished", changes)
+
+
+def describe_model_damage(folder: Path) -> str | None:
+    """Return what is wrong with the saved model of a finished run; None where it is as it was.
+
+    Its files are compared with its manifest: their sizes, and their hashes where they are not
+    large. Of a run of a version that kept none, the model has to be there.
+    """
+    model = folder / "model"
+    if not model.is_dir():
+        return f"{model} is gone"
+    if not (model / MANIFEST).exists():
+        has_weights = any(model.glob("*.safetensors")) or any(model.glob("*.bin"))
+        return None if has_weights else f"{model} holds no weights"
+    try:
+        sizes = [file["size"] for file in verify_sizes(model)["files"].values()]
+        if sum(sizes) <= _HASHED_BYTES:
+            verify_manifest(model)
+    except DamagedFolderError as damage:
+        return f"{model} is damaged: {damage}"
+    return None
+
+
+def refuse_damaged_model(folder: Path) -> None:
+    """Raise UserError where the model of a finished run is gone or damaged, with what to do."""
+    damage = describe_model_damage(folder)
+    if damage is None:
+        return
+    newest = checkpoints.list_checkpoints(folder / "checkpoints")[-1:]
+    advice = "".join(
+        f"\nIts newest checkpoint is {path}: generate, chat, merge and push take it in the run's "
+        "place."
+        for _, path in newest
+    )
+    raise UserError(
+        f"{folder} holds this run, finished, but {damage}.{advice}\n"
+        "Put the model back, choose another output_dir=..., or overwrite=true to train it again."
+    )
 
 
 def is_run_finished(folder: Path, resolved: dict[str, Any]) -> bool:
@@ -159,14 +240,52 @@ def find_run(typed: str) -> Path:
 
 def _refuse_foreign_folder(folder: Path) -> None:
     """Raise UserError where `folder` is a file, or holds files that are no run."""
+    if folder.is_symlink() and not folder.exists():
+        target = folder.readlink()
+        raise UserError(
+            f"output_dir: {folder} is a link to {target}, which is not there. Make that folder, "
+            "or choose another output_dir."
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file, not a folder. Choose another output_dir.")
-    is_run = (folder / "config.yaml").is_file() or (folder / "run.json").is_file()
-    if folder.is_dir() and any(p.name != lock.LOCK_FILE for p in folder.iterdir()) and not is_run:
+    if not folder.is_dir() or is_run_folder(folder):
+        return
+    names = sorted(path.name for path in folder.iterdir() if path.name != lock.LOCK_FILE)
+    if names:
         raise UserError(
-            f"output_dir: {folder} holds files that are no run of luthier. "
+            f"output_dir: {folder} holds files that are no run of luthier ({name_some(names)}). "
             "Choose an empty folder, so that nothing of yours is overwritten."
         )
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Return whether luthier began a run in a folder, judged by what its files say.
+
+    That is the marker; in a run of a version that wrote none, a record or a config with what was
+    typed, in luthier's form. Files of these names that say something else make no run.
+    """
+    marker = _read_plain(folder / MARKER)
+    if isinstance(marker, dict) and marker.get("kind") == "run":
+        return True
+    record = _read_plain(folder / "run.json")
+    if isinstance(record, dict) and record.get("status") in _STATUSES:
+        versions = record.get("versions")
+        if isinstance(versions, dict) and "luthier" in versions:
+            return True
+    config, typed = _read_plain(folder / "config.yaml"), _read_plain(folder / "overrides.yaml")
+    is_config = isinstance(config, dict) and config.keys() >= _CONFIG_KEYS
+    return is_config and isinstance(typed, list) and all(isinstance(word, str) for word in typed)
+
+
+def _read_plain(file: Path) -> Any:
+    """Return the value of a JSON or YAML file; None where there is none that can be read."""
+    if file.is_symlink() or not file.is_file():
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+        return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
 
 
 def _config_changes(folder: Path, resolved: dict[str, Any]) -> list[ConfigChange]:
@@ -177,12 +296,61 @@ def _config_changes(folder: Path, resolved: dict[str, Any]) -> list[ConfigChange
     return compare_configs(read_recorded_config(path), resolved)
 
 
-def _remove_run_files(folder: Path) -> None:
-    """Remove what an earlier run left in `folder`; only files that luthier itself writes."""
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in _FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+def _write_marker(folder: Path) -> None:
+    """Write, before anything else, that this is a run and which files in it are luthier's."""
+    marker = {"kind": "run", "luthier": __version__, "written": asdict(WRITTEN_FILES)}
+    write_json(folder / MARKER, marker)
+
+
+def _read_written_files(folder: Path) -> WrittenFiles:
+    """Return what the version that began a run writes, as its marker lists it, else this one."""
+    marker = _read_plain(folder / MARKER)
+    lists = marker.get("written") if isinstance(marker, dict) else None
+    names = [entry.name for entry in fields(WrittenFiles)]
+    if not isinstance(lists, dict) or lists.keys() != set(names):
+        return WRITTEN_FILES
+    values = {name: tuple(lists[name]) for name in names if isinstance(lists[name], list)}
+    is_text = all(isinstance(pattern, str) for value in values.values() for pattern in value)
+    return WrittenFiles(**values) if len(values) == len(names) and is_text else WRITTEN_FILES
+
+
+def _remove_earlier_run(folder: Path) -> list[str]:
+    """Remove what an earlier run left in `folder`; return the files of others, which stay.
+
+    Raises UserError, before anything is removed, where its checkpoints or its model lie behind a
+    link: nothing outside of the folder is removed, and a new run must not go on from them.
+    """
+    stored = folder / "checkpoints"
+    filled = (folder / "model", *stored.glob("checkpoint-*"))
+    linked = [path for path in filled if path.is_symlink() and path.is_dir()]
+    linked = [path for path in linked if any(path.iterdir())]
+    if stored.is_symlink() and checkpoints.list_checkpoints(stored):
+        linked.append(stored)
+    for path in linked:
+        raise UserError(
+            f"output_dir: {path} is a link to {path.resolve()}, and what is there belongs to the "
+            "run that would be replaced. Nothing behind a link is removed.\nEmpty that folder "
+            "yourself, remove the link, or choose another output_dir=..."
+        )
+    remove_written(folder, _read_written_files(folder))
+    ignored = (lock.LOCK_FILE, MARKER, f".{MARKER}.{os.getpid()}.tmp")
+    foreign = list_remaining_files(folder, ignored)
+    last = checkpoints.find_newest_checkpoint(folder / "checkpoints").path
+    if last is not None:
+        raise UserError(
+            f"output_dir: {last} cannot be removed, and a new run would go on from it. Remove it, "
+            "or choose another output_dir=..."
+        )
+    return foreign
+
+
+def _remove_failed_start(folder: Path) -> None:
+    """Remove what a run wrote that failed before its first step; the lock's end does the rest."""
+    with suppress(OSError):
+        remove_written(folder, WRITTEN_FILES)
+        # Files of others, such as those of a tracker, stay, and so does what makes it a run.
+        if not list_remaining_files(folder, (lock.LOCK_FILE, MARKER)):
+            (folder / MARKER).unlink(missing_ok=True)
 
 
 def _note_extension(run: RunDir) -> int | None:

@@ -2,25 +2,38 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import UserError
-from luthier.storage.disk_space import free_bytes
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, whose file takes the name when the block ends well.
+
+    After an error nothing is left of it. Every OSError names the file: a full disk is told by a
+    write, which does not say where to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,77 +49,3 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_json(path: Path) -> Any:
     """The value of a JSON file, or None where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def publish_folder(temporary: Path, path: Path) -> None:
-    """Rename a finished folder to `path`; an older one there is moved aside first, then removed.
-
-    Its files get the mode that new files have here: safetensors leaves weights that their owner
-    alone can read, and others on a cluster are to load them.
-    """
-    _share_as_new(temporary)
-    aside = path.with_name(f".{path.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if path.exists():
-        path.replace(aside)
-    temporary.replace(path)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _share_as_new(folder: Path) -> None:
-    probe = folder / f".mode.{os.getpid()}"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
-
-
-# The folder that a command writes: whole or absent.
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError for a target that is a file, or a folder with something in it."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--out {target}: this is a file. Name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(
-            f"--out {target}: this folder is not empty. --overwrite replaces it, or name another."
-        )
-    if target.resolve() == Path.cwd().resolve():
-        raise UserError(f"--out {target}: this is the folder that you are in. Name another.")
-
-
-def check_free_space(size: int, folder: Path) -> None:
-    """Raise UserError where the weights do not fit on the disk."""
-    free = free_bytes(folder)
-    if size > free:
-        raise UserError(
-            f"The model takes {size / 1e9:.2f} GB, and the disk of {folder.parent} has "
-            f"{free / 1e9:.2f} GB left. Name a folder on another disk: --out."
-        )
-
-
-@contextmanager
-def output_folder(
-    target: Path, keep: type[BaseException] | tuple[type[BaseException], ...] = ()
-) -> Iterator[Path]:
-    """Give an empty folder beside the target, which takes its place when the block ends.
-
-    After an error the folder is removed, but for errors of the kinds `keep`. Raises UserError where
-    nothing can be written there.
-    """
-    aside = target.with_name(f".{target.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {target}: cannot be written: {error.strerror}.") from error
-    try:
-        yield aside
-    except BaseException as error:
-        if not isinstance(error, keep):
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    publish_folder(aside, target)

@@ -30,4 +30,10 @@ def is_disk_full(error: BaseException | None, folder: Path) -> bool:
 
 def free_bytes(folder: Path) -> int:
     """Return how many bytes are free on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    # A folder that cannot be looked into has parents that can: the root, at last.
+    for place in (folder.absolute(), *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return 0

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,16 @@ class _Manifest(BaseModel):
     made: dict[str, Any]
 
 
-def write_manifest(folder: Path, made: dict[str, Any]) -> None:
+def write_manifest(folder: Path, made: dict[str, Any], unsealed: Collection[str] = ()) -> None:
     """Write the manifest: size and SHA-256 (of each block of 64 MiB) of every file, and `made`.
 
-    A file of a folder within goes by its path.
+    A file of a folder within goes by its path. Names in `unsealed` are left out: they may change.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).as_posix() not in (MANIFEST, *unsealed)
+    )
     content = {
         "files": {
             file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": hashes}
@@ -56,9 +60,8 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     Raises FileNotFoundError if there is no such folder, and DamagedFolderError if a file is not as
     it was.
     """
-    content = read_manifest(folder)
+    content = verify_sizes(folder)
     files = {name: folder / name for name in content["files"]}
-    _check_sizes(files, content)
     try:
         file_hashes = list(_hashes([*files.values()]))
     except OSError as error:
@@ -70,6 +73,16 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise DamagedFolderError(f"the content of {name} has changed")
     facts: dict[str, Any] = content["made"]
     return facts
+
+
+def verify_sizes(folder: Path) -> dict[str, Any]:
+    """The manifest, after the size of every file was compared: cheap, whatever the files hold.
+
+    Raises as `verify_manifest` does.
+    """
+    content = read_manifest(folder)
+    _check_sizes({name: folder / name for name in content["files"]}, content)
+    return content
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

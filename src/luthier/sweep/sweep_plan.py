@@ -21,6 +21,7 @@ from luthier.record.config_diff import NEUTRAL_KEYS, compare_configs
 from luthier.record.run_dir import to_yaml
 from luthier.record.secrets import redact_override
 from luthier.storage.atomic import read_json, write_json, write_text
+from luthier.storage.write_errors import explain_write_errors
 from luthier.sweep import objective, settings, space, strategies
 from luthier.sweep.objective import Objective, PruningSignal
 from luthier.sweep.settings import (
@@ -301,11 +302,12 @@ def lock_sweep(sweep: SweepPlan) -> int:
         raise UserError(
             f"output_dir: {path} holds files that are no sweep. Choose another output_dir=..."
         )
-    (path / "state").mkdir(parents=True, exist_ok=True)
-    lock = _take_lock(path, sweep.launcher.grace)
-    _refuse_other_sweep(sweep)
-    write_json(sweep.folder.definition, _describe_sweep(sweep))
-    write_text(path / "base.yaml", to_yaml(sweep.base.resolved))
+    with explain_write_errors(path, "output_dir"):
+        (path / "state").mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path, sweep.launcher.grace)
+        _refuse_other_sweep(sweep)
+        write_json(sweep.folder.definition, _describe_sweep(sweep))
+        write_text(path / "base.yaml", to_yaml(sweep.base.resolved))
     return lock
 
 

@@ -21,8 +21,9 @@ from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
 from luthier.record.record import RunRecord
-from luthier.storage.atomic import publish_folder, write_json, write_jsonl
+from luthier.storage.atomic import write_json, write_jsonl
 from luthier.storage.manifest import compute_seal
+from luthier.storage.output_folder import publish_folder, seal_model
 from luthier.storage.typed_files import DamagedFileError, load_json
 from luthier.train import console, trackers
 from luthier.train.callbacks import RestoreCountersCallback, StopCallback
@@ -372,6 +373,7 @@ def save_model(session: TrainingSession) -> None:
         if session.encoder is not None:
             write_json(temporary / "chat.json", session.encoder.settings())
             save_serving_files(temporary, trainer, session.encoder)
+        seal_model(temporary)
         publish_folder(temporary, session.folder / "model")
     trainer.accelerator.wait_for_everyone()
 

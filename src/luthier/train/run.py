@@ -12,7 +12,15 @@ from luthier.data.batching.settings import read_batching_settings
 from luthier.environment import set_environment
 from luthier.record.config_diff import describe_config_changes
 from luthier.record.record import read_record
-from luthier.record.run_dir import RunDir, inspect_run, is_run_finished, open_run
+from luthier.record.run_dir import (
+    RunDir,
+    inspect_run,
+    is_run_finished,
+    open_run,
+    refuse_damaged_model,
+)
+from luthier.storage.output_folder import name_some
+from luthier.storage.write_errors import explain_write_errors
 from luthier.train import launch_checks, trackers
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, write_exit_code
 
@@ -32,9 +40,10 @@ def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
     """
     # First, because libraries read some variables when they are imported.
     set_environment(loaded.config)
-    with SIGNALS.listening():
+    folder = Path(loaded.config.output_dir)
+    with SIGNALS.listening(), explain_write_errors(folder, "output_dir"):
         try:
-            code = _check_and_train(loaded, after_save)
+            code = _check_and_train(loaded, folder, after_save)
         except StoppedBySignal as stopped:
             print(f"\nstopped by {stopped}; the same command begins again", file=sys.stderr)
             code = STOPPED_EXIT_CODE
@@ -58,17 +67,19 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     return sources
 
 
-def _check_and_train(loaded: "LoadedConfig", after_save: "AfterSave | None") -> int:
+def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSave | None") -> int:
     """Check the config, take the run's directory and train; return the exit code."""
     sources = check_before_torch(loaded.config)
-    folder = Path(loaded.config.output_dir)
     with _open_run_dir(loaded, folder) as run_dir:
         if not loaded.config.dry_run:
             changes, step = run_dir.changes, run_dir.extended_from
             for sentence in describe_config_changes(changes, loaded.resolved, step):
                 print(sentence)
+            if run_dir.foreign:
+                print(f"stays     in {folder}, not luthier's: {name_some(run_dir.foreign)}")
         # torch comes with these two, and each of them is needed in one of the cases only.
         if run_dir.state == "finished":
+            refuse_damaged_model(folder)
             from luthier.train import console
 
             console.print_line(
