@@ -14,7 +14,7 @@ from helpers.adapter_models import INT8, NF4, load
 from helpers.chatml import CHATML
 from helpers.export_runs import ids_of, make_base, make_run, read
 from luthier.export.weight_files import TensorEntry, WeightFiles, read_tensor_entries, write_weights
-from luthier.storage.manifest import MANIFEST, write_manifest
+from luthier.storage.manifest import MANIFEST, verify_manifest, write_manifest
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 Q = LORA | {"target_modules": ["q_proj"]}
@@ -195,8 +195,9 @@ def test_a_merged_folder_is_whole(base, tmp_path, luthier):
     assert {path.name for path in merged.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "chat.json", "README.md", "EXPORT.md",
-        "card.json", "loss.png",
+        "card.json", "loss.png", "manifest.json",
     }  # fmt: skip
+    assert verify_manifest(merged) == {"kind": "model"}
     assert (merged / "chat_template.jinja").read_text() == CHATML
     assert read(merged / "generation_config.json")["eos_token_id"] == 2
     head = (merged / "README.md").read_text()
@@ -277,7 +278,7 @@ def test_a_whole_model_is_packed_for_serving(tmp_path, luthier):
     base, out = make_base(tmp_path / "base"), tmp_path / "packed"
     write_manifest(base, {})  # as the folder is that a GGUF file was converted into
     assert luthier("merge", base, "--quantize", "nf4", "--out", out)[0] == 0
-    assert not (out / MANIFEST).exists()
+    assert verify_manifest(out) == {"kind": "model"}
     assert read(out / "config.json")["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     sizes = [sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (base, out)]
     assert sizes[1] < 0.6 * sizes[0]
@@ -368,8 +369,26 @@ def test_a_target_that_is_not_empty(tmp_path, base, luthier):
     code, _, err = luthier("merge", run, "--out", tmp_path / "full")
     assert code == 2 and "is not empty" in err
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
-    assert luthier("merge", run, "--out", tmp_path / "full", "--overwrite")[0] == 0
-    assert not (tmp_path / "full" / "mine.txt").exists()
+    code, _, err = luthier("merge", run, "--out", tmp_path / "full", "--overwrite")
+    assert code == 2 and "holds other things than a model that luthier wrote (mine.txt)" in err
+    assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
+
+
+def test_a_merged_model_is_replaced_and_the_files_of_others_stay(tmp_path, base, luthier):
+    run, out = make_run(tmp_path / "run", base), tmp_path / "run" / "merged"
+    assert luthier("merge", run, "--no-verify")[0] == 0
+    (out / "mine.txt").write_text("precious")
+    assert luthier("merge", run, "--no-verify")[0] == 2
+    before = (out / "model.safetensors").stat().st_ino
+    code, out_text, _ = luthier("merge", run, "--no-verify", "--overwrite")
+    assert code == 0 and "in it, not luthier's, and left: mine.txt" in out_text
+    assert (out / "model.safetensors").stat().st_ino != before
+    assert (out / "mine.txt").read_text() == "precious"
+    # As an earlier version left it, without a manifest.
+    (out / MANIFEST).unlink()
+    assert luthier("merge", run, "--no-verify", "--overwrite")[0] == 0
+    assert (out / "mine.txt").read_text() == "precious"
+    assert not list(run.glob(".*"))
 
 
 def test_a_disk_that_is_full(tmp_path, base, luthier, monkeypatch):

@@ -88,6 +88,8 @@ def test_a_folder_of_another_config(capsys, rows, tmp_path):
     words = (*SMALL, f"dataset.path={rows(json.dumps(ROW))}", f"output_dir={tmp_path / 'run'}")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 1\n", encoding="utf-8")
+    assert "holds files that are no run of luthier (config.yaml)" in said(capsys, *words)
+    (tmp_path / "run" / ".luthier.json").write_text('{"kind": "run"}', encoding="utf-8")
     text = said(capsys, *words)
     assert "another config" in text
     assert "chat.boundaries: (absent) -> served" in text

@@ -139,7 +139,7 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
     from luthier.environment import quiet_libraries
     from luthier.export import sharded_checkpoint
     from luthier.export.merge_adapter import list_inputs
-    from luthier.storage.output_folder import check_target, output_folder
+    from luthier.storage.output_folder import check_target, describe_written, output_folder
 
     artifact = _trained_whole(folder, parsed)
     typed = parsed.texts.get("--out")
@@ -158,7 +158,7 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
     # Written aside and moved into place: an interruption leaves no half of a model behind.
     with output_folder(target) as aside:
         sharded_checkpoint.consolidate(folder, artifact, aside, parsed.texts.get("--dtype"), print)
-    print(f"written   {target}")
+    print(describe_written(target))
     return 0
 
 

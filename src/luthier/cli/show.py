@@ -7,7 +7,7 @@ from luthier.cli.arguments import CommandLine
 from luthier.record import checkpoints
 from luthier.record.machine_info import main_versions
 from luthier.record.record import read_record
-from luthier.record.run_dir import find_run
+from luthier.record.run_dir import describe_model_damage, find_run
 from luthier.storage import lock
 from luthier.storage.sizes import folder_size, format_bytes
 
@@ -76,7 +76,8 @@ def _status(folder: Path, record: dict[str, Any]) -> str:
     # A killed process cannot write its end, but the system released its lock.
     if status == "running" and not lock.is_locked(folder):
         return "killed: it was running, and no process holds its folder"
-    return status
+    damage = describe_model_damage(folder) if status == "finished" else None
+    return f"{status}, but {damage}" if damage else status
 
 
 def _run(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -18,7 +18,12 @@ from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import auto_class
 from luthier.record.checkpoints import read_step_log
 from luthier.storage.atomic import write_json
-from luthier.storage.output_folder import check_free_space, check_target, output_folder
+from luthier.storage.output_folder import (
+    check_free_space,
+    check_target,
+    describe_written,
+    output_folder,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,7 +199,7 @@ def merge_adapters(order: MergeOrder, say: Say) -> None:
     """
     with output_folder(order.target, keep=LogitsDiffer) as aside:
         _build_target(order, aside, say)
-    say(f"written   {order.target}")
+    say(describe_written(order.target))
 
 
 def _build_target(order: MergeOrder, aside: Path, say: Say) -> None:

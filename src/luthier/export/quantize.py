@@ -15,7 +15,7 @@ from luthier.export.weight_files import INDEX, SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
 from luthier.model.load import auto_class
 from luthier.storage.manifest import MANIFEST
-from luthier.storage.output_folder import output_folder
+from luthier.storage.output_folder import describe_written, output_folder
 
 CALIBRATION = 256
 """Training rows that GPTQ and AWQ look at."""
@@ -85,7 +85,7 @@ def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[s
         told = replace(model_facts.load_or_collect_facts(artifact), packed=packed)
         plot = None if artifact.run is None else artifact.run / write_card.PLOT
         write_card.write_descriptions(aside, told, chat_format, plot)
-    say(f"written   {target}")
+    say(describe_written(target))
 
 
 def _count_weight_bytes(folder: Path) -> int:

@@ -6,6 +6,7 @@ Nothing here imports torch or transformers, so that a wrong name is told within 
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
 from luthier.model import gguf, source
 from luthier.storage import cache
+from luthier.storage.manifest import DamagedFolderError, read_manifest, verify_sizes
 from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
@@ -238,6 +240,7 @@ def _describe_folder(name: str, folder: Path, run: Path | None, base: str | None
 
     `base` is the model that the user names for an adapter, or None.
     """
+    _refuse_damaged_weights(folder)
     # A saved folder has the chat settings beside it; a checkpoint has them in its run alone.
     config = None if run is None else read_run_config(run)
     chat = _read_json(folder / CHAT_SETTINGS_FILE)
@@ -314,6 +317,20 @@ def _no_model_message(name: str, folder: Path) -> str:
         return f"{name}: this folder holds no run and no model: {missing}."
     lines = "\n".join(f"  {run}" for run in runs[:10])
     return f"{name}: this folder is no run ({missing}). Runs below it:\n{lines}"
+
+
+def _refuse_damaged_weights(folder: Path) -> None:
+    """Raise UserError where weights that luthier listed are missing, or have another size."""
+    # A manifest that cannot be read may be another program's.
+    with suppress(DamagedFolderError):
+        read_manifest(folder)
+        try:
+            verify_sizes(folder, "*.safetensors")
+        except DamagedFolderError as damage:
+            raise UserError(
+                f"{folder} is damaged: {damage}.\nPut the file back, name a checkpoint of the run, "
+                "or train it again with overwrite=true."
+            ) from damage
 
 
 def _read_task(folder: Path) -> str:

@@ -140,7 +140,15 @@ def inspect_run(folder: Path, resolved: dict[str, Any], overwrite: bool = False)
     version of luthier or another program has.
     """
     _refuse_foreign_folder(folder)
-    if overwrite or not (folder / "config.yaml").is_file():
+    if overwrite:
+        return RunDir(folder, "new")
+    if not (folder / "config.yaml").is_file():
+        if has_training_progress(folder):
+            raise UserError(
+                f"output_dir: {folder} holds a run whose config.yaml is gone, so nobody can say "
+                "whether it is this one.\nPut the file back, choose another output_dir=..., or "
+                "overwrite=true to replace that run."
+            )
         return RunDir(folder, "new")
     changes, record = _config_changes(folder, resolved), read_record(folder)
     effects = {change.effect for change in changes}

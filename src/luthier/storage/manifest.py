@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def verify_sizes(folder: Path) -> dict[str, Any]:
-    """The manifest, after the size of every file was compared: cheap, whatever the files hold.
+def verify_sizes(folder: Path, pattern: str = "*") -> dict[str, Any]:
+    """The manifest, after the sizes of the files were compared: cheap, whatever they hold.
 
-    Raises as `verify_manifest` does.
+    `pattern` limits it to some names. Raises as `verify_manifest` does.
     """
     content = read_manifest(folder)
-    _check_sizes({name: folder / name for name in content["files"]}, content)
+    names = [name for name in content["files"] if fnmatchcase(name, pattern)]
+    _check_sizes({name: folder / name for name in names}, content)
     return content
 
 

@@ -214,6 +214,15 @@ def output_folder(
             raise
 
 
+def describe_written(target: Path) -> str:
+    """Return the line that says what was written, and which files of others are there too."""
+    names = list_remaining_files(target)
+    listed = _listed_names(target / MANIFEST)
+    foreign = [n for n in names if n != MANIFEST and glob.escape(n) not in listed]
+    left = f"\nstays     in it, not luthier's, and left: {name_some(foreign)}" if foreign else ""
+    return f"written   {target}{left}"
+
+
 # What a folder holds of luthier's.
 
 

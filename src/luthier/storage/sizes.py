@@ -37,8 +37,13 @@ def read_safetensors_header(file: Path) -> SafetensorsHeader:
     try:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
+            # A damaged file may name any size, which would be as much memory.
+            if size > file.stat().st_size - 8:
+                raise ValueError(f"its header would take {size:,} bytes, more than there are")
             head: dict[str, Any] = json.loads(stream.read(size))
-    except (OSError, ValueError) as error:
+        if not isinstance(head, dict):
+            raise ValueError("its header is no mapping of tensors")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged, or no safetensors file: {error}") from error
     head.pop("__metadata__", None)
     return SafetensorsHeader(head, 8 + size)

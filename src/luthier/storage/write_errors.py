@@ -88,9 +88,13 @@ def _write_mistake(number: int, place: Path, option: str) -> UserError:
 
 
 def _is_below(place: Path, path: Path | None) -> bool:
-    """Return whether a place lies in a folder, is it, or is one of the folders around it."""
+    """Return whether a place lies in a folder, is it, or is one of the folders around it.
+
+    What luthier writes before it takes the folder's name, `.NAME.new`, belongs to it.
+    """
     if path is None:
         return False
     # Not resolved: to follow links may be what fails.
     place, path = place.absolute(), path.absolute()
-    return place.is_relative_to(path) or path.is_relative_to(place)
+    is_new = str(place).startswith(str(path.with_name(f".{path.name}.")))
+    return is_new or place.is_relative_to(path) or path.is_relative_to(place)

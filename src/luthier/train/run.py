@@ -76,7 +76,9 @@ def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSav
             for sentence in describe_config_changes(changes, loaded.resolved, step):
                 print(sentence)
             if run_dir.foreign:
-                print(f"stays     in {folder}, not luthier's: {name_some(run_dir.foreign)}")
+                print(
+                    f"stays     in {folder}, not luthier's, and left: {name_some(run_dir.foreign)}"
+                )
         # torch comes with these two, and each of them is needed in one of the cases only.
         if run_dir.state == "finished":
             refuse_damaged_model(folder)
