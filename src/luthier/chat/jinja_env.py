@@ -60,6 +60,9 @@ def retrace(function: Callable[..., Any], result: str, args: tuple, kwargs: dict
     except Exception:  # the function may refuse a placeholder for any reason of its own
         return with_merged_origin(result, texts)
     pieces = _PLACEHOLDER.split(trial) if isinstance(trial, str) else []
+    if next(numbers) < len(texts):
+        # A text stands where no placeholder could be put.
+        return with_merged_origin(result, texts)
     retraced = concat_strings(
         texts[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)
     )
@@ -80,18 +83,29 @@ def _with_placeholders(value: Any, numbers: Iterable[int]) -> Any:
     return value
 
 
-def trace_filter(filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the filter, keeping the runs of the texts that it is given."""
+def to_string(value: Any) -> str:
+    """Return `str(value)`; a container's text was made from all texts in it."""
+    if type(value) is TracedStr or type(value) is str:
+        return value
+    text = str(value)
+    if isinstance(value, str | int | float) or value is None:
+        return text
+    texts = list(iter_traced(value))
+    return with_merged_origin(text, texts) if texts else text
 
-    @functools.wraps(filter_)
+
+def trace_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter or a global, keeping the runs of the texts that it is given."""
+
+    @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        result = filter_(*args, **kwargs)
+        result = function(*args, **kwargs)
         if (
             isinstance(result, str)
             and not isinstance(result, TracedStr)
             and any(iter_traced([args, kwargs]))
         ):
-            return retrace(filter_, str.__str__(result), args, kwargs)
+            return retrace(function, str.__str__(result), args, kwargs)
         return result
 
     return traced
@@ -113,7 +127,11 @@ def trace_tojson(tojson: Callable[..., str]) -> Callable[..., str]:
 
 def _filter_escape(value: Any) -> Any:
     """Return the value as HTML writes it, marked as safe."""
-    if not isinstance(value, TracedStr) or isinstance(value, SafeTracedStr):
+    if not isinstance(value, str) and not hasattr(value, "__html__"):
+        value = to_string(value)
+    if isinstance(value, SafeTracedStr):
+        return value
+    if not isinstance(value, TracedStr):
         return escape(value)
     return _mark_any_safe(escape_html(value))
 
@@ -123,7 +141,7 @@ def _filter_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
     # Each item behind the separator; the first separator goes.
-    texts = [text for item in value for text in (d, str(item))]
+    texts = [text for item in value for text in (to_string(d), to_string(item))]
     return concat_strings(texts[1:])
 
 
@@ -131,8 +149,8 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 _LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})
 # Filters whose result is not a string, or that pass their strings on as they are.
 _TRACE_KEEPING_FILTERS = frozenset(
-    {"trim", "length", "count", "list", "items", "default", "d", "first", "last", "map", "select"}
-    | {"selectattr", "reject", "rejectattr", "string", "reverse", "sort", "dictsort", "attr"}
+    {"length", "count", "list", "items", "default", "d", "first", "last", "map", "select"}
+    | {"selectattr", "reject", "rejectattr", "reverse", "sort", "dictsort", "attr"}
 )
 # Filters that make `Markup`, a string that escapes whatever is added to it.
 ESCAPING_FILTERS = frozenset({"e", "escape", "forceescape", "safe", "urlize", "xmlattr"})
@@ -232,6 +250,8 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         # Compiled code takes `LoopContext` from its globals, not from the environment (Jinja 3.1).
         names = template.root_render_func.__globals__
         names["LoopContext"] = tracked_loop_context(self.render_state)
+        # What is written goes through `str`, to which a dict of traced texts is no traced text.
+        names["str"] = to_string
         return template
 
     def loop_over(self, iterable: Any, at_top: bool) -> Any:
@@ -256,7 +276,7 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     def tilde(self, *operands: Any) -> str:
         """Return the operands as strings, one behind the other."""
-        return concat_strings(map(str, operands))
+        return concat_strings(map(to_string, operands))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Return an attribute or item as the sandbox gives it, but faster for a dict."""
@@ -279,7 +299,10 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what the template calls; methods of plain strings keep the runs of arguments."""
-        plain_method = isinstance(__obj, BuiltinMethodType) and type(__obj.__self__) is str
+        is_method = isinstance(__obj, BuiltinMethodType)
+        if is_method and __obj.__name__ == "encode" and isinstance(__obj.__self__, TracedStr):
+            raise jinja2.TemplateError("`encode` makes bytes, in which texts cannot be followed")
+        plain_method = is_method and type(__obj.__self__) is str
         if plain_method and any(True for _ in iter_traced(args)):
             traced = with_runs(__obj.__self__, runs_of(__obj.__self__))
             return getattr(traced, __obj.__name__)(*args)
@@ -292,10 +315,14 @@ class TracedEnvironment(ImmutableSandboxedEnvironment):
         if bare is None:
             return None
         template = str.__str__(value.__self__)
+        own = list(iter_traced(value.__self__))
         plain = cast(Callable[..., str], super().wrap_str_format(getattr(template, value.__name__)))
 
         def traced(*args: Any, **kwargs: Any) -> str:
-            return retrace(plain, plain(*args, **kwargs), args, kwargs)
+            result = plain(*args, **kwargs)
+            if own:
+                return with_merged_origin(result, [*own, *iter_traced([args, kwargs])])
+            return retrace(plain, result, args, kwargs)
 
         return functools.update_wrapper(traced, bare)
 
@@ -310,7 +337,20 @@ def _add(left: Any, right: Any) -> Any:
 
 def _mark_any_safe(text: Any) -> Any:
     """Return the text, or any value as text, marked as safe, so that nothing escapes it."""
+    if not isinstance(text, str):
+        text = to_string(text)
     return mark_safe(text) if isinstance(text, TracedStr) else Markup(text)
+
+
+def _take_strings(replace: Callable[..., str]) -> Callable[..., str]:
+    """Return the filter `replace`, which makes strings of all that it is given."""
+
+    @functools.wraps(replace)
+    def replace_strings(context: Any, *values: Any, **more: Any) -> str:
+        strings = (v if isinstance(v, str | int) else to_string(v) for v in values)
+        return replace(context, *strings, **more)
+
+    return replace_strings
 
 
 EnvironmentType = TypeVar("EnvironmentType", bound=TracedEnvironment)
@@ -331,8 +371,9 @@ def make_traced_environment(
     environment.globals["namespace"] = tracked_namespace(namespace, environment.render_state)
     environment.tests.update(base.tests)
     for name, filter_ in base.filters.items():
-        wrapped = filter_ if name in _TRACE_KEEPING_FILTERS else trace_filter(filter_)
+        wrapped = filter_ if name in _TRACE_KEEPING_FILTERS else trace_function(filter_)
         environment.filters[name] = trace_tojson(filter_) if name == "tojson" else wrapped
+    environment.filters["replace"] = _take_strings(environment.filters["replace"])
     environment.filters["safe"] = _mark_any_safe
     environment.filters["escape"] = environment.filters["e"] = _filter_escape
     environment.filters["join"] = jinja2.pass_context(_filter_join)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Sequence,
+    Set,
+    ValuesView,
+)
 from typing import Any, SupportsIndex
 
+from jinja2.utils import Namespace
 from markupsafe import Markup
 from markupsafe import escape as markupsafe_escape
 
@@ -118,17 +128,24 @@ def with_merged_origin(value: str, sources: Iterable[TracedStr]) -> TracedStr:
     return with_runs(value, ((len(value), FieldOrigin.merge(origins), -1),))
 
 
-def iter_traced(value: Any, depth: int = 0) -> Iterator[TracedStr]:
+_CONTAINERS = (Sequence, Set, KeysView, ItemsView, ValuesView)
+_NO_TEXTS = (bytes, range)
+
+
+def iter_traced(value: Any) -> Iterator[TracedStr]:
     """Return every traced text inside plain containers (and a text itself)."""
-    if isinstance(value, TracedStr):
-        yield value
+    if isinstance(value, str):
+        if isinstance(value, TracedStr):
+            yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from iter_traced(key, depth + 1)
-            yield from iter_traced(item, depth + 1)
-    elif isinstance(value, list | tuple):
+            yield from iter_traced(key)
+            yield from iter_traced(item)
+    elif isinstance(value, Namespace):
+        yield from iter_traced(value._Namespace__attrs)  # type: ignore[attr-defined]
+    elif isinstance(value, _CONTAINERS) and not isinstance(value, _NO_TEXTS):
         for item in value:
-            yield from iter_traced(item, depth + 1)
+            yield from iter_traced(item)
 
 
 def _as_plain(value: Any) -> Any:
@@ -227,11 +244,11 @@ class TracedStr(str):
         return list(self._placed(pieces) if sep is None else self._separated(pieces, sep))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
+        bare = str.splitlines(self, keepends)
         lines = str.splitlines(self, keepends=True)
         placed = self._separated(lines, "")
         if keepends:
             return list(placed)
-        bare = str.splitlines(self)
         return [line[: len(short)] for line, short in zip(placed, bare, strict=True)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
@@ -320,7 +337,7 @@ def _traced_method(name: str, keeps_length: bool) -> Callable[..., TracedStr]:
         value = plain_method(self, *args)
         if keeps_length and len(value) == len(self):
             return with_runs(value, self._runs)
-        return with_merged_origin(value, [self])
+        return with_merged_origin(value, [self, *iter_traced(args)])
 
     method.__name__ = name
     return method

@@ -19,6 +19,7 @@ from luthier.chat.jinja_env import (
     ESCAPING_FILTERS,
     TracedEnvironment,
     make_traced_environment,
+    trace_function,
 )
 from luthier.chat.prefix_tracking import PrefixTracker, TrackedMessages
 from luthier.chat.provenance import TracedStr, concat_traced, join_runs, with_runs
@@ -69,7 +70,7 @@ class ChatTemplate:
         self._strftime_now = _make_strftime_now(date)
         self._plain = _compile_or_raise(self._compile_plain, origin)
         self._environment = make_traced_environment(self._plain.environment, self.environment_class)
-        self._environment.globals["strftime_now"] = self._strftime_now
+        self._environment.globals["strftime_now"] = trace_function(self._strftime_now)
         self._traced = _compile_or_raise(self._compile_traced, origin)
         self._globals: dict[jinja2.Template, dict[str, Any]] = {}
         self.tree = tree = self._environment.parse(source)
