@@ -150,7 +150,7 @@ class LabelBuilder:
         """Return whether each boundary leaves the ids around it alone; others may be there too."""
         unseen = {boundary for boundary in boundaries if boundary not in self._keeps_ids}
         if unseen:
-            self._learn_boundaries({each: _boundary_pieces(*each[:2]) for each in unseen})
+            self._learn_boundaries({each: self._boundary_pieces(*each[:2]) for each in unseen})
         return self._keeps_ids
 
     def _span_boundary(self, draft: SequenceDraft, span: TrainedSpan) -> BoundaryContext:
@@ -215,12 +215,20 @@ class LabelBuilder:
         head, tail, _ = boundary
         rendered, literal_spans = draft.rendered, draft.literal_spans
         if not literal_spans:
-            return _boundary_pieces(head, tail)
+            return self._boundary_pieces(head, tail)
         begin, end = span.start - len(head), span.start + len(tail)
         return (
             self._pieces(rendered, begin, span.start, literal_spans),
             self._pieces(rendered, span.start, end, literal_spans),
             self._pieces(rendered, begin, end, literal_spans),
+        )
+
+    def _boundary_pieces(self, head: str, tail: str) -> BoundaryPieces:
+        before = "" if self._tokens.is_splittable else head
+        return (
+            [TextPiece(head, "start")],
+            [TextPiece(tail, "reply", before)],
+            [TextPiece(head + tail, "start")],
         )
 
     def _split(self, draft: SequenceDraft) -> list[SequenceDraft]:
@@ -285,17 +293,19 @@ class LabelBuilder:
             return _segment_pieces(rendered.text, start, stop, literal_spans)
         plain = rendered.plain
         piece_kind: PieceKind = "reply" if start else "start"
+        # Elsewhere a text has the same ids wherever it stands.
+        before = self._header(plain, start) if start and not self._tokens.is_splittable else ""
         if not literal_spans:
-            return [TextPiece(plain[start:stop], piece_kind)] if start < stop else []
+            return [TextPiece(plain[start:stop], piece_kind, before)] if start < stop else []
         pieces = []
         position = start
         for begin, end in [span for span in literal_spans if start <= span[0] < stop]:
             if begin > position:
-                pieces.append(TextPiece(plain[position:begin], piece_kind))
+                pieces.append(TextPiece(plain[position:begin], piece_kind, before))
             pieces.append(TextPiece(plain[begin:end], "literal"))
-            piece_kind, position = "continuation", end
+            piece_kind, position, before = "continuation", end, ""
         if position < stop:
-            pieces.append(TextPiece(plain[position:stop], piece_kind))
+            pieces.append(TextPiece(plain[position:stop], piece_kind, before))
         return pieces
 
 
@@ -311,10 +321,6 @@ def _segment_pieces(
             has_literal = any(begin <= span[0] < end for span in literal_spans)
             pieces.append(TextPiece(plain[begin:end], "plain text" if has_literal else "start"))
     return pieces
-
-
-def _boundary_pieces(head: str, tail: str) -> BoundaryPieces:
-    return [TextPiece(head, "start")], [TextPiece(tail, "reply")], [TextPiece(head + tail, "start")]
 
 
 def _make_segments(

@@ -36,6 +36,8 @@ class TextPiece(NamedTuple):
 
     text: str
     kind: PieceKind
+    before: str = ""
+    """What stands in front of a reply, from the last token on, where that decides its ids."""
 
 
 class TokenEncoder:
@@ -79,7 +81,9 @@ class TokenEncoder:
         if self.is_splittable and {piece.kind for piece in pieces} <= {"start", "reply"}:
             return self._encode_split([piece.text for piece in pieces])
         ids: dict[TextPiece, list[int]] = {}
-        self._encode_behind("", [piece for piece in pieces if self._starts_freely(piece)], ids)
+        self._encode_behind_headers([piece for piece in pieces if piece.before], ids)
+        free = [piece for piece in pieces if piece not in ids and self._starts_freely(piece)]
+        self._encode_behind("", free, ids)
         continued = [p for p in pieces if p.kind in ("continuation", "reply") and p not in ids]
         self._encode_behind("\n", continued, ids)
         for piece in pieces:
@@ -179,6 +183,24 @@ class TokenEncoder:
         """Return whether the piece is encoded as a text of its own."""
         return piece.kind == "start" or (piece.kind == "reply" and self.is_position_free)
 
+    def _encode_behind_headers(
+        self, pieces: list[TextPiece], ids: dict[TextPiece, list[int]]
+    ) -> None:
+        """Encode replies with what stands in front of them, and note those that it leaves alone.
+
+        A token may take the white space behind it (Phi-3), and text behind a token may gain a
+        SentencePiece space: where the ids of both together begin with those of the first, the rest
+        is the reply. Elsewhere the two merge, and a model cannot generate what they merge to.
+        """
+        new = list(dict.fromkeys(pieces))
+        headers = list(dict.fromkeys(piece.before for piece in new))
+        header_ids = dict(zip(headers, self._encode_texts(headers), strict=True))
+        together = self._encode_texts([piece.before + piece.text for piece in new])
+        for piece, both in zip(new, together, strict=True):
+            size = len(header_ids[piece.before])
+            if both[:size] == header_ids[piece.before]:
+                ids[piece] = both[size:]
+
     def _encode_behind(
         self, before: str, pieces: list[TextPiece], ids: dict[TextPiece, list[int]]
     ) -> None:
@@ -218,6 +240,12 @@ class TokenEncoder:
         """Return where each token of a piece starts in it; about, for people to look at."""
         if piece.kind in ("literal", "plain text"):
             return [0] * len(self._encode_as_text(piece))
+        if piece.before:
+            encoding = self.backend.encode(piece.before + piece.text, add_special_tokens=False)
+            (header_ids,) = self._encode_texts([piece.before])
+            size, length = len(header_ids), len(piece.before)
+            if encoding.ids[:size] == header_ids:
+                return [max(start - length, 0) for start, _ in encoding.offsets[size:]]
         before = "" if self._starts_freely(piece) else "\n"
         encoding = self.backend.encode(before + piece.text, add_special_tokens=False)
         ids, skip = encoding.ids, 0
