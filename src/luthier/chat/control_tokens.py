@@ -16,10 +16,32 @@ from luthier.chat.tokens import (
 )
 from luthier.chat.types import ChatError
 
-_TOOL_CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lute"}}}
+Messages = list[dict[str, Any]]
+
+
+def _tool_call(word: str) -> dict[str, Any]:
+    function = {"name": "look_up", "arguments": {"word": word}}
+    return {"type": "function", "id": "call00001", "function": function}
+
+
+_CALLS = [_tool_call("lute"), _tool_call("viol")]
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
 _QUESTION = {"role": "user", "content": "What is a lute?"}
 _ANSWER = {"role": "assistant", "content": "An instrument with strings."}
-_TOOL_CALL_TURN = {"role": "assistant", "content": "", "tool_calls": [_TOOL_CALL]}
+_RESULT = {"role": "tool", "content": "42", "name": "look_up", "tool_call_id": "call00001"}
+_CALL_TURNS = [{"role": "assistant", "content": "", "tool_calls": _CALLS[:n]} for n in (2, 1)]
+"""Two calls show what stands between calls; not every template writes two."""
 
 
 class ControlTokens:
@@ -35,18 +57,25 @@ class ControlTokens:
         names = {index: name for name, index in encoder.added.items()}
         # Ids may be 0: only None means that there is none.
         eos = encoder.tokenizer.eos_token_id
-        eos_ids = [*([] if eos is None else [eos]), *eos_token_ids]
+        configured_ids = list(eos_token_ids)
+        eos_ids = [*([] if eos is None else [eos]), *configured_ids]
         self.tokens = list_control_tokens(encoder.tokenizer, template.source)
         self.pattern = compile_token_pattern(self.tokens)
         self._firsts = {token[0] for token in self.tokens}
         self._lasts = {token[-1] for token in self.tokens}
         self._edges = self._firsts | self._lasts
         self._longest = max(map(len, self.tokens), default=0)
-        self._stops = [names[index] for index in eos_ids if index in names]
-        self._eos_tokens = frozenset(self._stops)
-        written = [self._written_stop(_ANSWER), self._written_stop(_TOOL_CALL_TURN)]
+        self._configured = frozenset(names[index] for index in configured_ids if index in names)
+        self._eos_tokens = frozenset(names[index] for index in eos_ids if index in names)
+        self._bos_token = encoder.tokenizer.bos_token
+        self._turn_openers = self._find_turn_openers() - self._eos_tokens
         # What ends a plain reply comes first: generation ends there with no setting.
-        self._stops = list(dict.fromkeys([stop for stop in written if stop] + self._stops))
+        answer_stop = self._written_stop([_ANSWER], [_QUESTION], None)
+        call_stops = (self._written_stop([turn], [_RESULT], answer_stop) for turn in _CALL_TURNS)
+        call_stop = next(filter(None, call_stops), None)
+        written = [stop for stop in (answer_stop, call_stop) if stop is not None]
+        eos = [names[index] for index in eos_ids if index in names]
+        self._stops = list(dict.fromkeys([*written, *eos]))
         self.stop_token_ids = list(
             dict.fromkeys([encoder.added[stop] for stop in self._stops] + eos_ids)
         )
@@ -55,18 +84,14 @@ class ControlTokens:
     def find_stop(self, tail: str) -> tuple[int, str] | None:
         """Return where the first stop token behind a reply's last field ends, and which it is.
 
-        A special token that nothing but space follows ends the turn too, though it be no known
-        stop token. None where there is neither.
+        None where there is none, or where another turn opens in front of it.
         """
-        last = None
         for match in self._any.finditer(tail):
             if match[0] in self._stops:
                 return match.end(), match[0]
-            if match[0] in self._special:
-                last = match
-        if last is None or tail[last.end() :].strip():
-            return None
-        return last.end(), last[0]
+            if match[0] in self._turn_openers:
+                return None
+        return None
 
     def find_next_turn_stop(self, tail: TracedStr) -> tuple[TracedStr, str] | None:
         """Return the text up to an end-of-sequence token right behind a turn, and the token.
@@ -77,6 +102,22 @@ class ControlTokens:
         if match is None or match[0] not in self._eos_tokens or tail[: match.start()].strip():
             return None
         return tail[: match.end()], match[0]
+
+    def last_opener(self, text: str) -> int | None:
+        """Return where the last token stands with which a turn opens; None without one."""
+        places = [m.start() for m in self._any.finditer(text) if m[0] in self._turn_openers]
+        return places[-1] if places else None
+
+    def ends_closed(self, text: str) -> bool:
+        """Return whether a text ends in a stop token, so that no turn is open behind it."""
+        tokens = list(self._any.finditer(text))
+        return (
+            bool(tokens) and tokens[-1][0] in self._stops and not text[tokens[-1].end() :].strip()
+        )
+
+    def remove_tokens(self, text: str) -> str:
+        """Return the text without its added tokens."""
+        return self._any.sub("", text)
 
     def has_suspects(self, texts: Iterable[str]) -> bool:
         """Return whether a text may hold a control token, or a part of one at its edge."""
@@ -120,33 +161,91 @@ class ControlTokens:
                 literal_spans.append(match.span())
         return literal_spans
 
-    def _render(self, messages: list[dict[str, Any]], generation: bool) -> TracedStr | None:
+    def _render(self, messages: Messages, generation: bool) -> TracedStr | None:
         """Return a small conversation as rendered; None where the template refuses it."""
-        try:
-            return self._template.render(read_conversation(messages).messages, None, generation)
-        except ChatError:
-            return None
+        # Some templates for tools refuse a row without any, others one with them.
+        has_calls = any("tool_calls" in message for message in messages)
+        for tools in ([_TOOL], None) if has_calls else (None, [_TOOL]):
+            try:
+                row = read_conversation(messages, tools)
+                return self._template.render(row.messages, row.tools, generation)
+            except ChatError:
+                continue
+        return None
 
-    def _written_stop(self, reply: dict[str, Any]) -> str | None:
+    def _find_turn_openers(self) -> set[str]:
+        """Return the tokens with which a conversation, and the prompt for a reply, begin."""
+        question, prompt = self._render([_QUESTION], False), self._render([_QUESTION], True)
+        if question is None:
+            return set()
+        # Text may stand in front of the first token; nothing is open there that it could close.
+        begin, end = _message_span(question, 0)
+        head = str.__str__(question)[:begin].replace(self._bos_token or "\0", "")
+        first = self._any.search(head)
+        openers = set() if first is None else set(self._leading_tokens(head[first.start() :]))
+        # Some templates write the header of the reply whether it is asked for or not.
+        has_header = not openers.isdisjoint(self._tokens(question[end:]))
+        if prompt is not None and prompt.startswith(question) and not has_header:
+            openers.update(self._leading_tokens(prompt[len(question) :])[:1])
+        return openers
+
+    def _leading_tokens(self, text: str) -> list[str]:
+        """Return the tokens at the start of a text, with nothing but white space between them."""
+        leading: list[str] = []
+        position = 0
+        for match in self._any.finditer(text):
+            if text[position : match.start()].strip():
+                break
+            leading.append(match[0])
+            position = match.end()
+        return leading
+
+    def _written_stop(self, reply: Messages, followers: Messages, known: str | None) -> str | None:
         """Return the token that ends this reply, be it the last message or not.
 
-        Some templates write more behind the very last turn than behind others (an end of text);
-        the turn itself ends with the last control token that stands behind it in both cases.
+        A configured end token that the template writes behind the reply, or as the first of the
+        next turn (GLM), is the one. Elsewhere it is the last control token that stands behind the
+        reply whether or not another turn follows: some templates write more behind the very last
+        turn (an end of text). `known`: the token that ends other replies, if it is known.
         """
-        last = self._render([_QUESTION, reply], False)
+        last = self._render([_QUESTION, *reply], False)
         if last is None:
             return None
-        tail = self._tokens(_text_behind_message(last, 1))
-        followed = self._render([_QUESTION, reply, _QUESTION], False)
-        if followed is None:
-            stops = (token for token in tail if token in self._stops)
-            return next(stops, tail[-1] if tail else None)
-        rest = self._tokens(_text_behind_message(followed, 1))
+        tail = self._ending(last)
+        followed = self._render([_QUESTION, *reply, *followers], False) or self._render(
+            [_QUESTION, *reply, _QUESTION], False
+        )
+        rest = tail if followed is None else self._ending(followed)
         same = 0
         while same < min(len(tail), len(rest)) and tail[same] == rest[same]:
             same += 1
-        shared = tail[:same] or tail
-        return shared[-1] if shared and shared[-1] in self.tokens else None
+        following = [token for token in rest[same : same + 1] if token != self._bos_token]
+        for token in (*tail, *following):
+            if token in self._configured or token == known:
+                return token
+        candidates = [token for token in tail[:same] if self._can_end(token, last)]
+        # The tokenizer's own end token may be the end of a text that stands behind the turn's.
+        if candidates:
+            return next((t for t in candidates if t in self._eos_tokens), candidates[-1])
+        header = self._tokens(_text_between(last, 0, 1))
+        endings = [t for t in tail[-1:] if t not in header and self._can_end(t, last)]
+        return next((t for t in (*tail, *following) if t in self._eos_tokens), None) or next(
+            iter(endings), None
+        )
+
+    def _ending(self, text: TracedStr) -> list[str]:
+        """Return the tokens behind message 1, up to one that opens another turn."""
+        tokens = self._tokens(_text_behind_message(text, 1))
+        openers = [n for n, token in enumerate(tokens) if token in self._turn_openers]
+        return tokens[: openers[0]] if openers else tokens
+
+    def _can_end(self, token: str, text: TracedStr) -> bool:
+        """Return whether a control token may end message 1.
+
+        One that stands inside it, or that closes what was opened inside it, does not.
+        """
+        inside = self._tokens(_text_of_message(text, 1))
+        return token in self.tokens and token not in inside and _opening(token) not in inside
 
     def _tokens(self, text: str) -> list[str]:
         return [match[0] for match in self._any.finditer(text)]
@@ -167,18 +266,36 @@ class ControlTokens:
 
 def _is_tag(token: str, tokens: set[str]) -> bool:
     """Return whether a token is one of a pair among `tokens`, such as `<think>` and `</think>`."""
-    opening = token.replace("/", "", 1) if token[1:2] == "/" else token
+    opening = _opening(token)
     return opening in tokens and f"{opening[:1]}/{opening[1:]}" in tokens
+
+
+def _opening(token: str) -> str:
+    """Return the tag that a closing tag closes: `<think>` for `</think>`; others as they are."""
+    return token.replace("/", "", 1) if token[1:2] == "/" else token
+
+
+def _message_span(text: TracedStr, index: int) -> tuple[int, int]:
+    """Return where the first character that a message wrote starts, and where its last one ends."""
+    spans = [
+        (start, stop)
+        for start, stop, origin in origin_spans(text._runs)
+        if origin is not None and origin.message == index
+    ]
+    return (spans[0][0], spans[-1][1]) if spans else (len(text), len(text))
+
+
+def _text_of_message(text: TracedStr, index: int) -> str:
+    """Return the text from the first character that a message wrote to its last one."""
+    start, stop = _message_span(text, index)
+    return str.__str__(text)[start:stop]
+
+
+def _text_between(text: TracedStr, first: int, second: int) -> str:
+    """Return the text between two messages."""
+    return str.__str__(text)[_message_span(text, first)[1] : _message_span(text, second)[0]]
 
 
 def _text_behind_message(text: TracedStr, index: int) -> str:
     """Return the text behind the last character that a message wrote, up to the next message's."""
-    begin = stop = 0
-    for _, end, origin in origin_spans(text._runs):
-        if origin is not None and origin.message == index:
-            begin = stop = end
-        elif origin is not None and begin:
-            break
-        elif begin:
-            stop = end
-    return str.__str__(text[begin:stop])
+    return _text_between(text, index, index + 1)

@@ -17,7 +17,7 @@ from luthier.chat.conversation import (
 )
 from luthier.chat.fast_path.plans import FastPathRow
 from luthier.chat.labels import EncodedSequence
-from luthier.chat.lost_text import find_lost_fields
+from luthier.chat.lost_text import find_lost_field_of_turn, find_lost_fields
 from luthier.chat.pipeline import (
     TemplatePipeline,
     TemplatePipelines,
@@ -205,7 +205,10 @@ class ChatEncoder:
             raise ChatError("no turn of the row trains", reason="nothing to train")
         if self.empty_replies != "train":
             _refuse_empty_replies(conversation, trained)
-        sequences = pipeline.planner.plan(conversation, trained)
+        try:
+            sequences = pipeline.planner.plan(conversation, trained)
+        except ChatError as error:
+            raise _find_cause(error, conversation, pipeline) from None
         lost = find_lost_fields(conversation, sequences, pipeline.template)
         if lost and self.on_lost != "keep":
             raise lost[0]
@@ -289,6 +292,16 @@ def _refuse_empty_replies(conversation: Conversation, trained: list[int]) -> Non
                 message=conversation.numbers[index],
                 field="content",
             )
+
+
+def _find_cause(
+    error: ChatError, conversation: Conversation, pipeline: TemplatePipeline
+) -> ChatError:
+    """Return the error for a turn whose reply is not known, or why it is not: its text is lost."""
+    if error.reason not in ("no stop token", "no prefix") or error.message is None:
+        return error
+    lost = find_lost_field_of_turn(conversation, error.message, pipeline.template)
+    return lost or error
 
 
 def _chunks(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:

@@ -36,6 +36,24 @@ def find_lost_fields(
     ]
 
 
+def find_lost_field_of_turn(
+    conversation: Conversation, message: int, template: ChatTemplate
+) -> ChatError | None:
+    """Return an error for a field of a message that its own turn does not show; None without one.
+
+    `message`: its number. A turn that shows nothing has no visible beginning and no end either.
+    """
+    index = conversation.numbers.index(message)
+    try:
+        turn = template.render(conversation.messages[: index + 1], conversation.tools, False)
+    except ChatError:
+        return None
+    _mark_complete_fields(turn)
+    origins = [origin for origin in conversation.origins if origin.message == message]
+    lost = (o for o in origins if not o.is_complete and not _is_complete(o, [turn]))
+    return next(map(_lost_field_error, lost), None)
+
+
 def _mark_complete_fields(text: TracedStr) -> None:
     """Note the fields that the text holds in one run."""
     for length, origin, start in text._runs:

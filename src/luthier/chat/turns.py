@@ -18,15 +18,15 @@ from typing import Any
 
 from luthier.chat.control_tokens import ControlTokens
 from luthier.chat.conversation import Conversation
-from luthier.chat.provenance import TracedStr, concat_traced
-from luthier.chat.reasoning import write_reply
+from luthier.chat.provenance import FieldOrigin, TracedStr, concat_traced, trace_field
+from luthier.chat.reasoning import ReasoningWriter
 from luthier.chat.template import ChatTemplate, TrackedRendering
 from luthier.chat.types import ChatError
 
 PrefixRenderer = Callable[[int, bool], TracedStr]
 """Renders the first messages, so many of them, with or without the generation prompt."""
 ReplyWriter = Callable[[TracedStr, TracedStr, dict[str, Any]], TracedStr | None]
-"""Gives the reply to a prompt that is not how the turn begins: `reasoning.write_reply` or like it.
+"""Gives the reply to a prompt that is not how the turn begins: `ReasoningWriter`'s or like it.
 
 It takes the prompt and the turn, both without the history, and the message; None where no reply
 can be written behind the prompt.
@@ -89,11 +89,11 @@ class SequencePlanner:
         self,
         template: ChatTemplate,
         controls: ControlTokens,
-        reply_writer: ReplyWriter = write_reply,
+        reply_writer: ReplyWriter | None = None,
     ) -> None:
         self._template = template
         self._controls = controls
-        self._reply_writer = reply_writer
+        self._reply_writer = reply_writer or ReasoningWriter(template, controls).write_reply
 
     def plan(self, conversation: Conversation, trained: list[int]) -> list[RenderedSequence]:
         """Return the texts of the row's sequences and where their replies stand.
@@ -141,6 +141,8 @@ class SequencePlanner:
         reply = _reply_text(prompt, turn_text, number)
         if reply is None:
             before, after = _without_history(prompt, number), _without_history(turn_text, number)
+            if self._controls.ends_closed(before):
+                raise _headless_prompt_error(before, number)
             reply = self._reply_writer(before, after, conversation.messages[index])
             if reply is None:
                 raise _unknown_reply_error(before, after, number)
@@ -148,7 +150,12 @@ class SequencePlanner:
         stop = self._controls.find_stop(str.__str__(reply[field_end:]))
         if stop is not None:
             return TurnInContext(number, prompt, reply[: field_end + stop[0]], stop[1])
-        next_stop = self._stop_in_next_turn(conversation, index, turn_text)
+        # A header that the template writes behind every render is no part of the turn.
+        header = 0
+        if render(index, False) == prompt:
+            behind = len(turn_text) - _message_end(turn_text, number)
+            header = min(_common_end(prompt, turn_text), behind)
+        next_stop = self._stop_in_next_turn(conversation, index, header)
         if next_stop is None:
             raise ChatError(
                 "the chat template writes no stop token behind this turn, so a model trained on it "
@@ -156,24 +163,69 @@ class SequencePlanner:
                 reason="no stop token",
                 message=number,
             )
-        return TurnInContext(number, prompt, concat_traced((reply, next_stop[0])), next_stop[1])
+        reply = concat_traced((reply[: max(len(reply) - header, field_end)], next_stop[0]))
+        return TurnInContext(number, prompt, reply, next_stop[1])
 
     def _stop_in_next_turn(
-        self, conversation: Conversation, index: int, turn_text: TracedStr
+        self, conversation: Conversation, index: int, header: int
     ) -> tuple[TracedStr, str] | None:
         """Return the text up to the stop token with which the next message begins, and the token.
 
-        GLM's turns end so, in the next role's token. Where no message follows, a user's does.
-        None where the next message begins with no end-of-sequence token.
+        GLM's turns end so, in the next role's token. Where no message follows, a user's does, or a
+        tool's behind a call. `header`: characters that stand behind every render, not to be looked
+        at. None where the next message begins with no end-of-sequence token.
         """
-        messages = conversation.messages
-        followed = messages[: index + 2]
-        if index + 1 == len(messages):
-            followed = [*messages, _NEXT_USER_MESSAGE]
-        text = self._template.render(followed, conversation.tools, False)
-        if not text.startswith(turn_text):
+        messages, number = conversation.messages, conversation.numbers[index]
+        following = messages[index + 1 : index + 2]
+        probes = [following] if following else _next_messages(messages[index])
+        # History may be written otherwise, even without the reply: what stands behind it counts.
+        for message in (messages[index], _plain_reply(number)):
+            for probe in probes:
+                turn = [*messages[:index], message]
+                alone = self._behind_message(turn, conversation.tools, number)
+                followed = self._behind_message([*turn, *probe], conversation.tools, number)
+                if alone is None or followed is None:
+                    continue
+                own = alone[: len(alone) - header]
+                stop = followed.startswith(own) and self._controls.find_next_turn_stop(
+                    followed[len(own) :]
+                )
+                if stop:
+                    return stop
+        return None
+
+    def _behind_message(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, number: int
+    ) -> TracedStr | None:
+        """Return what is rendered behind the last character of message `number`.
+
+        None where it has none, or where the template refuses the messages.
+        """
+        try:
+            text = self._template.render(messages, tools, False)
+        except ChatError:
             return None
-        return self._controls.find_next_turn_stop(text[len(turn_text) :])
+        end = _message_end(text, number)
+        return text[end:] if end else None
+
+
+def _next_messages(message: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return messages, each alone, that may follow one: behind a call first its result."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not calls:
+        return [[_NEXT_USER_MESSAGE]]
+    first = calls[0] if isinstance(calls[0], dict) else {}
+    function = first.get("function", first)
+    name = function.get("name") if isinstance(function, dict) else None
+    result = {"role": "tool", "content": "?", "name": name, "tool_call_id": first.get("id")}
+    result = {key: value for key, value in result.items() if value is not None}
+    return [[result], [_NEXT_USER_MESSAGE]]
+
+
+def _plain_reply(number: int) -> dict[str, Any]:
+    """Return a reply of text alone, as message `number`."""
+    origin = FieldOrigin(number, "assistant", "content", "?")
+    return {"role": "assistant", "content": trace_field(origin, "?")}
 
 
 class SharedSequence:
@@ -269,6 +321,14 @@ def _common_length(first: str, second: str) -> int:
     return low
 
 
+def _common_end(first: str, second: str) -> int:
+    """Return how many characters two texts end with together."""
+    same = 0
+    while same < min(len(first), len(second)) and first[-1 - same] == second[-1 - same]:
+        same += 1
+    return same
+
+
 def _message_start(text: TracedStr, number: int) -> int:
     """Return where the first character of message `number` stands; ChatError without one."""
     position = 0
@@ -341,6 +401,16 @@ def _message_end(text: TracedStr, number: int) -> int:
         if origin is not None and origin.message == number:
             end = position
     return end
+
+
+def _headless_prompt_error(before: TracedStr, number: int) -> ChatError:
+    return ChatError(
+        f"the chat template's prompt for this reply ends in {str.__str__(before)!r}, which closes "
+        "the turn before it and opens none, so a model cannot answer there; put the messages "
+        "before it in another order, or use another template",
+        reason="no prefix",
+        message=number,
+    )
 
 
 def _unknown_reply_error(before: TracedStr, after: TracedStr, number: int) -> ChatError:
