@@ -142,7 +142,7 @@ def iter_traced(value: Any) -> Iterator[TracedStr]:
             yield from iter_traced(key)
             yield from iter_traced(item)
     elif isinstance(value, Namespace):
-        yield from iter_traced(value._Namespace__attrs)  # type: ignore[attr-defined]
+        yield from iter_traced(value._Namespace__attrs)
     elif isinstance(value, _CONTAINERS) and not isinstance(value, _NO_TEXTS):
         for item in value:
             yield from iter_traced(item)
