@@ -69,7 +69,9 @@ def tokenizer_of(tokenizer_name):
 
 def encoder_of(tokenizer, template):
     try:
-        return ChatEncoder(tokenizer, TEMPLATES[template], on_lost="keep", date=_today())
+        return ChatEncoder(
+            tokenizer, TEMPLATES[template], on_lost="keep", empty_replies="train", date=_today()
+        )
     except ChatError as error:
         return error
 
@@ -103,7 +105,7 @@ def check_rules(tokenizer, encoder, messages, tools, sanitize=False):
         assert_labels(sequence)
         for message, start, stop in sequence.replies:
             prompt = tokenizer.apply_chat_template(
-                messages[:message],
+                encoder.convert_arguments(messages[:message], tools),
                 tools=tools,
                 chat_template=encoder.settings()["template"],
                 add_generation_prompt=True,
@@ -154,7 +156,7 @@ def test_rules_for_every_template(template):
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS[:3])
 def test_control_tokens_in_questions_become_text(tokenizer_name, template):
     tokenizer = pair(tokenizer_name, trl(template))
-    encoder = ChatEncoder(tokenizer, date=_today())
+    encoder = ChatEncoder(tokenizer, empty_replies="train", date=_today())
     tokens = [token for token in tokenizer.all_special_tokens if token != "<unk>"]
     tokens += [token for token in CONTROL if token in encoder._pipelines.default.controls.tokens]
 
@@ -180,7 +182,7 @@ def test_control_tokens_in_questions_become_text(tokenizer_name, template):
 def test_one_render_gives_what_many_give(template, monkeypatch):
     """The proof's shortcut and the way without it agree to the last id."""
     tokenizer = pair("gpt2-words", trl(template))
-    encoder = ChatEncoder(tokenizer, on_lost="keep", date="2025-01-02")
+    encoder = ChatEncoder(tokenizer, on_lost="keep", empty_replies="train", date="2025-01-02")
     shared = SharedSequence.sequence
 
     @settings(QUICK, max_examples=12)
@@ -202,14 +204,14 @@ def test_one_render_gives_what_many_give(template, monkeypatch):
 def test_a_batch_gives_what_its_rows_give(tokenizer_name):
     """Batching, taking text apart at control tokens and the cache change no id."""
     tokenizer = pair(tokenizer_name, trl("qwen2_5"))
-    encoder = ChatEncoder(tokenizer, on_lost="keep")
+    encoder = ChatEncoder(tokenizer, on_lost="keep", empty_replies="train")
     rows = [
         [user(f"q{n % 3}\n"), bot(f" a{n}\n\n"), user("\nq"), bot(f"{'1' * n} <b> é{n}")]
         for n in range(12)
     ]
     batch = encoder.encode_batch([{"messages": row} for row in rows])
     for row, sequences in zip(rows, batch.rows, strict=True):
-        alone = ChatEncoder(tokenizer, on_lost="keep").encode(row)
+        alone = ChatEncoder(tokenizer, on_lost="keep", empty_replies="train").encode(row)
         assert [s.input_ids for s in sequences] == [s.input_ids for s in alone]
         assert [s.labels for s in sequences] == [s.labels for s in alone]
 
@@ -217,7 +219,7 @@ def test_a_batch_gives_what_its_rows_give(tokenizer_name):
 def test_header_tokens_that_take_white_space():
     """Phi-3's role tokens take the white space behind them: the ids are still a server's."""
     tokenizer = pair("sentencepiece", trl("phi3"), rstrip=True)
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, empty_replies="train")
     for reply in ("a", "\na", "\n\n  a\n", " a"):
         assert check_rules(
             tokenizer, encoder, [user("\nq"), bot(reply), user("r "), bot("b")], None

@@ -81,6 +81,17 @@ TEXT = {"dataset.path": "t.jsonl", "chat.max_length": 20}
 HUB = {"dataset.path": "owner/name", "dataset.name": "default"}
 SAVED = {"dataset.path": "saved"}
 PAIRS = {"dataset.path": "pairs.jsonl"}
+ODD = {
+    "dataset.path": "odd.jsonl", "dataset.on_bad_row": "drop", "chat.on_lost": "drop",
+    "chat.empty_replies": "drop",
+}  # fmt: skip
+ODD_ROWS = [
+    pair("a", "b"),
+    pair("c", {"d": 1}),
+    {**pair("e", "f"), "chat_template_kwargs": {"x": 1}},
+    pair("g", ""),
+    pair([{"role": "critic", "content": "h"}], "i"),
+]
 
 
 def of_two(**settings):
@@ -110,6 +121,8 @@ SOURCE = [
     Change("type", ROWS_CHANGE, "prompt_completion", "messages", {"dataset.path": "both.jsonl"}),
     Change("columns", ROWS_CHANGE, {"prompt": "completion", "completion": "prompt"}, {}, PAIRS),
     Change("columns", NOTHING, {"prompt": "prompt"}, {}, PAIRS),
+    Change("remove_columns", ROWS_CHANGE, ["chat_template_kwargs"], [], ODD),
+    Change("json_replies", ROWS_CHANGE, True, False, ODD),
     Change("system", ROWS_CHANGE, "Be kind."),
     Change("train_on", ROWS_CHANGE, "last"),
     Change("train_on", NOTHING, "all"),
@@ -152,6 +165,8 @@ CHAT = [
     Change("on_lost", ROWS_CHANGE, "drop", "keep"),
     Change("max_length", ROWS_CHANGE, 60),
     Change("on_long", ROWS_CHANGE, "drop", "turns", {"chat.max_length": 60}),
+    Change("empty_replies", ROWS_CHANGE, "train", "drop", ODD),
+    Change("roles", ROWS_CHANGE, ["critic"], [], ODD),
     Change("date", ROWS_CHANGE, "2025-02-03", "2025-02-04", {"chat.template": DATED}),
     Change("date", NOTHING, "2025-02-03", "2025-02-04"),
     Change("variables", ROWS_CHANGE, {"greeting": "Ho"}, {}, {"chat.template": GREETING}),
@@ -187,6 +202,7 @@ def files(write, tmp_path):
     write("b.jsonl", [{"messages": TALK[:2]}, {"messages": TALK[2:]}])
     write("t.jsonl", [{"text": "Hello user " * 30}, {"text": "Hi"}])
     write("both.jsonl", [{"messages": TALK} | pair("Hello", "Hi")])
+    write("odd.jsonl", ODD_ROWS)
     write("pairs.jsonl", [pair("Hello", "Hi"), pair("user", "Yes")])
     save(tmp_path / "saved", train=[pair("a", "b"), pair("c", "d")], test=[pair("e", "f")])
 

@@ -67,13 +67,15 @@ def test_what_the_encoder_leaves_out_cuts_or_keeps_is_counted(write):
         pytest.param({"filter": "n > 1"}, ["q>c", "q>d"], id="a-filter"),
         pytest.param({"filter": "n > 1", "max_rows": 3}, ["q>c"], id="a-filter-sees-the-first"),
         pytest.param({"system": "S"}, ["Sq>a", "Sq>b", "Sq>c", "Sq>d"], id="a-system-prompt"),
-        pytest.param({"columns": {"completion": "n"}, "type": "prompt_completion"}, None, id="int"),
+        pytest.param(
+            {"columns": {"completion": "o"}, "type": "prompt_completion"}, None, id="object"
+        ),
         pytest.param({"type": "text", "columns": {"text": "prompt"}}, [">q"] * 4, id="a-type"),
         pytest.param({"repeats": 2}, ["q>a", "q>b", "q>c", "q>d"] * 2, id="twice"),
     ],
 )
 def test_settings_of_a_source(write, settings, expected):
-    rows = [pair("q", letter, n=n) for n, letter in enumerate("abcd")]
+    rows = [pair("q", letter, n=n, o={}) for n, letter in enumerate("abcd")]
     write("data.jsonl", rows)
     if expected is None:
         with pytest.raises(UserError, match=r"data\.jsonl has 4 bad rows"):

@@ -17,7 +17,7 @@ BAD = {
     "nan": ('{"prompt": "q", "completion": NaN}', "NaN"),
     "null": ('{"prompt": "q", "completion": null}', "completion"),
     "column-missing": ('{"prompt": "q"}', "completion"),
-    "wrong-type": ('{"prompt": "q", "completion": 7}', "completion"),
+    "wrong-type": ('{"prompt": "q", "completion": {}}', "completion"),
     "half-a-surrogate": ('{"prompt": "q", "completion": "\\ud83d"}', "surrogate"),
 }
 

@@ -26,6 +26,7 @@ def shouted(row):
 A = [said(number) for number in range(8)]
 B = [said(number, "No idea.") for number in range(20, 24)]
 TURNS = [LUTE, STRINGS, LUTE, STRINGS]
+EMPTY = [{"role": "assistant", "content": text} for text in ("", " ", "\n", "")]
 
 
 @pytest.fixture
@@ -58,6 +59,7 @@ def test_what_is_said_of_a_source(check):
         "filtered_out": 2,
         "bad_rows": 0,
         "train_on": "last",
+        "unread_keys": {},
     }
 
 
@@ -150,7 +152,13 @@ COUNTED = {
         {"a": [*A, ROWS["nothing trains"]], "b": B, "c": [A[1], TURNS]},
     ),
     "texts": (
-        [*ONE, "dataset.type=text", "chat.max_length=8", "dataset.stride=2"],
+        [
+            *ONE,
+            "dataset.type=text",
+            "chat.max_length=8",
+            "dataset.stride=2",
+            "chat.empty_replies=drop",
+        ],
         {"a": [{"text": "a lute " * n} for n in range(12)]},
     ),
 }
@@ -162,7 +170,10 @@ def encoders(config, tokenizer):
 
     def encoder(kind, source, key):
         if kind == "text":
-            return TextEncoder(tokenizer, config.chat.max_length, config.dataset.stride)
+            chat = config.chat
+            return TextEncoder(
+                tokenizer, chat.max_length, config.dataset.stride, chat.empty_replies
+            )
         own = {} if source.train_on is None else {"train_on": source.train_on}
         return ConversationEncoder(tokenizer, config.chat.model_dump() | own)
 
@@ -196,7 +207,7 @@ def test_the_counts_are_those_of_training(name, check, tmp_path):
 
 
 def test_how_full_the_batches_are(check):
-    rows = [said(n, "word " * 30 * (n % 3)) for n in range(30)]
+    rows = [said(n, "word " * (30 * (n % 3) + 1)) for n in range(30)]
     words = [*ONE, "chat.max_length=256", "trainer.args.per_device_train_batch_size=4"]
     batches = {
         name: check({"a": rows}, *words, *more)[1]["batches"]
@@ -220,7 +231,7 @@ def test_how_full_the_batches_are(check):
 
 def test_texts_are_counted_in_windows(check, luthier):
     texts = [{"text": "a lute " * 12}, {"text": "short"}, {"text": ""}]
-    words = [*ONE, "dataset.type=text", "chat.max_length=10", "dataset.on_bad_row=drop"]
+    words = [*ONE, "dataset.type=text", "chat.max_length=10", "chat.empty_replies=drop"]
     code, found = check({"a": texts}, *words)
     side = found["sides"]["train"]
     assert code == 0 and found["sources"]["dataset"]["kind"] == "text"
@@ -304,3 +315,39 @@ def test_the_sample_goes_through_to_the_end_and_stays_small():
     assert COMPARED_TURNS // 2 < len(taken) < 4 * COMPARED_TURNS
     assert taken[-1] > 190_000
     assert (np.diff(np.diff(taken)) >= -1).all()
+
+
+def test_empty_replies_are_counted_with_the_first_rows(check, luthier):
+    rows = [*A, *([{"role": "user", "content": f"Q {n}"}, bot] for n, bot in enumerate(EMPTY))]
+    code, found = check({"a": rows}, *ONE)
+    (finding,) = found["sources"]["dataset"]["findings"]
+    assert code == 1 and found["rules"][0]["broken"] == len(EMPTY)
+    assert (finding["fate"], finding["reason"], finding["rows"]) == (
+        "stops", "empty reply", len(EMPTY),
+    )  # fmt: skip
+    first = len(A) + 1
+    assert [e["place"] for e in finding["examples"]] == [f"a.jsonl:{first + n}" for n in range(3)]
+    assert "the assistant's reply is empty" in finding["examples"][0]["words"]
+    assert "empty reply" in luthier("check", *ONE)[1]
+    code, found = check({"a": rows}, *ONE, "chat.empty_replies=drop")
+    (finding,) = found["sources"]["dataset"]["findings"]
+    assert code == 0 and (finding["fate"], finding["rows"]) == ("dropped", len(EMPTY))
+    code, found = check({"a": rows}, *ONE, "chat.empty_replies=train")
+    assert code == 0 and found["sides"]["train"]["rows"] == len(rows)
+
+
+def test_keys_of_messages_that_are_not_read_are_named(check, luthier):
+    question = {"role": "user", "content": "Q", "id": 7}
+    rows = [[question, {"role": "assistant", "content": f"A {n}", "score": n}] for n in range(3)]
+    _, found = check({"a": rows}, *ONE)
+    assert found["sources"]["dataset"]["unread_keys"] == {"id": 3, "score": 3}
+    shown = luthier("check", *ONE)[1]
+    assert "keys of messages that are not read: id (3 rows), score (3 rows)" in shown
+
+
+def test_a_wrong_role_stops_the_training(check):
+    rows = [*A, [{"role": "human", "content": "Q"}, {"role": "assistant", "content": "A"}]]
+    code, found = check({"a": rows}, *ONE)
+    (finding,) = found["sources"]["dataset"]["findings"]
+    assert (code, finding["fate"], finding["reason"]) == (1, "stops", "unknown role")
+    assert "did you mean 'user'?" in finding["examples"][0]["words"]

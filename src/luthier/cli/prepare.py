@@ -25,11 +25,13 @@ def run(arguments: list[str]) -> int:
     from luthier import data, model
     from luthier.config import load_config
     from luthier.environment import set_environment
+    from luthier.model.positions import check_max_length
 
     config = load_config(parsed.overrides).config
     # Cheap mistakes first: files and the model's path are checked before torch is imported.
     sources = data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)
+    check_max_length(config)
     set_environment(config)
     # After set_environment: the libraries read their variables when they are imported.
     from luthier.data.prepare import prepare

@@ -157,6 +157,10 @@ class SourceConfig(StrictModel):
     """The format of a row; `auto` finds it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our name -> the dataset's name of a column, such as `{prompt: question}`."""
+    remove_columns: list[str] = Field(default_factory=list)
+    """Columns that are left out on purpose, where a row with them would be refused."""
+    json_replies: bool = False
+    """Train replies that are objects, lists, or true and false as JSON text."""
     system: str | None = None
     """A system prompt for rows that have none."""
     train_on: Literal["all", "last"] | list[str] | None = None

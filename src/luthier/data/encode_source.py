@@ -3,8 +3,9 @@
 import gc
 import json
 import pickle
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from luthier.data.fingerprints import (
     normalised_fingerprint,
     pack_fingerprints,
 )
+from luthier.data.formats.messages import find_other_keys
 from luthier.data.rows import BadRow, excerpt
 from luthier.data.store import EntryWriter, Store, StoredEntry, TokenTable, cache_key
 from luthier.errors import UserError
@@ -61,7 +63,9 @@ def encode_rows(
         writer.table(name)
     bad = BadRows()
     rows = opened.examples(bad, opened.source.rows(verify=True))
-    keeps_columns = bool(encoder.settings().get(COLUMNS_SETTING))
+    settings = encoder.settings()
+    keeps_columns = bool(settings.get(COLUMNS_SETTING))
+    other_keys: Counter[str] = Counter()
     # The bar shows itself after two seconds: small sets encode without one.
     bar = tqdm(
         total=opened.source.size, unit=" rows", desc=f"encode {opened.source.label}", delay=2,
@@ -71,6 +75,8 @@ def encode_rows(
         encoded_chunks = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
         for number, (chunk, encoded) in enumerate(encoded_chunks, start=1):
             _write(writer, chunk, *encoded, keeps_columns)
+            for row in chunk:
+                other_keys.update(find_other_keys(row.placed.example))
             bar.update(len(chunk))
             if number % CHUNKS_PER_COLLECTION == 0:
                 gc.collect(0)
@@ -81,6 +87,20 @@ def encode_rows(
         "bad": [[row.where, row.problem, row.text] for row in bad.rows],
         "names": opened.names,
         "shape": opened.row_format.type,
+        "unread_keys": unread_keys(other_keys, settings.get("template")),
+    }
+
+
+def unread_keys(keys: Mapping[str, int], template: Any) -> dict[str, int]:
+    """Return those keys of messages that the chat template does not name, with their rows.
+
+    `template`: its text, or the texts of several by name; None for rows without one.
+    """
+    text = "\n".join(template.values()) if isinstance(template, dict) else str(template or "")
+    return {
+        key: rows
+        for key, rows in sorted(keys.items())
+        if not re.search(rf"\b{re.escape(key)}\b", text)
     }
 
 
@@ -269,6 +289,8 @@ class EncodedSource:
         self._names = dict(zip(stored.manifest["names"], opened.names, strict=True))
         self.filtered: int = stored.manifest["filtered"]
         """Rows that the filter left out."""
+        self.unread_keys: dict[str, int] = stored.manifest.get("unread_keys", {})
+        """Keys of messages that neither luthier nor the template reads, each with its rows."""
 
     def __len__(self) -> int:
         return len(self.rows)

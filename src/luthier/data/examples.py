@@ -15,6 +15,7 @@ from luthier.errors import UserError
 
 PEEKED_ROWS = 1000
 """Rows that are looked at to find the format, and that the quick check reads."""
+_CSV = {"csv", "tsv"}
 _PATH, _SPLIT = "dataset.eval.path", "dataset.eval.split"
 
 
@@ -45,7 +46,6 @@ class OpenedSource:
         """Return all that decides the examples besides the content, as JSON values."""
         return {
             "source": self.source.settings(),
-            # This key decides the names of entries in the cache: it keeps its old name.
             # This key decides the names of entries in the cache: it keeps its old name.
             "shape": self.row_format.settings(),
             "filter": self.config.filter,
@@ -197,9 +197,14 @@ def _find_format(source: Source, config: SourceConfig, key: str) -> OpenedSource
     bad = [row for row in first if isinstance(row, BadRow)]
     if bad and not rows:
         raise bad_rows_error(bad, source.label, source.advice)
-    return OpenedSource(
-        key, config, source, detect_format(config, rows, source.label, format_key(key))
-    )
+    row_format = detect_format(config, rows, source.label, format_key(key), _has_text_cells(source))
+    return OpenedSource(key, config, source, row_format)
+
+
+def _has_text_cells(source: Source) -> bool:
+    """Return whether every value of a source is text: a file of CSV has no other type."""
+    formats = source.settings()["format"]
+    return {formats} <= _CSV if isinstance(formats, str) else {*formats} <= _CSV
 
 
 def train_sources(config: DatasetConfig) -> dict[str, SourceConfig]:

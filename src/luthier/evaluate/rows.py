@@ -229,7 +229,7 @@ class TargetRowBuilder:
     kinds = ("seq2seq",)
 
     def __init__(self, tokenizer: Any, max_length: int | None, on_long: OnLong) -> None:
-        self._encoder = Seq2SeqEncoder(tokenizer, max_length, lenient_length(on_long))
+        self._encoder = Seq2SeqEncoder(tokenizer, max_length, lenient_length(on_long), "drop")
 
     def add(
         self, rows: EvaluationRows, opened: OpenedSource, placed: Iterable[LocatedExample]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier import data, model
 from luthier.chat import IGNORED, ChatEncoder, ChatError, ChatSequence, Reply, Segment
-from luthier.chat.encoder import ChatPromptEncoder
+from luthier.chat.encoder import ChatPromptEncoder, OnEmpty
 from luthier.config import load_config
 from luthier.config.methods import METHODS
 from luthier.config.schema import ChatSettings, RunConfig
@@ -17,6 +17,7 @@ from luthier.data.encoders.chat import (
     RowOutcome,
     RowState,
     batch_outcomes,
+    find_empty_text,
     row_outcome,
     window_outcome,
 )
@@ -25,6 +26,7 @@ from luthier.data.encoders.prompts import encode_prompt, max_prompt_tokens
 from luthier.data.examples import LocatedExample, OpenedSource, eval_set_name
 from luthier.environment import set_environment
 from luthier.errors import UserError
+from luthier.model.positions import bounded_length, check_max_length
 from luthier.model.tokenizer import end_token_ids, load_tokenizer
 
 if TYPE_CHECKING:
@@ -85,11 +87,16 @@ class Readers:
             return PromptReader(self._tokenizer, config.chat, self._end_tokens, limit)
         if opened.row_format.example_type == "conversation":
             return self.conversations(opened)
-        return DocumentReader(self._tokenizer, config.chat.max_length, config.dataset.stride)
+        return DocumentReader(
+            self._tokenizer,
+            bounded_length(config),
+            config.dataset.stride,
+            config.chat.empty_replies,
+        )
 
     def conversations(self, opened: OpenedSource) -> "ConversationReader":
         """Return the reader of conversations, with the turns that the source says train."""
-        chat = self._config.chat
+        chat = self._config.chat.model_copy(update={"max_length": bounded_length(self._config)})
         train_on = chat.train_on if opened.config.train_on is None else opened.config.train_on
         if repr(train_on) not in self._conversations:
             settings = chat.model_copy(update={"train_on": train_on})
@@ -142,6 +149,7 @@ def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> 
     # A folder that holds a tokenizer and nothing else is enough here.
     if not Path(config.model.tokenizer or config.model.path).is_dir():
         model.check_model_path(config.model)
+    check_max_length(config)
     set_environment(config)
     trained, evaluated = sources.open_train(), sources.open_eval()
     for opened in (*trained.values(), *evaluated.values()):
@@ -240,13 +248,21 @@ class ConversationReader:
 class DocumentReader:
     """Cuts plain texts into windows as a config says, and goes on where training would stop."""
 
-    def __init__(self, tokenizer: Any, max_length: int | None, stride: int) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int | None, stride: int, empty_replies: OnEmpty
+    ) -> None:
         self._encoder = WindowEncoder(tokenizer, max_length, stride)
+        self._empty_replies: OnEmpty = empty_replies
 
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """Return what these documents make."""
         try:
-            windows = self._encoder.encode_batch(row.example["text"] for row in placed)
+            texts = [
+                "" if find_empty_text(row.example["text"], self._empty_replies) else text
+                for row in placed
+                for text in [row.example["text"]]
+            ]
+            windows = self._encoder.encode_batch(texts)
         except ChatError as error:
             if len(placed) > 1:
                 return [row for each in placed for row in self.rows([each])]

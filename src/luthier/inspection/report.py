@@ -40,16 +40,19 @@ def source_lines(survey: Survey) -> Lines:
     """Where the rows are from, what they look like, and what is not read of them."""
     stops = survey.material.config.dataset.on_bad_row == "error"
     for account in survey.accounts:
-        yield from _source_values(account, stops)
+        yield from _source_values(account, stops, survey.unread_keys(account))
 
 
-def _source_values(account: RowOutcomes, stops: bool) -> Lines:
+def _source_values(account: RowOutcomes, stops: bool, keys: Mapping[str, int]) -> Lines:
     opened = account.opened
     config, row_format = opened.config, opened.row_format
     label = shorten_location(opened.source.label)
     yield f"{opened.key}: {label}, type {row_format.type}, {count_rows(len(account))}"
     if row_format.unused:
         yield f"  columns that are not read: {', '.join(row_format.unused)}"
+    if keys:
+        counts = ", ".join(f"{name} ({count_rows(count)})" for name, count in keys.items())
+        yield f"  keys of messages that are not read: {counts}"
     if config.filter is not None:
         yield f"  filter {config.filter} leaves out {count_rows(account.bad.filtered)}"
     if config.train_on is not None:
@@ -358,7 +361,11 @@ def report_as_json(survey: Survey) -> dict[str, Any]:
         "holds": survey.holds,
         "error": survey.error,
         "limit": survey.limit,
-        "sources": {account.opened.key: _source_sentence(account) for account in survey.accounts},
+        "sources": {
+            account.opened.key: _source_sentence(account)
+            | {"unread_keys": survey.unread_keys(account)}
+            for account in survey.accounts
+        },
         "mixture": _mixture(survey),
         "duplicates": _duplicates(survey),
         "held_out": _held_out(survey),

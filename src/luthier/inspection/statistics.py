@@ -1,6 +1,7 @@
 """What becomes of the rows of a dataset, which are equal, and what each split holds, in numbers."""
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from luthier.data.fingerprints import (
     normalised_fingerprint,
     pack_fingerprints,
 )
+from luthier.data.formats.messages import find_other_keys
 from luthier.data.prepare import count_outcomes
 from luthier.data.select import select_rows, split_by_source
 from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
@@ -210,6 +212,8 @@ class RowOutcomes:
         """Where each row stands."""
         self.bad = BadRows()
         self.findings: dict[tuple[str, str], Finding] = {}
+        self.other_keys: Counter[str] = Counter()
+        """Keys of messages that are none of a message's own, each with its rows."""
         self._fingerprints, self._normalised_fingerprints = bytearray(), bytearray()
         # Arrays of numbers, as a dataset may have millions of rows.
         self._sequences, self._cut_turns, self._states = array("i"), array("i"), array("b")
@@ -222,6 +226,7 @@ class RowOutcomes:
         """Note one row."""
         outcome = row.outcome
         self.places.append(row.place)
+        self.other_keys.update(find_other_keys(row.example))
         self._fingerprints += fingerprint(row.example)
         self._normalised_fingerprints += normalised_fingerprint(row.example)
         self._states.append(outcome.state)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.config.schema import RunConfig
+from luthier.data.encode_source import unread_keys
 from luthier.data.encoders.chat import RowState
 from luthier.data.examples import OpenedSource, train_sources
 from luthier.data.fingerprints import Fingerprints
@@ -274,6 +275,10 @@ class Survey:
                 self.comparison.compare(reader, self._chat.reference, rows, sample)
             advance(len(rows))
 
+    def unread_keys(self, account: RowOutcomes) -> dict[str, int]:
+        """Return the keys of messages that neither luthier nor the template reads."""
+        return unread_keys(account.other_keys, self._chat and self._chat.template)
+
     def _note_bad(self, account: RowOutcomes) -> None:
         """Account for rows that could not be read."""
         stops = self.material.config.dataset.on_bad_row == "error"
@@ -291,6 +296,7 @@ class _Chat:
         """`opened`: one of the sources, for what all of them share."""
         encoder = material.readers.conversations(opened).encoder
         self.rules = SequenceRules(encoder, material.tokenizer)
+        self.template = encoder.settings()["template"]
         template = material.config.chat.template
         self.reference = TransformersPrompts(material.tokenizer, encoder, template)
 

@@ -81,7 +81,7 @@ def read_quantization_config(model: ModelConfig) -> dict[str, Any] | None:
     if source.find_gguf_file(model.path) is not None:
         return None
     try:
-        content = json.loads(_config_file(model).read_text(encoding="utf-8"))
+        content = read_config_json(model)
     except (OSError, ValueError) as error:
         raise source.explain_hub_error(error, model.path, "model.path") or UserError(
             f"model.path={model.path}: its config.json cannot be read: {error}"
@@ -117,6 +117,14 @@ def cast_to_dtype(model: Any, dtype: str) -> Any:
     import torch
 
     return model.to(getattr(torch, dtype))
+
+
+def read_config_json(model: ModelConfig) -> dict[str, Any]:
+    """Return a model's config.json; OSError or ValueError where it cannot be had or read."""
+    content = json.loads(_config_file(model).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it is no object")
+    return content
 
 
 def _config_file(model: ModelConfig) -> Path:

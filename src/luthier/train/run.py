@@ -10,6 +10,7 @@ from luthier import data, model
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batching.settings import read_batching_settings
 from luthier.environment import set_environment
+from luthier.model.positions import check_max_length
 from luthier.record.config_diff import describe_config_changes
 from luthier.record.record import read_record
 from luthier.record.run_dir import (
@@ -58,6 +59,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     """
     sources = data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)
+    check_max_length(config)
     if config.trainer.teacher is not None:
         model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     trackers.check_trackers_installed(config)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.chat import ChatError
+from luthier.data.encoders.chat import TextEncoder
 from luthier.data.encoders.plain_text import TextWindow, WindowEncoder
 from luthier.errors import UserError
 
@@ -225,3 +227,16 @@ def test_real_documents_with_real_tokenizers(name):
     inner = odd[0].input_ids[len(BEGINS[name]) : -1]
     assert not set(inner) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(inner, clean_up_tokenization_spaces=False).strip() == forged.strip()
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n"], ids=["empty", "blank", "line"])
+def test_an_empty_document_stops_or_drops_the_row(text):
+    rows = [{"text": "a"}, {"text": text}, {"text": "b"}]
+    tokenizer = words(eos_token="</s>")
+    with pytest.raises(ChatError, match=r"row 1: the text is (empty|blank).*empty_replies=drop"):
+        TextEncoder(tokenizer, None, 0).encode(rows)
+    made = TextEncoder(tokenizer, None, 0, "drop").encode(rows)
+    assert made.columns["input_ids"] == [[0, E], [1, E]]
+    assert [outcome.reason for outcome in made.outcomes] == ["", "empty text", ""]
+    trained = pickle.loads(pickle.dumps(TextEncoder(tokenizer, None, 0, "train")))
+    assert trained.encode(rows).counts == [1, 0, 1]  # these tokens are words: no blank is one

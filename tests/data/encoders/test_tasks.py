@@ -145,9 +145,9 @@ def test_a_word_without_a_token_does_not_train():
     assert made.columns["trained"] == [2]
 
 
-def targeted(examples, max_length=None, single="$A </s>", on_long="turns"):
+def targeted(examples, max_length=None, single="$A </s>", on_long="turns", empty_replies="error"):
     tokenizer = words(single=single, types=False, eos_token="</s>")
-    return Seq2SeqEncoder(tokenizer, max_length, on_long).encode(examples)
+    return Seq2SeqEncoder(tokenizer, max_length, on_long, empty_replies).encode(examples)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,15 @@ def test_a_cut_target_has_no_end():
     assert made.outcomes[0].problem == "the row has 5 tokens, and chat.max_length is 3"
 
 
-def test_an_empty_source_is_left_out_and_an_empty_target_is_an_end():
-    made = targeted([{"source": "", "target": "a"}, {"source": "a", "target": ""}])
+@pytest.mark.parametrize("target", ["", " "], ids=["empty", "blank"])
+def test_an_empty_source_is_left_out_and_an_empty_target_is_an_error(target):
+    rows = [{"source": "", "target": "a"}, {"source": "a", "target": target}]
+    with pytest.raises(ChatError, match=r"row 1: the target is (empty|blank), so the model would"):
+        targeted(rows)
+    made = targeted(rows, empty_replies="drop")
     assert made.outcomes[0][1:4] == (RowState.DROPPED, "empty source", "its source is empty")
-    assert made.columns["labels"] == [[E]]
+    assert made.outcomes[1][1:3] == (RowState.DROPPED, "empty target")
+    assert targeted(rows, empty_replies="train").columns["labels"] == [[E]]
 
 
 def test_a_target_needs_an_end_token():

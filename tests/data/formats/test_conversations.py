@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from luthier.data.formats.messages import find_other_keys
 from luthier.data.rows import Row, RowError
 
 USER = {"role": "user", "content": "Hi"}
@@ -444,8 +445,9 @@ def test_the_tools_of_a_row(read, more, settings, tools):
     ("fields", "problem"),
     [
         ({"messages": "Hi"}, "'messages' is text that is no JSON of a list of messages"),
-        ({"messages": "[{'role': 'user'}]"}, "this is how Python prints it: write it with json"),
-        ({"messages": '{"a": 1}'}, "'messages' is JSON text of an object; expected a list"),
+        ({"messages": "[{'role': 'user'}]"}, "messages[0]: the content of this user message is"),
+        ({"messages": "[{'role': user}]"}, "'messages' is text that is no JSON of a list"),
+        ({"messages": '{"a": 1}'}, "'messages' is text of an object; expected a list"),
         ({"messages": None}, "'messages' is null; expected a list"),
         ({"messages": float("nan")}, "'messages' is NaN; expected a list"),
         ({"messages": []}, "'messages' is an empty list"),
@@ -494,8 +496,14 @@ def test_the_tools_of_a_row(read, more, settings, tools):
             {"messages": [{**REPLY, "tool_calls": [{"name": "f", "arguments": [1]}]}]},
             "the arguments of tool_calls[0] are a list",
         ),
-        ({"messages": [{**REPLY, "train": "no"}]}, "train is text; expected true or false"),
-        ({"messages": [{**REPLY, "weight": 0.5}]}, "weight is 0.5; a message trains (1)"),
+        (
+            {"messages": [{**REPLY, "train": "no"}]},
+            "train is 'no'; expected true or 1, or false or 0",
+        ),
+        (
+            {"messages": [USER, {**REPLY, "weight": 0.5}]},
+            "messages[1]: weight is 0.5, and a message trains whole (1) or not at all (0)",
+        ),
         ({"messages": [{**REPLY, "reasoning": 1}]}, "reasoning is a number"),
         ({"messages": [USER], "tools": "[f]"}, "the tools ('tools') is text that is no JSON"),
         ({"messages": [USER], "tools": {"a": 1}}, "the tools ('tools') are an object"),
@@ -509,7 +517,7 @@ def test_the_tools_of_a_row(read, more, settings, tools):
         ({"conversations": [{"from": 3, "value": "Hi"}]}, "from is a number"),
         ({"conversations": [HUMAN, {"from": "gpt"}]}, "the value of this gpt turn is missing"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "this gpt turn is null"),
-        ({"conversations": [{"from": "gpt", "value": 3}]}, "the value is a number"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "the value is a number"),
         ({"conversations": [HUMAN, USER]}, "no from (it has: role, content); role and content"),
         (
             {"conversations": [HUMAN, {"from": "function_call", "value": "f(1)"}]},
@@ -521,7 +529,7 @@ def test_the_tools_of_a_row(read, more, settings, tools):
             {"instruction": "a", "output": "b", "history": [["q"]]},
             "history[0] is a list; expected a question and its answer",
         ),
-        ({"prompt": "a", "completion": 3}, "'completion' is a number; expected text or a list"),
+        ({"prompt": 3, "completion": "a"}, "'prompt' is a number; expected text or a list"),
         ({"prompt": "a", "completion": None}, "'completion' is null; expected text"),
         ({"question": "a", "answer": float("nan")}, "'answer' is NaN; expected text"),
         ({"prompt": [USER], "completion": []}, "'completion' is an empty list"),
@@ -555,3 +563,202 @@ def test_optional_columns_that_come_later_are_read(detect):
     row_format = detect({"messages": [USER, REPLY]})
     late = {"messages": [USER, REPLY], "functions": [BARE_TOOL], "system": "Be brief."}
     assert row_format.read(Row(late, "x:2")) == {"messages": [SYSTEM, USER, REPLY], "tools": [TOOL]}
+
+
+TRAINS = [
+    ({"train": False}, False), ({"training": False}, False), ({"trainable": False}, False),
+    ({"loss": False}, False), ({"loss": 0}, False), ({"weight": 0}, False),
+    ({"weight": 0.0}, False), ({"loss_weight": 0}, False), ({"loss_mask": 0}, False),
+    ({"mask": 1}, False), ({"mask": True}, False), ({"masked": True}, False),
+    ({"train": True}, True), ({"loss": 1}, True), ({"weight": 1.0}, True), ({"mask": 0}, True),
+    ({"masked": False}, True), ({"loss": False, "mask": True, "weight": 0}, False),
+    ({"loss": None, "train": True}, True),
+]  # fmt: skip
+CALL_REPLY = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+}
+
+
+@pytest.mark.parametrize(("flags", "trains"), TRAINS, ids=[str(flags) for flags, _ in TRAINS])
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "call", "call turn", "completion"])
+def test_one_meaning_of_what_says_whether_a_message_trains(read, form, flags, trains):
+    rows = {
+        "messages": {"messages": [USER, {**REPLY, **flags}]},
+        "sharegpt": {"conversations": [HUMAN, {"from": "gpt", "value": "Hello", **flags}]},
+        "call": {"messages": [USER, CALL_REPLY | flags]},
+        "call turn": {
+            "conversations": [
+                HUMAN, {"from": "function_call", "value": '{"name": "f", "arguments": {}}', **flags}
+            ]
+        },
+        "completion": {"prompt": "Hi", "completion": [{**REPLY, **flags}]},
+    }  # fmt: skip
+    *_, reply = read(rows[form])["messages"]
+    assert reply["train"] is trains
+    assert not {"loss", "weight", "mask", "masked", "training", "loss_mask"} & {*reply}
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"train": True, "loss": False}, "train says that this message trains, and loss says that"),
+        ({"weight": 1, "mask": 1}, "weight says that this message trains, and mask says that it"),
+        ({"loss": 0.25}, "loss is 0.25, and a message trains whole (1) or not at all (0)"),
+        ({"weight": 2}, "weight is 2; expected true or 1, or false or 0"),
+        ({"weight": -1}, "weight is -1; expected"),
+        ({"mask": [0, 1]}, "mask is 'a list'; expected"),
+        ({"training": "false"}, "training is 'false'; expected"),
+        ({"loss": float("nan")}, "loss is nan; expected"),
+    ],
+)
+def test_flags_that_say_no_clear_thing(read, flags, problem):
+    with pytest.raises(RowError) as error:
+        read({"messages": [USER, {**REPLY, **flags}]})
+    assert problem in str(error.value)
+    assert "messages[1]" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_a_mask_that_is_a_loss_mask_is_refused(read, name):
+    user, bot = (USER, REPLY) if name == "messages" else (HUMAN, {"from": "gpt", "value": "Hello"})
+    with pytest.raises(RowError, match=r"as in a loss mask.*Rename it to loss_mask"):
+        read({name: [{**user, "mask": 0}, {**bot, "mask": 1}]})
+    turns = [{**user, "mask": 0}, {**bot, "mask": 1}, user, {**bot, "mask": 0}]
+    assert [message.get("train") for message in read({name: turns})["messages"]] == [
+        True, False, None, True,
+    ]  # fmt: skip
+
+
+def test_the_keys_of_messages_that_mean_nothing_are_found():
+    example = {
+        "prompt": [{**USER, "id": 7}],
+        "chosen": [{**REPLY, "train": True, "score": 3, "reasoning_content": "so"}],
+        "rejected": [REPLY],
+    }
+    assert find_other_keys(example) == {"id", "score"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (5, "5"),
+        (-2.5, "-2.5"),
+        (1e21, "1e+21"),
+        (12345678901234567890123, "12345678901234567890123"),
+    ],
+)
+@pytest.mark.parametrize("form", ["alpaca", "completion", "messages", "sharegpt"])
+def test_replies_that_are_numbers_become_text(read, form, value, text):
+    rows = {
+        "alpaca": {"instruction": "a", "output": value},
+        "completion": {"question": "a", "answer": value},
+        "messages": {"messages": [USER, {"role": "assistant", "content": value}]},
+        "sharegpt": {"conversations": [HUMAN, {"from": "gpt", "value": value}]},
+    }
+    assert read(rows[form])["messages"][-1]["content"] == text
+
+
+JSON_REPLIES = [
+    ({"item": "tea", "é": None}, '{"item": "tea", "é": null}'), ([1, [2]], "[1, [2]]"),
+    (True, "true"), ([{"type": "reminder", "who": "Ann"}], '[{"type": "reminder", "who": "Ann"}]'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "text"), JSON_REPLIES, ids=["object", "list", "bool", "objects"])
+@pytest.mark.parametrize("form", ["alpaca", "completion", "messages", "sharegpt"])
+def test_replies_that_are_objects_train_as_json_where_that_is_set(read, form, value, text):
+    rows = {
+        "alpaca": {"instruction": "a", "output": value},
+        "completion": {"prompt": "a", "completion": value},
+        "messages": {"messages": [USER, {"role": "assistant", "content": value}]},
+        "sharegpt": {"conversations": [HUMAN, {"from": "gpt", "value": value}]},
+    }
+    assert read(rows[form], json_replies=True)["messages"][-1]["content"] == text
+    with pytest.raises(RowError) as error:
+        read(rows[form])
+    if text.startswith("[{"):
+        assert "only parts of text are read" in str(error.value) or "json_replies" in str(
+            error.value
+        )
+    else:
+        assert "To train it as JSON text, set dataset.json_replies=true" in str(error.value)
+
+
+def test_json_replies_leaves_messages_and_parts_as_they_are(read):
+    row = {"prompt": "a", "completion": [REPLY]}
+    assert read(row, json_replies=True) == read(row)
+    parts = {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]}
+    assert read(parts, json_replies=True)["messages"][-1]["content"] == "b"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_no_number_is_no_reply(read, value):
+    with pytest.raises(RowError, match="'output' is"):
+        read({"instruction": "a", "output": value}, json_replies=True)
+
+
+PYTHON = (
+    "[{'role': 'user', 'content': \"It's\\nso\"}, "
+    "{'role': 'assistant', 'content': 'é', 'train': True}]"
+)
+
+
+def test_lists_that_python_printed_are_read(read):
+    messages = [
+        {"role": "user", "content": "It's\nso"},
+        {"role": "assistant", "content": "é", "train": True},
+    ]
+    assert read({"messages": PYTHON})["messages"] == messages
+    tools = "[{'name': 'f', 'parameters': {'a': None, 'b': (1, 2.5)}}]"
+    (tool,) = read({"messages": messages, "tools": tools})["tools"]
+    assert tool["function"] == {"name": "f", "parameters": {"a": None, "b": [1, 2.5]}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user', 'content': 'a' 'b'}]",
+        "[{'role': 'user', 'content': b'a'}]",
+        "[{'role': 'user', 'content': {1, 2}}]",
+        "[{'role': 'user', 1: 2}]",
+        "[{'role': __import__('os')}]",
+        "[{'role': 'user'}\n {'role': 'user'}]",
+        "[" * 3000 + "]" * 3000,
+        "[{'role': 'user'",
+        "[{'role': 'us\\qer', 'content': 'a'}]",
+    ],
+    ids=["texts", "bytes", "set", "number as key", "code", "numpy", "deep", "cut", "escape"],
+)
+def test_what_python_printed_and_json_has_not_is_refused(read, text):
+    with pytest.raises(RowError, match="'messages' is text that is no JSON of a list of messages"):
+        read({"messages": text}, type="messages")
+
+
+SWITCHES = {"enable_thinking": False}
+
+
+def test_a_row_with_variables_of_the_template_is_refused_unless_they_are_left_out(detect, read):
+    row = {"messages": [USER, REPLY], "chat_template_kwargs": SWITCHES}
+    with pytest.raises(RowError) as error:
+        read(row)
+    assert "variables of its own for the chat template (chat_template_kwargs)" in str(error.value)
+    assert "'dataset.remove_columns=[chat_template_kwargs]'" in str(error.value)
+    assert read(row, remove_columns=["chat_template_kwargs"])["messages"] == [USER, REPLY]
+    for nothing in ({}, None, "", "{}"):
+        assert read({**row, "chat_template_kwargs": nothing})["messages"] == [USER, REPLY]
+    # It may be in a later row than those that show the format.
+    first = detect({"messages": [USER, REPLY]})
+    with pytest.raises(RowError, match="chat_template_kwargs"):
+        first.read(Row(row, "x.jsonl:2000"))
+
+
+@pytest.mark.parametrize("form", ["preference", "prompt_completion"])
+def test_every_row_with_messages_may_have_such_variables(read, form):
+    rows = {
+        "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "prompt_completion": {"prompt": "a", "completion": "b"},
+    }
+    with pytest.raises(RowError, match="chat_template_kwargs"):
+        read({**rows[form], "chat_template_kwargs": SWITCHES})

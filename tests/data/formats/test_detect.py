@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from luthier.config.schema import SourceConfig
 from luthier.data.formats import detect_format
@@ -29,7 +31,7 @@ PROMPT = {"prompt": "a", "completion": "b"}
                 "dataset: the columns of x.jsonl show no format that luthier reads.",
                 "columns: a, b, c",
                 'first row (x.jsonl:1): {"a": 1, "b": "x", "c": "y"}',
-                "dataset.columns={prompt: ..., completion: ...}",
+                "dataset.columns.prompt=NAME dataset.columns.completion=NAME",
             ],
             id="unknown",
         ),
@@ -48,7 +50,7 @@ PROMPT = {"prompt": "a", "completion": "b"}
         pytest.param(
             {"prompt": "a", "complete": "b"},
             {},
-            ["'complete' looks like 'completion': dataset.columns={completion: complete}"],
+            ["'complete' looks like 'completion': dataset.columns.completion=complete"],
             id="misspelt",
         ),
         pytest.param(
@@ -60,7 +62,7 @@ PROMPT = {"prompt": "a", "completion": "b"}
         pytest.param(
             {"translation": {"en": "a", "de": "b"}},
             {},
-            ["dataset.columns={source: translation.en, target: translation.de}"],
+            ["dataset.columns.source=translation.en dataset.columns.target=translation.de"],
             id="translation",
         ),
         pytest.param(
@@ -98,8 +100,8 @@ PROMPT = {"prompt": "a", "completion": "b"}
             {"question": "a", "answer": "b", "response": "c"},
             {},
             [
-                "dataset.columns={prompt: question, completion: answer} or "
-                "dataset.columns={prompt: question, completion: response}"
+                "dataset.columns.prompt=question dataset.columns.completion=answer or "
+                "dataset.columns.prompt=question dataset.columns.completion=response"
             ],
             id="two-replies",
         ),
@@ -114,15 +116,16 @@ PROMPT = {"prompt": "a", "completion": "b"}
             {},
             [
                 "has 'context' beside 'question' and 'answer'",
-                "dataset.columns={instruction: question, input: context, output: answer}",
-                "To leave it out: dataset.type=prompt_completion",
+                "dataset.columns.instruction=question dataset.columns.input=context "
+                "dataset.columns.output=answer",
+                "To leave it out: 'dataset.remove_columns=[context]'",
             ],
             id="a-question-about-a-text",
         ),
         pytest.param(
             {**MESSAGES, "system_prompt": "a", "system_message": "b"},
             {},
-            ["dataset.columns={system: system_prompt} or dataset.columns={system: system_message}"],
+            ["dataset.columns.system=system_prompt or dataset.columns.system=system_message"],
             id="two-system-prompts",
         ),
         pytest.param(
@@ -339,3 +342,84 @@ def test_no_file_of_the_assets_is_forgotten():
     folder = Path(ASSETS, "datasets")
     files = {str(file.relative_to(folder)) for file in folder.rglob("*.json*")}
     assert files == set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "type_", "names"),
+    [
+        ({"Question": "a", "Answer": "b"}, "prompt_completion", "prompt completion"),
+        ({"PROMPT": "a", "Completion ": "b"}, "prompt_completion", "prompt completion"),
+        (
+            {"Instruction": "a", "Input": "b", "Output": "c"},
+            "alpaca",
+            "instruction input output",
+        ),
+        ({"Messages": [USER, REPLY], "System": "s"}, "messages", "messages system"),
+        ({"Text": "a", "Label": 1}, "classification", "text label"),
+        (
+            {"prompt": "b", "completion": "c", "Prompt": "a"},
+            "prompt_completion",
+            "prompt completion",
+        ),
+        ({"Prompt": "a", "Chosen": "b", "Rejected": "c"}, "preference", "prompt chosen rejected"),
+        ({"Text": "a"}, "text", "text"),
+    ],
+)
+def test_names_are_matched_without_case(detect, fields, type_, names):
+    row_format = detect(fields)
+    assert row_format.type == type_
+    assert {*names.split()} == {*row_format.columns.source_names}
+    columns = [row_format.columns.source_names[name] for name in names.split()]
+    assert columns == list(fields)[: len(columns)]
+
+
+def test_two_columns_that_differ_in_case_alone_are_no_choice_of_ours(detect):
+    with pytest.raises(UserError, match="can be read in 2 ways"):
+        detect({"Prompt": "a", "PROMPT": "b", "completion": "c"})
+
+
+@pytest.mark.parametrize("column", ["Context", "CHOICES"])
+def test_a_context_in_capitals_is_a_context(detect, column):
+    with pytest.raises(UserError, match=f"has {column!r} beside"):
+        detect({"Question": "a", "Answer": "b", column: "c"})
+
+
+def test_columns_are_left_out_on_purpose(detect):
+    fields = {"question": "a", "answer": "b", "context": "c"}
+    row_format = detect(fields, remove_columns=["context"])
+    assert row_format.type == "prompt_completion" and row_format.unused == ()
+    with pytest.raises(UserError, match=r"remove_columns names 'contxt'.*did you mean 'context'"):
+        detect(fields, remove_columns=["contxt"])
+
+
+def test_answers_that_are_objects_name_their_setting(detect):
+    fields = {"question": "a", "answer": {"item": "tea"}}
+    with pytest.raises(UserError, match=r"as JSON text: dataset\.json_replies=true"):
+        detect(fields)
+    assert detect(fields, json_replies=True).type == "prompt_completion"
+
+
+HINTED = [
+    {"question": "a", "answer": "b", "response": "c"},
+    {"question": "a", "an answer": "b", "respon$e": "c", "answer": "d", "response": "e"},
+    {"messages": [USER], "system_prompt": "a", "system_message": "b"},
+    {"question": "a", "answer": "b", "Context": "c"},
+    {"prompt": "a", "com pletion": "b"},
+    {"prompt": "a", 'comp"letion': "b"},
+    {"prompt": "a", "comple'tion": "b"},
+]
+
+
+@pytest.mark.parametrize("fields", HINTED, ids=[" ".join(fields) for fields in HINTED])
+def test_hints_can_be_pasted(detect, fields):
+    """Each setting of an error goes through a shell and Hydra, and names columns that are there."""
+    with pytest.raises(UserError) as error:
+        detect(fields)
+    last = str(error.value).splitlines()[-1]
+    settings = [word for word in shlex.split(last.partition(": ")[2]) if "dataset." in word]
+    assert settings
+    for setting in settings:
+        override = OverridesParser.create().parse_override(setting)
+        value = override.value()
+        for name in value if isinstance(value, list) else [str(value)]:
+            assert str(name) in fields

@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from luthier.data.rows import RowError
+from luthier.config.schema import SourceConfig
+from luthier.data.formats import detect_format
+from luthier.data.rows import Row, RowError
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_a_labelled_row(detect, read, fields, settings, kind, expected):
             {"tokens": ["a"], "tags": [-1]},
             "'tags' is -1, which stands for no label in hub datasets",
         ),
-        ({"source": "a", "target": 3}, "'target' is a number; expected text"),
+        ({"source": 3, "target": "a"}, "'source' is a number; expected text"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -147,3 +149,42 @@ def test_bad_labelled_rows_in_words(read, fields, problem):
     with pytest.raises(RowError) as error:
         read(fields)
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ('["a", "b"]', ["a", "b"]), ("['a', 'b']", ["a", "b"]), ("[]", []), (" [ ] ", []),
+        ("[1, 2]", [1, 2]), ("[spam]", "[spam]"), ("[", "["),
+    ],
+)  # fmt: skip
+def test_classes_in_a_text_cell(read, text, label):
+    assert read({"text": "a", "label": text})["label"] == label
+
+
+@pytest.mark.parametrize("text", ["[a, b]", "['a' 'b']", '["a", ', "[None, 'a']"])
+def test_text_that_begins_like_a_list_of_classes_and_is_none(read, text):
+    with pytest.raises(RowError, match="'label'"):
+        read({"text": "a", "label": text})
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["1", "2", "10"], [1, 2, 10]),
+        (["1.0", "2.0"], [1, 2]),
+        (["0.5", "-1", "3e2"], [0.5, -1, 300]),
+        ([" 1", "2 "], [1, 2]),
+        (["1", "2", "many"], ["1", "2", "many"]),
+        (["01", "02"], ["01", "02"]),
+        (["+1", "2"], ["+1", "2"]),
+    ],
+)
+def test_labels_of_text_cells_that_are_all_numbers_are_numbers(cells, labels):
+    rows = [Row({"text": "a", "label": cell}, f"x.csv:{n}") for n, cell in enumerate(cells)]
+    config = SourceConfig(path="x.csv")
+    row_format = detect_format(config, rows, "x.csv", text_cells=True)
+    assert [row_format.read(row)["label"] for row in rows] == labels
+    # JSON has types of its own: a text stays a name there.
+    row_format = detect_format(config, rows, "x.jsonl")
+    assert [row_format.read(row)["label"] for row in rows] == cells

@@ -113,7 +113,7 @@ def test_a_pair(detect, read, fields, settings, expected):
             "whole conversations that do not begin with the prompt",
         ),
         ({"prompt": "Hi", "chosen": "a", "rejected": None}, "'rejected' is null; expected text"),
-        ({"prompt": "Hi", "chosen": 3, "rejected": "b"}, "'chosen' is a number"),
+        ({"prompt": "Hi", "chosen": {"a": 3}, "rejected": "b"}, "'chosen' is an object"),
         (
             {"chosen": [USER, GOOD], "rejected": [USER, SYSTEM]},
             "'rejected' has no reply: no message of an assistant",

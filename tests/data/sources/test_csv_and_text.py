@@ -64,8 +64,12 @@ def test_a_bad_record_costs_itself_alone(write, read, line, problem):
     [
         ("a,a\n1,2\n", {}, ["a.csv, its header: the name 'a' stands twice"]),
         ("a,,b\n1,2,3\n", {}, ["a.csv, its header: column 2 has no name"]),
-        ("a;b\n1;2\n", {}, ["is one cell: a;b", "options.delimiter=';'"]),
-        ("a\tb\n1\t2\n", {}, ['options.delimiter="\\t"']),
+        (
+            "a;b\n1;2\n",
+            {"delimiter": ","},
+            ["is one cell: a;b", """name it: 'dataset.options.delimiter=";"'"""],
+        ),
+        ("a\tb\n1\t2\n", {"delimiter": ","}, ["name it: dataset.format=tsv"]),
         ('"a"x,b\n1,2\n', {}, ["a.csv:1: the header: this is not CSV"]),
         ("1,2\n", {"header": ["a", "a"]}, ["dataset: options.header: the name 'a' stands twice"]),
         ("", {}, ["a.csv is empty"]),
@@ -89,6 +93,39 @@ def test_broken_csv_in_words(write, read, content, options, parts):
         read(write("a.csv", content), options=options)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|", ","])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("start", ["", "\n", "\ufeff"], ids=["at once", "blank line", "mark"])
+def test_the_delimiter_is_found_where_the_header_is_one_cell(write, read, mark, name, start):
+    lines = ["Question{}Answer", 'What, or "why"?{}"so; or\tso|so,\nand so"', "a{}b"]
+    lines[1] = '"What, or ""why""?"{}"so; or\tso|so,\nand so"'
+    content = start + "".join(f"{line.format(mark)}\n" for line in lines)
+    first, second = read(write(name, content))
+    line = 2 if start != "\n" else 3
+    assert (first.where, second.where) == (f"{name}:{line}", f"{name}:{line + 2}")
+    assert first.fields == {
+        "Question": 'What, or "why"?', "Answer": "so; or\tso|so,\nand so",
+    }  # fmt: skip
+    assert second.fields == {"Question": "a", "Answer": "b"}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "columns"),
+    [
+        ("text\na;b\n", {}, ["text"]),
+        ("a,b;c\n1,2\n", {}, ["a", "b;c"]),
+        ('"a;b",c\n1,2\n', {}, ["a;b", "c"]),
+        ("a;b;c,d\n1,2\n", {}, ["a;b;c", "d"]),
+        ("1;2\n", {"header": ["a"]}, ["a"]),
+        ("a;b|c|d\n1|2|3\n", {}, ["a;b", "c", "d"]),
+    ],
+    ids=["one column", "two cells", "in quotes", "more of another", "header given", "the most"],
+)
+def test_a_header_that_parts_is_read_as_it_stands(write, read, content, options, columns):
+    row = read(write("a.csv", content), options=options)[0]
+    assert [*row.fields] == columns
 
 
 TEXT = "One.\r\n  two\n\n\n\nThree\u2028four.\n \nFive."

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.chat import IGNORED, ChatBatch, ChatSequence
+from luthier.chat import IGNORED, ChatBatch, ChatError, ChatSequence
+from luthier.chat.encoder import OnEmpty
 from luthier.config.schema import SourceConfig
 from luthier.data.formats import Example
 from luthier.data.store import Ragged
@@ -54,6 +55,23 @@ class RowOutcome(NamedTuple):
 
 
 EMPTY_TEXT: RowProblem = ("empty text", "the text is empty")
+
+
+def find_empty_text(text: str, empty_replies: OnEmpty, what: str = "text") -> RowProblem | None:
+    """Return what is wrong with a text that trains and says nothing; None for any other.
+
+    `what` says which text it is. Raises ChatError where training stops at it.
+    """
+    if empty_replies == "train" or text.strip():
+        return None
+    reason, description = f"empty {what}", f"the {what} is {'blank' if text else 'empty'}"
+    if empty_replies == "error":
+        raise ChatError(
+            f"{description}, so the model would learn to stop at once. Set "
+            "chat.empty_replies=drop to leave such rows out, or =train if that is meant",
+            reason=reason,
+        )
+    return reason, description
 
 
 @dataclass
@@ -235,8 +253,16 @@ class ColumnKeepingEncoder:
 class TextEncoder:
     """Plain documents as `input_ids` and `labels`, cut into windows."""
 
-    def __init__(self, tokenizer: Any, max_length: int | None, stride: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None,
+        stride: int,
+        empty_replies: OnEmpty = "error",
+    ) -> None:
+        """`empty_replies`: what to do with a text that is empty or blank."""
         self._arguments = (tokenizer, max_length, stride)
+        self._empty_replies: OnEmpty = empty_replies
 
     @cached_property
     def _windows(self) -> Any:
@@ -245,12 +271,23 @@ class TextEncoder:
         return WindowEncoder(*self._arguments)
 
     def settings(self) -> dict[str, Any]:
-        """The plain encoder's."""
-        return {"kind": "text", **self._windows.settings()}
+        """The plain encoder's, and what becomes of empty texts."""
+        windows = self._windows.settings()
+        return {"kind": "text", **windows, "empty_replies": self._empty_replies}
 
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
-        """Encode dicts of a text."""
-        rows = self._windows.encode_batch(example["text"] for example in examples)
+        """Encode dicts of a text.
+
+        Raises ChatError, with the example's number, for an empty text that is not dropped.
+        """
+        texts: list[str] = []
+        for number, example in enumerate(examples):
+            try:
+                problem = find_empty_text(example["text"], self._empty_replies)
+            except ChatError as error:
+                raise error.in_row(number) from None
+            texts.append("" if problem else example["text"])
+        rows = self._windows.encode_batch(texts)
         windows = [window for row in rows for window in row]
         return EncodedRows(
             {
@@ -262,4 +299,4 @@ class TextEncoder:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_arguments": self._arguments}
+        return {"_arguments": self._arguments, "_empty_replies": self._empty_replies}

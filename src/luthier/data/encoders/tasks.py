@@ -9,7 +9,14 @@ from itertools import accumulate, chain
 from typing import Any, ClassVar, NamedTuple
 
 from luthier.chat import ChatError
-from luthier.data.encoders.chat import EMPTY_TEXT, EncodedRows, RowProblem, row_outcome
+from luthier.chat.encoder import OnEmpty
+from luthier.data.encoders.chat import (
+    EMPTY_TEXT,
+    EncodedRows,
+    RowProblem,
+    find_empty_text,
+    row_outcome,
+)
 from luthier.data.encoders.plain_text import (
     LengthLimit,
     OnLong,
@@ -86,6 +93,8 @@ class TaskEncoder:
         for number, (example, texts) in enumerate(texts_of_rows):
             try:
                 row = self._row(example, texts)
+            except ChatError as error:
+                raise error.in_row(number) from None
             except RowTooLongError as error:
                 row = TaskRow({}, problem=self._too_long(error.tokens, number))
             for name, value in row.values.items():
@@ -128,7 +137,8 @@ class TaskEncoder:
         return reason, description
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_tokenizer": self._tokenizer, "_bound": self._bound}
+        lazy = ("_text", "_frame", "_pair_frame", "_target_frame")
+        return {name: value for name, value in vars(self).items() if name not in lazy}
 
 
 class ClassificationEncoder(TaskEncoder):
@@ -230,6 +240,17 @@ class Seq2SeqEncoder(TaskEncoder):
 
     kind = "seq2seq"
 
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None,
+        on_long: OnLong,
+        empty_replies: OnEmpty = "error",
+    ) -> None:
+        """`empty_replies`: what to do with a target that is empty or blank."""
+        super().__init__(tokenizer, max_length, on_long)
+        self._empty_replies: OnEmpty = empty_replies
+
     @cached_property
     def _target_frame(self) -> SpecialTokenFrame:
         return self._checked(
@@ -237,8 +258,9 @@ class Seq2SeqEncoder(TaskEncoder):
         )
 
     def settings(self) -> dict[str, Any]:
-        """Those of all encoders, and what stands around a target."""
-        return super().settings() | {"target": self._target_frame.settings()}
+        """Those of all encoders, what stands around a target, and what becomes of empty ones."""
+        own = {"target": self._target_frame.settings(), "empty_replies": self._empty_replies}
+        return super().settings() | own
 
     def source(self, text: str) -> list[int]:
         """The ids of a source, as in a row; one that is too long loses its end in any case."""
@@ -256,6 +278,9 @@ class Seq2SeqEncoder(TaskEncoder):
         source, target = texts
         if not source:
             return TaskRow({}, problem=("empty source", "its source is empty"))
+        problem = find_empty_text(example["target"], self._empty_replies, "target")
+        if problem is not None:
+            return TaskRow({}, problem=problem)
         (fitting,) = self._bound.fit([source], self._frame)
         labels = self._target_frame.around([target])
         fits = self._bound.fit([target], self._target_frame) == [target]

@@ -1,12 +1,19 @@
 """The columns of a row: how a value is taken out by our name, and what it must be.
 
-CSV files hold lists and objects as JSON text, so text is read as JSON where one is needed.
+CSV files hold lists and objects as text, in JSON or as Python prints them, so text is read as one
+of these where a list or an object is needed.
 """
 
+import ast
 import difflib
+import io
 import json
+import tokenize
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from luthier.data.rows import Row, RowError, describe_type, excerpt
@@ -14,6 +21,10 @@ from luthier.data.rows import Row, RowError, describe_type, excerpt
 
 class MissingColumnError(RowError):
     """A row without a column that its format needs."""
+
+
+class NoTextReplyError(RowError):
+    """A reply that is no text, and that could train as JSON text."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,10 @@ class ColumnMapping:
     late_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Optional columns that the first rows lack, and the names that later rows may give them."""
     system: str | None = None
+    json_replies: bool = False
+    """Whether replies that are objects, lists, or true and false train as JSON text."""
+    number_labels: bool = False
+    """Whether labels that are text are numbers: cells of CSV have no other type."""
 
     def take(self, row: Row, name: str) -> Any:
         """Return the row's value of a needed column.
@@ -90,9 +105,28 @@ def require_text(value: Any, column: str) -> str:
     raise RowError(f"{column!r} is {describe_value(value)}; expected text")
 
 
+def reply_text(value: Any, column: str, json_replies: bool) -> str:
+    """Return a reply as the text that trains: a number as JSON writes it, all else as it stands.
+
+    NoTextReplyError is for an object, a list, true or false without `json_replies`.
+    """
+    if isinstance(value, str):
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not isfinite(value):
+        raise RowError(f"{column!r} is {describe_value(value)}; expected text")
+    if not is_number and not isinstance(value, bool | list | dict):
+        raise RowError(f"{column!r} is {describe_value(value)}; expected text")
+    if not is_number and not json_replies:
+        raise NoTextReplyError(f"{column!r} is {describe_value(value)}; expected text")
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"{column!r} cannot be written as JSON: {error}") from None
+
+
 def require_list(value: Any, column: str, items: str) -> list[Any]:
-    """Return the value, which must be a list of `items`, or JSON text of one, as CSV cells hold
-    it."""
+    """Return the value, which must be a list of `items`, or text of one, as CSV cells hold it."""
     if isinstance(value, list):
         return value
     if not isinstance(value, str):
@@ -100,33 +134,68 @@ def require_list(value: Any, column: str, items: str) -> list[Any]:
     parsed = parse_json_cell(value, f"{column!r}", f"a list of {items}")
     if not isinstance(parsed, list):
         raise RowError(
-            f"{column!r} is JSON text of {describe_value(parsed)}; expected a list of {items}"
+            f"{column!r} is text of {describe_value(parsed)}; expected a list of {items}"
         )
     return parsed
 
 
 def list_or_empty(value: Any) -> list[Any]:
-    """Return a list, also from JSON text; empty for what is none."""
+    """Return a list, also from text of one; empty for what is none."""
     # Most texts are no lists and are spared the parser.
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = _parse_text(value)
+        except ValueError:
             return []
     return value if isinstance(value, list) else []
 
 
 def parse_json_cell(text: str, what: str, expected: str) -> Any:
-    """Return the value of JSON text.
+    """Return the value of text that is JSON, or that Python printed; RowError for any other."""
+    try:
+        return _parse_text(text)
+    except ValueError as error:
+        raise RowError(
+            f"{what} is text that is no JSON of {expected}: {error} ({excerpt(text)})"
+        ) from None
 
-    RowError says where it breaks, and knows Python's own notation.
-    """
+
+def _parse_text(text: str) -> Any:
+    """Return the value of JSON text, or of what Python's `print` shows of one; else ValueError."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        # Tables that were written with str() in place of json.dumps are the usual cause.
-        written = "{'" in text or "['" in text
-        advice = "; this is how Python prints it: write it with json.dumps" if written else ""
-        raise RowError(
-            f"{what} is text that is no JSON of {expected}: {error}{advice} ({excerpt(text)})"
-        ) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        # `DataFrame.to_csv` writes lists and objects with `str`.
+        if not text.lstrip().startswith(("[", "{")):
+            raise
+        problem = error
+    try:
+        return _parse_python(text.strip())
+    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
+        raise problem from None
+
+
+def _parse_python(text: str) -> Any:
+    """Return the value of a list or an object in Python's notation, if JSON has it as well."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = [token.type for token in tokens if token.type not in (tokenize.NL, tokenize.COMMENT)]
+    # NumPy prints `['a' 'b']`, which Python reads as one text.
+    if any(kind == following == tokenize.STRING for kind, following in pairwise(kinds)):
+        raise ValueError("two texts stand side by side")
+    with warnings.catch_warnings():
+        # A backslash that escapes nothing is a warning to Python (3.12), and no `print` writes it.
+        warnings.simplefilter("error")
+        return _as_json(ast.literal_eval(text))
+
+
+def _as_json(value: Any) -> Any:
+    """Return a Python literal with lists for tuples; ValueError for what JSON has not."""
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(item) for key, item in value.items()}
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"{type(value).__name__} is no type of JSON")

@@ -5,8 +5,10 @@ from typing import Any
 
 from luthier.data.formats.columns import (
     ColumnMapping,
+    NoTextReplyError,
     describe_value,
     is_empty_cell,
+    reply_text,
     require_list,
     require_text,
 )
@@ -17,6 +19,7 @@ from luthier.data.formats.messages import (
     read_messages_or_turns,
     read_tools,
     read_turns,
+    speaker_key,
 )
 from luthier.data.rows import Row, RowError, describe_type
 
@@ -26,19 +29,19 @@ SYSTEM_ROLES = ("system", "developer")
 
 def from_messages(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a row that has messages."""
-    messages = read_messages(*columns.take_cell(row, "messages"))
+    messages = read_messages(*columns.take_cell(row, "messages"), columns.json_replies)
     return _conversation(messages, row, columns)
 
 
 def from_sharegpt(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a row of ShareGPT's turns."""
-    messages = read_turns(*columns.take_cell(row, "conversations"))
+    messages = read_turns(*columns.take_cell(row, "conversations"), columns.json_replies)
     return _conversation(messages, row, columns)
 
 
 def from_alpaca(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of an instruction, perhaps an input and earlier turns, and the output."""
-    output = require_text(*columns.take_cell(row, "output"))
+    output = reply_text(*columns.take_cell(row, "output"), columns.json_replies)
     reply = {"role": "assistant", "content": output}
     return _conversation([*read_alpaca_prompt(row, columns), reply], row, columns)
 
@@ -49,7 +52,7 @@ def from_prompt_completion(row: Row, columns: ColumnMapping) -> Example:
     Assistant messages within the prompt are context and do not train, as in TRL.
     """
     prompt = read_text_or_messages(*columns.take_cell(row, "prompt"), "user")
-    reply = read_text_or_messages(*columns.take_cell(row, "completion"), "assistant")
+    reply = read_reply(*columns.take_cell(row, "completion"), columns.json_replies)
     # An assistant's message of the prompt does not train unless it says so itself.
     context = [{"train": False, **m} if m["role"] == "assistant" else m for m in prompt]
     return _conversation([*context, *reply], row, columns)
@@ -100,15 +103,32 @@ def _read_history(row: Row, columns: ColumnMapping) -> list[Message]:
     return messages
 
 
-def read_text_or_messages(value: Any, column: str, role: str) -> list[Message]:
+def read_text_or_messages(
+    value: Any, column: str, role: str, json_replies: bool = False
+) -> list[Message]:
     """Return what one side says: text of this role, one message, or a list of messages."""
     if isinstance(value, str):
-        return parse_message_list(value, column) or [{"role": role, "content": value}]
+        messages = parse_message_list(value, column, json_replies)
+        return messages or [{"role": role, "content": value}]
     if isinstance(value, list):
-        return read_messages_or_turns(value, column)
+        return read_messages_or_turns(value, column, json_replies)
     if isinstance(value, dict):
-        return read_messages_or_turns([value], column)
+        return read_messages_or_turns([value], column, json_replies)
     raise RowError(f"{column!r} is {describe_value(value)}; expected text or a list of messages")
+
+
+def read_reply(value: Any, column: str, json_replies: bool) -> list[Message]:
+    """Return the reply of one side: text, messages, a number, or what trains as JSON text.
+
+    A value without any sign of a message is JSON; an empty list is no reply.
+    """
+    is_other = not isinstance(value, str) and value != [] and speaker_key(value) is None
+    if value is None or not is_other or (isinstance(value, dict) and "content" in value):
+        return read_text_or_messages(value, column, "assistant", json_replies)
+    try:
+        return [{"role": "assistant", "content": reply_text(value, column, json_replies)}]
+    except NoTextReplyError as error:
+        raise NoTextReplyError(f"{error} or a list of messages") from None
 
 
 def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping) -> list[Message]:

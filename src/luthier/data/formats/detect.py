@@ -17,10 +17,12 @@ from luthier.data.formats import detection_errors
 from luthier.data.formats.columns import (
     ColumnMapping,
     MissingColumnError,
+    NoTextReplyError,
     find_value,
     is_empty_cell,
 )
 from luthier.data.formats.conversations import Example
+from luthier.data.formats.labelled import parse_number
 from luthier.data.formats.registry import (
     FORMAT_VARIANTS,
     FORMAT_VERSION,
@@ -33,7 +35,7 @@ from luthier.data.formats.registry import (
     FormatMatch,
     FormatVariant,
 )
-from luthier.data.rows import Row, RowError
+from luthier.data.rows import Row, RowError, format_setting
 from luthier.errors import UserError
 
 CONTEXT_COLUMNS = (
@@ -42,6 +44,8 @@ CONTEXT_COLUMNS = (
 """Columns that a question cannot be answered without."""
 _WITH_SYSTEM = ("conversation", "preference", "unpaired")
 """Types of examples that have messages, and so may have a system prompt."""
+TEMPLATE_SWITCHES = "chat_template_kwargs"
+"""The column in which TRL and other tools have a row's own variables of the template."""
 _NEEDED_COLUMN_NAMES = frozenset(
     name for variant in FORMAT_VARIANTS for column in variant.needed for name in column.aliases
 )
@@ -56,6 +60,10 @@ class RowFormat:
     columns: ColumnMapping
     unused: tuple[str, ...] = ()
     """Columns of the source that are not read."""
+    key: str = "dataset"
+    """The group of the config that it stands under, for messages."""
+    refused: frozenset[str] = frozenset()
+    """Columns that may hold nothing: it would change the rows, and is not read."""
 
     @property
     def type(self) -> str:
@@ -69,10 +77,16 @@ class RowFormat:
 
     def read(self, row: Row) -> Example:
         """Return a row as an example; RowError says what is wrong with it."""
+        for name in self.refused:
+            if not is_empty_cell(row.fields.get(name)) and row.fields[name] not in ({}, "{}"):
+                raise RowError(detection_errors.describe_refused_column(self.key, name))
         try:
             return self.variant.read(row, self.columns)
         except MissingColumnError as error:
             raise RowError(f"{error}{self._describe_other_type(row)}") from None
+        except NoTextReplyError as error:
+            setting = format_setting(f"{self.key}.json_replies", "true")
+            raise RowError(f"{error}. To train it as JSON text, set {setting}") from None
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the examples, for JSON."""
@@ -82,6 +96,9 @@ class RowFormat:
             "columns": dict(sorted(self.columns.source_names.items())),
             "system": self.columns.system,
             "version": FORMAT_VERSION,
+            "json_replies": self.columns.json_replies,
+            "number_labels": self.columns.number_labels,
+            "refused": sorted(self.refused),
         }
 
     def _describe_other_type(self, row: Row) -> str:
@@ -103,17 +120,22 @@ class RowGroup:
 
 
 def detect_format(
-    config: SourceConfig, rows: Sequence[Row], source: str, key: str = "dataset"
+    config: SourceConfig,
+    rows: Sequence[Row],
+    source: str,
+    key: str = "dataset",
+    text_cells: bool = False,
 ) -> RowFormat:
     """Return the row format that the config names, or that the first rows of a source show.
 
     Where rows differ, the format of most of them wins; the others are bad rows to it. `source` and
-    `key` name the source and its group of the config (`dataset.sources.mine`) in errors. Raises
-    UserError for columns that fit no format, or several equally well, and for a mapping of unknown
-    names.
+    `key` name the source and its group of the config (`dataset.sources.mine`) in errors.
+    `text_cells`: all its values are text, as in CSV. Raises UserError for columns that fit no
+    format, or several equally well, and for a mapping of unknown names.
     """
     if not rows:
         raise UserError(f"dataset: {source} has no row that can be read, so it shows no format.")
+    rows = _remove_columns(config, rows, source, key)
     detection = DetectionInput(config, rows, source, key)
     variants = [v for v in FORMAT_VARIANTS if config.type in ("auto", v.type)]
     _check_mapping(config.columns, variants, detection)
@@ -127,7 +149,26 @@ def detect_format(
         raise UserError(detection_errors.describe_several_formats(detection, matches))
     if config.type == "auto" and not config.columns.keys() & matches[0].source_names.keys():
         _check_context_columns(matches[0], detection)
-    return _row_format(matches[0], detection)
+    return _row_format(matches[0], detection, text_cells)
+
+
+def _remove_columns(
+    config: SourceConfig, rows: Sequence[Row], source: str, key: str
+) -> Sequence[Row]:
+    """Return the rows without the columns that the config leaves out."""
+    if not config.remove_columns:
+        return rows
+    removed = frozenset(config.remove_columns)
+    columns = list(dict.fromkeys(name for row in rows for name in row.fields))
+    for name in config.remove_columns:
+        if name not in columns:
+            raise UserError(
+                detection_errors.describe_unknown_removed_column(key, name, source, columns)
+            )
+    return [
+        Row({name: value for name, value in row.fields.items() if name not in removed}, row.where)
+        for row in rows
+    ]
 
 
 def _check_mapping(
@@ -164,7 +205,7 @@ def _vote(
     votes: Counter[tuple[int, tuple[str, ...]]] = Counter()
     matches_of_groups = []
     for group in groups:
-        matches = _match_variants(group, variants, config.columns)
+        matches = _match_variants(group, variants, config.columns, config.json_replies)
         best = _best_matches(matches)
         if config.type != "auto":  # A type that the config names needs no evidence.
             best = best or matches[:1]
@@ -177,7 +218,10 @@ def _vote(
 
 
 def _match_variants(
-    group: RowGroup, variants: Sequence[FormatVariant], mapping: Mapping[str, str]
+    group: RowGroup,
+    variants: Sequence[FormatVariant],
+    mapping: Mapping[str, str],
+    json_replies: bool = False,
 ) -> list[FormatMatch]:
     """Return every way in which variants could read these rows.
 
@@ -189,19 +233,27 @@ def _match_variants(
         for columns in product(*choices):
             # One column cannot be two of ours, such as a question and its answer.
             if len(set(columns)) == len(columns):
-                matches.append(_match(variant, columns, group, mapping))
+                matches.append(_match(variant, columns, group, mapping, json_replies))
     return matches
 
 
 def _match(
-    variant: FormatVariant, columns: Sequence[str], group: RowGroup, mapping: Mapping[str, str]
+    variant: FormatVariant,
+    columns: Sequence[str],
+    group: RowGroup,
+    mapping: Mapping[str, str],
+    json_replies: bool,
 ) -> FormatMatch:
     """Return the match of a variant with one choice of its needed columns."""
     names = {needed.name: column for needed, column in zip(variant.needed, columns, strict=True)}
-    aliased = frozenset(o for o, column in names.items() if column != o and o not in mapping)
+    aliased = frozenset(
+        ours
+        for ours, column in names.items()
+        if _without_case(column) != ours and ours not in mapping
+    )
     evidence = Evidence.YES
     if variant.weigh is not None:
-        evidence = variant.weigh(ColumnSample(group.rows, names, aliased))
+        evidence = variant.weigh(ColumnSample(group.rows, names, aliased, json_replies))
     optional = {c for o in variant.optional for c in _choices(o, group, mapping, variant)}
     return FormatMatch(variant, names, evidence, frozenset(columns) | optional)
 
@@ -216,13 +268,32 @@ def _choices(
             yield mapped
         return
     mapped_columns = set(mapping.values())
-    aliases = [a for a in column.aliases if a in group.columns and a not in mapped_columns]
-    if column.name in aliases:
-        yield column.name
-    elif aliases:
-        yield from aliases
+    ours = _columns_named(column.name, group.columns, mapped_columns)
+    others = [
+        name
+        for alias in column.aliases
+        for name in _columns_named(alias, group.columns, mapped_columns)
+    ]
+    if ours or others:
+        yield from ours or others
     elif variant.type == "text":
         yield from _only_text_column(group)
+
+
+def _columns_named(name: str, columns: Sequence[str], but: Iterable[str] = ()) -> list[str]:
+    """Return the column of this name, or those that differ from it in case and outer space alone.
+
+    Spreadsheets have `Question` where datasets have `question`.
+    """
+    columns = [column for column in columns if column not in but]
+    if name in columns:
+        return [name]
+    return [column for column in columns if _without_case(column) == name]
+
+
+def _without_case(column: str) -> str:
+    """Return a column's name as it is compared with ours."""
+    return column.strip().lower()
 
 
 def _only_text_column(group: RowGroup) -> list[str]:
@@ -235,7 +306,7 @@ def _only_text_column(group: RowGroup) -> list[str]:
         return []
     # The name of an id, a person or a class is no document.
     is_label = texts[0].lower().endswith(("id", "name", "label"))
-    return [] if texts[0] in _NEEDED_COLUMN_NAMES or is_label else texts
+    return [] if _without_case(texts[0]) in _NEEDED_COLUMN_NAMES or is_label else texts
 
 
 def _best_matches(matches: Sequence[FormatMatch]) -> list[FormatMatch]:
@@ -265,12 +336,14 @@ def _check_context_columns(match: FormatMatch, detection: DetectionInput) -> Non
     aliases = [column for name, column in match.source_names.items() if column != name]
     if match.variant.type != "prompt_completion" or not aliases:
         return
-    for column in CONTEXT_COLUMNS:
-        if any(not is_empty_cell(row.fields.get(column)) for row in detection.rows):
+    for column in detection.columns:
+        if _without_case(column) in CONTEXT_COLUMNS and any(
+            not is_empty_cell(row.fields.get(column)) for row in detection.rows
+        ):
             raise UserError(detection_errors.describe_context_column(detection, match, column))
 
 
-def _row_format(match: FormatMatch, detection: DetectionInput) -> RowFormat:
+def _row_format(match: FormatMatch, detection: DetectionInput, text_cells: bool) -> RowFormat:
     """Return the row format of a match: its needed columns, and those that may stand beside them.
 
     Raises UserError for a system prompt where there are no messages, and where two columns could be
@@ -286,21 +359,42 @@ def _row_format(match: FormatMatch, detection: DetectionInput) -> RowFormat:
     for optional in match.variant.optional:
         columns = [
             name
-            for name in optional.aliases
-            if name in detection.columns and name not in match.needed_columns
+            for alias in optional.aliases
+            for name in _columns_named(alias, detection.columns, match.needed_columns)
         ]
         if optional.name in config.columns:
             columns = [config.columns[optional.name]]
-        if len(columns) > 1 and optional.name not in columns:
+        ours = [name for name in columns if _without_case(name) == optional.name][:1]
+        if len(columns) > 1 and not ours:
             raise UserError(
                 detection_errors.describe_several_columns(detection, optional.name, columns)
             )
         if columns:
-            is_ours = optional.name in columns
-            source_names[optional.name] = optional.name if is_ours else columns[0]
+            source_names[optional.name] = (ours or columns)[0]
         else:
-            late_names[optional.name] = optional.aliases
+            late_names[optional.name] = tuple(
+                name for name in optional.aliases if name not in config.remove_columns
+            )
     # `translation.en` reads the column `translation`, which is then not unused.
     read = {part for name in source_names.values() for part in (name, name.partition(".")[0])}
     unused = tuple(column for column in detection.columns if column not in read)
-    return RowFormat(match.variant, ColumnMapping(source_names, late_names, config.system), unused)
+    has_messages = match.variant.example_type in _WITH_SYSTEM
+    refused = frozenset({TEMPLATE_SWITCHES} if has_messages else ()) - {*config.remove_columns}
+    mapping = ColumnMapping(
+        source_names,
+        late_names,
+        config.system,
+        config.json_replies,
+        text_cells and _has_number_labels(match, detection),
+    )
+    return RowFormat(match.variant, mapping, unused, detection.key, refused)
+
+
+def _has_number_labels(match: FormatMatch, detection: DetectionInput) -> bool:
+    """Return whether every label of the first rows is text that is written as a number."""
+    if match.variant.example_type != "classification":
+        return False
+    column = match.source_names["label"]
+    cells = [find_value(row.fields, column)[1] for row in detection.rows]
+    labels = [cell for cell in cells if isinstance(cell, str) and cell.strip()]
+    return bool(labels) and all(parse_number(label) is not None for label in labels)

@@ -10,7 +10,7 @@ from luthier.data.formats.registry import (
     FormatMatch,
     FormatVariant,
 )
-from luthier.data.rows import excerpt
+from luthier.data.rows import excerpt, format_setting
 
 MAX_TYPES = 3
 """Nearest types that an error shows."""
@@ -22,8 +22,8 @@ _HINTS: tuple[tuple[set[str], str], ...] = (
     ),
     (
         {"translation"},
-        "Name the two languages: {key}.columns={{source: translation.en, "
-        "target: translation.de}}, with the names that the first row shows.",
+        "Name the two languages, as the first row shows them: "
+        "{key}.columns.source=translation.en {key}.columns.target=translation.de",
     ),
 )
 """Columns -> what is to be said where all of them are there and no format fits."""
@@ -36,8 +36,9 @@ def describe_no_format(detection: DetectionInput, variants: Sequence[FormatVaria
     if detection.config.type != "auto":
         problem = f"do not show the type {detection.config.type}"
     advice = (
-        f"Map its columns, our names first, such as {detection.key}.columns={{prompt: ..., "
-        "completion: ...}; docs/formats.md has all types."
+        f"Map its columns, such as {detection.key}.columns.prompt=NAME "
+        f"{detection.key}.columns.completion=NAME with the names that stand above; "
+        "docs/formats.md has all types."
     )
     return "\n".join(
         [
@@ -70,6 +71,15 @@ def _hints(detection: DetectionInput) -> list[str]:
             "A model that learns from its own answers (trainer=grpo, rloo) takes prompts alone: "
             f"{detection.key}.type=prompt",
         ]
+    replies = [name for name in COMPLETION.aliases if name in columns]
+    replies_are_json = replies and any(
+        isinstance(row.fields.get(replies[0]), list | dict) for row in detection.rows
+    )
+    if prompts and replies_are_json:
+        hints.append(
+            f"If {replies[0]!r} is a reply, this trains it as JSON text: "
+            + format_setting(f"{detection.key}.json_replies", "true")
+        )
     if columns & _MEDIA_COLUMNS:
         hints.append("Only text is read, no images, video or audio.")
     return hints
@@ -115,8 +125,8 @@ def _misspelt_columns(detection: DetectionInput, variants: Sequence[FormatVarian
         near = difflib.get_close_matches(column, names, n=1, cutoff=0.75)
         if near and column not in names:
             our_name = next(c.name for c in needed if near[0] in c.aliases)
-            mapping = _as_override({**detection.config.columns, our_name: column})
-            lines.append(f"{column!r} looks like {near[0]!r}: {detection.key}.columns={mapping}")
+            mapping = _as_settings(detection.key, {**detection.config.columns, our_name: column})
+            lines.append(f"{column!r} looks like {near[0]!r}: {mapping}")
     return lines
 
 
@@ -126,9 +136,9 @@ def describe_several_formats(detection: DetectionInput, matches: Sequence[Format
     lines, settings = [], []
     for match in matches:
         type_ = match.variant.type
-        columns = f"columns={_as_override(match.source_names)}"
-        setting = f"type={type_}" if types.count(type_) == 1 else columns
-        settings.append(f"{detection.key}.{setting}")
+        columns = _as_settings(detection.key, match.source_names)
+        setting = format_setting(f"{detection.key}.type", type_)
+        settings.append(setting if types.count(type_) == 1 else columns)
         lines.append(f"  {type_} would read {', '.join(match.source_names.values())}")
     return "\n".join(
         [
@@ -144,9 +154,7 @@ def describe_several_columns(
     detection: DetectionInput, our_name: str, columns: Sequence[str]
 ) -> str:
     """Return the text for several columns that could be the same optional one."""
-    settings = " or ".join(
-        f"{detection.key}.columns={{{our_name}: {column}}}" for column in columns
-    )
+    settings = " or ".join(_as_settings(detection.key, {our_name: column}) for column in columns)
     return "\n".join(
         [
             f"dataset: {detection.source} has {' and '.join(columns)}, and {our_name} is one of "
@@ -160,14 +168,14 @@ def describe_several_columns(
 def describe_context_column(detection: DetectionInput, match: FormatMatch, column: str) -> str:
     """Return the text for a column that a question is about and no one mapped."""
     prompt, reply = match.source_names["prompt"], match.source_names["completion"]
-    joined = _as_override({"instruction": prompt, "input": column, "output": reply})
+    joined = _as_settings(detection.key, {"instruction": prompt, "input": column, "output": reply})
     return "\n".join(
         [
             f"dataset: {detection.source} has {column!r} beside {prompt!r} and {reply!r}, and "
             "reading only these two would leave it out.",
             *_describe_source(detection),
-            f"To put its text below the {prompt}: {detection.key}.columns={joined}",
-            f"To leave it out: {detection.key}.type={match.variant.type}",
+            f"To put its text below the {prompt}: {joined}",
+            f"To leave it out: {format_setting(f'{detection.key}.remove_columns', [column])}",
         ]
     )
 
@@ -205,6 +213,27 @@ def _did_you_mean(name: str, choices: Sequence[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _as_override(mapping: Mapping[str, str]) -> str:
-    """Return a mapping as the command line takes it."""
-    return "{" + ", ".join(f"{name}: {column}" for name, column in mapping.items()) + "}"
+def describe_refused_column(key: str, name: str) -> str:
+    """Return the text for a row's own variables of the template."""
+    return (
+        f"the row has variables of its own for the chat template ({name}), which luthier does not "
+        f"read. To leave them out: {format_setting(f'{key}.remove_columns', [name])}; to set "
+        "variables for all rows: chat.variables"
+    )
+
+
+def describe_unknown_removed_column(
+    key: str, name: str, source: str, columns: Sequence[str]
+) -> str:
+    """Return the text for a name in `remove_columns` that is no column of the source."""
+    return (
+        f"{key}.remove_columns names {name!r}, and {source} has no such column"
+        f"{_did_you_mean(name, columns)}. It has: {', '.join(columns)}."
+    )
+
+
+def _as_settings(key: str, mapping: Mapping[str, str]) -> str:
+    """Return a mapping of columns as it can be pasted behind a command."""
+    return " ".join(
+        format_setting(f"{key}.columns.{name}", column) for name, column in mapping.items()
+    )

@@ -1,11 +1,19 @@
 """Rows that are no conversations: plain text, classes, tags, and one text from another."""
 
+import re
 from math import isfinite
 from typing import Any
 
-from luthier.data.formats.columns import ColumnMapping, describe_value, require_list, require_text
+from luthier.data.formats.columns import (
+    ColumnMapping,
+    describe_value,
+    list_or_empty,
+    reply_text,
+    require_list,
+    require_text,
+)
 from luthier.data.formats.conversations import Example
-from luthier.data.rows import Row, RowError
+from luthier.data.rows import Row, RowError, excerpt
 
 Label = str | int
 Target = Label | float | list[Label]
@@ -19,7 +27,7 @@ def from_text(row: Row, columns: ColumnMapping) -> Example:
 
 def from_classification(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a text and its class, its number, or its classes."""
-    label = read_target(*columns.take_cell(row, "label"))
+    label = read_target(*columns.take_cell(row, "label"), columns.number_labels)
     return {"text": _text_cell(row, columns, "text"), "label": label}
 
 
@@ -48,12 +56,36 @@ def from_seq2seq(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a text and the text that is to be made of it."""
     return {
         "source": _text_cell(row, columns, "source"),
-        "target": _text_cell(row, columns, "target"),
+        "target": reply_text(*columns.take_cell(row, "target"), columns.json_replies),
     }
 
 
-def read_target(value: Any, column: str) -> Target:
-    """Return a class, a list of classes, or a number; whether -1 is one, all rows together say."""
+# What JSON writes for a number: `007` and `+1` are names.
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+
+
+def parse_number(text: str) -> int | float | None:
+    """Return the number that text is written as; None for any other text."""
+    match = _NUMBER.fullmatch(text.strip())
+    # An int of more digits than Python parses is no class.
+    if match is None or len(text) > _MAX_DIGITS:
+        return None
+    return int(match[0]) if match[2] is match[3] is None else float(match[0])
+
+
+_MAX_DIGITS = 300
+
+
+def read_target(value: Any, column: str, number_labels: bool = False) -> Target:
+    """Return a class, a list of classes, or a number; whether -1 is one, all rows together say.
+
+    A text may be a list of classes, as CSV cells hold it. `number_labels`: it may be a number.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _parse_label_list(value, column)
+    elif number_labels and isinstance(value, str):
+        number = parse_number(value)
+        value = value if number is None else number
     if isinstance(value, list):
         return [read_label(item, column) for item in value]
     # Tables without whole numbers write the class 1 as 1.0, and all rows together decide later
@@ -62,6 +94,19 @@ def read_target(value: Any, column: str) -> Target:
     if is_number:
         return int(value) if value == int(value) else float(value)
     return read_label(value, column)
+
+
+def _parse_label_list(text: str, column: str) -> list[Any] | str:
+    """Return the list that text is, or the text, a class in brackets such as `[spam]`."""
+    if "".join(text.split()) == "[]":
+        return []
+    labels = list_or_empty(text)
+    if not labels and any(mark in text for mark in ",'\""):
+        raise RowError(
+            f"{column!r} is {excerpt(text)!r}, which begins like a list of classes and is none; "
+            'write JSON, such as ["a", "b"]'
+        )
+    return labels or text
 
 
 def read_label(value: Any, column: str) -> Label:

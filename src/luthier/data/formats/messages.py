@@ -15,6 +15,7 @@ from luthier.data.formats.columns import (
     describe_value,
     list_or_empty,
     parse_json_cell,
+    reply_text,
     require_list,
 )
 from luthier.data.rows import RowError, describe_type
@@ -188,17 +189,34 @@ Message = dict[str, Any]
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """The names under which templates and servers know a message's reasoning."""
-WEIGHT_KEYS = ("weight", "loss_weight")
-"""OpenAI's and LLaMA-Factory's way to say whether a message trains: 0 or 1."""
+TRAIN_KEYS = (
+    "train", "training", "trainable", "loss", "weight", "loss_weight", "loss_mask",
+)  # fmt: skip
+"""Keys of a message that say 1 or true where it trains.
+
+`training` is the usual `message_field_training` of axolotl (docs.axolotl.ai, dataset formats,
+conversation), `loss` is ms-swift's (swift.readthedocs.io, custom dataset), `weight` OpenAI's
+(fine-tuning guide), `loss_mask` verl's (github.com/verl-project/verl/pull/5472) and that of
+LLaMA-Factory (github.com/hiyouga/LlamaFactory/pull/9630).
+"""
+MASK_KEYS = ("mask", "masked")
+"""Keys of a message that say 1 or true where it does not train.
+
+So has it torchtune's `Message.masked` (pytorch.org/torchtune, torchtune.data.Message;
+github.com/meta-pytorch/torchtune/issues/2261). Where `mask` can only mean a loss mask, in which 1
+trains, the row is refused.
+"""
 _TEXT_KEYS = (*REASONING_KEYS, "tool_call_id", "name")
+_READ_KEYS = frozenset({"role", "content", "tool_calls", "train", *_TEXT_KEYS})
 
 
-def read_messages(value: Any, column: str) -> list[Message]:
+def read_messages(value: Any, column: str, json_replies: bool = False) -> list[Message]:
     """Return the messages of a column, or RowError for what is not a list of messages.
 
     Nulls, as exports and Arrow write them, mean that a field is absent. `function_call` and
-    `function` results of OpenAI's older API become tool calls and tool results, `weight` becomes
-    `train`. The messages are the row's own where nothing was to be changed.
+    `function` results of OpenAI's older API become tool calls and tool results, and all that says
+    whether a message trains becomes `train`. The messages are the row's own where nothing was to
+    be changed. `json_replies`: replies that are objects become JSON text.
     """
     messages = value if type(value) is list else require_list(value, column, "messages")
     if not messages:
@@ -206,28 +224,29 @@ def read_messages(value: Any, column: str) -> list[Message]:
     for message in messages:
         # Most messages are a role and a text, and rows have many: no call for those.
         if type(message) is not dict or len(message) != 2:
-            return _check_messages(messages, column)
+            return _check_messages(messages, column, json_replies)
         role = message.get("role")
         if type(role) is not str or not role or type(message.get("content")) is not str:
-            return _check_messages(messages, column)
+            return _check_messages(messages, column, json_replies)
     return messages
 
 
-def _check_messages(messages: list[Any], column: str) -> list[Message]:
+def _check_messages(messages: list[Any], column: str, json_replies: bool) -> list[Message]:
     """Return every message checked; RowError says which one is wrong."""
     checked = []
     for index, message in enumerate(messages):
         try:
-            checked.append(read_message(message))
+            checked.append(read_message(message, json_replies))
         except RowError as error:
-            raise RowError(f"{column}[{index}]: {error}") from None
+            raise type(error)(f"{column}[{index}]: {error}") from None
+    _check_masks(messages, checked, column)
     # OpenAI's older API answers a `function_call` with a message of the role `function`.
     if any(isinstance(message, dict) and message.get("function_call") for message in messages):
         return [m | {"role": "tool"} if m["role"] == "function" else m for m in checked]
     return checked
 
 
-def read_message(message: Any) -> Message:
+def read_message(message: Any, json_replies: bool = False) -> Message:
     """Return one message without its nulls; RowError for what is not a message."""
     if not isinstance(message, dict):
         raise RowError(
@@ -237,7 +256,7 @@ def read_message(message: Any) -> Message:
     role = fields.get("role")
     if not isinstance(role, str) or not role:
         raise RowError(_describe_missing_role(message))
-    _put_content(fields, role)
+    _put_content(fields, role, json_replies)
     if len(fields) > 2 or "content" not in fields:
         _put_calls(fields)
         _put_train(fields)
@@ -259,7 +278,7 @@ def _describe_missing_role(message: dict[str, Any]) -> str:
     return f"there is no role (it has: {', '.join(message) or 'nothing'}){hint}"
 
 
-def _put_content(message: Message, role: str) -> None:
+def _put_content(message: Message, role: str, json_replies: bool) -> None:
     """Make the content text or parts of text; put what else its parts say into their own fields."""
     content = message.get("content")
     if content is None or isinstance(content, str):
@@ -267,10 +286,26 @@ def _put_content(message: Message, role: str) -> None:
     # A tool may answer with an object or a list of objects, which templates write out as JSON.
     if role == "tool" and not (isinstance(content, list) and are_content_parts(content)):
         _check_result(content)
-    elif isinstance(content, list):
+    elif isinstance(content, list) and (role != "assistant" or _are_parts(content, json_replies)):
         _put_parts(message, content)
+    elif role == "assistant":
+        message["content"] = reply_text(content, "content", json_replies)
     else:
         raise RowError(f"the content is {describe_value(content)}; expected text")
+
+
+def _are_parts(content: list[Any], json_replies: bool) -> bool:
+    """Return whether a reply that is a list is meant as parts, and not as a list of its own.
+
+    With `json_replies` a list of objects that have a `type` of their own is a reply.
+    """
+    types = (*TEXT_PART_TYPES, *REASONING_PART_TYPES, *CALL_PART_TYPES)
+    return all(
+        isinstance(item, dict)
+        and ("text" in item or "type" in item)
+        and (not json_replies or item.get("type") in types)
+        for item in content
+    )
 
 
 def _check_result(content: Any) -> None:
@@ -304,16 +339,59 @@ def _put_calls(message: Message) -> None:
 
 def _put_train(message: Message) -> None:
     """Put whether the message trains under the one name `train`."""
-    for name in WEIGHT_KEYS:
-        weight = message.pop(name, None)
-        if weight is None:
-            continue
-        if weight not in (0, 1) or isinstance(weight, str):
-            raise RowError(f"{name} is {weight!r}; a message trains (1) or does not (0)")
-        # luthier's `train` wins where a message has both.
-        message.setdefault("train", bool(weight))
-    if not isinstance(message.get("train", True), bool):
-        raise RowError(f"train is {describe_value(message['train'])}; expected true or false")
+    trains: dict[str, bool] = {}
+    for name in (*TRAIN_KEYS, *MASK_KEYS):
+        if name in message:
+            trains[name] = _read_flag(name, message.pop(name)) is not (name in MASK_KEYS)
+    if not trains:
+        return
+    if len({*trains.values()}) > 1:
+        says = {value: name for name, value in trains.items()}
+        raise RowError(
+            f"{says[True]} says that this message trains, and {says[False]} says that it does "
+            "not; keep one of them"
+        )
+    message["train"] = next(iter(trains.values()))
+
+
+def _read_flag(name: str, value: Any) -> bool:
+    """Return a flag that is true, false, 1 or 0."""
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, int | float) and 0 < value < 1:
+        raise RowError(
+            f"{name} is {value}, and a message trains whole (1) or not at all (0). To see some "
+            "rows less often, make them a source of their own with a smaller `weight` or `repeats`"
+        )
+    shown = value if isinstance(value, int | float | str) else describe_value(value)
+    raise RowError(f"{name} is {shown!r}; expected true or 1, or false or 0")
+
+
+def _check_masks(messages: list[Any], checked: list[Message], column: str) -> None:
+    """Refuse a `mask` that can only be a loss mask, in which 1 means that a message trains."""
+    masks = [
+        (message["role"], bool(raw["mask"]))
+        for raw, message in zip(messages, checked, strict=True)
+        if raw.get("mask") is not None
+    ]
+    replies = [is_masked for role, is_masked in masks if role == "assistant"]
+    others = [is_masked for role, is_masked in masks if role != "assistant"]
+    if replies and all(replies) and others and not any(others):
+        raise RowError(
+            f"{column}: mask is 1 for every reply and 0 for the others, as in a loss mask. Here "
+            "mask=1 means that a message does not train, so nothing would. Rename it to loss_mask"
+        )
+
+
+def find_other_keys(example: dict[str, Any]) -> set[str]:
+    """Return the keys of an example's messages that are none of a message's own."""
+    found: set[str] = set()
+    for name in ("messages", "prompt", "chosen", "rejected", "completion"):
+        for message in example.get(name) or ():
+            # Most messages are a role and a text.
+            if len(message) > 2:
+                found |= message.keys() - _READ_KEYS
+    return found
 
 
 def _check_texts(message: Message) -> None:
@@ -351,7 +429,7 @@ ROLE_OF_SPEAKER = {name: role for role, names in _SPEAKERS.items() for name in n
 _THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
-def read_turns(value: Any, column: str) -> list[Message]:
+def read_turns(value: Any, column: str, json_replies: bool = False) -> list[Message]:
     """Return the turns of a column as messages, or RowError for what is not a list of turns."""
     turns = require_list(value, column, "turns")
     if not turns:
@@ -359,17 +437,19 @@ def read_turns(value: Any, column: str) -> list[Message]:
     messages = []
     for index, turn in enumerate(turns):
         try:
-            messages.append(_message_of_turn(turn))
+            messages.append(_message_of_turn(turn, json_replies))
         except RowError as error:
-            raise RowError(f"{column}[{index}]: {error}") from None
+            raise type(error)(f"{column}[{index}]: {error}") from None
+    if any("mask" in turn for turn in turns):
+        _check_masks(turns, messages, column)
     return messages
 
 
-def read_messages_or_turns(value: Any, column: str) -> list[Message]:
+def read_messages_or_turns(value: Any, column: str, json_replies: bool = False) -> list[Message]:
     """Return messages in either spelling: role and content, or from and value."""
     messages = require_list(value, column, "messages")
     read = read_turns if speaker_key(messages) == "from" else read_messages
-    return read(messages, column)
+    return read(messages, column, json_replies)
 
 
 def speaker_key(value: Any) -> Literal["role", "from"] | None:
@@ -383,13 +463,13 @@ def speaker_key(value: Any) -> Literal["role", "from"] | None:
     return "role" if "role" in first else "from" if "from" in first else None
 
 
-def parse_message_list(text: str, column: str) -> list[Message] | None:
-    """Return the messages of JSON text, as CSV cells hold them; None for any other text."""
+def parse_message_list(text: str, column: str, json_replies: bool = False) -> list[Message] | None:
+    """Return the messages of text, as CSV cells hold them; None for any other text."""
     is_list = text.startswith("[") and speaker_key(text) is not None
-    return read_messages_or_turns(text, column) if is_list else None
+    return read_messages_or_turns(text, column, json_replies) if is_list else None
 
 
-def _message_of_turn(turn: Any) -> Message:
+def _message_of_turn(turn: Any, json_replies: bool) -> Message:
     """Return one turn as a message; what it has besides from and value goes with it."""
     if not isinstance(turn, dict):
         raise RowError(f"this is {describe_type(turn)}; expected an object with from and value")
@@ -404,9 +484,9 @@ def _message_of_turn(turn: Any) -> Message:
     rest = {key: entry for key, entry in turn.items() if key not in ("from", "value")}
     if role == "call":
         return read_message({"role": "assistant", **read_call_turn(text), **rest})
-    if not isinstance(text, str | list | dict):
+    if role != "assistant" and not isinstance(text, str | list | dict):
         raise RowError(f"the value is {describe_value(text)}; expected text")
-    return read_message({"role": role, "content": text, **rest})
+    return read_message({"role": role, "content": text, **rest}, json_replies)
 
 
 def _role_of_turn(turn: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from luthier.data.formats.conversations import (
     read_alpaca_prompt,
     read_dialogue,
     read_prompt,
+    read_reply,
     read_text_or_messages,
 )
 from luthier.data.formats.messages import Message, parse_message_list, read_messages_or_turns
@@ -31,7 +32,7 @@ def from_implicit_pair(row: Row, columns: ColumnMapping) -> Example:
 
 def from_messages_pair(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of the messages so far, and two replies to them."""
-    prompt = read_messages_or_turns(*columns.take_cell(row, "messages"))
+    prompt = read_messages_or_turns(*columns.take_cell(row, "messages"), columns.json_replies)
     return _pair_example(prompt, row, columns)
 
 
@@ -42,14 +43,14 @@ def from_alpaca_pair(row: Row, columns: ColumnMapping) -> Example:
 
 def from_rated_completion(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a prompt, one reply to it, and its rating."""
-    reply = _read_reply(*columns.take_cell(row, "completion"))
+    reply = _read_rated_reply(*columns.take_cell(row, "completion"), columns.json_replies)
     return _rated_example(_read_prompt(row, columns), reply, row, columns)
 
 
 def from_rated_messages(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of a conversation whose last message is judged."""
     column = columns.source_name("messages")
-    messages = read_messages_or_turns(columns.take(row, "messages"), column)
+    messages = read_messages_or_turns(columns.take(row, "messages"), column, columns.json_replies)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise RowError(
             f"{column!r} has {len(messages)} messages and ends with one of the role "
@@ -60,7 +61,7 @@ def from_rated_messages(row: Row, columns: ColumnMapping) -> Example:
 
 def from_rated_alpaca(row: Row, columns: ColumnMapping) -> Example:
     """Return the example of an instruction with its input, one output, and its rating."""
-    reply = _read_reply(*columns.take_cell(row, "output"))
+    reply = _read_rated_reply(*columns.take_cell(row, "output"), columns.json_replies)
     return _rated_example(read_alpaca_prompt(row, columns), reply, row, columns)
 
 
@@ -98,9 +99,9 @@ def _read_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
     return read_text_or_messages(value, column, "user")
 
 
-def _read_reply(value: Any, column: str) -> list[Message]:
+def _read_rated_reply(value: Any, column: str, json_replies: bool) -> list[Message]:
     """Return the reply alone, which begins with an assistant's message."""
-    reply = read_text_or_messages(value, column, "assistant")
+    reply = read_reply(value, column, json_replies)
     if reply[0]["role"] != "assistant":
         raise RowError(f"{column!r} begins with a message of the role {reply[0]['role']}")
     return reply
@@ -128,7 +129,7 @@ def _read_candidate(row: Row, columns: ColumnMapping, ours: str) -> list[Message
     """Return one of the two replies, or the whole conversation with it."""
     value = columns.take(row, ours)
     dialogue = read_dialogue(value) if isinstance(value, str) else None
-    return dialogue or read_text_or_messages(value, columns.source_name(ours), "assistant")
+    return dialogue or read_reply(value, columns.source_name(ours), columns.json_replies)
 
 
 def _is_reply(side: list[Message]) -> bool:

@@ -42,7 +42,7 @@ from luthier.data.rows import Row
 
 SAMPLED_ROWS = 50
 """Rows whose values are looked at."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it whenever the same row gives another example: it is part of the cache's keys."""
 
 ExampleType = Literal[
@@ -68,6 +68,8 @@ class ColumnSample:
     """Our names -> the source's."""
     aliased: frozenset[str]
     """Our names that stand for a column of another name which nobody mapped."""
+    json_replies: bool = False
+    """Whether replies may be objects and lists that are no messages."""
 
     def values(self, name: str) -> list[Any]:
         """Return the values of a column, by our name, that are not null."""
@@ -133,7 +135,8 @@ def _weigh_speakers(sample: ColumnSample, name: str, expected_key: str) -> Evide
 
 def weigh_prompt_completion(sample: ColumnSample) -> Evidence:
     """Lists and objects in a column of another name than ours must be messages."""
-    values = [value for name in sample.aliased for value in sample.values(name)]
+    names = sample.aliased - {"completion"} if sample.json_replies else sample.aliased
+    values = [value for name in names for value in sample.values(name)]
     is_other = (isinstance(value, list | dict) and not speaker_key(value) for value in values)
     return Evidence.NO if any(is_other) else Evidence.YES
 
@@ -162,7 +165,7 @@ def weigh_ratings(sample: ColumnSample) -> Evidence:
         isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels
     )
     # `kto_tag` is LLaMA-Factory's name for a rating, and nobody else's for a class.
-    is_kto = sample.source_names["label"] == "kto_tag"
+    is_kto = sample.source_names["label"].lower() == "kto_tag"
     return Evidence.YES if are_booleans or is_kto else Evidence.MAYBE
 
 

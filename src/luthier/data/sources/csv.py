@@ -2,8 +2,9 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from luthier.data.rows import BadRow, Row, excerpt
+from luthier.data.rows import BadRow, Row, excerpt, format_setting
 from luthier.data.sources.options import CsvOptions
 from luthier.data.sources.streams import DataFile
 from luthier.data.sources.text import read_text_blocks, split_lines
@@ -17,7 +18,9 @@ def read_csv_rows(file: DataFile, options: CsvOptions) -> Iterator[Row | BadRow]
     """Yield the row of every record, with the line on which it starts."""
     # Texts are longer than what the module takes for a broken file.
     csv.field_size_limit(_MAX_CELL_CHARS)
-    records = _read_records(file, options)
+    line_reader = _LineReader(file, options)
+    options = _find_delimiter(line_reader.peek(), options)
+    records = _read_records(file, line_reader, options)
     header = options.header
     if header is None:
         first = next((record for _, record in records), None)
@@ -33,11 +36,33 @@ def read_csv_rows(file: DataFile, options: CsvOptions) -> Iterator[Row | BadRow]
         )
 
 
-def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, list[str] | BadRow]]:
-    """Yield the place of each record that is not blank, and its cells or what is wrong with it."""
-    line_reader = _LineReader(file, options)
-    reader = csv.reader(
-        line_reader,
+def _find_delimiter(header_line: str, options: CsvOptions) -> CsvOptions:
+    """Return the options with the character that parts the header, where nobody named one.
+
+    Spreadsheets of countries with a decimal comma write `;`, databases a tab or `|`. The header
+    must be one cell with the delimiter of the format: then it parts nothing.
+    """
+    if "delimiter" in options.model_fields_set or options.header:
+        return options
+    if _count_cells(header_line, options) != 1:
+        return options
+    others = [options.model_copy(update={"delimiter": mark}) for mark in _OTHER_DELIMITERS]
+    best = max(others, key=lambda other: _count_cells(header_line, other))
+    return best if _count_cells(header_line, best) > 1 else options
+
+
+def _count_cells(line: str, options: CsvOptions) -> int:
+    """Return how many cells a line has; one where it is no whole record."""
+    try:
+        return len(next(_make_reader(iter([line]), options), []))
+    except csv.Error:
+        return 1
+
+
+def _make_reader(lines: Iterator[str], options: CsvOptions) -> Any:
+    """Return what reads records of lines."""
+    return csv.reader(
+        lines,
         delimiter=options.delimiter,
         quotechar=options.quotechar,
         quoting=csv.QUOTE_MINIMAL if options.quotechar else csv.QUOTE_NONE,
@@ -45,6 +70,13 @@ def _read_records(file: DataFile, options: CsvOptions) -> Iterator[tuple[str, li
         # never closed, for part of a cell.
         strict=True,
     )
+
+
+def _read_records(
+    file: DataFile, line_reader: "_LineReader", options: CsvOptions
+) -> Iterator[tuple[str, list[str] | BadRow]]:
+    """Yield the place of each record that is not blank, and its cells or what is wrong with it."""
+    reader = _make_reader(line_reader, options)
     while True:
         # A record may span lines, so its place is noted before it is read.
         where = f"{file.label}:{reader.line_num + 1}"
@@ -89,10 +121,12 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
     # one column.
     other = [mark for mark in _OTHER_DELIMITERS if mark in header[0]]
     if len(header) == 1 and other and not options.header:
-        mark = {"\t": '"\\t"'}.get(other[0], repr(other[0]))
+        setting = format_setting("dataset.options.delimiter", other[0])
+        if other[0] == "\t":  # Hydra's grammar has no escape for a tab.
+            setting = format_setting("dataset.format", "tsv")
         raise UserError(
             f"{subject} is one cell: {excerpt(header[0])}. If another character parts the cells, "
-            f"name it: options.delimiter={mark}."
+            f"name it: {setting}"
         )
 
 
@@ -111,12 +145,21 @@ class _LineReader:
     def __init__(self, file: DataFile, options: CsvOptions) -> None:
         self._lines = split_lines(read_text_blocks(file, options.encoding), file.label)
         self.line, self.ended = "", False
+        self._peeked: list[str] = []
+
+    def peek(self) -> str:
+        """Return the first line that is not blank, which is read again afterwards."""
+        for line in self._lines:
+            self._peeked.append(line)
+            if line.strip():
+                return line
+        return ""
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines, None)
+        line = self._peeked.pop(0) if self._peeked else next(self._lines, None)
         if line is None:
             self.ended = True
             raise StopIteration

@@ -26,6 +26,7 @@ from luthier.data.encoders.prompts import PromptEncoder, max_prompt_tokens
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.data.examples import format_key
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
+from luthier.model.positions import bounded_length
 from luthier.model.tokenizer import end_token_ids
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def _reads_columns(config: RunConfig) -> bool:
 
 def _chat_settings(config: RunConfig, source: SourceConfig) -> dict[str, Any]:
     """The settings of the chat encoder for a source."""
-    chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
+    chat = config.chat.model_dump() | {
+        "eos_token_ids": end_token_ids(config.model),
+        "max_length": bounded_length(config),
+    }
     return chat if source.train_on is None else chat | {"train_on": source.train_on}
 
 
@@ -71,7 +75,9 @@ def _make_sft_encoder(
 ) -> RowEncoder:
     """Conversations by the chat encoder, texts in windows."""
     if row_format == "text":
-        return TextEncoder(tokenizer, config.chat.max_length, config.dataset.stride)
+        return TextEncoder(
+            tokenizer, bounded_length(config), config.dataset.stride, config.chat.empty_replies
+        )
     return ConversationEncoder(tokenizer, _chat_settings(config, source))
 
 
@@ -105,6 +111,14 @@ def _task_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstr
     )
 
 
+def _make_target_encoder(
+    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
+) -> RowEncoder:
+    """Sources and targets."""
+    chat = config.chat
+    return Seq2SeqEncoder(tokenizer, chat.max_length, chat.on_long, chat.empty_replies)
+
+
 ENCODER_FACTORIES: Mapping[str, EncoderConstructor] = {
     "sft": _make_sft_encoder,
     "pretrain": _make_sft_encoder,
@@ -115,7 +129,7 @@ ENCODER_FACTORIES: Mapping[str, EncoderConstructor] = {
     "reward": _chat_constructor(RewardEncoder),
     "classify": _task_constructor(ClassificationEncoder),
     "tag": _task_constructor(TaggingEncoder),
-    "seq2seq": _task_constructor(Seq2SeqEncoder),
+    "seq2seq": _make_target_encoder,
     "grpo": _make_prompt_encoder,
     "rloo": _make_prompt_encoder,
     "distill": _make_prompt_encoder,
