@@ -170,6 +170,10 @@ class ChatEncoder:
         """The ids that end a reply: generation stops at any of them."""
         return list(self._pipelines.default.controls.stop_token_ids)
 
+    def holds_control_tokens(self, texts: Iterable[str]) -> bool:
+        """Return whether a text holds a control token, or at its edge a part of one."""
+        return self._pipelines.default.controls.has_suspects(texts)
+
     def _plan(
         self, number: int | None, row: dict[str, Any]
     ) -> FastPathRow | PlannedRow | ChatError:

@@ -1,6 +1,6 @@
 """`luthier serve` runs an OpenAI-compatible server with the tokens that the model trained on.
 
-The server is transformers' own, or vLLM where that is installed.
+The server is luthier's own, or vLLM where that is installed.
 """
 
 import importlib.util
@@ -17,21 +17,26 @@ from luthier.errors import UserError
 
 if TYPE_CHECKING:
     from luthier.cli.model_arguments import ModelArguments
+    from luthier.infer.server import ServerLimits
     from luthier.model.artifact import Artifact
 
 COMMAND_LINE = CommandLine(
     "serve",
     "luthier serve MODEL [key=value ...] [flags]\n\n"
     "Serves a run, a checkpoint, an adapter or a model through an OpenAI-compatible server:\n"
-    "vLLM's where it is installed and there is a GPU, else transformers' own. Template, its\n"
-    "variables and date, and stop tokens are those of the training.\n\n"
-    "Settings (for transformers): any field of GenerationConfig, as the default of requests;\n"
+    "vLLM's where it is installed and there is a GPU, else luthier's own (on transformers).\n"
+    "Template, its variables and date, and stop tokens are those of the training.\n\n"
+    "Settings (not for vLLM): any field of GenerationConfig, as the default of requests;\n"
     "model.device, .dtype, .attention and .device_map; quantization=none, nf4 or int8.",
     (
         Flag("--engine", "NAME", "transformers or vllm"),
         Flag("--host", "NAME", "the address to listen at (localhost)"),
         Flag("--port", "N", "the port (8000)"),
         Flag("--name", "NAME", "what requests call the model; without it the folder's name"),
+        Flag("--allowed-host", "NAME", "more names that requests may call this host, with commas"),
+        Flag("--max-waiting", "N", "requests that may wait for their turn (32)"),
+        Flag("--max-body", "N", "the largest request, in MiB (4)"),
+        Flag("--timeout", "N", "the longest time for a reply, in seconds (600)"),
         Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
         Flag("--show", None, "print vLLM's command line and do not run it"),
     ),
@@ -39,7 +44,9 @@ COMMAND_LINE = CommandLine(
     "  luthier serve runs/quickstart/default --port 9000 temperature=0.7\n"
     "  luthier serve runs/qlora_llama/default --engine vllm --show\n",
 )
-_SERVER = ("fastapi", "uvicorn", "openai")
+_SERVER = ("starlette", "uvicorn")
+_OWN_FLAGS = ("--allowed-host", "--max-waiting", "--max-body", "--timeout")
+"""Flags that vLLM's server has not."""
 _PLAIN_NAMES = ("model", "default")
 """Folders whose name says nothing: the one above is named too."""
 
@@ -55,10 +62,22 @@ def run(arguments: list[str]) -> int:
     typed = parse_model_arguments("serve", parsed.overrides, ("MODEL",))
     engine = _engine(parsed)
     if engine == "vllm":
+        _check_vllm_arguments(typed, parsed)
         artifact = find_artifact(typed.places[0], parsed.texts.get("--base"))
         _vllm(artifact, parsed)
         return 0
     return _transformers(typed, parsed)
+
+
+def _check_vllm_arguments(typed: "ModelArguments", parsed: ParsedArguments) -> None:
+    """Raise UserError for words that only luthier's own server follows."""
+    words = [flag for flag in _OWN_FLAGS if flag in parsed.texts or flag in parsed.numbers]
+    words += parsed.overrides[len(typed.places) :]
+    if words:
+        raise UserError(
+            f"{words[0]}: is for luthier's own server, and this would start vLLM's. Leave it out, "
+            "or add --engine transformers."
+        )
 
 
 def served_name(artifact: "Artifact") -> str:
@@ -103,11 +122,13 @@ def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
     missing = [name for name in _SERVER if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"luthier serve: {', '.join(missing)} is not installed, which transformers' server "
+            f"luthier serve: {' and '.join(missing)} is not installed, which the server "
             "needs:\n    pip install 'luthier[serve]'"
         )
     from luthier.infer.llm import LLM
+    from luthier.infer.server import check_server_settings, make_server
 
+    check_server_settings(typed.generation)
     host, port = _address(parsed)
     # uvicorn would report a taken port only after the model is loaded.
     _check_free(host, port)
@@ -117,16 +138,29 @@ def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
     if llm.artifact.task == "SEQ_2_SEQ_LM":
         raise UserError(f"{typed.places[0]}: an encoder-decoder model is not served as a chat.")
     from luthier.environment import quiet_libraries
-    from luthier.infer.server import run_server
 
     quiet_libraries()
     with llm:
+        server = make_server(llm, name, host, port, typed.generation, _limits(parsed))
         print(
             f"serving {typed.places[0]} as {name}. Ask it:\n{curl_command(name, host, port)}",
             flush=True,
         )
-        run_server(llm, name, host, port, typed.generation)
+        server.run()
     return 0
+
+
+def _limits(parsed: ParsedArguments) -> "ServerLimits":
+    from luthier.infer.server import ServerLimits
+
+    limits = ServerLimits()
+    names = parsed.texts.get("--allowed-host", "").split(",")
+    return ServerLimits(
+        waiting=parsed.numbers.get("--max-waiting", limits.waiting),
+        reply_seconds=parsed.numbers.get("--timeout", limits.reply_seconds),
+        body_bytes=parsed.numbers.get("--max-body", limits.body_bytes // 2**20) * 2**20,
+        hosts=tuple(name.strip() for name in names if name.strip()),
+    )
 
 
 def _check_free(host: str, port: int) -> None:

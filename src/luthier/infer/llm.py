@@ -1,5 +1,6 @@
 """`LLM` answers as a run, an adapter, a checkpoint or a base, loaded within a `with` block."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from luthier.model.tokenizer import check_vocabulary_fits, end_token_ids, load_t
 
 if TYPE_CHECKING:
     from luthier.infer.chat_session import ChatSession
+    from luthier.infer.stream import TokenSink
 
 
 @dataclass
@@ -295,7 +297,7 @@ class LLM:
         `on_replies` gets the number of each prompt with its replies as soon as there are some.
         Raises UserError for a prompt that is longer than the context, by its place.
         """
-        config = self._config(settings)
+        config = self.generation_config(settings)
         ids = self.prompt_ids(prompts, places)
         size = batch_size or self._size(ids, config)
         replies_by_prompt: list[list[GeneratedReply]] = [[] for _ in ids]
@@ -311,7 +313,7 @@ class LLM:
 
     def batch_size(self, ids: Sequence[Sequence[int]], **settings: Any) -> int:
         """How many of these prompts, as token ids, the memory holds at once with their replies."""
-        return self._size(ids, self._config(settings))
+        return self._size(ids, self.generation_config(settings))
 
     def stream(
         self,
@@ -327,7 +329,7 @@ class LLM:
         """
         from luthier.infer.stream import stream_tokens
 
-        config = self._config(settings)
+        config = self.generation_config(settings)
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
             raise UserError("stream: one reply is written at a time; leave out num_beams and "
                             "num_return_sequences, or use generate.")  # fmt: skip
@@ -345,6 +347,23 @@ class LLM:
             yield piece
         if on_end is not None:
             on_end(self._reply(came, len(ids), config))
+
+    def write_tokens(
+        self,
+        ids: Sequence[int],
+        config: Any,
+        tokens: "TokenSink",
+        stopped: threading.Event,
+        seed: int | None = None,
+    ) -> None:
+        """Write the reply to a prompt into `tokens`, in this thread, until `stopped` is set.
+
+        `config`: of `generation_config`. One reply is written at a time.
+        """
+        from luthier.infer.stream import write_tokens
+
+        with self._sampling(seed):
+            write_tokens(self.model, ids, config, tokens, stopped, self._more(config))
 
     def chat(
         self, system: str | None = None, tools: list[dict[str, Any]] | None = None
@@ -366,7 +385,8 @@ class LLM:
         with self.model.disable_adapter():
             yield
 
-    def _config(self, settings: Mapping[str, Any]) -> Any:
+    def generation_config(self, settings: Mapping[str, Any]) -> Any:
+        """Return the `GenerationConfig` of these settings, with the training's stop tokens."""
         assert self.model is not None
         return words.make_generation_config(
             words.check_generation_settings(settings), self.stop_token_ids, self.pad_id

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from luthier.infer.generation_config import stop_token_ids
 
@@ -19,7 +19,7 @@ def stream_tokens(model: Any, prompt: Sequence[int], config: Any, **more: Any) -
     tokens: queue.Queue[int | BaseException | None] = queue.Queue()
     # A daemon, so that a second Ctrl-C need not wait for a reply of many tokens.
     work = threading.Thread(
-        target=_write, args=(model, prompt, config, more, tokens, stopped), daemon=True
+        target=write_tokens, args=(model, prompt, config, tokens, stopped, more), daemon=True
     )
     stops = set(stop_token_ids(config))
     work.start()
@@ -36,15 +36,22 @@ def stream_tokens(model: Any, prompt: Sequence[int], config: Any, **more: Any) -
         work.join()
 
 
-def _write(
+class TokenSink(Protocol):
+    """Takes the ids of a reply as they come, stop token and all; None or an error is the end."""
+
+    def put(self, token: int | BaseException | None, /) -> None:
+        """Take an id, or the end."""
+
+
+def write_tokens(
     model: Any,
     prompt: Sequence[int],
     config: Any,
-    more: dict[str, Any],
-    tokens: queue.Queue[int | BaseException | None],
+    tokens: TokenSink,
     stopped: threading.Event,
+    more: dict[str, Any],
 ) -> None:
-    """Generate into the queue, which ends with None or with what went wrong."""
+    """Generate into `tokens`, in this thread, until the reply ends or `stopped` is set."""
     import torch
     from transformers import StoppingCriteriaList
 
@@ -79,7 +86,7 @@ def _stop_at(stopped: threading.Event) -> Any:
 class _Tokens:
     """What transformers calls with the prompt and then with each token: a streamer."""
 
-    def __init__(self, tokens: queue.Queue[int | BaseException | None]) -> None:
+    def __init__(self, tokens: TokenSink) -> None:
         self._tokens, self._is_prompt = tokens, True
 
     def put(self, value: Any) -> None:
@@ -111,8 +118,8 @@ _BROKEN = "�"
 class TextStream:
     """Decodes a reply as it comes; the pieces together are what decoding it whole gives."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, keeps_control_tokens: bool = False) -> None:
+        self._tokenizer, self._skips = tokenizer, not keeps_control_tokens
         self._ids: list[int] = []
         # SentencePiece decoders drop the space in front of the first token, so the piece before is
         # decoded with each new one, and its text cut off again.
@@ -141,4 +148,37 @@ class TextStream:
         return self._text(self._ids[self._before :])[len(emitted) :]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skips))
+
+
+class StopStrings:
+    """Ends a text before the first of some strings; text that may begin one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held = stops, ""
+        self.is_complete = False
+        """Whether one of them came: the text has ended in front of it."""
+
+    def add(self, text: str) -> str:
+        """Return what can be told of the text so far and was not yet."""
+        self._held += text
+        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        self.is_complete = bool(starts)
+        end = min(starts) if starts else len(self._held) - self._possible_start()
+        text, self._held = self._held[:end], self._held[end:]
+        return text
+
+    def rest(self) -> str:
+        """Return what was held back of a text that has ended by itself."""
+        rest, self._held = ("" if self.is_complete else self._held), ""
+        return rest
+
+    def _possible_start(self) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        sizes = (
+            size
+            for stop in self._stops
+            for size in range(1, min(len(stop), len(self._held) + 1))
+            if self._held.endswith(stop[:size])
+        )
+        return max(sizes, default=0)

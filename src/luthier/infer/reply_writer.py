@@ -1,0 +1,193 @@
+"""One reply at a time: a request's settings, its turn, and its reply piece by piece."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from typing import Any
+
+from luthier.infer import generation_config
+from luthier.infer.generate import bytes_per_row, free_memory, is_out_of_memory
+from luthier.infer.llm import LLM
+from luthier.infer.openai_replies import FinishReason, ReplyEnd
+from luthier.infer.openai_requests import ApiError, ReplyRequest
+from luthier.infer.reply_parser import ReplyDelta, ReplyParser
+from luthier.infer.stream import StopStrings, TextStream
+
+_GREEDY_BELOW = 1e-4
+"""The temperature below which sampling is greedy: in float32 the scores would overflow."""
+_MEMORY_SHARE = 0.8
+"""Of the free memory, what one prompt and its reply may take."""
+MAX_CONTEXT = 32_768
+"""The most tokens of prompt and reply for a model without a limit of its own (Mamba, Bloom)."""
+_SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p",
+                      "epsilon_cutoff", "eta_cutoff")  # fmt: skip
+
+
+def merge_settings(settings: Mapping[str, Any], request: ReplyRequest) -> dict[str, Any]:
+    """Return the settings of generation for a request: its own over those of the command."""
+    merged = dict(settings)
+    temperature, top_p = request.temperature, request.top_p
+    if temperature is not None and temperature < _GREEDY_BELOW:
+        merged = {key: value for key, value in merged.items() if key not in _SAMPLING_SETTINGS}
+        merged["do_sample"] = False
+    elif temperature is not None:
+        merged |= {"do_sample": True, "temperature": temperature}
+    # 1 cuts nothing off: clients send it with every request, and it asks for no sampling.
+    if top_p is not None and (merged.get("do_sample") or (temperature is None and top_p < 1)):
+        merged |= {"do_sample": True, "top_p": top_p}
+    if request.biases:
+        merged["sequence_bias"] = {(token,): bias for token, bias in request.biases.items()}
+    if request.max_tokens_requested is not None:
+        merged["max_new_tokens"] = request.max_tokens_requested
+    return merged
+
+
+def count_fitting_tokens(model: Any, prompt_tokens: int) -> int:
+    """Return how many tokens of a reply the free memory holds behind a prompt."""
+    # Models with a state instead of keys and values (Mamba) take the same memory for any length.
+    if not hasattr(model.config.get_text_config(), "num_attention_heads"):
+        return MAX_CONTEXT
+    free = int(free_memory(model)[0] * _MEMORY_SHARE)
+    prompt = bytes_per_row(model, prompt_tokens, 0)
+    return (free - prompt) // max(1, bytes_per_row(model, prompt_tokens, 1) - prompt)
+
+
+class ReplyWriter:
+    """Writes one reply at a time, in the order in which requests came."""
+
+    def __init__(self, llm: LLM, seconds: float) -> None:
+        """`seconds`: the longest time that a reply may take."""
+        self._llm, self._seconds = llm, seconds
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reply")
+        self._waiting: set[_LoopQueue] = set()
+
+    def close(self) -> None:
+        """End all replies with an error, because the server ends."""
+        for tokens in self._waiting:
+            tokens.put(ApiError("The server is ending.", code="shutting_down", status=503))
+
+    async def write(
+        self, ids: list[int], config: Any, request: ReplyRequest, parser: ReplyParser | None
+    ) -> AsyncGenerator[ReplyDelta | ReplyEnd]:
+        """Yield the reply to a prompt, and how it ended. Closing it stops the model.
+
+        `parser`: what takes the text apart; None for a plain text.
+        """
+        parser_is_active = parser is not None and parser.is_active
+        text = TextStream(self._llm.tokenizer, keeps_control_tokens=parser_is_active)
+        stops = StopStrings([*request.stops, *_as_list(config.stop_strings)])
+        config.stop_strings = None
+        stop_ids = set(generation_config.stop_token_ids(config))
+        written, is_stopped, has_calls = 0, False, False
+        async with aclosing(self._tokens(ids, config, request.random_seed)) as tokens:
+            async for token in tokens:
+                written += 1
+                if is_stopped := token in stop_ids:
+                    break
+                for delta in _parsed(parser, stops.add(text.add(token))):
+                    has_calls |= delta.field == "tool_call"
+                    yield delta
+                if is_stopped := stops.is_complete:
+                    break
+        rest = "" if stops.is_complete else stops.add(text.rest())
+        for delta in [*_parsed(parser, rest + stops.rest()), *(parser.finish() if parser else ())]:
+            has_calls |= delta.field == "tool_call"
+            yield delta
+        is_cut = not is_stopped and not stops.is_complete and written >= config.max_new_tokens
+        finish: FinishReason = "length" if is_cut else "tool_calls" if has_calls else "stop"
+        yield ReplyEnd(finish, len(ids), written)
+
+    async def _tokens(self, ids: list[int], config: Any, seed: int | None) -> AsyncGenerator[int]:
+        """Yield the ids of a reply as they come, once it is its turn."""
+        loop = asyncio.get_running_loop()
+        tokens, stopped = _LoopQueue(loop), threading.Event()
+        self._waiting.add(tokens)
+        self._thread.submit(self._write_tokens, ids, config, tokens, stopped, seed)
+        try:
+            # The time that a reply may take begins with its turn.
+            await tokens.get(None)
+            deadline = loop.time() + self._seconds
+            while (token := await tokens.get(deadline - loop.time())) is not None:
+                yield token
+        except TimeoutError:
+            raise ApiError(
+                f"The reply was not complete within {self._seconds} s, and was stopped.",
+                code="timeout",
+                status=504,
+            ) from None
+        finally:
+            stopped.set()
+            self._waiting.discard(tokens)
+
+    def _write_tokens(
+        self,
+        ids: list[int],
+        config: Any,
+        tokens: "_LoopQueue",
+        stopped: threading.Event,
+        seed: int | None,
+    ) -> None:
+        """Write a reply when it is its turn: first `_ITS_TURN`, then what `LLM.write_tokens` has.
+
+        This is the one thread in which the model writes: while it is at a last token for a client
+        that has left, the next reply waits.
+        """
+        if stopped.is_set():
+            return
+        tokens.put(_ITS_TURN)
+        try:
+            self._llm.write_tokens(ids, config, tokens, stopped, seed)
+        except BaseException as error:
+            tokens.put(error)
+
+
+_ITS_TURN = -1
+
+
+def _writing_error(error: BaseException) -> BaseException:
+    """Return the client's words for an error of the model, or the error itself."""
+    if is_out_of_memory(error):
+        text = "The memory was full before the reply was written. Try a shorter one."
+        return ApiError(text, code="out_of_memory", status=503)
+    return error
+
+
+def _parsed(parser: ReplyParser | None, text: str) -> Iterator[ReplyDelta]:
+    if parser is not None:
+        yield from parser.add(text)
+    elif text:
+        yield ReplyDelta("content", text)
+
+
+def _as_list(stops: Any) -> list[str]:
+    return [stops] if isinstance(stops, str) else list(stops or ())
+
+
+class _LoopQueue:
+    """A queue that another thread fills and a coroutine reads."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[int | BaseException | None] = asyncio.Queue()
+
+    def put(self, token: int | BaseException | None, /) -> None:
+        """Put an item in, from a thread."""
+        # A loop that is closed has no reader: the server has ended.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, token)
+
+    async def get(self, seconds: float | None) -> int | None:
+        """Return the next id, None at the end; raises the error that ended the reply.
+
+        TimeoutError where no id comes in time, or the time is over.
+        """
+        if seconds is not None and seconds <= 0:
+            raise TimeoutError
+        # No wait_for: in Python 3.11 it may swallow the cancellation that a client's leaving is.
+        async with asyncio.timeout(seconds):
+            token = await self._queue.get()
+        if isinstance(token, BaseException):
+            raise _writing_error(token)
+        return token

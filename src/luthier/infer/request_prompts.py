@@ -1,0 +1,164 @@
+"""Prompts of the server's requests, as token ids: those of the training, or an error in words."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from luthier.chat import ChatEncoder, ChatError
+from luthier.chat.encoder import ChatPromptEncoder
+from luthier.data.encoders.plain_text import PlainTextTokenizer, measure_frame
+from luthier.infer.llm import LLM
+from luthier.infer.openai_requests import (
+    ApiError,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ConversationRequest,
+)
+
+_MOST_ENCODERS = 8
+"""Encoders for variables of requests that are remembered: each compiles its template."""
+_TEMPLATE_INPUTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+
+
+class RequestPrompts:
+    """Makes the prompt of a request as the training did; text never becomes a control token."""
+
+    def __init__(self, llm: LLM, context: int) -> None:
+        """`context`: the most tokens of prompt and reply together."""
+        self._llm, self._context = llm, context
+        self._text = PlainTextTokenizer(llm.tokenizer)
+        self._start = list(measure_frame(llm.tokenizer).ids_around[0])
+        self._encoders: OrderedDict[str, ChatEncoder] = OrderedDict()
+        # Encoders keep what they have seen, and requests are encoded in several threads.
+        self._lock = threading.Lock()
+
+    def encode(self, request: ConversationRequest | CompletionRequest) -> list[int]:
+        """Return the ids of a request's prompt; raises ApiError for one that makes no prompt."""
+        field = request.prompt_field
+        with self._lock:
+            if isinstance(request, CompletionRequest):
+                ids = self._encode_text(request.prompt)
+            else:
+                ids = self._encode_conversation(request)
+        if not ids:
+            raise ApiError(f"{field}: is empty, so there is nothing to begin with.", param=field)
+        if len(ids) >= self._context:
+            raise ApiError(
+                f"{field}: the prompt has {len(ids):,} tokens, and the model reads "
+                f"{self._context:,} with its reply. Shorten it.",
+                param=field,
+                code="context_length_exceeded",
+            )
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        try:
+            (ids,) = self._text.encode([text])
+        except ChatError as error:
+            raise ApiError(f"prompt: {error.text}.", param="prompt") from None
+        return [*self._start, *ids]
+
+    def _encode_conversation(self, request: ConversationRequest) -> list[int]:
+        if not self._llm.has_template:
+            raise ApiError("This model has no chat template. Ask it at /v1/completions.")
+        field, tools = request.prompt_field, request.tool_rows()
+        messages = request.message_rows()
+        self._check_keys(tools)
+        if messages[-1]["role"] == "assistant":
+            raise ApiError(
+                f"{field}: the conversation ends with a reply, so there is nothing to answer.",
+                param=field,
+            )
+        try:
+            encoder = self._encoder(request.variables)
+            return _prompt_ids(encoder, messages, tools)
+        except ChatError as error:
+            raise _prompt_error(error, request) from None
+
+    def _encoder(self, variables: dict[str, Any]) -> ChatEncoder:
+        """Return the training's encoder, with a request's variables over the training's."""
+        if not variables:
+            return self._llm.encoder
+        self._check_variables(variables)
+        key = json.dumps(variables, sort_keys=True)
+        if key not in self._encoders:
+            # Variables are part of what an encoder checks when it is made.
+            settings = self._llm.encoder.settings()
+            settings["variables"] = settings["variables"] | variables
+            self._encoders[key] = ChatEncoder.from_settings(self._llm.tokenizer, settings)
+            if len(self._encoders) > _MOST_ENCODERS:
+                self._encoders.popitem(last=False)
+        self._encoders.move_to_end(key)
+        return self._encoders[key]
+
+    def _check_variables(self, variables: dict[str, Any]) -> None:
+        """Refuse variables that the template has from elsewhere, and control tokens in values.
+
+        A variable is the template's own text, in which control tokens are control tokens.
+        """
+        field = "chat_template_kwargs"
+        fixed = {*_TEMPLATE_INPUTS, *self._llm.tokenizer.special_tokens_map}
+        for name in variables:
+            if name in fixed or not name.isidentifier():
+                raise ApiError(f"{field}: a request cannot set {name[:80]!r}.", param=field)
+        if self._has_control_tokens(_texts(variables)):
+            raise ApiError(f"{field}: a value holds a control token.", param=field)
+
+    def _check_keys(self, tools: list[dict[str, Any]] | None) -> None:
+        """Refuse control tokens in the names of a tool's fields, which are not message text."""
+        if tools and self._has_control_tokens(_keys(tools)):
+            raise ApiError("tools: a name holds a control token.", param="tools")
+
+    def _has_control_tokens(self, texts: Iterator[str]) -> bool:
+        return self._llm.encoder.holds_control_tokens(texts)
+
+
+def _prompt_ids(
+    encoder: ChatEncoder, messages: list[dict[str, Any]], tools: list | None
+) -> list[int]:
+    ids, _, lost = ChatPromptEncoder(encoder).encode(messages, tools)
+    # What a training may leave out (chat.on_lost=keep), a reply to it must not.
+    if lost is not None:
+        raise lost
+    return ids
+
+
+def _prompt_error(error: ChatError, request: ConversationRequest) -> ApiError:
+    """Return what is wrong with a conversation in the words of the API."""
+    field = request.prompt_field
+    place = "tools" if error.field == "tools" else field
+    # Several items of a response's input make one message, so its number would mislead there.
+    if error.message is not None and isinstance(request, ChatCompletionRequest):
+        place = f"{field}[{error.message}]"
+        place += f".{error.field}" if error.field else ""
+    text = error.text
+    if error.reason == "unknown role":
+        # What follows is about a setting of the training.
+        text = text.partition(" If the chat template")[0].rstrip(".")
+    if error.reason == "lost":
+        is_tools = error.field == "tools"
+        names = ("the tools", "them") if is_tools else ("this text", "it")
+        text = f"the model's chat template does not show {names[0]}, so it would not see {names[1]}"
+    return ApiError(f"{place}: {text}.", param=place)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Yield every key in a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, dict | list):
+            yield from _keys(item)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text and key in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        if isinstance(value, dict):
+            yield from value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
