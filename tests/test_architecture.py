@@ -23,6 +23,7 @@ LAYERS = (
     ("config",),
     ("chat", "metrics", "storage"),
     ("errors", "gc_pause", "environment", "patterns"),
+    ("terminal",),
 )
 """From the top of the house to its ground; a package imports only from lines below its own."""
 
@@ -255,6 +256,20 @@ def test_nobody_imports_the_command_line():
         if imported.split(".")[0] == "cli" and name.split(".")[0] not in ("cli", "__main__")
     }  # fmt: skip
     assert importers == set()
+
+
+UNGUARDED = re.compile(
+    r"sys\.__std(out|err)__|\bstd(out|err)\.(buffer|write)\b|\bConsole\(|\brich\.print|\bunguarded\b"
+    r"|\bprint\(json\.dumps\(|\bprint\(yaml\."
+)
+"""Ways to print past `luthier.terminal`, or to print data that it would have to change."""
+MAY_PRINT_UNGUARDED = {"terminal", "chat.template_probe"}
+"""The guard itself, and a child process that talks to its parent."""
+
+
+def test_nothing_is_printed_past_the_guard():
+    ways = {name: len(UNGUARDED.findall(path.read_text("utf-8"))) for name, path in MODULES.items()}
+    assert {name for name, count in ways.items() if count} == MAY_PRINT_UNGUARDED
 
 
 def test_a_public_class_name_is_used_once():

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier.terminal import printable
+
 _SECONDS_TO_SPEAK = 5.0
 """How long the other processes wait, so that the first one speaks before all are ended."""
 
@@ -34,7 +36,8 @@ def report_error(error: UserError) -> int:
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is not None:
-        note = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        # torch's launcher prints it, whose output nobody guards.
+        note = {"message": printable(str(error)), "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # the disk of this file may be the full one
             Path(error_file).write_text(json.dumps({"message": note}), encoding="utf-8")
     if error_file is not None and os.environ.get("RANK", "0") != "0":

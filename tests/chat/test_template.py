@@ -148,6 +148,7 @@ def test_followed_runs_say_what_shorter_ones_write():
         ("{{ messages[0].content._runs[0] }}", "unsafe|undefined|no attribute"),
         ("{{ messages.append(1) }}", "unsafe|undefined|no attribute|not safely"),
         ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ raise_exception(messages) }}", "Hi"),
     ],
 )
 def test_the_sandbox_refuses_in_words(source, words):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from helpers import adapter_runs as material
 from luthier.cli.chat import ChatRepl
-from luthier.infer.stream import printable
+from luthier.terminal import printable
 
 
 @pytest.fixture

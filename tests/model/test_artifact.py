@@ -179,7 +179,7 @@ def test_a_word_that_names_nothing(run, tmp_path, monkeypatch, word, says):
 )
 def test_a_damaged_file_is_named(run, file, text):
     (run / file).write_text(text)
-    assert f"{run / file}: cannot be read" in said(run)
+    assert f"{run / file}: it is no " in said(run)
 
 
 def test_a_config_of_another_version_is_told_by_its_key(run, base):

@@ -113,7 +113,7 @@ def test_the_mark_is_found_in_a_text_model_within_another(tiny_model, tmp_path):
 def test_a_broken_config_is_told(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json: it is no JSON"):
         quantized.check_quantized_model(config_of(folder), CPU)
 
 

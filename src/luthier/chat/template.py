@@ -159,7 +159,7 @@ class ChatTemplate:
                 pieces.append(piece)
             return pieces
         except jinja2.TemplateError as error:
-            problem = error.message or str(error)
+            problem = str(error.message or error)  # the template may raise any value
         except RecursionError:
             raise ChatError("the chat template calls itself without end", reason=ENDLESS) from None
         except MemoryError:

@@ -12,8 +12,8 @@ from luthier.cli.arguments import CommandLine, Flag
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
 from luthier.infer.chat_session import ChatSession
-from luthier.infer.stream import printable
 from luthier.storage.write_errors import explain_write_errors
+from luthier.terminal import make_console, printable
 
 # rich is imported in functions: help and a mistake in what was typed must answer at once.
 if TYPE_CHECKING:
@@ -77,11 +77,9 @@ def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
 
 
 def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str | None) -> int:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = make_console()
     with ExitStack() as stack:
-        with Console(stderr=True).status("loading"):
+        with make_console(stderr=True).status("loading"):
             stack.enter_context(llm)
             # An adapter's base is the same model with the adapter off: it is loaded only once.
             if other is not None and other is not llm:

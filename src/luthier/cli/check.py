@@ -1,6 +1,5 @@
 """`luthier check`: the whole dataset against the rules, before anything is trained on it."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.storage.write_errors import explain_write_errors
+from luthier.terminal import make_console, print_json
 
 if TYPE_CHECKING:
     from luthier.inspection.served import ServedCheck
@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> int:
     if "--json" in parsed.switches:
         from luthier.inspection.report import report_as_json
 
-        print(json.dumps(report_as_json(survey), ensure_ascii=False))
+        print_json(report_as_json(survey))
     else:
         from luthier.inspection.report import print_report
 
@@ -70,11 +70,10 @@ def run(arguments: list[str]) -> int:
 
 def _run(survey: "Survey") -> None:
     """Run the survey with a bar on the terminal, if there is one."""
-    from rich.console import Console
     from rich.progress import Progress
 
     # The bar goes to stderr, so that `--json | jq` reads nothing but the object.
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking", total=survey.size)
         survey.run(lambda rows: bar.advance(task, rows))
@@ -115,7 +114,7 @@ def run_served(parsed: ParsedArguments) -> int:
     if "--json" in parsed.switches:
         rules = [asdict(rule) for rule in served.rules]
         report = {"name": parsed.overrides[0], "holds": served.holds, "rules": rules}
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
     else:
         _show(served)
     return 0 if served.holds else 1
@@ -123,12 +122,11 @@ def run_served(parsed: ParsedArguments) -> int:
 
 def _show(served: "ServedCheck") -> None:
     """Print each rule and what they mean together for a server."""
-    from rich.console import Console
     from rich.text import Text
 
     from luthier.inspection.report import print_rule
 
-    console = Console(highlight=False)
+    console = make_console()
     console.print(Text(f"{served.artifact.folder}: as trained?", style="bold"))
     for rule in served.rules:
         print_rule(console, rule, "")

@@ -10,6 +10,7 @@ from luthier.record.checkpoints import read_step_log
 from luthier.record.config_diff import NEUTRAL_KEYS, differing_keys, flatten_config
 from luthier.record.record import read_record
 from luthier.record.run_dir import find_run
+from luthier.terminal import make_console
 
 COMMAND_LINE = CommandLine(
     "diff",
@@ -64,10 +65,9 @@ def compare(a: Path, b: Path) -> list[tuple[str, Lines]]:
 
 def print_groups(groups: Iterable[tuple[str, Lines]], a: Path, b: Path) -> None:
     """Print the groups that differ, and name those that do not."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"{escape(str(a))} -> {escape(str(b))}", soft_wrap=True)
     for heading, lines in groups:
         if lines:

@@ -1,6 +1,5 @@
 """`luthier evaluate`: base against tuned on held-out rows, on any dataset, on benchmarks."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.storage.atomic import write_json
 from luthier.storage.write_errors import explain_write_errors
+from luthier.terminal import make_console, print_json
 
 if TYPE_CHECKING:
     from luthier.cli.model_arguments import ModelArguments
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
             write_json(out, report)
         print(f"written {out}", file=sys.stderr)
     if "--json" in parsed.switches:
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
     return 0
 
 
@@ -141,11 +141,9 @@ def _evaluated(
     metrics: "list[Metric] | None",
 ) -> dict[str, Any]:
     """Measure the model, then what it is compared with, and return the report for JSON."""
-    from rich.console import Console
-
     from luthier.evaluate.models import WritingModel, check_comparable
 
-    console = Console(quiet="--json" in parsed.switches, highlight=False)
+    console = make_console(quiet="--json" in parsed.switches)
     settings = dict(typed.generation)
     with model:
         config = model.artifact.config

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from luthier import __version__
 from luthier.errors import UserError, report_error, report_unexpected
 from luthier.storage.write_errors import describe_write_error
+from luthier.terminal import guard_output
 
 
 class Command(NamedTuple):
@@ -115,6 +116,7 @@ All settings and groups: luthier train --help
 
 def main() -> None:
     """Run one command; a user's mistake is printed in words and exits with 2."""
+    guard_output()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")

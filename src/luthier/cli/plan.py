@@ -1,10 +1,10 @@
 """`luthier plan`: the memory of a run before it runs."""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.terminal import make_console, print_json
 
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     set_environment(config)
     memory_plan, advice = plan_and_advise(config, hardware, parsed)
     if "--json" in parsed.switches:
-        print(json.dumps(plan_as_values(memory_plan, advice), ensure_ascii=False))
+        print_json(plan_as_values(memory_plan, advice))
     else:
         from luthier.memory.report import print_plan
 
@@ -66,14 +66,12 @@ def plan_and_advise(
     config: "RunConfig", imagined: "Hardware | None", parsed: ParsedArguments
 ) -> "tuple[MemoryPlan, list[Advice]]":
     """Plan as the flags say, and show in the terminal that it goes on."""
-    from rich.console import Console
-
     from luthier.memory.advice import advise
     from luthier.memory.plan import plan_memory
 
     # A step on tensors without content takes seconds for a large model; the plan itself goes to
     # stdout.
-    with Console(stderr=True).status("trying a step") as status:
+    with make_console(stderr=True).status("trying a step") as status:
         shardings = _shardings(parsed)
         hardware = imagined or _this_machine(config, shardings, parsed)
         memory_plan = plan_memory(config, hardware, shardings or _usual(hardware))

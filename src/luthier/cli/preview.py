@@ -1,6 +1,5 @@
 """`luthier preview`: rows as the tokens that are trained on."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError, suggest_options
 from luthier.storage.atomic import write_text
 from luthier.storage.write_errors import explain_write_errors
+from luthier.terminal import make_console, print_json
 
 if TYPE_CHECKING:
     from luthier.inspection.dataset import LoadedDataset
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
         _write(file, token_view, material.name, "--ids" in parsed.switches)
     # --html replaces the terminal's view; --json is printed beside it, for a script asked for it.
     if "--json" in parsed.switches:
-        print(json.dumps(_plain(token_view, material.name, parsed), ensure_ascii=False))
+        print_json(_plain(token_view, material.name, parsed))
     elif not file:
         _print(token_view, "--ids" in parsed.switches)
     return 0
@@ -125,11 +125,9 @@ def _none(side: str) -> str:
 
 
 def _print(token_view: "TokenView", ids: bool) -> None:
-    from rich.console import Console
-
     from luthier.inspection.render import print_legend, print_sequence
 
-    console = Console(highlight=False)
+    console = make_console()
     print_legend(console)
     for row in token_view.rows:
         console.print()

@@ -226,7 +226,9 @@ def vllm_command(artifact: "Artifact", name: str, parsed: ParsedArguments) -> li
 
 def _rank(adapter: Path) -> int:
     """Return the smallest rank that vLLM allows which holds the adapter's."""
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    from luthier.model.model_files import read_adapter_config
+
+    config = read_adapter_config(adapter) or {}
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise UserError(
             f"{adapter}: vLLM takes plain LoRA alone. Merge the adapter into its base first "

@@ -10,6 +10,7 @@ from luthier.record.record import read_record
 from luthier.record.run_dir import describe_model_damage, find_run
 from luthier.storage import lock
 from luthier.storage.sizes import folder_size, format_bytes
+from luthier.terminal import make_console
 
 COMMAND_LINE = CommandLine(
     "show",
@@ -39,10 +40,9 @@ def run(arguments: list[str]) -> int:
 
 def print_page(folder: Path, sections: RunPage) -> None:
     """Print the sections, names in one column."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"[bold]{escape(str(folder))}[/bold]")
     # One width over all sections, so that the values stand in one column down the page.
     width = max(len(name) for _, rows in sections for name, _ in rows)
@@ -51,7 +51,7 @@ def print_page(folder: Path, sections: RunPage) -> None:
             continue
         console.print(f"\n[bold]{heading}[/bold]")
         for name, value in rows:
-            console.print(f"  {name:<{width}}  {escape(value)}", soft_wrap=True)
+            console.print(escape(f"  {name:<{width}}  {value}"), soft_wrap=True)
 
 
 def make_page(folder: Path) -> RunPage:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from luthier.cli.arguments import CommandLine
 from luthier.errors import UserError
+from luthier.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,11 +110,9 @@ def _run(planned: "SweepPlan", trial_place: "TrialPlace", is_orphan: Callable[[]
 
 def _console() -> "Console":
     """Return a console for results; in a file or a pipe it is wide enough for their tables."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = make_console()
     # rich assumes 80 columns where there is no terminal, and folds the columns of long tables.
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+    return console if console.is_terminal else make_console(width=_WIDTH)
 
 
 def _opening(planned: "SweepPlan", strategy: "Strategy", trial_place: "TrialPlace") -> str:
@@ -154,10 +153,8 @@ def _dry_run(planned: "SweepPlan") -> int:
 @contextmanager
 def _checking_status() -> Iterator[Callable[[int], None]]:
     """Show in the terminal that configurations are composed; yields what takes their number."""
-    from rich.console import Console
-
     # On stderr, so that a redirected stdout holds the results alone.
-    with Console(stderr=True).status("checking the configurations") as status:
+    with make_console(stderr=True).status("checking the configurations") as status:
         yield lambda count: status.update(f"checking {count} configurations")
 
 
@@ -180,8 +177,6 @@ def run(arguments: list[str]) -> int:
     folders = COMMAND_LINE.parse(arguments).overrides
     if len(folders) != 1:
         raise UserError("luthier sweep takes one folder: luthier sweep runs/RECIPE/sweeps/NAME.")
-    from rich.console import Console
-
     from luthier.storage.atomic import read_json
     from luthier.sweep import trials as on_disk
     from luthier.sweep.objective import Objective, measure_objectives
@@ -207,7 +202,7 @@ def run(arguments: list[str]) -> int:
             trial.step = int(measures.get("step", trial.step))
             trial.values = measures
             trial.state = "running" if running else "interrupted"
-    console = Console(highlight=False)
+    console = make_console()
     console.print(on_disk.trial_table(trials, objectives))
     console.print(summary_line(trials, objectives, definition["total"]))
     print_errors(trials, console)

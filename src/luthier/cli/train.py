@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import luthier
@@ -16,6 +15,7 @@ from luthier.config.recipes import list_options, list_recipes, read_recipe_heade
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError, nearest_option
 from luthier.storage.write_errors import describe_write_error
+from luthier.terminal import guard_output, print_yaml
 
 # Columns of what `--help` prints.
 _WIDTH = 100
@@ -109,6 +109,7 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
 
     `task` gets the valid configuration. A user's mistake is printed in words, and the code is 2.
     """
+    guard_output()
     try:
         arguments = _parse_command_line(sys.argv[1:] if argv is None else argv)
         # Imported only here: a single run needs nothing of sweeps.
@@ -201,7 +202,7 @@ def _print_config(what: str, arguments: TrainCommandLine) -> int:
     package = arguments.flags.get("--package", "")
     value = OmegaConf.select(config, package) if package else config
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
+    print_yaml(plain)
     return 0 if mistake is None else errors.report_error(mistake)
 
 

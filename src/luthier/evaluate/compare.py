@@ -12,8 +12,8 @@ from rich.text import Text
 
 from luthier.evaluate.likelihood import LOSS, ModelScores
 from luthier.evaluate.rows import EvaluationRows
-from luthier.infer.stream import printable
 from luthier.metrics.bootstrap import bootstrap_interval, compare_paired
+from luthier.terminal import printable
 
 EXAMPLES = 3
 """Rows won, and rows lost, that are shown."""

@@ -5,7 +5,6 @@ rsLoRA; DoRA (Liu et al., https://arxiv.org/abs/2402.09353) scales each output t
 length. Layers and rows that train whole take the place of the base's.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import QuantizationSettings
 from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge
+from luthier.model.model_files import read_adapter_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +94,7 @@ def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> Lo
     """Read an adapter; raises NeedsMemoryMerge where it is no plain LoRA."""
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_adapter_config(folder) or {}
     _refuse_special_adapters(config)
     tensors = load_file(folder / "adapter_model.safetensors")
     changes: dict[str, AdapterDelta] = {}

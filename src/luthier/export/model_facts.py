@@ -1,6 +1,5 @@
 """What may be told of a run in public: plain values that a card is written from."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,9 +13,16 @@ from luthier.errors import UserError
 from luthier.export.model_layout import grown_shapes
 from luthier.model import gguf, source
 from luthier.model.artifact import Artifact
-from luthier.model.load import LABELS_FILE
+from luthier.model.model_files import (
+    MODEL_CONFIG_FILE,
+    read_adapter_config,
+    read_config_file,
+    read_labels,
+)
+from luthier.record.record import read_record
 from luthier.record.secrets import HIDDEN
-from luthier.storage.atomic import read_json, write_json
+from luthier.storage.atomic import write_json
+from luthier.storage.typed_files import load_json
 
 # Names for the public. A card goes to the hub, so no path of this machine and no credentials may
 # stand in it: a hub name is kept, a path is cut to its last part.
@@ -206,7 +212,9 @@ class ModelFacts:
 
 def read_facts(folder: Path) -> ModelFacts | None:
     """Return the facts that were saved beside weights; None where there are none."""
-    stored = read_json(folder / FILE)
+    stored: dict[str, Any] | None = load_json(
+        folder / FILE, ModelFacts, "Remove it; the card is then made from the run."
+    )
     if stored is None:
         return None
     try:
@@ -300,7 +308,7 @@ def _describe_source(
 
 
 def _collect_run_facts(run: Path, config: RunConfig) -> dict[str, Any]:
-    record = read_json(run / "run.json") or {}
+    record = read_record(run)
     return {
         "method": config.trainer.method,
         "recipe": config.recipe,
@@ -334,16 +342,15 @@ def _find_trained_path(artifact: Artifact) -> str:
 
 
 def _read_problem_type(folder: Path | None) -> str | None:
-    files = [] if folder is None else [folder / LABELS_FILE, folder / "config.json"]
-    labels: dict[str, Any] = next(
-        (read for file in files if (read := read_json(file)) is not None), {}
-    )
+    if folder is None:
+        return None
+    labels = read_labels(folder) or read_config_file(folder / MODEL_CONFIG_FILE) or {}
     problem: str | None = labels.get("problem_type")
     return problem
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_adapter_config(folder) or {}
     return {name: config[name] for name in _DESCRIBED if config.get(name)}
 
 

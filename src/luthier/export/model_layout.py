@@ -1,6 +1,5 @@
 """A model as names and shapes: what a merge needs to know, without a byte of weights."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
 from luthier.model.artifact import Artifact
 from luthier.model.load import build_empty_model, insert_quantized_layers, label_settings
+from luthier.model.model_files import read_adapter_config, read_config_file
 from luthier.storage.sizes import read_safetensors_header
 
 
@@ -128,7 +128,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "word_embe
 
 def embedding_rows_needed(folder: Path) -> int:
     """Return how many rows of embeddings an adapter reaches up to; 0 where it trained none."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_adapter_config(folder) or {}
     indices = config.get("trainable_token_indices") or []
     # peft takes a list for the input embeddings, or a dictionary of lists by layer.
     lists = indices.values() if isinstance(indices, dict) else [indices]
@@ -160,10 +160,10 @@ def _count_base_rows(path: str) -> int | None:
         if not isinstance(cached, str):
             return None
         config = Path(cached)
+    content = read_config_file(config)
     # Without a configuration at hand nothing is known, and nothing is fetched only to tell it.
-    if not config.is_file():
+    if content is None:
         return None
-    content = json.loads(config.read_text(encoding="utf-8"))
     # A multimodal model keeps the vocabulary in the configuration of its language model.
     rows = (content.get("text_config") or content).get("vocab_size")
     return int(rows) if rows else None

@@ -11,9 +11,10 @@ from typing import Any
 from luthier.errors import UserError
 from luthier.export import model_facts, write_card
 from luthier.export.model_layout import base_folder
-from luthier.export.weight_files import INDEX, SHARD_BYTES, list_weight_files
+from luthier.export.weight_files import SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
 from luthier.model.load import auto_class
+from luthier.model.model_files import WEIGHT_INDEX_FILE
 from luthier.storage.manifest import MANIFEST
 from luthier.storage.output_folder import describe_written, output_folder
 
@@ -58,10 +59,10 @@ def quantize_merged(
     for file in list_weight_files(folder):
         file.unlink()
     # Four bits may fit into one file, which has no index: the old one would then win.
-    (folder / INDEX).unlink(missing_ok=True)
+    (folder / WEIGHT_INDEX_FILE).unlink(missing_ok=True)
     for file in target.iterdir():
         # The tokenizer and the stop tokens are those that trained, and stay.
-        if file.suffix == ".safetensors" or file.name in (INDEX, *_CONFIGS):
+        if file.suffix == ".safetensors" or file.name in (WEIGHT_INDEX_FILE, *_CONFIGS):
             file.replace(folder / file.name)
     shutil.rmtree(target)
     _remove_local_paths(folder)

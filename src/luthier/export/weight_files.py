@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UserError
+from luthier.model.model_files import WEIGHT_INDEX_FILE, list_indexed_files
 from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """The largest weight file that is written; one tensor may be larger."""
 
@@ -93,14 +93,8 @@ class WeightFiles:
 
 def list_weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model's folder; UserError where there is no safetensors file."""
-    index = folder / INDEX
-    if index.is_file():
-        # The index decides: a folder may still hold shards of an earlier save beside those it
-        # names.
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = [folder / "model.safetensors"]
+    # The index decides: a folder may still hold shards of an earlier save beside those it names.
+    files = list_indexed_files(folder) or [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{folder}: there is no {missing[0]}; only safetensors files are read.")
@@ -211,4 +205,4 @@ def _write_index(folder: Path, shards: list[list[TensorEntry]]) -> None:
     }
     total = sum(entry.size for shard in shards for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / WEIGHT_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

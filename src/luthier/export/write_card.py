@@ -11,6 +11,7 @@ from luthier.export.model_facts import ModelFacts
 from luthier.export.ollama import translate_template
 from luthier.export.usage_snippets import ChatFormat, serving_notes
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact, training_method_of
+from luthier.model.model_files import read_generation_file
 
 if TYPE_CHECKING:
     from luthier.chat.template import ChatTemplate
@@ -132,11 +133,10 @@ def copy_generation_config(
     """Write the generation config: the base's (or what was saved), with the stop tokens trained."""
     # What was saved with the run is newer than the base's, so it is looked at first.
     for folder in (adapter_folder, base):
-        if folder is not None and (folder / GENERATION).is_file():
-            settings: dict[str, Any] = json.loads((folder / GENERATION).read_text("utf-8"))
+        settings = None if folder is None else read_generation_file(folder)
+        if settings is not None:
             break
-    else:
-        settings = {}
+    settings = settings or {}
     if chat_format.stop_ids:
         settings["eos_token_id"] = (
             chat_format.stop_ids if len(chat_format.stop_ids) > 1 else chat_format.stop_ids[0]

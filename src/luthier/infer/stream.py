@@ -100,15 +100,6 @@ class _Tokens:
         """The model has ended; nothing is left to tell."""
 
 
-_SIGNS = {code: "␦" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which could move the cursor or worse."""
-
-
-def printable(text: str) -> str:
-    """Return a model's text with signs in place of control characters."""
-    return text.translate(_SIGNS)
-
-
 # A token may hold a part of a character (bytes of UTF-8), so text is held back until it is whole.
 
 _BROKEN = "�"

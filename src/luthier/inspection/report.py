@@ -22,6 +22,7 @@ from luthier.inspection.statistics import (
     describe_hold_out,
 )
 from luthier.inspection.survey import Survey
+from luthier.terminal import make_console
 
 _EQUAL = {
     "exact": "equal to an earlier one",
@@ -229,7 +230,7 @@ _HARMLESS = ("windows", "split")
 
 def print_report(survey: Survey, console: Console | None = None) -> None:
     """Print what the sources are, what they make, what was found, and the rules."""
-    console = console or Console(highlight=False)
+    console = console or make_console()
     title = f"{survey.material.name}: the whole dataset"
     if survey.limit is not None:
         title = f"{survey.material.name}: the first {survey.limit:,} rows of each source"

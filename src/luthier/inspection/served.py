@@ -16,6 +16,7 @@ from luthier.inspection.dataset import shorten_location
 from luthier.inspection.rules import Rule, first_difference, tokens_around
 from luthier.inspection.tokens import token_decoder
 from luthier.model.artifact import Artifact, find_artifact
+from luthier.model.model_files import read_generation_file
 
 DEFAULT_ROWS = 500
 """Rows of each source that are compared where nobody says how many."""
@@ -171,10 +172,7 @@ def _trained(artifact: Artifact, config: RunConfig) -> ChatEncoder:
 def _ends(artifact: Artifact) -> list[int]:
     """The end tokens in the saved generation config; none where there is none."""
     assert artifact.folder is not None
-    file = artifact.folder / "generation_config.json"
-    if not file.is_file():
-        return []
-    ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = (read_generation_file(artifact.folder) or {}).get("eos_token_id")
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 

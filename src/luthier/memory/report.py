@@ -10,6 +10,7 @@ from luthier.memory.advice import Advice
 from luthier.memory.estimate import RETURN_FREED_BLOCKS, Estimate, keeps_freed_blocks
 from luthier.memory.plan import MemoryPlan
 from luthier.memory.workload import FREE_SHARE, format_parameter_count, format_size
+from luthier.terminal import make_console
 
 _SHARDING_NAMES = {
     "none": "one process",
@@ -27,7 +28,7 @@ _MOMENT_NAMES = {"step": "in forward and backward", "update": "when the weights 
 
 def print_plan(plan: MemoryPlan, advice: list[Advice], console: Console | None = None) -> None:
     """Print a plan item by item, whether it fits, and the changes that would help."""
-    console = console or Console(highlight=False)
+    console = console or make_console()
     console.print(Text(f"{plan.name}: memory of one training step", style="bold"))
     for name, text in _heading(plan).items():
         console.print(Text(f"{name:<10}{text}"), soft_wrap=True)

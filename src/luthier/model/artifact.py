@@ -3,7 +3,6 @@
 Nothing here imports torch or transformers, so that a wrong name is told within a second.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,24 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from luthier.config.library_settings import QuantizationSettings
 from luthier.config.methods import METHODS
 from luthier.config.renamed_settings import read_recorded_config
-from luthier.config.schema import ModelConfig, RunConfig
+from luthier.config.schema import ModelConfig, RunConfig, SavedChatSettings
 from luthier.errors import UserError
 from luthier.model import gguf, source
+from luthier.model.model_files import (
+    ADAPTER_CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    check_model_folder,
+    read_adapter_config,
+    read_chat_settings,
+    read_config_file,
+)
 from luthier.storage import cache
 from luthier.storage.manifest import DamagedFolderError, read_manifest, verify_sizes
 from luthier.storage.sizes import read_safetensors_header
+from luthier.storage.typed_files import load_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from luthier.chat import ChatEncoder
-
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-MODEL_CONFIG_FILE = "config.json"
-CHAT_SETTINGS_FILE = "chat.json"
 
 _HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "adapter_model.safetensors")
 """The files of a hub repository that tell what it is; the weights of a whole model come later."""
@@ -45,6 +51,15 @@ _CONVERTED = re.compile(r"^(?P<name>.+)-(?P<hash>[0-9a-f]{16})-v\d+$")
 _PREFIX = "base_model.model."
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 """Number formats of safetensors in which a weight has its layer's shape."""
+
+
+class _RunRecord(BaseModel):
+    """The entries of a run's record that describe its model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: str = ""
+    chat: SavedChatSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -243,16 +258,17 @@ def _describe_folder(name: str, folder: Path, run: Path | None, base: str | None
     _refuse_damaged_weights(folder)
     # A saved folder has the chat settings beside it; a checkpoint has them in its run alone.
     config = None if run is None else read_run_config(run)
-    chat = _read_json(folder / CHAT_SETTINGS_FILE)
+    chat = read_chat_settings(folder)
     if chat is None and run is not None:
-        chat = (_read_json(run / "run.json") or {}).get("chat")
+        chat = _read_run_record(run).get("chat")
     # The model as the run had it on the machine, but for the settings that concern training.
     settings = (ModelConfig(path="") if config is None else config.model).model_dump()
     settings |= {"add_tokens": [], "add_special_tokens": [], "train": [], "freeze": []}
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    adapter = _read_json(folder / ADAPTER_CONFIG_FILE)
+    adapter = read_adapter_config(folder)
     if adapter is None:
         _refuse_base(name, base)
+        check_model_folder(folder)
         settings |= {"path": str(folder), "revision": None, "tokenizer": tokenizer}
         task = _read_task(folder)
         return Artifact(name, ModelConfig(**settings), None, chat, run, config, task)
@@ -281,7 +297,7 @@ def _describe_hub_repository(name: str, base: str | None) -> Artifact:
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return _describe_folder(name, folder, None, base)
     _refuse_base(name, base)
-    chat = _read_json(folder / CHAT_SETTINGS_FILE)
+    chat = read_chat_settings(folder)
     return Artifact(name, ModelConfig(path=name), chat=chat, task=_read_task(folder))
 
 
@@ -289,12 +305,14 @@ def _model_folder(run: Path) -> Path:
     """Return the model/ folder of a run; raises UserError where it has none yet."""
     if (run / "model").is_dir():
         return run / "model"
-    status = (_read_json(run / "run.json") or {}).get("status", "not started")
-    checkpoints = sorted(
-        (run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
-    )
+    status = _read_run_record(run).get("status", "not started")
+    checkpoints = {
+        int(match[1]): path
+        for path in (run / "checkpoints").glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
     if checkpoints:
-        advice = f"Name a checkpoint, such as {checkpoints[-1]}"
+        advice = f"Name a checkpoint, such as {checkpoints[max(checkpoints)]}"
     else:
         advice = "It has no checkpoints either; train it to its end first"
     raise UserError(f"{run}: this run has no model/ (its status: {status}). {advice}.")
@@ -335,7 +353,7 @@ def _refuse_damaged_weights(folder: Path) -> None:
 
 def _read_task(folder: Path) -> str:
     """Return the task of a whole model by the architecture in its config.json."""
-    config = _read_json(folder / MODEL_CONFIG_FILE) or {}
+    config = read_config_file(folder / MODEL_CONFIG_FILE) or {}
     if config.get("is_encoder_decoder"):
         return "SEQ_2_SEQ_LM"
     architecture = (config.get("architectures") or [""])[0]
@@ -343,14 +361,9 @@ def _read_task(folder: Path) -> str:
     return next((task for ending, task in tasks if architecture.endswith(ending)), "CAUSAL_LM")
 
 
-def _read_json(file: Path) -> Any:
-    """Return the value of a JSON file, None where there is none; UserError where it is damaged."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+def _read_run_record(run: Path) -> dict[str, Any]:
+    """Return what `run.json` says of a run's status and chat; `luthier.record` reads all of it."""
+    return load_json(run / "run.json", _RunRecord) or {}
 
 
 def _refuse_base(name: str, base: str | None) -> None:

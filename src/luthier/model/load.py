@@ -3,7 +3,6 @@
 `auto_class` decides which class of transformers a model is loaded by.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,16 +13,14 @@ from luthier.config.schema import ModelConfig
 from luthier.environment import quiet_bitsandbytes
 from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
-from luthier.model.artifact import ADAPTER_CONFIG_FILE, Artifact, wrong_base_message
+from luthier.model.artifact import Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
+from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_adapter_config, read_labels
 from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-LABELS_FILE = "labels.json"
-"""The file beside a classifier's or tagger's adapter that names its labels."""
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -31,6 +28,10 @@ TASK_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
 """The task of a model in peft's words -> the class of transformers that such models load by."""
+
+
+_WRITING_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Tasks whose models have no new layers: what a checkpoint lacks is missing."""
 
 
 def auto_class(task: str) -> Any:
@@ -41,6 +42,8 @@ def auto_class(task: str) -> Any:
     """
     import transformers
 
+    if task not in TASK_CLASSES:
+        raise UserError(f"task_type {task!r}: there are {', '.join(TASK_CLASSES)}.")
     return getattr(transformers, TASK_CLASSES[task])
 
 
@@ -94,7 +97,7 @@ def load_model(
     try:
         settings = _load_settings(config, quantization, machine, full) | kwargs
         model, loaded = auto_class(task).from_pretrained(path, **settings, output_loading_info=True)
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise _as_user_error(error, config, machine) from error
     if quantization.dequantize:
         model = quantized.cast_to_dtype(model, settings["dtype"])
@@ -102,6 +105,12 @@ def load_model(
     model.config.use_cache = False
     # Layers that the checkpoint has no weights for, such as the head of a new task.
     new = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    if new and task in _WRITING_TASKS:
+        raise UserError(
+            f"model.path={config.path}: its weight files lack {min(new)}"
+            + (f" and {len(new) - 1} more" if len(new) > 1 else "")
+            + ", which would be random.\nFetch or copy the model again, weights and config.json."
+        )
     model.new_layers = sorted({name.rpartition(".")[0] for name in new})
     keep_backward_kernels(model)
     return model
@@ -152,9 +161,9 @@ def load_trained(
 
 def label_settings(artifact: Artifact) -> dict[str, Any]:
     """Return the labels that the base of an adapter gets, as arguments of `from_pretrained`."""
-    if artifact.adapter is None or not (artifact.adapter / LABELS_FILE).is_file():
+    labels = None if artifact.adapter is None else read_labels(artifact.adapter)
+    if labels is None:
         return {"num_labels": 1} if artifact.is_reward else {}
-    labels: dict[str, Any] = json.loads((artifact.adapter / LABELS_FILE).read_text("utf-8"))
     # Keys in JSON are texts, and from_pretrained takes arguments as they are.
     return labels | {"id2label": {int(key): name for key, name in labels["id2label"].items()}}
 
@@ -170,7 +179,7 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
     assert folder is not None
 
     def wrong_base(reason: str) -> UserError:
-        adapter = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+        adapter = read_adapter_config(folder) or {}
         return UserError(wrong_base_message(artifact.name, adapter, artifact.base.path, reason))
 
     try:
@@ -269,8 +278,15 @@ def _as_user_error(error: Exception, config: ModelConfig, machine: Machine) -> E
             f"model.path={config.path} does not fit into the memory of {machine.device}.\n"
             "Use quantization=nf4 (about a third of the memory of bfloat16), or a smaller model."
         )
-    # Other errors of torch are not the user's mistakes, and keep their traceback.
-    if isinstance(error, RuntimeError):
+    damaged = _is_of_damaged_weights(error)
+    if damaged:
+        reason = text.strip().partition("\n")[0]
+        return UserError(
+            f"model.path={config.path}: its weights cannot be read, or are not those of its "
+            f"config.json: {reason}\nFetch or copy the model again."
+        )
+    # Other errors are not the user's mistakes, and keep their traceback.
+    if not isinstance(error, OSError | ValueError | TypeError | ImportError):
         return error
     if "trust_remote_code" in text:
         text = (
@@ -278,3 +294,18 @@ def _as_user_error(error: Exception, config: ModelConfig, machine: Machine) -> E
             "Read that code, then allow it: model.trust_remote_code=true"
         )
     return UserError(f"model.path={config.path}: the model cannot be loaded: {text}")
+
+
+def _is_of_damaged_weights(error: Exception) -> bool:
+    """Return whether reading weight files failed by what is in them: cut, no weights, other sizes.
+
+    safetensors and pickle have classes of their own for it; torch raises RuntimeError.
+    """
+    import pickle
+
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
+        return True
+    texts = ("size mismatch", "ignore_mismatched_sizes", "PytorchStreamReader", "unexpected EOF")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

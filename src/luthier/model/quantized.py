@@ -4,7 +4,6 @@ Adapters train on them where a kernel is there that has a backward; some can be 
 loading instead (`quantization=dequantize`).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
 from luthier.model import source
 from luthier.model.device import Machine
+from luthier.model.model_files import read_config_file
 
 FP8_CAPABILITY = (8, 9)
 """The first CUDA compute capability that multiplies in fp8."""
@@ -82,7 +82,7 @@ def read_quantization_config(model: ModelConfig) -> dict[str, Any] | None:
         return None
     try:
         content = read_config_json(model)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise source.explain_hub_error(error, model.path, "model.path") or UserError(
             f"model.path={model.path}: its config.json cannot be read: {error}"
         ) from error
@@ -120,10 +120,10 @@ def cast_to_dtype(model: Any, dtype: str) -> Any:
 
 
 def read_config_json(model: ModelConfig) -> dict[str, Any]:
-    """Return a model's config.json; OSError or ValueError where it cannot be had or read."""
-    content = json.loads(_config_file(model).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it is no object")
+    """Return a model's config.json; OSError where it cannot be had, UserError for a damaged one."""
+    content = read_config_file(_config_file(model))
+    if content is None:
+        raise FileNotFoundError("there is no config.json")
     return content
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model import gguf
+from luthier.model.model_files import MODEL_CONFIG_FILE, check_model_folder
 
 PACKAGE_PREFIX = "package:"
 GGUF_MAGIC = b"GGUF"
@@ -25,7 +26,7 @@ def check_model_path(config: ModelConfig, key: str = "model.path") -> None:
     `key` is the setting that names the model, for the message. A hub name that is not in the local
     cache is looked up on the hub: it may be unknown, gated, or out of reach without a network.
     """
-    _check_location(config.path, key, "config.json", config.revision)
+    _check_location(config.path, key, MODEL_CONFIG_FILE, config.revision)
     if config.tokenizer is not None:
         _check_location(config.tokenizer, "model.tokenizer", "tokenizer_config.json", None)
 
@@ -162,6 +163,8 @@ def _check_folder(folder: Path, key: str, file: str) -> None:
     if not folder.is_dir():
         raise UserError(f"{key}={folder}: there is no such folder.{_nearest_name(folder)}")
     if (folder / file).is_file():
+        if file == MODEL_CONFIG_FILE:
+            check_model_folder(folder)
         return
     if (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -184,6 +187,9 @@ def _check_hub_name(name: str, revision: str | None, key: str, file: str) -> Non
     except HFValidationError as error:
         raise UserError(f"{key}={name}: neither a folder here nor a hub name. {error}") from error
     if isinstance(cached, str):
+        if file == MODEL_CONFIG_FILE:
+            # Some of its weight files may still have to be fetched.
+            check_model_folder(Path(cached).parent, is_complete=False)
         return
     if is_hub_unreachable():
         raise UserError(hub_error_message(OfflineModeIsEnabled(), name, key))

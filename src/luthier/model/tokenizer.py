@@ -1,10 +1,12 @@
 """The tokenizer of a model, with a padding token that stops no reply from training."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model import embeddings, gguf, source
+from luthier.model.model_files import read_generation_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +95,9 @@ def end_token_ids(config: ModelConfig) -> list[int]:
     file = source.find_gguf_file(config.path)
     if file is not None:
         return []
+    if source.is_local(config.path):
+        # transformers takes a damaged file for none.
+        read_generation_file(Path(config.path).expanduser())
     try:
         generation = GenerationConfig.from_pretrained(
             config.path,

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.model import source
+from luthier.model.model_files import WEIGHT_PATTERNS
 from luthier.storage.atomic import write_json
 from luthier.storage.cache import cache_root
 from luthier.storage.manifest import hash_file
-
-WEIGHT_PATTERNS = ("*.safetensors", "*.gguf", "*.bin")
-"""Patterns of files with weights, of which the first that matches any counts."""
 
 
 def identify_weights(path: str, revision: str | None) -> dict[str, Any]:

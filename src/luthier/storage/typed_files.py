@@ -17,7 +17,6 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from luthier.errors import UserError, format_value
-from luthier.storage.sizes import format_bytes
 
 MAX_BYTES = 2**28
 """Bytes of the largest file that is read whole, and of the longest line of a JSONL file."""
@@ -29,6 +28,7 @@ MAX_DEPTH = 100
 _TOO_DEEP = f"lists and mappings stand within each other in it, more than {MAX_DEPTH} deep"
 _EXPECTED = {
     "dict_type": "a mapping",
+    "dataclass_type": "a mapping",
     "model_type": "a mapping",
     "list_type": "a list",
     "string_type": "text",
@@ -48,8 +48,8 @@ def load_json(path: Path, schema: Any, advice: str = "") -> Any:
     """Return the value of a JSON file as it stands there; None where there is no such file.
 
     `schema` is the type that the value must have, to the letter (no text for a number): a model of
-    pydantic, a TypedDict, `list[int]` and so on. `advice` is a sentence on what to do about a
-    damaged file. Raises DamagedFileError for everything else.
+    pydantic, a dataclass, a TypedDict, `list[int]` and so on. `advice` is a sentence on what to do
+    about a damaged file. Raises DamagedFileError for everything else.
     """
     return _load(path, schema, advice, "JSON")
 
@@ -74,6 +74,14 @@ def load_json_lines(path: Path, schema: Any, advice: str = "") -> list[Any]:
     return values
 
 
+def parse_json(where: str, content: bytes, schema: Any, advice: str = "") -> Any:
+    """Return the value of JSON that is no file of its own, by the rules of `load_json`.
+
+    `where` is what the error begins with.
+    """
+    return _parse(where, content, schema, advice, "JSON")
+
+
 def check_value(where: str, value: Any, schema: Any, advice: str = "") -> None:
     """Raise DamagedFileError, beginning with `where`, unless a value has the type of `schema`."""
     try:
@@ -87,7 +95,7 @@ def _load(path: Path, schema: Any, advice: str, language: str) -> Any:
     if size is None:
         return None
     if size > MAX_BYTES:
-        raise _damage(path, f"it has {format_bytes(size)}, and no such file is so large", advice)
+        raise _damage(path, f"it has {size:,} bytes, and no such file is so large", advice)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -112,7 +120,14 @@ def _parse(where: object, content: bytes, schema: Any, advice: str, language: st
         raise _damage(where, f"it is no {language}: {error}", advice) from error
     if problem is not None:
         raise _damage(where, problem, advice)
-    check_value(str(where), value, schema, advice)
+    try:
+        if language == "JSON":
+            # From its text, a dataclass may be an object and a tuple an array.
+            _adapter(schema).validate_json(content, strict=True)
+        else:
+            _adapter(schema).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise _damage(where, _describe_mistake(error, value), advice) from error
     return value
 
 
@@ -140,7 +155,7 @@ def _read_lines(path: Path, advice: str) -> Iterator[bytes]:
         with path.open("rb") as file:
             while line := file.readline(MAX_BYTES + 1):
                 if len(line) > MAX_BYTES:
-                    problem = f"a line of it is longer than {format_bytes(MAX_BYTES)}"
+                    problem = f"a line of it is longer than {MAX_BYTES:,} bytes"
                     raise _damage(path, problem, advice)
                 yield line
     except OSError as error:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,9 +14,9 @@ from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData, SplitCounts
 from luthier.data.streaming import TokenRowStream
 from luthier.storage.atomic import write_jsonl
+from luthier.terminal import make_console
 
-# Without rich's own colours for numbers and paths, which split what people copy.
-console = Console(highlight=False)
+console = make_console()
 
 
 def print_line(text: str) -> None:
