@@ -4,11 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from luthier.config import list_recipes, load_config
+from luthier.config import list_recipes, load_config, recipes
 from luthier.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -192,3 +193,19 @@ def test_the_layout_of_a_wheel(tmp_path):
     assert Path(where).parent == package
     assert Path(data) == package / "recipes" / "data" / "reminders.train.jsonl"
     assert int(count) == len(list((ROOT / "recipes").glob("*.yaml")))
+
+
+def test_a_recipe_of_aliases_within_aliases_is_refused_at_once(tmp_path):
+    lines = ["a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]"]
+    names = "abcdefgh"
+    for before, name in pairwise(names):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    mistake = recipes.load_yaml(tmp_path / "bomb.yaml")
+    assert "it stands for more than 1,000 values" in mistake.text
+
+
+def test_a_recipe_of_lists_within_lists_is_refused_in_words(tmp_path):
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 3000 + "]" * 3000)
+    mistake = recipes.load_yaml(tmp_path / "deep.yaml")
+    assert "more than 100 deep" in mistake.text

@@ -177,7 +177,6 @@ def run(arguments: list[str]) -> int:
     folders = COMMAND_LINE.parse(arguments).overrides
     if len(folders) != 1:
         raise UserError("luthier sweep takes one folder: luthier sweep runs/RECIPE/sweeps/NAME.")
-    from luthier.storage.atomic import read_json
     from luthier.sweep import trials as on_disk
     from luthier.sweep.objective import Objective, measure_objectives
     from luthier.sweep.progress import summary_line
@@ -185,7 +184,7 @@ def run(arguments: list[str]) -> int:
     from luthier.sweep.sweep_plan import is_running
 
     folder = on_disk.TrialFolder(Path(folders[0]))
-    definition = read_json(folder.definition)
+    definition = folder.read_definition()
     if definition is None:
         raise UserError(f"{folder.path} holds no sweep.{_sweeps_below(folder.path)}")
     directions = definition["objectives"].items()

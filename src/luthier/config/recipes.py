@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from luthier.config.schema import GROUPS
 from luthier.errors import Mistake, UserError, suggest_options
+from luthier.storage.typed_files import TOO_DEEP, find_excess
 
 # Where config groups and recipes lie: the user's own folders first, then the bundled ones.
 
@@ -118,10 +119,22 @@ def check_option(group: str, name: str) -> Mistake | None:
     return Mistake(group, f"there is no {what} {name!r}. {suggest_options(name, available)}")
 
 
+_FEW_VALUES = 1_000
+"""Values that a recipe may stand for by its aliases, however short it is."""
+
+
 def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     """Read a YAML file as a mapping; what is wrong with it comes with file and line."""
     try:
+        # From the open file, whose name stands in the errors.
+        with path.open(encoding="utf-8") as stream:
+            value = yaml.safe_load(stream)
+        # OmegaConf copies every use of an alias; without aliases a value takes a character.
+        if excess := find_excess(value, max(path.stat().st_size, _FEW_VALUES)):
+            return Mistake(format_path(path), f"{excess}.")
         content = OmegaConf.to_container(OmegaConf.load(path))
+    except RecursionError:
+        return Mistake(format_path(path), f"{TOO_DEEP}.")
     except yaml.MarkedYAMLError as error:
         return explain_yaml_error(error)
     except (UnicodeDecodeError, OSError, yaml.YAMLError) as error:

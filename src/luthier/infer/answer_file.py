@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
-from luthier.storage.atomic import read_json, write_json
+from luthier.storage.atomic import write_json
+from luthier.storage.typed_files import load_json
 from luthier.storage.write_errors import explain_write_errors
 
 RECORD = ".made.json"
@@ -61,7 +62,7 @@ class AnswerFile:
         if not self.path.stat().st_size:
             write_json(self.record, self._made)
             return
-        old = read_json(self.record)
+        old = load_json(self.record, dict[str, Any], "Choose another name for the replies.")
         if old is None:
             raise UserError(
                 f"-o {self.path}: this file is there and not made by luthier generate (there is no "

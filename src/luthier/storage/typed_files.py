@@ -25,7 +25,7 @@ MAX_VALUES = 2_000_000
 MAX_DEPTH = 100
 """Lists and mappings within each other: what walks them goes one call deeper for each."""
 
-_TOO_DEEP = f"lists and mappings stand within each other in it, more than {MAX_DEPTH} deep"
+TOO_DEEP = f"lists and mappings stand within each other in it, more than {MAX_DEPTH} deep"
 _EXPECTED = {
     "dict_type": "a mapping",
     "dataclass_type": "a mapping",
@@ -109,13 +109,13 @@ def _parse(where: object, content: bytes, schema: Any, advice: str, language: st
         raise _damage(where, "it is empty", advice)
     try:
         value = _PARSERS[language](content.decode("utf-8"))
-        problem = _find_excess(value)
+        problem = find_excess(value)
     except UnicodeDecodeError as error:
         raise _damage(where, f"byte {error.start + 1:,} is no UTF-8 text", advice) from error
     except yaml.YAMLError as error:
         raise _damage(where, f"it is no YAML: {_one_line(error)}", advice) from error
     except RecursionError as error:
-        raise _damage(where, _TOO_DEEP, advice) from error
+        raise _damage(where, TOO_DEEP, advice) from error
     except ValueError as error:
         raise _damage(where, f"it is no {language}: {error}", advice) from error
     if problem is not None:
@@ -162,8 +162,8 @@ def _read_lines(path: Path, advice: str) -> Iterator[bytes]:
         raise _damage(path, f"it cannot be read: {error.strerror or error}", advice) from error
 
 
-def _find_excess(value: Any) -> str | None:
-    """Return what is too much of a value for those who walk it; None for nothing."""
+def find_excess(value: Any, most_values: int = MAX_VALUES) -> str | None:
+    """Return why a value of lists and mappings is too deep or too large to walk; None if not."""
     waiting, count = [(value, 0)], 0
     while waiting:
         parent, depth = waiting.pop()
@@ -171,10 +171,10 @@ def _find_excess(value: Any) -> str | None:
             continue
         # An alias of YAML counts as often as it is used, as that is how often it is walked.
         count += len(parent)
-        if count > MAX_VALUES:
-            return f"it stands for more than {MAX_VALUES:,} values"
+        if count > most_values:
+            return f"it stands for more than {most_values:,} values"
         if depth > MAX_DEPTH:
-            return _TOO_DEEP
+            return TOO_DEEP
         children = parent.values() if isinstance(parent, dict) else parent
         waiting += [(child, depth + 1) for child in children]
     return None

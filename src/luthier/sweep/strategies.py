@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier.errors import Mistake, UserError, nearest_option, suggest_options
+from luthier.storage.typed_files import DamagedFileError, load_json_lines
 from luthier.sweep.objective import Objective, PruningSignal
 from luthier.sweep.settings import Named, OptunaSettings
 from luthier.sweep.space import SearchAxis, SearchSpace
@@ -189,6 +190,9 @@ def _find_wrong_setting(
     return None
 
 
+_STUDY_ADVICE = "Put it back from a copy, or search anew in another output_dir=..."
+
+
 class OptunaStrategy:
     """A study in a sweep's folder, which goes on where it was."""
 
@@ -206,13 +210,20 @@ class OptunaStrategy:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path.parent.mkdir(parents=True, exist_ok=True)
         # A journal is one file that is only appended to: it needs no database and survives kill -9.
-        backend = JournalFileBackend(str(path))
-        self._study: optuna.Study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
-            study_name="sweep",
-            directions=[objective.direction for objective in objectives],
-            load_if_exists=True,
-        )
+        load_json_lines(path, dict[str, Any], _STUDY_ADVICE)
+        try:
+            backend = JournalFileBackend(str(path))
+            self._study: optuna.Study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(backend),
+                study_name="sweep",
+                directions=[objective.direction for objective in objectives],
+                load_if_exists=True,
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise DamagedFileError(
+                f"{path}: optuna cannot read it ({problem}).\n{_STUDY_ADVICE}"
+            ) from error
         before = len(self._study.trials)
         # With the seed of the start it would draw the points of the start again.
         self._study.sampler = _make_component(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 import luthier
 from luthier.config.compose import ComposedConfig, compose_config, parse_overrides, run_name
@@ -20,7 +19,8 @@ from luthier.errors import Mistake, UserError
 from luthier.record.config_diff import NEUTRAL_KEYS, compare_configs
 from luthier.record.run_dir import to_yaml
 from luthier.record.secrets import redact_override
-from luthier.storage.atomic import read_json, write_json, write_text
+from luthier.storage.atomic import write_json, write_text
+from luthier.storage.typed_files import load_yaml
 from luthier.storage.write_errors import explain_write_errors
 from luthier.sweep import objective, settings, space, strategies
 from luthier.sweep.objective import Objective, PruningSignal
@@ -395,14 +395,14 @@ def _describe_identity(sweep: SweepPlan) -> dict[str, Any]:
 
 def _refuse_other_sweep(sweep: SweepPlan) -> None:
     """Refuse a folder in which something else was searched, or whose recipe has changed."""
-    old = read_json(sweep.folder.definition)
+    old = sweep.folder.read_definition()
     if old is None:
         return
     new = _describe_identity(sweep)
     lines = [str(change) for change in compare_configs(old["identity"], new)]
     file = sweep.folder.path / "base.yaml"
-    if not lines and file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    before = load_yaml(file, dict[str, Any], "Put it back from a copy, or remove it.")
+    if not lines and before is not None:
         lines = [str(change) for change in compare_configs(before, sweep.base.resolved)]
     if lines:
         change_lines = "\n".join(f"  {line}" for line in lines[:10])

@@ -2,18 +2,21 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from luthier.storage.atomic import read_json, write_json, write_text
+from luthier.record.checkpoints import read_step_log
+from luthier.record.record import read_record
+from luthier.storage.atomic import write_json, write_text
+from luthier.storage.typed_files import DamagedFileError, load_json
 from luthier.sweep.objective import Objective
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "interrupted"]
@@ -27,6 +30,8 @@ _KILLED = 137
 @dataclass
 class Trial:
     """One point of a sweep, and how it stands."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     number: int
     params: dict[str, str]
@@ -50,6 +55,23 @@ class Trial:
     def is_ended(self) -> bool:
         """Return whether there is nothing left to do for the trial."""
         return self.state in ENDED
+
+
+_ADVICE = "Put it back from a copy, or search anew in another output_dir=..."
+
+
+class SweepDefinition(BaseModel):
+    """The content of `sweep.json`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    recipe: str | None = None
+    words: list[str]
+    """What was typed behind `-m`."""
+    identity: dict[str, Any]
+    """What must not change while the sweep goes on."""
+    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], Field(min_length=1)]
+    total: NonNegativeInt
 
 
 @dataclass(frozen=True)
@@ -83,28 +105,36 @@ class TrialFolder:
     def load(self) -> list[Trial]:
         """Return all trials that were ever started, by number."""
         files = sorted((self.path / "state").glob("*.json"))
-        return sorted((Trial(**read_json(file)) for file in files), key=lambda trial: trial.number)
+        trials = (Trial(**load_json(file, Trial, _ADVICE)) for file in files)
+        return sorted(trials, key=lambda trial: trial.number)
+
+    def read_definition(self) -> dict[str, Any] | None:
+        """Return what `sweep.json` says; None where there is no sweep.
+
+        Raises UserError for a damaged one.
+        """
+        content: dict[str, Any] | None = load_json(self.definition, SweepDefinition, _ADVICE)
+        return content
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a run, or an empty one where it left none."""
+    """Return the record of a trial's run; an empty one where it left none, or a damaged one.
+
+    A trial without a record has no result, and its sweep says so.
+    """
     try:
-        return read_json(folder / "run.json") or {}
-    except ValueError:
+        return read_record(folder)
+    except DamagedFileError:
         return {}
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the logged metrics of a run that may be writing this very moment."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            # The run is writing its last line at this moment; the next look finds it whole.
-            break
-    return [row for row in rows if isinstance(row, dict)]
+    try:
+        return read_step_log(folder / "metrics.jsonl")
+    except DamagedFileError:
+        # The trial itself refuses the file when it goes on, and that is its error in the sweep.
+        return []
 
 
 def status_since(folder: Path, start: float) -> str | None:
