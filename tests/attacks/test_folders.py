@@ -169,6 +169,17 @@ def test_overwriting_removes_nothing_behind_a_link(tmp_path, name):
     assert state_of(scratch) == there
 
 
+def test_a_run_whose_folder_is_a_link_is_replaced_there(tmp_path):
+    """The link was typed, so what is behind it is meant."""
+    scratch = make_run(tmp_path / "scratch")
+    write(scratch / "notes.md")
+    (tmp_path / "run").symlink_to(scratch)
+    with open_run(tmp_path / "run", CONFIG | {"seed": 2}, [], overwrite=True) as run:
+        assert run.foreign == ["notes.md"]
+    assert state_of(scratch).keys() == {MARKER, "config.yaml", "overrides.yaml", "notes.md"}
+    assert (tmp_path / "run").is_symlink()
+
+
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "before.json", "loss.png"])
 def test_a_link_in_the_place_of_a_file_goes_and_its_target_stays(tmp_path, outside, name):
     folder = make_run(tmp_path / "run")
@@ -497,6 +508,7 @@ def test_every_file_that_a_command_writes_is_named_where_it_cannot_be(tmp_path, 
         pytest.skip("LUTHIER_ASSETS names no folder")
     cases.append(["preview", *tokenizer, *words[2:], "--html", place / "page.html"])
     cases.append(["check", *tokenizer, *words[2:], "--png", place / "plot.png"])
+    cases.append(["generate", tmp_path / "base", rows, "-o", place / "replies.jsonl"])
     cases.append(["train", "-m", *words, "seed=1,2", f"output_dir={place / 'sweep'}"])
     for case in cases:
         code, _, text = luthier(*case)

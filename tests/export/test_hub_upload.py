@@ -51,6 +51,24 @@ SENT = {
 }  # fmt: skip
 
 
+def test_a_link_out_of_the_folder_is_not_sent(run, hub, luthier, tmp_path):
+    model, outside = run / "model", tmp_path / "outside"
+    outside.mkdir()
+    for name in ("processor_config.json", "merges.txt"):
+        (outside / name).write_text("{}")
+        (model / name).symlink_to(outside / name)
+    (model / "vocab.txt").symlink_to(model / "notes.txt")
+    code, out, _ = luthier("push", run, "--to", "ada/reminders", "--license", "mit")
+    assert code == 0
+    assert set(hub.repositories["ada/reminders"]["files"]) == SENT | {"vocab.txt"}
+    assert out.count("a link out of this folder") == 2
+    (model / "adapter_model.safetensors").rename(outside / "weights")
+    (model / "adapter_model.safetensors").symlink_to(outside / "weights")
+    code, _, err = luthier("push", run, "--to", "ada/again", "--license", "mit")
+    assert code == 2 and "links out of this folder (adapter_model.safetensors)" in err
+    assert "ada/again" not in hub.repositories
+
+
 def test_an_adapter_goes_to_a_private_repository(run, hub, luthier):
     code, out, _ = luthier("push", run, "--to", "ada/reminders", "--license", "mit")
     assert code == 0

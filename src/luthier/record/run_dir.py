@@ -53,10 +53,10 @@ WRITTEN_FILES = WrittenFiles(
     files=(
         *_FILES,
         *(f".{name}.*.tmp" for name in _FILES),
-        *("code/*.diff", "code/.*.diff.*.tmp"),
+        *("code/*.diff", "code/.*.diff.*.tmp", "checkpoints/README.md"),
         *("tensorboard/events.out.tfevents.*", "tensorboard/*/events.out.tfevents.*"),
     ),
-    folders=("model", "checkpoints/checkpoint-*"),
+    folders=("model", ".model.old", "checkpoints/checkpoint-*"),
     temporary=(".model.tmp", "checkpoints/.new", "checkpoints/.checkpoint-*.old"),
 )
 """What luthier writes into a run's directory. Trackers' own stores (wandb, mlflow) hold several

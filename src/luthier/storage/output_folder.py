@@ -263,12 +263,13 @@ def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _match_below(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    if folder.is_symlink() or not folder.is_dir():
-        return []
-    entries = [path for path in folder.iterdir() if fnmatchcase(path.name, names[0])]
+    """Return what lies below a folder (which may be a link itself) by one pattern for each name."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    paths = [path for path in entries if fnmatchcase(path.name, names[0])]
     if len(names) == 1:
-        return entries
-    return [path for entry in entries for path in _match_below(entry, names[1:])]
+        return paths
+    inner = [path for path in paths if not path.is_symlink()]
+    return [path for entry in inner for path in _match_below(entry, names[1:])]
 
 
 def _remove_empty_folders(folder: Path, top: Path) -> None:

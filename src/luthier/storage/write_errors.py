@@ -66,12 +66,14 @@ def describe_write_error(error: Exception, path: Path | None, option: str) -> Us
         return _write_mistake(errno.ENOSPC, path, option)
     # Libraries derive errors of networks and hubs from OSError: these have no number of a file's.
     number, name = error.errno, error.filename
-    if number not in _REASONS or (not isinstance(name, str | bytes | os.PathLike) and path is None):
+    if isinstance(name, str | bytes | os.PathLike):
+        place = Path(os.fsdecode(name))
+    elif path is not None and number in _NAMELESS:
+        place = path
+    else:
         return None
-    if name is None and number not in _NAMELESS:
+    if number not in _REASONS:
         return None
-    place = Path(os.fsdecode(name)) if name is not None else path
-    assert place is not None and number is not None
     return _write_mistake(number, place, option if _is_below(place, path) else "")
 
 
