@@ -24,6 +24,7 @@ LAYERS = (
     ("chat", "metrics", "storage"),
     ("errors", "gc_pause", "environment", "patterns"),
     ("terminal",),
+    ("redaction",),
 )
 """From the top of the house to its ground; a package imports only from lines below its own."""
 

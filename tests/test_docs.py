@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "recipes" / "README.md",
     ROOT / "launch" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier.redaction import redact_message
 from luthier.terminal import printable
 
 _SECONDS_TO_SPEAK = 5.0
@@ -34,15 +35,17 @@ def report_error(error: UserError) -> int:
     torch's launcher stops all processes when one fails, and closes its own report with the text in
     the error file of that one: so each process leaves the text there, and the first one goes first.
     """
+    # A message shows what was typed, and an address or a header in it may hold a secret.
+    text = redact_message(str(error))
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is not None:
         # torch's launcher prints it, whose output nobody guards.
-        note = {"message": printable(str(error)), "extraInfo": {"timestamp": str(int(time.time()))}}
+        note = {"message": printable(text), "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # the disk of this file may be the full one
             Path(error_file).write_text(json.dumps({"message": note}), encoding="utf-8")
     if error_file is not None and os.environ.get("RANK", "0") != "0":
         time.sleep(_SECONDS_TO_SPEAK)
-    print(error, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
     return error.exit_code
 
 

@@ -1,4 +1,4 @@
-"""What is printed holds no control characters, whoever wrote the text.
+"""What is printed holds no control characters and no secrets, whoever wrote the text.
 
 Rows, templates, file names and records come from anywhere, and a terminal obeys what they hold: a
 title, a cleared screen, text that runs backwards. The entry points call `guard_output`, and from
@@ -11,10 +11,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from luthier.redaction import redact_known
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console
 
 _SIGN = "␦"
@@ -41,6 +46,7 @@ class PrintableStream:
     def write(self, text: str) -> int:
         """Write the text; what the stream's encoding has not is written as an escape."""
         move = _BAR_WRITE.match(text)
+        text, length = redact_known(text), len(text)
         kept = move[0] if move else ""
         shown = kept + printable(text[len(kept) :])
         try:
@@ -48,7 +54,7 @@ class PrintableStream:
         except UnicodeEncodeError as error:
             data = shown.encode(error.encoding, "backslashreplace")
             self.unguarded.write(data.decode(error.encoding))
-        return len(text)
+        return length
 
     def writelines(self, lines: Any) -> None:
         """Write each of the texts."""
@@ -63,12 +69,23 @@ class PrintableStream:
 
 
 def guard_output() -> None:
-    """Have this process print no control characters from now on; calling it again does nothing."""
+    """Print no control characters and no secrets from now on; calling it again does nothing."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         # Python has none where a process was started without.
         if stream is not None and not isinstance(stream, PrintableStream):
             setattr(sys, name, PrintableStream(stream))
+
+
+@contextmanager
+def unguarded_output() -> Iterator[None]:
+    """Let a library find the streams behind the guarded ones, for as long as the block runs."""
+    guarded = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (getattr(stream, "unguarded", stream) for stream in guarded)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = guarded
 
 
 def print_json(value: Any) -> None:
@@ -126,11 +143,12 @@ def _console_class() -> type[Console]:
 
     def _printable_segment(segment: Segment) -> Segment:
         text, style, control = segment
+        text = text if control else redact_known(text)
         if control:
             return segment
         # While a live display is open, rich reads the links of what others print.
         if style is not None and style.link is not None:
             return Segment(printable(text), style.update_link(None))
-        return Segment(printable(text), style) if _UNPRINTABLE.search(text) else segment
+        return Segment(printable(text), style)
 
     return PrintableConsole

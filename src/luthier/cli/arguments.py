@@ -22,6 +22,10 @@ class Flag:
         return self.name if self.value is None else f"{self.name} {self.value}"
 
 
+TRUST = Flag("--trust", None, "let the run's folder or the recipe run code (docs/runs.md)")
+"""The flag of all commands that read a run's folder or a recipe."""
+
+
 @dataclass
 class ParsedArguments:
     """The words of a command line, sorted: overrides in order, and flags with their values."""

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import CommandLine, Flag
+from luthier.cli.arguments import TRUST, CommandLine, Flag
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
 from luthier.infer.chat_session import ChatSession
@@ -19,6 +19,7 @@ from luthier.terminal import make_console, printable
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from luthier.config.trust import Trust
     from luthier.infer.llm import LLM, GeneratedReply
 
 
@@ -36,6 +37,7 @@ COMMAND_LINE = CommandLine(
         Flag("--system", "TEXT", "the system prompt"),
         Flag("--seed", "N", "for sampling"),
         Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        TRUST,
     ),
     "  luthier chat runs/quickstart/default\n"
     "  luthier chat runs/quickstart/default --compare --system 'Turn the note into JSON.'\n"
@@ -52,9 +54,15 @@ def run(arguments: list[str]) -> int:
     from luthier.infer.llm import LLM
 
     typed = parse_model_arguments("chat", parsed.overrides, ("MODEL",))
-    llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
+    llm = LLM(
+        typed.places[0],
+        base=parsed.texts.get("--base"),
+        trust=typed.trust(parsed.switches),
+        **typed.llm(),
+    )
     # Before loading: --compare with a model that has no base is refused at once.
-    other = _base_of(llm, typed.llm()) if "--compare" in parsed.switches else None
+    trust = typed.trust(parsed.switches)
+    other = _base_of(llm, typed.llm(), trust) if "--compare" in parsed.switches else None
     settings: dict[str, Any] = dict(typed.generation)
     if "--seed" in parsed.numbers:
         settings["seed"] = parsed.numbers["--seed"]
@@ -64,7 +72,7 @@ def run(arguments: list[str]) -> int:
     return _talk(llm, other, settings, parsed.texts.get("--system"))
 
 
-def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
+def _base_of(llm: "LLM", settings: dict[str, Any], trust: "Trust") -> "LLM":
     """Return the base to compare with: the adapter's own, or the model that the run began with."""
     from luthier.infer.llm import LLM
 
@@ -73,7 +81,7 @@ def _base_of(llm: "LLM", settings: dict[str, Any]) -> "LLM":
     config = llm.artifact.config
     if config is None:
         raise UserError(f"--compare: {llm.artifact.name} is not tuned by a run here; it is a base.")
-    return LLM(config.model.path, **settings)
+    return LLM(config.model.path, trust=trust, **settings)
 
 
 def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str | None) -> int:

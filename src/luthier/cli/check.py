@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.storage.write_errors import explain_write_errors
 from luthier.terminal import make_console, print_json
@@ -31,6 +31,7 @@ COMMAND_LINE = CommandLine(
         Flag("--served", None, "what a run saved, against what it was trained on"),
         Flag("--json", None, "one JSON object, for machines"),
         Flag("--png", "FILE", "draw the lengths and the mixture as a picture"),
+        TRUST,
     ),
     "  luthier check recipe=quickstart\n"
     "  luthier check recipe=quickstart chat.max_length=80 --limit 200\n"
@@ -52,7 +53,9 @@ def run(arguments: list[str]) -> int:
     from luthier.inspection.survey import Survey
 
     # Bad rows are counted and reported here, where training would stop at the first.
-    material = load_dataset(parsed.overrides, "check", bad_rows=True)
+    material = load_dataset(
+        parsed.overrides, "check", bad_rows=True, is_trusted=TRUST.name in parsed.switches
+    )
     survey = Survey(material, parsed.numbers.get("--limit"))
     _run(survey)
     if "--json" in parsed.switches:
@@ -108,9 +111,12 @@ def run_served(parsed: ParsedArguments) -> int:
     # A flag without an effect would look as if the file had been written.
     if "--png" in parsed.texts:
         raise UserError("--png: --served draws nothing. Leave it out.")
+    from luthier.config.trust import trust_of
     from luthier.inspection.served import check_served
 
-    served = check_served(parsed.overrides[0], parsed.numbers.get("--limit"))
+    served = check_served(
+        parsed.overrides[0], parsed.numbers.get("--limit"), trust_of(parsed.switches)
+    )
     if "--json" in parsed.switches:
         rules = [asdict(rule) for rule in served.rules]
         report = {"name": parsed.overrides[0], "holds": served.holds, "rules": rules}

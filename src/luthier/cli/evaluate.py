@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.storage.atomic import write_json
 from luthier.storage.write_errors import explain_write_errors
@@ -39,6 +39,7 @@ COMMAND_LINE = CommandLine(
         Flag("--limit", "N", "only the first N rows of each set, or of each task"),
         Flag("--batch", "N", "prompts answered at once; else as many as the memory holds"),
         Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        TRUST,
         Flag("-o", "FILE", "write all numbers, and rows won and lost, as JSON"),
         Flag("--json", None, "print that JSON in place of tables"),
     ),
@@ -73,8 +74,14 @@ def run(arguments: list[str]) -> int:
 
     texts = parsed.texts
     alone = "--alone" in parsed.switches
+    # Rows and metrics that are typed are taken in place of the run's.
+    replaced = [
+        *(["dataset"] if typed.dataset else []),
+        *(["trainer.evaluation"] if metrics is not None else []),
+    ]
+    trust = typed.trust(parsed.switches, replaced)
     model, other = find_models(
-        typed.places[0], texts.get("--base"), texts.get("--against"), alone, typed.llm()
+        typed.places[0], texts.get("--base"), texts.get("--against"), alone, typed.llm(), trust
     )
     # Known from the files alone, so a wrong flag is reported before any weights are loaded.
     if model.artifact.task in HEAD_TASKS:

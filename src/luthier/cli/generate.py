@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
+from luthier.redaction import redact
 
 if TYPE_CHECKING:
     from luthier.cli.model_arguments import ModelArguments
@@ -32,6 +33,7 @@ COMMAND_LINE = CommandLine(
         Flag("--seed", "N", "for sampling"),
         Flag("--limit", "N", "only the first N rows"),
         Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        TRUST,
     ),
     "  luthier generate runs/quickstart/default notes.jsonl -o replies.jsonl\n"
     "  luthier generate runs/quickstart/default notes.txt -o replies.jsonl max_new_tokens=64\n"
@@ -59,14 +61,19 @@ def run(arguments: list[str]) -> int:
     from luthier.infer.llm import LLM
     from luthier.infer.questions import read_prompt_rows
 
-    llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
+    llm = LLM(
+        typed.places[0],
+        base=parsed.texts.get("--base"),
+        trust=typed.trust(parsed.switches),
+        **typed.llm(),
+    )
     limit = {"max_rows": parsed.numbers["--limit"]} if "--limit" in parsed.numbers else {}
     asks = read_prompt_rows(make_dataset_config(typed.dataset | {"path": typed.places[1]} | limit))
     for note in asks.notes:
         print(note, file=sys.stderr)
     # Opened before the model is loaded: a finished file or one of other settings needs no model.
     file = AnswerFile(
-        Path(parsed.texts["-o"]).expanduser(), _made(llm.artifact, asks, typed, parsed)
+        Path(parsed.texts["-o"]).expanduser(), redact(_made(llm.artifact, asks, typed, parsed))
     )
     if file.done >= len(asks.rows):
         print(f"{file.path} has all {len(asks.rows):,} replies; nothing is left to do")

@@ -5,7 +5,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.config.trust import trust_of
 from luthier.errors import UserError
 from luthier.model.artifact import Artifact, find_artifact, read_run_config
 
@@ -33,6 +34,7 @@ COMMAND_LINE = CommandLine(
         Flag("--quantize", "FORMAT", "pack the result for serving: nf4, int8, gptq or awq"),
         Flag("--no-verify", None, "do not compare logits (loading takes 4 bytes a weight)"),
         Flag("--overwrite", None, "replace a model of luthier that is in the folder"),
+        TRUST,
     ),
     "  luthier merge runs/quickstart/default\n"
     "  luthier merge runs/quickstart/default --out served --dtype float16\n"
@@ -60,7 +62,8 @@ def run(arguments: list[str]) -> int:
     ):
         return _merge_sharded(Path(parsed.overrides[0]), parsed)
     weighted = [_split_weight(word) for word in parsed.overrides]
-    artifacts = [find_artifact(word, parsed.texts.get("--base")) for word, _ in weighted]
+    base, trust = parsed.texts.get("--base"), trust_of(parsed.switches)
+    artifacts = [find_artifact(word, base, trust) for word, _ in weighted]
     return _merge(artifacts, [weight for _, weight in weighted], parsed)
 
 
@@ -176,8 +179,8 @@ def _trained_whole(folder: Path, parsed: ParsedArguments) -> Artifact:
                 f"{folder}: shards hold no configuration, and no run is around them.\n"
                 "Name the model that was trained: --base ORGANISATION/MODEL."
             )
-        return replace(find_artifact(base), name=str(folder))
-    config = read_run_config(run)
+        return replace(find_artifact(base, trust=trust_of(parsed.switches)), name=str(folder))
+    config = read_run_config(run, trust_of(parsed.switches))
     if config.lora.is_enabled:
         raise UserError(
             f"{folder}: the shards of a run with adapters. Its adapter is saved whole at the end "

@@ -1,6 +1,6 @@
 """Commands that load a model take its name first, then settings by the names of the config."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +8,11 @@ import yaml
 
 from luthier.config.renamed_settings import new_key
 from luthier.config.schema import DatasetConfig, ModelConfig
+from luthier.config.trust import Trust, trust_of
 from luthier.errors import UserError, nearest_option
 from luthier.infer import generation_config
 
-_MODEL = ("device", "dtype", "attention", "device_map")
+_MODEL = ("device", "dtype", "attention", "device_map", "trust_remote_code")
 
 
 @dataclass
@@ -21,7 +22,7 @@ class ModelArguments:
     places: list[str]
     """What stands in front: a model, perhaps a file."""
     model: dict[str, Any] = field(default_factory=dict)
-    """`model.device`, `model.dtype`, `model.attention` and `model.device_map`."""
+    """`model.device` and the other settings of `_MODEL`."""
     quantization: str = "trained"
     dataset: dict[str, Any] = field(default_factory=dict)
     """The settings `dataset.*`, as the config's group has them."""
@@ -31,6 +32,14 @@ class ModelArguments:
     def llm(self) -> dict[str, Any]:
         """Return the arguments of `LLM` besides the model's name."""
         return {**self.model, "quantization": self.quantization}
+
+    def trust(self, switches: Iterable[str], replaced: Iterable[str] = ()) -> Trust:
+        """Return what may run of the code that the model's run names: what was typed, or all.
+
+        `replaced` are further keys of the run's config in whose place something was typed.
+        """
+        keys = [*(f"model.{name}" for name in self.model), *replaced]
+        return trust_of(switches, [(key, None) for key in keys])
 
 
 def parse_model_arguments(

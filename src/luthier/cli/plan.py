@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
 from luthier.terminal import make_console, print_json
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ COMMAND_LINE = CommandLine(
         Flag("--gpus", "N", "for so many GPUs; each way of sharing the work gets a column"),
         Flag("--launch", "FILE", "for this config file of accelerate, such as launch/fsdp2.yaml"),
         Flag("--json", None, "one JSON object, for machines"),
+        TRUST,
     ),
     "  luthier plan recipe=quickstart\n"
     "  luthier plan recipe=qlora_llama --memory 24GB\n"
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> int:
 
     # The flags come first: composing the config takes longer than reading a wrong --memory.
     hardware = _imagined(parsed)
-    config = load_config(parsed.overrides).config
+    config = load_config(parsed.overrides, TRUST.name in parsed.switches).config
     # A wrong path is reported before transformers is imported to read the model's config.json.
     model.check_model_path(config.model)
     set_environment(config)

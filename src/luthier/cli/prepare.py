@@ -2,7 +2,7 @@
 
 import time
 
-from luthier.cli.arguments import CommandLine
+from luthier.cli.arguments import TRUST, CommandLine
 
 COMMAND_LINE = CommandLine(
     "prepare",
@@ -11,7 +11,7 @@ COMMAND_LINE = CommandLine(
     "every later run with the same content and settings finds them. It loads no weights. Of\n"
     "several that are started at once one encodes, and the others wait for it.\n\n"
     "The cache is dataset.cache, else $LUTHIER_CACHE/data, else ~/.cache/luthier/data.",
-    (),
+    (TRUST,),
     "  luthier prepare recipe=quickstart\n"
     "  luthier prepare recipe=qlora_llama dataset.workers=16\n",
 )
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     from luthier.environment import set_environment
     from luthier.model.positions import check_max_length
 
-    config = load_config(parsed.overrides).config
+    config = load_config(parsed.overrides, TRUST.name in parsed.switches).config
     # Cheap mistakes first: files and the model's path are checked before torch is imported.
     sources = data.check_sources(config.dataset, config.trainer.method)
     model.check_model_path(config.model)

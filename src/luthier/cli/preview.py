@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError, suggest_options
 from luthier.storage.atomic import write_text
 from luthier.storage.write_errors import explain_write_errors
@@ -31,6 +31,7 @@ COMMAND_LINE = CommandLine(
         Flag("--ids", None, "the id behind each token"),
         Flag("--json", None, "one JSON object, for machines"),
         Flag("--html", "FILE", "write a page that shows the same, with where each token is from"),
+        TRUST,
     ),
     "  luthier preview recipe=quickstart --n 2\n"
     "  luthier preview recipe=quickstart chat.boundaries=segments --row 7 --ids\n"
@@ -49,7 +50,7 @@ def run(arguments: list[str]) -> int:
     # After the flags are parsed: loading brings transformers for the tokenizer.
     from luthier.inspection.dataset import load_dataset
 
-    material = load_dataset(parsed.overrides, "preview")
+    material = load_dataset(parsed.overrides, "preview", is_trusted=TRUST.name in parsed.switches)
     chosen, side = _chosen(parsed, material)
     # Counted over the chosen rows, so that --row 1 is the first of --source, not of the dataset.
     numbers = _numbers(parsed, sum(len(positions) for _, positions in chosen), side)

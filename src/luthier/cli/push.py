@@ -5,7 +5,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.config.trust import trust_of
 from luthier.errors import UserError
 from luthier.export import model_facts, write_card
 from luthier.export.hub_upload import UploadPlan, plan_upload, upload
@@ -29,6 +30,7 @@ COMMAND_LINE = CommandLine(
         Flag("--data-license", "NAME", "the licence of the rows that state none"),
         Flag("--language", "LIST", "the languages of the model, such as en,de"),
         Flag("--base", "MODEL", "the adapter's base, where it is no longer at its place"),
+        TRUST,
     ),
     "  luthier push runs/quickstart/default --to ada/reminders --dry-run\n"
     "  luthier push runs/quickstart/default --to ada/reminders --license apache-2.0\n"
@@ -84,7 +86,8 @@ def _target(parsed: ParsedArguments) -> str:
 
 
 def _artifact(word: str, parsed: ParsedArguments) -> Artifact:
-    artifact = find_artifact(word, parsed.texts.get("--base"))
+    trust = trust_of(parsed.switches)
+    artifact = find_artifact(word, parsed.texts.get("--base"), trust)
     if "--merged" not in parsed.switches:
         return artifact
     merged_folder = None if artifact.run is None else artifact.run / "merged"
@@ -93,7 +96,7 @@ def _artifact(word: str, parsed: ParsedArguments) -> Artifact:
         raise UserError(
             f"{word}: there is no merged model yet. Make it first:\n    luthier merge {word}"
         )
-    return find_artifact(str(merged_folder))
+    return find_artifact(str(merged_folder), trust=trust)
 
 
 def _told(artifact: Artifact, target: str, parsed: ParsedArguments) -> ModelFacts:

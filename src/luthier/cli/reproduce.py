@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from luthier.cli import diff
-from luthier.cli.arguments import CommandLine
+from luthier.cli.arguments import TRUST, CommandLine
+from luthier.cli.rerun import load_run_config
 from luthier.config.renamed_settings import read_recorded_config
+from luthier.config.trust import TRUST_FLAG, Trust, trust_of
 from luthier.errors import UserError
 from luthier.record.checkpoints import read_step_log
 from luthier.record.record import read_record
@@ -22,33 +24,44 @@ from luthier.train.signals import STOPPED_EXIT_CODE
 
 COMMAND_LINE = CommandLine(
     "reproduce",
-    "luthier reproduce RUN\n\nTrains a finished run again in a folder beside it (RUN.again), from "
-    "its record alone: with\nits config, whatever the recipe says today, and as many processes. "
-    "Then compares every line\nof metrics and the final weights, bit by bit. Ends with 0 where all "
-    "are identical; else it\nends with 1, and names the first step that differs and what differs "
-    "in the environment.",
-    (),
+    "luthier reproduce RUN [--trust]\n\n"
+    "Trains a finished run again in a folder beside it (RUN.again), from its record alone: with\n"
+    "its config, whatever the recipe says today, and as many processes. Then compares every line\n"
+    "of metrics and the final weights, bit by bit. Ends with 0 where all are identical; else it\n"
+    "ends with 1, and names the first step that differs and what differs in the environment.",
+    (TRUST,),
     "  luthier reproduce runs/quickstart/default\n",
 )
 AGAIN = ".again"
 # These need no config file of accelerate: the number of processes says all.
 _SHARDED = ("none", "ddp")
+_LAUNCHES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
+"""Ways of a launch (`distributed_type`) that are repeated."""
+_LAUNCH_SETTINGS = (
+    *("distributed_type", "mixed_precision", "use_cpu", "gpu_ids", "downcast_bf16", "debug"),
+    *("fsdp_config", "deepspeed_config", "parallelism_config", "dynamo_config", "fp8_config"),
+    *("main_process_port", "rdzv_backend", "same_network", "enable_cpu_affinity"),
+)
+"""Settings of a launch that are taken from a record."""
 
 
 def run(arguments: list[str]) -> int:
     """Repeat a run; raises UserError where its record does not say how."""
     if COMMAND_LINE.asks_help(arguments):
         return 0
-    typed = COMMAND_LINE.parse(arguments).overrides
+    parsed = COMMAND_LINE.parse(arguments)
+    typed, trust = parsed.overrides, trust_of(parsed.switches)
     if len(typed) != 1:
         raise UserError("`luthier reproduce` needs one run: luthier reproduce runs/RECIPE/NAME")
     # Resolved, because the training starts in the folder in which the run was started.
     old = find_run(typed[0]).resolve()
     record = read_record(old)
     check_reproducible(old, record)
+    # Checked here, where it can be said before a folder is made and processes are started.
+    load_run_config(old, trust)
     new = old.with_name(f"{old.name}{AGAIN}")
     prepare_folder(old, new)
-    code = train_again(record, new)
+    code = train_again(record, new, trust)
     if code:
         print(f"the repetition in {new} did not come to its end (exit code {code})")
         return code
@@ -91,22 +104,25 @@ def prepare_folder(old: Path, new: Path) -> None:
         pass
 
 
-def train_again(record: dict[str, Any], new: Path) -> int:
+def train_again(record: dict[str, Any], new: Path, trust: Trust) -> int:
     """Train in processes that are launched as the run's were; returns the exit code."""
     # The number of threads decides the order in which torch adds on a CPU, and so the last bits.
     threads = str(record.get("hardware", {}).get("torch_threads", ""))
     environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
     precision = (record.get("launch") or {}).get("precision", "no")
     environment |= {"ACCELERATE_MIXED_PRECISION": precision} if precision != "no" else {}
+    # The record names the folder: Python must not take its own libraries from there.
+    environment |= {"PYTHONSAFEPATH": "1"}
     where = Path(record.get("cwd", "."))
     # A signal that ends this process has the training stop with a checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    flags = [TRUST_FLAG] if trust.everything else []
     # accelerate launch ends with 1 whatever its processes end with, so these write their exit code
     # into a file.
     with TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         process = subprocess.Popen(
-            [*_command(record, Path(folder)), str(new)],
+            [*_command(record, Path(folder)), str(new), *flags],
             cwd=where if where.is_dir() else None,
             env=environment | {"LUTHIER_EXIT_FILE": str(code)},
         )
@@ -127,7 +143,7 @@ def _command(record: dict[str, Any], code_file: Path) -> list[str]:
     module = ["-m", "luthier.cli.rerun"]
     if launch.get("processes", 1) == 1 and launch.get("sharding", "none") == "none":
         return [sys.executable, *module]
-    config = _launcher(record).get("config") or {"distributed_type": "MULTI_GPU"}
+    config = _launch_config(record)
     # accelerate uses a GPU where there is one, unless it is told to use the CPU. It also refuses
     # several processes with fewer than two GPU ids ("Less than two GPU ids were configured").
     if launch.get("device") == "cpu":
@@ -139,6 +155,19 @@ def _command(record: dict[str, Any], code_file: Path) -> list[str]:
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     start = ["accelerate.commands.launch", "--quiet", "--config_file", str(file)]
     return [sys.executable, "-m", *start, *module]
+
+
+def _launch_config(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of accelerate that the record holds, of which nothing starts a program."""
+    config = _launcher(record).get("config") or {"distributed_type": "MULTI_GPU"}
+    if config.get("distributed_type") not in _LAUNCHES:
+        raise UserError(
+            f"run.json: the run was launched as {config.get('distributed_type')}, which is not "
+            f"repeated from a record. Known are {', '.join(_LAUNCHES)}."
+        )
+    # Hosts, commands and files of other launchers, which accelerate would start.
+    kept = {name: value for name, value in config.items() if name in _LAUNCH_SETTINGS}
+    return kept | {"compute_environment": "LOCAL_MACHINE"}
 
 
 def _launcher(record: dict[str, Any]) -> dict[str, Any]:

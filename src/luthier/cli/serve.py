@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.arguments import CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ COMMAND_LINE = CommandLine(
         Flag("--max-body", "N", "the largest request, in MiB (4)"),
         Flag("--timeout", "N", "the longest time for a reply, in seconds (600)"),
         Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        TRUST,
         Flag("--show", None, "print vLLM's command line and do not run it"),
     ),
     "  luthier serve runs/quickstart/default\n"
@@ -63,7 +64,9 @@ def run(arguments: list[str]) -> int:
     engine = _engine(parsed)
     if engine == "vllm":
         _check_vllm_arguments(typed, parsed)
-        artifact = find_artifact(typed.places[0], parsed.texts.get("--base"))
+        artifact = find_artifact(
+            typed.places[0], parsed.texts.get("--base"), typed.trust(parsed.switches)
+        )
         _vllm(artifact, parsed)
         return 0
     return _transformers(typed, parsed)
@@ -132,7 +135,12 @@ def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
     host, port = _address(parsed)
     # uvicorn would report a taken port only after the model is loaded.
     _check_free(host, port)
-    llm = LLM(typed.places[0], base=parsed.texts.get("--base"), **typed.llm())
+    llm = LLM(
+        typed.places[0],
+        base=parsed.texts.get("--base"),
+        trust=typed.trust(parsed.switches),
+        **typed.llm(),
+    )
     name = parsed.texts.get("--name") or served_name(llm.artifact)
     # Its source is one text: the API's messages with roles have no meaning to it.
     if llm.artifact.task == "SEQ_2_SEQ_LM":

@@ -8,6 +8,7 @@ from luthier.record import checkpoints
 from luthier.record.machine_info import main_versions
 from luthier.record.record import read_record
 from luthier.record.run_dir import describe_model_damage, find_run
+from luthier.redaction import redact
 from luthier.storage import lock
 from luthier.storage.sizes import folder_size, format_bytes
 from luthier.terminal import make_console
@@ -56,7 +57,8 @@ def print_page(folder: Path, sections: RunPage) -> None:
 
 def make_page(folder: Path) -> RunPage:
     """Return what the record of a run says, without what an older luthier did not write."""
-    record = read_record(folder)
+    # A record of an older luthier holds what is hidden today.
+    record = redact(read_record(folder))
     sections: RunPage = [
         ("Run", [("status", _status(folder, record)), *_run(record)]),
         ("Model and data", _material(record)),

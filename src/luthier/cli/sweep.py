@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.arguments import CommandLine
+from luthier.cli.arguments import TRUST, CommandLine
 from luthier.errors import UserError
 from luthier.terminal import make_console
 
@@ -25,11 +25,12 @@ _WIDTH = 160
 """The columns of a table where the output is no terminal, which has a width of its own."""
 
 
-def run_sweep(arguments: list[str]) -> int:
+def run_sweep(arguments: list[str], is_trusted: bool = False) -> int:
     """Try every point; returns 0, 1 if a trial failed, or 75 if the same command goes on.
 
     Typed under `accelerate launch`, the first process steers and the others leave. Raises UserError
-    for a mistake of the user's, before anything runs.
+    for a mistake of the user's, before anything runs. `is_trusted` lets recipes name code that is
+    not the user's own, in the trials too.
     """
     from luthier.sweep.local import find_launch_command, is_first_rank
     from luthier.sweep.sweep_plan import lock_sweep, plan_sweep
@@ -37,8 +38,9 @@ def run_sweep(arguments: list[str]) -> int:
     if not is_first_rank():
         return 0
     with _checking_status() as on_count:
-        planned = plan_sweep(arguments, on_count)
-        launch = find_launch_command(planned.launcher, os.environ)
+        planned = plan_sweep(arguments, on_count, is_trusted)
+        flags = (TRUST.name,) if is_trusted else ()
+        launch = find_launch_command(planned.launcher, os.environ, flags)
     if planned.base.config.dry_run:
         return _dry_run(planned)
     from luthier.sweep.controller import orphan_check

@@ -8,12 +8,14 @@ from omegaconf import DictConfig, OmegaConf
 
 import luthier
 from luthier import errors
+from luthier.cli.arguments import TRUST
 from luthier.config import hydra_plugins, recipes
-from luthier.config.compose import CONFIG_NAME, check_overrides, compose_config
+from luthier.config.compose import CONFIG_NAME, check_overrides, compose_config, resolve_config
 from luthier.config.load import LoadedConfig, check_composed, format_mistakes, load_config
 from luthier.config.recipes import list_options, list_recipes, read_recipe_header
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError, nearest_option
+from luthier.redaction import redact, remember_secrets
 from luthier.storage.write_errors import describe_write_error
 from luthier.terminal import guard_output, print_yaml
 
@@ -49,6 +51,7 @@ Flags
   --cfg job --resolve      print the whole configuration and stop (-p GROUP: a part of it)
   --info searchpath        where config groups and recipes are looked for
   --info defaults-tree     which file includes which
+  --trust                  let a recipe run code that is not in this project (docs/runs.md)
   --version                luthier's version
 
 Your own files: ./conf/GROUP/NAME.yaml is group=NAME; ./recipes/NAME.yaml is recipe=NAME."""
@@ -82,7 +85,10 @@ def _help_table(texts: dict[str, str]) -> list[str]:
 INTERRUPTED_EXIT_CODE = 130
 """The exit code of a program that SIGINT ended, as shells have it."""
 
-_FLAGS = ("--help", "--version", "--cfg", "--resolve", "--package", "--info", "--multirun")
+_FLAGS = (
+    *("--help", "--version", "--cfg", "--resolve", "--package", "--info", "--multirun"),
+    TRUST.name,
+)
 _SHORT_FLAGS = {
     "-h": "--help",
     "-c": "--cfg",
@@ -112,16 +118,17 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
     guard_output()
     try:
         arguments = _parse_command_line(sys.argv[1:] if argv is None else argv)
+        is_trusted = arguments.flags.pop(TRUST.name, None) is not None
         # Imported only here: a single run needs nothing of sweeps.
         if set(arguments.flags) == {"--multirun"}:
             from luthier.cli.sweep import run_sweep
 
-            return run_sweep(arguments.overrides)
+            return run_sweep(arguments.overrides, is_trusted)
         if arguments.flags:
             return _print_information(arguments)
         _refuse_sweep_settings(arguments.overrides)
         # A task that returns None has ended well.
-        return task(load_config(arguments.overrides)) or 0
+        return task(load_config(arguments.overrides, is_trusted)) or 0
     except UserError as mistake:
         return errors.report_error(mistake)
     except KeyboardInterrupt:
@@ -194,15 +201,18 @@ def _print_config(what: str, arguments: TrainCommandLine) -> int:
     # Shown although it is wrong: who looks for a mistake needs the config that has it.
     mistake = None
     try:
-        loaded = check_composed(composed, arguments.overrides)
+        loaded = check_composed(composed, arguments.overrides, is_trusted=True)
         if "--resolve" in arguments.flags and what == "job":
-            config = OmegaConf.create(loaded.resolved)
+            # Printed as it is recorded: what is printed is pasted elsewhere.
+            config = OmegaConf.create(loaded.recorded)
     except UserError as error:
         mistake = error
     package = arguments.flags.get("--package", "")
     value = OmegaConf.select(config, package) if package else config
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    print_yaml(plain)
+    # Under its key, by which a secret is known.
+    *_, name = ["", *package.split(".")]
+    print_yaml(redact({name: plain})[name] if name else redact(plain))
     return 0 if mistake is None else errors.report_error(mistake)
 
 
@@ -236,6 +246,8 @@ def _print_hydra_info(what: str, overrides: list[str]) -> None:
     composed = compose_config(overrides)
     if composed.mistakes:
         raise UserError(format_mistakes(composed.mistakes, composed))
+    # Hydra prints the values as they are; the output hides those that are remembered.
+    remember_secrets(resolve_config(composed))
     typed, chain, *_ = check_overrides(overrides)
     conf = str(recipes.bundled_folder("conf"))
     # hydra.main (1.3) reads sys.argv and takes no list of words.

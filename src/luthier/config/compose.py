@@ -20,7 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from luthier.config import hydra_plugins, recipes
+from luthier.config import env_references, hydra_plugins, recipes
 from luthier.config.cross_checks import HELD_OUT_KEYS
 from luthier.config.override_errors import (
     WRONG_INTERPOLATION,
@@ -37,6 +37,7 @@ from luthier.config.recipes import (
 )
 from luthier.config.schema import GROUPS, SWEEP_GROUPS
 from luthier.errors import Mistake, format_override
+from luthier.redaction import redact_override
 
 # What was typed: `group=option` and `key=value`, made ready for Hydra, and named for a folder.
 
@@ -120,7 +121,10 @@ def run_name(overrides: Iterable[str]) -> str:
     `default` without overrides; a name that had to be changed or cut ends in 8 hex digits of the
     overrides' hash, so that two different runs never share a folder.
     """
-    overrides_in_name = [line.lstrip("+") for line in overrides if _changes_the_run(line)]
+    # A folder's name stands everywhere, and must hold no secret that was typed.
+    overrides_in_name = [
+        redact_override(line).lstrip("+") for line in overrides if _changes_the_run(line)
+    ]
     if not overrides_in_name:
         return "default"
     safe = "+".join(re.sub(r"[^A-Za-z0-9._=-]+", "-", line) for line in overrides_in_name)
@@ -212,6 +216,7 @@ def compose_config(lines: list[str]) -> ComposedConfig:
 
 def _compose(overrides: list[str], chain: RecipeChain) -> DictConfig:
     hydra_plugins.register_plugins()
+    env_references.register_resolver()
     conf = str(recipes.bundled_folder("conf"))
     with (
         hydra_plugins.drop_groups(chain.dropped),
@@ -277,6 +282,19 @@ def resolve_config(composed: ComposedConfig) -> dict[str, Any]:
             assert isinstance(plain, dict)
             return {str(name): value for name, value in plain.items()}
     return {}
+
+
+def resolve_for_record(composed: ComposedConfig) -> dict[str, Any]:
+    """Return a config that resolves, with `${oc.env:NAME}` for what comes from the environment."""
+    config = composed.config.copy()
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    try:
+        recorded: dict[str, Any] = env_references.resolve_with_references(config)
+    except OmegaConfBaseException:
+        # Another resolver needs the value itself (`oc.decode`). Redaction then goes by the value.
+        return {}
+    return recorded
 
 
 def _interpolation_words(error: OmegaConfBaseException) -> str:

@@ -7,11 +7,20 @@ from typing import Any
 import yaml
 
 from luthier.config import cross_checks, passthrough, recipes
-from luthier.config.compose import ComposedConfig, compose_config, resolve_config
+from luthier.config.compose import (
+    ComposedConfig,
+    compose_config,
+    parse_overrides,
+    resolve_config,
+    resolve_for_record,
+)
+from luthier.config.env_references import put_references
 from luthier.config.recipes import list_options
 from luthier.config.schema import GROUPS, RunConfig
+from luthier.config.trust import Trust, check_composed_code, typed_keys
 from luthier.config.validate import describe_key, validate_config
 from luthier.errors import Mistake, UserError
+from luthier.redaction import remember_secrets
 
 
 @dataclass(frozen=True)
@@ -21,21 +30,29 @@ class LoadedConfig:
     config: RunConfig
     resolved: dict[str, Any]
     overrides: list[str]
+    recorded: dict[str, Any]
+    """What is written of it: `resolved` with `${oc.env:NAME}` for what came from the environment.
+    Its secrets are hidden when it is written."""
 
 
-def load_config(overrides: Iterable[str]) -> LoadedConfig:
+def load_config(overrides: Iterable[str], is_trusted: bool = False) -> LoadedConfig:
     """Compose and validate a configuration without importing any of the training libraries.
 
     `overrides` are the words of the command line, such as `recipe=quickstart` and `lora.r=8`.
-    Raises UserError with all mistakes, each with its key, its place and what to do.
+    `is_trusted` lets recipes name code that is not the user's own (`--trust`). Raises UserError
+    with all mistakes, each with its key, its place and what to do.
     """
     typed = list(overrides)
-    return check_composed(compose_config(typed), typed)
+    return check_composed(compose_config(typed), typed, is_trusted)
 
 
-def check_composed(composed: ComposedConfig, overrides: list[str]) -> LoadedConfig:
+def check_composed(
+    composed: ComposedConfig, overrides: list[str], is_trusted: bool = False
+) -> LoadedConfig:
     """Check a composed configuration and freeze it; raises UserError with all mistakes."""
     resolved = resolve_config(composed)
+    # Before anything is said of it: a message shows values.
+    remember_secrets(resolved)
     pass_through_mistakes = passthrough.check_pass_through(resolved)
     empty = [Mistake(key, _no_value(key)) for key in _unset(resolved)]
     config, wrong = validate_config(resolved)
@@ -45,7 +62,11 @@ def check_composed(composed: ComposedConfig, overrides: list[str]) -> LoadedConf
     mistakes = composed.mistakes + _once(mistakes, {m.key for m in composed.mistakes})
     if mistakes or config is None:
         raise UserError(format_mistakes(mistakes, composed))
-    return LoadedConfig(config, config.model_dump(mode="json"), overrides)
+    resolved = config.model_dump(mode="json")
+    typed = [(word.key, word.value) for word in parse_overrides(overrides)[0] if not word.is_group]
+    check_composed_code(resolved, Trust(is_trusted, typed_keys(typed)))
+    recorded = put_references(resolved, resolve_for_record(composed))
+    return LoadedConfig(config, resolved, overrides, recorded)
 
 
 def format_mistakes(mistakes: list[Mistake], composed: ComposedConfig) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union
 
 from luthier.config.schema import RunConfig
+from luthier.config.trust import NO_TRUST, Trust
 from luthier.errors import UserError
 from luthier.evaluate.likelihood import ModelScores, compute_losses
 from luthier.evaluate.rows import (
@@ -98,18 +99,20 @@ def find_models(
     against: str | None,
     alone: bool,
     options: Mapping[str, Any],
+    trust: Trust = NO_TRUST,
 ) -> tuple[MeasuredModel, MeasuredModel | None]:
     """Return the model that is typed and what it is compared with, neither loaded yet.
 
     The second is `against`, else what the model began with: itself where that is an adapter's base,
-    None where there is nothing. Raises UserError for words that name no models, and for two models
+    None where there is nothing. `trust` is what may run of the code that the runs' configs name.
+    Raises UserError for words that name no models, and for two models
     that do different things.
     """
-    model = _subject(word, options, base)
+    model = _subject(word, options, base, trust)
     if alone:
         return model, None
     if against is not None:
-        return model, _alike(model, _subject(against, options, None))
+        return model, _alike(model, _subject(against, options, None, trust))
     artifact = model.artifact
     if artifact.task in HEAD_TASKS:
         # The base has no head for these labels: it would be a random one.
@@ -119,7 +122,7 @@ def find_models(
         return model, model
     if artifact.config is None:
         return model, None
-    other = _subject(artifact.config.model.path, options, None)
+    other = _subject(artifact.config.model.path, options, None, trust)
     # The base is asked in the words of the training: its own template may be another one.
     base_config = artifact.config.model.model_copy(update={"tokenizer": artifact.base.tokenizer})
     other.artifact = replace(
@@ -157,8 +160,10 @@ def check_comparable(
             )
 
 
-def _subject(word: str, options: Mapping[str, Any], base: str | None) -> MeasuredModel:
-    artifact = find_artifact(word, base)
+def _subject(
+    word: str, options: Mapping[str, Any], base: str | None, trust: Trust
+) -> MeasuredModel:
+    artifact = find_artifact(word, base, trust)
     if artifact.task not in HEAD_TASKS:
         return WritingModel(artifact, **options)
     from luthier.evaluate.heads import HeadModel

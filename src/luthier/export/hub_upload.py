@@ -10,6 +10,7 @@ from luthier.errors import UserError
 from luthier.export import write_card
 from luthier.export.model_facts import ModelFacts, hub_name, last_name
 from luthier.model import source
+from luthier.redaction import holds_token
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,8 +25,6 @@ UPLOADED_FILES = (
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PLACES = ("_name_or_path", "_model_name_or_path", "name_or_path", "base_model_name_or_path")
 """Where the libraries write the path that something was loaded from."""
-_KEYS = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16}|ghp_\w{36})\b")
-"""Keys of the hub, of OpenAI, AWS and GitHub."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LINK = "a link out of this folder"
 
@@ -141,7 +140,7 @@ def _refuse_keys(folder: Path, upload_plan: UploadPlan) -> None:
     # Run from the root of the file system, "/" would be found in every text.
     here = {str(folder.resolve()), str(Path.cwd().resolve())} - {"/"}
     for name, text in upload_plan.texts.items():
-        if _KEYS.search(text):
+        if holds_token(text):
             raise UserError(
                 f"{folder / name}: this holds what looks like an access key. Remove it."
             )

@@ -20,7 +20,7 @@ from luthier.model.model_files import (
     read_labels,
 )
 from luthier.record.record import read_record
-from luthier.record.secrets import HIDDEN
+from luthier.redaction import HIDDEN, redact
 from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
 
@@ -207,7 +207,7 @@ class ModelFacts:
 
     def save(self, folder: Path) -> None:
         """Write the facts into the folder of the weights."""
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / FILE, redact(asdict(self)))
 
 
 def read_facts(folder: Path) -> ModelFacts | None:
@@ -371,7 +371,7 @@ def _collect_settings(config: RunConfig) -> dict[str, Any]:
         if value is not None and name not in _SILENT and not name.startswith("hub_")
     }
     # A secret stands in a run's config as HIDDEN; that there was one is no business of the public.
-    return {key: value for key, value in flat.items() if value != HIDDEN}
+    return {key: value for key, value in redact(flat).items() if HIDDEN not in str(value)}
 
 
 def _evaluation_settings(config: RunConfig) -> dict[str, Any]:

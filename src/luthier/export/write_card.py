@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.trust import EVERYTHING
 from luthier.export import model_facts
 from luthier.export.card import write_model_card
 from luthier.export.model_facts import ModelFacts
@@ -12,6 +13,7 @@ from luthier.export.ollama import translate_template
 from luthier.export.usage_snippets import ChatFormat, serving_notes
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact, training_method_of
 from luthier.model.model_files import read_generation_file
+from luthier.redaction import redact_text
 
 if TYPE_CHECKING:
     from luthier.chat.template import ChatTemplate
@@ -27,7 +29,8 @@ def write_card(run: Path) -> str | None:
     Weights are saved by then: a card that cannot be written is said and fails nothing.
     """
     try:
-        artifact = find_artifact(str(run))
+        # This process has just trained the run: its code has run already.
+        artifact = find_artifact(str(run), trust=EVERYTHING)
         facts = model_facts.collect_facts(artifact)
         if artifact.folder is not None:
             write_descriptions(artifact.folder, facts, chat_format_of(artifact), plot=run / PLOT)
@@ -53,8 +56,8 @@ def description_texts(
     """Return the card and the notes by their files' names, for a model in `repository`."""
     has_template = chat_format.template is not None
     return {
-        CARD: write_model_card(facts, chat_format.stop_ids, has_template, repository),
-        NOTES: serving_notes(facts, chat_format, repository),
+        CARD: redact_text(write_model_card(facts, chat_format.stop_ids, has_template, repository)),
+        NOTES: redact_text(serving_notes(facts, chat_format, repository)),
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from luthier.chat import ChatEncoder
 from luthier.config.schema import ModelConfig
+from luthier.config.trust import NO_TRUST, Trust
 from luthier.errors import UserError
 from luthier.infer import generation_config as words
 from luthier.infer.dequantize import dequantized_layers
@@ -190,7 +191,8 @@ class LLM:
     `dtype` and `attention`: as in a config's `model`; the run's own where they are None.
     `device_map`: of accelerate, for a model that needs several GPUs (`auto`).
     `quantization`: how the weights are packed. Nothing is loaded before the block begins; at its
-    end the memory is free again. Raises UserError for a word that names no model that writes.
+    end the memory is free again. `trust`: what may run of the code that a run's config names.
+    Raises UserError for a word that names no model that writes.
     """
 
     def __init__(
@@ -202,14 +204,21 @@ class LLM:
         dtype: str | None = None,
         attention: str | None = None,
         device_map: str | dict[str, Any] | None = None,
+        trust_remote_code: bool | None = None,
         quantization: WeightPrecision = "trained",
+        trust: Trust = NO_TRUST,
     ) -> None:
         self.artifact: Artifact = _writes(
-            word if isinstance(word, Artifact) else find_artifact(word, base)
+            word if isinstance(word, Artifact) else find_artifact(word, base, trust)
         )
         self._packing = parse_weight_precision(quantization)
         self._own = {} if device_map is None else {"device_map": device_map}
-        settings = {"device": device, "dtype": dtype, "attention": attention}
+        settings = {
+            "device": device,
+            "dtype": dtype,
+            "attention": attention,
+            "trust_remote_code": trust_remote_code,
+        }
         self._given = {name: value for name, value in settings.items() if value is not None}
         self._stack = ExitStack()
         self._model: Any = None

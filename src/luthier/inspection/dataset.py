@@ -135,14 +135,17 @@ class LoadedDataset:
         return self.config.recipe or self.config.model.path
 
 
-def load_dataset(overrides: list[str], command: str, bad_rows: bool = False) -> LoadedDataset:
+def load_dataset(
+    overrides: list[str], command: str, bad_rows: bool = False, is_trusted: bool = False
+) -> LoadedDataset:
     """Open what a run with these overrides would read, less the weights.
 
-    `bad_rows`: do not stop at rows that cannot be read. Raises UserError for mistakes in the
+    `bad_rows`: do not stop at rows that cannot be read. `is_trusted`: recipes may name code that
+    is not the user's own. Raises UserError for mistakes in the
     configuration or the files, before anything large is imported where it can be known, and for
     rows that are neither conversations nor plain text.
     """
-    config = load_config(overrides).config
+    config = load_config(overrides, is_trusted).config
     lenient = {"on_bad_row": "drop"} if bad_rows else {}
     sources = data.check_sources(config.dataset.model_copy(update=lenient))
     batching = read_batching_settings(config)

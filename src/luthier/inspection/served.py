@@ -10,6 +10,7 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import RunConfig
+from luthier.config.trust import NO_TRUST, Trust
 from luthier.data.examples import BadRows, DatasetSources, OpenedSource
 from luthier.errors import UserError
 from luthier.inspection.dataset import shorten_location
@@ -122,13 +123,13 @@ class ServedCheck:
         return {name: tokens_around(ids, at, self._text_of) for name, ids in both.items()}
 
 
-def check_served(word: str, limit: int | None = None) -> ServedCheck:
+def check_served(word: str, limit: int | None = None, trust: Trust = NO_TRUST) -> ServedCheck:
     """Compare what a run saved with its own rows, `limit` of each source.
 
-    Raises UserError for a word that is no run, a run that was not trained on chats, and rows that
-    are no longer there.
+    `trust` is what may run of the code that the run's config names. Raises UserError for a word
+    that is no run, a run that was not trained on chats, and rows that are no longer there.
     """
-    artifact = find_artifact(word)
+    artifact = find_artifact(word, trust=trust)
     if artifact.config is None or artifact.folder is None:
         raise UserError(
             f"{word}: --served holds a run against its own rows, and this is no run's folder."
@@ -148,7 +149,9 @@ def _served(artifact: Artifact, config: RunConfig) -> ServedCheck:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    saved = AutoTokenizer.from_pretrained(artifact.folder)
+    saved = AutoTokenizer.from_pretrained(
+        artifact.folder, trust_remote_code=artifact.base.trust_remote_code
+    )
     if saved.chat_template is None:
         raise UserError(f"{artifact.folder}: no chat template was saved with the tokenizer.")
     return ServedCheck(artifact, _trained(artifact, config), saved, _ends(artifact))

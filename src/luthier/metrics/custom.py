@@ -71,6 +71,18 @@ def load_function(path: str) -> Callable[..., Any]:
     return function
 
 
+def find_module_origin(path: str) -> str | None:
+    """Return where the module of `python:module.function` comes from, without importing it.
+
+    It is a file, or `built-in` or `frozen` for modules that are part of Python itself; None where
+    there is no such module.
+    """
+    module, _ = _split(path)
+    loaded = sys.modules.get(module)
+    spec = _spec(module) if loaded is None else loaded.__spec__
+    return None if spec is None else spec.origin
+
+
 def describe_exception(error: Exception) -> str:
     """What an exception says, with the last place of the user's own code."""
     outside = [
@@ -99,7 +111,10 @@ def _spec(module: str) -> ModuleSpec | None:
     if first in sys.builtin_module_names:
         return None if rest else importlib.util.find_spec(first)
     importlib.invalidate_caches()
-    spec = PathFinder.find_spec(first, [*sys.path, str(Path.cwd())])
+    # Other finders know packages that are installed in place (pip install -e).
+    spec = PathFinder.find_spec(first, [*sys.path, str(Path.cwd())]) or importlib.util.find_spec(
+        first
+    )
     for n in range(2, len(rest) + 2):
         if spec is None or spec.submodule_search_locations is None:
             return None

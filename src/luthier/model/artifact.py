@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.config.env_references import fill_references
 from luthier.config.library_settings import QuantizationSettings
 from luthier.config.methods import METHODS
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.config.schema import ModelConfig, RunConfig, SavedChatSettings
+from luthier.config.trust import NO_TRUST, Trust, check_recorded
 from luthier.errors import UserError
 from luthier.model import gguf, source
 from luthier.model.model_files import (
     ADAPTER_CONFIG_FILE,
+    CHAT_SETTINGS_FILE,
     MODEL_CONFIG_FILE,
     check_model_folder,
     read_adapter_config,
@@ -107,27 +110,28 @@ class Artifact:
         return self.config is not None and self.config.trainer.method == "reward"
 
 
-def find_artifact(name: str, base: str | None = None) -> Artifact:
+def find_artifact(name: str, base: str | None = None, trust: Trust = NO_TRUST) -> Artifact:
     """Return the artifact that `name` stands for.
 
     `name`: the folder of a run, its `model/`, a checkpoint, the folder of an adapter or of a whole
     model, a hub name, or `package:NAME`. `base`: the model that an adapter goes on; None for the
-    one that the adapter names. Raises UserError for anything else.
+    one that the adapter names. `trust`: what may run of the code that the config of its run names;
+    where that is not enough it is a UserError. Raises UserError for anything else.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         # A folder with a config.json is a model, whatever else lies in it.
         is_model = (folder / MODEL_CONFIG_FILE).is_file()
         if (folder / "config.yaml").is_file() and not is_model:
-            return _describe_folder(name, _model_folder(folder), folder, base)
+            return _describe_folder(name, _model_folder(folder), folder, base, trust)
         if is_model or (folder / ADAPTER_CONFIG_FILE).is_file():
-            return _describe_folder(name, folder, _run_of(folder), base)
+            return _describe_folder(name, folder, _run_of(folder), base, trust)
         raise UserError(_no_model_message(name, folder))
     if source.find_gguf_file(name, "model") is not None or source.is_local(name):
         _refuse_base(name, base)
         source.check_model_path(ModelConfig(path=name), "model")
         return Artifact(name, ModelConfig(path=name))
-    return _describe_hub_repository(name, base)
+    return _describe_hub_repository(name, base, trust)
 
 
 def build_chat_encoder(artifact: Artifact, tokenizer: "PreTrainedTokenizerBase") -> "ChatEncoder":
@@ -141,7 +145,9 @@ def build_chat_encoder(artifact: Artifact, tokenizer: "PreTrainedTokenizerBase")
 
     try:
         if artifact.chat is not None:
-            return ChatEncoder.from_settings(tokenizer, artifact.chat)
+            # find_artifact has refused secrets that nobody has allowed.
+            settings = fill_references(artifact.chat, with_secrets=True)
+            return ChatEncoder.from_settings(tokenizer, settings)
         if tokenizer.chat_template is not None:
             return ChatEncoder(tokenizer, eos_token_ids=end_token_ids(artifact.base))
     except ChatError as error:
@@ -159,13 +165,21 @@ def training_method_of(artifact: Artifact) -> str | None:
     return method if method in METHODS else None
 
 
-def read_run_config(run: Path) -> RunConfig:
-    """Return the config of a run's folder; raises UserError where it cannot be read."""
+def read_run_config(run: Path, trust: Trust = NO_TRUST) -> RunConfig:
+    """Return the config of a run's folder; raises UserError where it cannot be read.
+
+    What it takes from the environment comes from this one. `trust` is what may run of the code
+    that it names; UserError where it names more.
+    """
     from pydantic import ValidationError
 
     file = run / "config.yaml"
     try:
-        return RunConfig.model_validate(read_recorded_config(file))
+        recorded = read_recorded_config(file)
+        # Before anything reads it: a run's folder may come from anybody.
+        check_recorded(recorded, str(file), trust, ("model",))
+        filled = fill_references(recorded, with_secrets=trust.everything)
+        return RunConfig.model_validate(filled)
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, mistake["loc"])) for mistake in error.errors())
         raise UserError(
@@ -250,17 +264,20 @@ def wrong_base_message(name: str, adapter: Mapping[str, Any], base: str, reason:
     )
 
 
-def _describe_folder(name: str, folder: Path, run: Path | None, base: str | None) -> Artifact:
+def _describe_folder(
+    name: str, folder: Path, run: Path | None, base: str | None, trust: Trust
+) -> Artifact:
     """Return the artifact of a folder with an adapter or a whole model; `run` is None outside one.
 
     `base` is the model that the user names for an adapter, or None.
     """
     _refuse_damaged_weights(folder)
     # A saved folder has the chat settings beside it; a checkpoint has them in its run alone.
-    config = None if run is None else read_run_config(run)
+    config = None if run is None else read_run_config(run, trust)
     chat = read_chat_settings(folder)
     if chat is None and run is not None:
         chat = _read_run_record(run).get("chat")
+    check_recorded({"chat": chat}, str(folder / CHAT_SETTINGS_FILE), trust, ("chat",))
     # The model as the run had it on the machine, but for the settings that concern training.
     settings = (ModelConfig(path="") if config is None else config.model).model_dump()
     settings |= {"add_tokens": [], "add_special_tokens": [], "train": [], "freeze": []}
@@ -281,7 +298,7 @@ def _describe_folder(name: str, folder: Path, run: Path | None, base: str | None
     return Artifact(name, ModelConfig(**settings), folder, chat, run, config, task, quantization)
 
 
-def _describe_hub_repository(name: str, base: str | None) -> Artifact:
+def _describe_hub_repository(name: str, base: str | None, trust: Trust) -> Artifact:
     """Return the artifact of a hub repository, of which only the small files are fetched."""
     from huggingface_hub import snapshot_download
 
@@ -295,9 +312,10 @@ def _describe_hub_repository(name: str, base: str | None) -> Artifact:
         raise UserError(source.hub_error_message(error, name, "model")) from error
     # The weights of an adapter are among the fetched files, those of a model are not.
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        return _describe_folder(name, folder, None, base)
+        return _describe_folder(name, folder, None, base, trust)
     _refuse_base(name, base)
     chat = read_chat_settings(folder)
+    check_recorded({"chat": chat}, f"{name} ({CHAT_SETTINGS_FILE})", trust, ("chat",))
     return Artifact(name, ModelConfig(path=name), chat=chat, task=_read_task(folder))
 
 

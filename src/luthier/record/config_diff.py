@@ -5,8 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from luthier.config.env_references import (
+    fill_references,
+    find_references,
+    fingerprint_variables,
+)
 from luthier.config.library_settings import TrainerArgs
-from luthier.record.secrets import HIDDEN, redact_secrets
+from luthier.redaction import HIDDEN, REFERENCE, redact
 
 NEUTRAL_KEYS = ("output_dir", "dry_run", "overwrite", "tracker", "recipe", "card")
 """Keys that change where, whether or under which name a run happens, not what it computes."""
@@ -55,17 +60,58 @@ def compare_configs(old: dict[str, Any], new: dict[str, Any]) -> list[ConfigChan
 def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield each dotted key that differs, with its old and new value or "(absent)".
 
-    Secrets are hidden in what is written, so a hidden value equals every other one.
+    Secrets are hidden in what is written, so a hidden value equals every other one; and a value of
+    the environment is written as a reference, which equals what the variable holds.
     """
     old_values, new_values = (
-        flatten_config(redact_secrets(old)),
-        flatten_config(redact_secrets(new)),
+        flatten_config(redact(old)),
+        flatten_config(redact(new)),
     )
     for key in sorted(old_values.keys() | new_values.keys()):
         before, after = old_values.get(key, "(absent)"), new_values.get(key, "(absent)")
-        # The recorded config has no secrets, so whether one has changed cannot be known.
-        if before != after and HIDDEN not in f"{before} {after}":
+        if before != after and not _may_be_equal(before, after):
             yield key, before, after
+
+
+def _may_be_equal(before: Any, after: Any) -> bool:
+    """Return whether two values may be the same but for what is written in place of them."""
+    texts = [str(value) for value in (before, after)]
+    if not any(HIDDEN in text or REFERENCE.search(text) for text in texts):
+        return False
+    if all(REFERENCE.search(text) for text in texts):
+        return False
+    # Redacted again: a secret of the environment is hidden here where it stands for itself.
+    first, second = (str(redact(fill_references(text, with_secrets=True))) for text in texts)
+    return first == second or _matches(first, second) or _matches(second, first)
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Return whether a text has all that stands around the hidden pieces of another one."""
+    pieces = [re.escape(piece) for piece in pattern.split(HIDDEN)]
+    return len(pieces) > 1 and re.fullmatch(".*".join(pieces), text, re.DOTALL) is not None
+
+
+def find_environment_changes(
+    recorded: dict[str, Any], before: dict[str, str]
+) -> list[ConfigChange]:
+    """Return the keys whose variable of the environment holds something else than before.
+
+    `recorded` is the new config with its references, and `before` are the fingerprints of its
+    variables when the run began. Secrets have none: a renewed one gives the same run.
+    """
+    now = fingerprint_variables(recorded)
+    has_deciding_metrics = _has_deciding_metrics(recorded)
+    return [
+        ConfigChange(
+            key,
+            f"${{oc.env:{name}}}",
+            "another value of this variable",
+            _change_effect(key, has_deciding_metrics),
+        )
+        for key, name in find_references(recorded)
+        if key.split(".")[0] not in NEUTRAL_KEYS
+        and before.get(name, now.get(name)) != now.get(name)
+    ]
 
 
 def describe_config_changes(

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from luthier.record.secrets import scrub_text
+from luthier.redaction import redact_message, redact_text
 from luthier.storage.atomic import write_text
 
 CODE_FOLDER = "code"
@@ -104,7 +104,7 @@ def git_state(folder: Path, run: Path | None = None) -> dict[str, Any] | None:
     state: dict[str, Any] = {
         "commit": commit,
         "branch": _git_output(folder, "rev-parse", "--abbrev-ref", "HEAD"),
-        "remote": scrub_text(_git_output(folder, "remote", "get-url", "origin") or "") or None,
+        "remote": redact_text(_git_output(folder, "remote", "get-url", "origin") or "") or None,
         "dirty": bool(changed),
         "changed_files": [line[3:] for line in changed.splitlines()],
     }
@@ -117,7 +117,7 @@ def _save_diff(folder: Path, run: Path) -> str | None:
     diff = _git_output(folder, "diff", "HEAD", "--no-color", "--no-ext-diff")
     if not diff:
         return None
-    text = scrub_text(diff)
+    text = redact_message(diff)
     if len(text) > MAX_DIFF_CHARS:
         text = f"{text[:MAX_DIFF_CHARS]}\n... cut: {len(text):,} characters in all\n"
     name = f"{CODE_FOLDER}/{hashlib.sha256(text.encode()).hexdigest()[:12]}.diff"

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.config.env_references import fingerprint_variables
 from luthier.config.schema import RunConfig, SavedChatSettings
 from luthier.errors import UserError
 from luthier.record import machine_info
-from luthier.record.secrets import redact_override, redact_secrets
+from luthier.redaction import redact, redact_chat, redact_override
 from luthier.storage.atomic import write_json
 from luthier.storage.manifest import compute_seal
 from luthier.storage.typed_files import DamagedFileError, check_value, load_json
@@ -134,6 +135,8 @@ class RecordEntries(RecordModel):
     recipe: str | None = None
     command: list[str] = []
     overrides: list[str] = []
+    environment: dict[str, str] = {}
+    """Fingerprints of the variables that the config refers to."""
     cwd: str = ""
     seeds: dict[str, Any] = {}
     started: str = ""
@@ -209,8 +212,13 @@ class RunRecord:
         self.entries: dict[str, Any] = read_record(folder)
         self._clock = time.monotonic()
 
-    def start(self, config: RunConfig, overrides: list[str]) -> None:
-        """Write what runs, on what; the results of an earlier session of the same run stay."""
+    def start(
+        self, config: RunConfig, overrides: list[str], recorded: dict[str, Any] | None = None
+    ) -> None:
+        """Write what runs, on what; the results of an earlier session of the same run stay.
+
+        `recorded` is the config with references for what it took from the environment.
+        """
         began = _now()
         self.entries.pop("error", None)
         versions = machine_info.package_versions()
@@ -235,6 +243,7 @@ class RunRecord:
             recipe=config.recipe,
             command=[redact_override(word) for word in sys.argv],
             overrides=[redact_override(override) for override in overrides],
+            environment=fingerprint_variables(recorded or {}),
             cwd=str(Path.cwd()),
             seeds={"seed": config.seed, "deterministic": config.deterministic},
             started=self.entries.get("started", began),
@@ -251,7 +260,9 @@ class RunRecord:
         """Set entries and write the file, without secrets."""
         self.entries |= entries
         # Hidden on the way to the disk, whoever set the entries.
-        written = redact_secrets(self.entries)
+        written = redact({name: value for name, value in self.entries.items() if name != "chat"})
+        if "chat" in self.entries:
+            written["chat"] = redact_chat(self.entries["chat"])
         write_json(self.path, {"seal": compute_seal(written), **written})
 
     def update_session(self, **entries: Any) -> None:

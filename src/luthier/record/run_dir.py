@@ -27,9 +27,13 @@ from luthier import __version__
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.errors import UserError, nearest_option
 from luthier.record import checkpoints
-from luthier.record.config_diff import ConfigChange, compare_configs
+from luthier.record.config_diff import (
+    ConfigChange,
+    compare_configs,
+    find_environment_changes,
+)
 from luthier.record.record import RECORD_FORMAT, RunRecord, read_record
-from luthier.record.secrets import redact_override, redact_secrets
+from luthier.redaction import redact, redact_override
 from luthier.storage import lock
 from luthier.storage.atomic import write_json, write_text
 from luthier.storage.manifest import MANIFEST, DamagedFolderError, verify_manifest, verify_sizes
@@ -223,7 +227,7 @@ def has_training_progress(folder: Path) -> bool:
 
 def to_yaml(resolved: dict[str, Any]) -> str:
     """Return a resolved config as YAML, in its own order, without the values of secrets."""
-    return yaml.safe_dump(redact_secrets(resolved), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redact(resolved), sort_keys=False, allow_unicode=True)
 
 
 def find_run(typed: str) -> Path:
@@ -301,7 +305,9 @@ def _config_changes(folder: Path, resolved: dict[str, Any]) -> list[ConfigChange
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    return compare_configs(read_recorded_config(path), resolved)
+    variables = read_record(folder).get("environment") or {}
+    changes = compare_configs(read_recorded_config(path), resolved)
+    return changes + find_environment_changes(resolved, variables)
 
 
 def _write_marker(folder: Path) -> None:

@@ -54,7 +54,8 @@ class DatasetEncoding:
         checked_key = self._sweep.data.get(tuple(trial.params.values()))
         if checked_key is None and trial.number not in self._keys:
             try:
-                resolved = load_config(self._sweep.choices(trial.params)).resolved
+                choices = self._sweep.choices(trial.params)
+                resolved = load_config(choices, self._sweep.is_trusted).resolved
                 self._keys[trial.number] = data_key(resolved)
             except UserError as error:
                 self._keys[trial.number] = error

@@ -67,10 +67,13 @@ class LaunchCommand:
         return [sys.executable, *run, *flags, *script]
 
 
-def find_launch_command(launcher: LauncherSettings, environ: Mapping[str, str]) -> LaunchCommand:
+def find_launch_command(
+    launcher: LauncherSettings, environ: Mapping[str, str], script_flags: tuple[str, ...] = ()
+) -> LaunchCommand:
     """How the trials of this sweep are to be started: as the settings say, or as it was itself.
 
-    Raises UserError for a launch over several machines, which one sweep cannot share out.
+    `script_flags` are those that each trial gets. Raises UserError for a launch over several
+    machines, which one sweep cannot share out.
     """
     launch_flags, folder, above = launcher.launch_words(), Path.cwd(), dict(environ)
     started = launch_request.find_launcher_command()
@@ -81,7 +84,7 @@ def find_launch_command(launcher: LauncherSettings, environ: Mapping[str, str]) 
         # that trials must not inherit.
         above = _find_launcher_environment() or above
     above = environment_without_rank(above)
-    script = _find_script()
+    script = (*_find_script(), *script_flags)
     if launch_flags is None and int(environ.get("WORLD_SIZE", "1")) > 1:
         _refuse_machines(int(environ["WORLD_SIZE"]) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
         count = int(environ["WORLD_SIZE"])

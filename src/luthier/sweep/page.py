@@ -5,6 +5,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from luthier.redaction import redact_text
 from luthier.storage.atomic import write_text
 from luthier.sweep.objective import Objective
 from luthier.sweep.trials import (
@@ -74,7 +75,7 @@ def write_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
     )
-    write_text(path, head + "\n".join(sections) + "</body></html>\n")
+    write_text(path, redact_text(head + "\n".join(sections) + "</body></html>\n"))
 
 
 def _count_states(trials: Sequence[Trial]) -> str:

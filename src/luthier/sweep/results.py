@@ -10,12 +10,20 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
-from luthier.config.compose import TypedOverride, compose_config, parse_overrides, resolve_config
+from luthier.config.compose import (
+    TypedOverride,
+    compose_config,
+    parse_overrides,
+    resolve_config,
+    resolve_for_record,
+)
+from luthier.config.env_references import put_references
 from luthier.config.load import load_config
 from luthier.config.recipes import list_options
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError
 from luthier.record.config_diff import NEUTRAL_KEYS
+from luthier.redaction import redact
 from luthier.storage.atomic import write_text
 from luthier.sweep.page import write_page
 from luthier.sweep.plots import draw_plots, importance_hint
@@ -35,7 +43,8 @@ def write_recipe(planned: SweepPlan, trial: Trial, name: str, count: int) -> Pat
     path = _recipe_path(planned, name)
     choices = planned.choices(trial.params)
     typed, _ = parse_overrides(choices)
-    resolved = load_config(choices).resolved
+    # Redacted, as the recipe is written: a secret does not stand in it, and is typed again.
+    resolved = redact(load_config(choices, planned.is_trusted).recorded)
     keys = _collect_typed_keys(typed, resolved)
     # A key that is added may change what others come to (through an interpolation), so it is
     # compared anew.
@@ -112,11 +121,15 @@ def _value_at(resolved: dict[str, Any], key: str) -> Any:
 def _compare_recipe(name: str, resolved: dict[str, Any]) -> dict[str, Any]:
     """Return the keys in which a recipe differs from what is wanted, with the wanted values."""
     try:
-        return _find_differences(load_config([f"recipe={name}"]).resolved, resolved)
+        recorded = load_config([f"recipe={name}"], is_trusted=True).recorded
+        return _find_differences(redact(recorded), resolved)
     except UserError:
         # Keys that exclude each other: what is wrong with the recipe is among what differs.
+        composed = compose_config([f"recipe={name}"])
         return _find_differences(
-            resolve_config(compose_config([f"recipe={name}"])), resolved, is_whole=False
+            redact(put_references(resolve_config(composed), resolve_for_record(composed))),
+            resolved,
+            is_whole=False,
         )
 
 

@@ -18,7 +18,7 @@ from luthier.config.load import LoadedConfig, format_mistakes, load_config
 from luthier.errors import Mistake, UserError
 from luthier.record.config_diff import NEUTRAL_KEYS, compare_configs
 from luthier.record.run_dir import to_yaml
-from luthier.record.secrets import redact_override
+from luthier.redaction import redact_override
 from luthier.storage.atomic import write_json, write_text
 from luthier.storage.typed_files import load_yaml
 from luthier.storage.write_errors import explain_write_errors
@@ -64,6 +64,8 @@ class SweepPlan:
     """All points, where they are known ahead."""
     data: dict[tuple[str, ...], str]
     """What decides the data of a point that was checked, by its values."""
+    is_trusted: bool = False
+    """Whether recipes may name code that is not the user's own (`--trust`)."""
 
     @property
     def recipe(self) -> str | None:
@@ -94,12 +96,14 @@ class SweepPlan:
 
 
 def plan_sweep(
-    typed_overrides: list[str], checking: Callable[[int], None] = lambda count: None
+    typed_overrides: list[str],
+    checking: Callable[[int], None] = lambda count: None,
+    is_trusted: bool = False,
 ) -> SweepPlan:
     """Read and check a sweep; `checking` hears how many configurations are composed for it.
 
-    Raises UserError with what is wrong in the search space, the settings of the sweep, or the
-    configuration of any trial.
+    `is_trusted` lets recipes name code that is not the user's own. Raises UserError with what is
+    wrong in the search space, the settings of the sweep, or the configuration of any trial.
     """
     composed = compose_config(space.first_point(typed_overrides))
     if composed.mistakes:
@@ -113,7 +117,7 @@ def plan_sweep(
         raise UserError(format_mistakes(mistakes, composed))
     points = _list_points(search_space, sweeper)
     first = {axis.key: axis.ends()[0] for axis in search_space.axes}
-    base, data = _load_points(search_space, [first], checking)
+    base, data = _load_points(search_space, [first], checking, is_trusted)
     objectives, watched = _read_goal(sweeper, base, composed)
     # Of points that are not known ahead, each value and each bound is checked once, the other axes
     # at their first: settings that are wrong only together show when they are drawn.
@@ -124,7 +128,7 @@ def plan_sweep(
         point for n, point in enumerate(checked_points) if point not in [first, *checked_points[:n]]
     ]
     if different:
-        data |= _load_points(search_space, different, checking)[1]
+        data |= _load_points(search_space, different, checking, is_trusted)[1]
     return SweepPlan(
         words=typed_overrides,
         space=search_space,
@@ -136,6 +140,7 @@ def plan_sweep(
         base=base,
         points=points,
         data=data,
+        is_trusted=is_trusted,
     )
 
 
@@ -205,7 +210,10 @@ def _list_points(
 
 
 def _load_points(
-    search_space: SearchSpace, points: list[strategies.Point], checking: Callable[[int], None]
+    search_space: SearchSpace,
+    points: list[strategies.Point],
+    checking: Callable[[int], None],
+    is_trusted: bool,
 ) -> tuple[LoadedConfig, dict[tuple[str, ...], str]]:
     """Compose and check every configuration; returns the first, and what decides each one's data.
 
@@ -221,7 +229,8 @@ def _load_points(
     for point in points:
         try:
             loaded = load_config(
-                [*search_space.fixed, *(f"{key}={text}" for key, text in point.items())]
+                [*search_space.fixed, *(f"{key}={text}" for key, text in point.items())],
+                is_trusted,
             )
             base = base or loaded
             # check_before_torch reads files of model and data, which most points of a grid share.
@@ -307,7 +316,7 @@ def lock_sweep(sweep: SweepPlan) -> int:
         lock = _take_lock(path, sweep.launcher.grace)
         _refuse_other_sweep(sweep)
         write_json(sweep.folder.definition, _describe_sweep(sweep))
-        write_text(path / "base.yaml", to_yaml(sweep.base.resolved))
+        write_text(path / "base.yaml", to_yaml(sweep.base.recorded))
     return lock
 
 
@@ -403,7 +412,7 @@ def _refuse_other_sweep(sweep: SweepPlan) -> None:
     file = sweep.folder.path / "base.yaml"
     before = load_yaml(file, dict[str, Any], "Put it back from a copy, or remove it.")
     if not lines and before is not None:
-        lines = [str(change) for change in compare_configs(before, sweep.base.resolved)]
+        lines = [str(change) for change in compare_configs(before, sweep.base.recorded)]
     if lines:
         change_lines = "\n".join(f"  {line}" for line in lines[:10])
         raise UserError(

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from luthier.record.checkpoints import read_step_log
 from luthier.record.record import read_record
+from luthier.redaction import redact_text
 from luthier.storage.atomic import write_json, write_text
 from luthier.storage.typed_files import DamagedFileError, load_json
 from luthier.sweep.objective import Objective
@@ -332,4 +333,4 @@ def write_csv(trials: Sequence[Trial], objectives: Sequence[Objective], path: Pa
         error = trial.error or ""
         row = [trial.name, trial.state, *params, *numbers, trial.step, f"{trial.seconds:.1f}"]
         writer.writerow([*row, error])
-    write_text(path, text.getvalue())
+    write_text(path, redact_text(text.getvalue()))

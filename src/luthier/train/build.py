@@ -64,13 +64,13 @@ def build_and_fit(
     record = RunRecord(folder)
     is_recorded = is_main_process and not config.dry_run
     if is_recorded:
-        record.start(config, loaded.overrides)
+        record.start(config, loaded.overrides, loaded.recorded)
         changed_versions = resume.describe_changed_versions(record)
         if changed_versions is not None:
             console.print_line(changed_versions)
     try:
         tracked_record = record if is_recorded else None
-        with trackers.open_trackers(config, loaded.resolved, folder, tracked_record):
+        with trackers.open_trackers(config, loaded.recorded, folder, tracked_record):
             if not config.dry_run:
                 session = build_session(config, folder, record, is_main_process, machine, sources)
                 return fit(replace(session, after_save=after_save))

@@ -21,6 +21,7 @@ from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
 from luthier.record.record import RunRecord
+from luthier.redaction import redact_chat
 from luthier.storage.atomic import write_json, write_jsonl
 from luthier.storage.manifest import compute_seal
 from luthier.storage.output_folder import publish_folder, seal_model
@@ -371,7 +372,7 @@ def save_model(session: TrainingSession) -> None:
         shutil.rmtree(temporary / "ref", ignore_errors=True)
         convert_to_plain_lora(trainer.model, temporary)
         if session.encoder is not None:
-            write_json(temporary / "chat.json", session.encoder.settings())
+            write_json(temporary / "chat.json", redact_chat(session.encoder.settings()))
             save_serving_files(temporary, trainer, session.encoder)
         seal_model(temporary)
         publish_folder(temporary, session.folder / "model")

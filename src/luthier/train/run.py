@@ -104,8 +104,8 @@ def _open_run_dir(loaded: "LoadedConfig", folder: Path) -> AbstractContextManage
     config = loaded.config
     # From the environment, as torch is not imported yet.
     if int(os.environ.get("RANK", "0")) > 0:
-        is_done = not config.overwrite and is_run_finished(folder, loaded.resolved)
+        is_done = not config.overwrite and is_run_finished(folder, loaded.recorded)
         return nullcontext(RunDir(folder, "finished" if is_done else "unfinished"))
     if config.dry_run:
-        return nullcontext(inspect_run(folder, loaded.resolved, config.overwrite))
-    return open_run(folder, loaded.resolved, loaded.overrides, config.overwrite)
+        return nullcontext(inspect_run(folder, loaded.recorded, config.overwrite))
+    return open_run(folder, loaded.recorded, loaded.overrides, config.overwrite)

@@ -5,6 +5,7 @@ A run is one run in each of them, however often it stops and goes on: their ids 
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from luthier.config.schema import RunConfig, TrackerConfig
 from luthier.errors import UserError
 from luthier.record.config_diff import flatten_config
 from luthier.record.record import RunRecord
-from luthier.record.secrets import redact_secrets
+from luthier.redaction import redact, redact_override
+from luthier.terminal import unguarded_output
 from luthier.train.signals import STOPPED_EXIT_CODE, StoppedBySignal
 
 # Files of the run's folder that a tracker keeps beside the metrics.
@@ -52,10 +54,11 @@ def open_trackers(
     if record is None:
         yield
         return
-    settings = redact_secrets(resolved)
+    settings = redact(resolved)
     name = f"{config.recipe or 'custom'}/{folder.name}"
     opened = {}
     with ExitStack() as stack:
+        stack.enter_context(_redacted_trainer_arguments())
         for tracker, open_tracker in (("wandb", _open_wandb), ("mlflow", _open_mlflow)):
             if tracker in config.tracker.to:
                 run = open_tracker(config.tracker, settings, name, record)
@@ -63,6 +66,33 @@ def open_trackers(
         if opened:
             record.update(trackers=record.entries.get("trackers", {}) | opened)
         yield
+
+
+@contextmanager
+def _redacted_trainer_arguments() -> Iterator[None]:
+    """Have transformers' callbacks give the trackers a trainer's arguments without secrets.
+
+    They call `to_dict` (transformers 5.23), and hide no more than what ends in `_token`.
+    """
+    from transformers import TrainingArguments
+
+    to_dict = TrainingArguments.to_dict
+    TrainingArguments.to_dict = lambda self: redact(to_dict(self))
+    try:
+        yield
+    finally:
+        TrainingArguments.to_dict = to_dict
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """Show the process's command line without secrets to who reads it within the block."""
+    typed = sys.argv
+    sys.argv = [redact_override(word) for word in typed]
+    try:
+        yield
+    finally:
+        sys.argv = typed
 
 
 def log_results(config: RunConfig, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -129,7 +159,10 @@ def _open_wandb(
         # `allow` and not `must`: a run that was recorded offline is not on the server yet.
         options |= {"id": run_id, "resume": "allow"}
     try:
-        run = wandb.init(**options | config.wandb, config=settings)
+        # wandb 0.31 records the command line of the process, in wandb-metadata.json; and what is
+        # printed, by a hook in the streams, which must stand behind those that hide secrets.
+        with _redacted_command_line(), unguarded_output():
+            run = wandb.init(**options | config.wandb, config=settings)
     except (TypeError, ValueError, wandb.errors.Error) as error:
         raise UserError(
             f"tracker.wandb: {error}\nWithout an account or a network: tracker.wandb.mode=offline"

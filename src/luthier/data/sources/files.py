@@ -32,6 +32,7 @@ from luthier.data.sources.streams import (
     read_errors_as_user_errors,
 )
 from luthier.errors import UserError
+from luthier.redaction import redact_message
 
 NamedLocation = tuple[str, FileLocation]
 """A file's name and place."""
@@ -259,7 +260,9 @@ def _files_of_path(path: str, settings: FileSettings) -> list[DataFile]:
     """Return the files of one path."""
     local = local_path(path)
     if is_address(path) and local is None:
-        locations = _remote_locations(path, settings)
+        # What rows are called goes into reports: an address without its login and signature.
+        named = _remote_locations(path, settings)
+        locations = [(redact_message(label), location) for label, location in named]
     else:
         with read_errors_as_user_errors(path):
             locations = _local_locations(local or path, settings)

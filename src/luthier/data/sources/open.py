@@ -27,6 +27,7 @@ from luthier.data.sources.source import Source, changed_file_error, hash_file, j
 from luthier.data.sources.streams import DataFile, HashedFile, WebFile
 from luthier.data.sources.text import read_text_rows
 from luthier.errors import UserError
+from luthier.redaction import HIDDEN, REFERENCE, redact_message
 
 if TYPE_CHECKING:
     from luthier.config.schema import SourceConfig
@@ -237,6 +238,7 @@ def _open_files(config: "SourceConfig", name: str) -> Source:
     storage = format_options.pop("storage", {})
     if not isinstance(storage, dict):
         raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")
+    _refuse_missing_secrets({"path": _paths(config), "options.storage": storage}, name)
     file_settings = FileSettings(config.format, storage)
     files = find_files(_paths(config), file_settings)
     formats = sorted({file.format for file in files})
@@ -269,12 +271,36 @@ def _report_left_out(name: str, left_out: Sequence[str]) -> None:
     )
 
 
+def _refuse_missing_secrets(value: Any, name: str) -> None:
+    """Raise UserError where a setting holds what a record has in place of a secret."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            _refuse_missing_secrets(below, f"{name}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_missing_secrets(item, name)
+    elif isinstance(value, str) and HIDDEN in value:
+        raise UserError(
+            f"{name}: the record of the run does not hold this secret. Type it as it was typed for "
+            f"the run, or as a variable: {name}='${{oc.env:NAME}}'."
+        )
+    elif isinstance(value, str) and (reference := REFERENCE.search(value)):
+        variable = reference[1]
+        reason = (
+            "is a secret of your environment, which a run's folder gets only with --trust"
+            if variable in os.environ
+            else "is not set"
+        )
+        raise UserError(f"{name}: it comes from the variable {variable}, which {reason}.")
+
+
 def _source_of_files(
     config: "SourceConfig", name: str, files: Sequence[DataFile], content: FileContent
 ) -> Source:
     """Return the source of these files."""
     labels = tuple(file.label for file in files)
-    return Source(name, _label(_paths(config), labels), labels, content, config.max_rows)
+    label = redact_message(_label(_paths(config), labels))
+    return Source(name, label, labels, content, config.max_rows)
 
 
 def _paths(config: "SourceConfig") -> list[str]:

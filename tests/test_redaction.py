@@ -8,7 +8,7 @@ import pytest
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
 from luthier.record.record import RunRecord
 from luthier.record.run_dir import open_run
-from luthier.record.secrets import redact_override, redact_secrets, scrub_text
+from luthier.redaction import redact, redact_override, redact_text
 
 TOKEN = "hf_" + "AbCdEfGh" * 4
 ENVIRONMENT = {
@@ -36,7 +36,7 @@ TEXTS = [
 
 @pytest.mark.parametrize(("text", "safe"), [t[1:] for t in TEXTS], ids=[t[0] for t in TEXTS])
 def test_a_text_is_scrubbed(text, safe):
-    assert scrub_text(text, ENVIRONMENT) == (text if safe is None else safe)
+    assert redact_text(text, ENVIRONMENT) == (text if safe is None else safe)
 
 
 def test_an_override_and_a_config_are_scrubbed(monkeypatch):
@@ -44,7 +44,7 @@ def test_an_override_and_a_config_are_scrubbed(monkeypatch):
     assert redact_override("tracker.wandb.api_key=x1") == "tracker.wandb.api_key=(hidden)"
     assert redact_override(f"chat.date={TOKEN}") == "chat.date=(hidden)"
     given = {"a": ["correct horse battery", 3], "hub_token": "t", "tokens": "kept"}
-    assert redact_secrets(given) == {
+    assert redact(given) == {
         "a": ["(hidden)", 3],
         "hub_token": "(hidden)",
         "tokens": "kept",

@@ -1,0 +1,247 @@
+"""Code that a config names, and whose word it takes to run it.
+
+A config can name functions (`python:module.function`), metrics whose code comes from the hub
+(`evaluate:NAME`), and code that a model's repository brings (`model.trust_remote_code`). None of it
+runs because a file says so: what the user types runs, what `--trust` allows runs, and a recipe may
+call the functions of the user's own project. A run's folder may call nothing.
+"""
+
+import re
+import shlex
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.config.env_references import find_references
+from luthier.errors import UserError
+from luthier.redaction import HIDDEN, is_secret_variable, redact_override
+
+TRUST_FLAG = "--trust"
+
+_FUNCTION = "python:"
+_HUB_METRIC = "evaluate:"
+_SWITCHES = {
+    "trust_remote_code": "Python code of the model's repository",
+    "use_kernels": "compiled code of the hub",
+}
+"""Settings that are true where code may run, wherever they stand -> what then runs."""
+_MAPPINGS = ("auto_map", "auto_mapping", "custom_generate")
+"""Settings of transformers and peft that name code, wherever they stand."""
+_ATTENTION = ("attention", "attn_implementation")
+_TEMPLATED = re.compile(r"(^|::)reference(://|::|$)")
+"""fsspec's reference file system renders Jinja templates, outside of any sandbox."""
+
+
+@dataclass(frozen=True)
+class CodeReference:
+    """A setting that names code, or a secret of the environment that it would read."""
+
+    key: str
+    """The setting, such as `dataset.path`."""
+    text: str
+    """Its value, such as `python:subprocess.getoutput`."""
+    effect: str
+    """What would run or be read, in words."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What of the code that a file names the user has allowed."""
+
+    everything: bool = False
+    """`--trust` was typed."""
+    typed_keys: frozenset[str] = frozenset()
+    """Settings that were typed: their values are the user's own, not the file's."""
+
+    def allows(self, reference: CodeReference) -> bool:
+        """Return whether the code of this setting may run."""
+        is_typed = any(
+            reference.key == key or reference.key.startswith(f"{key}.") for key in self.typed_keys
+        )
+        return self.everything or is_typed
+
+
+NO_TRUST = Trust()
+"""Nothing that a file names runs."""
+EVERYTHING = Trust(everything=True)
+"""All that a file names runs."""
+
+
+def trust_of(switches: Iterable[str], settings: Iterable[tuple[str, Any]] = ()) -> Trust:
+    """Return what was allowed by the flags of a command and its settings, as keys and values."""
+    return Trust(TRUST_FLAG in switches, typed_keys(settings))
+
+
+def typed_keys(settings: Iterable[tuple[str, Any]]) -> frozenset[str]:
+    """Return the keys that settings set; of a mapping (`dataset={path: x}`), those inside it."""
+    return frozenset(key for name, value in settings for key in _leaves(name, value))
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    else:
+        yield key
+
+
+def find_code(config: Any, key: str = "") -> list[CodeReference]:
+    """Return every setting of a config, in plain values, that names code."""
+    if isinstance(config, Mapping):
+        references = []
+        for name, below in config.items():
+            key_below = f"{key}.{name}" if key else str(name)
+            # A metric with settings is a mapping under its name: {python:my.score: {scale: 2}}.
+            references += _find_in_text(key, name) if isinstance(name, str) else []
+            references += _find_in_setting(key_below, str(name), below)
+            references += find_code(below, key_below)
+        return references + _find_in_source(key, config)
+    if isinstance(config, list | tuple):
+        return [reference for item in config for reference in find_code(item, key)]
+    return _find_in_text(key, config) if isinstance(config, str) else []
+
+
+def _find_in_text(key: str, text: str) -> list[CodeReference]:
+    """Return the code that a text names by itself, such as `python:module.function`."""
+    if text.startswith(_FUNCTION):
+        where = _find_origin(text) or "there is no such module here"
+        name = text.removeprefix(_FUNCTION)
+        return [CodeReference(key, text, f"calls {name} ({where})")]
+    if text.startswith(_HUB_METRIC):
+        name = text.removeprefix(_HUB_METRIC)
+        return [CodeReference(key, text, f"runs the code of the metric {name} of the hub")]
+    if _TEMPLATED.search(text):
+        return [CodeReference(key, text, "renders templates that the data brings")]
+    return []
+
+
+def _find_in_source(key: str, config: Mapping[Any, Any]) -> list[CodeReference]:
+    """Return the functions of a source with `format: python`, whose paths need no prefix."""
+    if config.get("format") != "python":
+        return []
+    held_out = config.get("eval")
+    held_out_path = held_out.get("path") if isinstance(held_out, Mapping) else None
+    paths = {"path": config.get("path"), "eval.path": held_out_path}
+    return [
+        reference
+        for name, path in paths.items()
+        if isinstance(path, str) and not path.startswith(_FUNCTION)
+        for reference in _find_in_text(f"{key}.{name}", f"{_FUNCTION}{path}")
+    ]
+
+
+def _find_in_setting(key: str, name: str, value: Any) -> list[CodeReference]:
+    """Return the code that a setting allows by its name and value."""
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    if name in _SWITCHES and value not in (False, None, "", 0):
+        return [CodeReference(key, shown, f"runs {_SWITCHES[name]}")]
+    if name in _MAPPINGS and value:
+        return [CodeReference(key, shown, "runs Python code that it names")]
+    if name == "weights_only" and value is False:
+        return [CodeReference(key, shown, "loads pickles, which run code")]
+    # transformers loads an attention with a slash as a compiled kernel of the hub.
+    if name in _ATTENTION and isinstance(value, str) and "/" in value:
+        return [CodeReference(key, shown, "runs a compiled kernel of the hub")]
+    return []
+
+
+def find_secrets_read(config: Any, keys: tuple[str, ...]) -> list[CodeReference]:
+    """Return the settings below these keys that take a secret from this environment."""
+    return [
+        CodeReference(key, f"${{oc.env:{name}}}", f"reads {name} of your environment")
+        for key, name in find_references(config)
+        if is_secret_variable(name) and key.split(".")[0] in keys
+    ]
+
+
+def check_recorded(config: Any, where: str, trust: Trust, keys: tuple[str, ...] = ()) -> None:
+    """Raise UserError for what the config of a run's folder would run and nobody has allowed.
+
+    `config` is in plain values and `where` is the file. Below `keys`, secrets of the environment
+    are refused too.
+    """
+    references = [*find_code(config), *find_secrets_read(config, keys)]
+    _refuse([each for each in references if not trust.allows(each)], where)
+
+
+def check_composed_code(config: Any, trust: Trust) -> None:
+    """Raise UserError for code that recipes and options name, outside of the user's own project."""
+    _refuse(
+        [
+            reference
+            for reference in find_code(config)
+            if not trust.allows(reference) and not _is_own_function(reference.text)
+        ],
+        "the recipe",
+    )
+
+
+def _is_own_function(text: str) -> bool:
+    """Return whether a function lies in the user's own files.
+
+    Those of Python and of installed packages are not: `python:subprocess.getoutput` in a recipe of
+    someone else's runs any command. Nor are files within a run's folder, which comes as a whole.
+    """
+    origin = _find_origin(text) if text.startswith(_FUNCTION) else None
+    if origin is None or not Path(origin).is_file():
+        return False
+    file = Path(origin).resolve()
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = [*(Path(path).resolve() for path in paths), Path(__file__).resolve().parents[1]]
+    if any(file.is_relative_to(folder) for folder in installed):
+        return False
+    if not {"site-packages", "dist-packages"}.isdisjoint(file.parts):
+        return False
+    return not any((folder / "run.json").is_file() for folder in file.parents)
+
+
+def _find_origin(text: str) -> str | None:
+    """Return where a function's module comes from; None where there is no such module."""
+    # Only now: a config without functions imports no metrics.
+    from luthier.metrics.custom import find_module_origin
+
+    return find_module_origin(text)
+
+
+def _refuse(references: list[CodeReference], where: str) -> None:
+    """Raise UserError that lists what would run; nothing where there is nothing."""
+    if not references:
+        return
+    unique = dict.fromkeys(references)
+    lines = [f"  {each.key}: {each.text}  ({each.effect})" for each in unique]
+    switches = [f"{each.key}={each.text}" for each in unique if each.text == "true"]
+    typed = f", or type what you mean to run yourself ({switches[0]})" if switches else ""
+    reads = any(each.effect.startswith("reads") for each in unique)
+    noun = "code or takes secrets" if reads else "code"
+    raise UserError(
+        f"{where} names {noun} that you have not typed, so nothing was run. It would do this:\n"
+        + "\n".join(lines)
+        + f"\nIf you trust it, add {TRUST_FLAG}{typed}:\n    {_command()}"
+    )
+
+
+def _command() -> str:
+    """Return the command that was typed, with --trust."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        start = ["python", "-m", "luthier"]
+    elif program.suffix == ".py":
+        start = ["python", sys.argv[0]]
+    else:
+        start = program.name.split()
+    return shlex.join([*start, *map(redact_override, sys.argv[1:]), TRUST_FLAG])
+
+
+def find_hidden(config: Any, key: str = "") -> Iterator[str]:
+    """Yield the key of each value that a record holds no more, as it was a secret."""
+    if isinstance(config, Mapping):
+        for name, below in config.items():
+            yield from find_hidden(below, f"{key}.{name}" if key else str(name))
+    elif isinstance(config, list):
+        for item in config:
+            yield from find_hidden(item, key)
+    elif isinstance(config, str) and HIDDEN in config:
+        yield key
