@@ -305,9 +305,10 @@ def redact_override(override: str) -> str:
     names = re.split(r"[./@:]", key.lstrip("+~"))
     if not equals or not typed:
         return redact_text(override)
-    value = _parse_value(override)
+    # Only what holds other values is taken apart, which is slow.
+    value = _parse_value(override) if re.search(r"[{\[(]", typed) else None
     if value is None:
-        # Not to be read, or a sweep over several values: one rule for all that stands in it.
+        # One value, several of a sweep, or what cannot be read: one rule for all that stands in it.
         is_secret = _hides_text(names[-1], any(_hides_below(name, False) for name in names[:-1]))
         hidden = HIDDEN if is_secret and not _is_referenced(typed) else _hide_pairs(typed)
         return f"{redact_text(key)}={hidden}"

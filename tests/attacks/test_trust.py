@@ -269,8 +269,6 @@ def test_a_record_starts_no_program_of_its_own(stranger, luthier):
 
     launch = {"distributed_type": "MULTI_CPU", "mpirun_config": {"mpirun_hostfile": "x"}}
     record = {"launch": {"launcher": {"config": launch | {"commands": ["rm -r x"]}}}}
-    assert _launch_config(record) == {
-        "distributed_type": "MULTI_CPU", "compute_environment": "LOCAL_MACHINE",
-    }  # fmt: skip
+    assert _launch_config(record) == {"distributed_type": "MULTI_CPU"}
     with pytest.raises(UserError, match="launched as TPU"):
         _launch_config({"launch": {"launcher": {"config": {"distributed_type": "TPU"}}}})

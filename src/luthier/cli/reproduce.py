@@ -166,8 +166,7 @@ def _launch_config(record: dict[str, Any]) -> dict[str, Any]:
             f"repeated from a record. Known are {', '.join(_LAUNCHES)}."
         )
     # Hosts, commands and files of other launchers, which accelerate would start.
-    kept = {name: value for name, value in config.items() if name in _LAUNCH_SETTINGS}
-    return kept | {"compute_environment": "LOCAL_MACHINE"}
+    return {name: value for name, value in config.items() if name in _LAUNCH_SETTINGS}
 
 
 def _launcher(record: dict[str, Any]) -> dict[str, Any]:

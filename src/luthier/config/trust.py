@@ -106,7 +106,8 @@ def find_code(config: Any, key: str = "") -> list[CodeReference]:
 
 def _find_in_text(key: str, text: str) -> list[CodeReference]:
     """Return the code that a text names by itself, such as `python:module.function`."""
-    if text.startswith(_FUNCTION):
+    # A system prompt may begin so, too; no function's path has a space.
+    if text.startswith(_FUNCTION) and not re.search(r"\s", text):
         where = _find_origin(text) or "there is no such module here"
         name = text.removeprefix(_FUNCTION)
         return [CodeReference(key, text, f"calls {name} ({where})")]
