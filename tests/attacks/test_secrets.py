@@ -9,6 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from helpers import train_command
+from helpers.fork_server import Forks
 from helpers.train_command import said, words
 from luthier import redaction
 from luthier.config import load_config
@@ -359,6 +361,21 @@ def guarded(tmp_path):
     yield f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def forks():
+    """A process that forks runs."""
+    made = Forks()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with a model and rows; runs are written beside them."""
+    train_command.make(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.train
