@@ -277,7 +277,7 @@ def scripted(tuned_llm, monkeypatch):
 
 
 def test_reasoning_and_calls_are_fields_of_their_own(client, scripted):
-    scripted(f"<think>hm</think>Well.\n{CALL_TEXT}\n{CALL_TEXT}")
+    scripted(f"<think>\nhm</think>\n\nWell.\n{CALL_TEXT}\n{CALL_TEXT}")
     (choice,) = client.post(CHAT, json={"messages": QUESTION}).json()["choices"]
     message = choice["message"]
     assert choice["finish_reason"] == "tool_calls"

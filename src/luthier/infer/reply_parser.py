@@ -36,6 +36,7 @@ class ReplyParser:
         self._parser: Any = None
         # The text since all of it was last told, and what was told of it.
         self._unsettled = self._emitted = ""
+        self._begun: set[str] = set()
         if template is not None:
             from transformers.utils.chat_parsing import ResponseParser
 
@@ -74,7 +75,12 @@ class ReplyParser:
                 yield delta
                 continue
             self._emitted += delta.text
-            if shown := self._special.sub("", delta.text):
+            shown = self._special.sub("", delta.text)
+            # Templates write newlines around reasoning, which belong to neither text.
+            if delta.field not in self._begun:
+                shown = shown.lstrip("\n")
+            if shown:
+                self._begun.add(delta.field)
                 yield ReplyDelta(delta.field, shown)
         if self._emitted.endswith(self._unsettled):
             self._unsettled = self._emitted = ""

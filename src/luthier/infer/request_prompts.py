@@ -4,6 +4,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
@@ -19,6 +20,8 @@ from luthier.infer.openai_requests import (
 
 _MOST_ENCODERS = 8
 """Encoders for variables of requests that are remembered: each compiles its template."""
+_MAX_VARIABLE_CHARS = 4096
+"""The longest variables of a request, as JSON."""
 _TEMPLATE_INPUTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 
 
@@ -31,17 +34,17 @@ class RequestPrompts:
         self._text = PlainTextTokenizer(llm.tokenizer)
         self._start = list(measure_frame(llm.tokenizer).ids_around[0])
         self._encoders: OrderedDict[str, ChatEncoder] = OrderedDict()
-        # Encoders keep what they have seen, and requests are encoded in several threads.
-        self._lock = threading.Lock()
+        # Encoders keep what they have seen, and requests are encoded in several threads. Making an
+        # encoder takes a second, in which requests without variables need not wait.
+        self._lock, self._encoders_lock = threading.Lock(), threading.Lock()
 
     def encode(self, request: ConversationRequest | CompletionRequest) -> list[int]:
         """Return the ids of a request's prompt; raises ApiError for one that makes no prompt."""
         field = request.prompt_field
-        with self._lock:
-            if isinstance(request, CompletionRequest):
-                ids = self._encode_text(request.prompt)
-            else:
-                ids = self._encode_conversation(request)
+        if isinstance(request, CompletionRequest):
+            ids = self._encode_text(request.prompt)
+        else:
+            ids = self._encode_conversation(request)
         if not ids:
             raise ApiError(f"{field}: is empty, so there is nothing to begin with.", param=field)
         if len(ids) >= self._context:
@@ -55,7 +58,8 @@ class RequestPrompts:
 
     def _encode_text(self, text: str) -> list[int]:
         try:
-            (ids,) = self._text.encode([text])
+            with self._lock:
+                (ids,) = self._text.encode([text])
         except ChatError as error:
             raise ApiError(f"prompt: {error.text}.", param="prompt") from None
         return [*self._start, *ids]
@@ -72,8 +76,10 @@ class RequestPrompts:
                 param=field,
             )
         try:
-            encoder = self._encoder(request.variables)
-            return _prompt_ids(encoder, messages, tools)
+            with self._encoders_lock if request.variables else nullcontext():
+                encoder = self._encoder(request.variables)
+            with self._lock:
+                return _prompt_ids(encoder, messages, tools)
         except ChatError as error:
             raise _prompt_error(error, request) from None
 
@@ -83,6 +89,9 @@ class RequestPrompts:
             return self._llm.encoder
         self._check_variables(variables)
         key = json.dumps(variables, sort_keys=True)
+        if len(key) > _MAX_VARIABLE_CHARS:
+            text = f"chat_template_kwargs: is longer than {_MAX_VARIABLE_CHARS:,} characters."
+            raise ApiError(text, param="chat_template_kwargs")
         if key not in self._encoders:
             # Variables are part of what an encoder checks when it is made.
             settings = self._llm.encoder.settings()
@@ -133,7 +142,7 @@ def _prompt_error(error: ChatError, request: ConversationRequest) -> ApiError:
     if error.message is not None and isinstance(request, ChatCompletionRequest):
         place = f"{field}[{error.message}]"
         place += f".{error.field}" if error.field else ""
-    text = error.text
+    text = error.text.replace("refuses the row", "refuses the conversation")
     if error.reason == "unknown role":
         # What follows is about a setting of the training.
         text = text.partition(" If the chat template")[0].rstrip(".")

@@ -102,6 +102,7 @@ def make_server(
         port=port,
         log_level="warning",
         server_header=False,
+        ws="none",
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     # A server object and no uvicorn.run, so that a caller can stop it from another thread.
