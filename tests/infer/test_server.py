@@ -1,6 +1,7 @@
 """The server's replies, whole and as streams, and what stops, bounds and refuses them."""
 
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -22,6 +23,7 @@ from helpers.model_server import (
 )
 from luthier.errors import UserError
 from luthier.infer import LLM
+from luthier.infer.generate import bytes_per_row
 from luthier.infer.reply_parser import ReplyDelta, ReplyParser
 from luthier.infer.server import ModelServer, ServerLimits
 from luthier.infer.stream import StopStrings
@@ -462,3 +464,82 @@ def test_openais_own_client_understands_it(tuned_llm, expected):
         assert (refused.value.param, refused.value.type) == ("n", "invalid_request_error")
         with pytest.raises(openai.NotFoundError, match="This server has tiny"):
             client.chat.completions.create(model="gpt-4", messages=QUESTION)
+
+
+def test_many_clients_each_get_their_reply(tuned_llm):
+    texts = ["abc", "hello there", "x", "a longer question than the others"]
+    expected = tuned_llm.generate(texts, max_new_tokens=9)
+    replies = {}
+
+    def ask(client):
+        for round_ in range(3):
+            number = (client + round_) % len(texts)
+            question = [{"role": "user", "content": texts[number]}]
+            body = {"messages": question, "max_tokens": 9}
+            answer = json.loads(post(port, body))["choices"][0]["message"]["content"]
+            replies[client, round_] = answer == expected[number]
+
+    with listening(tuned_llm) as port:
+        clients = [threading.Thread(target=ask, args=(client,)) for client in range(8)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+    assert len(replies) == 24 and all(replies.values())
+
+
+HALF = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HALF + b"Content-Length: 500\r\n\r\n{",
+        HALF + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        HALF + b"Content-Length: -1\r\n\r\n",
+        HALF[:40],
+        b"\x1b[2J GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+    ],
+    ids=["cut", "chunks", "length", "head", "garbage", "tls", "no host", "two hosts"],
+)
+def test_a_request_that_is_cut_leaves_no_traceback(tuned_llm, capfd, sent):
+    with listening(tuned_llm) as port:
+        with socket.create_connection(("localhost", port)) as connection:
+            connection.sendall(sent)
+            time.sleep(0.1)
+        assert json.loads(post(port, {"messages": QUESTION, "max_tokens": 1}))["choices"]
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err and "\x1b" not in out + err
+
+
+def test_a_body_that_never_comes_is_not_waited_for(tuned_llm, monkeypatch):
+    monkeypatch.setattr("luthier.infer.server._BODY_SECONDS", 0.3)
+    with (
+        listening(tuned_llm, waiting=1) as port,
+        socket.create_connection(("localhost", port)) as connection,
+    ):
+        connection.sendall(HALF + b"Content-Length: 500\r\n\r\n{")
+        answer = connection.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 408") and b"not complete after 0 seconds" in answer
+
+
+def test_the_memory_bounds_a_reply(tuned_llm, client, monkeypatch):
+    row = bytes_per_row(tuned_llm.model, 22, 5)
+
+    def ask(free):
+        monkeypatch.setattr("luthier.infer.reply_writer.free_memory", lambda _: (free, "cpu"))
+        return client.post(CHAT, json={"messages": QUESTION, "max_tokens": 50})
+
+    answer = ask(row / 0.8 + 1).json()
+    assert answer["usage"]["completion_tokens"] == 5
+    assert answer["choices"][0]["finish_reason"] == "length"
+    refused = ask(1000)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == (
+        "messages: a prompt of 22 tokens does not fit into the memory that is free. Shorten it."
+    )
