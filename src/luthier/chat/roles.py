@@ -15,6 +15,7 @@ from jinja2 import nodes
 
 from luthier.chat.conversation import Conversation
 from luthier.chat.types import ChatError
+from luthier.errors import format_override
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles of OpenAI's chats, which every server knows."""
@@ -65,7 +66,7 @@ class RoleChecker:
         own = ", ".join([*ROLES, *sorted(self._allowed - {*ROLES})])
         raise ChatError(
             f"the role {role!r} is not known{hint} Known roles: {own}. If the chat template is "
-            f"made for this one, set chat.roles=[{role}]",
+            f"made for this one, set {format_override('chat.roles', [role])}",
             reason="unknown role",
             message=number,
             field="role",

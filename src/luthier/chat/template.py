@@ -227,6 +227,24 @@ def read_template(template: str) -> str:
         ) from None
 
 
+def check_template_syntax(template: str) -> None:
+    """Raise ChatError for a template that cannot be read or whose Jinja is broken.
+
+    It imports no library but Jinja, so that a config can be checked at once.
+    """
+    # `generation` is a tag of transformers' own, which marks what trains.
+    source = re.sub(r"{%[-+]? *(end)?generation *[-+]?%}", "", read_template(template))
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.parse(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        where = f" (line {line})" if line else ""
+        raise ChatError(
+            f"the chat template is not valid Jinja: {error}{where}", reason="bad template"
+        ) from None
+
+
 def _read_template_file(path: Path) -> str:
     """Return the text of a file; raises ValueError for what cannot be a template's."""
     status = path.stat()

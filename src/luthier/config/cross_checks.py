@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
 from luthier.config.methods import METHODS, check_adapter
 from luthier.config.passthrough import mapping_at
-from luthier.errors import Mistake, UserError, format_value, suggest_options
+from luthier.errors import (
+    Mistake,
+    UserError,
+    format_override,
+    format_value,
+    nearest_option,
+    suggest_options,
+)
 
 if TYPE_CHECKING:
     from luthier.metrics import Metric
@@ -103,7 +110,8 @@ def _check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
     yield from _teacher(resolved)
     yield from _evaluations(evaluation, args)
     if not wrong and isinstance(args.metric_for_best_model, str):
-        yield from _best(evaluation, args, sets)
+        method = str(mapping_at(resolved, "trainer").get("method", "sft"))
+        yield from _best(evaluation, args, sets, method)
 
 
 def find_best_metric(
@@ -156,8 +164,9 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
     if facts.uses_rewards and not rewards:
         yield Mistake(
             _REWARDS,
-            f"trainer.method={method} needs at least one, such as 'trainer.rewards=[exact_match]' "
-            "or [{length: {max: 300}}] (docs/metrics.md).",
+            f"trainer.method={method} needs at least one, such as "
+            f"{format_override(_REWARDS, ['exact_match'])} or "
+            f"{format_override(_REWARDS, [{'length': {'max': 300}}])} (docs/metrics.md).",
         )
     elif rewards and not facts.uses_rewards:
         takers = " or ".join(
@@ -202,12 +211,21 @@ def _evaluations(evaluation: dict[str, Any], args: TrainerArgs) -> Iterator[Mist
         yield Mistake("trainer.evaluation.patience", f"it counts evaluations, {advice}")
 
 
-def _best(evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any]) -> Iterator[Mistake]:
+_TRL_MEASURES = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss", "runtime")
+"""What TRL's SFTTrainer measures at an evaluation."""
+_MEASURES = {"sft": _TRL_MEASURES, "pretrain": _TRL_MEASURES, "seq2seq": ("loss", "runtime")}
+"""Method -> what its evaluations measure besides the metrics of replies; others measure more."""
+
+
+def _best(
+    evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any], method: str
+) -> Iterator[Mistake]:
     from luthier.metrics import greater_is_better
 
     name = str(args.metric_for_best_model)
     best = find_best_metric(name, evaluation, sets)
     if best is None:
+        yield from _unmeasured(name, evaluation, sets, method)
         return
     if evaluation.get("when") != "evaluations":
         yield Mistake(
@@ -224,14 +242,32 @@ def _best(evaluation: dict[str, Any], args: TrainerArgs, sets: dict[str, Any]) -
             )
 
 
+def _unmeasured(
+    name: str, evaluation: dict[str, Any], sets: dict[str, Any], method: str
+) -> Iterator[Mistake]:
+    """The mistake of choosing by what no evaluation measures, where all that is measured is known.
+
+    The trainer finds it at the first evaluation, when the model is loaded.
+    """
+    from luthier.metrics import parse_metrics
+
+    metrics_by_set = evaluation.get("sets") or {}
+    measured = []
+    for label in ("", *sets):
+        metrics = parse_metrics(metrics_by_set.get(label, evaluation.get("metrics") or []))
+        names = [*_MEASURES.get(method, ("loss",)), *(metric.name for metric in metrics)]
+        measured += [f"{label}_{measure}" if label else measure for measure in names]
+    bare = name.removeprefix("eval_")
+    # Of the other methods only what is nearly a name is known to be none.
+    if bare not in measured and (method in _MEASURES or nearest_option(bare, measured)):
+        yield Mistake(
+            "trainer.args.metric_for_best_model",
+            f"{format_value(name)} is not measured. {suggest_options(bare, measured)} Metrics of "
+            "replies are set in trainer.evaluation.metrics.",
+        )
+
+
 HELD_OUT_KEYS = ("path", "split", "share", "count")
-_AT_LEAST_ONE = {
-    "trainer.args": (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-    ),
-}
 
 
 def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
@@ -248,7 +284,6 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _training,
         _dates,
         _trackers,
-        _ranges,
     )
     return [mistake for check in checks for mistake in check(resolved)]
 
@@ -290,8 +325,7 @@ def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
     if mapping_at(resolved, "trainer.evaluation").get("metrics"):
         yield Mistake(
             "trainer.evaluation.metrics",
-            f"need held-out rows, and there are none. {hold}, or set "
-            "trainer.evaluation.metrics=[].",
+            f"need held-out rows, and there are none. {hold}, or set {format_override(_KEY, [])}.",
         )
 
 
@@ -378,14 +412,3 @@ def _trackers(resolved: dict[str, Any]) -> Iterator[Mistake]:
                 f"{name} is not installed. Install it (pip install 'luthier[{name}]'), "
                 "or set tracker=none.",
             )
-
-
-def _ranges(resolved: dict[str, Any]) -> Iterator[Mistake]:
-    for key, names in _AT_LEAST_ONE.items():
-        group = mapping_at(resolved, key)
-        for name in names:
-            number = group.get(name)
-            if isinstance(number, int | float) and number < 1:
-                yield Mistake(
-                    f"{key}.{name}", f"{format_value(number)} is too small; the least is 1."
-                )

@@ -50,6 +50,8 @@ class LoraSettings(LibrarySettings):
     """How the adapter starts."""
     loftq_config = SettingKey[dict[str, Any]]({})
     use_dora = SettingKey[bool](False)
+    target_modules = SettingKey[str | list[str]]([])
+    """The layers that get an adapter: a pattern for whole names, or names; empty if not set."""
     bias = SettingKey[str]("none")
     """Which biases train: none, all or lora_only."""
     lora_dropout = SettingKey[float](0.0)

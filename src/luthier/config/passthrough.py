@@ -8,7 +8,8 @@ from luthier.config import library_fields
 from luthier.config.library_fields import FieldType, FieldTypes
 from luthier.config.library_settings import LoraSettings
 from luthier.config.methods import ADAPTERS, METHODS
-from luthier.errors import Mistake, format_value, nearest_option, suggest_options
+from luthier.config.number_ranges import number_complaint
+from luthier.errors import Mistake, ask_nearest, format_value, suggest_options
 
 _DESCRIBED = {
     "int": "a whole number",
@@ -61,6 +62,12 @@ class PassThroughKey:
 
 _ROWS = "luthier lays out the rows itself"
 _LOGIN = "a secret would end up in the run's record; log in with `hf auth login`"
+_PUSH = "a finished run is uploaded by `luthier push RUN`, which shows what it sends; remove it"
+_HUB_SETTINGS = (
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
+    "hub_revision",
+)  # fmt: skip
+_LAUNCH = "it belongs to the launch: accelerate launch --config_file launch/{} train.py recipe=NAME"
 _IGNORED = "the trainer does not read it; remove it"
 _DTYPES = ("float32", "bfloat16", "float16")
 _LOSS = "it adds a loss of its own, which luthier's losses leave out; remove it"
@@ -113,6 +120,11 @@ PASS_THROUGH_KEYS = (
             "enable_jit_checkpoint": "a signal always makes a checkpoint; remove it",
             "run_name": "use tracker.wandb.name",
             "hub_token": _LOGIN,
+            **dict.fromkeys(_HUB_SETTINGS, _PUSH),
+            "deepspeed": _LAUNCH.format("zero2.yaml"),
+            "fsdp": _LAUNCH.format("fsdp2.yaml"),
+            "fsdp_config": _LAUNCH.format("fsdp2.yaml"),
+            "parallelism_config": _LAUNCH.format("fsdp2.yaml"),
             "local_rank": "`accelerate launch` sets it",
             "do_train": _IGNORED,
             "do_eval": _IGNORED,
@@ -243,13 +255,14 @@ def _check(library: PassThroughKey, settings: dict[str, Any]) -> Iterator[Mistak
             yield Mistake(key, _unknown(library, name, fields))
         elif fields is not None and settings[name] != "???":
             settings[name], complaint = fit_value(settings[name], fields[name])
+            if library.key == "trainer.args" and not complaint:
+                complaint = number_complaint(name, settings[name])
             if complaint:
                 yield Mistake(key, complaint)
 
 
 def _unknown(library: PassThroughKey, name: str, field_types: FieldTypes) -> str:
-    close = nearest_option(str(name), field_types)
-    hint = f"Did you mean {library.key}.{close}?" if close else "Look its name up there."
+    hint = ask_nearest(str(name), field_types, f"{library.key}.") or "Look its name up there."
     return f"is not a setting of {library.name}. {hint}"
 
 

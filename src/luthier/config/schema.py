@@ -351,7 +351,7 @@ class RunConfig(StrictModel):
     """The recipe's name, for the record."""
     output_dir: str
     """Where everything the run leaves is written."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds the split, the adapter's weights, the order of the data and dropout."""
     deterministic: bool = False
     """Only deterministic kernels: slower, equal to the last bit on the same machine."""

@@ -1,11 +1,18 @@
 """The names in an adapter's settings: each must match something, where peft would pass over it."""
 
 import difflib
+import importlib.util
+import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from luthier.errors import UserError
+from luthier.config.schema import RunConfig
+from luthier.errors import UserError, format_override
+from luthier.model.source import local_folder
+from luthier.storage.sizes import read_safetensors_header
 
 ALL_LINEAR = "all-linear"
 """The value of `lora.target_modules` that means each linear layer but the output layer."""
@@ -41,8 +48,54 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
             raise UserError(
                 f"lora.target_modules: {name} is the output layer, and the losses are computed "
                 f"with its weight alone, so an adapter on it would never train.\nTrain it whole: "
-                f"lora.modules_to_save=[{name}]."
+                f"{format_override('lora.modules_to_save', [name])}."
             )
+
+
+def check_names_in_files(config: RunConfig) -> None:
+    """Raise UserError for a layer of `lora` that neither the weight files nor the code name.
+
+    It reads the heads of the files, or their index, and imports no library. Models whose weights
+    are not here in safetensors are passed over: `check_adapter_names` asks the loaded model.
+    """
+    folder = local_folder(config.model) if config.lora.is_enabled else None
+    if folder is None or not (layers := _read_layer_names(folder)):
+        return
+    targets = config.lora.target_modules
+    names = {"target_modules": targets if isinstance(targets, list) else []}
+    names["modules_to_save"] = config.lora.modules_to_save
+    for key, targets_of_key in names.items():
+        for target in targets_of_key:
+            is_named = any(_is_match(layer, str(target), False) for layer in layers)
+            if not is_named and not _is_named_in_code(folder, str(target)):
+                raise UserError(_no_match_message(f"lora.{key}", str(target), sorted(layers)))
+
+
+def _read_layer_names(folder: Path) -> set[str]:
+    """Return the names of the layers with weights, and of all that holds them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weights = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    else:
+        files = folder.glob("*.safetensors")
+        weights = [name for file in files for name in read_safetensors_header(file).tensors]
+    parts = [name.split(".")[:-1] for name in weights]
+    return {".".join(part[: end + 1]) for part in parts for end in range(len(part))}
+
+
+def _is_named_in_code(folder: Path, target: str) -> bool:
+    """Return whether the code of the model has an attribute of this name, or cannot be read.
+
+    Some models rename weights when they are loaded, and tied layers have none in the files.
+    """
+    spec = importlib.util.find_spec("transformers")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        models = Path(str(spec and spec.origin)).parent / "models" / model_type.replace("-", "_")
+        texts = [file.read_text(encoding="utf-8") for file in models.glob("modeling_*.py")]
+        name = re.escape(target.rpartition(".")[2])
+        return not texts or any(re.search(rf"\bself\.{name}\b", text) for text in texts)
+    return True
 
 
 def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:

@@ -3,11 +3,15 @@
 import importlib.util
 import os
 import random
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 
@@ -33,6 +37,96 @@ class Machine:
     def device_type(self) -> str:
         """The device without its number."""
         return self.device.partition(":")[0]
+
+
+_GPU_FILES = (
+    "/dev/nvidiactl",
+    "/dev/nvidia0",
+    "/dev/dxg",
+    "/dev/kfd",
+    "/dev/nvmap",
+    "/dev/nvhost-gpu",
+)
+"""What Linux has where a driver for torch's CUDA or ROCm builds is loaded, WSL and Jetson too."""
+_ATTENTION_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+}
+"""Attention implementation -> the module that it needs, or `kernels` in its place."""
+
+
+def check_requirements(config: ModelConfig, args: TrainerArgs) -> None:
+    """Raise UserError for what this machine surely lacks: a GPU or a package; imports no torch.
+
+    `choose_machine` asks torch itself, later.
+    """
+    _check_attention(config.attention)
+    is_without_gpu = config.device == "cpu" or (config.device == "auto" and _has_surely_no_gpu())
+    if config.device == "cuda" and _has_surely_no_gpu():
+        raise UserError(_NO_CUDA)
+    settings = {
+        "model.dtype=float16": config.dtype == "float16" and args.fp16 is not False,
+        "trainer.args.fp16=true": bool(args.fp16),
+    }
+    if is_without_gpu and (float16 := [name for name, is_set in settings.items() if is_set]):
+        raise UserError(
+            f"{float16[0]}: training in float16 needs a GPU, and this run is on the CPU. Remove "
+            "it; model.dtype=auto chooses what the CPU computes well."
+        )
+    check_gpu_settings(args, "cpu" if is_without_gpu else "cuda")
+
+
+def check_gpu_settings(args: TrainerArgs, device_type: str) -> None:
+    """Raise UserError for settings of `trainer.args` that need a CUDA GPU or a missing package."""
+    checkpointing = args.activation_checkpointing_kwargs
+    needs_gpu = {
+        "activation_offloading": args.activation_offloading,
+        "activation_checkpointing_kwargs.offload": checkpointing.get("offload"),
+        "use_liger_kernel": args.use_liger_kernel,
+    }
+    gpu_settings = [name for name, value in needs_gpu.items() if value]
+    if gpu_settings and device_type != "cuda":
+        raise UserError(
+            f"trainer.args.{gpu_settings[0]} is for a CUDA GPU, and this run is on {device_type}. "
+            "Remove it."
+        )
+    # transformers would raise an ImportError for it only when the trainer is built, behind the
+    # loading of the model.
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("trainer.args.use_liger_kernel needs: pip install liger-kernel")
+
+
+def _check_attention(attention: str) -> None:
+    """Raise UserError for an attention implementation whose package is not installed."""
+    # transformers 5 takes a kernel of the hub where flash-attention itself is not installed.
+    package = "kernels" if "/" in attention else _ATTENTION_PACKAGES.get(attention)
+    if package is None or any(map(importlib.util.find_spec, (package, "kernels"))):
+        return
+    name = "kernels" if package == "kernels" else "flash-attn --no-build-isolation"
+    raise UserError(
+        f"model.attention={attention} needs a package that is not installed. Install it (pip "
+        f"install {name}), or set model.attention=auto for the fastest that is."
+    )
+
+
+def _has_surely_no_gpu() -> bool:
+    """Return whether torch is a build for CPUs alone, or Linux has no driver; imports no torch."""
+    if sys.platform == "darwin":
+        return False
+    spec = importlib.util.find_spec("torch")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    with suppress(OSError):
+        text = (folder / "version.py").read_text(encoding="utf-8") if folder else ""
+        backends = re.findall(r"^(?:cuda|hip|rocm|xpu)\b.*= *(.+)$", text, flags=re.MULTILINE)
+        if backends and all(version.strip() == "None" for version in backends):
+            return True
+    return sys.platform == "linux" and not any(Path(file).exists() for file in _GPU_FILES)
+
+
+_NO_CUDA = (
+    "model.device=cuda: torch sees no CUDA device here (nvidia-smi shows whether there is one; "
+    "torch may be the CPU build).\nUse model.device=auto for the best there is."
+)
 
 
 def choose_machine(config: ModelConfig) -> Machine:
@@ -63,10 +157,7 @@ def _check_device(device_type: Device) -> None:
     import torch
 
     if device_type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "model.device=cuda: torch sees no CUDA device here (nvidia-smi shows whether there is "
-            "one; torch may be the CPU build).\nUse model.device=auto for the best there is."
-        )
+        raise UserError(_NO_CUDA)
     if device_type == "mps" and not torch.backends.mps.is_available():
         raise UserError(
             "model.device=mps: torch sees no Apple GPU here.\n"

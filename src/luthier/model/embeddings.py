@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import LoraSettings
-from luthier.errors import UserError
+from luthier.errors import UserError, format_override
 from luthier.model.adapter_targets import layer_name
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_tokens(tokenizer: "PreTrainedTokenizerBase", config: "ModelConfig") -> N
                 raise UserError(
                     f"{key}: {text!r} is a token of this tokenizer already "
                     f"(id {vocabulary[text]}). Remove it; to train its row beside an adapter: "
-                    f"lora.trainable_token_indices=['{text}']."
+                    f"{format_override('lora.trainable_token_indices', [text])}."
                 )
         is_special = key == "model.add_special_tokens"
         new: Any = [AddedToken(text, normalized=False, special=is_special) for text in texts]
@@ -136,7 +136,7 @@ def add_new_rows_to_settings(model: Any, lora: LoraSettings, new: Sequence[int])
         raise UserError(
             f"model.add_tokens: the rows of new tokens do not train with lora.method="
             f"{lora.method}. Use method=lora, or train the embeddings whole: "
-            f"lora.modules_to_save=[{', '.join(layers)}]."
+            f"{format_override('lora.modules_to_save', layers)}."
         )
     rows_setting = lora.get(key) or {}
     rows = rows_setting if isinstance(rows_setting, dict) else {layers[0]: rows_setting}
@@ -202,6 +202,6 @@ def _token_id(key: str, token: int | str, tokenizer: Any | None) -> int:
         pieces = " ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(ids))
         raise UserError(
             f"{key}: {token!r} is {len(ids)} tokens ({pieces}), not one. To make it one: "
-            f"model.add_tokens=['{token}']."
+            f"{format_override('model.add_tokens', [token])}."
         )
     return ids[0]

@@ -4,18 +4,21 @@ Everything here is quick and imports neither torch nor transformers, so that a w
 within a second. Errors of the Hugging Face hub become sentences with the way out.
 """
 
-import difflib
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
 from luthier.config.schema import ModelConfig
-from luthier.errors import UserError
+from luthier.errors import UserError, nearest_option
 from luthier.model import gguf
 from luthier.model.model_files import MODEL_CONFIG_FILE, check_model_folder
 
 PACKAGE_PREFIX = "package:"
 GGUF_MAGIC = b"GGUF"
+_RUNS = Path("runs")
+"""Where luthier puts runs that name no folder."""
+_RUN_PATTERNS = ("*/run.json", "*/*/run.json")
+_MAX_LISTED = 8
 HUB_TIMEOUT = 3.0
 """Seconds that the hub has to answer."""
 
@@ -58,9 +61,37 @@ def find_gguf_file(path: str, key: str = "model.path") -> Path | None:
 
 
 def is_local(path: str) -> bool:
-    """Tell whether a path means a folder on this machine and not a hub name (NAME or ORG/NAME)."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-    return looks_local or Path(path).is_dir()
+    """Tell whether a path means a folder on this machine and not a hub name (NAME or ORG/NAME).
+
+    What begins with the name of a folder that is here, such as `runs/none`, is a mistyped path.
+    """
+    looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1 or "\\" in path
+    if looks_local or Path(path).is_dir():
+        return True
+    organisation, slash, _ = path.partition("/")
+    return bool(slash) and Path(organisation).is_dir() and not _has_hub_cache(path)
+
+
+def _has_hub_cache(name: str) -> bool:
+    """Tell whether the hub's cache holds something of a repository."""
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
+
+
+def local_folder(config: ModelConfig) -> Path | None:
+    """Return the folder of a model on this machine, that of the hub's cache too; None if none is.
+
+    GGUF files and packages have none.
+    """
+    if config.path.startswith(PACKAGE_PREFIX) or config.path.endswith(".gguf"):
+        return None
+    if is_local(config.path):
+        return Path(config.path).expanduser()
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def needs_hub(path: str) -> bool:
@@ -201,8 +232,11 @@ def _check_hub_name(name: str, revision: str | None, key: str, file: str) -> Non
 
 def _nearest_name(path: Path) -> str:
     """Return a sentence with the nearest name beside a missing path; empty where there is none."""
-    if not path.parent.is_dir():
-        return f" Nor is there a folder {path.parent}."
-    names = [neighbour.name for neighbour in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
+    neighbours = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    is_run = path.parts[:1] == _RUNS.parts
+    runs = [file.parent for pattern in _RUN_PATTERNS if is_run for file in _RUNS.glob(pattern)]
+    if near := nearest_option(str(path), [str(other) for other in runs or neighbours]):
+        return f" Did you mean {near}?"
+    if runs:
+        return f" There are: {', '.join(sorted(map(str, runs))[:_MAX_LISTED])}."
+    return "" if neighbours else f" Nor is there a folder {path.parent}."

@@ -1,13 +1,12 @@
 """From a RunConfig to the trainer's own arguments: what the user set, and what luthier must set."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luthier.config.library_settings import TrainerArgs
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
+from luthier.model.device import check_gpu_settings
 
 
 def build_sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool) -> Any:
@@ -43,7 +42,7 @@ def build_trainer_arguments(
     The user's settings come over luthier's defaults, and `required` over both: what luthier must
     set for this trainer. Raises UserError for what the class does not allow.
     """
-    _refuse_unavailable(config.trainer.args, machine)
+    check_gpu_settings(config.trainer.args, machine.device_type)
     settings: dict[str, Any] = {
         # A NaN must be seen, not averaged away.
         "logging_nan_inf_filter": False,
@@ -72,26 +71,6 @@ def build_trainer_arguments(
         return make(**settings | required)
     except (ValueError, TypeError) as error:
         raise UserError(f"trainer.args: {error}") from error
-
-
-def _refuse_unavailable(args: TrainerArgs, machine: Any) -> None:
-    """Raise UserError for what needs a GPU, or a package that is not installed."""
-    checkpointing = args.activation_checkpointing_kwargs
-    needs_gpu = {
-        "activation_offloading": args.activation_offloading,
-        "activation_checkpointing_kwargs.offload": checkpointing.get("offload"),
-        "use_liger_kernel": args.use_liger_kernel,
-    }
-    gpu_settings = [name for name, value in needs_gpu.items() if value]
-    if gpu_settings and machine.device_type != "cuda":
-        raise UserError(
-            f"trainer.args.{gpu_settings[0]} is for a CUDA GPU, and this run is on "
-            f"{machine.device_type}. Remove it."
-        )
-    # transformers would raise an ImportError for it only when the trainer is built, behind the
-    # loading of the model.
-    if args.use_liger_kernel and find_spec("liger_kernel") is None:
-        raise UserError("trainer.args.use_liger_kernel needs: pip install liger-kernel")
 
 
 def run_name(config: RunConfig, folder: Path) -> str:

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from luthier.config.cross_checks import find_best_metric
 from luthier.config.schema import EvaluationConfig, RunConfig
-from luthier.errors import UserError
+from luthier.errors import UserError, format_override
 from luthier.infer.generate import generate
 from luthier.infer.questions import Question, Row, read_questions
 from luthier.metrics import (
@@ -99,7 +99,7 @@ def _is_generation_refused(sharding: str, metrics: list[Metric]) -> bool:
         raise UserError(
             "trainer.evaluation.metrics: replies are not generated under fsdp1, whose weights "
             "cannot be gathered once for all tokens.\nUse launch/fsdp2.yaml, or "
-            "trainer.evaluation.metrics=[] for the loss alone."
+            f"{format_override(METRICS_KEY, [])} for the loss alone."
         )
     return True
 

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier import data, model
+from luthier.chat import ChatError
+from luthier.chat.template import check_template_syntax
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batching.settings import read_batching_settings
 from luthier.environment import set_environment
+from luthier.errors import UserError
+from luthier.model.adapter_targets import check_names_in_files
+from luthier.model.device import check_requirements
 from luthier.model.positions import check_max_length
 from luthier.record.config_diff import describe_config_changes
 from luthier.record.record import read_record
@@ -58,8 +63,15 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     Returns the sources of the dataset, of which local files have been opened.
     """
     sources = data.check_sources(config.dataset, config.trainer.method)
+    check_requirements(config.model, config.trainer.args)
     model.check_model_path(config.model)
     check_max_length(config)
+    check_names_in_files(config)
+    if config.chat.template is not None:
+        try:
+            check_template_syntax(config.chat.template)
+        except ChatError as error:
+            raise UserError(f"chat.template: {error}") from error
     if config.trainer.teacher is not None:
         model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
     trackers.check_trackers_installed(config)

@@ -138,7 +138,7 @@ _UNFIT_LABELS: dict[ProblemType, str] = {
 }
 _NEGATIVE_LABEL = (
     "below zero, which in hub datasets means that a row has no label. Leave such rows out: "
-    f"dataset.filter='label >= 0'; or for numbers to predict: {PROBLEM_TYPE_KEY}=regression"
+    f"'dataset.filter=\"label >= 0\"'; or for numbers to predict: {PROBLEM_TYPE_KEY}=regression"
 )
 
 
