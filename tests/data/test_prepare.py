@@ -12,7 +12,7 @@ from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, s
 from luthier.config.schema import DatasetConfig
 from luthier.data.encode_source import expand_ranges
 from luthier.data.encoders.chat import ConversationEncoder, hash_sequences
-from luthier.data.prepare import SplitCounts, prepare
+from luthier.data.prepare import SplitCounts, find_longest_row, prepare
 from luthier.data.store import Ragged
 from luthier.errors import UserError
 
@@ -458,3 +458,20 @@ def test_the_seed_changes_the_hash_where_it_draws(write):
     assert digest({"path": "data.jsonl"}, 1) == digest({"path": "data.jsonl"}, 2)
     assert digest(held, 1) == digest(held, 1)
     assert len({digest(held, seed) for seed in range(8)}) > 1
+
+
+def test_the_longest_row_is_known_once_all_sources_are_encoded(write):
+    write("a.jsonl", replies("x" * 7, "y"))
+    write("b.jsonl", replies("z" * 30))
+    one = {"sources": {"a": {"path": "a.jsonl"}}}
+    both = {"sources": {"a": {"path": "a.jsonl"}, "b": {"path": "b.jsonl"}}}
+
+    def longest(settings):
+        config = DatasetConfig.model_validate(settings)
+        return find_longest_row(config, lambda kind, source, key: Letters(), NAMELESS)
+
+    assert longest(one) is None
+    prepared(one)
+    assert (longest(one), longest(both)) == (8, None)
+    prepared(both)
+    assert longest(both) == 31

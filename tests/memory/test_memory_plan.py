@@ -76,6 +76,43 @@ def test_checkpointing_is_chosen_only_where_memory_is_short(wide, configured):
     assert fits_in_memory(asked, gpu(short))
 
 
+@pytest.mark.parametrize(
+    ("settings", "longest", "bound"),
+    [
+        ({}, 97, 97),
+        ({}, 0, 512),
+        ({}, 600, 512),
+        ({"max_length": None}, 97, 97),
+        ({"max_length": None}, 0, None),
+        ({"pad_to_multiple_of": 64}, 97, 128),
+        ({"packing": True}, 97, 512),
+        ({"method": "dpo"}, 97, 97),
+        ({"method": "grpo"}, 97, 512),
+        ({"method": "seq2seq"}, 97, 512),
+    ],
+    ids=str,
+)
+def test_rows_that_are_known_bound_the_length(wide, configured, settings, longest, bound):
+    config = configured(wide, **{"max_length": 512} | settings)
+    assert workload.bound_by_rows(config, longest).chat.max_length == bound
+
+
+def test_rows_filled_up_to_the_bound_are_as_long_as_it(wide, configured):
+    config = configured(wide, max_length=512)
+    trainer = config.trainer.model_copy(update={"padding": "max_length"})
+    config = config.model_copy(update={"trainer": trainer})
+    assert workload.bound_by_rows(config, 97).chat.max_length == 512
+
+
+def test_short_rows_keep_activations_where_the_bound_would_not(wide, configured):
+    config = configured(
+        wide, max_length=2048, per_device_train_batch_size=16, activation_checkpointing="auto"
+    )
+    small = gpu(2)
+    assert choose_checkpointing(config, small) is True
+    assert choose_checkpointing(workload.bound_by_rows(config, 40), small) is False
+
+
 def test_advice_names_what_helps_with_its_number(wide, configured):
     config = configured(wide, max_length=256, per_device_train_batch_size=16)
     found = plan_memory(config, gpu(80))

@@ -1,6 +1,7 @@
 """`luthier plan`: the memory of a run before it runs."""
 
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
@@ -69,15 +70,54 @@ def plan_and_advise(
     """Plan as the flags say, and show in the terminal that it goes on."""
     from luthier.memory.advice import advise
     from luthier.memory.plan import plan_memory
+    from luthier.memory.workload import bound_by_rows, format_size
 
     # A step on tensors without content takes seconds for a large model; the plan itself goes to
     # stdout.
     with make_console(stderr=True).status("trying a step") as status:
         shardings = _shardings(parsed)
         hardware = imagined or _this_machine(config, shardings, parsed)
-        memory_plan = plan_memory(config, hardware, shardings or _usual(hardware))
+        usual = shardings or _usual(hardware)
+        memory_plan = plan_memory(config, hardware, usual)
+        longest = _longest_row(config) or 0
+        bounded = bound_by_rows(config, longest)
+        if bounded.chat.max_length != config.chat.max_length:
+            worst, work = memory_plan, memory_plan.workload
+            memory_plan = plan_memory(bounded, hardware, usual)
+            note = (
+                f"No encoded row is longer than {longest:,} tokens, and that is planned for. Rows "
+                f"of {work.length:,} would take {format_size(worst.best.total)}."
+            )
+            memory_plan = _with_note(memory_plan, note)
+        elif bound_by_rows(config, 1) != config and not longest:
+            note = "Rows that are encoded (luthier prepare) are planned for by the longest of them."
+            memory_plan = _with_note(memory_plan, note)
         status.update("trying changes")
-        return memory_plan, advise(config, memory_plan)
+        return memory_plan, advise(bounded, memory_plan)
+
+
+def _with_note(memory_plan: "MemoryPlan", note: str) -> "MemoryPlan":
+    """Return the plan with a sentence more below its table."""
+    workload = memory_plan.workload
+    with_note = replace(workload, assumptions=(*workload.assumptions, note))
+    return replace(memory_plan, workload=with_note)
+
+
+def _longest_row(config: "RunConfig") -> int | None:
+    """Return the tokens of the longest training row; None where the cache does not hold all rows.
+
+    What keeps the rows from being read is for the training to say.
+    """
+    from luthier.chat import ChatError
+    from luthier.data.prepare import find_longest_row
+    from luthier.errors import UserError
+    from luthier.model.tokenizer import load_tokenizer
+    from luthier.train.methods import make_row_encoders
+
+    with suppress(UserError, ChatError):
+        tokenizer = load_tokenizer(config.model)
+        return find_longest_row(config.dataset, make_row_encoders(config, tokenizer), tokenizer)
+    return None
 
 
 def plan_as_values(memory_plan: "MemoryPlan", advice: "list[Advice]") -> dict[str, Any]:

@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 from luthier.config.schema import DatasetConfig
 from luthier.data.batching.token_rows import TokenRows
-from luthier.data.encode_source import EncodedSource, encode_source, expand_ranges
+from luthier.data.encode_source import (
+    EncodedSource,
+    encode_source,
+    expand_ranges,
+    source_cache_key,
+)
 from luthier.data.encoders.chat import EncoderFactory, RowState
 from luthier.data.examples import (
     DatasetSources,
@@ -230,6 +235,27 @@ def _source_encoder(
         return encode_source(opened, encoder, store, digest, workers, drop)
 
     return encode
+
+
+def find_longest_row(config: DatasetConfig, encoders: EncoderFactory, tokenizer: Any) -> int | None:
+    """Return the tokens of the longest training row of all sources that the cache holds.
+
+    None where one of them has not been encoded yet, or is a stream. Raises UserError as `prepare`
+    does for sources that cannot be opened.
+    """
+    if config.streaming:
+        return None
+    sources, longest = DatasetSources(config), 0
+    store, digest = Store(data_folder(config.cache)), tokenizer_digest(tokenizer)
+    for name in sources.train:
+        key = source_key(name, sources.train)
+        opened = sources.open(key)
+        encoder = encoders(opened.row_format.example_type, opened.config, key)
+        stored = store.open(source_cache_key(opened, encoder, digest))
+        if stored is None:
+            return None
+        longest = max(longest, int(stored.table("tokens").lengths.max(initial=0)))
+    return longest or None
 
 
 def _epoch_rows(trained: Mapping[str, EncodedSource], selection: RowSelection) -> TokenRows:

@@ -118,6 +118,25 @@ def read_workload(config: RunConfig, machine: Machine) -> Workload:
     )
 
 
+def bound_by_rows(config: RunConfig, longest: int) -> RunConfig:
+    """Return the config with `chat.max_length` lowered to the longest training row, in tokens.
+
+    It stays where rows are filled up to the bound (packing, padding), and where the rows do not say
+    how long a sequence gets: with methods that write replies, and with a decoder of its own.
+    `longest` is 0 where the rows are not known.
+    """
+    args, method = config.trainer.args, METHODS[config.trainer.method]
+    fills_rows = args.packing or config.trainer.padding == "max_length"
+    is_unknown = method.uses_rewards or method.uses_teacher or method.task == "SEQ_2_SEQ_LM"
+    if not longest or fills_rows or is_unknown:
+        return config
+    multiple = args.pad_to_multiple_of
+    length = -(-longest // multiple) * multiple
+    bound = config.chat.max_length or length
+    chat = config.chat.model_copy(update={"max_length": min(length, bound)})
+    return config.model_copy(update={"chat": chat})
+
+
 @cache
 def trainer_defaults(method: str = "sft") -> dict[str, Any]:
     """Return the defaults of the arguments of a method's trainer, by name."""

@@ -7,14 +7,16 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.memory import choose_checkpointing
 from luthier.memory.sharding import Sharding
-from luthier.memory.workload import AUTO_CHECKPOINTING, detect_hardware
+from luthier.memory.workload import AUTO_CHECKPOINTING, bound_by_rows, detect_hardware
 from luthier.train import console
 from luthier.train.launch_request import LaunchRequest, read_launch_request
 
 
-def resolve_auto_checkpointing(config: RunConfig) -> RunConfig:
+def resolve_auto_checkpointing(config: RunConfig, longest: int = 0) -> RunConfig:
     """Return the config with `auto` decided by the memory plan, the same on all ranks.
 
+    `longest` is the longest training row in tokens; 0 where it is not known, so that
+    `chat.max_length` counts.
     The first rank plans, since free memory may differ between ranks. Where a run cannot be
     planned, activations are computed again, which is slower and always fits best.
     """
@@ -22,7 +24,7 @@ def resolve_auto_checkpointing(config: RunConfig) -> RunConfig:
         return config
     chosen: list[bool] = [True]
     if PartialState().is_main_process:
-        chosen = [_plan_checkpointing(config)]
+        chosen = [_plan_checkpointing(bound_by_rows(config, longest))]
     broadcast_object_list(chosen)
     return config.with_trainer_args(activation_checkpointing=chosen[0])
 

@@ -121,7 +121,9 @@ def build_session(
         resume.refuse_changed_inputs(record, inputs)
     if is_main_process:
         _report_data(config, folder, prepared, facts.trained_values)
-    config = activation_checkpointing.resolve_auto_checkpointing(config)
+    config = activation_checkpointing.resolve_auto_checkpointing(
+        config, prepared.train_counts.longest
+    )
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
     launch_checks.check_devices(args.distributed_state)
