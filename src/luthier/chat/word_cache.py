@@ -16,6 +16,8 @@ from typing import Any
 from luthier.chat.types import pack_ids
 
 WordSplitter = Callable[[str], list[str]]
+_LONG_WORD = 4096
+"""Characters of a word that takes a millisecond to encode."""
 _MAX_CACHED_CHARS = 2_000_000
 """Characters of all words in the cache: beyond them it begins anew."""
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -71,7 +73,13 @@ class _WordCache(dict[str, bytes]):
         self._backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
 
     def __missing__(self, word: str) -> bytes:
-        ids = self[word] = pack_ids(self._backend.encode(word, add_special_tokens=False).ids)
+        # tokenizers 0.23 encodes one text without giving up the interpreter lock: a word of a
+        # megabyte would stop every other thread for seconds.
+        if len(word) < _LONG_WORD:
+            encoding = self._backend.encode(word, add_special_tokens=False)
+        else:
+            (encoding,) = self._backend.encode_batch_fast([word], add_special_tokens=False)
+        ids = self[word] = pack_ids(encoding.ids)
         self._size += len(word)
         return ids
 
