@@ -27,6 +27,10 @@ _OTHER_NAMES = {
 _ROLE_OF_NAME = {name: role for role, names in _OTHER_NAMES.items() for name in names}
 
 
+_SHOWN_CHARS = 40
+"""Characters of a role that an error shows."""
+
+
 class RoleChecker:
     """Refuses the messages of roles that one template is not made for."""
 
@@ -53,8 +57,8 @@ class RoleChecker:
         token = self._control_tokens.search(role)
         if token is not None:
             raise ChatError(
-                f"the role {role!r} holds the control token {token[0]!r}; a role is a name, such "
-                "as `user`",
+                f"the role {_shorten(role)!r} holds the control token {token[0]!r}; a role is a "
+                "name, such as `user`",
                 reason="unknown role",
                 message=number,
                 field="role",
@@ -65,17 +69,23 @@ class RoleChecker:
         hint = f": did you mean {near!r}?" if near else "."
         own = ", ".join([*ROLES, *sorted(self._allowed - {*ROLES})])
         raise ChatError(
-            f"the role {role!r} is not known{hint} Known roles: {own}. If the chat template is "
-            f"made for this one, set {format_override('chat.roles', [role])}",
+            f"the role {_shorten(role)!r} is not known{hint} Known roles: {own}. If the chat "
+            f"template is made for this one, set {format_override('chat.roles', [_shorten(role)])}",
             reason="unknown role",
             message=number,
             field="role",
         )
 
 
+def _shorten(role: str) -> str:
+    """Return a role as messages show it: its start, with what cannot be printed escaped."""
+    start = role if len(role) <= _SHOWN_CHARS else f"{role[:_SHOWN_CHARS]}..."
+    return start.encode("utf-8", "backslashreplace").decode()
+
+
 def find_nearest_role(role: str, known: Collection[str] = ROLES) -> str | None:
     """Return the known role that a name most likely means, None where none comes close."""
-    name = role.strip().lower()
+    name = role[:_SHOWN_CHARS].strip().lower()
     if name in known:
         return name
     if name in _ROLE_OF_NAME:

@@ -101,8 +101,22 @@ def is_empty_cell(value: Any) -> bool:
 def require_text(value: Any, column: str) -> str:
     """Return the value, which must be text."""
     if isinstance(value, str):
-        return value
+        return check_unicode(value, column)
     raise RowError(f"{column!r} is {describe_value(value)}; expected text")
+
+
+def check_unicode(text: str, column: str) -> str:
+    """Return a text that can be written; RowError for one with half of a character."""
+    # Nearly all texts are ASCII or whole, which Python knows at once or finds out fast.
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"{column!r}: character {error.start} is half of a surrogate pair, which is no "
+                "text; read the file as UTF-8 or remove the character"
+            ) from None
+    return text
 
 
 def reply_text(value: Any, column: str, json_replies: bool) -> str:
@@ -111,9 +125,10 @@ def reply_text(value: Any, column: str, json_replies: bool) -> str:
     NoTextReplyError is for an object, a list, true or false without `json_replies`.
     """
     if isinstance(value, str):
-        return value
+        return check_unicode(value, column)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not isfinite(value):
+    # Python asks an int for its float, and some are too large for one.
+    if isinstance(value, float) and not isfinite(value):
         raise RowError(f"{column!r} is {describe_value(value)}; expected text")
     if not is_number and not isinstance(value, bool | list | dict):
         raise RowError(f"{column!r} is {describe_value(value)}; expected text")

@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier.data.formats.columns import (
     ColumnMapping,
+    check_unicode,
     describe_value,
     list_or_empty,
     reply_text,
@@ -41,9 +42,10 @@ def from_tagging(row: Row, columns: ColumnMapping) -> Example:
     names = columns.source_name("tokens"), columns.source_name("tags")
     tokens = require_list(columns.take(row, "tokens"), names[0], "texts")
     values = require_list(columns.take(row, "tags"), names[1], "tags")
-    wrong = next((token for token in tokens if not isinstance(token, str)), None)
-    if wrong is not None:
-        raise RowError(f"{names[0]!r} holds {describe_value(wrong)}; expected texts")
+    for token in tokens:
+        if not isinstance(token, str):
+            raise RowError(f"{names[0]!r} holds {describe_value(token)}; expected texts")
+        check_unicode(token, names[0])
     if len(tokens) != len(values) or not tokens:
         raise RowError(
             f"{names[0]!r} has {len(tokens)} entries and {names[1]!r} {len(values)}; expected a "
@@ -90,8 +92,9 @@ def read_target(value: Any, column: str, number_labels: bool = False) -> Target:
         return [read_label(item, column) for item in value]
     # Tables without whole numbers write the class 1 as 1.0, and all rows together decide later
     # whether numbers are classes.
-    is_number = isinstance(value, int | float) and isfinite(value)
-    if is_number:
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and isfinite(value):
         return int(value) if value == int(value) else float(value)
     return read_label(value, column)
 
@@ -112,7 +115,7 @@ def _parse_label_list(text: str, column: str) -> list[Any] | str:
 def read_label(value: Any, column: str) -> Label:
     """Return a class by its name or number; tables without whole numbers write 1 as 1.0."""
     if isinstance(value, str) and value.strip():
-        return value
+        return check_unicode(value, column)
     is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if is_whole and value >= 0:
         return int(value)

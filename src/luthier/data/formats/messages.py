@@ -18,7 +18,7 @@ from luthier.data.formats.columns import (
     reply_text,
     require_list,
 )
-from luthier.data.rows import RowError, describe_type
+from luthier.data.rows import RowError, describe_type, excerpt
 
 ToolCall = dict[str, Any]
 
@@ -171,7 +171,7 @@ def _add_part(content: MessageContent, content_part: Any) -> str:
         content.reasoning.append(value)
         return "reasoning"
     if not isinstance(value, str) or name not in TEXT_PART_TYPES:
-        type_name = content_part.get("type", "no type")
+        type_name = excerpt(content_part.get("type", "no type"))
         raise RowError(f"a content part is {type_name!r}; only parts of text are read")
     text_part = {
         key: entry for key, entry in content_part.items() if entry is not None and key != "value"
@@ -363,7 +363,8 @@ def _read_flag(name: str, value: Any) -> bool:
             f"{name} is {value}, and a message trains whole (1) or not at all (0). To see some "
             "rows less often, make them a source of their own with a smaller `weight` or `repeats`"
         )
-    shown = value if isinstance(value, int | float | str) else describe_value(value)
+    shown = excerpt(value) if isinstance(value, str) else value
+    shown = shown if isinstance(value, int | float | str) else describe_value(value)
     raise RowError(f"{name} is {shown!r}; expected true or 1, or false or 0")
 
 
@@ -505,7 +506,8 @@ def _role_of_turn(turn: dict[str, Any]) -> str:
         near = difflib.get_close_matches(speaker.lower(), ROLE_OF_SPEAKER, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise RowError(
-            f"the role {speaker!r} is not known{hint}; known are {', '.join(ROLE_OF_SPEAKER)}"
+            f"the role {excerpt(speaker)!r} is not known{hint}; known are "
+            f"{', '.join(ROLE_OF_SPEAKER)}"
         )
     return role
 

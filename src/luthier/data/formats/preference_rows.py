@@ -15,7 +15,7 @@ from luthier.data.formats.conversations import (
     read_text_or_messages,
 )
 from luthier.data.formats.messages import Message, parse_message_list, read_messages_or_turns
-from luthier.data.rows import Row, RowError
+from luthier.data.rows import Row, RowError, excerpt
 
 _RATINGS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -81,7 +81,8 @@ def _rated_example(
     value = columns.take(row, "label")
     label = parse_rating(value)
     if label is None:
-        value_text = value if isinstance(value, str | int | float) else describe_value(value)
+        value_text = value if isinstance(value, int | float) else describe_value(value)
+        value_text = excerpt(value) if isinstance(value, str) else value_text
         raise RowError(
             f"{columns.source_name('label')!r} is {value_text!r}; expected true or false"
         )
