@@ -50,7 +50,7 @@ def test_the_nearest_role_is_named(encoder, role, nearest):
         encoder.encode([said_by(role), bot("a")])
     assert f"did you mean {nearest!r}?" in str(caught.value)
     assert (caught.value.message, caught.value.field) == (0, "role")
-    assert f"set chat.roles=[{role}]" in str(caught.value)
+    assert f"set 'chat.roles=[{role}]'" in str(caught.value)
 
 
 def test_a_role_like_none_is_refused_with_those_that_are_known(encoder):

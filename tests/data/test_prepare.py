@@ -1,11 +1,15 @@
 """The way from sources to the rows of an epoch, with encoders that can be checked by hand."""
 
+import csv
 import hashlib
+import json
 import os
 import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, save, shown, texts
@@ -475,3 +479,49 @@ def test_the_longest_row_is_known_once_all_sources_are_encoded(write):
     assert (longest(one), longest(both)) == (8, None)
     prepared(both)
     assert longest(both) == 31
+
+
+LABELLED = {
+    "stars": [1, 2, 3, 10, 11],
+    "scores": [0.5, 2.0, -1.25, 3.0],
+    "names": ["good", "bad", "10", "good"],
+    "tags": [["a", "b"], ["a"], []],
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("written", ["csv", "tsv", "json", "python", "parquet"])
+def test_labels_do_not_depend_on_the_file_format(name, written, tmp_path):
+    """Cells of CSV are text: numbers and lists in them are the ones that JSON and Parquet have."""
+
+    class Labels(Letters):
+        def encode(self, examples):
+            seen.extend(example["label"] for example in examples)
+            return super().encode(examples)
+
+    seen = []
+    rows = [{"text": f"row {n}", "label": label} for n, label in enumerate(LABELLED[name])]
+    file = tmp_path / {"json": "a.jsonl", "python": "a.csv"}.get(written, f"a.{written}")
+    if written == "json":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif written == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        as_text = str if written == "python" else json.dumps
+        with file.open("w", newline="") as stream:
+            writer = csv.writer(stream, delimiter="\t" if written == "tsv" else ",")
+            writer.writerow(["text", "label"])
+            for row in rows:
+                label = row["label"]
+                writer.writerow([row["text"], label if isinstance(label, str) else as_text(label)])
+    prepare(DatasetConfig(path=str(file)), lambda *_: Labels(), NAMELESS, 0)
+    expected = [[label] if isinstance(label, str) else label for label in LABELLED[name]]
+    assert [[label] if isinstance(label, str) else label for label in seen] == expected
+    if name == "stars":
+        assert {type(label) for label in seen} == {int}
+
+
+def test_blank_cells_of_a_spreadsheet_say_nothing(write):
+    """Alpaca's rows have a blank input, and exports a blank column of tools or system prompts."""
+    write("a.csv", "instruction,input,output,tools,system\nq,,a,,\nr, ,b, , \ns,t,c,[],S\n")
+    assert shown(prepared({"path": "a.csv"}).train) == ["q>a", "r>b", "Ss\n\nt>c"]

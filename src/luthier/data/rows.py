@@ -1,8 +1,6 @@
 """A row as its source holds it, with the place it came from, and the words for bad rows."""
 
 import json
-import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,35 +41,6 @@ def excerpt(value: Any) -> str:
     text = text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 3] + "..."
     # Half of a surrogate pair cannot be printed.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-_PLAIN = re.compile(r"[A-Za-z_/][\w./:+%@-]*", re.ASCII)
-"""Text that Hydra's grammar takes without quotes (hydra.cc, "Basic Override syntax")."""
-# Words that the grammar takes for other values.
-_TYPED = frozenset({"null", "true", "false", "nan", "inf"})
-
-
-def format_setting(key: str, value: str | Sequence[str]) -> str:
-    """Return a setting as a shell and Hydra take it: `'dataset.options.delimiter=";"'`.
-
-    A text is quoted for Hydra where its grammar asks for that, but `true` and its like are not.
-    """
-    is_typed = value in ("null", "true", "false")
-    written = value if is_typed else _format_value(value)
-    return shlex.quote(f"{key}={written}")
-
-
-def _format_value(value: str | Sequence[str]) -> str:
-    """Return text, or a list of texts, in the grammar of Hydra's overrides."""
-    if not isinstance(value, str):
-        return f"[{','.join(map(_format_value, value))}]"
-    if _PLAIN.fullmatch(value) and value.lower() not in _TYPED:
-        return value
-    # Within quotes only quotes are escaped, and backslashes in front of them; `$` begins an
-    # interpolation of OmegaConf.
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f'"{escaped}"'
 
 
 def describe_type(value: Any) -> str:

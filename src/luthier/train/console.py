@@ -52,7 +52,7 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
     for key, source in prepared.sources.items():
         if source.unread_keys:
             keys = ", ".join(f"{name} ({n:,} rows)" for name, n in source.unread_keys.items())
-            print_line(f"keys      of messages that are not read in {key}: {keys}")
+            print_line(f"not read  keys of messages in {key}: {keys}")
     splits |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
     for name, counts in splits.items():
         print_line(f"{name:<9} {_format_counts(counts, answers)}")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,27 @@ def test_nothing_left_makes_no_rows():
     made = encode(pair(reply("x"), reply("y" * 99)), max_length=20)
     assert made.counts == [0]
     assert not any(map(len, made.columns.values()))
+
+
+@pytest.mark.parametrize("text", ["", " \n"], ids=["empty", "blank"])
+@pytest.mark.parametrize(
+    ("make", "side"),
+    [
+        *product([PreferenceEncoder, PairSplittingEncoder, RewardEncoder], ["chosen", "rejected"]),
+        (UnpairedEncoder, "completion"),
+    ],
+)
+def test_an_empty_reply_of_either_kind_stops_or_drops_the_row(make, side, text):
+    example = unpaired(text) if side == "completion" else pair(**{side: reply(text)})
+    with pytest.raises(ChatError, match=rf"row 0.*{side}.*reply is (empty|blank)"):
+        encode(example, make, on_lost="drop")
+    (outcome,) = encode(example, make, empty_replies="drop").outcomes
+    assert (outcome.sequences, outcome.reason) == (0, "empty reply")
+    assert encode(example, make, empty_replies="train").outcomes[0].sequences
+
+
+def unpaired(text):
+    return {"prompt": [HI], "completion": reply(text), "label": True}
 
 
 @pytest.mark.skipif(ASSETS is None, reason="needs LUTHIER_ASSETS")

@@ -65,7 +65,7 @@ def test_a_recipe_reads_the_rows_of_its_dataset(config):
     row_format = detect_format(config.dataset, [row], name)
     example = row_format.read(row)
     assert {key: example[key] for key in READ[name]} == READ[name]
-    assert row_format.example_type in METHODS[config.trainer.method].rows
+    assert row_format.example_type in METHODS[config.trainer.method].row_types
     assert config.dataset.eval.split or config.dataset.eval.count
 
 

@@ -35,8 +35,8 @@ from luthier.data.formats.registry import (
     FormatMatch,
     FormatVariant,
 )
-from luthier.data.rows import Row, RowError, format_setting
-from luthier.errors import UserError
+from luthier.data.rows import Row, RowError
+from luthier.errors import UserError, format_override
 
 CONTEXT_COLUMNS = (
     "context", "contexts", "passage", "document", "documents", "choices", "options",
@@ -85,7 +85,7 @@ class RowFormat:
         except MissingColumnError as error:
             raise RowError(f"{error}{self._describe_other_type(row)}") from None
         except NoTextReplyError as error:
-            setting = format_setting(f"{self.key}.json_replies", "true")
+            setting = format_override(f"{self.key}.json_replies", True)
             raise RowError(f"{error}. To train it as JSON text, set {setting}") from None
 
     def settings(self) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from luthier.data.formats.registry import (
     FormatMatch,
     FormatVariant,
 )
-from luthier.data.rows import excerpt, format_setting
+from luthier.data.rows import excerpt
+from luthier.errors import format_override
 
 MAX_TYPES = 3
 """Nearest types that an error shows."""
@@ -78,7 +79,7 @@ def _hints(detection: DetectionInput) -> list[str]:
     if prompts and replies_are_json:
         hints.append(
             f"If {replies[0]!r} is a reply, this trains it as JSON text: "
-            + format_setting(f"{detection.key}.json_replies", "true")
+            + format_override(f"{detection.key}.json_replies", True)
         )
     if columns & _MEDIA_COLUMNS:
         hints.append("Only text is read, no images, video or audio.")
@@ -137,7 +138,7 @@ def describe_several_formats(detection: DetectionInput, matches: Sequence[Format
     for match in matches:
         type_ = match.variant.type
         columns = _as_settings(detection.key, match.source_names)
-        setting = format_setting(f"{detection.key}.type", type_)
+        setting = format_override(f"{detection.key}.type", type_)
         settings.append(setting if types.count(type_) == 1 else columns)
         lines.append(f"  {type_} would read {', '.join(match.source_names.values())}")
     return "\n".join(
@@ -175,7 +176,7 @@ def describe_context_column(detection: DetectionInput, match: FormatMatch, colum
             "reading only these two would leave it out.",
             *_describe_source(detection),
             f"To put its text below the {prompt}: {joined}",
-            f"To leave it out: {format_setting(f'{detection.key}.remove_columns', [column])}",
+            f"To leave it out: {format_override(f'{detection.key}.remove_columns', [column])}",
         ]
     )
 
@@ -217,7 +218,7 @@ def describe_refused_column(key: str, name: str) -> str:
     """Return the text for a row's own variables of the template."""
     return (
         f"the row has variables of its own for the chat template ({name}), which luthier does not "
-        f"read. To leave them out: {format_setting(f'{key}.remove_columns', [name])}; to set "
+        f"read. To leave them out: {format_override(f'{key}.remove_columns', [name])}; to set "
         "variables for all rows: chat.variables"
     )
 
@@ -235,5 +236,5 @@ def describe_unknown_removed_column(
 def _as_settings(key: str, mapping: Mapping[str, str]) -> str:
     """Return a mapping of columns as it can be pasted behind a command."""
     return " ".join(
-        format_setting(f"{key}.columns.{name}", column) for name, column in mapping.items()
+        format_override(f"{key}.columns.{name}", column) for name, column in mapping.items()
     )

@@ -4,11 +4,11 @@ import csv
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from luthier.data.rows import BadRow, Row, excerpt, format_setting
+from luthier.data.rows import BadRow, Row, excerpt
 from luthier.data.sources.options import CsvOptions
 from luthier.data.sources.streams import DataFile
 from luthier.data.sources.text import read_text_blocks, split_lines
-from luthier.errors import UserError
+from luthier.errors import UserError, format_override
 
 _MAX_CELL_CHARS = 2**31 - 1
 _OTHER_DELIMITERS = (";", "\t", ",", "|")
@@ -121,9 +121,9 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
     # one column.
     other = [mark for mark in _OTHER_DELIMITERS if mark in header[0]]
     if len(header) == 1 and other and not options.header:
-        setting = format_setting("dataset.options.delimiter", other[0])
+        setting = format_override("dataset.options.delimiter", other[0])
         if other[0] == "\t":  # Hydra's grammar has no escape for a tab.
-            setting = format_setting("dataset.format", "tsv")
+            setting = format_override("dataset.format", "tsv")
         raise UserError(
             f"{subject} is one cell: {excerpt(header[0])}. If another character parts the cells, "
             f"name it: {setting}"
@@ -135,7 +135,7 @@ def _describe_open_quote(where: str, options: CsvOptions) -> str:
     return (
         f"dataset: {where}: a cell opens with {options.quotechar} here that nothing closes before "
         "the file ends. Close it, double it if it is meant as text, or, where quotes are plain "
-        "characters, set options.quotechar=null."
+        "characters, set dataset.options.quotechar=null."
     )
 
 
