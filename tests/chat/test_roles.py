@@ -5,6 +5,7 @@ import pytest
 from helpers.conversations import CHATML, bot, pair, user
 from luthier.chat import ChatEncoder, ChatError
 from luthier.chat.roles import ROLES, find_nearest_role
+from luthier.errors import format_override
 
 NAMED = {
     "item": "{{ 'x' if message['role'] == 'critic' else 'y' }}",
@@ -50,7 +51,7 @@ def test_the_nearest_role_is_named(encoder, role, nearest):
         encoder.encode([said_by(role), bot("a")])
     assert f"did you mean {nearest!r}?" in str(caught.value)
     assert (caught.value.message, caught.value.field) == (0, "role")
-    assert f"set 'chat.roles=[{role}]'" in str(caught.value)
+    assert f"set {format_override('chat.roles', [role])}" in str(caught.value)
 
 
 def test_a_role_like_none_is_refused_with_those_that_are_known(encoder):
