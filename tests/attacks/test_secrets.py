@@ -17,6 +17,7 @@ from luthier.config import load_config
 from luthier.config.compose import run_folder
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
 from luthier.errors import UserError
+from luthier.export.write_card import write_card
 from luthier.record import machine_info
 from luthier.record.record import RunRecord, read_record
 from luthier.record.run_dir import inspect_run, open_run
@@ -379,7 +380,7 @@ def tiny(tmp_path):
 
 
 @pytest.mark.train
-def test_a_run_with_trackers_leaves_no_secret_anywhere(forks, tiny, guarded, luthier):
+def test_a_run_with_trackers_leaves_no_secret_anywhere(forks, tiny, guarded, luthier, monkeypatch):
     line = [word for word in words(tiny) if not word.startswith("dataset.path")]
     line += [
         f"dataset.path='{guarded}?sig={CANARY}-signature'", "dataset.format=jsonl",
@@ -391,18 +392,23 @@ def test_a_run_with_trackers_leaves_no_secret_anywhere(forks, tiny, guarded, lut
     ]  # fmt: skip
     environment = {
         "DB_PASS": f"{CANARY}-variable", "PLAIN_TEXT": f"{CANARY}-plain", "WANDB_SILENT": "true",
-        "OPTIM": f"{CANARY}-argument", "GITHUB_PAT": f"{CANARY}-unused",
+        "OPTIM": f"note={CANARY}-argument", "GITHUB_PAT": f"{CANARY}-unused",
     }  # fmt: skip
     assert forks.run(tiny, *line, **environment) == 0, said(tiny)[-3000:]
     run = tiny / "secrets"
     assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert list((run / "tensorboard").rglob("events.*"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert write_card(run) is None
     assert {path.name for path in (run / "model").iterdir()} >= {
         "chat.json", "card.json", "README.md", "EXPORT.md",
     }  # fmt: skip
     for path in [path for path in run.rglob("*") if path.is_file()]:
         assert CANARY.encode() not in path.read_bytes(), path
-    assert CANARY.encode() not in written(tiny / "cache")
+    # The rows themselves hold the system prompt.
+    for secret in ("header", "signature", "variable", "argument", "unused"):
+        assert f"{CANARY}-{secret}".encode() not in written(tiny / "cache")
     assert CANARY not in said(tiny)
     chat = json.loads((run / "model" / "chat.json").read_text())
     assert chat["variables"] == {"x": "${oc.env:DB_PASS}"}
@@ -414,5 +420,5 @@ def test_a_run_with_trackers_leaves_no_secret_anywhere(forks, tiny, guarded, lut
     assert "holds this run, finished" in said(tiny)
     code, out, err = luthier("show", run)
     assert code == 0 and CANARY not in out + err
-    code, out, err = luthier("reproduce", run)
+    code, out, err = luthier("reproduce", run, "--trust")
     assert code == 2 and "a secret that was typed, and is not in the record" in err

@@ -88,6 +88,9 @@ def _publish(trainer: Any, folder: Path, is_resumable: bool) -> None:
     """Move a written checkpoint to its name, and remove those that are over the limits."""
     state, name = trainer.state, f"checkpoint-{trainer.state.global_step}"
     written = folder / checkpoints.NEW_FOLDER / name
+    # A pickle of the trainer's arguments, secrets among them, that nothing reads: transformers 5.23
+    # writes it, and the config of the run says the same.
+    (written / "training_args.bin").unlink(missing_ok=True)
     state.save_to_json(str(written / "trainer_state.json"))
     facts = {
         "step": state.global_step,
