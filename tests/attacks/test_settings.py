@@ -86,6 +86,7 @@ def test_every_number_has_a_range():
         ("trainer.args.max_steps=0", r"0 is too small; the least is 1 \(or -1\)"),
         ("trainer.args.adam_beta2=1", "1 is too large; it must be less than 1"),
         ("trainer.args.logging_steps=0", "0 is too small; it must be more than 0"),
+        ("lora.lora_dropout=nan", "nan is not a finite number"),
         ("seed=-1", "it must be at least 0"),
         ("seed=99999999999", "it must be less than"),
         ("trainer.args.deepspeed=ds.json", r"launch/zero2\.yaml"),
@@ -169,6 +170,30 @@ def test_a_path_means_itself(path, key):
     assert found == path
 
 
+BROKEN_YAML = {
+    "seed: 1\n  model: x\n": "a second `:` in a line, or the indentation",
+    "trainer:\n   args: {}\n  method: sft\n": "is not indented as the lines around it",
+    "seed: 1\n\tmodel: x\n": "this one has a tab",
+    "seed: {a: 1\n": "is not closed",
+    "card: {license: '\n": "a quote is opened and not closed",
+    "seed: @a\n": "text that begins with @ needs quotes",
+    "seed: *a\n": "needs quotes",
+    "seed: ${a\n": "${...} cannot be read",
+    "seed: 1\nseed: 2\n": "found duplicate key seed",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN_YAML.items(), ids=repr)
+def test_a_recipe_that_cannot_be_read_is_explained(text, words, tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text(f"# Mine.\n{text}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_config(["recipe=mine"])
+    assert words in str(caught.value)
+    assert not PARSER_WORDS.search(str(caught.value))
+
+
 # Hints.
 
 VALUES = st.recursive(
@@ -193,7 +218,7 @@ def test_what_is_shown_to_type_reads_back_as_it_was(value):
 
 
 HINT = re.compile(
-    r"'?(?<![\w.{])(?:model|quantization|lora|dataset|chat|trainer|tracker|card)\.[\w.]+="
+    r"'?(?<![\w.{])(?:X|model|quantization|lora|dataset|chat|trainer|tracker|card)\.[\w.]+="
     r"(?:'[^']*'|\[[^\]]*\]+|\{[^}]*\}+|\"[^\"]*\"|[^\s,;)'\"]+)'?"
 )
 
@@ -278,6 +303,7 @@ LACKING = {
     "lora.target_modules=[q_proj] lora.modules_to_save=[lm_head,embed_tokens]": "",
     "model.path=runs/nine": r"there is no such folder. Did you mean runs/mine/nine\?",
     "model.path=runs/xyz": r"there is no such folder. There are: runs/mine/nine\.",
+    "model.path=runs": "Name the folder with config.json",
     "model.path=rows/none": "the model is not on this machine",
     "model.path=model/none": "there is no such folder",
 }

@@ -6,7 +6,9 @@ No row may be left out in silence, and no entry of the cache may hold other rows
 import bz2
 import csv
 import gzip
+import http.server
 import io
+import itertools
 import json
 import lzma
 import os
@@ -15,8 +17,10 @@ import shutil
 import socket
 import sys
 import tarfile
+import threading
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -259,6 +263,36 @@ def test_a_function_without_end_is_read_as_far_as_it_is_used(monkeypatch):
     )
     sys.modules.pop("endless_rows", None)
     assert len(prepared({"path": "python:endless_rows.rows", "max_rows": 1500}).train) == 1500
+
+
+@pytest.fixture
+def changing_server():
+    """A web server whose only file has other rows from the third request on."""
+    requests = itertools.count()
+
+    class Changing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = json_lines(OLD if next(requests) < 3 else NEW)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            with suppress(ConnectionError):  # whoever looks at the first rows leaves early
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Changing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.jsonl"
+        server.shutdown()
+
+
+def test_a_web_server_that_gives_other_rows_each_time_is_an_error(changing_server):
+    # It is opened, looked at, hashed, and then read for the rows.
+    with pytest.raises(UserError, match=r"a\.jsonl changed while it was being read"):
+        prepared({"path": changing_server})
+    assert entries() == []
 
 
 # Entries of a folder that are no files, or not what they seem.

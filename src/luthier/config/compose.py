@@ -23,12 +23,12 @@ from omegaconf.errors import (
 from luthier.config import env_references, hydra_plugins, recipes
 from luthier.config.cross_checks import HELD_OUT_KEYS
 from luthier.config.override_errors import (
-    WRONG_INTERPOLATION,
     explain_unreadable,
     is_cut_off,
     parse_override,
 )
 from luthier.config.recipes import (
+    WRONG_INTERPOLATION,
     RecipeChain,
     check_option,
     explain_yaml_error,

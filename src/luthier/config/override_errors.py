@@ -15,14 +15,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from luthier.config.recipes import WRONG_INTERPOLATION
 from luthier.errors import format_for_hydra, format_override
 
 _PATH_KEY = re.compile(r"\+{0,2}(\w+\.)*(output_dir|path|cache|template|tokenizer|teacher)")
 _KEY = re.compile(r"[+~]{0,2}[\w.@/:$-]+", re.ASCII)
-WRONG_INTERPOLATION = (
-    "what stands in ${...} cannot be read. Write ${KEY} for another setting, ${oc.env:NAME} for a "
-    "variable, and \\${ for these two characters themselves"
-)
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 

@@ -255,8 +255,9 @@ def _check(library: PassThroughKey, settings: dict[str, Any]) -> Iterator[Mistak
             yield Mistake(key, _unknown(library, name, fields))
         elif fields is not None and settings[name] != "???":
             settings[name], complaint = fit_value(settings[name], fields[name])
-            if library.key == "trainer.args" and not complaint:
-                complaint = number_complaint(name, settings[name])
+            if not complaint:
+                trainer_name = name if library.key == "trainer.args" else ""
+                complaint = number_complaint(trainer_name, settings[name])
             if complaint:
                 yield Mistake(key, complaint)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from luthier.config.schema import GROUPS
 from luthier.errors import Mistake, UserError, suggest_options
@@ -123,6 +124,12 @@ _FEW_VALUES = 1_000
 """Values that a recipe may stand for by its aliases, however short it is."""
 
 
+WRONG_INTERPOLATION = (
+    "what stands in ${...} cannot be read. Write ${KEY} for another setting, ${oc.env:NAME} for a "
+    "variable, and \\${ for these two characters themselves"
+)
+
+
 def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     """Read a YAML file as a mapping; what is wrong with it comes with file and line."""
     try:
@@ -137,6 +144,8 @@ def load_yaml(path: Path) -> dict[str, Any] | Mistake:
         return Mistake(format_path(path), f"{TOO_DEEP}.")
     except yaml.MarkedYAMLError as error:
         return explain_yaml_error(error)
+    except OmegaConfBaseException as error:
+        return Mistake(f"{format_path(path)}: {error.full_key}", f"{WRONG_INTERPOLATION}.")
     except (UnicodeDecodeError, OSError, yaml.YAMLError) as error:
         return Mistake(format_path(path), f"cannot be read: {error}.")
     if not isinstance(content, dict):
@@ -148,7 +157,25 @@ def explain_yaml_error(error: yaml.MarkedYAMLError) -> Mistake:
     """Return a mistake in a YAML file's grammar with the file and line."""
     mark = error.problem_mark
     where = f"{format_path(Path(mark.name))}:{mark.line + 1}" if mark else "a YAML file"
-    return Mistake(where, f"not valid YAML: {error.problem}.")
+    problem = str(error.problem)
+    words = next((text for mark, text in _YAML_WORDS.items() if mark in problem), problem)
+    return Mistake(where, f"not valid YAML: {words}.")
+
+
+_YAML_WORDS = {
+    "expected <block end>": "this line is not indented as the lines around it are",
+    "mapping values are not allowed": "a second `:` in a line, or the indentation of this line is "
+    "wrong; text with `: ` in it needs quotes",
+    "character '\\t' that cannot": "lines are indented with spaces, and this one has a tab",
+    "could not find expected ':'": "this line, or the one before it, is no `key: value`",
+    "character '@' that cannot": "text that begins with @ needs quotes",
+    "character '%' that cannot": "text that begins with % needs quotes",
+    "character '`' that cannot": "text that begins with ` needs quotes",
+    "expected ',' or": "a list or a mapping in brackets is not closed, or lacks a comma",
+    "unexpected end of stream": "a quote is opened and not closed",
+    "found undefined alias": "`*` begins an alias; text that begins with it needs quotes",
+}
+"""What PyYAML says -> what it means."""
 
 
 def read_recipe_chain(name: str, typed_groups: frozenset[str]) -> RecipeChain:

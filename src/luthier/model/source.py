@@ -202,7 +202,22 @@ def _check_folder(folder: Path, key: str, file: str) -> None:
             f"{key}={folder}: this folder holds an adapter, not a model.\n"
             "Name the model that the adapter was trained on, or merge the two first."
         )
-    raise UserError(f"{key}={folder}: this folder has no {file}, so luthier cannot load it.")
+    raise UserError(
+        f"{key}={folder}: this folder has no {file}, so it holds no model as transformers saves it."
+        f"{_describe_content(folder, key)}"
+    )
+
+
+def _describe_content(folder: Path, key: str) -> str:
+    """Return a sentence on what a folder without a model holds, and what to name instead."""
+    if files := sorted(folder.glob("*.gguf")):
+        return f"\nName its GGUF file: {key}={files[0]}"
+    below = sorted(file.parent for file in folder.glob("*/config.json"))
+    if below:
+        return f"\nDid you mean {below[0]}?"
+    if any(folder.glob("*.safetensors")):
+        return "\nIt has weights alone: copy or download the model's other files too."
+    return "\nName the folder with config.json, tokenizer and weights, or a hub name (ORG/NAME)."
 
 
 def _check_hub_name(name: str, revision: str | None, key: str, file: str) -> None:

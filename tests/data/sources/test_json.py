@@ -219,7 +219,7 @@ class TestOneObject:
         ("whole", "named"),
         [
             ({"pets": [ROW]}, "options.rows=pets"),
-            ({"data": [ROW], "train": [ROW]}, "options.rows=data or options.rows="),
+            ({"data": [ROW], "train": [ROW]}, "dataset.options.rows=data or dataset.options.rows="),
             ({"data": [ROW], "meta": {"a": 1}}, "options.rows=data"),
         ],
         ids=["unknown-key", "two-lists", "nested-beside"],
@@ -229,7 +229,7 @@ class TestOneObject:
         with pytest.raises(UserError, match="is one object that holds lists of objects") as error:
             read(name)
         assert named in str(error.value)
-        assert "if the object is one row, set options.rows=null" in str(error.value)
+        assert "if the object is one row, set dataset.options.rows=null" in str(error.value)
 
     def test_the_key_can_be_named(self, write, fields):
         name = write("a.json", json.dumps({"pets": [ROW], "more": [ROW, ROW]}))

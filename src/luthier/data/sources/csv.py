@@ -88,7 +88,7 @@ def _read_records(
             # An error at the end of the file is an open quote, which has swallowed the records
             # before; any other error costs its own record alone.
             if line_reader.ended:
-                raise UserError(_describe_open_quote(where, options)) from error
+                raise UserError(_describe_open_quote(file, where, options)) from error
             yield where, BadRow(where, f"this is not CSV: {error}", excerpt(line_reader.line))
             continue
         # A blank line is an empty record, and no row.
@@ -109,7 +109,9 @@ def _row_of_record(
 
 def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> None:
     """Refuse a header whose names do not tell the columns apart."""
-    subject = "dataset: options.header" if options.header else f"dataset: {file.label}, its header"
+    subject = (
+        f"{file.options_key}.header" if options.header else f"dataset: {file.label}, its header"
+    )
     stripped_names = [name.strip() for name in header]
     if "" in stripped_names:
         number = stripped_names.index("") + 1
@@ -121,7 +123,7 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
     # one column.
     other = [mark for mark in _OTHER_DELIMITERS if mark in header[0]]
     if len(header) == 1 and other and not options.header:
-        setting = format_override("dataset.options.delimiter", other[0])
+        setting = format_override(f"{file.options_key}.delimiter", other[0])
         if other[0] == "\t":  # Hydra's grammar has no escape for a tab.
             setting = format_override("dataset.format", "tsv")
         raise UserError(
@@ -130,12 +132,12 @@ def _check_header(file: DataFile, header: list[str], options: CsvOptions) -> Non
         )
 
 
-def _describe_open_quote(where: str, options: CsvOptions) -> str:
+def _describe_open_quote(file: DataFile, where: str, options: CsvOptions) -> str:
     """Return the text for a quote that swallows the rest of the file."""
     return (
         f"dataset: {where}: a cell opens with {options.quotechar} here that nothing closes before "
         "the file ends. Close it, double it if it is meant as text, or, where quotes are plain "
-        "characters, set dataset.options.quotechar=null."
+        f"characters, set {file.options_key}.quotechar=null."
     )
 
 

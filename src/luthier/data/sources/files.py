@@ -14,7 +14,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -177,7 +177,7 @@ def _check_web_file(path: str, storage: dict[str, Any]) -> WebFile:
     unknown = sorted(set(storage) - {"headers"})
     if unknown:
         raise UserError(
-            f"dataset: options.storage.{unknown[0]}: {path.split(':')[0]} takes headers alone, "
+            f"dataset.options.storage.{unknown[0]}: {path.split(':')[0]} takes headers alone, "
             "such as {headers: {Authorization: Bearer ...}}."
         )
     headers = tuple((str(key), str(value)) for key, value in storage.get("headers", {}).items())
@@ -229,6 +229,8 @@ class FileSettings:
 
     format: str
     storage: dict[str, Any]
+    options_key: str = "dataset.options"
+    """The config key of the options, for messages."""
     left_out: list[str] = field(default_factory=list)
     """What was passed over, by name, and could be data; a folder ends in a slash."""
 
@@ -241,7 +243,11 @@ def is_local(path: str) -> bool:
 
 def find_files(paths: Sequence[str], settings: FileSettings) -> list[DataFile]:
     """Return the files of all paths, in their order, those of one path sorted by name."""
-    files = [file for path in paths for file in _files_of_path(path, settings)]
+    files = [
+        replace(file, options_key=settings.options_key)
+        for path in paths
+        for file in _files_of_path(path, settings)
+    ]
     seen: dict[tuple[str, str], str] = {}
     for file in files:
         # By the resolved path: a link, or a glob beside a name, would train the same rows twice in

@@ -16,7 +16,7 @@ from luthier.data.rows import BadRow, Row, RowError, describe_type, excerpt
 from luthier.data.sources.options import JsonOptions, LineOptions
 from luthier.data.sources.streams import DataFile
 from luthier.data.sources.text import read_text_blocks, refuse_long_row, split_lines
-from luthier.errors import UserError
+from luthier.errors import UserError, format_override
 
 LENIENT_DECODER = json.JSONDecoder()
 """Reads what the strict one refuses, to find where it ends."""
@@ -231,11 +231,11 @@ def read_json_rows(file: DataFile, options: JsonOptions) -> Iterator[Row | BadRo
     head, text = _first_line(read_text_blocks(file, options.encoding))
     if head.startswith("["):
         if options.rows not in (None, "auto"):
-            raise _not_one_object(file.label, options.rows)
+            raise _not_one_object(file, options.rows)
         return _rows_of_array(file.label, text)
     spans_lines = head.startswith("{") and not _is_one_value(head)
     rows = _rows_of_objects(file.label, text) if spans_lines else _rows_by_line(file.label, text)
-    return rows if options.rows is None else _unwrap_rows(file.label, rows, options.rows)
+    return rows if options.rows is None else _unwrap_rows(file, rows, options.rows)
 
 
 def _first_line(text: Iterator[str]) -> tuple[str, Iterator[str]]:
@@ -287,35 +287,35 @@ def _rows_of_array(label: str, text: Iterator[str]) -> Iterator[Row | BadRow]:
         raise window.broken("there is text behind the array's end")
 
 
-def _unwrap_rows(label: str, rows: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
+def _unwrap_rows(file: DataFile, rows: Iterator[Row | BadRow], key: str) -> Iterator[Row | BadRow]:
     """Yield the rows that a file of one object holds under a key; else the rows themselves."""
     # The second row tells whether the file is one object.
     first, second = next(rows, None), next(rows, None)
     head = [entry for entry in (first, second) if entry is not None]
     if isinstance(first, Row) and second is None:
-        yield from _rows_of_object(label, first, key)
+        yield from _rows_of_object(file, first, key)
     elif key != "auto":
-        raise _not_one_object(label, key)
+        raise _not_one_object(file, key)
     else:
         yield from chain(head, rows)
 
 
-def _rows_of_object(label: str, outer: Row, key: str) -> Iterator[Row | BadRow]:
+def _rows_of_object(file: DataFile, outer: Row, key: str) -> Iterator[Row | BadRow]:
     """Yield the rows of the one object of a file: those under the key, or the object itself."""
-    key = _find_rows_key(label, outer.fields) if key == "auto" else key
+    key = _find_rows_key(file, outer.fields) if key == "auto" else key
     if not key:
         yield outer
         return
     if not isinstance(outer.fields.get(key), list):
         raise UserError(
-            f"dataset: options.rows={key}: {label} holds no list under {key!r}. "
+            f"{file.options_key}.rows={key}: {file.label} holds no list under {key!r}. "
             f"It has the keys {', '.join(outer.fields)}."
         )
     for number, value in enumerate(outer.fields[key]):
-        yield row_of_value(value, f"{label} {key}[{number}]")
+        yield row_of_value(value, f"{file.label} {key}[{number}]")
 
 
-def _find_rows_key(label: str, fields: dict[str, Any]) -> str:
+def _find_rows_key(file: DataFile, fields: dict[str, Any]) -> str:
     """Return the key whose list is the file's rows; empty if the object is itself a row."""
     lists = [key for key, value in fields.items() if _could_be_rows(value)]
     others = [value for key, value in fields.items() if key not in lists]
@@ -325,11 +325,12 @@ def _find_rows_key(label: str, fields: dict[str, Any]) -> str:
     has_nested = any(isinstance(value, list | dict) for value in others)
     if len(lists) == 1 and lists[0] in WRAPPER_KEYS and not has_nested:
         return lists[0]
-    settings = " or ".join(f"options.rows={key}" for key in lists)
+    name = f"{file.options_key}.rows"
+    settings = " or ".join(format_override(name, key) for key in lists)
     sizes = ", ".join(f"{key} ({len(fields[key]):,})" for key in lists)
     raise UserError(
-        f"dataset: {label} is one object that holds lists of objects: {sizes}. If those are the "
-        f"rows, set {settings}; if the object is one row, set options.rows=null."
+        f"dataset: {file.label} is one object that holds lists of objects: {sizes}. If those are "
+        f"the rows, set {settings}; if the object is one row, set {name}=null."
     )
 
 
@@ -339,6 +340,6 @@ def _could_be_rows(value: Any) -> bool:
     return bool(objects) and not any(_PART_KEYS & item.keys() for item in objects)
 
 
-def _not_one_object(label: str, key: str) -> UserError:
+def _not_one_object(file: DataFile, key: str) -> UserError:
     """Return the error for a key to look under where there is no one object."""
-    return UserError(f"dataset: options.rows={key}: {label} is not one object. Remove it.")
+    return UserError(f"{file.options_key}.rows={key}: {file.label} is not one object. Remove it.")

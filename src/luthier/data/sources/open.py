@@ -52,7 +52,7 @@ _JSON_ADVICE = (
 _CSV_ADVICE = (
     "Each record is to have one cell for each column of the header; a cell that holds the "
     "delimiter, a quote or a line break stands in quotes, and quotes inside it are doubled. "
-    "Where quotes are plain characters, set options.quotechar=null."
+    "Where quotes are plain characters, set {key}.quotechar=null."
 )
 _ADVICE = {"jsonl": _JSON_ADVICE, "json": _JSON_ADVICE, "csv": _CSV_ADVICE, "tsv": _CSV_ADVICE}
 
@@ -67,7 +67,8 @@ class FileContent:
         find_again: Callable[[], Sequence[DataFile]] | None = None,
     ) -> None:
         self._files, self._options, self._find_again = files, options, find_again
-        self.advice = _ADVICE.get(files[0].format, "")
+        advice = _ADVICE.get(files[0].format, "")
+        self.advice = advice.replace("{key}", files[0].options_key)
         self._hashes: dict[str, bytes] = {}
         """The hash of each place, by its key, that `digest` has told."""
         self._as_read: dict[str, bytes] = {}
@@ -239,7 +240,7 @@ def _open_files(config: "SourceConfig", name: str) -> Source:
     if not isinstance(storage, dict):
         raise UserError(f"{name}.options.storage={storage!r} is not a mapping of keys to values.")
     _refuse_missing_secrets({"path": _paths(config), "options.storage": storage}, name)
-    file_settings = FileSettings(config.format, storage)
+    file_settings = FileSettings(config.format, storage, f"{name}.options")
     files = find_files(_paths(config), file_settings)
     formats = sorted({file.format for file in files})
     options = {each: read_options(each, format_options, name) for each in formats}

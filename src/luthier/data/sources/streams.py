@@ -175,6 +175,8 @@ class DataFile:
     location: FileLocation
     member: str = ""
     """The file's name inside a zip archive."""
+    options_key: str = "dataset.options"
+    """The config key of the options that it is read with, for messages."""
 
 
 # Libraries raise these for content that is cut short or was changed on its way.

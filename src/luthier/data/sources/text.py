@@ -10,7 +10,7 @@ from itertools import chain
 from luthier.data.rows import BadRow, Row
 from luthier.data.sources.options import COMPRESSION_SUFFIXES, TextOptions
 from luthier.data.sources.streams import DataFile, read_blocks
-from luthier.errors import UserError
+from luthier.errors import UserError, format_override
 
 
 def read_text_blocks(file: DataFile, encoding: str) -> Iterator[str]:
@@ -94,14 +94,15 @@ def _describe_wrong_encoding(
     line += error.object.count(b"\n", 0, error.start)
     byte = f"dataset: {file.label}:{line}: byte 0x{error.object[error.start]:02x} is not"
     if encoding != "utf-8":
-        return f"{byte} {encoding}, which options.encoding says the file is. Correct it."
+        key = f"{file.options_key}.encoding"
+        return f"{byte} {encoding}, which {key} says the file is. Correct it."
     advice = _encoding_advice(file, "windows-1252")
     return f"{byte} UTF-8. Its real encoding may be windows-1252. {advice}"
 
 
 def _encoding_advice(file: DataFile, encoding: str) -> str:
     """Return what to do about a file in another encoding."""
-    setting = f"et options.encoding={encoding}."
+    setting = f"et {format_override(f'{file.options_key}.encoding', encoding)}."
     if file.location.is_remote or file.label.lower().endswith(COMPRESSION_SUFFIXES):
         return f"S{setting}"
     command = f"iconv -f {encoding.upper()} -t UTF-8 {file.label} > utf8.{file.format}"
