@@ -525,3 +525,22 @@ def test_blank_cells_of_a_spreadsheet_say_nothing(write):
     """Alpaca's rows have a blank input, and exports a blank column of tools or system prompts."""
     write("a.csv", "instruction,input,output,tools,system\nq,,a,,\nr, ,b, , \ns,t,c,[],S\n")
     assert shown(prepared({"path": "a.csv"}).train) == ["q>a", "r>b", "Ss\n\nt>c"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["kept", "streamed"])
+def test_keys_of_messages_that_nothing_reads_are_told(write, streaming):
+    reply = {"role": "assistant", "content": "a", "weight": 1}
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{n}", "id": n, "seen": n}, reply]}
+        for n in range(3)
+    ]
+    write("a.jsonl", [*rows, {"messages": [{**reply, "score": 1}]}])
+
+    class Shown(Letters):
+        def settings(self):
+            return super().settings() | {"template": "{{ message.seen }}{{ score_of }}"}
+
+    config = DatasetConfig(path="a.jsonl", streaming=streaming)
+    made = prepare(config, lambda *_: Shown(), NAMELESS, 0)
+    assert made.unread_keys == {"dataset": [("id", 3), ("score", 1)]}
+    assert prepare(config, lambda *_: Shown(), NAMELESS, 0).unread_keys == made.unread_keys

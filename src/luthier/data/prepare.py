@@ -121,6 +121,17 @@ class PreparedData:
     """Each row that could not be read, was dropped or is not whole: `where`, `state`, `problem`
     and `text`, the start of the row."""
 
+    @property
+    def unread_keys(self) -> dict[str, list[tuple[str, int]]]:
+        """Keys of messages that nothing reads with their rows, by the config key of the source.
+
+        Of a stream they are those of the first rows.
+        """
+        found = {key: source.unread_keys for key, source in self.sources.items()}
+        if isinstance(self.train, TokenRowStream):
+            found |= {key: self.train.unread_keys(key) for key in self.train.opened}
+        return {key: list(keys.items()) for key, keys in found.items() if keys}
+
     def locate_rows(self, numbers: Sequence[int]) -> list[str]:
         """Return where the rows behind these rows of the training table stand: `data.jsonl:7`.
 

@@ -1,5 +1,6 @@
 """Rows that are read and encoded while they train, for sets larger than the disk."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,13 +11,16 @@ import numpy as np
 
 from luthier.chat import ChatError
 from luthier.config.schema import DatasetConfig
+from luthier.data.encode_source import unread_keys
 from luthier.data.encoders.chat import EncodedRows, EncoderFactory, RowEncoder, RowState
 from luthier.data.examples import (
+    PEEKED_ROWS,
     BadRows,
     DatasetSources,
     LocatedExample,
     OpenedSource,
 )
+from luthier.data.formats.messages import find_other_keys
 from luthier.errors import UserError
 
 CHUNK_ROWS = 256
@@ -48,6 +52,13 @@ class TokenRowStream:
         else:
             weights = {key: opened.config.weight or 1.0 for key, opened in self.opened.items()}
             yield from _interleaved(sources, weights)
+
+    def unread_keys(self, key: str) -> dict[str, int]:
+        """Return the keys of messages that nothing reads, among the first rows of a source."""
+        opened, found = self.opened[key], Counter[str]()
+        for row in opened.examples(BadRows(), opened.source.peek(PEEKED_ROWS)):
+            found.update(find_other_keys(row.example))
+        return unread_keys(found, self.encoders[key].settings().get("template"))
 
     def _rows(self, key: str) -> Iterator[TokenRow]:
         """The token rows of one source; the next rows are encoded while these train."""

@@ -49,10 +49,9 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
             "train     a stream: "
             + ", ".join(p.source.label for p in prepared.train.opened.values())
         )
-    for key, source in prepared.sources.items():
-        if source.unread_keys:
-            keys = ", ".join(f"{name} ({n:,} rows)" for name, n in source.unread_keys.items())
-            print_line(f"not read  keys of messages in {key}: {keys}")
+    for key, found in prepared.unread_keys.items():
+        keys = ", ".join(f"{name} ({n:,} {'row' if n == 1 else 'rows'})" for name, n in found)
+        print_line(f"not read  keys of messages in {key}: {keys}")
     splits |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
     for name, counts in splits.items():
         print_line(f"{name:<9} {_format_counts(counts, answers)}")
