@@ -6,10 +6,10 @@ from typing import Any
 
 from luthier.cli.arguments import CommandLine
 from luthier.config.renamed_settings import read_recorded_config
-from luthier.record.checkpoints import read_step_log
 from luthier.record.config_diff import NEUTRAL_KEYS, differing_keys, flatten_config
-from luthier.record.record import read_record
+from luthier.record.record import read_metrics, read_record
 from luthier.record.run_dir import find_run
+from luthier.storage.typed_files import has_entry
 from luthier.terminal import make_console
 
 COMMAND_LINE = CommandLine(
@@ -92,7 +92,7 @@ def _config(a: Path, b: Path) -> Lines:
     configs = []
     for folder in (a, b):
         path = folder / "config.yaml"
-        resolved = read_recorded_config(path) if path.is_file() else {}
+        resolved = read_recorded_config(path) if has_entry(path) else {}
         # Neutral keys, such as output_dir, differ between any two runs and change no number.
         configs.append({key: value for key, value in resolved.items() if key not in NEUTRAL_KEYS})
     return [(key, str(old), str(other)) for key, old, other in differing_keys(*configs)]
@@ -114,7 +114,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics without what is measured in seconds."""
     return [
         {k: v for k, v in row.items() if not k.endswith(TIMES) and "/time" not in k}
-        for row in read_step_log(folder / "metrics.jsonl")
+        for row in read_metrics(folder)
     ]
 
 

@@ -16,8 +16,7 @@ from luthier.cli.rerun import load_run_config
 from luthier.config.renamed_settings import read_recorded_config
 from luthier.config.trust import TRUST_FLAG, Trust, trust_of
 from luthier.errors import UserError
-from luthier.record.checkpoints import read_step_log
-from luthier.record.record import read_record
+from luthier.record.record import read_metrics, read_record
 from luthier.record.run_dir import find_run, inspect_run, open_run
 from luthier.storage.manifest import hash_file
 from luthier.train.signals import STOPPED_EXIT_CODE
@@ -223,5 +222,5 @@ def _print_reasons(old: Path, new: Path) -> None:
     on_cpu = (record.get("launch") or {}).get("device") == "cpu"
     if not record.get("seeds", {}).get("deterministic") and not on_cpu:
         print("the run was not deterministic: with deterministic=true, GPU kernels do not vary")
-    if not read_step_log(old / "metrics.jsonl"):
+    if not read_metrics(old):
         print("the run left no metrics to compare")

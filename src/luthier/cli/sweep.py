@@ -179,6 +179,7 @@ def run(arguments: list[str]) -> int:
     folders = COMMAND_LINE.parse(arguments).overrides
     if len(folders) != 1:
         raise UserError("luthier sweep takes one folder: luthier sweep runs/RECIPE/sweeps/NAME.")
+    from luthier.record.record import read_metrics, read_record
     from luthier.sweep import trials as on_disk
     from luthier.sweep.objective import Objective, measure_objectives
     from luthier.sweep.progress import summary_line
@@ -197,9 +198,8 @@ def run(arguments: list[str]) -> int:
         if trial.state == "running":
             # The controller writes a trial's values when it ends; until then its own files say
             # how far it is. Without a controller, "running" is what a killed sweep left behind.
-            measures = measure_objectives(
-                on_disk.read_run_record(folder.run(trial)), on_disk.read_rows(folder.run(trial))
-            )
+            run_folder = folder.run(trial)
+            measures = measure_objectives(read_record(run_folder), read_metrics(run_folder))
             trial.step = int(measures.get("step", trial.step))
             trial.values = measures
             trial.state = "running" if running else "interrupted"

@@ -22,6 +22,7 @@ from luthier.errors import UserError
 from luthier.model import gguf, source
 from luthier.model.model_files import (
     ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
     CHAT_SETTINGS_FILE,
     MODEL_CONFIG_FILE,
     check_model_folder,
@@ -32,7 +33,7 @@ from luthier.model.model_files import (
 from luthier.storage import cache
 from luthier.storage.manifest import DamagedFolderError, read_manifest, verify_sizes
 from luthier.storage.sizes import read_safetensors_header
-from luthier.storage.typed_files import load_json
+from luthier.storage.typed_files import has_entry, load_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,10 +122,10 @@ def find_artifact(name: str, base: str | None = None, trust: Trust = NO_TRUST) -
     folder = Path(name).expanduser()
     if folder.is_dir():
         # A folder with a config.json is a model, whatever else lies in it.
-        is_model = (folder / MODEL_CONFIG_FILE).is_file()
-        if (folder / "config.yaml").is_file() and not is_model:
+        is_model = has_entry(folder / MODEL_CONFIG_FILE)
+        if has_entry(folder / "config.yaml") and not is_model:
             return _describe_folder(name, _model_folder(folder), folder, base, trust)
-        if is_model or (folder / ADAPTER_CONFIG_FILE).is_file():
+        if is_model or has_entry(folder / ADAPTER_CONFIG_FILE):
             return _describe_folder(name, folder, _run_of(folder), base, trust)
         raise UserError(_no_model_message(name, folder))
     if source.find_gguf_file(name, "model") is not None or source.is_local(name):
@@ -230,7 +231,9 @@ def check_lora_shapes(
     machine yet, or are quantized, is looked at when it is loaded.
     """
     base_folder = Path(base.path).expanduser()
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / ADAPTER_WEIGHTS_FILE
+    if has_entry(weights) and not weights.is_file():
+        raise UserError(f"{name}: {weights}: it is no file. Copy or fetch the file again.")
     if not base_folder.is_dir() or not weights.is_file():
         return
     shapes = {

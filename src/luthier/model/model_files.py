@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from luthier.config.schema import SavedChatSettings
 from luthier.errors import UserError
 from luthier.storage.sizes import read_safetensors_header
-from luthier.storage.typed_files import load_json
+from luthier.storage.typed_files import has_entry, load_json
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -162,7 +162,7 @@ def check_model_folder(folder: Path, is_complete: bool = True) -> None:
     read_generation_file(folder)
     indexed = list_indexed_files(folder)
     files = [folder / "model.safetensors"] if indexed is None else indexed
-    present = [file for file in files if file.is_file()]
+    present = [file for file in files if has_entry(file)]
     if indexed and is_complete and len(present) < len(files):
         missing = next(file.name for file in files if file not in present)
         raise UserError(f"{folder}: {missing} is missing, which {WEIGHT_INDEX_FILE} names.")

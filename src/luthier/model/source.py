@@ -12,6 +12,7 @@ from luthier.config.schema import ModelConfig
 from luthier.errors import UserError, nearest_option
 from luthier.model import gguf
 from luthier.model.model_files import MODEL_CONFIG_FILE, check_model_folder
+from luthier.storage.typed_files import has_entry
 
 PACKAGE_PREFIX = "package:"
 GGUF_MAGIC = b"GGUF"
@@ -193,7 +194,7 @@ def _check_folder(folder: Path, key: str, file: str) -> None:
     """Raise UserError where a folder does not hold `file`."""
     if not folder.is_dir():
         raise UserError(f"{key}={folder}: there is no such folder.{_nearest_name(folder)}")
-    if (folder / file).is_file():
+    if has_entry(folder / file):
         if file == MODEL_CONFIG_FILE:
             check_model_folder(folder)
         return

@@ -33,7 +33,8 @@ from luthier.storage.typed_files import DamagedFileError, load_json, load_json_l
 
 NEW_FOLDER = ".new"
 """Where the next checkpoint is written, within the folder of checkpoints."""
-STEP_LOGS = ("metrics.jsonl", "evaluations.jsonl")
+METRICS_FILE = "metrics.jsonl"
+STEP_LOGS = (METRICS_FILE, "evaluations.jsonl")
 """The files of a run's directory to which lines of JSON are added while it trains: every logged
 metric, and the replies of each evaluation."""
 START_FILE = "before.json"
@@ -341,7 +342,7 @@ def _truncate_logs(run: Path, checkpoint: Path) -> None:
     counts: dict[str, int] = load_json(file, _LineCounts)["lines"]
     for name, count in counts.items():
         path = run / name
-        schema = MetricsRow if name == STEP_LOGS[0] else dict[str, Any]
+        schema = MetricsRow if name == METRICS_FILE else dict[str, Any]
         complete = len(load_json_lines(path, schema, _log_advice(path)))
         if complete < count:
             raise DamagedFileError(

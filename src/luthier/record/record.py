@@ -13,9 +13,10 @@ from luthier.config.env_references import fingerprint_variables
 from luthier.config.schema import RunConfig, SavedChatSettings
 from luthier.errors import UserError
 from luthier.record import machine_info
+from luthier.record.checkpoints import METRICS_FILE, STEP_LOGS, read_step_log
 from luthier.redaction import redact, redact_chat, redact_override
 from luthier.storage.atomic import write_json
-from luthier.storage.manifest import compute_seal
+from luthier.storage.manifest import compute_seal, hash_file
 from luthier.storage.typed_files import DamagedFileError, check_value, load_json
 
 RECORD_FORMAT = 2
@@ -61,12 +62,19 @@ class TokenizerIdentity(RecordModel):
     template_sha256: str | None = None
 
 
+class SplitEntries(RecordModel):
+    """How much there is of one split."""
+
+    rows: int = 0
+    tokens: int = 0
+
+
 class DataEntries(RecordModel):
     """The rows of a run."""
 
     sha256: str | None = None
     sources: dict[str, str] = {}
-    train: dict[str, Any] | None = None
+    train: SplitEntries | None = None
 
 
 class LaunchEntries(RecordModel):
@@ -102,6 +110,7 @@ class GitEntries(RecordModel):
 
     commit: str
     branch: str | None
+    remote: str | None = None
     dirty: bool
     changed_files: list[str]
     diff: str | None = None
@@ -157,6 +166,8 @@ class RecordEntries(RecordModel):
     chat: SavedChatSettings | None = None
     trackers: dict[str, TrackedRun] = {}
     results: dict[str, ResultPair] = {}
+    logs: dict[str, str] = {}
+    """The SHA-256 of the logs as a finished run left them, by their names."""
     extended: list[ExtensionEntries] = []
 
 
@@ -201,6 +212,31 @@ def read_record(folder: Path) -> dict[str, Any]:
     return entries
 
 
+def hash_logs(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each log of a run's directory, by its name."""
+    return {name: hash_file(folder / name) for name in STEP_LOGS if (folder / name).is_file()}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's `metrics.jsonl`, oldest first.
+
+    Raises UserError for a damaged line, and for a file that is not what a finished run has left.
+    """
+    record = read_record(folder)
+    file = folder / METRICS_FILE
+    rows = read_step_log(file)
+    left = record.get("logs", {}).get(METRICS_FILE)
+    if record.get("status") == "finished" and left is not None:
+        if not file.is_file():
+            raise DamagedFileError(f"{file}: it is missing. Put it back from a copy.")
+        if hash_file(file) != left:
+            raise DamagedFileError(
+                f"{file}: its content is not what the run left there.\nPut it back from a copy; "
+                "without one, overwrite=true trains the run anew."
+            )
+    return rows
+
+
 class RunRecord:
     """The record of one run; every update is on disk at once, so that a killed run tells too.
 
@@ -221,6 +257,7 @@ class RunRecord:
         """
         began = _now()
         self.entries.pop("error", None)
+        self.entries.pop("logs", None)
         versions = machine_info.package_versions()
         # A session whose end nobody has recorded was killed. An older luthier wrote no versions of
         # each, and those of all sessions are those of the last.

@@ -43,6 +43,7 @@ from luthier.storage.output_folder import (
     name_some,
     remove_written,
 )
+from luthier.storage.typed_files import has_entry
 
 RUNS = Path("runs")
 """The folder that holds every run whose config names no other `output_dir`."""
@@ -236,7 +237,7 @@ def find_run(typed: str) -> Path:
     Raises UserError, with the nearest name, where there is no such run.
     """
     for folder in (Path(typed).expanduser(), RUNS / typed):
-        if (folder / "run.json").is_file():
+        if has_entry(folder / "run.json"):
             return folder
     runs = sorted(str(path.parent) for path in RUNS.glob("*/*/run.json"))
     same_name = [run for run in runs if Path(run).name == typed]

@@ -1,6 +1,7 @@
 """Bytes of folders, and in words."""
 
 import math
+import stat
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -61,7 +62,10 @@ def read_safetensors_header(file: Path) -> SafetensorsHeader:
     a tensor, and each tensor must have the bytes of its shape.
     """
     try:
-        total = file.stat().st_size
+        state = file.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise _damaged_weights(file, "it is no file")
+        total = state.st_size
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             if size > min(MAX_HEADER_BYTES, total - 8):

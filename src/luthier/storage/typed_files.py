@@ -19,7 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from luthier.errors import UserError, format_value
 
 MAX_BYTES = 2**28
-"""Bytes of the largest file that is read whole, and of the longest line of a JSONL file."""
+"""Bytes of the largest file that is read whole."""
+MAX_LINE_BYTES = 2**24
+"""Bytes of the longest line of a JSONL file."""
 MAX_VALUES = 2_000_000
 """Values in one file: a few lines of YAML with aliases can stand for billions."""
 MAX_DEPTH = 100
@@ -42,6 +44,14 @@ _PARSERS: dict[str, Callable[[str], Any]] = {"JSON": json.loads, "YAML": yaml.sa
 
 class DamagedFileError(UserError):
     """A file cannot be read as what it should be; the text names it and says what is wrong."""
+
+
+def has_entry(path: Path) -> bool:
+    """Return whether a folder has this name, be it a file, a folder, a pipe or a broken link.
+
+    Where a name says what a folder is, something else under it is damage and not absence.
+    """
+    return path.is_symlink() or path.exists()
 
 
 def load_json(path: Path, schema: Any, advice: str = "") -> Any:
@@ -153,9 +163,9 @@ def _read_lines(path: Path, advice: str) -> Iterator[bytes]:
     """Yield the lines of a file with their line feeds."""
     try:
         with path.open("rb") as file:
-            while line := file.readline(MAX_BYTES + 1):
-                if len(line) > MAX_BYTES:
-                    problem = f"a line of it is longer than {MAX_BYTES:,} bytes"
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if len(line) > MAX_LINE_BYTES:
+                    problem = f"a line of it is longer than {MAX_LINE_BYTES:,} bytes"
                     raise _damage(path, problem, advice)
                 yield line
     except OSError as error:

@@ -20,7 +20,7 @@ from luthier.model.device import preserve_random_state
 from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
-from luthier.record.record import RunRecord
+from luthier.record.record import RunRecord, hash_logs
 from luthier.redaction import redact_chat
 from luthier.storage.atomic import write_json, write_jsonl
 from luthier.storage.manifest import compute_seal
@@ -422,7 +422,8 @@ def _report_results(
     }
     seconds = round(record.entries.get("training_seconds", 0) + training_seconds, 1)
     # Before what may fail for reasons of its own, such as the card and the trackers' uploads.
-    record.end("finished", results=results, training_seconds=seconds)
+    logs = hash_logs(folder)
+    record.end("finished", results=results, training_seconds=seconds, logs=logs)
     problem = session.after_save(folder) if session.after_save else None
     if problem:
         console.print_line(f"card      not written: {problem}")
