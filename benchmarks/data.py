@@ -89,7 +89,13 @@ def ours(path: str, cache: str, workers: int, tokenizer: Any) -> tuple[PreparedD
     """What luthier makes of a file."""
 
     def encoder(kind: str, source: SourceConfig, key: str) -> ConversationEncoder:
-        settings = {"on_lost": "keep", "date": "2025-01-02", "max_length": LENGTH}
+        settings = {
+            "on_lost": "keep",
+            "date": "2025-01-02",
+            "max_length": LENGTH,
+            # A few replies of the mix are empty; TRL trains them, too.
+            "empty_replies": "train",
+        }
         return ConversationEncoder(tokenizer, settings)
 
     config = DatasetConfig(path=path, cache=cache, workers=workers)

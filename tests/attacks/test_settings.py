@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from luthier.cli.model_arguments import parse_model_arguments
 from luthier.config import load_config
 from luthier.config.compose import parse_overrides
 from luthier.config.library_fields import read_class_fields
@@ -126,6 +127,9 @@ UNREADABLE = [
     (["lora[0]=8"], "is not the name of a setting"),
     (["=8"], "is not the name of a setting"),
     (["lora.r=1,2"], "'lora.r=[1,2]'"),
+    (["tracker.to=wandb"], "'tracker.to=[wandb]'"),
+    (["dataset.columns=prompt: Question"], "'dataset.columns={prompt: Question}'"),
+    (["dataset.columns=x"], "'dataset.columns={name: value}'"),
 ]
 
 
@@ -192,6 +196,26 @@ def test_a_recipe_that_cannot_be_read_is_explained(text, words, tmp_path, monkey
         load_config(["recipe=mine"])
     assert words in str(caught.value)
     assert not PARSER_WORDS.search(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dataset.filter=[a"], "For a text write 'dataset.filter=\"[a\"'"),
+        (["dataset.filter={a"], "For a text write 'dataset.filter=\"{a\"'"),
+        (["dataset.columns=x", "dataset.columns.prompt=y"], "dataset.columns is set as a whole"),
+    ],
+    ids=["list", "mapping", "twice"],
+)
+def test_settings_behind_a_model_are_refused_in_words(words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse_model_arguments("generate", ["RUN", *words], ("MODEL",))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_behind_a_model_means_itself(path):
+    parsed = parse_model_arguments("generate", ["RUN", f"dataset.path={path}"], ("MODEL",))
+    assert parsed.dataset == {"path": path}
 
 
 # Hints.

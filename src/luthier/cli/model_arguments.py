@@ -9,7 +9,7 @@ import yaml
 from luthier.config.renamed_settings import new_key
 from luthier.config.schema import DatasetConfig, ModelConfig
 from luthier.config.trust import Trust, trust_of
-from luthier.errors import UserError, nearest_option
+from luthier.errors import UserError, format_override, nearest_option
 from luthier.infer import generation_config
 
 _MODEL = ("device", "dtype", "attention", "device_map", "trust_remote_code")
@@ -70,6 +70,8 @@ def parse_model_arguments(
             *parents, last = name.split(".")
             for parent in parents:
                 nested = nested.setdefault(parent, {})
+                if not isinstance(nested, dict):
+                    raise UserError(f"{key}: dataset.{parent} is set as a whole, too. Remove one.")
             nested[last] = _value(word, text)
         else:
             generation.append(word)
@@ -114,9 +116,19 @@ def _merged(below: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(word: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{word}: the value cannot be read: {error}") from error
+        # Hydra's grammar is needed for this alone.
+        from luthier.config.override_errors import quote_path
+
+        key = word.partition("=")[0]
+        if quote_path(word) != word:  # a path means itself
+            return text
+        raise UserError(
+            f"{key}: {text!r} cannot be read. For a text write {format_override(key, text)}."
+        ) from error
+    # YAML takes what begins with # for a comment.
+    return text if value is None and text.startswith("#") else value
 
 
 def _known(key: str, name: str, names: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from luthier.config.passthrough import PASS_THROUGH_KEYS
 from luthier.config.recipes import list_options
 from luthier.config.renamed_settings import new_key, new_value
 from luthier.config.schema import GROUPS, RunConfig
-from luthier.errors import Mistake, format_value, nearest_option, suggest_options
+from luthier.errors import Mistake, format_override, format_value, nearest_option, suggest_options
 
 _WANTED = {
     "int": "a whole number",
@@ -97,7 +97,22 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
     one_of_several = len(error["loc"]) > len(path) and isinstance(error["loc"][len(path)], str)
     if expected is None or one_of_several:
         return f"{typed_value} does not fit. {describe_key(model, path[-1])}"
-    return f"{typed_value} is not {expected}."
+    return f"{typed_value} is not {expected}.{_show_form('.'.join(path), expected, error['input'])}"
+
+
+def _show_form(key: str, expected: str, value: object) -> str:
+    """Return a sentence with a list or a mapping as it is typed, where a text stands for one."""
+    if not isinstance(value, str) or not value:
+        return ""
+    if expected == _WANTED["list"]:
+        return f" Write {format_override(key, [value])}."
+    # bash takes {a: b,c: d} without quotes apart, into two settings.
+    if expected == _WANTED["dict"]:
+        name, _, text = (part.strip() for part in value.partition(":"))
+        is_pair = name.isidentifier() and text
+        form = format_override(key, {name: text} if is_pair else {"name": "value"})
+        return f" Write it in quotes: {form}."
+    return ""
 
 
 def describe_key(model: type[BaseModel], name: str) -> str:
