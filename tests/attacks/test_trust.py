@@ -8,6 +8,7 @@ import yaml
 
 from luthier.cli.rerun import load_run_config
 from luthier.config import load_config
+from luthier.config.schema import ModelConfig
 from luthier.config.trust import (
     EVERYTHING,
     NO_TRUST,
@@ -17,7 +18,8 @@ from luthier.config.trust import (
     trust_of,
 )
 from luthier.errors import UserError
-from luthier.model.artifact import find_artifact
+from luthier.model.artifact import Artifact, find_artifact
+from luthier.model.load import label_settings
 
 CALL = "python:tempfile.mkdtemp"
 """A function of Python that leaves a trace."""
@@ -236,6 +238,55 @@ TYPED = {
 def test_what_is_typed_for_a_training_needs_no_flag(typed, workplace):
     words = ["model=hub", "model.path=m", "dataset=files", "dataset.path=x", *typed]
     assert find_code(load_config(words).resolved)
+
+
+ADAPTERS = {
+    "a module": {"megatron_config": {"a": 1}, "megatron_core": "evil"},
+    "a tokenizer's code": {"tokenizer_kwargs": {"trust_remote_code": True}},
+}
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_names_no_code(settings, stranger):
+    run = stranger({})
+    file = run / "model" / "adapter_config.json"
+    mapping = {"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | mapping))
+    assert find_artifact(str(run)).adapter == run / "model"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(UserError, match=r"adapter_config\.json names code"):
+        find_artifact(str(run))
+
+
+def test_labels_set_nothing_but_labels(tmp_path):
+    """They become arguments of `from_pretrained`."""
+    (tmp_path / "labels.json").write_text(
+        json.dumps({"id2label": {"0": "a"}, "trust_remote_code": True, "weights_only": False})
+    )
+    artifact = Artifact("x", ModelConfig(path="m"), adapter=tmp_path)
+    assert label_settings(artifact) == {"id2label": {0: "a"}}
+
+
+def test_a_base_with_code_of_its_own_runs_none(tmp_path, luthier, monkeypatch):
+    """The base of an adapter brings code (`auto_map`), and labels.json would allow it."""
+    monkeypatch.chdir(tmp_path)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    (base / "evil.py").write_text("open('RAN', 'w').close()\n")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model",
+             "AutoTokenizer": ["evil.Tokenizer", None]}  # fmt: skip
+    (base / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": names}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA", "r": 4})
+    )
+    (adapter / "labels.json").write_text(
+        json.dumps({"id2label": {"0": "a"}, "trust_remote_code": True})
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    code, out, err = luthier("generate", "adapter", "rows.jsonl", "-o", "out.jsonl")
+    assert code == 2 and "model.trust_remote_code=true" in err, out + err
+    assert not Path("RAN").exists() and "Traceback" not in err
 
 
 def test_a_secret_of_the_environment_is_read_for_nobody_else(stranger, monkeypatch):

@@ -46,7 +46,7 @@ SAYS = {
     ),
     "flag, far off": (
         ["check", "--zzz"],
-        "has no such flag. Flags: --limit, --served, --json, --png, --help",
+        "has no such flag. Flags: --limit, --served, --json, --png, --trust, --help",
     ),
     "short flag": (["check", "-x"], "-x: luthier check has no such flag."),
     "number missing": (["preview", Q, "--row"], "--row needs a number. Write --row 3."),

@@ -141,6 +141,8 @@ def _find_in_setting(key: str, name: str, value: Any) -> list[CodeReference]:
         return [CodeReference(key, shown, f"runs {_SWITCHES[name]}")]
     if name in _MAPPINGS and value:
         return [CodeReference(key, shown, "runs Python code that it names")]
+    if name == "megatron_config" and value:
+        return [CodeReference(key, shown, "imports the module that megatron_core names")]
     if name == "weights_only" and value is False:
         return [CodeReference(key, shown, "loads pickles, which run code")]
     # transformers loads an attention with a slash as a compiled kernel of the hub.

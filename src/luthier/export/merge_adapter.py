@@ -76,18 +76,24 @@ def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
 
 
 def compare_models(
-    load_expected: "Callable[[], Any]", folder: Path, task: str, prompts: list[list[int]]
+    load_expected: "Callable[[], Any]",
+    folder: Path,
+    task: str,
+    prompts: list[list[int]],
+    trust_remote_code: bool = False,
 ) -> LogitDifference:
     """Return how far a merged folder's logits are from those of what `load_expected` loads.
 
-    One model is in memory at a time.
+    One model is in memory at a time. `trust_remote_code` is that of the base.
     """
     model = load_expected()
     before = logits(model, prompts)
     # Two models in float32 at once would double what the check needs.
     del model
     gc.collect()
-    return compare_logits(before, logits(load_folder(folder, task), prompts))
+    return compare_logits(
+        before, logits(load_folder(folder, task, trust_remote_code=trust_remote_code), prompts)
+    )
 
 
 def load_folder(folder: Path, task: str, **model_kwargs: Any) -> Any:
@@ -273,7 +279,9 @@ def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> Logit
     first = order.first
     prompts = prompts_of(first, load_tokenizer(first.base))
     load_expected = partial(load_tuned, first, order.adapters, order.packs)
-    difference = compare_models(load_expected, aside, first.task, prompts)
+    difference = compare_models(
+        load_expected, aside, first.task, prompts, first.base.trust_remote_code
+    )
     say(
         f"checked   {difference.prompts} prompts: logits differ by up to {difference.largest:.3g} "
         f"({difference.relative:.2g} standard deviations); the likeliest token is the same at "

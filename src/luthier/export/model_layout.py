@@ -102,7 +102,9 @@ def _load_base_config(artifact: Artifact, folder: Path) -> Any:
         # The tensors of such files are packed codes and scales: only the model's own layers unpack
         # them.
         raise NeedsMemoryMerge("its base comes quantized")
-    return AutoConfig.from_pretrained(folder, **label_settings(artifact))
+    return AutoConfig.from_pretrained(
+        folder, trust_remote_code=artifact.base.trust_remote_code, **label_settings(artifact)
+    )
 
 
 def _find_packed_layers(model: Any, quantization: QuantizationSettings) -> frozenset[str]:

@@ -110,7 +110,12 @@ def _quantize_with_bitsandbytes(folder: Path, target: Path, name: str, artifact:
     # weights.
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     model = auto_class(artifact.task).from_pretrained(
-        folder, quantization_config=make(**settings), dtype="auto", device_map={"": device}
+        folder,
+        quantization_config=make(**settings),
+        dtype="auto",
+        device_map={"": device},
+        # Never left out: transformers would ask at the terminal.
+        trust_remote_code=artifact.base.trust_remote_code,
     )
     model.save_pretrained(target, max_shard_size=SHARD_BYTES)
 

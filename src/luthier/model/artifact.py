@@ -292,6 +292,9 @@ def _describe_folder(
         settings |= {"path": str(folder), "revision": None, "tokenizer": tokenizer}
         task = _read_task(folder)
         return Artifact(name, ModelConfig(**settings), None, chat, run, config, task)
+    # peft writes auto_mapping itself, and reads it for AutoPeftModel alone.
+    named = {key: value for key, value in adapter.items() if key != "auto_mapping"}
+    check_recorded(named, str(folder / ADAPTER_CONFIG_FILE), trust)
     adapter_base = find_adapter_base(name, adapter, config, base)
     settings |= {"path": adapter_base.path, "revision": adapter_base.revision}
     settings["tokenizer"] = tokenizer or settings["tokenizer"]

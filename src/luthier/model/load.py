@@ -159,11 +159,17 @@ def load_trained(
     return model.eval()
 
 
+_LABEL_SETTINGS = ("num_labels", "id2label", "label2id", "problem_type")
+"""Entries of a labels.json that make a head."""
+
+
 def label_settings(artifact: Artifact) -> dict[str, Any]:
     """Return the labels that the base of an adapter gets, as arguments of `from_pretrained`."""
     labels = None if artifact.adapter is None else read_labels(artifact.adapter)
     if labels is None:
         return {"num_labels": 1} if artifact.is_reward else {}
+    # These and no others: any argument of from_pretrained could stand in the file.
+    labels = {key: labels[key] for key in _LABEL_SETTINGS if key in labels}
     # Keys in JSON are texts, and from_pretrained takes arguments as they are.
     return labels | {"id2label": {int(key): name for key, name in labels["id2label"].items()}}
 
@@ -289,10 +295,7 @@ def _as_user_error(error: Exception, config: ModelConfig, machine: Machine) -> E
     if not isinstance(error, OSError | ValueError | TypeError | ImportError):
         return error
     if "trust_remote_code" in text:
-        text = (
-            "its repository brings Python code of its own.\n"
-            "Read that code, then allow it: model.trust_remote_code=true"
-        )
+        text = source.OWN_CODE
     return UserError(f"model.path={config.path}: the model cannot be loaded: {text}")
 
 

@@ -15,6 +15,11 @@ from luthier.model.model_files import MODEL_CONFIG_FILE, check_model_folder
 from luthier.storage.typed_files import has_entry
 
 PACKAGE_PREFIX = "package:"
+OWN_CODE = (
+    "its repository brings Python code of its own.\n"
+    "Read that code, then allow it: model.trust_remote_code=true"
+)
+"""What is wrong with a model that only its own code can load, and what to do."""
 GGUF_MAGIC = b"GGUF"
 _RUNS = Path("runs")
 """Where luthier puts runs that name no folder."""

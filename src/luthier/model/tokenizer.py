@@ -57,9 +57,8 @@ def _read_tokenizer(config: ModelConfig, path: str, key: str) -> "PreTrainedToke
         raise
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         problem = source.explain_hub_error(error, path, key)
-        raise problem or UserError(
-            f"{key}={path}: the tokenizer cannot be read: {error}"
-        ) from error
+        text = source.OWN_CODE if "trust_remote_code" in str(error) else error
+        raise problem or UserError(f"{key}={path}: the tokenizer cannot be read: {text}") from error
 
 
 def _check_same_ids(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> None:
