@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from luthier.config import recipes
 from luthier.config.schema import GROUPS
+from luthier.storage.typed_files import check_yaml_size
 
 DroppedGroups = Mapping[str, frozenset[str]]
 """For each recipe of the chain, the groups whose settings in it do not apply."""
@@ -44,7 +45,9 @@ class FolderSource(ConfigSource):
         file = self.locate(self._normalize_file_name(config_path))
         if file is None or not file.is_file():
             raise ConfigLoadError(f"Config not found: {config_path}")
-        header = self._get_header_dict(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        check_yaml_size(text, str(file))
+        header = self._get_header_dict(text)
         config = OmegaConf.load(file)
         return ConfigResult(provider=self.provider, path=str(file), config=config, header=header)
 

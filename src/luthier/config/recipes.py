@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from luthier.config.schema import GROUPS
 from luthier.errors import Mistake, UserError, suggest_options
-from luthier.storage.typed_files import TOO_DEEP, find_excess
+from luthier.storage.typed_files import TOO_DEEP, ExcessiveYamlError, check_yaml_size
 
 # Where config groups and recipes lie: the user's own folders first, then the bundled ones.
 
@@ -120,10 +120,6 @@ def check_option(group: str, name: str) -> Mistake | None:
     return Mistake(group, f"there is no {what} {name!r}. {suggest_options(name, available)}")
 
 
-_FEW_VALUES = 1_000
-"""Values that a recipe may stand for by its aliases, however short it is."""
-
-
 WRONG_INTERPOLATION = (
     "what stands in ${...} cannot be read. Write ${KEY} for another setting, ${oc.env:NAME} for a "
     "variable, and \\${ for these two characters themselves"
@@ -133,12 +129,7 @@ WRONG_INTERPOLATION = (
 def load_yaml(path: Path) -> dict[str, Any] | Mistake:
     """Read a YAML file as a mapping; what is wrong with it comes with file and line."""
     try:
-        # From the open file, whose name stands in the errors.
-        with path.open(encoding="utf-8") as stream:
-            value = yaml.safe_load(stream)
-        # OmegaConf copies every use of an alias; without aliases a value takes a character.
-        if excess := find_excess(value, max(path.stat().st_size, _FEW_VALUES)):
-            return Mistake(format_path(path), f"{excess}.")
+        check_yaml_size(path.read_text(encoding="utf-8"), str(path))
         content = OmegaConf.to_container(OmegaConf.load(path))
     except RecursionError:
         return Mistake(format_path(path), f"{TOO_DEEP}.")
@@ -146,7 +137,7 @@ def load_yaml(path: Path) -> dict[str, Any] | Mistake:
         return explain_yaml_error(error)
     except OmegaConfBaseException as error:
         return Mistake(f"{format_path(path)}: {error.full_key}", f"{WRONG_INTERPOLATION}.")
-    except (UnicodeDecodeError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:  # a number of 5,000 digits
         return Mistake(format_path(path), f"cannot be read: {error}.")
     if not isinstance(content, dict):
         return Mistake(format_path(path), "must be a mapping of keys to values.")
@@ -158,6 +149,8 @@ def explain_yaml_error(error: yaml.MarkedYAMLError) -> Mistake:
     mark = error.problem_mark
     where = f"{format_path(Path(mark.name))}:{mark.line + 1}" if mark else "a YAML file"
     problem = str(error.problem)
+    if isinstance(error, ExcessiveYamlError):
+        return Mistake(where, f"{problem}.")
     words = next((text for mark, text in _YAML_WORDS.items() if mark in problem), problem)
     return Mistake(where, f"not valid YAML: {words}.")
 

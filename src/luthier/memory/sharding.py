@@ -13,6 +13,7 @@ import yaml
 
 from luthier.errors import UserError
 from luthier.memory.meta_model import Weight
+from luthier.storage.typed_files import parse_yaml
 
 SHARDING_KINDS = ("none", "ddp", "fsdp2", "zero2", "zero3")
 ZERO_BUCKET = 500_000_000
@@ -182,7 +183,7 @@ def read_sharding(file: str, processes: int | None = None) -> Sharding:
     file that cannot be read or a sharding that the plan does not count.
     """
     try:
-        config = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        config = parse_yaml(Path(file).expanduser().read_text(encoding="utf-8"), file)
     except OSError as error:
         raise UserError(f"--launch {file}: cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:

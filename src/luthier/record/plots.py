@@ -67,7 +67,7 @@ def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
         label = f"held-out {name}, at last {held_out[-1][1]:.3g}"
         axes.plot(*zip(*held_out, strict=True), "o-", color=EVAL_COLOR, ms=4, label=label)
     values = [value for _, value in train + held_out]
-    axes.set_title(title, loc="left", color=TEXT_COLOR)
+    axes.set_title(literal_label(title), loc="left", color=TEXT_COLOR)
     axes.set_xlabel("step")
     if name == "reward":
         axes.set_ylabel("mean reward of completions")
@@ -133,6 +133,11 @@ def style_axes(axes: Any, grid: str = "both") -> None:
         axes.spines[side].set_visible(False)
 
 
+def literal_label(text: str) -> str:
+    """Return a text for a plot as it stands: matplotlib takes `$...$` for a formula."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure as a PNG, complete or not at all, and close it; return its path."""
     from matplotlib import pyplot
@@ -181,7 +186,7 @@ def _draw_lengths(axes: Any, numbers: DataNumbers, title: str) -> None:
     _scale_counts(axes, counts)
     _draw_marks(axes, numbers)
     tokens = int(lengths.sum(dtype=np.int64))
-    axes.set_title(title, loc="left", color=TEXT_COLOR)
+    axes.set_title(literal_label(title), loc="left", color=TEXT_COLOR)
     share = f"{numbers.trained_tokens / tokens:.0%} trained"
     about = f"{len(lengths):,} sequences, {tokens:,} tokens, {share}"
     axes.set_title(about, loc="right", color=_SUBTITLE_COLOR, fontsize=9)
@@ -250,7 +255,7 @@ def _draw_sources(axes: Any, bars: list[tuple[str, int]]) -> None:
     counts = [rows for _, rows in bars]
     total = sum(counts)
     drawn = axes.barh(range(len(bars)), counts, color=TRAIN_COLOR, height=0.72)
-    axes.set_yticks(range(len(bars)), names)
+    axes.set_yticks(range(len(bars)), map(literal_label, names))
     labels = [f"{rows:,} ({rows / total:.1%})" for rows in counts]
     axes.bar_label(drawn, labels, padding=4, fontsize=9, color=TEXT_COLOR)
     axes.invert_yaxis()

@@ -5,7 +5,9 @@ be cut, edited, replaced by a folder or made to do harm, and then the error says
 key, what is wrong with it and what to do.
 """
 
+import io
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -39,7 +41,65 @@ _EXPECTED = {
     "bool_type": "true or false",
 }
 """Words for the types of JSON and YAML, by the name of pydantic's error."""
-_PARSERS: dict[str, Callable[[str], Any]] = {"JSON": json.loads, "YAML": yaml.safe_load}
+FEW_VALUES = 1_000
+"""Values that YAML may stand for by its aliases, however short it is."""
+
+
+class ExcessiveYamlError(yaml.MarkedYAMLError):
+    """A text of YAML stands for more values than anybody writes, or for endless ones."""
+
+
+def parse_yaml(text: str, name: str = "", limit: int | None = None) -> Any:
+    """Return the value of a text of YAML that stands for at most `limit` values.
+
+    Without a limit that is as many as it could hold without aliases, a character each.
+    Some lines of aliases (`*name`) or merges (`<<`) stand for billions of values, so they are
+    counted before any is made. `name` is the file's, for the error. Raises yaml.YAMLError, and
+    ValueError for a number or a date that is none.
+    """
+    check_yaml_size(text, name, limit)
+    return yaml.safe_load(text)
+
+
+def check_yaml_size(text: str, name: str = "", limit: int | None = None) -> None:
+    """Raise yaml.YAMLError, by the rules of `parse_yaml`, for a text that stands for too much."""
+    limit = limit or max(len(text), FEW_VALUES)
+    stream = io.StringIO(text)
+    # What yaml calls the text in its errors.
+    stream.name = name
+    try:
+        root = yaml.compose(stream, yaml.SafeLoader)
+        count, depth = (0.0, 0.0) if root is None else _measure_yaml(root, {})
+    except RecursionError:
+        count, depth = 0.0, math.inf
+    if depth > MAX_DEPTH or count > limit:
+        start = yaml.Mark(name, 0, 0, 0, None, 0)
+        many = f"it stands for more than {limit:,} values; aliases (*name) repeat many"
+        problem = many if count > limit else TOO_DEEP
+        raise ExcessiveYamlError(problem=problem, problem_mark=start)
+
+
+def _measure_yaml(node: yaml.Node, sizes: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """Return how many values a node stands for with each alias written out, and how deep they are.
+
+    `sizes` has those of the nodes that were measured, by their ids.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 0
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf, math.inf  # for an alias of the node within itself
+        is_mapping = isinstance(node, yaml.MappingNode)
+        children = [child for pair in node.value for child in pair] if is_mapping else node.value
+        inner = [_measure_yaml(child, sizes) for child in children]
+        depth = 1 + max((depth for _, depth in inner), default=0)
+        sizes[id(node)] = 1 + sum(count for count, _ in inner), depth
+    return sizes[id(node)]
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "JSON": json.loads,
+    "YAML": lambda text: parse_yaml(text, limit=MAX_VALUES),
+}
 
 
 class DamagedFileError(UserError):

@@ -20,6 +20,7 @@ from luthier.record.plots import (
     EVAL_COLOR,
     TEXT_COLOR,
     TRAIN_COLOR,
+    literal_label,
     save_figure,
     style_axes,
 )
@@ -158,7 +159,7 @@ def scale_parameter(texts: Sequence[str]) -> Scale:
     if any(number is None for number in numbers):
         names = sorted(set(texts))
         ranks = np.array([names.index(text) for text in texts], dtype=np.float64)
-        labels = tuple(format_value(name) for name in names)
+        labels = tuple(literal_label(format_value(name)) for name in names)
         return Scale(ranks, tuple(range(len(names))), labels, is_discrete=True)
     positions = np.array(numbers, dtype=np.float64)
     ticks = sorted(set(positions.tolist()))
@@ -217,7 +218,8 @@ def _varied_keys(trials: Sequence[Trial]) -> list[str]:
 
 def _parameter_names(trials: Sequence[Trial]) -> dict[str, str]:
     """Return the keys that the sweep varies, each with its short name."""
-    return dict(short_names(dict.fromkeys(key for trial in trials for key in trial.params)))
+    keys = dict.fromkeys(key for trial in trials for key in trial.params)
+    return {key: literal_label(name) for key, name in short_names(keys)}
 
 
 def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path: Path) -> Path:
@@ -247,7 +249,7 @@ def _plot_parameters(trials: list[Trial], objectives: Sequence[Objective], path:
         if scale_objective(values).is_log:
             axes.set_yscale("log")
         axes.set_xlabel(names[key])
-        axes.set_ylabel(objective.name)
+        axes.set_ylabel(literal_label(objective.name))
         _style_axes(axes)
     marked = "the best trial" if len(best_trials) == 1 else "the trials that none beats"
     figure.suptitle(f"{len(trials)} finished trials; red: {marked}", color=TEXT_COLOR, fontsize=10)
@@ -268,7 +270,8 @@ def _plot_parallel_coordinates(
     names = _parameter_names(trials)
     scales = [(names[key], scale_parameter([t.params[key] for t in trials])) for key in names]
     for objective in objectives:
-        scales.append((objective.name, scale_objective([t.values[objective.name] for t in trials])))
+        name = literal_label(objective.name)
+        scales.append((name, scale_objective([t.values[objective.name] for t in trials])))
     figure, axes = pyplot.subplots(
         figsize=(max(5.5, 2.1 * len(scales)), 4.4), dpi=130, layout="constrained"
     )
@@ -292,7 +295,10 @@ def _plot_parallel_coordinates(
     axes.set_xlim(-0.1, len(scales) - 0.6)
     direction = "highest" if first.maximize else "lowest"
     axes.set_title(
-        f"dark and thick: {direction} {first.name}", loc="left", color=TEXT_COLOR, fontsize=10
+        f"dark and thick: {direction} {literal_label(first.name)}",
+        loc="left",
+        color=TEXT_COLOR,
+        fontsize=10,
     )
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
@@ -323,7 +329,7 @@ def _plot_importance(trials: list[Trial], objectives: Sequence[Objective], path:
         axes.bar_label(bars, labels, padding=4, color=TEXT_COLOR, fontsize=9)
         axes.set_xlim(0, 1.08)
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
-        title = f"importance for {objective.name}: fANOVA, {len(trials)} trials"
+        title = f"importance for {literal_label(objective.name)}: fANOVA, {len(trials)} trials"
         axes.set_title(title, loc="left", color=TEXT_COLOR, fontsize=10)
         _style_axes(axes)
     return save_figure(figure, path)
@@ -352,7 +358,7 @@ def _plot_pareto_front(trials: list[Trial], objectives: Sequence[Objective], pat
         axes.plot(*zip(*best_points, strict=True), marker, color=EVAL_COLOR, label=label)
         for objective, set_label in zip(pair, (axes.set_xlabel, axes.set_ylabel), strict=True):
             better = "more" if objective.maximize else "less"
-            set_label(f"{objective.name} ({better} is better)")
+            set_label(f"{literal_label(objective.name)} ({better} is better)")
         _style_axes(axes)
     panels[0].legend(frameon=False)
     return save_figure(figure, path)

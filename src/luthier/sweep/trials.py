@@ -326,11 +326,30 @@ def write_csv(trials: Sequence[Trial], objectives: Sequence[Objective], path: Pa
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     heads = [*(key.lstrip("+") for key in keys), *names, *others]
-    writer.writerow(["trial", "state", *heads, "steps", "wall_seconds", "error"])
+    writer.writerow(map(_as_cell, ["trial", "state", *heads, "steps", "wall_seconds", "error"]))
     for trial in rank_trials(trials, objectives):
         numbers = [trial.values.get(name, "") for name in [*names, *others]]
         params = [trial.params.get(key, "").strip("'\"") for key in keys]
         error = trial.error or ""
         row = [trial.name, trial.state, *params, *numbers, trial.step, f"{trial.seconds:.1f}"]
-        writer.writerow([*row, error])
+        writer.writerow(map(_as_cell, [*row, error]))
     write_text(path, redact_text(text.getvalue()))
+
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n")
+
+
+def _as_cell(value: Any) -> Any:
+    """Return a value that a spreadsheet takes for text or a number, and never for a formula."""
+    if not isinstance(value, str):
+        return value
+    # Python 3.11 puts no quotes around a return, which ends the row where it is read.
+    value = value.replace("\r\n", "\n").replace("\r", "\n")
+    if not value.startswith(_FORMULA_STARTS):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        # What spreadsheets themselves write in front of text that is no formula.
+        return f"'{value}"
+    return value
