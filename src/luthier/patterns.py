@@ -6,15 +6,20 @@ can stop it. So patterns of `re` are compiled and searched by the library `regex
 time limit.
 """
 
+import json
 import re
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 SEARCH_SECONDS = 2.0
 """Processor time that one search may take."""
+NAMES_SECONDS = 10.0
+"""Seconds that a search through all names of a model may take."""
 MAX_PATTERN_STEPS = 250_000
 """Steps of a pattern whose repeats are written out; `regex` takes about 1 KB for each."""
 SLOW_ADVICE = (
@@ -33,12 +38,11 @@ def compile_pattern(pattern: str) -> Any:
     """
     import regex  # It takes 40 ms to import, and few runs search.
 
+    # `re` says what a pattern is: `regex` reads more than it, and some of it as something else.
+    check_syntax(pattern)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about `[[`, which may mean something else one day
-            # `re` says what a pattern is: `regex` reads more than it, and some of it as something
-            # else.
-            re.compile(pattern)
+            warnings.simplefilter("ignore")
             translated, steps = _translate_pattern(pattern)
             if steps > MAX_PATTERN_STEPS:
                 raise ValueError(
@@ -46,8 +50,55 @@ def compile_pattern(pattern: str) -> Any:
                     "steps"
                 )
             return regex.compile(translated)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
+    except (regex.error, RecursionError, OverflowError) as error:
         raise ValueError(f"is no regular expression: {error}") from None
+
+
+def check_syntax(pattern: str) -> None:
+    """Raise ValueError, whose text is a predicate, for what is no pattern of `re`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about `[[`, which may mean something else one day
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+
+
+_MATCH_NAMES = """\
+import json, re, sys
+pattern, names, method = json.load(sys.stdin)
+find = getattr(re.compile(pattern), method)
+json.dump([name for name in names if find(name)], sys.stdout)
+"""
+
+
+def match_names(
+    pattern: str, names: Iterable[str], method: Literal["search", "match", "fullmatch"]
+) -> list[str]:
+    """Return the names in which `re` finds a pattern, by its method of that name.
+
+    For patterns that libraries search with `re` afterwards (peft, in the names of layers): where
+    this has ended, they end. Raises ValueError for what is no pattern, and TimeoutError where it
+    takes longer than `NAMES_SECONDS`.
+    """
+    check_syntax(pattern)
+    names = list(names)
+    if sum(map(pattern.count, "*+{?|")) < 2:
+        find = getattr(re.compile(pattern), method)
+        return [name for name in names if find(name)]
+    # With two repeats or alternatives it may take years, and only the end of its process stops it.
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH_NAMES], capture_output=True, check=True,
+            input=json.dumps([pattern, names, method]), text=True, timeout=NAMES_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(
+            f"takes more than {NAMES_SECONDS:g} seconds to be looked for in the names of a model. "
+            f"{SLOW_ADVICE}"
+        ) from None
+    matching: list[str] = json.loads(done.stdout)
+    return matching
 
 
 def search(pattern: Any, text: str) -> Any:

@@ -1,7 +1,6 @@
 """Settings that are fine one by one and wrong together, found before anything is loaded."""
 
 import datetime
-import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from luthier.errors import (
     nearest_option,
     suggest_options,
 )
+from luthier.patterns import check_syntax
 
 if TYPE_CHECKING:
     from luthier.metrics import Metric
@@ -87,10 +87,9 @@ def _patterns(resolved: dict[str, Any]) -> Iterator[Mistake]:
             yield Mistake(f"model.{name}", f"{text}Whole layers train with lora.modules_to_save.")
         for pattern in patterns:
             try:
-                re.compile(str(pattern))
-            except re.error as error:
-                text = f"{format_value(pattern)} is not a regular expression: {error}."
-                yield Mistake(f"model.{name}", text)
+                check_syntax(str(pattern))
+            except ValueError as error:
+                yield Mistake(f"model.{name}", f"{format_value(pattern)} {error}.")
 
 
 # What a config measures, rewards and learns from: mistakes known before anything is loaded.

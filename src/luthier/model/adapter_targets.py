@@ -11,11 +11,10 @@ from typing import Any
 
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError, format_override
+from luthier.model.adapter_patterns import ALL_LINEAR, check_adapter_patterns, match_layers
 from luthier.model.source import local_folder
 from luthier.storage.sizes import read_safetensors_header
 
-ALL_LINEAR = "all-linear"
-"""The value of `lora.target_modules` that means each linear layer but the output layer."""
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -26,13 +25,14 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
     Raises UserError, too, for an adapter on the output layer of a causal language model, which the
     losses read past.
     """
+    names = [name for name, _ in model.named_modules()]
+    check_adapter_patterns("lora.", settings, names)
     targets = settings.get("target_modules")
     chosen = find_target_layers(model, targets) if targets else []
-    names = [name for name, _ in model.named_modules()]
     excluded = settings.get("exclude_modules") or []
     is_pattern = isinstance(excluded, str)
     for name in [excluded] if isinstance(excluded, str) else excluded:
-        if not any(_is_match(layer, name, is_pattern) for layer in names):
+        if not _find_layers("lora.exclude_modules", name, is_pattern, names):
             raise UserError(_no_match_message("lora.exclude_modules", name, names))
     _check_layer_numbers(settings.get("layers_to_transform"), chosen)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -66,7 +66,7 @@ def check_names_in_files(config: RunConfig) -> None:
     names["modules_to_save"] = config.lora.modules_to_save
     for key, targets_of_key in names.items():
         for target in targets_of_key:
-            is_named = any(_is_match(layer, str(target), False) for layer in layers)
+            is_named = bool(_find_layers(key, str(target), False, sorted(layers)))
             if not is_named and not _is_named_in_code(folder, str(target)):
                 raise UserError(_no_match_message(f"lora.{key}", str(target), sorted(layers)))
 
@@ -110,12 +110,13 @@ def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     is_pattern = isinstance(targets, str)
     target_list = [targets] if isinstance(targets, str) else targets
+    matching: set[str] = set()
     for target in target_list:
-        if not any(_is_match(name, target, is_pattern) for name in names):
+        layers = _find_layers("lora.target_modules", target, is_pattern, names)
+        if not layers:
             raise UserError(_no_layer_message(model, is_pattern, target))
-    return [
-        name for name in names if any(_is_match(name, item, is_pattern) for item in target_list)
-    ]
+        matching.update(layers)
+    return [name for name in names if name in matching]
 
 
 def linear_layer_suffixes(model: Any) -> list[str]:
@@ -128,11 +129,11 @@ def layer_name(model: Any, layer: Any) -> str:
     return next(name for name, module in model.named_modules() if module is layer)
 
 
-def _is_match(name: str, target: str, is_pattern: bool) -> bool:
+def _find_layers(key: str, target: str, is_pattern: bool, names: Sequence[str]) -> list[str]:
     """Match as peft does: one string is a regular expression, a list holds names' endings."""
     if is_pattern:
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")
+        return match_layers(key, target, names, target, "fullmatch")
+    return [name for name in names if name == target or name.endswith(f".{target}")]
 
 
 def _check_layer_numbers(layer_numbers: int | list[int] | None, chosen: Sequence[str]) -> None:
@@ -149,12 +150,7 @@ def _check_layer_numbers(layer_numbers: int | list[int] | None, chosen: Sequence
 def _check_patterns(key: str, patterns: Iterable[str], chosen: Sequence[str]) -> None:
     """Match as peft does, which takes the default where a pattern matches nothing."""
     for pattern in patterns:
-        try:
-            is_used = any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen)
-        except re.error as error:
-            text = f"lora.{key}: {pattern!r} is not a regular expression: {error}."
-            raise UserError(text) from error
-        if not is_used:
+        if not match_layers(f"lora.{key}", pattern, chosen, rf"(.*\.)?({pattern})$", "match"):
             raise UserError(_no_match_message(f"lora.{key}", pattern, chosen))
 
 

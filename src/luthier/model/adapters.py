@@ -14,7 +14,8 @@ from luthier.config.library_settings import LoraSettings
 from luthier.config.methods import ADAPTERS, check_adapter
 from luthier.errors import UserError
 from luthier.model import embeddings
-from luthier.model.adapter_targets import ALL_LINEAR, check_adapter_names, linear_layer_suffixes
+from luthier.model.adapter_patterns import ALL_LINEAR
+from luthier.model.adapter_targets import check_adapter_names, linear_layer_suffixes
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.config.schema import SavedChatSettings
 from luthier.errors import UserError
+from luthier.model.adapter_patterns import check_adapter_patterns
 from luthier.storage.sizes import read_safetensors_header
 from luthier.storage.typed_files import has_entry, load_json
 
@@ -104,7 +105,10 @@ class _WeightIndex(BaseModel):
 
 def read_adapter_config(folder: Path) -> dict[str, Any] | None:
     """Return the adapter_config.json of a folder; None where there is none."""
-    config: dict[str, Any] | None = load_json(folder / ADAPTER_CONFIG_FILE, _AdapterConfig, _ADVICE)
+    file = folder / ADAPTER_CONFIG_FILE
+    config: dict[str, Any] | None = load_json(file, _AdapterConfig, _ADVICE)
+    # peft looks for its patterns before anything else happens, and nothing could stop it.
+    check_adapter_patterns(f"{file}: ", config or {})
     return config
 
 

@@ -12,6 +12,7 @@ from luthier.model import embeddings
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
 from luthier.model.tokenizer import check_vocabulary_fits, load_tokenizer
+from luthier.patterns import match_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,10 +97,9 @@ def _matching_names(key: str, patterns: Sequence[str], names: dict[str, Any]) ->
     matching: set[str] = set()
     for pattern in patterns:
         try:
-            hits = {name for name in names if re.search(pattern, name)}
-        except re.error as error:
-            text = f"{key}: {pattern!r} is not a regular expression: {error}."
-            raise UserError(text) from error
+            hits = set(match_names(pattern, names, "search"))
+        except (ValueError, TimeoutError) as error:
+            raise UserError(f"{key}: {pattern!r} {error}") from error
         if not hits:
             pieces = {piece for name in names for piece in name.split(".")} | {*names}
             near = difflib.get_close_matches(pattern, sorted(pieces), n=3, cutoff=0.5)
