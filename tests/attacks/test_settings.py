@@ -4,12 +4,14 @@ Each ends in words with the key, before any of the training libraries is importe
 """
 
 import ast
+import copy
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import typing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from luthier.cli.model_arguments import parse_model_arguments
 from luthier.config import load_config
@@ -25,6 +28,8 @@ from luthier.config.library_fields import read_class_fields
 from luthier.config.methods import METHODS
 from luthier.config.number_ranges import RANGES
 from luthier.config.passthrough import PASS_THROUGH_KEYS, check_pass_through
+from luthier.config.schema import RunConfig
+from luthier.config.validate import validate_config
 from luthier.errors import UserError, ask_nearest, format_override
 
 Q = "recipe=quickstart"
@@ -77,6 +82,36 @@ def test_no_number_of_a_trainer_takes_a_hostile_value(value):
 
 def test_every_number_has_a_range():
     assert [name for name in NUMBERS if name not in RANGES] == []
+
+
+def numbers_of(model, prefix=()):
+    """The keys of a group whose values are numbers."""
+    for name, field in model.model_fields.items():
+        key = (*prefix, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from numbers_of(field.annotation, key)
+        elif {int, float} & {*types_in(field.annotation)}:
+            yield key
+
+
+def types_in(annotation):
+    """The types of which an annotation is made."""
+    inner = typing.get_args(annotation)
+    return [annotation, *(each for part in inner for each in types_in(part))]
+
+
+@pytest.mark.parametrize("value", [*HOSTILE[:5], -1, "x", [1]], ids=repr)
+def test_no_number_of_luthiers_own_takes_a_hostile_value(value):
+    resolved, silent = load_config([Q]).resolved, []
+    for key in numbers_of(RunConfig):
+        changed = copy.deepcopy(resolved)
+        group = changed
+        for name in key[:-1]:
+            group = group[name]
+        group[key[-1]] = value
+        config, mistakes = validate_config(changed)
+        silent += [".".join(key)] if config is not None or len(mistakes) != 1 else []
+    assert silent == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ Settings that belong to a library pass through whole (`trainer.args`, `lora`, `q
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
 
@@ -90,7 +90,10 @@ SWEEP_GROUPS = ("hydra/sweeper", "hydra/launcher")
 """The groups that say how a sweep is done."""
 
 
-PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+# Whole numbers go to libraries that count in 32 bits.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class ModelConfig(StrictModel):
@@ -207,7 +210,7 @@ class DatasetConfig(SourceConfig):
     """Leave out equal rows; `normalised`: also those that differ in case and white space only."""
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot be read: stop, or leave it out and list it in `dropped.jsonl`."""
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Processes that encode; null for one."""
     cache: str | None = None
     """The folder of the encoded rows; null for `$LUTHIER_CACHE` or `~/.cache/luthier`."""

@@ -92,7 +92,9 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
         return f"{typed_value} does not fit: {error['ctx']['error']}."
     if error_type in _BOUNDS:
         bound, than = _BOUNDS[error_type]
-        return f"{typed_value} is out of range: it must be {than} {error['ctx'][bound]:g}."
+        limit = error["ctx"][bound]
+        limit_text = f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+        return f"{typed_value} is out of range: it must be {than} {limit_text}."
     expected = _WANTED.get(error_type.split("_")[0])
     one_of_several = len(error["loc"]) > len(path) and isinstance(error["loc"][len(path)], str)
     if expected is None or one_of_several:
