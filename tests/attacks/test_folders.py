@@ -58,7 +58,10 @@ def make_checkpoint(folder, step):
 def make_run(folder, status="finished", has_marker=True):
     """What a run leaves, written by luthier's own functions; the trainer's files by hand."""
     with open_run(folder, CONFIG, ["seed=1"]):
-        record = {"status": status, "format": 2, "versions": {"luthier": "0.1.0"}}
+        record = {
+            "status": status, "format": 2, "versions": {"luthier": "0.1.0"}, "results": {},
+            "seconds": 2.0, "training_seconds": 1.0, "peak_memory_gib": {"host": 0.5},
+        }  # fmt: skip
         write_json(folder / "run.json", record)
         write(folder / "metrics.jsonl", '{"step": 1, "loss": 2.0}\n')
         write(folder / "before.json", "{}")
@@ -143,8 +146,8 @@ def test_overwriting_leaves_and_names_what_others_put_there(
         assert run.state == "new"
         assert run.foreign == [place]
         assert checkpoints.find_newest_checkpoint(folder / "checkpoints").path is None
-        left = state_of(folder)
-    assert left.keys() == {".lock", MARKER, "config.yaml", "overrides.yaml", place}
+    left = state_of(folder)
+    assert left.keys() == {MARKER, "config.yaml", "overrides.yaml", place}
     assert left[place] == foreign
     assert state_of(outside) == kept
 
@@ -186,7 +189,8 @@ def test_a_link_in_the_place_of_a_file_goes_and_its_target_stays(tmp_path, outsi
     (folder / name).unlink()
     (folder / name).symlink_to(outside / "precious.txt")
     with open_run(folder, CONFIG | {"seed": 2}, [], overwrite=True):
-        assert not os.path.lexists(folder / name)
+        pass
+    assert not os.path.lexists(folder / name)
     assert (outside / "precious.txt").read_text() == PRECIOUS
 
 
@@ -221,6 +225,89 @@ def test_a_list_that_names_files_outside_reaches_none(tmp_path, outside, where, 
         pass
     assert state_of(outside) == kept
     assert Path("/etc/hostname").exists()
+
+
+# An earlier run is gone only once the new one has begun.
+
+
+@pytest.mark.parametrize("has_marker", [True, False], ids=["marked", "of an earlier version"])
+def test_a_replaced_run_is_back_where_the_new_one_fails_before_its_first_step(tmp_path, has_marker):
+    folder = make_run(tmp_path / "run", has_marker=has_marker)
+    write(folder / "notes.md")
+    before = state_of(folder)
+    with (
+        pytest.raises(UserError, match="no layer"),
+        open_run(folder, CONFIG | {"seed": 2}, [], overwrite=True),
+    ):
+        write_json(folder / "run.json", {"status": "running"})
+        write(folder / "data.png")
+        raise UserError("no layer is named nope")
+    after = state_of(folder)
+    after.pop(MARKER), before.pop(MARKER, None)
+    assert after == before
+    with open_run(folder, CONFIG, []) as run:
+        assert run.state == "finished"
+
+
+def replace_and_die(folder, fails_at, has_begun):
+    """Replace a run in a process that is killed at one of its renames, or once all is done."""
+    if process := os.fork():
+        return os.waitpid(process, 0)[1]
+    count, real = 0, os.replace
+
+    def replace(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == fails_at:
+            os._exit(9)
+        return real(*args, **kwargs)
+
+    os.replace = replace
+    with open_run(folder, CONFIG | {"seed": 2}, [], overwrite=True):
+        write_json(folder / "run.json", {"status": "running", "format": 2})
+        if has_begun:
+            write_json(folder / "before.json", {"new": True})
+        os._exit(0)
+
+
+def test_a_replaced_run_survives_a_kill_at_any_moment_before_the_new_one_has_begun(tmp_path):
+    original = make_run(tmp_path / "original")
+    before = state_of(original)
+    for fails_at in range(1, 100):
+        folder = tmp_path / f"run-{fails_at}"
+        shutil.copytree(original, folder)
+        status = replace_and_die(folder, fails_at, has_begun=False)
+        with open_run(folder, CONFIG, []) as run:
+            assert run.state == "finished", fails_at
+        after = state_of(folder)
+        assert {name: after[name] for name in before if name != MARKER} == {
+            name: before[name] for name in before if name != MARKER
+        }, fails_at
+        assert after.keys() == before.keys()
+        if status == 0:
+            break
+    assert fails_at > 15
+    replace_and_die(folder, 0, has_begun=True)
+    with open_run(folder, CONFIG | {"seed": 2}, []) as run:
+        assert run.state == "unfinished"
+    assert state_of(folder).keys() == {
+        MARKER, "config.yaml", "overrides.yaml", "run.json", "before.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoints"])
+def test_a_run_without_its_first_measurement_is_not_lost_to_a_refusal(tmp_path, name):
+    folder = make_run(tmp_path / "run")
+    (folder / "before.json").unlink()
+    (folder / name).rename(tmp_path / "scratch")
+    (folder / name).symlink_to(tmp_path / "scratch")
+    before = state_of(folder)
+    with (
+        pytest.raises(UserError, match="is a link to"),
+        open_run(folder, CONFIG | {"seed": 2}, [], overwrite=True),
+    ):
+        pass
+    assert state_of(folder) == before
 
 
 # Folders that are no run, though they have files of a run's names.

@@ -74,8 +74,8 @@ def test_overwriting_removes_only_what_luthier_writes(tmp_path):
     (tmp_path / "notes.md").write_text("mine")
     with open_run(tmp_path, CONFIG, [], overwrite=True) as run:
         assert run.state == "new"
-        names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [".lock", ".luthier.json", "config.yaml", "notes.md", "overrides.yaml"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".luthier.json", "config.yaml", "notes.md", "overrides.yaml"]
     assert run.foreign == ["notes.md"]
 
 

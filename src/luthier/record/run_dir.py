@@ -14,7 +14,7 @@ checkpoints/    the trainer's checkpoints
 """
 
 import json
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,6 +40,8 @@ from luthier.storage.manifest import MANIFEST, DamagedFolderError, verify_manife
 from luthier.storage.output_folder import (
     WrittenFiles,
     list_remaining_files,
+    move_back,
+    move_written,
     name_some,
     remove_written,
 )
@@ -50,6 +52,8 @@ RUNS = Path("runs")
 
 RunState = Literal["new", "unfinished", "finished"]
 
+MARKER = ".luthier.json"
+"""The file of a run's directory that says so, and lists what luthier writes there."""
 _FILES = (
     *("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl"),
     *("evaluations.jsonl", "before.json", "loss.png", "data.png", "dropped.jsonl"),
@@ -57,7 +61,7 @@ _FILES = (
 WRITTEN_FILES = WrittenFiles(
     files=(
         *_FILES,
-        *(f".{name}.*.tmp" for name in _FILES),
+        *(f".{name}.*.tmp" for name in (*_FILES, MARKER)),
         *("code/*.diff", "code/.*.diff.*.tmp", "checkpoints/README.md"),
         *("tensorboard/events.out.tfevents.*", "tensorboard/*/events.out.tfevents.*"),
     ),
@@ -66,8 +70,10 @@ WRITTEN_FILES = WrittenFiles(
 )
 """What luthier writes into a run's directory. Trackers' own stores (wandb, mlflow) hold several
 runs, and merged models are another command's: both stay where a run is replaced."""
-MARKER = ".luthier.json"
-"""The file of a run's directory that says so, and lists what luthier writes there."""
+REPLACED = ".replaced"
+"""The folder of a run's directory with the run that is replaced, until the new one has begun."""
+_COMPLETE = ".complete"
+"""The file in it that says that all of that run is there."""
 _STATUSES = ("running", "finished", "stopped", "failed", "interrupted")
 _CONFIG_KEYS = {"model", "dataset", "trainer", "output_dir", "seed"}
 _HASHED_BYTES = 2**31
@@ -99,30 +105,39 @@ def open_run(
     """Hold a run's directory for this process, ready to train in for as long as the block runs.
 
     `resolved` is the whole config and `overrides` is what was typed; both are written, unless the
-    folder holds this very run finished. What an earlier, replaced run left is removed first, and
-    what others put there stays. A new run that fails before its first step leaves no folder.
-    Raises UserError where `inspect_run` does, where another process has the folder, where it
-    cannot be written, and where a finished run is to become longer and has no checkpoint.
+    folder holds this very run finished. What others put there stays. A new run that fails before
+    its first step leaves nothing, and an earlier run that it would have replaced is back in its
+    place. Raises UserError where `inspect_run` does, where another process has the folder, where
+    it cannot be written, and where a finished run is to become longer and has no checkpoint.
     """
     _refuse_foreign_folder(folder)
     # Behind the refusal, since taking the lock writes a file into the folder.
     with lock.hold_lock(folder):
+        _settle_replaced_run(folder)
         run = inspect_run(folder, resolved, overwrite)
+        if run.state == "new":
+            run = replace(run, foreign=_set_earlier_run_aside(folder))
         try:
             yield _prepare_folder(run, resolved, overrides)
         except Exception:
             # Signals are no Exceptions: a run that was asked to stop goes on, and has a record.
-            if run.state == "new" and not (folder / "before.json").exists():
-                _remove_failed_start(folder)
+            if run.state == "new" and not (folder / checkpoints.START_FILE).exists():
+                with suppress(OSError):  # on a full or forbidden disk this may fail, too
+                    _remove_failed_start(folder)
             raise
+        discard_replaced_run(folder)
+
+
+def discard_replaced_run(folder: Path) -> None:
+    """Remove the run that a new one has replaced, once the new one has begun."""
+    if (folder / REPLACED).is_dir() and not (folder / REPLACED).is_symlink():
+        shutil.rmtree(folder / REPLACED)
 
 
 def _prepare_folder(run: RunDir, resolved: dict[str, Any], overrides: list[str]) -> RunDir:
     """Make the locked directory of a run ready, and return what is known of it then."""
     folder = run.folder
-    if run.state == "new":
-        run = replace(run, foreign=_remove_earlier_run(folder))
-    else:
+    if run.state != "new":
         # What a killed run was just writing; nobody else writes, as the folder is held.
         unfinished = [name for name in WRITTEN_FILES.files if name.endswith(".tmp")]
         remove_written(folder, WrittenFiles(tuple(unfinished), temporary=(".model.tmp",)))
@@ -329,10 +344,10 @@ def _read_written_files(folder: Path) -> WrittenFiles:
     return WrittenFiles(**values) if len(values) == len(names) and is_text else WRITTEN_FILES
 
 
-def _remove_earlier_run(folder: Path) -> list[str]:
-    """Remove what an earlier run left in `folder`; return the files of others, which stay.
+def _set_earlier_run_aside(folder: Path) -> list[str]:
+    """Move what an earlier run left into the folder `REPLACED`; return the files of others.
 
-    Raises UserError, before anything is removed, where its checkpoints or its model lie behind a
+    Raises UserError, before anything is moved, where its checkpoints or its model lie behind a
     link: nothing outside of the folder is removed, and a new run must not go on from them.
     """
     stored = folder / "checkpoints"
@@ -347,25 +362,48 @@ def _remove_earlier_run(folder: Path) -> list[str]:
             "run that would be replaced. Nothing behind a link is removed.\nEmpty that folder "
             "yourself, remove the link, or choose another output_dir=..."
         )
-    remove_written(folder, _read_written_files(folder))
-    ignored = (lock.LOCK_FILE, MARKER, f".{MARKER}.{os.getpid()}.tmp")
-    foreign = list_remaining_files(folder, ignored)
-    last = checkpoints.find_newest_checkpoint(folder / "checkpoints").path
-    if last is not None:
-        raise UserError(
-            f"output_dir: {last} cannot be removed, and a new run would go on from it. Remove it, "
-            "or choose another output_dir=..."
-        )
-    return foreign
+    try:
+        move_written(folder, _read_written_files(folder), folder / REPLACED)
+        last = checkpoints.find_newest_checkpoint(stored).path
+        if last is not None:
+            raise UserError(
+                f"output_dir: {last} is not among what luthier wrote here, and a new run would go "
+                "on from it. Remove it, or choose another output_dir=..."
+            )
+        if (folder / REPLACED).is_dir():
+            (folder / REPLACED / _COMPLETE).touch()
+    except BaseException:
+        _restore_replaced_run(folder)
+        raise
+    names = list_remaining_files(folder, (lock.LOCK_FILE, MARKER))
+    return [name for name in names if not name.startswith(f"{REPLACED}/")]
+
+
+def _settle_replaced_run(folder: Path) -> None:
+    """Put a replaced run back, or remove it, where the process that replaced it was killed."""
+    is_complete = (folder / REPLACED / _COMPLETE).exists()
+    if is_complete and (folder / checkpoints.START_FILE).exists():
+        discard_replaced_run(folder)
+    elif is_complete:
+        _remove_failed_start(folder)
+    else:
+        _restore_replaced_run(folder)
+
+
+def _restore_replaced_run(folder: Path) -> None:
+    """Put a run back that was set aside, all of it or what a killed process got to."""
+    if (folder / REPLACED).is_dir() and not (folder / REPLACED).is_symlink():
+        (folder / REPLACED / _COMPLETE).unlink(missing_ok=True)
+        move_back(folder / REPLACED, folder)
 
 
 def _remove_failed_start(folder: Path) -> None:
-    """Remove what a run wrote that failed before its first step; the lock's end does the rest."""
-    with suppress(OSError):
-        remove_written(folder, WRITTEN_FILES)
-        # Files of others, such as those of a tracker, stay, and so does what makes it a run.
-        if not list_remaining_files(folder, (lock.LOCK_FILE, MARKER)):
-            (folder / MARKER).unlink(missing_ok=True)
+    """Remove what a run wrote that failed before its first step, and restore the one before it."""
+    remove_written(folder, WRITTEN_FILES)
+    _restore_replaced_run(folder)
+    # Files of others, such as those of a tracker, stay, and so does what makes it a run.
+    if not list_remaining_files(folder, (lock.LOCK_FILE, MARKER)):
+        (folder / MARKER).unlink(missing_ok=True)
 
 
 def _note_extension(run: RunDir) -> int | None:

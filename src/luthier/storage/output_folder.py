@@ -62,14 +62,38 @@ def remove_written(folder: Path, written: WrittenFiles) -> None:
     names stays.
     """
     for path in _matches(folder, written.temporary):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-    for path in _matches(folder, written.folders):
-        if path.is_dir() and not path.is_symlink():
-            remove_listed_files(path)
-    _remove_files(folder, written.files)
+        _remove_folder(path)
+    for path in _list_written(folder, written):
+        path.unlink()
+        _remove_empty_folders(path.parent, folder)
     for pattern in written.folders:
         _remove_empty_folders(folder / PurePosixPath(pattern).parent, folder)
+
+
+def move_written(folder: Path, written: WrittenFiles, target: Path) -> None:
+    """Move what `remove_written` would remove into a folder within, under the same paths.
+
+    What was being written is removed.
+    """
+    paths = _list_written(folder, written)
+    for path in paths:
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+    remove_written(folder, written)
+
+
+def move_back(source: Path, folder: Path) -> None:
+    """Move all files from a folder to their paths in another one, and remove the empty one.
+
+    What has the name of one of them stays; the file then gets `.old` behind its name.
+    """
+    for name in list_remaining_files(source):
+        target = find_free_name(folder / name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(target)
+    # Nothing but empty folders is left of it.
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def remove_listed_files(folder: Path, manifest: Path | None = None) -> None:
@@ -78,19 +102,30 @@ def remove_listed_files(folder: Path, manifest: Path | None = None) -> None:
     `manifest` is where it lies, where it has another name; it goes last. For a folder without one
     that can be read these are the files of models and checkpoints by their names.
     """
-    manifest = manifest or folder / MANIFEST
-    names = _listed_names(manifest)
-    _remove_files(folder, names)
-    manifest.unlink(missing_ok=True)
+    for path in _list_sealed(folder, manifest or folder / MANIFEST):
+        path.unlink()
+        _remove_empty_folders(path.parent, folder)
     _remove_empty_folders(folder, folder.parent)
 
 
-def _remove_files(folder: Path, patterns: Iterable[str]) -> None:
-    """Remove the files under these patterns of paths, and folders that are empty then."""
-    for path in _matches(folder, patterns):
-        if not path.is_dir() or path.is_symlink():
-            path.unlink()
-            _remove_empty_folders(path.parent, folder)
+def _list_written(folder: Path, written: WrittenFiles) -> list[Path]:
+    """Return the files and links that luthier wrote into a folder, but for temporary ones."""
+    paths = []
+    for path in _matches(folder, written.folders):
+        if path.is_dir() and not path.is_symlink():
+            paths += _list_sealed(path, path / MANIFEST)
+    return [*paths, *_list_files(folder, written.files)]
+
+
+def _list_sealed(folder: Path, manifest: Path) -> list[Path]:
+    """Return the files of a folder that its manifest lists, and the manifest itself at the end."""
+    files = [path for path in _list_files(folder, _listed_names(manifest)) if path != manifest]
+    return [*files, *([manifest] if os.path.lexists(manifest) else [])]
+
+
+def _list_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the files and links in a folder under one of the patterns."""
+    return [path for path in _matches(folder, patterns) if path.is_symlink() or not path.is_dir()]
 
 
 def list_remaining_files(folder: Path, ignored: Iterable[str] = ()) -> list[str]:
@@ -292,12 +327,7 @@ def _merge_aside(aside: Path, path: Path) -> None:
         aside.replace(path)
         return
     remove_listed_files(aside)
-    for name in list_remaining_files(aside):
-        target = find_free_name(path / name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (aside / name).replace(target)
-    # Nothing but empty folders is left of it.
-    shutil.rmtree(aside, ignore_errors=True)
+    move_back(aside, path)
 
 
 def _remove_folder(folder: Path) -> None:

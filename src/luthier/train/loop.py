@@ -21,6 +21,7 @@ from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
 from luthier.record.record import RunRecord, hash_logs
+from luthier.record.run_dir import discard_replaced_run
 from luthier.redaction import redact_chat
 from luthier.storage.atomic import write_json, write_jsonl
 from luthier.storage.manifest import compute_seal
@@ -176,6 +177,7 @@ def _measure_before_training(session: TrainingSession, checkpoint: Path | None) 
         texts = {log.name: log.read_text(encoding="utf-8") for log in logs if log.is_file()}
         content = {**measurement, "logs": texts}
         write_json(path, {**content, "seal": compute_seal(content)})
+        discard_replaced_run(session.folder)
     return measurement
 
 

@@ -263,6 +263,9 @@ def test_a_folder_that_is_read_only(store, tmp_path):
     tmp_path.chmod(0o755)
     (tmp_path / "closed").mkdir(mode=0)
     (store.folder / f"{OTHER}.new-1-ab@here").mkdir()
+    # Folders of the user's, where dataset.cache names one that is not luthier's alone.
+    for name in ("thesis.new-draft", f"{OTHER}.new-draft"):
+        (store.folder / name).mkdir()
     store.folder.chmod(0o555)
     try:
         shown, errors = start(READ_ONLY, tmp_path).communicate()

@@ -189,9 +189,11 @@ class Store:
         from filelock import FileLock, Timeout
 
         for name in self._names():
-            key, new, _ = name.partition(".new-")
-            if not new:
+            # In a folder of the user's a name that only looks alike is the user's.
+            left = re.fullmatch(r"([0-9a-f]{64})\.new-\d+-[0-9a-f]+@.*", name)
+            if left is None:
                 continue
+            key = left[1]
             # A writer holds the lock as long as it lives. What cannot be removed does no harm.
             with suppress(OSError, Timeout), FileLock(self.folder / f"{key}.lock", blocking=False):
                 self._remove_leftovers(key)
