@@ -87,6 +87,8 @@ def state_of(folder):
             state[name] = f"-> {path.readlink()}"
         elif path.is_file():
             state[name] = path.read_bytes()
+        elif path.is_dir() and not any(path.iterdir()):
+            state[name] = "empty"
     return state
 
 

@@ -75,11 +75,11 @@ def move_written(folder: Path, written: WrittenFiles, target: Path) -> None:
 
     What was being written is removed.
     """
-    paths = _list_written(folder, written)
-    for path in paths:
+    for path in _list_written(folder, written):
         place = target / path.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)
+        _remove_empty_folders(path.parent, folder)
     remove_written(folder, written)
 
 
