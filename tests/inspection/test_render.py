@@ -176,7 +176,10 @@ SAYS = {
     "no such set": (["--set", "x"], "--set x: there is no such evaluation set. Options: none."),
     "no such row": (["--row", "2"], "--row 2: there is 1 row on the training side. Write 1 to 1."),
     "none held out": (["--eval"], "no rows are held out"),
-    "page that cannot be": (["--html", "none/p.html"], "--html none/p.html: cannot be written: No"),
+    "page that cannot be": (
+        ["--html", "none/p.html"],
+        "none/p.html cannot be written: its folder",
+    ),
 }
 
 

@@ -303,7 +303,7 @@ def test_a_picture_of_the_data(luthier, write, tmp_path):
     assert code == 0 and "every rule holds" in out and err == "written data.png\n"
     assert image.imread(tmp_path / "data.png").shape[1] > 800
     code, _, err = luthier("check", *ONE, "--png", "none/data.png")
-    assert code == 2 and "--png none/data.png: cannot be written: No such file" in err
+    assert code == 2 and "--png: none/data.png cannot be written: its folder is not there" in err
 
 
 def test_the_sample_goes_through_to_the_end_and_stays_small():

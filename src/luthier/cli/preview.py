@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError, suggest_options
-from luthier.storage.atomic import write_text
+from luthier.storage.atomic import replace_file
 from luthier.storage.write_errors import explain_write_errors
 from luthier.terminal import make_console, print_json
 
@@ -141,7 +141,9 @@ def _write(file: str, token_view: "TokenView", name: str, ids: bool) -> None:
 
     path = Path(file).expanduser()
     with explain_write_errors(path, "--html"):
-        write_text(path, render_html(f"luthier preview: {name}", token_view, ids))
+        page = render_html(f"luthier preview: {name}", token_view, ids)
+        with replace_file(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     print(f"written {file}", file=sys.stderr)
 
 

@@ -12,12 +12,13 @@ from typing import Any
 def replace_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, whose file takes the name when the block ends well.
 
+    The folder has to be there.
+
     After an error nothing is left of it. Every OSError names the file: a full disk is told by a
     write, which does not say where to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except BaseException as error:
@@ -30,6 +31,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -80,6 +80,8 @@ def describe_write_error(error: Exception, path: Path | None, option: str) -> Us
 def _write_mistake(number: int, place: Path, option: str) -> UserError:
     """Return the sentence of what is wrong with `place`, and the one of what to do."""
     reason, mend = _REASONS[number]
+    if option and number == errno.ENOENT:  # what is written needs no file, but a folder
+        reason, mend = "its folder is not there", "Make the folder"
     choose = f"choose another place ({option})" if option else "choose another place"
     advice = f"{mend}, or {choose}" if mend else choose[0].upper() + choose[1:]
     verb = "written" if option else "read or written"
