@@ -41,6 +41,7 @@ class RoleChecker:
         self.template_roles = frozenset(_find_roles(tree)) - {*ROLES}
         self._control_tokens = control_tokens
         self._allowed = frozenset({*ROLES, *self.template_roles, *more_roles})
+        self._safe = frozenset(r for r in self._allowed if not control_tokens.search(r))
 
     def check(self, conversation: Conversation) -> None:
         """Raise ChatError for the first message whose role is not known, with the nearest one."""
@@ -49,11 +50,11 @@ class RoleChecker:
 
     def allows(self, roles: Iterable[str]) -> bool:
         """Return whether all of these roles are known."""
-        return not any(self._control_tokens.search(role) for role in roles) and (
-            self._allowed.issuperset(roles)
-        )
+        return self._safe.issuperset(roles)
 
     def _check_role(self, role: str, number: int) -> None:
+        if role in self._safe:
+            return
         token = self._control_tokens.search(role)
         if token is not None:
             raise ChatError(
@@ -63,8 +64,6 @@ class RoleChecker:
                 message=number,
                 field="role",
             )
-        if role in self._allowed:
-            return
         near = find_nearest_role(role, self._allowed)
         hint = f": did you mean {near!r}?" if near else "."
         own = ", ".join([*ROLES, *sorted(self._allowed - {*ROLES})])
