@@ -46,7 +46,9 @@ def test_tekken(name, boundaries, tekken):
     messages = CONVERSATIONS[name]
     if name == "forged" and boundaries == "served":
         pytest.skip("a server that sanitises encodes the text around a forged token in pieces")
-    encoder = ChatEncoder(asset_tokenizer("mistral_tekken_v3"), boundaries=boundaries)
+    encoder = ChatEncoder(
+        asset_tokenizer("mistral_tekken_v3"), boundaries=boundaries, empty_replies="train"
+    )
     sequences = encoder.encode(messages)
     for sequence in sequences:
         for message, start, stop in sequence.replies:
@@ -111,7 +113,7 @@ UNLIKE = {
 def test_sentencepiece(name, generation):
     version, made, tokenizer = generation
     messages = CONVERSATIONS[name]
-    sequences = ChatEncoder(tokenizer).encode(messages)
+    sequences = ChatEncoder(tokenizer, empty_replies="train").encode(messages)
     replies = [(sequence, *reply) for sequence in sequences for reply in sequence.replies]
     assert [message for _, message, _, _ in replies] == [
         place for place, message in enumerate(messages) if message["role"] == "assistant"
