@@ -209,6 +209,7 @@ def test_a_recipe_runs_no_code_that_is_not_the_projects_own(lines, key, workplac
     )  # fmt: skip
     with pytest.raises(UserError, match="names code that you have not typed") as error:
         load_config(["recipe=theirs"])
+    assert str(error.value).startswith("recipes/theirs.yaml names code")
     assert f"  {key}: " in str(error.value), group
     assert load_config(["recipe=theirs"], is_trusted=True).config.recipe == "theirs"
 

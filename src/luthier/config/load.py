@@ -64,7 +64,8 @@ def check_composed(
         raise UserError(format_mistakes(mistakes, composed))
     resolved = config.model_dump(mode="json")
     typed = [(word.key, word.value) for word in parse_overrides(overrides)[0] if not word.is_group]
-    check_composed_code(resolved, Trust(is_trusted, typed_keys(typed)))
+    trust = Trust(is_trusted, typed_keys(typed))
+    check_composed_code(resolved, trust, lambda key: find_origin(key, composed))
     recorded = put_references(resolved, resolve_for_record(composed))
     return LoadedConfig(config, resolved, overrides, recorded)
 

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,16 +170,21 @@ def check_recorded(config: Any, where: str, trust: Trust, keys: tuple[str, ...] 
     _refuse([each for each in references if not trust.allows(each)], where)
 
 
-def check_composed_code(config: Any, trust: Trust) -> None:
-    """Raise UserError for code that recipes and options name, outside of the user's own project."""
-    _refuse(
-        [
-            reference
-            for reference in find_code(config)
-            if not trust.allows(reference) and not _is_own_function(reference.text)
-        ],
-        "the recipe",
-    )
+def check_composed_code(
+    config: Any, trust: Trust, find_origin: Callable[[str], str | None]
+) -> None:
+    """Raise UserError for code that recipes and options name, outside of the user's own project.
+
+    `find_origin` gives the file and line of a setting.
+    """
+    foreign = [
+        reference
+        for reference in find_code(config)
+        if not trust.allows(reference) and not _is_own_function(reference.text)
+    ]
+    origins = [find_origin(reference.key) for reference in foreign]
+    where = next((origin.rpartition(":")[0] for origin in origins if origin), "the recipe")
+    _refuse(foreign, where)
 
 
 def _is_own_function(text: str) -> bool:
