@@ -37,6 +37,74 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(forks, tiny, w
     assert metrics(run) == metrics(whole)
 
 
+def spoil(file, change):
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(change(lines)))
+
+
+HEALED = {
+    "a line of metrics that is no JSON, no first measurement": (
+        lambda run: (
+            spoil(run / "metrics.jsonl", lambda lines: [*lines[:2], "{garbage\n", *lines[3:]]),
+            (run / "before.json").unlink(),
+        ),
+        ("metrics.jsonl was damaged, and was put back from checkpoint-6",
+         "before.json was missing, and was put back from checkpoint-6"),
+    ),
+    "a changed digit of metrics, half a first measurement": (
+        lambda run: (
+            spoil(run / "metrics.jsonl", lambda lines: [line.replace("7", "8") for line in lines]),
+            (run / "before.json").write_text((run / "before.json").read_text()[:40]),
+        ),
+        ("metrics.jsonl was damaged, and was put back from checkpoint-6",
+         "before.json was damaged, and was put back from checkpoint-6"),
+    ),
+    "no metrics, a file where the next checkpoint goes": (
+        lambda run: (
+            (run / "metrics.jsonl").unlink(),
+            (run / "checkpoints" / "checkpoint-8").write_text("not a checkpoint"),
+            (run / "checkpoints" / ".checkpoint-8.old").write_text("not a checkpoint"),
+        ),
+        ("metrics.jsonl was missing, and was put back from checkpoint-6",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HEALED)
+def test_logs_that_are_damaged_come_back_from_the_checkpoint(forks, tiny, whole, what):
+    damage, sentences = HEALED[what]
+    run, line = interrupted(tiny, whole, f"healed-{list(HEALED).index(what)}")
+    damage(run)
+    assert forks.run(tiny, *line) == 0
+    for sentence in sentences:
+        assert sentence in said(tiny)
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+    assert record(run)["results"] == record(whole)["results"]
+
+
+def test_a_damaged_first_measurement_is_made_again_before_the_first_step(forks, tiny, whole):
+    run, line = interrupted(tiny, whole, "measured", step=0)
+    file = run / "before.json"
+    file.write_text(file.read_text().replace("results", "rezults"))
+    assert forks.run(tiny, *line) == 0
+    assert "before.json: results is missing" in said(tiny)
+    assert "Nothing was trained yet, so it is measured again." in said(tiny)
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_run_that_goes_on_under_other_versions_says_so_and_keeps_both(forks, tiny, whole):
+    run, line = interrupted(tiny, whole, "versions")
+    entries = record(run) | {"status": "running"}
+    now = entries["sessions"][0]["versions"]["torch"]
+    entries["sessions"][0]["versions"]["torch"] = "2.0.0"
+    (run / "run.json").write_text(json.dumps(entries))
+    assert forks.run(tiny, *line) == 0
+    assert f"versions  changed since the run's last part: torch 2.0.0 -> {now}." in said(tiny)
+    assert [session["versions"]["torch"] for session in record(run)["sessions"]] == ["2.0.0", now]
+
+
 def test_a_moved_run_goes_on_with_other_logging_and_says_so(forks, tiny, whole):
     run, line = interrupted(tiny, whole, "logged")
     shutil.move(run, tiny / "moved")
