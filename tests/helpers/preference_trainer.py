@@ -5,11 +5,14 @@ import torch
 import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from helpers import chatml
 from helpers.chatml import CHATML, byte_tokenizer
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
+CHAT = chatml.CHAT | {"empty_replies": "train"}
+"""One of the rows has an empty reply, of which the stop token alone trains."""
 
 
 def tokenizer(template=CHATML, pad="<pad>"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from helpers.chatml import CHAT
 from helpers.preference_trainer import (
+    CHAT,
     PREFERENCES,
     arguments,
     listed,

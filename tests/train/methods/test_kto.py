@@ -7,8 +7,8 @@ import pytest
 import torch
 from trl import KTOConfig, KTOTrainer
 
-from helpers.chatml import CHAT
 from helpers.preference_trainer import (
+    CHAT,
     PREFERENCES,
     arguments,
     listed,

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from helpers.chatml import CHAT
 from helpers.preference_trainer import (
+    CHAT,
     PREFERENCES,
     arguments,
     listed,

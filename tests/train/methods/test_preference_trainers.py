@@ -13,8 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from trl import DPOConfig, KTOConfig, RewardConfig
 
-from helpers.chatml import CHAT
 from helpers.preference_trainer import (
+    CHAT,
     PREFERENCES,
     arguments,
     listed,

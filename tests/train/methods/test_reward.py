@@ -8,8 +8,9 @@ import torch
 import transformers
 from trl import RewardConfig
 
-from helpers.chatml import CHAT, CHATML
+from helpers.chatml import CHATML
 from helpers.preference_trainer import (
+    CHAT,
     PREFERENCES,
     arguments,
     listed,
