@@ -45,7 +45,7 @@ SAYS = {
     "flag, far off": (["--zzz"], "--zzz: there is no such flag. Flags: --help"),
     "short flag": (["-x"], "-x: there is no such flag."),
     "an empty sweep": (["-m", Q], "nothing varies, so there is nothing to search"),
-    "a sweep without -m": ([Q, "lora.r=8,16"], "to try each, add -m"),
+    "a sweep without -m": ([Q, "lora.r=8,16"], "To try each, add -m"),
     "a sweep's setting without -m": ([Q, "hydra.sweeper.n_trials=3"], "Add -m."),
     "cfg of what": (["--cfg", "jbo"], "--cfg jbo: write --cfg job|hydra|all."),
     "cfg of nothing": ([Q, "--cfg"], "--cfg : write --cfg job|hydra|all."),

@@ -145,7 +145,7 @@ ONE_MISTAKE = {
     "dropout": ([Q, "lora.lora_dropout=1"], ["must be at least 0 and less than 1"]),
     # the grammar
     "not key=value": ([Q, "foo"], ["foo: not key=value. Write a setting as foo=VALUE."]),
-    "unreadable": ([Q, "a=b c=["], ["a: = in a value needs quotes. Write 'a=\"b c=[\"'."]),
+    "unreadable": ([Q, "a=b c=["], ["a: [ is opened and not closed", "Write 'a=\"b c=[\"'."]),
     "several values": (
         [Q, "lora.r=8,16"],
         ["8,16 is several values", "'lora.r=[8,16]'", "add -m"],

@@ -181,7 +181,7 @@ WRONG = {
     "a method without rows": (
         {"method": "ia3"},
         {"add_tokens": NEW},
-        ["model.add_tokens", "ia3", "modules_to_save=[model.embed_tokens, lm_head]"],
+        ["model.add_tokens", "ia3", "modules_to_save=[model.embed_tokens,lm_head]"],
     ),
     "frozen embeddings": (
         {},

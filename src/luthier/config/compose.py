@@ -107,11 +107,11 @@ def _typed(override: Override, line: str) -> TypedOverride:
 
 def _sweep(override: Override, line: str) -> Mistake:
     key, value = override.key_or_group, line.partition("=")[2]
+    as_list = f" For a list write {quote(f'{key}=[{value}]')}." if "(" not in value else ""
     return Mistake(
         key,
-        f"{value} is several values, and one run takes one. For a list write "
-        f"{quote(f'{key}=[{value}]')}; for text with commas {format_override(key, value)}; to try "
-        "each, add -m.",
+        f"{value} is several values, and one run takes one. To try each, add -m.{as_list} As text "
+        f"write {format_override(key, value)}.",
     )
 
 

@@ -117,6 +117,8 @@ def _find_fault(value: str) -> str:
         opened = _open_brackets(value)
         problem = "is opened and not closed" if opened else "begins what cannot be read"
         return f"{opened[-1] if opened else value[0]} {problem}."
+    if opened := _open_brackets(value):
+        return f"{opened[-1]} is opened and not closed, and as text it needs quotes."
     odd = re.search(r"[^\w\s/\\+.$%*@?|:,-]", value)
     return f"{odd[0]} in a value needs quotes." if odd else "its value cannot be read as it is."
 

@@ -40,12 +40,8 @@ class Machine:
 
 
 _GPU_FILES = (
-    "/dev/nvidiactl",
-    "/dev/nvidia0",
-    "/dev/dxg",
-    "/dev/kfd",
-    "/dev/nvmap",
-    "/dev/nvhost-gpu",
+    *("/dev/nvidia*", "/proc/driver/nvidia", "/dev/dxg", "/usr/lib/wsl/lib/libcuda.so*"),
+    *("/dev/kfd", "/dev/nvmap", "/dev/nvhost-gpu"),
 )
 """What Linux has where a driver for torch's CUDA or ROCm builds is loaded, WSL and Jetson too."""
 _ATTENTION_PACKAGES = {
@@ -120,7 +116,8 @@ def _has_surely_no_gpu() -> bool:
         backends = re.findall(r"^(?:cuda|hip|rocm|xpu)\b.*= *(.+)$", text, flags=re.MULTILINE)
         if backends and all(version.strip() == "None" for version in backends):
             return True
-    return sys.platform == "linux" and not any(Path(file).exists() for file in _GPU_FILES)
+    files = (file for pattern in _GPU_FILES for file in Path("/").glob(pattern[1:]))
+    return sys.platform == "linux" and next(files, None) is None
 
 
 _NO_CUDA = (
