@@ -15,7 +15,8 @@ from helpers.train_command import said, words
 from luthier import redaction
 from luthier.config import load_config
 from luthier.config.compose import run_folder
-from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig
+from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig, SourceConfig
+from luthier.data.sources.open import open_source
 from luthier.errors import UserError
 from luthier.export.write_card import write_card
 from luthier.record import machine_info
@@ -281,6 +282,28 @@ def test_a_variable_that_changes_changes_the_run(tmp_path, monkeypatch):
     (tmp_path / "run" / "model").mkdir()
     with pytest.raises(UserError, match=r"learning_rate: \$\{oc\.env:RATE\} -> another value"):
         inspect_run(tmp_path / "run", load_config(line).recorded)
+
+
+MISSING = {
+    "a secret that was typed": (
+        {"key": HIDDEN},
+        "options.storage.key: the record of the run does not",
+    ),
+    "a secret that is not given out": (
+        {"key": "${oc.env:DB_PASS}"},
+        "from the variable DB_PASS, which is a secret of your environment",
+    ),
+    "a variable that is not set": ({"key": "${oc.env:NOT_SET}"}, "NOT_SET, which is not set"),
+}
+
+
+@pytest.mark.parametrize(("storage", "text"), MISSING.values(), ids=MISSING)
+def test_rows_behind_a_missing_secret_are_an_error(storage, text, monkeypatch):
+    monkeypatch.setenv("DB_PASS", CANARY)
+    config = SourceConfig(path="s3://bucket/rows.jsonl", options={"storage": storage})
+    with pytest.raises(UserError) as error:
+        open_source(config)
+    assert text in str(error.value) and CANARY not in str(error.value)
 
 
 # The terminal.
