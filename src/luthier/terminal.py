@@ -119,7 +119,8 @@ def _console_class() -> type[Console]:
     from typing import IO
 
     # Help and a mistake in what was typed must answer at once.
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderHook
+    from rich.file_proxy import FileProxy
     from rich.segment import Segment
 
     class PrintableConsole(Console):
@@ -141,14 +142,17 @@ def _console_class() -> type[Console]:
             """Yield the segments of what is printed; all that is printed comes through here."""
             return map(_printable_segment, super().render(renderable, options))
 
+        def push_render_hook(self, hook: RenderHook) -> None:
+            """Guard what others print while a live display is open: rich obeys their colours."""
+            super().push_render_hook(hook)
+            for name in ("stdout", "stderr"):
+                stream = getattr(sys, name)
+                # rich 15 puts it in place before it calls this, and takes it away again.
+                if isinstance(stream, FileProxy):
+                    setattr(sys, name, PrintableStream(cast(TextIO, stream)))
+
     def _printable_segment(segment: Segment) -> Segment:
         text, style, control = segment
-        text = text if control else redact_known(text)
-        if control:
-            return segment
-        # While a live display is open, rich reads the links of what others print.
-        if style is not None and style.link is not None:
-            return Segment(printable(text), style.update_link(None))
-        return Segment(printable(text), style)
+        return segment if control else Segment(printable(redact_known(text)), style)
 
     return PrintableConsole

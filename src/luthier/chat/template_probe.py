@@ -91,7 +91,10 @@ def check_template(source: str, variables: dict[str, Any], date: str, origin: st
         return
     problem = _run_child(request)
     if problem is not None:
-        raise ChatError(f"the chat template{origin} {problem}", reason="bad template")
+        raise ChatError(
+            f"the chat template{origin} {problem}.\nAnother one may be given: chat.template=FILE.",
+            reason="bad template",
+        )
     _passed.add(key)
     _shared.add(key)
 
