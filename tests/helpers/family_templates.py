@@ -22,7 +22,7 @@ ROLE_ENDS_STANDING_HEADER = (
 """GLM-Edge: the header of a reply stands behind every render."""
 
 CLOSED_THOUGHT = (
-    "<BOS>{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}"
+    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}"
     "<|CHATBOT_TOKEN|>{% if m.tool_calls %}<|START_ACTION|>{% for c in m.tool_calls %}"
     "{{ c.function.name }}:{{ c.function.arguments | tojson }};{% endfor %}<|END_ACTION|>"
     "{% else %}<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% endif %}"
@@ -34,7 +34,7 @@ CLOSED_THOUGHT = (
 """Command R7B: the prompt closes a thought, and a header stands behind every render."""
 
 OPENED_THOUGHT = (
-    "<BOS>{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}"
+    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m.role == 'assistant' %}"
     "<|CHATBOT_TOKEN|>{% if m.reasoning_content %}<|START_THINKING|>{{ m.reasoning_content }}"
     "<|END_THINKING|>{% endif %}<|START_TEXT|>{{ m.content }}<|END_TEXT|>"
     "{% else %}<|USER_TOKEN|>{{ m.content }}{% endif %}<|END_OF_TURN_TOKEN|>{% endfor %}"

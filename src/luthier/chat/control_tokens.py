@@ -39,6 +39,7 @@ _TOOL = {
 }
 _QUESTION = {"role": "user", "content": "What is a lute?"}
 _ANSWER = {"role": "assistant", "content": "An instrument with strings."}
+_THOUGHTFUL_ANSWER = {**_ANSWER, "reasoning_content": "It is plucked."}
 _RESULT = {"role": "tool", "content": "42", "name": "look_up", "tool_call_id": "call00001"}
 _CALL_TURNS = [{"role": "assistant", "content": "", "tool_calls": _CALLS[:n]} for n in (2, 1)]
 """Two calls show what stands between calls; not every template writes two."""
@@ -71,8 +72,8 @@ class ControlTokens:
         self._turn_openers = self._find_turn_openers() - self._eos_tokens
         # What ends a plain reply comes first: generation ends there with no setting.
         answer_stop = self._written_stop([_ANSWER], [_QUESTION], None)
-        call_stops = (self._written_stop([turn], [_RESULT], answer_stop) for turn in _CALL_TURNS)
-        call_stop = next(filter(None, call_stops), None)
+        calls = next((turn for turn in _CALL_TURNS if self._shows([_QUESTION, turn])), None)
+        call_stop = calls and self._written_stop([calls], [_RESULT], answer_stop)
         written = [stop for stop in (answer_stop, call_stop) if stop is not None]
         eos = [names[index] for index in eos_ids if index in names]
         self._stops = list(dict.fromkeys([*written, *eos]))
@@ -103,10 +104,9 @@ class ControlTokens:
             return None
         return tail[: match.end()], match[0]
 
-    def last_opener(self, text: str) -> int | None:
-        """Return where the last token stands with which a turn opens; None without one."""
-        places = [m.start() for m in self._any.finditer(text) if m[0] in self._turn_openers]
-        return places[-1] if places else None
+    def find_openers(self, text: str) -> list[int]:
+        """Return where the tokens stand with which a turn opens."""
+        return [m.start() for m in self._any.finditer(text) if m[0] in self._turn_openers]
 
     def ends_closed(self, text: str) -> bool:
         """Return whether a text ends in a stop token, so that no turn is open behind it."""
@@ -178,16 +178,28 @@ class ControlTokens:
         question, prompt = self._render([_QUESTION], False), self._render([_QUESTION], True)
         if question is None:
             return set()
-        # Text may stand in front of the first token; nothing is open there that it could close.
         begin, end = _message_span(question, 0)
         head = str.__str__(question)[:begin].replace(self._bos_token or "\0", "")
-        first = self._any.search(head)
-        openers = set() if first is None else set(self._leading_tokens(head[first.start() :]))
+        openers = set(self._leading_tokens(head))
         # Some templates write the header of the reply whether it is asked for or not.
         has_header = not openers.isdisjoint(self._tokens(question[end:]))
         if prompt is not None and prompt.startswith(question) and not has_header:
             openers.update(self._leading_tokens(prompt[len(question) :])[:1])
-        return openers
+        return openers - self._reply_tokens(prompt)
+
+    def _reply_tokens(self, prompt: str | None) -> set[str]:
+        """Return the tokens in front of a reply's last character, behind its prompt."""
+        tokens: set[str] = set()
+        for reply in (_ANSWER, _THOUGHTFUL_ANSWER):
+            text = self._render([_QUESTION, reply], False)
+            if prompt is not None and text is not None and text.startswith(prompt):
+                tokens.update(self._tokens(text[len(prompt) : _message_span(text, 1)[1]]))
+        return tokens
+
+    def _shows(self, messages: Messages) -> bool:
+        """Return whether the template takes these messages and shows text of the last one."""
+        text = self._render(messages, False)
+        return text is not None and bool(_text_of_message(text, len(messages) - 1))
 
     def _leading_tokens(self, text: str) -> list[str]:
         """Return the tokens at the start of a text, with nothing but white space between them."""

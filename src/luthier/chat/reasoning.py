@@ -118,11 +118,13 @@ class ReasoningWriter:
 
         What stands in front of it, such as the end of a tool's message, may differ.
         """
-        before = self._controls.last_opener(prompt)
-        after = self._controls.last_opener(_template_start(turn_text))
-        return (
-            (prompt, turn_text) if None in (before, after) else (prompt[before:], turn_text[after:])
-        )
+        before = self._controls.find_openers(prompt)
+        after = self._controls.find_openers(_template_start(turn_text))
+        # A header may stand behind the turn, too: the turn's own has the prompt's number.
+        last = len(before) - 1
+        if not before or len(after) <= last:
+            return prompt, turn_text
+        return prompt[before[last] :], turn_text[after[last] :]
 
     def _find_tag(self, prompt: TracedStr, opened: str) -> ThoughtTag | None:
         """Return the thought that the prompt opens or closes; None where its end is no tag."""
@@ -144,12 +146,12 @@ class ReasoningWriter:
         `header`, `opened`: what of the prompt the turn begins with, and what it does not have.
         """
         start = _template_start(body)
-        if self._controls.last_opener(opened) is not None:
+        if self._controls.find_openers(opened):
             # The header stands in the prompt alone: behind a tool's result Apertus goes on without
             # one. Behind a server's prompt the model goes on as the turn does.
-            is_header = self._controls.last_opener(start) is not None
-            return None if is_header or self._controls.remove_tokens(start).strip() else body
-        if self._controls.last_opener(header) is None:
+            has_header = bool(self._controls.find_openers(start))
+            return None if has_header or self._controls.remove_tokens(start).strip() else body
+        if not self._controls.find_openers(header):
             return None
         # The prompt leads to a thought in words (Apriel). A turn without one closes it at once.
         if self.form is None or not self.form.closing.strip() or _shows_thought(body):
@@ -187,8 +189,9 @@ class ReasoningWriter:
 def _close_thought(written: str, closing: str, body: TracedStr) -> TracedStr:
     """Return a thought, its closing and the turn behind it, which may begin as the closing ends."""
     start = str.__str__(_template_start(body))
-    own = next(size for size in range(len(closing) + 1) if start.startswith(closing[size:]))
-    return concat_traced((written, closing[:own], body))
+    shared = next(n for n in range(len(closing) + 1) if start.startswith(closing[n:]))
+    own = closing[:shared] if closing[shared:].strip() else closing
+    return concat_traced((written, own, body))
 
 
 def _shows_thought(body: TracedStr) -> bool:

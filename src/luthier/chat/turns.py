@@ -138,6 +138,8 @@ class SequencePlanner:
             prompt = turn_text[: _message_start(turn_text, number)]
         else:
             prompt = render(index, True)
+        if turn_text == render(index, False) != prompt:
+            raise _unwritten_turn_error(number)
         reply = _reply_text(prompt, turn_text, number)
         if reply is None:
             before, after = _without_history(prompt, number), _without_history(turn_text, number)
@@ -401,6 +403,15 @@ def _message_end(text: TracedStr, number: int) -> int:
         if origin is not None and origin.message == number:
             end = position
     return end
+
+
+def _unwritten_turn_error(number: int) -> ChatError:
+    return ChatError(
+        "the chat template writes nothing for this turn, so there is no reply to train; fill it "
+        "in, leave the turn out, or use another template",
+        reason="no prefix",
+        message=number,
+    )
 
 
 def _headless_prompt_error(before: TracedStr, number: int) -> ChatError:
