@@ -224,7 +224,7 @@ class LabelBuilder:
         )
 
     def _boundary_pieces(self, head: str, tail: str) -> BoundaryPieces:
-        before = "" if self._tokens.is_splittable else head
+        before = self._tokens.header_before_reply(head)
         return (
             [TextPiece(head, "start")],
             [TextPiece(tail, "reply", before)],
@@ -293,8 +293,7 @@ class LabelBuilder:
             return _segment_pieces(rendered.text, start, stop, literal_spans)
         plain = rendered.plain
         piece_kind: PieceKind = "reply" if start else "start"
-        # Elsewhere a text has the same ids wherever it stands.
-        before = self._header(plain, start) if start and not self._tokens.is_splittable else ""
+        before = self._tokens.header_before_reply(self._header(plain, start)) if start else ""
         if not literal_spans:
             return [TextPiece(plain[start:stop], piece_kind, before)] if start < stop else []
         pieces = []

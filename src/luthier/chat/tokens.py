@@ -58,10 +58,9 @@ class TokenEncoder:
         self._steps = steps = _preprocessing_steps(self.backend)
         self.is_position_free = all(map(_is_position_free, steps))
         """Whether a text's ids are the same at the start of a text and in its middle."""
+        self._is_bpe = type(self.backend.model).__name__ == "BPE"
         self.splits_words_locally = (
-            self.is_position_free
-            and type(self.backend.model).__name__ == "BPE"
-            and any(map(_splits_words, steps))
+            self.is_position_free and self._is_bpe and any(map(_splits_words, steps))
         )
         """Whether text is split into words by what stands next to it alone."""
         self._newline = self._encode_texts(["\n"])[0]
@@ -182,6 +181,18 @@ class TokenEncoder:
     def _starts_freely(self, piece: TextPiece) -> bool:
         """Return whether the piece is encoded as a text of its own."""
         return piece.kind == "start" or (piece.kind == "reply" and self.is_position_free)
+
+    def header_before_reply(self, header: str) -> str:
+        """Return the header where it decides how a reply behind it begins, else nothing.
+
+        `header`: what stands in front of the reply, from the last added token on. Where text stands
+        behind that token, BPE that merges nothing across the boundary gives the reply the ids that
+        it has behind any other text.
+        """
+        if self.is_splittable:
+            return ""
+        is_bare = not self.pattern.sub("", header, count=1).strip()
+        return header if is_bare or not self._is_bpe else ""
 
     def _encode_behind_headers(
         self, pieces: list[TextPiece], ids: dict[TextPiece, list[int]]

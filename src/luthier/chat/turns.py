@@ -138,7 +138,8 @@ class SequencePlanner:
             prompt = turn_text[: _message_start(turn_text, number)]
         else:
             prompt = render(index, True)
-        if turn_text == render(index, False) != prompt:
+        is_blank = not _message_end(turn_text, number)
+        if is_blank and turn_text == render(index, False) != prompt:
             raise _unwritten_turn_error(number)
         reply = _reply_text(prompt, turn_text, number)
         if reply is None:
