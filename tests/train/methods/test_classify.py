@@ -232,7 +232,7 @@ def label(row, value):
         ),
         pytest.param(
             [label(n, n - 1) for n in range(7)], None,
-            r"rows\.jsonl:1: the label -1 is below zero, .* dataset\.filter='label >= 0'",
+            r"rows\.jsonl:1: the label -1 is below zero, .* 'dataset\.filter=.label >= 0.'",
             id="below-zero",
         ),
     ],
