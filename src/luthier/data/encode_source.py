@@ -39,6 +39,7 @@ from luthier.data.rows import BadRow, excerpt
 from luthier.data.store import EntryWriter, Store, StoredEntry, TokenTable, cache_key
 from luthier.errors import UserError
 from luthier.gc_pause import pause_gc
+from luthier.terminal import guard_output
 
 CHUNK_ROWS = 1000
 """Rows that are encoded at once."""
@@ -204,6 +205,7 @@ def _start_worker(pickled: bytes) -> None:
     """Begin a process that encodes; one thread, for there are other processes."""
     import os
 
+    guard_output()
     # Fast tokenizers start a thread for each core in every process.
     os.environ["RAYON_NUM_THREADS"] = "1"
     _ENCODER.append(pickle.loads(pickled))
