@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 
@@ -9,6 +10,7 @@ import pytest
 
 from helpers.train_command import ROOT, STEPS, WAY, metrics, record, said, weights, words
 from luthier.record import checkpoints
+from luthier.storage.manifest import write_manifest
 
 pytestmark = pytest.mark.train
 
@@ -103,6 +105,25 @@ def test_a_run_that_goes_on_under_other_versions_says_so_and_keeps_both(forks, t
     assert forks.run(tiny, *line) == 0
     assert f"versions  changed since the run's last part: torch 2.0.0 -> {now}." in said(tiny)
     assert [session["versions"]["torch"] for session in record(run)["sessions"]] == ["2.0.0", now]
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def test_a_pickle_in_a_sealed_checkpoint_does_not_run(forks, tiny, whole):
+    run, line = interrupted(tiny, whole, "hostile")
+    checkpoint = run / "checkpoints" / "checkpoint-6"
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Payload(run / "ran")))
+    facts = checkpoints.read_checkpoint_facts(checkpoint)
+    write_manifest(checkpoint, facts)
+    assert forks.run(tiny, *line) == 2
+    assert "checkpoint-6: its optimizer or random state cannot be read" in said(tiny)
+    assert not (run / "ran").exists()
 
 
 def test_a_moved_run_goes_on_with_other_logging_and_says_so(forks, tiny, whole):

@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.adapter_models import INT8, NF4, load
-from helpers.chatml import CHATML
+from helpers.chatml import CHATML, byte_tokenizer
 from helpers.export_runs import ids_of, make_base, make_run, read
+from luthier.config.schema import ModelConfig
+from luthier.errors import UserError
+from luthier.export.merge_adapter import QUESTIONS, prompts_of
 from luthier.export.weight_files import TensorEntry, WeightFiles, read_tensor_entries, write_weights
+from luthier.model.artifact import Artifact
 from luthier.storage.manifest import MANIFEST, verify_manifest, write_manifest
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -466,3 +470,15 @@ def test_memory_that_is_too_small_is_said_in_words(tmp_path, luthier):
     assert "does not fit into this machine's memory" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(run.glob("*merged*"))
+
+
+def test_the_logits_are_compared_on_held_out_prompts_of_the_run(tmp_path):
+    rows = [{"prompt": "ab", "expected": "c", "before": "", "after": "c", "scores": {}}]
+    (tmp_path / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    artifact = Artifact("run", ModelConfig(path="base"), run=tmp_path, task="SEQ_CLS")
+    prompts = prompts_of(artifact, byte_tokenizer(eos_token="<|endoftext|>"))
+    assert len(prompts[0]) == len("ab")
+    assert len(prompts) == 1 + len(QUESTIONS)
+    (tmp_path / "replies.jsonl").write_text("{garbage\n")
+    with pytest.raises(UserError, match=r"replies\.jsonl:1: it is no JSON"):
+        prompts_of(artifact, None)

@@ -92,10 +92,10 @@ def _reason_to_stay(name: str) -> str:
 
 
 def _remove_paths(path: Path, facts: ModelFacts) -> str:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged JSON: {error}") from error
     return _replace_paths(content, text, facts)
 

@@ -16,7 +16,6 @@ from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge, base_fold
 from luthier.export.usage_snippets import ChatFormat
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import auto_class
-from luthier.record.checkpoints import read_step_log
 from luthier.storage.atomic import write_json
 from luthier.storage.output_folder import (
     check_free_space,
@@ -24,6 +23,7 @@ from luthier.storage.output_folder import (
     describe_written,
     output_folder,
 )
+from luthier.storage.typed_files import load_json_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,13 +57,18 @@ class LogitDifference:
     prompts: int
 
 
+_REPLIES_ADVICE = "Put it back from a copy, or remove it: a merge only takes questions from it."
+
+
 class LogitsDiffer(UserError):
     """A merged model that says something else than it should; it is left to be looked at."""
 
 
 def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
     """Prompts as the model was trained on: of the run's held-out rows, and plain questions."""
-    replies = [] if artifact.run is None else read_step_log(artifact.run / "replies.jsonl")
+    replies: list[dict[str, Any]] = []
+    if artifact.run is not None:
+        replies = load_json_lines(artifact.run / "replies.jsonl", dict[str, Any], _REPLIES_ADVICE)
     prompt_texts = [row["prompt"] for row in replies[:_ROWS] if isinstance(row.get("prompt"), str)]
     # Rows that the run was measured on are closest to its use; the questions are there for runs
     # without any.

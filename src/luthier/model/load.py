@@ -284,7 +284,7 @@ def _as_user_error(error: Exception, config: ModelConfig, machine: Machine) -> E
             f"model.path={config.path} does not fit into the memory of {machine.device}.\n"
             "Use quantization=nf4 (about a third of the memory of bfloat16), or a smaller model."
         )
-    damaged = _is_of_damaged_weights(error)
+    damaged = is_weights_damage(error)
     if damaged:
         reason = text.strip().partition("\n")[0]
         return UserError(
@@ -299,7 +299,7 @@ def _as_user_error(error: Exception, config: ModelConfig, machine: Machine) -> E
     return UserError(f"model.path={config.path}: the model cannot be loaded: {text}")
 
 
-def _is_of_damaged_weights(error: Exception) -> bool:
+def is_weights_damage(error: Exception) -> bool:
     """Return whether reading weight files failed by what is in them: cut, no weights, other sizes.
 
     safetensors and pickle have classes of their own for it; torch raises RuntimeError.

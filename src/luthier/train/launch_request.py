@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
+
+from luthier.storage.typed_files import load_yaml
 
 # The launcher's flags that decide what runs; all its other flags are left alone.
 _VALUE_FLAGS = {
@@ -83,7 +84,7 @@ def launched_by() -> dict[str, Any] | None:
     request = read_launch_request()
     if request is None or request.config_file is None:
         return None
-    config = yaml.safe_load(request.config_file.read_text(encoding="utf-8"))
+    config = _read_config(request.config_file)
     return {"config_file": str(request.config_file), "config": config}
 
 
@@ -257,8 +258,9 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     """Return the settings of a YAML or JSON config file."""
     if path is None:
         return {}
-    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config
+    # YAML takes in JSON.
+    config: dict[str, Any] | None = load_yaml(path, dict[str, Any])
+    return config or {}
 
 
 def _setting_text(value: Any) -> str | None:

@@ -24,6 +24,7 @@ from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
 from luthier.train.trainers.checkpoints import (
     has_stopped_early,
     mark_best_checkpoint,
+    report_unreadable_checkpoint,
     stateful_callbacks,
     write_checkpoint,
 )
@@ -253,6 +254,16 @@ class TrainerMixin(Base):
             vars(callback).update(state["callbacks"].get(type(callback).__name__, {}))
         for name, values in state["measures"].items():
             self._metrics["train"][name].extend(values)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both as Trainer does; what cannot be read, or would run code, is said in words."""
+        with report_unreadable_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random state, by the same rule."""
+        with report_unreadable_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def restore_counters(self) -> None:
         """Load the counters of the checkpoint that the training resumes; call it as it begins."""

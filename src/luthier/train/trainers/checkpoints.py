@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.model.load import is_weights_damage
 from luthier.record import checkpoints
 from luthier.storage.disk_space import free_bytes, is_disk_full
 from luthier.storage.sizes import format_bytes
@@ -33,6 +34,25 @@ def report_full_disk(folder: Path, reason: str | None = None) -> Iterator[None]:
         shutil.rmtree(folder / checkpoints.NEW_FOLDER, ignore_errors=True)
         reason = reason or f"{format_bytes(free_bytes(folder))} are free"
         raise UserError(_disk_full_message(folder, reason)) from error
+
+
+@contextmanager
+def report_unreadable_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Turn the error of a file of a sealed checkpoint that torch refuses into a UserError.
+
+    The seal says that the file is as it was sealed, and not that luthier sealed it. torch reads
+    with `weights_only`, so no pickle in it runs.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or not is_weights_damage(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{checkpoint}: its optimizer or random state cannot be read: {reason}\nRemove this "
+            "checkpoint, and the same command goes on from the one before."
+        ) from error
 
 
 def check_disk_space(accelerator: Any, folder: Path) -> None:
