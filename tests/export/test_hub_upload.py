@@ -65,7 +65,7 @@ def test_a_link_out_of_the_folder_is_not_sent(run, hub, luthier, tmp_path):
     (model / "adapter_model.safetensors").rename(outside / "weights")
     (model / "adapter_model.safetensors").symlink_to(outside / "weights")
     code, _, err = luthier("push", run, "--to", "ada/again", "--license", "mit")
-    assert code == 2 and "links out of this folder (adapter_model.safetensors)" in err
+    assert code == 2 and "link out of this folder does not go (adapter_model.safetensors)" in err
     assert "ada/again" not in hub.repositories
 
 

@@ -130,9 +130,11 @@ def _refuse_missing(folder: Path, upload_plan: UploadPlan) -> None:
     if any(name.endswith(".safetensors") for name in upload_plan.files):
         return
     pickles = [name for name in upload_plan.left if name.endswith(_PICKLES)]
-    links = [name for name, why in upload_plan.left.items() if why == _LINK]
+    left = upload_plan.left.items()
+    links = [name for name, why in left if why == _LINK and name.endswith(".safetensors")]
     has = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
-    has += f", but links out of this folder ({', '.join(links)})" if links else ""
+    if links:
+        has += f", and what is a link out of this folder does not go ({', '.join(links)})"
     raise UserError(f"{folder}: there is {has}; what goes to the hub is safetensors.")
 
 
