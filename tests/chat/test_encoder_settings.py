@@ -69,6 +69,13 @@ def test_generation_stops_where_turns_end(template, eos, stops):
     assert found == stops
 
 
+def test_generation_stops_where_the_template_for_tools_ends_turns():
+    tokenizer = pair("gpt2-words", CHATML + trl("gptoss"), eos="<|im_end|>")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": trl("gptoss")}
+    found = tokenizer.convert_ids_to_tokens(ChatEncoder(tokenizer).stop_token_ids)
+    assert found == ["<|im_end|>", "<|return|>", "<|call|>"]
+
+
 def test_stop_ids_of_the_generation_config_are_used():
     """GLM ends a turn with the next speaker's token, which only the generation config knows."""
     tokenizer = pair("gpt2-words", trl("glm4moe"), eos="<|endoftext|>")

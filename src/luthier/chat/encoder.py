@@ -167,8 +167,11 @@ class ChatEncoder:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """The ids that end a reply: generation stops at any of them."""
-        return list(self._pipelines.default.controls.stop_token_ids)
+        """The ids that end a reply: generation stops at any of them.
+
+        Replies to rows with tools may end otherwise, where these have a template of their own.
+        """
+        return self._pipelines.stop_token_ids()
 
     def holds_control_tokens(self, texts: Iterable[str]) -> bool:
         """Return whether a text holds a control token, or at its edge a part of one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -74,7 +75,19 @@ class TemplatePipelines:
 
     def for_tools(self, tools: list | None) -> TemplatePipeline:
         """Return the pipeline for rows with these tools, or without any."""
-        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        return self._pipeline("tool_use" if tools and "tool_use" in self.sources else "default")
+
+    def stop_token_ids(self) -> list[int]:
+        """Return what ends the replies of all templates, the default one's first."""
+        pipelines = [self.default]
+        if "tool_use" in self.sources:
+            # A template that cannot be used is an error where a row with tools needs it.
+            with suppress(ChatError):
+                pipelines.append(self._pipeline("tool_use"))
+        ids = [index for each in pipelines for index in each.controls.stop_token_ids]
+        return list(dict.fromkeys(ids))
+
+    def _pipeline(self, name: str) -> TemplatePipeline:
         if name not in self._pipelines:
             self._pipelines[name] = self._make(self.sources[name])
         return self._pipelines[name]
