@@ -155,7 +155,7 @@ def test_partners_stay_where_the_reference_was_asked_once(tmp_path):
 def config(**args):
     return RunConfig(
         model={"path": "x"}, dataset={"path": "y"}, output_dir="z",
-        trainer={"method": "kto", "args": args},
+        trainer={"method": "kto", "args": args}, chat={"empty_replies": "train"},
     )  # fmt: skip
 
 
