@@ -74,7 +74,7 @@ def sources():
             for text in ("m.content", "'<z{}>'", "'%s'")
             for more in METHOD_ARGUMENTS
         ]
-    for name in {*ENVIRONMENT.globals} - {"lipsum", "raise_exception"}:
+    for name in sorted({*ENVIRONMENT.globals} - {"lipsum", "raise_exception"}):
         groups[f"global {name}"] = [f"{name}({more})" for more in ("m.content", "a=m.content")]
     groups |= {form: [form.format(value) for value in VALUES.values()] for form in FORMS}
     groups = {name: ["{{ " + call + " }}" for call in calls] for name, calls in groups.items()}

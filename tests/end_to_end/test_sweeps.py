@@ -82,7 +82,7 @@ def test_six_trials_one_of_which_fails_killed_in_the_middle_and_continued(tmp_pa
     code, said = ended(start(tmp_path, *words, script="train", launcher=(LUTHIER,)))
     assert code == 1, said
     assert states(folder) == ["finished" if number != 2 else "failed" for number in range(6)]
-    assert "no layer is named nowhere" in said
+    assert "nothing in the model is named nowhere" in said
     assert all(record(folder, n) == before[n] for n in done)
     hashes = {record(folder, n)["data"]["sha256"] for n in range(6) if "data" in record(folder, n)}
     assert len(hashes) == 1
