@@ -95,6 +95,16 @@ def test_a_damaged_file_is_named_or_makes_no_difference(luthier, undamaged, plac
     check_damage(luthier, undamaged, place, file, command, DAMAGES[damage])
 
 
+def test_a_config_that_is_cut_behind_any_line_is_named(luthier, place):
+    file = place / "run" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) > 10
+    for count in range(len(lines)):
+        file.write_text("".join(lines[:count]))
+        code, _, err = luthier(*READERS["run/config.yaml"][0].split())
+        assert code == 2 and "run/config.yaml" in err, (count, err)
+
+
 TYPED = {
     "run/run.json": damaged_files.run_record("base"),
     "run/config.yaml": {"trainer": {"args": {}, "evaluation": {}}, "model": {}, "chat": {}},

@@ -15,9 +15,10 @@ import yaml
 from luthier.cli.train import main
 from luthier.errors import UserError
 from luthier.record import checkpoints
-from luthier.record.run_dir import MARKER, open_run, refuse_damaged_model
+from luthier.record.run_dir import open_run, refuse_damaged_model
 from luthier.storage.atomic import write_json
 from luthier.storage.output_folder import (
+    MARKER,
     check_target,
     output_folder,
     publish_folder,

@@ -6,14 +6,17 @@ The folders are as luthier writes them, of a handful of numbers and without torc
 import json
 import os
 import struct
+from dataclasses import asdict
 
 import yaml
 
 from helpers.chatml import CHATML
 from luthier.record.checkpoints import publish_checkpoint
 from luthier.record.record import hash_logs
+from luthier.record.run_dir import WRITTEN_FILES
 from luthier.storage.atomic import write_json
 from luthier.storage.manifest import compute_seal
+from luthier.storage.output_folder import MARKER
 from luthier.storage.typed_files import MAX_BYTES
 
 CHAT = {
@@ -156,14 +159,17 @@ def run_config(base, folder):
         "model": {"path": str(base), "device": "cpu", "dtype": "float32"}, "lora": {"r": 2},
         "dataset": {"path": "rows.jsonl"}, "chat": {"max_length": 64}, "recipe": "tiny",
         "trainer": {"method": "sft", "args": {"max_steps": 2}, "evaluation": {}},
-        "output_dir": str(folder),
+        "output_dir": str(folder), "seed": 42, "overwrite": False,
     }  # fmt: skip
 
 
 def make_run(folder, base):
     """A finished run with an adapter and a checkpoint."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(run_config(base, folder)))
+    config = run_config(base, folder)
+    marker = {"kind": "run", "luthier": "1", "config_keys": list(config)}
+    write_json(folder / MARKER, marker | {"written": asdict(WRITTEN_FILES)})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     rows = [{"step": step, "epoch": step / 2, "loss": 2.0 - step / 2} for step in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_record(folder, run_record(base) | {"logs": hash_logs(folder)})

@@ -5,12 +5,14 @@ In the record of an earlier run it is read as the new one, so that such a run ca
 repeated, compared and loaded.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from luthier.storage.typed_files import DamagedFileError, load_yaml
+from luthier.storage.output_folder import MARKER
+from luthier.storage.typed_files import DamagedFileError, load_json, load_yaml
 
 _RENAMED_KEYS = {
     "dataset.shape": "dataset.type",
@@ -35,6 +37,14 @@ def new_value(key: str, value: object) -> str | None:
     """Return what a value of this key is called now; None if it was never renamed."""
     pattern = _pattern_of(key, _RENAMED_VALUES)
     return None if pattern is None else _RENAMED_VALUES[pattern].get(str(value))
+
+
+class _Marker(BaseModel):
+    """What the marker of a run's folder says of its config; an older luthier wrote no keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    config_keys: list[str] = []
 
 
 class _RecordedTrainer(BaseModel):
@@ -74,8 +84,19 @@ def read_recorded_config(file: Path) -> dict[str, Any]:
     config: dict[str, Any] | None = load_yaml(file, _RecordedConfig, _ADVICE)
     if config is None:
         raise DamagedFileError(f"{file}: it is missing.\n{_ADVICE}")
+    # YAML that was cut behind a line can still be read; the marker names the keys that it had.
+    missing = [key for key in _read_config_keys(file.parent / MARKER) if key not in config]
+    if missing:
+        raise DamagedFileError(f"{file}: {missing[0]} is missing: a part was cut off.\n{_ADVICE}")
     renamed: dict[str, Any] = with_new_names(config)
     return renamed
+
+
+def _read_config_keys(marker: Path) -> list[str]:
+    """Return the keys that luthier wrote into a run's config; none where they are not known."""
+    with suppress(DamagedFileError):
+        return (load_json(marker, _Marker) or {}).get("config_keys", [])
+    return []
 
 
 def with_new_names(value: Any, key: str = "") -> Any:

@@ -38,6 +38,7 @@ from luthier.storage import lock
 from luthier.storage.atomic import write_json, write_text
 from luthier.storage.manifest import MANIFEST, DamagedFolderError, verify_manifest, verify_sizes
 from luthier.storage.output_folder import (
+    MARKER,
     WrittenFiles,
     list_remaining_files,
     move_back,
@@ -52,8 +53,6 @@ RUNS = Path("runs")
 
 RunState = Literal["new", "unfinished", "finished"]
 
-MARKER = ".luthier.json"
-"""The file of a run's directory that says so, and lists what luthier writes there."""
 _FILES = (
     *("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl"),
     *("evaluations.jsonl", "before.json", "loss.png", "data.png", "dropped.jsonl"),
@@ -144,7 +143,7 @@ def _prepare_folder(run: RunDir, resolved: dict[str, Any], overrides: list[str])
     if any(change.effect == "length" for change in run.changes):
         run = replace(run, extended_from=_note_extension(run))
     if run.state != "finished":
-        _write_marker(folder)
+        _write_marker(folder, list(resolved))
         write_text(folder / "config.yaml", to_yaml(resolved))
         typed = [redact_override(override) for override in overrides]
         write_text(folder / "overrides.yaml", yaml.safe_dump(typed, allow_unicode=True))
@@ -326,9 +325,15 @@ def _config_changes(folder: Path, resolved: dict[str, Any]) -> list[ConfigChange
     return changes + find_environment_changes(resolved, variables)
 
 
-def _write_marker(folder: Path) -> None:
-    """Write, before anything else, that this is a run and which files in it are luthier's."""
-    marker = {"kind": "run", "luthier": __version__, "written": asdict(WRITTEN_FILES)}
+def _write_marker(folder: Path, config_keys: list[str]) -> None:
+    """Write, before anything else, that this is a run and which files in it are luthier's.
+
+    `config_keys` are those of its config.yaml: one that was cut lacks some.
+    """
+    marker = {
+        "kind": "run", "luthier": __version__, "config_keys": config_keys,
+        "written": asdict(WRITTEN_FILES),
+    }  # fmt: skip
     write_json(folder / MARKER, marker)
 
 

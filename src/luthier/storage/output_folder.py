@@ -20,6 +20,8 @@ from luthier.storage.disk_space import free_bytes
 from luthier.storage.manifest import MANIFEST, write_manifest
 from luthier.storage.write_errors import explain_write_errors
 
+MARKER = ".luthier.json"
+"""The file of a run's directory that says so, and lists what luthier writes there."""
 UNSEALED_FILES = ("README.md", "EXPORT.md", "card.json", "loss.png")
 """Files beside a model's weights that luthier writes anew when they are out of date."""
 _UNLISTED_FILES = (

@@ -164,7 +164,7 @@ def test_a_header_can_be_given(web, fields):
         ("b.jsonl", {}, r"the server answers 404"),
         ("secret.jsonl", {}, r"the server answers 403"),
         ("cut.jsonl", {}, r"the connection ended 30 bytes too early"),
-        ("a.jsonl", {"storage": {"anon": True}}, r"dataset: options\.storage\.anon: http takes"),
+        ("a.jsonl", {"storage": {"anon": True}}, r"dataset\.options\.storage\.anon: http takes"),
     ],
     ids=["missing", "forbidden", "cut", "option"],
 )
