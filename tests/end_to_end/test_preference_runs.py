@@ -75,6 +75,7 @@ def talking(tmp_path_factory):
 def test_all_weights_may_train(tmp_path, talking, method):
     rows = many(PREFERENCES)
     finished(tmp_path, *talking, "trainer=" + method, "dataset=files", "chat.max_length=128",
+             "chat.empty_replies=train",
              write(tmp_path, "rows.jsonl", rows), "dataset.eval.count=4", "output_dir=run",
              "trainer.args.max_steps=8", "trainer.args.learning_rate=3e-3",
              "trainer.args.gradient_accumulation_steps=1")  # fmt: skip
