@@ -11,6 +11,7 @@ import time
 import pytest
 
 from helpers.train_command import WAY, metrics, record, said, weights, words
+from luthier.storage.output_folder import MARKER
 
 pytestmark = pytest.mark.train
 
@@ -56,7 +57,8 @@ def test_a_killed_run_ends_as_one_that_was_not(forks, tiny, whole):
         assert forks.run(tiny, *line) == 0, said(tiny)[-3000:]
         same = weights(run) == weights(whole) and metrics(run) == metrics(whole)
         assert same, (SEED, tried[-1], metrics(run), metrics(whole))
-        assert not list(run.glob(".*")) and not list((run / "checkpoints").glob(".*"))
+        assert list(run.glob(".*")) == [run / MARKER]
+        assert not list((run / "checkpoints").glob(".*"))
         survived += same
     print(f"\nfaults: {FAULTS} tried (seed {SEED}), {killed} killed in time, {survived} survived")
     print("\n".join(tried))
