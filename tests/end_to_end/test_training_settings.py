@@ -127,8 +127,9 @@ def test_activations_are_kept_where_they_fit(trains, capsys):
 def test_a_broken_loss_names_its_step_and_rows_and_what_is_left(trains, capsys):
     code = trains(
         "lora=none", "trainer.args.learning_rate=1e12", "trainer.args.lr_scheduler_type=constant",
-        "trainer.args.warmup_steps=0", "trainer.args.max_grad_norm=0", "trainer.args.optim=adamw_torch",
-        "trainer.args.max_steps=6", "trainer.args.logging_steps=4", "trainer.args.save_steps=1",
+        "trainer.args.warmup_steps=0", "trainer.args.max_grad_norm=0",
+        "trainer.args.optim=adamw_torch", "trainer.args.max_steps=6",
+        "trainer.args.logging_steps=4", "trainer.args.save_steps=1",
         "trainer.args.save_strategy=steps", "trainer.args.per_device_train_batch_size=2",
         "trainer.args.train_sampling_strategy=sequential",
     )  # fmt: skip
