@@ -39,15 +39,21 @@ def listening(llm, settings=None, **limits):
         thread.join()
 
 
-def post(port, body, path=CHAT):
-    """The text of the answer to a request; raises HTTPError for an error."""
+def post(port, body, path=CHAT, begun=None):
+    """The text of the answer to a request; raises HTTPError for an error.
+
+    `begun` is an event that is set once the first line of the answer is there.
+    """
     request = urllib.request.Request(
         f"http://localhost:{port}{path}",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        return answer.read().decode()
+        first = answer.readline()
+        if begun is not None:
+            begun.set()
+        return (first + answer.read()).decode()
 
 
 def send_and_leave(port, body, seconds, path=CHAT):

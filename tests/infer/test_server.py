@@ -412,19 +412,20 @@ def test_a_reply_that_takes_too_long_is_stopped(long_llm, stream):
 
 
 def test_a_server_that_ends_ends_its_replies(long_llm, capfd):
-    answers = []
+    answers, begun = [], threading.Event()
 
     def ask(stream):
         try:
-            answers.append((200, post(port, ENDLESS | {"stream": stream})))
+            answers.append((200, post(port, ENDLESS | {"stream": stream}, begun=begun)))
         except urllib.error.HTTPError as error:
             answers.append((error.code, error.read().decode()))
 
     with listening(long_llm) as port:
         clients = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
-        for client in clients:
-            client.start()
-        time.sleep(1.5)
+        clients[0].start()
+        assert begun.wait(30)  # One reply is written at a time: the other waits behind it.
+        clients[1].start()
+        time.sleep(1)
         began = time.monotonic()
     for client in clients:
         client.join()
