@@ -61,7 +61,7 @@ _GPU = ("cuda", "hip ", "xpu", "mps ")
 def report_unexpected(error: Exception) -> int:
     """Print what an error of the machine means, and return the exit code; raise any other again.
 
-    For the entry points, which print a UserError with `report_error`.
+    The entry points call it through `report_machine_error` of `luthier.storage.write_errors`.
     """
     shortage = explain_memory_shortage(error)
     if shortage is None:

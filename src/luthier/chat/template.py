@@ -166,7 +166,7 @@ class ChatTemplate:
             raise ChatError(
                 "the chat template needs more memory than there is", reason=TOO_LARGE
             ) from None
-        except Exception as error:
+        except Exception as error:  # templates call methods of the row's values with anything
             problem = f"{type(error).__name__}: {error}"
         finally:
             state.tracker = None

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import NamedTuple
 
 from luthier import __version__
-from luthier.errors import UserError, report_error, report_unexpected
-from luthier.storage.write_errors import describe_write_error
+from luthier.errors import UserError, report_error
+from luthier.storage.write_errors import report_machine_error
 from luthier.terminal import guard_output
 
 
@@ -141,8 +141,7 @@ def main() -> None:
         sys.exit(0)
     except Exception as error:
         # Whatever else cannot be read or written: in words, if it is about a file.
-        mistake = describe_write_error(error, None, "")
-        sys.exit(report_error(mistake) if mistake else report_unexpected(error))
+        sys.exit(report_machine_error(error))
 
 
 def usage() -> str:

@@ -109,8 +109,9 @@ def make_dataset_config(
 def _merged(below: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in over.items():
         old = below.get(name)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        below[name] = _merged(dict(old), value) if both else value  # type: ignore[arg-type]
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(dict(old), value)
+        below[name] = value
     return below
 
 

@@ -15,6 +15,7 @@ from luthier.config.trust import NO_TRUST, Trust, check_recorded, find_hidden, t
 from luthier.errors import UserError
 from luthier.record.config_diff import NEUTRAL_KEYS
 from luthier.redaction import remember_secrets
+from luthier.storage.write_errors import report_machine_error
 from luthier.terminal import guard_output
 
 
@@ -29,7 +30,8 @@ def main(folder: Path, trust: Trust) -> int:
     except UserError as error:
         return errors.report_error(error)
     except Exception as error:
-        return errors.report_unexpected(error)
+        # Whatever cannot be read or written, or has no memory: in words; others are raised again.
+        return report_machine_error(error)
 
 
 def load_run_config(folder: Path, trust: Trust = NO_TRUST) -> LoadedConfig:

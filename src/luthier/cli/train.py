@@ -16,7 +16,7 @@ from luthier.config.recipes import list_options, list_recipes, read_recipe_heade
 from luthier.config.schema import GROUPS
 from luthier.errors import UserError, nearest_option
 from luthier.redaction import redact, remember_secrets
-from luthier.storage.write_errors import describe_write_error
+from luthier.storage.write_errors import report_machine_error
 from luthier.terminal import guard_output, print_yaml
 
 # Columns of what `--help` prints.
@@ -135,8 +135,8 @@ def main(task: Callable[[LoadedConfig], int | None], argv: list[str] | None = No
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except Exception as error:
-        in_words = describe_write_error(error, None, "")
-        return errors.report_error(in_words) if in_words else errors.report_unexpected(error)
+        # Whatever cannot be read or written, or has no memory: in words; others are raised again.
+        return report_machine_error(error)
 
 
 def _parse_command_line(argv: list[str]) -> TrainCommandLine:

@@ -265,6 +265,7 @@ class ChatSettings(StrictModel):
 class SavedChatSettings(ChatSettings):
     """The content of `chat.json`: what `luthier.chat.ChatEncoder.settings` returns."""
 
+    # A config names one template; mypy allows no wider type in a subclass.
     template: str | dict[str, str] | None = None  # type: ignore[assignment]
     """The text of the template; of several, each by its name."""
     eos_token_ids: list[NonNegativeInt] = Field(default_factory=list)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from luthier.errors import UserError
+from luthier.errors import UserError, report_error, report_unexpected
 from luthier.storage.disk_space import is_disk_full
 
 _FREE_SPACE = "Free some space there"
@@ -33,6 +33,15 @@ _REASONS = {
 """The number of an error -> what it means, and what mends it besides another place."""
 _NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk that are told also where the system names no file."""
+
+
+def report_machine_error(error: Exception) -> int:
+    """Print what a file, a disk or the memory refused, and return the exit code; raise any other.
+
+    For the entry points, which print a UserError with `report_error`.
+    """
+    mistake = describe_write_error(error, None, "")
+    return report_error(mistake) if mistake else report_unexpected(error)
 
 
 @contextmanager

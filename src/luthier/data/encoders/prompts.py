@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 
-DEFAULT_COMPLETION_TOKENS = 512
-"""TRL's own bound, in tokens, where the config says nothing."""
 NO_PROMPT: RowProblem = ("no prompt", "there is nothing before the reply")
 
 
