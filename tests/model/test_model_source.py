@@ -59,6 +59,12 @@ def test_a_wrong_path_is_told_with_the_way_out(place, path, said):
         assert words in str(raised.value)
 
 
+def test_a_file_is_no_hub_name(place):
+    (place / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"^model\.path=rows\.jsonl: this is a file\."):
+        check_model_path(ModelConfig(path="rows.jsonl"))
+
+
 def test_a_wrong_tokenizer_is_told_under_its_own_key(place):
     with pytest.raises(UserError, match=r"^model\.tokenizer=empty: .* no tokenizer_config\.json"):
         check_model_path(ModelConfig(path="models/tiny", tokenizer="./empty"))

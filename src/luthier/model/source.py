@@ -69,11 +69,14 @@ def find_gguf_file(path: str, key: str = "model.path") -> Path | None:
 def is_local(path: str) -> bool:
     """Tell whether a path means a folder on this machine and not a hub name (NAME or ORG/NAME).
 
-    What begins with the name of a folder that is here, such as `runs/none`, is a mistyped path.
+    What begins with the name of a folder that is here, such as `runs/none`, is a mistyped path, and
+    so is the name of a file.
     """
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1 or "\\" in path
     if looks_local or Path(path).is_dir():
         return True
+    if Path(path).is_file():
+        return not _has_hub_cache(path)
     organisation, slash, _ = path.partition("/")
     return bool(slash) and Path(organisation).is_dir() and not _has_hub_cache(path)
 
@@ -197,6 +200,10 @@ def _check_gguf_file(file: Path, key: str) -> None:
 
 def _check_folder(folder: Path, key: str, file: str) -> None:
     """Raise UserError where a folder does not hold `file`."""
+    if folder.is_file():
+        raise UserError(
+            f"{key}={folder}: this is a file. Name the folder of a model, or a GGUF file."
+        )
     if not folder.is_dir():
         raise UserError(f"{key}={folder}: there is no such folder.{_nearest_name(folder)}")
     if has_entry(folder / file):
