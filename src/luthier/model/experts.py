@@ -1,0 +1,156 @@
+"""The experts of a mixture-of-experts model and their routers, found by shape.
+
+transformers 5 keeps the experts of a layer as parameters with three axes, one matrix for each
+expert, on a module of no common class. A module of linear layers (one for each expert) holds none
+of these and is none here: its experts are linear layers like any other.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+_WRAPPED = ".base_layer"
+"""What peft puts behind the name of a module whose parameters it adapts, once for each of them."""
+_ROUTER = re.compile(r"(^|_)(gate|router)$")
+"""The names that routers have in transformers, beside those found by their shape."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer, or those of its parts that stand in one module."""
+
+    name: str
+    """The name of the module within its model."""
+    shapes: dict[str, tuple[int, int, int]]
+    """The parameters by name, in the module's order; the first axis counts the experts."""
+    biases: tuple[str, ...]
+    """The parameters with one vector for each expert. No adapter reaches them."""
+    is_transposed: bool
+    """Whether a matrix stands as [inputs, outputs] (gpt-oss, Llama 4), else [outputs, inputs].
+
+    It is what the module says of itself. Where it says nothing it follows from the shapes; peft
+    0.21 assumes [outputs, inputs] there, so that the matrices that it calls A and B change places.
+    """
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The whole names of the parameters within the model."""
+        return [f"{self.name}.{name}" for name in self.shapes]
+
+    @property
+    def num_weights(self) -> int:
+        """The number of weights in the matrices of all experts."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's config.json (a mapping, nested as it comes) names experts."""
+    return any(count > 1 for count in _expert_counts(config))
+
+
+def find_experts(model: Any) -> list[Experts]:
+    """Return the experts of a model, in its order; the meta device is enough.
+
+    Experts are parameters with three axes directly on a module that is no convolution and has a
+    router beside it, in a model whose config counts experts. Empty for a dense model.
+    """
+    if not has_experts(model.config.to_dict()):
+        return []
+    modules = dict(model.named_modules())
+    candidates = {name: _matrices(module) for name, module in modules.items()}
+    candidates = {name: matrices for name, matrices in candidates.items() if matrices}
+    experts = []
+    for name, matrices in candidates.items():
+        block = _block_name(name)
+        if list(_block_routers(modules, block, candidates)):
+            biases = [
+                key
+                for key, parameter in modules[name].named_parameters(recurse=False)
+                if parameter.ndim == 2 and parameter.shape[0] == next(iter(matrices.values()))[0]
+            ]
+            transposed = _is_transposed(modules, name, matrices, candidates)
+            experts.append(Experts(name, matrices, tuple(biases), transposed))
+    return experts
+
+
+def find_routers(model: Any) -> list[str]:
+    """Return the names of the modules that score experts, and of the gates of shared experts.
+
+    Some are linear layers, some (Llama 4, Phi-3.5-MoE) are linear layers that return pairs, and
+    some hold a linear layer or a bare weight: whatever is in a module of this list routes.
+    """
+    experts = {experts.name: experts.shapes for experts in find_experts(model)}
+    modules = dict(model.named_modules())
+    blocks = dict.fromkeys(_block_name(name) for name in experts)
+    routers = [name for block in blocks for name in _block_routers(modules, block, experts)]
+    return list(dict.fromkeys(routers))
+
+
+def _expert_counts(config: Mapping[str, Any]) -> Iterator[int]:
+    """Return the numbers under keys such as num_local_experts and n_routed_experts."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _expert_counts(value)
+        elif str(key).endswith("experts"):
+            counts = value if isinstance(value, list | tuple) else [value]
+            yield from (count for count in counts if isinstance(count, int))
+
+
+def _matrices(module: Any) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes of a module's own parameters that hold one matrix for each expert."""
+    from torch.nn.modules.conv import _ConvNd
+
+    if isinstance(module, _ConvNd):
+        return {}
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.shape[0] > 1
+    }
+
+
+def _block_name(name: str) -> str:
+    """Return the name of the module that holds experts and their router."""
+    return name.replace(_WRAPPED, "").rpartition(".")[0]
+
+
+def _block_routers(
+    modules: Mapping[str, Any], block: str, candidates: Mapping[str, Any]
+) -> Iterator[str]:
+    """Return the modules of a block that give one score for each expert, or one score."""
+    import torch
+
+    counts = {
+        shape[0]
+        for name, matrices in candidates.items()
+        if _block_name(name) == block
+        for shape in matrices.values()
+    }
+    for child, module in modules[block].named_children():
+        name = f"{block}.{child}" if block else child
+        weights = [weight for weight in module.parameters() if weight.ndim == 2]
+        if any(f"{other}.".startswith(f"{name}.") for other in candidates) or not weights:
+            continue
+        is_gate = isinstance(module, torch.nn.Linear) and module.out_features == 1
+        is_named = bool(_ROUTER.search(child)) and weights[-1].shape[0] <= 2 * max(counts)
+        if is_gate or is_named or {weight.shape[0] for weight in weights} <= counts:
+            yield name
+
+
+def _is_transposed(
+    modules: Mapping[str, Any],
+    name: str,
+    matrices: Mapping[str, tuple[int, int, int]],
+    candidates: Mapping[str, Any],
+) -> bool:
+    """Return whether a module's matrices stand as [inputs, outputs]."""
+    declared = getattr(modules[name], "is_transposed", None)
+    if declared is not None:
+        return bool(declared)
+    routers = _block_routers(modules, _block_name(name), candidates)
+    inputs = {weight.shape[-1] for router in routers for weight in modules[router].parameters()}
+    # The first matrix takes what the router takes; with one alone nothing tells which it is.
+    _, rows, columns = next(iter(matrices.values()))
+    return len(matrices) > 1 and rows in inputs and columns not in inputs
