@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 
+from helpers import task_models
 from helpers.chatml import SPECIAL, byte_tokenizer
 
 IMAGE, VIDEO, VISION_START, VISION_END = 259, 260, 261, 262
@@ -275,7 +276,8 @@ FAMILIES = {
     "t5": ModelFamily(
         "T5ForConditionalGeneration", "T5Config",
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
-         "dropout_rate": 0.0, "decoder_start_token_id": 0, "tie_word_embeddings": True},
+         "dropout_rate": 0.0, "decoder_start_token_id": 0, "eos_token_id": 1,
+         "tie_word_embeddings": True},
         method="seq2seq",
         removed=("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "max_position_embeddings", "bos_token_id"),
@@ -284,7 +286,8 @@ FAMILIES = {
         "BartForConditionalGeneration", "BartConfig",
         {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
          "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
-         "dropout": 0.0, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+         "dropout": 0.0, "decoder_start_token_id": 1, "eos_token_id": 1,
+         "bos_token_id": 0, "forced_eos_token_id": None,
          "tie_word_embeddings": True},
         method="seq2seq",
         removed=("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -306,9 +309,14 @@ FAMILIES = {
 """The families by a short name."""
 
 
+def family_tokenizer(name):
+    """The tokenizer of a family: bytes with ChatML's control tokens, and those of images."""
+    kinds = {"seq2seq": task_models.unigram, "classify": task_models.wordpiece}
+    return kinds.get(FAMILIES[name].method, _byte_tokenizer)()
+
+
 @functools.cache
-def family_tokenizer():
-    """Bytes with ChatML's control tokens, and those that stand for images."""
+def _byte_tokenizer():
     return byte_tokenizer(
         SPECIAL, ("<|image|>", "<|video|>", "<|vision_start|>", "<|vision_end|>"),
         bos_token="<|im_start|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>",
@@ -325,6 +333,8 @@ def family_config(name):
         tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
         return make(text_config=text, vision_config=family.tower, **tied | family.settings)
     sizes = {key: value for key, value in SIZES.items() if key not in family.removed}
+    if family.method != "sft":
+        sizes["vocab_size"] = len(family_tokenizer(name))
     return make(**sizes | family.settings)
 
 
@@ -363,7 +373,7 @@ def save_family(folder, name):
     family = FAMILIES[name]
     model = make_family_model(name)
     model.save_pretrained(folder)
-    family_tokenizer().save_pretrained(folder)
+    family_tokenizer(name).save_pretrained(folder)
     if family.processor is not None:
         getattr(transformers, family.processor)().save_pretrained(folder)
     elif family.text is not None:

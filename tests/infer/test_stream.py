@@ -5,8 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from helpers import adapter_runs as material
+from helpers.model_families import FAMILIES, family_config
 from luthier.infer import generate
 from luthier.infer.stream import TextStream
 
@@ -42,6 +45,21 @@ def test_a_character_of_several_tokens_comes_in_one_piece(tokenizer):
     pieces = pieces_of(tokenizer, ids)
     assert "�" not in "".join(pieces)
     assert any("琵" in piece for piece in pieces) and any("👧" in piece for piece in pieces)
+
+
+CACHED = {
+    # Keys and values of two heads: 16 wide in two layers, and 32 in the two with full attention.
+    "gemma4": 2 * 2 * (2 * 16 + 2 * 32) * 4,
+    "mamba2": 0,
+}
+
+
+@pytest.mark.parametrize("family", CACHED)
+def test_a_batch_counts_the_keys_of_each_layer(family):
+    with torch.device("meta"):
+        model = getattr(transformers, FAMILIES[family].architecture)(family_config(family))
+    beside = 24 * 64 * 4 * 10 + 12 * 272
+    assert generate.bytes_per_row(model, 10, 6) == CACHED[family] * 16 + beside
 
 
 def test_a_batch_is_as_large_as_the_memory(tuned_llm, monkeypatch):

@@ -43,17 +43,31 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int) -> int:
 def bytes_per_row(model: Any, longest: int, max_new_tokens: int) -> int:
     """Return the bytes that one prompt and its reply take, beside the model."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    # With grouped-query attention the cache holds fewer heads than the queries have.
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    # Some models (Gemma, Qwen3) have heads that are not hidden_size / heads wide.
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
     number = model.get_input_embeddings().weight.element_size()
-    cached = 2 * config.num_hidden_layers * kv_heads * head * number
+    cached = _cached_numbers(config) * number
     reading = _WIDTHS * config.hidden_size * number
     # Float32 scores, and sorting for top-k and top-p makes two more of their size.
     scores = 3 * 4 * model.get_input_embeddings().weight.shape[0]
     return int(cached * (longest + max_new_tokens) + reading * longest + scores)
+
+
+def _cached_numbers(config: Any) -> int:
+    """Return how many numbers the cache of a model keeps for each token: keys and values."""
+    # Gemma 4's layers differ in the width of their heads; transformers 5.23 raises for the model's.
+    differ = getattr(config, "is_heterogeneous", False)
+    layers = config.per_layer_config if differ else [config] * config.num_hidden_layers
+    return 2 * sum(map(_head_numbers, layers))
+
+
+def _head_numbers(layer: Any) -> int:
+    """Return the width of a layer's keys; 0 for models without attention, such as Mamba."""
+    heads = getattr(layer, "num_attention_heads", None)
+    if not heads:
+        return 0
+    # With grouped-query attention the cache holds fewer heads than the queries have.
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    # Some models (Gemma, Qwen3) have heads that are not hidden_size / heads wide.
+    return int(kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads))
 
 
 def free_memory(model: Any) -> tuple[int, str]:
