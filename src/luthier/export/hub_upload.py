@@ -10,6 +10,7 @@ from luthier.errors import UserError
 from luthier.export import write_card
 from luthier.export.model_facts import ModelFacts, hub_name, last_name
 from luthier.model import source
+from luthier.model.processor import PROCESSOR_FILES
 from luthier.redaction import holds_token
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 UPLOADED_FILES = (
     *write_card.TOKENIZER_FILES,
     *("config.json", "generation_config.json", "adapter_config.json", "labels.json", "loss.png"),
-    *("preprocessor_config.json", "processor_config.json", "quantize_config.json"),
+    *(*PROCESSOR_FILES, "quantize_config.json"),
     *("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"),
 )
 """Files by name; besides them go the shards of a model and further chat templates."""

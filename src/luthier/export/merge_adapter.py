@@ -16,6 +16,7 @@ from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge, base_fold
 from luthier.export.usage_snippets import ChatFormat
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import auto_class
+from luthier.model.processor import copy_processor_files, find_processor_files
 from luthier.storage.atomic import write_json
 from luthier.storage.output_folder import (
     check_free_space,
@@ -270,6 +271,8 @@ def _copy_companions(order: MergeOrder, aside: Path, chat_format: ChatFormat) ->
         source = Path(first.base.tokenizer) if first.base.tokenizer else base_folder(first)
     if source is not None:
         write_card.copy_tokenizer_files(source, aside)
+    # An adapter of another trainer, or of an older luthier, comes without its base's processor.
+    copy_processor_files(find_processor_files(first.base), aside)
     if first.chat is not None:
         write_json(aside / "chat.json", first.chat)
     if chat_format.template is not None:

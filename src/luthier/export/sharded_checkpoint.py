@@ -10,6 +10,7 @@ from luthier.export import merge_streaming, model_facts, weight_files, write_car
 from luthier.export.model_layout import base_folder, layout_of
 from luthier.export.weight_files import TensorEntry, write_weights
 from luthier.model.artifact import Artifact
+from luthier.model.processor import copy_processor_files, find_processor_files
 from luthier.storage.output_folder import check_free_space
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def consolidate(
     chat_format = write_card.chat_format_of(artifact)
     tokenizer_folder = folder if (folder / "tokenizer_config.json").is_file() else base
     write_card.copy_tokenizer_files(tokenizer_folder, target)
+    copy_processor_files(find_processor_files(artifact.base), target)
     write_card.copy_generation_config(base, None, target, chat_format)
     write_card.write_descriptions(target, model_facts.collect_facts(artifact), chat_format)
 

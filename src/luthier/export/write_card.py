@@ -13,6 +13,7 @@ from luthier.export.ollama import translate_template
 from luthier.export.usage_snippets import ChatFormat, serving_notes
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact, training_method_of
 from luthier.model.model_files import read_generation_file
+from luthier.model.processor import PROCESSOR_FILES
 from luthier.redaction import redact_text
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ GENERATION = "generation_config.json"
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer, its templates and the chat settings."""
-    for name in TOKENIZER_FILES:
+    """Copy the tokenizer with its processor, its templates and the chat settings."""
+    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (source / TEMPLATES).is_dir():

@@ -17,6 +17,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.adapters import convert_to_plain_lora
 from luthier.model.device import preserve_random_state
+from luthier.model.processor import find_processor_files, has_other_inputs
 from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
@@ -342,6 +343,7 @@ def _prepare_trainer(session: TrainingSession, checkpoint: Path | None) -> None:
         trainer.args.save_total_limit, session.config.trainer.checkpoints.bytes
     )
     trainer.run_folder = session.folder
+    trainer.processor_files = _find_processor(session)
     trainer.add_callback(RestoreCountersCallback(trainer))
     trainer.add_callback(StopCallback(trainer))
     if session.is_main_process:
@@ -349,6 +351,18 @@ def _prepare_trainer(session: TrainingSession, checkpoint: Path | None) -> None:
         session.record.update_session(from_step=step)
     # From here on a checkpoint can hold what is done, so a signal waits for the end of a step.
     SIGNALS.is_deferred = True
+
+
+def _find_processor(session: TrainingSession) -> tuple[Path, ...]:
+    """Return the files of the base's processor; a model of images without any is told."""
+    model = session.config.model
+    files = find_processor_files(model)
+    if not files and session.is_main_process and has_other_inputs(session.trainer.model.config):
+        console.print_line(
+            f"processor {model.path} has no processor's files on this machine (such as "
+            "processor_config.json): what this run saves reads text alone"
+        )
+    return files
 
 
 def _report_stop(session: TrainingSession) -> None:

@@ -17,6 +17,7 @@ from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import preserve_random_state
+from luthier.model.processor import copy_processor_files
 from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_logs
 from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
@@ -63,6 +64,8 @@ class TrainerMixin(Base):
     """The signal for which the training ended; 0 if it came to its own end."""
     run_folder: Path | None = None
     """The run's directory, whose logs each checkpoint holds; None for a trainer without one."""
+    processor_files: tuple[Path, ...] = ()
+    """The files of the base's processor, which every saved model and checkpoint gets."""
     writing_folder: Path | None = None
     """The folder that checkpoints are written into; None between them."""
     counts_all_ranks = False
@@ -281,10 +284,15 @@ class TrainerMixin(Base):
         return super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save as Trainer does, without its pickle of the arguments, which nothing reads."""
+        """Save as Trainer does, with the processor's files.
+
+        Trainer's pickle of the arguments, which nothing reads, goes.
+        """
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            copy_processor_files(self.processor_files, folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what this process has counted beside its random state."""
