@@ -34,7 +34,9 @@ def find_processor_files(model: ModelConfig) -> tuple[Path, ...]:
 
 def has_other_inputs(config: Any) -> bool:
     """Return whether a model, by its `PretrainedConfig`, reads images or sound beside text."""
-    return any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
+    return any(
+        getattr(config, name, None) is not None for name in ("vision_config", "audio_config")
+    )
 
 
 def copy_processor_files(files: Iterable[Path], target: Path) -> None:

@@ -23,7 +23,9 @@ from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
 from luthier.train.trainers.checkpoints import (
+    has_other_names,
     has_stopped_early,
+    load_named_weights,
     mark_best_checkpoint,
     report_unreadable_checkpoint,
     stateful_callbacks,
@@ -257,6 +259,26 @@ class TrainerMixin(Base):
             vars(callback).update(state["callbacks"].get(type(callback).__name__, {}))
         for name, values in state["measures"].items():
             self._metrics["train"][name].extend(values)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights as Trainer does, whichever names they have in the checkpoint."""
+        if self._loads_by_name(resume_from_checkpoint):
+            load_named_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, by the same rule."""
+        best = self.state.best_model_checkpoint
+        if best is not None and self._loads_by_name(best):
+            load_named_weights(self.model, Path(best))
+        else:
+            super()._load_best_model()
+
+    def _loads_by_name(self, checkpoint: str) -> bool:
+        """Return whether a checkpoint holds a whole model under other names than its own."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not is_sharded and has_other_names(self.model, Path(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both as Trainer does; what cannot be read, or would run code, is said in words."""

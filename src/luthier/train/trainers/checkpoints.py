@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.model.device import preserve_random_state
 from luthier.model.load import is_weights_damage
+from luthier.model.model_files import list_indexed_files
 from luthier.record import checkpoints
 from luthier.storage.disk_space import free_bytes, is_disk_full
-from luthier.storage.sizes import format_bytes
+from luthier.storage.sizes import format_bytes, read_safetensors_header
 
 
 @contextmanager
@@ -53,6 +55,44 @@ def report_unreadable_checkpoint(checkpoint: str | None) -> Iterator[None]:
             f"{checkpoint}: its optimizer or random state cannot be read: {reason}\nRemove this "
             "checkpoint, and the same command goes on from the one before."
         ) from error
+
+
+# Weights of a whole model. transformers 5.23 saves a model under the names that checkpoints of its
+# kind have on the hub (`experts.0.gate_proj`, `language_model.model.layers`), and Trainer looks for
+# the model's own names in them: it would go on with the base's weights, without a word.
+
+
+def has_other_names(model: Any, folder: Path) -> bool:
+    """Return whether the weight files of a whole model bear names that `model` does not have."""
+    files = list_indexed_files(folder) or [folder / "model.safetensors"]
+    if not all(file.is_file() for file in files):
+        return False
+    own_names = set(model.state_dict())
+    return any(
+        name not in own_names for file in files for name in read_safetensors_header(file).tensors
+    )
+
+
+def load_named_weights(model: Any, folder: Path) -> None:
+    """Load a whole model's weights from its folder, under whichever names its files have them.
+
+    Takes the memory of the model once more. Raises UserError where a weight is missing.
+    """
+    with preserve_random_state():
+        saved, loading = type(model).from_pretrained(
+            folder,
+            config=model.config,
+            dtype=next(model.parameters()).dtype,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if loading["missing_keys"]:
+        raise UserError(
+            f"{folder}: its weights are of another class than {type(model).__name__}: there is no "
+            f"{min(loading['missing_keys'])}.\nAn older luthier may have loaded the model as its "
+            "text part alone. Begin anew with overwrite=true, or choose another output_dir=..."
+        )
+    model.load_state_dict(saved.state_dict())
 
 
 def check_disk_space(accelerator: Any, folder: Path) -> None:
