@@ -1,7 +1,8 @@
 """The order of a merge: what can be refused, then the weights, then the check, then the rename."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from luthier.export.merge_in_memory import PLACE, load_tuned, logits
 from luthier.export.model_facts import public_name
 from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge, base_folder, layout_of
 from luthier.export.usage_snippets import ChatFormat
+from luthier.model.adapter_keys import open_adapter
 from luthier.model.artifact import Artifact, build_chat_encoder
-from luthier.model.load import auto_class
+from luthier.model.load import read_model_config
+from luthier.model.model_class import build_empty_model, read_folder_class
 from luthier.model.processor import copy_processor_files, find_processor_files
 from luthier.storage.atomic import write_json
 from luthier.storage.output_folder import (
@@ -102,10 +105,13 @@ def compare_models(
     )
 
 
-def load_folder(folder: Path, task: str, **model_kwargs: Any) -> Any:
+def load_folder(folder: Path, task: str, trust_remote_code: bool = False) -> Any:
     """Return a saved model in float32, in main memory."""
-    model = auto_class(task).from_pretrained(
-        folder, dtype=PLACE.dtype, local_files_only=True, **model_kwargs
+    model = read_folder_class(folder, task, trust_remote_code).from_pretrained(
+        folder,
+        dtype=PLACE.dtype,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
     )
     return model.eval()
 
@@ -154,6 +160,8 @@ class MergeOrder:
     """`trained`: the weights as the run packed them; `original`: as they were before."""
     verify: bool = True
     quantize: str | None = None
+    renamed: tuple[Path, ...] = ()
+    """The adapters' folders under the names of the base's class; empty for their own."""
 
     @property
     def first(self) -> Artifact:
@@ -164,7 +172,7 @@ class MergeOrder:
     def adapters(self) -> list[tuple[Path, float]]:
         """Their folders and weights."""
         folders = [artifact.adapter for artifact in self.artifacts if artifact.adapter is not None]
-        return list(zip(folders, self.weights, strict=True))
+        return list(zip(self.renamed or folders, self.weights, strict=True))
 
     @property
     def packs(self) -> bool:
@@ -209,9 +217,26 @@ def merge_adapters(order: MergeOrder, say: Say) -> None:
 
     Raises UserError; a model that fails the check is left beside the target.
     """
-    with output_folder(order.target, keep=LogitsDiffer) as aside:
-        _build_target(order, aside, say)
+    with (
+        output_folder(order.target, keep=LogitsDiffer) as aside,
+        _rename_adapters(order) as renamed_order,
+    ):
+        _build_target(renamed_order, aside, say)
     say(describe_written(order.target))
+
+
+@contextmanager
+def _rename_adapters(order: MergeOrder) -> Iterator[MergeOrder]:
+    """Give the order with its adapters under the names of the class that their base loads by."""
+    config = read_model_config(order.first.base)
+    if config.get_text_config() is config:
+        # A model without parts has no other class whose names an adapter could bear.
+        yield order
+        return
+    empty = build_empty_model(config, order.first.task)
+    with ExitStack() as stack:
+        folders = [stack.enter_context(open_adapter(folder, empty)) for folder, _ in order.adapters]
+        yield replace(order, renamed=tuple(folders))
 
 
 def _build_target(order: MergeOrder, aside: Path, say: Say) -> None:

@@ -13,6 +13,8 @@ from luthier.errors import UserError
 from luthier.export.model_layout import grown_shapes
 from luthier.model import gguf, source
 from luthier.model.artifact import Artifact
+from luthier.model.load import read_model_config
+from luthier.model.model_class import TASK_CLASSES, resolve_model_class
 from luthier.model.model_files import (
     MODEL_CONFIG_FILE,
     read_adapter_config,
@@ -131,9 +133,11 @@ FILE = "card.json"
 
 _DESCRIBED = (
     *("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "target_modules"),
-    *("modules_to_save", "trainable_token_indices"),
+    *("target_parameters", "modules_to_save", "trainable_token_indices"),
 )
 """Fields of an adapter's configuration that say what it is."""
+_WRAPPER_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""Classes of transformers that load models which read more than text."""
 _SILENT = ("output_dir", "logging_dir", "report_to", "run_name", "logging_steps", "disable_tqdm")
 """Settings of a trainer that say nothing about the model."""
 
@@ -174,6 +178,8 @@ class ModelFacts:
     base: BaseModelFacts
     method: str | None = None
     task: str = "CAUSAL_LM"
+    model_class: str | None = None
+    """The class of transformers that loads it; None for the usual one of its task."""
     problem: str | None = None
     """What a classifier's labels are, as transformers calls it (`problem_type`)."""
     recipe: str | None = None
@@ -247,6 +253,7 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
             _find_trained_path(artifact), None if config is None else config.model.revision
         ),
         task=artifact.task,
+        model_class=_find_model_class(artifact),
         problem=_read_problem_type(folder),
         adapter={} if artifact.adapter is None else _describe_adapter(artifact.adapter),
         quantization=public_values(artifact.quantization),
@@ -339,6 +346,27 @@ def _find_trained_path(artifact: Artifact) -> str:
     if artifact.adapter is None and artifact.config is not None:
         return artifact.config.model.path
     return artifact.base.path
+
+
+def _find_model_class(artifact: Artifact) -> str | None:
+    """Return the class by which plain transformers loads the model; None for its task's own.
+
+    Of models that read images, too, the task's own class loads the text part alone, or none.
+    """
+    import transformers
+
+    usual = TASK_CLASSES[artifact.task]
+    try:
+        architecture = read_model_config(artifact.base)
+    except UserError:  # a card is also written where the base is no longer at its place
+        return None
+    resolved = resolve_model_class(architecture, artifact.task, artifact.base.trust_remote_code)
+    for name in (usual, *_WRAPPER_CLASSES):
+        auto: Any = getattr(transformers, name)
+        classes = auto._model_mapping.get(type(architecture), ())
+        if resolved in (auto, *(classes if isinstance(classes, tuple) else (classes,))):
+            return None if name == usual else name
+    return str(resolved.__name__)
 
 
 def _read_problem_type(folder: Path | None) -> str | None:

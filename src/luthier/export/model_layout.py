@@ -8,7 +8,8 @@ from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
 from luthier.model.artifact import Artifact
-from luthier.model.load import build_empty_model, insert_quantized_layers, label_settings
+from luthier.model.load import insert_quantized_layers, label_settings
+from luthier.model.model_class import build_empty_model
 from luthier.model.model_files import read_adapter_config, read_config_file
 from luthier.storage.sizes import read_safetensors_header
 
@@ -70,7 +71,7 @@ def layout_of(artifact: Artifact, folder: Path) -> ModelLayout:
     from transformers.pytorch_utils import Conv1D
 
     config = _load_base_config(artifact, folder)
-    empty = build_empty_model(config, artifact.task)
+    empty = build_empty_model(config, artifact.task, artifact.base.trust_remote_code)
     # Tied weights are one object under two names, and named_parameters leaves out the second name
     # unless it is told not to.
     parameters = dict(empty.named_parameters(remove_duplicate=False))

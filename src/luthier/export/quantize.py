@@ -13,8 +13,9 @@ from luthier.export import model_facts, write_card
 from luthier.export.model_layout import base_folder
 from luthier.export.weight_files import SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
-from luthier.model.load import auto_class
+from luthier.model.model_class import read_folder_class
 from luthier.model.model_files import WEIGHT_INDEX_FILE
+from luthier.model.processor import copy_processor_files
 from luthier.storage.manifest import MANIFEST
 from luthier.storage.output_folder import describe_written, output_folder
 
@@ -81,6 +82,7 @@ def quantize_model(artifact: Artifact, target: Path, name: str, say: Callable[[s
             # The manifest is of the unpacked files, and the facts are written anew below.
             if file.name not in (MANIFEST, model_facts.FILE):
                 shutil.copyfile(file, aside / file.name)
+        copy_processor_files(write_card.find_missing_processor(artifact), aside)
         chat_format = write_card.chat_format_of(artifact)
         packed = quantize_merged(aside, name, artifact, say)
         told = replace(model_facts.load_or_collect_facts(artifact), packed=packed)
@@ -109,13 +111,14 @@ def _quantize_with_bitsandbytes(folder: Path, target: Path, name: str, artifact:
     # With "auto" modules may land on the CPU or the disk, which transformers refuses for packed
     # weights.
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = auto_class(artifact.task).from_pretrained(
+    trust = artifact.base.trust_remote_code
+    model = read_folder_class(folder, artifact.task, trust).from_pretrained(
         folder,
         quantization_config=make(**settings),
         dtype="auto",
         device_map={"": device},
         # Never left out: transformers would ask at the terminal.
-        trust_remote_code=artifact.base.trust_remote_code,
+        trust_remote_code=trust,
     )
     model.save_pretrained(target, max_shard_size=SHARD_BYTES)
 

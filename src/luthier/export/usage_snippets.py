@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from luthier.export import ollama
 from luthier.export.model_facts import ModelFacts
 from luthier.model.adapters import HEAD_TASKS
-from luthier.model.load import TASK_CLASSES
+from luthier.model.model_class import TASK_CLASSES
 
 
 def python_snippet(
@@ -48,7 +48,7 @@ def requirements(facts: ModelFacts) -> str:
 
 
 def _import_lines(facts: ModelFacts) -> list[str]:
-    names = [TASK_CLASSES[facts.task], "AutoTokenizer"]
+    names = [_model_class(facts), "AutoTokenizer"]
     lines = []
     if facts.kind == "adapter":
         lines.append("from peft import PeftModel")
@@ -63,6 +63,10 @@ def _import_lines(facts: ModelFacts) -> list[str]:
     if facts.kind == "adapter" and facts.base.package:
         first = ["import importlib.util", *first]
     return [*first, *([""] if first else []), *lines]
+
+
+def _model_class(facts: ModelFacts) -> str:
+    return facts.model_class or TASK_CLASSES[facts.task]
 
 
 def _reads_labels(facts: ModelFacts) -> bool:
@@ -100,7 +104,7 @@ def _unpack_lines(facts: ModelFacts) -> list[str]:
 
 
 def _load_lines(facts: ModelFacts) -> list[str]:
-    class_name = TASK_CLASSES[facts.task]
+    class_name = _model_class(facts)
     if facts.kind != "adapter":
         return [
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
@@ -229,6 +233,7 @@ def serving_notes(facts: ModelFacts, chat_format: ChatFormat, repository: str = 
         "What a server must do to give the tokens that the model was trained on.",
         _describe_tokens(facts, chat_format),
         _advise_merge(facts),
+        _experts_section(facts),
         _vllm_section(facts, chat_format, repository),
         _tgi_section(facts, repository),
         _ollama_section(facts, chat_format),
@@ -274,6 +279,18 @@ def _advise_merge(facts: ModelFacts) -> str:
         "## Merge it first\n\nServers put plain LoRA on the base's own weights. This adapter needs "
         f"a merge for the logits that it was trained to: {'; '.join(reasons)}.\n\n"
         "    luthier merge RUN --out merged"
+    )
+
+
+def _experts_section(facts: ModelFacts) -> str:
+    if facts.kind != "adapter" or not facts.adapter.get("target_parameters"):
+        return ""
+    return (
+        "## Experts\n\nThis adapter changes single parameters, such as those of experts, under "
+        "the names that peft has for them. vLLM reads these only of models whose files hold all "
+        "experts of a layer in one tensor, and with one rank and scale. This writes what it "
+        "reads:\n\n"
+        "    luthier merge RUN --adapter-for vllm --out served-adapter"
     )
 
 

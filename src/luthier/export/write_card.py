@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.trust import EVERYTHING
+from luthier.errors import UserError
 from luthier.export import model_facts
 from luthier.export.card import write_model_card
 from luthier.export.model_facts import ModelFacts
@@ -13,7 +14,7 @@ from luthier.export.ollama import translate_template
 from luthier.export.usage_snippets import ChatFormat, serving_notes
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact, training_method_of
 from luthier.model.model_files import read_generation_file
-from luthier.model.processor import PROCESSOR_FILES
+from luthier.model.processor import PROCESSOR_FILES, find_processor_files
 from luthier.redaction import redact_text
 
 if TYPE_CHECKING:
@@ -129,6 +130,22 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
+
+
+def find_missing_processor(artifact: Artifact) -> tuple[Path, ...]:
+    """Return the processor's files of the model that an artifact began with, which it lacks.
+
+    An older luthier saved none, and others do not where they train text.
+    """
+    # Of a full fine-tuning `base` is the trained model itself.
+    is_whole = artifact.adapter is None and artifact.config is not None
+    began = artifact.config.model if is_whole and artifact.config is not None else artifact.base
+    try:
+        files = find_processor_files(began)
+    except UserError:  # a package that is no longer installed
+        return ()
+    folder = artifact.folder
+    return tuple(file for file in files if folder is None or not (folder / file.name).exists())
 
 
 def copy_generation_config(

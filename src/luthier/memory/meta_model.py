@@ -16,7 +16,8 @@ from luthier.errors import UserError
 from luthier.model import quantized
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
-from luthier.model.load import build_empty_model, insert_quantized_layers, read_model_config
+from luthier.model.load import insert_quantized_layers, read_model_config
+from luthier.model.model_class import build_empty_model
 from luthier.model.trainable import freeze_parameters
 
 if TYPE_CHECKING:

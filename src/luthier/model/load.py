@@ -1,11 +1,9 @@
-"""Models on this machine: loaded for training, loaded with their adapter, or without any weights.
-
-`auto_class` decides which class of transformers a model is loaded by.
-"""
+"""Models on this machine: loaded for training, or loaded with their adapter."""
 
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import QuantizationSettings
@@ -13,38 +11,18 @@ from luthier.config.schema import ModelConfig
 from luthier.environment import quiet_bitsandbytes
 from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
+from luthier.model.adapter_keys import open_adapter
 from luthier.model.artifact import Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
+from luthier.model.model_class import resolve_model_class
 from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_adapter_config, read_labels
 from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-TASK_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
-"""The task of a model in peft's words -> the class of transformers that such models load by."""
-
-
 _WRITING_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Tasks whose models have no new layers: what a checkpoint lacks is missing."""
-
-
-def auto_class(task: str) -> Any:
-    """Return the class of transformers that picks a model's own class for `task`.
-
-    `task` is a key of `TASK_CLASSES`. Whatever loads or builds a model asks here, so that this
-    function alone decides which class a model gets.
-    """
-    import transformers
-
-    if task not in TASK_CLASSES:
-        raise UserError(f"task_type {task!r}: there are {', '.join(TASK_CLASSES)}.")
-    return getattr(transformers, TASK_CLASSES[task])
 
 
 def read_model_config(config: ModelConfig) -> "PretrainedConfig":
@@ -52,22 +30,27 @@ def read_model_config(config: ModelConfig) -> "PretrainedConfig":
 
     It is read from this machine where it is there. Raises UserError where it cannot be had or read.
     """
-    from transformers import AutoConfig
-
     file = source.find_gguf_file(config.path)
     try:
-        architecture, _ = AutoConfig.from_pretrained(
-            config.path if file is None else gguf.convert_model(file),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=source.needs_hub(config.path) and source.is_hub_unreachable(),
-            return_unused_kwargs=True,
-            **config.kwargs,
-        )
+        return _read_architecture(config, config.path if file is None else gguf.convert_model(file))
     except (OSError, ValueError) as error:
         raise source.explain_hub_error(error, config.path, "model.path") or UserError(
             f"model.path={config.path}: its config.json cannot be read: {error}"
         ) from error
+
+
+def _read_architecture(config: ModelConfig, path: "str | Path") -> "PretrainedConfig":
+    """Return the configuration of the model at `path`, which is a folder or a hub name."""
+    from transformers import AutoConfig
+
+    architecture, _ = AutoConfig.from_pretrained(
+        path,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        local_files_only=source.needs_hub(config.path) and source.is_hub_unreachable(),
+        return_unused_kwargs=True,
+        **config.kwargs,
+    )
     return architecture
 
 
@@ -84,8 +67,8 @@ def load_model(
     `quantization` holds fields of `transformers.BitsAndBytesConfig`, or `dequantize` for a model
     that comes quantized (`check_quantized_model` says which can be); empty for none. With `full`
     (every weight trains) the weights are float32 whatever the machine computes in: in bfloat16
-    small updates round to nothing. `task` is a key of `TASK_CLASSES`, and `kwargs` are further
-    arguments of `from_pretrained`. The model's `new_layers` are the names of those that the
+    small updates round to nothing. `task` is a key of `model_class.TASK_CLASSES`, and `kwargs` are
+    further arguments of `from_pretrained`. The model's `new_layers` are the names of those that the
     checkpoint has no weights for. Raises UserError where the model cannot be had.
     """
     quantization = QuantizationSettings(quantization)
@@ -95,8 +78,10 @@ def load_model(
         path = config.path if file is None else gguf.convert_model(file)
     quiet_bitsandbytes()
     try:
+        architecture = _read_architecture(config, path)
+        model_class = resolve_model_class(architecture, task, config.trust_remote_code)
         settings = _load_settings(config, quantization, machine, full) | kwargs
-        model, loaded = auto_class(task).from_pretrained(path, **settings, output_loading_info=True)
+        model, loaded = model_class.from_pretrained(path, **settings, output_loading_info=True)
     except Exception as error:
         raise _as_user_error(error, config, machine) from error
     if quantization.dequantize:
@@ -194,17 +179,16 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             # peft 0.21 reads an attribute by its older name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            adapted = PeftModel.from_pretrained(model, str(folder))
+            with open_adapter(folder, model) as named_folder:
+                adapted = PeftModel.from_pretrained(model, str(named_folder))
+                # peft 0.21 passes over layers that the base lacks, and over weights that the file
+                # lacks.
+                tensors = read_safetensors_header(named_folder / ADAPTER_WEIGHTS_FILE).tensors
     except (RuntimeError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         mismatches = [line for line in lines if "size mismatch" in line]
         raise wrong_base([*mismatches, *lines, "?"][0]) from error
-    # peft 0.21 passes over layers that the base lacks, and over weights that the file lacks.
-    saved = {
-        name
-        for name in read_safetensors_header(folder / ADAPTER_WEIGHTS_FILE).tensors
-        if ".lora_" in name
-    }
+    saved = {name for name in tensors if ".lora_" in name}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     expected = {name for name in state if ".lora_" in name}
     if saved - expected:
@@ -212,18 +196,6 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
     if expected - saved:
         raise wrong_base(f"the adapter has no weights for {min(expected - saved)}")
     return adapted
-
-
-def build_empty_model(architecture: Any, task: str, **settings: Any) -> Any:
-    """Return the model of a `PretrainedConfig` on torch's meta device: shapes without weights.
-
-    `task` is a key of `TASK_CLASSES`, `settings` are further arguments of `from_config`. Raises
-    what transformers raises for an architecture that it cannot build.
-    """
-    import torch
-
-    with torch.device("meta"):
-        return auto_class(task).from_config(architecture, **settings)
 
 
 def insert_quantized_layers(model: Any, quantization: Mapping[str, Any]) -> Any:

@@ -16,7 +16,8 @@ from luthier.data.prepare import PreparedData
 from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.model.load import TASK_CLASSES, auto_class, read_model_config
+from luthier.model.load import read_model_config
+from luthier.model.model_class import TASK_CLASSES, has_model_class
 from luthier.train import console
 from luthier.train.methods.method import load_trained_model
 
@@ -224,8 +225,7 @@ def load_task_config(config: ModelConfig, task: str, trainer: str, needs: str) -
     """
     # Settings of the head in `model.kwargs` are refused elsewhere, and do not decide what fits.
     model_config = read_model_config(config.model_copy(update={"kwargs": {}}))
-    supported = auto_class(task)._model_mapping.keys()
-    if type(model_config) not in supported and not config.trust_remote_code:
+    if not has_model_class(model_config, task) and not config.trust_remote_code:
         raise UserError(
             f"model.path={config.path}: trainer={trainer} needs {needs}, and transformers has none "
             f"of the type {model_config.model_type}."
@@ -238,8 +238,8 @@ def load_head_model(
 ) -> Any:
     """The model with a head for these labels: its own where it has one for as many, or a new one.
 
-    `task` is a key of `luthier.model.load.TASK_CLASSES`, and `more` are further settings of the
-    model's config. Raises UserError for a model that cannot have such a head.
+    `task` is a key of `luthier.model.model_class.TASK_CLASSES`, and `more` are further settings of
+    the model's config. Raises UserError for a model that cannot have such a head.
     """
     trainer = config.trainer.method
     refused = [name for name in _LABEL_SETTINGS if name in config.model.kwargs]

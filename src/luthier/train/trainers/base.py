@@ -16,6 +16,7 @@ from luthier.data.batching.samplers import SampledDataset, Sampler
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
+from luthier.model.adapter_keys import open_adapter
 from luthier.model.device import preserve_random_state
 from luthier.model.processor import copy_processor_files
 from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_logs
@@ -264,6 +265,12 @@ class TrainerMixin(Base):
         """Load the weights as Trainer does, whichever names they have in the checkpoint."""
         if self._loads_by_name(resume_from_checkpoint):
             load_named_weights(self.model, Path(resume_from_checkpoint))
+        elif hasattr(self.model, "peft_config"):
+            # An adapter that was trained on the text part alone had other names, and peft passes
+            # over them.
+            base = self.model.get_base_model()
+            with open_adapter(Path(resume_from_checkpoint), base) as folder:
+                super()._load_from_checkpoint(str(folder), model)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

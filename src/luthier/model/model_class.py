@@ -1,0 +1,203 @@
+"""The class that loads a model, and the part of it that reads text.
+
+Checkpoints of models that see or hear name a class that wraps a text decoder, and their weights
+bear that class's names: so it loads them, and the text decoder within it is what trains on text.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import UserError
+
+TASK_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+"""The task of a model in peft's words -> the class of transformers that such models load by."""
+_WRAPPER_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""Classes of transformers for models that write, and read more than text."""
+_IMAGE_LAYERS = {
+    "MllamaCrossAttentionDecoderLayer": "",
+    "Ernie4_5_VLMoeMoeBlock": "vision_moe",
+    "EvollaSequenceAlignerCrossAttention": "",
+}
+"""Layers within a text decoder that text alone does not reach: their class -> which child, if not
+the whole of it."""
+
+
+def resolve_model_class(architecture: Any, task: str, trust_remote_code: bool = False) -> Any:
+    """Return the class that loads or builds the model of a `PretrainedConfig`.
+
+    It is the class that the checkpoint names (`architectures[0]`) where transformers has it for
+    this config and for `task`, a key of `TASK_CLASSES`; else the `Auto` class of the task, and for
+    a causal language model that only an image-text class can load, that one's. With
+    `trust_remote_code`, a model that brings its own code has the `Auto` class that its config
+    names. Whatever loads or builds a model asks here, so that this function alone decides.
+    """
+    autos = _auto_classes(architecture, task)
+    if trust_remote_code:
+        own_code = getattr(architecture, "auto_map", None) or {}
+        for auto in autos:
+            if auto.__name__ in own_code:
+                return auto
+    classes = [named for auto in autos for named in _mapped_classes(auto, architecture)]
+    for name in (architecture.architectures or ())[:1]:
+        for named in classes:
+            if named.__name__ == name:
+                return named
+    return next((auto for auto in autos if _mapped_classes(auto, architecture)), autos[0])
+
+
+def has_model_class(architecture: Any, task: str) -> bool:
+    """Return whether transformers has a class for this `PretrainedConfig` and task."""
+    return any(_mapped_classes(auto, architecture) for auto in _auto_classes(architecture, task))
+
+
+def read_folder_class(folder: str | Path, task: str, trust_remote_code: bool = False) -> Any:
+    """Return the class that loads the model in a local folder; see `resolve_model_class`."""
+    from transformers import AutoConfig
+
+    architecture = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    return resolve_model_class(architecture, task, trust_remote_code)
+
+
+def build_empty_model(
+    architecture: Any, task: str, trust_remote_code: bool = False, **settings: Any
+) -> Any:
+    """Return the model of a `PretrainedConfig` on torch's meta device: shapes without weights.
+
+    `task` is a key of `TASK_CLASSES`, `settings` are further arguments of `from_config`. Raises
+    what transformers raises for an architecture that it cannot build.
+    """
+    import torch
+
+    model_class = resolve_model_class(architecture, task, trust_remote_code)
+    with torch.device("meta"):
+        # A class of one model builds by another name, and knows nothing of code to trust.
+        if hasattr(model_class, "_from_config"):
+            return model_class._from_config(architecture, **settings)
+        return model_class.from_config(
+            architecture, trust_remote_code=trust_remote_code, **settings
+        )
+
+
+def _auto_classes(architecture: Any, task: str) -> list[Any]:
+    """Return the `Auto` classes that may load a model for a task, the first choice first."""
+    import transformers
+
+    if task not in TASK_CLASSES:
+        raise UserError(f"task_type {task!r}: there are {', '.join(TASK_CLASSES)}.")
+    names = [TASK_CLASSES[task]]
+    # An encoder that reads images before a decoder writes is no causal language model.
+    if task == "CAUSAL_LM" and not architecture.is_encoder_decoder:
+        names += _WRAPPER_CLASSES
+    return [getattr(transformers, name) for name in names]
+
+
+def _mapped_classes(auto: Any, architecture: Any) -> tuple[Any, ...]:
+    """Return the classes that an `Auto` class has for this type of config."""
+    mapping, config_class = auto._model_mapping, type(architecture)
+    if config_class not in mapping:
+        return ()
+    classes = mapping[config_class]
+    return classes if isinstance(classes, tuple) else (classes,)
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """The modules and weights of a model that rows of text reach, by name: `name in text_part`."""
+
+    prefix: str
+    """The name of the text decoder within the model; empty where the model has no other part."""
+    head: str
+    """The name of the output layer; empty where there is none."""
+    others: tuple[str, ...]
+    """The outermost modules that text does not reach: towers, projectors, layers for images."""
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether text reaches the module or weight of this name."""
+        if any(is_within(name, other) for other in self.others):
+            return False
+        return is_within(name, self.prefix) or bool(self.head and is_within(name, self.head))
+
+
+def is_within(name: str, prefix: str) -> bool:
+    """Return whether a module or weight is the one named `prefix` or lies within it."""
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def find_text_part(model: Any) -> str:
+    """Return the name of the text decoder within a model, such as `model.language_model`.
+
+    It is empty where the model has no other part. The model is one of transformers, without an
+    adapter; it may be on the meta device.
+    """
+    from transformers import PreTrainedModel
+
+    text_config = model.config.get_text_config()
+    if text_config is model.config:
+        return ""
+    # transformers 5.23: `get_decoder` of Llama 4 and of wrapped encoder-decoders goes deeper.
+    return next(
+        (
+            name
+            for name, module in model.named_modules()
+            if name
+            and isinstance(module, PreTrainedModel)
+            and type(module.config) is type(text_config)
+        ),
+        "",
+    )
+
+
+def find_text_modules(model: Any) -> TextPart:
+    """Return which modules of a model text reaches; see `find_text_part` for the model."""
+    modules = dict(model.named_modules())
+    output = model.get_output_embeddings()
+    head = next((name for name, module in modules.items() if module is output), "")
+    prefix = find_text_part(model)
+    others: list[str] = []
+    if prefix:
+        others += _modules_beside(model, [name for name in (prefix, head) if name])
+    elif model.config.sub_configs:
+        others += _find_towers(model, modules)
+    for name, module in modules.items():
+        if (child := _IMAGE_LAYERS.get(type(module).__name__)) is not None:
+            others.append(f"{name}.{child}" if child else name)
+    return TextPart(prefix, head, tuple(others))
+
+
+def _modules_beside(model: Any, text_names: list[str], parent: str = "") -> Iterator[str]:
+    """Yield the outermost modules that neither hold one of these modules nor lie within one."""
+    for child, module in model.named_children():
+        name = f"{parent}.{child}" if parent else child
+        if any(is_within(name, text) for text in text_names):
+            continue
+        if any(is_within(text, name) for text in text_names):
+            yield from _modules_beside(module, text_names, name)
+        else:
+            yield name
+
+
+def _find_towers(model: Any, modules: dict[str, Any]) -> Iterator[str]:
+    """Yield the towers of a model whose text decoder has no config of its own.
+
+    What holds a tower and no embeddings of tokens belongs to it, such as Phi-4-multimodal's
+    `model.embed_tokens_extend`.
+    """
+    from transformers import PreTrainedModel
+
+    embeddings = model.get_input_embeddings()
+    for name, module in modules.items():
+        if not isinstance(module, PreTrainedModel) or "text" in module.input_modalities:
+            continue
+        parent = name.rpartition(".")[0]
+        while parent and not any(layer is embeddings for layer in modules[parent].modules()):
+            name, parent = parent, parent.rpartition(".")[0]
+        yield name
