@@ -50,7 +50,7 @@ def test_what_a_training_saves_is_served_as_trained(luthier, saved):
     assert code == 0
     assert {name: (rule["checked"], rule["broken"]) for name, rule in found.items()} == {
         "prompts are": (3, 0), "replies read": (3, 0), "replies end": (3, 0),
-        "the template's": (2, 0),
+        "the template's": (2, 0), "the adapter's": (28, 0),
     }  # fmt: skip
 
 
@@ -115,3 +115,45 @@ def test_a_run_on_other_rows_serves_no_prompts(luthier, saved):
     folder = saved([{"text": "a b"}])
     code, _, err = luthier("check", folder, "--served")
     assert code == 2 and "it was not trained on chats" in err
+
+
+ADAPTERS = {
+    "the class that servers load": (None, 0),
+    "the text part alone": ("text", 12),
+    "experts": ("experts", 0),
+}
+
+
+@pytest.mark.parametrize(("kind", "broken"), ADAPTERS.values(), ids=ADAPTERS)
+def test_the_layers_of_an_adapter_are_looked_for_in_the_class_that_servers_load(
+    tmp_path, kind, broken
+):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from helpers.model_families import make_family_model, save_family
+    from luthier.inspection.served import check_adapter_layers
+    from luthier.model.artifact import find_artifact
+
+    family = "qwen3_moe" if kind == "experts" else "qwen3_5"
+    save_family(tmp_path / "base", family)
+    model = make_family_model(family)
+    if kind == "text":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    parameters = ["experts.gate_up_proj", "experts.down_proj"] if kind == "experts" else None
+    tuned = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["up_proj", "o_proj", "down_proj", "in_proj_z"]
+                          if parameters is None else ["q_proj"],
+                          target_parameters=parameters, task_type="CAUSAL_LM")
+    )  # fmt: skip
+    tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    rule = check_adapter_layers(find_artifact(str(tmp_path / "adapter")))
+    assert (rule.checked, rule.broken) == (12, broken)
+    assert rule.text.endswith(f"layers of {type(make_family_model(family)).__name__}")
+    if broken:
+        assert rule.examples[0].words == (
+            "there is no model.layers.0.linear_attn.in_proj_z, so a server leaves it out; there "
+            "it is model.language_model.layers.0.linear_attn.in_proj_z: luthier merge RUN "
+            "--adapter-for vllm"
+        )

@@ -24,7 +24,8 @@ COMMAND_LINE = CommandLine(
     "the training does not stop the check. It loads no model weights and writes nothing but the\n"
     "file of --png.\n\n"
     "With --served: whether the tokenizer, template and end tokens that a run saved give, in\n"
-    "others' servers, the prompts and stop tokens of its training, on its own rows.\n\n"
+    "others' servers, the prompts and stop tokens of its training, on its own rows; and whether\n"
+    "each weight of its adapter belongs to a layer of the class that servers load the base by.\n\n"
     "Exit code: 0 if every rule holds, 1 if one breaks, 2 for a mistake in what was typed.",
     (
         Flag("--limit", "N", "only the first N rows of each source"),
@@ -138,6 +139,8 @@ def _show(served: "ServedCheck") -> None:
         print_rule(console, rule, "")
     if served.holds:
         end = "\nservers that read this folder get the tokens it was trained on"
+    elif served.layers is not None and served.layers.broken:
+        end = "\nservers that read this folder leave out a part of the adapter"
     else:
         end = "\nservers that read this folder get other tokens than it was trained on"
     console.print(Text(end, style="bold"))

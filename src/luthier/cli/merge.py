@@ -13,6 +13,7 @@ from luthier.model.artifact import Artifact, find_artifact, read_run_config
 DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")
 PACKINGS = ("nf4", "int8", "gptq", "awq")
+SERVERS = ("vllm", "per-expert")
 
 COMMAND_LINE = CommandLine(
     "merge",
@@ -25,13 +26,18 @@ COMMAND_LINE = CommandLine(
     "An adapter that was trained on 4- or 8-bit weights is added to these, unpacked: they are\n"
     "what it learned on. --onto original adds it to the weights before they were packed.\n\n"
     "Then the model is loaded with the adapter and once more as merged, and their logits are\n"
-    "compared. A checkpoint that FSDP or ZeRO left in shards is put together instead.",
+    "compared. A checkpoint that FSDP or ZeRO left in shards is put together instead.\n\n"
+    "--adapter-for writes an adapter in place of a model: under the names of the model's files,\n"
+    "an adapter for each expert where these have a tensor for each, and with one rank and scale.",
     (
         Flag("--out", "FOLDER", "where the model goes; default: merged/ in the run's folder"),
         Flag("--dtype", "NAME", "float32, bfloat16 or float16; default: the base's"),
         Flag("--onto", "WEIGHTS", "trained (default) or original: see above"),
         Flag("--base", "MODEL", "the adapter's base, where it is no longer at its place"),
         Flag("--quantize", "FORMAT", "pack the result for serving: nf4, int8, gptq or awq"),
+        Flag(
+            "--adapter-for", "SERVER", "write an adapter: vllm, or per-expert (see docs/export.md)"
+        ),
         Flag("--no-verify", None, "do not compare logits (loading takes 4 bytes a weight)"),
         Flag("--overwrite", None, "replace a model of luthier that is in the folder"),
         TRUST,
@@ -39,7 +45,8 @@ COMMAND_LINE = CommandLine(
     "  luthier merge runs/quickstart/default\n"
     "  luthier merge runs/quickstart/default --out served --dtype float16\n"
     "  luthier merge runs/a/default:0.7 runs/b/default:0.3 --out both\n"
-    "  luthier merge runs/quickstart/default --quantize nf4 --out served-4bit\n",
+    "  luthier merge runs/quickstart/default --quantize nf4 --out served-4bit\n"
+    "  luthier merge runs/experts/default --adapter-for vllm --out served-adapter\n",
 )
 # The colon of `package:NAME` is followed by no number, so it is not taken for a weight.
 _WEIGHT = re.compile(r"^(?P<word>.+):(?P<weight>-?\d+(\.\d+)?)$")
@@ -64,6 +71,8 @@ def run(arguments: list[str]) -> int:
     weighted = [_split_weight(word) for word in parsed.overrides]
     base, trust = parsed.texts.get("--base"), trust_of(parsed.switches)
     artifacts = [find_artifact(word, base, trust) for word, _ in weighted]
+    if "--adapter-for" in parsed.texts:
+        return _export_adapter(artifacts, [weight for _, weight in weighted], parsed)
     return _merge(artifacts, [weight for _, weight in weighted], parsed)
 
 
@@ -108,21 +117,47 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
     return 0
 
 
-def choose_target(artifact: Artifact, parsed: ParsedArguments) -> Path:
-    """Return the folder of the merged model: as typed, or beside what it is made of."""
+def _export_adapter(
+    artifacts: list[Artifact], weights: list[float], parsed: ParsedArguments
+) -> int:
+    """Write an adapter under a server's names: `luthier merge RUN --adapter-for vllm`."""
+    from luthier.environment import quiet_libraries
+    from luthier.export.merge_adapter import list_inputs
+    from luthier.export.server_adapter import export_adapter
+    from luthier.storage.output_folder import check_target
+
+    others = {*parsed.texts, *parsed.switches} & {"--dtype", "--onto", "--quantize", "--no-verify"}
+    if others:
+        raise UserError(f"{min(others)}: --adapter-for writes no model. Leave one of the two out.")
+    if len(artifacts) > 1 or weights != [1.0]:
+        raise UserError("--adapter-for takes one adapter, without a weight.")
+    (artifact,) = artifacts
+    if artifact.adapter is None:
+        raise UserError(
+            f"{artifact.name} is a whole model and no adapter: servers load it as it is."
+        )
+    target = choose_target(artifact, parsed, "merged-adapter")
+    check_target(target, "--overwrite" in parsed.switches, *list_inputs(artifacts))
+    quiet_libraries()
+    export_adapter(artifact, target, parsed.texts["--adapter-for"], print)
+    return 0
+
+
+def choose_target(artifact: Artifact, parsed: ParsedArguments, name: str = "merged") -> Path:
+    """Return the folder of the result: as typed, or `name` beside what it is made of."""
     typed = parsed.texts.get("--out")
     if typed is not None:
         return Path(typed).expanduser()
     if artifact.run is not None:
-        return artifact.run / "merged"
+        return artifact.run / name
     # Beside the folder only where it was typed as a path: a hub model's folder is in the cache.
     if artifact.name == str(artifact.folder):
-        return Path(f"{artifact.name.rstrip('/')}-merged")
+        return Path(f"{artifact.name.rstrip('/')}-{name}")
     raise UserError(f"{artifact.name} is not on this machine: say where the model goes, --out.")
 
 
 def _refuse_values(parsed: ParsedArguments) -> None:
-    allowed = {"--dtype": DTYPES, "--onto": ONTO, "--quantize": PACKINGS}
+    allowed = {"--dtype": DTYPES, "--onto": ONTO, "--quantize": PACKINGS, "--adapter-for": SERVERS}
     for flag, values in allowed.items():
         typed = parsed.texts.get(flag)
         if typed is not None and typed not in values:

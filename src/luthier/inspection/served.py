@@ -16,8 +16,12 @@ from luthier.errors import UserError
 from luthier.inspection.dataset import shorten_location
 from luthier.inspection.rules import Rule, first_difference, tokens_around
 from luthier.inspection.tokens import token_decoder
+from luthier.model.adapter_keys import find_renames, find_unknown_layers, layer_name
 from luthier.model.artifact import Artifact, find_artifact
-from luthier.model.model_files import read_generation_file
+from luthier.model.load import read_model_config
+from luthier.model.model_class import build_empty_model
+from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_generation_file
+from luthier.storage.sizes import read_safetensors_header
 
 DEFAULT_ROWS = 500
 """Rows of each source that are compared where nobody says how many."""
@@ -53,6 +57,9 @@ class ServedCheck:
         self.replies = Rule("replies end with an end token of generation_config.json", "replies")
         self.stops = Rule("the template's stop tokens are in generation_config.json", "tokens")
         self.rules = [self.prompts, self.texts, self.replies, self.stops]
+        self.layers = None if artifact.adapter is None else check_adapter_layers(artifact)
+        if self.layers is not None:
+            self.rules.append(self.layers)
         for token in trained.stop_token_ids:
             wrong = f"{self._text_of(token)} ({token}) is not an end token there"
             self.stops.note("generation_config.json", None if token in ends else wrong)
@@ -142,6 +149,30 @@ def check_served(word: str, limit: int | None = None, trust: Trust = NO_TRUST) -
         for turn in _turns(opened, served._trained, limit or DEFAULT_ROWS):
             served.check(turn)
     return served
+
+
+def check_adapter_layers(artifact: Artifact) -> Rule:
+    """Look for the layer of each weight of an adapter in the class that servers load its base by.
+
+    That is the class that the base's config.json names; it is built without weights. Servers pass
+    over a weight whose layer they do not find.
+    """
+    assert artifact.adapter is not None
+    empty = build_empty_model(read_model_config(artifact.base), artifact.task)
+    rule = Rule(f"the adapter's weights belong to layers of {type(empty).__name__}", "weights")
+    keys = read_safetensors_header(artifact.adapter / ADAPTER_WEIGHTS_FILE).tensors
+    unknown, renames = set(find_unknown_layers(keys, empty)), find_renames(keys, empty)
+    for key in keys:
+        wrong = None
+        if key in unknown:
+            advice = "merge it: luthier merge RUN"
+            if key in renames:
+                advice = (
+                    f"there it is {layer_name(renames[key])}: luthier merge RUN --adapter-for vllm"
+                )
+            wrong = f"there is no {layer_name(key)}, so a server leaves it out; {advice}"
+        rule.note(ADAPTER_WEIGHTS_FILE, wrong)
+    return rule
 
 
 def _served(artifact: Artifact, config: RunConfig) -> ServedCheck:
