@@ -2,7 +2,8 @@
 
 W + s B A (Hu et al., https://arxiv.org/abs/2106.09685) with s = alpha / r, or alpha / sqrt(r) for
 rsLoRA; DoRA (Liu et al., https://arxiv.org/abs/2402.09353) scales each output to its trained
-length. Layers and rows that train whole take the place of the base's.
+length. Layers and rows that train whole take the place of the base's. LoRA of a parameter that
+stacks experts (peft's `target_parameters`) has a B A for each of them.
 """
 
 import math
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _BY_ITSELF = (
-    *("target_parameters", "layer_replication", "megatron_config", "use_qalora"),
-    *("alora_invocation_tokens", "velora_config", "monteclora_config", "mica"),
-    *("kasa_config", "arrow_config", "use_bdlora"),
+    *("layer_replication", "megatron_config", "use_qalora", "alora_invocation_tokens"),
+    *("velora_config", "monteclora_config", "mica", "kasa_config", "arrow_config", "use_bdlora"),
 )  # fmt: skip
 """Settings of LoRA that make something else of it."""
 
@@ -46,6 +46,8 @@ class AdapterDelta:
     """In place of these rows of the base's."""
     transposed: bool = False
     embeds: bool = False
+    experts: int = 0
+    """How many matrices the weight stacks along its first axis; 0 for a plain matrix."""
 
     def on(self, base: "Tensor") -> "Tensor":
         """Return the weight with the change, in float32; `base` is float32 and stays as it is."""
@@ -67,6 +69,17 @@ class AdapterDelta:
         factor = self.lengths / torch.linalg.vector_norm(merged, dim=outputs)
         return merged * (factor[None, :] if self.transposed else factor[:, None])
 
+    def of_expert(self, number: int) -> "AdapterDelta":
+        """Return the change of one expert's matrix."""
+        if self.whole is not None:
+            return AdapterDelta(whole=self.whole[number])
+        assert self.a is not None and self.b is not None
+        # The layout of peft 0.21 (`ParamWrapper.get_delta_weight`): in A the experts follow one
+        # another, each with its ranks; in B each rank has the experts next to one another.
+        a = self.a.reshape(self.experts, -1, self.a.shape[1])[number]
+        b = self.b.reshape(self.b.shape[0], -1, self.experts)[:, :, number]
+        return AdapterDelta(a, b, self.scale, transposed=self.transposed)
+
     def _delta(self) -> "Tensor":
         assert self.a is not None and self.b is not None
         return (self.b @ self.a) * self.scale
@@ -80,15 +93,6 @@ class LoraWeights:
     changes: dict[str, AdapterDelta]
     weight: float = 1.0
 
-    @property
-    def rows(self) -> int:
-        """Rows of the embeddings that it needs."""
-        wholes = [
-            change.whole.shape[0] for change in self.changes.values() if change.whole is not None
-        ]
-        ends = [max(change.rows) + 1 for change in self.changes.values() if change.rows]
-        return max([0, *wholes, *ends])
-
 
 def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> LoraWeights:
     """Read an adapter; raises NeedsMemoryMerge where it is no plain LoRA."""
@@ -97,28 +101,63 @@ def read_adapter(folder: Path, layout: "ModelLayout", weight: float = 1.0) -> Lo
     config = read_adapter_config(folder) or {}
     _refuse_special_adapters(config)
     tensors = load_file(folder / "adapter_model.safetensors")
+    changes = _collect_changes(tensors, config, layout)
+    if any(name not in layout.shapes for name in changes):
+        tensors, config = _convert_old_names(folder, tensors, layout)
+        changes = _collect_changes(tensors, config, layout)
+    for name, change in changes.items():
+        # A layer that the base lacks would be dropped without a word further on.
+        if name not in layout.shapes:
+            raise NeedsMemoryMerge(f"the base has no weight {name}")
+        _check_expert_shapes(name, change, layout.shapes[name])
+    return LoraWeights(folder, changes, weight)
+
+
+def add_deltas(base: "Tensor", changes: list[tuple[AdapterDelta, float]]) -> "Tensor":
+    """Return a weight (float32) with all changes, each counted by its number."""
+    # One change that counts whole needs no copy of the base, and no subtraction that rounds.
+    if len(changes) == 1 and changes[0][1] == 1.0:
+        return changes[0][0].on(base)
+    total = base.clone()
+    for change, weight in changes:
+        total += weight * (change.on(base) - base)
+    return total
+
+
+def _collect_changes(
+    tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], layout: "ModelLayout"
+) -> dict[str, AdapterDelta]:
     changes: dict[str, AdapterDelta] = {}
     for key, value in tensors.items():
         # peft saves adapters in the format they trained in; sums of bfloat16 would lose their small
         # terms.
         _enter_tensor(changes, key.removeprefix(PREFIX), value.float(), config, layout)
-    for name in changes:
-        # A layer that the base lacks would be dropped without a word further on.
-        if name not in layout.shapes:
-            raise NeedsMemoryMerge(f"the base has no weight {name}")
-    return LoraWeights(folder, changes, weight)
+    return changes
 
 
-def add_deltas(base: "Tensor", name: str, adapters: list[LoraWeights]) -> "Tensor":
-    """Return a weight (float32) with what all adapters change of it, each by its weight."""
-    touching = [adapter for adapter in adapters if name in adapter.changes]
-    # One adapter of weight 1 needs no copy of the base, and no subtraction that rounds.
-    if len(touching) == 1 and touching[0].weight == 1.0:
-        return touching[0].changes[name].on(base)
-    total = base.clone()
-    for adapter in touching:
-        total += adapter.weight * (adapter.changes[name].on(base) - base)
-    return total
+def _convert_old_names(
+    folder: Path, tensors: "dict[str, Tensor]", layout: "ModelLayout"
+) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+    """Return an adapter from before transformers 5, which named each expert, as peft reads it."""
+    from peft import PeftConfig
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+        convert_peft_config_for_transformers,
+    )
+
+    config = PeftConfig.from_pretrained(str(folder))
+    convert_peft_config_for_transformers(config, layout.model, None)
+    converted = convert_peft_adapter_state_dict_for_transformers(layout.model, config, tensors)
+    return converted, config.to_dict()
+
+
+def _check_expert_shapes(name: str, change: AdapterDelta, shape: tuple[int, ...]) -> None:
+    """Raise NeedsMemoryMerge for LoRA of experts that the base does not have."""
+    if not change.experts or change.a is None or change.b is None:
+        return
+    outputs = shape[:0:-1] if change.transposed else shape[1:]
+    if change.a.shape[0] % change.experts or (change.b.shape[0], change.a.shape[1]) != outputs:
+        raise NeedsMemoryMerge(f"{name} has another shape than what the adapter changes")
 
 
 def _refuse_special_adapters(config: Mapping[str, Any]) -> None:
@@ -153,11 +192,17 @@ def _enter_tensor(
     # LoRA of a convolution has kernels, and its product is another one than B A.
     if value.ndim > 2:
         raise NeedsMemoryMerge(f"{layer} is a convolution")
-    change = changes.setdefault(f"{layer}.weight", AdapterDelta())
-    change.transposed = layer in layout.transposed
+    name = _find_parameter(layer, config, layout)
+    layer = layer.replace(".base_layer", "")
+    change = changes.setdefault(name or f"{layer}.weight", AdapterDelta())
+    shape = layout.shapes.get(name or "", ())
+    change.experts = shape[0] if len(shape) == 3 else 0
+    # What peft wraps as a parameter it takes as (outputs, inputs), unless experts say otherwise.
+    change.transposed = layer in layout.transposed and (name is None or change.experts > 0)
     if weight_name in ("lora_A.weight", "lora_embedding_A"):
         # The rank is A's first axis, which holds also where rank_pattern gives the layer its own.
-        change.a, change.scale = value, _lora_scale(layer, config, value.shape[0])
+        rank = value.shape[0] // (change.experts or 1)
+        change.a, change.scale = value, _lora_scale(name or layer, config, rank)
         change.embeds = weight_name == "lora_embedding_A"
     elif weight_name in ("lora_B.weight", "lora_embedding_B"):
         change.b = value
@@ -178,6 +223,28 @@ def _split_key(key: str) -> tuple[str, str]:
     # Layers of modules_to_save, and embeddings that peft saves along with new tokens, have the
     # base's own names.
     return key.replace(".base_layer.", "."), "whole"
+
+
+def _find_parameter(layer: str, config: Mapping[str, Any], layout: "ModelLayout") -> str | None:
+    """Return the parameter that a saved layer changes by `target_parameters`; None for a module.
+
+    peft (0.21, `_inject_parameters`) wraps a module once for each of its parameters, in their
+    order: the last one's wrapper is the outermost, and each `.base_layer` leads to the one before.
+    """
+    targets = config.get("target_parameters") or []
+    module = layer.replace(".base_layer", "")
+    parameters = [
+        name
+        for name in layout.shapes
+        if name.rpartition(".")[0] == module
+        and any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
+    depth = layer.count(".base_layer") + 1
+    if not parameters:
+        return None
+    if depth > len(parameters):
+        raise NeedsMemoryMerge(f"it has more layers on {module} than target_parameters names")
+    return parameters[-depth]
 
 
 def _lora_scale(layer: str, config: Mapping[str, Any], rank: int | None) -> float:

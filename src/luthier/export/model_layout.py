@@ -1,5 +1,6 @@
 """A model as names and shapes: what a merge needs to know, without a byte of weights."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,20 @@ class ModelLayout:
     """Its `PretrainedConfig`."""
     architecture: str
     """The name of its class."""
+    base_architectures: list[str]
+    """The classes that the base's config.json names."""
     shapes: dict[str, tuple[int, ...]]
     """Every weight that is saved, by name; of tied ones each name."""
     tied: dict[str, str]
     """A second name -> the first name of the same matrix."""
     transposed: frozenset[str]
-    """Layers that keep their matrix as (inputs, outputs): GPT-2's Conv1D."""
+    """Layers that keep their matrices as (inputs, outputs): GPT-2's Conv1D, gpt-oss' experts."""
     packed: frozenset[str]
-    """Layers that the run's quantization packs."""
-    prefix: str
-    """What checkpoints of the headless model leave out of their names."""
+    """Layers that the run's quantization packs, and parameters that it packs by themselves."""
     inputs: str
     """The weight of the input embeddings."""
+    model: Any
+    """The model itself, on torch's meta device, as transformers builds it."""
 
 
 def base_folder(artifact: Artifact) -> Path:
@@ -81,18 +84,23 @@ def layout_of(artifact: Artifact, folder: Path) -> ModelLayout:
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     transposed = frozenset(
-        name for name, module in empty.named_modules() if isinstance(module, Conv1D)
+        name
+        for name, module in empty.named_modules()
+        # The attribute is that of transformers' experts; peft asks for it, too.
+        if isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
     )
     inputs = empty.get_input_embeddings()
     return ModelLayout(
         config,
         type(empty).__name__,
+        list(config.architectures or []),
         {name: tuple(value.shape) for name, value in empty.state_dict().items()},
         tied,
         transposed,
-        _find_packed_layers(empty, artifact.quantization),
-        f"{empty.base_model_prefix}.",
+        # The layers go in place of the model's own, which are still needed.
+        _find_packed_layers(copy.deepcopy(empty), artifact.quantization),
         next(f"{name}.weight" for name, module in empty.named_modules() if module is inputs),
+        empty,
     )
 
 

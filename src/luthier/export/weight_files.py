@@ -74,7 +74,7 @@ class WeightFiles:
         import torch
 
         entry = self.entries[name]
-        if entry.file is None or entry.dtype not in DTYPES:
+        if entry.dtype not in DTYPES:
             raise UserError(
                 f"{self.folder}: {name} is {entry.dtype}, which is read by no one here."
             )
@@ -82,13 +82,19 @@ class WeightFiles:
         # torch.frombuffer refuses an empty buffer, and an empty tensor has no bytes to read.
         if entry.size == 0:
             return torch.empty(entry.shape, dtype=dtype)
+        return torch.frombuffer(self.read_bytes(name), dtype=dtype).reshape(entry.shape)
+
+    def read_bytes(self, name: str) -> bytearray:
+        """Return the bytes of one tensor as they are in its file."""
+        entry = self.entries[name]
+        assert entry.file is not None
         # A bytearray and not bytes: torch.frombuffer warns of memory that cannot be written to.
         buffer = bytearray(entry.size)
         with entry.file.open("rb") as stream:
             stream.seek(entry.start)
             if stream.readinto(buffer) != entry.size:
                 raise UserError(f"{entry.file}: damaged: it ends within {name}. Fetch it again.")
-        return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
+        return buffer
 
 
 def list_weight_files(folder: Path) -> list[Path]:
@@ -121,12 +127,13 @@ def read_tensor_entries(file: Path) -> list[TensorEntry]:
 def write_weights(
     folder: Path,
     planned: list[TensorEntry],
-    make: Callable[[str], "Tensor"],
+    make: Callable[[str], "Tensor | bytearray"],
     most: int = SHARD_BYTES,
 ) -> Iterator[TensorEntry]:
     """Write a model's weight files into `folder`, one tensor at a time; gives each when it is done.
 
-    `planned` says name, format and shape of each; `make` gives its values, which are cast.
+    `planned` says name, format and shape of each; `make` gives its values, which are cast, or its
+    bytes.
     """
     shards = _split_into_shards(planned, most)
     for number, shard in enumerate(shards):
@@ -156,7 +163,7 @@ def _shard_name(number: int, shards: int) -> str:
 
 
 def _write_file(
-    file: Path, entries: list[TensorEntry], make: Callable[[str], "Tensor"]
+    file: Path, entries: list[TensorEntry], make: Callable[[str], "Tensor | bytearray"]
 ) -> Iterator[TensorEntry]:
     # Wider numbers first, so that each lies at a multiple of its size.
     ranked = sorted(entries, key=lambda entry: -SIZES.get(entry.dtype, 1))
@@ -184,9 +191,12 @@ def _encode_header(entries: list[TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(stream: Any, entry: TensorEntry, tensor: "Tensor") -> None:
+def _write_tensor(stream: Any, entry: TensorEntry, tensor: "Tensor | bytearray") -> None:
     import torch
 
+    if isinstance(tensor, bytearray):
+        stream.write(tensor)
+        return
     dtype = getattr(torch, DTYPES[entry.dtype])
     if tuple(tensor.shape) != entry.shape:
         # The header is on disk by now: other sizes would shift every tensor behind this one.
