@@ -28,6 +28,8 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
     """
     from peft import PeftModel
 
+    from luthier.model.quantized_experts import adapt_experts
+
     quantization = artifact.quantization if packed else QuantizationSettings()
     if quantization.bits == 4:
         # The weights stay packed; only the products are computed in float32, as after a merge.
@@ -40,6 +42,7 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
         wrapped = PeftModel.from_pretrained(model, adapters[0][0], adapter_name="a0")
         for number, (folder, _) in enumerate(adapters[1:], 1):
             wrapped.load_adapter(folder, f"a{number}")
+        adapt_experts(wrapped)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{artifact.name}: the adapter does not go on its base: {error}") from error
     if len(adapters) > 1:

@@ -117,18 +117,22 @@ def _load_base_config(artifact: Artifact, folder: Path) -> Any:
 
 
 def _find_packed_layers(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
-    """Return the layers that bitsandbytes would pack while loading: transformers chooses them."""
+    """Return the layers that bitsandbytes would pack while loading: transformers chooses them.
+
+    Of experts they are the names of the parameters.
+    """
     if quantization.bits is None:
         return frozenset()
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    from luthier.model.quantized_experts import find_packed_experts
 
     # transformers itself puts the packed layers in, so the modules that it skips (the head, for
     # one) are skipped here too.
     insert_quantized_layers(model, quantization)
     layer_classes = (Linear4bit, Linear8bitLt)
-    return frozenset(
-        name for name, module in model.named_modules() if isinstance(module, layer_classes)
-    )
+    layers = [name for name, module in model.named_modules() if isinstance(module, layer_classes)]
+    return frozenset([*layers, *find_packed_experts(model)])
 
 
 # Rows of the embeddings that an adapter's new tokens need. They are read from the headers and the

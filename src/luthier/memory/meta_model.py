@@ -6,7 +6,7 @@ gets weights that look like a CPU's and hold nothing.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import LoraSettings
@@ -16,6 +16,7 @@ from luthier.errors import UserError
 from luthier.model import quantized
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
+from luthier.model.experts import find_experts
 from luthier.model.load import insert_quantized_layers, read_model_config
 from luthier.model.model_class import build_empty_model
 from luthier.model.trainable import freeze_parameters
@@ -175,6 +176,8 @@ class Weight:
     """The name of its transformer layer; empty outside of them."""
     embeds: bool
     """Whether it is the table of an embedding layer."""
+    is_expert: bool = False
+    """Whether it holds one matrix for each expert."""
 
     @property
     def is_quantized(self) -> bool:
@@ -216,12 +219,14 @@ def list_weights(model: Any) -> tuple[Weight, ...]:
     tables = {
         id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)
     }
-    return tuple(
+    experts = {name for group in find_experts(model) for name in group.parameter_names}
+    weights = [
         _describe_weight(
             name, parameter, layers, scales.get(id(parameter)), id(parameter) in tables
         )
         for name, parameter in model.named_parameters()
-    )
+    ]
+    return tuple(replace(weight, is_expert=weight.name in experts) for weight in weights)
 
 
 def iterate_tensors(model: Any) -> Iterator["torch.Tensor"]:

@@ -1,14 +1,15 @@
 """The memory that a run needs on a machine, and the choices that training takes from it."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from luthier.config.schema import RunConfig
 from luthier.environment import quiet_bitsandbytes
 from luthier.memory.estimate import Estimate, estimate_memory, gradient_shares
-from luthier.memory.meta_model import build_meta_model, teacher_bytes
+from luthier.memory.meta_model import Weight, build_meta_model, teacher_bytes
 from luthier.memory.sharding import SHARDING_KINDS, Sharding
 from luthier.memory.simulate import SimulatedStep, simulate_step
 from luthier.memory.workload import (
@@ -44,6 +45,8 @@ class MemoryPlan:
     attention: str
     workload: Workload
     estimates: tuple[Estimate, ...]
+    unpacked_experts: Mapping[str, int] = field(default_factory=dict)
+    """Number format -> bytes of the experts that stay in it although the run quantizes."""
 
     @property
     def best(self) -> Estimate:
@@ -147,7 +150,19 @@ def _plan_workload(
         attention=machine.attention,
         workload=workload,
         estimates=tuple(estimates),
+        unpacked_experts=_unpacked_experts(weights),
     )
+
+
+def _unpacked_experts(weights: Sequence[Weight]) -> dict[str, int]:
+    """Return the bytes of experts by number format where other weights are quantized."""
+    if not any(weight.is_quantized for weight in weights):
+        return {}
+    sizes: Counter[str] = Counter()
+    for weight in weights:
+        if weight.is_expert and not weight.is_quantized and not weight.trains:
+            sizes[weight.format] += weight.stored
+    return dict(sizes)
 
 
 def _simulate_or_reuse(

@@ -10,6 +10,7 @@ from luthier.memory.advice import Advice
 from luthier.memory.estimate import RETURN_FREED_BLOCKS, Estimate, keeps_freed_blocks
 from luthier.memory.plan import MemoryPlan
 from luthier.memory.workload import FREE_SHARE, format_parameter_count, format_size
+from luthier.model.experts import describe_unpacked_experts
 from luthier.terminal import make_console
 
 _SHARDING_NAMES = {
@@ -131,4 +132,7 @@ def _notes(plan: MemoryPlan) -> list[str]:
         notes.append(f"trainer.args.optim={work.optimizer}: two float32 states are assumed.")
     if plan.hardware.kind == "cpu" and keeps_freed_blocks():
         notes.append(f"Nothing is lost in the heap with {RETURN_FREED_BLOCKS} before the command.")
+    unpacked = describe_unpacked_experts(plan.unpacked_experts)
+    if unpacked is not None:
+        notes.append(unpacked)
     return [*notes, *work.assumptions]

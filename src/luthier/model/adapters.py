@@ -114,13 +114,15 @@ def _insert_adapter(model: Any, method: str, settings: dict[str, Any], seed: int
     import peft
     import torch
 
+    from luthier.model.quantized_experts import adapt_experts
+
     if method == "adalora":
         settings = {"total_step": _PROVISIONAL_STEPS} | settings
     make_config: Any = getattr(peft, ADAPTERS[method].config)
     try:
         with torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.manual_seed(seed)
-            return peft.get_peft_model(model, make_config(**settings))
+            return adapt_experts(peft.get_peft_model(model, make_config(**settings)))
     except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"lora: {error}") from error
 

@@ -68,7 +68,8 @@ def find_experts(model: Any) -> list[Experts]:
             biases = [
                 key
                 for key, parameter in modules[name].named_parameters(recurse=False)
-                if parameter.ndim == 2 and parameter.shape[0] == next(iter(matrices.values()))[0]
+                if len(_shape(parameter)) == 2
+                and _shape(parameter)[0] == next(iter(matrices.values()))[0]
             ]
             transposed = _is_transposed(modules, name, matrices, candidates)
             experts.append(Experts(name, matrices, tuple(biases), transposed))
@@ -88,6 +89,33 @@ def find_routers(model: Any) -> list[str]:
     return list(dict.fromkeys(routers))
 
 
+def unpacked_expert_bytes(model: Any) -> dict[str, int]:
+    """Return the bytes of the experts that are not quantized, by number format (`bfloat16`)."""
+    sizes: dict[str, int] = {}
+    for experts in find_experts(model):
+        own = dict(model.get_submodule(experts.name).named_parameters(recurse=False))
+        for weight in (own[name] for name in experts.shapes):
+            # Only packed weights have the attribute, even before they are loaded.
+            if not hasattr(weight, "quant_state"):
+                name = str(weight.dtype).removeprefix("torch.")
+                sizes[name] = sizes.get(name, 0) + weight.numel() * weight.itemsize
+    return sizes
+
+
+def describe_unpacked_experts(sizes: Mapping[str, int]) -> str | None:
+    """Return what to say of experts that quantization leaves as they are; None if there are none.
+
+    `sizes` are those of `unpacked_expert_bytes`.
+    """
+    if not sizes:
+        return None
+    each = " and ".join(f"{name}: {size / 1e9:,.2f} GB" for name, size in sizes.items())
+    return (
+        f"experts stay in {each}. quantization=nf4 or fp4 packs them, while it loads a model that "
+        "does not come quantized."
+    )
+
+
 def _expert_counts(config: Mapping[str, Any]) -> Iterator[int]:
     """Return the numbers under keys such as num_local_experts and n_routed_experts."""
     for key, value in config.items():
@@ -104,11 +132,18 @@ def _matrices(module: Any) -> dict[str, tuple[int, int, int]]:
 
     if isinstance(module, _ConvNd):
         return {}
+    shapes = {name: _shape(parameter) for name, parameter in module.named_parameters(recurse=False)}
     return {
-        name: tuple(parameter.shape)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.shape[0] > 1
+        name: (shape[0], shape[1], shape[2])
+        for name, shape in shapes.items()
+        if len(shape) == 3 and shape[0] > 1
     }
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of a parameter; of one that bitsandbytes has packed, before that."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if state is None else state.shape)
 
 
 def _block_name(name: str) -> str:
@@ -130,12 +165,12 @@ def _block_routers(
     }
     for child, module in modules[block].named_children():
         name = f"{block}.{child}" if block else child
-        weights = [weight for weight in module.parameters() if weight.ndim == 2]
-        if any(f"{other}.".startswith(f"{name}.") for other in candidates) or not weights:
+        shapes = [shape for shape in map(_shape, module.parameters()) if len(shape) == 2]
+        if any(f"{other}.".startswith(f"{name}.") for other in candidates) or not shapes:
             continue
         is_gate = isinstance(module, torch.nn.Linear) and module.out_features == 1
-        is_named = bool(_ROUTER.search(child)) and weights[-1].shape[0] <= 2 * max(counts)
-        if is_gate or is_named or {weight.shape[0] for weight in weights} <= counts:
+        is_named = bool(_ROUTER.search(child)) and shapes[-1][0] <= 2 * max(counts)
+        if is_gate or is_named or {shape[0] for shape in shapes} <= counts:
             yield name
 
 
@@ -150,7 +185,7 @@ def _is_transposed(
     if declared is not None:
         return bool(declared)
     routers = _block_routers(modules, _block_name(name), candidates)
-    inputs = {weight.shape[-1] for router in routers for weight in modules[router].parameters()}
+    inputs = {_shape(weight)[-1] for router in routers for weight in modules[router].parameters()}
     # The first matrix takes what the router takes; with one alone nothing tells which it is.
     _, rows, columns = next(iter(matrices.values()))
     return len(matrices) > 1 and rows in inputs and columns not in inputs

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ def load_model(
         architecture = _read_architecture(config, path)
         model_class = resolve_model_class(architecture, task, config.trust_remote_code)
         settings = _load_settings(config, quantization, machine, full) | kwargs
-        model, loaded = model_class.from_pretrained(path, **settings, output_loading_info=True)
+        with _pack_experts(quantization):
+            model, loaded = model_class.from_pretrained(path, **settings, output_loading_info=True)
     except Exception as error:
         raise _as_user_error(error, config, machine) from error
     if quantization.dequantize:
@@ -166,6 +168,8 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    from luthier.model.quantized_experts import adapt_experts
+
     folder = artifact.adapter
     assert folder is not None
 
@@ -180,7 +184,7 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
             # peft 0.21 reads an attribute by its older name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             with open_adapter(folder, model) as named_folder:
-                adapted = PeftModel.from_pretrained(model, str(named_folder))
+                adapted = adapt_experts(PeftModel.from_pretrained(model, str(named_folder)))
                 # peft 0.21 passes over layers that the base lacks, and over weights that the file
                 # lacks.
                 tensors = read_safetensors_header(named_folder / ADAPTER_WEIGHTS_FILE).tensors
@@ -201,16 +205,27 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
 def insert_quantized_layers(model: Any, quantization: Mapping[str, Any]) -> Any:
     """Put bitsandbytes' layers into an empty model, where loading would put them.
 
-    `quantization` holds fields of `transformers.BitsAndBytesConfig`. Returns the quantizer of
-    transformers, whose `postprocess_model` finishes the model's config.
+    `quantization` holds fields of `transformers.BitsAndBytesConfig`; in 4 bits experts are packed
+    like linear layers. Returns the quantizer of transformers, whose `postprocess_model` finishes
+    the model's config.
     """
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
     settings = BitsAndBytesConfig.from_dict(dict(quantization))
-    quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    with _pack_experts(QuantizationSettings(quantization)):
+        quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map=None)
     return quantizer
+
+
+def _pack_experts(quantization: QuantizationSettings) -> AbstractContextManager[None]:
+    """Return what has transformers pack experts, too, where it packs a model in 4 bits."""
+    if quantization.bits != 4:
+        return nullcontext()
+    from luthier.model.quantized_experts import pack_experts
+
+    return pack_experts()
 
 
 def _load_settings(
