@@ -222,6 +222,8 @@ def full(run):
     before = run.nll(model, HELD_OUT)
     check(abs(float(before) - loss["before"]) < 1e-4, f"loss {loss['before']} is {before}")
     start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        began = run.nll(model, CHATS)
     for _ in range(2):
         model.zero_grad()
         run.nll(model, CHATS).backward()
@@ -233,9 +235,10 @@ def full(run):
     run.reached = {name for name, w in model.named_parameters() if w.grad is not None}
     run.reference = {name: w.detach().clone() for name, w in model.named_parameters()}
     run.start = start
-    # Whatever differs, the steps after this one look at what is right.
     compare_full(run, trained)
-    check(loss["after"] < loss["before"], f"the loss rose: {loss}")
+    with torch.no_grad():
+        ended = run.nll(model, CHATS)
+    check(ended < began, f"the loss rose from {began} to {ended}")
 
 
 def compare_full(run, trained):
@@ -426,8 +429,9 @@ def ckpt(run):
 def compare_adapters(run, trained, expected):
     one, other = tensors(trained / "model"), tensors(expected)
     check(set(one) == set(other), f"keys {sorted(set(one) ^ set(other))[:3]}")
-    off = max(float((one[name] - other[name]).abs().max()) for name in one)
-    check(off < 2e-3, f"adapters are {off:.2g} apart")
+    # Adam makes large steps of the smallest gradients, so rounding shows in single numbers.
+    off = max(float((one[name] - other[name]).norm() / other[name].norm()) for name in one)
+    check(off < 2e-2, f"adapters are {off:.2g} apart")
 
 
 def nf4(run):
@@ -437,21 +441,20 @@ def nf4(run):
     from luthier.model.artifact import find_artifact
 
     trained = run.lora("nf4", "quantization=nf4", "trainer.args.activation_checkpointing=false")
-    said = run.said
     loss = results(trained)["held_out_loss"]
     check(loss["after"] != loss["before"], "the loss did not move")
     artifact = find_artifact(str(trained), None, NO_TRUST)
     model = read_load_options(artifact, {}).model(None, {})
-    run.packed = packed_share(model)
-    run.nf4_said = said
+    run.packed = packed_share(run, model)
+    check(run.packed > 0, "nothing is packed")
     if run.family.method != "classify":
         with torch.no_grad():
             reloaded = float(run.nll(model, HELD_OUT))
         check(abs(reloaded - loss["after"]) < 1e-4, f"loss {reloaded} in place of {loss['after']}")
 
 
-def packed_share(model):
-    """The share of layer matrices in 4 bits."""
+def packed_share(run, model):
+    """The share of the text part's layer matrices in 4 bits."""
     import bitsandbytes
 
     base = model.get_base_model()
@@ -461,7 +464,9 @@ def packed_share(model):
     head = base.get_output_embeddings()
     outside |= {id(head.weight)} if head is not None else set()
     for name, weight in base.named_parameters():
-        if id(weight) in outside or "lora_" in name:
+        plain = name.replace(".base_layer", "")
+        is_reached = run.family.method == "classify" or plain in run.reached
+        if id(weight) in outside or "lora_" in name or not is_reached:
             continue
         if isinstance(weight, bitsandbytes.nn.Params4bit):
             size = weight.quant_state.shape.numel()
@@ -500,7 +505,7 @@ def plan(run):
 
 
 NEEDS = {"reload": "full", "adapter": "lora", "arch": "adapter", "merge": "adapter",
-         "generate": "adapter", "resume": "lora", "ckpt": "lora", "pack": "full",
+         "generate": "adapter", "resume": "lora", "ckpt": "lora", "pack": "full", "nf4": "full",
          "plan": "lora"}  # fmt: skip
 """Step -> the step without whose result it has nothing to look at."""
 RESULTS = {
