@@ -358,6 +358,12 @@ def adapter_share(run, model):
     return covered / max(total, 1), names
 
 
+def is_matrix(name, weight):
+    """Whether this is a layer's or experts' matrix; routers and gates of one number are none."""
+    is_named = name.endswith(".weight") or weight.dim() == 3
+    return weight.dim() > 1 and is_named and min(weight.shape[-2:]) > 4
+
+
 def arch(run):
     """Every key of the adapter's file has its place on the class of `architectures[0]`."""
     from peft import get_peft_model_state_dict
@@ -471,7 +477,7 @@ def packed_share(run, model):
         if isinstance(weight, bitsandbytes.nn.Params4bit):
             size = weight.quant_state.shape.numel()
             packed, total = packed + size, total + size
-        elif weight.dim() > 1 and min(weight.shape[-2:]) > 4:
+        elif is_matrix(name, weight):
             total += weight.numel()
     return packed / max(total, 1)
 
