@@ -44,8 +44,6 @@ QUESTIONS = (
 _ROWS = 4
 BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-1}
 """The largest difference that rounding explains, in standard deviations of the logits."""
-ROUNDED_INPUTS = 2e-1
-"""The same where the run's layers round their inputs too: 8-bit ones of bitsandbytes do."""
 
 
 @dataclass(frozen=True)
@@ -320,11 +318,7 @@ def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> Logit
         f"({difference.relative:.2g} standard deviations); the likeliest token is the same at "
         f"{difference.agreeing:.1%} of the places"
     )
-    bound = BOUNDS[dtype]
-    # The expected model computes with 8-bit inputs, the merged one does not.
-    if order.packs and first.quantization.bits == 8:
-        bound = max(bound, ROUNDED_INPUTS)
-    refuse_unlike_logits(difference, bound, aside)
+    refuse_unlike_logits(difference, BOUNDS[dtype], aside)
     return difference
 
 

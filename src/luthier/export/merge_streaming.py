@@ -159,12 +159,12 @@ class MergedTensors:
         """Return whether stacked experts may be changed one after another."""
         return (
             group.has_experts_stacked
-            and all(
-                name not in self.layout.packed or not self.quantization.is_enabled
-                for name in group.targets
-            )
+            and not (self.quantization.is_enabled and self._is_packed(group))
             and any(change.experts for name in group.targets for change, _ in self._changes(name))
         )
+
+    def _is_packed(self, group: WeightGroup) -> bool:
+        return not self.layout.packed.isdisjoint(group.targets)
 
     def _read(self, unit: MergeUnit) -> "dict[str, list[Tensor]]":
         return {
@@ -186,7 +186,7 @@ class MergedTensors:
         # Counters and position ids are no weights and stay as they are.
         if not value.is_floating_point():
             return value
-        if self.quantization.is_enabled and is_packed(name, self.layout):
+        if self.quantization.is_enabled and name in self.layout.packed:
             is_turned = name.removesuffix(".weight") in self.layout.transposed
             value = dequantized_as_trained(value.float(), self.quantization, is_turned)
         changes = self._changes(name)
@@ -233,7 +233,7 @@ def plan_merge(
     rows = _rows_needed(adapters, layout)
     changed = {name for adapter in adapters for name in adapter.changes}
     if quantization.is_enabled:
-        changed |= {name for name in layout.shapes if is_packed(name, layout)}
+        changed |= layout.packed
     if rows is not None:
         changed |= {name for name in layout.shapes if _is_embedding(name, layout)}
     file_shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
@@ -248,11 +248,6 @@ def plan_merge(
     return MergedTensors(
         checkpoint, layout, adapters, units, added, groups, quantization, planned, rows, untied
     )
-
-
-def is_packed(name: str, layout: ModelLayout) -> bool:
-    """Return whether the run's quantization packs a weight."""
-    return name in layout.packed or name.removesuffix(".weight") in layout.packed
 
 
 def main_format(entries: Iterable[TensorEntry]) -> str:
@@ -301,7 +296,7 @@ def _plan_units(
         if not reversible.setdefault(key, is_reversible(group, shapes)):
             raise NeedsMemoryMerge(f"transformers cannot write {name} as the base's files have it")
         # The blocks of a packed parameter run over all experts, so these are rounded together.
-        whole = quantization.is_enabled and any(is_packed(t, layout) for t in group.targets)
+        whole = quantization.is_enabled and not layout.packed.isdisjoint(group.targets)
         if group.has_tensor_per_expert and not whole:
             count = len(next(iter(group.sources.values())))
             each = [MergeUnit(group, expert) for expert in range(count)]

@@ -36,7 +36,7 @@ class ModelLayout:
     transposed: frozenset[str]
     """Layers that keep their matrices as (inputs, outputs): GPT-2's Conv1D, gpt-oss' experts."""
     packed: frozenset[str]
-    """Layers that the run's quantization packs, and parameters that it packs by themselves."""
+    """Weights that the run's quantization packs: of linear layers, and of experts."""
     inputs: str
     """The weight of the input embeddings."""
     model: Any
@@ -98,7 +98,7 @@ def layout_of(artifact: Artifact, folder: Path) -> ModelLayout:
         tied,
         transposed,
         # The layers go in place of the model's own, which are still needed.
-        _find_packed_layers(copy.deepcopy(empty), artifact.quantization),
+        _find_packed_weights(copy.deepcopy(empty), artifact.quantization),
         next(f"{name}.weight" for name, module in empty.named_modules() if module is inputs),
         empty,
     )
@@ -116,23 +116,20 @@ def _load_base_config(artifact: Artifact, folder: Path) -> Any:
     )
 
 
-def _find_packed_layers(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
-    """Return the layers that bitsandbytes would pack while loading: transformers chooses them.
-
-    Of experts they are the names of the parameters.
-    """
+def _find_packed_weights(model: Any, quantization: QuantizationSettings) -> frozenset[str]:
+    """Return the weights that would be packed while loading: transformers chooses them."""
     if quantization.bits is None:
         return frozenset()
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn import Int8Params, Params4bit
 
-    from luthier.model.quantized_experts import find_packed_experts
-
-    # transformers itself puts the packed layers in, so the modules that it skips (the head, for
-    # one) are skipped here too.
+    # The packed layers are put in as for a training, so what that skips (the head, for one) is
+    # skipped here too.
     insert_quantized_layers(model, quantization)
-    layer_classes = (Linear4bit, Linear8bitLt)
-    layers = [name for name, module in model.named_modules() if isinstance(module, layer_classes)]
-    return frozenset([*layers, *find_packed_experts(model)])
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, Int8Params | Params4bit)
+    )
 
 
 # Rows of the embeddings that an adapter's new tokens need. They are read from the headers and the

@@ -13,6 +13,7 @@ from luthier.export import model_facts, write_card
 from luthier.export.model_layout import base_folder
 from luthier.export.weight_files import SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
+from luthier.model.experts import find_experts
 from luthier.model.model_class import read_folder_class
 from luthier.model.model_files import WEIGHT_INDEX_FILE
 from luthier.model.processor import copy_processor_files
@@ -54,7 +55,7 @@ def quantize_merged(
     shutil.rmtree(target, ignore_errors=True)
     before = _count_weight_bytes(folder)
     if "bitsandbytes" in _PACKAGES[name]:
-        _quantize_with_bitsandbytes(folder, target, name, artifact)
+        _quantize_with_bitsandbytes(folder, target, name, artifact, say)
     else:
         _quantize_with_gptqmodel(folder, target, name, artifact)
     for file in list_weight_files(folder):
@@ -95,7 +96,9 @@ def _count_weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _quantize_with_bitsandbytes(folder: Path, target: Path, name: str, artifact: Artifact) -> None:
+def _quantize_with_bitsandbytes(
+    folder: Path, target: Path, name: str, artifact: Artifact, say: Callable[[str], None]
+) -> None:
     import torch
     import transformers
 
@@ -120,6 +123,13 @@ def _quantize_with_bitsandbytes(folder: Path, target: Path, name: str, artifact:
         # Never left out: transformers would ask at the terminal.
         trust_remote_code=trust,
     )
+    experts = sum(group.num_weights for group in find_experts(model))
+    if experts:
+        # Packed experts could be read by no plain transformers (5.23), which packs linear layers.
+        say(
+            f"experts   {experts:,} weights keep their number format: bitsandbytes packs linear "
+            "layers alone"
+        )
     model.save_pretrained(target, max_shard_size=SHARD_BYTES)
 
 
