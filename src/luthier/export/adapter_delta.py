@@ -60,8 +60,11 @@ class AdapterDelta:
             return base + self.added
         if self.values is not None:
             return base.index_copy(0, torch.tensor(self.rows), self.values)
-        delta = self._delta()
-        merged = base + delta.T if self.transposed or self.embeds else base + delta
+        assert self.a is not None and self.b is not None
+        is_turned = self.transposed or self.embeds
+        left, right = (self.a.T, self.b.T) if is_turned else (self.b, self.a)
+        # In one step, without another matrix as large as the weight.
+        merged = torch.addmm(base, left, right, alpha=self.scale)
         if self.lengths is None:
             return merged
         # DoRA measures each output over its inputs, which are the first axis of a transposed layer.
@@ -79,10 +82,6 @@ class AdapterDelta:
         a = self.a.reshape(self.experts, -1, self.a.shape[1])[number]
         b = self.b.reshape(self.b.shape[0], -1, self.experts)[:, :, number]
         return AdapterDelta(a, b, self.scale, transposed=self.transposed)
-
-    def _delta(self) -> "Tensor":
-        assert self.a is not None and self.b is not None
-        return (self.b @ self.a) * self.scale
 
 
 @dataclass(frozen=True)
