@@ -37,8 +37,8 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
     model = base_of(artifact, quantization)
     if quantization.bits == 8:
         # 8-bit layers round their inputs, too, which no merged model does. Where a router follows,
-        # that alone picks other experts: 0.9 standard deviations of the logits on a tiny Qwen3-MoE,
-        # which would hide any mistake of the merge.
+        # that alone picks other experts (docs/export.md has the numbers), and would hide any mistake
+        # of the merge.
         model = model.dequantize().float()
     grow_embeddings(model, adapters)
     try:
