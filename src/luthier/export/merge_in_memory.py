@@ -37,7 +37,7 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
     model = base_of(artifact, quantization)
     if quantization.bits == 8:
         # 8-bit layers round their inputs, too, which no merged model does. Where a router follows,
-        # that alone picks other experts (docs/export.md has the numbers), and would hide any mistake
+        # that alone picks other experts (docs/export.md has the numbers) and would hide any mistake
         # of the merge.
         model = model.dequantize().float()
     grow_embeddings(model, adapters)
