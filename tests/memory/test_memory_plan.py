@@ -298,6 +298,29 @@ def test_a_step_that_depends_on_values_is_refused_in_words(shapes, configured, m
         plan_memory(configured(shapes("odd", TINY), lora={}), gpu(24))
 
 
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_models_without_a_mask_for_each_query_are_planned(name, tmp_path, configured):
+    family_config(name).save_pretrained(tmp_path)
+    found = plan_memory(configured(tmp_path, model={"attention": "eager"}), gpu(24))
+    assert found.workload.masked and found.fits
+
+
+def test_whatever_a_plan_raises_is_told_and_stops_no_run(shapes, configured, monkeypatch, capsys):
+    from luthier.memory import plan
+    from luthier.train.activation_checkpointing import resolve_auto_checkpointing
+
+    def fails(*args, **kwargs):
+        raise KeyError("a layer")
+
+    monkeypatch.setattr(plan, "simulate_step", fails)
+    config = configured(shapes("failing", TINY | {"rms_norm_eps": 2e-6}))
+    with pytest.raises(UserError, match="cannot try a step of this model: KeyError: 'a layer'"):
+        plan_memory(config, gpu(24))
+    chosen = resolve_auto_checkpointing(config.with_trainer_args(activation_checkpointing="auto"))
+    assert chosen.trainer.args.activation_checkpointing is True
+    assert "not planned" in capsys.readouterr().out
+
+
 def test_flash_attention_keeps_no_mask(wide, configured):
     masked = plan_memory(configured(wide, max_length=256, dtype="bfloat16"), gpu(24))
     flash = {"attention": "flash_attention_2"}

@@ -1,5 +1,6 @@
 """The memory that a run needs on a machine, and the choices that training takes from it."""
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from luthier.config.schema import RunConfig
 from luthier.environment import quiet_bitsandbytes
+from luthier.errors import UserError
 from luthier.memory.estimate import Estimate, estimate_memory, gradient_shares
 from luthier.memory.meta_model import Weight, build_meta_model, teacher_bytes
 from luthier.memory.sharding import SHARDING_KINDS, Sharding
@@ -69,11 +71,12 @@ def plan_memory(
 
     `hardware` is this machine if it is None. `activation_checkpointing: auto` is planned as
     `choose_checkpointing` decides it. Raises UserError where the model's config.json cannot be had
-    or the plan cannot count a part of the run.
+    or the plan cannot count a part of the run, whatever the reason: a run that cannot be planned
+    may well train.
     """
     hardware = hardware or detect_hardware(config.model)
     machine = machine_for(config.model, hardware)
-    with _without_warnings():
+    with _without_warnings(), _errors_in_words(config):
         workload = read_workload(config, machine)
         plan = _plan_workload(config, machine, workload, hardware, shardings)
         if plan.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
@@ -105,9 +108,33 @@ def choose_checkpointing(
 def _without_warnings() -> Iterator[None]:
     """Silence what libraries warn of while a step is simulated: nothing is computed in it."""
     quiet_bitsandbytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # torch 2.13 logs the traceback of an operator that fails on tensors without content, besides
+    # raising it.
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = torch_log.level
+    torch_log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch_log.setLevel(level)
+
+
+@contextmanager
+def _errors_in_words(config: RunConfig) -> Iterator[None]:
+    """Raise UserError for whatever a model's own code raises on tensors without content."""
+    try:
         yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"model.path={config.model.path}: the plan cannot try a step of this model: "
+            f"{type(error).__name__}: {lines[0]}\nThe run itself is not affected by this; its "
+            "memory can be measured while it trains."
+        ) from error
 
 
 def _plan_workload(

@@ -26,6 +26,9 @@ INPUTS, ACTIVATIONS, LOGITS, BACKWARD = "inputs", "activations", "logits", "back
 """Phases of a step: a tensor is counted under the phase in which it was made."""
 OUTPUTS = ("log_probs", "entropy", "is_top1")
 """The results that SFTTrainer asks of TRL's fused output layer."""
+_WITH_FLAT_MASKS = ("bloom", "mpt", "mamba", "falcon_mamba")
+"""Model types whose mask is of (rows, length) alone: they make positions (ALiBi) of it, or have no
+attention."""
 _SMALLEST_OFFLOADED = 1024
 """Bytes: smaller tensors stay where they are when activations are offloaded."""
 
@@ -244,13 +247,20 @@ def _full_batch(model: Any, workload: Workload) -> dict[str, torch.Tensor]:
     rows, length = workload.rows, workload.length
     batch = {name: torch.zeros(rows, length, dtype=torch.int64) for name in ("input_ids", "labels")}
     # Eager attention adds a mask of numbers, the other kernels take one of truth values.
-    if workload.masked:
+    if workload.masked and _takes_flat_mask(model.config):
+        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.int64)
+    elif workload.masked:
         eager = model.config._attn_implementation == "eager"
         dtype = model.get_input_embeddings().weight.dtype if eager else torch.bool
         batch["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=dtype)
     if workload.task == "SEQ_2_SEQ_LM":
         batch["decoder_input_ids"] = torch.zeros(rows, length, dtype=torch.int64)
     return batch
+
+
+def _takes_flat_mask(config: Any) -> bool:
+    """Return whether the model takes no mask of its own shape for each row of queries."""
+    return config.model_type in _WITH_FLAT_MASKS or getattr(config, "alibi", False) is True
 
 
 @contextmanager

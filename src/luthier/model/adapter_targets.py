@@ -2,10 +2,12 @@
 
 import difflib
 import importlib.util
+import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from luthier.model.source import local_folder
 from luthier.storage.sizes import read_safetensors_header
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+_READ_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
+"""How a class reads the weight of a layer in it, where it does not only ask for its format."""
 
 
 def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) -> None:
@@ -40,6 +44,8 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
     for name in settings.get("modules_to_save") or ():
         if not any(layer.endswith(name) for layer in names):
             raise UserError(_no_match_message("lora.modules_to_save", name, names))
+    if targets and targets != ALL_LINEAR:
+        _refuse_bypassed_layers(model, chosen)
     output = model.get_output_embeddings()
     if task_type == "CAUSAL_LM" and targets != ALL_LINEAR and output is not None:
         name = layer_name(model, output)
@@ -105,8 +111,12 @@ def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
     UserError for a target that matches no layer.
     """
     if targets == ALL_LINEAR:
-        output = model.get_output_embeddings()
-        return [name for name, layer in _linear_layers(model) if layer is not output]
+        output, bypassed = model.get_output_embeddings(), set(find_bypassed_layers(model))
+        return [
+            name
+            for name, layer in _linear_layers(model)
+            if layer is not output and name not in bypassed
+        ]
     names = [name for name, _ in model.named_modules()]
     is_pattern = isinstance(targets, str)
     target_list = [targets] if isinstance(targets, str) else targets
@@ -122,6 +132,57 @@ def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
 def linear_layer_suffixes(model: Any) -> list[str]:
     """Return the last parts of the names of the linear layers that `all-linear` means."""
     return sorted({name.rpartition(".")[2] for name in find_target_layers(model, ALL_LINEAR)})
+
+
+def find_bypassed_layers(model: Any) -> list[str]:
+    """Return the names of the linear layers that Mamba's mixers pass by.
+
+    A mixer hands the weight of such a layer to a kernel, or multiplies with it, and does not call
+    the layer: an adapter on it has no gradient there, and a packed weight is no matrix. In
+    transformers 5.23 these are `out_proj` (in training, where the kernels are installed), and the
+    `x_proj` and `dt_proj` of Mamba-1; peft 0.21 refuses `out_proj` on five model types.
+    """
+    return [
+        f"{name}.{child}" if name else child
+        for name, mixer in model.named_modules()
+        if hasattr(mixer, "conv1d")
+        for child in _read_weights(type(mixer))
+        if child in _linear_children(mixer)
+    ]
+
+
+def bypassed_layer_suffixes(model: Any) -> list[str]:
+    """Return the endings, such as `mixer.out_proj`, of the names of `find_bypassed_layers`."""
+    return sorted({".".join(name.split(".")[-2:]) for name in find_bypassed_layers(model)})
+
+
+def _refuse_bypassed_layers(model: Any, chosen: Sequence[str]) -> None:
+    """Raise UserError where a layer is named on which an adapter would do nothing."""
+    bypassed = [name for name in find_bypassed_layers(model) if name in set(chosen)]
+    if bypassed:
+        endings = sorted({name.rpartition(".")[2] for name in bypassed})
+        raise UserError(
+            f"lora.target_modules: an adapter on {bypassed[0]} would do nothing where Mamba's "
+            "kernels run, because they read the layer's weight and pass its adapter by.\nLeave "
+            f"out {', '.join(endings)}, or take {ALL_LINEAR}, which leaves such layers out."
+        )
+
+
+def _linear_children(module: Any) -> set[str]:
+    """Return the names of the linear layers right below a module."""
+    return {name for name, _ in _linear_layers(module) if name and "." not in name}
+
+
+@cache
+def _read_weights(mixer_class: type) -> list[str]:
+    """Return the names of the layers whose weight the forward of a class reads, in its source."""
+    try:
+        methods = [getattr(mixer_class, name) for name in dir(mixer_class) if "forward" in name]
+        source = "".join(inspect.getsource(method) for method in methods)
+    except (OSError, TypeError):
+        # Without its source: what all mixers with a kernel pass by.
+        return ["out_proj"]
+    return sorted(set(_READ_WEIGHT.findall(source)))
 
 
 def layer_name(model: Any, layer: Any) -> str:

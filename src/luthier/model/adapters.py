@@ -5,6 +5,7 @@ like), what lets float32 weights train inside a base of 16 bits, and the heads o
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,11 @@ from luthier.config.methods import ADAPTERS, check_adapter
 from luthier.errors import UserError
 from luthier.model import embeddings
 from luthier.model.adapter_patterns import ALL_LINEAR
-from luthier.model.adapter_targets import check_adapter_names, linear_layer_suffixes
+from luthier.model.adapter_targets import (
+    bypassed_layer_suffixes,
+    check_adapter_names,
+    linear_layer_suffixes,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,8 +110,21 @@ def _peft_settings(
         # peft 0.21 takes layers_to_transform with a list of names alone.
         settings["target_modules"] = linear_layer_suffixes(model)
     check_adapter_names(model, settings, task_type)
+    settings |= _without_bypassed_layers(model, settings)
     settings |= head_settings(model, settings, facts.config)
     return embeddings.unify_token_rows(model, lora.method, settings, tokenizer)
+
+
+def _without_bypassed_layers(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `exclude_modules` that keep peft's own `all-linear` off Mamba's kernels."""
+    endings = bypassed_layer_suffixes(model) if settings.get("target_modules") else []
+    if not endings:
+        return {}
+    excluded = settings.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        pattern = "|".join(re.escape(ending) for ending in endings)
+        return {"exclude_modules": rf"(?:{excluded})|(?:.*\.)?(?:{pattern})"}
+    return {"exclude_modules": sorted({*excluded, *endings})}
 
 
 def _insert_adapter(model: Any, method: str, settings: dict[str, Any], seed: int) -> Any:
