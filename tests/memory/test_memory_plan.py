@@ -298,10 +298,18 @@ def test_a_step_that_depends_on_values_is_refused_in_words(shapes, configured, m
         plan_memory(configured(shapes("odd", TINY), lora={}), gpu(24))
 
 
-@pytest.mark.parametrize("name", ["bloom", "mamba"])
-def test_models_without_a_mask_for_each_query_are_planned(name, tmp_path, configured):
-    family_config(name).save_pretrained(tmp_path)
-    found = plan_memory(configured(tmp_path, model={"attention": "eager"}), gpu(24))
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+FLAT = {
+    "bloom": ("BloomConfig", SMALL | {"n_head": 2}),
+    "falcon": ("FalconConfig", SMALL | {"num_attention_heads": 2, "alibi": True}),
+    "mamba": ("MambaConfig", SMALL | {"state_size": 8}),
+}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), FLAT.values(), ids=FLAT)
+def test_models_without_a_mask_for_each_query_are_planned(kind, sizes, shapes, configured):
+    folder = shapes(kind, sizes, kind)
+    found = plan_memory(configured(folder, model={"attention": "eager"}), gpu(24))
     assert found.workload.masked and found.fits
 
 

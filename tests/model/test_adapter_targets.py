@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from helpers.adapter_models import INT8, LORA, NF4, gradients, load, logits, remade, stir, trained
+from helpers.model_families import FAMILIES, family_config
 from luthier.errors import UserError
+from luthier.model.adapter_targets import bypassed_layer_suffixes, find_target_layers
 from luthier.model.adapters import add_adapter
 
 
@@ -109,3 +112,70 @@ def test_biases_that_cannot_train_in_float32_are_told(tmp_path):
     with pytest.raises(UserError, match=r"the bias of .*ln_1"):
         add_adapter(load(tmp_path, dtype="bfloat16"), LORA | {"bias": "all"}, seed=1)
     assert gradients(add_adapter(load(tmp_path), LORA | {"bias": "all"}, seed=1))
+
+
+NARROW = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+MAMBA = {
+    "mamba": ("MambaConfig", NARROW | {"state_size": 8}),
+    "mamba2": (
+        "Mamba2Config",
+        NARROW | {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    ),
+}
+BYPASSED = {
+    "mamba2": ["mixer.out_proj"],
+    "falcon_h1": ["mamba.out_proj"],
+    "nemotron_h": ["mixer.out_proj"],
+    "granite_moe_hybrid": ["mamba.out_proj"],
+    "jamba": ["mamba.dt_proj"],
+    "qwen3_next": [],
+    "lfm2": [],
+    "t5": [],
+}
+
+
+@pytest.mark.parametrize(("name", "endings"), BYPASSED.items(), ids=BYPASSED)
+def test_layers_are_known_whose_weight_a_kernel_reads(name, endings):
+    with torch.device("meta"):
+        model = getattr(transformers, FAMILIES[name].architecture)(family_config(name))
+    assert bypassed_layer_suffixes(model) == endings
+    chosen = find_target_layers(model, "all-linear")
+    assert not any(layer.endswith(ending) for layer in chosen for ending in endings)
+
+
+def mamba(name):
+    kind, sizes = MAMBA[name]
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes))
+
+
+EXCLUDED = {
+    "nothing": {},
+    "a list": {"exclude_modules": ["norm"]},
+    "a pattern": {"exclude_modules": r".*\.norm"},
+}
+
+
+@pytest.mark.parametrize("lora", EXCLUDED.values(), ids=EXCLUDED)
+@pytest.mark.parametrize("name", MAMBA)
+def test_adapters_of_mamba_all_train(name, lora):
+    model = add_adapter(mamba(name), LORA | lora, seed=1)
+    assert layers(model) == {"0.mixer.in_proj"}
+    stir(model)
+    found = gradients(model)
+    assert all(gradient is not None and gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("name", MAMBA)
+def test_a_layer_that_a_kernel_passes_by_is_refused(name):
+    with pytest.raises(UserError) as raised:
+        add_adapter(mamba(name), LORA | {"target_modules": ["in_proj", "out_proj"]}, seed=1)
+    assert "lora.target_modules" in str(raised.value) and "Leave out out_proj" in str(raised.value)
+
+
+def test_peft_still_refuses_the_output_layers_of_mamba():
+    """If it takes them one day, that is no reason to let the kernels pass the adapters by."""
+    import peft
+
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        peft.get_peft_model(mamba("mamba2"), peft.LoraConfig(target_modules="all-linear"))

@@ -13,6 +13,7 @@ from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData, SplitCounts
 from luthier.data.streaming import TokenRowStream
+from luthier.model.adapter_targets import bypassed_layer_suffixes
 from luthier.model.experts import describe_unpacked_experts, unpacked_expert_bytes
 from luthier.storage.atomic import write_jsonl
 from luthier.terminal import make_console
@@ -37,6 +38,11 @@ def print_model(model: Any, machine: Any, quantization: QuantizationSettings) ->
         f"on {machine.device} in {machine.dtype}{packing}, "
         f"attention {machine.attention}"
     )
+    bypassed = bypassed_layer_suffixes(model) if hasattr(model, "peft_config") else []
+    if bypassed:
+        print_line(
+            f"          no adapter on {', '.join(bypassed)}: Mamba's kernels would pass it by"
+        )
     if getattr(model, "is_quantized", False):
         unpacked = describe_unpacked_experts(unpacked_expert_bytes(model))
         if unpacked is not None:
