@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -174,7 +174,7 @@ def _linear_children(module: Any) -> set[str]:
 
 
 @cache
-def _read_weights(mixer_class: type) -> list[str]:
+def _read_weights(mixer_class: Hashable) -> list[str]:
     """Return the names of the layers whose weight the forward of a class reads, in its source."""
     try:
         methods = [getattr(mixer_class, name) for name in dir(mixer_class) if "forward" in name]

@@ -40,9 +40,7 @@ def print_model(model: Any, machine: Any, quantization: QuantizationSettings) ->
     )
     bypassed = bypassed_layer_suffixes(model) if hasattr(model, "peft_config") else []
     if bypassed:
-        print_line(
-            f"          no adapter on {', '.join(bypassed)}: Mamba's kernels would pass it by"
-        )
+        print_line(f"          no adapter on {', '.join(bypassed)}: kernels would pass it by")
     if getattr(model, "is_quantized", False):
         unpacked = describe_unpacked_experts(unpacked_expert_bytes(model))
         if unpacked is not None:
