@@ -5,9 +5,8 @@ import importlib.util
 import inspect
 import json
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +141,12 @@ def find_bypassed_layers(model: Any) -> list[str]:
     transformers 5.23 these are `out_proj` (in training, where the kernels are installed), and the
     `x_proj` and `dt_proj` of Mamba-1; peft 0.21 refuses `out_proj` on five model types.
     """
+    mixers = [(name, mod) for name, mod in model.named_modules() if hasattr(mod, "conv1d")]
+    read = {kind: _read_weights(kind) for kind in {type(mixer) for _, mixer in mixers}}
     return [
         f"{name}.{child}" if name else child
-        for name, mixer in model.named_modules()
-        if hasattr(mixer, "conv1d")
-        for child in _read_weights(type(mixer))
+        for name, mixer in mixers
+        for child in read[type(mixer)]
         if child in _linear_children(mixer)
     ]
 
@@ -173,8 +173,7 @@ def _linear_children(module: Any) -> set[str]:
     return {name for name, _ in _linear_layers(module) if name and "." not in name}
 
 
-@cache
-def _read_weights(mixer_class: Hashable) -> list[str]:
+def _read_weights(mixer_class: type) -> list[str]:
     """Return the names of the layers whose weight the forward of a class reads, in its source."""
     try:
         methods = [getattr(mixer_class, name) for name in dir(mixer_class) if "forward" in name]
