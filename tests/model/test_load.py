@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 
+from helpers.model_families import save_family
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.device import Machine
@@ -96,3 +97,12 @@ def test_what_cannot_be_loaded_is_told(tiny_model, tmp_path, spoil, settings, sa
 def test_quantization_that_the_library_refuses_is_told(tiny_model):
     with pytest.raises(UserError, match="load_in_4bit"):
         load_model(ModelConfig(path=str(tiny_model)), {"load_in_4bit": "yes"}, CPU)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "bloom", "mamba2"])
+def test_a_class_without_sdpa_gets_eager_attention_unless_it_was_typed(name, tmp_path):
+    save_family(tmp_path, name)
+    model = load_model(ModelConfig(path=str(tmp_path)), {}, CPU)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"model.attention=sdpa: .* does not have it. It has eager"):
+        load_model(ModelConfig(path=str(tmp_path), attention="sdpa"), {}, CPU)

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from luthier.model import gguf, quantized, source
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.artifact import Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
-from luthier.model.model_class import resolve_model_class
+from luthier.model.model_class import choose_attention, resolve_model_class
 from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_adapter_config, read_labels
 from luthier.storage.sizes import read_safetensors_header
 
@@ -81,6 +82,8 @@ def load_model(
     try:
         architecture = _read_architecture(config, path)
         model_class = resolve_model_class(architecture, task, config.trust_remote_code)
+        attention = choose_attention(model_class, machine.attention, config.attention)
+        machine = replace(machine, attention=attention)
         settings = _load_settings(config, quantization, machine, full) | kwargs
         with _pack_experts(quantization):
             model, loaded = model_class.from_pretrained(path, **settings, output_loading_info=True)

@@ -67,6 +67,26 @@ def read_folder_class(folder: str | Path, task: str, trust_remote_code: bool = F
     return resolve_model_class(architecture, task, trust_remote_code)
 
 
+def choose_attention(model_class: Any, attention: str, typed: str = "auto") -> str:
+    """Return `attention`, or the fastest that a class of models has where it lacks that one.
+
+    `typed` is the value of `model.attention`. Raises UserError where the class lacks what was
+    typed.
+    """
+    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    flag = "_supports_flash_attn" if "flash" in attention else flags.get(attention)
+    if flag is None or getattr(model_class, flag, True):
+        return attention
+    supported = [name for name, each in flags.items() if getattr(model_class, each, False)]
+    if typed == attention:
+        flash = ["flash_attention_2"] if getattr(model_class, "_supports_flash_attn", False) else []
+        raise UserError(
+            f"model.attention={typed}: {model_class.__name__} does not have it. It has "
+            f"{', '.join(['eager', *supported, *flash])}; auto takes the fastest of them."
+        )
+    return "sdpa" if "sdpa" in supported else "eager"
+
+
 def build_empty_model(
     architecture: Any, task: str, trust_remote_code: bool = False, **settings: Any
 ) -> Any:
@@ -78,6 +98,9 @@ def build_empty_model(
     import torch
 
     model_class = resolve_model_class(architecture, task, trust_remote_code)
+    if "attn_implementation" in settings:
+        attention = choose_attention(model_class, settings["attn_implementation"])
+        settings["attn_implementation"] = attention
     with torch.device("meta"):
         # A class of one model builds by another name, and knows nothing of code to trust.
         if hasattr(model_class, "_from_config"):

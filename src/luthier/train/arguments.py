@@ -52,6 +52,10 @@ def build_trainer_arguments(
         "dataloader_pin_memory": machine.device_type == "cuda",
         "prediction_loss_only": True,
     }
+    # TRL 1.16 takes the weight of the router's loss from the model's config, without a word; that
+    # loss is of each micro-batch, so it would change with the batch size. It is off unless set.
+    if "router_aux_loss_coef" in getattr(make, "__dataclass_fields__", {}):
+        settings["router_aux_loss_coef"] = 0.0
     settings |= config.trainer.args
     if not has_eval:
         settings["eval_strategy"] = "no"

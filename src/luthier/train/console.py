@@ -32,11 +32,13 @@ def print_model(model: Any, machine: Any, quantization: QuantizationSettings) ->
     """Print how large the model is and how many of its parameters train."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
+    text_config = model.config.get_text_config()
+    attention = getattr(text_config, "_attn_implementation", None) or machine.attention
     packing = ", quantized" if quantization.is_enabled else ""
     print_line(
         f"model     {type(model).__name__}, {trained / 1e6:.2f} M parameters train, "
         f"on {machine.device} in {machine.dtype}{packing}, "
-        f"attention {machine.attention}"
+        f"attention {attention}"
     )
     bypassed = bypassed_layer_suffixes(model) if hasattr(model, "peft_config") else []
     if bypassed:
