@@ -343,12 +343,7 @@ def adapter_share(run, model):
         if "modules_to_save" in name or "original_module" in name:
             continue
         # Routers and gates of one number are left alone, and so is what no text reaches.
-        is_matrix = name.endswith(".weight") or weight.dim() == 3
-        if (
-            not is_matrix
-            or min(weight.shape[-2:]) <= 4
-            or (reached is not None and plain not in reached)
-        ):
+        if not is_matrix(name, weight) or (reached is not None and plain not in reached):
             continue
         total += weight.numel()
         if id(weight) in adapted:
