@@ -3,6 +3,7 @@
 import json
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from helpers.adapter_models import INT8, NF4
 from helpers.export_runs import make_run
-from helpers.model_families import FAMILIES, family_config, save_family
+from helpers.model_families import FAMILIES, family_config, family_tokenizer, save_family
 from luthier.config.library_settings import QuantizationSettings
 from luthier.export import merge_streaming, model_layout
+from luthier.export.merge_adapter import BOUNDS, compare_logits, compare_models, prompts_of
+from luthier.export.merge_in_memory import load_tuned
 from luthier.export.weight_conversion import group_tensors, revert_name
 from luthier.export.weight_files import WeightFiles
+from luthier.model.artifact import find_artifact
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100, 33, 44]])
 EXPERTS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
@@ -137,17 +141,47 @@ def test_the_check_of_a_mixture_in_8_bits_is_not_loosened(tmp_path, luthier):
     # An alpha that is a little off is found.
     file = run / "model" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 9}))
-    from luthier.export.merge_adapter import LogitsDiffer, compare_logits, refuse_unlike_logits
-    from luthier.export.merge_in_memory import load_tuned
-    from luthier.export.merge_in_memory import logits as answers
-    from luthier.model.artifact import find_artifact
-
     artifact = find_artifact(str(run))
-    prompts = [IDS[0].tolist()]
-    tuned = answers(load_tuned(artifact, [(run / "model", 1.0)], True), prompts)
-    difference = compare_logits(tuned, answers(loaded("qwen3_moe", run / "merged"), prompts))
-    with pytest.raises(LogitsDiffer):
-        refuse_unlike_logits(difference, 1e-3, run)
+    tuned = partial(load_tuned, artifact, [(run / "model", 1.0)], True)
+    difference = compare_models(tuned, run / "merged", "CAUSAL_LM", [IDS[0].tolist()])
+    assert difference.relative > BOUNDS["float32"]
+
+
+def test_rounding_that_flips_a_router_is_no_mistake_of_the_merge(tmp_path, luthier):
+    """In bfloat16 two experts that score alike change places: 1.3 deviations of the logits."""
+    name = "mixtral"
+    base = save_family(tmp_path / "base", name)
+    family_class(name).from_pretrained(base, dtype="bfloat16").save_pretrained(base)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}
+    settings["target_parameters"] = EXPERTS["target_parameters"]
+    adapter = adapter_of(name, base, tmp_path / "adapter", settings)
+    merged = tmp_path / "merged"
+    code, out, err = luthier("merge", adapter, "--base", base, "--out", merged)
+    assert code == 0, err
+    assert "both ran the experts that the model with its adapter chooses" in out
+    prompts = prompts_of(find_artifact(str(adapter), str(base)), family_tokenizer(name))
+    expected, got = (
+        [model(torch.tensor([ids])).logits[0] for ids in prompts]
+        for model in (with_adapter(name, base, adapter), loaded(name, merged))
+    )
+    assert compare_logits(expected, got).relative > BOUNDS["bfloat16"]
+
+
+@pytest.mark.parametrize("damaged", ["gate.weight", "experts.2.w3.weight"])
+def test_the_check_of_a_mixture_finds_other_weights(damaged, tmp_path, luthier):
+    """Also those of a router, though its choices are taken from the other model."""
+    base = save_family(tmp_path / "base", "mixtral")
+    adapter = adapter_of("mixtral", base, tmp_path / "adapter", EXPERTS)
+    merged = tmp_path / "merged"
+    assert luthier("merge", adapter, "--base", base, "--out", merged)[0] == 0
+    file = merged / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.layers.0.block_sparse_moe.{damaged}"] *= 1.02
+    save_file(tensors, file, {"format": "pt"})
+    difference = compare_models(
+        lambda: with_adapter("mixtral", base, adapter), merged, "CAUSAL_LM", [IDS[0].tolist()]
+    )
+    assert difference.relative > BOUNDS["float32"]
 
 
 def test_experts_that_lie_the_other_way_round_on_disk_stay_so(tmp_path, luthier):
@@ -281,8 +315,6 @@ def test_packed_experts_are_rounded_as_the_model_holds_them(name, tmp_path):
 
 
 def planned_merge(base, adapter, quantization=None, packed=None):
-    from luthier.model.artifact import find_artifact
-
     layout = model_layout.layout_of(find_artifact(str(adapter), str(base)), base)
     if packed is not None:
         layout = replace(layout, packed=frozenset({packed}))

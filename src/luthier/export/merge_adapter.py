@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
 from luthier.export import merge_in_memory, merge_streaming, model_facts, write_card
-from luthier.export.merge_in_memory import PLACE, load_tuned, logits
+from luthier.export.merge_in_memory import (
+    PLACE,
+    load_tuned,
+    logits,
+    record_choices,
+    replay_choices,
+)
 from luthier.export.model_facts import public_name
 from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge, base_folder, layout_of
 from luthier.export.usage_snippets import ChatFormat
@@ -57,6 +63,8 @@ class LogitDifference:
     agreeing: float
     """The share of places where both find the same token likeliest."""
     prompts: int
+    rerouted: float = 0.0
+    """The share of places where the merged model's routers would have chosen other experts."""
 
 
 _REPLIES_ADVICE = "Put it back from a copy, or remove it: a merge only takes questions from it."
@@ -91,16 +99,20 @@ def compare_models(
 ) -> LogitDifference:
     """Return how far a merged folder's logits are from those of what `load_expected` loads.
 
-    One model is in memory at a time. `trust_remote_code` is that of the base.
+    One model is in memory at a time, and the merged one's routers choose the other's experts.
+    `trust_remote_code` is that of the base.
     """
     model = load_expected()
-    before = logits(model, prompts)
+    with record_choices() as choices:
+        before = logits(model, prompts)
     # Two models in float32 at once would double what the check needs.
     del model
     gc.collect()
-    return compare_logits(
-        before, logits(load_folder(folder, task, trust_remote_code=trust_remote_code), prompts)
-    )
+    model = load_folder(folder, task, trust_remote_code=trust_remote_code)
+    with replay_choices(choices):
+        after = logits(model, prompts)
+    rerouted = choices.others / choices.places if choices.places else 0.0
+    return replace(compare_logits(before, after), rerouted=rerouted)
 
 
 def load_folder(folder: Path, task: str, trust_remote_code: bool = False) -> Any:
@@ -318,6 +330,11 @@ def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> Logit
         f"({difference.relative:.2g} standard deviations); the likeliest token is the same at "
         f"{difference.agreeing:.1%} of the places"
     )
+    if difference.rerouted:
+        say(
+            "          both ran the experts that the model with its adapter chooses; rounded, the "
+            f"merged one chooses others at {difference.rerouted:.2%} of the places"
+        )
     refuse_unlike_logits(difference, BOUNDS[dtype], aside)
     return difference
 

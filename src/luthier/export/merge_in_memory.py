@@ -1,5 +1,8 @@
 """Models in memory: an adapter on its base as it was trained, in float32; a merged folder."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +124,76 @@ def logits(model: Any, prompts: list[list[int]]) -> "list[Tensor]":
                 inputs["decoder_input_ids"] = torch.tensor([ids[:8]])
             outputs.append(model(**inputs).logits[0].float())
     return outputs
+
+
+# Routers choose: where two experts score alike, the last bit of a number decides which of them is
+# run, and everything after it is another. So that two models can be compared by their numbers, the
+# second one is given the first one's choices. Its routers' weights still count: the chosen experts
+# are weighed by its own scores.
+
+
+@dataclass
+class RouterChoices:
+    """What was chosen by `torch.topk` in the forwards of a model, in their order."""
+
+    chosen: "list[Tensor]" = field(default_factory=list)
+    """The indices of each call, shape (..., k)."""
+    others: int = 0
+    """Places at which the second model would have chosen otherwise."""
+    places: int = 0
+
+
+@contextmanager
+def record_choices() -> Iterator[RouterChoices]:
+    """Note what routers choose within the block."""
+    choices = RouterChoices()
+
+    def record(found: Any, _: "Tensor") -> Any:
+        choices.chosen.append(found.indices)
+        return found
+
+    with _watch_topk(record):
+        yield choices
+
+
+@contextmanager
+def replay_choices(choices: RouterChoices) -> Iterator[None]:
+    """Let routers choose as another model did, in the same forwards, within the block."""
+    import torch
+
+    recorded = iter(choices.chosen)
+
+    def replay(found: Any, scores: "Tensor") -> Any:
+        indices = next(recorded, None)
+        # Another number of calls, or of places, is another model: its own numbers then tell.
+        if indices is None or indices.shape != found.indices.shape:
+            return found
+        differs = indices.sort(-1).values != found.indices.sort(-1).values
+        choices.others += int(differs.any(-1).sum())
+        choices.places += differs[..., 0].numel()
+        # All routers of transformers (5.23) choose along the last axis.
+        return torch.return_types.topk([scores.gather(-1, indices), indices])
+
+    with _watch_topk(replay):
+        yield
+
+
+@contextmanager
+def _watch_topk(handle: "Callable[[Any, Tensor], Any]") -> Iterator[None]:
+    """Have the result of every `torch.topk` go through `handle`, which is given the scores, too."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            found = func(*args, **(kwargs or {}))
+            is_topk = func in (torch.topk, torch.Tensor.topk)
+            return handle(found, args[0] if args else kwargs["input"]) if is_topk else found
+
+    with Watch():
+        yield
 
 
 def _scale_adapter(model: Any, name: str, weight: float) -> None:
