@@ -11,7 +11,7 @@ from luthier.cli.merge import run as merge
 from luthier.cli.train import main, train
 from luthier.model.artifact import find_artifact
 from luthier.model.device import Machine
-from luthier.model.load import load_trained
+from luthier.model.load import keep_backward_kernels, load_trained
 from luthier.model.tokenizer import load_tokenizer
 
 CHATS = [("name a colour", "green"), ("two and two", "four, as all know")]
@@ -80,3 +80,17 @@ def test_the_merged_model_is_the_one_that_was_trained(folder, whole):
         )
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert (before - expected).abs().max() > 0.05
+
+
+def test_a_merged_model_that_is_packed_again_says_that_its_experts_stay_whole(
+    folder, whole, capsys
+):
+    target = folder / "packed"
+    words = [str(folder / "whole"), "--out", str(target), "--quantize", "nf4", "--no-verify"]
+    assert merge(words) == 0
+    assert "weights keep their number format" in capsys.readouterr().out
+    packed = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager")
+    keep_backward_kernels(packed)
+    assert packed.is_quantized
+    with torch.no_grad():
+        assert packed.eval()(input_ids=IDS).logits.isfinite().all()

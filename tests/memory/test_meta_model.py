@@ -1,10 +1,18 @@
 """Weights in bytes, against what loading makes of them and against plain arithmetic."""
 
+import io
+
 import pytest
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers.memory_configs import INT8, LLAMA_8B, NF4, TINY
+from helpers.memory_configs import INT8, LLAMA_8B, LORA, NF4, TINY
+from helpers.model_families import save_family
 from luthier.memory import meta_model, workload
+from luthier.memory.plan import plan_memory
+from luthier.memory.report import print_plan
+from luthier.model.device import Machine
+from luthier.model.load import load_model
 
 LAYER_8B = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
 NORM = 4096
@@ -77,3 +85,49 @@ def test_tied_weights_count_once(shapes, configured):
     assert [w.name for w in found if not w.layer] == [
         "model.embed_tokens.weight", "model.norm.weight"
     ]  # fmt: skip
+
+
+def experts_run(configured, folder, quantization, **args):
+    """A run in bfloat16 with LoRA on the experts of a model."""
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LORA | {"lora_dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": names}
+    model = {"attention": "eager"}
+    return configured(folder, lora, quantization, dtype="bfloat16", model=model, **args)
+
+
+def test_packed_experts_take_the_bytes_that_loading_makes_of_them(tmp_path, configured):
+    config = experts_run(configured, save_family(tmp_path / "gpt_oss", "gpt_oss"), NF4)
+    planned = listed(config)
+    loaded = load_model(config.model, NF4, Machine("cpu", "bfloat16", "eager"))
+    buffers = sum(tensor.numel() * tensor.itemsize for tensor in loaded.buffers())
+    real = sum(tensor.numel() * tensor.itemsize for tensor in meta_model.iterate_tensors(loaded))
+    assert sum(w.stored for w in planned if not w.trains) == pytest.approx(real - buffers, rel=0.01)
+    experts = [w for w in planned if w.is_expert]
+    assert {w.format for w in experts} == {"nf4"}
+    assert sum(w.elements for w in experts) == 2 * 4 * (64 * 192 + 96 * 64)
+    assert plan_memory(config).unpacked_experts == {}
+
+
+def test_experts_that_int8_leaves_whole_are_counted_and_named(tmp_path, configured):
+    config = experts_run(configured, save_family(tmp_path / "gpt_oss", "gpt_oss"), INT8)
+    plan = plan_memory(config)
+    assert plan.unpacked_experts == {"bfloat16": 2 * 2 * 4 * (64 * 192 + 96 * 64)}
+    text = io.StringIO()
+    print_plan(plan, [], Console(file=text, width=200))
+    assert "experts stay in bfloat16: 0.00 GB. Only quantization=nf4 or fp4" in text.getvalue()
+
+
+def test_a_step_holds_the_unpacked_experts_of_one_layer_where_it_checkpoints(shapes, configured):
+    layers, experts, hidden, inner = 6, 16, 256, 512
+    sizes = TINY | {"num_hidden_layers": layers, "hidden_size": hidden, "head_dim": 64}
+    sizes |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": inner}
+    folder = shapes("experts", sizes | {"dtype": "bfloat16"}, "Qwen3MoeConfig")
+    peaks = {}
+    for checkpoints in (False, True):
+        config = experts_run(configured, folder, NF4, activation_checkpointing=checkpoints)
+        parts = {item.name: item.bytes for item in plan_memory(config).best.parts}
+        peaks[checkpoints] = sum(parts.get(name, 0) for name in ("activations", "backward"))
+    unpacked = 2 * experts * 3 * hidden * inner
+    # What was unpacked, and the gradient of one of the two matrices.
+    assert unpacked * 1.3 < peaks[True] < unpacked * 2
+    assert peaks[False] > layers * unpacked

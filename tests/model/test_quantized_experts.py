@@ -1,6 +1,8 @@
 """Experts packed in 4 bits, against the model that holds the same numbers unpacked in float32."""
 
 import copy
+import json
+import shutil
 import warnings
 
 import pytest
@@ -9,11 +11,13 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers.model_families import save_family
 from luthier.config.library_settings import QuantizationSettings
 from luthier.config.schema import ModelConfig
+from luthier.errors import UserError
 from luthier.export.adapter_delta import dequantized_as_trained
 from luthier.infer.dequantize import dequantized_layers
 from luthier.model.adapters import add_adapter
@@ -24,11 +28,12 @@ from luthier.model.experts import (
     find_routers,
     unpacked_expert_bytes,
 )
-from luthier.model.load import load_model
+from luthier.model.load import keep_backward_kernels, load_model
 from luthier.model.quantized_experts import (
     QuantizedExperts,
     adapt_experts,
     find_packed_experts,
+    quantize_experts,
 )
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -168,13 +173,11 @@ def test_experts_take_the_bytes_of_their_type_and_the_numbers_of_the_merge(folde
             assert not torch.equal(before, merged)
 
 
-def test_blocks_may_run_over_the_end_of_an_expert(folders):
+def test_blocks_may_run_over_the_end_of_an_expert():
     torch.manual_seed(0)
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.randn(3, 5, 7))
     settings = BitsAndBytesConfig(**NF4)
-    from luthier.model.quantized_experts import quantize_experts
-
     before = module.weight.data.clone()
     quantize_experts(module, ["weight"], settings)
     module.to("cpu")
@@ -265,6 +268,34 @@ def test_int8_leaves_experts_whole_and_says_so(folders):
     assert text.startswith("experts stay in bfloat16: 0.00 GB.")
     assert unpacked_expert_bytes(load(folders("mixtral"))) == {}
     assert describe_unpacked_experts({}) is None
+
+
+def test_a_checkpoint_that_transformers_packed_has_its_experts_whole(folders, tmp_path):
+    settings = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(
+        folders("qwen3_moe"), quantization_config=settings, dtype=torch.float32
+    )
+    plain.save_pretrained(tmp_path)
+    loaded = load(tmp_path, {})
+    assert find_packed_experts(loaded) == []
+    assert unpacked_expert_bytes(loaded)
+    keep_backward_kernels(plain)
+    torch.testing.assert_close(logits_of(loaded), logits_of(plain), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scales", ["absmax", "SCB"])
+def test_experts_that_were_packed_one_by_one_are_refused_before_loading(folders, tmp_path, scales):
+    folder = tmp_path / "packed"
+    shutil.copytree(folders("qwen3_moe"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    bits = "load_in_8bit" if scales == "SCB" else "load_in_4bit"
+    config["quantization_config"] = {"quant_method": "bitsandbytes", bits: True}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    name = f"model.layers.0.mlp.experts.0.down_proj.weight.{scales}"
+    save_file(weights | {name: torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"packed one by one \({name}\)(.|\n)*quantization=nf4"):
+        load(folder, {})
 
 
 # The libraries by themselves: where one of these fails, a workaround of luthier's can go.

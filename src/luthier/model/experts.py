@@ -16,6 +16,8 @@ _WRAPPED = ".base_layer"
 _ROUTER = re.compile(r"(^|_)(gate|router)$")
 """The names that routers have in transformers, beside those found by their shape."""
 
+_WHAT_PACKS = "Only quantization=nf4 or fp4 packs experts, of a model that does not come quantized."
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -95,8 +97,9 @@ def unpacked_expert_bytes(model: Any) -> dict[str, int]:
     for experts in find_experts(model):
         own = dict(model.get_submodule(experts.name).named_parameters(recurse=False))
         for weight in (own[name] for name in experts.shapes):
-            # Only packed weights have the attribute, even before they are loaded.
-            if not hasattr(weight, "quant_state"):
+            # Only weights that bitsandbytes packs have the attribute, even before they are loaded;
+            # those of fp8 have one byte.
+            if not hasattr(weight, "quant_state") and weight.itemsize > 1:
                 name = str(weight.dtype).removeprefix("torch.")
                 sizes[name] = sizes.get(name, 0) + weight.numel() * weight.itemsize
     return sizes
@@ -110,10 +113,7 @@ def describe_unpacked_experts(sizes: Mapping[str, int]) -> str | None:
     if not sizes:
         return None
     each = " and ".join(f"{name}: {size / 1e9:,.2f} GB" for name, size in sizes.items())
-    return (
-        f"experts stay in {each}. quantization=nf4 or fp4 packs them, while it loads a model that "
-        "does not come quantized."
-    )
+    return f"experts stay in {each}. {_WHAT_PACKS}"
 
 
 def _expert_counts(config: Mapping[str, Any]) -> Iterator[int]:

@@ -1,6 +1,8 @@
 """Models on this machine: loaded for training, or loaded with their adapter."""
 
+import copy
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,13 +18,22 @@ from luthier.model import gguf, quantized, source
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.artifact import Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
-from luthier.model.model_class import choose_attention, resolve_model_class
-from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_adapter_config, read_labels
+from luthier.model.experts import find_experts
+from luthier.model.model_class import build_empty_model, choose_attention, resolve_model_class
+from luthier.model.model_files import (
+    ADAPTER_WEIGHTS_FILE,
+    WEIGHT_INDEX_FILE,
+    list_indexed_weights,
+    read_adapter_config,
+    read_labels,
+)
 from luthier.storage.sizes import read_safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_PACKED_EXPERT = re.compile(r"(?:^|\.)experts\.(?:.*\.)?(?:absmax|SCB)$")
+"""The name of the scales of an expert that bitsandbytes has packed, in 4 or in 8 bits."""
 _WRITING_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Tasks whose models have no new layers: what a checkpoint lacks is missing."""
 
@@ -82,6 +93,7 @@ def load_model(
     try:
         architecture = _read_architecture(config, path)
         model_class = resolve_model_class(architecture, task, config.trust_remote_code)
+        _refuse_packed_experts(config, path, architecture, task)
         attention = choose_attention(model_class, machine.attention, config.attention)
         machine = replace(machine, attention=attention)
         settings = _load_settings(config, quantization, machine, full) | kwargs
@@ -229,6 +241,48 @@ def _pack_experts(quantization: QuantizationSettings) -> AbstractContextManager[
     from luthier.model.quantized_experts import pack_experts
 
     return pack_experts()
+
+
+def _refuse_packed_experts(
+    config: ModelConfig, path: "str | Path", architecture: Any, task: str
+) -> None:
+    """Raise UserError for a checkpoint whose experts bitsandbytes has packed one by one.
+
+    transformers 4 wrote such. transformers 5.23 puts the packed bytes of a layer's experts
+    together without their scales, and stops because sizes differ, or goes on where they do not.
+    """
+    if getattr(architecture, "quantization_config", None) is None:
+        return
+    scales = next(filter(_PACKED_EXPERT.search, _weight_names(config, path)), None)
+    if scales is None:
+        return
+    plain = copy.deepcopy(architecture)
+    del plain.quantization_config
+    # In some classes experts are linear layers still, which are read as they were written.
+    if find_experts(build_empty_model(plain, task, config.trust_remote_code)):
+        raise UserError(
+            f"model.path={config.path} comes with experts that are packed one by one ({scales}), "
+            "and transformers 5 holds all experts of a layer in one weight.\nName the model that "
+            "it was made from, with quantization=nf4, which packs experts while loading."
+        )
+
+
+def _weight_names(config: ModelConfig, path: "str | Path") -> list[str]:
+    """Return the names in a checkpoint's files, of which no more than an index is fetched."""
+    from transformers.utils import cached_file
+
+    single = Path(path) / "model.safetensors"
+    if single.is_file():
+        return list(read_safetensors_header(single).tensors)
+    index = cached_file(
+        str(path),
+        WEIGHT_INDEX_FILE,
+        revision=config.revision,
+        local_files_only=source.needs_hub(config.path) and source.is_hub_unreachable(),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return [] if index is None else list_indexed_weights(Path(index).parent)
 
 
 def _load_settings(

@@ -155,6 +155,12 @@ def list_indexed_files(folder: Path) -> list[Path] | None:
     return [folder / name for name in names]
 
 
+def list_indexed_weights(folder: Path) -> list[str]:
+    """Return the names of the weights that a folder's index names; empty where it has no index."""
+    content = load_json(folder / WEIGHT_INDEX_FILE, _WeightIndex, _ADVICE)
+    return [] if content is None else list(content["weight_map"])
+
+
 def check_model_folder(folder: Path, is_complete: bool = True) -> None:
     """Raise UserError where the files of a whole model are damaged, or do not go together.
 
