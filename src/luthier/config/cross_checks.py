@@ -66,8 +66,10 @@ def _adapter(resolved: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake("lora.plus_ratio", f"{format_value(ratio)} is too small; 16 is usual.")
     # OFT's rank may be 0: then the size of its blocks is given.
     ranks = ("lora_alpha",) if lora.method == "oft" else ("r", "lora_alpha")
-    for name in ranks:
+    for name in (*ranks, "experts"):
         number = lora.get(name)
+        if isinstance(number, bool):
+            continue
         if isinstance(number, int | float) and number < 1:
             yield Mistake(f"lora.{name}", f"{format_value(number)} is too small; the least is 1.")
     dropout = lora.lora_dropout

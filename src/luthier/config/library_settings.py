@@ -57,11 +57,26 @@ class LoraSettings(LibrarySettings):
     lora_dropout = SettingKey[float](0.0)
     modules_to_save = SettingKey[list[str]]([])
     """Layers that train whole beside the adapter."""
+    experts = SettingKey[bool | int | None](None)
+    """Whether LoRA goes on the experts of a mixture, or at which rank; see `trains_experts`."""
+    target_parameters = SettingKey[list[str]]([])
+    """Parameters that get an adapter by their own names, as experts do."""
 
     @property
     def method(self) -> str:
         """The adapter method, a key of `luthier.config.methods.ADAPTERS` in a valid config."""
         return str(self.get("method") or "lora")
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether the experts of a model that has some get an adapter.
+
+        Unless `experts` says so, they do where all linear layers do and no parameters are named.
+        """
+        if self.method != "lora" or self.experts is False:
+            return False
+        names_all = self.target_modules in ([], "all-linear") and not self.target_parameters
+        return names_all or self.experts is not None
 
     @property
     def splits_base_weights(self) -> bool:

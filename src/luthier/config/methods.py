@@ -285,10 +285,24 @@ _WHOLE = (*SPLITTING_STARTS, "orthogonal", "mica")
 _FROM_DATA = ("eva", "corda", "lora_ga")
 
 
-def check_adapter(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
+_EXPERT_STARTS = (True, False, "gaussian", "loftq")
+"""Beginnings of LoRA on experts; LoftQ corrects linear layers alone."""
+_NOT_ON_PARAMETERS = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias of LoRA's B",
+    "fan_in_fan_out": "fan_in_fan_out",
+    "velora_config": "VeLoRA",
+}
+"""Settings that peft's adapter for parameters refuses -> what they are."""
+
+
+def check_adapter(
+    lora: LoraSettings, bits: int | None, has_experts: bool = False
+) -> Iterator[Mistake]:
     """What does not go together in the settings of an adapter, on weights of so many bits.
 
-    `bits` is 4 or 8 for weights that bitsandbytes packs, None for all others.
+    `bits` is 4 or 8 for weights that bitsandbytes packs, None for all others; `has_experts` says
+    that the model is a mixture of experts.
     """
     method = lora.method
     if method not in ADAPTERS:
@@ -303,6 +317,33 @@ def check_adapter(lora: LoraSettings, bits: int | None) -> Iterator[Mistake]:
         text = "DoRA needs the lengths of the weights, which peft cannot take from 8-bit ones. "
         yield Mistake("lora.use_dora", f"{text}Use quantization=nf4 or none.")
     yield from _start(lora, bits)
+    yield from _experts(lora, has_experts)
+
+
+def _experts(lora: LoraSettings, has_experts: bool) -> Iterator[Mistake]:
+    """What does not go with adapters on experts, or on other parameters by their names."""
+    if lora.method != "lora":
+        for key in ("experts", "target_parameters"):
+            if lora.get(key):
+                text = f"{lora.method} reaches linear layers only. Remove it, or use lora=default."
+                yield Mistake(f"lora.{key}", text)
+        return
+    trains_experts = has_experts and lora.trains_experts
+    if not trains_experts and not lora.target_parameters:
+        return
+    what = "the experts of this model" if trains_experts else "lora.target_parameters"
+    way_out = (
+        "Add lora.experts=false to leave the experts as they are"
+        if trains_experts
+        else "Remove one of the two"
+    )
+    for key, name in _NOT_ON_PARAMETERS.items():
+        if lora.get(key):
+            yield Mistake(f"lora.{key}", f"{name} does not go on {what}. {way_out}.")
+    if lora.init_lora_weights not in _EXPERT_STARTS:
+        start = lora.init_lora_weights
+        text = f"{start} does not go on {what}. {way_out}, or use true or gaussian."
+        yield Mistake("lora.init_lora_weights", text)
 
 
 def _no_method(method: str) -> str:

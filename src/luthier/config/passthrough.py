@@ -75,6 +75,7 @@ _LORA = ("peft", "tuners/lora/config.py", "LoraConfig")
 _BOOL = FieldType(frozenset({"bool"}))
 _TEXT = FieldType(frozenset({"str", "none"}))
 _NUMBER = FieldType(frozenset({"float", "none"}))
+_SWITCH_OR_RANK = FieldType(frozenset({"bool", "int", "none"}))
 _BY_THE_PLAN = FieldType(frozenset({"bool", "none"}), ("auto",))
 
 PASS_THROUGH_KEYS = (
@@ -136,7 +137,7 @@ PASS_THROUGH_KEYS = (
         key="lora",
         name="peft.LoraConfig",
         source=_LORA,
-        luthier_settings={"method": _TEXT, "plus_ratio": _NUMBER},
+        luthier_settings={"method": _TEXT, "plus_ratio": _NUMBER, "experts": _SWITCH_OR_RANK},
         refused_settings={
             "task_type": "the trainer decides it; remove it",
             "peft_type": "use lora.method",

@@ -14,6 +14,7 @@ from luthier.export.weight_files import SHARD_BYTES
 from luthier.model import quantized
 from luthier.model.artifact import Artifact
 from luthier.model.device import Machine
+from luthier.model.expert_adapters import load_adapter
 from luthier.model.load import label_settings, load_model
 
 if TYPE_CHECKING:
@@ -29,10 +30,6 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
     `packed`: with the weights packed as in training; in 8 bits they are packed and unpacked again.
     Raises UserError where it does not fit into memory or the adapter does not fit the base.
     """
-    from peft import PeftModel
-
-    from luthier.model.quantized_experts import adapt_experts
-
     quantization = artifact.quantization if packed else QuantizationSettings()
     if quantization.bits == 4:
         # The weights stay packed; only the products are computed in float32, as after a merge.
@@ -47,10 +44,9 @@ def load_tuned(artifact: Artifact, adapters: list[tuple[Path, float]], packed: b
     try:
         # The names are only there to tell the adapters apart; they appear in nothing that is
         # written.
-        wrapped = PeftModel.from_pretrained(model, adapters[0][0], adapter_name="a0")
-        for number, (folder, _) in enumerate(adapters[1:], 1):
-            wrapped.load_adapter(folder, f"a{number}")
-        adapt_experts(wrapped)
+        wrapped = model
+        for number, (folder, _) in enumerate(adapters):
+            wrapped = load_adapter(wrapped, folder, f"a{number}")
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{artifact.name}: the adapter does not go on its base: {error}") from error
     if len(adapters) > 1:
@@ -246,14 +242,11 @@ def _round_as_trained(model: Any, layout: ModelLayout, quantization: Quantizatio
 
 
 def _merge_with_peft(model: Any, artifact: Artifact, adapters: list[tuple[Path, float]]) -> Any:
-    from peft import PeftModel
-
-    names = [f"a{number}" for number in range(len(adapters))]
+    wrapped = model
     try:
-        wrapped: Any = PeftModel.from_pretrained(model, adapters[0][0], adapter_name=names[0])
-        for name, (folder, _) in zip(names[1:], adapters[1:], strict=True):
-            wrapped.load_adapter(folder, name)
-        if len(names) > 1 or adapters[0][1] != 1.0:
+        for number, (folder, _) in enumerate(adapters):
+            wrapped = load_adapter(wrapped, folder, f"a{number}")
+        if len(adapters) > 1 or adapters[0][1] != 1.0:
             raise UserError(
                 f"{artifact.name}: only LoRA of linear layers and embeddings is added up or "
                 "weighted; merge this adapter alone, with weight 1."

@@ -5,14 +5,16 @@ import importlib.util
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from luthier.config.methods import check_adapter
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError, format_override
 from luthier.model.adapter_patterns import ALL_LINEAR, check_adapter_patterns, match_layers
+from luthier.model.experts import find_experts, find_routers, has_experts
 from luthier.model.source import local_folder
 from luthier.storage.sizes import read_safetensors_header
 
@@ -38,13 +40,15 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
         if not _find_layers("lora.exclude_modules", name, is_pattern, names):
             raise UserError(_no_match_message("lora.exclude_modules", name, names))
     _check_layer_numbers(settings.get("layers_to_transform"), chosen)
+    parameters = find_target_parameters(model, settings.get("target_parameters") or (), chosen)
     for key in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(key, settings.get(key) or {}, chosen)
+        _check_patterns(key, settings.get(key) or {}, [*chosen, *parameters])
     for name in settings.get("modules_to_save") or ():
         if not any(layer.endswith(name) for layer in names):
             raise UserError(_no_match_message("lora.modules_to_save", name, names))
     if targets and targets != ALL_LINEAR:
         _refuse_bypassed_layers(model, chosen)
+    _refuse_other_routers(model, chosen)
     output = model.get_output_embeddings()
     if task_type == "CAUSAL_LM" and targets != ALL_LINEAR and output is not None:
         name = layer_name(model, output)
@@ -57,14 +61,69 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
             )
 
 
+def find_target_parameters(
+    model: Any, targets: Iterable[str], layers: Collection[str] = ()
+) -> list[str]:
+    """Return the names of the parameters that get an adapter by `lora.target_parameters`.
+
+    `targets` are endings of names, `layers` those of the layers that get one anyway. Raises
+    UserError for a target that matches nothing, or what no adapter goes on.
+    """
+    parameters = dict(model.named_parameters())
+    matching: dict[str, None] = {}
+    for target in targets:
+        hits = [name for name in parameters if f".{name}".endswith(f".{target}")]
+        if not hits:
+            raise UserError(_no_match_message("lora.target_parameters", target, list(parameters)))
+        for name in hits:
+            layer = name.rpartition(".")[0]
+            if layer in layers:
+                raise UserError(
+                    f"lora.target_parameters: {target} is in {layer}, which gets an adapter by "
+                    "lora.target_modules. Remove it from one of the two."
+                )
+            if parameters[name].ndim not in (2, 3) and not hasattr(parameters[name], "quant_state"):
+                raise UserError(
+                    f"lora.target_parameters: {name} has the shape "
+                    f"{list(parameters[name].shape)}, and LoRA goes on matrices."
+                )
+        matching.update(dict.fromkeys(hits))
+    return list(matching)
+
+
+def _refuse_other_routers(model: Any, chosen: Sequence[str]) -> None:
+    """Raise UserError where a router is named that is no plain linear layer."""
+    import torch
+
+    routers = find_routers(model)
+    for name in chosen:
+        router = next((each for each in routers if f"{name}.".startswith(f"{each}.")), None)
+        layer = model.get_submodule(name)
+        # Some are linear layers that return pairs, which an adapter cannot be added to.
+        own_forward = type(layer).forward is not torch.nn.Linear.forward
+        is_own = own_forward and type(layer).__module__.startswith("transformers")
+        if router is not None and (is_own or not isinstance(layer, torch.nn.Linear)):
+            ending = ".".join(name.split(".")[-2:])
+            raise UserError(
+                f"lora.target_modules: {name} is the router of experts and no plain linear layer. "
+                "Leave it out; or, to train it, name its weight: "
+                f"{format_override('lora.target_parameters', [f'{ending}.weight'])}."
+            )
+
+
 def check_names_in_files(config: RunConfig) -> None:
     """Raise UserError for a layer of `lora` that neither the weight files nor the code name.
+
+    It raises UserError, too, for what does not go on the experts that config.json names.
 
     It reads the heads of the files, or their index, and imports no library. Models whose weights
     are not here in safetensors are passed over: `check_adapter_names` asks the loaded model.
     """
     folder = local_folder(config.model) if config.lora.is_enabled else None
-    if folder is None or not (layers := _read_layer_names(folder)):
+    if folder is None:
+        return
+    _check_experts_in_files(config, folder)
+    if not (layers := _read_layer_names(folder)):
         return
     targets = config.lora.target_modules
     names = {"target_modules": targets if isinstance(targets, list) else []}
@@ -76,16 +135,36 @@ def check_names_in_files(config: RunConfig) -> None:
                 raise UserError(_no_match_message(f"lora.{key}", str(target), sorted(layers)))
 
 
+def _check_experts_in_files(config: RunConfig, folder: Path) -> None:
+    """Raise UserError for settings that experts do not take, and for parameters nobody names."""
+    with suppress(OSError, ValueError):
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        is_mixture = isinstance(architecture, dict) and has_experts(architecture)
+        for mistake in check_adapter(config.lora, config.quantization.bits, is_mixture):
+            raise UserError(f"{mistake.key}: {mistake.text}")
+    weights = _read_weight_names(folder)
+    for target in config.lora.target_parameters if weights else ():
+        is_named = any(f".{name}".endswith(f".{target}") for name in weights)
+        if not is_named and not _is_named_in_code(folder, target):
+            attributes = _read_code_names(folder)
+            raise UserError(
+                _no_match_message("lora.target_parameters", target, [*weights, *attributes])
+            )
+
+
 def _read_layer_names(folder: Path) -> set[str]:
     """Return the names of the layers with weights, and of all that holds them."""
+    parts = [name.split(".")[:-1] for name in _read_weight_names(folder)]
+    return {".".join(part[: end + 1]) for part in parts for end in range(len(part))}
+
+
+def _read_weight_names(folder: Path) -> list[str]:
+    """Return the names of the weights in a folder's safetensors files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weights = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    else:
-        files = folder.glob("*.safetensors")
-        weights = [name for file in files for name in read_safetensors_header(file).tensors]
-    parts = [name.split(".")[:-1] for name in weights]
-    return {".".join(part[: end + 1]) for part in parts for end in range(len(part))}
+        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    files = folder.glob("*.safetensors")
+    return [name for file in files for name in read_safetensors_header(file).tensors]
 
 
 def _is_named_in_code(folder: Path, target: str) -> bool:
@@ -93,14 +172,19 @@ def _is_named_in_code(folder: Path, target: str) -> bool:
 
     Some models rename weights when they are loaded, and tied layers have none in the files.
     """
+    names = _read_code_names(folder)
+    return not names or target.rpartition(".")[2] in names
+
+
+def _read_code_names(folder: Path) -> set[str]:
+    """Return the attributes in transformers' code of a model; empty where it cannot be read."""
     spec = importlib.util.find_spec("transformers")
     with suppress(OSError, ValueError, KeyError, TypeError):
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         models = Path(str(spec and spec.origin)).parent / "models" / model_type.replace("-", "_")
         texts = [file.read_text(encoding="utf-8") for file in models.glob("modeling_*.py")]
-        name = re.escape(target.rpartition(".")[2])
-        return not texts or any(re.search(rf"\bself\.{name}\b", text) for text in texts)
-    return True
+        return {name for text in texts for name in re.findall(r"\bself\.(\w+)", text)}
+    return set()
 
 
 def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
@@ -110,11 +194,14 @@ def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
     UserError for a target that matches no layer.
     """
     if targets == ALL_LINEAR:
-        output, bypassed = model.get_output_embeddings(), set(find_bypassed_layers(model))
+        output, routers = model.get_output_embeddings(), find_routers(model)
+        bypassed = set(find_bypassed_layers(model))
         return [
             name
             for name, layer in _linear_layers(model)
-            if layer is not output and name not in bypassed
+            if layer is not output
+            and name not in bypassed
+            and not any(f"{name}.".startswith(f"{router}.") for router in routers)
         ]
     names = [name for name, _ in model.named_modules()]
     is_pattern = isinstance(targets, str)
@@ -232,7 +319,10 @@ def _no_layer_message(model: Any, is_pattern: bool, target: str) -> str:
     else:
         text = f"lora.target_modules: no layer is named {target}."
         hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{text}{hint}\nThe model's linear layers: {', '.join(names)}; or take {ALL_LINEAR}."
+    text = f"{text}{hint}\nThe model's linear layers: {', '.join(names)}; or take {ALL_LINEAR}."
+    if not is_pattern and find_experts(model):
+        text += " Its experts are parameters and no layers: lora.experts=true trains them."
+    return text
 
 
 def _linear_layers(model: Any) -> list[tuple[str, Any]]:

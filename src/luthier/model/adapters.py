@@ -6,6 +6,7 @@ like), what lets float32 weights train inside a base of 16 bits, and the heads o
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.library_settings import LoraSettings
 from luthier.config.methods import ADAPTERS, check_adapter
 from luthier.errors import UserError
-from luthier.model import embeddings
+from luthier.model import embeddings, expert_adapters
 from luthier.model.adapter_patterns import ALL_LINEAR
 from luthier.model.adapter_targets import (
     bypassed_layer_suffixes,
     check_adapter_names,
+    find_target_layers,
     linear_layer_suffixes,
 )
+from luthier.model.experts import find_experts, find_routers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,7 +33,7 @@ HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks, in peft's words, whose models have a head that trains whole and is saved."""
 HEAD_NAMES = ("classifier", "score")
 """The names of layers that peft takes for the head of such a model."""
-LUTHIER_SETTINGS = ("method", "plus_ratio", "loftq_config")
+LUTHIER_SETTINGS = ("method", "plus_ratio", "experts", "loftq_config")
 """Settings in `lora` that are not fields of peft's configs, or that luthier reads itself."""
 _PREFIX = "base_model.model."
 _POWER_ITERATIONS, _EXTRA_COLUMNS = 4, 8
@@ -59,7 +62,8 @@ def add_adapter(
     """
     base: Any = model
     lora = LoraSettings(lora)
-    for mistake in check_adapter(lora, quantization_bits(base)):
+    has_experts = bool(find_experts(base))
+    for mistake in check_adapter(lora, quantization_bits(base), has_experts):
         raise UserError(f"{mistake.key}: {mistake.text}")
     settings = _peft_settings(base, lora, task_type, tokenizer)
     base.requires_grad_(False)
@@ -109,6 +113,12 @@ def _peft_settings(
     if has_layer_numbers and settings["target_modules"] == ALL_LINEAR:
         # peft 0.21 takes layers_to_transform with a list of names alone.
         settings["target_modules"] = linear_layer_suffixes(model)
+    elif settings.get("target_modules") == ALL_LINEAR and find_routers(model):
+        # peft's own all-linear takes routers, too.
+        layers = find_target_layers(model, ALL_LINEAR)
+        names = [name for name, _ in model.named_modules()]
+        settings["target_modules"] = expert_adapters.shortest_names(layers, names)
+    settings |= expert_adapters.expert_settings(model, lora, settings)
     check_adapter_names(model, settings, task_type)
     settings |= _without_bypassed_layers(model, settings)
     settings |= head_settings(model, settings, facts.config)
@@ -137,12 +147,24 @@ def _insert_adapter(model: Any, method: str, settings: dict[str, Any], seed: int
     if method == "adalora":
         settings = {"total_step": _PROVISIONAL_STEPS} | settings
     make_config: Any = getattr(peft, ADAPTERS[method].config)
+    names = expert_adapters.read_base_names(model)
+    dropout = settings.get("lora_dropout", 0.0)
+    if method == "lora" and (settings.get("target_parameters") or names.taken):
+        settings = settings | {"lora_dropout": 0.0}
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.random.fork_rng(devices=_cuda_devices(model)), warnings.catch_warnings():
+            # peft 0.21 looks for the patterns of parameters among layers.
+            warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
             torch.manual_seed(seed)
-            return adapt_experts(peft.get_peft_model(model, make_config(**settings)))
+            with expert_adapters.unconverted_targets():
+                wrapped = adapt_experts(peft.get_peft_model(model, make_config(**settings)))
     except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"lora: {error}") from error
+    if method == "lora":
+        if settings.get("lora_dropout", 0.0) != dropout:
+            expert_adapters.set_dropout(wrapped, dropout)
+        expert_adapters.make_config_portable(wrapped, names)
+    return wrapped
 
 
 def _cuda_devices(model: Any) -> set[int]:

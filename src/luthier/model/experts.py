@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-_WRAPPED = ".base_layer"
-"""What peft puts behind the name of a module whose parameters it adapts, once for each of them."""
+_WRAPPED = (".base_layer", ".original_module")
+"""What peft puts behind the name of a module whose parameters it adapts (once for each of them), or
+of which it trains a copy."""
+_COPY = ".modules_to_save."
 _ROUTER = re.compile(r"(^|_)(gate|router)$")
 """The names that routers have in transformers, beside those found by their shape."""
 
@@ -62,7 +64,7 @@ def find_experts(model: Any) -> list[Experts]:
         return []
     modules = dict(model.named_modules())
     candidates = {name: _matrices(module) for name, module in modules.items()}
-    candidates = {name: matrices for name, matrices in candidates.items() if matrices}
+    candidates = {n: matrices for n, matrices in candidates.items() if matrices and _COPY not in n}
     experts = []
     for name, matrices in candidates.items():
         block = _block_name(name)
@@ -148,7 +150,9 @@ def _shape(parameter: Any) -> tuple[int, ...]:
 
 def _block_name(name: str) -> str:
     """Return the name of the module that holds experts and their router."""
-    return name.replace(_WRAPPED, "").rpartition(".")[0]
+    for wrapped in _WRAPPED:
+        name = name.replace(wrapped, "")
+    return name.rpartition(".")[0]
 
 
 def _block_routers(

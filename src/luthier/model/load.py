@@ -18,6 +18,7 @@ from luthier.model import gguf, quantized, source
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.artifact import Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
+from luthier.model.expert_adapters import load_adapter
 from luthier.model.experts import find_experts
 from luthier.model.model_class import build_empty_model, choose_attention, resolve_model_class
 from luthier.model.model_files import (
@@ -181,9 +182,7 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
 
     Raises UserError where the adapter does not go on this base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    from luthier.model.quantized_experts import adapt_experts
+    from peft import get_peft_model_state_dict
 
     folder = artifact.adapter
     assert folder is not None
@@ -199,7 +198,7 @@ def attach_adapter(model: Any, artifact: Artifact) -> Any:
             # peft 0.21 reads an attribute by its older name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             with open_adapter(folder, model) as named_folder:
-                adapted = adapt_experts(PeftModel.from_pretrained(model, str(named_folder)))
+                adapted = load_adapter(model, named_folder)
                 # peft 0.21 passes over layers that the base lacks, and over weights that the file
                 # lacks.
                 tensors = read_safetensors_header(named_folder / ADAPTER_WEIGHTS_FILE).tensors

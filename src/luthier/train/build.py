@@ -132,7 +132,7 @@ def build_session(
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
     if is_main_process:
-        console.print_model(model, machine, config.quantization)
+        console.print_model(model, machine, config.quantization, config.lora)
     callbacks = [MetricsFileCallback(folder / "metrics.jsonl")]
     trainer_inputs = TrainerInputs(config, args, model, tokenizer, prepared, callbacks)
     # New adapter weights were drawn in between.

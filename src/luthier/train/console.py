@@ -7,13 +7,14 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from luthier.config.library_settings import QuantizationSettings
+from luthier.config.library_settings import LoraSettings, QuantizationSettings
 from luthier.data.batching.packing import pack_rows
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData, SplitCounts
 from luthier.data.streaming import TokenRowStream
 from luthier.model.adapter_targets import bypassed_layer_suffixes
+from luthier.model.expert_adapters import describe_experts
 from luthier.model.experts import describe_unpacked_experts, unpacked_expert_bytes
 from luthier.storage.atomic import write_jsonl
 from luthier.terminal import make_console
@@ -28,8 +29,10 @@ def print_line(text: str) -> None:
     console.print(escape(text), soft_wrap=True)
 
 
-def print_model(model: Any, machine: Any, quantization: QuantizationSettings) -> None:
-    """Print how large the model is and how many of its parameters train."""
+def print_model(
+    model: Any, machine: Any, quantization: QuantizationSettings, lora: LoraSettings
+) -> None:
+    """Print how large the model is, how many of its parameters train, and if its experts do."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
     text_config = model.config.get_text_config()
@@ -47,6 +50,9 @@ def print_model(model: Any, machine: Any, quantization: QuantizationSettings) ->
         unpacked = describe_unpacked_experts(unpacked_expert_bytes(model))
         if unpacked is not None:
             print_line(f"{'':10}{unpacked}")
+    experts = describe_experts(model, lora)
+    if experts is not None:
+        print_line(f"experts   {experts}")
 
 
 def print_data(prepared: PreparedData, answers: str = "") -> None:
