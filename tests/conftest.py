@@ -28,6 +28,7 @@ TRAINING = (
     "train/test_dataloaders.py",
     "train/test_dataloaders_resume.py",
     "train/test_evaluation_sharded.py",
+    "train/test_document_masking.py",
     "train/test_packing_check.py",
     "train/test_run.py",
 )

@@ -41,7 +41,7 @@ STANDALONE = {
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate")
 MAY_IMPORT_HEAVY = re.compile(
     r"train\.(build|loop|session|evaluation|callbacks|activation_checkpointing|dataloaders"
-    r"|packing_check)"
+    r"|packing_check|document_masking)"
     r"|train\.(trainers|methods)\..+"
     r"|memory\.(plan|estimate|simulate|kernels|advice|report)"
     r"|model\.(adapter_training|quantized_experts)|evaluate\.heads"

@@ -37,9 +37,15 @@ CONFIGS = {
     ),
     "opt": lambda: transformers.OPTConfig(
         vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32,
+        num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0,
     ),
     "lfm2": lambda: transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4
+    ),
+    "rwkv": lambda: transformers.RwkvConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, context_length=64
+    ),
 }  # fmt: skip
 
 
@@ -88,7 +94,7 @@ def plain_loss(net, data):
 
 
 def packing(length=32, **also):
-    return BatchingSettings(packing=True, eval_packing=True, length=length, **also)
+    return BatchingSettings(**({"packing": True, "eval_packing": True, "length": length} | also))
 
 
 def trainer(net, folder, data, batching=None, **args):

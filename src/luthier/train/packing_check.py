@@ -2,20 +2,24 @@
 
 Many model classes tell packed documents apart by their positions; others read positions and still
 attend across (OPT, Falcon), count positions through, or carry a state along (Mamba and other
-recurrent layers). None of them says so. A few tiny forwards do.
+recurrent layers). None of them says so. A few tiny forwards do. Where they show a leak, the model's
+layers get documents one by one, and then masks, until a measurement shows none.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from luthier.data.batching.collators import FlatteningCollator, PackingCollator, PaddingCollator
 from luthier.data.batching.token_rows import Document, TrainingRow
 from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
+from luthier.train.document_masking import PackedDocuments
 
 NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
 """Tokens of the document that changes, and of the probe, which must not notice."""
@@ -47,6 +51,8 @@ class DocumentIsolation:
     """The same as `position` for a row alone, against in a batch."""
     epsilon: float
     """The distance from 1 to the next number, in the format of the logits."""
+    documents: PackedDocuments | None = None
+    """What keeps documents apart where the class does not; it must be told of each packed batch."""
 
     @property
     def content_allowed(self) -> float:
@@ -70,15 +76,21 @@ def check_isolation(
     model: Any,
     collator: PackingCollator | FlatteningCollator,
     call: Callable[..., Any] | None = None,
+    is_sharded: bool = False,
 ) -> DocumentIsolation:
-    """Show that a document in a packed row gets the logits that it gets alone.
+    """Show that a document in a packed row gets the logits that it gets alone, and see to it.
 
     Two documents share rows, in either order; then one of them changes, and the logits of the other
     must not, and must be the same at both places. The bounds come from the same comparison between
     ordinary padded rows, so any number format and quantization is judged by its own rounding.
 
-    `call` computes in place of the model where that is wrapped, for several devices say. Weights,
-    modes and random states stay as they are. Raises UserError where documents are not apart.
+    A model that passes stays as it is. Otherwise its recurrent layers get one document a row, and
+    then its attention masks of single documents, and it is measured after each; `documents` of the
+    result then must know of every packed batch.
+
+    `call` computes in place of the model where that is wrapped, for several devices say, and
+    `is_sharded` says that weights are split over ranks. Weights, modes and random states stay as
+    they are. Raises UserError where documents are not apart.
     """
     # Module by module: parts of a model may be frozen in evaluation mode, and `train()` would put
     # all of them into one.
@@ -86,24 +98,61 @@ def check_isolation(
     model.eval()
     try:
         with torch.no_grad():
-            isolation = _measure(model, collator, call or model)
-    except (ValueError, TypeError, NotImplementedError) as error:
+            return _isolate(model, collator, call or model, is_sharded)
+    except _NOT_PACKABLE as error:
         raise UserError(
             f"{_describe_model(model)} cannot train packed rows: {error}\n{_ADVICE}"
         ) from error
     finally:
         for module, training in modes.items():
             module.training = training
-    if not isolation.holds:
-        raise UserError(
-            f"{_describe_model(model)} cannot train packed rows: {_describe_leak(isolation)}."
-            f"\n{_ADVICE}"
-        )
-    return isolation
+
+
+_NOT_PACKABLE = (ValueError, TypeError, NotImplementedError)
+"""What model classes and kernels raise for batches that they cannot compute."""
+
+
+def _isolate(
+    model: Any,
+    collator: PackingCollator | FlatteningCollator,
+    call: Callable[..., Any],
+    is_sharded: bool,
+) -> DocumentIsolation:
+    """Return the measurement of a model that keeps documents apart, by itself or by what is added.
+
+    Raises UserError where nothing helps.
+    """
+    first_error: Exception | None = None
+    try:
+        isolation = _measure(model, collator, call)
+        if isolation.holds:
+            return isolation
+        leak = _describe_leak(isolation)
+    except _NOT_PACKABLE as error:
+        # Kernels that are missing, which layers that compute one document a row do not need.
+        first_error, leak = error, str(error)
+    documents = PackedDocuments(_base_model(model), groups_by_length=not is_sharded)
+    if documents.separate_recurrent_layers():
+        isolation = _measure(model, collator, call, documents)
+        if isolation.holds:
+            return replace(isolation, documents=documents)
+        leak = _describe_leak(isolation)
+    elif first_error is not None:
+        raise first_error
+    documents.add_masks()
+    # Classes that make no use of such masks say so by any exception.
+    with suppress(Exception):
+        isolation = _measure(model, collator, call, documents)
+        if isolation.holds:
+            return replace(isolation, documents=documents)
+    raise UserError(f"{_describe_model(model)} cannot train packed rows: {leak}.\n{_ADVICE}")
 
 
 def _measure(
-    model: Any, collator: PackingCollator | FlatteningCollator, call: Callable[..., Any]
+    model: Any,
+    collator: PackingCollator | FlatteningCollator,
+    call: Callable[..., Any],
+    documents: PackedDocuments | None = None,
 ) -> DocumentIsolation:
     """Return how far the probe's logits move with its neighbour and its position."""
     device = model.get_input_embeddings().weight.device
@@ -113,7 +162,10 @@ def _measure(
 
     def logits(layout: Any, *rows: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of the first and the last tokens of a batch, as many as the probe's."""
-        flat_logits = _logits(call, layout(rows), device).flatten(0, 1)
+        batch = layout(rows)
+        if documents is not None:
+            documents.expect_batch(batch.get("position_ids"))
+        flat_logits = _logits(call, batch, device).flatten(0, 1)
         return flat_logits[:PROBE_TOKENS], flat_logits[-PROBE_TOKENS:]
 
     packed = logits(packed_as, (probe, first), (first, probe))
@@ -160,10 +212,13 @@ def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((logits - expected).norm(dim=-1) / scale).max())
 
 
-def _describe_model(model: Any) -> str:
-    from peft import PeftModel
+def _base_model(model: Any) -> Any:
+    """Return the model of transformers, without an adapter's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+
+def _describe_model(model: Any) -> str:
+    base = _base_model(model)
     attention = base.config.get_text_config()._attn_implementation
     return f"trainer.args.packing: {type(base).__name__} with model.attention={attention}"
 

@@ -17,6 +17,7 @@ from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.train.arguments import build_sft_arguments
+from luthier.train.console import print_line
 from luthier.train.dataloaders import (
     StreamDataset,
     as_token_rows,
@@ -126,7 +127,10 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
     def _measure_isolation(self, call: Any) -> None:
         layout = self._collator(self.args, packed=True)
         with self.accelerator.autocast():
-            self.isolation = check_isolation(self.model, layout, call)
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self.isolation = check_isolation(self.model, layout, call, is_sharded)
+        if self.isolation.documents is not None and self.accelerator.is_main_process:
+            print_line(f"packing   {self.isolation.documents}")
 
     def make_sampler(self, rows: Any, size: int, processes: int, is_training: bool) -> Sampler:
         """The order of the rows, which may be those of a `datasets.Dataset`."""
@@ -193,7 +197,11 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         if self.isolation is None:
             self._measure_isolation(model)
         is_flat = "cu_seq_lens_q" in inputs
-        return flatten_packed_batch(inputs) if self._flat and not is_flat else inputs
+        if self._flat and not is_flat:
+            inputs = flatten_packed_batch(inputs)
+        if self.isolation is not None and self.isolation.documents is not None:
+            self.isolation.documents.expect_batch(inputs["position_ids"])
+        return inputs
 
     def _add_sums(self, outputs: Any, per_token: torch.Tensor, input_tokens: torch.Tensor) -> None:
         """Add up what the means of the next log, or of the evaluation, are taken of."""
