@@ -52,8 +52,8 @@ BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "confi
 """Modules on the way to a mistake in a config; numpy and pyarrow come after it."""
 
 LONGEST_FUNCTION = 80
-MOST_MODULES = 275
-MOST_LINES = 57_500
+MOST_MODULES = 285
+MOST_LINES = 61_000
 LEAST_COMMENTS = 0.02
 MOST_VAGUE_NAMES = 0.03
 VAGUE = frozenset(
