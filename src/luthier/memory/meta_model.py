@@ -54,8 +54,7 @@ def build_meta_model(config: RunConfig, machine: Machine, full_dtype: str = "flo
         insert_quantized_layers(model, settings).postprocess_model(model)
     if config.lora.is_enabled:
         return add_adapter(model, _without_values(config.lora), config.seed, task)
-    if config.model.train or config.model.freeze:
-        freeze_parameters(model, config.model.train, config.model.freeze)
+    freeze_parameters(model, config.model.train, config.model.freeze)
     return model
 
 

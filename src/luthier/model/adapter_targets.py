@@ -15,6 +15,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError, format_override
 from luthier.model.adapter_patterns import ALL_LINEAR, check_adapter_patterns, match_layers
 from luthier.model.experts import find_experts, find_routers, has_experts
+from luthier.model.model_class import find_text_modules
 from luthier.model.source import local_folder
 from luthier.storage.sizes import read_safetensors_header
 
@@ -190,9 +191,11 @@ def _read_code_names(folder: Path) -> set[str]:
 def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
     """Return the names of the layers that get an adapter.
 
-    `targets` is a pattern for whole names, a list of names' endings, or `all-linear`. Raises
-    UserError for a target that matches no layer.
+    `targets` is a pattern for whole names, a list of names' endings, or `all-linear`; the last two
+    mean the layers that text reaches (`find_text_modules`). Raises UserError for a target that
+    matches no layer.
     """
+    text = find_text_modules(model)
     if targets == ALL_LINEAR:
         output, routers = model.get_output_embeddings(), find_routers(model)
         bypassed = set(find_bypassed_layers(model))
@@ -200,6 +203,7 @@ def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
             name
             for name, layer in _linear_layers(model)
             if layer is not output
+            and name in text
             and name not in bypassed
             and not any(f"{name}.".startswith(f"{router}.") for router in routers)
         ]
@@ -211,7 +215,13 @@ def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
         layers = _find_layers("lora.target_modules", target, is_pattern, names)
         if not layers:
             raise UserError(_no_layer_message(model, is_pattern, target))
-        matching.update(layers)
+        reached = layers if is_pattern else [name for name in layers if name in text]
+        if not reached:
+            raise UserError(
+                f"lora.target_modules: {layers[0]} is not in the part of the model that reads "
+                "text, so an adapter on it would never train. Leave it out."
+            )
+        matching.update(reached)
     return [name for name in names if name in matching]
 
 

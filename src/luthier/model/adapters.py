@@ -7,7 +7,7 @@ like), what lets float32 weights train inside a base of 16 bits, and the heads o
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from luthier.model.adapter_targets import (
     linear_layer_suffixes,
 )
 from luthier.model.experts import find_experts, find_routers
+from luthier.model.model_class import find_text_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -122,6 +123,7 @@ def _peft_settings(
     check_adapter_names(model, settings, task_type)
     settings |= _without_bypassed_layers(model, settings)
     settings |= head_settings(model, settings, facts.config)
+    settings |= _without_other_parts(model, settings, facts.config)
     return embeddings.unify_token_rows(model, lora.method, settings, tokenizer)
 
 
@@ -132,9 +134,35 @@ def _without_bypassed_layers(model: Any, settings: Mapping[str, Any]) -> dict[st
         return {}
     excluded = settings.get("exclude_modules") or []
     if isinstance(excluded, str):
-        pattern = "|".join(re.escape(ending) for ending in endings)
-        return {"exclude_modules": rf"(?:{excluded})|(?:.*\.)?(?:{pattern})"}
+        return {"exclude_modules": rf"(?:{excluded})|{_endings_pattern(endings)}"}
     return {"exclude_modules": sorted({*excluded, *endings})}
+
+
+def _without_other_parts(
+    model: Any, settings: Mapping[str, Any], config_class: str
+) -> dict[str, Any]:
+    """Return the `exclude_modules` that keep peft off the parts that text does not reach.
+
+    It is a pattern, since peft 0.21 knows no beginnings of names. A pattern in `target_modules`
+    names whole names, and means what it says.
+    """
+    import peft
+
+    targets = settings.get("target_modules")
+    others = find_text_modules(model).others
+    is_supported = "exclude_modules" in getattr(peft, config_class).__dataclass_fields__
+    if not others or not is_supported or (isinstance(targets, str) and targets != ALL_LINEAR):
+        return {}
+    patterns = [rf"(?:{'|'.join(re.escape(name) for name in others)})(?:\..*)?"]
+    if excluded := settings.get("exclude_modules"):
+        is_pattern = isinstance(excluded, str)
+        patterns.append(f"(?:{excluded})" if is_pattern else _endings_pattern(excluded))
+    return {"exclude_modules": "|".join(patterns)}
+
+
+def _endings_pattern(endings: Iterable[str]) -> str:
+    """Return the pattern of the names that end as one of these does, in whole parts."""
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(ending) for ending in endings)})"
 
 
 def _insert_adapter(model: Any, method: str, settings: dict[str, Any], seed: int) -> Any:

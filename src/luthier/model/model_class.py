@@ -138,8 +138,8 @@ class TextPart:
 
     prefix: str
     """The name of the text decoder within the model; empty where the model has no other part."""
-    head: str
-    """The name of the output layer; empty where there is none."""
+    heads: tuple[str, ...]
+    """The names of the output layers, such as `lm_head`, or `score` of a model that classifies."""
     others: tuple[str, ...]
     """The outermost modules that text does not reach: towers, projectors, layers for images."""
 
@@ -147,7 +147,7 @@ class TextPart:
         """Return whether text reaches the module or weight of this name."""
         if any(is_within(name, other) for other in self.others):
             return False
-        return is_within(name, self.prefix) or bool(self.head and is_within(name, self.head))
+        return any(is_within(name, part) for part in (self.prefix, *self.heads))
 
 
 def is_within(name: str, prefix: str) -> bool:
@@ -182,18 +182,34 @@ def find_text_part(model: Any) -> str:
 def find_text_modules(model: Any) -> TextPart:
     """Return which modules of a model text reaches; see `find_text_part` for the model."""
     modules = dict(model.named_modules())
-    output = model.get_output_embeddings()
-    head = next((name for name, module in modules.items() if module is output), "")
     prefix = find_text_part(model)
+    heads = _find_heads(model, modules, prefix)
     others: list[str] = []
     if prefix:
-        others += _modules_beside(model, [name for name in (prefix, head) if name])
+        others += _modules_beside(model, [prefix, *heads])
     elif model.config.sub_configs:
         others += _find_towers(model, modules)
     for name, module in modules.items():
         if (child := _IMAGE_LAYERS.get(type(module).__name__)) is not None:
             others.append(f"{name}.{child}" if child else name)
-    return TextPart(prefix, head, tuple(others))
+    return TextPart(prefix, heads, tuple(others))
+
+
+def _find_heads(model: Any, modules: dict[str, Any], prefix: str) -> tuple[str, ...]:
+    """Return the names of the output layers: of a model that writes, or of one that classifies."""
+    from transformers import PreTrainedModel
+
+    output = model.get_output_embeddings()
+    if output is not None:
+        return tuple(name for name, module in modules.items() if module is output)
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    start = next(name for name, module in modules.items() if module is base)
+    children = {f"{start}.{child}".strip("."): layer for child, layer in base.named_children()}
+    return tuple(
+        name
+        for name, layer in children.items()
+        if prefix and not is_within(prefix, name) and not isinstance(layer, PreTrainedModel)
+    )
 
 
 def _modules_beside(model: Any, text_names: list[str], parent: str = "") -> Iterator[str]:

@@ -11,6 +11,7 @@ from luthier.errors import UserError
 from luthier.model import embeddings
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
+from luthier.model.model_class import find_text_modules
 from luthier.model.tokenizer import check_vocabulary_fits, load_tokenizer
 from luthier.patterns import match_names
 
@@ -43,8 +44,8 @@ def make_trainable(
         lora = embeddings.add_new_rows_to_settings(model, config.lora, new)
         original = partial(_load_unquantized, config, machine, task_type)
         return add_adapter(model, lora, config.seed, task_type, tokenizer, original)
+    freeze_parameters(model, config.model.train, config.model.freeze)
     if config.model.train or config.model.freeze:
-        freeze_parameters(model, config.model.train, config.model.freeze)
         sides = (model.get_input_embeddings(), model.get_output_embeddings())
         if new and not all(side is None or side.weight.requires_grad for side in sides):
             raise UserError(
@@ -62,15 +63,20 @@ def add_new_rows(model: "PreTrainedModel", config: RunConfig) -> None:
 
 
 def freeze_parameters(model: Any, train: Sequence[str], frozen: Sequence[str]) -> None:
-    """Let only weights train that a pattern of `train` finds (all if there is none), less `frozen`.
+    """Let only weights train that a pattern of `train` finds, less those of `frozen`.
 
-    Patterns are regular expressions, found anywhere in a name; a matrix with two names (tied
-    embeddings) is found by either. Raises UserError for a pattern that finds nothing and where
-    nothing is left to train.
+    Without a pattern in `train` they are those that text reaches (`find_text_modules`): a vision
+    tower stays as it is. Patterns are regular expressions, found anywhere in a name; a matrix with
+    two names (tied embeddings) is found by either. Raises UserError for a pattern that finds
+    nothing and where nothing is left to train.
     """
     # Weights by id, because a tied matrix has two names.
     names: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    matching = _matching_names("model.train", train, names) if train else set(names)
+    if train:
+        matching = _matching_names("model.train", train, names)
+    else:
+        text = find_text_modules(model)
+        matching = {name for name in names if names[name].requires_grad and name in text}
     frozen_ids = {id(names[name]) for name in _matching_names("model.freeze", frozen, names)}
     trained = {id(names[name]) for name in matching} - frozen_ids
     if not trained:

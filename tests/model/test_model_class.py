@@ -1,0 +1,119 @@
+"""The class that loads a model, and its text part: what trains, and what gets an adapter."""
+
+import pytest
+import torch
+import transformers
+
+from helpers.adapter_models import IDS, config_of, logits, prepared, stir, trained
+from helpers.model_families import FAMILIES, family_config, save_family
+from luthier.errors import UserError
+from luthier.model.adapter_targets import find_target_layers
+from luthier.model.model_class import build_empty_model, find_text_modules
+from luthier.model.trainable import freeze_parameters
+
+DECODER = "model.language_model"
+PIXELS = ("model.vision_tower", "model.multi_modal_projector")
+WRAPPERS = {
+    "llama4": ("language_model", ("vision_model", "multi_modal_projector")),
+    "qwen3_5": (DECODER, ("model.visual",)),
+    "qwen3_vl": (DECODER, ("model.visual",)),
+    "qwen2_5_vl": (DECODER, ("model.visual",)),
+    "mistral3": (DECODER, PIXELS),
+    "gemma3": (DECODER, PIXELS),
+    "gemma4": (DECODER, ("model.vision_tower", "model.embed_vision")),
+    "muse_glimmer": (
+        DECODER,
+        (
+            "model.vision_tower",
+            "model.vision_adapter",
+            "model.vision_projection",
+            "model.perception_emb_norm",
+        ),
+    ),
+}
+
+
+def empty_model(name):
+    config = family_config(name)
+    config.architectures = [FAMILIES[name].architecture]
+    return build_empty_model(config, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_text_reaches_the_decoder_of_a_wrapper_and_nothing_beside_it(name):
+    prefix, others = WRAPPERS[name]
+    model = empty_model(name)
+    text = find_text_modules(model)
+    assert (text.prefix, text.others) == (prefix, others)
+    freeze_parameters(model, [], [])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if n.startswith(others)}
+    assert frozen
+    targets = find_target_layers(model, "all-linear")
+    assert targets
+    assert all(target.startswith(f"{prefix}.") for target in targets)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert", "gpt2"])
+def test_all_of_a_model_of_text_trains(name):
+    task = {"t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}.get(name, "CAUSAL_LM")
+    model = build_empty_model(family_config(name), task)
+    assert find_text_modules(model).others == ()
+    freeze_parameters(model, [], [])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_head_of_a_wrapper_that_classifies_trains():
+    with torch.device("meta"):
+        model = transformers.Gemma3ForSequenceClassification(family_config("gemma3"))
+    freeze_parameters(model, [], [])
+    trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "score.weight" in trained_names
+    assert not any("vision" in name for name in trained_names)
+
+
+@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_vl", "gemma4"])
+def wrapper(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    return save_family(folder, request.param)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["layers.0.mlp.down_proj"]},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ".*layers.0.mlp.*"},
+    ],
+    ids=["all-linear", "list", "excluded", "excluded pattern"],
+)
+def test_an_adapter_goes_on_the_text_part_and_plain_peft_loads_it(wrapper, lora, tmp_path):
+    from peft import PeftModel
+
+    config = config_of(wrapper, lora={"method": "lora", "r": 4, "lora_alpha": 8} | lora)
+    model, _ = prepared(config)
+    names = [name for name in trained(model) if "lora_" in name]
+    assert names
+    assert all(".language_model." in name for name in names)
+    if "exclude_modules" in lora:
+        assert not any("layers.0.mlp.down_proj" in name for name in names)
+        assert any("layers.1.mlp.down_proj" in name for name in names)
+    stir(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    plain_class = transformers.AutoModelForImageTextToText
+    base = plain_class.from_pretrained(wrapper, dtype=torch.float32)
+    unadapted = logits(base)
+    plain = PeftModel.from_pretrained(base, tmp_path)
+    assert {n for n, _ in plain.named_parameters() if "lora_" in n} == set(names)
+    torch.testing.assert_close(logits(plain, IDS), expected)
+    assert not torch.allclose(unadapted, expected)
+
+
+def test_a_pattern_means_what_it_says_and_a_list_of_tower_layers_is_refused():
+    model = empty_model("qwen3_vl")
+    tower = find_target_layers(model, r"model\.visual\.blocks\.0\.attn\.qkv")
+    assert tower == ["model.visual.blocks.0.attn.qkv"]
+    with pytest.raises(UserError, match=r"model\.visual\.blocks\.0\.attn\.qkv is not in the part"):
+        find_target_layers(model, ["qkv"])
