@@ -22,6 +22,7 @@ from luthier.export.adapter_delta import dequantized_as_trained
 from luthier.infer.dequantize import dequantized_layers
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
+from luthier.model.expert_lora import adapt_experts
 from luthier.model.experts import (
     describe_unpacked_experts,
     find_experts,
@@ -31,7 +32,6 @@ from luthier.model.experts import (
 from luthier.model.load import keep_backward_kernels, load_model
 from luthier.model.quantized_experts import (
     QuantizedExperts,
-    adapt_experts,
     find_packed_experts,
     quantize_experts,
 )
@@ -247,7 +247,7 @@ def test_a_reply_unpacks_once_and_an_adapter_may_be_switched_off_in_between(fold
             assert torch.equal(logits_of(packed), with_adapter)
             with packed.disable_adapter():
                 assert torch.equal(logits_of(packed), without)
-        assert len(module._held) == 4
+        assert len(module._held) == 2
     assert module._held is None
 
 

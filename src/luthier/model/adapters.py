@@ -170,7 +170,7 @@ def _insert_adapter(model: Any, method: str, settings: dict[str, Any], seed: int
     import peft
     import torch
 
-    from luthier.model.quantized_experts import adapt_experts
+    from luthier.model.expert_lora import adapt_experts
 
     if method == "adalora":
         settings = {"total_step": _PROVISIONAL_STEPS} | settings

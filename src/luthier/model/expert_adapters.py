@@ -309,7 +309,7 @@ def load_adapter(model: Any, folder: "str | Path", name: str = "default") -> Any
     """
     import peft
 
-    from luthier.model.quantized_experts import adapt_experts
+    from luthier.model.expert_lora import adapt_experts
 
     settings: Any = peft.PeftConfig.from_pretrained(str(folder))
     layers = _layers_named_as_parameters(model, getattr(settings, "target_parameters", None) or ())

@@ -5,7 +5,7 @@ reads it as an attribute gets it unpacked; within the module's forward it is unp
 what an adapter adds to it, and dropped when the forward ends.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from math import prod
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
-from peft.tuners.lora.layer import ParamWrapper
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -25,8 +24,6 @@ from luthier.model.experts import find_experts
 if TYPE_CHECKING:
     from torch import Tensor
 
-Factors = Mapping[str, tuple["Tensor", "Tensor", float]]
-"""An adapter's name -> left, right and scale; it adds `scale * left @ right` for each expert."""
 _QUANTIZER = "bitsandbytes_4bit"
 """The name by which transformers finds the quantizer of a 4-bit model."""
 
@@ -38,11 +35,11 @@ class QuantizedExperts(torch.nn.Module):
     """The names of the parameters that are packed."""
     compute_dtype: "torch.dtype | None"
     """The number format of products; None for that in which the parameters were before."""
-    _unpacked: "dict[str, Tensor] | None" = None
+    _unpacked: dict[str, Any] | None = None
     """What the running forward has unpacked, with what adapters add; None outside of a forward."""
-    _added: "dict[str, Factors]"
-    """What adapters add to a parameter in the running forward."""
-    _held: "dict[Any, Tensor] | None" = None
+    _added: "dict[str, Callable[[Tensor], Any]]"
+    """What makes of a parameter the weight with what adapters add to it in the running forward."""
+    _held: "dict[str, Tensor] | None" = None
     """What stays unpacked from one forward to the next (`hold_unpacked`)."""
 
     def forward(self, hidden_states: "Tensor", *args: Any, **kwargs: Any) -> Any:
@@ -73,9 +70,9 @@ class QuantizedExperts(torch.nn.Module):
         return sum(prod(parameter.quant_state.shape) for parameter in packed)
 
     @contextmanager
-    def adding(self, name: str, factors: Factors) -> Iterator[None]:
-        """Have what adapters add put on a parameter in the forwards within the block."""
-        self._added[name] = factors
+    def adding(self, name: str, add: "Callable[[Tensor], Any]") -> Iterator[None]:
+        """Have the forwards within the block read what `add` makes of the unpacked parameter."""
+        self._added[name] = add
         try:
             yield
         finally:
@@ -85,7 +82,7 @@ class QuantizedExperts(torch.nn.Module):
     def hold_unpacked(self) -> Iterator[None]:
         """Let the parameters stay unpacked between the forwards of a block that trains nothing.
 
-        They take all their bytes in the compute format, with what an adapter adds to them.
+        They take all their bytes in the compute format.
         """
         self._held = {}
         try:
@@ -93,40 +90,29 @@ class QuantizedExperts(torch.nn.Module):
         finally:
             self._held = None
 
-    def _read(self, name: str) -> "Tensor":
+    def _read(self, name: str) -> Any:
         """Return a parameter as an attribute of this module: unpacked, in the compute format."""
         parameter: Any = self._parameters[name]
         is_packed = getattr(parameter, "quant_state", None) is not None
         if self._unpacked is None:
             return self.dequantize(name) if is_packed else parameter
         if name not in self._unpacked:
-            self._unpacked[name] = (
-                self._sum(name)
+            weight = (
+                self._unpack(name)
                 if is_packed
                 else parameter.to(self.compute_dtype or parameter.dtype)
             )
+            add = self._added.get(name)
+            self._unpacked[name] = weight if add is None else add(weight)
         return self._unpacked[name]
 
-    def _sum(self, name: str) -> "Tensor":
-        """Return a packed parameter with what adapters add to it."""
-        added = self._added.get(name, {})
+    def _unpack(self, name: str) -> "Tensor":
+        """Return a packed parameter unpacked, the one that is held where one is."""
         if self._held is None or torch.is_grad_enabled():
-            return _add(self.dequantize(name), added)
-        # Adapters may be switched off within the block, and on again.
-        key = name, *added
-        if key not in self._held:
-            self._held[key] = _add(self.dequantize(name), added)
-        return self._held[key]
-
-
-def _add(weight: "Tensor", added: Factors) -> "Tensor":
-    # Autocast would round the sum to its own format.
-    with torch.autocast(weight.device.type, enabled=False):
-        for left, right, scale in added.values():
-            weight = torch.baddbmm(
-                weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scale
-            )
-    return weight
+            return self.dequantize(name)
+        if name not in self._held:
+            self._held[name] = self.dequantize(name)
+        return self._held[name]
 
 
 @cache
@@ -229,43 +215,3 @@ class _ExpertsQuantize(Bnb4bitQuantize):
             # Else transformers would draw its parameters anew: it looks for marks on what it reads.
             module._is_hf_initialized = True
         return packed | super().convert(others, model=model, **kwargs)
-
-
-# LoRA on packed experts: peft's own layer, its names and its saved weights.
-
-
-class QuantizedExpertsLora(ParamWrapper):
-    """peft's LoRA of one parameter, on a packed one.
-
-    peft 0.21 parametrizes the parameter, which has no gradient and no sum in packed numbers; here
-    the module adds the factors when it unpacks.
-    """
-
-    def get_param(self) -> "Tensor":
-        """Return a tensor with the shape, format and device of the parameter, without values."""
-        experts: Any = self.get_base_layer()
-        packed = experts._parameters[self.parameter_name]
-        state = getattr(packed, "quant_state", None)
-        shape, dtype = (packed.shape, packed.dtype) if state is None else (state.shape, state.dtype)
-        one = torch.empty((), dtype=experts.compute_dtype or dtype, device=packed.device)
-        return one.expand(shape)
-
-    @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        experts: Any = self.get_base_layer()
-        names = [name for name in active_adapters if name in self.lora_A]
-        factors = {name: self.get_delta_factors(name) for name in names}
-        with experts.adding(self.parameter_name, factors):
-            yield
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: what is added to an unpacked copy would be lost."""
-        raise NotImplementedError("an adapter cannot be added into experts in 4 bits")
-
-
-def adapt_experts(model: Any) -> Any:
-    """Return the model in which peft has put LoRA on packed experts, so that it works on them."""
-    for layer in model.modules():
-        if type(layer) is ParamWrapper and isinstance(layer.get_base_layer(), QuantizedExperts):
-            layer.__class__ = QuantizedExpertsLora
-    return model
