@@ -3,12 +3,14 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
-from helpers.model_families import save_family
+from helpers.model_families import family_config, save_family
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.model.load import load_model
+from luthier.model.load import load_model, resolve_attention
+from luthier.model.model_class import choose_attention, resolve_model_class
 
 CPU = Machine("cpu", "float32", "sdpa")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -97,6 +99,46 @@ def test_what_cannot_be_loaded_is_told(tiny_model, tmp_path, spoil, settings, sa
 def test_quantization_that_the_library_refuses_is_told(tiny_model):
     with pytest.raises(UserError, match="load_in_4bit"):
         load_model(ModelConfig(path=str(tiny_model)), {"load_in_4bit": "yes"}, CPU)
+
+
+TOWERS = {
+    # architecture, attention of the machine -> what transformers is given
+    ("Lfm2VlConfig", "flash_attention_2"): {
+        "": "flash_attention_2", "text_config": "flash_attention_2", "vision_config": "sdpa",
+    },
+    ("Lfm2VlConfig", "sdpa"): "sdpa",
+    ("VibeVoiceAsrConfig", "sdpa"): {
+        "": "sdpa", "text_config": "sdpa", "acoustic_tokenizer_encoder_config": "eager",
+        "semantic_tokenizer_encoder_config": "eager",
+    },
+    ("Inkling2Config", "sdpa"): "eager",
+    ("Gemma2Config", "flash_attention_2"): "flash_attention_2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "attention"), TOWERS, ids=lambda each: each)
+def test_a_tower_that_lacks_the_attention_of_the_text_part_gets_its_own(config, attention):
+    architecture = getattr(transformers, config)()
+    # No class is named, as in a folder whose config.json lacks `architectures`.
+    model_class = resolve_model_class(architecture, "CAUSAL_LM")
+    chosen = choose_attention(architecture, model_class, attention)
+    assert chosen == TOWERS[config, attention]
+
+
+@pytest.mark.parametrize(
+    ("family", "typed", "resolved"),
+    [("gpt_oss", "auto", "eager"), ("llama", "auto", "sdpa"), ("gpt_oss", "eager", "eager"),
+     ("gpt_oss", "sdpa", None), ("qwen3_vl", "auto", "sdpa")],
+)  # fmt: skip
+def test_the_attention_of_a_model_is_known_before_it_is_loaded(family, typed, resolved, tmp_path):
+    family_config(family).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), attention=typed)
+    machine = Machine("cpu", "float32", "sdpa" if typed == "auto" else typed)
+    if resolved is None:
+        with pytest.raises(UserError, match="model.attention=sdpa: GptOssForCausalLM does not"):
+            resolve_attention(config, machine, "CAUSAL_LM")
+        return
+    assert resolve_attention(config, machine, "CAUSAL_LM").attention == resolved
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "bloom", "mamba2"])

@@ -359,12 +359,21 @@ def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
         )
 
 
+ROUTER_LOSS_OF_A_BATCH = (
+    "the router's loss depends on how all tokens of a step are spread over the experts, so it is "
+    "right where one process takes a step in one batch alone.\n"
+    "Set trainer.args.gradient_accumulation_steps=1 and train in one process, or leave it out."
+)
+
+
 def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
     args = TrainerArgs(mapping_at(resolved, "trainer.args"))
     if args.bf16 is True and args.fp16 is True:
         yield Mistake("trainer.args", "bf16 and fp16 are both true. Keep one.")
     if args.load_best_model_at_end is True:
         yield from _best_model("trainer.args.load_best_model_at_end", args)
+    if args.router_aux_loss_coef and args.gradient_accumulation_steps != 1:
+        yield Mistake("trainer.args.router_aux_loss_coef", ROUTER_LOSS_OF_A_BATCH)
 
 
 def _best_model(key: str, args: TrainerArgs) -> Iterator[Mistake]:

@@ -148,6 +148,8 @@ class TrainerArgs(LibrarySettings):
     beta = SettingKey[float | None](None)
     """The weight of the distance from the reference model; None: the method's own."""
     precompute_ref_log_probs = SettingKey[bool](False)
+    router_aux_loss_coef = SettingKey[float](0.0)
+    """The weight of a mixture's router loss; TRL's own default is that of the model's config."""
     teacher_model_revision = SettingKey[str | None](None)
 
     @property

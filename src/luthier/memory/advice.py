@@ -92,7 +92,7 @@ def _single_changes(config: RunConfig, plan: MemoryPlan) -> Iterator[list[_Setti
 
 def _mild_changes(config: RunConfig, plan: MemoryPlan) -> Iterator[_Setting]:
     """Yield changes with which the run learns the same, or nearly."""
-    if plan.attention == "eager":
+    if plan.attention == config.model.attention == "eager":
         yield _Setting("model.attention=sdpa", "nothing", {"model": {"attention": "sdpa"}})
     if plan.workload.checkpointing is None:
         yield _trainer_args("a third of the speed", activation_checkpointing=True)

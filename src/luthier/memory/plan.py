@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.environment import quiet_bitsandbytes
 from luthier.errors import UserError
@@ -24,7 +25,7 @@ from luthier.memory.workload import (
     read_workload,
 )
 from luthier.model.device import Machine
-from luthier.model.load import read_model_config
+from luthier.model.load import read_model_config, resolve_attention
 
 USUAL_GPU_COUNTS = (2, 4, 8)
 """Numbers of GPUs that a simulated step can be read for later, to say what more of them give."""
@@ -77,6 +78,7 @@ def plan_memory(
     hardware = hardware or detect_hardware(config.model)
     machine = machine_for(config.model, hardware)
     with _without_warnings(), _errors_in_words(config):
+        machine = resolve_attention(config.model, machine, METHODS[config.trainer.method].task)
         workload = read_workload(config, machine)
         plan = _plan_workload(config, machine, workload, hardware, shardings)
         if plan.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:

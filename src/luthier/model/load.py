@@ -68,6 +68,18 @@ def _read_architecture(config: ModelConfig, path: "str | Path") -> "PretrainedCo
     return architecture
 
 
+def resolve_attention(config: ModelConfig, machine: Machine, task: str) -> Machine:
+    """Return the machine with the attention that the model's text part gets on it.
+
+    `task` is a key of `model_class.TASK_CLASSES`. Takes a look at config.json; nothing is loaded.
+    Raises UserError where the class of the model lacks the attention that the config names.
+    """
+    architecture = read_model_config(config)
+    model_class = resolve_model_class(architecture, task, config.trust_remote_code)
+    attention = choose_attention(architecture, model_class, machine.attention, config.attention)
+    return replace(machine, attention=attention if isinstance(attention, str) else attention[""])
+
+
 def load_model(
     config: ModelConfig,
     quantization: Mapping[str, Any],
@@ -95,9 +107,13 @@ def load_model(
         architecture = _read_architecture(config, path)
         model_class = resolve_model_class(architecture, task, config.trust_remote_code)
         _refuse_packed_experts(config, path, architecture, task)
-        attention = choose_attention(model_class, machine.attention, config.attention)
-        machine = replace(machine, attention=attention)
-        settings = _load_settings(config, quantization, machine, full) | kwargs
+        attention = choose_attention(architecture, model_class, machine.attention, config.attention)
+        settings = {
+            **_load_settings(config, quantization, machine, full),
+            "attn_implementation": attention,
+            **config.kwargs,
+            **kwargs,
+        }
         with _pack_experts(quantization):
             model, loaded = model_class.from_pretrained(path, **settings, output_loading_info=True)
     except Exception as error:
@@ -106,6 +122,11 @@ def load_model(
         model = quantized.cast_to_dtype(model, settings["dtype"])
     # Training has no use for keys and values of earlier tokens, and warns of them.
     model.config.use_cache = False
+    # A checkpoint may ask for its routers' loss, which TRL would compute: the trainer's settings
+    # say whether it is (docs/methods.md).
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):
+        text_config.output_router_logits = False
     # Layers that the checkpoint has no weights for, such as the head of a new task.
     new = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
     if new and task in _WRITING_TASKS:
@@ -287,7 +308,7 @@ def _weight_names(config: ModelConfig, path: "str | Path") -> list[str]:
 def _load_settings(
     config: ModelConfig, quantization: QuantizationSettings, machine: Machine, full: bool
 ) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained`; `model.kwargs` has the last word."""
+    """Return the arguments of `from_pretrained` that follow from the config and the machine."""
     local = source.needs_hub(config.path) and source.is_hub_unreachable()
     # An unreachable hub is asked again and again for most of a minute, for files that are there.
     settings: dict[str, Any] = {
@@ -297,7 +318,6 @@ def _load_settings(
         # transformers looks for an adapter beside the model, with settings of its own.
         "adapter_kwargs": {"local_files_only": local},
         "dtype": "float32" if full else machine.dtype,
-        "attn_implementation": machine.attention,
     }
     # FSDP and DeepSpeed place the weights themselves: then nobody else may.
     variables = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -312,7 +332,7 @@ def _load_settings(
         # 4-bit layers multiply in the machine's number format if the config names none.
         fields = {"bnb_4bit_compute_dtype": machine.dtype} | quantization
         settings["quantization_config"] = make_config(**fields)
-    return settings | config.kwargs
+    return settings
 
 
 def _as_user_error(error: Exception, config: ModelConfig, machine: Machine) -> Exception:

@@ -67,24 +67,48 @@ def read_folder_class(folder: str | Path, task: str, trust_remote_code: bool = F
     return resolve_model_class(architecture, task, trust_remote_code)
 
 
-def choose_attention(model_class: Any, attention: str, typed: str = "auto") -> str:
+_ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+"""An attention of transformers -> the flag of the classes that have it; all have eager."""
+
+
+def choose_attention(
+    architecture: Any, model_class: Any, attention: str, typed: str = "auto"
+) -> str | dict[str, str]:
     """Return `attention`, or the fastest that a class of models has where it lacks that one.
 
-    `typed` is the value of `model.attention`. Raises UserError where the class lacks what was
-    typed.
+    Where a tower of the model lacks what its text part has, it is a dict by the names of
+    transformers' sub-configs, with the text part's under the empty name. `architecture` is the
+    `PretrainedConfig`, `typed` the value of `model.attention`. Raises UserError where the class
+    lacks what was typed.
     """
-    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
-    flag = "_supports_flash_attn" if "flash" in attention else flags.get(attention)
+    import transformers
+
+    # An `Auto` class has no flags: it makes a model of the first class that it has.
+    named = (*_mapped_classes(model_class, architecture), model_class)[0]
+    chosen = _supported_attention(named, attention)
+    if chosen != attention and attention == typed:
+        flash = ["flash_attention_2"] if getattr(named, "_supports_flash_attn", False) else []
+        has = [name for name, flag in _ATTENTION_FLAGS.items() if getattr(named, flag, False)]
+        raise UserError(
+            f"model.attention={typed}: {named.__name__} does not have it. It has "
+            f"{', '.join(['eager', *has, *flash])}; auto takes the fastest of them."
+        )
+    parts = {}
+    for name in architecture.sub_configs:
+        part = getattr(architecture, name, None)
+        for tower_class in _mapped_classes(transformers.AutoModel, part)[:1]:
+            parts[name] = _supported_attention(tower_class, chosen)
+    if all(each == chosen for each in parts.values()):
+        return chosen
+    return {"": chosen, **dict.fromkeys(architecture.sub_configs, chosen), **parts}
+
+
+def _supported_attention(model_class: Any, attention: str) -> str:
+    """Return `attention` where a class has it, else the fastest that needs no other library."""
+    flag = "_supports_flash_attn" if "flash" in attention else _ATTENTION_FLAGS.get(attention)
     if flag is None or getattr(model_class, flag, True):
         return attention
-    supported = [name for name, each in flags.items() if getattr(model_class, each, False)]
-    if typed == attention:
-        flash = ["flash_attention_2"] if getattr(model_class, "_supports_flash_attn", False) else []
-        raise UserError(
-            f"model.attention={typed}: {model_class.__name__} does not have it. It has "
-            f"{', '.join(['eager', *supported, *flash])}; auto takes the fastest of them."
-        )
-    return "sdpa" if "sdpa" in supported else "eager"
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
 def build_empty_model(
@@ -99,7 +123,7 @@ def build_empty_model(
 
     model_class = resolve_model_class(architecture, task, trust_remote_code)
     if "attn_implementation" in settings:
-        attention = choose_attention(model_class, settings["attn_implementation"])
+        attention = choose_attention(architecture, model_class, settings["attn_implementation"])
         settings["attn_implementation"] = attention
     with torch.device("meta"):
         # A class of one model builds by another name, and knows nothing of code to trust.
@@ -125,10 +149,14 @@ def _auto_classes(architecture: Any, task: str) -> list[Any]:
 
 def _mapped_classes(auto: Any, architecture: Any) -> tuple[Any, ...]:
     """Return the classes that an `Auto` class has for this type of config."""
-    mapping, config_class = auto._model_mapping, type(architecture)
+    mapping, config_class = getattr(auto, "_model_mapping", ()), type(architecture)
     if config_class not in mapping:
         return ()
-    classes = mapping[config_class]
+    try:
+        classes = mapping[config_class]
+    # transformers 5.23 names some classes that it does not have, as Voxtral Realtime's text model.
+    except ValueError:
+        return ()
     return classes if isinstance(classes, tuple) else (classes,)
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from luthier.config.cross_checks import ROUTER_LOSS_OF_A_BATCH
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.device import check_gpu_settings
+from luthier.model.load import read_model_config
 
 
 def build_sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool) -> Any:
@@ -52,8 +54,7 @@ def build_trainer_arguments(
         "dataloader_pin_memory": machine.device_type == "cuda",
         "prediction_loss_only": True,
     }
-    # TRL 1.16 takes the weight of the router's loss from the model's config, without a word; that
-    # loss is of each micro-batch, so it would change with the batch size. It is off unless set.
+    # TRL 1.16 takes the weight of the router's loss from the model's config, without a word.
     if "router_aux_loss_coef" in getattr(make, "__dataclass_fields__", {}):
         settings["router_aux_loss_coef"] = 0.0
     settings |= config.trainer.args
@@ -72,9 +73,31 @@ def build_trainer_arguments(
         "run_name": run_name(config, folder),
     }
     try:
-        return make(**settings | required)
+        args = make(**settings | required)
     except (ValueError, TypeError) as error:
         raise UserError(f"trainer.args: {error}") from error
+    if config.trainer.args.router_aux_loss_coef and args.world_size > 1:
+        raise UserError(f"trainer.args.router_aux_loss_coef: {ROUTER_LOSS_OF_A_BATCH}")
+    return args
+
+
+def check_router_loss(config: RunConfig) -> None:
+    """Raise UserError where the routers' loss is set, and TRL does not compute it for the model.
+
+    Takes a look at config.json; nothing is loaded.
+    """
+    if not config.trainer.args.router_aux_loss_coef:
+        return
+    text_config = read_model_config(config.model).get_text_config()
+    # TRL 1.16 reads these in the model's config, and ends in a traceback where one is missing.
+    fields = ("output_router_logits", "num_experts", "num_experts_per_tok")
+    lacks = [name for name in fields if getattr(text_config, name, None) is None]
+    if lacks:
+        raise UserError(
+            f"trainer.args.router_aux_loss_coef: TRL has no router loss for {config.model.path} "
+            f"({text_config.model_type}), whose config has no {lacks[0]}.\n"
+            "Leave it out; the routers learn from the loss of the tokens, too."
+        )
 
 
 def run_name(config: RunConfig, folder: Path) -> str:

@@ -18,6 +18,7 @@ from luthier.data.examples import DatasetSources
 from luthier.data.prepare import PreparedData, prepare
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
+from luthier.model.load import resolve_attention
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
 from luthier.record.plots import collect_data_numbers, plot_data
@@ -31,6 +32,7 @@ from luthier.train import (
     resume,
     trackers,
 )
+from luthier.train.arguments import check_router_loss
 from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
 from luthier.train.evaluation import ReplyGenerator
 from luthier.train.launch_request import launched_by
@@ -111,6 +113,8 @@ def build_session(
     is_recorded = is_main_process and not config.dry_run
     method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
     quantized.check_quantized_model(config, machine)
+    machine = resolve_attention(config.model, machine, facts.task)
+    check_router_loss(config)
     tokenizer = load_tokenizer(config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
     row_encoders = methods.make_row_encoders(config, tokenizer)

@@ -111,12 +111,12 @@ class LuthierCPOTrainer(PreferenceTrainerMixin, CPOTrainer):
 
 
 def _use_fused_head(trainer: Any) -> None:
-    """Give the model TRL's own head, and the mixin the weight of the router's loss.
+    """Give the model TRL's own head, and leave the router's loss off.
 
-    Both trainers of TRL 1.16 compute with whole logits, and have another name for the weight.
+    Both trainers of TRL 1.16 compute with whole logits, and take that loss from the model's config.
     """
     add_fused_lm_head(base_model(trainer.model), outputs=FUSED_HEAD_OUTPUTS)
-    trainer.router_aux_loss_coef = trainer.aux_loss_coef
+    trainer.aux_loss_enabled = False
 
 
 def _mean_logps(scores: RowScores) -> tuple[Tensor, Tensor]:

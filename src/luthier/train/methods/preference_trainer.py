@@ -223,10 +223,9 @@ class PreferenceTrainerMixin(TrainerMixin):
         scores = self.score_rows(model, dict(inputs)) | {"real": inputs["real"]}
         loss = _divide_terms(self.loss_terms(scores), scores["real"], counts.clamp(min=1))
         loss = self._scale_over_ranks(loss, num_items_in_batch)
-        # TRL adds the router's loss of each batch, and the step is their mean.
+        # The batch is the whole step: `build_trainer_arguments` and the config's checks see to it.
         if num_items_in_batch is not None and self._router_loss is not None:
-            router_loss = self.router_aux_loss_coef * self._router_loss
-            loss = loss + router_loss / self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * self._router_loss
         batches = self._scores_since_log if self.model.training else self._eval_scores
         batches.append({name: values.detach() for name, values in scores.items()})
         return (loss, {}) if return_outputs else loss

@@ -91,6 +91,9 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
             train_dataset = as_token_rows(train_dataset)
         self._pad_token_id = _share_pad_token(model, kwargs["processing_class"])
         self._flat = uses_flattening(model.config.get_text_config()._attn_implementation)
+        text_config = model.config.get_text_config()
+        weight = "router_aux_loss_coef"
+        router_weight = {weight: vars(text_config)[weight]} if weight in vars(text_config) else {}
         with keep_weight_precision(model):
             super().__init__(
                 model=model,
@@ -100,6 +103,9 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
                 data_collator=self._collator(kwargs["args"], packed=False),
                 **kwargs,
             )
+        if not self.aux_loss_enabled:
+            # TRL 1.16 writes the weight of 0 into the config, with which the model is saved.
+            vars(text_config).update(router_weight)
         self.train_dataset = train_dataset
         self.model_accepts_loss_kwargs = True
         # Summed on the device and reduced once a log: a sync in each step would cost speed.
@@ -184,9 +190,8 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         loss = per_token.sum() / torch.as_tensor(tokens).clamp(min=1)
         loss = self._scale_over_ranks(loss, num_items_in_batch)
         if self.aux_loss_enabled:
-            is_step = num_items_in_batch is not None
-            steps = self.current_gradient_accumulation_steps if is_step else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            # Nobody accumulates with it: `build_trainer_arguments` and the config's checks see to it.
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
         self._add_sums(outputs, per_token.detach(), input_tokens)
         return (loss, outputs) if return_outputs else loss
 
