@@ -135,7 +135,7 @@ def test_the_attention_of_a_model_is_known_before_it_is_loaded(family, typed, re
     config = ModelConfig(path=str(tmp_path), attention=typed)
     machine = Machine("cpu", "float32", "sdpa" if typed == "auto" else typed)
     if resolved is None:
-        with pytest.raises(UserError, match="model.attention=sdpa: GptOssForCausalLM does not"):
+        with pytest.raises(UserError, match=r"model.attention=sdpa: GptOssForCausalLM does not"):
             resolve_attention(config, machine, "CAUSAL_LM")
         return
     assert resolve_attention(config, machine, "CAUSAL_LM").attention == resolved

@@ -190,7 +190,7 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         loss = per_token.sum() / torch.as_tensor(tokens).clamp(min=1)
         loss = self._scale_over_ranks(loss, num_items_in_batch)
         if self.aux_loss_enabled:
-            # Nobody accumulates with it: `build_trainer_arguments` and the config's checks see to it.
+            # Nothing accumulates: `build_trainer_arguments` and the checks of the config see to it.
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
         self._add_sums(outputs, per_token.detach(), input_tokens)
         return (loss, outputs) if return_outputs else loss
