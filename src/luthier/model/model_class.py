@@ -149,7 +149,8 @@ def _auto_classes(architecture: Any, task: str) -> list[Any]:
 
 def _mapped_classes(auto: Any, architecture: Any) -> tuple[Any, ...]:
     """Return the classes that an `Auto` class has for this type of config."""
-    mapping, config_class = getattr(auto, "_model_mapping", ()), type(architecture)
+    mapping: Any = getattr(auto, "_model_mapping", {})
+    config_class = type(architecture)
     if config_class not in mapping:
         return ()
     try:
