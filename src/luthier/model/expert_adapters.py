@@ -309,7 +309,7 @@ def load_adapter(model: Any, folder: "str | Path", name: str = "default") -> Any
     """
     import peft
 
-    from luthier.model.expert_lora import adapt_experts
+    from luthier.model.expert_lora import adapt_experts, restore_peft_layers
 
     settings: Any = peft.PeftConfig.from_pretrained(str(folder))
     layers = _layers_named_as_parameters(model, getattr(settings, "target_parameters", None) or ())
@@ -321,6 +321,7 @@ def load_adapter(model: Any, folder: "str | Path", name: str = "default") -> Any
         settings.target_modules = {*settings.target_modules, *layers}
     with unconverted_targets() if layers else nullcontext():
         if isinstance(model, peft.PeftModel):
+            restore_peft_layers(model)
             model.load_adapter(str(folder), name, peft_config=settings)
         else:
             model = peft.PeftModel.from_pretrained(model, str(folder), name, config=settings)

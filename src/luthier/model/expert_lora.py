@@ -223,3 +223,13 @@ def adapt_experts(model: Any) -> Any:
             is_packed = isinstance(layer.get_base_layer(), QuantizedExperts)
             layer.__class__ = QuantizedExpertsLora if is_packed else ExpertsLora
     return model
+
+
+def restore_peft_layers(model: Any) -> None:
+    """Give a model's LoRA on experts back to peft's layer: peft 0.21 asks for its class by name.
+
+    It does so where a second adapter is put on. `adapt_experts` turns them again.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ExpertsLora):
+            layer.__class__ = ParamWrapper
