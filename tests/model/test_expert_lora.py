@@ -78,11 +78,12 @@ def fallback(x, weight):
     return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=OFFSETS)
 
 
+LINEAR = torch.nn.functional.linear
 PRODUCTS = {
     "an expert, @": lambda w: X @ w[1],
     "an expert, mm": lambda w: torch.mm(X, w[1]),
-    "an expert, linear": lambda w: torch.nn.functional.linear(X, w.transpose(1, 2)[1]),
-    "linear with a bias": lambda w: torch.nn.functional.linear(X, w[2].transpose(0, 1), torch.ones(12)),
+    "an expert, linear": lambda w: LINEAR(X, w.transpose(1, 2)[1]),
+    "linear with a bias": lambda w: LINEAR(X, w[2].transpose(0, 1), torch.ones(12)),
     "an expert by a tensor": lambda w: torch.matmul(X, w[torch.tensor(2)]),
     "in float32": lambda w: X @ w[0].float(),
     "batches": lambda w: torch.bmm(X.view(3, 2, 8), w),
