@@ -14,7 +14,8 @@ from luthier.export.model_layout import base_folder
 from luthier.export.weight_files import SHARD_BYTES, list_weight_files
 from luthier.model.artifact import Artifact
 from luthier.model.experts import find_experts
-from luthier.model.model_class import read_folder_class
+from luthier.model.load import find_unpacked_modules
+from luthier.model.model_class import build_empty_model, read_folder_class
 from luthier.model.model_files import WEIGHT_INDEX_FILE
 from luthier.model.processor import copy_processor_files
 from luthier.storage.manifest import MANIFEST
@@ -115,9 +116,12 @@ def _quantize_with_bitsandbytes(
     # weights.
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     trust = artifact.base.trust_remote_code
+    architecture = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    empty = build_empty_model(architecture, artifact.task, trust)
+    skipped = find_unpacked_modules(empty)
     model = read_folder_class(folder, artifact.task, trust).from_pretrained(
         folder,
-        quantization_config=make(**settings),
+        quantization_config=make(**settings, llm_int8_skip_modules=skipped),
         dtype="auto",
         device_map={"": device},
         # Never left out: transformers would ask at the terminal.

@@ -4,7 +4,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,17 @@ from luthier.environment import quiet_bitsandbytes
 from luthier.errors import UserError
 from luthier.model import gguf, quantized, source
 from luthier.model.adapter_keys import open_adapter
+from luthier.model.adapter_targets import find_bypassed_layers
 from luthier.model.artifact import Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
 from luthier.model.expert_adapters import load_adapter
 from luthier.model.experts import find_experts
-from luthier.model.model_class import build_empty_model, choose_attention, resolve_model_class
+from luthier.model.model_class import (
+    build_empty_model,
+    choose_attention,
+    find_text_modules,
+    resolve_model_class,
+)
 from luthier.model.model_files import (
     ADAPTER_WEIGHTS_FILE,
     WEIGHT_INDEX_FILE,
@@ -114,6 +120,7 @@ def load_model(
             **config.kwargs,
             **kwargs,
         }
+        _leave_modules_unpacked(settings, config, architecture, task)
         with _pack_experts(quantization):
             model, loaded = model_class.from_pretrained(path, **settings, output_loading_info=True)
     except Exception as error:
@@ -247,11 +254,67 @@ def insert_quantized_layers(model: Any, quantization: Mapping[str, Any]) -> Any:
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    settings = BitsAndBytesConfig.from_dict(dict(quantization))
+    settings: Any = BitsAndBytesConfig.from_dict(dict(quantization))
+    # What comes quantized says itself what is packed.
+    if "quant_method" not in quantization:
+        skipped = find_unpacked_modules(model, settings.llm_int8_skip_modules)
+        settings.llm_int8_skip_modules = skipped
     with _pack_experts(QuantizationSettings(quantization)):
         quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map=None)
     return quantizer
+
+
+def find_unpacked_modules(model: Any, skipped: Sequence[str] | None = None) -> list[str]:
+    """Return the names of the modules of a model whose weights are not to be packed.
+
+    `model` may be empty, `skipped` is `llm_int8_skip_modules` as the config has it. They are the
+    parts that text does not reach, such as a vision tower; heads of classifiers, which may be new;
+    layers whose weight Mamba's kernels read; and `skipped`, or, where it is None, those that
+    transformers leaves out, which it forgets as soon as a list is set.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    text = find_text_modules(model)
+    names = {*(get_keys_to_not_convert(model) if skipped is None else skipped), *text.others}
+    if model.get_output_embeddings() is None:
+        # What checkpoints of a language model may lack: loading draws it, and packs nothing.
+        poolers = (name for name, _ in model.named_modules() if name.endswith(".pooler"))
+        names.update(text.heads, poolers)
+    return sorted({*names, *find_bypassed_layers(model)})
+
+
+def _leave_modules_unpacked(
+    settings: dict[str, Any], config: ModelConfig, architecture: Any, task: str
+) -> None:
+    """Set in the arguments of `from_pretrained` which modules bitsandbytes does not pack.
+
+    Raises UserError where it would pack none.
+    """
+    from bitsandbytes.nn import Int8Params, Params4bit
+    from transformers import BitsAndBytesConfig
+
+    packing: Any = settings.get("quantization_config")
+    is_quantized = getattr(architecture, "quantization_config", None) is not None
+    if not isinstance(packing, BitsAndBytesConfig) or is_quantized:
+        return
+    named = " beside those in llm_int8_skip_modules" if packing.llm_int8_skip_modules else ""
+    # Building draws random numbers, and a run must not differ by what it asks before.
+    with preserve_random_state():
+        empty = build_empty_model(
+            copy.deepcopy(architecture), task, config.trust_remote_code, dtype=settings["dtype"]
+        )
+    fields = packing.to_dict()
+    # With its mark, the settings would be those of a checkpoint that comes quantized.
+    del fields["quant_method"]
+    quantizer = insert_quantized_layers(empty, fields)
+    packing.llm_int8_skip_modules = quantizer.quantization_config.llm_int8_skip_modules
+    if not any(isinstance(weight, Int8Params | Params4bit) for weight in empty.parameters()):
+        raise UserError(
+            f"quantization: it would pack none of the weights of {type(empty).__name__}:\n"
+            f"bitsandbytes packs linear layers of torch's own class, and there are none{named}. "
+            "Use quantization=none."
+        )
 
 
 def _pack_experts(quantization: QuantizationSettings) -> AbstractContextManager[None]:

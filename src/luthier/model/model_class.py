@@ -212,7 +212,7 @@ def find_text_modules(model: Any) -> TextPart:
     """Return which modules of a model text reaches; see `find_text_part` for the model."""
     modules = dict(model.named_modules())
     prefix = find_text_part(model)
-    heads = _find_heads(model, modules, prefix)
+    heads = _find_heads(model, modules)
     others: list[str] = []
     if prefix:
         others += _modules_beside(model, [prefix, *heads])
@@ -224,20 +224,20 @@ def find_text_modules(model: Any) -> TextPart:
     return TextPart(prefix, heads, tuple(others))
 
 
-def _find_heads(model: Any, modules: dict[str, Any], prefix: str) -> tuple[str, ...]:
+def _find_heads(model: Any, modules: dict[str, Any]) -> tuple[str, ...]:
     """Return the names of the output layers: of a model that writes, or of one that classifies."""
-    from transformers import PreTrainedModel
-
     output = model.get_output_embeddings()
     if output is not None:
         return tuple(name for name, module in modules.items() if module is output)
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     start = next(name for name, module in modules.items() if module is base)
-    children = {f"{start}.{child}".strip("."): layer for child, layer in base.named_children()}
+    inner = base.base_model
+    if inner is base:
+        return ()
     return tuple(
-        name
-        for name, layer in children.items()
-        if prefix and not is_within(prefix, name) and not isinstance(layer, PreTrainedModel)
+        f"{start}.{child}".strip(".")
+        for child, layer in base.named_children()
+        if layer is not inner
     )
 
 

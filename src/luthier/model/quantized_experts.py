@@ -177,6 +177,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         self, model: Any, device_map: Any, **kwargs: Any
     ) -> None:
         experts = [] if self.pre_quantized else find_experts(model)
+        if not self.pre_quantized:
+            _plain_falcon_layers(model)
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         for group in experts:
             if should_convert_module(group.name, self.modules_to_not_convert):
@@ -193,6 +195,16 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def get_quantize_ops(self) -> Any:
         """Return the operation that packs what was loaded."""
         return _ExpertsQuantize(self)
+
+
+def _plain_falcon_layers(model: Any) -> None:
+    """Make Falcon's linear layers torch's own, which compute the same.
+
+    transformers 5.23 passes without a word over other classes than that, and packed nothing.
+    """
+    for layer in model.modules():
+        if type(layer).__name__ == "FalconLinear":
+            layer.__class__ = torch.nn.Linear
 
 
 class _ExpertsQuantize(Bnb4bitQuantize):
