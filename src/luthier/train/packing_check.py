@@ -19,6 +19,7 @@ from luthier.data.batching.collators import FlatteningCollator, PackingCollator,
 from luthier.data.batching.token_rows import Document, TrainingRow
 from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
+from luthier.model.packing_support import PACKING_ADVICE
 from luthier.train.document_masking import PackedDocuments
 
 NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
@@ -224,8 +225,7 @@ def _describe_model(model: Any) -> str:
 
 
 _ADVICE = (
-    "Set trainer.args.packing=false and trainer.args.eval_packing=false; "
-    "trainer.args.train_sampling_strategy=group_by_length keeps padding small. "
+    f"{PACKING_ADVICE} "
     "Another model.attention, or the kernel packages that the model's warnings name, may help too."
 )
 

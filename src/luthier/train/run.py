@@ -15,6 +15,7 @@ from luthier.environment import set_environment
 from luthier.errors import UserError
 from luthier.model.adapter_targets import check_names_in_files
 from luthier.model.device import check_requirements
+from luthier.model.packing_support import check_packing_support
 from luthier.model.positions import check_max_length
 from luthier.record.config_diff import describe_config_changes
 from luthier.record.record import read_record
@@ -66,6 +67,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     check_requirements(config.model, config.trainer.args)
     model.check_model_path(config.model)
     check_max_length(config)
+    check_packing_support(config)
     check_names_in_files(config)
     if config.chat.template is not None:
         try:
