@@ -66,17 +66,18 @@ def base_of(artifact: Artifact, quantization: QuantizationSettings) -> Any:
     label_kwargs = label_settings(artifact)
     base_quantization = quantized.read_quantization_config(artifact.base)
     if base_quantization is not None and not quantization.is_enabled:
-        label_kwargs["quantization_config"] = _make_dequantize_config(artifact, base_quantization)
+        _refuse_packed_for_good(artifact, base_quantization)
+        quantization = QuantizationSettings({"dequantize": True})
     try:
-        model = load_model(artifact.base, quantization, PLACE, task=artifact.task, **label_kwargs)
+        return load_model(artifact.base, quantization, PLACE, task=artifact.task, **label_kwargs)
     # The check is the only step of a LoRA merge that needs the whole model, so the text says how to
     # go without.
     except MemoryError as error:
         raise UserError(too_large(artifact)) from error
-    return model if base_quantization is None else quantized.cast_to_dtype(model, PLACE.dtype)
 
 
-def _make_dequantize_config(artifact: Artifact, quantization: dict[str, Any]) -> Any:
+def _refuse_packed_for_good(artifact: Artifact, quantization: dict[str, Any]) -> None:
+    """Raise UserError where nothing unpacks the base."""
     method = quantized.quantization_method(quantization)
     form = quantized.QUANTIZATION_FORMATS.get(method)
     if form is None or form.dequantize_class is None:
@@ -85,7 +86,6 @@ def _make_dequantize_config(artifact: Artifact, quantization: dict[str, Any]) ->
             "weights cannot take an adapter in.\nName the model that it was made from: "
             "--base ORGANISATION/MODEL --onto original."
         )
-    return quantized.dequantize_config(artifact.base)
 
 
 def too_large(artifact: Artifact) -> str:

@@ -120,7 +120,7 @@ def _bnb_settings(config: RunConfig, architecture: Any) -> dict[str, Any]:
     if saved is None:
         return config.quantization
     # With the mark transformers takes the empty model for one whose weights are quantized.
-    del architecture.quantization_config
+    quantized.remove_quantization_mark(architecture)
     if config.quantization.dequantize:
         return {}
     method = quantized.quantization_method(saved)

@@ -126,7 +126,7 @@ def load_model(
     except Exception as error:
         raise _as_user_error(error, config, machine) from error
     if quantization.dequantize:
-        model = quantized.cast_to_dtype(model, settings["dtype"])
+        model = quantized.finish_dequantizing(model, settings["dtype"])
     # Training has no use for keys and values of earlier tokens, and warns of them.
     model.config.use_cache = False
     # A checkpoint may ask for its routers' loss, which TRL would compute: the trainer's settings

@@ -4,6 +4,7 @@ Adapters train on them where a kernel is there that has a backward; some can be 
 loading instead (`quantization=dequantize`).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,23 +32,50 @@ class QuantizationFormat:
     packages: tuple[str, ...] = ()
     """The packages that loading it takes."""
     trains: bool = False
-    """Whether gradients go through its layers."""
+    """Whether adapters train on its layers: transformers has a backward, and peft a layer."""
     dequantize_class: str | None = None
     """The config class of transformers that dequantizes it while loading; None if nothing can."""
+    reason: str | None = None
+    """Why nothing trains on it as it is."""
 
 
+_NO_BACKWARD = "no gradient goes through its layers"
+_NO_ADAPTER = "peft has no adapter for its layers"
 QUANTIZATION_FORMATS = {
-    "bitsandbytes": QuantizationFormat("bitsandbytes", ("bitsandbytes",), trains=True),
+    "bitsandbytes": QuantizationFormat(
+        "bitsandbytes", ("bitsandbytes",), True, "BitsAndBytesConfig"
+    ),
     "gptq": QuantizationFormat("GPTQ", ("gptqmodel", "optimum"), trains=True),
     "awq": QuantizationFormat("AWQ", ("gptqmodel",), trains=True),
+    "aqlm": QuantizationFormat("AQLM", ("aqlm",), trains=True),
+    "hqq": QuantizationFormat("HQQ", ("hqq",), trains=True),
+    "torchao": QuantizationFormat("torchao", ("torchao",), trains=True),
     "fp8": QuantizationFormat("fp8", ("kernels",), True, "FineGrainedFP8Config"),
-    "mxfp8": QuantizationFormat("mxfp8", (), False, "FineGrainedFP8Config"),
-    "mxfp4": QuantizationFormat("mxfp4", (), False, "Mxfp4Config"),
+    "mxfp8": QuantizationFormat("mxfp8", (), False, "FineGrainedFP8Config", _NO_BACKWARD),
+    "mxfp4": QuantizationFormat("mxfp4", (), False, "Mxfp4Config", _NO_BACKWARD),
+    "metal": QuantizationFormat("metal", (), False, "MetalConfig", _NO_BACKWARD),
     "compressed-tensors": QuantizationFormat(
-        "compressed-tensors", ("compressed_tensors",), False, "CompressedTensorsConfig"
+        "compressed-tensors", ("compressed_tensors",), False, "CompressedTensorsConfig",
+        "its layers are unpacked at their first forward, one by one and for good",
     ),
-}
-"""The `quant_method` of a config.json -> its format."""
+    "auto-round": QuantizationFormat("AutoRound", reason=_NO_BACKWARD),
+    "bitnet": QuantizationFormat("BitNet", reason=_NO_ADAPTER),
+    "eetq": QuantizationFormat("EETQ", reason=_NO_ADAPTER),
+    "fbgemm_fp8": QuantizationFormat("fbgemm_fp8", reason=_NO_BACKWARD),
+    "fouroversix": QuantizationFormat("fouroversix", reason=_NO_ADAPTER),
+    "fp_quant": QuantizationFormat("FP-Quant", reason=_NO_ADAPTER),
+    "gemma": QuantizationFormat("Gemma's own", reason=_NO_BACKWARD),
+    "gguf": QuantizationFormat("GGUF", reason="such a model is loaded by its file: x.gguf"),
+    "higgs": QuantizationFormat("HIGGS", reason=_NO_BACKWARD),
+    "modelopt": QuantizationFormat("ModelOpt", reason="transformers 5.23 does not read it"),
+    "nvfp4": QuantizationFormat("nvfp4", reason="transformers 5.23 does not read such files"),
+    "quanto": QuantizationFormat("quanto", reason=_NO_ADAPTER),
+    "quark": QuantizationFormat("Quark", reason=_NO_BACKWARD),
+    "sinq": QuantizationFormat("SINQ", reason=_NO_ADAPTER),
+    "spqr": QuantizationFormat("SpQR", reason=_NO_BACKWARD),
+    "vptq": QuantizationFormat("VPTQ", reason=_NO_BACKWARD),
+}  # fmt: skip
+"""The `quant_method` of a config.json -> its format: all of transformers 5.23, and ModelOpt."""
 
 
 def check_quantized_model(config: RunConfig, machine: Machine) -> None:
@@ -66,9 +94,13 @@ def check_quantized_model(config: RunConfig, machine: Machine) -> None:
     method = quantization_method(quantization)
     form = QUANTIZATION_FORMATS.get(method, QuantizationFormat(method))
     if dequantize:
-        problem = _dequantizing_problem(form)
+        problem = compressed_tensors_problem(config.model) or _dequantizing_problem(form)
     else:
-        problem = _training_problem(form, config, machine) or _adapter_problem(form, config.lora)
+        problem = (
+            _training_problem(form, config, machine)
+            or _variant_problem(quantization)
+            or _adapter_problem(form, config.lora)
+        )
     if problem:
         raise UserError(f"model.path={config.model.path} comes quantized ({form.name}): {problem}")
 
@@ -100,23 +132,66 @@ def quantization_method(quantization: Mapping[str, Any]) -> str:
 
 
 def dequantize_config(model: ModelConfig) -> Any:
-    """Return the `quantization_config` that makes `from_pretrained` dequantize a model."""
+    """Return the `quantization_config` that makes `from_pretrained` dequantize a model.
+
+    None for bitsandbytes, whose weights are unpacked when all are there. Raises UserError where
+    transformers would unpack them wrongly.
+    """
     import transformers
 
+    if problem := compressed_tensors_problem(model):
+        raise UserError(f"model.path={model.path} comes quantized (compressed-tensors): {problem}")
     method = quantization_method(read_quantization_config(model) or {})
-    name = str(QUANTIZATION_FORMATS[method].dequantize_class)
+    name = QUANTIZATION_FORMATS[method].dequantize_class
+    if name is None or method == "bitsandbytes":
+        return None
     make: Callable[..., Any] = getattr(transformers, name)
     return make(dequantize=True)
 
 
-def cast_to_dtype(model: Any, dtype: str) -> Any:
-    """Return a dequantized model with all weights in one number format.
+def finish_dequantizing(model: Any, dtype: str) -> Any:
+    """Return a model that was dequantized while loading, as one that never was quantized.
 
-    transformers leaves those that were never quantized in the checkpoint's.
+    All weights are in one number format (transformers leaves those that were never quantized in the
+    checkpoint's), and the model is saved under the names of an unquantized checkpoint.
     """
     import torch
 
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize()  # bitsandbytes unpacks when all weights are there
+    _save_unquantized(model)
+    remove_quantization_mark(model.config)
     return model.to(getattr(torch, dtype))
+
+
+def _save_unquantized(model: Any) -> None:
+    """Have `save_pretrained` write the weights as they are.
+
+    transformers 5.23 reverses on saving what it did on loading, dequantizing included: fp8 is
+    quantized again without a mark in config.json, mxfp4 is saved unpacked under the names of its
+    packed bytes, and mixtures stop in "Undefined Operation encountered!".
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    def identify(conversion: Any) -> tuple[Any, ...]:
+        return (conversion.scope_prefix, *conversion._original_target_patterns)
+
+    unquantized = {identify(each): each for each in get_model_conversion_mapping(model)}
+    conversions = []
+    for conversion in getattr(model, "_weight_conversions", None) or []:
+        steps = getattr(conversion, "operations", [])
+        if not any(hasattr(step, "hf_quantizer") for step in steps):
+            conversions.append(conversion)
+        elif len(steps) > 1:
+            conversions.append(unquantized[identify(conversion)])
+    model._weight_conversions = conversions
+
+
+def remove_quantization_mark(architecture: Any) -> None:
+    """Remove the `quantization_config` of a configuration and of its text part (Kimi K2.5)."""
+    for part in (architecture, architecture.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def read_config_json(model: ModelConfig) -> dict[str, Any]:
@@ -144,8 +219,88 @@ def _dequantizing_problem(form: QuantizationFormat) -> str | None:
     if form.dequantize_class is None:
         formats = QUANTIZATION_FORMATS.values()
         able = ", ".join(other.name for other in formats if other.dequantize_class)
-        return f"it cannot be unpacked while loading; {able} can. Use quantization=none."
-    return _missing_packages(form) if form.name == "compressed-tensors" else None
+        advice = (
+            "Use quantization=none." if form.trains else "Name the model that it was made from."
+        )
+        return f"it cannot be unpacked while loading; {able} can. {advice}"
+    return None if form.trains and form.name == "fp8" else _missing_packages(form)
+
+
+# What transformers 5.23 unpacks of compressed-tensors' schemes, tried with compressed-tensors 0.20.
+# Experts in other schemes come out wrong without an error (NVFP4 without the scale of the matrix,
+# by a factor of thousands), or loading stops in a traceback.
+_DENSE_FORMATS = (
+    "pack-quantized", "float-quantized", "int-quantized", "naive-quantized",
+    "nvfp4-pack-quantized",
+)  # fmt: skip
+_EXPERT_NAMES = ("model.layers.9.mlp.experts.0.up_proj", "model.layers.9.mlp.experts.0.down_proj")
+_EXPERT_COUNTS = re.compile(r"(^|_)(num|n)_(\w+_)?experts$")
+"""Keys of a config.json that count the experts of a mixture."""
+
+
+def compressed_tensors_problem(model: ModelConfig) -> str | None:
+    """Return why transformers cannot unpack a compressed-tensors checkpoint; None if it can."""
+    quantization = read_quantization_config(model) or {}
+    if quantization_method(quantization) != "compressed-tensors":
+        return None
+    groups = list((quantization.get("config_groups") or {}).values())
+    of_experts = [group for group in groups if _names_experts(group)]
+    dense = [group for group in groups if not _names_experts(group)]
+    if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        return f"transformers 5.23 does not unpack sparse weights. {_NAME_ORIGINAL}"
+    if len(dense) > 1 or len(of_experts) > 1:
+        return f"transformers 5.23 unpacks one scheme for all layers, not several. {_NAME_ORIGINAL}"
+    for group in groups:
+        weights, form = _weights_scheme(group, quantization)
+        if form not in _DENSE_FORMATS or weights.get("actorder") in ("group", True):
+            scheme = _describe_scheme(weights, form)
+            return f"luthier has not tried its scheme ({scheme}). {_NAME_ORIGINAL}"
+    if not _packs_experts(model, quantization):
+        return None
+    for group in of_experts or dense:
+        weights, form = _weights_scheme(group, quantization)
+        if not _unpacks_experts(weights, form):
+            scheme = _describe_scheme(weights, form)
+            return f"transformers 5.23 does not unpack experts in {scheme}. {_NAME_ORIGINAL}"
+    return None
+
+
+_NAME_ORIGINAL = "Name the model that it was made from."
+
+
+def _names_experts(group: Mapping[str, Any]) -> bool:
+    """Return whether a group is the one that transformers takes for that of the experts."""
+    return any(str(t).startswith("re:") and "experts" in t for t in group.get("targets") or [])
+
+
+def _packs_experts(model: ModelConfig, quantization: Mapping[str, Any]) -> bool:
+    """Return whether the model is a mixture whose experts are not among those left unquantized."""
+    content = read_config_json(model)
+    if not any(map(_EXPERT_COUNTS.search, [*content, *(content.get("text_config") or {})])):
+        return False
+    patterns = [p for p in quantization.get("ignore") or [] if p.startswith("re:")]
+    return not any(
+        re.match(p.removeprefix("re:"), name) for p in patterns for name in _EXPERT_NAMES
+    )
+
+
+def _weights_scheme(
+    group: Mapping[str, Any], quantization: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], str]:
+    """Return how the weights of a group are quantized, and the format of their tensors."""
+    return group.get("weights") or {}, str(group.get("format") or quantization.get("format"))
+
+
+def _unpacks_experts(weights: Mapping[str, Any], form: str) -> bool:
+    """Return whether transformers 5.23 unpacks the experts of a mixture in a scheme."""
+    if weights.get("type") == "float":
+        return weights.get("num_bits") == 8 and weights.get("strategy") in ("channel", "tensor")
+    return form == "pack-quantized" and bool(weights.get("symmetric", True))
+
+
+def _describe_scheme(weights: Mapping[str, Any], form: str) -> str:
+    keys = ("num_bits", "type", "strategy", "symmetric", "actorder")
+    return ", ".join([form, *(f"{key}={weights[key]}" for key in keys if key in weights)])
 
 
 def _training_problem(form: QuantizationFormat, config: RunConfig, machine: Machine) -> str | None:
@@ -158,11 +313,14 @@ def _training_problem(form: QuantizationFormat, config: RunConfig, machine: Mach
         )
     if not form.trains and form.dequantize_class:
         return (
-            "no gradient goes through its layers. Use quantization=dequantize, which makes whole "
-            "weights of it while loading (in 16 bits: 2 bytes each)."
+            f"{form.reason}. Use quantization=dequantize, which makes whole weights of it while "
+            "loading (in 16 bits: 2 bytes each)."
         )
     if not form.trains:
-        return "luthier cannot train on that. Name the model that it was made from."
+        reason = form.reason or "luthier does not know that format"
+        return f"{reason}. Name the model that it was made from."
+    if form.name == "HQQ" and machine.device_type != "cuda":
+        return f"transformers has no kernel for it on {machine.device}. {_NAME_ORIGINAL}"
     if form.name == "fp8":
         import torch
 
@@ -173,6 +331,18 @@ def _training_problem(form: QuantizationFormat, config: RunConfig, machine: Mach
                 "makes whole weights of it while loading."
             )
     return _missing_packages(form)
+
+
+def _variant_problem(quantization: Mapping[str, Any]) -> str | None:
+    """Return why nothing trains on this variant of a format that trains; None if something does."""
+    if quantization_method(quantization) != "torchao":
+        return None
+    kind = next(iter((quantization.get("quant_type") or {}).values()), None) or {}
+    name = str(kind.get("_type") if isinstance(kind, Mapping) else kind)
+    # As transformers 5.23 reads it.
+    if "8weight" in name.lower():
+        return None
+    return f"no gradient goes through {name}, only through 8 bits. {_NAME_ORIGINAL}"
 
 
 def _adapter_problem(form: QuantizationFormat, lora: LoraSettings) -> str | None:
