@@ -5,10 +5,10 @@ import torch
 import transformers
 
 from helpers.adapter_models import IDS, config_of, logits, prepared, stir, trained
-from helpers.model_families import FAMILIES, family_config, save_family
+from helpers.model_families import FAMILIES, family_config, make_family_model, save_family
 from luthier.errors import UserError
 from luthier.model.adapter_targets import find_target_layers
-from luthier.model.model_class import build_empty_model, find_text_modules
+from luthier.model.model_class import build_empty_model, expose_backbone, find_text_modules
 from luthier.model.trainable import freeze_parameters
 
 DECODER = "model.language_model"
@@ -70,6 +70,16 @@ def test_the_head_of_a_wrapper_that_classifies_trains():
     trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "score.weight" in trained_names
     assert not any("vision" in name for name in trained_names)
+
+
+@pytest.mark.parametrize("name", ["llama4", "llama4_text"])
+def test_the_backbone_of_llama_4_gives_what_the_output_layer_takes(name):
+    model = make_family_model(name)
+    # When this fails, transformers is mended and `expose_backbone` needless.
+    assert transformers.PreTrainedModel.base_model.fget(model) is model
+    expose_backbone(model)
+    hidden = model.base_model(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), logits(model))
 
 
 @pytest.fixture(scope="module", params=["qwen3_5", "qwen3_vl", "gemma4"])

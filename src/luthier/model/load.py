@@ -24,6 +24,7 @@ from luthier.model.experts import find_experts
 from luthier.model.model_class import (
     build_empty_model,
     choose_attention,
+    expose_backbone,
     find_text_modules,
     resolve_model_class,
 )
@@ -144,6 +145,7 @@ def load_model(
         )
     model.new_layers = sorted({name.rpartition(".")[0] for name in new})
     keep_backward_kernels(model)
+    expose_backbone(model)
     return model
 
 

@@ -6,6 +6,7 @@ bear that class's names: so it loads them, and the text decoder within it is wha
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,30 @@ def build_empty_model(
     with torch.device("meta"):
         # A class of one model builds by another name, and knows nothing of code to trust.
         if hasattr(model_class, "_from_config"):
-            return model_class._from_config(architecture, **settings)
-        return model_class.from_config(
-            architecture, trust_remote_code=trust_remote_code, **settings
-        )
+            model = model_class._from_config(architecture, **settings)
+        else:
+            model = model_class.from_config(
+                architecture, trust_remote_code=trust_remote_code, **settings
+            )
+    expose_backbone(model)
+    return model
+
+
+def expose_backbone(model: Any) -> None:
+    """Have `model.base_model` be the layers below the output layer, whose output losses take.
+
+    transformers 5.23 gives the model itself for Llama 4, Mllama and a dozen more classes, and TRL
+    1.16 then finds no `last_hidden_state`. The property is of the class, so all its models have it.
+    """
+    from transformers import PreTrainedModel
+
+    if model.base_model is not model:
+        return
+    modules = dict(model.named_modules())
+    for name in ("language_model.model", "model"):
+        if isinstance(modules.get(name), PreTrainedModel):
+            type(model).base_model = property(methodcaller("get_submodule", name))
+            return
 
 
 def _auto_classes(architecture: Any, task: str) -> list[Any]:

@@ -16,6 +16,7 @@ from luthier.data.streaming import TokenRowStream
 from luthier.model.adapter_targets import bypassed_layer_suffixes
 from luthier.model.expert_adapters import describe_experts
 from luthier.model.experts import describe_unpacked_experts, unpacked_expert_bytes
+from luthier.model.model_class import find_text_modules
 from luthier.storage.atomic import write_jsonl
 from luthier.terminal import make_console
 
@@ -43,6 +44,8 @@ def print_model(
         f"on {machine.device} in {machine.dtype}{packing}, "
         f"attention {attention}"
     )
+    if frozen := _describe_frozen_parts(model):
+        print_line(f"{'':10}its text part trains; frozen: {frozen}")
     bypassed = bypassed_layer_suffixes(model) if hasattr(model, "peft_config") else []
     if bypassed:
         print_line(f"          no adapter on {', '.join(bypassed)}: kernels would pass it by")
@@ -53,6 +56,22 @@ def print_model(
     experts = describe_experts(model, lora)
     if experts is not None:
         print_line(f"experts   {experts}")
+
+
+def _describe_frozen_parts(model: Any) -> str:
+    """Return the parts of a model that text does not reach, with their layers, if none trains."""
+    import torch
+
+    texts = []
+    for name in find_text_modules(model).others:
+        part = model.get_submodule(name)
+        if any(parameter.requires_grad for parameter in part.parameters()):
+            continue
+        stacks = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
+        layers = max(map(len, stacks), default=0)
+        count = f" ({layers} {'layer' if layers == 1 else 'layers'})" if layers else ""
+        texts.append(f"{name.removeprefix('base_model.model.')}{count}")
+    return ", ".join(texts)
 
 
 def print_data(prepared: PreparedData, answers: str = "") -> None:
