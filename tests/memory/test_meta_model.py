@@ -128,6 +128,6 @@ def test_a_step_holds_the_unpacked_experts_of_one_layer_where_it_checkpoints(sha
         parts = {item.name: item.bytes for item in plan_memory(config).best.parts}
         peaks[checkpoints] = sum(parts.get(name, 0) for name in ("activations", "backward"))
     unpacked = 2 * experts * 3 * hidden * inner
-    # What was unpacked, and the gradient of one of the two matrices.
-    assert unpacked * 1.3 < peaks[True] < unpacked * 2
+    # What was unpacked; frozen weights have no gradient.
+    assert unpacked < peaks[True] < unpacked * 1.3
     assert peaks[False] > layers * unpacked

@@ -4,8 +4,10 @@ import random
 
 import pytest
 import torch
+from transformers.integrations import moe
 
 from helpers.memory_configs import INT8, LORA, NF4
+from helpers.model_families import save_family
 from luthier.memory import kernels, meta_model, simulate, workload
 from luthier.memory.simulate import GRADIENTS
 from luthier.model.adapters import add_adapter
@@ -51,6 +53,22 @@ def test_a_step_of_shapes_holds_what_a_real_step_holds(settings, tiny, configure
     assert planned.weights == done.weights
     assert planned.held == done.held
     assert planned.peaks[1.0].bytes == done.peaks[1.0].bytes
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["LoRA on experts", "experts as they are"])
+def test_a_mixture_holds_what_a_real_step_of_torchs_product_holds(
+    trains, configured, tmp_path, monkeypatch
+):
+    save_family(tmp_path, "qwen3_moe")
+    lora = LORA | {"experts": trains, "lora_dropout": 0.0}
+    config = configured(tmp_path, lora=lora, per_device_train_batch_size=1)
+    machine = workload.machine_for(config.model, workload.detect_hardware(config.model))
+    work = workload.read_workload(config, machine)
+    planned = simulate.simulate_step(meta_model.build_meta_model(config, machine), work, "cpu")
+    monkeypatch.setattr(kernels, "grouped_mm", moe._grouped_mm)
+    done = simulate._run_step(load_real_model(config, machine), work, "cpu", (1.0,))
+    assert planned.weights == done.weights
+    assert planned.peaks[1.0].bytes == pytest.approx(done.peaks[1.0].bytes, rel=0.002)
 
 
 def simulated(config, kind="cpu", shares=(1.0,)):

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.overrides import handle_torch_function
 
 BLOCK_BYTES = {"cuda": 512, "cpu": 64, "mps": 256}
 """Bytes that the allocator of each type of device rounds up to."""
@@ -30,8 +31,7 @@ def device_kernels(device_type: str, flash: bool = False) -> Iterator[None]:
     from trl.kernels import chunked_logprob
 
     with ExitStack() as stack:
-        # Products of experts: torch's own without values takes 16 bits alone, the other any format.
-        stack.enter_context(patch.object(moe, "_can_use_grouped_mm", _make_nothing))
+        stack.enter_context(patch.object(moe, "_grouped_mm", grouped_mm))
         # Whether rows hold several documents cannot be seen in positions without values.
         stack.enter_context(
             patch.object(masking_utils, "find_packed_sequence_indices", _make_nothing)
@@ -47,6 +47,22 @@ def device_kernels(device_type: str, flash: bool = False) -> Iterator[None]:
             functional = torch.nn.functional
             stack.enter_context(patch.object(functional, "scaled_dot_product_attention", kernel))
         yield
+
+
+def grouped_mm(x: torch.Tensor, weight: Any, offs: torch.Tensor) -> torch.Tensor:
+    """Multiply groups of rows [rows, inputs] by the experts of a weight [experts, inputs, outputs].
+
+    torch's own product takes 16 bits alone where there are no values. That of transformers takes
+    all, but makes a gradient of frozen weights, too, which torch's does not.
+    """
+    if not isinstance(weight, torch.Tensor):
+        result: torch.Tensor = handle_torch_function(grouped_mm, (weight,), x, weight, offs=offs)
+        return result
+    x = x.to(weight.dtype)
+    if not weight.requires_grad:
+        return x @ weight[0]
+    product: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offs)
+    return product
 
 
 def cuda_attention(
