@@ -24,6 +24,14 @@ def gpu(gib, count=1):
     return workload.hypothetical_gpus(int(gib * 2**30), count)
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["single rows", "packed rows"])
+def test_padding_of_documents_that_is_not_counted_is_named(shapes, wide, configured, packing):
+    lfm2 = shapes("lfm2", TINY | {"layer_types": ["conv", "full_attention"]}, "Lfm2Config")
+    for folder, is_named in ((lfm2, packing), (wide, False)):
+        plan = plan_memory(configured(folder, packing=packing), gpu(24))
+        assert ("carry a state" in " ".join(plan.workload.assumptions)) == is_named
+
+
 def test_parts_add_up(wide, configured):
     found = plan_memory(configured(wide, max_length=256), gpu(24))
     named = parts(found.best)

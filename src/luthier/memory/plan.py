@@ -169,6 +169,9 @@ def _plan_workload(
         for sharding in shardings
     ]
     weights = next(iter(steps.values())).weights
+    if config.trainer.args.packing and any(map(_is_convolution, weights)):
+        notes = (*workload.assumptions, _DOCUMENT_PADDING)
+        workload = replace(workload, assumptions=notes)
     return MemoryPlan(
         name=config.recipe or config.model.path,
         model=config.model.path,
@@ -181,6 +184,18 @@ def _plan_workload(
         estimates=tuple(estimates),
         unpacked_experts=_unpacked_experts(weights),
     )
+
+
+_DOCUMENT_PADDING = (
+    "trainer.args.packing: layers that carry a state compute documents of like length side by "
+    "side. The padding behind these is not counted; it is less than half of what such layers hold."
+)
+
+
+def _is_convolution(weight: Weight) -> bool:
+    """Tell whether a weight is a convolution over tokens, channel by channel, as in Mamba."""
+    is_depthwise = len(weight.shape) == 3 and weight.shape[1] == 1
+    return bool(weight.layer) and is_depthwise and not weight.is_expert
 
 
 def _unpacked_experts(weights: Sequence[Weight]) -> dict[str, int]:
