@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -110,6 +111,39 @@ def test_evaluation_loss_does_not_depend_on_the_batch_size(tmp_path, batch):
     net, data = model(), rows()
     expected = reference_loss(net, data).item()
     made = trainer(net, tmp_path, data, per_device_eval_batch_size=batch)
+    assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+SCALED = {
+    # what the class does with its logits, and not in its output layer
+    "granite": ("GraniteConfig", {"logits_scaling": 0.25}),
+    "cohere": ("CohereConfig", {"logit_scale": 4.0}),
+    "gemma2": ("Gemma2Config", {"final_logit_softcapping": 0.5, "head_dim": 8}),
+    "falcon_h1": ("FalconH1Config", {"lm_head_multiplier": 4.0, "mamba_d_ssm": 32,
+                                     "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_loss_is_that_of_the_models_own_logits(name, tmp_path):
+    config, settings = SCALED[name]
+    torch.manual_seed(0)
+    net = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, pad_token_id=1, eos_token_id=2,
+            bos_token_id=1, **settings,
+        )
+    )  # fmt: skip
+    net.get_output_embeddings().weight.data.mul_(30)
+    data = rows()
+    with torch.no_grad():
+        expected = reference_loss(net.eval(), data).item()
+        # The setting matters: with the output layer's own logits the loss is another one.
+        hidden = net.base_model(torch.tensor([data["input_ids"][1]])).last_hidden_state
+        logits = net(torch.tensor([data["input_ids"][1]])).logits
+        assert (net.get_output_embeddings()(hidden) - logits).abs().max() > 0.1
+    made = trainer(net, tmp_path, data, per_device_eval_batch_size=3)
     assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
