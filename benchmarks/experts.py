@@ -11,7 +11,8 @@ of 128 tokens. For each way of `experts_implementation`, against `eager`, a loop
 - `repeats`: whether the same step gives the same gradients, bit by bit.
 
 `batched_mm` copies the weights of its experts for each token, so it takes minutes on a CPU and is
-measured with `--batched` alone. transformers (5.23) takes `grouped_mm` where nobody names one, and luthier leaves it at that.
+measured with `--batched` alone. transformers (5.23) takes `grouped_mm` where nobody names one, and
+luthier leaves it at that.
 """
 
 from __future__ import annotations
