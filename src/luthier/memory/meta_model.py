@@ -92,8 +92,10 @@ def _empty_model(
     is_flash = any(name in attention for name in _FLASH_KERNELS)
 
     # A head that scores texts asks for a padding token as soon as a batch has two rows.
-    if architecture.get_text_config().pad_token_id is None:
-        architecture.get_text_config().pad_token_id = 0
+    # Configs of some types (CodeGen, CPM-Ant, RWKV) have no such field.
+    text_config = architecture.get_text_config()
+    if getattr(text_config, "pad_token_id", None) is None:
+        text_config.pad_token_id = 0
     try:
         empty = build_empty_model(
             architecture,
