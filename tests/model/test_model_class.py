@@ -8,7 +8,12 @@ from helpers.adapter_models import IDS, config_of, logits, prepared, stir, train
 from helpers.model_families import FAMILIES, family_config, make_family_model, save_family
 from luthier.errors import UserError
 from luthier.model.adapter_targets import find_target_layers
-from luthier.model.model_class import build_empty_model, expose_backbone, find_text_modules
+from luthier.model.model_class import (
+    build_empty_model,
+    check_trains_on_text,
+    expose_backbone,
+    find_text_modules,
+)
 from luthier.model.trainable import freeze_parameters
 
 DECODER = "model.language_model"
@@ -80,6 +85,19 @@ def test_the_backbone_of_llama_4_gives_what_the_output_layer_takes(name):
     expose_backbone(model)
     hidden = model.base_model(input_ids=IDS).last_hidden_state
     torch.testing.assert_close(model.get_output_embeddings()(hidden), logits(model))
+
+
+@pytest.mark.parametrize("config", ["Blip2Config", "Kosmos2Config", "Molmo2Config"])
+def test_what_trains_on_more_than_text_alone_is_refused(config):
+    with pytest.raises(UserError, match=f"{config[:-6]}.* cannot train on text alone"):
+        check_trains_on_text(getattr(transformers, config)())
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_families_that_train_on_text_are_not_refused(name):
+    config = family_config(name)
+    config.architectures = [FAMILIES[name].architecture]
+    check_trains_on_text(config)
 
 
 @pytest.fixture(scope="module", params=["qwen3_5", "qwen3_vl", "gemma4"])

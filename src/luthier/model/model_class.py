@@ -4,6 +4,8 @@ Checkpoints of models that see or hear name a class that wraps a text decoder, a
 bear that class's names: so it loads them, and the text decoder within it is what trains on text.
 """
 
+import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import methodcaller
@@ -21,6 +23,11 @@ TASK_CLASSES = {
 """The task of a model in peft's words -> the class of transformers that such models load by."""
 _WRAPPER_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Classes of transformers for models that write, and read more than text."""
+_OTHER_INPUTS = re.compile(
+    r"pixel_values|image_embeds|image_encoder_embeddings|input_features|encoder_inputs_embeds"
+    r"|mm_token_type_ids"
+)
+"""Inputs beside text, as the errors of transformers name them."""
 _IMAGE_LAYERS = {
     "MllamaCrossAttentionDecoderLayer": "",
     "Ernie4_5_VLMoeMoeBlock": "vision_moe",
@@ -136,6 +143,29 @@ def build_empty_model(
             )
     expose_backbone(model)
     return model
+
+
+def check_trains_on_text(architecture: Any, trust_remote_code: bool = False) -> None:
+    """Raise UserError for a causal language model whose training asks for more than text.
+
+    An empty model that reads more than text is given a row of it; nothing is loaded.
+    """
+    import torch
+
+    if not architecture.sub_configs or architecture.is_encoder_decoder:
+        return
+    model = build_empty_model(copy.deepcopy(architecture), "CAUSAL_LM", trust_remote_code).train()
+    row = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    try:
+        model(input_ids=row, attention_mask=torch.ones_like(row))
+    except (ValueError, TypeError) as error:
+        if _OTHER_INPUTS.search(str(error)):
+            raise UserError(
+                f"model.path: {type(model).__name__} cannot train on text alone: {error}"
+            ) from error
+    except Exception:
+        # Without values some forwards cannot go on, which says nothing of their inputs.
+        return
 
 
 def expose_backbone(model: Any) -> None:

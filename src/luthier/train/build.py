@@ -18,7 +18,8 @@ from luthier.data.examples import DatasetSources
 from luthier.data.prepare import PreparedData, prepare
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
-from luthier.model.load import resolve_attention
+from luthier.model.load import read_model_config, resolve_attention
+from luthier.model.model_class import check_trains_on_text
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
 from luthier.record.plots import collect_data_numbers, plot_data
@@ -113,6 +114,9 @@ def build_session(
     is_recorded = is_main_process and not config.dry_run
     method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
     quantized.check_quantized_model(config, machine)
+    if facts.task == "CAUSAL_LM":
+        architecture = read_model_config(config.model)
+        check_trains_on_text(architecture, config.model.trust_remote_code)
     machine = resolve_attention(config.model, machine, facts.task)
     check_router_loss(config)
     tokenizer = load_tokenizer(config.model)
