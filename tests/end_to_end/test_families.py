@@ -24,8 +24,7 @@ REFUSED = {("bloom", "pack"): "ALiBi biases"}
 
 ADAPTERS, START = ("lora", "nf4"), ("full", "lora")
 UNSOLVED = {
-    "gpt_oss": START, "gemma2": START, "bloom": START,
-    "mamba2": START, "granite_moe_hybrid": START, "qwen3_moe": (*START, "nf4", "pack"),
+    "qwen3_moe": (*START, "nf4", "pack"),
     "mixtral": ADAPTERS, "deepseek_v3": ADAPTERS, "glm4_moe": ADAPTERS,
     "qwen3_next": ADAPTERS, "falcon_h1": ADAPTERS,
     "nemotron_h": ADAPTERS, "qwen3_5_moe": ("lora",),
