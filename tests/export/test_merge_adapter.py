@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import quantized_checkpoints as qc
 from helpers.adapter_models import INT8, NF4, load
 from helpers.chatml import CHATML, byte_tokenizer
 from helpers.export_runs import ids_of, make_base, make_run, read
@@ -131,6 +132,23 @@ def test_a_merged_model_says_what_the_adapter_says(kind, groups, bases, tmp_path
     assert (plain - wanted[..., : plain.shape[-1]]).abs().max() > 1e-3
     assert "the likeliest token is the same at 100.0% of the places" in out
     assert ("whole  " in out) == ("method" in groups.get("lora", {}))
+
+
+def test_a_merge_onto_an_fp8_base_is_whole_and_in_the_format_of_its_config(base, tmp_path, luthier):
+    packed, whole = qc.quantize_checkpoint(base, tmp_path, qc.pack_fp8, qc.FP8)
+    content = read(packed / "config.json") | {"dtype": "bfloat16"}
+    (packed / "config.json").write_text(json.dumps(content))
+    run = make_run(tmp_path / "run", packed, quantization={"dequantize": True}, lora=LORA)
+    code, out, _ = luthier("merge", run)
+    assert code == 0
+    assert "its base comes quantized" in out
+    config = read(run / "merged" / "config.json")
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    merged = load_file(run / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
+    assert set(merged) == set(load_file(whole / "model.safetensors"))
+    assert (logits(loaded(run / "merged")) - with_adapter(whole, run)).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("dtype, bound", [("bfloat16", 0.01), ("float16", 0.001)])

@@ -15,7 +15,7 @@ from luthier.model import quantized
 from luthier.model.artifact import Artifact
 from luthier.model.device import Machine
 from luthier.model.expert_adapters import load_adapter
-from luthier.model.load import label_settings, load_model
+from luthier.model.load import label_settings, load_model, read_model_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +220,9 @@ def merge_in_memory(
     import torch
 
     model = base_of(artifact, QuantizationSettings())
-    model_dtype = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
+    # The model's own says in what it was loaded.
+    saved_dtype = getattr(read_model_config(artifact.base), "dtype", None)
+    model_dtype = str(saved_dtype or "float32").removeprefix("torch.")
     if layout is not None:
         _round_as_trained(model, layout, artifact.quantization)
     grow_embeddings(model, adapters)

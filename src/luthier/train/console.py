@@ -39,6 +39,8 @@ def print_model(
     text_config = model.config.get_text_config()
     attention = getattr(text_config, "_attn_implementation", None) or machine.attention
     packing = ", quantized" if quantization.is_enabled else ""
+    if quantization.dequantize:
+        packing = ", dequantized"
     print_line(
         f"model     {type(model).__name__}, {trained / 1e6:.2f} M parameters train, "
         f"on {machine.device} in {machine.dtype}{packing}, "
