@@ -87,10 +87,31 @@ def test_the_backbone_of_llama_4_gives_what_the_output_layer_takes(name):
     torch.testing.assert_close(model.get_output_embeddings()(hidden), logits(model))
 
 
-@pytest.mark.parametrize("config", ["Blip2Config", "Kosmos2Config", "Molmo2Config"])
-def test_what_trains_on_more_than_text_alone_is_refused(config):
-    with pytest.raises(UserError, match=f"{config[:-6]}.* cannot train on text alone"):
+IMAGES_TOO = "cannot be trained on text alone"
+NO_CLASS = "no class that loads it as a language model"
+REFUSED = {
+    "Blip2Config": IMAGES_TOO,
+    "Kosmos2Config": IMAGES_TOO,
+    "Molmo2Config": IMAGES_TOO,
+    "Florence2Config": NO_CLASS,
+    "Pix2StructConfig": NO_CLASS,
+    "UdopConfig": NO_CLASS,
+    "T5Config": "trainer=seq2seq is for",
+}
+
+
+@pytest.mark.parametrize("config", REFUSED)
+def test_what_does_not_train_on_text_alone_is_refused(config):
+    with pytest.raises(UserError, match=REFUSED[config]):
         check_trains_on_text(getattr(transformers, config)())
+
+
+def test_a_model_that_cannot_be_built_empty_is_not_judged():
+    config = family_config("gemma3")
+    config.text_config.hidden_activation = "none such"
+    with pytest.raises(KeyError):
+        build_empty_model(config, "CAUSAL_LM")
+    check_trains_on_text(config)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -26,6 +26,7 @@ from luthier.memory.workload import (
 )
 from luthier.model.device import Machine
 from luthier.model.load import read_model_config, resolve_attention
+from luthier.model.model_class import check_trains_on_text
 
 USUAL_GPU_COUNTS = (2, 4, 8)
 """Numbers of GPUs that a simulated step can be read for later, to say what more of them give."""
@@ -131,6 +132,9 @@ def _errors_in_words(config: RunConfig) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if METHODS[config.trainer.method].task == "CAUSAL_LM":
+            # What the run itself refuses is refused here in the same words.
+            check_trains_on_text(read_model_config(config.model), config.model.trust_remote_code)
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
             f"model.path={config.model.path}: the plan cannot try a step of this model: "

@@ -146,26 +146,42 @@ def build_empty_model(
 
 
 def check_trains_on_text(architecture: Any, trust_remote_code: bool = False) -> None:
-    """Raise UserError for a causal language model whose training asks for more than text.
+    """Raise UserError for a model that no class here trains to write, or not on text alone.
 
-    An empty model that reads more than text is given a row of it; nothing is loaded.
+    An empty model that reads more than text is given a row of it; nothing is loaded. A model that
+    cannot be built or tried without its weights is not judged.
     """
     import torch
 
+    if not trust_remote_code and not has_model_class(architecture, "CAUSAL_LM"):
+        raise UserError(_no_class_message(architecture))
     if not architecture.sub_configs or architecture.is_encoder_decoder:
         return
-    model = build_empty_model(copy.deepcopy(architecture), "CAUSAL_LM", trust_remote_code).train()
     row = torch.zeros(1, 4, dtype=torch.long, device="meta")
     try:
-        model(input_ids=row, attention_mask=torch.ones_like(row))
+        model = build_empty_model(copy.deepcopy(architecture), "CAUSAL_LM", trust_remote_code)
+        model.train()(input_ids=row, attention_mask=torch.ones_like(row))
     except (ValueError, TypeError) as error:
         if _OTHER_INPUTS.search(str(error)):
+            name = type(architecture).__name__.removesuffix("Config")
             raise UserError(
-                f"model.path: {type(model).__name__} cannot train on text alone: {error}"
+                f"model.path: {name} cannot be trained on text alone: {error}"
             ) from error
+    # Without values some forwards cannot go on, and some models cannot be built, which says
+    # nothing of their inputs.
     except Exception:
-        # Without values some forwards cannot go on, which says nothing of their inputs.
         return
+
+
+def _no_class_message(architecture: Any) -> str:
+    """Return why a model that transformers loads by no class for text cannot be trained."""
+    message = (
+        f"model.path: this is a {architecture.model_type} model, and transformers has no class "
+        "that loads it as a language model."
+    )
+    if has_model_class(architecture, "SEQ_2_SEQ_LM"):
+        return f"{message} It is an encoder-decoder: trainer=seq2seq is for those."
+    return f"{message} luthier does not train it to write."
 
 
 def expose_backbone(model: Any) -> None:
