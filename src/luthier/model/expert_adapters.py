@@ -8,6 +8,7 @@ router gets one, when an adapter is made and again when it is loaded. So luthier
 converting what it makes itself, and saves such layers as `target_parameters`, which peft leaves.
 """
 
+import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -309,23 +310,56 @@ def load_adapter(model: Any, folder: "str | Path", name: str = "default") -> Any
     """
     import peft
 
-    from luthier.model.expert_lora import adapt_experts, restore_peft_layers
+    from luthier.model.expert_lora import adapt_experts
 
     settings: Any = peft.PeftConfig.from_pretrained(str(folder))
-    layers = _layers_named_as_parameters(model, getattr(settings, "target_parameters", None) or ())
-    if layers:
-        linear = {f"{layer}{_WEIGHT}" for layer in layers}
-        settings.target_parameters = [
-            target for target in settings.target_parameters if not _matches(target, linear)
-        ] or None
-        settings.target_modules = {*settings.target_modules, *layers}
-    with unconverted_targets() if layers else nullcontext():
+    with _read_as_layers(model, settings):
         if isinstance(model, peft.PeftModel):
-            restore_peft_layers(model)
             model.load_adapter(str(folder), name, peft_config=settings)
         else:
             model = peft.PeftModel.from_pretrained(model, str(folder), name, config=settings)
     return adapt_experts(model)
+
+
+def add_drawn_adapter(model: Any, name: str, config: Any) -> None:
+    """Put one more adapter on a `PeftModel`, with newly drawn weights, as its `add_adapter` does.
+
+    `config` is that of an adapter which is on the model, and stays as it is.
+    """
+    from luthier.model.expert_lora import adapt_experts
+
+    settings = copy.deepcopy(config)
+    with _read_as_layers(model, settings):
+        type(model).add_adapter(model, name, settings)
+    adapt_experts(model)
+
+
+@contextmanager
+def _read_as_layers(model: Any, settings: Any) -> Iterator[None]:
+    """Let peft put the adapter of `settings` on a model, linear layers named as parameters too.
+
+    Changes `settings`. LoRA on experts that is on the model is peft's own within the block.
+    """
+    from luthier.model.expert_lora import restore_peft_layers
+
+    layers = _layers_named_as_parameters(model, getattr(settings, "target_parameters", None) or ())
+    # peft 0.21 wants all adapters of a model to name the same parameters.
+    present = list(getattr(model, "peft_config", {}).values())
+    before = [getattr(config, "target_parameters", None) for config in present]
+    if layers:
+        linear = {f"{layer}{_WEIGHT}" for layer in layers}
+        for config in (settings, *present):
+            named = getattr(config, "target_parameters", None) or ()
+            config.target_parameters = [t for t in named if not _matches(t, linear)] or None
+        settings.target_modules = {*settings.target_modules, *layers}
+    restore_peft_layers(model)
+    try:
+        with unconverted_targets() if layers else nullcontext():
+            yield
+    finally:
+        for config, parameters in zip(present, before, strict=True):
+            if layers:
+                config.target_parameters = parameters
 
 
 def _layers_named_as_parameters(model: Any, targets: Collection[str]) -> list[str]:

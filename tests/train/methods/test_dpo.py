@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from helpers.model_families import family_config
 from helpers.preference_trainer import (
     CHAT,
     PREFERENCES,
@@ -128,6 +130,26 @@ def test_an_adapter_at_its_start_is_its_own_reference(tmp_path):
     assert measured["eval_rewards/margins"] == 0
     trained = {name for name, part in made.model.named_parameters() if part.requires_grad}
     assert trained and all("lora_" in name and ".default." in name for name in trained)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_an_adapter_on_experts_is_copied_as_the_reference(tmp_path, family):
+    torch.manual_seed(0)
+    config = family_config(family)
+    net = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    made = build(tmp_path, lora(net, init_lora_weights=False))
+    adapted = made.model
+    assert list(adapted.peft_config) == ["default", "ref"]
+    own = {name for name, _ in adapted.named_parameters() if ".default." in name}
+    copies = {name for name, _ in adapted.named_parameters() if ".ref." in name}
+    assert any("experts" in name for name in own)
+    assert copies == {name.replace(".default.", ".ref.") for name in own}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = adapted(ids).logits.detach()
+    adapted.set_adapter("ref")
+    torch.testing.assert_close(adapted(ids).logits, before)
+    adapted.set_adapter("default")
+    assert made.evaluate()["eval_loss"] == pytest.approx(math.log(2), rel=1e-5)
 
 
 @pytest.mark.train

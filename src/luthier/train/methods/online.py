@@ -26,6 +26,7 @@ from luthier.infer.generate import patched_output_layer
 from luthier.train.evaluation import unsharded_weights
 from luthier.train.methods.encoders import make_chat_encoder
 from luthier.train.methods.method import name_eval_sets
+from luthier.train.methods.reference_model import copy_adapter_undrawn
 from luthier.train.trainers.base import (
     TrainerMixin,
     keep_weight_precision,
@@ -171,7 +172,7 @@ class OnlineTrainerMixin(TrainerMixin, Base):
         self._prompt_ids: list[list[int]] = []
         self._eval_set = ""
         self._eval_rewards: list[torch.Tensor] = []
-        with keep_weight_precision(model):
+        with copy_adapter_undrawn(model), keep_weight_precision(model):
             super().__init__(
                 model=model,
                 # TRL looks at the first row, and takes nothing but a `datasets.Dataset`.

@@ -6,6 +6,7 @@ The reference is the model with its adapter off, or a model of its own for full 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from luthier.data.batching.preference_collators import TableWithColumns
 from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.device import Machine
+from luthier.model.expert_adapters import add_drawn_adapter
 from luthier.model.load import load_model
 from luthier.model.trainable import add_new_rows
 
@@ -103,16 +105,24 @@ def _score_batches(
 
 @contextmanager
 def copy_adapter_undrawn(model: Any) -> Iterator[None]:
-    """Let TRL copy the adapter within the block without drawing weights for the copy first.
+    """Let TRL copy the adapter within the block, also on experts, without drawing weights first.
 
     PiSSA, OLoRA and their like change the base model's weights when an adapter is drawn; the copy
     gets the adapter's weights in any case.
     """
-    configs = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    configs = list(model.peft_config.values())
     initializations = [vars(config).get("init_lora_weights", True) for config in configs]
     for config in configs:
         config.init_lora_weights = True
-    yield
+    # peft 0.21 by itself puts no second adapter on luthier's layers of experts.
+    vars(model)["add_adapter"] = partial(add_drawn_adapter, model)
+    try:
+        yield
+    finally:
+        del vars(model)["add_adapter"]
     for config, initialization in zip(configs, initializations, strict=True):
         config.init_lora_weights = initialization
 
