@@ -321,6 +321,18 @@ def test_models_without_a_mask_for_each_query_are_planned(kind, sizes, shapes, c
     assert found.workload.masked and found.fits
 
 
+REFUSED = {
+    "Blip2Config": "Blip2 cannot be trained on text alone",
+    "Florence2Config": "this is a florence2 model, and transformers has no class",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_plan_refuses_what_a_run_refuses(kind, shapes, configured):
+    with pytest.raises(UserError, match=REFUSED[kind]):
+        plan_memory(configured(shapes(kind, {}, kind)), gpu(24))
+
+
 def test_whatever_a_plan_raises_is_told_and_stops_no_run(shapes, configured, monkeypatch, capsys):
     from luthier.memory import plan
     from luthier.train.activation_checkpointing import resolve_auto_checkpointing

@@ -129,12 +129,12 @@ def _errors_in_words(config: RunConfig) -> Iterator[None]:
     """Raise UserError for whatever a model's own code raises on tensors without content."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         if METHODS[config.trainer.method].task == "CAUSAL_LM":
             # What the run itself refuses is refused here in the same words.
             check_trains_on_text(read_model_config(config.model), config.model.trust_remote_code)
+        if isinstance(error, UserError):
+            raise
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
             f"model.path={config.model.path}: the plan cannot try a step of this model: "
