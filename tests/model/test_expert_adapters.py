@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils import transformers_weight_conversion as conversion
 
 from helpers.adapter_models import config_of, gradients, stir, trained
 from helpers.model_families import FAMILIES, save_family
@@ -22,12 +23,14 @@ from luthier.model.adapter_training import lora_plus_groups
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
 from luthier.model.expert_adapters import (
+    _CONVERTED_LAYERS,
+    _CONVERTED_TYPES,
     describe_experts,
     load_adapter,
     names_taken_by_peft,
     shortest_names,
 )
-from luthier.model.experts import find_experts, find_routers
+from luthier.model.experts import find_experts, find_routers, unpacked_expert_bytes
 from luthier.model.load import load_model
 from luthier.model.model_class import find_text_modules
 
@@ -335,6 +338,76 @@ def test_dora_without_experts_is_refused_where_plain_peft_would_lose_it(folder):
     with pytest.raises(UserError, match=r"lora\.use_dora: peft takes .*\n.*lora\.exclude_modules"):
         add_adapter(load(folder("deepseek_v3")), lora, seed=1)
     add_adapter(load(folder("mixtral")), lora, seed=1)
+
+
+LOST = {
+    "DoRA on all": ("use_dora", {}, True),
+    "a bias on all": ("lora_bias", {}, True),
+    "a list": ("use_dora", {"target_modules": ["q_b_proj", "mlp.up_proj"]}, True),
+    "a pattern": ("use_dora", {"target_modules": r".*layers\.0.*\.(o_proj|down_proj)"}, True),
+    "excluded": ("use_dora", {"exclude_modules": ["gate_proj", "up_proj", "down_proj"]}, False),
+    "other layers": ("use_dora", {"target_modules": ["o_proj"]}, False),
+    "a pattern of others": ("lora_bias", {"target_modules": r".*o_proj"}, False),
+}
+
+
+@pytest.mark.parametrize(("key", "settings", "is_refused"), LOST.values(), ids=LOST)
+def test_what_plain_peft_would_lose_is_refused_before_loading(key, settings, is_refused, folder):
+    lora = LORA | {"experts": False, key: True} | settings
+    config = config_of(folder("deepseek_v3"), lora=lora)
+    if is_refused:
+        with pytest.raises(UserError, match=rf"lora\.{key}: peft takes .*\n.*exclude_modules"):
+            check_names_in_files(config)
+    else:
+        check_names_in_files(config)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_next"])
+def test_dora_is_refused_on_layers_of_other_types_before_loading(family, folder):
+    config = config_of(folder(family), lora=LORA | {"experts": False, "use_dora": True})
+    with pytest.raises(UserError, match=r"lora\.use_dora: peft takes .* on .*mlp"):
+        check_names_in_files(config)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_dora_goes_on_mixtures_of_which_peft_takes_no_layer(family, folder):
+    check_names_in_files(
+        config_of(folder(family), lora=LORA | {"experts": False, "use_dora": True})
+    )
+
+
+def test_the_types_of_which_peft_takes_layers():
+    """The table is peft's own; types that are no `model_type` of a config are left out."""
+    types = {
+        name
+        for name, base in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if base in conversion._MOE_FUSED_TARGETS and name in transformers.CONFIG_MAPPING
+    }
+    projections = {
+        name
+        for name, base in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if name in types
+        and set(_CONVERTED_LAYERS) <= set(conversion._MOE_TARGET_MODULE_MAPPING[base])
+    }
+    assert projections == _CONVERTED_TYPES
+    # Their files have w1, w2 and w3 for experts alone.
+    assert types - projections == {"minimax", "minimax_m2", "mixtral"}
+
+
+def test_a_run_says_that_experts_in_one_matrix_stay(tmp_path):
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, vocab_size=272, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    )  # fmt: skip
+    model = transformers.DbrxForCausalLM(config)
+    assert find_experts(model) == []
+    assert unpacked_expert_bytes(model) == {"float32": 2 * 3 * 4 * 32 * 64 * 4}
+    joined = copy.deepcopy(model)
+    wrapped = add_adapter(model, LORA, seed=1)
+    assert re.match(r"\d\d% of the layers' weights, stay as", describe_experts(wrapped, LORA_))
+    whole = LORA | {"target_modules": ["Wqkv"], "modules_to_save": ["experts"]}
+    assert ", train: " in describe_experts(add_adapter(joined, whole, seed=1), LoraSettings(whole))
 
 
 def test_a_router_trains_where_it_is_named(folder):

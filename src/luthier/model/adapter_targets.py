@@ -14,6 +14,7 @@ from luthier.config.methods import check_adapter
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError, format_override
 from luthier.model.adapter_patterns import ALL_LINEAR, check_adapter_patterns, match_layers
+from luthier.model.expert_adapters import check_layers_in_files
 from luthier.model.experts import find_experts, find_routers, has_experts
 from luthier.model.model_class import find_text_modules
 from luthier.model.source import local_folder
@@ -143,6 +144,8 @@ def _check_experts_in_files(config: RunConfig, folder: Path) -> None:
         is_mixture = isinstance(architecture, dict) and has_experts(architecture)
         for mistake in check_adapter(config.lora, config.quantization.bits, is_mixture):
             raise UserError(f"{mistake.key}: {mistake.text}")
+        model_type = str(architecture.get("model_type")) if is_mixture else ""
+        check_layers_in_files(config.lora, model_type, _read_layer_names(folder))
     weights = _read_weight_names(folder)
     for target in config.lora.target_parameters if weights else ():
         is_named = any(f".{name}".endswith(f".{target}") for name in weights)

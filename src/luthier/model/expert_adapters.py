@@ -18,8 +18,8 @@ from typing import Any
 
 from luthier.config.library_settings import LoraSettings
 from luthier.errors import UserError, format_override
-from luthier.model.adapter_patterns import match_layers
-from luthier.model.experts import Experts, find_experts, find_routers
+from luthier.model.adapter_patterns import ALL_LINEAR, match_layers
+from luthier.model.experts import Experts, find_experts, find_joined_experts, find_routers
 from luthier.model.model_class import find_text_modules
 
 _PREFIX = "base_model.model."
@@ -29,6 +29,19 @@ _COPIED = ".original_module"
 """What peft puts behind the name of a module of which it trains a copy."""
 _WRAPPED = ".base_layer"
 """What peft puts behind the name of a module whose parameters it adapts."""
+_CONVERTED_LAYERS = ("gate_proj", "up_proj", "down_proj")
+_CONVERTED_TYPES = frozenset({
+    *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
+    *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe"),
+    *("glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe"),
+    *("qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker"),
+    "solar_open",
+})  # fmt: skip
+"""The `model_type` of models on which peft 0.21 takes layers of these names for experts."""
+_DENSE_LAYER = re.compile(
+    rf"(?!.*\.experts\.\d+\.).*\.layers\.\d+\..*\.({'|'.join(_CONVERTED_LAYERS)})"
+)
+"""A layer of such a name that is none of the experts in a checkpoint's files."""
 
 
 def shortest_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -57,8 +70,13 @@ def choose_experts(model: Any, lora: LoraSettings, settings: Mapping[str, Any]) 
     if experts:
         text_part = find_text_modules(model)
         experts = [group for group in experts if group.name in text_part]
+    left_out = _find_left_out([group.name for group in experts], settings)
+    return [group for group in experts if group.name not in left_out]
+
+
+def _find_left_out(names: list[str], settings: Mapping[str, Any]) -> set[str]:
+    """Return those of the names to which an adapter with these settings does not go."""
     excluded = settings.get("exclude_modules") or []
-    names = [group.name for group in experts]
     left_out: set[str] = set()
     if isinstance(excluded, str):
         key = "lora.exclude_modules"
@@ -71,7 +89,7 @@ def choose_experts(model: Any, lora: LoraSettings, settings: Mapping[str, Any]) 
     if numbers is not None:
         numbers = {numbers} if isinstance(numbers, int) else {*numbers}
         left_out.update(n for n in names if _layer_number(n) not in numbers)
-    return [group for group in experts if group.name not in left_out]
+    return left_out
 
 
 def _layer_number(name: str) -> int | None:
@@ -118,11 +136,18 @@ def describe_experts(model: Any, lora: LoraSettings) -> str | None:
         return None
     base: Any = model.get_base_model()
     experts = find_experts(base)
-    if not experts:
+    joined = find_joined_experts(base)
+    if not experts and not joined:
         return None
-    weights = sum(group.num_weights for group in experts)
+    weights = sum(group.num_weights for group in experts) + sum(joined.values())
     share = f"{weights / (weights + _count_linear_weights(base)):.0%} of the layers' weights"
     ranks = _expert_ranks(base, experts)
+    if joined:
+        # Whatever peft wraps a module in stands below the module of all experts.
+        blocks = {name.partition(".experts")[0] + ".experts" for name in joined}
+        trains = any(_trains(base.get_submodule(block)) for block in blocks)
+        what = "train" if trains else "stay as they are"
+        return f"{share}, {what}: no adapter for each expert goes on matrices that hold all of them"
     if ranks:
         low, high = min(ranks.values()), max(ranks.values())
         text = f"{share}, rank {low} each" if low == high else f"{share}, ranks {low} to {high}"
@@ -274,7 +299,7 @@ def make_config_portable(wrapped: Any, base: BaseNames) -> list[str]:
     # A pattern would be read as the last names of what it matches, in any layer.
     config.target_modules = set(shortest_names(set(layers) - set(taken), base.layers))
     if taken:
-        _refuse_unportable(config, taken)
+        _refuse_unportable(config.to_dict(), taken)
         weights = [f"{name}{_WEIGHT}" for name in taken]
         own = shortest_names(weights, base.parameters)
         config.target_parameters = sorted({*(config.target_parameters or ()), *own})
@@ -289,10 +314,32 @@ def make_config_portable(wrapped: Any, base: BaseNames) -> list[str]:
     return taken
 
 
-def _refuse_unportable(config: Any, taken: list[str]) -> None:
+def check_layers_in_files(lora: LoraSettings, model_type: str, layers: Iterable[str]) -> None:
+    """Raise UserError where a saved adapter would lose what it has on layers that peft takes.
+
+    `layers` are the names of layers in a checkpoint's files. It is asked before a load;
+    `make_config_portable` asks the same of the loaded model.
+    """
+    if lora.method != "lora" or model_type not in _CONVERTED_TYPES:
+        return
+    if lora.target_parameters and not lora.target_modules:
+        return
+    dense = sorted(name for name in layers if _DENSE_LAYER.fullmatch(name))
+    targets = lora.target_modules
+    if isinstance(targets, list) and targets:
+        dense = [name for name in dense if any(f".{name}".endswith(f".{t}") for t in targets)]
+    elif targets and targets != ALL_LINEAR:
+        dense = match_layers("lora.target_modules", str(targets), dense, str(targets), "fullmatch")
+    left_out = _find_left_out(dense, lora)
+    taken = [name for name in dense if name not in left_out]
+    if taken:
+        _refuse_unportable(lora, taken)
+
+
+def _refuse_unportable(settings: Mapping[str, Any], taken: list[str]) -> None:
     """Raise UserError for settings that peft has for linear layers, and not for parameters."""
     for key, name in (("use_dora", "DoRA"), ("lora_bias", "A bias of LoRA's B")):
-        if getattr(config, key):
+        if settings.get(key):
             endings = sorted({layer.rpartition(".")[2] for layer in taken})
             raise UserError(
                 f"lora.{key}: peft takes {', '.join(endings)} of this type of model for experts "

@@ -18,7 +18,10 @@ _COPY = ".modules_to_save."
 _ROUTER = re.compile(r"(^|_)(gate|router)$")
 """The names that routers have in transformers, beside those found by their shape."""
 
-_WHAT_PACKS = "Only quantization=nf4 or fp4 packs experts, of a model that does not come quantized."
+_WHAT_PACKS = (
+    "Only quantization=nf4 or fp4 packs experts, of a model that does not come quantized and is "
+    "not DBRX."
+)
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,44 @@ def find_routers(model: Any) -> list[str]:
     return list(dict.fromkeys(routers))
 
 
+def find_joined_experts(model: Any) -> dict[str, int]:
+    """Return the modules that hold the matrices of all experts one below the other (DBRX).
+
+    By their names, with their number of weights. No adapter for each expert goes on these, and
+    `find_experts` does not have them.
+    """
+    import torch
+
+    if not has_experts(model.config.to_dict()):
+        return {}
+    joined = {}
+    for name, module in model.named_modules():
+        if ".experts." not in f"{name}." or ".lora_" in name or _COPY in name:
+            continue
+        own = list(module.parameters(recurse=False))
+        is_layer = isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+        if len(own) > 1 and not is_layer and all(len(_shape(weight)) == 2 for weight in own):
+            joined[name] = sum(prod(_shape(weight)) for weight in own)
+    return joined if not find_experts(model) else {}
+
+
 def unpacked_expert_bytes(model: Any) -> dict[str, int]:
     """Return the bytes of the experts that are not quantized, by number format (`bfloat16`)."""
     sizes: dict[str, int] = {}
-    for experts in find_experts(model):
-        own = dict(model.get_submodule(experts.name).named_parameters(recurse=False))
-        for weight in (own[name] for name in experts.shapes):
-            # Only weights that bitsandbytes packs have the attribute, even before they are loaded;
-            # those of fp8 have one byte.
-            if not hasattr(weight, "quant_state") and weight.itemsize > 1:
-                name = str(weight.dtype).removeprefix("torch.")
-                sizes[name] = sizes.get(name, 0) + weight.numel() * weight.itemsize
+    weights = [
+        weight
+        for experts in find_experts(model)
+        for name, weight in model.get_submodule(experts.name).named_parameters(recurse=False)
+        if name in experts.shapes
+    ]
+    for name in find_joined_experts(model):
+        weights.extend(model.get_submodule(name).parameters(recurse=False))
+    for weight in weights:
+        # Only weights that bitsandbytes packs have the attribute, even before they are loaded;
+        # those of fp8 have one byte.
+        if not hasattr(weight, "quant_state") and weight.itemsize > 1:
+            name = str(weight.dtype).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + weight.numel() * weight.itemsize
     return sizes
 
 
