@@ -51,11 +51,27 @@ def child(order):
     from luthier.cli.train import main
     from luthier.train.run import run
 
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # Found here because this file is run as a script.
+        importlib.import_module("fsdp_cpu").choose_fsdp_on_cpu()
     sys.argv = ["train.py", *order["words"]]
     code = main(run, order["words"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def wait_for(pid, limit):
+    """The exit code of a child; it is killed where it takes longer than `limit` seconds."""
+    deadline = time.monotonic() + (limit or float("inf"))
+    while True:
+        ended, status = os.waitpid(pid, 0 if limit is None else os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            limit = None
+        time.sleep(0.02)
 
 
 def serve():
@@ -73,8 +89,7 @@ def serve():
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
-            status = os.waitpid(order["wait"], 0)[1]
-            print(os.waitstatus_to_exitcode(status), flush=True)
+            print(wait_for(order["wait"], order["limit"]), flush=True)
             continue
         pid = os.fork()
         if pid == 0:
@@ -109,9 +124,12 @@ class Forks:
         }  # fmt: skip
         return int(self._ask(order))
 
-    def wait(self, pid):
-        """The exit code; minus the number of the signal that ended it."""
-        return int(self._ask({"wait": pid}))
+    def wait(self, pid, limit=None):
+        """The exit code; minus the number of the signal that ended it.
+
+        A process that takes longer than `limit` seconds is killed.
+        """
+        return int(self._ask({"wait": pid, "limit": limit}))
 
     def run(self, folder, *words, **how):
         return self.wait(self.start(folder, *words, **how))
@@ -128,10 +146,11 @@ class Forks:
         """Start the processes of one run; `signals` by rank."""
         shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                   "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
+        shared |= environment
         return [
             self.start(
                 folder, *words, signals=(signals or {}).get(rank, ()),
-                **shared, RANK=str(rank), LOCAL_RANK=str(rank), **environment,
+                **shared, RANK=str(rank), LOCAL_RANK=str(rank),
             )
             for rank in range(ranks)
         ]  # fmt: skip

@@ -61,13 +61,7 @@ def check_devices(state: "PartialState | AcceleratorState") -> None:
     `state` is `training_args.distributed_state` or `accelerator.state`. Raises UserError.
     """
     request = read_launch_request() or LaunchRequest()
-    if request.distributed == "fsdp" and state.device.type in ("cpu", "mps"):
-        raise UserError(
-            f"FSDP was asked for ({request.set_by['distributed']}), but there is no GPU here for "
-            "it, and accelerate would train without sharding.\nInstead: the same command on "
-            "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
-            "one."
-        )
+    _refuse_fsdp_without_gpu(request, state)
     # A device that nobody asked for computes with other rounding, and may belong to someone else.
     if request.use_cpu and state.device.type != "cpu":
         raise UserError(
@@ -164,6 +158,19 @@ def _started_processes(environ: Mapping[str, str]) -> int:
     if is_on(environ, "ACCELERATE_USE_CPU"):
         return next((int(environ[name]) for name in _MPI_SIZES if name in environ), 1)
     return 1
+
+
+def _refuse_fsdp_without_gpu(
+    request: LaunchRequest, state: "PartialState | AcceleratorState"
+) -> None:
+    """Stop where FSDP was asked for on a device for which accelerate does not choose it."""
+    if request.distributed == "fsdp" and state.device.type in ("cpu", "mps"):
+        raise UserError(
+            f"FSDP was asked for ({request.set_by['distributed']}), but there is no GPU here for "
+            "it, and accelerate would train without sharding.\nInstead: the same command on "
+            "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
+            "one."
+        )
 
 
 def _refuse_training_alone(

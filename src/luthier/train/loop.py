@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 from typing_extensions import TypedDict
 
 from luthier.chat import ChatEncoder
@@ -96,20 +97,24 @@ def fit(session: TrainingSession) -> int:
     trainer = session.trainer
     with report_full_disk(session.folder / "checkpoints", "while the run wrote to its folder"):
         checkpoint = _choose_checkpoint(session)
-        # Whether the start is measured, or read from an earlier session, must not change what the
-        # training draws.
-        with preserve_random_state():
-            before = _measure_before_training(session, checkpoint)
+        start = MeasureStartCallback(session, checkpoint)
+        # Sharded weights compute only inside the loop: accelerate 1.15 shards a model together with
+        # its optimizer, and refuses it alone.
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            trainer.add_callback(start)
+        else:
+            start.measure()
         _prepare_trainer(session, checkpoint)
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began - start.seconds_in_loop
         after = None if trainer.stop_signal else _measure_after_training(session)
         if after is None:
             _report_stop(session)
         else:
             save_model(session)
-            _report_results(session, before, after, seconds)
+            assert start.measurement is not None
+            _report_results(session, start.measurement, after, seconds)
     # The process group must be gone before the process is, or gloo may abort at exit.
     trainer.end()
     if after is not None:
@@ -156,6 +161,34 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
             console.print_line(sentence)
     trainer.accelerator.wait_for_everyone()
     return checkpoint
+
+
+class MeasureStartCallback(TrainerCallback):
+    """Measures the untrained model, before the loop or as its first thing; once in each session."""
+
+    def __init__(self, session: TrainingSession, checkpoint: Path | None) -> None:
+        self._session, self._checkpoint = session, checkpoint
+        self.measurement: Measurement | None = None
+        """What was measured, in this session or the first one; None until then."""
+        self.seconds_in_loop = 0.0
+
+    def measure(self) -> None:
+        """Measure now."""
+        # Whether the start is measured, or read from an earlier session, must not change what the
+        # training draws.
+        with preserve_random_state():
+            self.measurement = _measure_before_training(self._session, self._checkpoint)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure before the first step, when the weights are sharded."""
+        if self.measurement is not None:
+            return
+        began, was_deferred = time.monotonic(), SIGNALS.is_deferred
+        # Nothing is trained yet, so a signal may end the run at once.
+        SIGNALS.is_deferred = False
+        self.measure()
+        SIGNALS.is_deferred = was_deferred
+        self.seconds_in_loop = time.monotonic() - began
 
 
 def _measure_before_training(session: TrainingSession, checkpoint: Path | None) -> Measurement:
