@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from itertools import islice
@@ -23,6 +23,7 @@ from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_log
 from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
+from luthier.train.trainers import sharded_weights
 from luthier.train.trainers.checkpoints import (
     has_other_names,
     has_stopped_early,
@@ -263,7 +264,9 @@ class TrainerMixin(Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights as Trainer does, whichever names they have in the checkpoint."""
-        if self._loads_by_name(resume_from_checkpoint):
+        if self.accelerator.is_fsdp2:
+            sharded_weights.load_weights(self, Path(resume_from_checkpoint))
+        elif self._loads_by_name(resume_from_checkpoint):
             load_named_weights(self.model, Path(resume_from_checkpoint))
         elif hasattr(self.model, "peft_config"):
             # An adapter that was trained on the text part alone had other names, and peft passes
@@ -277,7 +280,9 @@ class TrainerMixin(Base):
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint, by the same rule."""
         best = self.state.best_model_checkpoint
-        if best is not None and self._loads_by_name(best):
+        if best is not None and self.accelerator.is_fsdp2:
+            sharded_weights.load_weights(self, Path(best))
+        elif best is not None and self._loads_by_name(best):
             load_named_weights(self.model, Path(best))
         else:
             super()._load_best_model()
@@ -289,8 +294,18 @@ class TrainerMixin(Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both as Trainer does; what cannot be read, or would run code, is said in words."""
-        with report_unreadable_checkpoint(checkpoint):
+        in_format: AbstractContextManager[Any] = nullcontext()
+        if self.accelerator.is_fsdp2 and checkpoint is not None:
+            in_format = sharded_weights.optimizer_format(self, checkpoint)
+        with report_unreadable_checkpoint(checkpoint), in_format:
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both as Trainer does, without a second copy of FSDP2's weights."""
+        if self.accelerator.is_fsdp2:
+            sharded_weights.save_training_state(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load the random state, by the same rule."""
@@ -311,6 +326,15 @@ class TrainerMixin(Base):
         if self.writing_folder is not None:
             return str(self.writing_folder)
         return super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does; of FSDP2's slices whole, read back and compared."""
+        if not self.accelerator.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # Trainer calls itself for a checkpoint.
+        sharded_weights.save_weights(self, folder, is_checkpoint=_internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save as Trainer does, with the processor's files.
