@@ -43,6 +43,10 @@ MISTAKES = {
         [Q, f"{M}=[length]", f"{BEST}=eval_length", "trainer.evaluation.when=evaluations"],
         [f"{BEST}: length is neither good nor bad by itself"],
     ),
+    "a profile of too few steps": (
+        [Q, "trainer.profile=true", "trainer.args.max_steps=5"],
+        ["trainer.profile: steps 3 to 6 are profiled, and the run has 5. Set"],
+    ),
     "no reward": ([*RL], ["trainer.rewards: trainer.method=grpo needs at least one"]),
     "reward": ([*RL, "trainer.rewards=[nummer]"], ["trainer.rewards: there is no reward 'nummer'"]),
     "rewards that nothing takes": (

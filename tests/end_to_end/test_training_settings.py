@@ -1,5 +1,6 @@
 """What a run's own words do to what trains: adapters, new tokens, frozen parts, packed models."""
 
+import gzip
 import json
 import math
 
@@ -122,6 +123,34 @@ def test_the_reference_of_a_full_fine_tuning_has_the_new_tokens(trains, tmp_path
 def test_activations_are_kept_where_they_fit(trains, capsys):
     assert trains("lora=default", "trainer.args.activation_checkpointing=auto") == 0
     assert "activations fit and are kept" in capsys.readouterr().out
+
+
+def test_a_profile_is_written_and_changes_no_weight(trains, capsys):
+    steps = "trainer.args.max_steps=7"
+    assert trains("lora=default", steps, "trainer.args.per_device_train_batch_size=2") == 0
+    plain = adapter(trains.folder)
+    words = ("lora=default", steps, "trainer.args.per_device_train_batch_size=2", "overwrite=true")
+    assert trains(*words, "trainer.profile=true") == 0
+    profiled = adapter(trains.folder)
+    assert all(torch.equal(profiled[name], plain[name]) for name in plain)
+    with gzip.open(trains.folder / "profile/trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    marks = {event["name"] for event in events if str(event["name"]).startswith("ProfilerStep")}
+    assert marks == {f"ProfilerStep#{step}" for step in (2, 3, 4, 5)}  # from zero
+    table = (trains.folder / "profile/operations.txt").read_text().splitlines()
+    assert len(table) == 12
+    assert any(line.startswith("aten::mm ") for line in table)
+    assert "\n".join(table) in capsys.readouterr().out
+    # It lies in the folder as luthier's own, and goes with the run.
+    assert trains(*words) == 0
+    assert not (trains.folder / "profile").exists()
+
+
+def test_a_profile_of_too_few_steps_is_refused_before_the_first(trains, capsys):
+    few = ("trainer.args.max_steps=-1", "trainer.args.num_train_epochs=1")
+    assert trains("lora=default", *few, "trainer.profile=true") == 2
+    assert "steps 3 to 6 are profiled, and the run has 3" in capsys.readouterr().err
+    assert not trains.folder.exists()
 
 
 def test_a_broken_loss_names_its_step_and_rows_and_what_is_left(trains, capsys):

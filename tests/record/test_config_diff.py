@@ -38,6 +38,7 @@ EFFECTS = [
     ("the batches of an evaluation", "trainer.args.per_device_eval_batch_size", 1, {}, "harmless"),
     ("what is answered", "trainer.evaluation.rows", 3, {}, "harmless"),
     ("patience", "trainer.evaluation.patience", 3, {}, "matters"),
+    ("a profile", "trainer.profile", True, {}, "harmless"),
     ("the budget", "trainer.checkpoints.budget", "1GB", {}, "harmless"),
     ("processes that encode", "dataset.workers", 4, {}, "harmless"),
 ]  # fmt: skip

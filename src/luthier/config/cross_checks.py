@@ -365,9 +365,27 @@ ROUTER_LOSS_OF_A_BATCH = (
     "Set trainer.args.gradient_accumulation_steps=1 and train in one process, or leave it out."
 )
 
+PROFILED_STEPS = range(3, 7)
+"""The steps that `trainer.profile` looks at. The first one builds caches and chooses kernels, and
+the second one is the profiler's own warm-up."""
+
+
+def profile_needs_steps(steps: int) -> str:
+    """Return what is wrong with `trainer.profile` in a training of so few steps."""
+    first, last = PROFILED_STEPS[0], PROFILED_STEPS[-1]
+    return (
+        f"steps {first} to {last} are profiled, and the run has {steps}. Set "
+        f"trainer.args.max_steps={last} (or more), or leave the profile out."
+    )
+
 
 def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
     args = TrainerArgs(mapping_at(resolved, "trainer.args"))
+    steps = args.get("max_steps")
+    is_profiled = mapping_at(resolved, "trainer").get("profile") is True
+    # Without max_steps the number follows from the rows, which are counted later.
+    if is_profiled and isinstance(steps, int) and 0 < steps < PROFILED_STEPS[-1]:
+        yield Mistake("trainer.profile", profile_needs_steps(steps))
     if args.bf16 is True and args.fp16 is True:
         yield Mistake("trainer.args", "bf16 and fp16 are both true. Keep one.")
     if args.load_best_model_at_end is True:

@@ -325,6 +325,8 @@ class TrainerConfig(StrictModel):
     """What is generated and scored on held-out rows."""
     checkpoints: CheckpointsConfig = Field(default_factory=CheckpointsConfig)
     """How many checkpoints are kept."""
+    profile: bool = False
+    """Profile steps 3 to 6, and write a trace and the ten most expensive operations."""
 
 
 class CardConfig(StrictModel):

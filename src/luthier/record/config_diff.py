@@ -18,7 +18,7 @@ NEUTRAL_KEYS = ("output_dir", "dry_run", "overwrite", "tracker", "recipe", "card
 
 # How the training is logged, stored and fed: it computes the same.
 _HARMLESS_KEYS = re.compile(
-    r"trainer\.checkpoints(\.|$)"
+    r"trainer\.(checkpoints(\.|$)|profile$)"
     r"|trainer\.args\.(logging_|log_level|disable_tqdm|save_|hub_|push_to_hub|project$|trackio_"
     r"|dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers)|ddp_timeout"
     r"|include_num_input_tokens_seen|skip_memory_metrics|include_for_metrics)"

@@ -8,6 +8,7 @@ metrics.jsonl   every logged metric, a step a line
 replies.jsonl   held-out rows answered before and after training
 evaluations.jsonl  held-out rows answered at each evaluation, where that is asked for
 loss.png        the loss over the steps
+profile/        the trace and the table of `trainer.profile`
 model/          the adapter or model, tokenizer, chat template and chat settings
 checkpoints/    the trainer's checkpoints
 .luthier.json   that this is a run, and which files in it are luthier's; written first
@@ -62,6 +63,8 @@ WRITTEN_FILES = WrittenFiles(
         *_FILES,
         *(f".{name}.*.tmp" for name in (*_FILES, MARKER)),
         *("code/*.diff", "code/.*.diff.*.tmp", "checkpoints/README.md"),
+        *("profile/trace.json.gz", "profile/operations.txt", "profile/.trace.json.gz"),
+        "profile/.operations.txt.*.tmp",
         *("tensorboard/events.out.tfevents.*", "tensorboard/*/events.out.tfevents.*"),
     ),
     folders=("model", ".model.old", "checkpoints/checkpoint-*"),

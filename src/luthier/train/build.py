@@ -30,6 +30,7 @@ from luthier.train import (
     evaluation,
     launch_checks,
     methods,
+    profiler,
     resume,
     trackers,
 )
@@ -145,11 +146,7 @@ def build_session(
     # New adapter weights were drawn in between.
     set_seed(config.seed)
     trainer = method.build_trainer(trainer_inputs)
-    # The callback of transformers writes each log as a dict above its bar; a line is easier to
-    # read.
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressLineCallback)
+    _add_callbacks(trainer, config, folder)
     trainer.locate_rows = prepared.locate_rows
     adapter_training.prepare_trainer(trainer, config.lora)
     # The accelerator, which knows what really runs, is made with the trainer.
@@ -179,6 +176,16 @@ def build_session(
             trainer, reply_generator, config, folder
         ),
     )
+
+
+def _add_callbacks(trainer: Any, config: RunConfig, folder: Path) -> None:
+    """Add what a run shows and writes between its steps."""
+    # The callback of transformers writes each log as a dict above its bar; a line is easier to
+    # read.
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressLineCallback)
+    profiler.add_profiler(trainer, config, folder)
 
 
 def data_facts(prepared: PreparedData) -> dict[str, Any]:
