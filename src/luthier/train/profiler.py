@@ -59,7 +59,9 @@ class ProfilerCallback(TrainerCallback):
         """Begin to count the steps; of a run that goes on, those that are left."""
         left = state.max_steps - state.global_step
         if left < PROFILED_STEPS[-1]:
-            console.print_line(f"profile   none: it needs {PROFILED_STEPS[-1]} steps, and {left} are left")
+            console.print_line(
+                f"profile   none: it needs {PROFILED_STEPS[-1]} steps, and {left} are left"
+            )
             return
         schedule = profiler.schedule(
             wait=PROFILED_STEPS[0] - 2, warmup=1, active=len(PROFILED_STEPS), repeat=1
