@@ -1,11 +1,14 @@
 """LoRA on experts in 4 bits from the command line: trained, resumed, measured, answered, merged."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers.chatml import jsonl
+from helpers.head_runs import CASES
 from helpers.model_families import save_family
 from luthier.cli.merge import run as merge
 from luthier.cli.train import main, train
@@ -63,10 +66,15 @@ def test_a_resumed_run_has_the_adapter_of_one_that_was_never_stopped(folder, who
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 
 
-def test_the_merged_model_is_the_one_that_was_trained(folder, whole):
+def test_the_merged_model_is_the_one_that_was_trained(folder, whole, capsys):
     target = folder / "merged"
-    words = [str(folder / "whole"), "--out", str(target), "--dtype", "float32", "--no-verify"]
-    assert merge(words) == 0
+    assert merge([str(folder / "whole"), "--out", str(target), "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    # Tensor by tensor, and checked against the model with its adapter on packed experts.
+    assert "whole  " not in said
+    difference = re.search(r"logits differ by up to \S+ \((\S+) standard deviations\)", said)
+    assert difference is not None and float(difference[1]) < 1e-4
+    assert "the likeliest token is the same at 100.0% of the places" in said
     artifact = find_artifact(str(folder / "whole"))
     machine = Machine("cpu", "float32", "eager")
     trained = load_trained(artifact, machine, load_tokenizer(artifact.base))
@@ -94,3 +102,22 @@ def test_a_merged_model_that_is_packed_again_says_that_its_experts_stay_whole(
     assert packed.is_quantized
     with torch.no_grad():
         assert packed.eval()(input_ids=IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["classes", "rewards"])
+def test_a_head_trains_beside_experts_in_4_bits(folder, kind):
+    method, rows, _ = CASES[kind]
+    jsonl(folder / f"{method}.jsonl", rows)
+    output = folder / method
+    assert main(train, [
+        "model=hub", f"model.path={folder / 'model'}", "model.device=cpu", "model.dtype=float32",
+        "quantization=nf4", "lora=default", f"trainer={method}", "dataset=jsonl",
+        f"dataset.path={folder / method}.jsonl", f"dataset.cache={folder}/cache",
+        "dataset.eval.share=null", f"output_dir={output}", "trainer.args.disable_tqdm=true",
+        "trainer.args.per_device_train_batch_size=2", "trainer.args.max_steps=1",
+    ]) == 0  # fmt: skip
+    adapter = load_file(output / "model" / "adapter_model.safetensors")
+    assert sum("experts" in name for name in adapter) == 8
+    assert not any(".gate." in name or ".router." in name for name in adapter)
+    assert all(weight.any() for weight in adapter.values())
+    assert sum("score" in name for name in adapter) == 1

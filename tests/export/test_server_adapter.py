@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.chatml import jsonl
 from helpers.model_families import make_family_model, save_family
+from luthier.cli.train import main, train
 from luthier.errors import UserError
 from luthier.export.server_adapter import build_server_adapter, export_adapter
+from luthier.inspection.served import check_adapter_layers
 from luthier.model.artifact import find_artifact
 from luthier.model.experts import find_experts
 
@@ -158,6 +161,45 @@ def test_plain_peft_reads_the_names_of_each_expert_where_it_knows_the_model(
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_parameters"] is None
+
+
+RUNS = {
+    # Of the run's adapter: its tensors, and those that vLLM would look for by other names; then
+    # the tensors with one adapter for each expert, or None where vLLM reads the run's own.
+    "qwen3_moe": (24, 8, 64),
+    "mixtral": (24, 8, 64),
+    "deepseek_v3": (36, 4, 56),
+    "gpt_oss": (24, 0, None),
+}
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(("family", "counts"), RUNS.items(), ids=RUNS)
+def test_the_adapter_of_a_run_is_counted_and_written_for_a_server(
+    family, counts, tmp_path, luthier
+):
+    saved, joined, written = counts
+    save_family(tmp_path / "base", family)
+    jsonl(tmp_path / "rows.jsonl", [{"prompt": "two and two", "completion": "four"}] * 4)
+    assert main(train, [
+        "model=hub", f"model.path={tmp_path / 'base'}", "model.device=cpu", "model.dtype=float32",
+        "lora=default", "dataset=jsonl", f"dataset.path={tmp_path / 'rows.jsonl'}",
+        "dataset.eval.share=null", "chat.max_length=64", f"output_dir={tmp_path / 'run'}",
+        "trainer.args.max_steps=1", "trainer.evaluation.samples=0",
+        "trainer.args.disable_tqdm=true",
+    ]) == 0  # fmt: skip
+    code, out, _ = luthier("check", tmp_path / "run", "--served", "--json")
+    rule = json.loads(out)["rules"][-1]
+    assert (rule["checked"], rule["broken"]) == (saved, joined)
+    assert code == (1 if joined else 0)
+    target = tmp_path / "served"
+    code, out, err = luthier("merge", tmp_path / "run", "--adapter-for", "vllm", "--out", target)
+    if written is None:
+        assert code == 2 and "is read by vLLM as it is" in err
+        return
+    assert code == 0 and f"{written} tensors of rank 16 for vllm" in out
+    rule = check_adapter_layers(find_artifact(str(target)))
+    assert (rule.checked, rule.broken) == (written, 0)
 
 
 REFUSED = {

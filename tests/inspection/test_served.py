@@ -120,7 +120,7 @@ def test_a_run_on_other_rows_serves_no_prompts(luthier, saved):
 ADAPTERS = {
     "the class that servers load": (None, 0),
     "the text part alone": ("text", 12),
-    "experts": ("experts", 0),
+    "experts": ("experts", 8),
 }
 
 
@@ -151,7 +151,12 @@ def test_the_layers_of_an_adapter_are_looked_for_in_the_class_that_servers_load(
     rule = check_adapter_layers(find_artifact(str(tmp_path / "adapter")))
     assert (rule.checked, rule.broken) == (12, broken)
     assert rule.text.endswith(f"layers of {type(make_family_model(family)).__name__}")
-    if broken:
+    if kind == "experts":
+        assert rule.examples[0].words == (
+            "it holds all of model.layers.0.mlp.experts, and vLLM reads an adapter for each expert "
+            "of this model: luthier merge RUN --adapter-for vllm"
+        )
+    elif broken:
         assert rule.examples[0].words == (
             "there is no model.layers.0.linear_attn.in_proj_z, so a server leaves it out; there "
             "it is model.language_model.layers.0.linear_attn.in_proj_z: luthier merge RUN "

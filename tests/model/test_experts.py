@@ -109,6 +109,7 @@ ROWS = [
     ("gemma4_text", "model.layers.0.experts", False, (), ["router"]),
     ("nemotron_h", "model.layers.1.mixer.experts", False, (), ["mixer.gate"]),
     ("jamba", "model.layers.1.feed_forward.experts", False, (), ["feed_forward.router"]),
+    ("phimoe", "model.layers.0.mlp.experts", False, (), ["mlp.router"]),
     (
         "jetmoe",
         "model.layers.0.self_attention.experts.input_linear",

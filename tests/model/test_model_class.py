@@ -97,6 +97,8 @@ REFUSED = {
     "Pix2StructConfig": NO_CLASS,
     "UdopConfig": NO_CLASS,
     "T5Config": "trainer=seq2seq is for",
+    "Qwen3OmniMoeConfig": "ForConditionalGeneration only generates, and has no forward",
+    "Qwen2_5OmniConfig": r"Save it with transformers' Qwen2_5OmniThinkerForConditionalGeneration",
 }
 
 
@@ -104,6 +106,26 @@ REFUSED = {
 def test_what_does_not_train_on_text_alone_is_refused(config):
     with pytest.raises(UserError, match=REFUSED[config]):
         check_trains_on_text(getattr(transformers, config)())
+
+
+def test_the_thinker_of_qwen_omni_trains_its_text_part():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Qwen3OmniMoeThinkerConfig(
+        audio_config={"encoder_layers": 1, "d_model": 32, "encoder_attention_heads": 2,
+                      "encoder_ffn_dim": 32, "output_dim": 64, "downsample_hidden_size": 16},
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64,
+                       "intermediate_size": 48, "deepstack_visual_indexes": [0]},
+        text_config=sizes | {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4,
+                             "moe_intermediate_size": 32, "vocab_size": 272},
+    )  # fmt: skip
+    check_trains_on_text(config)
+    model = build_empty_model(config, "CAUSAL_LM")
+    assert find_text_modules(model).others == ("model.audio_tower", "model.visual")
+    prefix = "model.language_model.layers.0.self_attn"
+    expected = [f"{prefix}.{name}_proj" for name in "qkvo"]
+    # A list of names means the text part, too: the towers have a q_proj of their own.
+    for targets in ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]):
+        assert find_target_layers(model, targets) == expected
 
 
 def test_a_model_that_cannot_be_built_empty_is_not_judged():

@@ -18,7 +18,7 @@ from luthier.errors import UserError
 from luthier.export import write_card
 from luthier.export.model_layout import base_folder
 from luthier.export.weight_files import WeightFiles
-from luthier.model.adapter_keys import PREFIX, WRAPPED, open_adapter
+from luthier.model.adapter_keys import EXPERT_WEIGHT, PREFIX, WRAPPED, open_adapter
 from luthier.model.artifact import Artifact
 from luthier.model.experts import Experts, find_experts
 from luthier.model.load import read_model_config
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 FORMS = ("vllm", "per-expert")
 """What `--adapter-for` takes: what vLLM reads of this model by itself, or always one adapter for
 each expert, as vLLM does with --enable-mixed-moe-lora-format."""
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-"""A weight of one expert in a checkpoint's files."""
 _EXPERT_NAME = re.compile(r".+\.(?P<number>\d+)\.[^.]+\.weight$")
 _SPECIAL = (
     *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication"),
@@ -287,7 +285,7 @@ class _CheckpointNames:
 
 def _has_expert_files(base: Path) -> bool:
     """Return whether a checkpoint's files hold a tensor for each expert."""
-    return any(_EXPERT.search(name) for name in WeightFiles(base).entries)
+    return any(EXPERT_WEIGHT.search(name) for name in WeightFiles(base).entries)
 
 
 def _write_names(

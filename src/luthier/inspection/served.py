@@ -16,7 +16,13 @@ from luthier.errors import UserError
 from luthier.inspection.dataset import shorten_location
 from luthier.inspection.rules import Rule, first_difference, tokens_around
 from luthier.inspection.tokens import token_decoder
-from luthier.model.adapter_keys import find_renames, find_unknown_layers, layer_name
+from luthier.model.adapter_keys import (
+    WRAPPED,
+    find_joined_adapters,
+    find_renames,
+    find_unknown_layers,
+    layer_name,
+)
 from luthier.model.artifact import Artifact, find_artifact
 from luthier.model.load import read_model_config
 from luthier.model.model_class import build_empty_model
@@ -155,13 +161,15 @@ def check_adapter_layers(artifact: Artifact) -> Rule:
     """Look for the layer of each weight of an adapter in the class that servers load its base by.
 
     That is the class that the base's config.json names; it is built without weights. Servers pass
-    over a weight whose layer they do not find.
+    over a weight whose layer they do not find, and vLLM over one adapter for all experts of a layer
+    where it looks for an adapter of each.
     """
     assert artifact.adapter is not None
     empty = build_empty_model(read_model_config(artifact.base), artifact.task)
     rule = Rule(f"the adapter's weights belong to layers of {type(empty).__name__}", "weights")
     keys = read_safetensors_header(artifact.adapter / ADAPTER_WEIGHTS_FILE).tensors
     unknown, renames = set(find_unknown_layers(keys, empty)), find_renames(keys, empty)
+    joined = set(find_joined_adapters(keys, empty))
     for key in keys:
         wrong = None
         if key in unknown:
@@ -171,6 +179,12 @@ def check_adapter_layers(artifact: Artifact) -> Rule:
                     f"there it is {layer_name(renames[key])}: luthier merge RUN --adapter-for vllm"
                 )
             wrong = f"there is no {layer_name(key)}, so a server leaves it out; {advice}"
+        elif key in joined:
+            experts = layer_name(key).replace(WRAPPED, "")
+            wrong = (
+                f"it holds all of {experts}, and vLLM reads an adapter for each expert of this "
+                "model: luthier merge RUN --adapter-for vllm"
+            )
         rule.note(ADAPTER_WEIGHTS_FILE, wrong)
     return rule
 

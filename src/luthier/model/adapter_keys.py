@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from luthier.model.experts import find_experts
 from luthier.model.model_class import find_text_part
 from luthier.model.model_files import (
     ADAPTER_CONFIG_FILE,
@@ -26,6 +27,8 @@ PREFIX = "base_model.model."
 """What peft puts before the name of a layer."""
 WRAPPED = ".base_layer"
 """What peft puts behind the name of a module, once for each further parameter that it adapts."""
+EXPERT_WEIGHT = re.compile(r"\.experts\.\d+\.")
+"""What is in the name of a weight of one expert, where a checkpoint's files have one for each."""
 _ROWS = ".token_adapter"
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -188,3 +191,15 @@ def find_unknown_layers(keys: Iterable[str], model: Any) -> list[str]:
     known = {name.rpartition(".")[0] for name in names} | names
     layers = {key: layer_name(key).replace(WRAPPED, "") for key in keys if key.startswith(PREFIX)}
     return [key for key, layer in layers.items() if layer not in known]
+
+
+def find_joined_adapters(keys: Iterable[str], model: Any) -> list[str]:
+    """Return the tensors of an adapter that hold all experts where files have a tensor for each.
+
+    vLLM reads such tensors of models alone whose files hold all experts of a layer in one tensor.
+    `model` is the base, without an adapter; it may be on the meta device.
+    """
+    if not any(EXPERT_WEIGHT.search(name) for name in read_base_names(model)):
+        return []
+    experts = {group.name for group in find_experts(model)}
+    return [key for key in keys if layer_name(key).replace(WRAPPED, "") in experts]

@@ -155,6 +155,7 @@ def check_trains_on_text(architecture: Any, trust_remote_code: bool = False) -> 
 
     if not trust_remote_code and not has_model_class(architecture, "CAUSAL_LM"):
         raise UserError(_no_class_message(architecture))
+    _refuse_class_without_forward(architecture, trust_remote_code)
     if not architecture.sub_configs or architecture.is_encoder_decoder:
         return
     row = torch.zeros(1, 4, dtype=torch.long, device="meta")
@@ -171,6 +172,35 @@ def check_trains_on_text(architecture: Any, trust_remote_code: bool = False) -> 
     # nothing of their inputs.
     except Exception:
         return
+
+
+def _refuse_class_without_forward(architecture: Any, trust_remote_code: bool) -> None:
+    """Raise UserError for a class that only generates, such as the whole of Qwen3-Omni.
+
+    It has no forward, and its thinker, the part that reads and writes text, is a model of its own.
+    """
+    import torch
+
+    auto = resolve_model_class(architecture, "CAUSAL_LM", trust_remote_code)
+    named = (*_mapped_classes(auto, architecture), auto)[0]
+    if getattr(named, "forward", None) is not torch.nn.Module.forward:
+        return
+    message = f"model.path: {named.__name__} only generates, and has no forward to train it by."
+    parts = [getattr(architecture, name, None) for name in architecture.sub_configs]
+    part_classes = [
+        part_class
+        for part in parts
+        if part is not None
+        for auto in _auto_classes(part, "CAUSAL_LM")
+        for part_class in _mapped_classes(auto, part)
+    ]
+    if part_classes:
+        message += (
+            f"\nIts part that writes text trains. Save it with transformers' "
+            f"{part_classes[0].__name__}.from_pretrained(MODEL).save_pretrained(FOLDER), put the "
+            "model's tokenizer beside it, and set model.path=FOLDER."
+        )
+    raise UserError(message)
 
 
 def _no_class_message(architecture: Any) -> str:
