@@ -115,6 +115,7 @@ def test_a_head_trains_beside_experts_in_4_bits(folder, kind):
         f"dataset.path={folder / method}.jsonl", f"dataset.cache={folder}/cache",
         "dataset.eval.share=null", f"output_dir={output}", "trainer.args.disable_tqdm=true",
         "trainer.args.per_device_train_batch_size=2", "trainer.args.max_steps=1",
+        "trainer.args.warmup_steps=0", "trainer.args.learning_rate=0.01",
     ]) == 0  # fmt: skip
     adapter = load_file(output / "model" / "adapter_model.safetensors")
     assert sum("experts" in name for name in adapter) == 8

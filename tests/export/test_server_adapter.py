@@ -176,7 +176,7 @@ RUNS = {
 @pytest.mark.train
 @pytest.mark.parametrize(("family", "counts"), RUNS.items(), ids=RUNS)
 def test_the_adapter_of_a_run_is_counted_and_written_for_a_server(
-    family, counts, tmp_path, luthier
+    family, counts, tmp_path, luthier, capsys
 ):
     saved, joined, written = counts
     save_family(tmp_path / "base", family)
@@ -188,6 +188,7 @@ def test_the_adapter_of_a_run_is_counted_and_written_for_a_server(
         "trainer.args.max_steps=1", "trainer.evaluation.samples=0",
         "trainer.args.disable_tqdm=true",
     ]) == 0  # fmt: skip
+    capsys.readouterr()
     code, out, _ = luthier("check", tmp_path / "run", "--served", "--json")
     rule = json.loads(out)["rules"][-1]
     assert (rule["checked"], rule["broken"]) == (saved, joined)

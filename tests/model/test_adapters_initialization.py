@@ -19,8 +19,10 @@ from helpers.adapter_models import (
     stir,
     trained,
 )
+from helpers.model_families import save_family
 from luthier.errors import UserError
 from luthier.model.adapters import add_adapter, convert_to_plain_lora
+from luthier.model.expert_lora import QuantizedExpertsLora
 
 LOFTQ = LORA | {"init_lora_weights": "loftq"}
 
@@ -58,6 +60,30 @@ def test_loftq_starts_nearer_to_the_model_as_it_was(tiny_model):
     corrected = logits(prepared(config)[0])
     plain = logits(load(tiny_model, NF4))
     assert (corrected - wanted).norm() < 0.8 * (plain - wanted).norm()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_loftq_takes_the_largest_part_of_the_error_of_each_expert(family, tmp_path):
+    folder = save_family(tmp_path / "base", family)
+    config = config_of(folder, quantization=NF4, lora=LOFTQ | {"r": 6, "use_rslora": True})
+    model, _ = prepared(config)
+    weights = dict(load(folder).named_parameters())
+    names = {name for name in weights if name.endswith(("experts.gate_up_proj", "down_proj"))}
+    assert names
+    corrected = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedExpertsLora):
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        name = f"{name}.{layer.parameter_name}"
+        corrected.add(name)
+        term = layer._make_term("default")
+        error = weights[name] - layer.get_base_layer().dequantize(layer.parameter_name)
+        after = error - term.scale * term.left @ term.right
+        least = torch.linalg.svdvals(error)[:, 6:].norm(dim=1)
+        left_over = after.flatten(1).norm(dim=1)
+        assert (least <= 1.0001 * left_over).all() and (left_over <= 1.02 * least).all()
+    assert corrected == names
 
 
 def test_loftq_is_saved_as_plain_lora(tiny_model, tmp_path):

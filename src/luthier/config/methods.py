@@ -286,7 +286,7 @@ _FROM_DATA = ("eva", "corda", "lora_ga")
 
 
 _EXPERT_STARTS = (True, False, "gaussian", "loftq")
-"""Beginnings of LoRA on experts; LoftQ corrects linear layers alone."""
+"""Beginnings of LoRA on experts; LoftQ corrects each expert."""
 _NOT_ON_PARAMETERS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of LoRA's B",

@@ -204,7 +204,7 @@ def _cuda_devices(model: Any) -> set[int]:
 
 
 def apply_loftq(model: Any, original: Any, seed: int) -> None:
-    """Start each LoRA pair at the best correction of its 4-bit layer's error.
+    """Start each LoRA pair at the best correction of its 4-bit layer's error, or of each expert's.
 
     `original` is the model before quantization, by the same names. One round of LoftQ (Li et al.,
     https://arxiv.org/abs/2310.08659), with the scale of the adapter taken out. Raises UserError
@@ -213,32 +213,47 @@ def apply_loftq(model: Any, original: Any, seed: int) -> None:
     import torch
     from peft.tuners.lora.bnb import Linear4bit
 
+    from luthier.model.expert_lora import QuantizedExpertsLora
+
     weights = dict(original.named_parameters())
     with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed)
         for name, layer in model.named_modules():
+            if not isinstance(layer, Linear4bit | QuantizedExpertsLora):
+                continue
+            # peft wraps a module once for each of its parameters.
+            module = name.removeprefix(_PREFIX).replace(".base_layer", "")
+            key = f"{module}.{getattr(layer, 'parameter_name', 'weight')}"
+            if key not in weights:
+                raise UserError(
+                    f"lora.init_lora_weights=loftq: the model before quantization has no {key}."
+                )
             if isinstance(layer, Linear4bit):
-                key = f"{name.removeprefix(_PREFIX)}.weight"
-                if key not in weights:
-                    raise UserError(
-                        f"lora.init_lora_weights=loftq: the model before quantization has no {key}."
-                    )
                 _correct_error(layer, weights[key].data)
+            else:
+                layer.correct_error(weights[key].data, _decompose)
 
 
 def _correct_error(layer: Any, original: Any) -> None:
     """Set a LoRA pair to the truncated decomposition of its layer's quantization error."""
-    import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    weight, rank = layer.base_layer.weight, layer.r["default"]
+    weight = layer.base_layer.weight
     dequantized = dequantize_4bit(weight.data, weight.quant_state).float()
     error = original.to(dequantized.device).float() - dequantized
-    columns = min(rank + _EXTRA_COLUMNS, *error.shape)
+    left, right = _decompose(error, layer.r["default"])
+    layer.lora_A["default"].weight.data = right.contiguous()
+    layer.lora_B["default"].weight.data = left / layer.scaling["default"]
+
+
+def _decompose(error: Any, rank: int) -> tuple[Any, Any]:
+    """Return [..., rows, rank] and [..., rank, columns], whose product is nearest to `error`."""
+    import torch
+
+    columns = min(rank + _EXTRA_COLUMNS, *error.shape[-2:])
     left, size, right = torch.svd_lowrank(error, q=columns, niter=_POWER_ITERATIONS)
-    root = size[:rank].sqrt()
-    layer.lora_A["default"].weight.data = (right[:, :rank] * root).T.contiguous()
-    layer.lora_B["default"].weight.data = left[:, :rank] * root / layer.scaling["default"]
+    root = size[..., None, :rank].sqrt()
+    return left[..., :rank] * root, (right[..., :rank] * root).mT
 
 
 def record_initial_adapter(model: Any) -> None:

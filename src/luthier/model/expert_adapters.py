@@ -154,8 +154,6 @@ def describe_experts(model: Any, lora: LoraSettings) -> str | None:
         modules = {name.rpartition(".")[0] for name in ranks}
         if len(modules) < len(experts):
             text += f", in {len(modules)} of {len(experts)} layers"
-        if lora.init_lora_weights == "loftq":
-            text += "; LoftQ corrects the linear layers alone"
     elif any(_trains(base.get_submodule(group.name.removesuffix(_COPIED))) for group in experts):
         text = f"{share}, all of them train (lora.modules_to_save)"
     else:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora.layer import ParamWrapper
 from torch.nn.functional import pad
 
@@ -199,6 +200,26 @@ class QuantizedExpertsLora(ExpertsLora):
         shape, dtype = (packed.shape, packed.dtype) if state is None else (state.shape, state.dtype)
         one = torch.empty((), dtype=experts.compute_dtype or dtype, device=packed.device)
         return one.expand(shape)
+
+    def correct_error(
+        self, original: "Tensor", decompose: "Callable[[Tensor, int], tuple[Tensor, Tensor]]"
+    ) -> None:
+        """Set A and B to what is lost of each expert in 4 bits, as far as their rank goes.
+
+        `original` is the parameter before it was packed; `decompose` gives two matrices of a rank
+        for each matrix of a difference.
+        """
+        experts: Any = self.get_base_layer()
+        packed = experts._parameters[self.parameter_name]
+        state = packed.quant_state
+        dequantized = dequantize_4bit(packed.data, state).reshape(state.shape).float()
+        error = original.to(dequantized.device).float() - dequantized
+        left, right = decompose(error, self.r["default"])
+        scale = self.scaling["default"]
+        # The layout of `_make_term`, turned back.
+        b, a = (left, right) if self._did_swap_in_out_features else (right.mT, left.mT)
+        self.lora_A["default"].weight.data = a.flatten(0, 1).contiguous()
+        self.lora_B["default"].weight.data = b.permute(1, 2, 0).flatten(1).contiguous() / scale
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: what is added to an unpacked copy would be lost."""
