@@ -7,6 +7,7 @@ import pytest
 from helpers.chatml import jsonl
 from helpers.export_runs import make_run
 from helpers.model_families import save_family
+from luthier.storage.sizes import read_safetensors_header
 
 CPU = ["model.device=cpu", "model.dtype=float32"]
 GROUPS = {
@@ -45,6 +46,12 @@ def test_it_is_asked_measured_checked_and_packed(runs, kind, luthier, tmp_path):
     config = json.loads((target / "config.json").read_text())
     assert config["architectures"] == ["Qwen3VLForConditionalGeneration"]
     assert (target / "preprocessor_config.json").is_file()
+    tensors = [read_safetensors_header(file).tensors for file in target.glob("*.safetensors")]
+    packed = {name.partition(".weight.absmax")[0] for file in tensors for name in file
+              if name.endswith(".absmax")}  # fmt: skip
+    assert any(name.endswith("down_proj") for name in packed)
+    assert all(name.startswith("model.language_model.layers.") for name in packed)
+    assert any(name.startswith("model.visual.") for file in tensors for name in file)
     assert reply["reply"] is not None
 
 

@@ -342,8 +342,11 @@ def test_whatever_a_plan_raises_is_told_and_stops_no_run(shapes, configured, mon
 
     monkeypatch.setattr(plan, "simulate_step", fails)
     config = configured(shapes("failing", TINY | {"rms_norm_eps": 2e-6}))
-    with pytest.raises(UserError, match="cannot try a step of this model: KeyError: 'a layer'"):
+    with pytest.raises(
+        UserError, match="cannot try a step of this model: KeyError: 'a layer'"
+    ) as raised:
         plan_memory(config, gpu(24))
+    assert "does not mean that it cannot train" in str(raised.value)
     chosen = resolve_auto_checkpointing(config.with_trainer_args(activation_checkpointing="auto"))
     assert chosen.trainer.args.activation_checkpointing is True
     assert "not planned" in capsys.readouterr().out

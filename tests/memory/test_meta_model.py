@@ -12,7 +12,7 @@ from luthier.memory import meta_model, workload
 from luthier.memory.plan import plan_memory
 from luthier.memory.report import print_plan
 from luthier.model.device import Machine
-from luthier.model.load import load_model
+from luthier.model.load import describe_packing, load_model
 
 LAYER_8B = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
 NORM = 4096
@@ -115,6 +115,9 @@ def test_experts_that_int8_leaves_whole_are_counted_and_named(tmp_path, configur
     text = io.StringIO()
     print_plan(plan, [], Console(file=text, width=200))
     assert "experts stay in bfloat16: 0.00 GB. Only quantization=nf4 or fp4" in text.getvalue()
+    loaded = load_model(config.model, INT8, Machine("cpu", "bfloat16", "eager"))
+    assert describe_packing(loaded).startswith("int8 packs ")
+    assert f"{describe_packing(loaded)}." in text.getvalue()
 
 
 def test_a_step_holds_the_unpacked_experts_of_one_layer_where_it_checkpoints(shapes, configured):

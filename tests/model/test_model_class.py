@@ -1,13 +1,15 @@
 """The class that loads a model, and its text part: what trains, and what gets an adapter."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
 
 from helpers.adapter_models import IDS, config_of, logits, prepared, stir, trained
-from helpers.model_families import FAMILIES, family_config, make_family_model, save_family
+from helpers.model_families import FAMILIES, SIZES, family_config, make_family_model, save_family
 from luthier.errors import UserError
-from luthier.model.adapter_targets import find_target_layers
+from luthier.model.adapter_targets import find_target_layers, scope_saved_modules
 from luthier.model.model_class import (
     build_empty_model,
     check_trains_on_text,
@@ -87,6 +89,55 @@ def test_the_backbone_of_llama_4_gives_what_the_output_layer_takes(name):
     torch.testing.assert_close(model.get_output_embeddings()(hidden), logits(model))
 
 
+TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "patch_size": 14, "image_size": 28}
+OTHER_BACKBONES = {
+    "mllama": lambda: transformers.MllamaForConditionalGeneration(
+        transformers.MllamaConfig(
+            text_config=SIZES | {"cross_attention_layers": [1], "num_hidden_layers": 3},
+            vision_config=TOWER
+            | {"attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 64}
+            | {"intermediate_layers_indices": [0], "max_num_tiles": 2, "intermediate_size": 48}
+            | {"supported_aspect_ratios": [[1, 1], [1, 2]]},
+        )
+    ),
+    "kosmos-2.5": lambda: transformers.Kosmos2_5ForConditionalGeneration(
+        transformers.Kosmos2_5Config(
+            text_config={"vocab_size": 272, "embed_dim": 64, "layers": 2, "ffn_dim": 96}
+            | {"attention_heads": 4, "dropout": 0.0},
+            vision_config={"hidden_size": 32, "patch_embed_hidden_size": 48, "head_dim": 16}
+            | {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48},
+            latent_query_num=4,
+        )
+    ),
+    "nemotron 3 omni": lambda: transformers.NemotronH_Omni_Reasoning_V3(
+        transformers.NemotronH_Omni_Reasoning_V3_Config(
+            text_config=family_config("nemotron_h").to_dict(),
+            vision_config=TOWER
+            | {"num_attention_heads": 2, "max_img_size": 56, "video_temporal_patch_size": 2},
+            projector_hidden_size=32,
+            vision_hidden_size=32,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_BACKBONES.values(), ids=OTHER_BACKBONES)
+def test_wrappers_without_a_backbone_train_by_the_fused_head(make):
+    from trl.trainer.utils import add_fused_lm_head
+
+    torch.manual_seed(0)
+    model = make().eval()
+    expose_backbone(model)
+    labels = IDS.clone()
+    expected = model(input_ids=IDS, labels=labels).loss
+    add_fused_lm_head(model)
+    loss = model(input_ids=IDS, labels=labels, fused_lm_head=True).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert layer.weight.grad.abs().sum() > 0
+
+
 IMAGES_TOO = "cannot be trained on text alone"
 NO_CLASS = "no class that loads it as a language model"
 REFUSED = {
@@ -99,6 +150,9 @@ REFUSED = {
     "T5Config": "trainer=seq2seq is for",
     "Qwen3OmniMoeConfig": "ForConditionalGeneration only generates, and has no forward",
     "Qwen2_5OmniConfig": r"Save it with transformers' Qwen2_5OmniThinkerForConditionalGeneration",
+    "T5Gemma2Config": "It is an encoder-decoder: its encoder reads images as well as text",
+    "KyutaiSpeechToTextConfig": "cannot be trained on text alone: .* has no table of embeddings",
+    "PI0Config": "PI0ForConditionalGeneration has no output layer",
 }
 
 
@@ -126,6 +180,16 @@ def test_the_thinker_of_qwen_omni_trains_its_text_part():
     # A list of names means the text part, too: the towers have a q_proj of their own.
     for targets in ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]):
         assert find_target_layers(model, targets) == expected
+
+
+SEQUENCES = {"T5Gemma2Config": "cannot be trained: its encoder reads images", "T5Config": None}
+
+
+@pytest.mark.parametrize(("config", "reason"), SEQUENCES.items(), ids=SEQUENCES)
+def test_an_encoder_decoder_that_reads_images_is_refused(config, reason):
+    refused = pytest.raises(UserError, match=reason) if reason else nullcontext()
+    with refused:
+        check_trains_on_text(getattr(transformers, config)(), task="SEQ_2_SEQ_LM")
 
 
 def test_a_model_that_cannot_be_built_empty_is_not_judged():
@@ -180,6 +244,36 @@ def test_an_adapter_goes_on_the_text_part_and_plain_peft_loads_it(wrapper, lora,
     assert {n for n, _ in plain.named_parameters() if "lora_" in n} == set(names)
     torch.testing.assert_close(logits(plain, IDS), expected)
     assert not torch.allclose(unadapted, expected)
+
+
+SAVED = {
+    "the tower's name, too": (["norm"], {"model.language_model.norm"}),
+    "the output layer": (["lm_head"], {"lm_head"}),
+    "a name of the text part": (
+        ["language_model.norm", "lm_head"],
+        {"language_model.norm", "lm_head"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("names", "scoped"), SAVED.values(), ids=SAVED)
+def test_whole_layers_are_those_of_the_text_part(names, scoped):
+    saved = scope_saved_modules(empty_model("mistral3"), names)
+    assert {name for name in saved if ".layers." not in name} == scoped
+    assert not any("vision" in name for name in saved)
+
+
+def test_whole_layers_of_a_tower_are_refused():
+    with pytest.raises(UserError, match=r"lora\.modules_to_save: model\.visual\.merger is not in"):
+        scope_saved_modules(empty_model("qwen3_vl"), ["merger"])
+
+
+def test_a_layer_trains_whole_in_the_text_part_alone(wrapper):
+    lora = {"method": "lora", "r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    model, _ = prepared(config_of(wrapper, lora=lora))
+    whole = [name for name in trained(model) if "modules_to_save" in name]
+    assert whole
+    assert all(".language_model." in name for name in whole)
 
 
 def test_a_pattern_means_what_it_says_and_a_list_of_tower_layers_is_refused():

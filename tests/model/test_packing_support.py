@@ -14,6 +14,10 @@ CONFIGS = {
     "falcon": ({"model_type": "falcon", "alibi": False}, None),
     "rwkv": ({"model_type": "rwkv"}, "recurrent layers carry a state"),
     "in a wrapper": ({"model_type": "any", "text_config": {"model_type": "minimax"}}, "recurrent"),
+    "kosmos-2.5": (
+        {"model_type": "kosmos-2.5", "text_config": {"model_type": "kosmos_2_5_text_model"}},
+        "counts the positions",
+    ),
     "xlnet": ({"model_type": "xlnet"}, "takes no masks"),
     "mamba": ({"model_type": "mamba"}, None),
     "unknown": ({"model_type": "new"}, None),

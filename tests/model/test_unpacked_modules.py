@@ -8,8 +8,9 @@ from helpers.adapter_models import INT8, NF4
 from helpers.model_families import save_family
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
+from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
-from luthier.model.load import load_model
+from luthier.model.load import describe_packing, load_model
 
 WHOLE = {
     "qwen3_vl": ("CAUSAL_LM", {"model.visual"}),
@@ -20,6 +21,36 @@ WHOLE = {
     "modernbert": ("TOKEN_CLS", {"classifier", "head"}),
     "qwen3": ("SEQ_CLS", {"score"}),
 }
+
+
+PACKED = {
+    (
+        "qwen3_vl",
+        "nf4",
+    ): "nf4 packs 100% of the layers' weights; in float32 stay: model.visual, lm_",
+    (
+        "jamba",
+        "nf4",
+    ): "nf4 packs 100% of the layers' weights; in float32 stay: mamba.dt_proj, lm_h",
+    (
+        "mixtral",
+        "int8",
+    ): "int8 packs 14% of the layers' weights; in float32 stay: lm_head (0.00 GB)",
+    ("falcon", "nf4"): "nf4 packs 100% of the layers' weights",
+}
+
+
+@pytest.mark.parametrize(("name", "bits"), PACKED, ids=str)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_the_share_that_is_packed_is_said(name, bits, adapted, tmp_path):
+    model = _load(save_family(tmp_path / "model", name), {"nf4": NF4, "int8": INT8}[bits])
+    if adapted:
+        model = add_adapter(model, {"r": 2, "target_modules": "all-linear"}, seed=1)
+    assert describe_packing(model).startswith(PACKED[name, bits])
+
+
+def test_nothing_is_said_of_a_model_that_is_not_packed(tmp_path):
+    assert describe_packing(_load(save_family(tmp_path / "model", "llama"), {})) is None
 
 
 CASES = {f"{name} {bits}": (name, bits) for name in WHOLE for bits in ("nf4", "int8")}

@@ -25,7 +25,7 @@ from luthier.memory.workload import (
     read_workload,
 )
 from luthier.model.device import Machine
-from luthier.model.load import read_model_config, resolve_attention
+from luthier.model.load import describe_packing, read_model_config, resolve_attention
 from luthier.model.model_class import check_trains_on_text
 
 USUAL_GPU_COUNTS = (2, 4, 8)
@@ -51,6 +51,8 @@ class MemoryPlan:
     estimates: tuple[Estimate, ...]
     unpacked_experts: Mapping[str, int] = field(default_factory=dict)
     """Number format -> bytes of the experts that stay in it although the run quantizes."""
+    packing: str | None = None
+    """What is quantized and what is not, in words; None for a run that quantizes nothing."""
 
     @property
     def best(self) -> Estimate:
@@ -79,7 +81,12 @@ def plan_memory(
     hardware = hardware or detect_hardware(config.model)
     machine = machine_for(config.model, hardware)
     with _without_warnings(), _errors_in_words(config):
-        machine = resolve_attention(config.model, machine, METHODS[config.trainer.method].task)
+        task = METHODS[config.trainer.method].task
+        if task == "SEQ_2_SEQ_LM":
+            # A step of what a run refuses could be planned.
+            architecture = read_model_config(config.model)
+            check_trains_on_text(architecture, config.model.trust_remote_code, task)
+        machine = resolve_attention(config.model, machine, task)
         workload = read_workload(config, machine)
         plan = _plan_workload(config, machine, workload, hardware, shardings)
         if plan.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
@@ -130,16 +137,18 @@ def _errors_in_words(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if METHODS[config.trainer.method].task == "CAUSAL_LM":
-            # What the run itself refuses is refused here in the same words.
-            check_trains_on_text(read_model_config(config.model), config.model.trust_remote_code)
+        # What the run itself refuses is refused here in the same words.
+        task = METHODS[config.trainer.method].task
+        architecture = read_model_config(config.model)
+        check_trains_on_text(architecture, config.model.trust_remote_code, task)
         if isinstance(error, UserError):
             raise
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
             f"model.path={config.model.path}: the plan cannot try a step of this model: "
-            f"{type(error).__name__}: {lines[0]}\nThe run itself is not affected by this; its "
-            "memory can be measured while it trains."
+            f"{type(error).__name__}: {lines[0]}\nSo there are no numbers for it, which does not "
+            "mean that it cannot train. A run with trainer.args.max_steps=2 trains or says why "
+            "not, and prints the memory that it took."
         ) from error
 
 
@@ -187,6 +196,7 @@ def _plan_workload(
         workload=workload,
         estimates=tuple(estimates),
         unpacked_experts=_unpacked_experts(weights),
+        packing=next(iter(steps.values())).packing,
     )
 
 
@@ -235,5 +245,7 @@ def _simulate_or_reuse(
     key = (model_json, machine, step, device_type, dtype)
     if key not in _STEP_CACHE or not shares <= set(_STEP_CACHE[key].peaks):
         model = build_meta_model(config, machine, dtype)
-        _STEP_CACHE[key] = simulate_step(model, workload, device_type, shares)
+        packing = describe_packing(model)
+        simulated = simulate_step(model, workload, device_type, shares)
+        _STEP_CACHE[key] = replace(simulated, packing=packing)
     return _STEP_CACHE[key]

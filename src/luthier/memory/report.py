@@ -132,6 +132,8 @@ def _notes(plan: MemoryPlan) -> list[str]:
         notes.append(f"trainer.args.optim={work.optimizer}: two float32 states are assumed.")
     if plan.hardware.kind == "cpu" and keeps_freed_blocks():
         notes.append(f"Nothing is lost in the heap with {RETURN_FREED_BLOCKS} before the command.")
+    if plan.packing is not None:
+        notes.append(f"{plan.packing}.")
     unpacked = describe_unpacked_experts(plan.unpacked_experts)
     if unpacked is not None:
         notes.append(unpacked)

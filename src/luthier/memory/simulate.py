@@ -123,6 +123,8 @@ class SimulatedStep:
     """Bytes of weights, scales and buffers, in the allocator's blocks."""
     peaks: dict[float, Peak]
     """The highest moment, for each share of the gradients that stays on a process."""
+    packing: str | None = None
+    """What is quantized and what is not, as `describe_packing` says it."""
 
 
 def simulate_step(

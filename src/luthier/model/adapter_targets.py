@@ -45,9 +45,7 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
     parameters = find_target_parameters(model, settings.get("target_parameters") or (), chosen)
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(key, settings.get(key) or {}, [*chosen, *parameters])
-    for name in settings.get("modules_to_save") or ():
-        if not any(layer.endswith(name) for layer in names):
-            raise UserError(_no_match_message("lora.modules_to_save", name, names))
+    scope_saved_modules(model, settings.get("modules_to_save") or ())
     if targets and targets != ALL_LINEAR:
         _refuse_bypassed_layers(model, chosen)
     _refuse_other_routers(model, chosen)
@@ -61,6 +59,29 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
                 f"with its weight alone, so an adapter on it would never train.\nTrain it whole: "
                 f"{format_override('lora.modules_to_save', [name])}."
             )
+
+
+def scope_saved_modules(model: Any, endings: Sequence[str]) -> list[str]:
+    """Return `lora.modules_to_save` such that peft trains no layer that text does not reach.
+
+    peft 0.21 trains every layer whose name ends so, in a vision tower too: there each name becomes
+    the whole names of the text part's layers. Raises UserError for a name that matches none.
+    """
+    names = [name for name, _ in model.named_modules()]
+    text = find_text_modules(model)
+    scoped: list[str] = []
+    for ending in endings:
+        layers = [name for name in names if name.endswith(ending)]
+        if not layers:
+            raise UserError(_no_match_message("lora.modules_to_save", ending, names))
+        reached = [name for name in layers if name in text]
+        if not reached:
+            raise UserError(
+                f"lora.modules_to_save: {layers[0]} is not in the part of the model that reads "
+                "text, so it would never train. Leave it out."
+            )
+        scoped += [ending] if reached == layers else reached
+    return list(dict.fromkeys(scoped))
 
 
 def find_target_parameters(

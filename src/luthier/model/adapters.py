@@ -22,6 +22,7 @@ from luthier.model.adapter_targets import (
     check_adapter_names,
     find_target_layers,
     linear_layer_suffixes,
+    scope_saved_modules,
 )
 from luthier.model.experts import find_experts, find_routers
 from luthier.model.model_class import find_text_modules
@@ -119,6 +120,8 @@ def _peft_settings(
         layers = find_target_layers(model, ALL_LINEAR)
         names = [name for name, _ in model.named_modules()]
         settings["target_modules"] = expert_adapters.shortest_names(layers, names)
+    if settings.get("modules_to_save"):
+        settings["modules_to_save"] = scope_saved_modules(model, settings["modules_to_save"])
     settings |= expert_adapters.expert_settings(model, lora, settings)
     check_adapter_names(model, settings, task_type)
     settings |= _without_bypassed_layers(model, settings)
@@ -344,7 +347,9 @@ def _convert_trained_copies(model: Any) -> None:
             original, copies = wrapper.base_layer, wrapper.ln_tuning_layers
         else:
             continue
-        dtype = next(original.parameters()).dtype
+        dtype = next((weight.dtype for weight in original.parameters()), None)
+        if dtype is None:
+            continue  # some norms of Gemma 4 have no weights, and nothing trains in a copy
         for layer in copies.values():
             layer.register_forward_pre_hook(_to_float32)
             layer.register_forward_hook(partial(_to_dtype, dtype))

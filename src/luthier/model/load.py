@@ -4,9 +4,11 @@ import copy
 import os
 import re
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from luthier.model.model_class import (
     choose_attention,
     expose_backbone,
     find_text_modules,
+    is_within,
     resolve_model_class,
 )
 from luthier.model.model_files import (
@@ -284,6 +287,57 @@ def find_unpacked_modules(model: Any, skipped: Sequence[str] | None = None) -> l
         poolers = (name for name, _ in model.named_modules() if name.endswith(".pooler"))
         names.update(text.heads, poolers)
     return sorted({*names, *find_bypassed_layers(model)})
+
+
+def describe_packing(model: Any) -> str | None:
+    """Return which share of a model's layers bitsandbytes packs, and what it leaves as it was.
+
+    It reads `nf4 packs 100% of the layers' weights; in bfloat16 stay: model.visual, lm_head (0.30
+    GB)`. The share is that of linear layers and experts in the text part, without its output
+    layers; the frozen parts and layers that stay are named, experts and embeddings are not.
+    `model` may be empty, or have an adapter. None where nothing is packed.
+    """
+    from bitsandbytes.nn import Int8Params, Params4bit
+    from torch.nn import Embedding, Linear
+    from transformers.pytorch_utils import Conv1D
+
+    text, is_adapted = find_text_modules(model), hasattr(model, "peft_config")
+    tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, Embedding)}
+    packed: Counter[str] = Counter()
+    whole: dict[str, Counter[str]] = defaultdict(Counter)
+    unpacked = 0
+    for group in find_experts(model):
+        own = dict(model.get_submodule(group.name).named_parameters(recurse=False))
+        for name, shape in group.shapes.items():
+            # Weights that bitsandbytes packs have the attribute even before they are loaded.
+            if hasattr(own[name], "quant_state"):
+                packed[own[name].quant_type] += prod(shape)
+            else:
+                unpacked += prod(shape)
+    for name, layer in model.named_modules():
+        weight = layer.weight if isinstance(layer, Linear | Conv1D) else None
+        if weight is None or id(weight) in tables or (is_adapted and weight.requires_grad):
+            continue
+        beside = (*text.others, *text.heads)
+        part = next((each for each in beside if is_within(name, each)), None)
+        if isinstance(weight, Int8Params | Params4bit):
+            state = getattr(weight, "quant_state", None)
+            form = weight.quant_type if isinstance(weight, Params4bit) else "int8"
+            packed[form] += weight.numel() if state is None else prod(state.shape)
+            continue
+        if part is None:
+            unpacked += weight.numel()
+        label = part or ".".join(name.replace(".base_layer", "").split(".")[-2:])
+        dtype = str(weight.dtype).removeprefix("torch.")
+        whole[dtype][label.removeprefix("base_model.model.")] += weight.numel() * weight.itemsize
+    if not packed:
+        return None
+    share = packed.total() / (packed.total() + unpacked)
+    stays = [
+        f"; in {dtype} stay: {', '.join(sizes)} ({sizes.total() / 1e9:,.2f} GB)"
+        for dtype, sizes in whole.items()
+    ]
+    return f"{' and '.join(packed)} packs {share:.0%} of the layers' weights{''.join(stays)}"
 
 
 def _leave_modules_unpacked(

@@ -28,6 +28,11 @@ _OTHER_INPUTS = re.compile(
     r"|mm_token_type_ids"
 )
 """Inputs beside text, as the errors of transformers name them."""
+_ENCODES_IMAGES = (
+    "its encoder reads images as well as text, and luthier trains no encoder-decoder of that kind: "
+    "it would leave the encoder without an adapter and unquantized."
+)
+"""Why T5Gemma 2 and its like are refused: `find_text_part` finds their decoder alone."""
 _IMAGE_LAYERS = {
     "MllamaCrossAttentionDecoderLayer": "",
     "Ernie4_5_VLMoeMoeBlock": "vision_moe",
@@ -145,31 +150,43 @@ def build_empty_model(
     return model
 
 
-def check_trains_on_text(architecture: Any, trust_remote_code: bool = False) -> None:
+def check_trains_on_text(
+    architecture: Any, trust_remote_code: bool = False, task: str = "CAUSAL_LM"
+) -> None:
     """Raise UserError for a model that no class here trains to write, or not on text alone.
 
-    An empty model that reads more than text is given a row of it; nothing is loaded. A model that
-    cannot be built or tried without its weights is not judged.
+    `task` is a key of `TASK_CLASSES`; models with a head are not judged. An empty model that reads
+    more than text is given a row of it; nothing is loaded. A model that cannot be built or tried
+    without its weights is not judged.
     """
     import torch
 
+    if task == "SEQ_2_SEQ_LM" and _has_vision(architecture):
+        name = type(architecture).__name__.removesuffix("Config")
+        raise UserError(f"model.path: {name} cannot be trained: {_ENCODES_IMAGES}")
+    if task != "CAUSAL_LM":
+        return
     if not trust_remote_code and not has_model_class(architecture, "CAUSAL_LM"):
         raise UserError(_no_class_message(architecture))
     _refuse_class_without_forward(architecture, trust_remote_code)
     if not architecture.sub_configs or architecture.is_encoder_decoder:
         return
-    row = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    # Some models cannot be built from their config alone, which says nothing of their inputs.
     try:
         model = build_empty_model(copy.deepcopy(architecture), "CAUSAL_LM", trust_remote_code)
+    except Exception:
+        return
+    name = type(architecture).__name__.removesuffix("Config")
+    refusal = f"model.path: {name} cannot be trained on text alone"
+    if missing := _missing_text_layer(model):
+        raise UserError(f"{refusal}: {type(model).__name__} has no {missing}.")
+    row = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    try:
         model.train()(input_ids=row, attention_mask=torch.ones_like(row))
     except (ValueError, TypeError) as error:
         if _OTHER_INPUTS.search(str(error)):
-            name = type(architecture).__name__.removesuffix("Config")
-            raise UserError(
-                f"model.path: {name} cannot be trained on text alone: {error}"
-            ) from error
-    # Without values some forwards cannot go on, and some models cannot be built, which says
-    # nothing of their inputs.
+            raise UserError(f"{refusal}: {error}") from error
+    # Without values some forwards cannot go on.
     except Exception:
         return
 
@@ -203,15 +220,42 @@ def _refuse_class_without_forward(architecture: Any, trust_remote_code: bool) ->
     raise UserError(message)
 
 
+def _missing_text_layer(model: Any) -> str | None:
+    """Return which layer a model lacks that training on tokens of text needs; None if it has all.
+
+    Models that embed sound with each token (Kyutai's speech to text) or give actions instead of
+    words (PI0) have no such layers.
+    """
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    if not hasattr(embeddings, "weight"):
+        return "table of embeddings with one row for each token of text"
+    if model.get_output_embeddings() is None:
+        return "output layer that scores the next token of text"
+    return None
+
+
 def _no_class_message(architecture: Any) -> str:
     """Return why a model that transformers loads by no class for text cannot be trained."""
     message = (
         f"model.path: this is a {architecture.model_type} model, and transformers has no class "
         "that loads it as a language model."
     )
+    if architecture.is_encoder_decoder and _has_vision(architecture):
+        return f"{message} It is an encoder-decoder: {_ENCODES_IMAGES}"
     if has_model_class(architecture, "SEQ_2_SEQ_LM"):
         return f"{message} It is an encoder-decoder: trainer=seq2seq is for those."
     return f"{message} luthier does not train it to write."
+
+
+def _has_vision(architecture: Any) -> bool:
+    """Return whether a `PretrainedConfig` or one within it describes a vision tower."""
+    parts = [getattr(architecture, name, None) for name in architecture.sub_configs]
+    return any(name.startswith("vision") for name in architecture.sub_configs) or any(
+        _has_vision(part) for part in parts if part is not None
+    )
 
 
 def expose_backbone(model: Any) -> None:
@@ -219,16 +263,26 @@ def expose_backbone(model: Any) -> None:
 
     transformers 5.23 gives the model itself for Llama 4, Mllama and a dozen more classes, and TRL
     1.16 then finds no `last_hidden_state`. The property is of the class, so all its models have it.
+    So are the methods of the output layer, which find none in Nemotron 3 Omni.
     """
     from transformers import PreTrainedModel
 
     if model.base_model is not model:
         return
     modules = dict(model.named_modules())
-    for name in ("language_model.model", "model"):
+    for name in ("language_model.model", "text_model.model", "model"):
         if isinstance(modules.get(name), PreTrainedModel):
             type(model).base_model = property(methodcaller("get_submodule", name))
+            head = f"{name.rpartition('.')[0]}.lm_head".strip(".")
+            if model.get_output_embeddings() is None and head in modules:
+                _expose_output_layer(type(model), head)
             return
+
+
+def _expose_output_layer(model_class: Any, name: str) -> None:
+    """Have the models of a class give and take the output layer of this name."""
+    model_class.get_output_embeddings = lambda self: self.get_submodule(name)
+    model_class.set_output_embeddings = lambda self, layer: self.set_submodule(name, layer)
 
 
 def _auto_classes(architecture: Any, task: str) -> list[Any]:

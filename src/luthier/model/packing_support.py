@@ -17,6 +17,7 @@ PACKING_ADVICE = (
 """What to set for a model that cannot train packed rows."""
 _ALIBI = "its ALiBi biases count from the beginning of a row, not of a document"
 _RECURRENT = "its recurrent layers carry a state from each document of a row into the next one"
+_POSITIONS = "it counts the positions of packed documents from another number than those of rows"
 _MASKS = "its attention takes no masks of single documents"
 _UNPACKABLE = {
     "bloom": _ALIBI,
@@ -25,6 +26,7 @@ _UNPACKABLE = {
     "minimax": _RECURRENT,
     "openai-gpt": _MASKS,
     "xlnet": _MASKS,
+    "kosmos_2_5_text_model": _POSITIONS,
 }
 """Model type in transformers 5.23 -> why its packed documents see each other, as measured."""
 

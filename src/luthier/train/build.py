@@ -115,8 +115,8 @@ def build_session(
     is_recorded = is_main_process and not config.dry_run
     method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
     quantized.check_quantized_model(config, machine)
-    if facts.task == "CAUSAL_LM":
-        check_trains_on_text(read_model_config(config.model), config.model.trust_remote_code)
+    architecture = read_model_config(config.model)
+    check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
     machine = resolve_attention(config.model, machine, facts.task)
     check_router_loss(config)
     tokenizer = load_tokenizer(config.model)

@@ -16,6 +16,7 @@ from luthier.data.streaming import TokenRowStream
 from luthier.model.adapter_targets import bypassed_layer_suffixes
 from luthier.model.expert_adapters import describe_experts
 from luthier.model.experts import describe_unpacked_experts, unpacked_expert_bytes
+from luthier.model.load import describe_packing
 from luthier.model.model_class import find_text_modules
 from luthier.storage.atomic import write_jsonl
 from luthier.terminal import make_console
@@ -38,12 +39,12 @@ def print_model(
     trained = sum(size for size, trains in sizes if trains)
     text_config = model.config.get_text_config()
     attention = getattr(text_config, "_attn_implementation", None) or machine.attention
-    packing = ", quantized" if quantization.is_enabled else ""
+    form = ", quantized" if quantization.is_enabled else ""
     if quantization.dequantize:
-        packing = ", dequantized"
+        form = ", dequantized"
     print_line(
         f"model     {type(model).__name__}, {trained / 1e6:.2f} M parameters train, "
-        f"on {machine.device} in {machine.dtype}{packing}, "
+        f"on {machine.device} in {machine.dtype}{form}, "
         f"attention {attention}"
     )
     if frozen := _describe_frozen_parts(model):
@@ -52,6 +53,9 @@ def print_model(
     if bypassed:
         print_line(f"          no adapter on {', '.join(bypassed)}: kernels would pass it by")
     if getattr(model, "is_quantized", False):
+        packing = describe_packing(model)
+        if packing is not None:
+            print_line(f"{'':10}{packing}")
         unpacked = describe_unpacked_experts(unpacked_expert_bytes(model))
         if unpacked is not None:
             print_line(f"{'':10}{unpacked}")

@@ -41,7 +41,9 @@ class PackedDocuments:
         self._groups_by_length = groups_by_length
         self._groups: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._order: torch.Tensor | None = None
-        self._decoder = model.get_decoder()
+        # transformers 5.23: that of Nemotron 3 Omni has an output layer, and losses call what lies
+        # below it.
+        self._decoder = model.get_decoder().get_decoder()
         self._decoder.register_forward_pre_hook(self._begin_batch, with_kwargs=True)
 
     def __str__(self) -> str:
