@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from luthier.errors import explain_memory_shortage, report_unexpected
+from luthier.errors import explain_lost_process, explain_memory_shortage, report_unexpected
 
 
 class TorchOutOfMemory(RuntimeError):
@@ -56,3 +56,29 @@ def test_any_other_error_keeps_its_traceback(error):
     assert explain_memory_shortage(error) is None
     with pytest.raises(type(error)):
         report_unexpected(error)
+
+
+GLOO = "[pair.cc:553] Connection closed by peer [127.0.0.1]:16557 (third_party/gloo)"
+
+
+@pytest.mark.parametrize(
+    ("error", "world", "is_lost"),
+    [
+        pytest.param(RuntimeError(GLOO), "2", True, id="gloo"),
+        pytest.param(RuntimeError(GLOO), "1", False, id="one process"),
+        pytest.param(ConnectionResetError("Connection reset by peer"), "2", False, id="the hub"),
+        pytest.param(RuntimeError("shapes do not fit"), "2", False, id="another error"),
+    ],
+)
+def test_the_end_of_another_process_is_said_in_one_sentence(
+    error, world, is_lost, monkeypatch, tmp_path, capsys
+):
+    note = tmp_path / "error.json"
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(note))
+    assert (explain_lost_process(error) is not None) == is_lost
+    if is_lost:
+        assert report_unexpected(error) == 1
+        assert "rank 0: another process of this run has ended" in capsys.readouterr().err
+        assert not note.exists(), "the launcher would take it for the cause"

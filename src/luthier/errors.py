@@ -38,7 +38,8 @@ def report_error(error: UserError) -> int:
     # A message shows what was typed, and an address or a header in it may hold a secret.
     text = redact_message(str(error))
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is not None:
+    # What only follows from the end of another process must not stand for it in the report.
+    if error_file is not None and not isinstance(error, LostProcessError):
         # torch's launcher prints it, whose output nobody guards.
         note = {"message": printable(text), "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # the disk of this file may be the full one
@@ -63,10 +64,10 @@ def report_unexpected(error: Exception) -> int:
 
     The entry points call it through `report_machine_error` of `luthier.storage.write_errors`.
     """
-    shortage = explain_memory_shortage(error)
-    if shortage is None:
+    mistake = explain_memory_shortage(error) or explain_lost_process(error)
+    if mistake is None:
         raise error
-    return report_error(shortage)
+    return report_error(mistake)
 
 
 def explain_memory_shortage(error: BaseException) -> UserError | None:
@@ -85,6 +86,31 @@ def explain_memory_shortage(error: BaseException) -> UserError | None:
             return UserError(_memory_message(text))
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+class LostProcessError(UserError):
+    """Another process of the launch has ended, and this one waited for it in vain."""
+
+    exit_code = 1
+
+
+_LOST_TEXTS = ("connection closed", "connection reset", "connection refused", "broken pipe")
+
+
+def explain_lost_process(error: BaseException) -> UserError | None:
+    """Return what an error means whose cause is another process of this launch; None for others."""
+    text = " ".join(str(error).split())
+    # Errors of torch's processes have classes of their own; gloo raises a plain RuntimeError.
+    is_of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in text
+    is_lost = any(phrase in text.lower() for phrase in _LOST_TEXTS)
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not is_lost or not (is_of_torch or is_of_gloo):
+        return None
+    rank = os.environ.get("RANK", "0")
+    return LostProcessError(
+        f"rank {rank}: another process of this run has ended, or cannot be reached, so this one "
+        f"stops, too: its own message says why.\n({text[:300]})"
+    )
 
 
 def _memory_message(text: str) -> str:

@@ -94,13 +94,19 @@ def start_fsdp(folder, *words, ranks=2, flags=(), precision="no", **environment)
     )  # fmt: skip
 
 
-def fork_fsdp(forks, folder, *words, ranks=2, flags=(), precision="no", limit=120, **environment):
-    """Run the ranks as forks of the `forks` fixture, in the environment of the launch file."""
+def fork_fsdp(
+    forks, folder, *words, ranks=2, flags=(), precision="no", limit=120, signals=None, **environment
+):
+    """Run the ranks as forks of the `forks` fixture, in the environment of the launch file.
+
+    `signals` are those that a rank gets, by its number: see `Forks.start`.
+    """
     settings = launch_environment(ranks, flags, precision)
     port, began = settings.pop("MASTER_PORT"), _text_size(folder)
     pids = forks.together(
-        folder, port, *words, ranks=ranks, **settings, ACCELERATE_USE_CPU="false", **environment
-    )
+        folder, port, *words, ranks=ranks, signals=signals, **settings,
+        ACCELERATE_USE_CPU="false", **environment,
+    )  # fmt: skip
     deadline = time.monotonic() + limit
     codes = [forks.wait(pid, limit=max(1, deadline - time.monotonic())) for pid in pids]
     code = next((code for code in codes if code != 0), 0)
@@ -161,6 +167,7 @@ def choose_fsdp_on_cpu():
         if request.distributed == "fsdp" and state.device.type == "cpu":
             _patch_accelerate()
             _keep_gathered_weights()
+            _break_as_told()
 
     launch_checks._refuse_fsdp_without_gpu = choose
 
@@ -212,6 +219,53 @@ def _write_weights(trainer, folder, name):
     if trainer.accelerator.is_main_process:
         (folder / GATHERED).mkdir(exist_ok=True)
         save_file(weights, folder / GATHERED / f"{name}.safetensors")
+
+
+def _break_as_told():
+    """Break what the environment names, as `NAME:STEP`, at this step.
+
+    - FSDP_DAMAGE: half of a weight file, or of a rank's shards, is zeros when it has been written.
+    - FSDP_RAISE: the last rank raises an error of its own.
+    """
+    from luthier.train.trainers import sharded_weights
+    from luthier.train.trainers.base import TrainerMixin
+
+    damage, failing = (os.environ.get(name) for name in ("FSDP_DAMAGE", "FSDP_RAISE"))
+    if damage:
+        name = "_compare_shards" if damage.startswith("shards:") else "compare_saved"
+        real = getattr(sharded_weights, name)
+
+        def damaged(folder, *args):
+            if folder.name == f"checkpoint-{damage.partition(':')[2]}" or folder.parent.name == (
+                f"checkpoint-{damage.partition(':')[2]}"
+            ):
+                import torch
+
+                if int(os.environ["RANK"]) == 0:
+                    _zero_half(max(folder.iterdir(), key=lambda file: file.stat().st_size))
+                torch.distributed.barrier()
+            return real(folder, *args)
+
+        setattr(sharded_weights, name, damaged)
+    if failing:
+        real_step = TrainerMixin._get_grad_norm
+
+        def fail(self, *args, **kwargs):
+            is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+            if is_last and self.state.global_step == int(failing):
+                from luthier.errors import UserError
+
+                raise UserError("rank 1 alone found what is wrong")
+            return real_step(self, *args, **kwargs)
+
+        TrainerMixin._get_grad_norm = fail
+
+
+def _zero_half(file):
+    content = bytearray(file.read_bytes())
+    half = len(content) // 2
+    content[half:] = bytes(len(content) - half)
+    file.write_bytes(content)
 
 
 # Small things.

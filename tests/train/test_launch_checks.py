@@ -9,7 +9,7 @@ import torch
 
 from luthier.errors import UserError, report_error
 from luthier.train import launch_checks
-from luthier.train.launch_request import parse_launch_command
+from luthier.train.launch_request import parse_launch_command, parse_launch_environment
 
 FILE = ["--config_file", "asked.yaml"]
 RANK = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -222,3 +222,58 @@ def test_a_mistake_is_left_for_the_launcher(ask, tmp_path, capsys):
     note = json.loads((tmp_path / "error.json").read_text())["message"]
     assert note["message"] == "two lines\nof words"
     assert note["extraInfo"]["timestamp"].isdigit()
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+IN_SHARDS = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "args", "message"),
+    [
+        pytest.param({}, {"save_only_model": True}, None, id="one-process"),
+        pytest.param(FSDP2 | IN_SHARDS, {}, None, id="shards"),
+        pytest.param(FSDP2 | WHOLE, {"save_only_model": True}, None, id="whole"),
+        pytest.param(FSDP2, {"save_only_model": True}, "FULL_STATE_DICT", id="default-is-shards"),
+        pytest.param(
+            FSDP2 | WHOLE,
+            {"save_only_model": True, "load_best_model_at_end": True},
+            "the best model",
+            id="best",
+        ),
+        pytest.param(
+            FSDP2 | IN_SHARDS | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 2", id="fsdp1-in-shards"
+        ),
+    ],
+)
+def test_what_fsdp_cannot_save_is_told(environ, args, message, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        launch_checks.check_saving(args)
+
+
+@pytest.mark.parametrize(
+    ("launch", "environ", "message"),
+    [
+        pytest.param({"processes": 1, "sharding": "none"}, {}, None, id="as-before"),
+        pytest.param({"processes": 2, "sharding": "fsdp2"}, RANK | FSDP2, None, id="fsdp-again"),
+        pytest.param({"processes": 2, "sharding": "fsdp2"}, {}, "processes 2", id="one-of-two"),
+        pytest.param({"processes": 2, "sharding": "fsdp2"}, RANK, "with ddp", id="ddp-after-fsdp"),
+        pytest.param({"processes": 2, "sharding": "ddp"}, RANK | FSDP2, "ddp", id="fsdp-after-ddp"),
+        pytest.param({}, {}, None, id="older-record"),
+    ],
+)
+def test_another_launch_of_a_run_is_told_before_torch(
+    launch, environ, message, ask, tmp_path, monkeypatch
+):
+    ask([], None, **environ)
+    request = parse_launch_environment(environ)
+    monkeypatch.setattr(launch_checks, "read_launch_request", lambda: request)
+    content = {"status": "stopped", "launch": launch}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    launch_checks.refuse_changed_launch(tmp_path)
+    (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        launch_checks.refuse_changed_launch(tmp_path)

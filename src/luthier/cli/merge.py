@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
-from luthier.config.trust import trust_of
+from luthier.config.trust import check_recorded, trust_of
 from luthier.errors import UserError
-from luthier.model.artifact import Artifact, find_artifact, read_run_config
+from luthier.model.artifact import Artifact, find_artifact, read_run_chat, read_run_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 ONTO = ("trained", "original")
@@ -60,13 +60,10 @@ def run(arguments: list[str]) -> int:
     _refuse_values(parsed)
     if not parsed.overrides:
         raise UserError("luthier merge: name a run, such as luthier merge runs/quickstart/default.")
-    from luthier.export import sharded_checkpoint
+    from luthier.model.model_files import sharding_of
 
     # A checkpoint in shards holds whole weights: it is put together and has no adapter to add.
-    if (
-        len(parsed.overrides) == 1
-        and sharded_checkpoint.sharding_of(Path(parsed.overrides[0])) is not None
-    ):
+    if len(parsed.overrides) == 1 and sharding_of(Path(parsed.overrides[0])) is not None:
         return _merge_sharded(Path(parsed.overrides[0]), parsed)
     weighted = [_split_weight(word) for word in parsed.overrides]
     base, trust = parsed.texts.get("--base"), trust_of(parsed.switches)
@@ -177,6 +174,7 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
     from luthier.environment import quiet_libraries
     from luthier.export import sharded_checkpoint
     from luthier.export.merge_adapter import list_inputs
+    from luthier.model.model_files import sharding_of
     from luthier.storage.output_folder import check_target, describe_written, output_folder
 
     artifact = _trained_whole(folder, parsed)
@@ -185,7 +183,7 @@ def _merge_sharded(folder: Path, parsed: ParsedArguments) -> int:
     inputs, runs = list_inputs([artifact])
     # The default lies beside the checkpoint, in its run.
     check_target(target, "--overwrite" in parsed.switches, [folder, *inputs], runs if typed else [])
-    if sharded_checkpoint.sharding_of(folder) == "zero" and find_spec("deepspeed") is None:
+    if sharding_of(folder) == "zero" and find_spec("deepspeed") is None:
         raise UserError(
             f"{folder}: ZeRO's shards are read by DeepSpeed, which is not installed here:\n"
             "    pip install deepspeed\n"
@@ -222,4 +220,6 @@ def _trained_whole(folder: Path, parsed: ParsedArguments) -> Artifact:
             f"of the run: luthier merge {run}."
         )
     model = config.model.model_copy(update={"path": base} if base else {})
-    return Artifact(str(folder), model, config=config, run=run)
+    chat = read_run_chat(run)
+    check_recorded({"chat": chat}, str(run / "run.json"), trust_of(parsed.switches), ("chat",))
+    return Artifact(str(folder), model, chat=chat, config=config, run=run)

@@ -26,9 +26,11 @@ from luthier.model.model_files import (
     CHAT_SETTINGS_FILE,
     MODEL_CONFIG_FILE,
     check_model_folder,
+    list_indexed_files,
     read_adapter_config,
     read_chat_settings,
     read_config_file,
+    sharding_of,
 )
 from luthier.storage import cache
 from luthier.storage.manifest import DamagedFolderError, read_manifest, verify_sizes
@@ -279,7 +281,7 @@ def _describe_folder(
     config = None if run is None else read_run_config(run, trust)
     chat = read_chat_settings(folder)
     if chat is None and run is not None:
-        chat = _read_run_record(run).get("chat")
+        chat = read_run_chat(run)
     check_recorded({"chat": chat}, str(folder / CHAT_SETTINGS_FILE), trust, ("chat",))
     # The model as the run had it on the machine, but for the settings that concern training.
     settings = (ModelConfig(path="") if config is None else config.model).model_dump()
@@ -288,6 +290,7 @@ def _describe_folder(
     adapter = read_adapter_config(folder)
     if adapter is None:
         _refuse_base(name, base)
+        _refuse_shards(folder)
         check_model_folder(folder)
         settings |= {"path": str(folder), "revision": None, "tokenizer": tokenizer}
         task = _read_task(folder)
@@ -383,6 +386,23 @@ def _read_task(folder: Path) -> str:
     architecture = (config.get("architectures") or [""])[0]
     tasks = _ARCHITECTURE_TASKS.items()
     return next((task for ending, task in tasks if architecture.endswith(ending)), "CAUSAL_LM")
+
+
+def _refuse_shards(folder: Path) -> None:
+    """Raise UserError where a checkpoint has the weights of a whole model in shards alone."""
+    if sharding_of(folder) is None or (folder / "model.safetensors").is_file():
+        return
+    if list_indexed_files(folder) is None:
+        raise UserError(
+            f"{folder}: its weights are in shards, as the processes of the run held them.\n"
+            f"Put them together first: luthier merge {folder}"
+        )
+
+
+def read_run_chat(run: Path) -> dict[str, Any] | None:
+    """Return the chat settings in the record of a run; None where there are none."""
+    chat: dict[str, Any] | None = _read_run_record(run).get("chat")
+    return chat
 
 
 def _read_run_record(run: Path) -> dict[str, Any]:

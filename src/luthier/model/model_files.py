@@ -6,7 +6,7 @@ what the weight files hold, before a library reserves memory for it.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -159,6 +159,22 @@ def list_indexed_weights(folder: Path) -> list[str]:
     """Return the names of the weights that a folder's index names; empty where it has no index."""
     content = load_json(folder / WEIGHT_INDEX_FILE, _WeightIndex, _ADVICE)
     return [] if content is None else list(content["weight_map"])
+
+
+def sharding_of(folder: Path) -> Literal["fsdp", "zero"] | None:
+    """Return which way of sharding left the weights of a checkpoint; None for one that is whole."""
+    if not folder.is_dir():
+        return None
+    if find_fsdp_shards(folder) is not None:
+        return "fsdp"
+    return "zero" if (folder / "latest").is_file() and any(folder.glob("global_step*")) else None
+
+
+def find_fsdp_shards(folder: Path) -> Path | None:
+    """Return the folder with FSDP's shards of the weights: the checkpoint itself, or one in it."""
+    # accelerate puts the shards into a folder of the checkpoint; torch alone writes them into it.
+    folders = [folder, *sorted(folder.glob("pytorch_model_fsdp_*"))]
+    return next((candidate for candidate in folders if (candidate / ".metadata").is_file()), None)
 
 
 def check_model_folder(folder: Path, is_complete: bool = True) -> None:

@@ -16,6 +16,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import read_batching_settings
 from luthier.data.examples import DatasetSources
 from luthier.data.prepare import PreparedData, prepare
+from luthier.errors import explain_lost_process
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
 from luthier.model.load import read_model_config, resolve_attention
@@ -152,7 +153,7 @@ def build_session(
     # The accelerator, which knows what really runs, is made with the trainer.
     launch = launch_checks.check_running_launch(trainer.accelerator, args)
     if is_recorded:
-        resume.refuse_other_launch(record, dict(launch))
+        launch_checks.refuse_other_launch(record, launch)
         record.update(
             **inputs | {"data": data_facts(prepared)},
             launch={**launch, "launcher": launched_by()},
@@ -220,4 +221,5 @@ def _record_failure(record: RunRecord, error: BaseException) -> None:
             record.end("stopped")
         else:
             is_interrupted = isinstance(error, KeyboardInterrupt)
-            record.end("interrupted" if is_interrupted else "failed", error=str(error))
+            reason = str(explain_lost_process(error) or error)
+            record.end("interrupted" if is_interrupted else "failed", error=reason)

@@ -8,9 +8,12 @@ catches.
 import difflib
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from luthier.errors import UserError
+from luthier.record.checkpoints import list_checkpoints
+from luthier.record.record import RunRecord, read_record
 from luthier.train.launch_request import (
     LaunchRequest,
     find_unknown_keys,
@@ -24,6 +27,12 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _SHARDING_NAMES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
+_FIXED_LAUNCH = {
+    "processes": "the number of processes",
+    "sharding": "the sharding",
+    "precision": "the mixed precision",
+}
+"""What a run that goes on must have as at its begin, and what a message calls it."""
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 
@@ -53,6 +62,77 @@ def check_launch_request() -> None:
     if request.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _refuse_other_count(request, os.environ)
+
+
+def check_saving(args: Mapping[str, Any]) -> None:
+    """Stop, before torch is imported, where FSDP cannot save what `trainer.args` asks for.
+
+    transformers 5.23 says it in a traceback; FSDP1 would leave no model at the end. Raises
+    UserError.
+    """
+    if not is_on(os.environ, "ACCELERATE_USE_FSDP"):
+        return
+    is_second = os.environ.get("FSDP_VERSION", "1") == "2"
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT" if is_second else "")
+    is_in_shards = kind.upper() in ("SHARDED_STATE_DICT", "3")
+    if is_in_shards and not is_second:
+        raise UserError(
+            f"fsdp_state_dict_type: {kind}: FSDP1 would save no model that can be loaded.\n"
+            "Instead: fsdp_version: 2, as in launch/fsdp2.yaml, or FULL_STATE_DICT."
+        )
+    if not args.get("save_only_model"):
+        return
+    if is_in_shards:
+        raise UserError(
+            f"trainer.args.save_only_model: with fsdp_state_dict_type: {kind} the model of a "
+            "checkpoint is in shards, which nothing loads alone.\nInstead: FULL_STATE_DICT, or "
+            "leave save_only_model out."
+        )
+    if args.get("load_best_model_at_end"):
+        raise UserError(
+            "trainer.args.save_only_model: under FSDP the best model is loaded from a checkpoint "
+            "with all of its parts.\nLeave out save_only_model or load_best_model_at_end."
+        )
+
+
+def refuse_changed_launch(folder: Path) -> None:
+    """Stop, before torch is imported, where a run with checkpoints was launched in another way.
+
+    The number of processes and the kind of sharding are compared with those in the folder's
+    run.json; the rest is compared once the accelerator is there. Raises UserError.
+    """
+    if not list_checkpoints(folder / "checkpoints"):
+        return
+    old = read_record(folder).get("launch") or {}
+    processes = _started_processes(os.environ)
+    if old.get("processes", processes) != processes:
+        raise UserError(other_launch_message(folder, "processes", old["processes"], processes))
+    request = read_launch_request() or LaunchRequest()
+    plain = "none" if processes == 1 else "ddp"
+    sharding = {"fsdp": "fsdp", "deepspeed": "zero"}.get(request.distributed or "", plain)
+    if not str(old.get("sharding", sharding)).startswith(sharding):
+        raise UserError(other_launch_message(folder, "sharding", old["sharding"], sharding))
+
+
+def other_launch_message(folder: Path, name: str, old: object, new: object) -> str:
+    """Return the error's text for a run that was launched otherwise: `name` is an entry of it."""
+    return (
+        f"The run in {folder} was launched with {_FIXED_LAUNCH[name]} {old}, and now with {new}: "
+        "its steps would be made of other batches.\nLaunch it as before, choose another "
+        "output_dir=..., or overwrite=true to begin anew."
+    )
+
+
+def refuse_other_launch(record: RunRecord, launch: LaunchFacts) -> None:
+    """Raise UserError where a run with checkpoints was launched in another way than now."""
+    old = record.entries.get("launch", {})
+    folder = record.path.parent
+    if not list_checkpoints(folder / "checkpoints"):
+        return
+    new = dict(launch)
+    for name in _FIXED_LAUNCH:
+        if name in old and old[name] != new[name]:
+            raise UserError(other_launch_message(folder, name, old[name], new[name]))
 
 
 def check_devices(state: "PartialState | AcceleratorState") -> None:

@@ -1,4 +1,4 @@
-"""Whether a run may go on: its data, tokenizer, weights and launch must be those of its begin."""
+"""Whether a run may go on: its data, tokenizer and weights must be those of its begin."""
 
 import hashlib
 from typing import Any
@@ -19,11 +19,6 @@ _FIXED_INPUTS = {
     "teacher.weights_sha256": ("trainer.teacher", "the teacher's weights"),
     # Last, as another tokenizer or template makes other rows.
     "data.sha256": ("dataset", "the rows, or what trains in them"),
-}
-_FIXED_LAUNCH = {
-    "processes": "the number of processes",
-    "sharding": "the sharding",
-    "precision": "the mixed precision",
 }
 
 
@@ -76,21 +71,6 @@ def refuse_changed_inputs(record: RunRecord, inputs: dict[str, dict[str, Any]]) 
         f"-> {now[:12]}...), so it cannot go on as the run that it was.\nPut back what there was, "
         "choose another output_dir=..., or overwrite=true to begin anew."
     )
-
-
-def refuse_other_launch(record: RunRecord, launch: dict[str, Any]) -> None:
-    """Raise UserError where a run with checkpoints was launched in another way than now."""
-    old = record.entries.get("launch", {})
-    folder = record.path.parent
-    if not checkpoints.list_checkpoints(folder / "checkpoints"):
-        return
-    for name, label in _FIXED_LAUNCH.items():
-        if name in old and old[name] != launch[name]:
-            raise UserError(
-                f"The run in {folder} was launched with {label} {old[name]}, and now with "
-                f"{launch[name]}: its steps would be made of other batches.\nLaunch it as before, "
-                "choose another output_dir=..., or overwrite=true to begin anew."
-            )
 
 
 def describe_changed_versions(record: RunRecord) -> str | None:

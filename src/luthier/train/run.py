@@ -80,6 +80,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     read_batching_settings(config)
     # Last, as it is about the command and all before it is about the config.
     launch_checks.check_launch_request()
+    launch_checks.check_saving(config.trainer.args)
     return sources
 
 
@@ -87,6 +88,9 @@ def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSav
     """Check the config, take the run's directory and train; return the exit code."""
     sources = check_before_torch(loaded.config)
     with _open_run_dir(loaded, folder) as run_dir:
+        # The others wait for the first process, which alone has the folder.
+        if run_dir.state != "finished" and os.environ.get("RANK", "0") == "0":
+            launch_checks.refuse_changed_launch(folder)
         if not loaded.config.dry_run:
             changes, step = run_dir.changes, run_dir.extended_from
             for sentence in describe_config_changes(changes, loaded.resolved, step):

@@ -98,6 +98,8 @@ class TrainerMixin(Base):
             original = vars(model).pop("_original_forward", None)
             if original is not None:
                 model.forward = original
+        if self.accelerator.is_fsdp2:
+            sharded_weights.choose_layers(self)
         self._gradient_norms = []
         self._resumed_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         output = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -32,7 +32,7 @@ _GROUP_BYTES = 2**30
 
 @dataclass(frozen=True)
 class _SliceSums:
-    """What is compared of one rank's slice of a tensor: no two unlike slices have the same sums."""
+    """What is compared of one rank's slice of a tensor; equal sums of unlike slices are chance."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -43,6 +43,19 @@ class _SliceSums:
     """The sum of its entries as integers of the same bits, in whatever order."""
     weighted: int
     """The same, each entry times its place."""
+
+
+def choose_layers(trainer: Any) -> None:
+    """Let each layer of the model be sharded by itself, unless the launch names the layers.
+
+    accelerate 1.15 takes all classes that transformers names for the model, and ends in a traceback
+    where one is not in it (a wrapper of images names layers of both of its towers).
+    """
+    plugin, model = trainer.accelerator.state.fsdp_plugin, trainer.model
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        named = getattr(model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(named))
 
 
 def saves_shards(trainer: Any) -> bool:
@@ -90,7 +103,7 @@ def save_training_state(trainer: Any, folder: Path) -> None:
 
     accelerator, model = trainer.accelerator, trainer.model
     name = "SHARDED_STATE_DICT" if saves_shards(trainer) else "FULL_STATE_DICT"
-    with _state_dict_type(trainer, name) as plugin:
+    with _state_dict_type(trainer, name) as plugin, _raise_first_failure():
         if saves_shards(trainer) and not _has_adapter(model):
             save_fsdp_model(plugin, accelerator, model, str(folder))
             _compare_shards(folder / SHARDS_FOLDER, _read_state(model))
@@ -108,7 +121,7 @@ def load_weights(trainer: Any, folder: Path) -> None:
     if (folder / SHARDS_FOLDER).is_dir():
         from accelerate.utils import load_fsdp_model
 
-        with _state_dict_type(trainer, "SHARDED_STATE_DICT") as plugin:
+        with _state_dict_type(trainer, "SHARDED_STATE_DICT") as plugin, _raise_first_failure():
             load_fsdp_model(plugin, trainer.accelerator, model, str(folder))
         return
     state = _read_state(model)
@@ -270,24 +283,30 @@ def _find_difference(
                 return f"{file.name} is missing"
             opened = stack.enter_context(safe_open(file, framework="pt"))
             tensors |= dict.fromkeys(opened.keys(), opened)
-        converted: dict[str, list[int]] = {}
+        sums: dict[str, list[int]] = {}
+        converted = []
         for name in ranks[0]:
             if name in tensors:
-                problem = _compare_slices(name, tensors.pop(name), [sums[name] for sums in ranks])
+                problem = _compare_slices(name, tensors.pop(name), [rank[name] for rank in ranks])
                 if problem is not None:
                     return problem
-            elif not _has_weight(name, ranks[0].keys() & tensors.keys(), ties):
-                slices = {sums[name].offset: sums[name] for sums in ranks}
-                for part in slices.values():
-                    _add_sums(converted, part.dtype, part.total, torch.Size(part.shape).numel())
-        names = list(converted)
+            else:
+                converted.append(name)
+        saved = ranks[0].keys() - set(converted)
+        converted = [name for name in converted if not _has_weight(name, saved, ties)]
+        if converted and not tensors:
+            return f"{converted[0]} is missing"
+        for name in converted:
+            for part in {rank[name].offset: rank[name] for rank in ranks}.values():
+                _add_sums(sums, part.dtype, part.total, torch.Size(part.shape).numel())
         for name, opened in tensors.items():
             value = opened.get_tensor(name)
-            _add_sums(converted, str(value.dtype), -_sum_bits(value)[0], -value.numel())
-    wrong = [dtype for dtype, (total, count) in converted.items() if total % 2**64 or count]
+            _add_sums(sums, str(value.dtype), -_sum_bits(value)[0], -value.numel())
+    wrong = [dtype for dtype, (total, count) in sums.items() if total % 2**64 or count]
     if not wrong:
         return None
-    return f"its tensors of {wrong[0]} under other names are not those of the model ({names})"
+    names = ", ".join([*converted[:3], *(["..."] if len(converted) > 3 else [])])
+    return f"what was made of {names or 'nothing'} ({wrong[0]}) has other values"
 
 
 def _add_sums(sums: dict[str, list[int]], dtype: str, total: int, count: int) -> None:
@@ -323,6 +342,7 @@ def _compare_shards(folder: Path, state: dict[str, Tensor]) -> None:
     """Read this rank's shards back and compare them, bit by bit, some tensors at a time."""
     from accelerate.utils import gather_object
     from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
 
     problems: list[str] = []
     group: dict[str, Tensor] = {}
@@ -336,7 +356,7 @@ def _compare_shards(folder: Path, state: dict[str, Tensor]) -> None:
         try:
             reader = checkpoint.FileSystemReader(folder)
             checkpoint.load({"model": read}, storage_reader=reader, no_dist=True)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             reason = str(error).strip().partition("\n")[0]
             problems.append(f"rank {torch.distributed.get_rank()} cannot read it: {reason}")
             break
@@ -415,6 +435,23 @@ def _load_by_name(model: Any, folder: Path) -> None:
         raise UserError(f"{folder}: its weights are of another model: there is no {missing[0]}.")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole, options=options)
+
+
+@contextmanager
+def _raise_first_failure() -> Iterator[None]:
+    """Raise the first rank's own error in place of torch's report on all ranks.
+
+    torch's (2.13) is no `Exception`, and so passes by what tells a full disk in words.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as report:
+        _, (error, _) = min(report.failures.items())
+        if isinstance(error, Exception):
+            raise error from report
+        raise
 
 
 @contextmanager
