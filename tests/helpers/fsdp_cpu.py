@@ -147,6 +147,12 @@ def gather_weights(model):
 
     Every rank has to call it.
     """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        # What stays gathered behind a forward is rounded by mixed precision; the slices are not.
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return {
         name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): (
             parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

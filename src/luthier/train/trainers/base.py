@@ -23,7 +23,7 @@ from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_log
 from luthier.storage.atomic import write_json
 from luthier.storage.typed_files import load_json
 from luthier.train.dataloaders import build_eval_sampler, build_train_sampler
-from luthier.train.trainers import sharded_weights
+from luthier.train.trainers import fsdp, sharded_weights
 from luthier.train.trainers.checkpoints import (
     has_other_names,
     has_stopped_early,
@@ -105,6 +105,21 @@ class TrainerMixin(Base):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._stop_if_not_finite()
         return output
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, with luthier's number formats under FSDP2."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            fsdp.set_number_formats(self.accelerator.state.fsdp_plugin)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Shard the model and make its optimizer, so that the output layer trains under FSDP2."""
+        if not self.accelerator.is_fsdp2:
+            return super()._prepare_for_training(*args, **kwargs)
+        with fsdp.gather_head_with_norm():
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        fsdp.check_head_is_gathered(self.model)
+        return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, unless the checkpoint was taken behind the last step."""
