@@ -53,7 +53,7 @@ BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "confi
 
 LONGEST_FUNCTION = 80
 MOST_MODULES = 285
-MOST_LINES = 61_000
+MOST_LINES = 62_000
 LEAST_COMMENTS = 0.02
 MOST_VAGUE_NAMES = 0.03
 VAGUE = frozenset(
