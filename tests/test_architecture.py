@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "luthier"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("evaluate", "export", "sweep"),
+    ("doctor", "evaluate", "export", "sweep"),
     ("train",),
     ("inspection", "infer", "memory"),
     ("model", "record"),
@@ -44,7 +44,7 @@ MAY_IMPORT_HEAVY = re.compile(
     r"|packing_check|document_masking)"
     r"|train\.(trainers|methods)\..+"
     r"|memory\.(plan|estimate|simulate|kernels|advice|report)"
-    r"|model\.(adapter_training|expert_lora|quantized_experts)|evaluate\.heads"
+    r"|model\.(adapter_training|expert_lora|quantized_experts)|evaluate\.heads|doctor\.step_watcher"
 )
 """Modules that may import torch and its like when they are imported themselves."""
 

@@ -102,6 +102,11 @@ COMMANDS = {
         "a run's model with its card to the hub",
         "luthier.cli.push:run",
     ),
+    "doctor": Command(
+        "doctor [--test]",
+        "what this machine has, and whether it trains right",
+        "luthier.cli.doctor:run",
+    ),
     "recipes": Command(
         "recipes", "the recipes that are found, a line each", "luthier.cli.recipes:run"
     ),
