@@ -104,7 +104,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         "doctor [--test]",
-        "what this machine has, and whether it trains right",
+        "what is here, and whether it trains right",
         "luthier.cli.doctor:run",
     ),
     "recipes": Command(

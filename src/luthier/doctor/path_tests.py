@@ -27,6 +27,10 @@ PathState = Literal["right", "wrong", "not here"]
 START_SECONDS, PATH_SECONDS = 60, 60
 """How long a process may take to import everything, and then for a path, before it is ended."""
 _REFERENCE_NAME = "reference {}"
+_LAUNCHER_VARIABLES = (
+    *("ACCELERATE_", "FSDP_", "TORCHELASTIC_"),
+    *("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 _WORKER = ("-m", "luthier.doctor.path_worker")
 
 
@@ -93,7 +97,7 @@ def _train_paths(paths: list[TrainingPath], folder: Path) -> Iterator[PathResult
         failure = failures.get(_REFERENCE_NAME.format(path.reference))
         if failure is not None:
             line["problem"] = f"the reference on the CPU, which it is held against: {failure}"
-        yield _judge(path, line)
+        yield judge_path(path, line)
 
 
 def _is_on_cpu() -> bool:
@@ -118,7 +122,7 @@ def _path_job(path: TrainingPath, folder: Path, is_reference: bool = False) -> P
     )
 
 
-def _judge(path: TrainingPath, line: dict[str, Any]) -> PathResult:
+def judge_path(path: TrainingPath, line: dict[str, Any]) -> PathResult:
     """Return whether a path's numbers are within its tolerance."""
     numbers = {key: value for key, value in line.items() if key not in ("name", "problem")}
     if "problem" in line:
@@ -138,8 +142,11 @@ def _run_jobs(
 ) -> Iterator[dict[str, Any]]:
     """Yield the line of each job; where a process dies in one, another takes those behind it."""
     while jobs:
-        begun = None
+        begun, ended = None, "it was ended"
         for line in _run_worker(jobs, folder, launch):
+            if "ended" in line:
+                ended = line["ended"]
+                continue
             if "begins" in line:
                 begun = line["begins"]
                 continue
@@ -151,16 +158,16 @@ def _run_jobs(
         # It ended or hung in this one, or before the first.
         dead = begun or jobs[0]["name"]
         jobs = [job for job in jobs if job["name"] != dead]
-        yield {"name": dead, "problem": _read_end(folder)}
+        yield {"name": dead, "problem": _describe_end(ended, folder / _LOG)}
 
 
-_LOG, _ENDED = "worker.log", "ended.json"
+_LOG = "worker.log"
 
 
 def _run_worker(
     jobs: list[PathJob], folder: Path, launch: dict[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
-    """Start a process for the jobs and yield its lines as they come, until it has ended."""
+    """Start a process for the jobs and yield its lines as they come; the last says how it ended."""
     results = folder / "results.jsonl"
     results.write_text("", encoding="utf-8")
     job = WorkerJob(folder=str(folder), results=str(results), paths=jobs)
@@ -180,24 +187,22 @@ def _run_worker(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    ended: int | str = "it was ended"
     try:
         deadline = time.monotonic() + START_SECONDS + PATH_SECONDS
-        with results.open(encoding="utf-8") as lines:
+        with results.open(encoding="utf-8") as stream:
             while True:
                 is_over = process.poll() is not None
-                for line in _whole_lines(lines):
+                for line in _whole_lines(stream):
                     deadline = time.monotonic() + PATH_SECONDS
                     yield json.loads(line)
                 if is_over:
-                    ended = process.returncode
-                    break
+                    yield {"ended": _describe_exit_code(process.returncode)}
+                    return
                 if time.monotonic() > deadline:
-                    ended = f"it took longer than {PATH_SECONDS} seconds"
-                    break
+                    yield {"ended": f"it took longer than {PATH_SECONDS} seconds"}
+                    return
                 time.sleep(0.05)
     finally:
-        (folder / _ENDED).write_text(json.dumps(ended), encoding="utf-8")
         _end_process(process)
 
 
@@ -216,7 +221,9 @@ def _worker_environment(is_launched: bool) -> dict[str, str]:
     """Return the environment of a worker: no network, no tracker, one GPU for one process."""
     folder = str(Path(luthier.__file__).parents[1])
     paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
+    # What another launcher left would make this process one of several.
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(_LAUNCHER_VARIABLES)}
+    environment = inherited | {
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",
         "PYTHONPATH": os.pathsep.join(paths),
@@ -235,12 +242,14 @@ def _end_process(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _read_end(folder: Path) -> str:
-    """Return why a worker ended in a path: its signal or code, and the last line that it wrote."""
-    ended = json.loads((folder / _ENDED).read_text(encoding="utf-8"))
-    if isinstance(ended, int):
-        name = signal.Signals(-ended).name if ended < 0 else f"code {ended}"
-        ended = f"its process ended with {name}"
-    lines = (folder / _LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+def _describe_exit_code(code: int) -> str:
+    """Return how a process ended: a negative code is a signal."""
+    name = signal.Signals(-code).name if code < 0 else f"code {code}"
+    return f"its process ended with {name}"
+
+
+def _describe_end(ended: str, log: Path) -> str:
+    """Return how a process ended, with the last line that it wrote."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     written = [line.strip() for line in lines if line.strip()]
-    return redact_message(f"{ended}: {written[-1][:300]}" if written else str(ended))
+    return redact_message(f"{ended}: {written[-1][:300]}" if written else ended)

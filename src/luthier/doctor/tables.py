@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.doctor.path_tests import PathResult
-from luthier.memory.workload import format_size
+from luthier.memory.workload import MIB
 from luthier.terminal import make_console
 
 _STYLES = {"right": "green", "wrong": "bold red", "not here": "dim"}
@@ -151,6 +151,5 @@ def _format_memory(numbers: dict[str, Any]) -> str:
     """Return the most that a GPU held, of what the plan has."""
     if "peak_bytes" not in numbers:
         return ""
-    peak = format_size(numbers["peak_bytes"])
-    planned = numbers.get("planned_bytes")
-    return peak if planned is None else f"{peak} of {format_size(planned)}"
+    sizes = [numbers["peak_bytes"], *filter(None, [numbers.get("planned_bytes")])]
+    return " of ".join(f"{size / MIB:,.0f}" for size in sizes) + " MiB"
