@@ -21,7 +21,7 @@ help:
 quickstart: $(VENV)/.run
 	$(BIN)/python train.py recipe=quickstart
 
-test: lint
+test: lint $(VENV)/.deepspeed
 	$(FAST)
 	$(TESTS) --dist worksteal -m train
 
@@ -46,6 +46,14 @@ $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+# Apart from the other packages, because transformers imports it wherever it is found: a second for
+# each process. It is built with the torch that is here, and nothing of it is compiled.
+$(VENV)/.deepspeed: $(VENV)/.dev
+	$(PIP) setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps --no-build-isolation --upgrade \
+	  --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	@touch $@
 
 clean:

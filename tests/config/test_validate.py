@@ -96,6 +96,14 @@ ONE_MISTAKE = {
     ),
     "kept, lora": ([Q, "lora.task_type=CAUSAL_LM"], ["lora.task_type: is not set here"]),
     "kept, model": ([Q, "model.kwargs.device_map=auto"], ["use model.device."]),
+    "kept, split layers": (
+        [Q, "model.kwargs.tp_plan=auto"],
+        ["model.kwargs.tp_plan: is not set here", "launch/fsdp2.yaml"],
+    ),
+    "kept, split experts": (
+        [Q, "model.kwargs.distributed_config={ep_size: 2}"],
+        ["model.kwargs.distributed_config: is not set here"],
+    ),
     "kept, secret": ([Q, "model.kwargs.token=hf_x"], ["log in with `hf auth login`."]),
     # together
     "4-bit, full": ([Q, "lora=none"], ["load_in_4bit with full fine-tuning", "Add lora=default"]),

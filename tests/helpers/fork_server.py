@@ -54,6 +54,8 @@ def child(order):
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # Found here because this file is run as a script.
         importlib.import_module("fsdp_cpu").choose_fsdp_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        importlib.import_module("helpers.zero_cpu").choose_zero_on_cpu()
     sys.argv = ["train.py", *order["words"]]
     code = main(run, order["words"])
     sys.stdout.flush()
@@ -106,8 +108,8 @@ def serve():
 class Forks:
     """The server, as tests use it."""
 
-    def __init__(self):
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    def __init__(self, **environment):
+        settings = environment | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env=os.environ | settings,
@@ -166,5 +168,5 @@ class Forks:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+    sys.path[:0] = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
     serve()

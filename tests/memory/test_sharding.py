@@ -41,6 +41,10 @@ CASES = {
         Sharding("fsdp2", 4), LORA, {"bfloat16": 150 * M}, {"float32": 10 * M},
         {"gathered": 2 * (100 + 2 * 66) * M, "buckets": 2 * 2 * 6 * M},
     ),
+    "FSDP2: copies of slices": (
+        Sharding("fsdp2", 8, copies=2), LORA, {"bfloat16": 150 * M}, {"float32": 10 * M},
+        {"gathered": 2 * (100 + 2 * 66) * M, "buckets": 2 * 2 * 6 * M},
+    ),
     "FSDP2 without resharding gathers all layers": (
         Sharding("fsdp2", 4, reshard=False), LORA, {"bfloat16": 150 * M}, {"float32": 10 * M},
         {"gathered": 2 * (100 + 66 + 44) * M, "buckets": 2 * 2 * 6 * M},
@@ -80,6 +84,7 @@ SHARES = {
     "one process": (Sharding(), True, 1),
     "DDP": (Sharding("ddp", 4), True, 1),
     "FSDP2, all weights: from 16 bits to float32": (Sharding("fsdp2", 4), True, 0.5),
+    "FSDP2, copies of slices": (Sharding("fsdp2", 8, copies=2), False, 0.25),
     "FSDP2, adapters: float32 as they are": (Sharding("fsdp2", 4), False, 0.25),
     "ZeRO, all weights: 16 bits as they are": (Sharding("zero3", 4), True, 0.25),
     "ZeRO, adapters: from float32 to 16 bits": (Sharding("zero2", 4), False, 0.125),
@@ -113,11 +118,22 @@ def test_the_number_of_processes_wins_over_the_file():
     assert launchers.read_sharding(str(LAUNCH / "fsdp2.yaml"), 4) == Sharding("fsdp2", 4)
 
 
+def test_copies_of_slices_are_counted(tmp_path):
+    file = tmp_path / "launch.yaml"
+    sizes = "parallelism_config: {parallelism_config_dp_replicate_size: 2}\n"
+    file.write_text((LAUNCH / "fsdp2.yaml").read_text() + sizes)
+    assert launchers.read_sharding(str(file)) == Sharding("fsdp2", 8, copies=2)
+
+
 WRONG = {
     "nothing there": (None, "cannot be read: No such file"),
     "no YAML": ("a: [", "this is no YAML"),
     "no config": ("- a", "this is no config file of accelerate"),
     "FSDP1": ("distributed_type: FSDP", "fsdp_version: 1"),
+    "split rows": (
+        "distributed_type: FSDP\nparallelism_config: {parallelism_config_cp_size: 2}",
+        "parallelism_config_cp_size: 2 .a run refuses it. is not counted",
+    ),
     "ZeRO-1": ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "zero_stage: 1"),
     "other": ("distributed_type: MEGATRON_LM", "distributed_type: MEGATRON_LM is not counted"),
 }

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from luthier.config import load_config
 from luthier.errors import UserError, report_error
 from luthier.train import launch_checks
 from luthier.train.launch_request import parse_launch_command, parse_launch_environment
@@ -18,6 +19,7 @@ MULTI_CPU = "distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
 MPI = MULTI_CPU + "mpirun_config: {mpirun_hostfile: hosts}\n"
 CPU_DDP = "distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n"
 FSDP = "distributed_type: FSDP\nnum_processes: 2\n"
+HYBRID = "parallelism_config: {parallelism_config_dp_shard_size: 2}\n"
 MACHINES = "distributed_type: MULTI_GPU\nnum_processes: 5\nnum_machines: 2\n"
 
 
@@ -51,6 +53,7 @@ def ask(monkeypatch, tmp_path):
         pytest.param(["--multi_gpu"], None, RANK, id="as-many-as-there-are"),
         pytest.param(FILE, CPU_DDP, RANK, id="two-on-cpu"),
         pytest.param(FILE, MPI, {"OMPI_COMM_WORLD_SIZE": "2"}, id="mpirun"),
+        pytest.param(FILE, FSDP + HYBRID, RANK, id="copies-of-slices"),
         pytest.param(["--num_processes", "1"], None, {"SLURM_NTASKS": "4"}, id="slurm"),
     ],
 )
@@ -117,6 +120,37 @@ def test_no_false_alarm(ask, words, file, environ):
             ["fsdp_config.fsdp_verson (did you mean fsdp_version?)"],
             id="misspelt-key",
         ),
+        *(
+            pytest.param(
+                FILE,
+                FSDP + f"parallelism_config: {{parallelism_config_{key}: 2}}\n",
+                RANK,
+                [
+                    f"{kind} parallelism was asked for (`parallelism_config_{key}: 2` in asked",
+                    "Instead: --config_file launch/fsdp2.yaml",
+                ],
+                id=key,
+            )
+            for key, kind in (
+                ("tp_size", "Tensor"),
+                ("cp_size", "Context"),
+                ("sp_size", "Sequence"),
+            )
+        ),
+        pytest.param(
+            [*FILE, "--parallelism_config_cp_size", "4"],
+            FSDP,
+            RANK,
+            ["Context parallelism was asked for (`--parallelism_config_cp_size 4`)"],
+            id="cp-by-flag",
+        ),
+        pytest.param(
+            FILE,
+            "distributed_type: MEGATRON_LM\nnum_processes: 2\n",
+            RANK,
+            ["Megatron-LM was asked for (`distributed_type: MEGATRON_LM` in asked.yaml)"],
+            id="megatron",
+        ),
     ],
 )
 def test_stops_before_torch(ask, words, file, environ, parts):
@@ -144,6 +178,7 @@ def state(device: str, processes: int) -> SimpleNamespace:
         pytest.param([], RANK, state("cpu", 2), None, id="two-on-cpu"),
         pytest.param([], RANK, state("cpu", 1), "each would train alone", id="alone"),
         pytest.param(["--use_fsdp"], RANK, state("mps", 1), "no GPU here", id="fsdp-mps"),
+        pytest.param(["--use_deepspeed"], RANK, state("cpu", 2), "DeepSpeed was", id="zero-cpu"),
         pytest.param(["--cpu"], {}, state("mps", 1), "but mps is used", id="cpu-on-mps"),
         pytest.param(
             [],
@@ -161,6 +196,36 @@ def test_devices(ask, words, environ, state, part):
     else:
         with pytest.raises(UserError, match=part):
             launch_checks.check_devices(state)
+
+
+ZERO_CASES = [
+    ("full", [], 3, {}, "bf16", None),
+    ("recipe-decides", [], 2, {}, "no", None),
+    ("other-format", [], 2, {}, "fp16", r"`--mixed_precision fp16`\), but the recipe trains in bf"),
+    ("quantized", ["quantization=nf4", "lora=default"], 2, {}, "bf16", None),
+    ("quantized-slices", ["quantization=nf4", "lora=default"], 3, {}, "bf16", "^quantization: "),
+    ("new-tokens", ["model.add_tokens=[a]"], 3, {}, "bf16", None),
+    ("new-tokens-beside-an-adapter", ["model.add_tokens=[a]", "lora=default"], 3, {}, "bf16",
+     "^model.add_tokens: single rows.*ZeRO-3"),
+    ("rows-beside-an-adapter", ["lora=default", "lora.trainable_token_indices=[5]"], 3, {}, "bf16",
+     "^lora.trainable_token_indices: single rows"),
+    ("split-layers", [], 2, {"tensor_parallel": {"autotp_size": 2}}, "bf16",
+     "Tensor parallelism was asked for .`autotp_size: 2`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "settings", "precision", "part"),
+    [case[1:] for case in ZERO_CASES],
+    ids=[case[0] for case in ZERO_CASES],
+)
+def test_zero_stops_before_a_model_is_loaded(ask, words, stage, settings, precision, part):
+    ask(["--use_deepspeed", "--mixed_precision", precision])
+    line = ["model=hub", "model.path=m", "dataset=jsonl", "dataset.path=d", *words]
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=settings)
+    args = SimpleNamespace(deepspeed_plugin=plugin, bf16=True, fp16=False)
+    with pytest.raises(UserError, match=part) if part is not None else nullcontext():
+        launch_checks.check_zero_settings(load_config(line).config, args)
 
 
 def facts(sharding: str = "none", precision: str = "no", device: str = "cuda"):

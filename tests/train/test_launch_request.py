@@ -182,6 +182,15 @@ def test_reads_the_environment(environ, expected):
         assert set(launch_request.set_by) == set(expected)
 
 
+def test_reads_sizes_of_the_environment():
+    sizes = {"PARALLELISM_CONFIG_CP_SIZE": "2", "PARALLELISM_CONFIG_TP_SIZE": "1"}
+    assert parse_launch_environment(sizes) is None
+    request = parse_launch_environment(sizes | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
+    assert request is not None
+    assert request.parallelism == {"cp_size": 2}
+    assert request.set_by == {"cp_size": "`PARALLELISM_CONFIG_CP_SIZE=2` in the environment"}
+
+
 @pytest.mark.parametrize(
     ("text", "unknown"),
     [

@@ -67,6 +67,11 @@ _HUB_SETTINGS = (
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
     "hub_revision",
 )  # fmt: skip
+_SPLIT = (
+    "luthier's batches and loss are for processes with rows of their own, so layers and experts "
+    "are not split; a model too big for one GPU: accelerate launch --config_file launch/fsdp2.yaml "
+    "train.py recipe=NAME"
+)
 _LAUNCH = "it belongs to the launch: accelerate launch --config_file launch/{} train.py recipe=NAME"
 _IGNORED = "the trainer does not read it; remove it"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -172,6 +177,7 @@ PASS_THROUGH_KEYS = (
             "dtype": "use model.dtype",
             "torch_dtype": "use model.dtype",
             "device_map": "use model.device",
+            **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), _SPLIT),
             "attn_implementation": "use model.attention",
             "quantization_config": "use quantization",
             "load_in_4bit": "use quantization=nf4",

@@ -33,6 +33,8 @@ class Sharding:
     kind: str = "none"
     """none, ddp, fsdp2, zero2 or zero3."""
     processes: int = 1
+    copies: int = 1
+    """FSDP2: how many groups of processes have all slices (`dp_replicate_size`)."""
     reshard: bool = True
     """FSDP2: whether gathered layers are freed between forward and backward."""
     offload_weights: bool = False
@@ -50,7 +52,7 @@ class Sharding:
             return 1.0
         bytes_made = _BYTES_16BIT if full and half else _BYTES_32BIT
         bytes_kept = _BYTES_16BIT if half and self.kind != "fsdp2" else _BYTES_32BIT
-        return bytes_kept / bytes_made / self.processes
+        return bytes_kept / bytes_made * self.copies / self.processes
 
     @property
     def slices(self) -> bool:
@@ -96,7 +98,7 @@ def _memory_fsdp2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> 
     output embeddings by themselves; the output side stays gathered, and bitsandbytes' 4- and 8-bit
     weights are left whole on each process.
     """
-    share = 0.0 if sharding.offload_weights else 1 / sharding.processes
+    share = 0.0 if sharding.offload_weights else sharding.copies / sharding.processes
     size = _BYTES_16BIT if half else _BYTES_32BIT
     layers: Counter[str] = Counter()
     for weight in weights:
@@ -199,14 +201,21 @@ def read_sharding(file: str, processes: int | None = None) -> Sharding:
         return Sharding("ddp", count)
     if distributed_type == "FSDP":
         settings = config.get("fsdp_config") or {}
-        if int(settings.get("fsdp_version") or 1) == 2:
+        sizes = config.get("parallelism_config") or {}
+        keys = [f"parallelism_config_{name}_size" for name in ("tp", "cp", "sp")]
+        split = next((key for key in keys if int(sizes.get(key) or 1) > 1), None)
+        if split is not None:
+            problem = f"{split}: {sizes[split]} (a run refuses it)"
+        elif int(settings.get("fsdp_version") or 1) != 2:
+            problem = "fsdp_version: 1 (luthier's own file is launch/fsdp2.yaml)"
+        else:
             return Sharding(
                 "fsdp2",
                 count,
+                copies=int(sizes.get("parallelism_config_dp_replicate_size") or 1),
                 reshard=bool(settings.get("fsdp_reshard_after_forward", True)),
                 offload_weights=bool(settings.get("fsdp_offload_params", False)),
             )
-        problem = "fsdp_version: 1 (luthier's own file is launch/fsdp2.yaml)"
     if distributed_type == "DEEPSPEED":
         settings = config.get("deepspeed_config") or {}
         stage = int(settings.get("zero_stage") or 0)

@@ -5,7 +5,8 @@ starts at the mean of the others, so that at first the token is like any: Hewitt
 https://nlp.stanford.edu/~johnhew/vocab-expansion.html
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from luthier.config.library_settings import LoraSettings
@@ -59,7 +60,7 @@ def initialize_new_rows(model: Any, new: Sequence[int], seed: int) -> None:
     if not new:
         return
     # Many models have spare rows, because sizes are rounded up for the hardware.
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = count_embedding_rows(model)
     spare = [number for number in new if number < rows]
     if spare:
         _fill_with_mean(model, spare)
@@ -77,11 +78,36 @@ def _fill_with_mean(model: Any, spare: Sequence[int]) -> None:
     first = min(spare)
     for side in (model.get_input_embeddings(), model.get_output_embeddings()):
         if side is not None:
-            weight = side.weight.data
             # In float32, because sums of many rows in 16 bits would be off. The second time on tied
             # embeddings gives the same rows again.
-            mean = weight[:first].mean(dim=0, dtype=torch.float32)
-            weight[list(spare)] = mean.to(weight.dtype)
+            with _gather_slices(side.weight):
+                weight = side.weight.data
+                mean = weight[:first].mean(dim=0, dtype=torch.float32)
+                weight[list(spare)] = mean.to(weight.dtype)
+
+
+@contextmanager
+def _gather_slices(weight: Any) -> Iterator[None]:
+    """Have a weight whole within the block, also one that ZeRO-3 sliced while loading.
+
+    All processes enter the block; what the first one leaves in the weight is sliced again.
+    """
+    if not hasattr(weight, "ds_shape"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+        yield
+
+
+def count_embedding_rows(model: Any) -> int:
+    """Return how many tokens a model has embeddings for, also where its weights are sliced.
+
+    Under ZeRO-3 a weight that was sliced while loading has the shape (0,) until it is gathered.
+    """
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def unify_token_rows(
@@ -178,7 +204,7 @@ def _token_ids(key: str, tokens: Any, tokenizer: Any | None, model: Any) -> Any:
     """Return tokens by their ids; `tokens` is a list, or a dict of lists by layer."""
     if isinstance(tokens, dict):
         return {name: _token_ids(key, each, tokenizer, model) for name, each in tokens.items()}
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = count_embedding_rows(model)
     ids = sorted({_token_id(key, token, tokenizer) for token in tokens})
     # Ids beyond the vocabulary are fine as long as they have a row.
     for number in ids:

@@ -173,9 +173,10 @@ def _matrices(module: Any) -> dict[str, tuple[int, int, int]]:
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of a parameter; of one that bitsandbytes has packed, before that."""
+    """Return the shape of a parameter; of one that bitsandbytes packed or ZeRO sliced, before."""
     state = getattr(parameter, "quant_state", None)
-    return tuple(parameter.shape if state is None else state.shape)
+    shape = parameter.shape if state is None else state.shape
+    return tuple(getattr(parameter, "ds_shape", shape))
 
 
 def _block_name(name: str) -> str:

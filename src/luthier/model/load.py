@@ -21,6 +21,7 @@ from luthier.model.adapter_keys import open_adapter
 from luthier.model.adapter_targets import find_bypassed_layers
 from luthier.model.artifact import Artifact, wrong_base_message
 from luthier.model.device import Machine, preserve_random_state
+from luthier.model.embeddings import count_embedding_rows
 from luthier.model.expert_adapters import load_adapter
 from luthier.model.experts import find_experts
 from luthier.model.model_class import (
@@ -188,7 +189,7 @@ def load_trained(
     if artifact.adapter is not None:
         # Make room for tokens that the training added; their rows come with the adapter.
         highest = max(tokenizer.get_vocab().values())
-        if highest >= model.get_input_embeddings().weight.shape[0]:
+        if highest >= count_embedding_rows(model):
             model.resize_token_embeddings(highest + 1, mean_resizing=False)
         model = attach_adapter(model, artifact)
     model.requires_grad_(False)

@@ -131,7 +131,7 @@ def ensure_padding_token(tokenizer: "PreTrainedTokenizerBase") -> None:
 def check_vocabulary_fits(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
     """Raise UserError if the tokenizer can produce ids for which the model has no embedding."""
     highest = max(tokenizer.get_vocab().values())
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embeddings.count_embedding_rows(model)
     if highest >= rows:
         raise UserError(
             f"The tokenizer's ids go up to {highest}, but the model has embeddings for {rows} "

@@ -34,7 +34,7 @@ def planned_sharding(request: LaunchRequest | None, processes: int) -> Sharding:
     if processes == 1:
         return Sharding()
     if request is not None and request.distributed == "fsdp":
-        return Sharding("fsdp2", processes)
+        return Sharding("fsdp2", processes, request.parallelism.get("dp_replicate_size", 1))
     if request is not None and request.distributed == "deepspeed":
         # accelerate's own stage where nobody names one.
         return Sharding(f"zero{request.zero_stage or 2}", processes)

@@ -136,6 +136,7 @@ def build_session(
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
     launch_checks.check_devices(args.distributed_state)
+    launch_checks.check_zero_settings(config, args)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)

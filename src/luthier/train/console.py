@@ -35,7 +35,7 @@ def print_model(
     model: Any, machine: Any, quantization: QuantizationSettings, lora: LoraSettings
 ) -> None:
     """Print how large the model is, how many of its parameters train, and if its experts do."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
     text_config = model.config.get_text_config()
     attention = getattr(text_config, "_attn_implementation", None) or machine.attention

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from accelerate.state import AcceleratorState, PartialState
     from transformers import TrainingArguments
 
+    from luthier.config.schema import RunConfig
+
 _SHARDING_NAMES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
 _FIXED_LAUNCH = {
     "processes": "the number of processes",
@@ -33,6 +35,17 @@ _FIXED_LAUNCH = {
     "precision": "the mixed precision",
 }
 """What a run that goes on must have as at its begin, and what a message calls it."""
+_PARALLELISM = {
+    "tp_size": ("Tensor", "luthier's batches and loss are for processes with rows of their own"),
+    "cp_size": ("Context", "luthier's loss needs a row whole on its device"),
+    "sp_size": ("Sequence", "luthier's loss needs a row whole on its device"),
+}
+"""Sizes of `parallelism_config` that are refused -> the kind's name, and why."""
+_WITHOUT_PARALLELISM = (
+    "--config_file launch/fsdp2.yaml slices the weights of a model that is too big for one GPU, "
+    "and trainer.args.activation_checkpointing=true makes room for long rows."
+)
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 
@@ -58,6 +71,7 @@ def check_launch_request() -> None:
     if request is None:
         return
     _refuse_unknown_keys(request)
+    _refuse_parallelism(request)
     _refuse_sharding_on_cpu(request)
     if request.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -142,6 +156,7 @@ def check_devices(state: "PartialState | AcceleratorState") -> None:
     """
     request = read_launch_request() or LaunchRequest()
     _refuse_fsdp_without_gpu(request, state)
+    _refuse_zero_without_gpu(request, state)
     # A device that nobody asked for computes with other rounding, and may belong to someone else.
     if request.use_cpu and state.device.type != "cpu":
         raise UserError(
@@ -169,6 +184,50 @@ def check_running_launch(
     return facts
 
 
+def check_zero_settings(config: "RunConfig", training_args: "TrainingArguments") -> None:
+    """Stop, before a model is loaded, at what DeepSpeed does not train, or trains otherwise.
+
+    `training_args` are those of the trainer. Raises UserError with the key and what to use instead.
+    """
+    plugin = training_args.deepspeed_plugin
+    if plugin is None:
+        return
+    request = read_launch_request() or LaunchRequest()
+    precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "no"
+    if request.mixed_precision not in (None, "no", precision):
+        raise UserError(
+            f"Mixed precision {request.mixed_precision} was asked for "
+            f"({request.set_by['mixed_precision']}), but the recipe trains in "
+            f"{_PRECISIONS[precision]} (model.dtype, trainer.args.bf16 and fp16), and DeepSpeed "
+            "computes in one format.\nInstead: ask for the same in both, such as "
+            f"--mixed_precision {precision}."
+        )
+    split = plugin.deepspeed_config.get("tensor_parallel", {}).get("autotp_size", 0)
+    if split > 1:
+        raise UserError(
+            f"Tensor parallelism was asked for (`autotp_size: {split}` in DeepSpeed's settings), "
+            f"and {_PARALLELISM['tp_size'][1]}.\nInstead: {_WITHOUT_PARALLELISM}"
+        )
+    if plugin.zero_stage != 3:
+        return
+    lora, model = config.lora, config.model
+    rows = {
+        "lora.trainable_token_indices": lora.get("trainable_token_indices"),
+        "lora.token_indices": lora.get("token_indices"),
+        "model.add_tokens": model.add_tokens,
+        "model.add_special_tokens": model.add_special_tokens,
+    }
+    keys = [key for key, value in rows.items() if value and lora.is_enabled]
+    problem = f"{keys[0]}: single rows that train beside an adapter" if keys else None
+    if config.quantization.is_enabled:
+        problem = "quantization: sliced weights of 4 or 8 bits"
+    if problem is not None:
+        raise UserError(
+            f"{problem} were not shown to be right under DeepSpeed ZeRO-3.\n"
+            "Instead: --config_file launch/zero2.yaml, or launch/ddp.yaml."
+        )
+
+
 def _refuse_unknown_keys(request: LaunchRequest) -> None:
     """Stop at keys within `fsdp_config` and its like that accelerate would ignore."""
     unknown = find_unknown_keys(request.config_file) if request.config_file is not None else []
@@ -179,6 +238,22 @@ def _refuse_unknown_keys(request: LaunchRequest) -> None:
         near = difflib.get_close_matches(key, valid_keys, n=1)
         lines.append(f"  {group}.{key}" + (f" (did you mean {near[0]}?)" if near else ""))
     raise UserError("\n".join(lines))
+
+
+def _refuse_parallelism(request: LaunchRequest) -> None:
+    """Stop where one row or one layer shall be computed by several devices."""
+    for key, (name, reason) in _PARALLELISM.items():
+        if key in request.parallelism:
+            raise UserError(
+                f"{name} parallelism was asked for ({request.set_by[key]}), and {reason}.\n"
+                f"Instead: {_WITHOUT_PARALLELISM}"
+            )
+    if request.distributed == "megatron_lm":
+        raise UserError(
+            f"Megatron-LM was asked for ({request.set_by['distributed']}), and models and trainers "
+            "of transformers do not train under it: there is no tensor, pipeline or expert "
+            f"parallelism by it.\nInstead: {_WITHOUT_PARALLELISM}"
+        )
 
 
 def _refuse_sharding_on_cpu(request: LaunchRequest) -> None:
@@ -248,6 +323,22 @@ def _refuse_fsdp_without_gpu(
         raise UserError(
             f"FSDP was asked for ({request.set_by['distributed']}), but there is no GPU here for "
             "it, and accelerate would train without sharding.\nInstead: the same command on "
+            "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
+            "one."
+        )
+
+
+def _refuse_zero_without_gpu(
+    request: LaunchRequest, state: "PartialState | AcceleratorState"
+) -> None:
+    """Stop where DeepSpeed was asked for on a device for which accelerate does not choose it."""
+    from accelerate.utils import DistributedType
+
+    runs = getattr(state, "distributed_type", None) == DistributedType.DEEPSPEED
+    if request.distributed == "deepspeed" and state.device.type in ("cpu", "mps") and not runs:
+        raise UserError(
+            f"DeepSpeed was asked for ({request.set_by['distributed']}), but there is no GPU here "
+            "for it, and accelerate would train without it.\nInstead: the same command on "
             "a machine with GPUs, or --config_file launch/cpu.yaml or launch/cpu_ddp.yaml on this "
             "one."
         )

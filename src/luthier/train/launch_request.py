@@ -33,6 +33,8 @@ _MODE_FLAGS = {
     "multi_gpu": "ddp",
     "tpu": "xla",
 }
+_PARALLEL_SIZES = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size")
+"""Sizes of accelerate's `ParallelismConfig`, whose keys begin with `parallelism_config_`."""
 _DISTRIBUTED_TYPES = {
     "FSDP": "fsdp",
     "DEEPSPEED": "deepspeed",
@@ -58,6 +60,8 @@ class LaunchRequest:
     mixed_precision: str | None = None
     """no, fp16, bf16 or fp8."""
     use_cpu: bool = False
+    parallelism: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of `parallelism_config` above 1, such as `cp_size`; their origin is in `set_by`."""
     config_file: Path | None = None
     set_by: Mapping[str, str] = field(default_factory=dict)
     """The flag, line of a file or variable that set each of the above, by its name here."""
@@ -127,6 +131,7 @@ def parse_launch_command(
         zero_stage=pick("zero_stage", zero_stage),
         mixed_precision=pick("mixed_precision", _setting_text(config.get("mixed_precision"))),
         use_cpu=use_cpu,
+        parallelism=_parallelism(flags, config, file, set_by),
         config_file=path,
         set_by=set_by,
     )
@@ -146,8 +151,15 @@ def parse_launch_environment(environ: Mapping[str, str]) -> LaunchRequest | None
         set_by["mixed_precision"] = f"`ACCELERATE_MIXED_PRECISION={precision}` in the environment"
     if is_on(environ, "ACCELERATE_USE_CPU"):
         set_by["use_cpu"] = "`ACCELERATE_USE_CPU` in the environment"
+    sizes = {}
+    if is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        for name in _PARALLEL_SIZES:
+            variable = f"PARALLELISM_CONFIG_{name.upper()}"
+            if (size := int(environ.get(variable, "1"))) > 1:
+                sizes[name], set_by[name] = size, f"`{variable}={size}` in the environment"
     request = LaunchRequest(
         num_processes=_world_size(environ, set_by),
+        parallelism=sizes,
         distributed=sharding[0] if sharding else None,
         mixed_precision=precision,
         use_cpu="use_cpu" in set_by,
@@ -235,6 +247,8 @@ def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     for name, value_type in _VALUE_FLAGS.items():
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, dest=name, type=value_type)
+    for name in _PARALLEL_SIZES:
+        parser.add_argument(f"--parallelism_config_{name}", dest=name, type=int)
     for name in (*_MODE_FLAGS, "cpu"):
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, dest=name, action="store_true")
@@ -285,6 +299,21 @@ def _distributed(
     if distributed_type.upper() == "NO":
         return "none"
     return _DISTRIBUTED_TYPES.get(distributed_type, "ddp")
+
+
+def _parallelism(
+    flags: argparse.Namespace, config: Mapping[str, Any], file: str, set_by: dict[str, str]
+) -> dict[str, int]:
+    """Return the sizes of `parallelism_config` above 1: a flag wins over the config file."""
+    sizes = {}
+    for name in _PARALLEL_SIZES:
+        key = f"parallelism_config_{name}"
+        flag, value = getattr(flags, name), (config.get("parallelism_config") or {}).get(key)
+        size = int(value or 1) if flag is None else flag
+        if size > 1:
+            sizes[name] = size
+            set_by[name] = f"`{key}: {size}` in {file}" if flag is None else f"`--{key} {size}`"
+    return sizes
 
 
 def _world_size(environ: Mapping[str, str], set_by: dict[str, str]) -> int | None:

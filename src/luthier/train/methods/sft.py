@@ -14,7 +14,6 @@ from luthier.data.batching.collators import uses_flattening
 from luthier.data.batching.samplers import SampledDataset, Sampler
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
-from luthier.errors import UserError
 from luthier.model.device import Machine
 from luthier.train.arguments import build_sft_arguments
 from luthier.train.console import print_line
@@ -114,12 +113,6 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         self._eval_sums: list[torch.Tensor] = []
         self._tokens_seen = 0
         packs = self.batching.packing or self.batching.eval_packing
-        split = self.accelerator.parallelism_config
-        if split is not None and (split.sp_enabled or (split.cp_enabled and packs)):
-            raise UserError(
-                "Context and sequence parallelism split rows over devices, and luthier's batches "
-                "are not made for that.\nSet cp_size and sp_size to 1."
-            )
         # Weights that are split can only compute inside the loop: then the first batch shows it.
         if packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._measure_isolation(self.model)

@@ -358,11 +358,23 @@ class TrainerMixin(Base):
 
         Trainer's pickle of the arguments, which nothing reads, goes.
         """
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, self._without_tied_copies(state_dict))
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
             copy_processor_files(self.processor_files, folder)
+
+    def _without_tied_copies(self, state_dict: Any) -> Any:
+        """Return the weights that DeepSpeed gathered, of tied ones the one that models load by.
+
+        accelerate 1.15 copies each tensor under ZeRO-2, so that nobody sees any more that two of
+        them were one.
+        """
+        if state_dict is None or not self.is_deepspeed_enabled:
+            return state_dict
+        model: Any = self.model
+        ties = model.all_tied_weights_keys
+        return {n: w for n, w in state_dict.items() if ties.get(n) not in state_dict}
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what this process has counted beside its random state."""
