@@ -8,6 +8,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from luthier.data.batching.settings import BatchingSettings
+from luthier.model.varlen_attention import register_varlen_attention
 from luthier.train.methods.sft import TokenTrainer
 
 VOCABULARY = 64
@@ -50,6 +51,7 @@ CONFIGS = {
 
 
 def model(name="llama", attention="sdpa", dtype=torch.float32):
+    register_varlen_attention()
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)
     # Random weights of the usual size give logits near zero, in which little could be seen.

@@ -11,6 +11,7 @@ from helpers.sft_trainer import model, packing, plain_loss, rows, trainer
 from luthier.data.batching.collators import FlatteningCollator, PackingCollator
 from luthier.data.batching.settings import BatchingSettings
 from luthier.errors import UserError
+from luthier.model import varlen_attention
 from luthier.train.packing_check import check_isolation
 
 
@@ -25,7 +26,8 @@ def uncompiled():
 MODELS = [
     ("llama", "eager"), ("llama", "sdpa"), ("qwen3", "eager"), ("qwen3", "sdpa"),
     ("gemma2", "eager"), ("gemma3", "eager"), ("gemma3", "sdpa"), ("gpt2", "eager"),
-    ("gpt2", "sdpa"), ("mixtral", "sdpa"),
+    ("gpt2", "sdpa"), ("mixtral", "sdpa"), ("llama", "varlen"), ("gemma3", "varlen"),
+    ("mixtral", "varlen"),
 ]  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def test_packed_loss_and_gradients_are_those_of_single_rows(tmp_path, name, atte
     assert_equal_gradients(net, alone)
 
 
-def varlen_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def flash_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention as kernels of variable length compute it, document by document."""
     assert attention_mask is None
     together = {"is_causal": True, "scale": scaling, "enable_gqa": True}
@@ -80,7 +82,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, **
 @pytest.mark.parametrize("size", [1, 3], ids=["one row a batch", "three rows a batch"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_flattened_loss_and_gradients_are_those_of_single_rows(tmp_path, name, size):
-    AttentionInterface.register("flash_by_hand", varlen_attention)
+    AttentionInterface.register("flash_by_hand", flash_attention)
     net, data, alone = model(name), rows(), model(name)
     # Set here, since a model that is made with such a name looks for the package.
     net.config._attn_implementation_internal = "flash_by_hand"
@@ -101,8 +103,20 @@ def test_packing_by_the_plan_of_flash_is_right_under_other_attention_too():
 @pytest.mark.parametrize(
     ("attention", "packed"),
     # Flex attention has no backward on a CPU, so it is only seen here.
-    [("sdpa", False), ("sdpa", True), ("flex_attention", True)],
-    ids=["single rows", "packed rows", "packed rows, flex attention"],
+    [
+        ("sdpa", False),
+        ("sdpa", True),
+        ("flex_attention", True),
+        ("varlen", False),
+        ("varlen", True),
+    ],
+    ids=[
+        "single rows",
+        "packed rows",
+        "packed rows, flex attention",
+        "single rows, varlen",
+        "packed rows, varlen",
+    ],
 )
 def test_evaluation_is_the_same_packed_or_not(tmp_path, attention, packed, size):
     net, data = model(attention=attention), rows()
@@ -198,3 +212,28 @@ def test_the_proof_leaves_the_model_as_it_was(tmp_path):
     check_isolation(net, PackingCollator(0))
     assert {name: module.training for name, module in net.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_varlen_attention_that_is_wrong_gives_way_to_masks(tmp_path, monkeypatch, capsys):
+    by_document = varlen_attention._attend_by_document
+    monkeypatch.setattr(
+        varlen_attention, "_attend_by_document", lambda *args: 1.01 * by_document(*args)
+    )
+    net = model("llama", "varlen")
+    trainer(net, tmp_path, rows(), packing())
+    assert net.config._attn_implementation == "sdpa"
+    printed = capsys.readouterr().out
+    assert "packing   masks in place of varlen: its logits differ by 0.0" in printed
+
+
+@pytest.mark.parametrize("name", ["opt", "lfm2"])
+def test_varlen_attention_of_models_that_need_help(tmp_path, name, capsys):
+    net, data = model(name, "varlen"), rows()
+    alone = copy.deepcopy(net)
+    expected = plain_loss(alone, data)
+    expected.backward()
+    made = trainer(net, tmp_path, data, packing(), per_device_train_batch_size=3)
+    assert f"packing   {MENDED[name]}\n" in capsys.readouterr().out
+    assert net.config._attn_implementation == "varlen"
+    assert step(made, net)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert_equal_gradients(net, alone)

@@ -164,6 +164,11 @@ class TrainerArgs(LibrarySettings):
         return self.packing if chosen is None else bool(chosen)
 
     @property
+    def packs_rows(self) -> bool:
+        """Whether rows are packed, of training or of evaluation."""
+        return self.packing or self.eval_packing
+
+    @property
     def max_completion_length(self) -> int | None:
         """The longest completion of the online methods in tokens; None (null) for no bound."""
         longest: int | None = self.get("max_completion_length", 512)

@@ -15,7 +15,7 @@ from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
 from luthier.model import quantized
 from luthier.model.adapters import add_adapter
-from luthier.model.device import Machine
+from luthier.model.device import VARLEN_ATTENTION, Machine
 from luthier.model.experts import find_experts
 from luthier.model.load import insert_quantized_layers, read_model_config
 from luthier.model.model_class import build_empty_model
@@ -24,7 +24,7 @@ from luthier.model.trainable import freeze_parameters
 if TYPE_CHECKING:
     import torch
 
-_FLASH_KERNELS = ("flash", "flex")
+_FLASH_KERNELS = ("flash", "flex", VARLEN_ATTENTION)
 """Parts of the names of attention kernels that keep the tensors which torch's own keeps."""
 _SETTINGS_WITH_VALUES = ("trainable_token_indices", "token_indices", "loftq_config")
 """Settings of adapters that need the values of weights, or a tokenizer."""
@@ -133,12 +133,6 @@ def _bnb_settings(config: RunConfig, architecture: Any) -> dict[str, Any]:
             "packs. Plan for the model that it was made from, with quantization=nf4 or int8."
         )
     return saved
-
-
-def _countable_attention(machine: Machine) -> str:
-    """Flash attention need not be installed here: torch's own keeps the same tensors."""
-    kernels = any(name in machine.attention for name in _FLASH_KERNELS)
-    return "sdpa" if kernels else machine.attention
 
 
 def _without_values(lora: LoraSettings) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def plan_memory(
             # A step of what a run refuses could be planned.
             architecture = read_model_config(config.model)
             check_trains_on_text(architecture, config.model.trust_remote_code, task)
-        machine = resolve_attention(config.model, machine, task)
+        packs = config.trainer.args.packs_rows
+        machine = resolve_attention(config.model, machine, task, packs)
         workload = read_workload(config, machine)
         plan = _plan_workload(config, machine, workload, hardware, shardings)
         if plan.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:

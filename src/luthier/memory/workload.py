@@ -11,7 +11,7 @@ from luthier.config.library_settings import TrainerArgs
 from luthier.config.methods import METHODS
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
-from luthier.model.device import Machine, choose_machine
+from luthier.model.device import VARLEN_ATTENTION, Machine, choose_machine
 
 ASSUMED_LENGTH = 2048
 """Tokens of a row that are assumed where `chat.max_length` sets no bound."""
@@ -99,7 +99,8 @@ def read_workload(config: RunConfig, machine: Machine) -> Workload:
     has_reference = method in _REFERENCE_METHODS and not args.precompute_ref_log_probs
     has_reference = has_reference and (method in ("dpo", "kto") or bool(args.beta))
     # Attention needs a mask where rows of different lengths or documents share a batch.
-    packed, flash = args.packing, "flash" in machine.attention
+    packed, attention = args.packing, machine.attention
+    flash = "flash" in attention or (packed and attention == VARLEN_ATTENTION)
     return Workload(
         rows=rows,
         length=length,

@@ -18,6 +18,8 @@ from luthier.errors import UserError
 Device = Literal["cuda", "mps", "cpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+VARLEN_ATTENTION = "varlen"
+"""luthier's own attention for packed rows, by the name that transformers knows it by."""
 AMPERE, HOPPER = 8, 9
 """CUDA compute capabilities: the first with bfloat16, and the one that flash-attention 3 is for."""
 

@@ -20,7 +20,7 @@ from luthier.model import gguf, quantized, source
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.adapter_targets import find_bypassed_layers
 from luthier.model.artifact import Artifact, wrong_base_message
-from luthier.model.device import Machine, preserve_random_state
+from luthier.model.device import VARLEN_ATTENTION, Machine, preserve_random_state
 from luthier.model.embeddings import count_embedding_rows
 from luthier.model.expert_adapters import load_adapter
 from luthier.model.experts import find_experts
@@ -29,6 +29,7 @@ from luthier.model.model_class import (
     choose_attention,
     expose_backbone,
     find_text_modules,
+    has_varlen_attention,
     is_within,
     resolve_model_class,
 )
@@ -79,16 +80,23 @@ def _read_architecture(config: ModelConfig, path: "str | Path") -> "PretrainedCo
     return architecture
 
 
-def resolve_attention(config: ModelConfig, machine: Machine, task: str) -> Machine:
+def resolve_attention(
+    config: ModelConfig, machine: Machine, task: str, packs: bool = False
+) -> Machine:
     """Return the machine with the attention that the model's text part gets on it.
 
-    `task` is a key of `model_class.TASK_CLASSES`. Takes a look at config.json; nothing is loaded.
+    `task` is a key of `model_class.TASK_CLASSES`. Where rows are packed (`packs`), `auto` takes
+    varlen attention in place of sdpa. Takes a look at config.json; nothing is loaded.
     Raises UserError where the class of the model lacks the attention that the config names.
     """
     architecture = read_model_config(config)
     model_class = resolve_model_class(architecture, task, config.trust_remote_code)
     attention = choose_attention(architecture, model_class, machine.attention, config.attention)
-    return replace(machine, attention=attention if isinstance(attention, str) else attention[""])
+    chosen = attention if isinstance(attention, str) else attention[""]
+    if packs and config.attention == "auto" and chosen == "sdpa":
+        is_varlen = has_varlen_attention(architecture, model_class)
+        chosen = VARLEN_ATTENTION if is_varlen else chosen
+    return replace(machine, attention=chosen)
 
 
 def load_model(
@@ -119,6 +127,10 @@ def load_model(
         model_class = resolve_model_class(architecture, task, config.trust_remote_code)
         _refuse_packed_experts(config, path, architecture, task)
         attention = choose_attention(architecture, model_class, machine.attention, config.attention)
+        if machine.attention == VARLEN_ATTENTION:
+            from luthier.model.varlen_attention import register_varlen_attention
+
+            register_varlen_attention()
         settings = {
             **_load_settings(config, quantization, machine, full),
             "attn_implementation": attention,
@@ -185,6 +197,9 @@ def load_trained(
         raise UserError(f"{artifact.name}: {artifact.adapter} has no {ADAPTER_WEIGHTS_FILE}.")
     settings = artifact.quantization if quantization is None else quantization
     kwargs = {**label_settings(artifact), **kwargs}
+    # Only training packs rows, and transformers generates in other ways under a name it knows.
+    if machine.attention == VARLEN_ATTENTION:
+        machine = replace(machine, attention="sdpa")
     model: Any = load_model(artifact.base, settings, machine, task=artifact.task, **kwargs)
     if artifact.adapter is not None:
         # Make room for tokens that the training added; their rows come with the adapter.

@@ -5,7 +5,9 @@ bear that class's names: so it loads them, and the text decoder within it is wha
 """
 
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import methodcaller
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
+from luthier.model.device import VARLEN_ATTENTION
 
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -84,6 +87,47 @@ _ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_
 """An attention of transformers -> the flag of the classes that have it; all have eager."""
 
 
+_VARLEN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}
+_VARLEN_LAYERS |= {"conv", "moe", "mlp", "hybrid", "hybrid_sliding", "mamba", "attention"}
+"""Types of layers whose masks are those of documents, or that have none."""
+_DENSE_MASKS = re.compile(r"allow_is_causal_skip|_attn_implementation (?:not )?in \(")
+"""Code of classes that compute with masks themselves, or in their own way for some attention."""
+
+
+def has_varlen_attention(architecture: Any, model_class: Any) -> bool:
+    """Return whether packed rows of a model can have luthier's attention document by document.
+
+    They can where transformers' masks and attention functions do it all. `train/packing_check.py`
+    then holds it against masks, on the model itself.
+    """
+    text_config = architecture.get_text_config()
+    named = (*_mapped_classes(model_class, architecture), model_class)[0]
+    text_classes = [named, *_mapped_text_classes(text_config)]
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    return (
+        not architecture.is_encoder_decoder
+        and layer_types <= _VARLEN_LAYERS
+        and getattr(text_config, "attn_logit_softcapping", None) is None
+        and not getattr(text_config, "alibi", False)
+        and getattr(text_config, "is_causal", True)
+        and all(map(_leaves_masks_alone, text_classes))
+    )
+
+
+def _mapped_text_classes(text_config: Any) -> tuple[Any, ...]:
+    import transformers
+
+    return _mapped_classes(transformers.AutoModel, text_config)
+
+
+def _leaves_masks_alone(model_class: Any) -> bool:
+    """Return whether a class has sdpa, by functions of transformers for attention and masks."""
+    can_set = getattr(model_class, "_can_set_attn_implementation", None)
+    if can_set is None or not getattr(model_class, "_supports_sdpa", False) or not can_set():
+        return False
+    return _DENSE_MASKS.search(inspect.getsource(sys.modules[model_class.__module__])) is None
+
+
 def choose_attention(
     architecture: Any, model_class: Any, attention: str, typed: str = "auto"
 ) -> str | dict[str, str]:
@@ -98,7 +142,8 @@ def choose_attention(
 
     # An `Auto` class has no flags: it makes a model of the first class that it has.
     named = (*_mapped_classes(model_class, architecture), model_class)[0]
-    chosen = _supported_attention(named, attention)
+    is_varlen = attention == VARLEN_ATTENTION and has_varlen_attention(architecture, model_class)
+    chosen = attention if is_varlen else _supported_attention(named, attention)
     if chosen != attention and attention == typed:
         flash = ["flash_attention_2"] if getattr(named, "_supports_flash_attn", False) else []
         has = [name for name, flag in _ATTENTION_FLAGS.items() if getattr(named, flag, False)]
@@ -106,10 +151,14 @@ def choose_attention(
             f"model.attention={typed}: {named.__name__} does not have it. It has "
             f"{', '.join(['eager', *has, *flash])}; auto takes the fastest of them."
         )
+    text_config = architecture.get_text_config()
     parts = {}
     for name in architecture.sub_configs:
         part = getattr(architecture, name, None)
+        if is_varlen and part is text_config:
+            continue
         for tower_class in _mapped_classes(transformers.AutoModel, part)[:1]:
+            # Only text comes in packed rows: towers then have sdpa where they can.
             parts[name] = _supported_attention(tower_class, chosen)
     if all(each == chosen for each in parts.values()):
         return chosen
@@ -119,7 +168,8 @@ def choose_attention(
 def _supported_attention(model_class: Any, attention: str) -> str:
     """Return `attention` where a class has it, else the fastest that needs no other library."""
     flag = "_supports_flash_attn" if "flash" in attention else _ATTENTION_FLAGS.get(attention)
-    if flag is None or getattr(model_class, flag, True):
+    can_have = flag is None or getattr(model_class, flag, True)
+    if can_have and attention != VARLEN_ATTENTION:
         return attention
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 

@@ -34,7 +34,7 @@ _UNPACKABLE = {
 def check_packing_support(config: RunConfig) -> None:
     """Raise UserError where a run packs rows and its model's type cannot train them."""
     args = config.trainer.args
-    if not (args.packing or args.eval_packing):
+    if not args.packs_rows:
         return
     reason = find_packing_problem(_read_config(config.model))
     if reason is not None:

@@ -118,7 +118,7 @@ def build_session(
     quantized.check_quantized_model(config, machine)
     architecture = read_model_config(config.model)
     check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
-    machine = resolve_attention(config.model, machine, facts.task)
+    machine = resolve_attention(config.model, machine, facts.task, config.trainer.args.packs_rows)
     check_router_loss(config)
     tokenizer = load_tokenizer(config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
@@ -155,6 +155,8 @@ def build_session(
     launch = launch_checks.check_running_launch(trainer.accelerator, args)
     if is_recorded:
         launch_checks.refuse_other_launch(record, launch)
+        text_config = trainer.model.config.get_text_config()
+        record.update_session(attention=text_config._attn_implementation)
         record.update(
             **inputs | {"data": data_facts(prepared)},
             launch={**launch, "launcher": launched_by()},

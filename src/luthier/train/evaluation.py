@@ -22,6 +22,7 @@ from luthier.metrics import (
     prepare_metrics,
     score_replies,
 )
+from luthier.model.varlen_attention import attention_by_masks
 from luthier.train import trackers
 
 METRICS_KEY = "trainer.evaluation.metrics"
@@ -145,6 +146,7 @@ class ReplyGenerator:
                 disable=not state.is_main_process or self._trainer.args.disable_tqdm,
             ) as bar,
             gathered_weights(self._trainer) as model,
+            attention_by_masks(model),
         ):
             token_ids = generate(
                 model,

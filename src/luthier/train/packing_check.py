@@ -20,6 +20,7 @@ from luthier.data.batching.token_rows import Document, TrainingRow
 from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
 from luthier.model.packing_support import PACKING_ADVICE
+from luthier.model.varlen_attention import attention_by_masks, is_varlen, use_masks
 from luthier.train.document_masking import PackedDocuments
 
 NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
@@ -30,6 +31,8 @@ NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
 CONTENT_TOLERANCE = 1e-5
 # Rounding between two positions: at least this much, or so many times the format's epsilon.
 POSITION_TOLERANCE = (1e-2, 32)
+# Rounding between two kernels of attention: 2e-6 was the most that was found in float32.
+MASK_TOLERANCE = 1e-4
 # How many times the rounding between rows of one batch is rounding between documents too.
 NOISE_FACTOR = 5
 
@@ -52,6 +55,11 @@ class DocumentIsolation:
     """The same as `position` for a row alone, against in a batch."""
     epsilon: float
     """The distance from 1 to the next number, in the format of the logits."""
+    mask: float = 0.0
+    """With varlen attention: in a packed row, against in the same row with a mask."""
+    dropped_varlen: str | None = None
+    """Why a model that came with varlen attention computes with masks now; None where it does not.
+    """
     documents: PackedDocuments | None = None
     """What keeps documents apart where the class does not; it must be told of each packed batch."""
 
@@ -66,6 +74,12 @@ class DocumentIsolation:
         floor, times = POSITION_TOLERANCE
         noise = NOISE_FACTOR * max(self.position_noise, self.content_noise)
         return max(floor, times * self.epsilon) + noise
+
+    @property
+    def is_as_by_mask(self) -> bool:
+        """Whether varlen attention computes what attention with a mask does, but for rounding."""
+        floor = MASK_TOLERANCE + 32 * self.epsilon
+        return self.mask <= floor + NOISE_FACTOR * max(self.position_noise, self.content_noise)
 
     @property
     def holds(self) -> bool:
@@ -84,6 +98,8 @@ def check_isolation(
     Two documents share rows, in either order; then one of them changes, and the logits of the other
     must not, and must be the same at both places. The bounds come from the same comparison between
     ordinary padded rows, so any number format and quantization is judged by its own rounding.
+
+    Varlen attention must give what a mask gives, or the model is put back to masks, for good.
 
     A model that passes stays as it is. Otherwise its recurrent layers get one document a row, and
     then its attention masks of single documents, and it is measured after each; `documents` of the
@@ -123,30 +139,57 @@ def _isolate(
 
     Raises UserError where nothing helps.
     """
+    base = _base_model(model)
+    dropped = None
     first_error: Exception | None = None
     try:
-        isolation = _measure(model, collator, call)
+        isolation = _measure_attention(model, collator, call)
+        dropped = isolation.dropped_varlen
         if isolation.holds:
             return isolation
         leak = _describe_leak(isolation)
     except _NOT_PACKABLE as error:
         # Kernels that are missing, which layers that compute one document a row do not need.
         first_error, leak = error, str(error)
-    documents = PackedDocuments(_base_model(model), groups_by_length=not is_sharded)
+    documents = PackedDocuments(base, groups_by_length=not is_sharded)
     if documents.separate_recurrent_layers():
         isolation = _measure(model, collator, call, documents)
         if isolation.holds:
-            return replace(isolation, documents=documents)
+            return replace(isolation, documents=documents, dropped_varlen=dropped)
         leak = _describe_leak(isolation)
     elif first_error is not None:
         raise first_error
     documents.add_masks()
-    # Classes that make no use of such masks say so by any exception.
-    with suppress(Exception):
-        isolation = _measure(model, collator, call, documents)
-        if isolation.holds:
-            return replace(isolation, documents=documents)
+    for _ in range(2):
+        # Classes that make no use of such masks say so by any exception.
+        with suppress(Exception):
+            isolation = _measure(model, collator, call, documents)
+            if isolation.holds and isolation.is_as_by_mask:
+                return replace(isolation, documents=documents, dropped_varlen=dropped)
+        if not use_masks(base):
+            break
+        dropped = "the class computes with its masks"
     raise UserError(f"{_describe_model(model)} cannot train packed rows: {leak}.\n{_ADVICE}")
+
+
+def _measure_attention(
+    model: Any, collator: PackingCollator | FlatteningCollator, call: Callable[..., Any]
+) -> DocumentIsolation:
+    """Measure, and put a model back to masks where varlen attention computes something else."""
+    base = _base_model(model)
+    if not is_varlen(base):
+        return _measure(model, collator, call)
+    try:
+        isolation = _measure(model, collator, call)
+        if isolation.is_as_by_mask:
+            return isolation
+        reason = f"its logits differ by {isolation.mask:.2g} from those with a mask"
+    # A class may compute with masks itself, and a kernel may not be made for this GPU.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0]}"
+    use_masks(base)
+    return replace(_measure(model, collator, call), dropped_varlen=reason)
 
 
 def _measure(
@@ -174,12 +217,18 @@ def _measure(
     in_batch, _ = logits(padded_as, (probe,), (first,))
     in_other_batch, _ = logits(padded_as, (probe,), (second,))
     alone, _ = logits(padded_as, (probe,))
+    mask = 0.0
+    if is_varlen(_base_model(model)):
+        with attention_by_masks(_base_model(model)):
+            masked = logits(packed_as, (probe, first), (first, probe))
+        mask = max(_distance(a, b) for a, b in zip(packed, masked, strict=True))
     return DocumentIsolation(
         content=max(_distance(a, b) for a, b in zip(changed, packed, strict=True)),
         position=_distance(packed[1], packed[0]),
         content_noise=_distance(in_other_batch, in_batch),
         position_noise=_distance(alone, in_batch),
         epsilon=torch.finfo(alone.dtype).eps,
+        mask=mask,
     )
 
 

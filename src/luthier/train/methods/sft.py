@@ -128,7 +128,11 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         with self.accelerator.autocast():
             is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             self.isolation = check_isolation(self.model, layout, call, is_sharded)
-        if self.isolation.documents is not None and self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        if self.isolation.dropped_varlen is not None:
+            print_line(f"packing   masks in place of varlen: {self.isolation.dropped_varlen}")
+        if self.isolation.documents is not None:
             print_line(f"packing   {self.isolation.documents}")
 
     def make_sampler(self, rows: Any, size: int, processes: int, is_training: bool) -> Sampler:
