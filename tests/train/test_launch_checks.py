@@ -206,9 +206,12 @@ ZERO_CASES = [
     ("quantized-slices", ["quantization=nf4", "lora=default"], 3, {}, "bf16", "^quantization: "),
     ("new-tokens", ["model.add_tokens=[a]"], 3, {}, "bf16", None),
     ("new-tokens-beside-an-adapter", ["model.add_tokens=[a]", "lora=default"], 3, {}, "bf16",
-     "^model.add_tokens: single rows.*ZeRO-3"),
+     "^model.add_tokens: single rows .* do not train under DeepSpeed ZeRO-3"),
     ("rows-beside-an-adapter", ["lora=default", "lora.trainable_token_indices=[5]"], 3, {}, "bf16",
      "^lora.trainable_token_indices: single rows"),
+    ("mixture", [], 3, {}, "bf16", None),
+    ("experts", ["lora=default"], 3, {}, "bf16", "^lora.experts: adapters on experts"),
+    ("experts-left-out", ["lora=default", "lora.experts=false"], 3, {}, "bf16", None),
     ("split-layers", [], 2, {"tensor_parallel": {"autotp_size": 2}}, "bf16",
      "Tensor parallelism was asked for .`autotp_size: 2`"),
 ]  # fmt: skip
@@ -225,7 +228,7 @@ def test_zero_stops_before_a_model_is_loaded(ask, words, stage, settings, precis
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=settings)
     args = SimpleNamespace(deepspeed_plugin=plugin, bf16=True, fp16=False)
     with pytest.raises(UserError, match=part) if part is not None else nullcontext():
-        launch_checks.check_zero_settings(load_config(line).config, args)
+        launch_checks.check_zero_settings(load_config(line).config, args, has_experts=True)
 
 
 def facts(sharding: str = "none", precision: str = "no", device: str = "cuda"):

@@ -105,12 +105,6 @@ def find_target_parameters(
                     f"lora.target_parameters: {target} is in {layer}, which gets an adapter by "
                     "lora.target_modules. Remove it from one of the two."
                 )
-            if hasattr(parameters[name], "ds_shape"):
-                raise UserError(
-                    f"lora.target_parameters: {name} is in slices under DeepSpeed ZeRO-3, and peft "
-                    "puts an adapter on whole experts only.\nInstead: --config_file "
-                    "launch/zero2.yaml, or lora.experts=false to leave the experts as they are."
-                )
             if parameters[name].ndim not in (2, 3) and not hasattr(parameters[name], "quant_state"):
                 raise UserError(
                     f"lora.target_parameters: {name} has the shape "

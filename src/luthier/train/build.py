@@ -19,6 +19,7 @@ from luthier.data.prepare import PreparedData, prepare
 from luthier.errors import explain_lost_process
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
+from luthier.model.experts import has_experts
 from luthier.model.load import read_model_config, resolve_attention
 from luthier.model.model_class import check_trains_on_text
 from luthier.model.tokenizer import load_tokenizer
@@ -136,7 +137,7 @@ def build_session(
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
     launch_checks.check_devices(args.distributed_state)
-    launch_checks.check_zero_settings(config, args)
+    launch_checks.check_zero_settings(config, args, has_experts(architecture.to_dict()))
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)

@@ -184,10 +184,13 @@ def check_running_launch(
     return facts
 
 
-def check_zero_settings(config: "RunConfig", training_args: "TrainingArguments") -> None:
+def check_zero_settings(
+    config: "RunConfig", training_args: "TrainingArguments", has_experts: bool
+) -> None:
     """Stop, before a model is loaded, at what DeepSpeed does not train, or trains otherwise.
 
-    `training_args` are those of the trainer. Raises UserError with the key and what to use instead.
+    `training_args` are those of the trainer, and `has_experts` tells of the model. Raises UserError
+    with the key and what to use instead.
     """
     plugin = training_args.deepspeed_plugin
     if plugin is None:
@@ -210,22 +213,39 @@ def check_zero_settings(config: "RunConfig", training_args: "TrainingArguments")
         )
     if plugin.zero_stage != 3:
         return
+    problem = _find_unsliceable(config, has_experts)
+    if problem is not None:
+        raise UserError(
+            f"{problem} do not train under DeepSpeed ZeRO-3, which slices weights while loading.\n"
+            "Instead: --config_file launch/zero2.yaml, or launch/ddp.yaml."
+        )
+
+
+def _find_unsliceable(config: "RunConfig", has_experts: bool) -> str | None:
+    """Return what of a run needs weights whole while it is built, behind its key; None if nothing.
+
+    ZeRO-3 hung with packed weights; peft 0.21 reads rows of tokens on CUDA alone, and the shapes of
+    parameters, such as experts, as they are in slices.
+    """
+    if config.quantization.is_enabled:
+        return "quantization: weights of 4 or 8 bits"
     lora, model = config.lora, config.model
+    if not lora.is_enabled:
+        return None
     rows = {
         "lora.trainable_token_indices": lora.get("trainable_token_indices"),
         "lora.token_indices": lora.get("token_indices"),
         "model.add_tokens": model.add_tokens,
         "model.add_special_tokens": model.add_special_tokens,
     }
-    keys = [key for key, value in rows.items() if value and lora.is_enabled]
-    problem = f"{keys[0]}: single rows that train beside an adapter" if keys else None
-    if config.quantization.is_enabled:
-        problem = "quantization: sliced weights of 4 or 8 bits"
-    if problem is not None:
-        raise UserError(
-            f"{problem} were not shown to be right under DeepSpeed ZeRO-3.\n"
-            "Instead: --config_file launch/zero2.yaml, or launch/ddp.yaml."
-        )
+    for key, value in rows.items():
+        if value:
+            return f"{key}: single rows beside an adapter"
+    if lora.target_parameters:
+        return "lora.target_parameters: adapters on parameters by their names"
+    if has_experts and lora.trains_experts:
+        return "lora.experts: adapters on experts (lora.experts=false leaves them out)"
+    return None
 
 
 def _refuse_unknown_keys(request: LaunchRequest) -> None:
