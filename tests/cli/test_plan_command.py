@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from helpers.memory_configs import TINY, write_model_config
 
+ROOT = Path(__file__).parents[2]
 SMALL = TINY | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
 
 
@@ -90,6 +92,14 @@ def test_a_launch_file_is_planned(on_shapes, tmp_path):
     )
     _, out, _ = on_shapes("--memory", "24GB", "--launch", "mine.yaml")
     assert "FSDP2 x 2" in out and "gathered weights" in out
+
+
+def test_quantized_weights_are_not_planned_in_slices_of_zero(on_shapes):
+    quantized = ("--memory", "24GB", "quantization=nf4")
+    _, out, _ = on_shapes(*quantized, "--gpus", "4")
+    assert "ZeRO-2 x 4" in out and "ZeRO-3" not in out
+    code, _, err = on_shapes(*quantized, "--launch", str(ROOT / "launch" / "zero3.yaml"))
+    assert code == 2 and "do not train under DeepSpeed ZeRO-3" in err
 
 
 SAYS = {

@@ -68,6 +68,7 @@ def plan_and_advise(
     config: "RunConfig", imagined: "Hardware | None", parsed: ParsedArguments
 ) -> "tuple[MemoryPlan, list[Advice]]":
     """Plan as the flags say, and show in the terminal that it goes on."""
+    from luthier.errors import UserError
     from luthier.memory.advice import advise
     from luthier.memory.plan import plan_memory
     from luthier.memory.workload import bound_by_rows, format_size
@@ -76,8 +77,13 @@ def plan_and_advise(
     # stdout.
     with make_console(stderr=True).status("trying a step") as status:
         shardings = _shardings(parsed)
+        if config.quantization.is_enabled and any(each.kind == "zero3" for each in shardings):
+            raise UserError(
+                "quantization: weights of 4 or 8 bits do not train under DeepSpeed ZeRO-3.\n"
+                "Instead: --launch launch/zero2.yaml, or launch/ddp.yaml."
+            )
         hardware = imagined or _this_machine(config, shardings, parsed)
-        usual = shardings or _usual(hardware)
+        usual = shardings or _usual(hardware, config.quantization.is_enabled)
         memory_plan = plan_memory(config, hardware, usual)
         longest = _longest_row(config) or 0
         bounded = bound_by_rows(config, longest)
@@ -171,10 +177,11 @@ def _this_machine(
     return detected
 
 
-def _usual(hardware: "Hardware") -> "list[Sharding]":
+def _usual(hardware: "Hardware", is_quantized: bool) -> "list[Sharding]":
     """Return the columns of a plan without --launch: each way to share the work, else one GPU."""
     from luthier.memory.sharding import SHARDING_KINDS, Sharding
 
     if hardware.count == 1 or hardware.kind != "cuda":
         return [Sharding()]
-    return [Sharding(sharding, hardware.count) for sharding in SHARDING_KINDS if sharding != "none"]
+    left_out = ("none", "zero3") if is_quantized else ("none",)
+    return [Sharding(kind, hardware.count) for kind in SHARDING_KINDS if kind not in left_out]
