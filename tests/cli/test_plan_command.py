@@ -92,6 +92,9 @@ def test_a_launch_file_is_planned(on_shapes, tmp_path):
     )
     _, out, _ = on_shapes("--memory", "24GB", "--launch", "mine.yaml")
     assert "FSDP2 x 2" in out and "gathered weights" in out
+    adafactor = "trainer.args.optim=adafactor"
+    code, _, err = on_shapes("--memory", "24GB", "--launch", "mine.yaml", adafactor)
+    assert code == 2 and err.startswith(f"{adafactor}: it was not shown to be right")
 
 
 def test_quantized_weights_are_not_planned_in_slices_of_zero(on_shapes):

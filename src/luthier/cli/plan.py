@@ -72,6 +72,7 @@ def plan_and_advise(
     from luthier.memory.advice import advise
     from luthier.memory.plan import plan_memory
     from luthier.memory.workload import bound_by_rows, format_size
+    from luthier.train.fsdp_checks import check_fsdp_config
 
     # A step on tensors without content takes seconds for a large model; the plan itself goes to
     # stdout.
@@ -82,6 +83,8 @@ def plan_and_advise(
                 "quantization: weights of 4 or 8 bits do not train under DeepSpeed ZeRO-3.\n"
                 "Instead: --launch launch/zero2.yaml, or launch/ddp.yaml."
             )
+        if any(sharding.kind == "fsdp2" for sharding in shardings):
+            check_fsdp_config(config)
         hardware = imagined or _this_machine(config, shardings, parsed)
         usual = shardings or _usual(hardware, config.quantization.is_enabled)
         memory_plan = plan_memory(config, hardware, usual)

@@ -113,7 +113,8 @@ def _memory_fsdp2(sharding: Sharding, weights: Sequence[Weight], half: bool) -> 
         _bytes_by_format(weights, False, share),
         {"float32": int(sum(w.elements for w in trained) * _BYTES_32BIT * share)},
         share,
-        buckets=2 * max(_bytes_by_layer(trained, size).values(), default=0),
+        # luthier has FSDP2 add the gradients of the ranks in float32.
+        buckets=2 * max(_bytes_by_layer(trained, _BYTES_32BIT).values(), default=0),
         gathered=gathered,
         gradients_on_device=not sharding.offload_weights,
     )

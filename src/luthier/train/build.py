@@ -39,6 +39,7 @@ from luthier.train import (
 from luthier.train.arguments import check_router_loss
 from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
 from luthier.train.evaluation import ReplyGenerator
+from luthier.train.fsdp_checks import check_packed_storage
 from luthier.train.launch_request import launched_by
 from luthier.train.loop import AfterSave, TrainingSession, fit
 from luthier.train.methods import TrainerInputs
@@ -138,6 +139,7 @@ def build_session(
     evaluation.set_best_model_metric(args, config)
     launch_checks.check_devices(args.distributed_state)
     launch_checks.check_zero_settings(config, args, has_experts(architecture.to_dict()))
+    check_packed_storage(config, args)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)

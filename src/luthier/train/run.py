@@ -29,6 +29,7 @@ from luthier.record.run_dir import (
 from luthier.storage.output_folder import name_some
 from luthier.storage.write_errors import explain_write_errors
 from luthier.train import launch_checks, trackers
+from luthier.train.fsdp_checks import check_fsdp_launch
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, write_exit_code
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     read_batching_settings(config)
     # Last, as it is about the command and all before it is about the config.
     launch_checks.check_launch_request()
+    check_fsdp_launch(config)
     launch_checks.check_saving(config.trainer.args)
     return sources
 

@@ -116,7 +116,10 @@ class TrainerMixin(Base):
         """Shard the model and make its optimizer, so that the output layer trains under FSDP2."""
         if not self.accelerator.is_fsdp2:
             return super()._prepare_for_training(*args, **kwargs)
-        with fsdp.gather_head_with_norm():
+        with (
+            fsdp.gather_head_with_norm(),
+            fsdp.share_buffers(self.model, self.accelerator.device),
+        ):
             prepared = super()._prepare_for_training(*args, **kwargs)
         fsdp.check_head_is_gathered(self.model)
         return prepared

@@ -46,6 +46,34 @@ def gather_head_with_norm() -> Iterator[None]:
         private._find_final_norm = original
 
 
+@contextmanager
+def share_buffers(model: Any, device: torch.device) -> Iterator[None]:
+    """Give all ranks the first one's buffers, and keep them out of accelerate's way in the block.
+
+    Where the first rank alone reads the weights (`fsdp_cpu_ram_efficient_loading`), accelerate
+    hands out all entries of the state dict as slices, and fails at buffers among them, such as the
+    balance of DeepSeek-V3's router or VeRA's matrices. Those that are in no state dict it keeps as
+    each rank has them, which is right for what is computed and not for what is read.
+    """
+    import torch.distributed as dist
+
+    saved = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set:
+                continue
+            content = buffer.detach().to(device).contiguous()
+            dist.broadcast(content, src=0)
+            buffer.copy_(content)
+            module._non_persistent_buffers_set.add(name)
+            saved.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in saved:
+            module._non_persistent_buffers_set.discard(name)
+
+
 def _find_final_norm(model: Any) -> torch.nn.Module | None:
     """Return the last norm among the children of a model's decoder; None where there is none."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model

@@ -81,12 +81,17 @@ def save_weights(trainer: Any, folder: Path, is_checkpoint: bool) -> None:
     if not needed <= {id(value) for value in state.values()}:
         # A method that saves other tensors than it trains: then everything is gathered.
         needed = {id(value) for value in state.values()}
-    gathered = {}
+    gathered: dict[str, Tensor] = {}
+    ties, written = _find_ties(trainer.model), {}
     for name, value in state.items():
-        if id(value) in needed:
+        if id(value) not in needed:
+            continue
+        # Tied weights stay one tensor, by which transformers knows to write it once.
+        if ties.get(name, name) not in written:
             whole = _gather(value)
-            if trainer.args.should_save:
-                gathered[name] = whole.cpu()
+            written[ties.get(name, name)] = whole.cpu() if trainer.args.should_save else None
+        if trainer.args.should_save:
+            gathered[name] = written[ties.get(name, name)]
     trainer._save(str(folder), state_dict=gathered)
     ignored = getattr(trainer.model, "_keys_to_ignore_on_save", None) or ()
     for subfolder, expected in files.items():
@@ -187,9 +192,12 @@ def _list_saved(model: Any, state: dict[str, Tensor]) -> dict[str, dict[str, Ten
         return {"": state}
     from peft import get_peft_model_state_dict
 
+    # Embeddings whose rows for new tokens train stay with the base, as in `adapters.add_adapter`.
     return {
         "" if adapter == "default" else adapter: dict(
-            get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter)
+            get_peft_model_state_dict(
+                model, state_dict=state, adapter_name=adapter, save_embedding_layers=False
+            )
         )
         for adapter in model.peft_config
     }
