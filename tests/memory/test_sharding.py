@@ -39,7 +39,7 @@ CASES = {
     ),
     "FSDP2: the head and two layers are gathered": (
         Sharding("fsdp2", 4), LORA, {"bfloat16": 150 * M}, {"float32": 10 * M},
-        {"gathered": 2 * (100 + 2 * 66) * M, "buckets": 2 * 2 * 6 * M},
+        {"gathered": 2 * (100 + 2 * 66) * M, "buckets": 2 * 4 * 6 * M},
     ),
     "FSDP2: copies of slices": (
         Sharding("fsdp2", 8, copies=2), LORA, {"bfloat16": 150 * M}, {"float32": 10 * M},
@@ -47,15 +47,15 @@ CASES = {
     ),
     "FSDP2 without resharding gathers all layers": (
         Sharding("fsdp2", 4, reshard=False), LORA, {"bfloat16": 150 * M}, {"float32": 10 * M},
-        {"gathered": 2 * (100 + 66 + 44) * M, "buckets": 2 * 2 * 6 * M},
+        {"gathered": 2 * (100 + 66 + 44) * M, "buckets": 2 * 4 * 6 * M},
     ),
     "FSDP2 of all weights: slices in float32": (
         Sharding("fsdp2", 4), FULL, {}, {"float32": 200 * M},
-        {"gathered": 2 * (100 + 2 * 60) * M, "buckets": 2 * 2 * 100 * M},
+        {"gathered": 2 * (100 + 2 * 60) * M, "buckets": 2 * 4 * 100 * M},
     ),
     "FSDP2 leaves 4-bit weights whole": (
         Sharding("fsdp2", 4), QLORA, {"nf4": 20 * M}, {"float32": 4 * M},
-        {"gathered": 2 * 2 * 4 * M, "buckets": 2 * 2 * 4 * M},
+        {"gathered": 2 * 2 * 4 * M, "buckets": 2 * 4 * 4 * M},
     ),
     "ZeRO-2: weights in 16 bits, the optimizer's copy in slices": (
         Sharding("zero2", 4), FULL, {}, {"16 bits": 400 * M},

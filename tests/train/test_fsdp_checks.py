@@ -13,10 +13,9 @@ from luthier.train.fsdp_checks import check_fsdp_launch, check_packed_storage
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 LORA = {"r": 4, "target_modules": "all-linear"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-NO_GPTQ = "not tried with weights of gptq"
 
 
-def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None):
+def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None, method="sft"):
     content = {"model_type": "llama"}
     if checkpoint is not None:
         content["quantization_config"] = checkpoint
@@ -25,7 +24,7 @@ def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None)
         model=ModelConfig(path=str(folder)),
         dataset=DatasetConfig(path="x"),
         chat=ChatSettings(max_length=64),
-        trainer=TrainerConfig(args=args or {}),
+        trainer=TrainerConfig(method=method, args=args or {}),
         quantization=quantization or {},
         lora=lora,
         output_dir="out",
@@ -50,6 +49,8 @@ def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None)
             id="optimizer-of-bitsandbytes",
         ),
         pytest.param(FSDP2, {"args": {"optim": "adafactor"}}, "adamw_torch", id="adafactor"),
+        pytest.param(FSDP2, {"method": "seq2seq"}, "encoder and decoder share", id="seq2seq"),
+        pytest.param(FSDP2, {"method": "dpo"}, None, id="dpo"),
         pytest.param(
             FSDP2, {"lora": LORA | {"method": "adalora"}}, "lora.method=adalora", id="adalora"
         ),
@@ -61,7 +62,7 @@ def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None)
             FSDP2, {"checkpoint": {"load_in_8bit": True}}, "weights of 8-bit bitsandbytes",
             id="checkpoint-in-int8",
         ),
-        pytest.param(FSDP2, {"checkpoint": {"quant_method": "gptq"}}, NO_GPTQ, id="gptq"),
+        pytest.param(FSDP2, {"checkpoint": {"quant_method": "gptq"}}, "weights of gptq", id="gptq"),
         pytest.param(
             FSDP2,
             {"checkpoint": {"quant_method": "fp8"}, "quantization": {"dequantize": True}}, None,

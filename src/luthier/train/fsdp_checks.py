@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.quantized import quantization_method, read_quantization_config
@@ -49,6 +50,11 @@ def check_fsdp_config(config: RunConfig) -> None:
             f"trainer.args.optim={optimizer}: it was not shown to be right on the slices of FSDP2, "
             "on which bitsandbytes' optimizers and Adafactor fail.\nUse one of "
             f"{', '.join(FSDP2_OPTIMIZERS)}, or {_DDP}."
+        )
+    if METHODS[config.trainer.method].task == "SEQ_2_SEQ_LM":
+        raise UserError(
+            f"trainer.method={config.trainer.method}: the embeddings that encoder and decoder "
+            f"share cannot be sharded by FSDP2.\nUse {_DDP}."
         )
     method = config.lora.method
     if config.lora.is_enabled and method not in FSDP2_ADAPTERS:
