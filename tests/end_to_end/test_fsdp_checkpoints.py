@@ -71,6 +71,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_was_not(forks, tiny, way):
     if extra == LORA:
         checkpoint = saved_weights(whole.folder / "checkpoints/checkpoint-4")
         assert largest_difference(checkpoint, plain_names(whole.gathered_weights("step-4"))) == 0
+        assert largest_difference(loaded_by_peft(tiny / "model", whole.folder), at_best) == 0
 
     # In the middle of accumulation, all ranks or one of them.
     line = command(tiny, extra, f"{name}-stopped")
@@ -93,6 +94,15 @@ def test_a_run_that_is_stopped_ends_as_one_that_was_not(forks, tiny, way):
     assert len(record(resumed.folder)["sessions"]) == 3
 
 
+def loaded_by_peft(base, run):
+    """What plain peft puts on the plain base of a run's adapter."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    return get_peft_model_state_dict(PeftModel.from_pretrained(model, str(run / "model")))
+
+
 def refuse_other_launches(forks, tiny, line):
     """One process, and two without sharding, are told before a model is loaded."""
     began = len(said(tiny))
@@ -100,7 +110,7 @@ def refuse_other_launches(forks, tiny, line):
     text = said(tiny)[began:]
     assert "was launched with the number of processes 2, and now with 1" in text
     assert "Loading" not in text and "tokens" not in text
-    pids = forks.together(tiny, 29781, *line)
+    pids = forks.together(tiny, fsdp_cpu.launch_environment()["MASTER_PORT"], *line)
     codes = [forks.wait(pids[0], limit=60)]
     os.kill(pids[1], signal.SIGKILL)
     forks.wait(pids[1])
@@ -148,14 +158,21 @@ def test_shards_become_a_model_with_the_names_of_its_files(forks, tmp_path, fami
     assert saved.keys() == saved_weights(base).keys()
     checkpoint = run.folder / "checkpoints" / "checkpoint-2"
     assert not list(checkpoint.glob("*.safetensors"))
-    with pytest.raises(UserError, match="luthier merge"):
+    with pytest.raises(UserError, match=f"luthier merge {checkpoint}"):
         find_artifact(str(checkpoint))
+    # The run itself is evaluated, pushed and talked to as any other.
+    assert find_artifact(str(run.folder)).base.path == str(run.folder / "model")
     assert merge.run([str(checkpoint)]) == 0
     merged = checkpoint.with_name("checkpoint-2-merged")
     assert largest_difference(saved_weights(merged), saved) == 0
     files = {path.name for path in (run.folder / "model").iterdir()}
     assert files - {path.name for path in merged.iterdir()} == set()
     compare_logits(run.folder / "model", merged)
+    adapted = fork_fsdp(forks, tmp_path, *line, *LORA, "output_dir=adapter", flags=SHARDED)
+    assert adapted.code == 0, adapted.text[-3000:]
+    trained, adapter = plain_names(adapted.gathered_weights()), adapted.folder / "model"
+    assert any("experts" in name for name in trained) == (family == "qwen3_moe")
+    assert largest_difference(saved_weights(adapter), trained) == 0
     # Whole weights under the hub's names are handed out to the ranks again.
     whole = fork_fsdp(forks, tmp_path, *line, "output_dir=whole")
     assert whole.code == 0, whole.text[-3000:]

@@ -77,6 +77,14 @@ def test_what_was_saved_is_compared_with_each_rank(tmp_path, case):
     assert found is None if problem is None else problem in (found or "")
 
 
+def test_tied_weights_that_are_renamed_are_written_once(tmp_path):
+    file = tmp_path / "model.safetensors"
+    tensors = saved()
+    tensors["wrapped.layer.weight"] = tensors.pop("layer.weight")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    assert _find_difference([file], halves(), TIES) is None
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     assert _find_difference([file], halves(), {}) == "adapter_model.safetensors is missing"

@@ -122,9 +122,13 @@ def refuse_changed_launch(folder: Path) -> None:
     if old.get("processes", processes) != processes:
         raise UserError(other_launch_message(folder, "processes", old["processes"], processes))
     request = read_launch_request() or LaunchRequest()
+    families = {"fsdp": "fsdp", "deepspeed": "zero", "none": "none", "ddp": "ddp"}
     plain = "none" if processes == 1 else "ddp"
-    sharding = {"fsdp": "fsdp", "deepspeed": "zero"}.get(request.distributed or "", plain)
-    if not str(old.get("sharding", sharding)).startswith(sharding):
+    # What accelerate makes of other kinds (XLA, Megatron) is known once it runs.
+    sharding = families.get(request.distributed or plain)
+    if sharding in ("none", "ddp"):
+        sharding = plain
+    if sharding and not str(old.get("sharding", sharding)).startswith(sharding):
         raise UserError(other_launch_message(folder, "sharding", old["sharding"], sharding))
 
 

@@ -26,7 +26,7 @@ _OPTIMIZER_FILE = "optimizer.bin"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 2**22
 """Entries that are summed at once, as integers of eight bytes."""
-_GROUP_BYTES = 2**30
+_GROUP_BYTES = 2**28
 """Bytes of shards that each rank reads back at once."""
 
 
@@ -96,7 +96,7 @@ def save_weights(trainer: Any, folder: Path, is_checkpoint: bool) -> None:
     ignored = getattr(trainer.model, "_keys_to_ignore_on_save", None) or ()
     for subfolder, expected in files.items():
         compared = {name: value for name, value in expected.items() if name not in ignored}
-        compare_saved(folder / subfolder, compared, _find_ties(trainer.model))
+        compare_saved(folder / subfolder, compared, ties)
 
 
 def save_training_state(trainer: Any, folder: Path) -> None:
@@ -257,7 +257,11 @@ def _slice(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _gather(value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    # Slices that wait in main memory (fsdp_offload_params) travel between the devices.
+    gathered: Tensor = value.to(value.device_mesh.device_type).full_tensor()
+    return gathered
 
 
 def _sum_slice(value: Tensor) -> _SliceSums:
@@ -300,8 +304,10 @@ def _find_difference(
                     return problem
             else:
                 converted.append(name)
+        # Of tied weights one is written, under whichever name.
         saved = ranks[0].keys() - set(converted)
         converted = [name for name in converted if not _has_weight(name, saved, ties)]
+        converted = list({ties.get(name, name): name for name in reversed(converted)}.values())
         if converted and not tensors:
             return f"{converted[0]} is missing"
         for name in converted:
