@@ -1,29 +1,35 @@
 """Training speed against TRL's own trainer: the same model, rows and machine, in one run.
 
-    LUTHIER_ASSETS=folder python benchmarks/train.py
+    LUTHIER_ASSETS=folder OMP_NUM_THREADS=2 python benchmarks/train.py
+    LUTHIER_ASSETS=folder OMP_NUM_THREADS=2 python benchmarks/train.py --length 2048 --steps 3
     LUTHIER_ASSETS=folder python benchmarks/train.py --model llama_8b --length 4096 --rows 2000
     LUTHIER_ASSETS=folder python benchmarks/train.py --model qwen_1_7b --quantization nf4
 
 Rows are chats of mixed length (`bench/chat_mix`), encoded by luthier, LoRA of rank 16 on all linear
 layers. `smollm2` is the real SmolLM2-135M; the others have random weights in the shape of
-Llama-3.1-8B and Qwen3-1.7B, and need a GPU. Each way trains in a process of its own, in turn, and
-the rounds are repeated, so that a busy machine slows all of them:
+Llama-3.1-8B and Qwen3-1.7B, and need a GPU. Each way trains in a process of its own. On a CPU all
+of them are started first and then take one step each in turn, so that a busy machine slows them
+alike, and ratios are those of steps that lie side by side:
 
 - `same, luthier` and `same, TRL`: equal settings and equal batches in equal order: padded,
   activations kept. Their ratio is that of the trainers alone, step by step.
 - `luthier`: packed rows of `--length` tokens; activations are kept where `luthier plan` says so.
+- `luthier, dense`: the same rows under SDPA with a mask of all pairs of tokens, and with TRL's
+  output layer.
 - `TRL`: what `SFTConfig` does by itself: padded rows, activations computed again.
 - `TRL, best`: its fastest settings that keep documents apart on this machine: activations kept,
   and packing with variable-length attention where that is installed, else rows grouped by length.
 
-Printed: seconds a step, tokens and trained tokens a second, the share of the device's peak
-(model FLOP/s: 4 for each weight and token, as frozen weights have no gradient, and attention), and
-peak memory.
+Printed: seconds a step, tokens and trained tokens a second, trained tokens for a second of all
+cores (which other programs on the machine disturb less), the share of the device's peak (model
+FLOP/s: 4 for each weight and token, as frozen weights have no gradient, and attention), and peak
+memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gzip
 import json
 import os
@@ -32,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -40,7 +47,7 @@ from typing import Any
 
 from shapes import SHAPES, build_random_model, find_gpu, pack_to_nf4
 
-WAYS = ("same, luthier", "same, TRL", "luthier", "TRL", "TRL, best")
+WAYS = ("same, luthier", "same, TRL", "luthier", "luthier, dense", "TRL", "TRL, best")
 TOKENIZERS = {"llama_8b": ("llama3_1", "llama3"), "qwen_1_7b": ("qwen3", "qwen2_5")}
 """Tokenizer and chat template of each model with random weights."""
 WARMING = 2
@@ -48,73 +55,119 @@ WARMING = 2
 
 
 def main() -> None:
-    """Run every way in turn and print the table and the two ratios."""
+    """Run every way in turn and print the table and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", choices=["smollm2", *TOKENIZERS])
     parser.add_argument("--quantization", default="none", choices=["none", "nf4"])
     parser.add_argument("--length", type=int, default=512, help="tokens of the longest row")
     parser.add_argument("--batch", type=int, default=4, help="rows of a padded batch")
-    parser.add_argument("--packed", type=int, help="packed rows of a batch; as many tokens if not")
+    parser.add_argument("--packed", type=int, help="packed rows of a batch")
     parser.add_argument("--rows", type=int, default=400, help="conversations, the first")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of a round")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each way")
     parser.add_argument("--only", nargs="*", default=WAYS, choices=WAYS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if "LUTHIER_ASSETS" not in os.environ:
         parser.error("set LUTHIER_ASSETS to the folder with bench/chat_mix.jsonl.gz")
     if given.way:
-        print("RESULT " + json.dumps(Measured(given).result()))
+        print("RESULT " + json.dumps(Measured(given).result()), flush=True)
         return
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in given.only}
-    for _ in range(given.rounds):
-        for way in given.only:
-            found[way].append(in_own_process(way))
-    report({way: summed(rounds) for way, rounds in found.items()})
+    import torch
+
+    results = (
+        [run_alone(w) for w in given.only] if torch.cuda.is_available() else run_in_turn(given)
+    )
+    report({way: summed(result) for way, result in zip(given.only, results, strict=True)})
 
 
-def in_own_process(way: str) -> dict[str, Any]:
-    """Measure one way in a fresh process."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{way}: {done.stderr[-3000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+class Worker:
+    """A process that trains one way, and waits for a line before each measured step."""
+
+    def __init__(self, way: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+        self.way, self.errors = way, tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as it)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def go_on(self) -> None:
+        """Let it take a step."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def wait_for(self, word: str) -> str:
+        """Return the rest of the next line that begins with a word."""
+        for line in self.process.stdout:
+            if line.startswith(f"{word} "):
+                return line.removeprefix(f"{word} ")
+        self.errors.seek(0)
+        raise SystemExit(f"{self.way}: {self.errors.read()[-3000:]}")
 
 
-def summed(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of several rounds: all their steps, the highest memory."""
-    steps = [step for one in rounds for step in one["steps"]]
-    names = ("seconds", "tokens", "trained", "flops")
+def run_in_turn(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start every way, then take one step of each in turn."""
+    workers = []
+    for way in given.only:
+        workers.append(Worker(way))
+        workers[-1].wait_for("READY")
+    for _ in range(given.steps):
+        for worker in workers:
+            worker.go_on()
+            worker.wait_for("READY")
+    for worker in workers:
+        worker.go_on()
+    return [json.loads(worker.wait_for("RESULT")) for worker in workers]
+
+
+def run_alone(way: str) -> dict[str, Any]:
+    """Run every step of one way, which has the machine to itself."""
+    worker = Worker(way)
+    worker.process.stdin.close()
+    return json.loads(worker.wait_for("RESULT"))
+
+
+def summed(result: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table: the sums of the steps, and what is said once."""
+    steps = result["steps"]
+    names = ("seconds", "cpu", "tokens", "trained", "flops")
     total = {name: sum(step[name] for step in steps) for name in names}
-    settings = {name: rounds[0][name] for name in ("device", "what")}
-    return total | settings | {
-        "step": median(step["seconds"] for step in steps),
-        "by_step": [step["seconds"] for step in steps],
-        "memory": max(one["memory"] for one in rounds),
-    }  # fmt: skip
+    return result | total | {"step": median(step["seconds"] for step in steps)}
 
 
-def report(found: dict[str, dict[str, Any]]) -> None:
+def report(rows: dict[str, dict[str, Any]]) -> None:
     """Print the table, and how luthier stands to TRL."""
-    device = next(iter(found.values()))["device"]
+    device = next(iter(rows.values()))["device"]
     gpu = find_gpu(device)
     peak = gpu.flops if gpu else None
-    heads = f"{'s a step':>9}{'tokens/s':>10}{'trained/s':>10}{'of peak':>9}{'GiB':>7}"
-    print(f"{device}\n{'':<14}{heads}")
-    for way, row in found.items():
+    heads = ("s a step", "tokens/s", "trained/s", "/CPU s", "of peak", "GiB")
+    print(f"{device}\n{'':<14}{''.join(f'{head:>11}' for head in heads)}")
+    for way, row in rows.items():
         share = f"{row['flops'] / row['seconds'] / peak:.1%}" if peak else "-"
-        speed = f"{row['tokens'] / row['seconds']:>10,.0f}{row['trained'] / row['seconds']:>10,.0f}"
-        print(f"{way:<14}{row['step']:>9.3f}{speed}{share:>9}{row['memory']:>7.2f}  {row['what']}")
-    if {"same, luthier", "same, TRL"} <= set(found):
-        pairs = zip(found["same, luthier"]["by_step"], found["same, TRL"]["by_step"], strict=True)
-        print(f"time of an equal step, luthier / TRL: {median(a / b for a, b in pairs):.2f}")
-    for other in ("TRL", "TRL, best"):
-        if {"luthier", other} <= set(found):
-            ours, theirs = found["luthier"], found[other]
-            ratio = ours["trained"] / ours["seconds"] / (theirs["trained"] / theirs["seconds"])
-            print(f"trained tokens a second, luthier / {other}: {ratio:.2f}")
+        speeds = [row["tokens"] / row["seconds"], *(speed_of(row, by) for by in ("seconds", "cpu"))]
+        cells = [
+            f"{row['step']:.3f}",
+            *(f"{x:,.0f}" for x in speeds),
+            share,
+            f"{row['memory']:.2f}",
+        ]
+        print(f"{way:<14}{''.join(f'{cell:>11}' for cell in cells)}  {row['what']}")
+    if {"same, luthier", "same, TRL"} <= set(rows):
+        pairs = zip(rows["same, luthier"]["steps"], rows["same, TRL"]["steps"], strict=True)
+        ratios = [{by: a[by] / b[by] for by in ("seconds", "cpu")} for a, b in pairs]
+        times = [median(ratio[by] for ratio in ratios) for by in ("seconds", "cpu")]
+        print(f"time of an equal step, luthier / TRL: {times[0]:.2f} (of all cores {times[1]:.2f})")
+    for other in ("TRL", "TRL, best", "luthier, dense"):
+        if {"luthier", other} <= set(rows):
+            pair = rows["luthier"], rows[other]
+            ratios = [speed_of(pair[0], by) / speed_of(pair[1], by) for by in ("seconds", "cpu")]
+            print(
+                f"trained tokens, luthier / {other}: {ratios[0]:.2f} (of all cores {ratios[1]:.2f})"
+            )
+
+
+def speed_of(row: dict[str, Any], by: str) -> float:
+    """Trained tokens a second of the clock (`seconds`), or of all cores (`cpu`)."""
+    return row["trained"] / row[by]
 
 
 class Measured:
@@ -132,6 +185,13 @@ class Measured:
         self.cuda = torch.cuda.is_available()
         self.steps: list[dict[str, float]] = []
         self.what = ""
+        self.clock = {"seconds": 0.0, "cpu": 0.0}
+        if given.way != "luthier":
+            self.machine = replace(self.machine, attention="sdpa")
+        if given.way == "luthier, dense":
+            from luthier.train.trainers import base
+
+            base.use_head_log_probs = lambda model: None
 
     def result(self) -> dict[str, Any]:
         """Train, and say what each step took."""
@@ -214,7 +274,7 @@ class Measured:
         args = SFTConfig(output_dir=str(folder), **self.arguments())
         data = Dataset.from_dict(rows)
         if self.ours:
-            packed = self.given.way == "luthier"
+            packed = not self.given.way.startswith("same")
             return TokenTrainer(
                 add_adapter(model, lora, seed=0), args=args, train_dataset=data,
                 batching=BatchingSettings(packing=packed, length=self.given.length),
@@ -244,10 +304,11 @@ class Measured:
         if way == "TRL":
             self.what = f"{given.batch} padded rows, activations computed again"
             return shared
-        if way == "luthier":
+        if self.ours:
             recomputes = self.recomputes()
             rows = self.packed_rows
-            self.what = f"{rows} packed rows, activations {'anew' if recomputes else 'kept'}"
+            kept = "anew" if recomputes else "kept"
+            self.what = f"{rows} packed rows, {self.machine.attention}, activations {kept}"
             own = {"gradient_checkpointing": recomputes, "per_device_train_batch_size": rows}
             return shared | own
         if self.has_varlen:
@@ -290,27 +351,36 @@ class Measured:
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
-        last = [0.0]
 
         def timed(model: Any, inputs: Any, *rest: Any) -> Any:
             labels = inputs["labels"]
             seen = inputs.get("tokens")
             seen = inputs["attention_mask"] if seen is None else seen
             tokens, trained = int(seen.sum()), int((labels[..., 1:] != -100).sum())
-            mean = tokens / max(labels.shape[0], 1)
+            positions = inputs.get("position_ids")
+            documents = labels.shape[0] if positions is None else int((positions == 0).sum())
+            mean = tokens / max(documents, 1)
             flops = tokens * (4 * weights + 3 * 2 * config.num_hidden_layers * width * mean)
             loss = step(model, inputs, *rest)
             if self.cuda:
                 torch.cuda.synchronize()
-            now = time.perf_counter()
             # From the end of one step to the end of the next: data and optimizer are in it.
-            self.steps.append(
-                {"seconds": now - last[0], "tokens": tokens, "trained": trained, "flops": flops}
-            )
-            last[0] = now
+            times = {"seconds": time.perf_counter(), "cpu": time.process_time()}
+            since = {by: now - self.clock[by] for by, now in times.items()}
+            self.steps.append({"tokens": tokens, "trained": trained, "flops": flops} | since)
+            if len(self.steps) >= WARMING:
+                self.wait()
+            self.clock = {"seconds": time.perf_counter(), "cpu": time.process_time()}
             return loss
 
         trainer.training_step = timed
+
+    def wait(self) -> None:
+        """Give memory back to the system, and wait for the line that lets the next step begin."""
+        if not self.cuda:
+            ctypes.CDLL(None).malloc_trim(0)
+        print("READY .", flush=True)
+        sys.stdin.readline()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ MAY_IMPORT_HEAVY = re.compile(
     r"|packing_check|document_masking)"
     r"|train\.(trainers|methods)\..+"
     r"|memory\.(plan|estimate|simulate|kernels|advice|report)"
-    r"|model\.(adapter_training|expert_lora|quantized_experts|varlen_attention)|evaluate\.heads"
+    r"|model\.(adapter_training|expert_lora|fused_head|quantized_experts|varlen_attention)"
+    r"|evaluate\.heads"
     r"|doctor\.step_watcher"
 )
 """Modules that may import torch and its like when they are imported themselves."""

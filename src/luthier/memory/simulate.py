@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,7 +26,7 @@ WEIGHTS, GRADIENTS = "weights", "gradients"
 INPUTS, ACTIVATIONS, LOGITS, BACKWARD = "inputs", "activations", "logits", "backward"
 """Phases of a step: a tensor is counted under the phase in which it was made."""
 OUTPUTS = ("log_probs", "entropy", "is_top1")
-"""The results that SFTTrainer asks of TRL's fused output layer."""
+"""The results that SFTTrainer asks of the fused output layer."""
 _WITH_FLAT_MASKS = ("bloom", "mpt", "mamba", "falcon_mamba")
 """Model types whose mask is of (rows, length) alone: they make positions (ALiBi) of it, or have no
 attention."""
@@ -160,22 +161,26 @@ def _run_step(
     tracker = MemoryTracker(device_type, shares)
     tracker.add(meta_model.iterate_tensors(model), WEIGHTS)
     weight_bytes = tracker.bytes_by_phase[WEIGHTS]
-    _prepare(model, workload)
+    _prepare(model, workload, device_type)
     with tracker:
         _track_gradients(model, tracker, has_earlier_batch=workload.accumulation > 1)
         _forward_backward(model, workload, tracker)
     return SimulatedStep(weights, weight_bytes, dict(tracker.peaks))
 
 
-def _prepare(model: Any, workload: Workload) -> None:
+def _prepare(model: Any, workload: Workload, device_type: str) -> None:
     """Do what the trainer does to the model before its first step."""
     from peft import PeftModel
     from trl.trainer.utils import add_fused_lm_head
+
+    from luthier.model.fused_head import use_head_log_probs
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # TRL 1.16 replaces the forward of the output layer so in its SFTTrainer.
     if workload.task == "CAUSAL_LM":
         add_fused_lm_head(base, outputs=OUTPUTS)
+        if device_type != "cuda":
+            use_head_log_probs(model, compact=False)
     checkpointing = workload.checkpointing
     if checkpointing is not None:
         base.activation_checkpointing_enable(every_n_layers=checkpointing.every_n_layers)
@@ -268,9 +273,9 @@ def _takes_flat_mask(config: Any) -> bool:
 @contextmanager
 def _output_layer_phases(tracker: MemoryTracker) -> Iterator[None]:
     """Name the phases around the output layer, which works between forward and backward."""
-    from trl.kernels import ChunkedLogProbFunction as Head
+    from trl.kernels import ChunkedLogProbFunction
 
-    forward, backward = Head.forward, Head.backward
+    from luthier.model.fused_head import HeadLogProbs
 
     def within(work: Callable[..., Any], after: str) -> Any:
         def run(*args: Any) -> Any:
@@ -281,11 +286,11 @@ def _output_layer_phases(tracker: MemoryTracker) -> Iterator[None]:
 
         return staticmethod(run)
 
-    Head.forward, Head.backward = within(forward, LOGITS), within(backward, BACKWARD)
-    try:
+    with ExitStack() as stack:
+        for head in (ChunkedLogProbFunction, HeadLogProbs):
+            stack.enter_context(patch.object(head, "forward", within(head.forward, LOGITS)))
+            stack.enter_context(patch.object(head, "backward", within(head.backward, BACKWARD)))
         yield
-    finally:
-        Head.forward, Head.backward = staticmethod(forward), staticmethod(backward)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from luthier.config.schema import RunConfig
+from luthier.model.fused_head import use_head_log_probs
 from luthier.train.methods.labelled import base_model
 from luthier.train.methods.method import TrainerInputs
 from luthier.train.methods.preference_trainer import (
@@ -116,6 +117,7 @@ def _use_fused_head(trainer: Any) -> None:
     Both trainers of TRL 1.16 compute with whole logits, and take that loss from the model's config.
     """
     add_fused_lm_head(base_model(trainer.model), outputs=FUSED_HEAD_OUTPUTS)
+    use_head_log_probs(trainer.model)
     trainer.aux_loss_enabled = False
 
 

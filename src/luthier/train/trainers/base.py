@@ -18,6 +18,7 @@ from luthier.data.batching.token_rows import TokenRows
 from luthier.errors import UserError
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.device import preserve_random_state
+from luthier.model.fused_head import use_head_log_probs
 from luthier.model.processor import copy_processor_files
 from luthier.record.checkpoints import COUNTERS_FILE, CheckpointLimits, copy_logs
 from luthier.storage.atomic import write_json
@@ -78,6 +79,13 @@ class TrainerMixin(Base):
     _has_reported_budget = False
     _gradient_norms: list[tuple[int, Any]]
     """Each step and the norm of its gradient, since they were last looked at."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what the class of TRL or transformers takes."""
+        super().__init__(*args, **kwargs)
+        for model in (self.model, vars(self).get("ref_model")):
+            if model is not None:
+                use_head_log_probs(model)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL 1.16 reports the start of a training to the Hugging Face hub."""
