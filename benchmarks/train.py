@@ -186,9 +186,10 @@ class Measured:
         self.steps: list[dict[str, float]] = []
         self.what = ""
         self.clock = {"seconds": 0.0, "cpu": 0.0}
-        if given.way != "luthier":
+        dense = given.way == "luthier, dense"
+        if dense or (given.way != "luthier" and not self.has_varlen):
             self.machine = replace(self.machine, attention="sdpa")
-        if given.way == "luthier, dense":
+        if dense:
             from luthier.train.trainers import base
 
             base.use_head_log_probs = lambda model: None
