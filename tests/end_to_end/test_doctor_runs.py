@@ -4,6 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+
+from luthier.doctor.path_tests import run_path_tests
+from luthier.doctor.training_paths import list_training_paths
 
 CALL = "from luthier.cli.main import main; main()"
 
@@ -32,6 +37,7 @@ def test_every_path_of_a_cpu_is_right(tmp_path):
     # 16 bits were used where they are named, and 8 bits: the differences say so.
     assert 1e-4 < paths["bf16"]["gradient_difference"] < 5e-2
     assert 1e-4 < paths["int8"]["gradient_difference"] < 1e-1
+    assert (paths["ddp"]["sharding"], paths["ddp"]["processes"]) == ("ddp", 2)
     assert paths["ddp"]["losses"][0] > paths["ddp"]["losses"][-1]
     assert all(path["tokens_per_second"] > 0 for path in paths.values() if path["state"] == "right")
     # Neither runs nor caches are left.
@@ -58,7 +64,7 @@ def checkpoint(*args, **kwargs):
     raise RuntimeError("no kernel image is available\\nwith lines behind it")
 """,
 }
-SITE = """
+HOOK = """
 import importlib.abc, importlib.util, json, sys
 
 class Breaker(importlib.abc.MetaPathFinder):
@@ -84,7 +90,7 @@ sys.meta_path.insert(0, Breaker())
 def test_a_wrong_kernel_is_found(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(SITE.replace("BREAKS", repr(BREAKS)))
+    (site / "sitecustomize.py").write_text(HOOK.replace("BREAKS", repr(BREAKS)))
     only = "int8,packed-eager,packed-sdpa,checkpointing"
     code, paths, holds = doctor(tmp_path, "--only", only, PYTHONPATH=str(site))
     assert (code, holds) == (1, False)
@@ -96,3 +102,23 @@ def test_a_wrong_kernel_is_found(tmp_path):
     assert paths["packed-sdpa"]["gradient_difference"] > 1e-3
     assert paths["checkpointing"]["reason"] == "RuntimeError: no kernel image is available"
     assert paths["checkpointing"]["advice"] == "set trainer.args.activation_checkpointing=false"
+
+
+ON_CPU = """
+import sys
+sys.path.insert(0, TESTS)
+from helpers.fsdp_cpu import choose_fsdp_on_cpu
+choose_fsdp_on_cpu()
+"""
+
+
+def test_fsdp2_is_held_against_float32_as_on_gpus(tmp_path, monkeypatch):
+    """By the path's own launch; the patch of a test lets accelerate shard over CPUs."""
+    source = ON_CPU.replace("TESTS", repr(str(Path(__file__).parents[1])))
+    hook = HOOK.replace("BREAKS", repr({"luthier.config.load": source}))
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    fsdp2 = next(path for path in list_training_paths() if path.name == "fsdp2")
+    (result,) = run_path_tests([replace(fsdp2, missing=None)], lambda result: None)
+    assert (result.state, result.reason) == ("right", None)
+    assert result.numbers["sharding"] == "fsdp2"

@@ -147,10 +147,13 @@ def test_two_processes_end_with_the_model_of_one_with_twice_the_batch(tmp_path, 
              "trainer.evaluation.metrics=[exact_match]")  # fmt: skip
     launch = (ACCELERATE, "launch", "--config_file", str(ROOT / "launch" / "cpu_ddp.yaml"))
     finished(tmp_path, *words, "trainer.args.per_device_train_batch_size=4", "output_dir=two",
-             launcher=launch)  # fmt: skip
+             "trainer.profile=true", launcher=launch)  # fmt: skip
     finished(tmp_path, *words, "trainer.args.per_device_train_batch_size=8", "output_dir=one")
     two, one = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("two", "one"))
     assert (two["launch"]["processes"], one["launch"]["processes"]) == (2, 1)
+    # The first of them has profiled, and that changes nothing of what follows.
+    profile = sorted(file.name for file in (tmp_path / "two" / "profile").iterdir())
+    assert profile == ["operations.txt", "trace.json.gz"]
     for when in ("before", "after"):
         loss = [record["results"]["held_out_loss"][when] for record in (two, one)]
         assert loss[0] == pytest.approx(loss[1], rel=1e-5)

@@ -121,12 +121,14 @@ def _train(session: "TrainingSession", folder: Path, reference: str) -> dict[str
     from safetensors.torch import load_file
 
     from luthier.doctor.step_watcher import StepWatcher
+    from luthier.train.launch_checks import check_running_launch
 
     trainer = session.trainer
     _set_trained_weights(trainer.model, load_file(folder / WEIGHTS_FILE.format(reference)))
     watcher = StepWatcher(trainer)
     trainer.add_callback(watcher)
     trainer.train()
+    launch = check_running_launch(trainer.accelerator, trainer.args)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     expected = load_json(folder / LOSSES_FILE.format(reference), list[float]) or []
     gradients = load_file(folder / GRADIENTS_FILE.format(reference))
@@ -134,6 +136,8 @@ def _train(session: "TrainingSession", folder: Path, reference: str) -> dict[str
         "losses": losses,
         "loss_difference": _loss_difference(losses, expected),
         "gradient_difference": _gradient_difference(watcher.gradients, gradients),
+        "processes": launch["processes"],
+        "sharding": launch["sharding"],
         "tokens_per_second": _count_tokens(trainer) / watcher.seconds_per_step,
     }
     trainer.end()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from luthier.config.schema import ModelConfig
 from luthier.doctor.tiny_model import MAX_LENGTH, ROWS
 from luthier.errors import UserError, nearest_option
-from luthier.model.device import AMPERE, Machine, choose_machine
+from luthier.model.device import AMPERE, VARLEN_ATTENTION, Machine, choose_machine
 
 STEPS = 4
 Reference = Literal["full", "lora"]
@@ -55,6 +55,9 @@ BFLOAT16 = Tolerance(loss=5e-3, gradient=5e-2)
 8 bits round by 4e-3, at each of some twenty products in a row: they add up like a random walk in
 the gradient, to some 2e-2, and cancel in the mean that the loss is. Measured on a CPU: 2e-4, 5e-3.
 """
+TF32 = Tolerance(loss=1e-3, gradient=1e-2)
+"""For float32 where torch may multiply it in TF32, such as in NVIDIA's containers: 11 bits round by
+5e-4, and what they add up to is a tenth of bfloat16's."""
 INT8 = Tolerance(loss=2e-2, gradient=1e-1)
 """For weights in 8 bits.
 
@@ -119,6 +122,14 @@ def _best_device_type() -> str:
     return _machine().device_type
 
 
+def _float32() -> Tolerance:
+    """Return the tolerance of float32 here."""
+    import torch
+
+    is_tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
+    return TF32 if is_tf32 else EXACT
+
+
 def _machine() -> Machine:
     """Return what a run without settings chooses here."""
     return choose_machine(ModelConfig(path=""))
@@ -128,9 +139,8 @@ def _precisions(device_type: str) -> Iterator[TrainingPath]:
     """Yield float32, bfloat16 and the quantized paths."""
     import torch
 
-    yield TrainingPath(
-        "float32", _FLOAT32, EXACT, "nothing here can be trusted: reinstall torch for this machine"
-    )
+    advice = "trust nothing that is trained here, and reinstall torch for this machine"
+    yield TrainingPath("float32", _FLOAT32, _float32(), advice)
     is_older = device_type == "cuda" and torch.cuda.get_device_capability()[0] < AMPERE
     yield TrainingPath(
         "bf16",
@@ -139,11 +149,11 @@ def _precisions(device_type: str) -> Iterator[TrainingPath]:
         "train with model.dtype=float32",
         missing="this GPU has no bfloat16 (compute capability below 8.0)" if is_older else None,
     )
-    yield TrainingPath("lora", _FLOAT32, EXACT, "train without an adapter", "lora")
+    yield TrainingPath("lora", _FLOAT32, _float32(), "train without an adapter", "lora")
     lacks = None if device_type != "mps" else "bitsandbytes has no kernels for Apple GPUs"
     repair = "reinstall bitsandbytes for this machine, and train without quantization until then"
     # In the format that a run would choose: each has kernels of its own.
-    exact = EXACT if _machine().dtype == "float32" else BFLOAT16
+    exact = _float32() if _machine().dtype == "float32" else BFLOAT16
     yield TrainingPath("nf4", ("quantization=nf4",), exact, repair, "lora", missing=lacks)
     yield TrainingPath("int8", ("quantization=int8",), INT8, repair, "lora", missing=lacks)
 
@@ -156,19 +166,19 @@ def _attentions(device_type: str) -> Iterator[TrainingPath]:
     has_flash = capability >= AMPERE
     no_gpu = "needs a CUDA GPU of compute capability 8.0 or newer"
     packages = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    for attention in ("eager", "sdpa", *packages):
+    for attention in ("eager", "sdpa", VARLEN_ATTENTION, *packages):
         package, missing = packages.get(attention), None
         if package is not None and not has_flash:
             missing = no_gpu
         elif package is not None and importlib.util.find_spec(package) is None:
             missing = f"the package {package} is not installed"
         # flash-attention computes in 16 bits alone.
-        is_half = package is not None or (attention == "varlen" and has_flash)
+        is_half = package is not None or (attention == VARLEN_ATTENTION and has_flash)
         dtype = ("model.dtype=bfloat16",) if is_half else _FLOAT32
         yield TrainingPath(
             f"packed-{attention}",
             (*_PACKED, *dtype, f"model.attention={attention}"),
-            BFLOAT16 if is_half else EXACT,
+            BFLOAT16 if is_half else _float32(),
             "choose another model.attention, or leave trainer.args.packing out",
             missing=missing,
         )
@@ -179,13 +189,13 @@ def _options() -> Iterator[TrainingPath]:
     yield TrainingPath(
         "checkpointing",
         (*_FLOAT32, "trainer.args.activation_checkpointing=true"),
-        EXACT,
+        _float32(),
         "set trainer.args.activation_checkpointing=false",
     )
     yield TrainingPath(
         "compile",
         (*_FLOAT32, "trainer.args.torch_compile=true"),
-        EXACT,
+        _float32(),
         "leave trainer.args.torch_compile out",
         missing=_find_missing_compiler(),
     )
@@ -214,7 +224,8 @@ def _launches() -> Iterator[TrainingPath]:
         "mixed_precision": "no",
     }
     on_cpu = {"distributed_type": "MULTI_GPU", "use_cpu": True, "gpu_ids": "-1,-1"}
-    on_gpus = {"distributed_type": "MULTI_GPU", "gpu_ids": "0,1"}
+    # All of those that CUDA_VISIBLE_DEVICES shows; numbers here would take its place.
+    on_gpus = {"distributed_type": "MULTI_GPU", "gpu_ids": "all"}
     missing = None
     if gpus == 1:
         missing = "there is one GPU"
@@ -223,7 +234,7 @@ def _launches() -> Iterator[TrainingPath]:
     yield TrainingPath(
         "ddp",
         _FLOAT32,
-        EXACT,
+        _float32(),
         "train on one device; NCCL_DEBUG=INFO before the command says what the devices say",
         processes=2,
         launch=shared | (on_gpus if gpus else on_cpu),
@@ -244,9 +255,9 @@ def _launches() -> Iterator[TrainingPath]:
     yield TrainingPath(
         "fsdp2",
         _FLOAT32,
-        EXACT,
+        _float32(),
         "train with launch/ddp.yaml, or on one device",
         processes=2,
-        launch=shared | {"distributed_type": "FSDP", "gpu_ids": "0,1", "fsdp_config": fsdp},
+        launch=shared | {"distributed_type": "FSDP", "gpu_ids": "all", "fsdp_config": fsdp},
         missing=missing,
     )
