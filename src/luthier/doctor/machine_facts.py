@@ -22,7 +22,7 @@ from packaging.version import Version
 from luthier.config.schema import ModelConfig
 from luthier.doctor.tiny_model import NF4_LEVELS
 from luthier.memory.workload import detect_hardware
-from luthier.model.device import AMPERE, choose_machine
+from luthier.model.device import AMPERE, VARLEN_ATTENTION, choose_machine
 from luthier.model.source import HUB_TIMEOUT, is_hub_unreachable
 from luthier.record.machine_info import MAIN_PACKAGES, hardware_facts
 from luthier.record.run_dir import RUNS
@@ -342,6 +342,8 @@ def _choices() -> Facts:
         "device": machine.device_type,
         "dtype": machine.dtype,
         "attention": machine.attention,
+        # What classes without attention of variable length get in its place, a run says.
+        "packed_rows": VARLEN_ATTENTION if machine.attention == "sdpa" else machine.attention,
         "processes": max(gpus, 1),
         "launch": _launch_advice(machine.device_type, gpus),
         "largest_model_billions": {
