@@ -26,7 +26,7 @@ def test_every_path_of_a_gpu_is_right(tmp_path):
     assert wrong == {}
     assert done.returncode == 0
     assert len(facts["gpus"]) == GPUS
-    expected = {"float32", "lora", "nf4", "int8", "packed-sdpa", "checkpointing"}
+    expected = {"float32", "lora", "nf4", "int8", "packed-sdpa", "packed-varlen", "checkpointing"}
     expected |= {"bf16"} if facts["gpus"]["0"]["bf16"] else set()
     expected |= {"ddp", "fsdp2"} if GPUS > 1 else set()
     assert expected <= {name for name, path in paths.items() if path["state"] == "right"}

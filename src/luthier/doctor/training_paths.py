@@ -170,7 +170,7 @@ def _attentions(device_type: str) -> Iterator[TrainingPath]:
         package, missing = packages.get(attention), None
         if package is not None and not has_flash:
             missing = no_gpu
-        elif package is not None and importlib.util.find_spec(package) is None:
+        elif package is not None and not _has_attention(attention, package):
             missing = f"the package {package} is not installed"
         # flash-attention computes in 16 bits alone.
         is_half = package is not None or (attention == VARLEN_ATTENTION and has_flash)
@@ -182,6 +182,15 @@ def _attentions(device_type: str) -> Iterator[TrainingPath]:
             "choose another model.attention, or leave trainer.args.packing out",
             missing=missing,
         )
+
+
+def _has_attention(attention: str, package: str) -> bool:
+    """Return whether a flash-attention is installed, or is what runs choose without it."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    # The package kernels may bring it from the hub.
+    config = ModelConfig(path="", dtype="bfloat16")
+    return choose_machine(config).attention == attention
 
 
 def _options() -> Iterator[TrainingPath]:
