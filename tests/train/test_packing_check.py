@@ -182,21 +182,30 @@ def test_models_that_cannot_be_mended_are_refused_before_the_first_step(tmp_path
     assert "trainer.args.packing=false" in text
 
 
-def test_positions_that_run_on_are_refused():
+def run_on(positions):
+    """Count on from the document before, which still is not the number behind its last one."""
+    positions[:, 9:] += 12
+    positions[1, 12:] += 30
+
+
+def begin_later(positions):
+    """Begin each document of a packed row at another number than in a row of its own."""
+    positions += 5
+
+
+@pytest.mark.parametrize("shift", [run_on, begin_later])
+def test_positions_that_are_not_the_documents_own_are_refused(shift):
     net = model("gpt2")
 
-    def run_on(**batch):
-        """A class that keeps documents apart, yet counts on from the document before."""
+    def call(**batch):
+        """A class that keeps documents apart, yet counts its positions in another way."""
         if "position_ids" in batch:
-            own = batch["position_ids"].clone()
-            # Still not the number behind the last one, so documents are told apart.
-            own[:, 9:] += 12
-            own[1, 12:] += 30
-            batch["position_ids"] = own
+            shift(positions := batch["position_ids"].clone())
+            batch["position_ids"] = positions
         return net(**batch)
 
     with pytest.raises(UserError, match="its positions are not its own"):
-        check_isolation(net, PackingCollator(0), run_on)
+        check_isolation(net, PackingCollator(0), call)
 
 
 def test_kernels_that_are_missing_are_not_needed():

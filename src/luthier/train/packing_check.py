@@ -48,13 +48,13 @@ class DocumentIsolation:
     content: float
     """Beside the changed neighbour, against beside the first one."""
     position: float
-    """At the end of a row, against at the beginning of one."""
+    """At the end of a row against at the beginning of one, and there against in no packed row."""
     content_noise: float
     """The same as `content` for rows of an ordinary batch, which is what rounding does."""
     position_noise: float
     """The same as `position` for a row alone, against in a batch."""
     epsilon: float
-    """The distance from 1 to the next number, in the format of the logits."""
+    """The distance from 1 to the next number, in the coarser format of logits and embeddings."""
     mask: float = 0.0
     """With varlen attention: in a packed row, against in the same row with a mask."""
     dropped_varlen: str | None = None
@@ -199,7 +199,8 @@ def _measure(
     documents: PackedDocuments | None = None,
 ) -> DocumentIsolation:
     """Return how far the probe's logits move with its neighbour and its position."""
-    device = model.get_input_embeddings().weight.device
+    embeddings = model.get_input_embeddings().weight
+    device = embeddings.device
     first, second, probe = _sample_documents(model.config.get_text_config().vocab_size)
     packed_as = type(collator)(collator.pad_token_id)
     padded_as = PaddingCollator(collator.pad_token_id)
@@ -224,10 +225,11 @@ def _measure(
         mask = max(_distance(a, b) for a, b in zip(packed, masked, strict=True))
     return DocumentIsolation(
         content=max(_distance(a, b) for a, b in zip(changed, packed, strict=True)),
-        position=_distance(packed[1], packed[0]),
+        position=max(_distance(packed[1], packed[0]), _distance(packed[0], alone)),
         content_noise=_distance(in_other_batch, in_batch),
         position_noise=_distance(alone, in_batch),
-        epsilon=torch.finfo(alone.dtype).eps,
+        # Some classes (Mamba-2) return float32 logits of what they computed in 16 bits.
+        epsilon=max(torch.finfo(dtype).eps for dtype in (alone.dtype, embeddings.dtype)),
         mask=mask,
     )
 
@@ -282,7 +284,7 @@ _ADVICE = (
 def _describe_leak(isolation: DocumentIsolation) -> str:
     if isolation.content <= isolation.content_allowed:
         return (
-            "the logits of a document at the end of a row and at its beginning differ by "
+            "the logits of a document depend on its place in a packed row: they differ by "
             f"{isolation.position:.2g} ({isolation.position_allowed:.2g} may be rounding), so its "
             "positions are not its own"
         )
