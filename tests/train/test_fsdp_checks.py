@@ -49,6 +49,7 @@ def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None,
             id="optimizer-of-bitsandbytes",
         ),
         pytest.param(FSDP2, {"args": {"optim": "adafactor"}}, "adamw_torch", id="adafactor"),
+        pytest.param(FSDP2, {"args": {"torch_compile": True}}, "torch_compile=true", id="compiled"),
         pytest.param(FSDP2, {"method": "seq2seq"}, "encoder and decoder share", id="seq2seq"),
         pytest.param(FSDP2, {"method": "dpo"}, None, id="dpo"),
         pytest.param(

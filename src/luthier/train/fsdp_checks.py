@@ -51,6 +51,11 @@ def check_fsdp_config(config: RunConfig) -> None:
             "on which bitsandbytes' optimizers and Adafactor fail.\nUse one of "
             f"{', '.join(FSDP2_OPTIMIZERS)}, or {_DDP}."
         )
+    if config.trainer.args.get("torch_compile"):
+        raise UserError(
+            "trainer.args.torch_compile=true: it was not shown to train right on the slices of "
+            f"FSDP2.\nSet it to false, or use {_DDP}."
+        )
     if METHODS[config.trainer.method].task == "SEQ_2_SEQ_LM":
         raise UserError(
             f"trainer.method={config.trainer.method}: the embeddings that encoder and decoder "
