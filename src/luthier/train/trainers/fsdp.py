@@ -75,12 +75,15 @@ def share_buffers(model: Any, device: torch.device) -> Iterator[None]:
 
 
 def _find_final_norm(model: Any) -> torch.nn.Module | None:
-    """Return the last norm among the children of a model's decoder; None where there is none."""
+    """Return the last norm beside the layers of a model's text part; None where there is none."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    children = decoder.children() if decoder is not None else ()
-    norms = [child for child in children if "Norm" in type(child).__name__]
-    return norms[-1] if norms else None
+    embedding = base.get_input_embeddings()
+    for parent in base.modules():
+        children = list(parent.children())
+        if any(child is embedding for child in children):
+            norms = [child for child in children if "Norm" in type(child).__name__]
+            return norms[-1] if norms else None
+    return None
 
 
 def check_head_is_gathered(model: Any) -> None:
