@@ -41,6 +41,11 @@ CONFIGS = {
         num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0,
     ),
     "lfm2": lambda: transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **SMALL, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, mlp_only_layers=[0, 1],
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "bloom": lambda: transformers.BloomConfig(
         vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4
     ),

@@ -352,6 +352,18 @@ def test_whatever_a_plan_raises_is_told_and_stops_no_run(shapes, configured, mon
     assert "not planned" in capsys.readouterr().out
 
 
+def test_packed_rows_keep_no_mask_but_with_attention_that_was_typed(wide, configured):
+    settings = {"max_length": 256, "dtype": "bfloat16", "packing": True}
+    masked = plan_memory(configured(wide, model={"attention": "sdpa"}, **settings), gpu(24))
+    plan = plan_memory(configured(wide, **settings), gpu(24))
+    assert (masked.attention, plan.attention) == ("sdpa", "varlen")
+    assert masked.workload.masked and not plan.workload.masked
+    saved = parts(masked.best)["activations"] - parts(plan.best)["activations"]
+    assert saved >= 2 * 2 * 256 * 256 * 2
+    typed = configured(wide, model={"attention": "varlen"}, **settings | {"packing": False})
+    assert plan_memory(typed, gpu(24)).workload.masked
+
+
 def test_flash_attention_keeps_no_mask(wide, configured):
     masked = plan_memory(configured(wide, max_length=256, dtype="bfloat16"), gpu(24))
     flash = {"attention": "flash_attention_2"}

@@ -139,6 +139,8 @@ def test_the_attention_of_a_model_is_known_before_it_is_loaded(family, typed, re
             resolve_attention(config, machine, "CAUSAL_LM")
         return
     assert resolve_attention(config, machine, "CAUSAL_LM").attention == resolved
+    packed = resolve_attention(config, machine, "CAUSAL_LM", packs=True).attention
+    assert packed == ("varlen" if resolved == "sdpa" else resolved)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "bloom", "mamba2"])

@@ -156,6 +156,7 @@ MENDED = {
     "opt": "attention gets masks of single documents",
     "mamba": "2 of 2 layers carry a state and run document by document",
     "lfm2": "1 of 2 layers carry a state and run document by document",
+    "qwen3_next": "1 of 2 layers carry a state and run document by document",
 }
 
 
@@ -235,7 +236,7 @@ def test_varlen_attention_that_is_wrong_gives_way_to_masks(tmp_path, monkeypatch
     assert "packing   masks in place of varlen: its logits differ by 0.0" in printed
 
 
-@pytest.mark.parametrize("name", ["opt", "lfm2"])
+@pytest.mark.parametrize("name", ["opt", "lfm2", "qwen3_next"])
 def test_varlen_attention_of_models_that_need_help(tmp_path, name, capsys):
     net, data = model(name, "varlen"), rows()
     alone = copy.deepcopy(net)
@@ -245,4 +246,40 @@ def test_varlen_attention_of_models_that_need_help(tmp_path, name, capsys):
     assert f"packing   {MENDED[name]}\n" in capsys.readouterr().out
     assert net.config._attn_implementation == "varlen"
     assert step(made, net)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert_equal_gradients(net, alone)
+
+
+def test_flat_rows_where_recurrent_layers_have_kernels_for_them(tmp_path, monkeypatch, capsys):
+    """Plain functions over documents stand for causal-conv1d and flash-linear-attention."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as module
+
+    convolve, scan = module.causal_conv1d_fn, module.torch_chunk_gated_delta_rule
+
+    def convolve_documents(states, *args, seq_idx=None, **kwargs):
+        if seq_idx is None:
+            return convolve(states, *args, activation=kwargs["activation"])
+        lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
+        pieces = states.split(lengths, dim=2)
+        return torch.cat([convolve(p, *args, activation=kwargs["activation"]) for p in pieces], 2)
+
+    def scan_documents(query, key, value, g, beta, cu_seqlens=None, **kwargs):
+        settings = {"use_qk_l2norm_in_kernel": kwargs["use_qk_l2norm_in_kernel"]}
+        if cu_seqlens is None:
+            return scan(query, key, value, g=g, beta=beta, **settings)
+        lengths = cu_seqlens.diff().tolist()
+        pieces = zip(*(t.split(lengths, dim=1) for t in (query, key, value, g, beta)), strict=True)
+        outputs = [scan(q, k, v, g=d, beta=b, **settings)[0] for q, k, v, d, b in pieces]
+        return torch.cat(outputs, dim=1), None
+
+    net, data = model("qwen3_next", "varlen"), rows()
+    alone = copy.deepcopy(net)
+    expected = plain_loss(alone, data)
+    expected.backward()
+    monkeypatch.setattr(module, "causal_conv1d_fn", convolve_documents)
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan_documents)
+    made = trainer(net, tmp_path, data, packing(), per_device_train_batch_size=3)
+    assert "packing   flat rows, whose documents" in capsys.readouterr().out
+    assert step(made, net)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert isinstance(made.data_collator, FlatteningCollator)
+    assert made.isolation.documents is None
     assert_equal_gradients(net, alone)

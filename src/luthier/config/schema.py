@@ -118,7 +118,10 @@ class ModelConfig(StrictModel):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: the best device of this machine."""
     attention: str = "auto"
-    """An attention implementation of transformers; `auto` picks the fastest installed one."""
+    """An attention implementation of transformers, or `varlen` for packed rows document by document.
+
+    `auto` picks the fastest that is installed and that the model's class has.
+    """
     trust_remote_code: bool = False
     """Run Python code that the model repository brings. Only for repositories you have read."""
     kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -176,18 +176,36 @@ def _best_dtype(device_type: Device) -> Dtype:
 
 
 def _best_attention(device_type: Device, dtype: Dtype) -> str:
-    """Return the flash-attention that is installed and made for this GPU, else torch's own."""
+    """Return the flash-attention that is made for this GPU, else torch's own.
+
+    One that is installed comes first, then the hub's where the package `kernels` is installed.
+    """
     import torch
 
     # flash-attention computes in 16 bits alone.
     if device_type != "cuda" or dtype == "float32":
         return "sdpa"
     generation = torch.cuda.get_device_capability()[0]
-    if generation == HOPPER and importlib.util.find_spec("flash_attn_interface"):
-        return "flash_attention_3"
-    if generation >= AMPERE and importlib.util.find_spec("flash_attn"):
-        return "flash_attention_2"
+    names = ["flash_attention_3"] if generation == HOPPER else []
+    names += ["flash_attention_2"] if generation >= AMPERE else []
+    for name in names:
+        if importlib.util.find_spec(_ATTENTION_PACKAGES[name]):
+            return name
+    if importlib.util.find_spec("kernels"):
+        return next(filter(_loads_hub_kernel, names), "sdpa")
     return "sdpa"
+
+
+def _loads_hub_kernel(attention: str) -> bool:
+    """Return whether transformers gets a flash-attention's kernel from the hub, or has it here."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    # Without a network, or without a build for this torch, torch's own attention computes.
+    try:
+        flash.lazy_import_flash_attention(flash.FLASH_ATTN_KERNEL_FALLBACK[attention])
+    except Exception:
+        return False
+    return True
 
 
 def _device_of_process(device_type: Device) -> str:

@@ -66,7 +66,7 @@ class PackedDocuments:
         Those are the layers with a convolution of their own, which is how the recurrent layers of
         transformers begin. The result is that of documents as rows of a batch, with any kernel.
         """
-        layers = [module for module in self._decoder.modules() if _has_convolution(module)]
+        layers = [module for module in self._decoder.modules() if is_recurrent_layer(module)]
         for layer in layers:
             layer.forward = _DocumentForward(self, layer.forward)
         self.recurrent_layers = len(layers)
@@ -177,7 +177,7 @@ class _DocumentForward:
         )
 
 
-def _has_convolution(module: torch.nn.Module) -> bool:
+def is_recurrent_layer(module: torch.nn.Module) -> bool:
     """Tell whether a module is a layer with a convolution over the tokens of a row."""
     if isinstance(module, _CONTAINERS):
         return False

@@ -21,7 +21,7 @@ from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
 from luthier.model.packing_support import PACKING_ADVICE
 from luthier.model.varlen_attention import attention_by_masks, is_varlen, use_masks
-from luthier.train.document_masking import PackedDocuments
+from luthier.train.document_masking import PackedDocuments, is_recurrent_layer
 
 NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
 """Tokens of the document that changes, and of the probe, which must not notice."""
@@ -60,6 +60,8 @@ class DocumentIsolation:
     dropped_varlen: str | None = None
     """Why a model that came with varlen attention computes with masks now; None where it does not.
     """
+    is_flat: bool = False
+    """Whether the model's own kernels keep documents apart in one flat row for each batch."""
     documents: PackedDocuments | None = None
     """What keeps documents apart where the class does not; it must be told of each packed batch."""
 
@@ -101,7 +103,8 @@ def check_isolation(
 
     Varlen attention must give what a mask gives, or the model is put back to masks, for good.
 
-    A model that passes stays as it is. Otherwise its recurrent layers get one document a row, and
+    A model that passes stays as it is. With varlen attention, flat rows are tried first where
+    layers are recurrent. Otherwise its recurrent layers get one document a row, and
     then its attention masks of single documents, and it is measured after each; `documents` of the
     result then must know of every packed batch.
 
@@ -140,6 +143,8 @@ def _isolate(
     Raises UserError where nothing helps.
     """
     base = _base_model(model)
+    if (flat := _measure_flat_rows(model, collator, call)) is not None:
+        return flat
     dropped = None
     first_error: Exception | None = None
     try:
@@ -170,6 +175,25 @@ def _isolate(
             break
         dropped = "the class computes with its masks"
     raise UserError(f"{_describe_model(model)} cannot train packed rows: {leak}.\n{_ADVICE}")
+
+
+def _measure_flat_rows(
+    model: Any, collator: PackingCollator | FlatteningCollator, call: Callable[..., Any]
+) -> DocumentIsolation | None:
+    """Return the measurement of flat rows where recurrent layers keep their documents apart.
+
+    Kernels of flash-linear-attention and causal-conv1d do, and need no padding behind documents.
+    None for models with other attention than varlen, which would compute all pairs of a flat row.
+    """
+    base = _base_model(model)
+    if not is_varlen(base) or not any(map(is_recurrent_layer, base.get_decoder().modules())):
+        return None
+    # Without the kernels transformers raises, in words of its own.
+    with suppress(Exception):
+        isolation = _measure(model, FlatteningCollator(collator.pad_token_id), call)
+        if isolation.holds and isolation.is_as_by_mask:
+            return replace(isolation, is_flat=True)
+    return None
 
 
 def _measure_attention(

@@ -128,8 +128,11 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         with self.accelerator.autocast():
             is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             self.isolation = check_isolation(self.model, layout, call, is_sharded)
+        self._flat = self._flat or self.isolation.is_flat
         if not self.accelerator.is_main_process:
             return
+        if self.isolation.is_flat:
+            print_line("packing   flat rows, whose documents the model's own kernels keep apart")
         if self.isolation.dropped_varlen is not None:
             print_line(f"packing   masks in place of varlen: {self.isolation.dropped_varlen}")
         if self.isolation.documents is not None:
