@@ -43,7 +43,8 @@ CONFIGS = {
     "lfm2": lambda: transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
     "qwen3_next": lambda: transformers.Qwen3NextConfig(
         **SMALL, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=8, mlp_only_layers=[0, 1],
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32, router_aux_loss_coef=0.0,
         layer_types=["linear_attention", "full_attention"],
     ),
     "bloom": lambda: transformers.BloomConfig(

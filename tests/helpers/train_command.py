@@ -78,7 +78,7 @@ def words(folder, **also):
 
 LORA = ("lora=default", "lora.r=4", "lora.lora_dropout=0.2")
 WAY = ("trainer.args.gradient_accumulation_steps=2", *LORA)
-PACKED = ("trainer.args.packing=true",)
+PACKED = ("trainer.args.packing=true", "model.attention=auto")
 
 
 def environment(**also):

@@ -118,7 +118,7 @@ class ModelConfig(StrictModel):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """`auto`: the best device of this machine."""
     attention: str = "auto"
-    """An attention implementation of transformers, or `varlen` for packed rows document by document.
+    """An attention implementation of transformers, or `varlen`: packed rows document by document.
 
     `auto` picks the fastest that is installed and that the model's class has.
     """
