@@ -401,7 +401,8 @@ class Measured:
         if not self.cuda:
             ctypes.CDLL(None).malloc_trim(0)
         print("READY .", flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline() and not self.cuda:
+            raise SystemExit("The process that takes the times is gone.")
 
 
 if __name__ == "__main__":
