@@ -11,6 +11,7 @@ from luthier.errors import UserError
 from luthier.train.fsdp_checks import check_fsdp_launch, check_packed_storage
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 LORA = {"r": 4, "target_modules": "all-linear"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -50,6 +51,16 @@ def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None,
         ),
         pytest.param(FSDP2, {"args": {"optim": "adafactor"}}, "adamw_torch", id="adafactor"),
         pytest.param(FSDP2, {"args": {"torch_compile": True}}, "torch_compile=true", id="compiled"),
+        pytest.param(
+            FSDP2 | WHOLE, {"args": {"save_only_model": True}}, None, id="models-alone"
+        ),
+        pytest.param(
+            FSDP2, {"args": {"save_only_model": True}}, "FULL_STATE_DICT", id="models-in-shards"
+        ),
+        pytest.param(
+            FSDP2 | WHOLE, {"args": {"save_only_model": True, "load_best_model_at_end": True}},
+            "the best model", id="the-best-of-models-alone",
+        ),
         pytest.param(FSDP2, {"method": "seq2seq"}, "encoder and decoder share", id="seq2seq"),
         pytest.param(FSDP2, {"method": "dpo"}, None, id="dpo"),
         pytest.param(

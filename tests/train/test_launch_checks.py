@@ -293,33 +293,6 @@ def test_a_mistake_is_left_for_the_launcher(ask, tmp_path, capsys):
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-IN_SHARDS = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-
-
-@pytest.mark.parametrize(
-    ("environ", "args", "message"),
-    [
-        pytest.param({}, {"save_only_model": True}, None, id="one-process"),
-        pytest.param(FSDP2 | IN_SHARDS, {}, None, id="shards"),
-        pytest.param(FSDP2 | WHOLE, {"save_only_model": True}, None, id="whole"),
-        pytest.param(FSDP2, {"save_only_model": True}, "FULL_STATE_DICT", id="default-is-shards"),
-        pytest.param(
-            FSDP2 | WHOLE,
-            {"save_only_model": True, "load_best_model_at_end": True},
-            "the best model",
-            id="best",
-        ),
-        pytest.param(
-            FSDP2 | IN_SHARDS | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 2", id="fsdp1-in-shards"
-        ),
-    ],
-)
-def test_what_fsdp_cannot_save_is_told(environ, args, message, monkeypatch):
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    with nullcontext() if message is None else pytest.raises(UserError, match=message):
-        launch_checks.check_saving(args)
 
 
 @pytest.mark.parametrize(

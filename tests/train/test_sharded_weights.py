@@ -4,7 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from luthier.train.trainers.sharded_weights import _find_difference, _SliceSums, _sum_bits
+from luthier.train.trainers.sharded_weights import (
+    _find_difference,
+    _SliceSums,
+    _sum_bits,
+    find_unsaved,
+)
 
 WEIGHTS = {
     "layer.weight": torch.arange(1, 25, dtype=torch.float32).reshape(6, 4),
@@ -97,3 +102,12 @@ def test_the_sums_do_not_depend_on_how_a_tensor_is_cut(monkeypatch):
     assert _sum_bits(values) == expected
     assert _sum_bits(values.flip(0))[0] == expected[0]
     assert _sum_bits(values.flip(0)) != expected
+
+
+def test_what_trains_must_be_among_what_is_saved():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].weight.requires_grad_(False)
+    saved = ["0.bias", "1.bias"]
+    assert find_unsaved(model, saved, {}) == ["1.weight"]
+    assert find_unsaved(model, saved, {"1.weight": 5, "0.bias": 5}) == []
+    assert find_unsaved(model, [*saved, "1.weight"], {}) == []

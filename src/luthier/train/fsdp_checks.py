@@ -39,6 +39,7 @@ def check_fsdp_launch(config: RunConfig, environ: Mapping[str, str] = os.environ
             "plan does not know of it.\nInstead: trainer.args.activation_checkpointing=true, which "
             "recomputes the same layers."
         )
+    _refuse_saving(config.trainer.args, environ)
     check_fsdp_config(config)
 
 
@@ -110,4 +111,23 @@ def check_packed_storage(config: RunConfig, args: Any) -> None:
             "round the packed weights when FSDP2 gathers them.\nUse "
             f"quantization.bnb_4bit_quant_storage={formats[precision]}, or leave it out: each "
             "process then has them whole."
+        )
+
+
+def _refuse_saving(args: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """Stop at settings of checkpoints that transformers 5.23 refuses in a traceback."""
+    if not args.get("save_only_model"):
+        return
+    # accelerate's choice for FSDP2.
+    kind = environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if kind.upper() in ("SHARDED_STATE_DICT", "3"):
+        raise UserError(
+            f"trainer.args.save_only_model: with fsdp_state_dict_type: {kind} the model of a "
+            "checkpoint is in shards, which nothing loads alone.\nInstead: FULL_STATE_DICT, or "
+            "leave save_only_model out."
+        )
+    if args.get("load_best_model_at_end"):
+        raise UserError(
+            "trainer.args.save_only_model: under FSDP the best model is loaded from a checkpoint "
+            "with all of its parts.\nLeave out save_only_model or load_best_model_at_end."
         )

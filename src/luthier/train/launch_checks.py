@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from luthier.errors import UserError
 from luthier.record.checkpoints import list_checkpoints
@@ -76,37 +76,6 @@ def check_launch_request() -> None:
     if request.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _refuse_other_count(request, os.environ)
-
-
-def check_saving(args: Mapping[str, Any]) -> None:
-    """Stop, before torch is imported, where FSDP cannot save what `trainer.args` asks for.
-
-    transformers 5.23 says it in a traceback; FSDP1 would leave no model at the end. Raises
-    UserError.
-    """
-    if not is_on(os.environ, "ACCELERATE_USE_FSDP"):
-        return
-    is_second = os.environ.get("FSDP_VERSION", "1") == "2"
-    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT" if is_second else "")
-    is_in_shards = kind.upper() in ("SHARDED_STATE_DICT", "3")
-    if is_in_shards and not is_second:
-        raise UserError(
-            f"fsdp_state_dict_type: {kind}: FSDP1 would save no model that can be loaded.\n"
-            "Instead: fsdp_version: 2, as in launch/fsdp2.yaml, or FULL_STATE_DICT."
-        )
-    if not args.get("save_only_model"):
-        return
-    if is_in_shards:
-        raise UserError(
-            f"trainer.args.save_only_model: with fsdp_state_dict_type: {kind} the model of a "
-            "checkpoint is in shards, which nothing loads alone.\nInstead: FULL_STATE_DICT, or "
-            "leave save_only_model out."
-        )
-    if args.get("load_best_model_at_end"):
-        raise UserError(
-            "trainer.args.save_only_model: under FSDP the best model is loaded from a checkpoint "
-            "with all of its parts.\nLeave out save_only_model or load_best_model_at_end."
-        )
 
 
 def refuse_changed_launch(folder: Path) -> None:

@@ -82,7 +82,6 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     # Last, as it is about the command and all before it is about the config.
     launch_checks.check_launch_request()
     check_fsdp_launch(config)
-    launch_checks.check_saving(config.trainer.args)
     return sources
 
 

@@ -6,7 +6,7 @@ nothing of it back. `luthier.train.trainers.base.TrainerMixin` calls these funct
 All ranks call each of them together.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +81,15 @@ def save_weights(trainer: Any, folder: Path, is_checkpoint: bool) -> None:
     if not needed <= {id(value) for value in state.values()}:
         # A method that saves other tensors than it trains: then everything is gathered.
         needed = {id(value) for value in state.values()}
+    ties = _find_ties(trainer.model)
+    saved = {name for name, value in state.items() if id(value) in needed}
+    unsaved = find_unsaved(trainer.model, saved, ties)
+    if unsaved:
+        raise UserError(_damage_message(folder, f"{unsaved[0]} trains, and would not be saved"))
     gathered: dict[str, Tensor] = {}
-    ties, written = _find_ties(trainer.model), {}
+    written: dict[Any, Any] = {}
     for name, value in state.items():
-        if id(value) not in needed:
+        if name not in saved:
             continue
         # Tied weights stay one tensor, by which transformers knows to write it once.
         if ties.get(name, name) not in written:
@@ -211,10 +216,19 @@ def _find_ties(model: Any) -> dict[str, int]:
     return {name: id(parameter) for name, parameter in named.items()}
 
 
-def _has_weight(name: str, names: Iterable[str], ties: Mapping[str, int]) -> bool:
+def find_unsaved(model: Any, saved: Collection[str], ties: Mapping[str, int]) -> list[str]:
+    """Return the trained parameters of a model that are not among those that are saved."""
+    from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = fsdp2_canonicalize_names(trained)
+    return [name for name in names if not _has_weight(name, saved, ties)]
+
+
+def _has_weight(name: str, names: Collection[str], ties: Mapping[str, int]) -> bool:
     """Return whether a tensor is among `names`, itself or as one that it is tied to."""
     tied = ties.get(name)
-    return any(name == other or (tied and ties.get(other) == tied) for other in names)
+    return name in names or any(tied and ties.get(other) == tied for other in names)
 
 
 def _list_files(folder: Path) -> list[Path]:
