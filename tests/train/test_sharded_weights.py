@@ -98,7 +98,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_the_sums_do_not_depend_on_how_a_tensor_is_cut(monkeypatch):
     values = torch.randn(1000)
     expected = _sum_bits(values)
-    monkeypatch.setattr("luthier.train.trainers.sharded_weights._CHUNK", 64)
+    monkeypatch.setattr("luthier.train.trainers.sharded_weights._CHUNK", 8)
     assert _sum_bits(values) == expected
     assert _sum_bits(values.flip(0))[0] == expected[0]
     assert _sum_bits(values.flip(0)) != expected

@@ -23,9 +23,8 @@ from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, list_indexed_files
 SHARDS_FOLDER = "pytorch_model_fsdp_0"
 """The folder of a checkpoint with whole weights in torch's distributed format."""
 _OPTIMIZER_FILE = "optimizer.bin"
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**22
-"""Entries that are summed at once, as integers of eight bytes."""
+_CHUNK = 2**16
+"""Words of eight bytes that are summed at once."""
 _GROUP_BYTES = 2**28
 """Bytes of shards that each rank reads back at once."""
 
@@ -42,7 +41,7 @@ class _SliceSums:
     total: int
     """The sum of its entries as integers of the same bits, in whatever order."""
     weighted: int
-    """The same, each entry times its place."""
+    """The sum of its words of eight bytes, each times its place."""
 
 
 def choose_layers(trainer: Any) -> None:
@@ -285,15 +284,26 @@ def _sum_slice(value: Tensor) -> _SliceSums:
 
 
 def _sum_bits(values: Tensor) -> tuple[int, int]:
-    """Return the two sums of `_SliceSums`, modulo 2^64."""
-    bits = values.detach().reshape(-1).view(_BITS[values.element_size()])
-    total = weighted = 0
-    for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].long()
-        places = torch.arange(start + 1, start + 1 + chunk.numel(), device=chunk.device)
-        total += int(chunk.sum())
-        weighted += int((chunk * places).sum())
-    return total % 2**64, weighted % 2**64
+    """Return the two sums of `_SliceSums`, modulo 2^64.
+
+    Eight bytes are read at once: entry by entry it would take ten times as long.
+    """
+    size = values.element_size()
+    raw = values.detach().contiguous().reshape(-1).view(torch.uint8)
+    padding = -raw.numel() % 8
+    if padding or raw.storage_offset() % 8:
+        raw = torch.cat([raw, raw.new_zeros(padding)])
+    words = raw.view(torch.int64)
+    # Small enough for a processor's cache; a GPU is rather kept busy.
+    step = _CHUNK if words.device.type == "cpu" else 256 * _CHUNK
+    places = torch.arange(1, min(step, words.numel()) + 1, device=words.device)
+    total, weighted = words.new_zeros(()), words.new_zeros(())
+    for start in range(0, words.numel(), step):
+        chunk = words[start : start + step]
+        weighted += (chunk * places[: chunk.numel()]).sum() + start * chunk.sum()
+        for shift in range(0, 64, 8 * size):
+            total += ((chunk >> shift) & (2 ** (8 * size) - 1)).sum() if size < 8 else chunk.sum()
+    return int(total) % 2**64, int(weighted) % 2**64
 
 
 def _find_difference(
