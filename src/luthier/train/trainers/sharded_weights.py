@@ -289,7 +289,7 @@ def _sum_bits(values: Tensor) -> tuple[int, int]:
     Eight bytes are read at once: entry by entry it would take ten times as long.
     """
     size = values.element_size()
-    raw = values.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = _raw_bytes(values)
     padding = -raw.numel() % 8
     if padding or raw.storage_offset() % 8:
         raw = torch.cat([raw, raw.new_zeros(padding)])
@@ -304,6 +304,10 @@ def _sum_bits(values: Tensor) -> tuple[int, int]:
         for shift in range(0, 64, 8 * size):
             total += ((chunk >> shift) & (2 ** (8 * size) - 1)).sum() if size < 8 else chunk.sum()
     return int(total) % 2**64, int(weighted) % 2**64
+
+
+def _raw_bytes(values: Tensor) -> Tensor:
+    return values.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _find_difference(
@@ -402,7 +406,7 @@ def _compare_shards(folder: Path, state: dict[str, Tensor]) -> None:
             f"the part of {name} that rank {torch.distributed.get_rank()} holds is not what was "
             "written"
             for name, value in group.items()
-            if _sum_bits(_slice(read[name])[0]) != _sum_bits(_slice(value)[0])
+            if not torch.equal(_raw_bytes(_slice(read[name])[0]), _raw_bytes(_slice(value)[0]))
         ]
         group = {}
     found = gather_object(problems[:1])
