@@ -78,6 +78,7 @@ def numbers(run):
             "head", "qwen3_vl", (*LORA, "lora.modules_to_save=[lm_head]"), SGD,
             id="an-output-layer-beside-an-adapter",
         ),
+        pytest.param("ia3", None, ("lora=ia3",), {"learning_rate": 0.01}, id="ia3"),
         pytest.param("buffers", "deepseek_v3", LORA, SGD, id="buffers-among-the-weights"),
         pytest.param("tokens", None, (*LORA, "model.add_tokens=[hello]"), SGD, id="new-tokens"),
         pytest.param("nf4", "qwen3_moe", NF4, SGD, id="qlora-with-experts-in-4-bits"),
