@@ -34,8 +34,10 @@ source "${LUTHIER_VENV:-.venv}/bin/activate"
 
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs, for instance with --gpus-per-node=8}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# Two jobs on one machine must not meet: the job's number chooses the port.
+# Two jobs on one machine must not meet: the job's number chooses the port. This script runs on the
+# first machine, where it takes the next one if a program listens there.
 port=$((20000 + SLURM_JOB_ID % 20000))
+while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
 
 launch=(
   accelerate launch --quiet

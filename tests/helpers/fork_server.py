@@ -46,6 +46,8 @@ def child(order):
     os.dup2(out, 2)
     os.chdir(order["cwd"])
     os.environ.update(order["environment"])
+    # Python reads this variable as it starts.
+    sys.path[:0] = filter(None, order["environment"].get("PYTHONPATH", "").split(":"))
     for place, number, what in order["signals"]:
         send_at(place, number, what)
     from luthier.cli.train import main
@@ -133,8 +135,8 @@ class Forks:
         """
         return int(self._ask({"wait": pid, "limit": limit}))
 
-    def run(self, folder, *words, **how):
-        return self.wait(self.start(folder, *words, **how))
+    def run(self, folder, *words, limit=None, **how):
+        return self.wait(self.start(folder, *words, **how), limit)
 
     def killed(self, folder, *words, after):
         """Start a run and kill it after some seconds; how it ended."""

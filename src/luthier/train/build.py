@@ -33,11 +33,13 @@ from luthier.train import (
     launch_checks,
     methods,
     profiler,
+    rank_agreement,
     resume,
     trackers,
 )
 from luthier.train.arguments import check_router_loss
 from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
+from luthier.train.dataloaders import refuse_idle_processes
 from luthier.train.evaluation import ReplyGenerator
 from luthier.train.fsdp_checks import check_packed_storage
 from luthier.train.launch_request import launched_by
@@ -65,9 +67,7 @@ def build_and_fit(
     config = loaded.config
     seed_everything(config)
     machine = choose_machine(config.model)
-    # accelerate's state is shared by all its instances, and the first one chooses the device: on a
-    # machine with a GPU it must be told here that the CPU is meant.
-    is_main_process = PartialState(cpu=machine.device_type == "cpu").is_main_process
+    is_main_process = rank_agreement.join_processes(loaded.recorded, machine).is_main_process
     record = RunRecord(folder)
     is_recorded = is_main_process and not config.dry_run
     if is_recorded:
@@ -121,13 +121,14 @@ def build_session(
     architecture = read_model_config(config.model)
     check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
     machine = resolve_attention(config.model, machine, facts.task, config.trainer.args.packs_rows)
+    rank_agreement.check_rank_agreement({"model.attention": machine.attention})
     check_router_loss(config)
     tokenizer = load_tokenizer(config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
     row_encoders = methods.make_row_encoders(config, tokenizer)
     prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
     # Before the model, which may take minutes to load.
-    inputs = resume.hash_run_inputs(config, tokenizer, encoder, prepared) if is_main_process else {}
+    inputs = _check_inputs(config, tokenizer, encoder, prepared)
     if is_recorded:
         resume.refuse_changed_inputs(record, inputs)
     if is_main_process:
@@ -158,13 +159,7 @@ def build_session(
     launch = launch_checks.check_running_launch(trainer.accelerator, args)
     if is_recorded:
         launch_checks.refuse_other_launch(record, launch)
-        text_config = trainer.model.config.get_text_config()
-        record.update_session(attention=text_config._attn_implementation)
-        record.update(
-            **inputs | {"data": data_facts(prepared)},
-            launch={**launch, "launcher": launched_by()},
-            chat=encoder.settings() if encoder else None,
-        )
+        _record_inputs(record, inputs | {"data": data_facts(prepared)}, trainer, launch, encoder)
     prompts = make_seq2seq_prompts(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.writes_replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
@@ -182,6 +177,39 @@ def build_session(
         replies_callback=evaluation.add_evaluation_callbacks(
             trainer, reply_generator, config, folder
         ),
+    )
+
+
+def _check_inputs(
+    config: RunConfig, tokenizer: Any, encoder: Any, prepared: PreparedData
+) -> dict[str, dict[str, Any]]:
+    """Return the hashes of what the run is made of, once all processes have the same.
+
+    Raises UserError where they differ, or where there are more processes than rows.
+    """
+    state = PartialState()
+    # Of the weights each machine has files of its own, which its first process reads.
+    with_weights = state.is_local_main_process
+    inputs = resume.hash_run_inputs(config, tokenizer, encoder, prepared, with_weights)
+    rank_agreement.check_input_agreement(inputs)
+    refuse_idle_processes(prepared.train, read_batching_settings(config), state.num_processes)
+    return inputs
+
+
+def _record_inputs(
+    record: RunRecord,
+    inputs: dict[str, dict[str, Any]],
+    trainer: Any,
+    launch: launch_checks.LaunchFacts,
+    encoder: Any,
+) -> None:
+    """Write what the run is made of and how it was launched."""
+    text_config = trainer.model.config.get_text_config()
+    record.update_session(attention=text_config._attn_implementation)
+    record.update(
+        **inputs,
+        launch={**launch, "launcher": launched_by()},
+        chat=encoder.settings() if encoder else None,
     )
 
 

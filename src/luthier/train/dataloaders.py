@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from luthier.data.batching.collators import FlatteningCollator, PackingCollator, PaddingCollator
+from luthier.data.batching.packing import PackingPlan
 from luthier.data.batching.samplers import (
     LengthGroupedSampler,
     OpenRows,
@@ -146,6 +147,28 @@ def as_token_rows(rows: Any) -> TokenRows:
     if isinstance(rows, Dataset):
         return TokenRows(InMemoryTable(rows["input_ids"], rows["labels"]))
     return TokenRows(rows)
+
+
+def refuse_idle_processes(rows: Any, plan: BatchingSettings, processes: int) -> None:
+    """Raise UserError where there are more processes than training rows, packed if they will be.
+
+    `rows` is a table of token rows, or a stream, of which nothing is known.
+    """
+    if not isinstance(rows, TokenRows):
+        return
+    count, name = len(rows), "rows"
+    if plan.packing:
+        assert plan.length is not None
+        # No packing needs fewer bins than the tokens fill, and to pack all of them takes long.
+        is_enough = int(np.sum(rows.lengths, dtype=np.int64)) > plan.length * processes
+        count = processes if is_enough else len(PackingPlan(rows.lengths, plan.length))
+        name = f"packed rows of {plan.length} tokens"
+    if count < processes:
+        raise UserError(
+            f"{processes} processes train together, but there are {count} {name} to train on, so "
+            f"{processes - count} of them would never train.\nStart at most {count} "
+            "(--num_processes of accelerate launch), or add rows."
+        )
 
 
 def build_train_sampler(

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from luthier.config.library_settings import TrainerArgs
 from luthier.errors import UserError
 from luthier.record.checkpoints import list_checkpoints
 from luthier.record.record import RunRecord, read_record
+from luthier.train.launch_conflicts import refuse_recipe_conflicts
 from luthier.train.launch_request import (
     LaunchRequest,
     find_unknown_keys,
@@ -61,11 +63,13 @@ class LaunchFacts(TypedDict):
     """cpu, cuda, mps, ..."""
 
 
-def check_launch_request() -> None:
+def check_launch_request(args: TrainerArgs | None = None) -> None:
     """Stop, before torch is imported, where fewer processes or other sharding run than were asked.
 
     `use_cpu: true` of a config file, which accelerate forgets when it starts several processes, is
-    passed on. Raises UserError with what was asked, by what, what runs, and what to type instead.
+    passed on. `args` are the recipe's, which the launcher's settings must not contradict; None is
+    without a recipe. Raises UserError with what was asked, by what, what runs, and what to type
+    instead.
     """
     request = read_launch_request()
     if request is None:
@@ -76,6 +80,8 @@ def check_launch_request() -> None:
     if request.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _refuse_other_count(request, os.environ)
+    if args is not None:
+        refuse_recipe_conflicts(request, args)
 
 
 def refuse_changed_launch(folder: Path) -> None:

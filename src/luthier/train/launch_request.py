@@ -25,6 +25,9 @@ _VALUE_FLAGS = {
     "num_machines": int,
     "mixed_precision": str,
     "zero_stage": int,
+    "gradient_accumulation_steps": str,
+    "gradient_clipping": str,
+    "deepspeed_config_file": str,
 }
 _MODE_FLAGS = {
     "use_deepspeed": "deepspeed",
@@ -42,6 +45,7 @@ _DISTRIBUTED_TYPES = {
     "XLA": "xla",
 }
 _SHARDING_VARIABLES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
+_DEEPSPEED_SETTINGS = ("gradient_accumulation_steps", "gradient_clipping")
 _KEY_PREFIXES = {"fsdp_config": "fsdp_", "fp8_config": "fp8_", "dynamo_config": "dynamo_"}
 # accelerate reads this one although its parser does not know it.
 _UNLISTED_KEYS = {"fsdp_ignored_modules"}
@@ -62,6 +66,10 @@ class LaunchRequest:
     use_cpu: bool = False
     parallelism: Mapping[str, int] = field(default_factory=dict)
     """Sizes of `parallelism_config` above 1, such as `cp_size`; their origin is in `set_by`."""
+    gradient_accumulation_steps: str | None = None
+    """A number, or `auto` in a DeepSpeed config."""
+    gradient_clipping: str | None = None
+    deepspeed_config_file: Path | None = None
     config_file: Path | None = None
     set_by: Mapping[str, str] = field(default_factory=dict)
     """The flag, line of a file or variable that set each of the above, by its name here."""
@@ -119,19 +127,22 @@ def parse_launch_command(
             set_by[name] = f"`{name}: {file_value}` in {file}"
         return file_value
 
-    zero_stage = (config.get("deepspeed_config") or {}).get("zero_stage")
+    deepspeed = config.get("deepspeed_config") or {}
     use_cpu = flags.cpu or bool(config.get("use_cpu"))
     if use_cpu:
         set_by["use_cpu"] = "`--cpu`" if flags.cpu else f"`use_cpu: true` in {file}"
+    deepspeed_file = pick("deepspeed_config_file", deepspeed.get("deepspeed_config_file"))
     return LaunchRequest(
         num_processes=pick("num_processes", config.get("num_processes"))
         or _world_size(environ, set_by),
         num_machines=pick("num_machines", config.get("num_machines")) or 1,
         distributed=_distributed(flags, config, file, set_by),
-        zero_stage=pick("zero_stage", zero_stage),
+        zero_stage=pick("zero_stage", deepspeed.get("zero_stage")),
         mixed_precision=pick("mixed_precision", _setting_text(config.get("mixed_precision"))),
         use_cpu=use_cpu,
         parallelism=_parallelism(flags, config, file, set_by),
+        **{name: pick(name, _setting_text(deepspeed.get(name))) for name in _DEEPSPEED_SETTINGS},
+        deepspeed_config_file=None if deepspeed_file is None else folder / deepspeed_file,
         config_file=path,
         set_by=set_by,
     )

@@ -37,6 +37,7 @@ from luthier.train.evaluation import (
     EvalRepliesCallback,
     ReplyGenerator,
 )
+from luthier.train.rank_agreement import describe_ranks_without
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, agree_on_signal, signal_name
 from luthier.train.trainers.checkpoints import report_full_disk
 
@@ -147,7 +148,14 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
         broadcast_object_list(chosen)
     (checkpoint,) = chosen
     if checkpoint is None:
+        unseen = describe_ranks_without(session.folder / "run.json")
+        if unseen and session.is_main_process:
+            console.print_line(
+                f"output    {session.folder} is not shared: {unseen} cannot see it. "
+                "Checkpoints will lack their random state, so a stopped run could not go on."
+            )
         return None
+    _refuse_unseen_checkpoint(session, checkpoint)
     step, planned_steps = checkpoints.checkpoint_step(checkpoint), trainer.count_planned_steps()
     if step > planned_steps:
         raise UserError(
@@ -161,6 +169,18 @@ def _choose_checkpoint(session: TrainingSession) -> Path | None:
             console.print_line(sentence)
     trainer.accelerator.wait_for_everyone()
     return checkpoint
+
+
+def _refuse_unseen_checkpoint(session: TrainingSession, checkpoint: Path) -> None:
+    """Raise UserError in all processes where one of them does not see its part of a checkpoint."""
+    name = checkpoints.COUNTERS_FILE.format(rank=session.trainer.args.process_index)
+    unseen = describe_ranks_without(checkpoint / name)
+    if unseen:
+        raise UserError(
+            f"output_dir: the run goes on from {checkpoint}, but {unseen} cannot see their part "
+            "of it.\nThe output_dir of a run over several machines must be on a file system that "
+            "all of them share: copy it to one, or begin anew with overwrite=true."
+        )
 
 
 class MeasureStartCallback(TrainerCallback):

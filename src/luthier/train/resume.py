@@ -23,24 +23,26 @@ _FIXED_INPUTS = {
 
 
 def hash_run_inputs(
-    config: RunConfig, tokenizer: Any, encoder: Any, prepared: PreparedData
+    config: RunConfig, tokenizer: Any, encoder: Any, prepared: PreparedData, with_weights: bool
 ) -> dict[str, dict[str, Any]]:
     """Return what a run is made of, for its record: hashes of tokenizer, template, weights, data.
 
     `encoder` is the chat encoder, or None for a method that reads no conversations. A hash is None
-    where there is nothing that could be hashed, and is then not compared.
+    where there is nothing that could be hashed, and is then not compared. `with_weights` is False
+    for processes whose neighbour on the same machine reads the same weight files.
     """
     template = encoder.settings()["template"] if encoder else tokenizer.chat_template
     template_hash = hashlib.sha256(str(template).encode()).hexdigest() if template else None
-    inputs = {
+    inputs: dict[str, dict[str, Any]] = {
         "tokenizer": {
             "sha256": tokenizer_digest(tokenizer) if tokenizer.is_fast else None,
             "template_sha256": template_hash,
         },
-        "model": identify_weights(config.model.path, config.model.revision),
         "data": {"sha256": prepared.content_hash},
     }
-    if config.trainer.teacher:
+    if with_weights:
+        inputs["model"] = identify_weights(config.model.path, config.model.revision)
+    if with_weights and config.trainer.teacher:
         inputs["teacher"] = identify_weights(config.trainer.teacher, None)
     return inputs
 

@@ -55,6 +55,9 @@ def run(loaded: "LoadedConfig", after_save: "AfterSave | None" = None) -> int:
         except StoppedBySignal as stopped:
             print(f"\nstopped by {stopped}; the same command begins again", file=sys.stderr)
             code = STOPPED_EXIT_CODE
+        except Exception as error:
+            write_exit_code(error.exit_code if isinstance(error, UserError) else 1)
+            raise
     write_exit_code(code)
     return code
 
@@ -80,7 +83,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     trackers.check_trackers_installed(config)
     read_batching_settings(config)
     # Last, as it is about the command and all before it is about the config.
-    launch_checks.check_launch_request()
+    launch_checks.check_launch_request(config.trainer.args)
     check_fsdp_launch(config)
     return sources
 

@@ -119,12 +119,12 @@ def agree_on_signal(accelerator: Any) -> int:
     import torch
 
     highest = torch.tensor([number])
-    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, _gloo_group())
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, gloo_group())
     return int(highest.item())
 
 
 @cache
-def _gloo_group() -> Any:
+def gloo_group() -> Any:
     """Return the group of all processes over gloo; it is built when all of them first ask for it.
 
     None is torch's default group, where that is one of gloo already.
@@ -136,7 +136,17 @@ def _gloo_group() -> Any:
 
 
 def write_exit_code(code: int) -> None:
-    """Leave the exit code where the launcher's caller looks for it, if a file is named for it."""
+    """Leave the exit code where the launcher's caller looks for it, if a file is named for it.
+
+    The first process leaves its code, and another one that fails leaves its own. A failure stays:
+    the launcher ends the others by a signal, which is no reason to begin again.
+    """
     path = os.environ.get(EXIT_CODE_VARIABLE)
-    if path and os.environ.get("RANK", "0") == "0":
-        Path(path).write_text(f"{code}\n", encoding="utf-8")
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not path or not (is_first or code not in (0, STOPPED_EXIT_CODE)):
+        return
+    file = Path(path)
+    left = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    if code == STOPPED_EXIT_CODE and left not in ("", "0", str(STOPPED_EXIT_CODE)):
+        return
+    file.write_text(f"{code}\n", encoding="utf-8")
