@@ -1,8 +1,6 @@
 """What processes of a launch hold is compared by rank, and what differs is said in words."""
 
-import json
 import threading
-from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
@@ -55,41 +53,50 @@ def ranks(name, *values):
     ],
 )
 def test_differences_are_named_with_rank_and_machine(gathered, line, advice):
-    with pytest.raises(UserError, match="would not train one model") as stopped:
-        rank_agreement._refuse_differences(gathered)
-    assert line in str(stopped.value)
-    assert advice in str(stopped.value)
+    problem = rank_agreement._describe_differences(gathered)
+    assert problem.startswith("The processes of this launch differ, and would not train one model:")
+    assert line in problem
+    assert advice in problem
 
 
 def test_what_one_does_not_know_is_not_compared():
-    rank_agreement._refuse_differences(ranks("weights of the model", HASH, None, None, HASH))
+    gathered = ranks("weights of the model", HASH, None, None, HASH)
+    assert rank_agreement._describe_differences(gathered) == ""
 
 
-def test_facts_are_exchanged_by_the_store_before_the_processes_join():
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    gathered = {}
+@pytest.mark.parametrize(
+    ("present", "dtypes", "message"),
+    [
+        pytest.param([0, 1, 2], ["float32"] * 3, "", id="alike"),
+        pytest.param([0, 1, 2], ["float32", "bfloat16", None], "bfloat16 on rank 1", id="differ"),
+        pytest.param([0, 2], ["float32"] * 3, "Rank 1 of this launch did not come", id="missing"),
+        pytest.param([1, 2], ["float32"] * 3, "Rank 0 of this launch did not", id="no-first"),
+    ],
+)
+def test_all_hear_one_verdict_before_they_join(monkeypatch, present, dtypes, message):
+    monkeypatch.setattr(rank_agreement, "_PATIENCE", 10.0 if len(present) == 3 else 1.0)
+    monkeypatch.setattr(rank_agreement, "_READ_SECONDS", 0.5)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    verdicts = {}
 
     def take_part(rank):
-        own = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
-        facts = RankFacts(f"node{rank}", {"model.dtype": ["float32", "bfloat16", None][rank]})
-        gathered[rank] = rank_agreement._exchange(own, rank, 3, facts)
+        store = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+        facts = RankFacts(f"node{rank}", {"model.dtype": dtypes[rank]})
+        try:
+            rank_agreement._compare_by_store(store, rank, 3, facts)
+            verdicts[rank] = ""
+        except UserError as error:
+            verdicts[rank] = str(error)
 
-    threads = [threading.Thread(target=take_part, args=[rank]) for rank in range(3)]
+    threads = [threading.Thread(target=take_part, args=[rank]) for rank in present]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert gathered[0] == gathered[1] == gathered[2]
-    assert [rank.host for rank in gathered[0]] == ["node0", "node1", "node2"]
-
-
-def test_ranks_that_do_not_come_are_named(monkeypatch):
-    monkeypatch.setattr(rank_agreement, "_PATIENCE", timedelta(seconds=0.3))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    facts = RankFacts("node1", {})
-    store.set("luthier/facts/2", json.dumps(facts))
-    with pytest.raises(UserError, match=r"Ranks 1, 3 of this launch did not come within"):
-        rank_agreement._exchange(store, 0, 4, facts)
+    assert sorted(verdicts) == present
+    assert len(set(verdicts.values())) == 1
+    assert message in verdicts[2]
+    assert bool(message) == bool(verdicts[2])
 
 
 def test_one_process_exchanges_nothing():

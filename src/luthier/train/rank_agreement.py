@@ -10,8 +10,8 @@ import json
 import os
 import platform
 import socket
+import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from importlib import metadata
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 _OWN_TO_A_MACHINE = ("output_dir", "dataset.cache", "dataset.workers")
 """Keys of the config that may differ between the machines of a launch."""
 _LISTED_DIFFERENCES = 8
-_PATIENCE = timedelta(minutes=10)
-"""How much later than the first one a process of the launch may come."""
+_PATIENCE = 600.0
+"""Seconds that a process of the launch may come later than the first one."""
+_READ_SECONDS = 30.0
+_POLL_SECONDS = 0.1
 
 
 class RankFacts(NamedTuple):
@@ -59,7 +61,7 @@ def join_processes(recorded: dict[str, Any], machine: "Machine") -> "PartialStat
         if _can_meet_by_variables():
             # Before they join: processes on different devices would wait for each other for ever.
             store, rank, size = next(rendezvous("env://"))
-            _refuse_differences(_exchange(store, rank, size, _environment_facts(recorded, machine)))
+            _compare_by_store(store, rank, size, _environment_facts(recorded, machine))
         # It is shared by all its instances, and the first one chooses the device: on a machine
         # with a GPU it must be told here that the CPU is meant.
         state = PartialState(cpu=machine.device_type == "cpu")
@@ -89,30 +91,46 @@ def _environment_facts(recorded: dict[str, Any], machine: "Machine") -> RankFact
     return RankFacts(socket.gethostname(), versions | code | config | devices)
 
 
-def _exchange(store: Any, rank: int, size: int, own: RankFacts) -> list[RankFacts]:
-    """Return the facts of all processes, by rank, by way of the store at which they meet.
+def _compare_by_store(store: Any, rank: int, size: int, own: RankFacts) -> None:
+    """Raise UserError, in every process, where they differ, by way of the store at which they meet.
 
-    Raises UserError with the ranks that do not come, such as those that failed on another machine.
+    The first process reads what all of them hold, and leaves its verdict there. The error names
+    ranks that do not come, too, such as those that failed on another machine.
     """
-    from torch.distributed import DistStoreError
-
-    keys = [f"luthier/facts/{number}" for number in range(size)]
-    store.set(keys[rank], json.dumps(own))
-    try:
-        store.wait(keys, _PATIENCE)
-    except DistStoreError as error:
-        missing = [number for number, key in enumerate(keys) if not store.check([key])]
-        raise UserError(
-            f"{'Rank' if len(missing) == 1 else 'Ranks'} {_join_numbers(missing)} of this launch "
-            f"did not come within {_PATIENCE.total_seconds() / 60:g} minutes, so this process "
-            "ends, too. What the other machines printed says why."
-        ) from error
-    gathered = [RankFacts(*json.loads(store.get(key))) for key in keys]
-    # The first process may hold the store, which the others still read.
+    store.set(f"luthier/facts/{rank}", json.dumps(own))
+    if rank == 0:
+        keys = [f"luthier/facts/{number}" for number in range(size)]
+        problem = _wait_for_ranks(store, keys, _PATIENCE)
+        if not problem:
+            gathered = [RankFacts(*json.loads(store.get(key))) for key in keys]
+            problem = _describe_differences(gathered)
+        store.set("luthier/verdict", json.dumps(problem))
+    else:
+        # The first process says which others are missing.
+        problem = _wait_for_ranks(store, ["luthier/verdict"], _PATIENCE * 1.1)
+        problem = problem or json.loads(store.get("luthier/verdict"))
     store.set(f"luthier/read/{rank}", "")
     if rank == 0:
-        store.wait([f"luthier/read/{number}" for number in range(size)], _PATIENCE)
-    return gathered
+        # It may hold the store, from which the others still read.
+        _wait_for_ranks(store, [f"luthier/read/{number}" for number in range(size)], _READ_SECONDS)
+    if problem:
+        raise UserError(problem)
+
+
+def _wait_for_ranks(store: Any, keys: Sequence[str], seconds: float) -> str:
+    """Wait for keys of the ranks, by rank; return which ranks have not come, empty if all have."""
+    deadline = time.monotonic() + seconds
+    # The store's own way to wait hears no signal.
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [number for number, key in enumerate(keys) if not store.check([key])]
+            return (
+                f"{'Rank' if len(missing) == 1 else 'Ranks'} {_join_numbers(missing)} of this "
+                f"launch did not come within {_PATIENCE / 60:g} minutes. What their machines "
+                "printed says why."
+            )
+        time.sleep(_POLL_SECONDS)
+    return ""
 
 
 def check_input_agreement(inputs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -144,7 +162,9 @@ def check_rank_agreement(facts: Mapping[str, str | None]) -> None:
     All processes call it together, after they have joined; one that is alone goes on at once. The
     message has each value with its ranks and their machines.
     """
-    _refuse_differences(_gather_facts(facts))
+    problem = _describe_differences(_gather_facts(facts))
+    if problem:
+        raise UserError(problem)
 
 
 def describe_ranks_without(path: Path) -> str:
@@ -169,16 +189,16 @@ def _gather_facts(facts: Mapping[str, str | None]) -> list[RankFacts]:
     return gathered
 
 
-def _refuse_differences(gathered: Sequence[RankFacts]) -> None:
-    """Raise UserError where the processes, by rank, hold different facts."""
+def _describe_differences(gathered: Sequence[RankFacts]) -> str:
+    """Return what differs between the processes, by rank, and what to do; empty if nothing does."""
     names = dict.fromkeys(name for rank in gathered for name in rank.facts)
     differing = [name for name in names if len(_group_by_value(gathered, name)) > 1]
     if not differing:
-        return
+        return ""
     lines = [f"  {name}: {_describe_values(gathered, name)}" for name in differing]
     more = len(lines) - _LISTED_DIFFERENCES
     lines = lines[:_LISTED_DIFFERENCES] + ([f"  and {more} more"] if more > 0 else [])
-    raise UserError(
+    return (
         "The processes of this launch differ, and would not train one model:\n"
         + "\n".join(lines)
         + f"\n{_advice(differing[0])}"
