@@ -188,7 +188,23 @@ class OnlineTrainerMixin(TrainerMixin, Base):
                 f"{order.batch_size} at once.\nSet a smaller "
                 "trainer.args.per_device_train_batch_size or gradient_accumulation_steps."
             )
+        self._refuse_cut_groups(bool(eval_rows))
         self._set_stop_tokens(stop_ids)
+
+    def _refuse_cut_groups(self, evaluates: bool) -> None:
+        """Raise UserError where a batch of an evaluation would end within a prompt's completions.
+
+        TRL 1.16 looks at it only where `eval_strategy` is set, and luthier measures in any case.
+        """
+        size = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        generations = getattr(self, "num_generations_eval", 1)
+        if evaluates and size % generations:
+            raise UserError(
+                "trainer.args.per_device_eval_batch_size: an evaluation takes batches of "
+                f"{size} completions on all processes together, which {generations} completions of "
+                "each prompt do not divide.\nSet it to a multiple of num_generations_eval (or of "
+                "num_generations, where that is not set)."
+            )
 
     def _set_stop_tokens(self, stop_ids: list[int]) -> None:
         """Let these tokens, and no others, end a completion."""
