@@ -307,6 +307,16 @@ def test_too_few_prompts_for_one_step(tmp_path):
         trainer(run_config(tmp_path, ROWS[:1], rewards=SHORT), tmp_path)
 
 
+def test_an_evaluation_takes_all_completions_of_a_prompt_together(tmp_path):
+    held = {"eval": {"count": 2}}
+    config = run_config(
+        tmp_path, rewards=SHORT, dataset=held, per_device_train_batch_size=4,
+        per_device_eval_batch_size=6,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="of 6 completions on all processes together, which 4"):
+        trainer(config, tmp_path)
+
+
 def test_completions_need_room(tmp_path):
     with pytest.raises(UserError, match="there is no room for a prompt"):
         prepared(run_config(tmp_path, chat={"max_length": 6}))
