@@ -22,6 +22,7 @@ LAYERS = (
     ("data",),
     ("config",),
     ("chat", "metrics", "storage"),
+    ("python_code",),
     ("errors", "gc_pause", "environment", "patterns"),
     ("terminal",),
     ("redaction",),
@@ -33,7 +34,7 @@ ALLOWED_UPWARD = {("environment", "config")}
 
 STANDALONE = {
     "chat": {"errors", "gc_pause"},
-    "metrics": {"errors", "patterns"},
+    "metrics": {"errors", "patterns", "python_code"},
     "storage": {"errors"},
 }
 """Packages that other projects can use by themselves, and all of luthier that they may import."""

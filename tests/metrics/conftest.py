@@ -18,9 +18,6 @@ def module(tmp_path, monkeypatch):
         path.write_text(text, encoding="utf-8")
 
     yield write
-    from luthier.metrics.custom import load_function
-
-    load_function.cache_clear()
     for name in set(sys.modules) - before:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]

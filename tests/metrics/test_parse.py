@@ -55,9 +55,9 @@ def test_a_list_of_names_and_settings_as_yaml_writes_it():
         ([{"number": {"tolerance": -1}}], "number.tolerance: -1 does not fit"),
         (["length", {"length": {"unit": "characters"}}], "length stands 2 times"),
         ([{"length": {"name": "loss"}}], "loss is a number that the trainer logs"),
-        (["python:score"], "'python:score' names no function. Write python:module.function."),
+        (["python:score"], "'python:score' names no function or class. Write python:module.name"),
         (["python:no_such.score"], "there is no module no_such (looked in "),
-        (["python:json.dumps2"], "the module json has no function 'dumps2'. Did you mean dumps?"),
+        (["python:json.dumps2"], "json has no function or class 'dumps2'. Did you mean dumps?"),
     ],
     ids=["unknown", "family", "no list", "number", "null", "indentation", "settings", "missing",
          "unknown setting", "pattern", "group", "option in a list", "option", "range", "twice",
@@ -185,14 +185,14 @@ def test_a_function_of_ones_own(entry, values, rows, module):
         ("python:mine.fails", "metric fails: it failed: KeyError: 'absent' ("),
         ("python:mine.two", "python:mine.two takes (predictions, references), and is called with"),
         ({"python:mine.each": {"scal": 1}}, "got an unexpected keyword argument 'scal'"),
-        ("python:mine.late", "the module mine has no function 'late'"),
+        ("python:mine.late", "python:mine.late is None, and nothing that can be called"),
     ],
     ids=["NaN", "text", "too few", "nothing", "raises", "arguments", "settings", "no function"],
 )
 def test_a_function_that_does_not_serve(entry, words, module):
     module("mine", OWN)
-    metrics = parse_metrics([entry])
     with pytest.raises(UserError) as caught:
+        metrics = parse_metrics([entry])
         prepare_metrics(metrics, ["x", "y"])
         score_replies(metrics, [Prediction("a", "x"), Prediction("b", "y")])
     assert words in str(caught.value)
@@ -209,17 +209,20 @@ def test_the_place_of_a_failure_is_in_the_users_own_file(module):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("import no_such_package\ndef score(): ...", "No module named 'no_such_package' ("),
-        ("def score(:", "SyntaxError"),
-        ("def scores(): ...\nif True:\n    x = 1", "has no function 'score'. Did you mean scores?"),
+        ("import no_such_package\ndef score(a, b, c): ...", "No module named 'no_such_package' ("),
+        ("def score(:", "broken.py, line 1: this is no valid Python"),
+        ("import sys\nsys.exit('gone')\ndef score(a, b, c): ...", "ends the program (gone) ("),
+        (
+            "def scores(): ...\nif True:\n    x = 1",
+            "has no function or class 'score'. Did you mean scores?",
+        ),
     ],
-    ids=["imports what is not there", "syntax", "only told when it runs"],
+    ids=["imports what is not there", "syntax", "exits", "only told when it runs"],
 )
 def test_a_module_that_cannot_be_imported(text, words, module):
     module("broken", text)
-    metrics = parse_metrics(["python:broken.score"])
     with pytest.raises(UserError) as caught:
-        prepare_metrics(metrics, [])
+        prepare_metrics(parse_metrics(["python:broken.score"]), [])
     assert words in str(caught.value)
 
 

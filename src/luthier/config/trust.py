@@ -9,7 +9,6 @@ call the functions of the user's own project. A run's folder may call nothing.
 import re
 import shlex
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 
 from luthier.config.env_references import find_references
 from luthier.errors import UserError
+from luthier.python_code import PYTHON_PREFIX, find_python_file, is_own_file, is_python_path
 from luthier.redaction import HIDDEN, is_secret_variable, redact_override
 
 TRUST_FLAG = "--trust"
 
-_FUNCTION = "python:"
 _HUB_METRIC = "evaluate:"
 _SWITCHES = {
     "trust_remote_code": "Python code of the model's repository",
@@ -106,10 +105,9 @@ def find_code(config: Any, key: str = "") -> list[CodeReference]:
 
 def _find_in_text(key: str, text: str) -> list[CodeReference]:
     """Return the code that a text names by itself, such as `python:module.function`."""
-    # A system prompt may begin so, too; no function's path has a space.
-    if text.startswith(_FUNCTION) and not re.search(r"\s", text):
-        where = _find_origin(text) or "there is no such module here"
-        name = text.removeprefix(_FUNCTION)
+    if is_python_path(text):
+        where = find_python_file(text) or "there is no such module or file here"
+        name = text.removeprefix(PYTHON_PREFIX)
         return [CodeReference(key, text, f"calls {name} ({where})")]
     if text.startswith(_HUB_METRIC):
         name = text.removeprefix(_HUB_METRIC)
@@ -129,8 +127,8 @@ def _find_in_source(key: str, config: Mapping[Any, Any]) -> list[CodeReference]:
     return [
         reference
         for name, path in paths.items()
-        if isinstance(path, str) and not path.startswith(_FUNCTION)
-        for reference in _find_in_text(f"{key}.{name}", f"{_FUNCTION}{path}")
+        if isinstance(path, str) and not path.startswith(PYTHON_PREFIX)
+        for reference in _find_in_text(f"{key}.{name}", f"{PYTHON_PREFIX}{path}")
     ]
 
 
@@ -193,25 +191,10 @@ def _is_own_function(text: str) -> bool:
     Those of Python and of installed packages are not: `python:subprocess.getoutput` in a recipe of
     someone else's runs any command. Nor are files within a run's folder, which comes as a whole.
     """
-    origin = _find_origin(text) if text.startswith(_FUNCTION) else None
-    if origin is None or not Path(origin).is_file():
+    origin = find_python_file(text) if is_python_path(text) else None
+    if origin is None or not Path(origin).is_file() or not is_own_file(origin):
         return False
-    file = Path(origin).resolve()
-    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    installed = [*(Path(path).resolve() for path in paths), Path(__file__).resolve().parents[1]]
-    if any(file.is_relative_to(folder) for folder in installed):
-        return False
-    if not {"site-packages", "dist-packages"}.isdisjoint(file.parts):
-        return False
-    return not any((folder / "run.json").is_file() for folder in file.parents)
-
-
-def _find_origin(text: str) -> str | None:
-    """Return where a function's module comes from; None where there is no such module."""
-    # Only now: a config without functions imports no metrics.
-    from luthier.metrics.custom import find_module_origin
-
-    return find_module_origin(text)
+    return not any((folder / "run.json").is_file() for folder in Path(origin).resolve().parents)
 
 
 def _refuse(references: list[CodeReference], where: str) -> None:

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from luthier.metrics.bootstrap import SumStatistics
 
 
-FUNCTION_PREFIX = "python:"
-"""What the path of a user's own function begins with, in a list of metrics or rewards."""
-
-
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What the model said, what the row has in its place, and the row itself."""

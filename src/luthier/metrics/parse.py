@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from luthier.errors import Mistake, UserError, format_value, nearest_option, suggest_options
-from luthier.metrics.metric import FUNCTION_PREFIX, Metric
+from luthier.metrics.metric import Metric
+from luthier.python_code import PYTHON_FORMS, PYTHON_PREFIX, split_python_path
 
 # The grammar of a list of metrics or rewards: names, or one name each with its settings.
 
@@ -140,7 +141,7 @@ BUILT_IN_METRICS = {
 METRICS_KEY = "trainer.evaluation.metrics"
 
 _HUB = "evaluate:"
-_OTHERS = "python:module.function, evaluate:NAME"
+_OTHERS = f"{PYTHON_FORMS}, evaluate:NAME"
 _SHARED = ("name", "greater_is_better")
 _INSTALL = {
     "sacrebleu": "pip install 'luthier[metrics]'",
@@ -194,7 +195,7 @@ def greater_is_better(metrics: Sequence[Metric], name: str, key: str = METRICS_K
 
 def build_metric(entry: MetricEntry, also: Sequence[str] = ()) -> Metric:
     """The metric of one entry; raises Wrong. `also` are settings that someone else reads."""
-    if entry.name.startswith((FUNCTION_PREFIX, _HUB)):
+    if entry.name.startswith((PYTHON_PREFIX, _HUB)):
         return _foreign(entry)
     if entry.name not in BUILT_IN_METRICS:
         raise unknown_name_error(entry.name, list(BUILT_IN_METRICS), "metric", _OTHERS)
@@ -243,10 +244,10 @@ def _checked(metric: Metric, entry: MetricEntry) -> Metric:
     without = explain_missing_package(metric.needed())
     if without:
         raise MetricEntryError(f"{entry.name}: {without}")
-    if entry.name.startswith(FUNCTION_PREFIX):
-        from luthier.metrics.custom import check_function_path
+    if entry.name.startswith(PYTHON_PREFIX):
+        from luthier.metrics.custom import FunctionMetric
 
-        if problem := check_function_path(entry.name):
+        if isinstance(metric, FunctionMetric) and (problem := metric.check()):
             raise MetricEntryError(problem)
     return metric
 
@@ -257,8 +258,8 @@ def _foreign(entry: MetricEntry) -> Metric:
 
     shared = {key: entry.settings[key] for key in _SHARED if key in entry.settings}
     rest = {key: setting for key, setting in entry.settings.items() if key not in _SHARED}
-    if entry.name.startswith(FUNCTION_PREFIX):
-        name, path = entry.name.rpartition(".")[2], entry.name
+    if entry.name.startswith(PYTHON_PREFIX):
+        name, path = split_python_path(entry.name).name or entry.name, entry.name
         return build_from_entry(
             FunctionMetric, entry, {"name": name, "path": path, "arguments": rest} | shared, _SHARED
         )

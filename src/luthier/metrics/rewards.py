@@ -14,12 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, mod
 
 from luthier.errors import Mistake, UserError, suggest_options
 from luthier.errors import format_value as shown
-from luthier.metrics.custom import (
-    check_function_path,
-    describe_exception,
-    load_function,
-)
-from luthier.metrics.metric import FUNCTION_PREFIX, RowMetric
+from luthier.metrics.metric import RowMetric
 from luthier.metrics.parse import (
     MetricEntry,
     MetricEntryError,
@@ -29,6 +24,15 @@ from luthier.metrics.parse import (
     explain_missing_package,
     parse_entries,
     unknown_name_error,
+)
+from luthier.python_code import (
+    PYTHON_FORMS,
+    PYTHON_PREFIX,
+    check_python_path,
+    describe_exception,
+    load_python_object,
+    select_arguments,
+    split_python_path,
 )
 
 # What a reward is: TRL's reward function with a name, a weight, and its mistakes in words.
@@ -112,7 +116,7 @@ class FunctionReward(Reward):
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Rewards:
         """What the function returns, checked: one finite number or None for each completion."""
         try:
-            returned = load_function(self.path)(**self._taken(prompts, completions, columns))
+            returned = load_python_object(self.path)(**self._taken(prompts, completions, columns))
         except UserError:
             raise
         except Exception as error:
@@ -127,17 +131,10 @@ class FunctionReward(Reward):
     ) -> dict[str, Any]:
         """What the function takes of all that is there; raises UserError for what it lacks."""
         there = {"prompts": prompts, "completions": completions, **columns, **self.arguments}
-        parameters = inspect.signature(load_function(self.path)).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            there = {p.name: there[p.name] for p in parameters if p.name in there}
-        lacking = [p.name for p in parameters if _is_required(p) and p.name not in there]
-        if lacking:
-            column_names = sorted({"prompts", "completions", *columns})
-            raise UserError(
-                f"reward {self.name}: {self.path} needs {', '.join(lacking)}, and there is no such "
-                f"column or setting. There are: {', '.join(column_names)}."
-            )
-        return there
+        try:
+            return select_arguments(load_python_object(self.path), there, self.path)
+        except UserError as error:
+            raise UserError(f"reward {self.name}: {error}") from error
 
 
 class AsyncFunctionReward(FunctionReward):
@@ -148,7 +145,9 @@ class AsyncFunctionReward(FunctionReward):
     ) -> Rewards:
         """What the function returns, checked as above."""
         try:
-            returned = await load_function(self.path)(**self._taken(prompts, completions, columns))
+            returned = await load_python_object(self.path)(
+                **self._taken(prompts, completions, columns)
+            )
         except UserError:
             raise
         except Exception as error:
@@ -189,11 +188,6 @@ def _as_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _is_required(parameter: inspect.Parameter) -> bool:
-    named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    return named and parameter.default is parameter.empty
 
 
 def _number(value: Any, row: int, name: str) -> float:
@@ -377,7 +371,7 @@ def _read(entries: object) -> tuple[list[Reward], list[str]]:
 
 
 def _reward(entry: MetricEntry) -> Reward:
-    if entry.name.startswith(FUNCTION_PREFIX):
+    if entry.name.startswith(PYTHON_PREFIX):
         return _own(entry)
     cls = TEXT_REWARDS.get(entry.name)
     if cls is not None:
@@ -385,9 +379,7 @@ def _reward(entry: MetricEntry) -> Reward:
         return build_from_entry(cls, entry, {"name": entry.name, **entry.settings}, field_names)
     if entry.name in METRIC_REWARDS:
         return _of_metric(entry)
-    raise unknown_name_error(
-        entry.name, [*METRIC_REWARDS, *TEXT_REWARDS], "reward", "python:module.function"
-    )
+    raise unknown_name_error(entry.name, [*METRIC_REWARDS, *TEXT_REWARDS], "reward", PYTHON_FORMS)
 
 
 def _of_metric(entry: MetricEntry) -> MetricReward:
@@ -404,19 +396,22 @@ def _of_metric(entry: MetricEntry) -> MetricReward:
 
 
 def _own(entry: MetricEntry) -> FunctionReward:
-    if problem := check_function_path(entry.name):
+    if problem := check_python_path(entry.name):
         raise MetricEntryError(problem)
     ours = {key: entry.settings[key] for key in ("name", "weight") if key in entry.settings}
     rest = {key: setting for key, setting in entry.settings.items() if key not in ours}
-    name = entry.name.rpartition(".")[2]
-    fields = {"name": name, "path": entry.name, "arguments": rest} | ours
+    fields = {
+        "name": split_python_path(entry.name).name,
+        "path": entry.name,
+        "arguments": rest,
+    } | ours
     return build_from_entry(FunctionReward, entry, fields, ("name", "weight"))
 
 
 def _loaded(reward: Reward) -> Reward:
     """A function of the user's own, as what it turns out to be."""
     if isinstance(reward, FunctionReward) and inspect.iscoroutinefunction(
-        load_function(reward.path)
+        load_python_object(reward.path)
     ):
         return AsyncFunctionReward(**dict(reward))
     return reward

@@ -48,7 +48,7 @@ def module(write, monkeypatch):
     write("own_rows.py", MODULE)
     write("own_package/__init__.py", "")
     write("own_package/deep.py", MODULE)
-    write("own_broken.py", "import own_missing_dependency")
+    write("own_broken.py", "import own_missing_dependency\ndef rows(): ...")
     write("own_syntax.py", "def rows(:")
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -102,14 +102,14 @@ def test_the_hash_is_that_of_the_rows(opened):
 @pytest.mark.parametrize(
     ("path", "options", "parts"),
     [
-        ("python:rows", {}, ["names no function", "python:module.function"]),
+        ("python:rows", {}, ["names no function", "python:module.name"]),
         ("python:own_nothing.rows", {}, ["there is no module own_nothing (looked in /"]),
         ("python:own_package.nothing.rows", {}, ["there is no module own_package.nothing"]),
-        ("python:own_rows.row", {}, ["has no function 'row'", "Did you mean rows?"]),
-        ("python:own_rows.VALUE", {}, ["has no function 'VALUE'"]),
+        ("python:own_rows.row", {}, ["has no function or class 'row'", "Did you mean rows?"]),
+        ("python:own_rows.VALUE", {}, ["is 3, and nothing that can be called"]),
         ("python:own_broken.rows", {}, ["importing own_broken failed", "own_missing_dependency",
                                         "own_broken.py:1"]),
-        ("python:own_syntax.rows", {}, ["importing own_syntax failed: SyntaxError"]),
+        ("python:own_syntax.rows", {}, ["own_syntax.py, line 1: this is no valid Python"]),
         ("python:own_rows.rows", {"counts": 3}, ["dataset.options: ", "(count=3, word='a')",
                                                  "unexpected keyword argument 'counts'"]),
         ("python:own_rows.rows", {"count": "3"}, ["failed at row 0: TypeError", "own_rows.py:6"]),

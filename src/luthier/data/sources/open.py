@@ -22,11 +22,12 @@ from luthier.data.sources.files import FileSettings, find_files, is_address, is_
 from luthier.data.sources.hub import HubContent, check_hub_access
 from luthier.data.sources.json import read_json_rows, read_jsonl_rows
 from luthier.data.sources.options import TABLE_FORMATS, FormatOptions, read_options
-from luthier.data.sources.python_function import FUNCTION_PREFIX, FunctionContent
+from luthier.data.sources.python_function import FunctionContent
 from luthier.data.sources.source import Source, changed_file_error, hash_file, join_hashes
 from luthier.data.sources.streams import DataFile, HashedFile, WebFile
 from luthier.data.sources.text import read_text_rows
 from luthier.errors import UserError
+from luthier.python_code import is_python_path
 from luthier.redaction import HIDDEN, REFERENCE, redact_message
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def source_type(config: "SourceConfig") -> str:
         return config.format
     if not isinstance(path, str):
         return "files"
-    if path.startswith(FUNCTION_PREFIX):
+    if is_python_path(path):
         return "python"
     if config.format == "auto" and is_saved_dataset(path):
         return "saved"
