@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date as Date
@@ -25,6 +25,7 @@ from luthier.chat.pipeline import (
     drop_front,
     turn_starts,
 )
+from luthier.chat.reply_parser import ParsedReply, ReplyParser, ReplyStream
 from luthier.chat.turns import RenderedSequence, select_trained_messages
 from luthier.chat.types import ChatBatch, ChatError, ChatSequence
 from luthier.gc_pause import pause_gc
@@ -95,6 +96,7 @@ class ChatEncoder:
             tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries,
             train_on, self.roles,
         )  # fmt: skip
+        self._reply_parsers: dict[int, ReplyParser] = {}
 
     def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
         """Return the ids that generation of the next turn starts from."""
@@ -104,6 +106,39 @@ class ChatEncoder:
             return pipeline.encode_prompt(pipeline.read(filled, tools))
 
         return retry_with_empty_content(encode, messages)
+
+    def parse(
+        self,
+        reply: str | Sequence[int],
+        messages: list[dict[str, Any]] | None = None,
+        tools: list | None = None,
+    ) -> ParsedReply:
+        """Return a model's reply as a message: its reasoning, its content and its tool calls.
+
+        `reply`: the ids that the model wrote, or their text with its control tokens, with the stop
+        token or without. `messages`, `tools`: what it replies to, as `prompt` got them; a question
+        alone where they are left out. The message counts if it renders behind that prompt to the
+        same ids (of a text: to the same text); a reply that was cut counts if the message's begin
+        with it, and it is not cut within its calls. Every other reply is plain content, with the
+        reason. Where a template writes arguments as text, their types are those of the tools'
+        schemas, and strings without any.
+        """
+        return self._reply_parser(tools).parse(reply, messages, tools)
+
+    def stream_parser(
+        self, messages: list[dict[str, Any]] | None = None, tools: list | None = None
+    ) -> ReplyStream:
+        """Return what takes one reply apart while it comes; its arguments are those of `parse`.
+
+        It holds back what may yet be a marker of the template, and calls until the reply's end.
+        """
+        return ReplyStream(self._reply_parser(tools), messages, tools)
+
+    def _reply_parser(self, tools: list | None) -> ReplyParser:
+        pipeline = self._pipelines.for_tools(tools)
+        if id(pipeline) not in self._reply_parsers:
+            self._reply_parsers[id(pipeline)] = ReplyParser(pipeline, self._pipelines.tokens)
+        return self._reply_parsers[id(pipeline)]
 
     def encode(
         self, messages: list[dict[str, Any]], tools: list | None = None

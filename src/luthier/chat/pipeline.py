@@ -62,7 +62,7 @@ class TemplatePipelines:
         """`roles`: further roles of messages, beside those that all templates know."""
         self.sources = _template_sources(tokenizer, template)
         """The text of each template by its name."""
-        self._tokens = TokenEncoder(tokenizer)
+        self.tokens = TokenEncoder(tokenizer)
         self._variables = {**tokenizer.special_tokens_map, **variables}
         self._date = date
         self._eos_token_ids = list(eos_token_ids)
@@ -94,11 +94,11 @@ class TemplatePipelines:
 
     def _make(self, source: str) -> TemplatePipeline:
         template = ChatTemplate(source, self._variables, self._date, self._origin)
-        controls = ControlTokens(template, self._tokens, self._eos_token_ids)
-        label_builder = LabelBuilder(self._tokens, controls, self._boundaries)
+        controls = ControlTokens(template, self.tokens, self._eos_token_ids)
+        label_builder = LabelBuilder(self.tokens, controls, self._boundaries)
         roles = RoleChecker(template.tree, controls.pattern, self._roles)
         fast_path = FastPath(
-            template, controls, self._tokens, label_builder, self._train_on, roles.allows
+            template, controls, self.tokens, label_builder, self._train_on, roles.allows
         )
         planner = SequencePlanner(template, controls)
         arguments = ArgumentConverter(template)

@@ -266,6 +266,18 @@ class TokenEncoder:
             return self.token_starts(TextPiece(piece.text, "start"))
         return [max(start - len(before), 0) for start, _ in encoding.offsets[skip:]]
 
+    def decode_reply(self, ids: list[int]) -> str:
+        """Return the text of ids that stand behind a prompt, control tokens and all."""
+        # SentencePiece drops the space in front of the first token, so another one stands there.
+        before = self._newline
+        together, alone = (
+            self.tokenizer.decode(
+                each, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            for each in ([*before, *ids], before)
+        )
+        return str(together[len(alone) :])
+
     def _encode_as_text(self, piece: TextPiece) -> list[int]:
         """Return the ids of text in which added tokens are no tokens."""
         if piece.kind == "plain text":
