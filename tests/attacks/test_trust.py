@@ -305,6 +305,18 @@ def test_a_secret_of_the_environment_is_read_for_nobody_else(stranger, monkeypat
         check_recorded(config, "config.yaml", Trust(), ("dataset",))
 
 
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_judge_of_somebody_else_is_sent_no_key(is_short):
+    judge = {"model": "m", "prompt": "{reply}", "key_variable": "OPENAI_API_KEY"}
+    address = "https://evil.example/v1"
+    entry = {"judge": address} | judge if is_short else {"judge": {"address": address} | judge}
+    config = {"trainer": {"rewards": [entry]}}
+    check_recorded(config, "config.yaml", NO_TRUST)
+    with pytest.raises(UserError, match=r"evil\.example/v1  \(reads OPENAI_API_KEY of your env"):
+        check_recorded(config, "config.yaml", NO_TRUST, ("trainer",))
+    check_recorded(config, "config.yaml", EVERYTHING, ("trainer",))
+
+
 def test_the_chat_settings_of_a_model_name_no_code_and_take_no_secret(stranger, monkeypatch):
     monkeypatch.setenv("DB_PASS", "correct horse battery")
     run = stranger({})

@@ -48,6 +48,7 @@ def configured():
         model=None,
         method="sft",
         teacher=None,
+        rewards=(),
         **args,
     ):
         return RunConfig.model_validate(
@@ -60,6 +61,7 @@ def configured():
                 "trainer": {
                     "method": method,
                     "teacher": teacher,
+                    "rewards": list(rewards),
                     "args": {"per_device_train_batch_size": 2, "activation_checkpointing": False}
                     | args,
                 },

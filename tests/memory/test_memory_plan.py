@@ -273,6 +273,22 @@ def test_a_teacher_is_counted_by_its_own_config(wide, shapes, configured):
     )
 
 
+@pytest.mark.parametrize(
+    ("quantization", "linear_bits"), [("none", 16), ("nf4", 4)], ids=["as it is", "in 4 bits"]
+)
+def test_a_reward_model_is_counted_by_its_own_config(
+    wide, shapes, configured, quantization, linear_bits
+):
+    sizes = TINY | {"num_hidden_layers": 4, "id2label": {"0": "score"}}
+    folder = shapes("scorer", sizes | {"architectures": ["LlamaForSequenceClassification"]})
+    rewards = [{"model": str(folder), "quantization": quantization}, "exact_match"]
+    config = configured(wide, method="grpo", rewards=rewards, dtype="bfloat16", num_generations=2)
+    linear = 4 * 64 * (64 + 2 * 32 + 64 + 3 * 128)
+    others = 4 * 2 * 64 + 64 + 320 * 64 + 64  # norms, the table, the head of one number
+    counted = parts(plan_memory(config, gpu(24)).best)["reward models"]
+    assert counted == linear * linear_bits // 8 + 2 * others
+
+
 def test_frozen_weights_need_no_optimizer(wide, configured):
     config = configured(wide, lora={}, model={"freeze": ["embed_tokens", "lm_head"]})
     found = plan_memory(config, gpu(24))

@@ -54,7 +54,7 @@ def compare(a: Path, b: Path) -> list[tuple[str, Lines]]:
 
     return [
         ("config", _config(a, b)),
-        ("data and model", of("data", "tokenizer", "model", "teacher")),
+        ("data and model", of("data", "tokenizer", "model", "teacher", "rewards")),
         ("versions", of("versions")),
         ("hardware", of("hardware")),
         ("launch", of("launch")),

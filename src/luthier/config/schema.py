@@ -321,7 +321,10 @@ class TrainerConfig(StrictModel):
     padding: Literal["longest", "max_length"] = "longest"
     """Rows of a batch are padded to the longest of them, or all to `chat.max_length`."""
     rewards: list[str | dict[str, Any]] = Field(default_factory=list)
-    """What GRPO and RLOO reward, such as `[exact_match, {length: {max: 300, weight: 0.2}}]`."""
+    """What GRPO and RLOO reward, such as `[exact_match, {length: {max: 300, weight: 0.2}}]`.
+
+    `{model: PATH}` is a reward model, and `{judge: ADDRESS, model: NAME, prompt: TEXT}` a judge.
+    """
     teacher: str | None = None
     """The model that `distill` learns from, named as in `model.path`, with the same vocabulary."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

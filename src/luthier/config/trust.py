@@ -158,6 +158,23 @@ def find_secrets_read(config: Any, keys: tuple[str, ...]) -> list[CodeReference]
     ]
 
 
+def find_judge_keys(config: Any) -> list[CodeReference]:
+    """Return the judges among a config's rewards that are sent a key of this environment."""
+    trainer = config.get("trainer") if isinstance(config, Mapping) else None
+    rewards = trainer.get("rewards") if isinstance(trainer, Mapping) else None
+    references = []
+    for entry in rewards if isinstance(rewards, list) else []:
+        judge = entry.get("judge") if isinstance(entry, Mapping) else None
+        # Written as `{judge: ADDRESS, ...}` or as `{judge: {address: ADDRESS, ...}}`.
+        settings = judge if isinstance(judge, Mapping) else entry
+        if judge is None or not settings.get("key_variable"):
+            continue
+        address = str(settings.get("address", judge))
+        effect = f"reads {settings['key_variable']} of your environment and sends it there"
+        references.append(CodeReference("trainer.rewards", address, effect))
+    return references
+
+
 def check_recorded(config: Any, where: str, trust: Trust, keys: tuple[str, ...] = ()) -> None:
     """Raise UserError for what the config of a run's folder would run and nobody has allowed.
 
@@ -165,6 +182,7 @@ def check_recorded(config: Any, where: str, trust: Trust, keys: tuple[str, ...] 
     are refused too.
     """
     references = [*find_code(config), *find_secrets_read(config, keys)]
+    references += find_judge_keys(config) if "trainer" in keys else []
     _refuse([each for each in references if not trust.allows(each)], where)
 
 

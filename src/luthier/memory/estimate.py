@@ -83,11 +83,12 @@ def estimate_memory(
     hardware: Hardware,
     file_dtype: str | None = None,
     teacher: int = 0,
+    reward_models: int = 0,
 ) -> Estimate:
     """Add up the memory of one process; `step` must have followed the sharding's gradient share.
 
-    `file_dtype` is the number format of the model's file, None where it is unknown; `teacher` is
-    the bytes of a second model.
+    `file_dtype` is the number format of the model's file, None where it is unknown; `teacher` and
+    `reward_models` are the bytes of further models.
     """
     weights, on_gpu = step.weights, hardware.kind == "cuda"
     is_half = workload.autocast is not None
@@ -100,6 +101,7 @@ def estimate_memory(
     items = [
         *_weight_items(held, workload, step),
         MemoryItem("teacher", teacher),
+        MemoryItem("reward models", reward_models),
         MemoryItem("master copy float32", held.master),
         MemoryItem("optimizer", int(states * share)),
         MemoryItem("gathered weights", held.gathered),

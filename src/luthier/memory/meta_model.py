@@ -13,12 +13,14 @@ from luthier.config.library_settings import LoraSettings
 from luthier.config.methods import METHODS
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.errors import UserError
+from luthier.metrics.rewards import ModelReward, read_reward_settings
 from luthier.model import quantized
 from luthier.model.adapters import add_adapter
 from luthier.model.device import VARLEN_ATTENTION, Machine
 from luthier.model.experts import find_experts
 from luthier.model.load import insert_quantized_layers, read_model_config
 from luthier.model.model_class import build_empty_model
+from luthier.model.reward_artifact import find_reward_artifact
 from luthier.model.trainable import freeze_parameters
 
 if TYPE_CHECKING:
@@ -67,6 +69,29 @@ def teacher_bytes(config: RunConfig, machine: Machine) -> int:
     architecture = read_model_config(teacher)
     model = _empty_model(teacher, architecture, "CAUSAL_LM", machine.dtype, machine.attention)
     return sum(p.numel() * p.itemsize for p in model.parameters())
+
+
+def reward_model_bytes(config: RunConfig, machine: Machine) -> int:
+    """Return the bytes of the models among a run's rewards; 0 if there is none."""
+    from torch.nn import Linear
+
+    total = 0
+    for reward in read_reward_settings(config.trainer.rewards):
+        if not isinstance(reward, ModelReward):
+            continue
+        artifact = find_reward_artifact(reward)
+        dtype = reward.dtype or artifact.base.dtype
+        dtype = machine.dtype if dtype == "auto" else dtype
+        architecture = read_model_config(artifact.base)
+        architecture.num_labels = 1
+        model = _empty_model(artifact.base, architecture, "SEQ_CLS", dtype, "sdpa")
+        trained_bits = artifact.quantization.bits if artifact.quantization.is_enabled else None
+        bits = {"nf4": 4, "int8": 8, "none": None}.get(reward.quantization, trained_bits)
+        for name, layer in model.named_modules():
+            is_packed = bits is not None and isinstance(layer, Linear) and name != "score"
+            for weight in layer.parameters(recurse=False):
+                total += weight.numel() * (bits or 0) // 8 if is_packed else weight.nbytes
+    return total
 
 
 def find_transformer_layers(model: Any) -> dict[str, "torch.nn.Module"]:

@@ -12,7 +12,12 @@ from luthier.config.schema import RunConfig
 from luthier.environment import quiet_bitsandbytes
 from luthier.errors import UserError
 from luthier.memory.estimate import Estimate, estimate_memory, gradient_shares
-from luthier.memory.meta_model import Weight, build_meta_model, teacher_bytes
+from luthier.memory.meta_model import (
+    Weight,
+    build_meta_model,
+    reward_model_bytes,
+    teacher_bytes,
+)
 from luthier.memory.sharding import SHARDING_KINDS, Sharding
 from luthier.memory.simulate import SimulatedStep, simulate_step
 from luthier.memory.workload import (
@@ -171,6 +176,7 @@ def _plan_workload(
         )
     file_dtype = str(read_model_config(config.model).dtype).removeprefix("torch.")
     size_of_teacher = teacher_bytes(config, machine)
+    size_of_rewards = reward_model_bytes(config, machine)
     estimates = [
         estimate_memory(
             steps[sharding.slices and workload.full],
@@ -179,6 +185,7 @@ def _plan_workload(
             hardware=hardware,
             file_dtype=file_dtype,
             teacher=size_of_teacher,
+            reward_models=size_of_rewards,
         )
         for sharding in shardings
     ]

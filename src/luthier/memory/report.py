@@ -21,8 +21,8 @@ _SHARDING_NAMES = {
     "zero3": "ZeRO-3",
 }
 _ROW_ORDER = (
-    "weights", "reference", "teacher", "adapters", "trained", "master", "optimizer", "gathered",
-    "gradients", "gradient", "activations", "output", "backward", "update",
+    "weights", "reference", "teacher", "reward", "adapters", "trained", "master", "optimizer",
+    "gathered", "gradients", "gradient", "activations", "output", "backward", "update",
 )  # fmt: skip
 _MOMENT_NAMES = {"step": "in forward and backward", "update": "when the weights are changed"}
 

@@ -1,4 +1,4 @@
-"""Reward functions for GRPO and RLOO: built in, from metrics, or the user's own."""
+"""Reward functions for GRPO and RLOO: built in, from metrics, models, or the user's own."""
 
 import asyncio
 import inspect
@@ -7,6 +7,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Literal, Self
 
@@ -155,6 +156,30 @@ class AsyncFunctionReward(FunctionReward):
         return read_returned_rewards(returned, self.name, len(completions))
 
 
+class ModelReward(Reward):
+    """`{model: PATH}`: the score that a reward model gives the whole conversation.
+
+    These are its settings; the training loads the model (`luthier.train.methods.reward_models`).
+    """
+
+    path: str = Field(min_length=1)
+    """A run of `trainer=reward`, an adapter, a model's folder, or a name on the hub."""
+    base: str | None = None
+    """Where the base of an adapter is now; None for the one that it names."""
+    device: Literal["auto", "cuda", "mps", "cpu"] | None = None
+    """Where it computes; None for the device of the model that trains."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Its number format; None for the one that it was trained in."""
+    quantization: Literal["trained", "none", "nf4", "int8"] = "trained"
+    """How its weights are packed."""
+    batch_size: PositiveInt = 8
+    """How many conversations it reads at once."""
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Rewards:
+        """Raise an error: the settings alone score nothing."""
+        raise NotImplementedError(f"reward {self.name}: {self.path} is not loaded")
+
+
 def read_returned_rewards(returned: Any, name: str, count: int) -> Rewards:
     """Rewards as plain numbers; raises UserError for too few, too many, NaN and no numbers."""
     if isinstance(returned, str | Mapping) or not isinstance(returned, Iterable):
@@ -298,6 +323,10 @@ METRIC_REWARDS = (
 
 REWARDS_KEY = "trainer.rewards"
 
+_SHORT_FORMS = {"judge": "address", "model": "path"}
+"""Entries that are one mapping, `{judge: http://..., model: NAME}` and `{model: PATH}` -> the
+setting that the value behind the entry's name is. A judge has a model, too, so it comes first."""
+
 _OURS = ("name", "weight", "reference")
 
 
@@ -314,6 +343,11 @@ def parse_rewards(entries: object, key: str = REWARDS_KEY) -> tuple[list[Reward]
     return [_loaded(reward) for reward in rewards], [reward.weight for reward in rewards]
 
 
+def read_reward_settings(entries: object) -> list[Reward]:
+    """The rewards of a valid list as settings: no function is imported and no model loaded."""
+    return _read(entries)[0]
+
+
 def check_rewards(entries: object, key: str = REWARDS_KEY) -> list[Mistake]:
     """What is wrong with a config's list of rewards; imports nothing."""
     return [Mistake(key, text) for text in _read(entries)[1]]
@@ -325,9 +359,13 @@ def prepare_rewards(rewards: Sequence[Reward], columns: Mapping[str, Sequence[An
     `columns` are those of the dataset. Raises UserError if a column is missing, or for references
     that a reward cannot compare with.
     """
+    from luthier.metrics.judge import JudgeReward
+
     for reward in rewards:
         if isinstance(reward, MetricReward) and reward.metric.needs_reference:
             reward.metric.prepare([text for text in reward.wanted(columns) if text is not None])
+        elif isinstance(reward, JudgeReward):
+            reward.check_columns(columns)
 
 
 def try_rewards(
@@ -347,9 +385,11 @@ def try_rewards(
     rewards_by_function = []
     for reward in rewards:
         returned = reward(prompts=list(prompts), completions=list(completions), **there)
-        rewards_by_function.append(
-            asyncio.run(returned) if inspect.iscoroutine(returned) else returned
-        )
+        if inspect.iscoroutine(returned):
+            # In a thread of its own: in a notebook this one has an event loop that runs already.
+            with ThreadPoolExecutor(1) as thread:
+                returned = thread.submit(asyncio.run, returned).result()
+        rewards_by_function.append(returned)
     return rewards_by_function
 
 
@@ -360,7 +400,7 @@ def _ignore(*_: Any) -> None:
 def _read(entries: object) -> tuple[list[Reward], list[str]]:
     rewards: list[Reward] = []
     wrong: list[str] = []
-    for entry in parse_entries(entries):
+    for entry in parse_entries(_expand_short_forms(entries)):
         try:
             if isinstance(entry, MetricEntryError):
                 raise entry
@@ -370,16 +410,42 @@ def _read(entries: object) -> tuple[list[Reward], list[str]]:
     return rewards, wrong + list(check_names([reward.name for reward in rewards]))
 
 
+def _expand_short_forms(entries: object) -> object:
+    """Return the list with `{model: PATH, weight: 2}` as `{model: {path: PATH, weight: 2}}`."""
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        return entries
+    return [_expand_short_form(item) for item in entries]
+
+
+def _expand_short_form(item: object) -> object:
+    if not isinstance(item, Mapping):
+        return item
+    for name, setting in _SHORT_FORMS.items():
+        if isinstance(item.get(name), str):
+            rest = {key: value for key, value in item.items() if key != name}
+            return {name: {setting: item[name], **rest}}
+    return item
+
+
 def _reward(entry: MetricEntry) -> Reward:
     if entry.name.startswith(PYTHON_PREFIX):
         return _own(entry)
+    if entry.name == "model":
+        fields = list(ModelReward.model_fields)
+        return build_from_entry(ModelReward, entry, {"name": "model", **entry.settings}, fields)
+    if entry.name == "judge":
+        from luthier.metrics.judge import JudgeReward
+
+        fields = list(JudgeReward.model_fields)
+        return build_from_entry(JudgeReward, entry, {"name": "judge", **entry.settings}, fields)
     cls = TEXT_REWARDS.get(entry.name)
     if cls is not None:
         field_names = list(cls.model_fields)
         return build_from_entry(cls, entry, {"name": entry.name, **entry.settings}, field_names)
     if entry.name in METRIC_REWARDS:
         return _of_metric(entry)
-    raise unknown_name_error(entry.name, [*METRIC_REWARDS, *TEXT_REWARDS], "reward", PYTHON_FORMS)
+    names = [*METRIC_REWARDS, *TEXT_REWARDS, *_SHORT_FORMS]
+    raise unknown_name_error(entry.name, names, "reward", PYTHON_FORMS)
 
 
 def _of_metric(entry: MetricEntry) -> MetricReward:

@@ -246,8 +246,13 @@ def find_number(text: str, marker: str | None) -> Decimal | None:
         after = _NUMBER.search(text.rpartition(marker)[2])
         if after:
             return _decimal(after)
-    numbers = list(_NUMBER.finditer(text))
-    return _decimal(numbers[-1]) if numbers else None
+    numbers = find_numbers(text)
+    return numbers[-1] if numbers else None
+
+
+def find_numbers(text: str) -> list[Decimal]:
+    """All numbers of a text, in its order."""
+    return [_decimal(match) for match in _NUMBER.finditer(text)]
 
 
 def _decimal(match: re.Match[str]) -> Decimal:

@@ -5,7 +5,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,13 +220,25 @@ def preserve_random_state() -> Iterator[None]:
     With it a training draws the same numbers however often it was evaluated before, and whether a
     model was converted just now or found in the cache.
     """
+    restore = capture_random_state()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def capture_random_state() -> Callable[[], None]:
+    """Return a function that puts the random state back to what it is now."""
     import numpy as np
     import torch
 
     python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
+    cpu, gpus = torch.random.get_rng_state(), torch.cuda.get_rng_state_all()
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
+        torch.random.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(gpus)
+
+    return restore

@@ -55,6 +55,12 @@ class ModelIdentity(RecordModel):
     files: list[str] = []
 
 
+class RewardIdentity(RecordModel):
+    """Which reward models a run used."""
+
+    weights_sha256: str | None = None
+
+
 class TokenizerIdentity(RecordModel):
     """Which tokenizer and template a run used."""
 
@@ -161,6 +167,7 @@ class RecordEntries(RecordModel):
     tokenizer: TokenizerIdentity = TokenizerIdentity()
     model: ModelIdentity = ModelIdentity()
     teacher: ModelIdentity = ModelIdentity()
+    rewards: RewardIdentity = RewardIdentity()
     data: DataEntries = DataEntries()
     launch: LaunchEntries = LaunchEntries()
     chat: SavedChatSettings | None = None

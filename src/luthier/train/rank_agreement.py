@@ -152,6 +152,7 @@ _COMPARED_INPUTS = {
     "chat template": ("tokenizer", "template_sha256"),
     "weights of the model": ("model", "weights_sha256"),
     "weights of the teacher": ("teacher", "weights_sha256"),
+    "weights of reward models": ("rewards", "weights_sha256"),
     "rows, or what trains in them": ("data", "sha256"),
 }
 

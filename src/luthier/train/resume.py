@@ -10,6 +10,7 @@ from luthier.errors import UserError
 from luthier.model.weights_hash import identify_weights
 from luthier.record import checkpoints
 from luthier.record.record import RunRecord
+from luthier.train.reward_checks import hash_reward_models
 
 # What of a record must stay as it was -> the config's key and what a message calls it.
 _FIXED_INPUTS = {
@@ -17,6 +18,7 @@ _FIXED_INPUTS = {
     "tokenizer.template_sha256": ("chat.template", "the chat template"),
     "model.weights_sha256": ("model.path", "the model's weights"),
     "teacher.weights_sha256": ("trainer.teacher", "the teacher's weights"),
+    "rewards.weights_sha256": ("trainer.rewards", "the weights of a reward model"),
     # Last, as another tokenizer or template makes other rows.
     "data.sha256": ("dataset", "the rows, or what trains in them"),
 }
@@ -44,6 +46,8 @@ def hash_run_inputs(
         inputs["model"] = identify_weights(config.model.path, config.model.revision)
     if with_weights and config.trainer.teacher:
         inputs["teacher"] = identify_weights(config.trainer.teacher, None)
+    if with_weights and (rewards_hash := hash_reward_models(config.trainer.rewards)):
+        inputs["rewards"] = {"weights_sha256": rewards_hash}
     return inputs
 
 

@@ -28,7 +28,7 @@ from luthier.record.run_dir import (
 )
 from luthier.storage.output_folder import name_some
 from luthier.storage.write_errors import explain_write_errors
-from luthier.train import launch_checks, trackers
+from luthier.train import launch_checks, reward_checks, trackers
 from luthier.train.fsdp_checks import check_fsdp_launch
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, write_exit_code
 
@@ -80,6 +80,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
             raise UserError(f"chat.template: {error}") from error
     if config.trainer.teacher is not None:
         model.check_model_path(ModelConfig(path=config.trainer.teacher), "trainer.teacher")
+    reward_checks.check_reward_sources(config.trainer.rewards)
     trackers.check_trackers_installed(config)
     read_batching_settings(config)
     # Last, as it is about the command and all before it is about the config.

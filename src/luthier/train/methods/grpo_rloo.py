@@ -13,6 +13,7 @@ from luthier.train.methods.online import (
     make_prompt_datasets,
     stop_token_ids,
 )
+from luthier.train.methods.reward_models import load_reward_models
 
 TRIAL_ROWS = 2
 """The number of rows with which the rewards are tried before training."""
@@ -54,6 +55,7 @@ class RewardedMethod(TrainingMethod):
     def build_trainer(self, inputs: TrainerInputs) -> Any:
         """Return TRL's trainer, whose rewards were tried on a few rows and saw all references."""
         rewards = parse_rewards(inputs.config.trainer.rewards)[0]
+        rewards = load_reward_models(rewards, inputs.config)
         train, sets = make_prompt_datasets(inputs.prepared)
         _try_rewards(rewards, inputs.tokenizer, train, *sets.values())
         return self.trainer_class(

@@ -4,13 +4,16 @@ The prompts are luthier's own ids, completions end by the chat template's stop t
 read the columns of the rows.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler, nanstd
 
@@ -23,10 +26,12 @@ from luthier.data.store.table import JoinedTable
 from luthier.errors import UserError
 from luthier.infer.dequantize import dequantized_layers
 from luthier.infer.generate import patched_output_layer
+from luthier.model.device import capture_random_state
 from luthier.train.evaluation import unsharded_weights
 from luthier.train.methods.encoders import make_chat_encoder
 from luthier.train.methods.method import name_eval_sets
 from luthier.train.methods.reference_model import copy_adapter_undrawn
+from luthier.train.signals import gloo_group
 from luthier.train.trainers.base import (
     TrainerMixin,
     keep_weight_precision,
@@ -148,6 +153,17 @@ class PromptSampler(RepeatSampler):
         return super().__iter__()
 
 
+class StepStart(NamedTuple):
+    """What a step has changed before its weights do, as it was when the step began."""
+
+    step: int
+    """The optimizer steps that were taken before."""
+    restore_random_state: Callable[[], None]
+    measures: dict[str, list[float]]
+    """What TRL has measured since the last line of metrics."""
+    seen_tokens: float
+
+
 class OnlineTrainerMixin(TrainerMixin, Base):
     """Stands before a trainer of TRL whose model answers prompts.
 
@@ -171,6 +187,7 @@ class OnlineTrainerMixin(TrainerMixin, Base):
         """
         self._prompt_ids: list[list[int]] = []
         self._eval_set = ""
+        self._step_start: StepStart | None = None
         self._eval_rewards: list[torch.Tensor] = []
         with copy_adapter_undrawn(model), keep_weight_precision(model):
             super().__init__(
@@ -225,6 +242,8 @@ class OnlineTrainerMixin(TrainerMixin, Base):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Answer prompts and score the answers; the prompts' ids go past TRL's own encoding."""
         self._prompt_ids = [row["prompt_ids"] for row in inputs]
+        if self.model.training:
+            self._note_step_start(anew=False)
         rows = [{key: row[key] for key in row if key != "prompt_ids"} for row in inputs]
         with pause_activation_checkpointing(self.model):
             return super()._generate_and_score_completions(rows)
@@ -249,11 +268,77 @@ class OnlineTrainerMixin(TrainerMixin, Base):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Keep the rewards of an evaluation; TRL calls this in GRPO and RLOO alone."""
-        rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        """Keep the rewards of an evaluation; TRL calls this in GRPO and RLOO alone.
+
+        A reward that fails in one process stops all of them, with a checkpoint of the steps before.
+        """
+        mistake: UserError | None = None
+        try:
+            rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        except UserError as error:
+            mistake = error
+            # The other processes wait in TRL's exchange of the rewards, so this one takes part.
+            rows, device = len(self._prompt_ids), self.accelerator.device
+            gather(torch.full((rows, len(self.reward_funcs)), torch.nan, device=device))
+        self._stop_if_rewards_failed(mistake)
         if not self.model.training:
             self._eval_rewards.append(rewards.cpu())
         return rewards
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, whose loader draws before its first step."""
+        self._note_step_start()
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random state, which the next step begins with."""
+        super()._load_rng_state(checkpoint)
+        self._note_step_start()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, between two steps or outside of the training."""
+        self._note_step_start()
+        return super().evaluate(*args, **kwargs)
+
+    def _note_step_start(self, anew: bool = True) -> None:
+        """Note what the step is about to change; without `anew`, unless it was noted already."""
+        step = self.state.global_step
+        if anew or self._step_start is None or self._step_start.step != step:
+            measures = copy.deepcopy(dict(self._metrics["train"]))
+            seen_tokens = self.state.num_input_tokens_seen
+            self._step_start = StepStart(step, capture_random_state(), measures, seen_tokens)
+
+    def _stop_if_rewards_failed(self, mistake: UserError | None) -> None:
+        """Raise UserError in all processes where the rewards failed in one; all call it together.
+
+        The weights are still those of the last step: they are saved, and the run can go on.
+        """
+        texts = [None if mistake is None else str(mistake)]
+        if self.accelerator.num_processes > 1:
+            gathered: list[Any] = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(gathered, texts[0], gloo_group())
+            texts = gathered
+        text = next((text for text in texts if text is not None), None)
+        if text is not None:
+            raise UserError(f"{text}\n{self._save_taken_steps()}") from mistake
+
+    def _save_taken_steps(self) -> str:
+        """Take a checkpoint as it would have been behind the last step; say where it is."""
+        step, start = self.state.global_step, self._step_start
+        if step == 0:
+            return "No step was taken yet, so nothing is lost."
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        # Behind the training the best weights may be in place, which are of another step.
+        if not folder.is_dir() and (self.is_in_train or not self.args.load_best_model_at_end):
+            if start is not None and start.step == step:
+                start.restore_random_state()
+                self._metrics["train"].clear()
+                self._metrics["train"].update(start.measures)
+                self.state.num_input_tokens_seen = start.seen_tokens
+            self.is_scheduled_save = False
+            # The Trainer of transformers has no public way to take a checkpoint within a step.
+            self._save_checkpoint(self.model, None)
+        return f"The {step} steps before it are saved, and the same command goes on from there."
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one set, whose name its metrics will have."""
