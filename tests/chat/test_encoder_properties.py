@@ -90,13 +90,13 @@ def _today():
     return date.today().isoformat()
 
 
-def check_rules(tokenizer, encoder, messages, tools, sanitize=False):
+def check_rules(tokenizer, encoder, messages, tools, sanitize=False, kwargs=None):
     """Rules 1 to 5 for one row; gives back whether the row could be encoded."""
     written = "".join(text for message in messages for text in _texts(message))
     if not sanitize and any(token in written for token in tokenizer.added_tokens_encoder):
         return False
     try:
-        sequences = encoder.encode(messages, tools)
+        sequences = encoder.encode(messages, tools, kwargs)
     except ChatError as error:
         assert error.reason in {"template refuses", "no stop token", "no prefix", "lost"}, error
         return False
@@ -111,9 +111,10 @@ def check_rules(tokenizer, encoder, messages, tools, sanitize=False):
                 add_generation_prompt=True,
                 return_dict=False,
                 sanitize_control_tokens=sanitize,
+                **kwargs or {},
             )
             assert ids[:start] == prompt
-            assert encoder.prompt(messages[:message], tools) == prompt
+            assert encoder.prompt(messages[:message], tools, kwargs) == prompt
             assert ids[stop - 1] in tokenizer.added_tokens_decoder
         bos = tokenizer.bos_token_id
         assert ids[:2].count(bos) <= 1
@@ -148,6 +149,32 @@ def test_rules_for_every_template(template):
     @given(conversations())
     def check(row):
         check_rules(tokenizer, encoder, *row)
+
+    check()
+
+
+FLAG = st.booleans()
+KWARGS = {
+    "qwen3": st.fixed_dictionaries({"enable_thinking": FLAG}),
+    "qwen3_5_think": st.fixed_dictionaries({"enable_thinking": FLAG}),
+    "qwen3_6": st.fixed_dictionaries({"enable_thinking": FLAG, "preserve_thinking": FLAG}),
+    "gptoss": st.fixed_dictionaries({"reasoning_effort": st.sampled_from(["low", "high"]) | WORDS}),
+}
+
+
+@pytest.mark.parametrize("template", KWARGS)
+def test_rules_for_rows_with_variables_of_their_own(template):
+    """One encoder for rows of every value, with and without tools."""
+    source = trl(template)
+    tokenizer = pair("llama3-words", source)
+    encoder = ChatEncoder(tokenizer, source, on_lost="keep", empty_replies="train", date=_today())
+
+    @settings(QUICK, max_examples=15)
+    @given(conversations(), KWARGS[template])
+    def check(row, kwargs):
+        # A value is text of the template: transformers makes tokens of it, and a row may not.
+        if not encoder.holds_control_tokens(map(str, kwargs.values())):
+            check_rules(tokenizer, encoder, *row, kwargs=kwargs)
 
     check()
 

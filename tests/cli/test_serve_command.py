@@ -8,6 +8,7 @@ import pytest
 from helpers import adapter_runs as material
 from helpers.chatml import CHATML
 from luthier.cli.serve import COMMAND_LINE, curl_command, served_name, vllm_command
+from luthier.errors import UserError
 from luthier.infer import LLM
 from luthier.model.artifact import find_artifact
 
@@ -42,6 +43,12 @@ def test_a_server_answers_as_the_model_does(asked):
         assert found["usage"]["prompt_tokens"] == reply.prompt_tokens
     calm = json.loads(ask(messages=messages, max_tokens=2, chat_template_kwargs={"mood": "calm"}))
     assert calm["usage"]["prompt_tokens"] == reply.prompt_tokens + len("calm") - len("m")
+    row = {"messages": messages, "chat_template_kwargs": {"mood": "calm"}}
+    (ids,) = llm.prompt_ids([row])
+    assert len(ids) == calm["usage"]["prompt_tokens"]
+    assert llm.tokenizer.decode(ids).startswith("calm<|im_start|>")
+    with pytest.raises(UserError, match=r"^prompt 1: .*'mod' is set, and the chat template never"):
+        llm.prompt_ids([row | {"chat_template_kwargs": {"mod": "calm"}}])
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(messages=[{"role": "user", "content": "x" * 200}])
     assert caught.value.code == 400

@@ -170,7 +170,6 @@ CHAT = [
     Change("date", ROWS_CHANGE, "2025-02-03", "2025-02-04", {"chat.template": DATED}),
     Change("date", NOTHING, "2025-02-03", "2025-02-04"),
     Change("variables", ROWS_CHANGE, {"greeting": "Ho"}, {}, {"chat.template": GREETING}),
-    Change("variables", NOTHING, {"greeting": "Ho"}, {}),
 ]
 CHANGES = [
     change._replace(field=f"{group}.{change.field}")

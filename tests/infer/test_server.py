@@ -140,7 +140,11 @@ SAID = [
     ({"frequency_penalty": 0.5}, "frequency_penalty",
      "frequency_penalty: must be 0: this server supports nothing else."),
     ({"reasoning_effort": "low"}, "reasoning_effort",
-     "reasoning_effort: is not supported by this server; remove it."),
+     "reasoning_effort: 'reasoning_effort' is set, and the chat template never reads it; variables "
+     "that it reads: none."),
+    ({"chat_template_kwargs": {"mood": "calm"}}, "chat_template_kwargs",
+     "chat_template_kwargs: 'mood' is set, and the chat template never reads it; variables that it "
+     "reads: none."),
     ({"temperature": "hot"}, "temperature", "temperature: must be a number."),
     ({"max_tokens": -3}, "max_tokens", "max_tokens: must be greater than or equal to 1."),
     ({"temprature": 1}, "temprature",

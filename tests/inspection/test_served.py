@@ -64,6 +64,13 @@ def test_a_template_of_the_config_is_saved_in_place_of_the_tokenizers(luthier, s
     ]  # fmt: skip
 
 
+def test_rows_with_variables_of_their_own_are_served_as_trained(luthier, saved):
+    rows = [ROWS[0] | {"chat_template_kwargs": {"mood": "m"}}, ROWS[1]]
+    code, found = rules(luthier, saved(rows, template=MOODY))
+    assert code == 0
+    assert (found["prompts are"]["checked"], found["prompts are"]["broken"]) == (3, 0)
+
+
 WAYS = {
     "variables": ({"template": MOODY, "variables": {"mood": "m"}}, ROWS,
                   'requests must set chat_template_kwargs={"mood": "m"}'),

@@ -59,6 +59,12 @@ def test_a_question_knows_its_row():
     assert question.messages == [USER]
 
 
+def test_a_question_has_what_its_row_has_for_the_template():
+    inputs = {"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": False}}
+    (question,) = read_questions([({"messages": [USER, REPLY], **inputs}, {})], 1)
+    assert question.template_inputs == inputs
+
+
 def test_each_set_has_its_own_metrics_and_names():
     config = EvaluationConfig(metrics=["exact_match"], sets={"sums": ["number"], "other": []})
     row = ({"messages": [USER, {"role": "assistant", "content": "7"}]}, {})

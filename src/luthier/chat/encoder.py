@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date as Date
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from luthier.chat.conversation import (
     Conversation,
@@ -19,6 +19,9 @@ from luthier.chat.fast_path.plans import FastPathRow
 from luthier.chat.labels import EncodedSequence
 from luthier.chat.lost_text import find_lost_field_of_turn, find_lost_fields
 from luthier.chat.pipeline import (
+    KWARGS,
+    MAX_VARIABLE_SETS,
+    UNREAD_VARIABLE,
     TemplatePipeline,
     TemplatePipelines,
     Truncator,
@@ -30,8 +33,17 @@ from luthier.chat.turns import RenderedSequence, select_trained_messages
 from luthier.chat.types import ChatBatch, ChatError, ChatSequence
 from luthier.gc_pause import pause_gc
 
+LOSSY_REASONS = ("lost", UNREAD_VARIABLE)
+"""The reasons of errors with which `on_lost: keep` keeps a row."""
 _CHUNK_MESSAGES = 2048
 """Messages that are rendered while those before them are encoded."""
+
+
+class MatchedRow(NamedTuple):
+    """A row whose form is known, and the pipeline whose plan it has."""
+
+    pipeline: TemplatePipeline
+    row: FastPathRow
 
 
 @dataclass(slots=True)
@@ -98,11 +110,20 @@ class ChatEncoder:
         )  # fmt: skip
         self._reply_parsers: dict[int, ReplyParser] = {}
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list | None = None) -> list[int]:
-        """Return the ids that generation of the next turn starts from."""
+    def prompt(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the ids that generation of the next turn starts from.
+
+        `chat_template_kwargs`: the row's own variables, over those of all rows. Raises ChatError
+        for a conversation that the template refuses, and for variables that it never reads.
+        """
+        pipeline, _ = self._select(tools, chat_template_kwargs)
 
         def encode(filled: list[dict[str, Any]]) -> list[int]:
-            pipeline = self._pipelines.for_tools(tools)
             return pipeline.encode_prompt(pipeline.read(filled, tools))
 
         return retry_with_empty_content(encode, messages)
@@ -112,50 +133,62 @@ class ChatEncoder:
         reply: str | Sequence[int],
         messages: list[dict[str, Any]] | None = None,
         tools: list | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ParsedReply:
         """Return a model's reply as a message: its reasoning, its content and its tool calls.
 
         `reply`: the ids that the model wrote, or their text with its control tokens, with the stop
-        token or without. `messages`, `tools`: what it replies to, as `prompt` got them; a question
-        alone where they are left out. The message counts if it renders behind that prompt to the
-        same ids (of a text: to the same text); a reply that was cut counts if the message's begin
-        with it, and it is not cut within its calls. Every other reply is plain content, with the
-        reason. Where a template writes arguments as text, their types are those of the tools'
-        schemas, and strings without any.
+        token or without. `messages`, `tools`, `chat_template_kwargs`: what it replies to, as
+        `prompt` got them; a question alone where they are left out. The message counts if it
+        renders behind that prompt to the same ids (of a text: to the same text); a reply that was
+        cut counts if the message's begin with it, and it is not cut within its calls. Every other
+        reply is plain content, with the reason. Where a template writes arguments as text, their
+        types are those of the tools' schemas, and strings without any.
         """
-        return self._reply_parser(tools).parse(reply, messages, tools)
+        return self._reply_parser(tools, chat_template_kwargs).parse(reply, messages, tools)
 
     def stream_parser(
-        self, messages: list[dict[str, Any]] | None = None, tools: list | None = None
+        self,
+        messages: list[dict[str, Any]] | None = None,
+        tools: list | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ReplyStream:
         """Return what takes one reply apart while it comes; its arguments are those of `parse`.
 
         It holds back what may yet be a marker of the template, and calls until the reply's end.
         """
-        return ReplyStream(self._reply_parser(tools), messages, tools)
+        return ReplyStream(self._reply_parser(tools, chat_template_kwargs), messages, tools)
 
-    def _reply_parser(self, tools: list | None) -> ReplyParser:
-        pipeline = self._pipelines.for_tools(tools)
+    def _reply_parser(self, tools: list | None, variables: Any) -> ReplyParser:
+        pipeline, _ = self._select(tools, variables)
         if id(pipeline) not in self._reply_parsers:
+            # Parsers keep their pipelines alive, so no id comes back; sets of variables are many.
+            if len(self._reply_parsers) > MAX_VARIABLE_SETS:
+                self._reply_parsers.clear()
             self._reply_parsers[id(pipeline)] = ReplyParser(pipeline, self._pipelines.tokens)
         return self._reply_parsers[id(pipeline)]
 
     def encode(
-        self, messages: list[dict[str, Any]], tools: list | None = None
+        self,
+        messages: list[dict[str, Any]],
+        tools: list | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[ChatSequence]:
         """Return the row's training sequences; empty when the row is dropped.
 
         Raises ChatError for a row that the settings do not allow to drop or keep.
         """
         batch = ChatBatch()
-        self._finish([self._plan(None, {"messages": messages, "tools": tools})], batch)
+        row = {"messages": messages, "tools": tools, KWARGS: chat_template_kwargs}
+        self._finish([self._plan(None, row)], batch)
         return batch.rows[0]
 
     def encode_batch(self, conversations: Iterable[dict[str, Any]]) -> ChatBatch:
         """Return the sequences of many rows, with counts of what was dropped or cut, and why.
 
-        Each conversation is a dict with `messages` and perhaps `tools`. Raises ChatError, with the
-        row's number, for a row that the settings do not allow to drop or keep.
+        Each conversation is a dict with `messages` and perhaps `tools` and `chat_template_kwargs`,
+        its own variables for the template. Raises ChatError, with the row's number, for a row that
+        the settings do not allow to drop or keep.
         """
         batch = ChatBatch()
         encoding: Future[None] | None = None
@@ -212,9 +245,30 @@ class ChatEncoder:
         """Return whether a text holds a control token, or at its edge a part of one."""
         return self._pipelines.default.controls.has_suspects(texts)
 
-    def _plan(
-        self, number: int | None, row: dict[str, Any]
-    ) -> FastPathRow | PlannedRow | ChatError:
+    def check_variables(self) -> None:
+        """Raise ChatError for a variable of the encoder's own that no template of the model reads.
+
+        It is no part of making an encoder: models whose training had such a variable are served.
+        """
+        unread = self.find_unread_variables(self.variables)
+        if unread is not None:
+            raise ChatError(f"chat.variables: {unread}", reason=UNREAD_VARIABLE)
+
+    def find_unread_variables(self, variables: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with variables that no template reads; None where all are read."""
+        return self._pipelines.find_unread_variables(variables)
+
+    def _select(self, tools: Any, variables: Any) -> tuple[TemplatePipeline, ChatError | None]:
+        """Return the pipeline for a row, and what is wrong with variables that it never reads.
+
+        Raises the second unless rows are kept that are not shown whole.
+        """
+        pipeline, unread = self._pipelines.select(tools, variables)
+        if unread is not None and self.on_lost != "keep":
+            raise unread
+        return pipeline, unread
+
+    def _plan(self, number: int | None, row: dict[str, Any]) -> MatchedRow | PlannedRow | ChatError:
         """Return the texts of a row's sequences, or the error for which it is dropped.
 
         `number`: the row's number in its batch; None for a row alone, whose errors name no row.
@@ -225,22 +279,28 @@ class ChatEncoder:
                     f"a row must be a dict with `messages`; found {type(row).__name__}",
                     reason="malformed row",
                 )
+            tools, variables = row.get("tools"), row.get(KWARGS)
+            pipeline, unread = self._pipelines.default, None
+            if variables:
+                pipeline, unread = self._select(tools, variables)
             # Rows with tools never match, so the template for tools has no fast path.
-            matched = self._pipelines.default.fast_path.match(row)
+            matched = pipeline.fast_path.match(row) if unread is None else None
             if matched is not None:
-                return matched
-            tools = row.get("tools")
-            return retry_with_empty_content(
-                lambda messages: self._plan_row(messages, tools), row.get("messages")
+                return MatchedRow(pipeline, matched)
+            if not variables:
+                pipeline = self._pipelines.for_tools(tools)
+            planned = retry_with_empty_content(
+                lambda messages: self._plan_row(pipeline, messages, tools), row.get("messages")
             )
+            planned.lost += [] if unread is None else [unread]
+            return planned
         except ChatError as error:
             in_row = error if number is None else error.in_row(number)
             if self._is_fatal(in_row):
                 raise in_row from None
             return in_row
 
-    def _plan_row(self, messages: Any, tools: Any) -> PlannedRow:
-        pipeline = self._pipelines.for_tools(tools)
+    def _plan_row(self, pipeline: TemplatePipeline, messages: Any, tools: Any) -> PlannedRow:
         conversation = pipeline.read(messages, tools)
         trained = select_trained_messages(conversation, self.train_on)
         if not trained:
@@ -265,12 +325,10 @@ class ChatEncoder:
             return self.empty_replies == "error"
         return self.on_lost != "drop"
 
-    def _finish(
-        self, planned: list[FastPathRow | PlannedRow | ChatError], batch: ChatBatch
-    ) -> None:
+    def _finish(self, planned: list[MatchedRow | PlannedRow | ChatError], batch: ChatBatch) -> None:
         """Encode what was planned, all rows of one template in one go, and keep account."""
-        matched = self._encode_matched([row for row in planned if isinstance(row, FastPathRow)])
-        rows = [next(matched) if isinstance(row, FastPathRow) else row for row in planned]
+        matched = self._encode_matched([row for row in planned if isinstance(row, MatchedRow)])
+        rows = [next(matched) if isinstance(row, MatchedRow) else row for row in planned]
         encoded = _encode_rows([row for row in rows if isinstance(row, PlannedRow)])
         for row in rows:
             if isinstance(row, PlannedRow):
@@ -280,10 +338,20 @@ class ChatEncoder:
             else:
                 batch.rows.append(row)
 
-    def _encode_matched(self, rows: list[FastPathRow]) -> Iterator[list[ChatSequence] | PlannedRow]:
-        """Return the sequences of matched rows; a plan for those that need a closer look."""
-        pipeline, limit = self._pipelines.default, self.max_length
-        for row, sequences in zip(rows, pipeline.fast_path.encode(rows), strict=True):
+    def _encode_matched(
+        self, matched: list[MatchedRow]
+    ) -> Iterator[list[ChatSequence] | PlannedRow]:
+        """Yield the sequences of matched rows in order; a plan where a closer look is needed."""
+        limit = self.max_length
+        groups: dict[int, list[MatchedRow]] = {}
+        for each in matched:
+            groups.setdefault(id(each.pipeline), []).append(each)
+        encoded = {
+            key: iter(rows[0].pipeline.fast_path.encode([each.row for each in rows]))
+            for key, rows in groups.items()
+        }
+        for pipeline, row in matched:
+            sequences = next(encoded[id(pipeline)])
             if sequences is not None and (
                 limit is None or all(len(sequence) <= limit for sequence in sequences)
             ):
@@ -398,22 +466,28 @@ class ChatPromptEncoder:
         self._limit = limit
 
     def encode(
-        self, messages: list[dict[str, Any]], tools: list | None = None
+        self,
+        messages: list[dict[str, Any]],
+        tools: list | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> tuple[list[int], int, ChatError | None]:
         """Return the prompt's ids, how many messages went from its front, and what it lacks.
 
         Raises ChatError for a row that makes no prompt; `is_fatal` says whether it stops the run.
         """
-        return retry_with_empty_content(lambda filled: self._encode(filled, tools), messages)
+        pipeline, unread = self._encoder._select(tools, chat_template_kwargs)
+        ids, dropped_messages, lost = retry_with_empty_content(
+            lambda filled: self._encode(pipeline, filled, tools), messages
+        )
+        return ids, dropped_messages, lost or unread
 
     def is_fatal(self, error: ChatError) -> bool:
         """Return whether a row with this error stops the run, by the settings, or is dropped."""
         return self._encoder._is_fatal(error)
 
     def _encode(
-        self, messages: list[dict[str, Any]], tools: list | None
+        self, pipeline: TemplatePipeline, messages: list[dict[str, Any]], tools: list | None
     ) -> tuple[list[int], int, ChatError | None]:
-        pipeline = self._encoder._pipelines.for_tools(tools)
         conversation = pipeline.read(messages, tools)
         text = pipeline.template.render(conversation.messages, conversation.tools, True)
         lost = find_lost_fields(conversation, [RenderedSequence(text)], pipeline.template)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,12 +14,18 @@ from luthier.chat.conversation import Conversation, read_conversation
 from luthier.chat.fast_path import FastPath
 from luthier.chat.labels import EncodedSequence, LabelBuilder
 from luthier.chat.roles import RoleChecker
-from luthier.chat.template import ChatTemplate, read_template
+from luthier.chat.template import TEMPLATE_INPUTS, ChatTemplate, read_template
 from luthier.chat.tokens import TokenEncoder
 from luthier.chat.tool_arguments import ArgumentConverter
 from luthier.chat.turns import SequencePlanner
 from luthier.chat.types import ChatError
 
+KWARGS = "chat_template_kwargs"
+"""The key of a row that has its own variables for the template, over those of all rows."""
+UNREAD_VARIABLE = "unread template variable"
+"""The reason of an error about a variable that a template never reads."""
+MAX_VARIABLE_SETS = 64
+"""Sets of rows' own variables whose pipelines are remembered."""
 _SYSTEM_ROLES = ("system", "developer")
 
 
@@ -71,11 +79,82 @@ class TemplatePipelines:
         self._roles = tuple(roles)
         self._origin = _describe_origin(tokenizer, template)
         self._pipelines: dict[str, TemplatePipeline] = {}
+        self._selected: OrderedDict[tuple[str, str], tuple[TemplatePipeline, ChatError | None]] = (
+            OrderedDict()
+        )
+        """By a template's name and a row's variables, those used last at the end."""
         self.default = self.for_tools(None)
 
     def for_tools(self, tools: list | None) -> TemplatePipeline:
         """Return the pipeline for rows with these tools, or without any."""
-        return self._pipeline("tool_use" if tools and "tool_use" in self.sources else "default")
+        return self._pipeline(self._name(tools))
+
+    def select(
+        self, tools: list | None, variables: Any
+    ) -> tuple[TemplatePipeline, ChatError | None]:
+        """Return the pipeline for rows with these tools and these variables of their own.
+
+        `variables` stand over those of all rows; None for no own ones. Beside it stands what is
+        wrong where the template never reads some of them. Raises ChatError for what is no mapping
+        of names to JSON values, for names that are not free, and for a value that holds a control
+        token: a variable is the template's own text.
+        """
+        if not variables:
+            return self.for_tools(tools), None
+        name = self._name(tools)
+        key = name, _variables_key(variables)
+        selected = self._selected.get(key)
+        if selected is None:
+            base = self._pipeline(name)
+            self._check_variables(variables, base.controls)
+            problem = _describe_unread(variables, base.template)
+            unread = problem and ChatError(problem, reason=UNREAD_VARIABLE, field=KWARGS)
+            selected = self._selected[key] = self._derive(base, variables), unread or None
+            if len(self._selected) > MAX_VARIABLE_SETS:
+                self._selected.popitem(last=False)
+        self._selected.move_to_end(key)
+        return selected
+
+    def find_unread_variables(self, variables: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with variables that none of the templates reads, or None."""
+        problem = None
+        for name in self.sources:
+            # A template that cannot be used is an error where a row needs it.
+            with suppress(ChatError):
+                template = self._pipeline(name).template
+                variables = {key: variables[key] for key in variables.keys() - template.read_names}
+                problem = _describe_unread(variables, template)
+        return problem
+
+    def _derive(self, base: TemplatePipeline, variables: Mapping[str, Any]) -> TemplatePipeline:
+        """Return the pipeline of a template with a row's variables over those of all rows.
+
+        What depends on the template's text alone is shared; stops are looked for again.
+        """
+        template = base.template.with_variables({**base.template.variables, **variables})
+        controls = ControlTokens(template, self.tokens, self._eos_token_ids)
+        label_builder = LabelBuilder(self.tokens, controls, self._boundaries)
+        return replace(
+            base,
+            template=template,
+            controls=controls,
+            planner=SequencePlanner(template, controls),
+            label_builder=label_builder,
+            fast_path=base.fast_path.with_template(template, controls, label_builder),
+        )
+
+    def _name(self, tools: list | None) -> str:
+        return "tool_use" if tools and "tool_use" in self.sources else "default"
+
+    def _check_variables(self, variables: Mapping[str, Any], controls: ControlTokens) -> None:
+        fixed = {*TEMPLATE_INPUTS, *self.tokens.tokenizer.special_tokens_map}
+        for name, value in variables.items():
+            if name in fixed or not name.isidentifier():
+                raise _variable_error(f"a row cannot set {name[:80]!r}")
+            if controls.has_suspects(_texts(value)):
+                raise _variable_error(
+                    f"the value of {name!r} holds a control token, or a part of one at its edge"
+                )
 
     def stop_token_ids(self) -> list[int]:
         """Return what ends the replies of all templates, the default one's first."""
@@ -130,6 +209,46 @@ def _describe_origin(tokenizer: Any, template: str | dict[str, str] | None) -> s
         return f" of {folder}" if folder else " of the tokenizer"
     is_text = not isinstance(template, str) or "{" in template or "\n" in template
     return " of the settings" if is_text else f" `{template}`"
+
+
+def _variables_key(variables: Any) -> str:
+    """Return a row's variables as a text that is the same for equal ones."""
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise _variable_error(f"it must map names to values; found {type(variables).__name__}")
+    try:
+        return json.dumps(dict(variables), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _variable_error(f"a value is not JSON ({error})") from None
+
+
+def _variable_error(problem: str) -> ChatError:
+    return ChatError(problem, reason="bad template variable", field=KWARGS)
+
+
+def _describe_unread(variables: Mapping[str, Any], template: ChatTemplate) -> str | None:
+    """Return what is wrong with variables that a template never reads; None where it reads all."""
+    unread = sorted(variables.keys() - template.read_names)
+    if not unread:
+        return None
+    verb, them = ("is", "it") if len(unread) == 1 else ("are", "them")
+    readable = ", ".join(template.list_variables()) or "none"
+    return (
+        f"{' and '.join(map(repr, unread))} {verb} set, and the chat template never reads {them}; "
+        f"variables that it reads: {readable}"
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text and key in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def turn_starts(conversation: Conversation, last: int) -> list[int]:

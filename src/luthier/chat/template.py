@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from copy import copy
 from datetime import date as Date
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, Self
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from luthier.chat.jinja_env import (
     ESCAPING_FILTERS,
@@ -31,6 +32,10 @@ _TYPE_NAMES = (
     (re.compile(r"(?:luthier\.chat\.prefix_tracking\.)?\bTrackedMessages\b"), "list"),
 )
 """Types in the errors of templates, and what their authors know them as."""
+TEMPLATE_INPUTS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
+)
+"""What every template gets, so that no variable may have these names."""
 # State that is neither a variable nor an attribute of a namespace, so no tracker sees it.
 _HIDDEN_STATE = frozenset({"cycler", "joiner"})
 # Filters that give a lazy value: a variable that holds one changes when it is read.
@@ -78,8 +83,36 @@ class ChatTemplate:
         """Whether a string may be marked as safe: it escapes what is added, which is checked."""
         self.can_track_prefixes = _can_track_prefixes(tree)
         """Whether `render_with_prefixes` can tell what the template writes for fewer messages."""
-        self.fixed_endings = self._render_fixed_endings(tree) if self.can_track_prefixes else None
+        self._ending = self._compile_ending() if self.can_track_prefixes else None
+        self.fixed_endings = self._render_fixed_endings()
         """What stands behind the messages without and with the generation prompt, if fixed."""
+
+    def with_variables(self, variables: dict[str, Any]) -> Self:
+        """Return this template with other variables, compiled and tried as it is already."""
+        template = copy(self)
+        template.variables = variables
+        template.fixed_endings = template._render_fixed_endings()
+        return template
+
+    @cached_property
+    def read_names(self) -> frozenset[str]:
+        """The names that the template may read from outside: all that a variable can set."""
+        return frozenset(meta.find_undeclared_variables(self.tree))
+
+    def list_variables(self) -> list[str]:
+        """Return the variables that the template reads, for messages; special tokens aside.
+
+        A name that the template sets itself is one only where it asks whether it is defined.
+        """
+        optional = {
+            test.node.name
+            for test in self.tree.find_all(nodes.Test)
+            if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
+        }
+        body = self.tree.body
+        own = (_variable_names(body, "store") - optional) | _variable_names(body, "param")
+        names = self.read_names - own - TEMPLATE_INPUTS
+        return sorted(name for name in names if not name.endswith("_token"))
 
     def _compile_plain(self, origin: str) -> jinja2.Template:
         """Return the template as transformers compiles it; one that does not end is refused."""
@@ -89,13 +122,16 @@ class ChatTemplate:
     def _compile_traced(self, _: str) -> jinja2.Template:
         return self._environment.compile_traced(self.source)
 
-    def _render_fixed_endings(self, tree: nodes.Template) -> tuple[str, str] | None:
-        behind = _nodes_behind_messages(tree)
-        if behind is None:
+    def _compile_ending(self) -> jinja2.Template | None:
+        """Return what stands behind the messages; None where it depends on them."""
+        behind = _nodes_behind_messages(self.tree)
+        return None if behind is None else self._environment.from_string(behind)
+
+    def _render_fixed_endings(self) -> tuple[str, str] | None:
+        if self._ending is None:
             return None
-        end = self._environment.from_string(behind)
         without, with_prompt = (
-            "".join(self._run(end, self._inputs([], None, generation), None))
+            "".join(self._run(self._ending, self._inputs([], None, generation), None))
             for generation in (False, True)
         )
         return without, with_prompt

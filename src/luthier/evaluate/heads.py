@@ -269,7 +269,7 @@ def _named(labels: LabelSet, label: Any, where: str) -> str:
 
 
 def _question(text: str, expected: str) -> Question:
-    return Question([{"role": "user", "content": text}], None, expected)
+    return Question([{"role": "user", "content": text}], {}, expected)
 
 
 def _on(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

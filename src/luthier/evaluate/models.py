@@ -45,7 +45,7 @@ def measure_model(
     if not question_rows:
         return ModelScores(losses, [], MetricScores({}))
     questions = [item.question for item in question_rows if item.question is not None]
-    prompts = [{"messages": each.messages, "tools": each.tools} for each in questions]
+    prompts = [{"messages": each.messages, **each.template_inputs} for each in questions]
     with tqdm(total=len(question_rows), desc="replies", leave=False, disable=None) as bar:
         texts = llm.generate(
             prompts, places=[item.where for item in question_rows],

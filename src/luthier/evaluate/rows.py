@@ -21,6 +21,7 @@ from luthier.data.examples import (
     path_key,
     train_sources,
 )
+from luthier.data.formats.conversations import template_inputs
 from luthier.data.prepare import prepare
 from luthier.errors import UserError
 from luthier.infer.questions import Question, read_questions
@@ -276,8 +277,8 @@ def _spoken(example: Mapping[str, Any]) -> dict[str, Any]:
     prompt, reply = split_prompt_and_reply(example)
     # Of judged replies only good ones are measured: a row that is rated bad has no reply here.
     if not reply and "messages" not in example:
-        return {"messages": [], "tools": None}
-    return {"messages": [*prompt, *reply], "tools": example.get("tools")}
+        return {"messages": []}
+    return {"messages": [*prompt, *reply], **template_inputs(example)}
 
 
 # A set joins rows with the metrics that score them.

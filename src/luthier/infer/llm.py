@@ -284,7 +284,7 @@ class LLM:
         """The text of the reply to each prompt, in order.
 
         A prompt is a user's message, the messages of a conversation, or a dict of `messages` and
-        `tools`. Takes what `replies` takes.
+        perhaps `tools` and `chat_template_kwargs`. Takes what `replies` takes.
         """
         return [reply.text for reply in self.replies(prompts, **settings)]
 

@@ -61,7 +61,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": (),
     "verbosity": ("medium",),
 }
 """Fields that this server does not follow, and the values that ask for what it does anyway."""
@@ -73,7 +72,6 @@ _RESPONSES_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "background": (False,),
     "include": ([],),
-    "reasoning": ({},),
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
@@ -332,6 +330,9 @@ class CompletionRequest(_CompletionFields):
         return prompt
 
 
+EFFORT = "reasoning_effort"
+"""The variable of a chat template that a request's effort sets, as in vLLM."""
+_Effort = Annotated[str, Field(min_length=1, max_length=80)]
 _Variables = Annotated[dict[str, Any], Field(max_length=MAX_VARIABLES)]
 _ToolChoice = Literal["auto", "none"]
 
@@ -350,9 +351,15 @@ class ConversationRequest(ReplyRequest):
         return choice
 
     @property
+    def effort(self) -> str | None:
+        """How much the model is to think, which is a variable of some chat templates."""
+        raise NotImplementedError
+
+    @property
     def variables(self) -> dict[str, Any]:
         """The variables of the chat template that the request sets."""
-        return self.chat_template_kwargs or {}
+        effort = {} if self.effort is None else {EFFORT: self.effort}
+        return effort | (self.chat_template_kwargs or {})
 
     def tool_rows(self) -> list[dict[str, Any]] | None:
         """Return the tools as rows of a dataset have them; None for no tools."""
@@ -373,6 +380,12 @@ class ChatCompletionRequest(_CompletionFields, ConversationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    reasoning_effort: _Effort | None = None
+
+    @property
+    def effort(self) -> str | None:
+        """How much the model is to think."""
+        return self.reasoning_effort
 
     def message_rows(self) -> list[dict[str, Any]]:
         """Return the conversation as rows of a dataset have it."""
@@ -445,6 +458,13 @@ InputItem = Annotated[
 ]
 
 
+class ReasoningOptions(ApiObject):
+    """How a response is to reason."""
+
+    neutral = {"summary": (), "generate_summary": ()}
+    effort: _Effort | None = None
+
+
 class ResponseRequest(ConversationRequest):
     """A request to /v1/responses."""
 
@@ -455,6 +475,12 @@ class ResponseRequest(ConversationRequest):
     instructions: str | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    reasoning: ReasoningOptions | None = None
+
+    @property
+    def effort(self) -> str | None:
+        """How much the model is to think."""
+        return None if self.reasoning is None else self.reasoning.effort
 
     @field_validator("input", mode="before")
     @classmethod

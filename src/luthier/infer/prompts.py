@@ -8,7 +8,8 @@ from luthier.errors import UserError
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
-"""A user's message, token ids, the messages of a conversation, or messages and tools."""
+"""A user's message, token ids, the messages of a conversation, or a dict of `messages` and perhaps
+`tools` and `chat_template_kwargs`, variables for the chat template."""
 
 
 class Prompts:
@@ -53,11 +54,13 @@ class Prompts:
         if isinstance(prompt, str):
             return self._of_text(prompt)
         if isinstance(prompt, Mapping):
-            return self._of_messages(prompt.get("messages"), prompt.get("tools"))
+            return self._of_messages(
+                prompt.get("messages"), prompt.get("tools"), prompt.get("chat_template_kwargs")
+            )
         # Token ids go through as they are, special tokens and all: who encodes knows why.
         if isinstance(prompt, Sequence) and prompt and all(isinstance(n, int) for n in prompt):
             return [n for n in prompt if isinstance(n, int)]
-        return self._of_messages(prompt, None)
+        return self._of_messages(prompt)
 
     def _of_text(self, text: str) -> list[int]:
         if self._encoder is None:
@@ -66,7 +69,7 @@ class Prompts:
             return ids
         return self._encoder.prompt([{"role": "user", "content": text}])
 
-    def _of_messages(self, messages: Any, tools: Any) -> list[int]:
+    def _of_messages(self, messages: Any, tools: Any = None, kwargs: Any = None) -> list[int]:
         if not isinstance(messages, Sequence) or not messages:
             raise ChatError(
                 "a prompt is a text, or messages; found neither", reason="malformed row"
@@ -83,4 +86,5 @@ class Prompts:
                 "the conversation ends with a reply, so there is nothing to answer; leave it out",
                 reason="malformed row",
             )
-        return self._encoder.prompt(list(messages), tools=tools)
+        inputs = {"tools": tools, "chat_template_kwargs": kwargs}
+        return self._encoder.prompt(list(messages), **inputs)

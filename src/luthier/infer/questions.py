@@ -14,6 +14,7 @@ from luthier.data.examples import (
     open_examples,
     train_sources,
 )
+from luthier.data.formats.conversations import template_inputs
 from luthier.errors import UserError
 from luthier.infer.prompts import Prompt
 
@@ -94,8 +95,8 @@ def _ask(placed: LocatedExample, opened: OpenedSource) -> PromptRow:
         # A conversation that begins with its reply asks nothing.
         if not context and example_type == "conversation":
             raise UserError(f"{placed.where}: there is nothing before the reply.")
-        tools = example.get("tools")
-        prompt: Prompt = {"messages": context, "tools": tools} if tools else context
+        inputs = template_inputs(example)
+        prompt: Prompt = {"messages": context, **inputs} if inputs else context
         return PromptRow(placed.where, prompt, reference_text(example))
     if example_type == "seq2seq":
         return PromptRow(placed.where, example["source"], example["target"])
@@ -131,7 +132,8 @@ class Question:
     """What the model is asked, and the reply that the row has for it."""
 
     messages: Messages
-    tools: list[dict[str, Any]] | None
+    template_inputs: Mapping[str, Any]
+    """What the row has for the chat template beside: `tools` and `chat_template_kwargs`."""
     expected: str
     row: dict[str, Any] = field(default_factory=dict)
     """The example, and over it the row's own columns."""
@@ -150,5 +152,5 @@ def read_questions(rows: Iterable[Row], limit: int) -> list[Question]:
         # A row that begins with its reply, or whose reply is a tool call, cannot be scored as text.
         if messages and expected is not None:
             row = {**example, **columns}
-            questions.append(Question(messages, example.get("tools"), expected, row))
+            questions.append(Question(messages, template_inputs(example), expected, row))
     return questions

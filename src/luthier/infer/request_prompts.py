@@ -9,9 +9,11 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
 from luthier.chat.encoder import ChatPromptEncoder
+from luthier.chat.template import TEMPLATE_INPUTS
 from luthier.data.encoders.plain_text import PlainTextTokenizer, measure_frame
 from luthier.infer.llm import LLM
 from luthier.infer.openai_requests import (
+    EFFORT,
     ApiError,
     ChatCompletionRequest,
     CompletionRequest,
@@ -22,7 +24,6 @@ _MOST_ENCODERS = 8
 """Encoders for variables of requests that are remembered: each compiles its template."""
 _MAX_VARIABLE_CHARS = 4096
 """The longest variables of a request, as JSON."""
-_TEMPLATE_INPUTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 
 
 class RequestPrompts:
@@ -77,14 +78,15 @@ class RequestPrompts:
             )
         try:
             with self._encoders_lock if request.variables else nullcontext():
-                encoder = self._encoder(request.variables)
+                encoder = self._encoder(request)
             with self._lock:
                 return _prompt_ids(encoder, messages, tools)
         except ChatError as error:
             raise _prompt_error(error, request) from None
 
-    def _encoder(self, variables: dict[str, Any]) -> ChatEncoder:
+    def _encoder(self, request: ConversationRequest) -> ChatEncoder:
         """Return the training's encoder, with a request's variables over the training's."""
+        variables = request.variables
         if not variables:
             return self._llm.encoder
         self._check_variables(variables)
@@ -96,7 +98,10 @@ class RequestPrompts:
             # Variables are part of what an encoder checks when it is made.
             settings = self._llm.encoder.settings()
             settings["variables"] = settings["variables"] | variables
-            self._encoders[key] = ChatEncoder.from_settings(self._llm.tokenizer, settings)
+            encoder = ChatEncoder.from_settings(self._llm.tokenizer, settings)
+            # Those of the training were looked at there.
+            _check_read(encoder, request)
+            self._encoders[key] = encoder
             if len(self._encoders) > _MOST_ENCODERS:
                 self._encoders.popitem(last=False)
         self._encoders.move_to_end(key)
@@ -108,7 +113,7 @@ class RequestPrompts:
         A variable is the template's own text, in which control tokens are control tokens.
         """
         field = "chat_template_kwargs"
-        fixed = {*_TEMPLATE_INPUTS, *self._llm.tokenizer.special_tokens_map}
+        fixed = {*TEMPLATE_INPUTS, *self._llm.tokenizer.special_tokens_map}
         for name in variables:
             if name in fixed or not name.isidentifier():
                 raise ApiError(f"{field}: a request cannot set {name[:80]!r}.", param=field)
@@ -122,6 +127,14 @@ class RequestPrompts:
 
     def _has_control_tokens(self, texts: Iterator[str]) -> bool:
         return self._llm.encoder.holds_control_tokens(texts)
+
+
+def _check_read(encoder: ChatEncoder, request: ConversationRequest) -> None:
+    """Refuse what the model's chat template never reads: it would change nothing."""
+    problem = encoder.find_unread_variables(request.variables)
+    if problem is not None:
+        field = "chat_template_kwargs" if request.chat_template_kwargs else EFFORT
+        raise ApiError(f"{field}: {problem}.", param=field)
 
 
 def _prompt_ids(

@@ -14,9 +14,14 @@ class Seq2SeqPrompts:
         self.stop_token_ids = list(stop_token_ids)
         """Where a reply ends."""
 
-    def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> list[int]:
+    def prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Any = None,
+        chat_template_kwargs: Any = None,
+    ) -> list[int]:
         """The ids of a source, which is the only message."""
-        # The interface is that of ChatEncoder; a source has no roles, so `tools` has no meaning
-        # here.
+        # The interface is that of ChatEncoder; a source has no template, so what is for one has no
+        # meaning here.
         (message,) = messages
         return self._encoder.source(message["content"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier import data, model
 from luthier.chat import IGNORED, ChatEncoder, ChatError, ChatSequence, Reply, Segment
-from luthier.chat.encoder import ChatPromptEncoder, OnEmpty
+from luthier.chat.encoder import LOSSY_REASONS, ChatPromptEncoder, OnEmpty
 from luthier.config import load_config
 from luthier.config.methods import METHODS
 from luthier.config.schema import ChatSettings, RunConfig
@@ -24,6 +24,7 @@ from luthier.data.encoders.chat import (
 from luthier.data.encoders.plain_text import TextWindow, WindowEncoder
 from luthier.data.encoders.prompts import encode_prompt, max_prompt_tokens
 from luthier.data.examples import LocatedExample, OpenedSource, eval_set_name
+from luthier.data.formats.conversations import template_inputs
 from luthier.environment import set_environment
 from luthier.errors import UserError
 from luthier.model.positions import bounded_length, check_max_length
@@ -193,6 +194,7 @@ class ConversationReader:
         chat = settings.model_dump() | {"eos_token_ids": end_tokens}
         self.encoder = ChatEncoder(tokenizer, **chat)
         """The encoder of a training."""
+        self.encoder.check_variables()
         # One day for all, also where the clock passes midnight.
         chat |= {"date": self.encoder.date, "on_lost": "drop"}
         chat |= {name: "drop" for name in ("on_long", "empty_replies") if chat[name] == "error"}
@@ -207,7 +209,7 @@ class ConversationReader:
         """Return what these conversations make."""
         rows = self._encode(self._dropping, placed)
         if self.settings.on_lost == "keep":
-            lossy = [number for number, row in enumerate(rows) if row.outcome.reason == "lost"]
+            lossy = [n for n, row in enumerate(rows) if row.outcome.reason in LOSSY_REASONS]
             lossy_rows = self._encode(self._lenient, [placed[number] for number in lossy])
             for number, row in zip(lossy, lossy_rows, strict=True):
                 rows[number] = row
@@ -287,6 +289,7 @@ class PromptReader:
     ) -> None:
         """`limit`: the longest prompt, in tokens."""
         encoder = ChatEncoder(tokenizer, **settings.model_dump(), eos_token_ids=end_tokens)
+        encoder.check_variables()
         self._prompts = ChatPromptEncoder(encoder, limit)
 
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
@@ -315,7 +318,7 @@ def _stopping(error: ChatError) -> RowOutcome:
 def _encode_or_nothing(encoder: ChatEncoder, row: InspectedRow) -> list[ChatSequence]:
     """Return what a row makes; nothing where the encoder stops at it."""
     try:
-        return encoder.encode(row.example["messages"], row.example.get("tools"))
+        return encoder.encode(row.example["messages"], **template_inputs(row.example))
     except ChatError:
         return []
 

@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from luthier.chat import IGNORED, ChatEncoder, ChatSequence
 from luthier.chat.conversation import fill_empty_content
 from luthier.data import Example
+from luthier.data.formats.conversations import TEMPLATE_KWARGS, template_inputs
 from luthier.inspection.dataset import ConversationReader, InspectedRow
 
 
@@ -40,39 +41,40 @@ class TransformersPrompts:
         first message, and none for control tokens in a user's text beside tags in a reply's, of
         which it can take only both or neither as text.
         """
-        tools = row.get("tools")
+        inputs = template_inputs(row)
+        tools = inputs.get("tools")
         shown = self._encoder.convert_arguments(row["messages"][:message], tools)
         before = [_plain(each) for each in shown]
         if not before:
             return None
         if self._today is not None:
-            pinned = self._encoder.prompt(before, tools)
+            pinned = self._encoder.prompt(before, **inputs)
             if pinned != ids:
                 return pinned
-            ids = self._today.prompt(before, tools)
+            ids = self._today.prompt(before, **inputs)
         in_replies = self._holds_controls(m for m in before if m["role"] == "assistant")
         in_prompts = self._holds_controls([*(m for m in before if m["role"] != "assistant"), tools])
         ways = [in_prompts] if not in_replies else [True] if in_prompts else [False, True]
-        prompts = [self._prompt(before, tools, sanitize) for sanitize in ways]
+        prompts = [self._prompt(before, inputs, sanitize) for sanitize in ways]
         if ids in prompts or (in_replies and in_prompts):
             return None
         return prompts[0]
 
-    def _prompt(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
+    def _prompt(self, messages: list[dict[str, Any]], inputs: Any, sanitize: bool) -> list[int]:
         try:
-            return self._applied(messages, tools, sanitize)
+            return self._applied(messages, inputs, sanitize)
         except TemplateError:
-            return self._applied(fill_empty_content(messages), tools, sanitize)
+            return self._applied(fill_empty_content(messages), inputs, sanitize)
 
-    def _applied(self, messages: list[dict[str, Any]], tools: Any, sanitize: bool) -> list[int]:
+    def _applied(self, messages: list[dict[str, Any]], inputs: Any, sanitize: bool) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(
             messages,
-            tools=tools,
+            tools=inputs.get("tools"),
             chat_template=self._template,
             add_generation_prompt=True,
             return_dict=False,
             sanitize_control_tokens=sanitize,
-            **self._variables,
+            **self._variables | inputs.get(TEMPLATE_KWARGS, {}),
         )
         return ids
 

@@ -1,7 +1,7 @@
 """`luthier check RUN --served`: what was saved, held against the tokens that it was trained on."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -12,6 +12,7 @@ from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import RunConfig
 from luthier.config.trust import NO_TRUST, Trust
 from luthier.data.examples import BadRows, DatasetSources, OpenedSource
+from luthier.data.formats.conversations import TEMPLATE_KWARGS, template_inputs
 from luthier.errors import UserError
 from luthier.inspection.dataset import shorten_location
 from luthier.inspection.rules import Rule, first_difference, tokens_around
@@ -40,7 +41,8 @@ class ServedTurn:
 
     where: str
     messages: list[dict[str, Any]]
-    tools: list | None
+    inputs: Mapping[str, Any]
+    """What the row has for the template beside its messages."""
     prompt: list[int]
     reply: list[int]
 
@@ -113,7 +115,7 @@ class ServedCheck:
 
     def _of_today(self, turn: ServedTurn) -> list[int] | None:
         try:
-            return self._today.prompt(turn.messages, turn.tools)
+            return self._today.prompt(turn.messages, **turn.inputs)
         except ChatError:
             return None
 
@@ -121,8 +123,8 @@ class ServedCheck:
         """The prompt as transformers makes it of what was saved, or why it does not."""
         try:
             ids: list[int] = self._saved.apply_chat_template(
-                turn.messages, tools=turn.tools, add_generation_prompt=True, return_dict=False,
-                **more,
+                turn.messages, tools=turn.inputs.get("tools"), add_generation_prompt=True,
+                return_dict=False, **more | turn.inputs.get(TEMPLATE_KWARGS, {}),
             )  # fmt: skip
         except Exception as error:  # a template may raise anything
             return str(error)
@@ -237,19 +239,19 @@ def _turns(opened: OpenedSource, encoder: ChatEncoder, limit: int) -> Iterator[S
     """The prompts of a source's first rows; rows that train nothing have none."""
     for placed in islice(opened.examples(BadRows()), limit):
         example, where = placed.example, shorten_location(placed.where)
-        tools = example.get("tools")
+        inputs = template_inputs(example)
         try:
             if opened.row_format.example_type != "conversation":
                 messages = example["prompt"]
-                yield ServedTurn(where, messages, tools, encoder.prompt(messages, tools), [])
+                yield ServedTurn(where, messages, inputs, encoder.prompt(messages, **inputs), [])
                 continue
-            for sequence in encoder.encode(example["messages"], tools):
+            for sequence in encoder.encode(example["messages"], **inputs):
                 for reply in sequence.replies:
                     before = [_plain(each) for each in example["messages"][: reply.message]]
                     ids = sequence.input_ids
                     if before:
                         yield ServedTurn(
-                            where, before, tools, ids[: reply.start], ids[reply.start : reply.stop]
+                            where, before, inputs, ids[: reply.start], ids[reply.start : reply.stop]
                         )
         except ChatError:
             continue  # a row that did not train

@@ -150,7 +150,7 @@ class ReplyGenerator:
         ):
             token_ids = generate(
                 model,
-                [self._encoder.prompt(q.messages, tools=q.tools) for q in rank_questions],
+                [self._encoder.prompt(q.messages, **q.template_inputs) for q in rank_questions],
                 stop_ids=self._encoder.stop_token_ids,
                 pad_id=tokenizer.pad_token_id,
                 max_new_tokens=self._config.max_new_tokens,

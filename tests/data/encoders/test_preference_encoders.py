@@ -170,6 +170,28 @@ def test_a_reward_model_reads_whole_conversations_to_the_end():
     assert made["length"] == max(len(made["chosen_ids"]), len(made["rejected_ids"]))
 
 
+MOODY = "{{ mood }}" + CHATML
+MOOD = {"mood": "calm"}
+
+
+@pytest.mark.parametrize("make", [PreferenceEncoder, PairSplittingEncoder, RewardEncoder])
+@pytest.mark.parametrize("prompt", [[HI], LONG], ids=["short", "cut"])
+def test_a_row_has_variables_of_its_own(make, prompt):
+    settings = {"template": MOODY, "max_length": 110}
+    own = encode(pair(prompt, chat_template_kwargs=MOOD), make, **settings)
+    of_all = encode(pair(prompt), make, **settings, variables=MOOD)
+    assert own.columns == of_all.columns and own.outcomes == of_all.outcomes
+    assert own.columns != encode(pair(prompt), make, **settings).columns
+
+
+def test_a_rated_reply_has_variables_of_its_own():
+    rated = {"prompt": [HI], "completion": reply("Hello."), "label": True}
+    own = encode(rated | {"chat_template_kwargs": MOOD}, UnpairedEncoder, template=MOODY)
+    of_all = encode(rated, UnpairedEncoder, template=MOODY, variables=MOOD)
+    assert own.columns == of_all.columns
+    assert text(row(own)["prompt_ids"]).startswith("calm")
+
+
 def test_settings_tell_what_decides_the_rows():
     kinds = (PreferenceEncoder, UnpairedEncoder, PairSplittingEncoder, RewardEncoder)
     found = [make(TOKENIZER, CHAT | {"max_length": 9}).settings() for make in kinds]

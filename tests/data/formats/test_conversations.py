@@ -736,29 +736,70 @@ def test_what_python_printed_and_json_has_not_is_refused(read, text):
         read({"messages": text}, type="messages")
 
 
-SWITCHES = {"enable_thinking": False}
+OFF = {"enable_thinking": False}
+KWARGS = {
+    "a mapping": ({"chat_template_kwargs": OFF}, OFF),
+    "json, as in a csv": ({"chat_template_kwargs": '{"enable_thinking": false, "n": 2}'},
+                          OFF | {"n": 2}),
+    "what python printed": ({"chat_template_kwargs": "{'enable_thinking': False}"}, OFF),
+    "keys that a table filled": ({"chat_template_kwargs": {"enable_thinking": False, "n": None}},
+                                 OFF),
+    "columns": ({"enable_thinking": True, "preserve_thinking": 0, "reasoning_effort": " low "},
+                {"enable_thinking": True, "preserve_thinking": False, "reasoning_effort": "low"}),
+    "text of true and false": ({"enable_thinking": "False"}, OFF),
+    "a number of a table": ({"enable_thinking": 0.0}, OFF),
+    "both": ({"chat_template_kwargs": {"n": 2}, "enable_thinking": False}, OFF | {"n": 2}),
+    "both, the same": ({"chat_template_kwargs": OFF, "enable_thinking": False}, OFF),
+}  # fmt: skip
+NOTHING = [{"chat_template_kwargs": empty} for empty in ({}, None, "", "{}", {"n": None})]
+NOTHING += [{"enable_thinking": empty} for empty in (None, "", float("nan"))]
 
 
-def test_a_row_with_variables_of_the_template_is_refused_unless_they_are_left_out(detect, read):
-    row = {"messages": [USER, REPLY], "chat_template_kwargs": SWITCHES}
-    with pytest.raises(RowError) as error:
-        read(row)
-    assert "variables of its own for the chat template (chat_template_kwargs)" in str(error.value)
-    assert "'dataset.remove_columns=[chat_template_kwargs]'" in str(error.value)
-    assert read(row, remove_columns=["chat_template_kwargs"])["messages"] == [USER, REPLY]
-    for nothing in ({}, None, "", "{}"):
-        assert read({**row, "chat_template_kwargs": nothing})["messages"] == [USER, REPLY]
-    # It may be in a later row than those that show the format.
-    first = detect({"messages": [USER, REPLY]})
-    with pytest.raises(RowError, match="chat_template_kwargs"):
-        first.read(Row(row, "x.jsonl:2000"))
+@pytest.mark.parametrize(("columns", "kwargs"), KWARGS.values(), ids=KWARGS)
+def test_a_rows_own_variables_of_the_template(detect, read, columns, kwargs):
+    row = {"messages": [USER, REPLY]} | columns
+    assert read(row) == {"messages": [USER, REPLY], "chat_template_kwargs": kwargs}
+    # They may be in a later row than those that show the format.
+    late = detect({"messages": [USER, REPLY]}).read(Row(row, "x.jsonl:2000"))
+    assert late == read(row)
+    assert detect(row).unused == ()
+    assert read(row, remove_columns=[*columns]) == {"messages": [USER, REPLY]}
 
 
-@pytest.mark.parametrize("form", ["preference", "prompt_completion"])
-def test_every_row_with_messages_may_have_such_variables(read, form):
-    rows = {
-        "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "prompt_completion": {"prompt": "a", "completion": "b"},
-    }
-    with pytest.raises(RowError, match="chat_template_kwargs"):
-        read({**rows[form], "chat_template_kwargs": SWITCHES})
+@pytest.mark.parametrize("columns", NOTHING, ids=str)
+def test_no_value_is_no_variable(read, columns):
+    assert read({"messages": [USER, REPLY]} | columns) == {"messages": [USER, REPLY]}
+
+
+FORMS = {
+    "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "prompt_completion": {"prompt": "a", "completion": "b"},
+    "unpaired": {"prompt": "a", "completion": "b", "label": True},
+    "alpaca": {"instruction": "a", "output": "b"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_row_with_messages_may_have_variables(read, form):
+    assert read(FORMS[form] | {"enable_thinking": False})["chat_template_kwargs"] == OFF
+    named = read(FORMS[form] | {"think": False}, columns={"enable_thinking": "think"})
+    assert named["chat_template_kwargs"] == OFF
+
+
+WRONG_KWARGS = {
+    "a list": ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' is a list; expected an"),
+    "text": ({"chat_template_kwargs": "off"}, "'chat_template_kwargs' is text that is no JSON"),
+    "a switch of text": ({"enable_thinking": "off"}, "'enable_thinking' is .*expected true or"),
+    "a switch inside": ({"chat_template_kwargs": {"preserve_thinking": 2}},
+                        "'chat_template_kwargs.preserve_thinking' is .*expected true or false"),
+    "an effort": ({"reasoning_effort": True}, "'reasoning_effort' is .*expected text such as"),
+    "two": ({"chat_template_kwargs": OFF, "enable_thinking": True},
+            "'enable_thinking' is True, and 'chat_template_kwargs' says False; keep one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "words"), WRONG_KWARGS.values(), ids=WRONG_KWARGS)
+def test_variables_of_a_wrong_kind_are_bad_rows(read, columns, words):
+    with pytest.raises(RowError, match=words):
+        read({"messages": [USER, REPLY]} | columns)

@@ -28,8 +28,19 @@ class FastPath:
         allows_roles: Callable[[Iterable[str]], bool],
     ) -> None:
         """`allows_roles`: whether messages may have these roles; other rows never match."""
+        self._arguments = (tokens, train_on, allows_roles)
         self._forms = FormCache(template, controls, train_on, allows_roles)
         self._encoder = FastPathEncoder(tokens, label_builder)
+
+    def with_template(
+        self, template: ChatTemplate, controls: ControlTokens, label_builder: LabelBuilder
+    ) -> "FastPath":
+        """Return the fast path of this template with other variables, which has its own plans."""
+        tokens, train_on, allows_roles = self._arguments
+        other = FastPath(template, controls, tokens, label_builder, train_on, allows_roles)
+        symbolic_template = self._forms.symbolic_template
+        other._forms.symbolic_template = symbolic_template.with_variables(template.variables)
+        return other
 
     def match(self, row: dict[str, Any]) -> FastPathRow | None:
         """Return the row with the plan of its form; None where it must be planned for itself."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -181,8 +181,13 @@ class FormCache:
         self._controls = controls
         self._train_on = train_on
         self._allows_roles = allows_roles
-        self._symbolic_template: SymbolicTemplate | None = None
         self._matchers: dict[FormKey, FormMatcher | None] = {}
+
+    @cached_property
+    def symbolic_template(self) -> SymbolicTemplate:
+        """The template as it runs on symbolic texts."""
+        template = self._template
+        return SymbolicTemplate(template.source, template.variables, template.date)
 
     def match(self, row: dict[str, Any]) -> FastPathRow | None:
         """Return the row with the plan of its form; None where it must be planned for itself."""
@@ -225,15 +230,11 @@ class FormCache:
         trained = [index for index, (_, _, trains) in enumerate(form) if trains]
         if not trained:
             raise NeedsConcreteText
-        template, conditions = self._template, TextConditions()
-        if self._symbolic_template is None:
-            self._symbolic_template = SymbolicTemplate(
-                template.source, template.variables, template.date
-            )
-        self._symbolic_template.placeholders.clear()
-        planner = SequencePlanner(self._symbolic_template, self._controls, need_concrete_text)
+        template, conditions = self.symbolic_template, TextConditions()
+        template.placeholders.clear()
+        planner = SequencePlanner(template, self._controls, need_concrete_text)
         sequences = planner.plan(symbolic_conversation(form, conditions), trained)
-        return make_form_plan(form, sequences, self._symbolic_template.placeholders, conditions)
+        return make_form_plan(form, sequences, template.placeholders, conditions)
 
 
 def _form_key(messages: list[Any]) -> FormKey | None:

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import jinja2
 
@@ -314,6 +314,12 @@ class SymbolicTemplate(ChatTemplate):
         super().__init__(source, variables, date)
         # No symbolic text can be marked as safe, or escaped.
         self.may_escape = False
+
+    def with_variables(self, variables: dict[str, Any]) -> Self:
+        """Return this template with other variables."""
+        template = super().with_variables(variables)
+        template.placeholders = {}
+        return template
 
     def _run(
         self, template: jinja2.Template, inputs: dict[str, Any], tracker: PrefixTracker | None

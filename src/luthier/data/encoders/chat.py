@@ -211,7 +211,9 @@ class ConversationEncoder:
         from luthier.chat import ChatEncoder
 
         share_templates_that_passed()
-        return ChatEncoder.from_settings(self._tokenizer, self._settings)
+        encoder = ChatEncoder.from_settings(self._tokenizer, self._settings)
+        encoder.check_variables()
+        return encoder
 
     def settings(self) -> dict[str, Any]:
         """The chat encoder's, with the template's text; less what the template does not ask for.
@@ -223,7 +225,6 @@ class ConversationEncoder:
         # Settings that the template never reads would change the cache key for nothing.
         if "strftime_now" not in text:
             del settings["date"]
-        settings["variables"] = {k: v for k, v in settings["variables"].items() if k in text}
         return settings
 
     def encode(self, examples: Sequence[Example]) -> EncodedRows:

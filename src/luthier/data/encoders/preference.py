@@ -21,6 +21,7 @@ from luthier.chat.conversation import read_conversation
 from luthier.chat.pipeline import drop_front, turn_starts
 from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem, row_outcome
 from luthier.data.formats import Example
+from luthier.data.formats.conversations import template_inputs
 
 Messages = list[dict[str, Any]]
 
@@ -185,7 +186,7 @@ def _conversation(example: Mapping[str, Any], name: str, roles: set[str]) -> dic
     context = [
         {**message, "train": False} if message["role"] in roles else message for message in prompt
     ]
-    return {"messages": [*context, *example[name]], "tools": example.get("tools")}
+    return {"messages": [*context, *example[name]], **template_inputs(example)}
 
 
 def _reply(sequence: ChatSequence) -> EncodedReply:

@@ -19,6 +19,7 @@ from luthier.data.encoders.chat import (
     row_outcome,
 )
 from luthier.data.formats import Example
+from luthier.data.formats.conversations import template_inputs
 from luthier.data.store import Ragged
 from luthier.data.store.table import Column
 from luthier.errors import UserError
@@ -133,7 +134,7 @@ def encode_prompt(prompts: ChatPromptEncoder, example: Example) -> tuple[list[in
     if not context:
         return [], row_outcome(0, NO_PROMPT)
     try:
-        ids, left_out, lost = prompts.encode(context, example.get("tools"))
+        ids, left_out, lost = prompts.encode(context, **template_inputs(example))
     except ChatError as error:
         if prompts.is_fatal(error):
             raise

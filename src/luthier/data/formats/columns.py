@@ -18,6 +18,8 @@ from typing import Any
 
 from luthier.data.rows import Row, RowError, describe_type, excerpt
 
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
 
 class MissingColumnError(RowError):
     """A row without a column that its format needs."""
@@ -96,6 +98,15 @@ def is_empty_cell(value: Any) -> bool:
         return not value.strip()
     # NaN alone differs from itself; `math.isnan` refuses what is no number.
     return value is None or value == [] or value != value
+
+
+def parse_flag(value: Any) -> bool | None:
+    """Return true or false, also of the numbers 1 and 0 and of text; None for any other value."""
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower() if isinstance(value, int | float | str) else ""
+    # Tables without whole numbers write 1 as 1.0.
+    return _FLAGS.get(text.removesuffix(".0"))
 
 
 def require_text(value: Any, column: str) -> str:

@@ -1,6 +1,7 @@
 """Rows that are conversations: messages, ShareGPT, Alpaca, a prompt and its completion."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from luthier.data.formats.columns import (
@@ -8,6 +9,8 @@ from luthier.data.formats.columns import (
     NoTextReplyError,
     describe_value,
     is_empty_cell,
+    parse_flag,
+    parse_json_cell,
     reply_text,
     require_list,
     require_text,
@@ -25,6 +28,10 @@ from luthier.data.rows import Row, RowError, describe_type
 
 Example = dict[str, Any]
 SYSTEM_ROLES = ("system", "developer")
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""The column in which TRL and others have a row's own variables for the chat template."""
+TEMPLATE_SWITCHES = frozenset({"enable_thinking", "preserve_thinking", "reasoning_effort"})
+"""Variables of many templates, which rows may have as columns of their own."""
 
 
 def from_messages(row: Row, columns: ColumnMapping) -> Example:
@@ -66,7 +73,8 @@ def from_prompt(row: Row, columns: ColumnMapping) -> Example:
 
 def _conversation(messages: list[Message], row: Row, columns: ColumnMapping) -> Example:
     """Return the example of these messages with the row's system prompt and tools."""
-    return add_tools({"messages": add_system_prompt(messages, row, columns)}, row, columns)
+    example = {"messages": add_system_prompt(messages, row, columns)}
+    return add_template_inputs(example, row, columns)
 
 
 def read_alpaca_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
@@ -147,13 +155,60 @@ def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping)
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def add_tools(example: Example, row: Row, columns: ColumnMapping) -> Example:
-    """Return the example with the tools that its row offers, if any."""
+def add_template_inputs(example: Example, row: Row, columns: ColumnMapping) -> Example:
+    """Return the example with what its row has for the chat template beside the messages, if any.
+
+    That is `tools`, and `chat_template_kwargs`: the row's own variables.
+    """
     value = columns.get(row, "tools")
-    if value is None or is_empty_cell(value):
-        return example
-    tools = read_tools(value, columns.source_name("tools"))
-    return {**example, "tools": tools} if tools else example
+    tools = None if is_empty_cell(value) else read_tools(value, columns.source_name("tools"))
+    inputs = {"tools": tools, TEMPLATE_KWARGS: _read_template_kwargs(row, columns)}
+    return {**example, **{name: value for name, value in inputs.items() if value}}
+
+
+def template_inputs(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an example has for the template beside its messages, by the encoder's names."""
+    return {name: example[name] for name in ("tools", TEMPLATE_KWARGS) if example.get(name)}
+
+
+def _read_template_kwargs(row: Row, columns: ColumnMapping) -> dict[str, Any]:
+    """Return the row's own variables of the template: its mapping of them, and its switches.
+
+    Null is no value: tables that hold a mapping fill the keys that a row lacks with it.
+    """
+    column, cell = columns.source_name(TEMPLATE_KWARGS), columns.get(row, TEMPLATE_KWARGS)
+    kwargs: dict[str, Any] = {}
+    if not is_empty_cell(cell):
+        expected = "an object of variables for the chat template"
+        value = parse_json_cell(cell, repr(column), expected) if isinstance(cell, str) else cell
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise RowError(f"{column!r} is {describe_value(value)}; expected {expected}")
+        kwargs = {name: item for name, item in value.items() if item is not None}
+        for name in TEMPLATE_SWITCHES & kwargs.keys():
+            kwargs[name] = _read_switch(name, kwargs[name], f"{column}.{name}")
+    for name in sorted(TEMPLATE_SWITCHES):
+        cell = columns.get(row, name)
+        if is_empty_cell(cell):
+            continue
+        switch = columns.source_name(name)
+        value = _read_switch(name, cell, switch)
+        if kwargs.setdefault(name, value) != value:
+            raise RowError(
+                f"{switch!r} is {value!r}, and {column!r} says {kwargs[name]!r}; keep one of them"
+            )
+    return kwargs
+
+
+def _read_switch(name: str, value: Any, column: str) -> Any:
+    """Return the value of a switch that is known; cells of CSV are text, which is always true."""
+    if name == "reasoning_effort":
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        raise RowError(f"{column!r} is {describe_value(value)}; expected text such as 'low'")
+    flag = parse_flag(value)
+    if flag is None:
+        raise RowError(f"{column!r} is {describe_value(value)}; expected true or false")
+    return flag
 
 
 # Below: conversations that are written as one text, as in Anthropic's hh-rlhf.

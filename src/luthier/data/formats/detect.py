@@ -44,8 +44,6 @@ CONTEXT_COLUMNS = (
 """Columns that a question cannot be answered without."""
 _WITH_SYSTEM = ("conversation", "preference", "unpaired")
 """Types of examples that have messages, and so may have a system prompt."""
-TEMPLATE_SWITCHES = "chat_template_kwargs"
-"""The column in which TRL and other tools have a row's own variables of the template."""
 _NEEDED_COLUMN_NAMES = frozenset(
     name for variant in FORMAT_VARIANTS for column in variant.needed for name in column.aliases
 )
@@ -62,8 +60,6 @@ class RowFormat:
     """Columns of the source that are not read."""
     key: str = "dataset"
     """The group of the config that it stands under, for messages."""
-    refused: frozenset[str] = frozenset()
-    """Columns that may hold nothing: it would change the rows, and is not read."""
 
     @property
     def type(self) -> str:
@@ -77,9 +73,6 @@ class RowFormat:
 
     def read(self, row: Row) -> Example:
         """Return a row as an example; RowError says what is wrong with it."""
-        for name in self.refused:
-            if not is_empty_cell(row.fields.get(name)) and row.fields[name] not in ({}, "{}"):
-                raise RowError(detection_errors.describe_refused_column(self.key, name))
         try:
             return self.variant.read(row, self.columns)
         except MissingColumnError as error:
@@ -98,7 +91,6 @@ class RowFormat:
             "version": FORMAT_VERSION,
             "json_replies": self.columns.json_replies,
             "number_labels": self.columns.number_labels,
-            "refused": sorted(self.refused),
         }
 
     def _describe_other_type(self, row: Row) -> str:
@@ -378,8 +370,6 @@ def _row_format(match: FormatMatch, detection: DetectionInput, text_cells: bool)
     # `translation.en` reads the column `translation`, which is then not unused.
     read = {part for name in source_names.values() for part in (name, name.partition(".")[0])}
     unused = tuple(column for column in detection.columns if column not in read)
-    has_messages = match.variant.example_type in _WITH_SYSTEM
-    refused = frozenset({TEMPLATE_SWITCHES} if has_messages else ()) - {*config.remove_columns}
     mapping = ColumnMapping(
         source_names,
         late_names,
@@ -387,7 +377,7 @@ def _row_format(match: FormatMatch, detection: DetectionInput, text_cells: bool)
         config.json_replies,
         text_cells and _has_number_labels(match, detection),
     )
-    return RowFormat(match.variant, mapping, unused, detection.key, refused)
+    return RowFormat(match.variant, mapping, unused, detection.key)
 
 
 def _has_number_labels(match: FormatMatch, detection: DetectionInput) -> bool:

@@ -214,15 +214,6 @@ def _did_you_mean(name: str, choices: Sequence[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def describe_refused_column(key: str, name: str) -> str:
-    """Return the text for a row's own variables of the template."""
-    return (
-        f"the row has variables of its own for the chat template ({name}), which luthier does not "
-        f"read. To leave them out: {format_override(f'{key}.remove_columns', [name])}; to set "
-        "variables for all rows: chat.variables"
-    )
-
-
 def describe_unknown_removed_column(
     key: str, name: str, source: str, columns: Sequence[str]
 ) -> str:

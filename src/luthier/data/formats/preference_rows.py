@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from luthier.data.formats.columns import ColumnMapping, describe_value
+from luthier.data.formats.columns import ColumnMapping, describe_value, parse_flag
 from luthier.data.formats.conversations import (
     SYSTEM_ROLES,
     Example,
     add_system_prompt,
-    add_tools,
+    add_template_inputs,
     read_alpaca_prompt,
     read_dialogue,
     read_prompt,
@@ -16,8 +16,6 @@ from luthier.data.formats.conversations import (
 )
 from luthier.data.formats.messages import Message, parse_message_list, read_messages_or_turns
 from luthier.data.rows import Row, RowError, excerpt
-
-_RATINGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def from_prompted_pair(row: Row, columns: ColumnMapping) -> Example:
@@ -65,21 +63,12 @@ def from_rated_alpaca(row: Row, columns: ColumnMapping) -> Example:
     return _rated_example(read_alpaca_prompt(row, columns), reply, row, columns)
 
 
-def parse_rating(value: Any) -> bool | None:
-    """Return whether a label says good or bad; None for a label that says neither."""
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower() if isinstance(value, int | float | str) else ""
-    # Tables without whole numbers write 1 as 1.0.
-    return _RATINGS.get(text.removesuffix(".0"))
-
-
 def _rated_example(
     prompt: list[Message], reply: list[Message], row: Row, columns: ColumnMapping
 ) -> Example:
     """Return the example of one reply and its rating."""
     value = columns.take(row, "label")
-    label = parse_rating(value)
+    label = parse_flag(value)
     if label is None:
         value_text = value if isinstance(value, int | float) else describe_value(value)
         value_text = excerpt(value) if isinstance(value, str) else value_text
@@ -89,7 +78,7 @@ def _rated_example(
     example = {
         "prompt": add_system_prompt(prompt, row, columns), "completion": reply, "label": label,
     }  # fmt: skip
-    return add_tools(example, row, columns)
+    return add_template_inputs(example, row, columns)
 
 
 def _read_prompt(row: Row, columns: ColumnMapping) -> list[Message]:
@@ -123,7 +112,7 @@ def _pair_example(prompt: list[Message], row: Row, columns: ColumnMapping) -> Ex
             )
     prompt = add_system_prompt(prompt, row, columns)
     example = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return add_tools(example, row, columns)
+    return add_template_inputs(example, row, columns)
 
 
 def _read_candidate(row: Row, columns: ColumnMapping, ours: str) -> list[Message]:

@@ -11,8 +11,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from luthier.config.schema import SourceConfig
-from luthier.data.formats.columns import ColumnMapping, find_value, list_or_empty
+from luthier.data.formats.columns import ColumnMapping, find_value, list_or_empty, parse_flag
 from luthier.data.formats.conversations import (
+    TEMPLATE_KWARGS,
+    TEMPLATE_SWITCHES,
     Example,
     from_alpaca,
     from_messages,
@@ -36,13 +38,12 @@ from luthier.data.formats.preference_rows import (
     from_rated_alpaca,
     from_rated_completion,
     from_rated_messages,
-    parse_rating,
 )
 from luthier.data.rows import Row
 
 SAMPLED_ROWS = 50
 """Rows whose values are looked at."""
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raise it whenever the same row gives another example: it is part of the cache's keys."""
 
 ExampleType = Literal[
@@ -159,7 +160,7 @@ def _ends_with_reply(value: Any) -> bool:
 def weigh_ratings(sample: ColumnSample) -> Evidence:
     """Labels must be ratings; 0 and 1 may be the numbers of two classes as well."""
     labels = sample.values("label")
-    if not labels or any(parse_rating(label) is None for label in labels):
+    if not labels or any(parse_flag(label) is None for label in labels):
         return Evidence.NO
     are_booleans = all(
         isinstance(label, bool) or str(label).lower() in ("true", "false") for label in labels
@@ -205,6 +206,7 @@ _PAIR = (FormatColumn("chosen", ("chosen",)), FormatColumn("rejected", ("rejecte
 _CHAT = (
     FormatColumn("tools", ("tools", "functions")),
     FormatColumn("system", ("system", "system_prompt", "system_message")),
+    *(FormatColumn(name, (name,)) for name in (TEMPLATE_KWARGS, *sorted(TEMPLATE_SWITCHES))),
 )
 _ALPACA = (
     FormatColumn("input", ("input", "context")),
