@@ -133,6 +133,8 @@ class Result:
     """The numbers of the process; empty where there are none."""
     problem: str = ""
     """Why there are no numbers."""
+    output: str = ""
+    """The end of what a process without numbers printed."""
 
     @property
     def speed(self) -> float:
@@ -148,6 +150,8 @@ class Result:
     def as_values(self) -> dict[str, Any]:
         """Return the result as JSON can hold it."""
         values = {**self.cell._asdict(), **self.values, "problem": self.problem}
+        if self.output:
+            values["output"] = self.output
         if self.values:
             values |= {"tokens_per_second": self.speed, "peak_share": self.peak_share}
         return values
@@ -177,7 +181,8 @@ class CellProcess:
         lines = self.output.read().splitlines() or ["no output"]
         answers = [line for line in lines if line.startswith("RESULT ")]
         if not answers:
-            return Result(self.cell, problem=f"exit code {self.process.returncode}: {lines[-1]}")
+            problem = f"exit code {self.process.returncode}: {lines[-1]}"
+            return Result(self.cell, problem=problem, output="\n".join(lines[-40:]))
         values = json.loads(answers[0].removeprefix("RESULT "))
         return (
             Result(self.cell, problem=values)
