@@ -264,6 +264,10 @@ def memory_table(gib: int) -> tuple[list[str], list[list[str]]]:
         keys = list(sizes)
         limit = gib * 0.95
         cells = [f"{size:,.1f}{'' if size <= limit else '*'}" for size in sizes.values()]
+        if quantization != "none":
+            # A run refuses packed weights under ZeRO-3.
+            pairs = zip(keys, cells, strict=True)
+            cells = ["-" if kind == "zero3" else cell for (kind, _), cell in pairs]
         label = case_name(name, rank) if quantization == "none" else f"{name}, QLoRA"
         rows.append([label, "recomputed" if recomputes else "kept", *cells])
     return ["model, training", "activations", *[f"{k} {n}" for k, n in keys]], rows
