@@ -102,6 +102,7 @@ def main() -> None:
     if options.cell:
         measure_here(Cell(*json.loads(options.cell)), options)
         return
+    check_device(parser, options.device)
     runs = [(options.shape, training) for training in TRAININGS] if options.shape else RUNS
     cells = [Cell(*run, way) for way in WAYS for run in runs]
     chosen = [cell for cell in cells if options.only in str(cell)]
@@ -109,6 +110,18 @@ def main() -> None:
     print_results(results)
     report = {"versions": installed_versions(), "results": [r.as_values() for r in results]}
     Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End the program in words where the device is not there."""
+    from luthier.config.schema import ModelConfig
+    from luthier.errors import UserError
+    from luthier.model.device import choose_machine
+
+    try:
+        choose_machine(ModelConfig(path="random", device=device))
+    except UserError as error:
+        parser.error(f"--device {device}: {error}")
 
 
 @dataclass
@@ -120,6 +133,8 @@ class Result:
     """The numbers of the process; empty where there are none."""
     problem: str = ""
     """Why there are no numbers."""
+    output: str = ""
+    """The end of what a process without numbers printed."""
 
     @property
     def speed(self) -> float:
@@ -135,6 +150,8 @@ class Result:
     def as_values(self) -> dict[str, Any]:
         """Return the result as JSON can hold it."""
         values = {**self.cell._asdict(), **self.values, "problem": self.problem}
+        if self.output:
+            values["output"] = self.output
         if self.values:
             values |= {"tokens_per_second": self.speed, "peak_share": self.peak_share}
         return values
@@ -164,7 +181,8 @@ class CellProcess:
         lines = self.output.read().splitlines() or ["no output"]
         answers = [line for line in lines if line.startswith("RESULT ")]
         if not answers:
-            return Result(self.cell, problem=f"exit code {self.process.returncode}: {lines[-1]}")
+            problem = f"exit code {self.process.returncode}: {lines[-1]}"
+            return Result(self.cell, problem=problem, output="\n".join(lines[-40:]))
         values = json.loads(answers[0].removeprefix("RESULT "))
         return (
             Result(self.cell, problem=values)
@@ -271,13 +289,14 @@ def measure_here(cell: Cell, options: argparse.Namespace) -> None:
 
 
 class Training:
-    """One cell: everything that needs no GPU is done when it is made."""
+    """One cell: data and plan are there when it is made, the model when it is measured."""
 
     def __init__(self, cell: Cell, folder: Path, options: argparse.Namespace) -> None:
         import datasets
         import trl  # noqa: F401
 
         from luthier.environment import quiet_bitsandbytes
+        from luthier.model.device import choose_machine
 
         quiet_bitsandbytes()
         self.cell, self.folder = cell, folder
@@ -285,6 +304,9 @@ class Training:
         self.rank = None if cell.training == "full" else RANK
         self.what = ""
         self.config = self._config(options.device)
+        self.machine = choose_machine(self.config.model)
+        self.on_gpu = self.machine.device_type == "cuda"
+        self.plan = self._plan() if cell.way == "luthier" else 0
         rows = random_documents(self.sizes.length, self.shape.settings["vocab_size"])
         self.rows = datasets.Dataset.from_dict(rows)
         self.tokenizer = make_tokenizer()
@@ -314,21 +336,14 @@ class Training:
         """Train for so many seconds behind the warming, and return what was counted."""
         import torch
 
-        from luthier.model.device import choose_machine
-        from luthier.model.load import resolve_attention
         from memory import process_memory
 
-        machine = resolve_attention(
-            self.config.model, choose_machine(self.config.model), "CAUSAL_LM"
-        )
-        on_gpu = machine.device_type == "cuda"
-        plan = self._plan(on_gpu) if self.cell.way == "luthier" else 0
         before = process_memory("VmRSS")
-        trainer = self._luthier(machine) if self.cell.way == "luthier" else self._trl(machine)
-        clock = StepClock(seconds, on_gpu)
+        trainer = self._luthier() if self.cell.way == "luthier" else self._trl()
+        clock = StepClock(seconds, self.on_gpu)
         count_steps(trainer, clock)
         trainer.add_callback(clock.callback())
-        if on_gpu:
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
             trainer.train()
             memory, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
@@ -340,12 +355,12 @@ class Training:
         tokens, trained, pairs = clock.totals()
         return {
             "device": device, "seconds": clock.seconds, "steps": len(clock.counts),
-            "tokens": tokens, "trained": trained, "memory": memory, "plan": plan,
+            "tokens": tokens, "trained": trained, "memory": memory, "plan": self.plan,
             "flops": self.shape.step_flops(tokens, pairs, self.rank), "what": self.what,
             "attention": trainer.model.config._attn_implementation,
         }  # fmt: skip
 
-    def _plan(self, on_gpu: bool) -> int:
+    def _plan(self) -> int:
         """Return the plan's bytes without what the process takes before its first tensor."""
         from luthier.memory import plan_memory
         from luthier.memory.workload import CUDA_CONTEXT, PROCESS_OVERHEAD
@@ -354,26 +369,33 @@ class Training:
         recomputes = plan.workload.checkpointing is not None
         self.config = self.config.with_trainer_args(activation_checkpointing=recomputes)
         self.what = f"{self.sizes.rows} packed rows, {'recomputed' if recomputes else 'kept'}"
-        return plan.best.total - (CUDA_CONTEXT if on_gpu else PROCESS_OVERHEAD)
+        return plan.best.total - (CUDA_CONTEXT if self.on_gpu else PROCESS_OVERHEAD)
 
-    def _model(self, machine: Any, attention: str) -> Any:
+    def _model(self, attention: str) -> Any:
         """Return the model without an adapter; one that trains whole is in float32."""
         import torch
 
-        dtype = "float32" if self.rank is None else machine.dtype
-        model = build_random_model(self.shape, getattr(torch, dtype), machine.device, attention)
+        device = self.machine.device
+        dtype = "float32" if self.rank is None else self.machine.dtype
+        model = build_random_model(self.shape, getattr(torch, dtype), device, attention)
         model.config.use_cache = False
-        return pack_to_nf4(model, dtype, machine.device) if self.cell.training == "nf4" else model
+        return pack_to_nf4(model, dtype, device) if self.cell.training == "nf4" else model
 
-    def _luthier(self, machine: Any) -> Any:
+    def _luthier(self) -> Any:
         """Return luthier's trainer with the settings of a run."""
         from luthier.data.batching.settings import read_batching_settings
         from luthier.model.adapters import add_adapter
+        from luthier.model.device import VARLEN_ATTENTION
+        from luthier.model.load import resolve_attention
         from luthier.model.model_class import expose_backbone
+        from luthier.model.varlen_attention import register_varlen_attention
         from luthier.train.arguments import build_sft_arguments
         from luthier.train.methods.sft import TokenTrainer
 
-        model = self._model(machine, machine.attention)
+        machine = resolve_attention(self.config.model, self.machine, "CAUSAL_LM", packs=True)
+        if machine.attention == VARLEN_ATTENTION:
+            register_varlen_attention()
+        model = self._model(machine.attention)
         expose_backbone(model)
         if self.rank is not None:
             model = add_adapter(model, self.config.lora, self.config.seed)
@@ -385,18 +407,18 @@ class Training:
             processing_class=self.tokenizer,
         )
 
-    def _trl(self, machine: Any) -> Any:
+    def _trl(self) -> Any:
         """Return TRL's trainer, with its defaults or its best settings."""
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
-        packs = find_spec("flash_attn") is not None and machine.device_type == "cuda"
+        packs = find_spec("flash_attn") is not None and self.on_gpu
         best = self.cell.way == "TRL, best"
         settings = {
             "output_dir": str(self.folder / "trl"), "max_steps": 100_000, "report_to": [],
             "save_strategy": "no", "disable_tqdm": True, "max_length": self.sizes.length,
-            "use_cpu": machine.device_type == "cpu", "bf16": machine.dtype == "bfloat16",
-            "dataloader_pin_memory": machine.device_type == "cuda",
+            "use_cpu": not self.on_gpu, "bf16": self.machine.dtype == "bfloat16",
+            "dataloader_pin_memory": self.on_gpu,
             "per_device_train_batch_size": self.sizes.padded,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }  # fmt: skip
@@ -415,7 +437,7 @@ class Training:
             task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"
         )
         return SFTTrainer(
-            self._model(machine, "flash_attention_2" if best and packs else "sdpa"),
+            self._model("flash_attention_2" if best and packs else "sdpa"),
             args=SFTConfig(**settings),
             train_dataset=self.rows,
             processing_class=self.tokenizer,

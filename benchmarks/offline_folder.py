@@ -45,13 +45,14 @@ for name, wanted in json.load(open("expected.json")).items():
             print(f"{{name}}: {{version(name)}} is here, {{wanted}} was tried", file=sys.stderr)
     except PackageNotFoundError:
         print(f"{{name}}: not here; {{wanted}} was tried", file=sys.stderr)
-if not os.path.isdir("site"):
+# dill 0.4 pickles modules whole unless their path has this name in it, and fails at that.
+if not os.path.isdir("site-packages"):
     for wheel in sorted(os.listdir("wheels")):
-        ZipFile(os.path.join("wheels", wheel)).extractall("site.part")
-    os.rename("site.part", "site")
+        ZipFile(os.path.join("wheels", wheel)).extractall("site-packages.part")
+    os.rename("site-packages.part", "site-packages")
 CHECK
 
-export PYTHONPATH="$PWD/site"
+export PYTHONPATH="$PWD/site-packages"
 exec "$python" gpu.py "$@"
 """
 

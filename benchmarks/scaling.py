@@ -33,8 +33,8 @@ bfloat16 on H100: 33 to 39 % (torchtitan) and 41 % (NeMo AutoModel, LoRA)."""
 LINK_SHARE = 0.80
 """The share of the wires' data-sheet speed that large collectives reach. An assumption: nccl-tests
 tells it of your machines (https://github.com/NVIDIA/nccl-tests)."""
-SHARDINGS = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2, ZeRO-3", "hsdp": "HSDP"}
-"""Kinds of sharding and their names in the tables, where a step has one micro-batch."""
+SHARDINGS = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "hsdp": "HSDP"}
+"""Kinds of sharding and their names in the tables."""
 ETHERNET = 12.5e9
 """Bytes a second of a machine with one port of 100 Gb/s, which many clouds have."""
 CASES = (
@@ -83,22 +83,23 @@ def step_traffic(
 ) -> Traffic:
     """Return the traffic of one optimizer step.
 
-    bfloat16 weights and gradients travel with 2 bytes, DDP's float32 gradients with 4. What travels
-    how often is read from the libraries (torch 2.13, accelerate 1.15, DeepSpeed's papers):
+    Weights travel with 2 bytes, gradients of DDP and FSDP2 in float32 with 4, those of ZeRO with 2.
+    What travels how often is read from the libraries (torch 2.13, accelerate 1.15, DeepSpeed's
+    papers):
 
     - DDP: gradients all-reduced, in the last micro-batch.
     - ZeRO-2: gradients reduce-scattered in each micro-batch, changed weights gathered once.
     - ZeRO-3: weights gathered for forward and backward, gradients reduce-scattered, each time.
     - FSDP2: as ZeRO-3, but gradients in the last micro-batch alone.
-    - HSDP: FSDP2 within each machine, and slices of gradients all-reduced between machines.
+    - HSDP (copies of slices): FSDP2 within each machine, slices of gradients all-reduced between.
     """
     trained = shape.weights if rank is None else shape.lora_weights(rank)
-    everything = shape.weights + (0 if rank is None else trained)
-    weights, gradients = 2.0 * everything, 2.0 * trained
+    weights = 2.0 * (shape.weights + (0 if rank is None else trained))
+    gradients = (2.0 if sharding.startswith("zero") else 4.0) * trained
     if sharding == "ddp":
-        return gather(4.0 * trained, processes).times(2)
+        return gather(gradients, processes).times(2)
     if sharding == "zero2":
-        return gather(gradients, processes).times(micro_batches) + gather(gradients, processes)
+        return gather(gradients, processes).times(micro_batches + 1)
     group = min(processes, PER_MACHINE) if sharding == "hsdp" else processes
     gathered = gather(weights, group).times(2 * micro_batches)
     scattered = gather(gradients, group).times(micro_batches if sharding == "zero3" else 1)
@@ -263,6 +264,10 @@ def memory_table(gib: int) -> tuple[list[str], list[list[str]]]:
         keys = list(sizes)
         limit = gib * 0.95
         cells = [f"{size:,.1f}{'' if size <= limit else '*'}" for size in sizes.values()]
+        if quantization != "none":
+            # A run refuses packed weights under ZeRO-3.
+            pairs = zip(keys, cells, strict=True)
+            cells = ["-" if kind == "zero3" else cell for (kind, _), cell in pairs]
         label = case_name(name, rank) if quantization == "none" else f"{name}, QLoRA"
         rows.append([label, "recomputed" if recomputes else "kept", *cells])
     return ["model, training", "activations", *[f"{k} {n}" for k, n in keys]], rows

@@ -14,7 +14,7 @@
 # ///
 """Train a recipe on the GPUs of Hugging Face Jobs, and push what came out to the hub.
 
-Needs: a paid plan for Jobs, `hf auth login` with a token that may write, and luthier as a wheel:
+Needs: credit for Jobs, `hf auth login` with a token that may write, and luthier as a wheel:
 
     pip wheel --no-deps --wheel-dir dist .
     hf jobs uv run --flavor a100-large --timeout 12h --secrets HF_TOKEN -v ./dist:/wheels \

@@ -55,8 +55,8 @@ BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "confi
 """Modules on the way to a mistake in a config; numpy and pyarrow come after it."""
 
 LONGEST_FUNCTION = 80
-MOST_MODULES = 300
-MOST_LINES = 66_000
+MOST_MODULES = 305
+MOST_LINES = 67_500
 LEAST_COMMENTS = 0.02
 MOST_VAGUE_NAMES = 0.03
 VAGUE = frozenset(

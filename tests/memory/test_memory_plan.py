@@ -51,7 +51,9 @@ def test_the_process_of_a_cpu_counts_its_libraries(wide, configured):
 def test_the_heap_of_a_cpu_keeps_some_where_nothing_else_was_said(wide, configured, monkeypatch):
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     named = parts(plan_memory(configured(wide)).best)
-    passing = named["activations"] + named["output layer"]
+    # On a CPU no logits are left at the peak: the output layer drops them in its forward.
+    assert "output layer" not in named
+    passing = named["activations"]
     assert named["lost in the heap"] == pytest.approx(0.3 * passing, rel=0.01)
 
 

@@ -96,6 +96,18 @@ def test_the_share_of_gradients_that_stays(sharding, full, share):
     assert sharding.gradient_share(full, half=True) == share
 
 
+ACCUMULATED = {
+    "FSDP2, all weights: whole in float32": (Sharding("fsdp2", 4), True, 2),
+    "FSDP2, adapters: whole as they are": (Sharding("fsdp2", 4), False, 1),
+    "ZeRO: in slices after each micro-batch": (Sharding("zero2", 4), True, 0.25),
+}
+
+
+@pytest.mark.parametrize("sharding, full, share", ACCUMULATED.values(), ids=ACCUMULATED)
+def test_the_share_of_gradients_between_micro_batches(sharding, full, share):
+    assert sharding.gradient_share(full, half=True, accumulates=True) == share
+
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 FILES = {
     "cpu.yaml": Sharding(),

@@ -34,6 +34,12 @@ def rest_of(name: str) -> list[str]:
     return [rest for instruction, rest in instructions() if instruction == name]
 
 
+def test_the_page_of_launch_files_lists_both():
+    page = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+    assert f"`{DOCKERFILE.name}`" in page
+    assert f"`{JOBS.name}`" in page
+
+
 def test_the_base_image_is_pinned():
     assert [
         bool(re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-\S+", image)) for image in rest_of("FROM")

@@ -96,6 +96,8 @@ class QuantizationSettings(LibrarySettings):
 
     dequantize = SettingKey[bool](False)
     """A model that comes quantized gets whole weights while it loads."""
+    bnb_4bit_quant_storage = SettingKey[str]("uint8")
+    """The format of the tensor that holds the packed weights."""
 
     @property
     def switches(self) -> list[str]:
@@ -129,6 +131,7 @@ class TrainerArgs(LibrarySettings):
     """True, False, or `auto` for the memory plan's choice; None: the trainer's own default."""
     activation_checkpointing_kwargs = SettingKey[dict[str, Any]]({})
     activation_offloading = SettingKey[bool](False)
+    torch_compile = SettingKey[bool](False)
     use_liger_kernel = SettingKey[bool](False)
     lr_scheduler_type = SettingKey[str]("linear")
     warmup_steps = SettingKey[float](0)

@@ -107,7 +107,7 @@ def estimate_memory(
         MemoryItem("gathered weights", held.gathered),
         MemoryItem("gradient buckets", held.buckets),
     ]
-    gradients = sharding.gradient_share(workload.full, is_half) if held.gradients_on_device else 0.0
+    gradients = _gradient_share(sharding, workload) if held.gradients_on_device else 0.0
     update = int(optimizers.update_bytes(optimizer, trained, on_gpu) * share)
     # Either the step or the update is the fullest moment, never both at once.
     moment, momentary = _fullest_moment(step, gradients, update)
@@ -131,8 +131,13 @@ def estimate_memory(
 
 def gradient_shares(shardings: Sequence[Sharding], workload: Workload) -> set[float]:
     """Return the shares of the gradients that a simulated step must follow for `shardings`."""
+    return {0.0, *(_gradient_share(sharding, workload) for sharding in shardings)}
+
+
+def _gradient_share(sharding: Sharding, workload: Workload) -> float:
+    """Return the share of the gradients that stays on a process in a step of `workload`."""
     is_half = workload.autocast is not None
-    return {0.0, *(sharding.gradient_share(workload.full, is_half) for sharding in shardings)}
+    return sharding.gradient_share(workload.full, is_half, workload.accumulation > 1)
 
 
 def keeps_freed_blocks() -> bool:

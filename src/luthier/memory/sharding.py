@@ -42,16 +42,20 @@ class Sharding:
     offload_optimizer: bool = False
     """Whether the optimizer's states are in main memory."""
 
-    def gradient_share(self, full: bool, half: bool) -> float:
+    def gradient_share(self, full: bool, half: bool, accumulates: bool = False) -> float:
         """Return the bytes of gradients that stay on a process per byte that its backward makes.
 
         Gathered weights that train whole (`full`) have 16-bit gradients under mixed precision
-        (`half`); FSDP2 keeps slices of them in float32, ZeRO in 16 bits.
+        (`half`); FSDP2 keeps slices of them in float32, ZeRO in 16 bits. Where micro-batches are
+        accumulated (`accumulates`), transformers trains all but the last under `no_sync`, in which
+        FSDP2 keeps whole gradients; DeepSpeed allows no `no_sync`.
         """
         if not self.slices:
             return 1.0
         bytes_made = _BYTES_16BIT if full and half else _BYTES_32BIT
         bytes_kept = _BYTES_16BIT if half and self.kind != "fsdp2" else _BYTES_32BIT
+        if accumulates and self.kind == "fsdp2":
+            return bytes_kept / bytes_made
         return bytes_kept / bytes_made * self.copies / self.processes
 
     @property

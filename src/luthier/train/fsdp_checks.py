@@ -52,7 +52,7 @@ def check_fsdp_config(config: RunConfig) -> None:
             "on which bitsandbytes' optimizers and Adafactor fail.\nUse one of "
             f"{', '.join(FSDP2_OPTIMIZERS)}, or {_DDP}."
         )
-    if config.trainer.args.get("torch_compile"):
+    if config.trainer.args.torch_compile:
         raise UserError(
             "trainer.args.torch_compile=true: it was not shown to train right on the slices of "
             f"FSDP2.\nSet it to false, or use {_DDP}."
@@ -99,8 +99,8 @@ def check_packed_storage(config: RunConfig, args: Any) -> None:
     stored as floating-point numbers (`bnb_4bit_quant_storage`) are sharded, and FSDP2 casts what it
     gathers.
     """
-    storage = config.quantization.get("bnb_4bit_quant_storage")
-    if not is_on(os.environ, "ACCELERATE_USE_FSDP") or storage in (None, "uint8"):
+    storage = config.quantization.bnb_4bit_quant_storage
+    if not is_on(os.environ, "ACCELERATE_USE_FSDP") or storage == "uint8":
         return
     environment = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else environment
