@@ -252,13 +252,13 @@ def _read_tools(conversation: Conversation, tools: Any) -> list[Any]:
     def trace(text: str, path: tuple) -> TracedStr:
         return _read_text(conversation, shared, text, False)
 
-    copied = [_copy_value(_to_schema(tool), trace, (), None, "tools") for tool in tools]
+    copied = [_copy_value(to_schema(tool), trace, (), None, "tools") for tool in tools]
     if copied:
         conversation.origins.append(shared)
     return copied
 
 
-def _to_schema(tool: Any) -> Any:
+def to_schema(tool: Any) -> Any:
     """Return a tool as a JSON schema; functions are described as transformers does it."""
     if isinstance(tool, dict):
         return tool

@@ -28,7 +28,7 @@ from luthier.chat.pipeline import (
     drop_front,
     turn_starts,
 )
-from luthier.chat.reply_parser import ParsedReply, ReplyParser, ReplyStream
+from luthier.chat.reply_parser import MessageParser, ParsedReply, ReplyStream
 from luthier.chat.turns import RenderedSequence, select_trained_messages
 from luthier.chat.types import ChatBatch, ChatError, ChatSequence
 from luthier.gc_pause import pause_gc
@@ -108,7 +108,7 @@ class ChatEncoder:
             tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries,
             train_on, self.roles,
         )  # fmt: skip
-        self._reply_parsers: dict[int, ReplyParser] = {}
+        self._reply_parsers: dict[int, MessageParser] = {}
 
     def prompt(
         self,
@@ -159,13 +159,13 @@ class ChatEncoder:
         """
         return ReplyStream(self._reply_parser(tools, chat_template_kwargs), messages, tools)
 
-    def _reply_parser(self, tools: list | None, variables: Any) -> ReplyParser:
+    def _reply_parser(self, tools: list | None, variables: Any) -> MessageParser:
         pipeline, _ = self._select(tools, variables)
         if id(pipeline) not in self._reply_parsers:
             # Parsers keep their pipelines alive, so no id comes back; sets of variables are many.
             if len(self._reply_parsers) > MAX_VARIABLE_SETS:
                 self._reply_parsers.clear()
-            self._reply_parsers[id(pipeline)] = ReplyParser(pipeline, self._pipelines.tokens)
+            self._reply_parsers[id(pipeline)] = MessageParser(pipeline, self._pipelines.tokens)
         return self._reply_parsers[id(pipeline)]
 
     def encode(

@@ -6,18 +6,37 @@ taken apart by that, and the message counts only if it renders to the same ids a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from luthier.chat.labels import EncodedSequence
+from luthier.chat.argument_forms import ReplySyntaxError
+from luthier.chat.call_grammar import make_calls
+from luthier.chat.conversation import retry_with_empty_content, to_schema
 from luthier.chat.pipeline import TemplatePipeline
-from luthier.chat.reply_grammar import ReplyGrammar, ReplyScanner, ScannedText
-from luthier.chat.tokens import TokenEncoder
+from luthier.chat.provenance import TracedStr
+from luthier.chat.reply_grammar import ReplyGrammar, ReplyScanner, TextField
+from luthier.chat.tokens import TokenEncoder, origin_spans
 from luthier.chat.turns import RenderedSequence
 from luthier.chat.types import ChatError
 
-_QUESTION = {"role": "user", "content": "What is a lute?"}
+Messages = list[dict[str, Any]]
+_MOST_GRAMMARS = 64
+"""Grammars of one template that are kept."""
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
+_QUESTION: dict[str, Any] = {"role": "user", "content": "What is a lute?"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,118 +74,193 @@ class RenderedReply(NamedTuple):
     text: str
     """The reply with its stop token."""
     stop_token: str
+    suspect: bool
+    """Whether a text of the conversation may hold a control token."""
 
 
-class ReplyParser:
+class ReplyText(NamedTuple):
+    """What a model wrote, without the stop token."""
+
+    text: str
+    ids: list[int] | None
+    """None where the reply came as text."""
+    is_ended: bool
+    """Whether a stop token stood behind it."""
+
+
+class MessageParser:
     """Takes replies apart, for the template of one pipeline."""
 
     def __init__(self, pipeline: TemplatePipeline, tokens: TokenEncoder) -> None:
         self._pipeline, self._tokens = pipeline, tokens
-        self._grammars: dict[tuple[bool, str], ReplyGrammar] = {}
+        self._grammars: dict[tuple[str, ...], ReplyGrammar] = {}
         names = {index: token for token, index in tokens.added.items()}
         self._stop_ids = set(pipeline.controls.stop_token_ids)
-        self._stops = sorted(
-            (names[i] for i in self._stop_ids if i in names), key=len, reverse=True
-        )
+        stops = [names[index] for index in self._stop_ids if index in names]
+        self._stops = sorted(stops, key=len, reverse=True)
 
     def parse(
-        self, reply: str | Sequence[int], messages: list[dict[str, Any]] | None, tools: list | None
+        self, reply: str | Sequence[int], messages: Messages | None, tools: list | None
     ) -> ParsedReply:
         """Return the message of a reply to the messages; see `ChatEncoder.parse`."""
         messages = messages or [_QUESTION]
-        text, ids, is_ended = self._read(reply)
-        scanner = ReplyScanner(self.grammar(messages, tools))
-        pieces = [*scanner.add(text), *scanner.finish(is_cut=not is_ended)]
-        return self._check(scanner, pieces, text, ids, is_ended, messages, tools)
+        given = self._read(reply)
+        parsed = self._parse(self._usual_grammar(messages, tools), given, messages, tools)
+        if parsed.reason is not None:
+            grammar = self._special_grammar(messages, tools)
+            if grammar is not None:
+                other = self._parse(grammar, given, messages, tools)
+                return other if other.reason is None else parsed
+        return parsed
 
-    def grammar(self, messages: list[dict[str, Any]], tools: list | None) -> ReplyGrammar:
-        """Return what the template writes around the fields of a reply to such messages."""
-        key = bool(tools), str(messages[-1].get("role")) if messages else "user"
+    def scanner(self, messages: Messages | None, tools: list | None) -> ReplyScanner:
+        """Return what goes through a reply as it comes."""
+        messages = messages or [_QUESTION]
+        grammar = self._special_grammar(messages, tools)
+        return ReplyScanner(grammar or self._usual_grammar(messages, tools))
+
+    def _usual_grammar(self, messages: Messages, tools: list | None) -> ReplyGrammar:
+        """Return the grammar of replies to a question, or to a tool's result."""
+        role = str(messages[-1].get("role"))
+        key = role if role == "tool" else "user", "tools" if tools else ""
         if key not in self._grammars:
-            self._grammars[key] = ReplyGrammar(lambda m: self._text(m, messages, tools))
+            question, some_tools = _usual_prompt(messages, tools)
+            grammar = ReplyGrammar(lambda message: self._write(message, question, some_tools))
+            if not grammar.is_known:
+                # Some templates want what only the row itself has.
+                grammar = ReplyGrammar(lambda message: self._write(message, messages, tools))
+            self._grammars[key] = grammar
         return self._grammars[key]
 
-    def scanner(self, messages: list[dict[str, Any]] | None, tools: list | None) -> ReplyScanner:
-        """Return what goes through a reply as it comes."""
-        return ReplyScanner(self.grammar(messages or [_QUESTION], tools))
+    def _special_grammar(self, messages: Messages, tools: list | None) -> ReplyGrammar | None:
+        """Return the grammar of replies to a prompt that ends otherwise than usual prompts do.
 
-    def _text(
-        self, message: dict[str, Any], messages: list[dict[str, Any]], tools: list | None
-    ) -> str:
+        None where it ends as they do: a system prompt may switch a template's thoughts off.
+        """
+        try:
+            usual = self._prompt_ending(*_usual_prompt(messages, tools))
+            ending = self._prompt_ending(messages, tools)
+        except ChatError:
+            return None
+        if ending == usual:
+            return None
+        key = str(messages[-1].get("role")), "tools" if tools else "", ending
+        if key not in self._grammars:
+            if len(self._grammars) >= _MOST_GRAMMARS:
+                self._grammars.clear()
+            self._grammars[key] = ReplyGrammar(
+                lambda message: self._write(message, messages, tools)
+            )
+        return self._grammars[key]
+
+    def _prompt_ending(self, messages: Messages, tools: list | None) -> str:
+        """Return what the template writes behind the last text of the messages."""
+
+        def render(filled: Messages) -> TracedStr:
+            row = self._pipeline.read(filled, tools)
+            return self._pipeline.template.render(row.messages, row.tools, True)
+
+        text = retry_with_empty_content(render, messages)
+        *_, (start, _, origin) = origin_spans(text._runs)
+        return str.__str__(text)[start:] if origin is None else ""
+
+    def _write(self, message: dict[str, Any], messages: Messages, tools: list | None) -> str:
+        """Return what the template writes for a message, without the stop token."""
         rendered = self._render(message, messages, tools)
         return rendered.text.removesuffix(rendered.stop_token)
 
     def _render(
-        self, message: dict[str, Any], messages: list[dict[str, Any]], tools: list | None
+        self, message: dict[str, Any], messages: Messages, tools: list | None
     ) -> RenderedReply:
         """Return what the template writes for a message; ChatError where it writes no such turn."""
-        conversation = self._pipeline.read([*messages, message], tools)
-        sequence = self._pipeline.planner.plan(conversation, [len(messages)])[-1]
-        span = sequence.spans[-1]
-        return RenderedReply(sequence, sequence.plain[span.start : span.stop], span.stop_token)
+        return retry_with_empty_content(
+            lambda filled: self._render_last(filled, tools), [*messages, message]
+        )
 
-    def _read(self, reply: str | Sequence[int]) -> tuple[str, list[int] | None, bool]:
-        """Return a reply's text and ids without the stop token, and whether it had one."""
+    def _render_last(self, messages: Messages, tools: list | None) -> RenderedReply:
+        conversation = self._pipeline.read(messages, tools)
+        sequence = self._pipeline.planner.plan(conversation, [len(messages) - 1])[-1]
+        span = sequence.spans[-1]
+        return RenderedReply(
+            sequence,
+            sequence.plain[span.start : span.stop],
+            span.stop_token,
+            self._pipeline.controls.has_suspects(conversation.texts),
+        )
+
+    def _read(self, reply: str | Sequence[int]) -> ReplyText:
         if isinstance(reply, str):
             stop = next((stop for stop in self._stops if reply.endswith(stop)), "")
-            return reply.removesuffix(stop), None, bool(stop)
+            return ReplyText(reply.removesuffix(stop), None, bool(stop))
         ids = list(reply)
         is_ended = bool(ids) and ids[-1] in self._stop_ids
         ids = ids[: len(ids) - is_ended]
-        return self._tokens.decode_reply(ids), ids, is_ended
+        return ReplyText(self._tokens.decode_reply(ids), ids, is_ended)
 
-    def _check(
-        self,
-        scanner: ReplyScanner,
-        pieces: list[ScannedText],
-        text: str,
-        ids: list[int] | None,
-        is_ended: bool,
-        messages: list[dict[str, Any]],
-        tools: list | None,
+    def _parse(
+        self, grammar: ReplyGrammar, given: ReplyText, messages: Messages, tools: list | None
     ) -> ParsedReply:
         """Return the message, if it renders to the reply, or the reply as plain content."""
-        plain = {"role": "assistant", "content": text}
+        plain = {"role": "assistant", "content": given.text}
+        scanner = ReplyScanner(grammar)
+        pieces = [*scanner.add(given.text), *scanner.finish(is_cut=not given.is_ended)]
         if scanner.problem is not None:
             return ParsedReply(plain, f"the reply is no turn of the template: {scanner.problem}")
-        texts = {name: "".join(p.text for p in pieces if p.field == name)
-                 for name in ("content", "reasoning")}  # fmt: skip
+        texts = {
+            name: "".join(piece.text for piece in pieces if piece.field == name)
+            for name in ("content", "reasoning")
+        }
         message: dict[str, Any] = {"role": "assistant", "content": texts["content"]}
         if texts["reasoning"]:
             message["reasoning_content"] = texts["reasoning"]
         try:
-            rendered = self._render(message, messages, tools)
+            problem = None
+            for keeps_text in (False, True) if scanner.node == "calls" else (False,):
+                if scanner.node == "calls":
+                    calls, behind = grammar.parse_calls(
+                        scanner.held, _argument_schemas(tools), keeps_text
+                    )
+                    message |= {"content": texts["content"] + behind, "tool_calls": calls}
+                problem = self._find_difference(message, given, messages, tools)
+                # JSON that the template takes as text may be spaced in a way of its own.
+                if problem is None or self._pipeline.arguments.form != "text":
+                    break
+        except ReplySyntaxError as error:
+            return ParsedReply(plain, f"the calls of the reply cannot be read: {error}")
         except ChatError as error:
             return ParsedReply(plain, f"the template does not write such a turn: {error.text}")
-        problem = self._find_difference(rendered, text, ids, is_ended)
         return ParsedReply(message) if problem is None else ParsedReply(plain, problem)
 
     def _find_difference(
-        self, rendered: RenderedReply, text: str, ids: list[int] | None, is_ended: bool
+        self, message: dict[str, Any], given: ReplyText, messages: Messages, tools: list | None
     ) -> str | None:
-        """Return how a reply differs from what its message renders to; None where it does not."""
-        whole = rendered.text.removesuffix(rendered.stop_token)
-        if ids is None:
-            if whole == text or (not is_ended and whole.startswith(text)):
-                return None
-            return _describe_difference(text, whole)
-        rendered_ids = self._ids(rendered)[:-1]
-        if rendered_ids == ids:
-            return None
-        # The last token of a reply that was cut may be one that the text behind it would change.
-        is_begun = not is_ended and whole.startswith(text)
-        if is_begun and rendered_ids[: len(ids) - 1] == ids[:-1]:
-            return None
-        if whole == text:
-            return "the reply's text is the template's, but its tokens are other ones"
-        return _describe_difference(text, whole)
+        """Return how a reply differs from what its message renders to; None where it does not.
 
-    def _ids(self, rendered: RenderedReply) -> list[int]:
+        Raises ChatError where the template does not write the message.
+        """
+        rendered = self._render(message, messages, tools)
+        text = rendered.text.removesuffix(rendered.stop_token)
+        is_begun = (
+            not given.is_ended and "tool_calls" not in message and text.startswith(given.text)
+        )
+        if given.ids is None:
+            is_same = text == given.text or is_begun
+        else:
+            ids = self._encode(rendered)[:-1]
+            # The last token of a reply that was cut may be another one with the text behind it.
+            is_same = ids == given.ids or (is_begun and ids[: len(given.ids) - 1] == given.ids[:-1])
+        if is_same:
+            return None
+        if text == given.text:
+            return "the reply's text is as the template writes it, but its tokens are other ones"
+        return _describe_difference(given.text, text)
+
+    def _encode(self, rendered: RenderedReply) -> list[int]:
         """Return the ids of a rendered reply, stop token and all."""
-        (encoded,) = self._pipeline.label_builder.encode([(rendered.sequence, True)])
-        last: EncodedSequence = encoded[-1]
-        _, start, stop = last.replies[-1]
-        return last.ids[start:stop]
+        sequence = rendered.sequence, rendered.suspect
+        (encoded,) = self._pipeline.label_builder.encode([sequence])
+        _, start, stop = encoded[-1].replies[-1]
+        return encoded[-1].ids[start:stop]
 
 
 class ReplyStream:
@@ -177,31 +271,69 @@ class ReplyStream:
     """
 
     def __init__(
-        self, parser: ReplyParser, messages: list[dict[str, Any]] | None, tools: list | None
+        self, parser: MessageParser, messages: Messages | None, tools: list | None
     ) -> None:
         self._parser, self._messages, self._tools = parser, messages, tools
         self._scanner = parser.scanner(messages, tools)
-        self._text = self._emitted = ""
+        self._text = ""
+        self._emitted = {"content": "", "reasoning": ""}
         self.reply: ParsedReply | None = None
         """The whole reply, once it is finished."""
 
     def add(self, text: str) -> list[ReplyDelta]:
         """Return what a piece of text, control tokens and all, settles."""
         self._text += text
-        return [ReplyDelta(piece.field, piece.text) for piece in self._scanner.add(text)]
+        deltas = [self._emit(piece.field, piece.text) for piece in self._scanner.add(text)]
+        return deltas if self._scanner.problem is None else [*deltas, *self._release()]
 
     def finish(self, ids: Sequence[int] | None = None) -> list[ReplyDelta]:
         """Return what is left at the end of the reply, and set `reply`.
 
-        `ids`: the reply's tokens, which are held against the message's own.
+        `ids`: the reply's tokens, which are held against the message's own; without them its text
+        is.
         """
-        self.reply = self._parser.parse(
-            self._text if ids is None else ids, self._messages, self._tools
-        )
-        deltas = [ReplyDelta(p.field, p.text) for p in self._scanner.finish(is_cut=True)]
-        if self._scanner.held:
-            deltas.append(ReplyDelta("content", self._scanner.held))
-        return deltas
+        reply = self._parser.parse(self._text if ids is None else ids, self._messages, self._tools)
+        self.reply = reply
+        deltas = [self._emit(p.field, p.text) for p in self._scanner.finish(is_cut=True)]
+        if reply.reason is not None:
+            return [*deltas, *self._release()]
+        for call in reply.message.get("tool_calls", ()):
+            function = call["function"]
+            arguments = function["arguments"]
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            deltas.append(ReplyDelta("tool_call", arguments, function["name"], call.get("id")))
+        content = reply.message["content"].removeprefix(self._emitted["content"])
+        return [*deltas, *([self._emit("content", content)] if content else [])]
+
+    def _release(self) -> list[ReplyDelta]:
+        """Return what was held back, as it is."""
+        text, self._scanner.held = self._scanner.held, ""
+        field: TextField = "reasoning" if self._scanner.node == "reasoning" else "content"
+        return [self._emit(field, text)] if text else []
+
+    def _emit(self, field: TextField, text: str) -> ReplyDelta:
+        self._emitted[field] += text
+        return ReplyDelta(field, text)
+
+
+def _usual_prompt(messages: Messages, tools: list | None) -> tuple[Messages, list | None]:
+    """Return a question, or a question, a call and its result, with tools if there are some."""
+    result = {"role": "tool", "name": "zqname1", "tool_call_id": "zqid00001", "content": "42"}
+    call: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": make_calls(1)}
+    history: Messages = [call, result] if messages[-1].get("role") == "tool" else []
+    return [_QUESTION, *history], [_TOOL] if tools else None
+
+
+def _argument_schemas(tools: list | None) -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of each tool's arguments."""
+    schemas: dict[str, dict[str, Any]] = {}
+    for tool in map(to_schema, tools or ()):
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        name, parameters = function.get("name"), function.get("parameters")
+        if isinstance(name, str) and isinstance(parameters, dict):
+            schemas[name] = parameters
+    return schemas
 
 
 def _describe_difference(text: str, whole: str) -> str:

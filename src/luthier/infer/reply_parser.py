@@ -3,19 +3,9 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-
-@dataclass(frozen=True)
-class ReplyDelta:
-    """A piece of a reply: text of its content or its reasoning, or one whole tool call."""
-
-    field: Literal["content", "reasoning", "tool_call"]
-    text: str
-    """Of a tool call: its arguments as JSON."""
-    name: str = ""
-    """What a tool call calls."""
+from luthier.chat import ReplyDelta
 
 
 class ReplyParser:
