@@ -21,10 +21,11 @@ from helpers.model_server import (
     send_and_leave,
     stream_events,
 )
+from luthier.chat import ReplyDelta
 from luthier.errors import UserError
 from luthier.infer import LLM
 from luthier.infer.generate import bytes_per_row
-from luthier.infer.reply_parser import ReplyDelta, ReplyParser
+from luthier.infer.reply_parser import ReplyParser
 from luthier.infer.server import ModelServer, ServerLimits
 from luthier.infer.stream import StopStrings
 

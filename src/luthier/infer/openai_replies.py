@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from luthier.chat import ReplyDelta
 from luthier.infer.openai_requests import (
     ApiError,
     ChatCompletionRequest,
@@ -17,7 +18,6 @@ from luthier.infer.openai_requests import (
     ReplyRequest,
     ResponseRequest,
 )
-from luthier.infer.reply_parser import ReplyDelta
 
 STREAM_END = "data: [DONE]\n\n"
 """The last event of each stream."""

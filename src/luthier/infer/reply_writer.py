@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Any
 
+from luthier.chat import ReplyDelta
 from luthier.infer import generation_config
 from luthier.infer.generate import bytes_per_row, free_memory, is_out_of_memory
 from luthier.infer.llm import LLM
 from luthier.infer.openai_replies import FinishReason, ReplyEnd
 from luthier.infer.openai_requests import ApiError, ReplyRequest
-from luthier.infer.reply_parser import ReplyDelta, ReplyParser
+from luthier.infer.reply_parser import ReplyParser
 from luthier.infer.stream import StopStrings, TextStream
 
 _GREEDY_BELOW = 1e-4

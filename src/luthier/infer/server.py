@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from luthier.chat import ReplyDelta
 from luthier.errors import UserError
 from luthier.infer import generation_config
 from luthier.infer.host_check import HostCheck
@@ -39,7 +40,7 @@ from luthier.infer.openai_requests import (
     ResponseRequest,
     parse_request,
 )
-from luthier.infer.reply_parser import ReplyDelta, ReplyParser
+from luthier.infer.reply_parser import ReplyParser
 from luthier.infer.reply_writer import (
     MAX_CONTEXT,
     ReplyWriter,
