@@ -217,7 +217,8 @@ def format_for_hydra(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(format_for_hydra, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {format_for_hydra(each)}' for key, each in value.items())}}}"
+        pairs = [f"{_escape_key(key)}: {format_for_hydra(each)}" for key, each in value.items()]
+        return f"{{{','.join(pairs)}}}"
     if not isinstance(value, str):
         return format_value(value)
     is_bare = _BARE_TEXT.fullmatch(value) and not _NO_TEXT.fullmatch(value)
@@ -226,6 +227,11 @@ def format_for_hydra(value: object) -> str:
     # Only backslashes before a quote are read as such.
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
     return '"' + re.sub(r"\\+\Z", lambda end: end[0] * 2, escaped) + '"'
+
+
+def _escape_key(key: object) -> str:
+    """Return the key of a mapping; Hydra's grammar has no quotes for it, and ends it at a colon."""
+    return re.sub(r"([\\()\[\]{}:=,])", r"\\\1", str(key))
 
 
 def _is_number(text: str) -> bool:

@@ -215,13 +215,14 @@ def test_a_recipe_runs_no_code_that_is_not_the_projects_own(lines, key, workplac
 
 
 def test_a_recipe_calls_the_projects_own_functions(workplace):
-    workplace("own_rows.py", "def rows():\n    yield {'prompt': 'a', 'completion': 'b'}\n")
+    code = "def rows():\n    yield {'prompt': 'a', 'completion': 'b'}\n"
+    workplace("own_rows.py", f"{code}def score(replies, references, rows):\n    return 1.0\n")
     workplace(
         "recipes/mine.yaml",
         "# @package _global_\n# Mine.\ndefaults:\n  - override /model: hub\n"
         "  - override /dataset: files\n  - _self_\n"
         "model: {path: m}\ndataset: {path: python:own_rows.rows}\n"
-        "trainer: {evaluation: {metrics: [python:own_rows.score]}}\n".replace(".score", ".rows"),
+        "trainer: {evaluation: {metrics: [python:own_rows.score]}}\n",
     )
     assert load_config(["recipe=mine"]).config.dataset.path == "python:own_rows.rows"
 

@@ -146,7 +146,12 @@ def _code(record: dict[str, Any]) -> list[tuple[str, str]]:
     luthier, here = git.get("luthier"), git.get("here")
     rows = [("luthier", _commit(luthier))]
     # luthier's commit and that of the working directory are one where it runs from its clone.
-    return rows if here == luthier else [*rows, ("here", _commit(here))]
+    if here != luthier:
+        rows.append(("here", _commit(here)))
+    return rows + [
+        (entry["key"], f"{path} {_hash(entry['sha256'])}".rstrip())
+        for path, entry in record.get("code", {}).items()
+    ]
 
 
 def _commit(state: dict[str, Any] | None) -> str:

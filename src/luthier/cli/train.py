@@ -10,6 +10,7 @@ import luthier
 from luthier import errors
 from luthier.cli.arguments import TRUST
 from luthier.config import hydra_plugins, recipes
+from luthier.config.code_settings import CODE_SETTINGS
 from luthier.config.compose import CONFIG_NAME, check_overrides, compose_config, resolve_config
 from luthier.config.load import LoadedConfig, check_composed, format_mistakes, load_config
 from luthier.config.recipes import list_options, list_recipes, read_recipe_header
@@ -68,6 +69,8 @@ def help_text() -> str:
             for name, path in list_options(group).items()
         }
         lines += _help_table(headers)
+    lines += ["", "Your own code, as python:module.name or python:file.py:name (docs/code.md)"]
+    lines += _help_table({name: setting.summary for name, setting in CODE_SETTINGS.items()})
     return "\n".join([*lines, "", _HELP_BOTTOM])
 
 

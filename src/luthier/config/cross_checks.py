@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.code_settings import check_code_settings
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
 from luthier.config.methods import METHODS, check_adapter
 from luthier.config.passthrough import mapping_at
@@ -285,6 +286,7 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _training,
         _dates,
         _trackers,
+        check_code_settings,
     )
     return [mistake for check in checks for mistake in check(resolved)]
 

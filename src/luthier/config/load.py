@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from luthier.config import cross_checks, passthrough, recipes
+from luthier.config.code_settings import place_code_files
 from luthier.config.compose import (
     ComposedConfig,
     compose_config,
@@ -50,7 +52,7 @@ def check_composed(
     composed: ComposedConfig, overrides: list[str], is_trusted: bool = False
 ) -> LoadedConfig:
     """Check a composed configuration and freeze it; raises UserError with all mistakes."""
-    resolved = resolve_config(composed)
+    resolved = place_code_files(resolve_config(composed), lambda key: _find_folder(key, composed))
     # Before anything is said of it: a message shows values.
     remember_secrets(resolved)
     pass_through_mistakes = passthrough.check_pass_through(resolved)
@@ -82,6 +84,17 @@ def format_mistakes(mistakes: list[Mistake], composed: ComposedConfig) -> str:
 
 def find_origin(key: str, composed: ComposedConfig) -> str | None:
     """Return the file and line in which a key was written; None if it was typed or nowhere."""
+    place = _find_place(key, composed)
+    return None if place is None else f"{recipes.format_path(place[0])}:{place[1]}"
+
+
+def _find_folder(key: str, composed: ComposedConfig) -> Path | None:
+    """Return the folder of the file in which a key was written; None as `find_origin` has it."""
+    place = _find_place(key, composed)
+    return None if place is None else place[0].parent
+
+
+def _find_place(key: str, composed: ComposedConfig) -> tuple[Path, int] | None:
     typed = any(key == word or word.startswith(f"{key}.") for word in composed.keys_typed)
     if typed or key in (*GROUPS, "recipe"):
         return None
@@ -90,7 +103,7 @@ def find_origin(key: str, composed: ComposedConfig) -> str | None:
         if below != key or not start:
             line = _line(path.read_text(encoding="utf-8"), below.split("."))
             if line:
-                return f"{recipes.format_path(path)}:{line}"
+                return path, line
     return None
 
 

@@ -133,7 +133,7 @@ class SourceConfig(StrictModel):
 
     path: str | list[str] | None = None
     """A file, a glob, a folder, several of them, a URL, a hub name, a folder of `save_to_disk`, or
-    `python:package.module.function`."""
+    `python:module.function`."""
     format: Literal[
         "auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text", "saved", "hub", "python"
     ] = "auto"
@@ -173,6 +173,9 @@ class SourceConfig(StrictModel):
     """Which turns of these rows train, in place of `chat.train_on`."""
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
+    map: str | dict[str, dict[str, Any] | None] | None = None
+    """`python:file.py:function` of a row that returns the row, a list of rows, or null to leave it
+    out; with arguments: `{python:file.py:function: {limit: 3}}`."""
     filter: str | None = None
     """Use only rows for which this expression over their own columns holds."""
     weight: PositiveNumber | None = None
@@ -325,6 +328,9 @@ class TrainerConfig(StrictModel):
 
     `{model: PATH}` is a reward model, and `{judge: ADDRESS, model: NAME, prompt: TEXT}` a judge.
     """
+    callbacks: list[str | dict[str, dict[str, Any] | None]] = Field(default_factory=list)
+    """Classes of `transformers.TrainerCallback`: `[python:file.py:Stop, {python:file.py:Log:
+    {steps: 5}}]`."""
     teacher: str | None = None
     """The model that `distill` learns from, named as in `model.path`, with the same vocabulary."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

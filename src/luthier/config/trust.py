@@ -16,7 +16,13 @@ from typing import Any
 
 from luthier.config.env_references import find_references
 from luthier.errors import UserError
-from luthier.python_code import PYTHON_PREFIX, find_python_file, is_own_file, is_python_path
+from luthier.python_code import (
+    PYTHON_PREFIX,
+    find_python_file,
+    is_own_file,
+    is_python_path,
+    split_python_path,
+)
 from luthier.redaction import HIDDEN, is_secret_variable, redact_override
 
 TRUST_FLAG = "--trust"
@@ -82,7 +88,8 @@ def typed_keys(settings: Iterable[tuple[str, Any]]) -> frozenset[str]:
 def _leaves(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping) and value:
         for name, below in value.items():
-            yield from _leaves(f"{key}.{name}", below)
+            # Code with arguments is a mapping under its path, and stands for the key above it.
+            yield from [key] if is_python_path(name) else _leaves(f"{key}.{name}", below)
     else:
         yield key
 
@@ -196,23 +203,30 @@ def check_composed_code(
     foreign = [
         reference
         for reference in find_code(config)
-        if not trust.allows(reference) and not _is_own_function(reference.text)
+        if not trust.allows(reference)
+        and not _is_own_function(reference.text, find_origin(reference.key))
     ]
     origins = [find_origin(reference.key) for reference in foreign]
     where = next((origin.rpartition(":")[0] for origin in origins if origin), "the recipe")
     _refuse(foreign, where)
 
 
-def _is_own_function(text: str) -> bool:
-    """Return whether a function lies in the user's own files.
+def _is_own_function(text: str, origin: str | None) -> bool:
+    """Return whether code lies in the user's own files; `origin` is the file that names it.
 
     Those of Python and of installed packages are not: `python:subprocess.getoutput` in a recipe of
-    someone else's runs any command. Nor are files within a run's folder, which comes as a whole.
+    someone else's runs any command. Nor are files within a run's folder, which comes as a whole,
+    and a file that is named by its path lies in the working folder or beside the recipe.
     """
-    origin = find_python_file(text) if is_python_path(text) else None
-    if origin is None or not Path(origin).is_file() or not is_own_file(origin):
+    name = find_python_file(text) if is_python_path(text) else None
+    if name is None or not Path(name).is_file() or not is_own_file(name):
         return False
-    return not any((folder / "run.json").is_file() for folder in Path(origin).resolve().parents)
+    file = Path(name).resolve()
+    if split_python_path(text).file is not None:
+        recipe = Path((origin or "").rpartition(":")[0])
+        if not any(file.is_relative_to(folder.resolve()) for folder in (Path(), recipe.parent)):
+            return False
+    return not any((folder / "run.json").is_file() for folder in file.parents)
 
 
 def _refuse(references: list[CodeReference], where: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from luthier.config.code_settings import hash_code
 from luthier.config.env_references import (
     fill_references,
     find_references,
@@ -112,6 +113,28 @@ def find_environment_changes(
         if key.split(".")[0] not in NEUTRAL_KEYS
         and before.get(name, now.get(name)) != now.get(name)
     ]
+
+
+def find_code_changes(record: dict[str, Any], config: dict[str, Any]) -> list[ConfigChange]:
+    """Return the functions and classes of a config whose source is not that of a run's record.
+
+    The key is that of the setting, and the values are the path with the begin of each hash. What a
+    source's code makes is compared by its rows, where those are known before they train: then such
+    a change is harmless.
+    """
+    before: dict[str, dict[str, Any]] = record.get("code") or {}
+    is_stream = bool((config.get("dataset") or {}).get("streaming"))
+    has_deciding_metrics = _has_deciding_metrics(config)
+    changes = []
+    for path, entry in hash_code(config).items():
+        old, new = before.get(path, {}).get("sha256"), entry["sha256"]
+        key = str(entry["key"])
+        if old and new and old != new:
+            has_known_rows = key.startswith("dataset.") and not is_stream
+            effect = "harmless" if has_known_rows else _change_effect(key, has_deciding_metrics)
+            before_text, now_text = (f"{path} (SHA-256 {sha[:12]}...)" for sha in (old, new))
+            changes.append(ConfigChange(key, before_text, now_text, effect))
+    return changes
 
 
 def describe_config_changes(

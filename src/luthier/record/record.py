@@ -75,6 +75,14 @@ class SplitEntries(RecordModel):
     tokens: int = 0
 
 
+class CodeEntries(RecordModel):
+    """A function or class of the user's own."""
+
+    key: str = ""
+    """The setting that names it."""
+    sha256: str | None = None
+
+
 class DataEntries(RecordModel):
     """The rows of a run."""
 
@@ -169,6 +177,8 @@ class RecordEntries(RecordModel):
     teacher: ModelIdentity = ModelIdentity()
     rewards: RewardIdentity = RewardIdentity()
     data: DataEntries = DataEntries()
+    code: dict[str, CodeEntries] = {}
+    """The code that the config names, by its `python:` path."""
     launch: LaunchEntries = LaunchEntries()
     chat: SavedChatSettings | None = None
     trackers: dict[str, TrackedRun] = {}

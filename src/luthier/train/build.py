@@ -11,6 +11,7 @@ from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import enable_full_determinism
 
+from luthier.config.code_settings import hash_code
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import read_batching_settings
@@ -130,7 +131,7 @@ def build_session(
     # Before the model, which may take minutes to load.
     inputs = _check_inputs(config, tokenizer, encoder, prepared)
     if is_recorded:
-        resume.refuse_changed_inputs(record, inputs)
+        resume.refuse_changed_inputs(record, inputs, config)
     if is_main_process:
         _report_data(config, folder, prepared, facts.trained_values)
     config = activation_checkpointing.resolve_auto_checkpointing(
@@ -159,7 +160,11 @@ def build_session(
     launch = launch_checks.check_running_launch(trainer.accelerator, args)
     if is_recorded:
         launch_checks.refuse_other_launch(record, launch)
-        _record_inputs(record, inputs | {"data": data_facts(prepared)}, trainer, launch, encoder)
+        written = inputs | {
+            "data": data_facts(prepared),
+            "code": hash_code(config.model_dump(mode="json")),
+        }
+        _record_inputs(record, written, trainer, launch, encoder)
     prompts = make_seq2seq_prompts(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.writes_replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}

@@ -9,6 +9,7 @@ from luthier.data.store import tokenizer_digest
 from luthier.errors import UserError
 from luthier.model.weights_hash import identify_weights
 from luthier.record import checkpoints
+from luthier.record.config_diff import find_code_changes
 from luthier.record.record import RunRecord
 from luthier.train.reward_checks import hash_reward_models
 
@@ -51,7 +52,9 @@ def hash_run_inputs(
     return inputs
 
 
-def refuse_changed_inputs(record: RunRecord, inputs: dict[str, dict[str, Any]]) -> None:
+def refuse_changed_inputs(
+    record: RunRecord, inputs: dict[str, dict[str, Any]], config: RunConfig
+) -> None:
     """Raise UserError where data, template, tokenizer or weights are not those of the run's begin.
 
     Where nothing was trained yet, the run begins again with what there is now.
@@ -72,6 +75,9 @@ def refuse_changed_inputs(record: RunRecord, inputs: dict[str, dict[str, Any]]) 
     name, before, now = changed[0]
     key, label = _FIXED_INPUTS[name]
     also = "".join(f", and {_FIXED_INPUTS[other][1]}" for other, _, _ in changed[1:])
+    code = find_code_changes(record.entries, config.model_dump(mode="json"))
+    own = [change.new for change in code if change.key.startswith("dataset.")]
+    also += f" with {' and '.join(own)}" if own and name == "data.sha256" else ""
     raise UserError(
         f"{key}: {label}{also} changed since the run in {folder} began (SHA-256 {before[:12]}... "
         f"-> {now[:12]}...), so it cannot go on as the run that it was.\nPut back what there was, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from luthier import data, model
 from luthier.chat import ChatError
 from luthier.chat.template import check_template_syntax
+from luthier.config.code_settings import describe_code
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batching.settings import read_batching_settings
 from luthier.environment import set_environment
@@ -17,7 +18,8 @@ from luthier.model.adapter_targets import check_names_in_files
 from luthier.model.device import check_requirements
 from luthier.model.packing_support import check_packing_support
 from luthier.model.positions import check_max_length
-from luthier.record.config_diff import describe_config_changes
+from luthier.record.checkpoints import list_checkpoints
+from luthier.record.config_diff import describe_config_changes, find_code_changes
 from luthier.record.record import read_record
 from luthier.record.run_dir import (
     RunDir,
@@ -91,11 +93,16 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
 
 def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSave | None") -> int:
     """Check the config, take the run's directory and train; return the exit code."""
+    code = describe_code(loaded.resolved)
+    if code is not None and os.environ.get("RANK", "0") == "0":
+        print(code, flush=True)
     sources = check_before_torch(loaded.config)
     with _open_run_dir(loaded, folder) as run_dir:
         # The others wait for the first process, which alone has the folder.
         if run_dir.state != "finished" and os.environ.get("RANK", "0") == "0":
             launch_checks.refuse_changed_launch(folder)
+        if run_dir.state != "new" and os.environ.get("RANK", "0") == "0":
+            _compare_code(loaded, folder, is_finished=run_dir.state == "finished")
         if not loaded.config.dry_run:
             changes, step = run_dir.changes, run_dir.extended_from
             for sentence in describe_config_changes(changes, loaded.resolved, step):
@@ -117,6 +124,29 @@ def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSav
         from luthier.train.build import build_and_fit
 
         return build_and_fit(loaded, folder, sources, after_save)
+
+
+def _compare_code(loaded: "LoadedConfig", folder: Path, is_finished: bool) -> None:
+    """Say which functions and classes are others than those that a run began with.
+
+    Raises UserError where the run cannot go on with them.
+    """
+    changes = find_code_changes(read_record(folder), loaded.resolved)
+    if is_finished:
+        for change in changes:
+            print(f"{change}, since this run was trained")
+        return
+    refused = [change for change in changes if change.effect == "matters"]
+    if refused and list_checkpoints(folder / "checkpoints"):
+        lines = "\n".join(f"  {change}" for change in refused)
+        raise UserError(
+            f"{folder} holds a run that began with other code, so it cannot go on as the run that "
+            f"it was:\n{lines}\nPut back what there was, choose another output_dir=..., or "
+            "overwrite=true to begin anew."
+        )
+    for change in changes:
+        if change not in refused:
+            print(f"{change}, which changes nothing of the training by itself")
 
 
 def _open_run_dir(loaded: "LoadedConfig", folder: Path) -> AbstractContextManager[RunDir]:

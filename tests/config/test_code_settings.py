@@ -1,0 +1,126 @@
+"""Settings that name code: checked with the config, placed beside the recipe, hashed, announced."""
+
+import pytest
+
+from luthier.config.code_settings import describe_code, hash_code, read_code_entries
+from luthier.config.load import load_config
+from luthier.errors import UserError
+
+CODE = """
+from transformers import TrainerCallback
+
+def clean(row, limit=3):
+    return row
+
+class Stop(TrainerCallback):
+    def __init__(self, steps): ...
+"""
+RECIPE = """# @package _global_
+# A recipe with code.
+defaults:
+  - override /model: hub
+  - override /dataset: files
+  - _self_
+dataset:
+  path: rows.jsonl
+  map: python:own_steps.py:clean
+trainer:
+  callbacks:
+    - python:own_steps.py:Stop: {steps: 2}
+"""
+OVERRIDES = ["recipe=coded", "model.path=none/here"]
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A project with a recipe in a folder of recipes, and code beside it."""
+    project = tmp_path / "project"
+    (project / "recipes").mkdir(parents=True)
+    (project / "recipes" / "coded.yaml").write_text(RECIPE)
+    (project / "recipes" / "own_steps.py").write_text(CODE)
+    monkeypatch.chdir(project)
+    return project
+
+
+def test_a_file_is_looked_for_beside_the_recipe_and_then_in_the_working_folder(project):
+    config = load_config(OVERRIDES).config
+    assert config.dataset.map == "python:recipes/own_steps.py:clean"
+    assert config.trainer.callbacks == [{"python:recipes/own_steps.py:Stop": {"steps": 2}}]
+    # What is typed is relative to the working folder alone.
+    (project / "typed.py").write_text(CODE)
+    typed = load_config([*OVERRIDES, "dataset.map=python:typed.py:clean"]).config
+    assert typed.dataset.map == "python:typed.py:clean"
+    (project / "own_steps.py").write_text(CODE)
+    (project / "recipes" / "own_steps.py").unlink()
+    assert load_config(OVERRIDES).config.dataset.map == "python:own_steps.py:clean"
+
+
+def test_a_recipe_elsewhere_may_bring_the_code_beside_it(project, tmp_path, monkeypatch):
+    shared, here = tmp_path / "shared", tmp_path / "here"
+    (project / "recipes").rename(shared)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("LUTHIER_RECIPES", str(shared))
+    loaded = load_config(OVERRIDES)
+    assert loaded.config.dataset.map == f"python:{shared}/own_steps.py:clean"
+    line = describe_code(loaded.resolved)
+    assert line is not None
+    assert line.startswith(f"code      dataset.map runs python:{shared}/own_steps.py:clean; ")
+    # Code that lies somewhere else does not run on a recipe's word.
+    (tmp_path / "other.py").write_text(CODE)
+    recipe = RECIPE.replace("python:own_steps.py:clean", f"python:{tmp_path}/other.py:clean")
+    (shared / "coded.yaml").write_text(recipe)
+    with pytest.raises(UserError, match="names code that you have not typed"):
+        load_config(OVERRIDES)
+    assert load_config(OVERRIDES, is_trusted=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("dataset.map=clean", "dataset.map: 'clean' names no code. Write python:module.name or"),
+        ("dataset.map=python:recipes/own_steps.py:clear", "'clear'. Did you mean clean?"),
+        ("dataset.map=python:recipes/own_step.py:clean", "there is no file recipes/own_step.py"),
+        (
+            r"dataset.map={python\:recipes/own_steps.py\:clean: {limits: 3}}",
+            "takes (row, limit=3), and is called with row, limits: got an unexpected",
+        ),
+        (
+            "dataset.map={'python:recipes/own_steps.py:clean': {limit: 3}}",
+            r"Write 'dataset.map={python\:recipes/own_steps.py\:clean: {limit: 3}}'.",
+        ),
+        (
+            "trainer.callbacks=[python:recipes/own_steps.py:clean]",
+            "is a function, and a class of transformers.TrainerCallback is needed",
+        ),
+        (
+            "trainer.callbacks=[python:recipes/own_steps.py:Stop]",
+            "takes (steps), and is called with nothing: missing a required argument: 'steps'.",
+        ),
+    ],
+)
+def test_mistakes_are_told_with_the_config(override, words):
+    with pytest.raises(UserError) as caught:
+        load_config([*OVERRIDES, override])
+    assert words in str(caught.value)
+
+
+def test_what_is_hashed_is_named_with_its_setting(project):
+    before = hash_code(load_config(OVERRIDES).resolved)
+    assert {path: entry["key"] for path, entry in before.items()} == {
+        "python:recipes/own_steps.py:clean": "dataset.map",
+        "python:recipes/own_steps.py:Stop": "trainer.callbacks",
+    }
+    text = (project / "recipes" / "own_steps.py").read_text()
+    (project / "recipes" / "own_steps.py").write_text(text.replace("return row", "return None"))
+    after = hash_code(load_config(OVERRIDES).resolved)
+    changed = [path for path in before if before[path] != after[path]]
+    assert changed == ["python:recipes/own_steps.py:clean"]
+
+
+def test_entries_of_all_forms():
+    assert read_code_entries("python:a.b") == [("python:a.b", {})]
+    assert read_code_entries(["exact_match", {"python:a.b": {"x": 1}}, {"python:c.d": None}]) == [
+        ("python:a.b", {"x": 1}),
+        ("python:c.d", {}),
+    ]
