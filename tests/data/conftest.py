@@ -1,6 +1,7 @@
 """Files for the data tests."""
 
 import json
+import sys
 
 import pytest
 
@@ -9,6 +10,8 @@ import pytest
 def in_empty_folder(tmp_path, monkeypatch):
     """Relative paths start at the test's own folder, and encoded rows are left there."""
     monkeypatch.chdir(tmp_path)
+    # Folders with code of the user's own are added to it.
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "luthier"))
 
 

@@ -544,3 +544,57 @@ def test_keys_of_messages_that_nothing_reads_are_told(write, streaming):
     made = prepare(config, lambda *_: Shown(), NAMELESS, 0)
     assert made.unread_keys == {"dataset": [("id", 3), ("score", 1)]}
     assert prepare(config, lambda *_: Shown(), NAMELESS, 0).unread_keys == made.unread_keys
+
+
+MAPS = """
+def shout(row):
+    return None if row["completion"] == "a2" else {**row, "completion": row["completion"] * 2}
+
+def split(row):
+    return [{**row, "completion": letter} for letter in row["completion"]]
+"""
+
+
+@pytest.mark.parametrize("workers", [None, 2], ids=["one process", "workers"])
+def test_each_source_has_a_map_of_its_own_and_what_it_leaves_out_is_counted(
+    files, write, workers, monkeypatch, tmp_path
+):
+    # A folder named as the package would be taken for it by processes that find it on their path.
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    write("own_maps.py", MAPS)
+    sources = {
+        "a": {"path": "a.jsonl", "map": "python:own_maps.py:shout"},
+        "b": {"path": "b.jsonl", "map": "python:own_maps.py:split", "filter": "completion != '2'"},
+    }
+    found = prepared({"sources": sources, "workers": workers})
+    assert shown(found.train) == ["q>a1a1", "q>a3a3", "q>a4a4", "q>b", "q>1", "q>b"]
+    left_out = {key: source.left_out_by_map for key, source in found.sources.items()}
+    assert left_out == {"dataset.sources.a": (1, 4), "dataset.sources.b": (0, 2)}
+    # Counted alike where the rows come from the cache.
+    again = prepared({"sources": sources, "workers": workers})
+    assert again.content_hash == found.content_hash
+    assert again.sources["dataset.sources.a"].left_out_by_map == (1, 4)
+    assert again.locate_rows([2, 5]) == ["a.jsonl:4", "b.jsonl:2 (map row 1)"]
+
+
+def test_rows_that_are_held_out_in_a_file_of_their_own_are_mapped_as_those_to_train_on(
+    files, write
+):
+    write("own_maps.py", MAPS)
+    settings = {"path": "a.jsonl", "map": "python:own_maps.py:shout", "eval": {"path": "b.jsonl"}}
+    found = prepared(settings)
+    assert shown(found.eval[""]) == ["q>b1b1", "q>b2b2"]
+    write("own_maps.py", MAPS.replace("* 2", "* 3"))
+    assert prepared(settings).content_hash != found.content_hash
+
+
+def test_rows_that_a_map_fails_at_stop_the_run_or_are_left_out_as_bad_rows_are(files, write):
+    write(
+        "own_maps.py", "def broken(row):\n    return row if row['completion'] > 'a2' else 1 / 0\n"
+    )
+    settings = {"path": "a.jsonl", "map": "python:own_maps.py:broken"}
+    with pytest.raises(UserError, match=r"(?s)a\.jsonl has 2 bad rows:.*jsonl:1: python:own_maps"):
+        prepared(settings)
+    found = prepared({**settings, "on_bad_row": "drop"})
+    assert shown(found.train) == ["q>a3", "q>a4"]
+    assert found.train_counts.dropped == {"could not be read": 2}

@@ -113,3 +113,13 @@ def test_what_needs_all_rows_is_refused(write, settings):
     write("a.jsonl", rows("a", "b"))
     with pytest.raises(UserError, match="needs all rows to be known"):
         open_letters({"path": "a.jsonl", **settings})
+
+
+def test_a_map_is_applied_as_rows_come_and_says_once_what_it_left_out(write, tmp_path, capsys):
+    write("a.jsonl", rows(*"abcd"))
+    (tmp_path / "own_stream_map.py").write_text(
+        "def odd(row):\n    return row if row['completion'] in 'bd' else None\n"
+    )
+    stream = open_letters({"path": "a.jsonl", "map": f"python:{tmp_path}/own_stream_map.py:odd"})
+    assert [read(stream), read(stream)] == [["b", "d"]] * 2
+    assert capsys.readouterr().err == "dataset.map left out 2 of 4 rows\n"

@@ -55,6 +55,8 @@ def test_what_is_said_of_a_source(check):
         "kind": "conversation",
         "rows": 6,
         "unused_columns": ["id", "lang"],
+        "map": None,
+        "left_out_by_map": 0,
         "filter": "id < 6",
         "filtered_out": 2,
         "bad_rows": 0,

@@ -85,6 +85,7 @@ def encode_rows(
         bad.raise_if_any(opened)
     return {
         "filtered": bad.filtered,
+        "mapped": opened.source.left_out,
         "bad": [[row.where, row.problem, row.text] for row in bad.rows],
         "names": opened.names,
         "shape": opened.row_format.type,
@@ -291,6 +292,8 @@ class EncodedSource:
         self._names = dict(zip(stored.manifest["names"], opened.names, strict=True))
         self.filtered: int = stored.manifest["filtered"]
         """Rows that the filter left out."""
+        self.left_out_by_map: tuple[int, int] = tuple(stored.manifest.get("mapped", (0, 0)))
+        """Rows that the map left out, and of how many."""
         self.unread_keys: dict[str, int] = stored.manifest.get("unread_keys", {})
         """Keys of messages that neither luthier nor the template reads, each with its rows."""
 

@@ -1,5 +1,7 @@
 """Rows that are read and encoded while they train, for sets larger than the disk."""
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,7 +79,16 @@ class TokenRowStream:
                 if previous is not None:
                     yield from self._token_rows(*previous)
                 if waiting is None:
+                    self._tell_left_out(opened)
                     return
+
+    def _tell_left_out(self, opened: OpenedSource) -> None:
+        """Say how many rows the map left out, at the end of the first pass."""
+        left_out, read_rows = opened.source.left_out
+        key = f"{opened.key}.map"
+        if left_out and key not in self._told and os.environ.get("RANK", "0") == "0":
+            self._told.add(key)
+            print(f"{key} left out {left_out:,} of {read_rows:,} rows", file=sys.stderr)
 
     def _tell_bad(self, opened: OpenedSource, bad: BadRows) -> None:
         if self.config.on_bad_row == "error":

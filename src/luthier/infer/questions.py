@@ -60,6 +60,8 @@ def read_prompt_rows(config: DatasetConfig) -> PromptRows:
     if config.on_bad_row == "error":
         bad.raise_if_any(opened)
     notes = [f"{row.where}: left out: {row.problem}" for row in bad.rows]
+    if (left_out := opened.source.left_out)[0]:
+        notes.append(f"{left_out[0]:,} of {left_out[1]:,} rows left out by dataset.map")
     if bad.filtered:
         notes.append(f"{bad.filtered:,} rows left out by dataset.filter")
     return PromptRows(opened, rows, notes + list(_blank_lines(opened)))

@@ -54,6 +54,9 @@ def _source_values(account: RowOutcomes, stops: bool, keys: Mapping[str, int]) -
     if keys:
         counts = ", ".join(f"{name} ({count_rows(count)})" for name, count in keys.items())
         yield f"  keys of messages that are not read: {counts}"
+    if config.map is not None:
+        left_out, read_rows = opened.source.left_out
+        yield f"  map {config.map} leaves out {left_out:,} of {count_rows(read_rows)}"
     if config.filter is not None:
         yield f"  filter {config.filter} leaves out {count_rows(account.bad.filtered)}"
     if config.train_on is not None:
@@ -392,6 +395,8 @@ def _source_sentence(account: RowOutcomes) -> dict[str, Any]:
         "kind": opened.row_format.example_type,
         "rows": len(account),
         "unused_columns": list(opened.row_format.unused),
+        "map": opened.config.map,
+        "left_out_by_map": opened.source.left_out[0],
         "filter": opened.config.filter,
         "filtered_out": account.bad.filtered,
         "bad_rows": len(account.bad.rows),

@@ -94,6 +94,10 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
     for key, found in prepared.unread_keys.items():
         keys = ", ".join(f"{name} ({n:,} {'row' if n == 1 else 'rows'})" for name, n in found)
         print_line(f"not read  keys of messages in {key}: {keys}")
+    for key, source in prepared.sources.items():
+        left_out, read_rows = source.left_out_by_map
+        if left_out:
+            print_line(f"map       {key}.map left out {left_out:,} of {read_rows:,} rows")
     splits |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
     for name, counts in splits.items():
         print_line(f"{name:<9} {_format_counts(counts, answers)}")

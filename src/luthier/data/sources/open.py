@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from luthier.config.code_settings import read_code_entries
 from luthier.data.rows import BadRow, Row
 from luthier.data.sources.arrow import (
     count_table_rows,
@@ -21,6 +22,7 @@ from luthier.data.sources.csv import read_csv_rows
 from luthier.data.sources.files import FileSettings, find_files, is_address, is_local
 from luthier.data.sources.hub import HubContent, check_hub_access
 from luthier.data.sources.json import read_json_rows, read_jsonl_rows
+from luthier.data.sources.map_function import MappedContent
 from luthier.data.sources.options import TABLE_FORMATS, FormatOptions, read_options
 from luthier.data.sources.python_function import FunctionContent
 from luthier.data.sources.source import Source, changed_file_error, hash_file, join_hashes
@@ -182,6 +184,18 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
     """
     if not config.path:
         raise UserError(f"{name}.path is not set: name a file, a folder or a hub dataset.")
+    if config.map is None:
+        return _open_path(config, name, streaming)
+    # The first rows are those of the source, whatever the function makes of them.
+    source = _open_path(config.model_copy(update={"max_rows": None}), name, streaming)
+    (entry,) = read_code_entries(config.map)
+    return source.map_rows(
+        lambda content: MappedContent(content, entry, name, source.label, config.max_rows)
+    )
+
+
+def _open_path(config: "SourceConfig", name: str, streaming: bool) -> Source:
+    """Return what a path means, by its type."""
     path_type = source_type(config)
     if path_type == "hub":
         return _open_hub(config, name, streaming)

@@ -49,6 +49,15 @@ class SourceContent(Protocol):
         """Return how many rows there are, where that takes no reading of all."""
 
 
+class MapContent(SourceContent, Protocol):
+    """Rows that a function makes of those of another content."""
+
+    left_out: int
+    """Rows of which it made none when it was last read."""
+    read_rows: int
+    """Rows that it read then."""
+
+
 class Source:
     """Rows from one place, in the same order on every machine, a few in memory at a time."""
 
@@ -70,6 +79,20 @@ class Source:
         self._first: list[Row | BadRow] = []
         self._is_whole = False
         self._is_digest_of_peek = False
+        self._map: MapContent | None = None
+
+    def map_rows(self, map_content: "Callable[[SourceContent], MapContent]") -> "Source":
+        """Return this source with other rows, as a content that goes around its own makes them."""
+        mapped = map_content(self._content)
+        source = Source(self.name, self.label, self.files, mapped)
+        source._map = mapped
+        return source
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """How many rows its map left out, and of how many, when it was last read; both 0 without
+        one."""
+        return (self._map.left_out, self._map.read_rows) if self._map else (0, 0)
 
     def rows(self, verify: bool = False) -> Iterator[Row | BadRow]:
         """Yield the first `max_rows` rows, good and bad; UserError where the source is broken or
