@@ -41,7 +41,7 @@ STANDALONE = {
 
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate")
 MAY_IMPORT_HEAVY = re.compile(
-    r"train\.(build|loop|session|evaluation|callbacks|profiler|activation_checkpointing|dataloaders"
+    r"train\.(build|loop|session|evaluation|callbacks|own_callbacks|profiler|activation_checkpointing|dataloaders"
     r"|packing_check|document_masking)"
     r"|train\.(trainers|methods)\..+"
     r"|memory\.(plan|estimate|simulate|kernels|advice|report)"

@@ -107,7 +107,7 @@ def test_mistakes_are_told_with_the_config(override, words):
 
 def test_what_is_hashed_is_named_with_its_setting(project):
     before = hash_code(load_config(OVERRIDES).resolved)
-    assert {path: entry["key"] for path, entry in before.items()} == {
+    assert {path: entry["setting"] for path, entry in before.items()} == {
         "python:recipes/own_steps.py:clean": "dataset.map",
         "python:recipes/own_steps.py:Stop": "trainer.callbacks",
     }

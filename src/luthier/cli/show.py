@@ -149,7 +149,7 @@ def _code(record: dict[str, Any]) -> list[tuple[str, str]]:
     if here != luthier:
         rows.append(("here", _commit(here)))
     return rows + [
-        (entry["key"], f"{path} {_hash(entry['sha256'])}".rstrip())
+        (entry["setting"], f"{path} {_hash(entry['sha256'])}".rstrip())
         for path, entry in record.get("code", {}).items()
     ]
 

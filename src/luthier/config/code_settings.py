@@ -196,6 +196,6 @@ def hash_code(config: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
         reference for reference in find_code(config) if is_python_path(reference.text)
     ]
     return {
-        reference.text: {"key": reference.key, "sha256": hash_python_source(reference.text)}
+        reference.text: {"setting": reference.key, "sha256": hash_python_source(reference.text)}
         for reference in references
     }

@@ -128,7 +128,7 @@ def find_code_changes(record: dict[str, Any], config: dict[str, Any]) -> list[Co
     changes = []
     for path, entry in hash_code(config).items():
         old, new = before.get(path, {}).get("sha256"), entry["sha256"]
-        key = str(entry["key"])
+        key = str(entry["setting"])
         if old and new and old != new:
             has_known_rows = key.startswith("dataset.") and not is_stream
             effect = "harmless" if has_known_rows else _change_effect(key, has_deciding_metrics)

@@ -78,7 +78,7 @@ class SplitEntries(RecordModel):
 class CodeEntries(RecordModel):
     """A function or class of the user's own."""
 
-    key: str = ""
+    setting: str = ""
     """The setting that names it."""
     sha256: str | None = None
 

@@ -47,6 +47,7 @@ from luthier.train.launch_request import launched_by
 from luthier.train.loop import AfterSave, TrainingSession, fit
 from luthier.train.methods import TrainerInputs
 from luthier.train.methods.encoders import make_chat_encoder, make_seq2seq_prompts
+from luthier.train.own_callbacks import make_own_callbacks
 from luthier.train.signals import StoppedBySignal
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def build_session(
     model = make_trainable(model, config, tokenizer, machine, facts.task)
     if is_main_process:
         console.print_model(model, machine, config.quantization, config.lora)
-    callbacks = [MetricsFileCallback(folder / "metrics.jsonl")]
+    own_callbacks = make_own_callbacks(config.trainer.callbacks)
+    callbacks = [MetricsFileCallback(folder / "metrics.jsonl"), *own_callbacks]
     trainer_inputs = TrainerInputs(config, args, model, tokenizer, prepared, callbacks)
     # New adapter weights were drawn in between.
     set_seed(config.seed)

@@ -397,7 +397,8 @@ def _prepare_trainer(session: TrainingSession, checkpoint: Path | None) -> None:
     )
     trainer.run_folder = session.folder
     trainer.processor_files = _find_processor(session)
-    trainer.add_callback(RestoreCountersCallback(trainer))
+    # The first of all: the callbacks of the user's own begin with what a checkpoint restores.
+    trainer.callback_handler.callbacks.insert(0, RestoreCountersCallback(trainer))
     trainer.add_callback(StopCallback(trainer))
     if session.is_main_process:
         step = checkpoints.checkpoint_step(checkpoint) if checkpoint else 0

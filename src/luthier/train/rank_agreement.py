@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import luthier
+from luthier.config.code_settings import hash_code
 from luthier.errors import UserError, format_value
 from luthier.record.config_diff import flatten_config
 from luthier.record.machine_info import MAIN_PACKAGES
@@ -86,7 +87,8 @@ def _environment_facts(recorded: dict[str, Any], machine: "Machine") -> RankFact
         if key not in _OWN_TO_A_MACHINE
     }
     versions = {f"{name} (package)": version for name, version in _main_versions().items()}
-    code = {"luthier (its code)": _hash_code()}
+    code: dict[str, str | None] = {"luthier (its code)": _hash_code()}
+    code |= {f"{path} (its code)": entry["sha256"] for path, entry in hash_code(recorded).items()}
     devices = {"model.device": machine.device_type, "model.dtype": machine.dtype}
     return RankFacts(socket.gethostname(), versions | code | config | devices)
 

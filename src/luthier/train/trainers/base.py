@@ -1,6 +1,7 @@
 """What luthier promises of every trainer, on top of TRL's and transformers' own."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -77,6 +78,8 @@ class TrainerMixin(Base):
     """Whether the items of a step are counted over all ranks, whatever the settings say."""
     _resumed_checkpoint: Path | None = None
     _has_reported_budget = False
+    _was_ended = False
+    """Whether a callback had ended the training at the checkpoint that it resumes."""
     _gradient_norms: list[tuple[int, Any]]
     """Each step and the norm of its gradient, since they were last looked at."""
 
@@ -109,6 +112,7 @@ class TrainerMixin(Base):
         if self.accelerator.is_fsdp2:
             sharded_weights.choose_layers(self)
         self._gradient_norms = []
+        self._was_ended = False
         self._resumed_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._stop_if_not_finite()
@@ -137,7 +141,8 @@ class TrainerMixin(Base):
         # transformers 5.23 compares the number of steps only behind each of them, so a training
         # that was complete at its checkpoint would take one more.
         is_complete = self.state.global_step >= self.state.max_steps
-        if is_complete or any(map(has_stopped_early, stateful_callbacks(self))):
+        has_ended = self._was_ended or any(map(has_stopped_early, stateful_callbacks(self)))
+        if is_complete or has_ended:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -268,16 +273,31 @@ class TrainerMixin(Base):
 
     def counter_state(self) -> dict[str, Any]:
         """What this process has counted since the last line of metrics, for JSON."""
-        callbacks = stateful_callbacks(self)
         # TRL's trainers collect measures in `_metrics` and log the mean of each.
         measures = vars(self).get("_metrics", {}).get("train", {})
         return {
             "loss": self._tr_loss.item(),
             "losses": self._total_loss_scalar,
             "logged": self._globalstep_last_logged,
-            "callbacks": {type(c).__name__: c.state()["attributes"] for c in callbacks},
+            "callbacks": {name: c.state()["attributes"] for name, c in self._stateful().items()},
+            "is_ended": self._is_ended_by_callback(),
             "measures": {name: list(values) for name, values in measures.items()},
         }
+
+    def _stateful(self) -> dict[str, Any]:
+        """The callbacks that have a state, by class; of one class the second is `NAME 2`."""
+        callbacks: dict[str, Any] = {}
+        counts: Counter[str] = Counter()
+        for callback in stateful_callbacks(self):
+            name = type(callback).__name__
+            counts[name] += 1
+            callbacks[f"{name} {counts[name]}" if counts[name] > 1 else name] = callback
+        return callbacks
+
+    def _is_ended_by_callback(self) -> bool:
+        """Whether a callback has ended the training before its last step."""
+        is_early = self.state.global_step < self.state.max_steps
+        return bool(self.control.should_training_stop and is_early and not self.stop_signal)
 
     def load_counter_state(self, state: dict[str, Any]) -> None:
         """Count on from what `counter_state` returned."""
@@ -285,8 +305,10 @@ class TrainerMixin(Base):
         self._tr_loss += state["loss"]
         self._total_loss_scalar = state["losses"]
         self._globalstep_last_logged = state["logged"]
-        for callback in stateful_callbacks(self):
-            vars(callback).update(state["callbacks"].get(type(callback).__name__, {}))
+        for callback_name, callback in self._stateful().items():
+            for attribute, value in state["callbacks"].get(callback_name, {}).items():
+                setattr(callback, attribute, value)
+        self._was_ended = bool(state.get("is_ended"))
         for name, values in state["measures"].items():
             self._metrics["train"][name].extend(values)
 
@@ -400,6 +422,10 @@ class TrainerMixin(Base):
         """Write a checkpoint, complete or not at all, and none with weights that are broken."""
         self._stop_if_not_finite()
         folder = Path(super()._get_output_dir(trial))
+        for states in self.state.stateful_callbacks.values():
+            # Of two callbacks of one class transformers 5.23 adds both states at each checkpoint.
+            if isinstance(states, list):
+                states.clear()
         write_checkpoint(self, folder, partial(super()._save_checkpoint, model, trial))
 
     def report_over_budget(self, sentence: str) -> None:
