@@ -12,7 +12,9 @@ import pytest
 from pydantic import BaseModel
 
 from luthier.cli.main import COMMANDS
+from luthier.config.code_settings import CODE_SETTINGS
 from luthier.config.schema import RunConfig
+from luthier.python_code import check_python_path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -308,6 +310,22 @@ def test_the_table_of_groups_lists_every_option(group):
 def test_the_page_of_recipes_lists_every_recipe():
     listed = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert [name for name in RECIPES if f"[{name}]({name}.yaml)" not in listed] == []
+
+
+def test_the_page_on_code_lists_every_setting_that_takes_some():
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    rows = page[page.index("## Where it can stand") :].partition("\n## ")[0]
+    listed = [SPAN.findall(line)[0] for line in rows.splitlines() if line.startswith("| `")]
+    assert listed == list(CODE_SETTINGS)
+
+
+def test_the_code_on_the_page_on_code_is_what_its_settings_take(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    base = CODE_SETTINGS["trainer.callbacks"].base
+    assert check_python_path("python:my.py:clean", ["longest"], positional=["row"]) is None
+    assert check_python_path("python:my.py:Stop", ["below"], base=base) is None
 
 
 def test_some_page_shows_every_command():
