@@ -128,7 +128,7 @@ def test_a_syntax_error_is_named_with_its_line(folder):
         ("python:own broken.py:keep", "own broken.py:2)"),
         ("python:own_package.deep.keep", "SystemExit: it ends the program (must not run)"),
         ("python:own_code.LIMIT", "nothing that can be called"),
-        ("python:own_code.py:Child", "is the class Child, and a class of <class 'dict'> is needed"),
+        ("python:own_code.py:Child", "is the class Child, and a class of builtins.dict is needed"),
     ],
 )
 def test_code_that_cannot_be_had_is_a_mistake_in_words(path, words):

@@ -376,7 +376,10 @@ def load_python_object(
         raise UserError(_no_such_name(parsed, callables))
     value = getattr(module, parsed.name)
     if base is not None and not (isinstance(value, type) and issubclass(value, base)):
-        raise UserError(f"{path} is {_describe_object(value)}, and a class of {base} is needed.")
+        base_name = f"{base.__module__.partition('.')[0]}.{base.__name__}"
+        raise UserError(
+            f"{path} is {_describe_object(value)}, and a class of {base_name} is needed."
+        )
     if not callable(value):
         raise UserError(f"{path} is {_describe_object(value)}, and nothing that can be called.")
     signature = None if arguments is None else _read_signature(value)
