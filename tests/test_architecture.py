@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "luthier"
 
 LAYERS = (
-    ("__main__",),
+    ("__main__", "notebook"),
     ("cli",),
     ("doctor", "evaluate", "export", "sweep"),
     ("train",),
@@ -257,7 +257,7 @@ def test_a_mistake_in_a_config_costs_no_numpy(name):
 def test_nobody_imports_the_command_line():
     importers = {
         name for name in MODULES for imported in luthier_imports(name)
-        if imported.split(".")[0] == "cli" and name.split(".")[0] not in ("cli", "__main__")
+        if imported.split(".")[0] == "cli" and name.split(".")[0] not in ("cli", "__main__", "notebook")
     }  # fmt: skip
     assert importers == set()
 

@@ -28,6 +28,10 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows of it: the text alone, by IPython's own hook."""
+        return [redact_message(str(self))]
+
 
 def report_error(error: UserError) -> int:
     """Print a mistake once for all processes of a launch, and return the exit code.

@@ -1,7 +1,7 @@
 """`luthier show RUN`: what a run's record says, on one page."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.cli.arguments import CommandLine
 from luthier.record import checkpoints
@@ -12,6 +12,9 @@ from luthier.redaction import redact
 from luthier.storage import lock
 from luthier.storage.sizes import folder_size, format_bytes
 from luthier.terminal import make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COMMAND_LINE = CommandLine(
     "show",
@@ -39,11 +42,11 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def print_page(folder: Path, sections: RunPage) -> None:
+def print_page(folder: Path, sections: RunPage, console: "Console | None" = None) -> None:
     """Print the sections, names in one column."""
     from rich.markup import escape
 
-    console = make_console()
+    console = console or make_console()
     console.print(f"[bold]{escape(str(folder))}[/bold]")
     # One width over all sections, so that the values stand in one column down the page.
     width = max(len(name) for _, rows in sections for name, _ in rows)

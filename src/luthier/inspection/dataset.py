@@ -146,7 +146,11 @@ def load_dataset(
     configuration or the files, before anything large is imported where it can be known, and for
     rows that are neither conversations nor plain text.
     """
-    config = load_config(overrides, is_trusted).config
+    return open_dataset(load_config(overrides, is_trusted).config, command, bad_rows)
+
+
+def open_dataset(config: RunConfig, command: str, bad_rows: bool = False) -> LoadedDataset:
+    """Open what a run with this config would read, as `load_dataset` does."""
     lenient = {"on_bad_row": "drop"} if bad_rows else {}
     sources = data.check_sources(config.dataset.model_copy(update=lenient))
     batching = read_batching_settings(config)

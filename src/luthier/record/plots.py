@@ -116,13 +116,10 @@ def bin_edges(lengths: NDArray[Any]) -> tuple[NDArray[Any], bool]:
 
 def new_figure(**options: Any) -> Any:
     """Return an empty matplotlib figure that needs no screen."""
-    import matplotlib
+    # Not by pyplot, whose backend is the choice of who has called luthier, such as a notebook.
+    from matplotlib.figure import Figure
 
-    # Before pyplot, which chooses a backend on import; one with windows fails without a screen.
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.figure(dpi=130, **options)
+    return Figure(dpi=130, **options)
 
 
 def style_axes(axes: Any, grid: str = "both") -> None:
