@@ -5,6 +5,7 @@ import pytest
 from luthier.config.code_settings import describe_code, hash_code, read_code_entries
 from luthier.config.load import load_config
 from luthier.errors import UserError
+from luthier.record.config_diff import find_code_changes
 
 CODE = """
 from transformers import TrainerCallback
@@ -90,6 +91,11 @@ def test_a_recipe_elsewhere_may_bring_the_code_beside_it(project, tmp_path, monk
             r"Write 'dataset.map={python\:recipes/own_steps.py\:clean: {limit: 3}}'.",
         ),
         (
+            r"dataset.map={python\:recipes/own_steps.py\:clean: {}, python\:a.b: {}}",
+            "dataset.map: 'python:recipes/own_steps.py:clean', 'python:a.b' are several",
+        ),
+        ("dataset.map={}", "dataset.map: {} names no code."),
+        (
             "trainer.callbacks=[python:recipes/own_steps.py:clean]",
             "is a function, and a class of transformers.TrainerCallback is needed",
         ),
@@ -107,15 +113,34 @@ def test_mistakes_are_told_with_the_config(override, words):
 
 def test_what_is_hashed_is_named_with_its_setting(project):
     before = hash_code(load_config(OVERRIDES).resolved)
-    assert {path: entry["setting"] for path, entry in before.items()} == {
-        "python:recipes/own_steps.py:clean": "dataset.map",
-        "python:recipes/own_steps.py:Stop": "trainer.callbacks",
+    assert {path: entry["settings"] for path, entry in before.items()} == {
+        "python:recipes/own_steps.py:clean": ["dataset.map"],
+        "python:recipes/own_steps.py:Stop": ["trainer.callbacks"],
     }
     text = (project / "recipes" / "own_steps.py").read_text()
     (project / "recipes" / "own_steps.py").write_text(text.replace("return row", "return None"))
     after = hash_code(load_config(OVERRIDES).resolved)
     changed = [path for path in before if before[path] != after[path]]
     assert changed == ["python:recipes/own_steps.py:clean"]
+
+
+def test_code_of_two_settings_is_compared_as_the_one_for_which_it_matters(project):
+    """A function that measures may change, and the same one as a reward may not."""
+    (project / "own_scores.py").write_text("def score(*args, **kwargs): return 1\n")
+    config = {
+        "trainer": {
+            "rewards": ["python:own_scores.score"],
+            "evaluation": {"metrics": ["python:own_scores.score"]},
+        }
+    }
+    record = {"code": hash_code(config)}
+    assert record["code"]["python:own_scores.score"]["settings"] == [
+        "trainer.rewards",
+        "trainer.evaluation.metrics",
+    ]
+    (project / "own_scores.py").write_text("def score(*args, **kwargs): return 2\n")
+    changes = {change.key: change.effect for change in find_code_changes(record, config)}
+    assert changes == {"trainer.rewards": "matters", "trainer.evaluation.metrics": "harmless"}
 
 
 def test_entries_of_all_forms():

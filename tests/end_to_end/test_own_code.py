@@ -94,9 +94,9 @@ def test_a_run_says_and_records_its_code_and_goes_on_with_the_state_of_its_callb
     assert "map       dataset.map left out 4 of 48 rows" in text
     run = code / "coded"
     entries = record(run)["code"]
-    assert {path: entry["setting"] for path, entry in entries.items()} == {
-        "python:own_run.py:clean": "dataset.map",
-        "python:own_run.py:Count": "trainer.callbacks",
+    assert {path: entry["settings"] for path, entry in entries.items()} == {
+        "python:own_run.py:clean": ["dataset.map"],
+        "python:own_run.py:Count": ["trainer.callbacks"],
     }
     assert all(len(entry["sha256"]) == 64 for entry in entries.values())
     whole = [["begin", 0], *(["save", step] for step in (2, 4, 6, 8))]

@@ -152,7 +152,7 @@ def _code(record: dict[str, Any]) -> list[tuple[str, str]]:
     if here != luthier:
         rows.append(("here", _commit(here)))
     return rows + [
-        (entry["setting"], f"{path} {_hash(entry['sha256'])}".rstrip())
+        (", ".join(entry["settings"]), f"{path} {_hash(entry['sha256'])}".rstrip())
         for path, entry in record.get("code", {}).items()
     ]
 

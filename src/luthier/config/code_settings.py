@@ -6,9 +6,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
-from luthier.config.trust import CodeReference, find_code
+from luthier.config.trust import find_code
 from luthier.errors import Mistake, format_value
 from luthier.python_code import (
     PYTHON_FORMS,
@@ -37,11 +37,13 @@ class CodeSetting:
     """The class, by its dotted name, that it must derive from."""
     only_code: bool = False
     """Whether nothing else than code can stand there."""
+    is_list: bool = True
+    """Whether several can stand there."""
 
 
 CODE_SETTINGS: dict[str, CodeSetting] = {
     "dataset.path": CodeSetting("a function that yields rows"),
-    "dataset.map": CodeSetting("a function of a row", ("row",), only_code=True),
+    "dataset.map": CodeSetting("a function of a row", ("row",), only_code=True, is_list=False),
     "trainer.callbacks": CodeSetting(
         "classes of transformers.TrainerCallback",
         (),
@@ -116,7 +118,9 @@ def _get(value: Any, path: list[str]) -> Any:
 def _check_value(value: Any, setting: CodeSetting) -> Iterator[str]:
     items = value if isinstance(value, list) else [value]
     for item in items:
-        names = list(item) if isinstance(item, Mapping) else [item]
+        names = (list(item) or [item]) if isinstance(item, Mapping) else [item]
+        if len(names) > 1 and not setting.is_list:
+            yield f"{', '.join(map(format_value, names))} are several; write one of them."
         for name in names:
             if setting.only_code and not is_python_path(name):
                 yield f"{format_value(name)} names no code. Write {PYTHON_FORMS}."
@@ -187,15 +191,24 @@ def describe_code(config: Mapping[str, Any]) -> str | None:
     return f"code      {'; '.join(sentences)}" if sentences else None
 
 
-def hash_code(config: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
-    """Return each `python:` path of a config with its setting and the SHA-256 of its source.
+class CodeSource(TypedDict):
+    """The source of some code, as a run's record has it."""
 
-    The hash is None for code that has no source in Python.
-    """
-    references: list[CodeReference] = [
-        reference for reference in find_code(config) if is_python_path(reference.text)
-    ]
-    return {
-        reference.text: {"setting": reference.key, "sha256": hash_python_source(reference.text)}
-        for reference in references
-    }
+    settings: list[str]
+    """The settings that name it."""
+    sha256: str | None
+    """The hash of its source; None for code that has none in Python."""
+
+
+def hash_code(config: Mapping[str, Any]) -> dict[str, CodeSource]:
+    """Return each `python:` path of a config with its settings and the SHA-256 of its source."""
+    sources: dict[str, CodeSource] = {}
+    for reference in find_code(config):
+        if not is_python_path(reference.text):
+            continue
+        if reference.text not in sources:
+            sha256 = hash_python_source(reference.text)
+            sources[reference.text] = {"settings": [], "sha256": sha256}
+        if reference.key not in sources[reference.text]["settings"]:
+            sources[reference.text]["settings"].append(reference.key)
+    return sources

@@ -122,13 +122,14 @@ def find_code_changes(record: dict[str, Any], config: dict[str, Any]) -> list[Co
     source's code makes is compared by its rows, where those are known before they train: then such
     a change is harmless.
     """
+    now = hash_code(config)
     before: dict[str, dict[str, Any]] = record.get("code") or {}
     is_stream = bool((config.get("dataset") or {}).get("streaming"))
     has_deciding_metrics = _has_deciding_metrics(config)
     changes = []
-    for path, entry in hash_code(config).items():
-        old, new = before.get(path, {}).get("sha256"), entry["sha256"]
-        key = str(entry["setting"])
+    named = [(key, path) for path, entry in now.items() for key in entry["settings"]]
+    for key, path in named:
+        old, new = before.get(path, {}).get("sha256"), now[path]["sha256"]
         if old and new and old != new:
             has_known_rows = key.startswith("dataset.") and not is_stream
             effect = "harmless" if has_known_rows else _change_effect(key, has_deciding_metrics)

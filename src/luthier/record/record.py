@@ -78,8 +78,8 @@ class SplitEntries(RecordModel):
 class CodeEntries(RecordModel):
     """A function or class of the user's own."""
 
-    setting: str = ""
-    """The setting that names it."""
+    settings: list[str] = []
+    """The settings that name it."""
     sha256: str | None = None
 
 

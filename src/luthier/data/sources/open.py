@@ -29,7 +29,7 @@ from luthier.data.sources.source import Source, changed_file_error, hash_file, j
 from luthier.data.sources.streams import DataFile, HashedFile, WebFile
 from luthier.data.sources.text import read_text_rows
 from luthier.errors import UserError
-from luthier.python_code import is_python_path
+from luthier.python_code import PYTHON_FORMS, is_python_path
 from luthier.redaction import HIDDEN, REFERENCE, redact_message
 
 if TYPE_CHECKING:
@@ -188,7 +188,10 @@ def open_source(config: "SourceConfig", name: str = "dataset", streaming: bool =
         return _open_path(config, name, streaming)
     # The first rows are those of the source, whatever the function makes of them.
     source = _open_path(config.model_copy(update={"max_rows": None}), name, streaming)
-    (entry,) = read_code_entries(config.map)
+    entries = read_code_entries(config.map)
+    if len(entries) != 1:
+        raise UserError(f"{name}.map: write one function, as {PYTHON_FORMS}.")
+    (entry,) = entries
     return source.map_rows(
         lambda content: MappedContent(content, entry, name, source.label, config.max_rows)
     )
