@@ -32,7 +32,9 @@ def talk(tuned_llm):
 
 
 def text_of(tuned_llm, messages, **settings):
-    return printable(tuned_llm.generate([messages], **{"max_new_tokens": 9} | settings)[0])
+    """The content of the reply: with the control tokens that a model without sense writes."""
+    (reply,) = tuned_llm.replies([messages], **{"max_new_tokens": 9} | settings)
+    return printable(reply.message["content"])
 
 
 def test_a_reply_is_written_and_remembered(talk, tuned_llm):

@@ -21,11 +21,9 @@ from helpers.model_server import (
     send_and_leave,
     stream_events,
 )
-from luthier.chat import ReplyDelta
 from luthier.errors import UserError
 from luthier.infer import LLM
 from luthier.infer.generate import bytes_per_row
-from luthier.infer.reply_parser import ReplyParser
 from luthier.infer.server import ModelServer, ServerLimits
 from luthier.infer.stream import StopStrings
 
@@ -249,85 +247,89 @@ def test_the_host_is_one_of_this_server(tuned_llm, bound, allowed, host, status)
         assert client.get("/health", headers={"Host": host}).status_code == status
 
 
-# A tiny random model writes no tool calls, so these replies are scripted: the ids of a text.
+# What a template writes for reasoning and calls, which the model is made to write.
 
-TEMPLATE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
-        "tool_calls": {
-            "open_pattern": r"\s*<tool_call>", "close": "</tool_call>", "repeats": True,
-            "content": "json", "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close_pattern": r"\s*<\|im_end\|>", "content": "text"},
-    },
-}  # fmt: skip
+LOOK_UP = {
+    "type": "function",
+    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}},
+}
 CALL_TEXT = '<tool_call>\n{"name": "look_up", "arguments": {"word": "ä"}}\n</tool_call>'
+CALLING = f"<think>\nhm\n</think>\n\nWell.\n{CALL_TEXT}\n{CALL_TEXT}<|im_end|>"
+BROKEN = "<think>\nhm\n</think>\n\n<tool_call>\n[1]\n</tool_call>"
+TOOL_QUESTION = {"messages": QUESTION, "tools": [LOOK_UP]}
 
 
-@pytest.fixture
-def scripted(tuned_llm, monkeypatch):
-    """Let the model reply with a text."""
-
-    def reply(text):
-        ids = tuned_llm.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        def write_tokens(prompt, config, tokens, stopped, seed=None):
-            for token in [*ids, 2, None]:
-                tokens.put(token)
-
-        monkeypatch.setattr(tuned_llm, "write_tokens", write_tokens)
-
-    monkeypatch.setattr(tuned_llm.tokenizer, "response_template", TEMPLATE, raising=False)
-    return reply
+@pytest.fixture(scope="module")
+def thinking_client(thinker):
+    with app_client(thinker) as client:
+        yield client
 
 
-def test_reasoning_and_calls_are_fields_of_their_own(client, scripted):
-    scripted(f"<think>\nhm</think>\n\nWell.\n{CALL_TEXT}\n{CALL_TEXT}")
-    (choice,) = client.post(CHAT, json={"messages": QUESTION}).json()["choices"]
+def test_reasoning_and_calls_are_fields_of_their_own(thinking_client, forced):
+    forced(CALLING)
+    (choice,) = thinking_client.post(CHAT, json=TOOL_QUESTION).json()["choices"]
     message = choice["message"]
-    assert choice["finish_reason"] == "tool_calls"
+    assert choice["finish_reason"] == "tool_calls" and "parse_error" not in choice
     assert (message["content"], message["reasoning_content"]) == ("Well.", "hm")
     functions = [call["function"] for call in message["tool_calls"]]
     assert functions == [{"name": "look_up", "arguments": '{"word": "ä"}'}] * 2
-    events, _ = stream_events(client.post(CHAT, json={"messages": QUESTION, "stream": True}).text)
-    deltas = [event["choices"][0]["delta"] for event in events]
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
-    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
-    assert [call["index"] for call in calls] == [0, 1]
-    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
-    whole = client.post(RESPONSES, json={"input": "abc"}).json()
+    response_tool = {"type": "function", **LOOK_UP["function"]}
+    body = {"input": "abc", "tools": [response_tool]}
+    whole = thinking_client.post(RESPONSES, json=body).json()
     assert [item["type"] for item in whole["output"]] == [
         "reasoning", "message", "function_call", "function_call",
     ]  # fmt: skip
 
 
-BROKEN = [
-    '<tool_call>{"name": "f", "argu',
-    "<tool_call>[1]</tool_call>",
-    "<tool_call>x</tool_call>b",
-]
+def test_calls_stream_with_their_index_and_arguments(thinking_client, forced):
+    forced(CALLING)
+    body = TOOL_QUESTION | {"stream": True}
+    events, is_complete = stream_events(thinking_client.post(CHAT, json=body).text)
+    assert is_complete
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
+    assert "".join(delta.get("content", "") for delta in deltas) == "Well."
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call["index"] for call in calls] == [0, 0, 1, 1]
+    assert calls[0]["function"] == {"name": "look_up", "arguments": ""}
+    assert calls[1] == {"index": 0, "function": {"arguments": '{"word": "ä"}'}}
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("size", [1, 3, 100])
-def test_a_call_that_is_none_stays_text(tuned_llm, monkeypatch, broken, size):
-    monkeypatch.setattr(tuned_llm.tokenizer, "response_template", TEMPLATE, raising=False)
-    parser = ReplyParser(
-        tuned_llm.tokenizer, tuned_llm.model, tuned_llm.prompt_ids([QUESTION])[0], None
-    )
-    text = f"Well.{broken}"
-    deltas = [d for n in range(0, len(text), size) for d in parser.add(text[n : n + size])]
-    deltas += parser.finish()
-    assert {delta.field for delta in deltas} == {"content"}
-    assert "".join(delta.text for delta in deltas) == text
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_what_does_not_parse_is_content_with_the_reason(thinking_client, forced, stream):
+    forced(f"{BROKEN}<|im_end|>")
+    answer = thinking_client.post(CHAT, json=TOOL_QUESTION | {"stream": stream})
+    if stream:
+        events, _ = stream_events(answer.text)
+        deltas = [event["choices"][0]["delta"] for event in events]
+        # What was sent as reasoning stays that; all behind it is content.
+        text = "".join(delta.get("content", "") for delta in deltas)
+        assert "[1]" in text and text in BROKEN
+        choice = events[-1]["choices"][0]
+    else:
+        (choice,) = answer.json()["choices"]
+        assert choice["message"] == {"role": "assistant", "content": BROKEN, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert choice["parse_error"].startswith("the calls of the reply cannot be read")
 
 
-def test_without_a_response_template_all_is_content(tuned_llm):
-    parser = ReplyParser(tuned_llm.tokenizer, tuned_llm.model, [], None)
-    assert list(parser.add("<think>")) == [ReplyDelta("content", "<think>")]
-    assert list(parser.finish()) == []
+def test_a_stop_string_within_the_content_leaves_a_message(thinking_client, forced):
+    forced(CALLING)
+    body = TOOL_QUESTION | {"stop": ["ll."]}
+    (choice,) = thinking_client.post(CHAT, json=body).json()["choices"]
+    assert choice["message"]["content"] == "We" and choice["message"]["reasoning_content"] == "hm"
+    assert choice["finish_reason"] == "stop" and "parse_error" not in choice
+
+
+def test_tool_choice_none_shows_no_tools(thinking_client, forced):
+    forced("<think>\n\n</think>\n\nWell.<|im_end|>")
+
+    def count(**fields):
+        body = TOOL_QUESTION | fields
+        return thinking_client.post(CHAT, json=body).json()["usage"]["prompt_tokens"]
+
+    assert count() == count(tool_choice="auto") > count(tool_choice="none") == count(tools=None)
 
 
 @pytest.mark.parametrize(
@@ -470,6 +472,34 @@ def test_openais_own_client_understands_it(tuned_llm, expected):
         assert (refused.value.param, refused.value.type) == ("n", "invalid_request_error")
         with pytest.raises(openai.NotFoundError, match="This server has tiny"):
             client.chat.completions.create(model="gpt-4", messages=QUESTION)
+
+
+def test_openais_own_client_streams_calls(thinker, forced):
+    openai = pytest.importorskip("openai")
+    forced(CALLING)
+    with listening(thinker) as port:
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
+        question = TOOL_QUESTION | {"model": "tiny"}
+        with client.chat.completions.stream(**question) as stream:
+            events = list(stream)
+            message = stream.get_final_completion().choices[0].message
+        whole = client.chat.completions.create(**question).choices[0]
+        functions = [(call.function.name, call.function.arguments) for call in message.tool_calls]
+        assert functions == [("look_up", '{"word": "ä"}')] * 2
+        assert functions == [
+            (c.function.name, c.function.arguments) for c in whole.message.tool_calls
+        ]
+        assert (whole.finish_reason, whole.message.reasoning_content) == ("tool_calls", "hm")
+        done = [e for e in events if e.type == "tool_calls.function.arguments.done"]
+        assert [event.index for event in done] == [0, 1]
+        # The calls and their results go back as the client has them.
+        forced("<think>\nso\n</think>\n\nDone.<|im_end|>")
+        results = [
+            {"role": "tool", "tool_call_id": c.id, "content": "1"} for c in message.tool_calls
+        ]
+        messages = [*QUESTION, whole.message.model_dump(exclude_none=True), *results]
+        last = client.chat.completions.create(**question | {"messages": messages}).choices[0]
+        assert (last.message.content, last.finish_reason) == ("Done.", "stop")
 
 
 def test_many_clients_each_get_their_reply(tuned_llm):

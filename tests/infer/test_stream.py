@@ -28,7 +28,7 @@ def tokenizer(request):
 
 
 def pieces_of(tokenizer, ids):
-    pieces = TextStream(tokenizer)
+    pieces = TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     return [*(pieces.add(token) for token in ids), pieces.rest()]
 
 

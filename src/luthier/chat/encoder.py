@@ -28,6 +28,7 @@ from luthier.chat.pipeline import (
     drop_front,
     turn_starts,
 )
+from luthier.chat.reply_grammar import ReplyGrammar
 from luthier.chat.reply_parser import MessageParser, ParsedReply, ReplyStream
 from luthier.chat.turns import RenderedSequence, select_trained_messages
 from luthier.chat.types import ChatBatch, ChatError, ChatSequence
@@ -158,6 +159,14 @@ class ChatEncoder:
         It holds back what may yet be a marker of the template, and calls until the reply's end.
         """
         return ReplyStream(self._reply_parser(tools, chat_template_kwargs), messages, tools)
+
+    def reply_grammar(self, tools: list | None = None) -> ReplyGrammar:
+        """Return what the template writes around the fields of a reply to a question."""
+        return self._reply_parser(tools, None).usual_grammar(tools)
+
+    def decode_reply(self, ids: Sequence[int]) -> str:
+        """Return the text of ids that stand behind a prompt, control tokens and all."""
+        return self._pipelines.tokens.decode_reply(list(ids))
 
     def _reply_parser(self, tools: list | None, variables: Any) -> MessageParser:
         pipeline, _ = self._select(tools, variables)

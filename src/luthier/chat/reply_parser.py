@@ -119,6 +119,10 @@ class MessageParser:
         grammar = self._special_grammar(messages, tools)
         return ReplyScanner(grammar or self._usual_grammar(messages, tools))
 
+    def usual_grammar(self, tools: list | None) -> ReplyGrammar:
+        """Return the grammar of replies to a question."""
+        return self._usual_grammar([_QUESTION], tools)
+
     def _usual_grammar(self, messages: Messages, tools: list | None) -> ReplyGrammar:
         """Return the grammar of replies to a question, or to a tool's result."""
         role = str(messages[-1].get("role"))

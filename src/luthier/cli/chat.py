@@ -3,10 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from luthier.cli.arguments import TRUST, CommandLine, Flag
 from luthier.errors import UserError
@@ -19,6 +19,7 @@ from luthier.terminal import make_console, printable
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from luthier.chat import ReplyDelta
     from luthier.config.trust import Trust
     from luthier.infer.llm import LLM, GeneratedReply
 
@@ -146,6 +147,24 @@ class SideBySide:
         return table
 
 
+class StyledText(NamedTuple):
+    """A text and rich's name for its style."""
+
+    text: str
+    style: str
+
+
+def _format_deltas(deltas: "Iterable[ReplyDelta]") -> Iterator[StyledText]:
+    """Yield a reply as it is shown: reasoning dimmed, and each field from a new line on."""
+    styles = {"reasoning": "dim", "content": "", "tool_call": "bold"}
+    field: str | None = None
+    for delta in deltas:
+        text = f"{delta.name}({delta.text})" if delta.field == "tool_call" else delta.text
+        is_new = field is not None and (delta.field != field or delta.field == "tool_call")
+        field = delta.field
+        yield StyledText(f"\n{text}" if is_new else text, styles[delta.field])
+
+
 HELP = """\
   /system TEXT   put this in front of the conversation (it begins anew); /system - for nothing
   /reset         forget what was said
@@ -236,11 +255,12 @@ class ChatRepl:
 
         ended: list[GeneratedReply] = []
         began = time.monotonic()
-        stream = chat.stream(text, on_end=ended.append, **self._settings)
+        stream = chat.stream_deltas(text, on_end=ended.append, **self._settings)
         try:
-            for piece in stream:
+            for piece in _format_deltas(stream):
                 # As Text, because brackets in a reply are no markup of rich.
-                self._console.print(Text(printable(piece)), end="", soft_wrap=True)
+                text_piece = Text(printable(piece.text), style=piece.style)
+                self._console.print(text_piece, end="", soft_wrap=True)
         except KeyboardInterrupt:
             stream.close()
             self._note("\nstopped")
@@ -254,25 +274,26 @@ class ChatRepl:
             for number, chat in enumerate(self._chats):
                 stream = self._stream(number, chat, text)
                 try:
-                    for piece in stream:
-                        columns.add(number, printable(piece))
+                    for piece in _format_deltas(stream):
+                        columns.add(number, printable(piece.text))
                 except KeyboardInterrupt:
                     stream.close()
                     columns.add(number, " (stopped)")
 
-    def _stream(self, number: int, chat: ChatSession, text: str) -> Generator[str]:
+    def _stream(self, number: int, chat: ChatSession, text: str) -> "Generator[ReplyDelta]":
         assert self._other is not None
         # Entered for each reply alone: the adapter must be on again when the tuned model answers.
         is_base = number == 0 and self._other is self._llm
         with self._llm.as_base() if is_base else nullcontext():
-            yield from chat.stream(text, **self._settings)
+            yield from chat.stream_deltas(text, **self._settings)
 
     def _measure(self, ended: "list[GeneratedReply]", seconds: float) -> str:
         if not ended:
             return ""
         (reply,) = ended
         cut = "; cut at max_new_tokens" if reply.finish == "length" else ""
-        return f"{len(reply.ids):,} tokens, {len(reply.ids) / seconds:,.1f} a second{cut}"
+        plain = f"\nnot read as a message: {reply.parse_error}" if reply.parse_error else ""
+        return f"{len(reply.ids):,} tokens, {len(reply.ids) / seconds:,.1f} a second{cut}{plain}"
 
     def _system(self, text: str) -> None:
         if not text:

@@ -135,10 +135,12 @@ def _answer(
         with tqdm(total=len(asks.rows), initial=file.done, unit="row", disable=None) as bar:
             step = size * _BATCHES
             for start in range(0, len(left), step):
-                writer = _ReplyWriter(file, left[start : start + step], bar)
+                asked = left[start : start + step]
+                writer = _ReplyWriter(file, asked, bar)
                 replies = llm.replies(
-                    ids[start : start + step], batch_size=size, seed=parsed.numbers.get("--seed"),
-                    on_replies=writer.take, **typed.generation,
+                    [ask.prompt for ask in asked], places=[ask.where for ask in asked],
+                    batch_size=size, seed=parsed.numbers.get("--seed"), on_replies=writer.take,
+                    **typed.generation,
                 )  # fmt: skip
                 tokens += sum(len(reply.ids) for reply in replies)
                 seconds = time.monotonic() - began
@@ -178,8 +180,14 @@ class _ReplyWriter:
         row["prompt"] = ask.prompt
         if ask.expected is not None:
             row["expected"] = ask.expected
-        row |= {"reply": first.text, "finish": first.finish, "tokens": len(first.ids)}
+        row |= {"reply": first.text, "message": first.message}
+        row |= {"finish": first.finish, "tokens": len(first.ids)}
+        if first.parse_error is not None:
+            row["parse_error"] = first.parse_error
         # `reply` is always the first, so that readers need not know num_return_sequences.
         if len(replies) > 1:
             row["replies"] = [reply.text for reply in replies]
+            row["reply_messages"] = [reply.message for reply in replies]
+            if any(reply.parse_error for reply in replies):
+                row["parse_errors"] = [reply.parse_error for reply in replies]
         return row

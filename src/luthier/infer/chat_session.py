@@ -1,7 +1,13 @@
 """A chat session remembers the messages of a conversation with a model."""
 
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from luthier.chat import ReplyDelta
+    from luthier.infer.llm import GeneratedReply
 
 
 class ChatSession:
@@ -9,16 +15,16 @@ class ChatSession:
 
     def __init__(
         self,
-        answer: Callable[..., Iterator[str]],
+        answer: "Callable[..., Iterator[ReplyDelta]]",
         system: str | None = None,
         tools: list[dict[str, Any]] | None = None,
     ) -> None:
-        """`answer`: `LLM.stream`, or what takes a prompt and settings as it does."""
+        """`answer`: `LLM.stream_deltas`, or what takes a prompt and settings as it does."""
         self._answer, self._tools = answer, tools
         self.system = system
         """What stands in front of the conversation; None for nothing."""
         self.turns: list[dict[str, Any]] = []
-        """The messages of user and assistant so far."""
+        """The messages so far, without the system prompt; replies with reasoning and calls."""
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -27,30 +33,86 @@ class ChatSession:
         return [*front, *self.turns]
 
     def say(self, text: str, **settings: Any) -> str:
-        """Say something and return the reply; takes the settings of `LLM.replies`."""
+        """Say something and return the reply's content; takes the settings of `LLM.replies`.
+
+        The last of `turns` is the whole message, with its reasoning and its calls.
+        """
         return "".join(self.stream(text, **settings))
 
     def stream(self, text: str, **settings: Any) -> Generator[str]:
-        """Say something and yield the reply piece by piece.
+        """Say something and yield the reply's content piece by piece."""
+        for delta in self.stream_deltas(text, **settings):
+            if delta.field == "content":
+                yield delta.text
+
+    def stream_deltas(
+        self,
+        text: str,
+        on_end: "Callable[[GeneratedReply], None] | None" = None,
+        **settings: Any,
+    ) -> "Generator[ReplyDelta]":
+        """Say something and yield the reply in pieces of content, reasoning and calls.
 
         A reply that is stopped midway stays in the conversation as far as it came. Where it is
         stopped before that, or the model could not answer, the conversation is as it was.
         """
-        self.turns.append({"role": "user", "content": text})
-        reply, is_whole = "", False
+        return self._go_on([{"role": "user", "content": text}], on_end, settings)
+
+    def answer_calls(
+        self,
+        results: Sequence[str],
+        on_end: "Callable[[GeneratedReply], None] | None" = None,
+        **settings: Any,
+    ) -> "Generator[ReplyDelta]":
+        """Give the results of the last reply's calls, in their order, and yield the next reply.
+
+        Raises UserError where the last reply has another number of calls.
+        """
+        calls = (self.turns[-1] if self.turns else {}).get("tool_calls", [])
+        if not calls or len(results) != len(calls):
+            raise UserError(
+                f"answer_calls: there are {len(results)} results, and the last reply has "
+                f"{len(calls)} calls."
+            )
+        messages = [
+            {
+                "role": "tool",
+                "name": call["function"]["name"],
+                "tool_call_id": call["id"],
+                "content": result,
+            }
+            for call, result in zip(calls, results, strict=True)
+        ]
+        return self._go_on(messages, on_end, settings)
+
+    def _go_on(
+        self,
+        messages: list[dict[str, Any]],
+        on_end: "Callable[[GeneratedReply], None] | None",
+        settings: dict[str, Any],
+    ) -> "Generator[ReplyDelta]":
+        """Add messages and yield the reply to them."""
+        count = len(self.turns)
+        self.turns += messages
+        texts = {"content": "", "reasoning": ""}
+        ended: list[GeneratedReply] = []
         try:
             prompt = {"messages": self.messages, "tools": self._tools}
-            for piece in self._answer(prompt, **settings):
-                reply += piece
-                yield piece
-            is_whole = True
+            for delta in self._answer(prompt, on_end=ended.append, **settings):
+                if delta.field != "tool_call":
+                    texts[delta.field] += delta.text
+                yield delta
         finally:
             # `finally` also runs when the reader closes the generator (Ctrl-C): a question without
             # any reply would make the next prompt one of two user messages, which templates refuse.
-            if reply or is_whole:
-                self.turns.append({"role": "assistant", "content": reply})
+            if ended:
+                self.turns.append(ended[0].message)
+            elif any(texts.values()):
+                self.turns.append(_stopped_message(texts))
             else:
-                self.turns.pop()
+                del self.turns[count:]
+        if on_end is not None:
+            on_end(*ended)
 
     def reset(self) -> None:
         """Forget what was said; the system prompt stays."""
@@ -63,3 +125,11 @@ class ChatSession:
         # Only that very message: where the model could not answer, it is not in the conversation.
         if self.turns and self.turns[-1] == {"role": "user", "content": text}:
             self.turns.pop()
+
+
+def _stopped_message(texts: dict[str, str]) -> dict[str, Any]:
+    """Return the message of a reply as far as it came."""
+    message: dict[str, Any] = {"role": "assistant", "content": texts["content"]}
+    if texts["reasoning"]:
+        message["reasoning_content"] = texts["reasoning"]
+    return message

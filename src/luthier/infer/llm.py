@@ -4,9 +4,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from luthier.chat import ChatEncoder
+from luthier.chat import ChatEncoder, ParsedReply, ReplyDelta
 from luthier.config.schema import ModelConfig
 from luthier.config.trust import NO_TRUST, Trust
 from luthier.errors import UserError
@@ -14,6 +15,7 @@ from luthier.infer import generation_config as words
 from luthier.infer.dequantize import dequantized_layers
 from luthier.infer.generate import patched_output_layer
 from luthier.infer.prompts import Prompt, Prompts
+from luthier.infer.reply_messages import format_message
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 from luthier.infer.stream import TextStream
 from luthier.model.artifact import Artifact, build_chat_encoder, find_artifact
@@ -178,6 +180,12 @@ class GeneratedReply:
     prompt_tokens: int
     finish: Literal["stop", "length"]
     """Whether the model ended it, or the longest length did."""
+    message: dict[str, Any]
+    """The reply as a message of OpenAI's API: `content`, and `reasoning_content` and `tool_calls`
+    where it has them."""
+    parse_error: str | None = None
+    """Why `content` is all that the model wrote, control tokens too, although the model has a chat
+    template: the template does not write the reply's ids for any message."""
 
 
 class LLM:
@@ -265,8 +273,6 @@ class LLM:
     @property
     def has_template(self) -> bool:
         """Whether the model can be asked in messages."""
-        from luthier.chat import ChatEncoder
-
         return isinstance(self._loaded.prompter, ChatEncoder)
 
     @property
@@ -313,7 +319,8 @@ class LLM:
         with self._sampling(seed):
             for rows, answers in self._answered(ids, config, size):
                 for row, answer in zip(rows, answers, strict=True):
-                    replies_by_prompt[row].append(self._reply(answer, len(ids[row]), config))
+                    reply = self._reply(answer, len(ids[row]), config, prompts[row])
+                    replies_by_prompt[row].append(reply)
                 # With num_return_sequences a row's number comes several times; its replies are told
                 # once.
                 for row in dict.fromkeys(rows) if on_replies else ():
@@ -336,6 +343,60 @@ class LLM:
 
         Closing the iterator stops the model. `on_end` gets the reply that came to its end.
         """
+        text, came = TextStream(self._decode), list[GeneratedReply]()
+        for token in self._stream_tokens(prompt, seed, settings, came.append):
+            if piece := text.add(token):
+                yield piece
+        if piece := text.rest():
+            yield piece
+        if on_end is not None:
+            on_end(*came)
+
+    def stream_deltas(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int | None = None,
+        on_end: Callable[[GeneratedReply], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[ReplyDelta]:
+        """Yield the reply to one prompt as pieces of its content and its reasoning, and its calls.
+
+        Calls come whole, at the end. What was yielded is not taken back where the reply proves to
+        be no message; `on_end` gets the reply that came to its end, and its `parse_error` says so.
+        """
+        parser = self._prompts.stream_parser(prompt)
+        came: list[GeneratedReply] = []
+        text = TextStream(self._decode if parser is None else self.encoder.decode_reply)
+
+        def take(piece: str) -> list[ReplyDelta]:
+            if parser is not None:
+                return parser.add(piece)
+            return [ReplyDelta("content", piece)] if piece else []
+
+        last: list[ReplyDelta] = []
+
+        def finish(ids: list[int]) -> ParsedReply | None:
+            if parser is None:
+                return None
+            last.extend([*parser.add(text.rest()), *parser.finish(ids)])
+            return parser.reply
+
+        for token in self._stream_tokens(prompt, seed, settings, came.append, finish):
+            yield from take(text.add(token))
+        yield from last if parser is not None else take(text.rest())
+        if on_end is not None:
+            on_end(*came)
+
+    def _stream_tokens(
+        self,
+        prompt: Prompt,
+        seed: int | None,
+        settings: Mapping[str, Any],
+        on_end: Callable[[GeneratedReply], None],
+        parse: Callable[[list[int]], ParsedReply | None] | None = None,
+    ) -> Iterator[int]:
+        """Yield the ids of one reply without its stop token, and hand the whole to `on_end`."""
         from luthier.infer.stream import stream_tokens
 
         config = self.generation_config(settings)
@@ -346,16 +407,13 @@ class LLM:
         if self.context is not None:
             # transformers warns and goes on past the context, where the model writes nonsense.
             config.max_new_tokens = min(config.max_new_tokens, self.context - len(ids))
-        pieces, came = TextStream(self.tokenizer), list[int]()
+        stops, came = set(words.stop_token_ids(config)), list[int]()
         with self._sampling(seed):
             for token in stream_tokens(self.model, ids, config, **self._more(config)):
                 came.append(token)
-                if piece := pieces.add(token):
-                    yield piece
-        if piece := pieces.rest():
-            yield piece
-        if on_end is not None:
-            on_end(self._reply(came, len(ids), config))
+                if token not in stops:
+                    yield token
+        on_end(self._reply(came, len(ids), config, prompt, parse))
 
     def write_tokens(
         self,
@@ -380,7 +438,7 @@ class LLM:
         """Return a session that remembers its messages; None means no system prompt or tools."""
         from luthier.infer.chat_session import ChatSession
 
-        return ChatSession(self.stream, system, tools)
+        return ChatSession(self.stream_deltas, system, tools)
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
@@ -425,7 +483,18 @@ class LLM:
         """Return what transformers needs besides: the tokenizer, to find stop strings."""
         return {"tokenizer": self.tokenizer} if config.stop_strings else {}
 
-    def _reply(self, ids: list[int], prompt_tokens: int, config: Any) -> GeneratedReply:
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _reply(
+        self,
+        ids: list[int],
+        prompt_tokens: int,
+        config: Any,
+        prompt: Prompt,
+        parse: Callable[[list[int]], ParsedReply | None] | None = None,
+    ) -> GeneratedReply:
+        """Return the reply of generated ids; `parse`: of the ids, where it is already under way."""
         from luthier.infer.generate import until_stop
 
         reply_ids = until_stop(ids, words.stop_token_ids(config))
@@ -436,9 +505,19 @@ class LLM:
         room = config.max_new_tokens
         if self.context is not None:
             room = min(room, self.context - prompt_tokens)
-        text = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
+        # Other end tokens than the template's are no part of a message.
+        end = [token for token in ids[len(reply_ids) :][:1] if token in self.stop_token_ids]
+        parse = parse or partial(self._prompts.parse, prompt)
+        parsed = parse([*reply_ids, *(end if ended else ())])
+        text = self._decode(reply_ids)
+        plain = {"role": "assistant", "content": text}
         return GeneratedReply(
-            text, reply_ids, prompt_tokens, "stop" if ended or len(reply_ids) < room else "length"
+            text,
+            reply_ids,
+            prompt_tokens,
+            "stop" if ended or len(reply_ids) < room else "length",
+            plain if parsed is None else format_message(parsed, self._prompts.turn(prompt)),
+            None if parsed is None else parsed.reason,
         )
 
     @contextmanager

@@ -18,6 +18,7 @@ from luthier.infer.openai_requests import (
     ReplyRequest,
     ResponseRequest,
 )
+from luthier.infer.reply_messages import make_call_id
 
 STREAM_END = "data: [DONE]\n\n"
 """The last event of each stream."""
@@ -34,6 +35,13 @@ class ReplyEnd:
     prompt_tokens: int
     completion_tokens: int
     """All that the model wrote, stop token and all."""
+    parse_error: str | None = None
+    """Why the reply's content is all that the model wrote, and no message."""
+
+    @property
+    def extra_fields(self) -> dict[str, str]:
+        """What the reply has besides the fields of the API."""
+        return {} if self.parse_error is None else {"parse_error": self.parse_error}
 
 
 class ReplyForm(Protocol):
@@ -121,17 +129,21 @@ class ChatCompletionForm(_CompletionForm):
         """Take a piece of the reply, and return its event."""
         if delta.field == "tool_call":
             function = {"name": delta.name, "arguments": delta.text}
-            call = {"id": make_id("call"), "type": "function", "function": function}
+            call = {"id": delta.id or make_call_id(), "type": "function", "function": function}
             self._calls.append(call)
             index = {"index": len(self._calls) - 1}
-            return [self._chunk({"delta": {"tool_calls": [index | call]}})]
+            # As the API has it: first the call without its arguments, then these.
+            head = index | call | {"function": function | {"arguments": ""}}
+            rest = index | {"function": {"arguments": delta.text}}
+            return [self._chunk({"delta": {"tool_calls": [piece]}}) for piece in (head, rest)]
         self._texts[delta.field] += delta.text
         name = "content" if delta.field == "content" else "reasoning_content"
         return [self._chunk({"delta": {name: delta.text}})]
 
     def end(self, end: ReplyEnd) -> list[str]:
         """Return the events with the reason of the end and the counts of tokens."""
-        return [self._chunk({"delta": {}}, end.finish), *self._usage_events(end)]
+        choice = {"delta": {}, **end.extra_fields}
+        return [self._chunk(choice, end.finish), *self._usage_events(end)]
 
     def body(self, end: ReplyEnd) -> dict[str, Any]:
         """Return a `chat.completion`."""
@@ -143,6 +155,7 @@ class ChatCompletionForm(_CompletionForm):
         if self._calls:
             message["tool_calls"] = self._calls
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.finish}
+        choice |= end.extra_fields
         facts = {**self._facts, "object": "chat.completion"}
         return {**facts, "choices": [choice], "usage": count_usage(end)}
 
@@ -250,6 +263,7 @@ class ResponseForm:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "output": self._items,
             "usage": usage,
+            **end.extra_fields,
         }
 
     def error(self, error: ApiError) -> list[str]:
@@ -312,7 +326,7 @@ class ResponseForm:
         item = {
             "id": make_id("item"),
             "type": "function_call",
-            "call_id": make_id("call"),
+            "call_id": delta.id or make_call_id(),
             "name": delta.name,
             "arguments": "",
             "status": "in_progress",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.chat import ChatEncoder, ChatError
+from luthier.chat import ChatEncoder, ChatError, ParsedReply, ReplyStream
 from luthier.errors import UserError
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 
@@ -33,6 +33,42 @@ class Prompts:
         """
         names = places or [f"prompt {n}" for n in range(1, len(prompts) + 1)]
         return [self._one(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+
+    def parse(self, prompt: Prompt, ids: Sequence[int]) -> ParsedReply | None:
+        """Return the message that the reply to a prompt is, as `ChatEncoder.parse` reads its ids.
+
+        None where there is no chat template, or the prompt came as ids: its conversation is not
+        known.
+        """
+        row = self._conversation(prompt)
+        return row if row is None else self._chat().parse(ids, **row)
+
+    def stream_parser(self, prompt: Prompt) -> ReplyStream | None:
+        """Return what takes the reply to a prompt apart while it comes; None as `parse` has it."""
+        row = self._conversation(prompt)
+        return row if row is None else self._chat().stream_parser(**row)
+
+    def turn(self, prompt: Prompt) -> int:
+        """Return the number of messages in a prompt; 0 where that is not known."""
+        return len((self._conversation(prompt) or {"messages": ()})["messages"])
+
+    def _chat(self) -> ChatEncoder:
+        assert isinstance(self._encoder, ChatEncoder)
+        return self._encoder
+
+    def _conversation(self, prompt: Prompt) -> dict[str, Any] | None:
+        """Return a prompt as the arguments of `ChatEncoder.prompt`; None for one of ids."""
+        if not isinstance(self._encoder, ChatEncoder):
+            return None
+        if isinstance(prompt, str):
+            return {"messages": [{"role": "user", "content": prompt}]}
+        if isinstance(prompt, Mapping):
+            names = ("tools", "chat_template_kwargs")
+            inputs = {name: prompt.get(name) for name in names}
+            return {"messages": list(prompt["messages"]), **inputs}
+        if any(isinstance(each, int) for each in prompt):
+            return None
+        return {"messages": list(prompt)}
 
     def _one(self, prompt: Prompt, name: str) -> list[int]:
         try:

@@ -2,18 +2,19 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Any
 
-from luthier.chat import ReplyDelta
+from luthier.chat import ParsedReply, ReplyDelta
 from luthier.infer import generation_config
 from luthier.infer.generate import bytes_per_row, free_memory, is_out_of_memory
 from luthier.infer.llm import LLM
 from luthier.infer.openai_replies import FinishReason, ReplyEnd
 from luthier.infer.openai_requests import ApiError, ReplyRequest
-from luthier.infer.reply_parser import ReplyParser
+from luthier.infer.reply_messages import split_message
+from luthier.infer.request_prompts import RequestReplyParser
 from luthier.infer.stream import StopStrings, TextStream
 
 _GREEDY_BELOW = 1e-4
@@ -70,35 +71,47 @@ class ReplyWriter:
             tokens.put(ApiError("The server is ending.", code="shutting_down", status=503))
 
     async def write(
-        self, ids: list[int], config: Any, request: ReplyRequest, parser: ReplyParser | None
+        self, ids: list[int], config: Any, request: ReplyRequest, parser: RequestReplyParser | None
     ) -> AsyncGenerator[ReplyDelta | ReplyEnd]:
         """Yield the reply to a prompt, and how it ended. Closing it stops the model.
 
-        `parser`: what takes the text apart; None for a plain text.
+        `parser`: what makes a message of it; None for a plain text. A reply that is not streamed
+        comes in one piece for each field of its message.
         """
-        parser_is_active = parser is not None and parser.is_active
-        text = TextStream(self._llm.tokenizer, keeps_control_tokens=parser_is_active)
+        text = TextStream(self._decode if parser is None else parser.decode)
         stops = StopStrings([*request.stops, *_as_list(config.stop_strings)])
         config.stop_strings = None
         stop_ids = set(generation_config.stop_token_ids(config))
-        written, is_stopped, has_calls = 0, False, False
+        written, is_stopped = list[int](), False
         async with aclosing(self._tokens(ids, config, request.random_seed)) as tokens:
             async for token in tokens:
-                written += 1
+                written.append(token)
                 if is_stopped := token in stop_ids:
                     break
-                for delta in _parsed(parser, stops.add(text.add(token))):
-                    has_calls |= delta.field == "tool_call"
-                    yield delta
+                for delta in _take(parser, stops.add(text.add(token))):
+                    if parser is None or request.stream:
+                        yield delta
                 if is_stopped := stops.is_complete:
                     break
         rest = "" if stops.is_complete else stops.add(text.rest())
-        for delta in [*_parsed(parser, rest + stops.rest()), *(parser.finish() if parser else ())]:
-            has_calls |= delta.field == "tool_call"
+        last = _take(parser, rest + stops.rest())
+        parsed: ParsedReply | None = None
+        if parser is not None:
+            # A stop string may end the text within a token.
+            reply_ids = None if stops.is_complete else written
+            # In a thread, because the message is rendered.
+            message, ending = await asyncio.to_thread(parser.finish, reply_ids)
+            last = [*last, *ending] if request.stream else list(split_message(message))
+            parsed = message
+        for delta in last:
             yield delta
-        is_cut = not is_stopped and not stops.is_complete and written >= config.max_new_tokens
+        is_cut = not is_stopped and not stops.is_complete and len(written) >= config.max_new_tokens
+        has_calls = parsed is not None and "tool_calls" in parsed.message
         finish: FinishReason = "length" if is_cut else "tool_calls" if has_calls else "stop"
-        yield ReplyEnd(finish, len(ids), written)
+        yield ReplyEnd(finish, len(ids), len(written), parsed.reason if parsed else None)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._llm.tokenizer.decode(ids, skip_special_tokens=True))
 
     async def _tokens(self, ids: list[int], config: Any, seed: int | None) -> AsyncGenerator[int]:
         """Yield the ids of a reply as they come, once it is its turn."""
@@ -155,11 +168,11 @@ def _writing_error(error: BaseException) -> BaseException:
     return error
 
 
-def _parsed(parser: ReplyParser | None, text: str) -> Iterator[ReplyDelta]:
+def _take(parser: RequestReplyParser | None, text: str) -> list[ReplyDelta]:
+    """Return what a piece of text settles; all of it is content where there is no parser."""
     if parser is not None:
-        yield from parser.add(text)
-    elif text:
-        yield ReplyDelta("content", text)
+        return parser.add(text)
+    return [ReplyDelta("content", text)] if text else []
 
 
 def _as_list(stops: Any) -> list[str]:

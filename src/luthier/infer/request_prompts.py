@@ -3,11 +3,11 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from luthier.chat import ChatEncoder, ChatError
+from luthier.chat import ChatEncoder, ChatError, ParsedReply, ReplyDelta, ReplyStream
 from luthier.chat.encoder import ChatPromptEncoder
 from luthier.chat.template import TEMPLATE_INPUTS
 from luthier.data.encoders.plain_text import PlainTextTokenizer, measure_frame
@@ -38,6 +38,14 @@ class RequestPrompts:
         # Encoders keep what they have seen, and requests are encoded in several threads. Making an
         # encoder takes a second, in which requests without variables need not wait.
         self._lock, self._encoders_lock = threading.Lock(), threading.Lock()
+
+    def make_parser(self, request: ConversationRequest) -> "RequestReplyParser":
+        """Return what makes a message of the reply to a request that was encoded."""
+        with self._encoders_lock if request.variables else nullcontext():
+            encoder = self._encoder(request)
+        with self._lock:
+            stream = encoder.stream_parser(request.message_rows(), request.tool_rows())
+        return RequestReplyParser(encoder, stream, self._lock)
 
     def encode(self, request: ConversationRequest | CompletionRequest) -> list[int]:
         """Return the ids of a request's prompt; raises ApiError for one that makes no prompt."""
@@ -127,6 +135,28 @@ class RequestPrompts:
 
     def _has_control_tokens(self, texts: Iterator[str]) -> bool:
         return self._llm.encoder.holds_control_tokens(texts)
+
+
+class RequestReplyParser:
+    """Takes one reply apart while it comes, and makes a message of it."""
+
+    def __init__(self, encoder: ChatEncoder, stream: ReplyStream, lock: threading.Lock) -> None:
+        """`lock`: of the encoder, which replies of other requests use too."""
+        self.decode, self._stream, self._lock = encoder.decode_reply, stream, lock
+
+    def add(self, text: str) -> list[ReplyDelta]:
+        """Return what a piece of text settles."""
+        return self._stream.add(text)
+
+    def finish(self, ids: Sequence[int] | None) -> tuple[ParsedReply, list[ReplyDelta]]:
+        """Return the reply as a message, and what is left of its pieces.
+
+        `ids`: all that the model wrote; None for a text that a stop string ended.
+        """
+        with self._lock:
+            deltas = self._stream.finish(ids)
+        assert self._stream.reply is not None
+        return self._stream.reply, deltas
 
 
 def _check_read(encoder: ChatEncoder, request: ConversationRequest) -> None:

@@ -40,7 +40,6 @@ from luthier.infer.openai_requests import (
     ResponseRequest,
     parse_request,
 )
-from luthier.infer.reply_parser import ReplyParser
 from luthier.infer.reply_writer import (
     MAX_CONTEXT,
     ReplyWriter,
@@ -153,11 +152,6 @@ class ModelServer:
         self._context = llm.context or MAX_CONTEXT
         self._prompts = RequestPrompts(llm, self._context)
         self._writer = ReplyWriter(llm, limits.reply_seconds)
-        try:
-            ReplyParser(llm.tokenizer, llm.model, [], None)
-        # What transformers raises for a template of another form, or with a bad pattern.
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UserError(f"{name}: its tokenizer's response_template: {error}") from error
         self._open_requests = 0
 
     def close(self) -> None:
@@ -199,10 +193,10 @@ class ModelServer:
             # In a thread: encoding a long conversation must not hold up other requests.
             ids = await asyncio.to_thread(self._prompts.encode, request)
             config = self._generation_config(request, len(ids))
-            is_chat = isinstance(request, ConversationRequest)
-            tools = request.tool_rows() if isinstance(request, ConversationRequest) else None
             parser = (
-                ReplyParser(self._llm.tokenizer, self._llm.model, ids, tools) if is_chat else None
+                await asyncio.to_thread(self._prompts.make_parser, request)
+                if isinstance(request, ConversationRequest)
+                else None
             )
             async with aclosing(self._writer.write(ids, config, request, parser)) as deltas:
                 async for delta in deltas:

@@ -2,14 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
-
-from luthier.infer.generation_config import stop_token_ids
 
 
 def stream_tokens(model: Any, prompt: Sequence[int], config: Any, **more: Any) -> Iterator[int]:
-    """Yield the ids of the reply to one prompt as they come, without the stop token.
+    """Yield the ids of the reply to one prompt as they come, the stop token last if there is one.
 
     The model writes in a thread of its own. Where the reader leaves early (`close`, an error,
     Ctrl-C), the model stops at its next token, and it has stopped when this returns.
@@ -21,15 +19,13 @@ def stream_tokens(model: Any, prompt: Sequence[int], config: Any, **more: Any) -
     work = threading.Thread(
         target=write_tokens, args=(model, prompt, config, tokens, stopped, more), daemon=True
     )
-    stops = set(stop_token_ids(config))
     work.start()
     try:
         while (token := tokens.get()) is not None:
             if isinstance(token, BaseException):
                 # Raised in the reader's thread: there the caller can catch it.
                 raise token
-            if token not in stops:
-                yield token
+            yield token
     finally:
         # Joined in any case: two generations at once would share the model's cache and hooks.
         stopped.set()
@@ -109,8 +105,9 @@ _BROKEN = "�"
 class TextStream:
     """Decodes a reply as it comes; the pieces together are what decoding it whole gives."""
 
-    def __init__(self, tokenizer: Any, keeps_control_tokens: bool = False) -> None:
-        self._tokenizer, self._skips = tokenizer, not keeps_control_tokens
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        """`decode`: gives the text of some of the reply's ids."""
+        self._decode = decode
         self._ids: list[int] = []
         # SentencePiece decoders drop the space in front of the first token, so the piece before is
         # decoded with each new one, and its text cut off again.
@@ -135,11 +132,8 @@ class TextStream:
 
     def _new(self) -> str:
         """Return the text behind what was returned already."""
-        emitted = self._text(self._ids[self._before : self._said])
-        return self._text(self._ids[self._before :])[len(emitted) :]
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skips))
+        emitted = self._decode(self._ids[self._before : self._said])
+        return self._decode(self._ids[self._before :])[len(emitted) :]
 
 
 class StopStrings:
