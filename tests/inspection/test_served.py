@@ -46,12 +46,19 @@ def rules(luthier, folder, *words):
 
 
 def test_what_a_training_saves_is_served_as_trained(luthier, saved):
-    code, found = rules(luthier, saved())
+    folder = saved()
+    code, found = rules(luthier, folder)
     assert code == 0
     assert {name: (rule["checked"], rule["broken"]) for name, rule in found.items()} == {
         "prompts are": (3, 0), "replies read": (3, 0), "replies end": (3, 0),
-        "the template's": (2, 0), "the adapter's": (28, 0),
+        "the template's": (2, 0), "the response": (3, 0), "the adapter's": (28, 0),
     }  # fmt: skip
+    tokenizer_file = folder / "model" / "tokenizer_config.json"
+    config = json.loads(tokenizer_file.read_text())
+    config["response_template"]["fields"]["content"]["close"] = ["a"]
+    tokenizer_file.write_text(json.dumps(config))
+    code, found = rules(luthier, folder)
+    assert code == 1 and found["the response"]["broken"]
 
 
 def test_a_template_of_the_config_is_saved_in_place_of_the_tokenizers(luthier, saved):

@@ -74,18 +74,21 @@ class CallGrammar:
         texts = [render(make_calls(1)), *self._more_calls()]
         units = [self._place_calls(text, count) for count, text in enumerate(texts, start=1)]
         calls = units[-1]
-        self._parts = tuple(part.part for part in calls[0])
-        if "name" not in self._parts or "arguments" not in self._parts:
+        self.parts: tuple[CallPart, ...] = tuple(part.part for part in calls[0])
+        """The parts of a call, in their order."""
+        if "name" not in self.parts or "arguments" not in self.parts:
             raise ReplySyntaxError("the template does not show the names or the arguments of calls")
-        if any(tuple(part.part for part in call) != self._parts for call in calls):
+        if any(tuple(part.part for part in call) != self.parts for call in calls):
             raise ReplySyntaxError("the template writes one call otherwise than another")
         text = texts[-1]
-        self._inner = [
+        self.inner = [
             _merge_markers([text[call[n].stop : call[n + 1].start] for call in calls])
-            for n in range(len(self._parts) - 1)
+            for n in range(len(self.parts) - 1)
         ]
+        """What stands between the parts."""
         between = [text[a[-1].stop : b[0].start] for a, b in pairwise(calls)]
         self.separator = _merge_markers(between) if between else None
+        """What stands between two calls; None where the template takes only one."""
 
     def _more_calls(self) -> list[str]:
         """Return replies with two and three calls, as far as the template takes them."""
@@ -191,7 +194,7 @@ class CallGrammar:
     ) -> tuple[dict[str, Any], int]:
         """Return the parts of a call, with the text of its arguments as `text`, and its end."""
         values: dict[str, Any] = {}
-        for number, part in enumerate(self._parts):
+        for number, part in enumerate(self.parts):
             if part == "arguments":
                 schema = schemas.get(values.get("name", ""), {})
                 start = position
@@ -204,8 +207,8 @@ class CallGrammar:
                 if not word or word != values.setdefault(part, word) or not _is_word(word):
                     raise ReplySyntaxError(f"a call has no {part}")
                 position = stop
-            if number + 1 < len(self._parts):
-                marker = self._inner[number].at(index)
+            if number + 1 < len(self.parts):
+                marker = self.inner[number].at(index)
                 if not text.startswith(marker, position):
                     raise ReplySyntaxError(f"something else stands behind the {part} of a call")
                 position += len(marker)
@@ -213,11 +216,11 @@ class CallGrammar:
 
     def _ends(self, number: int, index: int, tails: Sequence[str]) -> list[str]:
         """Return what may stand behind a name or an id: the part of a number in the call."""
-        if number + 1 == len(self._parts):
+        if number + 1 == len(self.parts):
             separator = [] if self.separator is None else [self.separator.at(index)]
             return [*separator, *tails]
-        marker = self._inner[number].at(index)
-        if marker or self._parts[number + 1] != "arguments":
+        marker = self.inner[number].at(index)
+        if marker or self.parts[number + 1] != "arguments":
             return [marker]
         empty = getattr(self.arguments, "empty", None)
         return [self.arguments.lead, *([empty] if empty else [])]

@@ -28,6 +28,7 @@ from luthier.model.artifact import Artifact, find_artifact
 from luthier.model.load import read_model_config
 from luthier.model.model_class import build_empty_model
 from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_generation_file
+from luthier.model.response_template import compare_reading
 from luthier.storage.sizes import read_safetensors_header
 
 DEFAULT_ROWS = 500
@@ -65,6 +66,10 @@ class ServedCheck:
         self.replies = Rule("replies end with an end token of generation_config.json", "replies")
         self.stops = Rule("the template's stop tokens are in generation_config.json", "tokens")
         self.rules = [self.prompts, self.texts, self.replies, self.stops]
+        self.messages: Rule | None = None
+        if getattr(saved, "response_template", None) is not None:
+            self.messages = Rule("the response template reads replies as luthier does", "replies")
+            self.rules.append(self.messages)
         self.layers = None if artifact.adapter is None else check_adapter_layers(artifact)
         if self.layers is not None:
             self.rules.append(self.layers)
@@ -91,6 +96,19 @@ class ServedCheck:
             read = [each.decode(turn.reply) for each in (self._trained.tokenizer, self._saved)]
             differs = None if read[0] == read[1] else f"{read[0][:60]!r} reads as {read[1][:60]!r}"
             self.texts.note(turn.where, differs)
+            self._check_message(turn)
+
+    def _check_message(self, turn: ServedTurn) -> None:
+        """Hold the message that the saved response template reads against luthier's."""
+        if self.messages is None:
+            return
+        parsed = self._trained.parse(turn.reply, turn.messages, **turn.inputs)
+        if parsed.reason is None:
+            problem = compare_reading(
+                self._saved.response_template, self._trained, turn.prompt, turn.reply,
+                parsed.message, turn.inputs.get("tools"),
+            )  # fmt: skip
+            self.messages.note(turn.where, problem)
 
     def _why(self, turn: ServedTurn, served: list[int] | str) -> str:
         """Why a prompt is another one, as far as it can be told by trying."""

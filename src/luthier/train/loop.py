@@ -19,6 +19,7 @@ from luthier.errors import UserError
 from luthier.model.adapters import convert_to_plain_lora
 from luthier.model.device import preserve_random_state
 from luthier.model.processor import find_processor_files, has_other_inputs
+from luthier.model.response_template import choose_response_template
 from luthier.record import checkpoints
 from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
@@ -453,11 +454,14 @@ def save_serving_files(folder: Path, trainer: Any, encoder: ChatEncoder) -> None
     """Write what makes other servers read and stop as the training did, beside a saved model.
 
     That is the training's template with the tokenizer, which keeps its own one where the config
-    names another, and the stop tokens in the generation config: the token that ends a turn is often
-    none of the base's end tokens, and an adapter's folder has no generation config at all.
+    names another, a response template where one reads replies as luthier does, and the stop tokens
+    in the generation config: the token that ends a turn is often none of the base's
+    end tokens, and an adapter's folder has no generation config at all.
     """
     tokenizer = copy.copy(trainer.processing_class)
     tokenizer.chat_template = encoder.settings()["template"]
+    # None: a template that reads replies otherwise than they were trained would mislead servers.
+    tokenizer.response_template = choose_response_template(tokenizer, encoder)
     tokenizer.save_pretrained(folder)
     if not trainer.model.can_generate():  # a model that scores ends nothing
         return
