@@ -73,6 +73,45 @@ KINDS = {
     ),
 }  # fmt: skip
 
+_ALL_TYPES = {
+    "word": "a \"b\"\n\\ <c> é", "whole": 7, "part": 2.5, "truth": True, "list": ["x, y"],
+    "object": {"key": "{z}", "deep": {"n": 1}},
+}  # fmt: skip
+_TYPED_TOOL = {
+    "type": "function",
+    "function": {
+        **LOOK_UP["function"],
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "word": {"type": "string"},
+                "whole": {"type": "integer"},
+                "part": {"type": "number"},
+                "truth": {"type": "boolean"},
+                "list": {"type": "array", "items": {"type": "string"}},
+                "object": {
+                    "type": "object",
+                    "properties": {
+                        "key": {"type": "string"},
+                        "deep": {"type": "object", "properties": {"n": {"type": "integer"}}},
+                    },
+                },
+            },
+            "required": ["word"],
+        },
+    },
+}
+READ_BACK = {
+    "content": bot('{apple}\n"pear" é'),
+    "reasoning and content": bot("apple", reasoning_content="cherry\n\nplum"),
+    "call": bot("", tool_calls=[call("lute")]),
+    "two calls": bot("", tool_calls=[call("lute"), call("viol", whole=3)]),
+    "content and call": bot("olive", tool_calls=[call("lute")]),
+    "reasoning and call": bot("", reasoning_content="cherry", tool_calls=[call("lute")]),
+    "values": bot("", tool_calls=[call(**_ALL_TYPES)]),
+}
+"""Replies of which a model's ids are parsed again."""
+
 STOPS = [
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>",
     "<end_of_turn>", "<turn|>", "</s>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|eot|>",
@@ -276,7 +315,7 @@ def outcomes(name):
         encoder = ChatEncoder(tokenizer, eos_token_ids=ids, empty_replies="train")
     except ChatError as error:
         assert error.reason == "bad template", error
-        return dict.fromkeys(KINDS, "no template"), {}
+        return dict.fromkeys(KINDS, "no template"), {}, dict.fromkeys(READ_BACK, "–")
     cells, written = {}, {}
     for kind, (messages, tools) in KINDS.items():
         oracle = Oracle(tokenizer, stops, messages, tools)
@@ -301,14 +340,44 @@ def outcomes(name):
         cells[kind] = "written" if any(behind) else "exact"
         if any(behind):
             written[kind] = [replies[index] for index in expected]
-    return cells, written
+    return cells, written, read_back(encoder)
 
 
-def page_rows(name, cells, written):
+def read_back(encoder):
+    """What `ChatEncoder.parse` makes of the ids of each reply: `same`, or why it is not."""
+    cells = {}
+    for kind, message in READ_BACK.items():
+        tools = [_TYPED_TOOL] if "tool_calls" in message else None
+        try:
+            sequence = encoder.encode([user("quince"), message], tools)[-1]
+        except ChatError:
+            cells[kind] = "–"
+            continue
+        _, start, stop = sequence.replies[-1]
+        parsed = encoder.parse(sequence.input_ids[start:stop], [user("quince")], tools)
+        assert parsed.reason is None, (kind, parsed)
+        fields = ("content", "reasoning_content", "tool_calls")
+        found, wanted = (
+            [_without_ids(each.get(field)) for field in fields]
+            for each in (parsed.message, message)
+        )
+        moved = found == ["", message["content"], wanted[2]]
+        assert found == wanted or moved, (kind, parsed)
+        cells[kind] = "same" if found == wanted else "content as reasoning"
+    return cells
+
+
+def _without_ids(value):
+    """A field of a message, without the ids that link calls: not all templates write them."""
+    calls = value if isinstance(value, list) else None
+    return value if calls is None else [each["function"] for each in calls]
+
+
+def page_rows(name, cells, written, read):
     """The lines of the page for one template."""
     digest = hashlib.sha256(TEMPLATES[name].encode()).hexdigest()[:8]
     label = name.removeprefix("chat_templates/")
-    rows = [f"| {label} | {digest} | " + " | ".join(cells[kind] for kind in KINDS) + " |"]
+    rows = [f"| {label} | {digest} | " + " | ".join(each.values()) + " |" for each in (cells, read)]
     for kind, replies in written.items():
         shown = ", ".join(f"`{_escape(reply)}`" for reply in replies)
         rows.append(f"| {label} | {digest} | {kind} | {shown} |")
@@ -345,7 +414,7 @@ def test_most_cells_are_exact(page):
 def test_write_page():
     found = {name: outcomes(name) for name in TEMPLATES}
     rows = {name: page_rows(name, *found[name]) for name in found}
-    PAGE.write_text(render_page(rows, [cells for cells, _ in found.values()]), encoding="utf-8")
+    PAGE.write_text(render_page(rows, [each[0] for each in found.values()]), encoding="utf-8")
 
 
 def render_page(rows, cells):
@@ -380,6 +449,19 @@ def render_page(rows, cells):
         "",
         "| template | version | conversation | replies |",
         "|---|---|---|---|",
-        *(line for each in rows.values() for line in each[1:]),
+        *(line for each in rows.values() for line in each[2:]),
+        "",
+        "## Replies that are read back",
+        "",
+        "What `ChatEncoder.parse` makes of the ids that a model writes for a message.",
+        "",
+        "- **same**: the message comes back, every field and every value of its type.",
+        "- **content as reasoning**: the template writes content beside a call as it writes",
+        "  reasoning, so that nobody could tell them apart; it comes back as reasoning.",
+        "- **–**: the template does not write such a reply, as the first table says.",
+        "",
+        f"| template | version | {' | '.join(READ_BACK)} |",
+        "|---" * (len(READ_BACK) + 2) + "|",
+        *(each[1] for each in rows.values()),
         "",
     ])  # fmt: skip

@@ -172,11 +172,8 @@ class EntryArguments:
             raise ReplySyntaxError("the template writes arguments in no form that is known")
         self._learn_strings()
         self._learn_scalars()
-        for name, values in (
-            ("array", [[71003, "zqx"]]),
-            ("object", [{"zqk": 71003, "zqm": "zqx"}]),
-        ):
-            self._learn_container(name, values[0])
+        self._learn_container("array", [71003, "zqx"], [71003, 71004])
+        self._learn_container("object", {"zqk": 71003, "zqm": "zqx"}, {"zqk": 71003, "zqm": 71004})
         self._learn_empty()
 
     # What follows learns; `parse` is below.
@@ -239,6 +236,8 @@ class EntryArguments:
             self.markers.append(EntryMarkers(middle, {"string"}, {separator}, {closing}))
         special = "zqx\"\\\n'zqy"
         body = self._body({KEYS[0]: special})
+        if "zqx" not in body or "zqy" not in body:
+            raise ReplySyntaxError("the template escapes text in a way that is not known")
         written = body[body.index("zqx") : body.rindex("zqy") + 3]
         if written == special:
             return
@@ -267,18 +266,18 @@ class EntryArguments:
                     self.constants[encoding] = None
                 break
 
-    def _learn_container(self, name: str, value: Any) -> None:
-        for notation, encoding in (
+    def _learn_container(self, name: str, value: Any, numbers: Any) -> None:
+        """Learn how a list or an object is written; `numbers`: one that holds numbers alone."""
+        encodings: tuple[tuple[Literal["json", "python"], str], ...] = (
             ("json", json.dumps(value)),
             ("json", json.dumps(value, separators=(",", ":"))),
             ("python", repr(value)),
-        ):
-            if self._learn_markers({name}, value, [encoding]) is not None:
-                self.containers[name] = notation  # type: ignore[assignment]
-                return
-        markers = self._find_sequence(
-            [71003, 71004] if name == "array" else {"zqk": 71003, "zqm": 71004}
         )
+        for notation, encoding in encodings:
+            if self._learn_markers({name}, value, [encoding]) is not None:
+                self.containers[name] = notation
+                return
+        markers = self._find_sequence(numbers)
         if markers is not None and self._base is not None:
             self.containers[name] = markers
             self._base.types.add(name)

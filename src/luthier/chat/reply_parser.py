@@ -165,8 +165,8 @@ class MessageParser:
             return self._pipeline.template.render(row.messages, row.tools, True)
 
         text = retry_with_empty_content(render, messages)
-        *_, (start, _, origin) = origin_spans(text._runs)
-        return str.__str__(text)[start:] if origin is None else ""
+        ends = [stop for _, stop, origin in origin_spans(text._runs) if origin is not None]
+        return str.__str__(text)[max(ends, default=0) :]
 
     def _write(self, message: dict[str, Any], messages: Messages, tools: list | None) -> str:
         """Return what the template writes for a message, without the stop token."""
@@ -225,7 +225,8 @@ class MessageParser:
                         scanner.held, _argument_schemas(tools), keeps_text
                     )
                     message |= {"content": texts["content"] + behind, "tool_calls": calls}
-                problem = self._find_difference(message, given, messages, tools)
+                cut = len(scanner.held) if scanner.node in ("reasoning", "content") else 0
+                problem = self._find_difference(message, given, cut, messages, tools)
                 # JSON that the template takes as text may be spaced in a way of its own.
                 if problem is None or self._pipeline.arguments.form != "text":
                     break
@@ -236,11 +237,17 @@ class MessageParser:
         return ParsedReply(message) if problem is None else ParsedReply(plain, problem)
 
     def _find_difference(
-        self, message: dict[str, Any], given: ReplyText, messages: Messages, tools: list | None
+        self,
+        message: dict[str, Any],
+        given: ReplyText,
+        cut: int,
+        messages: Messages,
+        tools: list | None,
     ) -> str | None:
         """Return how a reply differs from what its message renders to; None where it does not.
 
-        Raises ChatError where the template does not write the message.
+        `cut`: how many characters at the reply's end are a marker that was cut. Raises ChatError
+        where the template does not write the message.
         """
         rendered = self._render(message, messages, tools)
         text = rendered.text.removesuffix(rendered.stop_token)
@@ -251,13 +258,25 @@ class MessageParser:
             is_same = text == given.text or is_begun
         else:
             ids = self._encode(rendered)[:-1]
-            # The last token of a reply that was cut may be another one with the text behind it.
-            is_same = ids == given.ids or (is_begun and ids[: len(given.ids) - 1] == given.ids[:-1])
+            is_same = ids == given.ids or (is_begun and self._begins(ids, given, cut))
         if is_same:
             return None
         if text == given.text:
             return "the reply's text is as the template writes it, but its tokens are other ones"
         return _describe_difference(given.text, text)
+
+    def _begins(self, ids: list[int], given: ReplyText, cut: int) -> bool:
+        """Return whether a reply that was cut has the first of these ids.
+
+        Its last token, and those of a marker that was cut, may be other ones than in a whole reply.
+        """
+        assert given.ids is not None
+        pairs = enumerate(zip(ids, given.ids, strict=False))
+        same = next((n for n, (one, other) in pairs if one != other), min(len(ids), len(given.ids)))
+        if same + 1 >= len(given.ids):
+            return True
+        start = self._tokens.decode_reply(given.ids[: same + 1])
+        return len(start) >= len(given.text) - cut
 
     def _encode(self, rendered: RenderedReply) -> list[int]:
         """Return the ids of a rendered reply, stop token and all."""
