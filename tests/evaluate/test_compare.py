@@ -135,7 +135,9 @@ def outcome(nats, replies, scores):
 def test_rows_are_won_and_lost_by_the_first_metric_that_tells_them_apart():
     from luthier.infer.questions import Question
 
-    rows = [EvaluationRow(f"r{n}", [], Question([{"content": f"q{n}"}], {}, "x")) for n in range(3)]
+    rows = [
+        EvaluationRow(f"r{n}", [], [Question([{"content": f"q{n}"}], {}, "x")]) for n in range(3)
+    ]
     base = outcome([[4, 2], [4, 2], [4, 2]], ["a", "b", "c"], [0.0, 1.0, 0.5])
     tuned = outcome([[2, 2], [6, 2], [4, 2]], ["A", "B", "C"], [1.0, 0.0, 0.5])
     found = compare.compare_outcomes(EvaluationRows("s", rows), base, tuned, {"m": True}, 0.95)

@@ -7,6 +7,7 @@ import pytest
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError
 from luthier.infer.questions import read_questions
+from luthier.metrics import parse_metrics
 from luthier.train.evaluation import Patience, select_eval_prompts, set_best_model_metric
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -47,8 +48,49 @@ def test_how_many_are_asked(settings, count):
          "several messages", "a good one", "a bad one"],
 )  # fmt: skip
 def test_what_is_asked_of_a_row(example, expected):
-    found = [question.expected for question in read_questions([(example, {})], 5)]
+    metrics = parse_metrics(["exact_match"])
+    found = [question.expected for question in read_questions([(example, {})], 5, metrics)]
     assert found == ([] if expected is None else [expected])
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+RESULT = {"role": "tool", "content": "1"}
+TRACE = [USER, CALL, RESULT, REPLY]
+TURNS = {
+    # example -> the messages before each turn that is asked, and what metrics of text compare with
+    "each turn of a trace": ({"messages": TRACE}, [(1, None), (3, "a")]),
+    "a turn that does not train": (
+        {"messages": [USER, {**CALL, "train": False}, RESULT, REPLY], "tools": TOOLS}, [(3, "a")]),
+    "a text where tools are offered": ({"messages": [USER, REPLY], "tools": TOOLS}, [(1, "a")]),
+    "a call at the end": ({"messages": [USER, REPLY, USER, CALL], "tools": TOOLS},
+                          [(1, None), (3, None)]),
+    "a question at the end": ({"messages": [USER, CALL, RESULT], "tools": TOOLS}, [(1, None)]),
+    "a chosen call": ({"prompt": [USER], "chosen": [CALL], "rejected": [REPLY]}, [(1, None)]),
+    "no tools and no calls": ({"messages": [USER, REPLY]}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("example", "turns"), TURNS.values(), ids=TURNS)
+def test_metrics_of_tool_calls_ask_each_turn_behind_the_rows_own_messages(example, turns):
+    metrics = parse_metrics(["tool_call_accuracy"])
+    found = read_questions([(example, {})], 5, metrics)
+    assert [(len(q.messages), q.expected) for q in found] == turns
+    assert all(q.messages == example.get("messages", [USER])[: len(q.messages)] for q in found)
+
+
+def test_rows_are_counted_and_not_their_turns():
+    metrics = parse_metrics(["tool_call_accuracy"])
+    row = ({"messages": TRACE, "tools": TOOLS}, {})
+    assert len(read_questions([row] * 5, 3, metrics)) == 6
+    # Metrics of text ask the last reply alone, as ever; both together ask each turn once.
+    text = parse_metrics(["exact_match"])
+    assert [q.expected for q in read_questions([row], 3, text)] == ["a"]
+    assert len(read_questions([row], 3, metrics + text)) == 2
+
+
+def test_what_is_shown_of_a_call():
+    (question,) = read_questions([({"messages": [USER, CALL]}, {})], 5)
+    assert question.expected_text == 'a\n{"name": "f", "arguments": null}'
 
 
 def test_a_question_knows_its_row():

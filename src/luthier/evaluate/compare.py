@@ -1,6 +1,6 @@
 """Compare two models on the same rows, or sum up one: intervals, and rows won and lost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from luthier.evaluate.likelihood import LOSS, ModelScores
 from luthier.evaluate.rows import EvaluationRows
+from luthier.infer.questions import turn_text
 from luthier.metrics.bootstrap import bootstrap_interval, compare_paired
 from luthier.terminal import printable
 
@@ -112,7 +113,10 @@ def _judged(
         before, after = (scores.scored.rows.get(name) for scores in (base, tuned))
         if before is not None and after is not None and is_higher is not None:
             sign = 1 if is_higher else -1
-            gains = [sign * (new - old) for old, new in zip(before, after, strict=True)]
+            gains = [
+                None if new is None or old is None else sign * (new - old)
+                for old, new in zip(before, after, strict=True)
+            ]
             # A metric that is equal on every row says nothing of which rows changed: the next may.
             if any(gains):
                 return name, _asked_rows(items, {"gain": gains}, base, tuned)
@@ -135,14 +139,12 @@ def _ranked(
     for name, is_higher in better.items():
         scores = tuned.scored.rows.get(name)
         # A metric that is the same on all rows ranks nothing.
-        if scores is not None and is_higher is not None and len(set(scores)) > 1:
-            question_losses = [
-                loss
-                for loss, evaluated_row in zip(losses, items.rows, strict=True)
-                if evaluated_row.question
-            ]
+        known = {score for score in scores or () if score is not None}
+        if scores is not None and is_higher is not None and len(known) > 1:
+            loss_of = {id(row): loss for row, loss in zip(items.rows, losses, strict=True)}
+            question_losses = [loss_of[id(row)] for row, _ in items.asked]
             rows = _asked_rows(items, {"score": scores, "loss": question_losses}, None, tuned)
-            sign, best = (1, max(scores)) if is_higher else (-1, min(scores))
+            sign, best = (1, max(known)) if is_higher else (-1, min(known))
             rows = [row for row in rows if row["score"] != best]
             # Among equal scores, such as exact_match 0, the least likely reply is the worst.
             return name, sorted(rows, key=lambda row: (sign * row["score"], -row["loss"]))
@@ -154,19 +156,23 @@ def _ranked(
 
 def _asked_rows(
     items: EvaluationRows,
-    numbers: Mapping[str, list[float]],
+    numbers: Mapping[str, Sequence[float | None]],
     base: ModelScores | None,
     tuned: ModelScores,
 ) -> list[dict[str, Any]]:
-    """Return the rows with a question, each with its numbers and the replies to it."""
+    """Return what was asked and has these numbers, each with them and the replies to it."""
     rows = []
-    questions = (item for item in items.rows if item.question is not None)
-    for position, (item, reply) in enumerate(zip(questions, tuned.replies, strict=True)):
-        assert item.question is not None
-        row = {"where": item.where, **{name: values[position] for name, values in numbers.items()}}
+    for position, ((item, question), reply) in enumerate(
+        zip(items.asked, tuned.replies, strict=True)
+    ):
+        values = {name: each[position] for name, each in numbers.items()}
+        if None in values.values():
+            continue
+        turn = "" if question.is_last else f", message {len(question.messages) + 1}"
+        row = {"where": item.where + turn, **values}
         row |= {
-            "prompt": item.question.messages[-1]["content"],
-            "expected": item.question.expected,
+            "prompt": turn_text(question.messages[-1]),
+            "expected": question.expected_text,
         }
         if base is not None:
             row["base"] = base.replies[position]

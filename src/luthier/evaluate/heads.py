@@ -296,7 +296,7 @@ class HeadRowBuilder:
         for row, values in encode_rows(self._encoder, rows, read):
             columns = {n: np.asarray(v) if isinstance(v, list) else v for n, v in values.items()}
             rows.rows.append(
-                EvaluationRow(row.where, [], self._head.question(row.example), columns)
+                EvaluationRow(row.where, [], [self._head.question(row.example)], columns)
             )
 
 

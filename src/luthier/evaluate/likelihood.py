@@ -30,9 +30,9 @@ class ModelScores:
     has_perplexity: bool = True
     """Whether the loss is a negative log-likelihood of tokens."""
 
-    def samples(self) -> dict[str, "Sequence[float] | SumStatistics"]:
+    def samples(self) -> dict[str, "Sequence[float | None] | SumStatistics"]:
         """What is resampled for each number, by name; those that have nothing for each row not."""
-        statistics: dict[str, Sequence[float] | SumStatistics] = {
+        statistics: dict[str, Sequence[float | None] | SumStatistics] = {
             LOSS: SumStatistics(self.losses, _mean)
         }
         if self.has_perplexity:

@@ -18,7 +18,8 @@ from luthier.evaluate.rows import (
     rows_with_replies,
 )
 from luthier.infer.llm import LLM
-from luthier.metrics import Metric, MetricScores, Prediction, score_replies
+from luthier.infer.questions import decode_answer
+from luthier.metrics import Metric, MetricScores, score_replies
 from luthier.model.adapters import HEAD_TASKS
 from luthier.model.artifact import find_artifact
 
@@ -41,21 +42,27 @@ def measure_model(
     with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
         losses = compute_losses(llm.model, items.rows, bar.update)
     # Without a metric no replies are generated: they take most of the time of an evaluation.
-    question_rows = [item for item in items.rows if item.question is not None] if metrics else []
-    if not question_rows:
+    asked = items.asked if metrics else []
+    if not asked:
         return ModelScores(losses, [], MetricScores({}))
-    questions = [item.question for item in question_rows if item.question is not None]
-    prompts = [{"messages": each.messages, **each.template_inputs} for each in questions]
-    with tqdm(total=len(question_rows), desc="replies", leave=False, disable=None) as bar:
-        texts = llm.generate(
-            prompts, places=[item.where for item in question_rows],
+    with tqdm(total=len(asked), desc="replies", leave=False, disable=None) as bar:
+        replies = llm.replies(
+            [question.prompt for _, question in asked], places=[row.where for row, _ in asked],
             on_replies=lambda number, replies: bar.update(1), **settings,
         )  # fmt: skip
-    replies = [
-        Prediction(text, question.expected, question.row)
-        for text, question in zip(texts, questions, strict=True)
+    answers = [
+        decode_answer(llm.prompter, llm.tokenizer, reply.ids, reply.finish == "stop", question)
+        for reply, (_, question) in zip(replies, asked, strict=True)
     ]
-    return ModelScores(losses, texts, score_replies(metrics, replies))
+    predictions = [
+        question.prediction(text, message)
+        for (text, message), (_, question) in zip(answers, asked, strict=True)
+    ]
+    scores = score_replies(metrics, predictions)
+    # Turns of one row are drawn together: what makes the row hard makes all of them hard.
+    numbers = {id(row): number for number, row in enumerate(items.rows)}
+    scored = scores.by_row([numbers[id(row)] for row, _ in asked])
+    return ModelScores(losses, [text for text, _ in answers], scored)
 
 
 class WritingModel(LLM):

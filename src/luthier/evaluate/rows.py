@@ -1,7 +1,7 @@
 """Read the rows that a model is measured on, and encode those of models that write."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from luthier.data.examples import (
 from luthier.data.formats.conversations import template_inputs
 from luthier.data.prepare import prepare
 from luthier.errors import UserError
-from luthier.infer.questions import Question, read_questions
+from luthier.infer.questions import Question, list_questions, select_questions
 from luthier.metrics import Metric, parse_metrics, prepare_metrics
 
 # Rows keep the place they are from, by which two models are compared row by row.
@@ -41,8 +41,8 @@ class EvaluationRow:
     sequences: list[tuple[list[int], list[int]]]
     """Token ids, and labels of the same length: -100 where nothing is measured. For an
     encoder-decoder model the ids of the source, and those of the target."""
-    question: Question | None
-    """What can be asked of it; None where it has no reply in words."""
+    questions: Sequence[Question]
+    """What can be asked of it: its last reply, and where it has tools the turns before."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """For a model with a head: the columns of its token row."""
 
@@ -55,6 +55,11 @@ class EvaluationRows:
     rows: list[EvaluationRow] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows that make no tokens, by the reason."""
+
+    @property
+    def asked(self) -> list[tuple[EvaluationRow, Question]]:
+        """Each question with its row, in the order in which they are answered."""
+        return [(row, question) for row in self.rows for question in row.questions]
 
     def leave_out(self, why: str) -> None:
         """Count a row that makes no tokens."""
@@ -192,7 +197,7 @@ class ChatRowBuilder:
             (windows,) = encoder.encode_batch([row.example["text"]])
             if windows:
                 sequences = [(list(window.input_ids), list(window.labels)) for window in windows]
-                rows.rows.append(EvaluationRow(row.where, sequences, None))
+                rows.rows.append(EvaluationRow(row.where, sequences, ()))
             else:
                 rows.leave_out("the text is empty")
 
@@ -208,7 +213,7 @@ class ChatRowBuilder:
         train_on = {} if source.train_on is None else {"train_on": source.train_on}
         encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | train_on)
         for row in placed:
-            questions = read_questions([(row.example, row.columns)], 1)
+            questions = list_questions(row.example, row.columns)
             try:
                 batch = encoder.encode_batch([_spoken(row.example)])
             except ChatError as error:
@@ -216,9 +221,7 @@ class ChatRowBuilder:
                 continue
             sequences = [(sequence.input_ids, sequence.labels) for sequence in batch.rows[0]]
             if sequences:
-                rows.rows.append(
-                    EvaluationRow(row.where, sequences, questions[0] if questions else None)
-                )
+                rows.rows.append(EvaluationRow(row.where, sequences, questions))
             else:
                 # The encoder reports why a row came to nothing, such as one that is too long.
                 rows.leave_out(batch.reports[0].reason if batch.reports else "nothing to measure")
@@ -237,9 +240,9 @@ class TargetRowBuilder:
     ) -> None:
         """Add the items of rows of one source."""
         for row, values in encode_rows(self._encoder, rows, placed):
-            (question,) = read_questions([(row.example, row.columns)], 1)
+            questions = list_questions(row.example, row.columns)
             rows.rows.append(
-                EvaluationRow(row.where, [(values["input_ids"], values["labels"])], question)
+                EvaluationRow(row.where, [(values["input_ids"], values["labels"])], questions)
             )
 
 
@@ -298,14 +301,21 @@ class EvaluationSet:
 def rows_with_replies(items: EvaluationRows, metrics: list[Metric]) -> EvaluationSet:
     """Return a set whose replies are scored by metrics; what these need is imported.
 
+    Each row keeps the questions that a metric scores, and metrics that have none are left out.
     Raises UserError as `prepare_metrics` does.
     """
-    questions = [item.question for item in items.rows if item.question is not None]
+    questions = [question for item in items.rows for question in item.questions]
     # Metrics may load a judge or an embedding model: not for rows that ask nothing.
-    if metrics and questions:
-        prepare_metrics(metrics, [question.expected for question in questions])
-    better = {metric.name: metric.greater_is_better for metric in metrics}
-    return EvaluationSet(items, metrics if questions else [], better)
+    used = [m for m in metrics if any(m.takes(each.prediction("", {})) for each in questions)]
+    if used:
+        expected = [each.expected for each in questions if each.expected is not None]
+        prepare_metrics(used, expected)
+    items.rows = [
+        replace(item, questions=select_questions(item.questions, used) if used else [])
+        for item in items.rows
+    ]
+    better = {metric.name: metric.greater_is_better for metric in used}
+    return EvaluationSet(items, used, better)
 
 
 def metrics_of_run(config: RunConfig | None, name: str) -> list[Metric]:

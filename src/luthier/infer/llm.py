@@ -271,6 +271,11 @@ class LLM:
         return encoder
 
     @property
+    def prompter(self) -> "ChatEncoder | Seq2SeqPrompts | None":
+        """What makes prompts of messages; None for a model that goes on with plain text."""
+        return self._loaded.prompter
+
+    @property
     def has_template(self) -> bool:
         """Whether the model can be asked in messages."""
         return isinstance(self._loaded.prompter, ChatEncoder)

@@ -1,7 +1,9 @@
 """Rows of a dataset become prompts and questions, with the replies that the rows have."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from luthier.data.examples import (
 from luthier.data.formats.conversations import template_inputs
 from luthier.errors import UserError
 from luthier.infer.prompts import Prompt
+from luthier.metrics import Metric, Prediction
 
 _SHOWN = 5
 _LINES = (".jsonl", ".txt", ".json")
@@ -136,23 +139,114 @@ class Question:
     messages: Messages
     template_inputs: Mapping[str, Any]
     """What the row has for the chat template beside: `tools` and `chat_template_kwargs`."""
-    expected: str
+    expected: str | None
+    """The reply in words; None for one that calls tools, and for a turn that is not the last."""
     row: dict[str, Any] = field(default_factory=dict)
     """The example, and over it the row's own columns."""
+    reply: Mapping[str, Any] = field(default_factory=dict)
+    """The message of the row that the model's reply is compared with."""
+    is_last: bool = True
+    """Whether the row ends with this reply."""
+    offers_tools: bool = False
+    """Whether the row has tools, or calls one: then a reply without a call says something, too."""
+
+    @property
+    def expected_text(self) -> str:
+        """What is expected, to be shown."""
+        return self.expected if self.expected is not None else turn_text(self.reply)
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """The messages, and what the template gets beside them."""
+        return {"messages": self.messages, **self.template_inputs}
+
+    def prediction(self, text: str, message: Mapping[str, Any]) -> Prediction:
+        """Return a reply for the metrics; `message`: what its text says as a message."""
+        calls = [each.get("tool_calls") or () for each in (message, self.reply)]
+        return Prediction(
+            text,
+            self.expected or "",
+            self.row,
+            has_reference=self.expected is not None,
+            calls=(calls[0], calls[1]) if self.offers_tools else None,
+        )
 
 
-def read_questions(rows: Iterable[Row], limit: int) -> list[Question]:
-    """Return the first `limit` rows that have a reply in words, split into prompt and reply.
+def turn_text(message: Mapping[str, Any]) -> str:
+    """Return what a turn says in words, and each of its calls as a line of JSON."""
+    content = message.get("content")
+    lines = [content] if isinstance(content, str) and content else []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        shown = {"name": function.get("name"), "arguments": function.get("arguments")}
+        lines.append(json.dumps(shown, ensure_ascii=False, default=str))
+    return "\n".join(lines)
 
-    The reply of a pair is the chosen one, and that of judged replies a good one.
+
+def list_questions(example: Mapping[str, Any], columns: Mapping[str, Any]) -> list[Question]:
+    """Return what can be asked of a row: each turn of the assistant behind the row's own prefix.
+
+    The last one has a reply in words that metrics of text compare with; those before it are for
+    metrics of tool calls, so they are there only where the row has tools or calls. The reply of a
+    pair is the chosen one, and that of judged replies a good one.
     """
-    questions: list[Question] = []
-    for example, columns in rows:
-        if len(questions) == limit:
-            break
-        messages, expected = split_prompt_and_reply(example)[0], reference_text(example)
-        # A row that begins with its reply, or whose reply is a tool call, cannot be scored as text.
-        if messages and expected is not None:
-            row = {**example, **columns}
-            questions.append(Question(messages, template_inputs(example), expected, row))
+    row, inputs = {**example, **columns}, template_inputs(example)
+    prompt, reply = split_prompt_and_reply(example)
+    said = [*prompt, *reply]
+    offers_tools = bool(inputs.get("tools")) or any(each.get("tool_calls") for each in said)
+    make = partial(Question, template_inputs=inputs, row=row, offers_tools=offers_tools)
+    questions = []
+    for number, message in enumerate(prompt if offers_tools and "messages" in example else ()):
+        if message["role"] == "assistant" and message.get("train") is not False and number:
+            questions.append(make(prompt[:number], expected=None, reply=message, is_last=False))
+    if prompt and len(reply) == 1:
+        expected = reference_text(example)
+        if expected is not None or reply[0].get("tool_calls"):
+            questions.append(make(prompt, expected=expected, reply=reply[0]))
     return questions
+
+
+def select_questions(questions: Iterable[Question], metrics: Sequence[Metric]) -> list[Question]:
+    """Return those questions that a metric scores; without metrics those of last replies."""
+    return [
+        each
+        for each in questions
+        if any(metric.takes(each.prediction("", {})) for metric in metrics)
+        or (not metrics and each.is_last)
+    ]
+
+
+def read_questions(
+    rows: Iterable[Row], limit: int, metrics: Sequence[Metric] = ()
+) -> list[Question]:
+    """Return what is asked of the first `limit` rows that have something to score."""
+    questions: list[Question] = []
+    count = 0
+    for example, columns in rows:
+        if count == limit:
+            break
+        selected = select_questions(list_questions(example, columns), metrics)
+        questions += selected
+        count += bool(selected)
+    return questions
+
+
+Answer = tuple[str, dict[str, Any]]
+"""A reply as text, and as a message where it could call a tool; else the message is empty."""
+
+
+def decode_answer(
+    encoder: Any, tokenizer: Any, ids: list[int], is_ended: bool, question: Question
+) -> Answer:
+    """Return what a model answered.
+
+    `encoder`: what made the prompt. `ids`: without the stop token; `is_ended`: whether one
+    followed. A reply that is no turn of the template has no calls. The text of one with calls has
+    them as JSON, as the text of what is expected does.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    if not question.offers_tools:
+        return text, {}
+    stop = encoder.stop_token_ids[:1] if is_ended else []
+    message: dict[str, Any] = encoder.parse([*ids, *stop], **question.prompt).message
+    return turn_text(message) if message.get("tool_calls") else text, message

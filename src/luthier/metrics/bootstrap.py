@@ -58,7 +58,7 @@ class PairedComparison:
 
 
 def bootstrap_interval(
-    sample: Sequence[float] | SumStatistics,
+    sample: Sequence[float | None] | SumStatistics,
     level: float = 0.95,
     draws: int = 10_000,
     seed: int = 0,
@@ -73,8 +73,8 @@ def bootstrap_interval(
 
 
 def compare_paired(
-    first: Sequence[float] | SumStatistics,
-    second: Sequence[float] | SumStatistics,
+    first: Sequence[float | None] | SumStatistics,
+    second: Sequence[float | None] | SumStatistics,
     level: float = 0.95,
     draws: int = 10_000,
     seed: int = 0,
@@ -101,12 +101,21 @@ def compare_paired(
     )
 
 
-def _statistics(sample: Sequence[float] | SumStatistics) -> SumStatistics:
-    """Row scores as sums: the mean is their sum over as many rows."""
+def _statistics(sample: Sequence[float | None] | SumStatistics) -> SumStatistics:
+    """Row scores as sums: the mean is their sum over as many rows. None is no score."""
     if isinstance(sample, SumStatistics):
         return sample
+    if None in sample:
+        scored = np.array([(score or 0.0, score is not None) for score in sample], dtype=float)
+        return SumStatistics(scored, mean_of_sums)
     rows = np.asarray(sample, dtype=float).reshape(-1, 1)
     return SumStatistics(rows, lambda sums: sums[:, 0] / len(rows))
+
+
+def mean_of_sums(sums: NDArray[Any]) -> NDArray[Any]:
+    """The mean of each draw, from its sums of values and of how many there are; 0 without any."""
+    mean: NDArray[Any] = sums[:, 0] / sums[:, 1].clip(min=1)
+    return mean
 
 
 def _resampled(tables: list[NDArray[Any]], draws: int, seed: int) -> list[NDArray[Any]]:

@@ -126,7 +126,7 @@ def read_returned_scores(returned: Any, name: str, count: int) -> MetricScores:
     if not returned:
         raise UserError(f"metric {name}: it returned no numbers.")
     values: dict[str, float] = {}
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, Sequence[float | None]] = {}
     for key, value in returned.items():
         scores = _one(value, name if key == name else f"{name}/{key}", name, count)
         values |= scores.values

@@ -21,6 +21,10 @@ class Prediction:
     prediction: str
     reference: str
     row: Mapping[str, Any] = field(default_factory=dict)
+    has_reference: bool = True
+    """Whether the row has a reply in words to compare with; `reference` is empty where not."""
+    calls: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]] | None = None
+    """The tool calls of the reply and those of the row; None where no tool is offered."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,57 @@ class MetricScores:
 
     values: dict[str, float]
     """One number over all replies, by name."""
-    rows: dict[str, list[float]] = field(default_factory=dict)
-    """One number for each reply, by name, where the metric has such."""
+    rows: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """One number for each reply, by name, where the metric has such; None for a reply that is not
+    the metric's to score."""
     statistics: dict[str, "SumStatistics"] = field(default_factory=dict)
     """Where the number over all is no mean of the rows: what it is made of, for the bootstrap."""
 
-    def sample(self, name: str) -> "Sequence[float] | SumStatistics | None":
+    def sample(self, name: str) -> "Sequence[float | None] | SumStatistics | None":
         """What the bootstrap resamples for this number; None where it has nothing for each row."""
         return self.statistics.get(name) or self.rows.get(name)
+
+    def by_row(self, rows: Sequence[int]) -> "MetricScores":
+        """Return the scores with what the bootstrap draws added up for each row.
+
+        `rows`: the number of the row that each reply belongs to. Where each row has one reply
+        nothing changes.
+        """
+        if len(set(rows)) == len(rows):
+            return self
+        import numpy as np
+
+        from luthier.metrics.bootstrap import SumStatistics, mean_of_sums
+
+        statistics = dict(self.statistics)
+        for name, scores in self.rows.items():
+            pairs = [(score or 0.0, score is not None) for score in scores]
+            statistics.setdefault(name, SumStatistics(np.array(pairs, float), mean_of_sums))
+        places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        for name, each in statistics.items():
+            table = np.zeros((len(places), each.rows.shape[1]))
+            np.add.at(table, [places[row] for row in rows], each.rows)
+            statistics[name] = SumStatistics(table, each.value)
+        return MetricScores(self.values, self.rows, statistics)
+
+    def spread(self, numbers: Sequence[int], count: int) -> "MetricScores":
+        """Return the scores of the replies with these numbers as scores of `count` replies."""
+        if len(numbers) == count:
+            return self
+        import numpy as np
+
+        from luthier.metrics.bootstrap import SumStatistics
+
+        rows = {}
+        for name, scores in self.rows.items():
+            spread = dict(zip(numbers, scores, strict=True))
+            rows[name] = [spread.get(number) for number in range(count)]
+        statistics = {}
+        for name, each in self.statistics.items():
+            table = np.zeros((count, each.rows.shape[1]))
+            table[list(numbers)] = each.rows
+            statistics[name] = SumStatistics(table, each.value)
+        return MetricScores(self.values, rows, statistics)
 
 
 class Metric(BaseModel, ABC):
@@ -69,6 +116,10 @@ class Metric(BaseModel, ABC):
                 f"{excerpt(references[number])}\n"
                 "Change the metric's settings, or use only rows that have such an answer."
             )
+
+    def takes(self, reply: Prediction) -> bool:
+        """Whether it can score a reply: only replies to rows with a reply in words."""
+        return reply.has_reference
 
     def objection(self, reference: str) -> str | None:
         """Why nothing can be compared with this reference, as words that follow `it`."""
@@ -124,13 +175,20 @@ def prepare_metrics(metrics: Sequence[Metric], references: Sequence[str]) -> Non
 
 
 def score_replies(metrics: Sequence[Metric], replies: Sequence[Prediction]) -> MetricScores:
-    """All numbers of all metrics; raises UserError without replies, and where a metric fails."""
-    if metrics and not replies:
-        raise UserError("metrics: there are no replies to score.")
-    total = MetricScores({}, {}, {})
+    """All numbers of all metrics, each of the replies that it takes.
+
+    Raises UserError where a metric has no reply to score, and where it fails.
+    """
+    total = MetricScores({})
     for metric in metrics:
-        scores = metric.measure(replies)
-        total.values.update(scores.values)
-        total.rows.update(scores.rows)
-        total.statistics.update(scores.statistics)
+        numbers = [number for number, reply in enumerate(replies) if metric.takes(reply)]
+        if not numbers:
+            raise UserError(f"metric {metric.name}: there are no replies to score.")
+        scores = metric.measure([replies[number] for number in numbers])
+        scores = scores.spread(numbers, len(replies))
+        total = MetricScores(
+            {**total.values, **scores.values},
+            {**total.rows, **scores.rows},
+            {**total.statistics, **scores.statistics},
+        )
     return total

@@ -135,6 +135,10 @@ BUILT_IN_METRICS = {
     "bleu": "ngrams:Bleu",
     "chrf": "ngrams:Chrf",
     "length": "text:Length",
+    "tool_call_accuracy": "tool_calls:ToolCallAccuracy",
+    "tool_name_f1": "tool_calls:ToolNameF1",
+    "tool_arguments_f1": "tool_calls:ToolArgumentsF1",
+    "tool_use_accuracy": "tool_calls:ToolUseAccuracy",
 }
 """Name -> module of `luthier.metrics` and class; only what a config names is imported."""
 

@@ -65,7 +65,7 @@ class JsonF1(RowMetric):
         scored = super().measure(replies)
         valid = [float(parse_json(r.prediction, self.fences) is not None) for r in replies]
         name = f"{self.name}/valid"
-        return MetricScores(scored.values | {name: mean(valid)}, scored.rows | {name: valid})
+        return MetricScores(scored.values | {name: mean(valid)}, {**scored.rows, name: valid})
 
     def _fields(self, value: Any) -> Counter[JsonField]:
         return Counter(flatten_json(value, self.lists == "ordered", self.ignore))

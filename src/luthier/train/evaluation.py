@@ -13,7 +13,7 @@ from luthier.config.cross_checks import find_best_metric
 from luthier.config.schema import EvaluationConfig, RunConfig
 from luthier.errors import UserError, format_override
 from luthier.infer.generate import generate
-from luthier.infer.questions import Question, Row, read_questions
+from luthier.infer.questions import Answer, Question, Row, decode_answer, read_questions, turn_text
 from luthier.metrics import (
     Metric,
     Prediction,
@@ -57,8 +57,8 @@ class EvalReplies:
     texts: list[str] = field(default_factory=list)
     results: dict[str, float] = field(default_factory=dict)
     """Each metric over all replies."""
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    """Each metric of each reply, for metrics that have one."""
+    scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """Each metric of each reply, for metrics that have one; None where it does not score it."""
 
 
 def select_eval_prompts(
@@ -78,18 +78,29 @@ def select_eval_prompts(
         limit = config.rows if metrics else config.samples if number == 0 else 0
         if not limit or _is_generation_refused(sharding, metrics):
             continue
-        selected = read_questions(rows, limit)
-        if metrics and not selected:
-            label = f" {name}" if name else ""
-            raise UserError(
-                f"{key}: no row of the evaluation set{label} ends with a reply in words that could "
-                "be compared with.\nUse an empty list for the loss alone."
-            )
+        selected = read_questions(rows, limit, metrics)
+        _check_scored(metrics, selected, key, name)
         # Before the first step, so that a metric that cannot work ends the run here and not hours
         # later.
-        prepare_metrics(metrics, [question.expected for question in selected])
+        expected = [question.expected for question in selected]
+        prepare_metrics(metrics, [text for text in expected if text is not None])
         prompt_sets.append(EvalPrompts(name if len(heldout) > 1 else "", selected, metrics))
     return prompt_sets
+
+
+def _check_scored(
+    metrics: list[Metric], questions: list[Question], key: str, set_name: str
+) -> None:
+    """Raise UserError for a metric that no row of an evaluation set has something for."""
+    for metric in metrics:
+        if not any(metric.takes(question.prediction("", {})) for question in questions):
+            label = f" {set_name}" if set_name else ""
+            has_words = metric.takes(Prediction("", ""))
+            lacking = "ends with a reply in words" if has_words else "has tools or a call"
+            raise UserError(
+                f"{key}: no row of the evaluation set{label} {lacking} that {metric.name} could "
+                "compare with.\nUse an empty list for the loss alone."
+            )
 
 
 def _is_generation_refused(sharding: str, metrics: list[Metric]) -> bool:
@@ -122,14 +133,15 @@ class ReplyGenerator:
         """
         if not prompts.questions:
             return EvalReplies()
-        texts = self._generate_texts(prompts, when)
+        answers = self._generate_answers(prompts, when)
         replies = [
-            Prediction(text, question.expected, question.row)
-            for text, question in zip(texts, prompts.questions, strict=True)
+            question.prediction(text, message)
+            for (text, message), question in zip(answers, prompts.questions, strict=True)
         ]
         return _score_on_first_rank(prompts.metrics, replies)
 
-    def _generate_texts(self, prompts: EvalPrompts, when: str) -> list[str]:
+    def _generate_answers(self, prompts: EvalPrompts, when: str) -> list[Answer]:
+        """Return the text of each reply, and where it could call a tool the message that it is."""
         from accelerate import PartialState
         from tqdm import tqdm
 
@@ -150,28 +162,34 @@ class ReplyGenerator:
         ):
             token_ids = generate(
                 model,
-                [self._encoder.prompt(q.messages, **q.template_inputs) for q in rank_questions],
+                [self._encoder.prompt(**question.prompt) for question in rank_questions],
                 stop_ids=self._encoder.stop_token_ids,
                 pad_id=tokenizer.pad_token_id,
                 max_new_tokens=self._config.max_new_tokens,
                 batch_size=self._config.batch_size,
                 on_batch=lambda rows: bar.update(rows),
             )
-        return _gather_texts([tokenizer.decode(ids, skip_special_tokens=True) for ids in token_ids])
+        longest = self._config.max_new_tokens
+        return _gather_answers(
+            [
+                decode_answer(self._encoder, tokenizer, ids, len(ids) < longest, question)
+                for ids, question in zip(token_ids, rank_questions, strict=True)
+            ]
+        )
 
 
-def _gather_texts(texts: list[str]) -> list[str]:
-    """Return the texts of all ranks, in the order of the questions that were dealt out to them."""
+def _gather_answers(answers: list[Answer]) -> list[Answer]:
+    """Return the answers of all ranks, in the order of the questions dealt out to them."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     state = PartialState()
     if state.num_processes == 1:
-        return texts
+        return answers
     rank, ranks = state.process_index, state.num_processes
     # `gather_object` lays the ranks' lists end to end; the numbers put the texts back into order.
-    numbered = gather_object([(rank + n * ranks, text) for n, text in enumerate(texts)])
-    return [text for _, text in sorted(numbered)]
+    numbered = gather_object([(rank + n * ranks, answer) for n, answer in enumerate(answers)])
+    return [answer for _, answer in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def _score_on_first_rank(metrics: Sequence[Metric], replies: list[Prediction]) -> EvalReplies:
@@ -330,8 +348,8 @@ def reply_rows(prompts: EvalPrompts, replies: EvalReplies) -> list[dict[str, Any
     rows = []
     for number, question in enumerate(prompts.questions):
         row = {
-            "prompt": question.messages[-1]["content"],
-            "expected": question.expected,
+            "prompt": turn_text(question.messages[-1]),
+            "expected": question.expected_text,
             "reply": replies.texts[number],
             "scores": {name: scores[number] for name, scores in replies.scores.items()},
         }

@@ -4,7 +4,7 @@ import copy
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from luthier.chat import ChatEncoder
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
+from luthier.infer.questions import turn_text
 from luthier.model.adapters import convert_to_plain_lora
 from luthier.model.device import preserve_random_state
 from luthier.model.processor import find_processor_files, has_other_inputs
@@ -76,7 +77,7 @@ class Measurement(TypedDict):
     """Losses and metrics by name."""
     replies: dict[str, list[str]]
     """The replies to each set of evaluation prompts, by the set's name."""
-    scores: dict[str, dict[str, list[float]]]
+    scores: dict[str, Mapping[str, Sequence[float | None]]]
     """Each metric of each reply, by the set's name and the metric's."""
 
 
@@ -513,8 +514,8 @@ def _reply_rows(
     name, rows = prompts.name, []
     for number, question in enumerate(prompts.questions):
         row = {
-            "prompt": question.messages[-1]["content"],
-            "expected": question.expected,
+            "prompt": turn_text(question.messages[-1]),
+            "expected": question.expected_text,
             "before": before["replies"][name][number],
             "after": after["replies"][name][number],
             "scores": {
