@@ -38,9 +38,6 @@ class ToolCall(NamedTuple):
 class ToolCallMetric(Metric):
     """A metric of the calls of replies to turns that offer tools; other turns are left out."""
 
-    ignore: tuple[IgnoredDifference, ...] = ()
-    """What makes no difference between two texts of arguments."""
-
     def prepare(self, references: Sequence[str]) -> None:
         """Need nothing: calls are compared, and not references in words."""
 
@@ -64,8 +61,12 @@ class ToolCallMetric(Metric):
     def _call(self, call: Mapping[str, Any]) -> ToolCall:
         function = call.get("function", call)
         arguments = read_arguments(function.get("arguments"))
-        fields = Counter(flatten_json(arguments, True, self.ignore))
+        fields = Counter(flatten_json(arguments, True, self._ignored()))
         return ToolCall(str(function.get("name")), fields)
+
+    def _ignored(self) -> tuple[IgnoredDifference, ...]:
+        """Return what makes no difference between two texts of arguments."""
+        return ()
 
     def _means(self, rows: Mapping[str, list[float]]) -> MetricScores:
         """Return numbers that are means over replies."""
@@ -84,7 +85,17 @@ def read_arguments(arguments: Any) -> Any:
         return arguments
 
 
-class ToolCallAccuracy(ToolCallMetric):
+class _ArgumentMetric(ToolCallMetric):
+    """A metric that compares arguments."""
+
+    ignore: tuple[IgnoredDifference, ...] = ()
+    """What makes no difference between two texts of arguments."""
+
+    def _ignored(self) -> tuple[IgnoredDifference, ...]:
+        return self.ignore
+
+
+class ToolCallAccuracy(_ArgumentMetric):
     """The share of replies whose calls are those of the row: as many, and each of them right.
 
     A reply without a call is right where the row has none. Beside it stand the shares of replies
@@ -130,7 +141,7 @@ class ToolNameF1(ToolCallMetric):
         return self._means({self.name: rows})
 
 
-class ToolArgumentsF1(ToolCallMetric):
+class ToolArgumentsF1(_ArgumentMetric):
     """The mean F1 of the arguments, each a value with its whole path in a call of its tool.
 
     Calls are matched by name, those of one name so that most arguments agree. Arguments of a call
