@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
@@ -52,19 +53,20 @@ def choose_response_template(tokenizer: Any, encoder: ChatEncoder) -> dict[str, 
     changes = {"max_length": None, "on_lost": "keep", "empty_replies": "train", "train_on": "last"}
     encoder = ChatEncoder.from_settings(encoder.tokenizer, encoder.settings() | changes)
     try:
-        own = getattr(tokenizer, "response_template", None)
-        for template in (own, make_response_template(encoder)):
-            if template is not None and find_disagreement(template, encoder) is None:
+        own, made = getattr(tokenizer, "response_template", None), make_response_template(encoder)
+        for template, is_exact in ((own, False), (made, True)):
+            if template is not None and find_disagreement(template, encoder, is_exact) is None:
                 return dict(template)
     except Exception as error:  # templates raise anything, and a trained model is to be saved
         warnings.warn(f"no response_template is saved: {error!r}", stacklevel=2)
     return None
 
 
-def find_disagreement(template: Any, encoder: ChatEncoder) -> str | None:
+def find_disagreement(template: Any, encoder: ChatEncoder, is_exact: bool = False) -> str | None:
     """Return a reply that a response template reads otherwise than `ChatEncoder.parse`.
 
     None where it reads all made-up replies alike; templates that transformers refuses differ.
+    `is_exact`: whether white space at the edges of texts counts; most makers' templates strip it.
     """
     count, tools = 0, _shown_tools(encoder)
     for messages, message in _make_replies():
@@ -76,7 +78,7 @@ def find_disagreement(template: Any, encoder: ChatEncoder) -> str | None:
         if parsed.reason is not None:
             continue
         count += 1
-        problem = compare_reading(template, encoder, prompt, ids, parsed.message, tools)
+        problem = compare_reading(template, encoder, prompt, ids, parsed.message, tools, is_exact)
         if problem is not None:
             return problem
     return None if count else "the chat template writes no reply that can be compared"
@@ -89,30 +91,38 @@ def compare_reading(
     reply: list[int],
     message: dict[str, Any],
     tools: list | None,
+    is_exact: bool = False,
 ) -> str | None:
-    """Return how a response template reads a reply otherwise than as a message; None if alike."""
+    """Return how a response template reads a reply otherwise than as a message; None if alike.
+
+    `is_exact`: whether white space at the edges of texts counts.
+    """
     from transformers.utils.chat_parsing import parse_response
 
     text, prefix = encoder.decode_reply(reply), encoder.tokenizer.decode(prompt)
+    normalize = partial(_normalize_message, is_exact=is_exact)
     try:
-        read = normalize_message(parse_response(text, template, prefix=prefix, tools=tools))
+        read = normalize(parse_response(text, template, prefix=prefix, tools=tools))
     # What transformers raises for a template of another form, and its parsers of values.
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         return f"{text!r} cannot be read by it: {error}"
-    expected = normalize_message(message)
+    expected = normalize(message)
     wrong = next((name for name in expected if read[name] != expected[name]), None)
     if wrong is None:
         return None
     return f"{text!r}: its {wrong} is {expected[wrong]!r}, and reads as {read[wrong]!r}"
 
 
-def normalize_message(message: Any) -> dict[str, Any]:
+def _normalize_message(message: Any, is_exact: bool) -> dict[str, Any]:
     """Return what counts in a message when two are compared: texts, and calls without their ids."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     names = ("reasoning_content", "reasoning", "thinking")
-    return {
+    texts = {
         "content": message.get("content") or "",
         "reasoning_content": next((message[n] for n in names if message.get(n)), ""),
+    }
+    return {
+        **(texts if is_exact else {name: text.strip() for name, text in texts.items()}),
         "tool_calls": [
             (call.get("name"), _read_arguments(call.get("arguments"))) for call in calls
         ],
