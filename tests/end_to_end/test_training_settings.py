@@ -227,3 +227,34 @@ def test_noise_in_the_embeddings_is_for_training_alone(trains):
 def test_what_needs_a_gpu_is_told(trains, capsys, words):
     assert trains("lora=default", *(f"trainer.args.{word}" for word in words)) == 2
     assert "is for a CUDA GPU, and this run is on cpu. Remove it." in capsys.readouterr().err
+
+
+OWN_CODE = """
+import torch
+
+def own(model, args):
+    return torch.optim.SGD(model.parameters(), lr=args.learning_rate, momentum=0.9)
+"""
+
+
+@pytest.mark.parametrize("name", ["muon", "python"])
+def test_a_chosen_optimizer_trains_and_goes_on_from_a_checkpoint(name, trains, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    chosen = f"python:{tmp_path}/own.py:own" if name == "python" else name
+    words = [
+        f"trainer.optimizer.name={chosen}", "trainer.args.lr_scheduler_type=constant",
+        "trainer.args.warmup_steps=0", "trainer.args.save_strategy=steps",
+        "trainer.args.save_steps=2", "trainer.args.learning_rate=1e-3",
+    ]  # fmt: skip
+    if name == "muon":
+        words.append("trainer.optimizer.groups=[{match: lm_head, learning_rate: 0}]")
+    assert trains(*words, "trainer.args.max_steps=2") == 0
+    assert trains(*words, "trainer.args.max_steps=4") == 0
+    resumed = load_file(trains.folder / "model/model.safetensors")
+    whole = tmp_path / "whole"
+    assert trains(*words, "trainer.args.max_steps=4", f"output_dir={whole}") == 0
+    once = load_file(whole / "model/model.safetensors")
+    assert all(torch.equal(weight, resumed[key]) for key, weight in once.items())
+    if name == "python":
+        code = json.loads((trains.folder / "run.json").read_text())["code"]
+        assert code[chosen]["key"] == "trainer.optimizer.name"

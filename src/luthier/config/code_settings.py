@@ -50,6 +50,9 @@ CODE_SETTINGS: dict[str, CodeSetting] = {
         base="transformers.TrainerCallback",
         only_code=True,
     ),
+    "trainer.optimizer.name": CodeSetting(
+        "a function of the model that gives an optimizer or parameter groups", ("model", "args")
+    ),
     "trainer.evaluation.metrics": CodeSetting("a function that scores replies"),
     "trainer.rewards": CodeSetting("a function that rewards completions"),
 }

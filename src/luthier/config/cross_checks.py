@@ -1,11 +1,13 @@
 """Settings that are fine one by one and wrong together, found before anything is loaded."""
 
 import datetime
+import math
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.code_settings import check_code_settings
+from luthier.config.code_settings import check_code_settings, read_code_entries
+from luthier.config.library_fields import read_class_fields
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
 from luthier.config.methods import METHODS, check_adapter
 from luthier.config.passthrough import mapping_at
@@ -18,6 +20,7 @@ from luthier.errors import (
     suggest_options,
 )
 from luthier.patterns import check_syntax
+from luthier.python_code import PYTHON_FORMS, is_python_path
 
 if TYPE_CHECKING:
     from luthier.metrics import Metric
@@ -284,6 +287,7 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _replies,
         _streaming,
         _training,
+        _optimizer,
         _dates,
         _trackers,
         check_code_settings,
@@ -394,6 +398,63 @@ def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
         yield from _best_model("trainer.args.load_best_model_at_end", args)
     if args.router_aux_loss_coef and args.gradient_accumulation_steps != 1:
         yield Mistake("trainer.args.router_aux_loss_coef", ROUTER_LOSS_OF_A_BATCH)
+
+
+_GROUP_SETTINGS = ("match", "learning_rate", "weight_decay")
+
+
+def _optimizer(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    settings = mapping_at(resolved, "trainer.optimizer")
+    name, groups = settings.get("name"), settings.get("groups") or []
+    args = mapping_at(resolved, "trainer.args")
+    key = "trainer.optimizer.name"
+    if name is not None and args.get("optim") not in (None, name):
+        text = f"{format_value(name)}, and trainer.args.optim is {args['optim']}. Keep one of them"
+        yield Mistake(key, f"{text}: ~trainer.args.optim removes the other.")
+    if isinstance(name, str) and not is_python_path(name):
+        optim = (read_class_fields("transformers", "training_args.py", "TrainingArguments") or {})
+        options = ("muon", *optim["optim"].choices) if "optim" in optim else ()
+        if options and name not in options:
+            text = f"{format_value(name)} is not an option. {suggest_options(name, options)}"
+            yield Mistake(key, f"{text} A function of your own is {PYTHON_FORMS}.")
+    if name == "muon" and mapping_at(resolved, "lora"):
+        text = "muon is for the matrices of hidden layers, and beside an adapter none of them "
+        yield Mistake(key, f"{text}trains. Use another optimizer, or lora=none.")
+    if name == "muon" and args.get("optim_args"):
+        yield Mistake("trainer.args.optim_args", "muon does not read them. Remove them.")
+    if groups and read_code_entries(name):
+        text = "the function of trainer.optimizer.name decides the groups. Remove one of the two."
+        yield Mistake("trainer.optimizer.groups", text)
+    for number, group in enumerate(groups if isinstance(groups, list) else []):
+        if isinstance(group, dict):
+            yield from _parameter_group(f"trainer.optimizer.groups[{number}]", group)
+
+
+def _parameter_group(key: str, group: dict[str, Any]) -> Iterator[Mistake]:
+    """What is wrong with the settings of weights that have rates of their own."""
+    unknown = [name for name in group if name not in _GROUP_SETTINGS]
+    if unknown:
+        hint = suggest_options(str(unknown[0]), _GROUP_SETTINGS)
+        yield Mistake(key, f"there is no setting {unknown[0]}. {hint}")
+        return
+    pattern = group.get("match")
+    try:
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError("is no regular expression for names of parameters")
+        check_syntax(pattern)
+    except ValueError as error:
+        yield Mistake(f"{key}.match", f"{format_value(pattern)} {error}.")
+    rates = [name for name in _GROUP_SETTINGS[1:] if group.get(name) is not None]
+    if not rates:
+        text = "it has neither a learning_rate nor a weight_decay of its own. Set one."
+        yield Mistake(key, text)
+    for name in rates:
+        try:
+            rate = float(group[name])  # YAML reads 1e-4 as text
+        except (TypeError, ValueError):
+            rate = math.nan
+        if not 0 <= rate < math.inf:
+            yield Mistake(f"{key}.{name}", "it must be a number, 0 or more.")
 
 
 def _best_model(key: str, args: TrainerArgs) -> Iterator[Mistake]:

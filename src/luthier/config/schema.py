@@ -300,6 +300,34 @@ class EvaluationConfig(StrictModel):
     """How many replies are shown side by side, before and after."""
 
 
+class OptimizerConfig(StrictModel):
+    """What changes the weights, besides what `trainer.args` says of it."""
+
+    name: str | dict[str, dict[str, Any] | None] | None = None
+    """A value of `trainer.args.optim`, `muon`, or `python:file.py:function` of the model and the
+    trainer's arguments, which returns an optimizer or parameter groups; null for
+    `trainer.args.optim`."""
+    groups: list[dict[str, Any]] = Field(default_factory=list)
+    """Weights with a learning rate or weight decay of their own, by a regular expression for their
+    names: `[{match: embed_tokens, learning_rate: 1e-5, weight_decay: 0.0}]`; the first that matches
+    holds."""
+
+    @field_validator("groups")
+    @classmethod
+    def _with_numbers(cls, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the groups with the numbers that YAML read as texts, such as `1e-5`."""
+        return [{name: _as_number(name, value) for name, value in g.items()} for g in groups]
+
+
+def _as_number(name: str, value: Any) -> Any:
+    if name == "match" or not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 class TrainerConfig(StrictModel):
     """How the model is trained."""
 
@@ -321,6 +349,8 @@ class TrainerConfig(StrictModel):
     """The trainer: `sft` is TRL's SFTTrainer."""
     args: TrainerArgs = Field(default_factory=TrainerArgs)
     """Any field of the trainer's config class (`trl.SFTConfig`)."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """The optimizer, and weights with rates of their own."""
     padding: Literal["longest", "max_length"] = "longest"
     """Rows of a batch are padded to the longest of them, or all to `chat.max_length`."""
     rewards: list[str | dict[str, Any]] = Field(default_factory=list)
@@ -339,6 +369,12 @@ class TrainerConfig(StrictModel):
     """How many checkpoints are kept."""
     profile: bool = False
     """Profile steps 3 to 6, and write a trace and the ten most expensive operations."""
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer as it is called: a name, or the path of a function."""
+        name = self.optimizer.name
+        return next(iter(name)) if isinstance(name, dict) else name or self.args.optim
 
 
 class CardConfig(StrictModel):

@@ -19,6 +19,8 @@ class OptimizerMemory:
     """The count of numbers that it keeps for each trained weight."""
     bits: int = 32
     """Bits of a state; tables of embeddings get 32 from transformers where others get 8."""
+    matrix_states: int | None = None
+    """The same for matrices of transformer layers, where it differs."""
     paged: bool = False
     """Whether states may move to main memory where a GPU is short of its own."""
     factored: bool = False
@@ -54,13 +56,14 @@ OPTIMIZERS = {
     "rmsprop_bnb": OptimizerMemory(states=1, largest=_BNB_STEP),
     "rmsprop_bnb_8bit": OptimizerMemory(states=1, bits=8, largest=_BNB_STEP),
     "rmsprop_bnb_32bit": OptimizerMemory(states=1, largest=_BNB_STEP),
+    "muon": OptimizerMemory(matrix_states=1, largest=3),
     "lomo": OptimizerMemory(states=0),
     "adalomo": OptimizerMemory(states=1, factored=True),
     "schedule_free_sgd": OptimizerMemory(states=1),
     "schedule_free_adamw": OptimizerMemory(),
     "schedule_free_radam": OptimizerMemory(),
 }
-"""`trainer.args.optim` of transformers. The first twenty are held against the optimizers
+"""`trainer.args.optim` of transformers, and `muon` of `trainer.optimizer`. The first twenty are held against the optimizers
 themselves in tests/memory/test_optimizers.py."""
 UNKNOWN_OPTIMIZER = OptimizerMemory(is_known=False)
 
@@ -109,4 +112,6 @@ def _states_of_weight(optimizer: OptimizerMemory, weight: Weight) -> int:
     if optimizer.bits == 8 and weight.elements >= SMALLEST_8BIT and not weight.embeds:
         scales = -(-weight.elements // BLOCK_8BIT) * 4
         return optimizer.states * (weight.elements + scales)
-    return optimizer.states * weight.elements * 4
+    is_hidden_matrix = bool(weight.layer) and len(weight.shape) == 2 and not weight.embeds
+    states = optimizer.matrix_states if is_hidden_matrix else None
+    return (optimizer.states if states is None else states) * weight.elements * 4

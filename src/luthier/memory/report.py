@@ -129,7 +129,7 @@ def _notes(plan: MemoryPlan) -> list[str]:
             "room, else in main memory."
         )
     if not optimizers.find_optimizer(work.optimizer).is_known:
-        notes.append(f"trainer.args.optim={work.optimizer}: two float32 states are assumed.")
+        notes.append(f"optimizer {work.optimizer}: two float32 states are assumed.")
     if plan.hardware.kind == "cpu" and keeps_freed_blocks():
         notes.append(f"Nothing is lost in the heap with {RETURN_FREED_BLOCKS} before the command.")
     if plan.packing is not None:

@@ -107,7 +107,7 @@ def read_workload(config: RunConfig, machine: Machine) -> Workload:
         accumulation=args.gradient_accumulation_steps,
         checkpointing=_checkpointing(args),
         offload=args.activation_offloading,
-        optimizer=args.optim,
+        optimizer=config.trainer.optimizer_name,
         autocast=_autocast(config.trainer.args, machine),
         masked=not flash and (packed or rows > 1 or config.trainer.padding == "max_length"),
         flash=flash,

@@ -73,11 +73,11 @@ def freeze_parameters(model: Any, train: Sequence[str], frozen: Sequence[str]) -
     # Weights by id, because a tied matrix has two names.
     names: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     if train:
-        matching = _matching_names("model.train", train, names)
+        matching = match_parameters("model.train", train, names)
     else:
         text = find_text_modules(model)
         matching = {name for name in names if names[name].requires_grad and name in text}
-    frozen_ids = {id(names[name]) for name in _matching_names("model.freeze", frozen, names)}
+    frozen_ids = {id(names[name]) for name in match_parameters("model.freeze", frozen, names)}
     trained = {id(names[name]) for name in matching} - frozen_ids
     if not trained:
         raise UserError(
@@ -98,8 +98,13 @@ def _load_unquantized(config: RunConfig, machine: Machine, task_type: str) -> An
     return load_model(config.model, {}, cpu, task=task)
 
 
-def _matching_names(key: str, patterns: Sequence[str], names: dict[str, Any]) -> set[str]:
-    """Return the names in which a pattern is found; raises UserError for one without any."""
+def match_parameters(
+    key: str, patterns: Sequence[str], names: dict[str, Any], what: str = "parameter"
+) -> set[str]:
+    """Return the names in which a pattern is found; raises UserError for one without any.
+
+    `key` is the setting that holds the patterns, and `what` says what the names are.
+    """
     matching: set[str] = set()
     for pattern in patterns:
         try:
@@ -111,7 +116,7 @@ def _matching_names(key: str, patterns: Sequence[str], names: dict[str, Any]) ->
             near = difflib.get_close_matches(pattern, sorted(pieces), n=3, cutoff=0.5)
             hint = f" Near it: {', '.join(near)}." if near else ""
             raise UserError(
-                f"{key}: {pattern!r} matches no parameter.{hint} The parameters: "
+                f"{key}: {pattern!r} matches no {what}.{hint} The parameters: "
                 f"{_list_names(names)}."
             )
         matching |= hits

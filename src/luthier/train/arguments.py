@@ -9,6 +9,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.device import check_gpu_settings
 from luthier.model.load import read_model_config
+from luthier.python_code import is_python_path
 
 
 def build_sft_arguments(config: RunConfig, machine: Any, folder: Path, has_eval: bool) -> Any:
@@ -58,6 +59,9 @@ def build_trainer_arguments(
     if "router_aux_loss_coef" in getattr(make, "__dataclass_fields__", {}):
         settings["router_aux_loss_coef"] = 0.0
     settings |= config.trainer.args
+    name = config.trainer.optimizer.name
+    if isinstance(name, str) and name != "muon" and not is_python_path(name):
+        settings["optim"] = name
     if not has_eval:
         settings["eval_strategy"] = "no"
     # Behind the user's settings: these follow from other keys of the config, and two truths about a

@@ -157,6 +157,7 @@ def build_session(
     trainer = method.build_trainer(trainer_inputs)
     _add_callbacks(trainer, config, folder)
     trainer.locate_rows = prepared.locate_rows
+    trainer.optimizer_config = config.trainer.optimizer
     adapter_training.prepare_trainer(trainer, config.lora)
     # The accelerator, which knows what really runs, is made with the trainer.
     launch = launch_checks.check_running_launch(trainer.accelerator, args)

@@ -45,11 +45,12 @@ def check_fsdp_launch(config: RunConfig, environ: Mapping[str, str] = os.environ
 
 def check_fsdp_config(config: RunConfig) -> None:
     """Raise UserError where a run's config has something that FSDP2 does not train right."""
-    optimizer = config.trainer.args.optim
+    optimizer = config.trainer.optimizer_name
     if optimizer not in FSDP2_OPTIMIZERS:
+        key = "args.optim" if config.trainer.optimizer.name is None else "optimizer.name"
         raise UserError(
-            f"trainer.args.optim={optimizer}: it was not shown to be right on the slices of FSDP2, "
-            "on which bitsandbytes' optimizers and Adafactor fail.\nUse one of "
+            f"trainer.{key}={optimizer}: it was not shown to be right on the slices of FSDP2, "
+            "on which bitsandbytes' optimizers, Adafactor and Muon fail.\nUse one of "
             f"{', '.join(FSDP2_OPTIMIZERS)}, or {_DDP}."
         )
     if config.trainer.args.torch_compile:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from luthier.config.code_settings import read_code_entries
 from luthier.config.library_settings import TrainerArgs
 from luthier.errors import UserError
 from luthier.record.checkpoints import list_checkpoints
@@ -183,6 +184,13 @@ def check_zero_settings(
             f"{_PRECISIONS[precision]} (model.dtype, trainer.args.bf16 and fp16), and DeepSpeed "
             "computes in one format.\nInstead: ask for the same in both, such as "
             f"--mixed_precision {precision}."
+        )
+    optimizer = config.trainer.optimizer.name
+    if optimizer == "muon" or read_code_entries(optimizer):
+        raise UserError(
+            f"trainer.optimizer.name={config.trainer.optimizer_name}: DeepSpeed lays all weights "
+            "into one vector, of which Muon cannot train matrices, and own optimizers are not "
+            "tried.\nInstead: --config_file launch/ddp.yaml, or a name of trainer.args.optim."
         )
     split = plugin.deepspeed_config.get("tensor_parallel", {}).get("autotp_size", 0)
     if split > 1:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
+from luthier.config.schema import OptimizerConfig
 from luthier.data.batching.samplers import SampledDataset, Sampler
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
@@ -35,6 +36,7 @@ from luthier.train.trainers.checkpoints import (
     stateful_callbacks,
     write_checkpoint,
 )
+from luthier.train.trainers.parameter_groups import create_configured_optimizer
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -62,6 +64,8 @@ class TrainerMixin(Base):
     """Whether a run's results have the loss on held-out rows."""
     locate_rows: Callable[[Sequence[int]], list[str]] | None = None
     """Takes numbers of training rows, returns where they stand, such as `data.jsonl:7`."""
+    optimizer_config: OptimizerConfig | None = None
+    """What `trainer.optimizer` says; None for the optimizer of the trainer's arguments."""
     checkpoint_limits = CheckpointLimits()
     """How many checkpoints stay on disk, and how much room they may take."""
     is_scheduled_save = True
@@ -123,6 +127,17 @@ class TrainerMixin(Base):
         super().create_accelerator_and_postprocess()
         if self.accelerator.is_fsdp2:
             fsdp.set_number_formats(self.accelerator.state.fsdp_plugin)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make the optimizer that `trainer.optimizer` chooses; else Trainer's."""
+        if self.optimizer is None and self.optimizer_config is not None:
+            self.optimizer = create_configured_optimizer(
+                self,
+                self.model if model is None else model,
+                self.optimizer_config,
+                partial(super().create_optimizer, model),
+            )
+        return self.optimizer or super().create_optimizer(model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Shard the model and make its optimizer, so that the output layer trains under FSDP2."""
