@@ -50,7 +50,7 @@ def check_fsdp_config(config: RunConfig) -> None:
         key = "args.optim" if config.trainer.optimizer.name is None else "optimizer.name"
         raise UserError(
             f"trainer.{key}={optimizer}: it was not shown to be right on the slices of FSDP2, "
-            "on which bitsandbytes' optimizers, Adafactor and Muon fail.\nUse one of "
+            "on which bitsandbytes' optimizers and Adafactor fail.\nUse one of "
             f"{', '.join(FSDP2_OPTIMIZERS)}, or {_DDP}."
         )
     if config.trainer.args.torch_compile:
