@@ -14,7 +14,7 @@ from luthier.metrics.parse import parse_metrics
 from luthier.metrics.rewards import FormatReward
 from luthier.model.adapter_patterns import check_adapter_patterns
 from luthier.model.model_files import read_adapter_config
-from luthier.model.trainable import _matching_names
+from luthier.model.trainable import match_parameters
 
 SLOW = {
     "plus of plus": r"^(a+)+$",
@@ -66,7 +66,7 @@ def test_a_metric_ends(name):
 @pytest.mark.parametrize("name", SLOW)
 def test_parameters_by_pattern_end(name):
     # Patterns of parameters begin anywhere in a name.
-    ends(lambda: _matching_names("model.train", [f"{SLOW[name]}"], dict.fromkeys(NAMES)))
+    ends(lambda: match_parameters("model.train", [f"{SLOW[name]}"], dict.fromkeys(NAMES)))
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])

@@ -257,4 +257,4 @@ def test_a_chosen_optimizer_trains_and_goes_on_from_a_checkpoint(name, trains, t
     assert all(torch.equal(weight, resumed[key]) for key, weight in once.items())
     if name == "python":
         code = json.loads((trains.folder / "run.json").read_text())["code"]
-        assert code[chosen]["key"] == "trainer.optimizer.name"
+        assert code[chosen]["setting"] == "trainer.optimizer.name"

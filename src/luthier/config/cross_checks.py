@@ -412,7 +412,7 @@ def _optimizer(resolved: dict[str, Any]) -> Iterator[Mistake]:
         text = f"{format_value(name)}, and trainer.args.optim is {args['optim']}. Keep one of them"
         yield Mistake(key, f"{text}: ~trainer.args.optim removes the other.")
     if isinstance(name, str) and not is_python_path(name):
-        optim = (read_class_fields("transformers", "training_args.py", "TrainingArguments") or {})
+        optim = read_class_fields("transformers", "training_args.py", "TrainingArguments") or {}
         options = ("muon", *optim["optim"].choices) if "optim" in optim else ()
         if options and name not in options:
             text = f"{format_value(name)} is not an option. {suggest_options(name, options)}"

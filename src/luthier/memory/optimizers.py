@@ -63,8 +63,8 @@ OPTIMIZERS = {
     "schedule_free_adamw": OptimizerMemory(),
     "schedule_free_radam": OptimizerMemory(),
 }
-"""`trainer.args.optim` of transformers, and `muon` of `trainer.optimizer`. The first twenty are held against the optimizers
-themselves in tests/memory/test_optimizers.py."""
+"""`trainer.args.optim` of transformers, and `muon` of `trainer.optimizer`. The first twenty are
+held against the optimizers themselves in tests/memory/test_optimizers.py."""
 UNKNOWN_OPTIMIZER = OptimizerMemory(is_known=False)
 
 

@@ -116,8 +116,7 @@ def match_parameters(
             near = difflib.get_close_matches(pattern, sorted(pieces), n=3, cutoff=0.5)
             hint = f" Near it: {', '.join(near)}." if near else ""
             raise UserError(
-                f"{key}: {pattern!r} matches no {what}.{hint} The parameters: "
-                f"{_list_names(names)}."
+                f"{key}: {pattern!r} matches no {what}.{hint} The parameters: {_list_names(names)}."
             )
         matching |= hits
     return matching

@@ -163,10 +163,8 @@ def build_session(
     launch = launch_checks.check_running_launch(trainer.accelerator, args)
     if is_recorded:
         launch_checks.refuse_other_launch(record, launch)
-        written = inputs | {
-            "data": data_facts(prepared),
-            "code": hash_code(config.model_dump(mode="json")),
-        }
+        code = hash_code(config.model_dump(mode="json"))
+        written = inputs | {"data": data_facts(prepared), "code": code}
         _record_inputs(record, written, trainer, launch, encoder)
     prompts = make_seq2seq_prompts(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
     heldout = prepared.heldout if facts.writes_replies and prompts is not None else {}

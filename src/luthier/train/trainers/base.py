@@ -130,14 +130,15 @@ class TrainerMixin(Base):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Make the optimizer that `trainer.optimizer` chooses; else Trainer's."""
-        if self.optimizer is None and self.optimizer_config is not None:
-            self.optimizer = create_configured_optimizer(
-                self,
-                self.model if model is None else model,
-                self.optimizer_config,
-                partial(super().create_optimizer, model),
-            )
-        return self.optimizer or super().create_optimizer(model)
+        trainer: Any = self
+        create_default = partial(super().create_optimizer, model)
+        if trainer.optimizer is not None or self.optimizer_config is None:
+            return create_default()
+        trained_model = self.model if model is None else model
+        trainer.optimizer = create_configured_optimizer(
+            self, trained_model, self.optimizer_config, create_default
+        )
+        return trainer.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Shard the model and make its optimizer, so that the output layer trains under FSDP2."""

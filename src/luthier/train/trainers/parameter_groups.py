@@ -107,7 +107,7 @@ class MuonWithAdamW(Optimizer):
         ]
         super().__init__(groups, {})
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Any = None) -> Any:
         """Take one step with both."""
         loss = None
