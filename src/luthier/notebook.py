@@ -320,7 +320,8 @@ def _printed(print_to: Any) -> str:
     from luthier.terminal import make_console
 
     text = StringIO()
-    print_to(make_console(file=text, width=100, no_color=True))
+    # In a notebook rich would show it in the cell, whatever its file is.
+    print_to(make_console(file=text, width=100, no_color=True, force_jupyter=False))
     return text.getvalue().rstrip("\n")
 
 
