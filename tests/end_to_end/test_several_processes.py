@@ -11,6 +11,7 @@ import pytest
 
 from helpers import train_command
 from helpers.fsdp_cpu import largest_difference, saved_weights
+from helpers.judge_server import judging
 
 pytestmark = pytest.mark.train
 
@@ -123,6 +124,34 @@ def test_two_processes_learn_from_the_same_completions_as_one(forks, tiny, metho
     weights = [saved_weights(tiny / f"{name}-{method}" / "model") for name in ("two", "one")]
     assert largest_difference(weights[0], weights[1]) < 1e-5
     assert largest_difference(weights[1], saved_weights(tiny / "model")) > 1e-3
+
+
+def test_a_judge_that_fails_in_one_process_stops_both_with_a_checkpoint(forks, tiny):
+    """Else the other one would wait for its rewards for ever."""
+    metrics, refuses = tiny / "judged" / "metrics.jsonl", [True]
+
+    def answer(body, number):
+        steps = metrics.read_text().count('"loss"') if metrics.is_file() else 0
+        if refuses[0] and steps >= 2:
+            refuses[0] = False  # a single request, of one process
+            return 400, "out of credit"
+        return str(len(body["messages"][0]["content"]) % 5)
+
+    args = {**ARGS, "max_steps": 4, "logging_steps": 1, "num_generations": 2}
+    args |= {"max_completion_length": 8, "per_device_train_batch_size": 2}
+    args |= {"per_device_eval_batch_size": 4}
+    with judging(answer) as judge:
+        reward = f"{{judge: '{judge.address}', model: m, prompt: '{{reply}}'}}"
+        line = train_command.words(tiny, **args)
+        line += ["trainer=grpo", f"trainer.rewards=[{reward}]", "output_dir=judged"]
+        line += ["trainer.args.gradient_accumulation_steps=1"]
+        codes, text = launch(forks, tiny, *line)
+        assert codes == [2, 2], text[-3000:]
+        assert "out of credit" in text and "The 2 steps before it are saved" in text
+        codes, text = launch(forks, tiny, *line)
+        assert codes == [0, 0], text[-3000:]
+        assert "goes on from" in text and "checkpoint-2" in text
+        assert metrics.read_text().count('"loss"') == 4
 
 
 def test_bad_input_of_a_launch_is_said_before_it_trains(forks, tiny):
