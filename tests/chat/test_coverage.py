@@ -348,9 +348,8 @@ def read_back(encoder):
     cells = {}
     for kind, message in READ_BACK.items():
         tools = [_TYPED_TOOL] if "tool_calls" in message else None
-        try:
-            sequence = encoder.encode([user("quince"), message], tools)[-1]
-        except ChatError:
+        sequence = _encode_reply(encoder, message, tools)
+        if sequence is None:
             cells[kind] = "–"
             continue
         _, start, stop = sequence.replies[-1]
@@ -365,6 +364,15 @@ def read_back(encoder):
         assert found == wanted or moved, (kind, parsed)
         cells[kind] = "same" if found == wanted else "content as reasoning"
     return cells
+
+
+def _encode_reply(encoder, message, tools):
+    """The sequence of a reply; None where the template does not write it."""
+    try:
+        return encoder.encode([user("quince"), message], tools)[-1]
+    except ChatError as error:
+        # DeepSeek-V3's template shows calls and no tools.
+        return _encode_reply(encoder, message, None) if error.field == "tools" else None
 
 
 def _without_ids(value):
