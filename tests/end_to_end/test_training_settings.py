@@ -232,6 +232,10 @@ def test_what_needs_a_gpu_is_told(trains, capsys, words):
 OWN_CODE = """
 import torch
 
+def loss(log_probs, labels, weight, note):
+    assert len(weight) == len(note) == len(labels)
+    return -log_probs * weight
+
 def own(model, args):
     return torch.optim.SGD(model.parameters(), lr=args.learning_rate, momentum=0.9)
 """
@@ -258,3 +262,38 @@ def test_a_chosen_optimizer_trains_and_goes_on_from_a_checkpoint(name, trains, t
     if name == "python":
         code = json.loads((trains.folder / "run.json").read_text())["code"]
         assert code[chosen]["setting"] == "trainer.optimizer.name"
+
+
+def test_a_loss_of_ones_own_gets_the_columns_of_packed_rows_and_trains(trains, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    rows = [
+        {
+            "prompt": f"Say {n:02}.",
+            "completion": f"it is {n:02}",
+            "weight": 1 + n % 3 * 0.5,
+            "note": "x",
+        }
+        for n in range(12)
+    ]
+    # Whole numbers of times as many rows in the other file, at a weight of one each.
+    for name, repeats in {"weighted": 1, "repeated": 2}.items():
+        lines = [row for row in rows for _ in range(int(row["weight"] * 2) if repeats == 2 else 1)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+    words = [
+        "trainer.args.packing=true", "chat.max_length=64", "trainer.args.max_steps=1",
+        "trainer.args.per_device_train_batch_size=100",
+        "trainer.args.lr_scheduler_type=constant",
+        "trainer.args.optim=sgd", "trainer.args.warmup_steps=0", "trainer.args.max_grad_norm=0",
+        "dataset.columns={}", f"output_dir={tmp_path}/NAME",
+    ]  # fmt: skip
+    weights = {}
+    for name in ("weighted", "repeated"):
+        own = [f"trainer.loss=python:{tmp_path}/own.py:loss"] if name == "weighted" else []
+        path = f"dataset.path={tmp_path}/{name}.jsonl"
+        rate = f"trainer.args.learning_rate={1.0 if name == 'repeated' else 1 / 1.5}"
+        assert trains(path, rate, *own, *(word.replace("NAME", name) for word in words)) == 0
+        weights[name] = load_file(tmp_path / name / "model/model.safetensors")
+    # A mean of weighted tokens at this rate is the step of so many repeated rows: their weights are
+    # 1.5 on average, over rows of as many tokens.
+    for key, weight in weights["weighted"].items():
+        torch.testing.assert_close(weight, weights["repeated"][key], rtol=1e-4, atol=1e-5, msg=key)

@@ -50,6 +50,9 @@ CODE_SETTINGS: dict[str, CodeSetting] = {
         base="transformers.TrainerCallback",
         only_code=True,
     ),
+    "trainer.loss": CodeSetting(
+        "a function of log_probs, labels and columns that gives each token's loss", only_code=True
+    ),
     "trainer.optimizer.name": CodeSetting(
         "a function of the model that gives an optimizer or parameter groups", ("model", "args")
     ),

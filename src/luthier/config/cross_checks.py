@@ -288,6 +288,7 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _streaming,
         _training,
         _optimizer,
+        _loss,
         _dates,
         _trackers,
         check_code_settings,
@@ -398,6 +399,29 @@ def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
         yield from _best_model("trainer.args.load_best_model_at_end", args)
     if args.router_aux_loss_coef and args.gradient_accumulation_steps != 1:
         yield Mistake("trainer.args.router_aux_loss_coef", ROUTER_LOSS_OF_A_BATCH)
+
+
+_TOKEN_METHODS = ("sft", "pretrain")
+
+
+def _loss(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    trainer = mapping_at(resolved, "trainer")
+    key, method = "trainer.loss", trainer.get("method", "sft")
+    if trainer.get("loss") is None:
+        return
+    if method not in _TOKEN_METHODS:
+        text = f"trainer.method={method} has a loss that is none of single tokens. Remove it, or "
+        yield Mistake(key, f"{text}take trainer=sft or trainer=pretrain.")
+    if mapping_at(resolved, "trainer.args").get("loss_type") not in (None, "nll"):
+        loss_type = mapping_at(resolved, "trainer.args")["loss_type"]
+        text = f"trainer.args.loss_type={loss_type} is another loss. Remove one of the two."
+        yield Mistake(key, text)
+    if mapping_at(resolved, "dataset").get("streaming") is True:
+        text = "rows of a stream come without their columns. Set dataset.streaming=false."
+        yield Mistake(key, text)
+    entries = trainer["loss"] if isinstance(trainer["loss"], dict) else {}
+    if len(entries) > 1:
+        yield Mistake(key, "there is one loss. Name one function.")
 
 
 _GROUP_SETTINGS = ("match", "learning_rate", "weight_decay")

@@ -349,6 +349,9 @@ class TrainerConfig(StrictModel):
     """The trainer: `sft` is TRL's SFTTrainer."""
     args: TrainerArgs = Field(default_factory=TrainerArgs)
     """Any field of the trainer's config class (`trl.SFTConfig`)."""
+    loss: str | dict[str, dict[str, Any] | None] | None = None
+    """`python:file.py:function` of log-probabilities, labels and columns of rows that returns the
+    loss of each trained token, with `sft` and `pretrain`; null for the negative log-likelihood."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """The optimizer, and weights with rates of their own."""
     padding: Literal["longest", "max_length"] = "longest"

@@ -274,7 +274,8 @@ def _epoch_rows(trained: Mapping[str, EncodedSource], selection: RowSelection) -
     table = JoinedTable([source.tokens for source in trained.values()])
     counts = np.concatenate([source.sequences for source in trained.values()]).astype(np.int64)
     starts = np.cumsum(counts) - counts
-    return TokenRows(table, expand_ranges(starts[selection.epoch], counts[selection.epoch]))
+    index = expand_ranges(starts[selection.epoch], counts[selection.epoch])
+    return TokenRows(table, index, _column_reader(trained.values()))
 
 
 def _eval_splits(evaluated: Mapping[str, EncodedSource]) -> dict[str, SplitRows]:
@@ -298,7 +299,34 @@ def _rows_of(split: SplitRows) -> TokenRows:
         table.start_of(number) + source.sequences_of(rows)
         for number, (source, rows) in enumerate(split)
     ]
-    return TokenRows(table, np.concatenate(index))
+    return TokenRows(table, np.concatenate(index), _column_reader(source for source, _ in split))
+
+
+class SourceColumns:
+    """Reads the columns of the row behind each sequence of several sources, by its number."""
+
+    def __init__(self, sources: Sequence[EncodedSource]) -> None:
+        """Take the sources in the order in which their sequences are numbered."""
+        # The tables alone: a worker process gets them, too, and they pickle as their paths.
+        self._tables = [source.rows for source in sources]
+        self._ends = [np.cumsum(source.sequences, dtype=np.int64) for source in sources]
+        self._starts = np.cumsum([0, *(len(source.tokens) for source in sources)])
+
+    def __call__(self, number: int) -> Mapping[str, Any]:
+        """Return the columns of a sequence's row as its source has them."""
+        source = int(np.searchsorted(self._starts, number, side="right")) - 1
+        within = number - self._starts[source]
+        row = int(np.searchsorted(self._ends[source], within, side="right"))
+        (text,) = self._tables[source].values("columns", [row])
+        columns: Mapping[str, Any] = json.loads(text)
+        return columns
+
+
+def _column_reader(sources: Iterable[EncodedSource]) -> SourceColumns | None:
+    """Return what reads the columns of sources; None where one does not keep them."""
+    sources = list(sources)
+    kept = all("columns" in source.rows.columns for source in sources)
+    return SourceColumns(sources) if kept else None
 
 
 def _count_train(

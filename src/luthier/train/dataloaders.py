@@ -215,12 +215,17 @@ def build_collator(
     flat: bool,
     pad_token_id: int,
     multiple_of: int | None,
+    with_columns: bool = False,
 ) -> Collator:
-    """Return the layout of batches; `flat` is that of attention kernels of variable length."""
+    """Return the layout of batches; `flat` is that of attention kernels of variable length.
+
+    `with_columns`: batches have the columns of their rows.
+    """
     collator_class = (
         (FlatteningCollator if flat else PackingCollator) if packed else PaddingCollator
     )
-    return collator_class(pad_token_id, plan.length if plan.constant else None, multiple_of)
+    length = plan.length if plan.constant else None
+    return collator_class(pad_token_id, length, multiple_of, with_columns)
 
 
 def _check_lengths(rows: TokenRows, plan: BatchingSettings, packed: bool) -> None:

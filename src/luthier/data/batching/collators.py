@@ -33,6 +33,9 @@ class _TokenCollator:
     """The tokens of each row; None for as many as the longest one has."""
     multiple_of: int | None = None
     """Widths are rounded up to a multiple of this."""
+    with_columns: bool = False
+    """Whether a batch has `columns`, those of each of its documents in a list, and `documents`
+    (int64, the shape of `input_ids`): which of them a token is of, -1 in the padding."""
 
 
 class PaddingCollator(_TokenCollator):
@@ -45,10 +48,12 @@ class PaddingCollator(_TokenCollator):
         """Lay out rows of one document each; ValueError for one longer than `pad_to`."""
         used = _token_counts(rows)
         batch = _pad_documents(rows, self.pad_token_id, _batch_width(used, self))
+        own = _document_columns(rows, batch["input_ids"].shape[1]) if self.with_columns else {}
         mask = np.arange(batch["input_ids"].shape[1]) < used[:, None]
         # Attention over nothing at all is not a number.
         mask[:, 0] = True
-        return to_tensors(batch | {"attention_mask": mask.astype(np.int64), "tokens": used})
+        mask = mask.astype(np.int64)
+        return to_tensors(batch | {"attention_mask": mask, "tokens": used}) | own
 
 
 class PackingCollator(_TokenCollator):
@@ -68,7 +73,8 @@ class PackingCollator(_TokenCollator):
             for row, in_use in zip(rows, used.tolist(), strict=True)
         ]
         batch = _pad_documents(rows, self.pad_token_id, width)
-        return to_tensors(batch | {"position_ids": np.stack(positions), "tokens": used})
+        own = _document_columns(rows, width) if self.with_columns else {}
+        return to_tensors(batch | {"position_ids": np.stack(positions), "tokens": used}) | own
 
 
 class FlatteningCollator(_TokenCollator):
@@ -98,7 +104,8 @@ class FlatteningCollator(_TokenCollator):
             "tokens": used,
         }
         longest = int(sizes.max())
-        return to_tensors(batch) | {"max_length_q": longest, "max_length_k": longest}
+        own = _document_columns([documents], width) if self.with_columns else {}
+        return to_tensors(batch) | {"max_length_q": longest, "max_length_k": longest} | own
 
 
 def uses_flattening(attention: str) -> bool:
@@ -139,6 +146,22 @@ def _pad_documents(rows: Sequence[TrainingRow], pad_token_id: int, width: int) -
             labels[line, start + 1 : stop] = document.labels[1:]
             start = stop
     return {"input_ids": ids, "labels": labels}
+
+
+def _document_columns(rows: Sequence[TrainingRow], width: int) -> Batch:
+    """Return `documents` and `columns` of a batch; see `_TokenCollator.with_columns`."""
+    import torch
+
+    documents = np.full((len(rows), width), -1, dtype=np.int64)
+    columns: list[Mapping[str, Any]] = []
+    for line, row in enumerate(rows):
+        start = 0
+        for document in row:
+            stop = start + _length(document)
+            documents[line, start:stop] = len(columns)
+            columns.append(document.columns or {})
+            start = stop
+    return {"documents": torch.from_numpy(documents), "columns": columns}
 
 
 def _position_ids(lengths: Iterable[int]) -> Array:

@@ -148,10 +148,11 @@ class SampledDataset:
     it stands behind two wrappers: then it tells the dataset. So `set_epoch` here passes it on.
     """
 
-    def __init__(self, sampler: Sampler) -> None:
-        """Give the rows of the sampler's table."""
+    def __init__(self, sampler: Sampler, with_columns: bool = False) -> None:
+        """Give the rows of the sampler's table; `with_columns`: with those of their sources."""
         self.sampler = sampler
         self.table = sampler.rows.table
+        self.read_columns = sampler.rows.read_columns if with_columns else None
         self.count = sampler.count
 
     def __len__(self) -> int:
@@ -159,7 +160,11 @@ class SampledDataset:
         return self.count
 
     def __getitem__(self, numbers: RowTuple) -> TrainingRow:
-        return tuple(to_document(self.table.row(number)) for number in numbers)
+        documents = tuple(to_document(self.table.row(number)) for number in numbers)
+        if self.read_columns is None:
+            return documents
+        columns = map(self.read_columns, numbers)
+        return tuple(d._replace(columns=c) for d, c in zip(documents, columns, strict=True))
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is."""
@@ -167,7 +172,7 @@ class SampledDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker process needs the table alone, not the order of all rows."""
-        return {"table": self.table, "count": self.count}
+        return {"table": self.table, "count": self.count, "read_columns": self.read_columns}
 
 
 def to_document(row: Any) -> Document:

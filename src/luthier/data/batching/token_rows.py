@@ -1,7 +1,7 @@
 """Token rows and the training rows that are made of them."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class Document(NamedTuple):
     """int32, shape (tokens,)."""
     labels: Array
     """int32, shape (tokens,); -100 where nothing trains."""
+    columns: Mapping[str, Any] | None = None
+    """The columns of the row as its source has them; None where nothing reads them."""
 
 
 TrainingRow = tuple[Document, ...]
@@ -71,12 +73,23 @@ def _flat(column: Sequence[Sequence[int]]) -> Array:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
 
 
+ReadColumns = Callable[[int], Mapping[str, Any]]
+"""Takes the number of a row of a table, returns its columns."""
+
+
 class TokenRows:
     """The rows of a table that take part, perhaps some of them several times."""
 
-    def __init__(self, table: RowTable, index: Array | None = None) -> None:
-        """`index` holds row numbers of the table (a mixture, or one side of a split); None: all."""
+    def __init__(
+        self, table: RowTable, index: Array | None = None, read_columns: ReadColumns | None = None
+    ) -> None:
+        """`index` holds row numbers of the table (a mixture, or one side of a split); None: all.
+
+        `read_columns` gives the columns of a row as its source has them; None where they are not
+        kept.
+        """
         self.table = table
+        self.read_columns = read_columns
         self.index = index
         self.lengths: Array = table.lengths if index is None else table.lengths[index]
         """The tokens of each row that takes part."""

@@ -52,13 +52,14 @@ def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
 
 
 def _reads_columns(config: RunConfig) -> bool:
-    """Whether a reward, or a metric that the user wrote, reads the columns of the rows."""
+    """Whether a reward, a loss, or a metric that the user wrote, reads the columns of the rows."""
     evaluation = config.trainer.evaluation
     metrics = [*evaluation.metrics]
     for set_metrics in evaluation.sets.values():
         metrics += set_metrics
     names = (metric if isinstance(metric, str) else next(iter(metric)) for metric in metrics)
-    return bool(config.trainer.rewards) or any(name.startswith("python:") for name in names)
+    reads = bool(config.trainer.rewards) or config.trainer.loss is not None
+    return reads or any(name.startswith("python:") for name in names)
 
 
 def _chat_settings(config: RunConfig, source: SourceConfig) -> dict[str, Any]:

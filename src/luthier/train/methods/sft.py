@@ -26,6 +26,7 @@ from luthier.train.dataloaders import (
     flatten_packed_batch,
 )
 from luthier.train.methods.method import TrainerInputs, TrainingMethod
+from luthier.train.methods.token_loss import TokenLoss
 from luthier.train.packing_check import DocumentIsolation, check_isolation
 from luthier.train.trainers.base import TrainerMixin, keep_weight_precision
 
@@ -50,7 +51,8 @@ class SFTMethod(TrainingMethod):
                 shuffle_buffer=inputs.config.dataset.shuffle_buffer,
                 length=batching.length if batching.packing else None,
             )
-        return TokenTrainer(**arguments)
+        loss = inputs.config.trainer.loss
+        return TokenTrainer(**arguments, token_loss=None if loss is None else TokenLoss(loss))
 
 
 class TokenTrainer(TrainerMixin, SFTTrainer):
@@ -73,15 +75,18 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         train_dataset: Any,
         eval_dataset: Any = None,
         batching: BatchingSettings | None = None,
+        token_loss: TokenLoss | None = None,
         **kwargs: Any,
     ) -> None:
         """Take what SFTTrainer takes, with token rows as datasets.
 
         A dataset is `TokenRows`, a table of token rows, a `datasets.Dataset` with the columns
         `input_ids` and `labels`, or, for training, `StreamDataset`; evaluation sets may come as
-        a dict by name. Raises UserError where the model cannot train packed rows.
+        a dict by name. `token_loss` is the loss of each token in place of its negative
+        log-likelihood. Raises UserError where the model cannot train packed rows.
         """
         self.batching: BatchingSettings = batching or BatchingSettings()
+        self.token_loss = token_loss
         self.isolation: DocumentIsolation | None = None
         """How well the model keeps packed documents apart; None until that was measured."""
         if isinstance(train_dataset, StreamDataset):
@@ -119,9 +124,10 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
 
     # Batches.
 
-    def _collator(self, args: Any, packed: bool) -> Any:
+    def _collator(self, args: Any, packed: bool, with_columns: bool = False) -> Any:
         multiple = args.pad_to_multiple_of
-        return build_collator(self.batching, packed, self._flat, self._pad_token_id, multiple)
+        layout = (self.batching, packed, self._flat, self._pad_token_id, multiple)
+        return build_collator(*layout, with_columns)
 
     def _measure_isolation(self, call: Any) -> None:
         layout = self._collator(self.args, packed=True)
@@ -145,8 +151,9 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
     def order_rows(self, sampler: Sampler, is_training: bool) -> SampledDataset:
         """The rows in this order, and the collator for them: Trainer has one for both."""
         packed = self.batching.packing if is_training else self.batching.eval_packing
-        self.data_collator = self._collator(self.args, packed)
-        return SampledDataset(sampler)
+        with_columns = self.token_loss is not None
+        self.data_collator = self._collator(self.args, packed, with_columns)
+        return SampledDataset(sampler, with_columns)
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
@@ -177,7 +184,9 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the summed loss over the step's trained tokens, which all ranks count together."""
-        inputs = self._unpadded(model, dict(inputs))
+        inputs = dict(inputs)
+        documents, columns = inputs.pop("documents", None), inputs.pop("columns", None)
+        inputs = self._unpadded(model, inputs)
         input_tokens = inputs.pop("tokens")
         # TRL's fused head returns log-probabilities, entropy and hits by token, and no logits.
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -185,6 +194,13 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         if self.args.loss_type == "dft":
             # Dynamic fine-tuning, https://huggingface.co/papers/2508.05629
             per_token = per_token * outputs.log_probs.exp().detach()
+        if self.token_loss is not None and outputs.label_mask.any():
+            # Log-probabilities are those of the labels one place further.
+            mask, labels = outputs.label_mask.bool(), inputs["labels"]
+            documents = documents.reshape(labels.shape)[:, 1:][mask]
+            token_labels = labels[:, 1:][mask]
+            losses = self.token_loss(outputs.log_probs[mask], token_labels, documents, columns)
+            per_token = torch.zeros_like(outputs.log_probs).masked_scatter(mask, losses)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         # Clamped, so that a batch with nothing to train is a loss of 0 and not 0 / 0.
         loss = per_token.sum() / torch.as_tensor(tokens).clamp(min=1)
