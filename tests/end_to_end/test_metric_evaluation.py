@@ -111,3 +111,61 @@ def test_a_best_checkpoint_by_what_nobody_measures_stops_before_the_first_step(t
     }
     with pytest.raises(UserError, match="metric_for_best_model=eval_aux_loss: no evaluation m"):
         finished(tmp_path / "run", *words(tiny, **given))
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"function": {"name": "f", "arguments": {"a": 1}}}
+CALLING = """\
+{%- if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}
+{%- for call in m.tool_calls or [] %}<call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def trace(number):
+    """A question, a call, its result, and the answer."""
+    return {"tools": TOOLS, "messages": [
+        say("user", f"{number}?"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        say("tool", "1"), say("assistant", "a"),
+    ]}  # fmt: skip
+
+
+def test_each_turn_of_a_trace_is_scored_in_training_and_by_evaluate(tmp_path, tiny, luthier):
+    rows = "".join(json.dumps(trace(number)) + "\n" for number in range(24))
+    (tmp_path / "traces.jsonl").write_text(rows, encoding="utf-8")
+    (tmp_path / "calling.jinja").write_text(CALLING, encoding="utf-8")
+    given = {
+        "dataset.path": tmp_path / "traces.jsonl", "chat.template": tmp_path / "calling.jinja",
+        "trainer.args.max_steps": 60, "trainer.args.eval_strategy": "no", "lora": "none",
+        "trainer.evaluation.when": "start_and_end", "trainer.evaluation.max_new_tokens": 64,
+        "trainer.evaluation.metrics": "[exact_match,tool_call_accuracy,tool_use_accuracy]",
+    }  # fmt: skip
+    folder = tmp_path / "run"
+    assert run(load_config([*words(tiny, **given), f"output_dir={folder}"])) == 0
+    results = json.loads((folder / "run.json").read_text())["results"]
+    replies = [json.loads(line) for line in (folder / "replies.jsonl").read_text().splitlines()]
+    report = tmp_path / "report.json"
+    code, _, _ = luthier("evaluate", folder, "--alone", "model.device=cpu", "-o", report)
+    (found,) = json.loads(report.read_text())["sets"]
+    # Six rows are held out, and each has two turns: a call, and an answer behind its result.
+    assert [reply["expected"] for reply in replies] == [
+        '{"name": "f", "arguments": {"a": 1}}', "a"
+    ] * 6  # fmt: skip
+    assert [reply["after"] for reply in replies] == [reply["expected"] for reply in replies]
+    assert replies[0]["scores"]["exact_match"]["after"] is None
+    assert replies[0]["scores"]["tool_call_accuracy"] == {"before": 0, "after": 1}
+    for name in ("exact_match", "tool_call_accuracy", "tool_use_accuracy/relevance"):
+        assert results[name]["after"] == 1, name
+        assert found["numbers"][name]["tuned"]["value"] == 1, name
+    assert results["tool_use_accuracy/relevance"]["before"] == 0
+    # Rendered again from the store, the rows are those that trained.
+    loss = found["numbers"]["loss"]["tuned"]["value"]
+    assert loss == pytest.approx(results["held_out_loss"]["after"], rel=1e-3)
+    assert (code, found["rows"], found["asked"]) == (0, 6, 12)

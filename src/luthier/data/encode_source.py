@@ -30,7 +30,8 @@ from luthier.data.encoders.chat import (
 from luthier.data.examples import BadRows, LocatedExample, OpenedSource
 from luthier.data.fingerprints import (
     Fingerprints,
-    canonical_json,
+    encode_json,
+    fingerprint,
     normalised_fingerprint,
     pack_fingerprints,
 )
@@ -45,7 +46,7 @@ CHUNK_ROWS = 1000
 """Rows that are encoded at once."""
 CHUNKS_PER_COLLECTION = 100
 """Chunks behind which garbage is collected, should a function of the user's own make some."""
-TABLE_LAYOUT = 1
+TABLE_LAYOUT = 2
 """Raise it when other tables or columns are written for the same rows."""
 TABLE_NAMES = ("rows", "tokens", "hashes")
 """What is written: one entry a row; one a sequence; the hash of each sequence."""
@@ -107,7 +108,7 @@ def unread_keys(keys: Mapping[str, int], template: Any) -> dict[str, int]:
 
 
 class _Row(NamedTuple):
-    """An example with its canonical JSON and the fingerprint of that."""
+    """An example with its JSON, keys in their own order, and its fingerprint."""
 
     placed: LocatedExample
     text: bytes
@@ -140,10 +141,12 @@ def _chunks(rows: Iterator[LocatedExample], bad: BadRows, drop: bool) -> Iterato
 
 
 def _canonical(chunk: list[LocatedExample], bad: BadRows) -> Iterator[_Row]:
-    """The rows with their canonical JSON; a value that JSON has not makes a bad row."""
+    """The rows with their JSON; a value that JSON has not makes a bad row."""
     for row in chunk:
         try:
-            yield _Row(row, *canonical_json(row.example))
+            # As it stands: templates write tools and arguments in the order of their keys, and what
+            # is rendered again from the store must be what was trained.
+            yield _Row(row, encode_json(row.example), fingerprint(row.example))
         except (TypeError, ValueError) as error:  # what a function of the user's own may yield
             bad.add(row.where, f"a value in it is not JSON: {error}", excerpt(repr(row.example)))
 

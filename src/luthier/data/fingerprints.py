@@ -22,6 +22,14 @@ Fingerprints = NDArray[np.bytes_]
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
+_encode_in_order = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def encode_json(example: Mapping[str, Any]) -> bytes:
+    """Return the example's JSON without white space, its keys in their own order."""
+    return _encode_in_order(example).encode()
+
+
 def canonical_json(example: Mapping[str, Any]) -> tuple[bytes, bytes]:
     """Return the example's canonical JSON and its fingerprint, which is the BLAKE2b of that
     JSON."""

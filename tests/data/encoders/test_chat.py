@@ -61,3 +61,17 @@ def test_a_variable_that_the_template_never_reads_names_its_row():
     assert str(error.value).startswith(words)
     with pytest.raises(ChatError, match=r"^chat\.variables: 'mood' is set, and the chat template"):
         prepared(template=CHATML, variables={"mood": "m"})
+
+
+def test_what_is_read_back_from_the_store_renders_as_it_did(tmp_path):
+    """Templates write tools and arguments in the order of their keys."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"z": 1, "a": 2}}}]
+    jsonl(tmp_path / "a.jsonl", [{"messages": TALK, "tools": tools}])
+    template = "{{ tools | tojson }}" + MOODY
+    found = prepared(template=template)
+    source = found.sources["dataset.sources.a"]
+    (example,) = source.examples([0])
+    chat = ConversationEncoder(TOKENIZER, CHAT | {"template": template}).chat
+    (sequence,) = chat.encode(**example)
+    assert sequence.input_ids == source.tokens.row(0)["input_ids"].tolist()
+    assert json.dumps(example["tools"]) == json.dumps(tools)
