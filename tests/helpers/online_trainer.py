@@ -28,7 +28,7 @@ ARGS = {
 
 def run_config(
     folder, rows=ROWS, method="grpo", rewards=("exact_match",), evaluation=None, dataset=None,
-    chat=None, lora=None, teacher=None, **args,
+    chat=None, lora=None, teacher=None, tools=(), environment=None, rollouts=None, **args,
 ):  # fmt: skip
     """The config of a run on rows that are written into the folder, as is the tiny model."""
     if not (folder / "model").exists():
@@ -41,7 +41,8 @@ def run_config(
         dataset={"path": str(path), "cache": str(folder / "cache")} | (dataset or {}),
         trainer={
             "method": method, "rewards": list(rewards), "args": _args(method) | args,
-            "teacher": teacher,
+            "teacher": teacher, "tools": list(tools), "environment": environment,
+            "rollouts": rollouts or {},
             "evaluation": evaluation or {},
         },
         chat=chat or {},

@@ -1,10 +1,12 @@
 """`luthier show RUN`: what a run's record says, on one page."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import CommandLine
+from luthier.cli.arguments import CommandLine, Flag
 from luthier.record import checkpoints
+from luthier.record.checkpoints import ROLLOUTS_FILE
 from luthier.record.machine_info import main_versions
 from luthier.record.record import read_record
 from luthier.record.run_dir import describe_model_damage, find_run
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = CommandLine(
     "show",
-    "luthier show RUN\n\nPrints what made a run, how it stands and what came out. RUN is its "
-    "folder, or its\nname below runs/.",
-    (),
-    "  luthier show runs/quickstart/default\n  luthier show quickstart/default\n",
+    "luthier show RUN [--rollouts]\n\nPrints what made a run, how it stands and what came out. RUN "
+    "is its folder, or its\nname below runs/.",
+    (Flag("--rollouts", None, "print the last completions that GRPO or RLOO recorded"),),
+    "  luthier show runs/quickstart/default\n  luthier show quickstart/default\n"
+    "  luthier show runs/tiny_tools/default --rollouts\n",
 )
+SHOWN_ROLLOUTS = 5
+"""The number of completions that `--rollouts` prints."""
 RunPage = list[tuple[str, list[tuple[str, str]]]]
 """Headings, each with rows of a name and its value."""
 
@@ -33,12 +38,16 @@ def run(arguments: list[str]) -> int:
         return 0
     from luthier.errors import UserError
 
-    typed = COMMAND_LINE.parse(arguments).overrides
+    parsed = COMMAND_LINE.parse(arguments)
+    typed = parsed.overrides
     if not typed:
         raise UserError("`luthier show` needs a run: luthier show runs/RECIPE/NAME")
     for name in typed:
         folder = find_run(name)
-        print_page(folder, make_page(folder))
+        if "--rollouts" in parsed.switches:
+            print_rollouts(folder)
+        else:
+            print_page(folder, make_page(folder))
     return 0
 
 
@@ -56,6 +65,46 @@ def print_page(folder: Path, sections: RunPage, console: "Console | None" = None
         console.print(f"\n[bold]{heading}[/bold]")
         for name, value in rows:
             console.print(escape(f"  {name:<{width}}  {value}"), soft_wrap=True)
+
+
+def print_rollouts(folder: Path) -> None:
+    """Print the last completions of a run's `rollouts.jsonl`; UserError where there are none."""
+    from rich.markup import escape
+
+    from luthier.errors import UserError
+
+    path = folder / ROLLOUTS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not lines:
+        raise UserError(
+            f"{folder}: no completions are recorded there. Runs of GRPO and RLOO record some of "
+            "each step with trainer.rollouts.record=4."
+        )
+    console = make_console()
+    for line in lines[-SHOWN_ROLLOUTS:]:
+        rollout = json.loads(line)
+        rewards = "  ".join(f"{name} {_number(r)}" for name, r in rollout["rewards"].items())
+        end = f"  {rollout['end']}" if "end" in rollout else ""
+        advantage = f"advantage {rollout['advantage']:+.2f}"
+        heading = f"step {rollout['step']}  {rewards}  {advantage}{end}"
+        console.print(f"\n[bold]{escape(heading)}[/bold]")
+        for message in (*rollout["prompt"], *rollout["completion"]):
+            console.print(escape(_describe_message(message)), soft_wrap=True)
+
+
+def _describe_message(message: dict[str, Any]) -> str:
+    """Return a message as lines: who speaks, what is thought, said and called."""
+    who = " ".join(filter(None, (message["role"], message.get("name"))))
+    lines = []
+    if message.get("reasoning_content"):
+        lines.append(f"  {who} thinks: {message['reasoning_content']}")
+    if message.get("content") or not message.get("tool_calls"):
+        lines.append(f"  {who}: {message.get('content') or ''}")
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+        lines.append(f"  {who} calls {function['name']} {arguments}")
+    return "\n".join(lines)
 
 
 def make_page(folder: Path) -> RunPage:

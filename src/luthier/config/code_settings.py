@@ -58,6 +58,8 @@ CODE_SETTINGS: dict[str, CodeSetting] = {
     ),
     "trainer.evaluation.metrics": CodeSetting("a function that scores replies"),
     "trainer.rewards": CodeSetting("a function that rewards completions"),
+    "trainer.tools": CodeSetting("functions that the model may call", only_code=True),
+    "trainer.environment": CodeSetting("a class that the model acts in", only_code=True),
 }
 """Every setting that takes code; those of `dataset` stand in each of its sources, too."""
 

@@ -112,6 +112,7 @@ def _check_measurements(resolved: dict[str, Any]) -> Iterator[Mistake]:
     wrong = list(_metrics(evaluation, sets))
     yield from wrong
     yield from _rewards(resolved)
+    yield from _tools(resolved)
     yield from _teacher(resolved)
     yield from _evaluations(evaluation, args)
     if not wrong and isinstance(args.metric_for_best_model, str):
@@ -166,7 +167,7 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
     facts = METHODS.get(method)
     if facts is None or not isinstance(rewards, list):
         return
-    if facts.uses_rewards and not rewards:
+    if facts.uses_rewards and not rewards and not trainer.get("environment"):
         yield Mistake(
             _REWARDS,
             f"trainer.method={method} needs at least one, such as "
@@ -185,6 +186,20 @@ def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
         from luthier.metrics.rewards import check_rewards
 
         yield from _joined(check_rewards(rewards))
+
+
+def _tools(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    """What a method that calls no tools is given all the same."""
+    trainer = mapping_at(resolved, "trainer")
+    method = str(trainer.get("method", "sft"))
+    facts = METHODS.get(method)
+    if facts is None or facts.uses_rewards:
+        return
+    takers = " or ".join(f"trainer={name}" for name, each in METHODS.items() if each.uses_rewards)
+    for key in ("tools", "environment"):
+        if trainer.get(key):
+            text = f"trainer.method={method} calls no tools. Remove it, or take {takers}."
+            yield Mistake(f"trainer.{key}", text)
 
 
 def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:

@@ -65,7 +65,7 @@ _PROMPTS = {
     "reward_weights": "use the weight of each of trainer.rewards",
     "use_transformers_continuous_batching": _ROUNDS,
     "use_transformers_paged": _ROUNDS,
-    "max_tool_calling_iterations": "no tools are called; remove it",
+    "max_tool_calling_iterations": "use trainer.rollouts.max_turns",
 }
 _TEACHER = {
     "teacher_model_name_or_path": "use trainer.teacher",
@@ -169,7 +169,9 @@ METHODS = {
         ("conversation",),
         uses_teacher=True,
         trained_values="completions of prompts",
-        refused_settings=_PROMPTS | _TEACHER,
+        refused_settings=_PROMPTS
+        | _TEACHER
+        | {"max_tool_calling_iterations": "no tools are called; remove it"},
     ),
 }
 

@@ -7,7 +7,7 @@ Settings that belong to a library pass through whole (`trainer.args`, `lora`, `q
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
 
@@ -278,6 +278,17 @@ class SavedChatSettings(ChatSettings):
     """The end tokens of the base's generation config."""
 
 
+class RolloutsConfig(StrictModel):
+    """How a model that calls tools answers a prompt over several turns."""
+
+    max_turns: PositiveInt | None = None
+    """A completion calls tools in at most so many of its turns; null for as many as fit."""
+    tool_timeout: PositiveFloat = 60.0
+    """Seconds after which a call ends with an error that the model reads."""
+    record: NonNegativeInt = 0
+    """Completions of each step that are written to `rollouts.jsonl`."""
+
+
 class EvaluationConfig(StrictModel):
     """What is generated and scored on held-out rows."""
 
@@ -364,6 +375,13 @@ class TrainerConfig(StrictModel):
     callbacks: list[str | dict[str, dict[str, Any] | None]] = Field(default_factory=list)
     """Classes of `transformers.TrainerCallback`: `[python:file.py:Stop, {python:file.py:Log:
     {steps: 5}}]`."""
+    tools: list[str] = Field(default_factory=list)
+    """Functions that the model of GRPO or RLOO may call, such as `[python:my.tools.search]`."""
+    environment: str | None = None
+    """A class whose methods the model may call, such as `python:my.games.Maze`; each completion
+    has an object of its own."""
+    rollouts: RolloutsConfig = Field(default_factory=RolloutsConfig)
+    """The turns of a completion that calls tools, and what is recorded of completions."""
     teacher: str | None = None
     """The model that `distill` learns from, named as in `model.path`, with the same vocabulary."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

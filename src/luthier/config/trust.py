@@ -101,7 +101,9 @@ def find_code(config: Any, key: str = "") -> list[CodeReference]:
         for name, below in config.items():
             key_below = f"{key}.{name}" if key else str(name)
             # A metric with settings is a mapping under its name: {python:my.score: {scale: 2}}.
-            references += _find_in_text(key, name) if isinstance(name, str) else []
+            # A metric's setting `reference` names a column, and no file system.
+            is_text = isinstance(name, str) and name != "reference"
+            references += _find_in_text(key, name) if is_text else []
             references += _find_in_setting(key_below, str(name), below)
             references += find_code(below, key_below)
         return references + _find_in_source(key, config)

@@ -180,6 +180,35 @@ class ModelReward(Reward):
         raise NotImplementedError(f"reward {self.name}: {self.path} is not loaded")
 
 
+class EnvironmentReward(Reward):
+    """What each completion's own environment says of it: its `get_reward`."""
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Rewards:
+        """The reward of each environment; None where it has none to give."""
+        returned = []
+        for environment in columns["environments"]:
+            try:
+                reward = environment.get_reward()
+                if inspect.isawaitable(reward):
+                    reward = _finish(reward)
+            except Exception as error:
+                raise UserError(
+                    f"reward {self.name}: get_reward failed: {describe_exception(error)}"
+                ) from error
+            returned.append(reward)
+        return read_returned_rewards(returned, self.name, len(completions))
+
+
+def _finish(awaitable: Any) -> Any:
+    """Return what an `async` function gives, from a thread: a notebook's own has a loop already."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
+
+
 def read_returned_rewards(returned: Any, name: str, count: int) -> Rewards:
     """Rewards as plain numbers; raises UserError for too few, too many, NaN and no numbers."""
     if isinstance(returned, str | Mapping) or not isinstance(returned, Iterable):

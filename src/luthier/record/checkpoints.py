@@ -34,7 +34,8 @@ from luthier.storage.typed_files import DamagedFileError, load_json, load_json_l
 NEW_FOLDER = ".new"
 """Where the next checkpoint is written, within the folder of checkpoints."""
 METRICS_FILE = "metrics.jsonl"
-STEP_LOGS = (METRICS_FILE, "evaluations.jsonl")
+ROLLOUTS_FILE = "rollouts.jsonl"
+STEP_LOGS = (METRICS_FILE, "evaluations.jsonl", ROLLOUTS_FILE)
 """The files of a run's directory to which lines of JSON are added while it trains: every logged
 metric, and the replies of each evaluation."""
 START_FILE = "before.json"

@@ -7,6 +7,7 @@ code/           what differed from the commits that run.json names
 metrics.jsonl   every logged metric, a step a line
 replies.jsonl   held-out rows answered before and after training
 evaluations.jsonl  held-out rows answered at each evaluation, where that is asked for
+rollouts.jsonl  completions of GRPO and RLOO with their rewards, where that is asked for
 loss.png        the loss over the steps
 profile/        the trace and the table of `trainer.profile`
 model/          the adapter or model, tokenizer, chat template and chat settings
@@ -56,7 +57,8 @@ RunState = Literal["new", "unfinished", "finished"]
 
 _FILES = (
     *("config.yaml", "overrides.yaml", "run.json", "metrics.jsonl", "replies.jsonl"),
-    *("evaluations.jsonl", "before.json", "loss.png", "data.png", "dropped.jsonl"),
+    *("evaluations.jsonl", "rollouts.jsonl", "before.json", "loss.png", "data.png"),
+    "dropped.jsonl",
 )
 WRITTEN_FILES = WrittenFiles(
     files=(

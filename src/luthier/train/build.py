@@ -46,7 +46,7 @@ from luthier.train.fsdp_checks import check_packed_storage
 from luthier.train.launch_request import launched_by
 from luthier.train.loop import AfterSave, TrainingSession, fit
 from luthier.train.methods import TrainerInputs
-from luthier.train.methods.encoders import make_chat_encoder, make_seq2seq_prompts
+from luthier.train.methods.encoders import make_chat_encoder, make_eval_prompts
 from luthier.train.own_callbacks import make_own_callbacks
 from luthier.train.signals import StoppedBySignal
 
@@ -166,7 +166,7 @@ def build_session(
         code = hash_code(config.model_dump(mode="json"))
         written = inputs | {"data": data_facts(prepared), "code": code}
         _record_inputs(record, written, trainer, launch, encoder)
-    prompts = make_seq2seq_prompts(config, tokenizer) if facts.task == "SEQ_2_SEQ_LM" else encoder
+    prompts = make_eval_prompts(config, tokenizer, encoder)
     heldout = prepared.heldout if facts.writes_replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
     settings = config.trainer.evaluation

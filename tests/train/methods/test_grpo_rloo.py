@@ -9,9 +9,10 @@ import torch
 from helpers.chatml import CHATML
 from helpers.online_trainer import ROWS, prepared, run_config, trainer
 from helpers.preference_trainer import model, say, tokenizer
+from helpers.tool_templates import PLAIN, TOOLS_FILE, call
 from luthier.errors import UserError
 from luthier.train.methods.encoders import make_chat_encoder
-from luthier.train.methods.online import make_prompt_datasets
+from luthier.train.methods.online import OnlineTrainerMixin, make_prompt_datasets
 
 CONTEXTS = [
     ROWS[0]["messages"][:1],
@@ -98,6 +99,7 @@ def one_step(folder, method, **args):
     """The trainer, the model before its step, and what was answered and how it was judged."""
     config = run_config(folder, method=method, rewards=SHORT, **args)
     net = model()
+    net.config.max_position_embeddings = 2048  # prompts with tools are long, byte by byte
     before, seen = copy.deepcopy(net), []
     made = trainer(config, folder, net)
     score = made._generate_and_score_completions
@@ -157,6 +159,152 @@ def test_the_step_of_rloo_by_arithmetic(tmp_path):
     loss = -sum(a * log.sum() for a, log in zip(advantages, logs, strict=True)) / len(logs)
     loss.backward()
     check_gradient(made, before)
+
+
+REPLIES = [
+    # The first turn of eight completions: two call, one of them twice; the last one is cut.
+    [call("add", a=1, b=2), "no", call("add", a=3, b=4), "a", "b", "c", "d", None],
+    ["3", call("add", a=7, b=1)],
+    ["8"],
+]
+
+
+def scripted(monkeypatch, seen):
+    """Let each turn be written by a script, and keep the ids that it is written behind."""
+    turns = iter(REPLIES)
+
+    def write(self, prompt_ids, *rest):
+        seen.append([list(ids) for ids in prompt_ids])
+        ids = [
+            tokenizer()("x" * 400 if text is None else text).input_ids + [258] * (text is not None)
+            for text in next(turns)
+        ]
+        return (ids, None) if self._turn_arguments == (None, {}, 1) else ids
+
+    monkeypatch.setattr(OnlineTrainerMixin, "_generate_single_turn", write)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_step_with_tools_by_arithmetic(tmp_path, monkeypatch, method):
+    """The loss covers the tokens of the model alone, whose ids are those that were sampled."""
+    (tmp_path / "own.py").write_text(TOOLS_FILE)
+    (tmp_path / "run").mkdir()
+    contexts = []
+    scripted(monkeypatch, contexts)
+    made, before, seen = one_step(
+        tmp_path, method, beta=0.0, chat={"template": PLAIN}, max_completion_length=300,
+        tools=[f"python:{tmp_path / 'own.py'}:add"], rollouts={"record": 3},
+    )  # fmt: skip
+    assert [len(each) for each in contexts] == [8, 2, 1]
+    masks = seen["completion_mask"] * seen["tool_mask"]
+    kept = zip(seen["completion_ids"], masks, strict=True)
+    wrote = [tokenizer().decode(ids[mask.bool()]) for ids, mask in kept]
+    end = "<|im_end|>"
+    assert wrote[0] == f"{REPLIES[0][0]}{end}3{end}"
+    assert wrote[2] == f"{REPLIES[0][2]}{end}{REPLIES[1][1]}{end}8{end}"
+    assert (len(wrote[7]), wrote[1]) == (300, f"no{end}")
+    # The third completion as it stands is what its last turn was sampled from, and that turn.
+    whole = torch.cat([seen["prompt_ids"][2][seen["prompt_mask"][2].bool()],
+                       seen["completion_ids"][2][seen["completion_mask"][2].bool()]])  # fmt: skip
+    assert whole.tolist() == contexts[2][0] + tokenizer()("8").input_ids + [258]
+    own = [
+        log[mask[: len(log)].bool()]
+        for log, mask in zip(log_probabilities(before, seen), seen["tool_mask"], strict=True)
+    ]
+    total = sum(map(len, own)) if method == "grpo" else len(own)
+    loss = -sum(a * log.sum() for a, log in zip(seen["advantages"], own, strict=True)) / total
+    loss.backward()
+    check_gradient(made, before)
+    logged = made.state.log_history[0]
+    assert logged["completions/mean_length"] == pytest.approx(sum(map(len, own)) / 8)
+    assert logged["completions/clipped_ratio"] == logged["tools/cut_frequency"] == 1 / 8
+    assert (logged["tools/call_frequency"], logged["tools/failure_frequency"]) == (3 / 8, 0)
+    lines = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    recorded = [json.loads(line) for line in lines]
+    assert [row["end"] for row in recorded] == ["stopped"] * 3
+    assert [message["content"] for message in recorded[0]["completion"]] == ["", "3", "3"]
+    assert recorded[0]["rewards"] == {"length": pytest.approx(seen_reward(made, 0))}
+
+
+def seen_reward(made, number):
+    return made._logs["rewards"]["length"][number]
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_an_environment_scores_its_own_completion(tmp_path, monkeypatch, method):
+    (tmp_path / "own.py").write_text(TOOLS_FILE)
+    turns = [[call("count_up", by=2)] * 4 + ["no"] * 4, ["ok"] * 4]
+    monkeypatch.setitem(globals(), "REPLIES", turns)
+    scripted(monkeypatch, [])
+    rows = [{"messages": [say("user", str(n))], "goal": 2 + n} for n in range(2)]
+    config = run_config(
+        tmp_path, rows, method, rewards=[], chat={"template": PLAIN}, max_completion_length=200,
+        environment=f"python:{tmp_path / 'own.py'}:Counter",
+    )  # fmt: skip
+    made = trainer(config, tmp_path)
+    assert made.reward_func_names == ["Counter"]
+    inputs = [made.train_dataset[n] for n in (0, 0, 1, 1, 0, 0, 1, 1)]
+    goals = [row["goal"] for row in inputs]
+    made._generate_and_score_completions(inputs)
+    assert list(made._logs["rewards"]["Counter"]) == [
+        float(goal == (2 if n < 4 else 0)) for n, goal in enumerate(goals)
+    ]
+    assert made._logs["prompt"][0][-1]["content"].endswith(f" Goal: {goals[0]}.")
+
+
+class OtherServer:
+    """Stands for vLLM: samples from weights of its own, and says with which log-probabilities."""
+
+    def __init__(self, net):
+        self.net, self.generation_kwargs = net, {}
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        ids, logps = [], []
+        for prompt in prompts:
+            row = torch.tensor([prompt])
+            for _ in range(6):
+                drawn = torch.multinomial(self.net(row).logits[0, -1].softmax(-1), 1)
+                row = torch.cat([row, drawn[None]], dim=1)
+            told = self.net(row).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            new = row[0, len(prompt) :]
+            ids.append(new.tolist())
+            logps.append([[value] for value in told.gather(1, new[:, None])[:, 0].tolist()])
+        return prompts, ids, logps, None
+
+
+def served_by(folder, method, server_net, net, lora=None):
+    made = trainer(
+        run_config(folder, method=method, rewards=SHORT, lora=lora, beta=0.0), folder, net
+    )
+    made.use_vllm, made._last_loaded_step = True, 0
+    made.vllm_generation = OtherServer(server_net)
+    made.vllm_importance_sampling_correction = False
+    return made, [made.train_dataset[n] for n in (1, 1, 1, 1, 3, 3, 3, 3)]
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_server_with_other_weights_is_found_at_its_first_completions(tmp_path, method):
+    made, rows = served_by(tmp_path, method, model(), model())
+    made._generate_and_score_completions(rows)
+    made, rows = served_by(tmp_path, method, model(seed=1), model())
+    with pytest.raises(UserError, match=r"not drawn from the weights that train: .* differ by"):
+        made._generate_and_score_completions(rows)
+
+
+def test_a_server_without_the_adapter_is_found(tmp_path):
+    from luthier.model.adapters import add_adapter
+
+    net = add_adapter(model(), {"r": 2}, seed=0)
+    made, rows = served_by(tmp_path, "grpo", model(), net, {"r": 2})
+    made._generate_and_score_completions(rows)  # an adapter that has not learnt yet changes nothing
+    for name, parameter in made.model.named_parameters():
+        if "lora_B.default" in name:
+            parameter.data.normal_(std=0.02)
+    with pytest.raises(UserError, match="drawn from the model without its adapter"):
+        made._generate_and_score_completions(rows)
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])

@@ -80,11 +80,21 @@ def max_prompt_tokens(config: RunConfig) -> int | None:
 class PromptEncoder:
     """Conversations up to their last reply as `input_ids`, one row each; nothing in them trains."""
 
-    def __init__(self, tokenizer: Any, settings: dict[str, Any], limit: int | None) -> None:
-        """`settings`: those of a `luthier.chat.ChatEncoder`; `limit`: the longest prompt."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: dict[str, Any],
+        limit: int | None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """`settings`: those of a `luthier.chat.ChatEncoder`; `limit`: the longest prompt.
+
+        `tools`: the JSON schemas that every prompt shows; None for those of each row.
+        """
         self._tokenizer = tokenizer
         self._settings = settings
         self._limit = limit
+        self._tools = tools
 
     @cached_property
     def _conversations(self) -> ConversationEncoder:
@@ -98,7 +108,8 @@ class PromptEncoder:
 
     def settings(self) -> dict[str, Any]:
         """The chat encoder's, and the limit."""
-        return self._conversations.settings() | {"kind": "prompt", "limit": self._limit}
+        settings = self._conversations.settings() | {"kind": "prompt", "limit": self._limit}
+        return settings if self._tools is None else settings | {"tools": self._tools}
 
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
         """Encode dicts of messages and tools.
@@ -108,7 +119,7 @@ class PromptEncoder:
         rows, outcomes = [], []
         for number, example in enumerate(examples):
             try:
-                ids, outcome = encode_prompt(self._prompts, example)
+                ids, outcome = encode_prompt(self._prompts, self._with_tools(example))
             except ChatError as error:
                 raise error.in_row(number) from None
             rows += [ids] * outcome.sequences
@@ -121,8 +132,20 @@ class PromptEncoder:
         }
         return EncodedRows(columns, outcomes)
 
+    def _with_tools(self, example: Example) -> Example:
+        if self._tools is None:
+            return example
+        if example.get("tools"):
+            raise ChatError(
+                "the row has tools of its own, and the model can call those of trainer.tools and "
+                "trainer.environment alone. Remove them from the row",
+                reason="tools of its own",
+                field="tools",
+            )
+        return {**example, "tools": self._tools}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("_tokenizer", "_settings", "_limit")}
+        return {name: vars(self)[name] for name in ("_tokenizer", "_settings", "_limit", "_tools")}
 
 
 def encode_prompt(prompts: ChatPromptEncoder, example: Example) -> tuple[list[int], RowOutcome]:

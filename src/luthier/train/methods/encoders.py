@@ -6,8 +6,8 @@ They are here and not beside the trainers, so that data can be prepared without 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from luthier.chat import ChatEncoder
-from luthier.config.methods import check_example_type
+from luthier.chat import ChatEncoder, ParsedReply
+from luthier.config.methods import METHODS, check_example_type
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders.chat import (
     ColumnKeepingEncoder,
@@ -28,6 +28,7 @@ from luthier.data.examples import format_key
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 from luthier.model.positions import bounded_length
 from luthier.model.tokenizer import end_token_ids
+from luthier.train.methods.tools import load_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,9 @@ def _reads_columns(config: RunConfig) -> bool:
     for set_metrics in evaluation.sets.values():
         metrics += set_metrics
     names = (metric if isinstance(metric, str) else next(iter(metric)) for metric in metrics)
-    reads = bool(config.trainer.rewards) or config.trainer.loss is not None
+    trainer = config.trainer
+    own_code = (trainer.loss, trainer.environment)
+    reads = bool(trainer.rewards or trainer.tools) or any(code is not None for code in own_code)
     return reads or any(name.startswith("python:") for name in names)
 
 
@@ -95,7 +98,9 @@ def _make_prompt_encoder(
 ) -> RowEncoder:
     """Conversations up to their last reply; UserError where completions leave them no room."""
     chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
-    return PromptEncoder(tokenizer, chat, max_prompt_tokens(config))
+    tools = load_tools(config)
+    schemas = None if tools is None else tools.schemas or None
+    return PromptEncoder(tokenizer, chat, max_prompt_tokens(config), schemas)
 
 
 def _chat_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstructor:
@@ -150,6 +155,53 @@ def make_chat_encoder(
     return ChatEncoder(
         tokenizer, **config.chat.model_dump(), eos_token_ids=end_token_ids(config.model)
     )
+
+
+def make_turn_encoder(config: RunConfig, tokenizer: Any) -> ChatEncoder:
+    """Return the encoder that goes on behind the turns of a rollout: it loses and cuts nothing."""
+    settings = config.chat.model_dump() | {
+        "train_on": "all", "on_lost": "error", "max_length": None, "empty_replies": "train",
+    }  # fmt: skip
+    return ChatEncoder(tokenizer, **settings, eos_token_ids=end_token_ids(config.model))
+
+
+class ToolPromptEncoder:
+    """A chat encoder whose prompts show a run's tools where a row has none of its own."""
+
+    def __init__(self, encoder: ChatEncoder, tools: list[dict[str, Any]]) -> None:
+        self._encoder = encoder
+        self._tools = tools
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The encoder's."""
+        return self._encoder.stop_token_ids
+
+    def prompt(self, messages: list[dict[str, Any]], **inputs: Any) -> list[int]:
+        """Return the ids that generation starts from; see `ChatEncoder.prompt`."""
+        return self._encoder.prompt(messages, **self._with_tools(inputs))
+
+    def parse(self, reply: Any, messages: list[dict[str, Any]], **inputs: Any) -> ParsedReply:
+        """Return a reply as a message; see `ChatEncoder.parse`."""
+        return self._encoder.parse(reply, messages, **self._with_tools(inputs))
+
+    def _with_tools(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs | {"tools": inputs.get("tools") or self._tools}
+
+
+def make_eval_prompts(
+    config: RunConfig, tokenizer: Any, encoder: ChatEncoder | None
+) -> ChatEncoder | ToolPromptEncoder | Seq2SeqPrompts | None:
+    """Return what makes the prompts of held-out rows that are answered; None where none are.
+
+    `encoder` is the run's own.
+    """
+    if METHODS[config.trainer.method].task == "SEQ_2_SEQ_LM":
+        return make_seq2seq_prompts(config, tokenizer)
+    toolbox = None if encoder is None else load_tools(config)
+    if encoder is None or toolbox is None or not toolbox.schemas:
+        return encoder
+    return ToolPromptEncoder(encoder, toolbox.schemas)
 
 
 def make_seq2seq_prompts(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> Seq2SeqPrompts:

@@ -45,16 +45,23 @@ else:
 
 RESERVED_COLUMNS = frozenset(
     ["prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
-     "trainer_state", "log_extra", "log_metric", "environment", "environments", "image", "images"]
+     "row_location", "template_variables", "trainer_state", "log_extra", "log_metric",
+     "environment", "environments", "image", "images"]
 )  # fmt: skip
 """Names that TRL itself gives to reward functions, or reads from a row."""
+
+
+NO_COLUMNS = ("prompt_ids", "row_location", "template_variables")
+"""What a row has for the trainer alone; rewards do not see it."""
 
 
 class PromptDataset:
     """Prompts by number: `prompt` (messages), `prompt_ids`, `reference`, and the row's columns.
 
-    `reference` is the text of the reply that the conversation ends with, if the row has no column
-    of this name. Every row has every column, null where its source has none.
+    `row_location` is the place of the row, such as `data.jsonl:7`, and `template_variables` are its
+    own variables for the chat template. `reference` is the text of the
+    reply that the conversation ends with, if the row has no column of this name. Every row has
+    every column, null where its source has none.
     """
 
     def __init__(self, rows: TokenRows, sources: Iterable[EncodedSource]) -> None:
@@ -70,11 +77,17 @@ class PromptDataset:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         table_row = int(self._index[number])
-        example, row_columns = self._read_row(table_row)
+        example, row_columns, location = self._read_row(table_row)
         ids = self._tokens.row(table_row)["input_ids"]
         columns: dict[str, Any] = dict.fromkeys(self.names) | {"reference": reference_text(example)}
         columns |= {n: value for n, value in row_columns.items() if n not in RESERVED_COLUMNS}
-        return {"prompt": split_prompt_and_reply(example)[0], "prompt_ids": ids.tolist(), **columns}
+        return {
+            "prompt": split_prompt_and_reply(example)[0],
+            "prompt_ids": ids.tolist(),
+            "row_location": location,
+            "template_variables": example.get("chat_template_kwargs"),
+            **columns,
+        }
 
     @cached_property
     def names(self) -> list[str]:
@@ -95,13 +108,13 @@ class PromptDataset:
         """For each source, the numbers of its rows that make a prompt."""
         return [np.flatnonzero(source.sequences > 0) for source in self._sources]
 
-    def _read_row(self, table_row: int) -> tuple[Any, Mapping[str, Any]]:
-        """The example and the columns of a prompt of the table."""
+    def _read_row(self, table_row: int) -> tuple[Any, Mapping[str, Any], str]:
+        """The example, the columns and the place of a prompt of the table."""
         starts = [self._tokens.start_of(n) for n in range(len(self._sources))]
         number = int(np.searchsorted(starts, table_row, side="right")) - 1
         source = self._sources[number]
         row = [int(self._source_rows[number][table_row - starts[number]])]
-        return source.examples(row)[0], source.columns(row)[0]
+        return source.examples(row)[0], source.columns(row)[0], source.locations(row)[0]
 
 
 def make_prompt_datasets(prepared: PreparedData) -> tuple[PromptDataset, dict[str, PromptDataset]]:
@@ -244,7 +257,7 @@ class OnlineTrainerMixin(TrainerMixin, Base):
         self._prompt_ids = [row["prompt_ids"] for row in inputs]
         if self.model.training:
             self._note_step_start(anew=False)
-        rows = [{key: row[key] for key in row if key != "prompt_ids"} for row in inputs]
+        rows = [{key: row[key] for key in row if key not in NO_COLUMNS} for row in inputs]
         with pause_activation_checkpointing(self.model):
             return super()._generate_and_score_completions(rows)
 
