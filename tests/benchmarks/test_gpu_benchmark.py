@@ -105,4 +105,6 @@ def test_a_cell_trains_in_its_own_process(tmp_path):
     assert result["problem"] == ""
     assert result["steps"] >= gpu.FEWEST
     assert result["tokens"] > result["trained"] > result["tokens"] // 2
-    assert 0.3 < result["memory"] / result["plan"] < 3
+    # On a CPU it is the process that is measured, and libraries that are loaded late take more than
+    # this model.
+    assert 0.3 * result["plan"] < result["memory"] < 3 * result["plan"] + 2**26

@@ -121,7 +121,9 @@ def test_an_evaluation_does_not_depend_on_its_batches(tmp_path, name):
         measured = made.evaluate()
         found.append({k: v for k, v in measured.items() if "second" not in k and "time" not in k})
     for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+        # A reward is 0.3 times the difference of two sums of log probabilities of about -80, and
+        # float32 has numbers 8e-6 apart there.
+        assert other == pytest.approx(found[0], rel=1e-5, abs=5e-6)
     assert all(f"eval_{name}" in found[0] for name in made.result_metrics)
 
 
