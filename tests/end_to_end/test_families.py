@@ -22,9 +22,6 @@ HEADER = f"| family | {' | '.join(STEPS)} |"
 REFUSED = {("bloom", "pack"): "ALiBi biases"}
 """What is refused, and the words for it that stand in the message and on the page."""
 
-UNSOLVED: dict[str, tuple[str, ...]] = {}
-"""Steps that are not right yet; one that is mended must leave this table."""
-
 
 @pytest.fixture(scope="session")
 def families_folder(tmp_path_factory):
@@ -72,14 +69,12 @@ def test_family(name, families_folder, page_rows):
     run = FamilyRun(name, folder)
     outcomes = go_through(run)
     bad = {step: each for step, each in outcomes.items() if each[0] in ("wrong", "traceback")}
-    unsolved = set(UNSOLVED.get(name, ()))
-    if set(bad) - unsolved:
+    if bad:
         raise AssertionError(bad) from getattr(run, "trace", None)
-    assert set(bad) == unsolved, "what is mended leaves the table of what is not"
     refused = {step: words for step, (outcome, words) in outcomes.items() if outcome == "refused"}
     taken = {step for step, (outcome, _) in outcomes.items() if outcome != "-"}
     expected = {step for family, step in REFUSED if family == name}
-    assert set(refused) == (expected & taken) - unsolved
+    assert set(refused) == expected & taken
     for step, words in refused.items():
         assert REFUSED[name, step] in words
     old, made = page_rows
@@ -93,9 +88,7 @@ def page_row(run):
     cells = []
     for step in STEPS:
         outcome, _ = run.outcomes[step]
-        if step in UNSOLVED.get(run.name, ()):
-            outcome = "no"
-        elif outcome == "refused":
+        if outcome == "refused":
             outcome = REFUSED[run.name, step]
         elif outcome == "ok" and shares.get(step) is not None:
             outcome = f"{shares[step]:.0%}"

@@ -404,8 +404,8 @@ def _read_as_layers(model: Any, settings: Any) -> Iterator[None]:
         with unconverted_targets() if layers else nullcontext():
             yield
     finally:
-        for config, parameters in zip(present, before, strict=True):
-            if layers:
+        if layers:
+            for config, parameters in zip(present, before, strict=True):
                 config.target_parameters = parameters
 
 

@@ -123,8 +123,8 @@ def copy_adapter_undrawn(model: Any) -> Iterator[None]:
         yield
     finally:
         del vars(model)["add_adapter"]
-    for config, initialization in zip(configs, initializations, strict=True):
-        config.init_lora_weights = initialization
+        for config, initialization in zip(configs, initializations, strict=True):
+            config.init_lora_weights = initialization
 
 
 def drop_unchanged_copy(model: Any) -> None:
