@@ -16,6 +16,7 @@ from luthier.chat.conversation import (
     retry_with_empty_content,
 )
 from luthier.chat.fast_path.plans import FastPathRow
+from luthier.chat.images import ImageExpander
 from luthier.chat.labels import EncodedSequence
 from luthier.chat.lost_text import find_lost_field_of_turn, find_lost_fields
 from luthier.chat.pipeline import (
@@ -36,6 +37,8 @@ from luthier.gc_pause import pause_gc
 
 LOSSY_REASONS = ("lost", UNREAD_VARIABLE)
 """The reasons of errors with which `on_lost: keep` keeps a row."""
+IMAGES = "images"
+"""The setting that describes `ChatEncoder.images`; encoders without images do not have it."""
 _CHUNK_MESSAGES = 2048
 """Messages that are rendered while those before them are encoded."""
 
@@ -77,6 +80,7 @@ class ChatEncoder:
     more variables for the template. eos_token_ids: the generation config's, where they are known.
     empty_replies: what to do with a row in which a turn that trains says nothing; `train` teaches
     the model to stop at once. roles: further roles of messages, for templates that take any.
+    images: what the model's processor makes of images; None for a model that takes text alone.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class ChatEncoder:
         eos_token_ids: Iterable[int] = (),
         empty_replies: OnEmpty = "error",
         roles: Iterable[str] = (),
+        images: ImageExpander | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
@@ -105,6 +110,7 @@ class ChatEncoder:
         self.eos_token_ids = list(eos_token_ids)
         self.empty_replies = empty_replies
         self.roles = list(roles)
+        self.images = images
         self._pipelines = TemplatePipelines(
             tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries,
             train_on, self.roles,
@@ -223,7 +229,7 @@ class ChatEncoder:
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the ids, the template's text included, for JSON."""
         sources = self._pipelines.sources
-        return {
+        settings = {
             "template": sources if len(sources) > 1 else sources["default"],
             "train_on": self.train_on,
             "boundaries": self.boundaries,
@@ -236,11 +242,22 @@ class ChatEncoder:
             "empty_replies": self.empty_replies,
             "roles": self.roles,
         }
+        return settings if self.images is None else settings | {IMAGES: self.images.settings()}
 
     @classmethod
-    def from_settings(cls, tokenizer: Any, settings: dict[str, Any]) -> ChatEncoder:
-        """Return the encoder that `settings()` describes."""
-        return cls(tokenizer, **settings)
+    def from_settings(
+        cls, tokenizer: Any, settings: dict[str, Any], images: ImageExpander | None = None
+    ) -> ChatEncoder:
+        """Return the encoder that `settings()` describes.
+
+        `images`: what the model's processor makes of images, which settings only describe.
+        """
+        settings = {name: value for name, value in settings.items() if name != IMAGES}
+        return cls(tokenizer, **settings, images=images)
+
+    def with_settings(self, changes: dict[str, Any]) -> ChatEncoder:
+        """Return the same encoder with some settings changed."""
+        return self.from_settings(self.tokenizer, self.settings() | changes, self.images)
 
     @property
     def stop_token_ids(self) -> list[int]:

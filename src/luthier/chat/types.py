@@ -81,6 +81,14 @@ class Reply(NamedTuple):
     stop: int
 
 
+class ImageSpan(NamedTuple):
+    """Tokens `start` up to `stop` stand for image `number` of the row, counted from 0."""
+
+    number: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Tokens `start` up to `stop` of a sequence that have one origin.
@@ -104,13 +112,22 @@ class ChatSequence:
     each token came from; it is worked out when it is first asked for.
     """
 
-    __slots__ = ("_find_segments", "_input_ids", "_labels", "_packed", "_segments", "replies")
+    __slots__ = (
+        "_find_segments",
+        "_input_ids",
+        "_labels",
+        "_packed",
+        "_segments",
+        "images",
+        "replies",
+    )
 
     def __init__(
         self,
         input_ids: list[int] | bytes,
         replies: list[Reply],
         find_segments: Callable[[], list[Segment]],
+        images: list[ImageSpan] | None = None,
     ) -> None:
         """`input_ids`: a list, or as `packed` gives them."""
         self._input_ids: list[int] | None = None
@@ -121,7 +138,12 @@ class ChatSequence:
             self._input_ids = input_ids
         self._labels: list[int] | None = None
         self.replies = replies
-        """The replies that train in this sequence, from first to last."""
+        """The replies that train in this sequence, from first to last.
+
+        A reply that holds images is one entry for each stretch between them: images never train.
+        """
+        self.images = images or []
+        """The images of this sequence, in the order of their tokens."""
         self._find_segments: Callable[[], list[Segment]] | None = find_segments
         self._segments: list[Segment] = []
 
@@ -156,7 +178,7 @@ class ChatSequence:
     @property
     def messages(self) -> list[int]:
         """The messages that train in this sequence."""
-        return [reply.message for reply in self.replies]
+        return list(dict.fromkeys(reply.message for reply in self.replies))
 
     @property
     def segments(self) -> list[Segment]:

@@ -104,9 +104,8 @@ class RequestPrompts:
             raise ApiError(text, param="chat_template_kwargs")
         if key not in self._encoders:
             # Variables are part of what an encoder checks when it is made.
-            settings = self._llm.encoder.settings()
-            settings["variables"] = settings["variables"] | variables
-            encoder = ChatEncoder.from_settings(self._llm.tokenizer, settings)
+            encoder = self._llm.encoder
+            encoder = encoder.with_settings({"variables": encoder.variables | variables})
             # Those of the training were looked at there.
             _check_read(encoder, request)
             self._encoders[key] = encoder

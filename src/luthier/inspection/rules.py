@@ -90,7 +90,7 @@ def _of_today(tokenizer: Any, encoder: ChatEncoder) -> ChatEncoder | None:
     texts = [template] if isinstance(template, str) else template.values()
     if encoder.date == today or not any("strftime_now" in text for text in texts):
         return None
-    return ChatEncoder.from_settings(tokenizer, settings | {"date": today})
+    return ChatEncoder.from_settings(tokenizer, settings | {"date": today}, encoder.images)
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

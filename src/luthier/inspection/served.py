@@ -129,7 +129,7 @@ class ServedCheck:
     def _today(self) -> ChatEncoder:
         """The encoder of the training on this day, without its variables, as a server is."""
         now = {"date": date.today().isoformat(), "variables": {}}
-        return ChatEncoder.from_settings(self._trained.tokenizer, self._trained.settings() | now)
+        return self._trained.with_settings(now)
 
     def _of_today(self, turn: ServedTurn) -> list[int] | None:
         try:

@@ -51,7 +51,7 @@ def choose_response_template(tokenizer: Any, encoder: ChatEncoder) -> dict[str, 
     """
     # Whatever the training leaves out, servers see.
     changes = {"max_length": None, "on_lost": "keep", "empty_replies": "train", "train_on": "last"}
-    encoder = ChatEncoder.from_settings(encoder.tokenizer, encoder.settings() | changes)
+    encoder = encoder.with_settings(changes)
     try:
         own, made = getattr(tokenizer, "response_template", None), make_response_template(encoder)
         for template, is_exact in ((own, False), (made, True)):
