@@ -164,7 +164,7 @@ def test_an_address_without_an_image_costs_its_row_and_a_broken_network_the_run(
 ):
     address, _ = server
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="is not in the cache .* and HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"is not in the cache .* and HF_HUB_OFFLINE is set"):
         ImageReader().read(f"{address}/red.png", "rows.jsonl:1")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(RowError, match="cannot be fetched: HTTP 404 Not Found"):

@@ -71,8 +71,8 @@ def check_mode(image: "Image") -> None:
     # Pillow 13.0: `convert("RGB")` cuts all numbers above 255 to 255, so such a picture is white.
     if image.mode.startswith(_DEEP_MODES):
         raise RowError(
-            f"it has more than 8 bits a pixel (Pillow's mode {image.mode}), and would be clipped to "
-            "white; save it with 8 bits"
+            f"it has more than 8 bits a pixel (Pillow's mode {image.mode}), and would be clipped "
+            "to white; save it with 8 bits"
         )
 
 
