@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from luthier.chat.content_forms import ContentConverter
 from luthier.chat.conversation import read_conversation
-from luthier.chat.provenance import TracedStr
+from luthier.chat.images import ImageOrigin
+from luthier.chat.provenance import TracedStr, origin_spans
 from luthier.chat.template import ChatTemplate
 from luthier.chat.tokens import (
     TokenEncoder,
     compile_token_pattern,
     list_control_tokens,
-    origin_spans,
 )
 from luthier.chat.types import ChatError
 
@@ -49,9 +50,15 @@ class ControlTokens:
     """The control tokens, turn markers and stop tokens of one template with one tokenizer."""
 
     def __init__(
-        self, template: ChatTemplate, encoder: TokenEncoder, eos_token_ids: Iterable[int]
+        self,
+        template: ChatTemplate,
+        encoder: TokenEncoder,
+        eos_token_ids: Iterable[int],
+        content: ContentConverter | None = None,
     ) -> None:
+        """`content`: for a model that takes images, whose templates may take lists of parts."""
         self._template = template
+        self._content = content
         self._added = encoder.added
         self._special = encoder.special
         self._any = encoder.pattern
@@ -138,13 +145,16 @@ class ControlTokens:
         )
 
     def literal_spans(self, text: TracedStr) -> list[tuple[int, int]]:
-        """Return the spans of control tokens that messages wrote; they are encoded as text."""
+        """Return the spans of control tokens that messages wrote; they are encoded as text.
+
+        Those of an image's own text are the processor's, and tokens.
+        """
         if not self.pattern.search(text):
             return []
         fields = [
             (start, stop, origin)
             for start, stop, origin in origin_spans(text._runs)
-            if origin is not None
+            if origin is not None and not isinstance(origin, ImageOrigin)
         ]
         literal_spans = []
         current = 0
@@ -163,6 +173,8 @@ class ControlTokens:
 
     def _render(self, messages: Messages, generation: bool) -> TracedStr | None:
         """Return a small conversation as rendered; None where the template refuses it."""
+        if self._content is not None:
+            messages = self._content.convert(messages)
         # Some templates for tools refuse a row without any, others one with them.
         has_calls = any("tool_calls" in message for message in messages)
         for tools in ([_TOOL], None) if has_calls else (None, [_TOOL]):

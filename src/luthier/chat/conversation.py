@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from luthier.chat.images import IMAGE_FIELD, ImageOrigin, ImagePart, is_image_part
 from luthier.chat.provenance import FieldOrigin, TracedStr, trace_field
 from luthier.chat.types import ChatError
 
@@ -31,17 +32,23 @@ class Conversation:
     """Each message's own `train` flag; None where it has none."""
     numbers: list[int] = field(default_factory=list)
     """Each message's number in the row as it was given: rows may have lost turns of their front."""
+    image_count: int = 0
+    """How many images the row has as it was given."""
 
     def role(self, index: int) -> str:
         """Return the role of the message at a position."""
         return self.messages[index]["role"]
 
 
-def read_conversation(messages: Any, tools: Any = None) -> Conversation:
+def read_conversation(
+    messages: Any, tools: Any = None, image_part: Mapping[str, Any] | None = None
+) -> Conversation:
     """Copy a row into traced form.
 
+    `image_part`: what the template sees of an image part; None where rows may have no images.
     Raises ChatError for a row that is no conversation: wrong types, missing content, content parts
-    that are not text, text that is no valid Unicode, rows that are cyclic or enormous.
+    that are neither text nor an image, text that is no valid Unicode, rows that are cyclic or
+    enormous.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ChatError(
@@ -51,7 +58,7 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
         )
     conversation = Conversation([], None)
     for index, message in enumerate(messages):
-        conversation.messages.append(_read_message(conversation, index, message))
+        conversation.messages.append(_read_message(conversation, index, message, image_part))
     if tools is not None:
         conversation.tools = _read_tools(conversation, tools)
     if sum(map(len, conversation.texts)) > MAX_CHARACTERS:
@@ -64,7 +71,9 @@ def _describe_type(value: Any) -> str:
     return "an empty list" if is_empty else type(value).__name__
 
 
-def _read_message(conversation: Conversation, index: int, message: Any) -> dict[str, Any]:
+def _read_message(
+    conversation: Conversation, index: int, message: Any, image_part: Mapping[str, Any] | None
+) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ChatError(
             f"a message must be a dict with `role` and `content`; found {type(message).__name__}",
@@ -82,7 +91,7 @@ def _read_message(conversation: Conversation, index: int, message: Any) -> dict[
     # Nearly all messages are a role and a text: they skip what the others need.
     content = message.get("content")
     if type(content) is not str:
-        _check_content(index, role, message)
+        _check_content(index, role, message, image_part is not None)
     elif len(message) == 2:
         conversation.numbers.append(index)
         conversation.train.append(None)
@@ -102,6 +111,10 @@ def _read_message(conversation: Conversation, index: int, message: Any) -> dict[
             copied[key] = _read_text(
                 conversation, FieldOrigin(index, role, key, value), value, True
             )
+        elif key == "content" and isinstance(value, list | tuple):
+            copied[key] = [
+                _read_part(conversation, index, role, part, image_part) for part in value
+            ]
         else:
             copied[key] = _read_field(conversation, index, role, key, value)
     return add_reasoning_aliases(copied)
@@ -131,7 +144,7 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _check_content(index: int, role: str, message: dict) -> None:
+def _check_content(index: int, role: str, message: dict, takes_images: bool) -> None:
     content = message.get("content")
     if content is None:
         has_more = message.get("tool_calls") or any(message.get(name) for name in REASONING_FIELDS)
@@ -144,18 +157,64 @@ def _check_content(index: int, role: str, message: dict) -> None:
             field="content",
         )
     for item in content if isinstance(content, list | tuple) else [content]:
+        if takes_images and is_image_part(item) and content is not item:
+            _check_image(index, item)
+            continue
         # Results of tools may be any JSON.
         if role == "tool" and isinstance(item, dict | str):
             continue
         if not (isinstance(item, dict) and isinstance(item.get("text"), str)):
-            type_name = item.get("type") if isinstance(item, dict) else type(item).__name__
-            raise ChatError(
-                f"only text can be trained: content must be a string or a list of "
-                f'{{"type": "text", "text": ...}} parts; found {type_name!r}',
-                reason="content is not text",
-                message=index,
-                field="content",
-            )
+            raise _content_error(index, item, takes_images)
+
+
+def _content_error(index: int, item: Any, takes_images: bool) -> ChatError:
+    """Return what is wrong with a content, or a part of one, that is neither text nor an image."""
+    type_name = item.get("type") if isinstance(item, dict) else type(item).__name__
+    if is_image_part(item) and not takes_images:
+        problem = (
+            "the message has an image, and this model takes text alone; use a vision-language "
+            "model, or remove the image"
+        )
+    elif takes_images:
+        problem = (
+            "content must be a string, or a list of parts, each "
+            '{"type": "text", "text": ...} or {"type": "image", "image": ...}; '
+            f"found {type_name!r}"
+        )
+    else:
+        problem = (
+            "only text can be trained: content must be a string or a list of "
+            f'{{"type": "text", "text": ...}} parts; found {type_name!r}'
+        )
+    return ChatError(problem, reason="content is not text", message=index, field="content")
+
+
+def _check_image(index: int, part: dict[str, Any]) -> None:
+    if part.get(IMAGE_FIELD) is None:
+        raise ChatError(
+            'an image part has no image: it must be {"type": "image", "image": ...}',
+            reason="malformed message",
+            message=index,
+            field="content",
+        )
+
+
+def _read_part(
+    conversation: Conversation,
+    index: int,
+    role: str,
+    part: Any,
+    image_part: Mapping[str, Any] | None,
+) -> Any:
+    """Copy one part of a content: an image, a text, or any JSON of a tool's result."""
+    if image_part is not None and is_image_part(part):
+        origin = ImageOrigin(index, role, conversation.image_count, part[IMAGE_FIELD])
+        conversation.image_count += 1
+        return ImagePart(image_part, origin)
+    if isinstance(part, dict) and part.get("type") == "text":
+        # Arrow gives all parts the same keys; templates ask whether `image` is one of a part's.
+        part = {key: value for key, value in part.items() if value is not None}
+    return _read_field(conversation, index, role, "content", part)
 
 
 def _read_field(conversation: Conversation, index: int, role: str, key: str, value: Any) -> Any:

@@ -113,7 +113,7 @@ class ChatEncoder:
         self.images = images
         self._pipelines = TemplatePipelines(
             tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries,
-            train_on, self.roles,
+            train_on, self.roles, images,
         )  # fmt: skip
         self._reply_parsers: dict[int, MessageParser] = {}
 

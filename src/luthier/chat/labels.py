@@ -10,13 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from luthier.chat.control_tokens import ControlTokens
-from luthier.chat.provenance import FieldOrigin, TracedStr
-from luthier.chat.tokens import PieceKind, TextPiece, TokenEncoder, origin_spans
+from luthier.chat.images import ImageExpander, ImageRun, find_image_runs
+from luthier.chat.provenance import FieldOrigin, TracedStr, origin_spans
+from luthier.chat.tokens import PieceKind, TextPiece, TokenEncoder
 from luthier.chat.turns import RenderedSequence, TrainedSpan
-from luthier.chat.types import IGNORED, ChatSequence, Reply, Segment
+from luthier.chat.types import (
+    BYTES_PER_ID,
+    IGNORED,
+    ChatSequence,
+    ImageSpan,
+    Reply,
+    Segment,
+    pack_ids,
+)
 
 LiteralSpans = list[tuple[int, int]]
 """Where control tokens stand that messages wrote: they are encoded as text."""
@@ -28,6 +37,8 @@ _CONTEXT_CHARS = 6
 """Characters behind a boundary that decide where a local tokenizer splits the first words."""
 _HEADER_WINDOW = 48
 """Characters in front of a boundary in which a header is looked for first."""
+_MAX_CORES = 4096
+"""Texts of images whose ids are kept."""
 
 
 @dataclass(slots=True)
@@ -39,6 +50,7 @@ class SequenceDraft:
     boundaries: list[BoundaryContext] = field(default_factory=list)
     """What is around each boundary in front of a reply but the last."""
     blocks: list[list[TextPiece]] = field(default_factory=list)
+    images: list[ImageRun] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -49,6 +61,9 @@ class EncodedSequence:
     ids: list[int]
     replies: list[Reply]
     tokens: TokenEncoder
+    images: list[ImageSpan] = field(default_factory=list)
+    prefix_length: int = 0
+    """How many ids stand in front of those of the text."""
 
     @property
     def trained_messages(self) -> list[int]:
@@ -57,11 +72,16 @@ class EncodedSequence:
 
     def to_chat_sequence(self) -> ChatSequence:
         """Return the sequence as the caller gets it."""
-        return ChatSequence(self.ids, self.replies, self._segments)
+        return ChatSequence(self.ids, self.replies, self._segments, self.images)
 
     def _segments(self) -> list[Segment]:
-        labels = self.to_chat_sequence().labels
-        return _make_segments(self.draft.rendered, self.draft.blocks, labels, self.tokens)
+        draft = self.draft
+        starts = _token_starts(draft.blocks, self.tokens)
+        origins = _token_origins(draft.rendered.text, starts)
+        origins[:0] = [None] * self.prefix_length
+        for run, (_, start, stop) in zip(draft.images, self.images, strict=True):
+            origins[start:stop] = [run.origin] * (stop - start)
+        return _make_segments(origins, self.to_chat_sequence().labels)
 
 
 class LabelBuilder:
@@ -72,8 +92,12 @@ class LabelBuilder:
         tokens: TokenEncoder,
         controls: ControlTokens,
         boundaries: Literal["served", "segments"],
+        images: ImageExpander | None = None,
     ) -> None:
+        """`images`: what the model's processor makes of images; None for rows of text alone."""
         self._tokens = tokens
+        self._images = images
+        self._image_locator = ImageLocator(tokens)
         self._controls = controls
         self._boundaries = boundaries
         # Boundaries and headers repeat from row to row, so what was learnt of them is kept.
@@ -89,7 +113,17 @@ class LabelBuilder:
         """Return the ids of a prompt."""
         literal_spans = self._controls.literal_spans(text)
         pieces = self._pieces(RenderedSequence(text), 0, len(text), literal_spans)
-        return [index for ids in self._tokens.encode(pieces) for index in ids]
+        ids = [index for ids in self._tokens.encode(pieces) for index in ids]
+        return [*self._prefix(str.__str__(text)), *ids] if self._find_images(text) else ids
+
+    def _find_images(self, text: TracedStr) -> list[ImageRun]:
+        return [] if self._images is None else find_image_runs(text)
+
+    def _prefix(self, plain: str) -> list[int]:
+        """Return what the processor's own call puts in front of a text with images."""
+        bos = self._tokens.tokenizer.bos_token
+        is_begun = bool(bos) and plain.startswith(bos)
+        return [] if self._images is None or is_begun else list(self._images.prefix_ids)
 
     def encode(self, sequences: list[tuple[RenderedSequence, bool]]) -> list[list[EncodedSequence]]:
         """Return each text's sequences; `True` stands where a message may hold a control token.
@@ -249,6 +283,7 @@ class LabelBuilder:
         for draft in drafts:
             rendered = draft.rendered
             cuts = [0, *(span.start for span in rendered.spans), len(rendered.text)]
+            draft.images = self._find_images(rendered.text)
             draft.blocks = [
                 self._pieces(rendered, start, stop, draft.literal_spans)
                 for start, stop in pairwise(cuts)
@@ -270,7 +305,26 @@ class LabelBuilder:
                 count = self._count_reply_tokens(draft, span, block_ids)
                 replies.append(Reply(span.message, len(ids), len(ids) + count))
             ids += block_ids
-        return EncodedSequence(draft, ids, replies, self._tokens)
+        encoded = EncodedSequence(draft, ids, replies, self._tokens)
+        return self._place_images(encoded) if draft.images else encoded
+
+    def _place_images(self, encoded: EncodedSequence) -> EncodedSequence:
+        """Return a sequence with the tokens of its images, which never train, and its first ids."""
+        draft = encoded.draft
+        prefix = self._prefix(draft.rendered.plain)
+        spans = self._image_locator.locate(draft, encoded.ids)
+        encoded.replies = [
+            Reply(message, start + len(prefix), stop + len(prefix))
+            for reply in encoded.replies
+            for message, start, stop in _cut_reply(reply, spans)
+        ]
+        encoded.images = [
+            ImageSpan(number, start + len(prefix), stop + len(prefix))
+            for number, start, stop in spans
+        ]
+        encoded.ids[:0] = prefix
+        encoded.prefix_length = len(prefix)
+        return encoded
 
     def _count_reply_tokens(self, draft: SequenceDraft, span: TrainedSpan, ids: list[int]) -> int:
         """Return how many of the ids, which begin with a reply, are the reply and its stop."""
@@ -308,6 +362,89 @@ class LabelBuilder:
         return pieces
 
 
+class ImageCore(NamedTuple):
+    """The ids from the first added token of an image's text to the last one, packed.
+
+    The tokenizer cuts at added tokens first, so these are the same wherever the text stands.
+    """
+
+    ids: bytes
+    is_whole: bool
+    """Whether no text stands around it, which may become one token with its neighbours."""
+
+
+class ImageLocator:
+    """Finds the tokens of images in the ids of a sequence."""
+
+    def __init__(self, tokens: TokenEncoder) -> None:
+        self._tokens = tokens
+        self._added = frozenset(tokens.added.values())
+        self._cores: dict[str, ImageCore] = {}
+        """By the text of an image; images of one size share one."""
+
+    def locate(self, draft: SequenceDraft, ids: list[int]) -> list[ImageSpan]:
+        """Return the tokens of each image of a draft in its ids."""
+        packed = pack_ids(ids)
+        starts: list[int] = []
+        spans: list[ImageSpan] = []
+        position = 0
+        for run in draft.images:
+            core = self._core(draft.rendered.plain[run.start : run.stop])
+            start = _find_ids(packed, core.ids, position)
+            stop = start + len(core.ids) // BYTES_PER_ID
+            if start < 0 or not core.is_whole:
+                # Tokens at the edges count as in segments: to where they start.
+                starts = starts or _token_starts(draft.blocks, self._tokens)
+                own = [n for n, at in enumerate(starts) if run.start <= at < run.stop]
+                own += range(start, stop) if start >= 0 else ()
+                start, stop = min(own, default=position), max(own, default=position - 1) + 1
+            spans.append(ImageSpan(run.origin.number, start, stop))
+            position = stop
+        return spans
+
+    def _core(self, text: str) -> ImageCore:
+        if text not in self._cores:
+            if len(self._cores) >= _MAX_CORES:
+                self._cores.clear()
+            (ids,) = self._tokens.encode([TextPiece(text, "start")])
+            added = [number for number, index in enumerate(ids) if index in self._added]
+            core = ids[added[0] : added[-1] + 1] if added else []
+            self._cores[text] = ImageCore(pack_ids(core), len(core) == len(ids))
+        return self._cores[text]
+
+
+def _find_ids(packed: bytes, part: bytes, start: int) -> int:
+    """Return the number of the first id from `start` on where `part` stands, -1 where it does not.
+
+    Both are packed ids; an empty part stands nowhere.
+    """
+    position = packed.find(part, start * BYTES_PER_ID) if part else -1
+    while position % BYTES_PER_ID and position >= 0:
+        position = packed.find(part, position + 1)
+    return position // BYTES_PER_ID
+
+
+def _cut_reply(reply: Reply, images: list[ImageSpan]) -> list[Reply]:
+    """Return the stretches of a reply between the images in it."""
+    message, position, end = reply
+    stretches = []
+    for _, start, stop in [image for image in images if reply.start <= image.start < end]:
+        stretches.append(Reply(message, position, start))
+        position = stop
+    stretches.append(Reply(message, position, end))
+    return [stretch for stretch in stretches if stretch.start < stretch.stop]
+
+
+def _token_starts(blocks: list[list[TextPiece]], tokens: TokenEncoder) -> list[int]:
+    """Return where in the text of the blocks each of their tokens starts."""
+    starts: list[int] = []
+    position = 0
+    for piece in (piece for block in blocks for piece in block):
+        starts += [position + start for start in tokens.token_starts(piece)]
+        position += len(piece.text)
+    return starts
+
+
 def _segment_pieces(
     text: TracedStr, start: int, stop: int, literal_spans: LiteralSpans
 ) -> list[TextPiece]:
@@ -322,14 +459,8 @@ def _segment_pieces(
     return pieces
 
 
-def _make_segments(
-    rendered: RenderedSequence,
-    blocks: list[list[TextPiece]],
-    labels: list[int],
-    tokens: TokenEncoder,
-) -> list[Segment]:
-    """Return the sequence as runs of tokens of one origin; a token counts to where it starts."""
-    origins = _token_origins(rendered, [piece for block in blocks for piece in block], tokens)
+def _make_segments(origins: list[FieldOrigin | None], labels: list[int]) -> list[Segment]:
+    """Return a sequence as runs of tokens of one origin; both arguments have an entry a token."""
     segments: list[Segment] = []
     start = 0
     for stop in range(1, len(labels) + 1):
@@ -346,22 +477,18 @@ def _make_segments(
     return segments
 
 
-def _token_origins(
-    rendered: RenderedSequence, pieces: list[TextPiece], tokens: TokenEncoder
-) -> list[FieldOrigin | None]:
+def _token_origins(text: TracedStr, starts: list[int]) -> list[FieldOrigin | None]:
     """Return the origin of each token's first character; None where the template wrote it."""
     origins: list[FieldOrigin | None] = []
-    runs = iter(rendered.text._runs)
-    run_end = position = 0
+    runs = iter(text._runs)
+    run_end = 0
     origin: FieldOrigin | None = None
-    for piece in pieces:
-        for offset in tokens.token_starts(piece):
-            while position + offset >= run_end:
-                run = next(runs, None)
-                if run is None:
-                    break
-                run_end += run[0]
-                origin = run[1]
-            origins.append(origin)
-        position += len(piece.text)
+    for start in starts:
+        while start >= run_end:
+            run = next(runs, None)
+            if run is None:
+                break
+            run_end += run[0]
+            origin = run[1]
+        origins.append(origin)
     return origins

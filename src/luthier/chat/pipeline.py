@@ -9,9 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from luthier.chat.content_forms import ContentConverter
 from luthier.chat.control_tokens import ControlTokens
 from luthier.chat.conversation import Conversation, read_conversation
 from luthier.chat.fast_path import FastPath
+from luthier.chat.images import ImageExpander
 from luthier.chat.labels import EncodedSequence, LabelBuilder
 from luthier.chat.roles import RoleChecker
 from luthier.chat.template import TEMPLATE_INPUTS, ChatTemplate, read_template
@@ -40,10 +42,17 @@ class TemplatePipeline:
     fast_path: FastPath
     roles: RoleChecker
     arguments: ArgumentConverter
+    content: ContentConverter | None
+    """None for a model that takes text alone."""
 
     def read(self, messages: Any, tools: Any) -> Conversation:
         """Return a row as the template takes it; ChatError for a row that is no conversation."""
-        conversation = read_conversation(self.arguments.convert(messages), tools)
+        messages = self.arguments.convert(messages)
+        if self.content is None:
+            conversation = read_conversation(messages, tools)
+        else:
+            image_part = self.content.find_image_part(messages)
+            conversation = read_conversation(self.content.convert(messages), tools, image_part)
         self.roles.check(conversation)
         return conversation
 
@@ -66,8 +75,12 @@ class TemplatePipelines:
         boundaries: Literal["served", "segments"],
         train_on: str | list[str],
         roles: Collection[str] = (),
+        images: ImageExpander | None = None,
     ) -> None:
-        """`roles`: further roles of messages, beside those that all templates know."""
+        """`roles`: further roles of messages, beside those that all templates know.
+
+        `images`: what the model's processor makes of images; None for a model of text alone.
+        """
         self.sources = _template_sources(tokenizer, template)
         """The text of each template by its name."""
         self.tokens = TokenEncoder(tokenizer)
@@ -77,6 +90,7 @@ class TemplatePipelines:
         self._boundaries = boundaries
         self._train_on = train_on
         self._roles = tuple(roles)
+        self._images = images
         self._origin = _describe_origin(tokenizer, template)
         self._pipelines: dict[str, TemplatePipeline] = {}
         self._selected: OrderedDict[tuple[str, str], tuple[TemplatePipeline, ChatError | None]] = (
@@ -132,8 +146,8 @@ class TemplatePipelines:
         What depends on the template's text alone is shared; stops are looked for again.
         """
         template = base.template.with_variables({**base.template.variables, **variables})
-        controls = ControlTokens(template, self.tokens, self._eos_token_ids)
-        label_builder = LabelBuilder(self.tokens, controls, self._boundaries)
+        controls = ControlTokens(template, self.tokens, self._eos_token_ids, base.content)
+        label_builder = LabelBuilder(self.tokens, controls, self._boundaries, self._images)
         return replace(
             base,
             template=template,
@@ -172,9 +186,11 @@ class TemplatePipelines:
         return self._pipelines[name]
 
     def _make(self, source: str) -> TemplatePipeline:
-        template = ChatTemplate(source, self._variables, self._date, self._origin)
-        controls = ControlTokens(template, self.tokens, self._eos_token_ids)
-        label_builder = LabelBuilder(self.tokens, controls, self._boundaries)
+        images = self._images
+        template = ChatTemplate(source, self._variables, self._date, self._origin, images)
+        content = ContentConverter(template, images) if images is not None else None
+        controls = ControlTokens(template, self.tokens, self._eos_token_ids, content)
+        label_builder = LabelBuilder(self.tokens, controls, self._boundaries, images)
         roles = RoleChecker(template.tree, controls.pattern, self._roles)
         fast_path = FastPath(
             template, controls, self.tokens, label_builder, self._train_on, roles.allows
@@ -182,7 +198,7 @@ class TemplatePipelines:
         planner = SequencePlanner(template, controls)
         arguments = ArgumentConverter(template)
         return TemplatePipeline(
-            template, controls, planner, label_builder, fast_path, roles, arguments
+            template, controls, planner, label_builder, fast_path, roles, arguments, content
         )
 
 
@@ -309,15 +325,28 @@ class Truncator:
             fits = len(sequence.ids) <= self._limit
             short += [sequence] if fits else self._drop_turns(pipeline, conversation, sequence)
         if not short:
-            raise ChatError(
-                f"the row makes {max(len(sequence.ids) for sequence in sequences)} tokens, and no "
-                f"whole turns can go to make it fit the {self._limit} of `max_length`",
-                reason="too long",
-            )
+            raise self._too_long_error(sequences)
         before, after = (
             sum(len(sequence.trained_messages) for sequence in each) for each in (sequences, short)
         )
         return short, before - after
+
+    def _too_long_error(self, sequences: list[EncodedSequence]) -> ChatError:
+        images = [image for sequence in sequences for image in sequence.images]
+        largest = max(images, key=lambda image: image.stop - image.start, default=None)
+        size = 0 if largest is None else largest.stop - largest.start
+        if largest is not None and size > self._limit:
+            return ChatError(
+                f"image {largest.number} of the row makes {size} tokens by itself, more than the "
+                f"{self._limit} of `max_length`, and an image is never cut; make it smaller, or "
+                "raise the length",
+                reason="too long",
+            )
+        return ChatError(
+            f"the row makes {max(len(sequence.ids) for sequence in sequences)} tokens, and no "
+            f"whole turns can go to make it fit the {self._limit} of `max_length`",
+            reason="too long",
+        )
 
     def _drop_turns(
         self, pipeline: TemplatePipeline, conversation: Conversation, sequence: EncodedSequence

@@ -77,6 +77,20 @@ def slice_runs(runs: tuple[OriginRun, ...], start: int, stop: int) -> tuple[Orig
     return tuple(sliced)
 
 
+def origin_spans(runs: Iterable[OriginRun]) -> Iterator[tuple[int, int, FieldOrigin | None]]:
+    """Return where each stretch of one origin starts and ends, and its origin."""
+    begin = position = 0
+    current: FieldOrigin | None = None
+    for length, origin, _ in runs:
+        if origin is not current:
+            if begin < position:
+                yield begin, position, current
+            begin, current = position, origin
+        position += length
+    if begin < position:
+        yield begin, position, current
+
+
 # ruff: noqa: D102 (the methods are those of `str`)
 
 

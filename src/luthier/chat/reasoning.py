@@ -13,9 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from luthier.chat.control_tokens import ControlTokens
 from luthier.chat.conversation import read_conversation
-from luthier.chat.provenance import TracedStr, concat_traced
+from luthier.chat.provenance import TracedStr, concat_traced, origin_spans
 from luthier.chat.template import ChatTemplate
-from luthier.chat.tokens import origin_spans
 from luthier.chat.types import ChatError
 
 # `<name>` and `</name>`, `[NAME]` and `[/NAME]`, `<|name>` and `<name|>`, `<|START_NAME|>` and
@@ -197,7 +196,7 @@ def _close_thought(written: str, closing: str, body: TracedStr) -> TracedStr:
 def _shows_thought(body: TracedStr) -> bool:
     """Return whether a text holds more than content and tool calls."""
     fields = {origin.field for _, origin, _ in body._runs if origin is not None}
-    return bool(fields - {"content", "tool_calls"})
+    return bool(fields - {"content", "image", "tool_calls"})
 
 
 def _template_start(body: TracedStr) -> TracedStr:

@@ -15,9 +15,9 @@ from luthier.chat.argument_forms import ReplySyntaxError
 from luthier.chat.call_grammar import make_calls
 from luthier.chat.conversation import retry_with_empty_content, to_schema
 from luthier.chat.pipeline import TemplatePipeline
-from luthier.chat.provenance import TracedStr
+from luthier.chat.provenance import TracedStr, origin_spans
 from luthier.chat.reply_grammar import ReplyGrammar, ReplyScanner, TextField
-from luthier.chat.tokens import TokenEncoder, origin_spans
+from luthier.chat.tokens import TokenEncoder
 from luthier.chat.turns import RenderedSequence
 from luthier.chat.types import ChatError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from datetime import date as Date
 from datetime import datetime
@@ -16,6 +17,13 @@ from typing import Any, Self
 import jinja2
 from jinja2 import meta, nodes
 
+from luthier.chat.images import (
+    ImageExpander,
+    expand_placeholders,
+    find_placeholders,
+    image_count_error,
+    list_image_origins,
+)
 from luthier.chat.jinja_env import (
     ESCAPING_FILTERS,
     TracedEnvironment,
@@ -23,7 +31,7 @@ from luthier.chat.jinja_env import (
     trace_function,
 )
 from luthier.chat.prefix_tracking import PrefixTracker, TrackedMessages
-from luthier.chat.provenance import TracedStr, concat_traced, join_runs, with_runs
+from luthier.chat.provenance import TracedStr, concat_strings, concat_traced, join_runs, with_runs
 from luthier.chat.template_probe import ENDLESS, MAX_TEMPLATE_CHARS, TOO_LARGE, check_template
 from luthier.chat.types import ChatError
 
@@ -67,11 +75,22 @@ class ChatTemplate:
 
     environment_class: type[TracedEnvironment] = TracedEnvironment
 
-    def __init__(self, source: str, variables: dict[str, Any], date: str, origin: str = "") -> None:
-        """`origin`: where the template comes from, for errors: ` of FOLDER`, or nothing."""
+    def __init__(
+        self,
+        source: str,
+        variables: dict[str, Any],
+        date: str,
+        origin: str = "",
+        images: ImageExpander | None = None,
+    ) -> None:
+        """`origin`: where the template comes from, for errors: ` of FOLDER`, or nothing.
+
+        `images`: what the model's processor makes of images; None for rows of text alone.
+        """
         self.source = source
         self.variables = variables
         self.date = date
+        self.images = images
         self._strftime_now = _make_strftime_now(date)
         self._plain = _compile_or_raise(self._compile_plain, origin)
         self._environment = make_traced_environment(self._plain.environment, self.environment_class)
@@ -137,7 +156,22 @@ class ChatTemplate:
         return without, with_prompt
 
     def render(self, messages: list, tools: list | None, add_generation_prompt: bool) -> TracedStr:
-        """Return the rendered text; raises ChatError with the template's own words."""
+        """Return the rendered text, an image as the text that stands for it.
+
+        Raises ChatError with the template's own words, and for an image that it does not show.
+        """
+        text = self.render_placeholders(messages, tools, add_generation_prompt)
+        if self.images is None or not (origins := list_image_origins(messages)):
+            return text
+        expanded = expand_placeholders([text], origins, self.images)
+        if expanded is None:
+            raise self._image_count_error(messages, tools, add_generation_prompt, self.images)
+        return concat_traced(expanded[0])
+
+    def render_placeholders(
+        self, messages: list, tools: list | None, add_generation_prompt: bool
+    ) -> TracedStr:
+        """Return the text as the template writes it, with its own token for each image."""
         inputs = self._inputs(messages, tools, add_generation_prompt)
         text = concat_traced(self._run(self._traced, inputs, None))
         # Escaping may happen where no trace is kept, so the plain template is asked too.
@@ -153,14 +187,36 @@ class ChatTemplate:
     ) -> TrackedRendering:
         """Return the rendered text, and by the way what the template writes for fewer messages."""
         tracker = PrefixTracker(len(messages))
-        if self.may_escape or not self.can_track_prefixes:
-            # Nothing is known of prefixes then: as if the template had counted the messages.
-            tracker.saw_count()
-            tracker.pieces.append(self.render(messages, tools, add_generation_prompt))
-        else:
+        if not self.may_escape and self.can_track_prefixes:
             tracked = TrackedMessages(messages, tracker)
             self._run(self._traced, self._inputs(tracked, tools, add_generation_prompt), tracker)
+            if self.images is None or not (origins := list_image_origins(messages)):
+                return TrackedRendering(tracker)
+            # Each piece by itself, so that those of shorter prefixes stay what they are.
+            expanded = expand_placeholders(tracker.pieces, origins, self.images)
+            if expanded is not None:
+                tracker.pieces[:] = map(concat_strings, expanded)
+                return TrackedRendering(tracker)
+            tracker = PrefixTracker(len(messages))
+        # Nothing is known of prefixes then: as if the template had counted the messages.
+        tracker.saw_count()
+        tracker.pieces.append(self.render(messages, tools, add_generation_prompt))
         return TrackedRendering(tracker)
+
+    def _image_count_error(
+        self, messages: list, tools: list | None, generation: bool, expander: ImageExpander
+    ) -> ChatError:
+        """Return an error that names the first message whose images are not shown one by one."""
+        counts = []
+        for number, message in enumerate(messages, start=1):
+            if not list_image_origins([message]) and number < len(messages):
+                continue
+            # A template may refuse the first messages by themselves.
+            with suppress(ChatError):
+                text = self.render_placeholders(messages[:number], tools, generation)
+                written = len(find_placeholders(text, expander.placeholder))
+                counts.append((list_image_origins(messages[:number]), written))
+        return image_count_error(counts, expander.placeholder)
 
     def _inputs(self, messages: Any, tools: list | None, generation: bool) -> dict[str, Any]:
         # The names are those that transformers gives every template.

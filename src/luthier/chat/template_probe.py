@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.chat.types import ChatError
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 """Raise it when other conversations or limits decide: what passed before is tried again."""
 MAX_TEMPLATE_CHARS = 1_000_000
 """Characters of a template; the longest on the hub have 50,000."""
@@ -196,6 +196,7 @@ def _find_problem(source: str, variables: dict[str, Any], date: str) -> str | No
     Raises MemoryError where it takes more than the system allows.
     """
     from luthier.chat.conversation import read_conversation
+    from luthier.chat.images import IMAGE_PART
     from luthier.chat.template import ChatTemplate
 
     class ProbedTemplate(ChatTemplate):
@@ -212,7 +213,7 @@ def _find_problem(source: str, variables: dict[str, Any], date: str) -> str | No
         _print_json(name)
         for generation in (False, True):
             try:
-                conversation = read_conversation(messages, tools)
+                conversation = read_conversation(messages, tools, IMAGE_PART)
                 traced = conversation.messages, conversation.tools, generation
                 written = template.render_with_prefixes(*traced).plain
             except ChatError as error:
@@ -300,6 +301,10 @@ def make_probes() -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None]
             yield f"a conversation that begins with {role}", [first, *_turns(4, text)], None
         parts = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         yield "content in parts", [*parts, *_turns(4, text)[1:]], [_TOOL]
+        image = {"type": "image", "image": ""}
+        for content in ([image], [image, {"type": "text", "text": text}] * 2):
+            pictured = {"role": "user", "content": content}
+            yield "content with images", [pictured, *_turns(4, text)[1:]], None
         for field in ("reasoning_content", "thinking", "reasoning"):
             yield (
                 "a conversation with reasoning",

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from luthier.chat.provenance import FieldOrigin, OriginRun
 from luthier.chat.types import ChatError, pack_ids, unpack_ids
 from luthier.chat.word_cache import UNICODE_NORMALIZERS, WordEncoder, make_word_encoder
 
@@ -365,17 +364,3 @@ def _is_position_free(step: dict[str, Any]) -> bool:
 def _splits_words(step: dict[str, Any]) -> bool:
     """Return whether a step splits text into words."""
     return step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"])
-
-
-def origin_spans(runs: Iterable[OriginRun]) -> Iterator[tuple[int, int, FieldOrigin | None]]:
-    """Return where each stretch of one origin starts and ends, and its origin."""
-    begin = position = 0
-    current: FieldOrigin | None = None
-    for length, origin, _ in runs:
-        if origin is not current:
-            if begin < position:
-                yield begin, position, current
-            begin, current = position, origin
-        position += length
-    if begin < position:
-        yield begin, position, current

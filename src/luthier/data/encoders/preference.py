@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from luthier.chat import ChatError, ChatSequence
 from luthier.chat.conversation import read_conversation
+from luthier.chat.images import IMAGE_PART
 from luthier.chat.pipeline import drop_front, turn_starts
 from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem, row_outcome
 from luthier.data.formats import Example
@@ -198,7 +199,7 @@ def _reply(sequence: ChatSequence) -> EncodedReply:
 def _shortened_prompts(example: Mapping[str, Any]) -> list[Messages]:
     """The prompt without its first turn, without its first two, ...; a user's turn stays."""
     prompt: Messages = example["prompt"]
-    conversation = read_conversation(prompt)
+    conversation = read_conversation(prompt, image_part=IMAGE_PART)
     starts = turn_starts(conversation, len(prompt))
     shortened = (drop_front(conversation, start).numbers for start in starts)
     return [[prompt[number] for number in numbers] for numbers in shortened]
