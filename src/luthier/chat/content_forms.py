@@ -64,14 +64,14 @@ class ContentConverter:
                 return part
         return None
 
-    def find_image_part(self, messages: Any) -> Mapping[str, Any] | None:
-        """Return what the template is to see of an image part; None for messages without images.
+    def find_image_part(self, messages: Any) -> Mapping[str, Any]:
+        """Return what the template is to see of an image part.
 
-        Raises ChatError for images that the template does not show.
+        Raises ChatError for messages with images where the template shows none.
         """
         number = find_image_message(messages)
         if number is None:
-            return None
+            return IMAGE_PART
         if self.image_part is None:
             raise ChatError(
                 "the message has an image, and the chat template shows none: it never writes the "

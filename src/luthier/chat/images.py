@@ -59,7 +59,16 @@ class ImageOrigin(FieldOrigin):
     def expand(self, expander: ImageExpander) -> TracedStr:
         """Return the text that stands for the image; the row is rendered more than once."""
         if self._expansion is None:
-            self._expansion = trace_field(self, expander.expand(self.image))
+            text = expander.expand(self.image)
+            if not text:
+                raise ChatError(
+                    "the model's processor writes nothing for this image, so a model trained on "
+                    "the row would not see it",
+                    reason=LOST_IMAGE,
+                    message=self.message,
+                    field=IMAGE_FIELD,
+                )
+            self._expansion = trace_field(self, text)
         return self._expansion
 
 

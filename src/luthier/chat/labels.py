@@ -365,7 +365,8 @@ class LabelBuilder:
 class ImageCore(NamedTuple):
     """The ids from the first added token of an image's text to the last one, packed.
 
-    The tokenizer cuts at added tokens first, so these are the same wherever the text stands.
+    The tokenizer cuts at added tokens first, so these are the same wherever the text stands. Only
+    tokens of white space (Gemma has them) may become longer ones with what stands beside them.
     """
 
     ids: bytes
@@ -378,7 +379,7 @@ class ImageLocator:
 
     def __init__(self, tokens: TokenEncoder) -> None:
         self._tokens = tokens
-        self._added = frozenset(tokens.added.values())
+        self._edges = frozenset(i for token, i in tokens.added.items() if not token.isspace())
         self._cores: dict[str, ImageCore] = {}
         """By the text of an image; images of one size share one."""
 
@@ -407,8 +408,8 @@ class ImageLocator:
             if len(self._cores) >= _MAX_CORES:
                 self._cores.clear()
             (ids,) = self._tokens.encode([TextPiece(text, "start")])
-            added = [number for number, index in enumerate(ids) if index in self._added]
-            core = ids[added[0] : added[-1] + 1] if added else []
+            edges = [number for number, index in enumerate(ids) if index in self._edges]
+            core = ids[edges[0] : edges[-1] + 1] if edges else []
             self._cores[text] = ImageCore(pack_ids(core), len(core) == len(ids))
         return self._cores[text]
 
