@@ -123,6 +123,8 @@ SOURCE = [
     Change("columns", NOTHING, {"prompt": "prompt"}, {}, PAIRS),
     Change("remove_columns", ROWS_CHANGE, ["chat_template_kwargs"], [], ODD),
     Change("json_replies", ROWS_CHANGE, True, False, ODD),
+    # The text that holds it is to be an image then, and the row has none.
+    Change("image_placeholder", ROWS_CHANGE, "e", None, ODD),
     Change("system", ROWS_CHANGE, "Be kind."),
     Change("train_on", ROWS_CHANGE, "last"),
     Change("train_on", NOTHING, "all"),

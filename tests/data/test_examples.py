@@ -4,15 +4,17 @@ import json
 import re
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers.image_files import image_bytes
 from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, save, shown
-from luthier.config.schema import DatasetConfig
+from luthier.config.schema import DatasetConfig, SourceConfig
 from luthier.data import check_sources
-from luthier.data.examples import BadRows
+from luthier.data.examples import BadRows, open_examples
 from luthier.data.prepare import prepare
 from luthier.errors import UserError
 
@@ -186,3 +188,31 @@ def test_the_examples_of_the_docs_are_valid(page):
     for block in blocks:
         DatasetConfig.model_validate(yaml.safe_load(block)["dataset"])
     assert blocks
+
+
+def test_images_are_read_beside_their_file_and_bad_ones_name_row_and_part(write, tmp_path):
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    (folder / "red.png").write_bytes(image_bytes("PNG", 30, 20))
+    rows = [
+        {"prompt": "Colour?", "completion": "Red.", "image": name}
+        for name in ("red.png", "blue.png", "red.png")
+    ]
+    write("sub/rows.jsonl", rows)
+    opened = open_examples(SourceConfig(path="sub/rows.jsonl"), "dataset")
+    bad, kept = BadRows(), []
+    examples = list(opened.examples(bad, keep_image=kept.append))
+    assert [row.where for row in examples] == ["sub/rows.jsonl:1", "sub/rows.jsonl:3"]
+    part = examples[0].example["messages"][0]["content"][0]
+    assert part["image"] == {
+        "sha256": sha256(image_bytes("PNG", 30, 20)).hexdigest(),
+        "width": 30, "height": 20, "source": "red.png",
+    }  # fmt: skip
+    assert "images" not in examples[0].example
+    assert len(kept) == 2
+    (row,) = bad.rows
+    looked_for = folder / "blue.png"
+    assert row.where == "sub/rows.jsonl:2"
+    assert row.problem == f"image: there is no file blue.png (looked for {looked_for})"
+    with pytest.raises(UserError, match=r"rows.jsonl:2: image: there is no file blue.png"):
+        check_sources(DatasetConfig(path="sub/rows.jsonl"))

@@ -169,6 +169,8 @@ class SourceConfig(StrictModel):
     """Train replies that are objects, lists, or true and false as JSON text."""
     system: str | None = None
     """A system prompt for rows that have none."""
+    image_placeholder: Annotated[str, Field(min_length=1)] | None = None
+    """What texts hold where an image stands, such as `<image>`; null: such text is plain text."""
     train_on: Literal["all", "last"] | list[str] | None = None
     """Which turns of these rows train, in place of `chat.train_on`."""
     max_rows: PositiveInt | None = None

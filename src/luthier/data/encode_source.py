@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from luthier.chat import ChatError
 from luthier.data.encoders.chat import (
     COLUMNS_SETTING,
+    IMAGES_COLUMN,
     EncodedRows,
     RowEncoder,
     RowState,
@@ -36,6 +37,7 @@ from luthier.data.fingerprints import (
     pack_fingerprints,
 )
 from luthier.data.formats.messages import find_other_keys
+from luthier.data.images.image_table import ImageTableWriter, StoredImages
 from luthier.data.rows import BadRow, excerpt
 from luthier.data.store import EntryWriter, Store, StoredEntry, TokenTable, cache_key
 from luthier.errors import UserError
@@ -46,10 +48,10 @@ CHUNK_ROWS = 1000
 """Rows that are encoded at once."""
 CHUNKS_PER_COLLECTION = 100
 """Chunks behind which garbage is collected, should a function of the user's own make some."""
-TABLE_LAYOUT = 2
+TABLE_LAYOUT = 3
 """Raise it when other tables or columns are written for the same rows."""
-TABLE_NAMES = ("rows", "tokens", "hashes")
-"""What is written: one entry a row; one a sequence; the hash of each sequence."""
+TABLE_NAMES = ("rows", "tokens", "hashes", "images")
+"""What is written: one entry a row; one a sequence; the hash of each sequence; one an image."""
 
 
 def encode_rows(
@@ -63,8 +65,8 @@ def encode_rows(
 
     for name in TABLE_NAMES:
         writer.table(name)
-    bad = BadRows()
-    rows = opened.examples(bad, opened.source.rows(verify=True))
+    bad, images = BadRows(), ImageTableWriter(writer)
+    rows = opened.examples(bad, opened.source.rows(verify=True), images.keep)
     settings = encoder.settings()
     keeps_columns = bool(settings.get(COLUMNS_SETTING))
     other_keys: Counter[str] = Counter()
@@ -76,12 +78,13 @@ def encode_rows(
     with bar, _executor(encoder, workers) as submit, pause_gc():
         encoded_chunks = _in_order(submit, _chunks(rows, bad, drop), 2 * workers)
         for number, (chunk, encoded) in enumerate(encoded_chunks, start=1):
-            _write(writer, chunk, *encoded, keeps_columns)
+            _write(writer, chunk, *encoded, keeps_columns, images)
             for row in chunk:
                 other_keys.update(find_other_keys(row.placed.example))
             bar.update(len(chunk))
             if number % CHUNKS_PER_COLLECTION == 0:
                 gc.collect(0)
+    images.flush()
     if not drop:
         bad.raise_if_any(opened)
     return {
@@ -236,8 +239,9 @@ def _write(
     encoded: EncodedRows,
     hashes: Fingerprints,
     keeps_columns: bool,
+    images: ImageTableWriter,
 ) -> None:
-    """Write a chunk's rows and their token rows."""
+    """Write a chunk's rows and their token rows, which name images by their numbers."""
     outcomes = encoded.outcomes
     # -1 where nothing was cut: a cut may also cost no trained turn.
     cut_turns = [-1 if row.cut_turns is None else row.cut_turns for row in outcomes]
@@ -254,7 +258,10 @@ def _write(
             **({"columns": _columns(chunk)} if keeps_columns else {}),
         }
     )
-    writer.table("tokens").append(encoded.columns)
+    columns = dict(encoded.columns)
+    if encoded.digests is not None:
+        columns[IMAGES_COLUMN] = images.number(encoded.digests)
+    writer.table("tokens").append(columns)
     writer.table("hashes").append(_split_halves("hash", hashes))
 
 
@@ -290,7 +297,10 @@ class EncodedSource:
         """One a row: `print_0`, `print_1`, `where`, `example`, `sequences`, `state`, `problem`,
         `reason`, `cut`; and where the encoder keeps them, `columns`."""
         self.tokens: TokenTable = stored.table("tokens")
-        """One a sequence: `input_ids`, `labels`, `trained`."""
+        """One a sequence: `input_ids`, `labels`, `trained`, and where a model sees images,
+        `images`."""
+        self.images = StoredImages(stored.table("images"), opened.names)
+        """The images of the rows; their numbers stand in the column `images` of `tokens`."""
         self._hashes: TokenTable = stored.table("hashes")
         self._names = dict(zip(stored.manifest["names"], opened.names, strict=True))
         self.filtered: int = stored.manifest["filtered"]
@@ -419,6 +429,10 @@ def encode_source(
             raise
 
     source = EncodedSource(opened, store.open_or_make(key, make))
+    if changes := source.images.find_changes():
+        # The files of images are no part of the key, which is known before any row is read.
+        changed_key = cache_key({"rows": key, "images": changes})
+        source = EncodedSource(opened, store.open_or_make(changed_key, make))
     if not drop:
         bad = BadRows(source.bad_rows)
         bad.raise_if_any(opened)

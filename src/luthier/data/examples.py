@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ from luthier.config.methods import check_example_type
 from luthier.config.schema import MAIN_SOURCE, DatasetConfig, SourceConfig
 from luthier.data.filter import SearchTimeoutError, compile_filter
 from luthier.data.formats import Example, RowFormat, detect_format
-from luthier.data.rows import BadRow, Row, RowError, bad_rows_error, excerpt
+from luthier.data.formats.image_parts import IMAGES, image_parts
+from luthier.data.images.reader import ImageReader, ReadImage, is_web_address
+from luthier.data.rows import BadRow, Row, RowError, bad_rows_error, excerpt, shorten_bytes
 from luthier.data.sources import Source, open_source
 from luthier.errors import UserError
 
@@ -19,8 +22,15 @@ _CSV = {"csv", "tsv"}
 _PATH, _SPLIT = "dataset.eval.path", "dataset.eval.split"
 
 
+KeepImage = Callable[[ReadImage], None]
+"""Takes each image of an example that is read, with its bytes where no file holds them."""
+
+
 class LocatedExample(NamedTuple):
-    """An example, the place of its row such as `data.jsonl:7`, and all columns of the row."""
+    """An example, the place of its row such as `data.jsonl:7`, and all columns of the row.
+
+    Of a row with images the columns have no bytes of them.
+    """
 
     example: Example
     where: str
@@ -42,22 +52,33 @@ class OpenedSource:
         """The names that the places of its rows begin with."""
         return self.source.files or (self.source.label,)
 
+    @cached_property
+    def images(self) -> ImageReader:
+        """What reads the images of its rows."""
+        return ImageReader(self.names)
+
     def settings(self) -> dict[str, Any]:
         """Return all that decides the examples besides the content, as JSON values."""
         return {
             "source": self.source.settings(),
+            "images": ImageReader.settings(),
             # This key decides the names of entries in the cache: it keeps its old name.
             "shape": self.row_format.settings(),
             "filter": self.config.filter,
         }
 
     def examples(
-        self, bad: "BadRows", rows: Iterable[Row | BadRow] | None = None
+        self,
+        bad: "BadRows",
+        rows: Iterable[Row | BadRow] | None = None,
+        keep_image: KeepImage = lambda image: None,
+        fetch: bool = True,
     ) -> Iterator[LocatedExample]:
         """Yield the examples of the rows that pass the filter, and note the others in `bad`.
 
-        `rows` are some of the source's rows; None reads all. Raises UserError where a search of
-        the filter takes too long.
+        `rows` are some of the source's rows; None reads all. `keep_image` gets each image before
+        the example that has it. Without `fetch`, images of web addresses are not looked at. Raises
+        UserError where a search of the filter takes too long.
         """
         passes = _row_filter(self.config, self.key)
         for row in self.source.rows() if rows is None else rows:
@@ -65,14 +86,39 @@ class OpenedSource:
                 bad.rows.append(row)
                 continue
             try:
-                if passes(row.fields):
-                    yield LocatedExample(self.row_format.read(row), row.where, row.fields)
-                else:
+                if not passes(row.fields):
                     bad.filtered += 1
+                    continue
+                example, columns = self.row_format.read(row), row.fields
+                if IMAGES in example:
+                    example = self._with_images(example, row.where, keep_image, fetch)
+                    columns = shorten_bytes(columns)
+                yield LocatedExample(example, row.where, columns)
             except RowError as error:
                 bad.add(row.where, str(error), excerpt(row.fields))
             except SearchTimeoutError as error:
                 raise UserError(f"{row.where}: {error}") from None
+
+    def _with_images(
+        self, example: Example, where: str, keep_image: KeepImage, fetch: bool
+    ) -> Example:
+        """Return the example with a reference in each part of an image; RowError names the part."""
+        images = []
+        for part in image_parts(example):
+            unread = part["image"]
+            if not fetch and is_web_address(unread.value):
+                continue
+            try:
+                images.append(self.images.read(unread.value, where))
+            except RowError as error:
+                raise RowError(f"{unread.label}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{where}: {unread.label}: {error}") from None
+            part["image"] = {**images[-1].ref}
+        # Only once all of them are whole: a bad row leaves nothing behind.
+        for image in images:
+            keep_image(image)
+        return {name: value for name, value in example.items() if name != IMAGES}
 
 
 @dataclass
@@ -176,7 +222,7 @@ def check_sources(config: DatasetConfig, method: str | None = None) -> DatasetSo
             check_example_type(method, opened.row_format.example_type, key, format_key(key))
         if config.on_bad_row == "error":
             bad = BadRows()
-            for _ in opened.examples(bad, opened.source.peek(PEEKED_ROWS)):
+            for _ in opened.examples(bad, opened.source.peek(PEEKED_ROWS), fetch=False):
                 pass
             bad.raise_if_any(opened)
     return sources

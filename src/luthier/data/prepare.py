@@ -18,7 +18,7 @@ from luthier.data.encode_source import (
     expand_ranges,
     source_cache_key,
 )
-from luthier.data.encoders.chat import EncoderFactory, RowState
+from luthier.data.encoders.chat import IMAGES_COLUMN, EncoderFactory, RowState
 from luthier.data.examples import (
     DatasetSources,
     LocatedExample,
@@ -275,7 +275,8 @@ def _epoch_rows(trained: Mapping[str, EncodedSource], selection: RowSelection) -
     counts = np.concatenate([source.sequences for source in trained.values()]).astype(np.int64)
     starts = np.cumsum(counts) - counts
     index = expand_ranges(starts[selection.epoch], counts[selection.epoch])
-    return TokenRows(table, index, _column_reader(trained.values()))
+    sources = [*trained.values()]
+    return TokenRows(table, index, _column_reader(sources), _image_reader(sources))
 
 
 def _eval_splits(evaluated: Mapping[str, EncodedSource]) -> dict[str, SplitRows]:
@@ -299,7 +300,9 @@ def _rows_of(split: SplitRows) -> TokenRows:
         table.start_of(number) + source.sequences_of(rows)
         for number, (source, rows) in enumerate(split)
     ]
-    return TokenRows(table, np.concatenate(index), _column_reader(source for source, _ in split))
+    sources = [source for source, _ in split]
+    readers = _column_reader(sources), _image_reader(sources)
+    return TokenRows(table, np.concatenate(index), *readers)
 
 
 class SourceColumns:
@@ -322,11 +325,38 @@ class SourceColumns:
         return columns
 
 
-def _column_reader(sources: Iterable[EncodedSource]) -> SourceColumns | None:
+def _column_reader(sources: Sequence[EncodedSource]) -> SourceColumns | None:
     """Return what reads the columns of sources; None where one does not keep them."""
-    sources = list(sources)
     kept = all("columns" in source.rows.columns for source in sources)
     return SourceColumns(sources) if kept else None
+
+
+class SourceImages:
+    """Reads the images of each sequence of several sources, by the sequence's number."""
+
+    def __init__(self, sources: Sequence[EncodedSource]) -> None:
+        """Take the sources in the order in which their sequences are numbered."""
+        # The tables alone, as `SourceColumns` has them.
+        self._tables = [source.tokens for source in sources]
+        self._images = [source.images for source in sources]
+        self._starts = np.cumsum([0, *map(len, self._tables)])
+
+    def __call__(self, number: int) -> tuple[bytes, ...]:
+        """Return the bytes of a sequence's images in the order of their tokens.
+
+        Raises UserError for an image that is gone or changed since it was encoded.
+        """
+        source = int(np.searchsorted(self._starts, number, side="right")) - 1
+        if IMAGES_COLUMN not in self._tables[source].columns:
+            return ()
+        row = int(number - self._starts[source])
+        (numbers,) = self._tables[source].values(IMAGES_COLUMN, [row])
+        return tuple(map(self._images[source].read, numbers.tolist()))
+
+
+def _image_reader(sources: Sequence[EncodedSource]) -> SourceImages | None:
+    """Return what reads the images of sources; None where no source has any."""
+    return SourceImages(sources) if any(len(source.images) for source in sources) else None
 
 
 def _count_train(

@@ -36,11 +36,42 @@ class RowError(Exception):
 
 def excerpt(value: Any) -> str:
     """The start of a value as one short line."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, default=_describe_other)
+    text = value
     text = " ".join(text.split())
     text = text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 3] + "..."
     # Half of a surrogate pair cannot be printed.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _describe_other(value: Any) -> str:
+    """What JSON does not have, in short: of bytes their number, of a picture its size."""
+    if is_picture(value):
+        return f"a picture of {value.width} x {value.height}"
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
+def is_picture(value: Any) -> bool:
+    """Whether a value is a picture of Pillow, which is not imported for the answer."""
+    return any(cls.__module__.startswith("PIL.") for cls in type(value).__mro__)
+
+
+_LONGEST_DATA_ADDRESS = 200
+
+
+def shorten_bytes(value: Any) -> Any:
+    """The value with texts such as `1234 bytes` in place of bytes and of images as base64."""
+    if isinstance(value, dict):
+        return {key: shorten_bytes(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shorten_bytes(item) for item in value]
+    if isinstance(value, str) and len(value) > _LONGEST_DATA_ADDRESS and value.startswith("data:"):
+        head = value[:_LONGEST_DATA_ADDRESS].partition(",")[0]
+        return f"{head},... {len(value)} characters"
+    if isinstance(value, str | int | float | None):
+        return value
+    return _describe_other(value)
 
 
 def describe_type(value: Any) -> str:

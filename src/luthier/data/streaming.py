@@ -14,7 +14,12 @@ import numpy as np
 from luthier.chat import ChatError
 from luthier.config.schema import DatasetConfig
 from luthier.data.encode_source import unread_keys
-from luthier.data.encoders.chat import EncodedRows, EncoderFactory, RowEncoder, RowState
+from luthier.data.encoders.chat import (
+    EncodedRows,
+    EncoderFactory,
+    RowEncoder,
+    RowState,
+)
 from luthier.data.examples import (
     PEEKED_ROWS,
     BadRows,
@@ -22,6 +27,7 @@ from luthier.data.examples import (
     LocatedExample,
     OpenedSource,
 )
+from luthier.data.formats.image_parts import image_parts
 from luthier.data.formats.messages import find_other_keys
 from luthier.errors import UserError
 
@@ -58,7 +64,7 @@ class TokenRowStream:
     def unread_keys(self, key: str) -> dict[str, int]:
         """Return the keys of messages that nothing reads, among the first rows of a source."""
         opened, found = self.opened[key], Counter[str]()
-        for row in opened.examples(BadRows(), opened.source.peek(PEEKED_ROWS)):
+        for row in opened.examples(BadRows(), opened.source.peek(PEEKED_ROWS), fetch=False):
             found.update(find_other_keys(row.example))
         return unread_keys(found, self.encoders[key].settings().get("template"))
 
@@ -112,6 +118,8 @@ class TokenRowStream:
             if error.row is None:
                 raise
             raise UserError(f"{chunk[error.row].where}: {error.description}") from error
+        if encoded.has_images:
+            raise _images_error(next(row for row in chunk if any(image_parts(row.example))))
         for row, outcome in zip(chunk, encoded.outcomes, strict=True):
             if outcome.state != RowState.TRAINS:
                 self._tell(row.where, outcome.state.name.lower(), outcome.problem)
@@ -128,10 +136,15 @@ def open_stream(
 ) -> TokenRowStream:
     """Open the training sources as a stream.
 
-    Raises UserError for settings that need all rows to be known: duplicates, a share or a count.
+    Raises UserError for settings that need all rows to be known (duplicates, a share or a count)
+    and for rows with images.
     """
     _check_streamable(sources.config)
     opened = {source.key: source for source in sources.open_train().values()}
+    for source in opened.values():
+        for row in source.examples(BadRows(), source.source.peek(PEEKED_ROWS), fetch=False):
+            if any(image_parts(row.example)):
+                raise _images_error(row)
     row_encoders = {
         key: encoders(source.row_format.example_type, source.config, key)
         for key, source in opened.items()
@@ -159,6 +172,16 @@ def _check_streamable(config: DatasetConfig) -> None:
                 f"dataset.sources.{name}.repeats={source.repeats:g}: a stream is read whole times. "
                 "Give a whole number, or weights with dataset.mix=interleave."
             )
+
+
+def _images_error(row: LocatedExample) -> UserError:
+    """The error for a row with images, whose bytes are read when it trains."""
+    return UserError(
+        f"{row.where}: dataset.streaming=true keeps nothing of the rows, and the images of this "
+        "one are to be found again when it trains. Set dataset.streaming=false; only tokens and "
+        "references to the images are then kept on disk, and images that no file of their own "
+        "holds."
+    )
 
 
 def _repeated(

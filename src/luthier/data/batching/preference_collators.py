@@ -33,6 +33,8 @@ class PreferenceItem(NamedTuple):
     partner: Row
     """The row itself where nothing is compared."""
     real: bool
+    images: tuple[bytes, ...] = ()
+    """The images of the row's prompt as their files have them, in the order of their tokens."""
 
 
 class PreferenceDataset(SampledDataset):
@@ -44,7 +46,8 @@ class PreferenceDataset(SampledDataset):
         number, partner = (numbers or (0,))[0], (numbers or (0,))[-1]
         row = self.table.row(number)
         other = row if partner == number else self.table.row(partner)
-        return PreferenceItem(number, row, other, real=bool(numbers))
+        images = self.read_images(number) if self.read_images is not None else ()
+        return PreferenceItem(number, row, other, bool(numbers), images)
 
 
 class TableWithColumns:

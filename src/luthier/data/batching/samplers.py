@@ -153,6 +153,7 @@ class SampledDataset:
         self.sampler = sampler
         self.table = sampler.rows.table
         self.read_columns = sampler.rows.read_columns if with_columns else None
+        self.read_images = sampler.rows.read_images
         self.count = sampler.count
 
     def __len__(self) -> int:
@@ -161,6 +162,9 @@ class SampledDataset:
 
     def __getitem__(self, numbers: RowTuple) -> TrainingRow:
         documents = tuple(to_document(self.table.row(number)) for number in numbers)
+        if self.read_images is not None:
+            images = map(self.read_images, numbers)
+            documents = tuple(d._replace(images=i) for d, i in zip(documents, images, strict=True))
         if self.read_columns is None:
             return documents
         columns = map(self.read_columns, numbers)
@@ -172,7 +176,8 @@ class SampledDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker process needs the table alone, not the order of all rows."""
-        return {"table": self.table, "count": self.count, "read_columns": self.read_columns}
+        names = ("table", "count", "read_columns", "read_images")
+        return {name: getattr(self, name) for name in names}
 
 
 def to_document(row: Any) -> Document:

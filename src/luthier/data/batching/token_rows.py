@@ -23,6 +23,8 @@ class Document(NamedTuple):
     """int32, shape (tokens,); -100 where nothing trains."""
     columns: Mapping[str, Any] | None = None
     """The columns of the row as its source has them; None where nothing reads them."""
+    images: tuple[bytes, ...] = ()
+    """The images of the row as their files have them, in the order of their tokens."""
 
 
 TrainingRow = tuple[Document, ...]
@@ -75,21 +77,29 @@ def _flat(column: Sequence[Sequence[int]]) -> Array:
 
 ReadColumns = Callable[[int], Mapping[str, Any]]
 """Takes the number of a row of a table, returns its columns."""
+ReadImages = Callable[[int], tuple[bytes, ...]]
+"""Takes the number of a row of a table, returns the bytes of its images in the order of their
+tokens."""
 
 
 class TokenRows:
     """The rows of a table that take part, perhaps some of them several times."""
 
     def __init__(
-        self, table: RowTable, index: Array | None = None, read_columns: ReadColumns | None = None
+        self,
+        table: RowTable,
+        index: Array | None = None,
+        read_columns: ReadColumns | None = None,
+        read_images: ReadImages | None = None,
     ) -> None:
         """`index` holds row numbers of the table (a mixture, or one side of a split); None: all.
 
         `read_columns` gives the columns of a row as its source has them; None where they are not
-        kept.
+        kept. `read_images` gives its images; None where no row has any.
         """
         self.table = table
         self.read_columns = read_columns
+        self.read_images = read_images
         self.index = index
         self.lengths: Array = table.lengths if index is None else table.lengths[index]
         """The tokens of each row that takes part."""

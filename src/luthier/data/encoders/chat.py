@@ -8,21 +8,30 @@ from enum import IntEnum
 from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import IGNORED, ChatBatch, ChatError, ChatSequence
 from luthier.chat.encoder import OnEmpty
+from luthier.chat.images import ImageExpander
 from luthier.config.schema import SourceConfig
 from luthier.data.formats import Example
+from luthier.data.formats.image_parts import image_parts
 from luthier.data.store import Ragged
 from luthier.data.store.table import Column, to_arrow
 from luthier.storage.cache import KeyFolder, cache_root
 
 COLUMNS_SETTING = "columns"
 """The setting of an encoder that has the columns of each row kept beside its example."""
+
+IMAGES_COLUMN = "images"
+"""The column of token rows with the images of each, in the order of their tokens.
+
+An encoder gives the SHA-256 of each, one behind the other; the store, the numbers of its table of
+images.
+"""
 
 RowProblem = tuple[str, str]
 """Why a row is dropped or not whole: the reason in a few words, and the encoder's own words."""
@@ -82,6 +91,16 @@ class EncodedRows:
     """The token rows, one entry a sequence in each column; `trained` counts those that train."""
     outcomes: list[RowOutcome]
     """What becomes of each example."""
+
+    @property
+    def digests(self) -> Sequence[bytes] | None:
+        """The SHA-256 of the images of each sequence; None where the model sees none."""
+        return cast("Sequence[bytes] | None", self.columns.get(IMAGES_COLUMN))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a sequence has an image."""
+        return any(self.digests or ())
 
     @property
     def counts(self) -> list[int]:
@@ -155,6 +174,8 @@ def _bytes_of_rows(column: Column) -> list[memoryview]:
     array: Any = to_arrow(column)
     if types.is_large_string(array.type):
         return [memoryview(text.encode()) for text in array.to_pylist()]
+    if types.is_large_binary(array.type):
+        return [memoryview(data) for data in array.to_pylist()]
     is_ragged = types.is_list(array.type)
     numbers = (array.values if is_ragged else array).to_numpy()
     offsets = array.offsets.to_numpy() if is_ragged else np.arange(len(numbers) + 1)
@@ -181,6 +202,17 @@ def _token_rows(sequences: Sequence[ChatSequence]) -> dict[str, Column]:
     }
 
 
+def image_digests(example: Mapping[str, Any], sequence: ChatSequence) -> bytes:
+    """Return the SHA-256 of each image of a sequence of an example, one behind the other.
+
+    They are in the order of their tokens. Images that went with turns to fit the length are none.
+    """
+    if not sequence.images:
+        return b""
+    digests = [bytes.fromhex(part["image"]["sha256"]) for part in image_parts(example)]
+    return b"".join(digests[image.number] for image in sequence.images)
+
+
 def _inside(size: int, stretches: list[tuple[int, int]]) -> NDArray[np.bool_]:
     """Which of so many tokens are inside one of the stretches, which share no token."""
     starts, stops = np.array(stretches, np.int64).reshape(-1, 2).T
@@ -198,12 +230,16 @@ def share_templates_that_passed() -> None:
 
 
 class ConversationEncoder:
-    """Conversations as `input_ids` and `labels`."""
+    """Conversations as `input_ids` and `labels`, and `images` for a model that sees them."""
 
-    def __init__(self, tokenizer: Any, settings: dict[str, Any]) -> None:
-        """`settings`: those of `luthier.chat.ChatEncoder`."""
+    def __init__(
+        self, tokenizer: Any, settings: dict[str, Any], images: ImageExpander | None = None
+    ) -> None:
+        """`settings`: those of `luthier.chat.ChatEncoder`; `images`: what the model's processor
+        makes of images, None for a model of text alone."""
         self._tokenizer = tokenizer
         self._settings = settings
+        self.images = images
 
     @cached_property
     def chat(self) -> Any:
@@ -211,7 +247,7 @@ class ConversationEncoder:
         from luthier.chat import ChatEncoder
 
         share_templates_that_passed()
-        encoder = ChatEncoder.from_settings(self._tokenizer, self._settings)
+        encoder = ChatEncoder.from_settings(self._tokenizer, self._settings, self.images)
         encoder.check_variables()
         return encoder
 
@@ -230,10 +266,18 @@ class ConversationEncoder:
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
         """Encode dicts of messages and tools."""
         batch = self.chat.encode_batch(examples)
-        return EncodedRows(_token_rows(batch.sequences), batch_outcomes(batch))
+        columns = _token_rows(batch.sequences)
+        if self.images is not None:
+            columns[IMAGES_COLUMN] = [
+                image_digests(example, sequence)
+                for example, sequences in zip(examples, batch.rows, strict=True)
+                for sequence in sequences
+            ]
+        return EncodedRows(columns, batch_outcomes(batch))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_tokenizer": self._tokenizer, "_settings": self._settings}
+        # Without the chat encoder, which is made where it is needed.
+        return {name: getattr(self, name) for name in ("_tokenizer", "_settings", "images")}
 
 
 class ColumnKeepingEncoder:

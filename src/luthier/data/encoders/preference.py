@@ -5,7 +5,8 @@ that generation starts from, and what trains is what the model would have to wri
 the stop token. All replies of an example must stand behind the same ids.
 
 Every token row has the columns `trained` (how many tokens train), `length` (the tokens of its
-longest sequence) and `tokens` (those of all).
+longest sequence) and `tokens` (those of all), and `images` (those of the prompt) for a model that
+sees them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from typing import Any, ClassVar, NamedTuple
 
 from luthier.chat import ChatError, ChatSequence
 from luthier.chat.conversation import read_conversation
-from luthier.chat.images import IMAGE_PART
+from luthier.chat.images import IMAGE_PART, ImageExpander
 from luthier.chat.pipeline import drop_front, turn_starts
-from luthier.data.encoders.chat import ConversationEncoder, EncodedRows, RowProblem, row_outcome
+from luthier.data.encoders.chat import (
+    IMAGES_COLUMN,
+    ConversationEncoder,
+    EncodedRows,
+    RowProblem,
+    image_digests,
+    row_outcome,
+)
 from luthier.data.formats import Example
 from luthier.data.formats.conversations import template_inputs
 
@@ -52,6 +60,8 @@ class ComparedReplies:
     replies: list[EncodedReply] = field(default_factory=list)
     problem: RowProblem | None = None
     """What is wrong with it, also where it is kept."""
+    images: bytes = b""
+    """The SHA-256 of each image of the prompt, one behind the other."""
     is_cut: bool = False
 
     def __bool__(self) -> bool:
@@ -62,13 +72,19 @@ class ReplyEncoder:
     """Encodes the replies of examples: those that stand under `names`, such as `chosen`."""
 
     def __init__(
-        self, tokenizer: Any, settings: dict[str, Any], names: Sequence[str], whole: bool = False
+        self,
+        tokenizer: Any,
+        settings: dict[str, Any],
+        names: Sequence[str],
+        whole: bool = False,
+        images: ImageExpander | None = None,
     ) -> None:
         """`settings`: those of `luthier.chat.ChatEncoder`; `max_length` counts prompt and reply,
         and with `whole` all that the template writes. Without `whole`, the prompts of the replies
-        must be the same."""
-        self._conversations = ConversationEncoder(tokenizer, settings | {"max_length": None})
-        self._limit: int | None = settings["max_length"]
+        must be the same. `images`: as `ConversationEncoder` takes it."""
+        limit, settings = settings["max_length"], settings | {"max_length": None}
+        self._conversations = ConversationEncoder(tokenizer, settings, images)
+        self._limit: int | None = limit
         self._on_long: str = settings["on_long"]
         self._names = tuple(names)
         self._whole = whole
@@ -118,12 +134,16 @@ class ReplyEncoder:
         reports = {error.row: error for error in reversed(batch.reports)}
         for start in range(0, len(conversations), count):
             rows = batch.rows[start : start + count]
-            yield self._one(rows, [reports.get(start + side) for side in range(count)])
+            reports_of_row = [reports.get(start + side) for side in range(count)]
+            yield self._one(examples[start // count], rows, reports_of_row)
 
     def _one(
-        self, rows: list[list[ChatSequence]], reports: Sequence[ChatError | None]
+        self,
+        example: Example,
+        rows: list[list[ChatSequence]],
+        reports: Sequence[ChatError | None],
     ) -> ComparedReplies:
-        """The replies of one example, whose conversations make these sequences."""
+        """The replies of an example, whose conversations make these sequences."""
         problem = None
         for name, sequences, report in zip(self._names, rows, reports, strict=True):
             if report is not None:
@@ -137,7 +157,14 @@ class ReplyEncoder:
         prompts = [sequence.input_ids[:start] for sequence, start in zip(last, starts, strict=True)]
         if any(prompt != prompts[0] for prompt in prompts) and not self._whole:
             return ComparedReplies(problem=_different_prompts_problem(self._names))
-        return ComparedReplies(prompts[0], [*map(_reply, last)], problem)
+        for name, sequence, start in zip(self._names, last, starts, strict=True):
+            if any(image.start >= start for image in sequence.images):
+                return ComparedReplies(problem=_image_in_reply_problem(name))
+        images = {image_digests(example, sequence) for sequence in last}
+        # The tokens of two images of one size are the same.
+        if len(images) > 1:
+            return ComparedReplies(problem=_different_prompts_problem(self._names))
+        return ComparedReplies(prompts[0], [*map(_reply, last)], problem, images.pop())
 
     def _stops_at(self, reason: str) -> bool:
         if reason == "too long":
@@ -213,6 +240,14 @@ def _rewritten_reply_problem(name: str) -> RowProblem:
     return "template rewrites the reply", description
 
 
+def _image_in_reply_problem(name: str) -> RowProblem:
+    description = (
+        f"{name} holds an image, and models that reply write text alone. Make the turns up to the "
+        "image part of the prompt"
+    )
+    return "image in a reply", description
+
+
 def _different_prompts_problem(names: Sequence[str]) -> RowProblem:
     description = (
         f"the template writes the prompt of {' and '.join(names)} in different ways, so the "
@@ -235,10 +270,14 @@ class PreferenceRowEncoder:
     whole: ClassVar[bool] = False
     """Whether rows hold whole conversations."""
 
-    def __init__(self, tokenizer: Any, settings: dict[str, Any]) -> None:
-        """`settings`: those of `luthier.chat.ChatEncoder`."""
-        self._given = (tokenizer, settings)
-        self._replies = ReplyEncoder(tokenizer, settings, self.names, self.whole)
+    def __init__(
+        self, tokenizer: Any, settings: dict[str, Any], images: ImageExpander | None = None
+    ) -> None:
+        """`settings`: those of `luthier.chat.ChatEncoder`; `images`: what the model's processor
+        makes of images, None for a model of text alone."""
+        self._given = (tokenizer, settings, images)
+        self._has_images = images is not None
+        self._replies = ReplyEncoder(tokenizer, settings, self.names, self.whole, images)
 
     def settings(self) -> dict[str, Any]:
         """All that decides the rows besides the tokenizer, for JSON."""
@@ -254,6 +293,10 @@ class PreferenceRowEncoder:
             self.rows(example, replies) if replies else []
             for example, replies in zip(examples, compared, strict=True)
         ]
+        if self._has_images:
+            for replies, values_of_rows in zip(compared, rows, strict=True):
+                for values in values_of_rows:
+                    values[IMAGES_COLUMN] = replies.images
         return EncodedRows(
             _columns(chain.from_iterable(rows)),
             [

@@ -42,6 +42,8 @@ class ColumnMapping:
     """Whether replies that are objects, lists, or true and false train as JSON text."""
     number_labels: bool = False
     """Whether labels that are text are numbers: cells of CSV have no other type."""
+    image_placeholder: str | None = None
+    """What texts hold where an image stands; None where placeholders are plain text."""
 
     def take(self, row: Row, name: str) -> Any:
         """Return the row's value of a needed column.

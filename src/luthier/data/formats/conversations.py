@@ -15,6 +15,7 @@ from luthier.data.formats.columns import (
     require_list,
     require_text,
 )
+from luthier.data.formats.image_parts import fill_image_parts
 from luthier.data.formats.messages import (
     Message,
     parse_message_list,
@@ -158,12 +159,13 @@ def add_system_prompt(messages: list[Message], row: Row, columns: ColumnMapping)
 def add_template_inputs(example: Example, row: Row, columns: ColumnMapping) -> Example:
     """Return the example with what its row has for the chat template beside the messages, if any.
 
-    That is `tools`, and `chat_template_kwargs`: the row's own variables.
+    That is `tools`, `chat_template_kwargs` (the row's own variables), and images.
     """
     value = columns.get(row, "tools")
     tools = None if is_empty_cell(value) else read_tools(value, columns.source_name("tools"))
     inputs = {"tools": tools, TEMPLATE_KWARGS: _read_template_kwargs(row, columns)}
-    return {**example, **{name: value for name, value in inputs.items() if value}}
+    example = {**example, **{name: value for name, value in inputs.items() if value}}
+    return fill_image_parts(example, row, columns)
 
 
 def template_inputs(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from luthier.data.formats.columns import (
     is_empty_cell,
 )
 from luthier.data.formats.conversations import Example
+from luthier.data.formats.image_parts import TYPED_PLACEHOLDER, TypedPlaceholderError
 from luthier.data.formats.labelled import parse_number
 from luthier.data.formats.registry import (
     FORMAT_VARIANTS,
@@ -42,8 +43,8 @@ CONTEXT_COLUMNS = (
     "context", "contexts", "passage", "document", "documents", "choices", "options",
 )  # fmt: skip
 """Columns that a question cannot be answered without."""
-_WITH_SYSTEM = ("conversation", "preference", "unpaired")
-"""Types of examples that have messages, and so may have a system prompt."""
+_WITH_MESSAGES = ("conversation", "preference", "unpaired")
+"""Types of examples that have messages, and so may have a system prompt and images."""
 _NEEDED_COLUMN_NAMES = frozenset(
     name for variant in FORMAT_VARIANTS for column in variant.needed for name in column.aliases
 )
@@ -80,6 +81,9 @@ class RowFormat:
         except NoTextReplyError as error:
             setting = format_override(f"{self.key}.json_replies", True)
             raise RowError(f"{error}. To train it as JSON text, set {setting}") from None
+        except TypedPlaceholderError as error:
+            setting = format_override(f"{self.key}.image_placeholder", TYPED_PLACEHOLDER)
+            raise RowError(f"{error}. If each stands for an image, set {setting}") from None
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the examples, for JSON."""
@@ -91,6 +95,7 @@ class RowFormat:
             "version": FORMAT_VERSION,
             "json_replies": self.columns.json_replies,
             "number_labels": self.columns.number_labels,
+            "image_placeholder": self.columns.image_placeholder,
         }
 
     def _describe_other_type(self, row: Row) -> str:
@@ -342,11 +347,13 @@ def _row_format(match: FormatMatch, detection: DetectionInput, text_cells: bool)
     the same optional one.
     """
     config = detection.config
-    if config.system is not None and match.variant.example_type not in _WITH_SYSTEM:
-        raise UserError(
-            f"{detection.key}.system is for conversations, and {detection.source} is read as "
-            f"{match.variant.type}. Remove it."
-        )
+    for setting in ("system", "image_placeholder"):
+        is_set = getattr(config, setting) is not None
+        if is_set and match.variant.example_type not in _WITH_MESSAGES:
+            raise UserError(
+                f"{detection.key}.{setting} is for conversations, and {detection.source} is read "
+                f"as {match.variant.type}. Remove it."
+            )
     source_names, late_names = dict(match.source_names), {}
     for optional in match.variant.optional:
         columns = [
@@ -376,6 +383,7 @@ def _row_format(match: FormatMatch, detection: DetectionInput, text_cells: bool)
         config.system,
         config.json_replies,
         text_cells and _has_number_labels(match, detection),
+        config.image_placeholder,
     )
     return RowFormat(match.variant, mapping, unused, detection.key)
 

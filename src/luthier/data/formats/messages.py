@@ -18,6 +18,12 @@ from luthier.data.formats.columns import (
     reply_text,
     require_list,
 )
+from luthier.data.formats.image_parts import (
+    IMAGE_PART_TYPES,
+    OTHER_MEDIA_TYPES,
+    describe_other_media,
+    read_image_part,
+)
 from luthier.data.rows import RowError, describe_type, excerpt
 
 ToolCall = dict[str, Any]
@@ -116,6 +122,7 @@ class MessageContent:
     """What the parts of one message say."""
 
     texts: list[dict[str, Any]] = field(default_factory=list)
+    """The parts of text and of images, in their order."""
     reasoning: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
 
@@ -123,9 +130,9 @@ class MessageContent:
     def content(self) -> str | list[dict[str, Any]] | None:
         """The text: a plain one where one part holds it all, which every template can show.
 
-        Several parts stay parts: servers differ in what they put between them.
+        Several parts stay parts: servers differ in what they put between them. So does an image.
         """
-        if len(self.texts) > 1:
+        if len(self.texts) > 1 or (self.texts and self.texts[0]["type"] == "image"):
             return self.texts
         if not self.texts:
             return None if self.reasoning or self.calls else ""
@@ -136,7 +143,7 @@ class MessageContent:
 def read_content_parts(content_parts: list[Any]) -> MessageContent:
     """Return the parts of a message's content.
 
-    RowError names one that is neither text nor known.
+    RowError names one that is neither text, an image nor known.
     """
     content, reached = MessageContent(), 0
     for content_part in content_parts:
@@ -154,10 +161,16 @@ def _add_part(content: MessageContent, content_part: Any) -> str:
     """Put one part where it belongs, and say which group it is of."""
     if not isinstance(content_part, dict):
         raise RowError(
-            f"a content part is {describe_type(content_part)!r}; only parts of text are read"
+            f"a content part is {describe_type(content_part)!r}; only parts of text and images are "
+            "read"
         )
     name = content_part.get("type")
     name = name if isinstance(name, str | None) else str(name)
+    if name in IMAGE_PART_TYPES:
+        content.texts.append(read_image_part(content_part))
+        return "text"
+    if name in OTHER_MEDIA_TYPES:
+        raise RowError(describe_other_media(name))
     # The text of a part stands under `text`, under `value`, or under the part's type, as in
     # `thinking`.
     value = next(
@@ -172,7 +185,7 @@ def _add_part(content: MessageContent, content_part: Any) -> str:
         return "reasoning"
     if not isinstance(value, str) or name not in TEXT_PART_TYPES:
         type_name = excerpt(content_part.get("type", "no type"))
-        raise RowError(f"a content part is {type_name!r}; only parts of text are read")
+        raise RowError(f"a content part is {type_name!r}; only parts of text and images are read")
     text_part = {
         key: entry for key, entry in content_part.items() if entry is not None and key != "value"
     }
@@ -299,7 +312,7 @@ def _are_parts(content: list[Any], json_replies: bool) -> bool:
 
     With `json_replies` a list of objects that have a `type` of their own is a reply.
     """
-    types = (*TEXT_PART_TYPES, *REASONING_PART_TYPES, *CALL_PART_TYPES)
+    types = (*TEXT_PART_TYPES, *REASONING_PART_TYPES, *CALL_PART_TYPES, *IMAGE_PART_TYPES)
     return all(
         isinstance(item, dict)
         and ("text" in item or "type" in item)

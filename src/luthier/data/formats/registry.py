@@ -22,6 +22,7 @@ from luthier.data.formats.conversations import (
     from_prompt_completion,
     from_sharegpt,
 )
+from luthier.data.formats.image_parts import IMAGES
 from luthier.data.formats.labelled import (
     from_classification,
     from_classification_pair,
@@ -43,7 +44,7 @@ from luthier.data.rows import Row
 
 SAMPLED_ROWS = 50
 """Rows whose values are looked at."""
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raise it whenever the same row gives another example: it is part of the cache's keys."""
 
 ExampleType = Literal[
@@ -206,6 +207,7 @@ _PAIR = (FormatColumn("chosen", ("chosen",)), FormatColumn("rejected", ("rejecte
 _CHAT = (
     FormatColumn("tools", ("tools", "functions")),
     FormatColumn("system", ("system", "system_prompt", "system_message")),
+    FormatColumn(IMAGES, (IMAGES, "image")),
     *(FormatColumn(name, (name,)) for name in (TEMPLATE_KWARGS, *sorted(TEMPLATE_SWITCHES))),
 )
 _ALPACA = (

@@ -21,7 +21,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote_to_bytes
 
 from luthier.data.images.decode import check_mode, convert_image, measure_image
-from luthier.data.rows import RowError, describe_type, excerpt
+from luthier.data.rows import RowError, describe_type, excerpt, is_picture
 from luthier.data.sources.files import local_path
 from luthier.data.sources.hub import is_offline
 from luthier.data.sources.streams import WebFile
@@ -103,7 +103,7 @@ class ImageReader:
             return _read_embedded(bytes(value), EMBEDDED)
         if isinstance(value, dict):
             return self._read_dict(value, where)
-        if _is_picture(value):
+        if is_picture(value):
             return _read_picture(value)
         raise RowError(
             f"this is {describe_type(value)} ({excerpt(value)}); expected a path, an address, "
@@ -131,11 +131,10 @@ class ImageReader:
             return _read_embedded(_decode_base64(text), EMBEDDED)
         is_relative = not text.startswith(_WEB_PREFIXES) and not _expand(text).is_absolute()
         folder = self._folder_of(where) if is_relative else -1
-        known = self._read_files.get((folder, text))
-        if known is None:
-            known = self._read_file(text, folder)
-            self._read_files[folder, text] = known
-        return known
+        image = self._read_files.get((folder, text))
+        if image is None:
+            image = self._read_files[folder, text] = self._read_file(text, folder)
+        return image
 
     def _read_file(self, text: str, folder: int) -> ReadImage:
         if text.startswith(_WEB_PREFIXES):
@@ -154,6 +153,13 @@ class ImageReader:
             longest = max(lengths, default=-1)
             self._last = lengths.index(longest) if longest >= 0 else -1
         return self._last
+
+
+def is_web_address(value: Any) -> bool:
+    """Return whether the value of a row names its image by an address of the web."""
+    if isinstance(value, dict) and not value.get("bytes"):
+        value = value.get("path") or value.get("url")
+    return isinstance(value, str) and value.startswith(_WEB_PREFIXES)
 
 
 def find_image(source: str, data_file: str | None) -> Path:
@@ -261,11 +267,6 @@ def _make_ref(data: bytes, width: int, height: int, source: str) -> ImageRef:
 
 def _read_embedded(data: bytes, name: str) -> ReadImage:
     return ReadImage(_make_ref(data, *measure_image(data), name), data=data)
-
-
-def _is_picture(value: Any) -> bool:
-    """Return whether a value is a picture of Pillow, which is not imported for the answer."""
-    return any(cls.__module__.startswith("PIL.") for cls in type(value).__mro__)
 
 
 def _read_picture(picture: Any) -> ReadImage:

@@ -112,6 +112,8 @@ def name_classes(value: Any, names: list[str]) -> Any:
 
 _ROWS_AT_A_TIME = 1000
 """Rows that are turned into Python values at once."""
+_BYTES_AT_A_TIME = 32 * 2**20
+"""Bytes of a table that are, where its rows are large: those with images are."""
 _FILE_MAGIC = b"ARROW1"
 
 
@@ -147,8 +149,9 @@ def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Ite
     number = 0
     for batch in batches:
         # A batch may have millions of rows, which take many times its memory as Python objects.
-        for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
-            piece = _validate_batch(batch.slice(start, _ROWS_AT_A_TIME), label)
+        rows = _rows_at_a_time(batch)
+        for start in range(0, batch.num_rows, rows):
+            piece = _validate_batch(batch.slice(start, rows), label)
             names = _column_names(piece, label)
             classes = class_names(piece.schema)
             columns = [
@@ -161,6 +164,12 @@ def read_batch_rows(batches: "Iterable[pyarrow.RecordBatch]", label: str) -> Ite
                 }
                 yield Row(fields, f"{label} row {number}")
                 number += 1
+
+
+def _rows_at_a_time(batch: "pyarrow.RecordBatch") -> int:
+    """Return how many rows of a batch are turned into Python values at once."""
+    row_bytes = batch.nbytes // max(batch.num_rows, 1)
+    return max(min(_ROWS_AT_A_TIME, _BYTES_AT_A_TIME // max(row_bytes, 1)), 1)
 
 
 def _validate_batch(batch: "pyarrow.RecordBatch", label: str) -> "pyarrow.RecordBatch":

@@ -10,9 +10,12 @@ from hashlib import sha256
 from itertools import islice
 from typing import Any, Protocol
 
-from luthier.data.rows import BadRow, Row
+from luthier.data.rows import BadRow, Row, is_picture
 from luthier.data.sources.streams import FileLocation, read_stored_blocks
 from luthier.errors import UserError
+
+MAX_PEEKED_BYTES = 64 * 2**20
+"""Bytes and texts of the rows that `peek` keeps in memory: those with images are large."""
 
 
 class SourceContent(Protocol):
@@ -79,6 +82,7 @@ class Source:
         self._first: list[Row | BadRow] = []
         self._is_whole = False
         self._is_digest_of_peek = False
+        self._is_peek_full = False
         self._map: MapContent | None = None
 
     def map_rows(self, map_content: "Callable[[SourceContent], MapContent]") -> "Source":
@@ -111,12 +115,22 @@ class Source:
             self._content.check_unchanged()
 
     def peek(self, count: int = 1000) -> list[Row | BadRow]:
-        """Return the first rows, or all if there are no more than `count`; read once and kept."""
-        if len(self._first) < count and not self._is_whole:
+        """Return the first rows, or all if there are no more than `count`; read once and kept.
+
+        Fewer of rows so large that `MAX_PEEKED_BYTES` are reached before.
+        """
+        if len(self._first) < count and not self._is_whole and not self._is_peek_full:
             # One more than asked for, to know whether that was all.
             rows = islice(self._content.items(hashed=True), self._max_rows)
-            self._first = list(islice(rows, count + 1))
-            self._is_whole = len(self._first) <= count
+            self._first = []
+            size = 0
+            for row in islice(rows, count + 1):
+                self._first.append(row)
+                size += measure_row(row)
+                if size > MAX_PEEKED_BYTES:
+                    self._is_peek_full = True
+                    break
+            self._is_whole = len(self._first) <= count and not self._is_peek_full
         return self._first[:count]
 
     def digest(self) -> str:
@@ -155,6 +169,22 @@ class Source:
         return self._content.advice
 
 
+def measure_row(row: Row | BadRow) -> int:
+    """Return about how many bytes the texts and bytes of a row take."""
+    return _measure(row.fields) if isinstance(row, Row) else len(row.text)
+
+
+def _measure(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_measure, value.values()))
+    if isinstance(value, list):
+        return sum(map(_measure, value))
+    # A picture of Pillow.
+    return 4 * value.width * value.height if is_picture(value) else 0
+
+
 def hash_file(location: FileLocation) -> bytes:
     """Return the SHA-256 of a file as it is stored."""
     file_hash = sha256()
@@ -178,6 +208,14 @@ def changed_file_error(label: str) -> UserError:
     )
 
 
+def _describe_value(value: Any) -> str:
+    """Return what a value that JSON has not is hashed as."""
+    if is_picture(value):
+        # Its `repr` has its place in memory, which is another one each time.
+        return f"{value.mode} {value.size} {sha256(value.tobytes()).hexdigest()}"
+    return repr(value)
+
+
 class RowHash:
     """The SHA-256 of rows, for what has no bytes but those it makes."""
 
@@ -193,7 +231,7 @@ class RowHash:
             value = row.fields if isinstance(row, Row) else [row.problem, row.text]
             # Rows from functions and hub datasets may hold what JSON does not have, such as dates,
             # and halves of characters; hashing must not fail on either.
-            text = json.dumps(value, ensure_ascii=False, default=repr)
+            text = json.dumps(value, ensure_ascii=False, default=_describe_value)
             self._hash.update(text.encode(errors="replace"))
             self._hash.update(b"\n")
             # Whoever takes so many rows does not come back for the end.

@@ -132,7 +132,8 @@ class LuthierKTOTrainer(PreferenceTrainerMixin, KTOTrainer):
             is_training = name == "train"
             step = self.get_total_train_batch_size(self.args) if is_training else len(dataset)
             columns = {PARTNER_COLUMN: assign_fixed_partners(dataset, max(step, 1))}
-            dataset = TokenRows(TableWithColumns(dataset.table, columns), dataset.index)
+            table = TableWithColumns(dataset.table, columns)
+            dataset = TokenRows(table, dataset.index, read_images=dataset.read_images)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def count_items(self, inputs: Any) -> Tensor:

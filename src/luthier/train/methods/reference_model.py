@@ -71,7 +71,7 @@ def precompute_all_scores(trainer: Any) -> None:
 def precompute_scores(trainer: Any, dataset: TokenRows, name: str, batch_size: int) -> TokenRows:
     """The rows of a set with what the reference says of each, as columns of their table."""
     # A row that an epoch sees twice is read once.
-    distinct = TokenRows(dataset.table, dataset.different)
+    distinct = TokenRows(dataset.table, dataset.different, read_images=dataset.read_images)
     columns = {
         column: np.zeros(len(dataset.table.lengths), np.float32)
         for column in trainer.reference_columns
@@ -79,7 +79,8 @@ def precompute_scores(trainer: Any, dataset: TokenRows, name: str, batch_size: i
     for numbers, scores in _score_batches(trainer, distinct, name, batch_size):
         for column, values in scores.items():
             columns[column][numbers] = values
-    return TokenRows(TableWithColumns(dataset.table, columns), dataset.index)
+    table = TableWithColumns(dataset.table, columns)
+    return TokenRows(table, dataset.index, read_images=dataset.read_images)
 
 
 def _score_batches(
