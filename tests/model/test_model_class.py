@@ -15,6 +15,7 @@ from luthier.model.model_class import (
     check_trains_on_text,
     expose_backbone,
     find_text_modules,
+    find_vision_modules,
 )
 from luthier.model.trainable import freeze_parameters
 
@@ -59,6 +60,19 @@ def test_text_reaches_the_decoder_of_a_wrapper_and_nothing_beside_it(name):
     targets = find_target_layers(model, "all-linear")
     assert targets
     assert all(target.startswith(f"{prefix}.") for target in targets)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_images_reach_the_tower_and_the_projector_as_well(name):
+    prefix, others = WRAPPERS[name]
+    model = empty_model(name)
+    rows = find_text_modules(model, with_vision=True)
+    assert (rows.prefix, rows.others, rows.vision) == (prefix, (), others)
+    assert find_vision_modules(model) == others
+    targets = find_target_layers(model, "all-linear", with_vision=True)
+    text = find_target_layers(model, "all-linear")
+    assert set(targets) > set(text)
+    assert all(target.startswith(others) for target in set(targets) - set(text))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert", "gpt2"])
@@ -175,6 +189,8 @@ def test_the_thinker_of_qwen_omni_trains_its_text_part():
     check_trains_on_text(config)
     model = build_empty_model(config, "CAUSAL_LM")
     assert find_text_modules(model).others == ("model.audio_tower", "model.visual")
+    rows = find_text_modules(model, with_vision=True)
+    assert (rows.others, rows.vision) == (("model.audio_tower",), ("model.visual",))
     prefix = "model.language_model.layers.0.self_attn"
     expected = [f"{prefix}.{name}_proj" for name in "qkvo"]
     # A list of names means the text part, too: the towers have a q_proj of their own.
@@ -244,6 +260,67 @@ def test_an_adapter_goes_on_the_text_part_and_plain_peft_loads_it(wrapper, lora,
     assert {n for n, _ in plain.named_parameters() if "lora_" in n} == set(names)
     torch.testing.assert_close(logits(plain, IDS), expected)
     assert not torch.allclose(unadapted, expected)
+
+
+QKV = ".visual.blocks.0.attn.qkv."
+VISION = {
+    "all-linear": ({"target_modules": "all-linear"}, (QKV, ".visual.merger.")),
+    "a list": ({"target_modules": ["q_proj", "qkv"]}, (QKV,)),
+    "a layer that trains whole": (
+        {"target_modules": ["q_proj", "qkv"], "modules_to_save": ["merger"]}, (".visual.merger.",),
+    ),
+    "numbered layers": (
+        {"target_modules": "all-linear", "layers_to_transform": [0]}, (QKV,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lora", "opened"), VISION.values(), ids=VISION)
+def test_an_adapter_goes_on_the_tower_too_and_plain_peft_loads_it(lora, opened, tmp_path):
+    from peft import PeftModel
+
+    base = save_family(tmp_path / "base", "qwen3_vl")
+    model, _ = prepared(config_of(base, lora={"r": 4, "vision": True} | lora))
+    names = {name for name in trained(model) if "lora_" in name or "modules_to_save" in name}
+    for part in (".language_model.layers.0.self_attn.q_proj.", *opened):
+        assert any(part in name for name in names), part
+    stir(model)
+    expected = dict(trained(model))
+    model.save_pretrained(tmp_path / "adapter")
+    plain_class = transformers.AutoModelForImageTextToText
+    plain = PeftModel.from_pretrained(plain_class.from_pretrained(base), tmp_path / "adapter")
+    weights = dict(plain.named_parameters())
+    assert {n for n in weights if "lora_" in n or "modules_to_save" in n} == names
+    assert all(torch.equal(weights[name], expected[name]) for name in names)
+
+
+NO_VISION = {
+    "a model of text": ("qwen3", {"target_modules": "all-linear"}, "has no tower for images"),
+    "layers of the text part alone": (
+        "qwen3_vl", {"target_modules": ["q_proj"]},
+        r"names no layer of model\.visual, .*: linear_fc1, linear_fc2, proj, qkv;",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "lora", "reason"), NO_VISION.values(), ids=NO_VISION)
+def test_a_tower_that_would_not_train_is_told(family, lora, reason, tmp_path):
+    base = save_family(tmp_path, family)
+    with pytest.raises(UserError, match=rf"lora\.vision=true: .*{reason}"):
+        prepared(config_of(base, lora={"r": 4, "vision": True} | lora))
+
+
+@pytest.mark.parametrize("vision", [False, True], ids=["frozen", "open"])
+def test_the_backward_pass_goes_through_a_tower_that_trains_alone(vision, tmp_path):
+    base = save_family(tmp_path, "gemma3")
+    lora = {"r": 4, "target_modules": "all-linear", "vision": vision}
+    model, _ = prepared(config_of(base, lora=lora))
+    # TRL's trainers call it again.
+    model.enable_input_require_grads()
+    inner = model.get_base_model().model
+    features = inner.get_image_features(torch.randn(1, 3, 28, 28)).pooler_output
+    assert features.requires_grad is vision
+    assert model.get_base_model().get_input_embeddings()(IDS).requires_grad
 
 
 SAVED = {

@@ -12,7 +12,17 @@ from luthier.train.console import print_model
 
 CPU = Machine("cpu", "float32", "sdpa")
 LINES = {
-    # family, with an adapter -> what stands there
+    # family, and whether and how it has an adapter -> what stands there
+    ("gemma3", True): [
+        "on cpu in float32, attention sdpa",
+        "          its text part trains; frozen: model.vision_tower (1 layer), "
+        "model.multi_modal_projector",
+    ],
+    ("gemma3", "vision"): [
+        "on cpu in float32, attention sdpa",
+        "          its text part, model.vision_tower (1 layer) train; frozen: "
+        "model.multi_modal_projector",
+    ],
     ("gpt_oss", False): ["on cpu in float32, attention eager"],
     ("llama", True): ["on cpu in float32, attention sdpa"],
     ("mamba2", True): [
@@ -27,7 +37,8 @@ LINES = {
 def test_the_model_s_line_says_what_the_class_got(family, adapted, tmp_path, capsys):
     save_family(tmp_path, family)
     model = load_model(config_of(tmp_path).model, {}, CPU)
-    lora = LoraSettings({"r": 4, "target_modules": "all-linear"} if adapted else {})
+    settings = {"r": 4, "target_modules": "all-linear", "vision": adapted == "vision"}
+    lora = LoraSettings(settings if adapted else {})
     if adapted:
         model = add_adapter(model, lora, 1, "CAUSAL_LM")
     capsys.readouterr()

@@ -59,6 +59,8 @@ class LoraSettings(LibrarySettings):
     """Layers that train whole beside the adapter."""
     experts = SettingKey[bool | int | None](None)
     """Whether LoRA goes on the experts of a mixture, or at which rank; see `trains_experts`."""
+    vision = SettingKey[bool](False)
+    """Whether the towers and projectors for images get an adapter, too."""
     target_parameters = SettingKey[list[str]]([])
     """Parameters that get an adapter by their own names, as experts do."""
 

@@ -142,7 +142,12 @@ PASS_THROUGH_KEYS = (
         key="lora",
         name="peft.LoraConfig",
         source=_LORA,
-        luthier_settings={"method": _TEXT, "plus_ratio": _NUMBER, "experts": _SWITCH_OR_RANK},
+        luthier_settings={
+            "method": _TEXT,
+            "plus_ratio": _NUMBER,
+            "experts": _SWITCH_OR_RANK,
+            "vision": _BOOL,
+        },
         refused_settings={
             "task_type": "the trainer decides it; remove it",
             "peft_type": "use lora.method",

@@ -16,7 +16,7 @@ from luthier.errors import UserError, format_override
 from luthier.model.adapter_patterns import ALL_LINEAR, check_adapter_patterns, match_layers
 from luthier.model.expert_adapters import check_layers_in_files
 from luthier.model.experts import find_experts, find_routers, has_experts
-from luthier.model.model_class import find_text_modules
+from luthier.model.model_class import find_text_modules, find_vision_modules, is_within
 from luthier.model.source import local_folder
 from luthier.storage.sizes import read_safetensors_header
 
@@ -25,17 +25,22 @@ _READ_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
 """How a class reads the weight of a layer in it, where it does not only ask for its format."""
 
 
-def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) -> None:
+def check_adapter_names(
+    model: Any, settings: dict[str, Any], task_type: str, with_vision: bool = False
+) -> None:
     """Raise UserError for a layer, a pattern or a number in `settings` that matches nothing.
 
-    `settings` are fields of one of peft's configs, `task_type` is the model's task in peft's words.
-    Raises UserError, too, for an adapter on the output layer of a causal language model, which the
-    losses read past.
+    `settings` are fields of one of peft's configs, `task_type` is the model's task in peft's words,
+    and `with_vision` says that towers and projectors for images train, too (`lora.vision`). Raises
+    UserError, too, for an adapter on the output layer of a causal language model, which the losses
+    read past.
     """
     names = [name for name, _ in model.named_modules()]
     check_adapter_patterns("lora.", settings, names)
     targets = settings.get("target_modules")
-    chosen = find_target_layers(model, targets) if targets else []
+    chosen = find_target_layers(model, targets, with_vision) if targets else []
+    if with_vision:
+        _check_vision(model, chosen if targets else None)
     excluded = settings.get("exclude_modules") or []
     is_pattern = isinstance(excluded, str)
     for name in [excluded] if isinstance(excluded, str) else excluded:
@@ -45,7 +50,7 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
     parameters = find_target_parameters(model, settings.get("target_parameters") or (), chosen)
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(key, settings.get(key) or {}, [*chosen, *parameters])
-    scope_saved_modules(model, settings.get("modules_to_save") or ())
+    scope_saved_modules(model, settings.get("modules_to_save") or (), with_vision)
     if targets and targets != ALL_LINEAR:
         _refuse_bypassed_layers(model, chosen)
     _refuse_other_routers(model, chosen)
@@ -61,14 +66,36 @@ def check_adapter_names(model: Any, settings: dict[str, Any], task_type: str) ->
             )
 
 
-def scope_saved_modules(model: Any, endings: Sequence[str]) -> list[str]:
-    """Return `lora.modules_to_save` such that peft trains no layer that text does not reach.
+def _check_vision(model: Any, chosen: Sequence[str] | None) -> None:
+    """Raise UserError where `lora.vision` opens nothing.
+
+    `chosen` are the layers that get an adapter; None where peft chooses them by the model's type.
+    """
+    vision = find_vision_modules(model)
+    if not vision:
+        raise UserError(
+            f"lora.vision=true: {type(model).__name__} has no tower for images. Remove it."
+        )
+    if chosen is None or any(is_within(name, part) for name in chosen for part in vision):
+        return
+    layers = [name for name, _ in _linear_layers(model)]
+    inside = [name for name in layers if any(is_within(name, part) for part in vision)]
+    endings = sorted({name.rpartition(".")[2] for name in inside})
+    raise UserError(
+        f"lora.vision=true: lora.target_modules names no layer of {', '.join(vision)}, so none of "
+        f"them would train. Its linear layers: {', '.join(endings)}; or take {ALL_LINEAR}."
+    )
+
+
+def scope_saved_modules(model: Any, endings: Sequence[str], with_vision: bool = False) -> list[str]:
+    """Return `lora.modules_to_save` such that peft trains no layer that the rows do not reach.
 
     peft 0.21 trains every layer whose name ends so, in a vision tower too: there each name becomes
-    the whole names of the text part's layers. Raises UserError for a name that matches none.
+    the whole names of the text part's layers; `with_vision`: also of those for images. Raises
+    UserError for a name that matches none.
     """
     names = [name for name, _ in model.named_modules()]
-    text = find_text_modules(model)
+    text = find_text_modules(model, with_vision)
     scoped: list[str] = []
     for ending in endings:
         layers = [name for name in names if name.endswith(ending)]
@@ -76,10 +103,7 @@ def scope_saved_modules(model: Any, endings: Sequence[str]) -> list[str]:
             raise UserError(_no_match_message("lora.modules_to_save", ending, names))
         reached = [name for name in layers if name in text]
         if not reached:
-            raise UserError(
-                f"lora.modules_to_save: {layers[0]} is not in the part of the model that reads "
-                "text, so it would never train. Leave it out."
-            )
+            raise UserError(_unreached_message(model, "lora.modules_to_save", layers[0]))
         scoped += [ending] if reached == layers else reached
     return list(dict.fromkeys(scoped))
 
@@ -212,14 +236,16 @@ def _read_code_names(folder: Path) -> set[str]:
     return set()
 
 
-def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
+def find_target_layers(
+    model: Any, targets: str | list[str], with_vision: bool = False
+) -> list[str]:
     """Return the names of the layers that get an adapter.
 
     `targets` is a pattern for whole names, a list of names' endings, or `all-linear`; the last two
-    mean the layers that text reaches (`find_text_modules`). Raises UserError for a target that
-    matches no layer.
+    mean the layers that text reaches (`find_text_modules`), and `with_vision` those that images
+    reach as well. Raises UserError for a target that matches no layer.
     """
-    text = find_text_modules(model)
+    text = find_text_modules(model, with_vision)
     if targets == ALL_LINEAR:
         output, routers = model.get_output_embeddings(), find_routers(model)
         bypassed = set(find_bypassed_layers(model))
@@ -241,17 +267,23 @@ def find_target_layers(model: Any, targets: str | list[str]) -> list[str]:
             raise UserError(_no_layer_message(model, is_pattern, target))
         reached = layers if is_pattern else [name for name in layers if name in text]
         if not reached:
-            raise UserError(
-                f"lora.target_modules: {layers[0]} is not in the part of the model that reads "
-                "text, so an adapter on it would never train. Leave it out."
-            )
+            raise UserError(_unreached_message(model, "lora.target_modules", layers[0]))
         matching.update(reached)
     return [name for name in names if name in matching]
 
 
-def linear_layer_suffixes(model: Any) -> list[str]:
+def _unreached_message(model: Any, key: str, name: str) -> str:
+    """Return the error's text for a layer that the rows of a run do not reach."""
+    text = f"{key}: {name} is not in the part of the model that reads text, so "
+    if any(is_within(name, part) for part in find_vision_modules(model)):
+        return f"{text}rows of text would never train it. Leave it out, or set lora.vision=true."
+    return f"{text}it would never train. Leave it out."
+
+
+def linear_layer_suffixes(model: Any, with_vision: bool = False) -> list[str]:
     """Return the last parts of the names of the linear layers that `all-linear` means."""
-    return sorted({name.rpartition(".")[2] for name in find_target_layers(model, ALL_LINEAR)})
+    layers = find_target_layers(model, ALL_LINEAR, with_vision)
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def find_bypassed_layers(model: Any) -> list[str]:

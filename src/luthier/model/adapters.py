@@ -35,7 +35,7 @@ HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks, in peft's words, whose models have a head that trains whole and is saved."""
 HEAD_NAMES = ("classifier", "score")
 """The names of layers that peft takes for the head of such a model."""
-LUTHIER_SETTINGS = ("method", "plus_ratio", "experts", "loftq_config")
+LUTHIER_SETTINGS = ("method", "plus_ratio", "experts", "vision", "loftq_config")
 """Settings in `lora` that are not fields of peft's configs, or that luthier reads itself."""
 _PREFIX = "base_model.model."
 _POWER_ITERATIONS, _EXTRA_COLUMNS = 4, 8
@@ -81,8 +81,24 @@ def add_adapter(
     # The other rows of the embeddings never change; and peft 0.21 would ask the hub for the base's
     # config at each save, to see whether the vocabulary grew.
     wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
+    # TRL 1.16 calls it again.
+    base.enable_input_require_grads = partial(_require_input_gradients, base)
     base.enable_input_require_grads()
     return wrapped
+
+
+def _require_input_gradients(base: Any) -> None:
+    """Have embeddings return what has a gradient: those of a tower only where it trains.
+
+    transformers 5.23 would have the backward pass run through a frozen tower as well.
+    """
+    type(base).enable_input_require_grads(base)
+    others = [base.get_submodule(name) for name in find_text_modules(base).others]
+    frozen = [part for part in others if not any(p.requires_grad for p in part.parameters())]
+    hooks = {key for part in frozen for layer in part.modules() for key in layer._forward_hooks}
+    for hook in vars(base).get("_require_grads_hooks", ()):
+        if hook.id in hooks:
+            hook.remove()
 
 
 def quantization_bits(model: Any) -> int | None:
@@ -114,19 +130,20 @@ def _peft_settings(
     has_layer_numbers = settings.get("layers_to_transform") is not None
     if has_layer_numbers and settings["target_modules"] == ALL_LINEAR:
         # peft 0.21 takes layers_to_transform with a list of names alone.
-        settings["target_modules"] = linear_layer_suffixes(model)
+        settings["target_modules"] = linear_layer_suffixes(model, lora.vision)
     elif settings.get("target_modules") == ALL_LINEAR and find_routers(model):
         # peft's own all-linear takes routers, too.
-        layers = find_target_layers(model, ALL_LINEAR)
+        layers = find_target_layers(model, ALL_LINEAR, lora.vision)
         names = [name for name, _ in model.named_modules()]
         settings["target_modules"] = expert_adapters.shortest_names(layers, names)
     if settings.get("modules_to_save"):
-        settings["modules_to_save"] = scope_saved_modules(model, settings["modules_to_save"])
+        saved = scope_saved_modules(model, settings["modules_to_save"], lora.vision)
+        settings["modules_to_save"] = saved
     settings |= expert_adapters.expert_settings(model, lora, settings)
-    check_adapter_names(model, settings, task_type)
+    check_adapter_names(model, settings, task_type, lora.vision)
     settings |= _without_bypassed_layers(model, settings)
     settings |= head_settings(model, settings, facts.config)
-    settings |= _without_other_parts(model, settings, facts.config)
+    settings |= _without_other_parts(model, settings, facts.config, lora.vision)
     return embeddings.unify_token_rows(model, lora.method, settings, tokenizer)
 
 
@@ -142,9 +159,9 @@ def _without_bypassed_layers(model: Any, settings: Mapping[str, Any]) -> dict[st
 
 
 def _without_other_parts(
-    model: Any, settings: Mapping[str, Any], config_class: str
+    model: Any, settings: Mapping[str, Any], config_class: str, with_vision: bool
 ) -> dict[str, Any]:
-    """Return the `exclude_modules` that keep peft off the parts that text does not reach.
+    """Return the `exclude_modules` that keep peft off the parts that the rows do not reach.
 
     It is a pattern, since peft 0.21 knows no beginnings of names. A pattern in `target_modules`
     names whole names, and means what it says.
@@ -152,7 +169,7 @@ def _without_other_parts(
     import peft
 
     targets = settings.get("target_modules")
-    others = find_text_modules(model).others
+    others = find_text_modules(model, with_vision).others
     is_supported = "exclude_modules" in getattr(peft, config_class).__dataclass_fields__
     if not others or not is_supported or (isinstance(targets, str) and targets != ALL_LINEAR):
         return {}

@@ -36,6 +36,8 @@ _ENCODES_IMAGES = (
     "it would leave the encoder without an adapter and unquantized."
 )
 """Why T5Gemma 2 and its like are refused: `find_text_part` finds their decoder alone."""
+_OTHER_MODALITIES = {"audio", "time"}
+"""Values of `input_modalities` of transformers' models that neither read nor see."""
 _IMAGE_LAYERS = {
     "MllamaCrossAttentionDecoderLayer": "",
     "Ernie4_5_VLMoeMoeBlock": "vision_moe",
@@ -364,20 +366,22 @@ def _mapped_classes(auto: Any, architecture: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class TextPart:
-    """The modules and weights of a model that rows of text reach, by name: `name in text_part`."""
+    """The modules and weights of a model that its rows reach, by name: `name in text_part`."""
 
     prefix: str
     """The name of the text decoder within the model; empty where the model has no other part."""
     heads: tuple[str, ...]
     """The names of the output layers, such as `lm_head`, or `score` of a model that classifies."""
     others: tuple[str, ...]
-    """The outermost modules that text does not reach: towers, projectors, layers for images."""
+    """The outermost modules that the rows do not reach: towers, projectors, layers for images."""
+    vision: tuple[str, ...] = ()
+    """The modules that images reach and text does not; empty for rows of text alone."""
 
     def __contains__(self, name: str) -> bool:
-        """Return whether text reaches the module or weight of this name."""
+        """Return whether the rows reach the module or weight of this name."""
         if any(is_within(name, other) for other in self.others):
             return False
-        return any(is_within(name, part) for part in (self.prefix, *self.heads))
+        return any(is_within(name, part) for part in (self.prefix, *self.heads, *self.vision))
 
 
 def is_within(name: str, prefix: str) -> bool:
@@ -409,8 +413,11 @@ def find_text_part(model: Any) -> str:
     )
 
 
-def find_text_modules(model: Any) -> TextPart:
-    """Return which modules of a model text reaches; see `find_text_part` for the model."""
+def find_text_modules(model: Any, with_vision: bool = False) -> TextPart:
+    """Return which modules of a model text reaches; see `find_text_part` for the model.
+
+    `with_vision`: which modules rows of text and images reach.
+    """
     modules = dict(model.named_modules())
     prefix = find_text_part(model)
     heads = _find_heads(model, modules)
@@ -422,7 +429,37 @@ def find_text_modules(model: Any) -> TextPart:
     for name, module in modules.items():
         if (child := _IMAGE_LAYERS.get(type(module).__name__)) is not None:
             others.append(f"{name}.{child}" if child else name)
-    return TextPart(prefix, heads, tuple(others))
+    if not with_vision:
+        return TextPart(prefix, heads, tuple(others))
+    split = [_split_vision(name, modules[name]) for name in others]
+    vision = [name for images, _ in split for name in images]
+    rest = [name for _, others in split for name in others]
+    return TextPart(prefix, heads, tuple(rest), tuple(vision))
+
+
+def find_vision_modules(model: Any) -> tuple[str, ...]:
+    """Return the towers and projectors for images, by the names of their outermost modules.
+
+    It is empty for a model that reads text alone, or text and sound.
+    """
+    return find_text_modules(model, with_vision=True).vision
+
+
+def _split_vision(name: str, module: Any) -> tuple[list[str], list[str]]:
+    """Return the parts of a module beside the text decoder: those for images, and the others."""
+    from transformers import PreTrainedModel
+
+    towers = [each for each in module.modules() if isinstance(each, PreTrainedModel)]
+    declared = [tower.input_modalities for tower in towers]
+    modalities = [{each} if isinstance(each, str) else {*each} for each in declared]
+    hears = [names <= _OTHER_MODALITIES for names in modalities]
+    if "audio" in name.rpartition(".")[2] or (towers and all(hears)):
+        return [], [name]
+    if not any(hears):
+        return [name], []
+    # Phi-4-multimodal keeps a tower for sound and one for images in one module.
+    parts = [_split_vision(f"{name}.{n}", child) for n, child in module.named_children()]
+    return [n for images, _ in parts for n in images], [n for _, rest in parts for n in rest]
 
 
 def _find_heads(model: Any, modules: dict[str, Any]) -> tuple[str, ...]:

@@ -47,8 +47,8 @@ def print_model(
         f"on {machine.device} in {machine.dtype}{form}, "
         f"attention {attention}"
     )
-    if frozen := _describe_frozen_parts(model):
-        print_line(f"{'':10}its text part trains; frozen: {frozen}")
+    if parts := _describe_other_parts(model):
+        print_line(f"{'':10}{parts}")
     bypassed = bypassed_layer_suffixes(model) if hasattr(model, "peft_config") else []
     if bypassed:
         print_line(f"          no adapter on {', '.join(bypassed)}: kernels would pass it by")
@@ -64,20 +64,30 @@ def print_model(
         print_line(f"experts   {experts}")
 
 
-def _describe_frozen_parts(model: Any) -> str:
-    """Return the parts of a model that text does not reach, with their layers, if none trains."""
+def _describe_other_parts(model: Any) -> str:
+    """Return which of a model's parts train, and which are frozen; empty for a text model."""
+    text = find_text_modules(model)
+    names: dict[bool, list[str]] = {True: [], False: []}
+    if any(p.requires_grad and name in text for name, p in model.named_parameters()):
+        names[True].append("its text part")
+    for name in text.others:
+        part = model.get_submodule(name)
+        trains = any(parameter.requires_grad for parameter in part.parameters())
+        names[trains].append(f"{name.removeprefix('base_model.model.')}{_count_layers(part)}")
+    if not text.others:
+        return ""
+    verb = "trains" if len(names[True]) == 1 else "train"
+    frozen = f"; frozen: {', '.join(names[False])}" if names[False] else ""
+    return f"{', '.join(names[True])} {verb}{frozen}"
+
+
+def _count_layers(part: Any) -> str:
+    """Return how many layers a tower has, such as ` (27 layers)`; empty for other modules."""
     import torch
 
-    texts = []
-    for name in find_text_modules(model).others:
-        part = model.get_submodule(name)
-        if any(parameter.requires_grad for parameter in part.parameters()):
-            continue
-        stacks = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
-        layers = max(map(len, stacks), default=0)
-        count = f" ({layers} {'layer' if layers == 1 else 'layers'})" if layers else ""
-        texts.append(f"{name.removeprefix('base_model.model.')}{count}")
-    return ", ".join(texts)
+    stacks = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
+    layers = max(map(len, stacks), default=0)
+    return f" ({layers} {'layer' if layers == 1 else 'layers'})" if layers else ""
 
 
 def print_data(prepared: PreparedData, answers: str = "") -> None:
