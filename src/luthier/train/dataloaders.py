@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from luthier.data.batching.collators import FlatteningCollator, PackingCollator, PaddingCollator
+from luthier.data.batching.image_collators import ImageCollator, ImageInputs
 from luthier.data.batching.packing import PackingPlan
 from luthier.data.batching.samplers import (
     LengthGroupedSampler,
@@ -134,7 +135,7 @@ def flatten_packed_batch(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-Collator = PaddingCollator | PackingCollator | FlatteningCollator
+Collator = PaddingCollator | PackingCollator | FlatteningCollator | ImageCollator
 
 
 def as_token_rows(rows: Any) -> TokenRows:
@@ -216,16 +217,19 @@ def build_collator(
     pad_token_id: int,
     multiple_of: int | None,
     with_columns: bool = False,
+    images: ImageInputs | None = None,
 ) -> Collator:
     """Return the layout of batches; `flat` is that of attention kernels of variable length.
 
-    `with_columns`: batches have the columns of their rows.
+    `with_columns`: batches have the columns of their rows. `images` makes the inputs of pictures;
+    None where rows have none.
     """
     collator_class = (
         (FlatteningCollator if flat else PackingCollator) if packed else PaddingCollator
     )
     length = plan.length if plan.constant else None
-    return collator_class(pad_token_id, length, multiple_of, with_columns)
+    layout = collator_class(pad_token_id, length, multiple_of, with_columns)
+    return layout if images is None else ImageCollator(layout, images)
 
 
 def _check_lengths(rows: TokenRows, plan: BatchingSettings, packed: bool) -> None:

@@ -35,9 +35,12 @@ class PackedDocuments:
         """How many layers compute one document a row."""
         self.adds_masks = False
         """Whether attention gets masks of single documents."""
+        self.adds_image_masks = False
+        """Whether it gets masks in which the tokens of an image see each other, too."""
         self.positions: torch.Tensor | None = None
         """Shape (rows, width), from 0 in each document; None for a batch that is not packed."""
         self._expected: torch.Tensor | None = None
+        self._expected_types: torch.Tensor | None = None
         self._groups_by_length = groups_by_length
         self._groups: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._order: torch.Tensor | None = None
@@ -54,11 +57,19 @@ class PackedDocuments:
             done.append(f"{layers} carry a state and run document by document")
         if self.adds_masks:
             done.append("attention gets masks of single documents")
+        if self.adds_image_masks:
+            done.append("attention to images gets masks of single documents")
         return "; ".join(done)
 
-    def expect_batch(self, positions: torch.Tensor | None) -> None:
-        """Take the `position_ids` of the next batch, shape (rows, width); None for none."""
-        self._expected = positions
+    def expect_batch(
+        self, positions: torch.Tensor | None, token_types: torch.Tensor | None = None
+    ) -> None:
+        """Take the `position_ids` of the next batch, shape (rows, width); None for none.
+
+        `token_types`, of the same shape, are 1 where a token stands for an image; None for a batch
+        without images.
+        """
+        self._expected, self._expected_types = positions, token_types
 
     def separate_recurrent_layers(self) -> int:
         """Make every layer that carries a state compute one document a row; return how many do.
@@ -76,13 +87,23 @@ class PackedDocuments:
         """Give the decoder masks of single documents, as transformers makes them for its class."""
         self.adds_masks = True
 
+    def add_image_masks(self) -> None:
+        """Give batches with images masks in which the tokens of an image see each other, too.
+
+        Gemma 3 in transformers 5.23: in a packed row its layers with a sliding window look the
+        image of a token up at its place in the document, so they find one of the first document.
+        """
+        self.adds_image_masks = True
+
     def _begin_batch(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the decoder computes: take the announced positions, and add masks."""
         self.positions, self._expected = self._expected, None
+        types, self._expected_types = self._expected_types, None
         self._groups = self._order = None
-        if not self.adds_masks or self.positions is None:
+        blocks = None if types is None or not self.adds_image_masks else number_images(types)
+        if self.positions is None or (blocks is None and not self.adds_masks):
             return None
         from transformers.masking_utils import create_masks_for_generate
 
@@ -92,7 +113,7 @@ class PackedDocuments:
             (*self.positions.shape, 0), dtype=weight.dtype, device=self.positions.device
         )
         masks = create_masks_for_generate(
-            decoder.config, embeddings, None, None, position_ids=self.positions
+            decoder.config, embeddings, None, None, self.positions, block_sequence_ids=blocks
         )
         return args, kwargs | {"attention_mask": masks}
 
@@ -137,6 +158,14 @@ class PackedDocuments:
         self._groups = groups
         self._order = torch.cat([index[used] for index, used in groups]).argsort()
         return groups
+
+
+def number_images(token_types: torch.Tensor) -> torch.Tensor:
+    """Return the number of the image of each token in its row, -1 for text; shape (rows, width)."""
+    is_image = token_types == 1
+    begins = is_image.clone()
+    begins[:, 1:] &= ~is_image[:, :-1]
+    return torch.where(is_image, begins.cumsum(dim=1) - 1, -1)
 
 
 class _DocumentForward:

@@ -6,9 +6,10 @@ recurrent layers). None of them says so. A few tiny forwards do. Where they show
 layers get documents one by one, and then masks, until a measurement shows none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from peft import PeftModel
 
 from luthier.data.batching.collators import FlatteningCollator, PackingCollator, PaddingCollator
+from luthier.data.batching.image_collators import ImageCollator, ImageInputs
 from luthier.data.batching.token_rows import Document, TrainingRow
 from luthier.data.seeded_random import random_bits
 from luthier.errors import UserError
@@ -23,6 +25,8 @@ from luthier.model.packing_support import PACKING_ADVICE
 from luthier.model.varlen_attention import attention_by_masks, is_varlen, use_masks
 from luthier.train.document_masking import PackedDocuments, is_recurrent_layer
 
+PackedLayout = PackingCollator | FlatteningCollator | ImageCollator
+"""A layout of packed rows, perhaps with the images of their documents."""
 NEIGHBOUR_TOKENS, PROBE_TOKENS = 12, 9
 """Tokens of the document that changes, and of the probe, which must not notice."""
 # Rounding between two neighbours. Without int8 layers, `content` was 0 to the last bit on every
@@ -64,6 +68,8 @@ class DocumentIsolation:
     """Whether the model's own kernels keep documents apart in one flat row for each batch."""
     documents: PackedDocuments | None = None
     """What keeps documents apart where the class does not; it must be told of each packed batch."""
+    has_leaking_images: bool = False
+    """Whether documents of text are apart and those with images are not."""
 
     @property
     def content_allowed(self) -> float:
@@ -91,7 +97,7 @@ class DocumentIsolation:
 
 def check_isolation(
     model: Any,
-    collator: PackingCollator | FlatteningCollator,
+    collator: PackedLayout,
     call: Callable[..., Any] | None = None,
     is_sharded: bool = False,
 ) -> DocumentIsolation:
@@ -134,7 +140,7 @@ _NOT_PACKABLE = (ValueError, TypeError, NotImplementedError)
 
 def _isolate(
     model: Any,
-    collator: PackingCollator | FlatteningCollator,
+    collator: PackedLayout,
     call: Callable[..., Any],
     is_sharded: bool,
 ) -> DocumentIsolation:
@@ -147,6 +153,7 @@ def _isolate(
         return flat
     dropped = None
     first_error: Exception | None = None
+    isolation: DocumentIsolation | None = None
     try:
         isolation = _measure_attention(model, collator, call)
         dropped = isolation.dropped_varlen
@@ -164,6 +171,11 @@ def _isolate(
         leak = _describe_leak(isolation)
     elif first_error is not None:
         raise first_error
+    if isolation is not None and isolation.has_leaking_images:
+        documents.add_image_masks()
+        isolation = _measure(model, collator, call, documents)
+        if isolation.holds:
+            return replace(isolation, documents=documents, dropped_varlen=dropped)
     documents.add_masks()
     for _ in range(2):
         # Classes that make no use of such masks say so by any exception.
@@ -178,7 +190,7 @@ def _isolate(
 
 
 def _measure_flat_rows(
-    model: Any, collator: PackingCollator | FlatteningCollator, call: Callable[..., Any]
+    model: Any, collator: PackedLayout, call: Callable[..., Any]
 ) -> DocumentIsolation | None:
     """Return the measurement of flat rows where recurrent layers keep their documents apart.
 
@@ -190,14 +202,15 @@ def _measure_flat_rows(
         return None
     # Without the kernels transformers raises, in words of its own.
     with suppress(Exception):
-        isolation = _measure(model, FlatteningCollator(collator.pad_token_id), call)
+        flat = _change_layout(collator, FlatteningCollator)
+        isolation = _measure(model, flat, call)
         if isolation.holds and isolation.is_as_by_mask:
             return replace(isolation, is_flat=True)
     return None
 
 
 def _measure_attention(
-    model: Any, collator: PackingCollator | FlatteningCollator, call: Callable[..., Any]
+    model: Any, collator: PackedLayout, call: Callable[..., Any]
 ) -> DocumentIsolation:
     """Measure, and put a model back to masks where varlen attention computes something else."""
     base = _base_model(model)
@@ -218,24 +231,51 @@ def _measure_attention(
 
 def _measure(
     model: Any,
-    collator: PackingCollator | FlatteningCollator,
+    collator: PackedLayout,
     call: Callable[..., Any],
     documents: PackedDocuments | None = None,
 ) -> DocumentIsolation:
-    """Return how far the probe's logits move with its neighbour and its position."""
+    """Return how far the probe's logits move with its neighbour and its position.
+
+    Where batches may have images, documents with one each are measured as well, and the worse of
+    two numbers counts.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    isolation = _measure_documents(model, collator, call, documents, _sample_documents(vocabulary))
+    if not isinstance(collator, ImageCollator):
+        return isolation
+    samples = _sample_image_documents(vocabulary, collator.images)
+    other = _measure_documents(model, collator, call, documents, samples)
+    names = ("content", "position", "content_noise", "position_noise", "epsilon", "mask")
+    # NumPy's maximum keeps a NaN, which Python's may lose.
+    worse: dict[str, Any] = {
+        name: float(np.maximum(getattr(isolation, name), getattr(other, name))) for name in names
+    }
+    return DocumentIsolation(**worse, has_leaking_images=isolation.holds and not other.holds)
+
+
+def _measure_documents(
+    model: Any,
+    collator: PackedLayout,
+    call: Callable[..., Any],
+    documents: PackedDocuments | None,
+    samples: tuple[Document, Document, Document],
+) -> DocumentIsolation:
+    """Return the measurement of two neighbours and a probe."""
     embeddings = model.get_input_embeddings().weight
     device = embeddings.device
-    first, second, probe = _sample_documents(model.config.get_text_config().vocab_size)
-    packed_as = type(collator)(collator.pad_token_id)
-    padded_as = PaddingCollator(collator.pad_token_id)
+    first, second, probe = samples
+    packed_as = _change_layout(collator)
+    padded_as = _change_layout(collator, PaddingCollator)
+    tokens = len(probe.input_ids)
 
     def logits(layout: Any, *rows: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of the first and the last tokens of a batch, as many as the probe's."""
         batch = layout(rows)
         if documents is not None:
-            documents.expect_batch(batch.get("position_ids"))
+            expect_batch(documents, batch)
         flat_logits = _logits(call, batch, device).flatten(0, 1)
-        return flat_logits[:PROBE_TOKENS], flat_logits[-PROBE_TOKENS:]
+        return flat_logits[:tokens], flat_logits[-tokens:]
 
     packed = logits(packed_as, (probe, first), (first, probe))
     changed = logits(packed_as, (probe, second), (second, probe))
@@ -258,6 +298,22 @@ def _measure(
     )
 
 
+def expect_batch(documents: PackedDocuments, batch: Mapping[str, Any]) -> None:
+    """Tell what keeps documents apart of the batch that is computed next, packed or not."""
+    positions: torch.Tensor | None = batch.get("position_ids")
+    # With M-RoPE those by which documents are known stand before those in several directions.
+    if positions is not None and positions.dim() > 2:
+        positions = positions[0]
+    documents.expect_batch(positions, batch.get("token_type_ids", batch.get("mm_token_type_ids")))
+
+
+def _change_layout(collator: Any, layout: Any = None) -> Any:
+    """Return a collator for rows of any width, in another layout where one is named."""
+    if isinstance(collator, ImageCollator):
+        return ImageCollator(_change_layout(collator.layout, layout), collator.images)
+    return (layout or type(collator))(collator.pad_token_id)
+
+
 def _sample_documents(vocabulary: int) -> tuple[Document, Document, Document]:
     """Return two neighbours of one length that differ at every position, and a probe.
 
@@ -267,6 +323,41 @@ def _sample_documents(vocabulary: int) -> tuple[Document, Document, Document]:
     first, _, probe = np.split(drawn, [NEIGHBOUR_TOKENS, 2 * NEIGHBOUR_TOKENS])
     second = (first + 1 + vocabulary // 3) % vocabulary
     return Document(first, first), Document(second, second), Document(probe, probe)
+
+
+IMAGE_PLACES = (3, 3, 5)
+"""Tokens before the images of two neighbours and a probe. Places in the document that differ show
+masks that look at another document's place."""
+
+
+def _sample_image_documents(
+    vocabulary: int, images: ImageInputs
+) -> tuple[Document, Document, Document]:
+    """Return two neighbours that differ in every token of text and every pixel, and a probe.
+
+    Each has one image, of a size that takes few tokens.
+    """
+    size = images.choose_small_size()
+    image_ids = np.array(images.encode_image(size))
+    plain_ids = np.setdiff1d(np.arange(vocabulary), list(images.reserved_ids))
+    documents = []
+    samples = zip(_sample_documents(len(plain_ids)), IMAGE_PLACES, strict=True)
+    for number, (document, place) in enumerate(samples):
+        ids = np.insert(plain_ids[document.input_ids], place, image_ids)
+        documents.append(Document(ids, ids, images=(_random_picture(size, number),)))
+    first, second, probe = documents
+    return first, second, probe
+
+
+def _random_picture(size: Mapping[str, int], seed: int) -> bytes:
+    """Return a PNG whose pixels are drawn by chance, of this `height` and `width`."""
+    from PIL import Image
+
+    shape = (size["height"], size["width"], 3)
+    pixels = (random_bits(int(np.prod(shape)), seed) >> 56).astype(np.uint8).reshape(shape)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def _logits(call: Callable[..., Any], batch: dict[str, Any], device: Any) -> torch.Tensor:
@@ -306,13 +397,14 @@ _ADVICE = (
 
 
 def _describe_leak(isolation: DocumentIsolation) -> str:
+    subject = "a document with images" if isolation.has_leaking_images else "a document"
     if isolation.content <= isolation.content_allowed:
         return (
-            "the logits of a document depend on its place in a packed row: they differ by "
+            f"the logits of {subject} depend on its place in a packed row: they differ by "
             f"{isolation.position:.2g} ({isolation.position_allowed:.2g} may be rounding), so its "
             "positions are not its own"
         )
     return (
-        f"other words in one document change the logits of another by {isolation.content:.2g} "
+        f"other content in {subject} changes the logits of another by {isolation.content:.2g} "
         f"({isolation.content_allowed:.2g} may be rounding), so documents see each other"
     )

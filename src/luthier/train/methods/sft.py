@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from luthier.config.schema import RunConfig
 from luthier.data.batching.collators import uses_flattening
+from luthier.data.batching.image_collators import ImageInputs
 from luthier.data.batching.samplers import SampledDataset, Sampler
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
@@ -27,7 +28,7 @@ from luthier.train.dataloaders import (
 )
 from luthier.train.methods.method import TrainerInputs, TrainingMethod
 from luthier.train.methods.token_loss import TokenLoss
-from luthier.train.packing_check import DocumentIsolation, check_isolation
+from luthier.train.packing_check import DocumentIsolation, check_isolation, expect_batch
 from luthier.train.trainers.base import TrainerMixin, keep_weight_precision
 
 
@@ -76,6 +77,7 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         eval_dataset: Any = None,
         batching: BatchingSettings | None = None,
         token_loss: TokenLoss | None = None,
+        images: ImageInputs | None = None,
         **kwargs: Any,
     ) -> None:
         """Take what SFTTrainer takes, with token rows as datasets.
@@ -83,8 +85,10 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         A dataset is `TokenRows`, a table of token rows, a `datasets.Dataset` with the columns
         `input_ids` and `labels`, or, for training, `StreamDataset`; evaluation sets may come as
         a dict by name. `token_loss` is the loss of each token in place of its negative
-        log-likelihood. Raises UserError where the model cannot train packed rows.
+        log-likelihood. `images` makes the inputs of pictures, for rows that have some. Raises
+        UserError where the model cannot train packed rows.
         """
+        self.images = images
         self.batching: BatchingSettings = batching or BatchingSettings()
         self.token_loss = token_loss
         self.isolation: DocumentIsolation | None = None
@@ -127,7 +131,7 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
     def _collator(self, args: Any, packed: bool, with_columns: bool = False) -> Any:
         multiple = args.pad_to_multiple_of
         layout = (self.batching, packed, self._flat, self._pad_token_id, multiple)
-        return build_collator(*layout, with_columns)
+        return build_collator(*layout, with_columns, self.images)
 
     def _measure_isolation(self, call: Any) -> None:
         layout = self._collator(self.args, packed=True)
@@ -221,7 +225,7 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         if self._flat and not is_flat:
             inputs = flatten_packed_batch(inputs)
         if self.isolation is not None and self.isolation.documents is not None:
-            self.isolation.documents.expect_batch(inputs["position_ids"])
+            expect_batch(self.isolation.documents, inputs)
         return inputs
 
     def _add_sums(self, outputs: Any, per_token: torch.Tensor, input_tokens: torch.Tensor) -> None:

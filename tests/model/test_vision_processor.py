@@ -1,0 +1,209 @@
+"""A model's own processor: ids, pixels and positions equal to those of its own calls."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from helpers.model_families import save_family
+from helpers.vision_families import (
+    VISION_FAMILIES,
+    make_vision_model,
+    picture,
+    save_vision_processor,
+)
+from luthier.chat import ChatError
+from luthier.config.schema import ModelConfig
+from luthier.errors import UserError
+from luthier.model.vision_processor import find_vision_processor
+
+FAMILIES = sorted(VISION_FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Load the processor of a family, saved once, as luthier does."""
+    loaded = {}
+
+    def load_family(name):
+        if name not in loaded:
+            folder = save_vision_processor(tmp_path_factory.mktemp(name), name)
+            loaded[name] = find_vision_processor(ModelConfig(path=str(folder)))
+        return loaded[name]
+
+    return load_family
+
+
+def own_processor(vision, name):
+    """The processor as transformers loads it; without video where torchvision is missing."""
+    if VISION_FAMILIES[name].needs_torchvision:
+        return vision.processor
+    return AutoProcessor.from_pretrained(vision.model.path)
+
+
+def image(width, height, seed=0):
+    return {"type": "image", "image": picture(width, height, seed)}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def turn(role, *content):
+    return {"role": role, "content": list(content)}
+
+
+CONVERSATIONS = {
+    "an image before the text": [turn("user", image(40, 60), text("What is it?"))],
+    "several images and turns": [
+        turn("user", text("This: "), image(90, 30), text(" or this: "), image(84, 56, 1)),
+        turn("assistant", text("The first.")),
+        turn("user", image(200, 120, 2), text("And now?")),
+    ],
+    "an image alone": [turn("user", image(33, 47))],
+}
+
+
+def sizes_of(messages):
+    return [
+        {"width": part["image"].width, "height": part["image"].height}
+        for message in messages
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def pictures_of(messages):
+    return [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+
+
+def expand_by_hand(vision, messages, **settings):
+    """The ids of a conversation whose placeholders are replaced in the rendered text."""
+    tokenizer = vision.tokenizer
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    first, *rest = rendered.split(vision.placeholder)
+    pieces = [first]
+    for size, piece in zip(sizes_of(messages), rest, strict=True):
+        pieces += [vision.expand(size), piece]
+    ids = tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
+    return ids if rendered.startswith(tokenizer.bos_token) else [*vision.prefix_ids, *ids]
+
+
+@pytest.mark.parametrize("case", sorted(CONVERSATIONS))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_and_inputs_of_a_prompt_are_those_of_the_processors_own_call(load, name, case):
+    vision, messages = load(name), CONVERSATIONS[case]
+    expected = own_processor(vision, name).apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    ids = torch.tensor([expand_by_hand(vision, messages, add_generation_prompt=True)])
+    pixels = vision.pixel_inputs([pictures_of(messages)])
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made |= pixels | vision.token_type_inputs(ids)
+    assert sorted(made) == sorted(expected)
+    for key, value in made.items():
+        assert value.dtype == expected[key].dtype, key
+        assert value.equal(expected[key]), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pixels_of_a_batch_are_those_of_the_processors_own_call(load, name):
+    vision = load(name)
+    rows = [[turn("user", text("No picture."))], *CONVERSATIONS.values()]
+    expected = own_processor(vision, name).apply_chat_template(
+        rows, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )  # fmt: skip
+    made = vision.pixel_inputs([pictures_of(row) for row in rows])
+    made |= vision.token_type_inputs(expected["input_ids"])
+    assert {"input_ids", "attention_mask", *made} == set(expected)
+    for key, value in made.items():
+        assert value.equal(expected[key]), key
+
+
+def test_a_batch_without_images_has_no_inputs_of_images(load):
+    assert load("idefics3").pixel_inputs([[], []]) == {}
+
+
+SOFT = "<image_soft_token>" * 4
+FOUR = "<image>" * 4
+AROUND = "<fake_token_around_image>"
+TEXTS = [
+    ("gemma3", (60, 40), f"\n\n<start_of_image>{SOFT}<end_of_image>\n\n"),
+    ("llava_clip", (60, 40), FOUR),
+    ("llava_siglip", (900, 20), FOUR),
+    ("qwen2_vl", (60, 40), "<|image_pad|>" * 2),
+    ("qwen2_vl", (56, 84), "<|image_pad|>" * 6),
+    ("qwen3_vl", (60, 40), "<|image_pad|>" * 2),
+    (
+        "idefics3",
+        (30, 60),
+        f"{AROUND}<row_1_col_1>{FOUR}{AROUND}<row_1_col_2>{FOUR}\n"
+        f"\n{AROUND}<global-img>{FOUR}{AROUND}",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"), TEXTS, ids=[f"{n} {h}x{w}" for n, (h, w), _ in TEXTS]
+)
+def test_an_image_has_the_text_that_its_size_asks_for(load, name, size, expected):
+    height, width = size
+    assert load(name).expand({"height": height, "width": width}) == expected
+
+
+SIZES = [(1, 1), (2, 3), (28, 28), (29, 27), (64, 63), (100, 10), (10, 100), (56, 57), (333, 444)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_by_arithmetic_are_those_of_pictures_that_are_processed(load, name):
+    vision = load(name)
+    processed = pickle.loads(pickle.dumps(vision))
+    processed._sizes = False
+    for height, width in SIZES:
+        size = {"height": height, "width": width}
+        assert vision.expand(size) == processed.expand(size), size
+    assert vision._sizes, "no arithmetic stood the test"
+
+
+def test_a_size_that_the_processor_refuses_is_said(load):
+    with pytest.raises(ChatError, match=r"an image of 2000 x 4 pixels.*refuses.*aspect ratio"):
+        load("qwen2_vl").expand({"height": 4, "width": 2000})
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_positions_of_a_document_are_those_of_the_model(load, name):
+    vision, messages = load(name), CONVERSATIONS["several images and turns"]
+    ids = torch.tensor(expand_by_hand(vision, messages))
+    pixels = vision.pixel_inputs([pictures_of(messages)])
+    grids = {"image_grid_thw": pixels["image_grid_thw"]}
+    expected, _ = make_vision_model(name).model.get_rope_index(
+        ids[None], **vision.token_type_inputs(ids[None]), **grids
+    )
+    positions = vision.position_ids(ids, grids)
+    assert positions.equal(expected[:, 0])
+    assert positions.unique().numel() < len(ids)
+
+
+def test_a_model_that_counts_in_one_direction_has_no_positions_of_its_own(load):
+    assert load("gemma3").position_ids(torch.tensor([1, 2]), {}) is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settings_are_json_and_differ_between_processors(load, name):
+    settings = load(name).settings()
+    assert settings["processor_class"] == VISION_FAMILIES[name].processor
+    assert "tokenizer" not in settings
+
+
+def test_a_model_of_text_has_no_vision_processor(tmp_path):
+    assert find_vision_processor(ModelConfig(path=str(save_family(tmp_path, "llama")))) is None
+
+
+def test_missing_files_of_the_processor_are_said(load, tmp_path):
+    shutil.copytree(load("llava_clip").model.path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(UserError, match=r"model.path=.*processor"):
+        find_vision_processor(ModelConfig(path=str(tmp_path)))

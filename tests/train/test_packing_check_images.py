@@ -1,0 +1,138 @@
+"""Packed documents with images: losses and gradients of single rows, and the proof."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.vision_families import make_vision_model, picture, png, save_vision_processor
+from luthier.config.schema import ModelConfig
+from luthier.data.batching.collators import PackingCollator, PaddingCollator
+from luthier.data.batching.image_collators import ImageCollator
+from luthier.data.batching.token_rows import Document
+from luthier.errors import UserError
+from luthier.model.vision_processor import find_vision_processor
+from luthier.train.packing_check import check_isolation, expect_batch
+
+MODELS = [
+    ("idefics3", "sdpa"), ("idefics3", "varlen"), ("llava_clip", "sdpa"), ("llava_siglip", "eager"),
+    ("llava_clip", "varlen"), ("gemma3", "sdpa"), ("gemma3", "eager"), ("gemma3", "varlen"),
+    ("qwen2_vl", "sdpa"), ("qwen2_vl", "varlen"), ("qwen2_5_vl", "sdpa"), ("qwen3_vl", "sdpa"),
+    ("qwen3_vl", "varlen"), ("qwen3_5", "sdpa"),
+]  # fmt: skip
+HELPED = {
+    "gemma3": "attention to images gets masks of single documents",
+    "qwen3_5": "1 of 2 layers carry a state and run document by document",
+}
+NAMES = sorted({name for name, _ in MODELS})
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    loaded = {}
+
+    def load_family(name):
+        if name not in loaded:
+            folder = save_vision_processor(tmp_path_factory.mktemp(name), name)
+            loaded[name] = find_vision_processor(ModelConfig(path=str(folder)))
+        return loaded[name]
+
+    return load_family
+
+
+def document(vision, *content, start=20):
+    """A document of texts, by their number of tokens, and pictures; all texts train."""
+    ids, labels = [], []
+    for item in content:
+        if isinstance(item, int):
+            tokens = [start + 7 * len(ids) % 200 + number for number in range(item)]
+            labels += tokens
+        else:
+            tokens = vision.encode_image({"height": item.height, "width": item.width})
+            labels += [-100] * len(tokens)
+        ids += tokens
+    images = tuple(png(item) for item in content if not isinstance(item, int))
+    return Document(np.array(ids, np.int32), np.array(labels, np.int32), images=images)
+
+
+def packed_rows(vision):
+    """Three packed rows: an image in several documents, at the edges, two in one, and none."""
+    return [
+        (
+            document(vision, 3, picture(84, 56), 5),
+            document(vision, picture(40, 60, 1), 6, start=30),
+            document(vision, 4, picture(84, 56, 2)),
+        ),
+        (document(vision, 9, start=40), document(vision, 2, picture(28, 28, 3), 4)),
+        (document(vision, 2, picture(30, 90, 4), 3, picture(84, 56, 5), 2), document(vision, 4)),
+    ]
+
+
+def loss_of(net, batch, documents=None):
+    """The sum over trained tokens in plain arithmetic."""
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "tokens")}
+    if documents is not None:
+        expect_batch(documents, batch)
+    logits = net(**inputs, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+@pytest.mark.parametrize(("name", "attention"), MODELS, ids=["-".join(m) for m in MODELS])
+def test_packed_loss_and_gradients_are_those_of_single_rows(load, name, attention):
+    vision, net = load(name), make_vision_model(name, attention)
+    alone, rows = copy.deepcopy(net), packed_rows(vision)
+    single = ImageCollator(PaddingCollator(0), vision)
+    packed = ImageCollator(PackingCollator(0), vision)
+    expected = sum(loss_of(alone, single([(each,)])) for row in rows for each in row)
+    expected.backward()
+    isolation = check_isolation(net, packed)
+    loss = loss_of(net, packed(rows), isolation.documents)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (key, weight), other in zip(net.named_parameters(), alone.parameters(), strict=True):
+        assert (weight.grad is None) == (other.grad is None), key
+        if weight.grad is not None:
+            distance = (weight.grad - other.grad).norm()
+            assert distance <= 1e-4 * other.grad.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_that_keep_documents_with_images_apart_pass(load, name):
+    isolation = check_isolation(
+        make_vision_model(name), ImageCollator(PackingCollator(0), load(name))
+    )
+    assert isolation.content == 0
+    assert isolation.position < 1e-5
+    assert str(isolation.documents) == HELPED.get(name, "None")
+
+
+def test_positions_of_text_in_place_of_those_of_images_are_refused(load):
+    """What a model with positions in three directions gets where nobody counts them."""
+
+    class OneDirection(type(load("qwen2_vl"))):
+        has_own_positions = False
+
+    vision = copy.copy(load("qwen2_vl"))
+    vision.__class__ = OneDirection
+    with pytest.raises(UserError, match="cannot train packed rows") as refusal:
+        check_isolation(make_vision_model("qwen2_vl"), ImageCollator(PackingCollator(0), vision))
+    text = str(refusal.value)
+    assert "trainer.args.packing: Qwen2VLForConditionalGeneration" in text
+    assert "a document with images" in text
+
+
+def test_pictures_that_reach_the_document_before_are_refused(load):
+    """As if the first picture of each row were seen by all of its documents."""
+    vision, net = load("llava_clip"), make_vision_model("llava_clip")
+
+    def call(**batch):
+        if "position_ids" in batch and "pixel_values" in batch:
+            pixels = batch["pixel_values"]
+            batch["pixel_values"] = pixels + 0.1 * pixels.roll(1, 0)
+        return net(**batch)
+
+    with pytest.raises(UserError, match="other content in a document with images"):
+        check_isolation(net, ImageCollator(PackingCollator(0), vision), call)
