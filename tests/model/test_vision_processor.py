@@ -14,7 +14,7 @@ from helpers.vision_families import (
     picture,
     save_vision_processor,
 )
-from luthier.chat import ChatError
+from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.vision_processor import find_vision_processor
@@ -66,29 +66,26 @@ CONVERSATIONS = {
 }
 
 
-def sizes_of(messages):
-    return [
-        {"width": part["image"].width, "height": part["image"].height}
-        for message in messages
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
+def as_rows_have_it(messages):
+    """The messages with references in place of pictures."""
+    return [turn(m["role"], *map(reference, m["content"])) for m in messages]
+
+
+def reference(part):
+    if part["type"] == "text":
+        return part
+    size = {"width": part["image"].width, "height": part["image"].height}
+    return {"type": "image", "image": size}
 
 
 def pictures_of(messages):
     return [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
 
 
-def expand_by_hand(vision, messages, **settings):
-    """The ids of a conversation whose placeholders are replaced in the rendered text."""
-    tokenizer = vision.tokenizer
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-    first, *rest = rendered.split(vision.placeholder)
-    pieces = [first]
-    for size, piece in zip(sizes_of(messages), rest, strict=True):
-        pieces += [vision.expand(size), piece]
-    ids = tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
-    return ids if rendered.startswith(tokenizer.bos_token) else [*vision.prefix_ids, *ids]
+def encode_prompt(vision, messages):
+    """The ids of a prompt as luthier makes them, with the processor in the encoder."""
+    encoder = ChatEncoder(vision.tokenizer, images=vision)
+    return encoder.prompt(as_rows_have_it(messages))
 
 
 @pytest.mark.parametrize("case", sorted(CONVERSATIONS))
@@ -98,7 +95,7 @@ def test_ids_and_inputs_of_a_prompt_are_those_of_the_processors_own_call(load, n
     expected = own_processor(vision, name).apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
-    ids = torch.tensor([expand_by_hand(vision, messages, add_generation_prompt=True)])
+    ids = torch.tensor([encode_prompt(vision, messages)])
     pixels = vision.pixel_inputs([pictures_of(messages)])
     made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     made |= pixels | vision.token_type_inputs(ids)
@@ -121,6 +118,25 @@ def test_pixels_of_a_batch_are_those_of_the_processors_own_call(load, name):
     assert {"input_ids", "attention_mask", *made} == set(expected)
     for key, value in made.items():
         assert value.equal(expected[key]), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_replies_train_and_tokens_of_images_do_not(load, name):
+    vision = load(name)
+    messages = [*CONVERSATIONS["several images and turns"], turn("assistant", text("A cat."))]
+    encoder = ChatEncoder(vision.tokenizer, images=vision)
+    sequences = encoder.encode(as_rows_have_it(messages))
+    image_token = vision.tokenizer.convert_tokens_to_ids(VISION_FAMILIES[name].image_token)
+    (sequence,) = sequences
+    trained = [token for token in sequence.labels if token != -100]
+    assert image_token in sequence.input_ids
+    assert image_token not in trained
+    assert "The first." in vision.tokenizer.decode(trained)
+    assert "A cat." in vision.tokenizer.decode(trained)
+    assert [span.number for span in sequence.images] == [0, 1, 2]
+    for span, image in zip(sequence.images, pictures_of(messages), strict=True):
+        size = {"height": image.height, "width": image.width}
+        assert sequence.input_ids[span.start : span.stop] == vision.encode_image(size)
 
 
 def test_a_batch_without_images_has_no_inputs_of_images(load):
@@ -176,7 +192,7 @@ def test_a_size_that_the_processor_refuses_is_said(load):
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_positions_of_a_document_are_those_of_the_model(load, name):
     vision, messages = load(name), CONVERSATIONS["several images and turns"]
-    ids = torch.tensor(expand_by_hand(vision, messages))
+    ids = torch.tensor(encode_prompt(vision, messages))
     pixels = vision.pixel_inputs([pictures_of(messages)])
     grids = {"image_grid_thw": pixels["image_grid_thw"]}
     expected, _ = make_vision_model(name).model.get_rope_index(

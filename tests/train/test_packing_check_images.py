@@ -110,18 +110,17 @@ def test_models_that_keep_documents_with_images_apart_pass(load, name):
 
 
 def test_positions_of_text_in_place_of_those_of_images_are_refused(load):
-    """What a model with positions in three directions gets where nobody counts them."""
-
-    class OneDirection(type(load("qwen2_vl"))):
-        has_own_positions = False
+    class TextPositions(type(load("qwen2_vl"))):
+        def position_ids(self, input_ids, pixels):
+            return torch.arange(len(input_ids)).expand(3, -1)
 
     vision = copy.copy(load("qwen2_vl"))
-    vision.__class__ = OneDirection
+    vision.__class__ = TextPositions
     with pytest.raises(UserError, match="cannot train packed rows") as refusal:
         check_isolation(make_vision_model("qwen2_vl"), ImageCollator(PackingCollator(0), vision))
     text = str(refusal.value)
     assert "trainer.args.packing: Qwen2VLForConditionalGeneration" in text
-    assert "a document with images" in text
+    assert "the logits of a document with images depend on its place" in text
 
 
 def test_pictures_that_reach_the_document_before_are_refused(load):
