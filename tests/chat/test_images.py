@@ -365,9 +365,10 @@ def test_settings_describe_the_images_and_make_the_same_encoder():
     assert encoder.with_settings({"train_on": "last"}).images is encoder.images
 
 
+# No text begins with the end of a token: transformers joins the halves in two parts.
 _PARTS = st.lists(
     st.one_of(
-        st.text(st.sampled_from("ab <>|\n?é"), min_size=1, max_size=8).map(text),
+        st.text(st.sampled_from("ab <|\n?é"), min_size=1, max_size=8).map(text),
         st.sampled_from(["<image>", "<|im_end|>", "<image", "<|image_pad|>"]).map(text),
         st.builds(image, tokens=st.integers(1, 4), tiles=st.integers(0, 2)),
     ),

@@ -98,15 +98,14 @@ class ContentConverter:
         if not isinstance(message, dict) or type(message.get("role")) is not str:
             return message
         content = message.get("content")
-        text = _only_text(content)
-        if text is None:
+        forms = self._forms.get(message["role"]) or self._find_forms(message["role"])
+        # Most templates take both, or none of what is at hand.
+        if forms.takes_text == forms.takes_parts:
             return message
-        forms = self._find_forms(message["role"])
-        if forms == (False, True) and isinstance(content, str):
-            return {**message, "content": [_text_part(text)]}
-        if forms == (True, False):
-            return {**message, "content": text}
-        return message
+        text = _only_text(content)
+        if text is None or isinstance(content, str) == forms.takes_text:
+            return message
+        return {**message, "content": text if forms.takes_text else [_text_part(text)]}
 
     def _find_forms(self, role: str) -> ContentForms:
         """Return the forms of a content that the template shows for a role."""

@@ -182,6 +182,8 @@ class ImageRun(NamedTuple):
 
 def find_image_runs(text: TracedStr) -> list[ImageRun]:
     """Return the images of a rendered text in order."""
+    if not any(type(origin) is ImageOrigin for _, origin, _ in text._runs):
+        return []
     return [
         ImageRun(start, stop, origin)
         for start, stop, origin in origin_spans(text._runs)
