@@ -123,8 +123,8 @@ SOURCE = [
     Change("columns", NOTHING, {"prompt": "prompt"}, {}, PAIRS),
     Change("remove_columns", ROWS_CHANGE, ["chat_template_kwargs"], [], ODD),
     Change("json_replies", ROWS_CHANGE, True, False, ODD),
-    # The text that holds it is to be an image then, and the row has none.
-    Change("image_placeholder", ROWS_CHANGE, "e", None, ODD),
+    # A text that holds it has an image then, and the row has none to fill it.
+    Change("image_placeholder", ROWS_CHANGE, "<x>", None, {"dataset.on_bad_row": "drop"}),
     Change("system", ROWS_CHANGE, "Be kind."),
     Change("train_on", ROWS_CHANGE, "last"),
     Change("train_on", NOTHING, "all"),

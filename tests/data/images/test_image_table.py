@@ -241,3 +241,9 @@ def test_few_large_rows_are_looked_at_first(tmp_path, monkeypatch):
     opened = open_examples(DatasetConfig.model_validate(settings), "dataset")
     assert len(opened.source.peek()) < 4
     assert given_back(prepared(**settings).train) == EXPECTED
+
+
+def test_processes_that_encode_give_the_same_rows():
+    one, two = (prepared(cache=f"cache{workers}", workers=workers) for workers in (1, 2))
+    assert two.content_hash == one.content_hash
+    assert given_back(two.train) == EXPECTED
