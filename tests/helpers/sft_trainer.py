@@ -105,7 +105,7 @@ def packing(length=32, **also):
     return BatchingSettings(**({"packing": True, "eval_packing": True, "length": length} | also))
 
 
-def trainer(net, folder, data, batching=None, **args):
+def trainer(net, folder, data, batching=None, images=None, **args):
     settings = {
         "output_dir": str(folder), "report_to": [], "use_cpu": True, "bf16": False,
         "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "optim": "sgd",
@@ -117,6 +117,7 @@ def trainer(net, folder, data, batching=None, **args):
     made = TokenTrainer(
         net, args=SFTConfig(**(settings | args)), train_dataset=rows, batching=batching,
         eval_dataset=rows if isinstance(data, dict) else None, processing_class=tokenizer(),
+        images=images,
     )  # fmt: skip
     made.remove_callback(PrinterCallback)
     made.remove_callback(ProgressCallback)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.sft_trainer import packing, trainer
 from helpers.vision_families import make_vision_model, picture, png, save_vision_processor
 from luthier.config.schema import ModelConfig
 from luthier.data.batching.collators import PackingCollator, PaddingCollator
 from luthier.data.batching.image_collators import ImageCollator
-from luthier.data.batching.token_rows import Document
+from luthier.data.batching.token_rows import Document, InMemoryTable, TokenRows
 from luthier.errors import UserError
 from luthier.model.vision_processor import find_vision_processor
 from luthier.train.packing_check import check_isolation, expect_batch
@@ -18,11 +19,13 @@ from luthier.train.packing_check import check_isolation, expect_batch
 MODELS = [
     ("idefics3", "sdpa"), ("idefics3", "varlen"), ("llava_clip", "sdpa"), ("llava_siglip", "eager"),
     ("llava_clip", "varlen"), ("gemma3", "sdpa"), ("gemma3", "eager"), ("gemma3", "varlen"),
+    ("gemma4", "sdpa"), ("gemma4", "varlen"),
     ("qwen2_vl", "sdpa"), ("qwen2_vl", "varlen"), ("qwen2_5_vl", "sdpa"), ("qwen3_vl", "sdpa"),
     ("qwen3_vl", "varlen"), ("qwen3_5", "sdpa"),
 ]  # fmt: skip
 HELPED = {
     "gemma3": "attention to images gets masks of single documents",
+    "gemma4": "attention to images gets masks of single documents",
     "qwen3_5": "1 of 2 layers carry a state and run document by document",
 }
 NAMES = sorted({name for name, _ in MODELS})
@@ -97,6 +100,27 @@ def test_packed_loss_and_gradients_are_those_of_single_rows(load, name, attentio
         if weight.grad is not None:
             distance = (weight.grad - other.grad).norm()
             assert distance <= 1e-4 * other.grad.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", ["gemma3", "idefics3", "qwen3_vl", "qwen3_5"])
+def test_the_trainer_packs_rows_with_images(load, tmp_path, name, capsys):
+    vision, net = load(name), make_vision_model(name)
+    alone = copy.deepcopy(net)
+    documents = [each for row in packed_rows(vision) for each in row]
+    single = ImageCollator(PaddingCollator(0), vision)
+    expected = sum(loss_of(alone, single([(each,)])) for each in documents)
+    columns = ([each.input_ids for each in documents], [each.labels for each in documents])
+    rows = TokenRows(InMemoryTable(*columns), read_images=lambda number: documents[number].images)
+    length = 3 + max(len(each.input_ids) for each in documents)
+    made = trainer(net, tmp_path, rows, packing(length), vision, per_device_train_batch_size=2)
+    loader = iter(made.get_train_dataloader())
+    batches, count = made.get_batch_samples(loader, 100, torch.device("cpu"))
+    assert len(batches) < len(documents) / 2
+    loss = sum(made.compute_loss(net, batch, num_items_in_batch=count) for batch in batches)
+    assert loss.item() == pytest.approx(expected.item() / count.item(), rel=1e-5)
+    printed = capsys.readouterr().out
+    lines = [f"packing   {HELPED[name]}"] if name in HELPED else []
+    assert [line for line in printed.splitlines() if line.startswith("packing")] == lines
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -280,14 +280,37 @@ def _load_processor(model: ModelConfig, config: Any) -> Any:
     # names one without it, though images need it nowhere.
     processor_class = _find_processor_class(model, config)
     names = [name for name in processor_class.get_attributes() if "video" not in name]
-    reduced: Any = type(
-        processor_class.__name__,
-        (processor_class,),
-        {"get_attributes": classmethod(lambda cls: names), "__module__": __name__},
+    reader: Any = _derive(processor_class, get_attributes=classmethod(lambda cls: names))
+
+    def load_arguments(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return what the constructor takes, None for a video processor."""
+        loaded = dict(
+            zip(names, reader._get_arguments_from_pretrained(*args, **kwargs), strict=True)
+        )
+        return [loaded.get(name) for name in processor_class.get_attributes()]
+
+    def check_class(self: Any, name: str, argument: Any) -> Any:
+        """Check the class of all that was loaded."""
+        if argument is None:
+            return None
+        return processor_class.check_argument_for_proper_class(self, name, argument)
+
+    reduced: Any = _derive(
+        processor_class,
+        _get_arguments_from_pretrained=classmethod(load_arguments),
+        check_argument_for_proper_class=check_class,
     )
     processor = reduced.from_pretrained(model.path, **hub)
     processor.__class__ = processor_class
+    for name in processor_class.get_attributes():
+        if name not in names:
+            delattr(processor, name)
     return processor
+
+
+def _derive(base: Any, **members: Any) -> Any:
+    """Return a class of the same name with other members."""
+    return type(base.__name__, (base,), {"__module__": base.__module__, **members})
 
 
 def _find_processor_class(model: ModelConfig, config: Any) -> Any:

@@ -36,7 +36,7 @@ class PackedDocuments:
         self.adds_masks = False
         """Whether attention gets masks of single documents."""
         self.adds_image_masks = False
-        """Whether it gets masks in which the tokens of an image see each other, too."""
+        """Whether batches with images get such masks in layers with a sliding window."""
         self.positions: torch.Tensor | None = None
         """Shape (rows, width), from 0 in each document; None for a batch that is not packed."""
         self._expected: torch.Tensor | None = None
@@ -88,10 +88,10 @@ class PackedDocuments:
         self.adds_masks = True
 
     def add_image_masks(self) -> None:
-        """Give batches with images masks in which the tokens of an image see each other, too.
+        """Give layers with a sliding window, in batches with images, masks of single documents.
 
-        Gemma 3 in transformers 5.23: in a packed row its layers with a sliding window look the
-        image of a token up at its place in the document, so they find one of the first document.
+        In Gemma 3 and 4 the tokens of an image see each other. transformers 5.23 looks the image of
+        a token up at its place in the document, so of another document in the same row.
         """
         self.adds_image_masks = True
 
@@ -102,20 +102,62 @@ class PackedDocuments:
         self.positions, self._expected = self._expected, None
         types, self._expected_types = self._expected_types, None
         self._groups = self._order = None
-        blocks = None if types is None or not self.adds_image_masks else number_images(types)
-        if self.positions is None or (blocks is None and not self.adds_masks):
+        if self.positions is None:
             return None
+        masks: Any = None
+        if self.adds_masks:
+            masks = self._make_masks(decoder)
+        elif self.adds_image_masks and types is not None:
+            masks = self._make_image_masks(decoder, types, kwargs.get("attention_mask"))
+        return None if masks is None else (args, kwargs | {"attention_mask": masks})
+
+    def _make_masks(self, decoder: Any) -> Any:
+        """Return the masks of a decoder for the documents of the batch."""
         from transformers.masking_utils import create_masks_for_generate
 
+        embeddings = self._empty_embeddings(decoder)
+        return create_masks_for_generate(
+            decoder.config, embeddings, None, None, position_ids=self.positions
+        )
+
+    def _make_image_masks(self, decoder: Any, types: torch.Tensor, masks: Any) -> Any:
+        """Return a decoder's masks with another one for layers with a sliding window.
+
+        It is that of the class, Gemma's: tokens see what is in the window, before them or of their
+        own image. None where the class made no mask for such layers.
+        """
+        from transformers.masking_utils import (
+            and_masks,
+            blockwise_overlay,
+            create_causal_mask,
+            packed_sequence_mask_function,
+            sliding_window_overlay,
+        )
+
+        if not isinstance(masks, dict) or "sliding_attention" not in masks:
+            return None
+        assert self.positions is not None
+        documents = (self.positions == 0).cumsum(dim=1)
+        # Without positions the indices of the functions are those of the batch.
+        sliding_mask = create_causal_mask(
+            decoder.config,
+            self._empty_embeddings(decoder),
+            None,
+            None,
+            or_mask_function=blockwise_overlay(number_images(types)),
+            and_mask_function=and_masks(
+                packed_sequence_mask_function(documents),
+                sliding_window_overlay(decoder.config.sliding_window),
+            ),
+        )
+        return masks | {"sliding_attention": sliding_mask}
+
+    def _empty_embeddings(self, decoder: Any) -> torch.Tensor:
+        """Return what is read for its shape, its format and its device alone."""
+        assert self.positions is not None
         weight = decoder.get_input_embeddings().weight
-        # Read for its shape, its format and its device alone.
-        embeddings = torch.empty(
-            (*self.positions.shape, 0), dtype=weight.dtype, device=self.positions.device
-        )
-        masks = create_masks_for_generate(
-            decoder.config, embeddings, None, None, self.positions, block_sequence_ids=blocks
-        )
-        return args, kwargs | {"attention_mask": masks}
+        device = self.positions.device
+        return torch.empty((*self.positions.shape, 0), dtype=weight.dtype, device=device)
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Return values of shape (rows, width, ...) as batches of documents of like length.
