@@ -73,9 +73,6 @@ def test_prompts_are_those_of_the_processor(name, tokenizer):
             assert_labels(sequence)
             for reply in sequence.replies:
                 before = messages[: reply.message]
-                # A text alone gets no BOS token in front, where a text with images does.
-                if name == "llava_next" and case == "an image later" and reply.message == 1:
-                    continue
                 prompt = family.prompt(before)
                 assert sequence.input_ids[: reply.start] == prompt, case
                 assert encoder.prompt(before) == prompt, case
@@ -305,10 +302,12 @@ def test_turns_go_with_their_images_and_an_image_is_never_cut():
     assert (ids, dropped_messages) == (_encoder(family).prompt([*messages[2:], user("Sure?")]), 2)
 
 
-def test_the_ids_of_the_processor_stand_in_front_of_rows_with_images_alone():
+def test_the_ids_of_the_processor_stand_in_front_of_all_rows():
     encoder = _images_on(NO_ASSISTANT_IMAGES)
-    with_prefix = _images_on(NO_ASSISTANT_IMAGES, [1, 2])
-    for messages, prefix in ((PICTURE, [1, 2]), ([user("Hi"), bot("Hello")], [])):
+    prefix = [1, 2]
+    with_prefix = _images_on(NO_ASSISTANT_IMAGES, prefix)
+    forged = [user("<|endoftext|>Hi"), bot("Hello")]
+    for messages in (PICTURE, [user("Hi"), bot("Hello")], [user("Ho"), bot("Hello")], forged):
         (plain,), (sequence,) = encoder.encode(messages), with_prefix.encode(messages)
         assert sequence.input_ids == prefix + plain.input_ids
         assert sequence.labels == [-100] * len(prefix) + plain.labels

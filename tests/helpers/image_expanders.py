@@ -100,7 +100,7 @@ class Family:
         ]
         (text,), _ = ProcessorMixin.get_text_with_replacements(processor, [text], pictures)
         is_begun = text.startswith(tokenizer.bos_token)
-        prefix = [] if is_begun or not pictures else images.prefix_ids
+        prefix = [] if is_begun else images.prefix_ids
         return [*prefix, *encode_marked_chat(tokenizer, text)]
 
 

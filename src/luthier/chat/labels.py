@@ -70,6 +70,13 @@ class EncodedSequence:
         """The messages that train in it."""
         return [span.message for span in self.draft.rendered.spans]
 
+    def put_in_front(self, prefix: list[int]) -> None:
+        """Put ids in front of those of the text."""
+        shift = self.prefix_length = len(prefix)
+        self.ids[:0] = prefix
+        self.replies = [Reply(m, start + shift, stop + shift) for m, start, stop in self.replies]
+        self.images = [ImageSpan(n, start + shift, stop + shift) for n, start, stop in self.images]
+
     def to_chat_sequence(self) -> ChatSequence:
         """Return the sequence as the caller gets it."""
         return ChatSequence(self.ids, self.replies, self._segments, self.images)
@@ -114,16 +121,20 @@ class LabelBuilder:
         literal_spans = self._controls.literal_spans(text)
         pieces = self._pieces(RenderedSequence(text), 0, len(text), literal_spans)
         ids = [index for ids in self._tokens.encode(pieces) for index in ids]
-        return [*self._prefix(str.__str__(text)), *ids] if self._find_images(text) else ids
+        return [*self.find_prefix(ids), *ids]
 
     def _find_images(self, text: TracedStr) -> list[ImageRun]:
         return [] if self._images is None else find_image_runs(text)
 
-    def _prefix(self, plain: str) -> list[int]:
-        """Return what the processor's own call puts in front of a text with images."""
-        bos = self._tokens.tokenizer.bos_token
-        is_begun = bool(bos) and plain.startswith(bos)
-        return [] if self._images is None or is_begun else list(self._images.prefix_ids)
+    def find_prefix(self, ids: list[int]) -> list[int]:
+        """Return what the processor's own call puts in front of a text with these ids.
+
+        It is nothing for a model of text alone, whose servers call the tokenizer without it.
+        """
+        if self._images is None:
+            return []
+        is_begun = ids[:1] == [self._tokens.tokenizer.bos_token_id]
+        return [] if is_begun else list(self._images.prefix_ids)
 
     def encode(self, sequences: list[tuple[RenderedSequence, bool]]) -> list[list[EncodedSequence]]:
         """Return each text's sequences; `True` stands where a message may hold a control token.
@@ -306,24 +317,14 @@ class LabelBuilder:
                 replies.append(Reply(span.message, len(ids), len(ids) + count))
             ids += block_ids
         encoded = EncodedSequence(draft, ids, replies, self._tokens)
-        return self._place_images(encoded) if draft.images else encoded
-
-    def _place_images(self, encoded: EncodedSequence) -> EncodedSequence:
-        """Return a sequence with the tokens of its images, which never train, and its first ids."""
-        draft = encoded.draft
-        prefix = self._prefix(draft.rendered.plain)
-        spans = self._image_locator.locate(draft, encoded.ids)
-        encoded.replies = [
-            Reply(message, start + len(prefix), stop + len(prefix))
-            for reply in encoded.replies
-            for message, start, stop in _cut_reply(reply, spans)
-        ]
-        encoded.images = [
-            ImageSpan(number, start + len(prefix), stop + len(prefix))
-            for number, start, stop in spans
-        ]
-        encoded.ids[:0] = prefix
-        encoded.prefix_length = len(prefix)
+        if draft.images:
+            encoded.images = self._image_locator.locate(draft, encoded.ids)
+            encoded.replies = [
+                part for reply in replies for part in _cut_reply(reply, encoded.images)
+            ]
+        prefix = self.find_prefix(ids)
+        if prefix:
+            encoded.put_in_front(prefix)
         return encoded
 
     def _count_reply_tokens(self, draft: SequenceDraft, span: TrainedSpan, ids: list[int]) -> int:

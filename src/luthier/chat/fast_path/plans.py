@@ -39,7 +39,15 @@ from luthier.chat.turns import (
     TrainedSpan,
     select_trained_messages,
 )
-from luthier.chat.types import BYTES_PER_ID, ChatError, ChatSequence, Reply, Segment
+from luthier.chat.types import (
+    BYTES_PER_ID,
+    ChatError,
+    ChatSequence,
+    Reply,
+    Segment,
+    pack_ids,
+    unpack_ids,
+)
 
 FormKey = tuple[Any, ...]
 """A form as it is looked up: a role for a message of role and content alone, else all it has."""
@@ -395,10 +403,21 @@ class FastPathEncoder:
             return None
         for plan in plans:
             template = self._make_template(plan, form_tokens.text_numbers)
+            self._add_prefix(template)
             if not all(reply.header and reply.first_token for reply in template.replies[:-1]):
                 return None
             form_tokens.sequences.append(template)
         return form_tokens
+
+    def _add_prefix(self, template: TokenTemplate) -> None:
+        """Put in front what the label builder would; a row's own texts hold no token."""
+        first = template.items[0] if template.items else b""
+        ids = unpack_ids(first) if isinstance(first, bytes) else []
+        prefix = self._label_builder.find_prefix(ids)
+        if prefix:
+            template.items.insert(0, pack_ids(prefix))
+            for reply in template.replies:
+                reply.start, reply.stop = reply.start + 1, reply.stop + 1
 
     def _are_fields_apart(self, pieces: list[str | int]) -> bool:
         """Return whether no token can arise where a field meets what stands beside it."""
