@@ -123,6 +123,21 @@ def test_the_trainer_packs_rows_with_images(load, tmp_path, name, capsys):
     assert [line for line in printed.splitlines() if line.startswith("packing")] == lines
 
 
+@pytest.mark.parametrize(("name", "is_refused"), [("gemma3", True), ("llava_clip", False)])
+def test_flash_attention_is_refused_where_tokens_of_an_image_see_each_other(
+    load, tmp_path, name, is_refused
+):
+    vision, net = load(name), make_vision_model(name)
+    # Set here, since a model that is made with such a name looks for the package.
+    net.config.get_text_config()._attn_implementation_internal = "flash_attention_2"
+    rows = TokenRows(InMemoryTable([[3, 4]], [[3, 4]]), read_images=lambda number: ())
+    if not is_refused:
+        trainer(net, tmp_path, rows, images=vision)
+        return
+    with pytest.raises(UserError, match=r"model.attention=flash_attention_2: in Gemma3For.*sdpa"):
+        trainer(net, tmp_path, rows, images=vision)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_models_that_keep_documents_with_images_apart_pass(load, name):
     isolation = check_isolation(

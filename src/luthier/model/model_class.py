@@ -167,6 +167,27 @@ def choose_attention(
     return {"": chosen, **dict.fromkeys(architecture.sub_configs, chosen), **parts}
 
 
+_IMAGE_BLOCKS = re.compile(r"blockwise_overlay|block_sequence_ids|or_mask_function=")
+"""Code of classes in which the tokens of an image see each other."""
+
+
+def check_image_attention(model: Any) -> None:
+    """Raise UserError where a model's attention cannot show it an image as its class does.
+
+    In Gemma's classes the tokens of an image see those behind them, too. Flash attention takes no
+    mask for that, and transformers 5.23 leaves it out without a word.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    attention = str(base.config.get_text_config()._attn_implementation)
+    code = inspect.getsource(sys.modules[type(base).__module__])
+    if "flash" in attention and _IMAGE_BLOCKS.search(code) is not None:
+        raise UserError(
+            f"model.attention={attention}: in {type(base).__name__} the tokens of an image see "
+            "each other, which flash attention cannot compute, and rows have images. Set "
+            "model.attention=varlen with packed rows, else model.attention=sdpa."
+        )
+
+
 def _supported_attention(model_class: Any, attention: str) -> str:
     """Return `attention` where a class has it, else the fastest that needs no other library."""
     flag = "_supports_flash_attn" if "flash" in attention else _ATTENTION_FLAGS.get(attention)

@@ -16,6 +16,7 @@ from luthier.data.batching.samplers import SampledDataset, Sampler
 from luthier.data.batching.settings import BatchingSettings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.model.device import Machine
+from luthier.model.model_class import check_image_attention
 from luthier.train.arguments import build_sft_arguments
 from luthier.train.console import print_line
 from luthier.train.dataloaders import (
@@ -89,6 +90,8 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         UserError where the model cannot train packed rows.
         """
         self.images = images
+        if images is not None:
+            check_image_attention(model)
         self.batching: BatchingSettings = batching or BatchingSettings()
         self.token_loss = token_loss
         self.isolation: DocumentIsolation | None = None
