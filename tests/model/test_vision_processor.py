@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from transformers import AutoProcessor
 
 from helpers.model_families import save_family
@@ -13,6 +14,7 @@ from helpers.vision_families import (
     make_vision_model,
     picture,
     save_vision_processor,
+    vision_tokenizer,
 )
 from luthier.chat import ChatEncoder, ChatError
 from luthier.config.schema import ModelConfig
@@ -222,4 +224,15 @@ def test_missing_files_of_the_processor_are_said(load, tmp_path):
     shutil.copytree(load("llava_clip").model.path, tmp_path, dirs_exist_ok=True)
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(UserError, match=r"model.path=.*processor"):
+        find_vision_processor(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_processor_that_writes_no_text_for_an_image_is_refused(tmp_path):
+    transformers.Idefics2Config(architectures=["Idefics2ForConditionalGeneration"]).save_pretrained(
+        tmp_path
+    )
+    transformers.Idefics2Processor(
+        transformers.Idefics2ImageProcessorPil(), vision_tokenizer("idefics3")
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"with Idefics2Processor: it has no text for an image"):
         find_vision_processor(ModelConfig(path=str(tmp_path)))

@@ -31,7 +31,7 @@ _CHECKED_SIZES = ((64, 64), (40, 500), (500, 40), (700, 450))
 _SMALL_SIZES = ((32, 32), (64, 64), (32, 256), (256, 32))
 _UNSUPPORTED = (
     "luthier trains images with processors that write a text in place of each image, as those of "
-    "Qwen-VL, Gemma 3, LLaVA, Idefics3, SmolVLM, Mistral 3 and InternVL do. Rows of text train."
+    "Qwen-VL, Gemma 3 and 4, LLaVA and Idefics3 do. Rows of text train."
 )
 
 
@@ -185,6 +185,9 @@ class VisionProcessor:
             expected = self.encode_image(size)
         except NotImplementedError as error:
             raise self._unsupported("it has no text for an image") from error
+        # Settings that do not fit raise whatever they lead to in a class of transformers.
+        except Exception as error:
+            raise self._unsupported(f"its own call fails: {error}") from error
         ids = inputs["input_ids"][0].tolist()
         prefix = len(ids) - len(expected)
         if prefix < 0 or ids[prefix:] != expected:
@@ -302,9 +305,6 @@ def _load_processor(model: ModelConfig, config: Any) -> Any:
     )
     processor = reduced.from_pretrained(model.path, **hub)
     processor.__class__ = processor_class
-    for name in processor_class.get_attributes():
-        if name not in names:
-            delattr(processor, name)
     return processor
 
 
