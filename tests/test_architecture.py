@@ -44,7 +44,7 @@ MAY_IMPORT_HEAVY = re.compile(
     r"train\.(build|loop|session|evaluation|callbacks|own_callbacks|profiler|activation_checkpointing|dataloaders"
     r"|packing_check|document_masking)"
     r"|train\.(trainers|methods)\..+"
-    r"|memory\.(plan|estimate|simulate|kernels|advice|report)"
+    r"|memory\.(plan|estimate|simulate|index_values|kernels|advice|report)"
     r"|model\.(adapter_training|expert_lora|fused_head|quantized_experts|varlen_attention)"
     r"|evaluate\.heads"
     r"|doctor\.step_watcher"

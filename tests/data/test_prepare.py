@@ -16,7 +16,7 @@ from helpers.letter_encoder import NAMELESS, Letters, pair, prepared, replies, s
 from luthier.config.schema import DatasetConfig
 from luthier.data.encode_source import expand_ranges
 from luthier.data.encoders.chat import ConversationEncoder, hash_sequences
-from luthier.data.prepare import SplitCounts, find_longest_row, prepare
+from luthier.data.prepare import SplitCounts, find_largest_rows, prepare
 from luthier.data.store import Ragged
 from luthier.errors import UserError
 
@@ -472,7 +472,8 @@ def test_the_longest_row_is_known_once_all_sources_are_encoded(write):
 
     def longest(settings):
         config = DatasetConfig.model_validate(settings)
-        return find_longest_row(config, lambda kind, source, key: Letters(), NAMELESS)
+        rows = find_largest_rows(config, lambda kind, source, key: Letters(), NAMELESS)
+        return None if rows is None else rows.tokens
 
     assert longest(one) is None
     prepared(one)

@@ -12,6 +12,7 @@ import pytest
 from helpers import train_command
 from helpers.fsdp_cpu import largest_difference, saved_weights
 from helpers.judge_server import judging
+from helpers.train_command import launch_ranks
 
 pytestmark = pytest.mark.train
 
@@ -32,35 +33,11 @@ WAYS = {
 }  # fmt: skip
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(forks, folder, *words, ranks=2, per_rank=None, limit=60, **shared):
-    """Run the ranks of one launch; their exit codes and what they said."""
-    out = folder / "out.txt"
-    began = out.stat().st_size if out.exists() else 0
-    environment = {
-        "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(ranks), **shared,
-    }  # fmt: skip
-    more = per_rank or (lambda rank: ((), {}))
-    pids = []
-    for rank in range(ranks):
-        own_words, own = more(rank)
-        variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | own
-        pids.append(forks.start(folder, *words, *own_words, **variables))
-    codes = [forks.wait(pid, limit) for pid in pids]
-    return codes, out.read_bytes()[began:].decode()
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_four_processes_train_as_one(forks, tiny, way):
     size, more = WAYS[way]
     four = train_command.words(tiny, **ARGS, per_device_train_batch_size=size)
-    codes, text = launch(forks, tiny, *four, *more, f"output_dir=four-{way}", ranks=4)
+    codes, text = launch_ranks(forks, tiny, *four, *more, f"output_dir=four-{way}", ranks=4)
     assert codes == [0] * 4, text[-3000:]
     one = train_command.words(tiny, **ARGS, per_device_train_batch_size=4 * size)
     assert forks.run(tiny, *one, *more, f"output_dir=one-{way}") == 0, train_command.said(tiny)
@@ -117,7 +94,7 @@ def test_two_processes_learn_from_the_same_completions_as_one(forks, tiny, metho
         line += [*more, "trainer.args.gradient_accumulation_steps=1", f"output_dir={name}-{method}"]
         where = {"PYTHONPATH": str(tiny)}
         if name == "two":
-            codes, text = launch(forks, tiny, *line, **where)
+            codes, text = launch_ranks(forks, tiny, *line, **where)
             assert codes == [0, 0], text[-3000:]
         else:
             assert forks.run(tiny, *line, **where) == 0, train_command.said(tiny)[-3000:]
@@ -145,10 +122,10 @@ def test_a_judge_that_fails_in_one_process_stops_both_with_a_checkpoint(forks, t
         line = train_command.words(tiny, **args)
         line += ["trainer=grpo", f"trainer.rewards=[{reward}]", "output_dir=judged"]
         line += ["trainer.args.gradient_accumulation_steps=1"]
-        codes, text = launch(forks, tiny, *line)
+        codes, text = launch_ranks(forks, tiny, *line)
         assert codes == [2, 2], text[-3000:]
         assert "out of credit" in text and "The 2 steps before it are saved" in text
-        codes, text = launch(forks, tiny, *line)
+        codes, text = launch_ranks(forks, tiny, *line)
         assert codes == [0, 0], text[-3000:]
         assert "goes on from" in text and "checkpoint-2" in text
         assert metrics.read_text().count('"loss"') == 4
@@ -172,7 +149,7 @@ def test_bad_input_of_a_launch_is_said_before_it_trains(forks, tiny):
         (with_rows("other.jsonl"), "rows, or what trains in them: "),
     ]
     for per_rank, message in cases:
-        codes, text = launch(forks, tiny, *line, "output_dir=bad", per_rank=per_rank)
+        codes, text = launch_ranks(forks, tiny, *line, "output_dir=bad", per_rank=per_rank)
         assert codes == [2, 2], text
         assert message in text
         assert "Traceback" not in text
@@ -183,7 +160,7 @@ def test_bad_input_of_a_launch_is_said_before_it_trains(forks, tiny):
         (("dataset.eval.count=46",), "3 processes train together, but there are 2 rows"),
         (("trainer.args.packing=true", "dataset.eval.count=44"), "there are 2 packed rows of 64"),
     ):
-        codes, text = launch(forks, tiny, *held, *more, "output_dir=bad", ranks=3)
+        codes, text = launch_ranks(forks, tiny, *held, *more, "output_dir=bad", ranks=3)
         assert codes == [2] * 3, text
         assert count in text
         assert "Traceback" not in text
@@ -227,10 +204,10 @@ def test_two_machines_share_one_run(forks, tiny):
     args = {**ARGS, "save_strategy": "steps", "save_steps": 4}
     line = train_command.words(tiny, **args, per_device_train_batch_size=size)
     line = [word for word in line if not word.startswith("dataset.cache")]
-    codes, text = launch(forks, tiny, *line, ranks=4, per_rank=two_machines(tiny, "machines"))
+    codes, text = launch_ranks(forks, tiny, *line, ranks=4, per_rank=two_machines(tiny, "machines"))
     assert codes == [0] * 4, text[-3000:]
     four = train_command.words(tiny, **ARGS, per_device_train_batch_size=size)
-    assert launch(forks, tiny, *four, "output_dir=one-machine", ranks=4)[0] == [0] * 4
+    assert launch_ranks(forks, tiny, *four, "output_dir=one-machine", ranks=4)[0] == [0] * 4
     assert train_command.weights(tiny / "machines") == train_command.weights(tiny / "one-machine")
     # Each machine encoded the rows once, into its own cache.
     entries = [
@@ -242,7 +219,7 @@ def test_two_machines_share_one_run(forks, tiny):
     assert text.count("is not shared") == 0
 
     # Folders of their own: said at the start, and nothing goes on from half a checkpoint.
-    codes, text = launch(
+    codes, text = launch_ranks(
         forks, tiny, *line, ranks=4, per_rank=two_machines(tiny, "local", local_output=True)
     )
     assert codes == [0] * 4, text[-3000:]
@@ -251,7 +228,7 @@ def test_two_machines_share_one_run(forks, tiny):
     assert not (tiny / "local-1" / "model").exists()
     assert not (tiny / "local-1" / "run.json").exists()
     longer = [word.replace("max_steps=8", "max_steps=10") for word in line]
-    codes, text = launch(
+    codes, text = launch_ranks(
         forks, tiny, *longer, ranks=4, per_rank=two_machines(tiny, "local", local_output=True)
     )
     assert codes == [2] * 4, text
@@ -322,6 +299,6 @@ def test_slurm_runs_two_machines_stops_and_goes_on(forks, tiny, tmp_path):
     record = train_command.record(tmp_path / "run")
     assert record["status"] == "finished"
     assert record["launch"]["processes"] == 2
-    codes, text = launch(forks, tiny, *line, "output_dir=unstopped")
+    codes, text = launch_ranks(forks, tiny, *line, "output_dir=unstopped")
     assert codes == [0, 0], text[-3000:]
     assert train_command.weights(tmp_path / "run") == train_command.weights(tiny / "unstopped")

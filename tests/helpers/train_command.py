@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -140,3 +141,27 @@ def metrics(run):
     """The rows of metrics.jsonl without what is measured in seconds."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in lines]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_ranks(forks, folder, *words, ranks=2, per_rank=None, limit=60, **shared):
+    """Run the ranks of one launch; their exit codes and what they said."""
+    out = folder / "out.txt"
+    began = out.stat().st_size if out.exists() else 0
+    environment = {
+        "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(ranks), **shared,
+    }  # fmt: skip
+    more = per_rank or (lambda rank: ((), {}))
+    pids = []
+    for rank in range(ranks):
+        own_words, own = more(rank)
+        variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | own
+        pids.append(forks.start(folder, *words, *own_words, **variables))
+    codes = [forks.wait(pid, limit) for pid in pids]
+    return codes, out.read_bytes()[began:].decode()

@@ -1,6 +1,7 @@
 """A step without content holds what a step with content holds, to the byte."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from transformers.integrations import moe
 
 from helpers.memory_configs import INT8, LORA, NF4
 from helpers.model_families import save_family
+from helpers.vision_families import save_vision_family
 from luthier.memory import kernels, meta_model, simulate, workload
 from luthier.memory.simulate import GRADIENTS
 from luthier.model.adapters import add_adapter
 from luthier.model.load import load_model
+from luthier.model.vision_processor import find_vision_processor
 
 CASES = {
     "LoRA": {},
@@ -69,6 +72,39 @@ def test_a_mixture_holds_what_a_real_step_of_torchs_product_holds(
     done = simulate._run_step(load_real_model(config, machine), work, "cpu", (1.0,))
     assert planned.weights == done.weights
     assert planned.peaks[1.0].bytes == pytest.approx(done.peaks[1.0].bytes, rel=0.002)
+
+
+IMAGES = {
+    "frozen tower": LORA,
+    "adapter on the tower": LORA | {"vision": True},
+    "all weights": {},
+}
+
+
+@pytest.mark.parametrize("lora", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("family", ["gemma3", "idefics3", "llava_clip"])
+def test_images_hold_what_those_of_a_real_step_hold(family, lora, configured, tmp_path):
+    save_vision_family(tmp_path, family)
+    model = {} if lora else {"train": ["."]}
+    config = configured(tmp_path, lora=lora, model=model, max_length=64)
+    machine = workload.machine_for(config.model, workload.detect_hardware(config.model))
+    text = workload.read_workload(config, machine)
+    work = replace(text, images=((60, 40), (28, 28)))
+    processor = find_vision_processor(config.model)
+
+    def simulate_work(work):
+        made = meta_model.build_meta_model(config, machine)
+        return simulate.simulate_step(made, work, "cpu", processor=processor)
+
+    planned = simulate_work(work)
+    torch.manual_seed(0)
+    images = simulate.make_image_inputs(processor, work)
+    loaded = load_real_model(config, machine)
+    done = simulate._run_step(loaded, work, "cpu", (1.0,), images)
+    assert planned.weights == done.weights
+    # Idefics3's index of real tiles has a few bytes more without content.
+    assert planned.peaks[1.0].bytes == pytest.approx(done.peaks[1.0].bytes, rel=0.001)
+    assert planned.peaks[1.0].bytes > simulate_work(text).peaks[1.0].bytes
 
 
 def simulated(config, kind="cpu", shares=(1.0,)):

@@ -31,6 +31,18 @@ def test_a_folder_gives_its_tokenizer_and_template(tiny_model):
     assert tokenizer.chat_template
 
 
+def test_a_template_of_the_processor_alone_is_the_tokenizers(folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = settings(folder, chat_template=None)
+    assert load_tokenizer(config).chat_template is None
+    file = folder / "chat_template.json"
+    file.write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    assert load_tokenizer(config).chat_template == "{{ messages[0].content }}"
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"chat_template\.json cannot be read"):
+        load_tokenizer(config)
+
+
 def test_another_tokenizer_can_be_named(tiny_model, tmp_path):
     config = ModelConfig(path=str(tmp_path / "nowhere"), tokenizer=str(tiny_model))
     assert load_tokenizer(config).pad_token == "<|im_end|>"

@@ -50,7 +50,7 @@ class ContentConverter:
 
     def __init__(self, template: ChatTemplate, expander: ImageExpander) -> None:
         self._template = template
-        self._placeholder = expander.placeholder
+        self._expander = expander
         self._forms: dict[str, ContentForms] = {}
 
     @cached_property
@@ -60,7 +60,7 @@ class ContentConverter:
         content = [{**IMAGE_PART, IMAGE_FIELD: _TEXT}, _text_part(_TEXT)]
         for part in (IMAGE_PART, {**IMAGE_PART, IMAGE_FIELD: ""}):
             text = self._render([{"role": "user", "content": content}], part)
-            if text is not None and find_placeholders(text, self._placeholder):
+            if text is not None and find_placeholders(text, self._expander.placeholder):
                 return part
         return None
 
@@ -75,8 +75,8 @@ class ContentConverter:
         if self.image_part is None:
             raise ChatError(
                 "the message has an image, and the chat template shows none: it never writes the "
-                f"model's image token ({self._placeholder}); use a template that takes image "
-                "parts, such as the one of the model's own processor (chat.template=FILE)",
+                f"model's image token ({self._expander.placeholder}); use a template that takes "
+                "image parts, such as the one of the model's own processor (chat.template=FILE)",
                 reason="template without images",
                 message=number,
                 field="content",

@@ -9,6 +9,7 @@ from luthier.terminal import make_console, print_json
 
 if TYPE_CHECKING:
     from luthier.config.schema import RunConfig
+    from luthier.data.prepare import LargestRows
     from luthier.memory.advice import Advice
     from luthier.memory.plan import MemoryPlan
     from luthier.memory.sharding import Sharding
@@ -72,6 +73,7 @@ def plan_and_advise(
     from luthier.memory.advice import advise
     from luthier.memory.plan import plan_memory
     from luthier.memory.workload import bound_by_rows, format_size
+    from luthier.model.model_images import find_model_images
     from luthier.train.fsdp_checks import check_fsdp_config
 
     # A step on tensors without content takes seconds for a large model; the plan itself goes to
@@ -88,18 +90,27 @@ def plan_and_advise(
         hardware = imagined or _this_machine(config, shardings, parsed)
         usual = shardings or _usual(hardware, config.quantization.is_enabled)
         memory_plan = plan_memory(config, hardware, usual)
-        longest = _longest_row(config) or 0
+        longest, images = _largest_rows(config) or (0, ())
         bounded = bound_by_rows(config, longest)
         if bounded.chat.max_length != config.chat.max_length:
             worst, work = memory_plan, memory_plan.workload
-            memory_plan = plan_memory(bounded, hardware, usual)
+            memory_plan = plan_memory(bounded, hardware, usual, images)
             note = (
                 f"No encoded row is longer than {longest:,} tokens, and that is planned for. Rows "
                 f"of {work.length:,} would take {format_size(worst.best.total)}."
             )
             memory_plan = _with_note(memory_plan, note)
+        elif images:
+            memory_plan = plan_memory(config, hardware, usual, images)
         elif bound_by_rows(config, 1) != config and not longest:
             note = "Rows that are encoded (luthier prepare) are planned for by the longest of them."
+            memory_plan = _with_note(memory_plan, note)
+        if images:
+            pixels = sum(height * width for height, width in images)
+            note = f"Each row is planned with the images of the row with most: {pixels:,} pixels."
+            memory_plan = _with_note(memory_plan, note)
+        elif not longest and find_model_images(config.model) is not None:
+            note = "Rows that are not encoded yet are planned without images."
             memory_plan = _with_note(memory_plan, note)
         status.update("trying changes")
         return memory_plan, advise(bounded, memory_plan)
@@ -112,20 +123,20 @@ def _with_note(memory_plan: "MemoryPlan", note: str) -> "MemoryPlan":
     return replace(memory_plan, workload=with_note)
 
 
-def _longest_row(config: "RunConfig") -> int | None:
-    """Return the tokens of the longest training row; None where the cache does not hold all rows.
+def _largest_rows(config: "RunConfig") -> "LargestRows | None":
+    """Return how large training rows get; None where the cache does not hold all rows.
 
     What keeps the rows from being read is for the training to say.
     """
     from luthier.chat import ChatError
-    from luthier.data.prepare import find_longest_row
+    from luthier.data.prepare import find_largest_rows
     from luthier.errors import UserError
     from luthier.model.tokenizer import load_tokenizer
     from luthier.train.methods import make_row_encoders
 
     with suppress(UserError, ChatError):
         tokenizer = load_tokenizer(config.model)
-        return find_longest_row(config.dataset, make_row_encoders(config, tokenizer), tokenizer)
+        return find_largest_rows(config.dataset, make_row_encoders(config, tokenizer), tokenizer)
     return None
 
 

@@ -28,6 +28,8 @@ class MethodFacts:
     """Whether its model learns from `trainer.teacher`."""
     can_stream: bool = False
     """Whether it can train on rows that are read as they come (`dataset.streaming`)."""
+    takes_images: bool = False
+    """Whether its rows may have images."""
 
     trained_values: str = ""
     """What its rows train, where that is not tokens of the rows themselves."""
@@ -79,6 +81,7 @@ METHODS = {
         "luthier.train.methods.sft:SFTMethod",
         ("conversation", "text"),
         can_stream=True,
+        takes_images=True,
     ),
     "pretrain": MethodFacts(
         ("trl", "trainer/sft_config.py", "SFTConfig"),
@@ -91,6 +94,7 @@ METHODS = {
         ("trl", "trainer/dpo_config.py", "DPOConfig"),
         "luthier.train.methods.dpo:DPOMethod",
         ("preference",),
+        takes_images=True,
         choices={"loss_type": _PAIR_LOSSES},
     ),
     "kto": MethodFacts(

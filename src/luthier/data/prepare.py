@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -27,11 +28,12 @@ from luthier.data.examples import (
     source_key,
 )
 from luthier.data.formats import Example
+from luthier.data.images.reader import ImageRef
 from luthier.data.rows import excerpt
 from luthier.data.seeded_random import RowNumbers
 from luthier.data.select import RowSelection, select_rows, split_by_source
 from luthier.data.store import Store, data_folder, tokenizer_digest
-from luthier.data.store.table import JoinedTable
+from luthier.data.store.table import JoinedTable, TokenTable
 from luthier.data.streaming import TokenRowStream, open_stream
 
 
@@ -131,6 +133,28 @@ class PreparedData:
         if isinstance(self.train, TokenRowStream):
             found |= {key: self.train.unread_keys(key) for key in self.train.opened}
         return {key: list(keys.items()) for key, keys in found.items() if keys}
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a row, of training or held out, has an image."""
+        rows = [self.train, *self.eval.values()]
+        return any(isinstance(each, TokenRows) and each.read_images is not None for each in rows)
+
+    @property
+    def largest_images(self) -> tuple[tuple[int, int], ...]:
+        """The height and width of each image of the row with the most pixels."""
+        sources = self.sources.values()
+        return find_largest_images((each.tokens, each.images.table) for each in sources)
+
+    def read_image(self, ref: ImageRef) -> bytes:
+        """Return the bytes of an image that an example refers to.
+
+        Raises UserError where its file is gone or has other content now.
+        """
+        for source in self.sources.values():
+            with suppress(KeyError):
+                return source.images.read_reference(ref)
+        raise KeyError(ref["sha256"])
 
     def locate_rows(self, numbers: Sequence[int]) -> list[str]:
         """Return where the rows behind these rows of the training table stand: `data.jsonl:7`.
@@ -248,8 +272,19 @@ def _source_encoder(
     return encode
 
 
-def find_longest_row(config: DatasetConfig, encoders: EncoderFactory, tokenizer: Any) -> int | None:
-    """Return the tokens of the longest training row of all sources that the cache holds.
+class LargestRows(NamedTuple):
+    """How large training rows get."""
+
+    tokens: int
+    """Those of the longest row."""
+    images: tuple[tuple[int, int], ...]
+    """The height and width of each image of the row with the most pixels."""
+
+
+def find_largest_rows(
+    config: DatasetConfig, encoders: EncoderFactory, tokenizer: Any
+) -> LargestRows | None:
+    """Return how large the training rows of all sources get, which the cache holds.
 
     None where one of them has not been encoded yet, or is a stream. Raises UserError as `prepare`
     does for sources that cannot be opened.
@@ -257,6 +292,7 @@ def find_longest_row(config: DatasetConfig, encoders: EncoderFactory, tokenizer:
     if config.streaming:
         return None
     sources, longest = DatasetSources(config), 0
+    tables: list[tuple[TokenTable, TokenTable]] = []
     store, digest = Store(data_folder(config.cache)), tokenizer_digest(tokenizer)
     for name in sources.train:
         key = source_key(name, sources.train)
@@ -265,8 +301,30 @@ def find_longest_row(config: DatasetConfig, encoders: EncoderFactory, tokenizer:
         stored = store.open(source_cache_key(opened, encoder, digest))
         if stored is None:
             return None
-        longest = max(longest, int(stored.table("tokens").lengths.max(initial=0)))
-    return longest or None
+        tables.append((stored.table("tokens"), stored.table("images")))
+        longest = max(longest, int(tables[-1][0].lengths.max(initial=0)))
+    return LargestRows(longest, find_largest_images(tables)) if longest else None
+
+
+def find_largest_images(
+    tables: Iterable[tuple[TokenTable, TokenTable]],
+) -> tuple[tuple[int, int], ...]:
+    """Return the height and width of each image of the row with the most pixels.
+
+    `tables` are those of the token rows and of the images of each source.
+    """
+    largest: tuple[tuple[int, int], ...] = ()
+    for tokens, images in tables:
+        if not len(images) or IMAGES_COLUMN not in tokens.columns:
+            continue
+        heights, widths = (images.column(name).astype(np.int64) for name in ("height", "width"))
+        rows = tokens.values(IMAGES_COLUMN, range(len(tokens)))
+        row_numbers = np.repeat(np.arange(len(rows)), [len(numbers) for numbers in rows])
+        pixels = (heights * widths)[np.concatenate(rows)]
+        most = int(np.bincount(row_numbers, weights=pixels, minlength=1).argmax())
+        sizes = tuple((int(heights[number]), int(widths[number])) for number in rows[most])
+        largest = max(largest, sizes, key=lambda each: sum(h * w for h, w in each))
+    return largest
 
 
 def _epoch_rows(trained: Mapping[str, EncodedSource], selection: RowSelection) -> TokenRows:

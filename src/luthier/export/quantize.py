@@ -187,6 +187,11 @@ def _load_calibration_rows(artifact: Artifact) -> list[dict[str, list[int]]]:
             f"{artifact.name}: GPTQ and AWQ look at training rows, and this run streams them. Use "
             "--quantize nf4."
         )
+    if prepared.has_images:
+        raise UserError(
+            f"{artifact.name}: GPTQ and AWQ look at training rows as tokens alone, and those of "
+            "this run have images. Use --quantize nf4."
+        )
     train = prepared.train
     some = [train.table.row(int(number))["input_ids"] for number in train.different[:CALIBRATION]]
     return [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in some]

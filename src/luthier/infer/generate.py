@@ -111,6 +111,11 @@ def release_memory() -> None:
         torch.mps.empty_cache()
 
 
+ImagePromptInputs = Callable[[Sequence[int], Any], dict[str, Any]]
+"""Takes the numbers of some prompts and their ids of shape (prompts, longest); returns what the
+model takes besides for their images: pixels and types of tokens."""
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -120,12 +125,13 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
+    image_inputs: ImagePromptInputs | None = None,
 ) -> list[list[int]]:
     """Answer each prompt greedily and return the new ids, without the stop token.
 
     Prompts are padded to the longest of their batch, on the side away from the reply, and sorted
     by length, so that little is computed on padding. `on_batch` is told how many prompts each batch
-    answered.
+    answered. `image_inputs` makes what belongs to the images of prompts.
     """
     import torch
 
@@ -136,7 +142,10 @@ def generate(
     try:
         # Not inference mode: what a module caches here must still serve a later training step.
         with torch.no_grad(), dequantized_layers(model), patched_output_layer(model):
-            for rows, answers in generate_in_batches(model, prompts, config, batch_size):
+            batches = generate_in_batches(
+                model, prompts, config, batch_size, image_inputs=image_inputs
+            )
+            for rows, answers in batches:
                 for row, ids in zip(rows, answers, strict=True):
                     replies[row] = until_stop(ids, stop_ids)
                 if on_batch:
@@ -152,14 +161,15 @@ def generate_in_batches(
     config: Any,
     batch_size: int,
     context: int | None = None,
+    image_inputs: ImagePromptInputs | None = None,
     **more: Any,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Yield the numbers of a batch of prompts with the ids that follow each, the longest first.
 
     `config`: a `GenerationConfig`; with `num_return_sequences` each number comes as often. A reply
     is cut where prompt and reply fill `context` tokens. Where the memory runs out, the batch is
-    halved, and stays so. `more` goes to `model.generate`. Raises UserError where not even one
-    prompt fits.
+    halved, and stays so. `image_inputs` makes what belongs to the images of prompts, and `more`
+    goes to `model.generate`. Raises UserError where not even one prompt fits.
     """
     import torch
 
@@ -167,11 +177,20 @@ def generate_in_batches(
     size = 1 if needs_single_rows(config) else batch_size
     # The longest first: where the memory is too small, the first batch says so and not the last.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    samples = config.num_return_sequences or 1
+    if image_inputs is not None and samples > 1:
+        # transformers 5.23 repeats pixels image by image, and not prompt by prompt.
+        order = [number for number in order for _ in range(samples)]
+        config = copy.copy(config)
+        config.num_return_sequences = 1
     while order:
         rows = _batch([len(prompts[i]) for i in order], size, config, context, equal)
         batch = [prompts[i] for i in order[:rows]]
         try:
-            replies = _answer(model, batch, _within(config, len(batch[0]), context), more)
+            inputs = _pad_prompts(model, batch, config.pad_token_id)
+            if image_inputs is not None:
+                inputs |= image_inputs(order[:rows], inputs["input_ids"])
+            replies = _answer(model, inputs, _within(config, len(batch[0]), context), more)
         # A full CPU memory is a plain RuntimeError, which only its text tells from others.
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -250,14 +269,12 @@ def _half(rows: int, length: int) -> int:
     return rows // 2
 
 
-def _answer(
-    model: Any, prompts: list[Sequence[int]], config: Any, more: dict[str, Any]
-) -> list[list[int]]:
-    """Return the ids behind each prompt, with the padding behind shorter replies."""
+def _pad_prompts(model: Any, prompts: list[Sequence[int]], pad_id: int) -> dict[str, Any]:
+    """Return the padded ids of prompts and their mask, each of shape (prompts, longest)."""
     import torch
 
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), config.pad_token_id)
+    ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
     # An encoder counts positions from the left; a decoder goes on at the right.
     is_encoded = model.config.is_encoder_decoder
@@ -265,9 +282,17 @@ def _answer(
         start = 0 if is_encoded else width - len(prompt)
         ids[row, start : start + len(prompt)] = torch.tensor(list(prompt))
         mask[row, start : start + len(prompt)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _answer(
+    model: Any, inputs: dict[str, Any], config: Any, more: dict[str, Any]
+) -> list[list[int]]:
+    """Return the ids behind each prompt, with the padding behind shorter replies."""
+    is_encoded = model.config.is_encoder_decoder
+    width = inputs["input_ids"].shape[1]
     out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        **{name: value.to(model.device) for name, value in inputs.items()},
         generation_config=config,
         # Split weights are whole by now (luthier.train.evaluation), so ranks need not keep in step.
         synced_gpus=False,

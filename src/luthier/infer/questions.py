@@ -173,14 +173,28 @@ class Question:
 
 
 def turn_text(message: Mapping[str, Any]) -> str:
-    """Return what a turn says in words, and each of its calls as a line of JSON."""
+    """Return what a turn says in words, and each of its calls as a line of JSON.
+
+    An image among its parts is `[image PATH]`.
+    """
     content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(map(_part_text, content))
     lines = [content] if isinstance(content, str) and content else []
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
         shown = {"name": function.get("name"), "arguments": function.get("arguments")}
         lines.append(json.dumps(shown, ensure_ascii=False, default=str))
     return "\n".join(lines)
+
+
+def _part_text(part: Mapping[str, Any]) -> str:
+    """Return a part of a content as text."""
+    if part.get("type") != "image":
+        return str(part.get("text") or "")
+    image = part.get("image")
+    source = image.get("source") if isinstance(image, Mapping) else None
+    return f"[image {source}]" if source else "[image]"
 
 
 def list_questions(example: Mapping[str, Any], columns: Mapping[str, Any]) -> list[Question]:

@@ -148,7 +148,8 @@ def _advise_more_gpus(config: RunConfig, plan: MemoryPlan) -> list[Advice]:
         if count <= plan.best.sharding.processes:
             continue
         hardware = replace(plan.hardware, count=count)
-        sharded = plan_memory(config, hardware, [Sharding("fsdp2", count)])
+        sharding, images = Sharding("fsdp2", count), plan.workload.images
+        sharded = plan_memory(config, hardware, [sharding], images)
         if sharded.fits or count == USUAL_GPU_COUNTS[-1]:
             text = f"{count} GPUs: --config_file launch/fsdp2.yaml --num_processes {count}"
             price = "GPUs that wait for each other"
@@ -175,7 +176,8 @@ def _plan_changed(config: RunConfig, plan: MemoryPlan, settings: list[_Setting])
             else:
                 values[name] = values[name] | change
     shardings = [estimate.sharding for estimate in plan.estimates]
-    best = plan_memory(RunConfig.model_validate(values), plan.hardware, shardings).best
+    images = plan.workload.images
+    best = plan_memory(RunConfig.model_validate(values), plan.hardware, shardings, images).best
     text = " ".join(setting.text for setting in settings)
     price = "; ".join(setting.price for setting in settings)
     return Advice(text, price, best.total, best.fits)

@@ -32,6 +32,7 @@ from luthier.memory.workload import (
 from luthier.model.device import Machine
 from luthier.model.load import describe_packing, read_model_config, resolve_attention
 from luthier.model.model_class import check_trains_on_text
+from luthier.model.vision_processor import find_vision_processor
 
 USUAL_GPU_COUNTS = (2, 4, 8)
 """Numbers of GPUs that a simulated step can be read for later, to say what more of them give."""
@@ -75,10 +76,12 @@ def plan_memory(
     config: RunConfig,
     hardware: Hardware | None = None,
     shardings: Sequence[Sharding] = (Sharding(),),
+    images: tuple[tuple[int, int], ...] = (),
 ) -> MemoryPlan:
     """Plan a run's memory from its configuration alone; takes seconds, needs no weights.
 
-    `hardware` is this machine if it is None. `activation_checkpointing: auto` is planned as
+    `hardware` is this machine if it is None, and `images` are the height and width of the images
+    of the row with most of them. `activation_checkpointing: auto` is planned as
     `choose_checkpointing` decides it. Raises UserError where the model's config.json cannot be had
     or the plan cannot count a part of the run, whatever the reason: a run that cannot be planned
     may well train.
@@ -93,7 +96,7 @@ def plan_memory(
             check_trains_on_text(architecture, config.model.trust_remote_code, task)
         packs = config.trainer.args.packs_rows
         machine = resolve_attention(config.model, machine, task, packs)
-        workload = read_workload(config, machine)
+        workload = replace(read_workload(config, machine), images=images)
         plan = _plan_workload(config, machine, workload, hardware, shardings)
         if plan.fits or config.trainer.args.activation_checkpointing != AUTO_CHECKPOINTING:
             return plan
@@ -107,16 +110,19 @@ def fits_in_memory(config: RunConfig, hardware: Hardware | None = None) -> bool:
 
 
 def choose_checkpointing(
-    config: RunConfig, hardware: Hardware | None = None, sharding: Sharding | None = None
+    config: RunConfig,
+    hardware: Hardware | None = None,
+    sharding: Sharding | None = None,
+    images: tuple[tuple[int, int], ...] = (),
 ) -> bool:
     """Tell whether activations have to be computed again: True where they do not fit.
 
     It is what `trainer.args.activation_checkpointing: auto` means: a third of the speed is given
     up only for memory that is not there. `hardware` is this machine and `sharding` one process
-    where they are None. Raises UserError as `plan_memory` does.
+    where they are None; `images` as in `plan_memory`, which raises UserError as this does.
     """
     with_auto = config.with_trainer_args(activation_checkpointing=AUTO_CHECKPOINTING)
-    plan = plan_memory(with_auto, hardware, (sharding or Sharding(),))
+    plan = plan_memory(with_auto, hardware, (sharding or Sharding(),), images)
     return plan.workload.checkpointing is not None
 
 
@@ -254,6 +260,7 @@ def _simulate_or_reuse(
     if key not in _STEP_CACHE or not shares <= set(_STEP_CACHE[key].peaks):
         model = build_meta_model(config, machine, dtype)
         packing = describe_packing(model)
-        simulated = simulate_step(model, workload, device_type, shares)
+        processor = find_vision_processor(config.model) if workload.images else None
+        simulated = simulate_step(model, workload, device_type, shares, processor)
         _STEP_CACHE[key] = replace(simulated, packing=packing)
     return _STEP_CACHE[key]

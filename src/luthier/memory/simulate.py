@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from luthier.errors import UserError
 from luthier.gc_pause import pause_gc
 from luthier.memory import kernels, meta_model
+from luthier.memory.index_values import IndexValues, make_tensor
 from luthier.memory.meta_model import Weight
 from luthier.memory.workload import Workload
 
@@ -129,23 +130,33 @@ class SimulatedStep:
 
 
 def simulate_step(
-    model: Any, workload: Workload, device_type: str, shares: Iterable[float] = (1.0,)
+    model: Any,
+    workload: Workload,
+    device_type: str,
+    shares: Iterable[float] = (1.0,),
+    processor: Any = None,
 ) -> SimulatedStep:
     """Run forward and backward of one micro-batch on a model from `build_meta_model`.
 
     `device_type` is where it would run: cuda, cpu or mps. `shares` are those of the gradients that
-    a process keeps, each of which gets a peak. The model cannot be used again. Raises UserError for
-    a model whose step depends on values and not on shapes alone.
+    a process keeps, each of which gets a peak. `processor` is the model's `VisionProcessor`, where
+    the workload has images. The model cannot be used again. Raises UserError for a model whose step
+    depends on values and not on shapes alone.
     """
+    images = make_image_inputs(processor, workload) if workload.images else {}
     try:
         with ExitStack() as stack:
             # Checkpoints put the generator back to where it was before a layer.
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(pause_gc())
             stack.enter_context(kernels.device_kernels(device_type, workload.flash))
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            fake_mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             meta_model.fill_fake_weights(model)
-            return _run_step(model, workload, device_type, shares)
+            if images:
+                stack.enter_context(patch.object(torch, "tensor", make_tensor))
+                values = stack.enter_context(IndexValues(fake_mode))
+                images = {name: values.make_input(value) for name, value in images.items()}
+            return _run_step(model, workload, device_type, shares, images)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"plan: a step of {type(model).__name__} cannot be tried without its weights: "
@@ -153,10 +164,39 @@ def simulate_step(
         ) from error
 
 
+def make_image_inputs(processor: Any, workload: Workload) -> dict[str, torch.Tensor]:
+    """Return the inputs of a workload's micro-batch with images, which are blank.
+
+    `processor` is the model's `VisionProcessor`. Rows are longer than the workload's where the
+    tokens of the images are more. The last row has padding, as one of them mostly does.
+    """
+    from PIL import Image
+
+    sizes = workload.images
+    refs = [{"height": height, "width": width} for height, width in sizes]
+    # Text stands between images: Qwen's positions take neighbours for one.
+    ids = [index for ref in refs for index in (*processor.encode_image(ref), 0)]
+    ids += [0] * (workload.length - len(ids))
+    input_ids = torch.tensor([ids] * workload.rows)
+    pictures = [Image.new("RGB", (width, height), "white") for height, width in sizes]
+    mask = torch.ones_like(input_ids)
+    mask[-1, -1] = 0 if workload.masked else 1
+    pixels = processor.pixel_inputs([pictures] * workload.rows)
+    types = processor.token_type_inputs(input_ids)
+    return {"input_ids": input_ids, "attention_mask": mask, **pixels, **types}
+
+
 def _run_step(
-    model: Any, workload: Workload, device_type: str, shares: Iterable[float]
+    model: Any,
+    workload: Workload,
+    device_type: str,
+    shares: Iterable[float],
+    images: Mapping[str, torch.Tensor] | None = None,
 ) -> SimulatedStep:
-    """Run a step on a filled model, with kernels and fake tensors in place."""
+    """Run a step on a filled model, with kernels and fake tensors in place.
+
+    `images` are what `make_image_inputs` gives, for a workload with images.
+    """
     weights = meta_model.list_weights(model)
     tracker = MemoryTracker(device_type, shares)
     tracker.add(meta_model.iterate_tensors(model), WEIGHTS)
@@ -164,7 +204,7 @@ def _run_step(
     _prepare(model, workload, device_type)
     with tracker:
         _track_gradients(model, tracker, has_earlier_batch=workload.accumulation > 1)
-        _forward_backward(model, workload, tracker)
+        _forward_backward(model, workload, tracker, images)
     return SimulatedStep(weights, weight_bytes, dict(tracker.peaks))
 
 
@@ -206,10 +246,20 @@ def _track_gradients(model: Any, tracker: MemoryTracker, has_earlier_batch: bool
             parameter.grad = torch.empty_like(parameter)
 
 
-def _forward_backward(model: Any, workload: Workload, tracker: MemoryTracker) -> None:
+def _forward_backward(
+    model: Any,
+    workload: Workload,
+    tracker: MemoryTracker,
+    images: Mapping[str, torch.Tensor] | None,
+) -> None:
     """Forward and loss as luthier's trainers have them, and backward."""
     tracker.phase = INPUTS
-    batch = _full_batch(model, workload)
+    if images:
+        # They were made before the step was watched.
+        tracker.add(images.values(), INPUTS)
+        batch = {**images, "labels": torch.zeros_like(images["input_ids"])}
+    else:
+        batch = _full_batch(model, workload)
     tracker.phase = ACTIVATIONS
     with _output_layer_phases(tracker):
         loss = _compute_loss(model, batch, workload, tracker)

@@ -78,6 +78,8 @@ class Workload:
     """The task of the model in peft's words, such as CAUSAL_LM."""
     dropout: bool = True
     """Whether layers drop activations."""
+    images: tuple[tuple[int, int], ...] = ()
+    """The height and width, in pixels, of the images of each sequence; empty for text alone."""
     assumptions: tuple[str, ...] = field(default=())
     """Sentences on what the configuration leaves open or the plan does not count."""
 

@@ -1,5 +1,6 @@
 """The tokenizer of a model, with a padding token that stops no reply from training."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
     tokenizer = _read_tokenizer(config, config.tokenizer or config.path, key)
     if config.tokenizer is not None:
         _check_same_ids(tokenizer, config)
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = _read_processor_template(config)
     ensure_padding_token(tokenizer)
     embeddings.add_tokens(tokenizer, config)
     return tokenizer
@@ -59,6 +62,36 @@ def _read_tokenizer(config: ModelConfig, path: str, key: str) -> "PreTrainedToke
         problem = source.explain_hub_error(error, path, key)
         text = source.OWN_CODE if "trust_remote_code" in str(error) else error
         raise problem or UserError(f"{key}={path}: the tokenizer cannot be read: {text}") from error
+
+
+def _read_processor_template(config: ModelConfig) -> str | None:
+    """Return the chat template that only a model's processor has; None where it has none, either.
+
+    Older image-text models (LLaVA 1.5) have it in a file that transformers' tokenizers pass over.
+    """
+    from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
+
+    if source.find_gguf_file(config.path) is not None:
+        return None
+    file = cached_file(
+        config.path,
+        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        revision=config.revision,
+        local_files_only=source.needs_hub(config.path) and source.is_hub_unreachable(),
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return None
+    try:
+        template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"model.path={config.path}: {LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE} cannot be read: "
+            f"{error!r}"
+        ) from error
+    return template if isinstance(template, str) else None
 
 
 def _check_same_ids(tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> None:

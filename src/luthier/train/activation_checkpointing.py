@@ -12,11 +12,13 @@ from luthier.train import console
 from luthier.train.launch_request import LaunchRequest, read_launch_request
 
 
-def resolve_auto_checkpointing(config: RunConfig, longest: int = 0) -> RunConfig:
+def resolve_auto_checkpointing(
+    config: RunConfig, longest: int = 0, images: tuple[tuple[int, int], ...] = ()
+) -> RunConfig:
     """Return the config with `auto` decided by the memory plan, the same on all ranks.
 
     `longest` is the longest training row in tokens; 0 where it is not known, so that
-    `chat.max_length` counts.
+    `chat.max_length` counts. `images` are the height and width of the images of the row with most.
     The first rank plans, since free memory may differ between ranks. Where a run cannot be
     planned, activations are computed again, which is slower and always fits best.
     """
@@ -24,7 +26,7 @@ def resolve_auto_checkpointing(config: RunConfig, longest: int = 0) -> RunConfig
         return config
     chosen: list[bool] = [True]
     if PartialState().is_main_process:
-        chosen = [_plan_checkpointing(bound_by_rows(config, longest))]
+        chosen = [_plan_checkpointing(bound_by_rows(config, longest), images)]
     broadcast_object_list(chosen)
     return config.with_trainer_args(activation_checkpointing=chosen[0])
 
@@ -41,13 +43,13 @@ def planned_sharding(request: LaunchRequest | None, processes: int) -> Sharding:
     return Sharding("ddp", processes)
 
 
-def _plan_checkpointing(config: RunConfig) -> bool:
+def _plan_checkpointing(config: RunConfig, images: tuple[tuple[int, int], ...]) -> bool:
     """Return whether activations are computed again, and print why."""
     processes = PartialState().num_processes
     try:
         hardware = detect_hardware(config.model, processes)
         recomputes = choose_checkpointing(
-            config, hardware, planned_sharding(read_launch_request(), processes)
+            config, hardware, planned_sharding(read_launch_request(), processes), images
         )
     except UserError as error:
         console.print_line(f"memory    not planned ({error}); activations are computed again")

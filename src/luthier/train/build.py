@@ -17,7 +17,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batching.settings import read_batching_settings
 from luthier.data.examples import DatasetSources
 from luthier.data.prepare import PreparedData, prepare
-from luthier.errors import explain_lost_process
+from luthier.errors import UserError, explain_lost_process
 from luthier.model import adapter_training, quantized
 from luthier.model.device import choose_machine
 from luthier.model.experts import has_experts
@@ -25,6 +25,7 @@ from luthier.model.load import read_model_config, resolve_attention
 from luthier.model.model_class import check_trains_on_text
 from luthier.model.tokenizer import load_tokenizer
 from luthier.model.trainable import make_trainable
+from luthier.model.vision_processor import VisionProcessor
 from luthier.record.plots import collect_data_numbers, plot_data
 from luthier.record.record import RunRecord
 from luthier.train import (
@@ -46,9 +47,15 @@ from luthier.train.fsdp_checks import check_packed_storage
 from luthier.train.launch_request import launched_by
 from luthier.train.loop import AfterSave, TrainingSession, fit
 from luthier.train.methods import TrainerInputs
-from luthier.train.methods.encoders import make_chat_encoder, make_eval_prompts
+from luthier.train.methods.encoders import (
+    find_images,
+    make_chat_encoder,
+    make_eval_prompts,
+    read_saved_settings,
+)
 from luthier.train.own_callbacks import make_own_callbacks
 from luthier.train.signals import StoppedBySignal
+from luthier.train.trainers import vision_tower
 
 if TYPE_CHECKING:
     from luthier.config import LoadedConfig
@@ -130,13 +137,14 @@ def build_session(
     row_encoders = methods.make_row_encoders(config, tokenizer)
     prepared = prepare(config.dataset, row_encoders, tokenizer, config.seed, sources)
     # Before the model, which may take minutes to load.
+    images = find_row_images(config, prepared)
     inputs = _check_inputs(config, tokenizer, encoder, prepared)
     if is_recorded:
         resume.refuse_changed_inputs(record, inputs, config)
     if is_main_process:
         _report_data(config, folder, prepared, facts.trained_values)
     config = activation_checkpointing.resolve_auto_checkpointing(
-        config, prepared.train_counts.longest
+        config, prepared.train_counts.longest, prepared.largest_images if images else ()
     )
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
@@ -147,14 +155,18 @@ def build_session(
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
+    vision_tower.check_trained_parts(model, config, images is not None)
+    vision_tower.allow_steps_without_images(args, model)
     if is_main_process:
         console.print_model(model, machine, config.quantization, config.lora)
     own_callbacks = make_own_callbacks(config.trainer.callbacks)
     callbacks = [MetricsFileCallback(folder / "metrics.jsonl"), *own_callbacks]
-    trainer_inputs = TrainerInputs(config, args, model, tokenizer, prepared, callbacks)
+    trainer_inputs = TrainerInputs(config, args, model, tokenizer, prepared, callbacks, images)
     # New adapter weights were drawn in between.
     set_seed(config.seed)
     trainer = method.build_trainer(trainer_inputs)
+    if images is not None:
+        vision_tower.run_tower_in_each_batch(trainer, images)
     _add_callbacks(trainer, config, folder)
     trainer.locate_rows = prepared.locate_rows
     trainer.optimizer_config = config.trainer.optimizer
@@ -166,12 +178,7 @@ def build_session(
         code = hash_code(config.model_dump(mode="json"))
         written = inputs | {"data": data_facts(prepared), "code": code}
         _record_inputs(record, written, trainer, launch, encoder)
-    prompts = make_eval_prompts(config, tokenizer, encoder)
-    heldout = prepared.heldout if facts.writes_replies and prompts is not None else {}
-    rows = {name: examples.with_columns() for name, examples in heldout.items()}
-    settings = config.trainer.evaluation
-    prompt_sets = evaluation.select_eval_prompts(settings, rows, launch["sharding"])
-    reply_generator = ReplyGenerator(trainer, prompts, settings, prompt_sets)
+    reply_generator = _make_reply_generator(trainer_inputs, trainer, encoder, launch["sharding"])
     return TrainingSession(
         config=config,
         folder=folder,
@@ -184,6 +191,36 @@ def build_session(
             trainer, reply_generator, config, folder
         ),
     )
+
+
+def _make_reply_generator(
+    inputs: TrainerInputs, trainer: Any, encoder: Any, sharding: str
+) -> ReplyGenerator:
+    """Return what answers the held-out rows of a run; UserError where that is not possible."""
+    config, prepared = inputs.config, inputs.prepared
+    prompts = make_eval_prompts(config, inputs.tokenizer, encoder)
+    writes_replies = METHODS[config.trainer.method].writes_replies
+    heldout = prepared.heldout if writes_replies and prompts is not None else {}
+    rows = {name: examples.with_columns() for name, examples in heldout.items()}
+    settings = config.trainer.evaluation
+    prompt_sets = evaluation.select_eval_prompts(settings, rows, sharding)
+    images = None
+    if inputs.images is not None:
+        images = evaluation.QuestionImages(inputs.images, prepared.read_image)
+    return ReplyGenerator(trainer, prompts, settings, prompt_sets, images)
+
+
+def find_row_images(config: RunConfig, prepared: PreparedData) -> VisionProcessor | None:
+    """Return what makes the inputs of pictures; None where no row has an image.
+
+    Raises UserError where the run is to train a tower for images all the same.
+    """
+    images = find_images(config) if prepared.has_images else None
+    if config.lora.vision and images is None:
+        raise UserError(
+            "lora.vision=true: no row has an image, so no tower would train. Remove it."
+        )
+    return None if images is None else images.processor
 
 
 def _check_inputs(
@@ -215,7 +252,7 @@ def _record_inputs(
     record.update(
         **inputs,
         launch={**launch, "launcher": launched_by()},
-        chat=encoder.settings() if encoder else None,
+        chat=read_saved_settings(encoder) if encoder else None,
     )
 
 

@@ -1,18 +1,22 @@
 """Held-out rows answered by the model under training: their scores, and what these decide."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from luthier.config.cross_checks import find_best_metric
 from luthier.config.schema import EvaluationConfig, RunConfig
+from luthier.data.batching.image_collators import ImageInputs
+from luthier.data.formats.image_parts import image_parts
+from luthier.data.images.decode import decode_image
+from luthier.data.images.reader import ImageRef
 from luthier.errors import UserError, format_override
-from luthier.infer.generate import generate
+from luthier.infer.generate import ImagePromptInputs, generate
 from luthier.infer.questions import Answer, Question, Row, decode_answer, read_questions, turn_text
 from luthier.metrics import (
     Metric,
@@ -24,6 +28,9 @@ from luthier.metrics import (
 )
 from luthier.model.varlen_attention import attention_by_masks
 from luthier.train import trackers
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 METRICS_KEY = "trainer.evaluation.metrics"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -116,15 +123,47 @@ def _is_generation_refused(sharding: str, metrics: list[Metric]) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class QuestionImages:
+    """Makes what a model takes for the images of questions."""
+
+    processor: ImageInputs
+    """The model's processor."""
+    read_image: Callable[[ImageRef], bytes]
+    """Returns the bytes of an image that a row refers to."""
+
+    def bind(self, questions: Sequence[Question]) -> ImagePromptInputs:
+        """Return what makes the inputs of some of these questions, by their numbers."""
+
+        def make(numbers: Sequence[int], input_ids: Any) -> dict[str, Any]:
+            pixels = self.processor.pixel_inputs([self._open(questions[n]) for n in numbers])
+            return pixels | self.processor.token_type_inputs(input_ids) if pixels else {}
+
+        return make
+
+    def _open(self, question: Question) -> "list[Image]":
+        parts = image_parts({"messages": question.messages})
+        return [decode_image(self.read_image(part["image"])) for part in parts]
+
+
 class ReplyGenerator:
     """Answers the held-out rows of a run with its model as it stands."""
 
     def __init__(
-        self, trainer: Any, encoder: Any, config: EvaluationConfig, prompt_sets: list[EvalPrompts]
+        self,
+        trainer: Any,
+        encoder: Any,
+        config: EvaluationConfig,
+        prompt_sets: list[EvalPrompts],
+        images: "QuestionImages | None" = None,
     ) -> None:
-        """`encoder` makes the prompts: a `luthier.chat.ChatEncoder`, or what has its `prompt`."""
+        """`encoder` makes the prompts: a `luthier.chat.ChatEncoder`, or what has its `prompt`.
+
+        `images` makes the inputs of the questions' pictures; None where no row has one.
+        """
         self.prompt_sets = prompt_sets
         self._trainer, self._encoder, self._config = trainer, encoder, config
+        self._images = images
 
     def generate_replies(self, prompts: EvalPrompts, when: str) -> EvalReplies:
         """Answer a set's questions, greedily and shared out over the ranks, and score the replies.
@@ -168,6 +207,7 @@ class ReplyGenerator:
                 max_new_tokens=self._config.max_new_tokens,
                 batch_size=self._config.batch_size,
                 on_batch=lambda rows: bar.update(rows),
+                image_inputs=None if self._images is None else self._images.bind(rank_questions),
             )
         longest = self._config.max_new_tokens
         return _gather_answers(
@@ -255,7 +295,8 @@ def unsharded_weights(model: Any, reshards: bool) -> Iterator[None]:
             # One token: a rank without a question takes part in the gathering, too.
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             decoder = {"decoder_input_ids": token} if model.config.is_encoder_decoder else {}
-            model.eval()(input_ids=token, **decoder)
+            # Without a cache, as losses call it: a tower is gathered then, too.
+            model.eval()(input_ids=token, use_cache=False, **decoder)
         yield
     finally:
         model.train(was_training)

@@ -39,6 +39,7 @@ from luthier.train.evaluation import (
     EvalRepliesCallback,
     ReplyGenerator,
 )
+from luthier.train.methods.encoders import read_saved_settings
 from luthier.train.rank_agreement import describe_ranks_without
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, agree_on_signal, signal_name
 from luthier.train.trainers.checkpoints import report_full_disk
@@ -444,7 +445,8 @@ def save_model(session: TrainingSession) -> None:
         shutil.rmtree(temporary / "ref", ignore_errors=True)
         convert_to_plain_lora(trainer.model, temporary)
         if session.encoder is not None:
-            write_json(temporary / "chat.json", redact_chat(session.encoder.settings()))
+            settings = redact_chat(read_saved_settings(session.encoder))
+            write_json(temporary / "chat.json", settings)
             save_serving_files(temporary, trainer, session.encoder)
         seal_model(temporary)
         publish_folder(temporary, session.folder / "model")

@@ -1,12 +1,14 @@
 """Whether a run may go on: its data, tokenizer and weights must be those of its begin."""
 
 import hashlib
+import json
 from typing import Any
 
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import PreparedData
 from luthier.data.store import tokenizer_digest
 from luthier.errors import UserError
+from luthier.model.model_images import ModelImages
 from luthier.model.weights_hash import identify_weights
 from luthier.record import checkpoints
 from luthier.record.config_diff import find_code_changes
@@ -18,6 +20,7 @@ _FIXED_INPUTS = {
     "tokenizer.sha256": ("model.tokenizer", "the tokenizer"),
     "tokenizer.template_sha256": ("chat.template", "the chat template"),
     "model.weights_sha256": ("model.path", "the model's weights"),
+    "processor.sha256": ("model.path", "the processor of images"),
     "teacher.weights_sha256": ("trainer.teacher", "the teacher's weights"),
     "rewards.weights_sha256": ("trainer.rewards", "the weights of a reward model"),
     # Last, as another tokenizer or template makes other rows.
@@ -43,6 +46,9 @@ def hash_run_inputs(
         },
         "data": {"sha256": prepared.content_hash},
     }
+    if prepared.has_images and isinstance(encoder.images, ModelImages):
+        hashes = json.dumps(encoder.images.hash_files(), sort_keys=True)
+        inputs["processor"] = {"sha256": hashlib.sha256(hashes.encode()).hexdigest()}
     if with_weights:
         inputs["model"] = identify_weights(config.model.path, config.model.revision)
     if with_weights and config.trainer.teacher:

@@ -10,19 +10,18 @@ batch, both of shape (rows,).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from luthier.data.batching.collators import to_tensors
+from luthier.data.batching.image_collators import ImageInputs
 from luthier.data.batching.samplers import RowTuple, SampledDataset, Sampler
 from luthier.data.batching.token_rows import Array, TokenRows
-
-if TYPE_CHECKING:
-    import torch
+from luthier.data.images.decode import decode_image
 
 Row = Mapping[str, Any]
-Batch = dict[str, "torch.Tensor"]
+Batch = dict[str, Any]
 
 
 class PreferenceItem(NamedTuple):
@@ -133,6 +132,8 @@ class PreferenceCollator:
     """The tokens of each sequence; None for as many as the longest one has."""
     multiple_of: int | None = None
     """Widths are rounded up to a multiple of this."""
+    images: ImageInputs | None = None
+    """What makes the inputs of pictures; None where no row has one."""
 
     def _columns(self, items: Sequence[PreferenceItem]) -> dict[str, Array]:
         numbers = np.array([item.number for item in items], np.int64)
@@ -167,7 +168,11 @@ class PreferenceCollator:
 
 
 class PairCollator(PreferenceCollator):
-    """Lays out two replies behind one prompt."""
+    """Lays out two replies behind one prompt.
+
+    Where prompts have images, `image_inputs` holds what a model's forward takes besides: pixels,
+    first those of all better replies and then those of all worse ones, and the types of tokens.
+    """
 
     def __call__(self, items: Sequence[PreferenceItem]) -> Batch:
         """Lay out some rows; the reference's sums come along where the rows have them."""
@@ -177,7 +182,21 @@ class PairCollator(PreferenceCollator):
             for item in items
         ]
         reference_sums = self._numbers(items, "ref_chosen_logps", "ref_rejected_logps")
-        return to_tensors(self._replies(pieces) | self._columns(items) | reference_sums)
+        batch = to_tensors(self._replies(pieces) | self._columns(items) | reference_sums)
+        return batch if self.images is None else batch | self._image_inputs(items, batch)
+
+    def _image_inputs(self, items: Sequence[PreferenceItem], batch: Batch) -> Batch:
+        """Return `image_inputs`; nothing where none of the prompts has an image."""
+        import torch
+
+        assert self.images is not None
+        pictures = [list(map(decode_image, item.images)) for item in items]
+        pixels = self.images.pixel_inputs(pictures)
+        if not pixels:
+            return {}
+        # Both replies of a row stand behind the same images, which are computed once.
+        twice = {name: torch.cat((value, value)) for name, value in pixels.items()}
+        return {"image_inputs": twice | self.images.token_type_inputs(batch["input_ids"])}
 
 
 class UnpairedCollator(PreferenceCollator):

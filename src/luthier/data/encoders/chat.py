@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from luthier.chat import IGNORED, ChatBatch, ChatError, ChatSequence
 from luthier.chat.encoder import OnEmpty
-from luthier.chat.images import ImageExpander
+from luthier.chat.images import ImageExpander, find_image_message
 from luthier.config.schema import SourceConfig
 from luthier.data.formats import Example
 from luthier.data.formats.image_parts import image_parts
@@ -292,6 +292,30 @@ class ColumnKeepingEncoder:
 
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
         """Encode as the encoder does."""
+        return self._encoder.encode(examples)
+
+
+class ImageRefusingEncoder:
+    """An encoder for rows of text alone, which says so of a row that has an image."""
+
+    def __init__(self, encoder: RowEncoder, reason: str) -> None:
+        """`reason`: why rows may have no images, and what to do."""
+        self._encoder = encoder
+        self._reason = reason
+
+    def settings(self) -> dict[str, Any]:
+        """The encoder's: rows of text are the same tokens with it."""
+        return self._encoder.settings()
+
+    def encode(self, examples: Sequence[Example]) -> EncodedRows:
+        """Encode as the encoder does; ChatError, with the example's number, for an image."""
+        for number, example in enumerate(examples):
+            for messages in example.values():
+                message = find_image_message(messages)
+                if message is not None:
+                    raise ChatError(
+                        self._reason, reason="an image", row=number, message=message, field="image"
+                    )
         return self._encoder.encode(examples)
 
 

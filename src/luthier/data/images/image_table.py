@@ -92,18 +92,18 @@ class StoredImages:
 
     def __init__(self, table: TokenTable, names: Sequence[str]) -> None:
         """`names`: those that the source's data files have now, in the order of their rows."""
-        self._table = table
+        self.table = table
         self._names = tuple(names)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def read(self, number: int) -> bytes:
         """Return the bytes of an image, which are those that were encoded.
 
         Raises UserError where its file is gone or has other content now.
         """
-        row = self._table.row(number)
+        row = self.table.row(number)
         if row["data"]:
             data: bytes = row["data"]
             return data
@@ -128,7 +128,7 @@ class StoredImages:
 
     def reference(self, number: int) -> ImageRef:
         """Return an image as an example of the source refers to it."""
-        row = self._table.row(number)
+        row = self.table.row(number)
         return {
             "sha256": row["sha256"], "width": int(row["width"]), "height": int(row["height"]),
             "source": row["source"],
@@ -142,14 +142,14 @@ class StoredImages:
         """
         if not len(self):
             return {}
-        sizes, times, folders = map(self._table.column, ("size", "mtime_ns", "folder"))
+        sizes, times, folders = map(self.table.column, ("size", "mtime_ns", "folder"))
         changes = {}
         # Embedded images have no file, and a file without bytes is no image.
         for number in np.flatnonzero(sizes).tolist():
-            (source,) = self._table.values("source", [number])
+            (source,) = self.table.values("source", [number])
             stamp = FileStamp(int(sizes[number]), int(times[number]))
             digest = self._digest_if_changed(source, int(folders[number]), stamp)
-            if digest and digest != self._table.values("sha256", [number])[0]:
+            if digest and digest != self.table.values("sha256", [number])[0]:
                 changes[f"{folders[number]}:{source}"] = digest
         return changes
 
@@ -175,8 +175,8 @@ class StoredImages:
     @cached_property
     def _number_of(self) -> dict[str, int]:
         """The number of each image by its hash."""
-        hashes: Iterable[Any] = self._table.values("sha256", range(len(self)))
+        hashes: Iterable[Any] = self.table.values("sha256", range(len(self)))
         return {digest: number for number, digest in enumerate(hashes)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._table, self._names)
+        return type(self), (self.table, self._names)

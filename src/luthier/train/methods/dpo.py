@@ -249,7 +249,8 @@ class LuthierDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
         """The log-probabilities that the reference gives to both replies."""
         names = ("input_ids", "attention_mask", "completion_mask")
         model = self.ref_model or self.model
-        logps = self.compute_ref_log_probs(model, {name: inputs[name] for name in names})
+        model_inputs = {name: inputs[name] for name in names} | inputs.get("image_inputs", {})
+        logps = self.compute_ref_log_probs(model, model_inputs)
         columns = zip(self.reference_columns, logps, strict=True)
         return {name: values.float() for name, values in columns}
 

@@ -6,13 +6,15 @@ They are here and not beside the trainers, so that data can be prepared without 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from luthier.chat import ChatEncoder, ParsedReply
+from luthier.chat import ChatEncoder, ImageExpander, ParsedReply
+from luthier.chat.encoder import IMAGES
 from luthier.config.methods import METHODS, check_example_type
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders.chat import (
     ColumnKeepingEncoder,
     ConversationEncoder,
     EncoderFactory,
+    ImageRefusingEncoder,
     RowEncoder,
     TextEncoder,
 )
@@ -26,6 +28,7 @@ from luthier.data.encoders.prompts import PromptEncoder, max_prompt_tokens
 from luthier.data.encoders.tasks import ClassificationEncoder, Seq2SeqEncoder, TaggingEncoder
 from luthier.data.examples import format_key
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
+from luthier.model.model_images import ModelImages, find_model_images
 from luthier.model.positions import bounded_length
 from luthier.model.tokenizer import end_token_ids
 from luthier.train.methods.tools import load_tools
@@ -33,8 +36,9 @@ from luthier.train.methods.tools import load_tools
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EncoderConstructor = Callable[[RunConfig, Any, str, SourceConfig], RowEncoder]
-"""Takes a config, its tokenizer, the format of a source's rows, and the source."""
+EncoderConstructor = Callable[[RunConfig, Any, str, SourceConfig, ImageExpander | None], RowEncoder]
+"""Takes a config, its tokenizer, the format of a source's rows, the source, and what the model
+makes of images, which is None where rows may have none."""
 
 
 def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
@@ -43,13 +47,37 @@ def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
     It raises UserError for rows that the run's method does not take.
     """
     method = config.trainer.method
+    images = find_images(config)
+    takes_images = METHODS[method].takes_images
 
     def make_encoder(row_format: str, source: SourceConfig, key: str) -> RowEncoder:
         check_example_type(method, row_format, key, format_key(key))
-        encoder = ENCODER_FACTORIES[method](config, tokenizer, row_format, source)
+        encoder = ENCODER_FACTORIES[method](config, tokenizer, row_format, source, images)
+        if not takes_images and row_format in _CONVERSATIONS:
+            encoder = ImageRefusingEncoder(encoder, _refuse_images(method))
         return ColumnKeepingEncoder(encoder) if _reads_columns(config) else encoder
 
     return make_encoder
+
+
+def find_images(config: RunConfig) -> ModelImages | None:
+    """Return what the run's model makes of images in rows.
+
+    None where the model or the method takes text alone.
+    """
+    return find_model_images(config.model) if METHODS[config.trainer.method].takes_images else None
+
+
+_CONVERSATIONS = ("conversation", "preference", "unpaired")
+"""The formats whose rows have messages, which may have images."""
+
+
+def _refuse_images(method: str) -> str:
+    able = " and ".join(f"trainer={name}" for name, each in METHODS.items() if each.takes_images)
+    return (
+        f"the message has an image, and trainer.method={method} trains on text alone. {able} take "
+        "images; else leave the row out"
+    )
 
 
 def _reads_columns(config: RunConfig) -> bool:
@@ -75,18 +103,26 @@ def _chat_settings(config: RunConfig, source: SourceConfig) -> dict[str, Any]:
 
 
 def _make_sft_encoder(
-    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
+    config: RunConfig,
+    tokenizer: Any,
+    row_format: str,
+    source: SourceConfig,
+    images: ImageExpander | None,
 ) -> RowEncoder:
     """Conversations by the chat encoder, texts in windows."""
     if row_format == "text":
         return TextEncoder(
             tokenizer, bounded_length(config), config.dataset.stride, config.chat.empty_replies
         )
-    return ConversationEncoder(tokenizer, _chat_settings(config, source))
+    return ConversationEncoder(tokenizer, _chat_settings(config, source), images)
 
 
 def _make_kto_encoder(
-    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
+    config: RunConfig,
+    tokenizer: Any,
+    row_format: str,
+    source: SourceConfig,
+    images: ImageExpander | None,
 ) -> RowEncoder:
     """Replies behind the ids that generation starts from; of a pair, each by itself."""
     encoder_class = UnpairedEncoder if row_format == "unpaired" else PairSplittingEncoder
@@ -94,7 +130,11 @@ def _make_kto_encoder(
 
 
 def _make_prompt_encoder(
-    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
+    config: RunConfig,
+    tokenizer: Any,
+    row_format: str,
+    source: SourceConfig,
+    images: ImageExpander | None,
 ) -> RowEncoder:
     """Conversations up to their last reply; UserError where completions leave them no room."""
     chat = config.chat.model_dump() | {"eos_token_ids": end_token_ids(config.model)}
@@ -105,20 +145,24 @@ def _make_prompt_encoder(
 
 def _chat_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstructor:
     """A constructor of an encoder that takes the settings of the chat encoder."""
-    return lambda config, tokenizer, row_format, source: encoder_class(
-        tokenizer, _chat_settings(config, source)
+    return lambda config, tokenizer, row_format, source, images: encoder_class(
+        tokenizer, _chat_settings(config, source), images
     )
 
 
 def _task_constructor(encoder_class: Callable[..., RowEncoder]) -> EncoderConstructor:
     """A constructor of an encoder that takes texts as the tokenizer encodes them."""
-    return lambda config, tokenizer, row_format, source: encoder_class(
+    return lambda config, tokenizer, row_format, source, images: encoder_class(
         tokenizer, config.chat.max_length, config.chat.on_long
     )
 
 
 def _make_target_encoder(
-    config: RunConfig, tokenizer: Any, row_format: str, source: SourceConfig
+    config: RunConfig,
+    tokenizer: Any,
+    row_format: str,
+    source: SourceConfig,
+    images: ImageExpander | None,
 ) -> RowEncoder:
     """Sources and targets."""
     chat = config.chat
@@ -153,8 +197,21 @@ def make_chat_encoder(
     if config.chat.template is None and tokenizer.chat_template is None:
         return None
     return ChatEncoder(
-        tokenizer, **config.chat.model_dump(), eos_token_ids=end_token_ids(config.model)
+        tokenizer,
+        **config.chat.model_dump(),
+        eos_token_ids=end_token_ids(config.model),
+        images=find_images(config),
     )
+
+
+def read_saved_settings(encoder: ChatEncoder) -> dict[str, Any]:
+    """Return a chat encoder's settings as a run and its model keep them, for `SavedChatSettings`.
+
+    What becomes of images is in the processor's files beside them.
+    """
+    settings = encoder.settings()
+    settings.pop(IMAGES, None)
+    return settings
 
 
 def make_turn_encoder(config: RunConfig, tokenizer: Any) -> ChatEncoder:

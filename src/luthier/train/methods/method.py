@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
+from luthier.data.batching.image_collators import ImageInputs
 from luthier.data.batching.settings import read_batching_settings
 from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
@@ -28,6 +29,8 @@ class TrainerInputs:
     tokenizer: Any
     prepared: PreparedData
     callbacks: list[Any]
+    images: ImageInputs | None = None
+    """What makes the inputs of pictures; None where no row has an image."""
 
     def common_arguments(self) -> dict[str, Any]:
         """The arguments that every trainer takes, by name."""
@@ -41,12 +44,17 @@ class TrainerInputs:
     def table_arguments(self) -> dict[str, Any]:
         """The arguments of a trainer over rows of a table, which has luthier's own loaders."""
         sets = name_eval_sets(self.prepared.eval)
-        return self.common_arguments() | {
-            "train_dataset": self.prepared.train,
-            # Trainer evaluates a dataset that is no dict under no name.
-            "eval_dataset": sets[""] if list(sets) == [""] else sets or None,
-            "batching": read_batching_settings(self.config),
-        }
+        images = {} if self.images is None else {"images": self.images}
+        return (
+            self.common_arguments()
+            | images
+            | {
+                "train_dataset": self.prepared.train,
+                # Trainer evaluates a dataset that is no dict under no name.
+                "eval_dataset": sets[""] if list(sets) == [""] else sets or None,
+                "batching": read_batching_settings(self.config),
+            }
+        )
 
 
 def name_eval_sets(sets: dict[str, TokenRows]) -> dict[str, TokenRows]:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from luthier.config.schema import RunConfig
+from luthier.data.batching.image_collators import ImageInputs
 from luthier.data.batching.preference_collators import (
     PairCollator,
     PreferenceCollator,
@@ -114,9 +115,13 @@ class PreferenceTrainerMixin(TrainerMixin):
         eval_dataset: TokenRows | dict[str, TokenRows] | None,
         batching: BatchingSettings,
         processing_class: Any,
+        images: ImageInputs | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take what the trainer takes, with rows of a table as datasets."""
+        """Take what the trainer takes, with rows of a table as datasets.
+
+        `images` makes the inputs of pictures, for rows that have some.
+        """
         self.batching = batching
         self._scores_since_log: list[RowScores] = []
         self._eval_scores: list[RowScores] = []
@@ -138,6 +143,7 @@ class PreferenceTrainerMixin(TrainerMixin):
                     processing_class.pad_token_id,
                     batching.length if batching.constant else None,
                     vars(args).get("pad_to_multiple_of"),
+                    images,
                 ),
                 processing_class=processing_class,
                 **kwargs,
@@ -359,6 +365,7 @@ def forward_fused(model: Any, inputs: dict[str, Any], **settings: Any) -> Any:
         labels=labels,
         use_cache=False,
         fused_lm_head=True,
+        **inputs.get("image_inputs", {}),
         **settings,
     )
 
