@@ -7,6 +7,7 @@ Idefics3: 33 in place of 46).
 
 import copy
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,12 @@ class VisionProcessor:
 
     def _call(self, images: Any, texts: list[str]) -> Any:
         """Return what the processor makes of texts with images, as tensors."""
+        from torch.utils.data import get_worker_info
+
+        # tokenizers 0.23: the threads that it had before a fork do not exist in a loader's worker,
+        # which would wait for them for ever.
+        if get_worker_info() is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         return self.processor(images=images, text=texts, padding=True, return_tensors="pt")
 
     def _check_call(self) -> None:

@@ -125,9 +125,12 @@ def test_pictures_of_packed_rows_stand_in_the_order_of_their_documents(load, nam
         assert batch[key].equal(value), key
 
 
-def test_a_worker_of_the_loader_makes_the_same_batch(load):
+def test_a_worker_of_the_loader_makes_the_same_batch(load, monkeypatch):
+    """The tokenizer has had threads, as it has where the process that forks prepares data."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     vision = load("idefics3")
+    vision.tokenizer(["some words"] * 1000)
     rows = [(document(vision, 5, image, 6),) for image in PICTURES]
     collator = ImageCollator(PaddingCollator(0), vision)
-    (batch,) = DataLoader(rows, batch_size=3, collate_fn=collator, num_workers=1)
+    (batch,) = DataLoader(rows, batch_size=3, collate_fn=collator, num_workers=1, timeout=60)
     assert all(value.equal(batch[key]) for key, value in collator(rows).items())
