@@ -82,7 +82,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("lora", IMAGES.values(), ids=IMAGES)
-@pytest.mark.parametrize("family", ["gemma3", "idefics3", "llava_clip"])
+@pytest.mark.parametrize("family", ["gemma3", "idefics3", "llava_clip", "qwen3_vl"])
 def test_images_hold_what_those_of_a_real_step_hold(family, lora, configured, tmp_path):
     save_vision_family(tmp_path, family)
     model = {} if lora else {"train": ["."]}
