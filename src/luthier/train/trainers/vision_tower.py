@@ -84,8 +84,7 @@ def run_tower_in_each_batch(trainer: Any, images: VisionProcessor) -> None:
 
     Nothing of it is added to the embeddings but a zero with a gradient. That is needed where
     weights are split over processes, which FSDP2 and ZeRO-3 gather as a layer runs; for DDP that
-    looks for no unused weights; and where only the tower trains. Call it before the model is
-    wrapped.
+    looks for no unused weights; and where only the tower trains. A reference model does the same.
     """
     model, accelerator = trainer.model, trainer.accelerator
     is_split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -99,8 +98,15 @@ def run_tower_in_each_batch(trainer: Any, images: VisionProcessor) -> None:
     blank = Image.new("RGB", (size["width"], size["height"]), "white")
     pixels = images.pixel_inputs([[blank]])
     inputs = {name: value.to(accelerator.device) for name, value in pixels.items()}
-    backbone = _unwrap_base(model).base_model
+    _add_blank_images(model, inputs)
+    reference = vars(trainer).get("ref_model")
+    if is_split and reference is not None:
+        _add_blank_images(accelerator.unwrap_model(reference), inputs)
 
+
+def _add_blank_images(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Have a model run its tower on these pixels where a batch of a loss has no image."""
+    backbone = _unwrap_base(model).base_model
     lacks_images = False
 
     def note_images(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
