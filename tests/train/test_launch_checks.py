@@ -231,6 +231,17 @@ def test_zero_stops_before_a_model_is_loaded(ask, words, stage, settings, precis
         launch_checks.check_zero_settings(load_config(line).config, args, has_experts=True)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_3_refuses_rows_with_images(ask, stage):
+    ask(["--use_deepspeed"])
+    config = load_config(["model=hub", "model.path=m", "dataset=jsonl", "dataset.path=d"]).config
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
+    args = SimpleNamespace(deepspeed_plugin=plugin, bf16=True, fp16=False)
+    refused = pytest.raises(UserError, match=r"^dataset: rows with images do not train under")
+    with refused if stage == 3 else nullcontext():
+        launch_checks.check_zero_settings(config, args, has_experts=False, has_images=True)
+
+
 def facts(sharding: str = "none", precision: str = "no", device: str = "cuda"):
     return launch_checks.LaunchFacts(
         processes=2, sharding=sharding, precision=precision, device=device

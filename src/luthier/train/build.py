@@ -149,7 +149,8 @@ def build_session(
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
     launch_checks.check_devices(args.distributed_state)
-    launch_checks.check_zero_settings(config, args, has_experts(architecture.to_dict()))
+    has_routed_layers = has_experts(architecture.to_dict())
+    launch_checks.check_zero_settings(config, args, has_routed_layers, prepared.has_images)
     check_packed_storage(config, args)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)

@@ -165,12 +165,15 @@ def check_running_launch(
 
 
 def check_zero_settings(
-    config: "RunConfig", training_args: "TrainingArguments", has_experts: bool
+    config: "RunConfig",
+    training_args: "TrainingArguments",
+    has_experts: bool,
+    has_images: bool = False,
 ) -> None:
     """Stop, before a model is loaded, at what DeepSpeed does not train, or trains otherwise.
 
-    `training_args` are those of the trainer, and `has_experts` tells of the model. Raises UserError
-    with the key and what to use instead.
+    `training_args` are those of the trainer, `has_experts` tells of the model, and `has_images` of
+    the rows. Raises UserError with the key and what to use instead.
     """
     plugin = training_args.deepspeed_plugin
     if plugin is None:
@@ -205,6 +208,13 @@ def check_zero_settings(
         raise UserError(
             f"{problem} do not train under DeepSpeed ZeRO-3, which slices weights while loading.\n"
             "Instead: --config_file launch/zero2.yaml, or launch/ddp.yaml."
+        )
+    if has_images:
+        # DeepSpeed 0.19 holds the traces of the ranks against each other, and raises.
+        raise UserError(
+            "dataset: rows with images do not train under DeepSpeed ZeRO-3, where all processes "
+            "must run the same layers in the same order, also those whose rows have no image.\n"
+            "Instead: --config_file launch/fsdp2.yaml, or launch/zero2.yaml."
         )
 
 

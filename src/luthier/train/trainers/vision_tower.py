@@ -83,8 +83,9 @@ def run_tower_in_each_batch(trainer: Any, images: VisionProcessor) -> None:
     """Have batches without an image run the tower on a blank one where they have to.
 
     Nothing of it is added to the embeddings but a zero with a gradient. That is needed where
-    weights are split over processes, which FSDP2 and ZeRO-3 gather as a layer runs; for DDP that
-    looks for no unused weights; and where only the tower trains. A reference model does the same.
+    weights or gradients are split over processes, which FSDP2 and ZeRO-2 exchange layer by layer;
+    for DDP that looks for no unused weights; and where only the tower trains. A reference model
+    does the same.
     """
     model, accelerator = trainer.model, trainer.accelerator
     is_split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
