@@ -213,7 +213,8 @@ def test_dpo_of_all_weights_is_that_of_plain_transformers(runs, name, more):
 
 def test_dpo_compares_with_the_model_without_its_adapter(runs):
     runs = runs("gemma3")
-    trained = runs.train("dpo-lora", *DPO, *LORA, rows="pairs")
+    worker = "trainer.args.dataloader_num_workers=1"
+    trained = runs.train("dpo-lora", *DPO, *LORA, worker, rows="pairs")
     other = runs.train("dpo-early", *DPO, *LORA, *REFERENCES["precomputed"], rows="pairs")
     one, two = tensors(trained / "model"), tensors(other / "model")
     for weight, value in one.items():
