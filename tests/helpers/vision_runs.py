@@ -119,14 +119,7 @@ class VisionRuns:
         return make.from_pretrained(folder or self.base, **settings).eval()
 
     def inputs(self, row, **settings):
-        """The processor's own inputs for a conversation, with its pictures.
-
-        Those of a row of text are the tokenizer's, which puts no second BOS in front of them.
-        """
-        if not any(part["type"] == "image" for message in row for part in message["content"]):
-            return self.processor.tokenizer.apply_chat_template(
-                row, tokenize=True, return_dict=True, return_tensors="pt", **settings
-            )
+        """The processor's own inputs for a conversation, with its pictures."""
         opened = [
             {**message, "content": [self._open(part) for part in message["content"]]}
             for message in row

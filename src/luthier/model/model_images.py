@@ -43,9 +43,16 @@ class ModelImages:
 
     def __getattr__(self, name: str) -> Any:
         # Python asks here for attributes that are not there yet.
-        if name not in ("placeholder", "prefix_ids"):
+        if name == "placeholder":
+            self.placeholder = self.processor.placeholder
+        elif name == "prefix_ids":
+            try:
+                self.prefix_ids = self.processor.prefix_ids
+            except UserError:
+                # Rows of text are then what the tokenizer makes of them; an image raises.
+                self.prefix_ids = []
+        else:
             raise AttributeError(name)
-        self.placeholder, self.prefix_ids = self.processor.placeholder, self.processor.prefix_ids
         return vars(self)[name]
 
     def expand(self, image: Mapping[str, Any]) -> str:

@@ -95,9 +95,13 @@ def test_images_of_rows_are_found_again(models, tmp_path, method):
     assert rows.read_image(turn["content"][0]["image"]) == (tmp_path / "a.png").read_bytes()
 
 
-def test_rows_of_text_need_no_processor(models, tmp_path, monkeypatch):
-    config, tokenizer, encoders = prepared(models, tmp_path, "gemma3", "sft", [TEXT])
-    monkeypatch.setattr("luthier.model.model_images.find_vision_processor", None)
+@pytest.mark.parametrize("family", ["gemma3", "llava_clip"])
+def test_rows_of_text_need_no_processor(models, tmp_path, monkeypatch, family):
+    def refuse(model):
+        raise UserError("no processor")
+
+    monkeypatch.setattr("luthier.model.model_images.find_vision_processor", refuse)
+    config, tokenizer, encoders = prepared(models, tmp_path, family, "sft", [TEXT])
     rows = prepare(config.dataset, encoders, tokenizer, config.seed)
     assert not rows.has_images
     assert rows.train_counts.sequences == 1
