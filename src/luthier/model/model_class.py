@@ -488,7 +488,8 @@ def _find_heads(model: Any, modules: dict[str, Any]) -> tuple[str, ...]:
     output = model.get_output_embeddings()
     if output is not None:
         return tuple(name for name, module in modules.items() if module is output)
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    # peft 0.21 leaves its configuration at the base, too.
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     start = next(name for name, module in modules.items() if module is base)
     inner = base.base_model
     if inner is base:
