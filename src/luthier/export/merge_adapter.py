@@ -1,13 +1,14 @@
 """The order of a merge: what can be refused, then the weights, then the check, then the rename."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.chat import ChatError
 from luthier.config.library_settings import QuantizationSettings
 from luthier.errors import UserError
 from luthier.export import merge_in_memory, merge_streaming, model_facts, write_card
@@ -25,6 +26,7 @@ from luthier.model.adapter_keys import open_adapter
 from luthier.model.artifact import Artifact, build_chat_encoder
 from luthier.model.load import read_model_config
 from luthier.model.model_class import build_empty_model, read_folder_class
+from luthier.model.model_images import ModelImages
 from luthier.model.processor import copy_processor_files, find_processor_files
 from luthier.storage.atomic import write_json
 from luthier.storage.output_folder import (
@@ -90,27 +92,53 @@ def prompts_of(artifact: Artifact, tokenizer: Any) -> list[list[int]]:
     return [encoder.prompt([{"role": "user", "content": text}]) for text in texts]
 
 
+def picture_inputs_of(artifact: Artifact, tokenizer: Any) -> "list[dict[str, Tensor]]":
+    """Return a model's inputs for a question about a picture; none for a model of text alone.
+
+    An adapter may have matrices in the tower, which no prompt of text reaches.
+    """
+    import torch
+    from PIL import Image
+
+    if artifact.task != "CAUSAL_LM" or (artifact.chat is None and tokenizer.chat_template is None):
+        return []
+    encoder = build_chat_encoder(artifact, tokenizer)
+    if not isinstance(encoder.images, ModelImages):
+        return []
+    size = {"width": 64, "height": 48}
+    content = [{"type": "image", "image": size}, {"type": "text", "text": QUESTIONS[0]}]
+    try:
+        processor = encoder.images.processor
+        ids = torch.tensor([encoder.prompt([{"role": "user", "content": content}])])
+    except (UserError, ChatError):  # it has no processor here, or its template shows no images
+        return []
+    picture = Image.linear_gradient("L").resize((size["width"], size["height"])).convert("RGB")
+    pixels = processor.pixel_inputs([[picture]])
+    return [{"input_ids": ids, **pixels, **processor.token_type_inputs(ids)}]
+
+
 def compare_models(
     load_expected: "Callable[[], Any]",
     folder: Path,
     task: str,
     prompts: list[list[int]],
     trust_remote_code: bool = False,
+    inputs_with_images: "Sequence[Mapping[str, Tensor]]" = (),
 ) -> LogitDifference:
     """Return how far a merged folder's logits are from those of what `load_expected` loads.
 
     One model is in memory at a time, and the merged one's routers choose the other's experts.
-    `trust_remote_code` is that of the base.
+    `trust_remote_code` is that of the base, `inputs_with_images` as `logits` takes them.
     """
     model = load_expected()
     with record_choices() as choices:
-        before = logits(model, prompts)
+        before = logits(model, prompts, inputs_with_images)
     # Two models in float32 at once would double what the check needs.
     del model
     gc.collect()
     model = load_folder(folder, task, trust_remote_code=trust_remote_code)
     with replay_choices(choices):
-        after = logits(model, prompts)
+        after = logits(model, prompts, inputs_with_images)
     rerouted = choices.others / choices.places if choices.places else 0.0
     return replace(compare_logits(before, after), rerouted=rerouted)
 
@@ -320,10 +348,11 @@ def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> Logit
     from luthier.model.tokenizer import load_tokenizer
 
     first = order.first
-    prompts = prompts_of(first, load_tokenizer(first.base))
+    tokenizer = load_tokenizer(first.base)
+    prompts, pictures = prompts_of(first, tokenizer), picture_inputs_of(first, tokenizer)
     load_expected = partial(load_tuned, first, order.adapters, order.packs)
     difference = compare_models(
-        load_expected, aside, first.task, prompts, first.base.trust_remote_code
+        load_expected, aside, first.task, prompts, first.base.trust_remote_code, pictures
     )
     say(
         f"checked   {difference.prompts} prompts: logits differ by up to {difference.largest:.3g} "

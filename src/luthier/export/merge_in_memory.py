@@ -1,6 +1,6 @@
 """Models in memory: an adapter on its base as it was trained, in float32; a merged folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +106,13 @@ def grow_embeddings(model: Any, adapters: list[tuple[Path, float]]) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def logits(model: Any, prompts: list[list[int]]) -> "list[Tensor]":
-    """Compute the logits of each prompt; float32, shape (tokens, vocabulary) or (labels,)."""
+def logits(
+    model: Any, prompts: list[list[int]], inputs_with_images: "Sequence[Mapping[str, Tensor]]" = ()
+) -> "list[Tensor]":
+    """Compute the logits of each prompt; float32, shape (tokens, vocabulary) or (labels,).
+
+    `inputs_with_images` are all that the model takes for further prompts, which have images.
+    """
     import torch
 
     outputs = []
@@ -119,6 +124,7 @@ def logits(model: Any, prompts: list[list[int]]) -> "list[Tensor]":
                 # Any tokens do for the decoder, as long as both models are given the same ones.
                 inputs["decoder_input_ids"] = torch.tensor([ids[:8]])
             outputs.append(model(**inputs).logits[0].float())
+        outputs += [model(**inputs).logits[0].float() for inputs in inputs_with_images]
     return outputs
 
 

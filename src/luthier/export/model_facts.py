@@ -21,6 +21,8 @@ from luthier.model.model_files import (
     read_config_file,
     read_labels,
 )
+from luthier.model.model_images import find_model_images
+from luthier.model.processor import IMAGE_PROCESSOR_FILES
 from luthier.record.record import read_record
 from luthier.redaction import HIDDEN, redact
 from luthier.storage.atomic import write_json
@@ -180,6 +182,8 @@ class ModelFacts:
     task: str = "CAUSAL_LM"
     model_class: str | None = None
     """The class of transformers that loads it; None for the usual one of its task."""
+    reads_images: bool = False
+    """Whether its processor lies beside the weights, so that messages may have images."""
     problem: str | None = None
     """What a classifier's labels are, as transformers calls it (`problem_type`)."""
     recipe: str | None = None
@@ -254,6 +258,7 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
         ),
         task=artifact.task,
         model_class=_find_model_class(artifact),
+        reads_images=_reads_images(artifact),
         problem=_read_problem_type(folder),
         adapter={} if artifact.adapter is None else _describe_adapter(artifact.adapter),
         quantization=public_values(artifact.quantization),
@@ -265,6 +270,15 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
     if config is None or artifact.run is None:
         return facts
     return ModelFacts(**vars(facts) | _collect_run_facts(artifact.run, config))
+
+
+def _reads_images(artifact: Artifact) -> bool:
+    """Return whether a model is asked with images, too: it has an image processor's files."""
+    folder = artifact.folder
+    if artifact.task != "CAUSAL_LM" or folder is None:
+        return False
+    has_processor = any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES)
+    return has_processor and find_model_images(artifact.base) is not None
 
 
 def base_of(path: str, revision: str | None = None) -> BaseModelFacts:

@@ -32,6 +32,8 @@ def python_snippet(
 def requirements(facts: ModelFacts) -> str:
     """Return the `pip install` line for the snippet."""
     names = ["torch", "transformers", "accelerate"]
+    if facts.reads_images:
+        names += ["torchvision", "pillow"]
     if facts.kind == "adapter":
         names.append("peft")
         if facts.base.file:
@@ -48,7 +50,7 @@ def requirements(facts: ModelFacts) -> str:
 
 
 def _import_lines(facts: ModelFacts) -> list[str]:
-    names = [_model_class(facts), "AutoTokenizer"]
+    names = [_model_class(facts), _reader_class(facts)]
     lines = []
     if facts.kind == "adapter":
         lines.append("from peft import PeftModel")
@@ -67,6 +69,19 @@ def _import_lines(facts: ModelFacts) -> list[str]:
 
 def _model_class(facts: ModelFacts) -> str:
     return facts.model_class or TASK_CLASSES[facts.task]
+
+
+def _reader_class(facts: ModelFacts) -> str:
+    """Return the class of what makes a model's inputs."""
+    return "AutoProcessor" if facts.reads_images else "AutoTokenizer"
+
+
+def _reader_line(facts: ModelFacts) -> str:
+    return f"{_reader_name(facts)} = {_reader_class(facts)}.from_pretrained(MODEL)"
+
+
+def _reader_name(facts: ModelFacts) -> str:
+    return "processor" if facts.reads_images else "tokenizer"
 
 
 def _reads_labels(facts: ModelFacts) -> bool:
@@ -107,7 +122,7 @@ def _load_lines(facts: ModelFacts) -> list[str]:
     class_name = _model_class(facts)
     if facts.kind != "adapter":
         return [
-            "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+            _reader_line(facts),
             f'model = {class_name}.from_pretrained(MODEL, dtype="auto", device_map="auto")',
         ]
     # The base is loaded as it was in training: the same revision, the same packing, the same
@@ -115,7 +130,7 @@ def _load_lines(facts: ModelFacts) -> list[str]:
     arguments = ['dtype="auto"', 'device_map="auto"']
     if facts.base.hub and facts.base.revision:
         arguments.append(f'revision="{facts.base.revision}"')
-    lines = ["tokenizer = AutoTokenizer.from_pretrained(MODEL)"]
+    lines = [_reader_line(facts)]
     # A base that came quantized and was unpacked for training carries its own settings.
     if facts.quantization and "dequantize" not in facts.quantization:
         fields = ", ".join(f"{name}={value!r}" for name, value in facts.quantization.items())
@@ -148,30 +163,51 @@ def _generate_lines(facts: ModelFacts, stop_ids: list[int], has_template: bool) 
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]
     if not has_template:
-        reading = ['inputs = tokenizer("Once upon", return_tensors="pt").to(model.device)']
+        arguments = 'text="Once upon"' if facts.reads_images else '"Once upon"'
+        call = f'{_reader_name(facts)}({arguments}, return_tensors="pt")'
+        reading = [f"inputs = {call}.to(model.device)"]
     else:
         reading = _chat_lines(facts)
     return [
         *reading,
         f"output = model.generate(**inputs, {settings})",
         'reply = output[0, inputs["input_ids"].shape[1] :]',
-        "print(tokenizer.decode(reply, skip_special_tokens=True))",
+        f"print({_reader_name(facts)}.decode(reply, skip_special_tokens=True))",
     ]
 
 
 def _chat_lines(facts: ModelFacts) -> list[str]:
-    lines = ["messages = ["]
-    if facts.system:
-        lines.append(f'    {{"role": "system", "content": {facts.system!r}}},')
-    lines += ['    {"role": "user", "content": "Your question."},', "]"]
+    if facts.reads_images:
+        lines = _image_messages(facts)
+    else:
+        lines = ["messages = ["]
+        if facts.system:
+            lines.append(f'    {{"role": "system", "content": {facts.system!r}}},')
+        lines += ['    {"role": "user", "content": "Your question."},', "]"]
     # The variables shape every prompt (thinking on or off), so the snippet must pass them on.
     variables = "".join(f", {name}={value!r}" for name, value in facts.variables.items())
+    # A processor only writes the text unless it is told otherwise, and a tokenizer encodes it.
+    tokenize = "tokenize=True, " if facts.reads_images else ""
     return [
         *lines,
-        "inputs = tokenizer.apply_chat_template(",
-        "    messages, add_generation_prompt=True, return_dict=True, "
+        f"inputs = {_reader_name(facts)}.apply_chat_template(",
+        f"    messages, {tokenize}add_generation_prompt=True, return_dict=True, "
         f'return_tensors="pt"{variables}',
         ").to(model.device)",
+    ]
+
+
+def _image_messages(facts: ModelFacts) -> list[str]:
+    """Return the lines of a conversation with an image, whose contents are lists of parts."""
+    system = {"role": "system", "content": [{"type": "text", "text": facts.system}]}
+    return [
+        "messages = [",
+        *([f"    {json.dumps(system, ensure_ascii=False)},"] if facts.system else []),
+        '    {"role": "user", "content": [',
+        '        {"type": "image", "path": "picture.jpg"},',
+        '        {"type": "text", "text": "Your question."},',
+        "    ]},",
+        "]",
     ]
 
 

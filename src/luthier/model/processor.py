@@ -12,9 +12,11 @@ from typing import Any
 from luthier.config.schema import ModelConfig
 from luthier.model import source
 
+IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""The names of files with an image processor's settings; a model has one of them, or both."""
 PROCESSOR_FILES = (
-    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
-    "audio_tokenizer_config.json",
+    *IMAGE_PROCESSOR_FILES,
+    *("video_preprocessor_config.json", "audio_tokenizer_config.json"),
 )
 """The names that transformers' `AutoProcessor` looks for, besides the tokenizer's files."""
 
