@@ -226,6 +226,11 @@ class ChatEncoder:
         """Return the messages with the arguments of calls in the form that the template takes."""
         return self._pipelines.for_tools(tools).arguments.convert(messages)
 
+    def convert_content(self, messages: Any, tools: list | None = None) -> Any:
+        """Return the messages with each content in a form that the template shows."""
+        content = self._pipelines.for_tools(tools).content
+        return messages if content is None else content.convert(messages)
+
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the ids, the template's text included, for JSON."""
         sources = self._pipelines.sources

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier import data, model
-from luthier.chat import IGNORED, ChatEncoder, ChatError, ChatSequence, Reply, Segment
+from luthier.chat import (
+    IGNORED,
+    ChatEncoder,
+    ChatError,
+    ChatSequence,
+    ImageExpander,
+    Reply,
+    Segment,
+)
 from luthier.chat.encoder import LOSSY_REASONS, ChatPromptEncoder, OnEmpty
 from luthier.config import load_config
 from luthier.config.methods import METHODS
@@ -27,6 +35,7 @@ from luthier.data.examples import LocatedExample, OpenedSource, eval_set_name
 from luthier.data.formats.conversations import template_inputs
 from luthier.environment import set_environment
 from luthier.errors import UserError
+from luthier.model.model_images import find_model_images
 from luthier.model.positions import bounded_length, check_max_length
 from luthier.model.tokenizer import end_token_ids, load_tokenizer
 
@@ -75,6 +84,7 @@ class Readers:
         self._tokenizer = tokenizer
         self._config = config
         self._end_tokens = end_tokens
+        self._images = _find_images(config)
         self._conversations: dict[str, ConversationReader] = {}
 
     def of(self, opened: OpenedSource) -> RowReader:
@@ -102,9 +112,22 @@ class Readers:
         if repr(train_on) not in self._conversations:
             settings = chat.model_copy(update={"train_on": train_on})
             self._conversations[repr(train_on)] = ConversationReader(
-                self._tokenizer, settings, self._end_tokens
+                self._tokenizer, settings, self._end_tokens, self._images
             )
         return self._conversations[repr(train_on)]
+
+
+def _find_images(config: RunConfig) -> ImageExpander | None:
+    """Return what the model makes of images; None where rows may have none."""
+    if not METHODS[config.trainer.method].takes_images:
+        return None
+    try:
+        return find_model_images(config.model)
+    except UserError:
+        # A folder that holds a tokenizer and nothing else is enough to look at rows of text.
+        if Path(config.model.tokenizer or config.model.path).is_dir():
+            return None
+        raise
 
 
 _OTHERS = {
@@ -193,21 +216,30 @@ def _quiet_tokenizer(config: RunConfig) -> Any:
 class ConversationReader:
     """Encodes conversations as a config says, and goes on where training would stop."""
 
-    def __init__(self, tokenizer: Any, settings: ChatSettings, end_tokens: list[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: ChatSettings,
+        end_tokens: list[int],
+        images: ImageExpander | None,
+    ) -> None:
+        """`images`: what the model makes of images; None where rows may have none."""
         self.settings = settings
         chat = settings.model_dump() | {"eos_token_ids": end_tokens}
-        self.encoder = ChatEncoder(tokenizer, **chat)
+        self.encoder = ChatEncoder(tokenizer, **chat, images=images)
         """The encoder of a training."""
         self.encoder.check_variables()
         # One day for all, also where the clock passes midnight.
         chat |= {"date": self.encoder.date, "on_lost": "drop"}
         chat |= {name: "drop" for name in ("on_long", "empty_replies") if chat[name] == "error"}
-        self._dropping = ChatEncoder(tokenizer, **chat)
-        self._lenient = ChatEncoder(tokenizer, **chat | {"on_lost": "keep"})
+        self._dropping = ChatEncoder(tokenizer, **chat, images=images)
+        self._lenient = ChatEncoder(tokenizer, **chat | {"on_lost": "keep"}, images=images)
         uncut = chat | {"on_lost": "keep", "max_length": None}
-        self._uncut = ChatEncoder(tokenizer, **uncut)
+        self._uncut = ChatEncoder(tokenizer, **uncut, images=images)
         other = "segments" if settings.boundaries == "served" else "served"
-        self._other_boundaries = ChatEncoder(tokenizer, **uncut | {"boundaries": other})
+        self._other_boundaries = ChatEncoder(
+            tokenizer, **uncut | {"boundaries": other}, images=images
+        )
 
     def rows(self, placed: Sequence[LocatedExample]) -> list[InspectedRow]:
         """Return what these conversations make."""

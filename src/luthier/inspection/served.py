@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
+from luthier.chat.images import is_image_part
 from luthier.config.schema import RunConfig
 from luthier.config.trust import NO_TRUST, Trust
 from luthier.data.examples import BadRows, DatasetSources, OpenedSource
@@ -28,7 +29,9 @@ from luthier.model.artifact import Artifact, find_artifact
 from luthier.model.load import read_model_config
 from luthier.model.model_class import build_empty_model
 from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_generation_file
+from luthier.model.model_images import ModelImages, find_model_images
 from luthier.model.response_template import compare_reading
+from luthier.model.vision_processor import find_vision_processor
 from luthier.storage.sizes import read_safetensors_header
 
 DEFAULT_ROWS = 500
@@ -139,13 +142,45 @@ class ServedCheck:
 
     def _applied(self, turn: ServedTurn, more: dict[str, Any]) -> list[int] | str:
         """The prompt as transformers makes it of what was saved, or why it does not."""
+        settings = {
+            "tools": turn.inputs.get("tools"), "add_generation_prompt": True,
+            **more, **turn.inputs.get(TEMPLATE_KWARGS, {}),
+        }  # fmt: skip
         try:
+            if self._processor is not None:
+                return self._apply_processor(turn, settings)
             ids: list[int] = self._saved.apply_chat_template(
-                turn.messages, tools=turn.inputs.get("tools"), add_generation_prompt=True,
-                return_dict=False, **more | turn.inputs.get(TEMPLATE_KWARGS, {}),
-            )  # fmt: skip
+                turn.messages, return_dict=False, **settings
+            )
         except Exception as error:  # a template may raise anything
             return str(error)
+        return ids
+
+    @cached_property
+    def _processor(self) -> Any:
+        """The model's processor with the tokenizer that was saved; None for a model of text."""
+        images = self._trained.images
+        if not isinstance(images, ModelImages):
+            return None
+        try:
+            processor = find_vision_processor(self.artifact.base)
+        except UserError:  # a model whose processor cannot be had is served for text alone
+            return None
+        return None if processor is None else processor.processor
+
+    def _apply_processor(self, turn: ServedTurn, settings: dict[str, Any]) -> list[int]:
+        """Return the processor's ids, which the sizes of pictures decide."""
+        messages = [
+            {**message, "content": list(map(_blank_part, message["content"]))}
+            if isinstance(message.get("content"), list)
+            else message
+            for message in self._trained.convert_content(turn.messages)
+        ]
+        processed = self._processor.apply_chat_template(
+            messages, chat_template=self._saved.chat_template, tokenize=True, return_dict=True,
+            return_tensors="pt", **settings,
+        )  # fmt: skip
+        ids: list[int] = processed["input_ids"][0].tolist()
         return ids
 
     def _shown(self, trained: list[int], served: list[int] | str) -> dict[str, str]:
@@ -154,6 +189,16 @@ class ServedCheck:
         at = first_difference(trained, served)
         both = {"trained": trained, "served": served}
         return {name: tokens_around(ids, at, self._text_of) for name, ids in both.items()}
+
+
+def _blank_part(part: Any) -> Any:
+    """Return a part of a content with a blank picture of the same size in place of an image."""
+    from PIL import Image
+
+    if not is_image_part(part):
+        return part
+    size = part["image"]["width"], part["image"]["height"]
+    return {"type": "image", "image": Image.new("RGB", size)}
 
 
 def check_served(word: str, limit: int | None = None, trust: Trust = NO_TRUST) -> ServedCheck:
@@ -234,7 +279,8 @@ def _trained(artifact: Artifact, config: RunConfig) -> ChatEncoder:
     if artifact.chat is None:
         raise UserError(f"{artifact.name}: there are no chat settings (chat.json) beside it.")
     settings = artifact.chat | {"max_length": None, "on_lost": "keep", "empty_replies": "train"}
-    return ChatEncoder.from_settings(tokenizer, settings)
+    images = find_model_images(config.model)
+    return ChatEncoder.from_settings(tokenizer, settings, images)
 
 
 def _ends(artifact: Artifact) -> list[int]:
