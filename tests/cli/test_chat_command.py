@@ -7,7 +7,9 @@ import pytest
 from rich.console import Console
 
 from helpers import adapter_runs as material
+from helpers.vision_families import picture, save_vision_family
 from luthier.cli.chat import ChatRepl
+from luthier.infer import LLM
 from luthier.terminal import printable
 
 
@@ -138,3 +140,36 @@ def test_the_material_ends_some_replies(tuned_llm):
         reply.finish for reply in tuned_llm.replies(material.questions(9), max_new_tokens=9)
     }
     assert finishes == {"stop", "length"}
+
+
+def test_a_picture_goes_with_the_next_message_and_stays(tmp_path, tuned_llm):
+    files = [tmp_path / "a picture.png", tmp_path / "b.png"]
+    for number, file in enumerate(files):
+        picture(40, 30, seed=number).save(file)
+    page = io.StringIO()
+    console = Console(file=page, width=80)
+    folder = save_vision_family(tmp_path / "model", "gemma3")
+    with LLM(str(folder), device="cpu", dtype="float32") as llm:
+        talk = ChatRepl(console, llm, None, {"max_new_tokens": 4}, None)
+        talk.add_image(str(files[0]))
+        talk.take(f"/image {files[1]}")
+        assert "40 x 30 pixels, which go with your next message" in page.getvalue()
+        talk.take("What is it?")
+        asked = [*({"type": "image", "image": str(file)} for file in files),
+                 {"type": "text", "text": "What is it?"}]  # fmt: skip
+        (reply,) = llm.replies([[{"role": "user", "content": asked}]], max_new_tokens=4)
+        assert talk._chats[0].turns[-1] == reply.message
+        talk.take("/retry")
+        assert len(talk._chats[0].turns[0]["content"]) == 3
+        talk.take("And now?")
+        assert talk._chats[0].turns[2]["content"] == "And now?"
+        talk.take(f"/save {tmp_path / 'chat.jsonl'}")
+        talk.take("/image gone.png")
+        assert "there is no file gone.png" in page.getvalue()
+        talk.take("/image")
+        assert "/image: which picture?" in page.getvalue()
+    row = json.loads((tmp_path / "chat.jsonl").read_text())
+    assert row["messages"][0]["content"] == asked
+    talk = ChatRepl(console, tuned_llm, None, {}, None)
+    talk.take(f"/image {files[1]}")
+    assert "reads text alone, and no images" in page.getvalue()

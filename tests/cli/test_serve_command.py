@@ -102,6 +102,10 @@ def test_vllm_gets_a_whole_model_by_its_folder(base_model):
         (["./none"], "model=none: there is no such folder"),
         (["{run}", "--engine", "vllm"], "vllm is not installed"),
         (["{run}", "--engine", "vllm", "temperature=1"], "temperature=1: is for luthier's own"),
+        (
+            ["{run}", "--engine", "vllm", "--allow-image-urls"],
+            "--allow-image-urls: is for luthier's own",
+        ),
         (["{run}", "--engine", "vllm", "--timeout", "9"], "--timeout: is for luthier's own server"),
         (
             ["{run}", "--engine", "transformers", "num_beams=4"],
@@ -109,7 +113,17 @@ def test_vllm_gets_a_whole_model_by_its_folder(base_model):
         ),
         ([], "luthier serve: MODEL is missing."),
     ],
-    ids=["engine", "port", "model", "vllm", "vllm setting", "vllm flag", "beams", "nothing"],
+    ids=[
+        "engine",
+        "port",
+        "model",
+        "vllm",
+        "vllm setting",
+        "vllm switch",
+        "vllm flag",
+        "beams",
+        "nothing",
+    ],
 )
 def test_a_mistake_is_said_in_words(luthier, tuned_run, monkeypatch, words, says):
     monkeypatch.setenv("PATH", "/none")

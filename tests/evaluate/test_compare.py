@@ -12,7 +12,7 @@ from helpers.chatml import jsonl
 from helpers.evaluation_rows import ROWS
 from luthier.evaluate import compare, likelihood
 from luthier.evaluate.likelihood import ModelScores
-from luthier.evaluate.rows import EvaluationRow, EvaluationRows
+from luthier.evaluate.rows import EvaluationRow, EvaluationRows, MeasuredSequence
 from luthier.infer import LLM
 from luthier.metrics import MetricScores, parse_metrics
 
@@ -86,7 +86,10 @@ def test_replies_are_scored_by_the_runs_own_metrics(run, evaluated):
 
 def test_a_batch_is_as_likely_as_its_rows_alone(run, monkeypatch):
     ids = [[1, 5 + n, 6, *range(7, 7 + n)] for n in range(6)]
-    items = [EvaluationRow("row", [(each, [-100, -100, *each[2:]])], None) for each in ids]
+    items = [
+        EvaluationRow("row", [MeasuredSequence(each, [-100, -100, *each[2:]])], None)
+        for each in ids
+    ]
     with LLM(str(run)) as llm:
         together = likelihood.compute_losses(llm.model, items)
         monkeypatch.setattr(likelihood, "TOKENS", 1)

@@ -157,10 +157,10 @@ SAID = [
     ({"messages": [{"role": "user<|im_end|>", "content": "a"}]}, "messages[0].role",
      "messages[0].role: the role 'user<|im_end|>' holds the control token '<|im_end|>'; a role is "
      "a name, such as `user`."),
-    ({"messages": [*QUESTION, {"role": "user", "content": [{"type": "image_url"}]}]},
+    ({"messages": [*QUESTION, {"role": "user", "content": [{"type": "input_audio"}]}]},
      "messages[1].content",
      'messages[1].content: must be text, or a list of {"type": "text", "text": ...}; found '
-     "'image_url'."),
+     "'input_audio'."),
     ({"messages": [*QUESTION, {"role": "assistant", "content": "a"}]}, "messages",
      "messages: the conversation ends with a reply, so there is nothing to answer."),
     ({"tools": [{"type": "function", "function": {"name": "look_up"}}]}, "tools",

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from helpers.skip_marks import needs_smollm2
+from helpers.vision_families import save_vision_processor
 from luthier.errors import UserError
 from luthier.model import gguf, source
 from luthier.model.artifact import build_chat_encoder, find_artifact
@@ -265,6 +268,19 @@ def test_the_encoder_is_that_of_the_training(tiny_model, tmp_path):
         if chat is None:
             with pytest.raises(UserError, match="there is no chat template"):
                 build_chat_encoder(found, tokenizer)
+
+
+def test_images_are_those_of_the_training(tmp_path):
+    found = find_artifact(str(save_vision_processor(tmp_path / "model", "llava_clip")))
+    tokenizer = load_tokenizer(found.base)
+    content = [{"type": "text", "text": "Hi"}]
+    for method, takes_images in ((None, True), ("dpo", True), ("kto", False)):
+        config = method and SimpleNamespace(trainer=SimpleNamespace(method=method))
+        encoder = build_chat_encoder(replace(found, config=config), tokenizer)
+        assert (encoder.images is not None) == takes_images
+        # The processor's own call puts a BOS token in front, and a training on text alone did not.
+        ids = encoder.prompt([{"role": "user", "content": content}])
+        assert (ids[0] == tokenizer.bos_token_id) == takes_images
 
 
 def test_nothing_large_is_imported():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from luthier.cli.arguments import TRUST, CommandLine, Flag
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
-from luthier.infer.chat_session import ChatSession
+from luthier.infer.chat_session import ChatSession, Content
 from luthier.storage.write_errors import explain_write_errors
 from luthier.terminal import make_console, printable
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from luthier.chat import ReplyDelta
     from luthier.config.trust import Trust
     from luthier.infer.llm import LLM, GeneratedReply
+    from luthier.infer.prompt_images import PromptImage
 
 
 COMMAND_LINE = CommandLine(
@@ -36,6 +37,7 @@ COMMAND_LINE = CommandLine(
     (
         Flag("--compare", None, "base and tuned model side by side"),
         Flag("--system", "TEXT", "the system prompt"),
+        Flag("--image", "FILE", "a picture that goes with the first message; /image for more"),
         Flag("--seed", "N", "for sampling"),
         Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
         TRUST,
@@ -70,7 +72,7 @@ def run(arguments: list[str]) -> int:
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
-    return _talk(llm, other, settings, parsed.texts.get("--system"))
+    return _talk(llm, other, settings, parsed.texts.get("--system"), parsed.texts.get("--image"))
 
 
 def _base_of(llm: "LLM", settings: dict[str, Any], trust: "Trust") -> "LLM":
@@ -85,7 +87,13 @@ def _base_of(llm: "LLM", settings: dict[str, Any], trust: "Trust") -> "LLM":
     return LLM(config.model.path, trust=trust, **settings)
 
 
-def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str | None) -> int:
+def _talk(
+    llm: "LLM",
+    other: "LLM | None",
+    settings: dict[str, Any],
+    system: str | None,
+    image: str | None,
+) -> int:
     console = make_console()
     with ExitStack() as stack:
         with make_console(stderr=True).status("loading"):
@@ -94,6 +102,8 @@ def _talk(llm: "LLM", other: "LLM | None", settings: dict[str, Any], system: str
             if other is not None and other is not llm:
                 stack.enter_context(other)
         talk = ChatRepl(console, llm, other, settings, system)
+        if image is not None:
+            talk.add_image(image)
         if sys.stdin.isatty():
             talk.interactive()
         else:
@@ -167,6 +177,7 @@ def _format_deltas(deltas: "Iterable[ReplyDelta]") -> Iterator[StyledText]:
 
 HELP = """\
   /system TEXT   put this in front of the conversation (it begins anew); /system - for nothing
+  /image FILE    send a picture with the next message, to a model that reads images
   /reset         forget what was said
   /retry         answer the last message again
   /set KEY=VALUE settings of generation, such as temperature=0.7; /set shows them
@@ -191,10 +202,11 @@ class ChatRepl:
         self._console, self._llm, self._other = console, llm, other
         self._settings = settings
         self._chats = [open_chat(each, system) for each in (other, llm) if each is not None]
-        self._last: str | None = None
+        self._last: Content | None = None
+        self._images: list[PromptImage] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "system": self._system, "reset": self._reset, "retry": self._retry, "set": self._set,
-            "save": self._save, "help": self._help, "stop": self._stop,
+            "save": self._save, "help": self._help, "stop": self._stop, "image": self._image,
         }  # fmt: skip
 
     def interactive(self) -> None:
@@ -242,14 +254,38 @@ class ChatRepl:
             print()
             return ""
 
-    def _say(self, text: str) -> None:
-        self._last = text
-        if self._other is None:
-            self._alone(self._chats[0], text)
-        else:
-            self._beside(text)
+    def add_image(self, path: str) -> None:
+        """Send a picture with the next message.
 
-    def _alone(self, chat: ChatSession, text: str) -> None:
+        Raises UserError for a file that is no picture, and for a model that reads text alone.
+        """
+        from luthier.infer.prompt_images import open_image
+
+        for llm in (self._llm, self._other):
+            if llm is not None and not llm.reads_images:
+                raise UserError(f"{path}: {llm.artifact.name} reads text alone, and no images.")
+        self._images.append(open_image(path))
+
+    def _image(self, path: str) -> None:
+        if not path:
+            raise UserError("/image: which picture? Write /image FILE.")
+        self.add_image(path)
+        width, height = (self._images[-1][name] for name in ("width", "height"))
+        self._note(f"{width} x {height} pixels, which go with your next message")
+
+    def _say(self, text: str) -> None:
+        images = [{"type": "image", "image": image} for image in self._images]
+        self._images = []
+        self._send([*images, {"type": "text", "text": text}] if images else text)
+
+    def _send(self, content: Content) -> None:
+        self._last = content
+        if self._other is None:
+            self._alone(self._chats[0], content)
+        else:
+            self._beside(content)
+
+    def _alone(self, chat: ChatSession, text: Content) -> None:
         """Write the reply as it comes."""
         from rich.text import Text
 
@@ -268,7 +304,7 @@ class ChatRepl:
         self._console.print()
         self._note(self._measure(ended, time.monotonic() - began))
 
-    def _beside(self, text: str) -> None:
+    def _beside(self, text: Content) -> None:
         """Write the base's reply and the tuned model's in two columns, one after the other."""
         with SideBySide(self._console, ("base", "tuned")) as columns:
             for number, chat in enumerate(self._chats):
@@ -280,7 +316,7 @@ class ChatRepl:
                     stream.close()
                     columns.add(number, " (stopped)")
 
-    def _stream(self, number: int, chat: ChatSession, text: str) -> "Generator[ReplyDelta]":
+    def _stream(self, number: int, chat: ChatSession, text: Content) -> "Generator[ReplyDelta]":
         assert self._other is not None
         # Entered for each reply alone: the adapter must be on again when the tuned model answers.
         is_base = number == 0 and self._other is self._llm
@@ -304,6 +340,7 @@ class ChatRepl:
         self._reset("")
 
     def _reset(self, _: str) -> None:
+        self._images = []
         for chat in self._chats:
             chat.reset()
         self._note("the conversation begins anew")
@@ -314,7 +351,7 @@ class ChatRepl:
         for chat in self._chats:
             # A reply that was stopped midway is in the conversation too and goes with its question.
             chat.take_back(self._last)
-        self._say(self._last)
+        self._send(self._last)
 
     def _set(self, text: str) -> None:
         self._settings |= generation.parse_generation_settings(text.split()) if text else {}
@@ -324,7 +361,7 @@ class ChatRepl:
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("/save: where to? Write /save FILE.")
-        rows = [{"messages": chat.messages} for chat in self._chats]
+        rows = [{"messages": list(map(_saved_message, chat.messages))} for chat in self._chats]
         path = Path(text).expanduser()
         # Appended, so that several conversations become one dataset of JSONL.
         with explain_write_errors(path, "/save"), path.open("a", encoding="utf-8") as file:
@@ -347,6 +384,24 @@ class ChatRepl:
 
         if text:
             self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _saved_message(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message as a row has it, whose pictures are files."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    from luthier.data.images.reader import is_web_address
+
+    parts = []
+    for part in content:
+        if part["type"] == "image":
+            source = part["image"]["source"]
+            if not is_web_address(source):
+                source = str(Path(source).expanduser().absolute())
+            part = {"type": "image", "image": source}
+        parts.append(part)
+    return {**message, "content": parts}
 
 
 def open_chat(llm: "LLM", system: str | None) -> ChatSession:

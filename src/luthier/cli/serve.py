@@ -35,7 +35,10 @@ COMMAND_LINE = CommandLine(
         Flag("--name", "NAME", "what requests call the model; without it the folder's name"),
         Flag("--allowed-host", "NAME", "more names that requests may call this host, with commas"),
         Flag("--max-waiting", "N", "requests that may wait for their turn (32)"),
-        Flag("--max-body", "N", "the largest request, in MiB (4)"),
+        Flag("--max-body", "N", "the largest request, in MiB (4; 32 if the model reads images)"),
+        Flag("--max-image-size", "N", "the largest file of an image, in MiB (20)"),
+        Flag("--max-image-pixels", "N", "of a request's images together, in millions (64)"),
+        Flag("--allow-image-urls", None, "fetch images from the addresses that requests name"),
         Flag("--timeout", "N", "the longest time for a reply, in seconds (600)"),
         Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
         TRUST,
@@ -46,7 +49,10 @@ COMMAND_LINE = CommandLine(
     "  luthier serve runs/qlora_llama/default --engine vllm --show\n",
 )
 _SERVER = ("starlette", "uvicorn")
-_OWN_FLAGS = ("--allowed-host", "--max-waiting", "--max-body", "--timeout")
+_OWN_FLAGS = (
+    *("--allowed-host", "--max-waiting", "--max-body", "--timeout"),
+    *("--max-image-size", "--max-image-pixels", "--allow-image-urls"),
+)
 """Flags that vLLM's server has not."""
 _PLAIN_NAMES = ("model", "default")
 """Folders whose name says nothing: the one above is named too."""
@@ -74,7 +80,8 @@ def run(arguments: list[str]) -> int:
 
 def _check_vllm_arguments(typed: "ModelArguments", parsed: ParsedArguments) -> None:
     """Raise UserError for words that only luthier's own server follows."""
-    words = [flag for flag in _OWN_FLAGS if flag in parsed.texts or flag in parsed.numbers]
+    typed_flags = {*parsed.texts, *parsed.numbers, *parsed.switches}
+    words = [flag for flag in _OWN_FLAGS if flag in typed_flags]
     words += parsed.overrides[len(typed.places) :]
     if words:
         raise UserError(
@@ -159,14 +166,21 @@ def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
 
 
 def _limits(parsed: ParsedArguments) -> "ServerLimits":
+    from luthier.infer.request_images import ImageLimits
     from luthier.infer.server import ServerLimits
 
-    limits = ServerLimits()
+    limits, numbers = ServerLimits(), parsed.numbers
+    images = limits.images
     names = parsed.texts.get("--allowed-host", "").split(",")
     return ServerLimits(
         waiting=parsed.numbers.get("--max-waiting", limits.waiting),
         reply_seconds=parsed.numbers.get("--timeout", limits.reply_seconds),
-        body_bytes=parsed.numbers.get("--max-body", limits.body_bytes // 2**20) * 2**20,
+        body_bytes=numbers["--max-body"] * 2**20 if "--max-body" in numbers else None,
+        images=ImageLimits(
+            numbers.get("--max-image-size", images.image_bytes // 2**20) * 2**20,
+            numbers.get("--max-image-pixels", images.pixels // 10**6) * 10**6,
+            "--allow-image-urls" in parsed.switches,
+        ),
         hosts=tuple(name.strip() for name in names if name.strip()),
     )
 

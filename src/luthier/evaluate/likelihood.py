@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.chat import IGNORED
 from luthier.evaluate.rows import EvaluationRow
+from luthier.infer.prompt_images import PromptImage
 from luthier.metrics import MetricScores
 from luthier.metrics.bootstrap import SumStatistics
+
+if TYPE_CHECKING:
+    from luthier.infer.generate import ImagePromptInputs
 
 # The results of one model on one set, in the form that the bootstrap draws from.
 
@@ -75,36 +79,51 @@ def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
+MakeImageInputs = Callable[[Sequence[Sequence[PromptImage]]], "ImagePromptInputs | None"]
+"""Makes the inputs for the images of some sequences: `LLM.image_inputs`."""
+
+
 def compute_losses(
-    model: Any, items: Sequence[EvaluationRow], on_rows: Callable[[int], None] = lambda rows: None
+    model: Any,
+    items: Sequence[EvaluationRow],
+    on_rows: Callable[[int], None] = lambda rows: None,
+    image_inputs: MakeImageInputs = lambda images: None,
 ) -> NDArray[np.float64]:
     """Each row's negative log-likelihood (nats) and its measured tokens: shape (rows, 2).
 
     A row's sequences are summed. The first token of a sequence has nothing to be predicted from,
     but in an encoder-decoder model, where all tokens of a target count. `on_rows` is told of
-    sequences that are done.
+    sequences that are done. `image_inputs` makes what the model takes for images.
     """
     import torch
 
-    numbered = [(row, *sequence) for row, item in enumerate(items) for sequence in item.sequences]
-    losses = _of_targets if model.config.is_encoder_decoder else _of_sequences
+    numbered = [(row, sequence) for row, item in enumerate(items) for sequence in item.sequences]
+    lengths = [max(len(each.ids), len(each.labels)) for _, each in numbered]
     sums = np.zeros((len(items), 2))
     with torch.inference_mode():
-        for batch in batches_by_length([max(len(ids), len(labels)) for _, ids, labels in numbered]):
-            rows = [numbered[number] for number in batch]
-            batch_losses = losses(
-                model, [ids for _, ids, _ in rows], [labels for *_, labels in rows]
-            )
-            for (row, *_), *sum_and_count in zip(rows, *batch_losses, strict=True):
-                sums[row] += sum_and_count
+        for batch in batches_by_length(lengths):
+            sequences = [numbered[number][1] for number in batch]
+            ids, labels = [each.ids for each in sequences], [each.labels for each in sequences]
+            if model.config.is_encoder_decoder:
+                batch_losses = _of_targets(model, ids, labels)
+            else:
+                make = image_inputs([each.images for each in sequences])
+                batch_losses = _of_sequences(model, ids, labels, make)
+            for number, *sum_and_count in zip(batch, *batch_losses, strict=True):
+                sums[numbered[number][0]] += sum_and_count
             on_rows(len(batch))
     return sums
 
 
-def _of_sequences(model: Any, ids: Any, labels: Any) -> tuple[list[float], list[int]]:
+def _of_sequences(
+    model: Any, ids: Any, labels: Any, make: "ImagePromptInputs | None"
+) -> tuple[list[float], list[int]]:
     """Return the summed loss of each sequence and how many tokens are in it."""
     # The logits at a position predict the next token, so labels are shifted by one.
     batch = _padded(ids, model.device)
+    if make is not None:
+        inputs = make(range(len(ids)), batch["input_ids"].cpu())
+        batch |= {name: value.to(model.device) for name, value in inputs.items()}
     logits = model(**batch, use_cache=False).logits
     return _summed(logits[:, :-1], _filled(labels, IGNORED)[:, 1:])
 

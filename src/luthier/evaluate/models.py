@@ -40,7 +40,7 @@ def measure_model(
 
     total = sum(len(item.sequences) for item in items.rows)
     with tqdm(total=total, desc="likelihood", leave=False, disable=None) as bar:
-        losses = compute_losses(llm.model, items.rows, bar.update)
+        losses = compute_losses(llm.model, items.rows, bar.update, llm.image_inputs)
     # Without a metric no replies are generated: they take most of the time of an evaluation.
     asked = items.asked if metrics else []
     if not asked:
@@ -77,8 +77,9 @@ class WritingModel(LLM):
         # The encoder of the loaded model has the template and date of the training, and a base that
         # stands beside a run gets the same.
         settings = self.encoder.settings() if self.has_template else None
+        images = self.encoder.images if self.has_template else None
         stride = 0 if config is None else config.dataset.stride
-        return ChatRowBuilder(self.tokenizer, settings, stride, self.context)
+        return ChatRowBuilder(self.tokenizer, settings, stride, self.context, images)
 
     def set_of(
         self, items: EvaluationRows, metrics: list[Metric] | None, config: RunConfig | None

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from luthier.chat import ChatEncoder, ChatError
+from luthier.chat import ChatEncoder, ChatError, ImageExpander
 from luthier.config.methods import EXAMPLE_TYPES
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.data.encoders.plain_text import OnLong, WindowEncoder
@@ -24,6 +24,12 @@ from luthier.data.examples import (
 from luthier.data.formats.conversations import template_inputs
 from luthier.data.prepare import prepare
 from luthier.errors import UserError
+from luthier.infer.prompt_images import (
+    PromptImage,
+    RowImages,
+    attach_images,
+    list_prompt_images,
+)
 from luthier.infer.questions import Question, list_questions, select_questions
 from luthier.metrics import Metric, parse_metrics, prepare_metrics
 
@@ -33,14 +39,24 @@ MAIN = "held out"
 """What the evaluation set without a name is called."""
 
 
+class MeasuredSequence(NamedTuple):
+    """A sequence of a row."""
+
+    ids: list[int]
+    """For an encoder-decoder model those of the source."""
+    labels: list[int]
+    """As many as there are ids: -100 where nothing is measured. For an encoder-decoder model the
+    ids of the target."""
+    images: Sequence[PromptImage] = ()
+    """Those of its tokens, in their order."""
+
+
 @dataclass(frozen=True)
 class EvaluationRow:
     """A row to measure on."""
 
     where: str
-    sequences: list[tuple[list[int], list[int]]]
-    """Token ids, and labels of the same length: -100 where nothing is measured. For an
-    encoder-decoder model the ids of the source, and those of the target."""
+    sequences: list[MeasuredSequence]
     questions: Sequence[Question]
     """What can be asked of it: its last reply, and where it has tools the turns before."""
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -131,6 +147,8 @@ def _drawn(
     rows = EvaluationRows(MAIN)
     prepared = prepare(config.dataset, make_row_encoders(config, tokenizer), tokenizer, config.seed)
     for opened, placed in prepared.heldout[""].by_source():
+        for row in placed:
+            attach_images(row.example, prepared.read_image)
         # The limit holds for the set, which may be drawn from several sources.
         left = None if limit is None else limit - len(rows.rows)
         _add(maker, rows, opened, placed[:left])
@@ -153,9 +171,11 @@ def _add(
 
 def _rows(opened: OpenedSource, config: DatasetConfig, limit: int | None) -> list[LocatedExample]:
     """Return the rows; UserError for bad ones unless the config drops them."""
-    bad = BadRows()
+    bad, images = BadRows(), RowImages(opened)
     # Bad rows behind the limit are not read, so they cannot stop an evaluation of the first N.
-    rows = list(islice(opened.examples(bad), limit))
+    rows = list(islice(opened.examples(bad, keep_image=images.keep), limit))
+    for row in rows:
+        images.attach(row.example)
     if config.on_bad_row == "error":
         bad.raise_if_any(opened)
     return rows
@@ -167,13 +187,18 @@ class ChatRowBuilder:
     kinds = ("conversation", "text", "preference", "unpaired")
 
     def __init__(
-        self, tokenizer: Any, chat: Mapping[str, Any] | None, stride: int, context: int | None
+        self,
+        tokenizer: Any,
+        chat: Mapping[str, Any] | None,
+        stride: int,
+        context: int | None,
+        images: ImageExpander | None = None,
     ) -> None:
         """`chat`: the settings of the chat encoder; None for a model without a template.
 
-        `context`: the longest sequence that the model reads.
+        `context`: the longest sequence that the model reads. `images`: what it makes of images.
         """
-        self._tokenizer, self._stride = tokenizer, stride
+        self._tokenizer, self._stride, self._images = tokenizer, stride, images
         longest = None if chat is None else chat["max_length"]
         bounds: list[int] = [bound for bound in (context, longest) if bound is not None]
         # Measured as trained: what the training cut is cut here too, and never beyond the model.
@@ -196,7 +221,10 @@ class ChatRowBuilder:
         for row in placed:
             (windows,) = encoder.encode_batch([row.example["text"]])
             if windows:
-                sequences = [(list(window.input_ids), list(window.labels)) for window in windows]
+                sequences = [
+                    MeasuredSequence(list(window.input_ids), list(window.labels))
+                    for window in windows
+                ]
                 rows.rows.append(EvaluationRow(row.where, sequences, ()))
             else:
                 rows.leave_out("the text is empty")
@@ -211,15 +239,24 @@ class ChatRowBuilder:
             )
         # A source may train on other messages than the run; its rows are measured on those.
         train_on = {} if source.train_on is None else {"train_on": source.train_on}
-        encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | train_on)
+        encoder = ChatEncoder.from_settings(self._tokenizer, self._chat | train_on, self._images)
         for row in placed:
             questions = list_questions(row.example, row.columns)
+            spoken = _spoken(row.example)
             try:
-                batch = encoder.encode_batch([_spoken(row.example)])
+                batch = encoder.encode_batch([spoken])
             except ChatError as error:
                 rows.leave_out(error.reason)
                 continue
-            sequences = [(sequence.input_ids, sequence.labels) for sequence in batch.rows[0]]
+            images = list_prompt_images(spoken)
+            sequences = [
+                MeasuredSequence(
+                    sequence.input_ids,
+                    sequence.labels,
+                    [images[span.number] for span in sequence.images],
+                )
+                for sequence in batch.rows[0]
+            ]
             if sequences:
                 rows.rows.append(EvaluationRow(row.where, sequences, questions))
             else:
@@ -242,7 +279,11 @@ class TargetRowBuilder:
         for row, values in encode_rows(self._encoder, rows, placed):
             questions = list_questions(row.example, row.columns)
             rows.rows.append(
-                EvaluationRow(row.where, [(values["input_ids"], values["labels"])], questions)
+                EvaluationRow(
+                    row.where,
+                    [MeasuredSequence(values["input_ids"], values["labels"])],
+                    questions,
+                )
             )
 
 

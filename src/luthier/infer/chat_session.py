@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from luthier.chat import ReplyDelta
     from luthier.infer.llm import GeneratedReply
 
+Content = str | list[dict[str, Any]]
+"""What a message says: a text, or a list of parts, as `LLM.replies` takes them."""
+
 
 class ChatSession:
     """A conversation: each message of the user is answered in the light of all before it."""
@@ -32,14 +35,15 @@ class ChatSession:
         front = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*front, *self.turns]
 
-    def say(self, text: str, **settings: Any) -> str:
+    def say(self, text: Content, **settings: Any) -> str:
         """Say something and return the reply's content; takes the settings of `LLM.replies`.
 
-        The last of `turns` is the whole message, with its reasoning and its calls.
+        `text` may be a list of parts, texts and images, for a model that reads images. The last of
+        `turns` is the whole message, with its reasoning and its calls.
         """
         return "".join(self.stream(text, **settings))
 
-    def stream(self, text: str, **settings: Any) -> Generator[str]:
+    def stream(self, text: Content, **settings: Any) -> Generator[str]:
         """Say something and yield the reply's content piece by piece."""
         for delta in self.stream_deltas(text, **settings):
             if delta.field == "content":
@@ -47,7 +51,7 @@ class ChatSession:
 
     def stream_deltas(
         self,
-        text: str,
+        text: Content,
         on_end: "Callable[[GeneratedReply], None] | None" = None,
         **settings: Any,
     ) -> "Generator[ReplyDelta]":
@@ -118,7 +122,7 @@ class ChatSession:
         """Forget what was said; the system prompt stays."""
         self.turns.clear()
 
-    def take_back(self, text: str) -> None:
+    def take_back(self, text: Content) -> None:
         """Forget what the user said last, if it was this, and its reply."""
         if self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()

@@ -13,7 +13,13 @@ from luthier.config.trust import NO_TRUST, Trust
 from luthier.errors import UserError
 from luthier.infer import generation_config as words
 from luthier.infer.dequantize import dequantized_layers
-from luthier.infer.generate import patched_output_layer
+from luthier.infer.generate import ImagePromptInputs, patched_output_layer
+from luthier.infer.prompt_images import (
+    PromptImage,
+    bind_images,
+    list_prompt_images,
+    open_prompts,
+)
 from luthier.infer.prompts import Prompt, Prompts
 from luthier.infer.reply_messages import format_message
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
@@ -42,6 +48,16 @@ class LoadedModel:
     """The most tokens of prompt and reply together; None where nothing bounds them."""
     longest: int | None
     """The most tokens of a prompt, and one more."""
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether prompts may have images."""
+        return isinstance(self.prompter, ChatEncoder) and self.prompter.images is not None
+
+    def image_inputs(self, images: Sequence[Sequence[PromptImage]]) -> ImagePromptInputs | None:
+        """Return what makes the model's inputs for the images of prompts; None without images."""
+        images_of_model: Any = getattr(self.prompter, "images", None)
+        return bind_images(images, lambda: images_of_model.processor)
 
     @property
     def pad_id(self) -> int:
@@ -276,6 +292,15 @@ class LLM:
         return self._loaded.prompter
 
     @property
+    def reads_images(self) -> bool:
+        """Whether prompts may have images."""
+        return self._loaded.reads_images
+
+    def image_inputs(self, images: Sequence[Sequence[PromptImage]]) -> ImagePromptInputs | None:
+        """Return what makes the model's inputs for the images of prompts; None without images."""
+        return self._loaded.image_inputs(images)
+
+    @property
     def has_template(self) -> bool:
         """Whether the model can be asked in messages."""
         return isinstance(self._loaded.prompter, ChatEncoder)
@@ -289,13 +314,16 @@ class LLM:
         self, prompts: Sequence[Prompt], places: Sequence[str] | None = None
     ) -> list[list[int]]:
         """The ids that the model reads for each prompt; `places` name them in a UserError."""
-        return self._prompts.ids(prompts, places)
+        return self._prompts.ids(open_prompts(prompts, places), places)
 
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[str]:
         """The text of the reply to each prompt, in order.
 
         A prompt is a user's message, the messages of a conversation, or a dict of `messages` and
-        perhaps `tools` and `chat_template_kwargs`. Takes what `replies` takes.
+        perhaps `tools` and `chat_template_kwargs`. The content of a message may be a list of
+        `{"type": "text", "text": ...}` and, for a model that reads images, `{"type": "image",
+        "image": ...}`: a path, an address, bytes, or a picture of Pillow. Takes what `replies`
+        takes.
         """
         return [reply.text for reply in self.replies(prompts, **settings)]
 
@@ -318,13 +346,15 @@ class LLM:
         Raises UserError for a prompt that is longer than the context, by its place.
         """
         config = self.generation_config(settings)
-        ids = self.prompt_ids(prompts, places)
+        opened = open_prompts(prompts, places)
+        ids = self._prompts.ids(opened, places)
         size = batch_size or self._size(ids, config)
+        images = [list_prompt_images(prompt) for prompt in opened]
         replies_by_prompt: list[list[GeneratedReply]] = [[] for _ in ids]
         with self._sampling(seed):
-            for rows, answers in self._answered(ids, config, size):
+            for rows, answers in self._answered(ids, images, config, size):
                 for row, answer in zip(rows, answers, strict=True):
-                    reply = self._reply(answer, len(ids[row]), config, prompts[row])
+                    reply = self._reply(answer, len(ids[row]), config, opened[row])
                     replies_by_prompt[row].append(reply)
                 # With num_return_sequences a row's number comes several times; its replies are told
                 # once.
@@ -370,6 +400,7 @@ class LLM:
         Calls come whole, at the end. What was yielded is not taken back where the reply proves to
         be no message; `on_end` gets the reply that came to its end, and its `parse_error` says so.
         """
+        (prompt,) = open_prompts([prompt])
         parser = self._prompts.stream_parser(prompt)
         came: list[GeneratedReply] = []
         text = TextStream(self._decode if parser is None else self.encoder.decode_reply)
@@ -408,13 +439,15 @@ class LLM:
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
             raise UserError("stream: one reply is written at a time; leave out num_beams and "
                             "num_return_sequences, or use generate.")  # fmt: skip
-        (ids,) = self.prompt_ids([prompt])
+        (prompt,) = open_prompts([prompt])
+        (ids,) = self._prompts.ids([prompt])
         if self.context is not None:
             # transformers warns and goes on past the context, where the model writes nonsense.
             config.max_new_tokens = min(config.max_new_tokens, self.context - len(ids))
         stops, came = set(words.stop_token_ids(config)), list[int]()
+        more = self._more(config) | self._image_tensors(ids, list_prompt_images(prompt))
         with self._sampling(seed):
-            for token in stream_tokens(self.model, ids, config, **self._more(config)):
+            for token in stream_tokens(self.model, ids, config, **more):
                 came.append(token)
                 if token not in stops:
                     yield token
@@ -427,15 +460,28 @@ class LLM:
         tokens: "TokenSink",
         stopped: threading.Event,
         seed: int | None = None,
+        images: Sequence[PromptImage] = (),
     ) -> None:
         """Write the reply to a prompt into `tokens`, in this thread, until `stopped` is set.
 
-        `config`: of `generation_config`. One reply is written at a time.
+        `config`: of `generation_config`. `images`: those of the prompt. One reply is written at a
+        time.
         """
         from luthier.infer.stream import write_tokens
 
+        more = self._more(config) | self._image_tensors(ids, images)
         with self._sampling(seed):
-            write_tokens(self.model, ids, config, tokens, stopped, self._more(config))
+            write_tokens(self.model, ids, config, tokens, stopped, more)
+
+    def _image_tensors(self, ids: Sequence[int], images: Sequence[PromptImage]) -> dict[str, Any]:
+        """Return what the model takes for the images of a prompt, where it computes."""
+        import torch
+
+        make = self.image_inputs([images])
+        if make is None:
+            return {}
+        inputs = make([0], torch.tensor([list(ids)]))
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def chat(
         self, system: str | None = None, tools: list[dict[str, Any]] | None = None
@@ -473,15 +519,22 @@ class LLM:
         return max(1, choose_batch_size(self.model, longest, config.max_new_tokens) // copies)
 
     def _answered(
-        self, ids: list[list[int]], config: Any, size: int
+        self, ids: list[list[int]], images: list[list[PromptImage]], config: Any, size: int
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         import torch
 
         from luthier.infer.generate import generate_in_batches
 
+        if (config.num_beams or 1) > 1 and any(len(each) > 1 for each in images):
+            # transformers 5.23 repeats pixels image by image for beams, and not prompt by prompt.
+            raise UserError(
+                "num_beams: a prompt has several images, which beam search would mix up. Leave "
+                "num_beams out."
+            )
+        make = self.image_inputs(images)
         with torch.inference_mode():
             yield from generate_in_batches(
-                self.model, ids, config, size, self.context, **self._more(config)
+                self.model, ids, config, size, self.context, make, **self._more(config)
             )
 
     def _more(self, config: Any) -> dict[str, Any]:

@@ -32,6 +32,8 @@ MAX_LOGIT_BIASES = 1024
 MAX_VARIABLES = 32
 MAX_TEMPERATURE = 10.0
 TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS = ("image_url", "input_image")
+"""Parts of an image in chat completions and in responses."""
 
 HARMLESS: Mapping[str, type] = {
     "user": str,
@@ -153,18 +155,58 @@ def _join_parts(content: Any) -> Any:
     """Return the text of content that is given as a list of parts of text."""
     if not isinstance(content, list):
         return content
-    texts = []
-    for part in content:
-        is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS
-        if not is_text or not isinstance(part.get("text"), str):
-            name = part.get("type") if isinstance(part, dict) else None
-            shown = format_value(name) if isinstance(name, str) else type(part).__name__
-            form = '{"type": "text", "text": ...}'
-            raise ValueError(f"must be text, or a list of {form}; found {shown}")
-        if extra := set(part) - {"type", "text", "annotations", "logprobs"}:
-            raise ValueError(f"a part of text has no field {format_value(min(extra))}")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    return "\n".join(map(_read_text_part, content))
+
+
+def _read_content(content: Any) -> Any:
+    """Return content in parts as parts of a row; as one text where all of them are texts.
+
+    An image is the address that the client gave.
+    """
+    if not isinstance(content, list) or not any(map(_is_image_part, content)):
+        return _join_parts(content)
+    return [
+        {"type": "image", "image": _read_image_part(part)}
+        if _is_image_part(part)
+        else {"type": "text", "text": _read_text_part(part)}
+        for part in content
+    ]
+
+
+def _read_text_part(part: Any) -> str:
+    is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS
+    if not is_text or not isinstance(part.get("text"), str):
+        name = part.get("type") if isinstance(part, dict) else None
+        shown = format_value(name) if isinstance(name, str) else type(part).__name__
+        form = '{"type": "text", "text": ...}'
+        raise ValueError(f"must be text, or a list of {form}; found {shown}")
+    if extra := set(part) - {"type", "text", "annotations", "logprobs"}:
+        raise ValueError(f"a part of text has no field {format_value(min(extra))}")
+    return str(part["text"])
+
+
+def _is_image_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in IMAGE_PARTS
+
+
+def _read_image_part(part: dict[str, Any]) -> str:
+    """Return the address of an image, which chat completions have in an object of its own."""
+    source = part.get("image_url")
+    fields = {**part, **source} if isinstance(source, dict) else {**part, "url": source}
+    if extra := set(fields) - {"type", "image_url", "url", "detail", "file_id"}:
+        raise ValueError(f"a part of an image has no field {format_value(min(extra))}")
+    if fields.get("file_id") is not None:
+        raise ValueError("file_id: this server keeps no files; send the image as a data: URL")
+    if fields.get("detail") not in (None, "auto"):
+        raise ValueError(f"detail: {_not_supported(('auto',))}")
+    if not isinstance(fields.get("url"), str):
+        form = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+        raise ValueError(f"an image must be {form}")
+    return str(fields["url"])
+
+
+Content = str | list[dict[str, str]]
+"""A text, or parts of a row; of an image they have the address that the client gave."""
 
 
 class FunctionCall(ApiObject):
@@ -188,14 +230,14 @@ class ChatMessage(ApiObject):
 
     neutral = _MESSAGE_NEUTRAL
     role: str
-    content: str | None = None
+    content: Content | None = None
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
 
-    _content = field_validator("content", mode="before")(_join_parts)
+    _content = field_validator("content", mode="before")(_read_content)
 
     def as_row(self) -> dict[str, Any]:
         """Return the message as rows of a dataset have it."""
@@ -399,9 +441,9 @@ class MessageItem(ApiObject):
     neutral = {"phase": ()}
     type: Literal["message"] = "message"
     role: str
-    content: str
+    content: Content
 
-    _content = field_validator("content", mode="before")(_join_parts)
+    _content = field_validator("content", mode="before")(_read_content)
 
 
 class FunctionCallItem(ApiObject):

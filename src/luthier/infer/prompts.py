@@ -5,11 +5,13 @@ from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError, ParsedReply, ReplyStream
 from luthier.errors import UserError
+from luthier.infer.prompt_images import name_prompts
 from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A user's message, token ids, the messages of a conversation, or a dict of `messages` and perhaps
-`tools` and `chat_template_kwargs`, variables for the chat template."""
+`tools` and `chat_template_kwargs`, variables for the chat template. The content of a message is a
+text, or a list of parts: texts and images."""
 
 
 class Prompts:
@@ -31,7 +33,7 @@ class Prompts:
 
         `places` say where each prompt comes from; `prompt 1` and so on if there are none.
         """
-        names = places or [f"prompt {n}" for n in range(1, len(prompts) + 1)]
+        names = name_prompts(prompts, places)
         return [self._one(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
 
     def parse(self, prompt: Prompt, ids: Sequence[int]) -> ParsedReply | None:

@@ -18,6 +18,7 @@ from luthier.data.examples import (
 )
 from luthier.data.formats.conversations import template_inputs
 from luthier.errors import UserError
+from luthier.infer.prompt_images import RowImages
 from luthier.infer.prompts import Prompt
 from luthier.metrics import Metric, Prediction
 
@@ -59,7 +60,10 @@ def read_prompt_rows(config: DatasetConfig) -> PromptRows:
     (source,) = train_sources(config).values()
     opened, bad = _opened(source), BadRows()
     _check_kind(opened)
-    rows = [_ask(placed, opened) for placed in opened.examples(bad)]
+    images, rows = RowImages(opened), []
+    for placed in opened.examples(bad, keep_image=images.keep):
+        images.attach(placed.example)
+        rows.append(_ask(placed, opened))
     if config.on_bad_row == "error":
         bad.raise_if_any(opened)
     notes = [f"{row.where}: left out: {row.problem}" for row in bad.rows]

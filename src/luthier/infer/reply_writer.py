@@ -14,7 +14,7 @@ from luthier.infer.llm import LLM
 from luthier.infer.openai_replies import FinishReason, ReplyEnd
 from luthier.infer.openai_requests import ApiError, ReplyRequest
 from luthier.infer.reply_messages import split_message
-from luthier.infer.request_prompts import RequestReplyParser
+from luthier.infer.request_prompts import RequestPrompt, RequestReplyParser
 from luthier.infer.stream import StopStrings, TextStream
 
 _GREEDY_BELOW = 1e-4
@@ -71,7 +71,11 @@ class ReplyWriter:
             tokens.put(ApiError("The server is ending.", code="shutting_down", status=503))
 
     async def write(
-        self, ids: list[int], config: Any, request: ReplyRequest, parser: RequestReplyParser | None
+        self,
+        prompt: RequestPrompt,
+        config: Any,
+        request: ReplyRequest,
+        parser: RequestReplyParser | None,
     ) -> AsyncGenerator[ReplyDelta | ReplyEnd]:
         """Yield the reply to a prompt, and how it ended. Closing it stops the model.
 
@@ -83,7 +87,7 @@ class ReplyWriter:
         config.stop_strings = None
         stop_ids = set(generation_config.stop_token_ids(config))
         written, is_stopped = list[int](), False
-        async with aclosing(self._tokens(ids, config, request.random_seed)) as tokens:
+        async with aclosing(self._tokens(prompt, config, request.random_seed)) as tokens:
             async for token in tokens:
                 written.append(token)
                 if is_stopped := token in stop_ids:
@@ -108,17 +112,19 @@ class ReplyWriter:
         is_cut = not is_stopped and not stops.is_complete and len(written) >= config.max_new_tokens
         has_calls = parsed is not None and "tool_calls" in parsed.message
         finish: FinishReason = "length" if is_cut else "tool_calls" if has_calls else "stop"
-        yield ReplyEnd(finish, len(ids), len(written), parsed.reason if parsed else None)
+        yield ReplyEnd(finish, len(prompt.ids), len(written), parsed.reason if parsed else None)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._llm.tokenizer.decode(ids, skip_special_tokens=True))
 
-    async def _tokens(self, ids: list[int], config: Any, seed: int | None) -> AsyncGenerator[int]:
+    async def _tokens(
+        self, prompt: RequestPrompt, config: Any, seed: int | None
+    ) -> AsyncGenerator[int]:
         """Yield the ids of a reply as they come, once it is its turn."""
         loop = asyncio.get_running_loop()
         tokens, stopped = _LoopQueue(loop), threading.Event()
         self._waiting.add(tokens)
-        self._thread.submit(self._write_tokens, ids, config, tokens, stopped, seed)
+        self._thread.submit(self._write_tokens, prompt, config, tokens, stopped, seed)
         try:
             # The time that a reply may take begins with its turn.
             await tokens.get(None)
@@ -137,7 +143,7 @@ class ReplyWriter:
 
     def _write_tokens(
         self,
-        ids: list[int],
+        prompt: RequestPrompt,
         config: Any,
         tokens: "_LoopQueue",
         stopped: threading.Event,
@@ -152,7 +158,7 @@ class ReplyWriter:
             return
         tokens.put(_ITS_TURN)
         try:
-            self._llm.write_tokens(ids, config, tokens, stopped, seed)
+            self._llm.write_tokens(prompt.ids, config, tokens, stopped, seed, prompt.images)
         except BaseException as error:
             tokens.put(error)
 

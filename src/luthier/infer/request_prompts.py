@@ -5,12 +5,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from luthier.chat import ChatEncoder, ChatError, ParsedReply, ReplyDelta, ReplyStream
 from luthier.chat.encoder import ChatPromptEncoder
 from luthier.chat.template import TEMPLATE_INPUTS
 from luthier.data.encoders.plain_text import PlainTextTokenizer, measure_frame
+from luthier.errors import UserError
 from luthier.infer.llm import LLM
 from luthier.infer.openai_requests import (
     EFFORT,
@@ -19,6 +20,8 @@ from luthier.infer.openai_requests import (
     CompletionRequest,
     ConversationRequest,
 )
+from luthier.infer.prompt_images import PromptImage, list_prompt_images
+from luthier.infer.request_images import ImageLimits, RequestImages
 
 _MOST_ENCODERS = 8
 """Encoders for variables of requests that are remembered: each compiles its template."""
@@ -26,12 +29,23 @@ _MAX_VARIABLE_CHARS = 4096
 """The longest variables of a request, as JSON."""
 
 
+class RequestPrompt(NamedTuple):
+    """A request's prompt."""
+
+    ids: list[int]
+    messages: list[dict[str, Any]]
+    """Its conversation, as rows of a dataset have it; none for a plain text."""
+    images: list[PromptImage]
+    """The images of these, in their order."""
+
+
 class RequestPrompts:
     """Makes the prompt of a request as the training did; text never becomes a control token."""
 
-    def __init__(self, llm: LLM, context: int) -> None:
+    def __init__(self, llm: LLM, context: int, images: ImageLimits | None = None) -> None:
         """`context`: the most tokens of prompt and reply together."""
         self._llm, self._context = llm, context
+        self._images = RequestImages(images or ImageLimits())
         self._text = PlainTextTokenizer(llm.tokenizer)
         self._start = list(measure_frame(llm.tokenizer).ids_around[0])
         self._encoders: OrderedDict[str, ChatEncoder] = OrderedDict()
@@ -39,21 +53,25 @@ class RequestPrompts:
         # encoder takes a second, in which requests without variables need not wait.
         self._lock, self._encoders_lock = threading.Lock(), threading.Lock()
 
-    def make_parser(self, request: ConversationRequest) -> "RequestReplyParser":
-        """Return what makes a message of the reply to a request that was encoded."""
+    def make_parser(
+        self, request: ConversationRequest, messages: list[dict[str, Any]]
+    ) -> "RequestReplyParser":
+        """Return what makes a message of the reply to a request; `messages`: of its prompt."""
         with self._encoders_lock if request.variables else nullcontext():
             encoder = self._encoder(request)
         with self._lock:
-            stream = encoder.stream_parser(request.message_rows(), request.tool_rows())
+            stream = encoder.stream_parser(messages, request.tool_rows())
         return RequestReplyParser(encoder, stream, self._lock)
 
-    def encode(self, request: ConversationRequest | CompletionRequest) -> list[int]:
-        """Return the ids of a request's prompt; raises ApiError for one that makes no prompt."""
+    def encode(self, request: ConversationRequest | CompletionRequest) -> RequestPrompt:
+        """Return a request's prompt; raises ApiError for one that makes none."""
         field = request.prompt_field
+        messages: list[dict[str, Any]] = []
         if isinstance(request, CompletionRequest):
             ids = self._encode_text(request.prompt)
         else:
-            ids = self._encode_conversation(request)
+            messages = self._open_messages(request)
+            ids = self._encode_conversation(request, messages)
         if not ids:
             raise ApiError(f"{field}: is empty, so there is nothing to begin with.", param=field)
         if len(ids) >= self._context:
@@ -63,7 +81,7 @@ class RequestPrompts:
                 param=field,
                 code="context_length_exceeded",
             )
-        return ids
+        return RequestPrompt(ids, messages, list_prompt_images(messages))
 
     def _encode_text(self, text: str) -> list[int]:
         try:
@@ -73,11 +91,21 @@ class RequestPrompts:
             raise ApiError(f"prompt: {error.text}.", param="prompt") from None
         return [*self._start, *ids]
 
-    def _encode_conversation(self, request: ConversationRequest) -> list[int]:
+    def _open_messages(self, request: ConversationRequest) -> list[dict[str, Any]]:
+        """Return the conversation of a request, whose images can be opened."""
         if not self._llm.has_template:
             raise ApiError("This model has no chat template. Ask it at /v1/completions.")
-        field, tools = request.prompt_field, request.tool_rows()
         messages = request.message_rows()
+        # A model of text alone says so when the message is read.
+        if self._llm.reads_images:
+            is_chat = isinstance(request, ChatCompletionRequest)
+            self._images.open(messages, request.prompt_field, is_chat)
+        return messages
+
+    def _encode_conversation(
+        self, request: ConversationRequest, messages: list[dict[str, Any]]
+    ) -> list[int]:
+        field, tools = request.prompt_field, request.tool_rows()
         self._check_keys(tools)
         if messages[-1]["role"] == "assistant":
             raise ApiError(
@@ -91,6 +119,9 @@ class RequestPrompts:
                 return _prompt_ids(encoder, messages, tools)
         except ChatError as error:
             raise _prompt_error(error, request) from None
+        except UserError as error:
+            # The model's processor cannot be had, so it reads no images here.
+            raise ApiError(f"{field}: {error}", param=field) from None
 
     def _encoder(self, request: ConversationRequest) -> ChatEncoder:
         """Return the training's encoder, with a request's variables over the training's."""
@@ -185,6 +216,10 @@ def _prompt_error(error: ChatError, request: ConversationRequest) -> ApiError:
         place = f"{field}[{error.message}]"
         place += f".{error.field}" if error.field else ""
     text = error.text.replace("refuses the row", "refuses the conversation")
+    if error.reason == "content is not text":
+        # What follows is about training.
+        text = text.replace("this model takes text alone; use a vision-language model, or remove "
+                            "the image", "this model reads text alone")  # fmt: skip
     if error.reason == "unknown role":
         # What follows is about a setting of the training.
         text = text.partition(" If the chat template")[0].rstrip(".")

@@ -8,7 +8,7 @@ its reply. Errors are OpenAI's error object; nothing that a client sends ends in
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -46,6 +46,7 @@ from luthier.infer.reply_writer import (
     count_fitting_tokens,
     merge_settings,
 )
+from luthier.infer.request_images import ImageLimits
 from luthier.infer.request_prompts import RequestPrompts
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 1024
 """The longest reply where neither the request nor the command says otherwise, in tokens."""
+BODY_BYTES, BODY_BYTES_WITH_IMAGES = 4 * 2**20, 32 * 2**20
+"""The largest request to a model of text, and to one that reads images."""
 _BODY_SECONDS = 30.0
 """How long a client may take to send its request."""
 _SHUTDOWN_SECONDS = 3
@@ -68,8 +71,10 @@ class ServerLimits:
     """Requests that wait while a reply is written; more are refused with 503."""
     reply_seconds: int = 600
     """The longest time that one reply may take."""
-    body_bytes: int = 4 * 2**20
-    """The largest request."""
+    body_bytes: int | None = None
+    """The largest request; None for `BODY_BYTES`, or more where the model reads images."""
+    images: ImageLimits = field(default_factory=ImageLimits)
+    """What the images of a request may take."""
     hosts: tuple[str, ...] = ()
     """Names in a request's `Host` header that are answered, besides those of this machine."""
 
@@ -150,7 +155,9 @@ class ModelServer:
         self._llm, self._name, self._limits = llm, name, limits
         self._settings = check_server_settings(settings)
         self._context = llm.context or MAX_CONTEXT
-        self._prompts = RequestPrompts(llm, self._context)
+        self._prompts = RequestPrompts(llm, self._context, limits.images)
+        default_bytes = BODY_BYTES_WITH_IMAGES if llm.reads_images else BODY_BYTES
+        self._body_bytes = limits.body_bytes or default_bytes
         self._writer = ReplyWriter(llm, limits.reply_seconds)
         self._open_requests = 0
 
@@ -179,7 +186,7 @@ class ModelServer:
         async def answer(request: Request) -> Response:
             with self._counted():
                 _check_content_type(request)
-                body = await _read_body(request, self._limits.body_bytes)
+                body = await _read_body(request, self._body_bytes)
                 asked = parse_request(request_class, _parse_json(body))
                 self._check_model(asked.model)
             return ReplyResponse(self._reply, asked, form_class(asked, asked.model or self._name))
@@ -191,14 +198,14 @@ class ModelServer:
         assert isinstance(request, ConversationRequest | CompletionRequest)
         with self._counted():
             # In a thread: encoding a long conversation must not hold up other requests.
-            ids = await asyncio.to_thread(self._prompts.encode, request)
-            config = self._generation_config(request, len(ids))
+            prompt = await asyncio.to_thread(self._prompts.encode, request)
+            config = self._generation_config(request, len(prompt.ids))
             parser = (
-                await asyncio.to_thread(self._prompts.make_parser, request)
+                await asyncio.to_thread(self._prompts.make_parser, request, prompt.messages)
                 if isinstance(request, ConversationRequest)
                 else None
             )
-            async with aclosing(self._writer.write(ids, config, request, parser)) as deltas:
+            async with aclosing(self._writer.write(prompt, config, request, parser)) as deltas:
                 async for delta in deltas:
                     yield delta
 

@@ -40,7 +40,7 @@ from luthier.storage.typed_files import has_entry, load_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from luthier.chat import ChatEncoder
+    from luthier.chat import ChatEncoder, ImageExpander
 
 _HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "adapter_model.safetensors")
 """The files of a hub repository that tell what it is; the weights of a whole model come later."""
@@ -150,9 +150,10 @@ def build_chat_encoder(artifact: Artifact, tokenizer: "PreTrainedTokenizerBase")
         if artifact.chat is not None:
             # find_artifact has refused secrets that nobody has allowed.
             settings = fill_references(artifact.chat, with_secrets=True)
-            return ChatEncoder.from_settings(tokenizer, settings)
+            return ChatEncoder.from_settings(tokenizer, settings, _find_images(artifact))
         if tokenizer.chat_template is not None:
-            return ChatEncoder(tokenizer, eos_token_ids=end_token_ids(artifact.base))
+            ends = end_token_ids(artifact.base)
+            return ChatEncoder(tokenizer, eos_token_ids=ends, images=_find_images(artifact))
     except ChatError as error:
         raise UserError(f"{artifact.name}: {error}") from error
     raise UserError(
@@ -160,6 +161,18 @@ def build_chat_encoder(artifact: Artifact, tokenizer: "PreTrainedTokenizerBase")
         "chat.json of luthier nor a template in its tokenizer.\nPut the model's template beside "
         "the tokenizer, as chat_template.jinja."
     )
+
+
+def _find_images(artifact: Artifact) -> "ImageExpander | None":
+    """Return what a model makes of images; None where it, or the method of its run, takes none.
+
+    So prompts are those of the training: a processor may put a BOS token in front of texts, too.
+    """
+    from luthier.model.model_images import find_model_images
+
+    method = training_method_of(artifact)
+    takes_images = method is None or METHODS[method].takes_images
+    return find_model_images(artifact.base) if takes_images else None
 
 
 def training_method_of(artifact: Artifact) -> str | None:

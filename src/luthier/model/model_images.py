@@ -15,6 +15,7 @@ from luthier.errors import UserError
 from luthier.model import source
 from luthier.model.load import read_model_config
 from luthier.model.processor import find_processor_files
+from luthier.model.tokenizer import load_tokenizer
 from luthier.model.vision_processor import VisionProcessor, find_vision_processor
 
 
@@ -46,14 +47,20 @@ class ModelImages:
         if name == "placeholder":
             self.placeholder = self.processor.placeholder
         elif name == "prefix_ids":
-            try:
-                self.prefix_ids = self.processor.prefix_ids
-            except UserError:
-                # Rows of text are then what the tokenizer makes of them; an image raises.
-                self.prefix_ids = []
+            self.prefix_ids = self._find_prefix()
         else:
             raise AttributeError(name)
         return vars(self)[name]
+
+    def _find_prefix(self) -> list[int]:
+        """Return the ids in front of a text; no processor is loaded where there can be none."""
+        if not load_tokenizer(self._model).num_special_tokens_to_add():
+            return []
+        try:
+            return self.processor.prefix_ids
+        except UserError:
+            # Rows of text are then what the tokenizer makes of them; an image raises.
+            return []
 
     def expand(self, image: Mapping[str, Any]) -> str:
         """Return the processor's text for an image of this `height` and `width`."""

@@ -28,14 +28,15 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError,
 """What Pillow's readers raise for files that are cut or damaged."""
 
 
-def measure_image(data: bytes) -> tuple[int, int]:
+def measure_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """Return the width and height of the picture that `decode_image` gives, from its header.
 
     Pixels are decoded only where the file looks cut or its format has no sure end. Raises RowError
-    for what is no picture, is broken, too large, an animation, or has more than 8 bits a colour.
+    for what is no picture, is broken, larger than `max_pixels`, an animation, or has more than 8
+    bits a colour.
     """
     image = _open_image(data)
-    _check_readable(image)
+    _check_readable(image, max_pixels)
     try:
         orientation = _read_orientation(image, data)
     except _BROKEN:
@@ -94,13 +95,13 @@ def _open_image(data: bytes) -> Any:
         raise RowError(f"it is broken: {_describe_error(error)}") from None
 
 
-def _check_readable(image: Any) -> None:
+def _check_readable(image: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
     """Refuse what is too large, an animation, or more than 8 bits deep."""
     width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
+    if width * height > max_pixels:
         raise RowError(
-            f"it says that it has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,}; make "
-            "it smaller"
+            f"it says that it has {width} x {height} pixels, more than {max_pixels:,}; make it "
+            "smaller"
         )
     # The pictures behind the first one of an MPO, as telephones save them, are other views of it.
     if image.format != "MPO" and getattr(image, "is_animated", False):
