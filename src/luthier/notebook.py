@@ -299,7 +299,7 @@ class Preview:
         from luthier.inspection.render import print_legend, print_sequence
 
         def print_rows(console: Any) -> None:
-            print_legend(console)
+            print_legend(console, any(row.images for row in self._view.rows))
             for row in self._view.rows:
                 console.print()
                 print_sequence(console, row, self._view.pad, self._ids)

@@ -39,3 +39,17 @@ def test_the_last_rollouts_are_printed(tmp_path, capsys):
 def test_a_run_without_any_says_how_to_record_some(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.rollouts\.record=4"):
         show.print_rollouts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ({"images": 1200}, "3 rows, 9 tokens, 1,200 images"),
+        ({"images": 0}, "3 rows, 9 tokens"),
+        ({}, "3 rows, 9 tokens"),
+    ],
+    ids=["images", "texts", "an older record"],
+)
+def test_images_of_the_training_rows_are_counted(counts, shown):
+    record = {"data": {"train": {"rows": 3, "tokens": 9, **counts}}}
+    assert ("training rows", shown) in show._material(record)

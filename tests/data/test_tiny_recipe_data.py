@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import random
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,50 @@ def test_every_class_has_rows_enough():
         labels = [row["label"] for row in read("requests", side)]
         assert set(labels) == {"price", "repair", "delivery", "rental"}
         assert all(labels.count(label) >= least for label in set(labels))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """The module that draws the pictures of tiny_vision."""
+    path = FOLDER / "tiny_vision.py"
+    spec = importlib.util.spec_from_file_location("tiny_vision", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def drawn(pictures, folder, seed):
+    """What a seed gives: rows by side, and the bytes of each picture."""
+    chance = random.Random(seed)
+    train, held_out = pictures.split_scenes(chance)
+    pictures.write_rows(folder, "train", train, 80, chance)
+    pictures.write_rows(folder, "heldout", held_out, 20, chance)
+    rows = {path.stem: path.read_text().splitlines() for path in folder.glob("*.jsonl")}
+    return rows, {path.name: path.read_bytes() for path in folder.glob("pictures/*.png")}
+
+
+def test_pictures_are_the_same_for_the_same_seed_and_all_differ(pictures, tmp_path):
+    rows, files = drawn(pictures, tmp_path / "a", 0)
+    assert (rows, files) == drawn(pictures, tmp_path / "b", 0)
+    assert rows != drawn(pictures, tmp_path / "c", 1)[0]
+    assert len(set(files.values())) == len(files) == 100
+    assert [len(rows[side]) for side in ("train", "heldout")] == [160, 40]
+
+
+def test_no_held_out_scene_is_trained(pictures):
+    train, held_out = pictures.split_scenes(random.Random(0))
+    assert (len(train), len(held_out)) == (36, 12) and not set(train) & set(held_out)
+    for place, values in enumerate((pictures.COLOURS, pictures.COUNTS, pictures.SHAPES)):
+        assert {scene[place] for scene in train} == set(values), "each is known from other scenes"
+
+
+def test_a_picture_shows_what_its_row_answers(pictures):
+    chance = random.Random(0)
+    for scene in product(pictures.COLOURS, pictures.COUNTS, ["square"]):
+        picture = pictures.draw_picture(scene, chance)
+        ground = picture.getpixel((0, 0))
+        centres = product((8, 24), repeat=2)
+        inks = [ink for at in centres if (ink := picture.getpixel(at)) != ground]
+        assert len(inks) == scene[1]
+        expected = pictures.COLOURS[scene[0]]
+        assert all(abs(a - b) <= 15 for ink in inks for a, b in zip(ink, expected, strict=True))

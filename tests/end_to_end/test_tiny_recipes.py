@@ -5,11 +5,14 @@ They run in one process, one after the other: half of what a run costs is to imp
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 
 from luthier.cli.train import main, train
@@ -39,7 +42,10 @@ AIMS = {
     "tiny_classify": [Aim("accuracy", 0.2), Aim("macro_f1", 0.2)],
     "tiny_tag": [Aim("entity_f1", 0.3), Aim("accuracy", 0.5)],
     "tiny_seq2seq": [Aim("exact_match", 0.7), Aim("rouge1", 0.5)],
+    "tiny_vision": [Aim("exact_match", 0.9)],
 }
+FROM_NOTHING = ("tiny_seq2seq", "tiny_vision")
+"""Recipes whose models are made by a script."""
 
 
 def trained(folder, name):
@@ -53,7 +59,7 @@ def trained(folder, name):
 
 def test_every_method_has_a_tiny_recipe():
     methods = {f"tiny_{name}" for name in METHODS} - {"tiny_sft"}  # that is the quickstart
-    assert set(TINY) == set(AIMS) == methods
+    assert set(TINY) == set(AIMS) == methods | {"tiny_vision"}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -68,7 +74,7 @@ def test_its_header_says_what_was_measured(name):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("name", [name for name in TINY if name != "tiny_seq2seq"])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in FROM_NOTHING])
 def test_the_small_model_gets_better(tmp_path, name):
     record, steps, model = trained(tmp_path, name)
     _reaches(record, name)
@@ -126,15 +132,17 @@ OWN = {
 }
 
 
-@pytest.mark.train
-def test_a_model_from_nothing_learns_to_answer_and_generates_plainly(tmp_path, monkeypatch):
-    import runpy
-    import sys
-
-    monkeypatch.chdir(tmp_path)
-    script = ROOT / "recipes" / "data" / "tiny_t5.py"
+def run_script(name, folder, monkeypatch):
+    """Run a script of recipes/data in a folder, as its command does."""
+    monkeypatch.chdir(folder)
+    script = ROOT / "recipes" / "data" / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.train
+def test_a_model_from_nothing_learns_to_answer_and_generates_plainly(tmp_path, monkeypatch):
+    run_script("tiny_t5", tmp_path, monkeypatch)
     record, _, model = trained(tmp_path, "tiny_seq2seq")
     _reaches(record, "tiny_seq2seq")
     assert record["results"]["exact_match"]["before"] == 0
@@ -144,3 +152,28 @@ def test_a_model_from_nothing_learns_to_answer_and_generates_plainly(tmp_path, m
     batch = tokenizer(shown["prompt"], return_tensors="pt")
     out = net.generate(input_ids=batch["input_ids"], max_new_tokens=16)[0]
     assert tokenizer.decode(out, skip_special_tokens=True) == shown["after"]
+
+
+@pytest.mark.train
+def test_a_model_from_nothing_learns_to_see_and_answers_plainly(tmp_path, monkeypatch):
+    run_script("tiny_vision", tmp_path, monkeypatch)
+    record, _, model = trained(tmp_path / "runs", "tiny_vision")
+    _reaches(record, "tiny_vision")
+    assert record["results"]["exact_match"]["before"] == 0
+    assert record["data"]["train"]["images"] == record["data"]["train"]["rows"] == 1440
+    held_out = tmp_path / "tiny_vision"
+    rows = [json.loads(line) for line in (held_out / "heldout.jsonl").read_text().splitlines()]
+    net = transformers.LlavaForConditionalGeneration.from_pretrained(model)
+    processor = transformers.AutoProcessor.from_pretrained(model)
+    right = 0
+    for row in rows[:10]:
+        question, reply = row["messages"]
+        question["content"][0]["image"] = Image.open(held_out / question["content"][0]["image"])
+        inputs = processor.apply_chat_template(
+            [question], tokenize=True, return_dict=True, return_tensors="pt",
+            add_generation_prompt=True,
+        )  # fmt: skip
+        out = net.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+        answer = processor.decode(out[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += answer == reply["content"]
+    assert right >= 9

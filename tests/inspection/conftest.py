@@ -1,10 +1,13 @@
 """The real command, run on rows that a test writes."""
 
 import json
+import struct
+import zlib
 from functools import cache
 
 import pytest
 
+from helpers.vision_families import picture, save_vision_processor
 from luthier.config.schema import ModelConfig
 from luthier.inspection import dataset
 from luthier.model.tokenizer import load_tokenizer
@@ -50,3 +53,41 @@ def on_rows(luthier, write):
         return luthier(command, *settings, *whole, *words)
 
     return on_rows
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory):
+    """Files of a tiny LLaVA without its weights: each image is four tokens."""
+    return save_vision_processor(tmp_path_factory.mktemp("llava"), "llava_clip")
+
+
+@pytest.fixture
+def on_images(luthier, write, vision_folder, tmp_path):
+    """Run a command on rows that name `wide.png` (60 x 28) and `tall.png` (28 x 300)."""
+
+    def on_images(command, rows, *words):
+        for number, (name, size) in enumerate({"wide": (60, 28), "tall": (28, 300)}.items()):
+            if not (tmp_path / f"{name}.png").exists():
+                picture(*size, number).save(tmp_path / f"{name}.png")
+        write(rows)
+        settings = ["model=hub", f"model.path={vision_folder}", "dataset=jsonl"]
+        settings += ["dataset.path=rows.jsonl", "dataset.eval.share=null"]
+        return luthier(command, *settings, "trainer.args.eval_strategy=no", *words)
+
+    return on_images
+
+
+@pytest.fixture
+def broken_pixels(tmp_path):
+    """Write a PNG whose header and checksums are right and whose pixels cannot be decoded."""
+
+    def write_broken(name):
+        def chunk(kind, data):
+            body = kind + data
+            return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+        header = struct.pack(">IIBBBBB", 60, 28, 8, 2, 0, 0, 0)
+        chunks = chunk(b"IHDR", header), chunk(b"IDAT", b"no pixels"), chunk(b"IEND", b"")
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+    return write_broken

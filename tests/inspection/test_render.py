@@ -1,14 +1,18 @@
 """`luthier preview` on real rows with a real tokenizer."""
 
+import base64
 import io
 import json
+import re
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from helpers.outcome_rows import ROWS
+from helpers.vision_families import picture
 from luthier.inspection.render import print_sequence
-from luthier.inspection.tokens import DisplayedSequence, Token, pad_rows
+from luthier.inspection.tokens import DisplayedImage, DisplayedSequence, Token, pad_rows
 
 
 def test_a_row_in_marks(on_rows):
@@ -229,3 +233,94 @@ def test_colours_only_where_they_are_wanted(no_color, monkeypatch):
     assert ("«Ho:3|{</s>}:4»" in out) is no_color
     assert ("48;2;165;219;169mHo" in out) is not no_color
     assert "<pad> × 2" in out and "<pad> × 0" not in out
+
+
+def image(name):
+    return {"type": "image", "image": f"{name}.png"}
+
+
+SEEN = [
+    {"role": "user", "content": [image("wide"), {"type": "text", "text": "Or "}, image("tall")]},
+    {"role": "assistant", "content": "No."},
+]
+
+
+def test_an_image_is_one_box(on_images):
+    code, out, err = on_images("preview", [SEEN])
+    assert (code, err) == (0, "")
+    legend, _, heading, body = out.split("\n", 3)
+    assert legend.endswith("  [image WIDTHxHEIGHT: its tokens, not trained]")
+    assert heading.endswith("35 tokens, 5 trained (14%), 8 for 2 images")
+    assert body.count("<image>") == 0
+    assert "|[image 60x28: 4 tokens]|" in body and "|[image 28x300: 4 tokens]|" in body
+    assert "|N|o|.|{</s>}»" in body
+
+
+def test_the_legend_of_texts_has_no_image(on_rows):
+    _, out, _ = on_rows("preview", [ROWS["plain"]])
+    assert "image" not in out.splitlines()[0]
+
+
+def test_ids_of_an_image_are_counted(on_images):
+    _, out, _ = on_images("preview", [SEEN], "--ids")
+    assert "[image 60x28: 4 tokens]:259×4|" in out
+
+
+def test_json_says_which_tokens_are_whose_image(on_images, tmp_path):
+    _, out, _ = on_images("preview", [SEEN], "--json")
+    (row,) = json.loads(out)["rows"]
+    first, second = row["images"]
+    assert (first["number"], first["tokens"], first["width"], first["height"]) == (0, 4, 60, 28)
+    assert (second["number"], second["source"]) == (1, "tall.png")
+    for each in row["images"]:
+        stand = row["tokens"][each["start"] : each["start"] + each["tokens"]]
+        assert {(token["id"], token["field"], token["message"]) for token in stand} == {
+            (259, "image", 0)
+        }
+    of_images = [token for token in row["tokens"] if token["field"] == "image"]
+    assert len(of_images) == 8 and not any(token["trained"] for token in of_images)
+
+
+def embedded_pictures(page):
+    addresses = re.findall(r'<img src="data:image/\w+;base64,([^"]+)"', page)
+    return [Image.open(io.BytesIO(base64.b64decode(address))) for address in addresses]
+
+
+def test_the_page_shows_small_copies_of_the_pictures(on_images, tmp_path):
+    code, _, _ = on_images("preview", [SEEN], "--html", "page.html")
+    page = (tmp_path / "page.html").read_text()
+    wide, tall = embedded_pictures(page)
+    assert code == 0 and wide.format == "PNG" and wide.tobytes() == picture(60, 28, 0).tobytes()
+    assert tall.format == "JPEG" and tall.size == (18, 192)
+    assert "image 60x28: 4 tokens" in page and "message 0, user, image: tall.png" in page
+    assert '<i class="m">image</i>read, not learned' in page
+
+
+def test_the_page_shows_pictures_that_the_rows_hold(on_images, tmp_path):
+    file = io.BytesIO()
+    picture(30, 30, 5).save(file, "PNG")
+    part = {"type": "image", "base64": base64.b64encode(file.getvalue()).decode()}
+    others = [{"role": "user", "content": [image("wide")]}, SEEN[1]]
+    row = [{"role": "user", "content": [part]}, SEEN[1]]
+    code, _, _ = on_images("preview", [others, row], "--row", "2", "--html", "page.html")
+    (shown,) = embedded_pictures((tmp_path / "page.html").read_text())
+    assert code == 0 and shown.tobytes() == picture(30, 30, 5).tobytes()
+
+
+def test_the_page_says_which_picture_cannot_be_decoded(on_images, broken_pixels, tmp_path):
+    broken_pixels("wide.png")
+    code, _, _ = on_images("preview", [SEEN], "--html", "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert code == 0 and len(embedded_pictures(page)) == 1
+    assert "the picture cannot be shown: it is broken:" in page
+
+
+def test_colours_of_an_image():
+    control, stop = [Token(n, "<image>", "control", False, "user", 0, "image") for n in (7, 7)]
+    ref = {"sha256": "", "width": 4, "height": 3, "source": "a.png"}
+    shown = DisplayedImage(0, 0, [control, stop], ref, bytes)
+    row = DisplayedSequence(1, "a:1", 1, 1, [control, stop], [], images=[shown])
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80)
+    print_sequence(console, row, "<pad>", ids=True)
+    out = console.file.getvalue()
+    assert out.count("[image 4x3: 2 tokens]") == 1 and "7×2 " in out

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from helpers.outcome_rows import LUTE, ROWS, STRINGS
+from helpers.vision_families import picture, save_vision_processor
 from luthier.chat import ChatSequence, Reply
 from luthier.inspection.batch_fill import histogram, quantiles
 from luthier.inspection.rules import SequenceRules, TransformersPrompts
+from luthier.model.vision_processor import VisionProcessor
 
 ALL = list(ROWS.values())
 
@@ -218,3 +220,75 @@ HISTOGRAMS = {
 @pytest.mark.parametrize("values, bins", HISTOGRAMS.values(), ids=HISTOGRAMS)
 def test_the_picture_of_lengths(values, bins):
     assert histogram(values) == bins
+
+
+def seen(text, *names):
+    parts = [{"type": "image", "image": f"{name}.png"} for name in names]
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    return [user, {"role": "assistant", "content": "No."}]
+
+
+IMAGE_ROWS = [seen("A?", "wide"), seen("B?", "wide", "tall"), seen("C?"), seen("D?", "tall")]
+
+
+def test_images_are_decoded_and_counted(on_images):
+    code, out, err = on_images("check", IMAGE_ROWS, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    rules = {rule["text"]: (rule["checked"], rule["broken"]) for rule in found["rules"]}
+    assert rules["every image can be decoded"] == (4, 0)
+    assert rules["prompts are those of apply_chat_template"] == (4, 0)
+    assert found["sources"]["dataset"]["different_images"] == 2
+    train = found["sides"]["train"]
+    assert (train["rows"], train["images"], train["image_tokens"]) == (4, 4, 16)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(on_images, broken_pixels):
+    broken_pixels("tall.png")
+    code, out, _ = on_images("check", IMAGE_ROWS)
+    assert code == 1
+    assert "✗ every image can be decoded                  2 of 4 images break it" in out
+    assert "  rows.jsonl:2: image 2 of 2 (tall.png): it is broken: " in out
+    assert "  rows.jsonl:4: image 1 of 1 (tall.png): it is broken: " in out
+
+
+def test_the_table_of_images_for_people(on_images):
+    code, out, _ = on_images("check", IMAGE_ROWS)
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert "type messages, 4 rows, 2 different images" in out
+    assert ["images", "4"] in lines
+    assert any(line[:4] == ["tokens", "of", "images", "16"] for line in lines)
+
+
+def test_texts_are_checked_without_words_of_images(on_rows):
+    _, out, _ = on_rows("check", [ROWS["plain"]])
+    assert "image" not in out
+
+
+def test_a_missing_image_stops_the_training_and_not_the_check(on_images):
+    code, out, _ = on_images("check", [*IMAGE_ROWS, seen("E?", "gone")])
+    assert code == 1
+    assert "rows.jsonl:5: messages[0], part 0: there is no file gone.png" in out
+    assert "4 images" in out
+
+
+def test_a_prompt_that_is_not_the_processors_is_found(on_images, monkeypatch):
+    monkeypatch.setattr(VisionProcessor, "encode_prompt", lambda *_, **__: [1, 2, 3])
+    code, out, _ = on_images("check", IMAGE_ROWS[:1])
+    assert code == 1 and "the prompt of message 1 differs" in out
+
+
+def test_a_reply_goes_on_behind_its_image(luthier, write, tmp_path):
+    folder = save_vision_processor(tmp_path / "model", "idefics3")
+    picture(30, 30).save(tmp_path / "own.png")
+    user, reply = seen("Draw it.")
+    parts = [{"type": "text", "text": "Here: "}, {"type": "image", "image": "own.png"}]
+    write([[user, reply | {"content": [*parts, {"type": "text", "text": " so."}]}]])
+    words = ["model=hub", f"model.path={folder}", "dataset=jsonl", "dataset.path=rows.jsonl"]
+    words += ["dataset.eval.share=null", "trainer.args.eval_strategy=no"]
+    code, out, _ = luthier("check", *words)
+    assert code == 0
+    assert "✓ trained tokens end with a stop token        1 replies" in out
+    _, out, _ = luthier("preview", *words)
+    assert "|« |H|e|r|e|:| »|[image 30x30: 34 tokens]|« |s|o|.|" in out

@@ -60,6 +60,7 @@ def test_what_is_said_of_a_source(check):
         "filter": "id < 6",
         "filtered_out": 2,
         "bad_rows": 0,
+        "different_images": 0,
         "train_on": "last",
         "unread_keys": {},
     }
@@ -198,7 +199,8 @@ def test_the_counts_are_those_of_training(name, check, tmp_path):
     assert set(sides) == set(found["sides"] | found["sets"])
     for name, counts in sides.items():
         side = (found["sides"] | found["sets"])[name]
-        for field in ("rows", "sequences", "tokens", "trained_tokens", "cut_rows", "cut_turns"):
+        numbers = ("rows", "sequences", "tokens", "trained_tokens", "cut_rows", "cut_turns")
+        for field in (*numbers, "images"):
             assert side[field] == getattr(counts, field), field
         assert side["lengths"]["max"] == counts.longest
         lost = {reason: n for reason, n in counts.dropped.items() if reason not in side["left_out"]}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from luthier.record.plots import DataNumbers, bin_edges, plot_data, plot_loss
 
@@ -97,3 +98,15 @@ def test_no_metrics_no_plot(tmp_path):
 def test_rewards_are_drawn_in_place_of_a_loss_that_says_nothing(tmp_path):
     metrics = [{"step": s, "loss": 0.0, "reward": -1 / s} for s in range(1, 9)]
     assert plot_loss([*metrics, {"step": 8, "eval_reward": None}], "grpo", tmp_path / "loss.png")
+
+
+def test_images_are_counted_in_the_title(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **_: titles.append(text))
+    for images in (0, 1200):
+        numbers = DataNumbers(np.array([3, 5]), 4, images=images)
+        plot_data(numbers, "some", tmp_path / "data.png")
+    assert titles[1::2] == [
+        "2 sequences, 8 tokens, 50% trained",
+        "2 sequences, 8 tokens, 50% trained, 1,200 images",
+    ]

@@ -93,6 +93,7 @@ def _draw(file: str, survey: "Survey") -> None:
         trained_tokens=side.trained_tokens,
         max_length=survey.material.config.chat.max_length,
         sources={name: share.epoch for name, share in mixture.items()},
+        images=side.images,
     )
     path = Path(file).expanduser()
     with explain_write_errors(path, "--png"):

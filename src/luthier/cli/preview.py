@@ -14,7 +14,7 @@ from luthier.terminal import make_console, print_json
 if TYPE_CHECKING:
     from luthier.inspection.dataset import LoadedDataset
     from luthier.inspection.statistics import SelectedRows
-    from luthier.inspection.tokens import DisplayedSequence, TokenView
+    from luthier.inspection.tokens import DisplayedImage, DisplayedSequence, TokenView
 
 COMMAND_LINE = CommandLine(
     "preview",
@@ -129,7 +129,7 @@ def _print(token_view: "TokenView", ids: bool) -> None:
     from luthier.inspection.render import print_legend, print_sequence
 
     console = make_console()
-    print_legend(console)
+    print_legend(console, any(row.images for row in token_view.rows))
     for row in token_view.rows:
         console.print()
         print_sequence(console, row, token_view.pad, ids)
@@ -168,4 +168,14 @@ def _plain_row(row: "DisplayedSequence") -> dict[str, Any]:
         "trained_tokens": row.trained,
         "padding": row.padding,
         "tokens": [asdict(token) for token in row.tokens],
+        "images": [_plain_image(image) for image in row.images],
+    }
+
+
+def _plain_image(image: "DisplayedImage") -> dict[str, Any]:
+    return {
+        "number": image.number,
+        "start": image.start,
+        "tokens": len(image.tokens),
+        **image.ref,
     }

@@ -162,6 +162,8 @@ def _material(record: dict[str, Any]) -> list[tuple[str, str]]:
     data = record.get("data") or {}
     train = data.get("train") or {}
     rows = f"{train['rows']:,} rows, {train['tokens']:,} tokens" if train.get("rows") else ""
+    # Records of runs without images, and of older versions, have no such number.
+    rows += f", {train['images']:,} images" if train.get("images") else ""
     return [
         ("model", str(model.get("path", ""))),
         ("revision", str(model.get("commit") or model.get("revision") or "")),

@@ -60,6 +60,8 @@ class SplitCounts:
     """Rows that train although the template does not show all of their text."""
     sources: dict[str, int] = field(default_factory=dict)
     """Rows of an epoch from each of several sources."""
+    images: int = 0
+    """Images in the sequences of an epoch; one that stands in several counts each time."""
 
 
 class OutcomeCounts(NamedTuple):
@@ -471,6 +473,7 @@ def _count_split(
         cut_turns=outcomes.cut_turns,
         lossy_rows=outcomes.states[RowState.LOSSY],
         sources=sources or {},
+        images=int(table.lengths_of(IMAGES_COLUMN)[rows.index].sum(dtype=np.int64)),
     )
 
 

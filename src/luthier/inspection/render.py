@@ -1,13 +1,17 @@
 """Tokens in a terminal, with colours or marks, and as one self-contained HTML page."""
 
+from base64 import b64encode
 from collections.abc import Iterable
 from html import escape
+from io import BytesIO
 from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
 
-from luthier.inspection.tokens import DisplayedSequence, Token, TokenView
+from luthier.data.images.decode import decode_image
+from luthier.data.rows import RowError
+from luthier.inspection.tokens import DisplayedImage, DisplayedSequence, Token, TokenView
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #262420;
@@ -45,6 +49,10 @@ i.t:nth-of-type(even) { background: var(--t2) }
 i.c { color: var(--c); font-weight: 600 }
 i.t.c, i.t.c:nth-of-type(even) { background: var(--stop); color: var(--on-stop) }
 i.p { color: var(--faint); border: 1px dashed var(--line); padding: 1px 6px; box-shadow: none }
+i.m { display: inline-block; vertical-align: middle; border: 1px solid var(--line); padding: 4px;
+  margin: 2px 3px; border-radius: 6px; line-height: 1.4; box-shadow: none; white-space: normal }
+i.m img { display: block; max-width: 100%; height: auto; margin: 0 auto 3px; border-radius: 3px }
+i.m em { color: var(--note); font-style: normal }
 pre i:hover { outline: 2px solid var(--c); outline-offset: 1px }
 b { font-weight: 400; opacity: .4 } small { display: none }
 .ids small { display: inline; font-size: .68em; opacity: .65; margin: 0 3px 0 2px; font-weight: 400;
@@ -58,9 +66,15 @@ KEY = (
     '<nav><span><i class="t">trained</i>learned</span>'
     '<span><i class="t c">trained control</i>such as the stop token</span>'
     '<span><i class="c">control</i>steers, not learned</span>'
-    "<span><i>context</i>read, not learned</span>"
+    "<span><i>context</i>read, not learned</span>{images}"
     '<label><input type="checkbox" id="ids"> ids</label></nav>'
 )
+
+IMAGE_KEY = '<span><i class="m">image</i>read, not learned</span>'
+THUMBNAIL_PIXELS = 192
+"""The longest side of a picture on the page."""
+_SMALL_PIXELS = 64
+"""Pictures whose sides are all shorter are shown twice as large."""
 
 SCRIPT = """
 const hint = document.getElementById('hint'), box = document.getElementById('ids');
@@ -81,7 +95,9 @@ document.addEventListener('mouseover', event => {
 def render_html(title: str, view: TokenView, ids: bool = False) -> str:
     """Return the page: for each sequence its heading and its tokens, each with where it is from."""
     sections = "\n".join(_section(row, view.pad) for row in view.rows)
-    key = KEY.replace('id="ids"', 'id="ids" checked') if ids else KEY
+    has_images = any(row.images for row in view.rows)
+    key = KEY.replace("{images}", IMAGE_KEY if has_images else "")
+    key = key.replace('id="ids"', 'id="ids" checked') if ids else key
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
         '</title>\n<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -93,7 +109,7 @@ def render_html(title: str, view: TokenView, ids: bool = False) -> str:
 
 def _section(row: DisplayedSequence, pad: str) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in row.notes)
-    tokens = "".join(map(_token, row.tokens))
+    tokens = "".join(map(_piece, row.pieces))
     if row.padding:
         space = "" if row.tokens[-1].text.endswith("\n") else " "
         tokens += f'{space}<i class="p" data-h="padding">{_text(pad)} × {row.padding}</i>'
@@ -102,6 +118,35 @@ def _section(row: DisplayedSequence, pad: str) -> str:
         f"<section><header><h2>{escape(row.heading)}</h2><span>{escape(row.place)}</span>"
         f'<span class="counts">{escape(row.counts)}</span></header>{notes}{body}</section>'
     )
+
+
+def _piece(piece: Token | DisplayedImage) -> str:
+    return _image(piece) if isinstance(piece, DisplayedImage) else _token(piece)
+
+
+def _image(image: DisplayedImage) -> str:
+    """Return an image's box: the picture itself above its number of tokens."""
+    hint = escape(f"{image.origin} · read, not learned")
+    label = escape(image.label)
+    try:
+        picture = _thumbnail(image.read(), label)
+    except RowError as error:
+        picture = f"<em>{escape(f'the picture cannot be shown: {error}')}</em><br>"
+    return f'<i class="m" data-h="{hint}">{picture}{label}<small> {image.ids}</small></i>'
+
+
+def _thumbnail(data: bytes, label: str) -> str:
+    """Return a small copy of a picture within the page; RowError where it cannot be decoded."""
+    picture = decode_image(data)
+    is_small = max(picture.size) <= THUMBNAIL_PIXELS
+    if not is_small:
+        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    # A drawing of a few pixels stays as it is, and a photograph takes few bytes.
+    file, form = BytesIO(), "png" if is_small else "jpeg"
+    picture.save(file, form)
+    scale = 2 if max(picture.size) < _SMALL_PIXELS else 1
+    address = f"data:image/{form};base64,{b64encode(file.getvalue()).decode()}"
+    return f'<img src="{address}" alt="{label}" width="{picture.width * scale}">'
 
 
 def _token(token: Token) -> str:
@@ -136,6 +181,7 @@ SHADES = {
     "trained control": ("bold #10240f on #4caf57", "bold #10240f on #4caf57"),
     "context": ("#e8e4dc on #4b4843", "#e8e4dc on #605c55"),
     "control": ("bold #f0bd6d on #4b4843", "bold #f0bd6d on #605c55"),
+    "image": ("#dbe8f7 on #35506e", "#dbe8f7 on #35506e"),
     "padding": ("dim", "dim"),
 }
 _MARKS = "«trained»  {control}  other tokens are context  | stands between tokens"
@@ -146,13 +192,15 @@ def has_colours(console: Console) -> bool:
     return bool(console.color_system) and not console.no_color
 
 
-def print_legend(console: Console) -> None:
-    """Say what the colours or marks mean."""
+def print_legend(console: Console, has_images: bool = False) -> None:
+    """Say what the colours or marks mean; `has_images`: those of images, too."""
     if not has_colours(console):
-        console.print(_MARKS, markup=False, soft_wrap=True)
+        marks = _MARKS + "  [image WIDTHxHEIGHT: its tokens, not trained]" * has_images
+        console.print(marks, markup=False, soft_wrap=True)
         return
     text = Text()
-    for name in ("trained", "trained control", "context", "control"):
+    names = ("trained", "trained control", "context", "control", *["image"] * has_images)
+    for name in names:
         text.append(f" {name} ", style=SHADES[name][0]).append("  ")
     console.print(text.append("× padding", style="dim"))
 
@@ -166,15 +214,19 @@ def print_sequence(console: Console, row: DisplayedSequence, pad: str, ids: bool
     if not row.tokens:
         return
     coloured = has_colours(console)
-    drawn = _coloured(row.tokens, ids) if coloured else Text(mark_tokens(row.tokens, ids))
+    drawn = _coloured(row.pieces, ids) if coloured else Text(mark_tokens(row.pieces, ids))
     if row.padding:
         drawn.append(f" {show_whitespace(pad)} × {row.padding}", SHADES["padding"][0])
     console.print(drawn, soft_wrap=True)
 
 
-def _coloured(tokens: list[Token], ids: bool) -> Text:
+def _coloured(pieces: Iterable[Token | DisplayedImage], ids: bool) -> Text:
     text = Text()
-    for n, token in enumerate(tokens):
+    for n, token in enumerate(pieces):
+        if isinstance(token, DisplayedImage):
+            text.append(_box(token), style=SHADES["image"][0])
+            text.append(f"{token.ids} " if ids else "", style="dim")
+            continue
         name = "trained control" if token.trained and token.kind == "control" else token.kind
         shown = show_whitespace(token.text)
         # The id stands before the line break, beside its token.
@@ -185,16 +237,22 @@ def _coloured(tokens: list[Token], ids: bool) -> Text:
     return text
 
 
-def mark_tokens(tokens: Iterable[Token], ids: bool = False) -> str:
+def mark_tokens(pieces: Iterable[Token | DisplayedImage], ids: bool = False) -> str:
     """The tokens in plain text with marks for their boundaries and what trains."""
     runs = []
-    for trained, run in groupby(tokens, key=lambda token: token.trained):
+    for trained, run in groupby(pieces, key=lambda piece: piece.trained):
         inner = "|".join(_mark(token, ids) for token in run)
         runs.append(f"«{inner}»" if trained else inner)
     return "|".join(runs)
 
 
-def _mark(token: Token, ids: bool) -> str:
+def _box(image: DisplayedImage) -> str:
+    return f"[{image.label}]"
+
+
+def _mark(token: Token | DisplayedImage, ids: bool) -> str:
+    if isinstance(token, DisplayedImage):
+        return _box(token) + (f":{token.ids}" if ids else "")
     shown = show_whitespace(token.text)
     text = shown.removesuffix("\n")
     body = f"{{{text}}}" if token.kind == "control" else text

@@ -48,7 +48,11 @@ def _source_values(account: RowOutcomes, stops: bool, keys: Mapping[str, int]) -
     opened = account.opened
     config, row_format = opened.config, opened.row_format
     label = shorten_location(opened.source.label)
-    yield f"{opened.key}: {label}, type {row_format.type}, {count_rows(len(account))}"
+    images = count_rows(len(account.different_images), "different image")
+    yield (
+        f"{opened.key}: {label}, type {row_format.type}, {count_rows(len(account))}"
+        f"{f', {images}' if account.different_images else ''}"
+    )
     if row_format.unused:
         yield f"  columns that are not read: {', '.join(row_format.unused)}"
     if keys:
@@ -161,6 +165,7 @@ def split_table(sides: list[SplitStats], has_chats: bool) -> Table:
 
 def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
     share = f" ({side.trained_tokens / side.tokens:.0%})" if side.tokens else ""
+    images_share = f" ({side.image_tokens / side.tokens:.0%})" if side.image_tokens else ""
     lengths = quantiles(side.lengths.tolist())
     names = ("min", "median", "p90", "p99", "max")
     numbers = {
@@ -178,6 +183,8 @@ def _column(side: SplitStats, has_chats: bool) -> dict[str, str]:
         "sequences" if has_chats else "windows": f"{len(side.lengths):,}",
         "tokens": f"{side.tokens:,}",
         "trained": f"{side.trained_tokens:,}{share}",
+        "images": f"{side.images:,}",
+        "tokens of images": f"{side.image_tokens:,}{images_share}",
         **{f"{name} length": f"{lengths[name]:,}" if lengths else "" for name in names},
         **{name: f"{value:,}" for name, value in numbers.items()},
     }
@@ -400,6 +407,7 @@ def _source_sentence(account: RowOutcomes) -> dict[str, Any]:
         "filter": opened.config.filter,
         "filtered_out": account.bad.filtered,
         "bad_rows": len(account.bad.rows),
+        "different_images": len(account.different_images),
         "train_on": opened.config.train_on,
         "findings": [_finding_values(finding) for finding in account.findings.values()],
     }

@@ -6,18 +6,24 @@ A rule counts its cases and keeps the first that break it. Prompts are compared 
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from operator import ne
 from typing import Any
 
 from jinja2 import TemplateError
 
-from luthier.chat import IGNORED, ChatEncoder, ChatSequence
+from luthier.chat import IGNORED, ChatEncoder, ChatSequence, Reply
 from luthier.chat.conversation import fill_empty_content
 from luthier.data import Example
 from luthier.data.formats.conversations import TEMPLATE_KWARGS, template_inputs
+from luthier.data.formats.image_parts import image_parts
+from luthier.errors import UserError
 from luthier.inspection.dataset import ConversationReader, InspectedRow
+from luthier.model.model_images import ModelImages
+from luthier.model.vision_processor import VisionProcessor
 
 
 class TransformersPrompts:
@@ -60,6 +66,15 @@ class TransformersPrompts:
             return None
         return prompts[0]
 
+    @cached_property
+    def _processor(self) -> VisionProcessor | None:
+        """What makes the prompts of a model that reads images; None for a model of text alone."""
+        images = self._encoder.images
+        # One whose processor cannot be had is served for text alone.
+        with suppress(UserError):
+            return images.processor if isinstance(images, ModelImages) else None
+        return None
+
     def _prompt(self, messages: list[dict[str, Any]], inputs: Any, sanitize: bool) -> list[int]:
         try:
             return self._applied(messages, inputs, sanitize)
@@ -67,14 +82,19 @@ class TransformersPrompts:
             return self._applied(fill_empty_content(messages), inputs, sanitize)
 
     def _applied(self, messages: list[dict[str, Any]], inputs: Any, sanitize: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            messages,
-            tools=inputs.get("tools"),
-            chat_template=self._template,
-            add_generation_prompt=True,
-            return_dict=False,
-            sanitize_control_tokens=sanitize,
+        settings = {
+            "tools": inputs.get("tools"),
+            "chat_template": self._template,
+            "add_generation_prompt": True,
+            "sanitize_control_tokens": sanitize,
             **self._variables | inputs.get(TEMPLATE_KWARGS, {}),
+        }
+        if self._processor is not None:
+            return self._processor.encode_prompt(
+                self._encoder.convert_content(messages, settings["tools"]), **settings
+            )
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            messages, return_dict=False, **settings
         )
         return ids
 
@@ -160,10 +180,23 @@ class SequenceRules:
         self.labels.note(place, _wrong_labels(ids, labels))
         doubled = self._bos is not None and ids[:2] == [self._bos, self._bos]
         self.bos.note(place, f"it begins with token {self._bos} twice" if doubled else None)
+        image_starts = {image.start for image in sequence.images}
         for start, stop in trained_runs(labels):
+            if stop in image_starts:
+                # The reply goes on behind the image, which does not train.
+                continue
             last = ids[stop - 1]
             wrong = None if last in self._stops else f"tokens {start} to {stop} end with {last}"
             self.stops.note(place, wrong)
+
+
+def join_replies(replies: Iterable[Reply]) -> list[Reply]:
+    """Return one reply for each message: one that holds images has several stretches."""
+    by_message: dict[int, Reply] = {}
+    for reply in replies:
+        first = by_message.setdefault(reply.message, reply)
+        by_message[reply.message] = first._replace(stop=reply.stop)
+    return [*by_message.values()]
 
 
 def trained_runs(labels: list[int]) -> Iterable[tuple[int, int]]:
@@ -213,6 +246,7 @@ def tokens_around(ids: list[int], position: int, text_of: Callable[[int], str]) 
 
 COMPARED_TOKENS = 1_000_000
 COMPARED_TURNS = 5_000
+COMPARED_PIXELS = 200_000_000
 """What is compared of a set before the sample gets thinner: transformers takes seconds for it."""
 
 
@@ -247,9 +281,11 @@ class RowSample:
         self._rows += 1
         return (self._rows - 1) % self._every == 0
 
-    def spend(self, tokens: int, turns: int) -> None:
+    def spend(self, tokens: int, turns: int, pixels: int = 0) -> None:
         """Say what a comparison took."""
-        self._left -= max(tokens / COMPARED_TOKENS, turns / COMPARED_TURNS)
+        self._left -= max(
+            tokens / COMPARED_TOKENS, turns / COMPARED_TURNS, pixels / COMPARED_PIXELS
+        )
         if self._left <= 0:
             self._left = self._share / 4
             self._every *= 2
@@ -286,9 +322,9 @@ class PromptComparison:
 
     def _compare_prompts(
         self, reference: TransformersPrompts, row: InspectedRow, sequence: ChatSequence
-    ) -> tuple[int, int]:
-        """Compare each prompt of a sequence; the tokens and turns that were compared."""
-        for reply in sequence.replies:
+    ) -> tuple[int, int, int]:
+        """Compare each prompt of a sequence; the tokens, turns and pixels that were compared."""
+        for reply in join_replies(sequence.replies):
             ids = sequence.input_ids[: reply.start]
             try:
                 other = reference.agrees(row.example, reply.message, ids)
@@ -301,7 +337,12 @@ class PromptComparison:
                 continue
             tokens = self._shown({"luthier": ids, "transformers": other})
             self.prompts.note(row.place, f"the prompt of message {reply.message} differs", tokens)
-        return sum(reply.start for reply in sequence.replies), len(sequence.replies)
+        turns = len(sequence.replies)
+        # A processor processes all images of a row for each of its prompts.
+        pixels = sum(
+            part["image"]["width"] * part["image"]["height"] for part in image_parts(row.example)
+        )
+        return sum(reply.start for reply in sequence.replies), turns, turns * pixels
 
     def _compare(
         self, row: InspectedRow, sequences: list[ChatSequence], others: list[ChatSequence]

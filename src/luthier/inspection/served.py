@@ -9,14 +9,13 @@ from itertools import islice
 from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
-from luthier.chat.images import is_image_part
 from luthier.config.schema import RunConfig
 from luthier.config.trust import NO_TRUST, Trust
 from luthier.data.examples import BadRows, DatasetSources, OpenedSource
 from luthier.data.formats.conversations import TEMPLATE_KWARGS, template_inputs
 from luthier.errors import UserError
 from luthier.inspection.dataset import shorten_location
-from luthier.inspection.rules import Rule, first_difference, tokens_around
+from luthier.inspection.rules import Rule, first_difference, join_replies, tokens_around
 from luthier.inspection.tokens import token_decoder
 from luthier.model.adapter_keys import (
     WRAPPED,
@@ -31,7 +30,7 @@ from luthier.model.model_class import build_empty_model
 from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, read_generation_file
 from luthier.model.model_images import ModelImages, find_model_images
 from luthier.model.response_template import compare_reading
-from luthier.model.vision_processor import find_vision_processor
+from luthier.model.vision_processor import VisionProcessor, find_vision_processor
 from luthier.storage.sizes import read_safetensors_header
 
 DEFAULT_ROWS = 500
@@ -148,7 +147,9 @@ class ServedCheck:
         }  # fmt: skip
         try:
             if self._processor is not None:
-                return self._apply_processor(turn, settings)
+                messages = self._trained.convert_content(turn.messages)
+                template = self._saved.chat_template
+                return self._processor.encode_prompt(messages, chat_template=template, **settings)
             ids: list[int] = self._saved.apply_chat_template(
                 turn.messages, return_dict=False, **settings
             )
@@ -157,31 +158,15 @@ class ServedCheck:
         return ids
 
     @cached_property
-    def _processor(self) -> Any:
+    def _processor(self) -> VisionProcessor | None:
         """The model's processor with the tokenizer that was saved; None for a model of text."""
         images = self._trained.images
         if not isinstance(images, ModelImages):
             return None
         try:
-            processor = find_vision_processor(self.artifact.base)
+            return find_vision_processor(self.artifact.base)
         except UserError:  # a model whose processor cannot be had is served for text alone
             return None
-        return None if processor is None else processor.processor
-
-    def _apply_processor(self, turn: ServedTurn, settings: dict[str, Any]) -> list[int]:
-        """Return the processor's ids, which the sizes of pictures decide."""
-        messages = [
-            {**message, "content": list(map(_blank_part, message["content"]))}
-            if isinstance(message.get("content"), list)
-            else message
-            for message in self._trained.convert_content(turn.messages)
-        ]
-        processed = self._processor.apply_chat_template(
-            messages, chat_template=self._saved.chat_template, tokenize=True, return_dict=True,
-            return_tensors="pt", **settings,
-        )  # fmt: skip
-        ids: list[int] = processed["input_ids"][0].tolist()
-        return ids
 
     def _shown(self, trained: list[int], served: list[int] | str) -> dict[str, str]:
         if isinstance(served, str):
@@ -189,16 +174,6 @@ class ServedCheck:
         at = first_difference(trained, served)
         both = {"trained": trained, "served": served}
         return {name: tokens_around(ids, at, self._text_of) for name, ids in both.items()}
-
-
-def _blank_part(part: Any) -> Any:
-    """Return a part of a content with a blank picture of the same size in place of an image."""
-    from PIL import Image
-
-    if not is_image_part(part):
-        return part
-    size = part["image"]["width"], part["image"]["height"]
-    return {"type": "image", "image": Image.new("RGB", size)}
 
 
 def check_served(word: str, limit: int | None = None, trust: Trust = NO_TRUST) -> ServedCheck:
@@ -310,7 +285,7 @@ def _turns(opened: OpenedSource, encoder: ChatEncoder, limit: int) -> Iterator[S
                 yield ServedTurn(where, messages, inputs, encoder.prompt(messages, **inputs), [])
                 continue
             for sequence in encoder.encode(example["messages"], **inputs):
-                for reply in sequence.replies:
+                for reply in join_replies(sequence.replies):
                     before = [_plain(each) for each in example["messages"][: reply.message]]
                     ids = sequence.input_ids
                     if before:

@@ -20,7 +20,9 @@ from luthier.data.fingerprints import (
     normalised_fingerprint,
     pack_fingerprints,
 )
+from luthier.data.formats.image_parts import image_parts
 from luthier.data.formats.messages import find_other_keys
+from luthier.data.images.reader import ReadImage
 from luthier.data.prepare import count_outcomes
 from luthier.data.select import select_rows, split_by_source
 from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
@@ -152,7 +154,22 @@ def select_split(material: LoadedDataset, split: str) -> SelectedRows:
     return [(material.trained[name], positions) for name, positions in rows.items()]
 
 
-def read_examples(opened: OpenedSource, positions: Positions) -> Iterator[LocatedExample]:
+class ExampleWithImages(NamedTuple):
+    """An example of a source, and its images in the order of their parts."""
+
+    row: LocatedExample
+    images: list[ReadImage]
+
+
+def read_with_images(opened: OpenedSource, bad: BadRows) -> Iterator[ExampleWithImages]:
+    """Yield all examples of a source, each with its images; `bad` gets the rows that are none."""
+    images: list[ReadImage] = []
+    for row in opened.examples(bad, keep_image=images.append):
+        yield ExampleWithImages(row, [*images])
+        images.clear()
+
+
+def read_examples(opened: OpenedSource, positions: Positions) -> Iterator[ExampleWithImages]:
     """Yield the examples at these positions of a source, in its order.
 
     The source is read no further than the last of them.
@@ -161,9 +178,9 @@ def read_examples(opened: OpenedSource, positions: Positions) -> Iterator[Locate
     last = max(numbers, default=-1)
     if last < 0:
         return
-    for number, row in enumerate(opened.examples(BadRows())):
+    for number, example in enumerate(read_with_images(opened, BadRows())):
         if number in numbers:
-            yield row
+            yield example
         if number == last:
             return
 
@@ -218,6 +235,9 @@ class RowOutcomes:
         # Arrays of numbers, as a dataset may have millions of rows.
         self._sequences, self._cut_turns, self._states = array("i"), array("i"), array("b")
         self._lengths, self._trained = array("i"), array("i")
+        self._images, self._image_tokens = array("i"), array("i")
+        self.different_images: set[str] = set()
+        """The SHA-256 of each image of its rows."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -235,6 +255,9 @@ class RowOutcomes:
         for sequence in row.sequences:
             self._lengths.append(len(sequence))
             self._trained.append(sequence.trained_tokens)
+            self._images.append(len(sequence.images))
+            self._image_tokens.append(sum(image.stop - image.start for image in sequence.images))
+        self.different_images.update(part["image"]["sha256"] for part in image_parts(row.example))
         self._note_findings(row)
 
     def finding(self, outcome: str, reason: str) -> Finding:
@@ -286,9 +309,19 @@ class RowOutcomes:
 
     def tokens(self, rows: Positions) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the tokens and the trained tokens of each sequence of these rows, in order."""
-        counts = self.sequences.astype(np.int64)
-        numbers = expand_ranges((np.cumsum(counts) - counts)[rows], counts[rows])
+        numbers = self._sequence_numbers(rows)
         return _numbers(self._lengths)[numbers], _numbers(self._trained)[numbers]
+
+    def count_images(self, rows: Positions) -> tuple[int, int]:
+        """Return the images in the sequences of these rows, and the tokens that stand for them."""
+        numbers = self._sequence_numbers(rows)
+        images, tokens = _numbers(self._images), _numbers(self._image_tokens)
+        return int(images[numbers].sum()), int(tokens[numbers].sum(dtype=np.int64))
+
+    def _sequence_numbers(self, rows: Positions) -> Positions:
+        counts = self.sequences.astype(np.int64)
+        numbers: Positions = expand_ranges((np.cumsum(counts) - counts)[rows], counts[rows])
+        return numbers
 
     def _note_findings(self, row: InspectedRow) -> None:
         where, outcome, sequences = row.place, row.outcome, len(row.sequences)
@@ -347,6 +380,10 @@ class SplitStats:
     """Documents that are cut into several windows."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows that are on no side, by reason; they are not in `rows`."""
+    images: int = 0
+    """Images in the sequences of an epoch; one that stands in several counts each time."""
+    image_tokens: int = 0
+    """The tokens that stand for them."""
 
     @property
     def tokens(self) -> int:
@@ -364,6 +401,7 @@ def summarise_split(
     tokens = [part.account.tokens(part.epoch) for part in parts]
     outcomes = count_outcomes((part.account, part.rows) for part in parts)
     none = np.empty(0, np.int32)
+    images = [part.account.count_images(part.epoch) for part in parts]
     return SplitStats(
         name=name,
         rows=outcomes.rows,
@@ -377,6 +415,8 @@ def summarise_split(
         split=_count_several(parts, "conversation"),
         windows=_count_several(parts, "text"),
         left_out={reason: rows for reason, rows in (left_out or {}).items() if rows},
+        images=sum(count for count, _ in images),
+        image_tokens=sum(tokens for _, tokens in images),
     )
 
 

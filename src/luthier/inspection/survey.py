@@ -1,6 +1,7 @@
 """The whole dataset row by row against the rules, and its sources put together as a run does it."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -13,10 +14,19 @@ from luthier.data.encode_source import unread_keys
 from luthier.data.encoders.chat import RowState
 from luthier.data.examples import OpenedSource, train_sources
 from luthier.data.fingerprints import Fingerprints
+from luthier.data.images.decode import decode_image
+from luthier.data.images.reader import ReadImage
+from luthier.data.rows import RowError
 from luthier.data.select import RowSelection, select_rows, split_by_source
 from luthier.errors import UserError
 from luthier.inspection.batch_fill import BatchFill, measure_batch_fill
-from luthier.inspection.dataset import ConversationReader, InspectedRow, LoadedDataset, split_name
+from luthier.inspection.dataset import (
+    ConversationReader,
+    InspectedRow,
+    LoadedDataset,
+    shorten_location,
+    split_name,
+)
 from luthier.inspection.rules import (
     PromptComparison,
     RowSample,
@@ -27,6 +37,7 @@ from luthier.inspection.rules import (
 from luthier.inspection.statistics import (
     UNREADABLE,
     DuplicateRows,
+    ExampleWithImages,
     HeldOutOverlap,
     Positions,
     RowOutcomes,
@@ -34,6 +45,7 @@ from luthier.inspection.statistics import (
     SplitRows,
     SplitStats,
     find_duplicates,
+    read_with_images,
     summarise_split,
 )
 from luthier.inspection.tokens import token_decoder
@@ -176,6 +188,38 @@ def _joined(arrays: Any) -> Any:
 _CHUNK = 512
 
 
+class DecodedImages:
+    """Decodes each image of a dataset once, whose sizes alone are read to encode its rows."""
+
+    def __init__(self) -> None:
+        self.rule = Rule("every image can be decoded", "images")
+        self._problems: dict[str, str | None] = {}
+
+    def check(self, opened: OpenedSource, examples: list[ExampleWithImages]) -> None:
+        """Decode the images of some examples of a source, several at a time."""
+        different = {image.ref["sha256"]: image for each in examples for image in each.images}
+        new = [sha256 for sha256 in different if sha256 not in self._problems]
+        if new:
+            with ThreadPoolExecutor() as pool:
+                problems = pool.map(lambda sha256: _decode(opened, different[sha256]), new)
+                self._problems.update(zip(new, problems, strict=True))
+        for row, images in examples:
+            for number, image in enumerate(images, start=1):
+                problem = self._problems[image.ref["sha256"]]
+                if problem is not None:
+                    problem = f"image {number} of {len(images)} ({image.ref['source']}): {problem}"
+                self.rule.note(shorten_location(row.where), problem)
+
+
+def _decode(opened: OpenedSource, image: ReadImage) -> str | None:
+    """Return what is wrong with an image whose header was read; None for one that is whole."""
+    try:
+        decode_image(opened.images.read_bytes(image))
+    except RowError as error:
+        return str(error)
+    return None
+
+
 class Survey:
     """All that is found in a dataset; `run` fills it."""
 
@@ -194,6 +238,7 @@ class Survey:
         """What the evaluation sets make that have rows of their own, by config key."""
         self.comparison = PromptComparison(material.config.chat.boundaries, text_of)
         self._policy = Rule("no row stops the training", "rows")
+        self._images = DecodedImages()
         conversations = [account.opened for account in self.accounts if _is_chat(account.opened)]
         self._sample_share = 1 / max(len(conversations), 1)
         self._chat = _Chat(material, conversations[0]) if conversations else None
@@ -213,9 +258,11 @@ class Survey:
         """All rules, those that break the training first."""
         if self._chat is None:
             return [self._policy]
+        images = [self._images.rule] if self._images.rule.checked else []
         # Tokens that are cut at every segment are not a server's; the config chose that.
         served = self.comparison.boundaries.chosen == "served"
-        return [self._policy, *self._chat.rules.all, *([self.comparison.prompts] * served)]
+        prompts = [self.comparison.prompts] if served else []
+        return [self._policy, *images, *self._chat.rules.all, *prompts]
 
     @cached_property
     def summary(self) -> DatasetSummary:
@@ -263,9 +310,10 @@ class Survey:
     def _look(self, account: RowOutcomes, advance: Callable[[int], None]) -> None:
         reader = self.material.readers.of(account.opened)
         sample = RowSample(self._sample_share)
-        placed = islice(account.opened.examples(account.bad), self.limit)
+        placed = islice(read_with_images(account.opened, account.bad), self.limit)
         while chunk := list(islice(placed, _CHUNK)):
-            rows = reader.rows(chunk)
+            rows = reader.rows([example.row for example in chunk])
+            self._images.check(account.opened, chunk)
             for row in rows:
                 account.add(row)
                 stops = row.outcome.state == RowState.STOPS

@@ -1,16 +1,21 @@
 """Sequences as tokens that a person can look at: their text, and what each is there for."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import groupby
 from typing import Any, Literal
 
 from luthier.chat import IGNORED, ChatSequence
 from luthier.data.encoders.chat import RowState
+from luthier.data.examples import OpenedSource
+from luthier.data.images.reader import ImageRef, ReadImage
 from luthier.inspection.dataset import InspectedRow, LoadedDataset, describe_cut
 from luthier.inspection.statistics import SelectedRows, read_examples
 
 TokenKind = Literal["trained", "context", "control"]
+ReadBytes = Callable[[], bytes]
+"""Returns the bytes of an image; RowError where its file cannot be read any more."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,40 @@ class Token:
 
 
 @dataclass(frozen=True)
+class DisplayedImage:
+    """An image among the tokens of a sequence, which stands for a run of them."""
+
+    number: int
+    """Its number in the row, counted from 0."""
+    start: int
+    """The first of its tokens in the sequence."""
+    tokens: list[Token]
+    ref: ImageRef
+    """The image as the row's example has it: its size in pixels and its source."""
+    read: ReadBytes = field(repr=False, compare=False)
+    trained = False
+    """Tokens of an image never train."""
+
+    @property
+    def label(self) -> str:
+        """The image in a few words, such as `image 448x336: 196 tokens`."""
+        count = len(self.tokens)
+        size = f"{self.ref['width']}x{self.ref['height']}"
+        return f"image {size}: {count} {'token' if count == 1 else 'tokens'}"
+
+    @property
+    def ids(self) -> str:
+        """The ids of its tokens, with a run of equal ones as `ID×COUNT`."""
+        runs = [(id_, len([*run])) for id_, run in groupby(token.id for token in self.tokens)]
+        return " ".join(f"{id_}×{count}" if count > 1 else f"{id_}" for id_, count in runs)
+
+    @property
+    def origin(self) -> str:
+        """Where the image is from, in words."""
+        return f"{self.tokens[0].origin}: {self.ref['source']}"
+
+
+@dataclass(frozen=True)
 class DisplayedSequence:
     """A sequence to be shown: its row, its tokens and the padding behind them."""
 
@@ -49,6 +88,18 @@ class DisplayedSequence:
     notes: list[str]
     """What is to be known of its row: the reason where it does not train, turns that were cut."""
     padding: int = 0
+    images: list[DisplayedImage] = field(default_factory=list)
+    """Its images, in the order of their tokens."""
+
+    @property
+    def pieces(self) -> Iterator[Token | DisplayedImage]:
+        """Its tokens in order, those of an image as one piece."""
+        position = 0
+        for image in self.images:
+            yield from self.tokens[position : image.start]
+            yield image
+            position = image.start + len(image.tokens)
+        yield from self.tokens[position:]
 
     @property
     def heading(self) -> str:
@@ -68,7 +119,17 @@ class DisplayedSequence:
             return "no tokens"
         share = self.trained / len(self.tokens)
         padding = f", {self.padding} padding" if self.padding else ""
-        return f"{len(self.tokens)} tokens, {self.trained} trained ({share:.0%}){padding}"
+        return (
+            f"{len(self.tokens)} tokens, {self.trained} trained ({share:.0%})"
+            f"{self._image_counts}{padding}"
+        )
+
+    @property
+    def _image_counts(self) -> str:
+        if not self.images:
+            return ""
+        tokens, count = sum(len(image.tokens) for image in self.images), len(self.images)
+        return f", {tokens} for {'an image' if count == 1 else f'{count} images'}"
 
 
 def describe_tokens(
@@ -156,13 +217,19 @@ def view_rows(
     controls = set(material.tokenizer.added_tokens_decoder)
     rows = [
         DisplayedSequence(
-            number + 1, row.place, part, max(len(row.sequences), 1), tokens, _notes(row)
+            number + 1,
+            row.place,
+            part,
+            max(len(row.sequences), 1),
+            tokens,
+            _notes(row),
+            images=_images(sequence, tokens, read_images),
         )
-        for number, row in zip(numbers, _rows(material, chosen, numbers), strict=True)
-        for part, tokens in enumerate(
-            [describe_tokens(sequence, controls, text_of) for sequence in row.sequences] or [[]],
-            start=1,
+        for number, (row, read_images) in zip(
+            numbers, _rows(material, chosen, numbers), strict=True
         )
+        for part, sequence in enumerate(row.sequences or [None], start=1)
+        for tokens in [describe_tokens(sequence, controls, text_of) if sequence else []]
     ]
     pad: int = material.tokenizer.pad_token_id
     total = sum(len(positions) for _, positions in chosen)
@@ -174,16 +241,38 @@ def view_rows(
     return TokenView(pad_rows(rows), text_of(pad), pad, settings.boundaries, about)
 
 
-def _rows(material: LoadedDataset, chosen: SelectedRows, numbers: range) -> Iterator[InspectedRow]:
-    """The rows of these numbers, from one source after the other."""
+_RowImage = tuple[ReadImage, ReadBytes]
+"""An image of a row, and what reads its bytes."""
+
+
+def _rows(
+    material: LoadedDataset, chosen: SelectedRows, numbers: range
+) -> Iterator[tuple[InspectedRow, list[_RowImage]]]:
+    """The rows of these numbers with their images, from one source after the other."""
     start = 0
     for opened, positions in chosen:
         inside = range(max(numbers.start - start, 0), min(numbers.stop - start, len(positions)))
         if inside:
-            yield from material.readers.of(opened).rows(
-                list(read_examples(opened, positions[inside]))
-            )
+            examples = [*read_examples(opened, positions[inside])]
+            rows = material.readers.of(opened).rows([example.row for example in examples])
+            for row, example in zip(rows, examples, strict=True):
+                yield row, [(image, _bytes_reader(opened, image)) for image in example.images]
         start += len(positions)
+
+
+def _bytes_reader(opened: OpenedSource, image: ReadImage) -> ReadBytes:
+    return partial(opened.images.read_bytes, image)
+
+
+def _images(
+    sequence: ChatSequence | None, tokens: list[Token], row_images: list[_RowImage]
+) -> list[DisplayedImage]:
+    """Return the images of a sequence; `row_images` are those of its row."""
+    images = []
+    for number, start, stop in sequence.images if sequence else ():
+        image, read = row_images[number]
+        images.append(DisplayedImage(number, start, tokens[start:stop], image.ref, read))
+    return images
 
 
 def _span(numbers: range) -> str:

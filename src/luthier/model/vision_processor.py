@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from luthier.chat import ChatError
+from luthier.chat.images import is_image_part
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model import source
@@ -95,6 +96,26 @@ class VisionProcessor:
     def encode_image(self, image: Mapping[str, Any]) -> list[int]:
         """Return the ids of an image's text."""
         return list(self.tokenizer(self.expand(image), add_special_tokens=False)["input_ids"])
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
+        """Return the ids of the processor's own `apply_chat_template`, with these settings.
+
+        Image parts have an image's `width` and `height` alone: a blank one is processed.
+        """
+        template = settings.pop("chat_template", None)
+        if template is None:
+            template = self.tokenizer.get_chat_template(tools=settings.get("tools"))
+        shown = [
+            message
+            if isinstance(message.get("content"), str)
+            else {**message, "content": [*map(_with_blank_image, message.get("content") or [])]}
+            for message in messages
+        ]
+        inputs = self.processor.apply_chat_template(
+            shown, template, tokenize=True, return_dict=True, return_tensors="pt", **settings
+        )
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        return ids
 
     @property
     def reserved_ids(self) -> frozenset[int]:
@@ -363,6 +384,12 @@ def _replacement(processor: Any, image: Any) -> str:
     settings = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs)
     _, texts = processor._process_images([[image]], **settings["images_kwargs"])
     return str(texts[0])
+
+
+def _with_blank_image(part: Any) -> Any:
+    if not is_image_part(part):
+        return part
+    return {**part, "image": _blank_image(part["image"]["height"], part["image"]["width"])}
 
 
 def _blank_image(height: int, width: int) -> Any:

@@ -36,6 +36,8 @@ class DataNumbers:
     """`chat.max_length`."""
     sources: Mapping[str, int] = field(default_factory=dict)
     """Rows of an epoch from each of several sources; one source or none gives no bars."""
+    images: int = 0
+    """Images in these sequences."""
 
 
 def collect_data_numbers(prepared: "PreparedData", max_length: int | None) -> DataNumbers:
@@ -43,7 +45,7 @@ def collect_data_numbers(prepared: "PreparedData", max_length: int | None) -> Da
     counts = prepared.train_counts
     rows = prepared.train
     lengths = rows.lengths if isinstance(rows, TokenRows) else np.empty(0, np.int32)
-    return DataNumbers(lengths, counts.trained_tokens, max_length, counts.sources)
+    return DataNumbers(lengths, counts.trained_tokens, max_length, counts.sources, counts.images)
 
 
 def plot_loss(metrics: list[dict[str, Any]], title: str, path: Path) -> bool:
@@ -185,7 +187,8 @@ def _draw_lengths(axes: Any, numbers: DataNumbers, title: str) -> None:
     tokens = int(lengths.sum(dtype=np.int64))
     axes.set_title(literal_label(title), loc="left", color=TEXT_COLOR)
     share = f"{numbers.trained_tokens / tokens:.0%} trained"
-    about = f"{len(lengths):,} sequences, {tokens:,} tokens, {share}"
+    images = f", {numbers.images:,} images" if numbers.images else ""
+    about = f"{len(lengths):,} sequences, {tokens:,} tokens, {share}{images}"
     axes.set_title(about, loc="right", color=_SUBTITLE_COLOR, fontsize=9)
     _plain_numbers(axes.xaxis)
     _plain_numbers(axes.yaxis)

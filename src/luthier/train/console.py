@@ -126,9 +126,10 @@ def _format_counts(counts: SplitCounts, answers: str) -> str:
     trained = answers or f"trained ({counts.trained_tokens / max(counts.tokens, 1):.0%})"
     cut = f"; {counts.cut_rows:,} cut to chat.max_length" if counts.cut_rows else ""
     lossy = f"; {counts.lossy_rows:,} not shown whole by the template" if counts.lossy_rows else ""
+    images = f"{counts.images:,} images, " if counts.images else ""
     return (
         f"{counts.rows:,} rows, {counts.sequences:,} sequences, longest {counts.longest:,}, "
-        f"{counts.tokens:,} tokens, {counts.trained_tokens:,} {trained}"
+        f"{counts.tokens:,} tokens, {images}{counts.trained_tokens:,} {trained}"
         f"{cut}{lossy}{'; left out: ' + dropped if dropped else ''}"
     )
 

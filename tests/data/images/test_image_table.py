@@ -83,12 +83,13 @@ EXPECTED = [
 def test_files_of_their_own_are_referred_to():
     data = prepared()
     assert given_back(data.train) == EXPECTED
+    assert data.train_counts.images == 5
     stored = data.sources["dataset"].images
     assert [stored.reference(number)["source"] for number in range(len(stored))] == [
         "red.png",
         "blue.jpg",
     ]
-    assert stored._table.values("data", range(2)) == [b"", b""]
+    assert stored.table.values("data", range(2)) == [b"", b""]
     (example,) = data.sources["dataset"].examples([3])
     ref = example["messages"][0]["content"][0]["image"]
     assert ref == {
@@ -138,7 +139,7 @@ def test_images_in_tables_are_kept_once(make, tmp_path):
     data = prepared(**make(tmp_path))
     assert given_back(data.train) == EXPECTED
     stored = data.sources["dataset"].images
-    assert stored._table.values("data", range(len(stored))) == [RED, BLUE]
+    assert stored.table.values("data", range(len(stored))) == [RED, BLUE]
 
 
 def test_pictures_of_a_function_are_the_same_each_time(tmp_path):

@@ -110,6 +110,14 @@ class ImageReader:
             "base64 text, or bytes"
         )
 
+    def read_bytes(self, image: ReadImage) -> bytes:
+        """Return the bytes of an image that was read; RowError where its file cannot be read."""
+        if image.data:
+            return image.data
+        source = image.ref["source"]
+        data_file = self._names[image.folder] if image.folder >= 0 else None
+        return read_image_file(find_image(source, data_file), source)[1]
+
     def _read_dict(self, value: dict[str, Any], where: str) -> ReadImage:
         """Return the image of what `datasets` stores, or of OpenAI's object of an address."""
         data, path = value.get("bytes"), value.get("path")

@@ -239,6 +239,14 @@ class JoinedTable:
         arrays = [table.tokens for table in self.tables if len(table)]
         return np.concatenate([np.empty(0, np.int32), *arrays])
 
+    def lengths_of(self, column: str) -> NDArray[np.int32]:
+        """Values of each row of a column of lists, shape (rows,); 0 where a table has none."""
+        arrays = [
+            table.lengths_of(column) if column in table.columns else np.zeros(len(table), np.int32)
+            for table in self.tables
+        ]
+        return np.concatenate([np.empty(0, np.int32), *arrays])
+
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers of all tables, shape (rows,)."""
         arrays = [table.column(name) for table in self.tables if len(table)]
