@@ -162,11 +162,11 @@ def test_a_setting_that_does_not_exist_is_told(tuned_llm, settings, says):
 def test_where_memory_runs_out_the_batch_is_halved_and_stays_so(tuned_llm, single, monkeypatch):
     sizes, answer = [], generating._answer
 
-    def tight(model, prompts, config, more):
-        sizes.append(len(prompts))
-        if len(prompts) > 3:
+    def tight(model, inputs, config, more):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return answer(model, prompts, config, more)
+        return answer(model, inputs, config, more)
 
     monkeypatch.setattr(generating, "_answer", tight)
     assert tuned_llm.replies(ASKED, batch_size=16, **LONG) == single

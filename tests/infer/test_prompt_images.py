@@ -8,10 +8,13 @@ import torch
 import transformers
 from PIL import Image
 
+from helpers.chatml import jsonl
 from helpers.vision_families import VISION_FAMILIES, picture, png, save_vision_family
+from luthier.cli.model_arguments import make_dataset_config
 from luthier.errors import UserError
 from luthier.infer import LLM
 from luthier.infer.prompt_images import list_prompt_images, open_prompts
+from luthier.infer.questions import read_prompt_rows
 
 FAMILIES = ("idefics3", "llava_clip", "llava_siglip", "gemma3", "qwen2_vl", "qwen3_vl")
 SIZES = {"wide": (60, 28), "tall": (28, 57), "small": (30, 30)}
@@ -166,3 +169,26 @@ def test_a_file_that_changes_is_not_read_as_another(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="gone since"):
         opened.open()
+
+
+def test_rows_of_a_file_have_their_pictures_and_are_known_by_them(tmp_path):
+    picture(20, 20).save(tmp_path / "a.png")
+    rows = jsonl(
+        tmp_path / "rows.jsonl",
+        [{"messages": [user(image("a.png"), text("What is it?")), bot("A lute.")]}],
+    )
+    columns = jsonl(tmp_path / "columns.jsonl", [{"prompt": "Hi", "image": "a.png"}])
+    config = make_dataset_config({"path": str(rows)})
+    asked = read_prompt_rows(config)
+    (prompt,) = [row.prompt for row in asked.rows]
+    (opened,) = list_prompt_images(prompt)
+    assert opened.open().size == (20, 20)
+    assert asked.rows[0].expected == "A lute."
+    (row,) = read_prompt_rows(make_dataset_config({"path": str(columns)})).rows
+    prompt = row.prompt
+    assert [each["source"] for each in list_prompt_images(prompt)] == ["a.png"]
+    picture(20, 20, seed=1).save(tmp_path / "a.png")
+    changed = read_prompt_rows(config).identity()
+    assert changed.pop("pictures") != asked.identity()["pictures"]
+    plain = jsonl(tmp_path / "plain.jsonl", [{"prompt": "Hi"}])
+    assert "pictures" not in read_prompt_rows(make_dataset_config({"path": str(plain)})).identity()

@@ -65,6 +65,10 @@ class RowImages:
         """Put the images of an example, which were kept, into its parts."""
         attach_images(example, self.read)
 
+    def digest(self) -> str | None:
+        """Return a hash of all images; None where there are none."""
+        return sha256("".join(self._images).encode()).hexdigest() if self._images else None
+
     def read(self, ref: ImageRef) -> bytes:
         """Return the bytes of an image; UserError where its file is gone or changed."""
         return _read_again(self._images[ref["sha256"]], self._names)

@@ -45,10 +45,13 @@ class PromptRows:
     rows: list[PromptRow]
     notes: list[str]
     """What was left out, in words."""
+    images: str | None = None
+    """A hash of the images of the rows, whose files are no part of the source; None without any."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the rows, for a record."""
-        return {"content": self.opened.source.digest(), **self.opened.settings()}
+        identity = {"content": self.opened.source.digest(), **self.opened.settings()}
+        return identity if self.images is None else identity | {"pictures": self.images}
 
 
 def read_prompt_rows(config: DatasetConfig) -> PromptRows:
@@ -71,7 +74,7 @@ def read_prompt_rows(config: DatasetConfig) -> PromptRows:
         notes.append(f"{left_out[0]:,} of {left_out[1]:,} rows left out by dataset.map")
     if bad.filtered:
         notes.append(f"{bad.filtered:,} rows left out by dataset.filter")
-    return PromptRows(opened, rows, notes + list(_blank_lines(opened)))
+    return PromptRows(opened, rows, notes + list(_blank_lines(opened)), images.digest())
 
 
 def _opened(source: SourceConfig) -> OpenedSource:
