@@ -31,10 +31,8 @@ from luthier.train import (
     activation_checkpointing,
     console,
     evaluation,
-    launch_checks,
     methods,
     profiler,
-    rank_agreement,
     resume,
     trackers,
 )
@@ -42,8 +40,20 @@ from luthier.train.arguments import check_router_loss
 from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
 from luthier.train.dataloaders import refuse_idle_processes
 from luthier.train.evaluation import ReplyGenerator
-from luthier.train.fsdp_checks import check_packed_storage
-from luthier.train.launch_request import launched_by
+from luthier.train.launch.checks import (
+    LaunchFacts,
+    check_devices,
+    check_running_launch,
+    refuse_other_launch,
+)
+from luthier.train.launch.deepspeed import check_zero_settings
+from luthier.train.launch.fsdp import check_packed_storage
+from luthier.train.launch.rank_agreement import (
+    check_input_agreement,
+    check_rank_agreement,
+    join_processes,
+)
+from luthier.train.launch.request import launched_by
 from luthier.train.loop import AfterSave, TrainingSession, fit
 from luthier.train.methods import TrainerInputs
 from luthier.train.methods.encoders import make_chat_encoder, make_eval_prompts
@@ -69,7 +79,7 @@ def build_and_fit(
     config = loaded.config
     seed_everything(config)
     machine = choose_machine(config.model)
-    is_main_process = rank_agreement.join_processes(loaded.recorded, machine).is_main_process
+    is_main_process = join_processes(loaded.recorded, machine).is_main_process
     record = RunRecord(folder)
     is_recorded = is_main_process and not config.dry_run
     if is_recorded:
@@ -123,7 +133,7 @@ def build_session(
     architecture = read_model_config(config.model)
     check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
     machine = resolve_attention(config.model, machine, facts.task, config.trainer.args.packs_rows)
-    rank_agreement.check_rank_agreement({"model.attention": machine.attention})
+    check_rank_agreement({"model.attention": machine.attention})
     check_router_loss(config)
     tokenizer = load_tokenizer(config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
@@ -140,8 +150,8 @@ def build_session(
     )
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
-    launch_checks.check_devices(args.distributed_state)
-    launch_checks.check_zero_settings(config, args, has_experts(architecture.to_dict()))
+    check_devices(args.distributed_state)
+    check_zero_settings(config, args, has_experts(architecture.to_dict()))
     check_packed_storage(config, args)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
@@ -160,9 +170,9 @@ def build_session(
     trainer.optimizer_config = config.trainer.optimizer
     adapter_training.prepare_trainer(trainer, config.lora)
     # The accelerator, which knows what really runs, is made with the trainer.
-    launch = launch_checks.check_running_launch(trainer.accelerator, args)
+    launch = check_running_launch(trainer.accelerator, args)
     if is_recorded:
-        launch_checks.refuse_other_launch(record, launch)
+        refuse_other_launch(record, launch)
         code = hash_code(config.model_dump(mode="json"))
         written = inputs | {"data": data_facts(prepared), "code": code}
         _record_inputs(record, written, trainer, launch, encoder)
@@ -197,7 +207,7 @@ def _check_inputs(
     # Of the weights each machine has files of its own, which its first process reads.
     with_weights = state.is_local_main_process
     inputs = resume.hash_run_inputs(config, tokenizer, encoder, prepared, with_weights)
-    rank_agreement.check_input_agreement(inputs)
+    check_input_agreement(inputs)
     refuse_idle_processes(prepared.train, read_batching_settings(config), state.num_processes)
     return inputs
 
@@ -206,7 +216,7 @@ def _record_inputs(
     record: RunRecord,
     inputs: dict[str, dict[str, Any]],
     trainer: Any,
-    launch: launch_checks.LaunchFacts,
+    launch: LaunchFacts,
     encoder: Any,
 ) -> None:
     """Write what the run is made of and how it was launched."""

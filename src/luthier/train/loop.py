@@ -39,7 +39,7 @@ from luthier.train.evaluation import (
     EvalRepliesCallback,
     ReplyGenerator,
 )
-from luthier.train.rank_agreement import describe_ranks_without
+from luthier.train.launch.rank_agreement import describe_ranks_without
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, agree_on_signal, signal_name
 from luthier.train.trainers.checkpoints import report_full_disk
 

@@ -11,7 +11,7 @@ from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.quantized import quantization_method, read_quantization_config
-from luthier.train.launch_request import is_on
+from luthier.train.launch.request import is_on
 
 FSDP2_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop")
 """Values of `trainer.args.optim` that were held against one process, torch's own."""

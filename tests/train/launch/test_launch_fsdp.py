@@ -8,7 +8,7 @@ import pytest
 
 from luthier.config.schema import ChatSettings, DatasetConfig, ModelConfig, RunConfig, TrainerConfig
 from luthier.errors import UserError
-from luthier.train.fsdp_checks import check_fsdp_launch, check_packed_storage
+from luthier.train.launch.fsdp import check_fsdp_launch, check_packed_storage
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
