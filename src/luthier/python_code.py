@@ -82,12 +82,14 @@ def check_python_path(
     arguments: Iterable[str] | None = None,
     *,
     positional: Sequence[str] = (),
+    by_name: Sequence[str] | None = (),
     base: str | None = None,
 ) -> str | None:
     """Return what is wrong with a path of code, as far as can be told without running it.
 
     `arguments` are the names with which it will be called, behind those that are passed by their
-    position; None checks no call. `base` is the dotted class, such as
+    position; None checks no call. Of `by_name` it gets those that it takes, and whatever it names
+    where that is None. `base` is the dotted class, such as
     `transformers.TrainerCallback`, of which it must be a class.
     The text begins with the path; None where nothing is wrong.
     """
@@ -109,7 +111,16 @@ def check_python_path(
     signature = None if arguments is None else _static_signature(definition)
     if arguments is None or signature is None:
         return None
-    return _describe_misfit(path, signature, arguments, positional)
+    names = list(arguments)
+    taken = list(signature.parameters)[len(positional) :]
+    offered = taken if by_name is None else by_name
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names += [
+        name
+        for name in taken
+        if name in offered and name not in names and signature.parameters[name].kind in named
+    ]
+    return _describe_misfit(path, signature, names, positional)
 
 
 def find_python_file(path: str) -> str | None:

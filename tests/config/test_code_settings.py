@@ -15,6 +15,14 @@ def clean(row, limit=3):
 
 class Stop(TrainerCallback):
     def __init__(self, steps): ...
+
+def load(path, dtype): ...
+
+def load_one(path): ...
+
+def load_all(path, weights): ...
+
+def loss(log_probs, labels, weight, scale=1.0): ...
 """
 RECIPE = """# @package _global_
 # A recipe with code.
@@ -79,6 +87,31 @@ def test_a_recipe_elsewhere_may_bring_the_code_beside_it(project, tmp_path, monk
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("model.loader=load", "model.loader: 'load' names no code."),
+        ("model.loader=python:recipes/own_steps.py:lod", "'lod'. Did you mean load?"),
+        (
+            r"model.loader={python\:recipes/own_steps.py\:load: {layers: 3}}",
+            "takes (path, dtype), and is called with path, layers, dtype: got an unexpected",
+        ),
+        (
+            "model.loader=python:recipes/own_steps.py:load_all",
+            "takes (path, weights), and is called with path: missing a required argument",
+        ),
+        ("trainer.loss=python:recipes/own_steps.py:los", "'los'. Did you mean loss?"),
+        ("trainer.loss=nll", "trainer.loss: 'nll' names no code."),
+        (
+            "trainer.loss=python:recipes/own_steps.py:load_one",
+            "takes (path), and is called with log_probs, labels: too many positional arguments.",
+        ),
+        (
+            r"trainer.loss={python\:recipes/own_steps.py\:loss: {scales: 2}}",
+            "takes (log_probs, labels, weight, scale=1.0), and is called with log_probs, labels, "
+            "scales, weight, scale: got an unexpected keyword argument 'scales'.",
+        ),
+        (
+            r"trainer.loss={python\:recipes/own_steps.py\:loss: {}, python\:a.b: {}}",
+            "'python:a.b' are several; write one of them.",
+        ),
         ("dataset.map=clean", "dataset.map: 'clean' names no code. Write python:module.name or"),
         ("dataset.map=python:recipes/own_steps.py:clear", "'clear'. Did you mean clean?"),
         ("dataset.map=python:recipes/own_step.py:clean", "there is no file recipes/own_step.py"),
@@ -109,6 +142,48 @@ def test_mistakes_are_told_with_the_config(override, words):
     with pytest.raises(UserError) as caught:
         load_config([*OVERRIDES, override])
     assert words in str(caught.value)
+
+
+LOSS = "trainer.loss=python:recipes/own_steps.py:loss"
+LOADER = "model.loader=python:recipes/own_steps.py:load"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["trainer=dpo", "+trainer.loss=python:recipes/own_steps.py:loss"],
+            "trainer.loss: trainer.method=dpo has a loss that is none of single tokens.",
+        ),
+        (
+            [LOSS, "+trainer.args.loss_type=dft"],
+            "trainer.loss: trainer.args.loss_type=dft is another loss.",
+        ),
+        (
+            [LOSS, "dataset.streaming=true"],
+            "trainer.loss: rows of a stream come without their columns.",
+        ),
+        (
+            [LOADER, "trainer=classify"],
+            "model.loader: trainer.method=classify needs a head or an encoder",
+        ),
+        (
+            [LOADER, "quantization=nf4", "lora=default"],
+            "quantization: remove it, with quantization=none: weights are packed while",
+        ),
+        (
+            [LOADER, "+model.kwargs.layers=3"],
+            "model.kwargs: goes to from_pretrained of transformers, which model.loader",
+        ),
+    ],
+    ids=["loss-of-dpo", "two-losses", "loss-of-a-stream", "head", "packed", "kwargs"],
+)
+def test_what_does_not_go_with_code_is_told_with_the_config(overrides, words):
+    with pytest.raises(UserError) as caught:
+        load_config([*OVERRIDES, *overrides])
+    assert words in str(caught.value)
+    # What goes with both says nothing.
+    load_config([*OVERRIDES, LOSS, LOADER])
 
 
 def test_what_is_hashed_is_named_with_its_setting(project):

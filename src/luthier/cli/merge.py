@@ -96,6 +96,8 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
     overwrite = "--overwrite" in parsed.switches
     # A model without an adapter has nothing to merge: it is only packed.
     if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
+        if artifacts[0].base.loader is not None:
+            raise UserError(merge_adapter.NO_PACKING)
         check_target(target, overwrite, *merge_adapter.list_inputs(order.artifacts))
         quiet_libraries()
         quantize_model(artifacts[0], target, quantize, print)
@@ -132,6 +134,11 @@ def _export_adapter(
     if artifact.adapter is None:
         raise UserError(
             f"{artifact.name} is a whole model and no adapter: servers load it as it is."
+        )
+    if artifact.base.loader is not None:
+        raise UserError(
+            "--adapter-for: a function loads this model (model.loader), and servers have no class "
+            "for it. Leave it out."
         )
     target = choose_target(artifact, parsed, "merged-adapter")
     check_target(target, "--overwrite" in parsed.switches, *list_inputs(artifacts))

@@ -304,6 +304,7 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _training,
         _optimizer,
         _loss,
+        _loader,
         _dates,
         _trackers,
         check_code_settings,
@@ -416,6 +417,29 @@ def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake("trainer.args.router_aux_loss_coef", ROUTER_LOSS_OF_A_BATCH)
 
 
+def _loader(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    """What does not go with a model that a function of the user's own loads."""
+    model, key = mapping_at(resolved, "model"), "model.loader"
+    if model.get("loader") is None:
+        return
+    method = str(mapping_at(resolved, "trainer").get("method", "sft"))
+    facts = METHODS.get(method)
+    if facts is not None and facts.task != "CAUSAL_LM":
+        text = (
+            f"trainer.method={method} needs a head or an encoder, which transformers' own classes"
+        )
+        yield Mistake(key, f"{text} make. A model of your own trains with methods that write.")
+    if mapping_at(resolved, "quantization"):
+        text = "remove it, with quantization=none: weights are packed while transformers loads them"
+        yield Mistake("quantization", f"{text}, and model.loader loads these.")
+    if model.get("kwargs"):
+        text = (
+            "goes to from_pretrained of transformers, which model.loader takes the place of. Give"
+        )
+        argument = format_override(key, {"python:my.py:load": {"name": 1}})
+        yield Mistake("model.kwargs", f"{text} the function its own arguments: {argument}.")
+
+
 _TOKEN_METHODS = ("sft", "pretrain")
 
 
@@ -434,9 +458,6 @@ def _loss(resolved: dict[str, Any]) -> Iterator[Mistake]:
     if mapping_at(resolved, "dataset").get("streaming") is True:
         text = "rows of a stream come without their columns. Set dataset.streaming=false."
         yield Mistake(key, text)
-    entries = trainer["loss"] if isinstance(trainer["loss"], dict) else {}
-    if len(entries) > 1:
-        yield Mistake(key, "there is one loss. Name one function.")
 
 
 _GROUP_SETTINGS = ("match", "learning_rate", "weight_decay")

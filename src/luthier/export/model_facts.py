@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from luthier.config.code_settings import read_code_entries
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.data.sources.open import source_type
 from luthier.errors import UserError
@@ -180,6 +181,8 @@ class ModelFacts:
     task: str = "CAUSAL_LM"
     model_class: str | None = None
     """The class of transformers that loads it; None for the usual one of its task."""
+    loader: str | None = None
+    """The function of the user's own that loads it, as `model.loader` names it."""
     problem: str | None = None
     """What a classifier's labels are, as transformers calls it (`problem_type`)."""
     recipe: str | None = None
@@ -254,6 +257,7 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
         ),
         task=artifact.task,
         model_class=_find_model_class(artifact),
+        loader=next((each.path for each in read_code_entries(artifact.base.loader)), None),
         problem=_read_problem_type(folder),
         adapter={} if artifact.adapter is None else _describe_adapter(artifact.adapter),
         quantization=public_values(artifact.quantization),
@@ -356,6 +360,8 @@ def _find_model_class(artifact: Artifact) -> str | None:
     import transformers
 
     usual = TASK_CLASSES[artifact.task]
+    if artifact.base.loader is not None:
+        return None
     try:
         architecture = read_model_config(artifact.base)
     except UserError:  # a card is also written where the base is no longer at its place

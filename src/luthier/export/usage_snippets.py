@@ -8,6 +8,7 @@ from luthier.export import ollama
 from luthier.export.model_facts import ModelFacts
 from luthier.model.adapters import HEAD_TASKS
 from luthier.model.model_class import TASK_CLASSES
+from luthier.python_code import split_python_path
 
 
 def python_snippet(
@@ -48,7 +49,7 @@ def requirements(facts: ModelFacts) -> str:
 
 
 def _import_lines(facts: ModelFacts) -> list[str]:
-    names = [_model_class(facts), "AutoTokenizer"]
+    names = [*([] if facts.loader else [_model_class(facts)]), "AutoTokenizer"]
     lines = []
     if facts.kind == "adapter":
         lines.append("from peft import PeftModel")
@@ -105,6 +106,18 @@ def _unpack_lines(facts: ModelFacts) -> list[str]:
 
 def _load_lines(facts: ModelFacts) -> list[str]:
     class_name = _model_class(facts)
+    if facts.loader:
+        loads = split_python_path(facts.loader).name
+        lines = [
+            f"# {loads} is a function of the code that it was trained with: {facts.loader}",
+            "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
+        ]
+        if facts.kind != "adapter":
+            return [*lines, f"model = {loads}(MODEL)"]
+        lines.append(f"base = {loads}(BASE)")
+        if facts.rows:
+            lines.append(f"base.resize_token_embeddings({facts.rows})")
+        return [*lines, "model = PeftModel.from_pretrained(base, MODEL)"]
     if facts.kind != "adapter":
         return [
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",

@@ -83,6 +83,12 @@ def plan_memory(
     or the plan cannot count a part of the run, whatever the reason: a run that cannot be planned
     may well train.
     """
+    if config.model.loader is not None:
+        raise UserError(
+            "model.loader: the plan builds a model without weights by its class, and this one is "
+            "known when the function has loaded it. So there are no numbers for it; a run with "
+            "trainer.args.max_steps=2 prints the memory that it took."
+        )
     hardware = hardware or detect_hardware(config.model)
     machine = machine_for(config.model, hardware)
     with _without_warnings(), _errors_in_words(config):

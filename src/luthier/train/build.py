@@ -131,7 +131,8 @@ def build_session(
     method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
     quantized.check_quantized_model(config, machine)
     architecture = read_model_config(config.model)
-    check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
+    if config.model.loader is None:
+        check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
     machine = resolve_attention(config.model, machine, facts.task, config.trainer.args.packs_rows)
     check_rank_agreement({"model.attention": machine.attention})
     check_router_loss(config)

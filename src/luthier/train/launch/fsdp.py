@@ -26,6 +26,12 @@ def check_fsdp_launch(config: RunConfig, environ: Mapping[str, str] = os.environ
 
     `environ` has accelerate's variables for the settings of `fsdp_config`. Raises UserError.
     """
+    is_sharded = is_on(environ, "ACCELERATE_USE_DEEPSPEED")
+    if config.model.loader is not None and (is_sharded or is_on(environ, "ACCELERATE_USE_FSDP")):
+        raise UserError(
+            "model.loader: a model that a function loads was not tried with its weights in slices "
+            f"(FSDP2, DeepSpeed).\nUse {_DDP}, where each process has it whole."
+        )
     if not is_on(environ, "ACCELERATE_USE_FSDP"):
         return
     if environ.get("FSDP_VERSION", "1") != "2":

@@ -13,6 +13,7 @@ from luthier.data.batching.token_rows import TokenRows
 from luthier.data.prepare import PreparedData
 from luthier.model.device import Machine
 from luthier.model.load import load_model
+from luthier.model.loader import check_log_probs
 from luthier.train.arguments import build_trainer_arguments
 
 
@@ -95,7 +96,10 @@ def load_trained_model(
     `from_pretrained`.
     """
     full = not config.lora.is_enabled
-    return load_model(config.model, config.quantization, machine, full, task, **settings)
+    model = load_model(config.model, config.quantization, machine, full, task, **settings)
+    if config.model.loader is not None:
+        check_log_probs(model)
+    return model
 
 
 def load_method(name: str) -> TrainingMethod:
