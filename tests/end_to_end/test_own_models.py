@@ -109,7 +109,7 @@ def test_a_model_that_a_function_loads_trains_goes_on_merges_and_answers(forks, 
     # Nothing of it runs on the word of a run's folder.
     refused = luthier(own, "merge", "lora")
     assert refused.returncode == 2
-    assert "model.loader: python:own_model.py:load" in refused.stderr + refused.stdout
+    assert "model.loader: python:own_model.py:load" in refused.stderr
     merged = luthier(own, "merge", "lora", "--trust")
     assert merged.returncode == 0, merged.stdout + merged.stderr
     assert "model.loader loads its base" in merged.stdout
@@ -119,11 +119,11 @@ def test_a_model_that_a_function_loads_trains_goes_on_merges_and_answers(forks, 
     (own / "asked.jsonl").write_text('{"prompt": "name a colour 1"}\n')
     answers = []
     for artifact in ("lora", "copied"):
-        refused = luthier(own, "generate", artifact, "asked.jsonl")
-        assert refused.returncode == 2, refused.stdout
-        done = luthier(
-            own, "generate", artifact, "asked.jsonl", "--out", f"{artifact}.jsonl", "--trust"
-        )
+        line = ("generate", artifact, "asked.jsonl", "-o", f"{artifact}.jsonl")
+        refused = luthier(own, *line)
+        assert refused.returncode == 2
+        assert "model.loader: python:own_model.py:load" in refused.stderr
+        done = luthier(own, *line, "--trust")
         assert done.returncode == 0, done.stdout + done.stderr
         answers.append(json.loads((own / f"{artifact}.jsonl").read_text().splitlines()[0]))
     assert answers[0] == answers[1]
