@@ -282,6 +282,33 @@ def _definition_in(module: ast.Module, name: str) -> _Definition | None:
     return _Definition(node, module) if is_plain else None
 
 
+def read_class_constant(path: str, name: str) -> Any:
+    """Return the constant that a class of a path, or one above it in its module, gives a name.
+
+    It is read from the source, without running it; None where there is no such class or constant.
+    """
+    parsed = split_python_path(path)
+    try:
+        return None if _find_missing(parsed) else _constant_of(_find_definition(parsed), name)
+    except SyntaxError:
+        return None
+
+
+def _constant_of(definition: _Definition | None, name: str) -> Any:
+    if definition is None or not isinstance(definition.node, ast.ClassDef):
+        return None
+    for node in definition.node.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and name in (_bound_names(node) or ()):
+            return node.value.value if isinstance(node.value, ast.Constant) else None
+    for base in definition.node.bases:
+        above = _definition_in(definition.module, base.id) if isinstance(base, ast.Name) else None
+        if above is not None and above.node is not definition.node:
+            value = _constant_of(above, name)
+            if value is not None:
+                return value
+    return None
+
+
 def _may_derive(definition: _Definition) -> bool:
     """Return whether a definition may be a class of a base outside of its module."""
     node = definition.node

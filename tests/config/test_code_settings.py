@@ -9,6 +9,7 @@ from luthier.record.config_diff import find_code_changes
 
 CODE = """
 from transformers import TrainerCallback
+from trl import DPOTrainer, SFTTrainer
 
 def clean(row, limit=3):
     return row
@@ -21,6 +22,16 @@ def load(path, dtype): ...
 def load_one(path): ...
 
 def load_all(path, weights): ...
+
+class Bare(SFTTrainer): ...
+
+class Pairs(DPOTrainer):
+    base_method = "dpo"
+
+class Own(SFTTrainer):
+    base_method = "sft"
+
+class Below(Own): ...
 
 def loss(log_probs, labels, weight, scale=1.0): ...
 """
@@ -96,6 +107,19 @@ def test_a_recipe_elsewhere_may_bring_the_code_beside_it(project, tmp_path, monk
         (
             "model.loader=python:recipes/own_steps.py:load_all",
             "takes (path, weights), and is called with path: missing a required argument",
+        ),
+        ("trainer.method=stf", "trainer.method: 'stf' is not an option. Did you mean sft?"),
+        (
+            "trainer.method=python:recipes/own_steps.py:load",
+            "load is a function, and a class of transformers.Trainer is needed",
+        ),
+        (
+            "trainer.method=python:recipes/own_steps.py:Bare",
+            "Bare has no base_method. Write base_method = 'sft' into the class, or 'pretrain'",
+        ),
+        (
+            "trainer.method=python:recipes/own_steps.py:Pairs",
+            "Pairs has base_method = 'dpo'. Write base_method = 'sft'",
         ),
         ("trainer.loss=python:recipes/own_steps.py:los", "'los'. Did you mean loss?"),
         ("trainer.loss=nll", "trainer.loss: 'nll' names no code."),
@@ -184,6 +208,16 @@ def test_what_does_not_go_with_code_is_told_with_the_config(overrides, words):
     assert words in str(caught.value)
     # What goes with both says nothing.
     load_config([*OVERRIDES, LOSS, LOADER])
+
+
+def test_a_method_of_ones_own_has_the_facts_of_its_base():
+    method = "python:recipes/own_steps.py:Below"
+    config = load_config([*OVERRIDES, f"trainer.method={method}", "dataset.streaming=true"]).config
+    assert (config.trainer.method, config.trainer.base_method) == (method, "sft")
+    with pytest.raises(UserError, match=r"trainer.args.beta: is not a setting of trl.SFTConfig"):
+        load_config([*OVERRIDES, f"trainer.method={method}", "+trainer.args.beta=0.1"])
+    with pytest.raises(UserError, match="has a loss of its own, or leaves the method's"):
+        load_config([*OVERRIDES, f"trainer.method={method}", LOSS])
 
 
 def test_what_is_hashed_is_named_with_its_setting(project):

@@ -59,6 +59,9 @@ CODE_SETTINGS: dict[str, CodeSetting] = {
     ),
     "dataset.path": CodeSetting("a function that yields rows"),
     "dataset.map": CodeSetting("a function of a row", ("row",), only_code=True, is_list=False),
+    "trainer.method": CodeSetting(
+        "a class of a transformers.Trainer", base="transformers.Trainer", is_list=False
+    ),
     "trainer.callbacks": CodeSetting(
         "classes of transformers.TrainerCallback",
         (),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.config.code_settings import check_code_settings, read_code_entries
 from luthier.config.library_fields import read_class_fields
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
-from luthier.config.methods import METHODS, check_adapter
+from luthier.config.methods import BASE_METHOD, METHODS, OWN_BASES, base_method, check_adapter
 from luthier.config.passthrough import mapping_at
 from luthier.errors import (
     Mistake,
@@ -20,7 +20,12 @@ from luthier.errors import (
     suggest_options,
 )
 from luthier.patterns import check_syntax
-from luthier.python_code import PYTHON_FORMS, is_python_path
+from luthier.python_code import (
+    PYTHON_FORMS,
+    check_python_path,
+    is_python_path,
+    read_class_constant,
+)
 
 if TYPE_CHECKING:
     from luthier.metrics import Metric
@@ -164,7 +169,7 @@ def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mista
 def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trainer = mapping_at(resolved, "trainer")
     method, rewards = str(trainer.get("method", "sft")), trainer.get("rewards") or []
-    facts = METHODS.get(method)
+    facts = METHODS.get(base_method(method))
     if facts is None or not isinstance(rewards, list):
         return
     if facts.uses_rewards and not rewards and not trainer.get("environment"):
@@ -192,7 +197,7 @@ def _tools(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What a method that calls no tools is given all the same."""
     trainer = mapping_at(resolved, "trainer")
     method = str(trainer.get("method", "sft"))
-    facts = METHODS.get(method)
+    facts = METHODS.get(base_method(method))
     if facts is None or facts.uses_rewards:
         return
     takers = " or ".join(f"trainer={name}" for name, each in METHODS.items() if each.uses_rewards)
@@ -205,7 +210,7 @@ def _tools(resolved: dict[str, Any]) -> Iterator[Mistake]:
 def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trainer = mapping_at(resolved, "trainer")
     method, teacher = str(trainer.get("method", "sft")), trainer.get("teacher")
-    facts = METHODS.get(method)
+    facts = METHODS.get(base_method(method))
     if facts is None or facts.uses_teacher == (teacher is not None):
         return
     if facts.uses_teacher:
@@ -305,6 +310,7 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _optimizer,
         _loss,
         _loader,
+        _own_method,
         _dates,
         _trackers,
         check_code_settings,
@@ -355,7 +361,7 @@ def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
     name = mapping_at(resolved, "trainer").get("method", "sft")
-    method = METHODS.get(str(name))
+    method = METHODS.get(base_method(str(name)))
     if (
         method
         and not method.writes_replies
@@ -370,7 +376,7 @@ def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
     name = mapping_at(resolved, "trainer").get("method", "sft")
-    method = METHODS.get(str(name))
+    method = METHODS.get(base_method(str(name)))
     if (
         mapping_at(resolved, "dataset").get("streaming") is True
         and method
@@ -423,7 +429,7 @@ def _loader(resolved: dict[str, Any]) -> Iterator[Mistake]:
     if model.get("loader") is None:
         return
     method = str(mapping_at(resolved, "trainer").get("method", "sft"))
-    facts = METHODS.get(method)
+    facts = METHODS.get(base_method(method))
     if facts is not None and facts.task != "CAUSAL_LM":
         text = (
             f"trainer.method={method} needs a head or an encoder, which transformers' own classes"
@@ -440,6 +446,27 @@ def _loader(resolved: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake("model.kwargs", f"{text} the function its own arguments: {argument}.")
 
 
+def _own_method(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    """What keeps a class of the user's own from being a method."""
+    trainer, key = mapping_at(resolved, "trainer"), "trainer.method"
+    method = str(trainer.get("method", "sft"))
+    if not is_python_path(method) or check_python_path(method) is not None:
+        return
+    if base_method(method) == method:
+        value = read_class_constant(method, BASE_METHOD)
+        problem = f"has no {BASE_METHOD}"
+        if value is not None:
+            problem = f"has {BASE_METHOD} = {format_value(value)}"
+        yield Mistake(
+            key,
+            f"{method} {problem}. Write {BASE_METHOD} = {OWN_BASES[0]!r} into the class, or "
+            f"{OWN_BASES[1]!r}: the method whose rows, settings and checks it has.",
+        )
+    if trainer.get("loss") is not None:
+        text = f"{method} has a loss of its own, or leaves the method's. Remove one of the two."
+        yield Mistake("trainer.loss", text)
+
+
 _TOKEN_METHODS = ("sft", "pretrain")
 
 
@@ -448,7 +475,7 @@ def _loss(resolved: dict[str, Any]) -> Iterator[Mistake]:
     key, method = "trainer.loss", trainer.get("method", "sft")
     if trainer.get("loss") is None:
         return
-    if method not in _TOKEN_METHODS:
+    if base_method(str(method)) not in _TOKEN_METHODS:
         text = f"trainer.method={method} has a loss that is none of single tokens. Remove it, or "
         yield Mistake(key, f"{text}take trainer=sft or trainer=pretrain.")
     if mapping_at(resolved, "trainer.args").get("loss_type") not in (None, "nll"):

@@ -321,7 +321,7 @@ def _describe_source(
 def _collect_run_facts(run: Path, config: RunConfig) -> dict[str, Any]:
     record = read_record(run)
     return {
-        "method": config.trainer.method,
+        "method": config.trainer.base_method,
         "recipe": config.recipe,
         "overrides": [public_name(override) for override in record.get("overrides", [])],
         "settings": _collect_settings(config),

@@ -80,7 +80,7 @@ class Readers:
     def of(self, opened: OpenedSource) -> RowReader:
         """Return the reader of a source."""
         config = self._config
-        facts = METHODS[config.trainer.method]
+        facts = METHODS[config.trainer.base_method]
         if opened.row_format.example_type == "conversation" and (
             facts.uses_rewards or facts.uses_teacher
         ):

@@ -92,7 +92,7 @@ def plan_memory(
     hardware = hardware or detect_hardware(config.model)
     machine = machine_for(config.model, hardware)
     with _without_warnings(), _errors_in_words(config):
-        task = METHODS[config.trainer.method].task
+        task = METHODS[config.trainer.base_method].task
         if task == "SEQ_2_SEQ_LM":
             # A step of what a run refuses could be planned.
             architecture = read_model_config(config.model)
@@ -150,7 +150,7 @@ def _errors_in_words(config: RunConfig) -> Iterator[None]:
         yield
     except Exception as error:
         # What the run itself refuses is refused here in the same words.
-        task = METHODS[config.trainer.method].task
+        task = METHODS[config.trainer.base_method].task
         architecture = read_model_config(config.model)
         check_trains_on_text(architecture, config.model.trust_remote_code, task)
         if isinstance(error, UserError):

@@ -166,7 +166,7 @@ def build_chat_encoder(artifact: Artifact, tokenizer: "PreTrainedTokenizerBase")
 
 def training_method_of(artifact: Artifact) -> str | None:
     """Return the method that trained it (`trainer.method`); None where that is unknown."""
-    method = None if artifact.config is None else artifact.config.trainer.method
+    method = None if artifact.config is None else artifact.config.trainer.base_method
     return method if method in METHODS else None
 
 

@@ -128,7 +128,7 @@ def build_session(
     Raises UserError where anything does not go together, or has changed since the run began.
     """
     is_recorded = is_main_process and not config.dry_run
-    method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
+    method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.base_method]
     quantized.check_quantized_model(config, machine)
     architecture = read_model_config(config.model)
     if config.model.loader is None:

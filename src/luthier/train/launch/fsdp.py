@@ -64,7 +64,7 @@ def check_fsdp_config(config: RunConfig) -> None:
             "trainer.args.torch_compile=true: it was not shown to train right on the slices of "
             f"FSDP2.\nSet it to false, or use {_DDP}."
         )
-    if METHODS[config.trainer.method].task == "SEQ_2_SEQ_LM":
+    if METHODS[config.trainer.base_method].task == "SEQ_2_SEQ_LM":
         raise UserError(
             f"trainer.method={config.trainer.method}: the embeddings that encoder and decoder "
             f"share cannot be sharded by FSDP2.\nUse {_DDP}."

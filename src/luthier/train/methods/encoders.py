@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from luthier.chat import ChatEncoder, ParsedReply
-from luthier.config.methods import METHODS, check_example_type
+from luthier.config.methods import METHODS, base_method, check_example_type
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders.chat import (
     ColumnKeepingEncoder,
@@ -46,7 +46,7 @@ def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
 
     def make_encoder(row_format: str, source: SourceConfig, key: str) -> RowEncoder:
         check_example_type(method, row_format, key, format_key(key))
-        encoder = ENCODER_FACTORIES[method](config, tokenizer, row_format, source)
+        encoder = ENCODER_FACTORIES[base_method(method)](config, tokenizer, row_format, source)
         return ColumnKeepingEncoder(encoder) if _reads_columns(config) else encoder
 
     return make_encoder
@@ -196,7 +196,7 @@ def make_eval_prompts(
 
     `encoder` is the run's own.
     """
-    if METHODS[config.trainer.method].task == "SEQ_2_SEQ_LM":
+    if METHODS[config.trainer.base_method].task == "SEQ_2_SEQ_LM":
         return make_seq2seq_prompts(config, tokenizer)
     toolbox = None if encoder is None else load_tools(config)
     if encoder is None or toolbox is None or not toolbox.schemas:
