@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.code_settings import check_code_settings, read_code_entries
+from luthier.config.code_settings import CODE_SETTINGS, check_code_settings, read_code_entries
 from luthier.config.library_fields import read_class_fields
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
 from luthier.config.methods import BASE_METHOD, METHODS, OWN_BASES, base_method, check_adapter
@@ -450,7 +450,8 @@ def _own_method(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What keeps a class of the user's own from being a method."""
     trainer, key = mapping_at(resolved, "trainer"), "trainer.method"
     method = str(trainer.get("method", "sft"))
-    if not is_python_path(method) or check_python_path(method) is not None:
+    base = CODE_SETTINGS[key].base
+    if not is_python_path(method) or check_python_path(method, base=base) is not None:
         return
     if base_method(method) == method:
         value = read_class_constant(method, BASE_METHOD)
