@@ -158,6 +158,7 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         """Put a batch on the device; a loss of the user's own gets what models take alone."""
         inputs = super()._prepare_inputs(inputs)
         if self.has_own_loss:
+            inputs = self._unpadded(self.model_wrapped, dict(inputs))
             self._batch_facts = {name: inputs.pop(name) for name in _FACTS if name in inputs}
         return inputs
 
