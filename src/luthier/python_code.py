@@ -111,15 +111,7 @@ def check_python_path(
     signature = None if arguments is None else _static_signature(definition)
     if arguments is None or signature is None:
         return None
-    names = list(arguments)
-    taken = list(signature.parameters)[len(positional) :]
-    offered = taken if by_name is None else by_name
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names += [
-        name
-        for name in taken
-        if name in offered and name not in names and signature.parameters[name].kind in named
-    ]
+    names = [*arguments, *_named_parameters(signature, by_name, len(positional))]
     return _describe_misfit(path, signature, names, positional)
 
 
@@ -379,7 +371,7 @@ def _describe_misfit(
     path: str, signature: inspect.Signature, arguments: Iterable[str], positional: Sequence[str]
 ) -> str | None:
     """Return the words for a call that does not fit; None for one that does."""
-    names = list(arguments)
+    names = list(dict.fromkeys(arguments))
     try:
         # Bound without a call: the code may work long before it stumbles over a name.
         signature.bind(*positional, **dict.fromkeys(names))
@@ -397,6 +389,7 @@ def load_python_object(
     arguments: Iterable[str] | None = None,
     *,
     positional: Sequence[str] = (),
+    by_name: Sequence[str] | None = (),
     base: type | None = None,
 ) -> Any:
     """Import and return the function or class of a path.
@@ -423,7 +416,8 @@ def load_python_object(
     signature = None if arguments is None else _read_signature(value)
     if arguments is None or signature is None:
         return value
-    if misfit := _describe_misfit(path, signature, arguments, positional):
+    names = [*arguments, *_named_parameters(signature, by_name, len(positional))]
+    if misfit := _describe_misfit(path, signature, names, positional):
         raise UserError(misfit)
     return value
 
@@ -500,6 +494,27 @@ def _search_also(folder: Path) -> None:
 
 
 # Calling it, and what it says when it fails.
+
+
+def named_parameters(
+    function: Callable[..., Any], names: Sequence[str], positional: Sequence[str] = ()
+) -> list[str]:
+    """Return those of some names that a function has parameters of, behind the positional ones."""
+    signature = _read_signature(function)
+    return [] if signature is None else _named_parameters(signature, names, len(positional))
+
+
+def _named_parameters(
+    signature: inspect.Signature, names: Sequence[str] | None, skipped: int
+) -> list[str]:
+    """Return the parameters behind the skipped ones that can be named: all of them, or of these."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(signature.parameters.values())[skipped:]
+    return [
+        each.name
+        for each in parameters
+        if each.kind in kinds and (names is None or each.name in names)
+    ]
 
 
 def select_arguments(

@@ -141,7 +141,7 @@ class ReplyGenerator:
         return _score_on_first_rank(prompts.metrics, replies)
 
     def _generate_answers(self, prompts: EvalPrompts, when: str) -> list[Answer]:
-        """Return the text of each reply, and where it could call a tool the message that it is."""
+        """Return the text of each reply, and the message that it is."""
         from accelerate import PartialState
         from tqdm import tqdm
 
