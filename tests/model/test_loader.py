@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.config.schema import ModelConfig
+from luthier.config.schema import ChatSettings, DatasetConfig, ModelConfig, RunConfig, TrainerConfig
 from luthier.errors import UserError
+from luthier.memory.plan import plan_memory
 from luthier.model.device import Machine
 from luthier.model.load import load_model, read_model_config
 from luthier.model.loader import check_log_probs
@@ -151,6 +152,19 @@ def test_settings_that_would_be_lost_are_told():
         load_model(model_config("load", revision="v2"), {}, CPU)
     with pytest.raises(UserError, match="quantization cannot be set where a function loads"):
         load_model(model_config("load"), {"load_in_4bit": True}, CPU)
+
+
+def test_the_memory_of_such_a_model_is_not_planned():
+    config = RunConfig(
+        model=model_config("load"),
+        dataset=DatasetConfig(path="rows.jsonl"),
+        chat=ChatSettings(),
+        trainer=TrainerConfig(),
+        output_dir="out",
+        seed=1,
+    )
+    with pytest.raises(UserError, match=r"^model\.loader: the plan builds a model without weights"):
+        plan_memory(config)
 
 
 def test_logits_that_losses_would_not_be_computed_from_are_told():

@@ -89,6 +89,18 @@ def test_what_fsdp2_trains(environ, settings, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "environ", [FSDP2, {"ACCELERATE_USE_DEEPSPEED": "true"}], ids=["fsdp2", "deepspeed"]
+)
+def test_a_model_that_a_function_loads_is_not_sliced(environ, tmp_path):
+    config = run_config(tmp_path)
+    loader = {"loader": "python:own.py:load"}
+    config = config.model_copy(update={"model": config.model.model_copy(update=loader)})
+    check_fsdp_launch(config, {})
+    with pytest.raises(UserError, match=r"model\.loader: a model that a function loads was not"):
+        check_fsdp_launch(config, environ)
+
+
+@pytest.mark.parametrize(
     ("environ", "bf16", "storage", "message"),
     [
         pytest.param(FSDP2, True, None, None, id="bytes"),
