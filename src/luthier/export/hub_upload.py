@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 UPLOADED_FILES = (
     *write_card.TOKENIZER_FILES,
-    *("config.json", "generation_config.json", "adapter_config.json", "labels.json", "loader.json"),
-    "loss.png",
+    *("config.json", "generation_config.json", "adapter_config.json", "labels.json", "loss.png"),
     *(*PROCESSOR_FILES, "quantize_config.json"),
     *("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"),
 )

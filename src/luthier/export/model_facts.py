@@ -22,6 +22,7 @@ from luthier.model.model_files import (
     read_config_file,
     read_labels,
 )
+from luthier.python_code import split_python_path
 from luthier.record.record import read_record
 from luthier.redaction import HIDDEN, redact
 from luthier.storage.atomic import write_json
@@ -182,7 +183,7 @@ class ModelFacts:
     model_class: str | None = None
     """The class of transformers that loads it; None for the usual one of its task."""
     loader: str | None = None
-    """The function of the user's own that loads it, as `model.loader` names it."""
+    """The function of the user's own that loads it (`model.loader`), such as `my.py:load`."""
     problem: str | None = None
     """What a classifier's labels are, as transformers calls it (`problem_type`)."""
     recipe: str | None = None
@@ -257,7 +258,7 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
         ),
         task=artifact.task,
         model_class=_find_model_class(artifact),
-        loader=next((each.path for each in read_code_entries(artifact.base.loader)), None),
+        loader=_name_loader(artifact),
         problem=_read_problem_type(folder),
         adapter={} if artifact.adapter is None else _describe_adapter(artifact.adapter),
         quantization=public_values(artifact.quantization),
@@ -373,6 +374,16 @@ def _find_model_class(artifact: Artifact) -> str | None:
         if resolved in (auto, *(classes if isinstance(classes, tuple) else (classes,))):
             return None if name == usual else name
     return str(resolved.__name__)
+
+
+def _name_loader(artifact: Artifact) -> str | None:
+    """Return the function of `model.loader` without the folder of its file, which is nobody's."""
+    for entry in read_code_entries(artifact.base.loader):
+        parsed = split_python_path(entry.path)
+        if parsed.file is None:
+            return f"{parsed.module}.{parsed.name}"
+        return f"{parsed.file.name}:{parsed.name}"
+    return None
 
 
 def _read_problem_type(folder: Path | None) -> str | None:

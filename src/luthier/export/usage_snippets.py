@@ -1,6 +1,7 @@
 """The Python that a model card shows: plain transformers (and peft), nothing of luthier."""
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ from luthier.export import ollama
 from luthier.export.model_facts import ModelFacts
 from luthier.model.adapters import HEAD_TASKS
 from luthier.model.model_class import TASK_CLASSES
-from luthier.python_code import split_python_path
 
 
 def python_snippet(
@@ -107,9 +107,10 @@ def _unpack_lines(facts: ModelFacts) -> list[str]:
 def _load_lines(facts: ModelFacts) -> list[str]:
     class_name = _model_class(facts)
     if facts.loader:
-        loads = split_python_path(facts.loader).name
+        loads = re.split("[:.]", facts.loader)[-1]
         lines = [
-            f"# {loads} is a function of the code that it was trained with: {facts.loader}",
+            f"# {loads} is the function that it was trained with ({facts.loader}).",
+            "# It may take more than the folder, such as dtype.",
             "tokenizer = AutoTokenizer.from_pretrained(MODEL)",
         ]
         if facts.kind != "adapter":
