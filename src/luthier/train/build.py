@@ -181,7 +181,7 @@ def build_session(
     heldout = prepared.heldout if facts.writes_replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
     settings = config.trainer.evaluation
-    prompt_sets = evaluation.select_eval_prompts(settings, rows, launch["sharding"])
+    prompt_sets = evaluation.select_eval_prompts(settings, rows)
     reply_generator = ReplyGenerator(trainer, prompts, settings, prompt_sets)
     return TrainingSession(
         config=config,
