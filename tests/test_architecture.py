@@ -56,7 +56,7 @@ BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "confi
 
 LONGEST_FUNCTION = 80
 MOST_MODULES = 325
-MOST_LINES = 73_000
+MOST_LINES = 74_000
 LEAST_COMMENTS = 0.02
 MOST_VAGUE_NAMES = 0.03
 VAGUE = frozenset(

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
 from luthier.infer.chat_session import ChatSession
@@ -38,7 +38,7 @@ COMMAND_LINE = CommandLine(
         Flag("--system", "TEXT", "the system prompt"),
         Flag("--tools", "FILE", "a JSON list of tools to call; you type what a call returns"),
         Flag("--seed", "N", "for sampling"),
-        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        BASE,
         TRUST,
     ),
     "  luthier chat runs/quickstart/default\n"
@@ -53,17 +53,11 @@ def run(arguments: list[str]) -> int:
     if COMMAND_LINE.asks_help(arguments):
         return 0
     parsed = COMMAND_LINE.parse(arguments)
-    from luthier.cli.model_arguments import parse_model_arguments
-    from luthier.infer.llm import LLM
+    from luthier.cli.model_arguments import open_llm, parse_model_arguments
 
     typed = parse_model_arguments("chat", parsed.overrides, ("MODEL",))
     tools = read_tools_file(parsed.texts["--tools"]) if "--tools" in parsed.texts else None
-    llm = LLM(
-        typed.places[0],
-        base=parsed.texts.get("--base"),
-        trust=typed.trust(parsed.switches),
-        **typed.llm(),
-    )
+    llm = open_llm(typed, parsed)
     # Before loading: --compare with a model that has no base is refused at once.
     trust = typed.trust(parsed.switches)
     other = _base_of(llm, typed.llm(), trust) if "--compare" in parsed.switches else None

@@ -5,7 +5,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag, ParsedArguments
 from luthier.config.trust import check_recorded, trust_of
 from luthier.errors import UserError
 from luthier.model.artifact import Artifact, find_artifact, read_run_chat, read_run_config
@@ -33,7 +33,7 @@ COMMAND_LINE = CommandLine(
         Flag("--out", "FOLDER", "where the model goes; default: merged/ in the run's folder"),
         Flag("--dtype", "NAME", "float32, bfloat16 or float16; default: the base's"),
         Flag("--onto", "WEIGHTS", "trained (default) or original: see above"),
-        Flag("--base", "MODEL", "the adapter's base, where it is no longer at its place"),
+        BASE,
         Flag("--quantize", "FORMAT", "pack the result for serving: nf4, int8, gptq or awq"),
         Flag(
             "--adapter-for", "SERVER", "write an adapter: vllm, or per-expert (see docs/export.md)"
