@@ -36,7 +36,7 @@ from luthier.train import (
     resume,
     trackers,
 )
-from luthier.train.arguments import check_router_loss
+from luthier.train.arguments import check_router_loss, set_unused_search
 from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
 from luthier.train.dataloaders import refuse_idle_processes
 from luthier.train.evaluation import ReplyGenerator
@@ -151,13 +151,12 @@ def build_session(
     )
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
-    check_devices(args.distributed_state)
-    check_zero_settings(config, args, has_experts(architecture.to_dict()))
-    check_packed_storage(config, args)
+    _check_launch(config, args, architecture)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
+    set_unused_search(args, model, config)
     if is_main_process:
         console.print_model(model, machine, config.quantization, config.lora)
     own_callbacks = make_own_callbacks(config.trainer.callbacks)
@@ -195,6 +194,16 @@ def build_session(
             trainer, reply_generator, config, folder
         ),
     )
+
+
+def _check_launch(config: RunConfig, args: Any, architecture: Any) -> None:
+    """Raise UserError where the processes lack devices, or do not train what the config has.
+
+    `args` are the trainer's, and `architecture` is the model's `PretrainedConfig`.
+    """
+    check_devices(args.distributed_state)
+    check_zero_settings(config, args, has_experts(architecture.to_dict()))
+    check_packed_storage(config, args)
 
 
 def _check_inputs(
