@@ -1,10 +1,12 @@
-"""The tiny recipes: each trains the small real model until what it is for gets better.
+"""The tiny recipes: each trains a small model until what it is for gets better.
 
 They run in one process, one after the other: half of what a run costs is to import the libraries.
 """
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
+from luthier.cli.show import print_rollouts
 from luthier.cli.train import main, train
 from luthier.config.methods import METHODS
 
@@ -39,13 +42,16 @@ AIMS = {
     "tiny_classify": [Aim("accuracy", 0.2), Aim("macro_f1", 0.2)],
     "tiny_tag": [Aim("entity_f1", 0.3), Aim("accuracy", 0.5)],
     "tiny_seq2seq": [Aim("exact_match", 0.7), Aim("rouge1", 0.5)],
+    "tiny_tools": [Aim("reward", 0.4)],
 }
+FROM_NOTHING = ("tiny_seq2seq", "tiny_tools")
+"""Recipes whose model a script makes."""
 
 
-def trained(folder, name):
+def trained(folder, name, *overrides):
     """Run a recipe; return the record, the logged steps and the folder of the model."""
     output = folder / name
-    assert main(train, [f"recipe={name}", f"output_dir={output}"]) == 0
+    assert main(train, [f"recipe={name}", f"output_dir={output}", *overrides]) == 0
     lines = (output / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "loss" in row]
     return json.loads((output / "run.json").read_text()), steps, output / "model"
@@ -53,7 +59,7 @@ def trained(folder, name):
 
 def test_every_method_has_a_tiny_recipe():
     methods = {f"tiny_{name}" for name in METHODS} - {"tiny_sft"}  # that is the quickstart
-    assert set(TINY) == set(AIMS) == methods
+    assert set(TINY) == set(AIMS) == methods | {"tiny_tools"}  # that is grpo with a tool
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -68,7 +74,7 @@ def test_its_header_says_what_was_measured(name):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("name", [name for name in TINY if name != "tiny_seq2seq"])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in FROM_NOTHING])
 def test_the_small_model_gets_better(tmp_path, name):
     record, steps, model = trained(tmp_path, name)
     _reaches(record, name)
@@ -126,15 +132,17 @@ OWN = {
 }
 
 
-@pytest.mark.train
-def test_a_model_from_nothing_learns_to_answer_and_generates_plainly(tmp_path, monkeypatch):
-    import runpy
-    import sys
-
-    monkeypatch.chdir(tmp_path)
-    script = ROOT / "recipes" / "data" / "tiny_t5.py"
+def run_script(name, folder, monkeypatch):
+    """Run the script of recipes/data that makes a model, in a folder."""
+    monkeypatch.chdir(folder)
+    script = ROOT / "recipes" / "data" / name
     monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.train
+def test_a_model_from_nothing_learns_to_answer_and_generates_plainly(tmp_path, monkeypatch):
+    run_script("tiny_t5.py", tmp_path, monkeypatch)
     record, _, model = trained(tmp_path, "tiny_seq2seq")
     _reaches(record, "tiny_seq2seq")
     assert record["results"]["exact_match"]["before"] == 0
@@ -144,3 +152,52 @@ def test_a_model_from_nothing_learns_to_answer_and_generates_plainly(tmp_path, m
     batch = tokenizer(shown["prompt"], return_tensors="pt")
     out = net.generate(input_ids=batch["input_ids"], max_new_tokens=16)[0]
     assert tokenizer.decode(out, skip_special_tokens=True) == shown["after"]
+
+
+@pytest.mark.train
+def test_a_model_learns_to_call_a_calculator(tmp_path, monkeypatch, capsys):
+    run_script("tiny_tools.py", tmp_path, monkeypatch)
+    record, steps, model = trained(tmp_path / "runs", "tiny_tools", "trainer.args.max_steps=40")
+    printed = capsys.readouterr().out
+    assert re.search(r"reward 0\.\d+  calls 0\.\d+  loss", printed)
+    assert f"luthier show {model.parent} --rollouts" in printed
+    _reaches(record, "tiny_tools")
+    assert record["results"]["reward"]["before"] < 0.4
+    assert steps[0]["tools/call_frequency"] < 0.4 < 0.6 < steps[-1]["tools/call_frequency"]
+    # A call is 14 tokens and its answer 2. The result between them, 10 more, is not the model's.
+    assert steps[-1]["completions/mean_length"] < 16.5
+    lines = (model.parent / "rollouts.jsonl").read_text().splitlines()
+    completions = [json.loads(line)["completion"] for line in lines]
+    assert len(completions) == 4 * 40
+    sums = [(found, rest) for first, *rest in completions if (found := find_sum(json.dumps(first)))]
+    assert len(sums) > len(completions) / 4
+    for (a, b), (result, answer, *_) in sums:
+        assert (result["role"], result["content"]) == ("tool", str(int(a) + int(b)))
+        assert answer["role"] == "assistant"
+    print_rollouts(model.parent)
+    assert '  assistant calls calculator {"expression": ' in capsys.readouterr().out
+    check_saved_model_calls(model)
+
+
+def find_sum(text):
+    """Return the two numbers of the call of a calculator in a text; None where there is none."""
+    found = re.search(r'"expression": "(\d+) \+ (\d+)"}', text)
+    return found and found.groups()
+
+
+def check_saved_model_calls(model):
+    """Plain transformers generates the right call for most held-out sums."""
+    net = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    lines = Path("tiny_tools/sums.heldout.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    batch = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        tools=[{"type": "function", "function": {"name": "calculator"}}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    out = net.generate(**batch, do_sample=False, max_new_tokens=16)
+    called = map(find_sum, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :]))
+    asked = [re.match(r"What is (\d+) \+ (\d+)", prompt).groups() for prompt in prompts]
+    right = [pair == sum_ for pair, sum_ in zip(called, asked, strict=True)]
+    assert sum(right) > 0.8 * len(prompts)

@@ -1,5 +1,6 @@
 """What a run prints: its data before the first step, its results after the last."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from luthier.model.expert_adapters import describe_experts
 from luthier.model.experts import describe_unpacked_experts, unpacked_expert_bytes
 from luthier.model.load import describe_packing
 from luthier.model.model_class import find_text_modules
+from luthier.record.checkpoints import ROLLOUTS_FILE
 from luthier.storage.atomic import write_jsonl
 from luthier.terminal import make_console
 
@@ -180,6 +182,8 @@ def print_results(record: dict[str, Any], folder: Path) -> None:
     print_line(
         f"written   {folder}: model/ loss.png metrics.jsonl replies.jsonl run.json config.yaml"
     )
+    if (folder / ROLLOUTS_FILE).is_file():
+        print_line(f"rollouts  luthier show {shlex.quote(str(folder))} --rollouts")
 
 
 def _format_result(name: str, value: float | None) -> str:
