@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, WrapValidator, field_validator
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, field_validator
 
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
 from luthier.config.methods import base_method
@@ -289,7 +289,7 @@ class RolloutsConfig(StrictModel):
 
     max_turns: PositiveInt | None = None
     """A completion calls tools in at most so many of its turns; null for as many as fit."""
-    tool_timeout: PositiveFloat = 60.0
+    tool_timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds after which a call ends with an error that the model reads."""
     record: NonNegativeInt = 0
     """Completions of each step that are written to `rollouts.jsonl`."""
