@@ -102,7 +102,7 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
             print_line(f"map       {key}.map left out {left_out:,} of {read_rows:,} rows")
     splits |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
     for name, counts in splits.items():
-        print_line(f"{name:<9} {_format_counts(counts, answers)}")
+        print_line(f"{name:<9} {format_counts(counts, answers)}")
     if prepared.train_counts.sources:
         shares = prepared.train_counts.sources
         total = sum(shares.values())
@@ -112,15 +112,19 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
         )
 
 
-def _format_counts(counts: SplitCounts, answers: str) -> str:
+def format_counts(counts: SplitCounts, answers: str) -> str:
     """Return the counts of one split as one line."""
     dropped = ", ".join(f"{n:,} {why}" for why, n in counts.dropped.items())
     trained = answers or f"trained ({counts.trained_tokens / max(counts.tokens, 1):.0%})"
+    # Completions that the model writes while it trains are not there yet.
+    trains = (
+        "" if answers and not counts.trained_tokens else f", {counts.trained_tokens:,} {trained}"
+    )
     cut = f"; {counts.cut_rows:,} cut to chat.max_length" if counts.cut_rows else ""
     lossy = f"; {counts.lossy_rows:,} not shown whole by the template" if counts.lossy_rows else ""
     return (
         f"{counts.rows:,} rows, {counts.sequences:,} sequences, longest {counts.longest:,}, "
-        f"{counts.tokens:,} tokens, {counts.trained_tokens:,} {trained}"
+        f"{counts.tokens:,} tokens{trains}"
         f"{cut}{lossy}{'; left out: ' + dropped if dropped else ''}"
     )
 
