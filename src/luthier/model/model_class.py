@@ -430,7 +430,7 @@ def _find_heads(model: Any, modules: dict[str, Any]) -> tuple[str, ...]:
     output = model.get_output_embeddings()
     if output is not None:
         return tuple(name for name, module in modules.items() if module is output)
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     start = next(name for name, module in modules.items() if module is base)
     inner = base.base_model
     if inner is base:

@@ -97,7 +97,7 @@ def find_skipped_parameters(model: Any) -> list[str]:
     chance. Experts in one tensor are none of them: a step reaches the whole tensor. `model` is as
     `make_trainable` returns it.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     trained = [name for name, weight in base.named_parameters() if weight.requires_grad]
     settings = base.config.to_dict()
     if any(value for key, value in settings.items() if key.endswith("layerdrop")):
