@@ -41,7 +41,7 @@ STANDALONE = {
 
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate")
 MAY_IMPORT_HEAVY = re.compile(
-    r"train\.(build|loop|session|evaluation|callbacks|own_callbacks|profiler|activation_checkpointing|dataloaders"
+    r"train\.(build|loop|evaluation|callbacks|own_callbacks|profiler|activation_checkpointing|dataloaders"
     r"|packing_check|document_masking)"
     r"|train\.(trainers|methods)\..+"
     r"|memory\.(plan|estimate|simulate|index_values|kernels|advice|report)"
@@ -55,8 +55,8 @@ BEFORE_NUMPY = ("train.run", "data.quick_check", "cli.train", "cli.main", "confi
 """Modules on the way to a mistake in a config; numpy and pyarrow come after it."""
 
 LONGEST_FUNCTION = 80
-MOST_MODULES = 305
-MOST_LINES = 67_500
+MOST_MODULES = 340
+MOST_LINES = 79_000
 LEAST_COMMENTS = 0.02
 MOST_VAGUE_NAMES = 0.03
 VAGUE = frozenset(

@@ -89,8 +89,8 @@ def _as_overrides(setting: Setting) -> list[str]:
         return [f"{key}={_as_text(value)}" for key, value in setting.items()]
     if not isinstance(setting, str):
         raise UserError(
-            f"luthier.train takes settings as text ('lora.r=8') or as a mapping "
-            f"({{'lora.r': 8}}), and got {type(setting).__name__}."
+            'luthier.train takes settings as text ("lora.r=8") or as a mapping '
+            f'({{"lora.r": 8}}), and got {type(setting).__name__}.'
         )
     if setting.startswith("-"):
         raise UserError(

@@ -82,12 +82,14 @@ def check_python_path(
     arguments: Iterable[str] | None = None,
     *,
     positional: Sequence[str] = (),
+    by_name: Sequence[str] | None = (),
     base: str | None = None,
 ) -> str | None:
     """Return what is wrong with a path of code, as far as can be told without running it.
 
     `arguments` are the names with which it will be called, behind those that are passed by their
-    position; None checks no call. `base` is the dotted class, such as
+    position; None checks no call. Of `by_name` it gets those that it takes, and whatever it names
+    where that is None. `base` is the dotted class, such as
     `transformers.TrainerCallback`, of which it must be a class.
     The text begins with the path; None where nothing is wrong.
     """
@@ -109,7 +111,8 @@ def check_python_path(
     signature = None if arguments is None else _static_signature(definition)
     if arguments is None or signature is None:
         return None
-    return _describe_misfit(path, signature, arguments, positional)
+    names = [*arguments, *_named_parameters(signature, by_name, len(positional))]
+    return _describe_misfit(path, signature, names, positional)
 
 
 def find_python_file(path: str) -> str | None:
@@ -271,6 +274,33 @@ def _definition_in(module: ast.Module, name: str) -> _Definition | None:
     return _Definition(node, module) if is_plain else None
 
 
+def read_class_constant(path: str, name: str) -> Any:
+    """Return the constant that a class of a path, or one above it in its module, gives a name.
+
+    It is read from the source, without running it; None where there is no such class or constant.
+    """
+    parsed = split_python_path(path)
+    try:
+        return None if _find_missing(parsed) else _constant_of(_find_definition(parsed), name)
+    except SyntaxError:
+        return None
+
+
+def _constant_of(definition: _Definition | None, name: str) -> Any:
+    if definition is None or not isinstance(definition.node, ast.ClassDef):
+        return None
+    for node in definition.node.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and name in (_bound_names(node) or ()):
+            return node.value.value if isinstance(node.value, ast.Constant) else None
+    for base in definition.node.bases:
+        above = _definition_in(definition.module, base.id) if isinstance(base, ast.Name) else None
+        if above is not None and above.node is not definition.node:
+            value = _constant_of(above, name)
+            if value is not None:
+                return value
+    return None
+
+
 def _may_derive(definition: _Definition) -> bool:
     """Return whether a definition may be a class of a base outside of its module."""
     node = definition.node
@@ -341,7 +371,7 @@ def _describe_misfit(
     path: str, signature: inspect.Signature, arguments: Iterable[str], positional: Sequence[str]
 ) -> str | None:
     """Return the words for a call that does not fit; None for one that does."""
-    names = list(arguments)
+    names = list(dict.fromkeys(arguments))
     try:
         # Bound without a call: the code may work long before it stumbles over a name.
         signature.bind(*positional, **dict.fromkeys(names))
@@ -359,6 +389,7 @@ def load_python_object(
     arguments: Iterable[str] | None = None,
     *,
     positional: Sequence[str] = (),
+    by_name: Sequence[str] | None = (),
     base: type | None = None,
 ) -> Any:
     """Import and return the function or class of a path.
@@ -385,7 +416,8 @@ def load_python_object(
     signature = None if arguments is None else _read_signature(value)
     if arguments is None or signature is None:
         return value
-    if misfit := _describe_misfit(path, signature, arguments, positional):
+    names = [*arguments, *_named_parameters(signature, by_name, len(positional))]
+    if misfit := _describe_misfit(path, signature, names, positional):
         raise UserError(misfit)
     return value
 
@@ -462,6 +494,27 @@ def _search_also(folder: Path) -> None:
 
 
 # Calling it, and what it says when it fails.
+
+
+def named_parameters(
+    function: Callable[..., Any], names: Sequence[str], positional: Sequence[str] = ()
+) -> list[str]:
+    """Return those of some names that a function has parameters of, behind the positional ones."""
+    signature = _read_signature(function)
+    return [] if signature is None else _named_parameters(signature, names, len(positional))
+
+
+def _named_parameters(
+    signature: inspect.Signature, names: Sequence[str] | None, skipped: int
+) -> list[str]:
+    """Return the parameters behind the skipped ones that can be named: all of them, or of these."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(signature.parameters.values())[skipped:]
+    return [
+        each.name
+        for each in parameters
+        if each.kind in kinds and (names is None or each.name in names)
+    ]
 
 
 def select_arguments(

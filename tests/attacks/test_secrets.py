@@ -405,7 +405,11 @@ def tiny(tmp_path):
 @pytest.mark.train
 def test_a_run_with_trackers_leaves_no_secret_anywhere(forks, tiny, guarded, luthier, monkeypatch):
     line = [word for word in words(tiny) if not word.startswith("dataset.path")]
+    # A template that reads the variable: one that nothing reads is refused.
+    reading = train_command.TEMPLATE + "{% if x == 'loud' %}!{% endif %}"
+    (tiny / "reading.jinja").write_text(reading, encoding="utf-8")
     line += [
+        "chat.template=reading.jinja",
         f"dataset.path='{guarded}?sig={CANARY}-signature'", "dataset.format=jsonl",
         f"dataset.options={{storage: {{headers: {{Authorization: 'Bearer {CANARY}-header'}}}}}}",
         "dataset.system='${oc.env:PLAIN_TEXT}'", "chat.variables={x: '${oc.env:DB_PASS}'}",

@@ -242,6 +242,24 @@ def test_what_is_typed_for_a_training_needs_no_flag(typed, workplace):
     assert find_code(load_config(words).resolved)
 
 
+COLUMNS = {
+    "a reward": {"trainer": {"rewards": [{"number": {"reference": "answer", "weight": 2}}]}},
+    "a metric": {"trainer": {"evaluation": {"metrics": [{"regex": {"reference": "answer"}}]}}},
+    "beside code": {"trainer": {"rewards": [{"python:mine.score": {"reference": "answer"}}]}},
+    "what it names": {"trainer": {"rewards": [{"number": {"reference": "reference::x"}}]}},
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_that_a_reward_names_is_no_code(name):
+    keys = {
+        "beside code": ["trainer.rewards"],
+        "what it names": ["trainer.rewards.number.reference"],
+    }
+    found = [each.key for each in find_code(COLUMNS[name])]
+    assert found == keys.get(name, [])
+
+
 ADAPTERS = {
     "a module": {"megatron_config": {"a": 1}, "megatron_core": "evil"},
     "a tokenizer's code": {"tokenizer_kwargs": {"trust_remote_code": True}},

@@ -127,10 +127,26 @@ def test_questions_come_through_a_pipe(luthier, tuned_run, tuned_llm, monkeypatc
         (["./none"], "model=none: there is no such folder"),
         (["{tiny}", "--compare"], "is not tuned by a run here; it is a base."),
         (["{tiny}", "--base", "x"], "is a whole model and no adapter: leave out --base x"),
+        (["{tiny}", "--tools", "no.json"], "--tools no.json: it cannot be read: [Errno 2] No such"),
+        (["{tiny}", "--tools", "text.json"], "--tools text.json: the tools ('text.json')"),
+        (["{tiny}", "--tools", "none.json"], "--tools none.json: it has no tools."),
+        (["{tiny}", "--tools", "names.json"], "--tools names.json: an entry of 'names.json'"),
     ],
-    ids=["no model", "no such model", "nothing to compare", "a base of a base"],
+    ids=[
+        "no model",
+        "no such model",
+        "nothing to compare",
+        "a base of a base",
+        "no file of tools",
+        "tools that are no JSON",
+        "no tools",
+        "names of tools",
+    ],
 )
-def test_a_mistake_is_said_in_words(luthier, base_model, words, says):
+def test_a_mistake_is_said_in_words(luthier, base_model, tmp_path, words, says):
+    (tmp_path / "text.json").write_text("{no", encoding="utf-8")
+    (tmp_path / "none.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "names.json").write_text('["look_up"]', encoding="utf-8")
     code, out, err = luthier("chat", *(word.format(tiny=base_model) for word in words))
     assert (code, out) == (2, "") and says in err
 

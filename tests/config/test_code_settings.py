@@ -9,12 +9,31 @@ from luthier.record.config_diff import find_code_changes
 
 CODE = """
 from transformers import TrainerCallback
+from trl import DPOTrainer, SFTTrainer
 
 def clean(row, limit=3):
     return row
 
 class Stop(TrainerCallback):
     def __init__(self, steps): ...
+
+def load(path, dtype): ...
+
+def load_one(path): ...
+
+def load_all(path, weights): ...
+
+class Bare(SFTTrainer): ...
+
+class Pairs(DPOTrainer):
+    base_method = "dpo"
+
+class Own(SFTTrainer):
+    base_method = "sft"
+
+class Below(Own): ...
+
+def loss(log_probs, labels, weight, scale=1.0): ...
 """
 RECIPE = """# @package _global_
 # A recipe with code.
@@ -79,6 +98,44 @@ def test_a_recipe_elsewhere_may_bring_the_code_beside_it(project, tmp_path, monk
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("model.loader=load", "model.loader: 'load' names no code."),
+        ("model.loader=python:recipes/own_steps.py:lod", "'lod'. Did you mean load?"),
+        (
+            r"model.loader={python\:recipes/own_steps.py\:load: {layers: 3}}",
+            "takes (path, dtype), and is called with path, layers, dtype: got an unexpected",
+        ),
+        (
+            "model.loader=python:recipes/own_steps.py:load_all",
+            "takes (path, weights), and is called with path: missing a required argument",
+        ),
+        ("trainer.method=stf", "trainer.method: 'stf' is not an option. Did you mean sft?"),
+        (
+            "trainer.method=python:recipes/own_steps.py:load",
+            "load is a function, and a class of transformers.Trainer is needed",
+        ),
+        (
+            "trainer.method=python:recipes/own_steps.py:Bare",
+            "Bare has no base_method. Write base_method = 'sft' into the class, or 'pretrain'",
+        ),
+        (
+            "trainer.method=python:recipes/own_steps.py:Pairs",
+            "Pairs has base_method = 'dpo'. Write base_method = 'sft'",
+        ),
+        ("trainer.loss=python:recipes/own_steps.py:los", "'los'. Did you mean loss?"),
+        ("trainer.loss=nll", "trainer.loss: 'nll' names no code."),
+        (
+            "trainer.loss=python:recipes/own_steps.py:load_one",
+            "takes (path), and is called with log_probs, labels: too many positional arguments.",
+        ),
+        (
+            r"trainer.loss={python\:recipes/own_steps.py\:loss: {scales: 2}}",
+            "takes (log_probs, labels, weight, scale=1.0), and is called with log_probs, labels, "
+            "scales, weight, scale: got an unexpected keyword argument 'scales'.",
+        ),
+        (
+            r"trainer.loss={python\:recipes/own_steps.py\:loss: {}, python\:a.b: {}}",
+            "'python:a.b' are several; write one of them.",
+        ),
         ("dataset.map=clean", "dataset.map: 'clean' names no code. Write python:module.name or"),
         ("dataset.map=python:recipes/own_steps.py:clear", "'clear'. Did you mean clean?"),
         ("dataset.map=python:recipes/own_step.py:clean", "there is no file recipes/own_step.py"),
@@ -109,6 +166,58 @@ def test_mistakes_are_told_with_the_config(override, words):
     with pytest.raises(UserError) as caught:
         load_config([*OVERRIDES, override])
     assert words in str(caught.value)
+
+
+LOSS = "trainer.loss=python:recipes/own_steps.py:loss"
+LOADER = "model.loader=python:recipes/own_steps.py:load"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["trainer=dpo", "+trainer.loss=python:recipes/own_steps.py:loss"],
+            "trainer.loss: trainer.method=dpo has a loss that is none of single tokens.",
+        ),
+        (
+            [LOSS, "+trainer.args.loss_type=dft"],
+            "trainer.loss: trainer.args.loss_type=dft is another loss.",
+        ),
+        (
+            [LOSS, "dataset.streaming=true"],
+            "trainer.loss: rows of a stream come without their columns.",
+        ),
+        (
+            [LOADER, "trainer=classify"],
+            "model.loader: trainer.method=classify needs a head or an encoder",
+        ),
+        (
+            [LOADER, "quantization=nf4", "lora=default"],
+            "quantization: remove it, with quantization=none: weights are packed while",
+        ),
+        (
+            [LOADER, "+model.kwargs.layers=3"],
+            "model.kwargs: goes to from_pretrained of transformers, which model.loader",
+        ),
+    ],
+    ids=["loss-of-dpo", "two-losses", "loss-of-a-stream", "head", "packed", "kwargs"],
+)
+def test_what_does_not_go_with_code_is_told_with_the_config(overrides, words):
+    with pytest.raises(UserError) as caught:
+        load_config([*OVERRIDES, *overrides])
+    assert words in str(caught.value)
+    # What goes with both says nothing.
+    load_config([*OVERRIDES, LOSS, LOADER])
+
+
+def test_a_method_of_ones_own_has_the_facts_of_its_base():
+    method = "python:recipes/own_steps.py:Below"
+    config = load_config([*OVERRIDES, f"trainer.method={method}", "dataset.streaming=true"]).config
+    assert (config.trainer.method, config.trainer.base_method) == (method, "sft")
+    with pytest.raises(UserError, match=r"trainer.args.beta: is not a setting of trl.SFTConfig"):
+        load_config([*OVERRIDES, f"trainer.method={method}", "+trainer.args.beta=0.1"])
+    with pytest.raises(UserError, match="has a loss of its own, or leaves the method's"):
+        load_config([*OVERRIDES, f"trainer.method={method}", LOSS])
 
 
 def test_what_is_hashed_is_named_with_its_setting(project):

@@ -130,6 +130,7 @@ SOURCE = [
     Change("train_on", NOTHING, "all"),
     Change("max_rows", ROWS_CHANGE, 2),
     Change("filter", ROWS_CHANGE, "lang == 'en'"),
+    Change("map", ROWS_CHANGE, "python:mapping.py:shorten"),
     Change("weight", CHOICE_CHANGES, of_two(weight=3), of_two(weight=1),
            TWO | {"dataset.mix": "interleave"}),
     Change("repeats", CHOICE_CHANGES, 2, 1),
@@ -205,6 +206,7 @@ def files(write, tmp_path):
     write("both.jsonl", [{"messages": TALK} | pair("Hello", "Hi")])
     write("odd.jsonl", ODD_ROWS)
     write("pairs.jsonl", [pair("Hello", "Hi"), pair("user", "Yes")])
+    write("mapping.py", "def shorten(row):\n    return {'messages': row['messages'][:2]}\n")
     save(tmp_path / "saved", train=[pair("a", "b"), pair("c", "d")], test=[pair("e", "f")])
 
 

@@ -52,8 +52,8 @@ def test_what_the_encoder_leaves_out_cuts_or_keeps_is_counted(write):
         dropped={"nothing to train": 2}, cut_rows=2, cut_turns=2, lossy_rows=1,
     )  # fmt: skip
     row = (
-        '{{"messages": [{{"content": "q", "role": "user"}}, '
-        '{{"content": "{}", "role": "assistant"}}]}}'
+        '{{"messages": [{{"role": "user", "content": "q"}}, '
+        '{{"role": "assistant", "content": "{}"}}]}}'
     )
     nothing = {"state": "dropped", "problem": "no turn of the row trains"}
     lost = {"state": "lossy", "problem": "message 0, field `name`: it is not shown"}

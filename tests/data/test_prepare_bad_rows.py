@@ -161,7 +161,7 @@ def test_the_file_of_dropped_rows(write, tmp_path):
         "problem": "this is not JSON: Expecting property name enclosed in double quotes (column 2)",
         "text": "{",
     }
-    assert dropped.pop("text").startswith('{"messages": [{"content": "ä", "role": "user"}')
+    assert dropped.pop("text").startswith('{"messages": [{"role": "user", "content": "ä"}')
     assert dropped == {
         "where": "data.jsonl:5",
         "state": "dropped",

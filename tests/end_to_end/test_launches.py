@@ -83,7 +83,7 @@ def test_stops_in_words(flags, asked, message, code, tmp_path):
     # accelerate itself ends with 1 and names the code of the training process.
     assert done.returncode == 1
     assert f"exit status {code}" in done.stderr or f"exitcode  : {code}" in done.stderr
-    assert "luthier/train/launch_checks.py" not in done.stderr, "a traceback of luthier's own"
+    assert "luthier/train/launch/checks.py" not in done.stderr, "a traceback of luthier's own"
 
 
 def test_two_processes_say_it_once_and_last(tmp_path):

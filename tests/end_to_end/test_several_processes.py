@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import transformers
 
 from helpers import train_command
 from helpers.fsdp_cpu import largest_difference, saved_weights
@@ -39,6 +41,7 @@ def test_four_processes_train_as_one(forks, tiny, way):
     four = train_command.words(tiny, **ARGS, per_device_train_batch_size=size)
     codes, text = launch_ranks(forks, tiny, *four, *more, f"output_dir=four-{way}", ranks=4)
     assert codes == [0] * 4, text[-3000:]
+    assert "find_unused_parameters" not in text, "torch has looked for what is not there"
     one = train_command.words(tiny, **ARGS, per_device_train_batch_size=4 * size)
     assert forks.run(tiny, *one, *more, f"output_dir=one-{way}") == 0, train_command.said(tiny)
     weights = [saved_weights(tiny / f"{name}-{way}" / "model") for name in ("four", "one")]
@@ -52,6 +55,52 @@ def test_four_processes_train_as_one(forks, tiny, way):
     ]
     assert bool(results[0]) == (way in ("rows", "packed"))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def make_switch_transformer(tiny):
+    """A model whose experts are a module each, of which a step runs a few; rows for it."""
+    tokens = train_command.tokenizer()
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=len(tokens), d_model=32, d_kv=8, d_ff=32, num_heads=4, num_experts=32,
+        num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1, dropout_rate=0.0, router_jitter_noise=0.0,
+        pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id,
+        decoder_start_token_id=tokens.pad_token_id,
+    )  # fmt: skip
+    model = transformers.SwitchTransformersForConditionalGeneration(config)
+    model.save_pretrained(tiny / "switch")
+    tokens.save_pretrained(tiny / "switch")
+    rows = (tiny / "rows.jsonl").read_text()
+    rows = rows.replace('"prompt"', '"source"').replace('"completion"', '"target"')
+    (tiny / "sources.jsonl").write_text(rows)
+
+
+def test_experts_that_a_step_leaves_out_train_as_in_one_process(forks, tiny):
+    make_switch_transformer(tiny)
+    args = {**ARGS, "max_steps": 3, "learning_rate": 0.1}
+    more = ["trainer=seq2seq", f"model.path={tiny / 'switch'}", "model.attention=eager"]
+    more += [f"dataset.path={tiny / 'sources.jsonl'}"]
+    two = [*train_command.words(tiny, **args, per_device_train_batch_size=1), *more]
+    codes, text = launch_ranks(forks, tiny, *two, "output_dir=two-switch")
+    assert codes == [0, 0], text[-3000:]
+    one = [*train_command.words(tiny, **args, per_device_train_batch_size=2), *more]
+    assert forks.run(tiny, *one, "output_dir=one-switch") == 0, train_command.said(tiny)[-3000:]
+    weights = [saved_weights(tiny / f"{name}-switch" / "model") for name in ("two", "one")]
+    assert largest_difference(weights[0], weights[1]) < 1e-5
+    base = saved_weights(tiny / "switch")
+    experts = [name for name in base if ".experts." in name]
+    moved = [name for name in experts if not torch.equal(base[name], weights[0][name])]
+    assert 0 < len(moved) < len(experts)
+
+    # Where the user takes the search away, the first step says which weights would part.
+    codes, text = launch_ranks(
+        forks, tiny, *two, "trainer.args.ddp_find_unused_parameters=false", "output_dir=parted"
+    )
+    assert 2 in codes, text[-3000:]
+    assert "Step 1: encoder.block.1.layer.1.mlp.experts.expert_" in text
+    assert "Set trainer.args.ddp_find_unused_parameters=true" in text
+    assert "Traceback" not in text
 
 
 # Each process draws completions of its own (TRL seeds each rank apart), so no run of two processes

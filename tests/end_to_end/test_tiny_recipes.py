@@ -1,4 +1,4 @@
-"""The tiny recipes: each trains the small real model until what it is for gets better.
+"""The tiny recipes: each trains a small model until what it is for gets better.
 
 They run in one process, one after the other: half of what a run costs is to import the libraries.
 """
@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
+from luthier.cli.show import print_rollouts
 from luthier.cli.train import main, train
 from luthier.config.methods import METHODS
 
@@ -43,15 +44,16 @@ AIMS = {
     "tiny_tag": [Aim("entity_f1", 0.3), Aim("accuracy", 0.5)],
     "tiny_seq2seq": [Aim("exact_match", 0.7), Aim("rouge1", 0.5)],
     "tiny_vision": [Aim("exact_match", 0.9)],
+    "tiny_tools": [Aim("reward", 0.4)],
 }
-FROM_NOTHING = ("tiny_seq2seq", "tiny_vision")
+FROM_NOTHING = ("tiny_seq2seq", "tiny_vision", "tiny_tools")
 """Recipes whose models are made by a script."""
 
 
-def trained(folder, name):
+def trained(folder, name, *overrides):
     """Run a recipe; return the record, the logged steps and the folder of the model."""
     output = folder / name
-    assert main(train, [f"recipe={name}", f"output_dir={output}"]) == 0
+    assert main(train, [f"recipe={name}", f"output_dir={output}", *overrides]) == 0
     lines = (output / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "loss" in row]
     return json.loads((output / "run.json").read_text()), steps, output / "model"
@@ -59,7 +61,8 @@ def trained(folder, name):
 
 def test_every_method_has_a_tiny_recipe():
     methods = {f"tiny_{name}" for name in METHODS} - {"tiny_sft"}  # that is the quickstart
-    assert set(TINY) == set(AIMS) == methods | {"tiny_vision"}
+    # The last two are sft with images, and grpo with a tool.
+    assert set(TINY) == set(AIMS) == methods | {"tiny_vision", "tiny_tools"}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -177,3 +180,52 @@ def test_a_model_from_nothing_learns_to_see_and_answers_plainly(tmp_path, monkey
         answer = processor.decode(out[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += answer == reply["content"]
     assert right >= 9
+
+
+@pytest.mark.train
+def test_a_model_learns_to_call_a_calculator(tmp_path, monkeypatch, capsys):
+    run_script("tiny_tools", tmp_path, monkeypatch)
+    record, steps, model = trained(tmp_path / "runs", "tiny_tools", "trainer.args.max_steps=40")
+    printed = capsys.readouterr().out
+    assert re.search(r"reward 0\.\d+  calls 0\.\d+  loss", printed)
+    assert f"luthier show {model.parent} --rollouts" in printed
+    _reaches(record, "tiny_tools")
+    assert record["results"]["reward"]["before"] < 0.4
+    assert steps[0]["tools/call_frequency"] < 0.4 < 0.6 < steps[-1]["tools/call_frequency"]
+    # A call is 14 tokens and its answer 2. The result between them, 10 more, is not the model's.
+    assert steps[-1]["completions/mean_length"] < 16.5
+    lines = (model.parent / "rollouts.jsonl").read_text().splitlines()
+    completions = [json.loads(line)["completion"] for line in lines]
+    assert len(completions) == 4 * 40
+    sums = [(found, rest) for first, *rest in completions if (found := find_sum(json.dumps(first)))]
+    assert len(sums) > len(completions) / 4
+    for (a, b), (result, answer, *_) in sums:
+        assert (result["role"], result["content"]) == ("tool", str(int(a) + int(b)))
+        assert answer["role"] == "assistant"
+    print_rollouts(model.parent)
+    assert '  assistant calls calculator {"expression": ' in capsys.readouterr().out
+    check_saved_model_calls(model)
+
+
+def find_sum(text):
+    """Return the two numbers of the call of a calculator in a text; None where there is none."""
+    found = re.search(r'"expression": "(\d+) \+ (\d+)"}', text)
+    return found and found.groups()
+
+
+def check_saved_model_calls(model):
+    """Plain transformers generates the right call for most held-out sums."""
+    net = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    lines = Path("tiny_tools/sums.heldout.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    batch = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        tools=[{"type": "function", "function": {"name": "calculator"}}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    out = net.generate(**batch, do_sample=False, max_new_tokens=16)
+    called = map(find_sum, tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :]))
+    asked = [re.match(r"What is (\d+) \+ (\d+)", prompt).groups() for prompt in prompts]
+    right = [pair == sum_ for pair, sum_ in zip(called, asked, strict=True)]
+    assert sum(right) > 0.8 * len(prompts)

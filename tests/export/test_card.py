@@ -93,6 +93,12 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
              "base.resize_token_embeddings(300)"],
         ),
         (
+            make_facts(loader="my.py:load", rows=300),
+            ["# load is the function that it was trained with (my.py:load).",
+             "base = load(BASE)", "base.resize_token_embeddings(300)",
+             "model = PeftModel.from_pretrained(base, MODEL)"],
+        ),
+        (
             make_facts(task="SEQ_CLS", method="classify"),
             ['labels = json.loads((Path(MODEL) / "labels.json").read_text())',
              "print(model.config.id2label[logits.argmax().item()])"],
@@ -111,7 +117,8 @@ def test_a_model_that_trained_whole_is_told_as_one(tmp_path, base):
             ],
         ),
     ],
-    ids=["4 bits", "a GGUF file of a package", "a revision and new tokens", "a classifier",
+    ids=["4 bits", "a GGUF file of a package", "a revision and new tokens", "a function",
+         "a classifier",
          "a system prompt and a variable", "an encoder-decoder"],
 )  # fmt: skip
 def test_the_python_for(told, lines):

@@ -5,7 +5,7 @@ torch's `fully_shard` works on CPUs. Only accelerate 1.15 does not choose it the
 MULTI_CPU as it is. luthier therefore refuses FSDP without a GPU in words. `choose_fsdp_on_cpu`
 patches these two places, in the processes of a test alone:
 
-- `launch_checks._refuse_fsdp_without_gpu` no longer refuses;
+- `launch.checks._refuse_fsdp_without_gpu` no longer refuses;
 - `AcceleratorState.__init__` takes the branch of MULTI_GPU, so that what follows (the sharding, its
   checks, the mixed precision of the shards) is accelerate's own code on GPUs.
 
@@ -166,7 +166,7 @@ def gather_weights(model):
 
 def choose_fsdp_on_cpu():
     """Patch this process as the head of this file says; before luthier looks at its launch."""
-    from luthier.train import launch_checks
+    from luthier.train.launch import checks
 
     # Called when torch is imported anyway, so mistakes in a config are told as fast as always.
     def choose(request, state):
@@ -175,7 +175,7 @@ def choose_fsdp_on_cpu():
             _keep_gathered_weights()
             _break_as_told()
 
-    launch_checks._refuse_fsdp_without_gpu = choose
+    checks._refuse_fsdp_without_gpu = choose
 
 
 def _patch_accelerate():

@@ -4,17 +4,17 @@ import json
 import sys
 
 from luthier.errors import UserError, report_error
-from luthier.train import launch_checks
+from luthier.train.launch.checks import check_launch_request, check_running_launch
 
 
 def probe() -> None:
-    launch_checks.check_launch_request()
+    check_launch_request()
     assert "torch" not in sys.modules, "check_launch_request must not import torch"
     import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    facts = launch_checks.check_running_launch(accelerator)
+    facts = check_running_launch(accelerator)
     ranks = accelerator.reduce(torch.tensor(accelerator.process_index + 1))
     backend = torch.distributed.get_backend() if facts["processes"] > 1 else None
     line = {**facts, "sum": int(ranks), "backend": backend, "gpus": torch.cuda.device_count()}

@@ -1,11 +1,14 @@
 """Replies as messages: reasoning, content and tool calls, of every way to ask a model."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from helpers.chatml import jsonl
 from luthier.chat import ParsedReply
+from luthier.cli.chat import ChatRepl
 from luthier.errors import UserError
 from luthier.infer import LLM
 from luthier.infer.reply_messages import format_message, make_call_id
@@ -95,6 +98,77 @@ def test_a_conversation_goes_on_behind_calls(thinker, forced):
         "user", "assistant", "tool", "tool", "assistant",
     ]  # fmt: skip
     assert [turn["tool_call_id"] for turn in chat.turns[2:4]] == [call["id"] for call in calls]
+
+
+@pytest.fixture
+def terminal(thinker):
+    """A chat in the terminal with a tool; gives it, and what takes a line and returns the page."""
+    page = io.StringIO()
+    console = Console(file=page, width=80)
+    chat = ChatRepl(console, thinker, None, {"max_new_tokens": 300}, None, TOOLS)
+
+    def take(line):
+        page.seek(0)
+        page.truncate()
+        chat.take(line)
+        return page.getvalue()
+
+    return chat, take
+
+
+def test_the_terminal_shows_calls_and_takes_what_they_return(terminal, forced, tmp_path):
+    chat, take = terminal
+    roles = lambda: [turn["role"] for turn in chat._chats[0].turns]  # noqa: E731
+    forced(REPLY)
+    call = 'look_up({"word": "ä"})'
+    first = take("abc")
+    assert first.startswith(f"hm\nWell.\n{call}\n{call}\n")
+    assert first.endswith("not run: type what look_up returns, or /skip\n")
+    assert take("1") == "and what does look_up return?\n"
+    forced(SAMPLES["content"])
+    assert take("2").startswith("hm\nWell.\n")
+    assert roles() == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [turn["content"] for turn in chat._chats[0].turns[2:4]] == ["1", "2"]
+    # The last answer again, to the same results; then as if nothing had been said.
+    take("/retry")
+    assert roles() == ["user", "assistant", "tool", "tool", "assistant"]
+    take(f"/save {tmp_path / 'chat.jsonl'}")
+    assert json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["tools"] == TOOLS
+    assert take("/skip") == "/skip: no call waits for a result.\n"
+
+
+def test_calls_in_the_terminal_may_stay_without_results(terminal, forced):
+    chat, take = terminal
+    forced(REPLY)
+    take("abc")
+    take("1")
+    assert take("/skip") == "the calls stay without results\n"
+    forced(SAMPLES["content"])
+    take("more")
+    assert [turn["role"] for turn in chat._chats[0].turns] == [
+        "user", "assistant", "user", "assistant",
+    ]  # fmt: skip
+    forced(REPLY)
+    take("again")
+    assert take("/reset") == "the conversation begins anew\n"
+    forced(SAMPLES["content"])
+    take("abc")
+    assert [turn["role"] for turn in chat._chats[0].turns] == ["user", "assistant"]
+
+
+def test_what_was_not_answered_is_not_taken_back(thinker, forced):
+    forced(REPLY)
+    chat = thinker.chat(tools=TOOLS)
+    chat.say("abc", max_new_tokens=300)
+    turns = list(chat.turns)
+    with pytest.raises(UserError, match="the model reads 4,096 with its reply"):
+        list(chat.answer_calls(["x" * 5000, "2"]))
+    chat.take_back(["x" * 5000, "2"])
+    assert chat.turns == turns
+    chat.take_back(["abc"])
+    assert chat.turns == []
+    chat.take_back(["abc"])
+    assert chat.turns == []
 
 
 def test_generate_writes_messages(luthier, thinker_folder, tmp_path, monkeypatch, thinker, forced):

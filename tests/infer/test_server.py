@@ -332,6 +332,38 @@ def test_tool_choice_none_shows_no_tools(thinking_client, forced):
     assert count() == count(tool_choice="auto") > count(tool_choice="none") == count(tools=None)
 
 
+EFFORT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ reasoning_effort }} {{ mood }}\n"
+    "{% endif %}"
+)
+
+
+def test_variables_of_a_request_are_in_its_prompt(tmp_path):
+    folder = adapter_runs.base(tmp_path / "effort")
+    (folder / "chat_template.jinja").write_text(EFFORT, encoding="utf-8")
+    low = {"reasoning_effort": "low"}
+    rows = [
+        (CHAT, low, low),
+        (CHAT, {"chat_template_kwargs": low | {"mood": "calm"}}, low | {"mood": "calm"}),
+        (CHAT, low | {"chat_template_kwargs": {"mood": "calm"}}, low | {"mood": "calm"}),
+        (RESPONSES, {"reasoning": {"effort": "low"}}, low),
+        (CHAT, {}, None),
+    ]
+    with LLM(str(folder)) as llm, app_client(llm) as client:
+        prompts = [
+            {"messages": QUESTION, "chat_template_kwargs": variables} for _, _, variables in rows
+        ]
+        expected = llm.prompt_ids(prompts)
+        assert len({*map(len, expected)}) == 3
+        for (path, fields, _), ids in zip(rows, expected, strict=True):
+            length = {"max_tokens": 1, "messages": QUESTION}
+            if path == RESPONSES:
+                length = {"max_output_tokens": 1, "input": QUESTION}
+            usage = client.post(path, json=length | fields).json()["usage"]
+            assert usage.get("prompt_tokens", usage.get("input_tokens")) == len(ids), fields
+
+
 @pytest.mark.parametrize(
     ("stops", "pieces", "emitted", "rest"),
     [

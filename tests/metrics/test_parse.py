@@ -175,6 +175,52 @@ def test_a_function_of_ones_own(entry, values, rows, module):
     assert (found.values, found.rows) == (values, rows)
 
 
+MESSAGES = """
+def thoughts(predictions, references, rows, *, reply_messages):
+    return [float("reasoning_content" in message) for message in reply_messages]
+def calls(predictions, references, rows, reply_messages=(), reference_messages=()):
+    pairs = zip(reply_messages, reference_messages, strict=True)
+    return [float(a.get("tool_calls") == b.get("tool_calls")) for a, b in pairs]
+def given(predictions, references, rows, reply_messages): return len(reply_messages)
+def words(predictions, references, rows, **settings): return len(settings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("entry", "values", "rows"),
+    [
+        ("python:mine.thoughts", {"thoughts": 0.5}, {"thoughts": [1, 0]}),
+        ("python:mine.calls", {"calls": 0.5}, {"calls": [0, 1]}),
+        ({"python:mine.given": {"reply_messages": "abc"}}, {"given": 3}, {}),
+        ("python:mine.words", {"words": 0}, {}),
+    ],
+    ids=["reply messages", "both", "a setting of that name", "only what it names"],
+)
+def test_a_function_gets_the_messages_that_it_names(entry, values, rows, module):
+    module("mine", MESSAGES)
+    assert check_metrics([entry]) == []
+    metrics = parse_metrics([entry])
+    prepare_metrics(metrics, ["x"])
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    replies = [
+        Prediction(
+            "a", "x", message={"content": "a", "reasoning_content": "hm"},
+            reference_message={"content": "", "tool_calls": [call]},
+        ),
+        # A turn that calls a tool: there are no words to compare with.
+        Prediction(
+            "", "", has_reference=False, message={"content": "", "tool_calls": [call]},
+            reference_message={"content": "", "tool_calls": [call]},
+        ),
+    ]  # fmt: skip
+    scores = score_replies(metrics, replies)
+    if entry in ("python:mine.thoughts", "python:mine.calls"):
+        assert (scores.values, scores.rows) == (values, rows)
+    else:
+        assert metrics[0].takes(replies[1]) is False
+        assert scores.values == values
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from helpers.skip_marks import needs_smollm2
 from helpers.vision_families import save_vision_processor
+from luthier.config.schema import TrainerConfig
 from luthier.errors import UserError
 from luthier.model import gguf, source
 from luthier.model.artifact import build_chat_encoder, find_artifact
@@ -275,7 +276,7 @@ def test_images_are_those_of_the_training(tmp_path):
     tokenizer = load_tokenizer(found.base)
     content = [{"type": "text", "text": "Hi"}]
     for method, takes_images in ((None, True), ("dpo", True), ("kto", False)):
-        config = method and SimpleNamespace(trainer=SimpleNamespace(method=method))
+        config = method and SimpleNamespace(trainer=TrainerConfig(method=method))
         encoder = build_chat_encoder(replace(found, config=config), tokenizer)
         assert (encoder.images is not None) == takes_images
         # The processor's own call puts a BOS token in front, and a training on text alone did not.

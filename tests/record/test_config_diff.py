@@ -69,6 +69,30 @@ def test_where_and_whether_a_run_happens_is_no_change(key):
     assert compare_configs(CONFIG, changed(CONFIG, **{key: "other"})) == []
 
 
+ABSENT = [
+    ("a loss", "trainer.loss", None, True),
+    ("a loader", "model.loader", None, True),
+    ("an optimizer", "trainer.optimizer", {"name": None, "groups": []}, True),
+    ("an empty group", "trainer.optimizer", {}, True),
+    ("tools", "trainer.tools", [], True),
+    ("a map of a source", "dataset.sources", {"a": {"map": None}}, True),
+    ("a loss of one's own", "trainer.loss", "python:own.py:loss", False),
+    ("muon", "trainer.optimizer", {"name": "muon", "groups": []}, False),
+    ("null, where absent is a value", "chat.add_eos", None, False),
+    ("a field of the trainer", "trainer.args.optim", None, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_same"), [row[1:] for row in ABSENT], ids=[row[0] for row in ABSENT]
+)
+def test_a_setting_that_an_older_version_did_not_know_equals_its_default(key, value, is_same):
+    base = CONFIG | {"model": {"path": "m"}}
+    new = changed(base, **{key: value})
+    for changes in (compare_configs(base, new), compare_configs(new, base)):
+        assert (changes == []) is is_same, changes
+
+
 RATES = [
     ("constant", 0, False), ("constant", 0.1, False), ("constant_with_warmup", 10, False),
     ("constant_with_warmup", 0.1, True), ("linear", 0, True), ("cosine", 0, True),

@@ -4,6 +4,7 @@ That loss is held against plain arithmetic over the whole step, one row at a tim
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from trl import DPOConfig
 
 from helpers import preference_trainer, sft_trainer
 from helpers.adapter_models import config_of
-from helpers.model_families import family_config
+from helpers.model_families import family_config, make_family_model
 from luthier.config import load_config
 from luthier.config.cross_checks import ROUTER_LOSS_OF_A_BATCH
 from luthier.config.methods import METHODS
 from luthier.errors import UserError
 from luthier.model.device import Machine
-from luthier.train.arguments import check_router_loss
+from luthier.model.trainable import freeze_parameters
+from luthier.train.arguments import check_router_loss, set_unused_search
 from luthier.train.methods import load_method
 from luthier.train.methods.dpo import LuthierDPOTrainer
 
@@ -183,3 +185,44 @@ def test_a_mixture_trains_alike_in_one_batch_and_in_four(adapted, tmp_path):
         found.append(dict(trained(net)))
     for name, weight in found[0].items():
         assert_close(weight, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+REENTRANT = {
+    "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"use_reentrant": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("trains", "settings", "expected"),
+    [
+        pytest.param("language_model", {}, False, id="all-are-reached"),
+        pytest.param(".", {}, True, id="an-open-tower"),
+        pytest.param(".", {"activation_checkpointing": True}, True, id="recomputed"),
+        pytest.param("language_model", {"method": "python:own.Trainer"}, True, id="own-trainer"),
+        pytest.param(".", REENTRANT, False, id="torch-refuses-both"),
+        pytest.param(".", {"ddp_find_unused_parameters": False}, False, id="the-users-false"),
+        pytest.param(
+            "language_model", {"ddp_find_unused_parameters": True}, True, id="the-users-true"
+        ),
+    ],
+)
+def test_ddp_looks_for_weights_without_a_gradient_where_there_may_be_some(
+    trains, settings, expected
+):
+    args = SimpleNamespace(
+        **{
+            "ddp_find_unused_parameters": None,
+            "activation_checkpointing": False,
+            "activation_checkpointing_kwargs": None,
+        }
+        | settings
+    )
+    model = make_family_model("gemma3")
+    freeze_parameters(model, [trains], [])
+    method = settings.get("method", "sft")
+    config = SimpleNamespace(
+        model=SimpleNamespace(loader=None), trainer=SimpleNamespace(method=method)
+    )
+    set_unused_search(args, model, config)
+    assert args.ddp_find_unused_parameters is expected

@@ -1,14 +1,15 @@
-"""The lines that a run prints of its model."""
+"""The lines that a run prints of its model and its data."""
 
 import pytest
 
 from helpers.adapter_models import config_of
 from helpers.model_families import save_family
 from luthier.config.library_settings import LoraSettings, QuantizationSettings
+from luthier.data.prepare import SplitCounts
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
 from luthier.model.load import load_model
-from luthier.train.console import print_model
+from luthier.train.console import format_counts, print_model
 
 CPU = Machine("cpu", "float32", "sdpa")
 LINES = {
@@ -48,3 +49,17 @@ def test_the_model_s_line_says_what_the_class_got(family, adapted, tmp_path, cap
     assert first.startswith("model     ")
     assert first.endswith(expected)
     assert others == notes
+
+
+@pytest.mark.parametrize(
+    ("trained", "answers", "line"),
+    [
+        (50, "", "3 rows, 3 sequences, longest 90, 200 tokens, 50 trained (25%)"),
+        (3, "labels", "3 rows, 3 sequences, longest 90, 200 tokens, 3 labels"),
+        (0, "completions of prompts", "3 rows, 3 sequences, longest 90, 200 tokens"),
+    ],
+    ids=["tokens", "labels", "completions-that-the-model-writes"],
+)
+def test_the_line_of_a_split_says_what_trains(trained, answers, line):
+    counts = SplitCounts(rows=3, sequences=3, tokens=200, trained_tokens=trained, longest=90)
+    assert format_counts(counts, answers) == line

@@ -26,7 +26,7 @@ ROW = ({"messages": [USER, REPLY]}, {})
     ids=["as many as are scored", "no more than there are", "those shown", "none"],
 )
 def test_how_many_are_asked(settings, count):
-    sets = select_eval_prompts(EvaluationConfig(**settings), {"": [ROW] * 9}, "ddp")
+    sets = select_eval_prompts(EvaluationConfig(**settings), {"": [ROW] * 9})
     assert sum(len(one.questions) for one in sets) == count
 
 
@@ -110,32 +110,20 @@ def test_a_question_has_what_its_row_has_for_the_template():
 def test_each_set_has_its_own_metrics_and_names():
     config = EvaluationConfig(metrics=["exact_match"], sets={"sums": ["number"], "other": []})
     row = ({"messages": [USER, {"role": "assistant", "content": "7"}]}, {})
-    sets = select_eval_prompts(config, {"": [row], "sums": [row], "other": [row]}, "none")
+    sets = select_eval_prompts(config, {"": [row], "sums": [row], "other": [row]})
     names = [(one.prefix, one.label, [metric.name for metric in one.metrics]) for one in sets]
     assert names == [("eval", "", ["exact_match"]), ("eval_sums", "sums/", ["number"])]
 
 
 def test_a_reference_that_no_metric_can_compare_with_stops_the_run():
     with pytest.raises(UserError, match="metric number: 1 of 1 references"):
-        select_eval_prompts(EvaluationConfig(metrics=["number"]), {"": [ROW]}, "none")
+        select_eval_prompts(EvaluationConfig(metrics=["number"]), {"": [ROW]})
 
 
 def test_metrics_need_rows_with_a_reply():
     config = EvaluationConfig(sets={"texts": ["exact_match"]})
     with pytest.raises(UserError, match=r"evaluation\.sets\.texts: no row of the evaluation set"):
-        select_eval_prompts(config, {"": [ROW], "texts": [({"text": "a"}, {})]}, "none")
-
-
-def test_fsdp1_answers_nothing():
-    assert select_eval_prompts(EvaluationConfig(), {"": [ROW]}, "fsdp1") == []
-    with pytest.raises(UserError, match="replies are not generated under fsdp1"):
-        select_eval_prompts(EvaluationConfig(metrics=["exact_match"]), {"": [ROW]}, "fsdp1")
-
-
-@pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_other_sharding_answers(sharding):
-    (one,) = select_eval_prompts(EvaluationConfig(), {"": [ROW]}, sharding)
-    assert len(one.questions) == 1
+        select_eval_prompts(config, {"": [ROW], "texts": [({"text": "a"}, {})]})
 
 
 def best(metrics=(), sets=None, patience=None, **args):

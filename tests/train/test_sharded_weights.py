@@ -95,6 +95,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     assert _find_difference([file], halves(), {}) == "adapter_model.safetensors is missing"
 
 
+def test_a_save_without_any_weights_is_no_save(tmp_path):
+    """Nothing was expected, and nothing is in the file: the adapter would be lost."""
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({}, file)
+    problem = _find_difference([file], [{}, {}], {})
+    assert problem == "there are no weights to save in it"
+
+
 def test_the_sums_do_not_depend_on_how_a_tensor_is_cut(monkeypatch):
     values = torch.randn(1000)
     expected = _sum_bits(values)

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from helpers.adapter_models import IDS, config_of, prepared, trained
-from helpers.model_families import make_family_model, save_family
+from helpers.model_families import save_family
 from helpers.vision_families import save_vision_family
 from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.model.vision_processor import find_vision_processor
 from luthier.train.trainers.vision_tower import (
-    allow_steps_without_images,
     check_trained_parts,
     run_tower_in_each_batch,
     trains_vision,
@@ -58,26 +57,6 @@ def test_a_tower_alone_does_not_train_without_images(groups, key, tmp_path):
     model, _ = prepared(config)
     with pytest.raises(UserError, match=rf"{key}no row has an image, so model\.vision_tower would"):
         check_trained_parts(model, config, has_images=False)
-
-
-UNUSED = {
-    "an open tower": (True, None, {}, True),
-    "reentrant checkpoints": (True, None, {"use_reentrant": True}, False),
-    "as the user has it": (True, False, {}, False),
-    "a frozen tower": (False, None, {}, None),
-}
-
-
-@pytest.mark.parametrize(("opened", "setting", "kwargs", "expected"), UNUSED.values(), ids=UNUSED)
-def test_ddp_looks_for_weights_that_a_process_does_not_reach(opened, setting, kwargs, expected):
-    model = make_family_model("gemma3")
-    model.requires_grad_(opened)
-    args = SimpleNamespace(
-        ddp_find_unused_parameters=setting, activation_checkpointing_kwargs=kwargs,
-        gradient_checkpointing_kwargs=None,
-    )  # fmt: skip
-    allow_steps_without_images(args, model)
-    assert args.ddp_find_unused_parameters is expected
 
 
 @pytest.mark.parametrize("family", ["gemma3", "idefics3", "qwen3_vl"])

@@ -24,7 +24,7 @@ NUMBERS = (71001, 71002, 71003)
 """Keys and values of made-up arguments: they stand in no template."""
 _ALL_TYPES = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_KEY = "\0"
+KEY_MARK = "\0"
 """Stands for the entry's own key in a marker: some templates close a tag with it."""
 
 
@@ -134,7 +134,7 @@ class SequenceMarkers(NamedTuple):
 
     def ends(self, key: str) -> tuple[str, ...]:
         """Return what may stand behind a value."""
-        return self.separator.replace(_KEY, key), self.closing.replace(_KEY, key)
+        return self.separator.replace(KEY_MARK, key), self.closing.replace(KEY_MARK, key)
 
 
 @dataclass(slots=True)
@@ -176,7 +176,7 @@ class EntryArguments:
         self._learn_container("object", {"zqk": 71003, "zqm": "zqx"}, {"zqk": 71003, "zqm": 71004})
         self._learn_empty()
 
-    # What follows learns; `parse` is below.
+    # Learning: what stands around keys and values of each type.
 
     def _body(self, arguments: dict[str, Any]) -> str:
         """Return what stands behind the first key."""
@@ -218,7 +218,7 @@ class EntryArguments:
             end = pair.find(second, behind)
             if start >= 0 and pair.startswith(middle + encoding) and end >= 0:
                 parts = middle, pair[behind:end], alone[behind:]
-                return tuple(part.replace(first, _KEY) for part in parts)  # type: ignore[return-value]
+                return tuple(part.replace(first, KEY_MARK) for part in parts)  # type: ignore[return-value]
         return None
 
     def _learn_strings(self) -> None:
@@ -285,7 +285,7 @@ class EntryArguments:
     def _find_sequence(self, value: Any) -> SequenceMarkers | None:
         """Return what stands around the items of a value in the template's own notation."""
         assert self._base is not None
-        closing = min(self._base.closings).replace(_KEY, KEYS[0])
+        closing = min(self._base.closings).replace(KEY_MARK, KEYS[0])
         try:
             body = self._body({KEYS[0]: value})
         except (ReplySyntaxError, ChatError):
@@ -307,13 +307,13 @@ class EntryArguments:
         else:
             (separator,) = gaps
             middle, last = "", ""
-        closing = inner[position:].replace(last, _KEY) if last else inner[position:]
+        closing = inner[position:].replace(last, KEY_MARK) if last else inner[position:]
         if not closing or not separator:
             return None
         return SequenceMarkers(
             inner[: places[0]],
             middle,
-            separator.replace("zqk", _KEY) if last else separator,
+            separator.replace("zqk", KEY_MARK) if last else separator,
             closing,
         )
 
@@ -324,7 +324,7 @@ class EntryArguments:
         except (ReplySyntaxError, ChatError):
             return
 
-    # What follows reads.
+    # Reading, by what was learnt.
 
     def parse(self, text: str, position: int, schema: dict[str, Any]) -> tuple[Any, int]:
         """Return the arguments at a position, and where they end."""
@@ -341,8 +341,8 @@ class EntryArguments:
             key, markers, position = self._read_key(text, position)
             if key in arguments:
                 raise ReplySyntaxError(f"the argument `{key}` stands twice")
-            separators = [each.replace(_KEY, key) for each in markers.separators]
-            closings = [each.replace(_KEY, key) for each in markers.closings]
+            separators = [each.replace(KEY_MARK, key) for each in markers.separators]
+            closings = [each.replace(KEY_MARK, key) for each in markers.closings]
             ends = _longest_first([*separators, *closings])
             value, position = self._read_value(
                 text, position, ends, markers.types, properties.get(key, {})
@@ -357,10 +357,10 @@ class EntryArguments:
         places = [
             (text.find(each.middle, position), -len(each.middle), each) for each in self.markers
         ]
-        found = min((p for p in places if p[0] >= 0), key=lambda p: p[:2], default=None)
-        if found is None or found[0] == position or "\n" in text[position : found[0]]:
+        nearest = min((p for p in places if p[0] >= 0), key=lambda p: p[:2], default=None)
+        if nearest is None or nearest[0] == position or "\n" in text[position : nearest[0]]:
             raise ReplySyntaxError("an argument has no name")
-        start, length, markers = found
+        start, length, markers = nearest
         return text[position:start], markers, start - length
 
     def _read_value(
@@ -372,21 +372,21 @@ class EntryArguments:
         schema: dict[str, Any],
     ) -> tuple[Any, int]:
         """Return the value at a position, and where it ends: in front of one of the ends."""
-        wanted = schema_types(schema)
+        allowed = schema_types(schema)
         is_bare = "string" in types and not self.quotes[0]
-        if not is_bare or wanted - {"string"} or self._is_structured(text, position, wanted):
+        if not is_bare or allowed - {"string"} or self._is_structured(text, position, allowed):
             literal = self._read_literal(text, position, ends, schema)
             if literal is not None and (
-                not is_bare or not wanted or _type_names(literal[0]) & wanted
+                not is_bare or not allowed or _type_names(literal[0]) & allowed
             ):
                 return literal
         if not is_bare:
             raise ReplySyntaxError("an argument has no value")
         return self._read_bare(text, position, ends)
 
-    def _is_structured(self, text: str, position: int, wanted: set[str]) -> bool:
+    def _is_structured(self, text: str, position: int, allowed: set[str]) -> bool:
         """Return whether a list or an object in the template's own notation begins there."""
-        return not wanted and any(
+        return not allowed and any(
             text.startswith(form.opening, position)
             for form in self.containers.values()
             if isinstance(form, SequenceMarkers)
@@ -404,11 +404,11 @@ class EntryArguments:
         """Return a value whose text says its type, and its end; None where none stands there."""
         for read in (self._read_quoted, self._read_container, self._read_scalar, self._read_empty):
             try:
-                found = read(text, position, ends, schema)
+                literal = read(text, position, ends, schema)
             except ReplySyntaxError:
                 continue
-            if found is not None and any(text.startswith(end, found[1]) for end in ends):
-                return found
+            if literal is not None and any(text.startswith(end, literal[1]) for end in ends):
+                return literal
         return None
 
     def _read_quoted(
@@ -493,9 +493,9 @@ class EntryArguments:
         self, text: str, position: int, ends: list[str], schema: dict[str, Any]
     ) -> tuple[Any, int] | None:
         """Return the list or object that a notation of the template's own writes as nothing."""
-        wanted = schema_types(schema)
+        allowed = schema_types(schema)
         for name, empty in (("array", []), ("object", {})):
-            if name in wanted and isinstance(self.containers.get(name), SequenceMarkers):
+            if name in allowed and isinstance(self.containers.get(name), SequenceMarkers):
                 return empty, position
         return None
 

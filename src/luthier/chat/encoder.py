@@ -30,7 +30,7 @@ from luthier.chat.pipeline import (
     turn_starts,
 )
 from luthier.chat.reply_grammar import ReplyGrammar
-from luthier.chat.reply_parser import MessageParser, ParsedReply, ReplyStream
+from luthier.chat.reply_parser import ParsedReply, ReplyParser, ReplyStream
 from luthier.chat.turns import RenderedSequence, select_trained_messages
 from luthier.chat.types import ChatBatch, ChatError, ChatSequence
 from luthier.gc_pause import pause_gc
@@ -115,7 +115,7 @@ class ChatEncoder:
             tokenizer, template, self.variables, self.date, self.eos_token_ids, boundaries,
             train_on, self.roles, images,
         )  # fmt: skip
-        self._reply_parsers: dict[int, MessageParser] = {}
+        self._reply_parsers: dict[int, ReplyParser] = {}
 
     def prompt(
         self,
@@ -168,19 +168,19 @@ class ChatEncoder:
 
     def reply_grammar(self, tools: list | None = None) -> ReplyGrammar:
         """Return what the template writes around the fields of a reply to a question."""
-        return self._reply_parser(tools, None).usual_grammar(tools)
+        return self._reply_parser(tools, None).usual_grammar(None, tools)
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """Return the text of ids that stand behind a prompt, control tokens and all."""
         return self._pipelines.tokens.decode_reply(list(ids))
 
-    def _reply_parser(self, tools: list | None, variables: Any) -> MessageParser:
+    def _reply_parser(self, tools: list | None, variables: Any) -> ReplyParser:
         pipeline, _ = self._select(tools, variables)
         if id(pipeline) not in self._reply_parsers:
             # Parsers keep their pipelines alive, so no id comes back; sets of variables are many.
             if len(self._reply_parsers) > MAX_VARIABLE_SETS:
                 self._reply_parsers.clear()
-            self._reply_parsers[id(pipeline)] = MessageParser(pipeline, self._pipelines.tokens)
+            self._reply_parsers[id(pipeline)] = ReplyParser(pipeline, self._pipelines.tokens)
         return self._reply_parsers[id(pipeline)]
 
     def encode(

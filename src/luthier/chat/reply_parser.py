@@ -66,6 +66,21 @@ class ReplyDelta:
     id: str | None = None
     """The id of a tool call, where the template writes ids."""
 
+    @classmethod
+    def of_call(cls, call: dict[str, Any]) -> ReplyDelta:
+        """Return a tool call of a message as a delta."""
+        function = call["function"]
+        return cls(
+            "tool_call", format_arguments(function["arguments"]), function["name"], call.get("id")
+        )
+
+
+def format_arguments(arguments: Any) -> str:
+    """Return the arguments of a call as JSON text; text stays as it is."""
+    if isinstance(arguments, str):
+        return arguments
+    return json.dumps(arguments, ensure_ascii=False)
+
 
 class RenderedReply(NamedTuple):
     """What the template writes for a message behind its prompt."""
@@ -88,7 +103,7 @@ class ReplyText(NamedTuple):
     """Whether a stop token stood behind it."""
 
 
-class MessageParser:
+class ReplyParser:
     """Takes replies apart, for the template of one pipeline."""
 
     def __init__(self, pipeline: TemplatePipeline, tokens: TokenEncoder) -> None:
@@ -104,12 +119,12 @@ class MessageParser:
     ) -> ParsedReply:
         """Return the message of a reply to the messages; see `ChatEncoder.parse`."""
         messages = messages or [_QUESTION]
-        given = self._read(reply)
-        parsed = self._parse(self._usual_grammar(messages, tools), given, messages, tools)
+        reply_text = self._read_reply(reply)
+        parsed = self._parse(self.usual_grammar(messages, tools), reply_text, messages, tools)
         if parsed.reason is not None:
             grammar = self._special_grammar(messages, tools)
             if grammar is not None:
-                other = self._parse(grammar, given, messages, tools)
+                other = self._parse(grammar, reply_text, messages, tools)
                 return other if other.reason is None else parsed
         return parsed
 
@@ -117,14 +132,11 @@ class MessageParser:
         """Return what goes through a reply as it comes."""
         messages = messages or [_QUESTION]
         grammar = self._special_grammar(messages, tools)
-        return ReplyScanner(grammar or self._usual_grammar(messages, tools))
+        return ReplyScanner(grammar or self.usual_grammar(messages, tools))
 
-    def usual_grammar(self, tools: list | None) -> ReplyGrammar:
-        """Return the grammar of replies to a question."""
-        return self._usual_grammar([_QUESTION], tools)
-
-    def _usual_grammar(self, messages: Messages, tools: list | None) -> ReplyGrammar:
+    def usual_grammar(self, messages: Messages | None, tools: list | None) -> ReplyGrammar:
         """Return the grammar of replies to a question, or to a tool's result."""
+        messages = messages or [_QUESTION]
         role = str(messages[-1].get("role"))
         key = role if role == "tool" else "user", "tools" if tools else ""
         if key not in self._grammars:
@@ -192,7 +204,7 @@ class MessageParser:
             self._pipeline.controls.has_suspects(conversation.texts),
         )
 
-    def _read(self, reply: str | Sequence[int]) -> ReplyText:
+    def _read_reply(self, reply: str | Sequence[int]) -> ReplyText:
         if isinstance(reply, str):
             stop = next((stop for stop in self._stops if reply.endswith(stop)), "")
             return ReplyText(reply.removesuffix(stop), None, bool(stop))
@@ -202,12 +214,12 @@ class MessageParser:
         return ReplyText(self._tokens.decode_reply(ids), ids, is_ended)
 
     def _parse(
-        self, grammar: ReplyGrammar, given: ReplyText, messages: Messages, tools: list | None
+        self, grammar: ReplyGrammar, reply_text: ReplyText, messages: Messages, tools: list | None
     ) -> ParsedReply:
         """Return the message, if it renders to the reply, or the reply as plain content."""
-        plain = {"role": "assistant", "content": given.text}
+        plain = {"role": "assistant", "content": reply_text.text}
         scanner = ReplyScanner(grammar)
-        pieces = [*scanner.add(given.text), *scanner.finish(is_cut=not given.is_ended)]
+        pieces = [*scanner.add(reply_text.text), *scanner.finish(is_cut=not reply_text.is_ended)]
         if scanner.problem is not None:
             return ParsedReply(plain, f"the reply is no turn of the template: {scanner.problem}")
         texts = {
@@ -226,7 +238,7 @@ class MessageParser:
                     )
                     message |= {"content": texts["content"] + behind, "tool_calls": calls}
                 cut = len(scanner.held) if scanner.node in ("reasoning", "content") else 0
-                problem = self._find_difference(message, given, cut, messages, tools)
+                problem = self._find_difference(message, reply_text, cut, messages, tools)
                 # JSON that the template takes as text may be spaced in a way of its own.
                 if problem is None or self._pipeline.arguments.form != "text":
                     break
@@ -239,7 +251,7 @@ class MessageParser:
     def _find_difference(
         self,
         message: dict[str, Any],
-        given: ReplyText,
+        reply_text: ReplyText,
         cut: int,
         messages: Messages,
         tools: list | None,
@@ -252,31 +264,34 @@ class MessageParser:
         rendered = self._render(message, messages, tools)
         text = rendered.text.removesuffix(rendered.stop_token)
         is_begun = (
-            not given.is_ended and "tool_calls" not in message and text.startswith(given.text)
+            not reply_text.is_ended
+            and "tool_calls" not in message
+            and text.startswith(reply_text.text)
         )
-        if given.ids is None:
-            is_same = text == given.text or is_begun
+        if reply_text.ids is None:
+            is_same = text == reply_text.text or is_begun
         else:
             ids = self._encode(rendered)[:-1]
-            is_same = ids == given.ids or (is_begun and self._begins(ids, given, cut))
+            is_same = ids == reply_text.ids or (is_begun and self._begins(ids, reply_text, cut))
         if is_same:
             return None
-        if text == given.text:
+        if text == reply_text.text:
             return "the reply's text is as the template writes it, but its tokens are other ones"
-        return _describe_difference(given.text, text)
+        return _describe_difference(reply_text.text, text)
 
-    def _begins(self, ids: list[int], given: ReplyText, cut: int) -> bool:
+    def _begins(self, ids: list[int], reply_text: ReplyText, cut: int) -> bool:
         """Return whether a reply that was cut has the first of these ids.
 
         Its last token, and those of a marker that was cut, may be other ones than in a whole reply.
         """
-        assert given.ids is not None
-        pairs = enumerate(zip(ids, given.ids, strict=False))
-        same = next((n for n, (one, other) in pairs if one != other), min(len(ids), len(given.ids)))
-        if same + 1 >= len(given.ids):
+        assert reply_text.ids is not None
+        pairs = enumerate(zip(ids, reply_text.ids, strict=False))
+        shorter = min(len(ids), len(reply_text.ids))
+        same = next((n for n, (one, other) in pairs if one != other), shorter)
+        if same + 1 >= len(reply_text.ids):
             return True
-        start = self._tokens.decode_reply(given.ids[: same + 1])
-        return len(start) >= len(given.text) - cut
+        start = self._tokens.decode_reply(reply_text.ids[: same + 1])
+        return len(start) >= len(reply_text.text) - cut
 
     def _encode(self, rendered: RenderedReply) -> list[int]:
         """Return the ids of a rendered reply, stop token and all."""
@@ -293,9 +308,7 @@ class ReplyStream:
     text of its reasoning stays reasoning, and what was held back as calls comes as content.
     """
 
-    def __init__(
-        self, parser: MessageParser, messages: Messages | None, tools: list | None
-    ) -> None:
+    def __init__(self, parser: ReplyParser, messages: Messages | None, tools: list | None) -> None:
         self._parser, self._messages, self._tools = parser, messages, tools
         self._scanner = parser.scanner(messages, tools)
         self._text = ""
@@ -320,12 +333,7 @@ class ReplyStream:
         deltas = [self._emit(p.field, p.text) for p in self._scanner.finish(is_cut=True)]
         if reply.reason is not None:
             return [*deltas, *self._release()]
-        for call in reply.message.get("tool_calls", ()):
-            function = call["function"]
-            arguments = function["arguments"]
-            if not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            deltas.append(ReplyDelta("tool_call", arguments, function["name"], call.get("id")))
+        deltas += map(ReplyDelta.of_call, reply.message.get("tool_calls", ()))
         content = reply.message["content"].removeprefix(self._emitted["content"])
         return [*deltas, *([self._emit("content", content)] if content else [])]
 

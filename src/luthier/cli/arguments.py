@@ -24,6 +24,8 @@ class Flag:
 
 TRUST = Flag("--trust", None, "let the run's folder or the recipe run code (docs/runs.md)")
 """The flag of all commands that read a run's folder or a recipe."""
+BASE = Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was")
+"""The flag of all commands that take an adapter."""
 
 
 @dataclass

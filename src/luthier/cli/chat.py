@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag
 from luthier.errors import UserError
 from luthier.infer import generation_config as generation
 from luthier.infer.chat_session import ChatSession, Content
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from luthier.infer.llm import LLM, GeneratedReply
     from luthier.infer.prompt_images import PromptImage
 
+CallResults = tuple[str, ...]
+"""What the calls of a reply return, in their order."""
 
 COMMAND_LINE = CommandLine(
     "chat",
@@ -38,13 +40,15 @@ COMMAND_LINE = CommandLine(
         Flag("--compare", None, "base and tuned model side by side"),
         Flag("--system", "TEXT", "the system prompt"),
         Flag("--image", "FILE", "a picture that goes with the first message; /image for more"),
+        Flag("--tools", "FILE", "a JSON list of tools to call; you type what a call returns"),
         Flag("--seed", "N", "for sampling"),
-        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        BASE,
         TRUST,
     ),
     "  luthier chat runs/quickstart/default\n"
     "  luthier chat runs/quickstart/default --compare --system 'Turn the note into JSON.'\n"
-    "  luthier chat Qwen/Qwen3-0.6B temperature=0.6 top_p=0.95\n",
+    "  luthier chat Qwen/Qwen3-0.6B temperature=0.6 top_p=0.95\n"
+    "  luthier chat Qwen/Qwen3-0.6B --tools tools.json\n",
 )
 
 
@@ -53,16 +57,11 @@ def run(arguments: list[str]) -> int:
     if COMMAND_LINE.asks_help(arguments):
         return 0
     parsed = COMMAND_LINE.parse(arguments)
-    from luthier.cli.model_arguments import parse_model_arguments
-    from luthier.infer.llm import LLM
+    from luthier.cli.model_arguments import open_llm, parse_model_arguments
 
     typed = parse_model_arguments("chat", parsed.overrides, ("MODEL",))
-    llm = LLM(
-        typed.places[0],
-        base=parsed.texts.get("--base"),
-        trust=typed.trust(parsed.switches),
-        **typed.llm(),
-    )
+    tools = read_tools_file(parsed.texts["--tools"]) if "--tools" in parsed.texts else None
+    llm = open_llm(typed, parsed)
     # Before loading: --compare with a model that has no base is refused at once.
     trust = typed.trust(parsed.switches)
     other = _base_of(llm, typed.llm(), trust) if "--compare" in parsed.switches else None
@@ -72,7 +71,25 @@ def run(arguments: list[str]) -> int:
     from luthier.environment import quiet_libraries
 
     quiet_libraries()
-    return _talk(llm, other, settings, parsed.texts.get("--system"), parsed.texts.get("--image"))
+    system, image = parsed.texts.get("--system"), parsed.texts.get("--image")
+    return _talk(llm, other, settings, system, tools, image)
+
+
+def read_tools_file(name: str) -> list[dict[str, Any]]:
+    """Return the tools of a JSON list, as in a row's column `tools`; UserError for other files."""
+    from luthier.data.formats.messages import read_tools
+    from luthier.data.rows import RowError
+
+    path = Path(name).expanduser()
+    try:
+        tools = read_tools(path.read_text(encoding="utf-8-sig"), path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tools {name}: it cannot be read: {error}") from error
+    except RowError as error:
+        raise UserError(f"--tools {name}: {error}") from error
+    if not tools:
+        raise UserError(f"--tools {name}: it has no tools.")
+    return tools
 
 
 def _base_of(llm: "LLM", settings: dict[str, Any], trust: "Trust") -> "LLM":
@@ -92,6 +109,7 @@ def _talk(
     other: "LLM | None",
     settings: dict[str, Any],
     system: str | None,
+    tools: list[dict[str, Any]] | None,
     image: str | None,
 ) -> int:
     console = make_console()
@@ -101,7 +119,7 @@ def _talk(
             # An adapter's base is the same model with the adapter off: it is loaded only once.
             if other is not None and other is not llm:
                 stack.enter_context(other)
-        talk = ChatRepl(console, llm, other, settings, system)
+        talk = ChatRepl(console, llm, other, settings, system, tools)
         if image is not None:
             talk.add_image(image)
         if sys.stdin.isatty():
@@ -180,6 +198,7 @@ HELP = """\
   /image FILE    send a picture with the next message, to a model that reads images
   /reset         forget what was said
   /retry         answer the last message again
+  /skip          leave the model's calls without results, and say something else
   /set KEY=VALUE settings of generation, such as temperature=0.7; /set shows them
   /save FILE     write the conversation as a row of JSONL
   /help          this page
@@ -197,16 +216,27 @@ class ChatRepl:
         other: "LLM | None",
         settings: dict[str, Any],
         system: str | None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> None:
-        """Begin a conversation; `other` answers beside `llm`, and is `llm` itself for its base."""
+        """Begin a conversation; `other` answers beside `llm`, and is `llm` itself for its base.
+
+        `tools`: what the models may call. The user types what a call returns; of two models side by
+        side the calls are shown alone.
+        """
         self._console, self._llm, self._other = console, llm, other
         self._settings = settings
-        self._chats = [open_chat(each, system) for each in (other, llm) if each is not None]
-        self._last: Content | None = None
+        self._chats = [each.chat(system, tools) for each in (other, llm) if each is not None]
+        self._last: Content | CallResults | None = None
         self._images: list[PromptImage] = []
+        """The pictures that go with the next message of the user."""
+        self._calls: list[dict[str, Any]] = []
+        """The calls of the last reply, while they wait for results."""
+        self._results: list[str] = []
+        """The results of the first of them, as far as they were typed."""
         self._commands: dict[str, Callable[[str], None]] = {
             "system": self._system, "reset": self._reset, "retry": self._retry, "set": self._set,
-            "save": self._save, "help": self._help, "stop": self._stop, "image": self._image,
+            "save": self._save, "help": self._help, "stop": self._stop, "skip": self._skip,
+            "image": self._image,
         }  # fmt: skip
 
     def interactive(self) -> None:
@@ -224,7 +254,7 @@ class ChatRepl:
                 self._note("\nstopped")
 
     def take(self, line: str) -> None:
-        """Do what a line says: a command, or something to say to the model."""
+        """Do what a line says: a command, or something to say to the model, or a call's result."""
         name, _, rest = line[1:].partition(" ") if line.startswith("/") else ("", "", "")
         try:
             if name in self._commands:
@@ -233,6 +263,8 @@ class ChatRepl:
             # model.
             elif name.isidentifier():
                 self._note(f"/{name}: there is no such command; /help lists them.")
+            elif self._calls:
+                self._take_result(line)
             else:
                 self._say(line)
         except UserError as error:
@@ -240,7 +272,7 @@ class ChatRepl:
 
     def _read(self) -> str | None:
         """Read a line, or several that end with a backslash; None at the end of the input."""
-        lines, prompt = [], "> "
+        lines, prompt = [], f"{self._open_call()} returns> " if self._calls else "> "
         print()
         try:
             while (line := input(prompt)).endswith("\\"):
@@ -274,24 +306,44 @@ class ChatRepl:
         self._note(f"{width} x {height} pixels, which go with your next message")
 
     def _say(self, text: str) -> None:
+        """Say something, with the pictures that go with it, and write the replies."""
         images = [{"type": "image", "image": image} for image in self._images]
         self._images = []
         self._send([*images, {"type": "text", "text": text}] if images else text)
 
-    def _send(self, content: Content) -> None:
-        self._last = content
+    def _send(self, last: Content | CallResults) -> None:
+        """Send a message, or the results of calls, and write the replies."""
+        self._last = last
+        self._calls, self._results = [], []
         if self._other is None:
-            self._alone(self._chats[0], content)
+            self._alone(self._chats[0], last)
         else:
-            self._beside(content)
+            self._beside(last)
 
-    def _alone(self, chat: ChatSession, text: Content) -> None:
+    def _open_call(self) -> str:
+        """Return the name of the next call that has no result."""
+        return printable(self._calls[len(self._results)]["function"]["name"])
+
+    def _take_result(self, text: str) -> None:
+        self._results.append(text)
+        if len(self._results) == len(self._calls):
+            self._send(tuple(self._results))
+        else:
+            self._note(f"and what does {self._open_call()} return?")
+
+    def _skip(self, _: str) -> None:
+        if not self._calls:
+            raise UserError("/skip: no call waits for a result.")
+        self._calls, self._results = [], []
+        self._note("the calls stay without results")
+
+    def _alone(self, chat: ChatSession, last: Content | CallResults) -> None:
         """Write the reply as it comes."""
         from rich.text import Text
 
         ended: list[GeneratedReply] = []
         began = time.monotonic()
-        stream = chat.stream_deltas(text, on_end=ended.append, **self._settings)
+        stream = self._stream(chat, last, on_end=ended.append)
         try:
             for piece in _format_deltas(stream):
                 # As Text, because brackets in a reply are no markup of rich.
@@ -303,12 +355,15 @@ class ChatRepl:
             return
         self._console.print()
         self._note(self._measure(ended, time.monotonic() - began))
+        if chat.tools and ended and (calls := ended[0].message.get("tool_calls")):
+            self._calls = calls
+            self._note(f"not run: type what {self._open_call()} returns, or /skip")
 
-    def _beside(self, text: Content) -> None:
+    def _beside(self, last: Content | CallResults) -> None:
         """Write the base's reply and the tuned model's in two columns, one after the other."""
         with SideBySide(self._console, ("base", "tuned")) as columns:
             for number, chat in enumerate(self._chats):
-                stream = self._stream(number, chat, text)
+                stream = self._stream_beside(number, chat, last)
                 try:
                     for piece in _format_deltas(stream):
                         columns.add(number, printable(piece.text))
@@ -316,12 +371,21 @@ class ChatRepl:
                     stream.close()
                     columns.add(number, " (stopped)")
 
-    def _stream(self, number: int, chat: ChatSession, text: Content) -> "Generator[ReplyDelta]":
+    def _stream(
+        self, chat: ChatSession, last: Content | CallResults, **more: Any
+    ) -> "Generator[ReplyDelta]":
+        if isinstance(last, tuple):
+            return chat.answer_calls(last, **more, **self._settings)
+        return chat.stream_deltas(last, **more, **self._settings)
+
+    def _stream_beside(
+        self, number: int, chat: ChatSession, last: Content | CallResults
+    ) -> "Generator[ReplyDelta]":
         assert self._other is not None
         # Entered for each reply alone: the adapter must be on again when the tuned model answers.
         is_base = number == 0 and self._other is self._llm
         with self._llm.as_base() if is_base else nullcontext():
-            yield from chat.stream_deltas(text, **self._settings)
+            yield from self._stream(chat, last)
 
     def _measure(self, ended: "list[GeneratedReply]", seconds: float) -> str:
         if not ended:
@@ -340,7 +404,7 @@ class ChatRepl:
         self._reset("")
 
     def _reset(self, _: str) -> None:
-        self._images = []
+        self._images, self._calls, self._results = [], [], []
         for chat in self._chats:
             chat.reset()
         self._note("the conversation begins anew")
@@ -350,7 +414,7 @@ class ChatRepl:
             raise UserError("/retry: nothing was said yet.")
         for chat in self._chats:
             # A reply that was stopped midway is in the conversation too and goes with its question.
-            chat.take_back(self._last)
+            chat.take_back(self._last if isinstance(self._last, tuple) else [self._last])
         self._send(self._last)
 
     def _set(self, text: str) -> None:
@@ -361,7 +425,10 @@ class ChatRepl:
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("/save: where to? Write /save FILE.")
-        rows = [{"messages": list(map(_saved_message, chat.messages))} for chat in self._chats]
+        tools = {"tools": self._chats[0].tools} if self._chats[0].tools else {}
+        rows = [
+            {"messages": list(map(_saved_message, chat.messages)), **tools} for chat in self._chats
+        ]
         path = Path(text).expanduser()
         # Appended, so that several conversations become one dataset of JSONL.
         with explain_write_errors(path, "/save"), path.open("a", encoding="utf-8") as file:
@@ -402,8 +469,3 @@ def _saved_message(message: dict[str, Any]) -> dict[str, Any]:
             part = {"type": "image", "image": source}
         parts.append(part)
     return {**message, "content": parts}
-
-
-def open_chat(llm: "LLM", system: str | None) -> ChatSession:
-    """Return a new conversation with the model."""
-    return llm.chat(system)

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.storage.atomic import write_json
 from luthier.storage.write_errors import explain_write_errors
@@ -38,7 +38,7 @@ COMMAND_LINE = CommandLine(
         Flag("--tasks", "FOLDER", "where tasks of your own are, for --benchmarks"),
         Flag("--limit", "N", "only the first N rows of each set, or of each task"),
         Flag("--batch", "N", "prompts answered at once; else as many as the memory holds"),
-        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        BASE,
         TRUST,
         Flag("-o", "FILE", "write all numbers, and rows won and lost, as JSON"),
         Flag("--json", None, "print that JSON in place of tables"),

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 from luthier.redaction import redact
 
@@ -32,7 +32,7 @@ COMMAND_LINE = CommandLine(
         Flag("--batch", "N", "prompts answered at once; without it as many as the memory holds"),
         Flag("--seed", "N", "for sampling"),
         Flag("--limit", "N", "only the first N rows"),
-        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        BASE,
         TRUST,
     ),
     "  luthier generate runs/quickstart/default notes.jsonl -o replies.jsonl\n"
@@ -52,21 +52,15 @@ def run(arguments: list[str]) -> int:
     if COMMAND_LINE.asks_help(arguments):
         return 0
     parsed = COMMAND_LINE.parse(arguments)
-    from luthier.cli.model_arguments import make_dataset_config, parse_model_arguments
+    from luthier.cli.model_arguments import make_dataset_config, open_llm, parse_model_arguments
 
     typed = parse_model_arguments("generate", parsed.overrides, _NAMES)
     if "-o" not in parsed.texts:
         raise UserError("luthier generate: where do the replies go? Add -o replies.jsonl.")
     from luthier.infer.answer_file import AnswerFile
-    from luthier.infer.llm import LLM
     from luthier.infer.questions import read_prompt_rows
 
-    llm = LLM(
-        typed.places[0],
-        base=parsed.texts.get("--base"),
-        trust=typed.trust(parsed.switches),
-        **typed.llm(),
-    )
+    llm = open_llm(typed, parsed)
     limit = {"max_rows": parsed.numbers["--limit"]} if "--limit" in parsed.numbers else {}
     asks = read_prompt_rows(make_dataset_config(typed.dataset | {"path": typed.places[1]} | limit))
     for note in asks.notes:

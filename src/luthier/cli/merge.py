@@ -5,7 +5,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag, ParsedArguments
 from luthier.config.trust import check_recorded, trust_of
 from luthier.errors import UserError
 from luthier.model.artifact import Artifact, find_artifact, read_run_chat, read_run_config
@@ -33,7 +33,7 @@ COMMAND_LINE = CommandLine(
         Flag("--out", "FOLDER", "where the model goes; default: merged/ in the run's folder"),
         Flag("--dtype", "NAME", "float32, bfloat16 or float16; default: the base's"),
         Flag("--onto", "WEIGHTS", "trained (default) or original: see above"),
-        Flag("--base", "MODEL", "the adapter's base, where it is no longer at its place"),
+        BASE,
         Flag("--quantize", "FORMAT", "pack the result for serving: nf4, int8, gptq or awq"),
         Flag(
             "--adapter-for", "SERVER", "write an adapter: vllm, or per-expert (see docs/export.md)"
@@ -96,6 +96,8 @@ def _merge(artifacts: list[Artifact], weights: list[float], parsed: ParsedArgume
     overwrite = "--overwrite" in parsed.switches
     # A model without an adapter has nothing to merge: it is only packed.
     if quantize is not None and len(artifacts) == 1 and artifacts[0].adapter is None:
+        if artifacts[0].base.loader is not None:
+            raise UserError(merge_adapter.NO_PACKING)
         check_target(target, overwrite, *merge_adapter.list_inputs(order.artifacts))
         quiet_libraries()
         quantize_model(artifacts[0], target, quantize, print)
@@ -132,6 +134,11 @@ def _export_adapter(
     if artifact.adapter is None:
         raise UserError(
             f"{artifact.name} is a whole model and no adapter: servers load it as it is."
+        )
+    if artifact.base.loader is not None:
+        raise UserError(
+            "--adapter-for: a function loads this model (model.loader), and servers have no class "
+            "for it. Leave it out."
         )
     target = choose_target(artifact, parsed, "merged-adapter")
     check_target(target, "--overwrite" in parsed.switches, *list_inputs(artifacts))

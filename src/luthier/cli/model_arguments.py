@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from luthier.cli.arguments import BASE, ParsedArguments
 from luthier.config.renamed_settings import new_key
 from luthier.config.schema import DatasetConfig, ModelConfig
 from luthier.config.trust import Trust, trust_of
 from luthier.errors import UserError, format_override, nearest_option
 from luthier.infer import generation_config
+
+if TYPE_CHECKING:
+    from luthier.infer.llm import LLM
 
 _MODEL = ("device", "dtype", "attention", "device_map", "trust_remote_code")
 
@@ -79,6 +83,18 @@ def parse_model_arguments(
     parsed.generation = generation_config.parse_generation_settings(generation)
     _check_model(parsed.model)
     return parsed
+
+
+def open_llm(typed: ModelArguments, parsed: ParsedArguments) -> "LLM":
+    """Return the model that a command names first; its weights are not loaded yet."""
+    from luthier.infer.llm import LLM
+
+    return LLM(
+        typed.places[0],
+        base=parsed.texts.get(BASE.name),
+        trust=typed.trust(parsed.switches),
+        **typed.llm(),
+    )
 
 
 def usage_line(command: str, names: tuple[str, ...]) -> str:

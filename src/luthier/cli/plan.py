@@ -74,7 +74,7 @@ def plan_and_advise(
     from luthier.memory.plan import plan_memory
     from luthier.memory.workload import bound_by_rows, format_size
     from luthier.model.model_images import find_model_images
-    from luthier.train.fsdp_checks import check_fsdp_config
+    from luthier.train.launch.fsdp import check_fsdp_config
 
     # A step on tensors without content takes seconds for a large model; the plan itself goes to
     # stdout.

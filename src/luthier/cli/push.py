@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag, ParsedArguments
 from luthier.config.trust import trust_of
 from luthier.errors import UserError
 from luthier.export import model_facts, write_card
@@ -29,7 +29,7 @@ COMMAND_LINE = CommandLine(
         Flag("--license", "NAME", "the licence of the model, such as apache-2.0"),
         Flag("--data-license", "NAME", "the licence of the rows that state none"),
         Flag("--language", "LIST", "the languages of the model, such as en,de"),
-        Flag("--base", "MODEL", "the adapter's base, where it is no longer at its place"),
+        BASE,
         TRUST,
     ),
     "  luthier push runs/quickstart/default --to ada/reminders --dry-run\n"

@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.arguments import TRUST, CommandLine, Flag, ParsedArguments
+from luthier.cli.arguments import BASE, TRUST, CommandLine, Flag, ParsedArguments
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ COMMAND_LINE = CommandLine(
         Flag("--max-image-pixels", "N", "of a request's images together, in millions (64)"),
         Flag("--allow-image-urls", None, "fetch images from the addresses that requests name"),
         Flag("--timeout", "N", "the longest time for a reply, in seconds (600)"),
-        Flag("--base", "MODEL", "the base of an adapter, where it is no longer where it was"),
+        BASE,
         TRUST,
         Flag("--show", None, "print vLLM's command line and do not run it"),
     ),
@@ -135,19 +135,14 @@ def _transformers(typed: "ModelArguments", parsed: ParsedArguments) -> int:
             f"luthier serve: {' and '.join(missing)} is not installed, which the server "
             "needs:\n    pip install 'luthier[serve]'"
         )
-    from luthier.infer.llm import LLM
+    from luthier.cli.model_arguments import open_llm
     from luthier.infer.server import check_server_settings, make_server
 
     check_server_settings(typed.generation)
     host, port = _address(parsed)
     # uvicorn would report a taken port only after the model is loaded.
     _check_free(host, port)
-    llm = LLM(
-        typed.places[0],
-        base=parsed.texts.get("--base"),
-        trust=typed.trust(parsed.switches),
-        **typed.llm(),
-    )
+    llm = open_llm(typed, parsed)
     name = parsed.texts.get("--name") or served_name(llm.artifact)
     # Its source is one text: the API's messages with roles have no meaning to it.
     if llm.artifact.task == "SEQ_2_SEQ_LM":

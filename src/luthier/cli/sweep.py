@@ -44,10 +44,10 @@ def run_sweep(arguments: list[str], is_trusted: bool = False) -> int:
     if planned.base.config.dry_run:
         return _dry_run(planned)
     from luthier.sweep.controller import orphan_check
-    from luthier.train import launch_request
+    from luthier.train.launch.request import find_launcher_command
 
     # The parent is looked at before the trials start: one that ends later makes this an orphan.
-    is_orphan = orphan_check(launch_request.find_launcher_command() is not None)
+    is_orphan = orphan_check(find_launcher_command() is not None)
     # The slots come before the lock: a mistake in them must leave no folder behind.
     slots = _check_slots(planned, launch)
     lock = lock_sweep(planned)

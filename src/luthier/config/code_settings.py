@@ -33,6 +33,8 @@ class CodeSetting:
     positional: tuple[str, ...] | None = None
     """What it is called with before the arguments of the config; None where that depends on the
     rows, or is checked by what reads the setting."""
+    by_name: tuple[str, ...] | None = ()
+    """What else it gets where it has an argument of that name; None for columns of the rows."""
     base: str | None = None
     """The class, by its dotted name, that it must derive from."""
     only_code: bool = False
@@ -41,9 +43,25 @@ class CodeSetting:
     """Whether several can stand there."""
 
 
+LOADER_ARGUMENTS = (
+    "dtype", "device_map", "attn_implementation", "revision", "trust_remote_code",
+    "local_files_only",
+)  # fmt: skip
+"""What the function of `model.loader` gets besides the path, where it takes it by that name."""
+
 CODE_SETTINGS: dict[str, CodeSetting] = {
+    "model.loader": CodeSetting(
+        "a function that loads the model",
+        ("path",),
+        LOADER_ARGUMENTS,
+        only_code=True,
+        is_list=False,
+    ),
     "dataset.path": CodeSetting("a function that yields rows"),
     "dataset.map": CodeSetting("a function of a row", ("row",), only_code=True, is_list=False),
+    "trainer.method": CodeSetting(
+        "a class of a transformers.Trainer", base="transformers.Trainer", is_list=False
+    ),
     "trainer.callbacks": CodeSetting(
         "classes of transformers.TrainerCallback",
         (),
@@ -51,7 +69,11 @@ CODE_SETTINGS: dict[str, CodeSetting] = {
         only_code=True,
     ),
     "trainer.loss": CodeSetting(
-        "a function of log_probs, labels and columns that gives each token's loss", only_code=True
+        "a function of log_probs, labels and columns that gives each token's loss",
+        ("log_probs", "labels"),
+        by_name=None,
+        only_code=True,
+        is_list=False,
     ),
     "trainer.optimizer.name": CodeSetting(
         "a function of the model that gives an optimizer or parameter groups", ("model", "args")
@@ -141,7 +163,11 @@ def _check_value(value: Any, setting: CodeSetting) -> Iterator[str]:
         # A class of that base is made with the arguments of the config alone.
         arguments = entry.arguments if setting.positional is not None else None
         problem = check_python_path(
-            entry.path, arguments, positional=setting.positional or (), base=setting.base
+            entry.path,
+            arguments,
+            positional=setting.positional or (),
+            by_name=setting.by_name,
+            base=setting.base,
         )
         if problem:
             yield problem

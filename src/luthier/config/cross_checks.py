@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from luthier.config.code_settings import check_code_settings, read_code_entries
+from luthier.config.code_settings import CODE_SETTINGS, check_code_settings, read_code_entries
 from luthier.config.library_fields import read_class_fields
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
-from luthier.config.methods import METHODS, check_adapter
+from luthier.config.methods import BASE_METHOD, METHODS, OWN_BASES, base_method, check_adapter
 from luthier.config.passthrough import mapping_at
 from luthier.errors import (
     Mistake,
@@ -20,7 +20,12 @@ from luthier.errors import (
     suggest_options,
 )
 from luthier.patterns import check_syntax
-from luthier.python_code import PYTHON_FORMS, is_python_path
+from luthier.python_code import (
+    PYTHON_FORMS,
+    check_python_path,
+    is_python_path,
+    read_class_constant,
+)
 
 if TYPE_CHECKING:
     from luthier.metrics import Metric
@@ -164,7 +169,7 @@ def _metrics(evaluation: dict[str, Any], sets: dict[str, Any]) -> Iterator[Mista
 def _rewards(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trainer = mapping_at(resolved, "trainer")
     method, rewards = str(trainer.get("method", "sft")), trainer.get("rewards") or []
-    facts = METHODS.get(method)
+    facts = METHODS.get(base_method(method))
     if facts is None or not isinstance(rewards, list):
         return
     if facts.uses_rewards and not rewards and not trainer.get("environment"):
@@ -192,7 +197,7 @@ def _tools(resolved: dict[str, Any]) -> Iterator[Mistake]:
     """What a method that calls no tools is given all the same."""
     trainer = mapping_at(resolved, "trainer")
     method = str(trainer.get("method", "sft"))
-    facts = METHODS.get(method)
+    facts = METHODS.get(base_method(method))
     if facts is None or facts.uses_rewards:
         return
     takers = " or ".join(f"trainer={name}" for name, each in METHODS.items() if each.uses_rewards)
@@ -205,7 +210,7 @@ def _tools(resolved: dict[str, Any]) -> Iterator[Mistake]:
 def _teacher(resolved: dict[str, Any]) -> Iterator[Mistake]:
     trainer = mapping_at(resolved, "trainer")
     method, teacher = str(trainer.get("method", "sft")), trainer.get("teacher")
-    facts = METHODS.get(method)
+    facts = METHODS.get(base_method(method))
     if facts is None or facts.uses_teacher == (teacher is not None):
         return
     if facts.uses_teacher:
@@ -304,6 +309,8 @@ def check_combinations(resolved: dict[str, Any]) -> list[Mistake]:
         _training,
         _optimizer,
         _loss,
+        _loader,
+        _own_method,
         _dates,
         _trackers,
         check_code_settings,
@@ -354,7 +361,7 @@ def _needs_heldout(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
     name = mapping_at(resolved, "trainer").get("method", "sft")
-    method = METHODS.get(str(name))
+    method = METHODS.get(base_method(str(name)))
     if (
         method
         and not method.writes_replies
@@ -369,7 +376,7 @@ def _replies(resolved: dict[str, Any]) -> Iterator[Mistake]:
 
 def _streaming(resolved: dict[str, Any]) -> Iterator[Mistake]:
     name = mapping_at(resolved, "trainer").get("method", "sft")
-    method = METHODS.get(str(name))
+    method = METHODS.get(base_method(str(name)))
     if (
         mapping_at(resolved, "dataset").get("streaming") is True
         and method
@@ -416,6 +423,51 @@ def _training(resolved: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake("trainer.args.router_aux_loss_coef", ROUTER_LOSS_OF_A_BATCH)
 
 
+def _loader(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    """What does not go with a model that a function of the user's own loads."""
+    model, key = mapping_at(resolved, "model"), "model.loader"
+    if model.get("loader") is None:
+        return
+    method = str(mapping_at(resolved, "trainer").get("method", "sft"))
+    facts = METHODS.get(base_method(method))
+    if facts is not None and facts.task != "CAUSAL_LM":
+        text = (
+            f"trainer.method={method} needs a head or an encoder, which transformers' own classes"
+        )
+        yield Mistake(key, f"{text} make. A model of your own trains with methods that write.")
+    if mapping_at(resolved, "quantization"):
+        text = "remove it, with quantization=none: weights are packed while transformers loads them"
+        yield Mistake("quantization", f"{text}, and model.loader loads these.")
+    if model.get("kwargs"):
+        text = (
+            "goes to from_pretrained of transformers, which model.loader takes the place of. Give"
+        )
+        argument = format_override(key, {"python:my.py:load": {"name": 1}})
+        yield Mistake("model.kwargs", f"{text} the function its own arguments: {argument}.")
+
+
+def _own_method(resolved: dict[str, Any]) -> Iterator[Mistake]:
+    """What keeps a class of the user's own from being a method."""
+    trainer, key = mapping_at(resolved, "trainer"), "trainer.method"
+    method = str(trainer.get("method", "sft"))
+    base = CODE_SETTINGS[key].base
+    if not is_python_path(method) or check_python_path(method, base=base) is not None:
+        return
+    if base_method(method) == method:
+        value = read_class_constant(method, BASE_METHOD)
+        problem = f"has no {BASE_METHOD}"
+        if value is not None:
+            problem = f"has {BASE_METHOD} = {format_value(value)}"
+        yield Mistake(
+            key,
+            f"{method} {problem}. Write {BASE_METHOD} = {OWN_BASES[0]!r} into the class, or "
+            f"{OWN_BASES[1]!r}: the method whose rows, settings and checks it has.",
+        )
+    if trainer.get("loss") is not None:
+        text = f"{method} has a loss of its own, or leaves the method's. Remove one of the two."
+        yield Mistake("trainer.loss", text)
+
+
 _TOKEN_METHODS = ("sft", "pretrain")
 
 
@@ -424,7 +476,7 @@ def _loss(resolved: dict[str, Any]) -> Iterator[Mistake]:
     key, method = "trainer.loss", trainer.get("method", "sft")
     if trainer.get("loss") is None:
         return
-    if method not in _TOKEN_METHODS:
+    if base_method(str(method)) not in _TOKEN_METHODS:
         text = f"trainer.method={method} has a loss that is none of single tokens. Remove it, or "
         yield Mistake(key, f"{text}take trainer=sft or trainer=pretrain.")
     if mapping_at(resolved, "trainer.args").get("loss_type") not in (None, "nll"):
@@ -434,9 +486,6 @@ def _loss(resolved: dict[str, Any]) -> Iterator[Mistake]:
     if mapping_at(resolved, "dataset").get("streaming") is True:
         text = "rows of a stream come without their columns. Set dataset.streaming=false."
         yield Mistake(key, text)
-    entries = trainer["loss"] if isinstance(trainer["loss"], dict) else {}
-    if len(entries) > 1:
-        yield Mistake(key, "there is one loss. Name one function.")
 
 
 _GROUP_SETTINGS = ("match", "learning_rate", "weight_decay")

@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier.config.library_settings import SPLITTING_STARTS, LoraSettings
 from luthier.errors import Mistake, UserError, format_value, suggest_options
+from luthier.python_code import is_python_path, read_class_constant
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,24 @@ METHODS = {
     ),
 }
 
+BASE_METHOD = "base_method"
+"""The attribute of a class of `trainer.method` that names the built-in method it goes on from."""
+OWN_BASES = ("sft", "pretrain")
+"""The methods that a trainer of the user's own may go on from."""
+
+
+def base_method(name: str) -> str:
+    """Return the built-in method whose rows, settings and facts a method has: mostly itself.
+
+    Of a class of the user's own (`python:my.py:Trainer`) it is what its attribute `base_method`
+    says in the source; the name itself where it says nothing.
+    """
+    if not is_python_path(name):
+        return name
+    base = read_class_constant(name, BASE_METHOD)
+    return base if base in OWN_BASES else name
+
+
 EXAMPLE_TYPES = {
     "conversation": "conversations",
     "text": "plain texts",
@@ -195,7 +214,7 @@ def check_example_type(name: str, kind: str, key: str, type_key: str) -> None:
 
     `key` names the source of the rows, `type_key` the group whose `type` says what they are.
     """
-    trained_types = METHODS[name].row_types
+    trained_types = METHODS[base_method(name)].row_types
     if kind in trained_types:
         return
     others = [other for other, facts in METHODS.items() if kind in facts.row_types]

@@ -7,7 +7,7 @@ from typing import Any
 from luthier.config import library_fields
 from luthier.config.library_fields import FieldType, FieldTypes
 from luthier.config.library_settings import LoraSettings
-from luthier.config.methods import ADAPTERS, METHODS
+from luthier.config.methods import ADAPTERS, METHODS, base_method
 from luthier.config.number_ranges import number_complaint
 from luthier.errors import Mistake, ask_nearest, format_value, suggest_options
 
@@ -222,7 +222,8 @@ def _of_method(library: PassThroughKey, resolved: dict[str, Any]) -> PassThrough
         return _of_adapter(library, LoraSettings(mapping_at(resolved, "lora")).method)
     if library.key != "trainer.args":
         return library
-    method = METHODS.get(str(mapping_at(resolved, "trainer").get("method", "sft")), METHODS["sft"])
+    name = base_method(str(mapping_at(resolved, "trainer").get("method", "sft")))
+    method = METHODS.get(name, METHODS["sft"])
     return replace(
         library,
         name=method.config_name,

@@ -5,11 +5,14 @@ Settings that belong to a library pass through whole (`trainer.args`, `lora`, `q
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, field_validator
 
 from luthier.config.library_settings import LoraSettings, QuantizationSettings, TrainerArgs
+from luthier.config.methods import base_method
+from luthier.python_code import is_python_path
 
 # The kind of model that every group of a config is.
 
@@ -126,6 +129,9 @@ class ModelConfig(StrictModel):
     """Run Python code that the model repository brings. Only for repositories you have read."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to `from_pretrained`."""
+    loader: str | dict[str, dict[str, Any] | None] | None = None
+    """`python:file.py:function` of the path that loads the model, for what no class of
+    transformers' `Auto` classes loads; null for those."""
 
 
 class SourceConfig(StrictModel):
@@ -285,7 +291,7 @@ class RolloutsConfig(StrictModel):
 
     max_turns: PositiveInt | None = None
     """A completion calls tools in at most so many of its turns; null for as many as fit."""
-    tool_timeout: PositiveFloat = 60.0
+    tool_timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds after which a call ends with an error that the model reads."""
     record: NonNegativeInt = 0
     """Completions of each step that are written to `rollouts.jsonl`."""
@@ -341,25 +347,33 @@ def _as_number(name: str, value: Any) -> Any:
         return value
 
 
+def _allow_code(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Return a `python:` path as it is, and check everything else."""
+    return value if is_python_path(value) else check(value)
+
+
 class TrainerConfig(StrictModel):
     """How the model is trained."""
 
-    method: Literal[
-        "sft",
-        "pretrain",
-        "dpo",
-        "kto",
-        "orpo",
-        "cpo",
-        "reward",
-        "classify",
-        "tag",
-        "seq2seq",
-        "grpo",
-        "rloo",
-        "distill",
+    method: Annotated[
+        Literal[
+            "sft",
+            "pretrain",
+            "dpo",
+            "kto",
+            "orpo",
+            "cpo",
+            "reward",
+            "classify",
+            "tag",
+            "seq2seq",
+            "grpo",
+            "rloo",
+            "distill",
+        ],
+        WrapValidator(_allow_code),
     ] = "sft"
-    """The trainer: `sft` is TRL's SFTTrainer."""
+    """The trainer: `sft` is TRL's SFTTrainer, and `python:file.py:Class` one of your own."""
     args: TrainerArgs = Field(default_factory=TrainerArgs)
     """Any field of the trainer's config class (`trl.SFTConfig`)."""
     loss: str | dict[str, dict[str, Any] | None] | None = None
@@ -392,6 +406,11 @@ class TrainerConfig(StrictModel):
     """How many checkpoints are kept."""
     profile: bool = False
     """Profile steps 3 to 6, and write a trace and the ten most expensive operations."""
+
+    @property
+    def base_method(self) -> str:
+        """The built-in method that a class of the user's own goes on from; else the method."""
+        return base_method(self.method)
 
     @property
     def optimizer_name(self) -> str:

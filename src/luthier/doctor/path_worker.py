@@ -121,7 +121,7 @@ def _train(session: "TrainingSession", folder: Path, reference: str) -> dict[str
     from safetensors.torch import load_file
 
     from luthier.doctor.step_watcher import StepWatcher
-    from luthier.train.launch_checks import check_running_launch
+    from luthier.train.launch.checks import check_running_launch
 
     trainer = session.trainer
     _set_trained_weights(trainer.model, load_file(folder / WEIGHTS_FILE.format(reference)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.chat import ChatError
 from luthier.config.library_settings import QuantizationSettings
+from luthier.config.schema import ModelConfig
 from luthier.errors import UserError
 from luthier.export import merge_in_memory, merge_streaming, model_facts, write_card
 from luthier.export.merge_in_memory import (
@@ -24,10 +25,12 @@ from luthier.export.model_layout import ModelLayout, NeedsMemoryMerge, base_fold
 from luthier.export.usage_snippets import ChatFormat
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.artifact import Artifact, build_chat_encoder
-from luthier.model.load import read_model_config
+from luthier.model.load import load_model, read_model_config
 from luthier.model.model_class import build_empty_model, read_folder_class
+from luthier.model.model_files import LOADER_FILE
 from luthier.model.model_images import ModelImages
 from luthier.model.processor import copy_processor_files, find_processor_files
+from luthier.redaction import redact
 from luthier.storage.atomic import write_json
 from luthier.storage.output_folder import (
     check_free_space,
@@ -123,12 +126,14 @@ def compare_models(
     task: str,
     prompts: list[list[int]],
     trust_remote_code: bool = False,
+    base: ModelConfig | None = None,
     inputs_with_images: "Sequence[Mapping[str, Tensor]]" = (),
 ) -> LogitDifference:
     """Return how far a merged folder's logits are from those of what `load_expected` loads.
 
     One model is in memory at a time, and the merged one's routers choose the other's experts.
-    `trust_remote_code` is that of the base, `inputs_with_images` as `logits` takes them.
+    `trust_remote_code` is that of the base, `base` one that a function of the user's own loads, and
+    `inputs_with_images` are as `logits` takes them.
     """
     model = load_expected()
     with record_choices() as choices:
@@ -136,7 +141,11 @@ def compare_models(
     # Two models in float32 at once would double what the check needs.
     del model
     gc.collect()
-    model = load_folder(folder, task, trust_remote_code=trust_remote_code)
+    if base is not None and base.loader is not None:
+        merged = base.model_copy(update={"path": str(folder), "revision": None})
+        model = load_model(merged, {}, PLACE, task=task).eval()
+    else:
+        model = load_folder(folder, task, trust_remote_code=trust_remote_code)
     with replay_choices(choices):
         after = logits(model, prompts, inputs_with_images)
     rerouted = choices.others / choices.places if choices.places else 0.0
@@ -177,6 +186,13 @@ def refuse_unlike_logits(difference: LogitDifference, bound: float, aside: Path)
         f"Nothing was written; it lies in {aside} to be looked at. If this "
         "is what you want, --no-verify leaves the check out."
     )
+
+
+NO_PACKING = (
+    "--quantize: transformers packs weights while its own classes load them, and this model is "
+    "loaded by a function (model.loader). Merge it without."
+)
+"""Why a model that a function loads is not packed."""
 
 
 # The merge itself. `Say` prints a line of progress.
@@ -238,6 +254,8 @@ def refuse_merge(order: MergeOrder, overwrite: bool) -> None:
                 f"{artifact.name} and {first.name} were trained on weights that were packed in "
                 "different ways. --onto original adds both to the weights before that."
             )
+    if first.base.loader is not None and order.quantize is not None:
+        raise UserError(NO_PACKING)
     check_target(order.target, overwrite, *list_inputs(order.artifacts))
 
 
@@ -336,6 +354,8 @@ def _copy_companions(order: MergeOrder, aside: Path, chat_format: ChatFormat) ->
         write_card.copy_tokenizer_files(source, aside)
     # An adapter of another trainer, or of an older luthier, comes without its base's processor.
     copy_processor_files(find_processor_files(first.base), aside)
+    if first.base.loader is not None:
+        write_json(aside / LOADER_FILE, {"loader": redact(first.base.loader)})
     if first.chat is not None:
         write_json(aside / "chat.json", first.chat)
     if chat_format.template is not None:
@@ -352,7 +372,13 @@ def _check_logits(order: MergeOrder, aside: Path, dtype: str, say: Say) -> Logit
     prompts, pictures = prompts_of(first, tokenizer), picture_inputs_of(first, tokenizer)
     load_expected = partial(load_tuned, first, order.adapters, order.packs)
     difference = compare_models(
-        load_expected, aside, first.task, prompts, first.base.trust_remote_code, pictures
+        load_expected,
+        aside,
+        first.task,
+        prompts,
+        first.base.trust_remote_code,
+        first.base,
+        pictures,
     )
     say(
         f"checked   {difference.prompts} prompts: logits differ by up to {difference.largest:.3g} "

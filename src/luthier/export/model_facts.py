@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from luthier.config.code_settings import read_code_entries
 from luthier.config.schema import DatasetConfig, RunConfig, SourceConfig
 from luthier.data.sources.open import source_type
 from luthier.errors import UserError
@@ -23,6 +24,7 @@ from luthier.model.model_files import (
 )
 from luthier.model.model_images import find_model_images
 from luthier.model.processor import IMAGE_PROCESSOR_FILES
+from luthier.python_code import split_python_path
 from luthier.record.record import read_record
 from luthier.redaction import HIDDEN, redact
 from luthier.storage.atomic import write_json
@@ -184,6 +186,8 @@ class ModelFacts:
     """The class of transformers that loads it; None for the usual one of its task."""
     reads_images: bool = False
     """Whether its processor lies beside the weights, so that messages may have images."""
+    loader: str | None = None
+    """The function of the user's own that loads it (`model.loader`), such as `my.py:load`."""
     problem: str | None = None
     """What a classifier's labels are, as transformers calls it (`problem_type`)."""
     recipe: str | None = None
@@ -259,6 +263,7 @@ def collect_facts(artifact: Artifact) -> ModelFacts:
         task=artifact.task,
         model_class=_find_model_class(artifact),
         reads_images=_reads_images(artifact),
+        loader=_name_loader(artifact),
         problem=_read_problem_type(folder),
         adapter={} if artifact.adapter is None else _describe_adapter(artifact.adapter),
         quantization=public_values(artifact.quantization),
@@ -331,7 +336,7 @@ def _describe_source(
 def _collect_run_facts(run: Path, config: RunConfig) -> dict[str, Any]:
     record = read_record(run)
     return {
-        "method": config.trainer.method,
+        "method": config.trainer.base_method,
         "recipe": config.recipe,
         "overrides": [public_name(override) for override in record.get("overrides", [])],
         "settings": _collect_settings(config),
@@ -370,6 +375,8 @@ def _find_model_class(artifact: Artifact) -> str | None:
     import transformers
 
     usual = TASK_CLASSES[artifact.task]
+    if artifact.base.loader is not None:
+        return None
     try:
         architecture = read_model_config(artifact.base)
     except UserError:  # a card is also written where the base is no longer at its place
@@ -381,6 +388,16 @@ def _find_model_class(artifact: Artifact) -> str | None:
         if resolved in (auto, *(classes if isinstance(classes, tuple) else (classes,))):
             return None if name == usual else name
     return str(resolved.__name__)
+
+
+def _name_loader(artifact: Artifact) -> str | None:
+    """Return the function of `model.loader` without the folder of its file, which is nobody's."""
+    for entry in read_code_entries(artifact.base.loader):
+        parsed = split_python_path(entry.path)
+        if parsed.file is None:
+            return f"{parsed.module}.{parsed.name}"
+        return f"{parsed.file.name}:{parsed.name}"
+    return None
 
 
 def _read_problem_type(folder: Path | None) -> str | None:

@@ -107,6 +107,8 @@ def layout_of(artifact: Artifact, folder: Path) -> ModelLayout:
 def _load_base_config(artifact: Artifact, folder: Path) -> Any:
     from transformers import AutoConfig
 
+    if artifact.base.loader is not None:
+        raise NeedsMemoryMerge("model.loader loads its base")
     if quantized.read_quantization_config(artifact.base) is not None:
         # The tensors of such files are packed codes and scales: only the model's own layers unpack
         # them.

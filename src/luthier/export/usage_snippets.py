@@ -1,6 +1,7 @@
 """The Python that a model card shows: plain transformers (and peft), nothing of luthier."""
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def requirements(facts: ModelFacts) -> str:
 
 
 def _import_lines(facts: ModelFacts) -> list[str]:
-    names = [_model_class(facts), _reader_class(facts)]
+    names = [*([] if facts.loader else [_model_class(facts)]), _reader_class(facts)]
     lines = []
     if facts.kind == "adapter":
         lines.append("from peft import PeftModel")
@@ -120,6 +121,19 @@ def _unpack_lines(facts: ModelFacts) -> list[str]:
 
 def _load_lines(facts: ModelFacts) -> list[str]:
     class_name = _model_class(facts)
+    if facts.loader:
+        loads = re.split("[:.]", facts.loader)[-1]
+        lines = [
+            f"# {loads} is the function that it was trained with ({facts.loader}).",
+            "# It may take more than the folder, such as dtype.",
+            _reader_line(facts),
+        ]
+        if facts.kind != "adapter":
+            return [*lines, f"model = {loads}(MODEL)"]
+        lines.append(f"base = {loads}(BASE)")
+        if facts.rows:
+            lines.append(f"base.resize_token_embeddings({facts.rows})")
+        return [*lines, "model = PeftModel.from_pretrained(base, MODEL)"]
     if facts.kind != "adapter":
         return [
             _reader_line(facts),

@@ -23,7 +23,9 @@ class ChatSession:
         tools: list[dict[str, Any]] | None = None,
     ) -> None:
         """`answer`: `LLM.stream_deltas`, or what takes a prompt and settings as it does."""
-        self._answer, self._tools = answer, tools
+        self._answer = answer
+        self.tools = tools
+        """The JSON schemas of the tools that the model may call; None for no tools."""
         self.system = system
         """What stands in front of the conversation; None for nothing."""
         self.turns: list[dict[str, Any]] = []
@@ -101,7 +103,7 @@ class ChatSession:
         texts = {"content": "", "reasoning": ""}
         ended: list[GeneratedReply] = []
         try:
-            prompt = {"messages": self.messages, "tools": self._tools}
+            prompt = {"messages": self.messages, "tools": self.tools}
             for delta in self._answer(prompt, on_end=ended.append, **settings):
                 if delta.field != "tool_call":
                     texts[delta.field] += delta.text
@@ -122,13 +124,16 @@ class ChatSession:
         """Forget what was said; the system prompt stays."""
         self.turns.clear()
 
-    def take_back(self, text: Content) -> None:
-        """Forget what the user said last, if it was this, and its reply."""
-        if self.turns and self.turns[-1]["role"] == "assistant":
-            self.turns.pop()
-        # Only that very message: where the model could not answer, it is not in the conversation.
-        if self.turns and self.turns[-1] == {"role": "user", "content": text}:
-            self.turns.pop()
+    def take_back(self, contents: Sequence[Content]) -> None:
+        """Forget what was said last, and its reply: one content, or the results of calls.
+
+        Where the model could not answer them, they are not in the conversation, which stays.
+        """
+        has_reply = bool(self.turns) and self.turns[-1]["role"] == "assistant"
+        start = len(self.turns) - has_reply - len(contents)
+        last = self.turns[max(start, 0) : len(self.turns) - has_reply]
+        if [turn["content"] for turn in last] == list(contents):
+            del self.turns[start:]
 
 
 def _stopped_message(texts: dict[str, str]) -> dict[str, Any]:

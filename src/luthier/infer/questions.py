@@ -20,6 +20,7 @@ from luthier.data.formats.conversations import template_inputs
 from luthier.errors import UserError
 from luthier.infer.prompt_images import RowImages
 from luthier.infer.prompts import Prompt
+from luthier.infer.seq2seq_prompts import Seq2SeqPrompts
 from luthier.metrics import Metric, Prediction
 
 _SHOWN = 5
@@ -176,6 +177,8 @@ class Question:
             self.row,
             has_reference=self.expected is not None,
             calls=(calls[0], calls[1]) if self.offers_tools else None,
+            message=message,
+            reference_message=self.reply,
         )
 
 
@@ -253,7 +256,7 @@ def read_questions(
 
 
 Answer = tuple[str, dict[str, Any]]
-"""A reply as text, and as a message where it could call a tool; else the message is empty."""
+"""A reply as text, and as a message."""
 
 
 def decode_answer(
@@ -266,8 +269,9 @@ def decode_answer(
     them as JSON, as the text of what is expected does.
     """
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    if not question.offers_tools:
-        return text, {}
+    if isinstance(encoder, Seq2SeqPrompts):  # there is no chat template
+        return text, {"role": "assistant", "content": text}
     stop = encoder.stop_token_ids[:1] if is_ended else []
     message: dict[str, Any] = encoder.parse([*ids, *stop], **question.prompt).message
-    return turn_text(message) if message.get("tool_calls") else text, message
+    calls_tools = question.offers_tools and message.get("tool_calls")
+    return turn_text(message) if calls_tools else text, message

@@ -1,12 +1,12 @@
 """Replies as messages in the form of OpenAI's API: reasoning, content and tool calls with ids."""
 
 import hashlib
-import json
 import secrets
 from collections.abc import Iterator
 from typing import Any
 
 from luthier.chat import ParsedReply, ReplyDelta
+from luthier.chat.reply_parser import format_arguments
 
 _ID_LENGTH = 9
 """Mistral's templates refuse ids of calls that are not nine letters and digits."""
@@ -24,10 +24,7 @@ def split_message(parsed: ParsedReply) -> Iterator[ReplyDelta]:
         yield ReplyDelta("reasoning", message["reasoning_content"])
     if message.get("content"):
         yield ReplyDelta("content", message["content"])
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        arguments = _format_arguments(function["arguments"])
-        yield ReplyDelta("tool_call", arguments, function["name"], call.get("id"))
+    yield from map(ReplyDelta.of_call, message.get("tool_calls", ()))
 
 
 def format_message(parsed: ParsedReply, turn: int) -> dict[str, Any]:
@@ -47,16 +44,10 @@ def format_message(parsed: ParsedReply, turn: int) -> dict[str, Any]:
 
 def _format_call(call: dict[str, Any], place: str) -> dict[str, Any]:
     function = call["function"]
-    name, arguments = function["name"], _format_arguments(function["arguments"])
+    name, arguments = function["name"], format_arguments(function["arguments"])
     digest = hashlib.sha256(f"{place} {name} {arguments}".encode("utf-8", "backslashreplace"))
     return {
         "id": call.get("id") or digest.hexdigest()[:_ID_LENGTH],
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
-
-
-def _format_arguments(arguments: Any) -> str:
-    if isinstance(arguments, str):
-        return arguments
-    return json.dumps(arguments, ensure_ascii=False)

@@ -90,7 +90,7 @@ class Readers:
     def of(self, opened: OpenedSource) -> RowReader:
         """Return the reader of a source."""
         config = self._config
-        facts = METHODS[config.trainer.method]
+        facts = METHODS[config.trainer.base_method]
         if opened.row_format.example_type == "conversation" and (
             facts.uses_rewards or facts.uses_teacher
         ):
@@ -119,7 +119,7 @@ class Readers:
 
 def _find_images(config: RunConfig) -> ImageExpander | None:
     """Return what the model makes of images; None where rows may have none."""
-    if not METHODS[config.trainer.method].takes_images:
+    if not METHODS[config.trainer.base_method].takes_images:
         return None
     try:
         return find_model_images(config.model)

@@ -72,7 +72,7 @@ class ServedCheck:
         if getattr(saved, "response_template", None) is not None:
             self.messages = Rule("the response template reads replies as luthier does", "replies")
             self.rules.append(self.messages)
-        self.layers = None if artifact.adapter is None else check_adapter_layers(artifact)
+        self.layers = _check_layers(artifact)
         if self.layers is not None:
             self.rules.append(self.layers)
         for token in trained.stop_token_ids:
@@ -195,6 +195,13 @@ def check_served(word: str, limit: int | None = None, trust: Trust = NO_TRUST) -
         for turn in _turns(opened, served._trained, limit or DEFAULT_ROWS):
             served.check(turn)
     return served
+
+
+def _check_layers(artifact: Artifact) -> Rule | None:
+    # Servers have no class for a model that a function of the user's own loads.
+    if artifact.adapter is None or artifact.base.loader is not None:
+        return None
+    return check_adapter_layers(artifact)
 
 
 def check_adapter_layers(artifact: Artifact) -> Rule:

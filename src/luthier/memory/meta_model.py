@@ -47,7 +47,7 @@ def build_meta_model(config: RunConfig, machine: Machine, full_dtype: str = "flo
     dtype = machine.dtype if config.lora.is_enabled else full_dtype
     architecture = read_model_config(config.model)
     quantization = _bnb_settings(config, architecture)
-    task = METHODS[config.trainer.method].task
+    task = METHODS[config.trainer.base_method].task
     model = _empty_model(config.model, architecture, task, dtype, machine.attention)
     if quantization:
         settings = {"bnb_4bit_compute_dtype": machine.dtype} | quantization

@@ -86,10 +86,16 @@ def plan_memory(
     or the plan cannot count a part of the run, whatever the reason: a run that cannot be planned
     may well train.
     """
+    if config.model.loader is not None:
+        raise UserError(
+            "model.loader: the plan builds a model without weights by its class, and this one is "
+            "known when the function has loaded it. So there are no numbers for it; a run with "
+            "trainer.args.max_steps=2 prints the memory that it took."
+        )
     hardware = hardware or detect_hardware(config.model)
     machine = machine_for(config.model, hardware)
     with _without_warnings(), _errors_in_words(config):
-        task = METHODS[config.trainer.method].task
+        task = METHODS[config.trainer.base_method].task
         if task == "SEQ_2_SEQ_LM":
             # A step of what a run refuses could be planned.
             architecture = read_model_config(config.model)
@@ -150,7 +156,7 @@ def _errors_in_words(config: RunConfig) -> Iterator[None]:
         yield
     except Exception as error:
         # What the run itself refuses is refused here in the same words.
-        task = METHODS[config.trainer.method].task
+        task = METHODS[config.trainer.base_method].task
         architecture = read_model_config(config.model)
         check_trains_on_text(architecture, config.model.trust_remote_code, task)
         if isinstance(error, UserError):

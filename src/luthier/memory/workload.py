@@ -86,7 +86,7 @@ class Workload:
 
 def read_workload(config: RunConfig, machine: Machine) -> Workload:
     """Return the workload of a configuration; `auto` checkpointing counts as off."""
-    method = config.trainer.method
+    method = config.trainer.base_method
     args = TrainerArgs(trainer_defaults(method) | config.trainer.args)
     rows = args.per_device_train_batch_size * (2 if method in _PAIR_METHODS else 1)
     length, assumptions = config.chat.max_length, _uncounted(method, args)
@@ -128,7 +128,7 @@ def bound_by_rows(config: RunConfig, longest: int) -> RunConfig:
     how long a sequence gets: with methods that write replies, and with a decoder of its own.
     `longest` is 0 where the rows are not known.
     """
-    args, method = config.trainer.args, METHODS[config.trainer.method]
+    args, method = config.trainer.args, METHODS[config.trainer.base_method]
     fills_rows = args.packing or config.trainer.padding == "max_length"
     is_unknown = method.uses_rewards or method.uses_teacher or method.task == "SEQ_2_SEQ_LM"
     if not longest or fills_rows or is_unknown:

@@ -7,7 +7,7 @@ each reply (a list), of which the mean is taken.
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -16,13 +16,24 @@ from pydantic import Field
 from luthier.errors import UserError
 from luthier.errors import format_value as shown
 from luthier.metrics.metric import Metric, MetricScores, Prediction, excerpt, mean
-from luthier.python_code import check_python_path, describe_exception, load_python_object
+from luthier.python_code import (
+    check_python_path,
+    describe_exception,
+    load_python_object,
+    named_parameters,
+)
 
 _POSITIONAL = ("predictions", "references", "rows")
+_MESSAGES = {"reply_messages": "message", "reference_messages": "reference_message"}
+"""What a function gets besides where it has parameters of these names, and where it is."""
 
 
 class FunctionMetric(Metric):
-    """`python:module.function`, called with predictions, references and rows."""
+    """`python:module.function`, called with predictions, references and rows.
+
+    One with a parameter `reply_messages` or `reference_messages` gets these, too, and scores every
+    turn: also one that calls a tool, which has no reply in words.
+    """
 
     path: str
     """Where the function is."""
@@ -31,22 +42,44 @@ class FunctionMetric(Metric):
 
     def prepare(self, references: Sequence[str]) -> None:
         """Load the function and see that it takes what it will get."""
-        try:
-            load_python_object(self.path, self.arguments, positional=_POSITIONAL)
-        except UserError as error:
-            raise UserError(f"metric {self.name}: {error}") from error
+        self._load()
 
     def check(self) -> str | None:
         """What is wrong with the path, as far as can be told without importing it."""
-        return check_python_path(self.path, self.arguments, positional=_POSITIONAL)
+        return check_python_path(
+            self.path, self.arguments, positional=_POSITIONAL, by_name=list(_MESSAGES)
+        )
+
+    def takes(self, reply: Prediction) -> bool:
+        """Whether the function scores a reply: those without words only where it reads messages."""
+        return reply.has_reference or bool(self._message_parameters)
+
+    @cached_property
+    def _message_parameters(self) -> list[str]:
+        """Those of `_MESSAGES` that the function takes, but for what the settings give it."""
+        names = named_parameters(self._load(), list(_MESSAGES), _POSITIONAL)
+        return [name for name in names if name not in self.arguments]
+
+    def _load(self) -> Any:
+        try:
+            return load_python_object(
+                self.path, self.arguments, positional=_POSITIONAL, by_name=list(_MESSAGES)
+            )
+        except UserError as error:
+            raise UserError(f"metric {self.name}: {error}") from error
 
     def measure(self, replies: Sequence[Prediction]) -> MetricScores:
         """What the function returns."""
+        messages = {
+            name: [dict(getattr(reply, _MESSAGES[name])) for reply in replies]
+            for name in self._message_parameters
+        }
         try:
             returned = load_python_object(self.path)(
                 [reply.prediction for reply in replies],
                 [reply.reference for reply in replies],
                 [dict(reply.row) for reply in replies],
+                **messages,
                 **self.arguments,
             )
         except UserError:

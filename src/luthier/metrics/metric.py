@@ -25,6 +25,10 @@ class Prediction:
     """Whether the row has a reply in words to compare with; `reference` is empty where not."""
     calls: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]] | None = None
     """The tool calls of the reply and those of the row; None where no tool is offered."""
+    message: Mapping[str, Any] = field(default_factory=dict)
+    """The reply as a message, with its reasoning and its calls."""
+    reference_message: Mapping[str, Any] = field(default_factory=dict)
+    """The message that the row has in its place."""
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,14 @@ from luthier.model.model_files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     CHAT_SETTINGS_FILE,
+    LOADER_FILE,
     MODEL_CONFIG_FILE,
     check_model_folder,
     list_indexed_files,
     read_adapter_config,
     read_chat_settings,
     read_config_file,
+    read_loader,
     sharding_of,
 )
 from luthier.storage import cache
@@ -177,7 +179,7 @@ def _find_images(artifact: Artifact) -> "ImageExpander | None":
 
 def training_method_of(artifact: Artifact) -> str | None:
     """Return the method that trained it (`trainer.method`); None where that is unknown."""
-    method = None if artifact.config is None else artifact.config.trainer.method
+    method = None if artifact.config is None else artifact.config.trainer.base_method
     return method if method in METHODS else None
 
 
@@ -296,8 +298,11 @@ def _describe_folder(
     if chat is None and run is not None:
         chat = read_run_chat(run)
     check_recorded({"chat": chat}, str(folder / CHAT_SETTINGS_FILE), trust, ("chat",))
+    loader = read_loader(folder)
+    check_recorded({"model": {"loader": loader}}, str(folder / LOADER_FILE), trust)
     # The model as the run had it on the machine, but for the settings that concern training.
     settings = (ModelConfig(path="") if config is None else config.model).model_dump()
+    settings["loader"] = loader if config is None else config.model.loader
     settings |= {"add_tokens": [], "add_special_tokens": [], "train": [], "freeze": []}
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     adapter = read_adapter_config(folder)
@@ -338,7 +343,10 @@ def _describe_hub_repository(name: str, base: str | None, trust: Trust) -> Artif
     _refuse_base(name, base)
     chat = read_chat_settings(folder)
     check_recorded({"chat": chat}, f"{name} ({CHAT_SETTINGS_FILE})", trust, ("chat",))
-    return Artifact(name, ModelConfig(path=name), chat=chat, task=_read_task(folder))
+    loader = read_loader(folder)
+    check_recorded({"model": {"loader": loader}}, f"{name} ({LOADER_FILE})", trust)
+    whole = ModelConfig(path=name, loader=loader)
+    return Artifact(name, whole, chat=chat, task=_read_task(folder))
 
 
 def _model_folder(run: Path) -> Path:

@@ -16,7 +16,7 @@ from luthier.config.library_settings import QuantizationSettings
 from luthier.config.schema import ModelConfig
 from luthier.environment import quiet_bitsandbytes
 from luthier.errors import UserError
-from luthier.model import gguf, quantized, source
+from luthier.model import gguf, loader, quantized, source
 from luthier.model.adapter_keys import open_adapter
 from luthier.model.adapter_targets import find_bypassed_layers
 from luthier.model.artifact import Artifact, wrong_base_message
@@ -69,6 +69,8 @@ def _read_architecture(config: ModelConfig, path: "str | Path") -> "PretrainedCo
     """Return the configuration of the model at `path`, which is a folder or a hub name."""
     from transformers import AutoConfig
 
+    if config.loader is not None:
+        return loader.read_architecture(config, path)
     architecture, _ = AutoConfig.from_pretrained(
         path,
         revision=config.revision,
@@ -89,6 +91,10 @@ def resolve_attention(
     varlen attention in place of sdpa. Takes a look at config.json; nothing is loaded.
     Raises UserError where the class of the model lacks the attention that the config names.
     """
+    if config.loader is not None:
+        # Its class is not known before it is loaded, which has sdpa or says what it has.
+        is_open = config.attention == "auto"
+        return replace(machine, attention="sdpa") if is_open else machine
     architecture = read_model_config(config)
     model_class = resolve_model_class(architecture, task, config.trust_remote_code)
     attention = choose_attention(architecture, model_class, machine.attention, config.attention)
@@ -123,6 +129,9 @@ def load_model(
         path = config.path if file is None else gguf.convert_model(file)
     quiet_bitsandbytes()
     try:
+        if config.loader is not None:
+            model = _load_by_function(config, path, quantization, machine, full, kwargs)
+            return _prepare_model(model)
         architecture = _read_architecture(config, path)
         model_class = resolve_model_class(architecture, task, config.trust_remote_code)
         _refuse_packed_experts(config, path, architecture, task)
@@ -144,13 +153,6 @@ def load_model(
         raise _as_user_error(error, config, machine) from error
     if quantization.dequantize:
         model = quantized.finish_dequantizing(model, settings["dtype"])
-    # Training has no use for keys and values of earlier tokens, and warns of them.
-    model.config.use_cache = False
-    # A checkpoint may ask for its routers' loss, which TRL would compute: the trainer's settings
-    # say whether it is (docs/methods.md).
-    text_config = model.config.get_text_config()
-    if getattr(text_config, "output_router_logits", False):
-        text_config.output_router_logits = False
     # Layers that the checkpoint has no weights for, such as the head of a new task.
     new = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
     if new and task in _WRITING_TASKS:
@@ -159,10 +161,40 @@ def load_model(
             + (f" and {len(new) - 1} more" if len(new) > 1 else "")
             + ", which would be random.\nFetch or copy the model again, weights and config.json."
         )
-    model.new_layers = sorted({name.rpartition(".")[0] for name in new})
+    return _prepare_model(model, sorted({name.rpartition(".")[0] for name in new}))
+
+
+def _prepare_model(model: Any, new_layers: Sequence[str] = ()) -> Any:
+    """Return a loaded model, set up to get an adapter or to train."""
+    # Training has no use for keys and values of earlier tokens, and warns of them.
+    model.config.use_cache = False
+    # A checkpoint may ask for its routers' loss, which TRL would compute: the trainer's settings
+    # say whether it is (docs/methods.md).
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):
+        text_config.output_router_logits = False
+    model.new_layers = list(new_layers)
     keep_backward_kernels(model)
     expose_backbone(model)
     return model
+
+
+def _load_by_function(
+    config: ModelConfig,
+    path: "str | Path",
+    quantization: QuantizationSettings,
+    machine: Machine,
+    full: bool,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Return the model that `model.loader` gives; see `load_model` for the arguments."""
+    if quantization.is_enabled or kwargs:
+        what = ", ".join(kwargs) or "quantization"
+        raise UserError(f"model.loader: {what} cannot be set where a function loads the model.")
+    attention = None if config.attention == "auto" else config.attention
+    settings = _load_settings(config, quantization, machine, full)
+    settings |= {"attn_implementation": attention}
+    return loader.load_by_function(config, path, settings, full)
 
 
 def keep_backward_kernels(model: Any) -> None:

@@ -251,7 +251,7 @@ def check_trains_on_text(
         return
     name = type(architecture).__name__.removesuffix("Config")
     refusal = f"model.path: {name} cannot be trained on text alone"
-    if missing := _missing_text_layer(model):
+    if missing := find_missing_text_layer(model):
         raise UserError(f"{refusal}: {type(model).__name__} has no {missing}.")
     row = torch.zeros(1, 4, dtype=torch.long, device="meta")
     try:
@@ -293,7 +293,7 @@ def _refuse_class_without_forward(architecture: Any, trust_remote_code: bool) ->
     raise UserError(message)
 
 
-def _missing_text_layer(model: Any) -> str | None:
+def find_missing_text_layer(model: Any) -> str | None:
     """Return which layer a model lacks that training on tokens of text needs; None if it has all.
 
     Models that embed sound with each token (Kyutai's speech to text) or give actions instead of

@@ -22,6 +22,8 @@ CHAT_SETTINGS_FILE = "chat.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 LABELS_FILE = "labels.json"
 """The file beside a classifier's or tagger's adapter that names its labels."""
+LOADER_FILE = "loader.json"
+"""The file beside weights of a model that a function of the user's own loads."""
 MODEL_CONFIG_FILE = "config.json"
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("*.safetensors", "*.gguf", "*.bin")
@@ -95,6 +97,14 @@ class _Labels(BaseModel):
     problem_type: str | None = None
 
 
+class _Loader(BaseModel):
+    """The content of a loader.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    loader: str | dict[str, dict[str, Any] | None]
+
+
 class _WeightIndex(BaseModel):
     """The content of a model.safetensors.index.json."""
 
@@ -137,6 +147,12 @@ def read_labels(folder: Path) -> dict[str, Any] | None:
     """Return the labels.json of a folder; None where there is none."""
     labels: dict[str, Any] | None = load_json(folder / LABELS_FILE, _Labels, _ADVICE)
     return labels
+
+
+def read_loader(folder: Path) -> Any:
+    """Return the `model.loader` that a folder's weights need; None where they need none."""
+    content: dict[str, Any] | None = load_json(folder / LOADER_FILE, _Loader, _ADVICE)
+    return None if content is None else content["loader"]
 
 
 def list_indexed_files(folder: Path) -> list[Path] | None:

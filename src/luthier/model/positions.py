@@ -70,7 +70,7 @@ def find_positions(content: Mapping[str, Any]) -> int | None:
 
 
 def _run_positions(config: RunConfig) -> int | None:
-    is_other = config.trainer.method in _OTHER_BOUNDS
+    is_other = config.trainer.base_method in _OTHER_BOUNDS
     return None if is_other else read_max_positions(config.model)
 
 

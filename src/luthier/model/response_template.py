@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from luthier.chat import ChatEncoder, ChatError
+from luthier.chat.argument_forms import KEY_MARK, EntryArguments
 from luthier.chat.reply_grammar import ReplyGrammar, ReplyNode
 
 _TOOL = {
@@ -41,22 +42,36 @@ _ARGUMENTS: tuple[dict[str, Any], ...] = (
     {"word": 'a "b"\nc ä', "count": 3, "options": {"deep": [1, None, True]}},
     {},
 )
+_LAST_TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*\Z")
+_FUNCTION = {"name": "{name}", "arguments": "{content}"}
+"""A call of which the opening has the name and the content the arguments."""
 
 
 def choose_response_template(tokenizer: Any, encoder: ChatEncoder) -> dict[str, Any] | None:
     """Return the response template to save with a tokenizer whose chat template is the encoder's.
 
     The tokenizer's own one where it reads replies as `ChatEncoder.parse` does, else one that is
-    made and does; None where neither does.
+    made and does; None where neither does. Warns where the tokenizer's own is left out.
     """
     # Whatever the training leaves out, servers see.
     changes = {"max_length": None, "on_lost": "keep", "empty_replies": "train", "train_on": "last"}
     encoder = encoder.with_settings(changes)
     try:
-        own, made = getattr(tokenizer, "response_template", None), make_response_template(encoder)
-        for template, is_exact in ((own, False), (made, True)):
-            if template is not None and find_disagreement(template, encoder, is_exact) is None:
-                return dict(template)
+        own = getattr(tokenizer, "response_template", None)
+        problem = None if own is None else find_disagreement(own, encoder)
+        if own is not None and problem is None:
+            return dict(own)
+        made = make_response_template(encoder)
+        if made is not None and find_disagreement(made, encoder, is_exact=True) is not None:
+            made = None
+        if problem is not None:
+            instead = "another one is saved" if made else "none is saved"
+            warnings.warn(
+                f"The tokenizer's response_template reads replies otherwise than the chat template "
+                f"writes them, so {instead} in its place. {problem[:400]}",
+                stacklevel=2,
+            )
+        return made
     except Exception as error:  # templates raise anything, and a trained model is to be saved
         warnings.warn(f"no response_template is saved: {error!r}", stacklevel=2)
     return None
@@ -147,9 +162,8 @@ def _shown_tools(encoder: ChatEncoder) -> list | None:
 
 def _make_replies() -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Yield conversations and replies to them, with every combination of fields."""
-    question = {"role": "user", "content": "What is a lute?"}
+    question, result = _ask("What is a lute?"), _make_result("42")
     call = _make_calls([{"word": "lute"}])
-    result = {"role": "tool", "name": "look_up", "tool_call_id": _CALL_IDS[0], "content": "42"}
     prompts: tuple[list[dict[str, Any]], ...] = (
         [question],
         [question, {"role": "assistant", "content": "", "tool_calls": call}, result],
@@ -162,6 +176,14 @@ def _make_replies() -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
             yield messages, {"role": "assistant", **each}
             for text in _REASONING:
                 yield messages, {"role": "assistant", "reasoning_content": text, **each}
+
+
+def _ask(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _make_result(text: str) -> dict[str, Any]:
+    return {"role": "tool", "name": "look_up", "tool_call_id": _CALL_IDS[0], "content": text}
 
 
 def _make_calls(arguments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -191,13 +213,13 @@ def _encode_reply(
 def make_response_template(encoder: ChatEncoder) -> dict[str, Any] | None:
     """Return a response template of what the chat template writes around the fields of a reply.
 
-    None where its grammar cannot say it: calls in a list, or arguments that are no JSON object.
+    None where its grammar cannot say it, such as texts of arguments with escapes of their own.
     Whether it reads replies as the encoder does is to be measured (`find_disagreement`).
     """
     try:
         tools = _shown_tools(encoder)
         grammar = encoder.reply_grammar(tools)
-        anchor = _find_prompt_ending(encoder, tools)
+        anchors = _find_prompt_endings(encoder, tools)
     except ChatError:
         return None
     if not grammar.is_known:
@@ -205,11 +227,11 @@ def make_response_template(encoder: ChatEncoder) -> dict[str, Any] | None:
     opens = _targets(grammar, "start", "reasoning")
     if "" in opens:
         # The prompt itself opens the reasoning, with the last tag that it has.
-        tag = re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*\Z", anchor)
+        tag = _LAST_TAG.search(anchors[0])
         if tag is None:
             return None
         opens = [*filter(None, opens), tag[0]]
-        anchor = anchor[: tag.start()]
+        anchors = [anchor.removesuffix(tag[0]) for anchor in anchors]
     stops = [encoder.decode_reply([stop]) for stop in encoder.stop_token_ids]
     closes = _reasoning_closes(grammar) if opens else []
     fields: dict[str, Any] = {}
@@ -222,8 +244,11 @@ def make_response_template(encoder: ChatEncoder) -> dict[str, Any] | None:
             return None
         fields["tool_calls"] = calls
     fields["content"] = _make_content_field(grammar, opens, closes, stops)
-    if not anchor or any("" in field.get("close", ()) for field in fields.values()):
+    if not all(anchors) or any("" in field.get("close", ()) for field in fields.values()):
         return None
+    if opens and not closes:  # the template ends no reasoning
+        return None
+    anchor = anchors[0] if len(set(anchors)) == 1 else list(dict.fromkeys(anchors))
     return {"defaults": {"role": "assistant"}, "start_anchor": anchor, "fields": fields}
 
 
@@ -236,12 +261,26 @@ def _targets(grammar: ReplyGrammar, node: ReplyNode, target: ReplyNode) -> list[
     return [marker for marker, to in targets.items() if to == target]
 
 
-def _find_prompt_ending(encoder: ChatEncoder, tools: list | None) -> str:
-    """Return the text with which prompts end, whatever was said."""
-    questions = [[{"role": "user", "content": text}] for text in ("What is a lute?", "And a lyre!")]
-    prompts = [encoder.tokenizer.decode(encoder.prompt(each, tools)) for each in questions]
+def _find_prompt_endings(encoder: ChatEncoder, tools: list | None) -> list[str]:
+    """Return the texts with which prompts end, behind a question and behind a tool's result."""
+    endings = [_find_ending(encoder, [[_ask("What is a lute?")], [_ask("And a lyre!")]], tools)]
+    call = {"role": "assistant", "content": "", "tool_calls": _make_calls([{"word": "lute"}])}
+    history = [_ask("What is a lute?"), call]
+    try:
+        results = [[*history, _make_result(text)] for text in ("42", "A lyre!")]
+        endings.append(_find_ending(encoder, results, tools))
+    except ChatError:  # the template knows no results of tools
+        return endings
+    # The result itself may be what is common, where the template does not show it.
+    is_new = endings[1] and not endings[1].endswith(endings[0])
+    return endings if is_new else endings[:1]
+
+
+def _find_ending(encoder: ChatEncoder, asked: Sequence[list], tools: list | None) -> str:
+    """Return the text with which the prompts of some conversations end together."""
+    prompts = [encoder.tokenizer.decode(encoder.prompt(each, tools)) for each in asked]
     ending = _common_start([prompt[::-1] for prompt in prompts])[::-1]
-    # The end of the user's turn may be another one behind a tool's result.
+    # The end of the turn before is none of the reply's.
     for stop in map(encoder.decode_reply, ([each] for each in encoder.stop_token_ids)):
         ending = ending.rpartition(stop)[2].lstrip("\n") or ending
     return ending
@@ -256,11 +295,17 @@ def _common_start(texts: Sequence[str]) -> str:
 
 def _reasoning_closes(grammar: ReplyGrammar) -> list[str]:
     """Return what ends reasoning: all that stands behind it, as far as it is the same."""
-    to_content = _targets(grammar, "reasoning", "content")
-    markers = [*to_content, *_targets(grammar, "reasoning", "calls"),
-               *grammar.nodes["reasoning"].endings]  # fmt: skip
-    common = _common_start([marker for marker in markers if marker])
-    return list(dict.fromkeys([common, *(m for m in to_content if not _holds_more(m, common))]))
+    closes: list[str] = []
+    # Where the prompt opens the reasoning, a reply without any begins with its end.
+    is_open = "" in _targets(grammar, "start", "reasoning")
+    nodes: tuple[ReplyNode, ...] = ("reasoning", "start") if is_open else ("reasoning",)
+    for node in nodes:
+        to_content = _targets(grammar, node, "content")
+        markers = [*to_content, *_targets(grammar, node, "calls"), *grammar.nodes[node].endings]
+        if any(markers):
+            common = _common_start([marker for marker in markers if marker])
+            closes += [common, *(m for m in to_content if not _holds_more(m, common))]
+    return list(dict.fromkeys(closes))
 
 
 def _holds_more(marker: str, common: str) -> bool:
@@ -270,17 +315,18 @@ def _holds_more(marker: str, common: str) -> bool:
 
 def _call_opens(grammar: ReplyGrammar, closes: Sequence[str]) -> list[str]:
     """Return what may stand in front of a call's first part, behind the reasoning's end."""
-    opens = [m for node in ("start", "content") for m in _targets(grammar, node, "calls")]
-    for marker in _targets(grammar, "reasoning", "calls"):
-        close = max((each for each in closes if marker.startswith(each)), key=len, default="")
-        opens.append(marker[len(close) :])
+    opens = []
+    for node in ("start", "content", "reasoning"):
+        for marker in _targets(grammar, node, "calls"):
+            close = max((each for each in closes if marker.startswith(each)), key=len, default="")
+            opens.append(marker[len(close) :])
     return list(dict.fromkeys(opens))
 
 
 def _make_call_field(
     grammar: ReplyGrammar, opens: list[str], stops: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Return the field of calls, each a JSON object or a name with one; None for other forms."""
+    """Return the field of calls; None for forms that a response template cannot say."""
     calls = grammar.calls
     assert calls is not None
     endings = list(grammar.call_markers.endings)
@@ -290,38 +336,84 @@ def _make_call_field(
     close = _common_start([*endings, *([] if separator is None else [separator])])
     if separator is not None:
         opens = [*opens, separator[len(close) :]]
-    inner = [marker.at(0) for marker in calls.inner]
+    if not all(opens):
+        # Nothing in front of a call shows where it begins.
+        return None
+    names = "".join(
+        f"(?P<{part}>[^\\n\\r\"'{{}}]+?){re.escape(marker.at(0))}"
+        for part, marker in zip(calls.parts[:-1], calls.inner, strict=True)
+    )
+    open_pattern = f"(?:{'|'.join(map(re.escape, opens))}){names}"
+    if isinstance(calls.arguments, EntryArguments):
+        return _make_entry_field(calls.arguments, open_pattern, [e for e in endings if e])
     # A call within one JSON object: what stands in front of the name belongs to that object.
     brace = opens[0].rfind("{")
     lead = opens[0][brace:] if brace >= 0 else ""
     if lead and close.startswith("}") and all(each.endswith(lead) for each in opens):
-        keys = _find_keys(lead, calls.parts, inner)
-        if keys is None:
-            return None
-        opens = [each.removesuffix(lead) for each in opens]
-        pattern, close, endings = "", close[1:], [each[1:] for each in endings]
-        transform = {name: f"{{content.{key}}}" for name, key in keys.items() if name != "id"}
-    else:
-        pattern = "".join(
-            f"(?P<{part}>[^\\n\\r\"'{{}}]+?){re.escape(marker)}"
-            for part, marker in zip(calls.parts[:-1], inner, strict=True)
-        )
-        transform = {"name": "{name}", "arguments": "{content}"}
-    closes = sorted({*filter(None, [close, *endings]), *(e + s for e in endings for s in stops)})
-    field: dict[str, Any] = {
-        "close": closes,
-        "repeats": True,
-        "content": "json",
-        "transform": {"type": "function", "function": transform},
-    }
-    if not all(opens):
-        # Nothing in front of a call shows where it begins, but the call itself.
+        fronts = [each.removesuffix(lead) for each in opens]
+        keys = _find_keys(lead, calls.parts, [marker.at(0) for marker in calls.inner])
+        if all(fronts):
+            ends = [close[1:], *(ending[1:] for ending in endings)]
+            return None if keys is None else _make_object_field(fronts, ends, stops, keys)
+        # The call alone shows where it begins; a brace may end any object in it.
+        return _make_json_field(open_pattern, [e + stop for e in endings for stop in stops])
+    closes = {*filter(None, [close, *endings]), *(e + s for e in endings for s in stops)}
+    return _make_json_field(open_pattern, sorted(closes))
+
+
+def _call_field(content: str, function: dict[str, str], **more: Any) -> dict[str, Any]:
+    transform = {"type": "function", "function": function}
+    return {**more, "repeats": True, "content": content, "transform": transform}
+
+
+def _make_object_field(
+    opens: list[str], ends: Sequence[str], stops: Sequence[str], keys: dict[str, str]
+) -> dict[str, Any]:
+    """Return the field of calls that are JSON objects, with the name and arguments as entries."""
+    closes = {*filter(None, ends), *(end + stop for end in ends[1:] for stop in stops)}
+    function = {name: f"{{content.{key}}}" for name, key in keys.items() if name != "id"}
+    return _call_field("json", function, open=opens, close=sorted(closes))
+
+
+def _make_json_field(open_pattern: str, closes: list[str]) -> dict[str, Any]:
+    """Return the field of calls whose arguments are a JSON object behind the name."""
+    return _call_field("json", _FUNCTION, open_pattern=open_pattern, close=closes)
+
+
+def _make_entry_field(
+    arguments: EntryArguments, open_pattern: str, endings: list[str]
+) -> dict[str, Any] | None:
+    """Return the field of calls whose arguments are written entry by entry.
+
+    None for entries that differ by the type of their value, or are closed with their own key.
+    """
+    if len(arguments.markers) != 1:
         return None
-    if pattern:
-        field["open_pattern"] = f"(?:{'|'.join(map(re.escape, opens))}){pattern}"
-    else:
-        field["open"] = opens
-    return field
+    (markers,) = arguments.markers
+    texts = [markers.middle, *markers.separators, *markers.closings]
+    if len(texts) != 3 or any(KEY_MARK in text for text in texts) or arguments.escapes != "raw":
+        return None
+    middle, separator, closing = texts
+    tail = f"(?:{'|'.join(map(re.escape, endings))})?" if endings else ""
+    if arguments.quotes[0]:
+        # JSON whose keys have no quotes, and whose texts have others, as Gemma 4 writes it.
+        if (arguments.lead, middle, separator, closing[:1]) != ("{", ":", ",", "}"):
+            return None
+        dialect = {"unquoted_keys": True, "string_delims": [list(arguments.quotes)]}
+        return _call_field(
+            "json", _FUNCTION, open_pattern=open_pattern + r"(?=\{)",
+            close_pattern=re.escape(closing[1:]) + tail, content_args=dialect,
+        )  # fmt: skip
+    lead, closed = re.escape(arguments.lead), re.escape(closing)
+    if arguments.empty is not None:
+        lead = f"(?:{lead}|(?={re.escape(arguments.empty)}))"
+        closed = f"(?:{closed}|{re.escape(arguments.empty)})"
+    entry = rf"(?P<key>[^\n]+?){re.escape(middle)}(?P<value>.*?)(?:{re.escape(separator)}|\Z)"
+    # What values are is left to transformers, which goes by the tool's schema.
+    return _call_field(
+        "xml-inline", _FUNCTION, open_pattern=open_pattern + lead, close_pattern=closed + tail,
+        content_args={"tag_pattern": entry},
+    )  # fmt: skip
 
 
 def _find_keys(lead: str, parts: Sequence[str], inner: Sequence[str]) -> dict[str, str] | None:

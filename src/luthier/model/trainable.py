@@ -11,7 +11,8 @@ from luthier.errors import UserError
 from luthier.model import embeddings
 from luthier.model.adapters import add_adapter
 from luthier.model.device import Machine
-from luthier.model.model_class import find_text_modules
+from luthier.model.experts import find_experts, has_experts
+from luthier.model.model_class import find_text_modules, is_within
 from luthier.model.tokenizer import check_vocabulary_fits, load_tokenizer
 from luthier.patterns import match_names
 
@@ -86,6 +87,30 @@ def freeze_parameters(model: Any, train: Sequence[str], frozen: Sequence[str]) -
         )
     for parameter in names.values():
         parameter.requires_grad_(id(parameter) in trained)
+
+
+def find_skipped_parameters(model: Any) -> list[str]:
+    """Return the names of trained parameters that the loss of a step may leave without a gradient.
+
+    They are those outside of what text reaches (an open vision tower), those of experts that are a
+    module each, of which a step runs the chosen ones, and of layers that a model leaves out by
+    chance. Experts in one tensor are none of them: a step reaches the whole tensor. `model` is as
+    `make_trainable` returns it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trained = [name for name, weight in base.named_parameters() if weight.requires_grad]
+    settings = base.config.to_dict()
+    if any(value for key, value in settings.items() if key.endswith("layerdrop")):
+        return trained
+    text, experts = find_text_modules(base), has_experts(settings)
+    # An adapter wraps the module of its experts.
+    joined = [each.name.partition(".base_layer")[0] for each in find_experts(base)]
+
+    def is_chosen(name: str) -> bool:
+        is_expert = experts and "experts" in name.split(".")
+        return is_expert and not any(is_within(name, module) for module in joined)
+
+    return [name for name in trained if name not in text or is_chosen(name)]
 
 
 def _load_unquantized(config: RunConfig, machine: Machine, task_type: str) -> Any:

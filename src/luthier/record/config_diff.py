@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
 
 from luthier.config.code_settings import hash_code
 from luthier.config.env_references import (
@@ -12,8 +14,11 @@ from luthier.config.env_references import (
     fingerprint_variables,
 )
 from luthier.config.library_settings import TrainerArgs
+from luthier.config.schema import RunConfig
 from luthier.redaction import HIDDEN, REFERENCE, redact
 
+_ABSENT = "(absent)"
+"""What stands for the value of a setting that a config does not have."""
 NEUTRAL_KEYS = ("output_dir", "dry_run", "overwrite", "tracker", "recipe", "card")
 """Keys that change where, whether or under which name a run happens, not what it computes."""
 
@@ -62,16 +67,43 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[s
     """Yield each dotted key that differs, with its old and new value or "(absent)".
 
     Secrets are hidden in what is written, so a hidden value equals every other one; and a value of
-    the environment is written as a reference, which equals what the variable holds.
+    the environment is written as a reference, which equals what the variable holds. A setting that
+    an older version of luthier did not know equals its default.
     """
     old_values, new_values = (
         flatten_config(redact(old)),
         flatten_config(redact(new)),
     )
     for key in sorted(old_values.keys() | new_values.keys()):
-        before, after = old_values.get(key, "(absent)"), new_values.get(key, "(absent)")
+        before, after = old_values.get(key, _ABSENT), new_values.get(key, _ABSENT)
+        if _ABSENT in (before, after) and _is_default(key, after if before == _ABSENT else before):
+            continue
         if before != after and not _may_be_equal(before, after):
             yield key, before, after
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Return whether a setting that is written has the value that it has where it is absent.
+
+    Fields of the libraries' own classes, such as those of `trainer.args`, are not judged.
+    """
+    model: type[BaseModel] = RunConfig
+    names = key.split(".")
+    while names:
+        field = model.model_fields.get(names.pop(0))
+        if field is None:
+            return False
+        if not names:
+            default = field.get_default(call_default_factory=True)
+            # Of a group that is empty all settings are absent.
+            return bool(value == ({} if isinstance(default, BaseModel) else default))
+        group = field.annotation
+        if get_origin(group) is dict:
+            group, names = get_args(group)[1], names[1:]
+        if not (isinstance(group, type) and issubclass(group, BaseModel)):
+            return False
+        model = group
+    return False
 
 
 def _may_be_equal(before: Any, after: Any) -> bool:

@@ -14,7 +14,7 @@ from luthier.errors import UserError
 from luthier.sweep import guard
 from luthier.sweep.settings import LauncherSettings, LocalSettings
 from luthier.sweep.trials import Trial, TrialFolder
-from luthier.train import launch_request
+from luthier.train.launch.request import find_launcher_command, is_on, parse_launch_command
 
 _OF_A_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
@@ -76,7 +76,7 @@ def find_launch_command(
     machines, which one sweep cannot share out.
     """
     launch_flags, folder, above = launcher.launch_words(), Path.cwd(), dict(environ)
-    started = launch_request.find_launcher_command()
+    started = find_launcher_command()
     if launch_flags is None and started is not None:
         launch_flags, folder = started
     if started is not None:
@@ -88,12 +88,10 @@ def find_launch_command(
     if launch_flags is None and int(environ.get("WORLD_SIZE", "1")) > 1:
         _refuse_machines(int(environ["WORLD_SIZE"]) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
         count = int(environ["WORLD_SIZE"])
-        return LaunchCommand(
-            script, None, count, launch_request.is_on(environ, "ACCELERATE_USE_CPU"), True, above
-        )
+        return LaunchCommand(script, None, count, is_on(environ, "ACCELERATE_USE_CPU"), True, above)
     if launch_flags is None:
         return LaunchCommand(script, environ=above)
-    request = launch_request.parse_launch_command(launch_flags, folder, above)
+    request = parse_launch_command(launch_flags, folder, above)
     _refuse_machines(request.num_machines)
     if request.num_processes is None:
         count = int(environ.get("WORLD_SIZE", "1")) if launcher.accelerate is None else 1

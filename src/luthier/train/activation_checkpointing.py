@@ -9,7 +9,7 @@ from luthier.memory import choose_checkpointing
 from luthier.memory.sharding import Sharding
 from luthier.memory.workload import AUTO_CHECKPOINTING, bound_by_rows, detect_hardware
 from luthier.train import console
-from luthier.train.launch_request import LaunchRequest, read_launch_request
+from luthier.train.launch.request import LaunchRequest, read_launch_request
 
 
 def resolve_auto_checkpointing(

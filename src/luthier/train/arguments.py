@@ -9,6 +9,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.device import check_gpu_settings
 from luthier.model.load import read_model_config
+from luthier.model.trainable import find_skipped_parameters
 from luthier.python_code import is_python_path
 
 
@@ -83,6 +84,24 @@ def build_trainer_arguments(
     if config.trainer.args.router_aux_loss_coef and args.world_size > 1:
         raise UserError(f"trainer.args.router_aux_loss_coef: {ROUTER_LOSS_OF_A_BATCH}")
     return args
+
+
+def set_unused_search(args: Any, model: Any, config: RunConfig) -> None:
+    """Have DDP look for weights without a gradient in each step only where there may be some.
+
+    transformers 5.23 has it look wherever activations are kept and nowhere else: for nothing in
+    most models, and not where experts or a tower need it. What a trainer or a model of the user's
+    own leaves out is not known. `args` are the trainer's, in which the user's own setting stays;
+    `model` is as it trains.
+    """
+    if args.ddp_find_unused_parameters is not None:
+        return
+    # torch refuses the two together: a reentrant backward reaches weights more than once.
+    kwargs = args.activation_checkpointing_kwargs or {}
+    is_reentrant = args.activation_checkpointing and kwargs.get("use_reentrant")
+    is_own = config.model.loader is not None or is_python_path(config.trainer.method)
+    may_skip = is_own or bool(find_skipped_parameters(model))
+    args.ddp_find_unused_parameters = may_skip and not is_reentrant
 
 
 def check_router_loss(config: RunConfig) -> None:

@@ -32,19 +32,29 @@ from luthier.train import (
     activation_checkpointing,
     console,
     evaluation,
-    launch_checks,
     methods,
     profiler,
-    rank_agreement,
     resume,
     trackers,
 )
-from luthier.train.arguments import check_router_loss
+from luthier.train.arguments import check_router_loss, set_unused_search
 from luthier.train.callbacks import MetricsFileCallback, ProgressLineCallback
 from luthier.train.dataloaders import refuse_idle_processes
 from luthier.train.evaluation import ReplyGenerator
-from luthier.train.fsdp_checks import check_packed_storage
-from luthier.train.launch_request import launched_by
+from luthier.train.launch.checks import (
+    LaunchFacts,
+    check_devices,
+    check_running_launch,
+    refuse_other_launch,
+)
+from luthier.train.launch.deepspeed import check_zero_settings
+from luthier.train.launch.fsdp import check_packed_storage
+from luthier.train.launch.rank_agreement import (
+    check_input_agreement,
+    check_rank_agreement,
+    join_processes,
+)
+from luthier.train.launch.request import launched_by
 from luthier.train.loop import AfterSave, TrainingSession, fit
 from luthier.train.methods import TrainerInputs
 from luthier.train.methods.encoders import (
@@ -76,7 +86,7 @@ def build_and_fit(
     config = loaded.config
     seed_everything(config)
     machine = choose_machine(config.model)
-    is_main_process = rank_agreement.join_processes(loaded.recorded, machine).is_main_process
+    is_main_process = join_processes(loaded.recorded, machine).is_main_process
     record = RunRecord(folder)
     is_recorded = is_main_process and not config.dry_run
     if is_recorded:
@@ -125,12 +135,13 @@ def build_session(
     Raises UserError where anything does not go together, or has changed since the run began.
     """
     is_recorded = is_main_process and not config.dry_run
-    method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.method]
+    method, facts = methods.load_method(config.trainer.method), METHODS[config.trainer.base_method]
     quantized.check_quantized_model(config, machine)
     architecture = read_model_config(config.model)
-    check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
+    if config.model.loader is None:
+        check_trains_on_text(architecture, config.model.trust_remote_code, facts.task)
     machine = resolve_attention(config.model, machine, facts.task, config.trainer.args.packs_rows)
-    rank_agreement.check_rank_agreement({"model.attention": machine.attention})
+    check_rank_agreement({"model.attention": machine.attention})
     check_router_loss(config)
     tokenizer = load_tokenizer(config.model)
     encoder = make_chat_encoder(config, tokenizer) if facts.trains_on_chats else None
@@ -148,16 +159,13 @@ def build_session(
     )
     args = method.build_arguments(config, machine, folder, has_eval=bool(prepared.eval))
     evaluation.set_best_model_metric(args, config)
-    launch_checks.check_devices(args.distributed_state)
-    has_routed_layers = has_experts(architecture.to_dict())
-    launch_checks.check_zero_settings(config, args, has_routed_layers, prepared.has_images)
-    check_packed_storage(config, args)
+    _check_launch(config, args, architecture, prepared.has_images)
     # What was drawn so far depends on what was found in caches.
     set_seed(config.seed)
     model: Any = method.load_model(config, machine, prepared)
     model = make_trainable(model, config, tokenizer, machine, facts.task)
     vision_tower.check_trained_parts(model, config, images is not None)
-    vision_tower.allow_steps_without_images(args, model)
+    set_unused_search(args, model, config)
     if is_main_process:
         console.print_model(model, machine, config.quantization, config.lora)
     own_callbacks = make_own_callbacks(config.trainer.callbacks)
@@ -173,13 +181,13 @@ def build_session(
     trainer.optimizer_config = config.trainer.optimizer
     adapter_training.prepare_trainer(trainer, config.lora)
     # The accelerator, which knows what really runs, is made with the trainer.
-    launch = launch_checks.check_running_launch(trainer.accelerator, args)
+    launch = check_running_launch(trainer.accelerator, args)
     if is_recorded:
-        launch_checks.refuse_other_launch(record, launch)
+        refuse_other_launch(record, launch)
         code = hash_code(config.model_dump(mode="json"))
         written = inputs | {"data": data_facts(prepared), "code": code}
         _record_inputs(record, written, trainer, launch, encoder)
-    reply_generator = _make_reply_generator(trainer_inputs, trainer, encoder, launch["sharding"])
+    reply_generator = _make_reply_generator(trainer_inputs, trainer, encoder)
     return TrainingSession(
         config=config,
         folder=folder,
@@ -194,17 +202,26 @@ def build_session(
     )
 
 
-def _make_reply_generator(
-    inputs: TrainerInputs, trainer: Any, encoder: Any, sharding: str
-) -> ReplyGenerator:
+def _check_launch(config: RunConfig, args: Any, architecture: Any, has_images: bool) -> None:
+    """Raise UserError where the processes lack devices, or do not train what the config has.
+
+    `args` are the trainer's, `architecture` is the model's `PretrainedConfig`, and `has_images`
+    tells of the rows.
+    """
+    check_devices(args.distributed_state)
+    check_zero_settings(config, args, has_experts(architecture.to_dict()), has_images)
+    check_packed_storage(config, args)
+
+
+def _make_reply_generator(inputs: TrainerInputs, trainer: Any, encoder: Any) -> ReplyGenerator:
     """Return what answers the held-out rows of a run; UserError where that is not possible."""
     config, prepared = inputs.config, inputs.prepared
     prompts = make_eval_prompts(config, inputs.tokenizer, encoder)
-    writes_replies = METHODS[config.trainer.method].writes_replies
+    writes_replies = METHODS[config.trainer.base_method].writes_replies
     heldout = prepared.heldout if writes_replies and prompts is not None else {}
     rows = {name: examples.with_columns() for name, examples in heldout.items()}
     settings = config.trainer.evaluation
-    prompt_sets = evaluation.select_eval_prompts(settings, rows, sharding)
+    prompt_sets = evaluation.select_eval_prompts(settings, rows)
     images = None
     if inputs.images is not None:
         images = evaluation.QuestionImages(inputs.images, prepared.read_image)
@@ -235,7 +252,7 @@ def _check_inputs(
     # Of the weights each machine has files of its own, which its first process reads.
     with_weights = state.is_local_main_process
     inputs = resume.hash_run_inputs(config, tokenizer, encoder, prepared, with_weights)
-    rank_agreement.check_input_agreement(inputs)
+    check_input_agreement(inputs)
     refuse_idle_processes(prepared.train, read_batching_settings(config), state.num_processes)
     return inputs
 
@@ -244,7 +261,7 @@ def _record_inputs(
     record: RunRecord,
     inputs: dict[str, dict[str, Any]],
     trainer: Any,
-    launch: launch_checks.LaunchFacts,
+    launch: LaunchFacts,
     encoder: Any,
 ) -> None:
     """Write what the run is made of and how it was launched."""

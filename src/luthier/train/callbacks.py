@@ -62,6 +62,7 @@ class RestoreCountersCallback(TrainerCallback):
 PROGRESS_FORMATS = {
     "reward": "reward {:.4f}",
     "eval_reward": "held-out reward {:.4f}",
+    "tools/call_frequency": "calls {:.2f}",
     "loss": "loss {:.4f}",
     "eval_loss": "held-out loss {:.4f}",
     "mean_token_accuracy": "accuracy {:.3f}",

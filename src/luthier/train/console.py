@@ -1,5 +1,6 @@
 """What a run prints: its data before the first step, its results after the last."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from luthier.model.expert_adapters import describe_experts
 from luthier.model.experts import describe_unpacked_experts, unpacked_expert_bytes
 from luthier.model.load import describe_packing
 from luthier.model.model_class import find_text_modules
+from luthier.record.checkpoints import ROLLOUTS_FILE
 from luthier.storage.atomic import write_jsonl
 from luthier.terminal import make_console
 
@@ -110,7 +112,7 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
             print_line(f"map       {key}.map left out {left_out:,} of {read_rows:,} rows")
     splits |= {name or "held out": counts for name, counts in prepared.eval_counts.items()}
     for name, counts in splits.items():
-        print_line(f"{name:<9} {_format_counts(counts, answers)}")
+        print_line(f"{name:<9} {format_counts(counts, answers)}")
     if prepared.train_counts.sources:
         shares = prepared.train_counts.sources
         total = sum(shares.values())
@@ -120,16 +122,20 @@ def print_data(prepared: PreparedData, answers: str = "") -> None:
         )
 
 
-def _format_counts(counts: SplitCounts, answers: str) -> str:
+def format_counts(counts: SplitCounts, answers: str) -> str:
     """Return the counts of one split as one line."""
     dropped = ", ".join(f"{n:,} {why}" for why, n in counts.dropped.items())
     trained = answers or f"trained ({counts.trained_tokens / max(counts.tokens, 1):.0%})"
+    # Completions that the model writes while it trains are not there yet.
+    trains = (
+        "" if answers and not counts.trained_tokens else f", {counts.trained_tokens:,} {trained}"
+    )
     cut = f"; {counts.cut_rows:,} cut to chat.max_length" if counts.cut_rows else ""
     lossy = f"; {counts.lossy_rows:,} not shown whole by the template" if counts.lossy_rows else ""
-    images = f"{counts.images:,} images, " if counts.images else ""
+    images = f", {counts.images:,} images" if counts.images else ""
     return (
         f"{counts.rows:,} rows, {counts.sequences:,} sequences, longest {counts.longest:,}, "
-        f"{counts.tokens:,} tokens, {images}{counts.trained_tokens:,} {trained}"
+        f"{counts.tokens:,} tokens{images}{trains}"
         f"{cut}{lossy}{'; left out: ' + dropped if dropped else ''}"
     )
 
@@ -191,6 +197,8 @@ def print_results(record: dict[str, Any], folder: Path) -> None:
     print_line(
         f"written   {folder}: model/ loss.png metrics.jsonl replies.jsonl run.json config.yaml"
     )
+    if (folder / ROLLOUTS_FILE).is_file():
+        print_line(f"rollouts  luthier show {shlex.quote(str(folder))} --rollouts")
 
 
 def _format_result(name: str, value: float | None) -> str:

@@ -15,7 +15,7 @@ from luthier.data.batching.image_collators import ImageInputs
 from luthier.data.formats.image_parts import image_parts
 from luthier.data.images.decode import decode_image
 from luthier.data.images.reader import ImageRef
-from luthier.errors import UserError, format_override
+from luthier.errors import UserError
 from luthier.infer.generate import ImagePromptInputs, generate
 from luthier.infer.questions import Answer, Question, Row, decode_answer, read_questions, turn_text
 from luthier.metrics import (
@@ -69,21 +69,21 @@ class EvalReplies:
 
 
 def select_eval_prompts(
-    config: EvaluationConfig, heldout: Mapping[str, Iterable[Row]], sharding: str
+    config: EvaluationConfig, heldout: Mapping[str, Iterable[Row]]
 ) -> list[EvalPrompts]:
     """Return what a run answers of each evaluation set: all that is scored, or a few samples.
 
     `heldout` has the rows of each set by its name; the only set has no name in the result, as in
     the trainer's logs. A set without metrics is not answered, but for the first, whose samples are
     shown. What the metrics need is imported. Raises UserError for metrics that cannot compare with
-    the set's replies, for a set that has none, and for a sharding under which nothing is generated.
+    the set's replies, and for a set that has none.
     """
     prompt_sets = []
     for number, (name, rows) in enumerate(heldout.items()):
         key = f"trainer.evaluation.sets.{name}" if name in config.sets else METRICS_KEY
         metrics = parse_metrics(config.sets.get(name, config.metrics), key)
         limit = config.rows if metrics else config.samples if number == 0 else 0
-        if not limit or _is_generation_refused(sharding, metrics):
+        if not limit:
             continue
         selected = read_questions(rows, limit, metrics)
         _check_scored(metrics, selected, key, name)
@@ -108,19 +108,6 @@ def _check_scored(
                 f"{key}: no row of the evaluation set{label} {lacking} that {metric.name} could "
                 "compare with.\nUse an empty list for the loss alone."
             )
-
-
-def _is_generation_refused(sharding: str, metrics: list[Metric]) -> bool:
-    """Return whether nothing is generated under a sharding; UserError where metrics need it."""
-    if sharding != "fsdp1":
-        return False
-    if metrics:
-        raise UserError(
-            "trainer.evaluation.metrics: replies are not generated under fsdp1, whose weights "
-            "cannot be gathered once for all tokens.\nUse launch/fsdp2.yaml, or "
-            f"{format_override(METRICS_KEY, [])} for the loss alone."
-        )
-    return True
 
 
 @dataclass(frozen=True)
@@ -180,7 +167,7 @@ class ReplyGenerator:
         return _score_on_first_rank(prompts.metrics, replies)
 
     def _generate_answers(self, prompts: EvalPrompts, when: str) -> list[Answer]:
-        """Return the text of each reply, and where it could call a tool the message that it is."""
+        """Return the text of each reply, and the message that it is."""
         from accelerate import PartialState
         from tqdm import tqdm
 

@@ -19,6 +19,7 @@ from luthier.errors import UserError
 from luthier.infer.questions import turn_text
 from luthier.model.adapters import convert_to_plain_lora
 from luthier.model.device import preserve_random_state
+from luthier.model.model_files import LOADER_FILE
 from luthier.model.processor import find_processor_files, has_other_inputs
 from luthier.model.response_template import choose_response_template
 from luthier.record import checkpoints
@@ -26,7 +27,7 @@ from luthier.record.checkpoints import CheckpointLimits
 from luthier.record.plots import plot_loss
 from luthier.record.record import RunRecord, hash_logs
 from luthier.record.run_dir import discard_replaced_run
-from luthier.redaction import redact_chat
+from luthier.redaction import redact, redact_chat
 from luthier.storage.atomic import write_json, write_jsonl
 from luthier.storage.manifest import compute_seal
 from luthier.storage.output_folder import publish_folder, seal_model
@@ -39,8 +40,8 @@ from luthier.train.evaluation import (
     EvalRepliesCallback,
     ReplyGenerator,
 )
+from luthier.train.launch.rank_agreement import describe_ranks_without
 from luthier.train.methods.encoders import read_saved_settings
-from luthier.train.rank_agreement import describe_ranks_without
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, agree_on_signal, signal_name
 from luthier.train.trainers.checkpoints import report_full_disk
 
@@ -448,6 +449,9 @@ def save_model(session: TrainingSession) -> None:
             settings = redact_chat(read_saved_settings(session.encoder))
             write_json(temporary / "chat.json", settings)
             save_serving_files(temporary, trainer, session.encoder)
+        loader = session.config.model.loader
+        if loader is not None:
+            write_json(temporary / LOADER_FILE, {"loader": redact(loader)})
         seal_model(temporary)
         publish_folder(temporary, session.folder / "model")
     trainer.accelerator.wait_for_everyone()

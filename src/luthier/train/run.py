@@ -30,8 +30,9 @@ from luthier.record.run_dir import (
 )
 from luthier.storage.output_folder import name_some
 from luthier.storage.write_errors import explain_write_errors
-from luthier.train import launch_checks, reward_checks, trackers
-from luthier.train.fsdp_checks import check_fsdp_launch
+from luthier.train import reward_checks, trackers
+from luthier.train.launch.checks import check_launch_request, refuse_changed_launch
+from luthier.train.launch.fsdp import check_fsdp_launch
 from luthier.train.signals import SIGNALS, STOPPED_EXIT_CODE, StoppedBySignal, write_exit_code
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def check_before_torch(config: RunConfig) -> data.DatasetSources:
     trackers.check_trackers_installed(config)
     read_batching_settings(config)
     # Last, as it is about the command and all before it is about the config.
-    launch_checks.check_launch_request(config.trainer.args)
+    check_launch_request(config.trainer.args)
     check_fsdp_launch(config)
     return sources
 
@@ -100,7 +101,7 @@ def _check_and_train(loaded: "LoadedConfig", folder: Path, after_save: "AfterSav
     with _open_run_dir(loaded, folder) as run_dir:
         # The others wait for the first process, which alone has the folder.
         if run_dir.state != "finished" and os.environ.get("RANK", "0") == "0":
-            launch_checks.refuse_changed_launch(folder)
+            refuse_changed_launch(folder)
         if run_dir.state != "new" and os.environ.get("RANK", "0") == "0":
             _compare_code(loaded, folder, is_finished=run_dir.state == "finished")
         if not loaded.config.dry_run:

@@ -3,6 +3,7 @@
 import pytest
 
 from helpers.chatml import CHAT, CHATML, byte_tokenizer
+from helpers.tool_templates import PLAIN
 from luthier.chat import ChatError
 from luthier.data.encoders.prompts import PromptEncoder
 
@@ -32,3 +33,24 @@ def test_a_variable_that_the_template_never_reads(on_lost):
     (outcome,) = encode(example, on_lost=on_lost).outcomes
     assert outcome.reason == "unread template variable"
     assert outcome.sequences == int(on_lost == "keep")
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+OTHER = {"type": "function", "function": {"name": "sub", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("own", [None, [], [OTHER]], ids=["none", "an empty list", "one"])
+@pytest.mark.parametrize("tools", [None, [TOOL]], ids=["no tools of the run", "tools of the run"])
+def test_a_row_has_tools_of_its_own(own, tools):
+    example = {"messages": ASKED} | ({} if own is None else {"tools": own})
+    encoder = PromptEncoder(TOKENIZER, CHAT | {"template": PLAIN}, None, tools)
+    if own and tools:
+        # A prompt would show tools that the model cannot call.
+        with pytest.raises(ChatError) as error:
+            encoder.encode([example])
+        assert str(error.value).startswith(
+            "row 0, field `tools`: the row has tools of its own, and"
+        )
+        return
+    text = TOKENIZER.decode(encoder.encode([example]).columns["input_ids"].values.tolist())
+    assert ('"add"' in text, '"sub"' in text) == (bool(tools), bool(own))

@@ -81,8 +81,10 @@ def test_a_model_of_text_alone_names_the_row_with_an_image(models, tmp_path, met
     assert "this model takes text alone" in text
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_images_of_rows_are_found_again(models, tmp_path, method):
+@pytest.mark.parametrize("method", ["sft", "dpo", "python:own.py:Own"])
+def test_images_of_rows_are_found_again(models, tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text('class Own:\n    base_method = "sft"\n')
     config, tokenizer, encoders = prepared(models, tmp_path, "gemma3", method, [TEXT, IMAGE])
     assert find_largest_rows(config.dataset, encoders, tokenizer) is None
     rows = prepare(config.dataset, encoders, tokenizer, config.seed)

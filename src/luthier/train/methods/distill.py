@@ -56,7 +56,12 @@ def teacher_config(config: RunConfig) -> ModelConfig:
     """The teacher's part of the config; it is put on the device as the model is."""
     assert config.trainer.teacher is not None
     revision = config.trainer.args.teacher_model_revision
-    update = {"path": config.trainer.teacher, "revision": revision, "tokenizer": None}
+    update = {
+        "path": config.trainer.teacher,
+        "revision": revision,
+        "tokenizer": None,
+        "loader": None,
+    }
     return config.model.model_copy(update=update)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.chat import ChatEncoder, ImageExpander, ParsedReply
 from luthier.chat.encoder import IMAGES
-from luthier.config.methods import METHODS, check_example_type
+from luthier.config.methods import METHODS, base_method, check_example_type
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.encoders.chat import (
     ColumnKeepingEncoder,
@@ -48,11 +48,12 @@ def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
     """
     method = config.trainer.method
     images = find_images(config)
-    takes_images = METHODS[method].takes_images
+    takes_images = METHODS[base_method(method)].takes_images
 
     def make_encoder(row_format: str, source: SourceConfig, key: str) -> RowEncoder:
         check_example_type(method, row_format, key, format_key(key))
-        encoder = ENCODER_FACTORIES[method](config, tokenizer, row_format, source, images)
+        make = ENCODER_FACTORIES[base_method(method)]
+        encoder = make(config, tokenizer, row_format, source, images)
         if not takes_images and row_format in _CONVERSATIONS:
             encoder = ImageRefusingEncoder(encoder, _refuse_images(method))
         return ColumnKeepingEncoder(encoder) if _reads_columns(config) else encoder
@@ -65,7 +66,8 @@ def find_images(config: RunConfig) -> ModelImages | None:
 
     None where the model or the method takes text alone.
     """
-    return find_model_images(config.model) if METHODS[config.trainer.method].takes_images else None
+    takes_images = METHODS[config.trainer.base_method].takes_images
+    return find_model_images(config.model) if takes_images else None
 
 
 _CONVERSATIONS = ("conversation", "preference", "unpaired")
@@ -253,7 +255,7 @@ def make_eval_prompts(
 
     `encoder` is the run's own.
     """
-    if METHODS[config.trainer.method].task == "SEQ_2_SEQ_LM":
+    if METHODS[config.trainer.base_method].task == "SEQ_2_SEQ_LM":
         return make_seq2seq_prompts(config, tokenizer)
     toolbox = None if encoder is None else load_tools(config)
     if encoder is None or toolbox is None or not toolbox.schemas:

@@ -271,7 +271,7 @@ class OnlineTrainerMixin(TrainerMixin, Base):
         model: Any = self.accelerator.unwrap_model(self.model)
         was_training = self.model.training
         with ExitStack() as stack:
-            if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2:
+            if self.is_fsdp_enabled:
                 reshards = self.accelerator.state.fsdp_plugin.reshard_after_forward
                 stack.enter_context(unsharded_weights(model, reshards))
             stack.enter_context(dequantized_layers(model))

@@ -56,15 +56,25 @@ class CPOMethod(ReferenceFreeMethod):
         return LuthierCPOTrainer(**inputs.table_arguments())
 
 
-class LuthierORPOTrainer(PreferenceTrainerMixin, ORPOTrainer):
+class ReferenceFreeMixin(PreferenceTrainerMixin):
+    """Gives the model TRL's fused head, and leaves the router's loss off.
+
+    Both trainers of TRL 1.16 compute with whole logits, and take that loss from the model's config.
+    """
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        """Take what the trainer takes."""
+        super().__init__(model, **kwargs)
+        add_fused_lm_head(base_model(self.model), outputs=FUSED_HEAD_OUTPUTS)
+        use_head_log_probs(self.model)
+        self.aux_loss_enabled = False
+
+
+class LuthierORPOTrainer(ReferenceFreeMixin, ORPOTrainer):
     """ORPO: the better reply is learned, and made more probable than the worse one by odds.
 
     The loss of the odds is a mean over pairs, that of the better replies over their tokens.
     """
-
-    def __init__(self, model: Any, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
-        _use_fused_head(self)
 
     def loss_terms(self, scores: RowScores) -> LossTerms:
         """The odds by pair, and the better replies by token."""
@@ -82,15 +92,11 @@ class LuthierORPOTrainer(PreferenceTrainerMixin, ORPOTrainer):
         }
 
 
-class LuthierCPOTrainer(PreferenceTrainerMixin, CPOTrainer):
+class LuthierCPOTrainer(ReferenceFreeMixin, CPOTrainer):
     """CPO and SimPO: one reply against the other, and the better one learned if so configured.
 
     The loss of the contrast is a mean over pairs, that of the better replies over their tokens.
     """
-
-    def __init__(self, model: Any, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
-        _use_fused_head(self)
 
     def _compared_logps(self, scores: RowScores) -> tuple[Tensor, Tensor]:
         """The log-probabilities that the loss compares: by token for IPO and SimPO."""
@@ -109,16 +115,6 @@ class LuthierCPOTrainer(PreferenceTrainerMixin, CPOTrainer):
         logps = self._compared_logps(scores)
         _, chosen, rejected = self.cpo_loss(*logps)
         return _reference_free_metrics(scores, logps, chosen, rejected)
-
-
-def _use_fused_head(trainer: Any) -> None:
-    """Give the model TRL's own head, and leave the router's loss off.
-
-    Both trainers of TRL 1.16 compute with whole logits, and take that loss from the model's config.
-    """
-    add_fused_lm_head(base_model(trainer.model), outputs=FUSED_HEAD_OUTPUTS)
-    use_head_log_probs(trainer.model)
-    trainer.aux_loss_enabled = False
 
 
 def _mean_logps(scores: RowScores) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,9 @@ from luthier.train.methods.token_loss import TokenLoss
 from luthier.train.packing_check import DocumentIsolation, check_isolation, expect_batch
 from luthier.train.trainers.base import TrainerMixin, keep_weight_precision
 
+_FACTS = ("tokens", "documents", "columns")
+"""What a batch says of itself, and no model takes."""
+
 
 class SFTMethod(TrainingMethod):
     """Trains the replies of conversations, and every token of plain texts."""
@@ -54,7 +57,8 @@ class SFTMethod(TrainingMethod):
                 length=batching.length if batching.packing else None,
             )
         loss = inputs.config.trainer.loss
-        return TokenTrainer(**arguments, token_loss=None if loss is None else TokenLoss(loss))
+        trainer_class = self.extend_trainer(TokenTrainer)
+        return trainer_class(**arguments, token_loss=None if loss is None else TokenLoss(loss))
 
 
 class TokenTrainer(TrainerMixin, SFTTrainer):
@@ -123,11 +127,17 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         # Trained tokens, right answers, entropy, input tokens; since the last log.
         self._sums = torch.zeros(4, device=self.args.device)
         self._eval_sums: list[torch.Tensor] = []
+        self._batch_facts: dict[str, Any] = {}
         self._tokens_seen = 0
         packs = self.batching.packing or self.batching.eval_packing
         # Weights that are split can only compute inside the loop: then the first batch shows it.
         if packs and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._measure_isolation(self.model)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether a class of the user's own computes the loss (`trainer.method`)."""
+        return type(self).compute_loss is not TokenTrainer.compute_loss
 
     # Batches.
 
@@ -150,6 +160,14 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
             print_line(f"packing   masks in place of varlen: {self.isolation.dropped_varlen}")
         if self.isolation.documents is not None:
             print_line(f"packing   {self.isolation.documents}")
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Put a batch on the device; a loss of the user's own gets what models take alone."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.has_own_loss:
+            inputs = self._unpadded(self.model_wrapped, dict(inputs))
+            self._batch_facts = {name: inputs.pop(name) for name in _FACTS if name in inputs}
+        return inputs
 
     def make_sampler(self, rows: Any, size: int, processes: int, is_training: bool) -> Sampler:
         """The order of the rows, which may be those of a `datasets.Dataset`."""
@@ -191,7 +209,7 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the summed loss over the step's trained tokens, which all ranks count together."""
-        inputs = dict(inputs)
+        inputs = {**inputs, **self._batch_facts}
         documents, columns = inputs.pop("documents", None), inputs.pop("columns", None)
         inputs = self._unpadded(model, inputs)
         input_tokens = inputs.pop("tokens")
@@ -247,9 +265,13 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         self._eval_sums.clear()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        if not self._eval_sums:  # a loss of the user's own that does not go on to this one
+            return output
         tokens, right, entropy, loss = self._sum_over_ranks()
         if tokens:
-            output.metrics[f"{prefix}_loss"] = loss / tokens
+            # Of a loss of the user's own it is transformers' mean over the batches.
+            if not self.has_own_loss:
+                output.metrics[f"{prefix}_loss"] = loss / tokens
             output.metrics[f"{prefix}_mean_token_accuracy"] = right / tokens
             output.metrics[f"{prefix}_entropy"] = entropy / tokens
         return output
@@ -263,6 +285,8 @@ class TokenTrainer(TrainerMixin, SFTTrainer):
         """Add the means since the last line of metrics, reduced over the ranks once."""
         sums = self.accelerator.reduce(self._sums, reduction="sum")
         tokens, right, entropy, input_tokens = sums.tolist()
+        if not input_tokens and self.has_own_loss:
+            return
         self._sums.zero_()
         self._tokens_seen += int(input_tokens)
         logs["mean_token_accuracy"] = right / max(tokens, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import get_last_checkpoint
 
 from luthier.config.schema import OptimizerConfig
@@ -228,10 +229,32 @@ class TrainerMixin(Base):
         It is the same on all ranks, so all of them stop together. In float16 the scaler leaves out
         steps that overflow, and goes on.
         """
+        self._refuse_missing_gradients()
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None and norm is not None:
             self._gradient_norms.append((self.state.global_step + 1, norm))
         return norm
+
+    def _refuse_missing_gradients(self) -> None:
+        """Raise UserError where DDP waits for the gradient of a weight that the step left out.
+
+        torch would say so at the next step alone, and the last one would go on with gradients that
+        were not averaged.
+        """
+        model: Any = self.model_wrapped
+        if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+            return
+        groups = self.optimizer.param_groups
+        if all(p.grad is not None for g in groups for p in g["params"] if p.requires_grad):
+            return
+        names = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(
+            f"Step {self.state.global_step + 1}: {names[0]}{more} got no gradient, and the "
+            "processes would not train one model: DDP was told that each step reaches all weights."
+            "\nSet trainer.args.ddp_find_unused_parameters=true, or leave those weights out of "
+            "what trains (model.freeze)."
+        )
 
     def _stop_if_not_finite(self, loss: float = 0.0) -> None:
         """Raise UserError at the first gradient, or a mean loss, that is not a finite number."""

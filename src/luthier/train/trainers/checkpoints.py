@@ -78,21 +78,33 @@ def load_named_weights(model: Any, folder: Path) -> None:
 
     Takes the memory of the model once more. Raises UserError where a weight is missing.
     """
+    weights, missing = read_named_weights(type(model), model, folder)
+    if missing is not None:
+        raise UserError(
+            f"{folder}: its weights are of another class than {type(model).__name__}: there is no "
+            f"{missing}.\nAn older luthier may have loaded the model as its "
+            "text part alone. Begin anew with overwrite=true, or choose another output_dir=..."
+        )
+    model.load_state_dict(weights)
+
+
+def read_named_weights(
+    model_class: Any, model: Any, folder: Path
+) -> tuple[dict[str, Any], str | None]:
+    """Return the weights of a folder under the names of `model`, and one that is not there.
+
+    transformers turns the names of the files back as it loads a model of `model_class`. The weights
+    have the format of the model's, and no random number is drawn.
+    """
     with preserve_random_state():
-        saved, loading = type(model).from_pretrained(
+        saved, loading = model_class.from_pretrained(
             folder,
             config=model.config,
             dtype=next(model.parameters()).dtype,
             local_files_only=True,
             output_loading_info=True,
         )
-    if loading["missing_keys"]:
-        raise UserError(
-            f"{folder}: its weights are of another class than {type(model).__name__}: there is no "
-            f"{min(loading['missing_keys'])}.\nAn older luthier may have loaded the model as its "
-            "text part alone. Begin anew with overwrite=true, or choose another output_dir=..."
-        )
-    model.load_state_dict(saved.state_dict())
+    return saved.state_dict(), min(loading["missing_keys"], default=None)
 
 
 def check_disk_space(accelerator: Any, folder: Path) -> None:

@@ -76,7 +76,7 @@ def share_buffers(model: Any, device: torch.device) -> Iterator[None]:
 
 def _find_final_norm(model: Any) -> torch.nn.Module | None:
     """Return the last norm beside the layers of a model's text part; None where there is none."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embedding = base.get_input_embeddings()
     for parent in base.modules():
         children = list(parent.children())

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from luthier.errors import UserError
 from luthier.model.adapter_keys import open_adapter
-from luthier.model.device import preserve_random_state
 from luthier.model.model_files import ADAPTER_WEIGHTS_FILE, list_indexed_files
+from luthier.train.trainers.checkpoints import read_named_weights
 
 SHARDS_FOLDER = "pytorch_model_fsdp_0"
 """The folder of a checkpoint with whole weights in torch's distributed format."""
@@ -158,7 +158,8 @@ def compare_saved(folder: Path, expected: Mapping[str, Tensor], ties: Mapping[st
     """Raise UserError in all processes where the files of a folder do not hold `expected`.
 
     `expected` has the tensors of the model (slices of DTensors on each rank) by their names in the
-    files. Tensors that transformers renames or splits when it saves are compared together, by sums.
+    files; where it has none, nothing would be saved. Tensors that transformers renames or splits
+    when it saves are compared together, by sums.
     """
     from accelerate.utils import broadcast_object_list, gather_object
 
@@ -316,6 +317,10 @@ def _find_difference(
     """Return what of the files is not what the ranks hold; None where all is the same."""
     from safetensors import safe_open
 
+    # An adapter whose weights have other names than peft looks for: an empty file would be the same
+    # as what was expected.
+    if not ranks[0]:
+        return "there are no weights to save in it"
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for file in files:
@@ -462,16 +467,8 @@ def _load_by_name(model: Any, folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         # fully_shard makes a class of the model's own one and FSDPModule.
         kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-        with preserve_random_state():
-            saved, loading = kind.from_pretrained(
-                folder,
-                config=model.config,
-                dtype=next(model.parameters()).dtype,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        missing = [min(loading["missing_keys"], default=None)]
-        whole = saved.state_dict()
+        whole, name = read_named_weights(kind, model, folder)
+        missing = [name]
     broadcast_object_list(missing)
     if missing[0] is not None:
         raise UserError(f"{folder}: its weights are of another model: there is no {missing[0]}.")

@@ -69,16 +69,6 @@ def _freeze_vision(model: Any) -> list[str]:
     return trained
 
 
-def allow_steps_without_images(args: Any, model: Any) -> None:
-    """Have DDP average the gradients of a tower that trains although a process does not reach it.
-
-    `args` are the trainer's, before it is built. Reentrant checkpointing does not go with it: then
-    `run_tower_in_each_batch` is for DDP, too.
-    """
-    if args.ddp_find_unused_parameters is None and trains_vision(model):
-        args.ddp_find_unused_parameters = not _is_reentrant(args)
-
-
 def run_tower_in_each_batch(trainer: Any, images: VisionProcessor) -> None:
     """Have batches without an image run the tower on a blank one where they have to.
 
@@ -127,11 +117,6 @@ def _add_blank_images(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     # Behind the embeddings, as with an image: all processes gather weights in one order.
     backbone.register_forward_pre_hook(note_images, with_kwargs=True)
     backbone.get_input_embeddings().register_forward_hook(add_zero)
-
-
-def _is_reentrant(args: Any) -> bool:
-    settings = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
-    return bool(settings.get("use_reentrant"))
 
 
 def _unwrap_base(model: Any) -> Any:

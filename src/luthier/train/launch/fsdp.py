@@ -11,7 +11,7 @@ from luthier.config.methods import METHODS
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.model.quantized import quantization_method, read_quantization_config
-from luthier.train.launch_request import is_on
+from luthier.train.launch.request import is_on
 
 FSDP2_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop")
 """Values of `trainer.args.optim` that were held against one process, torch's own."""
@@ -26,6 +26,12 @@ def check_fsdp_launch(config: RunConfig, environ: Mapping[str, str] = os.environ
 
     `environ` has accelerate's variables for the settings of `fsdp_config`. Raises UserError.
     """
+    is_sharded = is_on(environ, "ACCELERATE_USE_DEEPSPEED")
+    if config.model.loader is not None and (is_sharded or is_on(environ, "ACCELERATE_USE_FSDP")):
+        raise UserError(
+            "model.loader: a model that a function loads was not tried with its weights in slices "
+            f"(FSDP2, DeepSpeed).\nUse {_DDP}, where each process has it whole."
+        )
     if not is_on(environ, "ACCELERATE_USE_FSDP"):
         return
     if environ.get("FSDP_VERSION", "1") != "2":
@@ -58,7 +64,7 @@ def check_fsdp_config(config: RunConfig) -> None:
             "trainer.args.torch_compile=true: it was not shown to train right on the slices of "
             f"FSDP2.\nSet it to false, or use {_DDP}."
         )
-    if METHODS[config.trainer.method].task == "SEQ_2_SEQ_LM":
+    if METHODS[config.trainer.base_method].task == "SEQ_2_SEQ_LM":
         raise UserError(
             f"trainer.method={config.trainer.method}: the embeddings that encoder and decoder "
             f"share cannot be sharded by FSDP2.\nUse {_DDP}."

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier.train.launch_request import find_unknown_keys, parse_launch_command
+from luthier.train.launch.request import find_unknown_keys, parse_launch_command
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+LAUNCH = Path(__file__).parents[3] / "launch"
 CONFIGS = sorted(LAUNCH.glob("*.yaml"))
 
 ASKED = {

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from luthier.config import load_config
 from luthier.errors import UserError, report_error
-from luthier.train import launch_checks
-from luthier.train.launch_request import parse_launch_command, parse_launch_environment
+from luthier.train.launch import checks
+from luthier.train.launch.request import parse_launch_command, parse_launch_environment
 
 FILE = ["--config_file", "asked.yaml"]
 RANK = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", *launch_checks._MPI_SIZES)
+VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", *checks._MPI_SIZES)
 MULTI_CPU = "distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
 MPI = MULTI_CPU + "mpirun_config: {mpirun_hostfile: hosts}\n"
 CPU_DDP = "distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n"
@@ -39,7 +38,7 @@ def ask(monkeypatch, tmp_path):
         launch_request = parse_launch_command(
             words, tmp_path, {"HF_HOME": str(tmp_path), **environ}
         )
-        monkeypatch.setattr(launch_checks, "read_launch_request", lambda: launch_request)
+        monkeypatch.setattr(checks, "read_launch_request", lambda: launch_request)
 
     return give
 
@@ -59,7 +58,7 @@ def ask(monkeypatch, tmp_path):
 )
 def test_no_false_alarm(ask, words, file, environ):
     ask(words, file, **environ)
-    launch_checks.check_launch_request()
+    checks.check_launch_request()
 
 
 @pytest.mark.parametrize(
@@ -156,15 +155,15 @@ def test_no_false_alarm(ask, words, file, environ):
 def test_stops_before_torch(ask, words, file, environ, parts):
     ask(words, file, **environ)
     with pytest.raises(UserError) as stopped:
-        launch_checks.check_launch_request()
+        checks.check_launch_request()
     for part in parts:
         assert part in str(stopped.value)
 
 
 def test_use_cpu_is_passed_on(ask):
     ask(FILE, CPU_DDP, **RANK)
-    launch_checks.check_launch_request()
-    assert launch_checks.os.environ["ACCELERATE_USE_CPU"] == "true"
+    checks.check_launch_request()
+    assert checks.os.environ["ACCELERATE_USE_CPU"] == "true"
 
 
 def state(device: str, processes: int) -> SimpleNamespace:
@@ -192,60 +191,14 @@ def state(device: str, processes: int) -> SimpleNamespace:
 def test_devices(ask, words, environ, state, part):
     ask(words, None, **environ)
     if part is None:
-        launch_checks.check_devices(state)
+        checks.check_devices(state)
     else:
         with pytest.raises(UserError, match=part):
-            launch_checks.check_devices(state)
-
-
-ZERO_CASES = [
-    ("full", [], 3, {}, "bf16", None),
-    ("recipe-decides", [], 2, {}, "no", None),
-    ("other-format", [], 2, {}, "fp16", r"`--mixed_precision fp16`\), but the recipe trains in bf"),
-    ("quantized", ["quantization=nf4", "lora=default"], 2, {}, "bf16", None),
-    ("quantized-slices", ["quantization=nf4", "lora=default"], 3, {}, "bf16", "^quantization: "),
-    ("new-tokens", ["model.add_tokens=[a]"], 3, {}, "bf16", None),
-    ("new-tokens-beside-an-adapter", ["model.add_tokens=[a]", "lora=default"], 3, {}, "bf16",
-     "^model.add_tokens: single rows .* do not train under DeepSpeed ZeRO-3"),
-    ("rows-beside-an-adapter", ["lora=default", "lora.trainable_token_indices=[5]"], 3, {}, "bf16",
-     "^lora.trainable_token_indices: single rows"),
-    ("mixture", [], 3, {}, "bf16", None),
-    ("experts", ["lora=default"], 3, {}, "bf16", "^lora.experts: adapters on experts"),
-    ("experts-left-out", ["lora=default", "lora.experts=false"], 3, {}, "bf16", None),
-    ("split-layers", [], 2, {"tensor_parallel": {"autotp_size": 2}}, "bf16",
-     "Tensor parallelism was asked for .`autotp_size: 2`"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("words", "stage", "settings", "precision", "part"),
-    [case[1:] for case in ZERO_CASES],
-    ids=[case[0] for case in ZERO_CASES],
-)
-def test_zero_stops_before_a_model_is_loaded(ask, words, stage, settings, precision, part):
-    ask(["--use_deepspeed", "--mixed_precision", precision])
-    line = ["model=hub", "model.path=m", "dataset=jsonl", "dataset.path=d", *words]
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=settings)
-    args = SimpleNamespace(deepspeed_plugin=plugin, bf16=True, fp16=False)
-    with pytest.raises(UserError, match=part) if part is not None else nullcontext():
-        launch_checks.check_zero_settings(load_config(line).config, args, has_experts=True)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_3_refuses_rows_with_images(ask, stage):
-    ask(["--use_deepspeed"])
-    config = load_config(["model=hub", "model.path=m", "dataset=jsonl", "dataset.path=d"]).config
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
-    args = SimpleNamespace(deepspeed_plugin=plugin, bf16=True, fp16=False)
-    refused = pytest.raises(UserError, match=r"^dataset: rows with images do not train under")
-    with refused if stage == 3 else nullcontext():
-        launch_checks.check_zero_settings(config, args, has_experts=False, has_images=True)
+            checks.check_devices(state)
 
 
 def facts(sharding: str = "none", precision: str = "no", device: str = "cuda"):
-    return launch_checks.LaunchFacts(
-        processes=2, sharding=sharding, precision=precision, device=device
-    )
+    return checks.LaunchFacts(processes=2, sharding=sharding, precision=precision, device=device)
 
 
 @pytest.mark.parametrize(
@@ -284,14 +237,14 @@ def test_running(ask, words, file, facts, part):
     ask(words, file)
     stops = pytest.raises(UserError, match=part) if part is not None else nullcontext()
     with stops:
-        launch_checks._refuse_other_sharding(launch_checks.read_launch_request(), facts)
-        launch_checks._refuse_other_precision(launch_checks.read_launch_request(), facts)
+        checks._refuse_other_sharding(checks.read_launch_request(), facts)
+        checks._refuse_other_precision(checks.read_launch_request(), facts)
 
 
 def test_splitting_a_batch_over_gpus_stops():
-    launch_checks._refuse_data_parallel(SimpleNamespace(n_gpu=1))
+    checks._refuse_data_parallel(SimpleNamespace(n_gpu=1))
     with pytest.raises(UserError, match="the 4 GPUs that it sees"):
-        launch_checks._refuse_data_parallel(SimpleNamespace(n_gpu=4))
+        checks._refuse_data_parallel(SimpleNamespace(n_gpu=4))
 
 
 def test_a_mistake_is_left_for_the_launcher(ask, tmp_path, capsys):
@@ -322,10 +275,10 @@ def test_another_launch_of_a_run_is_told_before_torch(
 ):
     ask([], None, **environ)
     request = parse_launch_environment(environ)
-    monkeypatch.setattr(launch_checks, "read_launch_request", lambda: request)
+    monkeypatch.setattr(checks, "read_launch_request", lambda: request)
     content = {"status": "stopped", "launch": launch}
     (tmp_path / "run.json").write_text(json.dumps(content))
-    launch_checks.refuse_changed_launch(tmp_path)
+    checks.refuse_changed_launch(tmp_path)
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     with nullcontext() if message is None else pytest.raises(UserError, match=message):
-        launch_checks.refuse_changed_launch(tmp_path)
+        checks.refuse_changed_launch(tmp_path)

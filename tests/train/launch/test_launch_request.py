@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.train.launch_request import (
+from luthier.train.launch.request import (
     extract_launcher_flags,
     find_unknown_keys,
     parse_launch_command,

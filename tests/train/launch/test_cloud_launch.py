@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCKERFILE, JOBS = ROOT / "launch" / "Dockerfile", ROOT / "launch" / "hf_jobs.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINS = dict(
@@ -137,7 +137,7 @@ def test_one_gpu_needs_no_launcher():
 def test_several_gpus_train_copies_and_luthier_reads_what_was_asked_for():
     from accelerate.commands.launch import launch_command_parser
 
-    from luthier.train.launch_request import extract_launcher_flags, parse_launch_command
+    from luthier.train.launch.request import extract_launcher_flags, parse_launch_command
 
     command = script()["train_command"](["recipe=x"], 4)
     child = [sys.executable, "-u", "-m", "luthier", "train", "recipe=x", "output_dir=run"]

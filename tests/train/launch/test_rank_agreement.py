@@ -6,8 +6,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from luthier.errors import UserError
-from luthier.train import rank_agreement
-from luthier.train.rank_agreement import RankFacts
+from luthier.train.launch import rank_agreement
+from luthier.train.launch.rank_agreement import RankFacts
 
 HASH = "0123456789abcdef" * 4
 

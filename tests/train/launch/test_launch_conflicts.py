@@ -6,8 +6,8 @@ import pytest
 
 from luthier.config.library_settings import TrainerArgs
 from luthier.errors import UserError
-from luthier.train.launch_conflicts import refuse_recipe_conflicts
-from luthier.train.launch_request import parse_launch_command
+from luthier.train.launch.conflicts import refuse_recipe_conflicts
+from luthier.train.launch.request import parse_launch_command
 
 ZERO = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {%s}"
 RECIPE = {

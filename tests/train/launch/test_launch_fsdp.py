@@ -8,7 +8,7 @@ import pytest
 
 from luthier.config.schema import ChatSettings, DatasetConfig, ModelConfig, RunConfig, TrainerConfig
 from luthier.errors import UserError
-from luthier.train.fsdp_checks import check_fsdp_launch, check_packed_storage
+from luthier.train.launch.fsdp import check_fsdp_launch, check_packed_storage
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
@@ -85,6 +85,18 @@ def run_config(folder, quantization=None, args=None, lora=LORA, checkpoint=None,
 def test_what_fsdp2_trains(environ, settings, message, tmp_path):
     config = run_config(tmp_path, **settings)
     with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_fsdp_launch(config, environ)
+
+
+@pytest.mark.parametrize(
+    "environ", [FSDP2, {"ACCELERATE_USE_DEEPSPEED": "true"}], ids=["fsdp2", "deepspeed"]
+)
+def test_a_model_that_a_function_loads_is_not_sliced(environ, tmp_path):
+    config = run_config(tmp_path)
+    loader = {"loader": "python:own.py:load"}
+    config = config.model_copy(update={"model": config.model.model_copy(update=loader)})
+    check_fsdp_launch(config, {})
+    with pytest.raises(UserError, match=r"model\.loader: a model that a function loads was not"):
         check_fsdp_launch(config, environ)
 
 

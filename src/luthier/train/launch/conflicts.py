@@ -11,7 +11,7 @@ from typing import Any
 from luthier.config.library_settings import TrainerArgs
 from luthier.errors import UserError
 from luthier.storage.typed_files import load_json
-from luthier.train.launch_request import LaunchRequest
+from luthier.train.launch.request import LaunchRequest
 
 _SHARED_SETTINGS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
