@@ -324,3 +324,11 @@ def test_colours_of_an_image():
     print_sequence(console, row, "<pad>", ids=True)
     out = console.file.getvalue()
     assert out.count("[image 4x3: 2 tokens]") == 1 and "7×2 " in out
+
+
+def test_a_method_of_text_alone_says_so_of_an_image(on_images):
+    words = ["trainer=grpo", "trainer.rewards=[{length: {max: 20}}]"]
+    code, out, _ = on_images("preview", [SEEN], *words)
+    assert code == 0
+    assert "training stops here: message 0, field `image`: the message has an image, and" in out
+    assert "trainer.method=grpo trains on text alone. trainer=sft and trainer=dpo take" in out

@@ -25,6 +25,7 @@ from luthier.data.encoders.chat import (
     RowOutcome,
     RowState,
     batch_outcomes,
+    check_no_images,
     find_empty_text,
     row_outcome,
     window_outcome,
@@ -95,7 +96,8 @@ class Readers:
             facts.uses_rewards or facts.uses_teacher
         ):
             limit = max_prompt_tokens(config)
-            return PromptReader(self._tokenizer, config.chat, self._end_tokens, limit)
+            method = config.trainer.method
+            return PromptReader(self._tokenizer, config.chat, self._end_tokens, limit, method)
         if opened.row_format.example_type == "conversation":
             return self.conversations(opened)
         return DocumentReader(
@@ -321,9 +323,15 @@ class PromptReader:
     """
 
     def __init__(
-        self, tokenizer: Any, settings: ChatSettings, end_tokens: list[int], limit: int | None
+        self,
+        tokenizer: Any,
+        settings: ChatSettings,
+        end_tokens: list[int],
+        limit: int | None,
+        method: str,
     ) -> None:
-        """`limit`: the longest prompt, in tokens."""
+        """`limit`: the longest prompt, in tokens; `method`: the training method, for messages."""
+        self._method = method
         encoder = ChatEncoder(tokenizer, **settings.model_dump(), eos_token_ids=end_tokens)
         encoder.check_variables()
         self._prompts = ChatPromptEncoder(encoder, limit)
@@ -334,6 +342,7 @@ class PromptReader:
 
     def _row(self, placed: LocatedExample) -> InspectedRow:
         try:
+            check_no_images(placed.example, self._method)
             ids, outcome = encode_prompt(self._prompts, placed.example)
         except ChatError as error:
             return _inspected(placed, [], _stopping(error))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from luthier.chat import IGNORED, ChatBatch, ChatError, ChatSequence
 from luthier.chat.encoder import OnEmpty
 from luthier.chat.images import ImageExpander, find_image_message
+from luthier.config.methods import METHODS
 from luthier.config.schema import SourceConfig
 from luthier.data.formats import Example
 from luthier.data.formats.image_parts import image_parts
@@ -298,10 +299,10 @@ class ColumnKeepingEncoder:
 class ImageRefusingEncoder:
     """An encoder for rows of text alone, which says so of a row that has an image."""
 
-    def __init__(self, encoder: RowEncoder, reason: str) -> None:
-        """`reason`: why rows may have no images, and what to do."""
+    def __init__(self, encoder: RowEncoder, method: str) -> None:
+        """`method`: the training method that takes no images."""
         self._encoder = encoder
-        self._reason = reason
+        self._method = method
 
     def settings(self) -> dict[str, Any]:
         """The encoder's: rows of text are the same tokens with it."""
@@ -310,13 +311,28 @@ class ImageRefusingEncoder:
     def encode(self, examples: Sequence[Example]) -> EncodedRows:
         """Encode as the encoder does; ChatError, with the example's number, for an image."""
         for number, example in enumerate(examples):
-            for messages in example.values():
-                message = find_image_message(messages)
-                if message is not None:
-                    raise ChatError(
-                        self._reason, reason="an image", row=number, message=message, field="image"
-                    )
+            check_no_images(example, self._method, number)
         return self._encoder.encode(examples)
+
+
+def check_no_images(example: Example, method: str, row: int | None = None) -> None:
+    """Raise ChatError, with the row's number, for an example with an image.
+
+    `method` is a training method that trains on text alone.
+    """
+    for messages in example.values():
+        message = find_image_message(messages)
+        if message is None:
+            continue
+        able = [f"trainer={name}" for name, facts in METHODS.items() if facts.takes_images]
+        raise ChatError(
+            f"the message has an image, and trainer.method={method} trains on text alone. "
+            f"{' and '.join(able)} take images; else leave the row out",
+            reason="an image",
+            row=row,
+            message=message,
+            field="image",
+        )
 
 
 class TextEncoder:

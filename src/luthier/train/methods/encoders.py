@@ -55,7 +55,7 @@ def make_row_encoders(config: RunConfig, tokenizer: Any) -> EncoderFactory:
         make = ENCODER_FACTORIES[base_method(method)]
         encoder = make(config, tokenizer, row_format, source, images)
         if not takes_images and row_format in _CONVERSATIONS:
-            encoder = ImageRefusingEncoder(encoder, _refuse_images(method))
+            encoder = ImageRefusingEncoder(encoder, method)
         return ColumnKeepingEncoder(encoder) if _reads_columns(config) else encoder
 
     return make_encoder
@@ -72,14 +72,6 @@ def find_images(config: RunConfig) -> ModelImages | None:
 
 _CONVERSATIONS = ("conversation", "preference", "unpaired")
 """The formats whose rows have messages, which may have images."""
-
-
-def _refuse_images(method: str) -> str:
-    able = " and ".join(f"trainer={name}" for name, each in METHODS.items() if each.takes_images)
-    return (
-        f"the message has an image, and trainer.method={method} trains on text alone. {able} take "
-        "images; else leave the row out"
-    )
 
 
 def _reads_columns(config: RunConfig) -> bool:
