@@ -9,11 +9,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 FAST = $(TESTS) --dist loadfile -m "not train"
 
-.PHONY: help quickstart test test-fast lint clean
+.PHONY: help quickstart test test-all test-fast lint clean
 
 help:
 	@echo "make quickstart   fine-tune a small real model on this machine (about 6 minutes)"
-	@echo "make test         all checks and tests"
+	@echo "make test         all checks and tests (about 40 minutes)"
+	@echo "make test-all     the same with every family of models and every variation"
 	@echo "make test-fast    the tests that train nothing"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove the virtual environment and build files"
@@ -23,7 +24,11 @@ quickstart: $(VENV)/.run
 
 test: lint $(VENV)/.deepspeed
 	$(FAST)
-	$(TESTS) --dist worksteal -m train
+	$(TESTS) --dist worksteal --durations=20 -m "train and not long"
+
+test-all: lint $(VENV)/.deepspeed
+	$(FAST)
+	$(TESTS) --dist worksteal --durations=20 -m train
 
 test-fast: $(VENV)/.dev
 	$(FAST)

@@ -19,6 +19,12 @@ from helpers.model_families import FAMILIES
 PAGE = Path(__file__).parents[2] / "docs" / "model.md"
 WRITES_PAGE = bool(os.environ.get("LUTHIER_WRITE_FAMILIES"))
 HEADER = f"| family | {' | '.join(STEPS)} |"
+MAIN_FAMILIES = (
+    *("llama", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"),
+    *("gpt_oss", "deepseek_v3", "glm4_moe", "mixtral", "gemma3", "gemma4_moe", "mamba2"),
+    *("nemotron_h", "bloom", "t5", "bert"),
+)
+"""One family for each way in which models differ; the others are variations of these."""
 REFUSED = {("bloom", "pack"): "ALiBi biases"}
 """What is refused, and the words for it that stand in the message and on the page."""
 
@@ -62,7 +68,13 @@ def split_page():
     return lines[:start], lines[start:end], lines[end:]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in MAIN_FAMILIES else pytest.mark.long)
+        for name in FAMILIES
+    ],
+)
 def test_family(name, families_folder, page_rows):
     folder = families_folder / name
     folder.mkdir()

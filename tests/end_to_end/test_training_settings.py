@@ -261,7 +261,7 @@ def test_a_chosen_optimizer_trains_and_goes_on_from_a_checkpoint(name, trains, t
     assert all(torch.equal(weight, resumed[key]) for key, weight in once.items())
     if name == "python":
         code = json.loads((trains.folder / "run.json").read_text())["code"]
-        assert code[chosen]["setting"] == "trainer.optimizer.name"
+        assert code[chosen]["settings"] == ["trainer.optimizer.name"]
 
 
 def test_a_loss_of_ones_own_gets_the_columns_of_packed_rows_and_trains(trains, tmp_path):
