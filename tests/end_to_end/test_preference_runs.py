@@ -71,7 +71,9 @@ def talking(tmp_path_factory):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+@pytest.mark.parametrize(
+    "method", ["dpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("kto", "reward"))]
+)
 def test_all_weights_may_train(tmp_path, talking, method):
     rows = many(PREFERENCES)
     finished(tmp_path, *talking, "trainer=" + method, "dataset=files", "chat.max_length=128",

@@ -42,7 +42,7 @@ def python(*words, folder):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("kind", ["adapter", "whole"])
+@pytest.mark.parametrize("kind", ["adapter", pytest.param("whole", marks=pytest.mark.long)])
 def test_a_saved_run_answers_alike_everywhere(tmp_path, base_model, luthier, kind, monkeypatch):
     from luthier.infer import LLM
 

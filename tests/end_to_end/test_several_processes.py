@@ -299,6 +299,7 @@ printf '127.0.0.1\\nlocalhost\\n'
 """
 
 
+@pytest.mark.long
 def test_slurm_runs_two_machines_stops_and_goes_on(forks, tiny, tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)

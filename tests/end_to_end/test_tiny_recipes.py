@@ -185,7 +185,9 @@ def test_a_model_from_nothing_learns_to_see_and_answers_plainly(tmp_path, monkey
 @pytest.mark.train
 def test_a_model_learns_to_call_a_calculator(tmp_path, monkeypatch, capsys):
     run_script("tiny_tools", tmp_path, monkeypatch)
-    record, steps, model = trained(tmp_path / "runs", "tiny_tools", "trainer.args.max_steps=40")
+    # transformers takes this from its loggers' level, which a test before may have changed.
+    settings = ("trainer.args.max_steps=40", "trainer.args.disable_tqdm=false")
+    record, steps, model = trained(tmp_path / "runs", "tiny_tools", *settings)
     printed = capsys.readouterr().out
     assert re.search(r"reward 0\.\d+  calls 0\.\d+  loss", printed)
     assert f"luthier show {model.parent} --rollouts" in printed

@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(zero_forks, tiny, one_process, case, stage):
     ("stage", "adapter"),
     [
         pytest.param(2, (), id="2-full"),
-        pytest.param(3, (), id="3-full"),
+        pytest.param(3, (), id="3-full", marks=pytest.mark.long),
         pytest.param(3, ("lora=default", "lora.r=4"), id="3-lora"),
     ],
 )

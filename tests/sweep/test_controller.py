@@ -14,6 +14,7 @@ import pytest
 from helpers.sweep_processes import alive, here, record, start, states, stop, until
 from luthier.cli import sweep as show
 from luthier.config import load_config
+from luthier.sweep.local import LocalMachine
 
 Q = "recipe=quickstart"
 SIX = (Q, "lora.r=4,8,16", "trainer.args.learning_rate=1e-3,1e-4", "hydra.launcher.slots=2",
@@ -59,6 +60,20 @@ def test_six_trials_one_fails_killed_in_the_middle_and_continued(tmp_path, sweep
     assert 'src="http' not in page
     best_is_the_trial(folder, 4)
     assert "4 finished, 2 failed" in shown(folder, capsys)
+
+
+def test_a_trial_that_ends_while_it_is_being_started_is_finished(tmp_path, sweep_here, monkeypatch):
+    """As on a busy machine, where the sweep goes on later than its trial ends."""
+    begin = LocalMachine.start
+
+    def start_late(machine, *args):
+        job = begin(machine, *args)
+        until(lambda: job.code() is not None)
+        return job
+
+    monkeypatch.setattr(LocalMachine, "start", start_late)
+    sweep_here(Q, "lora.r=4,8", "output_dir=o", act={"steps": 2})
+    assert states(tmp_path / "o") == ["finished", "finished"]
 
 
 def best_is_the_trial(folder, number):

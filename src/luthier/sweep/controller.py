@@ -239,6 +239,8 @@ class Controller:
         trial.attempts += 1
         trial.state, trial.error = "running", None
         overrides = self._sweep.overrides(trial)
+        # Before its first process: a short run may have written its record when this one goes on.
+        started = time.time()
         try:
             self._encoding.refuse(trial)
             job = self._place.start(trial, overrides, slot)
@@ -249,7 +251,7 @@ class Controller:
         self._sweep.folder.save(trial)
         # A trial that goes on keeps the time of its earlier starts.
         began = time.monotonic() - trial.seconds
-        self._running[slot] = RunningTrial(trial, job, began, started=time.time())
+        self._running[slot] = RunningTrial(trial, job, began, started)
         self._view.started(trial, self._place.slots[slot])
 
     def _watch_trials(self) -> None:
