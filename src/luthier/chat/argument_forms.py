@@ -218,7 +218,8 @@ class EntryArguments:
             end = pair.find(second, behind)
             if start >= 0 and pair.startswith(middle + encoding) and end >= 0:
                 parts = middle, pair[behind:end], alone[behind:]
-                return tuple(part.replace(first, KEY_MARK) for part in parts)  # type: ignore[return-value]
+                front, between, last = (part.replace(first, KEY_MARK) for part in parts)
+                return front, between, last
         return None
 
     def _learn_strings(self) -> None:

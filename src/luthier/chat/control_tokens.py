@@ -26,7 +26,7 @@ def _tool_call(word: str) -> dict[str, Any]:
 
 
 _CALLS = [_tool_call("lute"), _tool_call("viol")]
-_TOOL = {
+PROBE_TOOL = {
     "type": "function",
     "function": {
         "name": "look_up",
@@ -38,7 +38,7 @@ _TOOL = {
         },
     },
 }
-_QUESTION = {"role": "user", "content": "What is a lute?"}
+PROBE_QUESTION = {"role": "user", "content": "What is a lute?"}
 _ANSWER = {"role": "assistant", "content": "An instrument with strings."}
 _THOUGHTFUL_ANSWER = {**_ANSWER, "reasoning_content": "It is plucked."}
 _RESULT = {"role": "tool", "content": "42", "name": "look_up", "tool_call_id": "call00001"}
@@ -78,8 +78,8 @@ class ControlTokens:
         self._bos_token = encoder.tokenizer.bos_token
         self._turn_openers = self._find_turn_openers() - self._eos_tokens
         # What ends a plain reply comes first: generation ends there with no setting.
-        answer_stop = self._written_stop([_ANSWER], [_QUESTION], None)
-        calls = next((turn for turn in _CALL_TURNS if self._shows([_QUESTION, turn])), None)
+        answer_stop = self._written_stop([_ANSWER], [PROBE_QUESTION], None)
+        calls = next((turn for turn in _CALL_TURNS if self._shows([PROBE_QUESTION, turn])), None)
         call_stop = calls and self._written_stop([calls], [_RESULT], answer_stop)
         written = [stop for stop in (answer_stop, call_stop) if stop is not None]
         eos = [names[index] for index in eos_ids if index in names]
@@ -177,7 +177,7 @@ class ControlTokens:
             messages = self._content.convert(messages)
         # Some templates for tools refuse a row without any, others one with them.
         has_calls = any("tool_calls" in message for message in messages)
-        for tools in ([_TOOL], None) if has_calls else (None, [_TOOL]):
+        for tools in ([PROBE_TOOL], None) if has_calls else (None, [PROBE_TOOL]):
             try:
                 row = read_conversation(messages, tools)
                 return self._template.render(row.messages, row.tools, generation)
@@ -187,7 +187,10 @@ class ControlTokens:
 
     def _find_turn_openers(self) -> set[str]:
         """Return the tokens with which a conversation, and the prompt for a reply, begin."""
-        question, prompt = self._render([_QUESTION], False), self._render([_QUESTION], True)
+        question, prompt = (
+            self._render([PROBE_QUESTION], False),
+            self._render([PROBE_QUESTION], True),
+        )
         if question is None:
             return set()
         begin, end = _message_span(question, 0)
@@ -203,7 +206,7 @@ class ControlTokens:
         """Return the tokens in front of a reply's last character, behind its prompt."""
         tokens: set[str] = set()
         for reply in (_ANSWER, _THOUGHTFUL_ANSWER):
-            text = self._render([_QUESTION, reply], False)
+            text = self._render([PROBE_QUESTION, reply], False)
             if prompt is not None and text is not None and text.startswith(prompt):
                 tokens.update(self._tokens(text[len(prompt) : _message_span(text, 1)[1]]))
         return tokens
@@ -232,12 +235,12 @@ class ControlTokens:
         reply whether or not another turn follows: some templates write more behind the very last
         turn (an end of text). `known`: the token that ends other replies, if it is known.
         """
-        last = self._render([_QUESTION, *reply], False)
+        last = self._render([PROBE_QUESTION, *reply], False)
         if last is None:
             return None
         tail = self._ending(last)
-        followed = self._render([_QUESTION, *reply, *followers], False) or self._render(
-            [_QUESTION, *reply, _QUESTION], False
+        followed = self._render([PROBE_QUESTION, *reply, *followers], False) or self._render(
+            [PROBE_QUESTION, *reply, PROBE_QUESTION], False
         )
         rest = tail if followed is None else self._ending(followed)
         same = 0
@@ -280,9 +283,9 @@ class ControlTokens:
 
     def _written_markers(self) -> set[str]:
         """Return control tokens that stand around turns, special or not, tags aside."""
-        text = self._render([_QUESTION, _ANSWER, _QUESTION], True)
+        text = self._render([PROBE_QUESTION, _ANSWER, PROBE_QUESTION], True)
         if text is None:
-            text = self._render([_QUESTION], True)
+            text = self._render([PROBE_QUESTION], True)
         written = set(self._tokens(text)) if text is not None else set()
         plain = set(self._added) - self._special
         return {token for token in written if not _is_tag(token, plain)} | set(self._stops)

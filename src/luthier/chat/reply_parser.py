@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from luthier.chat.argument_forms import ReplySyntaxError
 from luthier.chat.call_grammar import make_calls
+from luthier.chat.control_tokens import PROBE_QUESTION, PROBE_TOOL
 from luthier.chat.conversation import retry_with_empty_content, to_schema
 from luthier.chat.pipeline import TemplatePipeline
 from luthier.chat.provenance import TracedStr, origin_spans
@@ -24,19 +25,6 @@ from luthier.chat.types import ChatError
 Messages = list[dict[str, Any]]
 _MOST_GRAMMARS = 64
 """Grammars of one template that are kept."""
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Looks a word up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"word": {"type": "string", "description": "The word."}},
-            "required": ["word"],
-        },
-    },
-}
-_QUESTION: dict[str, Any] = {"role": "user", "content": "What is a lute?"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +106,7 @@ class ReplyParser:
         self, reply: str | Sequence[int], messages: Messages | None, tools: list | None
     ) -> ParsedReply:
         """Return the message of a reply to the messages; see `ChatEncoder.parse`."""
-        messages = messages or [_QUESTION]
+        messages = messages or [PROBE_QUESTION]
         reply_text = self._read_reply(reply)
         parsed = self._parse(self.usual_grammar(messages, tools), reply_text, messages, tools)
         if parsed.reason is not None:
@@ -130,13 +118,13 @@ class ReplyParser:
 
     def scanner(self, messages: Messages | None, tools: list | None) -> ReplyScanner:
         """Return what goes through a reply as it comes."""
-        messages = messages or [_QUESTION]
+        messages = messages or [PROBE_QUESTION]
         grammar = self._special_grammar(messages, tools)
         return ReplyScanner(grammar or self.usual_grammar(messages, tools))
 
     def usual_grammar(self, messages: Messages | None, tools: list | None) -> ReplyGrammar:
         """Return the grammar of replies to a question, or to a tool's result."""
-        messages = messages or [_QUESTION]
+        messages = messages or [PROBE_QUESTION]
         role = str(messages[-1].get("role"))
         key = role if role == "tool" else "user", "tools" if tools else ""
         if key not in self._grammars:
@@ -353,7 +341,7 @@ def _usual_prompt(messages: Messages, tools: list | None) -> tuple[Messages, lis
     result = {"role": "tool", "name": "zqname1", "tool_call_id": "zqid00001", "content": "42"}
     call: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": make_calls(1)}
     history: Messages = [call, result] if messages[-1].get("role") == "tool" else []
-    return [_QUESTION, *history], [_TOOL] if tools else None
+    return [PROBE_QUESTION, *history], [PROBE_TOOL] if tools else None
 
 
 def _argument_schemas(tools: list | None) -> dict[str, dict[str, Any]]:
