@@ -144,7 +144,7 @@ def test_runs_follow_one_another_and_leave_the_process_as_it_was(tiny, tmp_path)
 
 def check_what_a_run_gives(run):
     assert repr(run) == f"Run('{run.folder}', finished)"
-    assert "held_out_loss" in run._repr_html_() and "data:image/png" in run._repr_html_()
+    assert "eval_loss" in run._repr_html_() and "data:image/png" in run._repr_html_()
     assert run.report.startswith(str(run.folder)) and "bfloat16" in run.report
     preview = run.preview(2, first=3)
     assert "row 3" in repr(preview) and "row 5" not in repr(preview)

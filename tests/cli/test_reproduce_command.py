@@ -16,7 +16,7 @@ RUN = {
     "format": 2, "status": "finished", "versions": {"luthier": "0.1.0", "torch": "2.13.0"},
     "hardware": {"cpu": "A", "torch_threads": 1}, "launch": {"processes": 1, "device": "cpu"},
     "git": {"luthier": {"commit": "a" * 40, "branch": "main", "dirty": False, "changed_files": []}},
-    "data": {"sha256": "d" * 64}, "results": {"held_out_loss": {"before": 2.0, "after": 1.0}},
+    "data": {"sha256": "d" * 64}, "results": {"eval_loss": {"before": 2.0, "after": 1.0}},
     "seeds": {"seed": 1, "deterministic": False},
     "seconds": 4.0, "training_seconds": 3.0, "peak_memory_gib": {"host": 1.0},
 }  # fmt: skip

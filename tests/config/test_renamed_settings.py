@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from luthier.config import load_config
-from luthier.config.renamed_settings import read_recorded_config
+from luthier.config.renamed_settings import read_recorded_config, with_new_result_names
 from luthier.errors import UserError
 from luthier.record.run_dir import inspect_run
 
@@ -78,3 +78,10 @@ def test_a_record_in_new_names_is_read_as_it_is(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(NEW_CONFIG), encoding="utf-8")
     assert read_recorded_config(file) == NEW_CONFIG
+
+
+def test_results_of_an_older_run_have_the_names_of_today():
+    old = {"held_out_loss": 1, "code/held_out_loss": 2, "exact_match": 3, "code/exact_match": 4}
+    assert with_new_result_names(old) == {
+        "eval_loss": 1, "code/eval_loss": 2, "exact_match": 3, "code/exact_match": 4,
+    }  # fmt: skip

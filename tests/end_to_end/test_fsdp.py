@@ -145,7 +145,7 @@ def test_the_launch_file_trains_as_one_process_does(forks, tiny):
     assert fsdp_cpu.largest_difference(sharded.gathered_weights(), reference) < 1e-6
     saved = fsdp_cpu.saved_weights(sharded.folder / "model")
     assert fsdp_cpu.largest_difference(saved, sharded.gathered_weights()) == 0
-    one = train_command.record(tiny / "fsdp_one")["results"]["held_out_loss"]
-    two = record["results"]["held_out_loss"]
+    one = train_command.record(tiny / "fsdp_one")["results"]["eval_loss"]
+    two = record["results"]["eval_loss"]
     assert two["before"] == pytest.approx(one["before"], abs=1e-5)
     assert two["after"] == pytest.approx(one["after"], abs=1e-5)

@@ -96,7 +96,7 @@ def test_the_run_is_asked_measured_merged_and_pushed(trained, luthier, tmp_path,
     assert code == 0, out + err
     numbers, logged = json.loads(out)["sets"][0]["numbers"], runs.results(run)
     assert numbers["loss"]["tuned"]["value"] == pytest.approx(
-        logged["held_out_loss"]["after"], abs=1e-5
+        logged["eval_loss"]["after"], abs=1e-5
     )
     assert numbers["token_f1"]["tuned"]["value"] == pytest.approx(logged["token_f1"]["after"])
     said = [json.loads(line) for line in (run / "replies.jsonl").read_text().splitlines()]

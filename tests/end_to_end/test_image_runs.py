@@ -75,7 +75,7 @@ def test_full_fine_tuning_is_that_of_plain_transformers(runs, name, opened):
     )  # fmt: skip
     moved = compare(runs, trained, reference, base)
     assert any(weight.startswith(vision) for weight in moved) == opened
-    loss = runs.results(trained)["held_out_loss"]
+    loss = runs.results(trained)["eval_loss"]
     assert loss["before"] == pytest.approx(before, abs=1e-4)
     with torch.no_grad():
         after = float(runs.nll(runs.model(trained / "model"), HELD_OUT))
@@ -120,7 +120,7 @@ def test_an_adapter_on_text_and_tower_loads_in_plain_peft_and_resumes_to_the_bit
     adapted = PeftModel.from_pretrained(runs.model(), trained / "model").eval()
     with torch.no_grad():
         after = float(runs.nll(adapted, HELD_OUT))
-    assert runs.results(trained)["held_out_loss"]["after"] == pytest.approx(after, abs=1e-4)
+    assert runs.results(trained)["eval_loss"]["after"] == pytest.approx(after, abs=1e-4)
     adapter = tensors(trained / "model")
     vision = find_vision_modules(runs.model())
     outer = [n for n in adapter if any(f".{part}." in n for part in vision) and ".lora_B." in n]
@@ -168,7 +168,7 @@ def test_checkpointing_and_four_bits_change_nothing_but_rounding(runs):
         ratio = slow[name].norm() / one[name].norm()
         assert ratio == pytest.approx(0.1 if "vision_tower" in name else 1, rel=0.1), name
     packed = runs.train("nf4", *LORA, *ADAM, "quantization=nf4")
-    loss = runs.results(packed)["held_out_loss"]
+    loss = runs.results(packed)["eval_loss"]
     assert loss["after"] != loss["before"]
     moved = tensors(packed / "model")
     assert any("vision_tower" in n and "lora_B" in n and moved[n].any() for n in moved)

@@ -73,8 +73,8 @@ def test_metrics_choose_the_checkpoint_and_end_the_run(tmp_path, tiny, monkeypat
     # Two evaluations without a shorter reply end the run.
     assert max(after) == best + 4 < 40
     assert results["length"] == {"before": lengths[0], "after": after[best]}
-    assert results["held_out_loss"] == {"before": losses[0], "after": losses[best]}
-    assert set(results) == {"held_out_loss", "exact_match", "length", "score"}
+    assert results["eval_loss"] == {"before": losses[0], "after": losses[best]}
+    assert set(results) == {"eval_loss", "exact_match", "length", "score"}
     held_out = {row["prompt"]: row for row in lines["replies.jsonl"]}
     assert len(held_out) == 6
     for prompt, row in held_out.items():
@@ -95,7 +95,7 @@ def test_each_evaluation_set_has_its_own_names_and_metrics(tmp_path, tiny):
         "trainer.args.max_steps": 2,
     }  # fmt: skip
     results, lines = finished(tmp_path / "run", *words(tiny, **given))
-    names = {"held_out_loss", "exact_match", "long/held_out_loss", "long/contains"}
+    names = {"eval_loss", "exact_match", "long/eval_loss", "long/contains"}
     assert set(results) == names
     logged = set().union(*lines["metrics.jsonl"])
     assert {"eval_loss", "eval_exact_match", "eval_long_loss", "eval_long_contains"} <= logged
@@ -167,5 +167,5 @@ def test_each_turn_of_a_trace_is_scored_in_training_and_by_evaluate(tmp_path, ti
     assert results["tool_use_accuracy/relevance"]["before"] == 0
     # Rendered again from the store, the rows are those that trained.
     loss = found["numbers"]["loss"]["tuned"]["value"]
-    assert loss == pytest.approx(results["held_out_loss"]["after"], rel=1e-3)
+    assert loss == pytest.approx(results["eval_loss"]["after"], rel=1e-3)
     assert (code, found["rows"], found["asked"]) == (0, 6, 12)

@@ -82,7 +82,7 @@ def test_all_weights_may_train(tmp_path, talking, method):
              "trainer.args.max_steps=8", "trainer.args.learning_rate=3e-3",
              "trainer.args.gradient_accumulation_steps=1")  # fmt: skip
     results = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
-    loss = results["held_out_loss"]
+    loss = results["eval_loss"]
     assert loss["after"] < loss["before"] - 0.01
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     if method == "dpo":
@@ -102,7 +102,7 @@ def test_plain_texts_train_a_model_without_a_chat_template(tmp_path, tiny):
              "trainer.args.learning_rate=1e-2", "trainer.args.gradient_accumulation_steps=1",
              "output_dir=run", "trainer.args.activation_checkpointing=false")  # fmt: skip
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    loss = record["results"]["held_out_loss"]
+    loss = record["results"]["eval_loss"]
     assert loss["after"] < loss["before"] - 0.1
     assert record["chat"] is None
     assert not (tmp_path / "run" / "model" / "chat.json").exists()

@@ -38,7 +38,7 @@ def test_the_page_of_a_run_says_what_made_it(tiny, whole, capsys, monkeypatch):
     monkeypatch.chdir(tiny)
     assert show.run(["whole"]) == 0
     page = capsys.readouterr().out
-    for part in ("finished", "lora.r=4", "1 process, sharding none", "held_out_loss", "40 rows",
+    for part in ("finished", "lora.r=4", "1 process, sharding none", "eval_loss", "40 rows",
                  "checkpoint-8", "SHA-256", "torch"):  # fmt: skip
         assert part in page, page
     made = record(whole)

@@ -65,7 +65,7 @@ def test_a_saved_run_answers_alike_everywhere(tmp_path, base_model, luthier, kin
     code, out, err = luthier("evaluate", run, "--json", "metrics=[]")
     assert code == 0, err
     (measured,) = json.loads(out)["sets"]
-    known = json.loads((run / "run.json").read_text())["results"]["held_out_loss"]
+    known = json.loads((run / "run.json").read_text())["results"]["eval_loss"]
     for when, name in (("before", "base"), ("after", "tuned")):
         assert measured["numbers"]["loss"][name]["value"] == pytest.approx(known[when], rel=1e-5)
     with LLM(str(run)) as llm:

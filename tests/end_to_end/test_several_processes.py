@@ -50,7 +50,7 @@ def test_four_processes_train_as_one(forks, tiny, way):
     assert largest_difference(weights[1], base) > 1e-2
     # Of 8 held-out rows the last rank has none, and none counts twice.
     results = [
-        train_command.record(tiny / f"{name}-{way}")["results"].get("held_out_loss", {})
+        train_command.record(tiny / f"{name}-{way}")["results"].get("eval_loss", {})
         for name in ("four", "one")
     ]
     assert bool(results[0]) == (way in ("rows", "packed"))

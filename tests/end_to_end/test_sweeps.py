@@ -100,7 +100,7 @@ def test_a_sweep_typed_under_accelerate_launch(tmp_path, tiny):
     assert said.count("sweep     2 trials, one at a time") == 1
     runs = [record(tmp_path / "o", n) for n in (0, 1)]
     assert [run["launch"]["processes"] for run in runs] == [2, 2]
-    losses = [run["results"]["held_out_loss"]["after"] for run in runs]
+    losses = [run["results"]["eval_loss"]["after"] for run in runs]
     assert losses[0] != losses[1]
     assert alive(tmp_path) == []
 

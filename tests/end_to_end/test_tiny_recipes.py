@@ -31,15 +31,15 @@ class Aim(NamedTuple):
 
 
 AIMS = {
-    "tiny_pretrain": [Aim("held_out_loss", -0.4)],
+    "tiny_pretrain": [Aim("eval_loss", -0.4)],
     "tiny_dpo": [Aim("rewards/margins", 0.2), Aim("rewards/accuracies", 0.5)],
     "tiny_kto": [Aim("rewards/margins", 0.1)],
-    "tiny_orpo": [Aim("rewards/margins", 0.02), Aim("held_out_loss", -0.2)],
-    "tiny_cpo": [Aim("rewards/margins", 0.5), Aim("held_out_loss", -0.1)],
+    "tiny_orpo": [Aim("rewards/margins", 0.02), Aim("eval_loss", -0.2)],
+    "tiny_cpo": [Aim("rewards/margins", 0.5), Aim("eval_loss", -0.1)],
     "tiny_reward": [Aim("accuracy", 0.3), Aim("margin", 0.2)],
     "tiny_grpo": [Aim("reward", 0.1)],
     "tiny_rloo": [Aim("reward", 0.1)],
-    "tiny_distill": [Aim("held_out_loss", -0.05)],
+    "tiny_distill": [Aim("eval_loss", -0.05)],
     "tiny_classify": [Aim("accuracy", 0.2), Aim("macro_f1", 0.2)],
     "tiny_tag": [Aim("entity_f1", 0.3), Aim("accuracy", 0.5)],
     "tiny_seq2seq": [Aim("exact_match", 0.7), Aim("rouge1", 0.5)],
@@ -103,7 +103,7 @@ def _reaches(record, name):
 
 
 def _dpo(record, steps, model):
-    assert record["results"]["held_out_loss"]["before"] == pytest.approx(0.693147, abs=1e-4)
+    assert record["results"]["eval_loss"]["before"] == pytest.approx(0.693147, abs=1e-4)
     assert record["results"]["rewards/margins"]["before"] == pytest.approx(0, abs=1e-3)
     rows = [json.loads(line) for line in (model.parent / "replies.jsonl").read_text().splitlines()]
     assert rows and {"prompt", "before", "after", "expected"} <= set(rows[0])

@@ -78,7 +78,7 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, tiny):
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["data"]["train"]["rows"] == 40
-    assert set(record["results"]) == {"held_out_loss", "exact_match"}
+    assert set(record["results"]) == {"eval_loss", "exact_match"}
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["args"]["max_steps"] == 3
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps if "loss" in row] == [1, 2, 3]
@@ -155,7 +155,7 @@ def test_two_processes_end_with_the_model_of_one_with_twice_the_batch(tmp_path, 
     profile = sorted(file.name for file in (tmp_path / "two" / "profile").iterdir())
     assert profile == ["operations.txt", "trace.json.gz"]
     for when in ("before", "after"):
-        loss = [record["results"]["held_out_loss"][when] for record in (two, one)]
+        loss = [record["results"]["eval_loss"][when] for record in (two, one)]
         assert loss[0] == pytest.approx(loss[1], rel=1e-5)
     a, b = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("two", "one"))
     for key in a:
@@ -179,5 +179,5 @@ def test_the_quickstart_learns_its_task(tmp_path):
     assert match["before"] <= 0.05
     assert match["after"] >= 0.8
     assert record["peak_memory_gib"]["host"] < 4
-    loss = record["results"]["held_out_loss"]
+    loss = record["results"]["eval_loss"]
     assert loss["after"] < loss["before"] / 10

@@ -62,7 +62,7 @@ def test_two_processes_train_as_one(zero_forks, tiny, one_process, case, stage):
     one = one_process(case)
     saved, expected = (fsdp_cpu.saved_weights(run / "model") for run in (zero.folder, one))
     assert fsdp_cpu.largest_difference(saved, expected) < 5e-6
-    two_losses, one_losses = (record(run)["results"]["held_out_loss"] for run in (zero.folder, one))
+    two_losses, one_losses = (record(run)["results"]["eval_loss"] for run in (zero.folder, one))
     assert two_losses == pytest.approx(one_losses, abs=1e-5)
     for row, one_row in zip(metrics(zero.folder), metrics(one), strict=True):
         for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy", "num_tokens"):
@@ -130,7 +130,7 @@ def test_the_launch_file_trains_in_bfloat16(zero_forks, tiny, one_process, stage
     zero = zero_cpu.fork_zero(zero_forks, tiny, *line, stage=stage, precision=None)
     assert zero.code == 0, zero.text[-3000:]
     assert record(zero.folder)["launch"]["precision"] == "bf16"
-    losses = (record(run)["results"]["held_out_loss"] for run in (zero.folder, one_process("lora")))
+    losses = (record(run)["results"]["eval_loss"] for run in (zero.folder, one_process("lora")))
     assert next(losses) == pytest.approx(next(losses), abs=5e-3)
 
 

@@ -48,7 +48,7 @@ def test_a_card_tells_what_was_done(run):
     for part in (
         "An adapter for tiny-llama, trained with luthier (sft, LoRA of rank 4) from the recipe "
         "`tiny`.",
-        "| exact match | 0.0% | 87.5% |",
+        "| exact_match | 0.0% | 87.5% |",
         "![The loss over the steps](loss.png)",
         "| none.jsonl | not stated |",
         "40 rows, 900 tokens, of which 450 trained.",

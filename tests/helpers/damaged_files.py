@@ -120,7 +120,7 @@ def make_base(folder):
     write_json(folder / "index" / "model.safetensors.index.json", index)
 
 
-RESULTS = {"held_out_loss": {"before": 2.0, "after": 1.0}}
+RESULTS = {"eval_loss": {"before": 2.0, "after": 1.0}}
 
 
 def run_record(base):
@@ -198,12 +198,12 @@ def make_sweep(folder):
     """A sweep of two trials, one of them killed while it ran."""
     definition = {
         "luthier": "0.1.0", "recipe": "tiny", "words": ["recipe=tiny", "lora.r=2,4"],
-        "identity": {"params": {"lora.r": "2,4"}}, "objectives": {"held_out_loss": "minimize"},
+        "identity": {"params": {"lora.r": "2,4"}}, "objectives": {"eval_loss": "minimize"},
         "total": 2,
     }  # fmt: skip
     write_json(folder / "sweep.json", definition)
     trial = {"number": 0, "params": {"lora.r": "2"}, "state": "finished", "step": 2,
-             "values": {"held_out_loss": 1.0}, "seconds": 2.0, "attempts": 1, "error": None,
+             "values": {"eval_loss": 1.0}, "seconds": 2.0, "attempts": 1, "error": None,
              "job": None}  # fmt: skip
     write_json(folder / "state" / "000.json", trial)
     killed = trial | {"number": 1, "params": {"lora.r": "4"}, "state": "running", "values": {}}

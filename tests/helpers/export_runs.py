@@ -14,7 +14,7 @@ from luthier.storage.atomic import write_json
 
 CHAT = chatml.CHAT | {"template": CHATML}
 RESULTS = {
-    "held_out_loss": {"before": 1.5, "after": 0.25},
+    "eval_loss": {"before": 1.5, "after": 0.25},
     "exact_match": {"before": 0.0, "after": 0.875},
 }
 

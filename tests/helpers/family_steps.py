@@ -214,7 +214,7 @@ def full(run):
     sgd = ["trainer.args.optim=sgd", f"trainer.args.learning_rate={RATE}",
            "trainer.args.max_grad_norm=0", "trainer.args.max_steps=2"]  # fmt: skip
     trained = run.train("full", *sgd, "lora=none", "trainer.args.activation_checkpointing=false")
-    loss = results(trained)["held_out_loss"]
+    loss = results(trained)["eval_loss"]
     if run.family.method == "classify":
         check(loss["after"] != loss["before"], "the loss did not move")
         return
@@ -264,7 +264,7 @@ def reload(run):
     check_processor(run, folder)
     with torch.no_grad():
         loss = float(run.nll(run.plain(folder), HELD_OUT))
-    after = results(trained)["held_out_loss"]["after"]
+    after = results(trained)["eval_loss"]["after"]
     check(abs(loss - after) < 1e-4, f"loss {loss} in place of {after}")
 
 
@@ -277,7 +277,7 @@ def lora(run):
     """By default every layer matrix has an adapter; the loss falls."""
     trained = run.lora("lora", "trainer.args.save_strategy=steps", "trainer.args.save_steps=2",
                        "trainer.args.activation_checkpointing=false")  # fmt: skip
-    loss = results(trained)["held_out_loss"]
+    loss = results(trained)["eval_loss"]
     check(loss["after"] != loss["before"], "the loss did not move")
     # Whether it can be loaded is the next step's question.
     with contextlib.suppress(Exception):
@@ -315,7 +315,7 @@ def adapter(run):
         return
     with torch.no_grad():
         loss = float(run.nll(model, HELD_OUT))
-    after = results(trained)["held_out_loss"]["after"]
+    after = results(trained)["eval_loss"]["after"]
     check(abs(loss - after) < 1e-4, f"loss {loss} in place of {after}")
 
 
@@ -442,7 +442,7 @@ def nf4(run):
     from luthier.model.artifact import find_artifact
 
     trained = run.lora("nf4", "quantization=nf4", "trainer.args.activation_checkpointing=false")
-    loss = results(trained)["held_out_loss"]
+    loss = results(trained)["eval_loss"]
     check(loss["after"] != loss["before"], "the loss did not move")
     artifact = find_artifact(str(trained), None, NO_TRUST)
     model = read_load_options(artifact, {}).model(None, {})

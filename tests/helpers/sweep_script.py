@@ -49,7 +49,7 @@ def act(words):
         if stopped or (step == play.get("stop_at") and begun == 0):
             write(folder / "run.json", record | {"status": "stopped"})
             return RESUME
-    after = {"held_out_loss": final, "exact_match": 1 - final / 9}
+    after = {"eval_loss": final, "exact_match": 1 - final / 9}
     results = {name: {"before": 5.0, "after": value} for name, value in after.items()}
     facts = {"status": "finished", "results": results, "training_seconds": rank / 10}
     write(folder / "run.json", record | facts)

@@ -51,7 +51,7 @@ def test_six_trials_one_fails_killed_in_the_middle_and_continued(tmp_path, sweep
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == ["004", "005", "000", "001", "002", "003"]
-    assert float(rows[0]["held_out_loss"]) == pytest.approx(0.1)
+    assert float(rows[0]["eval_loss"]) == pytest.approx(0.1)
     assert rows[0]["lora.r"] == "16"
     assert "rank 8 is big" in rows[4]["error"]
     page = (folder / "sweep.html").read_text()

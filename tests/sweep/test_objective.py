@@ -20,7 +20,7 @@ def read(given, resolved, kind=SweeperSettings):
 
 
 DIRECTIONS = {
-    "the loss by itself": (None, config(), [("held_out_loss", "minimize")]),
+    "the loss by itself": (None, config(), [("eval_loss", "minimize")]),
     "a metric of replies": (
         "exact_match", config(evaluation=METRICS), [("exact_match", "maximize")],
     ),
@@ -33,12 +33,12 @@ DIRECTIONS = {
     "time": ("training_seconds", config(), [("training_seconds", "minimize")]),
     "a direction given": ({"grad_norm": "maximize"}, config(), [("grad_norm", "maximize")]),
     "two": (
-        ["held_out_loss", "training_seconds"], config(),
-        [("held_out_loss", "minimize"), ("training_seconds", "minimize")],
+        ["eval_loss", "training_seconds"], config(),
+        [("eval_loss", "minimize"), ("training_seconds", "minimize")],
     ),
     "a set by name": (
-        "hard/held_out_loss", config(dataset={"eval": {"share": 0.1, "sets": {"hard": {}}}}),
-        [("hard/held_out_loss", "minimize")],
+        "hard/eval_loss", config(dataset={"eval": {"share": 0.1, "sets": {"hard": {}}}}),
+        [("hard/eval_loss", "minimize")],
     ),
     "an open method's own name": (
         {"rewards/chosen": "maximize"}, config("dpo"), [("rewards/chosen", "maximize")],
@@ -55,7 +55,7 @@ def test_directions(given, resolved, wanted):
 
 WATCHED = {
     "the held-out loss": (None, {}, "eval_loss"),
-    "a set's loss": ("hard/held_out_loss", {}, "eval_hard_loss"),
+    "a set's loss": ("hard/eval_loss", {}, "eval_hard_loss"),
     "a metric at evaluations": (
         "exact_match", {"evaluation": METRICS | {"when": "evaluations"}}, "eval_exact_match",
     ),
@@ -77,7 +77,7 @@ def test_what_a_pruner_looks_at(given, trainer, name):
 def test_the_numbers_of_a_run():
     run = {
         "results": {
-            "held_out_loss": {"before": 2.0, "after": 0.5},
+            "eval_loss": {"before": 2.0, "after": 0.5},
             "exact_match": {"before": None},
         },
         "training_seconds": 12.5,
@@ -87,7 +87,7 @@ def test_the_numbers_of_a_run():
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "note": "text", "odd": True}]
     assert objective.measure_objectives(run, rows) == {
         "step": 2.0, "loss": 2.5, "training_seconds": 12.5, "peak_memory_gib.host": 3.0,
-        "held_out_loss": 0.5,
+        "eval_loss": 0.5,
     }  # fmt: skip
 
 

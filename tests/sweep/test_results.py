@@ -37,7 +37,7 @@ def test_the_recipe_is_the_trial(tmp_path, monkeypatch, words, params):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "other.yaml").write_text("defaults: [quickstart]\nlora: {r: 4}\n")
     planned = plan_sweep([*words, "output_dir=o"])
-    trial = Trial(3, params, "finished", {"held_out_loss": 0.5})
+    trial = Trial(3, params, "finished", {"eval_loss": 0.5})
     ((_, name),) = results.parameter_names(planned, [trial]).items()
     path = results.write_recipe(planned, trial, name, 6)
     monkeypatch.setenv("LUTHIER_RECIPES", "o/recipes")
@@ -49,7 +49,7 @@ def test_the_recipe_is_the_trial(tmp_path, monkeypatch, words, params):
         del resolved["recipe"], resolved["output_dir"]
     assert found == wanted
     lines = path.read_text().splitlines()
-    assert lines[0] == "# The best of 6 trials: held_out_loss 0.5 (trial 003)."
+    assert lines[0] == "# The best of 6 trials: eval_loss 0.5 (trial 003)."
     assert lines[2].startswith("# Command: LUTHIER_RECIPES=o/recipes python train.py recipe=")
     assert all("  # " in line for line in lines[4:] if line.strip() and not line.endswith(":"))
 

@@ -48,8 +48,16 @@ WRONG = {
     "overwriting": ([Q, R, "overwrite=true"], ["never overwrites a trial"]),
     "a folder by Hydra's name": ([Q, R, "hydra.sweep.dir=x"], ["output_dir=NAME"]),
     "a typo in the objective": (
-        [Q, R, "hydra.sweeper.objective=held_out_los"],
-        ["does not log 'held_out_los'", "Did you mean held_out_loss?"],
+        [Q, R, "hydra.sweeper.objective=eval_los"],
+        ["does not log 'eval_los'", "Did you mean eval_loss?"],
+    ),
+    "the former name of the loss": (
+        [Q, R, "hydra.sweeper.objective=held_out_loss"],
+        ["held_out_loss is called eval_loss now"],
+    ),
+    "the loss of a method without one": (
+        ["recipe=tiny_grpo", R, "hydra.sweeper.objective=eval_loss"],
+        ["grpo has no loss of held-out rows", "hydra.sweeper.objective=reward"],
     ),
     "an objective that nothing logs": (
         [Q, R, "hydra.sweeper.objective=happiness"],
@@ -58,7 +66,7 @@ WRONG = {
     "an objective without held-out rows": (
         [Q, R, "dataset.eval.path=null", "trainer.args.eval_strategy=no",
          "trainer.evaluation.metrics=[]"],
-        ["held_out_loss needs held-out rows", "dataset.eval.share=0.05"],
+        ["eval_loss needs held-out rows", "dataset.eval.share=0.05"],
     ),
     "no objective": ([Q, R, "hydra.sweeper.objective=[]"], ["objective", "is empty"]),
     "a direction that is none": (
@@ -76,7 +84,7 @@ WRONG = {
     ),
     "a pruner for several objectives": (
         [Q, R, OPTUNA, "hydra.sweeper.pruner=median",
-         "hydra.sweeper.objective=[held_out_loss,exact_match]"],
+         "hydra.sweeper.objective=[eval_loss,exact_match]"],
         ["Optuna prunes by one objective"],
     ),
     "a pruner with nothing to see": (
@@ -106,9 +114,7 @@ def test_a_grid():
     assert len(found.points) == 4
     assert found.folder.path.parts[:3] == ("runs", "quickstart", "sweeps")
     assert found.base.config.seed == 7
-    assert [(one.name, one.direction) for one in found.objectives] == [
-        ("held_out_loss", "minimize")
-    ]
+    assert [(one.name, one.direction) for one in found.objectives] == [("eval_loss", "minimize")]
     assert (
         plan_sweep([Q, R, "trainer.args.learning_rate=1e-3,1e-4", "seed=7"]).folder == found.folder
     )

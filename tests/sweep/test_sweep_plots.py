@@ -16,7 +16,7 @@ from luthier.sweep.plots import (
 )
 from luthier.sweep.trials import Trial
 
-LOSS = Objective("held_out_loss", maximize=False)
+LOSS = Objective("eval_loss", maximize=False)
 SECONDS = Objective("training_seconds", maximize=False)
 SCORE = Objective("exact_match", maximize=True)
 RATE, RANK = "trainer.args.learning_rate", "lora.r"
@@ -96,11 +96,11 @@ def finished(values, params, names=(RATE, RANK)):
 
 GRID = [(rate, rank) for rate in ("1e-4", "1e-3") for rank in ("8", "16", "32")]
 LOSSES = [
-    {"held_out_loss": 2.0 - 0.1 * n, "training_seconds": 10.0 + n, "exact_match": n / 9}
+    {"eval_loss": 2.0 - 0.1 * n, "training_seconds": 10.0 + n, "exact_match": n / 9}
     for n in range(6)
 ]
-ALIKE = [{"held_out_loss": 1.5}] * 6
-NAN = [{"held_out_loss": math.nan}, *LOSSES[1:]]
+ALIKE = [{"eval_loss": 1.5}] * 6
+NAN = [{"eval_loss": math.nan}, *LOSSES[1:]]
 TWO = ["parameters", "parallel"]
 THREE = [*TWO, "importance"]
 
@@ -110,7 +110,7 @@ DRAWN = {
     "three objectives": (finished(LOSSES, GRID), [LOSS, SECONDS, SCORE], [*THREE, "front"]),
     "a loss that is NaN once": (finished(NAN, GRID), [LOSS], THREE),
     "losses below a billionth": (
-        finished([{"held_out_loss": 1e-10 * n} for n in range(6)], GRID), [LOSS], THREE,
+        finished([{"eval_loss": 1e-10 * n} for n in range(6)], GRID), [LOSS], THREE,
     ),
     "all alike: nothing to explain": (finished(ALIKE, GRID), [LOSS], TWO),
     "one objective all alike": (
@@ -158,7 +158,7 @@ def test_a_log_scale_counts_by_its_decades():
     rates = [1e-5 * 10 ** (3 * n / 11) for n in range(12)]
     points = [(repr(rate), rank) for rate in rates for rank in ("8", "16")]
     values = [
-        {"held_out_loss": (1.0 if float(rate) < 1e-4 else 0.0) + (0.3 if rank == "8" else 0.0)}
+        {"eval_loss": (1.0 if float(rate) < 1e-4 else 0.0) + (0.3 if rank == "8" else 0.0)}
         for rate, rank in points
     ]
     shares = measure_importance(finished(values, points), LOSS)

@@ -1,4 +1,4 @@
-"""Settings that earlier versions of luthier named otherwise.
+"""Settings and results that earlier versions of luthier named otherwise.
 
 In a config the old name is a mistake whose message gives the new one (`luthier.config.validate`).
 In the record of an earlier run it is read as the new one, so that such a run can still be resumed,
@@ -22,6 +22,8 @@ _RENAMED_KEYS = {
 """Old key -> new key, which stand in the same group; `*` is any name that the user chose."""
 _RENAMED_VALUES = {"trainer.evaluation.when": {"ends": "start_and_end"}}
 """Key (its new name) -> old value -> new value."""
+_RENAMED_RESULTS = {"held_out_loss": "eval_loss"}
+"""Old name -> new name of what a run measures."""
 
 
 def new_key(key: str) -> str | None:
@@ -37,6 +39,17 @@ def new_value(key: str, value: object) -> str | None:
     """Return what a value of this key is called now; None if it was never renamed."""
     pattern = _pattern_of(key, _RENAMED_VALUES)
     return None if pattern is None else _RENAMED_VALUES[pattern].get(str(value))
+
+
+def new_result_name(name: str) -> str:
+    """Return what a result of a run is called now; `SET/NAME` is one of an evaluation set."""
+    evaluation_set, slash, measure = name.rpartition("/")
+    return f"{evaluation_set}{slash}{_RENAMED_RESULTS.get(measure, measure)}"
+
+
+def with_new_result_names(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a run that any version of luthier wrote, with the names of today."""
+    return {new_result_name(name): value for name, value in results.items()}
 
 
 class _Marker(BaseModel):

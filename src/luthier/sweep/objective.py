@@ -8,11 +8,12 @@ from typing import Any
 
 from luthier.config.library_settings import TrainerArgs
 from luthier.config.passthrough import mapping_at
+from luthier.config.renamed_settings import new_result_name
 from luthier.errors import Mistake, UserError, suggest_options
 from luthier.sweep.settings import Direction, OptunaSettings, SweeperSettings
 
 KEY = "hydra.sweeper.objective"
-DEFAULT = "held_out_loss"
+DEFAULT = "eval_loss"
 _RESULTS = {
     "dpo": ("rewards/accuracies", "rewards/margins"),
     "kto": ("rewards/margins",),
@@ -69,7 +70,7 @@ def read_objectives(
         directions = dict.fromkeys([setting] if isinstance(setting, str) else setting)
     objectives, mistakes = [], []
     if not directions:
-        mistakes.append(Mistake(KEY, "is empty. Write a name, or null for the held-out loss."))
+        mistakes.append(Mistake(KEY, "is empty. Write a name, or null for eval_loss."))
     for name, direction in directions.items():
         wrong = _find_mistake(name, resolved)
         try:
@@ -94,9 +95,10 @@ def known_objectives(resolved: dict[str, Any]) -> list[str]:
                 *_RESULTS.get(method, ()),
                 *(metric.name for metric in _parse_set_metrics(resolved, prefix)),
             ]
-            method_names += [] if method in _WITHOUT_LOSS else [DEFAULT]
-            names += [f"{prefix}{name}" for name in method_names]
-            logged = ["loss", "mean_token_accuracy", "entropy", *method_names]
+            has_loss = method not in _WITHOUT_LOSS
+            names += [f"{prefix}{name}" for name in [*method_names, *[DEFAULT] * has_loss]]
+            losses = ["loss"] if has_loss else []
+            logged = [*losses, "mean_token_accuracy", "entropy", *method_names]
             # The trainer logs `eval_SET_metric`, the record has `SET/metric`.
             names += [f"eval_{prefix.replace('/', '_')}{name}" for name in logged]
     return list(dict.fromkeys(names))
@@ -104,6 +106,11 @@ def known_objectives(resolved: dict[str, Any]) -> list[str]:
 
 def _find_mistake(name: str, resolved: dict[str, Any]) -> str | None:
     """Return what is wrong with a name, as far as it can be known before anything runs."""
+    if new_result_name(name) != name:
+        return f"{name} is called {new_result_name(name)} now."
+    method = str(mapping_at(resolved, "trainer").get("method", "sft"))
+    if name.rpartition("/")[2] == DEFAULT and method in _WITHOUT_LOSS:
+        return f"{method} has no loss of held-out rows. Name another objective ({KEY}=reward)."
     names = known_objectives(resolved)
     bare = name.removeprefix("eval_")
     metric_names = [
@@ -115,10 +122,9 @@ def _find_mistake(name: str, resolved: dict[str, Any]) -> str | None:
     # enough.
     if name in names or any(metric_name in bare for metric_name in metric_names):
         return None
-    method = str(mapping_at(resolved, "trainer").get("method", "sft"))
     if name == DEFAULT and not _holds_out(resolved):
         return (
-            "held_out_loss needs held-out rows, and there are none. Hold rows out "
+            "eval_loss needs held-out rows, and there are none. Hold rows out "
             f"(dataset.eval.share=0.05), or name another objective ({KEY}=loss)."
         )
     # Methods of TRL log more than is listed here: only what looks like a typing error is refused.

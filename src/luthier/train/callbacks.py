@@ -64,7 +64,7 @@ PROGRESS_FORMATS = {
     "eval_reward": "held-out reward {:.4f}",
     "tools/call_frequency": "calls {:.2f}",
     "loss": "loss {:.4f}",
-    "eval_loss": "held-out loss {:.4f}",
+    "eval_loss": "eval_loss {:.4f}",
     "mean_token_accuracy": "accuracy {:.3f}",
     "eval_mean_token_accuracy": "held-out accuracy {:.3f}",
     "eval_accuracy": "held-out accuracy {:.3f}",

@@ -182,7 +182,7 @@ def print_results(record: dict[str, Any], folder: Path) -> None:
     results, seconds = record.get("results", {}), record.get("seconds")
     for name, pair in results.items():
         table.add_row(
-            name.replace("_", " "),
+            name,
             *(_format_result(name, pair.get(k)) for k in ("before", "after")),
         )
     if results:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from typing_extensions import TypedDict
 
 from luthier.chat import ChatEncoder
+from luthier.config.renamed_settings import with_new_result_names
 from luthier.config.schema import RunConfig
 from luthier.errors import UserError
 from luthier.infer.questions import turn_text
@@ -223,6 +224,7 @@ def _measure_before_training(session: TrainingSession, checkpoint: Path | None) 
     path = session.folder / checkpoints.START_FILE
     start = _read_start_measurement(session, path, checkpoint)
     if start is not None:
+        start["results"] = with_new_result_names(start["results"])
         return start
     logs = [session.folder / name for name in checkpoints.STEP_LOGS]
     if session.is_main_process:
@@ -351,7 +353,7 @@ def _evaluate_once(trainer: Any, step: int) -> dict[str, float]:
 
 def _held_out_results(trainer: Any, evaluation: dict[str, float]) -> dict[str, float]:
     """Return what a run's results name of an evaluation: the loss and the method's own metrics."""
-    measures = [("held_out_loss", "loss")] if trainer.reports_eval_loss else []
+    measures = [("eval_loss", "loss")] if trainer.reports_eval_loss else []
     measures += [(name, name) for name in trainer.result_metrics]
     results = {}
     for set_name in _eval_set_names(trainer):

@@ -347,7 +347,7 @@ def test_two_processes_measure_and_train_what_one_does(tmp_path, model):
     two, one = (
         json.loads((tmp_path / name / "run.json").read_text())["results"] for name in ("two", "one")
     )
-    assert set(one) == {"held_out_loss", "accuracy", "macro_f1", "micro_f1"}
+    assert set(one) == {"eval_loss", "accuracy", "macro_f1", "micro_f1"}
     for name, pair in one.items():
         assert two[name] == pytest.approx(pair, rel=1e-5), name
     a, b = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("two", "one"))

@@ -216,6 +216,6 @@ def test_disfl_qa_trains(tmp_path):
         "trainer.evaluation.metrics=[rouge1]",
         "trainer.args.per_device_train_batch_size=32",
     )  # fmt: skip
-    loss = results["held_out_loss"]
+    loss = results["eval_loss"]
     assert loss["after"] < loss["before"] - 2
     assert results["rouge1"]["after"] > results["rouge1"]["before"] + 0.1

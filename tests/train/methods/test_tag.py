@@ -194,7 +194,7 @@ def test_a_run_learns_entities_and_its_model_tags_in_a_plain_pipeline(tmp_path):
         f"dataset.eval.path={held}", "trainer.args.learning_rate=5e-3", "trainer.args.max_steps=80",
     )  # fmt: skip
     assert set(results) == {
-        "held_out_loss", "accuracy", "entity_precision", "entity_recall", "entity_f1"
+        "eval_loss", "accuracy", "entity_precision", "entity_recall", "entity_f1"
     }  # fmt: skip
     assert results["entity_f1"]["before"] < 0.5
     assert results["entity_f1"]["after"] > 0.9
