@@ -24,7 +24,7 @@ LAYERS = (
     ("chat", "metrics", "storage"),
     ("python_code",),
     ("errors", "gc_pause", "environment", "patterns"),
-    ("terminal",),
+    ("terminal", "web_page"),
     ("redaction",),
 )
 """From the top of the house to its ground; a package imports only from lines below its own."""

@@ -12,112 +12,107 @@ from rich.text import Text
 from luthier.data.images.decode import decode_image
 from luthier.data.rows import RowError
 from luthier.inspection.tokens import DisplayedImage, DisplayedSequence, Token, TokenView
+from luthier.web_page import render_page
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #262420;
-  --soft: #6d685f; --faint: #918b80; --line: #e6e1d7; --t1: #cdeed1; --t2: #abdfb2; --c: #a85d06;
-  --stop: #58b163; --on-stop: #0d2b11; --note: #a5470f; --note-bg: #fdf1e6; --lift: #0000000f }
-@media (prefers-color-scheme: dark) { :root { --paper: #171614; --card: #1e1d1a; --ink: #ebe7de;
-  --soft: #a8a296; --faint: #858075; --line: #34312c; --t1: #244d2c; --t2: #2d6137; --c: #e5a954;
-  --stop: #57b262; --on-stop: #0b210e; --note: #f0a56b; --note-bg: #3a2717; --lift: #00000040 } }
-* { box-sizing: border-box }
-body { background: var(--paper); color: var(--ink); margin: 0;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif }
-main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
-h1 { font-size: 1.45rem; letter-spacing: -.01em; margin: 0 } h2 { font-size: .95rem; margin: 0 }
-p { margin: .25rem 0 0; color: var(--soft) }
-nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1.1rem;
-  align-items: center; margin: 1.2rem 0 1.4rem; padding: .6rem 0; background: var(--paper);
-  border-bottom: 1px solid var(--line); font-size: .85rem; color: var(--soft) }
-nav span { display: inline-flex; align-items: center; gap: .45rem }
-nav i { padding: 1px 7px; font-family: var(--mono) }
-nav label { margin-left: auto; cursor: pointer }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .9rem 1.1rem 1.1rem; margin: 0 0 1.1rem; box-shadow: 0 1px 3px var(--lift) }
-header { display: flex; flex-wrap: wrap; gap: .1rem 1rem; align-items: baseline }
-header span { color: var(--faint); font-size: .85rem } header .counts { margin-left: auto }
-.note { background: var(--note-bg); color: var(--note); border-radius: 6px; padding: .4rem .7rem;
-  margin: .7rem 0 0; overflow-wrap: anywhere }
-:root { --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", Consolas, monospace }
-pre { margin: .7rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft);
-  font: 13.5px/1.95 var(--mono); tab-size: 4 }
-i { font-style: normal; border-radius: 3px; padding: 2px 0; -webkit-box-decoration-break: clone;
+TOKEN_STYLE = """
+:root { --t1: #cdeed1; --t2: #abdfb2; --c: #a85d06; --stop: #58b163; --on-stop: #0d2b11 }
+@media (prefers-color-scheme: dark) { :root { --t1: #244d2c; --t2: #2d6137; --c: #e5a954;
+  --stop: #57b262; --on-stop: #0b210e } }
+.key { display: flex; flex-wrap: wrap; gap: .5rem 1.1rem; align-items: center; font-size: .85rem;
+  color: var(--soft) }
+.key span { display: inline-flex; align-items: center; gap: .45rem }
+.key i { padding: 1px 7px; font-family: var(--mono) }
+.key label { margin-left: auto; cursor: pointer }
+.row header span { color: var(--faint); font-size: .85rem; overflow-wrap: anywhere }
+.row header .counts { margin-left: auto }
+.tokens { font: 13.5px/1.95 var(--mono) }
+.key i, .tokens i { font-style: normal; border-radius: 3px; -webkit-box-decoration-break: clone;
   box-decoration-break: clone }
-pre i { box-shadow: inset 1px 0 0 var(--line) }
-i.t { background: var(--t1); color: var(--ink); box-shadow: none }
+.tokens i { padding: 2px 0; box-shadow: inset 1px 0 0 var(--line) }
+i.t { background: var(--t1); color: var(--ink) }
+.tokens i.t { box-shadow: none }
 i.t:nth-of-type(even) { background: var(--t2) }
 i.c { color: var(--c); font-weight: 600 }
 i.t.c, i.t.c:nth-of-type(even) { background: var(--stop); color: var(--on-stop) }
-i.p { color: var(--faint); border: 1px dashed var(--line); padding: 1px 6px; box-shadow: none }
-i.m { display: inline-block; vertical-align: middle; border: 1px solid var(--line); padding: 4px;
-  margin: 2px 3px; border-radius: 6px; line-height: 1.4; box-shadow: none; white-space: normal }
+.tokens i.p { color: var(--faint); border: 1px dashed var(--line); padding: 1px 6px;
+  box-shadow: none }
+.key i.m, .tokens i.m { display: inline-block; vertical-align: middle; padding: 4px;
+  margin: 2px 3px; border: 1px solid var(--line); border-radius: 6px; line-height: 1.4;
+  box-shadow: none; white-space: normal; max-width: 100% }
 i.m img { display: block; max-width: 100%; height: auto; margin: 0 auto 3px; border-radius: 3px }
 i.m em { color: var(--note); font-style: normal }
-pre i:hover { outline: 2px solid var(--c); outline-offset: 1px }
-b { font-weight: 400; opacity: .4 } small { display: none }
-.ids small { display: inline; font-size: .68em; opacity: .65; margin: 0 3px 0 2px; font-weight: 400;
-  vertical-align: 1px }
-#hint { position: fixed; z-index: 2; pointer-events: none; background: var(--ink);
-  color: var(--paper); font-size: .8rem; padding: .25rem .6rem; border-radius: 6px; display: none;
-  max-width: 90vw }
+.tokens i:hover { outline: 2px solid var(--c); outline-offset: 1px }
+.tokens b { font-weight: 400; opacity: .4 } .tokens small { display: none }
+.ids .tokens small { display: inline; font-size: .68em; opacity: .65; margin: 0 3px 0 2px;
+  font-weight: 400; vertical-align: 1px }
+@media print { i.t, i.c { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
+"""
+"""How tokens look, on top of the style of all pages."""
+
+_PAGE_STYLE = """
+nav.key { position: sticky; top: 0; z-index: 1; margin: 1.2rem 0 1.4rem; padding: .6rem 0;
+  background: var(--paper); border-bottom: 1px solid var(--line) }
 """
 
-KEY = (
-    '<nav><span><i class="t">trained</i>learned</span>'
+_KEY = (
+    '<span><i class="t">trained</i>learned</span>'
     '<span><i class="t c">trained control</i>such as the stop token</span>'
     '<span><i class="c">control</i>steers, not learned</span>'
-    "<span><i>context</i>read, not learned</span>{images}"
-    '<label><input type="checkbox" id="ids"> ids</label></nav>'
+    "<span><i>context</i>read, not learned</span>"
 )
-
-IMAGE_KEY = '<span><i class="m">image</i>read, not learned</span>'
+_IMAGE_KEY = '<span><i class="m">image</i>read, not learned</span>'
 THUMBNAIL_PIXELS = 192
 """The longest side of a picture on the page."""
 _SMALL_PIXELS = 64
 """Pictures whose sides are all shorter are shown twice as large."""
 
-SCRIPT = """
-const hint = document.getElementById('hint'), box = document.getElementById('ids');
+_SCRIPT = """
+const box = document.getElementById('ids');
 box.onchange = () => document.body.classList.toggle('ids', box.checked);
 box.onchange();
-document.addEventListener('mouseover', event => {
-  const token = event.target.closest('[data-h]');
-  hint.style.display = token ? 'block' : 'none';
-  if (!token) return;
-  hint.textContent = token.dataset.h;
-  const at = token.getClientRects()[0], width = hint.offsetWidth, height = hint.offsetHeight;
-  hint.style.left = Math.max(8, Math.min(at.left, innerWidth - width - 8)) + 'px';
-  hint.style.top = (at.top > height + 12 ? at.top - height - 7 : at.bottom + 7) + 'px';
-});
 """
 
 
 def render_html(title: str, view: TokenView, ids: bool = False) -> str:
     """Return the page: for each sequence its heading and its tokens, each with where it is from."""
     sections = "\n".join(_section(row, view.pad) for row in view.rows)
-    has_images = any(row.images for row in view.rows)
-    key = KEY.replace("{images}", IMAGE_KEY if has_images else "")
-    key = key.replace('id="ids"', 'id="ids" checked') if ids else key
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
-        '</title>\n<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body><main><h1>{escape(title)}</h1>"
-        f"<p>{escape(view.about)}</p>{key}\n{sections}</main>"
-        f'<div id="hint"></div><script>{SCRIPT}</script></body></html>\n'
+    switch = f'<label><input type="checkbox" id="ids"{" checked" if ids else ""}> ids</label>'
+    key = render_key(any(row.images for row in view.rows))
+    body = (
+        f"<h1>{escape(title)}</h1><p>{escape(view.about)}</p>"
+        f'<nav class="key">{key}{switch}</nav>\n{sections}'
     )
+    return render_page(title, body, TOKEN_STYLE + _PAGE_STYLE, _SCRIPT)
+
+
+def render_key(has_images: bool) -> str:
+    """Return what the colours of tokens mean, for an element of the class `key`."""
+    return _KEY + (_IMAGE_KEY if has_images else "")
 
 
 def _section(row: DisplayedSequence, pad: str) -> str:
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in row.notes)
-    tokens = "".join(map(_piece, row.pieces))
+    tokens = render_tokens(row.pieces)
     if row.padding:
         space = "" if row.tokens[-1].text.endswith("\n") else " "
         tokens += f'{space}<i class="p" data-h="padding">{_text(pad)} × {row.padding}</i>'
-    body = f"<pre>{tokens}</pre>" if row.tokens else ""
+    return render_row(row.heading, row.place, row.counts, row.notes, tokens)
+
+
+def render_row(
+    heading: str, place: str, counts: str, notes: Iterable[str], tokens: str, tag: str = "section"
+) -> str:
+    """Return a sequence as an element of HTML; `tokens` is HTML, all else is plain text."""
+    paragraphs = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    body = f'<pre class="tokens">{tokens}</pre>' if tokens else ""
     return (
-        f"<section><header><h2>{escape(row.heading)}</h2><span>{escape(row.place)}</span>"
-        f'<span class="counts">{escape(row.counts)}</span></header>{notes}{body}</section>'
+        f'<{tag} class="row"><header><h2>{escape(heading)}</h2><span>{escape(place)}</span>'
+        f'<span class="counts">{escape(counts)}</span></header>{paragraphs}{body}</{tag}>'
     )
+
+
+def render_tokens(pieces: Iterable[Token | DisplayedImage]) -> str:
+    """Return tokens and images as HTML, in their order."""
+    return "".join(map(_piece, pieces))
 
 
 def _piece(piece: Token | DisplayedImage) -> str:

@@ -17,24 +17,17 @@ from luthier.sweep.trials import (
     rank_trials,
     short_names,
 )
+from luthier.web_page import render_page
 
 _STYLE = """\
-:root { --ink: #222; --soft: #777; --line: #e4e4e4; --best: #fdf0f1; --mark: #d1495b; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 2.5rem auto;
-  padding: 0 1rem; max-width: 1080px; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; }
-p, .soft { color: var(--soft); margin: .2rem 0; }
-img { max-width: 100%; display: block; } pre { background: #f6f6f4; padding: .8rem 1rem;
-  overflow-x: auto; font-size: 13px; } code { font-size: 13px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px;
-  width: 100%; }
-th { text-align: right; font-weight: 600; border-bottom: 2px solid var(--line);
-  padding: .3rem .7rem; }
-td { text-align: right; border-bottom: 1px solid var(--line); padding: .25rem .7rem; }
-th:last-child, td:last-child { text-align: left; } td.error { color: var(--mark); font-size: 12px;
-  white-space: pre-wrap; }
-tr.best td { background: var(--best); font-weight: 600; }
+:root { --best: #fdf0f1; --mark: #d1495b }
+@media (prefers-color-scheme: dark) { :root { --best: #3a2226; --mark: #f0818f } }
+h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem }
+img { max-width: 100%; display: block; background: #fff; border-radius: 6px }
+pre { background: var(--sunk); padding: .8rem 1rem } code { font: 13px var(--mono) }
+th:last-child, td:last-child { text-align: left } td.error { color: var(--mark); font-size: 12px;
+  white-space: pre-wrap }
+tr.best td { background: var(--best); font-weight: 600 }
 """
 _HEADINGS = {
     "parameters": "Parameters against the objective",
@@ -70,12 +63,7 @@ def write_page(
     for command, text in recipes:
         sections.append(f"<h2>The best as a recipe</h2><p><code>{html.escape(command)}</code></p>")
         sections.append(f"<pre>{html.escape(text)}</pre>")
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
-    )
-    write_text(path, redact_text(head + "\n".join(sections) + "</body></html>\n"))
+    write_text(path, redact_text(render_page(title, "\n".join(sections), _STYLE)))
 
 
 def _count_states(trials: Sequence[Trial]) -> str:
