@@ -83,7 +83,7 @@ class OpenedSource:
         passes = _row_filter(self.config, self.key)
         for row in self.source.rows() if rows is None else rows:
             if isinstance(row, BadRow):
-                bad.rows.append(row)
+                bad.add_unreadable(row)
                 continue
             try:
                 if not passes(row.fields):
@@ -127,15 +127,22 @@ class BadRows:
 
     rows: list[BadRow] = field(default_factory=list)
     filtered: int = 0
+    unreadable: int = 0
+    """How many are not even rows of the file: a line that is no JSON, say."""
 
     def add(self, where: str, problem: str, text: str) -> None:
         """Note a row that cannot be used; `text` is its beginning."""
         self.rows.append(BadRow(where, problem, text))
 
+    def add_unreadable(self, row: BadRow) -> None:
+        """Note a place of the file that its reader could make no row of."""
+        self.unreadable += 1
+        self.rows.append(row)
+
     def raise_if_any(self, opened: OpenedSource) -> None:
         """Raise UserError with the first bad rows, the count of all, and what to do."""
         if self.rows:
-            advice = opened.source.advice
+            advice = opened.source.advice if self.unreadable else ""
             advice += f"{chr(10) if advice else ''}To leave bad rows out: dataset.on_bad_row=drop."
             raise bad_rows_error(self.rows, opened.source.label, advice)
 

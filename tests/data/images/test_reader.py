@@ -113,8 +113,8 @@ def test_a_picture_of_pillow_becomes_the_bytes_of_what_a_model_sees(mode):
 WRONG = {
     "a missing file": ("images/blue.png", "there is no file images/blue.png (looked for {}/sub/"),
     "a folder": ("images", "images cannot be read: Is a directory"),
-    "a page under the name of a picture": ("page.jpg", "it is no picture but markup"),
-    "an empty file": ("empty.png", "it is empty: it has no bytes"),
+    "a page under the name of a picture": ("page.jpg", "page.jpg: it is no picture but markup"),
+    "an empty file": ("empty.png", "empty.png: it is empty: it has no bytes"),
     "a number": (7, "this is a number (7); expected a path, an address, base64 text, or bytes"),
     "an object of other keys": ({"src": "x"}, "this object has neither bytes, path nor url (it ha"),
     "broken base64": ("data:image/png;base64,####", "its base64 text is broken: "),

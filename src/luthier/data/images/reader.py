@@ -150,7 +150,10 @@ class ImageReader:
         else:
             path = find_image(text, self._names[folder] if folder >= 0 else None)
         stamp, data = read_image_file(path, text)
-        width, height = measure_image(data)
+        try:
+            width, height = measure_image(data)
+        except RowError as error:
+            raise RowError(f"{redact_message(excerpt(text))}: {error}") from None
         return ReadImage(_make_ref(data, width, height, text), folder, stamp)
 
     def _folder_of(self, where: str) -> int:
