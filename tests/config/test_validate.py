@@ -29,7 +29,7 @@ ONE_MISTAKE = {
     "key": ([Q, "chat.max_lenght=3"], ["no such key. Did you mean chat.max_length?"]),
     "key, far off": ([Q, "chat.zzz=3"], ["chat.zzz: there is no such key. Keys here: template"]),
     "key of no group": ([Q, "modle.path=x"], ["modle: there is no such key. Did you mean model?"]),
-    "key, misplaced": ([Q, "max_length=3"], ["max_length: ", "Did you mean chat.max_length?"]),
+    "key, misplaced": ([Q, "max_length=3"], ["max_length: ", "it is written chat.max_length=3."]),
     "setting, misplaced": ([Q, "learning_rate=1"], ["Did you mean trainer.args.learning_rate?"]),
     "key, renamed": (
         [Q, "dataset.shape=text"],

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from luthier.config import library_fields
+from luthier.config.foreign_settings import explain_foreign_key
 from luthier.config.library_fields import FieldType, FieldTypes
 from luthier.config.library_settings import LoraSettings
 from luthier.config.methods import ADAPTERS, METHODS, base_method
@@ -265,7 +266,7 @@ def _check(library: PassThroughKey, settings: dict[str, Any]) -> Iterator[Mistak
         if name in library.refused_settings:
             yield Mistake(key, f"is not set here: {library.refused_settings[name]}.")
         elif fields is not None and name not in fields:
-            yield Mistake(key, _unknown(library, name, fields))
+            yield Mistake(key, _unknown(library, name, fields, settings[name]))
         elif fields is not None and settings[name] != "???":
             settings[name], complaint = fit_value(settings[name], fields[name])
             if not complaint:
@@ -275,7 +276,9 @@ def _check(library: PassThroughKey, settings: dict[str, Any]) -> Iterator[Mistak
                 yield Mistake(key, complaint)
 
 
-def _unknown(library: PassThroughKey, name: str, field_types: FieldTypes) -> str:
+def _unknown(library: PassThroughKey, name: str, field_types: FieldTypes, value: object) -> str:
+    if answer := explain_foreign_key(name, value):
+        return f"is not a setting of {library.name}. {answer}"
     hint = ask_nearest(str(name), field_types, f"{library.key}.") or "Look its name up there."
     return f"is not a setting of {library.name}. {hint}"
 

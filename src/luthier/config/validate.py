@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from luthier.config import library_fields
+from luthier.config.foreign_settings import explain_foreign_key
 from luthier.config.passthrough import PASS_THROUGH_KEYS
 from luthier.config.recipes import list_options
 from luthier.config.renamed_settings import new_key, new_value
@@ -82,7 +83,7 @@ def _words(error: ErrorDetails, model: type[BaseModel], path: list[str]) -> str:
     if error_type == "missing":
         return _missing(path, describe_key(model, path[-1]))
     if error_type == "extra_forbidden":
-        return _extra(model, path)
+        return _extra(model, path, error["input"])
     if error_type == "literal_error":
         if new := new_value(".".join(path), error["input"]):
             return f"{typed_value} is called {new} now. Write {path[-1]}: {new}."
@@ -131,9 +132,12 @@ def _missing(path: list[str], text: str) -> str:
     return f"has no value. Add {'.'.join(path)}=VALUE. {text}".rstrip()
 
 
-def _extra(model: type[BaseModel], path: list[str]) -> str:
-    if new := new_key(".".join(path)):
+def _extra(model: type[BaseModel], path: list[str], value: object) -> str:
+    key = ".".join(path)
+    if new := new_key(key):
         return f"this key is called {new} now."
+    if answer := explain_foreign_key(key, value):
+        return f"there is no such key. {answer}"
     name, field_names = path[-1], list(model.model_fields)
     if elsewhere := [key for key in _all_keys() if key.split(".")[-1] == name]:
         return f"there is no such key. Did you mean {elsewhere[0]}?"
