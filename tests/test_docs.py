@@ -5,10 +5,12 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from luthier.cli.main import COMMANDS
@@ -20,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "CODE_OF_CONDUCT.md",
     ROOT / "SECURITY.md",
     ROOT / "recipes" / "README.md",
     ROOT / "launch" / "README.md",
@@ -235,10 +238,16 @@ def test_a_file_in_the_text_exists():
     assert [text for text in missing if not is_an_example(text)] == []
 
 
+EXAMPLES = ("~", "my", "recipes/mine", "rows.", "replies.", "runs/", "data/")
+
+
 def is_an_example(text: str) -> bool:
     """Tell a file of the reader: `~/data/train.csv`, `rows.jsonl`, `my_metrics.py`."""
     name = text.split(" ", 1)[1]
-    return name.startswith(("~", "my", "rows.", "replies.", "runs/", "data/")) or "*" in name
+    return (
+        name.startswith(("~", "my", "recipes/mine", "rows.", "replies.", "runs/", "data/"))
+        or "*" in name
+    )
 
 
 @pytest.mark.parametrize("folder", ["src/luthier", ""], ids=["package", "repository"])
@@ -326,6 +335,62 @@ def test_the_code_on_the_page_on_code_is_what_its_settings_take(tmp_path, monkey
     base = CODE_SETTINGS["trainer.callbacks"].base
     assert check_python_path("python:my.py:clean", ["longest"], positional=["row"]) is None
     assert check_python_path("python:my.py:Stop", ["below"], base=base) is None
+
+
+def pages_of_nav(entries: list[Any]) -> Iterator[str]:
+    for entry in entries:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from pages_of_nav(value) if isinstance(value, list) else [value]
+
+
+def test_the_sites_navigation_names_every_page_and_no_other():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert sorted(pages_of_nav(nav)) == sorted(pages | set(site_hooks().PAGES))
+
+
+def site_hooks() -> Any:
+    """Return docs/mkdocs_hooks.py, which mkdocs imports by its path, too."""
+    spec = spec_from_file_location("mkdocs_hooks", ROOT / "docs" / "mkdocs_hooks.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("folder", "text", "on_site"),
+    [
+        ("docs", "[runs](runs.md#resume)", "[runs](runs.md#resume)"),
+        ("docs", "[recipes](../recipes/README.md)", "[recipes](recipes.md)"),
+        ("recipes", "[methods](../docs/methods.md)", "[methods](methods.md)"),
+        ("recipes", "[quickstart](quickstart.yaml)", "quickstart"),
+        ("", "![tokens](docs/assets/preview.png)", "![tokens](assets/preview.png)"),
+        ("docs", "[TRL](https://github.com/huggingface/trl)", None),
+        ("docs", "[below](#next)", None),
+    ],
+    ids=["page", "page elsewhere", "from elsewhere", "no page", "picture", "web", "anchor"],
+)
+def test_links_of_the_site(folder, text, on_site):
+    assert site_hooks().site_links(text, ROOT / folder) == (on_site or text)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda file: file.name
+)
+def test_a_file_of_github_is_yaml_and_its_commands_exist(file):
+    text = file.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets
+    assert all((ROOT / script).exists() for script in re.findall(r"run: (\.\S+)", text))
+
+
+@pytest.mark.parametrize(
+    "picture", sorted((ROOT / "docs" / "assets").glob("*.png")), ids=lambda file: file.name
+)
+def test_a_picture_is_small_and_shown(picture):
+    assert picture.stat().st_size < 200_000
+    assert any(f"assets/{picture.name})" in page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def test_some_page_shows_every_command():
