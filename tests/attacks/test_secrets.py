@@ -14,7 +14,7 @@ from helpers.fork_server import Forks
 from helpers.train_command import said, words
 from luthier import redaction
 from luthier.config import load_config
-from luthier.config.compose import run_folder
+from luthier.config.run_names import run_folder
 from luthier.config.schema import DatasetConfig, ModelConfig, RunConfig, SourceConfig
 from luthier.data.sources.open import open_source
 from luthier.errors import UserError
@@ -119,7 +119,7 @@ def test_no_form_of_an_override_is_recorded_with_its_secret(path, name, text, fo
     override = form(path, name, text)
     assert CANARY in override
     assert CANARY not in redact_override(override)
-    assert CANARY not in run_folder("x", [override])
+    assert CANARY not in run_folder({"recipe": "x"}, [override])
     # What is no secret stays.
     assert redact_override(override).lstrip("+").startswith(path.split(".")[0])
 
@@ -258,7 +258,7 @@ def test_no_file_holds_what_came_from_the_environment(name, taken, tmp_path, mon
     (tmp_path / "run" / "chat.json").write_text(json.dumps(redact_chat(chat)))
     (tmp_path / "run" / "card.json").write_text(json.dumps(redact(loaded.resolved)))
     text = written(tmp_path / "run").decode()
-    assert CANARY not in text and CANARY not in run_folder(None, loaded.overrides)
+    assert CANARY not in text and CANARY not in loaded.config.output_dir
     reference = f"${{oc.env:{name}}}"
     if "VALUE" not in taken:
         assert reference in (tmp_path / "run" / "config.yaml").read_text()

@@ -82,7 +82,7 @@ def test_cfg_job(capsys):
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["lora"]["r"] == 8
     assert shown["dataset"]["path"].startswith("${luthier:recipes}/")
-    assert shown["output_dir"] == "runs/quickstart/lora.r=8"
+    assert shown["output_dir"].startswith("runs/quickstart/r-8-")
     assert "hydra" not in shown
 
 

@@ -1,11 +1,8 @@
-"""What is typed reaches the run, wins over files, and names the run's folder."""
+"""What is typed reaches the run, and wins over files."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from luthier.config import load_config
-from luthier.config.compose import run_folder, run_name
 
 Q = "recipe=quickstart"
 
@@ -76,66 +73,3 @@ def test_the_last_of_two_wins():
 def test_debug_wins_over_the_recipe():
     config = load_config([Q, "debug=overfit"]).config
     assert (config.trainer.args["max_steps"], config.dataset.eval.path) == (60, None)
-
-
-NAMES = {
-    "none": ([], "default"),
-    "the recipe does not count": (["recipe=x"], "default"),
-    "one": (["lora.r=8"], "lora.r=8"),
-    "as typed": (["b=1", "a=2"], "b=1+a=2"),
-    "plus signs do not count": (["++lora.r=8"], "lora.r=8"),
-    "the same run": (
-        ["output_dir=x", "dry_run=true", "overwrite=true", "tracker=wandb", "tracker.wandb.name=x"],
-        "default",
-    ),
-    "hydra does not count": (["hydra.verbose=true", "hydra/output=default"], "default"),
-    "a longer key counts": (["tracker2=x", "recipes=y"], "tracker2=x+recipes=y"),
-}
-
-
-@pytest.mark.parametrize("overrides, name", NAMES.values(), ids=NAMES)
-def test_the_name_of_a_run(overrides, name):
-    assert run_name(overrides) == name
-
-
-def test_a_name_with_other_characters_ends_in_a_hash():
-    one, two = run_name(["model.path=a/b"]), run_name(["model.path=a b"])
-    assert one.startswith("model.path=a-b-") and two.startswith("model.path=a-b-")
-    assert one != two
-
-
-def test_a_value_with_a_plus_is_not_two_overrides():
-    assert run_name(["model.path=a+seed=1"]) != run_name(["model.path=a", "seed=1"])
-
-
-def test_a_long_name_is_cut():
-    names = {run_name([f"model.revision={'x' * 100}{end}"]) for end in "ab"}
-    assert len(names) == 2
-    assert {len(name) for name in names} == {80}
-
-
-def test_the_folder_of_a_run():
-    assert run_folder("quickstart", ["lora.r=8"]) == "runs/quickstart/lora.r=8"
-    assert run_folder(None, []) == "runs/custom/default"
-    assert load_config([Q, "lora.r=8"]).config.output_dir == "runs/quickstart/lora.r=8"
-    assert load_config([Q, "lora.r=8", "output_dir=x"]).config.output_dir == "x"
-
-
-overrides = st.lists(
-    st.tuples(st.sampled_from(["lora.r", "model.path", "seed"]), st.text(max_size=40)), max_size=5
-)
-
-
-@given(overrides)
-def test_a_name_is_safe_and_always_the_same(pairs):
-    lines = [f"{key}={value}" for key, value in pairs]
-    name = run_name(lines)
-    assert name == run_name(lines)
-    assert 0 < len(name) <= 80
-    assert not set(name) & set('/\\:*?"<>| \n\t')
-
-
-@given(overrides, overrides)
-def test_other_overrides_have_another_name(one, two):
-    lines = [[f"{key}={value}" for key, value in pairs] for pairs in (one, two)]
-    assert (run_name(lines[0]) == run_name(lines[1])) == (lines[0] == lines[1])

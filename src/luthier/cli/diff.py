@@ -18,7 +18,7 @@ COMMAND_LINE = CommandLine(
     "hardware, launch, code\nand results. Ends with 0 where nothing does, and with 1 where "
     "something does, as diff has it.",
     (),
-    "  luthier diff runs/quickstart/default runs/quickstart/lora.r=8\n",
+    "  luthier diff runs/quickstart/default runs/quickstart/r-8-d7702c\n",
 )
 Lines = list[tuple[str, str, str]]
 """What differs: its name, and both values."""

@@ -168,7 +168,7 @@ COMMAND_LINE = CommandLine(
     "Shows the trials of a sweep, the best first, while it runs or afterwards. FOLDER is what\n"
     "`python train.py -m ...` printed; runs/RECIPE/sweeps/NAME where none was typed.",
     (),
-    "  luthier sweep runs/quickstart/sweeps/lora.r=8-16-32-1f0e9a3b\n",
+    "  luthier sweep runs/quickstart/sweeps/r-8-16-32-1f0e9a\n",
 )
 
 

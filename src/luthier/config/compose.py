@@ -1,12 +1,10 @@
 """From what was typed to one plain mapping: Hydra composes, OmegaConf resolves, once."""
 
-import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -35,15 +33,11 @@ from luthier.config.recipes import (
     list_options,
     read_recipe_chain,
 )
+from luthier.config.run_names import run_folder
 from luthier.config.schema import GROUPS, SWEEP_GROUPS
 from luthier.errors import Mistake, format_override
-from luthier.redaction import redact_override
 
-# What was typed: `group=option` and `key=value`, made ready for Hydra, and named for a folder.
-
-_LONGEST_NAME = 80
-_SAME_RUN = {"output_dir", "dry_run", "overwrite", "tracker", "recipe", "hydra"}
-"""Keys that do not change what is trained, and so not the name of the run."""
+# What was typed: `group=option` and `key=value`, made ready for Hydra.
 
 _SWEEP_SETTINGS = ("hydra.sweeper.", "hydra.launcher.")
 """Settings that luthier checks, as it does its own."""
@@ -115,35 +109,6 @@ def _sweep(override: Override, line: str) -> Mistake:
     )
 
 
-def run_name(overrides: Iterable[str]) -> str:
-    """Return the run folder's name for these overrides: safe in any file system, and never random.
-
-    `default` without overrides; a name that had to be changed or cut ends in 8 hex digits of the
-    overrides' hash, so that two different runs never share a folder.
-    """
-    # A folder's name stands everywhere, and must hold no secret that was typed.
-    overrides_in_name = [
-        redact_override(line).lstrip("+") for line in overrides if _changes_the_run(line)
-    ]
-    if not overrides_in_name:
-        return "default"
-    safe = "+".join(re.sub(r"[^A-Za-z0-9._=-]+", "-", line) for line in overrides_in_name)
-    if safe == "+".join(overrides_in_name) and len(safe) <= _LONGEST_NAME:
-        return safe
-    digest = hashlib.sha256("\n".join(overrides_in_name).encode()).hexdigest()[:8]
-    return f"{safe[: _LONGEST_NAME - 9]}-{digest}"
-
-
-def run_folder(recipe: str | None, overrides: Iterable[str]) -> str:
-    """Return the folder of a run that names none: `runs/<recipe>/<name of its overrides>`."""
-    return f"runs/{recipe or 'custom'}/{run_name(overrides)}"
-
-
-def _changes_the_run(line: str) -> bool:
-    key = re.split(r"[=@]", line.lstrip("+~"), maxsplit=1)[0]
-    return re.split(r"[./]", key, maxsplit=1)[0] not in _SAME_RUN
-
-
 CONFIG_NAME = "config"
 _CANNOT_COMPOSE = (
     *(HydraException, OmegaConfBaseException, RecursionError),  # what was typed, or a cycle
@@ -210,6 +175,9 @@ def compose_config(lines: list[str]) -> ComposedConfig:
     except _CANNOT_COMPOSE as error:
         mistakes.append(_hydra_mistake(error))
         return ComposedConfig(OmegaConf.create(), lines, chain, mistakes, {*GROUPS, "recipe"})
+    if config.get("output_dir") is not None and any(word.key == "name" for word in typed):
+        text = f"has no effect, as output_dir names the folder: {config.output_dir}. Leave one out."
+        mistakes.append(Mistake("name", text))
     _finish(config, typed, lines)
     return ComposedConfig(config, lines, chain, mistakes, unsure)
 
@@ -254,7 +222,10 @@ def _finish(config: DictConfig, typed: list[TypedOverride], lines: list[str]) ->
     with open_dict(config):
         config.recipe = config.hydra.runtime.choices.get("recipe")
         if config.get("output_dir") is None:
-            config.output_dir = run_folder(config.recipe, lines)
+            named = OmegaConf.masked_copy(config, ["recipe", "name", "model", "dataset"])
+            # A name that holds `${...}` is resolved in the folder's name, too.
+            plain = cast(dict[str, Any], OmegaConf.to_container(named))
+            config.output_dir = run_folder(plain, lines)
     keys = {override.key for override in typed if override.value is not None}
     ways = {f"dataset.eval.{way}" for way in HELD_OUT_KEYS}
     if len(keys & ways) == 1:  # this way of holding out rows replaces the one that a file names

@@ -25,6 +25,7 @@ class StrictModel(BaseModel):
 
 # What a config may say about what is kept of a run: its checkpoints, and its metrics elsewhere.
 
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?b)", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -445,6 +446,8 @@ class RunConfig(StrictModel):
     card: CardConfig = Field(default_factory=CardConfig)
     recipe: str | None = None
     """The recipe's name, for the record."""
+    name: str | None = None
+    """The name of the run's folder below `runs/<recipe>/`; null for one made of the overrides."""
     output_dir: str
     """Where everything the run leaves is written."""
     seed: int = Field(default=42, ge=0, lt=2**32)
@@ -455,6 +458,18 @@ class RunConfig(StrictModel):
     """Do everything up to the first step, then stop."""
     overwrite: bool = False
     """Replace a finished run that is in `output_dir`."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_folder_name(cls, value: Any) -> Any:
+        if value is not None and not _RUN_NAME.fullmatch(str(value)):
+            raise ValueError(
+                "write up to 100 letters, digits, - . or _, the first one a letter or digit; "
+                "output_dir=FOLDER takes any path"
+            )
+        if value == "sweeps":
+            raise ValueError("this folder is that of the recipe's sweeps; write another name")
+        return value
 
     def with_trainer_args(self, **args: Any) -> "RunConfig":
         """Return the same run with these keys of `trainer.args` set."""

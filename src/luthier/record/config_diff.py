@@ -19,7 +19,7 @@ from luthier.redaction import HIDDEN, REFERENCE, redact
 
 _ABSENT = "(absent)"
 """What stands for the value of a setting that a config does not have."""
-NEUTRAL_KEYS = ("output_dir", "dry_run", "overwrite", "tracker", "recipe", "card")
+NEUTRAL_KEYS = ("name", "output_dir", "dry_run", "overwrite", "tracker", "recipe", "card")
 """Keys that change where, whether or under which name a run happens, not what it computes."""
 
 # How the training is logged, stored and fed: it computes the same.

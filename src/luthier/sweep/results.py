@@ -67,7 +67,7 @@ def train_command(planned: SweepPlan, name: str) -> str:
 
 def parameter_names(planned: SweepPlan, leaders: Sequence[Trial]) -> dict[int, str]:
     """Return a recipe name for each of the best trials, by number; none that another one has."""
-    stem = f"{planned.recipe or 'custom'}_best"
+    stem = f"{planned.group}_best"
     while _is_taken(planned, stem):
         stem += "_"
     if len(leaders) == 1:

@@ -17,7 +17,7 @@ from luthier.errors import Mistake, format_value, suggest_options
 KEY = "hydra.sweeper.params"
 _BETWEEN = 0.381
 """Where between its bounds an interval is checked: a share that no round number hits."""
-_RUN = ("output_dir", "overwrite", "dry_run")
+_RUN = ("name", "output_dir", "overwrite", "dry_run")
 _FORMS = "Write lora.r=8,16,32, range(1,9,2), interval(0.1,0.5) or tag(log,interval(1e-5,1e-3))"
 
 

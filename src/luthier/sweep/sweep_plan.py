@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 
 import luthier
-from luthier.config.compose import ComposedConfig, compose_config, parse_overrides, run_name
+from luthier.config.compose import ComposedConfig, compose_config, parse_overrides
 from luthier.config.load import LoadedConfig, format_mistakes, load_config
+from luthier.config.run_names import run_folder, run_group
 from luthier.errors import Mistake, UserError
 from luthier.record.config_diff import NEUTRAL_KEYS, compare_configs
 from luthier.record.run_dir import to_yaml
@@ -73,6 +74,11 @@ class SweepPlan:
         varied = any(axis.name == "recipe" for axis in self.space.axes)
         return None if varied else self.base.config.recipe
 
+    @property
+    def group(self) -> str:
+        """Return the name of the folder below `runs` that the sweep belongs to."""
+        return run_group(_shared_choices(self.space, self.base))
+
     def overrides(self, trial: Trial) -> list[str]:
         """Return what a trial is started with."""
         return [
@@ -91,7 +97,7 @@ class SweepPlan:
         # A group that the user chose is left alone.
         if "wandb" not in tracker.to or "group" in tracker.wandb:
             return []
-        group = f"{self.recipe or 'custom'}/{self.folder.path.name}"
+        group = f"{self.group}/{self.folder.path.name}"
         return [f"tracker.wandb.group={_quote_text(group)}"]
 
 
@@ -194,7 +200,8 @@ def _split_own_words(
             mistakes.append(Mistake("overwrite", _OVERWRITE))
         elif key.startswith("hydra.sweep."):
             mistakes.append(Mistake(key, "the folder of a sweep is output_dir=NAME."))
-        elif not key.startswith(("hydra.", "hydra/")):
+        # A name is that of the sweep's folder.
+        elif key != "name" and not key.startswith(("hydra.", "hydra/")):
             fixed_overrides.append(word)
     return fixed_overrides, folder
 
@@ -278,14 +285,22 @@ def _default_folder(
 ) -> Path:
     """Name the folder of a sweep that names none by its words, so that it is found again."""
     strategy_names = [] if sweeper.kind == "basic" else [sweeper.kind]
-    varied = any(axis.name == "recipe" for axis in search_space.axes)
-    recipe = None if varied else base.config.recipe
-    return (
-        Path("runs")
-        / (recipe or "custom")
-        / "sweeps"
-        / run_name([*strategy_names, *typed_overrides])
-    )
+    config = _shared_choices(search_space, base)
+    return Path(run_folder(config, [*strategy_names, *typed_overrides], "sweeps"))
+
+
+def _shared_choices(search_space: SearchSpace, base: LoadedConfig) -> dict[str, Any]:
+    """Return the config without the model or the dataset where these vary.
+
+    Where the recipe varies, all recipes stand in its place.
+    """
+    config = dict(base.recorded)
+    for axis in search_space.axes:
+        if axis.name == "recipe":
+            return {"recipe": "-".join(axis.values), "name": config.get("name")}
+        if axis.name in ("model", "model.path", "dataset", "dataset.path"):
+            config.pop(axis.name.split(".")[0], None)
+    return config
 
 
 def _quote_text(text: str) -> str:

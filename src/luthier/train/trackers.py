@@ -55,7 +55,7 @@ def open_trackers(
         yield
         return
     settings = redact(resolved)
-    name = f"{config.recipe or 'custom'}/{folder.name}"
+    name = f"{config.recipe or folder.absolute().parent.name}/{folder.name}"
     opened = {}
     with ExitStack() as stack:
         stack.enter_context(_redacted_trainer_arguments())
